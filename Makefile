@@ -1,0 +1,38 @@
+# One command each: demo, test, lint, bench. Every target prepares what it needs.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test lint bench clean
+
+$(VENV)/.base: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing traceml with its demonstration into $(VENV) (once)"
+	@$(PIP) install -c constraints.txt -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.base
+	@$(PIP) install -c constraints.txt hypothesis pytest pytest-timeout
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.base
+	@$(PIP) install -c constraints.txt mypy ruff types-psutil
+	@touch $@
+
+demo: $(VENV)/.base
+	@$(BIN)/traceml demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.base
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) .bench build dist

@@ -1,0 +1,1 @@
+"""Rows at rest: schemas, rings in the flight file, frames, and the store."""

@@ -1,0 +1,286 @@
+"""The tables: which there are, what a row of each means, and how it is laid out in bytes.
+
+A packed table has rows of fixed size: 8-byte little-endian fields, `q` (int64) or `d` (float64). The same bytes lie in
+the ring, cross the wire, and (compressed) rest in the store. A log has rows of any size: msgpack maps.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "DEVICE_STEPS",
+    "EVALS",
+    "GPU",
+    "HOST",
+    "INFO",
+    "LOGS",
+    "NAMES",
+    "PACKED",
+    "PHASE_COLUMNS",
+    "PROCESS",
+    "STEPS",
+    "TABLES",
+    "TELEMETRY",
+    "TORCH_MEMORY",
+    "USER_PHASES",
+    "Column",
+    "Log",
+    "Phase",
+    "StepFlag",
+    "Table",
+    "pack_bits",
+    "unpack_bits",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One field of a packed row: its name (with its unit as suffix), struct code, and meaning."""
+
+    name: str
+    code: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A packed table: fixed-size rows, kept in the rank in a ring of `capacity` rows until acknowledged."""
+
+    name: str
+    columns: tuple[Column, ...]
+    capacity: int
+
+    @cached_property
+    def struct(self) -> struct.Struct:
+        """The row's layout for `pack_into`; native and little-endian are the same bytes on supported machines."""
+        return struct.Struct("@" + "".join(column.code for column in self.columns))
+
+    @property
+    def row_bytes(self) -> int:
+        """Size of one row."""
+        return 8 * len(self.columns)
+
+    @cached_property
+    def dtype(self) -> np.dtype[Any]:
+        """The same layout as a numpy structured dtype (imports numpy: not for the rank)."""
+        import numpy as np
+
+        return np.dtype([(column.name, "<i8" if column.code == "q" else "<f8") for column in self.columns])
+
+    @property
+    def layout(self) -> list[list[str]]:
+        """The layout as it is told in the hello: [[name, code], ...]."""
+        return [[column.name, column.code] for column in self.columns]
+
+
+@dataclass(frozen=True)
+class Log:
+    """A table of variable rows: msgpack maps, kept in the rank in a byte log of `capacity_bytes`."""
+
+    name: str
+    capacity_bytes: int
+
+    @property
+    def layout(self) -> str:
+        """The layout as it is told in the hello."""
+        return "msgpack"
+
+
+class Phase(IntEnum):
+    """Parts of a step, in the order of their columns; the value is also the open-phase slot in the flight file."""
+
+    INPUT_WAIT = 0
+    H2D = 1
+    FORWARD = 2
+    BACKWARD = 3
+    OPTIMIZER = 4
+    COMM = 5
+    CHECKPOINT = 6
+    USER = 7
+
+
+class StepFlag(IntFlag):
+    """What else is known of a step."""
+
+    EXPLICIT = 1  # bounded by trace_step()
+    INFERRED = 2  # no optimizer was seen; bounded by batches
+    SKIPPED = 4  # an optimizer attempt that changed nothing (GradScaler found inf)
+    NO_LOADER = 8  # no data loader took part
+    DEVICE = 16  # device times follow in device_steps
+    CALLBACK = 32  # backward_own_ns was measured on this step
+
+
+def _q(name: str, doc: str) -> Column:
+    return Column(name, "q", doc)
+
+
+def _d(name: str, doc: str) -> Column:
+    return Column(name, "d", doc)
+
+
+# Exclusive wall time per phase on the training thread; `other` is what is left of total_ns, so the parts add up.
+STEPS = Table(
+    "steps",
+    (
+        _q("step", "training step, from 0"),
+        _q("t_end_ns", "monotonic stamp at which the step closed"),
+        _q("total_ns", "wall time of the step, evaluation between steps excluded"),
+        _q("input_wait_ns", "waiting for the data loader"),
+        _q("h2d_ns", "copies to the device, as seen by the CPU"),
+        _q("forward_ns", "outermost model calls"),
+        _q("backward_ns", "backward passes, the waiting for other ranks inside them included"),
+        _q("optimizer_ns", "optimizer steps, GradScaler.step included"),
+        _q("comm_ns", "collectives which the user's code or an optimizer called from Python"),
+        _q("checkpoint_ns", "torch.save and distributed checkpoints"),
+        _q("user_ns", "the user's own phases together; apart in user_phases"),
+        _q("backward_own_ns", "backward until the last local gradient was there; -1 when not measured"),
+        _q("bits", "micro-batches (16 bits), StepFlag (16 bits), collective sequence number (31 bits)"),
+    ),
+    capacity=65536,
+)
+PHASE_COLUMNS = tuple(f"{phase.name.lower()}_ns" for phase in Phase)
+
+USER_PHASES = Table(
+    "user_phases",
+    (
+        _q("step", "training step"),
+        _q("name_id", "the phase's name, by id in `names`"),
+        _q("ns", "exclusive wall time in this step"),
+        _q("count", "how often it was entered in this step"),
+    ),
+    capacity=16384,
+)
+EVALS = Table(
+    "evals",
+    (
+        _q("step", "training step that comes after"),
+        _q("t_end_ns", "monotonic stamp at its end"),
+        _q("ns", "wall time of evaluation batches, outside every step"),
+        _q("batches", "evaluation batches"),
+    ),
+    capacity=4096,
+)
+DEVICE_STEPS = Table(
+    "device_steps",
+    (
+        _q("step", "training step"),
+        _q("total_ns", "device time from the start of this step to the start of the next"),
+        _q("h2d_ns", "device time of copies"),
+        _q("forward_ns", "device time of forward"),
+        _q("backward_ns", "device time of backward, exposed communication included"),
+        _q("backward_own_ns", "device time until the last local gradient; -1 when not measured"),
+        _q("optimizer_ns", "device time of the optimizer"),
+        _q("comm_ns", "device time of collectives called from Python"),
+    ),
+    capacity=65536,
+)
+PROCESS = Table(
+    "process",
+    (
+        _q("t_ns", "monotonic stamp"),
+        _q("step", "open training step"),
+        _q("rss_bytes", "resident memory"),
+        _q("cpu_ns", "CPU time of all threads since start"),
+        _q("threads", "threads"),
+        _q("voluntary_switches", "voluntary context switches since start"),
+        _q("involuntary_switches", "involuntary context switches since start"),
+        _q("minor_faults", "minor page faults since start"),
+        _q("major_faults", "major page faults since start"),
+        _q("main_run_ns", "main thread: time on a core since start"),
+        _q("main_wait_ns", "main thread: time runnable without a core since start"),
+    ),
+    capacity=4096,
+)
+HOST = Table(
+    "host",
+    (
+        _q("t_ns", "monotonic stamp"),
+        _q("cores", "cores this job may use"),
+        _d("cpu_pct", "busy share of all cores since the last sample, 0..100"),
+        _q("memory_used_bytes", "memory in use"),
+        _q("memory_total_bytes", "memory there is"),
+        _q("disk_read_bytes", "read from disks since boot"),
+        _q("disk_write_bytes", "written to disks since boot"),
+        _q("net_recv_bytes", "received by all interfaces but loopback since boot"),
+        _q("net_sent_bytes", "sent by all interfaces but loopback since boot"),
+    ),
+    capacity=4096,
+)
+GPU = Table(
+    "gpu",
+    (
+        _q("t_ns", "monotonic stamp"),
+        _q("index", "device index as NVML counts"),
+        _d("utilization_pct", "share of time with a kernel running, 0..100"),
+        _q("memory_used_bytes", "device memory in use"),
+        _q("memory_total_bytes", "device memory there is"),
+        _d("temperature_c", "degrees Celsius"),
+        _d("power_w", "watts"),
+        _q("sm_clock_mhz", "clock of the multiprocessors"),
+        _q("throttle_reasons", "NVML's bit mask of why clocks are capped"),
+    ),
+    capacity=4096,
+)
+TORCH_MEMORY = Table(
+    "torch_memory",
+    (
+        _q("t_ns", "monotonic stamp"),
+        _q("step", "open training step"),
+        _q("device", "device index"),
+        _q("allocated_bytes", "allocated by torch now"),
+        _q("reserved_bytes", "reserved by torch's allocator now"),
+        _q("peak_allocated_bytes", "highest allocation so far"),
+    ),
+    capacity=4096,
+)
+TELEMETRY = Table(
+    "telemetry",
+    (
+        _q("t_ns", "monotonic stamp"),
+        _q("rows_appended", "rows of all tables appended so far"),
+        _q("rows_lost", "rows overwritten before they were sent"),
+        _q("bytes_sent", "bytes put on the wire"),
+        _q("sender_cpu_ns", "CPU time of the recorder's thread"),
+        _q("hook_ns_per_step", "what the hooks and the row cost per step, measured on this rank"),
+        _q("sampler_ns", "time spent in samplers"),
+        _q("sampler_errors", "samples that failed"),
+        _q("reconnects", "times the connection was made again"),
+    ),
+    capacity=1024,
+)
+# {"id": int, "name": str}; ids are dense, so a name travels once and before the rows that use it.
+NAMES = Log("names", 256 * 1024)
+# {"kind": str, "t_ns": int, ...}; kinds: loader, model, process, exit, warning, sampler.
+INFO = Log("info", 256 * 1024)
+
+PACKED: tuple[Table, ...] = (
+    STEPS,
+    USER_PHASES,
+    EVALS,
+    DEVICE_STEPS,
+    PROCESS,
+    HOST,
+    GPU,
+    TORCH_MEMORY,
+    TELEMETRY,
+)
+LOGS: tuple[Log, ...] = (NAMES, INFO)
+TABLES: dict[str, Table | Log] = {**{table.name: table for table in PACKED}, **{log.name: log for log in LOGS}}
+
+
+def pack_bits(micro: int, flags: int, sequence: int) -> int:
+    """Put micro-batch count, flags and the collective sequence number into one int64."""
+    return (micro & 0xFFFF) | (flags & 0xFFFF) << 16 | (sequence & 0x7FFFFFFF) << 32
+
+
+def unpack_bits(bits: int) -> tuple[int, int, int]:
+    """Return (micro-batches, flags, collective sequence number)."""
+    return bits & 0xFFFF, bits >> 16 & 0xFFFF, bits >> 32 & 0x7FFFFFFF

@@ -1,0 +1,90 @@
+"""Names: of runs, of jobs, and of the ranks in them."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["RankIdentity", "detect_rank", "job_key", "new_run_id", "run_name_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankIdentity:
+    """Who a process is within its job; the words mean what they mean in torch.distributed."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    attempt: int = 0
+    source: str = "single process"
+
+
+def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
+    """Find this process's rank: an initialised process group, then torchrun's, Slurm's and OpenMPI's variables.
+
+    Args:
+        environ: where the variables are read from.
+
+    Returns:
+        The identity; rank 0 of 1 when nothing says otherwise.
+    """
+    attempt = _int(environ.get("TORCHELASTIC_RESTART_COUNT"), 0)
+    distributed = sys.modules.get("torch.distributed")  # never import torch only to ask
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        rank = distributed.get_rank()
+        local = _int(environ.get("LOCAL_RANK"), _int(environ.get("SLURM_LOCALID"), rank))
+        return RankIdentity(rank, distributed.get_world_size(), local, attempt, "torch.distributed")
+
+    for source, rank_key, size_key, local_key in (
+        ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+        ("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ):
+        rank = _int(environ.get(rank_key), -1)
+        size = _int(environ.get(size_key), -1)
+        if 0 <= rank < size:
+            return RankIdentity(rank, size, _int(environ.get(local_key), rank), attempt, source)
+
+    return RankIdentity(attempt=attempt)
+
+
+def job_key(environ: Mapping[str, str] = os.environ) -> str:
+    """Return a text that all ranks of one job agree on and no other job shares.
+
+    In this order: `TRACEML_RUN_ID`, torchrun's run id with its rendezvous address, Slurm's job and step, else this
+    process alone (host, pid, start time).
+    """
+    if run_id := environ.get("TRACEML_RUN_ID"):
+        return run_id
+    torchrun = environ.get("TORCHELASTIC_RUN_ID")
+    master = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
+    if torchrun is not None and environ.get("MASTER_PORT"):
+        # `none` is torchrun's default and the same for every job; the rendezvous address is not.
+        return f"torchrun-{torchrun}@{master}" if torchrun != "none" else f"torchrun@{master}"
+    if job := environ.get("SLURM_JOB_ID"):
+        return f"slurm-{job}.{environ.get('SLURM_STEP_ID', '0')}"
+    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+
+
+def new_run_id(name: str, *, epoch_s: float | None = None) -> str:
+    """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(epoch_s))
+    return f"{stamp}-{run_name_of(name)}-{secrets.token_hex(2)}"
+
+
+def run_name_of(text: str) -> str:
+    """Return `text` reduced to what is safe in a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:48] or "run"
+
+
+def _int(text: str | None, default: int) -> int:
+    try:
+        return int(text) if text is not None else default
+    except ValueError:
+        return default
