@@ -1,0 +1,61 @@
+"""Parsing of a command's words by tyro, with errors of one line and a hint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from typing import TypeVar
+
+from traceml.errors import UsageError
+
+__all__ = ["parse"]
+
+T = TypeVar("T")
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_FRAME = re.compile(r"[─-╿]|^\s*\|\s|\s\|\s*$|^\s*[+-]{3,}.*$")
+
+
+def parse(options: type[T], argv: list[str], *, prog: str) -> T:
+    """Return an instance of the dataclass `options` filled from `argv`; `--help` prints and exits with 0.
+
+    Raises:
+        UsageError: what is wrong with the words, in one line, with what was perhaps meant.
+    """
+    import tyro
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+
+        raise UsageError(_one_line(complaint.getvalue())) from None
+
+
+def _one_line(box: str) -> str:
+    """Reduce the box which tyro draws around an error to what went wrong and what was perhaps meant.
+
+    tyro has no public way to take the text; its hooks are private and change with each version. The box is
+    a title, the message, a line, suggestions, a line, the reference to --help.
+    """
+    plain = [_FRAME.sub("", _ANSI.sub("", line)).strip() for line in box.splitlines()]
+    parts = _paragraphs(plain[1:])  # the first line is the frame with the title
+    message = " ".join(parts[0]).rstrip(".: ") if parts else "cannot understand the arguments"
+    message = message[:1].lower() + message[1:]
+    meant = next((part[1] for part in parts if part[0].startswith("Perhaps you meant") and len(part) > 1), None)
+    return f"{message}; did you mean {meant}?" if meant else message
+
+
+def _paragraphs(lines: list[str]) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    for line in lines:
+        if line:
+            groups[-1].append(line)
+        elif groups[-1]:
+            groups.append([])
+
+    return [group for group in groups if group]

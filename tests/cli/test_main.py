@@ -1,0 +1,158 @@
+"""The dispatcher: commands, help, errors and exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import traceml
+from traceml import cli
+from traceml.errors import RunNotFoundError, SettingsError, UsageError
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Put a command `probe` in the table which does what the test says."""
+
+    def install(action):
+        monkeypatch.setitem(cli.COMMANDS, "probe", ("probe", "a probe"))
+        monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=action))
+
+    return install
+
+
+def raising(error):
+    def action(argv):
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_overview_lists_every_command(argv, capsys):
+    """Without a command, and with --help, each command stands in the overview with what it does."""
+    assert cli.main(argv) == 0
+
+    shown = capsys.readouterr().out
+    for name, (_, help_line) in cli.COMMANDS.items():
+        assert name in shown
+        assert help_line in shown
+
+
+def test_overview_fits_80_columns(capsys):
+    """The overview can be read on a terminal of 80 columns."""
+    cli.main([])
+
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 80
+
+
+def test_version(capsys):
+    """--version prints the package's version."""
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"traceml {traceml.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("reprot", "traceml report"), ("train.py", "traceml run train.py"), ("zzzzzz", None), ("--jsn", None)],
+)
+def test_unknown_command_hints(word, meant, capsys):
+    """An unknown command exits with 2, one line, and a hint of what was perhaps meant."""
+    assert cli.main([word]) == 2
+
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 2
+    assert word in error[0]
+    assert (f"did you mean `{meant}`?" in error[0]) == (meant is not None)
+    assert error[1].startswith("hint: `traceml")
+
+
+def test_command_gets_its_words_and_gives_its_status(command):
+    """A command gets the words after its name, and its status is the status of the whole."""
+    seen = []
+    command(lambda argv: seen.append(argv) or 7)
+
+    assert cli.main(["probe", "--x", "a b"]) == 7
+    assert seen == [["--x", "a b"]]
+
+
+def test_help_of_a_command_is_the_commands_own(command):
+    """`traceml help COMMAND` is `traceml COMMAND --help`."""
+    seen = []
+    command(lambda argv: seen.append(argv) or 0)
+
+    assert cli.main(["help", "probe"]) == 0
+    assert seen == [["--help"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UsageError("no such kind"), 2),
+        (SettingsError("port", "is no number", source="TRACEML_PORT", allowed="1..65535"), 2),
+        (RunNotFoundError("no run 'x' in traceml_runs"), 3),
+        (PermissionError(13, "Permission denied", "/runs"), 3),
+    ],
+)
+def test_errors_are_one_line_on_stderr(command, capsys, error, status):
+    """An error of ours, or of the system, is one line on stderr (and a hint when the call was wrong)."""
+    command(raising(error))
+
+    assert cli.main(["probe"]) == status
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines()[0] == f"traceml probe: {error}"
+    assert [line.split(":")[0] for line in shown.err.splitlines()[1:]] == (["hint"] if status == 2 else [])
+
+
+def test_interrupt_is_130(command, capsys):
+    """Ctrl-C ends a command quietly with 130."""
+    command(raising(KeyboardInterrupt()))
+
+    assert cli.main(["probe"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (5, 5), ("told", 3)])
+def test_system_exit_becomes_a_status(command, code, status):
+    """A command that leaves by SystemExit gives its code as the status."""
+    command(raising(SystemExit(code)))
+
+    assert cli.main(["probe"]) == status
+
+
+WRITER = """
+import sys, types
+from traceml import cli
+def write_much(argv):
+    for number in range(100000):
+        print("line", number)
+    return 0
+sys.modules["probe"] = types.SimpleNamespace(main=write_much)
+cli.COMMANDS["probe"] = ("probe", "a probe")
+sys.exit(cli.main(["probe"]))
+"""
+
+
+def test_reader_that_goes_away_is_quiet(tmp_path):
+    """When the reader of the pipe goes away the command ends without a word on stderr."""
+    (tmp_path / "writer.py").write_text(WRITER)
+    script = f'{sys.executable} {tmp_path}/writer.py | head -n 1; exit "${{PIPESTATUS[0]}}"'
+
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False, timeout=60)
+
+    assert (done.stdout, done.stderr, done.returncode) == ("line 0\n", "", 141)
+
+
+def test_overview_imports_nothing_heavy():
+    """Finding a command costs no import of rich, tyro, numpy, torch or pydantic."""
+    probe = "import sys, traceml.cli as c; c.main(['--version']); print([m for m in %r if m in sys.modules])"
+    heavy = ["rich", "tyro", "numpy", "torch", "pydantic", "asyncio"]
+
+    done = subprocess.run([sys.executable, "-c", probe % heavy], capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,58 @@
+"""Parsing by tyro: errors of one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from traceml.cli.parsing import parse
+from traceml.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Do a thing."""
+
+    count: int = 1
+    """How often."""
+    json: bool = False
+    """As JSON."""
+    kind: Literal["a", "b"] = "a"
+    """Which."""
+
+
+def test_words_become_options():
+    """Words fill the dataclass."""
+    assert parse(Options, ["--count", "3", "--json"], prog="traceml thing") == Options(count=3, json=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--jsn"], "did you mean --json?"),
+        (["extra"], "extra"),
+        (["--count", "x"], "--count"),
+        (["--count"], "--count"),
+        (["--kind", "c"], "'a', 'b'"),
+    ],
+)
+def test_errors_are_one_line(words, says, capsys):
+    """Each kind of mistake is a UsageError of one line which names it; nothing is printed."""
+    with pytest.raises(UsageError) as caught:
+        parse(Options, words, prog="traceml thing")
+
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not set("│╭─╰") & set(str(caught.value))
+    assert capsys.readouterr().err == ""
+
+
+def test_help_prints_and_leaves(capsys):
+    """--help prints to stdout and leaves with 0."""
+    with pytest.raises(SystemExit) as left:
+        parse(Options, ["--help"], prog="traceml thing")
+
+    assert not left.value.code
+    assert "How often." in capsys.readouterr().out
