@@ -1,0 +1,146 @@
+"""From what people write to a typed value: text, files' values and arguments, checked against limits."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal, get_args, get_origin
+
+__all__ = ["BAD", "Limits", "allowed", "coerce"]
+
+Limits = Mapping[str, float | None]  # low, high (inclusive) and above (exclusive)
+
+# What `coerce` returns for a value that is not allowed; None is a value.
+BAD: Final = object()
+_ON = frozenset({"1", "true", "yes", "on"})
+_OFF = frozenset({"0", "false", "no", "off"})
+
+
+def coerce(kind: Any, value: Any, limits: Limits) -> Any:
+    """Return `value` as `kind`, or BAD when it is not allowed.
+
+    Args:
+        kind: a type as in an annotation: bool, int, float, str, Path, Literal, tuple of texts, dict, or with None.
+        value: what was written; text is read as people write it.
+        limits: what is allowed of numbers.
+    """
+    try:
+        return _convert(kind, value, limits)
+    except (ValueError, TypeError, OverflowError):
+        return BAD
+
+
+def _convert(kind: Any, value: Any, limits: Limits) -> Any:
+    if type(None) in get_args(kind):
+        if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
+            return None
+
+        kind = next(each for each in get_args(kind) if each is not type(None))
+
+    origin = get_origin(kind)
+    if origin is tuple:
+        return _texts(value)
+    if origin is dict:
+        return _map(get_args(kind)[1], value, limits)
+    if origin is Literal:
+        text = value.lower() if isinstance(value, str) else value
+        return text if text in get_args(kind) else BAD
+    if kind is bool:
+        return _flag(value)
+    if kind in (int, float):
+        return _number(kind, value, limits)
+    if kind is Path:
+        return Path(value).expanduser() if os.fspath(value) else BAD
+
+    return value if isinstance(value, str) and value.strip() else BAD
+
+
+def _flag(value: Any) -> Any:
+    if isinstance(value, bool):
+        return value
+
+    text = value.strip().lower() if isinstance(value, str) else str(value)
+    return True if text in _ON else False if text in _OFF else BAD
+
+
+def _number(kind: type[int] | type[float], value: Any, limits: Limits) -> Any:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float | str)
+        or (kind is int and isinstance(value, float))
+    ):
+        return BAD
+
+    number = kind(value)
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    fits = (
+        math.isfinite(number)
+        and (low is None or number >= low)
+        and (high is None or number <= high)
+        and (above is None or number > above)
+    )
+    return number if fits else BAD
+
+
+def _texts(value: Any) -> Any:
+    if isinstance(value, str):
+        value = _json(value) if value.lstrip().startswith("[") else value.split(",")
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            return tuple(each.strip() for each in value if each.strip())
+
+    if isinstance(value, list | tuple | set | frozenset) and all(isinstance(each, str) and each for each in value):
+        return tuple(value)
+
+    return BAD
+
+
+def _map(kind: Any, value: Any, limits: Limits) -> Any:
+    if isinstance(value, str):
+        value = _json(value) if value.strip() else {}
+    if not isinstance(value, Mapping):
+        return BAD
+
+    result: dict[str, Any] = {}
+    for key, each in value.items():
+        inner = _number(float, each, limits) if kind is float else each if isinstance(each, dict) else BAD
+        if not isinstance(key, str) or inner is BAD:
+            return BAD
+
+        result[key] = inner
+
+    return result
+
+
+def _json(text: str) -> Any:
+    import json
+
+    return json.loads(text)
+
+
+def allowed(kind: Any, limits: Limits) -> str:
+    """Return what `coerce` accepts, in words."""
+    inner = get_args(kind)
+    if type(None) in inner:
+        return f"{allowed(next(each for each in inner if each is not type(None)), limits)}, or none"
+    if get_origin(kind) is Literal:
+        return " or ".join(inner)
+    if get_origin(kind) is tuple:
+        return "a list of texts (comma-separated or JSON)"
+    if get_origin(kind) is dict:
+        return f"a map (JSON) of names to {'tables' if inner[1] is not float else allowed(float, limits)}"
+    if kind in (int, float):
+        return _range("an integer" if kind is int else "a number", limits)
+
+    return {bool: "true or false", Path: "a path"}.get(kind, "a text that is not empty")
+
+
+def _range(noun: str, limits: Limits) -> str:
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    if low is not None and high is not None:
+        return f"{noun} from {low:g} to {high:.0f}"
+    if above is not None:
+        return f"{noun} above {above:g}"
+
+    return f"{noun} of at least {low:g}" if low is not None else noun

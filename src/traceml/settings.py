@@ -1,0 +1,421 @@
+"""Settings: one declaration per setting, and a loader that says where each value came from.
+
+`Config` is the declaration: its fields are the settings, with type, default, description and limits. `load()` fills one
+from arguments, environment, project file and user file, and needs the standard library alone, because every training
+process calls it. `Settings` is the same table as a pydantic-settings class, made when somebody asks for it.
+
+`python -m traceml.settings` writes the reference page `docs/settings.md`.
+"""
+# ruff: noqa: RUF009 - `_set` is dataclasses.field with our metadata, made for defaults
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
+
+from traceml.coerce import BAD, allowed, coerce
+from traceml.errors import SettingsError
+
+if TYPE_CHECKING:
+
+    class Settings:
+        """The settings as a pydantic-settings class; see `_settings_class`."""
+
+        sources: dict[str, str]
+
+        def __init__(self, **arguments: Any) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+
+
+__all__ = ["ENV_PREFIX", "INTERNAL_ENV", "Config", "Declaration", "Settings", "declarations", "load", "reference"]
+
+ENV_PREFIX = "TRACEML_"
+
+# Variables that our own processes set for each other; everything else that starts with TRACEML_ must be a setting.
+INTERNAL_ENV: dict[str, str] = {
+    "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, wins over host and port",
+    "TRACEML_ATTEMPT": "which start of the job this is, where torchrun does not tell",
+    "TRACEML_RUN_DIR": "the run's folder; set for processes that write into it",
+    "TRACEML_SUPERVISED": "set to the process that reports this rank's exit to the aggregator",
+}
+# The file forms accept these too: what users of the peers write.
+_ALIASES = {"backends": "backend"}
+
+
+def _set(
+    default: Any,
+    doc: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    secret: bool = False,
+) -> Any:
+    """Declare one setting: its default, what it does, and (for numbers) what is allowed."""
+    limits = {"low": low, "high": high, "above": above}
+    metadata = {"doc": doc, "limits": limits, "secret": secret}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata, repr=not secret)
+
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings in force, and in `sources` where each came from.
+
+    A source is `default`, `argument`, the name of an environment variable, or the path of a file.
+    """
+
+    enabled: bool = _set(True, "Trace at all. When off, every call is a no-op: no thread, no connection.")
+    host: str = _set("127.0.0.1", "Where the aggregator listens.")
+    port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 takes any free one.", low=0, high=65535)
+    token: str | None = _set(
+        None,
+        "What proves to the aggregator that this process may talk to it. Found by itself on one host; between hosts "
+        "set it in the environment or in a file, never in a command line.",
+        secret=True,
+    )
+    tls: bool = _set(False, "Encrypt the connection. Not available yet: only false is accepted.")
+    local: bool = _set(False, "Start an aggregator for this job on this host when none answers.")
+    on_missing: Literal["raise", "warn"] = _set(
+        "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
+    )
+    connect_timeout: float = _set(5.0, "Seconds that `init` keeps trying to reach the aggregator.", low=0)
+    runs_dir: Path = _set(Path("traceml_runs"), "Folder of the runs, relative to the working directory.")
+    log_dir: Path = _set(Path("traceml_logs"), "Folder of the launcher's log files.")
+    run_id: str | None = _set(None, "What the ranks of one job find each other's run by; also its folder's name.")
+    run_name: str | None = _set(None, "A name for the run; by default the script's.")
+    project: str = _set("default", "The project that trackers file the run under.")
+    backend: tuple[str, ...] = _set((), "Trackers to deliver to: built-in names or `package:Class`.")
+    backend_options: dict[str, dict[str, Any]] = _set(
+        {}, "Options per tracker; in a file, one table `backends.<name>` each."
+    )
+    collectors: tuple[str, ...] = _set((), "Extra collectors: registered names or `package:Class`.")
+    frameworks: tuple[str, ...] = _set(
+        ("tensorboard", "lightning", "huggingface"), "Frameworks whose logging calls are captured."
+    )
+    track_system: bool = _set(True, "Send system metrics to the trackers.")
+    track_git: bool = _set(True, "Send the state of the git repository to the trackers.")
+    track_env: bool = _set(True, "Send the environment (versions, hardware, variables) to the trackers.")
+    sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
+    sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, per sampler's name.", low=0.01)
+    metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)
+    flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)
+    ring_rows: int = _set(
+        65536,
+        "Step rows kept in the rank until acknowledged; rounded up to a power of two, less where memory is short.",
+        low=64,
+        high=1 << 24,
+    )
+    max_queue_size: int = _set(
+        10_000, "Logged rows kept in memory until acknowledged; beyond it they go to a journal on disk.", low=1
+    )
+    max_retries: int = _set(3, "Tries before a tracker's circuit breaker opens.", low=0)
+    backoff_factor: float = _set(2.0, "Growth of the wait between tries.", low=1)
+    max_backoff: float = _set(60.0, "Longest wait in seconds between tries; nothing is given up.", above=0)
+    max_image_bytes: int = _set(8 << 20, "Largest image that is logged, in bytes.", low=1)
+    max_artifact_bytes: int = _set(1 << 30, "Largest artifact that is logged, in bytes.", low=1)
+    include: tuple[str, ...] = _set((), "Names (patterns) that are delivered to trackers; empty means all.")
+    exclude: tuple[str, ...] = _set((), "Names (patterns) that are not delivered to trackers.")
+    mask: tuple[str, ...] = _set((), "Patterns on keys and values that are masked before anything leaves the machine.")
+    local_only: bool = _set(False, "Deliver to nothing that is not on this machine.")
+    hang_timeout: float = _set(60.0, "Seconds without the end of a step after which a job counts as hanging.", above=0)
+    keep_runs: int | None = _set(None, "Runs that `traceml runs --prune` keeps; without it, all.", low=1)
+    log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
+
+    sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def supervised(self) -> bool:
+        """Whether `traceml run` or `launch` started this process and gave it its aggregator."""
+        return self.sources.get("host") == "TRACEML_ADDRESS"
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """One setting as declared: what tools print and check."""
+
+    name: str
+    kind: Any
+    default: Any
+    doc: str
+    limits: Mapping[str, float | None]
+    secret: bool
+
+    @property
+    def env(self) -> str:
+        """The environment variable that sets it."""
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def allowed(self) -> str:
+        """What is accepted, in words."""
+        return allowed(self.kind, self.limits) if self.name != "tls" else "false (encryption is not available yet)"
+
+
+@cache
+def declarations() -> Mapping[str, Declaration]:
+    """Return every setting by name, in the order of declaration."""
+    kinds = get_type_hints(Config)
+    table = {}
+    for each in fields(Config):
+        if each.name == "sources":
+            continue
+
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        about = each.metadata
+        table[each.name] = Declaration(
+            each.name, kinds[each.name], default, about["doc"], about["limits"], about["secret"]
+        )
+
+    return table
+
+
+def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /, **arguments: Any) -> Config:
+    """Read the settings: arguments over environment over project file over user file over defaults.
+
+    Args:
+        environ: the environment; by default this process's.
+        folder: where the search for a project file starts, upwards; by default the working directory.
+        arguments: settings by name; None is a value only where the setting may be None.
+
+    Raises:
+        SettingsError: an unknown name or a bad value, with its source and what is allowed.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(declarations(), "default")
+    layers = (_user_file(environ), _project_file(folder), _environment(environ), _arguments(arguments))
+    for layer in layers:
+        for source, name, value in layer:
+            values[name], sources[name] = value, source
+
+    for name, value in _supervisor(environ).items():
+        values[name], sources[name] = value, "TRACEML_ADDRESS" if name in {"host", "port"} else declarations()[name].env
+
+    return Config(**values, sources=sources)
+
+
+# --- where values come from ------------------------------------------------------------------------------------------
+
+_Entry = tuple[str, str, Any]  # (source, setting, value)
+
+
+def _arguments(arguments: Mapping[str, Any]) -> Iterator[_Entry]:
+    for key, value in arguments.items():
+        yield "argument", *_checked(key, value, "argument", key)
+
+
+def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
+    """Yield what the environment sets; an empty variable counts as unset, except for a list, which it empties."""
+    for variable, text in environ.items():
+        upper = variable.upper()
+        if not upper.startswith(ENV_PREFIX) or upper in INTERNAL_ENV:
+            continue
+
+        key = upper.removeprefix(ENV_PREFIX).lower()
+        name = _known(key, variable, variable)
+        if not text.strip() and get_origin(declarations()[name].kind) is not tuple:
+            continue
+
+        yield variable, *_checked(key, text, variable, variable)
+
+
+def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `traceml run` and `launch` decided for this process; it wins over arguments."""
+    address = environ.get("TRACEML_ADDRESS")
+    if not address:
+        return {}
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise SettingsError(
+            "TRACEML_ADDRESS", f"{address!r} is no address", source="TRACEML_ADDRESS", allowed="host:port"
+        )
+
+    decided: dict[str, Any] = {"host": host.strip("[]"), "port": int(port)}
+    for name in ("token", "run_id"):
+        if value := environ.get(declarations()[name].env):
+            decided[name] = value
+
+    return decided
+
+
+def _project_file(folder: Path | None) -> Iterator[_Entry]:
+    """Yield from the first `traceml.toml`, or `pyproject.toml` with a `[tool.traceml]`, found upwards."""
+    try:
+        start = (folder or Path.cwd()).absolute()
+    except OSError:  # the working directory was removed
+        return
+
+    for place in (start, *start.parents):
+        path = place / "traceml.toml"
+        if (text := _text_of(path)) is not None:
+            yield from _table(_parse(path, text), path)
+            return
+
+        path = place / "pyproject.toml"
+        if (text := _text_of(path)) is not None and "traceml" in text:  # tomllib is imported only for a reason
+            table = _parse(path, text).get("tool", {}).get("traceml")
+            if table is not None:
+                yield from _table(table, path)
+                return
+
+
+def _user_file(environ: Mapping[str, str]) -> Iterator[_Entry]:
+    base = environ.get("XDG_CONFIG_HOME") or Path(environ.get("HOME", ""), ".config")
+    path = Path(base) / "traceml" / "config.toml"
+    if path.is_absolute() and (text := _text_of(path)) is not None:
+        yield from _table(_parse(path, text), path)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(path.name, f"cannot be read: {error}", source=str(path), allowed="a TOML file") from error
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(path.name, f"is not TOML: {error}", source=str(path), allowed="a TOML file") from error
+
+
+def _table(table: Any, path: Path) -> Iterator[_Entry]:
+    if not isinstance(table, dict):
+        raise SettingsError("tool.traceml", "is no table", source=str(path), allowed="a table of settings")
+
+    for key, value in table.items():
+        # `backends` is a list of names, or one table of options per name.
+        name = "backend_options" if key == "backends" and isinstance(value, dict) else key
+        yield str(path), *_checked(name, value, str(path), key)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _known(key: str, source: str, written: str) -> str:
+    name = _ALIASES.get(key, key)
+    if name in declarations():
+        return name
+
+    import difflib
+
+    near = difflib.get_close_matches(key, [*declarations(), *_ALIASES], n=1)
+    problem = f"no such setting; did you mean {near[0]!r}?" if near else "no such setting"
+    raise SettingsError(written, problem, source=source, allowed=", ".join(declarations()))
+
+
+def _checked(key: str, value: Any, source: str, written: str) -> tuple[str, Any]:
+    """Return (setting, value in its own type); `written` is the key as the user wrote it."""
+    name = _known(key, source, written)
+    declared = declarations()[name]
+    result = coerce(declared.kind, value, declared.limits)
+    if result is BAD or (name == "tls" and result):
+        shown = "a value" if declared.secret else repr(value)
+        raise SettingsError(written, f"{shown} is not allowed", source=source, allowed=declared.allowed)
+
+    return name, result
+
+
+# --- the reference page; the pydantic form ----------------------------------------------------------------------
+
+
+def reference() -> str:
+    """Return the reference page of the settings, in Markdown."""
+    lines = [_REFERENCE_HEAD]
+    for each in declarations().values():
+        default = each.default
+        shown = ", ".join(default) if isinstance(default, tuple) else default
+        shown = "-" if shown is None or shown in ("", {}) else str(shown).lower() if shown in (True, False) else shown
+        lines.append(f"| `{each.name}` | {shown} | {each.doc} | {each.allowed} |")
+
+    lines.append(_REFERENCE_INTERNAL)
+    lines.extend(f"- `{name}`: {doc}." for name, doc in sorted(INTERNAL_ENV.items()))
+    return "\n".join(lines) + "\n"
+
+
+_REFERENCE_HEAD = """\
+# Settings
+
+Written by `python -m traceml.settings` from the declarations in `src/traceml/settings.py`.
+
+Highest first: arguments of `traceml.init()`, environment variables (`TRACEML_` + the name in upper case; lists
+comma-separated or JSON, maps JSON), the project file (`traceml.toml`, or `[tool.traceml]` in `pyproject.toml`, found
+upwards from the working directory), the user file (`$XDG_CONFIG_HOME/traceml/config.toml`), defaults. An unknown name
+or a bad value is an error that names its source. `traceml doctor` prints every value and where it came from.
+
+Under `traceml run` and `launch` the aggregator's address, the token and the run's id which they set win over arguments.
+
+| setting | default | what it does | allowed |
+|---|---|---|---|"""
+
+_REFERENCE_INTERNAL = """
+## Variables that our own processes set for each other
+
+Not settings; do not set them yourself.
+"""
+
+
+def _settings_class() -> Any:
+    """Make the pydantic-settings class from the declarations; its values come from `load`, so the two always agree."""
+    from pydantic import Field, PrivateAttr, create_model
+    from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+    class Base(BaseSettings):
+        """Every setting of traceml, typed, with a description each."""
+
+        model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+        _sources: dict[str, str] = PrivateAttr(default_factory=dict)
+
+        def __init__(self, **arguments: Any) -> None:
+            config = load(**arguments)
+            super().__init__(**{name: getattr(config, name) for name in declarations()})
+            self._sources.update(config.sources)
+
+        @property
+        def sources(self) -> dict[str, str]:
+            """Where each value came from."""
+            return dict(self._sources)
+
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic's
+            init_settings: PydanticBaseSettingsSource,
+            *_: Any,
+            **__: Any,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings,)
+
+    model_fields: dict[str, Any] = {
+        each.name: (each.kind, Field(default=each.default, description=each.doc, repr=not each.secret))
+        for each in declarations().values()
+    }
+    return create_model("Settings", __base__=Base, __module__=__name__, __doc__=Base.__doc__, **model_fields)
+
+
+def __getattr__(name: str) -> Any:
+    if name != "Settings":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    made = _settings_class()
+    globals()[name] = made
+    return made
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(reference())
