@@ -1,0 +1,1 @@
+"""The process that stores each row once and watches over the ranks."""

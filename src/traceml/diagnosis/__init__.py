@@ -1,0 +1,1 @@
+"""Pure functions: windows of steps in, findings out."""

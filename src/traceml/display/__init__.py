@@ -1,0 +1,1 @@
+"""Media on which views are shown."""

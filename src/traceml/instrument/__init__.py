@@ -1,0 +1,1 @@
+"""Hooks and patches on torch: the only room that touches its internals."""

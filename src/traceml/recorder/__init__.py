@@ -1,0 +1,1 @@
+"""The part that lives in the training process, one per rank."""

@@ -1,0 +1,1 @@
+"""Views: from a run's data to what a person reads. No input or output here."""

@@ -1,0 +1,1 @@
+"""A run as an object: found, followed, loaded, reported."""

@@ -1,0 +1,1 @@
+"""Numbers read every so often: process, host, devices, memory."""

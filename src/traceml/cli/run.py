@@ -1,0 +1,209 @@
+"""`traceml run`: trace a script that stays as it is, alone or under torchrun."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from traceml import settings
+from traceml.errors import UsageError
+from traceml.ids import new_run_id
+from traceml.launch.supervisor import Job, Outcome, Screen, Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+__all__ = ["main", "run_job"]
+
+# torchrun's options, so that the script can be told from an option's value. Written down because asking torch would
+# cost a second; `--no-python` is absent: what is no Python script cannot be traced.
+_TORCHRUN_WITH_VALUE = (
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+    "--rdzv-conf",
+    "--max-restarts",
+    "--monitor-interval",
+    "--start-method",
+    "--event-log-handler",
+    "--role",
+    "--log-dir",
+    "--redirects",
+    "--tee",
+    "--local-ranks-filter",
+    "--duplicate-stdout-filters",
+    "--duplicate-stderr-filters",
+    "--node-rank",
+    "--master-addr",
+    "--master-port",
+    "--local-addr",
+    "--logs-specs",
+    "--numa-binding",
+    "--signals-to-handle",
+    "--shutdown-timeout",
+)
+_TORCHRUN_FLAGS = ("--standalone", "--virtual-local-rank")
+_SHORT = {"--redirects": "-r", "--tee": "-t"}
+
+_EPILOG = """\
+examples:
+  traceml run train.py --lr 0.1              one process
+  traceml run --nproc-per-node 4 train.py    four ranks, as torchrun would start them
+  traceml run -m my_package.train            a module
+
+Options before SCRIPT are traceml's and torchrun's; everything after it belongs to the script.
+The exit status is that of the rank which failed first, 128 + n for signal n."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(argv: list[str]) -> int:
+    """Run a script under tracing; return its exit status."""
+    options = _parser().parse_args(argv)
+    target, *arguments = _target(options)
+    config = settings.load(**_given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
+    if not config.enabled:
+        command = [sys.executable, *(["-m"] if options.module else []), target, *arguments]
+        os.execv(sys.executable, command)  # noqa: S606 - the user's own script
+
+    job = Job(
+        command=_command(options, target, arguments),
+        elastic=_elastic(options),
+        run_id=config.run_id or new_run_id(config.run_name or Path(target).stem),
+        runs_dir=Path(config.runs_dir).absolute(),
+        environ=_given(TRACEML_RUN_NAME=options.run_name, TRACEML_PROJECT=options.project),
+    )
+    return run_job(job, live=options.live, report=options.report)
+
+
+def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
+    """Run a job, show it while it lives, and print its verdict.
+
+    Args:
+        job: what to run.
+        live: `terminal`, `none`, or `auto`: the terminal view where there is a terminal.
+        report: where to put a copy of report.json.
+
+    Returns:
+        The job's exit status.
+    """
+    outcome = Supervisor(job, make_screen=_screen_maker(job, live)).run()
+    _conclude(job, outcome, report)
+    return outcome.status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="traceml run",
+        description="Run a training script, see live what each rank does, and read at the end what limits it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    own = parser.add_argument_group("traceml's options")
+    own.add_argument("--live", choices=("auto", "terminal", "none"), default="auto", help="live view (default: auto)")
+    own.add_argument("--report", type=Path, metavar="FILE", help="also write the report, as JSON, to FILE")
+    own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
+    own.add_argument("--project", metavar="NAME", help="project the run belongs to")
+    own.add_argument("--runs-dir", metavar="DIR", help="where runs are kept (default: traceml_runs)")
+    own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for `python -m`")
+
+    torchrun = parser.add_argument_group("torchrun's options")
+    torchrun.add_argument(
+        "--nproc-per-node", "--nproc_per_node", metavar="N", help="ranks on this host: a number, cpu, gpu or auto"
+    )
+    for name in _TORCHRUN_WITH_VALUE:
+        names = [_SHORT[name]] if name in _SHORT else []
+        torchrun.add_argument(*names, name, name.replace("-", "_").replace("__", "--", 1), help=argparse.SUPPRESS)
+
+    for name in _TORCHRUN_FLAGS:
+        torchrun.add_argument(
+            name, name.replace("-", "_").replace("__", "--", 1), action="store_true", help=argparse.SUPPRESS
+        )
+
+    torchrun.description = "All options of torchrun but --no-python are accepted and passed on."
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
+    return parser
+
+
+def _target(options: argparse.Namespace) -> list[str]:
+    """Return the script and its arguments, or say what is wrong with them."""
+    target: list[str] = options.script
+    if target and target[0] == "--":
+        target = target[1:]
+
+    if not target:
+        raise UsageError("no script given. Try: traceml run train.py")
+
+    if target[0].startswith("-"):
+        raise UsageError(f"unknown option {target[0]}")
+
+    if not options.module and not Path(target[0]).exists():
+        raise UsageError(f"can't open file {target[0]!r}: no such file. For a module, use -m.")
+
+    return target
+
+
+def _elastic(options: argparse.Namespace) -> bool:
+    """Whether torchrun is needed: for several processes, or when one of its options was given."""
+    return options.nproc_per_node not in (None, "1") or bool(_torchrun_arguments(options))
+
+
+def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
+    arguments = []
+    for name in _TORCHRUN_WITH_VALUE:
+        value = getattr(options, name.strip("-").replace("-", "_"))
+        if value is not None:
+            arguments.append(f"{name}={value}")
+
+    return arguments + [name for name in _TORCHRUN_FLAGS if getattr(options, name.strip("-").replace("-", "_"))]
+
+
+def _command(options: argparse.Namespace, target: str, arguments: Sequence[str]) -> list[str]:
+    script = [*(["-m"] if options.module else []), target, *arguments]
+    if not _elastic(options):
+        return [sys.executable, "-m", "traceml.recorder.entry", *script]
+
+    torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
+    return [sys.executable, "-m", "traceml.launch.elastic", *torchrun, "-m", "traceml.recorder.entry", *script]
+
+
+def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
+    if live == "none" or not sys.stdout.isatty():
+        if live == "terminal":
+            raise UsageError("--live terminal needs a terminal; standard output is none")
+
+        return None
+
+    def make() -> Screen:
+        from traceml.display.terminal import RunScreen
+
+        return RunScreen(job.run_dir)
+
+    return make
+
+
+def _conclude(job: Job, outcome: Outcome, report: Path | None) -> None:
+    """Print the verdict card to stderr: standard output belongs to the script."""
+    from traceml.renderers.card import print_card
+    from traceml.runs.report import write_report
+
+    path = job.run_dir / "report.json"
+    if not outcome.finished or not path.exists():
+        path = write_report(job.run_dir)
+
+    print_card(path, file=sys.stderr)
+    if report is not None:
+        shutil.copyfile(path, report)
+
+
+def _given(**values: str | None) -> dict[str, str]:
+    return {key: value for key, value in values.items() if value is not None}

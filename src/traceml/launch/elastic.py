@@ -1,0 +1,97 @@
+"""torchrun, with its news told as they happen.
+
+`python -m traceml.launch.elastic [torchrun options] SCRIPT …` does what `torchrun` does. It also writes one JSON line
+per process that failed to the descriptor named by TRACEML_FAILURES_FD, in every attempt, and ends with the status of
+the rank that failed first: its exit code, or 128 + n for signal n, where torchrun itself always ends with 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+__all__ = ["main", "status_of"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run torchrun with `argv`; return the status of the first rank that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    report = _reporter(os.environ.pop("TRACEML_FAILURES_FD", None))
+    told = _watch_agent(report)
+    try:
+        run(parse_args(list(argv)))
+    except ChildFailedError as error:
+        if not told:
+            report(error.failures.items())
+
+        _, first = error.get_first_failure()
+        # torchrun's own account of the failure, for those who look for it
+        print(error, file=sys.stderr)  # noqa: T201 - this module is a program
+        return status_of(first.exitcode)
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    except KeyboardInterrupt:
+        return 130
+
+    return 0
+
+
+def status_of(exitcode: int) -> int:
+    """Translate a process's exit code (negative: a signal) into a shell's status."""
+    return 128 - exitcode if exitcode < 0 else exitcode
+
+
+def _reporter(fd_text: str | None) -> Any:
+    """Return a function that writes {rank: ProcessFailure} pairs to the descriptor, or does nothing without one."""
+    if fd_text is None:
+        return lambda _failures: None
+
+    fd = int(fd_text)
+    os.set_inheritable(fd, False)
+
+    def report(failures: Iterable[tuple[int, Any]]) -> None:
+        for rank, failure in failures:
+            line = {
+                "rank": rank,
+                "local_rank": failure.local_rank,
+                "pid": failure.pid,
+                "exitcode": failure.exitcode,
+                "time": failure.timestamp,
+            }
+            os.write(fd, json.dumps(line).encode() + b"\n")
+
+    return report
+
+
+def _watch_agent(report: Any) -> list[bool]:
+    """Have torchrun's agent tell failures of each attempt, also those that it restarts after.
+
+    `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are told at the end.
+    """
+    from torch.distributed.launcher import api
+
+    told: list[bool] = []
+    original = getattr(getattr(api, "LocalElasticAgent", None), "_monitor_workers", None)
+    if original is None:
+        return told
+
+    def monitor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if failures := getattr(result, "failures", None):
+            report(failures.items())
+            told.append(True)
+
+        return result
+
+    api.LocalElasticAgent._monitor_workers = monitor
+    return told
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""Starting processes that end with us, and the pseudo-terminal that a script may believe in."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import pty
+import signal
+import struct
+import subprocess
+import termios
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any
+
+__all__ = ["PASSED_ON", "PseudoTerminal", "spawn"]
+
+# Signals that a supervisor holds back from itself and passes on to the job.
+PASSED_ON = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2})
+_PR_SET_PDEATHSIG = 1
+
+
+def spawn(
+    command: Sequence[str],
+    *,
+    environ: Mapping[str, str],
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
+    pass_fds: Sequence[int] = (),
+    death_signal: signal.Signals | None = None,
+    own_session: bool = False,
+) -> subprocess.Popen[bytes]:
+    """Start a process which receives the signals that a supervisor holds back.
+
+    Args:
+        command: program and arguments.
+        environ: its whole environment.
+        stdout: where its output goes; None inherits ours.
+        stderr: where its errors go; None inherits ours.
+        pass_fds: descriptors it keeps.
+        death_signal: what the kernel sends it when this process dies, however that happens.
+        own_session: keep it away from the terminal's signals.
+    """
+    return subprocess.Popen(
+        command,
+        env=dict(environ),
+        stdout=stdout,
+        stderr=stderr,
+        pass_fds=tuple(pass_fds),
+        start_new_session=own_session,
+        preexec_fn=_before_exec(death_signal),  # noqa: PLW1509 - runs a prebound C function and no imports
+    )
+
+
+def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
+    # bound here: after a fork, a child should look up as little as it can
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        if death_signal is None:
+            return
+
+        prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
+        if os.getppid() != parent:  # the parent died before prctl
+            os._exit(128 + int(death_signal))
+
+    return prepare
+
+
+class PseudoTerminal:
+    """A terminal for a script whose output is shown above a live view: its bytes arrive as written."""
+
+    def __init__(self, like_fd: int) -> None:
+        self._like_fd = like_fd
+        self.master, self.slave = pty.openpty()
+        attributes = termios.tcgetattr(self.slave)
+        attributes[1] &= ~termios.OPOST  # no newline translation: the real terminal does that
+        termios.tcsetattr(self.slave, termios.TCSANOW, attributes)
+        os.set_blocking(self.master, False)
+        self._size = b""
+        self.follow_size()
+
+    def follow_size(self) -> None:
+        """Give the pseudo-terminal the real one's size, which tells the script when it changed."""
+        size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        if size != self._size:
+            self._size = size
+            fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
+
+    def read(self) -> bytes | None:
+        """Return what the script wrote; empty when there is nothing now, None when nobody holds the other end."""
+        try:
+            return os.read(self.master, 65536) or None
+        except BlockingIOError:
+            return b""
+        except OSError:  # EIO: every process that held the slave has closed it
+            return None
+
+    def close_slave(self) -> None:
+        """Let go of the script's end, so that its closing can be seen."""
+        os.close(self.slave)
+
+    def close(self) -> None:
+        """Close our end."""
+        os.close(self.master)
