@@ -1,0 +1,201 @@
+"""Settings: precedence, coercion, errors, the reference page, and the pydantic form."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import traceml
+from traceml.errors import SettingsError
+from traceml.settings import INTERNAL_ENV, Config, declarations, load, reference
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(environ: dict[str, str] | None = None, folder: Path | None = None, /, **arguments: object) -> Config:
+    """Load with nothing of the machine in it."""
+    return load(environ or {}, folder or Path("/proc"), **arguments)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project with a pyproject.toml, a user file, and a folder to work in."""
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    (tmp_path / "config" / "traceml").mkdir(parents=True)
+    (tmp_path / "pyproject.toml").write_text('[tool.traceml]\nport = 1003\nhost = "project"\nproject = "p"\n')
+    (tmp_path / "config" / "traceml" / "config.toml").write_text('port = 1004\nhost = "user"\nrun_name = "u"\n')
+    return tmp_path
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    """Nothing set anywhere gives the declared defaults, and says so."""
+    config = read()
+
+    assert (config.enabled, config.host, config.port) == (True, "127.0.0.1", 29765)
+    assert config.frameworks == ("tensorboard", "lightning", "huggingface")
+    assert (config.on_missing, config.connect_timeout, config.ring_rows) == ("raise", 5.0, 65536)
+    assert set(config.sources.values()) == {"default"}
+    assert set(config.sources) == set(declarations())
+
+
+def test_precedence(project: Path) -> None:
+    """Arguments win over environment over project file over user file, each naming itself as the source."""
+    environ = {"XDG_CONFIG_HOME": str(project / "config"), "TRACEML_HOST": "env", "TRACEML_PORT": "1002"}
+
+    config = load(environ, project / "work" / "deep", port=1001)
+
+    assert (config.port, config.host, config.project, config.run_name) == (1001, "env", "p", "u")
+    assert config.sources["port"] == "argument"
+    assert config.sources["host"] == "TRACEML_HOST"
+    assert config.sources["project"] == str(project / "pyproject.toml")
+    assert config.sources["run_name"] == str(project / "config" / "traceml" / "config.toml")
+
+
+def test_the_nearest_project_file_counts(project: Path) -> None:
+    """traceml.toml below hides pyproject.toml above; a pyproject.toml without our table is passed over."""
+    (project / "work" / "traceml.toml").write_text("port = 7\n")
+    (project / "work" / "deep" / "pyproject.toml").write_text('[project]\nname = "traceml-user"\n')
+
+    config = read({}, project / "work" / "deep")
+
+    assert (config.port, config.host) == (7, "127.0.0.1")
+
+
+def test_the_supervisor_wins_over_arguments() -> None:
+    """What `traceml run` set for this process is not overruled by init's arguments."""
+    environ = {"TRACEML_ADDRESS": "[::1]:4711", "TRACEML_TOKEN": "t", "TRACEML_RUN_ID": "r"}
+
+    config = read(environ, host="elsewhere", port=1, token="mine", run_id="mine")
+
+    assert (config.host, config.port, config.token, config.run_id) == ("::1", 4711, "t", "r")
+    assert config.supervised
+    assert config.sources["port"] == "TRACEML_ADDRESS"
+    assert not read().supervised
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "name", "value"),
+    [
+        ("traceml_Port", "1", "port", 1),
+        ("TRACEML_ENABLED", "off", "enabled", False),
+        ("TRACEML_ENABLED", "1", "enabled", True),
+        ("TRACEML_ENABLED", "", "enabled", True),
+        ("TRACEML_BACKEND", "mlflow, wandb", "backend", ("mlflow", "wandb")),
+        ("TRACEML_BACKENDS", '["a,b", "c"]', "backend", ("a,b", "c")),
+        ("TRACEML_FRAMEWORKS", "", "frameworks", ()),
+        ("TRACEML_SAMPLER_INTERVALS", '{"host": 5}', "sampler_intervals", {"host": 5.0}),
+        ("TRACEML_RUN_ID", "", "run_id", None),
+        ("TRACEML_KEEP_RUNS", "none", "keep_runs", None),
+        ("TRACEML_RUNS_DIR", "/tmp/x", "runs_dir", Path("/tmp/x")),
+        ("TRACEML_ON_MISSING", "WARN", "on_missing", "warn"),
+        ("TRACEML_CONNECT_TIMEOUT", "2.5", "connect_timeout", 2.5),
+    ],
+)
+def test_environment_text_becomes_typed(variable: str, text: str, name: str, value: object) -> None:
+    """Variables are found whatever their case, and read as people write them."""
+    assert getattr(read({variable: text}), name) == value
+
+
+def test_backend_tables(tmp_path: Path) -> None:
+    """Each [tool.traceml.backends.<name>] becomes that tracker's options; a list is the trackers' names."""
+    (tmp_path / "traceml.toml").write_text('backend = ["mlflow"]\n[backends.mlflow]\ntracking_uri = "x"\n')
+
+    config = read({}, tmp_path)
+
+    assert config.backend == ("mlflow",)
+    assert config.backend_options == {"mlflow": {"tracking_uri": "x"}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"prot": 1}, "did you mean 'port'"),
+        ({"port": "many"}, "'many' is not allowed (from argument). Allowed: an integer from 0 to 65535"),
+        ({"port": 65536}, "an integer from 0 to 65535"),
+        ({"port": True}, "an integer"),
+        ({"port": 1.5}, "an integer"),
+        ({"on_missing": "ignore"}, "raise or warn"),
+        ({"flush_interval": float("nan")}, "a number of at least 0.01"),
+        ({"hang_timeout": 0}, "a number above 0"),
+        ({"sampler_intervals": {"host": -1}}, "a map (JSON) of names to a number"),
+        ({"backend": [1]}, "a list of texts"),
+        ({"tls": True}, "not available yet"),
+        ({"host": " "}, "a text that is not empty"),
+        ({"enabled": "perhaps"}, "true or false"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], expected: str) -> None:
+    """An unknown name or a bad value says what it was and what is allowed."""
+    with pytest.raises(SettingsError) as caught:
+        read(**arguments)
+
+    assert expected in str(caught.value)
+    assert caught.value.source == "argument"
+    assert isinstance(caught.value, ValueError)
+
+
+def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
+    """The error names the variable as it was written, or the file's path."""
+    with pytest.raises(SettingsError, match=r"Traceml_Prot: no such setting; did you mean 'port'\?"):
+        read({"Traceml_Prot": "1"})
+
+    path = tmp_path / "traceml.toml"
+    path.write_text("prot = 1\n")
+    with pytest.raises(SettingsError) as caught:
+        read({}, tmp_path)
+    assert caught.value.source == str(path)
+
+    path.write_text("port = \n")
+    with pytest.raises(SettingsError, match=r"traceml\.toml: is not TOML"):
+        read({}, tmp_path)
+
+
+def test_a_token_is_not_shown() -> None:
+    """Neither the record's text nor an error about it contains a secret."""
+    assert "secret-word" not in repr(read(token="secret-word"))
+    with pytest.raises(SettingsError) as caught:
+        read(token=["secret-word"])
+
+    assert "secret-word" not in str(caught.value)
+
+
+def test_variables_of_our_own_processes_are_exempt() -> None:
+    """INTERNAL_ENV is not mistaken for settings, and none of it is one."""
+    read(dict.fromkeys(INTERNAL_ENV, "host:1"))
+
+    assert not set(INTERNAL_ENV) & {each.env for each in declarations().values()}
+
+
+def test_the_reference_page_is_current() -> None:
+    """docs/settings.md is what `python -m traceml.settings` writes."""
+    assert (ROOT / "docs" / "settings.md").read_text() == reference()
+
+
+def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path) -> None:
+    """traceml.Settings has the same fields, descriptions, values and sources as the loader."""
+    monkeypatch.setenv("TRACEML_HOST", "env")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(project / "config"))
+    monkeypatch.chdir(project / "work")
+
+    settings, config = traceml.Settings(port=9), load(port=9)
+
+    assert settings.model_dump() == {name: getattr(config, name) for name in declarations()}
+    assert settings.sources == config.sources
+    described = {name: each.description for name, each in type(settings).model_fields.items()}
+    assert described == {name: each.doc for name, each in declarations().items()}
+    with pytest.raises(SettingsError, match="did you mean 'port'"):
+        traceml.Settings(prot=9)
+
+
+def test_the_loader_needs_the_standard_library_alone() -> None:
+    """Loading settings imports neither pydantic nor numpy nor torch."""
+    code = (
+        "import sys, traceml.settings as s; s.load(); print(sorted({'pydantic', 'numpy', 'torch'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
