@@ -1,0 +1,330 @@
+"""Aligned steps: what all ranks did in the same steps, as arrays that rules can compute on.
+
+`StepWindow` takes rows as they arrive, for thousands of ranks at a time; `Window` is what every rank has of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import STEPS
+
+__all__ = ["PHASES", "Floats", "StepWindow", "Window", "slots_for"]
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+Rows = NDArray[np.void]
+
+PHASES = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "user", "other")
+"""The parts of a step in a `Window`; they add up to its total. `backward` here includes the waiting inside it."""
+
+# The ten durations of a step row lie side by side, so one slice of the row matrix holds them all.
+_TOTAL, _OWN = 0, 9
+_COLUMNS = [column.name for column in STEPS.columns]
+_FIRST_VALUE, _LAST_VALUE = _COLUMNS.index("total_ns"), _COLUMNS.index("backward_own_ns")
+_DEVICE_FIELDS = ("h2d_ns", "forward_ns", "backward_ns", "optimizer_ns", "comm_ns")
+
+# A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
+_MAX_CELLS = 640_000
+_MIN_STEPS = 20
+_MAX_USER_PHASES = 32
+
+
+def slots_for(ranks: int) -> int:
+    """Return how many steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (70 MB)."""
+    slots = 4096
+    while slots > 128 and slots * max(ranks, 1) > 131_072:
+        slots //= 2
+
+    return slots
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps which all ranks have.
+
+    Attributes:
+        ranks: the ranks, one per row of the arrays.
+        steps: the training steps, one per column.
+        times: part of a step (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
+        total: wall time of each step in nanoseconds.
+        backward_own: backward until the last local gradient was there; NaN where not measured.
+        user: the user's own phases by name, nanoseconds; together they are `times["user"]`.
+        flags: `StepFlag` bits.
+        behind: ranks that had rows, but none in common with the others.
+        device: whether device times stand in for CPU times of the device's phases.
+    """
+
+    ranks: Ints
+    steps: Ints
+    times: Mapping[str, Floats]
+    total: Floats
+    backward_own: Floats
+    user: Mapping[str, Floats] = field(default_factory=dict)
+    flags: NDArray[np.uint16] = field(default_factory=lambda: np.zeros((0, 0), np.uint16))
+    behind: tuple[int, ...] = ()
+    device: bool = False
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def wait(self) -> Floats:
+        """Waiting for other ranks and for the network: inside backward, and in collectives; NaN where unknown."""
+        inside = np.maximum(self.times["backward"] - self.backward_own, 0)
+        return inside + self.times["comm"]
+
+    @cached_property
+    def measured(self) -> NDArray[np.bool_]:
+        """Steps on which every rank told its own backward work from waiting."""
+        if not len(self.ranks):
+            return np.zeros(len(self.steps), bool)
+
+        return np.asarray(~np.isnan(self.backward_own).any(axis=0))
+
+    @property
+    def step_ns(self) -> float:
+        """Mean wall time of a step over ranks and steps."""
+        return float(self.total.mean()) if self.total.size else 0.0
+
+    def select(self, columns: slice | NDArray[np.bool_]) -> Window:
+        """Return the same ranks over some of the steps."""
+        return Window(
+            self.ranks,
+            self.steps[columns],
+            {name: values[:, columns] for name, values in self.times.items()},
+            self.total[:, columns],
+            self.backward_own[:, columns],
+            {name: values[:, columns] for name, values in self.user.items()},
+            self.flags[:, columns],
+            self.behind,
+            self.device,
+        )
+
+
+class StepWindow:
+    """The last rows of every rank, at most `slots` steps each: a ring per rank that grows with the number of ranks.
+
+    A rank's rows must come in order; a rank that starts again from step 0 overwrites what it left. Durations are kept
+    as float32 (a step of ten seconds to the microsecond), 52 bytes per rank and step.
+
+    Args:
+        slots: steps kept per rank; see `slots_for`.
+        ranks: ranks to make room for now; more come by themselves.
+    """
+
+    def __init__(self, slots: int, ranks: int = 0) -> None:
+        self.slots = slots
+        self._capacity = 0
+        self._latest = np.empty(0, np.int64)
+        self._ended = np.empty(0, bool)
+        self._sequence = np.empty(0, np.int64)
+        self._end_ns = np.empty(0, np.int64)
+        self._step = np.empty(0, np.int64)
+        self._bits = np.empty(0, np.uint32)
+        self._values = np.empty((0, 10), np.float32)
+        self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
+        self._device: tuple[Ints, Floats] | None = None
+        self._grow(ranks)
+
+    @property
+    def latest(self) -> Ints:
+        """Last step of each rank by rank index, -1 where none has come."""
+        return self._latest[: self._capacity]
+
+    @property
+    def end_ns(self) -> Ints:
+        """The rank's monotonic stamp at the end of its last step, by rank index."""
+        return self._end_ns[: self._capacity]
+
+    @property
+    def sequence(self) -> Ints:
+        """Collective sequence number at the end of the rank's last step, by rank index."""
+        return self._sequence[: self._capacity]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the rings."""
+        held = [self._step, self._bits, self._values, *(array for pair in self._user.values() for array in pair)]
+        return sum(array.nbytes for array in [*held, *(self._device or ())])
+
+    def scatter(self, rank_indices: Ints, rows: Rows) -> None:
+        """Take step rows of many ranks at once.
+
+        Args:
+            rank_indices: the rank of each row; a rank's rows in order, ranks in any order.
+            rows: as many rows of `schema.STEPS`.
+        """
+        if not len(rows):
+            return
+
+        matrix = np.ascontiguousarray(rows).view(np.int64).reshape(len(rows), -1)
+        self._grow(int(rank_indices.max()) + 1)
+        steps, bits = matrix[:, 0], matrix[:, -1]
+        at = rank_indices * self.slots + steps % self.slots
+        self._step[at] = steps
+        self._bits[at] = bits & 0xFFFFFFFF
+        self._values[at] = matrix[:, _FIRST_VALUE : _LAST_VALUE + 1]
+        # A repeated index keeps the last value given, which is the rank's newest row.
+        self._latest[rank_indices] = steps
+        self._sequence[rank_indices] = bits >> 32
+        self._end_ns[rank_indices] = matrix[:, 1]
+
+    def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
+        """Take rows of `schema.USER_PHASES` of one rank; `names` are that rank's names by id.
+
+        Phases beyond the first 32 names are left in the sum which the step row carries.
+        """
+        self._grow(rank_index + 1)
+        for name_id in np.unique(rows["name_id"]).tolist():
+            name = names.get(name_id, f"phase {name_id}")
+            if name not in self._user and len(self._user) >= _MAX_USER_PHASES:
+                continue
+
+            of_name = rows[rows["name_id"] == name_id]
+            steps, values = self._user_ring(name)
+            at = rank_index * self.slots + of_name["step"] % self.slots
+            steps[at] = of_name["step"]
+            values[at] = of_name["ns"]
+
+    def scatter_device(self, rank_indices: Ints, rows: Rows) -> None:
+        """Take rows of `schema.DEVICE_STEPS`; they arrive some steps later than the step rows."""
+        if not len(rows):
+            return
+
+        self._grow(int(rank_indices.max()) + 1)
+        if self._device is None:
+            cells = self._capacity * self.slots
+            self._device = np.full(cells, -1, np.int64), np.zeros((cells, 6), np.float32)
+
+        steps, values = self._device
+        at = rank_indices * self.slots + rows["step"] % self.slots
+        steps[at] = rows["step"]
+        for column, name in enumerate((*_DEVICE_FIELDS, "backward_own_ns")):
+            values[at, column] = rows[name]
+
+    def end(self, rank_index: int) -> None:
+        """Note that this rank has no further steps: the others need not be aligned with it."""
+        self._grow(rank_index + 1)
+        self._ended[rank_index] = True
+
+    def clear(self, rank_index: int) -> None:
+        """Forget a rank's rows: it starts again (a new attempt)."""
+        self._grow(rank_index + 1)
+        self._ended[rank_index], self._latest[rank_index] = False, -1
+        self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
+
+    def aligned(self, last: int = 200, skip_first: int = 10) -> Window:
+        """Return the newest steps which all live ranks have.
+
+        A rank that ended, or is left behind by more than half the ring, is no longer waited for; when all have ended,
+        the steps they had in common are taken.
+
+        Args:
+            last: at most so many steps (fewer for thousands of ranks).
+            skip_first: leave out the run's first steps, which set things up; fewer of them where less than 20 steps
+                would remain, but never less than 3.
+        """
+        chosen, behind = self._candidates()
+        if not len(chosen):
+            return self._window(chosen, np.empty(0, np.int64), behind)
+
+        newest = int(self._latest[chosen].min())
+        last = min(last, self.slots, max(_MIN_STEPS, _MAX_CELLS // len(chosen)))
+        skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
+        steps = np.arange(max(newest - last + 1, skip, 0), newest + 1, dtype=np.int64)
+        found = self._step[chosen[:, None] * self.slots + steps % self.slots] == steps
+        # A rank that lost many rows must not take the steps of all others with it.
+        coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
+        kept = coverage >= 0.5 * coverage.max()
+        behind = (*behind, *chosen[~kept].tolist())
+        return self._window(chosen[kept], steps[found[kept].all(axis=0)], behind)
+
+    def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
+        seen = self._latest >= 0
+        live = seen & ~self._ended
+        if not live.any():
+            live = seen
+
+        if not live.any():
+            return np.empty(0, np.int64), ()
+
+        near = live & (self._latest > self._latest[live].max() - max(self.slots // 2, 1))
+        return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
+
+    def _window(self, ranks: Ints, steps: Ints, behind: tuple[int, ...]) -> Window:
+        at = ranks[:, None] * self.slots + steps % self.slots
+        values = np.ascontiguousarray(np.moveaxis(self._values[at], -1, 0))
+        total, own = values[_TOTAL], values[_OWN]
+        own[own < 0] = np.nan
+        times = dict(zip(PHASES, values[1:_OWN], strict=False))
+        device = self._replace_by_device(times, own, total, at, steps)
+        times["other"] = np.maximum(total - sum(times.values()), 0)
+        flags = (self._bits[at] >> 16).astype(np.uint16)
+        user = {name: self._user_values(name, at, steps) for name in self._user}
+        return Window(ranks, steps, times, total, own, user, flags, behind, device)
+
+    def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
+        """Put device times in the place of what the CPU saw of the device's phases: on CUDA that is only the launch.
+
+        What the CPU did meanwhile costs only as much as the device stood idle: its phases are cut to that.
+        """
+        if self._device is None or not at.size:
+            return False
+
+        found = self._device[0][at] == steps
+        if not found.all(axis=0).any():
+            return False
+
+        values = self._device[1][at]
+        for column, name in enumerate(_DEVICE_FIELDS):
+            np.copyto(times[name.removesuffix("_ns")], values[..., column], where=found)
+
+        np.copyto(own, np.where(values[..., 5] < 0, np.nan, values[..., 5]), where=found)
+        idle = np.maximum(total - sum(times[name.removesuffix("_ns")] for name in _DEVICE_FIELDS), 0)
+        for name in ("input_wait", "checkpoint", "user"):
+            np.copyto(times[name], np.minimum(times[name], idle), where=found)
+            idle = idle - times[name]
+
+        return True
+
+    def _user_values(self, name: str, at: Ints, steps: Ints) -> Floats:
+        stored, values = self._user[name]
+        return np.where(stored[at] == steps, values[at], np.float32(0))
+
+    def _user_ring(self, name: str) -> tuple[NDArray[np.int32], Floats]:
+        if name not in self._user:
+            cells = self._capacity * self.slots
+            self._user[name] = np.full(cells, -1, np.int32), np.zeros(cells, np.float32)
+
+        return self._user[name]
+
+    def _grow(self, ranks: int) -> None:
+        if ranks <= self._capacity:
+            return
+
+        # By half at least, so that ranks which arrive one by one do not copy everything each time.
+        more = max(ranks, self._capacity * 3 // 2 if self._capacity else 0) - self._capacity
+        cells = more * self.slots
+        self._latest = np.concatenate([self._latest, np.full(more, -1, np.int64)])
+        self._ended = np.concatenate([self._ended, np.zeros(more, bool)])
+        self._sequence = np.concatenate([self._sequence, np.zeros(more, np.int64)])
+        self._end_ns = np.concatenate([self._end_ns, np.zeros(more, np.int64)])
+        self._step = np.concatenate([self._step, np.full(cells, -1, np.int64)])
+        self._bits = np.concatenate([self._bits, np.zeros(cells, np.uint32)])
+        self._values = np.concatenate([self._values, np.zeros((cells, 10), np.float32)])
+        self._user = {name: _longer(pair, cells) for name, pair in self._user.items()}
+        self._device = _longer(self._device, cells) if self._device else None
+        self._capacity += more
+
+
+def _longer(pair: tuple[Any, Any], cells: int) -> tuple[Any, Any]:
+    steps, values = pair
+    padding = np.zeros((cells, *values.shape[1:]), values.dtype)
+    return np.concatenate([steps, np.full(cells, -1, steps.dtype)]), np.concatenate([values, padding])
