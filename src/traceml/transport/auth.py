@@ -1,0 +1,189 @@
+"""Who may talk to an aggregator: the token, how each side proves it, and the file where one user's processes find it.
+
+The token never travels. Each side sends a nonce and answers the other's by an HMAC, so that a recorded answer is of no
+use later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import stat
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from traceml.clock import boot_id, process_start_ticks
+
+__all__ = [
+    "CLIENT_NONCE_TAG",
+    "Published",
+    "client_nonce",
+    "discover",
+    "mac",
+    "new_token",
+    "publish",
+    "runtime_folder",
+    "same_mac",
+    "server_nonce",
+    "withdraw",
+]
+
+# A client never answers a challenge that begins like its own nonces: else a false aggregator could hand the nonce of one
+# connection to a second connection of the same client and pass its answer off as a proof of its own.
+CLIENT_NONCE_TAG = b"traceml-client-1"
+
+_log = logging.getLogger("traceml")
+
+
+def new_token() -> str:
+    """Return a fresh token: 256 random bits as text."""
+    return secrets.token_urlsafe(32)
+
+
+def server_nonce() -> bytes:
+    """Return 32 random bytes for a challenge."""
+    return secrets.token_bytes(32)
+
+
+def client_nonce() -> bytes:
+    """Return the tag of clients' nonces and 24 random bytes."""
+    return CLIENT_NONCE_TAG + secrets.token_bytes(24)
+
+
+def mac(token: str, nonce: bytes, role: str, run: str, rank: int) -> bytes:
+    """Return the proof of `token`: HMAC-SHA256 over the other side's nonce, role, run and rank.
+
+    The texts are UTF-8, the rank is decimal ASCII, nothing stands between the parts.
+    """
+    return hmac.digest(token.encode(), nonce + f"{role}{run}{rank}".encode(), hashlib.sha256)
+
+
+def same_mac(left: bytes, right: bytes) -> bool:
+    """Compare two proofs in constant time."""
+    return hmac.compare_digest(left, right)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """An aggregator of this user on this host, as its file tells.
+
+    Args:
+        host: the address that it listens on.
+        port: the port that it listens on.
+        token: what to prove to it.
+        pid: its process.
+        start_ticks: that process's start time, for pids are used again.
+        boot: this boot of the machine.
+        runs_dir: where it writes.
+    """
+
+    host: str
+    port: int
+    token: str
+    pid: int
+    start_ticks: int
+    boot: str
+    runs_dir: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether that process still runs."""
+        return self.boot == boot_id() and process_start_ticks(self.pid) == self.start_ticks
+
+
+def runtime_folder() -> Path:
+    """Return this user's 0700 folder for sockets and tokens, made if need be.
+
+    Raises:
+        PermissionError: the folder belongs to someone else or is open to others: its contents cannot be trusted.
+    """
+    folder = _candidates()[0]
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    return folder
+
+
+def publish(host: str, port: int, token: str, *, runs_dir: str = "") -> Path:
+    """Write the 0600 file by which this user's ranks and commands find the aggregator of this process."""
+    pid = os.getpid()
+    entry = Published(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
+    path = runtime_folder() / _name(port)
+    draft = path.with_name(f"{path.name}.{pid}")
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
+        json.dump(asdict(entry), file)
+
+    draft.replace(path)  # a reader sees the old file or the new one, never a part
+    return path
+
+
+def discover(port: int, *, even_dead: bool = False) -> Published | None:
+    """Return what this user's aggregator on `port` published, or None when none did.
+
+    Args:
+        port: the port that it listens on.
+        even_dead: also return what an aggregator that has ended left behind.
+    """
+    for folder in _candidates():
+        entry = _read(folder / _name(port))
+        if entry is not None and (even_dead or entry.alive):
+            return entry
+
+    return None
+
+
+def withdraw(port: int) -> None:
+    """Remove the file of the aggregator on `port`, if it is this process's."""
+    for folder in _candidates():
+        entry = _read(folder / _name(port))
+        if entry is not None and entry.pid == os.getpid():
+            with contextlib.suppress(OSError):
+                (folder / _name(port)).unlink()
+
+
+def _name(port: int) -> str:
+    return f"aggregator-{port}.json"
+
+
+def _candidates() -> list[Path]:
+    """Folders to look in, the one to write first.
+
+    A shell under ssh or cron may lack XDG_RUNTIME_DIR where the one beside it has it, so all places are read.
+    """
+    uid = os.getuid()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    # The name under /tmp is predictable, hence the check of owner and mode before anything there is believed.
+    folders = [Path(f"/tmp/traceml-{uid}")]  # noqa: S108
+    for parent in (Path(f"/run/user/{uid}"), Path(runtime) if runtime else None):
+        if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
+            folders.insert(0, parent / "traceml")
+
+    return list(dict.fromkeys(folders))
+
+
+def _check_private(folder: Path) -> None:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise PermissionError(
+            f"{folder} must be a folder of this user with mode 0700, as aggregators' tokens are kept in it; "
+            f"its owner is uid {status.st_uid}, its mode {stat.S_IMODE(status.st_mode):04o}. Remove or correct it."
+        )
+
+
+def _read(path: Path) -> Published | None:
+    try:
+        _check_private(path.parent)
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
+            if os.fstat(file.fileno()).st_uid != os.getuid():
+                raise PermissionError(f"{path} belongs to another user")
+
+            return Published(**json.load(file))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("ignoring %s: %s", path, error)
+        return None

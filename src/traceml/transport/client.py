@@ -1,0 +1,431 @@
+"""The side that connects: a recorder, an agent, or a command.
+
+One thread owns a `Connection`. Nothing here blocks longer than it was told to, and sending never blocks at all: what
+the socket does not take is kept and goes out with the next call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import select
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Self
+
+from traceml.clock import clock_pair, monotonic_ns
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
+from traceml.transport import auth
+from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame
+from traceml.transport.hello import Hello
+
+__all__ = ["ClockOffset", "Connection", "connect", "keep_alive"]
+
+_RECEIVE_BYTES = 65536
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+
+_log = logging.getLogger("traceml")
+
+
+@dataclass(frozen=True, slots=True)
+class ClockOffset:
+    """How far the aggregator's wall clock is ahead of this host's monotonic clock, as the fastest exchange told.
+
+    Args:
+        offset_ns: aggregator's epoch_ns minus this process's monotonic_ns at the same moment.
+        rtt_ns: how long that exchange took; the offset is wrong by half of it at most.
+    """
+
+    offset_ns: int
+    rtt_ns: int
+
+
+def connect(
+    host: str, port: int, hello: Hello, token: str | None = None, *, timeout_s: float = 5.0, tries: int | None = None
+) -> Connection:
+    """Connect, trying again until `timeout_s` has passed.
+
+    Args:
+        host: where the aggregator listens.
+        port: its port.
+        hello: who this is.
+        token: what to prove; without one, what this user's aggregator on that port has published.
+        timeout_s: time for all tries together.
+        tries: give up after this many, even if time is left.
+
+    Raises:
+        AggregatorRefusedError: it answered and refused; trying again would not help.
+        AggregatorUnavailableError: none answered in time.
+    """
+    began = time.monotonic()
+    pause_s, number = _FIRST_PAUSE_S, 0
+    while True:
+        left_s = timeout_s - (time.monotonic() - began)
+        number += 1
+        try:
+            return Connection.connect(host, port, hello, token, timeout_s=max(left_s, 0.05))
+        except AggregatorUnavailableError as error:
+            last = error
+
+        left_s = timeout_s - (time.monotonic() - began)
+        if left_s <= pause_s or number == tries:
+            raise AggregatorUnavailableError(host, port, time.monotonic() - began, last.reason)
+
+        # A thousand ranks that lost one aggregator must not come back in the same instant.
+        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+
+class Connection:
+    """A connection on which both sides have proved the token. Made by `connect`.
+
+    Args:
+        sock: the connected socket.
+        decoder: what was received so far.
+        welcome: the aggregator's answer to the hello.
+        peer: (host, port) for messages.
+        early: messages that came right behind the welcome.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        decoder: Decoder,
+        welcome: dict[str, Any],
+        peer: tuple[str, int],
+        early: list[dict[str, Any]],
+    ) -> None:
+        self.welcome = welcome
+        self.acked: dict[str, int] = dict(welcome.get("acked", {}))
+        """Per table the number of the next row which the aggregator wants; it is durable up to there."""
+        self.bytes_sent = 0
+        self._sock = sock
+        self._decoder = decoder
+        self._peer = peer
+        self._unsent = bytearray()
+        self._inbox = early
+        self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
+        sock.setblocking(False)
+
+    @classmethod
+    def connect(cls, host: str, port: int, hello: Hello, token: str | None = None, *, timeout_s: float = 5.0) -> Self:
+        """Connect by one try.
+
+        Raises:
+            AggregatorRefusedError: the aggregator refused, or is none that knows this token or version.
+            AggregatorUnavailableError: nobody answered in time.
+        """
+        began = time.monotonic()
+        try:
+            sock = _open(host, port, timeout_s)
+            try:
+                shake = _Handshake(sock, host, port, began + timeout_s)
+                welcome = shake.run(hello, token)
+            except BaseException:
+                sock.close()
+                raise
+        except (OSError, ProtocolError) as error:
+            if isinstance(error, (AggregatorRefusedError, AggregatorUnavailableError)):
+                raise
+
+            reason = str(error) or type(error).__name__
+            raise AggregatorUnavailableError(host, port, time.monotonic() - began, reason) from error
+
+        return cls(sock, shake.decoder, welcome, (host, port), shake.early)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes which the socket has not taken yet. While there are some, send no more rows: the peer is behind."""
+        return len(self._unsent)
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for `select`."""
+        return self._sock.fileno()
+
+    def send_rows(self, table: str, seq: int, n: int, data: bytes) -> int:
+        """Send `n` rows of `table`, the first being number `seq`; return the bytes of the frame.
+
+        Raises:
+            ConnectionError: the connection is gone.
+        """
+        return self._send(rows_frame(table, seq, n, data))
+
+    def send(self, message: dict[str, Any]) -> int:
+        """Send a message; return the bytes of the frame.
+
+        Raises:
+            ConnectionError: the connection is gone.
+            ProtocolError: it is too large.
+        """
+        return self._send(encode(message))
+
+    def receive(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
+        """Return the messages that have come, waiting up to `timeout_s` for the first; acks go to `acked` instead.
+
+        Also returns when an ack has come, then perhaps with an empty list. What is unsent goes out meanwhile.
+
+        Raises:
+            AggregatorRefusedError: the aggregator threw this peer out, and said why.
+            ConnectionError: the connection is gone.
+        """
+        if self._inbox:
+            timeout_s = 0.0
+
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline - time.monotonic())
+            events = self._poll.poll(left_s * 1000.0)
+            if not events:
+                break
+
+            self._flush()
+            if self._fill():
+                break
+
+        messages, self._inbox = self._inbox, []
+        return messages
+
+    def flush(self, timeout_s: float) -> bool:
+        """Send what is unsent, for up to `timeout_s`; return whether all of it went out."""
+        deadline = time.monotonic() + timeout_s
+        while self._unsent and (left_s := deadline - time.monotonic()) > 0:
+            self._poll.poll(left_s * 1000.0)
+            self._flush()
+            self._fill()  # a peer that waits for us to read would never read what we send
+
+        return not self._unsent
+
+    def request(self, name: str, args: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
+        """Send `command{id, name, args}` and return its `reply`; other messages are kept for `receive`.
+
+        Raises:
+            TimeoutError: no reply came in time.
+        """
+        number = time.monotonic_ns()
+        self.send({"t": "command", "id": number, "name": name, "args": args or {}})
+        deadline = time.monotonic() + timeout_s
+        kept: list[dict[str, Any]] = []
+        try:
+            while (left_s := deadline - time.monotonic()) > 0:
+                for message in self.receive(left_s):
+                    if message["t"] == "reply" and message.get("id") == number:
+                        return message
+
+                    kept.append(message)
+        finally:
+            self._inbox[:0] = kept
+
+        raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout_s:.1f} s")
+
+    def measure_clock(self, *, rounds: int = 8, timeout_s: float = 0.5) -> ClockOffset | None:
+        """Ask for the aggregator's clock `rounds` times, keep the fastest answer, and tell it; None if none came."""
+        best: ClockOffset | None = None
+        deadline = time.monotonic() + timeout_s
+        kept: list[dict[str, Any]] = []
+        for _ in range(rounds):
+            sent_ns = monotonic_ns()
+            self.send({"t": "ping", "ns": sent_ns})
+            answer = self._await_pong(sent_ns, deadline, kept)
+            if answer is None:
+                break
+
+            rtt_ns = monotonic_ns() - sent_ns
+            if best is None or rtt_ns < best.rtt_ns:
+                best = ClockOffset(answer - sent_ns - rtt_ns // 2, rtt_ns)
+
+        self._inbox[:0] = kept
+        if best is not None:
+            mono_ns, epoch_ns = clock_pair()
+            self.send({"t": "clock", "offset_ns": best.offset_ns, "rtt_ns": best.rtt_ns, "pair": [mono_ns, epoch_ns]})
+
+        return best
+
+    def close(self, reason: str | None = None) -> None:
+        """Close; with a `reason`, say `bye{reason}` first, which makes the aggregator commit at once."""
+        if reason is not None:
+            with contextlib.suppress(OSError):
+                self.send({"t": "bye", "reason": reason})
+                self.flush(0.2)
+
+        self._sock.close()
+
+    def finish(self, reason: str, *, timeout_s: float) -> bool:
+        """Say `bye` and wait until the aggregator has committed everything and closed; return whether it did."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            self.send({"t": "bye", "reason": reason})
+            while (left_s := deadline - time.monotonic()) > 0:
+                if any(message["t"] == "bye" for message in self.receive(left_s)):
+                    return True
+        except ConnectionError:
+            pass  # closed before its bye came: then the last acks, which `acked` holds, are all that is known
+        finally:
+            self._sock.close()
+
+        return False
+
+    def _await_pong(self, sent_ns: int, deadline: float, kept: list[dict[str, Any]]) -> int | None:
+        while (left_s := deadline - time.monotonic()) > 0:
+            answer: int | None = None
+            for message in self.receive(left_s):
+                if message["t"] != "pong":
+                    kept.append(message)
+                elif message.get("ns") == sent_ns:
+                    answer = message.get("epoch_ns")
+
+            if answer is not None:
+                return answer
+
+        return None
+
+    def _send(self, frame: bytes) -> int:
+        self.bytes_sent += len(frame)
+        if self._unsent:
+            self._unsent += frame
+            self._flush()
+            return len(frame)
+
+        try:
+            sent = self._sock.send(frame)
+        except BlockingIOError:
+            sent = 0
+
+        if sent < len(frame):
+            self._unsent += memoryview(frame)[sent:]
+            self._poll.modify(self._sock, select.POLLIN | select.POLLOUT)
+
+        return len(frame)
+
+    def _flush(self) -> None:
+        if not self._unsent:
+            return
+
+        try:
+            sent = self._sock.send(self._unsent)
+        except BlockingIOError:
+            return
+
+        del self._unsent[:sent]
+        if not self._unsent:
+            self._poll.modify(self._sock, select.POLLIN)
+
+    def _fill(self) -> bool:
+        """Read what is there; return whether a message came."""
+        try:
+            data = self._sock.recv(_RECEIVE_BYTES)
+        except BlockingIOError:
+            return False
+
+        if not data:
+            raise ConnectionResetError(f"the aggregator at {self._peer[0]}:{self._peer[1]} closed the connection")
+
+        messages = self._decoder.feed(data)
+        for message in messages:
+            kind = message["t"]
+            if kind == "ack":
+                self.acked[message["table"]] = message["seq"]
+            elif kind == "refused":
+                _log.warning("the aggregator at %s:%d refused this peer: %s", *self._peer, message.get("why"))
+                raise AggregatorRefusedError(*self._peer, str(message.get("why")))
+            else:
+                self._inbox.append(message)
+
+        return bool(messages)
+
+
+class _Handshake:
+    """challenge -> hello -> welcome, over a socket that is not trusted yet."""
+
+    def __init__(self, sock: socket.socket, host: str, port: int, deadline: float) -> None:
+        self.decoder = Decoder()
+        self.early: list[dict[str, Any]] = []
+        self._sock, self._host, self._port, self._deadline = sock, host, port, deadline
+
+    def run(self, hello: Hello, token: str | None) -> dict[str, Any]:
+        challenge = self._expect("challenge")
+        if challenge.get("v") != WIRE_VERSION:
+            raise self._turn_away(f"it speaks wire version {challenge.get('v')}, this traceml {WIRE_VERSION}")
+
+        nonce = challenge.get("nonce")
+        if not isinstance(nonce, bytes) or not 16 <= len(nonce) <= 64 or nonce.startswith(auth.CLIENT_NONCE_TAG):
+            raise self._turn_away("its challenge carries no proper nonce")
+
+        token = token or self._published_token()
+        mine = auth.client_nonce()
+        proof = auth.mac(token, nonce, hello.role, hello.run, hello.rank)
+        self._sock.sendall(encode(hello.to_message(WIRE_VERSION, mine, proof)))
+        welcome = self._expect("welcome")
+        expected = auth.mac(token, mine, hello.role, hello.run, hello.rank)
+        if not isinstance(welcome.get("mac"), bytes) or not auth.same_mac(welcome["mac"], expected):
+            raise self._turn_away("it does not know the token")
+
+        return welcome
+
+    def _published_token(self) -> str:
+        entry = auth.discover(self._port)
+        if entry is None:
+            raise self._turn_away(
+                "no token is known for it: it was started by another user or on another host. "
+                "Put its token into TRACEML_TOKEN"
+            )
+
+        return entry.token
+
+    def _expect(self, kind: str) -> dict[str, Any]:
+        while not self.early:
+            left_s = self._deadline - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(f"something listens there, but sent no {kind}")
+
+            self._sock.settimeout(left_s)
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except TimeoutError:
+                raise TimeoutError(f"something listens there, but sent no {kind}") from None
+
+            if not data:
+                raise ConnectionResetError(f"it closed the connection before its {kind}")
+
+            self.early = self.decoder.feed(data)
+
+        message = self.early.pop(0)
+        if message["t"] == "refused":
+            why = str(message.get("why"))
+            _log.warning("the aggregator at %s:%d refused this peer: %s", self._host, self._port, why)
+            raise AggregatorRefusedError(self._host, self._port, why)
+
+        if message["t"] != kind:
+            raise ProtocolError(f"it sent {message['t']!r} where {kind!r} was due")
+
+        return message
+
+    def _turn_away(self, why: str) -> AggregatorRefusedError:
+        """Tell the other side why we leave, so that both logs say it."""
+        _log.warning("leaving the aggregator at %s:%d: %s", self._host, self._port, why)
+        with contextlib.suppress(OSError):
+            self._sock.sendall(encode({"t": "refused", "why": f"the client left: {why}"}))
+
+        return AggregatorRefusedError(self._host, self._port, why)
+
+
+def _open(host: str, port: int, timeout_s: float) -> socket.socket:
+    sock = socket.create_connection((host, port), timeout=timeout_s)
+    # A connect to a free port of the ephemeral range can meet itself: TCP allows a simultaneous open with one socket.
+    if sock.getsockname() == sock.getpeername():
+        sock.close()
+        raise ConnectionRefusedError("nobody listens there")
+
+    keep_alive(sock)
+    return sock
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Send at once, and notice within half a minute that the other host is gone without a word."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 25_000)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -1,0 +1,149 @@
+"""Frames: a 4-byte big-endian length, then one msgpack map whose key `t` names the message."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgpack
+
+from traceml.errors import ProtocolError
+
+__all__ = ["MAX_FRAME_BYTES", "MAX_HELLO_BYTES", "WIRE_VERSION", "Decoder", "decode_log", "encode", "rows_frame"]
+
+WIRE_VERSION = 1
+MAX_FRAME_BYTES = 8 * 1024 * 1024
+# Who has not proved the token yet may not make the other side keep megabytes for it.
+MAX_HELLO_BYTES = 256 * 1024
+
+_LENGTH = struct.Struct(">I")
+# The numbers of a rows frame are written in fixed width, so that its head is one `pack` and a few constants.
+_SEQ_N = struct.Struct(">Q3sI6sI")
+_heads: dict[str, bytes] = {}
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """Return `message` as one frame.
+
+    Raises:
+        ProtocolError: it is larger than a frame may be, or holds what msgpack cannot carry.
+    """
+    try:
+        payload: bytes = msgpack.packb(message)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProtocolError(f"cannot encode a {message.get('t')!r} message: {error}") from error
+
+    if len(payload) > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a {message.get('t')!r} message of {len(payload)} bytes exceeds {MAX_FRAME_BYTES}")
+
+    return _LENGTH.pack(len(payload)) + payload
+
+
+def rows_frame(table: str, seq: int, n: int, data: bytes) -> bytes:
+    """Return the frame `rows{table, seq, n, data}`: 50 bytes and the table's name around the rows as they are.
+
+    Args:
+        table: name of the table.
+        seq: number of the first row, counted from 0 over the life of the rank.
+        n: number of rows.
+        data: the packed rows one after another, or for a log its msgpack maps one after another.
+    """
+    head = _heads.get(table)
+    if head is None:
+        head = _heads[table] = b"\x85\xa1t\xa4rows\xa5table" + msgpack.packb(table) + b"\xa3seq\xcf"
+
+    size = len(head) + _SEQ_N.size + len(data)
+    if size > MAX_FRAME_BYTES:
+        raise ProtocolError(f"a rows frame of {size} bytes exceeds {MAX_FRAME_BYTES}: send fewer rows at a time")
+
+    return b"".join(
+        (_LENGTH.pack(size), head, _SEQ_N.pack(seq, b"\xa1n\xce", n, b"\xa4data\xc6", len(data)), data),
+    )
+
+
+class Decoder:
+    """Turns bytes, in whatever pieces they arrive, into messages.
+
+    Args:
+        limit_bytes: the largest frame accepted; raise it once the peer is trusted.
+    """
+
+    __slots__ = ("_rest", "limit_bytes")
+
+    def __init__(self, limit_bytes: int = MAX_FRAME_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self._rest = bytearray()
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of a frame that is not complete yet."""
+        return len(self._rest)
+
+    def feed(self, data: bytes) -> list[dict[str, Any]]:
+        """Return the messages which `data` completes.
+
+        Raises:
+            ProtocolError: the bytes are no frame of ours, or announce one above the limit. Nothing after that can be
+                trusted: close the connection.
+        """
+        rest = self._rest
+        if rest:
+            rest += data
+            if len(rest) < 4 or len(rest) < 4 + self._length(rest, 0):
+                return []
+
+            data = bytes(rest)
+            rest.clear()
+
+        messages = []
+        start, end = 0, len(data)
+        while end - start >= 4:
+            stop = start + 4 + self._length(data, start)
+            if stop > end:
+                break
+
+            messages.append(_decode(data[start + 4 : stop]))
+            start = stop
+
+        if start < end:
+            rest += data[start:]
+
+        return messages
+
+    def _length(self, data: bytes | bytearray, start: int) -> int:
+        length: int = _LENGTH.unpack_from(data, start)[0]
+        if length > self.limit_bytes:
+            raise ProtocolError(f"a frame of {length} bytes is announced, above the cap of {self.limit_bytes}")
+
+        return length
+
+
+def decode_log(data: bytes) -> list[dict[str, Any]]:
+    """Return the maps of a log's `data`.
+
+    Raises:
+        ProtocolError: it is not a sequence of msgpack maps.
+    """
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+    unpacker.feed(data)
+    try:
+        rows = list(unpacker)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
+
+    if unpacker.tell() != len(data) or not all(isinstance(row, dict) for row in rows):
+        raise ProtocolError("rows of a log are not whole msgpack maps")
+
+    return rows
+
+
+def _decode(payload: bytes) -> dict[str, Any]:
+    try:
+        message = msgpack.unpackb(payload)
+    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"a frame of {len(payload)} bytes is not msgpack: {error!r}") from error
+
+    if type(message) is not dict or type(message.get("t")) is not str:
+        raise ProtocolError("a frame is no map with a text `t`")
+
+    return message

@@ -1,0 +1,129 @@
+"""The hello: who a peer is, and how the rows which it will send are laid out."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, Self, get_args
+
+from traceml.clock import boot_id, clock_pair, process_start_ticks
+from traceml.database import schema
+from traceml.errors import ProtocolError
+
+__all__ = ["Hello", "Role", "schemas"]
+
+Role = Literal["rank", "agent", "client"]
+
+_TEXT_LIMIT = 4096
+
+
+def schemas() -> dict[str, Any]:
+    """Return each table's layout as the hello tells it: `[[field, code], ...]`, or `"msgpack"` for a log."""
+    return {name: table.layout for name, table in schema.TABLES.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """What a peer tells of itself; the aggregator believes it once the token is proved.
+
+    Args:
+        role: `rank` sends rows; `agent` speaks for a host; `client` asks and commands.
+        run: the job key (`ids.job_key`): equal for all ranks of a job. A client names the run that it means, or "".
+        rank: rank in the job; 0 for clients.
+        world_size: ranks in the job.
+        local_rank: rank on this host.
+        attempt: how often the job's launcher has restarted its workers.
+        host: name of this host.
+        pid: process id.
+        start_ticks: that process's start time in kernel ticks: (boot_id, pid, start_ticks) is never used again.
+        boot_id: this boot of the machine.
+        recorder: an id of this recorder; a process that starts a second one numbers its rows from 0 again.
+        run_id: the name that the user gave the run's folder, if any.
+        name: what to call the run otherwise.
+        project: the project that it belongs to.
+        command: the command line of the job.
+        flight: path of this rank's flight file, "" when it is not on a file system.
+        hang_timeout_s: after this long without a step the run counts as hung.
+        schemas: see `schemas()`.
+        clock: (monotonic_ns, epoch_ns) taken together.
+    """
+
+    role: Role = "client"
+    run: str = ""
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    attempt: int = 0
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    start_ticks: int = field(default_factory=lambda: process_start_ticks(os.getpid()) or 0)
+    boot_id: str = field(default_factory=boot_id)
+    recorder: str = ""
+    run_id: str = ""
+    name: str = ""
+    project: str = "default"
+    command: str = field(default_factory=lambda: " ".join(sys.argv))
+    flight: str = ""
+    hang_timeout_s: float = 60.0
+    schemas: dict[str, Any] = field(default_factory=schemas)
+    clock: tuple[int, int] = field(default_factory=clock_pair)
+
+    def to_message(self, version: int, nonce: bytes, proof: bytes) -> dict[str, Any]:
+        """Return the message `hello`."""
+        facts = asdict(self)
+        facts["command"] = self.command[:_TEXT_LIMIT]
+        return {"t": "hello", "v": version, "nonce": nonce, "mac": proof, **facts}
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> Self:
+        """Check a `hello` and return it; keys which this version does not know are ignored.
+
+        Raises:
+            ProtocolError: a field is missing, of the wrong type, or beyond what it may be.
+        """
+        facts = {known.name: message[known.name] for known in fields(cls) if known.name in message}
+        for name in ("role", "run", "rank", "world_size", "local_rank", "host", "pid", "schemas", "clock"):
+            if name not in facts:
+                raise ProtocolError(f"the hello lacks {name!r}")
+
+        for name, value in facts.items():
+            _check(name, value)
+
+        facts["clock"] = tuple(facts["clock"])
+        facts.setdefault("start_ticks", 0)
+        facts.setdefault("boot_id", "")
+        facts.setdefault("command", "")
+        return cls(**facts)
+
+
+def _check(name: str, value: object) -> None:
+    wanted: Any = _TYPES.get(name, str)
+    if isinstance(value, bool) or not isinstance(value, wanted):
+        raise ProtocolError(f"the hello's {name!r} is a {type(value).__name__}")
+
+    if isinstance(value, str) and len(value) > _TEXT_LIMIT:
+        raise ProtocolError(f"the hello's {name!r} has {len(value)} characters, above {_TEXT_LIMIT}")
+
+    if isinstance(value, int) and not 0 <= value < 2**63:
+        raise ProtocolError(f"the hello's {name!r} is out of range: {value}")
+
+    if name == "role" and value not in get_args(Role):
+        raise ProtocolError(f"the hello's role is {value!r}, not one of {', '.join(get_args(Role))}")
+
+    if name == "clock" and not (len(value) == 2 and all(isinstance(item, int) for item in value)):  # type: ignore[arg-type, attr-defined]
+        raise ProtocolError("the hello's 'clock' is not [monotonic_ns, epoch_ns]")
+
+
+_TYPES: dict[str, Any] = {
+    "rank": int,
+    "world_size": int,
+    "local_rank": int,
+    "attempt": int,
+    "pid": int,
+    "start_ticks": int,
+    "hang_timeout_s": (int, float),
+    "schemas": dict,
+    "clock": (list, tuple),
+}

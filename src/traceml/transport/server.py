@@ -1,0 +1,343 @@
+"""The side that listens: framing, handshake and refusals on asyncio; what the messages mean is its handler's matter.
+
+A peer can only hurt itself: whatever it sends, its own connection is refused with a reason and closed, and the others
+do not notice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import resource
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from traceml.clock import monotonic_ns
+from traceml.database import schema
+from traceml.errors import ProtocolError
+from traceml.transport import auth
+from traceml.transport.client import keep_alive
+from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
+from traceml.transport.hello import Hello
+
+__all__ = ["BACKLOG", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics", "raise_descriptor_limit"]
+
+# asyncio's 100 would make a tenth of ten thousand ranks that come at once wait for a SYN retransmission of a second.
+BACKLOG = 4096
+HANDSHAKE_S = 5.0
+# A refused peer gets this long to read why, then it is cut off.
+_LINGER_S = 2.0
+_RESERVED_DESCRIPTORS = 64
+
+_log = logging.getLogger("traceml")
+
+
+class RefusedError(Exception):
+    """Raised by a handler to turn a peer away; the text reaches the peer and the log."""
+
+
+class Handler(Protocol):
+    """What a server does with peers that have proved the token."""
+
+    def welcome(self, peer: Peer) -> dict[str, Any]:
+        """Take a peer in and return what the welcome carries besides the proof; may raise RefusedError."""
+
+    def rows(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Take a `rows` message; may raise RefusedError or ProtocolError."""
+
+    def message(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Take any other message; may raise RefusedError or ProtocolError."""
+
+    def gone(self, peer: Peer) -> None:
+        """Take note that a peer, once welcomed, is connected no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatistics:
+    """Counters of a server's life and its present connections."""
+
+    connections: int
+    handshakes_open: int
+    accepted: int
+    refused: int
+    handler_errors: int
+
+
+class Peer(asyncio.Protocol):
+    """One connection, from its challenge to its end."""
+
+    __slots__ = (
+        "_decoder",
+        "_server",
+        "_transport",
+        "address",
+        "context",
+        "deadline_s",
+        "hello",
+        "nonce",
+        "said_bye",
+        "state",
+    )
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._decoder = Decoder(MAX_HELLO_BYTES)
+        self._transport: asyncio.Transport | None = None
+        self.address = "?"
+        self.state = "new"  # new -> open -> closed, or -> refused -> closed
+        self.hello: Hello | None = None
+        self.context: Any = None
+        """Whatever the handler keeps for this peer."""
+        self.nonce = b""
+        self.deadline_s = 0.0
+        self.said_bye = False
+
+    def __repr__(self) -> str:
+        who = f"{self.hello.role} {self.hello.rank} of {self.hello.run!r}" if self.hello else "stranger"
+        return f"<{who} at {self.address}, {self.state}>"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the challenge, or refuse where no descriptor would be left for the store."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            keep_alive(sock)
+
+        name = transport.get_extra_info("peername")
+        self.address = f"{name[0]}:{name[1]}" if name else "?"
+        self._server.admit(self)
+
+    def data_received(self, data: bytes) -> None:
+        """Decode and hand on; whatever goes wrong ends this connection alone."""
+        if self.state == "refused":
+            return  # read on only so that closing does not reset the connection under our reason
+
+        try:
+            handler = self._server.handler
+            for message in self._decoder.feed(data):
+                if self.state == "open":
+                    if message["t"] == "rows":
+                        handler.rows(self, message)
+                    else:
+                        self._message(message)
+                elif self.state == "new":
+                    self._greet(message)
+        except (ProtocolError, RefusedError) as error:
+            self.refuse(str(error))
+        except Exception:  # noqa: BLE001
+            # Our own mistake, or bytes nobody thought of: it costs this peer its connection, not the others theirs.
+            self._server.count_handler_error()
+            _log.exception("an error of the aggregator while serving %r; that connection is closed", self)
+            self.refuse("internal error of the aggregator; see its log")
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        """Forget the peer."""
+        was_open = self.state == "open"
+        self.state = "closed"
+        self._server.forget(self)
+        if was_open:
+            self._server.handler.gone(self)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message, unless the peer is gone."""
+        self.write(encode(message))
+
+    def write(self, frames: bytes) -> None:
+        """Send frames that are already encoded."""
+        if self._transport is not None and self.state in ("new", "open"):
+            self._transport.write(frames)
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on reading: TCP then holds the peer back, which keeps its rows itself."""
+        if self._transport is None or self._transport.is_closing():
+            return
+
+        if paused:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def refuse(self, why: str) -> None:
+        """Tell the peer and the log why it is turned away, and close."""
+        if self._transport is None or self.state in ("refused", "closed"):
+            return
+
+        _log.warning("refused %s %s: %s", self.hello.role if self.hello else "peer", self.address, why)
+        self.send({"t": "refused", "why": why})
+        was_open, self.state = self.state == "open", "refused"
+        self._server.count_refused(self)
+        self._transport.resume_reading()
+        with contextlib.suppress(OSError, RuntimeError):
+            self._transport.write_eof()
+
+        if was_open:
+            self._server.handler.gone(self)
+
+    def close(self) -> None:
+        """Close after what was written has gone out."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Cut the connection."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _message(self, message: dict[str, Any]) -> None:
+        kind = message["t"]
+        if kind == "ping":
+            self.send({"t": "pong", "ns": message.get("ns"), "epoch_ns": time.time_ns(), "mono_ns": monotonic_ns()})
+        elif kind == "refused":
+            _log.warning("%s left: %s", self.address, message.get("why"))
+            self.close()
+        else:
+            self._server.handler.message(self, message)
+
+    def _greet(self, message: dict[str, Any]) -> None:
+        if message["t"] == "refused":
+            _log.warning("peer %s left before its hello: %s", self.address, str(message.get("why"))[:500])
+            self.close()
+            return
+
+        if message["t"] != "hello":
+            raise ProtocolError(f"{message['t'][:50]!r} came before the hello")
+
+        if message.get("v") != WIRE_VERSION:
+            raise ProtocolError(f"wire version {message.get('v')!r} is spoken, this aggregator speaks {WIRE_VERSION}")
+
+        hello = Hello.from_message(message)
+        proof, nonce = message.get("mac"), message.get("nonce")
+        expected = auth.mac(self._server.token, self.nonce, hello.role, hello.run, hello.rank)
+        if not isinstance(proof, bytes) or not auth.same_mac(proof, expected):
+            raise RefusedError("wrong token")
+
+        if not isinstance(nonce, bytes) or not 16 <= len(nonce) <= 64:
+            raise ProtocolError("the hello's nonce is not 16 to 64 bytes")
+
+        _check_schemas(hello.schemas)
+        self.hello = hello
+        extra = self._server.handler.welcome(self)
+        answer = auth.mac(self._server.token, nonce, hello.role, hello.run, hello.rank)
+        self._decoder.limit_bytes = MAX_FRAME_BYTES
+        self.send({"t": "welcome", "v": WIRE_VERSION, "mac": answer, **extra})
+        self.state = "open"
+        self._server.welcomed(self)
+
+
+class Server:
+    """Listens, and makes a `Peer` of each connection.
+
+    Args:
+        handler: what the messages mean.
+        token: what peers have to prove.
+    """
+
+    def __init__(self, handler: Handler, token: str) -> None:
+        self.handler = handler
+        self.token = token
+        self.peers: set[Peer] = set()
+        self._pending: dict[Peer, None] = {}  # in the order of their deadlines
+        self._accepted = self._refused = self._handler_errors = 0
+        self._limit = raise_descriptor_limit()
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    async def start(self, sock: socket.socket) -> None:
+        """Serve connections of a bound socket."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: Peer(self), sock=sock, backlog=BACKLOG)
+        self._sweep()
+
+    async def stop(self) -> None:
+        """Stop listening and close all connections."""
+        if self._server is not None:
+            self._server.close()
+
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+
+        for peer in list(self.peers):
+            peer.close()
+
+        await asyncio.sleep(0)
+
+    def statistics(self) -> ServerStatistics:
+        """Return the counters."""
+        return ServerStatistics(
+            len(self.peers), len(self._pending), self._accepted, self._refused, self._handler_errors
+        )
+
+    def admit(self, peer: Peer) -> None:
+        """Greet a new connection with the challenge."""
+        self._accepted += 1
+        self.peers.add(peer)
+        self._pending[peer] = None
+        peer.deadline_s = time.monotonic() + HANDSHAKE_S
+        if len(self.peers) + _RESERVED_DESCRIPTORS > self._limit:
+            peer.refuse(f"{len(self.peers)} connections are all that this aggregator's descriptor limit allows")
+            return
+
+        peer.nonce = auth.server_nonce()
+        peer.send({"t": "challenge", "v": WIRE_VERSION, "nonce": peer.nonce})
+
+    def welcomed(self, peer: Peer) -> None:
+        """Take a peer off the list of those that have to hurry."""
+        self._pending.pop(peer, None)
+
+    def forget(self, peer: Peer) -> None:
+        """Take a closed connection off all lists."""
+        self.peers.discard(peer)
+        self._pending.pop(peer, None)
+
+    def count_refused(self, peer: Peer) -> None:
+        """Count a refusal and give the peer its time to read it."""
+        self._refused += 1
+        self._pending.pop(peer, None)
+        self._pending[peer] = None
+        peer.deadline_s = time.monotonic() + _LINGER_S
+
+    def count_handler_error(self) -> None:
+        """Count an error of ours."""
+        self._handler_errors += 1
+
+    def _sweep(self) -> None:
+        """End those who connected and said nothing, and those who were told why they are refused."""
+        now_s = time.monotonic()
+        for peer in list(self._pending):
+            if peer.deadline_s > now_s:
+                continue
+
+            if peer.state == "refused":
+                peer.abort()
+            else:
+                peer.refuse(f"no hello within {HANDSHAKE_S:.0f} s")
+
+        self._sweeper = asyncio.get_running_loop().call_later(0.5, self._sweep)
+
+
+def raise_descriptor_limit() -> int:
+    """Allow this process as many descriptors as it may have, one per connection, and return the number."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+        except (ValueError, OSError) as error:
+            _log.info("the descriptor limit stays at %d: %s", soft, error)
+
+    return soft if soft != resource.RLIM_INFINITY else 2**31
+
+
+def _check_schemas(told: dict[str, Any]) -> None:
+    """Refuse a peer whose rows would be read wrongly."""
+    for name, layout in told.items():
+        table = schema.TABLES.get(name)
+        if table is None:
+            raise RefusedError(f"unknown table {str(name)[:50]!r}")
+
+        if layout != table.layout:
+            raise RefusedError(f"table {name!r} has another layout here; use the same traceml on both sides")
