@@ -41,7 +41,7 @@ NARROW = {
     "renderers": {"runs", "diagnosis", "database"},
     "display": {"renderers", "runs", "diagnosis", "database"},
 }
-LEAVES = {"settings", "errors", "clock", "ids"}
+LEAVES = {"settings", "coerce", "errors", "clock", "ids"}
 
 
 def _room_of(path: Path) -> str:

@@ -1,0 +1,289 @@
+"""`traceml run`: what a user's script does passes through, and what became of it is told."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.conftest import TINY, Ended, Running, Traceml
+
+
+def assert_nothing_is_left(ended: Ended) -> None:
+    """No process that knows of this run's folder is alive, and no flight file of it is in memory."""
+    leftovers = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        try:
+            environ = process.environ()
+        except (psutil.Error, OSError):
+            continue
+
+        if environ.get("TRACEML_RUN_ID") == ended.run_dir.name:
+            leftovers.append(process.info)
+
+    assert leftovers == []
+
+
+def store_counts(report: dict) -> tuple[int, int, int]:
+    telemetry = report["telemetry"]
+    return telemetry["rows_appended"], telemetry["rows_stored"], telemetry["rows_lost"]
+
+
+def test_one_process_is_traced_and_passed_through(traceml: Traceml) -> None:
+    """Output, arguments and status are the script's own; the card goes to stderr, every step is stored."""
+    ended = traceml("run", TINY, "--steps", "60")
+
+    assert ended.status == 0, ended.stderr
+    plain = subprocess.run([sys.executable, TINY, "--steps", "60"], capture_output=True, text=True, check=True)
+    assert ended.stdout == plain.stdout  # the loss to the last bit
+    assert str(ended.run_dir / "report.json") in ended.stderr.replace("\n", "")
+    report = ended.report
+    assert report["schema"] == "traceml.report/1"
+    assert report["run"]["state"] == "finished"
+    assert report["steps"]["count"] == 60
+    assert report["telemetry"]["rows_lost"] == 0
+    assert_nothing_is_left(ended)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_several_ranks_are_one_run(traceml: Traceml, ranks: int) -> None:
+    """All ranks arrive in one report."""
+    ended = traceml("run", "--nproc-per-node", str(ranks), TINY, "--steps", "60")
+
+    assert ended.status == 0, ended.stderr
+    report = ended.report
+    assert report["run"]["world_size"] == ranks
+    assert [rank["rank"] for rank in report["ranks"]] == list(range(ranks))
+    assert {rank["steps"] for rank in report["ranks"]} == {60}
+    assert {rank["state"] for rank in report["ranks"]} == {"finished"}
+    assert_nothing_is_left(ended)
+
+
+def test_a_module_is_run(traceml: Traceml, tmp_path: Path) -> None:
+    """`-m MODULE` finds a module as `python -m` does."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "train.py").write_text(TINY.read_text())
+
+    ended = traceml("run", "-m", "package.train", "--steps", "20")
+
+    assert ended.status == 0, ended.stderr
+    assert ended.report["steps"]["count"] == 20
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "expected"),
+    [
+        ("raise", 1, {"exception": "ValueError"}),
+        ("exit", 3, {"code": 3}),
+        ("_exit", 4, {"code": 4}),
+        ("kill", 137, {"signal": 9}),
+        ("term", 143, {"signal": 15}),
+        ("interrupt", 130, {}),
+    ],
+)
+def test_a_script_that_ends_badly(traceml: Traceml, end: str, status: int, expected: dict) -> None:
+    """The status is python's own; rank, cause, last step and open phase are in the report."""
+    ended = traceml("run", TINY, "--steps", "60", "--at", "30", "--end", end)
+
+    assert ended.status == status, ended.stderr
+    report = ended.report
+    assert report["run"]["state"] == "failed"
+    exit_facts = report["ranks"][0]["exit"]
+    assert exit_facts["last_step"] == 29
+    for key, value in expected.items():
+        assert value == exit_facts[key] or (key == "exception" and value in exit_facts[key])
+
+    if end != "interrupt":
+        assert report["verdict"]["kind"] == "RANK_LOST"
+        assert report["verdict"]["ranks"] == [0]
+    if end == "raise":
+        assert "ValueError: the batch is bad" in ended.stderr
+        assert "traceml/recorder" not in ended.stderr
+        assert report["verdict"]["evidence"]["file"].endswith("tiny.py")
+    assert_nothing_is_left(ended)
+
+
+@pytest.mark.parametrize(("end", "status", "signal_number"), [("kill", 137, 9), ("raise", 1, None), ("_exit", 4, None)])
+def test_a_rank_of_two_is_lost(traceml: Traceml, end: str, status: int, signal_number: int | None) -> None:
+    """The verdict names the rank that went first, not those that torchrun ended after it."""
+    ended = traceml("run", "--nproc-per-node", "2", TINY, "--steps", "60", "--at", "30", "--rank", "1", "--end", end)
+
+    assert ended.status == status, ended.stderr
+    verdict = ended.report["verdict"]
+    assert verdict["kind"] == "RANK_LOST"
+    assert verdict["ranks"] == [1]
+    assert ended.report["ranks"][1]["exit"]["signal"] == signal_number
+    assert ended.report["ranks"][1]["exit"]["last_step"] == 29
+    assert_nothing_is_left(ended)
+
+
+def test_a_restart_by_torchrun_is_a_second_attempt(traceml: Traceml) -> None:
+    """One run, two attempts; the second is what the report describes."""
+    torchrun = ("--nproc-per-node", "2", "--max-restarts", "1")
+    script = (TINY, "--steps", "50", "--at", "20", "--rank", "1", "--end", "kill", "--first-attempt-only")
+    ended = traceml("run", *torchrun, *script)
+
+    assert ended.status == 0, ended.stderr
+    assert len(list((ended.folder / "traceml_runs").glob("2*"))) == 1
+    report = ended.report
+    assert report["run"]["attempt"] == 1
+    assert report["run"]["state"] == "finished"
+    assert report["steps"]["count"] == 50
+
+
+def test_a_script_raises_before_its_first_step(traceml: Traceml, tmp_path: Path) -> None:
+    """There is nothing to diagnose but the exception itself."""
+    script = tmp_path / "broken.py"
+    script.write_text("import json\n\njson.loads('no')\n")
+
+    ended = traceml("run", script)
+
+    assert ended.status == 1
+    assert "JSONDecodeError" in ended.stderr
+    assert ended.report["verdict"]["kind"] == "RANK_LOST"
+    assert ended.report["verdict"]["evidence"]["line"] == 3
+
+
+def test_a_script_without_training(traceml: Traceml, tmp_path: Path) -> None:
+    """No step is no verdict."""
+    script = tmp_path / "hello.py"
+    script.write_text("print('hello')\n")
+
+    ended = traceml("run", script)
+
+    assert (ended.status, ended.stdout) == (0, "hello\n")
+    assert ended.report["verdict"]["kind"] == "INSUFFICIENT_DATA"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (("run", "missing.py"), "missing.py"),
+        (("run",), "no script given"),
+        (("run", "--bogus", "x.py"), "--bogus"),
+        (("run", "--live", "terminal", str(TINY)), "terminal"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(traceml: Traceml, words: tuple[str, ...], hint: str) -> None:
+    """Nothing is started, nothing is written."""
+    ended = traceml(*words)
+
+    assert ended.status == 2
+    assert hint in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not (ended.folder / "traceml_runs").exists()
+
+
+def test_an_unwritable_runs_folder_stops_before_training(traceml: Traceml, tmp_path: Path) -> None:
+    """The error names the folder and the way out, and the script has not begun."""
+    (tmp_path / "file").write_text("")
+
+    ended = traceml("run", "--runs-dir", tmp_path / "file" / "runs", TINY)
+
+    assert ended.status == 3
+    assert "--runs-dir" in ended.stderr
+    assert ended.stdout == ""
+
+
+def test_disabled_is_python_alone(traceml: Traceml) -> None:
+    """TRACEML_ENABLED=0 runs the script and leaves no trace."""
+    ended = traceml("run", TINY, "--steps", "3", TRACEML_ENABLED="0")
+
+    assert ended.status == 0
+    assert ended.stderr == ""
+    assert not (ended.folder / "traceml_runs").exists()
+
+
+def test_two_runs_at_once_do_not_meet(traceml: Traceml) -> None:
+    """Each has its own aggregator, folder and report."""
+    first = traceml.start("run", TINY, "--steps", "40", "--pause", "0.01")
+    second = traceml.start("run", TINY, "--steps", "50", "--pause", "0.01")
+
+    assert [first.end().status, second.end().status] == [0, 0]
+    counts = set()
+    for folder in (traceml.folder / "traceml_runs").glob("2*"):
+        counts.add(Ended(0, "", "", folder).folder.name and _report(folder)["steps"]["count"])
+
+    assert counts == {40, 50}
+
+
+def _report(run_dir: Path) -> dict:
+    import json
+
+    return json.loads((run_dir / "report.json").read_text())
+
+
+def _aggregators_of(running: Running) -> list[psutil.Process]:
+    children = psutil.Process(running.process.pid).children()
+    return [child for child in children if "serve" in child.cmdline()]
+
+
+def test_the_aggregator_dies_and_nothing_is_lost(traceml: Traceml) -> None:
+    """A new aggregator takes over the port; every step of both lives is stored once."""
+    running = traceml.start("run", TINY, "--steps", "300", "--pause", "0.01", "--marker", "marker")
+    running.pid_of(0)
+    [aggregator] = running.wait_for(lambda: _aggregators_of(running), "the aggregator")
+    aggregator.kill()
+
+    ended = running.end()
+
+    assert ended.status == 0, ended.stderr
+    appended, stored, lost = store_counts(ended.report)
+    assert ended.report["steps"]["count"] == 300
+    assert (lost, appended) == (0, stored)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_signal_to_the_command_reaches_the_job(
+    traceml: Traceml, ranks: int, number: signal.Signals, status: int
+) -> None:
+    """The job ends by the signal, the run is finished, the status says so."""
+    many = ("--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    running = traceml.start("run", *many, TINY, "--steps", "3000", "--pause", "0.02", "--marker", "marker")
+    for rank in range(ranks):
+        running.pid_of(rank)
+
+    running.process.send_signal(number)
+    ended = running.end()
+
+    assert ended.status == status, ended.stderr
+    assert ended.report["run"]["state"] == "failed"
+    assert ended.report["steps"]["count"] > 0
+    assert_nothing_is_left(ended)
+
+
+def test_a_killed_command_leaves_no_process(traceml: Traceml) -> None:
+    """SIGKILL of the command ends the job; the aggregator still writes the report."""
+    running = traceml.start("run", TINY, "--steps", "3000", "--pause", "0.02", "--marker", "marker")
+    pid = running.pid_of(0)
+
+    running.process.kill()
+
+    running.wait_for(lambda: not psutil.pid_exists(pid), "the script to end")
+    ended = running.end()
+    running.wait_for(lambda: (ended.run_dir / "report.json").exists(), "the report")
+    assert ended.report["steps"]["count"] > 0
+    assert ended.report["run"]["state"] in {"failed", "lost"}
+
+
+def test_a_rank_killed_from_outside_loses_no_row(traceml: Traceml) -> None:
+    """What the rank had appended before SIGKILL is in the store, with the step that was open."""
+    running = traceml.start("run", TINY, "--steps", "3000", "--pause", "0.005", "--marker", "marker")
+    os.kill(running.pid_of(0), signal.SIGKILL)
+
+    ended = running.end()
+
+    assert ended.status == 137
+    [rank] = ended.report["ranks"]
+    assert rank["state"] == "killed"
+    assert rank["exit"]["signal"] == 9
+    assert rank["exit"]["last_step"] == rank["steps"] - 1
+    assert ended.report["telemetry"]["rows_lost"] == 0
