@@ -25,7 +25,8 @@ from typing import Any, Protocol
 from traceml.errors import TraceMLError
 from traceml.launch.elastic import status_of
 from traceml.launch.processes import PASSED_ON, PseudoTerminal, spawn
-from traceml.transport.client import Connection
+from traceml.transport.client import connect
+from traceml.transport.hello import Hello
 
 __all__ = ["Job", "Outcome", "Screen", "Supervisor"]
 
@@ -285,9 +286,10 @@ class Supervisor:
         self._keep_aggregator()
         deadline = time.monotonic() + _FINISH_TIMEOUT_S
         try:
-            with Connection.client("127.0.0.1", self._port, token=self._token, run=self._job.run_id) as connection:
-                connection.command("exits", {"exits": failures}, timeout=_FINISH_TIMEOUT_S)
-                connection.command("finish", {"status": self._status(process)}, timeout=_FINISH_TIMEOUT_S)
+            hello = Hello(role="client", run=self._job.run_id)
+            with contextlib.closing(connect("127.0.0.1", self._port, hello, self._token)) as connection:
+                connection.request("exits", {"exits": failures}, timeout_s=_FINISH_TIMEOUT_S)
+                connection.request("finish", {"status": self._status(process)}, timeout_s=_FINISH_TIMEOUT_S)
         except (TraceMLError, OSError):
             return False
 
