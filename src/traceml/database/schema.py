@@ -180,7 +180,7 @@ DEVICE_STEPS = Table(
         _q("optimizer_ns", "device time of the optimizer"),
         _q("comm_ns", "device time of collectives called from Python"),
     ),
-    capacity=65536,
+    capacity=16384,
 )
 PROCESS = Table(
     "process",

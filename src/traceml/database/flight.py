@@ -1,0 +1,311 @@
+"""The flight file: where one rank appends its rows, and where they are still when it is gone.
+
+A small memory-backed file, mapped by one process alone. SIGKILL, the OOM killer or a segfault end the process, not its
+pages: whoever comes afterwards reads the last rows and the step and phase that were open (`read_flight`).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import itertools
+import logging
+import mmap
+import os
+import stat
+import time
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from traceml.clock import boot_id, monotonic_ns, process_start_ticks
+from traceml.database.image import (
+    COUNTERS_AT,
+    DATA_AT,
+    FLIGHT_SUFFIX,
+    IDENTITY_AT,
+    IDENTITY_BYTES,
+    LAYOUT_AT,
+    LAYOUT_BYTES,
+    MAGIC,
+    OPEN_SLOTS_AT,
+    OWN_FILES,
+    PROLOGUE,
+    VERSION,
+    Counters,
+    FlightImage,
+    FlightState,
+    Slot,
+    find_flights,
+    is_alive,
+    read_flight,
+    remove_stale,
+)
+from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken
+from traceml.database.schema import LOGS, PACKED, STEPS, Log, Table
+
+__all__ = [
+    "ByteLog",
+    "Counters",
+    "FlightFile",
+    "FlightImage",
+    "FlightState",
+    "Ring",
+    "Slot",
+    "Taken",
+    "default_folder",
+    "find_flights",
+    "is_alive",
+    "read_flight",
+    "remove_stale",
+]
+
+_FREE_SHARE = 16
+_FLOOR_ROWS = {STEPS.name: 4096}
+_OTHER_FLOOR_ROWS = 256
+_ALIGN = 64
+_serial = itertools.count()
+_log = logging.getLogger("traceml")
+_said: set[str] = set()
+
+
+def default_folder() -> Path:
+    """Return the memory-backed folder of this user's flight files on this host."""
+    return Path(f"/dev/shm/traceml-{os.geteuid()}")  # noqa: S108 - ownership and mode are checked before use
+
+
+class FlightFile:
+    """All tables of one rank in one mapping. Made by `create`.
+
+    Attributes:
+        path: the file, None when only anonymous memory could be had.
+        identity: who writes it.
+        open_slots: 16 int64 words: what is open now, see `Slot`.
+        rings, logs: the tables by name.
+    """
+
+    def __init__(
+        self, memory: mmap.mmap, capacities: dict[str, int], identity: dict[str, Any], path: Path | None, lock: int
+    ) -> None:
+        self.path = path
+        self._memory, self._lock_descriptor = memory, lock
+        view = memoryview(memory)
+        self._words = view[: IDENTITY_AT[0]].cast("q")
+        self.open_slots = view[OPEN_SLOTS_AT:COUNTERS_AT].cast("q")
+        self.open_slots[Slot.STEP] = -1
+        self.rings: dict[str, Ring] = {}
+        self.logs: dict[str, ByteLog] = {}
+        layout = self._place(capacities)
+        self.identity: dict[str, Any] = {}
+        self._write_header(layout, len(memory))
+        self.update_identity(**identity)
+        memory[: len(MAGIC)] = MAGIC  # last: a file without it is half made
+
+    def __repr__(self) -> str:
+        where = str(self.path) if self.path else "memory"
+        return f"FlightFile({where!r}, {len(self._memory)} bytes, pid={self.identity.get('pid')})"
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path | None,
+        identity: dict[str, Any],
+        *,
+        capacities: dict[str, int] | None = None,
+        fallback: Path | None = None,
+    ) -> FlightFile:
+        """Make this process's flight file; where no folder can take it, in memory that dies with the process.
+
+        It takes at most 1/16 of the free space of the filesystem, all of it reserved now: a page that cannot be had
+        later would end the process with SIGBUS. Nothing here raises for want of space or rights; what was done instead
+        is said once, as a warning.
+
+        Args:
+            folder: where to put it, `default_folder()` when None; made, and must be this user's alone.
+            identity: what else to say of the writer (rank, attempt, job, host); pid, start and boot are added.
+            capacities: rows per table, where they shall differ from the schema's; rounded up to a power of two.
+            fallback: a folder on disk to try next, typically the run's.
+        """
+        wanted = _wanted(capacities or {})
+        full = {"pid": os.getpid(), "start_ticks": process_start_ticks(os.getpid()), "boot_id": boot_id()} | identity
+        refusals: list[str] = []
+        for place, private in ((folder or default_folder(), True), (fallback, False)):
+            if place is None:
+                continue
+
+            try:
+                flight = cls._in_folder(place, private, wanted, full)
+            except OSError as error:
+                refusals.append(f"{place}: {error.strerror or error}")
+                continue
+
+            _say_once(refusals, place)
+            return flight
+
+        _say_once(refusals, None)
+        return cls(mmap.mmap(-1, _total_bytes(wanted)), wanted, full, None, -1)
+
+    def ring(self, name: str) -> Ring:
+        """Return the ring of a packed table."""
+        return self.rings[name]
+
+    def log(self, name: str) -> ByteLog:
+        """Return a log."""
+        return self.logs[name]
+
+    def table(self, name: str) -> Ring | ByteLog:
+        """Return a ring or a log."""
+        return self.rings.get(name) or self.logs[name]
+
+    def update_identity(self, **fields: Any) -> None:
+        """Change what the file says of its writer; whole at every moment, as the other copy stays until the switch."""
+        self.identity = self.identity | fields
+        packed = _pack_to_fit(self.identity, IDENTITY_BYTES)
+        spare = 1 - (self._words[5] & 1)
+        start = IDENTITY_AT[spare]
+        self._memory[start : start + len(packed)] = packed
+        self._words[6 + spare] = len(packed)
+        self._words[5] = spare
+
+    def close(self, *, unlink: bool) -> None:
+        """Give the file up. The mapping stays as long as something refers to it, so a late append harms nobody.
+
+        Args:
+            unlink: remove it, as everything in it is stored; else it stays for whoever reads it.
+        """
+        if self.path is None or self._lock_descriptor < 0:
+            return
+
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+        status = os.fstat(self._lock_descriptor)
+        OWN_FILES.pop((os.getpid(), status.st_dev, status.st_ino), None)
+        os.close(self._lock_descriptor)  # drops the lock
+        self._lock_descriptor = -1
+
+    @classmethod
+    def _in_folder(cls, folder: Path, private: bool, wanted: dict[str, int], identity: dict[str, Any]) -> FlightFile:
+        _prepare(folder, private)
+        capacities = _fit(wanted, _free_bytes(folder) // _FREE_SHARE)
+        name = f"{identity['pid']}-{identity['start_ticks']}-{next(_serial)}{FLIGHT_SUFFIX}"
+        path = folder / name
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            size = _total_bytes(capacities)
+            os.posix_fallocate(descriptor, 0, size)
+            # mmap keeps a duplicate of the descriptor: it must live as long as the lock, which closing any would drop.
+            flight = cls(mmap.mmap(descriptor, size), capacities, identity, path, descriptor)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+
+        status = os.fstat(descriptor)
+        OWN_FILES[(os.getpid(), status.st_dev, status.st_ino)] = flight._memory
+        return flight
+
+    def _place(self, capacities: dict[str, int]) -> list[list[Any]]:
+        layout: list[list[Any]] = []
+        offset = DATA_AT
+        tables: tuple[Table | Log, ...] = (*PACKED, *LOGS)
+        for index, table in enumerate(tables):
+            capacity = capacities[table.name]
+            slot = COUNTERS_AT // 8 + index * COUNTERS_PER_TABLE
+            row_bytes = table.row_bytes if isinstance(table, Table) else 1
+            if isinstance(table, Table):
+                self.rings[table.name] = Ring(table, self._memory, offset, capacity, self._words, slot)
+            else:
+                self.logs[table.name] = ByteLog(table, self._memory, offset, capacity, self._words, slot)
+
+            layout.append([table.name, offset, capacity, row_bytes, table.layout])
+            offset += _aligned(capacity * row_bytes)
+
+        return layout
+
+    def _write_header(self, layout: list[list[Any]], size: int) -> None:
+        packed = msgpack.packb(layout)
+        if len(packed) > LAYOUT_BYTES:
+            raise ValueError(f"the layout of the tables takes {len(packed)} bytes, {LAYOUT_BYTES} are reserved")
+
+        self._memory[LAYOUT_AT : LAYOUT_AT + len(packed)] = packed
+        now_ns, epoch_ns = monotonic_ns(), time.time_ns()
+        PROLOGUE.pack_into(self._memory, 0, bytes(8), VERSION, size, now_ns, epoch_ns, 0, 0, 0, len(packed), 0)
+
+
+def _wanted(overrides: dict[str, int]) -> dict[str, int]:
+    """Rows (or bytes, for logs) per table before the filesystem is asked."""
+    capacities = {table.name: table.capacity for table in PACKED} | {log.name: log.capacity_bytes for log in LOGS}
+    for name, capacity in overrides.items():
+        if name not in capacities:
+            raise ValueError(f"no table {name!r} in the flight file; there are {', '.join(capacities)}")
+
+        capacities[name] = 1 << max(1, (capacity - 1).bit_length())
+
+    return capacities
+
+
+def _fit(wanted: dict[str, int], budget_bytes: int) -> dict[str, int]:
+    """Halve the largest ring until all fit the budget, none below its floor."""
+    capacities = dict(wanted)
+    while _total_bytes(capacities) > budget_bytes:
+        able = [t for t in PACKED if capacities[t.name] > _FLOOR_ROWS.get(t.name, _OTHER_FLOOR_ROWS)]
+        if not able:
+            raise OSError(errno.ENOSPC, f"needs {_total_bytes(capacities)} bytes, may take {budget_bytes} (1/16 of it)")
+
+        largest = max(able, key=lambda table: capacities[table.name] * table.row_bytes)
+        capacities[largest.name] //= 2
+
+    return capacities
+
+
+def _total_bytes(capacities: dict[str, int]) -> int:
+    rings = sum(_aligned(capacities[table.name] * table.row_bytes) for table in PACKED)
+    return DATA_AT + rings + sum(_aligned(capacities[log.name]) for log in LOGS)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _free_bytes(folder: Path) -> int:
+    status = os.statvfs(folder)
+    return status.f_bavail * status.f_frsize
+
+
+def _prepare(folder: Path, private: bool) -> None:
+    """Make the folder; a private one must be a real folder of this user into which nobody else can write."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat() if private else folder.stat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+    if private and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        raise PermissionError(errno.EPERM, "the folder is another user's, or others may write into it", str(folder))
+
+
+def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:
+    """Pack a map; while it is too long, leave out what is longest."""
+    kept = dict(fields)
+    packed: bytes = msgpack.packb(kept, default=repr)
+    while len(packed) > limit:
+        del kept[max(kept, key=lambda key: len(msgpack.packb(kept[key], default=repr)))]
+        packed = msgpack.packb(kept, default=repr)
+
+    return packed
+
+
+def _say_once(refusals: list[str], place: Path | None) -> None:
+    if not refusals:
+        return
+
+    text = f"no flight file in {'; '.join(refusals)}. " + (
+        f"Using {place}: the last rows survive a killed process, a step may stall for a millisecond now and then."
+        if place
+        else "Using plain memory: the last rows of a killed process will be lost. Free some space there to keep them."
+    )
+    if text not in _said:
+        _said.add(text)
+        _log.warning(text)

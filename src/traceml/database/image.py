@@ -1,0 +1,410 @@
+"""Reading what a rank left behind: the flight files of dead processes.
+
+A live rank holds a POSIX lock on its file. The kernel drops it when the process is gone, however it went, and whether
+or not children that it forked live on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from traceml.clock import boot_id
+from traceml.database.rings import COUNTERS_PER_TABLE, Taken
+from traceml.database.schema import TABLES, Phase, Table
+from traceml.errors import StoreError
+
+__all__ = [
+    "COUNTERS_AT",
+    "DATA_AT",
+    "FLIGHT_SUFFIX",
+    "IDENTITY_AT",
+    "IDENTITY_BYTES",
+    "LAYOUT_AT",
+    "LAYOUT_BYTES",
+    "MAGIC",
+    "MAX_TABLES",
+    "OPEN_SLOTS_AT",
+    "OWN_FILES",
+    "PROLOGUE",
+    "VERSION",
+    "Counters",
+    "FlightImage",
+    "FlightState",
+    "Slot",
+    "find_flights",
+    "is_alive",
+    "read_flight",
+    "remove_stale",
+]
+
+# The file: a header page of int64 words (prologue, open slots, counters), the identity twice (one is current while the
+# other is rewritten), the layout of the tables, and the tables themselves.
+MAGIC = b"TRACEMLF"
+VERSION = 1
+# magic, version, size of the file, monotonic and epoch stamps of its creation, current identity (0 or 1), lengths of
+# both identities, length of the layout, epoch second at which a cleaner first found the owner dead
+PROLOGUE = struct.Struct("@8s9q")
+DEAD_SINCE_AT = 72
+OPEN_SLOTS_AT = 128
+COUNTERS_AT = 256
+MAX_TABLES = 32
+IDENTITY_AT = (4096, 8192)
+IDENTITY_BYTES = 4096
+LAYOUT_AT = 12288
+LAYOUT_BYTES = 4096
+DATA_AT = 16384
+FLIGHT_SUFFIX = ".flight"
+
+_FLOCK = struct.Struct("@hhqqi4x")
+_WORD = struct.Struct("@q")
+
+# Files of this process by (pid, device, inode). Closing any descriptor of one of them would drop its lock, so these are
+# never opened a second time.
+OWN_FILES: dict[tuple[int, int, int], mmap.mmap] = {}
+
+_log = logging.getLogger("traceml")
+
+
+class FlightState(IntEnum):
+    """How far a rank came, as it said itself (slot STATE)."""
+
+    STARTING = 0
+    RUNNING = 1
+    FINISHED = 2
+    FAILED = 3
+
+
+class Slot(IntEnum):
+    """The words of `open_slots`; 0 to 7 are the phases, each with the stamp of its start while it is open, else 0."""
+
+    STEP_START = 8  # monotonic stamp at which the open step began, 0 without one
+    STEP = 9  # number of the open step, -1 without one
+    USER_NAME = 10  # id in `names` of the innermost open user phase
+    STATE = 11  # FlightState
+    EXIT_START = 12  # monotonic stamp at which the process began to end, 0 before
+    HEARTBEAT = 13  # monotonic stamp of the last time the recorder's thread woke
+    WORLD = 14  # free for the recorder
+    SPARE = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """One table's counters, in rows, as they stood when the process died."""
+
+    appended: int
+    sent: int
+    acked: int
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """Where a table lies in the file."""
+
+    name: str
+    offset: int
+    capacity: int
+    row_bytes: int
+
+
+class FlightImage:
+    """A copy of a flight file: who wrote it, what it appended, and what was open at the end.
+
+    Attributes:
+        path: where it was read.
+        identity: pid, start_ticks, boot_id, and what the recorder added (rank, attempt, job, host).
+        created_ns: monotonic stamp of its creation, with `created_epoch_ns` the pair that turns stamps into dates.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self.path = path
+        self._data = data
+        prologue = _prologue(path, data)
+        self.created_ns, self.created_epoch_ns = prologue[3], prologue[4]
+        self.identity: dict[str, Any] = self._unpack(IDENTITY_AT[prologue[5] & 1], prologue[6 + (prologue[5] & 1)])
+        self._tables: dict[str, tuple[int, _Placed]] = {}
+        for index, (name, offset, capacity, row_bytes, layout) in enumerate(self._unpack(LAYOUT_AT, prologue[8])):
+            self._check_layout(name, layout)
+            self._tables[name] = (index, _Placed(name, offset, capacity, row_bytes))
+
+        words = struct.unpack_from("@16q", data, OPEN_SLOTS_AT)
+        self._slots: tuple[int, ...] = words
+
+    def __repr__(self) -> str:
+        return f"FlightImage({str(self.path)!r}, pid={self.identity.get('pid')}, state={self.state.name})"
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables and logs in the file."""
+        return list(self._tables)
+
+    @property
+    def state(self) -> FlightState:
+        """How far the rank came."""
+        return FlightState(self._slots[Slot.STATE])
+
+    @property
+    def same_boot(self) -> bool:
+        """Whether its stamps can be compared with this machine's clock now."""
+        return bool(self.identity.get("boot_id") == boot_id())
+
+    @property
+    def open_phase(self) -> tuple[Phase | None, int]:
+        """The innermost open phase and its start's stamp; (None, start of the step) between phases."""
+        stamps = self._slots[: len(Phase)]
+        latest = max(stamps)
+        # Phases that nest are open together: the one begun last is inside the others.
+        return (Phase(stamps.index(latest)), latest) if latest else (None, self._slots[Slot.STEP_START])
+
+    @property
+    def open_user_phase(self) -> str | None:
+        """Name of the innermost open phase of the user, when one is open."""
+        if not self._slots[Phase.USER]:
+            return None
+
+        wanted = self._slots[Slot.USER_NAME]
+        return next((row["name"] for row in self.log_rows("names") if row.get("id") == wanted), None)
+
+    @property
+    def open_step(self) -> int | None:
+        """Number of the step that was open, None when none was."""
+        return self._slots[Slot.STEP] if self._slots[Slot.STEP] >= 0 else None
+
+    def slot(self, slot: Slot) -> int:
+        """Return one of the words beside the phases."""
+        return self._slots[slot]
+
+    def counters(self, name: str) -> Counters:
+        """Return a table's counters."""
+        index, _ = self._tables[name]
+        return Counters(*struct.unpack_from("@4q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
+
+    def rows(self, name: str, start: int = 0) -> tuple[int, bytes]:
+        """Return (sequence number of the first, rows) of a packed table from `start` on, as far as it reaches back."""
+        _, placed = self._tables[name]
+        appended = self.counters(name).appended
+        first = min(max(start, appended - placed.capacity + 1, 0), appended)
+        if first == appended:
+            return first, b""
+
+        begin, end = first & (placed.capacity - 1), appended & (placed.capacity - 1)
+        size = placed.row_bytes
+        ring = memoryview(self._data)[placed.offset : placed.offset + placed.capacity * size]
+        if begin < end:
+            return first, bytes(ring[begin * size : end * size])
+
+        return first, bytes(ring[begin * size :]) + bytes(ring[: end * size])
+
+    def log_rows(self, name: str, start: int = 0) -> list[dict[str, Any]]:
+        """Return a log's maps from number `start` on."""
+        return self._walk(name)[0][start:]
+
+    def take(self, name: str, start: int = 0) -> Taken:
+        """Return what a table or log holds from `start` on, in the form in which it goes into a frame."""
+        if isinstance(TABLES.get(name), Table):
+            first, data = self.rows(name, start)
+            return Taken(first, len(data) // self._tables[name][1].row_bytes, data)
+
+        rows, ends = self._walk(name)
+        first = min(start, len(rows))
+        offset = self._tables[name][1].offset
+        return Taken(first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
+
+    def _walk(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
+        _, placed = self._tables[name]
+        unpacker = msgpack.Unpacker(strict_map_key=False)
+        unpacker.feed(self._data[placed.offset : placed.offset + placed.capacity])
+        rows: list[dict[str, Any]] = []
+        ends = [0]
+        for _ in range(self.counters(name).appended):
+            rows.append(self._next_map(unpacker, name))
+            ends.append(unpacker.tell())
+
+        return rows, ends
+
+    def _next_map(self, unpacker: msgpack.Unpacker, name: str) -> dict[str, Any]:
+        try:
+            row = unpacker.unpack()
+        except (ValueError, msgpack.UnpackException) as error:
+            raise _damaged(self.path, f"its log {name!r} cannot be unpacked") from error
+
+        if not isinstance(row, dict):
+            raise _damaged(self.path, f"its log {name!r} holds something that is no map")
+
+        return row
+
+    def _unpack(self, offset: int, length: int) -> Any:
+        try:
+            return msgpack.unpackb(self._data[offset : offset + length], strict_map_key=False)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise _damaged(self.path, "its header cannot be unpacked") from error
+
+    def _check_layout(self, name: str, layout: Any) -> None:
+        table = TABLES.get(name)
+        if table is None or table.layout != layout:
+            raise StoreError(
+                f"flight file {self.path}: table {name!r} has columns that this traceml does not know. "
+                "Read it with the version that wrote it, or delete it."
+            )
+
+
+def read_flight(path: Path, *, allow_live: bool = False) -> FlightImage:
+    """Read a dead rank's flight file.
+
+    Args:
+        path: the file.
+        allow_live: read it also while its owner lives; what is being written then may be torn.
+
+    Raises:
+        StoreError: it cannot be read, is damaged, is of another version, or its owner lives.
+    """
+    own = _own(path)
+    if own is not None:
+        if not allow_live:
+            raise _still_alive(path)
+
+        return FlightImage(path, own[:])
+
+    try:
+        with _opened(path) as descriptor:
+            if not allow_live and _locked(descriptor):
+                raise _still_alive(path)
+
+            return FlightImage(path, _read_all(descriptor))
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"flight file {path} cannot be read: {error.strerror}") from error
+
+
+def find_flights(folder: Path, *, pid: int | None = None) -> list[Path]:
+    """Return the flight files in a folder, by name; those of one process when `pid` is given."""
+    pattern = f"{pid}-*{FLIGHT_SUFFIX}" if pid is not None else f"*{FLIGHT_SUFFIX}"
+    return sorted(folder.glob(pattern))
+
+
+def is_alive(path: Path) -> bool:
+    """Tell whether the process that writes this flight file lives; False also when the file is gone."""
+    if _own(path) is not None:
+        return True
+
+    try:
+        with _opened(path) as descriptor:
+            return _locked(descriptor)
+    except OSError:
+        return False
+
+
+def remove_stale(folder: Path, *, grace_s: float = 3600.0) -> list[Path]:
+    """Remove flight files which nobody owns and nobody came for; return those removed.
+
+    A file goes when its owner is dead and it is of another boot, or was first found dead more than `grace_s` ago: an
+    aggregator that comes back has that long to read it.
+    """
+    removed = []
+    for path in find_flights(folder):
+        try:
+            if _own(path) is None and _is_stale(path, grace_s):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+        except OSError as error:
+            _log.debug("stale flight file %s stays: %s", path, error)
+
+    return removed
+
+
+def _is_stale(path: Path, grace_s: float) -> bool:
+    now = int(time.time())
+    with _opened(path, os.O_RDWR) as descriptor:
+        if _locked(descriptor):
+            return False
+
+        try:
+            image = FlightImage(path, os.pread(descriptor, DATA_AT, 0))
+        except StoreError:
+            # Half made, damaged or of another version: nothing says since when, so its own date must do.
+            return now - os.fstat(descriptor).st_mtime > grace_s
+
+        if not image.same_boot:
+            return True
+
+        dead_since = _WORD.unpack(os.pread(descriptor, 8, DEAD_SINCE_AT))[0]
+        if not dead_since:
+            os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
+            dead_since = now
+
+        return bool(now - dead_since > grace_s)
+
+
+def _own(path: Path) -> mmap.mmap | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+
+    return OWN_FILES.get((os.getpid(), status.st_dev, status.st_ino))
+
+
+@contextmanager
+def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    # Asked, not taken: two readers must not take each other for the owner.
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, request)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _read_all(descriptor: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    parts: list[bytes] = []
+    done = 0
+    while done < size and (part := os.pread(descriptor, size - done, done)):
+        parts.append(part)
+        done += len(part)
+
+    return b"".join(parts)
+
+
+def _prologue(path: Path, data: bytes) -> tuple[Any, ...]:
+    if len(data) < DATA_AT or data[:8] != MAGIC:
+        raise _damaged(path, "it has no whole header")
+
+    prologue = PROLOGUE.unpack_from(data)
+    if prologue[1] != VERSION:
+        raise StoreError(
+            f"flight file {path} is of format {prologue[1]}, this traceml reads {VERSION}. "
+            "Read it with the version that wrote it, or delete it."
+        )
+
+    if len(data) not in (prologue[2], DATA_AT):
+        raise _damaged(path, f"it is cut off: {len(data)} of {prologue[2]} bytes")
+
+    return prologue
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(f"flight file {path} is damaged: {why}. Delete it.")
+
+
+def _still_alive(path: Path) -> StoreError:
+    return StoreError(f"flight file {path} belongs to a process that lives; it can be read after its end.")
