@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from traceml.clock import clock_pair, monotonic_ns
-from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
@@ -136,6 +136,29 @@ class Connection:
 
         return cls(sock, shake.decoder, welcome, (host, port), shake.early)
 
+    @classmethod
+    def client(cls, host: str, port: int, *, token: str | None = None, run: str = "", timeout: float = 5.0) -> Self:
+        """Connect as a command does: one that asks and orders, and sends no rows.
+
+        Args:
+            host: where the aggregator listens.
+            port: its port.
+            token: what to prove; without one, what this user's aggregator on that port has published.
+            run: the job key or id of the run that commands are about.
+            timeout: seconds for connecting and the handshake.
+
+        Raises:
+            AggregatorRefusedError: the aggregator refused.
+            AggregatorUnavailableError: nobody answered in time.
+        """
+        return cls.connect(host, port, Hello(role="client", run=run), token, timeout_s=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close("done")
+
     @property
     def unsent_bytes(self) -> int:
         """Bytes which the socket has not taken yet. While there are some, send no more rows: the peer is behind."""
@@ -198,27 +221,36 @@ class Connection:
 
         return not self._unsent
 
-    def request(self, name: str, args: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
+    def command(self, name: str, args: dict[str, Any] | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
         """Send `command{id, name, args}` and return its `reply`; other messages are kept for `receive`.
 
+        Args:
+            name: what to do.
+            args: with what.
+            timeout: seconds to wait for the reply.
+
         Raises:
+            TraceMLError: the aggregator answered that it cannot.
             TimeoutError: no reply came in time.
+            ConnectionError: the connection is gone.
         """
-        number = time.monotonic_ns()
+        number = monotonic_ns()
         self.send({"t": "command", "id": number, "name": name, "args": args or {}})
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout
         kept: list[dict[str, Any]] = []
         try:
             while (left_s := deadline - time.monotonic()) > 0:
                 for message in self.receive(left_s):
-                    if message["t"] == "reply" and message.get("id") == number:
+                    if message["t"] != "reply" or message.get("id") != number:
+                        kept.append(message)
+                    elif "error" in message:
+                        raise TraceMLError(f"the aggregator cannot {name!r}: {message['error']}")
+                    else:
                         return message
-
-                    kept.append(message)
         finally:
             self._inbox[:0] = kept
 
-        raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout_s:.1f} s")
+        raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout:.1f} s")
 
     def measure_clock(self, *, rounds: int = 8, timeout_s: float = 0.5) -> ClockOffset | None:
         """Ask for the aggregator's clock `rounds` times, keep the fastest answer, and tell it; None if none came."""

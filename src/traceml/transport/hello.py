@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self, get_args
 
@@ -17,6 +18,7 @@ __all__ = ["Hello", "Role", "schemas"]
 Role = Literal["rank", "agent", "client"]
 
 _TEXT_LIMIT = 4096
+_WORLD_LIMIT = 1 << 20  # arrays are made by rank; nobody has more, and a number gone wrong must not cost the memory
 
 
 def schemas() -> dict[str, Any]:
@@ -45,6 +47,7 @@ class Hello:
         project: the project that it belongs to.
         command: the command line of the job.
         flight: path of this rank's flight file, "" when it is not on a file system.
+        restarts_left: how often the job's launcher may still restart its workers.
         hang_timeout_s: after this long without a step the run counts as hung.
         schemas: see `schemas()`.
         clock: (monotonic_ns, epoch_ns) taken together.
@@ -66,6 +69,7 @@ class Hello:
     project: str = "default"
     command: str = field(default_factory=lambda: " ".join(sys.argv))
     flight: str = ""
+    restarts_left: int = field(default_factory=lambda: _restarts_left(os.environ))
     hang_timeout_s: float = 60.0
     schemas: dict[str, Any] = field(default_factory=schemas)
     clock: tuple[int, int] = field(default_factory=clock_pair)
@@ -95,7 +99,19 @@ class Hello:
         facts.setdefault("start_ticks", 0)
         facts.setdefault("boot_id", "")
         facts.setdefault("command", "")
+        facts.setdefault("restarts_left", 0)
+        if facts["rank"] >= facts["world_size"] or facts["world_size"] > _WORLD_LIMIT:
+            raise ProtocolError(f"rank {facts['rank']} of {facts['world_size']} cannot be")
+
         return cls(**facts)
+
+
+def _restarts_left(environ: Mapping[str, str]) -> int:
+    """Ask torchrun's variables."""
+    try:
+        return max(0, int(environ["TORCHELASTIC_MAX_RESTARTS"]) - int(environ["TORCHELASTIC_RESTART_COUNT"]))
+    except (KeyError, ValueError):
+        return 0
 
 
 def _check(name: str, value: object) -> None:
@@ -123,6 +139,7 @@ _TYPES: dict[str, Any] = {
     "attempt": int,
     "pid": int,
     "start_ticks": int,
+    "restarts_left": int,
     "hang_timeout_s": (int, float),
     "schemas": dict,
     "clock": (list, tuple),
