@@ -1,1 +1,1 @@
-"""Numbers read every so often: process, host, devices, memory."""
+"""Samplers: what is read every so often in a rank - process, host, devices, torch's allocator."""

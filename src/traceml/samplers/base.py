@@ -1,0 +1,176 @@
+"""What a sampler is, and the scheduler that runs those which are due on the recorder's thread."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Table
+
+__all__ = ["Row", "Sampler", "SamplerStatistics", "Scheduler"]
+
+Row = tuple[float, ...]
+_log = logging.getLogger("traceml")
+
+# Memory moves most while a job starts: a sampler may ask for a shorter interval during this time.
+_START_NS = 30 * 10**9
+
+
+class Sampler(Protocol):
+    """Reads something every so often and gives it as rows of one table.
+
+    `sample` runs on the recorder's thread, in microseconds, and raises when it cannot read: the scheduler counts that.
+    """
+
+    name: ClassVar[str]
+    table: ClassVar[Table]
+    start_interval_s: ClassVar[float | None]  # during the first 30 s, where shorter than the interval
+    cost_us: ClassVar[float]  # what one sample cost where it was measured last; the real figure is in the statistics
+
+    def sample(self, t_ns: int, step: int) -> Iterable[Row]:
+        """Return the rows of this moment.
+
+        Args:
+            t_ns: the monotonic stamp of the sample.
+            step: the open training step, -1 when none is.
+        """
+
+    def close(self) -> None:
+        """Give back what is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerStatistics:
+    """What one sampler did and cost so far."""
+
+    name: str
+    interval_s: float
+    samples: int
+    errors: int
+    total_ns: int
+    max_ns: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    sampler: Sampler
+    interval_ns: int
+    start_interval_ns: int
+    due_ns: int
+    samples: int = 0
+    errors: int = 0
+    total_ns: int = 0
+    max_ns: int = 0
+
+    def reschedule(self, now_ns: int, started_ns: int) -> None:
+        interval = self.start_interval_ns if now_ns - started_ns < _START_NS else self.interval_ns
+        # Missed beats are dropped, not made up: a stopped process must not come back to a burst.
+        self.due_ns = max(self.due_ns + interval, now_ns + interval // 2)
+
+
+@dataclass(slots=True)
+class Scheduler:
+    """Runs samplers when they are due.
+
+    Args:
+        samplers: what to run.
+        append: takes (table name, row).
+        interval_s: seconds between samples.
+        intervals_s: the same for single samplers, by name; where given, it holds from the start.
+        on_error: told once per sampler that it raised: (name, error).
+    """
+
+    samplers: Sequence[Sampler]
+    append: Callable[[str, Row], None]
+    interval_s: float = 1.0
+    intervals_s: Mapping[str, float] = field(default_factory=dict)
+    on_error: Callable[[str, Exception], None] = lambda _name, _error: None
+    _entries: list[_Entry] = field(default_factory=list)
+    _started_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self._started_ns = monotonic_ns()
+        for sampler in self.samplers:
+            interval = self.intervals_s.get(sampler.name, self.interval_s)
+            start = interval
+            if sampler.start_interval_s is not None and sampler.name not in self.intervals_s:
+                start = min(interval, sampler.start_interval_s)
+
+            self._entries.append(_Entry(sampler, int(interval * 1e9), int(start * 1e9), self._started_ns))
+
+    @property
+    def due_ns(self) -> int:
+        """The monotonic stamp at which the next sampler is due."""
+        return min((entry.due_ns for entry in self._entries), default=2**62)
+
+    def run_due(self, step: int) -> None:
+        """Run what is due now."""
+        now = monotonic_ns()
+        for entry in self._entries:
+            if entry.due_ns <= now:
+                self._run(entry, step)
+
+    def run_all(self, step: int) -> None:
+        """Run every sampler now: the last sample before the end."""
+        for entry in self._entries:
+            self._run(entry, step)
+
+    def statistics(self) -> tuple[SamplerStatistics, ...]:
+        """Return what each sampler did and cost so far."""
+        return tuple(
+            SamplerStatistics(e.sampler.name, e.interval_ns / 1e9, e.samples, e.errors, e.total_ns, e.max_ns)
+            for e in self._entries
+        )
+
+    @property
+    def total_ns(self) -> int:
+        """CPU time spent in samplers so far."""
+        return sum(entry.total_ns for entry in self._entries)
+
+    @property
+    def errors(self) -> int:
+        """Samples that failed so far."""
+        return sum(entry.errors for entry in self._entries)
+
+    def close(self) -> None:
+        """Close every sampler."""
+        for entry in self._entries:
+            try:
+                entry.sampler.close()
+            except Exception as error:  # noqa: BLE001 - fail open: one sampler's end is not the others'
+                self._failed(entry, error)
+
+        self._entries.clear()
+
+    def _run(self, entry: _Entry, step: int) -> None:
+        started = time.thread_time_ns()
+        now = monotonic_ns()
+        try:
+            for row in entry.sampler.sample(now, step):
+                self.append(entry.sampler.table.name, row)
+
+            entry.samples += 1
+        except Exception as error:  # noqa: BLE001 - fail open: a sampler that breaks leaves the others alone
+            self._failed(entry, error)
+
+        cost = time.thread_time_ns() - started
+        entry.total_ns += cost
+        entry.max_ns = max(entry.max_ns, cost)
+        entry.reschedule(now, self._started_ns)
+
+    def _failed(self, entry: _Entry, error: Exception) -> None:
+        entry.errors += 1
+        if entry.errors > 1:
+            return
+
+        _log.warning(
+            "sampler %r failed: %s: %s; it is tried again, further failures are only counted",
+            entry.sampler.name,
+            type(error).__name__,
+            error,
+        )
+        self.on_error(entry.sampler.name, error)

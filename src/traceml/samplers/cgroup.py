@@ -1,0 +1,110 @@
+"""What the control group allows this process: a container's limits, not the machine's, are what a job runs into."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from traceml.samplers.procfs import KeptFile, read_text
+
+__all__ = ["GroupMemory", "cores", "group_memory"]
+
+_ROOT = "/sys/fs/cgroup"
+_NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
+
+
+class GroupMemory:
+    """Memory of a control group that has a limit."""
+
+    def __init__(self, folder: str, usage: str, inactive: str, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._usage = KeptFile(f"{folder}/{usage}", 64)
+        self._stat = KeptFile(f"{folder}/memory.stat")
+        self._inactive = inactive.encode()
+
+    def used_bytes(self) -> int:
+        """Memory in use, without file cache that the kernel would give up first."""
+        cache = 0
+        for line in self._stat.read().splitlines():
+            if line.startswith(self._inactive):
+                cache = int(line.rpartition(b" ")[2])
+                break
+
+        return max(int(self._usage.read()) - cache, 0)
+
+    def close(self) -> None:
+        """Close the kept files."""
+        self._usage.close()
+        self._stat.close()
+
+
+def group_memory(root: str = _ROOT, membership: str | None = None) -> GroupMemory | None:
+    """Return the memory of the innermost group that limits this process, or None where nothing does.
+
+    Args:
+        root: where the control groups are mounted.
+        membership: text of /proc/self/cgroup.
+    """
+    for folder, usage, limit_name, inactive in _memory_folders(root, membership):
+        limit = read_text(f"{folder}/{limit_name}")
+        if limit is None or not limit.strip().isdigit() or int(limit) >= _NO_LIMIT:
+            continue
+
+        try:
+            return GroupMemory(folder, usage, inactive, int(limit))
+        except OSError:  # a limit is shown but not the use: then the machine's figures have to do
+            continue
+
+    return None
+
+
+def cores(root: str = _ROOT, membership: str | None = None) -> int:
+    """Return how many cores this process may use: its affinity, less where a quota allows less."""
+    allowed = len(os.sched_getaffinity(0))
+    quota = _quota(root, _membership(membership))
+    return min(allowed, max(1, math.ceil(quota))) if quota is not None else allowed
+
+
+def _quota(root: str, groups: dict[str, str]) -> float | None:
+    shares = []
+    for folder in _upwards(root, groups.get("", "/")):
+        words = (read_text(f"{folder}/cpu.max") or "").split()
+        if len(words) == 2 and words[0].isdigit():
+            shares.append(int(words[0]) / int(words[1]))
+
+    for folder in _upwards(f"{root}/cpu", groups.get("cpu", "/")):
+        quota, period = read_text(f"{folder}/cpu.cfs_quota_us"), read_text(f"{folder}/cpu.cfs_period_us")
+        if quota and period and int(quota) > 0:
+            shares.append(int(quota) / int(period))
+
+    return min(shares, default=None)
+
+
+def _memory_folders(root: str, membership: str | None) -> list[tuple[str, str, str, str]]:
+    groups = _membership(membership)
+    second = [
+        (folder, "memory.current", "memory.max", "inactive_file ") for folder in _upwards(root, groups.get("", "/"))
+    ]
+    first = [
+        (folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file ")
+        for folder in _upwards(f"{root}/memory", groups.get("memory", "/"))
+    ]
+    return second + first
+
+
+def _membership(text: str | None) -> dict[str, str]:
+    """Return {controller: path}, with "" for version 2."""
+    text = read_text("/proc/self/cgroup") if text is None else text
+    groups = {}
+    for line in (text or "").splitlines():
+        parts = line.split(":", 2)
+        if len(parts) == 3:
+            groups.update(dict.fromkeys(parts[1].split(","), parts[2]))
+
+    return groups
+
+
+def _upwards(root: str, path: str) -> list[str]:
+    """Return the folders from the group up to the root; inside a container only the root may be visible."""
+    parts = [part for part in path.split("/") if part and part != ".."]
+    return ["/".join([root, *parts[:n]]) for n in range(len(parts), -1, -1)]

@@ -1,0 +1,112 @@
+"""The host: CPU, memory, disks, network; one local rank samples it for all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+from traceml.database.schema import HOST, Table
+from traceml.samplers import cgroup
+from traceml.samplers.base import Row
+from traceml.samplers.procfs import KeptFile
+
+__all__ = ["HostSampler"]
+
+_SECTOR_BYTES = 512  # the unit of /proc/diskstats, whatever the disk's own sectors
+
+
+class HostSampler:
+    """Samples the machine, or the container where its memory is limited.
+
+    Raises:
+        OSError: there is no /proc.
+    """
+
+    name: ClassVar[str] = "host"
+    table: ClassVar[Table] = HOST
+    start_interval_s: ClassVar[float | None] = None
+    cost_us: ClassVar[float] = 34.0
+
+    def __init__(self) -> None:
+        self._cores = cgroup.cores()
+        self._group = cgroup.group_memory()
+        self._stat = KeptFile("/proc/stat", 1024)
+        self._meminfo = KeptFile("/proc/meminfo", 1024)
+        self._disks = _kept("/proc/diskstats")
+        self._net = _kept("/proc/net/dev")
+        self._disk_names = _disk_names()
+        self._busy, self._total = self._cpu_ticks()
+        self._cpu_pct = 0.0
+
+    def sample(self, t_ns: int, step: int) -> tuple[Row]:  # noqa: ARG002 - the protocol's signature
+        """Return the one row of this moment."""
+        used, total = self._memory()
+        return ((t_ns, self._cores, self._cpu_share(), used, total, *self._disk_bytes(), *self._net_bytes()),)
+
+    def close(self) -> None:
+        """Close the kept files."""
+        for file in (self._stat, self._meminfo, self._disks, self._net, self._group):
+            if file is not None:
+                file.close()
+
+    def _cpu_ticks(self) -> tuple[int, int]:
+        user, nice, system, idle, iowait, irq, softirq, steal = map(int, self._stat.read().split(None, 9)[1:9])
+        busy = user + nice + system + irq + softirq + steal
+        return busy, busy + idle + iowait
+
+    def _cpu_share(self) -> float:
+        busy, total = self._cpu_ticks()
+        if total > self._total:  # two samples within one tick say nothing new
+            self._cpu_pct = 100.0 * (busy - self._busy) / (total - self._total)
+            self._busy, self._total = busy, total
+
+        return min(max(self._cpu_pct, 0.0), 100.0)
+
+    def _memory(self) -> tuple[int, int]:
+        fields = self._meminfo.read().split()
+        total = int(fields[1]) * 1024
+        available = int(fields[fields.index(b"MemAvailable:") + 1]) * 1024
+        if self._group is not None and self._group.limit_bytes < total:
+            return self._group.used_bytes(), self._group.limit_bytes
+
+        return total - available, total
+
+    def _disk_bytes(self) -> tuple[int, int]:
+        read = written = 0
+        for line in self._disks.read().splitlines() if self._disks is not None else ():
+            fields = line.split(None, 10)
+            if len(fields) > 9 and fields[2] in self._disk_names:
+                read += int(fields[5])
+                written += int(fields[9])
+
+        return read * _SECTOR_BYTES, written * _SECTOR_BYTES
+
+    def _net_bytes(self) -> tuple[int, int]:
+        received = sent = 0
+        for line in self._net.read().splitlines()[2:] if self._net is not None else ():
+            name, _, figures = line.partition(b":")
+            fields = figures.split(None, 9)
+            if name.strip() != b"lo" and len(fields) > 8:
+                received += int(fields[0])
+                sent += int(fields[8])
+
+        return received, sent
+
+
+def _kept(path: str) -> KeptFile | None:
+    """Open a file that some containers hide."""
+    try:
+        return KeptFile(path, 65536)
+    except OSError:
+        return None
+
+
+def _disk_names() -> frozenset[bytes]:
+    """Return the names of whole, real disks: partitions and mappings would count the same bytes twice."""
+    try:
+        names = [path.name for path in Path("/sys/block").iterdir()]
+    except OSError:
+        return frozenset()
+
+    virtual = ("loop", "ram", "zram", "dm-", "md")
+    return frozenset(name.encode() for name in names if not name.startswith(virtual))

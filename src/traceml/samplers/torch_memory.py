@@ -1,0 +1,45 @@
+"""torch's own allocator: what it holds of each device that this rank uses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from traceml.database.schema import TORCH_MEMORY, Table
+from traceml.samplers.base import Row
+
+__all__ = ["TorchMemorySampler"]
+
+
+class TorchMemorySampler:
+    """Samples torch.cuda's allocator once the script has initialised CUDA; until then neither is touched.
+
+    Args:
+        modules: where loaded modules are looked up.
+    """
+
+    name: ClassVar[str] = "torch_memory"
+    table: ClassVar[Table] = TORCH_MEMORY
+    start_interval_s: ClassVar[float | None] = 0.25
+    cost_us: ClassVar[float] = 60.0
+
+    def __init__(self, modules: Any = None) -> None:
+        self._modules = sys.modules if modules is None else modules
+
+    def sample(self, t_ns: int, step: int) -> Iterator[Row]:
+        """Yield one row per device on which this process has allocated."""
+        torch = self._modules.get("torch")
+        cuda = getattr(torch, "cuda", None)  # None, too, while torch is still being imported
+        if cuda is None or not cuda.is_initialized():
+            return
+
+        for device in range(cuda.device_count()):
+            figures = cuda.memory_stats(device)
+            reserved = figures.get("reserved_bytes.all.current", 0)
+            peak = figures.get("allocated_bytes.all.peak", 0)
+            if reserved or peak:
+                yield t_ns, step, device, figures.get("allocated_bytes.all.current", 0), reserved, peak
+
+    def close(self) -> None:
+        """Hold nothing."""

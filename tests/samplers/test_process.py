@@ -1,0 +1,74 @@
+"""Process figures, against psutil and resource."""
+
+from __future__ import annotations
+
+import resource
+import threading
+
+import psutil
+
+from traceml.database.schema import PROCESS
+from traceml.samplers.process import ProcessSampler
+
+
+def sample() -> dict[str, float]:
+    """Take one sample as a map by column."""
+    sampler = ProcessSampler()
+    (row,) = sampler.sample(5, 7)
+    sampler.close()
+    assert len(row) == len(PROCESS.columns)
+    return dict(zip((column.name for column in PROCESS.columns), row, strict=True))
+
+
+def test_figures_are_those_of_the_system() -> None:
+    """Memory, CPU time, switches and faults agree with what others read of this process."""
+    process = psutil.Process()
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    row = sample()
+    after = resource.getrusage(resource.RUSAGE_SELF)
+
+    assert (row["t_ns"], row["step"]) == (5, 7)
+    assert abs(row["rss_bytes"] - process.memory_info().rss) < 8 << 20
+    assert row["threads"] == process.num_threads()
+    cpu_ns = sum(process.cpu_times()[:2]) * 1e9
+    assert abs(row["cpu_ns"] - cpu_ns) < 0.5e9
+    for column, field in (
+        ("voluntary_switches", "ru_nvcsw"),
+        ("involuntary_switches", "ru_nivcsw"),
+        ("minor_faults", "ru_minflt"),
+        ("major_faults", "ru_majflt"),
+    ):
+        assert getattr(before, field) <= row[column] <= getattr(after, field)
+
+
+def test_threads_are_counted() -> None:
+    """A thread more is one more in the sample."""
+    before = sample()["threads"]
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+
+    during = sample()["threads"]
+    stop.set()
+    thread.join()
+
+    assert during == before + 1
+
+
+def test_the_main_thread_ran() -> None:
+    """The main thread's time on a core is part of the process's CPU time."""
+    row = sample()
+
+    assert 0 < row["main_run_ns"] <= row["cpu_ns"] + 1e9
+    assert row["main_wait_ns"] >= 0
+
+
+def test_memory_growth_is_seen() -> None:
+    """64 MiB that are written show up as resident."""
+    before = sample()["rss_bytes"]
+    ballast = bytearray(b"\x01") * (64 << 20)
+
+    grown = sample()["rss_bytes"] - before
+
+    assert len(ballast) == 64 << 20
+    assert 56 << 20 < grown < 80 << 20

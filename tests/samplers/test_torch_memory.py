@@ -1,0 +1,44 @@
+"""torch's allocator, by a made-up torch: this machine may have no device."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from traceml.samplers.available import open_samplers
+from traceml.samplers.torch_memory import TorchMemorySampler
+
+
+def test_nothing_before_the_script_initialised_cuda() -> None:
+    """Neither an absent torch nor an unused CUDA gives rows, or is touched."""
+    unused = SimpleNamespace(cuda=SimpleNamespace(is_initialized=lambda: False))
+
+    assert list(TorchMemorySampler({}).sample(1, 2)) == []
+    assert list(TorchMemorySampler({"torch": unused}).sample(1, 2)) == []
+    assert list(TorchMemorySampler({"torch": SimpleNamespace()}).sample(1, 2)) == []
+
+
+def test_a_row_per_device_in_use() -> None:
+    """Devices on which this rank has allocated nothing are left out."""
+    figures = {
+        0: {},
+        1: {
+            "allocated_bytes.all.current": 5,
+            "reserved_bytes.all.current": 20,
+            "allocated_bytes.all.peak": 9,
+        },
+    }
+    cuda = SimpleNamespace(is_initialized=lambda: True, device_count=lambda: 2, memory_stats=figures.__getitem__)
+
+    rows = list(TorchMemorySampler({"torch": SimpleNamespace(cuda=cuda)}).sample(1, 2))
+
+    assert rows == [(1, 2, 1, 5, 20, 9)]
+
+
+def test_what_a_host_shares_is_sampled_once() -> None:
+    """Only local rank 0 opens the host's samplers."""
+    first, second = open_samplers(local_rank=0), open_samplers(local_rank=1)
+
+    assert {"process", "host", "torch_memory"} <= {sampler.name for sampler in first}
+    assert {sampler.name for sampler in second} == {"process", "torch_memory"}
+    for sampler in (*first, *second):
+        sampler.close()
