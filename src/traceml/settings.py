@@ -38,6 +38,7 @@ ENV_PREFIX = "TRACEML_"
 # Variables that our own processes set for each other; everything else that starts with TRACEML_ must be a setting.
 INTERNAL_ENV: dict[str, str] = {
     "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, wins over host and port",
+    "TRACEML_FAILURES_FD": "descriptor on which our torchrun tells failures to `traceml run`",
     "TRACEML_ATTEMPT": "which start of the job this is, where torchrun does not tell",
     "TRACEML_RUN_DIR": "the run's folder; set for processes that write into it",
     "TRACEML_SUPERVISED": "set to the process that reports this rank's exit to the aggregator",
