@@ -33,8 +33,8 @@ __all__ = [
     "withdraw",
 ]
 
-# A client never answers a challenge that begins like its own nonces: else a false aggregator could pass the nonce of one
-# connection on to a second connection of the same client, and that one's answer off as its own.
+# A client never answers a challenge that begins like its own nonces: else a false aggregator could pass the nonce of
+# one connection on to a second connection of the same client, and that one's answer off as its own.
 CLIENT_NONCE_TAG = b"traceml-client-1"
 
 _log = logging.getLogger("traceml")

@@ -21,7 +21,7 @@ from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
 
-__all__ = ["ClockOffset", "Connection", "connect", "keep_alive"]
+__all__ = ["ClockOffset", "Connection", "connect", "keep_alive", "refusal"]
 
 _RECEIVE_BYTES = 65536
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
@@ -136,29 +136,6 @@ class Connection:
 
         return cls(sock, shake.decoder, welcome, (host, port), shake.early)
 
-    @classmethod
-    def client(cls, host: str, port: int, *, token: str | None = None, run: str = "", timeout: float = 5.0) -> Self:
-        """Connect as a command does: one that asks and orders, and sends no rows.
-
-        Args:
-            host: where the aggregator listens.
-            port: its port.
-            token: what to prove; without one, what this user's aggregator on that port has published.
-            run: the job key or id of the run that commands are about.
-            timeout: seconds for connecting and the handshake.
-
-        Raises:
-            AggregatorRefusedError: the aggregator refused.
-            AggregatorUnavailableError: nobody answered in time.
-        """
-        return cls.connect(host, port, Hello(role="client", run=run), token, timeout_s=timeout)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close("done")
-
     @property
     def unsent_bytes(self) -> int:
         """Bytes which the socket has not taken yet. While there are some, send no more rows: the peer is behind."""
@@ -221,13 +198,13 @@ class Connection:
 
         return not self._unsent
 
-    def command(self, name: str, args: dict[str, Any] | None = None, *, timeout: float = 5.0) -> dict[str, Any]:
+    def request(self, name: str, args: dict[str, Any] | None = None, *, timeout_s: float = 5.0) -> dict[str, Any]:
         """Send `command{id, name, args}` and return its `reply`; other messages are kept for `receive`.
 
         Args:
             name: what to do.
             args: with what.
-            timeout: seconds to wait for the reply.
+            timeout_s: how long to wait for the reply.
 
         Raises:
             TraceMLError: the aggregator answered that it cannot.
@@ -236,7 +213,7 @@ class Connection:
         """
         number = monotonic_ns()
         self.send({"t": "command", "id": number, "name": name, "args": args or {}})
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout_s
         kept: list[dict[str, Any]] = []
         try:
             while (left_s := deadline - time.monotonic()) > 0:
@@ -250,7 +227,7 @@ class Connection:
         finally:
             self._inbox[:0] = kept
 
-        raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout:.1f} s")
+        raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout_s:.1f} s")
 
     def measure_clock(self, *, rounds: int = 8, timeout_s: float = 0.5) -> ClockOffset | None:
         """Ask for the aggregator's clock `rounds` times, keep the fastest answer, and tell it; None if none came."""
@@ -360,8 +337,7 @@ class Connection:
             if kind == "ack":
                 self.acked[message["table"]] = message["seq"]
             elif kind == "refused":
-                _log.warning("the aggregator at %s:%d refused this peer: %s", *self._peer, message.get("why"))
-                raise AggregatorRefusedError(*self._peer, str(message.get("why")))
+                raise refusal(message, *self._peer)
             else:
                 self._inbox.append(message)
 
@@ -425,9 +401,7 @@ class _Handshake:
 
         message = self.early.pop(0)
         if message["t"] == "refused":
-            why = str(message.get("why"))
-            _log.warning("the aggregator at %s:%d refused this peer: %s", self._host, self._port, why)
-            raise AggregatorRefusedError(self._host, self._port, why)
+            raise refusal(message, self._host, self._port)
 
         if message["t"] != kind:
             raise ProtocolError(f"it sent {message['t']!r} where {kind!r} was due")
@@ -452,6 +426,13 @@ def _open(host: str, port: int, timeout_s: float) -> socket.socket:
 
     keep_alive(sock)
     return sock
+
+
+def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:
+    """Return the error for a `refused`, and log it: one that passes (`retry`) is a lost connection like any other."""
+    why = str(message.get("why"))
+    _log.warning("the aggregator at %s:%d refused this peer: %s", host, port, why)
+    return ConnectionResetError(why) if message.get("retry") else AggregatorRefusedError(host, port, why)
 
 
 def keep_alive(sock: socket.socket) -> None:

@@ -36,7 +36,16 @@ _log = logging.getLogger("traceml")
 
 
 class RefusedError(Exception):
-    """Raised by a handler to turn a peer away; the text reaches the peer and the log."""
+    """Raised by a handler to turn a peer away; the text reaches the peer and the log.
+
+    Args:
+        why: the reason.
+        retry: whether the same peer may try again later: what hinders it passes.
+    """
+
+    def __init__(self, why: str, *, retry: bool = False) -> None:
+        super().__init__(why)
+        self.retry = retry
 
 
 class Handler(Protocol):
@@ -127,7 +136,7 @@ class Peer(asyncio.Protocol):
                 elif self.state == "new":
                     self._greet(message)
         except (ProtocolError, RefusedError) as error:
-            self.refuse(str(error))
+            self.refuse(str(error), retry=getattr(error, "retry", False))
         except Exception:  # noqa: BLE001
             # Our own mistake, or bytes nobody thought of: it costs this peer its connection, not the others theirs.
             self._server.count_handler_error()
@@ -161,13 +170,13 @@ class Peer(asyncio.Protocol):
         else:
             self._transport.resume_reading()
 
-    def refuse(self, why: str) -> None:
-        """Tell the peer and the log why it is turned away, and close."""
+    def refuse(self, why: str, *, retry: bool = False) -> None:
+        """Tell the peer and the log why it is turned away, and close; with `retry` it may come again."""
         if self._transport is None or self.state in ("refused", "closed"):
             return
 
         _log.warning("refused %s %s: %s", self.hello.role if self.hello else "peer", self.address, why)
-        self.send({"t": "refused", "why": why})
+        self.send({"t": "refused", "why": why, **({"retry": True} if retry else {})})
         was_open, self.state = self.state == "open", "refused"
         self._server.count_refused(self)
         self._transport.resume_reading()
@@ -278,7 +287,9 @@ class Server:
         self._pending[peer] = None
         peer.deadline_s = time.monotonic() + HANDSHAKE_S
         if len(self.peers) + _RESERVED_DESCRIPTORS > self._limit:
-            peer.refuse(f"{len(self.peers)} connections are all that this aggregator's descriptor limit allows")
+            peer.refuse(
+                f"{len(self.peers)} connections are all that this aggregator's descriptor limit allows", retry=True
+            )
             return
 
         peer.nonce = auth.server_nonce()
@@ -314,7 +325,7 @@ class Server:
             if peer.state == "refused":
                 peer.abort()
             else:
-                peer.refuse(f"no hello within {HANDSHAKE_S:.0f} s")
+                peer.refuse(f"no hello within {HANDSHAKE_S:.0f} s", retry=True)
 
         self._sweeper = asyncio.get_running_loop().call_later(0.5, self._sweep)
 
