@@ -1,0 +1,120 @@
+"""How frames rest in the store: bytes of equal significance side by side, then compressed.
+
+Neighbouring rows differ in their low bytes only, so turning (rows x bytes) into (bytes x rows) first makes step rows a
+tenth smaller than zstd alone at no cost. The server's business: a rank sends rows as they are.
+"""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+
+from traceml.database.schema import Log, Table
+
+__all__ = ["Codec", "decode", "encode"]
+
+_LEVEL = 1
+_SMALL_BYTES = 48  # below this no compressor gains anything
+
+
+class Codec(IntEnum):
+    """What was done to a frame's bytes; the value is stored with it."""
+
+    RAW = 0
+    ZLIB = 1
+    ZSTD = 2
+    SHUFFLE_ZLIB = 3
+    SHUFFLE_ZSTD = 4
+
+
+class _Compressors(threading.local):
+    """zstandard's objects, one pair per thread as they must not be shared; None where it is not installed."""
+
+    def __init__(self) -> None:
+        self.pack: Any = None
+        self.unpack: Any = None
+        try:
+            import zstandard
+        except ImportError:
+            return
+
+        self.pack = zstandard.ZstdCompressor(level=_LEVEL).compress
+        self.unpack = zstandard.ZstdDecompressor().decompress
+
+
+_compressors = _Compressors()
+
+
+def encode(table: Table | Log, data: bytes) -> tuple[Codec, bytes]:
+    """Compress rows of a table; returns the codec and the bytes, raw where compressing gains nothing."""
+    if len(data) < _SMALL_BYTES:
+        return Codec.RAW, data
+
+    zstd = _compressors.pack
+    shuffled = isinstance(table, Table) and len(data) > table.row_bytes
+    body = _shuffle(data, table.row_bytes) if isinstance(table, Table) and shuffled else data
+    packed = zstd(body) if zstd is not None else zlib.compress(body, _LEVEL)
+    if len(packed) >= len(data):
+        return Codec.RAW, data
+
+    if zstd is not None:
+        return Codec.SHUFFLE_ZSTD if shuffled else Codec.ZSTD, packed
+
+    return Codec.SHUFFLE_ZLIB if shuffled else Codec.ZLIB, packed
+
+
+def decode(codec: int, data: bytes, row_bytes: int) -> bytes:
+    """Return the rows that `encode` was given.
+
+    Args:
+        codec: as stored.
+        data: as stored.
+        row_bytes: size of a row; 1 for logs.
+
+    Raises:
+        ValueError: the bytes are damaged, the codec is unknown, or it needs zstandard, which is not installed.
+    """
+    if codec == Codec.RAW:
+        return bytes(data)
+
+    if codec in (Codec.ZSTD, Codec.SHUFFLE_ZSTD):
+        body = _unzstd(data)
+    elif codec in (Codec.ZLIB, Codec.SHUFFLE_ZLIB):
+        body = _unzlib(data)
+    else:
+        raise ValueError(f"unknown codec {codec}")
+
+    return _unshuffle(body, row_bytes) if codec in (Codec.SHUFFLE_ZLIB, Codec.SHUFFLE_ZSTD) else body
+
+
+def _shuffle(data: bytes, row_bytes: int) -> bytes:
+    return np.frombuffer(data, np.uint8).reshape(-1, row_bytes).T.tobytes()
+
+
+def _unshuffle(data: bytes, row_bytes: int) -> bytes:
+    return np.frombuffer(data, np.uint8).reshape(row_bytes, -1).T.tobytes()
+
+
+def _unzstd(data: bytes) -> bytes:
+    if _compressors.unpack is None:
+        raise ValueError("compressed with zstd, but the package `zstandard` is not installed")
+
+    import zstandard
+
+    try:
+        body: bytes = _compressors.unpack(data)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+
+    return body
+
+
+def _unzlib(data: bytes) -> bytes:
+    try:
+        return zlib.decompress(data)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,186 @@
+"""The store's file: its tables, how it is opened, and how SQLite's troubles are told to a person."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import msgpack
+
+from traceml.database.schema import TABLES
+from traceml.errors import StoreError
+
+__all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_for_writing", "translated"]
+
+STORE_NAME = "store.db"
+STORE_VERSION = 1
+_APPLICATION_ID = 0x54524D4C  # "TRML"
+_BUSY_MS = 5000
+# With 4 kB pages a frame over 1 kB spills into overflow pages and wastes up to 43 %.
+_PAGE_BYTES = 32768
+
+# Frames of one (stream, table) never overlap and are inserted in the order of seq, from 0. So what is stored is
+# sum(n), what comes next is max(seq + n), and what was lost before is the difference: no count can go wrong by itself.
+_DDL = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE tables (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, layout BLOB NOT NULL);
+CREATE TABLE streams (
+    id INTEGER PRIMARY KEY, rank INTEGER NOT NULL, attempt INTEGER NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,
+    start_ticks INTEGER NOT NULL, facts BLOB NOT NULL, UNIQUE (rank, attempt, host, pid, start_ticks)
+);
+CREATE TABLE frames (
+    id INTEGER PRIMARY KEY, stream INTEGER NOT NULL, tbl INTEGER NOT NULL, seq INTEGER NOT NULL, n INTEGER NOT NULL,
+    first_step INTEGER NOT NULL, last_step INTEGER NOT NULL, codec INTEGER NOT NULL, data BLOB NOT NULL
+);
+CREATE INDEX frames_by_table ON frames (tbl);
+CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL);
+"""
+
+
+@contextmanager
+def translated(path: Path, doing: str) -> Iterator[None]:
+    """Turn SQLite's errors into a StoreError that names the file and what to do.
+
+    Args:
+        path: the store.
+        doing: what failed, as in "cannot {doing} the run's store".
+    """
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise StoreError(f"cannot {doing} the run's store {path}: {error}. {_advice(path, error)}") from error
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+
+        raise StoreError(f"cannot {doing} the run's store {path}: {error.strerror or error}.") from error
+
+
+def create(path: Path) -> None:
+    """Make an empty store; it appears under its name only when it is whole.
+
+    Raises:
+        StoreError: the folder cannot be written, or the disk is full.
+    """
+    half = path.with_name(f"{path.name}.new-{os.getpid()}")
+    with translated(path, "create"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _build(half)
+            half.replace(path)
+        except BaseException:
+            for leftover in path.parent.glob(f"{half.name}*"):
+                leftover.unlink(missing_ok=True)
+
+            raise
+
+
+def open_for_writing(path: Path) -> sqlite3.Connection:
+    """Open a store for its one writer, making it when it is not there.
+
+    Raises:
+        StoreError: see `translated`; also when it is no store, or one of another version.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        create(path)
+
+    with translated(path, "open"):
+        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        try:
+            _check(database, path)
+            _check_layouts(database, path)
+            database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+            database.execute("PRAGMA journal_mode=WAL")
+            database.execute("PRAGMA synchronous=NORMAL")
+        except BaseException:
+            database.close()
+            raise
+
+    return database
+
+
+def open_for_reading(path: Path) -> sqlite3.Connection:
+    """Open a store that another process may be writing.
+
+    Raises:
+        StoreError: there is none, it is damaged, no store, or one of another version.
+    """
+    if not path.is_file():
+        raise StoreError(f"there is no run's store at {path}.")
+
+    with translated(path, "read"):
+        try:
+            return _connect_reader(path, "mode=ro")
+        except sqlite3.OperationalError:
+            # A store on read-only media: SQLite cannot make its -shm file there, and nobody can be writing.
+            if os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists():
+                raise
+
+            return _connect_reader(path, "immutable=1")
+
+
+def _connect_reader(path: Path, mode: str) -> sqlite3.Connection:
+    uri = f"{path.resolve().as_uri()}?{mode}"
+    database = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
+        _check(database, path)
+    except BaseException:
+        database.close()
+        raise
+
+    return database
+
+
+def _build(path: Path) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute(f"PRAGMA page_size={_PAGE_BYTES}")
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
+        database.execute(f"PRAGMA user_version={STORE_VERSION}")
+        database.executescript(_DDL)
+        layouts = [(name, msgpack.packb(table.layout)) for name, table in TABLES.items()]
+        database.executemany("INSERT INTO tables (name, layout) VALUES (?, ?)", layouts)
+
+
+def _check(database: sqlite3.Connection, path: Path) -> None:
+    application = database.execute("PRAGMA application_id").fetchone()[0]
+    if application != _APPLICATION_ID:
+        raise StoreError(f"{path} is a database, but no traceml store. Move it away, or choose another folder.")
+
+    version = database.execute("PRAGMA user_version").fetchone()[0]
+    if version != STORE_VERSION:
+        raise StoreError(
+            f"the run's store {path} has format {version}, this traceml reads {STORE_VERSION}. "
+            f"Use {'a newer' if version > STORE_VERSION else 'the older'} traceml for this run."
+        )
+
+
+def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
+    stored = dict(database.execute("SELECT name, layout FROM tables"))
+    for name, table in TABLES.items():
+        if stored.get(name) != msgpack.packb(table.layout):
+            raise StoreError(
+                f"the run's store {path} keeps table {name!r} with other columns than this traceml writes. "
+                "Start a new run for it."
+            )
+
+
+def _advice(path: Path, error: sqlite3.Error) -> str:
+    text = str(error)
+    if "full" in text or "disk I/O" in text:
+        return f"Free some space on the disk of {path.parent}; what was not stored is kept and tried again."
+
+    if "malformed" in text or "not a database" in text:
+        return "The file is damaged: move it away. What SQLite can save: `sqlite3 store.db .recover`."
+
+    if "locked" in text:
+        return "Another program holds it: end it, or wait."
+
+    if "closed" in text:
+        return "It was closed before."
+
+    return "See that the folder exists and may be read and written."
