@@ -1,1 +1,1 @@
-"""Media on which views are shown."""
+"""The media that views are shown on."""

@@ -1,1 +1,1 @@
-"""Views: from a run's data to what a person reads. No input or output here."""
+"""Data to view models to text: what a run looks like, whoever shows it."""

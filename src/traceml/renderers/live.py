@@ -1,0 +1,167 @@
+"""The live view: a running job in a panel of fixed height, so that nothing on the screen jumps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from traceml.renderers.bars import phase_color, sparkline, stacked
+from traceml.renderers.card import SEVERITY_STYLES, wrapped
+from traceml.renderers.look import Look
+from traceml.renderers.numbers import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text
+from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
+from traceml.renderers.words import phase_label
+
+__all__ = ["MAX_RANK_ROWS", "MIN_HEIGHT", "MIN_WIDTH", "live_lines", "panel_height"]
+
+MAX_RANK_ROWS = 16
+MIN_WIDTH = 60
+_NEXT_ROWS = 2
+_FRAME_ROWS = 5 + _NEXT_ROWS  # rule, speed, heading, verdict, next, tracing
+_LABEL = 9
+MIN_HEIGHT = _FRAME_ROWS + 1
+_RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
+
+
+def panel_height(ranks: int, rows: int) -> int:
+    """Return the height of the panel for so many ranks, when `rows` rows may be used at most."""
+    wanted = min(ranks, MAX_RANK_ROWS) + (1 if ranks > MAX_RANK_ROWS else 0)
+    return max(min(_FRAME_ROWS + wanted, rows), MIN_HEIGHT)
+
+
+def live_lines(view: LiveView, look: Look) -> list[Text]:
+    """Return the panel's lines, exactly as many as `panel_height` says for the view's ranks and `look.height`.
+
+    Args:
+        view: the job now.
+        look: the room there is; each line has at most its width.
+    """
+    now = view.now
+    ranks = max(len(now.ranks), now.run.world_size)
+    height = panel_height(ranks, look.height)
+    lines = [
+        _rule(now, look),
+        _speed(view, look),
+        _heading(now, look),
+        *_rank_lines(now, height - _FRAME_ROWS, look),
+        _verdict(now),
+        *_next(now, look),
+        _tracing(now, look),
+    ]
+    for line in lines:
+        line.no_wrap = True
+        _cut(line, look)
+
+    return lines
+
+
+def _cut(line: Text, look: Look) -> None:
+    if line.cell_len > look.width:
+        line.truncate(look.width - len(look.glyphs.ellipsis))
+        line.append(look.glyphs.ellipsis)
+
+
+def _rule(now: RunView, look: Look) -> Text:
+    rule, run = look.glyphs.rule, now.run
+    left = Text(f"{rule} ", style="dim").append("traceml", style="bold not dim").append(f" {rule} ")
+    name = run.name if len(run.name) <= 28 else run.name[:27] + look.glyphs.ellipsis[:1]
+    left.append(name, style="not dim").append(" ")
+    attempt = f", attempt {run.attempt + 1}" if run.attempt else ""
+    hosts = f" on {len(run.hosts)} hosts" if len(run.hosts) > 1 else ""
+    ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}{hosts}{attempt}"
+    right = f" {ranks}, {run.state} {duration_text(run.duration_s)} {rule}"
+    return left.append(rule * max(look.width - left.cell_len - len(right), 1)).append(right)
+
+
+def _speed(view: LiveView, look: Look) -> Text:
+    steps = view.now.steps
+    trend = max(min(look.width - 62, 40), 6)
+    line = Text(f" {rate_text(steps.per_second):>6} steps/s ", style="bold")
+    line.append(sparkline(view.rates, trend, look), style="cyan not bold")
+    line.append(f"  step {ms_text(steps.mean_ms):>7}  p99 {ms_text(steps.p99_ms):>7}", style="not bold")
+    return line.append(f"  {count_text(steps.count):>9} steps", style="not bold")
+
+
+def _heading(now: RunView, look: Look) -> Text:
+    """Return the column heads; the middle one is the legend of the phases."""
+    line = Text(f"   rank{'step':>11} ", style="dim")
+    room = look.width - _RANK_CELLS - 2
+    legend = Text(" ")
+    for row in now.phases:
+        label = phase_label(row.phase)
+        if row.share < 0.005 or legend.cell_len + len(label) + 3 > room:
+            continue
+
+        legend.append(look.glyphs.bar, style=phase_color(row.phase)) if look.color else None
+        legend.append(f"{' ' if look.color else ''}{label}  ")
+
+    legend.append(" " * max(room - legend.cell_len, 0))
+    return line.append(legend).append(f"{'memory':>11}")
+
+
+def _rank_lines(now: RunView, rows: int, look: Look) -> Iterator[Text]:
+    """Yield exactly `rows` lines: ranks, a line that counts the rest, blanks for ranks that have not come yet."""
+    shown = visible_ranks(now.ranks, rows if len(now.ranks) <= rows else max(rows - 1, 1))
+    drawn = 0
+    for row in shown[:rows]:
+        yield _rank_line(row, look)
+        drawn += 1
+
+    hidden = len(now.ranks) - len(shown)
+    if hidden and drawn < rows:
+        yield _hidden_line(now, hidden, look)
+        drawn += 1
+    elif not now.ranks and drawn < rows:
+        yield Text("   waiting for the first steps", style="dim")
+        drawn += 1
+
+    for _ in range(rows - drawn):
+        yield Text()
+
+
+def _rank_line(row: RankRow, look: Look) -> Text:
+    mark = look.glyphs.mark if row.slowest else " "
+    style = "bold red" if row.slowest or row.end else ""
+    line = Text(f" {mark} {row.rank:>4}", style=style)
+    line.append(f"{ms_text(row.step_ms) if row.phases else '-':>11}  ", style="default not bold" if style else "")
+    room = look.width - _RANK_CELLS - 2
+    line.append(_state_text(row, room) if row.end else stacked(row.shares, room, look))
+    return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>11}", style="default not bold" if style else "")
+
+
+def _state_text(row: RankRow, room: int) -> str:
+    return (row.end or row.state)[:room].ljust(room)
+
+
+def _hidden_line(now: RunView, hidden: int, look: Look) -> Text:
+    times = [row.step_ms for row in now.ranks if row.phases]
+    between = f", steps of {ms_text(min(times))} to {ms_text(max(times))}" if times else ""
+    return Text(f"   {look.glyphs.ellipsis} {count_text(hidden)} more{between}", style="dim")
+
+
+def _verdict(now: RunView) -> Text:
+    verdict = now.verdict
+    return Text(" so far  ", style="dim").append(
+        verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
+    )
+
+
+def _next(now: RunView, look: Look) -> Iterator[Text]:
+    lines = wrapped(now.verdict.next, look.width - _LABEL)
+    for number in range(_NEXT_ROWS):
+        text = lines[number] if number < len(lines) else ""
+        if number == _NEXT_ROWS - 1 and len(lines) > _NEXT_ROWS:
+            text = " ".join(lines[number:])  # cut where the screen ends
+
+        yield Text().append((" next" if number == 0 else "").ljust(_LABEL), style="dim").append(text)
+
+
+def _tracing(now: RunView, look: Look) -> Text:
+    telemetry = now.telemetry
+    lost = telemetry.rows_lost or 0
+    line = Text(" tracing ", style="dim")
+    line.append(f"{count_text(lost)} rows lost" if lost else "no row lost", style="bold red not dim" if lost else "")
+    line.append(f" of {count_text(telemetry.rows_stored)}")
+    overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
+    return line.append(f" {look.glyphs.dot} overhead {overhead}")

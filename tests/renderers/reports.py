@@ -1,0 +1,174 @@
+"""Fabricated reports in the shape of `traceml.report/1`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PHASES = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "other")
+WAIT = "Profile rank 1's forward pass; compare its input sizes and its host's load with rank 0's."
+
+
+def finding(kind: str = "HEALTHY", **over: Any) -> dict[str, Any]:
+    base = {
+        "kind": kind,
+        "severity": "info",
+        "ranks": [],
+        "phase": None,
+        "summary": "No phase and no rank stands out over 1,000 steps of 5.61 ms.",
+        "next": "Nothing to do; compare with a later run by `traceml report`.",
+        "evidence": {},
+        "cost_share": 0.0,
+        "speedup_if_fixed": 1.0,
+    }
+    return {**base, **over}
+
+
+def straggler() -> dict[str, Any]:
+    return finding(
+        "COMPUTE_STRAGGLER",
+        severity="critical",
+        ranks=[1],
+        phase="forward",
+        summary="Rank 1 spends 20.4 ms of each step in forward, the others 0.55 ms; they wait 19.9 ms for it.",
+        next=WAIT,
+        cost_share=0.787,
+        speedup_if_fixed=4.69,
+    )
+
+
+def report(
+    rank_times: list[dict[str, float]],
+    verdict: dict[str, Any] | None = None,
+    *,
+    state: str = "finished",
+    others: tuple[dict[str, Any], ...] = (),
+    exits: dict[int, dict[str, Any]] | None = None,
+    lost: int = 0,
+    cuda: bool = False,
+) -> dict[str, Any]:
+    """Return the report of a run whose ranks spend these milliseconds in phases."""
+    verdict = verdict or finding()
+    exits = exits or {}
+    totals = [sum(times.values()) for times in rank_times]
+    mean = sum(totals) / max(len(totals), 1)
+    names = [name for name in PHASES if any(name in times for times in rank_times)]
+    names += sorted({name for times in rank_times for name in times} - set(PHASES))
+    phases = []
+    for name in names:
+        values = [times.get(name, 0.0) for times in rank_times]
+        phases.append(
+            {
+                "phase": name,
+                "mean_ms": sum(values) / len(values),
+                "share": sum(values) / len(values) / mean,
+                "by_rank": [{"rank": rank, "mean_ms": value} for rank, value in enumerate(values)],
+            }
+        )
+
+    return {
+        "schema": "traceml.report/1",
+        "traceml_version": "0.1.0",
+        "run": {
+            "id": "20250102-030405-train-1a2b",
+            "name": "train",
+            "project": "default",
+            "attempt": 0,
+            "started": 1735787045.0,
+            "ended": 1735787072.4,
+            "duration_s": 27.4,
+            "state": state,
+            "world_size": max(len(rank_times), 1),
+            "hosts": ["node1"],
+            "command": "train.py --epochs 3",
+        },
+        "verdict": verdict,
+        "findings": [verdict, *others],
+        "steps": {
+            "count": 1000 if rank_times else 0,
+            "mean_ms": mean if rank_times else None,
+            "p50_ms": mean * 0.99 if rank_times else None,
+            "p95_ms": mean * 1.1 if rank_times else None,
+            "p99_ms": mean * 1.3 if rank_times else None,
+            "per_second": 1000 / mean if rank_times else None,
+        },
+        "phases": phases,
+        "ranks": [
+            {"rank": rank, "host": "node1", "pid": 4000 + rank, "steps": 1000, "state": state, **exits.get(rank, {})}
+            for rank in range(len(rank_times))
+        ],
+        "memory": {
+            "by_rank": [
+                {
+                    "rank": rank,
+                    "rss_peak_bytes": (412 + rank) << 20,
+                    "rss_slope_bytes_per_step": 0.0,
+                    "cuda_peak_bytes": (9 << 30) if cuda else None,
+                }
+                for rank in range(len(rank_times))
+            ]
+        },
+        "system": {"hosts": []},
+        "metrics": {},
+        "trackers": [],
+        "telemetry": {
+            "rows_appended": 8012,
+            "rows_stored": 8012 - lost,
+            "rows_lost": lost,
+            "overhead_us_per_step": 5.13,
+            "overhead_share": 0.0002,
+            "bytes_sent": 861_000,
+        },
+    }
+
+
+def healthy() -> dict[str, Any]:
+    times = {"input_wait": 0.12, "forward": 1.56, "backward": 2.2, "optimizer": 1.08, "other": 0.15}
+    return report([times], finding(severity="info"))
+
+
+def slow_rank() -> dict[str, Any]:
+    fast = {"input_wait": 0.12, "forward": 0.55, "backward": 0.91, "optimizer": 1.08, "comm": 21.9, "other": 0.17}
+    slow = {"input_wait": 0.12, "forward": 20.4, "backward": 0.87, "optimizer": 1.08, "comm": 1.75, "other": 0.35}
+    other = finding("JITTER", severity="warning", cost_share=0.11, summary="x", next="y")
+    return report([fast, slow], straggler(), others=(other,))
+
+
+def killed_rank() -> dict[str, Any]:
+    times = {"input_wait": 0.12, "forward": 1.56, "backward": 2.2, "optimizer": 1.08, "comm": 0.4, "other": 0.15}
+    left = {"code": None, "signal": 9, "exception": None, "last_step": 36, "open_phase": "forward", "stack": None}
+    lost = finding(
+        "RANK_LOST",
+        severity="critical",
+        ranks=[1],
+        phase="forward",
+        summary="Rank 1 (pid 4001 on node1) was killed by SIGKILL in step 37, in forward.",
+        next="Look for the kernel's out-of-memory killer on node1: journalctl -k | grep -i oom.",
+        evidence={"signal": 9, "step": 37, "last_step": 36},
+    )
+    return report([times, times], lost, state="failed", exits={1: {"state": "killed", "exit": left}}, lost=120)
+
+
+def thousand_ranks() -> dict[str, Any]:
+    ranks = []
+    for rank in range(1000):
+        slow = 10.0 if rank == 617 else 0.0
+        wait = 10.0 - slow + (rank % 7) * 0.1
+        ranks.append({"input_wait": 0.4, "forward": 5.0 + slow, "backward": 9.0, "optimizer": 1.0, "comm": wait})
+
+    blame = {**straggler(), "ranks": [617], "cost_share": 0.39, "speedup_if_fixed": 1.64}
+    blame["summary"] = "Rank 617 spends 15 ms of each step in forward, the others 5 ms; they wait 10 ms for it."
+    return report(ranks, blame, state="running", cuda=True)
+
+
+def too_early() -> dict[str, Any]:
+    missing = finding("INSUFFICIENT_DATA", summary="No step has ended yet.", next="Let it run for 20 steps or more.")
+    return {**report([], missing, state="running"), "telemetry": {}}
+
+
+REPORTS = {
+    "healthy": healthy,
+    "slow_rank": slow_rank,
+    "killed_rank": killed_rank,
+    "thousand_ranks": thousand_ranks,
+    "too_early": too_early,
+}

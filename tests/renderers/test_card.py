@@ -1,0 +1,97 @@
+"""The verdict card."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from tests.renderers.reports import REPORTS, finding, healthy, report, slow_rank
+from traceml.errors import StoreError
+from traceml.renderers.card import card, print_card, wrapped
+from traceml.renderers.look import Look
+from traceml.renderers.views import run_view
+
+
+def text_of(made: dict, **over) -> str:
+    look = Look(80, 24, **over)
+    return "\n".join(line.plain for line in card(run_view(made), look).renderables)
+
+
+def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
+    """The printed card ends with the report's path and the exact command that shows it again."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "runs" / "report.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(slow_rank()))
+    shown = io.StringIO()
+
+    print_card(path, file=shown)
+
+    assert shown.getvalue().splitlines()[-2:] == [
+        " Report  runs/report.json",
+        " Again   traceml report 20250102-030405-train-1a2b",
+    ]
+    assert "\x1b" not in shown.getvalue()
+
+
+def test_print_card_of_a_damaged_report(tmp_path):
+    """A damaged report is an error that names the file."""
+    path = tmp_path / "report.json"
+    path.write_text('{"schema": ')
+
+    with pytest.raises(StoreError, match="report.json is no report"):
+        print_card(path, file=io.StringIO())
+
+
+def test_print_card_in_latin_1(tmp_path):
+    """A terminal without UTF-8 gets ASCII."""
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(slow_rank()))
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="latin-1")
+
+    print_card(path, file=file)
+    file.flush()
+
+    assert raw.getvalue().isascii()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_report_without_anything_optional(name):
+    """A report with nothing but its required parts still makes a card."""
+    full = REPORTS[name]()
+    bare = {"run": {"id": "x"}, "verdict": full["verdict"], "ranks": full["ranks"]}
+
+    assert full["verdict"]["kind"] in text_of(bare)
+
+
+def test_lost_rows_are_told():
+    """Rows that were lost are counted on the card."""
+    assert "120 lost" in text_of(report([{"forward": 1.0}], lost=120))
+    assert "none lost" in text_of(healthy())
+
+
+def test_user_phase_is_shown_by_its_name():
+    """A phase of the user has its own bar, and the verdict names it."""
+    blame = finding("RESIDUAL_HEAVY", severity="warning", phase="augment", cost_share=0.4)
+
+    shown = text_of(report([{"forward": 6.0, "augment": 4.0}], blame))
+
+    assert "40% of step time goes to your phase 'augment'" in shown
+    assert "\n augment    " in shown
+
+
+def test_markup_in_texts_is_text():
+    """Square brackets in names are shown as they are."""
+    shown = text_of(report([{"forward": 1.0, "[bold]x[/]": 1.0}], finding(summary="see [link=x]y[/link]")))
+
+    assert "[bold]x[/]" in shown
+    assert "[link=x]y[/link]" in shown
+
+
+def test_wrapped_keeps_words_whole():
+    """Lines break between words; a word longer than the line stands alone."""
+    assert wrapped("aa bb cccccccc d", 5) == ["aa bb", "cccccccc", "d"]
+    assert wrapped("", 5) == []

@@ -1,0 +1,70 @@
+"""View models from reports."""
+
+from __future__ import annotations
+
+from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
+from traceml.renderers.views import live_view, run_view, visible_ranks
+
+
+def test_straggler_is_marked():
+    """The rank that the verdict calls slow is the one that is pointed at, whatever its step time is."""
+    view = run_view(slow_rank())
+
+    assert [row.rank for row in view.ranks if row.slowest] == [1]
+    assert view.verdict.gain == 4.69
+    assert [other.kind for other in view.others] == ["JITTER"]
+
+
+def test_slowest_by_own_work_without_a_verdict():
+    """Without a verdict on a rank, the one whose own work stands out is marked, and nobody when none does."""
+    even = report([{"forward": 5.0, "comm": 1.0}, {"forward": 5.2, "comm": 0.8}])
+    uneven = report([{"forward": 5.0, "comm": 2.0}, {"forward": 7.0}])
+
+    assert not any(row.slowest for row in run_view(even).ranks)
+    assert [row.rank for row in run_view(uneven).ranks if row.slowest] == [1]
+
+
+def test_single_rank_is_never_marked():
+    """One rank has nobody to be slower than."""
+    assert not run_view(report([{"forward": 5.0}])).ranks[0].slowest
+
+
+def test_ranks_that_ended_badly_say_how():
+    """A killed rank says by which signal, after which step and in which phase."""
+    assert run_view(killed_rank()).ranks[1].end == "killed by SIGKILL, last step 36, in forward"
+
+
+def test_shares_add_up():
+    """A rank's shares add up to one, and its step is the sum of its phases."""
+    row = run_view(slow_rank()).ranks[0]
+
+    assert abs(sum(share for _, share in row.shares) - 1) < 1e-9
+    assert row.work_ms < row.step_ms
+
+
+def test_visible_ranks_keep_lost_slow_and_fast():
+    """When not all fit, lost ranks come first, then the slowest and the fastest; order is by rank."""
+    made = thousand_ranks()
+    made["ranks"][900]["state"] = "lost"
+    rows = run_view(made).ranks
+
+    shown = visible_ranks(rows, 8)
+
+    assert len(shown) == 8
+    assert {617, 900} <= {row.rank for row in shown}
+    assert [row.rank for row in shown] == sorted(row.rank for row in shown)
+    assert visible_ranks(rows[:5], 8) == rows[:5]
+    assert len(visible_ranks(rows, 1)) == 1
+
+
+def test_gain_of_nothing_is_not_told():
+    """A speed-up of nothing is no gain."""
+    assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).verdict.gain is None
+
+
+def test_live_view_holds_the_trend():
+    """The live view is the report so far and the rates."""
+    view = live_view(slow_rank(), [1.0, 2.0])
+
+    assert view.rates == (1.0, 2.0)
+    assert view.now == run_view(slow_rank())
