@@ -1,0 +1,246 @@
+"""What can be read of a process that was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+
+from traceml.database.flight import FlightFile, FlightState, Slot, find_flights, is_alive, read_flight, remove_stale
+from traceml.database.image import MAGIC
+from traceml.database.schema import Phase
+from traceml.errors import StoreError
+
+Start = Callable[..., "Popen[str]"]
+
+
+def left_behind(folder: Path) -> FlightFile:
+    """Make a file whose writer is gone, as far as anyone can tell."""
+    flight = FlightFile.create(folder, {"rank": 1}, capacities={"evals": 8})
+    flight.close(unlink=False)
+    return flight
+
+
+def rewrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_kill_9_at_any_moment_loses_no_row_and_tears_none(program: Start, tmp_path: Path) -> None:
+    """30 writers killed in a tight loop: every counted row is whole, none that was done is missing, phases are right."""
+    victims = [
+        json.loads(line)
+        for line in program("flight_victims", "kill_many", tmp_path, 30, 7).communicate()[0].splitlines()
+    ]
+
+    assert len(victims) == 30
+    rows_seen = phases_seen = maps_seen = 0
+    for victim in victims:
+        (path,) = find_flights(tmp_path, pid=victim["pid"])
+        image = read_flight(path)
+        appended = image.counters("steps").appended
+        assert victim["done"] <= appended <= victim["begun"]
+        first, data = image.rows("steps")
+        assert first == max(0, appended - 4095)
+        for number, row in enumerate(struct.iter_unpack("@13q", data), start=first):
+            assert row == (number, *[number * 1000 + i for i in range(1, 13)])
+            rows_seen += 1
+
+        for number, note in enumerate(image.log_rows("info")):
+            assert note["number"] == number
+            maps_seen += 1
+
+        assert image.counters("info").appended in (appended // 100, max(0, appended // 100 - 1))
+        assert image.identity["rank"] == 3
+        if victim["phase"]:
+            phases_seen += 1
+            phase, since_ns = image.open_phase
+            assert phase == victim["phase"] - 1
+            assert 0 < since_ns < time.perf_counter_ns()
+
+    assert rows_seen > 30_000
+    assert maps_seen > 0
+    assert phases_seen > 0
+
+
+def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path: Path) -> None:
+    """A data loader's worker that outlives its killed parent holds no lock on the file."""
+    process = program("flight_victims", "orphan", tmp_path)
+    assert process.stdout is not None
+    pids = json.loads(process.stdout.readline())
+
+    os.kill(pids["worker"], 0)  # lives
+    (path,) = find_flights(tmp_path, pid=pids["writer"])
+    assert not is_alive(path)
+    assert read_flight(path).rows("evals") == (0, struct.pack("@4q", 1, 2, 3, 4))
+
+
+def test_live_file_is_refused_unless_asked_for(program: Start, tmp_path: Path) -> None:
+    """What a live process writes is read only by who says so, and becomes readable when it ends."""
+    process = program("flight_victims", "hold", tmp_path)
+    assert process.stdout is not None
+    path = Path(json.loads(process.stdout.readline())["path"])
+
+    assert is_alive(path)
+    with pytest.raises(StoreError, match="belongs to a process that lives"):
+        read_flight(path)
+    assert read_flight(path, allow_live=True).counters("evals").appended == 1
+    process.communicate()
+
+    assert not is_alive(path)
+    assert read_flight(path).counters("evals").appended == 1
+
+
+def test_looking_at_its_own_file_does_not_drop_the_lock(program: Start, tmp_path: Path) -> None:
+    """Every way of looking leaves a rank's own file locked for others: no second descriptor is ever closed."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+
+    assert is_alive(flight.path)
+    assert read_flight(flight.path, allow_live=True).identity["pid"] == os.getpid()
+    with pytest.raises(StoreError, match="lives"):
+        read_flight(flight.path)
+    assert remove_stale(tmp_path, grace_s=-1) == []
+
+    assert json.loads(program("flight_lookers", flight.path).communicate()[0]) == {"alive": True, "removed": []}
+    flight.close(unlink=True)
+
+
+def test_innermost_phase_is_the_one_begun_last(tmp_path: Path) -> None:
+    """Of nested phases the innermost is named, with its start; between phases the step's start is."""
+    flight = FlightFile.create(tmp_path, {})
+    assert flight.path is not None
+    flight.log("names").append({"id": 0, "name": "warm"})
+    flight.log("names").append({"id": 1, "name": "augment"})
+
+    flight.open_slots[Slot.STEP_START] = 900
+    assert read_flight(flight.path, allow_live=True).open_phase == (None, 900)
+
+    flight.open_slots[Slot.STEP] = 12
+    flight.open_slots[Phase.OPTIMIZER] = 1000
+    flight.open_slots[Phase.USER] = 1005
+    flight.open_slots[Slot.USER_NAME] = 1
+    flight.open_slots[Slot.STATE] = FlightState.RUNNING
+    image = read_flight(flight.path, allow_live=True)
+
+    assert image.open_phase == (Phase.USER, 1005)
+    assert image.open_user_phase == "augment"
+    assert image.open_step == 12
+    assert image.state is FlightState.RUNNING
+    assert image.slot(Slot.STEP_START) == 900
+    flight.close(unlink=True)
+
+
+def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
+    """What was not acknowledged comes in the form of a frame, exactly from the row that is expected next."""
+    flight = FlightFile.create(tmp_path, {}, capacities={"evals": 8})
+    assert flight.path is not None
+    for number in range(20):
+        flight.ring("evals").append(number, 0, 0, 0)
+    flight.ring("evals").acked = 15
+    for number in range(3):
+        flight.log("names").append({"id": number, "name": "n"})
+    flight.close(unlink=False)
+
+    image = read_flight(flight.path)
+
+    assert image.counters("evals").acked == 15
+    assert [row[0] for row in struct.iter_unpack("@4q", image.take("evals", 15).data)] == [15, 16, 17, 18, 19]
+    assert image.take("evals", 3)[:2] == (13, 7)
+    assert image.take("evals", 20) == (20, 0, b"")
+    assert image.take("names", 2)[:2] == (2, 1)
+    assert image.log_rows("names", 1)[0] == {"id": 1, "name": "n"}
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "words"),
+    [
+        (0, b"NOTMAGIC", "damaged: it has no whole header"),
+        (8, struct.pack("@q", 99), "format 99, this traceml reads 1"),
+        (16, struct.pack("@q", 1 << 30), "cut off"),
+        (12288, b"\xc1" * 64, "header cannot be unpacked"),
+    ],
+)
+def test_damaged_file_is_told_with_what_to_do(tmp_path: Path, offset: int, data: bytes, words: str) -> None:
+    """Damage and other versions are named with the file, never half read."""
+    path = left_behind(tmp_path).path
+    assert path is not None
+
+    rewrite(path, offset, data)
+
+    with pytest.raises(StoreError, match=words) as caught:
+        read_flight(path)
+    assert str(path) in str(caught.value)
+    assert "elete it" in str(caught.value)
+
+
+def test_file_of_other_columns_is_refused(tmp_path: Path) -> None:
+    """Rows of another layout are never read as ours."""
+    path = left_behind(tmp_path).path
+    assert path is not None
+    data = path.read_bytes()
+
+    rewrite(path, 0, data.replace(b"forward_ns", b"forwird_ns"))
+
+    with pytest.raises(StoreError, match="columns that this traceml does not know"):
+        read_flight(path)
+
+
+def test_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
+    """A file that is gone is told as such; it is not alive."""
+    with pytest.raises(StoreError, match=r"gone\.flight cannot be read"):
+        read_flight(tmp_path / "gone.flight")
+    assert not is_alive(tmp_path / "gone.flight")
+
+
+def test_dead_file_stays_for_a_grace_after_it_was_found(tmp_path: Path) -> None:
+    """The first cleaner only notes that the owner is dead; once the grace is over the file goes."""
+    path = left_behind(tmp_path).path
+    assert path is not None
+    os.utime(path, (0, 0))  # its own date tells nothing: mapped writes do not change it
+
+    assert remove_stale(tmp_path, grace_s=60) == []
+    assert read_flight(path).identity["rank"] == 1
+    rewrite(path, 72, struct.pack("@q", int(time.time()) - 61))
+
+    assert remove_stale(tmp_path, grace_s=60) == [path]
+    assert find_flights(tmp_path) == []
+
+
+def test_file_of_another_boot_goes_at_once(tmp_path: Path) -> None:
+    """Nobody can come for a file in a folder on disk after the machine went down."""
+    flight = FlightFile.create(tmp_path, {})
+    flight.update_identity(boot_id="00000000-0000-0000-0000-000000000000")
+    flight.close(unlink=False)
+
+    assert remove_stale(tmp_path) == [flight.path]
+
+
+def test_live_file_is_never_removed(program: Start, tmp_path: Path) -> None:
+    """A file whose lock is held stays, whatever the grace."""
+    process = program("flight_victims", "hold", tmp_path)
+    assert process.stdout is not None
+    path = Path(json.loads(process.stdout.readline())["path"])
+
+    assert remove_stale(tmp_path, grace_s=-1) == []
+
+    process.kill()
+    process.wait()
+    assert remove_stale(tmp_path, grace_s=-1) == [path]
+
+
+def test_half_made_file_goes_when_it_is_old(tmp_path: Path) -> None:
+    """A file whose writer died while making it has no header; its date decides."""
+    half = tmp_path / "1-2-0.flight"
+    half.write_bytes(b"\0" * len(MAGIC))
+
+    assert remove_stale(tmp_path, grace_s=60) == []
+    os.utime(half, (0, 0))
+    assert remove_stale(tmp_path, grace_s=60) == [half]
