@@ -34,7 +34,7 @@ def rewrite(path: Path, offset: int, data: bytes) -> None:
 
 
 def test_kill_9_at_any_moment_loses_no_row_and_tears_none(program: Start, tmp_path: Path) -> None:
-    """30 writers killed in a tight loop: every counted row is whole, none that was done is missing, phases are right."""
+    """30 writers killed in a tight loop: every counted row is whole, none that was done is missing, open phases too."""
     victims = [
         json.loads(line)
         for line in program("flight_victims", "kill_many", tmp_path, 30, 7).communicate()[0].splitlines()
@@ -65,9 +65,9 @@ def test_kill_9_at_any_moment_loses_no_row_and_tears_none(program: Start, tmp_pa
             assert phase == victim["phase"] - 1
             assert 0 < since_ns < time.perf_counter_ns()
 
-    assert rows_seen > 30_000
+    assert rows_seen > 3_000
     assert maps_seen > 0
-    assert phases_seen > 0
+    assert phases_seen > 5
 
 
 def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path: Path) -> None:

@@ -175,10 +175,10 @@ def test_log_takes_appends_of_many_threads() -> None:
             assert log.append({"thread": thread, "number": number})
 
     threads = [threading.Thread(target=append, args=(thread,)) for thread in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
 
     unpacker = msgpack.Unpacker()
     unpacker.feed(log.read(0, log.appended))

@@ -23,13 +23,17 @@ _META_BATCH = 8192
 
 
 class StreamIdentity(NamedTuple):
-    """One incarnation of a rank: what it appends has one numbering per table, from 0."""
+    """One incarnation of a rank: what it appends has one numbering per table, from 0.
+
+    `recorder` tells the recorders apart that one process may have one after another; "" where there is one.
+    """
 
     rank: int
     attempt: int
     host: str
     pid: int
     start_ticks: int
+    recorder: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +162,8 @@ class StoreReader:
 
     def streams(self) -> list[StreamRecord]:
         """Return all streams, in the order of their first appearance."""
-        rows = self._all("SELECT id, rank, attempt, host, pid, start_ticks, facts FROM streams ORDER BY id")
-        return [StreamRecord(row[0], StreamIdentity(*row[1:6]), _unpack(row[6])) for row in rows]
+        rows = self._all("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
+        return [StreamRecord(row[0], StreamIdentity(*row[1:7]), _unpack(row[7])) for row in rows]
 
     def events(self, after: int = 0, kind: str | None = None) -> list[Event]:
         """Return the events after a cursor (the id of the last one seen), of one kind where given."""

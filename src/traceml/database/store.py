@@ -36,7 +36,7 @@ __all__ = [
 _MERGE_ROWS = 4096
 _NO_STEP = -1
 _INSERT = "INSERT INTO frames (stream, tbl, seq, n, first_step, last_step, codec, data) VALUES (?,?,?,?,?,?,?,?)"
-_UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_ticks, facts) VALUES (?,?,?,?,?,?,?)
+_UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_ticks, recorder, facts) VALUES (?,?,?,?,?,?,?,?)
     ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
 
 _Key = tuple[int, str]
@@ -311,8 +311,9 @@ class StoreWriter:
             names: dict[int, str] = dict(self._database.execute("SELECT id, name FROM tables"))
             self._table_ids = {name: number for number, name in names.items()}
             self._streams: dict[int, tuple[StreamIdentity, dict[str, Any]]] = {}
-            for row in self._database.execute("SELECT id, rank, attempt, host, pid, start_ticks, facts FROM streams"):
-                self._streams[row[0]] = (StreamIdentity(*row[1:6]), msgpack.unpackb(row[6], strict_map_key=False))
+            query = "SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams"
+            for row in self._database.execute(query):
+                self._streams[row[0]] = (StreamIdentity(*row[1:7]), msgpack.unpackb(row[7], strict_map_key=False))
 
             self._ids = {identity: number for number, (identity, _) in self._streams.items()}
             self._next: dict[_Key, int] = {}

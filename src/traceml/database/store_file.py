@@ -29,7 +29,8 @@ CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE tables (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, layout BLOB NOT NULL);
 CREATE TABLE streams (
     id INTEGER PRIMARY KEY, rank INTEGER NOT NULL, attempt INTEGER NOT NULL, host TEXT NOT NULL, pid INTEGER NOT NULL,
-    start_ticks INTEGER NOT NULL, facts BLOB NOT NULL, UNIQUE (rank, attempt, host, pid, start_ticks)
+    start_ticks INTEGER NOT NULL, recorder TEXT NOT NULL, facts BLOB NOT NULL,
+    UNIQUE (rank, attempt, host, pid, start_ticks, recorder)
 );
 CREATE TABLE frames (
     id INTEGER PRIMARY KEY, stream INTEGER NOT NULL, tbl INTEGER NOT NULL, seq INTEGER NOT NULL, n INTEGER NOT NULL,
