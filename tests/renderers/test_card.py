@@ -41,7 +41,7 @@ def test_print_card_of_a_damaged_report(tmp_path):
     path = tmp_path / "report.json"
     path.write_text('{"schema": ')
 
-    with pytest.raises(StoreError, match="report.json is no report"):
+    with pytest.raises(StoreError, match=r"report\.json is no report"):
         print_card(path, file=io.StringIO())
 
 
