@@ -1,0 +1,197 @@
+"""What to do next: one sentence that fits the facts, never one that could be said of any run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from traceml.diagnosis.facts import Facts, LoaderFacts, RankExit
+
+if TYPE_CHECKING:
+    from traceml.diagnosis.stragglers import Late
+
+__all__ = [
+    "for_comm",
+    "for_compute",
+    "for_copies",
+    "for_exit",
+    "for_input",
+    "for_jitter",
+    "for_residual",
+    "for_straggler",
+]
+
+
+def for_input(facts: Facts) -> str:
+    """Advice against waiting for data."""
+    loader = facts.loader
+    if loader is None or (loader.num_workers is None and loader.in_memory is None):
+        return (
+            "Time the data source alone (iterate the loader without training) and prefetch it: with a DataLoader, "
+            "num_workers > 0."
+        )
+
+    data = f"{loader.dataset or 'the dataset'}"
+    if loader.in_memory:
+        return _in_memory(loader, data)
+
+    if not loader.num_workers:
+        workers = _workers(facts)
+        return (
+            f"{data} is read by the training process itself (num_workers=0): set num_workers={workers} and "
+            "persistent_workers=True, so that batches are made while the model computes."
+        )
+
+    cores = facts.cores_per_rank
+    if cores is not None and loader.num_workers >= cores:
+        return (
+            f"{loader.num_workers} workers already fill the {cores} cores of a rank, so more will not help: make "
+            f"{data}'s __getitem__ cheaper (decode once and cache, smaller samples, transforms on the device)."
+        )
+
+    more = min(2 * loader.num_workers, cores or 2 * loader.num_workers)
+    restart = "" if loader.persistent_workers else " and persistent_workers=True"
+    return (
+        f"{loader.num_workers} workers do not keep up: try num_workers={more}{restart}, then make {data}'s "
+        "__getitem__ cheaper."
+    )
+
+
+def _in_memory(loader: LoaderFacts, data: str) -> str:
+    batch = f" (batch_size is {loader.batch_size})" if loader.batch_size else ""
+    return (
+        f"{data} is in memory, so workers would only add copying: take whole batches by indexing the tensors "
+        f"(data[indices]) instead of collating single samples, or use larger batches{batch}."
+    )
+
+
+def _workers(facts: Facts) -> int:
+    cores = facts.cores_per_rank
+    # One core stays with the training process; more than eight workers a rank rarely pay.
+    return max(1, min(8, cores - 1)) if cores else 4
+
+
+def for_copies(facts: Facts) -> str:
+    """Advice against copies to the device."""
+    pinned = facts.loader.pin_memory if facts.loader else None
+    if pinned:
+        return "The loader pins memory already: pass non_blocking=True to .to(device), and send smaller types (uint8)."
+
+    return (
+        "Set pin_memory=True in the DataLoader and pass non_blocking=True to .to(device); send smaller types (uint8)."
+    )
+
+
+def for_residual(part: str) -> str:
+    """Advice for time in the user's own code."""
+    if part not in ("other", "user"):
+        return (
+            f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
+        )
+
+    return (
+        "Wrap suspects in the training loop (loss function, metrics, logging, .item()) in traceml.phase('name') to see "
+        "which of them it is."
+    )
+
+
+def for_comm(facts: Facts, grad_phase: str) -> str:
+    """Advice against waiting for the network."""
+    if grad_phase == "comm":
+        return "Call collectives less often, on one flattened tensor, or beside computation (async_op=True)."
+
+    last = (
+        "a faster back end than gloo between hosts" if facts.backend == "gloo" else "a compressing communication hook"
+    )
+    return (
+        "Synchronise less per sample: larger batches or gradient accumulation under model.no_sync(), gradients in "
+        f"16 bits (DDP's bf16_compress_hook), or {last}."
+    )
+
+
+def for_compute(phase: str, facts: Facts, device: bool) -> str:
+    """Advice for a run that computes nearly all the time."""
+    if device:
+        what = {"optimizer": "use a fused optimizer (fused=True)"}
+        return f"The device is busy: {what.get(phase, 'try torch.compile, bf16 autocast, and larger batches')}."
+
+    if phase == "optimizer":
+        return "The optimizer dominates: use its fused form (fused=True), or step less often on larger batches."
+
+    threads = f" (torch uses {facts.threads} threads)" if facts.threads else ""
+    return f"To go faster, make the {phase} pass cheaper: torch.compile, bf16, a smaller model, or more cores{threads}."
+
+
+def for_jitter(part: str | None, rank: int | None) -> str:
+    """Advice for rare long steps."""
+    where = f" on rank {rank}" if rank is not None else ""
+    if part in ("other", "user", None):
+        return (
+            f"Look{where} for what runs now and then (logging, metrics, garbage collection, a neighbour on the host) and "
+            "wrap it in traceml.phase('name') to see it apart."
+        )
+
+    if part == "optimizer":
+        return f"Look{where} for work that the optimizer does only now and then, and for other processes on the host."
+
+    return (
+        f"Look{where} for inputs of unusual size or shape in those steps, recompilation, and other processes on the "
+        "host."
+    )
+
+
+def for_straggler(late: Late, ranks: tuple[int, ...], facts: Facts) -> str:
+    """Advice for ranks that hold the others up."""
+    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))}"
+    hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
+    at = f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
+    if late.everywhere:
+        return (
+            f"Look at the host of {who}{at}: clocks, cores shared with other processes, thread settings; and whether "
+            "its batches are larger than the others'."
+        )
+
+    if late.part == "input_wait":
+        return (
+            f"Look at the data of {who}{at}: its shard, file system and worker processes against another rank's; time "
+            "its loader alone."
+        )
+
+    if late.part == "h2d":
+        return f"Compare {who}{at} with the others: pinned memory, batch size, and the slot its device sits in."
+
+    if late.part in ("forward", "backward", "optimizer"):
+        return (
+            f"Compare what {who}{at} does in its {late.part} with the others: code that runs on that rank only, longer "
+            "or larger batches, a slower device."
+        )
+
+    if late.part == "other":
+        return (
+            f"Look for code that only {who}{at} runs between the phases (logging, saving, rank == {ranks[0]} branches)."
+        )
+
+    return f"Look at what {who}{at} does in its {late.part} phase that the others do not."
+
+
+def for_exit(ended: RankExit) -> str:
+    """Advice for a rank that is gone."""
+    if ended.signal == 9:
+        return (
+            "Nothing in Python sends SIGKILL: look for the kernel's out-of-memory killer (dmesg, the scheduler's log), "
+            "the job's memory limit, or somebody's kill."
+        )
+
+    if ended.signal in (6, 7, 8, 11):
+        return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
+
+    if ended.signal is not None:
+        return "Find out who sent the signal: the scheduler's time limit, a pre-emption, or a kill by hand."
+
+    if ended.exception and ended.file:
+        return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
+
+    if ended.state == "lost":
+        host = f" {ended.host}" if ended.host else ""
+        return f"Look at the host{host} and its network: the rank fell silent without a word."
+
+    return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."

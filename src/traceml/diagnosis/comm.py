@@ -1,0 +1,65 @@
+"""Communication: waiting that no rank's own work explains."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts import Facts
+from traceml.diagnosis.findings import Finding, Kind, severity_of
+from traceml.diagnosis.segments import Segments
+from traceml.diagnosis.window import Window
+from traceml.diagnosis.words import factor, lasting, percent
+
+__all__ = ["comm_bound", "least_wait_ns"]
+
+SHARE = 0.30
+"""The least waiting over ranks is this share of the median step; healthy small models reach 0.2."""
+CROWDED_SHARE = 0.60
+"""The same when the ranks have too few cores: then half the step may be waiting for the other to be scheduled."""
+FLOOR_NS = 3e6
+"""Waiting below this is what gloo's ring costs two healthy ranks on the CPU."""
+DEVICE_FLOOR_NS = 1e6
+"""The same for device times, which hold no scheduling."""
+
+
+def least_wait_ns(segments: Segments) -> float:
+    """Return the communication that is left when nobody is late: the median of the least waiting over ranks."""
+    return float(np.median(segments.wait)) if segments.wait.size else 0.0
+
+
+def comm_bound(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
+    """Collectives cost it, and no rank arrives late (the caller has looked)."""
+    cost = least_wait_ns(segments)
+    step = float(np.median(segments.step))
+    share = cost / max(step, 1.0)
+    floor = DEVICE_FLOOR_NS if segments.device else FLOOR_NS
+    if share < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < floor:
+        return []
+
+    explicit = float(np.median(window.times["comm"].min(axis=0)))
+    phase, where = ("comm", "in collectives") if explicit > cost / 2 else ("comm", "while backward waits for gradients")
+    gain = step / max(step - cost, 1.0)
+    return [
+        Finding(
+            kind=Kind.COMM_BOUND,
+            severity=severity_of(share),
+            phase=phase,
+            summary=(
+                f"Communication takes {lasting(cost)} of each {lasting(step)} step ({percent(share)}), {where}, and no "
+                f"rank is late; hidden behind computation it would make the run {factor(gain)} faster."
+            ),
+            next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
+            evidence={
+                "step_ms": step / 1e6,
+                "comm_ms": cost / 1e6,
+                "explicit_collectives_ms": explicit / 1e6,
+                "own_work_ms": float(segments.own.mean()) / 1e6,
+                "measured_steps": int(segments.measured.sum()),
+                "backend": facts.backend,
+                "cpu_wait_share": facts.wait_share,
+            },
+            cost_share=share,
+            speedup_if_fixed=gain,
+        )
+    ]

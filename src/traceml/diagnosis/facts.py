@@ -1,0 +1,209 @@
+"""What is known besides the steps: loaders, hosts, how ranks ended. Rules use it to withhold blame and to advise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["OVERSUBSCRIBED", "Facts", "FactsBuilder", "LoaderFacts", "RankExit"]
+
+OVERSUBSCRIBED = 0.25
+"""From this share on, main threads stood ready without a core for too long to blame a rank or the network lightly."""
+
+_MIN_OBSERVED_NS = 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderFacts:
+    """The data loader whose batches are trained on, as the rank described it."""
+
+    dataset: str | None = None
+    num_workers: int | None = None
+    in_memory: bool | None = None
+    batch_size: int | None = None
+    pin_memory: bool | None = None
+    persistent_workers: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankExit:
+    """How a rank ended when it did not end well (or how it ended at all).
+
+    Attributes:
+        rank: which rank.
+        state: finished, failed (exception or exit code), killed (signal), lost (gone without a word).
+        code: exit code, signal: its number.
+        exception: `Type: message` of the exception that ended the script; with the file and line that raised it.
+        last_step: last step that ended, open_phase: the part of a step it was in, open_step: that step.
+        at_s: epoch seconds of the end, to tell the first from those that followed.
+    """
+
+    rank: int
+    state: str = "finished"
+    code: int | None = None
+    signal: int | None = None
+    exception: str | None = None
+    file: str | None = None
+    line: int | None = None
+    last_step: int | None = None
+    open_phase: str | None = None
+    open_step: int | None = None
+    stack: str | None = None
+    at_s: float | None = None
+    host: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the rules may know besides the window; everything has a value that means "not known".
+
+    Attributes:
+        world_size: ranks of the run.
+        group: whether the ranks share a process group; None: to be seen from the rows.
+        backend: the group's back end (gloo, nccl).
+        sharded: whether parameters are sharded (FSDP): then forward waits for the others too.
+        hosts: rank -> host.
+        cores: host -> cores which the job may use there.
+        threads: torch threads per rank.
+        main_wait: rank -> share of its main thread's ready time that it waited for a core.
+        loader: the training data loader.
+        exits: how ranks ended.
+        state: the run's state as the report has it.
+    """
+
+    world_size: int = 1
+    group: bool | None = None
+    backend: str | None = None
+    sharded: bool = False
+    hosts: Mapping[int, str] = field(default_factory=dict)
+    cores: Mapping[str, int] = field(default_factory=dict)
+    threads: int | None = None
+    main_wait: Mapping[int, float] = field(default_factory=dict)
+    loader: LoaderFacts | None = None
+    exits: tuple[RankExit, ...] = ()
+    state: str = "running"
+
+    @property
+    def wait_share(self) -> float:
+        """Share of ready time without a core: the median over ranks, 0 where it is not known."""
+        return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether the ranks had too few cores, so that who is late is chance."""
+        return self.wait_share >= OVERSUBSCRIBED
+
+    @property
+    def cores_per_rank(self) -> int | None:
+        """Cores of a host shared out to its ranks (the least over hosts), None where not known."""
+        per_host: dict[str, int] = {}
+        for host in self.hosts.values():
+            per_host[host] = per_host.get(host, 0) + 1
+
+        shares = [self.cores[host] // count for host, count in per_host.items() if host in self.cores]
+        return max(1, min(shares)) if shares else None
+
+
+class FactsBuilder:
+    """Gathers facts from rows as they arrive; the live verdict and the report's use the same."""
+
+    def __init__(self, world_size: int = 1) -> None:
+        self.world_size = world_size
+        self.hosts: dict[int, str] = {}
+        self.exits: dict[int, RankExit] = {}
+        self.state = "running"
+        self._cores: dict[str, int] = {}
+        self._core_rows: dict[int, int] = {}
+        self._first: dict[int, tuple[int, int]] = {}
+        self._latest: dict[int, tuple[int, int]] = {}
+        self._loaders: list[LoaderFacts] = []
+        self._facts: dict[str, Any] = {}
+
+    def host(self, rank: int, host: str) -> None:
+        """Note where a rank runs."""
+        self.hosts[rank] = host
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take a row of the `info` log: loader, model, process and exit rows are of use."""
+        kind = row.get("kind")
+        if kind == "loader" and row.get("training", True):
+            self._loaders.append(_loader(row))
+        elif kind == "exit":
+            self.exit(_exit(rank, row))
+        elif kind in ("process", "model", "group"):
+            self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+
+    def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.HOST`, which one rank per host sends."""
+        if len(rows):
+            self._core_rows[rank] = int(rows["cores"][-1])
+
+    def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.PROCESS`, in order."""
+        if len(rows):
+            self._first.setdefault(rank, _run_and_wait(rows[0]))
+            self._latest[rank] = _run_and_wait(rows[-1])
+
+    def exit(self, ended: RankExit) -> None:
+        """Note how a rank ended; what is not known here is kept from what was told before."""
+        before = self.exits.get(ended.rank)
+        self.exits[ended.rank] = _merge(before, ended) if before else ended
+
+    def build(self) -> Facts:
+        """Return the facts as they are now."""
+        cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
+        known = self._facts
+        return Facts(
+            world_size=self.world_size,
+            group=True if known.get("backend") else None,
+            backend=known.get("backend"),
+            sharded=bool(known.get("sharded")),
+            hosts=dict(self.hosts),
+            cores=cores,
+            threads=known.get("torch_threads"),
+            main_wait=self._main_wait(),
+            loader=self._loaders[-1] if self._loaders else None,
+            exits=tuple(self.exits[rank] for rank in sorted(self.exits)),
+            state=self.state,
+        )
+
+    def _main_wait(self) -> dict[int, float]:
+        shares = {}
+        for rank, latest in self._latest.items():
+            run, wait = latest[0] - self._first[rank][0], latest[1] - self._first[rank][1]
+            if run + wait >= _MIN_OBSERVED_NS:
+                shares[rank] = wait / (run + wait)
+
+        return shares
+
+
+_KEPT = ("backend", "sharded", "torch_threads")
+_LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
+_EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name != "rank")
+
+
+def _loader(row: Mapping[str, Any]) -> LoaderFacts:
+    return LoaderFacts(**{name: row[name] for name in _LOADER_FIELDS if name in row})
+
+
+def _exit(rank: int, row: Mapping[str, Any]) -> RankExit:
+    return RankExit(rank=rank, **{name: row[name] for name in _EXIT_FIELDS if name in row})
+
+
+def _merge(before: RankExit, after: RankExit) -> RankExit:
+    told = {name: getattr(after, name) for name in _EXIT_FIELDS}
+    known = {name: getattr(before, name) if value is None else value for name, value in told.items()}
+    return RankExit(rank=after.rank, **known)
+
+
+def _run_and_wait(row: Any) -> tuple[int, int]:
+    return int(row["main_run_ns"]), int(row["main_wait_ns"])
+
+
+def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:
+    """Return the exits that are failures."""
+    return [ended for ended in exits if ended.state in ("failed", "killed", "lost")]

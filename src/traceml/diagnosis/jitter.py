@@ -1,0 +1,213 @@
+"""Long steps now and then: rare ones that nothing explains, and ranks that take turns at being late."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.replay import saved_ns, speedup
+from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
+from traceml.diagnosis.window import Floats
+from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
+
+__all__ = ["jitter", "taking_turns", "usual"]
+
+FLOOR_NS = 1e6
+"""Mean cost per step below which nothing is said."""
+RARE = 0.25
+"""At most this share of steps is long; with more, long steps are how the run is."""
+MIN_EVENTS = 3
+"""One long step is an event, not a habit."""
+_ONE_RANK_EVENTS = 6
+# The other parts (input, checkpoint, a user's named phase) explain a long step; what they cost has its own findings.
+_UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
+_MAX_CELLS = 100_000
+
+
+def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
+    """Return (the usual value, the value above which one is no longer usual).
+
+    Both come from the lower half, which rare long values do not touch: the spread of its logarithms, taken as one
+    half of a normal distribution. At least twice the usual value.
+    """
+    flat = values.ravel()
+    low, lower, middle = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.16, 0.5))
+    spread = max(np.log(max(middle, 1) / max(lower, 1)), np.log(max(middle, 1) / max(low, 1)) / 1.645)
+    return float(middle), float(middle * max(2.0, np.exp(sigmas * spread)))
+
+
+@dataclass(frozen=True)
+class _Events:
+    """The long steps that nothing explains.
+
+    Attributes:
+        columns: their columns in the window.
+        excess: part -> what each rank took more than usual in them.
+        usual_ns: how long a step usually takes.
+    """
+
+    columns: NDArray[np.intp]
+    excess: dict[str, Floats]
+    usual_ns: float
+
+
+def jitter(segments: Segments, step_ns: float) -> list[Finding]:
+    """Rare long steps which cost much together and which no part explains."""
+    events = _unexplained(segments)
+    if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
+        return []
+
+    cost = float((segments.step[events.columns] - events.usual_ns).sum()) / len(segments.step)
+    if cost < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return []
+
+    return [_jitter(segments, events, cost, step_ns)]
+
+
+def _unexplained(segments: Segments) -> _Events:
+    usual_ns, limit = usual(segments.step)
+    long = segments.step > limit
+    # The window's last step is where scripts save, sum up and leave.
+    long[-1] = False
+    columns = np.flatnonzero(long)
+    excess = {part: _excess(values, columns) for part, values in segments.parts.items()}
+    if not len(columns) or not excess:
+        return _Events(columns[:0], {}, usual_ns)
+
+    largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
+    open_parts = np.array([part in _UNNAMED for part in excess])
+    kept = open_parts[largest]
+    return _Events(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
+
+
+def _jitter(segments: Segments, events: _Events, cost: float, step_ns: float) -> Finding:
+    sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
+    part = max(sums, key=lambda name: sums[name])
+    phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
+    rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
+    share, gain = cost / step_ns, speedup(segments, cost)
+    long = segments.step[events.columns]
+    where = f", mostly in {part_words(part)}" if phase else ""
+    who = f" on rank {rank}" if rank is not None else ""
+    return Finding(
+        kind=Kind.JITTER,
+        severity=severity_of(share),
+        ranks=() if rank is None else (rank,),
+        phase=phase,
+        summary=(
+            f"{len(long)} of {len(segments.step)} steps take {lasting(float(long.mean()))} instead of "
+            f"{lasting(events.usual_ns)}{who}{where}: {percent(share)} of all time; without them the run would be "
+            f"{factor(gain)} faster."
+        ),
+        next=advice.for_jitter(phase, rank),
+        evidence={
+            "long_steps": len(long),
+            "steps": len(segments.step),
+            "usual_ms": events.usual_ns / 1e6,
+            "mean_long_ms": float(long.mean()) / 1e6,
+            "p99_ms": float(np.quantile(segments.step, 0.99)) / 1e6,
+            "longest_ms": float(long.max()) / 1e6,
+            "excess_ms_by_phase": {name: value / 1e6 for name, value in sums.items() if value > 0},
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
+
+
+def _excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
+    usual_values = np.median(values[:, :: max(1, values.size // _MAX_CELLS)], axis=1, keepdims=True)
+    return np.asarray(np.maximum(values[:, columns] - usual_values, 0))
+
+
+def _one_rank(segments: Segments, late: Floats) -> int | None:
+    """Return the rank that is behind nearly all long steps, if it is one and they are enough to tell."""
+    if len(segments.ranks) < 2 or late.shape[1] < _ONE_RANK_EVENTS:
+        return None
+
+    counts = np.bincount(np.argmax(late, axis=0), minlength=len(segments.ranks))
+    top = int(np.argmax(counts))
+    return int(segments.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
+
+
+def taking_turns(segments: Segments, step_ns: float) -> list[Finding]:
+    """In every few steps another rank is late, so that none is late on average and all wait."""
+    if not segments.grouped or len(segments.ranks) < 2:
+        return []
+
+    found = [_turns(segments, part, values, step_ns) for part, values in segments.parts.items()]
+    return [finding for finding in found if finding is not None]
+
+
+def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Finding | None:
+    lumps = _lumps(values, segments.measured if part == "backward" else None, step_ns)
+    late = lumps.any(axis=0)
+    turns = lumps[:, late]
+    # Lumps on most ranks at once are how the steps are, not somebody's turn.
+    if late.mean() < 0.15 or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
+        return None
+
+    base = float(np.median(values[~lumps]))
+    saved = saved_ns(segments, {part: np.where(lumps, np.minimum(values, base), values).astype(values.dtype)})
+    if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return None
+
+    counts = turns.sum(axis=1)
+    some = counts >= 0.25 * counts.max()
+    if some.all() and part not in COMPUTE:
+        return None  # all ranks, in a part that a finding of its own is about
+
+    ranks = () if some.all() else tuple(int(rank) for rank in segments.ranks[some])
+    return _turns_finding(segments, part, ranks, base, float(values[lumps].mean()), float(late.mean()), saved, step_ns)
+
+
+def _lumps(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
+    """Return which own times are far above the usual; the usual is judged by the lower quarter, for half may be late."""
+    flat = (values if columns is None or not columns.any() else values[:, columns]).ravel()
+    low, quarter = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.25))
+    spread = np.log(max(quarter, 1) / max(low, 1)) / 0.97
+    limit = quarter * max(2.0, np.exp(4.7 * spread)) + 0.05 * step_ns
+    lumps = values > limit
+    return np.asarray(lumps if columns is None else lumps & columns)
+
+
+def _turns_finding(
+    segments: Segments,
+    part: str,
+    ranks: tuple[int, ...],
+    base: float,
+    late_ns: float,
+    often: float,
+    saved: float,
+    step_ns: float,
+) -> Finding:
+    kinds = {"input_wait": Kind.INPUT_STRAGGLER, "h2d": Kind.H2D_STRAGGLER}
+    kind = Kind.COMPUTE_STRAGGLER if part in COMPUTE else kinds.get(part, Kind.STRAGGLER)
+    share, gain = saved / step_ns, speedup(segments, saved)
+    return Finding(
+        kind=kind,
+        severity=severity_of(share),
+        ranks=ranks,
+        phase=part,
+        summary=(
+            f"{of_ranks(ranks)} take turns at holding the others up: in {percent(often)} of the steps {part_words(part)} "
+            f"takes one of them {lasting(late_ns)} instead of {lasting(base)}; evened out the run would be "
+            f"{factor(gain)} faster."
+        ),
+        next=(
+            "Even out what the ranks do in one step: batches of like size on all ranks (bucket samples by length), no "
+            "work that hits one rank at a time."
+        ),
+        evidence={
+            "step_ms": step_ns / 1e6,
+            "usual_ms": base / 1e6,
+            "late_ms": late_ns / 1e6,
+            "share_of_steps_late": often,
+            "imbalance_ms": float((segments.own.max(axis=0) - median_over_ranks(segments.own)).mean()) / 1e6,
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )

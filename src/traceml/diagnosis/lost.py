@@ -1,0 +1,158 @@
+"""Ranks that ended by a signal, an exit code or an exception, or fell silent."""
+
+from __future__ import annotations
+
+import signal as signals
+from collections.abc import Sequence
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts import Facts, RankExit, ended_badly
+from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.diagnosis.words import of_ranks, part_words
+
+__all__ = ["rank_lost", "root_causes"]
+
+# What a rank ends with because another one is gone: the launcher's SIGTERM, or a collective whose peer has left.
+_SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "socket timeout",
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "distnetworkerror",
+    "process group",
+    "store->get",
+)
+_STOPPED_BY_HAND = ("KeyboardInterrupt",)
+
+
+def rank_lost(facts: Facts) -> list[Finding]:
+    """Return the finding about lost ranks: who went first, by what, at which step and in which phase."""
+    bad = ended_badly(facts.exits)
+    causes = root_causes(bad)
+    if not causes:
+        return []
+
+    first = causes[0]
+    ranks = tuple(ended.rank for ended in causes)
+    followed = [ended.rank for ended in bad if ended not in causes]
+    return [
+        Finding(
+            kind=Kind.RANK_LOST,
+            severity=Severity.CRITICAL,
+            ranks=ranks,
+            phase=first.open_phase,
+            summary=_summary(causes, followed),
+            next=advice.for_exit(first),
+            evidence=_evidence(first, followed),
+            cost_share=1.0,
+        )
+    ]
+
+
+def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
+    """Return the exits that came by themselves, the earliest first; the others followed from them.
+
+    A run that was stopped by hand (Ctrl-C) has none.
+    """
+    own = [ended for ended in bad if not _follows(ended)]
+    if not own and any(_by_hand(ended) for ended in bad):
+        return []
+
+    causes = own or list(bad)
+    causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
+    # Ranks which die of the same thing die together; another cause later is a consequence.
+    return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
+
+
+def _weight(ended: RankExit) -> int:
+    # A silent rank may have been cut off by the others' end, so what is known comes first.
+    return 1 if ended.state == "lost" else 0
+
+
+def _cause(ended: RankExit) -> tuple[object, ...]:
+    if ended.exception:
+        return ("exception", ended.exception.partition(":")[0], ended.file, ended.line)
+
+    return (ended.state, ended.signal, ended.code)
+
+
+def _follows(ended: RankExit) -> bool:
+    if ended.signal is not None:
+        return _signal_name(ended.signal) in _SWEPT_AWAY
+
+    text = (ended.exception or "").lower()
+    return _by_hand(ended) or any(word in text for word in _PEER_GONE)
+
+
+def _by_hand(ended: RankExit) -> bool:
+    if ended.signal == signals.SIGINT or ended.code == 128 + signals.SIGINT:
+        return True
+
+    return (ended.exception or "").startswith(_STOPPED_BY_HAND)
+
+
+def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:
+    first = causes[0]
+    who = of_ranks([ended.rank for ended in causes])
+    text = f"{who} {_how(first, many=len(causes) > 1)}{_where(first)}"
+    if followed:
+        text += f"; {of_ranks(followed).lower()} ended because of that"
+
+    return text + "."
+
+
+def _how(ended: RankExit, *, many: bool) -> str:
+    was = "were" if many else "was"
+    if ended.signal is not None:
+        return f"{was} killed by signal {ended.signal} ({_signal_name(ended.signal)})"
+
+    if ended.exception:
+        at = f" at {ended.file}:{ended.line}" if ended.file else ""
+        return f"ended with {_short(ended.exception)}{at}"
+
+    if ended.state == "lost":
+        return "fell silent: the connection ended without a word"
+
+    return f"ended with exit code {ended.code}"
+
+
+def _where(ended: RankExit) -> str:
+    step = ended.open_step if ended.open_step is not None else ended.last_step
+    if step is None:
+        return ", before the first step"
+
+    inside = f", in {part_words(ended.open_phase)}" if ended.open_phase else ""
+    return f", {'in' if ended.open_step is not None else 'after'} step {step}{inside}"
+
+
+def _short(exception: str, limit: int = 160) -> str:
+    line = exception.strip().splitlines()[0] if exception.strip() else exception
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signals.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _evidence(ended: RankExit, followed: Sequence[int]) -> dict[str, object]:
+    known = {
+        "signal": ended.signal,
+        "code": ended.code,
+        "exception": ended.exception,
+        "file": ended.file,
+        "line": ended.line,
+        "step": ended.open_step if ended.open_step is not None else ended.last_step,
+        "last_step": ended.last_step,
+        "host": ended.host,
+        "stack": ended.stack,
+        "followed": list(followed) or None,
+    }
+    return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,62 @@
+"""What the run would gain: the window played again with the blamed work taken out.
+
+A step takes as long as the rank with the most own work lets it, plus what no rank's work explains. Replacing own work
+therefore shortens a step by what the slowest rank gets faster, not by what one rank saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.segments import Segments, median_over_ranks
+from traceml.diagnosis.window import Floats
+
+__all__ = ["lifted", "new_step_times", "saved_ns", "speedup", "without_rare"]
+
+
+def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
+    """Return what each step would have taken with some parts' own work replaced.
+
+    Args:
+        segments: the window.
+        changed: part -> its new own work in nanoseconds, rank x segment.
+    """
+    own = segments.own + sum(values - segments.parts[part] for part, values in changed.items())
+    gained = segments.own.max(axis=0) - own.max(axis=0) if segments.grouped else (segments.own - own).mean(axis=0)
+    return np.asarray(np.maximum(segments.step - gained, 0))
+
+
+def saved_ns(segments: Segments, changed: Mapping[str, Floats]) -> float:
+    """Return by how many nanoseconds the mean step would get shorter."""
+    return segments.step_ns - float(new_step_times(segments, changed).mean())
+
+
+def speedup(segments: Segments, saved: float) -> float:
+    """Return old / new step time when a step saves so many nanoseconds."""
+    return segments.step_ns / max(segments.step_ns - max(saved, 0.0), 1.0)
+
+
+def lifted(segments: Segments, part: str, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
+    """Return a part's own work with the late ranks' replaced by the other ranks' median."""
+    values = segments.parts[part].copy()
+    values[late] = median_over_ranks(values[others])
+    return values
+
+
+def without_rare(values: Floats, share: float = 0.05) -> Floats:
+    """Return the values of each rank with its largest `share` of steps cut to the next largest."""
+    steps = values.shape[1]
+    keep = steps - max(2, int(np.ceil(share * steps)))
+    if keep < 1:
+        return values
+
+    ceiling = np.partition(values, keep - 1, axis=1)[:, keep - 1 : keep]
+    return np.minimum(values, ceiling)
+
+
+def zeroed(segments: Segments, parts: Iterable[str]) -> dict[str, Floats]:
+    """Return a change that takes these parts out on all ranks."""
+    return {part: np.zeros_like(segments.parts[part]) for part in parts}

@@ -1,0 +1,107 @@
+"""The diagnosis: all rules in their order, on one window."""
+
+from __future__ import annotations
+
+from traceml.diagnosis.comm import comm_bound
+from traceml.diagnosis.compute import nothing_found
+from traceml.diagnosis.facts import Facts
+from traceml.diagnosis.findings import Finding, Kind, Severity, in_order
+from traceml.diagnosis.jitter import jitter, taking_turns
+from traceml.diagnosis.lost import rank_lost
+from traceml.diagnosis.replay import new_step_times
+from traceml.diagnosis.segments import Segments, segments_of
+from traceml.diagnosis.shared import input_bound, residual, transfers
+from traceml.diagnosis.stragglers import stragglers
+from traceml.diagnosis.window import Window
+from traceml.diagnosis.words import lasting, percent
+
+__all__ = ["MIN_STEPS", "diagnose"]
+
+MIN_STEPS = 20
+"""Fewer steps than this, after the first ones, are too few to tell a habit from chance."""
+_UNKNOWN_SHARE = 0.30
+
+
+def diagnose(window: Window, facts: Facts) -> list[Finding]:
+    """Return what limits the run, the verdict first; never empty.
+
+    Args:
+        window: aligned steps; live the last few hundred, at the end of a run all of them.
+        facts: what else is known.
+    """
+    lost = rank_lost(facts)
+    if len(window) < MIN_STEPS:
+        return lost or [_too_few(window, facts)]
+
+    segments = segments_of(window, facts)
+    found = _timing(window, segments, facts)
+    if lost or found:
+        return in_order([*lost, *found])
+
+    return [_unknown_backward(window, segments) or nothing_found(segments, facts)]
+
+
+def _timing(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
+    step_ns = segments.step_ns
+    found, fixed = stragglers(segments, facts)
+    # What late ranks cost is told; the other rules look at the run as it would be without them.
+    rest = segments.changed(fixed, new_step_times(segments, fixed)) if fixed else segments
+    turns = [] if found else taking_turns(rest, step_ns)
+    found += turns
+    found += input_bound(rest, facts, step_ns) + transfers(rest, facts, step_ns) + residual(rest, facts, step_ns)
+    if not turns:
+        found += jitter(rest, step_ns)
+
+    if not any(finding.kind.value.endswith("STRAGGLER") for finding in found):
+        found += comm_bound(window, segments, facts)
+
+    return found
+
+
+def _too_few(window: Window, facts: Facts) -> Finding:
+    seen = len(window)
+    why = "no step was seen" if not seen else f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
+    if len(window.ranks) > 1 and not seen:
+        why = f"the {len(window.ranks)} ranks have no step in common"
+
+    ended = facts.state != "running"
+    return Finding(
+        kind=Kind.INSUFFICIENT_DATA,
+        severity=Severity.INFO,
+        summary=f"Too little to tell what limits the run: {why}; {MIN_STEPS} are needed.",
+        next=_for_more(seen) if ended else "Wait for more steps.",
+        evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
+    )
+
+
+def _for_more(seen: int) -> str:
+    if seen:
+        return f"Let the run make at least {MIN_STEPS + 10} training steps."
+
+    return (
+        "If the script trains without a torch optimizer or in a way that is not recognised, mark its steps with "
+        "traceml.trace_step()."
+    )
+
+
+def _unknown_backward(window: Window, segments: Segments) -> Finding | None:
+    """Without a rank's own backward, slow computation and slow communication look the same: say so."""
+    if segments.backward_known:
+        return None
+
+    backward = float(window.times["backward"].mean())
+    share = backward / segments.step_ns
+    if share < _UNKNOWN_SHARE:
+        return None
+
+    return Finding(
+        kind=Kind.INSUFFICIENT_DATA,
+        severity=Severity.INFO,
+        phase="backward",
+        summary=(
+            f"{lasting(backward)} of each {lasting(segments.step_ns)} step ({percent(share)}) is backward or "
+            "communication: the ranks' own backward work was not measured, so they cannot be told apart."
+        ),
+        next="Compare with a run on one rank: what its backward takes is computation, the rest is communication.",
+        evidence={"backward_ms": backward / 1e6, "step_ms": segments.step_ns / 1e6, "missing": "backward_own_ns"},
+    )

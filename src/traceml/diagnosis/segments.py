@@ -1,0 +1,131 @@
+"""Own work between sync points: what each rank did itself, and how long it waited for the others.
+
+In data-parallel training all ranks leave backward together, so wall times are equal on all of them; what a rank does
+itself between two such points is not. Rules compare sums over a window of that own work, part by part. The optimizer's
+time of a row lies behind the row's sync point and delays the next one, so it is counted there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.facts import Facts
+from traceml.diagnosis.window import Floats, Window
+
+__all__ = ["COMPUTE", "Segments", "median_over_ranks", "segments_of"]
+
+COMPUTE = ("forward", "backward", "optimizer")
+"""The parts that are computation."""
+
+_MIN_MEASURED = 5
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Own work of each rank, by part of the step, between the sync points of a window.
+
+    Attributes:
+        ranks: the ranks, one per row.
+        parts: part or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is the rank's own,
+            and collectives are in no part.
+        own: the parts' sum.
+        step: wall time of each step, the mean over ranks.
+        wait: the least waiting over ranks where it is known (steps that measured it), nanoseconds.
+        grouped: whether the ranks wait for each other at all.
+        backward_known: whether a rank's own backward is told from its waiting.
+        measured: the steps on which it was measured; on the others `backward` holds the rank's mean.
+        device: whether these are device times.
+    """
+
+    ranks: NDArray[np.int64]
+    parts: Mapping[str, Floats]
+    own: Floats
+    step: Floats
+    wait: Floats
+    grouped: bool
+    backward_known: bool
+    measured: NDArray[np.bool_]
+    device: bool
+
+    @property
+    def step_ns(self) -> float:
+        """Mean wall time of a step."""
+        return float(self.step.mean())
+
+    @property
+    def compute_ns(self) -> float:
+        """Mean own computation of a step, over ranks."""
+        return float(sum(self.parts[part].mean() for part in COMPUTE if part in self.parts))
+
+    def changed(self, parts: Mapping[str, Floats], step: Floats) -> Segments:
+        """Return the window with some parts' own work and the steps' wall time replaced."""
+        merged = {**self.parts, **parts}
+        own = sum(merged.values(), np.zeros_like(self.own))
+        return replace(self, parts=merged, own=own, step=step)
+
+
+def segments_of(window: Window, facts: Facts) -> Segments:
+    """Return the window's own work, with or without a process group."""
+    grouped = _grouped(window, facts)
+    parts = _user_parts(window)
+    parts.update({name: window.times[name] for name in ("input_wait", "h2d", "forward", "checkpoint", "other")})
+    parts["optimizer"] = _behind_sync(window.times["optimizer"]) if grouped else window.times["optimizer"]
+    measured = window.measured
+    known = not grouped or int(measured.sum()) >= _MIN_MEASURED
+    if not grouped:
+        parts["backward"], parts["comm"] = window.times["backward"], window.times["comm"]
+    elif known:
+        parts["backward"] = _own_backward(window)
+
+    parts = {name: values for name, values in parts.items() if values.any()}
+    own = sum(parts.values(), np.zeros_like(window.total))
+    wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
+    step = window.total.mean(axis=0)
+    return Segments(window.ranks, parts, own, step, wait, grouped, known, measured, window.device)
+
+
+def median_over_ranks(values: Floats) -> Floats:
+    """Return the median over ranks of each step."""
+    if len(values) <= 2:
+        return np.asarray(values.mean(axis=0))
+
+    return np.asarray(np.median(values, axis=0))
+
+
+def _grouped(window: Window, facts: Facts) -> bool:
+    if max(facts.world_size, len(window.ranks)) < 2:
+        return False
+
+    if facts.group is not None:
+        return facts.group
+
+    return bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
+
+
+def _user_parts(window: Window) -> dict[str, Floats]:
+    parts = {name if name not in window.times else f"phase {name}": values for name, values in window.user.items()}
+    rest = np.maximum(window.times["user"] - sum(window.user.values(), np.float32(0)), 0)
+    # Rows of user phases come in a table of their own and may be missing for the newest steps.
+    return {**parts, "user": rest} if rest.mean() > 0.01 * max(window.times["user"].mean(), 1.0) else parts
+
+
+def _behind_sync(optimizer: Floats) -> Floats:
+    return np.concatenate([optimizer[:, :1], optimizer[:, :-1]], axis=1)
+
+
+def _own_backward(window: Window) -> Floats:
+    own = np.minimum(window.backward_own, window.times["backward"])
+    mean = np.nanmean(own[:, window.measured], axis=1, keepdims=True)
+    return np.where(np.isnan(own), mean.astype(own.dtype), own)
+
+
+def _least(wait: Floats) -> Floats:
+    # Of thousands of ranks one is always in luck: the 5th of a hundred stands for the least.
+    if len(wait) < 40:
+        return np.asarray(wait.min(axis=0))
+
+    return np.asarray(np.quantile(wait, 0.05, axis=0))

@@ -1,0 +1,159 @@
+"""Fabricated runs: step rows of a data-parallel training played through event by event, with noise and a fault.
+
+Ranks leave backward together, as gloo's ring lets them (not quite at once); what one does after that sync point delays
+the next one. Tests and `benchmarks/diagnosis_accuracy.py` use it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from traceml.database.schema import STEPS, StepFlag, pack_bits
+from traceml.diagnosis import StepWindow, Window
+
+MS = 1e6
+PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "checkpoint", "user", "other")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training and its usual durations in milliseconds; `own` holds work per step, `comm` exposed communication."""
+
+    ranks: int = 2
+    steps: int = 220
+    own: Mapping[str, float] = field(
+        default_factory=lambda: {"input_wait": 0.3, "forward": 4.0, "backward": 8.0, "optimizer": 1.5, "other": 0.3}
+    )
+    comm: float = 0.8
+    leave_ms: float = 0.5
+    sigma: float = 0.1
+    spikes: float = 0.0
+    spike_ms: float = 10.0
+    skew: float = 1.0
+    skew_from: float = 0.0
+    callback_every: int = 1
+    grouped: bool = True
+
+    def scaled(self, factor: float) -> Job:
+        """Return the same job with all durations times `factor`."""
+        return replace(
+            self,
+            own={part: value * factor for part, value in self.own.items()},
+            comm=self.comm * factor,
+            leave_ms=self.leave_ms * min(factor, 1.0),
+        )
+
+
+Fault = Callable[[dict[str, np.ndarray[Any, Any]], np.random.Generator], None]
+"""Changes own work in place: part -> milliseconds, rank x step."""
+
+
+def adds(part: str, ms: float, ranks: tuple[int, ...] | None = None, every: int = 1, chance: float = 1.0) -> Fault:
+    """Return a fault: `ms` more in `part` of some ranks, in every n-th step, or by chance in each."""
+
+    def fault(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        values = own.setdefault(part, np.zeros_like(own["forward"]))
+        rows = range(len(values)) if ranks is None else ranks
+        for row in rows:
+            hit = (np.arange(values.shape[1]) % every == every // 2) & (random.random(values.shape[1]) < chance)
+            values[row, hit] += ms * random.lognormal(0, 0.05, int(hit.sum()))
+
+    return fault
+
+
+def takes_turns(part: str, ms: float, ranks: tuple[int, ...]) -> Fault:
+    """Return a fault that hits these ranks one after the other, one in each step."""
+
+    def fault(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        for step in range(own[part].shape[1]):
+            own[part][ranks[step % len(ranks)], step] += ms
+
+    return fault
+
+
+def at_once(part: str, ms: float, chance: float) -> Fault:
+    """Return a fault that hits all ranks in the same, rare steps."""
+
+    def fault(own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> None:
+        hit = random.random(own["forward"].shape[1]) < chance
+        own.setdefault(part, np.zeros_like(own["forward"]))[:, hit] += ms
+
+    return fault
+
+
+def rows_of(job: Job, *faults: Fault, seed: int = 0) -> list[np.ndarray[Any, Any]]:
+    """Return each rank's step rows."""
+    random = np.random.default_rng(seed)
+    own = _own_work(job, random)
+    for fault in faults:
+        fault(own, random)
+
+    wait = _waits(job, own, random) if job.grouped else np.zeros_like(own["forward"])
+    return [_rows(job, rank, own, wait) for rank in range(job.ranks)]
+
+
+def window_of(job: Job, *faults: Fault, seed: int = 0, last: int = 1000) -> Window:
+    """Return the aligned window of a fabricated run."""
+    window = StepWindow(1024, job.ranks)
+    for rank, rows in enumerate(rows_of(job, *faults, seed=seed)):
+        window.scatter(np.full(len(rows), rank), rows)
+
+    return window.aligned(last=last)
+
+
+def _own_work(job: Job, random: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
+    shape = (job.ranks, job.steps)
+    own = {part: ms * random.lognormal(-(job.sigma**2) / 2, job.sigma, shape) for part, ms in job.own.items()}
+    own = {part: np.asarray(own.get(part, np.zeros(shape))) for part in PARTS}
+    hits = np.argwhere(random.random(shape) < job.spikes)
+    busy = [part for part in PARTS if job.own.get(part, 0) > 0]
+    weights = np.array([job.own[part] for part in busy])
+    for rank, step in hits:
+        own[random.choice(busy, p=weights / weights.sum())][rank, step] += random.exponential(job.spike_ms)
+
+    if job.skew != 1.0:
+        start = int(job.skew_from * job.steps)
+        for part in ("forward", "backward", "optimizer"):
+            own[part][-1, start:] *= job.skew * random.uniform(0.9, 1.1)
+
+    return own
+
+
+def _waits(job: Job, own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Return each rank's waiting inside backward, by playing the steps through."""
+    before = own["input_wait"] + own["h2d"] + own["forward"] + own["backward"] + own["user"] + own["checkpoint"]
+    after = own["optimizer"] + own["other"]
+    comm = job.comm * random.lognormal(0, max(job.sigma, 0.1), job.steps)
+    leave = random.exponential(max(job.leave_ms, 1e-6), before.shape)
+    now = np.zeros(job.ranks)
+    wait = np.zeros_like(before)
+    for step in range(job.steps):
+        arrived = now + before[:, step]
+        left = arrived.max() + comm[step] + leave[:, step] - leave[:, step].min()
+        wait[:, step] = left - arrived
+        now = left + after[:, step]
+
+    return wait
+
+
+def _rows(
+    job: Job, rank: int, own: dict[str, np.ndarray[Any, Any]], wait: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    rows = np.zeros(job.steps, STEPS.dtype)
+    rows["step"] = np.arange(job.steps)
+    for part in PARTS[:-1]:
+        rows[f"{part}_ns"] = own[part][rank] * MS
+
+    rows["backward_ns"] += (wait[rank] * MS).astype(np.int64)
+    rows["total_ns"] = sum(rows[f"{part}_ns"] for part in PARTS[:-1]) + (own["other"][rank] * MS).astype(np.int64)
+    rows["t_end_ns"] = np.cumsum(rows["total_ns"])
+    measured = (
+        (np.arange(job.steps) % job.callback_every == 0) & job.grouped if job.callback_every else np.zeros(1, bool)
+    )
+    rows["backward_own_ns"] = np.where(measured, (own["backward"][rank] * MS).astype(np.int64), -1)
+    rows["bits"] = np.where(measured, pack_bits(1, StepFlag.CALLBACK, 0), pack_bits(1, 0, 0))
+    return rows
