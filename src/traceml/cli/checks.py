@@ -1,0 +1,260 @@
+"""What `traceml doctor` looks at. Each check returns what it saw and never raises for what it was to find."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from traceml import __version__
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
+from traceml.settings import Config, declarations, load
+
+__all__ = ["Check", "Setting", "all_checks", "setting_values"]
+
+State = Literal["ok", "note", "broken"]
+
+# A 65,536-row ring and its neighbours take about 10 MiB per rank, and a rank takes a sixteenth of what is free at most.
+_FLIGHT_FREE_BYTES = 160 << 20
+_RUNS_FREE_BYTES = 1 << 30
+_TORCH_TIMEOUT_S = 60.0
+_ANSWER_TIMEOUT_S = 2.0
+
+_REQUIRED = ("msgpack", "numpy", "psutil", "pydantic-settings", "rich", "tyro", "zstandard")
+_ASK_TORCH = (
+    "import torch; d = torch.distributed; print(torch.__version__, torch.cuda.device_count(), d.is_available())"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at: `broken` keeps traceml from working, a `note` costs a feature or comfort."""
+
+    name: str
+    state: State
+    text: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting's value as text, and where it came from; a secret is not shown."""
+
+    name: str
+    value: str
+    source: str
+
+
+def all_checks() -> Iterator[Check]:
+    """Yield every check, one after another; the slow one is torch (a second)."""
+    yield Check("traceml", "ok", f"{__version__} in {Path(__file__).parents[1]}")
+    yield _python()
+    yield from _packages()
+    yield _torch()
+    try:
+        config = load()
+    except SettingsError as error:
+        yield Check("settings", "broken", str(error), "correct it where it was set")
+        return
+
+    yield Check("settings", "ok", _origins(config))
+    yield _runs_dir(config.runs_dir)
+    yield _flight_folder(Path("/dev/shm"))  # noqa: S108 - only looked at
+    yield _aggregator(config)
+    yield _devices()
+    yield _terminal()
+
+
+def setting_values(config: Config) -> list[Setting]:
+    """Return every setting with its value and source."""
+    return [
+        Setting(name, _shown(getattr(config, name), secret=declared.secret), config.sources.get(name, "default"))
+        for name, declared in declarations().items()
+    ]
+
+
+def _shown(value: object, *, secret: bool) -> str:
+    if value is None or value in ((), {}):
+        return "-"
+
+    if secret:
+        return "(set, not shown)"
+
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _origins(config: Config) -> str:
+    own = {name: source for name, source in config.sources.items() if source != "default"}
+    return "all defaults" if not own else f"{len(own)} set by you: {', '.join(own)}"
+
+
+def _python() -> Check:
+    text = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.release()}"
+    if sys.platform != "linux":
+        return Check(
+            "python", "note", text, "traceml is made for Linux; elsewhere samplers and flight files are missing"
+        )
+
+    return Check("python", "ok", text)
+
+
+def _packages() -> Iterator[Check]:
+    versions = {name: _version(name) for name in _REQUIRED}
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        yield Check("packages", "broken", f"not installed: {', '.join(missing)}", "pip install --upgrade traceml")
+        return
+
+    yield Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _torch(command: Sequence[str] = (sys.executable, "-c", _ASK_TORCH)) -> Check:
+    """Ask a process of its own: importing torch can fail in ways that end a process."""
+    if _version("torch") is None:
+        return Check("torch", "note", "not installed: reports can be read, training cannot run", "pip install torch")
+
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return Check("torch", "broken", f"`import torch` took more than {_TORCH_TIMEOUT_S:.0f} s")
+
+    if asked.returncode != 0:
+        said = asked.stderr.strip().splitlines()
+        why = said[-1] if said else f"exit status {asked.returncode}"
+        return Check("torch", "broken", f"`import torch` fails: {why}", "reinstall torch")
+
+    version, devices, distributed = asked.stdout.split()
+    text = f"{version}, {devices} CUDA device{'' if devices == '1' else 's'}"
+    if distributed != "True":
+        return Check("torch", "note", f"{text}, without torch.distributed", "several ranks need it")
+
+    return Check("torch", "ok", text)
+
+
+def _runs_dir(folder: Path) -> Check:
+    place = folder.absolute()
+    there = next(each for each in (place, *place.parents) if each.exists())
+    hint = "set TRACEML_RUNS_DIR, or runs_dir in traceml.toml, to a folder that you may write"
+    if not there.is_dir():
+        return Check("runs_dir", "broken", f"{there} is no folder", hint)
+
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        return Check("runs_dir", "broken", f"{place} cannot be written: {error.strerror}", hint)
+
+    free = shutil.disk_usage(there).free
+    text = f"{place}{'' if there == place else ' (will be made)'}, {_size(free)} free"
+    if free < _RUNS_FREE_BYTES:
+        return Check("runs_dir", "note", text, "free some space: `traceml runs --prune` removes old runs")
+
+    return Check("runs_dir", "ok", text)
+
+
+def _flight_folder(folder: Path) -> Check:
+    """Where the rows of a killed rank survive; without it they rest in the run's folder."""
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Check("flight files", "note", f"{folder} cannot be written; the run's folder is used instead")
+
+    usage = shutil.disk_usage(folder)
+    text = f"{folder}, {_size(usage.free)} of {_size(usage.total)} free"
+    if usage.free < _FLIGHT_FREE_BYTES:
+        return Check("flight files", "note", text, "ranks keep fewer rows; in a container: docker run --shm-size=1g")
+
+    return Check("flight files", "ok", text)
+
+
+def _aggregator(config: Config) -> Check:
+    from traceml.transport.client import connect
+    from traceml.transport.hello import Hello
+
+    where = f"{config.host}:{config.port}"
+    if _is_free(config.host, config.port):
+        return Check("aggregator", "ok", f"{where} is free: none is running, `traceml serve` can start there")
+
+    try:
+        hello = Hello(role="client")
+        connect(config.host, config.port, hello, config.token, timeout_s=_ANSWER_TIMEOUT_S, tries=1).close("doctor")
+    except AggregatorRefusedError as error:
+        return Check("aggregator", "broken", str(error), "choose another port with TRACEML_PORT, or set TRACEML_TOKEN")
+    except AggregatorUnavailableError as error:
+        hint = "choose another with TRACEML_PORT, or start `traceml serve` on that host"
+        return Check("aggregator", "broken", f"{where} does not answer as an aggregator: {error.reason}", hint)
+
+    return Check("aggregator", "ok", f"one is running and answers at {where}")
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether this host could listen there: then nobody else does."""
+    try:
+        with socket.create_server((host, port)):
+            return True
+    except OSError:
+        return False
+
+
+def _devices() -> Check:
+    from traceml.samplers.nvml import Nvml, NvmlError
+
+    try:
+        nvml = Nvml()
+    except NvmlError:
+        return Check("gpu", "ok", "no NVIDIA driver here; training on the CPU is traced all the same")
+
+    try:
+        count = len(nvml.devices())
+    except NvmlError as error:
+        return Check("gpu", "note", f"NVML answers with an error: {error}", "device metrics will be missing")
+    finally:
+        nvml.close()
+
+    return Check("gpu", "ok", f"{count} device{'' if count == 1 else 's'} seen by NVML")
+
+
+def _terminal() -> Check:
+    from rich.console import Console
+
+    from traceml.renderers.live import MIN_HEIGHT, MIN_WIDTH
+    from traceml.renderers.look import ASCII, Look
+
+    console = Console()
+    if not console.is_terminal:
+        return Check("terminal", "ok", "standard output is no terminal: no live view")
+
+    look = Look.of(console)
+    text = f"{console.width} x {console.height}, {'no colours' if not look.color else console.color_system} "
+    text += "and ASCII" if look.glyphs is ASCII else "and UTF-8"
+    if console.is_dumb_terminal:
+        return Check("terminal", "note", f"TERM={os.environ.get('TERM', '')} cannot show the live view")
+
+    if console.width < MIN_WIDTH or console.height < MIN_HEIGHT + 5:
+        hint = f"the live view needs {MIN_WIDTH} x {MIN_HEIGHT + 5}"
+        return Check("terminal", "note", f"{text}: too small for the live view", hint)
+
+    return Check("terminal", "ok", text)
+
+
+def _size(size: int) -> str:
+    from traceml.renderers.numbers import bytes_text
+
+    return bytes_text(size)

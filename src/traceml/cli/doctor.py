@@ -1,0 +1,88 @@
+"""`traceml doctor`: is everything there that traceml needs, and which settings are in force."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.text import Text
+
+from traceml.cli.checks import Check, Setting, all_checks, setting_values
+from traceml.cli.parsing import parse
+from traceml.errors import SettingsError
+from traceml.settings import load
+
+__all__ = ["main"]
+
+_STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
+EXIT_BROKEN = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Check the installation, settings, folders, ports and devices; exit with 3 when something is broken."""
+
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the findings as JSON and nothing else."""
+
+
+def main(argv: list[str]) -> int:
+    """Check everything; return 0, or 3 when something is broken."""
+    options = parse(Options, argv, prog="traceml doctor")
+    if options.json:
+        checks = list(all_checks())
+        print(json.dumps(_as_json(checks, _settings()), indent=2))
+    else:
+        checks = _print_checks(Console(highlight=False))
+
+    return EXIT_BROKEN if any(check.state == "broken" for check in checks) else 0
+
+
+def _settings() -> list[Setting]:
+    try:
+        return setting_values(load())
+    except SettingsError:
+        return []  # the check of the settings says what is wrong with them
+
+
+def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
+    return {
+        "schema": "traceml.doctor/1",
+        "broken": any(check.state == "broken" for check in checks),
+        "checks": [asdict(check) for check in checks],
+        "settings": {each.name: {"value": each.value, "source": each.source} for each in settings},
+    }
+
+
+def _print_checks(console: Console) -> list[Check]:
+    checks = []
+    for check in all_checks():
+        checks.append(check)
+        line = Text().append(f"{check.state:<7}", style=_STYLES[check.state]).append(f"{check.name:<13} {check.text}")
+        console.print(line, soft_wrap=True)
+        if check.hint:
+            console.print(Text(f"{'':<21}{check.hint}", style="dim"), soft_wrap=True)
+
+    if settings := _settings():
+        console.print()
+        _print_settings(console, settings)
+
+    console.print()
+    broken = [check.name for check in checks if check.state == "broken"]
+    console.print(f"Broken: {', '.join(broken)}" if broken else "Everything that traceml needs is there.")
+    sys.stdout.flush()
+    return checks
+
+
+def _print_settings(console: Console, settings: list[Setting]) -> None:
+    width = max(len(each.name) for each in settings)
+    values = min(max(len(each.value) for each in settings), 40)
+    console.print(Text(f"{'setting':<{width}}  {'value':<{values}}  from", style="dim"))
+    for each in settings:
+        own = each.source != "default"
+        line = f"{each.name:<{width}}  {each.value:<{values}}  {each.source}"
+        console.print(Text(line, style="" if own else "dim"), soft_wrap=True)

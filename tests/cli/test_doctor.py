@@ -1,0 +1,132 @@
+"""`traceml doctor`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from traceml import cli
+from traceml.cli import checks
+from traceml.settings import declarations, load
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Leave out torch, which takes a second, and the working directory's own settings."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "_torch", lambda: checks.Check("torch", "ok", "2.0"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("TRACEML_PORT", str(port))
+    return port
+
+
+def test_everything_is_there(quick, capsys):
+    """On a good installation each check says what it saw, and each setting its value and source."""
+    assert cli.main(["doctor"]) == 0
+
+    shown = capsys.readouterr().out
+    for name in ("python", "packages", "torch", "runs_dir", "flight files", "aggregator", "gpu", "terminal"):
+        assert f" {name} " in shown
+    for name in declarations():
+        assert f"\n{name} " in shown
+    assert f"{quick}" in shown
+    assert "TRACEML_PORT" in shown
+    assert "Everything that traceml needs is there." in shown
+
+
+def test_json_is_json_and_nothing_else(quick, capsys):
+    """--json prints one document with every check and setting."""
+    assert cli.main(["doctor", "--json"]) == 0
+
+    told = json.loads(capsys.readouterr().out)
+    assert told["schema"] == "traceml.doctor/1"
+    assert told["broken"] is False
+    assert told["settings"]["port"] == {"value": str(quick), "source": "TRACEML_PORT"}
+    assert {check["state"] for check in told["checks"]} <= {"ok", "note", "broken"}
+
+
+def test_token_is_never_shown(quick, capsys, monkeypatch):
+    """A token is said to be set, and nothing more."""
+    monkeypatch.setenv("TRACEML_TOKEN", "geheim123")
+
+    cli.main(["doctor"])
+    cli.main(["doctor", "--json"])
+
+    shown = capsys.readouterr().out
+    assert "geheim123" not in shown
+    assert "(set, not shown)" in shown
+
+
+def test_bad_setting_is_broken(quick, capsys, monkeypatch):
+    """A bad setting is named with its source, the other checks still run, and the status is 3."""
+    monkeypatch.setenv("TRACEML_PROT", "1")
+
+    assert cli.main(["doctor"]) == 3
+
+    shown = capsys.readouterr().out
+    assert "TRACEML_PROT" in shown
+    assert "Broken: settings" in shown
+
+
+def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):
+    """A runs folder that cannot be made is broken, with the way out."""
+    (tmp_path / "taken").touch()
+    monkeypatch.setenv("TRACEML_RUNS_DIR", str(tmp_path / "taken" / "runs"))
+
+    assert cli.main(["doctor"]) == 3
+    assert "TRACEML_RUNS_DIR" in capsys.readouterr().out
+
+
+def test_runs_dir_that_is_not_there_yet(tmp_path):
+    """A folder that will be made is fine, and the check leaves nothing behind."""
+    check = checks._runs_dir(tmp_path / "a" / "b")
+
+    assert check.state == "ok"
+    assert "will be made" in check.text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_port_taken_by_a_stranger():
+    """Something that is no aggregator on the port is broken: `serve` could not start there."""
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        check = checks._aggregator(load(port=stranger.getsockname()[1]))
+
+    assert check.state == "broken"
+    assert "TRACEML_PORT" in check.hint
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "says"),
+    [
+        ("print('2.5.0', 2, True)", "ok", "2.5.0, 2 CUDA devices"),
+        ("print('2.5.0', 1, False)", "note", "without torch.distributed"),
+        ("raise ImportError('libcudart is missing')", "broken", "libcudart is missing"),
+        ("import os; os.abort()", "broken", "exit status -6"),
+    ],
+)
+def test_torch(script, state, says):
+    """A torch that cannot be imported, or crashes, is told by its last words."""
+    check = checks._torch((sys.executable, "-c", script))
+
+    assert check.state == state
+    assert says in check.text
+
+
+def test_missing_package_is_broken(monkeypatch):
+    """A package that traceml needs and that is not there is named."""
+    monkeypatch.setattr(checks, "_version", lambda name: None if name == "zstandard" else "1.0")
+
+    (check,) = checks._packages()
+
+    assert (check.state, check.text) == ("broken", "not installed: zstandard")
+
+
+def test_no_shared_memory_is_a_note(tmp_path):
+    """Without /dev/shm tracing works from the run's folder: a note, not a fault."""
+    assert checks._flight_folder(Path("/nonexistent")).state == "note"
+    assert checks._flight_folder(tmp_path).state == "ok"
