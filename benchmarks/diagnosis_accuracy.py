@@ -193,7 +193,7 @@ CASES: dict[str, Make] = {
     "one process: input": single("input_wait", "INPUT_BOUND"),
     "one process: other code": single("other", "RESIDUAL_HEAVY"),
     "healthy": healthy(),
-    "healthy, spikes in 5 % of steps": healthy(spikes=0.05),
+    "healthy, spikes in 5 % of steps": healthy(spikes=0.05, spike_ms=5.0),
     "healthy, one process": healthy(ranks=1, grouped=False),
     "healthy, skewed by itself": skewed,
     "healthy, tiny": tiny,

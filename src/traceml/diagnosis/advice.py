@@ -126,8 +126,8 @@ def for_jitter(part: str | None, rank: int | None) -> str:
     where = f" on rank {rank}" if rank is not None else ""
     if part in ("other", "user", None):
         return (
-            f"Look{where} for what runs now and then (logging, metrics, garbage collection, a neighbour on the host) and "
-            "wrap it in traceml.phase('name') to see it apart."
+            f"Look{where} for what runs now and then (logging, metrics, garbage collection, a neighbour on the host) "
+            "and wrap it in traceml.phase('name') to see it apart."
         )
 
     if part == "optimizer":

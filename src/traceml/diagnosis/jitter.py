@@ -18,6 +18,12 @@ __all__ = ["jitter", "taking_turns", "usual"]
 
 FLOOR_NS = 1e6
 """Mean cost per step below which nothing is said."""
+LONG_NS = 20e6
+"""A long step is at least so much longer than usual: a busy host takes less than that away in passing."""
+DEVICE_LONG_NS = 2e6
+"""The same for device times."""
+TURNS_SHARE = 0.35
+"""Ranks take turns at being late in at least this share of the steps."""
 RARE = 0.25
 """At most this share of steps is long; with more, long steps are how the run is."""
 MIN_EVENTS = 3
@@ -70,7 +76,8 @@ def jitter(segments: Segments, step_ns: float) -> list[Finding]:
 
 def _unexplained(segments: Segments) -> _Events:
     usual_ns, limit = usual(segments.step)
-    long = segments.step > limit
+    least = DEVICE_LONG_NS if segments.device else LONG_NS
+    long = segments.step > max(limit, usual_ns + least)
     # The window's last step is where scripts save, sum up and leave.
     long[-1] = False
     columns = np.flatnonzero(long)
@@ -147,7 +154,7 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
     late = lumps.any(axis=0)
     turns = lumps[:, late]
     # Lumps on most ranks at once are how the steps are, not somebody's turn.
-    if late.mean() < 0.15 or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
+    if late.mean() < TURNS_SHARE or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
         return None
 
     base = float(np.median(values[~lumps]))
@@ -165,7 +172,7 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
 
 
 def _lumps(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
-    """Return which own times are far above the usual; the usual is judged by the lower quarter, for half may be late."""
+    """Return which own times are far above the usual, which the lower quarter tells: half of all may be late."""
     flat = (values if columns is None or not columns.any() else values[:, columns]).ravel()
     low, quarter = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.25))
     spread = np.log(max(quarter, 1) / max(low, 1)) / 0.97
@@ -193,13 +200,13 @@ def _turns_finding(
         ranks=ranks,
         phase=part,
         summary=(
-            f"{of_ranks(ranks)} take turns at holding the others up: in {percent(often)} of the steps {part_words(part)} "
-            f"takes one of them {lasting(late_ns)} instead of {lasting(base)}; evened out the run would be "
-            f"{factor(gain)} faster."
+            f"{of_ranks(ranks)} take turns at holding the others up: in {percent(often)} of the steps "
+            f"{part_words(part)} takes one of them {lasting(late_ns)} instead of {lasting(base)}; evened out the run "
+            f"would be {factor(gain)} faster."
         ),
         next=(
-            "Even out what the ranks do in one step: batches of like size on all ranks (bucket samples by length), no "
-            "work that hits one rank at a time."
+            "Even out what the ranks do in one step: batches of like size on all ranks (bucket samples by length), "
+            "no work that hits one rank at a time."
         ),
         evidence={
             "step_ms": step_ns / 1e6,

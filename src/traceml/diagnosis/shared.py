@@ -95,11 +95,17 @@ def _residual(
 
 
 def _cost(segments: Segments, part: str, removed: Floats) -> tuple[float, tuple[int, ...]]:
-    """Return what a step would save without the part, and the ranks that have it (none named where all do)."""
+    """Return what a step would save without the part, and the ranks that have it (none named where all do).
+
+    What only some ranks have, and not for certain (else they were found late), is not said of all: it saves nothing.
+    """
     saved = saved_ns(segments, {part: segments.parts[part] - removed})
     means = removed.mean(axis=1)
     has = means >= 0.5 * float(np.max(means, initial=0))
-    return saved, () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
+    if has.all():
+        return saved, ()
+
+    return saved if has.mean() > 0.5 else 0.0, tuple(int(rank) for rank in segments.ranks[has])
 
 
 def _counts(saved: float, step_ns: float, share: float = WARNING_SHARE) -> bool:

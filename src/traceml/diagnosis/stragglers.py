@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import comb, hypot
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,11 +33,23 @@ DOMINANCE = 0.7
 EVERYWHERE_SHARE = 0.30
 """From this excess on a rank which is slower in everything is named too."""
 RUNNER_UP = 1 / 3
-"""Nobody who is not blamed has more than this share of the late ranks' excess."""
+"""Ranks with this share of the largest excess or more are looked at as late together."""
+CLEARLY = 1.5
+"""The least late rank's excess is this many times that of any other rank."""
 CERTAINTY = 3.5
-"""The excess is so many standard errors away from none."""
-ALIKE = 0.4
+"""The excess is so many standard errors away from none ..."""
+CHANCE = 0.001
+"""... or its long steps would fall on that rank by chance less often than this."""
+LUMP_SHARE = 0.25
+"""A long step in that sense: so much of a mean step above the others' usual own work."""
+MAX_TRIALS = 1000
+ALIKE = 0.33
 """A second computing part slower by this much of the first one's factor: the rank computes slower, not one part."""
+
+ALIKE_CERTAINTY = 2.0
+"""... if that is so many standard errors away from none."""
+STARVED = 0.15
+"""A rank whose main thread stood ready without a core for this share of its time, twice the others', lacks a core."""
 
 _BATCHES = 8
 
@@ -78,8 +91,7 @@ def find_late(segments: Segments, facts: Facts) -> list[Late]:
         if len(remaining) < 2:
             break
 
-        rows, others = _split(segments.own[remaining].mean(axis=1))
-        rows, others = remaining[rows], remaining[others]
+        rows, others = (remaining[part] for part in split(segments.own[remaining].mean(axis=1)))
         groups = _judge(segments, facts, rows, others)
         if not groups:
             break
@@ -90,29 +102,32 @@ def find_late(segments: Segments, facts: Facts) -> list[Late]:
     return found
 
 
-def _split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Part the ranks at the largest gap between their mean own work."""
-    order = np.argsort(means, kind="stable")
-    cut = int(np.argmax(np.diff(means[order]))) + 1
-    return order[cut:], order[:cut]
+def split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Part the ranks by their mean own work: (those with a third of the largest excess or more, the others)."""
+    base, late = float(means.min()), np.zeros(len(means), bool)
+    for _ in range(3):
+        late = means - base > RUNNER_UP * (float(means.max()) - base)
+        base = float(np.median(means[~late]))
+
+    return np.flatnonzero(late), np.flatnonzero(~late)
 
 
 def _judge(segments: Segments, facts: Facts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[Late]:
     reference = {part: median_over_ranks(values[others]) for part, values in segments.parts.items()}
     own = median_over_ranks(segments.own[others])
-    excess = segments.own[rows] - own
-    least = float(excess.mean(axis=1).min())
+    excess = (segments.own[rows] - own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
-    if least < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or spread > RUNNER_UP * least:
+    # All the others must be clearly apart from the late ones, or who is late is a matter of degree.
+    if not len(rows) or float(excess.min()) < CLEARLY * max(spread, 0.0):
         return []
 
     groups: dict[tuple[str, bool], list[int]] = {}
-    for row, one in zip(rows.tolist(), excess, strict=True):
-        if certainty(one) < CERTAINTY:
+    for row, mean in zip(rows.tolist(), excess.tolist(), strict=True):
+        if mean < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _certain(segments, row, others, reference):
             continue
 
-        part, everywhere = _blame(segments, facts, row, reference, float(one.mean()))
-        if part and not (everywhere and not _lasting(one, segments)):
+        part, everywhere = _blame(segments, facts, row, reference, mean)
+        if part and not (everywhere and not _lasting(segments.own[row] - own, segments)):
             groups.setdefault((part, everywhere), []).append(row)
 
     found = [_late(segments, np.array(group), others, *cause) for cause, group in groups.items()]
@@ -126,7 +141,8 @@ def _blame(
     by_part = {part: float((values[row] - reference[part]).mean()) for part, values in segments.parts.items()}
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
-    everywhere = by_part[part] < DOMINANCE * positive or _alike(by_part, reference, part)
+    everywhere = by_part[part] < DOMINANCE * positive or _alike(segments, row, reference, part)
+    everywhere = everywhere or (part in COMPUTE and _starved(facts, int(segments.ranks[row])))
     floor = EVERYWHERE_SHARE if everywhere or facts.oversubscribed else EXCESS_SHARE
     if excess < floor * segments.step_ns or (everywhere and facts.oversubscribed):
         return None, everywhere
@@ -134,24 +150,73 @@ def _blame(
     return part, everywhere
 
 
-def _alike(by_part: Mapping[str, float], reference: Mapping[str, Floats], part: str) -> bool:
+def _alike(segments: Segments, row: int, reference: Mapping[str, Floats], part: str) -> bool:
     """Tell whether another computing part got slower by a like factor: then it is the rank, not that part."""
     if part not in COMPUTE:
         return False
 
-    base = {name: float(reference[name].mean()) for name in COMPUTE if name in reference}
-    whole = sum(base.values())
-    factor = by_part[part] / max(base[part], 1.0)
+    base = {name: max(float(reference[name].mean()), 1.0) for name in COMPUTE if name in reference}
+    excess = {name: _columns(segments, name, segments.parts[name][row] - reference[name]) for name in base}
+    least = ALIKE * float(excess[part].mean()) / base[part]
     return any(
-        by_part[name] >= ALIKE * factor * base[name] for name in base if name != part and base[name] >= 0.1 * whole
+        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= ALIKE_CERTAINTY
+        for name in base
+        if name != part and base[name] >= 0.01 * sum(base.values())
     )
 
 
-def certainty(excess: Floats) -> float:
-    """Return how many standard errors the mean lies above zero, by the means of eight batches of steps."""
-    batches = [float(batch.mean()) for batch in np.array_split(excess, _BATCHES)]
-    error = float(np.std(batches, ddof=1)) / float(np.sqrt(_BATCHES))
-    return float(np.mean(batches)) / max(error, 1.0)
+def _starved(facts: Facts, rank: int) -> bool:
+    """Tell whether this rank, more than the others, stood ready without a core."""
+    others = [share for other, share in facts.main_wait.items() if other != rank]
+    mine = facts.main_wait.get(rank, 0.0)
+    return bool(others) and mine >= STARVED and mine >= 2 * float(np.median(others))
+
+
+def _certain(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:
+    """Tell whether the excess cannot be chance: it is steady, or its long steps are nearly all this rank's."""
+    excess = {part: values[row] - reference[part] for part, values in segments.parts.items()}
+    backward = excess.pop("backward", np.zeros(1, np.float32))
+    steady = [np.sum(list(excess.values()), axis=0), _columns(segments, "backward", backward)]
+    (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
+    if mean + mean_backward >= CERTAINTY * hypot(error, error_backward):
+        return True
+
+    backward = segments.parts.get("backward", np.zeros_like(segments.own))
+    counts = _long(segments, segments.own - backward, others) + _long(segments, backward[:, segments.measured], others)
+    hits = int(counts[row])
+    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < CHANCE
+
+
+def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Return per rank how often its work is much longer than the others' usual work."""
+    if not values.size:
+        return np.zeros(len(values), np.int64)
+
+    limit = float(np.median(values[others])) + max(LUMP_SHARE * segments.step_ns, EXCESS_NS)
+    return np.asarray((values > limit).sum(axis=1))
+
+
+def chance_of(hits: int, trials: int, probability: float) -> float:
+    """Return the probability of at least so many hits by chance."""
+    terms = (comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(hits, trials + 1))
+    return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)
+
+
+def _columns(segments: Segments, part: str, values: Floats) -> Floats:
+    """Return the steps on which the part was measured; on the others backward holds a mean that hides its noise."""
+    return values[segments.measured] if part == "backward" and segments.measured.size == values.size else values
+
+
+def _mean_and_error(values: Floats) -> tuple[float, float]:
+    """Return the mean and its standard error, by the means of eight batches of steps: noise may last some steps."""
+    batches = [float(batch.mean()) for batch in np.array_split(values, min(_BATCHES, len(values)))]
+    error = float(np.std(batches, ddof=1)) / len(batches) ** 0.5 if len(batches) > 1 else 0.0
+    return float(np.mean(batches)), max(error, 1.0)
+
+
+def _errors(values: Floats) -> float:
+    mean, error = _mean_and_error(values)
+    return mean / error
 
 
 def _lasting(excess: Floats, segments: Segments) -> bool:
