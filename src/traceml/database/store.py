@@ -36,8 +36,8 @@ __all__ = [
 _MERGE_ROWS = 4096
 _NO_STEP = -1
 _INSERT = "INSERT INTO frames (stream, tbl, seq, n, first_step, last_step, codec, data) VALUES (?,?,?,?,?,?,?,?)"
-_UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_ticks, recorder, facts) VALUES (?,?,?,?,?,?,?,?)
-    ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
+_UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_ticks, recorder, facts)
+    VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
 
 _Key = tuple[int, str]
 
