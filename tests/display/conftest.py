@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
-import select
 import struct
 import termios
 
@@ -13,6 +12,8 @@ import pytest
 from rich.console import Console
 
 from tests.display.screen import Screen
+
+MARK = b"\x05mark\x05"
 
 
 class Terminal:
@@ -34,12 +35,22 @@ class Terminal:
     def console(self, **options) -> Console:
         return Console(file=self.file, force_terminal=True, color_system=None, legacy_windows=False, **options)
 
-    def look(self) -> list[str]:
-        while select.select([self.master], [], [], 0)[0]:
-            data = os.read(self.master, 65536)
-            self.raw += data
-            self.screen.feed(data)
+    def read(self, *, show: bool = True) -> bytes:
+        """Return what was written since the last time, everything before a mark that is written now; show it."""
+        os.write(self.file.fileno(), MARK)
+        data = b""
+        while not data.endswith(MARK):
+            data += os.read(self.master, 65536)
 
+        self.raw += data[: -len(MARK)]
+        if show:
+            self.screen.feed(data[: -len(MARK)])
+
+        return data[: -len(MARK)]
+
+    def look(self) -> list[str]:
+        """Return the screen's lines as they are now."""
+        self.read()
         return self.screen.lines()
 
     def close(self) -> None:

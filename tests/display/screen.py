@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
-_SEQUENCE = re.compile(r"\x1b(?:\[(?P<args>[0-?]*)(?P<final>[@-~])|(?P<single>[78DM]))")
+_SEQUENCE = re.compile(r"\x1b(?:\[(?P<args>[0-?]*)(?P<final>[@-~])|(?P<single>[78DM])|\](?P<title>[^\x07]*)\x07)")
 
 
 class Screen:
@@ -20,9 +21,10 @@ class Screen:
         self.bottom = rows
         self.alternate = False
         self.text = ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def feed(self, data: bytes) -> None:
-        self.text += data.decode("utf-8")
+        self.text += self.decoder.decode(data)
         position = 0
         while position < len(self.text):
             char = self.text[position]
@@ -70,6 +72,9 @@ class Screen:
     def _obey(self, match: re.Match[str]) -> None:
         if single := match["single"]:
             self._single(single)
+            return
+
+        if match["title"] is not None:
             return
 
         args, final = match["args"], match["final"]

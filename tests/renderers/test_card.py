@@ -19,21 +19,25 @@ def text_of(made: dict, **over) -> str:
     return "\n".join(line.plain for line in card(run_view(made), look).renderables)
 
 
-def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
-    """The printed card ends with the report's path and the exact command that shows it again."""
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "runs" / "report.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps(slow_rank()))
+def printed(path) -> list[str]:
     shown = io.StringIO()
-
     print_card(path, file=shown)
-
-    assert shown.getvalue().splitlines()[-2:] == [
-        " Report  runs/report.json",
-        " Again   traceml report 20250102-030405-train-1a2b",
-    ]
     assert "\x1b" not in shown.getvalue()
+    return shown.getvalue().splitlines()
+
+
+def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
+    """The printed card ends with the report's path, whole, and the exact command that shows it again."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "traceml_runs" / ("20250102-030405-" + "long-" * 20)
+    folder.mkdir(parents=True)
+    path = folder / "report.json"
+    path.write_text(json.dumps(slow_rank()))
+
+    assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder.name}"]
+
+    monkeypatch.chdir("/")
+    assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder}"]
 
 
 def test_print_card_of_a_damaged_report(tmp_path):

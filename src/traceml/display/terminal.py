@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from traceml.renderers.views import LiveView
 
-__all__ = ["TerminalDriver", "ansi_bytes"]
+__all__ = ["TerminalDriver", "ansi_bytes", "terminal_size"]
 
 _SCRIPT_ROWS = 5  # always left to the script; below that there is no view
 _MAX_UNFINISHED_DRAWS = 4
@@ -87,7 +87,7 @@ class TerminalDriver:
 
     def write(self, data: bytes) -> None:
         """Pass on output of the script, unchanged."""
-        if self.visible and self._terminal_size() != self._size and not self._is_unfinished():
+        if self.visible and terminal_size(self._console) != self._size and not self._is_unfinished():
             # Terminals drop the scroll region when they are resized: without it the script scrolls the view away.
             self._redraw()
 
@@ -103,7 +103,7 @@ class TerminalDriver:
         self._send(_release(self._reserved))
         self._reserved = 0
         # Whether the script ended its last line cannot be asked: a row of blanks wraps exactly when it did not.
-        columns, _ = self._terminal_size()
+        columns, _ = terminal_size(self._console)
         self._send(b"\x1b[0m" + b" " * (columns - 1) + b"\r\x1b[K")
 
     def __enter__(self) -> TerminalDriver:
@@ -113,7 +113,7 @@ class TerminalDriver:
         self.close()
 
     def _show(self, view: LiveView) -> None:
-        columns, rows = self._terminal_size()
+        columns, rows = terminal_size(self._console)
         height = panel_height(max(len(view.now.ranks), view.now.run.world_size), rows - _SCRIPT_ROWS)
         if columns < MIN_WIDTH or rows < MIN_HEIGHT + _SCRIPT_ROWS:
             self._lines = []
@@ -125,7 +125,7 @@ class TerminalDriver:
         self._redraw()
 
     def _redraw(self) -> None:
-        size = self._terminal_size()
+        size = terminal_size(self._console)
         columns, rows = size
         if columns < MIN_WIDTH or rows < len(self._lines) + _SCRIPT_ROWS:
             self._hide()  # the next view fits itself in
@@ -145,7 +145,7 @@ class TerminalDriver:
         top = rows - self._reserved
         drawn = [_BEGIN, b"\x1b[1;%dr" % top, b"\x1b[0m"]
         for number, line in enumerate(self._lines, start=top + 1):
-            drawn.append(b"\x1b[%d;1H" % number + ansi_bytes(self._console, line) + b"\x1b[0m\x1b[K")
+            drawn.append(b"\x1b[%d;1H" % number + ansi_bytes(self._console, line, self._size[0]))
 
         return b"".join((*drawn, _END))
 
@@ -156,14 +156,6 @@ class TerminalDriver:
 
     def _is_unfinished(self) -> bool:
         return bool(_UNFINISHED.search(self._tail) or _UNFINISHED_TEXT.search(self._tail))
-
-    def _terminal_size(self) -> tuple[int, int]:
-        try:
-            size = os.get_terminal_size(self._fd)
-        except OSError:
-            return self._console.width, self._console.height
-
-        return size.columns, size.lines
 
     def _send(self, data: bytes) -> None:
         """Write everything; a terminal that has gone away is left alone from then on."""
@@ -177,12 +169,26 @@ class TerminalDriver:
                 self._lost = True
 
 
-def ansi_bytes(console: Console, line: Text) -> bytes:
-    """Return a line as bytes for the console's terminal, in its encoding and with what colours it has."""
+def terminal_size(console: Console) -> tuple[int, int]:
+    """Return (columns, rows) of the terminal that the console writes to; rich asks that of the standard streams."""
+    try:
+        size = os.get_terminal_size(console.file.fileno())
+    except OSError:
+        return console.width, console.height
+
+    return size.columns, size.lines
+
+
+def ansi_bytes(console: Console, line: Text, width: int) -> bytes:
+    """Return a line filled up to `width` as bytes for the console's terminal, in its encoding and colours.
+
+    It is filled with blanks: clearing to the end of a full line would take its last character in some terminals.
+    """
     with console.capture() as capture:
         console.print(line, end="", soft_wrap=True, highlight=False)
 
-    return capture.get().encode(console.encoding, "replace")
+    filled = capture.get() + "\x1b[0m" + " " * (width - line.cell_len)
+    return filled.encode(console.encoding, "replace")
 
 
 def _reserve(height: int) -> bytes:

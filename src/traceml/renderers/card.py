@@ -49,9 +49,11 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
     except ValueError as error:
         raise StoreError(f"{report_path} is no report: {error}") from error
 
-    console = Console(file=file, highlight=False, soft_wrap=False)
-    view = run_view(report)
-    console.print(card(view, Look.of(console), report_path=_short(report_path), again=f"traceml report {view.run.id}"))
+    console = Console(file=file, highlight=False)
+    path = report_path.resolve()
+    again = f"traceml report {_name_of(path.parent)}"
+    # Lines are fitted already; a path or a command that is wider than the terminal must stay whole to be copied.
+    console.print(card(run_view(report), Look.of(console), report_path=str(path), again=again), soft_wrap=True)
 
 
 def card(view: RunView, look: Look, *, report_path: str = "", again: str = "") -> Group:
@@ -72,18 +74,15 @@ def card(view: RunView, look: Look, *, report_path: str = "", again: str = "") -
         *_phase_lines(view, width, look),
         *_rank_lines(view, look),
         Text(),
-        *_closing_lines(view, width, look),
-        *_labelled("Report", report_path, width, style="cyan"),
-        *_labelled("Again", again, width, style="cyan"),
+        *_closing_lines(view, width),
     ]
-    return Group(*(_fitted(line, width, look) for line in lines))
+    fitted = [_fitted(line, width, look) for line in lines]
+    return Group(*fitted, *_copied("Report", report_path), *_copied("Again", again))
 
 
-def _short(path: Path) -> str:
-    try:
-        return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
+def _name_of(run_dir: Path) -> str:
+    """Return what finds the run from here: its id where runs are kept by default, else its folder."""
+    return run_dir.name if run_dir.parent == Path("traceml_runs").resolve() else str(run_dir)
 
 
 def _fitted(line: Text, width: int, look: Look) -> Text:
@@ -145,10 +144,14 @@ def wrapped(text: str, width: int) -> list[str]:
 
 def _labelled(label: str, text: str, width: int, *, style: str = "") -> Iterator[Text]:
     """Yield ` Label  text`, wrapped under the text; nothing when there is no text."""
-    # A path or a command is copied from the screen: it is never broken into lines.
-    lines = [text] if style == "cyan" and text else wrapped(text, width - _LABEL - 1)
-    for number, line in enumerate(lines):
+    for number, line in enumerate(wrapped(text, width - _LABEL - 1)):
         yield Text(" ").append((label if number == 0 else "").ljust(_LABEL), style="dim").append(line, style=style)
+
+
+def _copied(label: str, text: str) -> Iterator[Text]:
+    """Yield a line with something to be copied from the screen: never broken, never cut."""
+    if text:
+        yield Text(" ", no_wrap=True).append(label.ljust(_LABEL), style="dim").append(text, style="cyan")
 
 
 def _steps_line(view: RunView, look: Look) -> Text:
@@ -217,7 +220,7 @@ def _rank_line(row: RankRow, columns: Sequence[str], look: Look) -> Text:
     return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>{_CELL}}")
 
 
-def _closing_lines(view: RunView, width: int, look: Look) -> Iterator[Text]:
+def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     # A lost rank that the verdict is about was told at the top.
     told = view.verdict.ranks if view.verdict.kind == "RANK_LOST" else ()
     ended = [row for row in view.ranks if row.end and row.rank not in told]
@@ -226,7 +229,7 @@ def _closing_lines(view: RunView, width: int, look: Look) -> Iterator[Text]:
         yield from _labelled("Lost", f"rank {row.rank}{where}: {row.end}", width)
 
     if len(ended) > 4:
-        yield from _labelled("", f"{look.glyphs.ellipsis} and {len(ended) - 4} more ranks", width)
+        yield from _labelled("", f"and {len(ended) - 4} more ranks", width)
 
     for other in view.others[:2]:
         yield from _labelled("Also", f"{other.kind}: {other.headline}", width)
