@@ -1,1 +1,1 @@
-"""The process that stores each row once and watches over the ranks."""
+"""One process that stores every rank's rows once, judges them while they come, and notices ranks that went silent."""

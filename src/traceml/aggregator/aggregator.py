@@ -1,0 +1,318 @@
+"""The aggregator: takes the ranks of any number of runs, stores their rows, judges them, and sees runs to their end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from traceml.aggregator.commands import Commands
+from traceml.aggregator.recovery import dead_flights
+from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
+from traceml.aggregator.run import Run
+from traceml.aggregator.streams import Stream
+from traceml.aggregator.verdicts import Verdicts
+from traceml.errors import ProtocolError, StoreError
+from traceml.transport.server import Peer, RefusedError, Server
+
+__all__ = ["Aggregator"]
+
+# An ack is later than its rows by half of this on average; longer ticks save nothing (measured).
+TICK_S = 0.1
+_LOOK_S = 0.25
+_VERDICT_S = 1.0
+# One that is to end when idle, and to which nobody ever came.
+_LONELY_S = 60.0
+
+_log = logging.getLogger("traceml")
+
+
+class Aggregator:
+    """Many runs, one process, one core.
+
+    Args:
+        runs_dir: folder of the runs.
+        token: what peers have to prove.
+        run_id: the one run that a launcher started this aggregator for; the launcher says when it is over.
+        exit_when_idle: end when no run is left.
+        on_run_finished: called with a run's folder after its end, in a thread of its own.
+
+    Raises:
+        StoreError: the runs folder cannot be written.
+    """
+
+    def __init__(
+        self,
+        runs_dir: Path,
+        token: str,
+        *,
+        run_id: str | None = None,
+        exit_when_idle: bool = False,
+        on_run_finished: Callable[[Path], object] | None = None,
+    ) -> None:
+        prepare_runs_dir(runs_dir)
+        self.registry = Registry(runs_dir)
+        self.server = Server(self, token)
+        self._commands = Commands(self)
+        self._run_id = run_id
+        self._exit_when_idle = exit_when_idle
+        self._on_run_finished = on_run_finished
+        self._parent = os.getppid()
+        self._verdicts: dict[Run, Verdicts] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ending: set[Run] = set()
+        self._tick_due = False
+        self._idle_since_s = time.monotonic()
+        self._seen_any = False
+        self._done = asyncio.Event()
+
+    async def serve(self, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
+        """Serve on a bound socket until stopped, idle (if asked for), or told by SIGTERM or SIGINT."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+
+        self._take_up_runs()
+        await self.server.start(sock)
+        # What was imported lives as long as the process: the collector need not walk it ten times a second.
+        gc.collect()
+        gc.freeze()
+        if on_ready is not None:
+            on_ready()
+
+        watch = asyncio.create_task(self._watch())
+        await self._done.wait()
+        watch.cancel()
+        await self._leave()
+
+    def stop(self) -> None:
+        """End: store what has come, and leave runs that go on to the next aggregator."""
+        self._done.set()
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counters of the server and of each open run, as the command `status` tells them."""
+        return {
+            "server": asdict(self.server.statistics()),
+            "runs": [
+                {
+                    "id": run.id,
+                    "job": run.key,
+                    "path": str(run.path),
+                    "state": run.state,
+                    "streams": len(run.streams),
+                    "connected": len(run.connected),
+                    "verdicts": self._verdicts[run].count if run in self._verdicts else 0,
+                    **asdict(run.ingest.statistics()),
+                }
+                for run in self.registry.open_runs
+            ],
+        }
+
+    # --- what peers do (transport.server.Handler) --------------------------------------------------------------------
+
+    def welcome(self, peer: Peer) -> dict[str, Any]:
+        """Take a peer in: a rank gets its run and what is stored of it; clients and agents need neither."""
+        hello = peer.hello
+        assert hello is not None
+        if self._done.is_set():
+            raise RefusedError("this aggregator is about to end", retry=True)
+
+        if hello.role != "rank":
+            return {"acked": {}, "run_id": "", "run_dir": "", "stream": 0}
+
+        known = self.registry.known(hello)
+        try:
+            if known is not None:
+                run, stream = known
+                was_over = run.ended
+                run.greet(stream, hello, peer)
+            else:
+                run, attempt = self.registry.place(hello)
+                was_over = run.ended
+                stream = run.join(hello, attempt, peer)
+        except StoreError as error:
+            raise RefusedError(str(error), retry=True) from error
+
+        if was_over:
+            self.registry.reopened(run)
+
+        self._seen_any = True
+        peer.context = (run, stream)
+        self._schedule()
+        return {"acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "stream": stream.id}
+
+    def rows(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Take rows; they are stored and acknowledged at the next tick."""
+        context = peer.context
+        if context is None:
+            raise ProtocolError("rows come from ranks only")
+
+        get = message.get
+        context[0].ingest.take(context[1], get("table"), get("seq"), get("n"), get("data"))
+        if not self._tick_due:
+            self._schedule()
+
+    def message(self, peer: Peer, message: dict[str, Any]) -> None:
+        """Take anything that is no rows."""
+        kind = message["t"]
+        if kind == "command" and peer.context is None:
+            self._start(self._commands.run(peer, message))
+        elif kind == "reply" and peer.context is not None:
+            self._commands.answered(peer.context[1], message)
+        elif kind == "bye":
+            self._bye(peer, str(message.get("reason"))[:200])
+        elif kind == "clock" and peer.context is not None:
+            self._note_clock(peer.context[0], peer.context[1], message)
+        else:
+            raise ProtocolError(f"{kind[:50]!r} is not expected from a {peer.hello.role if peer.hello else 'peer'}")
+
+    def gone(self, peer: Peer) -> None:
+        """Note that a peer's connection has ended."""
+        if peer.context is None:
+            return
+
+        run, stream = peer.context
+        peer.context = None
+        if stream.peer is peer:
+            run.left(stream)
+
+    # --- the ends of runs --------------------------------------------------------------------------------------------
+
+    async def end(self, run: Run, status: int | None = None) -> bool:
+        """Close a run and have its report written; return False while its rows cannot be stored."""
+        if run in self._ending:
+            await asyncio.sleep(0.05)
+            return run.ended
+
+        self._ending.add(run)
+        try:
+            self._adopt_flights(run)
+            if not run.end(status):
+                return False
+
+            self._verdicts.pop(run, None)
+            self.registry.over(run)
+            if self._on_run_finished is not None:
+                await asyncio.to_thread(self._report, run.path)
+        finally:
+            self._ending.discard(run)
+
+        return True
+
+    def _report(self, path: Path) -> None:
+        assert self._on_run_finished is not None
+        try:
+            self._on_run_finished(path)
+        except Exception:  # noqa: BLE001 - the rows are safe; `traceml report` can write it again and will say more
+            _log.exception("no report for %s", path)
+
+    def _adopt_flights(self, run: Run) -> None:
+        """Take in what ranks of this run left behind without ever having been connected here."""
+        for found in dead_flights(run.key, run.path):
+            run.adopt(found)
+
+    async def _leave(self) -> None:
+        for run in self.registry.open_runs:
+            over = not run.connected and all(stream.ended for stream in run.streams)
+            if (over or self._exit_when_idle) and await self.end(run):
+                continue
+
+            run.close()
+
+        await self.server.stop()
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def _schedule(self) -> None:
+        if not self._tick_due:
+            self._tick_due = True
+            asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _tick(self) -> None:
+        self._tick_due = False
+        for run in self.registry.open_runs:
+            if not run.commit():
+                self._schedule()
+
+    async def _watch(self) -> None:
+        verdict_at_s = time.monotonic()
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            now_s = time.monotonic()
+            judge = now_s >= verdict_at_s
+            if judge:
+                verdict_at_s = max(verdict_at_s + _VERDICT_S, now_s)
+
+            for run in self.registry.open_runs:
+                try:
+                    await self._watch_run(run, judge=judge)
+                except Exception:  # noqa: BLE001 - one run's trouble is not the others'
+                    _log.exception("while looking after run %s", run.id)
+
+            self._leave_if_idle()
+
+    async def _watch_run(self, run: Run, *, judge: bool) -> None:
+        run.look_around()
+        if judge:
+            self._verdicts.setdefault(run, Verdicts(run.live)).update(run.store)
+            run.commit()
+
+        if run.is_over(held=self._is_held(run)):
+            await self.end(run)
+
+    def _is_held(self, run: Run) -> bool:
+        """Whether a launcher that still lives will say when this run is over."""
+        return run.id == self._run_id and os.getppid() == self._parent
+
+    def _leave_if_idle(self) -> None:
+        now_s = time.monotonic()
+        if self.registry.open_runs or self._ending or any(peer.context for peer in self.server.peers):
+            self._idle_since_s = now_s
+
+        quiet_s = now_s - self._idle_since_s
+        if self._exit_when_idle and quiet_s > (_LOOK_S if self._seen_any else _LONELY_S):
+            self.stop()
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _take_up_runs(self) -> None:
+        """Open the run that this aggregator is for, or those that one before it has left here."""
+        if self._run_id is not None:
+            self._run_id = safe_run_id(self._run_id)
+            self.registry.begin(self._run_id, self._run_id, named=True)
+            self._seen_any = True
+        elif not self._exit_when_idle:
+            self.registry.adopt_orphans()
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop keeps no strong reference to it
+        task.add_done_callback(self._tasks.discard)
+
+    def _bye(self, peer: Peer, reason: str) -> None:
+        peer.said_bye = True
+        if peer.context is None:
+            peer.close()
+            return
+
+        run, stream = peer.context
+        run.bye(stream, reason, peer)
+        run.commit(force=True)
+        if run.ingest.waiting:
+            self._schedule()
+
+    @staticmethod
+    def _note_clock(run: Run, stream: Stream, message: dict[str, Any]) -> None:
+        offset, rtt = message.get("offset_ns"), message.get("rtt_ns")
+        if not isinstance(offset, int) or not isinstance(rtt, int):
+            raise ProtocolError("a clock message carries offset_ns and rtt_ns")
+
+        run.store.update_stream(stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt)

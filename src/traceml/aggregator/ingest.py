@@ -1,0 +1,190 @@
+"""From frames to the store, each row once: check, cut what is known already, store, acknowledge after the commit."""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+
+from traceml.aggregator.streams import Stream
+from traceml.database.schema import TABLES, Table
+from traceml.errors import ProtocolError, StoreError
+from traceml.transport.framing import decode_log
+from traceml.transport.server import RefusedError
+
+if TYPE_CHECKING:
+    from traceml.aggregator.live import LiveRows
+    from traceml.database.store import StoreWriter
+
+__all__ = ["Ingest", "IngestStatistics"]
+
+_RETRY_S = 1.0
+_REMIND_S = 60.0
+_STEP = struct.Struct("<q")
+_SEQ_LIMIT = 2**62
+
+_log = logging.getLogger("traceml")
+
+
+def _layout(table: Any) -> tuple[int, int]:
+    """Return (bytes per row, offset of the step in it), 0 for a log and -1 for a table without steps."""
+    if not isinstance(table, Table):
+        return 0, -1
+
+    names = [column.name for column in table.columns]
+    return table.row_bytes, 8 * names.index("step") if "step" in names else -1
+
+
+_LAYOUTS = {name: _layout(table) for name, table in TABLES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class IngestStatistics:
+    """What went through: rows stored, rows that came again after a reconnect, commits, and failed tries to commit."""
+
+    rows: int
+    repeated: int
+    commits: int
+    failed_commits: int
+    stalled: bool
+
+
+class Ingest:
+    """The way of one run's rows into its store and its live windows.
+
+    Args:
+        store: the run's store.
+        live: what takes the rows for live windows.
+        hold_back: stops (True) the run's ranks from sending while the store cannot be written, and lets them go on.
+    """
+
+    def __init__(self, store: StoreWriter, live: LiveRows, hold_back: Callable[[bool], None]) -> None:
+        self._store = store
+        self._live = live
+        self._hold_back = hold_back
+        self._touched: dict[Stream, None] = {}
+        self._rows = self._repeated = self._commits = self._failed = 0
+        self._failing_since_s: float | None = None
+        self._retry_at_s = self._remind_at_s = 0.0
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the last commit failed; rows then wait here and, with their senders held back, in the ranks."""
+        return self._failing_since_s is not None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether rows wait for a commit."""
+        return bool(self._touched) or self.stalled
+
+    def statistics(self) -> IngestStatistics:
+        """Return the counters."""
+        return IngestStatistics(self._rows, self._repeated, self._commits, self._failed, self.stalled)
+
+    def take(self, stream: Stream, table: str, seq: int, n: int, data: bytes) -> None:
+        """Take `n` rows of a stream, the first of which has number `seq`.
+
+        Raises:
+            RefusedError: there is no such table.
+            ProtocolError: the numbers and the data do not fit together.
+        """
+        layout = _LAYOUTS.get(table) if type(table) is str else None
+        if layout is None:
+            raise RefusedError(f"unknown table {str(table)[:50]!r}")
+
+        row_bytes, step_at = layout
+        if type(seq) is not int or type(n) is not int or type(data) is not bytes or not 0 <= seq < _SEQ_LIMIT or n < 1:
+            raise ProtocolError(f"a rows frame of {table!r} has no proper seq, n and data")
+
+        if row_bytes and len(data) != n * row_bytes:
+            raise ProtocolError(f"{n} rows of {table!r} are {n * row_bytes} bytes, not {len(data)}")
+
+        wanted = stream.next.get(table, 0)
+        if seq < wanted:
+            seq, n, data = self._cut(stream, table, seq, n, data, wanted)
+            if not n:
+                return
+
+        first, last = -1, -1
+        if step_at >= 0:
+            first = _STEP.unpack_from(data, step_at)[0]
+            last = _STEP.unpack_from(data, len(data) - row_bytes + step_at)[0]
+        elif not row_bytes and len(decode_log(data)) != n:
+            raise ProtocolError(f"a rows frame of {table!r} does not hold {n} maps")
+
+        self._store.append(stream.id, table, seq, n, data, first, last)
+        self._rows += n
+        stream.next[table] = stream.unacked[table] = seq + n
+        self._touched[stream] = None
+        self._live.take(stream, table, n, data)
+
+    def commit(self, *, force: bool = False) -> bool:
+        """Commit what was taken and acknowledge it; return whether nothing is left uncommitted.
+
+        When the disk is full the rows stay with the store and in their ranks, and the next calls try again.
+
+        Args:
+            force: try at once even if the last try failed a moment ago.
+        """
+        if self.stalled and not force and time.monotonic() < self._retry_at_s:
+            return False
+
+        try:
+            self._store.commit()
+        except StoreError as error:
+            self._fail(error)
+            return False
+
+        self._commits += 1
+        if self.stalled:
+            self._recover()
+
+        for stream in self._touched:
+            stream.acknowledge()
+
+        self._touched.clear()
+        return True
+
+    def _cut(self, stream: Stream, table: str, seq: int, n: int, data: bytes, wanted: int) -> tuple[int, int, bytes]:
+        """Leave out rows which are stored already: after a reconnect a rank may send them again."""
+        known = min(wanted - seq, n)
+        self._repeated += known
+        stream.unacked[table] = wanted  # the rank does not know yet
+        self._touched[stream] = None
+        row_bytes = _LAYOUTS[table][0]
+        return seq + known, n - known, data[known * row_bytes :] if row_bytes else _skip_maps(data, known)
+
+    def _fail(self, error: StoreError) -> None:
+        now_s = time.monotonic()
+        self._failed += 1
+        self._retry_at_s = now_s + _RETRY_S
+        if self._failing_since_s is None:
+            self._failing_since_s, self._remind_at_s = now_s, now_s
+            self._hold_back(True)
+
+        if now_s >= self._remind_at_s:
+            self._remind_at_s = now_s + _REMIND_S
+            _log.error("%s. The ranks keep their rows meanwhile; trying again every second", error)
+
+    def _recover(self) -> None:
+        assert self._failing_since_s is not None
+        _log.warning("the store can be written again after %.1f s", time.monotonic() - self._failing_since_s)
+        self._failing_since_s = None
+        self._hold_back(False)
+
+
+def _skip_maps(data: bytes, count: int) -> bytes:
+    unpacker = msgpack.Unpacker(io.BytesIO(data), max_buffer_size=max(len(data), 1))
+    try:
+        for _ in range(count):
+            unpacker.skip()
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
+
+    return data[unpacker.tell() :]

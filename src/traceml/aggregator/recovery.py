@@ -1,0 +1,120 @@
+"""What a dead rank left in its flight file: the rows that it had not sent, and what it was doing."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from traceml.aggregator.ingest import Ingest
+from traceml.aggregator.streams import Incarnation, Stream
+from traceml.database.flight import FlightImage, FlightState, default_folder, find_flights, is_alive, read_flight
+from traceml.errors import StoreError
+
+__all__ = ["Found", "appended_rows", "dead_flights", "recover"]
+
+_log = logging.getLogger("traceml")
+
+
+class Found:
+    """A dead rank's flight file and what it says of its writer."""
+
+    def __init__(self, path: Path, image: FlightImage) -> None:
+        self.path = path
+        self.image = image
+        facts = image.identity
+        self.job = str(facts.get("job", ""))
+        self.rank = int(facts.get("rank", 0))
+        self.local_rank = int(facts.get("local_rank", 0))
+        self.attempt = int(facts.get("attempt", 0))
+        self.world_size = int(facts.get("world_size", 1))
+        self.who = Incarnation(
+            str(facts.get("host", "")),
+            str(facts.get("boot_id", "")),
+            int(facts.get("pid", 0)),
+            int(facts.get("start_ticks", 0)),
+            str(facts.get("recorder", "")),
+        )
+
+
+def dead_flights(job: str, *folders: Path) -> list[Found]:
+    """Return the flight files which dead ranks of a job left in the usual folder and in others."""
+    found = []
+    for folder in (default_folder(), *folders):
+        for path in find_flights(folder):
+            if is_alive(path):
+                continue
+
+            try:
+                flight = Found(path, read_flight(path))
+            except (StoreError, ValueError, TypeError) as error:
+                _log.warning("cannot use a flight file: %s", error)
+                continue
+
+            if flight.job == job:
+                found.append(flight)
+
+    return found
+
+
+def recover(stream: Stream, ingest: Ingest, image: FlightImage | None = None) -> FlightImage | None:
+    """Take what is missing of a dead stream from its flight file; return what was read, None where there was none.
+
+    The file must stay until that is committed.
+    """
+    path = stream.flight_path
+    if image is None and path is None:
+        return None
+
+    try:
+        image = image or read_flight(path)  # type: ignore[arg-type]
+    except StoreError as error:
+        if path is not None and path.exists():  # a rank whose rows had all arrived removes the file itself
+            _log.warning("the last rows of %r are lost: %s", stream, error)
+
+        return None
+
+    missing = 0
+    for table in sorted(image.tables, key=lambda name: name != "names"):  # names before the rows that use them
+        missing += _take(stream, ingest, table, image)
+
+    stream.exit = {**_what_was_open(image), **stream.exit}
+    if missing:
+        _log.info("recovered %d rows of %r from %s", missing, stream, image.path)
+
+    return image
+
+
+def appended_rows(image: FlightImage) -> dict[str, int]:
+    """Return how many rows per table the rank had appended when it died: what is missing then counts as lost."""
+    return {name: image.counters(name).appended for name in image.tables}
+
+
+def _take(stream: Stream, ingest: Ingest, table: str, image: FlightImage) -> int:
+    try:
+        taken = image.take(table, stream.next.get(table, 0))
+        if taken.n:
+            ingest.take(stream, table, taken.first, taken.n, taken.data)
+    except (StoreError, ValueError) as error:  # ProtocolError is a ValueError
+        _log.warning("rows of table %r of %r are lost: %s", table, stream, error)
+        return 0
+
+    return taken.n
+
+
+def _what_was_open(image: FlightImage) -> dict[str, Any]:
+    """Return step and phase that were open, unless the rank had ended its training by itself."""
+    facts: dict[str, Any] = {}
+    if image.state is FlightState.FINISHED:
+        return facts
+
+    phase, since_ns = image.open_phase
+    if phase is not None:
+        facts["open_phase"] = image.open_user_phase or phase.name.lower()
+    elif image.open_step is not None:
+        facts["open_phase"] = "other"
+
+    if image.open_step is not None:
+        facts |= {"open_step": image.open_step, "open_since_ns": since_ns}
+
+    return facts

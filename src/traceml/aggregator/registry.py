@@ -1,0 +1,226 @@
+"""Which runs there are: finds the run of a newcomer, in memory or on disk, or begins one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+
+from traceml.aggregator.run import Run
+from traceml.aggregator.streams import Incarnation, Stream
+from traceml.database.store import STORE_NAME
+from traceml.errors import StoreError
+from traceml.ids import new_run_id
+from traceml.transport.hello import Hello
+from traceml.transport.server import RefusedError
+
+__all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
+
+# In the runs folder: one small file per run that is not over, from which an aggregator that comes after learns its
+# folder. Named by the job key's hash, as a key may hold anything.
+_OPEN = ".open"
+_REMEMBERED = 1000
+
+_log = logging.getLogger("traceml")
+
+
+def safe_run_id(text: str) -> str:
+    """Return a run id as the user gave it, without what cannot be in a folder's name.
+
+    Raises:
+        RefusedError: nothing is left of it.
+    """
+    name = re.sub(r"[^A-Za-z0-9._=+@-]+", "-", text).strip("-.")[:200]
+    if not name or name == "latest":
+        raise RefusedError(f"{text[:100]!r} cannot be the name of a run's folder")
+
+    return name
+
+
+def prepare_runs_dir(runs_dir: Path) -> None:
+    """Make the runs folder and see that it can be written.
+
+    Raises:
+        StoreError: it cannot; the text says why and what to do.
+    """
+    probe = runs_dir / f".probe-{os.getpid()}"
+    try:
+        runs_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return  # space can be made while we run; rows wait in the ranks until then
+
+        raise StoreError(
+            f"cannot write the runs folder {runs_dir}: {error.strerror}. "
+            "Choose another one by --runs-dir or TRACEML_RUNS_DIR."
+        ) from error
+
+
+class Registry:
+    """The runs of one aggregator.
+
+    Args:
+        runs_dir: folder of the runs.
+    """
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir.absolute()
+        self._runs: list[Run] = []
+        self._by_key: dict[str, Run] = {}
+
+    @property
+    def open_runs(self) -> list[Run]:
+        """The runs that are not over."""
+        return [run for run in self._runs if not run.ended]
+
+    def find(self, text: str) -> Run | None:
+        """Return a run by job key or id; without a text the newest one."""
+        if not text:
+            return self._runs[-1] if self._runs else None
+
+        found = self._by_key.get(text)
+        return found or next((run for run in reversed(self._runs) if run.id == text), None)
+
+    def known(self, hello: Hello) -> tuple[Run, Stream] | None:
+        """Return the run and stream of a recorder that was here before, in this aggregator's life or an earlier one."""
+        who = Incarnation.of(hello)
+        for run in reversed(self._runs):
+            stream = run.stream_of(who, hello.rank)
+            if stream is not None:
+                return run, stream
+
+        left = self._resume(hello)
+        stream = left.stream_of(who, hello.rank) if left is not None else None
+        return (left, stream) if left is not None and stream is not None else None
+
+    def place(self, hello: Hello) -> tuple[Run, int]:
+        """Return the run and the attempt which a newcomer belongs to; a new run when no other will do.
+
+        Raises:
+            RefusedError: its run cannot be made; the text says why.
+        """
+        other = self._by_key.get(_key(hello))
+        if other is not None:
+            attempt = other.attempt_for(hello)
+            if attempt is not None:
+                return other, attempt
+
+        taken = other is not None and (bool(hello.run_id) or not other.ended)
+        run_id = new_run_id(hello.name or "run") if taken or not hello.run_id else safe_run_id(hello.run_id)
+        # While the run of that key goes on, this one is found by its recorder alone.
+        key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
+        run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
+        return run, run.attempt_for(hello) or hello.attempt
+
+    def begin(self, run_id: str, key: str, *, named: bool) -> Run:
+        """Open a run's folder, new or left by an earlier aggregator.
+
+        Raises:
+            RefusedError: it cannot be made or written.
+        """
+        path = self.runs_dir / run_id
+        try:
+            run = Run(path, key, named=named)
+        except StoreError as error:
+            raise RefusedError(str(error), retry=_passes(error)) from error
+
+        self._runs.append(run)
+        self._by_key[key] = run
+        self._mark(run)
+        self._point_latest_at(run)
+        return run
+
+    def over(self, run: Run) -> None:
+        """Note that a run has been closed."""
+        _marker(self.runs_dir, run.key).unlink(missing_ok=True)
+        for old in [each for each in self._runs if each.ended][:-_REMEMBERED]:
+            self._runs.remove(old)
+            if self._by_key.get(old.key) is old:
+                del self._by_key[old.key]
+
+    def reopened(self, run: Run) -> None:
+        """Note that a closed run goes on."""
+        self._mark(run)
+
+    def adopt_orphans(self) -> None:
+        """Take up the runs that an aggregator which is gone has left open here."""
+        for marker in sorted((self.runs_dir / _OPEN).glob("*.json")):
+            left = _read_marker(marker)
+            if left is None or left["job"] in self._by_key:
+                continue
+
+            try:
+                self.begin(left["run"], left["job"], named=bool(left.get("named")))
+            except RefusedError as error:  # another aggregator is at it, or the folder is gone bad
+                _log.info("not taking up run %s: %s", left["run"], error)
+
+    def _resume(self, hello: Hello) -> Run | None:
+        """Take up a newcomer's run from disk, if an earlier aggregator has left it there."""
+        key = _key(hello)
+        if key in self._by_key:
+            return None
+
+        if hello.run_id:
+            run_id = safe_run_id(hello.run_id)
+        else:
+            left = _read_marker(_marker(self.runs_dir, key))
+            if left is None or left["job"] != key:
+                return None
+
+            run_id = left["run"]
+
+        if not (self.runs_dir / run_id / STORE_NAME).exists():
+            return None
+
+        return self.begin(run_id, key, named=bool(hello.run_id))
+
+    def _mark(self, run: Run) -> None:
+        marker = _marker(self.runs_dir, run.key)
+        try:
+            marker.parent.mkdir(exist_ok=True)
+            draft = marker.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps({"job": run.key, "run": run.id, "named": run.named}))
+            draft.replace(marker)
+        except OSError as error:
+            _log.warning("run %s could not be found again after a restart of the aggregator: %s", run.id, error)
+
+    def _point_latest_at(self, run: Run) -> None:
+        latest = self.runs_dir / "latest"
+        draft = self.runs_dir / f".latest-{os.getpid()}"
+        try:
+            draft.unlink(missing_ok=True)
+            draft.symlink_to(run.id)
+            draft.replace(latest)
+        except OSError as error:
+            _log.warning("%s does not point at run %s: %s", latest, run.id, error)
+
+
+def _key(hello: Hello) -> str:
+    return hello.run_id or hello.run
+
+
+def _passes(error: StoreError) -> bool:
+    cause = error.__cause__
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+    return full or "full" in str(cause)
+
+
+def _marker(runs_dir: Path, key: str) -> Path:
+    return runs_dir / _OPEN / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def _read_marker(path: Path) -> dict[str, str] | None:
+    try:
+        left = json.loads(path.read_text())
+        return left if isinstance(left.get("job"), str) and safe_run_id(left["run"]) == left["run"] else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RefusedError) as error:
+        _log.warning("ignoring %s: %r", path, error)
+        return None

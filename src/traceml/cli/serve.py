@@ -1,0 +1,177 @@
+"""`traceml serve`: an aggregator for scripts that call `traceml.init()`, one run after another or many at once."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from traceml import settings
+from traceml.aggregator.aggregator import Aggregator
+from traceml.errors import TraceMLError, UsageError
+from traceml.transport import auth
+from traceml.transport.server import BACKLOG
+
+__all__ = ["main"]
+
+_EPILOG = """\
+Training scripts find it by themselves on this host: python train.py, with traceml.init() in it.
+From other hosts they need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
+Reports are written to the runs folder as runs end; `traceml report` prints them."""
+
+_log = logging.getLogger("traceml")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def main(argv: list[str]) -> int:
+    """Serve until stopped; return the exit status."""
+    options = _parser().parse_args(argv)
+    given = {"host": options.host, "port": options.port, "runs_dir": options.runs_dir}
+    config = settings.load(**{name: value for name, value in given.items() if value is not None})
+    _log_to_stderr(config.log_level if config.sources["log_level"] != "default" else "info")
+    with _listener(options.fd, config.host, config.port) as sock:
+        host, port = sock.getsockname()[:2]
+        token = config.token or _token_of_before(port)
+        aggregator = Aggregator(
+            Path(config.runs_dir),
+            token,
+            run_id=options.run_id,
+            exit_when_idle=options.exit_when_idle,
+            on_run_finished=_write_report,
+        )
+        with _published(host, port, token, aggregator), _screen(aggregator, wanted=options.terminal):
+            asyncio.run(aggregator.serve(sock, lambda: _tell_ready(options, host, port, aggregator)))
+
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="traceml serve",
+        description="Start an aggregator: it stores what training scripts send, and says what limits them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
+    parser.add_argument("--port", type=int, help="port to listen on (29765; 0 takes a free one)")
+    parser.add_argument("--runs-dir", help="folder of the runs (traceml_runs)")
+    parser.add_argument("--terminal", action="store_true", help="show the run that goes on")
+    # How `traceml run` and `init(local=True)` start theirs: with a socket that is bound already.
+    parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--run-id", help=argparse.SUPPRESS)
+    parser.add_argument("--exit-when-idle", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _listener(fd: int | None, host: str, port: int) -> socket.socket:
+    if fd is not None:
+        return socket.socket(fileno=fd)
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise TraceMLError(_cannot_listen(host, port, error)) from error
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return (
+            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another address with --host or --port."
+        )
+
+    other = auth.discover(port)
+    who = f"by another aggregator (pid {other.pid}, runs in {other.runs_dir})" if other else "by another program"
+    use = "Scripts can use that one as it is, or choose" if other else "Choose"
+    return (
+        f"port {port} on {host} is in use {who}. {use} another port: --port N here and TRACEML_PORT=N for the scripts."
+    )
+
+
+def _token_of_before(port: int) -> str:
+    """Keep the token of an aggregator that served this port and is gone: ranks that wait for it to return know it."""
+    before = auth.discover(port, even_dead=True)
+    return before.token if before is not None and not before.alive else auth.new_token()
+
+
+@contextlib.contextmanager
+def _published(host: str, port: int, token: str, aggregator: Aggregator) -> Iterator[None]:
+    try:
+        path = auth.publish(host, port, token, runs_dir=str(aggregator.registry.runs_dir))
+        _log.debug("the token is in %s", path)
+    except OSError as error:
+        _log.warning("the token cannot be left for others to find; they need TRACEML_TOKEN: %s", error)
+
+    try:
+        yield
+    finally:
+        auth.withdraw(port)
+
+
+def _tell_ready(options: argparse.Namespace, host: str, port: int, aggregator: Aggregator) -> None:
+    if options.ready_fd is not None:
+        os.write(options.ready_fd, f"{port}\n".encode())
+        os.close(options.ready_fd)
+
+    if options.fd is None:
+        print(f"traceml aggregator at {host}:{port}, runs go to {aggregator.registry.runs_dir}", flush=True)
+
+
+def _write_report(run_dir: Path) -> None:
+    from traceml.runs.report import write_report
+
+    _log.info("report: %s", write_report(run_dir))
+
+
+def _log_to_stderr(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _log.addHandler(handler)
+    _log.setLevel(level.upper())
+    _log.propagate = False
+
+
+@contextlib.contextmanager
+def _screen(aggregator: Aggregator, *, wanted: bool) -> Iterator[None]:
+    """Show each run as it comes, by `traceml top` in a process of its own: a slow terminal must not slow the store."""
+    if not wanted:
+        yield
+        return
+
+    over = threading.Event()
+    thread = threading.Thread(target=_show_runs, args=(aggregator, over.wait), name="traceml-screen")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _show_runs(aggregator: Aggregator, over: Callable[[float], bool]) -> None:
+    shown: set[Path] = set()
+    top: subprocess.Popen[bytes] | None = None
+    while not over(0.3):
+        runs = [run.path for run in aggregator.registry.open_runs if run.path not in shown]
+        if runs and (top is None or top.poll() is not None):
+            shown.add(runs[-1])
+            top = subprocess.Popen([sys.executable, "-m", "traceml", "top", str(runs[-1])])
+
+    if top is not None and top.poll() is None:
+        top.terminate()
+        top.wait()
