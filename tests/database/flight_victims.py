@@ -95,6 +95,13 @@ def hold(folder: Path) -> None:
     """Write a flight file, print its path, and keep it until our stdin closes."""
     flight = FlightFile.create(folder, {"rank": 1})
     flight.ring("evals").append(1, 2, 3, 4)
+    child = os.fork()
+    if child == 0:  # a worker that ends as workers do, all its descriptors closed, must not end the lock
+        flight.close(unlink=True)
+        os.closerange(3, 64)
+        os._exit(0)
+
+    os.waitpid(child, 0)
     print(json.dumps({"path": str(flight.path)}), flush=True)
     sys.stdin.read()
     os._exit(0)

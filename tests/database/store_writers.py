@@ -1,7 +1,9 @@
-"""A process that writes a store until it is killed: `python -m tests.database.store_writers STORE ROWS_PER_FRAME ROWS`.
+"""A process that writes a store until it is killed.
+
+    python -m tests.database.store_writers STORE ROWS_PER_FRAME ROWS [WAIT]
 
 It continues at the row that the store expects, prints `OPEN <next>` and, after each commit, `ACKED <next>`. It ends by
-itself at ROWS rows.
+itself at ROWS rows. With WAIT it goes on after WAIT rows only when a line comes in.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ def frame(rank: int, seq: int, n: int) -> bytes:
     return b"".join(EVALS.struct.pack(*row(rank, number)) for number in range(seq, seq + n))
 
 
-def write(path: Path, rows_per_frame: int, rows: int) -> None:
+def write(path: Path, rows_per_frame: int, rows: int, wait: int = 0) -> None:
     """Append and commit, in turns."""
     writer = StoreWriter(path)
     streams = [writer.stream(identity(rank)) for rank in range(STREAMS)]
@@ -47,9 +49,11 @@ def write(path: Path, rows_per_frame: int, rows: int) -> None:
         writer.commit()
         seq += rows_per_frame
         print("ACKED", seq, flush=True)
+        if seq == wait:
+            sys.stdin.readline()
 
     writer.close()
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    write(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traceml.database import codec as module
@@ -17,6 +17,7 @@ def step_rows(count: int) -> bytes:
     return b"".join(STEPS.struct.pack(n, n * 10**6, *[1000 + n % 7] * 11) for n in range(count))
 
 
+@settings(deadline=None)
 @given(rows=st.lists(st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 4), max_size=50))
 def test_packed_rows_come_back(rows: list[tuple[int, int, int, int]]) -> None:
     """Whatever the rows hold, decoding gives the same bytes."""
@@ -27,6 +28,7 @@ def test_packed_rows_come_back(rows: list[tuple[int, int, int, int]]) -> None:
     assert decode(number, packed, EVALS.row_bytes) == data
 
 
+@settings(deadline=None)
 @given(data=st.binary(max_size=4000))
 def test_logs_come_back(data: bytes) -> None:
     """Logs have no columns to shuffle and come back all the same."""

@@ -42,7 +42,8 @@ def rewrite(path: Path, statement: str, *values: object) -> None:
 def test_follows_a_writer_in_another_process_without_gaps(program: Start, tmp_path: Path) -> None:
     """While another process commits, a cursor sees every frame once, and each stream's in the order of seq."""
     path = tmp_path / "store.db"
-    process = program("store_writers", path, 4, 1200)
+    process = program("store_writers", path, 4, 1200, 40)
+    assert process.stdin is not None
     assert process.stdout is not None
     process.stdout.readline()
     expected = dict.fromkeys(range(1, STREAMS + 1), 0)
@@ -51,6 +52,7 @@ def test_follows_a_writer_in_another_process_without_gaps(program: Start, tmp_pa
     with StoreReader(path) as reader:
         draining = threading.Thread(target=process.stdout.read)
         draining.start()
+        let_go = False
         while min(expected.values()) < 1200:
             running = process.poll() is None
             before = cursor
@@ -60,6 +62,11 @@ def test_follows_a_writer_in_another_process_without_gaps(program: Start, tmp_pa
                 expected[got.stream] += got.n
                 cursor = got.id
             polls_with_news += cursor > before
+            if cursor and not let_go:
+                let_go = True
+                process.stdin.write("go on\n")
+                process.stdin.flush()
+
             assert running or cursor > before, "the writer has ended and rows are missing"
 
         assert reader.stored("evals") == 1200 * STREAMS

@@ -42,7 +42,7 @@ from traceml.database.image import (
     read_flight,
     remove_stale,
 )
-from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken
+from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken, pack_any
 from traceml.database.schema import LOGS, PACKED, STEPS, Log, Table
 
 __all__ = [
@@ -89,7 +89,7 @@ class FlightFile:
         self, memory: mmap.mmap, capacities: dict[str, int], identity: dict[str, Any], path: Path | None, lock: int
     ) -> None:
         self.path = path
-        self._memory, self._lock_descriptor = memory, lock
+        self._memory, self._lock_descriptor, self._pid = memory, lock, os.getpid()
         view = memoryview(memory)
         self._words = view[: IDENTITY_AT[0]].cast("q")
         self.open_slots = view[OPEN_SLOTS_AT:COUNTERS_AT].cast("q")
@@ -118,14 +118,18 @@ class FlightFile:
         """Make this process's flight file; where no folder can take it, in memory that dies with the process.
 
         It takes at most 1/16 of the free space of the filesystem, all of it reserved now: a page that cannot be had
-        later would end the process with SIGBUS. Nothing here raises for want of space or rights; what was done instead
-        is said once, as a warning.
+        later would end the process with SIGBUS. Want of space or rights in a folder raises nothing; what was done
+        instead is said once, as a warning.
 
         Args:
             folder: where to put it, `default_folder()` when None; made, and must be this user's alone.
             identity: what else to say of the writer (rank, attempt, job, host); pid, start and boot are added.
             capacities: rows per table, where they shall differ from the schema's; rounded up to a power of two.
             fallback: a folder on disk to try next, typically the run's.
+
+        Raises:
+            OSError: not even plain memory can be had.
+            ValueError: `capacities` names a table that does not exist.
         """
         wanted = _wanted(capacities or {})
         full = {"pid": os.getpid(), "start_ticks": process_start_ticks(os.getpid()), "boot_id": boot_id()} | identity
@@ -171,10 +175,12 @@ class FlightFile:
     def close(self, *, unlink: bool) -> None:
         """Give the file up. The mapping stays as long as something refers to it, so a late append harms nobody.
 
+        In a forked child it does nothing: the file is its parent's.
+
         Args:
             unlink: remove it, as everything in it is stored; else it stays for whoever reads it.
         """
-        if self.path is None or self._lock_descriptor < 0:
+        if self.path is None or self._lock_descriptor < 0 or self._pid != os.getpid():
             return
 
         if unlink:
@@ -289,10 +295,8 @@ def _prepare(folder: Path, private: bool) -> None:
 def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:
     """Pack a map; while it is too long, leave out what is longest."""
     kept = dict(fields)
-    packed: bytes = msgpack.packb(kept, default=repr)
-    while len(packed) > limit:
-        del kept[max(kept, key=lambda key: len(msgpack.packb(kept[key], default=repr)))]
-        packed = msgpack.packb(kept, default=repr)
+    while len(packed := pack_any(kept)) > limit:
+        del kept[max(kept, key=lambda key: len(pack_any({key: kept[key]})))]
 
     return packed
 

@@ -14,7 +14,7 @@ import msgpack
 
 from traceml.database.schema import Log, Table
 
-__all__ = ["COUNTERS_PER_TABLE", "ByteLog", "Ring", "Taken"]
+__all__ = ["COUNTERS_PER_TABLE", "ByteLog", "Ring", "Taken", "pack_any"]
 
 # Per table in the header: appended, sent, acked, dropped.
 COUNTERS_PER_TABLE = 4
@@ -190,10 +190,10 @@ class ByteLog(_Counted):
         """Append one map; False when it did not fit, and counted in `dropped`.
 
         Args:
-            row: the map; values that msgpack cannot pack are written as their `repr`.
+            row: the map; values that msgpack cannot hold are written as their `repr`.
             urgent: may use the last eighth of the log.
         """
-        data: bytes = msgpack.packb(row, default=repr)
+        data = pack_any(row)
         if not self._lock.acquire(timeout=_LOCK_TIMEOUT_S):
             self.dropped += 1
             return False
@@ -236,3 +236,14 @@ class ByteLog(_Counted):
             return Taken(cursor, 0, b"")
 
         return Taken(cursor, stop - cursor, self.read(cursor, stop))
+
+
+def pack_any(fields: dict[str, Any]) -> bytes:
+    """Pack a map, whatever is in it: telemetry must not raise over a value of the user's."""
+    try:
+        # File names and arguments may hold surrogates, which are no text that others could read.
+        packed: bytes = msgpack.packb(fields, default=repr, unicode_errors="replace")
+    except (OverflowError, TypeError, ValueError):  # an integer of more than 64 bits, or nested too deep
+        packed = msgpack.packb({str(key): repr(value) for key, value in fields.items()}, unicode_errors="replace")
+
+    return packed
