@@ -83,7 +83,7 @@ def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path
 
 
 def test_live_file_is_refused_unless_asked_for(program: Start, tmp_path: Path) -> None:
-    """What a live process writes is read only by who says so, until it ends; the end of a child of it changes nothing."""
+    """What a live process writes is read only by who says so, until it ends; a child that ends changes nothing."""
     process = program("flight_victims", "hold", tmp_path)
     assert process.stdout is not None
     path = Path(json.loads(process.stdout.readline())["path"])
