@@ -133,7 +133,9 @@ class TerminalDriver:
 
         frame = b""
         if size != self._size or self._reserved != len(self._lines):
-            frame = _release(self._reserved) + _reserve(len(self._lines))
+            # Resizing may have put the cursor on a row of the old panel: what is right of it is no script's.
+            moved = b"\x1b[K" if self._reserved and size != self._size else b""
+            frame = moved + _release(self._reserved) + _reserve(len(self._lines))
             self._reserved = len(self._lines)
             self._size = size
             atexit.register(self.close)
