@@ -1,0 +1,150 @@
+"""How a process ends: with an exception, a status, or quietly.
+
+The interpreter tells nobody. An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls
+the one before it. A SystemExit passes nothing at all; and who catches one goes on, so a call of `sys.exit` alone proves
+nothing. But the exception object dies when the interpreter has taken the status from it, with no Python frame left on
+the main thread: an attribute of it, with a finalizer, sees that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from traceml.database.schema import Phase
+
+__all__ = ["ExitWatch", "describe", "status_of"]
+
+_MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
+_OURS = str(Path(__file__).parents[1]) + os.sep
+# An exception closes the phases that it passes through; but their wrappers stand in its traceback.
+_PHASE_OF = {
+    f"{_OURS}instrument{os.sep}{module}.py": phase.name.lower()
+    for module, phase in (
+        ("loader", Phase.INPUT_WAIT),
+        ("forward", Phase.FORWARD),
+        ("backward", Phase.BACKWARD),
+        ("optimizer", Phase.OPTIMIZER),
+    )
+}
+
+Report = Callable[[BaseException | None, int], None]
+
+
+class ExitWatch:
+    """Tells once how this process ends.
+
+    Args:
+        report: takes the exception (None for a bare status) and the exit status, while the process still runs.
+    """
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._previous_hook: Any = None
+        self._previous_exit: Any = None
+
+    def install(self) -> None:
+        """Wrap `sys.excepthook` and `sys.exit`."""
+        self._previous_hook, self._previous_exit = sys.excepthook, sys.exit
+        sys.excepthook, sys.exit = self._hook, self._exit
+
+    def uninstall(self) -> None:
+        """Put back what was there, unless somebody has wrapped it since: then ours stays below and only passes on."""
+        if sys.excepthook == self._hook:
+            sys.excepthook = self._previous_hook
+        if sys.exit == self._exit:
+            sys.exit = self._previous_exit
+
+        self._report = _nothing
+
+    def last_error(self) -> BaseException | None:
+        """Return the exception that ended the main program, when a hook which hides ours printed it."""
+        if hasattr(sys, "ps1"):  # interactive: errors end nothing
+            return None
+
+        error = getattr(sys, "last_value", None)
+        return error if isinstance(error, BaseException) else None
+
+    def _hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        self._report(error, status_of(error))
+        self._previous_hook(kind, error, trace)
+
+    def _exit(self, status: Any = None, /) -> NoReturn:
+        leaving = SystemExit(status)
+        leaving._traceml = _Witness(leaving.code, sys.exc_info()[1], self)  # type: ignore[attr-defined]
+        try:
+            raise leaving
+        finally:
+            del leaving  # its traceback holds this frame: a cycle would keep it alive beyond its end
+
+    def _left(self, status: Any, cause: BaseException | None) -> None:
+        self._report(cause, status_of(SystemExit(status)))
+
+
+class _Witness:
+    """Sees a SystemExit die, and whether that ended the program."""
+
+    __slots__ = ("_cause", "_status", "_watch")
+
+    def __init__(self, status: Any, cause: BaseException | None, watch: ExitWatch) -> None:
+        self._status, self._cause, self._watch = status, cause, watch
+
+    def __del__(self) -> None:
+        if sys._getframe().f_back is None and threading.current_thread() is threading.main_thread():
+            self._watch._left(self._status, self._cause)
+
+
+def _nothing(_error: BaseException | None, _status: int) -> None:
+    """Take a report that nobody wants any more."""
+
+
+def status_of(error: BaseException) -> int:
+    """Return the status with which the interpreter ends after this exception."""
+    if isinstance(error, SystemExit):
+        code = error.code
+        return 0 if code is None else code & 0xFF if isinstance(code, int) else 1
+
+    return 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def describe(error: BaseException | None) -> dict[str, Any]:
+    """Return what an `exit` row tells of an exception: type, message, and where the user's code raised it."""
+    if error is None:
+        return {}
+
+    kind = type(error)
+    name = (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
+    facts: dict[str, Any] = {"exception": name, "message": _text_of(error)}
+    frames = traceback.extract_tb(error.__traceback__)
+    shown = [frame for frame in frames if not frame.filename.startswith(_OURS)] or frames
+    if shown:
+        # The innermost line may lie deep in a library; the user looks for the line of their own that led there.
+        own = [frame for frame in shown if not _is_library(frame.filename)]
+        frame = (own or shown)[-1]
+        facts |= {"file": frame.filename, "line": frame.lineno or 0, "function": frame.name}
+
+    phases = [phase for frame in frames if (phase := _PHASE_OF.get(frame.filename)) is not None]
+    if phases:
+        facts["open_phase"] = phases[-1]
+
+    facts["stack"] = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))[-_STACK_CHARS:]
+    return facts
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)[:_MESSAGE_CHARS]
+    except Exception as broken:  # noqa: BLE001 - a user's __str__ may do anything; say so in its place
+        return f"<its text failed: {type(broken).__name__}>"
+
+
+def _is_library(path: str) -> bool:
+    return "site-packages" in path or "dist-packages" in path or path.startswith(("<frozen", sys.base_prefix + "/lib"))

@@ -1,0 +1,126 @@
+"""Who this recorder is: its rank, its job, and what it says of them in the hello and in its flight file."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shlex
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from traceml.clock import process_start_ticks
+from traceml.ids import RankIdentity, detect_rank, job_key
+from traceml.settings import Config
+from traceml.transport.hello import Hello
+
+__all__ = ["Identity", "identify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One life of one recorder. Rows are numbered from 0 in it.
+
+    Args:
+        recorder: tells this life from any other of the same process.
+        job: what the ranks of a job find each other's run by.
+        who: rank, world size, local rank, attempt.
+        provisional: whether the rank is still to be told, by a process group that this child of a process will join.
+    """
+
+    recorder: str
+    job: str
+    who: RankIdentity
+    provisional: bool
+
+    def hello(self, config: Config, flight: Path | None) -> Hello:
+        """Return what is told to the aggregator."""
+        who = self.who
+        return Hello(
+            role="rank",
+            run=self.job,
+            rank=who.rank,
+            world_size=who.world_size,
+            local_rank=who.local_rank,
+            attempt=who.attempt,
+            recorder=self.recorder,
+            run_id=config.run_id or "",
+            name=config.run_name or script_name(),
+            project=config.project,
+            command=shlex.join(sys.argv)[:4000],
+            flight=str(flight or ""),
+            hang_timeout_s=config.hang_timeout,
+        )
+
+    def probe(self) -> Hello:
+        """Return the hello of somebody who only asks whether the aggregator is there."""
+        return Hello(role="client", run=self.job)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the flight file says of its writer."""
+        who = self.who
+        return {
+            "job": self.job,
+            "rank": who.rank,
+            "world_size": who.world_size,
+            "local_rank": who.local_rank,
+            "attempt": who.attempt,
+            "host": socket.gethostname(),
+            "recorder": self.recorder,
+        }
+
+
+def identify(config: Config, before: Identity | None = None) -> Identity:
+    """Find out who this process is now.
+
+    Args:
+        config: the settings; `run_id` is the job key where it is set.
+        before: what was found earlier: the job stays, unless a process group has told more of it.
+    """
+    who = detect_rank()
+    parent = _parent_process()
+    unlaunched = who.source in ("single process", "torch.distributed") and not config.run_id
+    job = config.run_id or (before.job if before is not None else job_key())
+    if who.source == "torch.distributed" and who.world_size > 1 and unlaunched and not _launched():
+        job = _group_key(job, parent)
+
+    provisional = who.source == "single process" and parent is not None
+    return Identity(secrets.token_hex(8), job, who, provisional)
+
+
+def script_name() -> str:
+    """Return what to call a run of this program."""
+    script = sys.argv[0] if sys.argv else ""
+    path = Path(script)
+    if path.name == "ipykernel_launcher.py":
+        return "notebook"
+    if path.name == "__main__.py":
+        return path.parent.name or "run"
+    if script in ("", "-c", "-"):
+        return "interactive" if hasattr(sys, "ps1") else "python"
+
+    return path.stem
+
+
+def _launched() -> bool:
+    """Whether a launcher has set variables that tell the job."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
+
+
+def _group_key(job: str, parent: int | None) -> str:
+    """Return a key on which the ranks of a group agree that no launcher started: by its address, or their parent."""
+    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
+        return f"group@{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if parent is not None:
+        return f"group-{socket.gethostname()}-{parent}-{process_start_ticks(parent)}"
+
+    return job
+
+
+def _parent_process() -> int | None:
+    """Return the pid of the process that started this one through `multiprocessing`, if it was so."""
+    process = sys.modules.get("multiprocessing.process")
+    parent = process.parent_process() if process is not None else None
+    return None if parent is None else parent.pid

@@ -1,0 +1,349 @@
+"""From the rank's tables to the aggregator: a cursor per table, frames, resends, reconnects.
+
+The ring is the only buffer. What was sent stays there until it is acknowledged, so after a reconnect the sender goes
+back to where the aggregator's welcome says, and what the ring has overwritten meanwhile is counted, exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight import ByteLog, FlightFile, Ring
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
+from traceml.transport.client import ClockOffset, Connection
+
+__all__ = ["Losses", "Sender"]
+
+_log = logging.getLogger("traceml")
+
+_SLICE_ROWS = 2048
+_FRAME_ROWS = 64
+_DIAL_TIMEOUT_S = 2.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+_REFUSED_PAUSE_S = 60.0
+_CLOCK_INTERVAL_NS = 60 * 10**9
+_FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: somebody waits for a sign of life
+
+Command = Callable[[Mapping[str, Any]], Any]
+
+
+@dataclass(slots=True)
+class Losses:
+    """Rows that were overwritten before they were stored, as ranges, so that none is counted twice."""
+
+    _ranges: list[tuple[int, int]] = field(default_factory=list)
+    _settled: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows."""
+        return self._settled + sum(stop - start for start, stop in self._ranges)
+
+    def add(self, start: int, stop: int) -> None:
+        """Add [start, stop); ranges are added in the order of their ends, as rings only move on."""
+        while self._ranges and self._ranges[-1][1] >= start:
+            last_start, last_stop = self._ranges.pop()
+            start, stop = min(start, last_start), max(stop, last_stop)
+
+        self._ranges.append((start, stop))
+        if len(self._ranges) > 1024:  # what lies so far back will not be asked for again
+            first_start, first_stop = self._ranges.pop(0)
+            self._settled += first_stop - first_start
+
+
+@dataclass(slots=True)
+class _Cursor:
+    """How far one table is sent: rows below `sent` are on the wire."""
+
+    table: Ring | ByteLog
+    sent: int = 0
+    losses: Losses = field(default_factory=Losses)
+
+    def resume(self, seq: int) -> None:
+        """Go where the aggregator says; it is right even when it asks for rows that it acknowledged once."""
+        # A number beyond what was appended would skip rows: an answer like that is not about this table's life.
+        self.sent = self.table.sent = self.table.acked = min(max(seq, 0), self.table.appended)
+
+    def frames(self, limit: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield (first row, rows, data) up to row `limit`, moving on as they are taken."""
+        while self.sent < limit:
+            taken = self.table.take(self.sent, min(_SLICE_ROWS, limit - self.sent))
+            if taken.first > self.sent:
+                self.losses.add(self.sent, taken.first)
+                self.table.dropped = self.losses.rows
+
+            if not taken.n:
+                self.sent = self.table.sent = max(self.sent, taken.first)
+                return
+
+            self.sent = self.table.sent = taken.first + taken.n
+            yield taken.first, taken.n, taken.data
+
+
+class Sender:
+    """Keeps one aggregator supplied. Owned by one thread; no call blocks longer than its timeout.
+
+    Args:
+        flight: the tables.
+        dial: makes a connection within so many seconds, or raises what `transport.client.connect` raises.
+        flush_interval_s: longest time that a row waits.
+        commands: what the aggregator may ask of this rank, by name.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        dial: Callable[[float], Connection],
+        *,
+        flush_interval_s: float = 1.0,
+        commands: Mapping[str, Command] | None = None,
+    ) -> None:
+        self._dial = dial
+        self._commands = commands or {}
+        self._flush_ns = int(flush_interval_s * 1e9)
+        # Names before the rows that use them.
+        self._logs = [_Cursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
+        self._rings = [_Cursor(ring) for ring in flight.rings.values()]
+        self._connection: Connection | None = None
+        self._started_ns = self._flushed_ns = monotonic_ns()
+        self._clock_ns = 0
+        self._next_try_ns = 0
+        self._pause_s = _FIRST_PAUSE_S
+        self._refused = False
+        self._warned: set[str] = set()
+        self._closed_bytes = 0
+        self._steps_seen = 0
+        self.connections = 0
+        """How often a connection was made."""
+        self.clock: ClockOffset | None = None
+        """The aggregator's clock, as measured last."""
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now."""
+        return self._connection is not None
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes put on the wire so far, over all connections."""
+        return self._closed_bytes + (self._connection.bytes_sent if self._connection else 0)
+
+    @property
+    def rows_lost(self) -> int:
+        """Rows that were overwritten, or not taken by a full log, before they were stored."""
+        return sum(cursor.table.dropped for cursor in self._cursors)
+
+    @property
+    def rows_appended(self) -> int:
+        """Rows appended so far, all tables."""
+        return sum(cursor.table.appended for cursor in self._cursors)
+
+    @property
+    def rows_acked(self) -> int:
+        """Rows that are durable in the store, all tables, lost ones below them included."""
+        return sum(cursor.table.acked for cursor in self._cursors)
+
+    @property
+    def steps_sent(self) -> bool:
+        """Whether any step is on the wire or stored."""
+        return self._rings[0].sent > 0
+
+    @property
+    def all_stored(self) -> bool:
+        """Whether everything that was appended is acknowledged."""
+        return all(cursor.table.acked >= cursor.table.appended for cursor in self._cursors)
+
+    @property
+    def _cursors(self) -> list[_Cursor]:
+        return self._logs + self._rings
+
+    def attach(self, connection: Connection) -> None:
+        """Use a fresh connection, from where its welcome says."""
+        self._connection = connection
+        self.connections += 1
+        self._pause_s = _FIRST_PAUSE_S
+        self._flushed_ns = self._clock_ns = 0
+        for cursor in self._cursors:
+            cursor.resume(connection.acked.get(cursor.table.name, 0))
+
+    def detach(self, reason: str | None = None) -> None:
+        """Close the connection, if there is one, and make the next at once; with a reason, say bye first."""
+        if self._connection is not None:
+            self._closed_bytes += self._connection.bytes_sent
+            self._connection.close(reason)
+            self._connection = None
+
+        self._next_try_ns = 0
+
+    def abandon(self) -> None:
+        """Let go of the connection in a forked child: while the child holds it, nobody sees the parent's end."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def pump(self, *, flush: bool = False) -> None:
+        """Do one turn: connect if that is due, take answers, send what is due (everything, with `flush`)."""
+        if self._connection is None and not self._reconnect():
+            return
+
+        try:
+            self._turn(flush)
+        except (OSError, ProtocolError) as error:
+            self._lose(error)
+
+    def pause_s(self, usual_s: float) -> float:
+        """Return how long to sleep: less than usual where a ring would fill by more than a quarter meanwhile."""
+        steps = self._rings[0].table
+        assert isinstance(steps, Ring)
+        grown, self._steps_seen = steps.appended - self._steps_seen, steps.appended
+        if self._connection is not None and self._connection.unsent_bytes:
+            return min(usual_s, 0.05)
+
+        return max(0.01, usual_s * min(1.0, steps.capacity / 4 / max(grown, 1)))
+
+    def finish(self, reason: str, *, timeout_s: float, hope: bool) -> bool:
+        """Send everything, say bye, and wait until it is stored; return whether it is.
+
+        Args:
+            reason: what the bye says.
+            timeout_s: time for all of it.
+            hope: keep trying for that long when nobody answers; else one try has to do.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (left_s := deadline - time.monotonic()) > 0:
+            self._next_try_ns = 0
+            self.pump(flush=True)
+            connection = self._connection
+            if connection is None:
+                if self._refused or not hope:
+                    break
+
+                time.sleep(min(0.1, left_s))
+            elif connection.unsent_bytes or any(c.sent < c.table.appended for c in self._cursors):
+                self._await(min(left_s, 0.1))
+            elif self._say_bye(connection, reason, left_s):
+                break
+
+        self.detach()
+        return self.all_stored
+
+    def _turn(self, flush: bool) -> None:
+        connection = self._connection
+        assert connection is not None
+        self._take_answers(0.0)
+        now = monotonic_ns()
+        if now - self._clock_ns > _CLOCK_INTERVAL_NS:
+            self._clock_ns = now
+            self.clock = connection.measure_clock() or self.clock
+
+        if connection.unsent_bytes:
+            return  # the aggregator is behind: the rows wait in the ring, not in a second buffer
+
+        early = now - self._started_ns < _FIRST_SECONDS_NS
+        if flush or early or now - self._flushed_ns >= self._flush_ns:
+            self._flushed_ns = now
+            self._send(at_least=1)
+        else:
+            self._send(at_least=_FRAME_ROWS)
+
+    def _send(self, at_least: int) -> None:
+        """Send every table of which so many rows wait."""
+        connection = self._connection
+        assert connection is not None
+        # The rings' ends are read before the names': a row below its end finds its name already in the log.
+        due = [(cursor, end) for cursor in self._rings if (end := cursor.table.appended) - cursor.sent >= at_least]
+        logs = [(cursor, cursor.table.appended) for cursor in self._logs] if due or at_least == 1 else []
+        for cursor, end in logs + due:
+            for first, n, data in cursor.frames(end):
+                connection.send_rows(cursor.table.name, first, n, data)
+                if connection.unsent_bytes:
+                    return
+
+    def _take_answers(self, timeout_s: float) -> None:
+        connection = self._connection
+        assert connection is not None
+        for message in connection.receive(timeout_s):
+            if message["t"] == "command":
+                connection.send(self._reply(message))
+
+        for cursor in self._cursors:
+            acked = connection.acked.get(cursor.table.name, 0)
+            if acked != cursor.table.acked:
+                cursor.table.acked = min(acked, cursor.table.appended)
+
+    def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
+        name = str(message.get("name"))
+        answer: dict[str, Any] = {"t": "reply", "id": message.get("id")}
+        command = self._commands.get(name)
+        if command is None:
+            return answer | {"error": f"this rank knows no command {name!r}; it knows {', '.join(self._commands)}"}
+
+        try:
+            return answer | {"result": command(message.get("args") or {})}
+        except Exception as error:  # noqa: BLE001 - fail open: whoever asked is told, the recorder goes on
+            return answer | {"error": f"{type(error).__name__}: {error}"}
+
+    def _await(self, timeout_s: float) -> None:
+        """Wait for the socket to take more, or for answers."""
+        try:
+            self._take_answers(timeout_s)
+        except (OSError, ProtocolError) as error:
+            self._lose(error)
+
+    def _say_bye(self, connection: Connection, reason: str, timeout_s: float) -> bool:
+        """Return whether the aggregator has everything; if its connection broke meanwhile there may be another try."""
+        try:
+            connection.finish(reason, timeout_s=timeout_s)
+        except (OSError, ProtocolError) as error:
+            _log.debug("the connection broke at its end: %s", error)
+
+        for cursor in self._cursors:
+            cursor.table.acked = min(connection.acked.get(cursor.table.name, 0), cursor.table.appended)
+
+        self.detach()
+        return self.all_stored
+
+    def _reconnect(self) -> bool:
+        now = monotonic_ns()
+        if now < self._next_try_ns:
+            return False
+
+        try:
+            self.attach(self._dial(_DIAL_TIMEOUT_S))
+        except AggregatorRefusedError as error:
+            self._refused = True
+            self._warn_once("refused", "%s; rows are kept, trying again every minute", error)
+            self._retry_after(_REFUSED_PAUSE_S)
+            return False
+        except AggregatorUnavailableError as error:
+            _log.debug("%s", error)
+            self._retry_after(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+            return False
+
+        if self.connections > 1:
+            _log.info("connected to the aggregator again")
+
+        return True
+
+    def _lose(self, error: Exception) -> None:
+        refused = isinstance(error, AggregatorRefusedError)
+        self._warn_once(
+            "lost", "lost the aggregator (%s); training goes on, rows are kept and it is tried again", error
+        )
+        self.detach()
+        # A thousand ranks that lost one aggregator must not come back in the same instant.
+        self._retry_after(_REFUSED_PAUSE_S if refused else _FIRST_PAUSE_S)
+
+    def _retry_after(self, pause_s: float) -> None:
+        self._next_try_ns = monotonic_ns() + int(pause_s * random.uniform(0.5, 1.0) * 1e9)
+
+    def _warn_once(self, key: str, text: str, error: Exception) -> None:
+        _log.log(logging.DEBUG if key in self._warned else logging.WARNING, text, error)
+        self._warned.add(key)

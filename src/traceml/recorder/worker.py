@@ -1,0 +1,139 @@
+"""The recorder's thread: a few times a second it samples, sends, and goes back to sleep."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight import FlightFile, Slot
+from traceml.recorder.sender import Sender
+from traceml.samplers.base import Scheduler
+
+__all__ = ["Worker"]
+
+_log = logging.getLogger("traceml")
+
+_WAKE_S = 0.25
+_SHORTEST_S = 0.01
+_TELEMETRY_NS = 5 * 10**9
+_FIRST_TELEMETRY_NS = 10**9
+
+
+class Worker:
+    """Runs samplers and the sender on a thread of its own, in turns of microseconds; the training never waits for it.
+
+    Args:
+        flight: the tables.
+        sender: sends them.
+        scheduler: samples into them.
+        hook_ns: what a step's hooks cost, as measured so far.
+    """
+
+    def __init__(
+        self, flight: FlightFile, sender: Sender, scheduler: Scheduler, hook_ns: Callable[[], int] = lambda: 0
+    ) -> None:
+        self.errors = 0
+        """Turns that failed."""
+        self.cpu_ns = 0
+        """CPU time of the thread so far."""
+        self._flight, self._sender, self._scheduler, self._hook_ns = flight, sender, scheduler, hook_ns
+        self._slots = flight.open_slots
+        self._telemetry = flight.ring("telemetry")
+        self._telemetry_ns = monotonic_ns() + _FIRST_TELEMETRY_NS
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = threading.Event()
+        self._end: Callable[[], bool] | None = None
+        self._stored = False
+        # A daemon: the interpreter waits for others before it runs atexit handlers, and ours is what ends this one.
+        self._thread = threading.Thread(target=self._run, name="traceml-recorder", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Have `function` run on the thread, soon."""
+        self._calls.append(function)
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Have a turn now."""
+        self._wake.set()
+
+    def finish(self, reason: str, *, timeout_s: float, hope: bool) -> bool:
+        """Take a last sample, send everything, say bye; return whether everything is stored.
+
+        Args:
+            reason: what the bye says.
+            timeout_s: time for all of it.
+            hope: whether to keep trying for that long when no aggregator answers.
+        """
+        self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, hope=hope)
+        self._wake.set()
+        self._thread.join(timeout_s + 0.5)
+        if self._thread.is_alive():
+            _log.warning("the recorder did not end within %.1f s; its last rows stay in its flight file", timeout_s)
+
+        return self._stored
+
+    def _run(self) -> None:
+        while self._end is None:
+            self._wake.clear()
+            self._guarded(self._turn)
+            if self._end is None:
+                self._wake.wait(self._pause_s())
+
+        self._guarded(self._last_turn)
+
+    def _turn(self) -> None:
+        now = monotonic_ns()
+        self._slots[Slot.HEARTBEAT] = now
+        while self._calls:
+            self._calls.popleft()()
+
+        self._scheduler.run_due(self._slots[Slot.STEP])
+        if now >= self._telemetry_ns:
+            self._telemetry_ns = now + _TELEMETRY_NS
+            self._append_telemetry(now)
+
+        self._sender.pump()
+
+    def _last_turn(self) -> None:
+        self._scheduler.run_all(self._slots[Slot.STEP])
+        self._append_telemetry(monotonic_ns())
+        self._scheduler.close()
+        if self._end is not None:
+            self._stored = self._end()
+
+        self.cpu_ns = time.thread_time_ns()
+
+    def _append_telemetry(self, now: int) -> None:
+        sender, scheduler = self._sender, self._scheduler
+        self.cpu_ns = time.thread_time_ns()
+        self._telemetry.append(
+            now,
+            sender.rows_appended,
+            sender.rows_lost,
+            sender.bytes_sent,
+            self.cpu_ns,
+            self._hook_ns(),
+            scheduler.total_ns,
+            scheduler.errors,
+            max(sender.connections - 1, 0),
+        )
+
+    def _pause_s(self) -> float:
+        until_sample_s = (self._scheduler.due_ns - monotonic_ns()) / 1e9
+        return max(_SHORTEST_S, min(self._sender.pause_s(_WAKE_S), until_sample_s))
+
+    def _guarded(self, turn: Callable[[], None]) -> None:
+        try:
+            turn()
+        except Exception as error:  # noqa: BLE001 - fail open: the training must not see it, and the next turn may work
+            self.errors += 1
+            if self.errors == 1:
+                _log.warning("the recorder's thread met an error; it goes on: %r", error, exc_info=error)
