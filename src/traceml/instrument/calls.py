@@ -1,0 +1,149 @@
+"""Functions of torch whose whole call is one phase: collectives, checkpoints, copies to a device."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch.compiler import is_compiling
+
+from traceml.database.schema import Phase
+from traceml.instrument.clock import StepClock
+from traceml.instrument.patches import Patches
+
+__all__ = ["patch_checkpoint", "patch_collectives", "patch_copies", "timed_call"]
+
+_H2D, _COMM, _CHECKPOINT = int(Phase.H2D), int(Phase.COMM), int(Phase.CHECKPOINT)
+# Their names change with torch's versions, so they are found when torch is there.
+_COLLECTIVE = re.compile(
+    r"(all_gather|all_reduce|all_to_all|reduce|reduce_scatter|broadcast|gather|scatter|barrier|monitored_barrier"
+    r"|send|recv|isend|irecv|batch_isend_irecv)(_.*)?$"
+)
+
+
+def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Callable[..., Any]:
+    """Return a function that calls `original` as a phase."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return original(*args, **kwargs)
+
+        previous = -1
+        try:
+            previous = clock.enter(phase)
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(error)
+
+        if previous < 0:
+            return original(*args, **kwargs)
+
+        try:
+            return original(*args, **kwargs)
+        finally:
+            try:
+                clock.leave(phase, previous)
+            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+                clock.fail(error)
+
+    return call
+
+
+def patch_collectives(patches: Patches, clock: StepClock) -> list[str]:
+    """Time the collectives that are called from Python, and `Work.wait`; return their names.
+
+    What torch issues from C++ (DDP's buckets) or by its internal operators never passes here.
+    """
+    distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
+    # `vars`, not `getattr`: deprecated names among them warn when they are touched.
+    names = [name for name in c10d.__all__ if _COLLECTIVE.match(name) and type(vars(c10d).get(name)) is FunctionType]
+    for name in names:
+        original = getattr(c10d, name)
+        wrapper = timed_call(original, _COMM, clock)
+        for module in (c10d, distributed):
+            if getattr(module, name, None) is original:
+                patches.wrap(module, name, wrapper)
+
+    work: Any = getattr(c10d, "Work", None)
+    if work is not None:
+        patches.replace(work, "wait", _timed_method(work.wait, _COMM, clock))
+
+    return names
+
+
+def patch_checkpoint(patches: Patches, clock: StepClock) -> None:
+    """Time `torch.save`."""
+    torch, serialization = sys.modules["torch"], sys.modules["torch.serialization"]
+    wrapper = timed_call(serialization.save, _CHECKPOINT, clock)
+    patches.wrap(torch, "save", wrapper)
+    patches.wrap(serialization, "save", wrapper)
+
+
+def patch_distributed_checkpoint(patches: Patches, clock: StepClock) -> None:
+    """Time the functions that save a distributed checkpoint."""
+    package, saver = (
+        sys.modules["torch.distributed.checkpoint"],
+        sys.modules.get("torch.distributed.checkpoint.state_dict_saver"),
+    )
+    for name in ("save", "async_save", "save_state_dict"):
+        original = getattr(saver, name, None)
+        if original is None:
+            continue
+
+        wrapper = timed_call(original, _CHECKPOINT, clock)
+        for module in (package, saver):
+            if getattr(module, name, None) is original:
+                patches.wrap(module, name, wrapper)
+
+
+def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:
+    """Time copies of CPU tensors to a device of one of the given types (`Module.to` calls `Tensor.to`)."""
+    if not device_types:
+        return
+
+    tensor_type: Any = sys.modules["torch"].Tensor
+    for name in ("to", "cuda"):
+        patches.wrap(tensor_type, name, _timed_copy(getattr(tensor_type, name), clock, device_types))
+
+
+def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -> Callable[..., Any]:
+    def copy(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling() or self.device.type != "cpu":
+            return original(self, *args, **kwargs)
+
+        previous = -1
+        try:
+            previous = clock.enter(_H2D)
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(error)
+
+        if previous < 0:
+            return original(self, *args, **kwargs)
+
+        result = None
+        try:
+            result = original(self, *args, **kwargs)
+            return result
+        finally:
+            try:
+                if result is None or result.device.type not in device_types:
+                    clock.current = previous  # only another dtype: the time belongs to whoever asked for it
+
+                clock.leave(_H2D, previous)
+            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+                clock.fail(error)
+
+    return copy
+
+
+def _timed_method(original: Any, phase: int, clock: StepClock) -> Callable[..., Any]:
+    """A method of a C type: only a Python function binds to its instances."""
+    timed = timed_call(original, phase, clock)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return timed(self, *args, **kwargs)
+
+    method.__name__, method.__doc__ = original.__name__, original.__doc__
+    return method

@@ -1,0 +1,178 @@
+"""Device time of the phases: events on the device's stream, read later when they are complete, never waited for.
+
+The CPU only launches work on an accelerator, so its clock says little of it. Wherever the CPU changes phase an event is
+recorded; the device reaches it when all work launched before is done. Time between two events belongs to the phase that
+the first one began: exclusive, as on the CPU, and by the same order of events.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from traceml.database.rings import Ring
+from traceml.database.schema import Phase
+from traceml.instrument.clock import OTHER, StepClock
+
+__all__ = ["DeviceEvent", "DeviceTimes", "cuda_events"]
+
+_INPUT_WAIT, _BACKWARD, _CHECKPOINT = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.CHECKPOINT)
+_WAITING = -1  # after the last local gradient: still backward, but not this rank's own
+_COLUMNS = tuple(int(p) for p in (Phase.H2D, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.COMM))
+_MAX_PENDING_STEPS = 64
+_MAX_MARKS = 4096
+_READ_PER_STEP = 2
+
+
+class DeviceEvent(Protocol):
+    """What is needed of `torch.cuda.Event`."""
+
+    def record(self) -> None:
+        """Put the event on the current stream."""
+
+    def query(self) -> bool:
+        """Whether the device has reached it."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this event to another one; both must be complete."""
+
+
+Marks = list[tuple[Any, int]]
+
+
+class DeviceTimes:
+    """Events of the open step, and of closed ones that the device has not finished.
+
+    Args:
+        clock: whose `detail` says which steps are measured.
+        ring: where the rows go.
+        make_event: makes an event; called when the pool is empty.
+        is_capturing: whether the current stream records a graph, when events must be left alone.
+    """
+
+    def __init__(
+        self, clock: StepClock, ring: Ring, make_event: Callable[[], DeviceEvent], is_capturing: Callable[[], bool]
+    ) -> None:
+        self._clock, self._ring = clock, ring
+        self._make_event, self._is_capturing = make_event, is_capturing
+        self._pool: list[DeviceEvent] = []
+        self._marks: Marks = []
+        self._cut = 0  # how many marks the part of the step before the cut has
+        self._pending: deque[tuple[int, Marks, DeviceEvent]] = deque()
+
+    def mark(self, phase: int) -> None:
+        """The CPU enters a phase."""
+        marks = self._marks
+        if not marks:
+            return  # this step is not measured
+
+        if phase == _INPUT_WAIT or phase >= _CHECKPOINT:
+            phase = OTHER  # they launch nothing of their own
+
+        if phase == marks[-1][1]:
+            return
+
+        if len(marks) >= _MAX_MARKS or self._is_capturing():
+            self._drop(marks)
+            return
+
+        marks.append((self._recorded(), phase))
+
+    def mark_own(self) -> None:
+        """The last local gradient is there; called by the autograd engine, on whichever thread it runs."""
+        if self._marks and self._marks[-1][1] == _BACKWARD:
+            self.mark(_WAITING)
+
+    def cut(self) -> None:
+        """The clock keeps the accounts as they are now: what follows may belong elsewhere."""
+        if self._marks and not self._is_capturing():
+            self._cut = len(self._marks)
+            self._marks.append((self._recorded(), self._marks[-1][1]))
+
+    def discard(self) -> None:
+        """What followed the cut was evaluation: this step is not measured on the device."""
+        self._drop(self._marks)
+
+    def close(self, step: int) -> bool:
+        """The step ends (-1: it is no row); return whether a device row will follow. The next one may begin."""
+        marks, self._marks, self._cut = self._marks, [], 0
+        if self._is_capturing():
+            self._drop(marks)
+            return False
+
+        self._read()
+        measured = bool(marks) and step >= 0 and len(self._pending) < _MAX_PENDING_STEPS
+        end = self._recorded() if measured or self._clock.detail else None
+        if measured and end is not None:
+            self._pending.append((step, marks, end))
+        else:
+            self._drop(marks)
+
+        if self._clock.detail and end is not None:
+            # The end of one step is the start of the next: one event serves both, and goes back with the later one.
+            self._marks.append((end, OTHER))
+
+        return measured
+
+    def close_prefix(self, step: int) -> bool:
+        """The step ended at the cut, and the next one began there."""
+        if not self._cut:
+            self._drop(self._marks)
+            return False
+
+        marks, rest = self._marks[: self._cut], self._marks[self._cut :]
+        self._marks, self._cut = rest, 0
+        if len(self._pending) >= _MAX_PENDING_STEPS:
+            self._pool.extend(event for event, _ in marks[1:])
+            return False
+
+        self._pending.append((step, marks, rest[0][0]))
+        return True
+
+    def drain(self) -> None:
+        """Read what is complete, without limit; at the end of the run."""
+        self._read(len(self._pending))
+
+    def _read(self, limit: int = _READ_PER_STEP) -> None:
+        for _ in range(limit):
+            if not self._pending or not self._pending[0][2].query():
+                return
+
+            step, marks, end = self._pending.popleft()
+            self._ring.append(step, *_durations(marks, end))
+            self._pool.extend(event for event, _ in marks)  # `end` is the first mark of the next step, or unused
+
+    def _recorded(self) -> DeviceEvent:
+        event = self._pool.pop() if self._pool else self._make_event()
+        event.record()
+        return event
+
+    def _drop(self, marks: Marks) -> None:
+        # The first mark may still be the end of a pending step: it is left to the garbage collector.
+        self._pool.extend(event for event, _ in marks[1:])
+        marks.clear()
+        self._cut = 0
+
+
+def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
+    """Return total, h2d, forward, backward, own backward, optimizer, comm in ns."""
+    spent = dict.fromkeys((*_COLUMNS, _WAITING, OTHER), 0)
+    for (event, phase), (after, _) in zip(marks, [*marks[1:], (end, OTHER)], strict=True):
+        spent[phase] += round(event.elapsed_time(after) * 1e6)
+
+    own = spent[_BACKWARD] if any(phase == _WAITING for _, phase in marks) else -1
+    spent[_BACKWARD] += spent[_WAITING]
+    total = round(marks[0][0].elapsed_time(end) * 1e6)
+    h2d, forward, backward, optimizer, comm = (spent[column] for column in _COLUMNS)
+    return [total, h2d, forward, backward, own, optimizer, comm]
+
+
+def cuda_events() -> tuple[Callable[[], DeviceEvent], Callable[[], bool]] | None:
+    """Return how to make a CUDA event and how to ask for graph capture; None without a CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+
+    return lambda: torch.cuda.Event(enable_timing=True), torch.cuda.is_current_stream_capturing

@@ -1,0 +1,102 @@
+"""What the script trains with, said once each: its loaders, models and optimizers."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = ["loader_facts", "model_facts", "optimizer_facts"]
+
+_WRAPPERS = {"DistributedDataParallel": "ddp", "DataParallel": "dp", "FullyShardedDataParallel": "fsdp"}
+_MAX_FIELDS = 64
+
+
+def loader_facts(loader: Any) -> dict[str, Any]:
+    """Describe a DataLoader, or anything that was given to `trace_data`."""
+    dataset = getattr(loader, "dataset", None)
+    return {
+        "kind": "loader",
+        "loader": type(loader).__name__,
+        "dataset": None if dataset is None else type(dataset).__name__,
+        "length": _length(dataset),
+        "in_memory": _in_memory(dataset),
+        "num_workers": getattr(loader, "num_workers", None),
+        "batch_size": getattr(loader, "batch_size", None),
+        "pin_memory": getattr(loader, "pin_memory", None),
+        "persistent_workers": getattr(loader, "persistent_workers", None),
+        "prefetch_factor": getattr(loader, "prefetch_factor", None),
+    }
+
+
+def model_facts(module: Any) -> dict[str, Any]:
+    """Describe a model that is timed."""
+    inner = module
+    wrapped = None
+    compiled = False
+    while True:  # OptimizedModule(DistributedDataParallel(model)) and the like, whatever the order
+        name = type(inner).__name__
+        compiled = compiled or name == "OptimizedModule"
+        wrapped = wrapped or _WRAPPERS.get(name)
+        below = vars(inner).get("_modules", {})
+        child = below.get("_orig_mod") or (below.get("module") if name in _WRAPPERS else None)
+        if child is None:
+            break
+
+        inner = child
+
+    if wrapped is None and type(inner).__name__.startswith("FSDP"):
+        wrapped = "fsdp2"
+
+    slot = vars(inner).get("_compiled_call_impl")
+    parameters = list(module.parameters())
+    return {
+        "kind": "model",
+        "model": type(inner).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        "device": str(parameters[0].device) if parameters else None,
+        "dtype": str(parameters[0].dtype) if parameters else None,
+        "compiled": compiled or getattr(slot, "inner", None) is not None,
+        "parallel": wrapped,
+    }
+
+
+def optimizer_facts(optimizer: Any) -> dict[str, Any]:
+    """Describe an optimizer that has stepped."""
+    groups = optimizer.param_groups
+    first = groups[0] if groups else {}
+    return {
+        "kind": "optimizer",
+        "optimizer": type(optimizer).__name__,
+        "groups": len(groups),
+        "tensors": sum(len(group["params"]) for group in groups),
+        "lr": first.get("lr") if isinstance(first.get("lr"), float) else None,
+        "fused": bool(first.get("fused")),
+        "foreach": first.get("foreach"),
+    }
+
+
+def _length(dataset: Any) -> int | None:
+    try:
+        return len(dataset)
+    except Exception:  # noqa: BLE001 - the dataset's own code: it has no length that could be told
+        return None
+
+
+def _in_memory(dataset: Any) -> bool | None:
+    """Whether samples are slices of arrays in memory, so that more workers would not help; None when it is unclear."""
+    if dataset is None:
+        return None
+
+    torch: Any = sys.modules.get("torch")
+    numpy: Any = sys.modules.get("numpy")
+    arrays = tuple(kind for kind in (getattr(torch, "Tensor", None), getattr(numpy, "ndarray", None)) if kind)
+    while type(dataset).__name__ in ("Subset", "Dataset") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+
+    if type(dataset).__name__ == "TensorDataset":
+        return True
+
+    fields = list(getattr(dataset, "__dict__", {}).values())[:_MAX_FIELDS]
+    held = any(isinstance(field, arrays) and len(getattr(field, "shape", ())) > 0 for field in fields)
+    return True if held else None

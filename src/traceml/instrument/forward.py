@@ -1,0 +1,156 @@
+"""The outermost calls of models, timed on the instance and outside what torch.compile compiles.
+
+`nn.Module.__call__` looks for a callable in the instance's slot `_compiled_call_impl` first; that is where
+`Module.compile()` puts its result, and where the timer goes. No hook, no subclass, no patched `forward`: type, state
+dict, pickle and deepcopy see nothing, and torch.compile traces through it without a break, as under `is_compiling()`
+it is a plain call.
+"""
+
+from __future__ import annotations
+
+import weakref
+from _thread import get_ident
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.compiler import is_compiling
+
+from traceml.clock import monotonic_ns
+from traceml.database.schema import Phase
+from traceml.instrument.clock import OTHER, StepClock
+from traceml.instrument.patches import Patches
+
+__all__ = ["ForwardTimer", "instrument_module", "is_instrumented", "patch_compile", "restore_module"]
+
+_SLOT = "_compiled_call_impl"
+_FORWARD, _OPTIMIZER = int(Phase.FORWARD), int(Phase.OPTIMIZER)
+is_grad_enabled = torch.is_grad_enabled
+
+
+class ForwardTimer:
+    """Stands in one module's call slot; holds the module weakly, so that deleting it frees it at once."""
+
+    __slots__ = ("clock", "impl", "inner", "module")
+
+    def __init__(self, module: Any, clock: StepClock, inner: Callable[..., Any] | None) -> None:
+        self.module = weakref.ref(module)
+        self.clock = clock
+        self.inner = inner  # what was in the slot: the result of Module.compile()
+        self.impl: Callable[..., Any] = type(module)._call_impl if inner is None else _without_module(inner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module, as its `__call__` would, and time it when it is the outermost on the training thread."""
+        module = self.module()
+        if is_compiling():
+            return self.impl(module, *args, **kwargs)
+
+        clock = self.clock
+        previous = clock.current
+        if previous < _OPTIMIZER or clock.thread != get_ident():
+            return self.impl(module, *args, **kwargs)
+
+        try:
+            t = monotonic_ns()
+            if previous != OTHER:
+                clock.acc[previous] += t - clock.mark
+
+            if is_grad_enabled():
+                if clock.close_on_forward:
+                    clock.mark = t
+                    clock.forward_boundary(t)
+
+                if module.training:  # type: ignore[union-attr]
+                    clock.trained = True
+                else:
+                    clock.evaluated = True
+            else:
+                clock.evaluated = True
+
+            clock.mark = t
+            clock.current = _FORWARD
+            clock.open_slots[_FORWARD] = t
+            if clock.device is not None:
+                clock.device.mark(_FORWARD)
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(error)
+
+        try:
+            return self.impl(module, *args, **kwargs)
+        finally:
+            try:
+                t = monotonic_ns()
+                clock.acc[clock.current] += t - clock.mark
+                clock.mark = t
+                clock.current = previous
+                clock.open_slots[_FORWARD] = 0
+                if clock.device is not None:
+                    clock.device.mark(previous)
+            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+                clock.fail(error)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied module is another one: its slot is empty."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A pickled module has an empty slot."""
+        return type(None), ()
+
+
+def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:
+    def call(_module: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    return call
+
+
+def is_instrumented(module: Any) -> bool:
+    """Whether a timer stands in the module's slot."""
+    return isinstance(module.__dict__.get(_SLOT), ForwardTimer)
+
+
+def instrument_module(module: Any, clock: StepClock) -> bool:
+    """Time the calls of one module; False when its kind does not allow it."""
+    if is_instrumented(module):
+        return True
+
+    if isinstance(module, torch.jit.ScriptModule) or not hasattr(type(module), "_call_impl"):
+        return False
+
+    object.__setattr__(module, _SLOT, ForwardTimer(module, clock, module.__dict__.get(_SLOT)))
+    return True
+
+
+def restore_module(module: Any) -> None:
+    """Put back what was in the module's slot."""
+    timer = module.__dict__.get(_SLOT)
+    if not isinstance(timer, ForwardTimer):
+        return
+
+    if timer.inner is None:
+        del module.__dict__[_SLOT]
+    else:
+        module.__dict__[_SLOT] = timer.inner
+
+
+def patch_compile(patches: Patches, clock: StepClock) -> None:
+    """Keep timing a module that is compiled in place, and keep its replicas from calling the original."""
+    module_type = torch.nn.Module
+    compile_in_place, replicate = module_type.compile, module_type._replicate_for_data_parallel
+
+    def compile(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A001 - the name that it stands in for
+        timed = is_instrumented(self)
+        restore_module(self)
+        compile_in_place(self, *args, **kwargs)
+        if timed:
+            instrument_module(self, clock)
+
+    def replicate_for_data_parallel(self: Any) -> Any:
+        replica = replicate(self)
+        if is_instrumented(replica):
+            replica.__dict__.pop(_SLOT)  # it would call the module it was copied from
+
+        return replica
+
+    patches.wrap(module_type, "compile", compile)
+    patches.wrap(module_type, "_replicate_for_data_parallel", replicate_for_data_parallel)

@@ -1,0 +1,79 @@
+"""Acting as soon as a module has been imported, whoever imports it and whenever.
+
+`traceml run` installs before the script runs: torch is not there yet, and importing it would take the script's choice.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["ImportWatch"]
+
+
+class ImportWatch:
+    """A finder that finds nothing itself: it has a callback run when one of some modules has been executed."""
+
+    def __init__(self, callbacks: dict[str, Callable[[], None]]) -> None:
+        self._waiting = {name: callback for name, callback in callbacks.items() if name not in sys.modules}
+        self._searching = False
+
+    def install(self) -> None:
+        """Begin to watch, unless all modules are there already."""
+        if self._waiting:
+            sys.meta_path.insert(0, self)
+
+    def uninstall(self) -> None:
+        """Stop watching."""
+        self._waiting.clear()
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Let the other finders find the module, and wrap its loader's `exec_module`."""
+        if name not in self._waiting or self._searching:
+            return None
+
+        self._searching = True
+        try:
+            spec = self._found_by_others(name, path, target)
+        finally:
+            self._searching = False
+
+        if spec is not None and spec.loader is not None and hasattr(spec.loader, "exec_module"):
+            self._wrap(name, spec.loader)
+
+        return spec
+
+    def _found_by_others(self, name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
+        for finder in sys.meta_path:
+            find = getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find(name, path, target) if finder is not self and find is not None else None
+            if spec is not None:
+                return spec
+
+        return None
+
+    def _wrap(self, name: str, loader: Any) -> None:
+        """The loader is this module's own, so an attribute of the instance is enough, and goes after use."""
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            try:
+                execute(module)
+            finally:
+                loader.__dict__.pop("exec_module", None)
+
+            callback = self._waiting.pop(name, None)
+            if callback is not None:
+                callback()
+
+        try:
+            loader.exec_module = exec_module
+        except AttributeError:
+            pass  # a loader of C type, shared by many modules: none of torch's is one

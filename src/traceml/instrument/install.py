@@ -1,0 +1,338 @@
+"""Putting all hooks in place, and taking all of them away."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from _thread import get_ident
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight import FlightFile
+from traceml.instrument.clock import StepClock
+from traceml.instrument.imports import ImportWatch
+from traceml.instrument.loader import TracedIterable
+from traceml.instrument.patches import Patches
+from traceml.instrument.user import StepBlock, UserPhases
+
+__all__ = ["Instrumentation", "install"]
+
+Info = dict[str, Any]
+_log = logging.getLogger("traceml")
+
+
+class Instrumentation:
+    """All hooks of this process. Made by `install`.
+
+    Attributes:
+        clock: the accounts of the open step; `clock.errors` counts internal errors, after one the hooks are off.
+        collectives: names of the functions of torch.distributed that are timed.
+    """
+
+    def __init__(
+        self,
+        flight: FlightFile,
+        on_info: Callable[[Info], None] | None,
+        on_group: Callable[[], None] | None,
+        device_types: frozenset[str] | None,
+        thread: int,
+    ) -> None:
+        self._flight, self._on_info, self._on_group = flight, on_info, on_group
+        self._device_types = device_types
+        self._patches = Patches()
+        self._discovery: Any = None
+        self._overhead: Any = None
+        self._installed = True
+        self._no_forward = 0
+        self.collectives: list[str] = []
+        self.clock = StepClock(flight, self, thread=thread)
+        self._users = UserPhases(self.clock, flight.log("names"))
+        self._watch = ImportWatch(
+            {"torch": self._torch_is_there, "torch.distributed.checkpoint": self._checkpoint_is_there}
+        )
+
+    # ---- what users call ----
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Return a context manager for a phase of the user."""
+        return self._users.get(name)
+
+    def trace_step(self, model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:  # noqa: ARG002
+        """Return a context manager for one training step; the first use turns inference off.
+
+        Args:
+            model: its calls are timed, also if it would not have been found.
+            optimizer: accepted for the reader's sake; all torch optimizers are seen.
+        """
+        if model is not None and self._discovery is not None and self._installed:
+            self._guarded(lambda: self._discovery.add(model))
+
+        return StepBlock(self.clock)
+
+    def trace_data(self, iterable: Iterable[Any]) -> Any:
+        """Return `iterable` with the waiting for its items timed; it bounds steps as a DataLoader does."""
+        self._guarded(lambda: self._tell_loader(iterable))
+        return TracedIterable(iterable, self.clock)
+
+    # ---- what the recorder calls ----
+
+    @property
+    def steps(self) -> int:
+        """Training steps done."""
+        return self.clock.rows
+
+    @property
+    def errors(self) -> int:
+        """Internal errors so far; after one, timing is off."""
+        return self.clock.errors
+
+    def hook_ns_per_step(self) -> int:
+        """Cost of hooks and row per step in ns, measured on this rank (see `overhead`); 0 before the first sample."""
+        return 0 if self._overhead is None else self._overhead.ns_per_step
+
+    def close_open_step(self) -> None:
+        """At shutdown: the open step becomes a row when it has stepped, else it is dropped. Timing ends."""
+        if self.clock.thread:
+            self._guarded(self.clock.finish)
+            if self.clock.device is not None:
+                self._guarded(self.clock.device.drain)
+
+    def disable_in_child(self) -> None:
+        """In a forked child: all hooks become plain calls."""
+        self.clock.disable_in_child()
+
+    def uninstall(self) -> None:
+        """Put every replaced attribute back."""
+        self._installed = False
+        self.clock.thread = 0
+        self._watch.uninstall()
+        if self._discovery is not None:
+            self._discovery.restore()
+
+        self._patches.restore()
+
+    # ---- what the clock tells ----
+
+    def first_backward(self) -> bool:
+        """A backward pass begins for the first time: models and optimizers are all made now."""
+        return self._discovery is None or self._discovery.scan() > 0
+
+    def new_optimizer(self, optimizer: Any) -> None:
+        """An optimizer steps for the first time."""
+        from traceml.instrument.facts import optimizer_facts
+
+        if len(self.clock.optimizers) > 1:
+            self._discovery.scan()
+
+        self._tell(optimizer_facts(optimizer))
+
+    def step_without_forward(self) -> None:
+        """A step had a backward pass, but no call of a model that is timed."""
+        self._no_forward += 1
+        if self._no_forward in (2, 8, 32):
+            self._discovery.descend()
+
+    def upkeep(self) -> None:
+        """Once in 64 steps: measure what we cost, look whether a group was made."""
+        clock = self.clock
+        if self._overhead is not None:
+            self._overhead.measure(get_ident(), max(4, 3 + clock.backwards))
+
+        if clock.group is None:
+            self._look_for_group()
+
+    # ---- installing ----
+
+    def start(self) -> None:
+        """Instrument what is there, watch for the rest."""
+        if "torch" in sys.modules and hasattr(sys.modules["torch"], "compiler"):
+            self._torch_is_there()
+
+        if "torch.distributed.checkpoint" in sys.modules:
+            self._checkpoint_is_there()
+
+        self._watch.install()
+
+    def _torch_is_there(self) -> None:
+        self._guarded(self._patch_torch)
+
+    def _patch_torch(self) -> None:
+        from traceml.instrument import calls, optimizer
+        from traceml.instrument.backward import patch_backward
+        from traceml.instrument.discovery import Discovery
+        from traceml.instrument.forward import patch_compile
+        from traceml.instrument.loader import patch_loaders
+
+        clock, patches = self.clock, self._patches
+        self._discovery = Discovery(clock, self._tell_model)
+        patch_compile(patches, clock)
+        patch_backward(patches, clock)
+        timer = optimizer.patch_optimizers(patches, clock)
+        optimizer.patch_grad_scaler(patches, clock, timer)
+        patch_loaders(patches, clock, self._new_loader)
+        calls.patch_checkpoint(patches, clock)
+        self._patch_distributed()
+        self._patch_device()
+        self._watch_constructors()
+        self._measure_overhead()
+        self._discovery.scan()
+
+    def _patch_distributed(self) -> None:
+        from traceml.instrument import calls
+
+        distributed: Any = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_available():
+            return
+
+        self.collectives = calls.patch_collectives(self._patches, self.clock)
+        c10d = sys.modules["torch.distributed.distributed_c10d"]
+        for name, after in (("init_process_group", self._look_for_group), ("destroy_process_group", self._drop_group)):
+            original = getattr(c10d, name)
+            wrapper = self._then(original, after)
+            for module in (c10d, distributed):
+                if getattr(module, name, None) is original:
+                    self._patches.wrap(module, name, wrapper)
+
+        self._look_for_group()
+
+    def _patch_device(self) -> None:
+        from traceml.instrument import calls
+        from traceml.instrument.device import DeviceTimes, cuda_events
+
+        torch: Any = sys.modules["torch"]
+        types = self._device_types
+        if types is None:
+            accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+            types = frozenset({accelerator.type} if accelerator is not None else ())
+
+        calls.patch_copies(self._patches, self.clock, types)
+        events = cuda_events() if "cuda" in types else None
+        if events is not None:
+            self.clock.device = DeviceTimes(self.clock, self._flight.ring("device_steps"), *events)
+            self.clock.extras = self.clock.detail = True
+
+    def _watch_constructors(self) -> None:
+        """An optimizer is made when the model is, and before it is first called: look for models then."""
+        optimizer_type = sys.modules["torch"].optim.Optimizer
+        original = optimizer_type.__init__
+
+        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the name that it stands in for
+            original(optimizer, *args, **kwargs)
+            if self.clock.thread == get_ident():
+                self._guarded(self._discovery.scan)
+
+        self._patches.wrap(optimizer_type, "__init__", __init__)
+
+    def _measure_overhead(self) -> None:
+        from traceml.instrument.calls import timed_call
+        from traceml.instrument.overhead import Overhead
+
+        self._overhead = Overhead(lambda clock: timed_call(lambda: None, 2, clock))
+
+    def _checkpoint_is_there(self) -> None:
+        from traceml.instrument.calls import patch_distributed_checkpoint
+
+        self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock))
+
+    # ---- groups ----
+
+    def _look_for_group(self) -> None:
+        distributed: Any = sys.modules.get("torch.distributed")
+        clock = self.clock
+        if clock.group is not None or distributed is None or not distributed.is_available():
+            return
+
+        if not distributed.is_initialized():
+            return
+
+        group = distributed.group.WORLD
+        clock.group = group
+        if distributed.get_world_size() > 1:
+            clock.extras = clock.detail = True
+            # Private, hence optional; on a group that was never used it raises until the first collective.
+            clock.sequence = _quiet(getattr(group, "_get_sequence_number_for_group", None))
+
+        if self._on_group is not None:
+            self._on_group()
+
+    def _drop_group(self) -> None:
+        self.clock.group = self.clock.sequence = None
+        self.clock.extras = self.clock.device is not None
+        self.clock.detail = self.clock.extras
+
+    def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.clock.thread:
+                self._guarded(after)
+
+            return result
+
+        return call
+
+    # ---- facts ----
+
+    def _new_loader(self, loader: Any) -> None:
+        self._guarded(lambda: self._tell_loader(loader))
+        if self.clock.fresh:
+            self._guarded(self._discovery.scan)
+
+    def _tell_loader(self, loader: Any) -> None:
+        from traceml.instrument.facts import loader_facts
+
+        self._tell(loader_facts(loader))
+
+    def _tell_model(self, module: Any) -> None:
+        from traceml.instrument.facts import model_facts
+
+        self._tell(model_facts(module))
+
+    def _tell(self, info: Info) -> None:
+        if self._on_info is not None:
+            self._on_info(info | {"t_ns": monotonic_ns()})
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        """Do something rare of ours; a failure is said and counted, and the rest goes on."""
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 - fail open
+            self.clock.errors += 1
+            _log.warning("a part of the instrumentation failed and is left out: %r", error, exc_info=error)
+
+
+def _quiet(read: Callable[[], int] | None) -> Callable[[], int] | None:
+    if read is None:
+        return None
+
+    def number() -> int:
+        try:
+            return read()
+        except RuntimeError:  # the group is gone, or its backend does not count
+            return 0
+
+    return number
+
+
+def install(
+    flight: FlightFile,
+    *,
+    on_info: Callable[[Info], None] | None = None,
+    on_group: Callable[[], None] | None = None,
+    device_types: frozenset[str] | None = None,
+) -> Instrumentation:
+    """Put all hooks in place.
+
+    Args:
+        flight: where rows and open phases go.
+        on_info: is told facts of loaders, models and optimizers, once each, as maps with `kind` and `t_ns`.
+        on_group: is called when a process group is there, on the training thread.
+        device_types: copies to these devices are `h2d`; None: this machine's accelerator.
+
+    Returns:
+        The handle by which they are used and removed.
+    """
+    instrumentation = Instrumentation(flight, on_info, on_group, device_types, get_ident())
+    instrumentation.start()
+    return instrumentation

@@ -1,0 +1,214 @@
+"""The user's own phases, and steps that the user bounds."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from _thread import get_ident
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any, TypeVar
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight import ByteLog
+from traceml.instrument.clock import FIRST_USER, OTHER, StepClock
+
+__all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MAX_NAMES = 256
+_MORE = "(more phases)"
+_USER, _USER_NAME = 7, 10
+
+
+class UserPhase:
+    """A named phase; the same object serves all uses of the name, nested ones too."""
+
+    __slots__ = ("_account", "_clock", "_name_id", "_stack")
+
+    def __init__(self, clock: StepClock, account: int, name_id: int, stack: list[tuple[UserPhase, int, int]]) -> None:
+        self._clock, self._account, self._name_id, self._stack = clock, account, name_id, stack
+
+    def __enter__(self) -> UserPhase:
+        clock = self._clock
+        previous = clock.current
+        if clock.thread != get_ident() or not previous:
+            return self
+
+        try:
+            t = monotonic_ns()
+            acc = clock.acc
+            acc[previous] += t - clock.mark
+            acc[self._account + 1] += 1
+            clock.mark, clock.current = t, self._account
+            slots = clock.open_slots
+            self._stack.append((self, previous, slots[_USER]))
+            slots[_USER], slots[_USER_NAME] = t, self._name_id
+            if clock.device is not None:
+                clock.device.mark(OTHER)
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(error)
+
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        clock, stack = self._clock, self._stack
+        if clock.thread != get_ident() or not clock.current:
+            return
+
+        try:
+            t = monotonic_ns()
+            clock.acc[clock.current] += t - clock.mark
+            clock.mark = t
+            while stack:  # phases of generators and coroutines may end in another order than they began
+                phase, previous, start = stack.pop()
+                clock.current = previous
+                clock.open_slots[_USER] = start
+                if phase is self:
+                    break
+
+            clock.open_slots[_USER_NAME] = stack[-1][0]._name_id if stack else 0
+            if clock.device is not None:
+                clock.device.mark(clock.current)
+        except Exception as failure:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(failure)
+
+
+class UserPhases:
+    """All user phases of a clock by name."""
+
+    def __init__(self, clock: StepClock, names: ByteLog) -> None:
+        self._clock, self._names = clock, names
+        self._phases: dict[str, UserPhase] = {}
+        self._stack: list[tuple[UserPhase, int, int]] = []
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> UserPhase:
+        """Return the phase of that name; past 256 names all further ones share one."""
+        phase = self._phases.get(name)
+        return phase if phase is not None else self._make(str(name))
+
+    def _make(self, name: str) -> UserPhase:
+        if len(self._phases) >= _MAX_NAMES and name != _MORE:
+            return self.get(_MORE)
+
+        clock = self._clock
+        with self._lock:
+            if name in self._phases:
+                return self._phases[name]
+
+            name_id = self._names.appended
+            self._names.append({"id": name_id, "name": name})
+            account = FIRST_USER + 2 * len(clock.users)
+            # In this order, as the training thread may close a step meanwhile: it takes a copy of `zeros`.
+            clock.zeros.extend((0, 0))
+            clock.acc.extend((0, 0))
+            clock.users.append(name_id)
+            phase = self._phases[name] = UserPhase(clock, account, name_id, self._stack)
+            return phase
+
+
+class StepBlock:
+    """`with trace_step():` one training step."""
+
+    __slots__ = ("_clock", "_counts")
+
+    def __init__(self, clock: StepClock) -> None:
+        self._clock = clock
+        self._counts = False
+
+    def __enter__(self) -> StepBlock:
+        clock = self._clock
+        if clock.thread == get_ident() or clock.adopt_thread():
+            self._counts = True
+            try:
+                clock.begin_block()
+            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+                clock.fail(error)
+
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        clock = self._clock
+        if not self._counts or clock.thread != get_ident():
+            return
+
+        self._counts = False
+        try:
+            clock.end_block(failed=kind is not None)
+        except Exception as failure:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(failure)
+
+
+def traced(function: F, phase: Callable[[], AbstractContextManager[Any]]) -> F:
+    """Return `function` with each call as a user phase.
+
+    A coroutine function stays one, a generator function too: those are in the phase while they run, and not while they
+    are suspended.
+
+    Args:
+        function: what to time.
+        phase: returns the phase to enter, asked for at each call.
+    """
+    if inspect.iscoroutinefunction(function):
+
+        @functools.wraps(function)
+        async def in_coroutine(*args: Any, **kwargs: Any) -> Any:
+            return await _Stepwise(function(*args, **kwargs), phase)
+
+        return in_coroutine  # type: ignore[return-value]
+
+    if inspect.isasyncgenfunction(function):
+        return function  # each item is awaited elsewhere: there is no one call to time
+
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def in_generator(*args: Any, **kwargs: Any) -> Any:
+            return (yield from _drive(function(*args, **kwargs), phase))
+
+        return in_generator  # type: ignore[return-value]
+
+    @functools.wraps(function)
+    def in_call(*args: Any, **kwargs: Any) -> Any:
+        with phase():
+            return function(*args, **kwargs)
+
+    return in_call  # type: ignore[return-value]
+
+
+class _Stepwise:
+    """Awaits a coroutine, in the phase only while it runs."""
+
+    __slots__ = ("_coroutine", "_phase")
+
+    def __init__(self, coroutine: Any, phase: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._coroutine, self._phase = coroutine, phase
+
+    def __await__(self) -> Any:
+        return _drive(self._coroutine, self._phase)
+
+
+def _drive(inner: Any, phase: Callable[[], AbstractContextManager[Any]]) -> Any:
+    """Run a generator or coroutine stretch by stretch, as `yield from` does, each stretch in the phase."""
+    resume, value = inner.send, None
+    while True:
+        try:
+            with phase():
+                item = resume(value)
+        except StopIteration as stop:
+            return stop.value
+
+        try:
+            resume, value = inner.send, (yield item)
+        except GeneratorExit:
+            inner.close()
+            raise
+        except BaseException as error:  # noqa: BLE001 - passed on into the inner one, as `yield from` does
+            resume, value = inner.throw, error
