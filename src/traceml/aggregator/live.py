@@ -15,7 +15,6 @@ from traceml.transport.framing import decode_log
 
 __all__ = ["LiveRows"]
 
-_EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state"))
 _OF_THE_STREAM = (NAMES.name, INFO.name)  # these tell of the stream itself, whether or not the window shows it
 _ROOM_FOR_RANKS = 16384  # made at once; a larger world grows as its ranks come
 
@@ -82,8 +81,7 @@ class LiveRows:
 
     def end(self, stream: Stream) -> None:
         """Note how a rank ended; the others' steps are no longer compared with it."""
-        told = {name: stream.exit[name] for name in _EXIT_FIELDS if name in stream.exit}
-        self.facts.exit(RankExit(rank=stream.rank, state=str(stream.state), **{"host": stream.who.host, **told}))
+        self.facts.exit(RankExit.of(stream.rank, str(stream.state), stream.exit, stream.who.host))
         self.window.end(stream.rank)
         self.fresh = True
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OVERSUBSCRIBED", "Facts", "FactsBuilder", "LoaderFacts", "RankExit"]
+__all__ = ["OVERSUBSCRIBED", "Facts", "FactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
 
 OVERSUBSCRIBED = 0.25
 """From this share on, main threads stood ready without a core for too long to blame a rank or the network lightly."""
@@ -55,6 +55,20 @@ class RankExit:
     stack: str | None = None
     at_s: float | None = None
     host: str | None = None
+
+    @classmethod
+    def of(cls, rank: int, state: str, told: Mapping[str, Any], host: str | None = None) -> RankExit:
+        """Return an exit from what a rank, its launcher and its flight file told, as a stream's facts hold it."""
+        known = {name: told[name] for name in _COPIED if told.get(name) is not None}
+        if told.get("type"):
+            known["exception"] = f"{told['type']}: {told.get('message', '')}".rstrip(": ")
+
+        if known.get("last_step", 0) < 0:
+            del known["last_step"]  # it counts what was appended: none
+
+        known.setdefault("open_step", told.get("step"))
+        known.setdefault("stack", told.get("traceback"))
+        return cls(rank=rank, state=state, host=host, **known)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +144,16 @@ class FactsBuilder:
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
         """Take a row of the `info` log: loader, model, process and exit rows are of use."""
         kind = row.get("kind")
-        if kind == "loader" and row.get("training", True):
-            self._loaders.append(_loader(row))
+        if kind == "loader":
+            # The one which is trained on where that is told, else the first: evaluation comes later.
+            self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
+            del self._loaders[_MAX_LOADERS:]
         elif kind == "exit":
-            self.exit(_exit(rank, row))
+            self.exit(RankExit.of(rank, "failed" if row.get("code") or row.get("type") else "finished", row))
         elif kind in ("process", "model", "group"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+            if isinstance(row.get("cores"), int):
+                self._core_rows.setdefault(rank, row["cores"])
 
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.HOST`, which one rank per host sends."""
@@ -161,12 +179,12 @@ class FactsBuilder:
             world_size=self.world_size,
             group=True if known.get("backend") else None,
             backend=known.get("backend"),
-            sharded=bool(known.get("sharded")),
+            sharded=str(known.get("parallel", "")).startswith("fsdp"),
             hosts=dict(self.hosts),
             cores=cores,
             threads=known.get("torch_threads"),
             main_wait=self._main_wait(),
-            loader=self._loaders[-1] if self._loaders else None,
+            loader=self._loaders[0] if self._loaders else None,
             exits=tuple(self.exits[rank] for rank in sorted(self.exits)),
             state=self.state,
         )
@@ -181,17 +199,15 @@ class FactsBuilder:
         return shares
 
 
-_KEPT = ("backend", "sharded", "torch_threads")
+_KEPT = ("backend", "parallel", "torch_threads")
+_MAX_LOADERS = 64
 _LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
+_COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))
 _EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name != "rank")
 
 
 def _loader(row: Mapping[str, Any]) -> LoaderFacts:
     return LoaderFacts(**{name: row[name] for name in _LOADER_FIELDS if name in row})
-
-
-def _exit(rank: int, row: Mapping[str, Any]) -> RankExit:
-    return RankExit(rank=rank, **{name: row[name] for name in _EXIT_FIELDS if name in row})
 
 
 def _merge(before: RankExit, after: RankExit) -> RankExit:

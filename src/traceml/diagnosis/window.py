@@ -246,6 +246,14 @@ class StepWindow:
         behind = (*behind, *chosen[~kept].tolist())
         return self._window(chosen[kept], steps[found[kept].all(axis=0)], behind)
 
+    def held(self, rank_index: int) -> Window:
+        """Return all steps that are kept of one rank, in order."""
+        mine = self._step[rank_index * self.slots : (rank_index + 1) * self.slots]
+        latest = int(self._latest[rank_index])
+        # What a rank left before it started again from step 0 lies above its latest step.
+        steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self.slots)])
+        return self._window(np.array([rank_index], np.int64), steps, ())
+
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self._latest >= 0
         live = seen & ~self._ended
