@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Incarnation", "Stream", "StreamState"]
 
+_BOOT = boot_id()
 _U64 = struct.Struct(">Q")
 
 
@@ -110,7 +111,7 @@ class Stream:
         """When the connection was lost, monotonic seconds."""
         self.in_window = True
         """Whether its rows enter the live windows: those of the rank's newest incarnation do."""
-        self.seen_here = who.boot == boot_id() and process_start_ticks(who.pid) == who.start_ticks
+        self.seen_here = who.boot == _BOOT and process_start_ticks(who.pid) == who.start_ticks
         """Whether its process was seen on this host. The same boot alone does not tell: containers share it."""
 
     def __repr__(self) -> str:
@@ -130,7 +131,7 @@ class Stream:
     @property
     def flight_path(self) -> Path | None:
         """The flight file, if it is within this host's reach."""
-        return Path(self.flight) if self.flight and self.who.boot == boot_id() else None
+        return Path(self.flight) if self.flight and self.who.boot == _BOOT else None
 
     def connect(self, peer: Peer) -> None:
         """Take a connection; one that it had before is dead, whether or not TCP has noticed."""

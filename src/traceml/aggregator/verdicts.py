@@ -16,7 +16,7 @@ __all__ = ["Verdicts"]
 # One that stays the same is told again this often, as its numbers move.
 _REPEAT_S = 5.0
 # Of a second, at most this share goes into diagnosing: what takes long is done less often.
-_SHARE = 0.1
+_SHARE = 0.25
 
 _log = logging.getLogger("traceml")
 

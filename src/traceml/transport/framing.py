@@ -126,13 +126,15 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
     """
     unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
     unpacker.feed(data)
+    rows = []
     try:
-        rows = list(unpacker)
+        while unpacker.tell() < len(data):
+            rows.append(unpacker.unpack())  # raises where a map is cut off; iterating would only stop
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
 
-    if unpacker.tell() != len(data) or not all(isinstance(row, dict) for row in rows):
-        raise ProtocolError("rows of a log are not whole msgpack maps")
+    if not all(isinstance(row, dict) for row in rows):
+        raise ProtocolError("rows of a log are not maps")
 
     return rows
 

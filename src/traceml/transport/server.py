@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from traceml.clock import monotonic_ns
-from traceml.database import schema
 from traceml.errors import ProtocolError
 from traceml.transport import auth
 from traceml.transport.client import keep_alive
 from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
-from traceml.transport.hello import Hello
+from traceml.transport.hello import Hello, schemas
 
 __all__ = ["BACKLOG", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics", "raise_descriptor_limit"]
 
@@ -31,6 +30,7 @@ HANDSHAKE_S = 5.0
 # A refused peer gets this long to read why, then it is cut off.
 _LINGER_S = 2.0
 _RESERVED_DESCRIPTORS = 64
+_SCHEMAS = schemas()
 
 _log = logging.getLogger("traceml")
 
@@ -345,10 +345,12 @@ def raise_descriptor_limit() -> int:
 
 def _check_schemas(told: dict[str, Any]) -> None:
     """Refuse a peer whose rows would be read wrongly."""
+    if told == _SCHEMAS:
+        return
+
     for name, layout in told.items():
-        table = schema.TABLES.get(name)
-        if table is None:
+        if name not in _SCHEMAS:
             raise RefusedError(f"unknown table {str(name)[:50]!r}")
 
-        if layout != table.layout:
+        if layout != _SCHEMAS[name]:
             raise RefusedError(f"table {name!r} has another layout here; use the same traceml on both sides")

@@ -1,0 +1,116 @@
+"""A server in a thread of its own, on a free port, with a handler that remembers."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from traceml.transport import server as server_module
+from traceml.transport.client import Connection
+from traceml.transport.hello import Hello
+from traceml.transport.server import Peer, RefusedError, Server
+
+TOKEN = "right"
+
+
+class Remembering:
+    """A handler that acknowledges rows at once and keeps everything else."""
+
+    def __init__(self) -> None:
+        self.rows_taken: list[tuple[str, int, int]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.gone_ranks: list[int] = []
+        self.refuse: RefusedError | None = None
+
+    def welcome(self, peer: Peer) -> dict[str, Any]:
+        if self.refuse is not None:
+            raise self.refuse
+
+        return {"acked": {"steps": 7}, "run_id": "the-run", "run_dir": "/runs/the-run", "stream": 3}
+
+    def rows(self, peer: Peer, message: dict[str, Any]) -> None:
+        if message["table"] == "broken":
+            raise ZeroDivisionError("a mistake of ours")
+
+        self.rows_taken.append((message["table"], message["seq"], message["n"]))
+        peer.send({"t": "ack", "table": message["table"], "seq": message["seq"] + message["n"]})
+
+    def message(self, peer: Peer, message: dict[str, Any]) -> None:
+        self.messages.append(message)
+        if message["t"] == "command":
+            peer.send({"t": "command", "id": 99, "name": "unrelated", "args": {}})
+            peer.send({"t": "reply", "id": message["id"], **message["args"]})
+        elif message["t"] == "bye":
+            peer.send({"t": "bye"})
+            peer.close()
+
+    def gone(self, peer: Peer) -> None:
+        assert peer.hello is not None
+        self.gone_ranks.append(peer.hello.rank)
+
+
+class Serving:
+    """A server that runs from `start` until the test ends; before, its port is taken and nobody answers."""
+
+    def __init__(self) -> None:
+        self.handler = Remembering()
+        self.sock = socket.socket()
+        self.sock.bind(("127.0.0.1", 0))
+        self.port: int = self.sock.getsockname()[1]
+        self.server: Server
+        self._loop = asyncio.new_event_loop()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> Serving:
+        self._thread.start()
+        assert self._ready.wait(10)
+        return self
+
+    def connect(self, rank: int = 0, *, token: str = TOKEN, **facts: Any) -> Connection:
+        hello = Hello(role="rank", run="job", rank=rank, world_size=64, **facts)
+        return Connection.connect("127.0.0.1", self.port, hello, token, timeout_s=10)
+
+    def raw(self) -> socket.socket:
+        """Connect without a word."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        self._loop.close()
+
+    def _run(self) -> None:
+        self._loop.run_until_complete(self._serve())
+
+    async def _serve(self) -> None:
+        self.server = Server(self.handler, TOKEN)
+        self._stop = asyncio.Event()
+        await self.server.start(self.sock)
+        self._ready.set()
+        await self._stop.wait()
+        await self.server.stop()
+
+
+def eventually(condition: Callable[[], Any], timeout_s: float = 20) -> Any:
+    """Poll until `condition` holds; return what it returned."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+    return value
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serving]:
+    monkeypatch.setattr(server_module, "HANDSHAKE_S", 0.3)
+    running = Serving().start()
+    yield running
+    running.close()

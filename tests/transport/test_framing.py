@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import struct
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from traceml.errors import ProtocolError
+from traceml.transport.framing import MAX_FRAME_BYTES, Decoder, decode_log, encode, rows_frame
+
+
+def test_round_trip_in_any_pieces():
+    """Messages come out whole and in order, however the bytes are cut."""
+    messages = [{"t": "ack", "table": "steps", "seq": number} for number in range(5)]
+    data = b"".join(map(encode, messages))
+
+    for size in (1, 3, 7, len(data)):
+        decoder = Decoder()
+        out = []
+        for start in range(0, len(data), size):
+            out += decoder.feed(data[start : start + size])
+
+        assert out == messages
+        assert decoder.waiting_bytes == 0
+
+
+def test_rows_frame_is_the_message_it_stands_for():
+    """The hand-written rows frame decodes to the documented map, and costs 54 bytes with the table `steps`."""
+    data = bytes(range(104))
+
+    frame = rows_frame("steps", 2**40, 1, data)
+
+    assert Decoder().feed(frame) == [{"t": "rows", "table": "steps", "seq": 2**40, "n": 1, "data": data}]
+    assert len(frame) - len(data) == 54
+
+
+def test_wire_costs_at_most_110_bytes_per_row_at_20_rows():
+    """A frame of 20 step rows stays within the budget per row."""
+    assert len(rows_frame("steps", 0, 20, bytes(2080))) / 20 <= 110
+
+
+@pytest.mark.parametrize("length", [MAX_FRAME_BYTES + 1, 0xFFFFFFFF, struct.unpack(">I", b"GET ")[0]])
+def test_oversized_frame_is_refused_by_its_announcement(length):
+    """A length above the cap raises before a byte of it is kept."""
+    with pytest.raises(ProtocolError, match=f"{length} bytes is announced"):
+        Decoder().feed(struct.pack(">I", length))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"\xc1", b"\x81", b"\x01", msgpack.packb([1, 2]), msgpack.packb({"u": 1}), msgpack.packb({"t": 5}),
+     msgpack.packb({"t": "x"}) + b"\x00", msgpack.packb({1: "t"}), b"\x91" * 3000, b"\xdf\xff\xff\xff\xff"],
+)  # fmt: skip
+def test_payload_that_is_no_message_raises(payload):
+    """Whatever is no map with a text `t` is a ProtocolError, never another exception."""
+    with pytest.raises(ProtocolError):
+        Decoder().feed(struct.pack(">I", len(payload)) + payload)
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_never_raise_anything_else(data):
+    """Any bytes either wait for more, or decode, or raise ProtocolError."""
+    try:
+        Decoder().feed(data)
+    except ProtocolError:
+        pass
+
+
+def test_too_large_or_impossible_messages_do_not_leave():
+    """What the other side would refuse is refused at home, with the size or the cause."""
+    with pytest.raises(ProtocolError, match="exceeds"):
+        encode({"t": "x", "data": bytes(MAX_FRAME_BYTES)})
+
+    with pytest.raises(ProtocolError, match="send fewer rows"):
+        rows_frame("steps", 0, 1, bytes(MAX_FRAME_BYTES))
+
+    with pytest.raises(ProtocolError, match="cannot encode"):
+        encode({"t": "x", "value": object()})
+
+
+def test_decode_log():
+    """A log's data is maps one after another, whole, and nothing else."""
+    data = msgpack.packb({"id": 1}) + msgpack.packb({"id": 2})
+
+    assert decode_log(data) == [{"id": 1}, {"id": 2}]
+    for damaged in (data[:-1], data + b"\x05", b"\xc1"):
+        with pytest.raises(ProtocolError):
+            decode_log(damaged)

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import socket
+import struct
+
+import msgpack
+import pytest
+
+from tests.transport.conftest import TOKEN, eventually
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.transport import auth
+from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, encode
+from traceml.transport.hello import Hello
+
+
+def answers(sock: socket.socket) -> list[dict]:
+    """Read until the server closes."""
+    decoder, messages = Decoder(), []
+    try:
+        while data := sock.recv(65536):
+            messages += decoder.feed(data)
+    except ConnectionResetError:
+        pass
+
+    return messages
+
+
+def refusal(sock: socket.socket) -> str:
+    last = answers(sock)[-1]
+    assert last["t"] == "refused"
+    return last["why"]
+
+
+def hello_message(sock: socket.socket, **changed) -> bytes:
+    challenge = Decoder().feed(sock.recv(65536))[0]
+    hello = Hello(role="rank", run="job", rank=0, world_size=1)
+    proof = auth.mac(TOKEN, challenge["nonce"], hello.role, hello.run, hello.rank)
+    return encode({**hello.to_message(1, auth.client_nonce(), proof), **changed})
+
+
+def test_wrong_token_is_refused_and_both_log_it(serving, caplog):
+    """A wrong token ends the connection with a reason, on both sides' logs, and no other."""
+    other = serving.connect(1)
+
+    with pytest.raises(AggregatorRefusedError, match="wrong token"):
+        serving.connect(0, token="wrong")
+
+    assert caplog.text.count("wrong token") == 2
+    other.send_rows("steps", 0, 1, bytes(104))
+    eventually(lambda: other.receive(0.1) == [] and other.acked["steps"] == 1)
+    other.close()
+
+
+def test_proof_for_another_rank_does_not_count(serving):
+    """The proof binds role, run and rank: it is of no use for another."""
+    with serving.raw() as sock:
+        sock.sendall(hello_message(sock, world_size=2, rank=1))
+
+        assert refusal(sock) == "wrong token"
+
+
+def test_other_version_is_refused(serving, caplog):
+    """A peer of another version learns which one is spoken here."""
+    with serving.raw() as sock:
+        sock.sendall(hello_message(sock, v=2))
+
+        assert "wire version 2" in refusal(sock)
+
+    assert "wire version 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("schemas", "why"),
+    [({"unheard_of": "msgpack"}, "unknown table 'unheard_of'"), ({"steps": [["step", "q"]]}, "another layout")],
+)
+def test_unknown_or_different_tables_are_refused(serving, schemas, why):
+    """Rows that would be read wrongly are not taken."""
+    with serving.raw() as sock:
+        sock.sendall(hello_message(sock, schemas=schemas))
+
+        assert why in refusal(sock)
+
+
+@pytest.mark.parametrize(
+    ("garbage", "why"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", "is announced"),
+        (b"\x00\x00\x00\x05hello", "is not msgpack"),
+        (struct.pack(">I", MAX_HELLO_BYTES + 1), "above the cap"),
+        (encode({"t": "rows", "table": "steps", "seq": 0, "n": 1, "data": b""}), "before the hello"),
+        (encode({"t": "hello", "v": 1}), "lacks"),
+        (struct.pack(">I", 3) + msgpack.packb([1, 2]), "no map"),
+    ],
+)
+def test_garbage_before_the_hello_is_refused(serving, garbage, why):
+    """Strangers get a reason and nothing else; who is connected does not notice."""
+    other = serving.connect(1)
+    with serving.raw() as sock:
+        sock.sendall(garbage)
+
+        assert why in refusal(sock)
+
+    other.send_rows("steps", 0, 1, bytes(104))
+    eventually(lambda: other.receive(0.1) == [] and other.acked["steps"] == 1)
+    other.close()
+
+
+def test_oversized_frame_of_a_rank_is_refused(serving):
+    """Also a peer that is known must keep the cap; it is told why."""
+    connection = serving.connect()
+    connection._sock.sendall(struct.pack(">I", 9 * 1024 * 1024) + bytes(1000))
+
+    with pytest.raises(AggregatorRefusedError, match="above the cap"):
+        eventually(lambda: connection.receive(0.2))
+
+    eventually(lambda: serving.handler.gone_ranks == [0])
+    connection.close()
+
+
+def test_half_open_connections_are_ended(serving):
+    """Who connects and says nothing is told why and cut off; others connect meanwhile."""
+    silent = [serving.raw() for _ in range(20)]
+    half = serving.raw()
+    half.sendall(b"\x00\x00")
+
+    serving.connect().close()
+    for sock in (*silent, half):
+        assert "no hello within" in refusal(sock)
+        sock.close()
+
+    eventually(lambda: not serving.server.peers)
+    assert serving.server.statistics().refused == 21
+
+
+def test_error_of_ours_costs_only_that_connection(serving, caplog):
+    """A mistake in the handler is logged with its traceback and counted; the server goes on."""
+    connection = serving.connect()
+    connection.send({"t": "rows", "table": "broken", "seq": 0, "n": 1, "data": b""})
+
+    with pytest.raises(AggregatorRefusedError, match="internal error"):
+        eventually(lambda: connection.receive(0.2))
+
+    connection.close()
+    assert "ZeroDivisionError" in caplog.text
+    assert serving.server.statistics().handler_errors == 1
+    serving.connect().close()
+
+
+def test_full_descriptor_table_is_a_reason_that_passes(serving):
+    """Beyond the limit of descriptors newcomers are told to come again."""
+    serving.server._limit = 0
+
+    with pytest.raises(AggregatorUnavailableError, match="descriptor limit"):
+        serving.connect()
+
+
+def test_vanishing_in_the_middle_of_a_frame_is_noticed(serving):
+    """A peer that goes away with half a frame sent is forgotten, and the half frame with it."""
+    connection = serving.connect(5)
+    connection._sock.sendall(struct.pack(">I", 1000) + bytes(10))
+    connection.close()
+
+    eventually(lambda: serving.handler.gone_ranks == [5])
+    assert serving.handler.rows_taken == []
