@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from traceml.display.terminal import ansi_bytes, terminal_size
+from traceml.display.panel import ansi_bytes, terminal_size
 from traceml.renderers.live import live_lines
 from traceml.renderers.look import Look
 
