@@ -1,1 +1,1 @@
-"""A run as an object: found, followed, loaded, reported."""
+"""A run as an object: found, read, followed, reported."""

@@ -1,0 +1,177 @@
+"""Finding runs: the one a user means, all there are, and those that may go."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
+from traceml.errors import RunNotFoundError, StoreError
+from traceml.runs.report import REPORT_NAME
+from traceml.runs.state import state_of
+
+__all__ = ["RunInfo", "find_run", "list_runs", "prune"]
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """A run in a list.
+
+    Attributes:
+        path: its folder.
+        id: the folder's name, name: what the user called it.
+        state: running, finished, failed, hung, lost; `damaged` when its store cannot be read.
+        started: epoch seconds, duration_s: how long it took, None while it runs.
+        verdict: the kind in its report, None before there is one.
+        size_bytes: what it takes on disk.
+    """
+
+    path: Path
+    id: str
+    name: str
+    state: str
+    started: float | None
+    duration_s: float | None
+    world_size: int
+    verdict: str | None
+    size_bytes: int
+
+
+def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
+    """Return the folder of the run that a user means.
+
+    Args:
+        run: a folder, an id (or the beginning or end of one), or None for the latest.
+        runs_dir: where runs are.
+
+    Raises:
+        RunNotFoundError: there is none, or there are several; the text says what was looked for and what exists.
+    """
+    runs_dir = Path(runs_dir)
+    if run is None or str(run) == "latest":
+        return _latest(runs_dir)
+
+    for path in (Path(run), runs_dir / run):
+        if _is_run(path):
+            return path.resolve()
+
+    names = [path.name for path in _folders(runs_dir)]
+    text = str(run)
+    # The four letters at the end are what a person types.
+    matching = [name for name in names if name.startswith(text) or name.endswith(text)] if text else []
+    if len(matching) == 1:
+        return (runs_dir / matching[0]).resolve()
+
+    if matching:
+        raise RunNotFoundError(
+            f"{text!r} fits {len(matching)} runs in {runs_dir}: {_some(matching)}. Say more of the id."
+        )
+
+    raise RunNotFoundError(f"no run {text!r}: it is no run's folder, and {_what_exists(runs_dir, names)}.")
+
+
+def list_runs(runs_dir: Path) -> list[RunInfo]:
+    """Return all runs in a folder, the newest first."""
+    infos = [_info(path) for path in _folders(Path(runs_dir))]
+    return sorted(infos, key=lambda info: (info.started or 0.0, info.id), reverse=True)
+
+
+def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
+    """Remove all but the newest `keep` runs, never one that is running; return what was removed."""
+    removed = [info for info in list_runs(runs_dir)[max(keep, 0) :] if info.state != "running"]
+    for info in removed:
+        shutil.rmtree(info.path)
+
+    latest = Path(runs_dir) / "latest"
+    if removed and latest.is_symlink() and not latest.exists():
+        latest.unlink()
+
+    return removed
+
+
+def _latest(runs_dir: Path) -> Path:
+    latest = runs_dir / "latest"
+    if _is_run(latest):
+        return latest.resolve()
+
+    if runs := list_runs(runs_dir):
+        return runs[0].path.resolve()
+
+    raise RunNotFoundError(f"no run yet: {_what_exists(runs_dir, [])}. Make one with `traceml run SCRIPT`.")
+
+
+def _what_exists(runs_dir: Path, names: list[str]) -> str:
+    if not runs_dir.is_dir():
+        return f"there is no folder {runs_dir}"
+
+    return f"{runs_dir} holds {_some(names)}" if names else f"{runs_dir} holds no runs"
+
+
+def _some(names: list[str]) -> str:
+    newest = sorted(names, reverse=True)
+    more = f" and {len(newest) - _SHOWN} more" if len(newest) > _SHOWN else ""
+    return ", ".join(newest[:_SHOWN]) + more
+
+
+def _folders(runs_dir: Path) -> list[Path]:
+    if not runs_dir.is_dir():
+        return []
+
+    return [path for path in runs_dir.iterdir() if not path.is_symlink() and _is_run(path)]
+
+
+def _is_run(path: Path) -> bool:
+    return (path / STORE_NAME).is_file() or (path / REPORT_NAME).is_file()
+
+
+def _info(path: Path) -> RunInfo:
+    run, aggregator, state = _facts(path)
+    started, ended = run.get("started"), run.get("ended")
+    return RunInfo(
+        path=path,
+        id=path.name,
+        name=str(run.get("name", path.name)),
+        state=state or state_of(run, aggregator),
+        started=started,
+        duration_s=ended - started if started is not None and ended is not None else None,
+        world_size=int(run.get("world_size", 1)),
+        verdict=_verdict(path),
+        size_bytes=_size(path),
+    )
+
+
+def _facts(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+    """Return (facts of the run, of its aggregator, a state where the store tells none)."""
+    try:
+        with closing(StoreReader(path / STORE_NAME)) as reader:
+            meta = reader.meta()
+    except StoreError:
+        return {}, {}, "damaged"
+
+    return meta.get("run", {}), meta.get("aggregator", {}), None
+
+
+def _verdict(path: Path) -> str | None:
+    try:
+        report = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))
+        return str(report["verdict"]["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # there is none yet, or it is not one of ours
+
+
+def _size(path: Path) -> int:
+    total = 0
+    for file in path.rglob("*"):
+        with contextlib.suppress(OSError):  # it may go while we look
+            total += file.stat().st_size if file.is_file() else 0
+
+    return total

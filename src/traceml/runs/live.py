@@ -1,0 +1,158 @@
+"""A run that goes on, followed through its store: what a screen needs, cheap to bring up to date."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from traceml.database.reader import Event, StoreReader
+from traceml.database.store_file import STORE_NAME
+from traceml.diagnosis import Finding, Window, slots_for
+from traceml.errors import StoreError
+from traceml.runs.digest import Digest
+from traceml.runs.report import report_of
+
+__all__ = ["LiveRun"]
+
+_EVENTS = 200
+_RATES = 120
+# Speed is told over about this long: shorter shows the flush of frames, longer hides a change.
+_RATE_S = 2.0
+_TELEMETRY_S = 2.0
+
+
+class LiveRun:
+    """Follows a run by cursor, also before its store exists; call `refresh` a few times a second.
+
+    Args:
+        run_dir: the run's folder.
+
+    Attributes:
+        events: the newest events of the run.
+        rates: steps per second over time, oldest first.
+        findings: the diagnosis so far, the verdict first; empty before there is one.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = Path(run_dir)
+        self.events: deque[Event] = deque(maxlen=_EVENTS)
+        self.rates: deque[float] = deque(maxlen=_RATES)
+        self.findings: list[Finding] = []
+        self.digest = Digest(slots_for(1))
+        self._reader: StoreReader | None = None
+        self._last_event = 0
+        self._marks: deque[tuple[float, int, int]] = deque()
+        self._telemetry: tuple[float, dict[str, Any]] | None = None
+
+    def __repr__(self) -> str:
+        return f"LiveRun({str(self.path)!r})"
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run is over."""
+        return self.digest.run.get("ended") is not None
+
+    def refresh(self) -> bool:
+        """Take in what came since the last call; return whether there was anything.
+
+        Raises:
+            StoreError: the store is damaged, or of another version.
+        """
+        reader = self._opened()
+        if reader is None:
+            return False
+
+        changed = self.digest.update(reader)
+        self._take_events(reader)
+        if not self.findings or self.ended:
+            self.findings = self.digest.diagnose()
+
+        self._take_rate()
+        return changed
+
+    def report(self) -> dict[str, Any]:
+        """Return the report so far, over the newest steps; an empty one before the store exists."""
+        if self._reader is None:
+            return {}
+
+        if not self.findings:
+            self.findings = self.digest.diagnose()
+
+        known = self._telemetry_so_far()
+        report = report_of(self.digest, self._reader, self._window(), self.findings, self.path, known)
+        if known is None:
+            self._telemetry = time.monotonic(), report["telemetry"]
+
+        if self.rates:
+            report["steps"]["per_second"] = self.rates[-1]
+
+        return report
+
+    def close(self) -> None:
+        """Close the store."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _opened(self) -> StoreReader | None:
+        if self._reader is None and (self.path / STORE_NAME).is_file():
+            self._reader = self._open()
+
+        return self._reader
+
+    def _open(self) -> StoreReader | None:
+        try:
+            reader = StoreReader(self.path / STORE_NAME)
+        except StoreError:
+            if (self.path / STORE_NAME).is_file():
+                raise
+
+            return None  # it was being replaced just now
+
+        run = reader.meta().get("run", {})
+        ranks = max(int(run.get("world_size", 1)), 1)
+        self.digest = Digest(slots_for(ranks))
+        self.digest.start_at(reader, slots_for(ranks) * ranks)
+        return reader
+
+    def _window(self) -> Window:
+        window = self.digest.window.aligned()
+        return window if len(window) else self.digest.window.aligned(skip_first=0)
+
+    def _take_events(self, reader: StoreReader) -> None:
+        for event in reader.events(after=self._last_event):
+            self._last_event = event.id
+            self.events.append(event)
+            if event.kind == "verdict":
+                self.findings = [Finding.from_dict(finding) for finding in event.data.get("findings", [])]
+
+    def _take_rate(self) -> None:
+        latest, ends = self.digest.window.latest, self.digest.window.end_ns
+        if not latest.size or int(latest.max()) < 0:
+            return
+
+        rank = int(latest.argmax())
+        now = time.monotonic(), int(latest[rank]), int(ends[rank])
+        if self._marks and now[0] - self._marks[-1][0] < _RATE_S / 8:
+            return
+
+        self._marks.append(now)
+        while len(self._marks) > 2 and now[0] - self._marks[1][0] >= _RATE_S:
+            self._marks.popleft()
+
+        first = self._marks[0]
+        steps, by_rows_s, by_clock_s = now[1] - first[1], (now[2] - first[2]) / 1e9, now[0] - first[0]
+        if steps > 0 and by_rows_s > 0:
+            # The rank's own stamps, so that bursts of frames do not show; the clock where it stands still.
+            self.rates.append(steps / max(by_rows_s, by_clock_s if by_clock_s > 2 * _RATE_S else 0.0))
+        elif by_clock_s > 2 * _RATE_S:
+            self.rates.append(0.0)
+
+    def _telemetry_so_far(self) -> dict[str, Any] | None:
+        """Return the telemetry section where it is new enough: counting lost rows costs more than the rest."""
+        if self._telemetry is not None and time.monotonic() - self._telemetry[0] < _TELEMETRY_S:
+            return self._telemetry[1]
+
+        return None

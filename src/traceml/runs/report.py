@@ -1,0 +1,133 @@
+"""The report: what a run was, what limits it, and on which numbers that rests, as JSON (`traceml.report/1`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from traceml.database.reader import StoreReader
+from traceml.database.schema import STEPS
+from traceml.database.store_file import STORE_NAME
+from traceml.diagnosis import Finding, Window, slots_for
+from traceml.diagnosis.findings import plain
+from traceml.runs import sections
+from traceml.runs.digest import MAX_STEP_ROWS, Digest
+from traceml.runs.state import state_of
+
+__all__ = ["REPORT_NAME", "SCHEMA", "build_report", "report_of", "write_report"]
+
+SCHEMA = "traceml.report/1"
+REPORT_NAME = "report.json"
+
+
+def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> dict[str, Any]:
+    """Return the report of a run, also of one that is still going on.
+
+    Args:
+        run_dir: its folder.
+        max_step_rows: look at the last so many step rows of all ranks together; a longer run says `cut`.
+
+    Raises:
+        StoreError: the store is missing, damaged, or of another version.
+    """
+    run_dir = Path(run_dir)
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        digest = Digest(_slots(reader, max_step_rows))
+        digest.start_at(reader, max_step_rows)
+        digest.update(reader)
+        findings = digest.diagnose(last=digest.window.slots)
+        window = digest.window.aligned(last=digest.window.slots, skip_first=0)
+        return report_of(digest, reader, window, findings, run_dir)
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.json` into the run's folder and return its path; the file appears whole or not at all.
+
+    Raises:
+        StoreError: the store cannot be read.
+        OSError: the folder cannot be written.
+    """
+    path = Path(run_dir) / REPORT_NAME
+    draft = path.with_name(f".{REPORT_NAME}-{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(build_report(run_dir), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+    return path
+
+
+def report_of(
+    digest: Digest,
+    reader: StoreReader,
+    window: Window,
+    findings: Sequence[Finding],
+    run_dir: Path,
+    telemetry: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the report on a digest.
+
+    Args:
+        digest: the run, as far as it was read.
+        reader: its store.
+        window: the steps to describe.
+        findings: the diagnosis, the verdict first.
+        run_dir: its folder.
+        telemetry: that section, where it was made a moment ago.
+    """
+    from traceml import __version__
+
+    steps = sections.steps(digest, window)
+    told = [finding.to_dict() for finding in findings]
+    return {
+        "schema": SCHEMA,
+        "traceml_version": __version__,
+        "run": _run(digest, run_dir),  # not rounded: it holds epoch seconds
+        "verdict": told[0],
+        "findings": told,
+        "steps": plain({**steps, "cut": digest.cut}),
+        "phases": plain(sections.phases(digest, window)),
+        "ranks": plain(sections.ranks(digest)),
+        "memory": plain(sections.memory(digest)),
+        "system": plain(sections.system(digest)),
+        "metrics": {},
+        "trackers": [],
+        "telemetry": telemetry or plain(sections.telemetry(digest, reader, steps["mean_ms"])),
+    }
+
+
+def _run(digest: Digest, run_dir: Path) -> dict[str, Any]:
+    run = digest.run
+    started, ended = run.get("started"), run.get("ended")
+    until = ended if ended is not None else time.time()
+    return {
+        "id": str(run.get("id", run_dir.name)),
+        "name": str(run.get("name", run_dir.name)),
+        "project": str(run.get("project", "default")),
+        "attempt": max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
+        "started": started,
+        "ended": ended,
+        "duration_s": until - started if started is not None else None,
+        "state": state_of(digest.run, digest.aggregator),
+        "world_size": int(run.get("world_size", max(len(digest.ranks), 1))),
+        "hosts": sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
+        "command": run.get("command", ""),
+    }
+
+
+def _slots(reader: StoreReader, max_step_rows: int) -> int:
+    """Return how many steps per rank hold the whole run, within the bound."""
+    ranks = max(len({stream.rank for stream in reader.streams()}), 1)
+    wanted = min(reader.stored(STEPS.name), max_step_rows) // ranks + 1
+    slots = 128
+    # Uneven ranks are given room too: the longest may have most of the rows.
+    while slots < 2 * wanted and slots * ranks < 2 * max_step_rows:
+        slots *= 2
+
+    return max(slots, slots_for(ranks))

@@ -1,0 +1,186 @@
+"""A run as an object: `traceml.load_run(path)`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import closing
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.reader import StoreReader
+from traceml.database.schema import PHASE_COLUMNS, STEPS
+from traceml.database.store_file import STORE_NAME
+from traceml.diagnosis import Finding
+from traceml.runs.find import find_run
+from traceml.runs.report import build_report
+
+__all__ = ["Rows", "Run", "load_run"]
+
+
+class Rows(np.ndarray):
+    """Rows of a table: a numpy structured array that also becomes a data frame."""
+
+    def to_pandas(self) -> Any:
+        """Return a pandas DataFrame.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return import_module("pandas").DataFrame(self._columns())
+
+    def to_polars(self) -> Any:
+        """Return a polars DataFrame.
+
+        Raises:
+            ImportError: polars is not installed.
+        """
+        return import_module("polars").DataFrame(self._columns())
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        return {name: np.ascontiguousarray(np.asarray(self[name])) for name in self.dtype.names or ()}
+
+
+class Run:
+    """A run on disk, ended or still going on; made by `load_run`.
+
+    What it tells is read when first asked for; `refresh` reads a running run again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._report: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        return f"load_run({str(self.path)!r})"
+
+    @property
+    def id(self) -> str:
+        """The run's id: its folder's name."""
+        return self.path.name
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The report (`traceml.report/1`), made from the store.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self._report is None:
+            self._report = build_report(self.path)
+
+        return self._report
+
+    @property
+    def state(self) -> str:
+        """running, finished, failed, hung or lost."""
+        return str(self.report["run"]["state"])
+
+    @property
+    def verdict(self) -> Finding:
+        """What limits the run."""
+        return self.findings[0]
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings, the verdict first."""
+        return [Finding.from_dict(finding) for finding in self.report["findings"]]
+
+    def refresh(self) -> None:
+        """Look again: a running run has got further."""
+        self._report = None
+
+    def steps(self) -> Rows:
+        """Return the last attempt's steps, one row per rank and step, durations in nanoseconds.
+
+        Columns: rank, step, total_ns, the phases, other_ns, backward_own_ns (-1 where not measured), micro_batches,
+        flags (`StepFlag`), sequence (collectives issued so far), t_end_ns (monotonic).
+        """
+        rows = self.table(STEPS.name)
+        names = ["rank", "step", "total_ns", *PHASE_COLUMNS, "other_ns", "backward_own_ns", "micro_batches", "flags",
+                 "sequence", "t_end_ns"]  # fmt: skip
+        steps = np.empty(len(rows), [(name, "<i8") for name in names])
+        for name in ("rank", "step", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "t_end_ns"):
+            steps[name] = rows[name]
+
+        steps["other_ns"] = rows["total_ns"] - sum(rows[name] for name in PHASE_COLUMNS)
+        bits = rows["bits"]
+        steps["micro_batches"], steps["flags"], steps["sequence"] = bits & 0xFFFF, bits >> 16 & 0xFFFF, bits >> 32
+        return steps.view(Rows)
+
+    def table(self, name: str, attempt: int | None = None) -> Rows:
+        """Return a table's rows with the rank as first column, by rank in the order of their appending.
+
+        Args:
+            name: a packed table of `traceml.database.schema`, such as `steps`, `process` or `host`.
+            attempt: which attempt of the job; the last one where it is not given.
+
+        Raises:
+            StoreError: there is no such table, or the store cannot be read.
+        """
+        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+            streams = reader.streams()
+            wanted = max((stream.attempt for stream in streams), default=0) if attempt is None else attempt
+            ranks = {stream.id: stream.rank for stream in streams if stream.attempt == wanted}
+            rows = reader.rows(name, ranks)
+
+        return _by_rank(rows, ranks)
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """Return a log's maps (`info`, `names`) with their rank.
+
+        Raises:
+            StoreError: there is no such log, or the store cannot be read.
+        """
+        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+            ranks = {stream.id: stream.rank for stream in reader.streams()}
+            return [{"rank": ranks[stream], **row} for stream, row in reader.log_rows(name)]
+
+    def show(self, file: TextIO | None = None) -> None:
+        """Write verdict, steps and phases as a few lines of text.
+
+        Args:
+            file: where to; standard output where it is not given.
+        """
+        (file or sys.stdout).write("\n".join(_lines(self.report)) + "\n")
+
+
+def load_run(path: str | os.PathLike[str] | None = None) -> Run:
+    """Return a run, ended or still going on.
+
+    Args:
+        path: its folder, its id, or nothing for the latest; ids are looked up in `runs_dir` of the settings.
+
+    Raises:
+        RunNotFoundError: there is no such run.
+    """
+    from traceml.settings import load
+
+    return Run(find_run(path, Path(load().runs_dir)))
+
+
+def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> Rows:
+    columns = [("rank", "<i8"), *(field for field in rows.dtype.descr if field[0] != "stream")]
+    table = np.empty(len(rows), columns)
+    ids, back = np.unique(rows["stream"], return_inverse=True)
+    table["rank"] = np.array([ranks[stream] for stream in ids.tolist()], np.int64)[back] if len(rows) else 0
+    for name in (field[0] for field in columns[1:]):
+        table[name] = rows[name]
+
+    return table[np.argsort(table["rank"], kind="stable")].view(Rows)
+
+
+def _lines(report: dict[str, Any]) -> list[str]:
+    run, verdict, steps = report["run"], report["verdict"], report["steps"]
+    lines = [f"{run['id']}: {run['state']}, {run['world_size']} rank{'s' if run['world_size'] > 1 else ''}"]
+    lines.append(f"{verdict['kind']} ({verdict['severity']})")
+    lines += [verdict["summary"], f"Next: {verdict['next']}"]
+    if steps["mean_ms"] is not None:
+        lines.append(f"{steps['count']} steps, mean {steps['mean_ms']:.4g} ms, p99 {steps['p99_ms']:.4g} ms")
+
+    parts = [f"{phase['phase']} {100 * phase['share']:.0f} %" for phase in report["phases"] if phase["share"] >= 0.005]
+    return [*lines, ", ".join(parts)] if parts else lines

@@ -1,0 +1,82 @@
+"""Samples of processes, hosts and devices, kept per rank within a bound, and what they come to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Samples", "slope_per_step"]
+
+_MAX_ROWS = 4096
+_PARTS = 24
+_MIN_SAMPLES = 8
+_WARM_UP_STEPS = 20
+
+
+class Samples:
+    """Rows of sampled tables, by rank: the newest 4,096 of each, thinned out by halves before that.
+
+    Thinning keeps every second row of the older half, so a long run stays covered from its beginning.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[str, int], NDArray[np.void]] = {}
+        self._new: dict[tuple[str, int], list[NDArray[np.void]]] = {}
+
+    def add(self, table: str, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of a rank, in order."""
+        waiting = self._new.setdefault((table, rank), [])
+        waiting.append(rows)
+        if sum(len(part) for part in waiting) > _MAX_ROWS:
+            self.of(table, rank)
+
+    def of(self, table: str, rank: int) -> NDArray[np.void] | None:
+        """Return a rank's rows of a table, None where there are none."""
+        key = (table, rank)
+        if waiting := self._new.pop(key, None):
+            parts = [self._rows[key], *waiting] if key in self._rows else waiting
+            self._rows[key] = _thinned(np.concatenate(parts))
+
+        return self._rows.get(key)
+
+    def last(self, table: str, rank: int) -> Any:
+        """Return a rank's newest row of a table, None where there is none."""
+        rows = self.of(table, rank)
+        return None if rows is None or not len(rows) else rows[-1]
+
+    def ranks(self, table: str) -> list[int]:
+        """Return the ranks that have rows of a table."""
+        return sorted({rank for name, rank in (*self._rows, *self._new) if name == table})
+
+
+def _thinned(rows: NDArray[np.void]) -> NDArray[np.void]:
+    while len(rows) > _MAX_ROWS:
+        older = len(rows) // 2
+        rows = np.concatenate([rows[:older:2], rows[older:]])
+
+    return rows
+
+
+def slope_per_step(steps: NDArray[np.int64], values: NDArray[np.int64]) -> float | None:
+    """Return by how much a value grows per step after warm-up, None when there are too few samples.
+
+    The least value of each of up to 24 parts (peaks of saving and evaluation drop out), then the median of all slopes
+    between them.
+    """
+    if not len(steps):
+        return None
+
+    warm = steps >= max(_WARM_UP_STEPS, (int(steps.max()) - int(steps.min())) // 4 + int(steps.min()))
+    steps, values = steps[warm], values[warm]
+    if len(np.unique(steps)) < _MIN_SAMPLES:
+        return None
+
+    parts = np.array_split(np.arange(len(steps)), min(_PARTS, len(steps) // 2))
+    least = [part[np.argmin(values[part])] for part in parts]
+    x, y = steps[least].astype(float), values[least].astype(float)
+    first, second = np.triu_indices(len(x), 1)
+    apart = x[second] > x[first]
+    slopes = (y[second] - y[first])[apart] / (x[second] - x[first])[apart]
+    return float(np.median(slopes)) if len(slopes) else None

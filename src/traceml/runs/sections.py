@@ -1,0 +1,209 @@
+"""The report's sections, each made from a digest: steps, phases, ranks, memory, system, telemetry."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from traceml.database.reader import StoreReader, StreamRecord
+from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
+from traceml.diagnosis import RankExit, Window
+from traceml.runs.digest import Digest
+from traceml.runs.samples import slope_per_step
+
+__all__ = ["memory", "phases", "ranks", "steps", "system", "telemetry"]
+
+_MS = 1e6
+_ORDER = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint")
+
+
+def steps(digest: Digest, window: Window) -> dict[str, Any]:
+    """Return how many steps there were and how long they took.
+
+    Args:
+        digest: the run.
+        window: the steps to describe.
+    """
+    latest = digest.window.latest
+    total = window.total.ravel() / _MS
+    p50, p95, p99 = np.quantile(total, (0.5, 0.95, 0.99)).tolist() if total.size else (None, None, None)
+    return {
+        "count": int(latest.max()) + 1 if latest.size else 0,
+        "mean_ms": float(total.mean()) if total.size else None,
+        "p50_ms": p50,
+        "p95_ms": p95,
+        "p99_ms": p99,
+        "per_second": _per_second(digest),
+    }
+
+
+def _per_second(digest: Digest) -> float | None:
+    """Return steps per second of wall time, what lies between steps included, of the rank with the most steps."""
+    latest, ends = digest.window.latest, digest.window.end_ns
+    if not latest.size or not digest.first:
+        return None
+
+    rank = int(np.argmax(latest))
+    first_step, first_end = digest.first.get(rank, (int(latest[rank]), int(ends[rank])))
+    passed_ns = int(ends[rank]) - first_end
+    return (int(latest[rank]) - first_step) / (passed_ns / 1e9) if passed_ns > 0 else None
+
+
+def phases(digest: Digest, window: Window) -> list[dict[str, Any]]:
+    """Return mean milliseconds by phase and rank; backward is own work, comm holds the waiting inside it."""
+    by_rank = {int(rank): _means(window, row) for row, rank in enumerate(window.ranks)}
+    for rank in sorted(set(digest.ranks) - set(by_rank)):
+        if rank < len(digest.window.latest) and digest.window.latest[rank] >= 0:
+            by_rank[rank] = _means(digest.window.held(rank), 0)
+
+    whole = sum(sum(means.values()) for means in by_rank.values())
+    return [_phase(name, by_rank, whole) for name in _names(by_rank)]
+
+
+def _means(window: Window, row: int) -> dict[str, float]:
+    """Return a rank's mean milliseconds by phase; they add up to its mean step."""
+    means = {name: float(values[row].mean()) / _MS for name, values in window.times.items() if name != "user"}
+    for name, values in window.user.items():
+        means[name] = means.get(name, 0.0) + float(values[row].mean()) / _MS
+
+    unnamed = (
+        float(window.times["user"][row].mean()) / _MS - sum(float(v[row].mean()) for v in window.user.values()) / _MS
+    )
+    means["other"] += max(unnamed, 0.0)
+    own, backward = window.backward_own[row], window.times["backward"][row]
+    measured = ~np.isnan(own)
+    if measured.any() and backward[measured].sum() > 0:
+        share = min(1.0, float(own[measured].sum() / backward[measured].sum()))
+        means["comm"] += means["backward"] * (1 - share)
+        means["backward"] *= share
+
+    return means
+
+
+def _names(by_rank: dict[int, dict[str, float]]) -> list[str]:
+    seen = {name for means in by_rank.values() for name, value in means.items() if value > 0}
+    return [*(n for n in _ORDER if n in seen), *sorted(seen - {*_ORDER, "other"}), *(["other"] if by_rank else [])]
+
+
+def _phase(name: str, by_rank: dict[int, dict[str, float]], whole: float) -> dict[str, Any]:
+    means = {rank: of_rank.get(name, 0.0) for rank, of_rank in by_rank.items()}
+    total = sum(means.values())
+    return {
+        "phase": name,
+        "mean_ms": total / len(means),
+        "share": total / whole if whole else 0.0,
+        "by_rank": [{"rank": rank, "mean_ms": mean} for rank, mean in sorted(means.items())],
+    }
+
+
+def ranks(digest: Digest) -> list[dict[str, Any]]:
+    """Return how each rank of the last attempt stands or how it ended."""
+    latest = digest.window.latest
+    return [
+        {
+            "rank": rank,
+            "host": stream.host,
+            "pid": stream.identity.pid,
+            "steps": int(latest[rank]) + 1 if rank < len(latest) else 0,
+            "state": stream.state,
+            "exit": _exit(digest, stream),
+        }
+        for rank, stream in sorted(digest.ranks.items())
+    ]
+
+
+def _exit(digest: Digest, stream: StreamRecord) -> dict[str, Any]:
+    ended = digest.facts.exits.get(stream.rank)
+    if ended is None:
+        ended = RankExit.of(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
+
+    latest = digest.window.latest
+    last_step = ended.last_step
+    if last_step is None and stream.rank < len(latest) and latest[stream.rank] >= 0:
+        last_step = int(latest[stream.rank])
+
+    return {
+        "code": ended.code,
+        "signal": ended.signal,
+        "exception": ended.exception,
+        "last_step": last_step,
+        "open_phase": ended.open_phase,
+        "stack": ended.stack,
+    }
+
+
+def memory(digest: Digest) -> dict[str, Any]:
+    """Return peaks and growth of memory by rank."""
+    by_rank = []
+    for rank in sorted(digest.ranks):
+        process = digest.samples.of(PROCESS.name, rank)
+        device = digest.samples.of(TORCH_MEMORY.name, rank)
+        has = process is not None and len(process)
+        by_rank.append(
+            {
+                "rank": rank,
+                "rss_peak_bytes": int(process["rss_bytes"].max()) if process is not None and has else None,
+                "rss_slope_bytes_per_step": (
+                    slope_per_step(process["step"], process["rss_bytes"]) if process is not None and has else None
+                ),
+                "cuda_peak_bytes": int(device["peak_allocated_bytes"].max()) if device is not None else None,
+            }
+        )
+
+    return {"by_rank": by_rank}
+
+
+def system(digest: Digest) -> dict[str, Any]:
+    """Return how busy hosts and devices were."""
+    hosts: dict[str, dict[str, Any]] = {
+        stream.host: {"host": stream.host, "cpu_pct": None, "memory_pct": None, "gpus": []}
+        for stream in digest.ranks.values()
+    }
+    for rank in digest.samples.ranks(HOST.name):
+        rows = digest.samples.of(HOST.name, rank)
+        if rows is not None and len(rows) and rank in digest.ranks:
+            used = rows["memory_used_bytes"] / np.maximum(rows["memory_total_bytes"], 1)
+            host = hosts[digest.ranks[rank].host]
+            host |= {"cpu_pct": float(rows["cpu_pct"].mean()), "memory_pct": 100 * float(used.max())}
+
+    for rank in digest.samples.ranks(GPU.name):
+        rows = digest.samples.of(GPU.name, rank)
+        if rows is not None and rank in digest.ranks:
+            hosts[digest.ranks[rank].host]["gpus"] = [
+                _gpu(rows[rows["index"] == i], i) for i in np.unique(rows["index"])
+            ]
+
+    return {"hosts": list(hosts.values())}
+
+
+def _gpu(rows: Any, index: int) -> dict[str, Any]:
+    return {
+        "index": int(index),
+        "utilization_pct": float(rows["utilization_pct"].mean()),
+        "memory_used_bytes": int(rows["memory_used_bytes"].max()),
+        "memory_total_bytes": int(rows["memory_total_bytes"].max()),
+        "temperature_c": float(rows["temperature_c"].max()),
+        "power_w": float(rows["power_w"].mean()),
+    }
+
+
+def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> dict[str, Any]:
+    """Return what tracing stored, lost and cost."""
+    stored = sum(reader.stored(table) for table in TABLES)
+    lost = sum(reader.lost(table) for table in TABLES)
+    last = [row for rank in sorted(digest.ranks) if (row := digest.samples.last(TELEMETRY.name, rank)) is not None]
+    hooks = [int(row["hook_ns_per_step"]) for row in last if row["hook_ns_per_step"] > 0]
+    overhead_us = float(np.mean(hooks)) / 1e3 if hooks else None
+    appended = stored + lost
+    if digest.state == "running":
+        appended = max(appended, sum(int(row["rows_appended"]) for row in last))
+
+    return {
+        "rows_appended": appended,
+        "rows_stored": stored,
+        "rows_lost": lost,
+        "overhead_us_per_step": overhead_us,
+        "overhead_share": overhead_us / 1e3 / step_ms if overhead_us is not None and step_ms else None,
+        "bytes_sent": sum(int(row["bytes_sent"]) for row in last),
+    }

@@ -1,0 +1,34 @@
+"""How a run stands: what its store says, corrected where nobody is left to keep it."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from traceml.clock import boot_id, process_start_ticks
+
+__all__ = ["is_watched", "state_of"]
+
+
+def state_of(run: Mapping[str, Any], aggregator: Mapping[str, Any]) -> str:
+    """Return running, finished, failed, hung or lost.
+
+    Args:
+        run: the store's facts of the run.
+        aggregator: the store's facts of who wrote it last.
+    """
+    state = str(run.get("state", "running"))
+    return "lost" if state == "running" and not is_watched(aggregator) else state
+
+
+def is_watched(aggregator: Mapping[str, Any]) -> bool:
+    """Tell whether the aggregator that writes the store lives, as far as this host can know."""
+    if aggregator.get("host") != socket.gethostname():
+        return True
+
+    if aggregator.get("boot_id") != boot_id():
+        return False
+
+    pid = aggregator.get("pid")
+    return isinstance(pid, int) and process_start_ticks(pid) == aggregator.get("start_ticks")
