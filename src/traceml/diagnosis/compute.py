@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from traceml.diagnosis import advice
 from traceml.diagnosis.comm import least_wait_ns
 from traceml.diagnosis.facts import Facts
-from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, Severity
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.words import lasting, part_words, percent
 
@@ -14,44 +17,75 @@ __all__ = ["COMPUTE_SHARE", "nothing_found"]
 COMPUTE_SHARE = 0.90
 """From this share of computation on a run is told to be bound by it."""
 
+_WAITING = "waiting for other ranks"
+
 
 def nothing_found(segments: Segments, facts: Facts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY: no rule has found a cost worth a finding."""
-    step = segments.step_ns
-    means = {part: float(values.mean()) for part, values in segments.parts.items()}
+    kept = _without_pauses(segments)
+    step = max(float(segments.step[kept].mean()), 1.0)
+    means = {part: float(values[:, kept].mean()) for part, values in segments.parts.items()}
     shares = {part: mean / step for part, mean in means.items()}
     if segments.grouped:
-        shares["waiting for other ranks"] = max(0.0, 1.0 - sum(shares.values()))
+        shares[_WAITING] = max(0.0, 1.0 - sum(shares.values()))
 
+    evidence = _evidence(segments, facts, step, shares)
+    compute = sum(shares.get(part, 0.0) for part in COMPUTE)
+    if compute >= COMPUTE_SHARE and segments.backward_known:
+        return _compute_bound(segments, facts, step, means, evidence)
+
+    saving = shares.get("checkpoint", 0.0)
+    return Finding(
+        kind=Kind.HEALTHY,
+        severity=Severity.INFO,
+        summary=_healthy(step, shares, saving),
+        next=_when_healthy(facts, shares, saving),
+        evidence=evidence,
+    )
+
+
+def _without_pauses(segments: Segments) -> NDArray[np.intp]:
+    """Return the steps without the two longest: a pause is no property of the run."""
+    if len(segments.step) < 10:
+        return np.arange(len(segments.step))
+
+    return np.sort(np.argsort(segments.step)[:-2])
+
+
+def _evidence(segments: Segments, facts: Facts, step: float, shares: dict[str, float]) -> dict[str, object]:
     evidence: dict[str, object] = {"step_ms": step / 1e6, "share_by_phase": shares, "steps": len(segments.step)}
-    if segments.grouped:
-        evidence["exposed_comm_ms"] = least_wait_ns(segments) / 1e6 if segments.backward_known else None
+    if segments.grouped and segments.backward_known:
+        evidence["exposed_comm_ms"] = least_wait_ns(segments) / 1e6
 
     if facts.main_wait:
         evidence["cpu_wait_share"] = facts.wait_share
 
-    compute = segments.compute_ns / step
-    heaviest = max((part for part in COMPUTE if part in means), key=lambda part: means[part], default="forward")
-    if compute >= COMPUTE_SHARE and segments.backward_known:
-        return Finding(
-            kind=Kind.COMPUTE_BOUND,
-            severity=Severity.INFO,
-            phase=heaviest,
-            summary=(
-                f"Nothing holds the run up: {percent(compute)} of each {lasting(step)} step is computation, most of it "
-                f"{part_words(heaviest)} ({lasting(means[heaviest])}, {percent(shares[heaviest])})."
-            ),
-            next=advice.for_compute(heaviest, facts, segments.device),
-            evidence=evidence,
-        )
+    return evidence
 
+
+def _compute_bound(
+    segments: Segments, facts: Facts, step: float, means: dict[str, float], evidence: dict[str, object]
+) -> Finding:
+    heaviest = max((part for part in COMPUTE if part in means), key=lambda part: means[part])
+    compute = sum(means.get(part, 0.0) for part in COMPUTE) / step
     return Finding(
-        kind=Kind.HEALTHY,
+        kind=Kind.COMPUTE_BOUND,
         severity=Severity.INFO,
-        summary=f"Nothing holds the run up: a step takes {lasting(step)}; {_largest(shares)}.",
-        next=_when_healthy(facts, shares),
+        phase=heaviest,
+        summary=(
+            f"Nothing holds the run up: {percent(compute)} of each {lasting(step)} step is computation, most of it "
+            f"{part_words(heaviest)} ({lasting(means[heaviest])}, {percent(means[heaviest] / step)})."
+        ),
+        next=advice.for_compute(heaviest, facts, segments.device),
         evidence=evidence,
     )
+
+
+def _healthy(step: float, shares: dict[str, float], saving: float) -> str:
+    if saving >= WARNING_SHARE:
+        return f"Saving checkpoints takes {percent(saving)} of all time; nothing else holds the run up."
+
+    return f"Nothing holds the run up: a step takes {lasting(step)}; {_largest(shares)}."
 
 
 def _largest(shares: dict[str, float]) -> str:
@@ -60,14 +94,17 @@ def _largest(shares: dict[str, float]) -> str:
     return ", ".join(told)
 
 
-def _when_healthy(facts: Facts, shares: dict[str, float]) -> str:
+def _when_healthy(facts: Facts, shares: dict[str, float], saving: float) -> str:
+    if saving >= WARNING_SHARE:
+        return "Save less often, or beside training (torch.distributed.checkpoint.async_save)."
+
     if facts.oversubscribed:
         return (
             f"The ranks stood ready without a core for {percent(facts.wait_share)} of their time: try fewer ranks or "
             "threads (OMP_NUM_THREADS) per host."
         )
 
-    if shares.get("waiting for other ranks", 0) >= 0.2:
+    if shares.get(_WAITING, 0.0) >= 0.2:
         return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
 
     return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."

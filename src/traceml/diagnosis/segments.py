@@ -54,7 +54,7 @@ class Segments:
     @property
     def step_ns(self) -> float:
         """Mean wall time of a step."""
-        return float(self.step.mean())
+        return max(float(self.step.mean()), 1.0)
 
     @property
     def compute_ns(self) -> float:

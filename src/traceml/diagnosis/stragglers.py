@@ -262,7 +262,8 @@ def _kind(part: str) -> Kind:
 def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(segments, {part: lifted(segments, part, late.rows, late.others) for part in blamed})
-    share = min(late.excess_ns / segments.step_ns, 1.0)
+    # Late ranks that take turns cost more than each one's mean; two causes at once cost more than mending one gains.
+    share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
     gain = speedup(segments, saved)
     return Finding(
@@ -270,7 +271,7 @@ def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
         severity=severity_of(max(share, WARNING_SHARE)),
         ranks=ranks,
         phase=late.part,
-        summary=_summary(segments, late, ranks, gain),
+        summary=_summary(segments, late, ranks, share, gain),
         next=advice.for_straggler(late, ranks, facts),
         evidence=_evidence(segments, facts, late, ranks),
         cost_share=share,
@@ -278,7 +279,7 @@ def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
     )
 
 
-def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], gain: float) -> str:
+def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], share: float, gain: float) -> str:
     who, verb = of_ranks(ranks), "hold" if len(ranks) > 1 else "holds"
     own = segments.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(median_over_ranks(own[late.others]).mean())
@@ -291,8 +292,8 @@ def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], gain: float
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{who} {verb} the others up: {whose} {part_words(late.part)} takes {lasting(mine)}, {lasting(mine - others)} "
-        f"more than the others' ({lasting(others)}), {percent(late.excess_ns / segments.step_ns)} of the step; "
-        f"without that the run would be {factor(gain)} faster."
+        f"more than the others' ({lasting(others)}); that costs {percent(share)} of each step, and without it the run would be "
+        f" {factor(gain)} faster."
     )
 
 

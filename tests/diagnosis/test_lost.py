@@ -1,0 +1,116 @@
+"""Ranks that ended badly: which of them is the cause, and how it is told."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.diagnosis import Facts, FactsBuilder, RankExit
+from traceml.diagnosis.lost import rank_lost, root_causes
+
+
+def test_a_signal_is_told_with_step_and_phase():
+    """The summary names rank, signal, step and open phase."""
+    ended = RankExit(rank=3, state="killed", signal=9, last_step=41, open_step=42, open_phase="backward")
+
+    finding = rank_lost(Facts(exits=(ended,)))[0]
+
+    assert finding.summary == "Rank 3 was killed by signal 9 (SIGKILL), in step 42, in backward."
+    assert finding.evidence["step"] == 42
+    assert "out-of-memory" in finding.next
+
+
+def test_an_exception_is_told_with_its_line():
+    """Message, file and line are in the evidence."""
+    ended = RankExit(
+        rank=0, state="failed", code=1, exception="ValueError: bad label 11", file="train.py", line=17, last_step=8
+    )
+
+    finding = rank_lost(Facts(exits=(ended,)))[0]
+
+    assert "ValueError: bad label 11 at train.py:17" in finding.summary
+    assert (finding.evidence["file"], finding.evidence["line"], finding.evidence["step"]) == ("train.py", 17, 8)
+
+
+def test_an_exit_code_is_told():
+    """sys.exit(3) is a lost rank too."""
+    finding = rank_lost(Facts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
+
+    assert "exit code 3, before the first step" in finding.summary
+
+
+def test_ranks_that_followed_are_not_the_cause():
+    """The launcher's SIGTERM and a collective whose peer has gone are consequences, whoever was reaped first."""
+    exits = (
+        RankExit(rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer", at_s=1.0),
+        RankExit(rank=1, state="killed", signal=11, at_s=2.0),
+        RankExit(rank=2, state="killed", signal=15, at_s=3.0),
+    )
+
+    finding = rank_lost(Facts(exits=exits))[0]
+
+    assert finding.ranks == (1,)
+    assert finding.evidence["followed"] == [0, 2]
+    assert "ranks 0 and 2 ended because of that" in finding.summary
+
+
+def test_the_same_exception_on_all_ranks_names_all():
+    """A mistake in the script hits every rank alike."""
+    exits = [RankExit(rank=rank, state="failed", exception="KeyError: 'x'", file="a.py", line=3) for rank in range(4)]
+
+    assert [ended.rank for ended in root_causes(exits)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        RankExit(rank=0, state="failed", code=130, exception="KeyboardInterrupt: "),
+        RankExit(rank=0, state="killed", signal=2),
+        RankExit(rank=0, state="finished", code=0),
+    ],
+)
+def test_a_run_that_was_stopped_by_hand_lost_nobody(ended):
+    """Ctrl-C and a clean end are no findings."""
+    assert rank_lost(Facts(exits=(ended,))) == []
+
+
+def test_only_sigterm_is_still_a_loss():
+    """When every rank was ended from outside, that is told."""
+    finding = rank_lost(Facts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))[0]
+
+    assert "SIGTERM" in finding.summary
+
+
+def test_exits_are_read_from_what_streams_hold():
+    """The rank's words, its launcher's and its flight file's become one exit."""
+    told = {
+        "code": 1,
+        "type": "OSError",
+        "message": "no space",
+        "file": "t.py",
+        "line": 3,
+        "traceback": "Traceback",
+        "step": 7,
+    }
+
+    ended = RankExit.of(2, "failed", told, "node1")
+
+    assert (ended.exception, ended.open_step, ended.stack, ended.host) == ("OSError: no space", 7, "Traceback", "node1")
+    assert RankExit.of(0, "lost", {"last_step": -1}).last_step is None
+
+
+def test_facts_are_gathered_from_info_rows():
+    """Loaders, cores and the end of a rank come from its rows; what is told later completes them."""
+    builder = FactsBuilder(2)
+    builder.host(0, "node1")
+    builder.info(0, {"kind": "process", "cores": 8})
+    builder.info(0, {"kind": "loader", "dataset": "Train", "num_workers": 0})
+    builder.info(0, {"kind": "loader", "dataset": "Validation", "num_workers": 2})
+    builder.info(0, {"kind": "model", "parallel": "fsdp2"})
+    builder.info(0, {"kind": "exit", "code": 1, "type": "ValueError", "message": "x"})
+    builder.exit(RankExit(rank=0, state="failed", at_s=5.0))
+
+    facts = builder.build()
+
+    assert facts.loader is not None
+    assert (facts.loader.dataset, facts.cores_per_rank, facts.sharded) == ("Train", 8, True)
+    assert (facts.exits[0].exception, facts.exits[0].at_s) == ("ValueError: x", 5.0)

@@ -1,0 +1,333 @@
+"""The verdict on fabricated runs: kind, ranks and phase of the fault that was put in; nothing where there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
+from traceml.database.schema import STEPS
+from traceml.diagnosis import Facts, Finding, Kind, LoaderFacts, RankExit, Severity, StepWindow, diagnose
+
+TINY = Job(
+    own={"input_wait": 0.15, "forward": 0.1, "backward": 0.15, "optimizer": 0.1, "other": 0.15},
+    comm=0.4,
+    leave_ms=0.3,
+    sigma=0.3,
+    steps=400,
+)
+ALONE = Job(ranks=1, grouped=False)
+
+
+def verdict(job: Job, *faults: Fault, seed: int = 0, **facts: object) -> Finding:
+    return diagnose(window_of(job, *faults, seed=seed), Facts(world_size=job.ranks, **facts))[0]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("input_wait", Kind.INPUT_STRAGGLER),
+        ("h2d", Kind.H2D_STRAGGLER),
+        ("forward", Kind.COMPUTE_STRAGGLER),
+        ("backward", Kind.COMPUTE_STRAGGLER),
+        ("optimizer", Kind.COMPUTE_STRAGGLER),
+        ("other", Kind.STRAGGLER),
+    ],
+)
+def test_a_late_rank_is_named_with_its_phase(ranks, part, kind):
+    """Twenty milliseconds in one part of one rank: its kind, rank and phase are told, and what the run would gain."""
+    found = verdict(Job(ranks=ranks, callback_every=4), adds(part, 20, (1,)))
+
+    assert (found.kind, found.ranks, found.phase) == (kind, (1,), part)
+    assert found.severity is Severity.CRITICAL
+    assert found.speedup_if_fixed == pytest.approx(35 / 15, rel=0.15)
+    assert "Rank 1" in found.summary
+
+
+@pytest.mark.parametrize("part", ["forward", "backward", "input_wait"])
+def test_a_fault_in_every_fifth_step_is_found(part):
+    """Sums over the window see what the median of a phase does not."""
+    found = verdict(Job(ranks=4), adds(part, 60, (2,), every=5))
+
+    assert (found.ranks, found.phase) == ((2,), part)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_weak_fault_is_found_in_a_quiet_run(seed):
+    """A rank whose forward takes a fifth of a step more is named."""
+    found = verdict(Job(ranks=4), adds("forward", 3.0, (1,)), seed=seed)
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "forward")
+    assert found.severity is Severity.WARNING
+
+
+def test_two_late_ranks_are_named_together():
+    """Two ranks late by the same cause are one finding."""
+    found = verdict(Job(ranks=4), adds("input_wait", 30, (1, 3)))
+
+    assert (found.kind, found.ranks) == (Kind.INPUT_STRAGGLER, (1, 3))
+
+
+def test_two_causes_are_two_findings_the_larger_first():
+    """Two ranks late by different causes are told apart."""
+    findings = diagnose(
+        window_of(Job(ranks=4), adds("input_wait", 40, (1,)), adds("forward", 20, (2,))), Facts(world_size=4)
+    )
+
+    assert [(finding.kind, finding.ranks) for finding in findings] == [
+        (Kind.INPUT_STRAGGLER, (1,)),
+        (Kind.COMPUTE_STRAGGLER, (2,)),
+    ]
+
+
+def test_ranks_that_take_turns_are_named():
+    """Nobody is late on average, and yet all wait in every step: some of the ranks by number, all by none."""
+    some = verdict(Job(ranks=4), takes_turns("forward", 30, (1, 3)))
+    both = verdict(Job(ranks=2), takes_turns("forward", 30, (0, 1)))
+
+    assert (some.kind, some.ranks, some.phase) == (Kind.COMPUTE_STRAGGLER, (1, 3), "forward")
+    assert (both.kind, both.ranks, both.phase) == (Kind.COMPUTE_STRAGGLER, (), "forward")
+    assert "turns" in both.summary
+    assert some.cost_share == pytest.approx(1 - 1 / some.speedup_if_fixed, abs=0.01)
+
+
+def test_a_users_phase_on_one_rank_is_named():
+    """A phase of the user's own is told by its name."""
+    job = Job()
+    window = window_of(job, adds("user", 20, (0,)))
+    named = replace(window, user={"augment": window.times["user"]})
+
+    found = diagnose(named, Facts(world_size=2))[0]
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.STRAGGLER, (0,), "augment")
+    assert "'augment'" in found.summary
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [("input_wait", Kind.INPUT_BOUND), ("h2d", Kind.H2D_BOUND), ("other", Kind.RESIDUAL_HEAVY)]
+)
+@pytest.mark.parametrize("job", [Job(), Job(ranks=4), ALONE], ids=["two", "four", "alone"])
+def test_what_costs_all_ranks_names_no_rank(part, kind, job):
+    """A cost on all ranks is no straggler's."""
+    found = verdict(job, adds(part, 10))
+
+    assert (found.kind, found.ranks, found.phase) == (kind, (), part)
+
+
+def test_a_users_heavy_phase_is_residual_under_its_name():
+    """The user's phase that takes the time is named."""
+    window = window_of(ALONE, adds("user", 10))
+
+    found = diagnose(replace(window, user={"metrics": window.times["user"]}), Facts())[0]
+
+    assert (found.kind, found.phase) == (Kind.RESIDUAL_HEAVY, "metrics")
+
+
+def test_communication_is_found_when_nobody_is_late():
+    """The least waiting over ranks is communication."""
+    found = verdict(Job(ranks=4, comm=20.0), backend="gloo")
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.COMM_BOUND, (), "comm")
+    assert found.evidence["comm_ms"] == pytest.approx(20, rel=0.1)
+
+
+def test_a_late_rank_is_not_taken_for_communication():
+    """The others' waiting for a late rank is no communication."""
+    kinds = {
+        finding.kind for finding in diagnose(window_of(Job(comm=4.0), adds("backward", 20, (0,))), Facts(world_size=2))
+    }
+
+    assert kinds == {Kind.COMPUTE_STRAGGLER}
+
+
+def test_without_own_backward_communication_is_never_claimed():
+    """Slow computation and slow communication look alike then: the verdict says so."""
+    window = window_of(Job(comm=20.0, callback_every=0))
+
+    found = diagnose(window, Facts(world_size=2, group=True))[0]
+
+    assert (found.kind, found.phase) == (Kind.INSUFFICIENT_DATA, "backward")
+    assert "backward or communication" in found.summary
+
+
+def test_without_own_backward_other_stragglers_are_still_named():
+    """The parts outside backward tell who is late."""
+    window = window_of(Job(callback_every=0), adds("forward", 20, (1,)))
+
+    found = diagnose(window, Facts(world_size=2, group=True))[0]
+
+    assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "forward")
+
+
+def test_rare_long_steps_are_jitter():
+    """Three percent of the steps hold a large part of all time."""
+    found = verdict(replace(ALONE, steps=400), at_once("forward", 200, 0.03))
+
+    assert (found.kind, found.phase) == (Kind.JITTER, "forward")
+    assert found.evidence["usual_ms"] == pytest.approx(14, rel=0.1)
+
+
+def test_rare_long_steps_that_save_are_explained():
+    """Saving now and then is no jitter."""
+    found = verdict(replace(ALONE, steps=400), at_once("checkpoint", 200, 0.03))
+
+    assert found.kind is Kind.HEALTHY
+    assert "Saving checkpoints takes" in found.summary
+
+
+def test_one_long_step_is_no_verdict():
+    """A single pause, and the long last step of a script that saves, are events and not habits."""
+
+    def pauses(own, random):
+        own["other"][:, 150] += 2000
+        own["other"][:, -1] += 5000
+
+    assert verdict(ALONE, pauses).kind is Kind.COMPUTE_BOUND
+    assert verdict(Job(), pauses).kind in (Kind.COMPUTE_BOUND, Kind.HEALTHY)
+
+
+def test_a_run_that_computes_all_the_time_is_compute_bound():
+    """Ninety percent of computation, and the heaviest phase is named."""
+    found = verdict(ALONE)
+
+    assert (found.kind, found.severity, found.phase) == (Kind.COMPUTE_BOUND, Severity.INFO, "backward")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_tiny_healthy_run_is_not_blamed(ranks, seed):
+    """Sub-millisecond steps on data in memory: input, Python and gloo take their share, and that is no fault."""
+    job = replace(TINY, ranks=ranks, grouped=ranks > 1, spikes=0.02, spike_ms=5.0)
+
+    assert verdict(job, seed=seed).kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_a_healthy_run_is_not_blamed_whatever_its_noise(sigma, ranks):
+    """Ten runs of each kind, with contention spikes in half of them."""
+    for seed in range(10):
+        job = Job(
+            ranks=ranks, sigma=sigma, spikes=0.02 * (seed % 2), grouped=ranks > 1, callback_every=1 + 3 * (seed % 2)
+        )
+
+        assert verdict(job, seed=seed).kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
+
+
+@pytest.mark.parametrize("skew", [1.1, 1.2, 1.3])
+def test_a_core_that_is_slower_in_everything_is_not_blamed(skew):
+    """One rank faster in all it computes is how some healthy runs are."""
+    for seed in range(5):
+        assert verdict(Job(skew=skew, skew_from=0.4), seed=seed).kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
+
+
+def test_a_rank_that_is_far_slower_in_everything_is_named():
+    """Twice the time in every computing part, all along: the summary says it is the rank, not one phase."""
+    found = verdict(Job(skew=2.2))
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
+    assert "every part" in found.summary
+
+
+def test_too_few_cores_withhold_blame():
+    """Where ranks stand ready without a core, waiting and weak lateness are chance."""
+    crowded = dict.fromkeys(range(4), 0.4)
+    job = Job(ranks=4, comm=10.0)
+
+    assert verdict(job).kind is Kind.COMM_BOUND
+    assert verdict(job, main_wait=crowded).kind is Kind.HEALTHY
+    assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.HEALTHY
+
+
+def test_a_strong_fault_is_named_even_with_too_few_cores():
+    """Twenty milliseconds on a crowded host are no chance."""
+    found = verdict(Job(ranks=4), adds("forward", 20, (1,)), main_wait=dict.fromkeys(range(4), 0.4))
+
+    assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
+
+
+def test_a_rank_that_lacks_a_core_is_not_blamed_for_its_code():
+    """A rank that alone waits for a core is slow because of its host."""
+    found = verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait={0: 0.01, 1: 0.2, 2: 0.01, 3: 0.02})
+
+    assert found.kind is Kind.HEALTHY
+
+
+def test_ranks_without_a_group_do_not_wait_for_each_other():
+    """Separate processes are no stragglers."""
+    found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)
+
+    assert found.kind in (Kind.COMPUTE_BOUND, Kind.HEALTHY)
+
+
+def test_few_steps_are_insufficient():
+    """The verdict says how many there were and how many it takes."""
+    found = verdict(Job(steps=15))
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "20 are needed" in found.summary
+
+
+def test_no_steps_at_all_say_how_to_mark_them():
+    """A run that ended without a step gets a way out."""
+    found = diagnose(StepWindow(128).aligned(), Facts(state="finished"))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "trace_step" in found.next
+
+
+def test_a_lost_rank_outranks_timing():
+    """A rank killed by a signal is the verdict; the timing finding comes after it."""
+    lost = RankExit(rank=1, state="killed", signal=9, last_step=99, open_step=100, open_phase="backward")
+    findings = diagnose(window_of(Job(), adds("forward", 20, (0,))), Facts(world_size=2, exits=(lost,)))
+
+    assert [finding.kind for finding in findings] == [Kind.RANK_LOST, Kind.COMPUTE_STRAGGLER]
+    assert (findings[0].ranks, findings[0].phase, findings[0].evidence["signal"]) == ((1,), "backward", 9)
+
+
+def test_findings_are_plain_json():
+    """What is told can be written as JSON, and read back."""
+    found = verdict(Job(), adds("forward", 20, (1,)))
+
+    assert Finding.from_dict(found.to_dict()).kind is Kind.COMPUTE_STRAGGLER
+    assert all(not isinstance(value, np.generic) for value in found.to_dict()["evidence"].values())
+
+
+@pytest.mark.parametrize(
+    ("loader", "says", "never"),
+    [
+        (LoaderFacts(dataset="Digits", in_memory=True, num_workers=0, batch_size=16), "index", "num_workers"),
+        (LoaderFacts(dataset="Folder", num_workers=0), "num_workers=3", "cheaper"),
+        (LoaderFacts(dataset="Folder", num_workers=2), "num_workers=4", "in memory"),
+        (LoaderFacts(dataset="Folder", num_workers=8), "already fill", "try num_workers"),
+        (None, "prefetch", "in memory"),
+    ],
+)
+def test_advice_on_input_fits_the_loader(loader, says, never):
+    """No workers for a dataset in memory, no more workers than cores."""
+    found = verdict(ALONE, adds("input_wait", 10), loader=loader, hosts={0: "h"}, cores={"h": 4})
+
+    assert says in found.next
+    assert never not in found.next
+
+
+def test_device_times_have_a_lower_floor_for_communication():
+    """On a device a millisecond of exposed communication is no scheduling noise."""
+    job = Job(own={"forward": 1.0, "backward": 2.0, "optimizer": 0.3}, comm=2.0, leave_ms=0.0)
+    window = window_of(job)
+
+    assert diagnose(window, Facts(world_size=2))[0].kind is Kind.HEALTHY
+    assert diagnose(replace(window, device=True), Facts(world_size=2))[0].kind is Kind.COMM_BOUND
+
+
+def test_rows_with_nothing_in_them_do_no_harm():
+    """Steps of no length give no division by zero."""
+    rows = np.zeros(60, STEPS.dtype)
+    rows["step"], rows["backward_own_ns"] = np.arange(60), -1
+    window = StepWindow(128)
+    window.scatter(np.zeros(60, np.int64), rows)
+
+    assert diagnose(window.aligned(), Facts())[0].kind is Kind.HEALTHY
