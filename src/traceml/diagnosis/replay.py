@@ -6,12 +6,12 @@ therefore shortens a step by what the slowest rank gets faster, not by what one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.segments import Segments, median_over_ranks
+from traceml.diagnosis.segments import Segments
 from traceml.diagnosis.window import Floats
 
 __all__ = ["lifted", "new_step_times", "saved_ns", "speedup", "without_rare"]
@@ -39,11 +39,16 @@ def speedup(segments: Segments, saved: float) -> float:
     return segments.step_ns / max(segments.step_ns - max(saved, 0.0), 1.0)
 
 
-def lifted(segments: Segments, part: str, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
-    """Return a part's own work with the late ranks' replaced by the other ranks' median."""
-    values = segments.parts[part].copy()
-    values[late] = median_over_ranks(values[others])
-    return values
+def lifted(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
+    """Return a part's own work with the late ranks' replaced by that of a typical other rank.
+
+    It is a real rank's work, noise included, taken a step later: a median would be calmer than any rank is.
+    """
+    means = values[others].mean(axis=1)
+    typical = others[int(np.argsort(means)[len(means) // 2])]
+    changed = values.copy()
+    changed[late] = np.roll(values[typical], 1)
+    return changed
 
 
 def without_rare(values: Floats, share: float = 0.05) -> Floats:
@@ -55,8 +60,3 @@ def without_rare(values: Floats, share: float = 0.05) -> Floats:
 
     ceiling = np.partition(values, keep - 1, axis=1)[:, keep - 1 : keep]
     return np.minimum(values, ceiling)
-
-
-def zeroed(segments: Segments, parts: Iterable[str]) -> dict[str, Floats]:
-    """Return a change that takes these parts out on all ranks."""
-    return {part: np.zeros_like(segments.parts[part]) for part in parts}

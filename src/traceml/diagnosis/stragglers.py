@@ -18,7 +18,7 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
 from traceml.diagnosis.replay import lifted, saved_ns, speedup
-from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
+from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.window import Floats
 from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
 
@@ -34,16 +34,18 @@ EVERYWHERE_SHARE = 0.30
 """From this excess on a rank which is slower in everything is named too."""
 RUNNER_UP = 1 / 3
 """Ranks with this share of the largest excess or more are looked at as late together."""
+GAIN_SHARE = 0.05
+"""Without the late ranks a step would be at least this much shorter, unless they are late by a great deal."""
 CLEARLY = 1.5
 """The least late rank's excess is this many times that of any other rank."""
 CERTAINTY = 3.5
-"""The excess is so many standard errors away from none ..."""
+"""The excess is so many standard errors from none, one more for each tenth of a step that it is below a fifth ..."""
 CHANCE = 0.001
 """... or its long steps would fall on that rank by chance less often than this."""
 LUMP_SHARE = 0.25
 """A long step in that sense: so much of a mean step above the others' usual own work."""
 MAX_TRIALS = 1000
-ALIKE = 0.33
+ALIKE = 0.25
 """A second computing part slower by this much of the first one's factor: the rank computes slower, not one part."""
 
 ALIKE_CERTAINTY = 2.0
@@ -52,6 +54,7 @@ STARVED = 0.15
 """A rank whose main thread stood ready without a core for this share of its time, twice the others', lacks a core."""
 
 _BATCHES = 8
+_MIN_MEASURED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +72,26 @@ class Late:
 
 def stragglers(segments: Segments, facts: Facts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return a finding per group of late ranks, and the window's parts with them lifted to the others."""
-    fixed: dict[str, Floats] = {}
     if not segments.grouped or len(segments.ranks) < 2:
-        return [], fixed
+        return [], {}
 
-    found = []
-    for late in find_late(segments, facts):
-        found.append(_finding(segments, facts, late))
-        for part in late.by_part_ns if late.everywhere else (late.part,):
-            fixed[part] = _lift(fixed.get(part, segments.parts[part]), late)
+    late = find_late(segments, facts)
+    fixed = _fixed(segments, late)
+    if late and saved_ns(segments, fixed) < GAIN_SHARE * segments.step_ns:
+        # Others are late as often: who is a little later on average is nobody's fault.
+        late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
+        fixed = _fixed(segments, late)
 
-    return found, fixed
+    return [_finding(segments, facts, one) for one in late], fixed
+
+
+def _fixed(segments: Segments, late: list[Late]) -> dict[str, Floats]:
+    fixed: dict[str, Floats] = {}
+    for one in late:
+        for part in one.by_part_ns if one.everywhere else (one.part,):
+            fixed[part] = lifted(fixed.get(part, segments.parts[part]), one.rows, one.others)
+
+    return fixed
 
 
 def find_late(segments: Segments, facts: Facts) -> list[Late]:
@@ -112,9 +124,17 @@ def split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.flatnonzero(late), np.flatnonzero(~late)
 
 
+def _of_others(values: Floats) -> Floats:
+    """Return what the others do on average in each step.
+
+    Not their median: of skewed noise the median of several ranks is less than what any of them does on average.
+    """
+    return np.asarray(values.mean(axis=0))
+
+
 def _judge(segments: Segments, facts: Facts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[Late]:
-    reference = {part: median_over_ranks(values[others]) for part, values in segments.parts.items()}
-    own = median_over_ranks(segments.own[others])
+    reference = {part: _of_others(values[others]) for part, values in segments.parts.items()}
+    own = _of_others(segments.own[others])
     excess = (segments.own[rows] - own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
     # All the others must be clearly apart from the late ones, or who is late is a matter of degree.
@@ -143,7 +163,8 @@ def _blame(
     part = max(by_part, key=lambda name: by_part[name])
     everywhere = by_part[part] < DOMINANCE * positive or _alike(segments, row, reference, part)
     everywhere = everywhere or (part in COMPUTE and _starved(facts, int(segments.ranks[row])))
-    floor = EVERYWHERE_SHARE if everywhere or facts.oversubscribed else EXCESS_SHARE
+    seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
+    floor = EVERYWHERE_SHARE if everywhere or seldom or facts.oversubscribed else EXCESS_SHARE
     if excess < floor * segments.step_ns or (everywhere and facts.oversubscribed):
         return None, everywhere
 
@@ -178,7 +199,9 @@ def _certain(segments: Segments, row: int, others: NDArray[np.intp], reference: 
     backward = excess.pop("backward", np.zeros(1, np.float32))
     steady = [np.sum(list(excess.values()), axis=0), _columns(segments, "backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
-    if mean + mean_backward >= CERTAINTY * hypot(error, error_backward):
+    share = (mean + mean_backward) / segments.step_ns
+    needed = CERTAINTY + 10 * max(0.0, 0.2 - share)
+    if mean + mean_backward >= needed * hypot(error, error_backward):
         return True
 
     backward = segments.parts.get("backward", np.zeros_like(segments.own))
@@ -208,8 +231,9 @@ def _columns(segments: Segments, part: str, values: Floats) -> Floats:
 
 
 def _mean_and_error(values: Floats) -> tuple[float, float]:
-    """Return the mean and its standard error, by the means of eight batches of steps: noise may last some steps."""
-    batches = [float(batch.mean()) for batch in np.array_split(values, min(_BATCHES, len(values)))]
+    """Return the mean and its standard error, by the means of batches of steps: noise may last some steps."""
+    number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
+    batches = [float(batch.mean()) for batch in np.array_split(values, number)]
     error = float(np.std(batches, ddof=1)) / len(batches) ** 0.5 if len(batches) > 1 else 0.0
     return float(np.mean(batches)), max(error, 1.0)
 
@@ -226,11 +250,11 @@ def _lasting(excess: Floats, segments: Segments) -> bool:
 
 def _late(segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], part: str, everywhere: bool) -> Late:
     by_part = {
-        name: float((values[rows].mean(axis=0) - median_over_ranks(values[others])).mean())
+        name: float((values[rows].mean(axis=0) - _of_others(values[others])).mean())
         for name, values in segments.parts.items()
     }
     positive = {name: value for name, value in by_part.items() if value > 0}
-    excess = float((segments.own[rows].mean(axis=0) - median_over_ranks(segments.own[others])).mean())
+    excess = float((segments.own[rows].mean(axis=0) - _of_others(segments.own[others])).mean())
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
     return Late(
         rows=rows,
@@ -241,12 +265,6 @@ def _late(segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], 
         everywhere=everywhere,
         by_part_ns=positive,
     )
-
-
-def _lift(values: Floats, late: Late) -> Floats:
-    values = values.copy()
-    values[late.rows] = median_over_ranks(values[late.others])
-    return values
 
 
 def _kind(part: str) -> Kind:
@@ -261,7 +279,7 @@ def _kind(part: str) -> Kind:
 
 def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
-    saved = saved_ns(segments, {part: lifted(segments, part, late.rows, late.others) for part in blamed})
+    saved = saved_ns(segments, {part: lifted(segments.parts[part], late.rows, late.others) for part in blamed})
     # Late ranks that take turns cost more than each one's mean; two causes at once cost more than mending one gains.
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
@@ -282,7 +300,7 @@ def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
 def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], share: float, gain: float) -> str:
     who, verb = of_ranks(ranks), "hold" if len(ranks) > 1 else "holds"
     own = segments.parts[late.part]
-    mine, others = float(own[late.rows].mean()), float(median_over_ranks(own[late.others]).mean())
+    mine, others = float(own[late.rows].mean()), float(_of_others(own[late.others]).mean())
     if late.everywhere:
         return (
             f"{who} {verb} the others up: slower in every part of the step, {lasting(late.excess_ns)} a step more own "
@@ -292,15 +310,15 @@ def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], share: floa
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{who} {verb} the others up: {whose} {part_words(late.part)} takes {lasting(mine)}, {lasting(mine - others)} "
-        f"more than the others' ({lasting(others)}); that costs {percent(share)} of each step, and without it the run would be "
-        f" {factor(gain)} faster."
+        f"more than the others' ({lasting(others)}); that costs {percent(share)} of each step, and without it the run "
+        f"would be {factor(gain)} faster."
     )
 
 
 def _evidence(segments: Segments, facts: Facts, late: Late, ranks: tuple[int, ...]) -> dict[str, object]:
     own = segments.parts[late.part]
     mine = own[late.rows].mean(axis=0)
-    others = median_over_ranks(own[late.others])
+    others = _of_others(own[late.others])
     often = float((mine - others > 0.5 * max((mine - others).max(), 1.0)).mean())
     evidence: dict[str, object] = {
         "step_ms": segments.step_ns / 1e6,
