@@ -286,8 +286,8 @@ class Aggregator:
     def _take_up_runs(self) -> None:
         """Open the run that this aggregator is for, or those that one before it has left here."""
         if self._run_id is not None:
-            self._run_id = safe_run_id(self._run_id)
-            self.registry.begin(self._run_id, self._run_id, named=True)
+            key, self._run_id = self._run_id, safe_run_id(self._run_id)
+            self.registry.begin(self._run_id, key, named=True)
             self._seen_any = True
         elif not self._exit_when_idle:
             self.registry.adopt_orphans()

@@ -99,16 +99,16 @@ class Commands:
 
     async def _finish(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         run = self._run_of(peer)
-        status = args.get("status")
+        status = args["status"] if isinstance(args.get("status"), int) else None
         for _ in range(_DRAIN_LOOKS):
             if not run.connected:
                 break
 
             await asyncio.sleep(_DRAIN_LOOK_S)
 
-        run.give_up_waiting()
+        run.give_up_waiting(status)
         for _ in range(_END_TRIES):
-            if run.ended or await self._aggregator.end(run, status if isinstance(status, int) else None):
+            if run.ended or await self._aggregator.end(run, status):
                 break
 
             await asyncio.sleep(_END_PAUSE_S)
@@ -144,7 +144,8 @@ class Commands:
         finally:
             del self._questions[number]
 
-        return {"replies": question.answers, "missing": sorted(question.waiting)}
+        replies = [{"rank": rank, **answer} for rank, answer in sorted(question.answers.items())]
+        return {"replies": replies, "missing": sorted(question.waiting)}
 
     def _run_of(self, peer: Peer) -> Run:
         wanted = peer.hello.run if peer.hello is not None else ""

@@ -89,10 +89,10 @@ class Registry:
 
     def known(self, hello: Hello) -> tuple[Run, Stream] | None:
         """Return the run and stream of a recorder that was here before, in this aggregator's life or an earlier one."""
-        who = Incarnation.of(hello)
+        who, key = Incarnation.of(hello), _key(hello)
         for run in reversed(self._runs):
             stream = run.stream_of(who, hello.rank)
-            if stream is not None:
+            if stream is not None and (run.key == key or run.key.startswith(f"{key}#")):
                 return run, stream
 
         left = self._resume(hello)

@@ -51,7 +51,6 @@ class Run:
         self.key = key
         self.named = named
         self.streams: list[Stream] = []
-        self.finished_by_launcher = False
         self._holders: dict[tuple[int, int], Stream] = {}
         self._touched_s = time.monotonic()
         self._recovered: list[FlightImage] = []
@@ -224,11 +223,13 @@ class Run:
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
         return quiet_s > (RESTART_S if broken and self._facts.get("restarts_left") else SETTLE_S)
 
-    def give_up_waiting(self) -> None:
-        """Take every rank that has not ended for dead: its launcher says so."""
-        self.finished_by_launcher = True
+    def give_up_waiting(self, status: int | None) -> None:
+        """Take every rank that has not ended for dead: its launcher says so, and what the job ended with."""
         for stream in self.streams:
             if not stream.ended:
+                if status == 0:  # one that left by os._exit has said nothing, but nothing went wrong either
+                    stream.exit.setdefault("code", 0)
+
                 self._bury(stream)
 
     def commit(self, *, force: bool = False) -> bool:
@@ -325,6 +326,7 @@ class Run:
         identity = StreamIdentity(rank, attempt, who.host, who.pid, who.start_ticks, who.recorder)
         number = self.store.stream(identity, state="running", local_rank=local_rank, boot_id=who.boot, flight=flight)
         stream = Stream(number, rank, attempt, who, local_rank=local_rank, flight=flight)
+        self.store.update_stream(number, seen_here=stream.seen_here)
         stream.in_window = attempt >= self.attempt
         self._hold(stream)
         self.live.join(stream)
@@ -388,7 +390,6 @@ class Run:
         self.store = StoreWriter(self.path / STORE_NAME)
         self.ingest = Ingest(self.store, self.live, self._hold_back)
         self._facts |= {"state": "running", "ended": None}
-        self.finished_by_launcher = False
         self._touched_s = time.monotonic()
         self._write_facts()
 
@@ -433,6 +434,7 @@ def _revive(records: list[StreamRecord], reader: StoreReader, store: StoreWriter
                           identity.recorder)  # fmt: skip
         stream = Stream(record.id, identity.rank, identity.attempt, who, local_rank=facts.get("local_rank", 0),
                         flight=facts.get("flight", ""))  # fmt: skip
+        stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)
         stream.exit = dict(facts.get("exit", {}))
         stream.gone_s = time.monotonic()

@@ -111,7 +111,7 @@ class Stream:
         """When the connection was lost, monotonic seconds."""
         self.in_window = True
         """Whether its rows enter the live windows: those of the rank's newest incarnation do."""
-        self.seen_here = who.boot == _BOOT and process_start_ticks(who.pid) == who.start_ticks
+        self.seen_here = self.on_this_boot and process_start_ticks(who.pid) == who.start_ticks
         """Whether its process was seen on this host. The same boot alone does not tell: containers share it."""
 
     def __repr__(self) -> str:
@@ -124,6 +124,11 @@ class Stream:
         return self.state is not StreamState.RUNNING
 
     @property
+    def on_this_boot(self) -> bool:
+        """Whether it runs under this kernel, perhaps in another container."""
+        return self.who.boot == _BOOT
+
+    @property
     def is_dead(self) -> bool:
         """Whether its process is known to be gone; False where this host cannot tell."""
         return self.seen_here and process_start_ticks(self.who.pid) != self.who.start_ticks
@@ -131,7 +136,7 @@ class Stream:
     @property
     def flight_path(self) -> Path | None:
         """The flight file, if it is within this host's reach."""
-        return Path(self.flight) if self.flight and self.who.boot == _BOOT else None
+        return Path(self.flight) if self.flight and self.on_this_boot else None
 
     def connect(self, peer: Peer) -> None:
         """Take a connection; one that it had before is dead, whether or not TCP has noticed."""

@@ -124,7 +124,7 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
     Raises:
         ProtocolError: it is not a sequence of msgpack maps.
     """
-    unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1), strict_map_key=False)
     unpacker.feed(data)
     rows = []
     try:
@@ -141,7 +141,7 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
 
 def _decode(payload: bytes) -> dict[str, Any]:
     try:
-        message = msgpack.unpackb(payload)
+        message = msgpack.unpackb(payload, strict_map_key=False)
     except (ValueError, TypeError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a frame of {len(payload)} bytes is not msgpack: {error!r}") from error
 

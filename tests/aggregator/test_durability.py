@@ -1,0 +1,192 @@
+"""What must hold when the aggregator is killed, and when its disk is full."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.aggregator.conftest import Serving, eventually, step_rows, wait_for_acks
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.transport.client import Connection
+
+KILLS = 30
+RANKS = 10
+FRAME_ROWS = 25
+
+
+class Training(threading.Thread):
+    """A rank that appends rows and sends them as the recorder does: from where the welcome says, after every loss."""
+
+    def __init__(self, aggregator: Serving, rank: int) -> None:
+        super().__init__()
+        self.aggregator, self.rank = aggregator, rank
+        self.appended = 0
+        self.acked = 0
+        self.reconnects = 0
+        self.over = threading.Event()
+
+    def run(self) -> None:
+        connection, sent = None, 0
+        while not (self.over.is_set() and self.acked == self.appended):
+            if not self.over.is_set():
+                self.appended += FRAME_ROWS
+
+            try:
+                if connection is None:
+                    connection = self.aggregator.rank(self.rank, RANKS)
+                    self.acked = sent = connection.acked.get("steps", 0)
+                    self.reconnects += 1
+
+                while sent < self.appended:
+                    count = min(FRAME_ROWS, self.appended - sent)
+                    connection.send_rows("steps", sent, count, step_rows(sent, count))
+                    sent += count
+
+                connection.receive(0.02)
+                self.acked = connection.acked.get("steps", 0)
+            except (ConnectionError, AggregatorUnavailableError):
+                if connection is not None:
+                    connection.close()
+                    connection = None
+
+        assert connection is not None
+        connection.finish("finished", timeout_s=20)
+
+
+def test_thirty_kills_lose_nothing_and_double_nothing(serving):
+    """SIGKILL of the aggregator at random moments under load: every row of every rank is stored exactly once."""
+    aggregator = serving()
+    ranks = [Training(aggregator, rank) for rank in range(RANKS)]
+    for rank in ranks:
+        rank.start()
+
+    chance = random.Random(7)
+    for _ in range(KILLS):
+        time.sleep(chance.uniform(0.0, 0.25))
+        aggregator.kill()
+        aggregator.start()
+
+    for rank in ranks:
+        rank.over.set()
+
+    for rank in ranks:
+        rank.join(60)
+        assert not rank.is_alive()
+
+    eventually(lambda: aggregator.state() == "finished")
+    assert len(aggregator.run_dirs) == 1
+    assert sum(rank.reconnects for rank in ranks) > KILLS
+    with aggregator.store() as store:
+        numbers = {record.rank: record.id for record in store.streams()}
+        assert len(numbers) == len(store.streams()) == RANKS
+        for rank in ranks:
+            assert store.rows("steps", [numbers[rank.rank]])["step"].tolist() == [*range(rank.appended)]
+
+        assert store.lost("steps") == 0
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 2 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "none", str(folder)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a filesystem here")
+
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_holds_the_ranks_back_and_loses_nothing(serving, tiny_disk):
+    """While the disk is full nothing is acknowledged; with space again everything is stored, once."""
+    aggregator = serving(folder=tiny_disk / "runs")
+    rank = aggregator.rank()
+    rank.send_rows("steps", 0, 10, step_rows(0, 10))
+    wait_for_acks(rank, "steps", 10)
+    ballast = fill(tiny_disk)
+
+    sent = 10
+    while "trying again" not in aggregator.log.read_text():
+        rank.send_rows("steps", sent, 1000, step_rows(sent, 1000))
+        sent += 1000
+        rank.receive(0.05)
+
+    stuck = rank.acked["steps"]
+    assert stuck < sent
+    assert aggregator.process.poll() is None
+    ballast.unlink()
+
+    wait_for_acks(rank, "steps", sent)
+    assert "can be written again" in aggregator.log.read_text()
+    assert rank.finish("finished", timeout_s=20)
+    eventually(lambda: aggregator.state() == "finished")
+    with aggregator.store() as store:
+        assert store.rows("steps")["step"].tolist() == [*range(sent)]
+
+
+def test_rank_that_leaves_while_the_disk_is_full(serving, tiny_disk):
+    """A rank that says bye then is answered when there is space; the run ends after that."""
+    aggregator = serving(folder=tiny_disk / "runs")
+    rank = aggregator.rank()
+    ballast = fill(tiny_disk)
+    rank.send_rows("steps", 0, 4000, step_rows(0, 4000))
+    rank.send({"t": "bye", "reason": "finished"})
+    eventually(lambda: "trying again" in aggregator.log.read_text())
+
+    ballast.unlink()
+
+    assert eventually(lambda: any(message["t"] == "bye" for message in rank.receive(0.2)))
+    rank.close()
+    eventually(lambda: aggregator.state() == "finished")
+    with aggregator.store() as store:
+        assert store.stored("steps") == 4000
+
+
+def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
+    """A run that cannot be begun for want of space is refused for now, not for good."""
+    aggregator = serving(folder=tiny_disk / "runs")
+    ballast = fill(tiny_disk)
+    with pytest.raises(AggregatorUnavailableError, match="space"):
+        _dial(aggregator)
+
+    ballast.unlink()
+    _dial(aggregator).close()
+
+
+def test_folder_that_cannot_be_written_is_a_reason(serving, tmp_path):
+    """Where no run can be made, `init` is refused with the folder's name and why."""
+    aggregator = serving()
+    aggregator.folder.rmdir()
+    aggregator.folder.write_text("a file where the folder was")
+
+    with pytest.raises(AggregatorRefusedError, match=f"{aggregator.folder}.*Not a directory"):
+        _dial(aggregator)
+
+
+def _dial(aggregator: Serving) -> Connection:
+    from tests.aggregator.conftest import TOKEN
+    from traceml.transport.hello import Hello
+
+    hello = Hello(role="rank", run="job", recorder="r")
+    return Connection.connect("127.0.0.1", aggregator.port, hello, TOKEN, timeout_s=10)
+
+
+def fill(disk: Path) -> Path:
+    """Fill a filesystem; return the file to remove."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
+
+    return ballast
