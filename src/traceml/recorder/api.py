@@ -205,7 +205,7 @@ def _hook_process() -> None:
     global _hooked, _watch
     from traceml.recorder.exits import ExitWatch
 
-    _watch = ExitWatch(_note_exit)
+    _watch = ExitWatch(note_exit)
     _watch.install()
     # A process that multiprocessing has forked ends without atexit, but runs these.
     util = sys.modules.get("multiprocessing.util")
@@ -218,7 +218,8 @@ def _hook_process() -> None:
         os.register_at_fork(after_in_child=_after_fork)
 
 
-def _note_exit(error: BaseException | None, status: int) -> None:
+def note_exit(error: BaseException | None, status: int) -> None:
+    """Record how this process ends; the first word counts."""
     if _recorder is not None:
         try:
             _recorder.note_exit(error, status)
@@ -235,7 +236,7 @@ def _at_exit() -> None:
         error = sys.exc_info()[1] or (_watch.last_error() if _watch is not None else None)
         from traceml.recorder.exits import status_of
 
-        _note_exit(error, 0 if error is None else status_of(error))
+        note_exit(error, 0 if error is None else status_of(error))
 
     _stop("failed" if recorder.failed else "finished")
 

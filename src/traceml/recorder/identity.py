@@ -101,7 +101,7 @@ def script_name() -> str:
     if script in ("", "-c", "-"):
         return "interactive" if hasattr(sys, "ps1") else "python"
 
-    return path.stem
+    return path.stem if path.suffix == ".py" else path.name
 
 
 def _launched() -> bool:

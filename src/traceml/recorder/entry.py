@@ -1,0 +1,17 @@
+"""Run a script as `python` would, under a recorder: `python -m traceml.recorder.entry [-m] SCRIPT [ARGS ...]`.
+
+What `traceml run` starts for each rank. This file only sets the stage: it is `__main__` itself until the script is.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":
+    # `-m` has put the working directory first on the path; our own imports must not find the user's modules there.
+    if not sys.flags.safe_path:
+        del sys.path[0]
+
+    from traceml.recorder.script import main
+
+    main(sys.argv[1:])

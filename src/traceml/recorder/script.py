@@ -1,0 +1,239 @@
+"""A script's life under a recorder: found, started, ended as `python` does it.
+
+The script's module is `sys.modules["__main__"]`, so that pickling, multiprocessing's spawn and `inspect` see what they
+see under `python`. Its exceptions are printed without our frames, its status and signals are passed on.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import importlib.util
+import io
+import logging
+import os
+import signal
+import sys
+import zipfile
+from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType, TracebackType
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+_log = logging.getLogger("traceml")
+_FRAMES = Path(__file__).parent  # frames of files in this folder are not shown
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """What is to be run: its code, and where it is."""
+
+    code: CodeType
+    file: str
+    argv0: str
+    loader: Any
+    spec: ModuleSpec | None
+
+
+def main(argv: list[str]) -> NoReturn:
+    """Run the script that `argv` names, and end as it ends."""
+    # The first handler registered runs last: behind everything that the script or the recorder does at exit.
+    interrupted: list[bool] = []
+    atexit.register(_die_of_sigint, interrupted)
+    try:
+        module, words = (True, argv[1:]) if argv[:1] == ["-m"] else (False, argv)
+        if not words:
+            sys.exit("usage: python -m traceml.recorder.entry [-m] SCRIPT [ARGS ...]")
+
+        sys.argv = list(words)
+        _start_recorder()
+        program = _find_module(words[0]) if module else _find_script(words[0])
+        sys.argv[0] = program.argv0
+        _execute(program)
+    except SystemExit as leaving:
+        _note_exit(leaving)
+        raise
+    except BaseException as error:  # noqa: BLE001 - the script's own; it is shown as the interpreter would
+        _show(error)
+        if isinstance(error, KeyboardInterrupt):
+            interrupted.append(True)
+
+        sys.exit(1)
+
+    sys.exit(0)
+
+
+def _execute(program: _Program) -> None:
+    """Run the code as the module `__main__`."""
+    module = ModuleType("__main__")
+    names = module.__dict__
+    names.update(
+        __builtins__=builtins,
+        __file__=program.file,
+        __loader__=program.loader,
+        __package__=program.spec.parent if program.spec is not None else None,
+        __spec__=program.spec,
+        __cached__=program.spec.cached if program.spec is not None else None,
+        __annotations__={},
+    )
+    _stage.append(sys.modules["__main__"])
+    sys.modules["__main__"] = module
+    exec(program.code, names)  # noqa: S102 - what we are here for
+
+
+_stage: list[ModuleType] = []  # the module that was `__main__` before: still running, so it must not be cleared
+
+
+def _start_recorder() -> None:
+    """Start tracing; nothing that goes wrong here keeps the script from running."""
+    try:
+        from traceml import settings
+        from traceml.recorder import api
+
+        config = settings.load(on_missing="warn")
+        if config.enabled:
+            api.start(config, wait=False)
+    except Exception as error:  # noqa: BLE001 - fail open: the script runs untraced, and the user is told why
+        _log.warning("the script runs without tracing: %s", error)
+
+
+# --- finding it ------------------------------------------------------------------------------------------------------
+
+
+def _find_script(name: str) -> _Program:
+    path = name if name.startswith(os.sep) else f"{Path.cwd()}{os.sep}{name}"  # not normalised: as python shows it
+    if Path(path).is_dir() or (Path(path).is_file() and zipfile.is_zipfile(path)):
+        return _find_in_container(name, path)
+
+    try:
+        with io.open_code(path) as file:
+            source = file.read()
+    except OSError as error:
+        _quit(f"{_python()}: can't open file {path!r}: [Errno {error.errno}] {error.strerror}", 2)
+
+    if path.endswith(".pyc"):
+        spec = importlib.util.spec_from_file_location("__main__", path)
+        loader: Any = spec.loader if spec is not None else None
+        code = loader.get_code("__main__")
+    else:
+        code = compile(source, path, "exec", dont_inherit=True)
+        loader = SourceFileLoader("__main__", path)
+
+    _prepend(str(Path(path).resolve().parent))
+    return _Program(code, path, name, loader, None)
+
+
+def _find_in_container(name: str, path: str) -> _Program:
+    """Find `__main__` in a folder or a zip file."""
+    sys.path.insert(0, path)
+    spec = PathFinder.find_spec("__main__", [path])
+    if spec is None or spec.loader is None:
+        _quit(f"{_python()}: can't find '__main__' module in {path!r}", 1)
+
+    return _program_of(spec, name)
+
+
+def _find_module(name: str) -> _Program:
+    """Find a module, or a package's `__main__`, as `python -m` does."""
+    _prepend(str(Path.cwd()))
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            name = f"{name}.__main__"
+            inner = importlib.util.find_spec(name)
+            if inner is None:
+                package = name.removesuffix(".__main__")
+                _quit(
+                    f"{_python()}: No module named {name}; {package!r} is a package and cannot be directly executed", 1
+                )
+
+            spec = inner
+    except (ImportError, ValueError) as error:
+        _quit(
+            f"{_python()}: Error while finding module specification for {name!r} ({type(error).__name__}: {error})", 1
+        )
+
+    if spec is None or spec.loader is None:
+        _quit(f"{_python()}: No module named {name}", 1)
+
+    return _program_of(spec, spec.origin or name)
+
+
+def _program_of(spec: ModuleSpec, argv0: str) -> _Program:
+    loader: Any = spec.loader
+    code = loader.get_code(spec.name)
+    if code is None:
+        _quit(f"{_python()}: No code object available for {spec.name}", 1)
+
+    return _Program(code, spec.origin or "", argv0, loader, spec)
+
+
+def _prepend(folder: str) -> None:
+    if not sys.flags.safe_path:
+        sys.path.insert(0, folder)
+
+
+def _python() -> str:
+    return sys.executable
+
+
+def _quit(text: str, status: int) -> NoReturn:
+    sys.stderr.write(text + "\n")
+    raise SystemExit(status)
+
+
+# --- its end ---------------------------------------------------------------------------------------------------------
+
+
+def _note_exit(leaving: SystemExit) -> None:
+    """Tell the recorder of a status that passes no hook."""
+    from traceml.recorder import api
+    from traceml.recorder.exits import status_of
+
+    api.note_exit(leaving.__context__ if status_of(leaving) else None, status_of(leaving))
+
+
+def _show(error: BaseException) -> None:
+    """Do what the interpreter does with an exception that nobody caught: keep it for debuggers, and call the hook."""
+    error.__traceback__ = _without_ours(error.__traceback__)
+    sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
+    if sys.version_info >= (3, 12):
+        sys.last_exc = error
+
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # stdout is closed or replaced; the exception still has to be shown
+
+    try:
+        sys.excepthook(type(error), error, error.__traceback__)
+    except BaseException as failure:  # noqa: BLE001 - as the interpreter: say so, then show the original
+        sys.stderr.write("Error in sys.excepthook:\n")
+        sys.__excepthook__(type(failure), failure, failure.__traceback__)
+        sys.stderr.write("\nOriginal exception was:\n")
+        sys.__excepthook__(type(error), error, error.__traceback__)
+
+
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    while trace is not None and Path(trace.tb_frame.f_code.co_filename).parent == _FRAMES:
+        trace = trace.tb_next
+
+    return trace
+
+
+def _die_of_sigint(interrupted: list[bool]) -> None:
+    """End by the signal, as `python` does after an unhandled KeyboardInterrupt: shells and launchers look at that."""
+    if not interrupted:
+        return
+
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            pass  # nobody reads it any more
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
