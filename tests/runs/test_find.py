@@ -1,0 +1,94 @@
+"""Finding, listing and pruning runs."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import STARTED, store_run
+from traceml.errors import RunNotFoundError
+from traceml.runs.find import find_run, list_runs, prune
+from traceml.runs.report import write_report
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Three runs, of which the second goes on."""
+    for number, state in enumerate(("finished", "running", "failed")):
+        ended = None if state == "running" else STARTED + number + 5
+        facts = {"started": STARTED + number, "ended": ended, "state": state}
+        store_run(tmp_path / f"2026010{number}-000000-train-000{number}", Job(steps=30), facts=facts)
+
+    return tmp_path
+
+
+def test_the_latest_is_where_the_link_points(runs):
+    """`latest` wins over dates; without the link the newest run is taken."""
+    assert find_run(None, runs).name.endswith("0002")
+    (runs / "latest").symlink_to("20260100-000000-train-0000")
+
+    assert find_run(None, runs).name.endswith("0000")
+    assert find_run("latest", runs).name.endswith("0000")
+
+
+@pytest.mark.parametrize("text", ["20260101-000000-train-0001", "0001", "20260101"])
+def test_a_run_is_found_by_its_id_or_a_part(runs, text):
+    """The whole id, its four letters, or its beginning."""
+    assert find_run(text, runs) == (runs / "20260101-000000-train-0001").resolve()
+
+
+def test_a_run_is_found_by_its_folder(runs, tmp_path_factory):
+    """A path works wherever runs are."""
+    folder = store_run(tmp_path_factory.mktemp("elsewhere") / "x", Job(steps=30))
+
+    assert find_run(folder, runs) == folder.resolve()
+
+
+def test_what_fits_several_runs_is_refused(runs):
+    """The error shows which."""
+    with pytest.raises(RunNotFoundError, match="fits 3 runs"):
+        find_run("2026", runs)
+
+
+def test_what_is_not_there_is_told_with_what_is(runs, tmp_path):
+    """A wrong id, an empty folder, no folder."""
+    with pytest.raises(RunNotFoundError, match=r"'zzz'.*20260102-000000-train-0002"):
+        find_run("zzz", runs)
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunNotFoundError, match="holds no runs"):
+        find_run(None, tmp_path / "empty")
+
+    with pytest.raises(RunNotFoundError, match="there is no folder"):
+        find_run(None, tmp_path / "nothing")
+
+
+def test_a_list_tells_state_and_verdict(runs):
+    """The newest first, with what is known of each."""
+    write_report(runs / "20260102-000000-train-0002")
+    (runs / "20260103-broken").mkdir()
+    (runs / "20260103-broken" / "store.db").write_bytes(b"no database at all" * 100)
+
+    infos = {info.id[-4:]: info for info in list_runs(runs)}
+
+    assert [infos[end].state for end in ("0000", "0001", "0002", "oken")] == [
+        "finished",
+        "running",
+        "failed",
+        "damaged",
+    ]
+    assert infos["0002"].verdict == "HEALTHY"
+    assert infos["0000"].verdict is None
+    assert (infos["0001"].duration_s, infos["0002"].duration_s) == (None, 5)
+    assert infos["0000"].size_bytes > 0
+
+
+def test_pruning_keeps_the_newest_and_the_running(runs):
+    """Old runs go, but never one that is running."""
+    (runs / "latest").symlink_to("20260100-000000-train-0000")
+
+    removed = prune(runs, keep=1)
+
+    assert [info.id[-4:] for info in removed] == ["0000"]
+    assert sorted(info.id[-4:] for info in list_runs(runs)) == ["0001", "0002"]
+    assert not (runs / "latest").is_symlink()

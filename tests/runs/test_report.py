@@ -1,0 +1,273 @@
+"""The report on runs that the real writer stored."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.runs.fabricated_store import (
+    STARTED,
+    add_info,
+    add_rank,
+    add_samples,
+    add_user_phase,
+    run_facts,
+    store_run,
+)
+from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.errors import StoreError
+from traceml.runs.report import build_report, write_report
+
+KEYS = {
+    "": ["schema", "traceml_version", "run", "verdict", "findings", "steps", "phases", "ranks", "memory", "system",
+         "metrics", "trackers", "telemetry"],
+    "run": ["id", "name", "project", "attempt", "started", "ended", "duration_s", "state", "world_size", "hosts",
+            "command"],
+    "verdict": ["kind", "severity", "ranks", "phase", "summary", "next", "evidence", "cost_share", "speedup_if_fixed"],
+    "steps": ["count", "mean_ms", "p50_ms", "p95_ms", "p99_ms", "per_second"],
+    "telemetry": ["rows_appended", "rows_stored", "rows_lost", "overhead_us_per_step", "overhead_share", "bytes_sent"],
+}  # fmt: skip
+
+
+def open_store(folder, **facts):
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = StoreWriter(folder / STORE_NAME)
+    writer.put_meta("run", run_facts(id=folder.name, **facts))
+    return writer
+
+
+def test_every_key_of_the_contract_is_there(tmp_path):
+    """A run of which little is known has the same keys as any other."""
+    open_store(tmp_path / "run").close()
+
+    report = build_report(tmp_path / "run")
+
+    for section, keys in KEYS.items():
+        assert set(keys) <= set(report[section] if section else report)
+
+    assert report["schema"] == "traceml.report/1"
+    assert report["verdict"]["kind"] == "INSUFFICIENT_DATA"
+    assert (report["metrics"], report["trackers"]) == ({}, [])
+
+
+def test_a_straggler_is_the_verdict(tmp_path):
+    """The verdict is the first finding, with its numbers."""
+    report = build_report(store_run(tmp_path / "run", Job(steps=300), adds("forward", 20, (1,))))
+
+    assert report["verdict"] == report["findings"][0]
+    assert (report["verdict"]["kind"], report["verdict"]["ranks"]) == ("COMPUTE_STRAGGLER", [1])
+    assert report["steps"]["count"] == 300
+    assert report["steps"]["mean_ms"] == pytest.approx(35, rel=0.1)
+    assert report["steps"]["per_second"] == pytest.approx(1000 / 35, rel=0.1)
+    assert report["run"]["started"] == STARTED
+    assert report["run"]["duration_s"] == 10
+
+
+def test_backward_is_own_work_and_comm_holds_the_waiting(tmp_path):
+    """The waiting inside backward is told apart by the steps that measured it; the parts add up."""
+    report = build_report(store_run(tmp_path / "run", Job(steps=300, callback_every=4), adds("forward", 20, (1,))))
+    phases = {phase["phase"]: phase for phase in report["phases"]}
+    comm = {entry["rank"]: entry["mean_ms"] for entry in phases["comm"]["by_rank"]}
+
+    assert phases["backward"]["mean_ms"] == pytest.approx(8, rel=0.05)
+    assert comm[0] == pytest.approx(21, rel=0.1)
+    assert comm[1] < 2
+    assert sum(phase["share"] for phase in report["phases"]) == pytest.approx(1)
+    assert sum(phase["mean_ms"] for phase in report["phases"]) == pytest.approx(report["steps"]["mean_ms"], rel=0.01)
+
+
+def test_user_phases_have_their_own_names(tmp_path):
+    """A user's phase is a row of the report, and `user` is none."""
+    writer = open_store(tmp_path / "run", world_size=1)
+    rows = rows_of(Job(ranks=1, steps=100, grouped=False), adds("user", 10))[0]
+    stream = add_rank(writer, 0, rows)
+    add_user_phase(writer, stream, "augment", 100, 10)
+    writer.close()
+
+    report = build_report(tmp_path / "run")
+    phases = {phase["phase"]: phase["mean_ms"] for phase in report["phases"]}
+
+    assert phases["augment"] == pytest.approx(10, rel=0.05)
+    assert "user" not in phases
+    assert (report["verdict"]["kind"], report["verdict"]["phase"]) == ("RESIDUAL_HEAVY", "augment")
+
+
+def test_a_killed_rank_is_told_with_all_that_is_known(tmp_path):
+    """Signal as a number, last step, open phase; the rank has rows to its end."""
+    writer = open_store(tmp_path / "run", state="failed")
+    rows = rows_of(Job(steps=100))
+    add_rank(
+        writer,
+        0,
+        rows[0],
+        state="failed",
+        exit={"code": 1, "type": "RuntimeError", "message": "Connection closed by peer"},
+    )
+    add_rank(writer, 1, rows[1][:80], state="killed", exit={"signal": 9, "open_phase": "backward", "open_step": 80})
+    writer.close()
+
+    report = build_report(tmp_path / "run")
+    killed = report["ranks"][1]
+
+    assert (report["verdict"]["kind"], report["verdict"]["ranks"]) == ("RANK_LOST", [1])
+    assert report["verdict"]["evidence"]["followed"] == [0]
+    assert (killed["state"], killed["exit"]["signal"], killed["exit"]["open_phase"]) == ("killed", 9, "backward")
+    assert (killed["steps"], killed["exit"]["last_step"]) == (80, 79)
+    assert set(killed["exit"]) == {"code", "signal", "exception", "last_step", "open_phase", "stack"}
+    assert report["run"]["state"] == "failed"
+
+
+def test_the_last_attempt_is_described(tmp_path):
+    """After a restart only the last attempt's steps and ranks count."""
+    writer = open_store(tmp_path / "run")
+    for rank, rows in enumerate(rows_of(Job(steps=200), adds("forward", 30, (0,)))):
+        add_rank(writer, rank, rows, attempt=0, state="failed", exit={"code": 1})
+
+    for rank, rows in enumerate(rows_of(Job(steps=60), adds("input_wait", 30, (1,)))):
+        add_rank(writer, rank, rows, attempt=1)
+
+    writer.close()
+    report = build_report(tmp_path / "run")
+
+    assert report["run"]["attempt"] == 1
+    assert report["steps"]["count"] == 60
+    assert [rank["state"] for rank in report["ranks"]] == ["finished", "finished"]
+    assert (report["verdict"]["kind"], report["verdict"]["ranks"]) == ("INPUT_STRAGGLER", [1])
+
+
+def test_memory_system_and_telemetry(tmp_path):
+    """Samples become peaks and means, growth per step, and what tracing cost."""
+    writer = open_store(tmp_path / "run", world_size=1)
+    stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
+    add_samples(writer, stream, growth=4096)
+    writer.close()
+
+    report = build_report(tmp_path / "run")
+    memory, host = report["memory"]["by_rank"][0], report["system"]["hosts"][0]
+
+    assert memory["rss_peak_bytes"] == 500 * 2**20 + 195 * 4096
+    assert memory["rss_slope_bytes_per_step"] == pytest.approx(4096)
+    assert memory["cuda_peak_bytes"] is None
+    assert (host["host"], host["cpu_pct"], host["memory_pct"], host["gpus"]) == ("h0", 50.0, 25.0, [])
+    assert report["telemetry"]["overhead_us_per_step"] == 4
+    assert report["telemetry"]["overhead_share"] == pytest.approx(4 / 14_000, rel=0.1)
+    assert report["telemetry"]["bytes_sent"] == 50_000
+
+
+def test_lost_rows_are_exact(tmp_path):
+    """Rows that never arrived are counted: stored and lost are all that were appended."""
+    writer = open_store(tmp_path / "run", world_size=1)
+    rows = rows_of(Job(ranks=1, steps=200, grouped=False))[0]
+    stream = add_rank(writer, 0, rows[:100])
+    writer.append(stream, "steps", 130, 70, rows[130:].tobytes(), 130, 199)
+    writer.close()
+
+    telemetry = build_report(tmp_path / "run")["telemetry"]
+
+    assert (telemetry["rows_stored"], telemetry["rows_lost"], telemetry["rows_appended"]) == (170, 30, 200)
+
+
+def test_advice_knows_the_loader_and_the_cores(tmp_path):
+    """What the ranks told of their loader and host shapes the next step."""
+    writer = open_store(tmp_path / "run", world_size=1)
+    stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=100, grouped=False), adds("input_wait", 20))[0])
+    add_samples(writer, stream)
+    add_info(writer, stream, kind="loader", dataset="ImageFolder", num_workers=0, in_memory=None)
+    writer.close()
+
+    verdict = build_report(tmp_path / "run")["verdict"]
+
+    assert verdict["kind"] == "INPUT_BOUND"
+    assert "num_workers=7" in verdict["next"]
+    assert verdict["evidence"]["dataset"] == "ImageFolder"
+
+
+def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
+    """Waiting for a core, as the process samples tell it, withholds COMM_BOUND and is told."""
+    writer = open_store(tmp_path / "run")
+    for rank, rows in enumerate(rows_of(Job(steps=200, comm=10.0))):
+        add_samples(writer, add_rank(writer, rank, rows), wait=0.4)
+
+    writer.close()
+    verdict = build_report(tmp_path / "run")["verdict"]
+
+    assert verdict["kind"] == "HEALTHY"
+    assert verdict["evidence"]["cpu_wait_share"] == pytest.approx(0.4)
+    assert "without a core" in verdict["next"]
+
+
+def test_a_long_run_is_described_by_its_end(tmp_path):
+    """Beyond the bound the last rows count, and the report says so."""
+    folder = store_run(tmp_path / "run", Job(steps=2000), seed=1)
+
+    whole, cut = build_report(folder), build_report(folder, max_step_rows=1000)
+
+    assert (whole["steps"]["cut"], cut["steps"]["cut"]) == (False, True)
+    assert cut["steps"]["count"] == 2000
+    assert cut["verdict"]["evidence"]["steps"] <= 500
+    assert cut["telemetry"]["rows_stored"] == 4000
+
+
+def test_a_running_run_can_be_reported(tmp_path):
+    """The store is read while its writer has it open."""
+    writer = open_store(tmp_path / "run", state="running", ended=None)
+    for rank, rows in enumerate(rows_of(Job(steps=100))):
+        add_rank(writer, rank, rows, state="running")
+
+    writer.commit()
+    report = build_report(tmp_path / "run")
+
+    assert report["run"]["state"] == "running"
+    assert report["run"]["ended"] is None
+    assert report["steps"]["count"] == 100
+    writer.close()
+
+
+def test_a_run_that_nobody_keeps_is_lost(tmp_path):
+    """A store that says `running`, and whose aggregator is gone, is lost."""
+    writer = open_store(tmp_path / "run", state="running", ended=None)
+    import socket
+
+    from traceml.clock import boot_id
+
+    writer.put_meta(
+        "aggregator", {"pid": 2**22 + 1, "start_ticks": 1, "boot_id": boot_id(), "host": socket.gethostname()}
+    )
+    writer.close()
+
+    assert build_report(tmp_path / "run")["run"]["state"] == "lost"
+
+
+def test_the_file_is_valid_json_and_appears_whole(tmp_path):
+    """No NaN, no half file, nothing left beside it."""
+    folder = store_run(tmp_path / "run", Job(steps=50))
+
+    path = write_report(folder)
+    report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+    assert report["run"]["id"] == "run"
+    assert not list(folder.glob(".report.json-*"))
+
+
+def test_a_missing_store_is_told(tmp_path):
+    """There is no report on nothing."""
+    with pytest.raises(StoreError, match="no run's store"):
+        build_report(tmp_path)
+
+
+def test_steps_are_counted_from_the_rows_of_the_rank_that_got_furthest(tmp_path):
+    """A rank that ended early does not shorten the run."""
+    writer = open_store(tmp_path / "run")
+    rows = rows_of(Job(steps=300))
+    add_rank(writer, 0, rows[0])
+    add_rank(writer, 1, rows[1][:120])
+    writer.close()
+
+    report = build_report(tmp_path / "run")
+
+    assert report["steps"]["count"] == 300
+    assert [rank["steps"] for rank in report["ranks"]] == [300, 120]
+    assert np.allclose([len(phase["by_rank"]) for phase in report["phases"]], 2)
