@@ -56,3 +56,21 @@ def test_smaller_view_leaves_nothing_behind(terminal):
         screen.draw(live_view(slow_rank()), footer="q quits")
 
         assert [line for line in terminal.look()[10:] if line] == []
+
+
+def test_small_terminal_says_what_it_needs(terminal):
+    """Where there is no room for the view, the room that it needs is told."""
+    terminal.resize(30, 6)
+    with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
+        screen.draw(live_view(slow_rank()), footer="q quits")
+
+        assert terminal.look()[:2] == ["needs 60 x 9", " q quits"]
+
+
+def test_terminal_without_a_size(terminal):
+    """A terminal that says 0 x 0 is taken for one of the usual size."""
+    terminal.resize(0, 0)
+    with FullScreen(terminal.console(width=80, height=24), keys=terminal.file.fileno()) as screen:
+        screen.draw(live_view(slow_rank()), footer="q quits")
+
+        assert terminal.look()[9] == " q quits"

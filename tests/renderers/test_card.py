@@ -83,7 +83,7 @@ def test_user_phase_is_shown_by_its_name():
 
     shown = text_of(report([{"forward": 6.0, "augment": 4.0}], blame))
 
-    assert "40% of step time goes to your phase 'augment'" in shown
+    assert "40 % of step time goes to your phase 'augment'" in shown
     assert "\n augment    " in shown
 
 

@@ -45,7 +45,7 @@ def test_many_ranks_are_capped_and_counted():
 def test_losses_and_overhead_are_always_there():
     """The last line says what tracing lost and costs."""
     assert live_lines(live_view(healthy()), Look())[-1].plain == (
-        " tracing no row lost of 8,012 · overhead 5.1 us per step (0.02%)"
+        " tracing no row lost of 8,012 · overhead 5.1 us per step (0.02 %)"
     )
 
 

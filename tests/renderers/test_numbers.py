@@ -45,7 +45,7 @@ def test_bytes_text(size, text):
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(0.0, "0%"), (0.0004, "<0.1%"), (0.004, "0.4%"), (0.787, "79%"), (1.0, "100%"), (None, "-")]
+    ("share", "text"), [(0.0, "0 %"), (0.0004, "<0.1 %"), (0.004, "0.4 %"), (0.787, "79 %"), (1.0, "100 %"), (None, "-")]
 )
 def test_percent_text(share, text):
     """Shares are whole percents, with one digit below one."""
@@ -64,5 +64,5 @@ def test_other_texts():
     """Counts have separators, rates three digits, overheads both figures."""
     assert (count_text(1204), count_text(None)) == ("1,204", "-")
     assert (rate_text(0.213), rate_text(36.61), rate_text(15200.0)) == ("0.21", "36.6", "15,200")
-    assert overhead_text(5.13, 0.0002) == "5.1 us per step (0.02%)"
+    assert overhead_text(5.13, 0.0002) == "5.1 us per step (0.02 %)"
     assert overhead_text(None, None) == "not measured"

@@ -14,17 +14,17 @@ from traceml.renderers.words import end_of_rank, headline, ranks_text, signal_na
         (finding("HEALTHY"), "Nothing holds this run back"),
         (
             finding("INPUT_STRAGGLER", ranks=[1], phase="input_wait", cost_share=0.846),
-            "Rank 1 is slow in loading data: the others wait for it, 85% of step time",
+            "Rank 1 is slow in loading data: the others wait for it, 85 % of step time",
         ),
         (
             finding("STRAGGLER", ranks=[1, 3], phase="augment", cost_share=0.3),
-            "Ranks 1 and 3 are slow in 'augment': the others wait for them, 30% of step time",
+            "Ranks 1 and 3 are slow in 'augment': the others wait for them, 30 % of step time",
         ),
-        (finding("INPUT_BOUND", cost_share=0.4), "Training waits for data: 40% of step time"),
+        (finding("INPUT_BOUND", cost_share=0.4), "Training waits for data: 40 % of step time"),
         (finding("COMPUTE_BOUND", phase="backward"), "The model's own compute limits this run, most of it in backward"),
         (
             finding("RESIDUAL_HEAVY", phase="other", cost_share=0.4),
-            "40% of step time goes to code outside the known phases",
+            "40 % of step time goes to code outside the known phases",
         ),
         (
             finding("RANK_LOST", ranks=[1], phase="forward", evidence={"signal": 9, "step": 37}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Options:
     """The slow rank."""
     ms: float = 15.0
     """How many milliseconds longer its step takes."""
-    steps: int = 500
+    steps: int = 400
     """Training steps."""
     ranks: int = 2
     """How many ranks train."""
@@ -51,6 +52,7 @@ def main(argv: list[str]) -> int:
 
     from traceml.cli import run
 
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would set it, without its warning
     words = _run_words(options)
     if sys.stderr.isatty():
         print(_introduction(options, words), file=sys.stderr, flush=True)
@@ -68,8 +70,6 @@ def _run_words(options: Options) -> list[str]:
 
 def _introduction(options: Options, words: list[str]) -> str:
     slow = f"rank {options.rank} is made {options.ms:g} ms slower in {options.fault}"
-    what = "no rank slower than the others" if options.fault == "none" else slow
-    return (
-        f"Training on handwritten digits with {options.ranks} ranks, {what}. The same by hand:\n"
-        f"  traceml run {shlex.join(words)}\n"
-    )
+    what = "none slower than the others" if options.fault == "none" else slow
+    train = "1 rank trains" if options.ranks == 1 else f"{options.ranks} ranks train"
+    return f"{train} on handwritten digits; {what}. By hand:\n  traceml run {shlex.join(words)}\n"

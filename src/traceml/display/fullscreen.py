@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from traceml.display.panel import ansi_bytes, terminal_size
-from traceml.renderers.live import live_lines
+from traceml.renderers.live import MIN_HEIGHT, MIN_WIDTH, live_lines
 from traceml.renderers.look import Look
 
 if TYPE_CHECKING:
@@ -57,7 +57,11 @@ class FullScreen:
         """Draw a view over the whole screen, and a line below it."""
         look = Look.of(self._console)
         columns, rows = terminal_size(self._console)
-        lines = live_lines(view, Look(columns, max(rows - 1, 1), look.glyphs, look.color))[: rows - 1]
+        if columns < MIN_WIDTH or rows <= MIN_HEIGHT:
+            lines = [Text(f"needs {MIN_WIDTH} x {MIN_HEIGHT + 1}"[:columns])][: rows - 1]
+        else:
+            lines = live_lines(view, Look(columns, rows - 1, look.glyphs, look.color))
+
         lines.append(Text(f" {footer}"[:columns], style="dim"))
         frame = b"".join(
             b"\x1b[%d;1H" % number + ansi_bytes(self._console, line, columns)

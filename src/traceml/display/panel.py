@@ -178,7 +178,8 @@ def terminal_size(console: Console) -> tuple[int, int]:
     except OSError:
         return console.width, console.height
 
-    return size.columns, size.lines
+    # A terminal that was never told its size (serial lines, some containers) says 0.
+    return size.columns or console.width, size.lines or console.height
 
 
 def ansi_bytes(console: Console, line: Text, width: int) -> bytes:

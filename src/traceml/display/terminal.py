@@ -74,7 +74,7 @@ class RunScreen:
         try:
             self._run.refresh()
             report = self._run.report()
-            if report:  # before there is a store nothing is known, not even how many ranks there will be
+            if report.get("ranks"):  # before the first rank is there, nobody knows how many there will be
                 self._driver.update(live_view(report, self._run.rates))
         except StoreError as error:
             self._give_up(f"the live view ended: {error}")

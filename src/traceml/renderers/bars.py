@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from traceml.renderers.look import Look
-from traceml.renderers.words import phase_label
+from traceml.renderers.words import short_label
 
 __all__ = ["bar", "phase_color", "sparkline", "stacked"]
 
@@ -52,7 +52,7 @@ def stacked(shares: Sequence[tuple[str, float]], width: int, look: Look) -> Text
     """
     drawn = Text()
     for phase, columns in _columns(shares, width):
-        label = phase_label(phase)
+        label = short_label(phase)
         if look.color:
             drawn.append(_fit(label, columns), style=f"black on {phase_color(phase)}")
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ from traceml.renderers.numbers import (
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
 from traceml.renderers.words import phase_label
 
-__all__ = ["SEVERITY_STYLES", "card", "print_card", "wrapped"]
+__all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 
 SEVERITY_STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
 
@@ -43,17 +43,36 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
     Args:
         report_path: the run's `report.json`.
         file: where to print; colours and characters follow what it can show.
+
+    Raises:
+        StoreError: the file holds no report.
     """
     try:
         report: dict[str, Any] = json.loads(report_path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise StoreError(f"{report_path} is no report: {error}") from error
 
-    console = Console(file=file, highlight=False)
-    path = report_path.resolve()
-    again = f"traceml report {_name_of(path.parent)}"
+    print_report(report, report_path.parent, console=Console(file=file, highlight=False))
+
+
+def print_report(report: Mapping[str, Any], run_dir: Path, *, console: Console) -> None:
+    """Print the card of a report, with its path where it is written, and the command that shows it again.
+
+    Args:
+        report: in the shape of `traceml.report/1`.
+        run_dir: the run's folder.
+        console: where to print.
+    """
+    folder = run_dir.resolve()
+    path = folder / "report.json"
+    shown = card(
+        run_view(report),
+        Look.of(console),
+        report_path=str(path) if path.exists() else "",
+        again=f"traceml report {_name_of(folder)}",
+    )
     # Lines are fitted already; a path or a command that is wider than the terminal must stay whole to be copied.
-    console.print(card(run_view(report), Look.of(console), report_path=str(path), again=again), soft_wrap=True)
+    console.print(shown, soft_wrap=True)
 
 
 def card(view: RunView, look: Look, *, report_path: str = "", again: str = "") -> Group:
@@ -126,7 +145,7 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
         yield Text(f" {line}")
 
     yield from _labelled("Next", verdict.next, width, style="bold")
-    if verdict.gain is not None:
+    if verdict.gain is not None and "faster" not in verdict.summary:
         yield from _labelled("Gain", f"steps {verdict.gain:.2f}x as fast once this is fixed", width)
 
 
@@ -172,13 +191,13 @@ def _phase_lines(view: RunView, width: int, look: Look) -> Iterator[Text]:
 
     name = max(10, *(len(phase_label(phase.phase)) for phase in shown))
     name = min(name, 24)
-    room = width - name - 20
+    room = width - name - 21
     blamed = view.verdict.phase
     for phase in shown:
         label = phase_label(phase.phase)[:name].ljust(name)
         line = Text(" ").append(label, style="bold" if phase.phase == blamed else "")
         line.append("  ").append(bar(phase.share, room, look, style=phase_color(phase.phase)))
-        yield line.append(f" {percent_text(phase.share):>5} {ms_text(phase.mean_ms):>9}")
+        yield line.append(f" {percent_text(phase.share):>6} {ms_text(phase.mean_ms):>9}")
 
 
 def _rank_lines(view: RunView, look: Look) -> Iterator[Text]:

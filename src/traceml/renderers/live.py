@@ -11,7 +11,7 @@ from traceml.renderers.card import SEVERITY_STYLES, wrapped
 from traceml.renderers.look import Look
 from traceml.renderers.numbers import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text
 from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
-from traceml.renderers.words import phase_label
+from traceml.renderers.words import short_label
 
 __all__ = ["MAX_RANK_ROWS", "MIN_HEIGHT", "MIN_WIDTH", "live_lines", "panel_height"]
 
@@ -87,14 +87,17 @@ def _heading(now: RunView, look: Look) -> Text:
     """Return the column heads; the middle one is the legend of the phases."""
     line = Text(f"   rank{'step':>11} ", style="dim")
     room = look.width - _RANK_CELLS - 2
-    legend = Text(" ")
+    legend = Text()
     for row in now.phases:
-        label = phase_label(row.phase)
-        if row.share < 0.005 or legend.cell_len + len(label) + 3 > room:
+        label = short_label(row.phase)
+        if row.share < 0.005 or legend.cell_len + len(label) + 2 > room:
             continue
 
-        legend.append(look.glyphs.bar, style=phase_color(row.phase)) if look.color else None
-        legend.append(f"{' ' if look.color else ''}{label}  ")
+        legend.append(" ")
+        if look.color:
+            legend.append(look.glyphs.bar, style=phase_color(row.phase))
+
+        legend.append(label)
 
     legend.append(" " * max(room - legend.cell_len, 0))
     return line.append(legend).append(f"{'memory':>11}")

@@ -49,15 +49,15 @@ def bytes_text(size: int | None) -> str:
 
 
 def percent_text(share: float | None) -> str:
-    """Return a share 0..1 as `62%`, `0.4%`."""
+    """Return a share 0..1 as `62 %`, `0.4 %`."""
     if share is None:
         return MISSING
 
     percent = 100 * share
     if 0 < percent < 0.1:
-        return "<0.1%"
+        return "<0.1 %"
 
-    return f"{percent:.1f}%" if 0 < percent < 0.95 else f"{percent:.0f}%"
+    return f"{percent:.1f} %" if 0 < percent < 0.95 else f"{percent:.0f} %"
 
 
 def duration_text(seconds: float | None) -> str:
@@ -77,7 +77,7 @@ def duration_text(seconds: float | None) -> str:
 
 
 def overhead_text(us_per_step: float | None, share: float | None) -> str:
-    """Return what tracing costs: `5.1 us per step (0.02%)`."""
+    """Return what tracing costs: `5.1 us per step (0.02 %)`."""
     if us_per_step is None:
         return "not measured"
 
@@ -86,7 +86,7 @@ def overhead_text(us_per_step: float | None, share: float | None) -> str:
 
 def _fine_percent(share: float) -> str:
     percent = 100 * share
-    return f"{percent:.0f}%" if percent >= 9.95 else f"{percent:.1f}%" if percent >= 0.95 else f"{percent:.2g}%"
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.1f} %" if percent >= 0.95 else f"{percent:.2g} %"
 
 
 def _three_digits(value: float) -> str:

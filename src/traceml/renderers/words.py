@@ -8,7 +8,7 @@ from typing import Any
 
 from traceml.renderers.numbers import count_text, percent_text
 
-__all__ = ["end_of_rank", "headline", "phase_label", "ranks_text", "signal_name"]
+__all__ = ["end_of_rank", "headline", "phase_label", "ranks_text", "short_label", "signal_name"]
 
 # Phase -> (its name in a table, where a rank is slow when it is slow there). Other names are the user's own phases.
 _PHASES = {
@@ -27,6 +27,11 @@ _PHASES = {
 def phase_label(phase: str) -> str:
     """Return a phase's name for a column or a bar."""
     return _PHASES.get(phase, (phase, ""))[0]
+
+
+def short_label(phase: str) -> str:
+    """Return a phase's name where there is little room."""
+    return {"optimizer": "optim", "checkpoint": "ckpt"}.get(phase, phase_label(phase))
 
 
 def ranks_text(ranks: Sequence[int], *, most: int = 4) -> str:

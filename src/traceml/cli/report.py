@@ -1,0 +1,100 @@
+"""`traceml report`: the verdict of a run, ended or still going on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from traceml.cli.parsing import parse
+from traceml.diagnosis.findings import Kind
+from traceml.errors import StoreError, UsageError
+from traceml.renderers.card import print_report
+from traceml.runs.find import find_run
+from traceml.runs.report import REPORT_NAME, build_report
+from traceml.settings import load
+
+__all__ = ["current_report", "main"]
+
+EXIT_GATE = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say what limits a run: the verdict, the numbers behind it, and what to do next.
+
+    Works on a run that has ended and on one that is still going on.
+    """
+
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
+    """A run's folder, its id (or the last four letters of it); the latest run when left out."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the report as JSON and nothing else."""
+    fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND ...", help_behavior_hint="")] = ()
+    """Exit with 1 when there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where the runs are (default: the setting runs_dir)."""
+
+
+def main(argv: list[str]) -> int:
+    """Print a report; return 0, or 1 when a finding is there that must not be."""
+    options = parse(Options, argv, prog="traceml report")
+    unwanted = _kinds(options.fail_on)
+    run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
+    report = current_report(run_dir)
+    if options.json:
+        print(json.dumps(report, indent=2))
+    else:
+        print_report(report, run_dir, console=Console(highlight=False))
+
+    return _gate(report, unwanted)
+
+
+def runs_dir_of(given: str | None) -> Path:
+    """Return where runs are: as given, or by the settings."""
+    config = load() if given is None else load(runs_dir=given)
+    return Path(config.runs_dir)
+
+
+def current_report(run_dir: Path) -> dict[str, Any]:
+    """Return the report of a run: the one written at its end, or one made from its store now.
+
+    Raises:
+        StoreError: neither can be read.
+    """
+    try:
+        written: dict[str, Any] = json.loads((run_dir / REPORT_NAME).read_text(encoding="utf-8"))
+        if written["run"]["state"] != "running":
+            return written
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not written yet, or not whole: the store has everything
+
+    try:
+        return build_report(run_dir)
+    except StoreError as error:
+        raise StoreError(f"cannot report on {run_dir}: {error}") from error
+
+
+def _kinds(words: tuple[str, ...]) -> frozenset[str]:
+    kinds = {part.upper().replace("-", "_") for word in words for part in word.split(",") if part}
+    if unknown := sorted(kinds - set(Kind)):
+        raise UsageError(
+            f"--fail-on: no such kind: {', '.join(unknown)}. Kinds: {', '.join(Kind)}. RUN comes before --fail-on"
+        )
+
+    return frozenset(kinds)
+
+
+def _gate(report: Mapping[str, Any], unwanted: frozenset[str]) -> int:
+    found = [finding["kind"] for finding in report["findings"] if finding["kind"] in unwanted]
+    if not found:
+        return 0
+
+    print(f"traceml report: found {', '.join(dict.fromkeys(found))} (--fail-on)", file=sys.stderr)
+    return EXIT_GATE

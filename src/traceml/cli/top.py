@@ -1,0 +1,142 @@
+"""`traceml top`: watch a job that runs elsewhere on this host."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from traceml.cli.parsing import parse
+from traceml.cli.report import current_report
+from traceml.display.fullscreen import FullScreen
+from traceml.errors import RunNotFoundError, TraceMLError, UsageError
+from traceml.renderers.card import print_report
+from traceml.renderers.views import live_view
+from traceml.runs.find import RunInfo, find_run, list_runs
+from traceml.runs.live import LiveRun
+from traceml.settings import Config, load
+from traceml.transport import auth
+
+__all__ = ["main"]
+
+_INTERVAL_S = 0.5
+_SHARE = 0.1  # of a core: a job with very many ranks is drawn less often
+_QUIT = ("q", "Q", "\x1b")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Watch a running job: speed, phases of each rank, and what limits it so far.
+
+    q or Ctrl-C quits; the job is not touched. When the job ends its verdict is printed.
+    """
+
+    run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
+        None
+    )
+    """A run's folder or id, or host:port of an aggregator on this host; the newest running job when left out."""
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where the runs are (default: the setting runs_dir)."""
+
+
+def main(argv: list[str]) -> int:
+    """Show a running job until it ends or a key is pressed."""
+    options = parse(Options, argv, prog="traceml top")
+    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    console = Console(highlight=False)
+    if not console.is_terminal or console.is_dumb_terminal:
+        raise UsageError("top needs a terminal; in a pipe use `traceml report`, which also works on a running job")
+
+    run_dir = _running(options.run, config)
+    if _watch(run_dir, console):
+        print_report(current_report(run_dir), run_dir, console=console)
+
+    return 0
+
+
+def _running(target: str | None, config: Config) -> Path:
+    """Return the folder of the running job that is meant.
+
+    Raises:
+        TraceMLError: it does not run, or none does.
+    """
+    if target is None:
+        return _newest(_places(config))
+
+    host, _, port = target.rpartition(":")
+    if host and port.isdigit() and not Path(target).exists():
+        return _newest([_runs_of(host, int(port))])
+
+    run_dir = find_run(target, config.runs_dir)
+    live = LiveRun(run_dir)
+    live.refresh()
+    ended = live.ended
+    live.close()
+    if ended:
+        raise TraceMLError(f"run {run_dir.name} has ended. Its verdict: traceml report {target}")
+
+    return run_dir
+
+
+def _places(config: Config) -> list[Path]:
+    """Return where a running job may write: the settings' folder, and that of an aggregator that is up."""
+    served = auth.discover(config.port)
+    places = [config.runs_dir.absolute()]
+    if served is not None and served.runs_dir:
+        places.append(Path(served.runs_dir))
+
+    return list(dict.fromkeys(places))
+
+
+def _runs_of(host: str, port: int) -> Path:
+    served = auth.discover(port)
+    if served is None or not served.runs_dir:
+        raise RunNotFoundError(
+            f"no aggregator of yours at {host}:{port} on this host. On another host, run `traceml top` there"
+        )
+
+    return Path(served.runs_dir)
+
+
+def _newest(places: list[Path]) -> Path:
+    infos = [info for place in places for info in list_runs(place)]
+    running = [info for info in infos if info.state in ("running", "hung")]
+    if running:
+        return max(running, key=_age).path
+
+    where = " or ".join(map(str, places))
+    hint = "Start one with `traceml run SCRIPT`"
+    if infos:
+        latest = max(infos, key=_age)
+        hint = f"The latest, {latest.id}, is over ({latest.state}): traceml report {latest.path}"
+
+    raise RunNotFoundError(f"no job is running in {where}. {hint}")
+
+
+def _age(info: RunInfo) -> tuple[float, str]:
+    return info.started or 0.0, info.id
+
+
+def _watch(run_dir: Path, console: Console) -> bool:
+    """Draw until the run ends (then True) or the user leaves (False)."""
+    live = LiveRun(run_dir)
+    try:
+        with FullScreen(console) as screen:
+            while True:
+                began_s = time.monotonic()
+                live.refresh()
+                screen.draw(live_view(live.report(), live.rates), footer="q quits; the job goes on")
+                if live.ended:
+                    return True
+
+                pause_s = max(_INTERVAL_S, (time.monotonic() - began_s) / _SHARE)
+                if screen.key(pause_s) in _QUIT:
+                    return False
+    except KeyboardInterrupt:
+        return False
+    finally:
+        live.close()

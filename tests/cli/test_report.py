@@ -1,0 +1,131 @@
+"""`traceml report` on runs in real stores."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds
+from tests.runs.fabricated_store import store_run
+from traceml import cli
+from traceml.runs.report import build_report, write_report
+
+
+@pytest.fixture
+def runs_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "traceml_runs"
+
+
+@pytest.fixture
+def slow(runs_dir):
+    """A finished run with a slow rank, its report written."""
+    folder = store_run(runs_dir / "20260101-000000-train-abcd", Job(), adds("forward", 20.0, (1,)))
+    write_report(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["abcd"], ["20260101-000000-train-abcd"], ["traceml_runs/20260101-000000-train-abcd"]]
+)
+def test_card_of_a_run(slow, capsys, words):
+    """A run is found as the latest, by id, by its last letters and by its folder; the card names the slow rank."""
+    assert cli.main(["report", *words]) == 0
+
+    shown = capsys.readouterr()
+    assert "COMPUTE_STRAGGLER" in shown.out
+    assert "Rank 1 is slow in forward" in shown.out
+    assert str(slow / "report.json") in shown.out
+    assert shown.err == ""
+
+
+def test_json_is_the_report_and_nothing_else(slow, capsys):
+    """--json prints the report as it was written at the end."""
+    assert cli.main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((slow / "report.json").read_text())
+
+
+def test_running_run_is_read_from_its_store(runs_dir, capsys):
+    """A run that goes on has no report yet: it is made from the store, and so is a report that is out of date."""
+    folder = store_run(runs_dir / "going-on", Job(steps=100), facts={"state": "running", "ended": None})
+    outdated = build_report(folder)
+    outdated["run"]["state"] = "running"
+    outdated["steps"]["count"] = 3
+    (folder / "report.json").write_text(json.dumps(outdated))
+
+    assert cli.main(["report", "going-on", "--json"]) == 0
+
+    assert json.loads(capsys.readouterr().out)["steps"]["count"] == 100
+
+
+def test_damaged_report_is_made_again(slow, capsys):
+    """A report.json that is cut off does not hide the run."""
+    (slow / "report.json").write_text('{"run": {')
+
+    assert cli.main(["report"]) == 0
+    assert "Rank 1 is slow in forward" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kinds", "status"),
+    [
+        (["COMPUTE_STRAGGLER"], 1),
+        (["compute-straggler"], 1),
+        (["INPUT_BOUND,COMPUTE_STRAGGLER"], 1),
+        (["INPUT_BOUND", "RANK_LOST"], 0),
+    ],
+)
+def test_fail_on_is_a_gate(slow, capsys, kinds, status):
+    """The status is 1 when a finding of one of the kinds is there; the report is printed either way."""
+    assert cli.main(["report", "abcd", "--json", "--fail-on", *kinds]) == status
+
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["verdict"]["kind"] == "COMPUTE_STRAGGLER"
+    assert ("COMPUTE_STRAGGLER" in shown.err) == (status == 1)
+
+
+def test_unknown_kind_lists_the_kinds(slow, capsys):
+    """An unknown kind is a usage error, before anything is read, with the kinds there are."""
+    assert cli.main(["report", "nowhere", "--fail-on", "SLOW"]) == 2
+
+    error = capsys.readouterr().err
+    assert "SLOW" in error
+    assert "COMM_BOUND" in error
+
+
+def test_no_run_is_told(runs_dir, capsys):
+    """Without any run the error says how to make one, and the status is 3."""
+    assert cli.main(["report"]) == 3
+    assert "traceml run" in capsys.readouterr().err
+
+
+def test_unknown_run_names_what_exists(slow, capsys):
+    """An id that is not there is told with those that are."""
+    assert cli.main(["report", "zzzz"]) == 3
+
+    error = capsys.readouterr().err
+    assert "zzzz" in error
+    assert slow.name in error
+
+
+def test_damaged_store_is_told(runs_dir, capsys):
+    """A run whose store is damaged, and that has no report, gives one line that names it."""
+    folder = runs_dir / "broken"
+    folder.mkdir(parents=True)
+    (folder / "store.db").write_bytes(b"no database" * 100)
+
+    assert cli.main(["report", "broken"]) == 3
+
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert len(shown.err.splitlines()) == 1
+    assert "broken" in shown.err
+
+
+def test_runs_dir_can_be_given(slow, capsys, monkeypatch, tmp_path):
+    """--runs-dir finds runs elsewhere, and the command that is told works from there."""
+    monkeypatch.chdir("/")
+
+    assert cli.main(["report", "--runs-dir", str(slow.parent)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f" Again   traceml report {slow}"
