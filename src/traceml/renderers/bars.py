@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from rich.text import Text
 
 from traceml.renderers.look import Look
+from traceml.renderers.views import RankRow
 from traceml.renderers.words import short_label
 
-__all__ = ["bar", "phase_color", "sparkline", "stacked"]
+__all__ = ["bar", "mark", "phase_color", "sparkline", "stacked"]
 
 _COLORS = {
     "input_wait": "yellow",
@@ -27,6 +28,11 @@ _COLORS = {
 def phase_color(phase: str) -> str:
     """Return the colour that a phase has everywhere; the user's own phases share one."""
     return _COLORS.get(phase, "bright_green")
+
+
+def mark(row: RankRow, look: Look) -> str:
+    """Return what stands before a rank: it ended badly, it is the slowest, or nothing."""
+    return look.glyphs.lost if row.end else look.glyphs.mark if row.slowest else " "
 
 
 def bar(share: float, width: int, look: Look, *, style: str = "") -> Text:

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from traceml.errors import StoreError
-from traceml.renderers.bars import bar, phase_color
+from traceml.renderers.bars import bar, mark, phase_color
 from traceml.renderers.look import Look
 from traceml.renderers.numbers import (
     bytes_text,
@@ -229,8 +229,7 @@ def _column_phases(view: RunView) -> list[str]:
 
 
 def _rank_line(row: RankRow, columns: Sequence[str], look: Look) -> Text:
-    mark = look.glyphs.mark if row.slowest else " "
-    line = Text().append(f" {mark} {row.rank:>4}", style="bold red" if row.slowest or row.end else "")
+    line = Text().append(f" {mark(row, look)} {row.rank:>4}", style="bold red" if row.slowest or row.end else "")
     times = dict(row.phases)
     line.append(f"{ms_text(row.step_ms) if times else '-':>{_CELL}}")
     for phase in columns:
@@ -245,7 +244,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     ended = [row for row in view.ranks if row.end and row.rank not in told]
     for row in ended[:4]:
         where = f" on {row.host}" if row.host else ""
-        yield from _labelled("Lost", f"rank {row.rank}{where}: {row.end}", width)
+        yield from _labelled("Ended", f"rank {row.rank}{where}: {row.end}", width)
 
     if len(ended) > 4:
         yield from _labelled("", f"and {len(ended) - 4} more ranks", width)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from traceml.renderers.bars import phase_color, sparkline, stacked
+from traceml.renderers.bars import mark, phase_color, sparkline, stacked
 from traceml.renderers.card import SEVERITY_STYLES, wrapped
 from traceml.renderers.look import Look
 from traceml.renderers.numbers import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text
@@ -124,9 +124,8 @@ def _rank_lines(now: RunView, rows: int, look: Look) -> Iterator[Text]:
 
 
 def _rank_line(row: RankRow, look: Look) -> Text:
-    mark = look.glyphs.mark if row.slowest else " "
     style = "bold red" if row.slowest or row.end else ""
-    line = Text(f" {mark} {row.rank:>4}", style=style)
+    line = Text(f" {mark(row, look)} {row.rank:>4}", style=style)
     line.append(f"{ms_text(row.step_ms) if row.phases else '-':>11}  ", style="default not bold" if style else "")
     room = look.width - _RANK_CELLS - 2
     line.append(_state_text(row, room) if row.end else stacked(row.shares, room, look))

@@ -20,12 +20,15 @@ class Glyphs:
     spark: str  # levels of a sparkline, lowest first
     rule: str
     mark: str  # points at the slowest rank
+    lost: str  # stands at a rank that ended badly
     dot: str  # parts remarks on one line
     ellipsis: str
 
 
-UNICODE = Glyphs(bar="█", bar_parts="▏▎▍▌▋▊▉", spark="▁▂▃▄▅▆▇█", rule="─", mark="▸", dot="·", ellipsis="…")
-ASCII = Glyphs(bar="#", bar_parts="", spark="_.-=*#", rule="-", mark=">", dot="-", ellipsis="...")
+UNICODE = Glyphs(
+    bar="█", bar_parts="▏▎▍▌▋▊▉", spark="▁▂▃▄▅▆▇█", rule="─", mark="▸", lost="\u00d7", dot="·", ellipsis="…"
+)
+ASCII = Glyphs(bar="#", bar_parts="", spark="_.-=*#", rule="-", mark=">", lost="x", dot="-", ellipsis="...")
 
 
 @dataclass(frozen=True, slots=True)
