@@ -48,12 +48,12 @@ def eventually(condition: Callable[[], Any], timeout_s: float = 30) -> Any:
 class Serving:
     """An aggregator in a process of its own, on a socket that outlives it."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, log: Path, *options: str) -> None:
         self.folder = folder
         self.options = options
         self.sock = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port: int = self.sock.getsockname()[1]
-        self.log = folder.parent / f"{folder.name}.log"
+        self.log = log
         self.process: subprocess.Popen[bytes]
         self.start()
 
@@ -141,7 +141,7 @@ def serving(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     started: list[Serving] = []
 
     def start(*options: str, folder: Path | None = None) -> Serving:
-        started.append(Serving(folder or tmp_path / "runs", *options))
+        started.append(Serving(folder or tmp_path / "runs", tmp_path / "log", *options))
         return started[-1]
 
     yield start

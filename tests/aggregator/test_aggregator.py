@@ -474,7 +474,8 @@ def serving_once(tmp_path_factory):
     """One aggregator for many small tests."""
     from tests.aggregator.conftest import Serving
 
-    aggregator = Serving(tmp_path_factory.mktemp("once") / "runs")
+    folder = tmp_path_factory.mktemp("once")
+    aggregator = Serving(folder / "runs", folder / "log")
     yield aggregator
     assert "Traceback" not in aggregator.log.read_text()
     aggregator.close()

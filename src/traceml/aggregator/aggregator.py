@@ -199,6 +199,10 @@ class Aggregator:
                 return False
 
             self._verdicts.pop(run, None)
+            if not run.streams and run.id != self._run_id:
+                self.registry.discard(run)
+                return True
+
             self.registry.over(run)
             if self._on_run_finished is not None:
                 await asyncio.to_thread(self._report, run.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -124,29 +125,37 @@ class Registry:
         Raises:
             RefusedError: it cannot be made or written.
         """
-        path = self.runs_dir / run_id
+        # Marked first: killed at any moment from here on, an aggregator leaves a folder that the next one finds.
+        self._mark(key, run_id, named=named)
         try:
-            run = Run(path, key, named=named)
+            run = Run(self.runs_dir / run_id, key, named=named)
         except StoreError as error:
+            self._unmark(key)
             raise RefusedError(str(error), retry=_passes(error)) from error
 
         self._runs.append(run)
         self._by_key[key] = run
-        self._mark(run)
         self._point_latest_at(run)
         return run
 
     def over(self, run: Run) -> None:
         """Note that a run has been closed."""
-        _marker(self.runs_dir, run.key).unlink(missing_ok=True)
+        self._unmark(run.key)
         for old in [each for each in self._runs if each.ended][:-_REMEMBERED]:
             self._runs.remove(old)
             if self._by_key.get(old.key) is old:
                 del self._by_key[old.key]
 
+    def discard(self, run: Run) -> None:
+        """Remove a run to which no rank has come: an aggregator that was killed may leave one."""
+        self.over(run)
+        self._runs.remove(run)
+        self._by_key.pop(run.key, None)
+        run.remove()
+
     def reopened(self, run: Run) -> None:
         """Note that a closed run goes on."""
-        self._mark(run)
+        self._mark(run.key, run.id, named=run.named)
 
     def adopt_orphans(self) -> None:
         """Take up the runs that an aggregator which is gone has left open here."""
@@ -168,6 +177,8 @@ class Registry:
 
         if hello.run_id:
             run_id = safe_run_id(hello.run_id)
+            if not (self.runs_dir / run_id / STORE_NAME).exists():
+                return None
         else:
             left = _read_marker(_marker(self.runs_dir, key))
             if left is None or left["job"] != key:
@@ -175,20 +186,21 @@ class Registry:
 
             run_id = left["run"]
 
-        if not (self.runs_dir / run_id / STORE_NAME).exists():
-            return None
-
         return self.begin(run_id, key, named=bool(hello.run_id))
 
-    def _mark(self, run: Run) -> None:
-        marker = _marker(self.runs_dir, run.key)
+    def _mark(self, key: str, run_id: str, *, named: bool) -> None:
+        marker = _marker(self.runs_dir, key)
         try:
             marker.parent.mkdir(exist_ok=True)
             draft = marker.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps({"job": run.key, "run": run.id, "named": run.named}))
+            draft.write_text(json.dumps({"job": key, "run": run_id, "named": named}))
             draft.replace(marker)
         except OSError as error:
-            _log.warning("run %s could not be found again after a restart of the aggregator: %s", run.id, error)
+            _log.warning("run %s could not be found again after a restart of the aggregator: %s", run_id, error)
+
+    def _unmark(self, key: str) -> None:
+        with contextlib.suppress(OSError):  # at worst the next aggregator looks at a run that is over
+            _marker(self.runs_dir, key).unlink(missing_ok=True)
 
     def _point_latest_at(self, run: Run) -> None:
         latest = self.runs_dir / "latest"

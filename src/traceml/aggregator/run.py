@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -273,6 +274,14 @@ class Run:
 
         _log.info("run %s is over: %s", self.id, self.state)
         return True
+
+    def remove(self) -> None:
+        """Remove the folder of a run that has ended, if nothing but the store is in it."""
+        for path in self.path.glob(f"{STORE_NAME}*"):
+            path.unlink(missing_ok=True)
+
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def close(self) -> None:
         """Let go of a run that goes on, for another aggregator to continue."""
