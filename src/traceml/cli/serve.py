@@ -42,8 +42,8 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     given = {"host": options.host, "port": options.port, "runs_dir": options.runs_dir}
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
-    _log_to_stderr(config.log_level if config.sources["log_level"] != "default" else "info")
-    with _listener(options.fd, config.host, config.port) as sock:
+    level = config.log_level if config.sources["log_level"] != "default" else "info"
+    with _log_to_stderr(level), _listener(options.fd, config.host, config.port) as sock:
         host, port = sock.getsockname()[:2]
         token = config.token or _token_of_before(port)
         aggregator = Aggregator(
@@ -138,12 +138,20 @@ def _write_report(run_dir: Path) -> None:
     _log.info("report: %s", write_report(run_dir))
 
 
-def _log_to_stderr(level: str) -> None:
+@contextlib.contextmanager
+def _log_to_stderr(level: str) -> Iterator[None]:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    before = _log.level, _log.propagate
     _log.addHandler(handler)
     _log.setLevel(level.upper())
     _log.propagate = False
+    try:
+        yield
+    finally:
+        _log.removeHandler(handler)
+        _log.setLevel(before[0])
+        _log.propagate = before[1]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,137 @@
+"""`traceml serve` as a person starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from traceml.cli import main
+from traceml.transport import auth
+from traceml.transport.client import connect
+from traceml.transport.hello import Hello
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Start `traceml serve` with these options; what still runs at the end is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "traceml", "serve", "--runs-dir", str(tmp_path / "runs"), *options],
+            env={key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def port_of(process: subprocess.Popen[str]) -> int:
+    """Wait until it serves; return where."""
+    assert process.stdout is not None
+    return int(process.stdout.readline().split(",")[0].rpartition(":")[2])
+
+
+def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
+    """The first line says where it listens; the token is found by who may read the user's files."""
+    process = serve("--port", "0")
+    port = port_of(process)
+
+    connection = connect("127.0.0.1", port, Hello(), timeout_s=10)
+
+    assert connection.request("status")["pid"] == process.pid
+    connection.close("done")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+    assert auth.discover(port, even_dead=True) is None
+
+
+def test_token_outlives_a_crash(serve):
+    """One that takes over a crashed one's port keeps its token, so that ranks which know it come back."""
+    first = serve("--port", "0")
+    port = port_of(first)
+    entry = auth.discover(port)
+    assert entry is not None
+    first.kill()
+    first.wait()
+
+    second = serve("--port", str(port))
+
+    assert port_of(second) == port
+    connect("127.0.0.1", port, Hello(), entry.token, timeout_s=10).close()
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(20) == 0
+
+
+def test_port_in_use_by_another_aggregator(serve):
+    """The error names the port, who has it, and what to do; the exit status is 3."""
+    first = serve("--port", "0")
+    port = port_of(first)
+
+    second = serve("--port", str(port))
+
+    _, stderr = second.communicate(timeout=20)
+    assert second.returncode == 3
+    assert f"port {port} on 127.0.0.1 is in use by another aggregator (pid {first.pid}" in stderr
+    assert "--port N" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_port_in_use_by_something_else(capsys, tmp_path):
+    """Also a port that no aggregator has is named, with the way out."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+
+        assert main(["serve", "--port", str(port), "--runs-dir", str(tmp_path)]) == 3
+
+    error = capsys.readouterr().err
+    assert f"port {port} on 127.0.0.1 is in use by another program. Choose another port: --port N" in error
+
+
+def test_unwritable_runs_folder(capsys, tmp_path):
+    """A runs folder that cannot be written is refused at the start, with the reason."""
+    (tmp_path / "file").write_text("")
+
+    assert main(["serve", "--port", "0", "--runs-dir", str(tmp_path / "file" / "runs")]) == 3
+
+    error = capsys.readouterr().err
+    assert "cannot write the runs folder" in error
+    assert "Not a directory" in error
+    assert "--runs-dir" in error
+
+
+def test_address_that_is_not_here(capsys, tmp_path):
+    """An address of another machine is an error with the system's reason."""
+    assert main(["serve", "--host", "192.0.2.1", "--port", "0", "--runs-dir", str(tmp_path)]) == 3
+    assert "cannot listen on 192.0.2.1:0: Cannot assign requested address" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--prot", "1"], ["--port", "x"], ["--port", "70000"], ["extra"]])
+def test_wrong_words_exit_with_2(words, capsys):
+    """A usage error is one line and a hint."""
+    assert main(["serve", *words]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_help_hides_what_is_between_our_processes(capsys):
+    """The help shows what a person can use."""
+    assert main(["serve", "--help"]) == 0
+
+    out = capsys.readouterr().out
+    assert "--runs-dir" in out
+    assert "--fd" not in out
+    assert "--ready-fd" not in out
