@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +109,10 @@ def test_publish_does_not_write_through_a_link(folder, tmp_path):
         auth.publish("127.0.0.1", 4711, "secret")
 
     assert victim.read_text() == "mine"
+
+
+def test_example_in_the_documentation_is_right():
+    """Who implements the wire from its page can check the proof by the example there."""
+    page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
+
+    assert auth.mac("secret", b"\x01" * 32, "rank", "job", 3).hex() in page

@@ -183,8 +183,9 @@ def test_other_protocol_is_told():
 
 def test_other_version_is_refused_on_both_sides(caplog):
     """A server of another version is left with a reason which it is told."""
-    with FalseServer(challenge(v=2)) as server, pytest.raises(AggregatorRefusedError, match="wire version 2"):
-        dial(server.port)
+    with FalseServer(challenge(v=2)) as server:
+        with pytest.raises(AggregatorRefusedError, match="wire version 2"):
+            dial(server.port)
 
         assert "wire version 2" in eventually(lambda: server.heard)[0]["why"]
         assert "wire version 2" in caplog.text
@@ -202,8 +203,9 @@ def test_server_without_the_token_is_left(caplog):
 @pytest.mark.parametrize("nonce", [auth.client_nonce(), b"short", b"n" * 65, "text", None])
 def test_challenge_that_could_be_a_reflection_is_not_answered(nonce):
     """A nonce which a client made is never answered, nor one that is none."""
-    with FalseServer(challenge(nonce=nonce)) as server, pytest.raises(AggregatorRefusedError, match="no proper nonce"):
-        dial(server.port)
+    with FalseServer(challenge(nonce=nonce)) as server:
+        with pytest.raises(AggregatorRefusedError, match="no proper nonce"):
+            dial(server.port)
 
         assert all(message["t"] == "refused" for message in eventually(lambda: server.heard))
 
