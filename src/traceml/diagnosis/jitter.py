@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
+from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
 from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
@@ -23,7 +24,13 @@ LONG_NS = 20e6
 DEVICE_LONG_NS = 2e6
 """The same for device times."""
 TURNS_SHARE = 0.35
-"""Ranks take turns at being late in at least this share of the steps."""
+"""Ranks take turns at being late in at least this share of the steps ..."""
+TURNS_NS = 10e6
+"""... by at least this much on the CPU, where ranks that share cores disturb each other in passing ..."""
+TURNS_DOMINANCE = 0.7
+"""... in one part, which holds this much of all that the ranks differ by from step to step ..."""
+TURNS_WAIT = 0.10
+"""... and they had cores: their main threads stood ready without one for less than this share."""
 RARE = 0.25
 """At most this share of steps is long; with more, long steps are how the run is."""
 MIN_EVENTS = 3
@@ -140,13 +147,23 @@ def _one_rank(segments: Segments, late: Floats) -> int | None:
     return int(segments.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
 
 
-def taking_turns(segments: Segments, step_ns: float) -> list[Finding]:
+def taking_turns(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
     """In every few steps another rank is late, so that none is late on average and all wait."""
-    if not segments.grouped or len(segments.ranks) < 2:
+    if not segments.grouped or len(segments.ranks) < 2 or facts.wait_share >= TURNS_WAIT:
         return []
 
-    found = [_turns(segments, part, values, step_ns) for part, values in segments.parts.items()]
-    return [finding for finding in found if finding is not None]
+    uneven = {part: _uneven(values) for part, values in segments.parts.items()}
+    part = max(uneven, key=lambda name: uneven[name], default=None)
+    if part is None or uneven[part] < TURNS_DOMINANCE * sum(uneven.values()):
+        return []
+
+    finding = _turns(segments, part, segments.parts[part], step_ns)
+    return [finding] if finding is not None else []
+
+
+def _uneven(values: Floats) -> float:
+    """Return by how much the slowest rank of a step differs from the middle one, on average."""
+    return float((values.max(axis=0) - median_over_ranks(values)).mean())
 
 
 def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Finding | None:
@@ -157,7 +174,10 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
     if late.mean() < TURNS_SHARE or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
         return None
 
-    base = float(np.median(values[~lumps]))
+    base, late_ns = float(np.median(values[~lumps])), float(values[lumps].mean())
+    if late_ns - base < (0.0 if segments.device else TURNS_NS):
+        return None
+
     saved = saved_ns(segments, {part: np.where(lumps, np.minimum(values, base), values).astype(values.dtype)})
     if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
         return None
@@ -168,7 +188,7 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
         return None  # all ranks, in a part that a finding of its own is about
 
     ranks = () if some.all() else tuple(int(rank) for rank in segments.ranks[some])
-    return _turns_finding(segments, part, ranks, base, float(values[lumps].mean()), float(late.mean()), saved, step_ns)
+    return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), saved, step_ns)
 
 
 def _lumps(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:

@@ -46,7 +46,7 @@ def _timing(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
     found, fixed = stragglers(segments, facts)
     # What late ranks cost is told; the other rules look at the run as it would be without them.
     rest = segments.changed(fixed, new_step_times(segments, fixed)) if fixed else segments
-    turns = [] if found else taking_turns(rest, step_ns)
+    turns = [] if found else taking_turns(rest, facts, step_ns)
     found += turns
     found += input_bound(rest, facts, step_ns) + transfers(rest, facts, step_ns) + residual(rest, facts, step_ns)
     if not turns:
