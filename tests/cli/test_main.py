@@ -156,3 +156,23 @@ def test_overview_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", probe % heavy], capture_output=True, text=True, check=True, timeout=60)
 
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help(name, capsys):
+    """Each command explains itself and every option of it, within 80 columns."""
+    assert cli.main([name, "--help"]) == 0
+
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: traceml {name}")
+    assert max(len(line) for line in shown.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_refuses_an_unknown_option(name, capsys):
+    """An option that a command does not know exits with 2, one line and a hint."""
+    assert cli.main([name, "--no-such-option"]) == 2
+
+    said, hint = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"traceml {name}: ")
+    assert hint == f"hint: `traceml {name} --help`"

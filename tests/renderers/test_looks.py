@@ -66,5 +66,5 @@ def test_answer_comes_first():
     """The headline is the first line below the top rule, and the card of two ranks fits on 24 rows."""
     lines = seen_card("slow_rank", Look(80, 24, UNICODE)).splitlines()
 
-    assert lines[1] == " Rank 1 is slow in forward: the others wait for it, 79 % of step time"
+    assert lines[1] == " Rank 1 is slow in forward: the others wait, 79 % of step time"
     assert len(lines) <= 24

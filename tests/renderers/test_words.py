@@ -14,11 +14,11 @@ from traceml.renderers.words import end_of_rank, headline, ranks_text, signal_na
         (finding("HEALTHY"), "Nothing holds this run back"),
         (
             finding("INPUT_STRAGGLER", ranks=[1], phase="input_wait", cost_share=0.846),
-            "Rank 1 is slow in loading data: the others wait for it, 85 % of step time",
+            "Rank 1 is slow in loading data: the others wait, 85 % of step time",
         ),
         (
             finding("STRAGGLER", ranks=[1, 3], phase="augment", cost_share=0.3),
-            "Ranks 1 and 3 are slow in 'augment': the others wait for them, 30 % of step time",
+            "Ranks 1 and 3 are slow in 'augment': the others wait, 30 % of step time",
         ),
         (finding("INPUT_BOUND", cost_share=0.4), "Training waits for data: 40 % of step time"),
         (finding("COMPUTE_BOUND", phase="backward"), "The model's own compute limits this run, most of it in backward"),

@@ -99,9 +99,8 @@ def _straggler(ranks: list[int], phase: str | None, cost: float | None) -> str:
     who = ranks_text(ranks) if ranks else "one rank"
     are = "is" if len(ranks) < 2 else "are"
     where = "" if phase is None else f" in {_PHASES.get(phase, ('', repr(phase)))[1]}"
-    waiting = "the others wait for it" if len(ranks) < 2 else "the others wait for them"
     share = "" if cost is None else f", {percent_text(cost)} of step time"
-    return f"{who[0].upper()}{who[1:]} {are} slow{where}: {waiting}{share}"
+    return f"{who[0].upper()}{who[1:]} {are} slow{where}: the others wait{share}"
 
 
 def _lost(ranks: list[int], phase: str | None, evidence: Mapping[str, Any]) -> str:
