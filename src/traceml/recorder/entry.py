@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 
+__all__: list[str] = []
+
 if __name__ == "__main__":
     # `-m` has put the working directory first on the path; our own imports must not find the user's modules there.
     if not sys.flags.safe_path:

@@ -43,13 +43,26 @@ def main(argv: list[str]) -> NoReturn:
     # The first handler registered runs last: behind everything that the script or the recorder does at exit.
     interrupted: list[bool] = []
     atexit.register(_die_of_sigint, interrupted)
-    try:
-        module, words = (True, argv[1:]) if argv[:1] == ["-m"] else (False, argv)
-        if not words:
-            sys.exit("usage: python -m traceml.recorder.entry [-m] SCRIPT [ARGS ...]")
+    error = _run(argv)
+    if error is None:
+        sys.exit(0)
 
-        sys.argv = list(words)
-        _start_recorder()
+    _show(error)
+    if isinstance(error, KeyboardInterrupt):
+        interrupted.append(True)
+
+    sys.exit(1)
+
+
+def _run(argv: list[str]) -> BaseException | None:
+    """Run the script to its end; return what it raised, but let its SystemExit pass."""
+    module, words = (True, argv[1:]) if argv[:1] == ["-m"] else (False, argv)
+    if not words:
+        sys.exit("usage: python -m traceml.recorder.entry [-m] SCRIPT [ARGS ...]")
+
+    sys.argv = list(words)
+    _start_recorder()
+    try:
         program = _find_module(words[0]) if module else _find_script(words[0])
         sys.argv[0] = program.argv0
         _execute(program)
@@ -57,13 +70,9 @@ def main(argv: list[str]) -> NoReturn:
         _note_exit(leaving)
         raise
     except BaseException as error:  # noqa: BLE001 - the script's own; it is shown as the interpreter would
-        _show(error)
-        if isinstance(error, KeyboardInterrupt):
-            interrupted.append(True)
+        return error
 
-        sys.exit(1)
-
-    sys.exit(0)
+    return None
 
 
 def _execute(program: _Program) -> None:
@@ -212,6 +221,7 @@ def _show(error: BaseException) -> None:
         sys.excepthook(type(error), error, error.__traceback__)
     except BaseException as failure:  # noqa: BLE001 - as the interpreter: say so, then show the original
         sys.stderr.write("Error in sys.excepthook:\n")
+        failure.__traceback__ = _without_ours(failure.__traceback__)
         sys.__excepthook__(type(failure), failure, failure.__traceback__)
         sys.stderr.write("\nOriginal exception was:\n")
         sys.__excepthook__(type(error), error, error.__traceback__)

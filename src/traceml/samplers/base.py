@@ -18,6 +18,7 @@ _log = logging.getLogger("traceml")
 
 # Memory moves most while a job starts: a sampler may ask for a shorter interval during this time.
 _START_NS = 30 * 10**9
+_NEVER_NS = 2**62
 
 
 class Sampler(Protocol):
@@ -105,7 +106,7 @@ class Scheduler:
     @property
     def due_ns(self) -> int:
         """The monotonic stamp at which the next sampler is due."""
-        return min((entry.due_ns for entry in self._entries), default=2**62)
+        return min((entry.due_ns for entry in self._entries), default=_NEVER_NS)
 
     def run_due(self, step: int) -> None:
         """Run what is due now."""
@@ -137,14 +138,14 @@ class Scheduler:
         return sum(entry.errors for entry in self._entries)
 
     def close(self) -> None:
-        """Close every sampler."""
+        """Close every sampler; their statistics stay."""
         for entry in self._entries:
             try:
                 entry.sampler.close()
             except Exception as error:  # noqa: BLE001 - fail open: one sampler's end is not the others'
                 self._failed(entry, error)
 
-        self._entries.clear()
+            entry.due_ns = _NEVER_NS
 
     def _run(self, entry: _Entry, step: int) -> None:
         started = time.thread_time_ns()

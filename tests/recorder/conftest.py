@@ -1,0 +1,75 @@
+"""Scripts in processes of their own, and a real aggregator for them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.aggregator.conftest import TOKEN, Serving
+from traceml.recorder import api
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def serving(tmp_path: Path) -> Iterator[Serving]:
+    """A real aggregator."""
+    server = Serving(tmp_path / "runs", tmp_path / "aggregator.log")
+    yield server
+    api.shutdown()  # while there is somebody to take the last rows
+    server.close()
+
+
+@pytest.fixture
+def quiet_process() -> Iterator[None]:
+    """Leave no recorder behind in this process."""
+    yield
+    api.shutdown()
+
+
+def environ(tmp_path: Path, **values: str) -> dict[str, str]:
+    """An environment without settings of the machine or of an outer run."""
+    launchers = ("TRACEML_", "TORCHELASTIC", "SLURM", "OMPI_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(launchers)}
+    return kept | {"XDG_CONFIG_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"} | values
+
+
+@pytest.fixture
+def run_script(tmp_path: Path, serving: Serving) -> Run:
+    """Run code as a script that finds the aggregator through its environment."""
+
+    def run(code: str, *arguments: str, entry: bool = False, **values: str) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(textwrap.dedent(code))
+        by = ["-m", "traceml.recorder.entry"] if entry else []
+        aggregator = {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
+        return subprocess.run(
+            [sys.executable, *by, str(script), *arguments],
+            env=environ(tmp_path, **(aggregator | values)),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    return run
+
+
+def exit_rows(serving: Serving) -> list[dict[str, Any]]:
+    """The newest run's rows on how its ranks ended."""
+    with serving.store() as store:
+        return [row for _, row in store.log_rows("info") if row["kind"] == "exit"]
+
+
+def stored_steps(serving: Serving) -> list[int]:
+    """The newest run's steps, in the order of the store."""
+    with serving.store() as store:
+        return [int(step) for step in store.rows("steps")["step"]]

@@ -1,0 +1,83 @@
+"""The calls of a script that is not traced: they do nothing, start nothing, import nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import pytest
+
+import traceml
+from traceml.recorder import api
+
+pytestmark = pytest.mark.usefixtures("quiet_process")
+
+
+def test_disabled_calls_do_nothing() -> None:
+    """Context managers are one shared object, data comes back as it is, functions run as they are."""
+    threads = threading.active_count()
+    recorder = traceml.init(enabled=False, port=1)
+    data = [1, 2]
+
+    with traceml.trace_step() as step, traceml.phase("x") as phase:
+        assert step is phase
+
+    assert traceml.trace_data(data) is data
+    assert traceml.trace(len)([1]) == 1
+    assert not recorder.enabled
+    assert not traceml.is_enabled()
+    assert threading.active_count() == threads
+    traceml.shutdown()
+
+
+def test_exceptions_pass_through_what_does_nothing() -> None:
+    """A no-op swallows nothing."""
+    with pytest.raises(ZeroDivisionError), traceml.phase("x"):
+        raise ZeroDivisionError
+
+
+def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRACEML_ENABLED=0 needs no change of the script."""
+    monkeypatch.setenv("TRACEML_ENABLED", "0")
+
+    assert not traceml.init(port=1).enabled
+
+
+def test_bad_settings_are_the_callers() -> None:
+    """init raises what it is told wrongly, before anything is started."""
+    with pytest.raises(traceml.SettingsError, match="did you mean 'port'"):
+        traceml.init(prot=1)
+    with pytest.raises(traceml.SettingsError, match="not available yet"):
+        traceml.init(tls=True)
+
+
+def test_decorated_functions_keep_their_name() -> None:
+    """Also generators and coroutines stay what they are."""
+
+    @traceml.trace("named")
+    def plain() -> int:
+        """Its text."""
+        return 1
+
+    assert (plain.__name__, plain.__doc__, plain()) == ("plain", "Its text.", 1)
+
+
+def test_importing_is_light() -> None:
+    """`import traceml` and disabled calls bring neither torch nor numpy nor pydantic nor sqlite."""
+    code = (
+        "import sys, traceml; traceml.init(enabled=False)\n"
+        "with traceml.trace_step(), traceml.phase('x'): pass\n"
+        "print(sorted({'torch', 'numpy', 'pydantic', 'sqlite3', 'asyncio', 'rich', 'zstandard'} & set(sys.modules)))"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "[]\n"
+
+
+def test_the_public_recorder_is_the_class() -> None:
+    """traceml.Recorder is what init returns."""
+    assert isinstance(traceml.init(enabled=False), traceml.Recorder)
+    with pytest.raises(AttributeError):
+        getattr(api, "nothing_of_that_name")  # noqa: B009 - the look-up is the test

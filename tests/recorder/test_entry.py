@@ -1,0 +1,242 @@
+"""`python -m traceml.recorder.entry` against `python`: the same output, errors, status and signals."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.recorder.conftest import Run, environ, exit_rows, stored_steps
+
+PROBE = '''
+"""Its docstring."""
+import inspect, multiprocessing, os, pickle, signal, sys
+
+number: int = 3
+
+class Thing:
+    pass
+
+def double(x):
+    return 2 * x
+
+if __name__ == "__main__":
+    names = sorted(name for name in globals() if name.startswith("__"))
+    print(sys.argv, sys.path[0], __file__, __doc__, __package__, __spec__ and __spec__.name, __annotations__, names)
+    print(type(pickle.loads(pickle.dumps(Thing()))) is Thing, sys.modules["__main__"].double is double)
+    print(inspect.getsource(double), inspect.getfile(Thing), sys.flags.safe_path)
+    what = sys.argv[1] if len(sys.argv) > 1 else ""
+    if what == "raise":
+        try:
+            raise ValueError("first")
+        except ValueError as error:
+            raise RuntimeError("second") from error
+    if what == "exit":
+        sys.exit(7)
+    if what == "words":
+        sys.exit("some words")
+    if what == "interrupt":
+        raise KeyboardInterrupt
+    if what == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if what == "at once":
+        os._exit(9)
+    if what == "hook":
+        sys.excepthook = lambda kind, error, trace: print("a hook of its own", kind.__name__)
+        1 / 0
+    if what == "broken hook":
+        sys.excepthook = lambda kind, error, trace: 1 / 0
+        raise ValueError
+    if what == "spawn":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.apply(double, (21,)))
+    if what == "leave":
+        import atexit, threading, time
+        atexit.register(print, "at exit")
+        threading.Thread(target=lambda: (time.sleep(0.1), print("thread done"))).start()
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scripts, a package, a folder and an archive that can be run."""
+    made = tmp_path_factory.mktemp("programs")
+    (made / "probe.py").write_text(PROBE)
+    (made / "syntax.py").write_text("def broken(:\n")
+    (made / "package").mkdir()
+    (made / "package" / "__init__.py").write_text("")
+    (made / "package" / "module.py").write_text(PROBE)
+    (made / "package" / "__main__.py").write_text(PROBE)
+    (made / "bare").mkdir()
+    (made / "bare" / "__init__.py").write_text("")
+    (made / "nothing").mkdir()
+    (made / "link.py").symlink_to("package/module.py")
+    with zipfile.ZipFile(made / "archive.zip", "w") as archive:
+        archive.writestr("__main__.py", "import sys; print(sys.argv, sys.path[0], __file__)")
+
+    return made
+
+
+def run(folder: Path, *words: str) -> tuple[int, str, str]:
+    """Run without an aggregator anywhere."""
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = str(sock.getsockname()[1])
+
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=folder,
+        env=environ(folder, TRACEML_PORT=port),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    # `python -m` shows the frames of runpy; ours are not shown at all.
+    frames = re.compile(r'  File "<frozen runpy>".*\n')
+    return done.returncode, done.stdout, frames.sub("", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "probe.py --flag word",
+        "./probe.py",
+        "link.py",
+        "probe.py raise",
+        "probe.py exit",
+        "probe.py words",
+        "probe.py interrupt",
+        "probe.py term",
+        "probe.py at once",
+        "probe.py hook",
+        "probe.py broken hook",
+        "probe.py spawn",
+        "probe.py leave",
+        "missing.py",
+        "syntax.py",
+        "package",
+        "nothing",
+        "archive.zip word",
+        "-m package.module --flag",
+        "-m package.module raise",
+        "-m package.module spawn",
+        "-m package",
+        "-m bare",
+        "-m missing",
+        "-m package.missing",
+        "-m sys",
+    ],
+)
+def test_a_script_lives_as_under_python(folder: Path, words: str) -> None:
+    """Arguments, module, path, output, tracebacks, status and signal are the same."""
+    program, _, rest = words.removeprefix("-m ").partition(" ")
+    arguments = [rest] if rest in ("at once", "broken hook") else rest.split()
+    command = [*(["-m"] if words.startswith("-m ") else []), program, *arguments]
+
+    plain, traced = run(folder, *command), run(folder, "-m", "traceml.recorder.entry", *command)
+
+    assert traced == plain
+
+
+def test_the_script_is_traced(serving: Serving, run_script: Run) -> None:
+    """A script that knows nothing of traceml gets its steps stored; init inside returns the recorder that runs."""
+    done = run_script(
+        """
+        import torch, traceml
+        recorder = traceml.init(port=1)
+        assert recorder.enabled and traceml.is_enabled()
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(20):
+            optimizer.zero_grad()
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+        """,
+        entry=True,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert stored_steps(serving) == list(range(20))
+
+
+def test_its_exception_is_recorded_with_its_phase(serving: Serving, run_script: Run) -> None:
+    """An error inside the model's call names forward, the line that made the call, and the step."""
+    done = run_script(
+        """
+        import torch
+        model = torch.nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(5):
+            loss = model(torch.ones(2, 4 if step < 4 else 3)).sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        """,
+        entry=True,
+    )
+
+    (row,) = exit_rows(serving)
+    assert done.returncode == 1
+    assert "RuntimeError" in done.stderr
+    assert "traceml/recorder" not in done.stderr
+    assert (row["exception"], row["code"], row["open_phase"], row["line"]) == ("RuntimeError", 1, "forward", 6)
+
+
+def test_bad_settings_do_not_keep_it_from_running(run_script: Run) -> None:
+    """The script runs untraced, and the user reads why."""
+    done = run_script("print('ran')", entry=True, TRACEML_PROT="1")
+
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert "did you mean" in done.stderr
+
+
+def test_disabled_it_does_nothing(serving: Serving, run_script: Run) -> None:
+    """TRACEML_ENABLED=0: no thread, no connection, no run."""
+    done = run_script(
+        "import threading, traceml\nassert threading.active_count() == 1\nassert not traceml.is_enabled()",
+        entry=True,
+        TRACEML_ENABLED="0",
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert serving.run_dirs == []
+
+
+def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
+    """A signal while it runs: its finally block runs, the process dies of the signal, the rows are stored."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import time, traceml\n"
+        "for _ in range(3):\n"
+        "    with traceml.trace_step():\n"
+        "        pass\n"
+        "try:\n"
+        "    print('ready', flush=True)\n"
+        "    time.sleep(60)\n"
+        "finally:\n"
+        "    print('cleaned up', flush=True)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "traceml.recorder.entry", str(script)],
+        env=environ(tmp_path, TRACEML_PORT=str(serving.port), TRACEML_TOKEN=TOKEN),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == -signal.SIGINT
+    assert out == "cleaned up\n"
+    assert err.endswith("KeyboardInterrupt\n")
+    eventually(lambda: stored_steps(serving) == [0, 1, 2])
+    assert exit_rows(serving)[0]["exception"] == "KeyboardInterrupt"

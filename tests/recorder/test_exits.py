@@ -1,0 +1,146 @@
+"""How processes end: what is recorded, and that the end itself is not changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.aggregator.conftest import Serving
+from tests.recorder.conftest import Run, exit_rows, stored_steps
+from traceml.recorder.exits import describe, status_of
+
+START = """
+import sys, traceml
+traceml.init()
+for _ in range(5):
+    with traceml.trace_step():
+        pass
+"""
+
+
+def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -> None:
+    """Type, message, line, step and status are stored; the traceback and the status are the interpreter's."""
+    done = run_script(START + "def lose():\n    raise ValueError('no ' + 'x' * 1000)\nlose()\n")
+
+    (row,) = exit_rows(serving)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):")
+    assert done.stderr.count("Traceback") == 1
+    assert (row["exception"], row["code"], row["function"]) == ("ValueError", 1, "lose")
+    assert row["message"].startswith("no x")
+    assert len(row["message"]) == 500
+    assert row["file"].endswith("script.py")
+    assert row["line"] == 8
+    assert row["last_step"] == 4
+    assert "lose()" in row["stack"]
+    assert stored_steps(serving) == list(range(5))
+    assert serving.run_dirs
+
+
+@pytest.mark.parametrize(
+    ("ending", "status", "expected"),
+    [
+        ("", 0, 0),
+        ("sys.exit(0)", 0, 0),
+        ("sys.exit(3)", 3, 3),
+        ("sys.exit('words')", 1, 1),
+        ("try:\n    sys.exit(3)\nexcept SystemExit:\n    pass", 0, 0),
+        ("try:\n    sys.exit(3)\nexcept SystemExit as kept:\n    error = kept", 0, 0),
+        ("import threading\nt = threading.Thread(target=lambda: sys.exit(9))\nt.start()\nt.join()", 0, 0),
+    ],
+)
+def test_a_status_is_recorded_when_it_ends_the_process(
+    serving: Serving, run_script: Run, ending: str, status: int, expected: int
+) -> None:
+    """A SystemExit counts when it ended the program, not when somebody caught it, nor in a thread."""
+    done = run_script(START + ending)
+
+    assert done.returncode == status
+    assert [row["code"] for row in exit_rows(serving)] == [expected]
+    assert all("exception" not in row for row in exit_rows(serving))
+
+
+def test_the_exception_behind_a_status_is_recorded(serving: Serving, run_script: Run) -> None:
+    """`except Exception: sys.exit(4)` hides the reason from the screen, not from us."""
+    done = run_script(START + "try:\n    1 / 0\nexcept Exception:\n    sys.exit(4)\n")
+
+    (row,) = exit_rows(serving)
+    assert done.returncode == 4
+    assert (row["code"], row["exception"]) == (4, "ZeroDivisionError")
+
+
+def test_a_keyboard_interrupt_is_recorded(serving: Serving, run_script: Run) -> None:
+    """It is told as such, and the process dies of the signal as always."""
+    done = run_script(START + "raise KeyboardInterrupt\n")
+
+    (row,) = exit_rows(serving)
+    assert done.returncode in (-2, 130)
+    assert (row["exception"], row["code"]) == ("KeyboardInterrupt", 130)
+
+
+def test_hooks_of_others_are_called(serving: Serving, run_script: Run) -> None:
+    """One from before init is called by ours; one that came later may hide ours, and all is recorded still."""
+    early = "import sys\nsys.excepthook = lambda kind, error, trace: print('early', kind.__name__)\n"
+    late = "sys.excepthook = lambda kind, error, trace: print('late', kind.__name__)\n"
+    assert run_script(early + START + "1 / 0\n").stdout == "early ZeroDivisionError\n"
+    assert exit_rows(serving)[0]["exception"] == "ZeroDivisionError"
+
+    assert run_script(START + late + "1 / 0\n").stdout == "late ZeroDivisionError\n"
+    assert exit_rows(serving)[0]["exception"] == "ZeroDivisionError"
+
+
+def test_shutdown_puts_the_hooks_back(run_script: Run) -> None:
+    """Nothing of ours stays in sys."""
+    done = run_script(
+        """
+        import sys, traceml
+        before = sys.excepthook, sys.exit
+        traceml.init()
+        assert (sys.excepthook, sys.exit) != before
+        traceml.shutdown()
+        assert (sys.excepthook, sys.exit) == before
+        """
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_thread_that_runs_on_does_not_hang_the_end(serving: Serving, run_script: Run) -> None:
+    """A sleeping daemon thread of the script and a pending step are no hindrance."""
+    done = run_script(
+        START + "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    )
+
+    assert done.returncode == 0
+    assert stored_steps(serving) == list(range(5))
+
+
+def test_describe_names_the_users_own_line() -> None:
+    """An error deep in a library is told by the line of the script that led there."""
+    try:
+        import json
+
+        json.loads("{")
+    except ValueError as error:
+        facts = describe(error)
+
+    assert facts["exception"] == "json.decoder.JSONDecodeError"
+    assert facts["file"] == __file__
+    assert "decoder.py" in facts["stack"]
+
+
+def test_a_message_that_fails_is_said() -> None:
+    """A user's __str__ may raise; the row still comes."""
+
+    class Odd(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError
+
+    assert describe(Odd())["message"] == "<its text failed: RuntimeError>"
+    assert describe(None) == {}
+
+
+def test_status_is_the_interpreters() -> None:
+    """As documented for sys.exit: None is 0, a text is 1, a number is taken modulo 256."""
+    assert [status_of(SystemExit(code)) for code in (None, 0, 3, 256, -1, "text")] == [0, 0, 3, 0, 255, 1]
+    assert status_of(KeyboardInterrupt()) == 130
+    assert status_of(ValueError()) == 1

@@ -1,0 +1,69 @@
+"""Who a recorder is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from traceml import settings
+from traceml.recorder.identity import identify, script_name
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's variables."""
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_process_alone() -> None:
+    """Rank 0 of 1, in a job that no other process shares, with rows of its own at each start."""
+    config = settings.load({}, Path("/proc"))
+    first, second = identify(config), identify(config)
+
+    assert (first.who.rank, first.who.world_size, first.provisional) == (0, 1, False)
+    assert first.job != second.job
+    assert first.recorder != second.recorder
+
+
+def test_a_run_id_is_the_job() -> None:
+    """What the user names is what ranks find each other by."""
+    assert identify(settings.load({}, Path("/proc"), run_id="mine")).job == "mine"
+
+
+def test_the_hello_tells_what_the_flight_file_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The aggregator knows a dead rank's file by the same words."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    config = settings.load({}, Path("/proc"), run_name="name", project="p", hang_timeout=7)
+    identity = identify(config)
+    hello, facts = identity.hello(config, Path("/x.flight")), identity.facts()
+
+    assert (hello.run, hello.name, hello.project, hello.flight) == (identity.job, "name", "p", "/x.flight")
+    assert hello.hang_timeout_s == 7
+    assert facts["job"] == hello.run
+    for name in ("rank", "world_size", "local_rank", "attempt", "host", "recorder"):
+        assert facts[name] == getattr(hello, name)
+
+
+@pytest.mark.parametrize(
+    ("argv0", "name"),
+    [
+        ("/x/train.py", "train"),
+        ("/x/pkg/__main__.py", "pkg"),
+        ("pkg.train", "pkg.train"),
+        ("-c", "python"),
+        ("", "python"),
+        ("/usr/lib/ipykernel_launcher.py", "notebook"),
+    ],
+)
+def test_a_run_is_called_as_its_script(monkeypatch: pytest.MonkeyPatch, argv0: str, name: str) -> None:
+    """Scripts, packages, notebooks and bare interpreters."""
+    monkeypatch.setattr(sys, "argv", [argv0])
+
+    assert script_name() == name

@@ -1,0 +1,87 @@
+"""init(local=True): one aggregator for the job, whoever comes first, gone after the last."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import traceml
+from tests.aggregator.conftest import eventually
+from tests.recorder.conftest import environ
+from traceml.database.store import STORE_NAME, StoreReader
+from traceml.errors import AggregatorUnavailableError
+
+SCRIPT = """
+import sys, traceml
+traceml.init(local=True)
+for _ in range(int(sys.argv[1])):
+    with traceml.trace_step():
+        pass
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def nobody_listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except ConnectionRefusedError:
+        return True
+
+    return False
+
+
+def test_ranks_share_one_aggregator_that_ends_with_them(tmp_path: Path) -> None:
+    """Four ranks at once start one; their steps are in one run; it ends by itself and leaves a report."""
+    port = free_port()
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(10 + rank)],
+            env=environ(
+                tmp_path,
+                TRACEML_PORT=str(port),
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="4",
+                TORCHELASTIC_RUN_ID="a-job",
+                MASTER_PORT="1",
+            ),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    for rank in ranks:
+        _, err = rank.communicate(timeout=60)
+        assert rank.returncode == 0, err
+
+    eventually(lambda: nobody_listens(port))
+    runs = [path for path in (tmp_path / "traceml_runs").iterdir() if path.name[0] != "." and not path.is_symlink()]
+    assert len(runs) == 1
+    with StoreReader(runs[0] / STORE_NAME) as store:
+        assert store.stored("steps") == 10 + 11 + 12 + 13
+        assert {stream.identity.rank for stream in store.streams()} == {0, 1, 2, 3}
+    assert (runs[0] / "report.json").exists()
+
+
+def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
+    """An address that is not this host's cannot be served from here; the error says so."""
+    with pytest.raises(AggregatorUnavailableError, match="none can be started"):
+        traceml.init(local=True, host="192.0.2.1", port=free_port(), connect_timeout=0.2)
+
+
+def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_path: Path) -> None:
+    """The error names its log."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AggregatorUnavailableError, match=r"the one started here ended with \d+; see .*local-"):
+        traceml.init(local=True, port=free_port(), runs_dir=tmp_path / "file" / "runs")

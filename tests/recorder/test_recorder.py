@@ -1,0 +1,296 @@
+"""The recorder against a real aggregator: init, rows, outages, refusals, statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import socket
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import traceml
+from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.recorder.conftest import Run, stored_steps
+from traceml.database.flight import default_folder, find_flights
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+
+pytestmark = pytest.mark.usefixtures("quiet_process")
+
+
+def recorder_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "traceml-recorder"]
+
+
+def my_flights() -> list[Path]:
+    import os
+
+    return find_flights(default_folder(), pid=os.getpid())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return int(sock.getsockname()[1])
+
+
+def do_steps(count: int) -> None:
+    for _ in range(count):
+        with traceml.trace_step(), traceml.phase("work"):
+            pass
+
+
+def test_steps_reach_the_store_once(serving: Serving) -> None:
+    """init connects, steps are stored with their phases, shutdown leaves nothing behind."""
+    recorder = traceml.init(port=serving.port, token=TOKEN)
+    assert traceml.is_enabled()
+    assert len(recorder_threads()) == len(my_flights()) == 1
+
+    do_steps(200)
+    traceml.shutdown()
+
+    assert stored_steps(serving) == list(range(200))
+    with serving.store() as store:
+        assert len(store.rows("user_phases")) == 200
+        assert [row["name"] for _, row in store.log_rows("names")] == ["work"]
+        assert len(store.rows("process")) >= 2
+        assert store.rows("telemetry")["rows_lost"][-1] == 0
+    assert not traceml.is_enabled()
+    assert recorder_threads() == my_flights() == []
+    assert recorder.statistics().rows_acked == recorder.statistics().rows_appended > 200
+
+
+def test_init_is_idempotent(serving: Serving) -> None:
+    """The second call returns the recorder that runs; after a shutdown a new one starts, as a run of its own."""
+    first = traceml.init(port=serving.port, token=TOKEN)
+    assert traceml.init(port=1) is first
+    traceml.shutdown()
+    traceml.shutdown()
+
+    second = traceml.init(port=serving.port, token=TOKEN)
+
+    assert second is not first
+    assert second.enabled
+
+
+def test_init_disabled_stops_a_running_recorder(serving: Serving) -> None:
+    """enabled=False is obeyed, also when something runs already."""
+    traceml.init(port=serving.port, token=TOKEN)
+
+    off = traceml.init(enabled=False)
+
+    assert not off.enabled
+    assert not traceml.is_enabled()
+    assert recorder_threads() == []
+
+
+def test_nobody_there_is_an_error_with_the_way_out() -> None:
+    """The error names the address, the time, and what to do; nothing stays behind."""
+    port = free_port()
+    hook, leave = sys.excepthook, sys.exit
+
+    with pytest.raises(AggregatorUnavailableError) as caught:
+        traceml.init(port=port, connect_timeout=0.3)
+
+    text = str(caught.value)
+    for word in (f"127.0.0.1:{port}", "traceml serve", "local=True", "TRACEML_ENABLED=0", " s "):
+        assert word in text
+    assert isinstance(caught.value, ConnectionError)
+    assert not traceml.is_enabled()
+    assert recorder_threads() == my_flights() == []
+    assert (sys.excepthook, sys.exit) == (hook, leave)
+
+
+def test_something_else_on_the_port_is_an_error_too() -> None:
+    """A program that listens and says nothing does not hold the training up."""
+    with socket.create_server(("127.0.0.1", 0)) as mute, pytest.raises(AggregatorUnavailableError, match="sent no"):
+        traceml.init(port=mute.getsockname()[1], connect_timeout=0.3)
+
+
+def test_warn_goes_on_and_connects_later(tmp_path: Path, serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """With on_missing=warn steps before the aggregator's start are kept, and stored when it comes."""
+    serving.kill()
+    with caplog.at_level(logging.WARNING, "traceml"):
+        traceml.init(port=serving.port, token=TOKEN, on_missing="warn", connect_timeout=0.2)
+        do_steps(50)
+
+    assert len([r for r in caplog.records if "no traceml aggregator answered" in r.getMessage()]) == 1
+
+    serving.start()
+    recorder = traceml.init()
+    eventually(lambda: recorder.statistics().connected)
+    do_steps(50)
+    traceml.shutdown()
+
+    assert stored_steps(serving) == list(range(100))
+
+
+def test_a_wrong_token_is_refused(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """It raises; with on_missing=warn the training goes on untraced by anyone."""
+    with pytest.raises(AggregatorRefusedError, match="wrong token"):
+        traceml.init(port=serving.port, token="wrong")
+
+    with caplog.at_level(logging.WARNING, "traceml"):
+        recorder = traceml.init(port=serving.port, token="wrong", on_missing="warn")
+    assert recorder.enabled
+    assert not recorder.statistics().connected
+    assert "wrong token" in caplog.text
+
+
+def test_no_row_is_lost_or_doubled_when_the_aggregator_dies(serving: Serving) -> None:
+    """Rows appended before, during and after an outage are stored once each."""
+    recorder = traceml.init(port=serving.port, token=TOKEN, flush_interval=0.05)
+    do_steps(500)
+    eventually(lambda: recorder.statistics().rows_acked > 100)
+
+    serving.kill()
+    do_steps(500)
+    eventually(lambda: not recorder.statistics().connected)
+    serving.start()
+    eventually(lambda: recorder.statistics().connected)
+    do_steps(500)
+    traceml.shutdown()
+
+    assert stored_steps(serving) == list(range(1500))
+    assert recorder.statistics().reconnects >= 1
+    assert recorder.statistics().rows_lost == 0
+
+
+def test_rows_beyond_the_ring_are_counted_exactly(serving: Serving) -> None:
+    """After an outage that was too long, stored and lost rows add up to what was appended."""
+    recorder = traceml.init(port=serving.port, token=TOKEN, ring_rows=4096)
+    eventually(lambda: recorder.statistics().connected)
+    serving.kill()
+    do_steps(10_000)
+    serving.start()
+    traceml.shutdown()
+    statistics = recorder.statistics()
+
+    with serving.store() as store:
+        kept, lost = store.stored("steps"), store.lost("steps")
+    assert kept + lost == 10_000
+    assert lost > 5_000
+    assert statistics.rows_lost >= lost
+
+
+def test_statistics_are_a_frozen_record(serving: Serving) -> None:
+    """They tell who, where, how much and what it cost."""
+    disabled = traceml.init(enabled=False).statistics()
+    recorder = traceml.init(port=serving.port, token=TOKEN, sampler_intervals={"process": 0.05})
+    samples = eventually(lambda: [s for s in recorder.statistics().samplers if s.name == "process" and s.samples > 3])
+    statistics = recorder.statistics()
+
+    assert disabled.state == "disabled"
+    assert (statistics.state, statistics.rank, statistics.world_size) == ("running", 0, 1)
+    assert statistics.address == f"127.0.0.1:{serving.port}"
+    assert statistics.errors == 0
+    assert statistics.bytes_sent > 0
+    assert samples[0].interval_s == 0.05
+    assert statistics.clock_rtt_ns is not None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        statistics.rank = 1  # type: ignore[misc]
+
+
+def test_commands_reach_the_rank(serving: Serving) -> None:
+    """What a client asks comes through the aggregator; an unknown command is answered with an error."""
+    recorder = traceml.init(port=serving.port, token=TOKEN)
+    eventually(lambda: recorder.statistics().connected)
+
+    known = serving.ask("statistics")
+    unknown = serving.ask("dance")
+
+    assert "'state': 'running'" in str(known)
+    assert "knows no command 'dance'" in str(unknown)
+
+
+def test_a_broken_turn_does_not_end_the_thread(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
+    """It is logged once and counted; the turns after it send as before."""
+    recorder = traceml.init(port=serving.port, token=TOKEN)
+    worker = recorder._worker
+    assert worker is not None
+    with caplog.at_level(logging.WARNING, "traceml"):
+        for _ in range(3):
+            worker.call(lambda: 1 // 0)
+            eventually(lambda: not worker._calls)
+        eventually(lambda: recorder.statistics().errors == 3)
+
+    do_steps(10)
+    traceml.shutdown()
+
+    assert len([r for r in caplog.records if "recorder's thread" in r.getMessage()]) == 1
+    assert stored_steps(serving) == list(range(10))
+
+
+def test_traced_functions_and_data(serving: Serving) -> None:
+    """@trace with and without a name, and trace_data, work whether decorated before init or after."""
+
+    @traceml.trace
+    def augment(value: int) -> int:
+        return value + 1
+
+    @traceml.trace("other name")
+    def prepare(value: int) -> int:
+        return value * 2
+
+    assert augment(1) == 2
+    items = [1, 2, 3]
+    assert list(traceml.trace_data(items)) == items
+
+    traceml.init(port=serving.port, token=TOKEN)
+    for item in traceml.trace_data(items):
+        with traceml.trace_step():
+            assert prepare(augment(item)) == 2 * (item + 1)
+    traceml.shutdown()
+
+    with serving.store() as store:
+        assert {row["name"] for _, row in store.log_rows("names")} == {"augment", "other name"}
+        assert sum(store.rows("steps")["input_wait_ns"] > 0) >= 2
+
+
+def test_a_group_that_is_initialised_later_gives_the_rank(serving: Serving, run_script: Run) -> None:
+    """Children of mp.spawn that call init before init_process_group become ranks of one run, and nothing else."""
+    done = run_script(
+        """
+        import os, sys, torch, torch.distributed as dist, torch.multiprocessing as mp, traceml
+
+        def train(rank, port):
+            traceml.init()
+            dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+            for _ in range(20):
+                with traceml.trace_step():
+                    dist.all_reduce(torch.ones(1))
+            traceml.shutdown()
+            dist.destroy_process_group()
+
+        if __name__ == "__main__":
+            mp.spawn(train, (sys.argv[1],), nprocs=2)
+        """,
+        str(free_port()),
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert len(serving.run_dirs) == 1
+    with serving.store() as store:
+        streams = {(stream.identity.rank, stream.facts["world_size"]) for stream in store.streams()}
+        assert streams == {(0, 2), (1, 2)}
+        assert store.stored("steps") == 40
+
+
+def test_a_failed_start_leaves_nothing(
+    serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hooks that cannot be put in place are said; samples and rows still flow."""
+    import traceml.instrument
+
+    def broken(*_args: object, **_options: object) -> None:
+        raise RuntimeError("this torch is unknown")
+
+    monkeypatch.setattr(traceml.instrument, "install", broken)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        recorder = traceml.init(port=serving.port, token=TOKEN)
+    eventually(lambda: recorder.statistics().rows_acked > 0)
+    with traceml.trace_step(), traceml.phase("x"):
+        pass
+
+    assert "this torch is unknown" in caplog.text

@@ -1,0 +1,366 @@
+"""The sender against a made-up connection: what goes out when, what is counted, where it resumes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from traceml.database.flight import FlightFile
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.recorder import sender as module
+from traceml.recorder.sender import Losses, Sender
+from traceml.transport.client import ClockOffset
+from traceml.transport.framing import decode_log
+
+
+class Wire:
+    """A connection that keeps what it is given; `stuck` takes nothing more, `broken` raises."""
+
+    def __init__(self, acked: dict[str, int] | None = None) -> None:
+        self.acked = acked or {}
+        self.sent: list[tuple[str, int, int, bytes]] = []
+        self.messages: list[dict[str, Any]] = []
+        self.inbox: list[dict[str, Any]] = []
+        self.unsent_bytes = 0
+        self.bytes_sent = 0
+        self.stuck_after: int | None = None
+        self.broken = False
+        self.closed: str | None = None
+        self.bye: str | None = None
+
+    def send_rows(self, table: str, seq: int, n: int, data: bytes) -> int:
+        if self.broken:
+            raise ConnectionResetError("gone")
+
+        self.sent.append((table, seq, n, data))
+        self.bytes_sent += len(data)
+        if self.stuck_after is not None and len(self.sent) >= self.stuck_after:
+            self.unsent_bytes = 1
+
+        return len(data)
+
+    def send(self, message: dict[str, Any]) -> int:
+        self.messages.append(message)
+        return 1
+
+    def receive(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
+        if self.broken:
+            raise ConnectionResetError("gone")
+
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def measure_clock(self) -> ClockOffset | None:
+        return ClockOffset(5, 1)
+
+    def finish(self, reason: str, *, timeout_s: float) -> bool:
+        self.bye = reason
+        for table, seq, n, _ in self.sent:
+            self.acked[table] = seq + n
+
+        return True
+
+    def close(self, reason: str | None = None) -> None:
+        self.closed = reason or "closed"
+
+    def rows_of(self, table: str) -> list[tuple[int, int]]:
+        """(first row, rows) of each frame of a table."""
+        return [(seq, n) for name, seq, n, _ in self.sent if name == table]
+
+
+@pytest.fixture
+def flight(tmp_path: Path) -> Iterator[FlightFile]:
+    """A flight file with a ring of 4,096 steps."""
+    made = FlightFile.create(tmp_path / "flights", {}, capacities={"steps": 4096})
+    yield made
+    made.close(unlink=True)
+
+
+def add_steps(flight: FlightFile, count: int) -> None:
+    ring = flight.ring("steps")
+    for _ in range(count):
+        ring.append(ring.appended, *([0] * 12))
+
+
+def make(flight: FlightFile, *wires: Wire | Exception, late: bool = True, **options: Any) -> Sender:
+    """A sender whose dials give these, one after another; `late`: past the first seconds, in which all goes at once."""
+    waiting = list(wires)
+
+    def dial(_timeout_s: float) -> Any:
+        next_one = waiting.pop(0)
+        if isinstance(next_one, Exception):
+            raise next_one
+
+        return next_one
+
+    made = Sender(flight, dial, **options)
+    made._started_ns = made._flushed_ns = made._started_ns - (10**10 if late else 0)
+    return made
+
+
+def settle(sender: Sender) -> None:
+    """Connect and send what is there, so that the flush interval begins."""
+    sender.pump(flush=True)
+
+
+def test_frames_wait_for_64_rows_or_the_interval(flight: FlightFile) -> None:
+    """Fewer rows wait; the 64th sends them; after the interval one is enough."""
+    wire = Wire()
+    sender = make(flight, wire, flush_interval_s=1000.0)
+    settle(sender)
+
+    add_steps(flight, 63)
+    sender.pump()
+    assert wire.rows_of("steps") == []
+
+    add_steps(flight, 1)
+    sender.pump()
+    assert wire.rows_of("steps") == [(0, 64)]
+
+    add_steps(flight, 1)
+    sender.pump()
+    assert wire.rows_of("steps") == [(0, 64)]
+    sender._flushed_ns -= 10**13
+    sender.pump()
+    assert wire.rows_of("steps") == [(0, 64), (64, 1)]
+
+
+def test_the_first_rows_go_at_once(flight: FlightFile) -> None:
+    """Somebody waits for a sign of life: in the first seconds no row waits."""
+    wire = Wire()
+    sender = make(flight, wire, late=False, flush_interval_s=1000.0)
+
+    add_steps(flight, 1)
+    sender.pump()
+    add_steps(flight, 1)
+    sender.pump()
+
+    assert wire.rows_of("steps") == [(0, 1), (1, 1)]
+
+
+def test_slices_of_2048_rows(flight: FlightFile) -> None:
+    """A backlog goes out in slices that hold the interpreter's lock for microseconds only."""
+    wire = Wire()
+    sender = make(flight, wire)
+    add_steps(flight, 4000)
+
+    sender.pump()
+
+    assert wire.rows_of("steps") == [(0, 2048), (2048, 1952)]
+
+
+def test_names_go_before_the_rows_that_use_them(flight: FlightFile) -> None:
+    """A name that came after the last row's end was read still travels before that row."""
+    wire = Wire()
+    sender = make(flight, wire, flush_interval_s=1000.0)
+    settle(sender)
+    flight.log("names").append({"id": 0, "name": "augment"})
+    for step in range(64):
+        flight.ring("user_phases").append(step, 0, 5, 1)
+
+    sender.pump()
+
+    assert [table for table, *_ in wire.sent] == ["names", "user_phases"]
+    assert decode_log(wire.sent[0][3]) == [{"id": 0, "name": "augment"}]
+
+
+def test_overwritten_rows_are_counted_exactly(flight: FlightFile) -> None:
+    """What fell out of the ring is lost; sent and lost rows together are all that were appended."""
+    wire = Wire()
+    sender = make(flight, wire)
+    add_steps(flight, 10_000)
+
+    sender.pump()
+
+    sent = sum(n for _, n in wire.rows_of("steps"))
+    assert sent == 4095
+    assert sender.rows_lost == 10_000 - sent == flight.ring("steps").dropped
+    first, _ = wire.rows_of("steps")[0]
+    assert first == 10_000 - sent
+
+
+def test_losses_count_no_row_twice() -> None:
+    """Ranges that overlap, because a welcome asked for less than was acknowledged, are one range."""
+    losses = Losses()
+    losses.add(100, 200)
+    losses.add(50, 250)
+    losses.add(300, 310)
+    losses.add(310, 320)
+
+    assert losses.rows == 200 + 20
+
+
+def test_many_losses_stay_exact() -> None:
+    """Also when there are more ranges than are kept apart."""
+    losses = Losses()
+    for start in range(0, 30_000, 10):
+        losses.add(start, start + 3)
+
+    assert losses.rows == 3 * 3000
+
+
+def test_it_resumes_where_the_welcome_says(flight: FlightFile) -> None:
+    """Also below what was acknowledged before: the aggregator may have lost its last commits."""
+    first, second = Wire(), Wire({"steps": 40})
+    sender = make(flight, first, second)
+    add_steps(flight, 100)
+    sender.pump()
+    first.acked["steps"] = 100
+    sender.pump()
+    assert flight.ring("steps").acked == 100
+
+    first.broken = True
+    sender.pump()
+    sender._next_try_ns = 0
+    sender.pump()
+
+    assert second.rows_of("steps") == [(40, 60)]
+    assert sender.connections == 2
+    assert sender.rows_lost == 0
+
+
+def test_a_welcome_beyond_what_was_appended_skips_nothing(flight: FlightFile) -> None:
+    """Rows appended later are sent, whatever the aggregator believes to have."""
+    wire = Wire({"steps": 1000})
+    sender = make(flight, wire)
+    add_steps(flight, 5)
+    sender.pump()
+    add_steps(flight, 5)
+    sender.pump(flush=True)
+
+    assert wire.rows_of("steps") == [(5, 5)]
+
+
+def test_rows_stay_in_the_ring_while_the_peer_is_behind(flight: FlightFile) -> None:
+    """Nothing is sent behind a frame that the socket has not taken; the rows go out once it has."""
+    wire = Wire()
+    wire.stuck_after = 1
+    sender = make(flight, wire)
+    add_steps(flight, 3000)
+
+    sender.pump()
+    sender.pump()
+    assert wire.rows_of("steps") == [(0, 2048)]
+
+    wire.unsent_bytes, wire.stuck_after = 0, None
+    sender.pump()
+    assert wire.rows_of("steps") == [(0, 2048), (2048, 952)]
+
+
+def test_a_missing_aggregator_is_tried_again_with_growing_pauses(flight: FlightFile) -> None:
+    """Between tries nothing is dialled; each pause may be twice the last, with jitter."""
+    missing = AggregatorUnavailableError("h", 1, 0.1, "refused")
+    sender = make(flight, missing, missing, Wire())
+    pauses = []
+    for _ in range(2):
+        before = module.monotonic_ns()
+        sender.pump()
+        sender.pump()  # too early: does not dial
+        pauses.append(sender._next_try_ns - before)
+        sender._next_try_ns = 0
+
+    sender.pump()
+
+    assert sender.connected
+    assert 0.1e9 <= pauses[0] <= 0.25e9
+    assert 0.2e9 <= pauses[1] <= 0.45e9
+
+
+def test_a_refusal_is_said_once(flight: FlightFile, caplog: pytest.LogCaptureFixture) -> None:
+    """A wrong token will not get better by asking fast."""
+    refused = AggregatorRefusedError("h", 1, "wrong token")
+    sender = make(flight, refused, refused)
+
+    with caplog.at_level(logging.WARNING, "traceml"):
+        sender.pump()
+        assert sender._next_try_ns - module.monotonic_ns() > 20e9
+        sender._next_try_ns = 0
+        sender.pump()
+
+    assert [record.getMessage() for record in caplog.records].count(
+        "the traceml aggregator at h:1 refused the connection: wrong token; rows are kept, trying again every minute"
+    ) == 1
+
+
+def test_losing_the_aggregator_is_said_once(flight: FlightFile, caplog: pytest.LogCaptureFixture) -> None:
+    """The second outage is no news."""
+    wires = [Wire(), Wire()]
+    sender = make(flight, *wires)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        for wire in wires:
+            sender._next_try_ns = 0
+            sender.pump()
+            wire.broken = True
+            sender.pump()
+
+    assert len([r for r in caplog.records if "lost the aggregator" in r.getMessage()]) == 1
+    assert all(wire.closed for wire in wires)
+
+
+def test_commands_are_answered(flight: FlightFile) -> None:
+    """Known ones with their result, failing and unknown ones with an error that says which are known."""
+    wire = Wire()
+    sender = make(flight, wire, commands={"add": lambda args: args["a"] + 1, "fail": lambda _args: 1 // 0})
+    sender.pump()
+    wire.inbox = [
+        {"t": "command", "id": 1, "name": "add", "args": {"a": 2}},
+        {"t": "command", "id": 2, "name": "fail"},
+        {"t": "command", "id": 3, "name": "dance"},
+        {"t": "something else"},
+    ]
+
+    sender.pump()
+
+    by_id = {message["id"]: message for message in wire.messages}
+    assert by_id[1]["result"] == 3
+    assert by_id[2]["error"].startswith("ZeroDivisionError")
+    assert "knows no command 'dance'; it knows add, fail" in by_id[3]["error"]
+
+
+def test_finish_sends_everything_and_says_bye(flight: FlightFile) -> None:
+    """The bye comes after the last row, and tells why."""
+    wire = Wire()
+    sender = make(flight, wire, flush_interval_s=1000.0)
+    settle(sender)
+    add_steps(flight, 3)
+
+    stored = sender.finish("finished", timeout_s=5, hope=False)
+
+    assert stored
+    assert wire.rows_of("steps") == [(0, 3)]
+    assert wire.bye == "finished"
+    assert not sender.connected
+
+
+def test_finish_tries_a_broken_connection_again(flight: FlightFile) -> None:
+    """Rows that were on their way when the aggregator died go to the next one."""
+    first, second = Wire(), Wire()
+    sender = make(flight, first, second)
+    settle(sender)
+    add_steps(flight, 3)
+    first.broken = True
+
+    assert sender.finish("finished", timeout_s=5, hope=True)
+    assert second.rows_of("steps") == [(0, 3)]
+
+
+def test_finish_without_an_aggregator_is_one_try(flight: FlightFile) -> None:
+    """Nobody there and no reason to hope: the end of the process does not wait."""
+    sender = make(flight, AggregatorUnavailableError("h", 1, 0.1, "refused"))
+    add_steps(flight, 3)
+
+    assert not sender.finish("finished", timeout_s=5, hope=False)
+
+
+def test_pauses_shorten_as_the_ring_fills(flight: FlightFile) -> None:
+    """Between two wakes no more than about a quarter of the ring may come."""
+    sender = make(flight, Wire())
+    sender.pump()
+    assert sender.pause_s(0.25) == 0.25
+
+    add_steps(flight, 4096)
+    assert sender.pause_s(0.25) == pytest.approx(0.25 / 4)
