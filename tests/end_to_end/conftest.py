@@ -93,7 +93,7 @@ class Traceml:
         for process in self._running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+                process.wait()
 
 
 @pytest.fixture

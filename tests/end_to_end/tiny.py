@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def main() -> None:
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     if world_size > 1:
-        torch.distributed.init_process_group("gloo")
+        # a second attempt's rendezvous hangs now and then, also under torchrun alone
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
         model = nn.parallel.DistributedDataParallel(model)
 
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 
 __all__ = ["main"]
 
+_PR_SET_PDEATHSIG = 1
 _log = logging.getLogger("traceml")
 _FRAMES = Path(__file__).parent  # frames of files in this folder are not shown
 
@@ -61,6 +62,7 @@ def _run(argv: list[str]) -> BaseException | None:
         sys.exit("usage: python -m traceml.recorder.entry [-m] SCRIPT [ARGS ...]")
 
     sys.argv = list(words)
+    _end_with_torchrun()
     _start_recorder()
     try:
         program = _find_module(words[0]) if module else _find_script(words[0])
@@ -94,6 +96,19 @@ def _execute(program: _Program) -> None:
 
 
 _stage: list[ModuleType] = []  # the module that was `__main__` before: still running, so it must not be cleared
+
+
+def _end_with_torchrun() -> None:
+    """Have the kernel end this rank when its torchrun is killed, which torchrun itself does not see to."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+
+    import ctypes
+
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _start_recorder() -> None:
