@@ -7,19 +7,19 @@ Time is exclusive. One phase is `current`; entering another one closes the accou
 from __future__ import annotations
 
 import logging
-import mmap
 from _thread import get_ident
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
+from traceml.instrument.cells import CellField, Cells
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
     from traceml.instrument.device import DeviceTimes
 
-__all__ = ["FIRST_USER", "NOWHERE", "OTHER", "Accounts", "Listener"]
+__all__ = ["ASK", "FIRST_USER", "NOWHERE", "ON_FORWARD", "OTHER", "Accounts", "Listener"]
 
 OTHER = 8  # the account of time in no phase; never read, as it is what is left of the total
 FIRST_USER = 9  # user phase k has its time at FIRST_USER + 2k and its entries at FIRST_USER + 2k + 1
@@ -29,9 +29,25 @@ _STEP_START, _STEP = 8, 9  # words of `open_slots`
 _NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
 _SAMPLED_MASK = 3  # what costs more than the budget is measured on every 4th step
 _SLOW_STEP_NS = 2_000_000  # ... and on every step when they are this long
-_UPKEEP_MASK = 63
-NOWHERE = False  # `closes_at` when no loader closes the open step; no loader's token equals it
+UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
+
+
+class _Mark:
+    """A value of `closes_at` that is no loader."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __repr__(self) -> str:
+        return self._name
+
+
+NOWHERE = _Mark("NOWHERE")  # nothing closes the step yet
+ON_FORWARD = _Mark("ON_FORWARD")  # the next training forward closes it
+ASK = _Mark("ASK")  # every forward must say whether it trains
 
 
 class Listener(Protocol):
@@ -53,242 +69,157 @@ class Listener(Protocol):
 class Accounts:
     """Accounts of the open step.
 
-    Hooks read and write its fields directly: a method call costs more than what it would do. Everything here happens
-    on the training thread; hooks compare `thread` with their own and stay out otherwise.
+    Everything here happens on the training thread; hooks compare `thread` with their own and stay out otherwise. Fields
+    that are `CellField`s are read and written by the hooks directly (see `cells`).
 
     A step may be cut into segments (see `StepClock`). Fields named `base*`, `micro` and `snap*` tell of what lies
     before the last cut; `backwards`, `batches`, `batch`, `trained`, `evaluated`, `own` and `flags` of what lies after
-    it; `acc` runs over both.
+    it; the accounts run over both.
     """
 
-    # The step ring, bound.
-    pack_into: Callable[..., None]
-    buffer: mmap.mmap | bytearray
-    offset: int
-    mask: int
-    row_bytes: int
-    count: memoryview[int]
-    slot: int
-    rows: int  # rows so far: the number of the open step
-    evals: Any
-    user_rows: Any
-    open_slots: memoryview[int]
-
-    listener: Listener
-    thread: int  # the training thread; no thread has the number 0, which switches all hooks off
-    errors: int
-    device: DeviceTimes | None
-    group: Any  # the default process group once there is one
-    sequence: Callable[[], int] | None  # how many collectives it has issued
-    extras: bool  # there is a device, or a group with other ranks
-    detail: bool  # measure in this step what is too dear for each
-    mean_ns: int
-
-    current: int  # the phase that time belongs to now
-    mark: int  # since when
-    acc: list[int]  # ns by account
-    zeros: list[int]
-    users: list[int]  # name ids of user phases, by index
-    depth: int  # nested optimizer steps
-
-    seg_start: int  # where the segment began
-    closes_at: Any  # the loader whose next request closes the step
-    close_on_forward: bool  # a training forward may close the step, or open the first
-    stepped: bool  # an optimizer attempt was made
-    trained: bool  # a training forward was seen
-    evaluated: bool  # one without gradients, or of a model in eval()
-    backwards: int
-    batches: int
-    batch: Any  # the first loader that gave a batch in this segment
-    first_loader: Any  # ... in this step
-    flags: int
-    own: int  # own backward time
-
-    dirty: bool  # one of the following is not at rest
-    attempt: int  # id of the optimizer that made the step's first attempt
-    attempts: set[int]  # ids of those that made the others
-    evaluating: bool  # the segment before was evaluation
-    fused: bool  # an optimizer stepped inside backward
-    pending: bool  # what lies before the cut has stepped: it may be a whole step
-    snap: list[int] | None  # `acc` at the cut
-    snap_end: int  # when that was
-    snap_first: Any  # `first_loader` then
-    base: int  # total ns before the cut
-    base_flags: int
-    base_own: int
-    micro: int  # micro-batches before the cut
-
-    eval_ns: int
-    eval_batches: int
-    eval_end: int
-
-    __slots__ = (
-        "acc",
-        "attempt",
-        "attempts",
-        "backwards",
-        "base",
-        "base_flags",
-        "base_own",
-        "batch",
-        "batches",
-        "buffer",
-        "close_on_forward",
-        "closes_at",
-        "count",
-        "current",
-        "depth",
-        "detail",
-        "device",
-        "dirty",
-        "errors",
-        "eval_batches",
-        "eval_end",
-        "eval_ns",
-        "evals",
-        "evaluated",
-        "evaluating",
-        "extras",
-        "first_loader",
-        "flags",
-        "fused",
-        "group",
-        "listener",
-        "mark",
-        "mask",
-        "mean_ns",
-        "micro",
-        "offset",
-        "open_slots",
-        "own",
-        "pack_into",
-        "pending",
-        "row_bytes",
-        "rows",
-        "seg_start",
-        "sequence",
-        "slot",
-        "snap",
-        "snap_end",
-        "snap_first",
-        "stepped",
-        "thread",
-        "trained",
-        "user_rows",
-        "users",
-        "zeros",
-    )
+    thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
+    current = CellField()  # the phase that time belongs to now
+    mark = CellField()  # since when
+    input_ns = CellField()  # the accounts of the phases that every loop has; all others are in `rare`
+    forward_ns = CellField()
+    backward_ns = CellField()
+    optimizer_ns = CellField()
+    rows = CellField()  # rows so far: the number of the open step
+    seg_start = CellField()  # where the segment began
+    closes_at = CellField()  # the loader whose next request closes the step, or a mark
+    attempt = CellField()  # id of the optimizer that made the step's first attempt, 0 before one
+    backwards = CellField()
+    batches = CellField()
+    batch = CellField()  # the first loader that gave a batch in this segment
+    first_loader = CellField()  # ... in this step
+    dirty = CellField()  # closing this step takes more than writing the four accounts
+    depth = CellField()  # 1 inside an optimizer step
+    detail = CellField()  # the next backward pass needs preparing: the first one, and those measured in detail
+    watch_backward = CellField()  # ... or the end of one is of interest: no optimizer has ever stepped
 
     def __init__(self, flight: FlightFile, listener: Listener, thread: int) -> None:
-        ring = flight.ring("steps")
-        self.pack_into, self.buffer, self.offset = ring.pack_into, ring.buffer, ring.offset
-        self.mask, self.row_bytes, self.count, self.slot = ring.mask, ring.row_bytes, ring.count, ring.slot
-        self.rows = ring.appended
-        self.evals, self.user_rows = flight.ring("evals"), flight.ring("user_phases")
-        self.open_slots = flight.open_slots
+        hot = Cells(tuple(name for kind in type(self).__mro__ for name in vars(kind) if _is_cell(vars(kind)[name])))
+        self.cells, self.bind = hot.by_name, hot.bind
         self.listener, self.thread, self.errors = listener, thread, 0
-        self.device = self.group = self.sequence = None
-        self.extras = self.detail = False
+        self.ring = flight.ring("steps")
+        self.evals, self.user_rows = flight.ring("evals"), flight.ring("user_phases")
+        self.open_slots: Any = flight.open_slots  # the flight file's words, or what stands in for them
+        self.device: DeviceTimes | None = None
+        self.group: Any = None  # the default process group once there is one
+        self.sequence: Callable[[], int] | None = None  # how many collectives it has issued
+        self.extras = False  # there is a device, or a group with other ranks
+        self.special = False  # ... or user phases: every step is `dirty`
         self.mean_ns = 0
+
+        self.rows = self.ring.appended
+        self.current, self.depth, self.detail, self.watch_backward = OTHER, 0, True, True
         self.zeros = [0] * FIRST_USER
-        self.users = []
-        self.current, self.mark, self.depth = OTHER, 0, 0
+        self.users: list[int] = []  # name ids of user phases, by index
         self.eval_ns = self.eval_batches = self.eval_end = 0
         self._clear(0)
-        self._clear_rest()
         self.open_slots[_STEP] = -1  # no step is open yet
+        self.commit = _make_commit(self)
+
+    # ---- phases ----
+
+    @property
+    def acc(self) -> list[int]:
+        """All accounts, by number: a copy."""
+        acc = self.rare.copy()
+        acc[0], acc[2], acc[3], acc[4] = self.input_ns, self.forward_ns, self.backward_ns, self.optimizer_ns
+        return acc
+
+    @acc.setter
+    def acc(self, acc: list[int]) -> None:
+        self.input_ns, self.forward_ns, self.backward_ns, self.optimizer_ns = acc[0], acc[2], acc[3], acc[4]
+        self.rare = acc
+
+    def add(self, account: int, ns: int) -> None:
+        """Add time to any account."""
+        if account == 4:
+            self.optimizer_ns += ns
+        elif account == 3:
+            self.backward_ns += ns
+        elif account == 2:
+            self.forward_ns += ns
+        elif account == 0:
+            self.input_ns += ns
+        elif account != OTHER:
+            self.rare[account] += ns
+            self.dirty = True
 
     def enter(self, phase: int) -> int:
         """Begin a phase; return what `leave` needs, or -1 when it does not count here."""
         if self.thread != get_ident():
             return -1
 
-        previous = self.current
-        if previous == _INPUT_WAIT or previous == phase:  # noqa: SIM109 - a tuple would be built
+        previous: int = self.current
+        if previous in (_INPUT_WAIT, phase):
             return -1
 
         t = monotonic_ns()
-        self.acc[previous] += t - self.mark
+        self.add(previous, t - self.mark)
         self.mark, self.current = t, phase
         self.open_slots[phase] = t
-        if self.device is not None:
-            self.device.mark(phase)
-
         return previous
 
     def leave(self, phase: int, previous: int) -> None:
         """End a phase that `enter` began."""
-        t = monotonic_ns()
-        self.acc[self.current] += t - self.mark
-        self.mark, self.current = t, previous
+        self.switch(monotonic_ns())
+        self.current = previous
         self.open_slots[phase] = 0
-        if self.device is not None:
-            self.device.mark(previous)
 
     def switch(self, t: int) -> None:
         """Bring the account of the current phase up to `t`."""
-        self.acc[self.current] += t - self.mark
+        self.add(self.current, t - self.mark)
         self.mark = t
 
-    def commit(self, t: int) -> None:
-        """Close the open step at `t`: append its row, begin the next."""
-        acc = self.acc
-        n = self.rows
+    # ---- rows ----
+
+    def commit_special(self, t: int) -> None:
+        """Close a step that was cut into segments, or has rare or user phases, flags, a group or a device."""
+        flags = self.flags | self.base_flags | (_NO_LOADER if self.first_loader is None else 0)
+        micro = self.micro + (min(self.backwards, self.batches) if self.batches else self.backwards)
+        backwards, forward = self.backwards, self.forward_ns
         total = self.base + t - self.seg_start
-        backwards, batches = self.backwards, self.batches
-        micro = backwards if not batches or backwards < batches else batches
-        flags, own, user, sequence = self.flags, -1, 0, 0
-        if self.first_loader is None:
-            flags |= _NO_LOADER
+        self._append(self.acc, t, total, micro, flags, self.own + self.base_own, device="close")
+        self._clear(t)
+        if not self.rows & UPKEEP_MASK or not forward:
+            self.closed(forward, backwards)
 
-        if self.dirty:
-            micro += self.micro
-            flags |= self.base_flags
-            if flags & _CALLBACK:
-                own = self.own + self.base_own
+    def closed(self, forward: int, backwards: int) -> None:
+        """Tell of what happens once in 64 steps, and of a step without a forward."""
+        if not self.rows & UPKEEP_MASK:
+            self.listener.upkeep()
 
-        if self.users:
-            user = self._write_users(acc)
-
-        if self.extras:
-            sequence = self._read_extras(total)
-            if self.device is not None and self.device.close(n):
-                flags |= _DEVICE
-
-        self.pack_into(
-            self.buffer,
-            self.offset + (n & self.mask) * self.row_bytes,
-            n,
-            t,
-            total,
-            acc[0],
-            acc[1],
-            acc[2],
-            acc[3],
-            acc[4],
-            acc[5],
-            acc[6],
-            user,
-            own,
-            micro & 0xFFFF | flags << 16 | sequence << 32,
-        )
-        self.count[self.slot] = self.rows = n + 1
-        if not acc[2] and backwards:
+        if not forward and backwards:
             self.listener.step_without_forward()
 
-        self._clear(t)
-        if self.dirty:
-            self._clear_rest()
+    def _append(self, acc: list[int], t: int, total: int, micro: int, flags: int, own: int, *, device: str) -> None:
+        """Append a row of the step table, and those of other tables that belong to it."""
+        n = self.rows
+        user = self._write_users(acc) if self.users else 0
+        sequence = self._read_extras(total) if self.extras else 0
+        if self.device is not None and getattr(self.device, device)(n):
+            flags |= _DEVICE
 
-        if not n & _UPKEEP_MASK:
-            self.listener.upkeep()
+        own = own if flags & _CALLBACK else -1
+        self.ring.append(n, t, total, *acc[:7], user, own, micro & 0xFFFF | flags << 16 | sequence << 32)
+        self.rows = n + 1
+
+    def use_device(self, device: DeviceTimes, slots: Any) -> None:
+        """Measure device time too; before any hook is made.
+
+        Args:
+            device: who does it.
+            slots: what to store open phases into, so that it is told of them.
+        """
+        self.device, self.open_slots = device, slots
+        self.extras = self.special = self.dirty = True
 
     def disable_in_child(self) -> None:
         """Stop in a forked child: what it shares with its parent must not be written by it."""
         self.thread = 0
-        self.buffer = bytearray(self.offset + self.row_bytes * (self.mask + 1))
-        self.count = memoryview(bytearray(8 * (self.slot + 1))).cast("q")
-        self.open_slots = memoryview(bytearray(8 * len(self.open_slots))).cast("q")
 
     def fail(self, error: BaseException) -> None:
         """A hook of ours failed: say it once, and switch all of them off. Training goes on."""
@@ -298,27 +229,25 @@ class Accounts:
             _log.warning("step timing is switched off after an internal error: %r", error, exc_info=error)
 
     def _clear(self, t: int) -> None:
-        self.acc = self.zeros[:]
+        """Begin a step at `t` with nothing in it."""
+        self.acc = self.zeros.copy()
         self.mark = self.seg_start = t
-        self.stepped = self.trained = self.evaluated = self.close_on_forward = False
-        self.closes_at = NOWHERE
-        self.backwards = self.batches = self.flags = 0
+        self.closes_at = ASK
+        self.attempt = self.backwards = self.batches = self.flags = self.own = 0
         self.batch = self.first_loader = None
-        slots = self.open_slots
-        slots[_STEP_START] = t
-        slots[_STEP] = self.rows
-
-    def _clear_rest(self) -> None:
-        self.attempt = self.own = 0
-        self.attempts = set()
-        self.evaluating = self.fused = False
+        self.trained: Any = None  # a weak reference to a module whose forward was called with gradients
+        self.evaluated = False  # one was called without
+        self.evaluating = False  # the segment before was evaluation
+        self.fused = False  # an optimizer stepped inside backward
+        self.attempts: set[int] = set()  # ids of the optimizers that made further attempts
         self._drop_prefix()
-        self.dirty = False
+        self.dirty = self.special
+        self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.rows
 
     def _drop_prefix(self) -> None:
-        self.snap = None
-        self.snap_first = None
-        self.pending = False
+        self.snap: list[int] | None = None  # the accounts at the cut
+        self.snap_first: Any = None  # `first_loader` then
+        self.pending = False  # what lies before the cut has stepped: it may be a whole step
         self.snap_end = self.base = self.base_flags = self.base_own = self.micro = 0
 
     def _flush_evals(self, step: int) -> None:
@@ -343,3 +272,51 @@ class Accounts:
         self.mean_ns += (total - self.mean_ns) >> 4
         self.detail = self.mean_ns > _SLOW_STEP_NS or not (self.rows + 1 & _SAMPLED_MASK)
         return self.sequence() & 0x7FFFFFFF if self.sequence is not None else 0
+
+
+def _is_cell(value: Any) -> bool:
+    return isinstance(value, CellField)
+
+
+def _make_commit(accounts: Accounts) -> Callable[[int], None]:
+    """Return the function that closes the open step at a time: appends its row, begins the next."""
+    ring, slots, special, closed = accounts.ring, accounts.open_slots, accounts.commit_special, accounts.closed
+    pack_into, buffer, offset, mask, row_bytes = ring.pack_into, ring.buffer, ring.offset, ring.mask, ring.row_bytes
+    count, slot = ring.count, ring.slot
+    # Cells of the clock.
+    input_ns = forward_ns = backward_ns = optimizer_ns = rows = seg_start = attempt = backwards = batches = 0
+    dirty = False
+    batch: Any = None
+    first_loader: Any = None
+    closes_at: Any = NOWHERE
+
+    def commit(t: int) -> None:
+        nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
+        nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at
+        if dirty:
+            special(t)
+            return
+
+        n = rows
+        if first_loader is None:
+            bits = backwards & 0xFFFF | _NO_LOADER << 16
+        else:
+            bits = min(backwards, batches) & 0xFFFF
+            batch = first_loader = None
+            batches = 0
+
+        row = offset + (n & mask) * row_bytes
+        total = t - seg_start
+        pack_into(buffer, row, n, t, total, input_ns, 0, forward_ns, backward_ns, optimizer_ns, 0, 0, 0, -1, bits)
+        count[slot] = rows = n + 1  # the row first, its number afterwards
+        seg_start = slots[_STEP_START] = t
+        slots[_STEP] = n + 1
+        closes_at = NOWHERE
+        forward, input_ns, forward_ns, backward_ns, optimizer_ns = forward_ns, 0, 0, 0, 0
+        attempt = 0
+        if not forward or not rows & UPKEEP_MASK:
+            closed(forward, backwards)
+
+        backwards = 0
+
+    return accounts.bind(commit)

@@ -9,17 +9,18 @@ runs after the last local gradient and before DDP's own, which waits for the oth
 from __future__ import annotations
 
 from _thread import get_ident
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.clock import OTHER, StepClock
 from traceml.instrument.patches import Patches
 
-__all__ = ["patch_backward"]
+__all__ = ["patch_backward", "timed_backward"]
 
 _BACKWARD = int(Phase.BACKWARD)
 _CALLBACK = int(StepFlag.CALLBACK)
@@ -27,58 +28,71 @@ _CALLBACK = int(StepFlag.CALLBACK)
 
 def patch_backward(patches: Patches, clock: StepClock) -> None:
     """Time `torch.autograd.backward` on the training thread."""
-    original = torch.autograd.backward
+    patches.wrap(torch.autograd, "backward", timed_backward(torch.autograd.backward, clock))
+
+
+def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[..., None]:
+    """Return a function that calls `original` as a backward pass."""
+    slots, add, fail, after = clock.open_slots, clock.add, clock.fail, clock.after_backward
+    # Cells of the clock.
+    thread = current = mark = backward_ns = backwards = 0
+    detail = watch_backward = False
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or (clock.thread != get_ident() and not clock.adopt_thread()):
+        nonlocal current, mark, backward_ns, backwards
+        if is_dynamo_compiling() or (thread != get_ident() and not clock.adopt_thread()):
             return original(tensors, *args, **kwargs)
 
-        previous = clock.current
+        previous = current
         if previous == 0 or previous == _BACKWARD:
             return original(tensors, *args, **kwargs)
 
         handle = None
         try:
-            if clock.fresh:
-                clock.first_backward_begins()
+            if detail:
+                handle = _prepare(clock, tensors)
 
             t = monotonic_ns()
             if previous != OTHER:
-                clock.acc[previous] += t - clock.mark
+                add(previous, t - mark)
 
-            clock.mark = t
-            clock.current = _BACKWARD
-            clock.open_slots[_BACKWARD] = t
-            if clock.device is not None:
-                clock.device.mark(_BACKWARD)
-
-            if clock.detail:
-                handle = _measure_own(clock, tensors)
+            mark = t
+            current = _BACKWARD
+            slots[_BACKWARD] = t
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
+            fail(error)
 
         try:
             return original(tensors, *args, **kwargs)
         finally:
             try:
                 t = monotonic_ns()
-                clock.acc[clock.current] += t - clock.mark
-                clock.mark = t
-                clock.current = previous
-                clock.open_slots[_BACKWARD] = 0
-                if clock.device is not None:
-                    clock.device.mark(previous)
+                if current == _BACKWARD:
+                    backward_ns += t - mark
+                else:
+                    add(current, t - mark)
 
-                clock.backwards += 1
-                if clock.fused or clock.watch_backward:
-                    clock.after_backward(t)
+                mark = t
+                current = previous
+                slots[_BACKWARD] = 0
+                backwards += 1
+                if watch_backward:
+                    after(t)
 
                 if handle is not None:
                     handle.remove()
             except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                clock.fail(error)
+                fail(error)
 
-    patches.wrap(torch.autograd, "backward", backward)
+    return clock.bind(backward)
+
+
+def _prepare(clock: StepClock, tensors: Any) -> Any:
+    """What some backward passes need before they begin: the first one, and those that are measured in detail."""
+    if clock.fresh:
+        clock.first_backward_begins()
+
+    return _measure_own(clock, tensors) if clock.detail and clock.extras else None
 
 
 def _measure_own(clock: StepClock, tensors: Any) -> Any:
@@ -87,7 +101,7 @@ def _measure_own(clock: StepClock, tensors: Any) -> Any:
     if not isinstance(root, torch.Tensor) or not root.requires_grad:
         return None
 
-    before = clock.acc[_BACKWARD]
+    before = clock.backward_ns
     thread = clock.thread
 
     def finished() -> None:
@@ -97,7 +111,7 @@ def _measure_own(clock: StepClock, tensors: Any) -> Any:
 
             if thread == get_ident():  # on another device the engine's own thread runs it, and the CPU's clock is mute
                 running = monotonic_ns() - clock.mark if clock.current == _BACKWARD else 0
-                clock.own += clock.acc[_BACKWARD] + running - before
+                clock.own += clock.backward_ns + running - before
                 clock.flags |= _CALLBACK
                 clock.dirty = True
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock

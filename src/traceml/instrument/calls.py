@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from traceml.database.schema import Phase
 from traceml.instrument.clock import StepClock
@@ -28,7 +28,7 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
     """Return a function that calls `original` as a phase."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if is_dynamo_compiling():
             return original(*args, **kwargs)
 
         previous = -1
@@ -110,7 +110,7 @@ def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str
 
 def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -> Callable[..., Any]:
     def copy(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or self.device.type != "cpu":
+        if is_dynamo_compiling() or self.device.type != "cpu":
             return original(self, *args, **kwargs)
 
         previous = -1

@@ -13,17 +13,18 @@ from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import StepFlag
-from traceml.instrument.accounts import FIRST_USER, NOWHERE, OTHER, Accounts, Listener
+from traceml.database.schema import Phase, StepFlag
+from traceml.instrument.accounts import ASK, FIRST_USER, NOWHERE, ON_FORWARD, OTHER, Accounts, Listener
+from traceml.instrument.cells import CellField
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
 
-__all__ = ["FIRST_USER", "FUSED", "OTHER", "StepClock"]
+__all__ = ["ASK", "FIRST_USER", "FUSED", "NOWHERE", "ON_FORWARD", "OTHER", "StepClock"]
 
-FUSED = 0  # stands for all optimizers that step inside backward; no object has this id
+BACKWARD, OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
+FUSED = 1  # stands for all optimizers that step inside backward; no object has this id
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
-_DEVICE, _CALLBACK = int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
 _STEP_START, _STEP = 8, 9
 _HELD_BATCHES = 64  # so many backward passes without any optimizer step: there is none
 
@@ -31,45 +32,27 @@ _HELD_BATCHES = 64  # so many backward passes without any optimizer step: there 
 class StepClock(Accounts):
     """Accounts that know where a step ends."""
 
-    open: bool  # a step has begun, ever
-    explicit: bool  # trace_step() bounds the steps
-    blocks: int  # nested trace_step() blocks
-    fresh: bool  # no backward pass was seen yet
-    watch_backward: bool  # no optimizer step was seen yet
-    cut_on_step: bool  # without a loader: keep the accounts as they are when an optimizer step ends
-    anchor: Any  # the loader whose batches are trained on
-    inferred: bool  # there is no optimizer: batches bound the steps
-    optimizers: set[int]  # ids of all that ever stepped
-    optimizers_alive: int
-    last_optimizer: int
-    unclaimed: list[tuple[int, list[int], int]]  # where batches ended before any optimizer step
-    origin: Any  # the loader that was asked where this segment began
-
-    __slots__ = (
-        "anchor",
-        "blocks",
-        "cut_on_step",
-        "explicit",
-        "fresh",
-        "inferred",
-        "last_optimizer",
-        "open",
-        "optimizers",
-        "optimizers_alive",
-        "origin",
-        "unclaimed",
-        "watch_backward",
-    )
+    last_optimizer = CellField()  # id of the one that stepped last
+    usual = CellField()  # what closes a step after its optimizer step ...
+    usual_loader = CellField()  # ... when this is its first loader, and nothing else is special
 
     def __init__(self, flight: FlightFile, listener: Listener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
-        self.open = self.explicit = self.inferred = False
-        self.blocks = self.optimizers_alive = 0
-        self.fresh = self.watch_backward = self.cut_on_step = True
-        self.anchor = self.origin = None
-        self.optimizers, self.last_optimizer = set(), FUSED
-        self.unclaimed = []
-        self.close_on_forward = True  # a training forward may open the first step
+        self.open = False  # a step has begun, ever
+        self.explicit = False  # trace_step() bounds the steps
+        self.blocks = 0  # nested trace_step() blocks
+        self.fresh = True  # no backward pass was seen yet
+        self.cut_on_step = True  # without a loader: keep the accounts as they are when an optimizer step ends
+        self.anchor: Any = None  # the loader whose batches are trained on
+        self.origin: Any = None  # the loader that was asked where this segment began
+        self.inferred = False  # there is no optimizer: batches bound the steps
+        self.optimizers: set[int] = set()  # ids of all that ever stepped
+        self.optimizers_alive = 0
+        self.inner_steps = 0  # optimizer steps inside the one that counts
+        self.unclaimed: list[tuple[int, list[int], int]] = []  # where batches ended before any optimizer step
+        self.last_optimizer = 0
+        self.usual = self.usual_loader = NOWHERE
+        self.closes_at = ASK  # a training forward may open the first step
 
     def boundary(self, t: int, loader: Any) -> None:
         """A loader is asked for something: decide what the segment that ends here was.
@@ -81,7 +64,7 @@ class StepClock(Accounts):
             self.origin = loader
             return
 
-        idle = not (self.trained or self.evaluated or self.backwards) and (self.pending or not self.stepped)
+        idle = self._is_idle() and (self.pending or not self.attempt)
         if idle and loader is self.origin:
             return  # its iterator was made, or its last batch was skipped: all of it is one wait
 
@@ -102,7 +85,7 @@ class StepClock(Accounts):
         if self.anchor is None and self.backwards:
             self.anchor = self.first_loader
 
-        if self.stepped and loader is self.anchor:
+        if self.attempt and loader is self.anchor:
             if not self.pending:
                 self.commit(t)
                 return
@@ -115,41 +98,83 @@ class StepClock(Accounts):
         if self.seg_start != t:
             self._cut(t)
 
-    def forward_boundary(self, t: int) -> None:
-        """A training forward begins where that may begin a step: no loader takes part."""
-        if self.depth:
-            return  # a closure inside the optimizer's step
+    def asked(self, t: int, module: Any, *, trains: bool) -> None:
+        """A forward begins while it is not known what the segment is.
 
+        Args:
+            t: when.
+            module: a weak reference to the module that is called.
+            trains: whether gradients are on.
+        """
+        if trains:
+            if not self.depth:
+                self._training_forward(t)
+
+            self.trained = module
+        else:
+            self.evaluated = True
+
+    def _training_forward(self, t: int) -> None:
+        """Without a loader this may begin a step."""
         if not self.open:
             self._begin(t)
-        elif self.evaluating and not (self.trained or self.evaluated or self.backwards):
+        elif self.evaluating and self.batch is None and self._is_idle():
             self._discard(t, batches=0, evaluating=False)
             if self.pending and self.anchor is None:
                 self._close_prefix()
-        elif self.stepped and self.first_loader is None and not self.explicit:
+        elif self.attempt and self.first_loader is None and not self.explicit:
             self.cut_on_step = False  # forwards bound the steps here: no need to keep the end of the optimizer step
             self.commit(t)
-
-        self.close_on_forward = False
 
     def exhausted(self) -> None:
         """A loader had no more batches: what follows may be training without one."""
         if self.evaluating:
-            self.close_on_forward = True
+            self.closes_at = ASK
+
+    def begin_attempt(self, optimizer: Any, t: int) -> int:
+        """An outermost optimizer attempt begins; return the phase to go back to."""
+        previous: int = self.current
+        self.switch(t)
+        ident = id(optimizer)
+        if ident != self.last_optimizer:
+            self.meet(optimizer)
+
+        if previous == BACKWARD:  # all that step inside one backward pass count as one attempt, when it has ended
+            self.fused = self.dirty = self.watch_backward = True
+        elif self.attempt:
+            self.attempted_again(ident, t)
+
+        self.inner_steps = 0
+        self.depth = 1
+        self.current = OPTIMIZER
+        self.open_slots[OPTIMIZER] = t
+        return previous
+
+    def end_attempt(self, optimizer: Any, previous: int, *, failed: bool) -> None:
+        """It ended; one that raised is none."""
+        t = monotonic_ns()
+        self.switch(t)
+        self.current = previous
+        self.depth = 0
+        self.open_slots[OPTIMIZER] = 0
+        if previous != BACKWARD and not failed:
+            self.after_step(t, id(optimizer))
 
     def attempted_again(self, ident: int, t: int) -> None:
         """An optimizer steps while the open step has stepped already: is this another step?"""
+        self.closes_at = NOWHERE  # and no forward in a closure of it closes one
         known = ident == self.attempt or ident in self.attempts
         if self.pending:
             if known:
                 if self.batch is not None:
-                    self.anchor = self.batch  # a new loader took the place of the last one
+                    self._anchor_at(self.batch)  # a new loader took the place of the last one
 
                 self._close_prefix()
             else:
                 self._merge()
         elif known and self.first_loader is None and not self.explicit and ident != FUSED:
             self.cut_on_step = True
+            self.usual_loader = NOWHERE
             self.commit(t)
 
     def after_step(self, t: int, ident: int) -> None:
@@ -157,12 +182,11 @@ class StepClock(Accounts):
         if not self.open:
             self._begin(t)
 
-        if self.stepped:
+        if self.attempt:
             self.attempts.add(ident)
             self.dirty = True
         else:
             self.attempt = ident
-            self.stepped = True
 
         if self.eval_ns:
             self._flush_evals(self.rows)
@@ -170,30 +194,45 @@ class StepClock(Accounts):
         if self.explicit:
             return
 
-        if self.first_loader is not None:
-            if self.anchor is None:
-                self.anchor = self.first_loader
-
-            self.closes_at = self.anchor
+        if self.first_loader is None:
+            self._expect_forward(t, ident)
             return
 
-        self.closes_at = NOWHERE if self.anchor is None else self.anchor
+        if self.anchor is None:
+            self._anchor_at(self.first_loader)
+
+        self.closes_at = self.usual = self.anchor
+        self.usual_loader = self.first_loader
+
+    def _expect_forward(self, t: int, ident: int) -> None:
+        """No loader took part: the next training forward closes the step, or an optimizer that steps again."""
         several = ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1)
         if several or self.cut_on_step:
             self._cut(t)
 
-        self.close_on_forward = not several
+        if several:
+            self.closes_at = NOWHERE if self.anchor is None else self.anchor
+        elif self.cut_on_step:
+            self.closes_at = ASK
+        else:
+            self.closes_at = self.usual = ON_FORWARD
+            self.usual_loader = None
+
+    def _anchor_at(self, loader: Any) -> None:
+        self.anchor = loader
+        self.usual_loader = NOWHERE
 
     def after_backward(self, t: int) -> None:
         """A backward pass ended while no optimizer has ever stepped, or one stepped inside it."""
         if self.fused:
-            self.fused = False
-            if self.stepped:
+            self.fused = self.watch_backward = False
+            if self.attempt:
                 self.attempted_again(FUSED, t)
 
             self.after_step(t, FUSED)
         elif self.inferred:
             self.flags |= _INFERRED
+            self.dirty = True
             self.after_step(t, FUSED)
         elif self.watch_backward and self.first_loader is None and self.open and not self.explicit:
             self._hold(t)
@@ -207,12 +246,14 @@ class StepClock(Accounts):
 
         self.optimizers.add(ident)
         self.watch_backward = self.inferred = False
+        self.usual_loader = NOWHERE
         self.unclaimed.clear()
         self.listener.new_optimizer(optimizer)
 
     def first_backward_begins(self) -> None:
         """Find the models before their gradients are there, and whether there is an optimizer to wait for."""
         self.fresh = False
+        self.detail = self.extras
         alive = self.listener.first_backward()
         if not alive and not self.optimizers:
             self.inferred = True
@@ -240,12 +281,13 @@ class StepClock(Accounts):
         if not self.explicit:
             if self.pending:
                 self._close_prefix()
-            elif self.stepped:
+            elif self.attempt:
                 self.commit(t)
 
             self.explicit = True
+            self.usual_loader = NOWHERE
             self._begin(t)
-        elif self.evaluating and not (self.trained or self.evaluated or self.backwards):
+        elif self.evaluating and self._is_idle():
             self._discard(t, batches=0, evaluating=False)
 
         if self.eval_ns:
@@ -260,6 +302,7 @@ class StepClock(Accounts):
         t = monotonic_ns()
         self.switch(t)
         self.flags |= _EXPLICIT
+        self.dirty = True
         self.commit(t)
 
     def finish(self) -> None:
@@ -269,12 +312,12 @@ class StepClock(Accounts):
         if self.open and not self.explicit:
             if self._is_evaluation():
                 self._discard(t, batches=1, evaluating=False)
-            elif self.evaluating and not (self.trained or self.evaluated or self.backwards):
+            elif self.evaluating and self._is_idle():
                 self._discard(t, batches=0, evaluating=False)
 
             if self.pending:
                 self._close_prefix()
-            elif self.stepped:
+            elif self.attempt:
                 self.commit(t)
 
         if self.eval_ns:
@@ -287,50 +330,52 @@ class StepClock(Accounts):
 
     def _close_prefix(self) -> None:
         """Append the row of what lay before the cut; what lies after it is the next step."""
-        acc, snap, n = self.acc, self.snap or self.zeros, self.rows
+        acc, snap = self.acc, self.snap or self.zeros
         snap = snap + [0] * (len(acc) - len(snap))
         flags = self.base_flags | (_NO_LOADER if self.snap_first is None else 0)
-        own = self.base_own if flags & _CALLBACK else -1
-        user = self._write_users(snap) if self.users else 0
-        sequence = self._read_extras(self.base) if self.extras else 0
-        if self.device is not None and self.device.close_prefix(n):
-            flags |= _DEVICE
-
-        bits = self.micro & 0xFFFF | flags << 16 | sequence << 32
-        row = self.offset + (n & self.mask) * self.row_bytes
-        self.pack_into(self.buffer, row, n, self.snap_end, self.base, *snap[:7], user, own, bits)
-        self.count[self.slot] = self.rows = n + 1
+        self._append(snap, self.snap_end, self.base, self.micro, flags, self.base_own, device="close_prefix")
         if self.eval_ns:
-            self._flush_evals(n + 1)
+            self._flush_evals(self.rows)
 
         self.acc = [after - before for after, before in zip(acc, snap, strict=True)]
         self.first_loader = self.batch
-        self.stepped = False
-        self.closes_at = NOWHERE
+        self.attempt = 0
+        self.attempts.clear()
+        self.closes_at = ASK
         self._drop_prefix()
-        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, n + 1
+        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.rows
 
     def _begin(self, t: int) -> None:
         self.open = True
         self._clear(t)
-        self._clear_rest()
+
+    def _is_idle(self) -> bool:
+        """Nothing was computed in this segment."""
+        if self.trained is not None or self.evaluated or self.backwards:
+            return False
+
+        return self.snap is not None or not self.forward_ns
 
     def _is_evaluation(self) -> bool:
         """A batch on which a model was called without gradients (or as `eval()`), and which nothing was trained on."""
-        if self.batch is None or not self.evaluated or self.trained or self.backwards:
+        if self.batch is None or self.backwards or (self.attempt and not self.pending):
             return False
 
-        return self.pending or not self.stepped
+        if self.trained is None:
+            return self.evaluated
+
+        module = self.trained()
+        return module is not None and not module.training
 
     def _cut(self, t: int) -> None:
         """End a segment of this step: keep the accounts as they are now."""
-        self.snap = self.acc.copy()
-        self.snap[self.current] += t - self.mark
+        self.switch(t)
+        self.snap = self.acc
         self.snap_first = self.first_loader
         self.base += t - self.seg_start
         self.snap_end = self.seg_start = t
-        self.pending = self.stepped and not self.explicit
-        self.closes_at = NOWHERE
+        self.pending = bool(self.attempt) and not self.explicit
+        self.closes_at = ASK
         self.micro += min(self.backwards, self.batches) if self.batches else self.backwards
         self.base_flags |= self.flags
         self.base_own += self.own
@@ -342,7 +387,7 @@ class StepClock(Accounts):
     def _clear_segment(self) -> None:
         self.backwards = self.batches = 0
         self.batch = None
-        self.trained = self.evaluated = False
+        self.trained, self.evaluated = None, False
         self.dirty = True
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
@@ -350,7 +395,9 @@ class StepClock(Accounts):
         self.eval_ns += t - self.seg_start
         self.eval_batches += batches
         self.eval_end = self.seg_start = t
-        self.acc = self.zeros[:] if self.snap is None else self.snap + [0] * (len(self.zeros) - len(self.snap))
+        snap = [] if self.snap is None else self.snap
+        self.acc = snap + [0] * (len(self.zeros) - len(snap))
+        self.closes_at = ASK
         self.mark = t
         self.first_loader = None if self.snap is None else self.snap_first
         self.evaluating = evaluating
@@ -365,7 +412,7 @@ class StepClock(Accounts):
 
     def _hold(self, t: int) -> None:
         """Remember where a batch ended: it is a step of its own if it turns out that there is no optimizer."""
-        self.unclaimed.append((t, self.acc.copy(), self.base + t - self.seg_start))
+        self.unclaimed.append((t, self.acc, self.base + t - self.seg_start))
         if len(self.unclaimed) < _HELD_BATCHES:
             return
 
@@ -374,12 +421,7 @@ class StepClock(Accounts):
         flags = _INFERRED | (_NO_LOADER if self.first_loader is None else 0)
         for end, acc, total in self.unclaimed:
             part = [b - a for b, a in zip(acc, before + [0] * (len(acc) - len(before)), strict=False)]
-            n = self.rows
-            row = self.offset + (n & self.mask) * self.row_bytes
-            self.pack_into(
-                self.buffer, row, n, end, total - before_total, *part[:7], sum(part[FIRST_USER::2]), -1, 1 | flags << 16
-            )
-            self.count[self.slot] = self.rows = n + 1
+            self._append(part, end, total - before_total, 1, flags, -1, device="skip")
             before, before_total = acc, total
 
         self.unclaimed.clear()

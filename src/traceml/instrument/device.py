@@ -15,7 +15,7 @@ from traceml.database.rings import Ring
 from traceml.database.schema import Phase
 from traceml.instrument.clock import OTHER, StepClock
 
-__all__ = ["DeviceEvent", "DeviceTimes", "cuda_events"]
+__all__ = ["DeviceEvent", "DeviceTimes", "MarkingSlots", "cuda_events"]
 
 _INPUT_WAIT, _BACKWARD, _CHECKPOINT = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.CHECKPOINT)
 _WAITING = -1  # after the last local gradient: still backward, but not this rank's own
@@ -39,6 +39,30 @@ class DeviceEvent(Protocol):
 
 
 Marks = list[tuple[Any, int]]
+
+
+class MarkingSlots:
+    """The open-phase words of the flight file; each change of phase is marked on the device too.
+
+    Hooks store there whenever the phase changes, after they have set the clock's `current`. Without a device they store
+    into the mapping itself and pay nothing for this.
+    """
+
+    __slots__ = ("_clock", "_device", "_slots")
+
+    def __init__(self, clock: StepClock, device: DeviceTimes) -> None:
+        self._clock, self._device, self._slots = clock, device, clock.open_slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._slots[index])
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._slots[index] = value
+        if index < OTHER:
+            self._device.mark(self._clock.current)
 
 
 class DeviceTimes:
@@ -89,6 +113,10 @@ class DeviceTimes:
         if self._marks and not self._is_capturing():
             self._cut = len(self._marks)
             self._marks.append((self._recorded(), self._marks[-1][1]))
+
+    def skip(self, _step: int) -> bool:
+        """A row is written of which nothing was measured."""
+        return False
 
     def discard(self) -> None:
         """What followed the cut was evaluation: this step is not measured on the device."""

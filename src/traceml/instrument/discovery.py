@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from traceml.instrument.clock import StepClock
-from traceml.instrument.forward import instrument_module, restore_module
+from traceml.instrument.clock import NOWHERE, StepClock
+from traceml.instrument.forward import ForwardTimer, instrument_module, restore_module
 
 __all__ = ["Discovery"]
 
@@ -27,33 +27,48 @@ class Discovery:
     """The modules that are timed, and how more are found.
 
     Args:
-        clock: whose hooks they get.
+        clock: who is told how many optimizers there are.
+        timer: what the modules get.
         on_model: called with each module when it is first timed.
+        on_optimizer_type: called with the types of optimizers that are alive.
     """
 
-    def __init__(self, clock: StepClock, on_model: Callable[[Any], None]) -> None:
-        self._clock, self._on_model = clock, on_model
+    def __init__(
+        self,
+        clock: StepClock,
+        timer: type[ForwardTimer],
+        on_model: Callable[[Any], None],
+        on_optimizer_type: Callable[[type[Any]], None],
+    ) -> None:
+        self._clock, self._timer = clock, timer
+        self._on_model, self._on_optimizer_type = on_model, on_optimizer_type
         self._known: dict[int, weakref.ref[Any]] = {}
         self._scans = 0
         self._descents = 0
 
     def scan(self) -> int:
-        """Time all root modules that are alive now; return how many torch optimizers are."""
+        """Time all root modules that are alive now; return how many optimizers of theirs are."""
         if self._scans >= _MAX_SCANS:
             return self._clock.optimizers_alive
 
         self._scans += 1
         modules, optimizers = _alive()
-        for module in _roots(modules):
+        roots = _roots(modules)
+        for module in roots:
             self.add(module)
 
-        self._clock.optimizers_alive = optimizers
-        return optimizers
+        for kind in {type(optimizer) for optimizer in optimizers}:
+            self._on_optimizer_type(kind)
+
+        trained = {id(parameter) for module in roots for parameter in module.parameters()}
+        self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
+        self._clock.usual_loader = NOWHERE
+        return self._clock.optimizers_alive
 
     def add(self, module: Any) -> None:
         """Time one module."""
         known = self._known.get(id(module))
-        if (known is not None and known() is module) or not instrument_module(module, self._clock):
+        if (known is not None and known() is module) or not instrument_module(module, self._timer):
             return
 
         self._known[id(module)] = weakref.ref(module)
@@ -82,17 +97,17 @@ class Discovery:
         return [module for module in alive if module is not None]
 
 
-def _alive() -> tuple[list[Any], int]:
-    """All modules that are alive, and how many optimizers are."""
+def _alive() -> tuple[list[Any], list[Any]]:
+    """All modules and optimizers that are alive."""
     # `isinstance` would ask an object's `__class__`, which proxies answer with code of theirs.
     module_types, optimizer_types = _subclasses(torch.nn.Module), _subclasses(torch.optim.Optimizer)
-    modules, optimizers = [], 0
+    modules, optimizers = [], []
     for candidate in gc.get_objects():
         kind = type(candidate)
         if kind in module_types:
             modules.append(candidate)
         elif kind in optimizer_types:
-            optimizers += 1
+            optimizers.append(candidate)
 
     return modules, optimizers
 
@@ -117,3 +132,9 @@ def _roots(modules: Iterable[Any]) -> list[Any]:
 
 def _has_parameters(module: Any) -> bool:
     return next(iter(module.parameters()), None) is not None
+
+
+def _has_any(optimizer: Any, parameters: set[int]) -> bool:
+    """Whether the optimizer is of one of the models; one that is left over from before is not."""
+    groups = getattr(optimizer, "param_groups", ())
+    return any(id(parameter) in parameters for group in groups for parameter in group["params"])

@@ -2,8 +2,8 @@
 
 `nn.Module.__call__` looks for a callable in the instance's slot `_compiled_call_impl` first; that is where
 `Module.compile()` puts its result, and where the timer goes. No hook, no subclass, no patched `forward`: type, state
-dict, pickle and deepcopy see nothing, and torch.compile traces through it without a break, as under `is_compiling()`
-it is a plain call.
+dict, pickle and deepcopy see nothing, and torch.compile traces through it without a break, as under dynamo it is
+ a plain call.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.clock import OTHER, StepClock
+from traceml.instrument.clock import ASK, NOWHERE, ON_FORWARD, OTHER, StepClock
 from traceml.instrument.patches import Patches
 
-__all__ = ["ForwardTimer", "instrument_module", "is_instrumented", "patch_compile", "restore_module"]
+__all__ = ["ForwardTimer", "instrument_module", "is_instrumented", "patch_compile", "restore_module", "timer_type"]
 
 _SLOT = "_compiled_call_impl"
 _FORWARD, _OPTIMIZER = int(Phase.FORWARD), int(Phase.OPTIMIZER)
@@ -29,65 +29,17 @@ is_grad_enabled = torch.is_grad_enabled
 
 
 class ForwardTimer:
-    """Stands in one module's call slot; holds the module weakly, so that deleting it frees it at once."""
+    """Stands in one module's call slot; holds the module weakly, so that deleting it frees it at once.
 
-    __slots__ = ("clock", "impl", "inner", "module")
+    What is called is a subclass made by `timer_type`: a class whose `__call__` has the clock's cells.
+    """
 
-    def __init__(self, module: Any, clock: StepClock, inner: Callable[..., Any] | None) -> None:
+    __slots__ = ("impl", "inner", "module")
+
+    def __init__(self, module: Any, inner: Callable[..., Any] | None) -> None:
         self.module = weakref.ref(module)
-        self.clock = clock
         self.inner = inner  # what was in the slot: the result of Module.compile()
         self.impl: Callable[..., Any] = type(module)._call_impl if inner is None else _without_module(inner)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, as its `__call__` would, and time it when it is the outermost on the training thread."""
-        module = self.module()
-        if is_compiling():
-            return self.impl(module, *args, **kwargs)
-
-        clock = self.clock
-        previous = clock.current
-        if previous < _OPTIMIZER or clock.thread != get_ident():
-            return self.impl(module, *args, **kwargs)
-
-        try:
-            t = monotonic_ns()
-            if previous != OTHER:
-                clock.acc[previous] += t - clock.mark
-
-            if is_grad_enabled():
-                if clock.close_on_forward:
-                    clock.mark = t
-                    clock.forward_boundary(t)
-
-                if module.training:  # type: ignore[union-attr]
-                    clock.trained = True
-                else:
-                    clock.evaluated = True
-            else:
-                clock.evaluated = True
-
-            clock.mark = t
-            clock.current = _FORWARD
-            clock.open_slots[_FORWARD] = t
-            if clock.device is not None:
-                clock.device.mark(_FORWARD)
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
-
-        try:
-            return self.impl(module, *args, **kwargs)
-        finally:
-            try:
-                t = monotonic_ns()
-                clock.acc[clock.current] += t - clock.mark
-                clock.mark = t
-                clock.current = previous
-                clock.open_slots[_FORWARD] = 0
-                if clock.device is not None:
-                    clock.device.mark(previous)
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                clock.fail(error)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied module is another one: its slot is empty."""
@@ -95,6 +47,58 @@ class ForwardTimer:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """A pickled module has an empty slot."""
         return type(None), ()
+
+
+def timer_type(clock: StepClock) -> type[ForwardTimer]:
+    """Return the type of timers of a clock."""
+    slots, commit, asked, add, fail = clock.open_slots, clock.commit, clock.asked, clock.add, clock.fail
+    # Cells of the clock.
+    thread = current = mark = forward_ns = 0
+    closes_at: Any = NOWHERE
+
+    def __call__(self: ForwardTimer, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it becomes the method
+        nonlocal current, mark, forward_ns
+        if is_dynamo_compiling():
+            return self.impl(self.module(), *args, **kwargs)
+
+        previous = current
+        if previous < _OPTIMIZER or thread != get_ident():
+            return self.impl(self.module(), *args, **kwargs)
+
+        try:
+            t = monotonic_ns()
+            if previous != OTHER:
+                add(previous, t - mark)
+
+            mark = t
+            if closes_at is ON_FORWARD:
+                if is_grad_enabled():
+                    commit(t)
+            elif closes_at is ASK:
+                asked(t, self.module, trains=is_grad_enabled())
+
+            current = _FORWARD
+            slots[_FORWARD] = t
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            fail(error)
+
+        try:
+            return self.impl(self.module(), *args, **kwargs)
+        finally:
+            try:
+                t = monotonic_ns()
+                if current == _FORWARD:
+                    forward_ns += t - mark
+                else:
+                    add(current, t - mark)
+
+                mark = t
+                current = previous
+                slots[_FORWARD] = 0
+            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+                fail(error)
+
+    return type("ForwardTimer", (ForwardTimer,), {"__slots__": (), "__call__": clock.bind(__call__)})
 
 
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +113,7 @@ def is_instrumented(module: Any) -> bool:
     return isinstance(module.__dict__.get(_SLOT), ForwardTimer)
 
 
-def instrument_module(module: Any, clock: StepClock) -> bool:
+def instrument_module(module: Any, timer: type[ForwardTimer]) -> bool:
     """Time the calls of one module; False when its kind does not allow it."""
     if is_instrumented(module):
         return True
@@ -117,7 +121,7 @@ def instrument_module(module: Any, clock: StepClock) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or not hasattr(type(module), "_call_impl"):
         return False
 
-    object.__setattr__(module, _SLOT, ForwardTimer(module, clock, module.__dict__.get(_SLOT)))
+    object.__setattr__(module, _SLOT, timer(module, module.__dict__.get(_SLOT)))
     return True
 
 
@@ -133,7 +137,7 @@ def restore_module(module: Any) -> None:
         module.__dict__[_SLOT] = timer.inner
 
 
-def patch_compile(patches: Patches, clock: StepClock) -> None:
+def patch_compile(patches: Patches, timer: type[ForwardTimer]) -> None:
     """Keep timing a module that is compiled in place, and keep its replicas from calling the original."""
     module_type = torch.nn.Module
     compile_in_place, replicate = module_type.compile, module_type._replicate_for_data_parallel
@@ -143,7 +147,7 @@ def patch_compile(patches: Patches, clock: StepClock) -> None:
         restore_module(self)
         compile_in_place(self, *args, **kwargs)
         if timed:
-            instrument_module(self, clock)
+            instrument_module(self, timer)
 
     def replicate_for_data_parallel(self: Any) -> Any:
         replica = replicate(self)

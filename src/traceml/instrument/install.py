@@ -81,7 +81,7 @@ class Instrumentation:
     @property
     def steps(self) -> int:
         """Training steps done."""
-        return self.clock.rows
+        return int(self.clock.rows)
 
     @property
     def errors(self) -> int:
@@ -159,23 +159,28 @@ class Instrumentation:
         self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
-        from traceml.instrument import calls, optimizer
+        from traceml.instrument import calls
         from traceml.instrument.backward import patch_backward
         from traceml.instrument.discovery import Discovery
-        from traceml.instrument.forward import patch_compile
+        from traceml.instrument.forward import patch_compile, timer_type
         from traceml.instrument.loader import patch_loaders
+        from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer_type
 
         clock, patches = self.clock, self._patches
-        self._discovery = Discovery(clock, self._tell_model)
-        patch_compile(patches, clock)
+        self._patch_device()  # first: hooks bind `open_slots`
+        timer = timer_type(clock)
+
+        def on_optimizer_type(kind: type[Any]) -> None:
+            patch_optimizer_type(patches, clock, kind)
+
+        self._discovery = Discovery(clock, timer, self._tell_model, on_optimizer_type)
+        patch_compile(patches, timer)
         patch_backward(patches, clock)
-        timer = optimizer.patch_optimizers(patches, clock)
-        optimizer.patch_grad_scaler(patches, clock, timer)
+        patch_grad_scaler(patches, clock)
         patch_loaders(patches, clock, self._new_loader)
         calls.patch_checkpoint(patches, clock)
         self._patch_distributed()
-        self._patch_device()
-        self._watch_constructors()
+        self._watch_constructors(on_optimizer_type)
         self._measure_overhead()
         self._discovery.scan()
 
@@ -199,7 +204,7 @@ class Instrumentation:
 
     def _patch_device(self) -> None:
         from traceml.instrument import calls
-        from traceml.instrument.device import DeviceTimes, cuda_events
+        from traceml.instrument.device import DeviceTimes, MarkingSlots, cuda_events
 
         torch: Any = sys.modules["torch"]
         types = self._device_types
@@ -210,16 +215,17 @@ class Instrumentation:
         calls.patch_copies(self._patches, self.clock, types)
         events = cuda_events() if "cuda" in types else None
         if events is not None:
-            self.clock.device = DeviceTimes(self.clock, self._flight.ring("device_steps"), *events)
-            self.clock.extras = self.clock.detail = True
+            device = DeviceTimes(self.clock, self._flight.ring("device_steps"), *events)
+            self.clock.use_device(device, MarkingSlots(self.clock, device))
 
-    def _watch_constructors(self) -> None:
+    def _watch_constructors(self, on_optimizer_type: Callable[[type[Any]], None]) -> None:
         """An optimizer is made when the model is, and before it is first called: look for models then."""
         optimizer_type = sys.modules["torch"].optim.Optimizer
         original = optimizer_type.__init__
 
         def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the name that it stands in for
             original(optimizer, *args, **kwargs)
+            self._guarded(lambda: on_optimizer_type(type(optimizer)))
             if self.clock.thread == get_ident():
                 self._guarded(self._discovery.scan)
 
@@ -250,7 +256,7 @@ class Instrumentation:
         group = distributed.group.WORLD
         clock.group = group
         if distributed.get_world_size() > 1:
-            clock.extras = clock.detail = True
+            clock.extras = clock.special = clock.dirty = clock.detail = True
             # Private, hence optional; on a group that was never used it raises until the first collective.
             clock.sequence = _quiet(getattr(group, "_get_sequence_number_for_group", None))
 
@@ -260,7 +266,7 @@ class Instrumentation:
     def _drop_group(self) -> None:
         self.clock.group = self.clock.sequence = None
         self.clock.extras = self.clock.device is not None
-        self.clock.detail = self.clock.extras
+        self.clock.detail = self.clock.extras or self.clock.fresh
 
     def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:

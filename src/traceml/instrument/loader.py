@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.instrument.clock import OTHER, StepClock
+from traceml.instrument.clock import NOWHERE, OTHER, StepClock
 from traceml.instrument.patches import Patches
 
 __all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
@@ -23,76 +23,73 @@ class LoaderToken:
     __slots__ = ()
 
 
-class _Wait:
-    """What a wait for a batch does to the clock, for loaders of torch and others."""
+Begin = Callable[[Any], int]
+End = Callable[[int, Any, bool | None], None]
 
-    __slots__ = ("clock",)
 
-    def __init__(self, clock: StepClock) -> None:
-        self.clock = clock
+def timed_wait(clock: StepClock) -> tuple[Begin, End]:
+    """Return what begins and what ends a wait for a batch, for loaders of torch and others.
 
-    def begin(self, loader: Any) -> int:
-        """Begin to wait; return the phase to go back to, or -1 when it does not count here."""
-        clock = self.clock
-        previous = clock.current
-        if not previous or clock.thread != get_ident():
+    The first takes the loader's token, and returns the phase to go back to, or -1 when the wait does not count here. The
+    second takes that phase, the token, and how the wait ended: a batch came, none is left (False), or only the iterator
+    was made (None).
+    """
+    slots, add, fail, commit, boundary = clock.open_slots, clock.add, clock.fail, clock.commit, clock.boundary
+    # Cells of the clock.
+    thread = current = mark = input_ns = batches = 0
+    closes_at: Any = NOWHERE
+    batch: Any = None
+    first_loader: Any = None
+
+    def begin(loader: Any) -> int:
+        nonlocal current, mark
+        previous = current
+        if not previous or thread != get_ident():
             return -1
 
         try:
             t = monotonic_ns()
-            if clock.depth:
-                previous = self._forget_optimizer()
-
             if previous != OTHER:
-                clock.acc[previous] += t - clock.mark
+                add(previous, t - mark)
 
-            clock.mark = t
-            if loader is clock.closes_at:
-                clock.commit(t)
+            mark = t
+            if loader is closes_at:
+                commit(t)
             else:
-                clock.boundary(t, loader)
+                boundary(t, loader)
 
-            clock.mark = t
-            clock.current = 0
-            clock.open_slots[0] = t
-            if clock.device is not None:
-                clock.device.mark(0)
+            mark = t
+            current = 0
+            slots[0] = t
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
+            fail(error)
 
         return previous
 
-    def end(self, previous: int, loader: Any, got: bool | None) -> None:
-        """End to wait: a batch came, none is left (False), or only the iterator was made (None)."""
-        clock = self.clock
+    def end(previous: int, loader: Any, got: bool | None) -> None:
+        nonlocal current, mark, input_ns, batches, batch, first_loader
         try:
             t = monotonic_ns()
-            clock.acc[clock.current] += t - clock.mark
-            clock.mark = t
-            clock.current = previous
-            clock.open_slots[0] = 0
-            if clock.device is not None:
-                clock.device.mark(previous)
+            if current:
+                add(current, t - mark)
+            else:
+                input_ns += t - mark
 
+            mark = t
+            current = previous
+            slots[0] = 0
             if got:
-                clock.batches += 1
-                if clock.batch is None:
-                    clock.batch = loader
-                    if clock.first_loader is None:
-                        clock.first_loader = loader
+                batches += 1
+                if batch is None:
+                    batch = loader
+                    if first_loader is None:
+                        first_loader = loader
             elif got is False:
                 clock.exhausted()
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
+            fail(error)
 
-    def _forget_optimizer(self) -> int:
-        """No batch is fetched inside an optimizer step: that one raised, and its end was never told."""
-        clock = self.clock
-        clock.acc[clock.current] += monotonic_ns() - clock.mark
-        clock.depth = 0
-        clock.current = OTHER
-        clock.open_slots[4] = 0
-        return OTHER
+    return clock.bind(begin), clock.bind(end)
 
 
 def patch_loaders(patches: Patches, clock: StepClock, on_loader: Callable[[Any], None]) -> None:
@@ -107,8 +104,7 @@ def patch_loaders(patches: Patches, clock: StepClock, on_loader: Callable[[Any],
 
     iterator_type: Any = dataloader._BaseDataLoaderIter
     original_next, original_iter = iterator_type.__next__, dataloader.DataLoader.__iter__
-    wait = _Wait(clock)
-    begin, end = wait.begin, wait.end
+    begin, end = timed_wait(clock)
     tokens = _Tokens(on_loader)
 
     def __next__(self: Any) -> Any:  # noqa: N807 - the name that it stands in for
@@ -172,20 +168,20 @@ class TracedIterable(Generic[T]):
     """An iterable whose items are waited for: `input_wait`, and it bounds steps as a DataLoader does."""
 
     def __init__(self, iterable: Iterable[T], clock: StepClock) -> None:
-        self._iterable, self._clock = iterable, clock
+        self._iterable = iterable
         self._token = LoaderToken()
+        self._begin, self._end = timed_wait(clock)
 
     def __iter__(self) -> Iterator[T]:
         """Return a timed iterator."""
-        wait = _Wait(self._clock)
-        previous = wait.begin(self._token)
+        previous = self._begin(self._token)
         try:
             iterator = iter(self._iterable)
         finally:
             if previous >= 0:
-                wait.end(previous, self._token, None)
+                self._end(previous, self._token, None)
 
-        return _TracedIterator(iterator, wait, self._token)
+        return _TracedIterator(iterator, self._begin, self._end, self._token)
 
     def __len__(self) -> int:
         """Return the iterable's length, if it has one."""
@@ -199,16 +195,16 @@ class TracedIterable(Generic[T]):
 class _TracedIterator(Generic[T]):
     """One pass over a traced iterable."""
 
-    __slots__ = ("_iterator", "_token", "_wait")
+    __slots__ = ("_begin", "_end", "_iterator", "_token")
 
-    def __init__(self, iterator: Iterator[T], wait: _Wait, token: LoaderToken) -> None:
-        self._iterator, self._wait, self._token = iterator, wait, token
+    def __init__(self, iterator: Iterator[T], begin: Begin, end: End, token: LoaderToken) -> None:
+        self._iterator, self._begin, self._end, self._token = iterator, begin, end, token
 
     def __iter__(self) -> _TracedIterator[T]:
         return self
 
     def __next__(self) -> T:
-        previous = self._wait.begin(self._token)
+        previous = self._begin(self._token)
         if previous < 0:
             return next(self._iterator)
 
@@ -218,4 +214,4 @@ class _TracedIterator(Generic[T]):
             got = True
             return item
         finally:
-            self._wait.end(previous, self._token, got)
+            self._end(previous, self._token, got)

@@ -1,167 +1,135 @@
 """Optimizer steps: the outermost attempt, whatever is nested in it, and those that GradScaler skips.
 
-torch's public global hooks fire once per `step` function, so also for the inner optimizer of ZeRO and for a subclass
-that calls `super().step()`: only the outermost one is a step. A `step` that raises runs no post hook; the stale depth
-is noticed by the frames on the stack.
+The `step` of each optimizer class that is in use is replaced. (torch's global step hooks would do, but cost 1 us more per
+step, and none is called after a `step` that raised.) Steps inside a step, of ZeRO's inner optimizer or by
+`super().step()`, belong to the outermost one.
 """
 
 from __future__ import annotations
 
-import sys
 from _thread import get_ident
+from collections.abc import Callable
 from typing import Any
 
-from torch.compiler import is_compiling
-from torch.optim import optimizer as torch_optimizer
+from torch.compiler import is_dynamo_compiling
+from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.clock import OTHER, StepClock
+from traceml.instrument.clock import NOWHERE, OTHER, StepClock
 from traceml.instrument.patches import Patches
 
-__all__ = ["patch_grad_scaler", "patch_optimizers"]
+__all__ = ["patch_grad_scaler", "patch_optimizer_type", "timed_step"]
 
 _BACKWARD, _OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
-class _OptimizerTimer:
-    """The two global hooks."""
+def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) -> None:
+    """Time the steps of all optimizers of one class, once."""
+    owner = next((base for base in kind.__mro__ if "step" in vars(base)), None)
+    if owner is None or owner is Optimizer or getattr(vars(owner)["step"], "_traceml_clock", None) is clock:
+        return
 
-    __slots__ = ("clock", "in_scaler", "inner_steps", "previous")
+    wrapper = timed_step(vars(owner)["step"], clock)
+    patches.wrap(owner, "step", wrapper)
+    wrapper._traceml_clock = clock  # type: ignore[attr-defined]
 
-    def __init__(self, clock: StepClock) -> None:
-        self.clock = clock
-        self.previous = OTHER
-        self.in_scaler = False
-        self.inner_steps = 0
 
-    def before(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        """Runs before every `step` of every torch optimizer."""
-        if is_compiling():
-            return
+def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+    """Return a method that calls `original` as an optimizer attempt."""
+    slots, fail = clock.open_slots, clock.fail
+    # Cells of the clock.
+    thread = current = mark = depth = optimizer_ns = attempt = last_optimizer = 0
+    dirty = False
+    first_loader: Any = None
+    closes_at: Any = NOWHERE
+    usual: Any = NOWHERE
+    usual_loader: Any = NOWHERE
 
-        clock = self.clock
-        if clock.thread != get_ident() or not clock.current:
-            return
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal current, mark, depth, optimizer_ns, attempt, closes_at
+        if is_dynamo_compiling() or thread != get_ident() or not current:
+            return original(self, *args, **kwargs)
+
+        if depth:
+            clock.inner_steps += 1
+            return original(self, *args, **kwargs)
+
+        previous = current
+        ident = id(self)
+        try:
+            t = monotonic_ns()
+            if attempt or previous != OTHER or ident != last_optimizer:
+                clock.begin_attempt(self, t)
+            else:
+                depth = 1
+                mark = t
+                current = _OPTIMIZER
+                slots[_OPTIMIZER] = t
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            fail(error)
 
         try:
-            if clock.depth and (self.in_scaler or self._is_nested()):
-                self.inner_steps += 1
-                clock.depth += 1
-                return
-
-            self.begin(optimizer)
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
-
-    def after(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        """Runs after every `step` that did not raise."""
-        if is_compiling():
-            return
-
-        clock = self.clock
-        if clock.thread != get_ident() or not clock.current:
-            return
+            result = original(self, *args, **kwargs)
+        except BaseException:
+            _end(clock, self, previous, failed=True)
+            raise
 
         try:
-            if clock.depth > 1 and (self.in_scaler or self._is_nested()):
-                clock.depth -= 1
-            elif clock.depth:
-                self.end(optimizer)
+            if dirty or attempt or first_loader is not usual_loader or current != _OPTIMIZER:
+                clock.end_attempt(self, previous, failed=False)
+                return result
+
+            t = monotonic_ns()
+            optimizer_ns += t - mark
+            mark = t
+            current = previous
+            depth = 0
+            slots[_OPTIMIZER] = 0
+            attempt = ident
+            closes_at = usual
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
+            fail(error)
 
-    def begin(self, optimizer: Any) -> None:
-        """The outermost attempt begins."""
-        clock = self.clock
-        t = monotonic_ns()
-        previous = self.previous = clock.current if not clock.depth else OTHER
-        if clock.current != OTHER:
-            clock.acc[clock.current] += t - clock.mark
+        return result
 
-        clock.mark = t
-        if id(optimizer) != clock.last_optimizer:
-            clock.meet(optimizer)
-
-        if previous == _BACKWARD:
-            clock.fused = clock.dirty = True  # counts as one attempt when backward has ended
-        elif clock.stepped:
-            clock.attempted_again(id(optimizer), t)
-
-        clock.depth = 1
-        clock.current = _OPTIMIZER
-        clock.open_slots[_OPTIMIZER] = t
-        if clock.device is not None:
-            clock.device.mark(_OPTIMIZER)
-
-    def end(self, optimizer: Any) -> None:
-        """The outermost attempt ends."""
-        clock = self.clock
-        t = monotonic_ns()
-        clock.acc[clock.current] += t - clock.mark
-        clock.mark = t
-        clock.current = self.previous
-        clock.depth = 0
-        clock.open_slots[_OPTIMIZER] = 0
-        if clock.device is not None:
-            clock.device.mark(self.previous)
-
-        if self.previous != _BACKWARD:
-            clock.after_step(t, id(optimizer))
-
-    @staticmethod
-    def _is_nested() -> bool:
-        """Whether another `step` is on the stack above the one that called the hook."""
-        frame: Any = sys._getframe(2)
-        code = frame.f_code
-        frame = frame.f_back
-        while frame is not None:
-            if frame.f_code is code:
-                return True
-
-            frame = frame.f_back
-
-        return False
+    return clock.bind(step)
 
 
-def patch_optimizers(patches: Patches, clock: StepClock) -> _OptimizerTimer:
-    """Install the global step hooks."""
-    timer = _OptimizerTimer(clock)
-    before = torch_optimizer.register_optimizer_step_pre_hook(timer.before)
-    after = torch_optimizer.register_optimizer_step_post_hook(timer.after)
-    patches.on_undo(before.remove)
-    patches.on_undo(after.remove)
-    return timer
-
-
-def patch_grad_scaler(patches: Patches, clock: StepClock, timer: _OptimizerTimer) -> None:
+def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
     """Count `GradScaler.step` as an attempt, also when it leaves the optimizer alone because of inf or nan."""
     from torch.amp.grad_scaler import GradScaler
 
     original = GradScaler.step
 
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or clock.thread != get_ident() or not clock.current or clock.depth or timer.in_scaler:
+        if is_dynamo_compiling() or clock.thread != get_ident() or not clock.current or clock.depth:
             return original(self, optimizer, *args, **kwargs)
 
+        previous = OTHER
         try:
-            timer.inner_steps = 0
-            timer.begin(optimizer)
-            timer.in_scaler = True
+            previous = clock.begin_attempt(optimizer, monotonic_ns())
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
             clock.fail(error)
 
+        failed = True
         try:
-            return original(self, optimizer, *args, **kwargs)
+            result = original(self, optimizer, *args, **kwargs)
+            failed = False
+            return result
         finally:
-            try:
-                timer.in_scaler = False
-                if not timer.inner_steps and isinstance(optimizer, torch_optimizer.Optimizer):
-                    clock.flags |= _SKIPPED
+            if not clock.inner_steps and not failed and isinstance(optimizer, Optimizer):
+                clock.flags |= _SKIPPED
+                clock.dirty = True
 
-                timer.end(optimizer)
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                clock.fail(error)
+            _end(clock, optimizer, previous, failed=failed)
 
     patches.wrap(GradScaler, "step", step)
+
+
+def _end(clock: StepClock, optimizer: Any, previous: int, *, failed: bool) -> None:
+    try:
+        clock.end_attempt(optimizer, previous, failed=failed)
+    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        clock.fail(error)

@@ -30,7 +30,6 @@ class Overhead:
     def __init__(self, make_call: Callable[[StepClock], Callable[[], None]]) -> None:
         self._clock = StepClock(_scratch_flight(), _Silent())
         self._clock.thread = -1
-        self._clock.fresh = self._clock.watch_backward = False
         self._call = make_call(self._clock)
         self._mean_ns = 0.0
         self._samples = 0

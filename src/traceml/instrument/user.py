@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight import ByteLog
-from traceml.instrument.clock import FIRST_USER, OTHER, StepClock
+from traceml.instrument.clock import FIRST_USER, StepClock
 
 __all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]
 
@@ -39,15 +39,12 @@ class UserPhase:
 
         try:
             t = monotonic_ns()
-            acc = clock.acc
-            acc[previous] += t - clock.mark
-            acc[self._account + 1] += 1
-            clock.mark, clock.current = t, self._account
+            clock.switch(t)
+            clock.current = self._account
+            clock.rare[self._account + 1] += 1
             slots = clock.open_slots
             self._stack.append((self, previous, slots[_USER]))
             slots[_USER], slots[_USER_NAME] = t, self._name_id
-            if clock.device is not None:
-                clock.device.mark(OTHER)
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
             clock.fail(error)
 
@@ -61,9 +58,7 @@ class UserPhase:
             return
 
         try:
-            t = monotonic_ns()
-            clock.acc[clock.current] += t - clock.mark
-            clock.mark = t
+            clock.switch(monotonic_ns())
             while stack:  # phases of generators and coroutines may end in another order than they began
                 phase, previous, start = stack.pop()
                 clock.current = previous
@@ -72,8 +67,6 @@ class UserPhase:
                     break
 
             clock.open_slots[_USER_NAME] = stack[-1][0]._name_id if stack else 0
-            if clock.device is not None:
-                clock.device.mark(clock.current)
         except Exception as failure:  # noqa: BLE001 - fail open: counted and said by the clock
             clock.fail(failure)
 
@@ -106,8 +99,9 @@ class UserPhases:
             account = FIRST_USER + 2 * len(clock.users)
             # In this order, as the training thread may close a step meanwhile: it takes a copy of `zeros`.
             clock.zeros.extend((0, 0))
-            clock.acc.extend((0, 0))
+            clock.rare.extend((0, 0))
             clock.users.append(name_id)
+            clock.special = clock.dirty = True
             phase = self._phases[name] = UserPhase(clock, account, name_id, self._stack)
             return phase
 

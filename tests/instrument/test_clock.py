@@ -1,0 +1,387 @@
+"""The patterns of training loops from recipes: each has as many steps as it says, and parts that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from tests.instrument.conftest import Traced
+from traceml.database.schema import StepFlag
+
+N = 20
+WIDTH = 4
+
+
+def data(batches: int = N, batch: int = 2) -> DataLoader:
+    return DataLoader(TensorDataset(torch.randn(batches * batch, WIDTH)), batch_size=batch)
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 1))
+
+
+def sgd(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(module.parameters(), lr=0.01)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def evaluate(model: nn.Module, batches: int = 4) -> None:
+    model.eval()
+    with torch.no_grad():
+        for (x,) in data(batches):
+            model(x)
+
+    model.train()
+
+
+def plain() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data():
+        train(model, optimizer, x)
+
+
+def two_epochs_new_loader_each() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(2):
+        for (x,) in data(N // 2):
+            train(model, optimizer, x)
+
+
+def two_epochs_same_loader() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader = data(N // 2)
+    for _ in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+
+def accumulation() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(data()):
+        (model(x).square().mean() / 4).backward()
+        if index % 4 == 3:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def fixed_batch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    x = torch.randn(2, WIDTH)
+    for _ in range(N):
+        train(model, optimizer, x)
+
+
+def fixed_batch_accumulation() -> None:
+    model = net()
+    optimizer = sgd(model)
+    x = torch.randn(2, WIDTH)
+    for _ in range(N):
+        optimizer.zero_grad()
+        for _ in range(4):
+            model(x).square().mean().backward()
+
+        optimizer.step()
+
+
+def two_loaders_zipped() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for (x,), (y,) in zip(data(), data(), strict=True):
+        train(model, optimizer, x + y)
+
+
+def skipped_batches() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(data()):
+        if index % 4 == 1:
+            continue
+
+        train(model, optimizer, x)
+
+
+def distillation() -> None:
+    teacher, student = net(), net()
+    optimizer = sgd(student)
+    for (x,) in data():
+        with torch.no_grad():
+            target = teacher(x)
+
+        optimizer.zero_grad()
+        (student(x) - target).square().mean().backward()
+        optimizer.step()
+
+
+def ppo() -> None:
+    policy = net()
+    optimizer = sgd(policy)
+    for _ in range(2):
+        with torch.no_grad():
+            rollout = torch.cat([policy(torch.randn(1, WIDTH)).expand(1, WIDTH) for _ in range(8)])
+
+        for _ in range(4):
+            for batch in rollout.split(3):
+                train(policy, optimizer, batch)
+
+
+def ppo_with_loader() -> None:
+    policy = net()
+    optimizer = sgd(policy)
+    for _ in range(2):
+        with torch.no_grad():
+            rollout = torch.cat([policy(torch.randn(1, WIDTH)).expand(1, WIDTH) for _ in range(6)])
+
+        loader = DataLoader(TensorDataset(rollout), batch_size=2)
+        for _ in range(4):
+            for (batch,) in loader:
+                train(policy, optimizer, batch)
+
+
+def gan_step(generator: nn.Module, critic: nn.Module, og: object, od: object, x: torch.Tensor) -> None:
+    od.zero_grad()
+    (critic(x).mean() - critic(generator(torch.randn(2, WIDTH)).expand(2, WIDTH).detach()).mean()).backward()
+    od.step()
+    og.zero_grad()
+    critic(generator(torch.randn(2, WIDTH)).expand(2, WIDTH)).mean().backward()
+    og.step()
+
+
+def gan() -> None:
+    generator, critic = net(), net()
+    og, od = sgd(generator), sgd(critic)
+    for (x,) in data():
+        gan_step(generator, critic, og, od, x)
+
+
+def gan_no_loader() -> None:
+    generator, critic = net(), net()
+    og, od = sgd(generator), sgd(critic)
+    for _ in range(N):
+        gan_step(generator, critic, og, od, torch.randn(2, WIDTH))
+
+
+def gan_two_loaders() -> None:
+    generator, critic = net(), net()
+    og, od = sgd(generator), sgd(critic)
+    noise = iter(data())
+    for (x,) in data():
+        od.zero_grad()
+        critic(x).mean().backward()
+        od.step()
+        (z,) = next(noise)
+        og.zero_grad()
+        critic(generator(z).expand(2, WIDTH)).mean().backward()
+        og.step()
+
+
+def wgan() -> None:
+    generator, critic = net(), net()
+    og, od = sgd(generator), sgd(critic)
+    for index, (x,) in enumerate(data()):
+        train(critic, od, x)
+        if index % 5 == 4:
+            og.zero_grad()
+            critic(generator(x).expand(2, WIDTH)).mean().backward()
+            og.step()
+
+
+def two_optimizers_one_model() -> None:
+    model = net()
+    first = torch.optim.SGD(model[0].parameters(), lr=0.01)
+    second = torch.optim.Adam(model[2].parameters())
+    for (x,) in data():
+        model(x).square().mean().backward()
+        first.step()
+        second.step()
+
+
+def lbfgs(batches: Iterator[torch.Tensor]) -> None:
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=3)
+    for x in batches:
+
+        def closure(x: torch.Tensor = x) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def lbfgs_loader() -> None:
+    lbfgs(x for (x,) in data())
+
+
+def lbfgs_no_loader() -> None:
+    x = torch.randn(2, WIDTH)
+    lbfgs(x for _ in range(N))
+
+
+def grad_scaler() -> None:
+    model = net()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu")
+    for index, (x,) in enumerate(data()):
+        optimizer.zero_grad()
+        loss = model(x).square().mean() * (float("inf") if index % 5 == 4 else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def evaluation_between_epochs() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader = data(5)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        evaluate(model, 3)
+
+
+def evaluation_every_5_steps() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(data()):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            evaluate(model, 3)
+
+
+def evaluation_of_new_loaders() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(4):
+        for (x,) in data(5):
+            train(model, optimizer, x)
+
+        evaluate(model, 3)
+
+
+def evaluation_fixed_batch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    x = torch.randn(2, WIDTH)
+    for index in range(N):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            evaluate(model, 3)
+
+
+def sanity_check() -> None:
+    model = net()
+    optimizer = sgd(model)
+    evaluate(model, 3)
+    for (x,) in data():
+        train(model, optimizer, x)
+
+
+def evaluation_with_gradients() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader = data(10)
+    for _ in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        model.eval()
+        for (x,) in data(6):
+            model(x)
+
+        model.train()
+
+
+def fused_in_backward() -> None:
+    model = net()
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+
+    def hook(parameter: torch.Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(hook)
+
+    for (x,) in data():
+        model(x).square().mean().backward()
+
+
+def no_optimizer() -> None:
+    model = net()
+    for (x,) in data():
+        model(x).square().mean().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.01 * parameter.grad
+                parameter.grad = None
+
+
+def no_optimizer_no_loader() -> None:
+    model = net()
+    x = torch.randn(2, WIDTH)
+    for _ in range(N):
+        model(x).square().mean().backward()
+        for parameter in model.parameters():
+            parameter.data -= 0.01 * parameter.grad
+            parameter.grad = None
+
+
+PATTERNS: list[tuple[Callable[[], None], int, int]] = [
+    (plain, 20, 0),
+    (two_epochs_new_loader_each, 20, 0),
+    (two_epochs_same_loader, 20, 0),
+    (accumulation, 5, 0),
+    (fixed_batch, 20, 0),
+    (fixed_batch_accumulation, 20, 0),
+    (two_loaders_zipped, 20, 0),
+    (skipped_batches, 15, 0),
+    (distillation, 20, 0),
+    (ppo, 24, 0),
+    (ppo_with_loader, 24, 0),
+    (gan, 20, 0),
+    (gan_no_loader, 20, 0),
+    (gan_two_loaders, 20, 0),
+    (wgan, 20, 0),
+    (two_optimizers_one_model, 20, 0),
+    (lbfgs_loader, 20, 0),
+    (lbfgs_no_loader, 20, 0),
+    (grad_scaler, 20, 0),
+    (evaluation_between_epochs, 20, 12),
+    (evaluation_every_5_steps, 20, 12),
+    (evaluation_of_new_loaders, 20, 12),
+    (evaluation_fixed_batch, 20, 12),
+    (evaluation_with_gradients, 20, 12),
+    (sanity_check, 20, 3),
+    (fused_in_backward, 20, 0),
+    (no_optimizer, 20, 0),
+    (no_optimizer_no_loader, 20, 0),
+]
+
+
+@pytest.mark.parametrize(("loop", "steps", "evaluations"), PATTERNS, ids=[p[0].__name__ for p in PATTERNS])
+def test_a_loop_has_the_steps_it_says(traced: Traced, loop: Callable[[], None], steps: int, evaluations: int) -> None:
+    """Steps and evaluation batches are found as a reader of the loop would count them."""
+    loop()
+
+    rows = traced.finish()
+    assert len(rows) == steps
+    assert sum(row["batches"] for row in traced.table("evals")) == evaluations
+    assert all(row["backward_ns"] > 0 for row in rows)
+    assert all(row["optimizer_ns"] > 0 or row["flags"] & StepFlag.INFERRED for row in rows)
+    assert all(row["forward_ns"] > 0 for row in rows)
