@@ -225,7 +225,7 @@ class Aggregator:
 
     async def _leave(self) -> None:
         for run in self.registry.open_runs:
-            over = not run.connected and all(stream.ended for stream in run.streams)
+            over = not run.is_connected and all(stream.ended for stream in run.streams)
             if (over or self._exit_when_idle) and await self.end(run):
                 continue
 
@@ -291,7 +291,11 @@ class Aggregator:
         """Open the run that this aggregator is for, or those that one before it has left here."""
         if self._run_id is not None:
             key, self._run_id = self._run_id, safe_run_id(self._run_id)
-            self.registry.begin(self._run_id, key, named=True)
+            try:
+                self.registry.begin(self._run_id, key, named=True)
+            except RefusedError as error:
+                raise StoreError(str(error)) from error
+
             self._seen_any = True
         elif not self._exit_when_idle:
             self.registry.adopt_orphans()

@@ -101,7 +101,7 @@ class Commands:
         run = self._run_of(peer)
         status = args["status"] if isinstance(args.get("status"), int) else None
         for _ in range(_DRAIN_LOOKS):
-            if not run.connected:
+            if not run.is_connected:
                 break
 
             await asyncio.sleep(_DRAIN_LOOK_S)

@@ -24,7 +24,7 @@ __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 # In the runs folder: one small file per run that is not over, from which an aggregator that comes after learns its
 # folder. Named by the job key's hash, as a key may hold anything.
 _OPEN = ".open"
-_REMEMBERED = 1000
+_REMEMBERED = 100
 
 _log = logging.getLogger("traceml")
 
@@ -126,11 +126,14 @@ class Registry:
             RefusedError: it cannot be made or written.
         """
         # Marked first: killed at any moment from here on, an aggregator leaves a folder that the next one finds.
+        was_marked = _read_marker(_marker(self.runs_dir, key)) is not None
         self._mark(key, run_id, named=named)
         try:
             run = Run(self.runs_dir / run_id, key, named=named)
         except StoreError as error:
-            self._unmark(key)
+            if not was_marked:  # else it may be the mark of an aggregator that lives
+                self._unmark(key)
+
             raise RefusedError(str(error), retry=_passes(error)) from error
 
         self._runs.append(run)

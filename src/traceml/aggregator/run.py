@@ -62,6 +62,7 @@ class Run:
         }  # fmt: skip
         self._by_who: dict[tuple[Incarnation, int], Stream] = {}
         self._leaving: list[Peer] = []
+        self._away: dict[Stream, None] = {}
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
         self.ingest = Ingest(self.store, self.live, self._hold_back)
@@ -100,6 +101,11 @@ class Run:
     def connected(self) -> list[Stream]:
         """The streams that are connected now."""
         return [stream for stream in self.streams if stream.connected]
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether any rank is connected now."""
+        return any(stream.connected for stream in self.streams)
 
     def attempt_for(self, hello: Hello) -> int | None:
         """Return the attempt of this run that a newcomer belongs to, None when it is of another job.
@@ -146,6 +152,7 @@ class Run:
         stream.state = StreamState.RUNNING
         stream.flight = hello.flight
         stream.connect(peer)
+        self._away.pop(stream, None)
         self.store.update_stream(stream.id, state="running", flight=hello.flight, clock=list(hello.clock))
         if self.ingest.stalled:
             peer.pause(True)
@@ -169,6 +176,8 @@ class Run:
         """Note that a connection is gone."""
         stream.disconnect()
         self._touched_s = time.monotonic()
+        if not stream.ended:
+            self._away[stream] = None
 
     def exited(self, told: dict[str, Any]) -> None:
         """Take a launcher's word on how a process ended: `{rank, local_rank, pid, exitcode}`, negative for a signal."""
@@ -195,10 +204,7 @@ class Run:
 
     def look_around(self) -> None:
         """See after the ranks that are away: dead ones leave a flight file, silent ones are given up after a while."""
-        for stream in self.streams:
-            if stream.ended or stream.connected:
-                continue
-
+        for stream in list(self._away):
             if stream.is_dead:
                 self._bury(stream)
             elif not stream.seen_here and time.monotonic() - stream.gone_s > LOST_AFTER_S:
@@ -211,7 +217,7 @@ class Run:
             held: a launcher looks after this run and will say when it is over.
         """
         quiet_s = time.monotonic() - self._touched_s
-        if self.ended or self.ingest.waiting or self.connected or (held and quiet_s < HELD_S):
+        if self.ended or self.ingest.waiting or self.is_connected or (held and quiet_s < HELD_S):
             return False
 
         members = [stream for (attempt, _), stream in self._holders.items() if attempt == self.attempt]
@@ -357,6 +363,7 @@ class Run:
 
     def _end_stream(self, stream: Stream, state: StreamState) -> None:
         stream.state = state
+        self._away.pop(stream, None)
         self._touched_s = time.monotonic()
         if state is not StreamState.FINISHED:
             stream.exit.setdefault("at_s", time.time())
@@ -414,6 +421,9 @@ class Run:
             for stream in _revive(reader.streams(), reader, self.store):
                 stream.in_window = stream.attempt >= self.attempt
                 self._hold(stream)
+                if not stream.ended:
+                    self._away[stream] = None
+
                 self.live.facts.host(stream.rank, stream.who.host)
 
         self._facts |= {"state": "running", "ended": None}

@@ -18,6 +18,9 @@ _REPEAT_S = 5.0
 # Of a second, at most this share goes into diagnosing: what takes long is done less often.
 _SHARE = 0.25
 
+# The rules' cost grows with ranks x steps; over a thousand ranks fewer steps tell as much.
+_MAX_STEPS, _MIN_STEPS, _MAX_CELLS = 200, 32, 65_536
+
 _log = logging.getLogger("traceml")
 
 
@@ -43,7 +46,7 @@ class Verdicts:
 
         self._live.fresh = False
         try:
-            window = self._live.window.aligned()
+            window = self._live.window.aligned(_steps_for(self._live.facts.world_size))
             findings = diagnose(window, self._live.facts.build())
         except Exception:  # noqa: BLE001 - a rule that fails costs the live verdict, not the rows
             _log.exception("no live verdict")
@@ -61,6 +64,10 @@ class Verdicts:
         if signature != self._last or now_s - self._told_s >= _REPEAT_S:
             self._last, self._told_s = signature, now_s
             store.event("verdict", _told(findings, window))
+
+
+def _steps_for(ranks: int) -> int:
+    return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(ranks, 1)))
 
 
 def _told(findings: list[Any], window: Window) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+import msgpack
+import pytest
+
+from tests.aggregator.conftest import step_rows
+from tests.aggregator.test_live import stream_of
+from traceml.aggregator.ingest import Ingest
+from traceml.aggregator.live import LiveRows
+from traceml.database.store import STORE_NAME, StoreReader, StoreWriter, StreamIdentity
+from traceml.errors import ProtocolError, StoreError
+from traceml.transport.framing import Decoder
+from traceml.transport.server import RefusedError
+
+
+class Listening:
+    """A peer that keeps the acks it gets."""
+
+    def __init__(self) -> None:
+        self.acks: list[tuple[str, int]] = []
+
+    def write(self, frames: bytes) -> None:
+        self.acks += [(message["table"], message["seq"]) for message in Decoder().feed(frames)]
+
+
+class Way:
+    """One stream's way into a store."""
+
+    def __init__(self, folder) -> None:
+        self.path = folder / STORE_NAME
+        self.store = StoreWriter(self.path)
+        self.held: list[bool] = []
+        self.ingest = Ingest(self.store, LiveRows(1), self.held.append)
+        self.stream = stream_of(0)
+        assert self.store.stream(StreamIdentity(0, 0, "host", 100, 1, "r0")) == self.stream.id
+        self.peer = Listening()
+        self.stream.connect(self.peer)
+
+    def take(self, start: int, count: int) -> None:
+        self.ingest.take(self.stream, "steps", start, count, step_rows(start, count))
+
+    def steps(self) -> list[int]:
+        with StoreReader(self.path) as reader:
+            return reader.rows("steps")["step"].tolist()
+
+
+@pytest.fixture
+def way(tmp_path):
+    made = Way(tmp_path)
+    yield made
+    made.store.close()
+
+
+def test_one_ack_per_table_after_the_commit(way):
+    """Frames of a tick are acknowledged together, once they are stored."""
+    way.take(0, 10)
+    way.take(10, 10)
+    way.ingest.take(way.stream, "names", 0, 1, msgpack.packb({"id": 0, "name": "a"}))
+    assert way.peer.acks == []
+
+    assert way.ingest.commit()
+
+    assert way.peer.acks == [("steps", 20), ("names", 1)]
+    assert way.steps() == [*range(20)]
+
+
+@pytest.mark.parametrize("again", [(0, 10), (5, 10), (0, 20), (9, 1)])
+def test_repeats_are_cut_and_acknowledged(way, again):
+    """However a resent frame overlaps with what is stored, each row is there once; the rank learns how far it is."""
+    way.take(0, 10)
+    way.ingest.commit()
+
+    way.take(*again)
+    way.ingest.commit()
+
+    end = max(10, sum(again))
+    assert way.steps() == [*range(end)]
+    assert way.peer.acks[-1] == ("steps", end)
+    assert way.ingest.statistics().repeated == 10 - again[0]
+
+
+def test_failed_commit_keeps_everything_and_holds_the_ranks_back(way, monkeypatch):
+    """Nothing is acknowledged that is not stored; the next commit that works stores all, in order."""
+    commit = way.store.commit
+
+    def full() -> None:
+        raise StoreError("database or disk is full")
+
+    monkeypatch.setattr(way.store, "commit", full)
+    way.take(0, 10)
+    assert not way.ingest.commit()
+    assert way.held == [True]
+    assert way.peer.acks == []
+
+    way.take(10, 10)
+    monkeypatch.setattr(way.store, "commit", commit)
+    assert not way.ingest.commit()  # it waits a second between two tries
+    assert way.ingest.commit(force=True)
+
+    assert way.held == [True, False]
+    assert way.steps() == [*range(20)]
+    assert way.ingest.statistics().failed_commits == 1
+
+
+def test_stream_without_connection_is_not_acknowledged(way):
+    """Rows from a flight file are stored; there is nobody to tell."""
+    way.stream.disconnect()
+    way.take(0, 5)
+
+    assert way.ingest.commit()
+
+    assert way.peer.acks == []
+    assert way.steps() == [*range(5)]
+
+
+@pytest.mark.parametrize(
+    ("table", "seq", "n", "data", "error"),
+    [
+        ("nothing", 0, 1, b"", RefusedError),
+        ({}, 0, 1, b"", RefusedError),
+        ("steps", 0, 1, bytes(103), ProtocolError),
+        ("steps", 2**63, 1, bytes(104), ProtocolError),
+        ("steps", 0.0, 1, bytes(104), ProtocolError),
+        ("names", 0, 1, b"\x01", ProtocolError),
+        ("names", 0, 2, msgpack.packb({}), ProtocolError),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_leaves_no_trace(way, table, seq, n, data, error):
+    """A frame that contradicts itself changes nothing."""
+    with pytest.raises(error):
+        way.ingest.take(way.stream, table, seq, n, data)
+
+    assert not way.ingest.waiting
+    assert way.stream.next == {}

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import msgpack
+import pytest
+
+from tests.aggregator.conftest import step_rows
+from traceml.aggregator.live import LiveRows
+from traceml.aggregator.streams import Incarnation, Stream, StreamState
+from traceml.aggregator.verdicts import Verdicts
+from traceml.database.schema import HOST, PROCESS, USER_PHASES
+from traceml.diagnosis import Kind
+
+
+def stream_of(rank: int, attempt: int = 0) -> Stream:
+    who = Incarnation("host", "boot", 100 + rank, 1, f"r{rank}")
+    return Stream(rank + 1, rank, attempt, who, local_rank=rank, flight="")
+
+
+@pytest.fixture
+def live() -> LiveRows:
+    made = LiveRows(2)
+    for rank in range(2):
+        made.join(stream_of(rank))
+
+    return made
+
+
+class Told:
+    """A store that remembers events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, dict]] = []
+
+    def event(self, kind: str, data: dict) -> None:
+        self.events.append((kind, data))
+
+
+def take_steps(live: LiveRows, stream: Stream, start: int, count: int) -> None:
+    live.take(stream, "steps", count, step_rows(start, count))
+
+
+def test_frames_of_a_tick_reach_the_window_together(live):
+    """Rows of all ranks are in the window after one scatter."""
+    for rank in range(2):
+        take_steps(live, stream_of(rank), 0, 50)
+
+    live.scatter()
+
+    assert live.window.latest.tolist() == [49, 49]
+    assert len(live.window.aligned(20)) == 20
+    assert live.fresh
+
+
+def test_rows_of_an_older_attempt_stay_out(live):
+    """What a dead incarnation left is stored, but does not show as the rank's newest steps."""
+    take_steps(live, stream_of(0), 0, 50)
+    old = stream_of(0)
+    old.in_window = False
+    take_steps(live, old, 0, 80)
+
+    live.scatter()
+
+    assert live.window.latest[0] == 49
+
+
+def test_names_give_user_phases_their_names(live):
+    """User phases show by the names that the rank has sent."""
+    streams = [stream_of(rank) for rank in range(2)]
+    for stream in streams:
+        live.take(stream, "names", 1, msgpack.packb({"id": 0, "name": "augment"}))
+        take_steps(live, stream, 0, 40)
+        rows = b"".join(USER_PHASES.struct.pack(step, 0, 1000, 1) for step in range(40))
+        live.take(stream, "user_phases", 40, rows)
+
+    live.scatter()
+
+    assert live.window.aligned().user["augment"].mean() == 1000
+
+
+def test_facts_are_gathered(live):
+    """Loader, cores and waiting for a core are told to the rules; exit rows wait for the rank's end."""
+    stream = stream_of(0)
+    live.take(stream, "info", 1, msgpack.packb({"kind": "loader", "num_workers": 3, "training": True}))
+    live.take(stream, "info", 1, msgpack.packb({"kind": "exit", "t_ns": 1, "code": 1, "exception": "ValueError: no"}))
+    live.take(stream, "host", 1, HOST.struct.pack(0, 8, 1.0, 0, 0, 0, 0, 0, 0))
+    for moment in range(2):
+        values = [moment, 0, 0, 0, 0, 0, 0, 0, 0, moment * 10**9, moment * 10**9]
+        live.take(stream, "process", 1, PROCESS.struct.pack(*values))
+
+    facts = live.facts.build()
+
+    assert facts.loader is not None
+    assert facts.loader.num_workers == 3
+    assert facts.cores == {"host": 8}
+    assert facts.main_wait == {0: 0.5}
+    assert facts.exits == ()
+    assert stream.exit == {"code": 1, "exception": "ValueError: no"}
+
+
+def test_end_of_a_rank_is_a_fact(live):
+    """A rank that was killed is what the verdict is about."""
+    stream = stream_of(1)
+    stream.state = StreamState.KILLED
+    stream.exit = {"signal": 9, "open_phase": "backward", "open_step": 7, "something_else": 1}
+
+    live.end(stream)
+
+    ended = live.facts.build().exits[0]
+    assert (ended.rank, ended.state, ended.signal, ended.open_phase, ended.open_step) == (1, "killed", 9, "backward", 7)
+
+
+def test_verdict_is_told_when_it_changes(live):
+    """The same verdict is not told again at once; another one is."""
+    verdicts, store = Verdicts(live), Told()
+    verdicts.update(store)
+    assert store.events == []  # nothing has come yet
+
+    for start in (0, 50):
+        for rank in range(2):
+            take_steps(live, stream_of(rank), start, 50)
+
+        live.scatter()
+        verdicts.update(store)
+
+    assert [data["verdict"]["kind"] for _, data in store.events] == [Kind.HEALTHY]
+    stream = stream_of(1)
+    stream.state, stream.exit = StreamState.KILLED, {"signal": 9}
+    live.end(stream)
+    verdicts.update(store)
+    assert store.events[-1][1]["verdict"]["kind"] == Kind.RANK_LOST
+    assert verdicts.count == 3
+
+
+def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
+    """An error in the rules is logged, and not tried again at once."""
+    monkeypatch.setattr("traceml.aggregator.verdicts.diagnose", lambda *_: 1 / 0)
+    verdicts, store = Verdicts(live), Told()
+    live.fresh = True
+    verdicts.update(store)
+    live.fresh = True
+    verdicts.update(store)
+
+    assert caplog.text.count("ZeroDivisionError") == 1
+    assert store.events == []

@@ -1,0 +1,235 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
+from traceml.database.store import STORE_NAME, StoreReader
+from traceml.errors import StoreError
+from traceml.transport.hello import Hello
+from traceml.transport.server import RefusedError
+
+
+class Silent:
+    """A peer that takes whatever it is told."""
+
+    context = None
+
+    def pause(self, paused):
+        pass
+
+    def abort(self):
+        pass
+
+    def write(self, frames):
+        pass
+
+
+def hello(rank=0, world_size=2, *, run="job", recorder="r", **facts) -> Hello:
+    return Hello(role="rank", run=run, rank=rank, world_size=world_size, recorder=recorder, name="test", **facts)
+
+
+def join(registry: Registry, who: Hello):
+    """Do with a hello what the aggregator does; return (run, stream)."""
+    known = registry.known(who)
+    if known is not None:
+        known[0].greet(known[1], who, Silent())
+        return known
+
+    run, attempt = registry.place(who)
+    return run, run.join(who, attempt, Silent())
+
+
+def leave(run, stream, reason="finished"):
+    run.bye(stream, reason, Silent.__new__(_Answered))
+    run.left(stream)
+
+
+class _Answered(Silent):
+    def send(self, message):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def registry(tmp_path):
+    made = Registry(tmp_path / "runs")
+    prepare_runs_dir(made.runs_dir)
+    yield made
+    for run in made.open_runs:
+        run.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("exp1", "exp1"),
+        ("a b/c", "a-b-c"),
+        ("../../etc", "etc"),
+        ("x" * 300, "x" * 200),
+        ("lr=0.1+wd@2", "lr=0.1+wd@2"),
+    ],
+)
+def test_run_id_is_kept_but_for_what_no_folder_can_have(text, name):
+    """Only what could leave the runs folder, or trouble a shell, is replaced."""
+    assert safe_run_id(text) == name
+
+
+@pytest.mark.parametrize("text", ["", "..", "/", "latest", "-"])
+def test_run_id_of_which_nothing_is_left(text):
+    """A name that cannot be one is refused."""
+    with pytest.raises(RefusedError):
+        safe_run_id(text)
+
+
+def test_ranks_of_a_job_share_a_run(registry):
+    """The same key is the same run; another key another."""
+    first, _ = join(registry, hello(0))
+
+    assert join(registry, hello(1))[0] is first
+    assert join(registry, hello(0, run="other"))[0] is not first
+
+
+def test_recorder_that_comes_back_has_its_stream(registry):
+    """A reconnect continues the stream, also when the run was over."""
+    run, stream = join(registry, hello(0, 1))
+    leave(run, stream)
+    assert run.end()
+
+    assert join(registry, hello(0, 1)) == (run, stream)
+    assert not run.ended
+
+
+def test_rank_that_somebody_holds_is_not_given_away(registry):
+    """A subprocess that inherits a rank's variables gets a run of its own, and keeps it when it comes back."""
+    run, _ = join(registry, hello(0))
+    intruder = replace(hello(0, recorder="x"), pid=1, start_ticks=5)
+
+    other, stream = join(registry, intruder)
+
+    assert other is not run
+    assert other.path != run.path
+    assert join(registry, intruder) == (other, stream)
+
+
+def test_second_recorder_of_a_process_takes_the_rank_over_in_a_new_run(registry):
+    """init, shutdown, init in one process are two runs, as each has its own job key."""
+    run, stream = join(registry, hello(0, 1, run="a"))
+    leave(run, stream)
+
+    assert join(registry, hello(0, 1, run="b", recorder="r2"))[0] is not run
+
+
+def test_late_rank_joins_the_run_that_is_over(registry):
+    """A rank whose place is free belongs to the job, however late."""
+    run, stream = join(registry, hello(0))
+    leave(run, stream)
+    assert run.end()
+
+    assert join(registry, hello(1))[0] is run
+
+
+def test_other_world_size_after_the_end_is_another_job(registry):
+    """A free place in a run of another size is not this job's."""
+    run, stream = join(registry, hello(0, 2))
+    leave(run, stream)
+    assert run.end()
+
+    assert join(registry, hello(3, 4))[0] is not run
+
+
+def test_killed_aggregator_leaves_runs_that_are_found(registry, tmp_path):
+    """Another registry finds the run by its key, with its streams and how far they are."""
+    run, stream = join(registry, hello(0))
+    run.ingest.take(stream, "steps", 0, 2, bytes(208))
+    run.commit()
+    run.store.close()
+    later = Registry(tmp_path / "runs")
+
+    found, again = join(later, hello(0))
+
+    assert found.path == run.path
+    assert again.next["steps"] == 2
+    found.close()
+
+
+def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registry, tmp_path, caplog):
+    """Runs that are open elsewhere are left alone; those of a dead aggregator are taken up."""
+    run, _ = join(registry, hello(0))
+    run.commit()
+    later = Registry(tmp_path / "runs")
+    caplog.set_level("INFO", logger="traceml")
+
+    later.adopt_orphans()
+    assert later.open_runs == []
+    assert "another aggregator" in caplog.text
+
+    run.close()
+    later.adopt_orphans()
+    assert [each.path for each in later.open_runs] == [run.path]
+    later.open_runs[0].close()
+
+
+@pytest.mark.parametrize("left", ["", "[]", '{"job": 5, "run": "x"}', '{"job": "j", "run": "../x"}', '{"job": "j"}'])
+def test_damaged_markers_are_ignored(registry, left):
+    """What lies in the folder of open runs is not believed blindly."""
+    (registry.runs_dir / ".open").mkdir()
+    (registry.runs_dir / ".open" / "x.json").write_text(left)
+
+    registry.adopt_orphans()
+
+    assert registry.open_runs == []
+
+
+def test_markers_and_latest(registry):
+    """An open run has a marker, an ended one none; `latest` points at the newest."""
+    run, stream = join(registry, hello(0, 1))
+    markers = list((registry.runs_dir / ".open").iterdir())
+
+    assert json.loads(markers[0].read_text()) == {"job": "job", "run": run.id, "named": False}
+    assert (registry.runs_dir / "latest").resolve() == run.path
+    leave(run, stream)
+    assert run.end()
+    registry.over(run)
+    assert list((registry.runs_dir / ".open").iterdir()) == []
+
+
+def test_run_without_ranks_leaves_no_folder(registry):
+    """What a killed aggregator had only begun is removed, but nothing that somebody else put there."""
+    run = registry.begin("empty", "job", named=False)
+    assert run.end()
+
+    registry.discard(run)
+
+    assert not run.path.exists()
+    kept = registry.begin("kept", "job", named=False)
+    (kept.path / "notes.txt").write_text("mine")
+    assert kept.end()
+    registry.discard(kept)
+    assert [path.name for path in kept.path.iterdir()] == ["notes.txt"]
+
+
+def test_store_of_a_run_tells_the_run(registry):
+    """Readers find the run's facts under one key."""
+    run, _ = join(registry, hello(0, 2, project="vision", command="train.py --lr 1"))
+    run.commit()
+
+    with StoreReader(run.path / STORE_NAME) as reader:
+        facts = reader.meta()["run"]
+
+    assert {key: facts[key] for key in ("id", "name", "project", "job", "command", "world_size", "state", "ended")} == {
+        "id": run.id, "name": "test", "project": "vision", "job": "job", "command": "train.py --lr 1",
+        "world_size": 2, "state": "running", "ended": None,
+    }  # fmt: skip
+
+
+def test_runs_dir_that_cannot_be_made(tmp_path):
+    """The error names folder, reason and way out."""
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(StoreError, match=r"cannot write the runs folder .*Not a directory.*--runs-dir"):
+        prepare_runs_dir(tmp_path / "file" / "runs")
