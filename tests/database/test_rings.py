@@ -202,3 +202,16 @@ def test_log_gives_up_instead_of_hanging_when_its_lock_is_held() -> None:
         assert not log.append({"kind": "exit"})
 
     assert log.dropped == 1
+
+
+def test_released_rows_are_still_there() -> None:
+    """Rows whose pages were given back can be read and overwritten as before, also where the ring has wrapped."""
+    ring = make_ring(4096)
+    fill(ring, 4096 + 100)
+    before = ring.read(ring.oldest(), ring.appended)
+
+    ring.release(ring.oldest(), ring.appended)
+
+    assert ring.read(ring.oldest(), ring.appended) == before
+    fill(ring, 1)
+    assert numbers(ring.read(ring.appended - 2, ring.appended)) == [4195, 4196]

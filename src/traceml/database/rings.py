@@ -153,6 +153,20 @@ class Ring(_Counted):
         whole = min(max(first, self.oldest()), stop)
         return Taken(whole, stop - whole, data[(whole - first) * self.row_bytes :])
 
+    def release(self, start: int, stop: int) -> None:
+        """Take the pages of rows [start, stop) out of this process's resident memory, until they are touched again.
+
+        Nothing is lost: the pages stay in the file (anonymous memory is shared memory too, and keeps them as well).
+        """
+        row, at = self.row_bytes, self.offset
+        a, b = start & self.mask, stop & self.mask
+        pieces = ((a, b),) if a < b else ((a, self.capacity), (0, b))
+        for first, last in pieces:
+            begin = -(-(at + first * row) // mmap.PAGESIZE) * mmap.PAGESIZE
+            length = (at + last * row) // mmap.PAGESIZE * mmap.PAGESIZE - begin
+            if length > 0:
+                self.buffer.madvise(mmap.MADV_DONTNEED, begin, length)
+
     def _copy(self, start: int, stop: int) -> bytes:
         # A slice of the map is copied in one call under the GIL; sending straight from it would release it mid-row.
         row, at, mask = self.row_bytes, self.offset, self.mask

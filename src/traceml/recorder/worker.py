@@ -21,6 +21,8 @@ _WAKE_S = 0.25
 _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
+_LARGE_BYTES = 1 << 20
+_RELEASE_ROWS = 1024
 
 
 class Worker:
@@ -43,6 +45,9 @@ class Worker:
         self._flight, self._sender, self._scheduler, self._hook_ns = flight, sender, scheduler, hook_ns
         self._slots = flight.open_slots
         self._telemetry = flight.ring("telemetry")
+        # Rings of megabytes: what is stored need not stay resident in a process whose memory is the user's.
+        self._large = [ring for ring in flight.rings.values() if ring.capacity * ring.row_bytes > _LARGE_BYTES]
+        self._released = dict.fromkeys(flight.rings, 0)
         self._telemetry_ns = monotonic_ns() + _FIRST_TELEMETRY_NS
         self._calls: deque[Callable[[], None]] = deque()
         self._wake = threading.Event()
@@ -101,6 +106,11 @@ class Worker:
             self._append_telemetry(now)
 
         self._sender.pump()
+        for ring in self._large:
+            done = ring.acked
+            if done - self._released[ring.name] >= _RELEASE_ROWS:
+                ring.release(max(self._released[ring.name], done - ring.capacity), done)
+                self._released[ring.name] = done
 
     def _last_turn(self) -> None:
         self._scheduler.run_all(self._slots[Slot.STEP])

@@ -21,7 +21,7 @@ class TorchMemorySampler:
 
     name: ClassVar[str] = "torch_memory"
     table: ClassVar[Table] = TORCH_MEMORY
-    start_interval_s: ClassVar[float | None] = 0.25
+    start_interval_s: ClassVar[float | None] = None
     cost_us: ClassVar[float] = 60.0
 
     def __init__(self, modules: Any = None) -> None:

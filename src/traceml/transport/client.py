@@ -174,8 +174,13 @@ class Connection:
         if self._inbox:
             timeout_s = 0.0
 
+        if timeout_s <= 0:
+            # No poll first: each system call gives up the interpreter's lock, and a busy training thread has it then.
+            self._flush()
+            self._fill()
+
         deadline = time.monotonic() + timeout_s
-        while True:
+        while timeout_s > 0:
             left_s = max(0.0, deadline - time.monotonic())
             events = self._poll.poll(left_s * 1000.0)
             if not events:
