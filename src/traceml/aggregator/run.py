@@ -199,7 +199,9 @@ class Run:
         if isinstance(told.get("time"), int | float):
             stream.exit.setdefault("at_s", told["time"])
 
-        if not stream.connected:
+        if stream.state is StreamState.FINISHED and code == 0:
+            self.store.update_stream(stream.id, exit=stream.exit)  # it said so itself
+        elif not stream.connected:
             self._bury(stream)
 
     def look_around(self) -> None:

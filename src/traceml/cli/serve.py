@@ -42,7 +42,8 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     given = {"host": options.host, "port": options.port, "runs_dir": options.runs_dir}
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
-    level = config.log_level if config.sources["log_level"] != "default" else "info"
+    usual = "warning" if options.terminal else "info"  # lines would tear the screen
+    level = config.log_level if config.sources["log_level"] != "default" else usual
     with _log_to_stderr(level), _listener(options.fd, config.host, config.port) as sock:
         host, port = sock.getsockname()[:2]
         token = config.token or _token_of_before(port)

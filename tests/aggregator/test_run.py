@@ -1,0 +1,146 @@
+"""How a run ends, with time turned forward."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
+from traceml.aggregator import run as run_module
+from traceml.aggregator.streams import StreamState
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A monotonic clock that the test moves."""
+
+    class Clock:
+        now_s = 1000.0
+
+        def monotonic(self):
+            return self.now_s
+
+        def time(self):
+            return 1e9 + self.now_s
+
+    moved = Clock()
+    monkeypatch.setattr(run_module, "time", moved)
+    monkeypatch.setattr("traceml.aggregator.streams.time", moved)
+    return moved
+
+
+def remote(rank: int, world_size: int = 2, **facts):
+    """A rank of another host."""
+    return hello(rank, world_size, host="far", boot_id="another", **facts)
+
+
+def test_run_is_over_a_moment_after_the_last_bye(registry, clock):  # noqa: F811
+    """Between the last bye and the end there is time for a rank that is about to connect."""
+    run, first = join(registry, hello(0))
+    _, second = join(registry, hello(1))
+    leave(run, first)
+    assert not run.is_over(held=False)
+    leave(run, second)
+    run.commit()
+    assert not run.is_over(held=False)
+
+    clock.now_s += run_module.SETTLE_S + 0.1
+
+    assert run.is_over(held=False)
+    assert not run.is_over(held=True)
+    assert run.end()
+    assert run.state == "finished"
+
+
+def test_silent_rank_of_another_host_is_lost_after_a_while(registry, clock):  # noqa: F811
+    """Nobody can look whether its process lives, so silence has to do; until then it may come back."""
+    run, stream = join(registry, remote(0, 1))
+    run.left(stream)
+    clock.now_s += run_module.LOST_AFTER_S - 1
+    run.look_around()
+    assert stream.state is StreamState.RUNNING
+
+    clock.now_s += 2
+    run.look_around()
+    run.commit()
+    clock.now_s += 1
+
+    assert stream.state is StreamState.LOST
+    assert run.is_over(held=False)
+    assert run.end()
+    assert run.state == "lost"
+
+
+def test_lost_rank_that_comes_back_is_running_again(registry, clock):  # noqa: F811
+    """A network that was away for long costs nothing but the wrong word for a while."""
+    run, stream = join(registry, remote(0, 1))
+    run.left(stream)
+    clock.now_s += run_module.LOST_AFTER_S + 1
+    run.look_around()
+
+    assert join(registry, remote(0, 1)) == (run, stream)
+    assert stream.state is StreamState.RUNNING
+
+
+def test_failed_job_that_may_be_restarted_is_waited_for(registry, clock):  # noqa: F811
+    """While torchrun may start its workers again, the run stays open for the next attempt."""
+    run, stream = join(registry, hello(0, 1, restarts_left=1))
+    leave(run, stream, "failed")
+    run.commit()
+    clock.now_s += run_module.RESTART_S - 1
+    assert not run.is_over(held=False)
+
+    clock.now_s += 2
+
+    assert run.is_over(held=False)
+    assert run.end()
+    assert run.state == "failed"
+
+
+def test_ranks_that_never_come_are_not_waited_for_for_ever(registry, clock):  # noqa: F811
+    """A job of which only some ranks ever connected ends a minute after they have left."""
+    run, stream = join(registry, hello(0, 2))
+    leave(run, stream)
+    run.commit()
+    clock.now_s += run_module.ABANDONED_S - 1
+    assert not run.is_over(held=False)
+
+    clock.now_s += 2
+
+    assert run.is_over(held=False)
+
+
+@pytest.mark.parametrize(
+    ("exitcode", "state", "fact"),
+    [(-15, "killed", {"signal": 15}), (3, "failed", {"code": 3}), (0, "finished", {"code": 0})],
+)
+def test_launcher_tells_how_a_process_ended(registry, exitcode, state, fact):  # noqa: F811
+    """A signal, a status and a quiet end are told apart, found by pid."""
+    run, stream = join(registry, hello(0, 1))
+    run.left(stream)
+
+    run.exited({"rank": 7, "pid": stream.who.pid, "exitcode": exitcode})
+
+    assert stream.state == state
+    assert fact.items() <= stream.exit.items()
+
+
+def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
+    """A process that said bye and then crashed on its way out has failed."""
+    run, stream = join(registry, hello(0, 1))
+    leave(run, stream)
+    assert stream.state is StreamState.FINISHED
+
+    run.exited({"pid": stream.who.pid, "exitcode": -11})
+
+    assert stream.state is StreamState.KILLED
+
+
+@pytest.mark.parametrize("told", [{}, {"pid": 1, "rank": 9, "exitcode": 0}, {"rank": 0, "exitcode": "x"}])
+def test_exits_that_fit_nobody_are_ignored(registry, told):  # noqa: F811
+    """Nothing is guessed from an exit that names no rank of this run."""
+    run, stream = join(registry, hello(0, 1))
+
+    run.exited(told)
+
+    assert stream.state is StreamState.RUNNING
+    assert stream.exit == {}
