@@ -14,7 +14,7 @@ __all__ = ["OVERSUBSCRIBED", "Facts", "FactsBuilder", "LoaderFacts", "RankExit",
 OVERSUBSCRIBED = 0.25
 """From this share on, main threads stood ready without a core for too long to blame a rank or the network lightly."""
 
-_MIN_OBSERVED_NS = 1e9
+_MIN_OBSERVED_NS = 2e8
 
 
 @dataclass(frozen=True, kw_only=True)

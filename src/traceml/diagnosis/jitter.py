@@ -23,6 +23,10 @@ LONG_NS = 20e6
 """A long step is at least so much longer than usual: a busy host takes less than that away in passing."""
 DEVICE_LONG_NS = 2e6
 """The same for device times."""
+CROWDED_LONG_NS = 100e6
+"""With too few cores long steps must be this much longer on average ..."""
+CROWDED_DOMINANCE = 0.8
+"""... by one part, to be more than the lack of cores."""
 TURNS_SHARE = 0.35
 """Ranks take turns at being late in at least this share of the steps ..."""
 TURNS_NS = 10e6
@@ -68,7 +72,7 @@ class _Events:
     usual_ns: float
 
 
-def jitter(segments: Segments, step_ns: float) -> list[Finding]:
+def jitter(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
     """Rare long steps which cost much together and which no part explains."""
     events = _unexplained(segments)
     if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
@@ -78,7 +82,17 @@ def jitter(segments: Segments, step_ns: float) -> list[Finding]:
     if cost < max(FLOOR_NS, WARNING_SHARE * step_ns):
         return []
 
+    if facts.oversubscribed and not _beyond_crowding(segments, events):
+        return []
+
     return [_jitter(segments, events, cost, step_ns)]
+
+
+def _beyond_crowding(segments: Segments, events: _Events) -> bool:
+    """Tell whether ranks that lack cores could not have such long steps by that alone."""
+    sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
+    excess = float(segments.step[events.columns].mean()) - events.usual_ns
+    return excess >= CROWDED_LONG_NS and max(sums) >= CROWDED_DOMINANCE * sum(sums)
 
 
 def _unexplained(segments: Segments) -> _Events:

@@ -50,7 +50,7 @@ def _timing(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
     found += turns
     found += input_bound(rest, facts, step_ns) + transfers(rest, facts, step_ns) + residual(rest, facts, step_ns)
     if not turns:
-        found += jitter(rest, step_ns)
+        found += jitter(rest, facts, step_ns)
 
     if not any(finding.kind.value.endswith("STRAGGLER") for finding in found):
         found += comm_bound(window, segments, facts)

@@ -162,9 +162,9 @@ def _blame(
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
     everywhere = by_part[part] < DOMINANCE * positive or _alike(segments, row, reference, part)
-    everywhere = everywhere or (part in COMPUTE and _starved(facts, int(segments.ranks[row])))
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    floor = EVERYWHERE_SHARE if everywhere or seldom or facts.oversubscribed else EXCESS_SHARE
+    chancy = seldom or facts.oversubscribed or _starved(facts, int(segments.ranks[row]))
+    floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
     if excess < floor * segments.step_ns or (everywhere and facts.oversubscribed):
         return None, everywhere
 
