@@ -19,8 +19,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of  # noqa: E402
-from traceml.diagnosis import Facts, Finding, diagnose  # noqa: E402
+from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
+
+from traceml.diagnosis import Facts, Finding, diagnose
 
 QUIET = ("HEALTHY", "COMPUTE_BOUND")
 PARTS = {
@@ -172,7 +173,7 @@ def skewed(random: np.random.Generator) -> Case:
 
 
 CASES: dict[str, Make] = {
-    "one rank, 20-40 ms": on_one_rank(lambda random, job: float(random.uniform(20, 40))),
+    "one rank, 20-40 ms": on_one_rank(lambda random, _job: float(random.uniform(20, 40))),
     "one rank, 50-100 % of a step": on_one_rank(lambda random, job: step_ms(job) * float(random.uniform(0.5, 1))),
     "one rank, 20-30 % of a step": on_one_rank(
         lambda random, job: max(step_ms(job) * float(random.uniform(0.2, 0.3)), 1.5)
@@ -180,8 +181,8 @@ CASES: dict[str, Make] = {
     "one rank, 12-20 % of a step": on_one_rank(
         lambda random, job: max(step_ms(job) * float(random.uniform(0.12, 0.2)), 1.5)
     ),
-    "one rank, 60 ms every 5th step": on_one_rank(lambda random, job: 60.0, every=5),
-    "one rank, 60 ms in 10 % of steps": on_one_rank(lambda random, job: 60.0, chance=0.1),
+    "one rank, 60 ms every 5th step": on_one_rank(lambda _random, _job: 60.0, every=5),
+    "one rank, 60 ms in 10 % of steps": on_one_rank(lambda _random, _job: 60.0, chance=0.1),
     "two late ranks, one cause": two_ranks,
     "two late ranks, two causes": mixed,
     "two ranks take turns": alternating,
@@ -211,6 +212,7 @@ class Score:
     said: dict[str, int] = field(default_factory=dict)
 
     def add(self, case: Case, verdict: Finding) -> None:
+        """Count one verdict."""
         kind = verdict.kind.value in case.kinds
         ranks = kind and tuple(verdict.ranks) in case.ranks
         self.runs += 1
