@@ -1,0 +1,106 @@
+"""A fault put into a real training is named: its kind, its rank, its phase. A healthy one is left in peace."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import traceml as package
+from tests.end_to_end.conftest import Traceml
+
+DEMO = Path(package.__file__).parent / "cli" / "_demo_train.py"
+MNIST = Path(package.__file__).parents[2] / "examples" / "mnist.py"
+BLAMING = {"INPUT_STRAGGLER", "COMPUTE_STRAGGLER", "H2D_STRAGGLER", "STRAGGLER", "RANK_LOST"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "phase"),
+    [
+        ("input", "INPUT_STRAGGLER", "input_wait"),
+        ("forward", "COMPUTE_STRAGGLER", "forward"),
+        ("backward", "COMPUTE_STRAGGLER", "backward"),
+        ("optimizer", "COMPUTE_STRAGGLER", "optimizer"),
+        ("other", "STRAGGLER", "other"),
+    ],
+)
+def test_a_slow_rank_is_named(traceml: Traceml, fault: str, kind: str, phase: str) -> None:
+    """Rank 1 is 20 ms late in one phase."""
+    ended = traceml("demo", "--fault", fault, "--ms", "20", "--steps", "100")
+
+    assert ended.status == 0, ended.stderr
+    verdict = ended.report["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["phase"]) == (kind, [1], phase)
+    assert verdict["cost_share"] > 0.25
+    assert verdict["severity"] == "critical"
+    assert verdict["speedup_if_fixed"] > 1.3
+    assert "ank 1" in verdict["summary"]
+
+
+def test_a_slow_rank_among_four_is_named(traceml: Traceml) -> None:
+    """Also with more ranks than cores."""
+    ended = traceml("demo", "--fault", "forward", "--rank", "2", "--ms", "40", "--steps", "80", "--ranks", "4")
+
+    assert ended.status == 0, ended.stderr
+    verdict = ended.report["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["phase"]) == ("COMPUTE_STRAGGLER", [2], "forward")
+
+
+def test_a_healthy_run_blames_nobody(traceml: Traceml) -> None:
+    """No fault, no culprit."""
+    ended = traceml("demo", "--fault", "none", "--steps", "150")
+
+    assert ended.status == 0, ended.stderr
+    assert ended.report["verdict"]["kind"] not in BLAMING, ended.report["verdict"]
+
+
+SLOW = """
+import time, torch
+from torch.utils.data import DataLoader, Dataset
+
+class Slow(Dataset):
+    def __len__(self): return 2000
+    def __getitem__(self, i):
+        time.sleep({item})
+        return torch.randn(64), i % 10
+
+model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+opt = torch.optim.SGD(model.parameters(), lr=0.01)
+for n, (x, y) in enumerate(DataLoader(Slow(), batch_size=8)):
+    loss = torch.nn.functional.cross_entropy(model(x), y)
+    opt.zero_grad(); loss.backward(); opt.step()
+    time.sleep({after})
+    if n == 80: break
+"""
+
+
+@pytest.mark.parametrize(
+    ("item", "after", "kind", "phase"),
+    [(0.002, 0.0, "INPUT_BOUND", "input_wait"), (0.0, 0.02, "RESIDUAL_HEAVY", "other")],
+)
+def test_what_one_process_waits_for_is_named(
+    traceml: Traceml, tmp_path: Path, item: float, after: float, kind: str, phase: str
+) -> None:
+    """A slow dataset, and slow code beside the training."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW.format(item=item, after=after))
+
+    ended = traceml("run", script)
+
+    assert ended.status == 0, ended.stderr
+    verdict = ended.report["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["phase"]) == (kind, [], phase)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_example_as_pytorch_writes_them(traceml: Traceml, ranks: int) -> None:
+    """Unmodified, with evaluation between epochs: every training step is counted, nobody is blamed."""
+    many = ("--nproc-per-node", str(ranks)) if ranks > 1 else ()
+    ended = traceml("run", *many, MNIST, "--epochs", "2")
+
+    assert ended.status == 0, ended.stderr
+    report = ended.report
+    assert report["verdict"]["kind"] not in BLAMING | {"INSUFFICIENT_DATA"}, report["verdict"]
+    assert {rank["steps"] for rank in report["ranks"]} == {report["steps"]["count"]}
+    parts = sum(phase["mean_ms"] for phase in report["phases"])
+    assert parts == pytest.approx(report["steps"]["mean_ms"], rel=0.01)
