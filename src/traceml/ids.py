@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["RankIdentity", "detect_rank", "job_key", "new_run_id", "run_name_of"]
+__all__ = ["RankIdentity", "detect_rank", "job_key", "new_run_id", "run_name_of", "safe_run_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,19 @@ def new_run_id(name: str, *, epoch_s: float | None = None) -> str:
     """Return `YYYYMMDD-HHMMSS-<name>-<4 hex>`, in local time."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(epoch_s))
     return f"{stamp}-{run_name_of(name)}-{secrets.token_hex(2)}"
+
+
+def safe_run_id(text: str) -> str:
+    """Return a run id as the user gave it, without what cannot be in a folder's name.
+
+    Raises:
+        ValueError: nothing is left of it.
+    """
+    name = re.sub(r"[^A-Za-z0-9._=+@-]+", "-", text).strip("-.")[:200]
+    if not name or name == "latest":
+        raise ValueError(f"{text[:100]!r} cannot be the name of a run's folder")
+
+    return name
 
 
 def run_name_of(text: str) -> str:

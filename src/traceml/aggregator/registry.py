@@ -8,9 +8,9 @@ import hashlib
 import json
 import logging
 import os
-import re
 from pathlib import Path
 
+from traceml import ids
 from traceml.aggregator.run import Run
 from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.store import STORE_NAME
@@ -35,11 +35,10 @@ def safe_run_id(text: str) -> str:
     Raises:
         RefusedError: nothing is left of it.
     """
-    name = re.sub(r"[^A-Za-z0-9._=+@-]+", "-", text).strip("-.")[:200]
-    if not name or name == "latest":
-        raise RefusedError(f"{text[:100]!r} cannot be the name of a run's folder")
-
-    return name
+    try:
+        return ids.safe_run_id(text)
+    except ValueError as error:
+        raise RefusedError(str(error)) from error
 
 
 def prepare_runs_dir(runs_dir: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from traceml import settings
 from traceml.errors import UsageError
-from traceml.ids import new_run_id
+from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.supervisor import Job, Outcome, Screen, Supervisor
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def main(argv: list[str]) -> int:
     job = Job(
         command=_command(options, target, arguments),
         elastic=_elastic(options),
-        run_id=config.run_id or new_run_id(config.run_name or Path(target).stem),
+        run_id=_run_id(config.run_id) or new_run_id(config.run_name or Path(target).stem),
         runs_dir=Path(config.runs_dir).absolute(),
         environ=_given(TRACEML_RUN_NAME=options.run_name, TRACEML_PROJECT=options.project),
     )
@@ -150,6 +150,13 @@ def _target(options: argparse.Namespace) -> list[str]:
         raise UsageError(f"can't open file {target[0]!r}: no such file. For a module, use -m.")
 
     return target
+
+
+def _run_id(wanted: str | None) -> str | None:
+    try:
+        return safe_run_id(wanted) if wanted else None
+    except ValueError as error:
+        raise UsageError(f"run_id: {error}") from error
 
 
 def _elastic(options: argparse.Namespace) -> bool:

@@ -5,8 +5,10 @@ Ranks' frames are buffered, compressed and written in one transaction per tick; 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import sqlite3
 import time
 import weakref
 from dataclasses import dataclass, field
@@ -266,6 +268,9 @@ class StoreWriter:
             self.commit()
             with translated(self.path, "close"):
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                with contextlib.suppress(sqlite3.OperationalError):  # someone is reading it: then it stays as it is
+                    # One file without companions: it can be copied, and read where nothing can be written.
+                    self._database.execute("PRAGMA journal_mode=DELETE")
         finally:
             self._database.close()
             self._unlock()

@@ -9,10 +9,10 @@ from typing import Any
 
 from traceml.database.reader import Event, StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis import Finding, Window, slots_for
+from traceml.diagnosis import Finding, slots_for
 from traceml.errors import StoreError
 from traceml.runs.digest import Digest
-from traceml.runs.report import report_of
+from traceml.runs.report import described, report_of
 
 __all__ = ["LiveRun"]
 
@@ -81,7 +81,7 @@ class LiveRun:
             self.findings = self.digest.diagnose()
 
         known = self._telemetry_so_far()
-        report = report_of(self.digest, self._reader, self._window(), self.findings, self.path, known)
+        report = report_of(self.digest, self._reader, described(self.digest), self.findings, self.path, known)
         if known is None:
             self._telemetry = time.monotonic(), report["telemetry"]
 
@@ -116,10 +116,6 @@ class LiveRun:
         self.digest = Digest(slots_for(ranks))
         self.digest.start_at(reader, slots_for(ranks) * ranks)
         return reader
-
-    def _window(self) -> Window:
-        window = self.digest.window.aligned()
-        return window if len(window) else self.digest.window.aligned(skip_first=0)
 
     def _take_events(self, reader: StoreReader) -> None:
         for event in reader.events(after=self._last_event):

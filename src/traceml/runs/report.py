@@ -19,7 +19,7 @@ from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
 from traceml.runs.state import state_of
 
-__all__ = ["REPORT_NAME", "SCHEMA", "build_report", "report_of", "write_report"]
+__all__ = ["REPORT_NAME", "SCHEMA", "build_report", "described", "report_of", "write_report"]
 
 SCHEMA = "traceml.report/1"
 REPORT_NAME = "report.json"
@@ -41,8 +41,13 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> dict[str,
         digest.start_at(reader, max_step_rows)
         digest.update(reader)
         findings = digest.diagnose(last=digest.window.slots)
-        window = digest.window.aligned(last=digest.window.slots, skip_first=0)
-        return report_of(digest, reader, window, findings, run_dir)
+        return report_of(digest, reader, described(digest, digest.window.slots), findings, run_dir)
+
+
+def described(digest: Digest, last: int = 200) -> Window:
+    """Return the steps that a report describes: those of the diagnosis, or the first ones where there are no others."""
+    window = digest.window.aligned(last=last)
+    return window if len(window) else digest.window.aligned(last=last, skip_first=0)
 
 
 def write_report(run_dir: Path) -> Path:
