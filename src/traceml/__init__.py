@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it. Loaded on first use, so that `import traceml` costs a training script nothing.
+# Public name -> the module that holds it, loaded on first use: `import traceml` costs a training script nothing.
 _HOMES = {
     "AggregatorRefusedError": "traceml.errors",
     "AggregatorUnavailableError": "traceml.errors",
