@@ -384,4 +384,4 @@ def test_a_loop_has_the_steps_it_says(traced: Traced, loop: Callable[[], None], 
     assert sum(row["batches"] for row in traced.table("evals")) == evaluations
     assert all(row["backward_ns"] > 0 for row in rows)
     assert all(row["optimizer_ns"] > 0 or row["flags"] & StepFlag.INFERRED for row in rows)
-    assert all(row["forward_ns"] > 0 for row in rows)
+    assert all(row["forward_ns"] > 0 for row in rows[1:])  # a model may only be found by its first backward pass

@@ -1,11 +1,13 @@
 """The accounts of the open step: which phase the time belongs to, and the row that they become.
 
-Time is exclusive. One phase is `current`; entering another one closes the account of the first, so the phases and
-`other` add up to the step by construction.
+Time is exclusive: a phase that ends books its time, and takes it from the phase around it; so the phases and `other`
+add up to the step. Hooks do this with the start in a local variable. Only phases of the user may be open when a step
+ends; `settle` books those.
 """
 
 from __future__ import annotations
 
+import contextvars
 import logging
 from _thread import get_ident
 from collections.abc import Callable
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
     from traceml.instrument.device import DeviceTimes
 
-__all__ = ["ASK", "FIRST_USER", "NOWHERE", "ON_FORWARD", "OTHER", "Accounts", "Listener"]
+__all__ = ["ASK", "FIRST_USER", "NOWHERE", "ON_FORWARD", "OTHER", "Accounts", "Listener", "mine"]
 
 OTHER = 8  # the account of time in no phase; never read, as it is what is left of the total
 FIRST_USER = 9  # user phase k has its time at FIRST_USER + 2k and its entries at FIRST_USER + 2k + 1
@@ -27,10 +29,13 @@ _INPUT_WAIT = int(Phase.INPUT_WAIT)
 _STEP_START, _STEP = 8, 9  # words of `open_slots`
 # Plain ints: arithmetic on enum members costs a microsecond.
 _NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
-_SAMPLED_MASK = 3  # what costs more than the budget is measured on every 4th step
-_SLOW_STEP_NS = 2_000_000  # ... and on every step when they are this long
 UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
+
+
+# Whether this is the training thread. Reading it costs a tenth of `get_ident`; other threads start without it.
+_mine: contextvars.ContextVar[bool] = contextvars.ContextVar("traceml_training_thread", default=False)
+mine = _mine.get
 
 
 class _Mark:
@@ -79,7 +84,6 @@ class Accounts:
 
     thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
     current = CellField()  # the phase that time belongs to now
-    mark = CellField()  # since when
     input_ns = CellField()  # the accounts of the phases that every loop has; all others are in `rare`
     forward_ns = CellField()
     backward_ns = CellField()
@@ -94,8 +98,7 @@ class Accounts:
     first_loader = CellField()  # ... in this step
     dirty = CellField()  # closing this step takes more than writing the four accounts
     depth = CellField()  # 1 inside an optimizer step
-    detail = CellField()  # the next backward pass needs preparing: the first one, and those measured in detail
-    watch_backward = CellField()  # ... or the end of one is of interest: no optimizer has ever stepped
+    detail = CellField()  # backward passes need care: see `StepClock.plan`
 
     def __init__(self, flight: FlightFile, listener: Listener, thread: int) -> None:
         hot = Cells(tuple(name for kind in type(self).__mro__ for name in vars(kind) if _is_cell(vars(kind)[name])))
@@ -112,9 +115,10 @@ class Accounts:
         self.mean_ns = 0
 
         self.rows = self.ring.appended
-        self.current, self.depth, self.detail, self.watch_backward = OTHER, 0, True, True
+        self.current, self.depth, self.detail = OTHER, 0, True
         self.zeros = [0] * FIRST_USER
         self.users: list[int] = []  # name ids of user phases, by index
+        self.open_user_phases: list[list[Any]] = []  # [phase, the one around it, start], innermost last
         self.eval_ns = self.eval_batches = self.eval_end = 0
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
@@ -148,42 +152,51 @@ class Accounts:
             self.rare[account] += ns
             self.dirty = True
 
-    def enter(self, phase: int) -> int:
-        """Begin a phase; return what `leave` needs, or -1 when it does not count here."""
+    def is_here(self) -> bool:
+        """Whether this is the training thread; the hooks' own check (`mine`) is renewed where a context lost it."""
         if self.thread != get_ident():
-            return -1
+            return False
 
+        _mine.set(True)
+        return True
+
+    def enter(self, phase: int) -> int:
+        """Begin a phase; return the one to go back to, or -1 when it does not count here."""
         previous: int = self.current
-        if previous in (_INPUT_WAIT, phase):
+        if previous in (_INPUT_WAIT, phase) or self.thread != get_ident():
             return -1
 
-        t = monotonic_ns()
-        self.add(previous, t - self.mark)
-        self.mark, self.current = t, phase
-        self.open_slots[phase] = t
+        self.current = phase
         return previous
 
-    def leave(self, phase: int, previous: int) -> None:
-        """End a phase that `enter` began."""
-        self.switch(monotonic_ns())
+    def leave(self, phase: int, previous: int, start: int) -> None:
+        """End a phase that began at `start`; the time is no longer that of the phase around it."""
+        spent = monotonic_ns() - start
+        self.add(phase, spent)
+        self.add(previous, -spent)
         self.current = previous
         self.open_slots[phase] = 0
 
-    def switch(self, t: int) -> None:
-        """Bring the account of the current phase up to `t`."""
-        self.add(self.current, t - self.mark)
-        self.mark = t
+    def settle(self, t: int) -> None:
+        """Book the time of the user phases that are open at `t`, when a step ends inside them."""
+        for entry in self.open_user_phases:
+            phase, previous, start = entry
+            self.add(phase.account, t - start)
+            self.add(previous, start - t)
+            entry[2] = t
 
     # ---- rows ----
 
     def commit_special(self, t: int) -> None:
         """Close a step that was cut into segments, or has rare or user phases, flags, a group or a device."""
+        self.settle(t)
         flags = self.flags | self.base_flags | (_NO_LOADER if self.first_loader is None else 0)
         micro = self.micro + (min(self.backwards, self.batches) if self.batches else self.backwards)
         backwards, forward = self.backwards, self.forward_ns
         total = self.base + t - self.seg_start
         self._append(self.acc, t, total, micro, flags, self.own + self.base_own, device="close")
         self._clear(t)
+        self.plan()
         if not self.rows & UPKEEP_MASK or not forward:
             self.closed(forward, backwards)
 
@@ -194,6 +207,9 @@ class Accounts:
 
         if not forward and backwards:
             self.listener.step_without_forward()
+
+    def plan(self) -> None:
+        """Decide what the next step needs; called when it may need more than the usual."""
 
     def _append(self, acc: list[int], t: int, total: int, micro: int, flags: int, own: int, *, device: str) -> None:
         """Append a row of the step table, and those of other tables that belong to it."""
@@ -231,7 +247,7 @@ class Accounts:
     def _clear(self, t: int) -> None:
         """Begin a step at `t` with nothing in it."""
         self.acc = self.zeros.copy()
-        self.mark = self.seg_start = t
+        self.seg_start = t
         self.closes_at = ASK
         self.attempt = self.backwards = self.batches = self.flags = self.own = 0
         self.batch = self.first_loader = None
@@ -265,12 +281,8 @@ class Accounts:
         return total
 
     def _read_extras(self, total: int) -> int:
-        """Return the collective sequence number, and decide whether the next step is measured in detail.
-
-        By step number, hence the same steps on all ranks; every step once they are long enough not to notice.
-        """
+        """Return the collective sequence number, and note how long steps are."""
         self.mean_ns += (total - self.mean_ns) >> 4
-        self.detail = self.mean_ns > _SLOW_STEP_NS or not (self.rows + 1 & _SAMPLED_MASK)
         return self.sequence() & 0x7FFFFFFF if self.sequence is not None else 0
 
 

@@ -8,7 +8,6 @@ runs after the last local gradient and before DDP's own, which waits for the oth
 
 from __future__ import annotations
 
-from _thread import get_ident
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.clock import OTHER, StepClock
+from traceml.instrument.clock import OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
 __all__ = ["patch_backward", "timed_backward"]
@@ -33,85 +32,80 @@ def patch_backward(patches: Patches, clock: StepClock) -> None:
 
 def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[..., None]:
     """Return a function that calls `original` as a backward pass."""
-    slots, add, fail, after = clock.open_slots, clock.add, clock.fail, clock.after_backward
+    slots = clock.open_slots
     # Cells of the clock.
-    thread = current = mark = backward_ns = backwards = 0
-    detail = watch_backward = False
+    current = backward_ns = backwards = 0
+    detail = False
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, mark, backward_ns, backwards
-        if is_dynamo_compiling() or (thread != get_ident() and not clock.adopt_thread()):
+        nonlocal current, backward_ns, backwards
+        if is_dynamo_compiling():
             return original(tensors, *args, **kwargs)
 
-        previous = current
-        if previous == 0 or previous == _BACKWARD:
-            return original(tensors, *args, **kwargs)
+        if current != OTHER or detail or not mine():
+            return _careful(original, clock, tensors, args, kwargs)
 
-        handle = None
-        try:
-            if detail:
-                handle = _prepare(clock, tensors)
-
-            t = monotonic_ns()
-            if previous != OTHER:
-                add(previous, t - mark)
-
-            mark = t
-            current = _BACKWARD
-            slots[_BACKWARD] = t
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            fail(error)
-
+        t = slots[_BACKWARD] = monotonic_ns()
+        current = _BACKWARD
         try:
             return original(tensors, *args, **kwargs)
         finally:
-            try:
-                t = monotonic_ns()
-                if current == _BACKWARD:
-                    backward_ns += t - mark
-                else:
-                    add(current, t - mark)
-
-                mark = t
-                current = previous
-                slots[_BACKWARD] = 0
-                backwards += 1
-                if watch_backward:
-                    after(t)
-
-                if handle is not None:
-                    handle.remove()
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                fail(error)
+            backward_ns += monotonic_ns() - t
+            current = OTHER
+            slots[_BACKWARD] = 0
+            backwards += 1
 
     return clock.bind(backward)
 
 
-def _prepare(clock: StepClock, tensors: Any) -> Any:
-    """What some backward passes need before they begin: the first one, and those that are measured in detail."""
-    if clock.fresh:
-        clock.first_backward_begins()
+def _careful(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:
+    """A backward pass inside another phase, on another thread, or of which more must be known."""
+    previous = clock.current
+    if previous in (0, _BACKWARD) or not (clock.is_here() or clock.adopt_thread()):
+        return original(tensors, *args, **kwargs)
 
-    return _measure_own(clock, tensors) if clock.detail and clock.extras else None
+    handle = None
+    t = 0
+    try:
+        if clock.fresh:
+            clock.first_backward_begins()
+
+        t = clock.open_slots[_BACKWARD] = monotonic_ns()
+        clock.current = _BACKWARD
+        if clock.is_detailed():
+            handle = _measure_own(clock, tensors, t)
+    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        clock.fail(error)
+
+    try:
+        return original(tensors, *args, **kwargs)
+    finally:
+        try:
+            clock.leave(_BACKWARD, previous, t)
+            clock.backwards += 1
+            clock.after_backward(monotonic_ns())
+            clock.plan()
+            if handle is not None:
+                handle.remove()
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(error)
 
 
-def _measure_own(clock: StepClock, tensors: Any) -> Any:
+def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:
     """Queue the callback by a hook on the loss; None when there is nothing to hook."""
     root = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
     if not isinstance(root, torch.Tensor) or not root.requires_grad:
         return None
 
-    before = clock.backward_ns
-    thread = clock.thread
+    booked = clock.backward_ns  # phases inside backward take their time from here
 
     def finished() -> None:
         try:
             if clock.device is not None:
                 clock.device.mark_own()
 
-            if thread == get_ident():  # on another device the engine's own thread runs it, and the CPU's clock is mute
-                running = monotonic_ns() - clock.mark if clock.current == _BACKWARD else 0
-                clock.own += clock.backward_ns + running - before
+            if clock.is_here():  # on another device the engine's own thread runs it, and the CPU's clock is mute
+                clock.own += monotonic_ns() - start + clock.backward_ns - booked
                 clock.flags |= _CALLBACK
                 clock.dirty = True
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch.compiler import is_dynamo_compiling
 
+from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
 from traceml.instrument.clock import StepClock
 from traceml.instrument.patches import Patches
@@ -31,22 +32,15 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
         if is_dynamo_compiling():
             return original(*args, **kwargs)
 
-        previous = -1
-        try:
-            previous = clock.enter(phase)
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
-
+        previous = clock.enter(phase)
         if previous < 0:
             return original(*args, **kwargs)
 
+        start = clock.open_slots[phase] = monotonic_ns()
         try:
             return original(*args, **kwargs)
         finally:
-            try:
-                clock.leave(phase, previous)
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                clock.fail(error)
+            clock.leave(phase, previous, start)
 
     return call
 
@@ -113,27 +107,21 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
         if is_dynamo_compiling() or self.device.type != "cpu":
             return original(self, *args, **kwargs)
 
-        previous = -1
-        try:
-            previous = clock.enter(_H2D)
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
-
+        previous = clock.enter(_H2D)
         if previous < 0:
             return original(self, *args, **kwargs)
 
-        result = None
+        start = clock.open_slots[_H2D] = monotonic_ns()
+        copied = False
         try:
             result = original(self, *args, **kwargs)
+            copied = result.device.type in device_types
             return result
         finally:
-            try:
-                if result is None or result.device.type not in device_types:
-                    clock.current = previous  # only another dtype: the time belongs to whoever asked for it
+            if not copied:
+                start = monotonic_ns()  # only another dtype: the time belongs to whoever asked for it
 
-                clock.leave(_H2D, previous)
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                clock.fail(error)
+            clock.leave(_H2D, previous, start)
 
     return copy
 

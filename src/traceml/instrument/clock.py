@@ -14,18 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accounts import ASK, FIRST_USER, NOWHERE, ON_FORWARD, OTHER, Accounts, Listener
+from traceml.instrument.accounts import ASK, FIRST_USER, NOWHERE, ON_FORWARD, OTHER, Accounts, Listener, mine
 from traceml.instrument.cells import CellField
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
 
-__all__ = ["ASK", "FIRST_USER", "FUSED", "NOWHERE", "ON_FORWARD", "OTHER", "StepClock"]
+__all__ = ["ASK", "FIRST_USER", "FUSED", "NOWHERE", "ON_FORWARD", "OTHER", "StepClock", "mine"]
 
 BACKWARD, OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
 FUSED = 1  # stands for all optimizers that step inside backward; no object has this id
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
 _STEP_START, _STEP = 8, 9
+_SAMPLED_MASK = 3  # what costs more than the budget is measured on every 4th step
+_SLOW_STEP_NS = 2_000_000  # ... and on every step when they are this long
 _HELD_BATCHES = 64  # so many backward passes without any optimizer step: there is none
 
 
@@ -48,6 +50,7 @@ class StepClock(Accounts):
         self.inferred = False  # there is no optimizer: batches bound the steps
         self.optimizers: set[int] = set()  # ids of all that ever stepped
         self.optimizers_alive = 0
+        self.fuses = False  # optimizers step inside backward
         self.inner_steps = 0  # optimizer steps inside the one that counts
         self.unclaimed: list[tuple[int, list[int], int]] = []  # where batches ended before any optimizer step
         self.last_optimizer = 0
@@ -92,27 +95,11 @@ class StepClock(Accounts):
 
             self._close_prefix()
 
-        if self.watch_backward and self.backwards and not self.inferred:
+        if not self.optimizers and self.backwards and not self.inferred:
             self._hold(t)
 
         if self.seg_start != t:
             self._cut(t)
-
-    def asked(self, t: int, module: Any, *, trains: bool) -> None:
-        """A forward begins while it is not known what the segment is.
-
-        Args:
-            t: when.
-            module: a weak reference to the module that is called.
-            trains: whether gradients are on.
-        """
-        if trains:
-            if not self.depth:
-                self._training_forward(t)
-
-            self.trained = module
-        else:
-            self.evaluated = True
 
     def _training_forward(self, t: int) -> None:
         """Without a loader this may begin a step."""
@@ -131,16 +118,38 @@ class StepClock(Accounts):
         if self.evaluating:
             self.closes_at = ASK
 
+    def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
+        """A forward begins inside another phase, or while it is not known what the segment is.
+
+        Args:
+            t: when.
+            module: a weak reference to the module that is called.
+            trains: whether gradients are on.
+        """
+        if self.closes_at is ON_FORWARD and not self.depth:
+            self.commit(t)
+        elif self.closes_at is ASK:
+            if not trains:
+                self.evaluated = True
+                return
+
+            if not self.depth:
+                self._training_forward(t)
+
+            self.trained = module
+
     def begin_attempt(self, optimizer: Any, t: int) -> int:
         """An outermost optimizer attempt begins; return the phase to go back to."""
         previous: int = self.current
-        self.switch(t)
         ident = id(optimizer)
+        if not self.open:
+            self._begin(t)
+
         if ident != self.last_optimizer:
             self.meet(optimizer)
 
         if previous == BACKWARD:  # all that step inside one backward pass count as one attempt, when it has ended
-            self.fused = self.dirty = self.watch_backward = True
+            self.fused = self.fuses = self.dirty = self.detail = True
         elif self.attempt:
             self.attempted_again(ident, t)
 
@@ -150,15 +159,12 @@ class StepClock(Accounts):
         self.open_slots[OPTIMIZER] = t
         return previous
 
-    def end_attempt(self, optimizer: Any, previous: int, *, failed: bool) -> None:
+    def end_attempt(self, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
         """It ended; one that raised is none."""
-        t = monotonic_ns()
-        self.switch(t)
-        self.current = previous
         self.depth = 0
-        self.open_slots[OPTIMIZER] = 0
+        self.leave(OPTIMIZER, previous, start)
         if previous != BACKWARD and not failed:
-            self.after_step(t, id(optimizer))
+            self.after_step(monotonic_ns(), id(optimizer))
 
     def attempted_again(self, ident: int, t: int) -> None:
         """An optimizer steps while the open step has stepped already: is this another step?"""
@@ -223,9 +229,9 @@ class StepClock(Accounts):
         self.usual_loader = NOWHERE
 
     def after_backward(self, t: int) -> None:
-        """A backward pass ended while no optimizer has ever stepped, or one stepped inside it."""
+        """A backward pass ended that needed care: see whether it was a step by itself."""
         if self.fused:
-            self.fused = self.watch_backward = False
+            self.fused = False
             if self.attempt:
                 self.attempted_again(FUSED, t)
 
@@ -234,8 +240,16 @@ class StepClock(Accounts):
             self.flags |= _INFERRED
             self.dirty = True
             self.after_step(t, FUSED)
-        elif self.watch_backward and self.first_loader is None and self.open and not self.explicit:
+        elif not self.optimizers and self.first_loader is None and self.open and not self.explicit:
             self._hold(t)
+
+    def is_detailed(self) -> bool:
+        """Whether this step's own backward is measured."""
+        return self.extras and (self.mean_ns > _SLOW_STEP_NS or not self.rows & _SAMPLED_MASK)
+
+    def plan(self) -> None:
+        """Decide whether backward passes need care."""
+        self.detail = self.fresh or self.fuses or not self.optimizers or self.is_detailed()
 
     def meet(self, optimizer: Any) -> None:
         """An optimizer begins a step and is not the one that did so last."""
@@ -245,15 +259,15 @@ class StepClock(Accounts):
             return
 
         self.optimizers.add(ident)
-        self.watch_backward = self.inferred = False
+        self.inferred = False
         self.usual_loader = NOWHERE
         self.unclaimed.clear()
+        self.plan()
         self.listener.new_optimizer(optimizer)
 
     def first_backward_begins(self) -> None:
         """Find the models before their gradients are there, and whether there is an optimizer to wait for."""
         self.fresh = False
-        self.detail = self.extras
         alive = self.listener.first_backward()
         if not alive and not self.optimizers:
             self.inferred = True
@@ -267,8 +281,8 @@ class StepClock(Accounts):
             return False
 
         self.thread = get_ident()
-        self.current, self.mark = OTHER, monotonic_ns()
-        return True
+        self.current = OTHER
+        return self.is_here()
 
     def begin_block(self) -> None:
         """A trace_step() block begins; the first one turns inference off."""
@@ -277,7 +291,7 @@ class StepClock(Accounts):
             return
 
         t = monotonic_ns()
-        self.switch(t)
+        self.settle(t)
         if not self.explicit:
             if self.pending:
                 self._close_prefix()
@@ -300,7 +314,7 @@ class StepClock(Accounts):
             return
 
         t = monotonic_ns()
-        self.switch(t)
+        self.settle(t)
         self.flags |= _EXPLICIT
         self.dirty = True
         self.commit(t)
@@ -308,7 +322,7 @@ class StepClock(Accounts):
     def finish(self) -> None:
         """Training ends: the open step is a row when it has stepped, else it is dropped."""
         t = monotonic_ns()
-        self.switch(t)
+        self.settle(t)
         if self.open and not self.explicit:
             if self._is_evaluation():
                 self._discard(t, batches=1, evaluating=False)
@@ -347,6 +361,7 @@ class StepClock(Accounts):
 
     def _begin(self, t: int) -> None:
         self.open = True
+        self.settle(t)
         self._clear(t)
 
     def _is_idle(self) -> bool:
@@ -369,7 +384,7 @@ class StepClock(Accounts):
 
     def _cut(self, t: int) -> None:
         """End a segment of this step: keep the accounts as they are now."""
-        self.switch(t)
+        self.settle(t)
         self.snap = self.acc
         self.snap_first = self.first_loader
         self.base += t - self.seg_start
@@ -398,7 +413,6 @@ class StepClock(Accounts):
         snap = [] if self.snap is None else self.snap
         self.acc = snap + [0] * (len(self.zeros) - len(snap))
         self.closes_at = ASK
-        self.mark = t
         self.first_loader = None if self.snap is None else self.snap_first
         self.evaluating = evaluating
         self._clear_segment()

@@ -9,7 +9,6 @@ dict, pickle and deepcopy see nothing, and torch.compile traces through it witho
 from __future__ import annotations
 
 import weakref
-from _thread import get_ident
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +17,14 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.clock import ASK, NOWHERE, ON_FORWARD, OTHER, StepClock
+from traceml.instrument.clock import ASK, NOWHERE, ON_FORWARD, OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
 __all__ = ["ForwardTimer", "instrument_module", "is_instrumented", "patch_compile", "restore_module", "timer_type"]
 
 _SLOT = "_compiled_call_impl"
-_FORWARD, _OPTIMIZER = int(Phase.FORWARD), int(Phase.OPTIMIZER)
+_FORWARD = int(Phase.FORWARD)
+_NO_FORWARD = (int(Phase.INPUT_WAIT), _FORWARD, int(Phase.BACKWARD))  # inside these it is part of them
 is_grad_enabled = torch.is_grad_enabled
 
 
@@ -51,31 +51,25 @@ class ForwardTimer:
 
 def timer_type(clock: StepClock) -> type[ForwardTimer]:
     """Return the type of timers of a clock."""
-    slots, commit, asked, add, fail = clock.open_slots, clock.commit, clock.asked, clock.add, clock.fail
+    slots, commit, begins, fail = clock.open_slots, clock.commit, clock.forward_begins, clock.fail
     # Cells of the clock.
-    thread = current = mark = forward_ns = 0
+    current = forward_ns = 0
     closes_at: Any = NOWHERE
 
     def __call__(self: ForwardTimer, *args: Any, **kwargs: Any) -> Any:  # noqa: N807 - it becomes the method
-        nonlocal current, mark, forward_ns
+        nonlocal current, forward_ns
         if is_dynamo_compiling():
             return self.impl(self.module(), *args, **kwargs)
 
-        previous = current
-        if previous < _OPTIMIZER or thread != get_ident():
-            return self.impl(self.module(), *args, **kwargs)
+        if current != OTHER or not mine():
+            return _nested(self, clock, args, kwargs)
 
+        t = monotonic_ns()
         try:
-            t = monotonic_ns()
-            if previous != OTHER:
-                add(previous, t - mark)
-
-            mark = t
             if closes_at is ON_FORWARD:
-                if is_grad_enabled():
-                    commit(t)
+                commit(t)
             elif closes_at is ASK:
-                asked(t, self.module, trains=is_grad_enabled())
+                begins(t, self.module, trains=is_grad_enabled())
 
             current = _FORWARD
             slots[_FORWARD] = t
@@ -85,20 +79,31 @@ def timer_type(clock: StepClock) -> type[ForwardTimer]:
         try:
             return self.impl(self.module(), *args, **kwargs)
         finally:
-            try:
-                t = monotonic_ns()
-                if current == _FORWARD:
-                    forward_ns += t - mark
-                else:
-                    add(current, t - mark)
-
-                mark = t
-                current = previous
-                slots[_FORWARD] = 0
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-                fail(error)
+            forward_ns += monotonic_ns() - t
+            current = OTHER
+            slots[_FORWARD] = 0
 
     return type("ForwardTimer", (ForwardTimer,), {"__slots__": (), "__call__": clock.bind(__call__)})
+
+
+def _nested(timer: ForwardTimer, clock: StepClock, args: Any, kwargs: Any) -> Any:
+    """Call the module inside another phase, or on another thread."""
+    previous = clock.current
+    if previous in _NO_FORWARD or not clock.is_here():
+        return timer.impl(timer.module(), *args, **kwargs)
+
+    t = monotonic_ns()
+    try:
+        clock.forward_begins(t, timer.module, trains=is_grad_enabled())
+        clock.current = _FORWARD
+        clock.open_slots[_FORWARD] = t
+    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        clock.fail(error)
+
+    try:
+        return timer.impl(timer.module(), *args, **kwargs)
+    finally:
+        clock.leave(_FORWARD, previous, t)
 
 
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:

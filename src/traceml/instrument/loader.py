@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from _thread import get_ident
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.instrument.clock import NOWHERE, OTHER, StepClock
+from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
 __all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
@@ -23,61 +22,64 @@ class LoaderToken:
     __slots__ = ()
 
 
-Begin = Callable[[Any], int]
-End = Callable[[int, Any, bool | None], None]
+Began = tuple[int, int]  # the phase to go back to, and when the wait began
+Begin = Callable[[Any], Began | None]
+End = Callable[[Began, Any, bool | None], None]
 
 
 def timed_wait(clock: StepClock) -> tuple[Begin, End]:
     """Return what begins and what ends a wait for a batch, for loaders of torch and others.
 
-    The first takes the loader's token, and returns the phase to go back to, or -1 when the wait does not count here. The
-    second takes that phase, the token, and how the wait ended: a batch came, none is left (False), or only the iterator
+    The first takes the loader's token, and returns what the second needs, or None when the wait does not count here.
+    The second takes that, the token, and how the wait ended: a batch came, none is left (False), or only the iterator
     was made (None).
     """
-    slots, add, fail, commit, boundary = clock.open_slots, clock.add, clock.fail, clock.commit, clock.boundary
+    slots, fail, commit, boundary = clock.open_slots, clock.fail, clock.commit, clock.boundary
     # Cells of the clock.
-    thread = current = mark = input_ns = batches = 0
+    current = input_ns = batches = 0
     closes_at: Any = NOWHERE
     batch: Any = None
     first_loader: Any = None
 
-    def begin(loader: Any) -> int:
-        nonlocal current, mark
+    def begin(loader: Any) -> Began | None:
+        nonlocal current
         previous = current
-        if not previous or thread != get_ident():
-            return -1
+        if previous < OTHER or not mine():
+            return nested()
 
         try:
             t = monotonic_ns()
-            if previous != OTHER:
-                add(previous, t - mark)
-
-            mark = t
             if loader is closes_at:
                 commit(t)
             else:
                 boundary(t, loader)
 
-            mark = t
             current = 0
             slots[0] = t
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
             fail(error)
 
-        return previous
+        return previous, t
 
-    def end(previous: int, loader: Any, got: bool | None) -> None:
-        nonlocal current, mark, input_ns, batches, batch, first_loader
+    def nested() -> Began | None:
+        """Batches fetched inside another phase bound no step."""
+        if not clock.is_here():
+            return None
+
+        previous = clock.enter(0)
+        return None if previous < 0 else (previous, monotonic_ns())
+
+    def end(began: Began, loader: Any, got: bool | None) -> None:
+        nonlocal current, input_ns, batches, batch, first_loader
+        previous, start = began
+        spent = monotonic_ns() - start
+        input_ns += spent
+        current = previous
+        slots[0] = 0
         try:
-            t = monotonic_ns()
-            if current:
-                add(current, t - mark)
-            else:
-                input_ns += t - mark
+            if previous != OTHER:
+                clock.add(previous, -spent)
 
-            mark = t
-            current = previous
-            slots[0] = 0
             if got:
                 batches += 1
                 if batch is None:
@@ -109,8 +111,8 @@ def patch_loaders(patches: Patches, clock: StepClock, on_loader: Callable[[Any],
 
     def __next__(self: Any) -> Any:  # noqa: N807 - the name that it stands in for
         loader = self._traceml_loader
-        previous = begin(loader)
-        if previous < 0:
+        began = begin(loader)
+        if began is None:
             return original_next(self)
 
         got = False
@@ -119,18 +121,19 @@ def patch_loaders(patches: Patches, clock: StepClock, on_loader: Callable[[Any],
             got = True
             return batch
         finally:
-            end(previous, loader, got)
+            end(began, loader, got)
 
     def __iter__(self: Any) -> Any:  # noqa: N807 - the name that it stands in for
-        if clock.thread != get_ident() or not clock.current:
+        if not clock.is_here() or not clock.current:
             return original_iter(self)
 
         loader = tokens.of(self)
-        previous = begin(loader)
+        began = begin(loader)
         try:
             iterator = original_iter(self)
         finally:
-            end(previous, loader, None)
+            if began is not None:
+                end(began, loader, None)
 
         try:
             setattr(iterator, _TAG, loader)
@@ -174,12 +177,12 @@ class TracedIterable(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         """Return a timed iterator."""
-        previous = self._begin(self._token)
+        began = self._begin(self._token)
         try:
             iterator = iter(self._iterable)
         finally:
-            if previous >= 0:
-                self._end(previous, self._token, None)
+            if began is not None:
+                self._end(began, self._token, None)
 
         return _TracedIterator(iterator, self._begin, self._end, self._token)
 
@@ -204,8 +207,8 @@ class _TracedIterator(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        previous = self._begin(self._token)
-        if previous < 0:
+        began = self._begin(self._token)
+        if began is None:
             return next(self._iterator)
 
         got = False
@@ -214,4 +217,4 @@ class _TracedIterator(Generic[T]):
             got = True
             return item
         finally:
-            self._end(previous, self._token, got)
+            self._end(began, self._token, got)

@@ -1,13 +1,12 @@
 """Optimizer steps: the outermost attempt, whatever is nested in it, and those that GradScaler skips.
 
-The `step` of each optimizer class that is in use is replaced. (torch's global step hooks would do, but cost 1 us more per
-step, and none is called after a `step` that raised.) Steps inside a step, of ZeRO's inner optimizer or by
+The `step` of each optimizer class that is in use is replaced. (torch's global step hooks would do, but cost 1 us more
+per step, and none is called after a `step` that raised.) Steps inside a step, of ZeRO's inner optimizer or by
 `super().step()`, belong to the outermost one.
 """
 
 from __future__ import annotations
 
-from _thread import get_ident
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +15,12 @@ from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.clock import NOWHERE, OTHER, StepClock
+from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
 __all__ = ["patch_grad_scaler", "patch_optimizer_type", "timed_step"]
 
-_BACKWARD, _OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
+_OPTIMIZER = int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
@@ -38,9 +37,9 @@ def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) ->
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a method that calls `original` as an optimizer attempt."""
-    slots, fail = clock.open_slots, clock.fail
+    slots = clock.open_slots
     # Cells of the clock.
-    thread = current = mark = depth = optimizer_ns = attempt = last_optimizer = 0
+    current = optimizer_ns = attempt = last_optimizer = depth = 0
     dirty = False
     first_loader: Any = None
     closes_at: Any = NOWHERE
@@ -48,53 +47,53 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     usual_loader: Any = NOWHERE
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, mark, depth, optimizer_ns, attempt, closes_at
-        if is_dynamo_compiling() or thread != get_ident() or not current:
+        nonlocal current, depth, optimizer_ns, attempt, closes_at
+        if is_dynamo_compiling():
             return original(self, *args, **kwargs)
 
-        if depth:
-            clock.inner_steps += 1
-            return original(self, *args, **kwargs)
-
-        previous = current
         ident = id(self)
-        try:
-            t = monotonic_ns()
-            if attempt or previous != OTHER or ident != last_optimizer:
-                clock.begin_attempt(self, t)
-            else:
-                depth = 1
-                mark = t
-                current = _OPTIMIZER
-                slots[_OPTIMIZER] = t
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            fail(error)
+        if (
+            current != OTHER
+            or dirty
+            or attempt
+            or ident != last_optimizer
+            or first_loader is not usual_loader
+            or not mine()
+        ):
+            return _careful(original, clock, self, args, kwargs)
 
+        t = slots[_OPTIMIZER] = monotonic_ns()
+        current, depth = _OPTIMIZER, 1
         try:
             result = original(self, *args, **kwargs)
-        except BaseException:
-            _end(clock, self, previous, failed=True)
-            raise
-
-        try:
-            if dirty or attempt or first_loader is not usual_loader or current != _OPTIMIZER:
-                clock.end_attempt(self, previous, failed=False)
-                return result
-
-            t = monotonic_ns()
-            optimizer_ns += t - mark
-            mark = t
-            current = previous
-            depth = 0
+            attempt, closes_at = ident, usual
+            return result
+        finally:
+            optimizer_ns += monotonic_ns() - t
+            current, depth = OTHER, 0
             slots[_OPTIMIZER] = 0
-            attempt = ident
-            closes_at = usual
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            fail(error)
-
-        return result
 
     return clock.bind(step)
+
+
+def _careful(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
+    """A step that may mean something else than in the loop before."""
+    if not clock.current or not clock.is_here():
+        return original(optimizer, *args, **kwargs)
+
+    if clock.depth:
+        clock.inner_steps += 1
+        return original(optimizer, *args, **kwargs)
+
+    start = monotonic_ns()
+    previous = _begin(clock, optimizer, start)
+    failed = True
+    try:
+        result = original(optimizer, *args, **kwargs)
+        failed = False
+        return result
+    finally:
+        _end(clock, optimizer, previous, start, failed=failed)
 
 
 def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
@@ -104,15 +103,11 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
     original = GradScaler.step
 
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or clock.thread != get_ident() or not clock.current or clock.depth:
+        if is_dynamo_compiling() or not clock.is_here() or not clock.current or clock.depth:
             return original(self, optimizer, *args, **kwargs)
 
-        previous = OTHER
-        try:
-            previous = clock.begin_attempt(optimizer, monotonic_ns())
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-            clock.fail(error)
-
+        start = monotonic_ns()
+        previous = _begin(clock, optimizer, start)
         failed = True
         try:
             result = original(self, optimizer, *args, **kwargs)
@@ -123,13 +118,21 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
                 clock.flags |= _SKIPPED
                 clock.dirty = True
 
-            _end(clock, optimizer, previous, failed=failed)
+            _end(clock, optimizer, previous, start, failed=failed)
 
     patches.wrap(GradScaler, "step", step)
 
 
-def _end(clock: StepClock, optimizer: Any, previous: int, *, failed: bool) -> None:
+def _begin(clock: StepClock, optimizer: Any, start: int) -> int:
     try:
-        clock.end_attempt(optimizer, previous, failed=failed)
+        return clock.begin_attempt(optimizer, start)
+    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        clock.fail(error)
+        return OTHER
+
+
+def _end(clock: StepClock, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
+    try:
+        clock.end_attempt(optimizer, previous, start, failed=failed)
     except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
         clock.fail(error)

@@ -26,25 +26,25 @@ _USER, _USER_NAME = 7, 10
 class UserPhase:
     """A named phase; the same object serves all uses of the name, nested ones too."""
 
-    __slots__ = ("_account", "_clock", "_name_id", "_stack")
+    __slots__ = ("_clock", "_name_id", "account")
 
-    def __init__(self, clock: StepClock, account: int, name_id: int, stack: list[tuple[UserPhase, int, int]]) -> None:
-        self._clock, self._account, self._name_id, self._stack = clock, account, name_id, stack
+    def __init__(self, clock: StepClock, account: int, name_id: int) -> None:
+        self._clock, self.account, self._name_id = clock, account, name_id
 
     def __enter__(self) -> UserPhase:
         clock = self._clock
         previous = clock.current
-        if clock.thread != get_ident() or not previous:
+        if not previous or clock.thread != get_ident():
             return self
 
         try:
             t = monotonic_ns()
-            clock.switch(t)
-            clock.current = self._account
-            clock.rare[self._account + 1] += 1
-            slots = clock.open_slots
-            self._stack.append((self, previous, slots[_USER]))
-            slots[_USER], slots[_USER_NAME] = t, self._name_id
+            clock.open_user_phases.append([self, previous, t])
+            clock.current = self.account
+            clock.rare[self.account + 1] += 1
+            clock.dirty = True
+            clock.open_slots[_USER_NAME] = self._name_id
+            clock.open_slots[_USER] = t
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
             clock.fail(error)
 
@@ -53,20 +53,23 @@ class UserPhase:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        clock, stack = self._clock, self._stack
-        if clock.thread != get_ident() or not clock.current:
+        clock = self._clock
+        stack = clock.open_user_phases
+        if clock.thread != get_ident() or not any(entry[0] is self for entry in stack):
             return
 
         try:
-            clock.switch(monotonic_ns())
-            while stack:  # phases of generators and coroutines may end in another order than they began
+            t = monotonic_ns()
+            while True:  # phases of generators and coroutines may end in another order than they began
                 phase, previous, start = stack.pop()
+                clock.add(phase.account, t - start)
+                clock.add(previous, start - t)
                 clock.current = previous
-                clock.open_slots[_USER] = start
                 if phase is self:
                     break
 
             clock.open_slots[_USER_NAME] = stack[-1][0]._name_id if stack else 0
+            clock.open_slots[_USER] = stack[-1][2] if stack else 0
         except Exception as failure:  # noqa: BLE001 - fail open: counted and said by the clock
             clock.fail(failure)
 
@@ -77,7 +80,6 @@ class UserPhases:
     def __init__(self, clock: StepClock, names: ByteLog) -> None:
         self._clock, self._names = clock, names
         self._phases: dict[str, UserPhase] = {}
-        self._stack: list[tuple[UserPhase, int, int]] = []
         self._lock = threading.Lock()
 
     def get(self, name: str) -> UserPhase:
@@ -102,7 +104,7 @@ class UserPhases:
             clock.rare.extend((0, 0))
             clock.users.append(name_id)
             clock.special = clock.dirty = True
-            phase = self._phases[name] = UserPhase(clock, account, name_id, self._stack)
+            phase = self._phases[name] = UserPhase(clock, account, name_id)
             return phase
 
 
