@@ -81,3 +81,20 @@ def test_the_public_recorder_is_the_class() -> None:
     assert isinstance(traceml.init(enabled=False), traceml.Recorder)
     with pytest.raises(AttributeError):
         getattr(api, "nothing_of_that_name")  # noqa: B009 - the look-up is the test
+
+
+def test_a_mistake_of_ours_does_not_end_the_job(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error that nobody thought of is logged, and the script runs untraced."""
+
+    def broken(*_args: object) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr("traceml.recorder.recorder.identify", broken)
+    recorder = traceml.init(port=1)
+
+    assert not recorder.enabled
+    assert "tracing could not be started" in caplog.text
+    with traceml.trace_step():
+        pass

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from traceml.errors import TraceMLError
+
 if TYPE_CHECKING:
     from traceml.instrument import Instrumentation
     from traceml.recorder.exits import ExitWatch
@@ -90,14 +92,20 @@ def start(config: Config, *, wait: bool = True) -> Recorder:
         if _recorder is not None and _recorder.enabled:
             return _recorder
 
-        logging.getLogger("traceml").setLevel(config.log_level.upper())
-        recorder = Recorder(config)
-        if config.enabled and not _is_helper_process():
-            recorder.start(wait=wait)
-            _running = recorder.instrumentation
-            _hook_process()
+        if config.sources["log_level"] != "default":  # else the level is the user's, who may have set one
+            _log.setLevel(config.log_level.upper())
 
-        _recorder = recorder
+        _recorder = recorder = Recorder(config)
+        if config.enabled and not _is_helper_process():
+            try:
+                recorder.start(wait=wait)
+                _running = recorder.instrumentation
+                _hook_process()
+            except TraceMLError:
+                raise
+            except Exception as error:  # noqa: BLE001 - fail open: a mistake of ours is no reason for a job to end
+                _log.warning("tracing could not be started: %r", error, exc_info=error)
+
         return recorder
 
 
@@ -187,7 +195,10 @@ def _stop(reason: str) -> None:
     if watch is not None:
         watch.uninstall()
     if recorder is not None:
-        recorder.stop(reason)
+        try:
+            recorder.stop(reason)
+        except Exception as error:  # noqa: BLE001 - fail open: the flight file keeps what was not sent
+            _log.warning("tracing did not end well: %r", error, exc_info=error)
 
 
 def _is_helper_process() -> bool:
@@ -238,7 +249,10 @@ def _at_exit() -> None:
 
         note_exit(error, 0 if error is None else status_of(error))
 
-    _stop("failed" if recorder.failed else "finished")
+    try:
+        _stop("failed" if recorder.failed else "finished")
+    except KeyboardInterrupt:
+        _log.warning("interrupted while the last rows were sent; they stay in the flight file")
 
 
 def _after_fork() -> None:

@@ -60,7 +60,11 @@ def connect_or_start(config: Config, hello: Hello) -> Connection:
         return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s)
 
     with listener:
-        process, log = _start(config, listener)
+        try:
+            process, log = _start(config, listener)
+        except OSError as error:
+            reason = f"none runs there, and none can be started: {error}"
+            raise AggregatorUnavailableError(config.host, config.port, time.monotonic() - began, reason) from error
 
     while True:
         try:

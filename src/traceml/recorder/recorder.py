@@ -319,7 +319,8 @@ class Recorder:
     def _dial(self, timeout_s: float) -> Connection:
         """Connect by one try, on the recorder's thread."""
         config = self.config
-        if self._hold_until_ns > monotonic_ns():
+        assert self._flight is not None
+        if self._hold_until_ns > monotonic_ns() and not self._flight.ring("steps").appended:
             raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
 
         return Connection.connect(config.host, config.port, self._hello(), config.token, timeout_s=timeout_s)
