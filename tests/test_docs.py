@@ -1,0 +1,59 @@
+"""The documentation is true where a program can tell: links lead somewhere, commands exist, tables are complete."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from traceml.cli import COMMANDS
+from traceml.diagnosis.findings import Kind
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+_LINK = re.compile(r"\]\(([^)\s]+)\)")
+_HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+
+
+def _anchors(page: Path) -> set[str]:
+    return {
+        re.sub(r"[^a-z0-9 -]", "", heading.lower()).replace(" ", "-") for heading in _HEADING.findall(page.read_text())
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Each relative link names a file, and each anchor a heading in it."""
+    for link in _LINK.findall(page.read_text()):
+        if "://" in link:
+            continue
+
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in _anchors(target), f"{page.name}: {link}"
+
+
+def test_every_command_is_in_the_readme() -> None:
+    """The table of commands leaves none out."""
+    readme = (ROOT / "README.md").read_text()
+
+    assert [name for name in COMMANDS if f"`traceml {name}" not in readme] == []
+
+
+def test_every_kind_is_explained() -> None:
+    """A verdict that can be given stands in docs/verdicts.md."""
+    verdicts = (ROOT / "docs" / "verdicts.md").read_text()
+
+    assert [kind.value for kind in Kind if f"`{kind.value}`" not in verdicts] == []
+
+
+def test_every_benchmark_is_reported() -> None:
+    """`make bench` runs every benchmark, and its page tells of each."""
+    from benchmarks.run import BENCHMARKS
+
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"run", "peers", "__init__"}
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert scripts == set(BENCHMARKS)
+    assert [name for name in BENCHMARKS if f"{name}.py" not in page] == []
