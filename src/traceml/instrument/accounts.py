@@ -64,11 +64,8 @@ class Listener(Protocol):
     def new_optimizer(self, optimizer: Any) -> None:
         """An optimizer steps that never stepped before."""
 
-    def step_without_forward(self) -> None:
-        """A step closed with a backward pass, but no forward was seen."""
-
-    def upkeep(self) -> None:
-        """Another 64 steps are done."""
+    def upkeep(self, forward_ns: int, backwards: int) -> None:
+        """The first step is done, or another 64 are: with how much forward time, and how many backward passes."""
 
 
 class Accounts:
@@ -192,21 +189,13 @@ class Accounts:
         self.settle(t)
         flags = self.flags | self.base_flags | (_NO_LOADER if self.first_loader is None else 0)
         micro = self.micro + (min(self.backwards, self.batches) if self.batches else self.backwards)
-        backwards, forward = self.backwards, self.forward_ns
+        if self.eval_ns:
+            self._flush_evals(self.rows)
+
         total = self.base + t - self.seg_start
         self._append(self.acc, t, total, micro, flags, self.own + self.base_own, device="close")
         self._clear(t)
         self.plan()
-        if not self.rows & UPKEEP_MASK or not forward:
-            self.closed(forward, backwards)
-
-    def closed(self, forward: int, backwards: int) -> None:
-        """Tell of what happens once in 64 steps, and of a step without a forward."""
-        if not self.rows & UPKEEP_MASK:
-            self.listener.upkeep()
-
-        if not forward and backwards:
-            self.listener.step_without_forward()
 
     def plan(self) -> None:
         """Decide what the next step needs; called when it may need more than the usual."""
@@ -222,6 +211,8 @@ class Accounts:
         own = own if flags & _CALLBACK else -1
         self.ring.append(n, t, total, *acc[:7], user, own, micro & 0xFFFF | flags << 16 | sequence << 32)
         self.rows = n + 1
+        if not n & UPKEEP_MASK:
+            self.listener.upkeep(acc[2], micro)
 
     def use_device(self, device: DeviceTimes, slots: Any) -> None:
         """Measure device time too; before any hook is made.
@@ -292,7 +283,7 @@ def _is_cell(value: Any) -> bool:
 
 def _make_commit(accounts: Accounts) -> Callable[[int], None]:
     """Return the function that closes the open step at a time: appends its row, begins the next."""
-    ring, slots, special, closed = accounts.ring, accounts.open_slots, accounts.commit_special, accounts.closed
+    ring, slots, special, upkeep = accounts.ring, accounts.open_slots, accounts.commit_special, accounts.listener.upkeep
     pack_into, buffer, offset, mask, row_bytes = ring.pack_into, ring.buffer, ring.offset, ring.mask, ring.row_bytes
     count, slot = ring.count, ring.slot
     # Cells of the clock.
@@ -324,11 +315,10 @@ def _make_commit(accounts: Accounts) -> Callable[[int], None]:
         seg_start = slots[_STEP_START] = t
         slots[_STEP] = n + 1
         closes_at = NOWHERE
-        forward, input_ns, forward_ns, backward_ns, optimizer_ns = forward_ns, 0, 0, 0, 0
         attempt = 0
-        if not forward or not rows & UPKEEP_MASK:
-            closed(forward, backwards)
+        if not n & UPKEEP_MASK:
+            upkeep(forward_ns, backwards)
 
-        backwards = 0
+        input_ns = forward_ns = backward_ns = optimizer_ns = backwards = 0
 
     return accounts.bind(commit)

@@ -194,9 +194,6 @@ class StepClock(Accounts):
         else:
             self.attempt = ident
 
-        if self.eval_ns:
-            self._flush_evals(self.rows)
-
         if self.explicit:
             return
 

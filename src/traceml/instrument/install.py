@@ -45,7 +45,6 @@ class Instrumentation:
         self._discovery: Any = None
         self._overhead: Any = None
         self._installed = True
-        self._no_forward = 0
         self.collectives: list[str] = []
         self.clock = StepClock(flight, self, thread=thread)
         self._users = UserPhases(self.clock, flight.log("names"))
@@ -128,20 +127,17 @@ class Instrumentation:
 
         self._tell(optimizer_facts(optimizer))
 
-    def step_without_forward(self) -> None:
-        """A step had a backward pass, but no call of a model that is timed."""
-        self._no_forward += 1
-        if self._no_forward in (2, 8, 32):
-            self._discovery.descend()
-
-    def upkeep(self) -> None:
-        """Once in 64 steps: measure what we cost, look whether a group was made."""
+    def upkeep(self, forward_ns: int, backwards: int) -> None:
+        """Once in 64 steps: measure what we cost, look for a group, and for models if none is seen."""
         clock = self.clock
         if self._overhead is not None:
-            self._overhead.measure(get_ident(), max(4, 3 + clock.backwards))
+            self._overhead.measure(3 + max(1, backwards))
 
         if clock.group is None:
-            self._look_for_group()
+            self._guarded(self._look_for_group)
+
+        if backwards and not forward_ns and clock.rows > 1:
+            self._guarded(self._discovery.descend)
 
     # ---- installing ----
 
@@ -232,10 +228,10 @@ class Instrumentation:
         self._patches.wrap(optimizer_type, "__init__", __init__)
 
     def _measure_overhead(self) -> None:
-        from traceml.instrument.calls import timed_call
+        from traceml.instrument.backward import timed_backward
         from traceml.instrument.overhead import Overhead
 
-        self._overhead = Overhead(lambda clock: timed_call(lambda: None, 2, clock))
+        self._overhead = Overhead(timed_backward)
 
     def _checkpoint_is_there(self) -> None:
         from traceml.instrument.calls import patch_distributed_checkpoint

@@ -40,7 +40,6 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     slots = clock.open_slots
     # Cells of the clock.
     current = optimizer_ns = attempt = last_optimizer = depth = 0
-    dirty = False
     first_loader: Any = None
     closes_at: Any = NOWHERE
     usual: Any = NOWHERE
@@ -52,14 +51,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             return original(self, *args, **kwargs)
 
         ident = id(self)
-        if (
-            current != OTHER
-            or dirty
-            or attempt
-            or ident != last_optimizer
-            or first_loader is not usual_loader
-            or not mine()
-        ):
+        if current != OTHER or attempt or ident != last_optimizer or first_loader is not usual_loader or not mine():
             return _careful(original, clock, self, args, kwargs)
 
         t = slots[_OPTIMIZER] = monotonic_ns()

@@ -1,0 +1,120 @@
+"""What a timed module still is, and which calls are timed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from tests.instrument.conftest import Traced
+from traceml.instrument.forward import is_instrumented
+
+
+class Net(nn.Module):
+    """A model whose parts are called by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def made(traced: Traced) -> tuple[Net, torch.optim.Optimizer]:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert is_instrumented(model)
+    return model, optimizer
+
+
+def test_only_roots_with_parameters_are_timed(traced: Traced) -> None:
+    """A child is part of its parent's call; a loss has nothing to train."""
+    loss = nn.MSELoss()
+    model, _ = made(traced)
+
+    assert not is_instrumented(model.inner)
+    assert not is_instrumented(loss)
+
+
+def test_a_copy_is_a_module_of_its_own(traced: Traced) -> None:
+    """deepcopy, copy and pickle give modules that run their own weights."""
+    model, _ = made(traced)
+    x = torch.randn(2, 4)
+
+    for other in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other) is Net
+        assert other.__dict__.get("_compiled_call_impl") is None
+        assert torch.equal(other(x), model(x))
+
+    clone = copy.deepcopy(model)
+    nn.init.zeros_(clone.inner.weight)
+    assert not torch.equal(clone(x), model(x))
+
+
+def test_a_timed_module_looks_like_before(traced: Traced) -> None:
+    """Type, state dict, repr and torch.save do not notice."""
+    model, _ = made(traced)
+
+    assert type(model) is Net
+    assert list(model.state_dict()) == ["inner.weight", "inner.bias"]
+    assert repr(model) == repr(copy.deepcopy(model))
+    torch.save(model, io.BytesIO())
+
+
+def test_a_deleted_model_is_freed_at_once(traced: Traced) -> None:
+    """The timer keeps no module alive: its memory comes back without the garbage collector."""
+    model, optimizer = made(traced)
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model, optimizer
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_replicas_call_themselves(traced: Traced) -> None:
+    """What DataParallel copies does not call the module it was copied from."""
+    model, _ = made(traced)
+
+    assert not is_instrumented(model._replicate_for_data_parallel())
+    assert is_instrumented(model)
+
+
+def test_script_modules_are_left_alone(traced: Traced) -> None:
+    """A ScriptModule has no Python call to stand before."""
+    scripted = torch.jit.script(nn.Linear(4, 4))
+    torch.optim.SGD(scripted.parameters(), lr=0.1)
+
+    assert "_compiled_call_impl" not in vars(scripted)
+
+
+def test_an_exception_passes_through(traced: Traced) -> None:
+    """A failing forward raises its own error, and the phase is closed."""
+    model, _ = made(traced)
+    with pytest.raises(RuntimeError, match="shapes"):
+        model(torch.randn(2, 5))
+
+    assert traced.flight.open_slots[2] == 0
+    assert traced.instrumentation.clock.current == 8
+
+
+def test_parts_called_directly_are_found(traced: Traced) -> None:
+    """A script that calls the parts of its model gets forward time after the first 64 steps."""
+    model, optimizer = made(traced)
+    x = torch.randn(2, 4)
+    for _ in range(140):
+        optimizer.zero_grad()
+        model.inner(x).sum().backward()
+        optimizer.step()
+
+    rows = traced.finish()
+    assert rows[0]["forward_ns"] == 0
+    assert rows[-1]["forward_ns"] > 0

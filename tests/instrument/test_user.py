@@ -1,0 +1,247 @@
+"""The user's own phases, steps and data."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from tests.instrument.conftest import Traced
+from traceml.database.schema import StepFlag
+from traceml.instrument import traced as traced_function
+
+
+def parts() -> tuple[nn.Module, torch.optim.Optimizer, torch.Tensor]:
+    model = nn.Linear(4, 1)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1), torch.randn(2, 4)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(x).sum().backward()
+    optimizer.step()
+
+
+def burn(milliseconds: float) -> None:
+    until = time.perf_counter_ns() + int(milliseconds * 1e6)
+    while time.perf_counter_ns() < until:
+        pass
+
+
+def test_phases_of_the_user_are_rows_of_their_own(traced: Traced) -> None:
+    """Nested and repeated phases have exclusive time, and add up to the step's user time."""
+    model, optimizer, x = parts()
+    phase = traced.instrumentation.phase
+    for _ in range(4):
+        with phase("outer"):
+            burn(1)
+            with phase("inner"):
+                burn(2)
+
+            with phase("inner"):
+                train(model, optimizer, x)
+
+    rows = traced.finish()
+    names = traced.names()
+    for row in rows[1:]:
+        of = {names[u["name_id"]]: u for u in traced.table("user_phases") if u["step"] == row["step"]}
+        assert of["inner"]["ns"] + of["outer"]["ns"] == row["user_ns"]
+        assert of["inner"]["ns"] >= 2_000_000
+        assert of["outer"]["ns"] >= 1_000_000
+        assert of["inner"]["count"] in (1, 2)
+        assert row["forward_ns"] > 0
+
+
+def test_a_phase_around_the_whole_loop_is_booked_in_each_step(traced: Traced) -> None:
+    """A phase that outlives steps gives each of them its share."""
+    model, optimizer, x = parts()
+    with traced.instrumentation.phase("epoch"):
+        for _ in range(5):
+            burn(1)
+            train(model, optimizer, x)
+
+    rows = traced.finish()
+    assert len(rows) == 5
+    assert all(row["user_ns"] >= 1_000_000 for row in rows[1:-1])
+
+
+def test_phases_of_other_threads_do_not_count(traced: Traced) -> None:
+    """Only the training thread has a step."""
+    model, optimizer, x = parts()
+    train(model, optimizer, x)
+
+    def elsewhere() -> None:
+        with traced.instrumentation.phase("loading"):
+            model(x)
+
+    for _ in range(3):
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        train(model, optimizer, x)
+
+    rows = traced.finish()
+    assert all(row["user_ns"] == 0 for row in rows)
+    assert traced.table("user_phases") == []
+
+
+def test_phases_may_end_in_another_order(traced: Traced) -> None:
+    """A generator's phase that outlives the phase around it breaks nothing."""
+    model, optimizer, x = parts()
+    phase = traced.instrumentation.phase
+
+    def items() -> Iterator[int]:
+        with phase("generator"):
+            yield from range(3)
+
+    with phase("around"):
+        iterator = items()
+        next(iterator)
+
+    train(model, optimizer, x)
+    list(iterator)
+    train(model, optimizer, x)
+    assert len(traced.finish()) == 2
+
+
+def test_a_traced_function_stays_what_it_was(traced: Traced) -> None:
+    """Functions, generators and coroutines keep their kind, name, values and exceptions."""
+
+    def phase() -> object:
+        return traced.instrumentation.phase("f")
+
+    def plain(a: int, *, b: int = 1) -> int:
+        """Add."""
+        return a + b
+
+    def generator(n: int) -> Iterator[int]:
+        got = yield n
+        try:
+            yield got
+        except KeyError:
+            yield -1
+
+        return "end"
+
+    async def coroutine(n: int) -> int:
+        await asyncio.sleep(0)
+        return n
+
+    wrapped = traced_function(plain, phase)
+    assert (wrapped(1, b=2), wrapped.__name__, wrapped.__doc__) == (3, "plain", "Add.")
+
+    made = traced_function(generator, phase)
+    assert inspect.isgeneratorfunction(made)
+    running = made(1)
+    assert (next(running), running.send(5), running.throw(KeyError())) == (1, 5, -1)
+    with pytest.raises(StopIteration, match="end"):
+        next(running)
+
+    waited = traced_function(coroutine, phase)
+    assert inspect.iscoroutinefunction(waited)
+    assert asyncio.run(waited(7)) == 7
+
+
+def test_explicit_steps_turn_inference_off(traced: Traced) -> None:
+    """Each block is one step; the time between two belongs to the later one."""
+    model, optimizer, x = parts()
+    for _ in range(6):
+        burn(1)
+        with traced.instrumentation.trace_step(model):
+            for _ in range(3):
+                train(model, optimizer, x)
+
+    rows = traced.finish()
+    assert len(rows) == 6
+    assert all(row["flags"] & StepFlag.EXPLICIT and row["micro"] == 3 for row in rows)
+    assert all(row["other_ns"] >= 1_000_000 for row in rows[1:])
+
+
+def test_a_block_that_raises_is_no_step(traced: Traced) -> None:
+    """Its time belongs to the step that comes after."""
+    model, optimizer, x = parts()
+    for index in range(4):
+        try:
+            with traced.instrumentation.trace_step():
+                train(model, optimizer, x)
+                if index == 1:
+                    raise MemoryError
+        except MemoryError:
+            continue
+
+    assert len(traced.finish()) == 3
+
+
+def test_explicit_steps_know_evaluation(traced: Traced) -> None:
+    """Evaluation between two blocks is in no step."""
+    model, optimizer, _ = parts()
+    loader = DataLoader(torch.randn(6, 4), batch_size=2)
+    for _ in range(3):
+        for batch in loader:
+            with traced.instrumentation.trace_step():
+                train(model, optimizer, batch)
+
+        with torch.no_grad():
+            for batch in DataLoader(torch.randn(4, 4), batch_size=2):
+                burn(3)
+                model(batch)
+
+    rows = traced.finish()
+    assert len(rows) == 9
+    assert sum(row["batches"] for row in traced.table("evals")) == 6
+    assert all(row["total_ns"] < row["input_wait_ns"] + 3_000_000 + row["total_ns"] // 2 for row in rows[1:])
+
+
+def test_any_iterable_can_be_waited_for(traced: Traced) -> None:
+    """trace_data times an iterable, keeps its length and attributes, and bounds steps."""
+    model, optimizer, _ = parts()
+
+    class Source:
+        name = "source"
+
+        def __len__(self) -> int:
+            return 5
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            for _ in range(5):
+                burn(1)
+                yield torch.randn(2, 4)
+
+    source = traced.instrumentation.trace_data(Source())
+    assert (len(source), source.name) == (5, "source")
+    for x in source:
+        train(model, optimizer, x)
+
+    rows = traced.finish()
+    assert len(rows) == 5
+    assert all(row["input_wait_ns"] >= 1_000_000 for row in rows)
+    assert not any(row["flags"] & StepFlag.NO_LOADER for row in rows)
+
+
+def test_a_model_inside_the_dataset_is_input(traced: Traced) -> None:
+    """What runs while a batch is waited for is part of the wait."""
+    encoder = nn.Linear(4, 4)
+    model, optimizer, _ = parts()
+
+    class Encoded(Dataset):
+        def __len__(self) -> int:
+            return 6
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            with traced.instrumentation.phase("augment"):
+                burn(1)
+                return encoder(torch.ones(4)).detach()
+
+    for batch in DataLoader(Encoded(), batch_size=2):
+        train(model, optimizer, batch)
+
+    rows = traced.finish()
+    assert len(rows) == 3
+    assert all(row["input_wait_ns"] >= 2_000_000 and row["user_ns"] == 0 for row in rows)
