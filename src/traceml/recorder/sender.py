@@ -115,6 +115,7 @@ class Sender:
         self._clock_ns = 0
         self._next_try_ns = 0
         self._pause_s = _FIRST_PAUSE_S
+        self._acked: dict[str, int] = {}
         self._refused = False
         self._warned: set[str] = set()
         self._closed_bytes = 0
@@ -166,6 +167,7 @@ class Sender:
     def attach(self, connection: Connection) -> None:
         """Use a fresh connection, from where its welcome says."""
         self._connection = connection
+        self._acked = dict(connection.acked)
         self.connections += 1
         self._pause_s = _FIRST_PAUSE_S
         self._flushed_ns = self._clock_ns = 0
@@ -272,10 +274,10 @@ class Sender:
             if message["t"] == "command":
                 connection.send(self._reply(message))
 
-        for cursor in self._cursors:
-            acked = connection.acked.get(cursor.table.name, 0)
-            if acked != cursor.table.acked:
-                cursor.table.acked = min(acked, cursor.table.appended)
+        if connection.acked != self._acked:
+            self._acked = dict(connection.acked)
+            for cursor in self._cursors:
+                cursor.table.acked = min(self._acked.get(cursor.table.name, 0), cursor.table.appended)
 
     def _reply(self, message: dict[str, Any]) -> dict[str, Any]:
         name = str(message.get("name"))

@@ -1,4 +1,4 @@
-"""The recorder's thread: a few times a second it samples, sends, and goes back to sleep."""
+"""The recorder's thread: twice a second or more often it samples, sends, and goes back to sleep."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Worker"]
 
 _log = logging.getLogger("traceml")
 
-_WAKE_S = 0.25
+_WAKE_S = 0.5
 _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
 _LARGE_BYTES = 1 << 20
-_RELEASE_ROWS = 1024
+_RELEASE_ROWS = 8192
 
 
 class Worker:

@@ -31,7 +31,7 @@ class ProcessSampler:
 
     name: ClassVar[str] = "process"
     table: ClassVar[Table] = PROCESS
-    start_interval_s: ClassVar[float | None] = 0.25
+    start_interval_s: ClassVar[float | None] = 0.5
     cost_us: ClassVar[float] = 60.0
 
     def __init__(self) -> None:
