@@ -50,7 +50,8 @@ def test_phases_of_the_user_are_rows_of_their_own(traced: Traced) -> None:
 
     rows = traced.finish()
     names = traced.names()
-    for row in rows[1:]:
+    assert len(rows) == 4
+    for row in rows[1:-1]:  # a step without a loader ends at the next forward: the last one has no augmentation
         of = {names[u["name_id"]]: u for u in traced.table("user_phases") if u["step"] == row["step"]}
         assert of["inner"]["ns"] + of["outer"]["ns"] == row["user_ns"]
         assert of["inner"]["ns"] >= 2_000_000

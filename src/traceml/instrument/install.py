@@ -155,9 +155,10 @@ class Instrumentation:
         self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
-        from traceml.instrument import calls
+        from traceml.instrument import calls, facts  # noqa: F401 - loaded now, for `keep_out`
         from traceml.instrument.backward import patch_backward
         from traceml.instrument.discovery import Discovery
+        from traceml.instrument.dynamo import keep_out
         from traceml.instrument.forward import patch_compile, timer_type
         from traceml.instrument.loader import patch_loaders
         from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer_type
@@ -178,6 +179,7 @@ class Instrumentation:
         self._patch_distributed()
         self._watch_constructors(on_optimizer_type)
         self._measure_overhead()
+        keep_out()
         self._discovery.scan()
 
     def _patch_distributed(self) -> None:

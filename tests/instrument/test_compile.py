@@ -1,0 +1,176 @@
+"""torch.compile sees the same graphs with and without hooks: no break, no recompile, and calls are timed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from tests.instrument.conftest import Traced
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+
+
+class Net(nn.Module):
+    """A model of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    """Dynamo's caches and counters empty before, empty after."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def whole(model: nn.Module, backend: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    return model, torch.compile(model, backend=backend)
+
+
+def in_place(model: nn.Module, backend: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    model.compile(backend=backend)
+    return model, model
+
+
+def inner_function(model: nn.Module, backend: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    return model, torch.compile(lambda x: model(x).square(), backend=backend)
+
+
+def fullgraph(model: nn.Module, backend: str) -> tuple[nn.Module, Callable[..., torch.Tensor]]:
+    return model, torch.compile(model, backend=backend, fullgraph=True)
+
+
+FORMS = (whole, in_place, inner_function, fullgraph)
+
+
+def train(call: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, steps: int = 6) -> list[float]:
+    losses = []
+    x = torch.ones(4, 8)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = call(x).sum()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    return losses
+
+
+def counted() -> tuple[int, int, int]:
+    """Graph breaks, graphs, and frames that dynamo looked at."""
+    counters = torch._dynamo.utils.counters
+    return sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"], counters["frames"]["total"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("order", ["optimizer first", "compile first"])
+def test_no_graph_break_and_no_recompile(traced: Traced, form: Callable[..., object], order: str) -> None:
+    """One graph, no break, whether the hooks came before or after."""
+    model = Net()
+    if order == "optimizer first":
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)  # this is when the model is found
+        _, call = form(model, "eager")
+    else:
+        _, call = form(model, "eager")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    train(call, optimizer)
+
+    breaks, graphs, _ = counted()
+    assert (breaks, graphs) == (0, 1)
+    rows = traced.finish()
+    if form is not inner_function:  # there the function of the user is outermost: its time is `other`
+        assert all(row["forward_ns"] > 0 for row in rows[1:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("form", FORMS)
+def test_inductor_trains_to_the_same_losses(traced: Traced, form: Callable[..., object]) -> None:
+    """Losses are equal to the last bit with hooks and without."""
+
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model, call = form(Net(), "inductor")
+        return train(call, torch.optim.SGD(model.parameters(), lr=0.01))
+
+    with_hooks = losses()
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    traced.instrumentation.uninstall()
+
+    assert with_hooks == losses()
+
+
+def test_hooks_that_come_later_do_not_recompile(traced: Traced) -> None:
+    """A model that was compiled and called before it is found is not compiled again."""
+    model = Net()
+    call = torch.compile(model, backend="eager")
+    call(torch.ones(4, 8)).sum().backward()
+    before = counted()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    train(call, optimizer)
+
+    assert counted() == before
+
+
+def test_a_compiled_optimizer_step_has_no_more_breaks(traced: Traced) -> None:
+    """The patched step is traced through."""
+
+    def breaks() -> tuple[int, int, int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        model(torch.ones(4, 8)).sum().backward()
+
+        @torch.compile(backend="eager")
+        def step() -> None:
+            optimizer.step()
+
+        for _ in range(4):
+            step()
+
+        return counted()
+
+    with_hooks = breaks()
+    traced.instrumentation.uninstall()
+
+    assert with_hooks[:2] == breaks()[:2]
+
+
+def test_a_compiled_training_step_has_no_more_breaks(traced: Traced) -> None:
+    """Forward, backward and step in one compiled function: hooks add no break and no graph."""
+
+    def breaks() -> tuple[int, int, int]:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        model = Net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+        @torch.compile(backend="eager")
+        def step(x: torch.Tensor) -> None:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+        for _ in range(4):
+            step(torch.ones(4, 8))
+
+        return counted()
+
+    with_hooks = breaks()
+    traced.instrumentation.uninstall()
+
+    assert with_hooks[:2] == breaks()[:2]
