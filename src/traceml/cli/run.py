@@ -95,8 +95,10 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
     Returns:
         The job's exit status.
     """
-    outcome = Supervisor(job, make_screen=_screen_maker(job, live)).run()
-    _conclude(job, outcome, report)
+    with Supervisor(job, make_screen=_screen_maker(job, live)) as supervisor:
+        outcome = supervisor.run()
+        _conclude(job, outcome, report)
+
     return outcome.status
 
 

@@ -16,11 +16,10 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from traceml.errors import TraceMLError
 from traceml.launch.elastic import status_of
@@ -82,7 +81,7 @@ class Screen(Protocol):
 
 
 class Supervisor:
-    """Runs one job to its end."""
+    """Runs one job to its end; a context manager, at whose exit nothing of the job is left."""
 
     def __init__(self, job: Job, *, make_screen: Callable[[], Screen] | None = None) -> None:
         """Prepare a job.
@@ -99,22 +98,26 @@ class Supervisor:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self._aggregator: subprocess.Popen[bytes] | None = None
         self._aggregator_starts = 0
+        self._stopping = False
         self._failures: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
 
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end_aggregator()
+        self._selector.close()
+        self._listener.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+
     def run(self) -> Outcome:
         """Run the job; return when every process of it has ended and the run is finished on disk."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
-        try:
-            self._start_aggregator()
-            process = self._run_job()
-            finished = self._finish(process)
-            return Outcome(self._status(process), finished)
-        finally:
-            self._end_aggregator()
-            self._selector.close()
-            self._listener.close()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        self._start_aggregator()
+        process = self._run_job()
+        finished = self._finish(process)
+        return Outcome(self._status(process), finished)
 
     @property
     def _port(self) -> int:
@@ -157,10 +160,13 @@ class Supervisor:
             self._start_aggregator()
 
     def _end_aggregator(self) -> None:
-        if self._aggregator is None or self._aggregator.poll() is not None:
+        """See the aggregator out: it was told to stop, unless something went wrong."""
+        if self._aggregator is None:
             return
 
-        self._aggregator.terminate()
+        if not self._stopping:
+            self._aggregator.terminate()
+
         try:
             self._aggregator.wait(5)
         except subprocess.TimeoutExpired:
@@ -284,20 +290,17 @@ class Supervisor:
             failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
 
         self._keep_aggregator()
-        deadline = time.monotonic() + _FINISH_TIMEOUT_S
         try:
             hello = Hello(role="client", run=self._job.run_id)
             with contextlib.closing(connect("127.0.0.1", self._port, hello, self._token)) as connection:
                 connection.request("exits", {"exits": failures}, timeout_s=_FINISH_TIMEOUT_S)
-                connection.request("finish", {"status": self._status(process)}, timeout_s=_FINISH_TIMEOUT_S)
+                reply = connection.request("finish", {"status": self._status(process)}, timeout_s=_FINISH_TIMEOUT_S)
+                connection.request("stop", timeout_s=_FINISH_TIMEOUT_S)
+                self._stopping = True
         except (TraceMLError, OSError):
             return False
 
-        try:
-            assert self._aggregator is not None
-            return self._aggregator.wait(max(deadline - time.monotonic(), 0.1)) == 0
-        except subprocess.TimeoutExpired:
-            return False
+        return "error" not in reply
 
 
 def _pass_signals(process: subprocess.Popen[bytes]) -> None:
