@@ -174,6 +174,11 @@ class Accounts:
         self.current = previous
         self.open_slots[phase] = 0
 
+    def cancel(self, phase: int, previous: int) -> None:
+        """A phase that began was none: its time is that of the phase around it."""
+        self.current = previous
+        self.open_slots[phase] = 0
+
     def settle(self, t: int) -> None:
         """Book the time of the user phases that are open at `t`, when a step ends inside them."""
         for entry in self.open_user_phases:
@@ -224,14 +229,16 @@ class Accounts:
         self.device, self.open_slots = device, slots
         self.extras = self.special = self.dirty = True
 
-    def disable_in_child(self) -> None:
-        """Stop in a forked child: what it shares with its parent must not be written by it."""
+    def stop(self) -> None:
+        """Switch all hooks off, for good."""
         self.thread = 0
+        self.current = _INPUT_WAIT  # whatever a hook would begin is then part of another phase
+        _mine.set(False)
 
     def fail(self, error: BaseException) -> None:
         """A hook of ours failed: say it once, and switch all of them off. Training goes on."""
         self.errors += 1
-        self.thread = 0
+        self.stop()
         if self.errors == 1:
             _log.warning("step timing is switched off after an internal error: %r", error, exc_info=error)
 

@@ -45,8 +45,9 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
         if current != OTHER or detail or not mine():
             return _careful(original, clock, tensors, args, kwargs)
 
-        t = slots[_BACKWARD] = monotonic_ns()
+        t = monotonic_ns()
         current = _BACKWARD
+        slots[_BACKWARD] = t
         try:
             return original(tensors, *args, **kwargs)
         finally:
@@ -70,9 +71,10 @@ def _careful(original: Callable[..., Any], clock: StepClock, tensors: Any, args:
         if clock.fresh:
             clock.first_backward_begins()
 
-        t = clock.open_slots[_BACKWARD] = monotonic_ns()
+        t = monotonic_ns()
         clock.current = _BACKWARD
-        if clock.is_detailed():
+        clock.open_slots[_BACKWARD] = t
+        if clock.is_detailed(clock.rows):
             handle = _measure_own(clock, tensors, t)
     except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
         clock.fail(error)

@@ -118,10 +118,10 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
             copied = result.device.type in device_types
             return result
         finally:
-            if not copied:
-                start = monotonic_ns()  # only another dtype: the time belongs to whoever asked for it
-
-            clock.leave(_H2D, previous, start)
+            if copied:
+                clock.leave(_H2D, previous, start)
+            else:
+                clock.cancel(_H2D, previous)  # only another dtype
 
     return copy
 

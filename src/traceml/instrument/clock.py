@@ -240,13 +240,16 @@ class StepClock(Accounts):
         elif not self.optimizers and self.first_loader is None and self.open and not self.explicit:
             self._hold(t)
 
-    def is_detailed(self) -> bool:
-        """Whether this step's own backward is measured."""
-        return self.extras and (self.mean_ns > _SLOW_STEP_NS or not self.rows & _SAMPLED_MASK)
+    def is_detailed(self, step: int) -> bool:
+        """Whether own backward and device time of a step are measured.
+
+        By its number, hence the same steps on all ranks; every step once they are long enough not to notice.
+        """
+        return self.extras and (self.mean_ns > _SLOW_STEP_NS or not step & _SAMPLED_MASK)
 
     def plan(self) -> None:
         """Decide whether backward passes need care."""
-        self.detail = self.fresh or self.fuses or not self.optimizers or self.is_detailed()
+        self.detail = self.fresh or self.fuses or not self.optimizers or self.is_detailed(self.rows)
 
     def meet(self, optimizer: Any) -> None:
         """An optimizer begins a step and is not the one that did so last."""
@@ -335,7 +338,7 @@ class StepClock(Accounts):
             self._flush_evals(self.rows)
 
         self.open_slots[_STEP_START], self.open_slots[_STEP] = 0, -1
-        self.thread = 0
+        self.stop()
 
     # ---- segments ----
 

@@ -83,7 +83,7 @@ class DeviceTimes:
         self._pool: list[DeviceEvent] = []
         self._marks: Marks = []
         self._cut = 0  # how many marks the part of the step before the cut has
-        self._pending: deque[tuple[int, Marks, DeviceEvent]] = deque()
+        self._pending: deque[tuple[int, Marks, DeviceEvent, bool]] = deque()
 
     def mark(self, phase: int) -> None:
         """The CPU enters a phase."""
@@ -131,13 +131,15 @@ class DeviceTimes:
 
         self._read()
         measured = bool(marks) and step >= 0 and len(self._pending) < _MAX_PENDING_STEPS
-        end = self._recorded() if measured or self._clock.detail else None
+        detailed = self._clock.is_detailed(step + 1)
+        end = self._recorded() if measured or detailed else None
+        shared = detailed and end is not None
         if measured and end is not None:
-            self._pending.append((step, marks, end))
+            self._pending.append((step, marks, end, shared))
         else:
             self._drop(marks)
 
-        if self._clock.detail and end is not None:
+        if shared:
             # The end of one step is the start of the next: one event serves both, and goes back with the later one.
             self._marks.append((end, OTHER))
 
@@ -155,7 +157,7 @@ class DeviceTimes:
             self._pool.extend(event for event, _ in marks[1:])
             return False
 
-        self._pending.append((step, marks, rest[0][0]))
+        self._pending.append((step, marks, rest[0][0], True))
         return True
 
     def drain(self) -> None:
@@ -167,9 +169,11 @@ class DeviceTimes:
             if not self._pending or not self._pending[0][2].query():
                 return
 
-            step, marks, end = self._pending.popleft()
+            step, marks, end, shared = self._pending.popleft()
             self._ring.append(step, *_durations(marks, end))
-            self._pool.extend(event for event, _ in marks)  # `end` is the first mark of the next step, or unused
+            self._pool.extend(event for event, _ in marks)
+            if not shared:
+                self._pool.append(end)
 
     def _recorded(self) -> DeviceEvent:
         event = self._pool.pop() if self._pool else self._make_event()

@@ -100,12 +100,12 @@ class Instrumentation:
 
     def disable_in_child(self) -> None:
         """In a forked child: all hooks become plain calls."""
-        self.clock.disable_in_child()
+        self.clock.stop()
 
     def uninstall(self) -> None:
         """Put every replaced attribute back."""
         self._installed = False
-        self.clock.thread = 0
+        self.clock.stop()
         self._watch.uninstall()
         if self._discovery is not None:
             self._discovery.restore()

@@ -54,8 +54,9 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
         if current != OTHER or attempt or ident != last_optimizer or first_loader is not usual_loader or not mine():
             return _careful(original, clock, self, args, kwargs)
 
-        t = slots[_OPTIMIZER] = monotonic_ns()
+        t = monotonic_ns()
         current, depth = _OPTIMIZER, 1
+        slots[_OPTIMIZER] = t
         try:
             result = original(self, *args, **kwargs)
             attempt, closes_at = ident, usual

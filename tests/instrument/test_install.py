@@ -1,0 +1,286 @@
+"""Putting hooks in place and taking them away: nothing stays, nothing of ours reaches the script."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, dataloader
+
+from tests.instrument.conftest import Traced
+from traceml.database.flight import FlightFile
+from traceml.instrument import install
+
+ATTRIBUTES: list[tuple[Any, str]] = [
+    (torch.autograd, "backward"),
+    (torch, "save"),
+    (torch.serialization, "save"),
+    (torch.optim.SGD, "step"),
+    (torch.optim.Adam, "step"),
+    (torch.optim.Optimizer, "__init__"),
+    (torch.amp.GradScaler, "step"),
+    (nn.Module, "compile"),
+    (nn.Module, "_replicate_for_data_parallel"),
+    (dataloader._BaseDataLoaderIter, "__next__"),
+    (DataLoader, "__iter__"),
+    (torch.distributed, "all_reduce"),
+    (torch.distributed, "init_process_group"),
+    (torch.distributed.distributed_c10d, "broadcast"),
+    (torch.distributed.Work, "wait"),
+    (torch.distributed.checkpoint, "save"),
+    (torch.Tensor, "to"),
+    (torch.Tensor, "cuda"),
+]
+
+
+def train(steps: int = 10) -> list[float]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters())
+    losses = []
+    for (x,) in DataLoader(TensorDataset(torch.randn(steps * 2, 4)), batch_size=2, shuffle=True):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    return losses
+
+
+def test_uninstall_puts_every_original_back(tmp_path: Path) -> None:
+    """Each replaced attribute is the very object that was there."""
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # torch replaces `step` itself at the first instance
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    before = [vars(owner).get(name, "absent") for owner, name in ATTRIBUTES]
+    meta_path = list(sys.meta_path)
+    model = nn.Linear(2, 2)
+    flight = FlightFile.create(tmp_path, {})
+
+    instrumentation = install(flight, device_types=frozenset({"meta"}))
+    train()
+    torch.optim.SGD(model.parameters())
+    replaced = [
+        f"{owner}.{name}" for (owner, name), old in zip(ATTRIBUTES, before, strict=True) if vars(owner).get(name) is old
+    ]
+    instrumentation.uninstall()
+
+    assert replaced == []
+    assert [vars(owner).get(name, "absent") for owner, name in ATTRIBUTES] == before
+    assert sys.meta_path == meta_path
+    assert "_compiled_call_impl" not in vars(model)
+    flight.close(unlink=True)
+
+
+def test_losses_are_equal_to_the_last_bit(traced: Traced) -> None:
+    """Hooks change no number and no random draw."""
+    with_hooks = train()
+    traced.instrumentation.uninstall()
+
+    assert with_hooks == train()
+
+
+def test_installing_again_begins_anew(tmp_path: Path) -> None:
+    """A second recorder in one process is told of the same models."""
+    for part in ("first", "second"):
+        flight = FlightFile.create(tmp_path / part, {})
+        instrumentation = install(flight)
+        train(6)
+        instrumentation.close_open_step()
+        instrumentation.uninstall()
+
+        assert (flight.ring("steps").appended, instrumentation.errors) == (6, 0)
+        flight.close(unlink=True)
+
+
+def test_facts_are_told_once(traced: Traced) -> None:
+    """Loader, model and optimizer are described, each once."""
+    train()
+    told = {info["kind"]: info for info in traced.info}
+
+    assert len(traced.info) == 3
+    assert told["model"]["model"] == "Sequential"
+    assert told["model"]["parameters"] == 4 * 8 + 8 + 8 + 1
+    assert (told["loader"]["dataset"], told["loader"]["in_memory"], told["loader"]["length"]) == (
+        "TensorDataset",
+        True,
+        20,
+    )
+    assert told["optimizer"]["optimizer"] == "Adam"
+
+
+def test_hooks_in_a_forked_child_do_nothing(traced: Traced) -> None:
+    """A child appends no row and opens no phase in what it shares with its parent."""
+    train(3)
+    rows, slots = traced.flight.ring("steps").appended, bytes(traced.flight.open_slots)
+    child = os.fork()
+    if not child:
+        traced.instrumentation.disable_in_child()
+        train(5)
+        os._exit(0)
+
+    assert os.waitpid(child, 0)[1] == 0
+    assert traced.flight.ring("steps").appended == rows
+    assert bytes(traced.flight.open_slots) == slots
+
+
+def test_loader_workers_do_not_count(traced: Traced) -> None:
+    """With worker processes there is one step per batch, and waiting for them is input."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        for (x,) in DataLoader(TensorDataset(torch.randn(8, 4)), batch_size=2, num_workers=1):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+    rows = traced.finish()
+    assert len(rows) == 8
+    assert all(row["input_wait_ns"] > 0 for row in rows)
+
+
+def test_an_internal_error_is_said_once_and_switches_off(
+    traced: Traced, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect of ours is counted and logged; the script goes on with the same numbers."""
+    expected = train()
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(traced.instrumentation.clock), "boundary", broken)
+    traced.instrumentation.uninstall()
+    instrumentation = install(traced.flight)
+    with caplog.at_level(logging.WARNING, logger="traceml"):
+        assert train() == expected
+
+    assert instrumentation.errors == 1
+    assert len(caplog.records) == 1
+    instrumentation.uninstall()
+
+
+def test_training_on_another_thread_is_followed(traced: Traced) -> None:
+    """The thread that runs backward is the training thread, when the first one never did."""
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+
+    # The first step began where its thread was found to train.
+    assert 8 <= len(traced.finish()) <= 10
+
+
+def test_a_step_that_raises_is_no_step(traced: Traced) -> None:
+    """An optimizer's exception passes, its phase is closed, and later steps count."""
+    model = nn.Linear(4, 1)
+
+    class Failing(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure: object = None) -> None:
+            if self.fails:
+                raise RuntimeError("out of memory")
+
+            super().step()
+
+    optimizer = Failing(model.parameters(), lr=0.1)
+    for index in range(8):
+        optimizer.fails = index % 4 == 3
+        model(torch.randn(2, 4)).sum().backward()
+        try:
+            optimizer.step()
+        except RuntimeError:
+            assert traced.flight.open_slots[4] == 0
+
+    assert len(traced.finish()) == 6
+
+
+def test_saving_is_a_phase(traced: Traced, tmp_path: Path) -> None:
+    """torch.save and distributed checkpoints are `checkpoint`, outside `other`."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index in range(4):
+        model(torch.randn(2, 4)).sum().backward()
+        optimizer.step()
+        if index == 1:
+            torch.save(model.state_dict(), tmp_path / "model.pt")
+
+    rows = traced.finish()
+    assert [row["checkpoint_ns"] > 0 for row in rows] == [False, True, False, False]
+
+
+def test_copies_to_a_device_are_h2d(tmp_path: Path) -> None:
+    """A copy to an accelerator is `h2d`; a change of dtype is not."""
+    flight = FlightFile.create(tmp_path, {})
+    instrumentation = install(flight, device_types=frozenset({"meta"}))
+    traced = Traced(flight, instrumentation, [], 0)
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for index in range(4):
+        x = torch.randn(2, 4)
+        model(x).sum().backward()
+        optimizer.step()
+        x.to(torch.float64)
+        if index % 2:
+            x.to("meta")
+
+    instrumentation.close_open_step()
+    instrumentation.uninstall()
+    assert [row["h2d_ns"] > 0 for row in traced.steps()] == [False, True, False, True]
+    flight.close(unlink=True)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from traceml.database.flight import FlightFile
+from traceml.instrument import install
+
+flight = FlightFile.create(Path(sys.argv[1]), {})
+instrumentation = install(flight)
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+
+import torch
+
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(5):
+    model(torch.randn(2, 4)).sum().backward()
+    optimizer.step()
+
+import torch.distributed.checkpoint
+assert torch.distributed.checkpoint.save.__wrapped__
+assert type(torch.__spec__.loader).__name__ == "SourceFileLoader" and "exec_module" not in vars(torch.__loader__)
+instrumentation.close_open_step()
+assert instrumentation.errors == 0
+assert flight.ring("steps").appended == 5, flight.ring("steps").appended
+instrumentation.uninstall()
+"""
+
+
+def test_torch_may_be_imported_later(tmp_path: Path) -> None:
+    """Installed before torch, hooks are there as soon as the script imports it; nothing is imported for it."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::ImportWarning", "-c", SCRIPT, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_overhead_is_measured_on_the_rank(traced: Traced) -> None:
+    """After the first step the cost of the hooks is known, and plausible."""
+    assert traced.instrumentation.hook_ns_per_step() == 0
+    train(70)
+
+    assert 200 < traced.instrumentation.hook_ns_per_step() < 1_000_000
