@@ -1,0 +1,127 @@
+"""Trainings that the distributed tests run in processes of their own: `python ranks.py RANK STORE OUT KIND...`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from traceml.database.flight import FlightFile
+from traceml.database.schema import STEPS, StepFlag, unpack_bits
+from traceml.instrument import install
+
+STEPS_DONE = 24
+
+
+def ddp(rank: int) -> tuple[nn.Module, nn.Module]:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), Slow(rank), nn.Linear(8, 1))
+    return model, nn.parallel.DistributedDataParallel(model)
+
+
+def ddp_no_sync(rank: int) -> tuple[nn.Module, nn.Module]:
+    return ddp(rank)
+
+
+def fsdp2(rank: int) -> tuple[nn.Module, nn.Module]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    fully_shard(model)
+    return model, model
+
+
+def manual(rank: int) -> tuple[nn.Module, nn.Module]:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    return model, model
+
+
+class Slow(nn.Module):
+    """Takes 5 ms in the backward pass of rank 1."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.rank = rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Burn.apply(x) if self.rank == 1 else x
+
+
+class _Burn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        until = time.perf_counter() + 0.005
+        while time.perf_counter() < until:
+            pass
+
+        return gradient
+
+
+def train(kind: str, rank: int) -> list[float]:
+    torch.manual_seed(0)
+    _, model = globals()[kind](rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(STEPS_DONE):
+        x = torch.ones(4, 8)
+        optimizer.zero_grad()
+        if kind == "ddp_no_sync":
+            with model.no_sync():
+                model(x).sum().backward()
+
+        loss = model(x).sum()
+        loss.backward()
+        if kind == "manual":
+            for parameter in model.parameters():
+                dist.all_reduce(parameter.grad)
+                work = dist.all_reduce(parameter.grad, async_op=True)
+                work.wait()
+
+        optimizer.step()
+        losses.append(loss.item())
+
+    return losses
+
+
+def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
+    """Train with hooks and without; return what the hooks found."""
+    flight = FlightFile.create(folder / f"flight-{rank}", {})
+    groups: list[bool] = []
+    instrumentation = install(flight, on_group=lambda: groups.append(dist.is_initialized()))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    losses = train(kind, rank)
+    instrumentation.close_open_step()
+    ring = flight.ring("steps")
+    rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.read(0, ring.appended))]
+    instrumentation.uninstall()
+    flight.close(unlink=True)
+    return {"rows": rows, "groups": groups, "same": losses == train(kind, rank), "errors": instrumentation.errors}
+
+
+def rows_of(values: tuple[int, ...]) -> dict[str, Any]:
+    row: dict[str, Any] = dict(zip([column.name for column in STEPS.columns], values, strict=True))
+    micro, flags, sequence = unpack_bits(row["bits"])
+    return {**row, "micro": micro, "callback": bool(flags & StepFlag.CALLBACK), "sequence": sequence}
+
+
+def main(rank: int, store: str, out: str, kinds: list[str]) -> None:
+    torch.set_num_threads(1)
+    found = {kind: traced(kind, rank, store, Path(out).parent) for kind in kinds}
+    dist.barrier()
+    dist.destroy_process_group()
+    Path(out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

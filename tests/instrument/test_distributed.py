@@ -1,0 +1,76 @@
+"""Two real ranks over gloo: own backward and waiting, collectives, and the group that is made after the hooks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.instrument.ranks import STEPS_DONE
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+KINDS = ["ddp", "ddp_no_sync", "fsdp2", "manual"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """All kinds of training on two ranks, one after another; what each rank found, by kind."""
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(rank), str(folder / "store"), str(folder / f"{rank}.json"), *KINDS],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, stderr = process.communicate(timeout=100)
+        assert process.returncode == 0, stderr
+
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return {kind: [rank[kind] for rank in ranks] for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
+    """Every step is there, parts add up, losses are unchanged, own backward is measured on the same steps."""
+    ranks = found[kind]
+    for rank in ranks:
+        assert (rank["errors"], rank["same"], rank["groups"]) == (0, True, [True])
+        rows = rank["rows"]
+        assert len(rows) == STEPS_DONE
+        assert all(row["micro"] == (2 if kind == "ddp_no_sync" else 1) for row in rows)
+        assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
+        for row in rows:
+            parts = sum(row[name] for name in row if name.endswith("_ns") and name not in ("t_end_ns", "total_ns"))
+            assert parts - row["backward_own_ns"] <= row["total_ns"]
+            assert row["backward_own_ns"] <= row["backward_ns"]
+            assert (row["backward_own_ns"] > 0) == row["callback"]
+
+        assert all(row["callback"] for row in rows if row["step"] % 4 == 0)
+        if kind != "fsdp2":  # torch's own Python calls collectives there; which ones depends on its version
+            assert all((row["comm_ns"] > 0) == (kind == "manual") for row in rows)
+
+    sequences = [[row["sequence"] for row in rank["rows"]] for rank in ranks]
+    assert sequences[0] == sorted(sequences[0])
+    assert sequences[0][-1] > 0
+
+
+def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Backward takes equally long on both ranks; its own part shows that rank 1 is the slow one."""
+    ranks = found["ddp"]
+
+    def mean(rank: int, column: str) -> float:
+        rows = [row for row in ranks[rank]["rows"][4:] if row["callback"]]
+        return sum(row[column] for row in rows) / len(rows) / 1e6
+
+    assert mean(1, "backward_own_ns") > 5
+    assert mean(0, "backward_own_ns") < mean(0, "backward_ns") - 2
+    assert mean(0, "backward_own_ns") < mean(1, "backward_own_ns") / 2
