@@ -94,7 +94,6 @@ class Accounts:
     batch = CellField()  # the first loader that gave a batch in this segment
     first_loader = CellField()  # ... in this step
     dirty = CellField()  # closing this step takes more than writing the four accounts
-    depth = CellField()  # 1 inside an optimizer step
     detail = CellField()  # backward passes need care: see `StepClock.plan`
 
     def __init__(self, flight: FlightFile, listener: Listener, thread: int) -> None:
@@ -112,7 +111,7 @@ class Accounts:
         self.mean_ns = 0
 
         self.rows = self.ring.appended
-        self.current, self.depth, self.detail = OTHER, 0, True
+        self.current, self.detail = OTHER, True
         self.zeros = [0] * FIRST_USER
         self.users: list[int] = []  # name ids of user phases, by index
         self.open_user_phases: list[list[Any]] = []  # [phase, the one around it, start], innermost last

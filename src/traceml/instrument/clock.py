@@ -51,6 +51,7 @@ class StepClock(Accounts):
         self.optimizers: set[int] = set()  # ids of all that ever stepped
         self.optimizers_alive = 0
         self.fuses = False  # optimizers step inside backward
+        self.depth = 0  # 1 inside an optimizer step that needs care
         self.inner_steps = 0  # optimizer steps inside the one that counts
         self.unclaimed: list[tuple[int, list[int], int]] = []  # where batches ended before any optimizer step
         self.last_optimizer = 0
@@ -126,14 +127,15 @@ class StepClock(Accounts):
             module: a weak reference to the module that is called.
             trains: whether gradients are on.
         """
-        if self.closes_at is ON_FORWARD and not self.depth:
+        in_closure = self.depth or self.current == OPTIMIZER  # of the optimizer's step: no step begins there
+        if self.closes_at is ON_FORWARD and not in_closure:
             self.commit(t)
         elif self.closes_at is ASK:
             if not trains:
                 self.evaluated = True
                 return
 
-            if not self.depth:
+            if not in_closure:
                 self._training_forward(t)
 
             self.trained = module

@@ -39,14 +39,14 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     """Return a method that calls `original` as an optimizer attempt."""
     slots = clock.open_slots
     # Cells of the clock.
-    current = optimizer_ns = attempt = last_optimizer = depth = 0
+    current = optimizer_ns = attempt = last_optimizer = 0
     first_loader: Any = None
     closes_at: Any = NOWHERE
     usual: Any = NOWHERE
     usual_loader: Any = NOWHERE
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal current, depth, optimizer_ns, attempt, closes_at
+        nonlocal current, optimizer_ns, attempt, closes_at
         if is_dynamo_compiling():
             return original(self, *args, **kwargs)
 
@@ -55,7 +55,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             return _careful(original, clock, self, args, kwargs)
 
         t = monotonic_ns()
-        current, depth = _OPTIMIZER, 1
+        current = _OPTIMIZER
         slots[_OPTIMIZER] = t
         try:
             result = original(self, *args, **kwargs)
@@ -63,7 +63,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             return result
         finally:
             optimizer_ns += monotonic_ns() - t
-            current, depth = OTHER, 0
+            current = OTHER
             slots[_OPTIMIZER] = 0
 
     return clock.bind(step)
@@ -74,7 +74,7 @@ def _careful(original: Callable[..., Any], clock: StepClock, optimizer: Any, arg
     if not clock.current or not clock.is_here():
         return original(optimizer, *args, **kwargs)
 
-    if clock.depth:
+    if clock.depth or clock.current == _OPTIMIZER:
         clock.inner_steps += 1
         return original(optimizer, *args, **kwargs)
 
