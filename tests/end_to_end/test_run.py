@@ -279,5 +279,6 @@ def test_a_rank_killed_from_outside_loses_no_row(traceml: Traceml) -> None:
     [rank] = ended.report["ranks"]
     assert rank["state"] == "killed"
     assert rank["exit"]["signal"] == 9
-    assert rank["exit"]["last_step"] == rank["steps"] - 1
+    log = (ended.run_dir / "logs" / "aggregator.log").read_text()
+    assert rank["exit"]["last_step"] == rank["steps"] - 1, (rank, log)
     assert ended.report["telemetry"]["rows_lost"] == 0
