@@ -291,13 +291,18 @@ def test_rank_that_died_before_it_could_connect(serving, rank_process, job):
     process, flight = rank_process(0, 0, 2, 50, 0)
     kill_rank(process)
 
+    exits = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": -9}]
+    aggregator.ask("exits", {"exits": exits}, run=job)
     aggregator.ask("finish", {"status": 137}, run=job)
 
     present.close()
     assert not flight.exists()
     with aggregator.store() as store:
         assert store.stored("steps") == 50
-        assert {record.rank for record in store.streams()} == {0, 1}
+        ends = {record.rank: record for record in store.streams()}
+        assert ends.keys() == {0, 1}
+        assert ends[0].state == "killed"
+        assert ends[0].facts["exit"]["signal"] == 9
 
 
 def test_rank_that_lives_but_lost_its_connection_is_waited_for(serving, rank_process):

@@ -144,3 +144,31 @@ def test_exits_that_fit_nobody_are_ignored(registry, told):  # noqa: F811
 
     assert stream.state is StreamState.RUNNING
     assert stream.exit == {}
+
+
+def test_process_that_died_before_a_recorder_began_is_told_by_its_launcher_alone(registry, clock):  # noqa: F811
+    """Killed while it still started up, a rank is in the report all the same, with its signal."""
+    run, stream = join(registry, hello(0, 1))
+    leave(run, stream)
+    run.exited({"rank": 1, "local_rank": 1, "pid": 999_999, "exitcode": -9})
+    run.exited({"rank": 2, "local_rank": 2, "pid": 999_998, "exitcode": 0})
+
+    run.settle_exits()
+
+    assert [(each.rank, str(each.state)) for each in run.streams] == [(0, "finished"), (1, "killed")]
+    assert run.streams[1].exit == {"signal": 9, "at_s": pytest.approx(1e9 + clock.now_s)}
+    assert run.world_size == 2
+    assert run.end()
+    assert run.state == "failed"
+
+
+def test_exit_of_an_earlier_attempt_is_not_the_later_ones(registry):  # noqa: F811
+    """A rank that died unknown, and ran to its end when it was started again, has not failed."""
+    run, stream = join(registry, hello(0, 1, attempt=1))
+    leave(run, stream)
+
+    run.exited({"rank": 0, "local_rank": 0, "pid": 999_999, "exitcode": -9})
+    run.settle_exits()
+
+    assert [str(each.state) for each in run.streams] == ["finished"]
+    assert stream.exit == {}

@@ -62,6 +62,7 @@ class Run:
         }  # fmt: skip
         self._by_who: dict[tuple[Incarnation, int], Stream] = {}
         self._leaving: list[Peer] = []
+        self._unfitted: list[dict[str, Any]] = []
         self._away: dict[Stream, None] = {}
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
@@ -163,6 +164,9 @@ class Run:
         if stream is None:
             stream = self._admit(found.attempt + int(self._facts["attempt_base"]), found.rank, found.who,
                                  found.local_rank, str(found.path))  # fmt: skip
+            for told in [told for told in self._unfitted if told.get("pid") == found.who.pid]:
+                self._unfitted.remove(told)
+                _note_exit(stream, told)
 
         self._bury(stream, found.image)
 
@@ -181,28 +185,41 @@ class Run:
 
     def exited(self, told: dict[str, Any]) -> None:
         """Take a launcher's word on how a process ended: `{rank, local_rank, pid, exitcode}`, negative for a signal."""
-        code = told.get("exitcode")
-        candidates = [stream for stream in self.streams if stream.who.pid == told.get("pid")]
-        if not candidates:
-            candidates = [stream for stream in self.streams if stream.rank == told.get("rank")]
-
-        if not candidates or not isinstance(code, int):
-            _log.info("nobody of run %s fits the exit %s", self.id, told)
+        if not isinstance(told.get("exitcode"), int):
+            _log.info("not understood by run %s: exit %s", self.id, told)
             return
 
-        stream = candidates[-1]
-        if code < 0:
-            stream.exit |= {"signal": -code}
-        else:
-            stream.exit |= {"code": code}
+        stream = self._who_ended(told)
+        if stream is None:
+            self._unfitted.append(told)  # it may have left a flight file, or died even before that
+            return
 
-        if isinstance(told.get("time"), int | float):
-            stream.exit.setdefault("at_s", told["time"])
-
-        if stream.state is StreamState.FINISHED and code == 0:
+        _note_exit(stream, told)
+        if stream.state is StreamState.FINISHED and told["exitcode"] == 0:
             self.store.update_stream(stream.id, exit=stream.exit)  # it said so itself
         elif not stream.connected:
             self._bury(stream)
+
+    def settle_exits(self) -> None:
+        """Take in the processes that ended badly before a recorder began in them: only their launcher knows of them."""
+        for told in self._unfitted:
+            rank, pid, local_rank = told.get("rank"), told.get("pid"), told.get("local_rank", 0)
+            if not (isinstance(rank, int) and isinstance(pid, int) and isinstance(local_rank, int)):
+                continue
+            if not told["exitcode"] or (self.attempt, rank) in self._holders:
+                _log.info("nobody of run %s fits the exit %s", self.id, told)
+                continue
+
+            if rank >= self.world_size:
+                self._facts["world_size"] = rank + 1
+                self.live.resize(rank + 1)
+
+            who = Incarnation(socket.gethostname(), boot_id(), pid, 0, "")
+            stream = self._admit(self.attempt, rank, who, local_rank, "")
+            _note_exit(stream, told)
+            self._end_stream(stream, _state_of_dead(stream, None))
+
+        self._unfitted.clear()
 
     def look_around(self) -> None:
         """See after the ranks that are away: dead ones leave a flight file, silent ones are given up after a while."""
@@ -306,6 +323,12 @@ class Run:
         for stream in self.connected:
             if stream.peer is not None:
                 stream.peer.pause(held)
+
+    def _who_ended(self, told: dict[str, Any]) -> Stream | None:
+        """Return the stream that a launcher speaks of: by its process, else by the rank, if that has not ended yet."""
+        by_pid = [stream for stream in self.streams if stream.who.pid == told.get("pid")]
+        by_rank = [stream for stream in self.streams if stream.rank == told.get("rank") and not stream.ended]
+        return next(reversed(by_pid or by_rank), None)
 
     def _is_busy(self, holder: Stream, hello: Hello) -> bool:
         """Whether someone else is that rank right now; a second recorder of the same process takes over."""
@@ -430,6 +453,14 @@ class Run:
 
         self._facts |= {"state": "running", "ended": None}
         self.store.event("resumed", {"was": facts["state"]})
+
+
+def _note_exit(stream: Stream, told: dict[str, Any]) -> None:
+    """Keep with a stream what its launcher told of its end."""
+    code = told["exitcode"]
+    stream.exit |= {"signal": -code} if code < 0 else {"code": code}
+    if isinstance(told.get("time"), int | float):
+        stream.exit.setdefault("at_s", told["time"])
 
 
 def _state_of_dead(stream: Stream, image: FlightImage | None) -> StreamState:

@@ -46,6 +46,7 @@ from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken, pac
 from traceml.database.schema import LOGS, PACKED, STEPS, Log, Table
 
 __all__ = [
+    "FALLBACK_FOLDER",
     "ByteLog",
     "Counters",
     "FlightFile",
@@ -61,6 +62,8 @@ __all__ = [
     "remove_stale",
 ]
 
+# In the runs folder: flight files of ranks that could have none in memory.
+FALLBACK_FOLDER = ".flights"
 _FREE_SHARE = 16
 _FLOOR_ROWS = {STEPS.name: 4096}
 _OTHER_FLOOR_ROWS = 256

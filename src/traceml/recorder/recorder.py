@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile, FlightState, Slot, remove_stale
+from traceml.database.flight import FALLBACK_FOLDER, FlightFile, FlightState, Slot, remove_stale
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, identify
@@ -123,7 +123,7 @@ class Recorder:
         config = self.config
         self._identity = identify(config)
         self._flight = FlightFile.create(
-            None, self._identity.facts(), capacities=_capacities(config), fallback=config.runs_dir / ".flights"
+            None, self._identity.facts(), capacities=_capacities(config), fallback=config.runs_dir / FALLBACK_FOLDER
         )
         try:
             self._sender = Sender(
