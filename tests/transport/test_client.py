@@ -248,3 +248,14 @@ def test_loss_of_the_connection_raises(serving):
         eventually(lambda: connection.receive(0.1), 10)
 
     connection.close()
+
+
+def test_all_the_time_allowed_is_used():
+    """The last try comes at the end of the time: an aggregator that starts late is still met."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+    with pytest.raises(AggregatorUnavailableError) as caught:
+        connect("127.0.0.1", port, Hello(run="job"), TOKEN, timeout_s=0.6)
+
+    assert caught.value.waited_s >= 0.6

@@ -70,11 +70,11 @@ def connect(
             last = error
 
         left_s = timeout_s - (time.monotonic() - began)
-        if left_s <= pause_s or number == tries:
+        if left_s <= 0 or number == tries:
             raise AggregatorUnavailableError(host, port, time.monotonic() - began, last.reason)
 
-        # A thousand ranks that lost one aggregator must not come back in the same instant.
-        time.sleep(pause_s * random.uniform(0.5, 1.0))
+        # A thousand ranks that lost one aggregator must not come back in the same instant. The last try is at the end.
+        time.sleep(min(pause_s * random.uniform(0.5, 1.0), left_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
 
