@@ -6,6 +6,7 @@ import pytest
 
 from traceml.diagnosis import Facts, FactsBuilder, RankExit
 from traceml.diagnosis.lost import rank_lost, root_causes
+from traceml.recorder.exits import describe
 
 
 def test_a_signal_is_told_with_step_and_phase():
@@ -84,11 +85,11 @@ def test_exits_are_read_from_what_streams_hold():
     """The rank's words, its launcher's and its flight file's become one exit."""
     told = {
         "code": 1,
-        "type": "OSError",
+        "exception": "OSError",
         "message": "no space",
         "file": "t.py",
         "line": 3,
-        "traceback": "Traceback",
+        "stack": "Traceback",
         "step": 7,
     }
 
@@ -106,7 +107,7 @@ def test_facts_are_gathered_from_info_rows():
     builder.info(0, {"kind": "loader", "dataset": "Train", "num_workers": 0})
     builder.info(0, {"kind": "loader", "dataset": "Validation", "num_workers": 2})
     builder.info(0, {"kind": "model", "parallel": "fsdp2"})
-    builder.info(0, {"kind": "exit", "code": 1, "type": "ValueError", "message": "x"})
+    builder.info(0, {"kind": "exit", "code": 1, "exception": "ValueError", "message": "x"})
     builder.exit(RankExit(rank=0, state="failed", at_s=5.0))
 
     facts = builder.build()
@@ -114,3 +115,48 @@ def test_facts_are_gathered_from_info_rows():
     assert facts.loader is not None
     assert (facts.loader.dataset, facts.cores_per_rank, facts.sharded) == ("Train", 8, True)
     assert (facts.exits[0].exception, facts.exits[0].at_s) == ("ValueError: x", 5.0)
+
+
+def test_what_a_rank_tells_of_its_exception_is_understood():
+    """The words of the recorder's exit row are those that are read here: type with message, file, line and stack."""
+    try:
+        raise ValueError("no such shard")
+    except ValueError as error:
+        told = {"code": 1, **describe(error)}
+
+    ended = RankExit.of(0, "failed", told)
+
+    assert ended.exception == "ValueError: no such shard"
+    assert (ended.file, ended.code) == (__file__, 1)
+    assert "raise ValueError" in (ended.stack or "")
+
+
+def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
+    """A signal is how it ended; the status that it was about to leave with never came to be."""
+    builder = FactsBuilder(2)
+    told = {"code": 1, "exception": "RuntimeError", "message": "Connection closed by peer"}
+    builder.info(0, {"kind": "exit", **told})
+    builder.exit(RankExit.of(0, "killed", {**told, "signal": 15}))
+
+    ended = builder.build().exits[0]
+
+    assert (ended.signal, ended.code, ended.exception) == (15, None, "RuntimeError: Connection closed by peer")
+
+
+def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
+    """A rank of another host that fell silent tells nothing; its rows say how far it came."""
+    builder = FactsBuilder(2)
+    builder.exit(RankExit(rank=1, state="lost", host="node7"))
+
+    finding = rank_lost(builder.build([120, 99]))[0]
+
+    assert "after step 99" in finding.summary
+    assert finding.evidence["last_step"] == 99
+    assert "before the first step" in rank_lost(builder.build([120, -1]))[0].summary
+
+
+def test_lost_ranks_are_named_in_order():
+    """Who of those that died of the same thing was first by microseconds is chance."""
+    exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))
+
+    assert rank_lost(Facts(exits=exits))[0].ranks == (0, 1, 2)

@@ -104,7 +104,7 @@ def test_a_killed_rank_is_told_with_all_that_is_known(tmp_path):
         0,
         rows[0],
         state="failed",
-        exit={"code": 1, "type": "RuntimeError", "message": "Connection closed by peer"},
+        exit={"code": 1, "exception": "RuntimeError", "message": "Connection closed by peer"},
     )
     add_rank(writer, 1, rows[1][:80], state="killed", exit={"signal": 9, "open_phase": "backward", "open_step": 80})
     writer.close()

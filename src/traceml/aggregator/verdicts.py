@@ -47,7 +47,7 @@ class Verdicts:
         self._live.fresh = False
         try:
             window = self._live.window.aligned(_steps_for(self._live.facts.world_size))
-            findings = diagnose(window, self._live.facts.build())
+            findings = diagnose(window, self._live.facts.build(self._live.window.latest.tolist()))
         except Exception:  # noqa: BLE001 - a rule that fails costs the live verdict, not the rows
             _log.exception("no live verdict")
             self._due_s = began_s + 60.0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,14 +60,16 @@ class RankExit:
     def of(cls, rank: int, state: str, told: Mapping[str, Any], host: str | None = None) -> RankExit:
         """Return an exit from what a rank, its launcher and its flight file told, as a stream's facts hold it."""
         known = {name: told[name] for name in _COPIED if told.get(name) is not None}
-        if told.get("type"):
-            known["exception"] = f"{told['type']}: {told.get('message', '')}".rstrip(": ")
+        if known.get("exception") and told.get("message"):
+            known["exception"] = f"{known['exception']}: {told['message']}"
+
+        if known.get("signal"):
+            known.pop("code", None)  # what it would have ended with, had the signal not come first
 
         if known.get("last_step", 0) < 0:
             del known["last_step"]  # it counts what was appended: none
 
         known.setdefault("open_step", told.get("step"))
-        known.setdefault("stack", told.get("traceback"))
         return cls(rank=rank, state=state, host=host, **known)
 
 
@@ -149,7 +151,7 @@ class FactsBuilder:
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
             del self._loaders[_MAX_LOADERS:]
         elif kind == "exit":
-            self.exit(RankExit.of(rank, "failed" if row.get("code") or row.get("type") else "finished", row))
+            self.exit(RankExit.of(rank, "failed" if row.get("code") or row.get("exception") else "finished", row))
         elif kind in ("process", "model", "group"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             if isinstance(row.get("cores"), int):
@@ -171,8 +173,12 @@ class FactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = _merge(before, ended) if before else ended
 
-    def build(self) -> Facts:
-        """Return the facts as they are now."""
+    def build(self, latest: Sequence[int] = ()) -> Facts:
+        """Return the facts as they are now.
+
+        Args:
+            latest: each rank's last step (-1: none), for ranks which could not tell theirs any more.
+        """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
         return Facts(
@@ -185,7 +191,7 @@ class FactsBuilder:
             threads=known.get("torch_threads"),
             main_wait=self._main_wait(),
             loader=self._loaders[0] if self._loaders else None,
-            exits=tuple(self.exits[rank] for rank in sorted(self.exits)),
+            exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
         )
 
@@ -213,7 +219,17 @@ def _loader(row: Mapping[str, Any]) -> LoaderFacts:
 def _merge(before: RankExit, after: RankExit) -> RankExit:
     told = {name: getattr(after, name) for name in _EXIT_FIELDS}
     known = {name: getattr(before, name) if value is None else value for name, value in told.items()}
+    if known["signal"]:
+        known["code"] = None
+
     return RankExit(rank=after.rank, **known)
+
+
+def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
+    if ended.last_step is not None or ended.rank >= len(latest) or latest[ended.rank] < 0:
+        return ended
+
+    return replace(ended, last_step=int(latest[ended.rank]))
 
 
 def _run_and_wait(row: Any) -> tuple[int, int]:

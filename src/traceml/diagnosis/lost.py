@@ -38,7 +38,7 @@ def rank_lost(facts: Facts) -> list[Finding]:
         return []
 
     first = causes[0]
-    ranks = tuple(ended.rank for ended in causes)
+    ranks = tuple(sorted(ended.rank for ended in causes))
     followed = [ended.rank for ended in bad if ended not in causes]
     return [
         Finding(
@@ -98,7 +98,7 @@ def _by_hand(ended: RankExit) -> bool:
 
 def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:
     first = causes[0]
-    who = of_ranks([ended.rank for ended in causes])
+    who = of_ranks(sorted(ended.rank for ended in causes))
     text = f"{who} {_how(first, many=len(causes) > 1)}{_where(first)}"
     if followed:
         text += f"; {of_ranks(followed).lower()} ended because of that"

@@ -89,7 +89,7 @@ class Digest:
         facts = self.facts
         facts.state = self.state
         facts.world_size = int(self.run.get("world_size", len(self.ranks) or 1))
-        return diagnose(self.window.aligned(last=last), facts.build())
+        return diagnose(self.window.aligned(last=last), facts.build(self.window.latest.tolist()))
 
     def _start_over(self) -> None:
         self.window = StepWindow(self._slots)
