@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import selectors
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,9 +32,12 @@ from traceml.transport.hello import Hello
 __all__ = ["Job", "Outcome", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
-_MAX_AGGREGATOR_RESTARTS = 5
-_FINISH_TIMEOUT_S = 20.0
+# An aggregator that died is replaced at once; one that dies again and again, after pauses which double.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
+_ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
+
+_log = logging.getLogger("traceml")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,8 @@ class Supervisor:
         self._token = os.environ.get("TRACEML_TOKEN") or secrets.token_hex(16)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
         self._aggregator: subprocess.Popen[bytes] | None = None
-        self._aggregator_starts = 0
+        self._aggregator_started_s = self._aggregator_due_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
         self._stopping = False
         self._failures: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
@@ -127,7 +133,11 @@ class Supervisor:
     # the aggregator
 
     def _start_aggregator(self) -> None:
-        self._aggregator_starts += 1
+        """Start an aggregator on our socket.
+
+        Raises:
+            TraceMLError: the run's folder cannot be written.
+        """
         logs = self._job.run_dir / "logs"
         try:
             logs.mkdir(parents=True, exist_ok=True)
@@ -141,6 +151,7 @@ class Supervisor:
         fd = self._listener.fileno()
         command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--run-id", self._job.run_id]
         command += ["--runs-dir", str(self._job.runs_dir), "--exit-when-idle"]
+        self._aggregator_started_s = time.monotonic()
         with log:
             self._aggregator = spawn(
                 command,
@@ -156,8 +167,28 @@ class Supervisor:
         if self._aggregator is None or self._aggregator.poll() is None:
             return
 
-        if self._aggregator_starts <= _MAX_AGGREGATOR_RESTARTS:
+        now_s = time.monotonic()
+        if now_s < self._aggregator_due_s:
+            return
+
+        if now_s - self._aggregator_started_s > _LIVED_LONG_S:
+            self._pause_s = _FIRST_PAUSE_S
+
+        self._aggregator_due_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        try:
             self._start_aggregator()
+        except (TraceMLError, OSError) as error:
+            # the job goes on, and its ranks keep their rows; what became of them is told at the end
+            _log.debug("no new aggregator yet: %s", error)
+
+    def _replace_aggregator(self) -> None:
+        """Start a new aggregator in the place of one that does not answer."""
+        if self._aggregator is not None:
+            self._aggregator.kill()
+            self._aggregator.wait()
+
+        self._start_aggregator()
 
     def _end_aggregator(self) -> None:
         """See the aggregator out: it was told to stop, unless something went wrong."""
@@ -284,23 +315,48 @@ class Supervisor:
     # the end
 
     def _finish(self, process: subprocess.Popen[bytes]) -> bool:
-        """Tell the aggregator how the processes ended; wait until the run is finished on disk."""
+        """Tell the aggregator how the processes ended; return whether the run is finished on disk."""
         failures = self._failures
         if not self._job.elastic:
             failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
 
-        self._keep_aggregator()
         try:
-            hello = Hello(role="client", run=self._job.run_id)
-            with contextlib.closing(connect("127.0.0.1", self._port, hello, self._token)) as connection:
-                connection.request("exits", {"exits": failures}, timeout_s=_FINISH_TIMEOUT_S)
-                reply = connection.request("finish", {"status": self._status(process)}, timeout_s=_FINISH_TIMEOUT_S)
-                connection.request("stop", timeout_s=_FINISH_TIMEOUT_S)
-                self._stopping = True
-        except (TraceMLError, OSError):
+            if self._aggregator is None or self._aggregator.poll() is not None:
+                self._start_aggregator()
+
+            finished = self._tell_end(failures, self._status(process))
+            if finished is None:  # it hangs, or died over it: a new one finds what the ranks have left in memory
+                self._replace_aggregator()
+                finished = self._tell_end(failures, self._status(process))
+        except (TraceMLError, OSError) as error:
+            _log.debug("the run cannot be finished: %s", error)
             return False
 
-        return "error" not in reply
+        return bool(finished)
+
+    def _tell_end(self, failures: list[dict[str, Any]], status: int) -> bool | None:
+        """Return whether the aggregator has finished the run; None without an answer."""
+        hello = Hello(role="client", run=self._job.run_id)
+        try:
+            connection = connect("127.0.0.1", self._port, hello, self._token, timeout_s=_ANSWER_TIMEOUT_S)
+        except (TraceMLError, OSError):
+            return None
+
+        with contextlib.closing(connection):
+            try:
+                connection.request("exits", {"exits": failures}, timeout_s=_FINISH_TIMEOUT_S)
+                connection.request("finish", {"status": status}, timeout_s=_FINISH_TIMEOUT_S)
+            except OSError:  # a TimeoutError, or the connection broke
+                return None
+            except TraceMLError as error:
+                _log.warning("%s", error)
+                return False
+
+            with contextlib.suppress(TraceMLError, OSError):
+                connection.request("stop", timeout_s=_ANSWER_TIMEOUT_S)
+                self._stopping = True
+
+        return True
 
 
 def _pass_signals(process: subprocess.Popen[bytes]) -> None:
