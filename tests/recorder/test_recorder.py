@@ -61,6 +61,18 @@ def test_steps_reach_the_store_once(serving: Serving) -> None:
     assert recorder.statistics().rows_acked == recorder.statistics().rows_appended > 200
 
 
+def test_the_last_telemetry_row_counts_what_the_end_sends(serving: Serving) -> None:
+    """A short run sends most of its rows at its end; they are in the bytes that it reports."""
+    recorder = traceml.init(port=serving.port, token=TOKEN)
+    do_steps(300)
+    traceml.shutdown()
+
+    sent = recorder.statistics().bytes_sent
+    with serving.store() as store:
+        assert sent > store.rows("telemetry")["bytes_sent"][-1] > 300 * 104
+        assert sent - store.rows("telemetry")["bytes_sent"][-1] < 400  # that row itself, and the goodbye
+
+
 def test_init_is_idempotent(serving: Serving) -> None:
     """The second call returns the recorder that runs; after a shutdown a new one starts, as a run of its own."""
     first = traceml.init(port=serving.port, token=TOKEN)

@@ -114,6 +114,7 @@ class Worker:
 
     def _last_turn(self) -> None:
         self._scheduler.run_all(self._slots[Slot.STEP])
+        self._sender.pump(flush=True)  # so that the last row counts (nearly) all that is sent
         self._append_telemetry(monotonic_ns())
         self._scheduler.close()
         if self._end is not None:
