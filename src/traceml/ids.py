@@ -11,7 +11,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["RankIdentity", "detect_rank", "job_key", "new_run_id", "run_name_of", "safe_run_id"]
+__all__ = [
+    "RankIdentity",
+    "detect_rank",
+    "group_address",
+    "job_key",
+    "launcher_job",
+    "new_run_id",
+    "run_name_of",
+    "safe_run_id",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,19 +66,41 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
 def job_key(environ: Mapping[str, str] = os.environ) -> str:
     """Return a text that all ranks of one job agree on and no other job shares.
 
-    In this order: `TRACEML_RUN_ID`, torchrun's run id with its rendezvous address, Slurm's job and step, else this
-    process alone (host, pid, start time).
+    In this order: `TRACEML_RUN_ID`, what the job's launcher tells (`launcher_job`), else this process alone (host, pid,
+    start time).
     """
-    if run_id := environ.get("TRACEML_RUN_ID"):
-        return run_id
-    torchrun = environ.get("TORCHELASTIC_RUN_ID")
-    master = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
+    if told := environ.get("TRACEML_RUN_ID") or launcher_job(environ):
+        return told
+
+    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+
+
+def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return what a launcher's variables say of the job, None where there are none.
+
+    In this order: torchrun's run id with its rendezvous address, Slurm's job and step, OpenMPI's job, the rendezvous
+    address of ranks that were started by hand.
+    """
+    torchrun, address = environ.get("TORCHELASTIC_RUN_ID"), group_address(environ)
     if torchrun is not None and environ.get("MASTER_PORT"):
         # `none` is torchrun's default and the same for every job; the rendezvous address is not.
+        master = f"{environ.get('MASTER_ADDR')}:{environ.get('MASTER_PORT')}"
         return f"torchrun-{torchrun}@{master}" if torchrun != "none" else f"torchrun@{master}"
     if job := environ.get("SLURM_JOB_ID"):
         return f"slurm-{job}.{environ.get('SLURM_STEP_ID', '0')}"
-    return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
+
+    sizes = [_int(environ.get(name), 1) for name in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")]
+    job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid")
+    if job and sizes[1] > 1:
+        return f"openmpi-{job}"
+
+    return address if max(sizes) > 1 else None
+
+
+def group_address(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return a text made of the address at which a process group's ranks meet, None where it is not set."""
+    address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
+    return f"group@{address}:{port}" if address and port else None
 
 
 def new_run_id(name: str, *, epoch_s: float | None = None) -> str:

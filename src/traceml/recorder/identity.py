@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.clock import process_start_ticks
-from traceml.ids import RankIdentity, detect_rank, job_key
+from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 
@@ -83,7 +83,7 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
     parent = _parent_process()
     unlaunched = who.source in ("single process", "torch.distributed") and not config.run_id
     job = config.run_id or (before.job if before is not None else job_key())
-    if who.source == "torch.distributed" and who.world_size > 1 and unlaunched and not _launched():
+    if who.source == "torch.distributed" and who.world_size > 1 and unlaunched and launcher_job() is None:
         job = _group_key(job, parent)
 
     provisional = who.source == "single process" and parent is not None
@@ -104,15 +104,10 @@ def script_name() -> str:
     return path.stem if path.suffix == ".py" else path.name
 
 
-def _launched() -> bool:
-    """Whether a launcher has set variables that tell the job."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ
-
-
 def _group_key(job: str, parent: int | None) -> str:
     """Return a key on which the ranks of a group agree that no launcher started: by its address, or their parent."""
-    if os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT"):
-        return f"group@{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if address := group_address():
+        return address
     if parent is not None:
         return f"group-{socket.gethostname()}-{parent}-{process_start_ticks(parent)}"
 

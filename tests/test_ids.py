@@ -1,0 +1,55 @@
+"""What the ranks of a job find each other by, and who they are in it."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.ids import detect_rank, job_key, launcher_job
+
+HAND = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+TORCHRUN = {**HAND, "TORCHELASTIC_RUN_ID": "none"}
+SLURM = {"SLURM_JOB_ID": "77", "SLURM_STEP_ID": "3", "SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0"}
+OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "key"),
+    [
+        (TORCHRUN, "torchrun@node0:29500"),
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "exp"}, "torchrun-exp@node0:29500"),
+        ({**TORCHRUN, **SLURM}, "torchrun@node0:29500"),
+        ({**SLURM, **HAND}, "slurm-77.3"),
+        ({**OPENMPI, "PMIX_NAMESPACE": "prterun-node0-42@1"}, "openmpi-prterun-node0-42@1"),
+        ({**OPENMPI, "OMPI_MCA_ess_base_jobid": "4242"}, "openmpi-4242"),
+        ({**OPENMPI, "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, "group@node0:29500"),
+        (HAND, "group@node0:29500"),
+        ({**TORCHRUN, **SLURM, "TRACEML_RUN_ID": "mine"}, "mine"),
+    ],
+)
+def test_ranks_of_a_job_share_what_their_launcher_tells(environ: dict[str, str], key: str) -> None:
+    """What the user names, then torchrun, Slurm, OpenMPI, and the address at which ranks started by hand meet."""
+    assert job_key(environ) == key
+
+
+@pytest.mark.parametrize("environ", [{}, {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, {"PMIX_NAMESPACE": "x"}])
+def test_a_process_alone_is_a_job_of_its_own(environ: dict[str, str]) -> None:
+    """Variables of a group with no other ranks in it, left over in a shell, join nobody."""
+    assert launcher_job(environ) is None
+    assert job_key(environ) != job_key(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        (TORCHRUN, (1, 2, 1, "torchrun")),
+        ({**SLURM, **OPENMPI}, (1, 2, 0, "slurm")),
+        (OPENMPI, (1, 2, 0, "openmpi")),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, (0, 1, 0, "single process")),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, (0, 1, 0, "single process")),
+    ],
+)
+def test_rank_comes_from_the_launchers_variables(environ: dict[str, str], found: tuple[int, int, int, str]) -> None:
+    """The first launcher whose variables make sense says who this is."""
+    who = detect_rank(environ)
+
+    assert (who.rank, who.world_size, who.local_rank, who.source) == found
