@@ -282,6 +282,7 @@ def test_rank_that_died_while_the_aggregator_was_away(serving, rank_process):
     assert not flight.exists()
     with aggregator.store() as store:
         assert store.rows("steps")["step"].tolist() == [*range(500)]
+        assert store.streams()[0].facts["exit"]["process_gone"]
 
 
 def test_rank_that_died_before_it_could_connect(serving, rank_process, job):

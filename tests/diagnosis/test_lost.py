@@ -155,6 +155,18 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
     assert "before the first step" in rank_lost(builder.build([120, -1]))[0].summary
 
 
+def test_a_process_that_is_gone_is_no_silent_host():
+    """Where the process is known to have ended, nobody is sent to look at the network."""
+    gone = RankExit.of(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
+
+    finding = rank_lost(Facts(exits=(gone,)))[0]
+
+    assert "ended without a word" in finding.summary
+    assert "in step 7, in backward" in finding.summary
+    assert "out-of-memory" in finding.next
+    assert "network" not in finding.next
+
+
 def test_lost_ranks_are_named_in_order():
     """Who of those that died of the same thing was first by microseconds is chance."""
     exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))

@@ -238,7 +238,9 @@ def test_too_few_cores_withhold_blame():
     job = Job(ranks=4, comm=10.0)
 
     assert verdict(job).kind is Kind.COMM_BOUND
-    assert verdict(job, main_wait=crowded).kind is Kind.HEALTHY
+    found = verdict(job, main_wait=crowded)
+    assert found.kind is Kind.HEALTHY
+    assert "too few cores" in found.summary
     assert verdict(Job(ranks=4), adds("forward", 3.0, (1,)), main_wait=crowded).kind is Kind.HEALTHY
 
 

@@ -384,7 +384,11 @@ class Run:
             self._recovered.append(image)
             self.store.update_stream(stream.id, appended=appended_rows(image))
 
-        self._end_stream(stream, _state_of_dead(stream, image))
+        state = _state_of_dead(stream, image)
+        if state is StreamState.LOST:
+            stream.exit["process_gone"] = True  # known, unlike with a host that fell silent
+
+        self._end_stream(stream, state)
 
     def _end_stream(self, stream: Stream, state: StreamState) -> None:
         stream.state = state

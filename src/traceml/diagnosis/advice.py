@@ -190,6 +190,12 @@ def for_exit(ended: RankExit) -> str:
     if ended.exception and ended.file:
         return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
 
+    if ended.state == "lost" and ended.process_gone:
+        return (
+            f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
+            "memory or time limit, or somebody's kill; `traceml run` and torchrun's output tell the signal."
+        )
+
     if ended.state == "lost":
         host = f" {ended.host}" if ended.host else ""
         return f"Look at the host{host} and its network: the rank fell silent without a word."

@@ -38,7 +38,7 @@ def nothing_found(segments: Segments, facts: Facts) -> Finding:
     return Finding(
         kind=Kind.HEALTHY,
         severity=Severity.INFO,
-        summary=_healthy(step, shares, saving),
+        summary=_healthy(step, shares, saving, facts),
         next=_when_healthy(facts, shares, saving),
         evidence=evidence,
     )
@@ -81,9 +81,16 @@ def _compute_bound(
     )
 
 
-def _healthy(step: float, shares: dict[str, float], saving: float) -> str:
+def _healthy(step: float, shares: dict[str, float], saving: float, facts: Facts) -> str:
     if saving >= WARNING_SHARE:
         return f"Saving checkpoints takes {percent(saving)} of all time; nothing else holds the run up."
+
+    if facts.oversubscribed:
+        ranks = "the ranks had" if facts.world_size > 1 else "the process had"
+        return (
+            f"No rank and no part of the step stands out, but {ranks} too few cores: a step takes {lasting(step)}; "
+            f"{_largest(shares)}."
+        )
 
     return f"Nothing holds the run up: a step takes {lasting(step)}; {_largest(shares)}."
 

@@ -115,6 +115,9 @@ def _how(ended: RankExit, *, many: bool) -> str:
         at = f" at {ended.file}:{ended.line}" if ended.file else ""
         return f"ended with {_short(ended.exception)}{at}"
 
+    if ended.state == "lost" and ended.process_gone:
+        return "ended without a word: by a signal or by os._exit, which nobody was there to see"
+
     if ended.state == "lost":
         return "fell silent: the connection ended without a word"
 
