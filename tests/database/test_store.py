@@ -294,3 +294,13 @@ def test_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(StoreError, match="taken"):
         StoreWriter(tmp_path / "taken" / "store.db")
+
+
+def test_what_a_writer_that_was_killed_left_half_made_is_removed(tmp_path: Path) -> None:
+    """The next writer of the folder, which holds its lock, clears it."""
+    for suffix in ("", "-wal", "-shm"):
+        (tmp_path / f"store.db.new-999999{suffix}").write_bytes(b"half")
+
+    StoreWriter(tmp_path / "store.db").close()
+
+    assert [path.name for path in tmp_path.iterdir()] == ["store.db"]

@@ -116,3 +116,16 @@ def test_example_in_the_documentation_is_right():
     page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
 
     assert auth.mac("secret", b"\x01" * 32, "rank", "job", 3).hex() in page
+
+
+def test_files_of_aggregators_that_were_killed_long_ago_are_swept(folder):
+    """A day later nobody waits for them; those of living ones, and fresh ones, stay."""
+    killed = {"start_ticks": 1}
+    for port, changes, age_s in ((1, killed, 90_000), (2, killed, 60), (3, {}, 90_000)):
+        path = auth.publish("127.0.0.1", port, "secret")
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        os.utime(path, (path.stat().st_atime, path.stat().st_mtime - age_s))
+
+    auth.publish("127.0.0.1", 4, "secret")
+
+    assert sorted(path.name for path in folder.iterdir()) == [f"aggregator-{port}.json" for port in (2, 3, 4)]

@@ -61,7 +61,7 @@ def translated(path: Path, doing: str) -> Iterator[None]:
 
 
 def create(path: Path) -> None:
-    """Make an empty store; it appears under its name only when it is whole.
+    """Make an empty store; it appears under its name only when it is whole. Its folder is locked by the caller.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full.
@@ -69,14 +69,18 @@ def create(path: Path) -> None:
     half = path.with_name(f"{path.name}.new-{os.getpid()}")
     with translated(path, "create"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_drafts(path)  # of writers that were killed over it
         try:
             _build(half)
             half.replace(path)
         except BaseException:
-            for leftover in path.parent.glob(f"{half.name}*"):
-                leftover.unlink(missing_ok=True)
-
+            _remove_drafts(path)
             raise
+
+
+def _remove_drafts(path: Path) -> None:
+    for leftover in path.parent.glob(f"{path.name}.new-*"):
+        leftover.unlink(missing_ok=True)
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:

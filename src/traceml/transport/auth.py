@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import stat
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +37,9 @@ __all__ = [
 # A client never answers a challenge that begins like its own nonces: else a false aggregator could pass the nonce of
 # one connection on to a second connection of the same client, and that one's answer off as its own.
 CLIENT_NONCE_TAG = b"traceml-client-1"
+
+# How long the file of an aggregator that was killed stays: who restarts it on its port gets its token back.
+_KEPT_S = 24 * 3600.0
 
 _log = logging.getLogger("traceml")
 
@@ -118,6 +122,7 @@ def publish(host: str, port: int, token: str, *, runs_dir: str = "") -> Path:
         json.dump(asdict(entry), file)
 
     draft.replace(path)  # a reader sees the old file or the new one, never a part
+    _sweep(path.parent)
     return path
 
 
@@ -143,6 +148,18 @@ def withdraw(port: int) -> None:
         if entry is not None and entry.pid == os.getpid():
             with contextlib.suppress(OSError):
                 (folder / _name(port)).unlink()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed aggregators left long ago: their ranks, which know the token, have given up by now."""
+    for path in folder.glob("aggregator-*.json*"):
+        with contextlib.suppress(OSError):  # another one sweeps, or it is no file of ours
+            if time.time() - path.stat().st_mtime < _KEPT_S:
+                continue
+
+            entry = _read(path)
+            if entry is None or not entry.alive:
+                path.unlink()
 
 
 def _name(port: int) -> str:
