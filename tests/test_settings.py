@@ -139,8 +139,13 @@ def test_bad_arguments_are_refused(arguments: dict[str, object], expected: str) 
 
 def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
     """The error names the variable as it was written, or the file's path."""
-    with pytest.raises(SettingsError, match=r"Traceml_Prot: no such setting; did you mean 'port'\?"):
+    with pytest.raises(SettingsError, match=r"Traceml_Prot: no such setting, set to '1'; did you mean 'port'\?"):
         read({"Traceml_Prot": "1"})
+
+    with pytest.raises(SettingsError) as told:
+        read({"TRACEML_TOEKN": "sesame"})
+    assert "token" in str(told.value)
+    assert "sesame" not in str(told.value)
 
     path = tmp_path / "traceml.toml"
     path.write_text("prot = 1\n")

@@ -220,7 +220,7 @@ def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
             continue
 
         key = upper.removeprefix(ENV_PREFIX).lower()
-        name = _known(key, variable, variable)
+        name = _known(key, text, variable, variable)
         if not text.strip() and get_origin(declarations()[name].kind) is not tuple:
             continue
 
@@ -306,7 +306,7 @@ def _table(table: Any, path: Path) -> Iterator[_Entry]:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _known(key: str, source: str, written: str) -> str:
+def _known(key: str, value: Any, source: str, written: str) -> str:
     name = _ALIASES.get(key, key)
     if name in declarations():
         return name
@@ -314,13 +314,16 @@ def _known(key: str, source: str, written: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(key, [*declarations(), *_ALIASES], n=1)
-    problem = f"no such setting; did you mean {near[0]!r}?" if near else "no such setting"
+    # What may be a secret under a misspelt name is not repeated.
+    hidden = any(declarations()[_ALIASES.get(name, name)].secret for name in near) or "token" in key.lower()
+    problem = "no such setting" if hidden else f"no such setting, set to {value!r:.100}"
+    problem += f"; did you mean {near[0]!r}?" if near else ""
     raise SettingsError(written, problem, source=source, allowed=", ".join(declarations()))
 
 
 def _checked(key: str, value: Any, source: str, written: str) -> tuple[str, Any]:
     """Return (setting, value in its own type); `written` is the key as the user wrote it."""
-    name = _known(key, source, written)
+    name = _known(key, value, source, written)
     declared = declarations()[name]
     result = coerce(declared.kind, value, declared.limits)
     if result is BAD or (name == "tls" and result):
