@@ -67,3 +67,9 @@ def test_missing_fields_are_named(name):
     """A hello that lacks a field is refused with its name."""
     with pytest.raises(ProtocolError, match=name):
         Hello.from_message({key: value for key, value in GOOD.items() if key != name})
+
+
+@pytest.mark.parametrize("clock", [None, 1_795_166_895, 1795166895.5, {"epoch": 5}])
+def test_a_peer_without_two_clocks_is_taken_in(clock):
+    """Whoever tells its time in another form is a peer like any other; the pair is not known of it."""
+    assert Hello.from_message({**GOOD, "clock": clock}).clock == (0, 0)

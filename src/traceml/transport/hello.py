@@ -50,7 +50,7 @@ class Hello:
         restarts_left: how often the job's launcher may still restart its workers.
         hang_timeout_s: after this long without a step the run counts as hung.
         schemas: see `schemas()`.
-        clock: (monotonic_ns, epoch_ns) taken together.
+        clock: (monotonic_ns, epoch_ns) taken together; (0, 0) of a peer that told something else.
     """
 
     role: Role = "client"
@@ -95,7 +95,8 @@ class Hello:
         for name, value in facts.items():
             _check(name, value)
 
-        facts["clock"] = tuple(facts["clock"])
+        clock = facts["clock"]
+        facts["clock"] = tuple(clock) if isinstance(clock, (list, tuple)) else (0, 0)
         facts.setdefault("start_ticks", 0)
         facts.setdefault("boot_id", "")
         facts.setdefault("command", "")
@@ -115,6 +116,9 @@ def _restarts_left(environ: Mapping[str, str]) -> int:
 
 
 def _check(name: str, value: object) -> None:
+    if name == "clock" and not isinstance(value, (list, tuple)):
+        return  # a number or nothing: it is of use as a pair only, and no reason to turn anybody away
+
     wanted: Any = _TYPES.get(name, str)
     if isinstance(value, bool) or not isinstance(value, wanted):
         raise ProtocolError(f"the hello's {name!r} is a {type(value).__name__}")
