@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
     """Run a script under tracing; return its exit status."""
     options = _parser().parse_args(argv)
     target, *arguments = _target(options)
+    _check_report(options.report)
     config = settings.load(**_given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
     if not config.enabled:
         command = [sys.executable, *(["-m"] if options.module else []), target, *arguments]
@@ -155,6 +156,21 @@ def _target(options: argparse.Namespace) -> list[str]:
         raise UsageError(f"can't open file {target[0]!r}: no such file. For a module, use -m.")
 
     return target
+
+
+def _check_report(path: Path | None) -> None:
+    """Say before hours of training that its report could not be put there."""
+    if path is None:
+        return
+
+    if path.is_dir():
+        raise UsageError(f"--report: {path} is a folder; give the name of a file")
+
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--report: there is no folder {path.parent}")
+
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UsageError(f"--report: {path} cannot be written")
 
 
 def _run_id(wanted: str | None) -> str | None:

@@ -1,0 +1,30 @@
+"""`traceml run` as far as it goes before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from traceml import cli
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("missing/r.json", "there is no folder"), ("folder", "is a folder"), ("plain/r.json", "there is no folder")],
+)
+def test_a_report_that_could_not_be_written_is_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
+    """A wrong --report is a usage error before the training, not a surprise after it."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plain").touch()
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('it was started')\n")
+
+    status = cli.main(["run", "--report", str(tmp_path / name), str(script)])
+
+    shown = capsys.readouterr().err
+    assert status == 2
+    assert said in shown
+    assert "started" not in shown
