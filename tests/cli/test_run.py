@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from traceml import cli
+from traceml.cli import run
 
 
 @pytest.mark.parametrize(
@@ -28,3 +29,19 @@ def test_a_report_that_could_not_be_written_is_refused_first(
     assert status == 2
     assert said in shown
     assert "started" not in shown
+
+
+def test_torchrun_without_torch_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranks where PyTorch is missing: what to install, and no traceback."""
+    monkeypatch.setattr(run, "find_spec", lambda name: None)
+    script = tmp_path / "train.py"
+    script.touch()
+
+    status = cli.main(["run", "--nproc-per-node", "2", str(script)])
+
+    shown = capsys.readouterr().err
+    assert status == 3
+    assert shown.splitlines() == [shown.strip()]
+    assert "pip install 'traceml[torch]'" in shown

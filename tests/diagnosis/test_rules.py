@@ -281,6 +281,15 @@ def test_no_steps_at_all_say_how_to_mark_them():
     assert "trace_step" in found.next
 
 
+def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
+    """Where no rank ever came, as torchrun could not start them, the job's output says why."""
+    found = diagnose(StepWindow(128).aligned(), Facts(state="failed"))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "output" in found.next
+    assert "trace_step" not in found.next
+
+
 def test_a_lost_rank_outranks_timing():
     """A rank killed by a signal is the verdict; the timing finding comes after it."""
     lost = RankExit(rank=1, state="killed", signal=9, last_step=99, open_step=100, open_phase="backward")

@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -74,6 +75,9 @@ def main(argv: list[str]) -> int:
     if not config.enabled:
         command = [sys.executable, *(["-m"] if options.module else []), target, *arguments]
         os.execv(sys.executable, command)  # noqa: S606 - the user's own script
+
+    if _elastic(options) and find_spec("torch") is None:
+        raise TraceMLError("torchrun's options need PyTorch, which is not installed: pip install 'traceml[torch]'")
 
     job = Job(
         command=_command(options, target, arguments),

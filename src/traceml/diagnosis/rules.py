@@ -65,13 +65,17 @@ def _too_few(window: Window, facts: Facts) -> Finding:
         why = f"the {len(window.ranks)} ranks have no step in common"
 
     ended = facts.state != "running"
+    failed = not seen and facts.state == "failed"
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Severity.INFO,
         summary=f"Too little to tell what limits the run: {why}; {MIN_STEPS} are needed.",
-        next=_for_more(seen) if ended else "Wait for more steps.",
+        next=_WHEN_FAILED if failed else _for_more(seen) if ended else "Wait for more steps.",
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
     )
+
+
+_WHEN_FAILED = "Read the job's output for why it failed before it trained."
 
 
 def _for_more(seen: int) -> str:
