@@ -247,7 +247,7 @@ class Recorder:
             if self.config.on_missing == "raise":
                 raise
 
-            _log.warning("%s Training goes on; it is tried again in the background.", error)
+            _log.warning("%s. Training goes on; it is tried again in the background.", str(error).rstrip("."))
             return
 
         if connection is not None:
