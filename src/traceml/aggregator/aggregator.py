@@ -222,7 +222,7 @@ class Aggregator:
 
     def _adopt_flights(self, run: Run) -> None:
         """Take in what ranks of this run left behind without ever having been connected here."""
-        for found in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER):
+        for found in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
             run.adopt(found)
 
     async def _leave(self) -> None:

@@ -21,7 +21,7 @@ __all__ = ["CommandError", "Commands"]
 
 # A launcher says that its processes have ended; what they wrote last may still lie in our sockets.
 _DRAIN_LOOKS, _DRAIN_LOOK_S = 200, 0.01
-_END_TRIES, _END_PAUSE_S = 75, 0.2
+_END_TRIES, _END_PAUSE_S = 25, 0.2
 _ANSWER_S = 10.0
 
 _log = logging.getLogger("traceml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,18 @@ class Found:
         )
 
 
-def dead_flights(job: str, *folders: Path) -> list[Found]:
-    """Return the flight files which dead ranks of a job left in the usual folder and in others."""
+def dead_flights(job: str, *folders: Path, but: Collection[Path] = ()) -> list[Found]:
+    """Return the flight files which dead ranks of a job left in the usual folder and in others.
+
+    Args:
+        job: its key.
+        folders: where else to look.
+        but: files that are known already.
+    """
     found = []
     for folder in (default_folder(), *folders):
         for path in find_flights(folder):
-            if is_alive(path):
+            if path in but or is_alive(path):
                 continue
 
             try:

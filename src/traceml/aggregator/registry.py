@@ -192,13 +192,15 @@ class Registry:
 
     def _mark(self, key: str, run_id: str, *, named: bool) -> None:
         marker = _marker(self.runs_dir, key)
+        draft = marker.with_suffix(f".{os.getpid()}")
         try:
             marker.parent.mkdir(exist_ok=True)
-            draft = marker.with_suffix(f".{os.getpid()}")
             draft.write_text(json.dumps({"job": key, "run": run_id, "named": named}))
             draft.replace(marker)
         except OSError as error:
             _log.warning("run %s could not be found again after a restart of the aggregator: %s", run_id, error)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
 
     def _unmark(self, key: str) -> None:
         with contextlib.suppress(OSError):  # at worst the next aggregator looks at a run that is over

@@ -108,6 +108,11 @@ class Run:
         """Whether any rank is connected now."""
         return any(stream.connected for stream in self.streams)
 
+    @property
+    def recovered(self) -> set[Path]:
+        """The flight files whose rows were taken in, but could not be stored yet."""
+        return {image.path for image in self._recovered}
+
     def attempt_for(self, hello: Hello) -> int | None:
         """Return the attempt of this run that a newcomer belongs to, None when it is of another job.
 
