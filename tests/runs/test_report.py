@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -227,7 +228,7 @@ def test_a_running_run_can_be_reported(tmp_path):
 
 
 def test_a_run_that_nobody_keeps_is_lost(tmp_path):
-    """A store that says `running`, and whose aggregator is gone, is lost."""
+    """A store that says `running`, and whose aggregator is gone, is lost; it ended when it was written last."""
     writer = open_store(tmp_path / "run", state="running", ended=None)
     import socket
 
@@ -237,8 +238,13 @@ def test_a_run_that_nobody_keeps_is_lost(tmp_path):
         "aggregator", {"pid": 2**22 + 1, "start_ticks": 1, "boot_id": boot_id(), "host": socket.gethostname()}
     )
     writer.close()
+    for path in (tmp_path / "run").iterdir():
+        os.utime(path, (STARTED + 60, STARTED + 60))
 
-    assert build_report(tmp_path / "run")["run"]["state"] == "lost"
+    run = build_report(tmp_path / "run")["run"]
+
+    assert run["state"] == "lost"
+    assert (run["ended"], run["duration_s"]) == (STARTED + 60, 60)
 
 
 def test_the_file_is_valid_json_and_appears_whole(tmp_path):

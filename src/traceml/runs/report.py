@@ -109,7 +109,11 @@ def report_of(
 
 def _run(digest: Digest, run_dir: Path) -> dict[str, Any]:
     run = digest.run
+    state = state_of(run, digest.aggregator)
     started, ended = run.get("started"), run.get("ended")
+    if ended is None and state != "running":
+        ended = _last_written_s(run_dir)  # nobody was there to note it
+
     until = ended if ended is not None else time.time()
     return {
         "id": str(run.get("id", run_dir.name)),
@@ -119,11 +123,17 @@ def _run(digest: Digest, run_dir: Path) -> dict[str, Any]:
         "started": started,
         "ended": ended,
         "duration_s": until - started if started is not None else None,
-        "state": state_of(digest.run, digest.aggregator),
+        "state": state,
         "world_size": int(run.get("world_size", max(len(digest.ranks), 1))),
         "hosts": sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
         "command": run.get("command", ""),
     }
+
+
+def _last_written_s(run_dir: Path) -> float | None:
+    """Return when the store was written last, in epoch seconds."""
+    files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal"]
+    return max((path.stat().st_mtime for path in files if path.exists()), default=None)
 
 
 def _slots(reader: StoreReader, max_step_rows: int) -> int:
