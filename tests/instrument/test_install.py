@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
 import os
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from torch import nn
+from torch.nn.modules import module
 from torch.utils.data import DataLoader, TensorDataset, dataloader
 
 from tests.instrument.conftest import Traced
@@ -77,6 +82,8 @@ def test_uninstall_puts_every_original_back(tmp_path: Path) -> None:
     assert replaced == []
     assert [vars(owner).get(name, "absent") for owner, name in ATTRIBUTES] == before
     assert sys.meta_path == meta_path
+    assert not module._global_parameter_registration_hooks
+    assert not module._global_module_registration_hooks
     assert "_compiled_call_impl" not in vars(model)
     flight.close(unlink=True)
 
@@ -284,3 +291,45 @@ def test_overhead_is_measured_on_the_rank(traced: Traced) -> None:
     train(70)
 
     assert 200 < traced.instrumentation.hook_ns_per_step() < 1_000_000
+
+
+def test_a_model_copied_later_is_evaluated(traced: Traced) -> None:
+    """Batches that go to a copy made during training (an average, the best so far) are evaluation."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    training, validation = DataLoader(TensorDataset(torch.randn(8, 4))), DataLoader(TensorDataset(torch.randn(3, 4)))
+    for _ in range(2):
+        for (x,) in training:
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+        time.sleep(0.05)  # a training that is not over at once: looking for models takes 1 % of the time at most
+        best = copy.deepcopy(model)
+        with torch.no_grad():
+            for (x,) in validation:
+                best(x)
+
+    assert len(traced.finish()) == 16
+    assert sum(row["batches"] for row in traced.table("evals")) == 6
+
+
+def test_models_of_many_trainings_are_found(traced: Traced) -> None:
+    """Every fold's model is timed, however many there were, and none is kept alive."""
+    refs = []
+    for _ in range(30):
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        refs.append(weakref.ref(model))
+        time.sleep(0.05)
+        for (x,) in DataLoader(TensorDataset(torch.randn(2, 4))):
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+    del model, optimizer
+    gc.collect()
+    rows = traced.finish()
+    assert len(rows) == 60
+    assert all(row["forward_ns"] for row in rows)
+    assert not any(ref() for ref in refs)

@@ -174,10 +174,13 @@ class Instrumentation:
         patch_compile(patches, timer)
         patch_backward(patches, clock)
         patch_grad_scaler(patches, clock)
-        patch_loaders(patches, clock, self._new_loader)
+        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._discovery.glance))
         calls.patch_checkpoint(patches, clock)
         self._patch_distributed()
         self._watch_constructors(on_optimizer_type)
+        for handle in self._discovery.watch():
+            patches.on_undo(handle.remove)
+
         self._measure_overhead()
         keep_out()
         self._discovery.scan()

@@ -94,13 +94,16 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
     return clock.bind(begin), clock.bind(end)
 
 
-def patch_loaders(patches: Patches, clock: StepClock, on_loader: Callable[[Any], None]) -> None:
+def patch_loaders(
+    patches: Patches, clock: StepClock, on_loader: Callable[[Any], None], on_iterator: Callable[[], None]
+) -> None:
     """Time DataLoader's iterators.
 
     Args:
         patches: where the originals are kept.
         clock: whose time it is.
         on_loader: called with each loader when its first iterator is made.
+        on_iterator: called when an iterator was made, in no phase: a model that is new may be called on its batches.
     """
     from torch.utils.data import dataloader
 
@@ -135,6 +138,7 @@ def patch_loaders(patches: Patches, clock: StepClock, on_loader: Callable[[Any],
             if began is not None:
                 end(began, loader, None)
 
+        on_iterator()
         try:
             setattr(iterator, _TAG, loader)
         except AttributeError:
