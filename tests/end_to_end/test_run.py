@@ -237,7 +237,7 @@ def test_the_aggregator_dies_and_nothing_is_lost(traceml: Traceml) -> None:
 def test_a_signal_to_the_command_reaches_the_job(
     traceml: Traceml, ranks: int, number: signal.Signals, status: int
 ) -> None:
-    """The job ends by the signal, the run is finished, the status says so."""
+    """The job ends by the signal, the run is finished, the status says so, and how each rank ended is known."""
     many = ("--nproc-per-node", str(ranks)) if ranks > 1 else ()
     running = traceml.start("run", *many, TINY, "--steps", "3000", "--pause", "0.02", "--marker", "marker")
     for rank in range(ranks):
@@ -249,6 +249,8 @@ def test_a_signal_to_the_command_reaches_the_job(
     assert ended.status == status, ended.stderr
     assert ended.report["run"]["state"] == "failed"
     assert ended.report["steps"]["count"] > 0
+    if number == signal.SIGTERM:
+        assert [rank["exit"]["signal"] for rank in ended.report["ranks"]] == [number] * ranks
     assert_nothing_is_left(ended)
 
 

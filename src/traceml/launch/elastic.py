@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 __all__ = ["main", "status_of"]
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     report = _reporter(os.environ.pop("TRACEML_FAILURES_FD", None))
-    told = _watch_agent(report)
+    told, agents = _watch_agent(report)
     try:
         run(parse_args(list(argv)))
     except ChildFailedError as error:
@@ -35,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
         print(error, file=sys.stderr)  # noqa: T201 - this module is a program
         return status_of(first.exitcode)
     except SignalException as error:
+        report(_ended(agents))
         return 128 + int(error.sigval)
     except KeyboardInterrupt:
         return 130
@@ -69,19 +71,24 @@ def _reporter(fd_text: str | None) -> Any:
     return report
 
 
-def _watch_agent(report: Any) -> list[bool]:
+def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
     """Have torchrun's agent tell failures of each attempt, also those that it restarts after.
 
     `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are told at the end.
+
+    Returns:
+        A list that is empty until something was told, and one that will hold the agent.
     """
     from torch.distributed.launcher import api
 
     told: list[bool] = []
+    agents: list[Any] = []
     original = getattr(getattr(api, "LocalElasticAgent", None), "_monitor_workers", None)
     if original is None:
-        return told
+        return told, agents
 
     def monitor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        agents[:] = [self]
         result = original(self, *args, **kwargs)
         if failures := getattr(result, "failures", None):
             report(failures.items())
@@ -90,7 +97,27 @@ def _watch_agent(report: Any) -> list[bool]:
         return result
 
     api.LocalElasticAgent._monitor_workers = monitor
-    return told
+    return told, agents
+
+
+def _ended(agents: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Return how the workers ended that torchrun has stopped, as a signal came to it: of these it tells nothing itself.
+
+    What is looked at is private to torch: where it is missing, the ranks' own words have to do.
+    """
+    found = []
+    for agent in agents:
+        handlers = getattr(getattr(agent, "_pcontext", None), "subprocess_handlers", {})
+        workers = getattr(getattr(agent, "_worker_group", None), "workers", [])
+        ranks = {worker.local_rank: worker.global_rank for worker in workers}
+        for local_rank, handler in handlers.items():
+            if handler.proc.returncode and local_rank in ranks:
+                end = SimpleNamespace(
+                    local_rank=local_rank, pid=handler.proc.pid, exitcode=handler.proc.returncode, timestamp=None
+                )
+                found.append((ranks[local_rank], end))
+
+    return found
 
 
 if __name__ == "__main__":
