@@ -333,3 +333,25 @@ def test_models_of_many_trainings_are_found(traced: Traced) -> None:
     assert len(rows) == 60
     assert all(row["forward_ns"] for row in rows)
     assert not any(ref() for ref in refs)
+
+
+def test_an_optimizer_with_a_scheduler_made_before(tmp_path: Path) -> None:
+    """A scheduler's `step` on the optimizer, made before installing, is timed, and is back afterwards."""
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    own = vars(optimizer)["step"]
+    flight = FlightFile.create(tmp_path, {})
+    instrumentation = install(flight)
+    for (x,) in DataLoader(TensorDataset(torch.randn(8, 4))):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+    instrumentation.close_open_step()
+    steps, errors = instrumentation.steps, instrumentation.errors
+    instrumentation.uninstall()
+    flight.close(unlink=True)
+    assert (steps, errors) == (8, 0)
+    assert vars(optimizer)["step"] is own

@@ -1,10 +1,10 @@
 """Finding the user's models and optimizers without asking for them.
 
 torch offers hooks on all modules (paid on every call of every layer) or on one. So the few that matter are looked for
-among the objects of the garbage collector, at the few moments when new ones may be there. A look at all of them takes
-20-50 ms: it is taken before and in the first steps, later while all looks took less than 1 % of the time. A glance
-takes 0.3 ms: it sees modules that were constructed since the last one, as torch tells of their parameters and children,
-and those among the collector's young objects, for copies, which it does not tell of.
+at the few moments when new ones may be there. A glance sees the modules that were constructed since the last one, as
+torch tells of their parameters and children; and, for copies, of which it does not tell, the garbage collector's young
+objects (0.3 ms, at most 1 % of the time). A look at all of the collector's objects takes 20-50 ms: it is taken at the
+start and at the first backward pass, and for new optimizers as long as all looks took less than 1 % of the time.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from traceml.instrument.forward import ForwardTimer, instrument_module, restore_
 
 __all__ = ["Discovery"]
 
-_FREE_SCANS = 12
-_SHARE = 100  # further ones while all of them took less than one part in so many of the time; glances likewise
-_YOUNG = (0, 1)  # the collector's generations of objects that were made lately
+_FREE_SCANS = 4
+_SHARE = 100  # further ones while all of them took less than one part in so many of the time
 _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
 
@@ -38,7 +37,7 @@ class Discovery:
         clock: who is told how many optimizers there are.
         timer: what the modules get.
         on_model: called with each module when it is first timed.
-        on_optimizer_type: called with the types of optimizers that are alive.
+        on_optimizer: called with the optimizers that are alive.
     """
 
     def __init__(
@@ -46,13 +45,13 @@ class Discovery:
         clock: StepClock,
         timer: type[ForwardTimer],
         on_model: Callable[[Any], None],
-        on_optimizer_type: Callable[[type[Any]], None],
+        on_optimizer: Callable[[Any], None],
     ) -> None:
         self._clock, self._timer = clock, timer
-        self._on_model, self._on_optimizer_type = on_model, on_optimizer_type
+        self._on_model, self._on_optimizer = on_model, on_optimizer
         self._known: dict[int, weakref.ref[Any]] = {}
         self._made_ns = monotonic_ns()
-        self._scans = self._scan_ns = self._glance_ns = 0
+        self._scans = self._scan_ns = self._glance_at_ns = 0
         self._descents = 0
         self._pending: list[weakref.ref[Any]] = []  # modules that got parameters or children since the last glance
 
@@ -82,8 +81,8 @@ class Discovery:
         for module in roots:
             self.add(module)
 
-        for kind in {type(optimizer) for optimizer in optimizers}:
-            self._on_optimizer_type(kind)
+        for optimizer in optimizers:
+            self._on_optimizer(optimizer)
 
         trained = {id(parameter) for module in roots for parameter in module.parameters()}
         self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
@@ -96,8 +95,10 @@ class Discovery:
         pending, self._pending = self._pending, []
         found = {id(module): module for ref in pending if (module := ref()) is not None}
         start = monotonic_ns()
-        if self._glance_ns * _SHARE < start - self._made_ns:
-            young = [candidate for age in _YOUNG for candidate in gc.get_objects(generation=age)]
+        looks = start >= self._glance_at_ns
+        if looks:
+            # Added, not gathered into a list: that one would be young too, and hold itself until it is collected.
+            young = gc.get_objects(generation=0) + gc.get_objects(generation=1)
             found |= {id(module): module for module in _alive(young)[0]}
 
         new = [module for module in _roots(found.values()) if not self._knows(module)]
@@ -106,7 +107,9 @@ class Discovery:
             if id(module) not in inner:
                 self.add(module)
 
-        self._glance_ns += monotonic_ns() - start
+        if looks:
+            end = monotonic_ns()
+            self._glance_at_ns = end + (end - start) * _SHARE
 
     def add(self, module: Any) -> None:
         """Time one module."""

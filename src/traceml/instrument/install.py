@@ -161,7 +161,7 @@ class Instrumentation:
         from traceml.instrument.dynamo import keep_out
         from traceml.instrument.forward import patch_compile, timer_type
         from traceml.instrument.loader import patch_loaders
-        from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer_type
+        from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer, patch_optimizer_type
 
         clock, patches = self.clock, self._patches
         self._patch_device()  # first: hooks bind `open_slots`
@@ -170,7 +170,9 @@ class Instrumentation:
         def on_optimizer_type(kind: type[Any]) -> None:
             patch_optimizer_type(patches, clock, kind)
 
-        self._discovery = Discovery(clock, timer, self._tell_model, on_optimizer_type)
+        self._discovery = Discovery(
+            clock, timer, self._tell_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
+        )
         patch_compile(patches, timer)
         patch_backward(patches, clock)
         patch_grad_scaler(patches, clock)
@@ -228,7 +230,7 @@ class Instrumentation:
             original(optimizer, *args, **kwargs)
             self._guarded(lambda: on_optimizer_type(type(optimizer)))
             if self.clock.thread == get_ident():
-                self._guarded(self._discovery.scan)
+                self._guarded(self._discovery.glance)
 
         self._patches.wrap(optimizer_type, "__init__", __init__)
 
@@ -283,8 +285,6 @@ class Instrumentation:
 
     def _new_loader(self, loader: Any) -> None:
         self._guarded(lambda: self._tell_loader(loader))
-        if self.clock.fresh:
-            self._guarded(self._discovery.scan)
 
     def _tell_loader(self, loader: Any) -> None:
         from traceml.instrument.facts import loader_facts

@@ -7,6 +7,8 @@ per step, and none is called after a `step` that raised.) Steps inside a step, o
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
-__all__ = ["patch_grad_scaler", "patch_optimizer_type", "timed_step"]
+__all__ = ["patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step"]
 
 _OPTIMIZER = int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
@@ -33,6 +35,34 @@ def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) ->
     wrapper = timed_step(vars(owner)["step"], clock)
     patches.wrap(owner, "step", wrapper)
     wrapper._traceml_clock = clock  # type: ignore[attr-defined]
+
+
+def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
+    """Time the steps of an optimizer that is alive.
+
+    An LR scheduler gives its optimizer a `step` of its own, which calls the class's as it was then.
+    """
+    patch_optimizer_type(patches, clock, type(optimizer))
+    own = vars(optimizer).get("step")
+    if own is None or getattr(own, "_traceml_clock", None) is clock:
+        return
+
+    ref = weakref.ref(optimizer)
+    timed = timed_step(lambda _self, *args, **kwargs: own(*args, **kwargs), clock)
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return timed(ref(), *args, **kwargs)
+
+    functools.update_wrapper(step, own)  # also the mark by which schedulers know that it is theirs
+    step._traceml_clock = clock  # type: ignore[attr-defined]
+    optimizer.step = step
+
+    def undo() -> None:
+        alive = ref()
+        if alive is not None and vars(alive).get("step") is step:
+            alive.step = own
+
+    patches.on_undo(undo)
 
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
