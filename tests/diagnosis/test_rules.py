@@ -189,6 +189,17 @@ def test_one_long_step_is_no_verdict():
     assert verdict(Job(), pauses).kind in (Kind.COMPUTE_BOUND, Kind.HEALTHY)
 
 
+def test_a_long_optimizer_step_is_left_out_whole():
+    """An optimizer's work counts in the segment after its step: without the step, it is left out as well."""
+
+    def pauses(own, random):
+        own["optimizer"][:, 150] += 2000
+
+    shares = verdict(Job(), pauses).evidence["share_by_phase"]
+    assert sum(shares.values()) < 1.05
+    assert shares["optimizer"] < 0.5
+
+
 def test_a_run_that_computes_all_the_time_is_compute_bound():
     """Ninety percent of computation, and the heaviest phase is named."""
     found = verdict(ALONE)

@@ -46,10 +46,14 @@ def nothing_found(segments: Segments, facts: Facts) -> Finding:
 
 def _without_pauses(segments: Segments) -> NDArray[np.intp]:
     """Return the steps without the two longest: a pause is no property of the run."""
-    if len(segments.step) < 10:
-        return np.arange(len(segments.step))
+    count = len(segments.step)
+    if count < 10:
+        return np.arange(count)
 
-    return np.sort(np.argsort(segments.step)[:-2])
+    longest = np.argsort(segments.step)[-2:]
+    # In a group the optimizer's own work counts behind the sync point: in the segment after its step.
+    left_out = np.union1d(longest, longest + 1) if segments.grouped else longest
+    return np.setdiff1d(np.arange(count), left_out)
 
 
 def _evidence(segments: Segments, facts: Facts, step: float, shares: dict[str, float]) -> dict[str, object]:
