@@ -14,7 +14,7 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import Run, stored_steps
-from traceml.database.flight import default_folder, find_flights
+from traceml.database.flight import default_folder, find_flights, read_flight
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
@@ -136,6 +136,25 @@ def test_warn_goes_on_and_connects_later(tmp_path: Path, serving: Serving, caplo
     traceml.shutdown()
 
     assert stored_steps(serving) == list(range(100))
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_a_launcher_finds_the_rows_of_a_rank_that_never_met_an_aggregator(
+    quiet_process: None, monkeypatch: pytest.MonkeyPatch, supervised: bool
+) -> None:
+    """They stay in the flight file for the aggregator that the launcher asks at the end; without one nobody would."""
+    if supervised:
+        monkeypatch.setenv("TRACEML_SUPERVISED", "1")
+
+    recorder = traceml.init(port=free_port(), token=TOKEN, on_missing="warn", connect_timeout=0.2)
+    do_steps(5)
+    assert not recorder.stop(timeout_s=0.3)
+
+    left = my_flights()
+    assert len(left) == supervised
+    for path in left:
+        assert read_flight(path).counters("steps").appended == 5
+        path.unlink()
 
 
 def test_a_wrong_token_is_refused(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:

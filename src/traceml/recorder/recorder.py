@@ -158,8 +158,9 @@ class Recorder:
         self._flight.open_slots[Slot.STATE] = ended
         self._hold_until_ns = 0
         stored = self._worker.finish(reason, timeout_s=timeout_s, hope=self.config.supervised)
-        # Where no aggregator was ever met, nobody will look for the file.
-        self._flight.close(unlink=stored or self._sender.connections == 0)
+        # Where no aggregator was ever met, nobody will look for the file, unless a launcher sees to that.
+        forlorn = self._sender.connections == 0 and not self.config.supervised
+        self._flight.close(unlink=stored or forlorn)
         return stored
 
     def note(self, kind: str, *, urgent: bool = False, **facts: Any) -> None:
