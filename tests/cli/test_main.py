@@ -137,6 +137,30 @@ cli.COMMANDS["probe"] = ("probe", "a probe")
 sys.exit(cli.main(["probe"]))
 """
 
+PROBE = """
+import socket, sys, types
+from traceml import cli
+def open_something(argv):
+    with socket.socket() as sock:
+        print("stderr is", sys.stderr.fileno(), "and the socket higher:", sock.fileno() > 2)
+    return 0
+sys.modules["probe"] = types.SimpleNamespace(main=open_something)
+cli.COMMANDS["probe"] = ("probe", "a probe")
+sys.exit(cli.main(["probe"]))
+"""
+
+
+def test_closed_standard_streams_are_no_place_for_sockets(tmp_path):
+    """Started with stdin and stderr closed, a command's sockets do not get their numbers."""
+    (tmp_path / "probe.py").write_text(PROBE)
+
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {tmp_path}/probe.py <&- 2>&-"],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+    assert (done.stdout, done.returncode) == ("stderr is 2 and the socket higher: True\n", 0)
+
 
 def test_reader_that_goes_away_is_quiet(tmp_path):
     """When the reader of the pipe goes away the command ends without a word on stderr."""

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `traceml`; those of the process when left out.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
     try:
         status = _dispatch(words)
         sys.stdout.flush()  # a reader that went away is noticed here, not in the interpreter's last words
@@ -59,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _complain(f"{_title(words)}: {error}")
         return EXIT_ERROR
+
+
+def _open_standard_streams() -> None:
+    """Open what is closed of stdin, stdout and stderr: a socket or log that got its number would be written over."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+
+    os.close(descriptor)
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - for the process's life
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 def _dispatch(words: list[str]) -> int:
