@@ -60,6 +60,10 @@ examples:
 Options before SCRIPT are traceml's and torchrun's; everything after it belongs to the script.
 The exit status is that of the rank which failed first, 128 + n for signal n."""
 
+_UNFINISHED = """\
+traceml run: not all of this run is stored; {log} may say why.
+What its ranks left in memory stays for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -106,6 +110,9 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
             _conclude(job, outcome, report)
         except (TraceMLError, OSError) as error:  # the script has run, and its status is what the caller waits for
             print(f"traceml run: no report of this run: {error}", file=sys.stderr)
+
+        if not outcome.finished and job.run_dir.is_dir():
+            print(_UNFINISHED.format(log=job.run_dir / "logs" / "aggregator.log", runs=job.runs_dir), file=sys.stderr)
 
     return outcome.status
 
