@@ -172,3 +172,14 @@ def test_lost_ranks_are_named_in_order():
     exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))
 
     assert rank_lost(Facts(exits=exits))[0].ranks == (0, 1, 2)
+
+
+def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
+    """Both were ended by signals that sweep jobs away; the one whose collective broke first missed the other."""
+    gone = "RuntimeError: Connection closed by peer"
+    exits = [
+        RankExit(rank=0, state="killed", signal=15, exception=gone, at_s=1.0),
+        RankExit(rank=1, state="killed", signal=1, at_s=2.0),
+    ]
+
+    assert [ended.rank for ended in root_causes(exits)] == [1]

@@ -63,7 +63,7 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     if not own and any(_by_hand(ended) for ended in bad):
         return []
 
-    causes = own or list(bad)
+    causes = own or [ended for ended in bad if not _missed_a_peer(ended)] or list(bad)
     causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
     # Ranks which die of the same thing die together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
@@ -85,8 +85,12 @@ def _follows(ended: RankExit) -> bool:
     if ended.signal is not None:
         return _signal_name(ended.signal) in _SWEPT_AWAY
 
+    return _by_hand(ended) or _missed_a_peer(ended)
+
+
+def _missed_a_peer(ended: RankExit) -> bool:
     text = (ended.exception or "").lower()
-    return _by_hand(ended) or any(word in text for word in _PEER_GONE)
+    return any(word in text for word in _PEER_GONE)
 
 
 def _by_hand(ended: RankExit) -> bool:

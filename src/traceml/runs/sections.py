@@ -120,8 +120,9 @@ def _exit(digest: Digest, stream: StreamRecord) -> dict[str, Any]:
 
     latest = digest.window.latest
     last_step = ended.last_step
-    if last_step is None and stream.rank < len(latest) and latest[stream.rank] >= 0:
-        last_step = int(latest[stream.rank])
+    if stream.rank < len(latest) and latest[stream.rank] >= 0:
+        # What the rank said as it ended leaves out the step that was still open then.
+        last_step = max(int(latest[stream.rank]), -1 if last_step is None else last_step)
 
     return {
         "code": ended.code,
