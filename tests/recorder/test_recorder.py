@@ -143,10 +143,11 @@ def test_a_launcher_finds_the_rows_of_a_rank_that_never_met_an_aggregator(
     quiet_process: None, monkeypatch: pytest.MonkeyPatch, supervised: bool
 ) -> None:
     """They stay in the flight file for the aggregator that the launcher asks at the end; without one nobody would."""
+    port = free_port()
     if supervised:
-        monkeypatch.setenv("TRACEML_SUPERVISED", "1")
+        monkeypatch.setenv("TRACEML_ADDRESS", f"127.0.0.1:{port}")
 
-    recorder = traceml.init(port=free_port(), token=TOKEN, on_missing="warn", connect_timeout=0.2)
+    recorder = traceml.init(port=port, token=TOKEN, on_missing="warn", connect_timeout=0.2)
     do_steps(5)
     assert not recorder.stop(timeout_s=0.3)
 
