@@ -183,3 +183,14 @@ def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
     ]
 
     assert [ended.rank for ended in root_causes(exits)] == [1]
+
+
+def test_a_rank_that_was_killed_while_it_ended_well_is_lost():
+    """It had said that it ends with status 0; then a signal came, in whichever order the two are read."""
+    builder = FactsBuilder()
+    builder.exit(RankExit(rank=0, state="killed", signal=9))
+
+    builder.info(0, {"kind": "exit", "code": 0, "last_step": 58})
+
+    [ended] = builder.build().exits
+    assert (ended.state, ended.signal, ended.code, ended.last_step) == ("killed", 9, None, 58)

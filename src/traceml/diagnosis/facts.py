@@ -153,7 +153,9 @@ class FactsBuilder:
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
             del self._loaders[_MAX_LOADERS:]
         elif kind == "exit":
-            self.exit(RankExit.of(rank, "failed" if row.get("code") or row.get("exception") else "finished", row))
+            told = RankExit.of(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
+            # A rank tells how it is about to end; what became of its process, where that is known, counts more.
+            self.exits[rank] = _merge(told, self.exits[rank]) if rank in self.exits else told
         elif kind in ("process", "model", "group"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             if isinstance(row.get("cores"), int):
