@@ -118,3 +118,29 @@ def test_parts_called_directly_are_found(traced: Traced) -> None:
     rows = traced.finish()
     assert rows[0]["forward_ns"] == 0
     assert rows[-1]["forward_ns"] > 0
+
+
+class _OwnState(nn.Module):
+    """A module that pickles and copies its whole `__dict__`, as DDP and compiled modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 1)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_module_that_copies_its_dict_copies_and_pickles_clean(traced: Traced) -> None:
+    """The copy calls itself, not the module that it was copied from."""
+    model = _OwnState()
+    torch.optim.SGD(model.parameters(), lr=0.1)
+    assert is_instrumented(model)
+
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        copied.inner.weight.data.zero_()
+        copied.inner.bias.data.zero_()
+        assert copied(torch.ones(1, 4)).item() == 0

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -293,8 +292,9 @@ def test_overhead_is_measured_on_the_rank(traced: Traced) -> None:
     assert 200 < traced.instrumentation.hook_ns_per_step() < 1_000_000
 
 
-def test_a_model_copied_later_is_evaluated(traced: Traced) -> None:
+def test_a_model_copied_later_is_evaluated(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches that go to a copy made during training (an average, the best so far) are evaluation."""
+    monkeypatch.setattr("traceml.instrument.discovery._SHARE", 0)  # look as often as there is a reason to
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     training, validation = DataLoader(TensorDataset(torch.randn(8, 4))), DataLoader(TensorDataset(torch.randn(3, 4)))
@@ -304,7 +304,6 @@ def test_a_model_copied_later_is_evaluated(traced: Traced) -> None:
             model(x).sum().backward()
             optimizer.step()
 
-        time.sleep(0.05)  # a training that is not over at once: looking for models takes 1 % of the time at most
         best = copy.deepcopy(model)
         with torch.no_grad():
             for (x,) in validation:
@@ -314,14 +313,14 @@ def test_a_model_copied_later_is_evaluated(traced: Traced) -> None:
     assert sum(row["batches"] for row in traced.table("evals")) == 6
 
 
-def test_models_of_many_trainings_are_found(traced: Traced) -> None:
+def test_models_of_many_trainings_are_found(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fold's model is timed, however many there were, and none is kept alive."""
+    monkeypatch.setattr("traceml.instrument.discovery._SHARE", 0)
     refs = []
     for _ in range(30):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
         refs.append(weakref.ref(model))
-        time.sleep(0.05)
         for (x,) in DataLoader(TensorDataset(torch.randn(2, 4))):
             optimizer.zero_grad()
             model(x).sum().backward()

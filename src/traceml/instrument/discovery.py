@@ -20,7 +20,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.instrument.clock import NOWHERE, StepClock
-from traceml.instrument.forward import ForwardTimer, instrument_module, restore_module
+from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
 
 __all__ = ["Discovery"]
 
@@ -43,7 +43,7 @@ class Discovery:
     def __init__(
         self,
         clock: StepClock,
-        timer: type[ForwardTimer],
+        timer: TimerMaker,
         on_model: Callable[[Any], None],
         on_optimizer: Callable[[Any], None],
     ) -> None:

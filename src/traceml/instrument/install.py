@@ -159,13 +159,13 @@ class Instrumentation:
         from traceml.instrument.backward import patch_backward
         from traceml.instrument.discovery import Discovery
         from traceml.instrument.dynamo import keep_out
-        from traceml.instrument.forward import patch_compile, timer_type
+        from traceml.instrument.forward import patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
         from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer, patch_optimizer_type
 
         clock, patches = self.clock, self._patches
         self._patch_device()  # first: hooks bind `open_slots`
-        timer = timer_type(clock)
+        timer = timer_maker(clock)
 
         def on_optimizer_type(kind: type[Any]) -> None:
             patch_optimizer_type(patches, clock, kind)
