@@ -18,7 +18,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "startup": ["--peer"],
     "ingest": [],
     "store_bytes": [],
-    "diagnosis_accuracy": [],
+    "diagnosis_accuracy": ["--runs", "150"],
 }
 
 
