@@ -126,15 +126,16 @@ def test_a_rank_of_two_is_lost(traceml: Traceml, end: str, status: int, signal_n
 
 
 def test_a_restart_by_torchrun_is_a_second_attempt(traceml: Traceml) -> None:
-    """One run, another attempt; the last is what the report describes."""
-    torchrun = ("--nproc-per-node", "2", "--max-restarts", "5")
-    script = (TINY, "--steps", "50", "--at", "20", "--rank", "1", "--end", "kill", "--first-attempt-only")
+    """One run, two attempts; the second is what the report describes."""
+    # one rank: with more, gloo's rendezvous of a next attempt fails now and then, under torchrun alone too
+    torchrun = ("--nproc-per-node", "1", "--max-restarts", "1")
+    script = (TINY, "--steps", "50", "--at", "20", "--end", "kill", "--first-attempt-only")
     ended = traceml("run", *torchrun, *script)
 
     assert ended.status == 0, ended.stderr
     assert len(list((ended.folder / "traceml_runs").glob("2*"))) == 1
     report = ended.report
-    assert report["run"]["attempt"] >= 1
+    assert report["run"]["attempt"] == 1
     assert report["run"]["state"] == "finished"
     assert report["steps"]["count"] == 50
 

@@ -31,7 +31,7 @@ def main() -> None:
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
     if world_size > 1:
-        # a second attempt's rendezvous hangs now and then, also under torchrun alone
+        # a rendezvous that fails should fail soon
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=10))
         model = nn.parallel.DistributedDataParallel(model)
 
