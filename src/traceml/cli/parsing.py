@@ -1,20 +1,29 @@
-"""Parsing of a command's words by tyro, with errors of one line and a hint."""
+"""Parsing of a command's words, with errors of one line and a hint."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import re
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from traceml.errors import UsageError
 
-__all__ = ["parse"]
+__all__ = ["CommandParser", "parse"]
 
 T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = re.compile(r"[─-╿]|^\s*\|\s|\s\|\s*$|^\s*[+-]{3,}.*$")
+
+
+class CommandParser(argparse.ArgumentParser):
+    """For commands whose words tyro cannot tell apart; its errors are `UsageError`s, as everywhere."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what is wrong instead of printing it."""
+        raise UsageError(message)
 
 
 def parse(options: type[T], argv: list[str], *, prog: str) -> T:

@@ -8,9 +8,10 @@ import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from traceml import settings
+from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.supervisor import Job, Outcome, Screen, Supervisor
@@ -65,11 +66,6 @@ traceml run: not all of this run is stored; {log} may say why.
 What its ranks left in memory stays for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
 def main(argv: list[str]) -> int:
     """Run a script under tracing; return its exit status."""
     options = _parser().parse_args(argv)
@@ -118,7 +114,7 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="traceml run",
         description="Run a training script, see live what each rank does, and read at the end what limits it.",
         epilog=_EPILOG,

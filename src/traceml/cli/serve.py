@@ -14,11 +14,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
-from traceml.errors import TraceMLError, UsageError
+from traceml.cli.parsing import CommandParser
+from traceml.errors import TraceMLError
 from traceml.transport import auth
 from traceml.transport.server import BACKLOG
 
@@ -30,11 +30,6 @@ From other hosts they need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOK
 Reports are written to the runs folder as runs end; `traceml report` prints them."""
 
 _log = logging.getLogger("traceml")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
 
 
 def main(argv: list[str]) -> int:
@@ -61,7 +56,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = CommandParser(
         prog="traceml serve",
         description="Start an aggregator: it stores what training scripts send, and says what limits them.",
         epilog=_EPILOG,
