@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from traceml.launch import supervisor as module
+from traceml.launch import keeper as module
 from traceml.launch.supervisor import Job, Outcome, Supervisor
 
 # What the scripts below begin with: they do to the aggregator what an accident would.

@@ -1,0 +1,221 @@
+"""The aggregator of a launched job: started, kept alive, told how the ranks ended, and seen out.
+
+Whoever launches a job holds the listening socket, so ranks can connect before the aggregator is up, and a new
+aggregator takes over the same port when one dies. The aggregator ends with the process that keeps it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from traceml.errors import TraceMLError
+from traceml.launch.processes import spawn
+from traceml.transport.client import connect
+from traceml.transport.hello import Hello
+
+__all__ = ["AggregatorKeeper"]
+
+# An aggregator that died is replaced at once; one that dies again and again, after pauses which double.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
+_ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
+
+_log = logging.getLogger("traceml")
+
+
+class AggregatorKeeper:
+    """Keeps one run's aggregator; a context manager, at whose exit it is gone.
+
+    Args:
+        run_id: name of the run's folder.
+        runs_dir: where runs are kept, an absolute path.
+    """
+
+    def __init__(self, run_id: str, runs_dir: Path) -> None:
+        self.run_id = run_id
+        self.runs_dir = runs_dir
+        self.token = os.environ.get("TRACEML_TOKEN") or secrets.token_hex(16)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = self._due_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+        self._stopping = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<keeper of the aggregator of run {self.run_id}, port {self.port}>"
+
+    @property
+    def port(self) -> int:
+        """The port on this host's loopback at which ranks find the aggregator."""
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.runs_dir / self.run_id
+
+    def environ(self, address: str | None = None) -> dict[str, str]:
+        """Return the variables by which a rank finds the aggregator and its run.
+
+        Args:
+            address: host:port at which the rank reaches it; by default this host's loopback.
+        """
+        return {
+            "TRACEML_ADDRESS": address or f"127.0.0.1:{self.port}",
+            "TRACEML_TOKEN": self.token,
+            "TRACEML_RUN_ID": self.run_id,
+            "TRACEML_RUNS_DIR": str(self.runs_dir),
+            "TRACEML_SUPERVISED": "1",
+        }
+
+    def start(self) -> None:
+        """Start an aggregator on our socket.
+
+        Raises:
+            TraceMLError: the run's folder cannot be written.
+        """
+        logs = self.run_dir / "logs"
+        try:
+            logs.mkdir(parents=True, exist_ok=True)
+            log = (logs / "aggregator.log").open("ab")
+        except OSError as error:
+            raise TraceMLError(
+                f"cannot write the run's folder {self.run_dir}: {error.strerror}. "
+                "Choose another place with --runs-dir or TRACEML_RUNS_DIR."
+            ) from error
+
+        fd = self._listener.fileno()
+        command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--run-id", self.run_id]
+        command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle"]
+        self._started_s = time.monotonic()
+        with log:
+            self._process = spawn(
+                command,
+                environ={**os.environ, "TRACEML_TOKEN": self.token},
+                stdout=subprocess.DEVNULL,
+                stderr=log,
+                pass_fds=(fd,),
+                own_session=True,
+            )
+
+    def keep(self) -> None:
+        """Start the aggregator again if it died: the ranks still hold what it had not stored. Call it often."""
+        if self._process is None or self._process.poll() is None:
+            return
+
+        now_s = time.monotonic()
+        if now_s < self._due_s:
+            return
+
+        if now_s - self._started_s > _LIVED_LONG_S:
+            self._pause_s = _FIRST_PAUSE_S
+
+        self._due_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        try:
+            self.start()
+        except (TraceMLError, OSError) as error:
+            # the job goes on, and its ranks keep their rows; what became of them is told at the end
+            _log.debug("no new aggregator yet: %s", error)
+
+    def tell_exits(self, exits: Sequence[dict[str, Any]], *, timeout_s: float) -> bool:
+        """Tell how ranks ended while others go on; return whether the aggregator has heard it.
+
+        Args:
+            exits: what is known of each, as the command `exits` takes it.
+            timeout_s: time for it; what was not heard now is to be told again at the end.
+        """
+        hello = Hello(role="client", run=self.run_id)
+        try:
+            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=timeout_s)
+            with contextlib.closing(connection):
+                connection.request("exits", {"exits": list(exits)}, timeout_s=timeout_s)
+        except (TraceMLError, OSError) as error:
+            _log.debug("the aggregator has not heard how ranks ended: %s", error)
+            return False
+
+        return True
+
+    def finish(self, exits: Sequence[dict[str, Any]], status: int) -> bool:
+        """Tell how the processes ended, and that the run is over; return whether it is finished on disk.
+
+        Args:
+            exits: what is known of each rank's end, as the command `exits` takes it.
+            status: what the job ended with, as a shell counts.
+        """
+        try:
+            if self._process is None or self._process.poll() is not None:
+                self.start()
+
+            finished = self._tell_end(exits, status)
+            if finished is None:  # it hangs, or died over it: a new one finds what the ranks have left in memory
+                self._replace()
+                finished = self._tell_end(exits, status)
+        except (TraceMLError, OSError) as error:
+            _log.debug("the run cannot be finished: %s", error)
+            return False
+
+        return bool(finished)
+
+    def close(self) -> None:
+        """See the aggregator out: it was told to stop, unless something went wrong. May be called again."""
+        self._listener.close()
+        if self._process is None:
+            return
+
+        if not self._stopping:
+            self._process.terminate()
+
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _replace(self) -> None:
+        """Start a new aggregator in the place of one that does not answer."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+        self.start()
+
+    def _tell_end(self, exits: Sequence[dict[str, Any]], status: int) -> bool | None:
+        """Return whether the aggregator has finished the run; None without an answer."""
+        hello = Hello(role="client", run=self.run_id)
+        try:
+            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=_ANSWER_TIMEOUT_S)
+        except (TraceMLError, OSError):
+            return None
+
+        with contextlib.closing(connection):
+            try:
+                connection.request("exits", {"exits": list(exits)}, timeout_s=_FINISH_TIMEOUT_S)
+                connection.request("finish", {"status": status}, timeout_s=_FINISH_TIMEOUT_S)
+            except OSError:  # a TimeoutError, or the connection broke
+                return None
+            except TraceMLError as error:
+                _log.warning("%s", error)
+                return False
+
+            with contextlib.suppress(TraceMLError, OSError):
+                connection.request("stop", timeout_s=_ANSWER_TIMEOUT_S)
+                self._stopping = True
+
+        return True
