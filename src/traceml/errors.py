@@ -7,7 +7,12 @@ TraceMLError
 ├── ProtocolError                 (ValueError)     bytes on the wire that are not ours or not this version's
 ├── RunNotFoundError              (LookupError)    no run where the user pointed
 ├── StoreError                    (OSError)        a run's store cannot be written or read
-└── UsageError                    (ValueError)     a command was called wrongly
+├── UsageError                    (ValueError)     a command was called wrongly
+├── PluginError                   (LookupError)    a plugin is not there, is broken, or is configured wrongly
+└── BackendError                  (RuntimeError)   a tracker did not take what it was given
+    ├── BackendUnauthorizedError  (PermissionError) it does not accept our credentials (401, 403)
+    ├── BackendBusyError          (RuntimeError)   it asks to come back later (429, 503)
+    └── BackendRefusedError       (ValueError)     it will never take these rows: a bad name or value
 """
 
 from __future__ import annotations
@@ -15,6 +20,11 @@ from __future__ import annotations
 __all__ = [
     "AggregatorRefusedError",
     "AggregatorUnavailableError",
+    "BackendBusyError",
+    "BackendError",
+    "BackendRefusedError",
+    "BackendUnauthorizedError",
+    "PluginError",
     "ProtocolError",
     "RunNotFoundError",
     "SettingsError",
@@ -76,4 +86,156 @@ class StoreError(TraceMLError, OSError):
 
 
 class UsageError(TraceMLError, ValueError):
-    """A command was called wrongly; the text is one line and a hint."""
+    """A command or a function was called wrongly; the text is one line and a hint."""
+
+
+class WorkerFailedError(TraceMLError, RuntimeError):
+    """A worker of a launch ended without a result and without an exception of its own.
+
+    Attributes:
+        host: the host's name, as the user wrote it.
+        rank: the worker's rank in the job.
+        local_rank: its rank on the host.
+        exit_code: what it exited with, None when a signal ended it.
+        signal: the number of the signal that ended it, None when it exited by itself.
+        log_tail: the last lines that it wrote, oldest first.
+        oom: whether the kernel killed it because memory was short.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        rank: int,
+        local_rank: int,
+        *,
+        exit_code: int | None = None,
+        signal: int | None = None,
+        log_tail: Sequence[str] = (),
+        oom: bool = False,
+        how: str | None = None,
+    ) -> None:
+        if how is None:
+            how = f"was ended by {_signal_name(signal)}" if signal else f"exited with code {exit_code}"
+
+        text = f"rank {rank} (local rank {local_rank} on {host}) {how}"
+        if oom:
+            text += ": its host was out of memory. Use fewer workers per host, or less memory in each"
+
+        shown = list(log_tail)[-_SHOWN_LINES:]
+        words = "\n".join(("Its last lines:", *(f"  {line}" for line in shown))) if shown else "It wrote nothing."
+        super().__init__(f"{text}. {words}")
+        self.host, self.rank, self.local_rank = host, rank, local_rank
+        self.exit_code, self.signal, self.oom, self.how = exit_code, signal, oom, how
+        self.log_tail = list(log_tail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        known = {name: getattr(self, name) for name in ("exit_code", "signal", "log_tail", "oom", "how")}
+        return _rebuild, (type(self), (self.host, self.rank, self.local_rank), known)
+
+
+class AgentFailedError(TraceMLError, RuntimeError):
+    """A host of a launch cannot be used, or was lost while it ran.
+
+    Attributes:
+        host: the host's name, as the user wrote it.
+        reason: what happened, in a few words.
+        advice: what can be done about it.
+        words: the last lines of what ssh, srun or the agent itself said.
+    """
+
+    def __init__(self, host: str, reason: str, *, advice: str = "", words: Sequence[str] = ()) -> None:
+        text = f"host {host}: {reason}."
+        if advice:
+            text += f" {advice}"
+
+        if words:
+            text += "\n" + "\n".join(f"  {line}" for line in words)
+
+        super().__init__(text)
+        self.host, self.reason, self.advice, self.words = host, reason, advice, list(words)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.host, self.reason), {"advice": self.advice, "words": self.words})
+
+
+class LaunchTimeoutError(TraceMLError, TimeoutError):
+    """A launch did not get all its workers started within its time.
+
+    Attributes:
+        timeout_s: the time that was allowed, in seconds.
+        absent: who was being waited for: hosts, or ranks with their hosts.
+    """
+
+    def __init__(self, timeout_s: float, doing: str, absent: Sequence[str]) -> None:
+        who = "; ".join(absent)
+        super().__init__(f"{doing} took longer than the timeout of {timeout_s:g} s. Still waiting for: {who}")
+        self.timeout_s, self.doing, self.absent = timeout_s, doing, list(absent)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (type(self), (self.timeout_s, self.doing, self.absent), {})
+
+
+class PayloadError(TraceMLError, TypeError):
+    """An argument, a function or a result of a launch cannot be sent: it names the object that cannot be pickled."""
+
+
+class SlurmError(TraceMLError, RuntimeError):
+    """Slurm was asked for, and there is no allocation, or it cannot be read."""
+
+
+class ResultNotFoundError(TraceMLError, IndexError, KeyError):
+    """A launch has no such rank, host or local rank."""
+
+    __str__ = Exception.__str__  # KeyError shows the repr of its text
+
+
+class RemoteTraceback(TraceMLError):
+    """The traceback of an exception as its worker saw it; `__cause__` of the exception that `launch` raises."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__("\n" + text.strip("\n"))
+        self.text = text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.text,)
+
+
+def _rebuild(kind: type[Any], args: tuple[Any, ...], known: dict[str, Any]) -> Any:
+    """Make an error again that came from another process: a launch inside a launch's worker."""
+    return kind(*args, **known)
+
+
+def _signal_name(number: int | None) -> str:
+    try:
+        return f"signal {number} ({signals.Signals(number or 0).name})"
+    except ValueError:
+        return f"signal {number}"
+
+
+class PluginError(TraceMLError, LookupError):
+    """A plugin is not there, cannot be loaded, or is configured wrongly."""
+
+
+class BackendError(TraceMLError, RuntimeError):
+    """A tracker did not take what it was given; base of the kinds that delivery treats apart."""
+
+
+class BackendUnauthorizedError(BackendError, PermissionError):
+    """A tracker does not accept our credentials."""
+
+
+class BackendBusyError(BackendError):
+    """A tracker asks to come back later.
+
+    Args:
+        why: what it said.
+        retry_after_s: seconds to wait, when it named them.
+    """
+
+    def __init__(self, why: str, retry_after_s: float | None = None) -> None:
+        super().__init__(why)
+        self.retry_after_s = retry_after_s
+
+
+class BackendRefusedError(BackendError, ValueError):
+    """A tracker will never take these rows: trying them again would not help."""

@@ -1,0 +1,30 @@
+"""One logged value, as it travels between the parts of tracking and to plugins."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Metric"]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One value under a name at a step.
+
+    Args:
+        name: what the user called it; any text.
+        value: the number; given to `Orchestrator.route_metric` it may be anything that `log_metric` takes.
+        step: the training step; None means the current one, else a counter per name.
+        timestamp: epoch seconds of the call.
+        rank: the rank that logged it.
+        kind: who logged it: a number of `MetricKind`, 0 for the user.
+    """
+
+    name: str
+    value: Any
+    step: int | None = None
+    timestamp: float = field(default_factory=time.time)
+    rank: int = 0
+    kind: int = 0
