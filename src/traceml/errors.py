@@ -7,7 +7,14 @@ TraceMLError
 ├── ProtocolError                 (ValueError)     bytes on the wire that are not ours or not this version's
 ├── RunNotFoundError              (LookupError)    no run where the user pointed
 ├── StoreError                    (OSError)        a run's store cannot be written or read
-├── UsageError                    (ValueError)     a command was called wrongly
+├── UsageError                    (ValueError)     a command or a function was called wrongly
+├── WorkerFailedError             (RuntimeError)   a launched worker died: a signal, an exit code
+├── AgentFailedError              (RuntimeError)   a host of a launch cannot be used, or was lost
+├── LaunchTimeoutError            (TimeoutError)   a launch did not get started within its time
+├── PayloadError                  (TypeError)      an argument or a result of a launch cannot be pickled
+├── SlurmError                    (RuntimeError)   Slurm was asked for, and there is no allocation that can be read
+├── ResultNotFoundError           (IndexError, KeyError) a launch has no such rank, host or local rank
+├── RemoteTracebackError                           the cause of an exception that came from a worker: its traceback
 ├── PluginError                   (LookupError)    a plugin is not there, is broken, or is configured wrongly
 └── BackendError                  (RuntimeError)   a tracker did not take what it was given
     ├── BackendUnauthorizedError  (PermissionError) it does not accept our credentials (401, 403)
@@ -17,21 +24,34 @@ TraceMLError
 
 from __future__ import annotations
 
+import signal as signals
+from collections.abc import Sequence
+from typing import Any
+
 __all__ = [
+    "AgentFailedError",
     "AggregatorRefusedError",
     "AggregatorUnavailableError",
     "BackendBusyError",
     "BackendError",
     "BackendRefusedError",
     "BackendUnauthorizedError",
+    "LaunchTimeoutError",
+    "PayloadError",
     "PluginError",
     "ProtocolError",
+    "RemoteTracebackError",
+    "ResultNotFoundError",
     "RunNotFoundError",
     "SettingsError",
+    "SlurmError",
     "StoreError",
     "TraceMLError",
     "UsageError",
+    "WorkerFailedError",
 ]
+
+_SHOWN_LINES = 20  # of a worker's log in an error's text; `log_tail` has all that came
 
 
 class TraceMLError(Exception):
@@ -189,7 +209,7 @@ class ResultNotFoundError(TraceMLError, IndexError, KeyError):
     __str__ = Exception.__str__  # KeyError shows the repr of its text
 
 
-class RemoteTraceback(TraceMLError):
+class RemoteTracebackError(TraceMLError):
     """The traceback of an exception as its worker saw it; `__cause__` of the exception that `launch` raises."""
 
     def __init__(self, text: str) -> None:
