@@ -124,6 +124,33 @@ def test_launcher_tells_how_a_process_ended(registry, exitcode, state, fact):  #
     assert fact.items() <= stream.exit.items()
 
 
+def test_ranks_of_two_hosts_with_the_same_pid_are_told_apart(registry):  # noqa: F811
+    """A launcher over hosts names the host with the pid: containers number their processes alike."""
+    run, near = join(registry, hello(0, 2, pid=7, host="near"))
+    _, far = join(registry, remote(1, pid=7))
+
+    run.exited({"rank": 1, "local_rank": 0, "host": "far", "pid": 7, "exitcode": -9})
+    run.exited({"rank": 0, "local_rank": 0, "host": "near", "pid": 7, "exitcode": -15, "stopped": True})
+    run.left(far)
+    run.left(near)
+    run.look_around()  # at once: what is known to be dead is not waited for
+
+    assert (near.state, near.exit["signal"], near.exit["stopped"]) == (StreamState.KILLED, 15, True)
+    assert (far.state, far.exit["signal"]) == (StreamState.KILLED, 9)
+
+
+def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
+    """A launcher that lost a host knows no exit code; nobody claims that the process has ended."""
+    run, stream = join(registry, remote(0, 1))
+    run.left(stream)
+
+    run.exited({"rank": 0, "host": "far", "pid": stream.who.pid, "lost": "its network is down"})
+    run.give_up_waiting(1)
+
+    assert stream.state is StreamState.LOST
+    assert "process_gone" not in stream.exit
+
+
 def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
     """A process that said bye and then crashed on its way out has failed."""
     run, stream = join(registry, hello(0, 1))

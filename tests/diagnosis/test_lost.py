@@ -61,6 +61,16 @@ def test_the_same_exception_on_all_ranks_names_all():
     assert [ended.rank for ended in root_causes(exits)] == [0, 1, 2, 3]
 
 
+def test_ranks_that_the_launcher_killed_are_no_cause():
+    """A launcher ends the others with whatever it takes, which tells nothing of them."""
+    exits = (
+        RankExit(rank=0, state="killed", signal=9, at_s=1.0, stopped=True),
+        RankExit(rank=1, state="failed", exception="ValueError: x", at_s=2.0),
+    )
+
+    assert [ended.rank for ended in root_causes(exits)] == [1]
+
+
 @pytest.mark.parametrize(
     "ended",
     [

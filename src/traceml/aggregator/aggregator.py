@@ -20,7 +20,7 @@ from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.run import Run
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import Verdicts
-from traceml.database.flight import FALLBACK_FOLDER
+from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.server import Peer, RefusedError, Server
 
@@ -222,7 +222,8 @@ class Aggregator:
 
     def _adopt_flights(self, run: Run) -> None:
         """Take in what ranks of this run left behind without ever having been connected here."""
-        for found in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
+        folders = (run.path.parent / FALLBACK_FOLDER, run.path / COPIES_FOLDER)
+        for found in dead_flights(run.key, *folders, but=run.recovered):
             run.adopt(found)
 
     async def _leave(self) -> None:

@@ -189,14 +189,26 @@ class Run:
             self._away[stream] = None
 
     def exited(self, told: dict[str, Any]) -> None:
-        """Take a launcher's word on how a process ended: `{rank, local_rank, pid, exitcode}`, negative for a signal."""
-        if not isinstance(told.get("exitcode"), int):
+        """Take a launcher's word on how a process ended.
+
+        Args:
+            told: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
+                `time`; `stopped`, when the launcher ended it because of others; `flight`, the path of a copy of its
+                flight file; instead of an exit code `lost`, when its host is out of reach.
+        """
+        if not isinstance(told.get("exitcode"), int) and not told.get("lost"):
             _log.info("not understood by run %s: exit %s", self.id, told)
             return
 
         stream = self._who_ended(told)
         if stream is None:
             self._unfitted.append(told)  # it may have left a flight file, or died even before that
+            return
+
+        if told.get("lost"):
+            if not stream.ended:
+                self._end_stream(stream, StreamState.LOST)
+
             return
 
         _note_exit(stream, told)
@@ -211,7 +223,7 @@ class Run:
             rank, pid, local_rank = told.get("rank"), told.get("pid"), told.get("local_rank", 0)
             if not (isinstance(rank, int) and isinstance(pid, int) and isinstance(local_rank, int)):
                 continue
-            if not told["exitcode"] or (self.attempt, rank) in self._holders:
+            if not told.get("exitcode") or (self.attempt, rank) in self._holders:
                 _log.info("nobody of run %s fits the exit %s", self.id, told)
                 continue
 
@@ -219,7 +231,7 @@ class Run:
                 self._facts["world_size"] = rank + 1
                 self.live.resize(rank + 1)
 
-            who = Incarnation(socket.gethostname(), boot_id(), pid, 0, "")
+            who = Incarnation(str(told.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
             stream = self._admit(self.attempt, rank, who, local_rank, "")
             _note_exit(stream, told)
             self._end_stream(stream, _state_of_dead(stream, None))
@@ -331,7 +343,8 @@ class Run:
 
     def _who_ended(self, told: dict[str, Any]) -> Stream | None:
         """Return the stream that a launcher speaks of: by its process, else by the rank, if that has not ended yet."""
-        by_pid = [stream for stream in self.streams if stream.who.pid == told.get("pid")]
+        pid, host = told.get("pid"), told.get("host")
+        by_pid = [s for s in self.streams if s.who.pid == pid and host in (None, s.who.host)]
         by_rank = [stream for stream in self.streams if stream.rank == told.get("rank") and not stream.ended]
         return next(reversed(by_pid or by_rank), None)
 
@@ -468,6 +481,13 @@ def _note_exit(stream: Stream, told: dict[str, Any]) -> None:
     """Keep with a stream what its launcher told of its end."""
     code = told["exitcode"]
     stream.exit |= {"signal": -code} if code < 0 else {"code": code}
+    stream.told_dead = stream.who.pid == told.get("pid")
+    if told.get("stopped"):
+        stream.exit["stopped"] = True
+
+    if isinstance(told.get("flight"), str):
+        stream.told_flight = Path(told["flight"])
+
     if isinstance(told.get("time"), int | float):
         stream.exit.setdefault("at_s", told["time"])
 

@@ -85,6 +85,8 @@ class Stream:
         "rank",
         "seen_here",
         "state",
+        "told_dead",
+        "told_flight",
         "unacked",
         "who",
     )
@@ -111,6 +113,10 @@ class Stream:
         """When the connection was lost, monotonic seconds."""
         self.in_window = True
         """Whether its rows enter the live windows: those of the rank's newest incarnation do."""
+        self.told_dead = False
+        """Whether a launcher has said that its process ended."""
+        self.told_flight: Path | None = None
+        """Where a launcher has put a copy of its flight file, which lies on another host."""
         self.seen_here = self.on_this_boot and process_start_ticks(who.pid) == who.start_ticks
         """Whether its process was seen on this host. The same boot alone does not tell: containers share it."""
 
@@ -131,11 +137,14 @@ class Stream:
     @property
     def is_dead(self) -> bool:
         """Whether its process is known to be gone; False where this host cannot tell."""
-        return self.seen_here and process_start_ticks(self.who.pid) != self.who.start_ticks
+        return self.told_dead or (self.seen_here and process_start_ticks(self.who.pid) != self.who.start_ticks)
 
     @property
     def flight_path(self) -> Path | None:
         """The flight file, if it is within this host's reach."""
+        if self.told_flight is not None:
+            return self.told_flight
+
         return Path(self.flight) if self.flight and self.on_this_boot else None
 
     def connect(self, peer: Peer) -> None:

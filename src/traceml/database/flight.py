@@ -46,6 +46,7 @@ from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken, pac
 from traceml.database.schema import LOGS, PACKED, STEPS, Log, Table
 
 __all__ = [
+    "COPIES_FOLDER",
     "FALLBACK_FOLDER",
     "ByteLog",
     "Counters",
@@ -64,6 +65,8 @@ __all__ = [
 
 # In the runs folder: flight files of ranks that could have none in memory.
 FALLBACK_FOLDER = ".flights"
+# In a run's folder: copies of the flight files which its ranks on other hosts left there.
+COPIES_FOLDER = "flights"
 _FREE_SHARE = 16
 _FLOOR_ROWS = {STEPS.name: 4096}
 _OTHER_FLOOR_ROWS = 256

@@ -40,6 +40,7 @@ class RankExit:
         exception: `Type: message` of the exception that ended the script; with the file and line that raised it.
         last_step: last step that ended, open_phase: the part of a step it was in, open_step: that step.
         at_s: epoch seconds of the end, to tell the first from those that followed.
+        stopped: whether its launcher ended it, because of others.
         process_gone: whether a rank that is lost is known to have ended; else only its connection has.
     """
 
@@ -56,6 +57,7 @@ class RankExit:
     stack: str | None = None
     at_s: float | None = None
     host: str | None = None
+    stopped: bool | None = None
     process_gone: bool | None = None
 
     @classmethod

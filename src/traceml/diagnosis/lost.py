@@ -82,6 +82,9 @@ def _cause(ended: RankExit) -> tuple[object, ...]:
 
 
 def _follows(ended: RankExit) -> bool:
+    if ended.stopped:
+        return True
+
     if ended.signal is not None:
         return _signal_name(ended.signal) in _SWEPT_AWAY
 
