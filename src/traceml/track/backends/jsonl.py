@@ -1,0 +1,220 @@
+"""Everything as lines of JSON in a file of one's own: no library, no server; any other tracker's local fallback."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from traceml.errors import BackendError
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+
+__all__ = ["JsonlBackend", "JsonlPlugin"]
+
+
+class JsonlBackend(BackendInterface):
+    """Writes `<folder>/<experiment>.jsonl`; exact, since what came after a mark is cut off.
+
+    Lines are strict JSON: a number that JSON lacks is one of the texts "NaN", "Infinity" and "-Infinity".
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options, experiment = config.get("options") or {}, config["experiment"]
+        self._folder = Path(options.get("path") or Path(config["run_dir"], "jsonl")).expanduser().absolute()
+        self._path = self._folder / f"{experiment['id']}.jsonl"
+        self._copies = "path" in options  # else the run's own artifacts folder is as good a place
+        if config.get("continue_run"):
+            self._path = Path(config["continue_run"])
+
+        self._keeps = bool(config.get("continue_run"))
+        self._experiment = experiment
+        self._offset = 0
+        self._file: BinaryIO | None = None
+
+    @property
+    def target(self) -> str:
+        """The folder."""
+        return str(self._folder)
+
+    @property
+    def is_local(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def url(self) -> str:
+        """The file."""
+        return self._path.as_uri()
+
+    def resume(self, mark: Mapping[str, Any]) -> None:
+        """Cut off what came after the mark."""
+        self._path = Path(mark["path"])
+        self._keeps = True
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError as error:
+            raise BackendError(f"{self._path} is gone, and with it what was delivered") from error
+        if size < mark["offset"]:
+            raise BackendError(f"{self._path} has {size} bytes, fewer than the {mark['offset']} that were delivered")
+
+        os.truncate(self._path, mark["offset"])
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Open the file and, when it is new, say what it is about."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("ab")
+        if not self._keeps:
+            self._file.truncate(0)
+
+        self._offset = self._file.seek(0, os.SEEK_END)
+        if not self._offset:
+            about = {key: self._experiment.get(key) for key in ("id", "parent", "tags")}
+            self._write([{"type": "start", "name": name, "project": project, **about, "timestamp": time.time()}])
+
+        return str(self._path)
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Write one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Write a batch with one call."""
+        self._write(
+            {
+                "type": "metric",
+                "name": row.name,
+                "value": row.value if math.isfinite(row.value) else _nonfinite(row.value),
+                "step": row.step,
+                "timestamp": row.timestamp,
+                "rank": row.rank,
+            }
+            for row in rows
+        )
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Write parameters in one line."""
+        self._write([{"type": "params", "params": _strict(params)}])
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Write tags in one line."""
+        self._write([{"type": "tags", "tags": _strict(tags)}])
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Write a text in one line."""
+        self._write([{"type": "text", "name": name, "text": text, "step": step}])
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Write a histogram in one line."""
+        line = {"type": "histogram", "name": name, "counts": list(counts), "edges": list(edges), "step": step}
+        self._write([_strict(line)])
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Write where the image lies."""
+        where = self._kept(path, f"{name}/{step}{path.suffix}")
+        self._write([{"type": "image", "name": name, "path": where, "step": step}])
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Write where the file lies."""
+        name = artifact_name or Path(artifact_path).name
+        self._write([{"type": "artifact", "name": name, "path": self._kept(Path(artifact_path), name)}])
+
+    def end_state(self, state: str) -> None:
+        """Write how the training ended."""
+        self._write([{"type": "end", "state": state, "timestamp": time.time()}])
+
+    def end_experiment(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the file and how far it is written."""
+        return {"path": str(self._path), "offset": self._offset}
+
+    def _write(self, lines: Any) -> None:
+        """Append lines; the kernel has them when this returns, so they outlive this process."""
+        assert self._file is not None, "start_experiment comes first"
+        data = "".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace")
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError:
+            self._undo()
+            raise
+
+        self._offset += len(data)
+
+    def _undo(self) -> None:
+        """Take back what a full disk left half written, so that the next try begins on a line of its own."""
+        assert self._file is not None
+        # What Python still buffers must not follow later: a new file object has none.
+        descriptor = os.dup(self._file.fileno())
+        try:
+            self._file.close()
+        except OSError:
+            pass  # it tries to write its buffer once more
+
+        os.truncate(descriptor, self._offset)
+        self._file = os.fdopen(descriptor, "ab")
+
+    def _kept(self, path: Path, name: str) -> str:
+        """Return where the body stays: where it is, or a copy beside the lines when these have a place of their own."""
+        if not self._copies:
+            return str(path)
+
+        copy = self._path.with_suffix("") / _relative(name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+        return str(copy)
+
+
+class JsonlPlugin(BackendPlugin):
+    """Lines of JSON."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what this is."""
+        return PluginMetadata(
+            name="jsonl",
+            version="1",
+            type=PluginType.BACKEND,
+            description="lines of JSON in a local file",
+            options={"path": str},
+        )
+
+    def create_backend(self, config: Mapping[str, Any]) -> JsonlBackend:
+        """Return the backend."""
+        return JsonlBackend(config)
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
+
+
+def _nonfinite(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _strict(value: Any) -> Any:
+    """Return plain values as strict JSON can hold them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _nonfinite(value)
+    if isinstance(value, Mapping):
+        return {str(key): _strict(each) for key, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_strict(each) for each in value]
+
+    return value
+
+
+def _relative(name: str) -> Path:
+    """Return a name as a path below a folder, whatever it contains."""
+    parts = [part for part in name.replace("\0", "_").split("/") if part not in {"", ".", ".."}]
+    return Path(*(part[:200] for part in parts)) if parts else Path("_")
