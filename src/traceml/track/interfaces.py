@@ -33,7 +33,8 @@ class BackendInterface(ABC):
     this process, so the caller may forget it.
 
     A delivery process can be killed after the tracker got a batch and before that was noted; the batch comes again.
-    A backend doubles nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after `mark`.
+    A backend doubles nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after `mark`, or
+    when `resume` asks for everything from the beginning, because the run can only be written anew.
     """
 
     idempotent: ClassVar[bool] = False
@@ -107,11 +108,21 @@ class BackendInterface(ABC):
         """Return when everything given so far would survive the death of this process."""
 
     def mark(self) -> dict[str, Any]:
-        """Return where the tracker's side stands after `flush`: small, JSON; it is kept beside the cursor."""
+        """Return where the tracker's side stands: small, JSON; it is kept beside the cursor.
+
+        Asked for right after `start_experiment`, and after each `flush`.
+        """
         return {}
 
-    def resume(self, mark: Mapping[str, Any]) -> None:  # noqa: B027 - an idempotent backend needs only the run's id
-        """Continue where `mark` was taken, and cut off what came after it; called before `start_experiment`."""
+    def resume(self, mark: Mapping[str, Any]) -> bool:  # noqa: ARG002 - an idempotent backend needs only the run's id
+        """Continue where `mark` was taken, and cut off what came after it; called before `start_experiment`.
+
+        Called after a death only, so not for a run that was ended by `end_experiment`.
+
+        Returns:
+            True to go on from the cursor kept with the mark; False to be given the whole run from its first row.
+        """
+        return True
 
 
 class FrameworkInterface(ABC):

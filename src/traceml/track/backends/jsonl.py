@@ -53,7 +53,7 @@ class JsonlBackend(BackendInterface):
         """The file."""
         return self._path.as_uri()
 
-    def resume(self, mark: Mapping[str, Any]) -> None:
+    def resume(self, mark: Mapping[str, Any]) -> bool:
         """Cut off what came after the mark."""
         self._path = Path(mark["path"])
         self._keeps = True
@@ -65,6 +65,7 @@ class JsonlBackend(BackendInterface):
             raise BackendError(f"{self._path} has {size} bytes, fewer than the {mark['offset']} that were delivered")
 
         os.truncate(self._path, mark["offset"])
+        return True
 
     def start_experiment(self, name: str, project: str) -> str:
         """Open the file and, when it is new, say what it is about."""
