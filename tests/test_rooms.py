@@ -43,7 +43,7 @@ NARROW = {
     "renderers": {"runs", "diagnosis", "database"},
     "display": {"renderers", "runs", "diagnosis", "database"},
 }
-LEAVES = {"settings", "coerce", "errors", "clock", "ids"}
+LEAVES = {"settings", "coerce", "errors", "clock", "ids", "privacy"}
 
 
 def _room_of(path: Path) -> str:

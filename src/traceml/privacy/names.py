@@ -1,0 +1,105 @@
+"""What the name of a value says about it: a secret, personal data, or nothing."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from itertools import pairwise
+from typing import Final
+
+__all__ = ["MASKED", "is_reference", "is_secret_name", "looks_random", "name_says"]
+
+MASKED: Final = "[masked:"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+# Words that say it all, also inside an unseparated word such as PGPASSWORD.
+_STRONG = re.compile(
+    r"passw(?:or)?d|passphrase|passcode|apikey|apisecret|(?:auth|access|api|refresh|bearer)token"
+    r"|(?:secret|access|private|auth)key|credential|connectionstring"
+)
+_STRONG_WORDS = frozenset(
+    {"secret", "secrets", "pwd", "authorization", "cookie", "cookies", "bearer", "htpasswd", "jwt"}
+)
+_OF_KEYS = _words(
+    "api access secret private auth encryption signing master account storage service ssh gpg deploy license "
+    "subscription shared admin root hmac aes"
+)
+_OF_TOKENS = _words(
+    "auth access api bearer refresh hub hf huggingface github gitlab slack bot session csrf xsrf security oauth id "
+    "wandb mlflow clearml aim openai anthropic npm pypi vault personal registry deploy push user login "
+    "service secret jwt telegram discord notion jira azure aws gcp google traceml ci job"
+)
+# Not after all: what the secret-sounding word stands before (`password_length`, `secret_name`).
+_DESCRIBES = _words(
+    "length len size dim dims name type count num file files path dir env min max policy expiry ttl timeout required "
+    "enabled version dropout rate ratio prob per index idx manager store backend provider variable header mode limit "
+    "budget loss weight weights embedding embeddings vocab"
+)
+_WEAK_WORDS = frozenset({"token", "auth", "pass", "key", "pw"})
+_PERSONAL = {
+    "email": _words("email emails mail e.mail email.address mail.address"),
+    "phone": _words("phone telephone fax msisdn phone.number telephone.number mobile.number cell.number"),
+    "card": _words("creditcard cardnumber cvv cvc credit.card card.number"),
+}
+_USERS = _words("user username logname login user.name")
+_NO_SECRETS = frozenset(
+    {"", "none", "null", "true", "false", "yes", "no", "auto", "basic", "bearer", "str", "int", "bool"}
+)
+
+
+@lru_cache(maxsize=4096)
+def name_says(name: str) -> str:
+    """Return `strong` or `weak` (the value has to look like one too), a kind of personal data, or an empty text."""
+    words = [word.lower() for word in _WORD.findall(name)]
+    if not words:
+        return ""
+
+    if words[-1] not in _DESCRIBES:
+        pairs = set(pairwise(words))
+        if (
+            not _STRONG_WORDS.isdisjoint(words)
+            or any(_STRONG.search(word) for word in words)
+            or any(second in {"key", "keys"} and first in _OF_KEYS for first, second in pairs)
+            or not pairs.isdisjoint({("pass", "word"), ("pass", "phrase"), ("connection", "string")})
+            or (words[-1] == "token" and len(words) > 1 and words[-2] in _OF_TOKENS)
+        ):
+            return "strong"
+
+        if words[-1] in _WEAK_WORDS:
+            return "weak"
+
+    for kind, names in _PERSONAL.items():
+        if words[-1] in names or ".".join(words[-2:]) in names:
+            return kind
+
+    return "user" if ".".join(words) in _USERS else ""
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value of this name is taken for a secret whatever it looks like: `api_key`, `DB_PASSWORD`.
+
+    Args:
+        name: a parameter's, an option's or a variable's name.
+    """
+    return name_says(name) == "strong"
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text stands for a secret instead of being one: `${TOKEN}`, `<token>`, `****`."""
+    return text.lower() in _NO_SECRETS or text.startswith((MASKED, "$", "<", "{{", "%(")) or not text.strip("*xX. \t")
+
+
+def looks_random(text: str) -> bool:
+    """Whether a text without spaces looks like a key: digits among letters, and enough of them."""
+    if len(text) < 8 or any(each.isspace() for each in text) or text.startswith(("/", "./", "<", "[")):
+        return False
+
+    digits = sum(each.isdigit() for each in text)
+    letters = sum(each.isalpha() for each in text)
+    mixed = text.lower() != text != text.upper()
+    return digits >= 1 and letters >= 1 and (mixed or digits >= len(text) // 6) and "_" not in text
