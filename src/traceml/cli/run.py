@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,8 @@ from traceml import settings
 from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
-from traceml.launch.supervisor import Job, Outcome, Screen, Supervisor
+from traceml.launch.conclusion import conclude
+from traceml.launch.supervisor import Job, Screen, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -61,10 +61,6 @@ examples:
 Options before SCRIPT are traceml's and torchrun's; everything after it belongs to the script.
 The exit status is that of the rank which failed first, 128 + n for signal n."""
 
-_UNFINISHED = """\
-traceml run: not all of this run is stored; {log} may say why.
-What its ranks left in memory stays for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report."""
-
 
 def main(argv: list[str]) -> int:
     """Run a script under tracing; return its exit status."""
@@ -102,13 +98,7 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
     """
     with Supervisor(job, make_screen=_screen_maker(job, live)) as supervisor:
         outcome = supervisor.run()
-        try:
-            _conclude(job, outcome, report)
-        except (TraceMLError, OSError) as error:  # the script has run, and its status is what the caller waits for
-            print(f"traceml run: no report of this run: {error}", file=sys.stderr)
-
-        if not outcome.finished and job.run_dir.is_dir():
-            print(_UNFINISHED.format(log=job.run_dir / "logs" / "aggregator.log", runs=job.runs_dir), file=sys.stderr)
+        conclude(job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr)
 
     return outcome.status
 
@@ -224,20 +214,6 @@ def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
         return RunScreen(job.run_dir)
 
     return make
-
-
-def _conclude(job: Job, outcome: Outcome, report: Path | None) -> None:
-    """Print the verdict card to stderr: standard output belongs to the script."""
-    from traceml.renderers.card import print_card
-    from traceml.runs.report import write_report
-
-    path = job.run_dir / "report.json"
-    if not outcome.finished or not path.exists():
-        path = write_report(job.run_dir)
-
-    print_card(path, file=sys.stderr)
-    if report is not None:
-        shutil.copyfile(path, report)
 
 
 def _given(**values: str | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
-__all__ = ["main"]
+__all__ = ["main", "start_recorder"]
 
 _PR_SET_PDEATHSIG = 1
 _log = logging.getLogger("traceml")
@@ -63,7 +63,7 @@ def _run(argv: list[str]) -> BaseException | None:
 
     sys.argv = list(words)
     _end_with_torchrun()
-    _start_recorder()
+    start_recorder()
     try:
         program = _find_module(words[0]) if module else _find_script(words[0])
         sys.argv[0] = program.argv0
@@ -111,7 +111,7 @@ def _end_with_torchrun() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _start_recorder() -> None:
+def start_recorder() -> None:
     """Start tracing; nothing that goes wrong here keeps the script from running."""
     try:
         from traceml import settings

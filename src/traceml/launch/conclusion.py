@@ -1,0 +1,45 @@
+"""What a traced job leaves its user with: the verdict on standard error, and the report where it was asked for."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TextIO
+
+from traceml.errors import TraceMLError
+
+__all__ = ["conclude"]
+
+_UNFINISHED = """\
+{program}: not all of this run is stored; {log} may say why.
+What its ranks left in memory stays for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report.
+"""
+
+
+def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None = None, file: TextIO) -> None:
+    """Print the verdict card of a run that is over. A report that cannot be made is told, and raises nothing.
+
+    Args:
+        run_dir: the run's folder.
+        finished: whether the aggregator has finished the run on disk.
+        program: what to call ourselves in messages.
+        report: where to put a copy of report.json.
+        file: where to print; standard output belongs to the script.
+    """
+    # imported at the end: while the job runs, its supervisor stays small
+    from traceml.renderers.card import print_card
+    from traceml.runs.report import write_report
+
+    try:
+        path = run_dir / "report.json"
+        if not finished or not path.exists():
+            path = write_report(run_dir)
+
+        print_card(path, file=file)
+        if report is not None:
+            shutil.copyfile(path, report)
+    except (TraceMLError, OSError) as error:  # the job has run, and its result is what the caller waits for
+        file.write(f"{program}: no report of this run: {error}\n")
+
+    if not finished and run_dir.is_dir():
+        file.write(_UNFINISHED.format(program=program, log=run_dir / "logs" / "aggregator.log", runs=run_dir.parent))
