@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from traceml import settings
 from traceml.cli.parsing import CommandParser
+from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.conclusion import conclude
@@ -65,9 +66,9 @@ The exit status is that of the rank which failed first, 128 + n for signal n."""
 def main(argv: list[str]) -> int:
     """Run a script under tracing; return its exit status."""
     options = _parser().parse_args(argv)
-    target, *arguments = _target(options)
-    _check_report(options.report)
-    config = settings.load(**_given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
+    target, *arguments = script_words(options, example="traceml run train.py")
+    check_report(options.report)
+    config = settings.load(**given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project))
     if not config.enabled:
         command = [sys.executable, *(["-m"] if options.module else []), target, *arguments]
         os.execv(sys.executable, command)  # noqa: S606 - the user's own script
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
         elastic=_elastic(options),
         run_id=_run_id(config.run_id) or new_run_id(config.run_name or Path(target).stem),
         runs_dir=Path(config.runs_dir).absolute(),
-        environ=_given(TRACEML_RUN_NAME=options.run_name, TRACEML_PROJECT=options.project),
+        environ=given(TRACEML_RUN_NAME=options.run_name, TRACEML_PROJECT=options.project),
     )
     return run_job(job, live=options.live, report=options.report)
 
@@ -111,14 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    own = parser.add_argument_group("traceml's options")
-    own.add_argument("--live", choices=("auto", "terminal", "none"), default="auto", help="live view (default: auto)")
-    own.add_argument("--report", type=Path, metavar="FILE", help="also write the report, as JSON, to FILE")
-    own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
-    own.add_argument("--project", metavar="NAME", help="project the run belongs to")
-    own.add_argument("--runs-dir", metavar="DIR", help="where runs are kept (default: traceml_runs)")
-    own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for `python -m`")
-
+    add_run_options(parser)
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(
         "--nproc-per-node", "--nproc_per_node", metavar="N", help="ranks on this host: a number, cpu, gpu or auto"
@@ -135,39 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     torchrun.description = "All options of torchrun but --no-python are accepted and passed on."
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     return parser
-
-
-def _target(options: argparse.Namespace) -> list[str]:
-    """Return the script and its arguments, or say what is wrong with them."""
-    target: list[str] = options.script
-    if target and target[0] == "--":
-        target = target[1:]
-
-    if not target:
-        raise UsageError("no script given. Try: traceml run train.py")
-
-    if target[0].startswith("-"):
-        raise UsageError(f"unknown option {target[0]}")
-
-    if not options.module and not Path(target[0]).exists():
-        raise UsageError(f"can't open file {target[0]!r}: no such file. For a module, use -m.")
-
-    return target
-
-
-def _check_report(path: Path | None) -> None:
-    """Say before hours of training that its report could not be put there."""
-    if path is None:
-        return
-
-    if path.is_dir():
-        raise UsageError(f"--report: {path} is a folder; give the name of a file")
-
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"--report: there is no folder {path.parent}")
-
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UsageError(f"--report: {path} cannot be written")
 
 
 def _run_id(wanted: str | None) -> str | None:
@@ -214,7 +175,3 @@ def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
         return RunScreen(job.run_dir)
 
     return make
-
-
-def _given(**values: str | None) -> dict[str, str]:
-    return {key: value for key, value in values.items() if value is not None}
