@@ -6,7 +6,7 @@ import hashlib
 import re
 from functools import lru_cache
 
-__all__ = ["safe_name"]
+__all__ = ["is_this_machine", "safe_name"]
 
 
 @lru_cache(maxsize=1 << 17)  # a run may have 100,000 names, and each comes with every row
@@ -28,3 +28,16 @@ def safe_name(name: str, refused: re.Pattern[str], longest: int) -> str:
     kept = refused.sub("_", name)[: longest - 9]
     # What is cut may end in the middle of something refused as a whole (`..`, a closing slash).
     return refused.sub("_", f"{kept}~{digits}") if not refused.search("~") else refused.sub("_", f"{kept}_{digits}")
+
+
+def is_this_machine(host: str | None) -> bool:
+    """Whether an address surely means this machine: a loopback address or `localhost`."""
+    import ipaddress
+
+    if host is None or host == "localhost":
+        return host is not None
+
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

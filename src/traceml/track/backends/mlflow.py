@@ -1,0 +1,386 @@
+"""MLflow: a server or a database file, batches of 1,000 with the original timestamps.
+
+Exact everywhere that MLflow keeps its rows in SQL: the same row given again changes nothing there, so a replay doubles
+nothing. Rows that agree in name, value, step and millisecond would collapse into one for the same reason; they are set
+apart by a millisecond.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit, urlunsplit
+
+from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.track.backends.names import is_this_machine, safe_name
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+
+__all__ = ["MLflowBackend", "MLflowPlugin"]
+
+# What MLflow refuses: other characters, and what is no clean relative path (`/a`, `a/`, `a//b`, `a/../b`).
+_REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
+_LONGEST_NAME = 250
+_LONGEST_PATH = 400
+_LONGEST_PARAM = 6000
+_LONGEST_TAG = 8000
+_BATCH = 1000
+_TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "hung": "KILLED", "lost": "KILLED"}
+# Rows of the last millisecond that are remembered over a restart, to set repeated ones apart again.
+_REMEMBERED = 256
+
+
+class MLflowBackend(BackendInterface):
+    """Delivers to one MLflow run."""
+
+    idempotent: ClassVar[bool] = True
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options = config.get("options") or {}
+        self._uri: str = options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(config)
+        self._experiment: Mapping[str, Any] = config["experiment"]
+        self._traceml_run = str(config.get("run_id", ""))
+        self._run_id: str | None = config.get("continue_run")
+        self._experiment_id = ""
+        self._params: dict[str, str] = {}
+        self._apart = _Apart()
+        self._client: Any = None
+
+    @property
+    def target(self) -> str:
+        """The tracking URI, without credentials."""
+        parts = urlsplit(self._uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a file, or a server on this machine."""
+        parts = urlsplit(self._uri)
+        return parts.scheme in {"", "file", "sqlite"} or is_this_machine(parts.hostname)
+
+    @property
+    def url(self) -> str | None:
+        """The run's page."""
+        if self._run_id is None or not self._uri.startswith("http"):
+            return None
+
+        return f"{self.target.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Go on with the same run."""
+        self._run_id = mark["run_id"]
+        self._apart = _Apart([tuple(each) for each in mark.get("last", [])])
+        return True
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Find the run, or create it: also one that was created by a delivery that died before it could note that."""
+        with _errors():
+            self._connect()
+            self._experiment_id = self._project(project)
+            run = self._client.get_run(self._run_id) if self._run_id else self._found()
+            if run is None:
+                tags = {"traceml.experiment": str(self._experiment["id"]), "traceml.run": self._traceml_run}
+                if self._experiment.get("parent"):
+                    tags["mlflow.parentRunId"] = str(self._experiment["parent"])
+
+                run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+            elif run.info.status != "RUNNING":
+                self._client.update_run(run.info.run_id, status="RUNNING")
+
+            self._run_id = run.info.run_id
+            self._experiment_id = run.info.experiment_id
+            self._params = dict(run.data.params)
+
+        self.set_tags(self._experiment.get("tags") or {})
+        return str(self._run_id)
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Give one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Give rows in batches of 1,000, the most that MLflow takes."""
+        plain = [
+            (safe_name(row.name, _REFUSED, _LONGEST_NAME), row.value, round(row.timestamp * 1000), row.step or 0)
+            for row in rows
+        ]
+        given = self._apart.set_apart(plain)
+        with _errors():
+            for first in range(0, len(given), _BATCH):
+                self._send(given[first : first + _BATCH])
+
+        self._apart.keep()  # not before all are sent: a batch that failed comes again and must be decided the same
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Give parameters; one that changes keeps its first value in MLflow, and the newest becomes a tag."""
+        from mlflow.entities import Param
+
+        fresh, changed, long = [], {}, {}
+        for name, value in params.items():
+            key, text = safe_name(name, _REFUSED, _LONGEST_NAME), value if isinstance(value, str) else repr(value)
+            if len(text) > _LONGEST_PARAM:
+                long[key], text = text, text[: _LONGEST_PARAM - 3] + "..."
+
+            if self._params.setdefault(key, text) != text:
+                changed[f"param.{name}"] = text
+            else:
+                fresh.append(Param(key, text))
+
+        with _errors():
+            self._client.log_batch(self._run_id, params=fresh)
+            for key, text in long.items():
+                self._client.log_text(self._run_id, text, f"params/{key}.txt")
+
+        self.set_tags(changed)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Give tags, cut at what MLflow takes."""
+        from mlflow.entities import RunTag
+
+        given = [
+            RunTag(safe_name(key, _REFUSED, _LONGEST_NAME), str(value)[:_LONGEST_TAG]) for key, value in tags.items()
+        ]
+        with _errors():
+            self._client.log_batch(self._run_id, tags=given)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Give a text as an artifact `text/<name>/<step>.txt`."""
+        with _errors():
+            self._client.log_text(self._run_id, text, f"text/{_file(name)}/{step}.txt")
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Give a histogram as an artifact `histograms/<name>/<step>.json`."""
+        content = json.dumps({"counts": list(counts), "edges": list(edges), "step": step})
+        with _errors():
+            self._client.log_text(self._run_id, content, f"histograms/{_file(name)}/{step}.json")
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Give an image as an artifact `images/<name>/<step>.png`."""
+        self.log_artifact(str(path), f"images/{_file(name)}/{step}{path.suffix}")
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Upload a file; under another name than its own it goes through a link."""
+        import tempfile
+
+        folder, _, name = _file(artifact_name or Path(artifact_path).name).rpartition("/")
+        with _errors(), tempfile.TemporaryDirectory() as place:
+            link = Path(place, name)
+            link.symlink_to(Path(artifact_path).absolute())
+            self._client.log_artifact(self._run_id, str(link), folder or None)
+
+    def end_state(self, state: str) -> None:
+        """Tell how the training ended."""
+        with _errors():
+            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"))
+
+    def end_experiment(self) -> None:
+        """Finish the run unless `end_state` did."""
+        if self._client is None or self._run_id is None:
+            return
+
+        with _errors():
+            if self._client.get_run(self._run_id).info.status == "RUNNING":
+                self._client.set_terminated(self._run_id)
+
+        self._client = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the run, and the rows of its last millisecond."""
+        return {"run_id": self._run_id, "last": self._apart.last()}
+
+    def _connect(self) -> None:
+        """Make a client; its requests share connections, and none is tried twice: delivery has a policy for that."""
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        if self._uri.startswith("sqlite:///"):
+            Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(self._uri)
+
+    def _project(self, project: str) -> str:
+        """Return the MLflow experiment of that name; another delivery may create it at the same moment."""
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(project)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(project, artifact_location=self._artifacts()))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(project)
+                if found is None:
+                    raise
+
+        if found.lifecycle_stage == "deleted":
+            self._client.restore_experiment(found.experiment_id)
+
+        return str(found.experiment_id)
+
+    def _artifacts(self) -> str | None:
+        """Return where artifacts go beside a database file; a server knows its own place."""
+        if not self._uri.startswith("sqlite:///"):
+            return None
+
+        return Path(self._uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
+
+    def _found(self) -> Any:
+        """Return the run that an earlier delivery of this experiment created, or None."""
+        wanted = str(self._experiment["id"]).replace("'", "")
+        runs = self._client.search_runs(
+            [self._experiment_id],
+            f"tags.`traceml.experiment` = '{wanted}' and tags.`traceml.run` = '{self._traceml_run}'",
+        )
+        return runs[0] if runs else None
+
+    def _send(self, rows: list[tuple[str, float, int, int]]) -> None:
+        """Send one batch: to a server as the JSON that it wants, which is what the client would send, made at once."""
+        if self._uri.startswith("http"):
+            self._post(rows)
+            return
+
+        from mlflow.entities import Metric as MLflowMetric
+
+        self._client.log_batch(self._run_id, metrics=[MLflowMetric(*row) for row in rows])
+
+    def _post(self, rows: list[tuple[str, float, int, int]]) -> None:
+        from mlflow.utils.rest_utils import http_request
+
+        metrics = [
+            {"key": key, "value": value if math.isfinite(value) else _word(value), "timestamp": stamp, "step": step}
+            for key, value, stamp, step in rows
+        ]
+        # retry_codes empty: the response comes back as it is, with its status and its Retry-After
+        response = http_request(
+            self._client._tracking_client.store.get_host_creds(),
+            "/api/2.0/mlflow/runs/log-batch",
+            "POST",
+            max_retries=0,
+            retry_codes=frozenset(),
+            raise_on_status=False,
+            json={"run_id": self._run_id, "metrics": metrics},
+        )
+        if response.status_code != 200:
+            _raise_for(response.status_code, response.text[:500], response.headers.get("Retry-After"))
+
+
+class _Apart:
+    """Sets rows apart that MLflow would take for one: same name, value, step and millisecond.
+
+    What it decides is a pure function of the rows since the start, so a replay decides the same.
+    """
+
+    def __init__(self, last: Sequence[tuple[Any, ...]] = ()) -> None:
+        self._kept: list[tuple[Any, ...]] = list(last)  # (time of the call, what was sent for it)
+        self._new: list[tuple[Any, ...]] = []
+
+    def set_apart(self, rows: list[tuple[str, float, int, int]]) -> list[tuple[str, float, int, int]]:
+        """Return the rows, repeated ones each a millisecond later than the one before."""
+        self._new = []
+        seen = {tuple(sent) for _, *sent in self._kept}
+        result = []
+        for key, value, stamp, step in rows:
+            # NaN is not equal to itself and would not be found; JSON has none of these.
+            same = value if math.isfinite(value) else repr(value)
+            at = stamp
+            while (key, same, at, step) in seen:
+                at += 1
+
+            seen.add((key, same, at, step))
+            self._new.append((stamp, key, same, at, step))
+            result.append((key, value, at, step))
+
+        return result
+
+    def keep(self) -> None:
+        """Take what was set apart last as sent; only rows of its last moment can still be repeated."""
+        if not self._new:
+            return
+
+        latest = max(stamp for stamp, *_ in self._new)
+        self._kept = [each for each in (*self._kept, *self._new) if each[0] >= latest - 1][-_REMEMBERED:]
+        self._new = []
+
+    def last(self) -> list[list[Any]]:
+        """Return what a new process must know."""
+        return [list(each) for each in self._kept]
+
+
+class MLflowPlugin(BackendPlugin):
+    """MLflow."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what this is."""
+        return PluginMetadata(
+            name="mlflow",
+            version="1",
+            type=PluginType.BACKEND,
+            description="an MLflow server, or a database file",
+            dependencies=("mlflow",),
+            extra="mlflow",
+            options={"tracking_uri": str},
+            secrets=(
+                "MLFLOW_TRACKING_TOKEN",
+                "MLFLOW_TRACKING_USERNAME",
+                "MLFLOW_TRACKING_PASSWORD",
+                "DATABRICKS_TOKEN",
+            ),
+        )
+
+    def create_backend(self, config: Mapping[str, Any]) -> MLflowBackend:
+        """Return the backend."""
+        return MLflowBackend(config)
+
+
+def _default_uri(config: Mapping[str, Any]) -> str:
+    return f"sqlite:///{Path(config['run_dir']).absolute().parent / 'mlflow.db'}"
+
+
+def _file(name: str) -> str:
+    """Return a name as the path of an artifact; what says the file's type stays at its end."""
+    if safe_name(name, _REFUSED, _LONGEST_PATH) == name:
+        return name
+
+    suffix = Path(name).suffix
+    stem = name.removesuffix(suffix)
+    plain = re.fullmatch(r"\.\w{1,10}", suffix)
+    return safe_name(stem, _REFUSED, _LONGEST_PATH) + suffix if plain else safe_name(name, _REFUSED, _LONGEST_PATH)
+
+
+def _word(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn MLflow's errors into those that delivery knows how to treat."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        # Its client tells a 429 that it was not allowed to try again in words alone.
+        status = 429 if "too many 429 error" in str(error) else error.get_http_status_code()
+        _raise_for(status, str(error), None, error)
+
+
+def _raise_for(status: int, why: str, retry_after: str | None, cause: Exception | None = None) -> None:
+    if status in {401, 403}:
+        raise BackendUnauthorizedError(f"MLflow does not accept the credentials ({status}): {why}") from cause
+    if status in {429, 503}:
+        seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
+        raise BackendBusyError(f"MLflow asks to come back later ({status}): {why}", seconds) from cause
+    if status in {400, 413, 422}:
+        raise BackendRefusedError(f"MLflow refuses the rows ({status}): {why}") from cause
+
+    raise BackendError(f"MLflow failed ({status}): {why}") from cause

@@ -1,0 +1,231 @@
+"""TensorBoard event files, written without torch or TensorFlow.
+
+Exact: an event file only grows, and what came after a mark is cut off. Values are float32, as TensorBoard has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from traceml.errors import BackendError
+from traceml.track.backends.names import safe_name
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+
+__all__ = ["TensorBoardBackend", "TensorBoardPlugin"]
+
+_BROKEN = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, so only half a surrogate pair cannot be one
+_LONGEST_NAME = 4000
+
+
+class TensorBoardBackend(BackendInterface):
+    """Writes one event file; a run that is continued gets one more, as TensorBoard's own writers do."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options, self._experiment = config.get("options") or {}, config["experiment"]
+        folder = Path(options.get("log_dir") or Path(config["run_dir"], "tensorboard")).expanduser().absolute()
+        self._folder = Path(config.get("continue_run") or folder / str(self._experiment["id"]))
+        self._path = self._folder / f"events.out.tfevents.traceml.{self._experiment['id']}"
+        self._root = folder
+        self._resumed = False
+        self._offset = 0
+        self._file: BinaryIO | None = None
+        self._event: Any = None
+        self._summary: Any = None
+
+    @property
+    def target(self) -> str:
+        """The folder."""
+        return str(self._root)
+
+    @property
+    def is_local(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def url(self) -> str:
+        """The run's folder."""
+        return self._folder.as_uri()
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Cut off what came after the mark."""
+        self._path = Path(mark["path"])
+        self._folder = self._path.parent
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError as error:
+            raise BackendError(f"{self._path} is gone, and with it what was delivered") from error
+        if size < mark["offset"]:
+            raise BackendError(f"{self._path} has {size} bytes, fewer than the {mark['offset']} that were delivered")
+
+        os.truncate(self._path, mark["offset"])
+        self._resumed = True
+        return True
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Open the event file; a new one begins with the version of the format, and with who wrote it."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._event, self._summary = Event, Summary
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("r+b" if self._resumed else "wb")
+        self._offset = self._file.seek(0, os.SEEK_END)
+        if not self._resumed:
+            self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
+            about = {"name": name, "project": project, "id": self._experiment["id"]}
+            tags = self._experiment.get("tags") or {}
+            self.log_params({**about, **{f"tags/{key}": value for key, value in tags.items()}})
+
+        return str(self._folder)
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Write one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Write a batch with one call, each row with its own time."""
+        event, summary = self._event, self._summary
+        made = []
+        for row in rows:
+            value = summary.Value(tag=safe_name(row.name, _BROKEN, _LONGEST_NAME), simple_value=row.value)
+            made.append(event(wall_time=row.timestamp, step=row.step or 0, summary=summary(value=[value])))
+
+        self._write(made)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Write parameters as a text each, so that they show in the Text tab beside the run."""
+        for name, value in params.items():
+            self.log_text(f"params/{name}", value if isinstance(value, str) else repr(value), 0)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Write a text."""
+        from tensorboard.plugins.text.metadata import create_summary_metadata
+
+        metadata = create_summary_metadata(display_name="", description="")
+        content = text.encode("utf-8", "backslashreplace")
+        self._tensor(name, metadata, step, dtype=7, shape=(), string_val=[content])  # DT_STRING
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Write an image's bytes as they are."""
+        content = path.read_bytes()
+        width, height = _png_size(content)
+        image = self._summary.Image(encoded_image_string=content, width=width, height=height, colorspace=3)
+        self._value(self._summary.Value(tag=safe_name(name, _BROKEN, _LONGEST_NAME), image=image), step)
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Write a histogram: rows of left edge, right edge, count."""
+        from tensorboard.plugins.histogram.metadata import create_summary_metadata
+
+        buckets = [cell for each in zip(edges[:-1], edges[1:], counts, strict=True) for cell in each]
+        metadata = create_summary_metadata(display_name="", description="")
+        content = struct.pack(f"<{len(buckets)}d", *buckets)
+        self._tensor(name, metadata, step, dtype=2, shape=(len(counts), 3), tensor_content=content)  # DT_DOUBLE
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Write where the file lies: TensorBoard keeps no files."""
+        name = artifact_name or Path(artifact_path).name
+        self.log_text(f"artifacts/{name}", json.dumps({"path": artifact_path}), 0)
+
+    def end_state(self, state: str) -> None:
+        """Write how the training ended."""
+        self.log_text("state", state, 0)
+
+    def end_experiment(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the file and how far it is written."""
+        return {"path": str(self._path), "offset": self._offset}
+
+    def _tensor(self, name: str, metadata: Any, step: int, *, shape: Sequence[int], **content: Any) -> None:
+        from tensorboard.compat.proto.tensor_pb2 import TensorProto
+        from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+
+        dims = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape])
+        tensor = TensorProto(tensor_shape=dims, **content)
+        tag = safe_name(name, _BROKEN, _LONGEST_NAME)
+        self._value(self._summary.Value(tag=tag, tensor=tensor, metadata=metadata), step)
+
+    def _value(self, value: Any, step: int) -> None:
+        self._write([self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value]))])
+
+    def _write(self, events: Sequence[Any]) -> None:
+        """Append events; the kernel has them when this returns, so they outlive this process."""
+        from tensorboard.summary.writer.record_writer import masked_crc32c
+
+        assert self._file is not None, "start_experiment comes first"
+        parts = []
+        for event in events:
+            data = event.SerializeToString()
+            length = struct.pack("<Q", len(data))
+            parts += [
+                length,
+                struct.pack("<I", masked_crc32c(length)),
+                data,
+                struct.pack("<I", masked_crc32c(data)),
+            ]
+
+        whole = b"".join(parts)
+        try:
+            self._file.seek(self._offset)
+            self._file.write(whole)
+            self._file.flush()
+        except OSError:
+            self._undo()
+            raise
+
+        self._offset += len(whole)
+
+    def _undo(self) -> None:
+        """Take back what a full disk left half written, so that the next try begins at an event's start."""
+        assert self._file is not None
+        try:
+            self._file.close()
+        except OSError:
+            pass  # it tries to write its buffer once more
+
+        os.truncate(self._path, self._offset)
+        self._file = self._path.open("r+b")
+
+
+class TensorBoardPlugin(BackendPlugin):
+    """TensorBoard."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what this is."""
+        return PluginMetadata(
+            name="tensorboard",
+            version="1",
+            type=PluginType.BACKEND,
+            description="TensorBoard event files",
+            dependencies=("tensorboard",),
+            extra="tensorboard",
+            options={"log_dir": str},
+        )
+
+    def create_backend(self, config: Mapping[str, Any]) -> TensorBoardBackend:
+        """Return the backend."""
+        return TensorBoardBackend(config)
+
+
+def _png_size(content: bytes) -> tuple[int, int]:
+    """Return width and height as a PNG says them, or zeros for another format; viewers look into the image anyway."""
+    if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
+        return 0, 0
+
+    width, height = struct.unpack(">II", content[16:24])
+    return width, height

@@ -1,0 +1,265 @@
+"""MLflow, a real server and a database file: everything once, names and values as they can be kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.track.backends.conftest import Maker
+from tests.track.servers import MLflowServer
+from traceml.errors import BackendError, BackendRefusedError, PluginError
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+
+# MLflow and SQLAlchemy warn about each other; neither is ours to mend.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+
+NAMES = [
+    "loss",
+    "val/acc",
+    "größe",
+    "a:b[c]{d}",
+    "a%b",
+    "a(b",
+    "a//b",
+    "/a",
+    "a/",
+    "a/../b",
+    "..",
+    "x" * 300,
+    "x" * 299 + "y",
+    "",
+    "a b",
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
+    """A server for this module."""
+    running = MLflowServer(tmp_path_factory.mktemp("mlflow")).start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture(params=["server", "sqlite"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A tracking URI of either kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/m.db"
+
+    server: MLflowServer = request.getfixturevalue("server")
+    return server.url
+
+
+def _client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri)
+
+
+def _history(uri: str, run_id: str, name: str) -> list[tuple[float, int, int]]:
+    return [(each.value, each.step, each.timestamp) for each in _client(uri).get_metric_history(run_id, name)]
+
+
+def test_everything_is_read_back(make: Maker, uri: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Values, steps, times, parameters, tags, texts, histograms, images and artifacts are what was given."""
+    body = tmp_path / "weights.bin"
+    body.write_bytes(bytes(range(256)) * 100)
+    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name, "tags": {"team": "ü"}})
+
+    run_id = backend.start_experiment("first", "tests")
+    backend.log_metrics([Metric("loss", i / 7, i, 1.7e9 + i / 1000) for i in range(2500)])
+    backend.log_metric("one", 1.5, 2**40)
+    backend.log_params({"lr": 1e-3, "name": "x", "long": "p" * 7000, "a%b": 1})
+    backend.log_params({"lr": 2e-3})
+    backend.log_text("note", "zwei\nZeilen", 4)
+    backend.log_histogram("h", [1, 2], [0.0, 0.5, 1.0], 5)
+    backend.log_artifact(str(body), "model/my weights.bin")
+    backend.end_state("failed")
+    backend.end_experiment()
+
+    client = _client(uri)
+    run = client.get_run(run_id)
+    assert _history(uri, run_id, "loss") == [(i / 7, i, 1_700_000_000_000 + i) for i in range(2500)]
+    assert _history(uri, run_id, "one")[0][:2] == (1.5, 2**40)
+    assert (run.info.run_name, run.info.status) == ("first", "FAILED")
+    assert run.data.params["lr"] == "0.001"
+    assert run.data.tags["param.lr"] == "0.002"
+    assert run.data.tags["team"] == "ü"
+    for path, content in [
+        ("params/long.txt", b"p" * 7000),
+        ("text/note/4.txt", b"zwei\nZeilen"),
+        ("model/my weights.bin", body.read_bytes()),
+    ]:
+        assert Path(client.download_artifacts(run_id, path, str(tmp_path))).read_bytes() == content
+
+    histogram = client.download_artifacts(run_id, "histograms/h/5.json", str(tmp_path))
+    assert json.loads(Path(histogram).read_text())["edges"] == [0.0, 0.5, 1.0]
+
+
+def test_a_replay_doubles_nothing(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """A batch that comes again after a crash is there once, also rows that look the same within one millisecond."""
+    experiment = {"id": request.node.name}
+    rows = [Metric("same", 1.0, 0, 1.7e9) for _ in range(5)]
+    rows += [
+        Metric("same", math.nan, 0, 1.7e9),
+        Metric("same", math.nan, 0, 1.7e9 + 0.001),
+        Metric("loss", 2.0, 9, 1.7e9),
+    ]
+    first = make("mlflow", tracking_uri=uri, experiment=experiment)
+    run_id = first.start_experiment("first", "tests")
+    first.log_metrics(rows[:3])
+    mark = json.loads(json.dumps(first.mark()))
+    first.log_metrics(rows[3:])
+
+    second = make("mlflow", tracking_uri=uri, experiment=experiment)
+    assert second.resume(mark)
+    assert second.start_experiment("first", "tests") == run_id
+    second.log_metrics(rows[3:6])
+    second.log_metrics(rows[6:])
+    second.end_experiment()
+
+    history = _history(uri, run_id, "same")
+    assert sorted(stamp for value, _, stamp in history if value == 1.0) == [1_700_000_000_000 + i for i in range(5)]
+    assert sum(math.isnan(value) for value, _, _ in history) == 2
+    assert len(history) == 7
+    assert len(_history(uri, run_id, "loss")) == 1
+
+
+def test_a_start_that_was_not_noted_finds_its_run(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """A delivery that died right after it had created the run leaves no second one."""
+    experiment = {"id": request.node.name}
+    first = make("mlflow", tracking_uri=uri, experiment=experiment)
+    second = make("mlflow", tracking_uri=uri, experiment=experiment)
+
+    assert first.start_experiment("first", "tests") == second.start_experiment("first", "tests")
+
+
+def test_any_name_is_taken_and_none_is_mixed_up(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """Names that MLflow refuses are changed, each into one of its own."""
+    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
+    run_id = backend.start_experiment("first", "tests")
+    backend.log_metrics([Metric(name, float(i), 0, 1.7e9) for i, name in enumerate(NAMES)])
+    backend.end_experiment()
+
+    metrics = _client(uri).get_run(run_id).data.metrics
+    assert sorted(metrics.values()) == [float(i) for i in range(len(NAMES))]
+    assert metrics["größe"] == NAMES.index("größe")
+    assert metrics["a b"] == NAMES.index("a b")
+
+
+def test_special_values_and_steps_out_of_order(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """NaN stays; the infinities become the largest numbers, as MLflow keeps them; steps may go backwards."""
+    backend = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name})
+    run_id = backend.start_experiment("first", "tests")
+    values = [math.nan, math.inf, -math.inf]
+    backend.log_metrics([Metric("x", value, 5 - i, 1.7e9 + i) for i, value in enumerate(values)])
+    backend.end_experiment()
+
+    got = sorted(_history(uri, run_id, "x"), key=lambda each: each[2])
+    assert math.isnan(got[0][0])
+    assert [value for value, _, _ in got[1:]] == [sys.float_info.max, -sys.float_info.max]
+    assert [step for _, step, _ in got] == [5, 4, 3]
+
+
+def test_nested_and_continued_runs(make: Maker, uri: str, request: pytest.FixtureRequest) -> None:
+    """A nested run names its parent; a continued one goes on in the same run."""
+    parent = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name + "parent"})
+    parent_id = parent.start_experiment("outer", "tests")
+    child = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name + "child", "parent": parent_id})
+    child_id = child.start_experiment("inner", "tests")
+    child.log_metric("loss", 1.0, 0)
+    child.end_experiment()
+    again = make("mlflow", tracking_uri=uri, experiment={"id": request.node.name + "again"}, continue_run=child_id)
+    assert again.start_experiment("inner", "tests") == child_id
+    again.log_metric("loss", 2.0, 1)
+    again.end_experiment()
+
+    run = _client(uri).get_run(child_id)
+    assert run.data.tags["mlflow.parentRunId"] == parent_id
+    assert run.info.status == "FINISHED"
+    assert [value for value, _, _ in _history(uri, child_id, "loss")] == [1.0, 2.0]
+
+
+def test_an_image_is_an_artifact(make: Maker, server: MLflowServer, tmp_path: Path) -> None:
+    """The bytes of an image arrive unchanged through the server."""
+    image = tmp_path / "some.png"
+    image.write_bytes(b"\x89PNG\r\n" + bytes(2000))
+    backend = make("mlflow", tracking_uri=server.url, experiment={"id": "image"})
+    run_id = backend.start_experiment("first", "tests")
+    backend.log_image("samples/cat %", image, 7)
+    backend.end_experiment()
+
+    client = _client(server.url)
+    (folder,) = [each.path for each in client.list_artifacts(run_id, "images/samples")]
+    assert Path(client.download_artifacts(run_id, f"{folder}/7.png", str(tmp_path))).read_bytes() == image.read_bytes()
+
+
+def test_a_dead_server_is_said_at_once(make: Maker, tmp_path: Path) -> None:
+    """Nothing is tried again by the library: that is delivery's policy."""
+    backend = make("mlflow", tracking_uri=MLflowServer(tmp_path).url)
+
+    with pytest.raises(BackendError):
+        backend.start_experiment("first", "tests")
+
+
+def test_a_row_that_is_refused_is_told_apart(make: Maker, server: MLflowServer) -> None:
+    """What MLflow will never take is a refusal, not a failure to try again."""
+    backend = make("mlflow", tracking_uri=server.url, experiment={"id": "refused"})
+    backend.start_experiment("first", "tests")
+
+    with pytest.raises(BackendRefusedError):
+        backend.log_metrics([Metric("loss", 1.0, 0, -5.0)])
+
+
+def test_where_it_goes(make: Maker, tmp_path: Path) -> None:
+    """Targets hide credentials, and `local_only` takes this machine only."""
+    remote = make("mlflow", tracking_uri="https://user:secret@example.com:5000/x")
+
+    assert remote.target == "https://example.com:5000/x"
+    assert make("mlflow", tracking_uri="http://127.0.0.1:1", local_only=True).is_local
+    assert make("mlflow", local_only=True).target == f"sqlite:///{tmp_path}/mlflow.db"
+    with pytest.raises(PluginError, match="not on this machine"):
+        make("mlflow", tracking_uri="http://10.0.0.1:5000", local_only=True)
+
+
+KILLED = """
+import os, sys
+from traceml.track.backends.mlflow import MLflowBackend
+from traceml.track.metric import Metric
+options = {"tracking_uri": sys.argv[1]}
+backend = MLflowBackend({"run_id": sys.argv[2], "run_dir": "/", "options": options, "experiment": {"id": "killed"}})
+backend.start_experiment("first", "tests")
+for k in range(1000):
+    backend.log_metrics([Metric("loss", float(i), i, 1.7e9 + i) for i in range(k * 100, k * 100 + 100)])
+    print(k, flush=True)
+"""
+
+
+def test_a_killed_delivery_is_replayed_exactly(make: Maker, server: MLflowServer) -> None:
+    """Killed at any moment and given everything again from one batch before: each row is there once."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, server.url, "20260101-000000-test-abcd"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == 7:
+            break
+
+    process.kill()
+    process.communicate()
+    backend: BackendInterface = make("mlflow", tracking_uri=server.url, experiment={"id": "killed"})
+    run_id = backend.start_experiment("first", "tests")
+    backend.log_metrics([Metric("loss", float(i), i, 1.7e9 + i) for i in range(600, 3000)])
+    backend.end_experiment()
+
+    assert [step for _, step, _ in _history(server.url, run_id, "loss")] == list(range(3000))

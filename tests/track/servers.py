@@ -1,0 +1,71 @@
+"""A real MLflow server of one's own, that can be killed and started again on the same port and database."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+__all__ = ["MLflowServer"]
+
+
+class MLflowServer:
+    """`mlflow server` with a database file and its artifacts in `folder`.
+
+    Args:
+        folder: where everything lies; taken up again by a later start.
+        arguments: more of the command line.
+    """
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        self.arguments = arguments
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_s: float = 90.0) -> MLflowServer:
+        """Start it and wait until it answers."""
+        assert self._process is None
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1", *self.arguments]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        log = (self.folder / "server.log").open("ab")
+        with log:
+            self._process = subprocess.Popen(
+                command, cwd=self.folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, (self.folder / "server.log").read_text()[-2000:]
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                    assert answer.status == 200
+                    return self
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+
+        raise AssertionError(f"no answer within {timeout_s} s: {(self.folder / 'server.log').read_text()[-2000:]}")
+
+    def kill(self) -> None:
+        """Kill it and its workers, as a crash would."""
+        if self._process is None:
+            return
+
+        try:
+            os.killpg(self._process.pid, 9)
+        except ProcessLookupError:
+            pass  # it has ended by itself
+
+        self._process.wait()
+        self._process = None
