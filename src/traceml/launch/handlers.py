@@ -1,0 +1,256 @@
+"""Log handlers for the output of workers: to a file or the screen, for one worker or one agent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from traceml.settings import load
+
+__all__ = [
+    "LineHandler",
+    "SourceFilter",
+    "add_filter_to_handler",
+    "file_handler",
+    "log_level",
+    "new_log_folder",
+    "stream_handler",
+]
+
+_TIME = "%Y-%m-%d %H:%M:%S"
+_log = logging.getLogger("traceml")
+
+
+def file_handler(
+    hostname: str, local_rank: int | None = None, log_dir: str | os.PathLike[str] | None = None
+) -> LineHandler:
+    """Return a handler that writes a worker's output to `<log_dir>/<hostname>[<local_rank>].log`.
+
+    Args:
+        hostname: the host, as it is named in `hostnames`.
+        local_rank: the worker's; None for the host's agent, whose file is `<hostname>.log`.
+        log_dir: the folder; made when something is written. None: where `launch` would put its files.
+    """
+    folder = new_log_folder(os.environ) or Path() if log_dir is None else Path(log_dir)
+    own = "" if local_rank is None else f"[{local_rank}]"
+    handler = _FileHandler(folder / f"{hostname.replace(os.sep, '_')}{own}.log")
+    return _for_source(handler, hostname, local_rank, "%(asctime)s:%(levelname)s: %(message)s")
+
+
+def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO | None = None) -> LineHandler:
+    """Return a handler that prints a worker's output.
+
+    Args:
+        hostname: the host, as it is named in `hostnames`.
+        local_rank: the worker's; None for the host's agent.
+        stream: where to; None for `sys.stdout`, whatever that is at the time.
+    """
+    own = "" if local_rank is None else f"[{local_rank}]"
+    source = f"{hostname}{own}".replace("%", "%%")
+    handler = _StreamHandler(stream)
+    return _for_source(handler, hostname, local_rank, f"%(asctime)s:%(levelname)s:{source}: %(message)s")
+
+
+def add_filter_to_handler(
+    handler: logging.Handler,
+    hostname: str,
+    local_rank: int | None = None,
+    log_level: int | str = logging.NOTSET,
+) -> None:
+    """Let `handler` take only what one worker, or one host's agent, says.
+
+    Args:
+        handler: any handler of `logging`.
+        hostname: the host, as it is named in `hostnames`.
+        local_rank: the worker's; None for the host's agent.
+        log_level: the lowest level to take.
+    """
+    handler.addFilter(SourceFilter(hostname, local_rank))
+    handler.setLevel(log_level)
+
+
+def new_log_folder(environ: Mapping[str, str]) -> Path | None:
+    """Return a folder for the files of one launch, which is not made yet; None when files are turned off."""
+    for name in ("TRACEML_LOG_DIR", "TORCHRUNX_LOG_DIR"):
+        if name in environ:
+            base = environ[name]
+            break
+    else:
+        base = str(load().log_dir)
+
+    if not base:
+        return None
+
+    now = datetime.now()  # local, for people who look for their run of a moment ago
+    folder = Path(base).absolute() / now.isoformat(timespec="seconds")
+    number = 1
+    while folder.exists() or folder in _promised:
+        number += 1
+        folder = folder.with_name(f"{now.isoformat(timespec='seconds')}-{number}")
+
+    _promised.add(folder)
+    return folder
+
+
+# Folders that were named in this process, made or not.
+_promised: set[Path] = set()
+
+
+def log_level(environ: Mapping[str, str]) -> str:
+    """Return the level of workers' root loggers: `TRACEML_LOG_LEVEL`, `TORCHRUNX_LOG_LEVEL`, or INFO."""
+    return (environ.get("TRACEML_LOG_LEVEL") or environ.get("TORCHRUNX_LOG_LEVEL") or "INFO").upper()
+
+
+class SourceFilter(logging.Filter):
+    """Passes the records of one worker, or of one agent."""
+
+    def __init__(self, hostname: str, local_rank: int | None) -> None:
+        super().__init__()
+        self._source = (hostname, local_rank)
+
+    def matches(self, hostname: str | None, local_rank: int | None) -> bool:
+        """Return whether that is the source."""
+        return (hostname, local_rank) == self._source
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether the record comes from the source."""
+        return self.matches(getattr(record, "hostname", None), getattr(record, "local_rank", None))
+
+
+class LineHandler(logging.Handler):
+    """A handler that also takes many lines at once, and writes them as it would write a record for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._own_formatter: logging.Formatter | None = None
+        self._head, self._head_of = "", (0, 0)
+        self._failed = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nobody gave it a format or a filter, so that a record per line would make no difference."""
+        return self.formatter is self._own_formatter and len(self.filters) == 1
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        self._write_safely(self.format(record) + "\n")
+
+    def write_lines(self, text: str, level: int) -> None:
+        """Write whole lines, all of one level."""
+        now = (int(time.time()), level)
+        if now != self._head_of:
+            record = logging.LogRecord("", level, "", 0, "", None, None)
+            self._head, self._head_of = self.format(record), now
+
+        head = self._head
+        body = text[:-1].replace("\n", f"\n{head}")
+        self.acquire()
+        try:
+            self._write_safely(f"{head}{body}\n")
+        finally:
+            self.release()
+
+    def flush_lines(self) -> None:
+        """Hand what was written to whom it is for."""
+        try:
+            self.flush()
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _write(self, text: str) -> None:
+        raise NotImplementedError
+
+    def _write_safely(self, text: str) -> None:
+        if self._failed:
+            return
+
+        try:
+            self._write(text)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        if not self._failed:
+            self._failed = True
+            _log.warning("%r cannot write: %s. What follows is not written there; the launch goes on", self, error)
+
+
+# The open files of all launches, oldest first: a thousand workers have more files than a process may open.
+_open_files: dict[_FileHandler, None] = {}
+_MAX_OPEN_FILES = 256
+
+
+class _FileHandler(LineHandler):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self._file: Any = None
+
+    def __repr__(self) -> str:
+        return f"file_handler({str(self.path)!r})"
+
+    def _write(self, text: str) -> None:
+        if self._file is None:
+            self._open()
+
+        self._file.write(text)
+
+    def _open(self) -> None:
+        while len(_open_files) >= _MAX_OPEN_FILES:
+            next(iter(_open_files)).close()
+
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
+        _open_files[self] = None
+
+    def flush(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            _open_files.pop(self, None)
+            try:
+                file.close()
+            except OSError as error:
+                self._give_up(error)
+
+        super().close()
+
+
+class _StreamHandler(LineHandler):
+    def __init__(self, stream: TextIO | None) -> None:
+        super().__init__()
+        self._stream = stream
+        self._dirty: TextIO | None = None
+
+    def __repr__(self) -> str:
+        return f"stream_handler({self._stream!r})"
+
+    def _write(self, text: str) -> None:
+        stream = self._stream or sys.stdout
+        try:
+            stream.write(text)
+        except UnicodeEncodeError:
+            stream.write(text.encode("ascii", "backslashreplace").decode("ascii"))
+
+        self._dirty = stream
+
+    def flush(self) -> None:
+        if self._dirty is not None:
+            stream, self._dirty = self._dirty, None
+            stream.flush()
+
+
+def _for_source(handler: LineHandler, hostname: str, local_rank: int | None, layout: str) -> LineHandler:
+    handler._own_formatter = logging.Formatter(layout, datefmt=_TIME)
+    handler.setFormatter(handler._own_formatter)
+    add_filter_to_handler(handler, hostname, local_rank)
+    return handler
