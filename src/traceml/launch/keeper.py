@@ -13,6 +13,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,6 +85,19 @@ class AggregatorKeeper:
             "TRACEML_SUPERVISED": "1",
         }
 
+    def check(self) -> None:
+        """See that the folder of the runs can be written, and make it; the run's own comes with the aggregator.
+
+        Raises:
+            TraceMLError: it cannot.
+        """
+        try:
+            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.runs_dir):
+                pass
+        except OSError as error:
+            raise self._unwritable(self.runs_dir, error) from error
+
     def start(self) -> None:
         """Start an aggregator on our socket.
 
@@ -95,10 +109,7 @@ class AggregatorKeeper:
             logs.mkdir(parents=True, exist_ok=True)
             log = (logs / "aggregator.log").open("ab")
         except OSError as error:
-            raise TraceMLError(
-                f"cannot write the run's folder {self.run_dir}: {error.strerror}. "
-                "Choose another place with --runs-dir or TRACEML_RUNS_DIR."
-            ) from error
+            raise self._unwritable(self.run_dir, error) from error
 
         fd = self._listener.fileno()
         command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--run-id", self.run_id]
@@ -133,24 +144,6 @@ class AggregatorKeeper:
         except (TraceMLError, OSError) as error:
             # the job goes on, and its ranks keep their rows; what became of them is told at the end
             _log.debug("no new aggregator yet: %s", error)
-
-    def tell_exits(self, exits: Sequence[dict[str, Any]], *, timeout_s: float) -> bool:
-        """Tell how ranks ended while others go on; return whether the aggregator has heard it.
-
-        Args:
-            exits: what is known of each, as the command `exits` takes it.
-            timeout_s: time for it; what was not heard now is to be told again at the end.
-        """
-        hello = Hello(role="client", run=self.run_id)
-        try:
-            connection = connect("127.0.0.1", self.port, hello, self.token, timeout_s=timeout_s)
-            with contextlib.closing(connection):
-                connection.request("exits", {"exits": list(exits)}, timeout_s=timeout_s)
-        except (TraceMLError, OSError) as error:
-            _log.debug("the aggregator has not heard how ranks ended: %s", error)
-            return False
-
-        return True
 
     def finish(self, exits: Sequence[dict[str, Any]], status: int) -> bool:
         """Tell how the processes ended, and that the run is over; return whether it is finished on disk.
@@ -187,6 +180,13 @@ class AggregatorKeeper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    @staticmethod
+    def _unwritable(folder: Path, error: OSError) -> TraceMLError:
+        return TraceMLError(
+            f"cannot write the run's folder {folder}: {error.strerror}. "
+            "Choose another place with --runs-dir or TRACEML_RUNS_DIR."
+        )
 
     def _replace(self) -> None:
         """Start a new aggregator in the place of one that does not answer."""

@@ -10,6 +10,7 @@ import logging
 import selectors
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,9 +68,10 @@ class _Flight:
 
 
 class Tracing:
-    """One traced launch. A context manager, at whose exit the aggregator is gone; `start` it before the agents.
+    """One traced launch. A context manager, at whose exit the verdict is printed and the aggregator gone.
 
-    The owner calls `tick` twice a second or more, passes on what agents say, waits while `pending`, and calls `finish`.
+    The owner calls `start` before the agents, `tick` twice a second or more, passes on what agents say, waits while
+    `pending`, and calls `finish`. A launch whose workers were never started leaves no run.
 
     Args:
         name: what to call the run where the user gave it no name: the function's or the script's.
@@ -99,12 +101,14 @@ class Tracing:
         self._environ = {"TRACEML_RUN_NAME": config.run_name or name, "TRACEML_PROJECT": config.project}
         self._make_screen, self._report, self._program = make_screen, report, program
         self._screen: Screen | None = None
+        self._begun = False
+        self._finished: bool | None = None
         self._hosts: dict[str, _Host] = {}
         self._flights: dict[tuple[str, int], _Flight] = {}
         self._exits: list[dict[str, Any]] = []
         self._flight_of: dict[int, tuple[str, int]] = {}  # number of an exit -> its flight
-        self.output: io.TextIOBase | None = None
-        """Where the job's output is to be written while there is a live view; None: to standard output."""
+        self.output = _Output()
+        """Where the job's output is to be written, from any thread: it appears above the live view."""
 
     def __enter__(self) -> Self:
         return self
@@ -123,20 +127,21 @@ class Tracing:
         return any(not flight.ended for flight in self._flights.values())
 
     def start(self) -> None:
-        """Start the aggregator, and the live view.
+        """See that there can be a run.
 
         Raises:
-            TraceMLError: the run's folder cannot be written.
+            TraceMLError: the folder of the runs cannot be written.
         """
-        self._keeper.start()
-        self._screen = self._make_screen(self.run_dir)
-        if self._screen is not None:
-            self.output = _ScreenOutput(self._screen)
+        self._keeper.check()
 
     def tick(self) -> None:
         """Start the aggregator again if it died, and draw."""
+        if not self._begun:
+            return
+
         self._keeper.keep()
         if self._screen is not None:
+            self.output.pass_on()
             self._screen.tick()
 
     # --- hosts -------------------------------------------------------------------------------------------------------
@@ -173,7 +178,12 @@ class Tracing:
         return known.local or bool(known.port) or bool(known.trouble)
 
     def environ(self, host: str) -> dict[str, str]:
-        """Return the variables by which the ranks of a host find their aggregator."""
+        """Return the variables by which the ranks of a host find their aggregator, which is started now.
+
+        Raises:
+            TraceMLError: the run's folder cannot be written.
+        """
+        self._begin()
         known = self._hosts[host]
         address = None if known.local else f"127.0.0.1:{known.port or 9}"  # 9: nobody answers, rows stay in the rank
         return {**self._environ, **self._keeper.environ(address)}
@@ -248,7 +258,7 @@ class Tracing:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, status: int) -> bool:
-        """Tell the aggregator how everything ended, and print the verdict; return whether the run is complete on disk.
+        """Tell the aggregator how everything ended; return whether the run is complete on disk.
 
         Args:
             status: what the job ended with, as a shell counts.
@@ -258,20 +268,26 @@ class Tracing:
             if flight is not None and flight.path:
                 self._exits[number]["flight"] = flight.path
 
-        finished = self._keeper.finish(self._exits, status)
-        self._end_screen()
-        conclude(self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr)
-        return finished
+        self._finished = self._begun and self._keeper.finish(self._exits, status)
+        return self._finished
 
     def close(self) -> None:
-        """Leave the terminal as it was, and see the aggregator out. May be called again."""
-        self._end_screen()
+        """Leave the terminal as it was, print the verdict, see the aggregator out. May be called again."""
+        self.output.pass_on()
+        self.output.screen = None
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
+
         for known in self._hosts.values():
             if known.tunnel is not None:
                 known.tunnel.close()
                 known.tunnel = None
 
         self._keeper.close()
+        if self._begun and self._finished is not None:
+            finished, self._finished = self._finished, None
+            conclude(self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -288,25 +304,38 @@ class Tracing:
 
         flight.data.clear()
 
-    def _end_screen(self) -> None:
-        self.output = None
-        if self._screen is not None:
-            self._screen.close()
-            self._screen = None
+    def _begin(self) -> None:
+        if not self._begun:
+            self._keeper.start()
+            self._begun = True
+            self._screen = self.output.screen = self._make_screen(self.run_dir)
 
 
-class _ScreenOutput(io.TextIOBase):
-    """A text stream whose words appear above the live view."""
+class _Output(io.TextIOBase):
+    """A text stream whose words go to standard output; above the live view, where there is one, when it is drawn."""
 
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
+    def __init__(self) -> None:
+        self.screen: Screen | None = None
+        self._waiting: deque[str] = deque()
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str, /) -> int:
-        self._screen.write(text.encode(errors="replace"))
+        if self.screen is None:
+            return sys.stdout.write(text)
+
+        self._waiting.append(text)
         return len(text)
+
+    def flush(self) -> None:
+        if self.screen is None:
+            sys.stdout.flush()
+
+    def pass_on(self) -> None:
+        """Show what was written; to be called by the thread that draws."""
+        while self.screen is not None and self._waiting:
+            self.screen.write(self._waiting.popleft().encode(errors="replace"))
 
 
 def _run_id(wanted: str | None) -> str | None:
