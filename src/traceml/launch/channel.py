@@ -56,13 +56,17 @@ class Outgoing:
     Attributes:
         id: its number on the channel.
         on_drain: called when all that was written has left and more is allowed.
+        on_ended: called when the stream's end is on its way: a message sent from then on arrives behind it.
+        ended: whether it is.
     """
 
-    __slots__ = ("_channel", "_chunks", "_credit_bytes", "_end", "_queued_bytes", "id", "on_drain")
+    __slots__ = ("_channel", "_chunks", "_credit_bytes", "_end", "_queued_bytes", "ended", "id", "on_drain", "on_ended")
 
     def __init__(self, channel: Channel, stream_id: int) -> None:
         self.id = stream_id
-        self.on_drain: Callable[[], None] | None = None
+        self.on_drain: Callable[[], object] | None = None
+        self.on_ended: Callable[[], object] | None = None
+        self.ended = False
         self._channel = channel
         self._chunks: deque[memoryview] = deque()
         self._queued_bytes, self._credit_bytes = 0, STREAM_WINDOW_BYTES
@@ -96,6 +100,12 @@ class Outgoing:
         if self._end is None:
             self._end = msgpack.packb(error) if error else b""
             self._channel._wake(self)
+
+    def abort(self, error: dict[str, Any]) -> None:
+        """End the stream without what has not left yet."""
+        self._chunks.clear()
+        self._queued_bytes = 0
+        self.end(error)
 
     @property
     def _sendable(self) -> bool:
@@ -227,7 +237,7 @@ class Channel:
             ProtocolError: a field cannot travel, or the message is too large.
         """
         try:
-            body = msgpack.packb({"t": t, **fields})
+            body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
         except (TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"cannot encode a {t!r} message: {error}") from error
 
@@ -292,6 +302,9 @@ class Channel:
             size += len(body)
             if kind == _END:
                 del self._outgoing[stream_id]
+                stream.ended = True
+                if stream.on_ended is not None:
+                    stream.on_ended()
             elif stream._sendable:
                 self._ready[stream_id] = stream  # behind the others
 
@@ -482,7 +495,7 @@ class Channel:
 
     def _map(self) -> dict[str, Any]:
         try:
-            found = msgpack.unpackb(self._body, strict_map_key=False)
+            found = msgpack.unpackb(self._body, strict_map_key=False, unicode_errors="surrogateescape")
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise ChannelClosedError(f"a message that is no msgpack ({error!r})") from error
 

@@ -1,0 +1,102 @@
+"""Messages with descriptors between the processes of one host: agent, zygote and workers."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
+
+__all__ = ["FdSocket"]
+
+_MAX_FDS = 64
+_INLINE_BYTES = 32 * 1024  # larger messages travel as a file in memory
+_BIG = b"\xc1"  # a byte that begins no msgpack value
+
+
+class FdSocket:
+    """One end of a private unix socket that keeps the borders of messages."""
+
+    __slots__ = ("_socket",)
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    @classmethod
+    def pair(cls) -> tuple[FdSocket, FdSocket]:
+        """Return two connected ends; neither is inherited by programs that are started."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    @classmethod
+    def of(cls, fd: int) -> FdSocket:
+        """Return the end that has the number `fd`."""
+        return cls(socket.socket(fileno=fd))
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._socket.fileno()
+
+    def send(self, t: str, fds: Sequence[int] = (), **fields: Any) -> None:
+        """Send the message `t`, and copies of descriptors.
+
+        Raises:
+            OSError: the other end is closed.
+        """
+        body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
+        if len(body) <= _INLINE_BYTES:
+            self._send(body, fds)
+            return
+
+        memory = os.memfd_create("traceml-message")
+        try:
+            with os.fdopen(os.dup(memory), "wb") as file:
+                file.write(body)
+
+            self._send(_BIG, [memory, *fds])
+        finally:
+            os.close(memory)
+
+    def receive(self, *, wait: bool = True) -> tuple[dict[str, Any], list[int]] | None:
+        """Return the next message and its descriptors; None when there is none and `wait` is False.
+
+        Raises:
+            EOFError: the other end is closed.
+        """
+        try:
+            body, fds = self._receive(0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+        except ConnectionError as error:
+            raise EOFError(str(error)) from error
+
+        if not body:
+            raise EOFError("the other end is closed")
+
+        if body == _BIG:
+            with os.fdopen(fds.pop(0), "rb") as file:
+                file.seek(0)
+                body = file.read()
+
+        return msgpack.unpackb(body, strict_map_key=False, unicode_errors="surrogateescape"), fds
+
+    def close(self) -> None:
+        """Close this end."""
+        self._socket.close()
+
+    def _send(self, body: bytes, fds: Sequence[int]) -> None:
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        self._socket.sendmsg([body], ancillary, socket.MSG_NOSIGNAL)
+
+    def _receive(self, flags: int) -> tuple[bytes, list[int]]:
+        fds = array.array("i")
+        room = socket.CMSG_SPACE(_MAX_FDS * fds.itemsize)
+        body, ancillary, _, _ = self._socket.recvmsg(_INLINE_BYTES, room, flags | socket.MSG_CMSG_CLOEXEC)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+
+        return body, fds.tolist()

@@ -1,0 +1,129 @@
+"""What a host has, as an agent sees it: cores, addresses, GPUs; and what is each worker's part of it."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import itertools
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["addresses", "core_slices", "count_gpus", "interface_towards", "oom_kills"]
+
+_SIOCGIFADDR = 0x8915
+
+
+def addresses() -> dict[str, str]:
+    """Return the IPv4 address of each interface by its name."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(sock, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # it has none
+                continue
+
+            found[name] = socket.inet_ntoa(answer[20:24])
+
+    return found
+
+
+def interface_towards(address: str) -> str | None:
+    """Return the interface by which this host reaches `address`, or None where that cannot be told."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect(target)  # sends nothing
+            own = sock.getsockname()[0]
+    except OSError:
+        return None
+
+    if family == socket.AF_INET6:
+        return _interface_of_v6(own)
+
+    if own.startswith("127."):
+        return "lo"
+
+    return next((name for name, each in addresses().items() if each == own), None)
+
+
+def _interface_of_v6(address: str) -> str | None:
+    wanted = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
+    try:
+        lines = Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+
+    return next((fields[5] for line in lines if (fields := line.split())[0] == wanted), None)
+
+
+def core_slices(workers: int) -> list[list[int]]:
+    """Share this process's cores among workers: neighbours in the machine stay together; empty with too few cores."""
+    cores = sorted(os.sched_getaffinity(0), key=_place_of)
+    if workers > len(cores):
+        return [[] for _ in range(workers)]
+
+    size, more = divmod(len(cores), workers)
+    starts = [i * size + min(i, more) for i in range(workers + 1)]
+    return [sorted(cores[start:stop]) for start, stop in itertools.pairwise(starts)]
+
+
+def _place_of(cpu: int) -> tuple[int, int, int]:
+    """Return (socket, core, cpu): two hardware threads of a core are neighbours, whatever their numbers."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text()), cpu
+    except (OSError, ValueError):
+        return 0, cpu, cpu
+
+
+def count_gpus(environ: Mapping[str, str]) -> int:
+    """Return how many GPUs a process with this environment would have; without torch, and without a CUDA context."""
+    there = _nvidia_gpus()
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not there:
+        return there
+
+    count = 0
+    for word in map(str.strip, chosen.split(",")):
+        if not (word.startswith(("GPU-", "MIG-")) or (word.isdigit() and int(word) < there)):
+            break  # CUDA stops at the first that is not there
+
+        count += 1
+
+    return count
+
+
+def _nvidia_gpus() -> int:
+    if not Path("/dev/nvidiactl").exists():
+        return 0
+
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if nvml.nvmlInit_v2() != 0:
+            return 0
+
+        count = ctypes.c_uint()
+        status = nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):
+        return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+    return 0 if status else count.value
+
+
+def oom_kills() -> int:
+    """Return how often the kernel has killed for want of memory: in our cgroup, or where that is not told, at all."""
+    try:
+        group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip()
+        text = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")
+    except OSError:
+        try:
+            text = Path("/proc/vmstat").read_text(encoding="ascii")
+        except OSError:
+            return 0
+
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill ")), 0)

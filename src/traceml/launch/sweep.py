@@ -1,0 +1,160 @@
+"""Finding and ending processes of this host: what a job has left, however it hid."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+__all__ = ["MARK", "Ending", "Process", "become_subreaper", "die_with_parent", "end_all", "leftovers", "look_at"]
+
+# The variable that the processes of a job have in their environment, wherever they went.
+MARK = "TRACEML_LAUNCH_MARK"
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_TICK_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process as /proc tells it: `state` is the letter that ps shows."""
+
+    pid: int
+    parent: int
+    session: int
+    state: str
+
+
+def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> None:
+    """Have the kernel send us `how` when the thread that made us ends; 0 takes that back.
+
+    Args:
+        parent: the process that made us; if it is gone already we end here.
+        how: the signal.
+    """
+    _prctl(_PR_SET_PDEATHSIG, int(how))
+    if how and os.getppid() != parent:
+        os._exit(128 + int(how))
+
+
+def become_subreaper() -> None:
+    """Have orphans below us become our children, where they can be found and waited for."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    import ctypes
+
+    ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
+
+
+def look_at(pid: int | str) -> Process | None:
+    """Return what /proc says of a process, or None when there is none."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            text = file.read()
+    except OSError:
+        return None
+
+    # the name, in brackets, may hold anything
+    state, parent, _, session = text[text.rindex(b")") + 2 :].split(None, 4)[:4]
+    return Process(int(pid), int(parent), int(session), state.decode())
+
+
+def leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:
+    """Return the living processes below `roots`, and all that carry the mark.
+
+    Args:
+        roots: whose children, and theirs, count; they themselves do not.
+        mark: the value of `TRACEML_LAUNCH_MARK` that gives away processes which went elsewhere.
+        spare: processes that do not count, though what is below them does.
+    """
+    children: dict[int, list[Process]] = {}
+    names = os.listdir("/proc")  # noqa: PTH208 - hundreds of names, many times a second
+    every = [process for name in names if name.isdigit() and (process := look_at(name)) is not None]
+    for process in every:
+        children.setdefault(process.parent, []).append(process)
+
+    found: set[int] = set()
+    todo = list(roots)
+    while todo:
+        for child in children.get(todo.pop(), ()):
+            if child.pid not in found:
+                todo.append(child.pid)
+                if child.state not in "ZX":
+                    found.add(child.pid)
+
+    if mark:
+        word = f"{MARK}={mark}".encode()
+        found |= {each.pid for each in every if each.state not in "ZX" and _carries(each.pid, word)}
+
+    return found - set(spare) - {os.getpid()}
+
+
+class Ending:
+    """Ends processes until none is found: SIGTERM first, SIGKILL after a grace.
+
+    Args:
+        find: looks for processes.
+        grace_s: how long they may take to end by themselves; 0 kills at once.
+        limit_s: when to give up on processes that even SIGKILL does not end, in seconds after the grace.
+    """
+
+    def __init__(self, find: Callable[[], set[int]], *, grace_s: float, limit_s: float = 5.0) -> None:
+        self._find, self._grace_s = find, grace_s
+        self._start_s = time.monotonic()
+        self._limit_s = grace_s + limit_s
+        self._asked: set[int] = set()
+        self.left: set[int] = set()
+
+    def step(self) -> bool:
+        """Look, and send signals; return whether it is over, with what could not be ended in `left`."""
+        self.left = self._find()
+        passed_s = time.monotonic() - self._start_s
+        if not self.left or passed_s > self._limit_s:
+            return True
+
+        if passed_s >= self._grace_s:
+            _signal(self.left, signal.SIGKILL)
+        else:
+            _signal(self.left - self._asked, signal.SIGTERM)
+            self._asked |= self.left
+
+        return False
+
+
+def end_all(find: Callable[[], set[int]], *, grace_s: float) -> set[int]:
+    """End what `find` finds, and wait for that; return what could not be ended."""
+    ending = Ending(find, grace_s=grace_s)
+    while not ending.step():
+        time.sleep(_TICK_S)
+        _reap()
+
+    return ending.left
+
+
+def _signal(pids: Iterable[int], how: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, how)
+            os.kill(pid, signal.SIGCONT)  # a stopped process does not hear SIGTERM
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def _reap() -> None:
+    """Bury orphans that became our children."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        return
+
+
+def _carries(pid: int, word: bytes) -> bool:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return word in file.read().split(b"\0")
+    except OSError:  # gone, or another user's
+        return False

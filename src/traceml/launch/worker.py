@@ -1,0 +1,361 @@
+"""One rank: a process forked by the zygote, from the fork to its end."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import io
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from traceml.launch.fdsocket import FdSocket
+from traceml.launch.zygote import STACK_SIGNAL
+
+__all__ = ["main"]
+
+_LEAVE_TIMEOUT_S = 5.0
+
+
+class _Stopped(BaseException):
+    """The agent wants no more of us."""
+
+
+def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
+    """Run the function or script of one rank, tell the agent what came of it, and end when it says so.
+
+    Args:
+        request: what the agent wants of this rank.
+        fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and perhaps the rendezvous listener.
+    """
+    socket_fd, out, err, records, stacks, *listener = fds
+    agent = FdSocket.of(socket_fd)
+    status = 1
+    try:
+        _take_place(request, out, err, stacks)
+        _send_records(records, request["log_level"])
+        status = _work(agent, request, listener[0] if listener else None)
+    except SystemExit as leaving:
+        status = _status_of(leaving)
+    except (EOFError, BrokenPipeError, _Stopped):
+        status = 1
+    except BaseException:  # noqa: BLE001 - a fault of ours: it must be seen
+        traceback.print_exc()
+
+    _end(status)
+
+
+def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> int:
+    """Join the group, run, report, and wait to be released; return the exit status."""
+    store = None
+    try:
+        if request["backend"] is not None:
+            store = _join(request, listener)
+        elif listener is not None:
+            os.close(listener)
+
+        agent.send("ready")
+        result = _run_script(request) if request["script"] else _run_function(agent)
+    except SystemExit as leaving:
+        if _status_of(leaving):
+            raise
+
+        result = None
+    except (EOFError, BrokenPipeError):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the user's; it travels
+        _report_error(agent, error)
+        _await_release(agent)
+        return 1
+
+    if not _report_result(agent, result):
+        return 1
+
+    _await_release(agent)
+    if store is not None:
+        _leave_group(store, request)
+
+    return 0
+
+
+# --- what this process is --------------------------------------------------------------------------------------------
+
+
+def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> None:
+    """Become a process like any other: streams, signals, variables, cores, random numbers."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(source, target)
+        os.close(source)
+
+    streams = {"stdin": open(0, encoding="utf-8", closefd=False)}  # noqa: SIM115
+    streams |= {"stdout": _stream(1, "surrogateescape"), "stderr": _stream(2, "backslashreplace")}
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+    _line_buffer_c()
+    os.set_inheritable(stacks, False)
+    faulthandler.enable(2)
+    faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True, chain=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in request["unset"]:
+        os.environ.pop(name, None)
+
+    os.environ.update(request["set"])
+    os.environ.update(request["env"])
+    if request["interface"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", request["interface"])
+
+    os.chdir(request["cwd"])
+    sys.path[:0] = [folder for folder in request["sys_path"] if folder not in sys.path]
+    _take_cores(request)
+    random.seed()
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed()  # in a fork the state is the parent's; torch's own seed is fixed in a new process too
+
+    threading.current_thread().name = "MainThread"
+    # "__main__" is the zygote; the user's may be sent along by cloudpickle
+    sys.argv = [""]
+
+
+def _stream(fd: int, errors: str) -> io.TextIOWrapper:
+    raw = open(fd, "wb", closefd=False)  # noqa: SIM115 - lives as long as the process
+    return io.TextIOWrapper(raw, encoding="utf-8", errors=errors, line_buffering=True)
+
+
+def _line_buffer_c() -> None:
+    """Have C code's `printf` write each line at once, as it would to a terminal."""
+    import ctypes
+
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
+
+
+def _take_cores(request: Mapping[str, Any]) -> None:
+    """Keep to our part of the host's cores, and start no more threads than that."""
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
+
+    threads = request["threads"]
+    if threads is None or "OMP_NUM_THREADS" in os.environ:
+        return
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def _send_records(fd: int, level: int | None) -> None:
+    """Send what is logged to the agent, as records."""
+    from traceml.launch.records import RecordHandler
+
+    os.set_inheritable(fd, False)
+    root = logging.getLogger()
+    root.addHandler(RecordHandler(fd))
+    if level is not None:
+        root.setLevel(level)
+
+
+# --- the process group -----------------------------------------------------------------------------------------------
+
+
+def _join(request: Mapping[str, Any], listener: int | None) -> Any:
+    """Make the default process group over a store whose port rank 0's agent has bound; return the store."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    env = request["env"]
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    timeout = timedelta(seconds=request["timeout_s"])
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        world,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    dist.init_process_group(
+        backend=request["backend"], store=dist.PrefixStore("0", store), rank=rank, world_size=world, timeout=timeout
+    )
+    return store
+
+
+def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
+    """Leave the group; rank 0, in which the store lives, is the last to go."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    env = request["env"]
+    rank, others = int(env["RANK"]), int(env["WORLD_SIZE"]) - 1
+    with contextlib.suppress(Exception):  # the job is done; what fails in taking it down concerns nobody
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+        if rank and store.add("left", 1) == others:
+            store.set("all left", "1")
+        elif not rank and others:
+            store.wait(["all left"], timedelta(seconds=_LEAVE_TIMEOUT_S))
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def _run_function(agent: FdSocket) -> Any:
+    """Wait for the payload, and call what is in it."""
+    from traceml.launch import payload
+
+    _, fds = _next(agent, "payload")
+    with_memory = payload.map_private(fds[0])
+    os.close(fds[0])
+    func, args, kwargs = payload.load(with_memory, what="the function and its arguments")
+    del with_memory
+    return func(*args, **kwargs)
+
+
+def _run_script(request: Mapping[str, Any]) -> Any:
+    """Run a script or module as `python` would; it ends by SystemExit."""
+    script = request["script"]
+    argv = list(script["argv"])
+    words = ["-m", script["module"], *argv] if script.get("module") else [script["path"], *argv]
+    from traceml.recorder.script import main as run
+
+    run(words)
+
+
+# --- what the agent hears --------------------------------------------------------------------------------------------
+
+
+def _next(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
+    received = agent.receive()
+    assert received is not None
+    if received[0]["t"] != name:
+        raise _Stopped
+
+    return received
+
+
+def _await_release(agent: FdSocket) -> None:
+    """Stay until all ranks have reported: a peer may still be connecting to us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _next(agent, "release")
+
+
+def _report_result(agent: FdSocket, result: Any) -> bool:
+    """Send what the function returned; what cannot travel is told as an error."""
+    from traceml.launch import payload
+
+    try:
+        memory = _in_memory(payload.dump(result, what="the result").chunks())
+    except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
+        _report_error(agent, error)
+        _await_release(agent)
+        return False
+
+    agent.send("done", [memory])
+    os.close(memory)
+    return True
+
+
+def _report_error(agent: FdSocket, error: BaseException) -> None:
+    """Send an exception: its words always, itself where it can travel."""
+    from traceml.launch import payload
+
+    kind = type(error)
+    trace = error.__traceback__
+    while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
+        trace = trace.tb_next
+
+    text = "".join(traceback.format_exception(kind, error, trace or error.__traceback__))
+    fds = []
+    with contextlib.suppress(Exception):  # then its words have to do
+        parcel = payload.dump_exception(error)
+        if parcel is not None:
+            fds.append(_in_memory(parcel.chunks()))
+
+    try:
+        message = str(error)
+    except Exception as inner:  # noqa: BLE001 - the user's __str__
+        message = f"<its text cannot be had: {inner!r}>"
+
+    agent.send(
+        "raised",
+        fds,
+        type=f"{kind.__module__}.{kind.__qualname__}",
+        message=message,
+        traceback=text,
+        notes=[str(note) for note in getattr(error, "__notes__", ())],
+        bases=[f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__],
+    )
+    for fd in fds:
+        os.close(fd)
+
+
+def _is_ours(filename: str) -> bool:
+    return filename == __file__
+
+
+def _in_memory(chunks: Any) -> int:
+    """Write pieces into a new file in memory; return its descriptor."""
+    memory = os.memfd_create("traceml-result")
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(memory, view) :]
+
+    return memory
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _status_of(leaving: SystemExit) -> int:
+    code = leaving.code
+    if code is None:
+        return 0
+
+    if isinstance(code, int):
+        return code & 0xFF
+
+    print(code, file=sys.stderr)  # noqa: T201 - as the interpreter does
+    return 1
+
+
+def _end(status: int) -> NoReturn:
+    """End as the interpreter does, but leave memory to the kernel: taking it apart would copy it first."""
+    steps: list[Callable[[], object]] = [
+        threading._shutdown,  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+        atexit._run_exitfuncs,
+        sys.stdout.flush,
+        sys.stderr.flush,
+        _flush_c,
+    ]
+    for step in steps:
+        try:
+            step()
+        except BaseException:  # noqa: BLE001 - the rest is to be done all the same
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
+
+    os._exit(status)
+
+
+def _flush_c() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).fflush(None)
