@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,9 +28,12 @@ if TYPE_CHECKING:
         UsageError,
         WorkerFailedError,
     )
+    from traceml.launch.api import DEFAULT_ENV_VARS, Launcher, LaunchResult, launch
+    from traceml.launch.handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.recorder.api import Recorder, init, is_enabled, phase, shutdown, trace, trace_data, trace_step
     from traceml.runs.run import Run, load_run
     from traceml.settings import Settings
+    from traceml.track.experiment import log_metric, log_metrics, log_params, log_text
     from traceml.track.interfaces import BackendInterface, CollectorInterface, FrameworkInterface
     from traceml.track.metric import Metric
     from traceml.track.plugins import (
@@ -55,9 +60,12 @@ _HOMES = {
     "BackendUnauthorizedError": "traceml.errors",
     "CollectorInterface": "traceml.track.interfaces",
     "CollectorPlugin": "traceml.track.plugins",
+    "DEFAULT_ENV_VARS": "traceml.launch.api",
     "FrameworkInterface": "traceml.track.interfaces",
     "FrameworkPlugin": "traceml.track.plugins",
+    "LaunchResult": "traceml.launch.api",
     "LaunchTimeoutError": "traceml.errors",
+    "Launcher": "traceml.launch.api",
     "Metric": "traceml.track.metric",
     "PayloadError": "traceml.errors",
     "PluginError": "traceml.errors",
@@ -75,18 +83,26 @@ _HOMES = {
     "TraceMLError": "traceml.errors",
     "UsageError": "traceml.errors",
     "WorkerFailedError": "traceml.errors",
+    "add_filter_to_handler": "traceml.launch.handlers",
+    "file_handler": "traceml.launch.handlers",
     "init": "traceml.recorder.api",
     "is_enabled": "traceml.recorder.api",
+    "launch": "traceml.launch.api",
     "load_run": "traceml.runs.run",
+    "log_metric": "traceml.track.experiment",
+    "log_metrics": "traceml.track.experiment",
+    "log_params": "traceml.track.experiment",
+    "log_text": "traceml.track.experiment",
     "phase": "traceml.recorder.api",
     "register": "traceml.track.plugins",
     "shutdown": "traceml.recorder.api",
+    "stream_handler": "traceml.launch.handlers",
     "trace": "traceml.recorder.api",
     "trace_data": "traceml.recorder.api",
     "trace_step": "traceml.recorder.api",
 }
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "AgentFailedError",
     "AggregatorRefusedError",
     "AggregatorUnavailableError",
@@ -98,9 +114,12 @@ __all__ = [
     "BackendUnauthorizedError",
     "CollectorInterface",
     "CollectorPlugin",
+    "DEFAULT_ENV_VARS",
     "FrameworkInterface",
     "FrameworkPlugin",
+    "LaunchResult",
     "LaunchTimeoutError",
+    "Launcher",
     "Metric",
     "PayloadError",
     "PluginError",
@@ -118,12 +137,20 @@ __all__ = [
     "TraceMLError",
     "UsageError",
     "WorkerFailedError",
+    "add_filter_to_handler",
+    "file_handler",
     "init",
     "is_enabled",
+    "launch",
     "load_run",
+    "log_metric",
+    "log_metrics",
+    "log_params",
+    "log_text",
     "phase",
     "register",
     "shutdown",
+    "stream_handler",
     "trace",
     "trace_data",
     "trace_step",
@@ -143,3 +170,16 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`traceml.launch` is the function, whoever imports something from the folder of that name first."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOMES and isinstance(value, ModuleType):  # the import system, after it has imported the folder
+            return
+
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

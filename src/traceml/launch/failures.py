@@ -1,0 +1,166 @@
+"""From what agents tell of workers to the exception that `launch` raises."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from traceml.errors import RemoteTracebackError, WorkerFailedError
+from traceml.launch import payload
+from traceml.launch.members import Worker
+from traceml.launch.payload import Receiver
+
+__all__ = ["Failure", "died", "first_cause", "note_stacks", "raised"]
+
+# What a worker is told by a collective because another worker is gone, or does not come.
+_COLLATERAL = re.compile(
+    r"[Cc]onnection (was )?(closed|reset) by|Broken pipe|connectFullMesh|DistBackendError|DistNetworkError"
+    r"|ncclRemoteError|[Ss]ocket [Tt]imeout|[Tt]imed out waiting|recvValue failed|TCPStore|wait timeout|failed to recv"
+)
+_IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
+_INNERMOST_FRAMES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong with one worker, or with a host.
+
+    Attributes:
+        error: what to raise for it.
+        collateral: whether it looks like the consequence of another worker's failure.
+        rank: whose it is, None for a host's.
+    """
+
+    error: BaseException
+    collateral: bool = False
+    rank: int | None = None
+
+
+def first_cause(failures: Iterable[Failure]) -> BaseException:
+    """Return the failure that explains the others: the first that is not the consequence of another."""
+    found = list(failures)
+    for failure in found:
+        if not failure.collateral:
+            return failure.error
+
+    return found[0].error
+
+
+def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None) -> Failure:
+    """Return a worker's own exception, with its host, its rank and its traceback there.
+
+    Args:
+        worker: who raised it.
+        message: what its agent says: `type`, `message`, `traceback`, `bases`.
+        received: the pickled exception, None where it could not be pickled.
+    """
+    kind, text = str(message.get("type") or "Exception"), str(message.get("message") or "")
+    trace = str(message.get("traceback") or "")
+    error = _loaded(received)
+    if error is None:
+        error = _stand_in(kind, text, message.get("bases") or ())
+
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+        error = WorkerFailedError(
+            worker.member.name, worker.rank, worker.local_rank, exit_code=code, log_tail=_tail(message)
+        )
+    elif not isinstance(error, Exception):
+        how = f"raised {kind}" + (f": {text}" if text else "")
+        error = WorkerFailedError(
+            worker.member.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
+        )
+
+    error.__cause__ = RemoteTracebackError(trace) if trace else None
+    error.add_note(f"Raised on {worker}, pid {worker.pid}.")
+    return Failure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
+
+
+def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
+    """Return the error for a worker that ended without a result."""
+    signal = message.get("signal") or None
+    error = WorkerFailedError(
+        worker.member.name,
+        worker.rank,
+        worker.local_rank,
+        exit_code=None if signal else message.get("code"),
+        signal=signal,
+        log_tail=_tail(message),
+        oom=bool(message.get("oom")),
+    )
+    return Failure(error, rank=worker.rank)
+
+
+def note_stacks(error: BaseException, waiting: Iterable[Worker], stacks: Mapping[int, Mapping[str, Any]]) -> None:
+    """Add to an error what each worker was doing, and which ones the others waited for.
+
+    Args:
+        error: gets the notes.
+        waiting: the workers that had not ended.
+        stacks: what their agents say, by rank: `stack`, `state`.
+    """
+    workers = list(waiting)
+    if not workers:
+        return
+
+    lines = []
+    inside = {worker.rank for worker in workers if _in_collective(stacks.get(worker.rank, {}).get("stack") or "")}
+    absent = [worker for worker in workers if worker.rank not in inside]
+    if inside and absent:
+        who = "; ".join(map(str, absent))
+        lines.append(f"Absent from the collective that {_ranks(inside)} waited in: {who}.")
+
+    for worker in workers:
+        told = stacks.get(worker.rank)
+        if told is None or not told.get("stack"):
+            state = f" (its process is {told['state']})" if told and told.get("state") else ""
+            lines.append(f"{worker} did not tell where it was{state}.")
+            continue
+
+        lines.append(f"{worker} was here:\n" + str(told["stack"]).strip("\n"))
+
+    error.add_note("\n".join(lines))
+
+
+def _loaded(received: Receiver | None) -> BaseException | None:
+    if received is None or not received.complete:
+        return None
+
+    try:
+        error = payload.load(received.memory(), what="the exception")
+    except Exception:  # noqa: BLE001 - its class may be missing here or refuse to be made: then its text has to do
+        return None
+
+    return error if isinstance(error, BaseException) else None
+
+
+def _stand_in(kind: str, text: str, bases: Iterable[str]) -> BaseException:
+    """Return an exception of the nearest built-in class, for one that cannot travel."""
+    name = kind.removeprefix("builtins.")
+    for base in [name, *bases]:
+        found = getattr(builtins, base.removeprefix("builtins."), None)
+        if not (isinstance(found, type) and issubclass(found, BaseException)):
+            continue
+
+        try:
+            return found(text if found.__name__ == name else f"{kind}: {text}")
+        except TypeError:  # one that wants more than a text
+            continue
+
+    return RuntimeError(f"{kind}: {text}")
+
+
+def _tail(message: Mapping[str, Any]) -> list[str]:
+    return [str(line) for line in message.get("tail") or ()]
+
+
+def _in_collective(stack: str) -> bool:
+    return bool(_IN_COLLECTIVE.search("\n".join(stack.splitlines()[:_INNERMOST_FRAMES])))
+
+
+def _ranks(ranks: set[int]) -> str:
+    names = ", ".join(map(str, sorted(ranks)))
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

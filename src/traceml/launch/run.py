@@ -1,0 +1,122 @@
+"""A launch put together: hosts, payload, logs, agents, and the run that it may be traced as."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.launch import payload
+from traceml.launch.api import Launcher, LaunchResult, matching
+from traceml.launch.connect import Link
+from traceml.launch.hosts import Place, resolve
+from traceml.launch.job import Job, Task
+from traceml.launch.logs import LogRouter, make_handlers
+from traceml.launch.members import Member
+from traceml.launch.payload import Parcel
+from traceml.launch.pool import POOL
+
+if TYPE_CHECKING:
+    from traceml.launch.tracing import Tracing
+
+__all__ = ["run_function", "run_script"]
+
+
+def run_function(
+    launcher: Launcher,
+    func: Callable[..., Any],
+    func_args: Sequence[Any],
+    func_kwargs: Mapping[str, Any],
+    log_handlers: Any,
+) -> LaunchResult:
+    """Run a function on every worker; see `traceml.launch`."""
+    places = _places(launcher)
+    parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
+    if not launcher.trace:
+        return _run(launcher, places, log_handlers, parcel=parcel)
+
+    from traceml.launch.tracing import Tracing
+
+    tracing = Tracing(getattr(func, "__name__", "launch").strip("<>"), program="traceml.launch")
+    return _run(launcher, places, log_handlers, parcel=parcel, tracing=tracing)
+
+
+def run_script(
+    launcher: Launcher, script: Mapping[str, Any], log_handlers: Any = "auto", *, tracing: Tracing | None = None
+) -> None:
+    """Run a script (`path` or `module`, and `argv`) on every worker, as `traceml launch` does.
+
+    Raises:
+        The errors of `traceml.launch`; a script that ends with a status other than 0 is a WorkerFailedError.
+    """
+    _run(launcher, _places(launcher), log_handlers, script=script, tracing=tracing)
+
+
+def _places(launcher: Launcher) -> list[Place]:
+    return resolve(launcher.hostnames, launcher.workers_per_host, launcher.ssh_config_file, os.environ)
+
+
+def _run(
+    launcher: Launcher,
+    places: Sequence[Place],
+    log_handlers: Any,
+    *,
+    parcel: Parcel | None = None,
+    script: Mapping[str, Any] | None = None,
+    tracing: Tracing | None = None,
+) -> LaunchResult:
+    task = Task(
+        parcel=parcel,
+        script=script,
+        backend=launcher.backend,
+        timeout_s=launcher.timeout,
+        environ=matching(os.environ, (*launcher.default_env_vars, *launcher.extra_env_vars)),
+        env_file=None if launcher.env_file is None else str(Path(launcher.env_file).expanduser().absolute()),
+        cwd=str(Path.cwd()),
+        sys_path=[str(Path(folder).absolute()) for folder in sys.path],
+        cpu_affinity=launcher.cpu_affinity,
+        keep_agents=launcher.keep_agents,
+    )
+
+    def make_logs(hosts: Mapping[str, int]) -> LogRouter:
+        return LogRouter(make_handlers(log_handlers, hosts))
+
+    with tracing or contextlib.nullcontext():
+        if tracing is not None:
+            tracing.start()
+
+        values = Job(_connect(launcher, places), task, make_logs=make_logs, tracing=tracing).run()
+
+    return LaunchResult({place.name: host for place, host in zip(places, values, strict=True)})
+
+
+def _connect(launcher: Launcher, places: Sequence[Place]) -> list[Member]:
+    """Start an agent on each host, or take one that was kept; all at once."""
+    members: list[Member] = []
+    try:
+        for place in places:
+            members.append(_member(launcher, place))  # noqa: PERF401 - those before a failing one must be ended
+    except BaseException:
+        for member in members:
+            member.link.close()
+
+        raise
+
+    return members
+
+
+def _member(launcher: Launcher, place: Place) -> Member:
+    python, config = launcher.python or sys.executable, launcher.ssh_config_file
+    job_id = os.environ.get("SLURM_JOB_ID") if place.transport == "srun" else None
+    key = (place.name, place.transport, python, None if config is None else str(Path(config).absolute()), job_id)
+
+    def start() -> Link:
+        return Link(place, python, config)
+
+    kept = POOL.take(key)
+    if kept is not None:
+        kept.place = place
+    return Member(place, key, start, kept or start(), warm=kept is not None)
