@@ -116,6 +116,9 @@ class Tap:
 
     def _read(self, _events: int = 0) -> bool:
         """Read once; return whether there may be more now."""
+        if self.closed:  # by an event of the same turn
+            return False
+
         try:
             data = os.read(self._read_fd, _READ_BYTES)
         except BlockingIOError:
