@@ -41,6 +41,7 @@ def test_holds_every_table_and_says_who_writes(tmp_path: Path) -> None:
         "boot_id": boot_id(),
         "rank": 2,
         "job": "j",
+        "journal": flight.identity["journal"],
     }
     assert flight.path.stat().st_mode & 0o777 == 0o600
     flight.close(unlink=True)

@@ -279,8 +279,8 @@ def test_wrong_questions_are_told(tmp_path: Path) -> None:
     reader = StoreReader(make_store(tmp_path / "store.db"))
 
     assert set(reader.tables) >= {STEPS.name, "names"}
-    with pytest.raises(StoreError, match="no table 'metrics'"):
-        list(reader.frames("metrics"))
+    with pytest.raises(StoreError, match="no table 'sandwiches'"):
+        list(reader.frames("sandwiches"))
     with pytest.raises(StoreError, match="log of maps"):
         reader.rows("names")
     reader.close()

@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceml.database.schema import LOGS, PACKED, PHASE_COLUMNS, STEPS, TABLES, Phase, Table, pack_bits, unpack_bits
+from traceml.database.schema import (
+    BLOBS,
+    LOGS,
+    PACKED,
+    PHASE_COLUMNS,
+    STEPS,
+    TABLES,
+    Phase,
+    Table,
+    pack_bits,
+    unpack_bits,
+)
 
 
 @pytest.mark.parametrize("table", PACKED, ids=lambda table: table.name)
@@ -25,7 +36,7 @@ def test_struct_and_numpy_agree(table: Table) -> None:
 
 def test_names_are_unique_and_told() -> None:
     """Every table and column has a name of its own and a meaning."""
-    assert len(TABLES) == len(PACKED) + len(LOGS)
+    assert len(TABLES) == len((*PACKED, *LOGS, BLOBS))
     for table in PACKED:
         names = [column.name for column in table.columns]
         assert len(set(names)) == len(names)

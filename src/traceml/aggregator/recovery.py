@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams import Incarnation, Stream
-from traceml.database.flight import FlightImage, FlightState, default_folder, find_flights, is_alive, read_flight
+from traceml.database.flight import (
+    FlightImage,
+    FlightState,
+    Slot,
+    default_folder,
+    find_flights,
+    is_alive,
+    read_flight,
+)
+from traceml.database.schema import Phase
 from traceml.errors import StoreError
 
 __all__ = ["Found", "appended_rows", "dead_flights", "recover"]
+
+_COMMIT_BYTES = 32 << 20
 
 _log = logging.getLogger("traceml")
 
@@ -28,6 +39,7 @@ class Found:
         self.rank = int(facts.get("rank", 0))
         self.local_rank = int(facts.get("local_rank", 0))
         self.attempt = int(facts.get("attempt", 0))
+        self.helps = bool(facts.get("parent"))
         self.world_size = int(facts.get("world_size", 1))
         self.who = Incarnation(
             str(facts.get("host", "")),
@@ -85,7 +97,7 @@ def recover(stream: Stream, ingest: Ingest, image: FlightImage | None = None) ->
     for table in sorted(image.tables, key=lambda name: name != "names"):  # names before the rows that use them
         missing += _take(stream, ingest, table, image)
 
-    stream.exit = {**_what_was_open(image), **stream.exit}
+    stream.exit = {**_what_was_open(image, stream.names), **stream.exit}
     if missing:
         _log.info("recovered %d rows of %r from %s", missing, stream, image.path)
 
@@ -98,18 +110,22 @@ def appended_rows(image: FlightImage) -> dict[str, int]:
 
 
 def _take(stream: Stream, ingest: Ingest, table: str, image: FlightImage) -> int:
+    before = stream.next.get(table, 0)
+    uncommitted = 0
     try:
-        taken = image.take(table, stream.next.get(table, 0))
-        if taken.n:
+        for taken in image.take_all(table, before):
             ingest.take(stream, table, taken.first, taken.n, taken.data)
-    except (StoreError, ValueError) as error:  # ProtocolError is a ValueError
+            uncommitted += len(taken.data)
+            if uncommitted > _COMMIT_BYTES:  # a journal may be larger than memory
+                uncommitted = 0
+                ingest.commit()
+    except (StoreError, ValueError, OSError) as error:  # ProtocolError is a ValueError
         _log.warning("rows of table %r of %r are lost: %s", table, stream, error)
-        return 0
 
-    return taken.n
+    return stream.next.get(table, 0) - before
 
 
-def _what_was_open(image: FlightImage) -> dict[str, Any]:
+def _what_was_open(image: FlightImage, names: Mapping[int, str]) -> dict[str, Any]:
     """Return step and phase that were open, unless the rank had ended its training by itself."""
     facts: dict[str, Any] = {}
     if image.state is FlightState.FINISHED:
@@ -117,7 +133,8 @@ def _what_was_open(image: FlightImage) -> dict[str, Any]:
 
     phase, since_ns = image.open_phase
     if phase is not None:
-        facts["open_phase"] = image.open_user_phase or phase.name.lower()
+        user = image.open_user_phase or names.get(image.slot(Slot.USER_NAME)) if phase is Phase.USER else None
+        facts["open_phase"] = user or phase.name.lower()
     elif image.open_step is not None:
         facts["open_phase"] = "other"
 

@@ -105,6 +105,9 @@ class Registry:
         Raises:
             RefusedError: its run cannot be made; the text says why.
         """
+        if hello.parent and (run := self._run_of_parent(hello)) is not None:
+            return run, run.attempt_for(hello) or 0
+
         other = self._by_key.get(_key(hello))
         if other is not None:
             attempt = other.attempt_for(hello)
@@ -117,6 +120,11 @@ class Registry:
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
         return run, run.attempt_for(hello) or hello.attempt
+
+    def _run_of_parent(self, hello: Hello) -> Run | None:
+        """Return the run of the process that a forked child only logs for."""
+        runs = (run for run in reversed(self._runs) if run.key.split("#")[0] == _key(hello))
+        return next((run for run in runs if any(each.who.recorder == hello.parent for each in run.streams)), None)
 
     def begin(self, run_id: str, key: str, *, named: bool) -> Run:
         """Open a run's folder, new or left by an earlier aggregator.

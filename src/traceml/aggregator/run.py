@@ -120,6 +120,9 @@ class Run:
         of a rank inherits its variables.
         """
         attempt = hello.attempt + int(self._facts["attempt_base"])
+        if hello.parent:
+            return attempt
+
         holder = self._holders.get((attempt, hello.rank))
         if holder is None:
             other_job = self.ended and attempt <= self.attempt and hello.world_size != self.world_size
@@ -135,12 +138,17 @@ class Run:
         return self._by_who.get((who, rank))
 
     def join(self, hello: Hello, attempt: int, peer: Peer) -> Stream:
-        """Take a newcomer in as rank of an attempt.
+        """Take a newcomer in as rank of an attempt, or as a helper of one.
 
         Raises:
             StoreError: the store cannot be written.
         """
         self._reopen()
+        if hello.parent:
+            stream = self._admit(attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight, helps=True)
+            self.greet(stream, hello, peer)
+            return stream
+
         stream = self._admit(attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight)
         self.store.update_stream(
             stream.id, world_size=hello.world_size, started=time.time(), command=hello.command[:1000]
@@ -168,7 +176,7 @@ class Run:
         stream = self.stream_of(found.who, found.rank)
         if stream is None:
             stream = self._admit(found.attempt + int(self._facts["attempt_base"]), found.rank, found.who,
-                                 found.local_rank, str(found.path))  # fmt: skip
+                                 found.local_rank, str(found.path), helps=found.helps)  # fmt: skip
             for told in [told for told in self._unfitted if told.get("pid") == found.who.pid]:
                 self._unfitted.remove(told)
                 _note_exit(stream, told)
@@ -257,7 +265,7 @@ class Run:
             return False
 
         members = [stream for (attempt, _), stream in self._holders.items() if attempt == self.attempt]
-        if any(not stream.ended for stream in members):
+        if any(not stream.ended for stream in members) or any(s.helps and not s.ended for s in self.streams):
             return False  # its process lives, or it has not been away for long: it may come back
 
         if len(members) < self.world_size:
@@ -282,7 +290,7 @@ class Run:
 
         self.live.scatter()
         for image in self._recovered:
-            image.path.unlink(missing_ok=True)
+            image.unlink()
 
         for peer in self._leaving:
             peer.send({"t": "bye", "reason": "all rows are stored"})
@@ -365,7 +373,7 @@ class Run:
             facts |= {"attempt": attempt, "attempt_base": attempt - hello.attempt}
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
-                stream.in_window = stream.attempt >= attempt
+                stream.in_window = stream.attempt >= attempt and not stream.helps
 
         if hello.world_size != self.world_size:
             facts["world_size"] = hello.world_size
@@ -380,19 +388,31 @@ class Run:
         facts["restarts_left"] = hello.restarts_left
         self._write_facts()
 
-    def _admit(self, attempt: int, rank: int, who: Incarnation, local_rank: int, flight: str) -> Stream:
+    def _admit(
+        self, attempt: int, rank: int, who: Incarnation, local_rank: int, flight: str, *, helps: bool = False
+    ) -> Stream:
         identity = StreamIdentity(rank, attempt, who.host, who.pid, who.start_ticks, who.recorder)
         number = self.store.stream(identity, state="running", local_rank=local_rank, boot_id=who.boot, flight=flight)
         stream = Stream(number, rank, attempt, who, local_rank=local_rank, flight=flight)
         self.store.update_stream(number, seen_here=stream.seen_here)
         stream.in_window = attempt >= self.attempt
+        stream.helps = helps
+        if helps:
+            self.store.update_stream(number, helps=True)
+
         self._hold(stream)
-        self.live.join(stream)
+        if not helps:
+            self.live.join(stream)
+
         return stream
 
     def _hold(self, stream: Stream) -> None:
         self.streams.append(stream)
-        self._holders[stream.attempt, stream.rank] = stream
+        if stream.helps:
+            stream.in_window = False
+        else:
+            self._holders[stream.attempt, stream.rank] = stream
+
         self._by_who[stream.who, stream.rank] = stream
 
     def _bury(self, stream: Stream, image: FlightImage | None = None) -> None:
@@ -515,6 +535,7 @@ def _revive(records: list[StreamRecord], reader: StoreReader, store: StoreWriter
                           identity.recorder)  # fmt: skip
         stream = Stream(record.id, identity.rank, identity.attempt, who, local_rank=facts.get("local_rank", 0),
                         flight=facts.get("flight", ""))  # fmt: skip
+        stream.helps = bool(facts.get("helps"))
         stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)
         stream.exit = dict(facts.get("exit", {}))

@@ -76,6 +76,7 @@ class Stream:
         "exit",
         "flight",
         "gone_s",
+        "helps",
         "id",
         "in_window",
         "local_rank",
@@ -111,6 +112,8 @@ class Stream:
         self.connected = False
         self.gone_s = 0.0
         """When the connection was lost, monotonic seconds."""
+        self.helps = False
+        """Whether it is a forked child of a rank, which only logs: no rank of its own."""
         self.in_window = True
         """Whether its rows enter the live windows: those of the rank's newest incarnation do."""
         self.told_dead = False

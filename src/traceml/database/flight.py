@@ -42,8 +42,10 @@ from traceml.database.image import (
     read_flight,
     remove_stale,
 )
+from traceml.database.journal import journal_of
+from traceml.database.kept import KeptLog, KeptRing, Names
 from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken, pack_any
-from traceml.database.schema import LOGS, PACKED, STEPS, Log, Table
+from traceml.database.schema import KEPT, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Table
 
 __all__ = [
     "COPIES_FOLDER",
@@ -53,6 +55,9 @@ __all__ = [
     "FlightFile",
     "FlightImage",
     "FlightState",
+    "KeptLog",
+    "KeptRing",
+    "Names",
     "Ring",
     "Slot",
     "Taken",
@@ -89,12 +94,21 @@ class FlightFile:
         identity: who writes it.
         open_slots: 16 int64 words: what is open now, see `Slot`.
         rings, logs: the tables by name.
+        metrics: the ring of the values that the user logged.
+        names: numbers of the names that rows use.
     """
 
     def __init__(
-        self, memory: mmap.mmap, capacities: dict[str, int], identity: dict[str, Any], path: Path | None, lock: int
+        self,
+        memory: mmap.mmap,
+        capacities: dict[str, int],
+        identity: dict[str, Any],
+        path: Path | None,
+        lock: int,
+        journal: tuple[Path, ...] = (),
     ) -> None:
         self.path = path
+        self._journal = journal
         self._memory, self._lock_descriptor, self._pid = memory, lock, os.getpid()
         view = memoryview(memory)
         self._words = view[: IDENTITY_AT[0]].cast("q")
@@ -103,6 +117,12 @@ class FlightFile:
         self.rings: dict[str, Ring] = {}
         self.logs: dict[str, ByteLog] = {}
         layout = self._place(capacities)
+        names = self.logs[NAMES.name]
+        assert isinstance(names, KeptLog)
+        self.names = Names(names)
+        metrics = self.rings[METRICS.name]
+        assert isinstance(metrics, KeptRing)
+        self.metrics = metrics
         self.identity: dict[str, Any] = {}
         self._write_header(layout, len(memory))
         self.update_identity(**identity)
@@ -131,7 +151,7 @@ class FlightFile:
             folder: where to put it, `default_folder()` when None; made, and must be this user's alone.
             identity: what else to say of the writer (rank, attempt, job, host); pid, start and boot are added.
             capacities: rows per table, where they shall differ from the schema's; rounded up to a power of two.
-            fallback: a folder on disk to try next, typically the run's.
+            fallback: a folder on disk to try next, typically the runs'; journals go there too.
 
         Raises:
             OSError: not even plain memory can be had.
@@ -139,13 +159,18 @@ class FlightFile:
         """
         wanted = _wanted(capacities or {})
         full = {"pid": os.getpid(), "start_ticks": process_start_ticks(os.getpid()), "boot_id": boot_id()} | identity
+        stem = f"{full['pid']}-{full['start_ticks']}-{next(_serial)}"
+        # Not in memory: a journal is what there is when memory has no room.
+        temporary = Path(os.environ.get("TMPDIR") or "/tmp", f"traceml-{os.geteuid()}")  # noqa: S108 - see journal
+        journal = tuple(folder.absolute() / stem for folder in (fallback, temporary) if folder is not None)
+        full["journal"] = [str(place) for place in journal]
         refusals: list[str] = []
         for place, private in ((folder or default_folder(), True), (fallback, False)):
             if place is None:
                 continue
 
             try:
-                flight = cls._in_folder(place, private, wanted, full)
+                flight = cls._in_folder(place, private, wanted, full, journal)
             except OSError as error:
                 refusals.append(f"{place}: {error.strerror or error}")
                 continue
@@ -154,7 +179,7 @@ class FlightFile:
             return flight
 
         _say_once(refusals, None)
-        return cls(mmap.mmap(-1, _total_bytes(wanted)), wanted, full, None, -1)
+        return cls(mmap.mmap(-1, _total_bytes(wanted)), wanted, full, None, -1, journal)
 
     def ring(self, name: str) -> Ring:
         """Return the ring of a packed table."""
@@ -178,6 +203,16 @@ class FlightFile:
         self._words[6 + spare] = len(packed)
         self._words[5] = spare
 
+    @property
+    def kept(self) -> list[KeptRing | KeptLog]:
+        """The tables whose rows are never evicted."""
+        return [table for table in (*self.rings.values(), *self.logs.values()) if isinstance(table, KeptRing | KeptLog)]
+
+    @property
+    def holds_user_rows(self) -> bool:
+        """Whether it has something that the user logged and that is not stored yet."""
+        return any(table.acked < table.appended for table in self.kept if table.name in USER_TABLES)
+
     def close(self, *, unlink: bool) -> None:
         """Give the file up. The mapping stays as long as something refers to it, so a late append harms nobody.
 
@@ -186,7 +221,13 @@ class FlightFile:
         Args:
             unlink: remove it, as everything in it is stored; else it stays for whoever reads it.
         """
-        if self.path is None or self._lock_descriptor < 0 or self._pid != os.getpid():
+        if self._pid != os.getpid():
+            return
+
+        for table in self.kept:
+            table.journal.close(unlink=unlink)
+
+        if self.path is None or self._lock_descriptor < 0:
             return
 
         if unlink:
@@ -198,18 +239,19 @@ class FlightFile:
         self._lock_descriptor = -1
 
     @classmethod
-    def _in_folder(cls, folder: Path, private: bool, wanted: dict[str, int], identity: dict[str, Any]) -> FlightFile:
+    def _in_folder(
+        cls, folder: Path, private: bool, wanted: dict[str, int], identity: dict[str, Any], journal: tuple[Path, ...]
+    ) -> FlightFile:
         _prepare(folder, private)
         capacities = _fit(wanted, _free_bytes(folder) // _FREE_SHARE)
-        name = f"{identity['pid']}-{identity['start_ticks']}-{next(_serial)}{FLIGHT_SUFFIX}"
-        path = folder / name
+        path = folder / f"{journal[0].name}{FLIGHT_SUFFIX}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             size = _total_bytes(capacities)
             os.posix_fallocate(descriptor, 0, size)
             # mmap keeps a duplicate of the descriptor: it must live as long as the lock, which closing any would drop.
-            flight = cls(mmap.mmap(descriptor, size), capacities, identity, path, descriptor)
+            flight = cls(mmap.mmap(descriptor, size), capacities, identity, path, descriptor, journal)
         except BaseException:
             path.unlink(missing_ok=True)
             os.close(descriptor)
@@ -227,10 +269,15 @@ class FlightFile:
             capacity = capacities[table.name]
             slot = COUNTERS_AT // 8 + index * COUNTERS_PER_TABLE
             row_bytes = table.row_bytes if isinstance(table, Table) else 1
+            where = (self._memory, offset, capacity, self._words, slot)
+            journals = tuple(journal_of(stem, table.name) for stem in self._journal)
             if isinstance(table, Table):
-                self.rings[table.name] = Ring(table, self._memory, offset, capacity, self._words, slot)
+                kept = table.name in KEPT
+                self.rings[table.name] = KeptRing(table, *where, journals) if kept else Ring(table, *where)
+            elif table.name in KEPT:
+                self.logs[table.name] = KeptLog(table, *where, journals, keep=table is NAMES)
             else:
-                self.logs[table.name] = ByteLog(table, self._memory, offset, capacity, self._words, slot)
+                self.logs[table.name] = ByteLog(table, *where)
 
             layout.append([table.name, offset, capacity, row_bytes, table.layout])
             offset += _aligned(capacity * row_bytes)

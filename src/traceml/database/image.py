@@ -22,8 +22,9 @@ from typing import Any
 import msgpack
 
 from traceml.clock import boot_id
+from traceml.database.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.rings import COUNTERS_PER_TABLE, Taken
-from traceml.database.schema import TABLES, Phase, Table
+from traceml.database.schema import TABLES, USER_TABLES, Phase, Table
 from traceml.errors import StoreError
 
 __all__ = [
@@ -53,7 +54,7 @@ __all__ = [
 # The file: a header page of int64 words (prologue, open slots, counters), the identity twice (one is current while the
 # other is rewritten), the layout of the tables, and the tables themselves.
 MAGIC = b"TRACEMLF"
-VERSION = 1
+VERSION = 2
 # magic, version, size of the file, monotonic and epoch stamps of its creation, current identity (0 or 1), lengths of
 # both identities, length of the layout, epoch second at which a cleaner first found the owner dead
 PROLOGUE = struct.Struct("@8s9q")
@@ -67,6 +68,7 @@ LAYOUT_AT = 12288
 LAYOUT_BYTES = 4096
 DATA_AT = 16384
 FLIGHT_SUFFIX = ".flight"
+_USER_ROWS_GRACE_S = 7 * 86400.0
 
 _FLOCK = struct.Struct("@hhqqi4x")
 _WORD = struct.Struct("@q")
@@ -102,12 +104,16 @@ class Slot(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """One table's counters, in rows, as they stood when the process died."""
+    """One table's counters, in rows, as they stood when the process died.
+
+    `base` is the number of a log's first map in memory; what came before it is stored, or in the journal.
+    """
 
     appended: int
     sent: int
     acked: int
     dropped: int
+    base: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,7 @@ class FlightImage:
     def counters(self, name: str) -> Counters:
         """Return a table's counters."""
         index, _ = self._tables[name]
-        return Counters(*struct.unpack_from("@4q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
+        return Counters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
 
     def rows(self, name: str, start: int = 0) -> tuple[int, bytes]:
         """Return (sequence number of the first, rows) of a packed table from `start` on, as far as it reaches back."""
@@ -209,19 +215,54 @@ class FlightImage:
         return first, bytes(ring[begin * size :]) + bytes(ring[: end * size])
 
     def log_rows(self, name: str, start: int = 0) -> list[dict[str, Any]]:
-        """Return a log's maps from number `start` on."""
-        return self._walk(name)[0][start:]
+        """Return a log's maps from number `start` on, as far as memory reaches back."""
+        return self._walk(name)[0][max(start - self.counters(name).base, 0) :]
+
+    @property
+    def holds_user_rows(self) -> bool:
+        """Whether it has something that a user logged and that is not stored yet."""
+        kept = (self.counters(name) for name in self._tables if name in USER_TABLES)
+        return any(counters.acked < counters.appended for counters in kept)
+
+    @property
+    def journals(self) -> dict[str, Path]:
+        """The tables that have a journal on disk, and where it lies: beside the file, or where its writer put it."""
+        told = self.identity.get("journal") or []
+        found: dict[str, Path] = {}
+        for stem in (self.path.with_suffix(""), *(Path(str(place)) for place in told)):
+            for path in stem.parent.glob(f"{stem.name}.*{JOURNAL_SUFFIX}"):
+                found.setdefault(path.name.removeprefix(f"{stem.name}.").removesuffix(JOURNAL_SUFFIX), path)
+
+        return found
+
+    def take_all(self, name: str, start: int = 0) -> Iterator[Taken]:
+        """Yield what a table or log holds from `start` on, first what is in its journal, then what is in memory."""
+        journal = self.journals.get(name)
+        for taken in read_journal(journal) if journal is not None else ():
+            if taken.first + taken.n > start:
+                yield taken
+                start = taken.first + taken.n
+
+        taken = self.take(name, start)
+        if taken.n:
+            yield taken
+
+    def unlink(self) -> None:
+        """Remove the file and its journals: everything in them is stored."""
+        for path in (*self.journals.values(), self.path):
+            path.unlink(missing_ok=True)
 
     def take(self, name: str, start: int = 0) -> Taken:
-        """Return what a table or log holds from `start` on, in the form in which it goes into a frame."""
+        """Return what memory holds of a table or log from `start` on, in the form in which it goes into a frame."""
         if isinstance(TABLES.get(name), Table):
             first, data = self.rows(name, start)
             return Taken(first, len(data) // self._tables[name][1].row_bytes, data)
 
         rows, ends = self._walk(name)
-        first = min(start, len(rows))
+        base = self.counters(name).base
+        first = min(max(start - base, 0), len(rows))
         offset = self._tables[name][1].offset
-        return Taken(first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
+        return Taken(base + first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
 
     def _walk(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
         _, placed = self._tables[name]
@@ -229,7 +270,8 @@ class FlightImage:
         unpacker.feed(self._data[placed.offset : placed.offset + placed.capacity])
         rows: list[dict[str, Any]] = []
         ends = [0]
-        for _ in range(self.counters(name).appended):
+        counters = self.counters(name)
+        for _ in range(counters.appended - counters.base):
             rows.append(self._next_map(unpacker, name))
             ends.append(unpacker.tell())
 
@@ -312,13 +354,15 @@ def remove_stale(folder: Path, *, grace_s: float = 3600.0) -> list[Path]:
     """Remove flight files which nobody owns and nobody came for; return those removed.
 
     A file goes when its owner is dead and it is of another boot, or was first found dead more than `grace_s` ago: an
-    aggregator that comes back has that long to read it.
+    aggregator that comes back has that long to read it. One that holds what a user logged stays for a week.
     """
     removed = []
     for path in find_flights(folder):
         try:
             if _own(path) is None and _is_stale(path, grace_s):
-                path.unlink(missing_ok=True)
+                for leftover in (*_journals_of(path), path):
+                    leftover.unlink(missing_ok=True)
+
                 removed.append(path)
         except OSError as error:
             _log.debug("stale flight file %s stays: %s", path, error)
@@ -346,7 +390,15 @@ def _is_stale(path: Path, grace_s: float) -> bool:
             os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
             dead_since = now
 
-        return bool(now - dead_since > grace_s)
+        return bool(now - dead_since > (max(grace_s, _USER_ROWS_GRACE_S) if image.holds_user_rows else grace_s))
+
+
+def _journals_of(path: Path) -> list[Path]:
+    try:
+        with _opened(path) as descriptor:
+            return list(FlightImage(path, os.pread(descriptor, DATA_AT, 0)).journals.values())
+    except (OSError, StoreError):  # half made or damaged: it had none, or nobody can tell
+        return []
 
 
 def _own(path: Path) -> mmap.mmap | None:

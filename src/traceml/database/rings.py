@@ -14,14 +14,24 @@ import msgpack
 
 from traceml.database.schema import Log, Table
 
-__all__ = ["COUNTERS_PER_TABLE", "ByteLog", "Ring", "Taken", "pack_any"]
+__all__ = [
+    "BASE",
+    "COUNTERS_PER_TABLE",
+    "LOCK_TIMEOUT_S",
+    "MAX_TAKE_BYTES",
+    "ByteLog",
+    "Ring",
+    "Taken",
+    "ends_of_maps",
+    "pack_any",
+]
 
-# Per table in the header: appended, sent, acked, dropped.
-COUNTERS_PER_TABLE = 4
-_SENT, _ACKED, _DROPPED = 1, 2, 3
+# Per table in the header: appended, sent, acked, dropped, and of a log the number of the first map in memory.
+COUNTERS_PER_TABLE = 8
+_SENT, _ACKED, _DROPPED, BASE = 1, 2, 3, 4
 # A signal handler may append while the thread that it interrupted holds the lock: give up instead of hanging.
-_LOCK_TIMEOUT_S = 0.2
-_MAX_TAKE_BYTES = 256 * 1024
+LOCK_TIMEOUT_S = 0.2
+MAX_TAKE_BYTES = 256 * 1024
 
 
 class Taken(NamedTuple):
@@ -195,10 +205,16 @@ class ByteLog(_Counted):
         self.capacity_bytes = capacity_bytes
         self._buffer, self._offset = buffer, offset
         self._lock = threading.Lock()
-        self._ends = [0]  # _ends[i] is where row i starts
+        self._ends = [0]  # _ends[i] is where the map number base + i starts
 
     def __repr__(self) -> str:
-        return f"ByteLog({self.name!r}, {self._ends[-1]} of {self.capacity_bytes} bytes, appended={self.appended})"
+        room = f"{self._ends[-1]} of {self.capacity_bytes} bytes"
+        return f"{type(self).__name__}({self.name!r}, {room}, appended={self.appended})"
+
+    @property
+    def base(self) -> int:
+        """Number of the first map in memory: 0 where no map ever leaves it."""
+        return self.count[self.slot + BASE]
 
     def append(self, row: dict[str, Any], *, urgent: bool = False) -> bool:
         """Append one map; False when it did not fit, and counted in `dropped`.
@@ -208,7 +224,7 @@ class ByteLog(_Counted):
             urgent: may use the last eighth of the log.
         """
         data = pack_any(row)
-        if not self._lock.acquire(timeout=_LOCK_TIMEOUT_S):
+        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
             self.dropped += 1
             return False
 
@@ -226,24 +242,26 @@ class ByteLog(_Counted):
 
         self._buffer[self._offset + start : self._offset + end] = data
         self._ends.append(end)
-        self.count[self.slot] = len(self._ends) - 1
+        self.count[self.slot] = self.base + len(self._ends) - 1
         return True
 
     def read(self, start: int, stop: int) -> bytes:
         """Return a copy of maps [start, stop), one after another.
 
         Raises:
-            IndexError: there are not so many.
+            IndexError: some of them are not there.
         """
-        if not 0 <= start <= stop <= self.appended:
-            raise IndexError(f"{self.name}: maps [{start}, {stop}) asked for, {self.appended} appended")
+        base = self.base
+        if not base <= start <= stop <= self.appended:
+            raise IndexError(f"{self.name}: maps [{start}, {stop}) asked for, there are [{base}, {self.appended})")
 
-        return self._buffer[self._offset + self._ends[start] : self._offset + self._ends[stop]]
+        return self._buffer[self._offset + self._ends[start - base] : self._offset + self._ends[stop - base]]
 
     def take(self, cursor: int, limit: int = 2048) -> Taken:
         """Return the next maps at or after `cursor`: at most `limit`, and 256 KiB unless one alone is larger."""
+        base, ends = self.base, self._ends
         stop = min(cursor + limit, self.appended)
-        while stop > cursor + 1 and self._ends[stop] - self._ends[cursor] > _MAX_TAKE_BYTES:
+        while stop > cursor + 1 and ends[stop - base] - ends[cursor - base] > MAX_TAKE_BYTES:
             stop = cursor + (stop - cursor) // 2
 
         if stop <= cursor:
@@ -261,3 +279,15 @@ def pack_any(fields: dict[str, Any]) -> bytes:
         packed = msgpack.packb({str(key): repr(value) for key, value in fields.items()}, unicode_errors="replace")
 
     return packed
+
+
+def ends_of_maps(data: bytes) -> list[int]:
+    """Return where each map of a log's data starts, and where the last one ends."""
+    unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
+    unpacker.feed(data)
+    ends = [0]
+    while ends[-1] < len(data):
+        unpacker.skip()
+        ends.append(unpacker.tell())
+
+    return ends

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "BLOBS",
     "DEVICE_STEPS",
     "EVALS",
     "GPU",
     "HOST",
     "INFO",
+    "KEPT",
+    "LOGGED",
     "LOGS",
+    "METRICS",
     "NAMES",
     "PACKED",
     "PHASE_COLUMNS",
@@ -31,8 +35,10 @@ __all__ = [
     "TELEMETRY",
     "TORCH_MEMORY",
     "USER_PHASES",
+    "USER_TABLES",
     "Column",
     "Log",
+    "MetricKind",
     "Phase",
     "StepFlag",
     "Table",
@@ -116,6 +122,17 @@ class StepFlag(IntFlag):
     NO_LOADER = 8  # no data loader took part
     DEVICE = 16  # device times follow in device_steps
     CALLBACK = 32  # backward_own_ns was measured on this step
+
+
+class MetricKind(IntEnum):
+    """Who logged a value."""
+
+    USER = 0
+    TENSORBOARD = 1  # torch.utils.tensorboard, tensorboardX
+    LIGHTNING = 2
+    HUGGINGFACE = 3
+    COLLECTOR = 4
+    PLUGIN = 5  # a framework plugin of somebody else
 
 
 def _q(name: str, doc: str) -> Column:
@@ -256,8 +273,26 @@ TELEMETRY = Table(
     ),
     capacity=1024,
 )
-# {"id": int, "name": str}; ids are dense, so a name travels once and before the rows that use it.
+METRICS = Table(
+    "metrics",
+    (
+        _q("t_ns", "epoch nanoseconds of the call"),
+        _q("step", "training step, or what the user counts"),
+        _q("name_id", "the metric's name, by id in `names`"),
+        _d("value", "the value; NaN and infinities are values"),
+        _q("kind", "who logged it: MetricKind"),
+        _q("experiment", "the experiment's number in `logged`; 0 is the run's own"),
+    ),
+    capacity=16384,
+)
+# {"id": int, "name": str}: a name travels once, before the rows that use it.
 NAMES = Log("names", 256 * 1024)
+# What the user logged beside numbers: {"kind": str, "t_ns": epoch ns, "experiment": int, ...}; kinds: experiment,
+# params, tags, text, image, histogram, artifact, value (of a metric that is no number), refused, end.
+LOGGED = Log("logged", 256 * 1024)
+# Pieces of files for a run's folder that the rank cannot reach: {"id", "offset", "size", "data", ...}. The aggregator
+# puts the bytes into the folder, and into the store only where they went.
+BLOBS = Log("blobs", 0)
 # {"kind": str, "t_ns": int, ...}; kinds: loader, model, process, exit, warning, sampler.
 INFO = Log("info", 256 * 1024)
 
@@ -271,9 +306,16 @@ PACKED: tuple[Table, ...] = (
     GPU,
     TORCH_MEMORY,
     TELEMETRY,
+    METRICS,
 )
-LOGS: tuple[Log, ...] = (NAMES, INFO)
-TABLES: dict[str, Table | Log] = {**{table.name: table for table in PACKED}, **{log.name: log for log in LOGS}}
+LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
+# What the user logged is never evicted: past the memory's bound it goes to a journal on disk.
+USER_TABLES = frozenset({METRICS.name, LOGGED.name})
+KEPT = USER_TABLES | {NAMES.name}
+TABLES: dict[str, Table | Log] = {
+    **{table.name: table for table in PACKED},
+    **{log.name: log for log in (*LOGS, BLOBS)},
+}
 
 
 def pack_bits(micro: int, flags: int, sequence: int) -> int:

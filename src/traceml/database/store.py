@@ -19,7 +19,7 @@ import msgpack
 
 from traceml.database.codec import encode
 from traceml.database.reader import Event, Frame, StoreReader, StreamIdentity, StreamRecord
-from traceml.database.schema import TABLES, Table
+from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store_file import STORE_NAME, open_for_writing, translated
 from traceml.errors import StoreError
 
@@ -222,6 +222,9 @@ class StoreWriter:
         for key in list(self._growing):
             self._finish(key)
 
+        # Who follows the frames by number finds each name before the rows that use it.
+        names = self._table_ids[NAMES.name]
+        self._encoded.sort(key=lambda frame: frame[1] != names)
         if not (self._encoded or self._dirty_streams or self._meta or self._events):
             return {}
 

@@ -47,7 +47,7 @@ class Instrumentation:
         self._installed = True
         self.collectives: list[str] = []
         self.clock = StepClock(flight, self, thread=thread)
-        self._users = UserPhases(self.clock, flight.log("names"))
+        self._users = UserPhases(self.clock, flight.names)
         self._watch = ImportWatch(
             {"torch": self._torch_is_there, "torch.distributed.checkpoint": self._checkpoint_is_there}
         )

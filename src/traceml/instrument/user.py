@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import ByteLog
+from traceml.database.flight import Names
 from traceml.instrument.clock import FIRST_USER, StepClock
 
 __all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]
@@ -77,7 +77,7 @@ class UserPhase:
 class UserPhases:
     """All user phases of a clock by name."""
 
-    def __init__(self, clock: StepClock, names: ByteLog) -> None:
+    def __init__(self, clock: StepClock, names: Names) -> None:
         self._clock, self._names = clock, names
         self._phases: dict[str, UserPhase] = {}
         self._lock = threading.Lock()
@@ -96,8 +96,10 @@ class UserPhases:
             if name in self._phases:
                 return self._phases[name]
 
-            name_id = self._names.appended
-            self._names.append({"id": name_id, "name": name})
+            name_id = self._names.id_of(name)
+            if name_id is None:  # no room for its name: the row says that there are more than are told
+                name_id = -1
+
             account = FIRST_USER + 2 * len(clock.users)
             # In this order, as the training thread may close a step meanwhile: it takes a copy of `zeros`.
             clock.zeros.extend((0, 0))

@@ -30,6 +30,9 @@ _running: Instrumentation | None = (
     None  # the instrumentation of the running recorder: one look tells the calls below what to do
 )
 _watch: ExitWatch | None = None
+_forked_from: Recorder | None = None  # in a forked child: its parent's recorder, by which a `log_*` call finds the run
+on_change: list[Callable[[bool], None]] = []
+"""Called when the recorder of this process is another, or none any more; with True in a forked child."""
 _lock = threading.Lock()
 _hooked = False
 
@@ -69,7 +72,7 @@ def init(**arguments: Any) -> Recorder:
 
     config = settings.load(**arguments)
     with _lock:
-        if _recorder is not None and _recorder.enabled and config.enabled:
+        if _recorder is not None and _recorder.enabled and _recorder.tracing and config.enabled:
             return _recorder
 
     if not config.enabled:
@@ -78,35 +81,73 @@ def init(**arguments: Any) -> Recorder:
     return start(config)
 
 
-def start(config: Config, *, wait: bool = True) -> Recorder:
+def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorder:
     """Start a recorder with settings that are loaded already; see `init`.
 
     Args:
         config: the settings.
         wait: connect now; else the recorder's thread connects when it can.
+        tracing: also put the hooks in place; else what the user logs is all there is.
     """
     global _recorder, _running
     from traceml.recorder.recorder import Recorder
 
+    if tracing and _recorder is not None and _recorder.is_child:  # it logged for its parent; now it is a rank
+        shutdown()
+
     with _lock:
         if _recorder is not None and _recorder.enabled:
+            if tracing and not _recorder.tracing:
+                _recorder.trace()
+                _running = _recorder.instrumentation
+
             return _recorder
 
         if config.sources["log_level"] != "default":  # else the level is the user's, who may have set one
             _log.setLevel(config.log_level.upper())
 
-        _recorder = recorder = Recorder(config)
+        parent = None if tracing else _forked_from
+        _recorder = recorder = Recorder(config, parent=parent)
         if config.enabled and not _is_helper_process():
             try:
-                recorder.start(wait=wait)
+                recorder.start(wait=wait, tracing=tracing)
                 _running = recorder.instrumentation
-                _hook_process()
+                _hook_process(watch=parent is None)
             except TraceMLError:
                 raise
             except Exception as error:  # noqa: BLE001 - fail open: a mistake of ours is no reason for a job to end
                 _log.warning("tracing could not be started: %r", error, exc_info=error)
 
+        _tell_change()
         return recorder
+
+
+def recorder_for_logging() -> Recorder | None:
+    """Return the recorder that runs; before any `init`, start one that only logs. None when nothing is to be recorded.
+
+    In a forked child of a process that records it belongs to the same run.
+    """
+    global _recorder
+    recorder = _recorder
+    if recorder is not None:
+        return recorder if recorder.enabled else None
+
+    if _is_helper_process() or sys.is_finalizing():
+        return None
+
+    from traceml import settings
+
+    try:
+        config = _forked_from.config if _forked_from is not None else settings.load(local=True)
+        recorder = start(config, wait=False, tracing=False)
+    except TraceMLError as error:
+        from traceml.recorder.recorder import Recorder
+
+        _log.warning("nothing is recorded: %s", error)
+        _recorder = Recorder(settings.Config(enabled=False))
+        return None
+
+    return recorder if recorder.enabled else None
 
 
 def shutdown() -> None:
@@ -192,6 +233,7 @@ def _stop(reason: str) -> None:
         recorder, watch = _recorder, _watch
         _running = None
 
+    _tell_change()
     if watch is not None:
         watch.uninstall()
     if recorder is not None:
@@ -211,13 +253,20 @@ def _is_helper_process() -> bool:
     return process is not None and bool(getattr(process.current_process(), "_inheriting", False))
 
 
-def _hook_process() -> None:
-    """See the end of this process, and its forks."""
-    global _hooked, _watch
-    from traceml.recorder.exits import ExitWatch
+def _tell_change(*, forked: bool = False) -> None:
+    for listener in on_change:
+        listener(forked)
 
-    _watch = ExitWatch(note_exit)
-    _watch.install()
+
+def _hook_process(*, watch: bool) -> None:
+    """See the end of this process (with `watch` also how it ends), and its forks."""
+    global _hooked, _watch
+    if watch:
+        from traceml.recorder.exits import ExitWatch
+
+        _watch = ExitWatch(note_exit)
+        _watch.install()
+
     # A process that multiprocessing has forked ends without atexit, but runs these.
     util = sys.modules.get("multiprocessing.util")
     if util is not None and util._exiting is False:
@@ -256,14 +305,16 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    """Make everything a no-op in a forked child: a data-loader worker is no rank."""
-    global _running, _recorder, _watch, _lock
+    """Make everything a no-op in a forked child: a data-loader worker is no rank. What it logs is its parent's."""
+    global _running, _recorder, _watch, _lock, _forked_from
     _lock = threading.Lock()  # the parent's may have been held
     recorder, _recorder, _running = _recorder, None, None
+    _tell_change(forked=True)
     watch, _watch = _watch, None
     if watch is not None:
         watch.uninstall()
     if recorder is not None:
+        _forked_from = recorder if recorder.enabled else None
         try:
             recorder.forget()
         except Exception as error:  # noqa: BLE001 - fail open: the child's work goes on

@@ -6,7 +6,7 @@ import secrets
 import shlex
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Identity:
         recorder: tells this life from any other of the same process.
         job: what the ranks of a job find each other's run by.
         who: rank, world size, local rank, attempt.
+        parent: of a forked child that only logs: the recorder of the rank that it belongs to.
         provisional: whether the rank is still to be told, by a process group that this child of a process will join.
     """
 
@@ -33,6 +34,7 @@ class Identity:
     job: str
     who: RankIdentity
     provisional: bool
+    parent: str = ""
 
     def hello(self, config: Config, flight: Path | None) -> Hello:
         """Return what is told to the aggregator."""
@@ -45,6 +47,7 @@ class Identity:
             local_rank=who.local_rank,
             attempt=who.attempt,
             recorder=self.recorder,
+            parent=self.parent,
             run_id=config.run_id or "",
             name=config.run_name or script_name(),
             project=config.project,
@@ -52,6 +55,10 @@ class Identity:
             flight=str(flight or ""),
             hang_timeout_s=config.hang_timeout,
         )
+
+    def of_child(self) -> Identity:
+        """Return who a forked child of this process is: it logs for the same rank of the same job."""
+        return replace(self, recorder=secrets.token_hex(8), provisional=False, parent=self.parent or self.recorder)
 
     def probe(self) -> Hello:
         """Return the hello of somebody who only asks whether the aggregator is there."""
@@ -68,6 +75,7 @@ class Identity:
             "attempt": who.attempt,
             "host": socket.gethostname(),
             "recorder": self.recorder,
+            "parent": self.parent,
         }
 
 

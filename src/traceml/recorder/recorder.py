@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from traceml import settings
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FALLBACK_FOLDER, FlightFile, FlightState, Slot, remove_stale
+from traceml.database.schema import PACKED
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, identify
@@ -77,10 +78,14 @@ class Recorder:
 
     Args:
         config: the settings in force.
+        parent: the recorder of the process that this one was forked from, when it logs for that one's run.
     """
 
-    def __init__(self, config: settings.Config) -> None:
+    def __init__(self, config: settings.Config, *, parent: Recorder | None = None) -> None:
         self.config = config
+        self.tracing = False
+        """Whether the hooks are in place; else only what the user logs is recorded."""
+        self._parent = parent._identity if parent is not None else None
         self.pid = os.getpid()
         self.instrumentation: Instrumentation | None = None
         self._state = "disabled"
@@ -106,24 +111,40 @@ class Recorder:
         return self._state == "running"
 
     @property
+    def is_child(self) -> bool:
+        """Whether it logs in a forked child, for the run of the process that this one was forked from."""
+        return self._parent is not None
+
+    @property
+    def flight(self) -> FlightFile | None:
+        """Where rows go; None before the start."""
+        return self._flight
+
+    @property
     def address(self) -> str:
         """The aggregator's address."""
         return f"{self.config.host}:{self.config.port}"
 
-    def start(self, *, wait: bool = True) -> None:
+    def start(self, *, wait: bool = True, tracing: bool = True) -> None:
         """Reserve the tables, connect, put the hooks in place, start the thread.
 
         Args:
             wait: connect now, and raise if that fails; else the thread does it when it can.
+            tracing: put the hooks in place.
 
         Raises:
             AggregatorUnavailableError: none answered in time, and `on_missing` is `raise`.
             AggregatorRefusedError: one answered and refused, and `on_missing` is `raise`.
         """
         config = self.config
-        self._identity = identify(config)
+        self._identity = identify(config) if self._parent is None else self._parent.of_child()
         self._flight = FlightFile.create(
-            None, self._identity.facts(), capacities=_capacities(config), fallback=config.runs_dir / FALLBACK_FOLDER
+            None,
+            self._identity.facts() | {"runs_dir": str(config.runs_dir.absolute())},
+            capacities=_capacities(config)
+            if self._parent is None
+            else _CHILD_CAPACITIES | _capacity_of_metrics(config),
+            fallback=config.runs_dir / FALLBACK_FOLDER,
         )
         try:
             self._sender = Sender(
@@ -134,7 +155,7 @@ class Recorder:
             if wait:
                 self._connect_first()
 
-            self._start_threads()
+            self._start_threads(tracing=tracing)
         except BaseException:
             self._abandon()
             raise
@@ -157,9 +178,9 @@ class Recorder:
         ended = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
         self._flight.open_slots[Slot.STATE] = ended
         self._hold_until_ns = 0
-        stored = self._worker.finish(reason, timeout_s=timeout_s, hope=self.config.supervised)
+        stored = self._worker.finish(reason, timeout_s=timeout_s, hope=self.config.supervised or self.config.local)
         # Where no aggregator was ever met, nobody will look for the file, unless a launcher sees to that.
-        forlorn = self._sender.connections == 0 and not self.config.supervised
+        forlorn = self._sender.connections == 0 and not self.config.supervised and not self._flight.holds_user_rows
         self._flight.close(unlink=stored or forlorn)
         return stored
 
@@ -272,21 +293,37 @@ class Recorder:
         connection.close("only asking")
         return None
 
-    def _start_threads(self) -> None:
+    def trace(self) -> None:
+        """Add tracing to a recorder that has only logged so far."""
+        assert self._worker is not None
+        self._scheduler = scheduler = self._sampling(tracing=True)
+        self._worker.call(lambda: self._worker.use(scheduler))  # type: ignore[union-attr]
+        self._instrument()
+
+    def _sampling(self, *, tracing: bool) -> Scheduler:
         assert self._flight is not None
-        assert self._sender is not None
         assert self._identity is not None
         flight = self._flight
-        self._scheduler = Scheduler(
-            open_samplers(local_rank=self._identity.who.local_rank),
+        return Scheduler(
+            open_samplers(local_rank=self._identity.who.local_rank) if tracing else (),
             lambda table, row: flight.ring(table).append(*row),
             interval_s=self.config.sample_interval,
             intervals_s=self.config.sampler_intervals,
             on_error=lambda name, error: self.note("sampler", name=name, error=f"{type(error).__name__}: {error}"),
         )
+
+    def _start_threads(self, *, tracing: bool) -> None:
+        assert self._flight is not None
+        assert self._sender is not None
+        assert self._identity is not None
+        flight = self._flight
+        self._scheduler = self._sampling(tracing=tracing)
         self._worker = Worker(flight, self._sender, self._scheduler, self._hook_ns)
-        self._instrument()
-        self.note("process", **_process_facts(self._identity))
+        if tracing:
+            self._instrument()
+        if self._parent is None:
+            self.note("process", **_process_facts(self._identity))
+
         flight.open_slots[Slot.STATE] = FlightState.RUNNING
         self._state = "running"
         self._worker.start()
@@ -296,6 +333,7 @@ class Recorder:
         from traceml.instrument import install
 
         assert self._flight is not None
+        self.tracing = True
         try:
             self.instrumentation = install(self._flight, on_info=self._take_info, on_group=self._group_initialised)
         except Exception as error:  # noqa: BLE001 - fail open: without hooks there are still samples and trace_step
@@ -323,6 +361,11 @@ class Recorder:
         assert self._flight is not None
         if self._hold_until_ns > monotonic_ns() and not self._flight.ring("steps").appended:
             raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
+
+        if config.local and not config.supervised:
+            from traceml.recorder.local import connect_or_start
+
+            return connect_or_start(config, self._hello())
 
         return Connection.connect(config.host, config.port, self._hello(), config.token, timeout_s=timeout_s)
 
@@ -378,9 +421,17 @@ class Recorder:
         return self.instrumentation.hook_ns_per_step() if self.instrumentation is not None else 0
 
 
+# A child that only logs has no steps nor samples.
+_CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
+
+
+def _capacity_of_metrics(config: settings.Config) -> dict[str, int]:
+    return {"metrics": max(config.max_queue_size, 64)}
+
+
 def _capacities(config: settings.Config) -> dict[str, int]:
     device_rows = config.ring_rows if Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() else 256
-    return {"steps": config.ring_rows, "device_steps": device_rows}
+    return {"steps": config.ring_rows, "device_steps": device_rows} | _capacity_of_metrics(config)
 
 
 def _process_facts(identity: Identity) -> dict[str, Any]:

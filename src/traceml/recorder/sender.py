@@ -119,7 +119,8 @@ class Sender:
         self._refused = False
         self._warned: set[str] = set()
         self._closed_bytes = 0
-        self._steps_seen = 0
+        self._fast = [flight.ring(name) for name in ("steps", "metrics")]
+        self._seen = {ring.name: 0 for ring in self._fast}
         self.connections = 0
         """How often a connection was made."""
         self.clock: ClockOffset | None = None
@@ -201,13 +202,14 @@ class Sender:
 
     def pause_s(self, usual_s: float) -> float:
         """Return how long to sleep: less than usual where a ring would fill by more than a quarter meanwhile."""
-        steps = self._rings[0].table
-        assert isinstance(steps, Ring)
-        grown, self._steps_seen = steps.appended - self._steps_seen, steps.appended
         if self._connection is not None and self._connection.unsent_bytes:
             return min(usual_s, 0.05)
 
-        return max(0.01, usual_s * min(1.0, steps.capacity / 4 / max(grown, 1)))
+        for ring in self._fast:
+            grown, self._seen[ring.name] = ring.appended - self._seen[ring.name], ring.appended
+            usual_s = min(usual_s, usual_s * ring.capacity / 4 / max(grown, 1))
+
+        return max(0.01, usual_s)
 
     def finish(self, reason: str, *, timeout_s: float, hope: bool) -> bool:
         """Send everything, say bye, and wait until it is stored; return whether it is.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile, Slot
+from traceml.recorder.logger import settle
 from traceml.recorder.sender import Sender
 from traceml.samplers.base import Scheduler
 
@@ -47,6 +48,7 @@ class Worker:
         self._telemetry = flight.ring("telemetry")
         # Rings of megabytes: what is stored need not stay resident in a process whose memory is the user's.
         self._large = [ring for ring in flight.rings.values() if ring.capacity * ring.row_bytes > _LARGE_BYTES]
+        self._kept = flight.kept
         self._released = dict.fromkeys(flight.rings, 0)
         self._telemetry_ns = monotonic_ns() + _FIRST_TELEMETRY_NS
         self._calls: deque[Callable[[], None]] = deque()
@@ -59,6 +61,10 @@ class Worker:
     def start(self) -> None:
         """Start the thread."""
         self._thread.start()
+
+    def use(self, scheduler: Scheduler) -> None:
+        """Sample by another scheduler; on the thread."""
+        self._scheduler = scheduler
 
     def call(self, function: Callable[[], None]) -> None:
         """Have `function` run on the thread, soon."""
@@ -105,7 +111,11 @@ class Worker:
             self._telemetry_ns = now + _TELEMETRY_NS
             self._append_telemetry(now)
 
+        settle()
         self._sender.pump()
+        for table in self._kept:
+            table.trim()
+
         for ring in self._large:
             done = ring.acked
             if done - self._released[ring.name] >= _RELEASE_ROWS:
@@ -114,6 +124,7 @@ class Worker:
 
     def _last_turn(self) -> None:
         self._scheduler.run_all(self._slots[Slot.STEP])
+        settle(wait=True)
         self._sender.pump(flush=True)  # so that the last row counts (nearly) all that is sent
         self._append_telemetry(monotonic_ns())
         self._scheduler.close()

@@ -42,6 +42,7 @@ class Hello:
         start_ticks: that process's start time in kernel ticks: (boot_id, pid, start_ticks) is never used again.
         boot_id: this boot of the machine.
         recorder: an id of this recorder; a process that starts a second one numbers its rows from 0 again.
+        parent: of a forked child that only logs, the recorder of the rank that it belongs to.
         run_id: the name that the user gave the run's folder, if any.
         name: what to call the run otherwise.
         project: the project that it belongs to.
@@ -64,6 +65,7 @@ class Hello:
     start_ticks: int = field(default_factory=lambda: process_start_ticks(os.getpid()) or 0)
     boot_id: str = field(default_factory=boot_id)
     recorder: str = ""
+    parent: str = ""
     run_id: str = ""
     name: str = ""
     project: str = "default"

@@ -1,0 +1,165 @@
+"""The journal: where the user's rows go that memory has no room for, until they are stored.
+
+One file per table, beside the flight file's fallback. Records are appended whole; one that was cut off by the end of
+the process or of the disk is recognised and ends the file. Rows that are acknowledged are cut off from time to time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import struct
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
+
+from traceml.database.rings import Taken
+
+__all__ = ["JOURNAL_SUFFIX", "Journal", "journal_of", "read_journal"]
+
+JOURNAL_SUFFIX = ".journal"
+# magic, first row, rows, bytes of data, CRC-32 of those
+_RECORD = struct.Struct("<4sqqqI4x")
+_MAGIC = b"TMJ1"
+
+
+def journal_of(stem: Path, table: str) -> Path:
+    """Return where a table's journal lies.
+
+    Args:
+        stem: the flight file's name without its suffix, in the folder of the journals.
+        table: the table.
+    """
+    return stem.with_name(f"{stem.name}.{table}{JOURNAL_SUFFIX}")
+
+
+class Journal:
+    """A table's rows on disk, in the order of their numbers. The file is made with the first of them.
+
+    Not thread-safe by itself: its table's lock guards it.
+
+    Args:
+        places: the file; where its folder cannot be written, the next of them.
+        keep: keep rows also when they are stored, for a store that begins anew.
+    """
+
+    def __init__(self, *places: Path, keep: bool = False) -> None:
+        self.path = places[0] if places else Path(os.devnull)
+        """The file."""
+        self._places = places
+        self.end = 0
+        """Rows below this number, and above what was cut off, are here."""
+        self._keep = keep
+        self._descriptor = -1
+        self._pid = os.getpid()
+        self._size = 0
+        self._firsts: list[int] = []
+        self._records: list[tuple[int, int, int]] = []  # (rows, offset, bytes) of each
+
+    def __repr__(self) -> str:
+        return f"Journal({str(self.path)!r}, {len(self._records)} records, {self._size} bytes)"
+
+    @property
+    def begin(self) -> int:
+        """Number of the oldest row that is here; `end` when there is none."""
+        return self._firsts[0] if self._firsts else self.end
+
+    def append(self, first: int, n: int, data: bytes) -> None:
+        """Append rows.
+
+        Raises:
+            OSError: the disk is full, or cannot be written; nothing was appended.
+        """
+        if self._descriptor < 0:
+            self._open()
+
+        record = _RECORD.pack(_MAGIC, first, n, len(data), zlib.crc32(data)) + data
+        try:
+            _write_all(self._descriptor, record, self._size)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+
+            raise
+
+        self._records.append((n, self._size + _RECORD.size, len(data)))
+        self._firsts.append(first)
+        self._size += len(record)
+        self.end = first + n
+
+    def record_of(self, row: int) -> tuple[int, int, bytes] | None:
+        """Return (first row, rows, data) of the record with a row in it, or the next one; None when there is none."""
+        place = max(bisect_right(self._firsts, row) - 1, 0)
+        while place < len(self._records):
+            first, (n, offset, size) = self._firsts[place], self._records[place]
+            if first + n > row:
+                return first, n, os.pread(self._descriptor, size, offset)
+
+            place += 1
+
+        return None
+
+    def _open(self) -> None:
+        refused: OSError | None = None
+        for path in self._places:
+            try:
+                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._descriptor = os.open(path, flags, 0o600)
+            except OSError as error:
+                refused = refused or error
+                continue
+
+            self.path = path
+            return
+
+        raise refused or OSError(errno.ENOENT, "there is no folder for it", str(self.path))
+
+    def trim(self, acked: int) -> None:
+        """Give the disk back when all that is here is stored."""
+        if self._records and acked >= self.end and not self._keep:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, 0)
+                self._firsts.clear()
+                self._records.clear()
+                self._size = 0
+
+    def close(self, *, unlink: bool) -> None:
+        """Close the file, and remove it when everything in it is stored."""
+        if self._descriptor < 0:
+            return
+
+        os.close(self._descriptor)
+        self._descriptor = -1
+        if unlink and self._pid == os.getpid():
+            self.path.unlink(missing_ok=True)
+
+
+def read_journal(path: Path) -> Iterator[Taken]:
+    """Yield the records of a journal whose writer is gone, up to the first that is not whole."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+
+    try:
+        offset = 0
+        while len(head := os.pread(descriptor, _RECORD.size, offset)) == _RECORD.size:
+            magic, first, n, size, checksum = _RECORD.unpack(head)
+            left = os.fstat(descriptor).st_size - offset - _RECORD.size
+            data = os.pread(descriptor, size, offset + _RECORD.size) if magic == _MAGIC and 0 <= size <= left else b""
+            if magic != _MAGIC or len(data) != size or zlib.crc32(data) != checksum:
+                return
+
+            yield Taken(first, n, data)
+            offset += _RECORD.size + size
+    finally:
+        os.close(descriptor)
+
+
+def _write_all(descriptor: int, data: bytes, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, memoryview(data)[done:], offset + done)

@@ -1,0 +1,220 @@
+"""What a `log_*` call does in the rank: one append, whatever becomes of it later.
+
+A number goes into the ring `metrics`, anything else into the log `logged`; past memory's bound they go to a journal on
+disk. Nothing here waits for the aggregator, let alone for a tracker.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from traceml.recorder import api
+from traceml.recorder.values import Later, number_of, plain, step_of
+
+if TYPE_CHECKING:
+    from traceml.database.flight import FlightFile
+
+__all__ = ["Logger", "settle"]
+
+_time_ns = time.time_ns
+
+_loggers: weakref.WeakSet[Logger] = weakref.WeakSet()
+
+
+class Logger:
+    """Appends what is logged for one experiment. Any thread may call it, also in a forked child.
+
+    It finds the recorder with its first call, starting one where there is none, and does nothing while tracing is off.
+
+    Args:
+        experiment: the experiment's number; 0 is the run's own.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_at",
+        "_buffer",
+        "_count",
+        "_entries",
+        "_flight",
+        "_late",
+        "_lock",
+        "_mask",
+        "_number",
+        "_pack_into",
+        "_ring",
+        "_slot",
+        "_slots",
+    )
+
+    def __init__(self, experiment: int = 0) -> None:
+        self._number = experiment
+        self._entries: dict[str, list[int]] = {}  # name -> [its number, the next step where none is given]
+        self._late: deque[tuple[Any, ...]] = deque()
+        self._flight: FlightFile | None = None
+        _loggers.add(self)
+
+    def __repr__(self) -> str:
+        return f"Logger(experiment={self._number}, names={len(self._entries)})"
+
+    def metric(self, name: str, value: Any, step: int | None = None, kind: int = 0, t_ns: int = 0) -> None:
+        """Append one value.
+
+        Args:
+            name: any text.
+            value: a number, or what holds one: a tensor, a numpy scalar, a bool; anything else is kept as a text.
+            step: the step; by default the training step, else a counter per name.
+            kind: who logs it: a number of `MetricKind`.
+            t_ns: epoch nanoseconds; by default now.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            entry = self._enter(name)
+            if entry is None:
+                return
+
+        if step is None:
+            step = self._slots[9]
+            if step < 0:
+                step = entry[1]
+                entry[1] = step + 1
+
+        if type(value) is not float:
+            value = number_of(value)
+            if type(value) is not float:
+                self._odd_value(name, value, step, kind, t_ns or _time_ns())
+                return
+
+        if not t_ns:
+            t_ns = _time_ns()
+
+        ring, count, slot = self._ring, self._count, self._slot
+        try:
+            with self._lock:
+                n = count[slot]
+                if n < ring.limit:
+                    self._pack_into(
+                        self._buffer, self._at + (n & self._mask) * 48, t_ns, step, entry[0], value, kind, self._number
+                    )
+                    if count[slot] == n:  # else a signal handler has logged meanwhile, into the same place
+                        count[slot] = n + 1
+                        return
+        except struct.error:
+            step = step_of(step)
+
+        if not ring.append(t_ns, step, entry[0], value, kind, self._number):
+            self._late.append((t_ns, step, entry[0], value, kind))
+
+    def row(self, kind: str, *, step: int | None = None, t_ns: int = 0, **facts: Any) -> bool:
+        """Append a map to `logged`; return whether it was taken.
+
+        Args:
+            kind: what it is; see `database.schema.LOGGED`.
+            step: the step, where it has one.
+            t_ns: epoch nanoseconds; by default now.
+            facts: what it says; values become what msgpack can hold.
+        """
+        flight = self._flight or self._bind()
+        if flight is None:
+            return False
+
+        fields = {"kind": kind, "t_ns": t_ns or _time_ns(), "experiment": self._number}
+        if step is not None:
+            fields["step"] = step
+
+        return flight.log("logged").append(fields | {key: plain(value) for key, value in facts.items()}, urgent=True)
+
+    def next_step(self, name: str, step: int | None) -> int:
+        """Return the step of what is logged under a name outside `metrics`: given, of the training, or counted."""
+        if step is not None:
+            return step_of(step)
+
+        entry = self._entries.get(name) or self._enter(name)
+        if entry is None:
+            return 0
+
+        current = self._slots[9]
+        if current >= 0:
+            return int(current)
+
+        entry[1] += 1
+        return entry[1] - 1
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Append what could not be appended at once, on the recorder's thread; with `wait`, wait for devices."""
+        while self._late:
+            t_ns, step, number, value, kind = self._late[0]
+            if isinstance(value, Later):
+                if not (wait or value.ready):
+                    return
+
+                value = value.number()
+
+            self._ring.append(t_ns, step, number, value, kind, self._number)
+            self._late.popleft()
+
+    def unbind(self, *, forked: bool = False) -> None:
+        """Forget the recorder; the next call looks for another. In a forked child what waits is the parent's."""
+        self._entries = {}
+        self._flight = None
+        if forked:
+            self._late.clear()
+
+    def _enter(self, name: str) -> list[int] | None:
+        """Return a new name's entry; None while nothing is recorded."""
+        flight = self._flight or self._bind()
+        if flight is None:
+            return None
+
+        if not isinstance(name, str):
+            raise TypeError(f"a metric's name is a text, not {type(name).__name__} {name!r:.100}")
+
+        number = flight.names.id_of(str(name))
+        if number is None:
+            self._ring.dropped += 1
+            return None
+
+        return self._entries.setdefault(name, [number, 0])
+
+    def _bind(self) -> FlightFile | None:
+        recorder = api.recorder_for_logging()
+        flight = recorder.flight if recorder is not None else None
+        if flight is None:
+            return None
+
+        ring = flight.metrics
+        self._ring, self._slots = ring, flight.open_slots
+        self._lock = ring.lock
+        self._pack_into, self._buffer, self._at, self._mask = ring.pack_into, ring.buffer, ring.offset, ring.mask
+        self._count, self._slot = ring.count, ring.slot
+        self._flight = flight
+        return flight
+
+    def _odd_value(self, name: str, value: Any, step: int, kind: int, t_ns: int) -> None:
+        """Keep what is no number here and now: a tensor on a device for later, anything else as a text."""
+        if isinstance(value, Later):
+            entry = self._entries.get(name)
+            if entry is not None:
+                self._late.append((t_ns, step_of(step), entry[0], value, kind))
+
+            return
+
+        self.row("value", step=step_of(step), t_ns=t_ns, name=name, value=value, source=kind)
+
+
+def settle(*, wait: bool = False) -> None:
+    """Append what waits in any logger, on the recorder's thread; with `wait`, wait for devices."""
+    for logger in list(_loggers):
+        logger.settle(wait=wait)
+
+
+def _unbind_all(forked: bool) -> None:
+    for logger in list(_loggers):
+        logger.unbind(forked=forked)
+
+
+api.on_change.append(_unbind_all)

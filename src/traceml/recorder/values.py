@@ -1,0 +1,143 @@
+"""What users give as a value, and what of it fits into a row."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["Later", "number_of", "plain", "step_of"]
+
+_TEXT_CHARS = 100_000
+_ITEMS = 10_000
+_DEPTH = 8
+_INT64 = 2**63
+
+
+class Later:
+    """The value of a tensor on a device: on its way to the host, without anybody waiting for it.
+
+    Args:
+        tensor: one number on a device.
+    """
+
+    __slots__ = ("_event", "_host")
+
+    def __init__(self, tensor: Any) -> None:
+        import sys
+
+        torch = sys.modules["torch"]
+        self._event: Any = None
+        detached = tensor.detach().reshape(())
+        if detached.device.type == "cuda":
+            # Into pinned memory, or the copy would wait for the device after all.
+            self._host = torch.empty((), dtype=detached.dtype, pin_memory=True)
+            self._host.copy_(detached, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(detached.device))
+        else:
+            self._host = detached.clone()  # what follows may change it in place; resolved on the recorder's thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether the value has arrived."""
+        return self._event is None or bool(self._event.query())
+
+    def number(self) -> float:
+        """Return the value, waiting for it if need be."""
+        if self._event is not None:
+            self._event.synchronize()
+
+        return float(self._host)
+
+
+def number_of(value: Any) -> Any:
+    """Return a value as a float; a `Later` for a tensor on a device; the value itself when it is no number."""
+    kind = type(value)
+    if kind is int or kind is bool:
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond what a double holds
+            return value
+
+    if value is None or isinstance(value, str | bytes | Mapping):
+        return value
+
+    try:
+        device = getattr(value, "device", None)
+        if device is not None and hasattr(value, "detach"):
+            return _of_tensor(value, device.type)
+
+        return float(value.item() if hasattr(value, "item") else value)
+    except Exception:  # noqa: BLE001 - an object of the user's may raise anything; then it is no number
+        return value
+
+
+def _of_tensor(tensor: Any, device: str) -> Any:
+    if tensor.numel() != 1 or tensor.is_complex() or device == "meta":
+        return tensor
+
+    return float(tensor.item()) if device == "cpu" else Later(tensor)
+
+
+def step_of(step: Any) -> int:
+    """Return a step as an integer.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it does not fit into 64 bits.
+    """
+    try:
+        number = operator.index(step)
+    except TypeError:
+        try:
+            as_float = float(step)
+            number = int(as_float)
+        except (TypeError, ValueError, OverflowError):
+            raise TypeError(f"a step is a whole number, not {type(step).__name__} {step!r:.100}") from None
+
+        if number != as_float:
+            raise TypeError(f"a step is a whole number, not {step!r:.100}") from None
+
+    if not -_INT64 <= number < _INT64:
+        raise ValueError(f"a step fits into 64 bits, unlike {number:.3e}")
+
+    return number
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Return a value as what msgpack can hold: numbers, texts, lists, maps; what is none of these by its `repr`."""
+    kind = type(value)
+    if value is None or kind is bool or kind is float:
+        return value
+
+    if kind is int:
+        return value if -_INT64 <= value < 2 * _INT64 else str(value)
+
+    if isinstance(value, str):
+        return str(value)
+
+    if kind is bytes:
+        return value
+
+    if depth < _DEPTH and isinstance(value, Mapping):
+        return {str(key): plain(item, depth + 1) for key, item in list(value.items())[:_ITEMS]}
+
+    if depth < _DEPTH and isinstance(value, list | tuple | set | frozenset):
+        return [plain(item, depth + 1) for item in list(value)[:_ITEMS]]
+
+    if hasattr(value, "__index__") and not hasattr(value, "detach"):  # numpy's integers, enumerations, numpy's bool
+        return bool(value) if kind.__name__ in ("bool", "bool_") else operator.index(value)
+
+    number = number_of(value)
+    if isinstance(number, Later):
+        number = number.number()
+
+    return number if type(number) is float else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:_TEXT_CHARS] if not hasattr(value, "__fspath__") else str(value)
+    except Exception as error:  # noqa: BLE001 - a user's __repr__ may do anything
+        return f"<{type(value).__name__}, whose repr failed: {type(error).__name__}>"
