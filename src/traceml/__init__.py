@@ -181,5 +181,8 @@ class _Package(ModuleType):
 
         super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)  # as any module: functions that name it travel to workers
+
 
 sys.modules[__name__].__class__ = _Package
