@@ -37,7 +37,7 @@ NARROW = {
     "transport": {"database"},
     "diagnosis": {"database"},
     "recorder": {"instrument", "samplers", "transport", "database"},
-    "track": {"recorder", "transport", "database"},
+    "track": {"recorder", "instrument", "transport", "database"},
     "aggregator": {"diagnosis", "track", "transport", "database"},
     "runs": {"diagnosis", "track", "database"},
     "renderers": {"runs", "diagnosis", "database"},

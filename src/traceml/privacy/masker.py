@@ -35,6 +35,8 @@ from traceml.privacy.patterns import (
     URL_QUERY,
     URL_USER,
     compiled,
+    is_card,
+    shell_pattern,
 )
 
 __all__ = ["KINDS", "Masker"]
@@ -105,7 +107,7 @@ class Masker:
             value = os.fspath(value)
         if not isinstance(value, str):
             return self._hidden(says, value) if says in {"phone", "card"} and type(value) is int else value
-        if says == "weak" and looks_random(value) and not is_reference(value):
+        if says in {"likely", "weak"} and looks_random(value, says) and not is_reference(value):
             return self._hidden("secret", value)
         if says in KINDS and says not in self._off and not is_reference(value) and _fits(says, value):
             return self._hidden(says, value)
@@ -155,7 +157,7 @@ class Masker:
             if not rest or (exempts and rest in KINDS):
                 raise ValueError(f"{pattern!r} names nothing that can be turned off")
             if exempts:
-                self._exempt.append(_shell(rest))
+                self._exempt.append(shell_pattern(rest))
             elif rest.startswith("re:"):
                 expression = re.compile(rest.removeprefix("re:"))
                 if expression.match(""):
@@ -164,8 +166,8 @@ class Masker:
                 self._names.append(re.compile(f"(?s:.*(?:{expression.pattern}).*)"))
                 self._texts.append(expression)
             else:
-                self._names.append(_shell(rest))
-                self._texts.append(_shell(rest, words=True))
+                self._names.append(shell_pattern(rest))
+                self._texts.append(shell_pattern(rest, words=True))
         except (re.error, ValueError) as error:
             raise SettingsError(
                 "mask", f"{pattern!r} is no pattern: {error}", source="the mask setting", allowed=_ALLOWED
@@ -190,9 +192,13 @@ class Masker:
         """Mask the members; the one that follows an option such as `--api-key` by that option's name."""
         masked, option = [], name
         for value in values:
-            masked.append(self.mask_value(option, value))
-            is_option = isinstance(value, str) and value.startswith("-") and "=" not in value
-            option = value.lstrip("-") if is_option else name
+            own, is_given, rest = _argument(value)
+            if is_given:
+                masked.append(f"{own}={self.mask_value(own.strip('-+~'), rest)}")
+            else:
+                masked.append(self.mask_value(option, value))
+
+            option = own.lstrip("-") if own.startswith("-") and not is_given else name
 
         return masked
 
@@ -221,14 +227,14 @@ class Masker:
     def _assigned(self, match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
         says = name_says(name)
-        if says not in {"strong", "weak"} or any(each.fullmatch(name) for each in self._exempt):
+        if says not in {"strong", "likely", "weak"} or any(each.fullmatch(name) for each in self._exempt):
             return match[0]
 
         bare = value.strip("\\\"'")
         quoted = bare != value
         if is_reference(bare) or (not quoted and (compiled(CODE).match(value) or name_says(bare) == "strong")):
             return match[0]
-        if says == "weak" and not looks_random(bare):
+        if says != "strong" and not looks_random(bare, says):
             return match[0]
         if match["head"].endswith(": ") and bare.isalpha() and match.string[match.end() :][:2].strip(" ").isalpha():
             return match[0]  # a sentence: "Secret: the model ..."
@@ -252,7 +258,7 @@ class Masker:
         )
 
     def _card(self, match: re.Match[str]) -> str:
-        return self._mask("card") if _is_card(match[0]) else match[0]
+        return self._mask("card") if is_card(match[0]) else match[0]
 
     def _phone_in(self, text: str) -> Any:
         is_diff = text.startswith("diff --git") or "\n@@ " in text
@@ -278,11 +284,14 @@ class Masker:
 _ALLOWED = "shell patterns, re:EXPRESSION, !NAME, !email, !phone, !card, !user"
 
 
-def _shell(pattern: str, *, words: bool = False) -> re.Pattern[str]:
-    """Return a shell pattern as an expression, of whole names or of words in a text."""
-    any_of = r"[^\s\"',;=()<>]" if words else "."
-    body = "".join({"*": f"{any_of}*", "?": any_of}.get(each, re.escape(each)) for each in pattern)
-    return re.compile(rf"(?i)(?<![^\s\"',;=()<>]){body}(?![^\s\"',;=()<>])" if words else f"(?is){body}")
+def _argument(value: Any) -> tuple[str, bool, str]:
+    """Return an argument's name, whether it gives the value too (`--lr=1`, `db.user=x`), and that value."""
+    if not isinstance(value, str):
+        return "", False, ""
+
+    name, equals, rest = value.partition("=")
+    is_name = name.strip("-+~").replace(".", "").replace("-", "").replace("_", "").replace("/", "").isalnum()
+    return (name, bool(equals), rest) if is_name else ("", False, "")
 
 
 def _is_worth_masking(value: Any) -> bool:
@@ -293,13 +302,6 @@ def _is_worth_masking(value: Any) -> bool:
 def _fits(kind: str, value: str) -> bool:
     digits = sum(map(str.isdigit, value))
     return digits >= (6 if kind == "phone" else 3) if kind in {"phone", "card"} else kind == "user" or "@" in value
-
-
-def _is_card(text: str) -> bool:
-    """Whether the digits carry a card's check sum (Luhn) behind a prefix that cards have."""
-    digits = [int(each) for each in text if each.isdigit()]
-    doubled = (sum(divmod(2 * each, 10)) for each in digits[-2::-2])
-    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 and len(set(digits)) > 1
 
 
 @cache

@@ -40,7 +40,7 @@ _DESCRIBES = _words(
     "enabled version dropout rate ratio prob per index idx manager store backend provider variable header mode limit "
     "budget loss weight weights embedding embeddings vocab"
 )
-_WEAK_WORDS = frozenset({"token", "auth", "pass", "key", "pw"})
+_WEAK_WORDS = frozenset({"auth", "pass", "key", "pw"})
 _PERSONAL = {
     "email": _words("email emails mail e.mail email.address mail.address"),
     "phone": _words("phone telephone fax msisdn phone.number telephone.number mobile.number cell.number"),
@@ -54,7 +54,7 @@ _NO_SECRETS = frozenset(
 
 @lru_cache(maxsize=4096)
 def name_says(name: str) -> str:
-    """Return `strong` or `weak` (the value has to look like one too), a kind of personal data, or an empty text."""
+    """Return `strong`, `likely` or `weak` (the value has to look like one too), a kind of personal data, or nothing."""
     words = [word.lower() for word in _WORD.findall(name)]
     if not words:
         return ""
@@ -72,6 +72,8 @@ def name_says(name: str) -> str:
 
         if words[-1] in _WEAK_WORDS:
             return "weak"
+        if words[-1] == "token":
+            return "likely"
 
     for kind, names in _PERSONAL.items():
         if words[-1] in names or ".".join(words[-2:]) in names:
@@ -94,12 +96,17 @@ def is_reference(text: str) -> bool:
     return text.lower() in _NO_SECRETS or text.startswith((MASKED, "$", "<", "{{", "%(")) or not text.strip("*xX. \t")
 
 
-def looks_random(text: str) -> bool:
-    """Whether a text without spaces looks like a key: digits among letters, and enough of them."""
-    if len(text) < 8 or any(each.isspace() for each in text) or text.startswith(("/", "./", "<", "[")):
+def looks_random(text: str, says: str) -> bool:
+    """Whether a text without spaces looks like a key: digits among letters, and enough of them.
+
+    Args:
+        text: the value.
+        says: `likely` or `weak`, what its name says.
+    """
+    if len(text) < 8 or any(each.isspace() for each in text) or text.startswith(("/", "./", "<", "[")) or "_" in text:
         return False
 
     digits = sum(each.isdigit() for each in text)
     letters = sum(each.isalpha() for each in text)
-    mixed = text.lower() != text != text.upper()
-    return digits >= 1 and letters >= 1 and (mixed or digits >= len(text) // 6) and "_" not in text
+    is_mixed = text.lower() != text != text.upper()
+    return digits >= 1 and letters >= 1 and (says == "likely" or is_mixed or digits >= len(text) // 6)

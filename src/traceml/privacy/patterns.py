@@ -22,6 +22,8 @@ __all__ = [
     "URL_QUERY",
     "URL_USER",
     "compiled",
+    "is_card",
+    "shell_pattern",
 ]
 
 
@@ -126,3 +128,26 @@ HOME: Final = (
 SHARED_NAMES = frozenset(
     {"root", "user", "ubuntu", "admin", "runner", "shared", "public", "jovyan", "app", "data", "Public", "Shared"}
 )
+
+
+def shell_pattern(pattern: str, *, words: bool = False) -> re.Pattern[str]:
+    """Return a shell pattern as an expression.
+
+    Args:
+        pattern: with `*` and `?`; case does not matter.
+        words: match words in a text; else whole names.
+    """
+    any_of = r"[^\s\"',;=()<>]" if words else "."
+    body = "".join({"*": f"{any_of}*", "?": any_of}.get(each, re.escape(each)) for each in pattern)
+    return re.compile(rf"(?i)(?<![^\s\"',;=()<>]){body}(?![^\s\"',;=()<>])" if words else f"(?is){body}")
+
+
+def is_card(text: str) -> bool:
+    """Whether digits carry a card's check sum (Luhn).
+
+    Args:
+        text: with digits in it, of which the prefix and the number are a card's.
+    """
+    digits = [int(each) for each in text if each.isdigit()]
+    doubled = (sum(divmod(2 * each, 10)) for each in digits[-2::-2])
+    return (sum(digits[-1::-2]) + sum(doubled)) % 10 == 0 and len(set(digits)) > 1

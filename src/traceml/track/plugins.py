@@ -160,8 +160,16 @@ BUILT_IN: dict[PluginType, dict[str, str]] = {
         "tensorboard": "traceml.track.backends.tensorboard:TensorBoardPlugin",
         "wandb": "traceml.track.backends.wandb:WandbPlugin",
     },
-    PluginType.FRAMEWORK: {},
-    PluginType.COLLECTOR: {},
+    PluginType.FRAMEWORK: {
+        "huggingface": "traceml.track.frameworks.huggingface:HuggingFacePlugin",
+        "lightning": "traceml.track.frameworks.lightning:LightningPlugin",
+        "tensorboard": "traceml.track.frameworks.tensorboard:TensorBoardPlugin",
+    },
+    PluginType.COLLECTOR: {
+        "environment": "traceml.track.collectors.environment:EnvironmentPlugin",
+        "git": "traceml.track.collectors.git:GitPlugin",
+        "system": "traceml.track.collectors.environment:SystemPlugin",
+    },
 }
 _registered: dict[PluginType, dict[str, str]] = {kind: {} for kind in PluginType}
 

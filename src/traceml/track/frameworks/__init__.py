@@ -1,0 +1,1 @@
+"""Capturing what frameworks' own logging calls say, in the training process: TensorBoard, Lightning, Hugging Face."""
