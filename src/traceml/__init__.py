@@ -182,6 +182,8 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        from importlib import import_module
+
         return import_module, (self.__name__,)  # as any module: functions that name it travel to workers
 
 
