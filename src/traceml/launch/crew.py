@@ -140,6 +140,7 @@ class Crew:
                 "timeout_s": message["timeout_s"],
                 "script": message.get("script"),
                 "log_level": message.get("log_level"),
+                "trace": bool(self._trace),
             }
             theirs = self._theirs.pop(each.rank)
             fds = [theirs.fileno(), *(tap.write_fd for tap in each.taps), each.stacks.write_fd]
@@ -371,7 +372,7 @@ class Crew:
 
         from traceml.launch.flights import left_by
 
-        data = left_by(each.pid, self._trace["run_id"])
+        data = left_by(each.pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
         if data is None:
             return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import selectors
+import shlex
 import sys
 import time
 from collections import deque
@@ -98,7 +99,11 @@ class Tracing:
         self._keeper = AggregatorKeeper(
             _run_id(config.run_id) or new_run_id(config.run_name or name), config.runs_dir.absolute()
         )
-        self._environ = {"TRACEML_RUN_NAME": config.run_name or name, "TRACEML_PROJECT": config.project}
+        self._environ = {
+            "TRACEML_RUN_NAME": config.run_name or name,
+            "TRACEML_PROJECT": config.project,
+            "TRACEML_COMMAND": shlex.join(sys.argv),
+        }
         self._make_screen, self._report, self._program = make_screen, report, program
         self._screen: Screen | None = None
         self._begun = False
@@ -190,7 +195,8 @@ class Tracing:
 
     def about(self, host: str) -> dict[str, Any]:
         """Return what the agent must know to send flight files; files of this machine are found without."""
-        return {"run_id": self._keeper.run_id, "flights": not self._hosts[host].local}
+        keeper = self._keeper
+        return {"run_id": keeper.run_id, "runs_dir": str(keeper.runs_dir), "flights": not self._hosts[host].local}
 
     # --- what agents say ---------------------------------------------------------------------------------------------
 

@@ -41,6 +41,11 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     try:
         _take_place(request, out, err, stacks)
         _send_records(records, request["log_level"])
+        if request["trace"] and not request["script"]:
+            from traceml.recorder.script import start_recorder
+
+            start_recorder()  # before the process group: its making is watched
+
         status = _work(agent, request, listener[0] if listener else None)
     except SystemExit as leaving:
         status = _status_of(leaving)
@@ -64,6 +69,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         agent.send("ready")
         result = _run_script(request) if request["script"] else _run_function(agent)
     except SystemExit as leaving:
+        _note_end(request, None, _status_of(leaving))
         if _status_of(leaving):
             raise
 
@@ -71,6 +77,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
     except (EOFError, BrokenPipeError):
         raise
     except BaseException as error:  # noqa: BLE001 - the user's; it travels
+        _note_end(request, error, 1)
         _report_error(agent, error)
         _await_release(agent)
         return 1
@@ -83,6 +90,14 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         _leave_group(store, request)
 
     return 0
+
+
+def _note_end(request: Mapping[str, Any], error: BaseException | None, status: int) -> None:
+    """Tell the recorder how the user's part ended; a script has told it already."""
+    if request["trace"] and not request["script"]:
+        from traceml.recorder import api
+
+        api.note_exit(error, status)
 
 
 # --- what this process is --------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shlex
 import socket
@@ -51,7 +52,7 @@ class Identity:
             run_id=config.run_id or "",
             name=config.run_name or script_name(),
             project=config.project,
-            command=shlex.join(sys.argv)[:4000],
+            command=(os.environ.get("TRACEML_COMMAND") or shlex.join(sys.argv))[:4000],
             flight=str(flight or ""),
             hang_timeout_s=config.hang_timeout,
         )
