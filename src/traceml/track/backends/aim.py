@@ -1,0 +1,307 @@
+"""Aim: a repository in a folder.
+
+Exact: a value lies under its name and step, so the same row given again overwrites itself. Another value under the same
+name and step would overwrite the first one, too; it goes under the same name with the context `{"repeat": n}`. Rows are
+written in batches with the time of the call, which Aim's own `Run.track` can do neither.
+
+Aim writes only runs on Python < 3.13, and only those of release 3.28.0 can be read back.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from traceml.track.backends.names import is_this_machine, safe_name
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+
+__all__ = ["AimBackend", "AimPlugin"]
+
+_REFUSED = re.compile("[\0\ud800-\udfff]")
+_LONGEST_NAME = 1000
+_MOST_BUCKETS = 512  # of a distribution in Aim
+
+
+class AimBackend(BackendInterface):
+    """Delivers to one Aim run."""
+
+    idempotent: ClassVar[bool] = True
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options, self._experiment = config.get("options") or {}, config["experiment"]
+        self._repo = str(options.get("repo") or Path(config["run_dir"]).absolute().parent)
+        self._traceml_run = str(config.get("run_id", ""))
+        self._hash: str | None = config.get("continue_run")
+        self._run: Any = None
+
+    @property
+    def target(self) -> str:
+        """The repository."""
+        return self._repo
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder, or a server on this machine."""
+        if not self._repo.startswith("aim://"):
+            return True
+
+        return is_this_machine(self._repo.removeprefix("aim://").partition("/")[0].rpartition(":")[0])
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Go on with the same run."""
+        self._hash = mark["hash"]
+        return True
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Open the repository and the run."""
+        os.environ["AIM_UI_TELEMETRY_ENABLED"] = "0"
+        from aim import Repo, Run
+
+        if not self._repo.startswith("aim://"):
+            Path(self._repo).mkdir(parents=True, exist_ok=True)
+
+        repo = Repo.from_path(self._repo, init=True)
+        self._run = Run(
+            self._hash,
+            repo=repo,
+            experiment=project,
+            system_tracking_interval=None,
+            log_system_params=False,
+            capture_terminal_logs=False,
+            force_resume=self._hash is not None,  # a killed delivery left its lock
+        )
+        self._hash = self._run.hash
+        self._run.name = name
+        about = {"experiment": str(self._experiment["id"]), "run": self._traceml_run}
+        if self._experiment.get("parent"):
+            about["parent"] = str(self._experiment["parent"])
+
+        self._run["traceml"] = about
+        if not self._repo.startswith("aim://"):
+            self._run.set_artifacts_uri(Path(self._repo, ".aim_artifacts").as_uri())
+
+        self.set_tags(self._experiment.get("tags") or {})
+        return str(self._hash)
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Give one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Give a batch: one write per name and column."""
+        by_name: dict[str, list[Metric]] = {}
+        for row in rows:
+            by_name.setdefault(row.name, []).append(row)
+
+        for name, part in by_name.items():
+            self._sequence(safe_name(name, _REFUSED, _LONGEST_NAME), part)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Give parameters, below `hparams`; a new value takes the place of the old one."""
+        for key, value in params.items():
+            self._run["hparams", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Give tags, as `key` or `key: value`, and below `tags` for queries."""
+        there = set(self._run.tags)
+        for key, value in tags.items():
+            text = safe_name(f"{key}: {value}" if value else str(key), _REFUSED, _LONGEST_NAME)
+            if text not in there:
+                self._run.add_tag(text)
+
+            self._run["tags", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Give a text."""
+        from aim import Text
+
+        clean = text.encode("utf-8", "backslashreplace").decode()
+        self._object(Text(clean), name, step, lambda stored: stored.data == clean)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Give an image's bytes as they are."""
+        from aim import Image
+
+        image = Image(str(path))
+        self._object(image, name, step, lambda stored: stored.storage["data"].load() == image.storage["data"].load())
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Give a histogram: as a distribution where Aim can hold it (even buckets, at most 512), else as a text."""
+        from aim import Distribution
+
+        width = (edges[-1] - edges[0]) / len(counts)
+        even = all(math.isclose(edge, edges[0] + i * width, abs_tol=width * 1e-6) for i, edge in enumerate(edges))
+        if not even or not math.isfinite(width) or len(counts) > _MOST_BUCKETS:
+            self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
+            return
+
+        made = Distribution.from_histogram(list(counts), (edges[0], edges[-1]))
+        self._object(made, name, step, lambda stored: stored.json() == made.json())
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Copy a file to where the repository keeps artifacts."""
+        name = safe_name(artifact_name or Path(artifact_path).name, _UNCLEAN, _LONGEST_NAME)
+        self._run.log_artifact(artifact_path, name, block=True)
+
+    def end_state(self, state: str) -> None:
+        """Tell how the training ended."""
+        self._run["state"] = state
+
+    def end_experiment(self) -> None:
+        """Finish the run."""
+        if self._run is None:
+            return
+
+        self._run.finalize()
+        self._run.close()
+        self._run = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the run."""
+        return {"hash": self._hash}
+
+    # --- rows ------------------------------------------------------------------------------------------------------
+
+    def _sequence(self, name: str, rows: Sequence[Metric]) -> None:
+        """Write the rows of one name: those that go forward at once, others after a look at what is there."""
+        info = self._info(name, 0)
+        unused = info.count if info.initialized else 0  # no step from here on has a value
+        slots: dict[int, dict[int, tuple[float, float]]] = {0: {}}
+        for row in rows:
+            step, value = row.step or 0, (float(row.value), row.timestamp)
+            if step >= unused:
+                slots[0][step] = value
+                unused = step + 1
+                continue
+
+            slot = 0
+            while (held := slots.get(slot, {}).get(step) or self._held(name, slot, step)) and not _same(held, value):
+                slot += 1
+
+            slots.setdefault(slot, {})[step] = value
+
+        for slot, values in slots.items():
+            if values:
+                self._put(name, slot, values)
+
+    def _info(self, name: str, slot: int) -> Any:
+        return self._run._tracker.sequence_infos[_context(slot).idx, name]
+
+    def _held(self, name: str, slot: int, step: int) -> tuple[float, float] | None:
+        """Return the value and time that the repository has there; a row counts when its last column is written."""
+        info = self._info(name, slot)
+        if not info.initialized:
+            return None
+
+        at = info.step_hash_fn(step)
+        try:
+            assert info.step_view[at] == step
+            return info.val_view[at], info.time_view[at]
+        except KeyError:
+            return None
+
+    def _put(self, name: str, slot: int, values: Mapping[int, tuple[float, float]]) -> None:
+        """Write values of one sequence, column by column, then what the sequence says about itself.
+
+        A death in between leaves columns of unequal length, which the replay fills.
+        """
+        tracker, context = self._run._tracker, _context(slot)
+        first_step, (first, _) = next(iter(values.items()))
+        info = self._info(name, slot)
+        if not info.initialized:
+            info = tracker._init_sequence_info(context.idx, name, first)
+
+        tracker._update_context_data(context)
+        at = {step: info.step_hash_fn(step) for step in values}
+        info.val_view.update([(at[step], value) for step, (value, _) in values.items()])
+        info.epoch_view.update([(at[step], None) for step in values])
+        info.time_view.update([(at[step], time) for step, (_, time) in values.items()])
+        info.step_view.update([(at[step], step) for step in values])
+
+        # Aim's own bookkeeping, for the first, the extreme and the last one: all others would change nothing.
+        finite = [value for value, _ in values.values() if not math.isnan(value)]
+        notable = [(first_step, first)]
+        notable += [(first_step, value) for value in ((min(finite), max(finite)) if finite else ())]
+        last_step = max(values)
+        for step, value in [*notable, (last_step, values[last_step][0])]:
+            tracker._update_sequence_info(context.idx, name, value, step)
+
+    def _object(self, made: Any, name: str, step: int, same: Callable[[Any], bool]) -> None:
+        """Write an object where none is, or over the same one."""
+        key, slot = safe_name(name, _REFUSED, _LONGEST_NAME), 0
+        while True:
+            info = self._info(key, slot)
+            try:
+                if not info.initialized or same(info.val_view.tree.view(info.step_hash_fn(step), resolve=True)):
+                    break
+            except KeyError:
+                break
+
+            slot += 1
+
+        self._run.track(made, key, step, context=_context(slot).to_dict())
+
+
+class AimPlugin(BackendPlugin):
+    """Aim."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what this is."""
+        return PluginMetadata(
+            name="aim",
+            version="1",
+            type=PluginType.BACKEND,
+            description="an Aim repository",
+            dependencies=("aim",),
+            extra="aim",
+            options={"repo": str},
+        )
+
+    def create_backend(self, config: Mapping[str, Any]) -> AimBackend:
+        """Return the backend."""
+        from importlib.metadata import version
+
+        if (there := version("aim")) != "3.28.0":
+            raise ImportError(f"aim {there} writes runs that cannot be read back: pip install 'aim==3.28.0'")
+
+        return AimBackend(config)
+
+
+_UNCLEAN = re.compile(_REFUSED.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
+
+
+def _context(slot: int) -> Any:
+    from aim.storage.context import Context
+
+    if slot not in _contexts:
+        _contexts[slot] = Context({"repeat": slot} if slot else {})
+
+    return _contexts[slot]
+
+
+_contexts: dict[int, Any] = {}
+
+
+def _same(held: tuple[float, float], given: tuple[float, float]) -> bool:
+    """Whether two values are the same row; NaN is the same as NaN."""
+    return held[1] == given[1] and (held[0] == given[0] or (math.isnan(held[0]) and math.isnan(given[0])))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as Aim can hold it."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {safe_name(str(key), _REFUSED, _LONGEST_NAME): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+
+    return str(value).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,200 @@
+"""TensorBoard event files, read back by TensorBoard: everything once, cut off where the mark says."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.track.backends.conftest import Maker
+from traceml.errors import BackendError
+from traceml.track.metric import Metric
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def _read(folder: str | Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
+    return accumulator.Reload()
+
+
+def _steps(folder: str | Path, name: str) -> list[int]:
+    return [each.step for each in _read(folder).Scalars(name)]
+
+
+def _png() -> bytes:
+    """Return a red picture, 3 wide and 2 high."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = (b"\0" + b"\xff\0\0" * 3) * 2
+    head = struct.pack(">IIBBBBB", 3, 2, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
+    """Values (as float32), steps, times, texts, images, histograms and parameters are what was given."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    image = tmp_path / "red.png"
+    image.write_bytes(_png())
+    backend = make("tensorboard", log_dir=str(tmp_path / "tb"), experiment={"tags": {"team": "ü"}})
+
+    folder = backend.start_experiment("first", "tests")
+    values = [0.1, math.nan, math.inf, -math.inf, *(float(i) for i in range(20_000))]
+    names = ["loss", "größe % [x]/y", "half \ud800"]
+    backend.log_metrics([Metric(names[i % 3], value, 20_004 - i, 1.7e9 + i) for i, value in enumerate(values)])
+    backend.log_params({"lr": 1e-3, "name": "x"})
+    backend.log_text("note", "zwei\nZeilen", 4)
+    backend.log_histogram("h", [1, 2], [0.0, 0.5, 1.0], 5)
+    backend.log_image("cat", image, 6)
+    backend.log_artifact(str(image))
+    backend.end_state("finished")
+    backend.end_experiment()
+
+    read = _read(folder)
+    got = [read.Scalars(name) for name in read.Tags()["scalars"]]
+    assert len(got) == 3
+    by_time = sorted((each.wall_time, each.step, each.value) for part in got for each in part)
+    assert [step for _, step, _ in by_time] == [20_004 - i for i in range(len(values))]
+    expected = [struct.unpack("f", struct.pack("f", value))[0] for value in values]
+    assert str([value for *_, value in by_time]) == str(expected)
+    assert by_time[7][0] == 1.7e9 + 7
+    texts = {tag: make_ndarray(read.Tensors(tag)[0].tensor_proto) for tag in read.Tags()["tensors"]}
+    assert texts["note"].item() == b"zwei\nZeilen"
+    assert texts["params/lr"].item() == b"0.001"
+    assert texts["params/tags/team"].item() == "ü".encode()
+    assert json.loads(texts["artifacts/red.png"].item())["path"] == str(image)
+    assert texts["h"].tolist() == [[0.0, 0.5, 1.0], [0.5, 1.0, 2.0]]
+    (cat,) = read.Images("cat")
+    assert (cat.encoded_image_string, cat.width, cat.height, cat.step) == (image.read_bytes(), 3, 2, 6)
+
+
+def test_what_came_after_the_mark_is_cut_off(make: Maker) -> None:
+    """A batch that was written and not noted comes once when it comes again."""
+    first = make("tensorboard")
+    folder = first.start_experiment("first", "tests")
+    first.log_metrics([Metric("loss", float(i), i) for i in range(10)])
+    mark = json.loads(json.dumps(first.mark()))
+    again = [Metric("loss", float(i), i) for i in range(10, 20)]
+    first.log_metrics(again)
+
+    second = make("tensorboard")
+    assert second.resume(mark)
+    assert second.start_experiment("first", "tests") == folder
+    second.log_metrics(again)
+
+    assert _steps(folder, "loss") == list(range(20))
+
+
+def test_a_start_without_a_mark_begins_anew(make: Maker) -> None:
+    """What a delivery wrote that never got to note anything is not kept."""
+    first = make("tensorboard")
+    folder = first.start_experiment("first", "tests")
+    first.log_metric("loss", 1.0, 1)
+    second = make("tensorboard")
+    second.start_experiment("first", "tests")
+    second.log_metric("loss", 1.0, 1)
+
+    assert _steps(folder, "loss") == [1]
+
+
+def test_a_continued_run_gets_one_more_file(make: Maker) -> None:
+    """Resuming an experiment goes on in its folder, and TensorBoard shows one run."""
+    first = make("tensorboard")
+    folder = first.start_experiment("first", "tests")
+    first.log_metric("loss", 1.0, 1)
+    first.end_experiment()
+    second = make("tensorboard", continue_run=folder, experiment={"id": "exp-2"})
+    assert second.start_experiment("first", "tests") == folder
+    second.log_metric("loss", 2.0, 2)
+    second.end_experiment()
+
+    assert _steps(folder, "loss") == [1, 2]
+
+
+def test_a_lost_file_is_said(make: Maker) -> None:
+    """What was delivered and is gone is an error, not a fresh file that looks complete."""
+    first = make("tensorboard")
+    folder = Path(first.start_experiment("first", "tests"))
+    mark = first.mark()
+    (path,) = folder.iterdir()
+    path.write_bytes(b"short")
+
+    with pytest.raises(BackendError, match="fewer than"):
+        make("tensorboard").resume(mark)
+
+    path.unlink()
+    with pytest.raises(BackendError, match="is gone"):
+        make("tensorboard").resume(mark)
+
+
+KILLED = """
+import json, sys
+from traceml.track.backends.tensorboard import TensorBoardBackend
+from traceml.track.metric import Metric
+backend = TensorBoardBackend({"run_dir": sys.argv[1], "experiment": {"id": "exp-1"}})
+backend.start_experiment("first", "tests")
+for k in range(100000):
+    print(k, json.dumps(backend.mark()), flush=True)
+    backend.log_metrics([Metric("loss", float(i), i) for i in range(k * 100, k * 100 + 100)])
+"""
+
+
+def test_a_killed_delivery_is_replayed_exactly(make: Maker, tmp_path: Path) -> None:
+    """Killed while it writes, and resumed at an earlier mark: each row is there once."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        k, mark = line.split(" ", 1)
+        if k == "50":
+            break
+
+    process.kill()
+    process.communicate()
+    backend = make("tensorboard")
+    backend.resume(json.loads(mark))
+    folder = backend.start_experiment("first", "tests")
+    backend.log_metrics([Metric("loss", float(i), i) for i in range(5000, 6000)])
+
+    assert _steps(folder, "loss") == list(range(6000))
+
+
+FULL = """
+import resource, signal, sys
+from traceml.track.backends.tensorboard import TensorBoardBackend
+from traceml.track.metric import Metric
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+backend = TensorBoardBackend({"run_dir": sys.argv[1], "experiment": {"id": "e"}})
+backend.start_experiment("n", "p")
+unlimited = resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, (backend.mark()["offset"] + 1000, unlimited))
+rows = [Metric("loss", float(i), i) for i in range(50)]
+failed = 0
+try:
+    backend.log_metrics(rows)
+except OSError:
+    failed = 1
+resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+backend.log_metrics(rows)
+backend.end_experiment()
+print(failed)
+"""
+
+
+def test_a_full_disk_leaves_no_half_event(tmp_path: Path) -> None:
+    """A batch that did not fit is taken back, and fits when there is room again."""
+    ran = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
+
+    assert ran.stdout.split() == ["1"]
+    assert _steps(tmp_path / "tensorboard" / "e", "loss") == list(range(50))
