@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from traceml.errors import RemoteTracebackError, WorkerFailedError
+from traceml.errors import PayloadError, RemoteTracebackError, WorkerFailedError
 from traceml.launch import payload
 from traceml.launch.members import Worker
 from traceml.launch.payload import Receiver
@@ -22,6 +22,8 @@ _COLLATERAL = re.compile(
 )
 _IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
 _INNERMOST_FRAMES = 12
+_THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
+_OURS = re.compile(r'File "[^"]*traceml/launch/worker\.py"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None
         message: what its agent says: `type`, `message`, `traceback`, `bases`.
         received: the pickled exception, None where it could not be pickled.
     """
-    kind, text = str(message.get("type") or "Exception"), str(message.get("message") or "")
+    kind, text = str(message.get("type") or "Exception").removeprefix("builtins."), str(message.get("message") or "")
     trace = str(message.get("traceback") or "")
     error = _loaded(received)
     if error is None:
@@ -74,7 +76,8 @@ def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None
             worker.member.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
         )
 
-    error.__cause__ = RemoteTracebackError(trace) if trace else None
+    # of what could not be pickled the text says where it lies; how pickling went concerns nobody
+    error.__cause__ = RemoteTracebackError(trace) if trace and not isinstance(error, PayloadError) else None
     error.add_note(f"Raised on {worker}, pid {worker.pid}.")
     return Failure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
 
@@ -113,16 +116,28 @@ def note_stacks(error: BaseException, waiting: Iterable[Worker], stacks: Mapping
         who = "; ".join(map(str, absent))
         lines.append(f"Absent from the collective that {_ranks(inside)} waited in: {who}.")
 
+    together: dict[str, list[Worker]] = {}
     for worker in workers:
-        told = stacks.get(worker.rank)
-        if told is None or not told.get("stack"):
-            state = f" (its process is {told['state']})" if told and told.get("state") else ""
-            lines.append(f"{worker} did not tell where it was{state}.")
-            continue
+        together.setdefault(_where(stacks.get(worker.rank)), []).append(worker)
 
-        lines.append(f"{worker} was here:\n" + str(told["stack"]).strip("\n"))
+    for where, those in together.items():
+        lines.append(f"{those[0] if len(those) == 1 else _ranks({worker.rank for worker in those})}{where}")
 
     error.add_note("\n".join(lines))
+
+
+def _where(told: Mapping[str, Any] | None) -> str:
+    """Return what a worker was doing, without the frames that called the user's function."""
+    if told is None:
+        return " did not tell where it was: its host does not answer."
+
+    if not told.get("stack"):
+        return f" did not tell where it was: its process is {told.get('state') or 'silent'}."
+
+    lines = [_THREAD.sub(r"\1", line) for line in str(told["stack"]).strip("\n").splitlines()]
+    ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
+    rest = next((i for i in range(ours, len(lines)) if not lines[i].startswith("  ")), len(lines))
+    return " was here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
 
 
 def _loaded(received: Receiver | None) -> BaseException | None:
@@ -139,14 +154,13 @@ def _loaded(received: Receiver | None) -> BaseException | None:
 
 def _stand_in(kind: str, text: str, bases: Iterable[str]) -> BaseException:
     """Return an exception of the nearest built-in class, for one that cannot travel."""
-    name = kind.removeprefix("builtins.")
-    for base in [name, *bases]:
+    for base in [kind, *bases]:
         found = getattr(builtins, base.removeprefix("builtins."), None)
         if not (isinstance(found, type) and issubclass(found, BaseException)):
             continue
 
         try:
-            return found(text if found.__name__ == name else f"{kind}: {text}")
+            return found(text if found.__name__ == kind else f"{kind}: {text}")
         except TypeError:  # one that wants more than a text
             continue
 

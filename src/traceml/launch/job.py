@@ -35,8 +35,8 @@ MakeLogs = Callable[[Mapping[str, int]], LogRouter]
 _GRACE_S = 0.5
 # How long other hosts that are bad too have to say so.
 _BAD_HOSTS_S = 1.0
-# How long agents may take to tell where workers are: at a failure, and where nothing else explains the end.
-_STACKS_S, _LONG_STACKS_S = 0.5, 2.0
+# How long agents may take to tell where workers are.
+_STACKS_S = 2.0
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
 _FLIGHTS_S = 5.0
@@ -243,21 +243,22 @@ class Job:
             raise LaunchTimeoutError(self._task.timeout_s, doing, late)
 
     def _abort(self, error: BaseException) -> None:
-        """End everything; where nothing explains itself, say what the workers were doing."""
-        unexplained = isinstance(error, KeyboardInterrupt | LaunchTimeoutError)
-        running = [w for w in self._workers if w.pid is not None and not (w.done or w.ended or w.member.lost)]
-        if running:
-            self._collect_stacks(running, _LONG_STACKS_S if unexplained else _STACKS_S)
+        """End everything; where nothing explains the end, say what the workers were doing."""
+        explained = any(failure.error is error and not failure.collateral for failure in self._failures)
+        failed = {failure.rank for failure in self._failures}
+        running = [w for w in self._workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
+        if running and not explained:
+            self._collect_stacks(running)
             note_stacks(error, running, self._stacks)
 
         self._stop()
 
-    def _collect_stacks(self, running: Sequence[Worker], limit_s: float) -> None:
-        asked = {worker.member.name: worker.member for worker in running}
+    def _collect_stacks(self, running: Sequence[Worker]) -> None:
+        asked = {worker.member.name: worker.member for worker in running if not worker.member.lost}
         for member in asked.values():
             member.link.channel.send("stacks", job=self._id)
 
-        self._loop.until(lambda: all(m.lost or m.name in self._told_stacks for m in asked.values()), limit_s)
+        self._loop.until(lambda: all(m.lost or m.name in self._told_stacks for m in asked.values()), _STACKS_S)
 
     def _stop(self) -> None:
         self._stopping = True

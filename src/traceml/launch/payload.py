@@ -183,13 +183,35 @@ def dump_call(func: Callable[..., object], args: Sequence[object], kwargs: Mappi
 
 def dump_exception(error: BaseException) -> Parcel | None:
     """Pickle an exception; None when it would not arrive as what it is."""
-    try:
-        parcel = _dump(error, {})
-        arrived = load(bytearray(bytes(parcel)))
-    except PayloadError:
-        return None
+    for value in (error, _Bare(error)):
+        try:
+            parcel = _dump(value, {})
+            arrived = load(bytearray(bytes(parcel)))
+        except PayloadError:
+            continue
 
-    return parcel if type(arrived) is type(error) else None
+        if type(arrived) is type(error):
+            return parcel
+
+    return None
+
+
+class _Bare:
+    """An exception by its class, arguments and attributes, for one whose class cannot be called with `args` alone."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        attributes = {name: value for name, value in vars(self._error).items() if _try(value) is None}
+        return _remake, (type(self._error), self._error.args, attributes)
+
+
+def _remake(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    vars(error).update(attributes)
+    return error
 
 
 def load(memory: Buffer, *, what: str = "the value") -> Any:
@@ -323,6 +345,10 @@ def _pickler() -> Any:
             if self._storage_types is not None and isinstance(obj, self._storage_types):
                 return self._reduce_storage(obj)
 
+            if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
+                # as it is: pickle would call its __init__ with its text, which many do not take, or add to
+                return _exception, (type(obj), obj.args), obj.__dict__ or None
+
             reduced = super().reducer_override(obj)
             if isinstance(obj, type) and isinstance(reduced, tuple):
                 _sent_classes.add(obj)
@@ -347,6 +373,12 @@ def _pickler() -> Any:
 
     _pickler_class = Pickler
     return Pickler
+
+
+def _exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
 
 
 def _typed_storage(untyped: Any, dtype: Any) -> Any:
