@@ -97,13 +97,19 @@ def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
     return Failure(error, rank=worker.rank)
 
 
-def note_stacks(error: BaseException, waiting: Iterable[Worker], stacks: Mapping[int, Mapping[str, Any]]) -> None:
+def note_stacks(
+    error: BaseException,
+    waiting: Iterable[Worker],
+    stacks: Mapping[int, Mapping[str, Any]],
+    given_up: Iterable[int] = (),
+) -> None:
     """Add to an error what each worker was doing, and which ones the others waited for.
 
     Args:
         error: gets the notes.
         waiting: the workers that had not ended.
         stacks: what their agents say, by rank: `stack`, `state`.
+        given_up: ranks that have waited in vain for others, and have failed of it.
     """
     workers = list(waiting)
     if not workers:
@@ -112,6 +118,7 @@ def note_stacks(error: BaseException, waiting: Iterable[Worker], stacks: Mapping
     lines = []
     inside = {worker.rank for worker in workers if _in_collective(stacks.get(worker.rank, {}).get("stack") or "")}
     absent = [worker for worker in workers if worker.rank not in inside]
+    inside.update(given_up)
     if inside and absent:
         who = "; ".join(map(str, absent))
         lines.append(f"Absent from the collective that {_ranks(inside)} waited in: {who}.")

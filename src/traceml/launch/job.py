@@ -249,7 +249,9 @@ class Job:
         running = [w for w in self._workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
         if running and not explained:
             self._collect_stacks(running)
-            note_stacks(error, running, self._stacks)
+            note_stacks(
+                error, running, self._stacks, [f.rank for f in self._failures if f.collateral and f.rank is not None]
+            )
 
         self._stop()
 
@@ -348,7 +350,8 @@ class Job:
             sys_path=list(self._task.sys_path),
             workers=member.size,
             threads=None,
-            need_torch=self._task.backend is not None,
+            # a script is a training, as a rule, and makes its group itself
+            need_torch=2 if self._task.backend is not None else 1 if self._task.script is not None else 0,
         )
 
     def _on_prepared(self, member: Member, message: dict[str, Any]) -> None:
