@@ -4,7 +4,7 @@ One module per command, each with `main(argv) -> int`, and only the module of th
 imported: `traceml run` must not pay for the screens of the others. Errors are printed here and nowhere else.
 
 Exit status: 0 done, 1 a gate that the user set failed, 2 called wrongly, 3 anything else, 130 interrupted;
-`run` and `demo` pass on the status of the script.
+`run`, `launch` and `demo` pass on the status of the script.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("traceml.cli.demo", "train on two ranks with a slow one among them, and find it"),
     "run": ("traceml.cli.run", "run a training script as it is, traced: traceml run train.py"),
+    "launch": ("traceml.cli.launch", "the same over many hosts, by ssh or srun: --hostnames a b train.py"),
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
     "report": ("traceml.cli.report", "say what limits a run, or did"),

@@ -1,10 +1,12 @@
-"""`traceml doctor`: is everything there that traceml needs, and which settings are in force."""
+"""`traceml doctor`: is everything there that traceml needs, here and on other hosts; which settings are in force."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -12,8 +14,10 @@ from rich.console import Console
 from rich.text import Text
 
 from traceml.cli.checks import Check, Setting, all_checks, setting_values
+from traceml.cli.host_checks import host_checks
 from traceml.cli.parsing import parse
-from traceml.errors import SettingsError
+from traceml.errors import SettingsError, UsageError
+from traceml.launch.preflight import Preflight, preflight
 from traceml.settings import load
 
 __all__ = ["main"]
@@ -24,22 +28,42 @@ EXIT_BROKEN = 3
 
 @dataclass(frozen=True)
 class Options:
-    """Check the installation, settings, folders, ports and devices; exit with 3 when something is broken."""
+    """Check the installation, settings and hosts; exit with 3 when something is broken."""
 
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the findings as JSON and nothing else."""
+    hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
+    """Look at these too, by ssh or (`slurm`: the allocation's nodes) srun: versions, devices, clocks, speeds."""
+    ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """What ssh reads instead of your configuration."""
+    python: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
+    """The interpreter on those hosts (default: this one's path)."""
 
 
 def main(argv: list[str]) -> int:
     """Check everything; return 0, or 3 when something is broken."""
     options = parse(Options, argv, prog="traceml doctor")
+    if not options.hostnames and (options.ssh_config_file or options.python):
+        raise UsageError("--ssh-config-file and --python are for --hostnames, which is missing")
+
     if options.json:
-        checks = list(all_checks())
-        print(json.dumps(_as_json(checks, _settings()), indent=2))
+        found = _look_at_hosts(options)
+        checks = [*all_checks(), *(host_checks(found) if found else ())]
+        told = _as_json(checks, _settings())
+        print(json.dumps(told | ({"preflight": asdict(found)} if found else {}), indent=2))
     else:
-        checks = _print_checks(Console(highlight=False))
+        checks = _print_checks(Console(highlight=False), options)
 
     return EXIT_BROKEN if any(check.state == "broken" for check in checks) else 0
+
+
+def _look_at_hosts(options: Options) -> Preflight | None:
+    if not options.hostnames:
+        return None
+
+    alone = options.hostnames[0] if len(options.hostnames) == 1 else ""
+    names = alone if alone in ("slurm", "auto") else options.hostnames
+    return preflight(names, ssh_config_file=options.ssh_config_file, python=options.python)
 
 
 def _settings() -> list[Setting]:
@@ -58,9 +82,9 @@ def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
     }
 
 
-def _print_checks(console: Console) -> list[Check]:
+def _print_checks(console: Console, options: Options) -> list[Check]:
     checks = []
-    for check in all_checks():
+    for check in _checks(options):
         checks.append(check)
         line = Text().append(f"{check.state:<7}", style=_STYLES[check.state]).append(f"{check.name:<13} {check.text}")
         console.print(line, soft_wrap=True)
@@ -76,6 +100,13 @@ def _print_checks(console: Console) -> list[Check]:
     console.print(f"Broken: {', '.join(broken)}" if broken else "Everything that traceml needs is there.")
     sys.stdout.flush()
     return checks
+
+
+def _checks(options: Options) -> Iterator[Check]:
+    yield from all_checks()
+    found = _look_at_hosts(options)
+    if found is not None:
+        yield from host_checks(found)
 
 
 def _print_settings(console: Console, settings: list[Setting]) -> None:

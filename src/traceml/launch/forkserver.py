@@ -44,14 +44,14 @@ class Spec:
         env: variables, over the agent's own.
         env_file: a file that bash sources before it starts.
         sys_path: where modules are looked for first.
-        need_torch: whether torch is imported.
+        need_torch: whether torch is imported: 0 no, 1 if it is there, 2 or it is an error.
         stamp: what tells whether env_file was changed.
     """
 
     env: Mapping[str, str]
     env_file: str | None
     sys_path: tuple[str, ...]
-    need_torch: bool
+    need_torch: int
     stamp: tuple[int, ...] = field(default=())
 
     def serves(self, other: Spec) -> bool:

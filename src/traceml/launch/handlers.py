@@ -20,6 +20,7 @@ __all__ = [
     "file_handler",
     "log_level",
     "new_log_folder",
+    "plain_handler",
     "stream_handler",
 ]
 
@@ -55,6 +56,20 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
     source = f"{hostname}{own}".replace("%", "%%")
     handler = _StreamHandler(stream)
     return _for_source(handler, hostname, local_rank, f"%(asctime)s:%(levelname)s:{source}: %(message)s")
+
+
+def plain_handler(
+    hostname: str, local_rank: int | None = None, out: TextIO | None = None, err: TextIO | None = None
+) -> LineHandler:
+    """Return a handler that passes a worker's output on as it is.
+
+    Args:
+        hostname: the host, as it is named in `hostnames`.
+        local_rank: the worker's; None for the host's agent.
+        out: where its stdout goes; None for `sys.stdout`.
+        err: where its stderr goes; None for `sys.stderr`.
+    """
+    return _for_source(_PlainHandler(out, err), hostname, local_rank, "%(message)s")
 
 
 def add_filter_to_handler(
@@ -247,6 +262,26 @@ class _StreamHandler(LineHandler):
         if self._dirty is not None:
             stream, self._dirty = self._dirty, None
             stream.flush()
+
+
+class _PlainHandler(_StreamHandler):
+    """What comes as errors, and records of `logging`, go to another stream than the rest."""
+
+    def __init__(self, out: TextIO | None, err: TextIO | None) -> None:
+        super().__init__(None)
+        self._out, self._err = out, err
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._stream = self._err or sys.stderr
+        super().emit(record)
+
+    def write_lines(self, text: str, level: int) -> None:
+        stream = (self._err or sys.stderr) if level >= logging.ERROR else (self._out or sys.stdout)
+        if stream is not self._stream:
+            self.flush_lines()  # in the order in which it came
+            self._stream = stream
+
+        self._write_safely(text)
 
 
 def _for_source(handler: LineHandler, hostname: str, local_rank: int | None, layout: str) -> LineHandler:

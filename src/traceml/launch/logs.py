@@ -19,7 +19,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from traceml.errors import UsageError
-from traceml.launch.handlers import LineHandler, SourceFilter, file_handler, new_log_folder, stream_handler
+from traceml.launch.handlers import (
+    LineHandler,
+    SourceFilter,
+    file_handler,
+    new_log_folder,
+    plain_handler,
+    stream_handler,
+)
 from traceml.launch.records import RecordDecoder
 
 __all__ = ["Feed", "LogRouter", "make_handlers"]
@@ -35,7 +42,13 @@ _LEVELS = {"out": logging.INFO, "err": logging.ERROR}
 
 
 def make_handlers(
-    log_handlers: Handlers, hosts: Mapping[str, int], *, environ: Mapping[str, str] = os.environ
+    log_handlers: Handlers,
+    hosts: Mapping[str, int],
+    *,
+    environ: Mapping[str, str] = os.environ,
+    plain: bool = False,
+    out: Any = None,
+    err: Any = None,
 ) -> list[logging.Handler]:
     """Return the handlers that a launch logs to.
 
@@ -44,6 +57,9 @@ def make_handlers(
             a function that returns them: these alone; None: nothing.
         hosts: the number of workers of each host, in order.
         environ: where `TRACEML_LOG_DIR` and `TORCHRUNX_LOG_DIR` are looked up; an empty one turns files off.
+        plain: print the first worker's output as it is: stdout to stdout, stderr to stderr, without time and name.
+        out: what to print to; None for stdout.
+        err: what to print errors to where it is plain; None for stderr.
     """
     if log_handlers is None:
         return []
@@ -58,7 +74,10 @@ def make_handlers(
         raise UsageError(f"log_handlers is {log_handlers!r}; it is 'auto', handlers of logging, or None")
 
     first = next(iter(hosts))
-    made: list[logging.Handler] = [stream_handler(first), stream_handler(first, 0)]
+    made: list[logging.Handler] = [
+        stream_handler(first, stream=err if plain else out),
+        plain_handler(first, 0, out, err) if plain else stream_handler(first, 0, out),
+    ]
     folder = new_log_folder(environ)
     if folder is None:
         return made

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from traceml import settings
 from traceml.launch import payload
 from traceml.launch.api import Launcher, LaunchResult, matching
 from traceml.launch.connect import Link
@@ -35,7 +36,7 @@ def run_function(
     """Run a function on every worker; see `traceml.launch`."""
     places = _places(launcher)
     parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
-    if not launcher.trace:
+    if not launcher.trace or not settings.load().enabled:
         return _run(launcher, places, log_handlers, parcel=parcel)
 
     from traceml.launch.tracing import Tracing
@@ -76,13 +77,14 @@ def _run(
         environ=matching(os.environ, (*launcher.default_env_vars, *launcher.extra_env_vars)),
         env_file=None if launcher.env_file is None else str(Path(launcher.env_file).expanduser().absolute()),
         cwd=str(Path.cwd()),
-        sys_path=[str(Path(folder).absolute()) for folder in sys.path],
+        sys_path=[str(Path(folder).absolute()) for folder in (sys.path if script is None else _path_behind_us())],
         cpu_affinity=launcher.cpu_affinity,
         keep_agents=launcher.keep_agents,
     )
 
     def make_logs(hosts: Mapping[str, int]) -> LogRouter:
-        return LogRouter(make_handlers(log_handlers, hosts))
+        out, err = (None, None) if tracing is None else (tracing.output, tracing.errors)
+        return LogRouter(make_handlers(log_handlers, hosts, plain=script is not None, out=out, err=err))
 
     with tracing or contextlib.nullcontext():
         if tracing is not None:
@@ -91,6 +93,11 @@ def _run(
         values = Job(_connect(launcher, places), task, make_logs=make_logs, tracing=tracing).run()
 
     return LaunchResult({place.name: host for place, host in zip(places, values, strict=True)})
+
+
+def _path_behind_us() -> list[str]:
+    """Return where modules are looked for, without the folder of the command that launches."""
+    return sys.path if sys.flags.safe_path else sys.path[1:]
 
 
 def _connect(launcher: Launcher, places: Sequence[Place]) -> list[Member]:

@@ -106,13 +106,14 @@ class Tracing:
         }
         self._make_screen, self._report, self._program = make_screen, report, program
         self._screen: Screen | None = None
+        self._waiting: deque[str] = deque()
         self._begun = False
         self._finished: bool | None = None
         self._hosts: dict[str, _Host] = {}
         self._flights: dict[tuple[str, int], _Flight] = {}
         self._exits: list[dict[str, Any]] = []
         self._flight_of: dict[int, tuple[str, int]] = {}  # number of an exit -> its flight
-        self.output = _Output()
+        self.output, self.errors = _Output("stdout"), _Output("stderr")
         """Where the job's output is to be written, from any thread: it appears above the live view."""
 
     def __enter__(self) -> Self:
@@ -146,7 +147,7 @@ class Tracing:
 
         self._keeper.keep()
         if self._screen is not None:
-            self.output.pass_on()
+            self._show_output()
             self._screen.tick()
 
     # --- hosts -------------------------------------------------------------------------------------------------------
@@ -279,8 +280,8 @@ class Tracing:
 
     def close(self) -> None:
         """Leave the terminal as it was, print the verdict, see the aggregator out. May be called again."""
-        self.output.pass_on()
-        self.output.screen = None
+        self._show_output()
+        self.output.redirected = self.errors.redirected = None
         if self._screen is not None:
             self._screen.close()
             self._screen = None
@@ -314,34 +315,36 @@ class Tracing:
         if not self._begun:
             self._keeper.start()
             self._begun = True
-            self._screen = self.output.screen = self._make_screen(self.run_dir)
+            self._screen = self._make_screen(self.run_dir)
+            if self._screen is not None:
+                self.output.redirected = self.errors.redirected = self._waiting
+
+    def _show_output(self) -> None:
+        while self._screen is not None and self._waiting:
+            self._screen.write(self._waiting.popleft().encode(errors="replace"))
 
 
 class _Output(io.TextIOBase):
-    """A text stream whose words go to standard output; above the live view, where there is one, when it is drawn."""
+    """A text stream whose words go to one of `sys`, or wait for the thread that draws the live view."""
 
-    def __init__(self) -> None:
-        self.screen: Screen | None = None
-        self._waiting: deque[str] = deque()
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.redirected: deque[str] | None = None
 
     def writable(self) -> bool:
         return True
 
     def write(self, text: str, /) -> int:
-        if self.screen is None:
-            return sys.stdout.write(text)
+        waiting = self.redirected
+        if waiting is None:
+            return int(getattr(sys, self._name).write(text))
 
-        self._waiting.append(text)
+        waiting.append(text)
         return len(text)
 
     def flush(self) -> None:
-        if self.screen is None:
-            sys.stdout.flush()
-
-    def pass_on(self) -> None:
-        """Show what was written; to be called by the thread that draws."""
-        while self.screen is not None and self._waiting:
-            self.screen.write(self._waiting.popleft().encode(errors="replace"))
+        if self.redirected is None:
+            getattr(sys, self._name).flush()
 
 
 def _run_id(wanted: str | None) -> str | None:

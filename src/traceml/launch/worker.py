@@ -40,7 +40,11 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     status = 1
     try:
         _take_place(request, out, err, stacks)
-        _send_records(records, request["log_level"])
+        if request["script"]:  # as under `python`: what it logs goes where it says, by default to stderr
+            os.close(records)
+        else:
+            _send_records(records, request["log_level"])
+
         if request["trace"] and not request["script"]:
             from traceml.recorder.script import start_recorder
 

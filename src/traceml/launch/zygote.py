@@ -14,6 +14,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -68,7 +69,7 @@ def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
         for name in _WARM:
             importlib.import_module(name)
 
-        if spec["need_torch"]:
+        if spec["need_torch"] > 1 or (spec["need_torch"] and find_spec("torch") is not None):
             version = _import_torch()
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"

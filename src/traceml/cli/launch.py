@@ -1,0 +1,201 @@
+"""`traceml launch`: run a training script as it is, traced, on many hosts, through ssh or srun."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml import settings
+from traceml.cli.parsing import CommandParser
+from traceml.cli.scripts import add_run_options, check_report, given, script_words
+from traceml.errors import UsageError, WorkerFailedError
+
+if TYPE_CHECKING:
+    from traceml.launch.supervisor import Screen
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  traceml launch --hostnames node1 node2 --workers-per-host 8 train.py --lr 0.1
+  traceml launch --hostnames node1,node2 -m my_package.train
+  salloc -N2 traceml launch train.py         the allocation's nodes, through srun
+
+Options before SCRIPT are traceml's; everything after it belongs to the script. Nothing has to be
+installed on the hosts but Python and what the script needs, at the same paths. Each rank finds
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun.
+What rank 0 prints is shown; what each rank prints is in the log folder.
+The exit status is that of the rank which failed first, 128 + n for signal n; 3 when a host failed."""
+
+# Options with any number of values, which may stand apart or be joined by commas.
+_LISTS = ("--hostnames", "--workers-per-host", "--default-env-vars", "--extra-env-vars")
+
+
+def main(argv: list[str]) -> int:
+    """Run a script on hosts; return its exit status."""
+    options = _parser().parse_args(list(_joined(argv)))
+    target, *arguments = script_words(options, example="traceml launch --hostnames node1 node2 train.py")
+    check_report(options.report)
+    named = given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project)
+    config = settings.load(**named)
+    if options.live == "terminal" and not sys.stdout.isatty():
+        raise UsageError("--live terminal needs a terminal; standard output is none")
+
+    from traceml.launch.run import run_script
+    from traceml.launch.tracing import Tracing, terminal_screen
+
+    name = config.run_name or Path(target).stem
+    script = {"module" if options.module else "path": target, "argv": arguments}
+    launcher = _launcher(options)
+    try:
+        if not config.enabled:
+            run_script(launcher, script)
+            return 0
+
+        screen = _no_screen if options.live == "none" else terminal_screen
+        with Tracing(name, make_screen=screen, report=options.report, **named) as tracing:
+            run_script(launcher, script, tracing=tracing)
+    except WorkerFailedError as error:
+        print(f"traceml launch: {error}", file=sys.stderr, flush=True)
+        return 128 + error.signal if error.signal else error.exit_code or 1
+
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = CommandParser(
+        prog="traceml launch",
+        description="Run a training script on many hosts, see live what each rank does, and read what limits it.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    hosts = parser.add_argument_group("hosts")
+    hosts.add_argument(
+        "--hostnames",
+        metavar="HOST ...",
+        default="auto",
+        help="names for ssh; slurm: the allocation's; auto: that, else this one",
+    )
+    hosts.add_argument(
+        "--workers-per-host", metavar="N ...", default="auto", help="for all, or for each; auto: GPUs, else CPU cores"
+    )
+    hosts.add_argument(
+        "--ssh-config-file", type=Path, metavar="FILE", help="what ssh reads instead of your configuration"
+    )
+    hosts.add_argument("--python", metavar="PATH", help="the interpreter there (default: this one's path)")
+    hosts.add_argument("--timeout", type=_seconds, default=600, metavar="S", help="time to start up (default: 600)")
+
+    workers = parser.add_argument_group("environment of the workers")
+    workers.add_argument("--default-env-vars", metavar="PATTERN ...", help="which of our variables they get")
+    workers.add_argument("--extra-env-vars", metavar="PATTERN ...", help="further ones")
+    workers.add_argument("--env-file", type=Path, metavar="FILE", help="sourced by bash on each host")
+    workers.add_argument("--no-cpu-affinity", action="store_true", help="do not divide the cores among the workers")
+    add_run_options(parser)
+    parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
+    return parser
+
+
+def _joined(argv: Sequence[str]) -> Iterator[str]:
+    """Yield the words with the values of each list joined by commas, so that the script can be told from them.
+
+    The values end at the next option, or at a word that names a file; of `--workers-per-host`, at one that is none.
+    """
+    words = list(argv)
+    takes_value = {name for action in _parser()._actions if action.nargs is None for name in action.option_strings}
+    while words and words[0].startswith("-") and words[0] != "--":
+        option = words.pop(0)
+        if option not in _LISTS:
+            yield option
+            if option in takes_value and words:
+                yield words.pop(0)
+
+            continue
+
+        values: list[str] = []
+        while words and not _ends_list(option, words[0], values):
+            values.append(words.pop(0))
+
+        if not values:
+            raise UsageError(f"argument {option}: expected at least one value")
+
+        yield f"{option}={','.join(values)}"
+
+    yield from words
+
+
+def _ends_list(option: str, word: str, values: Sequence[str]) -> bool:
+    if word.startswith("-") or values in (["auto"], ["slurm"]):
+        return True
+
+    if not values:
+        return False
+
+    if option == "--workers-per-host":
+        return not word.replace(",", "").isdigit()
+
+    return word.endswith(".py") or Path(word).is_file()
+
+
+def _launcher(options: argparse.Namespace) -> Any:
+    from traceml.launch.api import Launcher
+
+    chosen: dict[str, Any] = {
+        "hostnames": _names(options.hostnames),
+        "workers_per_host": _numbers(options.workers_per_host),
+        "ssh_config_file": options.ssh_config_file,
+        "backend": None,  # the script makes its own group, as under torchrun
+        "timeout": options.timeout,
+        "env_file": options.env_file,
+        "python": options.python,
+        "cpu_affinity": not options.no_cpu_affinity,
+        "keep_agents": False,
+    }
+    if options.default_env_vars is not None:
+        chosen["default_env_vars"] = tuple(_split(options.default_env_vars))
+
+    if options.extra_env_vars is not None:
+        chosen["extra_env_vars"] = tuple(_split(options.extra_env_vars))
+
+    return Launcher(**chosen)
+
+
+def _names(text: str) -> str | list[str]:
+    return text if text in ("auto", "slurm") else _split(text)
+
+
+def _numbers(text: str) -> str | int | list[int]:
+    if text in ("auto", "slurm"):
+        return text
+
+    numbers = []
+    for word in _split(text):
+        if not word.isdigit() or not int(word):
+            raise UsageError(f"--workers-per-host: {word!r} is no number of workers; give 1 or more, auto or slurm")
+
+        numbers.append(int(word))
+
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _split(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
+
+    return value
+
+
+def _no_screen(run_dir: Path) -> Screen | None:  # noqa: ARG001 - the form is given
+    return None

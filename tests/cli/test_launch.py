@@ -1,0 +1,58 @@
+"""`traceml launch`: its words. What it does on hosts is in tests/launch."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml import cli
+from traceml.cli.launch import _joined
+
+
+@pytest.mark.parametrize(
+    ("words", "understood"),
+    [
+        (
+            "--hostnames a b --workers-per-host 2 3 train.py --lr 1",
+            "--hostnames=a,b --workers-per-host=2,3 train.py --lr 1",
+        ),
+        ("--hostnames a,b train.py a b", "--hostnames=a,b train.py a b"),
+        ("--hostnames a b train.py", "--hostnames=a,b train.py"),
+        ("--workers-per-host auto --hostnames slurm train", "--workers-per-host=auto --hostnames=slurm train"),
+        ("--workers-per-host 2 train", "--workers-per-host=2 train"),
+        ("--hostnames a b -m train --hostnames c", "--hostnames=a,b -m train --hostnames c"),
+        ("--timeout 3 --hostnames a --report r train", "--timeout 3 --hostnames=a --report r train"),
+        ("train.py --hostnames a b", "train.py --hostnames a b"),
+    ],
+)
+def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
+    """Values of a list may stand apart; the script and its own options are left alone."""
+    assert list(_joined(words.split())) == understood.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "no script given. Try: traceml launch --hostnames node1 node2 train.py"),
+        (["--hostnames", "a", "b", "trani.py"], "can't open file 'trani.py'"),
+        (["--hostnames"], "argument --hostnames: expected at least one value"),
+        (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is no number of workers"),
+        (["--workers-per-host", "2", "3", "x.py"], "workers_per_host has 2 numbers for 1 hosts"),
+        (["--hostnames", "a", "a", "x.py"], "hostnames has a more than once"),
+        (["--timeout", "-1", "x.py"], "'-1' is no time in seconds"),
+        (["--hostnames", "slurm", "x.py"], "Slurm"),
+        (["--nodes", "2", "x.py"], "--nodes"),
+        (["--live", "terminal", "x.py"], "standard output is none"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(words, complaint, capsys, monkeypatch, tmp_path) -> None:
+    """Called wrongly, it says what is wrong before any host is asked, and exits with 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    (tmp_path / "x.py").write_text("")
+
+    status = cli.main(["launch", *words])
+
+    shown = capsys.readouterr().err
+    assert complaint in shown
+    assert status == (3 if "slurm" in words else 2)
+    assert len(shown.splitlines()) <= 2
