@@ -10,8 +10,9 @@ from traceml.errors import PluginError
 from traceml.track.keys import environment_for, key_variables, read_key_file
 
 ENVIRON = {
-    "PATH": "/bin", "PWD": "/tmp", "HOME": "/home/x", "WANDB_API_KEY": "w", "WANDB_MODE": "offline", "MLFLOW_TRACKING_TOKEN": "m",
-    "MLFLOW_TRACKING_URI": "http://h", "AWS_SECRET_ACCESS_KEY": "a", "CLEARML_API_SECRET_KEY": "c", "GITHUB_TOKEN": "g",
+    "PATH": "/bin", "PWD": "/tmp", "HOME": "/home/x", "WANDB_API_KEY": "w", "WANDB_MODE": "offline",
+    "MLFLOW_TRACKING_TOKEN": "m", "MLFLOW_TRACKING_URI": "http://h",
+    "AWS_SECRET_ACCESS_KEY": "a", "CLEARML_API_SECRET_KEY": "c", "GITHUB_TOKEN": "g",
     "TRACEML_TOKEN": "t", "MY_TRACKER_KEY": "y", "DB_PASSWORD": "p",
 }  # fmt: skip
 

@@ -1,0 +1,97 @@
+"""Trackers that misbehave: what they do is told by a file that the test writes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from traceml.errors import BackendRefusedError
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+
+__all__ = ["Odd", "OddIdempotent"]
+
+
+class Odd(BackendInterface):
+    """Writes lines of JSON as long as its file `mood` says nothing else; cut off to the mark like a real one."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._folder = Path(config["options"]["path"])
+        self._path = self._folder / f"{config['experiment']['id']}.jsonl"
+        self._file: Any = None
+
+    @property
+    def is_local(self) -> bool:
+        return True
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        with self._path.open("ab") as file:
+            file.truncate(mark["offset"])
+
+        return True
+
+    def start_experiment(self, name: str, project: str) -> str:
+        self._react("start")
+        self._file = self._path.open("ab")
+        self._write({"start": name, "project": project})
+        return str(self._path)
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        raise AssertionError("batches only")
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        self._react("metrics")
+        for row in rows:
+            if "refused" in row.name:
+                raise BackendRefusedError(f"bad name {row.name!r}")
+
+            self._write({"metric": row.name, "value": row.value, "step": row.step})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self._write({"params": dict(params)})
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        self._write({"artifact": artifact_name})
+
+    def end_experiment(self) -> None:
+        self.flush()
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def mark(self) -> dict[str, Any]:
+        self._file.flush()
+        return {"offset": self._file.tell()}
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+    def _react(self, to: str) -> None:
+        try:
+            moods = json.loads((self._folder / "mood").read_text())
+        except FileNotFoundError:
+            return
+
+        mood = moods.get(to)
+        if mood == "hang":
+            time.sleep(600)
+        elif mood == "down":
+            raise ConnectionRefusedError("nobody listens")
+        elif mood == "broken":
+            raise TypeError("log() got an unexpected keyword argument")
+
+
+class OddIdempotent(Odd):
+    """The same, tried again by the same process."""
+
+    idempotent: ClassVar[bool] = True
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        for row in rows:
+            if "refused" in row.name:
+                raise BackendRefusedError(f"bad name {row.name!r}")
+
+        super().log_metrics(rows)
