@@ -316,13 +316,15 @@ class HoldingError(Exception):
 
 
 def test_exceptions_travel_when_they_would_arrive() -> None:
-    """One that could not be rebuilt, or holds what cannot be pickled, is not sent as an object."""
+    """They arrive as they were; one that is made of what cannot be pickled is not sent as an object."""
     parcel = dump_exception(PlainError("why", 3))
     assert parcel is not None
     arrived = load(bytes(parcel))
 
     assert (type(arrived), arrived.args) == (PlainError, ("why", 3))
-    assert dump_exception(CodedError(3, "bad")) is None
+    coded = dump_exception(CodedError(3, "bad"))
+    assert coded is not None
+    assert (type(load(bytes(coded))), str(load(bytes(coded)))) == (CodedError, "bad (3)")
     assert dump_exception(HoldingError(threading.Lock())) is None
 
 

@@ -197,21 +197,14 @@ def dump_exception(error: BaseException) -> Parcel | None:
 
 
 class _Bare:
-    """An exception by its class, arguments and attributes, for one whose class cannot be called with `args` alone."""
+    """An exception without those of its attributes that cannot be pickled."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
         attributes = {name: value for name, value in vars(self._error).items() if _try(value) is None}
-        return _remake, (type(self._error), self._error.args, attributes)
-
-
-def _remake(kind: type[BaseException], args: tuple[Any, ...], attributes: dict[str, Any]) -> BaseException:
-    error = kind.__new__(kind, *args)
-    error.args = args
-    vars(error).update(attributes)
-    return error
+        return _exception, (type(self._error), self._error.args), attributes or None
 
 
 def load(memory: Buffer, *, what: str = "the value") -> Any:
