@@ -107,7 +107,7 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
 
 
 def test_a_replay_doubles_nothing(make: Maker, tmp_path: Path) -> None:
-    """Rows that come again overwrite themselves; other values at a step stand beside the first; a run can go on later."""
+    """Rows that come again overwrite themselves; other values at a step stand beside the first; a run goes on."""
     repo = str(tmp_path / "repo")
     first = make("aim", repo=repo)
     run = first.start_experiment("first", "tests")

@@ -1,0 +1,360 @@
+"""ClearML: a server, or an offline session that `Task.import_offline_session` uploads later.
+
+Offline sessions are exact: events are lines of a file that only grows, and what came after a mark is cut off. A server
+gives each event an id of its own, so after the death of a delivery process at most one batch can be there twice.
+
+The SDK's reporter and `Task.init` are not used: they throttle the caller, wait for fixed times, collect what nobody
+asked for, and allow one task per process. Events go to the session as the SDK's own would, with the time of the call.
+
+ClearML has no NaN and no infinities (its SDK writes 0 instead). Here such a value becomes a 0 in a series of its own,
+`<series> (nan)`, `<series> (inf)` or `<series> (-inf)`, so that none is taken for a number and none is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.track.backends.names import is_this_machine, safe_name
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+
+__all__ = ["ClearMLBackend", "ClearMLPlugin"]
+
+_REFUSED = re.compile("[\0\ud800-\udfff]")
+_LONGEST_NAME = 1000
+_BATCH = 1000
+_EVENTS = "metrics.jsonl"  # where an offline session keeps them
+
+
+class ClearMLBackend(BackendInterface):
+    """Delivers to one ClearML task."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options, self._experiment = config.get("options") or {}, config["experiment"]
+        self._offline = _is_offline(options)
+        self._cache = Path(options.get("offline_dir") or Path(config["run_dir"], "clearml")).expanduser().absolute()
+        self._traceml_run = str(config.get("run_id", ""))
+        self._id: str | None = config.get("continue_run")
+        self._task: Any = None
+        self._events: Path | None = None
+        self._state = "finished"
+
+    @property
+    def target(self) -> str:
+        """The folder of offline sessions, or the server."""
+        return str(self._cache) if self._offline else os.environ.get("CLEARML_API_HOST", "the ClearML server")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is an offline session, or a server on this machine."""
+        from urllib.parse import urlsplit
+
+        return self._offline or is_this_machine(urlsplit(os.environ.get("CLEARML_API_HOST", "")).hostname)
+
+    @property
+    def url(self) -> str | None:
+        """The task's page, or the file to import."""
+        if self._task is None:
+            return None
+        if self._offline:
+            return Path(f"{self._task.get_offline_mode_folder()}.zip").as_uri()
+
+        return str(self._task.get_output_log_web_page())
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Go on with the same task; cut off what came after the mark from an offline session."""
+        self._id = mark["id"]
+        if not mark.get("events"):
+            return True
+
+        path, offset = Path(mark["events"]), mark["offset"]
+        size = path.stat().st_size if path.exists() else 0
+        if size < offset:
+            raise BackendError(f"{path} has {size} bytes, fewer than the {offset} that were delivered")
+        if size:
+            os.truncate(path, offset)
+
+        return True
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Create the task, or open it again."""
+        with _errors():
+            from clearml import Task
+
+            kind = Task.TaskTypes.training
+            made = {"project_name": project, "task_name": name, "task_type": kind}
+            given = {"task_id": self._id} if self._id else made
+            # the constructor that Task.create and Task.get_task go through; both refuse to work offline
+            self._task = Task(private=Task._Task__create_protection, log_to_backend=False, **given)
+            self._id = str(self._task.id)
+            if self._offline:
+                folder = Path(self._task.get_offline_mode_folder())
+                folder.mkdir(parents=True, exist_ok=True)
+                self._events = folder / _EVENTS
+                self._task._project_name = (None, project)
+            else:
+                self._task.mark_started(force=True)
+
+            if self._experiment.get("parent"):
+                self._task.set_parent(str(self._experiment["parent"]))
+
+        self.log_params({"traceml/run": self._traceml_run, "traceml/experiment": self._experiment["id"]})
+        self.set_tags(self._experiment.get("tags") or {})
+        return self._id
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Give one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Give a batch; `a/b` is the series `b` of the plot `a`."""
+        events = []
+        for row in rows:
+            title, series = _title_and_series(row.name)
+            value = row.value
+            if not math.isfinite(value):
+                series, value = f"{series} ({value})", 0.0
+
+            events.append(
+                {
+                    "type": "training_stats_scalar",
+                    "task": self._id,
+                    "timestamp": round(row.timestamp * 1000),
+                    "metric": title,
+                    "variant": series,
+                    "iter": row.step or 0,
+                    "value": value,
+                }
+            )
+
+        self._add(events)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Give parameters; a new value takes the place of the old one."""
+        named = {
+            f"General/{safe_name(str(key), _REFUSED, _LONGEST_NAME)}": _plain(each) for key, each in params.items()
+        }
+        with _errors():
+            self._task.update_parameters(named)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Give tags, as `key` or `key: value`."""
+        if tags:
+            with _errors():
+                self._task.add_tags([_plain(f"{key}: {value}" if value else key) for key, value in tags.items()])
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Give a text to the task's console."""
+        self._add(
+            [
+                {
+                    "type": "log",
+                    "task": self._id,
+                    "timestamp": round(time.time() * 1000),
+                    "level": "info",
+                    "worker": "traceml",
+                    "msg": _plain(f"{name} [{step}]: {text}"),
+                }
+            ]
+        )
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Give a histogram as a plot."""
+        title, series = _title_and_series(name)
+        bars = {
+            "type": "bar",
+            "name": series,
+            "x": [(low + high) / 2 for low, high in pairwise(edges)],
+            "width": [high - low for low, high in pairwise(edges)],
+            "y": list(counts),
+        }
+        plot = {"data": [bars], "layout": {"title": title, "bargap": 0}}
+        event = {"type": "plot", "task": self._id, "timestamp": round(time.time() * 1000), "metric": title}
+        self._add([{**event, "variant": series, "iter": step, "plot_str": json.dumps(plot)}])
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Give an image as a debug sample, under a name that a replay uses again."""
+        from clearml.backend_interface.metrics.events import ImageEvent
+
+        title, series = _title_and_series(name)
+        with _errors():
+            event = ImageEvent(
+                title,
+                series,
+                image_data=None,
+                local_image_path=str(path),
+                iter=step,
+                override_filename=f"{title}_{series}_{step}",
+            )
+            manager = self._task._get_metrics_manager(self._task._get_default_report_storage_uri())
+            manager._do_write_events([event])
+            if event.upload_exception is not None:
+                raise BackendError(f"the image did not get there: {event.upload_exception}")
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Upload a file, and wait for it."""
+        name = safe_name(artifact_name or Path(artifact_path).name, _REFUSED, _LONGEST_NAME)
+        with _errors():
+            if not self._task.upload_artifact(name, Path(artifact_path), wait_on_upload=True, retries=0):
+                raise BackendError(f"artifact {name} did not get there")
+
+    def end_state(self, state: str) -> None:
+        """Tell how the training ended."""
+        self._state = state
+
+    def end_experiment(self) -> None:
+        """Finish the task; an offline session is packed into the file that can be imported."""
+        if self._task is None:
+            return
+
+        with _errors():
+            if not self._offline:
+                if self._state == "finished":
+                    self._task.mark_completed(ignore_errors=False)
+                else:
+                    self._task.mark_failed(ignore_errors=False, status_reason=self._state)
+            else:
+                self._task._edit(status="completed" if self._state == "finished" else "failed")
+                _pack(Path(self._task.get_offline_mode_folder()))
+
+        self._task = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the task, and how far an offline session's events are written."""
+        if self._events is None:
+            return {"id": self._id}
+
+        offset = self._events.stat().st_size if self._events.exists() else 0
+        return {"id": self._id, "events": str(self._events), "offset": offset}
+
+    def _add(self, events: Sequence[dict[str, Any]]) -> None:
+        if self._offline:
+            self._append(events)
+            return
+
+        with _errors():
+            from clearml.backend_api.services import events as api
+
+            for first in range(0, len(events), _BATCH):
+                requests = [api.AddRequest(event=_Event(each)) for each in events[first : first + _BATCH]]
+                self._task.send(api.AddBatchRequest(requests=requests), raise_on_errors=True)
+
+    def _append(self, events: Sequence[dict[str, Any]]) -> None:
+        """Append events to the offline session, and leave no half line behind when the disk is full."""
+        assert self._events is not None, "start_experiment comes first"
+        data = (json.dumps(list(events)) + "\n").encode()
+        descriptor = os.open(self._events, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            before = os.fstat(descriptor).st_size
+            written = 0
+            try:
+                while written < len(data):
+                    written += os.write(descriptor, data[written:])
+            except OSError:
+                os.ftruncate(descriptor, before)
+                raise
+        finally:
+            os.close(descriptor)
+
+
+class _Event:
+    """An event that is a dictionary already; the SDK asks its events for nothing else."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        self._content = content
+
+    def to_dict(self) -> dict[str, Any]:
+        return self._content
+
+
+class ClearMLPlugin(BackendPlugin):
+    """ClearML."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what this is."""
+        return PluginMetadata(
+            name="clearml",
+            version="1",
+            type=PluginType.BACKEND,
+            description="a ClearML server, or an offline session",
+            dependencies=("clearml",),
+            extra="clearml",
+            options={"mode": str, "offline_dir": str},
+            secrets=("CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY", "CLEARML_AUTH_TOKEN"),
+        )
+
+    def create_backend(self, config: Mapping[str, Any]) -> ClearMLBackend:
+        """Return the backend; whether the SDK works offline holds for the whole process."""
+        backend = ClearMLBackend(config)
+        os.environ["CLEARML_OFFLINE_MODE"] = "1" if backend._offline else "0"
+        if backend._offline:
+            os.environ["CLEARML_CACHE_DIR"] = str(backend._cache)
+
+        os.environ.setdefault("CLEARML_SUPPRESS_UPDATE_MESSAGE", "1")
+        return backend
+
+
+def _is_offline(options: Mapping[str, Any]) -> bool:
+    """Whether to work offline: as asked for, else when there are no credentials."""
+    mode = options.get("mode") or ("offline" if os.environ.get("CLEARML_OFFLINE_MODE", "0") not in {"", "0"} else None)
+    if mode is not None:
+        return str(mode) == "offline"
+
+    config = Path(os.environ.get("CLEARML_CONFIG_FILE") or Path.home() / "clearml.conf")
+    return not os.environ.get("CLEARML_API_ACCESS_KEY") and not config.exists()
+
+
+def _title_and_series(name: str) -> tuple[str, str]:
+    """Return plot and series of a name, so that no two names share both."""
+    name = safe_name(name, _REFUSED, _LONGEST_NAME)
+    title, _, series = name.partition("/")
+    return (title, series) if title and series and title != series else (name, name)
+
+
+def _plain(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _pack(folder: Path) -> None:
+    """Pack an offline session as the SDK does; complete or not at all."""
+    target, part = Path(f"{folder}.zip"), Path(f"{folder}.zip.part")
+    with zipfile.ZipFile(part, "w", allowZip64=True, compression=zipfile.ZIP_DEFLATED) as packed:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                packed.write(path, path.relative_to(folder))
+
+    part.replace(target)
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn ClearML's errors into those that delivery knows how to treat."""
+    try:
+        yield
+    except (ImportError, AttributeError, BackendError):
+        raise
+    except Exception as error:
+        why = f"ClearML failed: {type(error).__name__}: {error}"
+        code = getattr(getattr(getattr(error, "result", None), "meta", None), "result_code", None)
+        if code in {401, 403} or type(error).__name__ in {"LoginError", "MissingConfigError"}:
+            raise BackendUnauthorizedError(why) from error
+        if code in {429, 503}:
+            raise BackendBusyError(why) from error
+        if code in {400, 413, 422}:
+            raise BackendRefusedError(why) from error
+
+        raise BackendError(why) from error
