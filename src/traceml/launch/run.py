@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import site
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +78,7 @@ def _run(
         environ=matching(os.environ, (*launcher.default_env_vars, *launcher.extra_env_vars)),
         env_file=None if launcher.env_file is None else str(Path(launcher.env_file).expanduser().absolute()),
         cwd=str(Path.cwd()),
-        sys_path=[str(Path(folder).absolute()) for folder in (sys.path if script is None else _path_behind_us())],
+        sys_path=list(_users_path(behind_us=script is not None)),
         cpu_affinity=launcher.cpu_affinity,
         keep_agents=launcher.keep_agents,
     )
@@ -95,9 +96,19 @@ def _run(
     return LaunchResult({place.name: host for place, host in zip(places, values, strict=True)})
 
 
-def _path_behind_us() -> list[str]:
-    """Return where modules are looked for, without the folder of the command that launches."""
-    return sys.path if sys.flags.safe_path else sys.path[1:]
+def _users_path(*, behind_us: bool) -> Iterator[str]:
+    """Yield where modules are looked for, but for the interpreter's own folders: a host's interpreter has its own.
+
+    Args:
+        behind_us: leave out the first folder, which is that of the command that launches.
+    """
+    library = Path(os.__file__).parent
+    archive = library.parent / f"{library.name.replace('.', '')}.zip"
+    own = {*site.getsitepackages(), site.getusersitepackages(), str(archive)}
+    for folder in sys.path[1:] if behind_us and not sys.flags.safe_path else sys.path:
+        path = Path(folder).absolute()
+        if str(path) not in own and not path.is_relative_to(library):
+            yield str(path)
 
 
 def _connect(launcher: Launcher, places: Sequence[Place]) -> list[Member]:
