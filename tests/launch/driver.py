@@ -30,8 +30,8 @@ class Driver:
         closed: why the channel has ended, or None.
     """
 
-    def __init__(self, command: list[str] | None = None, **popen: Any) -> None:
-        local = command is None
+    def __init__(self, command: list[str] | None = None, *, local: bool = False, **popen: Any) -> None:
+        local = local or command is None
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the driver
         self.process = subprocess.Popen(
             command or boot.local_command(sys.executable),
@@ -56,7 +56,7 @@ class Driver:
         self.ended: set[int] = set()
         self.closed: str | None = None
         self.job = ""
-        self._jobs = 0
+        self._jobs, self._pinged_s = 0, 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +94,10 @@ class Driver:
 
                 selector.select(0.05)
 
-            self.channel.check(0)
+            if time.monotonic() - self._pinged_s > 0.25:
+                self._pinged_s = time.monotonic()
+                self.channel.send("ping")
+
             for message in self.channel.receive():
                 self._take(message)
         except ChannelClosedError as error:

@@ -96,7 +96,10 @@ class Agent:
         if self._crew is not None or self._preparing:
             self._busy_s = now_s
             self._channel.check(_SILENCE_S)
-        elif now_s - self._busy_s > _IDLE_S:
+            return
+
+        self._channel.forget_silence()
+        if now_s - self._busy_s > _IDLE_S:
             raise _End("nothing to do")
 
     def _flush(self) -> None:

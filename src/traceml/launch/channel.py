@@ -526,6 +526,11 @@ class Channel:
             self._asked_s = self._quiet_s
             self.send("ping")
 
+    def forget_silence(self) -> None:
+        """Count silence from now on: until now none was to be expected otherwise."""
+        self._checked_s = time.monotonic()
+        self._quiet_s = self._asked_s = 0.0
+
     def close(self) -> None:
         """Close both descriptors; what has not left is lost."""
         if self.closed:
