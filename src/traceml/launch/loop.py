@@ -153,6 +153,9 @@ class Loop:
             self._message(member, message)
 
     def _read_errors(self, member: Member) -> None:
+        if member not in self._members:  # its link was closed in this very round
+            return
+
         data = member.link.read_errors()
         if data is None:
             self.selector.unregister(member.link.errors_fd)
