@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import sys
+
 import pytest
 
 from traceml.cli.host_checks import host_checks
 from traceml.launch.preflight import HostFacts, LinkFacts, Preflight, slow_hosts
+
+from .hosts import Hosts
 
 FACTS = {
     "hostname": "n", "python": "3.11.2", "executable": "/usr/bin/python3", "torch": "2.13.0", "cores": 8, "load": 0.1,
@@ -14,7 +19,7 @@ FACTS = {
 
 
 def hosts(*facts: dict[str, object]) -> tuple[HostFacts, ...]:
-    return tuple(HostFacts(f"n{i}", "", FACTS | each, 1.0) for i, each in enumerate(facts))
+    return tuple(HostFacts(f"n{i}", facts=FACTS | each) for i, each in enumerate(facts))
 
 
 def ring(*rates: float) -> tuple[LinkFacts, ...]:
@@ -55,3 +60,22 @@ def test_a_host_in_trouble_hides_nothing_of_the_others() -> None:
     found = Preflight((HostFacts("gone", "no route to host"), *hosts({})))
 
     assert [(check.name, check.state) for check in host_checks(found)] == [("gone", "broken"), ("n0", "ok")]
+
+
+def test_real_hosts_are_looked_at_one_by_one_and_together(hosts: Hosts) -> None:
+    """Two that can be used are measured, with the network between them; one that cannot is told with the reason."""
+    command = [sys.executable, "-m", "traceml", "doctor", "--json", "--hostnames", "node1", "alias2", "wrongkey"]
+    done = hosts.launcher.run(*command, "--ssh-config-file", hosts.ssh_config, check=False)
+    told = json.loads(done.stdout)
+
+    assert done.returncode == 3
+    usable = {host["name"]: host["facts"] for host in told["preflight"]["hosts"] if not host["trouble"]}
+    assert [facts["hostname"] for facts in usable.values()] == ["node1", "node2"]
+    assert all(facts["cpu_gflops"] > 0 for facts in usable.values())
+    assert [link["hosts"] for link in told["preflight"]["links"]] == [["node1", "alias2"]]
+    assert told["preflight"]["links"][0]["megabytes_per_s"] > 0
+    assert abs(told["preflight"]["clock_offsets_s"]["alias2"]) < 0.5  # they share a clock
+    checks = {check["name"]: check for check in told["checks"]}
+    assert checks["wrongkey"]["state"] == "broken"
+    assert "permission denied" in checks["wrongkey"]["text"]
+    assert checks["alias2"]["state"] == "ok"

@@ -17,7 +17,7 @@ _CLOCK_S = 0.1
 def host_checks(found: Preflight) -> Iterator[Check]:
     """Yield a check per host, and those of all hosts together."""
     for host in found.hosts:
-        yield Check(host.name, "broken", host.trouble) if host.trouble else _host(host, found)
+        yield _trouble(host) if host.trouble else _host(host, found)
 
     usable = [host for host in found.hosts if not host.trouble]
     if len(usable) > 1:
@@ -36,6 +36,11 @@ def host_checks(found: Preflight) -> Iterator[Check]:
 
     for name, why in slow_hosts(found):
         yield Check("slow", "note", f"{name}: {why}", "in data-parallel training all others wait for it")
+
+
+def _trouble(host: HostFacts) -> Check:
+    said = f" ({host.words[-1].strip()})" if host.words else ""
+    return Check(host.name, "broken", f"{host.trouble}{said}", host.advice)
 
 
 def _host(host: HostFacts, found: Preflight) -> Check:

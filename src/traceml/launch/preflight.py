@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from traceml.errors import TraceMLError
+from traceml.errors import AgentFailedError, TraceMLError
 
 __all__ = ["HostFacts", "LinkFacts", "Preflight", "preflight", "probe_host", "probe_links", "slow_hosts"]
 
@@ -34,13 +34,17 @@ class HostFacts:
 
     Attributes:
         name: as it was asked for.
-        trouble: why it cannot be used; empty when it can. The rest is known only then.
-        facts: what `probe_host` returned.
+        trouble: why it cannot be used; empty when it can.
+        advice: what can be done about that.
+        words: the last lines of what ssh, srun or the host itself said of it.
+        facts: what `probe_host` returned, of a host that can be used.
         connect_s: seconds from nothing to the answer, with torch imported.
     """
 
     name: str
     trouble: str = ""
+    advice: str = ""
+    words: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     connect_s: float = 0.0
 
@@ -142,10 +146,12 @@ class _Launching:
         began_s = time.monotonic()
         try:
             facts = self.run(probe_host, [name])[0]
+        except AgentFailedError as error:
+            return HostFacts(name, error.reason, error.advice, tuple(error.words))
         except Exception as error:  # noqa: BLE001 - whatever a host fails with is what was looked for
             return HostFacts(name, _reason(error))
 
-        return HostFacts(name, "", facts, time.monotonic() - began_s)
+        return HostFacts(name, facts=facts, connect_s=time.monotonic() - began_s)
 
     def run(self, function: Any, hostnames: list[str]) -> list[Any]:
         from traceml.launch.api import Launcher
