@@ -105,9 +105,11 @@ class ForkServer:
             theirs.close()
             os.close(write_fd)
 
-        self._socket.send(
-            "spec", parent=os.getpid(), mark=mark, sys_path=list(spec.sys_path), need_torch=spec.need_torch
-        )
+        with contextlib.suppress(ConnectionError):  # it has ended already, as env_file may do: that is heard of soon
+            self._socket.send(
+                "spec", parent=os.getpid(), mark=mark, sys_path=list(spec.sys_path), need_torch=spec.need_torch
+            )
+
         selector.register(self._socket.fileno(), selectors.EVENT_READ, self._receive)
         selector.register(self._read_fd, selectors.EVENT_READ, self._read)
 

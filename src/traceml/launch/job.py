@@ -99,7 +99,7 @@ class Job:
         self._meeting: tuple[str, int] | None = None
         self._stacks: dict[int, dict[str, Any]] = {}
         self._told_stacks: set[str] = set()
-        self._stopping = False
+        self._stopping = self._released = False
         self._loop = Loop(message=self._message, said=self._said, lost=self._lost, tick=self._tick)
 
     def run(self) -> list[list[Any]]:
@@ -205,7 +205,7 @@ class Job:
         for member in self._members:
             member.link.channel.send("release", job=self._id)
 
-        self._stopping = True  # what fails now has no bearing on the results
+        self._stopping = self._released = True  # what fails now has no bearing on the results
         if not self._loop.until(lambda: all(m.idle or m.lost for m in self._members), self._task.timeout_s):
             _log.warning(
                 "workers on %s did not end within %g s after they had returned, and were killed",
@@ -416,7 +416,7 @@ class Job:
             self._tracing.exited(member.name, message, stopped=self._stopping and not worker.done)
 
         if worker.done:
-            if message.get("signal") and self._stopping:
+            if message.get("signal") and self._released:
                 _log.warning("%s had returned, and was then ended by signal %s", worker, message["signal"])
 
             return
