@@ -11,6 +11,8 @@ blocks; who owns a channel runs a loop over its descriptors.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import struct
 import time
@@ -201,8 +203,11 @@ class Channel:
         self.read_fd, self.write_fd = read_fd, write_fd
         self.closed = False
         self.noise = b""
-        os.set_blocking(read_fd, False)
-        os.set_blocking(write_fd, False)
+        for fd in (read_fd, write_fd):
+            os.set_blocking(fd, False)
+            with contextlib.suppress(OSError):  # no pipe, or the user's pipes have reached their limit
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _READ_BYTES)
+
         self._greeted = not greeting
         self._next_id = 2 if side == "launcher" else 1
         self._parity = self._next_id % 2
