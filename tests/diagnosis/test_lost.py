@@ -69,6 +69,7 @@ def test_ranks_that_the_launcher_killed_are_no_cause():
     )
 
     assert [ended.rank for ended in root_causes(exits)] == [1]
+    assert root_causes(exits[:1]) == []
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,14 @@ def rank_lost(facts: Facts) -> list[Finding]:
 def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     """Return the exits that came by themselves, the earliest first; the others followed from them.
 
-    A run that was stopped by hand (Ctrl-C) has none.
+    A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
     """
     own = [ended for ended in bad if not _follows(ended)]
-    if not own and any(_by_hand(ended) for ended in bad):
+    unforced = [ended for ended in bad if not ended.stopped]
+    if not own and (not unforced or any(_by_hand(ended) for ended in bad)):
         return []
 
-    causes = own or [ended for ended in bad if not _missed_a_peer(ended)] or list(bad)
+    causes = own or [ended for ended in unforced if not _missed_a_peer(ended)] or unforced
     causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
     # Ranks which die of the same thing die together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []

@@ -407,6 +407,9 @@ class Job:
 
     def _on_raised(self, _member: Member, message: dict[str, Any]) -> None:
         worker = self._workers[message["rank"]]
+        if self._tracing is not None:
+            self._tracing.raised(worker.rank)
+
         self._failures.append(raised(worker, message, worker.result))
 
     def _on_exited(self, member: Member, message: dict[str, Any]) -> None:

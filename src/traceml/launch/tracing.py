@@ -112,6 +112,7 @@ class Tracing:
         self._hosts: dict[str, _Host] = {}
         self._flights: dict[tuple[str, int], _Flight] = {}
         self._exits: list[dict[str, Any]] = []
+        self._raised: set[int] = set()
         self._flight_of: dict[int, tuple[str, int]] = {}  # number of an exit -> its flight
         self.output, self.errors = _Output("stdout"), _Output("stderr")
         """Where the job's output is to be written, from any thread: it appears above the live view."""
@@ -216,6 +217,10 @@ class Tracing:
             number, flight.data.extend, lambda error: self._arrived(flight, label, error), window_bytes=_WINDOW_BYTES
         )
 
+    def raised(self, rank: int) -> None:
+        """Take note that a function raised: its process stays until it is ended, and that is not how it ended."""
+        self._raised.add(rank)
+
     def exited(self, host: str, message: Mapping[str, Any], *, stopped: bool) -> None:
         """Take an agent's word on how a worker ended.
 
@@ -233,7 +238,9 @@ class Tracing:
             "exitcode": -signal if signal else message.get("code"),
             "time": time.time(),
         }
-        if stopped:
+        if message["rank"] in self._raised:
+            told["exitcode"] = 1
+        elif stopped:
             told["stopped"] = True
 
         if message.get("flight") is not None:
