@@ -20,8 +20,10 @@ from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.run import Run
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import Verdicts
+from traceml.clock import boot_id
 from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
 from traceml.errors import ProtocolError, StoreError
+from traceml.track.manager import PATIENCE_S, DeliveryManager, RunDeliveries
 from traceml.transport.server import Peer, RefusedError, Server
 
 __all__ = ["Aggregator"]
@@ -45,6 +47,7 @@ class Aggregator:
         run_id: the one run that a launcher started this aggregator for; the launcher says when it is over.
         exit_when_idle: end when no run is left.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
+        on_run_settled: likewise when all that it logged is delivered, or is left for `traceml sync`.
 
     Raises:
         StoreError: the runs folder cannot be written.
@@ -58,6 +61,7 @@ class Aggregator:
         run_id: str | None = None,
         exit_when_idle: bool = False,
         on_run_finished: Callable[[Path], object] | None = None,
+        on_run_settled: Callable[[Path], object] | None = None,
     ) -> None:
         prepare_runs_dir(runs_dir)
         self.registry = Registry(runs_dir)
@@ -66,6 +70,10 @@ class Aggregator:
         self._run_id = run_id
         self._exit_when_idle = exit_when_idle
         self._on_run_finished = on_run_finished
+        self._on_run_settled = on_run_settled
+        # One that is to end when idle does not wait for a tracker that is down; one that serves on waits for ever.
+        self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None)
+        self._settling: set[Path] = set()
         self._parent = os.getppid()
         self._verdicts: dict[Run, Verdicts] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,7 +135,7 @@ class Aggregator:
             raise RefusedError("this aggregator is about to end", retry=True)
 
         if hello.role != "rank":
-            return {"acked": {}, "run_id": "", "run_dir": "", "stream": 0}
+            return {"acked": {}, "run_id": "", "run_dir": "", "run_dir_id": [], "stream": 0}
 
         known = self.registry.known(hello)
         try:
@@ -148,7 +156,10 @@ class Aggregator:
         self._seen_any = True
         peer.context = (run, stream)
         self._schedule()
-        return {"acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "stream": stream.id}
+        return {
+            "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": _folder_id(run.path),
+            "stream": stream.id,
+        }  # fmt: skip
 
     def rows(self, peer: Peer, message: dict[str, Any]) -> None:
         """Take rows; they are stored and acknowledged at the next tick."""
@@ -202,21 +213,28 @@ class Aggregator:
 
             self._verdicts.pop(run, None)
             if not run.streams and run.id != self._run_id:
+                self._deliveries.forget(run.path)
                 self.registry.discard(run)
                 return True
 
             self.registry.over(run)
             if self._on_run_finished is not None:
-                await asyncio.to_thread(self._report, run.path)
+                await asyncio.to_thread(self._call, self._on_run_finished, run.path)
+
+            self._deliveries.look(run.path, ended=True)
         finally:
             self._ending.discard(run)
 
         return True
 
-    def _report(self, path: Path) -> None:
-        assert self._on_run_finished is not None
+    def is_delivering(self, path: Path) -> bool:
+        """Whether what a run that is over has logged is still on its way to trackers."""
+        return path in self._deliveries.ended_runs or path in self._settling
+
+    @staticmethod
+    def _call(listener: Callable[[Path], object], path: Path) -> None:
         try:
-            self._on_run_finished(path)
+            listener(path)
         except Exception:  # noqa: BLE001 - the rows are safe; `traceml report` can write it again and will say more
             _log.exception("no report for %s", path)
 
@@ -234,6 +252,7 @@ class Aggregator:
 
             run.close()
 
+        await asyncio.to_thread(self._deliveries.stop)
         await self.server.stop()
 
     # --- time --------------------------------------------------------------------------------------------------------
@@ -264,7 +283,28 @@ class Aggregator:
                 except Exception:  # noqa: BLE001 - one run's trouble is not the others'
                     _log.exception("while looking after run %s", run.id)
 
+            self._look_after_deliveries()
             self._leave_if_idle()
+
+    def _look_after_deliveries(self) -> None:
+        """Start and keep the processes that deliver; here, as they end with the thread that started them."""
+        for run in self.registry.open_runs:
+            self._deliveries.look(run.path, ended=False)
+
+        for path in self._deliveries.ended_runs:
+            self._deliveries.look(path, ended=True)
+
+        for settled in self._deliveries.settled():
+            self._settling.add(settled.run_dir)
+            self._start(self._settle(settled))
+
+    async def _settle(self, run: RunDeliveries) -> None:
+        try:
+            await asyncio.to_thread(run.leave)
+            if self._on_run_settled is not None:
+                await asyncio.to_thread(self._call, self._on_run_settled, run.run_dir)
+        finally:
+            self._settling.discard(run.run_dir)
 
     async def _watch_run(self, run: Run, *, judge: bool) -> None:
         run.look_around()
@@ -281,7 +321,8 @@ class Aggregator:
 
     def _leave_if_idle(self) -> None:
         now_s = time.monotonic()
-        if self.registry.open_runs or self._ending or any(peer.context for peer in self.server.peers):
+        delivering = self._deliveries.ended_runs or self._settling
+        if self.registry.open_runs or self._ending or delivering or any(peer.context for peer in self.server.peers):
             self._idle_since_s = now_s
 
         quiet_s = now_s - self._idle_since_s
@@ -327,3 +368,9 @@ class Aggregator:
             raise ProtocolError("a clock message carries offset_ns and rtt_ns")
 
         run.store.update_stream(stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt)
+
+
+def _folder_id(path: Path) -> list[Any]:
+    """Return what a rank recognises the folder by, if it sees the same one."""
+    status = path.stat()
+    return [boot_id(), status.st_dev, status.st_ino]

@@ -61,6 +61,7 @@ class Commands:
             "status": self._status,
             "exits": self._exits,
             "finish": self._finish,
+            "deliveries": self._deliveries,
             "stop": self._stop,
         }
 
@@ -116,6 +117,10 @@ class Commands:
             raise CommandError(f"the last rows of run {run.id} cannot be stored; see the aggregator's log")
 
         return {"state": run.state, "run_dir": str(run.path)}
+
+    async def _deliveries(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """Tell whether what a run that is over has logged is still on its way to trackers."""
+        return {"busy": self._aggregator.is_delivering(self._run_of(peer).path)}
 
     async def _stop(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         asyncio.get_running_loop().call_soon(self._aggregator.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,10 +14,13 @@ import tyro
 from rich.console import Console
 
 from traceml.cli.parsing import parse
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Kind
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.card import print_report
 from traceml.runs.find import find_run
+from traceml.runs.logged import trackers
 from traceml.runs.report import REPORT_NAME, build_report
 from traceml.settings import load
 
@@ -71,7 +75,7 @@ def current_report(run_dir: Path) -> dict[str, Any]:
     try:
         written: dict[str, Any] = json.loads((run_dir / REPORT_NAME).read_text(encoding="utf-8"))
         if written["run"]["state"] != "running":
-            return written
+            return {**written, "trackers": _trackers_now(run_dir)}  # deliveries may go on after the end
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not written yet, or not whole: the store has everything
 
@@ -79,6 +83,14 @@ def current_report(run_dir: Path) -> dict[str, Any]:
         return build_report(run_dir)
     except StoreError as error:
         raise StoreError(f"cannot report on {run_dir}: {error}") from error
+
+
+def _trackers_now(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+            return trackers(run_dir, reader)
+    except StoreError:
+        return trackers(run_dir)
 
 
 def _kinds(words: tuple[str, ...]) -> frozenset[str]:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from traceml import settings
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> int:
             run_id=options.run_id,
             exit_when_idle=options.exit_when_idle,
             on_run_finished=_write_report,
+            on_run_settled=partial(_clean_up, keep=config.keep_runs),
         )
         with _published(host, port, token, aggregator), _screen(aggregator, wanted=options.terminal):
             asyncio.run(aggregator.serve(sock, lambda: _tell_ready(options, host, port, aggregator)))
@@ -132,6 +134,17 @@ def _write_report(run_dir: Path) -> None:
     from traceml.runs.report import write_report
 
     _log.info("report: %s", write_report(run_dir))
+
+
+def _clean_up(run_dir: Path, *, keep: int | None) -> None:
+    """Bring the report up to date, and remove old runs where the settings say how many are kept."""
+    from traceml.runs.find import prune
+    from traceml.runs.report import update_trackers
+
+    update_trackers(run_dir)
+    if keep is not None:
+        for removed in prune(run_dir.parent, keep):
+            _log.info("removed the old run %s", removed.id)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ __all__ = ["AggregatorKeeper"]
 # An aggregator that died is replaced at once; one that dies again and again, after pauses which double.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
+_LOOK_S = 0.05
+_STOP_TIMEOUT_S = 10.0  # its delivery processes save where they stand first
 
 _log = logging.getLogger("traceml")
 
@@ -176,7 +179,7 @@ class AggregatorKeeper:
             self._process.terminate()
 
         try:
-            self._process.wait(5)
+            self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -215,7 +218,15 @@ class AggregatorKeeper:
                 return False
 
             with contextlib.suppress(TraceMLError, OSError):
+                while not _is_interrupted() and connection.request("deliveries", timeout_s=_ANSWER_TIMEOUT_S)["busy"]:
+                    time.sleep(_LOOK_S)
+
                 connection.request("stop", timeout_s=_ANSWER_TIMEOUT_S)
                 self._stopping = True
 
         return True
+
+
+def _is_interrupted() -> bool:
+    """Whether a signal that a supervisor holds back asks for the end: what is not delivered can be, later."""
+    return bool(signal.sigpending() & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})

@@ -255,6 +255,13 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     if memory := _memory_text(view):
         yield from _labelled("Memory", memory, width)
 
+    for number, tracker in enumerate(view.trackers):
+        style = "" if tracker.is_well else "yellow"
+        yield from _labelled("" if number else "Sent", tracker.text, width, style=style)
+
+    if view.run.state != "running" and any(tracker.pending for tracker in view.trackers):
+        yield from _labelled("", "traceml sync delivers what waits", width, style="bold")
+
     yield from _labelled("Tracing", _telemetry_text(view), width)
 
 

@@ -166,4 +166,8 @@ def _tracing(now: RunView, look: Look) -> Text:
     line.append(f"{count_text(lost)} rows lost" if lost else "no row lost", style="bold red not dim" if lost else "")
     line.append(f" of {count_text(telemetry.rows_stored)}")
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
-    return line.append(f" {look.glyphs.dot} overhead {overhead}")
+    line.append(f" {look.glyphs.dot} overhead {overhead}")
+    for tracker in now.trackers:
+        line.append(f" {look.glyphs.dot} ").append(tracker.text, style="" if tracker.is_well else "bold yellow not dim")
+
+    return line

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from traceml.renderers.words import end_of_rank, headline
+from traceml.renderers.words import end_of_rank, headline, tracker_text
 
 __all__ = [
     "LiveView",
@@ -21,6 +21,7 @@ __all__ = [
     "RunView",
     "StepFacts",
     "Telemetry",
+    "Tracker",
     "Verdict",
     "live_view",
     "run_view",
@@ -123,6 +124,28 @@ class Telemetry:
 
 
 @dataclass(frozen=True, slots=True)
+class Tracker:
+    """One backend: how much it has, how much waits, and what is wrong with it, empty where nothing is."""
+
+    backend: str
+    state: str
+    delivered: int
+    pending: int | None
+    failed: int
+    error: str
+
+    @property
+    def is_well(self) -> bool:
+        """Whether a person need not look after it."""
+        return not self.error and not self.failed
+
+    @property
+    def text(self) -> str:
+        """How it stands, in words."""
+        return tracker_text(self.backend, self.state, self.delivered, self.pending, self.failed, self.error)
+
+
+@dataclass(frozen=True, slots=True)
 class RunView:
     """Everything that is shown of a run, ended or not."""
 
@@ -133,6 +156,7 @@ class RunView:
     phases: tuple[PhaseRow, ...]
     ranks: tuple[RankRow, ...]
     telemetry: Telemetry
+    trackers: tuple[Tracker, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +182,7 @@ def run_view(report: Mapping[str, Any]) -> RunView:
         ),
         ranks=_rank_rows(report, verdict),
         telemetry=_telemetry(report.get("telemetry") or {}),
+        trackers=tuple(_tracker(entry) for entry in report.get("trackers") or ()),
     )
 
 
@@ -228,6 +253,17 @@ def _telemetry(telemetry: Mapping[str, Any]) -> Telemetry:
         rows_lost=telemetry.get("rows_lost"),
         overhead_us_per_step=telemetry.get("overhead_us_per_step"),
         overhead_share=telemetry.get("overhead_share"),
+    )
+
+
+def _tracker(entry: Mapping[str, Any]) -> Tracker:
+    return Tracker(
+        backend=str(entry.get("backend") or ""),
+        state=str(entry.get("state") or ""),
+        delivered=int(entry.get("delivered") or 0),
+        pending=entry.get("pending"),
+        failed=int(entry.get("failed") or 0),
+        error=str(entry.get("error") or ""),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from traceml.renderers.numbers import count_text, percent_text
 
-__all__ = ["end_of_rank", "headline", "phase_label", "ranks_text", "short_label", "signal_name"]
+__all__ = ["end_of_rank", "headline", "phase_label", "ranks_text", "short_label", "signal_name", "tracker_text"]
 
 # Phase -> (its name in a table, where a rank is slow when it is slow there). Other names are the user's own phases.
 _PHASES = {
@@ -153,3 +153,16 @@ def end_of_rank(rank: Mapping[str, Any]) -> str | None:
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "an exception"
+
+
+def tracker_text(backend: str, state: str, delivered: int, pending: int | None, failed: int, error: str) -> str:
+    """Return how a tracker stands: `mlflow 12,340 delivered, 20 wait: refused the connection`."""
+    parts = [f"{count_text(delivered)} delivered"]
+    if pending:
+        parts.append(f"{count_text(pending)} wait{'s' if pending == 1 else ''}")
+    if failed:
+        parts.append(f"{count_text(failed)} refused")
+
+    what = {"unauthorized": "not let in", "broken": "cannot work"}.get(state, "")
+    why = ": ".join(text for text in (what, error) if text)
+    return f"{backend} {', '.join(parts)}" + (f" ({why})" if why else "")

@@ -23,6 +23,7 @@ from traceml.database.schema import (
     Table,
 )
 from traceml.diagnosis import FactsBuilder, Finding, RankExit, StepWindow, diagnose
+from traceml.runs.logged import Metrics
 from traceml.runs.samples import Samples
 
 __all__ = ["Digest"]
@@ -42,6 +43,8 @@ class Digest:
         self._slots = slots
         self._cursors: dict[str, int] = {}
         self._attempt = -1
+        self.metrics = Metrics()
+        """What was logged, of all attempts."""
         self.run: dict[str, Any] = {}
         self.aggregator: dict[str, Any] = {}
         self.streams: dict[int, StreamRecord] = {}
@@ -82,6 +85,7 @@ class Digest:
         # Names come before the rows that use them, so they are read first.
         taken = [self._follow_log(reader, NAMES.name), self._follow_log(reader, INFO.name)]
         taken += [self._follow(reader, table) for table in _FOLLOWED]
+        taken.append(self.metrics.update(reader))
         return any(taken)
 
     def diagnose(self, last: int = 200) -> list[Finding]:

@@ -16,8 +16,9 @@ from traceml.database.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
 from traceml.runs.report import REPORT_NAME
 from traceml.runs.state import state_of
+from traceml.track.state import Phase, states_of
 
-__all__ = ["RunInfo", "find_run", "list_runs", "prune"]
+__all__ = ["RunInfo", "find_run", "is_delivered", "list_runs", "prune"]
 
 _SHOWN = 5
 
@@ -86,8 +87,12 @@ def list_runs(runs_dir: Path) -> list[RunInfo]:
 
 
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
-    """Remove all but the newest `keep` runs, never one that is running; return what was removed."""
-    removed = [info for info in list_runs(runs_dir)[max(keep, 0) :] if info.state != "running"]
+    """Remove all but the newest `keep` runs; return what was removed.
+
+    One that is running stays, and one whose trackers have not got everything yet.
+    """
+    old = list_runs(runs_dir)[max(keep, 0) :]
+    removed = [info for info in old if info.state != "running" and is_delivered(info.path)]
     for info in removed:
         shutil.rmtree(info.path)
 
@@ -96,6 +101,11 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
         latest.unlink()
 
     return removed
+
+
+def is_delivered(run_dir: Path) -> bool:
+    """Tell whether every tracker that a run asked for has got all that it logged."""
+    return all(state.phase is Phase.DONE for state in states_of(run_dir))
 
 
 def _latest(runs_dir: Path) -> Path:

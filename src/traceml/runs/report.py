@@ -17,9 +17,10 @@ from traceml.diagnosis import Finding, Window, slots_for
 from traceml.diagnosis.findings import plain
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
+from traceml.runs.logged import trackers
 from traceml.runs.state import state_of
 
-__all__ = ["REPORT_NAME", "SCHEMA", "build_report", "described", "report_of", "write_report"]
+__all__ = ["REPORT_NAME", "SCHEMA", "build_report", "described", "report_of", "update_trackers", "write_report"]
 
 SCHEMA = "traceml.report/1"
 REPORT_NAME = "report.json"
@@ -58,14 +59,39 @@ def write_report(run_dir: Path) -> Path:
         OSError: the folder cannot be written.
     """
     path = Path(run_dir) / REPORT_NAME
+    _replace(path, build_report(run_dir))
+    return path
+
+
+def update_trackers(run_dir: Path) -> None:
+    """Bring the section on trackers of a written report up to date; without a report there is nothing to do.
+
+    Raises:
+        StoreError: the store cannot be read.
+        OSError: the folder cannot be written.
+    """
+    path = Path(run_dir) / REPORT_NAME
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return
+
+    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        now = trackers(Path(run_dir), reader)
+
+    if report.get("trackers") != now:
+        report["trackers"] = now
+        _replace(path, report)
+
+
+def _replace(path: Path, report: dict[str, Any]) -> None:
+    """Write a report; the file appears whole or not at all."""
     draft = path.with_name(f".{REPORT_NAME}-{os.getpid()}")
     try:
-        draft.write_text(json.dumps(build_report(run_dir), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-    return path
 
 
 def report_of(
@@ -101,8 +127,8 @@ def report_of(
         "ranks": plain(sections.ranks(digest)),
         "memory": plain(sections.memory(digest)),
         "system": plain(sections.system(digest)),
-        "metrics": {},
-        "trackers": [],
+        "metrics": digest.metrics.section(),
+        "trackers": trackers(run_dir, reader),
         "telemetry": telemetry or plain(sections.telemetry(digest, reader, steps["mean_ms"])),
     }
 

@@ -32,7 +32,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.2, 30.0, 30.0
 # A tracker that takes nothing for so long holds up nobody's end.
 PATIENCE_S = 10.0
 _START_S = 45.0  # a process imports its library first, on a host that may be busy with training
-_STOP_S = 12.0
+_STOP_S = 5.0
 _TAKEN_PAUSE_S = 0.5
 _LOG_BYTES = 1 << 20
 
@@ -238,8 +238,15 @@ class RunDeliveries:
 
         return {}
 
-    def close(self) -> None:
-        """Close the store."""
+    def leave(self) -> None:
+        """End what still runs: it saves where it stands first; then close the store. Takes a few seconds at most."""
+        for process in self.processes.values():
+            process.stop()
+
+        until_s = time.monotonic() + _STOP_S
+        for process in self.processes.values():
+            process.join(max(until_s - time.monotonic(), 0.1))
+
         if self._reader is not None:
             self._reader.close()
             self._reader = self._plan = None
@@ -277,36 +284,33 @@ class DeliveryManager:
         """Look after the deliveries of a run; call it often, also after its end, until it is settled."""
         self._runs.setdefault(run_dir, RunDeliveries(run_dir)).look(ended=ended)
 
-    def settled(self) -> Iterator[Path]:
-        """Yield the runs that are over and have no delivery that goes on; they are forgotten."""
-        for run_dir, run in list(self._runs.items()):
-            if run.ended and not self._goes_on(run):
-                self._runs.pop(run_dir)
-                for process in run.processes.values():
-                    process.stop()
-                for process in run.processes.values():
-                    process.join()
+    def settled(self) -> list[RunDeliveries]:
+        """Return the runs that are over and have no delivery that goes on; they are forgotten here: `leave` them."""
+        settled = [run for run in self._runs.values() if run.ended and not self._goes_on(run)]
+        for run in settled:
+            del self._runs[run.run_dir]
 
-                run.close()
-                yield run_dir
+        return settled
 
     @property
     def ended_runs(self) -> list[Path]:
         """The runs that are over and not settled yet."""
         return [run_dir for run_dir, run in self._runs.items() if run.ended]
 
+    def forget(self, run_dir: Path) -> None:
+        """Forget a run that came to nothing."""
+        run = self._runs.pop(run_dir, None)
+        if run is not None:
+            run.leave()
+
     def stop(self) -> None:
         """End all processes: they save where they stand first."""
-        processes = [process for run in self._runs.values() for process in run.processes.values()]
-        for process in processes:
-            process.stop()
-
-        until_s = time.monotonic() + _STOP_S
-        for process in processes:
-            process.join(max(until_s - time.monotonic(), 0.1))
+        for run in self._runs.values():
+            for process in run.processes.values():
+                process.stop()
 
         for run in self._runs.values():
-            run.close()
+            run.leave()
 
         self._runs.clear()
 
