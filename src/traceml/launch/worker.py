@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+from traceml.launch import payload, records
 from traceml.launch.fdsocket import FdSocket
 from traceml.launch.zygote import STACK_SIGNAL
 
@@ -35,15 +36,15 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
         request: what the agent wants of this rank.
         fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and perhaps the rendezvous listener.
     """
-    socket_fd, out, err, records, stacks, *listener = fds
+    socket_fd, out, err, records_fd, stacks, *listener = fds
     agent = FdSocket.of(socket_fd)
     status = 1
     try:
         _take_place(request, out, err, stacks)
         if request["script"]:  # as under `python`: what it logs goes where it says, by default to stderr
-            os.close(records)
+            os.close(records_fd)
         else:
-            _send_records(records, request["log_level"])
+            _send_records(records_fd, request["log_level"])
 
         if request["trace"] and not request["script"]:
             from traceml.recorder.script import start_recorder
@@ -137,9 +138,9 @@ def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> 
     sys.path[:0] = [folder for folder in request["sys_path"] if folder not in sys.path]
     _take_cores(request)
     random.seed()
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed()  # in a fork the state is the parent's; torch's own seed is fixed in a new process too
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()  # in a fork the state is the parent's; torch's own seed is fixed in a new process too
 
     threading.current_thread().name = "MainThread"
     # "__main__" is the zygote; the user's may be sent along by cloudpickle
@@ -177,13 +178,8 @@ def _take_cores(request: Mapping[str, Any]) -> None:
 
 def _send_records(fd: int, level: int | None) -> None:
     """Send what is logged to the agent, as records."""
-    from traceml.launch.records import RecordHandler
-
     os.set_inheritable(fd, False)
-    root = logging.getLogger()
-    root.addHandler(RecordHandler(fd))
-    if level is not None:
-        root.setLevel(level)
+    records.install(fd, logging.getLogger().level if level is None else level)
 
 
 # --- the process group -----------------------------------------------------------------------------------------------
@@ -236,8 +232,6 @@ def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
 
 def _run_function(agent: FdSocket) -> Any:
     """Wait for the payload, and call what is in it."""
-    from traceml.launch import payload
-
     _, fds = _next(agent, "payload")
     with_memory = payload.map_private(fds[0])
     os.close(fds[0])
@@ -277,8 +271,6 @@ def _await_release(agent: FdSocket) -> None:
 
 def _report_result(agent: FdSocket, result: Any) -> bool:
     """Send what the function returned; what cannot travel is told as an error."""
-    from traceml.launch import payload
-
     try:
         memory = _in_memory(payload.dump(result, what="the result").chunks())
     except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
@@ -293,8 +285,6 @@ def _report_result(agent: FdSocket, result: Any) -> bool:
 
 def _report_error(agent: FdSocket, error: BaseException) -> None:
     """Send an exception: its words always, itself where it can travel."""
-    from traceml.launch import payload
-
     kind = type(error)
     trace = error.__traceback__
     while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
