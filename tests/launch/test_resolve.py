@@ -70,7 +70,7 @@ def test_what_cannot_be_is_told(names: Any, numbers: Any, words: str) -> None:
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("names", "numbers"), [("slurm", 1), (["localhost"], "slurm")])
+@pytest.mark.parametrize(("names", "numbers"), [("slurm", 1), (["slurm"], 1), (["localhost"], "slurm")])
 def test_slurm_outside_of_slurm_is_a_runtime_error(names: Any, numbers: Any) -> None:
     """Asking for an allocation where there is none says which argument asked."""
     with pytest.raises(SlurmError, match="no Slurm allocation") as caught:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, Literal
 
 from traceml.errors import ResultNotFoundError, UsageError
@@ -81,7 +81,7 @@ class Launcher:
     """Names that ssh understands, or of this host. auto: the Slurm allocation, else this host."""
     workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto"
     """For all hosts, or for each. auto: one per GPU, else what Slurm's job asked for, else one per CPU core."""
-    ssh_config_file: str | os.PathLike[str] | None = None
+    ssh_config_file: str | Path | None = None
     """What ssh reads instead of ~/.ssh/config."""
     backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto"
     """Of the process group. auto: nccl where each worker has a GPU, else gloo. None: no group."""
@@ -91,7 +91,7 @@ class Launcher:
     """Variables (patterns) that other hosts get from this environment."""
     extra_env_vars: Sequence[str] = ()
     """More of them."""
-    env_file: str | os.PathLike[str] | None = None
+    env_file: str | Path | None = None
     """A bash script that each host sources before its workers start; what it exports counts."""
     keep_agents: bool = True
     """Leave an idle agent with torch imported on each host, for the next launch of this process."""
@@ -137,12 +137,12 @@ def launch(
     *,
     hostnames: list[str] | Literal["auto", "slurm"] = "auto",
     workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto",
-    ssh_config_file: str | os.PathLike[str] | None = None,
+    ssh_config_file: str | Path | None = None,
     backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto",
     timeout: int = 600,
     default_env_vars: Sequence[str] = DEFAULT_ENV_VARS,
     extra_env_vars: Sequence[str] = (),
-    env_file: str | os.PathLike[str] | None = None,
+    env_file: str | Path | None = None,
     log_handlers: Any = "auto",
     keep_agents: bool = True,
     trace: bool = False,

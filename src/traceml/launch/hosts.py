@@ -57,10 +57,11 @@ def resolve(
         UsageError: a name stands twice, there are no hosts, or the numbers do not fit them.
         SlurmError: Slurm is asked for, and there is no allocation.
     """
+    if not isinstance(hostnames, str) and list(hostnames) in (["auto"], ["slurm"]):
+        hostnames = hostnames[0]  # of a command line, where a list may have one element
+
     asked = "slurm" in (hostnames, workers_per_host)
-    found = (
-        allocation(environ) if asked or "auto" in (hostnames, workers_per_host) or "SLURM_JOB_ID" in environ else None
-    )
+    found = None if not asked and _all_here(hostnames) else allocation(environ)
     if asked and found is None:
         which = "hostnames" if hostnames == "slurm" else "workers_per_host"
         raise SlurmError(
@@ -162,6 +163,10 @@ def _leads_elsewhere(name: str, ssh_config_file: str) -> bool:
             return value != name and not _is_here(value)
 
     return False
+
+
+def _all_here(hostnames: Sequence[str] | str) -> bool:
+    return not isinstance(hostnames, str) and all(isinstance(name, str) and _is_here(name) for name in hostnames)
 
 
 def _is_here(name: str) -> bool:
