@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
+from traceml.aggregator.artifacts import Artifacts
 from traceml.aggregator.streams import Stream
-from traceml.database.schema import TABLES, Table
+from traceml.database.schema import BLOBS, TABLES, Table
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import decode_log
 from traceml.transport.server import RefusedError
@@ -61,10 +62,14 @@ class Ingest:
     Args:
         store: the run's store.
         live: what takes the rows for live windows.
+        artifacts: takes the pieces of files; by default into the store's folder.
         hold_back: stops (True) the run's ranks from sending while the store cannot be written, and lets them go on.
     """
 
-    def __init__(self, store: StoreWriter, live: LiveRows, hold_back: Callable[[bool], None]) -> None:
+    def __init__(
+        self, store: StoreWriter, live: LiveRows, hold_back: Callable[[bool], None], artifacts: Artifacts | None = None
+    ) -> None:
+        self.artifacts = artifacts or Artifacts(store.path.parent)
         self._store = store
         self._live = live
         self._hold_back = hold_back
@@ -115,14 +120,27 @@ class Ingest:
         if step_at >= 0:
             first = _STEP.unpack_from(data, step_at)[0]
             last = _STEP.unpack_from(data, len(data) - row_bytes + step_at)[0]
-        elif not row_bytes and len(decode_log(data)) != n:
-            raise ProtocolError(f"a rows frame of {table!r} does not hold {n} maps")
+        elif not row_bytes:
+            maps = decode_log(data)
+            if len(maps) != n:
+                raise ProtocolError(f"a rows frame of {table!r} does not hold {n} maps")
+            if table == BLOBS.name:
+                data = self._take_pieces(stream, maps)
 
         self._store.append(stream.id, table, seq, n, data, first, last)
         self._rows += n
         stream.next[table] = stream.unacked[table] = seq + n
         self._touched[stream] = None
         self._live.take(stream, table, n, data)
+
+    def _take_pieces(self, stream: Stream, maps: list[dict[str, Any]]) -> bytes:
+        try:
+            return self.artifacts.take(stream.id, maps)
+        except OSError as error:
+            if isinstance(error, ProtocolError):
+                raise
+
+            raise RefusedError(f"a file cannot be written: {error.strerror or error}", retry=True) from error
 
     def commit(self, *, force: bool = False) -> bool:
         """Commit what was taken and acknowledge it; return whether nothing is left uncommitted.

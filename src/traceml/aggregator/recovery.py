@@ -97,6 +97,12 @@ def recover(stream: Stream, ingest: Ingest, image: FlightImage | None = None) ->
     for table in sorted(image.tables, key=lambda name: name != "names"):  # names before the rows that use them
         missing += _take(stream, ingest, table, image)
 
+    for path in image.spooled:
+        try:
+            ingest.artifacts.place(path)
+        except OSError as error:
+            _log.warning("%s, which %r logged, cannot be taken into the run's folder: %s", path, stream, error)
+
     stream.exit = {**_what_was_open(image, stream.names), **stream.exit}
     if missing:
         _log.info("recovered %d rows of %r from %s", missing, stream, image.path)

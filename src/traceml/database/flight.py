@@ -209,6 +209,11 @@ class FlightFile:
         return [table for table in (*self.rings.values(), *self.logs.values()) if isinstance(table, KeptRing | KeptLog)]
 
     @property
+    def stems(self) -> tuple[Path, ...]:
+        """Where what belongs to this file lies on disk, without suffix: the first place that can be written is used."""
+        return self._journal
+
+    @property
     def holds_user_rows(self) -> bool:
         """Whether it has something that the user logged and that is not stored yet."""
         return any(table.acked < table.appended for table in self.kept if table.name in USER_TABLES)

@@ -10,6 +10,7 @@ import fcntl
 import logging
 import mmap
 import os
+import shutil
 import struct
 import time
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from traceml.database.schema import TABLES, USER_TABLES, Phase, Table
 from traceml.errors import StoreError
 
 __all__ = [
+    "ARTIFACTS",
     "COUNTERS_AT",
     "DATA_AT",
     "FLIGHT_SUFFIX",
@@ -49,6 +51,7 @@ __all__ = [
     "is_alive",
     "read_flight",
     "remove_stale",
+    "spool_of",
 ]
 
 # The file: a header page of int64 words (prologue, open slots, counters), the identity twice (one is current while the
@@ -68,6 +71,7 @@ LAYOUT_AT = 12288
 LAYOUT_BYTES = 4096
 DATA_AT = 16384
 FLIGHT_SUFFIX = ".flight"
+ARTIFACTS = "artifacts"  # in a run's folder: the files that were logged
 _USER_ROWS_GRACE_S = 7 * 86400.0
 
 _FLOCK = struct.Struct("@hhqqi4x")
@@ -225,11 +229,21 @@ class FlightImage:
         return any(counters.acked < counters.appended for counters in kept)
 
     @property
+    def _stems(self) -> list[Path]:
+        told = self.identity.get("journal") or []
+        return [self.path.with_suffix(""), *(Path(str(place)) for place in told)]
+
+    @property
+    def spooled(self) -> list[Path]:
+        """The files that had been copied, and had not arrived in the run's folder."""
+        folders = [spool_of(stem) for stem in self._stems]
+        return [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
+
+    @property
     def journals(self) -> dict[str, Path]:
         """The tables that have a journal on disk, and where it lies: beside the file, or where its writer put it."""
-        told = self.identity.get("journal") or []
         found: dict[str, Path] = {}
-        for stem in (self.path.with_suffix(""), *(Path(str(place)) for place in told)):
+        for stem in self._stems:
             for path in stem.parent.glob(f"{stem.name}.*{JOURNAL_SUFFIX}"):
                 found.setdefault(path.name.removeprefix(f"{stem.name}.").removesuffix(JOURNAL_SUFFIX), path)
 
@@ -251,6 +265,9 @@ class FlightImage:
         """Remove the file and its journals: everything in them is stored."""
         for path in (*self.journals.values(), self.path):
             path.unlink(missing_ok=True)
+
+        for stem in self._stems:
+            shutil.rmtree(spool_of(stem), ignore_errors=True)
 
     def take(self, name: str, start: int = 0) -> Taken:
         """Return what memory holds of a table or log from `start` on, in the form in which it goes into a frame."""
@@ -301,6 +318,11 @@ class FlightImage:
                 f"flight file {self.path}: table {name!r} has columns that this traceml does not know. "
                 "Read it with the version that wrote it, or delete it."
             )
+
+
+def spool_of(stem: Path) -> Path:
+    """Return the folder of files that are on their way to a run's folder, by the stem of their rank's journals."""
+    return stem.with_name(f"{stem.name}.files")
 
 
 def read_flight(path: Path, *, allow_live: bool = False) -> FlightImage:
@@ -396,7 +418,8 @@ def _is_stale(path: Path, grace_s: float) -> bool:
 def _journals_of(path: Path) -> list[Path]:
     try:
         with _opened(path) as descriptor:
-            return list(FlightImage(path, os.pread(descriptor, DATA_AT, 0)).journals.values())
+            image = FlightImage(path, os.pread(descriptor, DATA_AT, 0))
+            return [*image.journals.values(), *image.spooled]
     except (OSError, StoreError):  # half made or damaged: it had none, or nobody can tell
         return []
 

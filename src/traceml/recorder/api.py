@@ -119,7 +119,26 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
                 _log.warning("tracing could not be started: %r", error, exc_info=error)
 
         _tell_change()
-        return recorder
+
+    if tracing and recorder.enabled and (config.backend or config.collectors):
+        _begin_tracking(recorder)
+
+    return recorder
+
+
+def _begin_tracking(recorder: Recorder) -> None:
+    """Have tracking begin; by name, as its room stands above this one and most jobs do without it."""
+    from importlib import import_module
+
+    try:
+        import_module("traceml.track.capturing").begin(recorder)
+    except Exception as error:  # noqa: BLE001 - fail open
+        _log.warning("tracking could not be started: %r", error, exc_info=error)
+
+
+def current() -> Recorder | None:
+    """Return this process's recorder, whether or not it runs; None before the first."""
+    return _recorder
 
 
 def recorder_for_logging() -> Recorder | None:
@@ -232,6 +251,9 @@ def _stop(reason: str) -> None:
     with _lock:
         recorder, watch = _recorder, _watch
         _running = None
+
+    if recorder is not None:
+        recorder.prepare_stop()
 
     _tell_change()
     if watch is not None:

@@ -10,6 +10,7 @@ import struct
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from traceml.recorder import api
@@ -17,6 +18,7 @@ from traceml.recorder.values import Later, number_of, plain, step_of
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
+    from traceml.settings import Config
 
 __all__ = ["Logger", "settle"]
 
@@ -32,10 +34,13 @@ class Logger:
 
     Args:
         experiment: the experiment's number; 0 is the run's own.
+        announce: returns what the experiment's row says, given the settings in force, or None where it has none. Each
+            process that logs for it says so first.
     """
 
     __slots__ = (
         "__weakref__",
+        "_announce",
         "_at",
         "_buffer",
         "_count",
@@ -51,8 +56,11 @@ class Logger:
         "_slots",
     )
 
-    def __init__(self, experiment: int = 0) -> None:
+    def __init__(
+        self, experiment: int = 0, announce: Callable[[Config], dict[str, Any] | None] = lambda _config: None
+    ) -> None:
         self._number = experiment
+        self._announce = announce
         self._entries: dict[str, list[int]] = {}  # name -> [its number, the next step where none is given]
         self._late: deque[tuple[Any, ...]] = deque()
         self._flight: FlightFile | None = None
@@ -128,6 +136,15 @@ class Logger:
 
         return flight.log("logged").append(fields | {key: plain(value) for key, value in facts.items()}, urgent=True)
 
+    @property
+    def experiment(self) -> int:
+        """The experiment's number."""
+        return self._number
+
+    def begin(self) -> bool:
+        """Find the recorder and announce the experiment, unless that is done; return whether anything is recorded."""
+        return (self._flight or self._bind()) is not None
+
     def next_step(self, name: str, step: int | None) -> int:
         """Return the step of what is logged under a name outside `metrics`: given, of the training, or counted."""
         if step is not None:
@@ -183,7 +200,7 @@ class Logger:
     def _bind(self) -> FlightFile | None:
         recorder = api.recorder_for_logging()
         flight = recorder.flight if recorder is not None else None
-        if flight is None:
+        if recorder is None or flight is None:
             return None
 
         ring = flight.metrics
@@ -192,6 +209,10 @@ class Logger:
         self._pack_into, self._buffer, self._at, self._mask = ring.pack_into, ring.buffer, ring.offset, ring.mask
         self._count, self._slot = ring.count, ring.slot
         self._flight = flight
+        facts = self._announce(recorder.config)
+        if facts is not None:
+            self.row("experiment", **facts)
+
         return flight
 
     def _odd_value(self, name: str, value: Any, step: int, kind: int, t_ns: int) -> None:

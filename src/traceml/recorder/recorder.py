@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,9 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight import FALLBACK_FOLDER, FlightFile, FlightState, Slot, remove_stale
 from traceml.database.schema import PACKED
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.ids import RankIdentity
 from traceml.recorder.exits import describe
+from traceml.recorder.files import Files
 from traceml.recorder.identity import Identity, identify
 from traceml.recorder.sender import Sender
 from traceml.recorder.worker import Worker
@@ -34,6 +37,7 @@ _log = logging.getLogger("traceml")
 
 STOP_TIMEOUT_S = 5.0
 _PROVISIONAL_S = 10.0
+_FILES_STUCK_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,9 @@ class Recorder:
         self._exit_told = False
         self._hold_until_ns = 0
         self._stopping = threading.Lock()
+        self._before_stop: list[Callable[[], None]] = []
+        self.files: Files | None = None
+        """Takes files for the run's folder."""
 
     def __repr__(self) -> str:
         if self._identity is None:
@@ -109,6 +116,16 @@ class Recorder:
     def enabled(self) -> bool:
         """Whether it records."""
         return self._state == "running"
+
+    @property
+    def who(self) -> RankIdentity:
+        """Rank, world size and local rank, as far as they are known."""
+        return self._identity.who if self._identity is not None else RankIdentity()
+
+    @property
+    def job(self) -> str:
+        """What the ranks of this job find each other's run by."""
+        return self._identity.job if self._identity is not None else ""
 
     @property
     def is_child(self) -> bool:
@@ -147,8 +164,13 @@ class Recorder:
             fallback=config.runs_dir / FALLBACK_FOLDER,
         )
         try:
+            self.files = Files(self._flight.stems, self._append_logged, self._wake)
             self._sender = Sender(
-                self._flight, self._dial, flush_interval_s=config.flush_interval, commands=self._commands()
+                self._flight,
+                self._dial,
+                flush_interval_s=config.flush_interval,
+                commands=self._commands(),
+                files=self.files,
             )
             if self._identity.provisional:
                 self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9)
@@ -182,7 +204,51 @@ class Recorder:
         # Where no aggregator was ever met, nobody will look for the file, unless a launcher sees to that.
         forlorn = self._sender.connections == 0 and not self.config.supervised and not self._flight.holds_user_rows
         self._flight.close(unlink=stored or forlorn)
+        if self.files is not None:
+            self.files.close(unlink=stored or forlorn)
+
         return stored
+
+    def before_stop(self, function: Callable[[], None]) -> None:
+        """Have `function` called when the recorder is about to stop, while rows can still be appended."""
+        self._before_stop.append(function)
+
+    def after(self, delay_s: float, function: Callable[[], None]) -> None:
+        """Have `function` called on the recorder's thread when so many seconds have passed."""
+        if self._worker is not None:
+            self._worker.call_later(delay_s, function)
+
+    def prepare_stop(self) -> None:
+        """Call what wants to be called before the stop, the last first."""
+        while self._before_stop and self.pid == os.getpid():
+            function = self._before_stop.pop()
+            try:
+                function()
+            except Exception as error:  # noqa: BLE001 - fail open: the rows are sent all the same
+                _log.warning("something did not end well: %r", error, exc_info=error)
+
+    def files_done(self, timeout_s: float) -> bool:
+        """Wait until the files that are being copied have arrived, as long as they get on; return whether they have.
+
+        Args:
+            timeout_s: at most so long.
+        """
+        files = self.files
+        if files is None or self._worker is None:
+            return True
+
+        deadline = last = time.monotonic()
+        deadline += timeout_s
+        seen = files.progress
+        while files.pending and time.monotonic() < deadline:
+            self._worker.wake()
+            time.sleep(0.01)
+            if files.progress != seen:
+                seen, last = files.progress, time.monotonic()
+            elif time.monotonic() - last > _FILES_STUCK_S:
+                break
+
+        return not files.pending
 
     def note(self, kind: str, *, urgent: bool = False, **facts: Any) -> None:
         """Append a row of information.
@@ -318,7 +384,7 @@ class Recorder:
         assert self._identity is not None
         flight = self._flight
         self._scheduler = self._sampling(tracing=tracing)
-        self._worker = Worker(flight, self._sender, self._scheduler, self._hook_ns)
+        self._worker = Worker(flight, self._sender, self._scheduler, self._hook_ns, files=self.files)
         if tracing:
             self._instrument()
         if self._parent is None:
@@ -338,6 +404,14 @@ class Recorder:
             self.instrumentation = install(self._flight, on_info=self._take_info, on_group=self._group_initialised)
         except Exception as error:  # noqa: BLE001 - fail open: without hooks there are still samples and trace_step
             _log.warning("steps cannot be traced: %r", error, exc_info=error)
+
+    def _append_logged(self, row: dict[str, Any]) -> None:
+        if self._flight is not None:
+            self._flight.log("logged").append(row, urgent=True)
+
+    def _wake(self) -> None:
+        if self._worker is not None:
+            self._worker.wake()
 
     def _take_info(self, facts: dict[str, Any]) -> None:
         if self._flight is not None:

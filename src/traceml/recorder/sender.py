@@ -16,6 +16,7 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.flight import ByteLog, FlightFile, Ring
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
+from traceml.recorder.files import Blobs, Files
 from traceml.transport.client import ClockOffset, Connection
 
 __all__ = ["Losses", "Sender"]
@@ -61,7 +62,7 @@ class Losses:
 class _Cursor:
     """How far one table is sent: rows below `sent` are on the wire."""
 
-    table: Ring | ByteLog
+    table: Ring | ByteLog | Blobs
     sent: int = 0
     losses: Losses = field(default_factory=Losses)
 
@@ -94,6 +95,7 @@ class Sender:
         dial: makes a connection within so many seconds, or raises what `transport.client.connect` raises.
         flush_interval_s: longest time that a row waits.
         commands: what the aggregator may ask of this rank, by name.
+        files: files for the run's folder; their pieces go out last.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Sender:
         *,
         flush_interval_s: float = 1.0,
         commands: Mapping[str, Command] | None = None,
+        files: Files | None = None,
     ) -> None:
         self._dial = dial
         self._commands = commands or {}
@@ -110,6 +113,8 @@ class Sender:
         # Names before the rows that use them.
         self._logs = [_Cursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
         self._rings = [_Cursor(ring) for ring in flight.rings.values()]
+        self._files = files
+        self._blobs = [_Cursor(files.blobs)] if files is not None else []
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
         self._clock_ns = 0
@@ -163,7 +168,7 @@ class Sender:
 
     @property
     def _cursors(self) -> list[_Cursor]:
-        return self._logs + self._rings
+        return self._logs + self._rings + self._blobs
 
     def attach(self, connection: Connection) -> None:
         """Use a fresh connection, from where its welcome says."""
@@ -174,6 +179,9 @@ class Sender:
         self._flushed_ns = self._clock_ns = 0
         for cursor in self._cursors:
             cursor.resume(connection.acked.get(cursor.table.name, 0))
+
+        if self._files is not None:
+            self._files.connected(connection.welcome)
 
     def detach(self, reason: str | None = None) -> None:
         """Close the connection, if there is one, and make the next at once; with a reason, say bye first."""
@@ -263,7 +271,8 @@ class Sender:
         # The rings' ends are read before the names': a row below its end finds its name already in the log.
         due = [(cursor, end) for cursor in self._rings if (end := cursor.table.appended) - cursor.sent >= at_least]
         logs = [(cursor, cursor.table.appended) for cursor in self._logs] if due or at_least == 1 else []
-        for cursor, end in logs + due:
+        blobs = [(cursor, cursor.table.appended) for cursor in self._blobs]
+        for cursor, end in logs + due + blobs:
             for first, n, data in cursor.frames(end):
                 connection.send_rows(cursor.table.name, first, n, data)
                 if connection.unsent_bytes:

@@ -8,8 +8,9 @@ from typing import Any
 
 __all__ = ["Later", "number_of", "plain", "step_of"]
 
-_TEXT_CHARS = 100_000
+_TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
+_SMALL_ARRAY = 1001
 _DEPTH = 8
 _INT64 = 2**63
 
@@ -112,10 +113,10 @@ def plain(value: Any, depth: int = 0) -> Any:
         return value
 
     if kind is int:
-        return value if -_INT64 <= value < 2 * _INT64 else str(value)
+        return value if -_INT64 <= value < 2 * _INT64 else _digits(value)
 
     if isinstance(value, str):
-        return str(value)
+        return str(value)[:_TEXT_CHARS]
 
     if kind is bytes:
         return value
@@ -126,18 +127,35 @@ def plain(value: Any, depth: int = 0) -> Any:
     if depth < _DEPTH and isinstance(value, list | tuple | set | frozenset):
         return [plain(item, depth + 1) for item in list(value)[:_ITEMS]]
 
-    if hasattr(value, "__index__") and not hasattr(value, "detach"):  # numpy's integers, enumerations, numpy's bool
-        return bool(value) if kind.__name__ in ("bool", "bool_") else operator.index(value)
+    try:
+        return _plain_object(value, kind.__name__, depth)
+    except Exception as error:  # noqa: BLE001 - an object of the user's may do anything
+        return f"<{kind.__name__}: {type(error).__name__}>"
+
+
+def _plain_object(value: Any, kind: str, depth: int) -> Any:
+    if kind in ("bool", "bool_"):  # numpy's
+        return bool(value)
+    if hasattr(value, "__index__") and not hasattr(value, "detach") and not getattr(value, "ndim", 0):
+        return plain(operator.index(value), depth)  # numpy's integers, enumerations
 
     number = number_of(value)
     if isinstance(number, Later):
         number = number.number()
+    if type(number) is float:
+        return number
+    if depth < _DEPTH and hasattr(value, "tolist") and getattr(value, "size", _ITEMS) in range(_SMALL_ARRAY):
+        return plain(value.tolist(), depth + 1)
 
-    return number if type(number) is float else _shown(value)
+    return _shown(value)
 
 
 def _shown(value: Any) -> str:
+    return str(value) if hasattr(value, "__fspath__") else repr(value)[:_TEXT_CHARS]
+
+
+def _digits(number: int) -> str:
     try:
-        return repr(value)[:_TEXT_CHARS] if not hasattr(value, "__fspath__") else str(value)
-    except Exception as error:  # noqa: BLE001 - a user's __repr__ may do anything
-        return f"<{type(value).__name__}, whose repr failed: {type(error).__name__}>"
+        return str(number)
+    except ValueError:  # Python turns no more than 4,300 digits into a text
+        return hex(number)[:_TEXT_CHARS]

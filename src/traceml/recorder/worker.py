@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile, Slot
+from traceml.recorder.files import Files
 from traceml.recorder.logger import settle
 from traceml.recorder.sender import Sender
 from traceml.samplers.base import Scheduler
 
-__all__ = ["Worker"]
+__all__ = ["FILES_TIMEOUT_S", "Worker"]
 
 _log = logging.getLogger("traceml")
 
@@ -24,6 +25,7 @@ _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
+FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
 
 
 class Worker:
@@ -34,16 +36,25 @@ class Worker:
         sender: sends them.
         scheduler: samples into them.
         hook_ns: what a step's hooks cost, as measured so far.
+        files: files for the run's folder.
     """
 
     def __init__(
-        self, flight: FlightFile, sender: Sender, scheduler: Scheduler, hook_ns: Callable[[], int] = lambda: 0
+        self,
+        flight: FlightFile,
+        sender: Sender,
+        scheduler: Scheduler,
+        hook_ns: Callable[[], int] = lambda: 0,
+        *,
+        files: Files | None = None,
     ) -> None:
         self.errors = 0
         """Turns that failed."""
         self.cpu_ns = 0
         """CPU time of the thread so far."""
         self._flight, self._sender, self._scheduler, self._hook_ns = flight, sender, scheduler, hook_ns
+        self._files = files
+        self._later: list[tuple[int, Callable[[], None]]] = []
         self._slots = flight.open_slots
         self._telemetry = flight.ring("telemetry")
         # Rings of megabytes: what is stored need not stay resident in a process whose memory is the user's.
@@ -55,6 +66,7 @@ class Worker:
         self._wake = threading.Event()
         self._end: Callable[[], bool] | None = None
         self._stored = False
+        self._patience_s = 0.0
         # A daemon: the interpreter waits for others before it runs atexit handlers, and ours is what ends this one.
         self._thread = threading.Thread(target=self._run, name="traceml-recorder", daemon=True)
 
@@ -71,6 +83,10 @@ class Worker:
         self._calls.append(function)
         self._wake.set()
 
+    def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
+        """Have `function` run on the thread when so many seconds have passed, unless it has ended by then."""
+        self._later.append((monotonic_ns() + int(delay_s * 1e9), function))
+
     def wake(self) -> None:
         """Have a turn now."""
         self._wake.set()
@@ -83,9 +99,11 @@ class Worker:
             timeout_s: time for all of it.
             hope: whether to keep trying for that long when no aggregator answers.
         """
+        self._patience_s = timeout_s
         self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, hope=hope)
         self._wake.set()
-        self._thread.join(timeout_s + 0.5)
+        is_busy = self._files is not None and self._files.pending
+        self._thread.join(timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0))
         if self._thread.is_alive():
             _log.warning("the recorder did not end within %.1f s; its last rows stay in its flight file", timeout_s)
 
@@ -106,6 +124,10 @@ class Worker:
         while self._calls:
             self._calls.popleft()()
 
+        for due in [each for each in self._later if each[0] <= now]:
+            self._later.remove(due)
+            due[1]()
+
         self._scheduler.run_due(self._slots[Slot.STEP])
         if now >= self._telemetry_ns:
             self._telemetry_ns = now + _TELEMETRY_NS
@@ -113,6 +135,9 @@ class Worker:
 
         settle()
         self._sender.pump()
+        if self._files is not None:
+            self._files.turn()
+
         for table in self._kept:
             table.trim()
 
@@ -125,6 +150,9 @@ class Worker:
     def _last_turn(self) -> None:
         self._scheduler.run_all(self._slots[Slot.STEP])
         settle(wait=True)
+        if self._files is not None:
+            self._bring_files(self._files)
+
         self._sender.pump(flush=True)  # so that the last row counts (nearly) all that is sent
         self._append_telemetry(monotonic_ns())
         self._scheduler.close()
@@ -132,6 +160,22 @@ class Worker:
             self._stored = self._end()
 
         self.cpu_ns = time.thread_time_ns()
+
+    def _bring_files(self, files: Files) -> None:
+        """Wait for files that are being copied, as long as they get on: their rows come after them."""
+        seen, since_s = files.progress, time.monotonic()
+        began_s = since_s
+        while files.pending and time.monotonic() - began_s < FILES_TIMEOUT_S:
+            self._sender.pump(flush=True)
+            files.turn()
+            time.sleep(_SHORTEST_S)
+            if files.progress != seen:
+                seen, since_s = files.progress, time.monotonic()
+            elif time.monotonic() - since_s > self._patience_s:
+                _log.warning("%d files that were logged have not arrived; they stay beside the journal", files.pending)
+                break
+
+        files.leave()
 
     def _append_telemetry(self, now: int) -> None:
         sender, scheduler = self._sender, self._scheduler

@@ -1,16 +1,302 @@
-"""What users call to log: the functions of the package, and `Experiment`."""
+"""What users call to log: `Experiment`, and the same calls for the run's own or the active one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import hashlib
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+from traceml import settings
+from traceml.errors import UsageError
+from traceml.recorder import api
 from traceml.recorder.logger import Logger
+from traceml.track import capturing, files, sweep
 
-__all__ = ["log_metric", "log_metrics", "log_params", "log_text"]
+if TYPE_CHECKING:
+    from types import TracebackType
 
-_root = Logger()
+__all__ = [
+    "Experiment",
+    "active_logger",
+    "announce_run",
+    "announcement",
+    "default_backends",
+    "get_active_experiment",
+    "log_artifact",
+    "log_histogram",
+    "log_image",
+    "log_metric",
+    "log_metrics",
+    "log_params",
+    "log_text",
+    "start_logging",
+    "stop_logging",
+]
+
+_log = logging.getLogger("traceml")
+# Where a tracker's key belongs, and its address; neither is a secret itself.
+_KEY_VARIABLES = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN", "clearml": "CLEARML_API_SECRET_KEY"}
+_ADDRESS_OPTIONS = {
+    "mlflow": "tracking_uri", "wandb": "base_url", "clearml": "api_host", "aim": "repo", "tensorboard": "log_dir",
+    "jsonl": "path",
+}  # fmt: skip
+_SAID: set[str] = set()
+
+
+class Experiment:
+    """One experiment at the trackers: what is logged inside `with` belongs to it. One job is one, ranks inside.
+
+    An experiment that begins inside another one is its child. What is logged never waits for a tracker, and no
+    tracker's trouble raises here.
+
+    Args:
+        name: what to call it; by default the run's name.
+        project: where trackers file it; by default the setting `project`.
+        backend: the tracker or trackers; by default the setting `backend`, else `mlflow` where that is installed.
+        tags: names with values, or just names.
+        parent: id of the experiment that it belongs to; by default the one that is active.
+        resume: id of an experiment or a run that it goes on with, at the trackers that had it.
+        config: parameters, logged at the start.
+        options: options per tracker, over those of the settings.
+
+    Raises:
+        SettingsError: the settings are wrong.
+        UsageError: an option holds a secret; the text says where that belongs.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        project: str | None = None,
+        backend: str | Sequence[str] | None = None,
+        tags: Mapping[str, Any] | Sequence[str] | None = None,
+        parent: str | Experiment | None = None,
+        resume: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.name = name
+        self.project = project
+        self.backends = _listed(backend)
+        self.tags = dict(tags) if isinstance(tags, Mapping) else dict.fromkeys(tags or (), "")
+        self.config: dict[str, Any] = dict(config or {})
+        """The parameters it began with; under a sweep agent, those that the sweep chose."""
+        self.parent = parent.id if isinstance(parent, Experiment) else parent
+        self.resume = resume
+        self.iteration: int | None = None
+        """The step of what is logged without one; None for the training step, else a counter per name."""
+        self.id: str = ""
+        """What others refer to it by; known from the start on."""
+        self._options = {backend: dict(values) for backend, values in (options or {}).items()}
+        _refuse_secrets(self._options)
+        self._logger = Logger()
+        self._is_active = False
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.name!r}, id={self.id!r})"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end("finished" if kind is None else "failed")
+
+    def start(self) -> Self:
+        """Begin: announce it to the trackers and make it the active one. Also done by `with`."""
+        if self._is_active:
+            return self
+
+        self.config |= sweep.parameters()
+        recorder = api.recorder_for_logging()
+        config = recorder.config if recorder is not None else settings.Config(enabled=False)
+        self.name = self.name or config.run_name or capturing.default_name()
+        if self.parent is None and _stack:
+            self.parent = _stack[-1].id
+
+        ordinal = _begun.get(self.name, 0)
+        _begun[self.name] = ordinal + 1
+        text = f"{recorder.job if recorder is not None else ''}\n{self.name}\n{ordinal}"
+        self.id = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+        # The same on all ranks, whether or not they agree on the job yet.
+        key = hashlib.blake2b(f"{self.name}\n{ordinal}".encode(errors="replace"), digest_size=7).digest()
+        self._logger = Logger(int.from_bytes(key) | 1, self._row)
+        self._is_active = True
+        _activate(self)
+        self._logger.begin()
+        if self.config:
+            self.log_params(self.config)
+
+        capturing.start()
+        return self
+
+    def end(self, state: str = "finished") -> None:
+        """End it: trackers close their run when all is delivered. Also done by `with`.
+
+        Args:
+            state: `finished` or `failed`.
+        """
+        if not self._is_active:
+            return
+
+        self._is_active = False
+        files.wait(self._logger)
+        self._logger.row("end", state=state)
+        _deactivate(self)
+
+    def stop(self) -> None:
+        """End it, as Tracelet's users know it."""
+        self.end()
+
+    def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
+        """Log one value; see `traceml.log_metric`."""
+        self._logger.metric(name, value, self.iteration if step is None else step)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log several values at one step."""
+        for name, value in metrics.items():
+            self.log_metric(name, value, step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters."""
+        self._logger.row("params", params=dict(params))
+
+    def log_hyperparameter(self, name: str, value: Any) -> None:
+        """Log one parameter."""
+        self.log_params({name: value})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags."""
+        self._logger.row("tags", tags={str(key): str(value) for key, value in tags.items()})
+
+    def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Log a file, or the files of a folder; see `traceml.log_artifact`."""
+        files.artifact(self._logger, path, name)
+
+    def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
+        """Log a file under a folder of the tracker's, as Tracelet's users know it."""
+        self.log_artifact(path, f"{artifact_path}/{Path(path).name}" if artifact_path else None)
+
+    def log_text(self, name: str, text: str, step: int | None = None) -> None:
+        """Log a text."""
+        files.text(self._logger, name, text, self.iteration if step is None else step)
+
+    def log_image(self, name: str, image: Any, step: int | None = None) -> None:
+        """Log an image; see `traceml.log_image`."""
+        files.image(self._logger, name, image, self.iteration if step is None else step)
+
+    def log_histogram(self, name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
+        """Log the distribution of values; see `traceml.log_histogram`."""
+        files.histogram(self._logger, name, values, self.iteration if step is None else step, bins=bins)
+
+    def set_iteration(self, iteration: int | None) -> None:
+        """Set the step of what is logged without one."""
+        self.iteration = iteration
+
+    def _row(self, config: settings.Config) -> dict[str, Any]:
+        """Return what delivery has to know, for the process that the recorder of now lives in."""
+        options = {**config.backend_options, **self._options}
+        return {
+            "id": self.id, "name": self.name, "project": self.project or config.project,
+            "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
+            "resume": self.resume, "params": self.config,
+        } | announcement(config, self.backends or default_backends(config), options)  # fmt: skip
+
+
+def announcement(
+    config: settings.Config, backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return what an experiment's row says of its trackers and of the settings in force.
+
+    Raises:
+        UsageError: an option holds a secret.
+    """
+    from traceml.track.plugins import PluginType, registered
+
+    _refuse_secrets(options)
+    return {
+        "backends": list(backends),
+        "options": {name: dict(values) for name, values in options.items()},
+        "include": list(config.include),
+        "exclude": list(config.exclude),
+        "mask": list(config.mask),
+        "local_only": config.local_only,
+        "metrics_interval": config.metrics_interval,
+        "track_system": config.track_system,
+        "max_retries": config.max_retries,
+        "backoff_factor": config.backoff_factor,
+        "max_backoff": config.max_backoff,
+        "registered": registered(PluginType.BACKEND),
+        "sys_path": [entry or str(Path.cwd()) for entry in sys.path],
+        "folder": str(Path.cwd()),
+    }
+
+
+def default_backends(config: settings.Config) -> tuple[str, ...]:
+    """Return the trackers of the settings, else MLflow where its library is installed; says so once."""
+    if config.backend:
+        return config.backend
+
+    has_mlflow = find_spec("mlflow") is not None
+    where = "to MLflow, which is installed" if has_mlflow else "to the run's store alone"
+    if "backend" not in _SAID:
+        _SAID.add("backend")
+        _log.warning(
+            'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND.', where
+        )
+
+    return ("mlflow",) if has_mlflow else ()
+
+
+def _root_row(config: settings.Config) -> dict[str, Any] | None:
+    """Return what delivery has to know of the run's own experiment: None where the settings name no tracker."""
+    if not config.backend:
+        return None
+
+    name = config.run_name or config.run_id or capturing.default_name()
+    about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
+    return about | announcement(config, config.backend, config.backend_options)
+
+
+def announce_run() -> None:
+    """Announce the run's own experiment, unless an explicit one has taken its place."""
+    if not _begun:
+        _root.begin()
+
+
+_root = Logger(0, _root_row)
 _active = _root
+_stack: list[Experiment] = []
+_begun: dict[str, int] = {}
+
+
+def active_logger() -> Logger:
+    """Return what logs for the active experiment, else for the run's own."""
+    return _active
+
+
+def get_active_experiment() -> Experiment | None:
+    """Return the innermost experiment that has begun and not ended; None where there is none."""
+    return _stack[-1] if _stack else None
+
+
+def _activate(experiment: Experiment) -> None:
+    global _active
+    _stack.append(experiment)
+    _active = experiment._logger
+
+
+def _deactivate(experiment: Experiment) -> None:
+    global _active
+    _stack.remove(experiment)
+    _active = _stack[-1]._logger if _stack else _root
 
 
 def log_metric(name: str, value: Any, step: int | None = None) -> None:
@@ -45,6 +331,19 @@ def log_params(params: Mapping[str, Any]) -> None:
     _active.row("params", params=dict(params))
 
 
+def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Log a file, or the files of a folder. It may be deleted right after; it must not be rewritten in place.
+
+    Args:
+        path: the file. It is opened now and copied by a thread of ours.
+        name: what to call it; by default its own name.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    files.artifact(_active, path, name)
+
+
 def log_text(name: str, text: str, step: int | None = None) -> None:
     """Log a text.
 
@@ -53,4 +352,96 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
         text: the text.
         step: its step; by default as for `log_metric`.
     """
-    _active.row("text", step=_active.next_step(name, step), name=name, text=str(text))
+    files.text(_active, name, text, step)
+
+
+def log_image(name: str, image: Any, step: int | None = None) -> None:
+    """Log an image.
+
+    Args:
+        name: what to call it.
+        image: an array or tensor (height, width), (height, width, channels) or (channels, height, width), of bytes or
+            of floats in 0..1; a PIL image; a matplotlib figure; a PNG or JPEG file's path or bytes.
+        step: its step; by default as for `log_metric`.
+    """
+    files.image(_active, name, image, step)
+
+
+def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
+    """Log the distribution of values.
+
+    Args:
+        name: what to call it.
+        values: numbers: an array, a tensor, a list.
+        step: its step; by default as for `log_metric`.
+        bins: how many intervals of equal width.
+    """
+    files.histogram(_active, name, values, step, bins=bins)
+
+
+def start_logging(
+    exp_name: str | None = None,
+    project: str | None = None,
+    backend: str | Sequence[str] | None = None,
+    api_key: str | None = None,
+    backend_url: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """Begin an experiment that goes on until `stop_logging` or the end of the process.
+
+    Args:
+        exp_name: what to call it.
+        project: where trackers file it.
+        backend: the tracker or trackers.
+        api_key: refused: keys come from the environment or a file, and never pass through a script.
+        backend_url: the tracker's address, or where it writes to.
+        config: parameters.
+
+    Raises:
+        UsageError: a key was given, or an address without a tracker; the text says what to do.
+    """
+    names = _listed(backend)
+    if api_key is not None:
+        variable = next(
+            (_KEY_VARIABLES[name] for name in names if name in _KEY_VARIABLES), "the tracker's own variable"
+        )
+        raise UsageError(
+            f"api_key: keys are not taken from scripts. Set {variable} in the environment, or name a file of mode 0600 "
+            "by `api_key_file` under [tool.traceml.backends.<name>]"
+        )
+
+    options = {}
+    if backend_url is not None:
+        if len(names) != 1 or names[0] not in _ADDRESS_OPTIONS:
+            known = ", ".join(_ADDRESS_OPTIONS)
+            raise UsageError(f"backend_url goes with one backend of {known}, not with {', '.join(names) or 'none'}")
+
+        options = {names[0]: {_ADDRESS_OPTIONS[names[0]]: backend_url}}
+
+    return Experiment(exp_name, project, names or None, config=config, options=options).start()
+
+
+def stop_logging() -> None:
+    """End every experiment that is active, the inner ones first."""
+    while _stack:
+        _stack[-1].end()
+
+
+def _listed(backend: str | Sequence[str] | None) -> tuple[str, ...]:
+    if backend is None:
+        return ()
+
+    return tuple(name.strip() for name in backend.split(",")) if isinstance(backend, str) else tuple(backend)
+
+
+def _refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
+    from traceml.privacy import is_secret_name
+
+    for backend, values in options.items():
+        for key, value in values.items():
+            if is_secret_name(key) and not key.endswith("_file") and isinstance(value, str):
+                variable = _KEY_VARIABLES.get(backend, "the environment")
+                raise UsageError(
+                    f"option {key!r} of backend {backend!r} looks like a secret, which would be stored with the run. "
+                    f"Put it into {variable}, or into a file of mode 0600 that `api_key_file` names"
+                )

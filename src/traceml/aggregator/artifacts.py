@@ -1,0 +1,98 @@
+"""Files that ranks on other hosts logged: put together from their pieces, in the run's folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from traceml.database.image import ARTIFACTS
+from traceml.errors import ProtocolError
+
+__all__ = ["Artifacts"]
+
+_NAME = re.compile(r"[0-9a-f]{64}(?:\.[A-Za-z0-9]{1,16})?")
+_SIZE_LIMIT = 1 << 44
+
+
+class Artifacts:
+    """The files of one run.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / ARTIFACTS
+
+    def take(self, stream: int, rows: list[dict[str, Any]]) -> bytes:
+        """Write pieces of files; return what the store keeps of these rows.
+
+        Args:
+            stream: who sends them.
+            rows: `{id, offset, size, data}` each, with `zlib` when the data is compressed.
+
+        Raises:
+            ProtocolError: a piece is none.
+            OSError: the disk is full, or the folder cannot be written.
+        """
+        return b"".join(msgpack.packb(self._put(stream, row)) for row in rows)
+
+    def place(self, path: Path) -> None:
+        """Move a file here which a rank that is gone has left; one that is no artifact stays where it is."""
+        if not _NAME.fullmatch(path.name) or path.is_symlink():
+            return
+
+        from shutil import move
+
+        self._folder.mkdir(exist_ok=True)
+        part = self._folder / f".{path.name}.part"
+        move(path, part)
+        part.replace(self._folder / path.name)
+
+    def _put(self, stream: int, row: dict[str, Any]) -> dict[str, Any]:
+        name, offset, size, data = (row.get(key) for key in ("id", "offset", "size", "data"))
+        kept = {"id": name, "offset": offset, "size": size}
+        if row.get("error"):
+            return kept | {"error": str(row["error"])[:500]}
+
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(data, bytes):
+            raise ProtocolError(f"a piece of a file is none: {str(name)[:80]!r}")
+        if type(offset) is not int or type(size) is not int or not 0 <= offset <= size <= _SIZE_LIMIT:
+            raise ProtocolError(f"a piece of file {name} lies at {offset!r:.40} of {size!r:.40} bytes")
+
+        data = _unpacked(data, size - offset) if row.get("zlib") else data
+        if offset + len(data) > size:
+            raise ProtocolError(f"a piece of file {name} goes beyond its {size} bytes")
+
+        self._folder.mkdir(exist_ok=True)
+        part = self._folder / f".{stream}-{name}.part"
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, memoryview(data)[done:], offset + done)
+        finally:
+            os.close(descriptor)
+
+        if offset + len(data) == size:
+            part.replace(self._folder / name)
+
+        return kept | {"bytes": len(data)}
+
+
+def _unpacked(data: bytes, limit: int) -> bytes:
+    unpacker = zlib.decompressobj()
+    try:
+        unpacked = unpacker.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ProtocolError(f"a piece of a file cannot be unpacked: {error}") from error
+
+    if len(unpacked) > limit:
+        raise ProtocolError("a piece of a file is larger than the file")
+
+    return unpacked

@@ -1,0 +1,55 @@
+"""Begins and ends what is captured without a call, with the recorder of this process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from traceml.recorder import api
+from traceml.recorder.identity import script_name
+
+if TYPE_CHECKING:
+    from traceml.recorder.recorder import Recorder
+    from traceml.track.capture import Capturing
+
+__all__ = ["begin", "default_name", "start"]
+
+_capturing: Capturing | None = None
+_of: Recorder | None = None
+
+
+def default_name() -> str:
+    """Return what an experiment is called that nobody named: the script's name."""
+    return script_name()
+
+
+def begin(recorder: Recorder) -> None:
+    """Begin with a recorder whose settings name trackers or collectors; called by the recorder's room."""
+    from traceml.track import experiment
+
+    start()
+    recorder.before_stop(experiment.announce_run)
+    recorder.after(10.0, experiment.announce_run)
+
+
+def start() -> None:
+    """Begin capturing for the recorder that runs, once."""
+    global _capturing, _of
+    recorder = api.current()
+    if recorder is None or not recorder.enabled or recorder.is_child or recorder is _of:
+        return
+
+    from traceml.track.capture import Capturing
+    from traceml.track.orchestrator import Orchestrator
+
+    who = recorder.who
+    _of = recorder
+    _capturing = Capturing(recorder.config, Orchestrator(), rank=who.rank, local_rank=who.local_rank)
+    recorder.before_stop(_stop)
+    _capturing.start()
+
+
+def _stop() -> None:
+    global _capturing
+    capturing, _capturing = _capturing, None
+    if capturing is not None:
+        capturing.stop()

@@ -1,0 +1,58 @@
+"""The parameters that a W&B sweep agent chose for this process: from the file that it leaves, without its library."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["parameters"]
+
+
+def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
+    """Return what the sweep chose; empty where there is no sweep, or its file cannot be understood."""
+    environ = dict(os.environ) if environ is None else environ
+    path = environ.get("WANDB_SWEEP_PARAM_PATH")
+    if not path or not environ.get("WANDB_SWEEP_ID"):
+        return {}
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError:
+        return {}
+
+    return _values(text)
+
+
+def _values(text: str) -> dict[str, Any]:
+    """Read the one form that the agent writes: `name:` followed by an indented `value: …` (YAML, one line each)."""
+    found: dict[str, Any] = {}
+    name = ""
+    for line in text.splitlines():
+        key, separator, value = line.strip().partition(":")
+        if not separator or line.lstrip().startswith("#"):
+            continue
+
+        if not line.startswith((" ", "\t")):
+            name = key.strip("'\"")
+        elif key == "value" and value.strip():
+            found[name] = _scalar(value.strip())
+
+    return found
+
+
+def _scalar(text: str) -> Any:
+    words = {"true": True, "false": False, "null": None, "~": None, ".nan": float("nan"), ".inf": float("inf")}
+    if text.lower() in words:
+        return words[text.lower()]
+
+    try:
+        return json.loads(text)
+    except ValueError:
+        pass
+
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip("'\"")

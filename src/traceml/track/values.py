@@ -1,0 +1,175 @@
+"""Images and distributions out of whatever users have: arrays, tensors, figures. No library is imported for it."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from traceml.recorder.files import RefusedFileError
+
+__all__ = ["histogram_of", "image_of", "png"]
+
+_RAW_FACTOR = 64  # pixels of so many times the limit are not even looked at
+_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's colour type by channels
+_KNOWN = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"))
+
+
+def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
+    """Return what makes a file of an image, and the file's suffix. What may change after the call is copied now.
+
+    Args:
+        image: see `traceml.log_image`.
+        limit_bytes: the largest file that will be taken.
+    """
+    if isinstance(image, str | os.PathLike):
+        data = Path(image).read_bytes()
+        return lambda: data, _suffix_of(data) or Path(image).suffix
+    if isinstance(image, bytes | bytearray):
+        data = bytes(image)
+        return lambda: data, _suffix_of(data) or ".png"
+    if hasattr(image, "savefig"):  # a figure: drawn now, by its own library, which is not made for threads
+        buffer = io.BytesIO()
+        image.savefig(buffer, format="png")
+        return buffer.getvalue, ".png"
+    if hasattr(image, "getbands") and hasattr(image, "tobytes"):
+        copy = image.copy()
+        return lambda: _of_pil(copy), ".png"
+    if hasattr(image, "detach"):
+        fetch = _fetch_tensor(image)
+        return lambda: _of_array(fetch(), limit_bytes), ".png"
+    if hasattr(image, "__array_interface__") or hasattr(image, "tolist"):
+        array = image.copy() if hasattr(image, "copy") else image
+        return lambda: _of_array(array, limit_bytes), ".png"
+
+    raise TypeError(f"an image is an array, a tensor, a PIL image, a figure, or a file; not {type(image).__name__}")
+
+
+def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
+    """Return a PNG file.
+
+    Args:
+        pixels: rows from the top, 8 bits per channel.
+        width: in pixels.
+        height: in pixels.
+        channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+    """
+    row = width * channels
+    lines = b"".join(b"\x00" + pixels[y * row : (y + 1) * row] for y in range(height))
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOURS[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 6)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
+
+
+def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
+    """Return (counts, edges, values that are not finite) of numbers in `bins` intervals of equal width.
+
+    Raises:
+        TypeError: there is something else among them than numbers.
+        ValueError: there are no intervals.
+    """
+    if bins < 1:
+        raise ValueError(f"a histogram has at least one interval, not {bins}")
+
+    if hasattr(values, "detach"):
+        torch = sys.modules["torch"]
+        flat = values.detach().reshape(-1).double()
+        finite = flat[torch.isfinite(flat)].cpu()
+        total = flat.numel()
+        if not finite.numel():
+            return [0] * bins, _edges(0.0, 1.0, bins), total
+
+        low, high = _span(float(finite.min()), float(finite.max()))
+        counts = torch.histc(finite, bins, low, high).long().tolist()
+        return counts, _edges(low, high, bins), total - finite.numel()
+
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        array = numpy.asarray(values, dtype=float).reshape(-1)
+        finite = array[numpy.isfinite(array)]
+        low, high = _span(float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        counts, edges = numpy.histogram(finite, bins, (low, high))
+        return counts.tolist(), edges.tolist(), len(array) - len(finite)
+
+    numbers = [float(value) for value in values]
+    kept = [value for value in numbers if math.isfinite(value)]
+    low, high = _span(min(kept), max(kept)) if kept else (0.0, 1.0)
+    counted = [0] * bins
+    for value in kept:
+        counted[min(int((value - low) / (high - low) * bins), bins - 1)] += 1
+
+    return counted, _edges(low, high, bins), len(numbers) - len(kept)
+
+
+def _span(low: float, high: float) -> tuple[float, float]:
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _edges(low: float, high: float, bins: int) -> list[float]:
+    return [low + (high - low) * number / bins for number in range(bins)] + [high]
+
+
+def _suffix_of(data: bytes) -> str:
+    return next((suffix for magic, suffix in _KNOWN if data.startswith(magic)), "")
+
+
+def _fetch_tensor(tensor: Any) -> Callable[[], Any]:
+    """Copy a tensor now, without waiting for its device; what is returned gives it as an array."""
+    torch = sys.modules["torch"]
+    detached = tensor.detach()
+    if detached.device.type != "cuda":
+        copy = detached.clone()
+        return lambda: copy.cpu().float().numpy() if copy.is_floating_point() else copy.cpu().numpy()
+
+    host = torch.empty(detached.shape, dtype=detached.dtype, pin_memory=True)
+    host.copy_(detached, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(detached.device))
+
+    def fetch() -> Any:
+        event.synchronize()
+        return host.float().numpy() if host.is_floating_point() else host.numpy()
+
+    return fetch
+
+
+def _of_pil(image: Any) -> bytes:
+    mode = image.mode if image.mode in ("L", "LA", "RGB", "RGBA") else "RGBA" if "A" in image.getbands() else "RGB"
+    converted = image.convert(mode)
+    return png(converted.tobytes(), converted.width, converted.height, len(converted.getbands()))
+
+
+def _of_array(array: Any, limit_bytes: int) -> bytes:
+    """Make a PNG of an array of pixels: bytes, or floats in 0..1."""
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3:
+        raise RefusedFileError(f"an image has 2 or 3 dimensions, not the shape {tuple(array.shape)}")
+
+    if array.shape[2] not in _COLOURS and array.shape[0] in _COLOURS:  # channels first, as torch has them
+        array = array.transpose(1, 2, 0)
+    if array.shape[2] not in _COLOURS or not array.size:
+        raise RefusedFileError(
+            f"an image has 1 to 4 channels, first or last; this one has the shape {tuple(array.shape)}"
+        )
+    if array.size > _RAW_FACTOR * limit_bytes:
+        raise RefusedFileError(f"it has {array.size} values, far above max_image_bytes={limit_bytes}")
+
+    kind = array.dtype.kind
+    if kind == "f":
+        array = (array.clip(0.0, 1.0) * 255.0 + 0.5).astype("uint8")  # NaN becomes 0
+    elif kind == "b":
+        array = array.astype("uint8") * 255
+    else:
+        array = array.clip(0, 255).astype("uint8")
+
+    height, width, channels = array.shape
+    return png(array.tobytes(), width, height, channels)
