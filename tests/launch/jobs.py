@@ -10,9 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["rank"]
+import traceml
+
+__all__ = ["PYTHONPATH", "rank"]
 
 FOREVER_S = 3600
+# By which scripts of tests find this module, and the package that is tested.
+PYTHONPATH = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(traceml.__file__).parents[1])])
 
 
 class OddError(ValueError):

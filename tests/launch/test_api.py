@@ -21,6 +21,7 @@ from traceml.launch.api import matching
 
 from . import jobs
 from .hosts import Hosts, eventually
+from .jobs import PYTHONPATH
 
 _HERE: dict[str, Any] = {"hostnames": ["localhost"], "log_handlers": None}
 
@@ -123,7 +124,7 @@ def test_hosts_get_the_variables_that_match(hosts: Hosts, tmp_path: Path) -> Non
             ssh_config_file=sys.argv[1], extra_env_vars=["WANDB_*"], env_file={str(env_file)!r}, log_handlers=None)
         print(json.dumps(result.rank(0)))
     """
-    env = {"LD_LIBRARY_PATH": "/opt/lib", "WANDB_KEY": "secret", "OTHER": "1", "PYTHONPATH": str(Path.cwd())}
+    env = {"LD_LIBRARY_PATH": "/opt/lib", "WANDB_KEY": "secret", "OTHER": "1", "PYTHONPATH": PYTHONPATH}
 
     told = json.loads(hosts.launcher.python(textwrap.dedent(code), hosts.ssh_config, env=env).stdout)
 
@@ -174,7 +175,7 @@ def test_a_slurm_allocation_is_used(slurm: Any, hosts: Hosts) -> None:
     python, path = hosts.launcher.command()[0], hosts.launcher.script(textwrap.dedent(code))
     options = ["--quiet", "-N2", "--ntasks-per-node=2"]
 
-    done = slurm.run("salloc", *options, python, path, env={"PYTHONPATH": str(Path.cwd())})
+    done = slurm.run("salloc", *options, python, path, env={"PYTHONPATH": PYTHONPATH})
 
     assert eval(done.stdout) == {node: [(node, 10.0)] * 2 for node in ("node1", "node2")}
 
@@ -189,7 +190,7 @@ def test_options_come_from_the_command_line(tmp_path: Path) -> None:
             launcher = tyro.cli(traceml.Launcher)
             print(launcher.run(jobs.summed, (1.0,)).results)
     """
-    env = {**os.environ, "PYTHONPATH": str(Path.cwd()), "COLUMNS": "120"}
+    env = {**os.environ, "PYTHONPATH": PYTHONPATH, "COLUMNS": "120"}
     told = script(tmp_path, code, "--help", env=env).stdout
     for words in (
         "--hostnames {[STR [STR ...]]}|{auto,slurm}",
@@ -218,7 +219,7 @@ def test_the_launcher_imports_no_torch(tmp_path: Path) -> None:
         print(traceml.launch(jobs.summed, (1.0,), hostnames=["localhost"], workers_per_host=1).rank(0))
         print(sorted({"torch", "numpy", "pydantic", "asyncio"} & set(sys.modules)))
     """
-    done = script(tmp_path, code, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    done = script(tmp_path, code, env={**os.environ, "PYTHONPATH": PYTHONPATH})
 
     assert done.stdout == "(1.0, 'gloo')\n[]\n", done.stderr
 
@@ -248,7 +249,7 @@ def test_it_can_be_called_from_anywhere(tmp_path: Path) -> None:
             print(traceml.launch(inner, **options).results)
             print(dist.get_world_size())
     """
-    done = script(tmp_path, code, env={**os.environ, "PYTHONPATH": str(Path.cwd())})
+    done = script(tmp_path, code, env={**os.environ, "PYTHONPATH": PYTHONPATH})
 
     one = "(3.0, 'gloo')"
     assert done.stdout.splitlines() == [one, one, one, f"{{'localhost': [{one}, {one}]}}", "1"], done.stderr
@@ -281,7 +282,7 @@ def test_nothing_is_left_when_the_launcher_ends(tmp_path: Path, send: Callable[[
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         start_new_session=True,
     )
     with process:

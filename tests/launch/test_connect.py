@@ -17,6 +17,7 @@ from traceml.launch.connect import Link
 from traceml.launch.hosts import Place
 
 from .hosts import Hosts, eventually
+from .jobs import PYTHONPATH
 
 _LAUNCH = """
     import json, sys, traceml
@@ -35,7 +36,7 @@ _LAUNCH = """
 def launch_each(hosts: Hosts, options: dict[str, Any]) -> dict[str, tuple[str, str, str, list[str]]]:
     """Launch on one host after another from node0; return host, reason, text and notes of each failure."""
     script = textwrap.dedent(_LAUNCH)
-    env = {"PYTHONPATH": str(Path.cwd())}
+    env = {"PYTHONPATH": PYTHONPATH}
     told = json.loads(hosts.launcher.python(script, hosts.ssh_config, json.dumps(options), env=env).stdout)
     return {name: tuple(values) for name, values in told.items()}
 
