@@ -32,6 +32,7 @@ __all__ = [
     "StreamIdentity",
     "StreamRecord",
     "WriterStatistics",
+    "fold",
 ]
 
 # Frames of one table that arrive within a tick are stored as one, up to this size.
@@ -330,6 +331,15 @@ class StoreWriter:
             for stream, number, after, stored in self._database.execute(query):
                 self._next[stream, names[number]] = after
                 self._lost[stream, names[number]] = after - stored
+
+
+def fold(path: Path) -> None:
+    """Leave a finished store as one file without companions, where readers had kept it from that when it was closed."""
+    if not path.with_name(f"{path.name}-wal").exists():
+        return
+
+    with contextlib.suppress(StoreError):  # somebody writes it again, or it cannot be written: it is whole all the same
+        StoreWriter(path).close()
 
 
 def _lock_folder(path: Path) -> int:

@@ -120,8 +120,11 @@ class Delivery:
         if key_file:
             os.environ.update(read_key_file(self._state.backend, Path(str(key_file))))
 
-        script_path = next((each.row.get("sys_path") for each in self._plan.experiments.values()), None)
-        sys.path.extend(path for path in script_path or () if path not in sys.path)
+        first = next((each.row for each in self._plan.experiments.values()), {})
+        sys.path.extend(path for path in first.get("sys_path") or () if path not in sys.path)
+        with contextlib.suppress(OSError):  # paths among the options are meant from where the script was started
+            os.chdir(str(first.get("folder") or "."))
+
         self._masker = Masker(self._config.mask)
         self._records = Records(self._reader, FOLLOWED)
         self._sender = Sender(
@@ -409,7 +412,7 @@ class Delivery:
 def main(argv: list[str] | None = None) -> int:
     """Deliver; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m traceml.track.deliver")
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=lambda path: Path(path).absolute())
     parser.add_argument("backend")
     parser.add_argument("--once", action="store_true", help="deliver what is there and end")
     parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.reader import Event, StoreReader
+from traceml.errors import BackendRefusedError
 from traceml.track.audit import Audit
 from traceml.track.derived import Derived
 from traceml.track.metric import Metric
@@ -22,6 +23,7 @@ from traceml.track.state import TrackerState
 __all__ = ["Sender"]
 
 _PARAMS_REMEMBERED = 10_000
+_TAG_CHARS = 250
 
 _log = logging.getLogger("traceml")
 
@@ -125,7 +127,7 @@ class Sender:
         if not wanted and self._everything:
             wanted = [self._plan.adopt(0, self._plan.own())]
 
-        return sorted(wanted, key=lambda each: each.number)
+        return sorted(wanted, key=lambda each: each.number != 0)  # the run's own first, then as they began
 
     def _wants(self, experiment: Experiment) -> bool:
         return self._everything or self._state.backend in experiment.backends
@@ -229,7 +231,7 @@ class Sender:
             return
 
         for size in self._calls(experiment, logged, kind, session):
-            names = row.get("params") or row.get("tags") or [str(row.get("name") or kind)]
+            names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
             audit.note(kind, names, 1, size)
 
         self._state.delivered += 1
@@ -252,6 +254,8 @@ class Sender:
             if tags := self._params_of(experiment, row.get("tags") or {}, rank, "tags"):
                 session.tags(experiment, tags)
                 yield 0
+        elif kind == "collected":
+            yield from self._collected(experiment, row, rank, session)
         elif kind in {"text", "value"}:
             text = str(row.get("text") if kind == "text" else row.get("value"))
             session.text(experiment, name, text, step)
@@ -261,18 +265,35 @@ class Sender:
             yield 8 * len(row["counts"])
         elif kind in {"image", "artifact"}:
             path = self._run_dir / str(row["path"])
-            size = path.stat().st_size
+            if not path.is_file():
+                raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} is gone: {path}")
+
             if kind == "image":
                 session.image(experiment, name, path, step)
             else:
-                session.artifact(experiment, path, name)
+                plain = str(row.get("name") or path.name)
+                session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
 
-            yield size
+            yield path.stat().st_size
         elif kind == "refused":
-            session.text(experiment, f"traceml/refused/{name}", str(row.get("why")), step)
+            session.text(experiment, f"traceml/refused/{name}", f"{row.get('what')}: {row.get('why')}", step)
             yield 0
         else:
             _log.warning("a row of kind %r is not understood", kind)
+
+    def _collected(self, experiment: Experiment, row: dict[str, Any], rank: int, session: Session) -> Iterator[int]:
+        """Give what a collector read: tags where it is short, texts where it is long."""
+        facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
+        passing = self._params_of(experiment, facts, rank, "tags")
+        shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in passing.items()}
+        short = {key: value for key, value in shown.items() if len(value) <= _TAG_CHARS and "\n" not in value}
+        if short:
+            session.tags(experiment, short)
+            yield 0
+
+        for key in shown.keys() - short.keys():
+            session.text(experiment, key, shown[key], 0)
+            yield len(shown[key])
 
     def _params_of(
         self, experiment: Experiment, params: dict[str, Any], rank: int, kind: str = "params"
