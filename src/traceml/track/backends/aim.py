@@ -112,7 +112,7 @@ class AimBackend(BackendInterface):
         """Give tags, as `key` or `key: value`, and below `tags` for queries."""
         there = set(self._run.tags)
         for key, value in tags.items():
-            text = safe_name(f"{key}: {value}" if value else str(key), _REFUSED, _LONGEST_NAME)
+            text = safe_name(str(key) if value in {"", "true"} else f"{key}: {value}", _REFUSED, _LONGEST_NAME)
             if text not in there:
                 self._run.add_tag(text)
 

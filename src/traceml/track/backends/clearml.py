@@ -153,7 +153,9 @@ class ClearMLBackend(BackendInterface):
         """Give tags, as `key` or `key: value`."""
         if tags:
             with _errors():
-                self._task.add_tags([_plain(f"{key}: {value}" if value else key) for key, value in tags.items()])
+                self._task.add_tags(
+                    [_plain(key if value in {"", "true"} else f"{key}: {value}") for key, value in tags.items()]
+                )
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Give a text to the task's console."""

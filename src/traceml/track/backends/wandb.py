@@ -1,0 +1,411 @@
+"""Weights & Biases: online, or an offline run that `wandb sync` uploads later.
+
+W&B counts its own steps, one per record of the history, and takes no value for a step that has passed. So values go
+into records in the order of the store, those of one step together, and the user's step is a value of its own,
+`traceml/step`, declared as the axis of all others: steps may go backwards and nothing is dropped.
+
+Its service keeps up to 32 KiB of an offline run in memory until the run ends, and tells nobody how much of an online
+one has arrived. So a delivery that died can only be continued from the run's first row: an offline run is written anew
+(the torn one is removed), and of an online one as many records are skipped as the server counts. What goes into one
+record depends on the rows alone, never on batches, so counting records is exact.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedError
+from traceml.track.backends.names import is_this_machine, safe_name
+from traceml.track.interfaces import BackendInterface
+from traceml.track.metric import Metric
+from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+
+__all__ = ["WandbBackend", "WandbPlugin"]
+
+STEP = "traceml/step"
+# Keys that W&B takes for its own (or we for ours), and what cannot be UTF-8.
+_REFUSED = re.compile("^_(?=(?:step|timestamp|runtime|wandb)$)|^traceml/step$|[\0\ud800-\udfff]")
+_REFUSED_ID = re.compile(r"[^A-Za-z0-9_\-]")
+_REFUSED_FILE = re.compile(r"[^A-Za-z0-9_.\-]")
+_LONGEST_NAME = 1000
+_MOST_KEYS = 500  # in one record
+_MOST_BUCKETS = 512  # of a histogram in W&B
+_LONGEST_TAG = 64
+_CLOSED_WITHIN_S = 20.0
+# LevelDB's log: blocks of this size, after a head in the first; records in one part (1), or first (2) … last (4).
+_BLOCK, _LOG_HEAD = 32768, 7
+_BEGINS, _ENDS = {1, 2}, {1, 4}
+
+
+class WandbBackend(BackendInterface):
+    """Delivers to one W&B run."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        options, self._experiment = config.get("options") or {}, config["experiment"]
+        self._mode: Any = options.get("mode") or _default_mode()
+        self._entity = options.get("entity")
+        self._base_url = options.get("base_url") or os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
+        self._folder = Path(options.get("dir") or config["run_dir"]).expanduser().absolute()
+        self._sweep = os.environ.get("WANDB_SWEEP_ID")
+        joined = os.environ.get("WANDB_RUN_ID") if self._sweep else None
+        self._continued = config.get("continue_run")
+        self._id = str(self._continued or joined or safe_name(str(self._experiment["id"]), _REFUSED_ID, 128))
+        self._run: Any = None
+        self._first = 0  # records that the run had before this experiment gave any
+        self._skip = 0  # records that the server has already
+        self._resumed = False
+        self._open: dict[str, float] = {}  # the record that is being filled
+        self._open_step = 0
+        self._open_time = 0.0
+        self._exit_code = 0
+
+    @property
+    def target(self) -> str:
+        """The folder of offline runs, or the server."""
+        return str(self._folder / "wandb") if self._mode == "offline" else self._base_url
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is an offline run, or a server on this machine."""
+        from urllib.parse import urlsplit
+
+        return self._mode == "offline" or is_this_machine(urlsplit(self._base_url).hostname)
+
+    @property
+    def url(self) -> str | None:
+        """The run's page, or the folder for `wandb sync`."""
+        if self._run is None:
+            return None
+
+        return str(self._run.url) if self._mode == "online" else Path(self._run.dir).parent.as_uri()
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Ask for the run from its first row; see the module's text."""
+        self._id, self._first, self._resumed = mark["id"], mark["first"], True
+        if self._mode == "offline" and mark.get("dir"):
+            shutil.rmtree(mark["dir"], ignore_errors=True)
+
+        return False
+
+    def start_experiment(self, name: str, project: str) -> str:
+        """Start the run, or continue the one of that id."""
+        self._set_environment()
+        if self._mode == "offline" and not self._continued:
+            self._remove_torn()
+
+        with _errors():
+            import wandb
+
+            self._run = wandb.init(
+                id=self._id,
+                resume="allow" if self._mode == "online" else None,
+                mode=self._mode,
+                name=name,
+                project=None if self._sweep else project,
+                entity=self._entity,
+                group=str(self._experiment["parent"]) if self._experiment.get("parent") else None,
+                dir=str(self._folder),
+                reinit="create_new",
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    x_disable_stats=True,
+                    x_disable_meta=True,
+                    disable_git=True,
+                    disable_code=True,
+                    base_url=self._base_url,
+                ),
+            )
+            there = self._run.step if self._mode == "online" else 0
+            if self._resumed:
+                self._skip = max(0, there - self._first)
+            else:
+                self._first = there
+
+            self._run.define_metric("*", step_metric=STEP)
+
+        self.set_tags(self._experiment.get("tags") or {})
+        return self._id
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Give one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def log_metrics(self, rows: Sequence[Metric]) -> None:
+        """Give a batch; rows of one step that follow each other share a record, the last of which stays open."""
+        records = []
+        for row in rows:
+            key, step = safe_name(row.name, _REFUSED, _LONGEST_NAME), row.step or 0
+            if self._open and (step != self._open_step or key in self._open or len(self._open) >= _MOST_KEYS):
+                records.append(self._closed())
+
+            if not self._open:
+                self._open_step, self._open_time = step, row.timestamp
+
+            self._open[key] = row.value
+
+        with _errors():
+            self._publish(records)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Give parameters; a new value takes the place of the old one."""
+        with _errors():
+            self._run.config.update(
+                {safe_name(str(key), _REFUSED, _LONGEST_NAME): _plain(each) for key, each in params.items()},
+                allow_val_change=True,
+            )
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Give tags, as `key` or `key:value` (cut at the 64 characters that W&B takes), and whole in the config."""
+        if not tags:
+            return
+
+        short = [_plain(key if value in {"", "true"} else f"{key}:{value}") for key, value in tags.items()]
+        with _errors():
+            there = self._run.tags or ()
+            self._run.tags = (*there, *(tag[:_LONGEST_TAG] for tag in short if tag and tag[:_LONGEST_TAG] not in there))
+            self._run.config.update({f"tags/{key}": value for key, value in tags.items()}, allow_val_change=True)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Give a text as a value of the history."""
+        self._log({name: _plain(text)}, step)
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Give an image; where Pillow is not installed W&B cannot take one, and it becomes an artifact."""
+        try:
+            import PIL  # noqa: F401
+            import wandb
+
+            self._log({name: wandb.Image(str(path))}, step)
+        except ImportError:
+            self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
+
+    def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
+        """Give a histogram; one with more buckets than W&B takes becomes a text of JSON."""
+        if len(counts) > _MOST_BUCKETS:
+            self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
+            return
+
+        import wandb
+
+        self._log({name: wandb.Histogram(np_histogram=(list(counts), list(edges)))}, step)
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        """Give a file as an artifact of its own."""
+        name = artifact_name or Path(artifact_path).name
+        with _errors():
+            import wandb
+
+            artifact = wandb.Artifact(safe_name(name, _REFUSED_FILE, 120), type="artifact", metadata={"name": name})
+            artifact.add_file(artifact_path, name=Path(name).name or "file")
+            self._run.log_artifact(artifact)
+            if self._mode == "online":
+                artifact.wait()
+
+    def end_state(self, state: str) -> None:
+        """Tell how the training ended."""
+        self._exit_code = 0 if state == "finished" else 1
+
+    def end_experiment(self) -> None:
+        """Finish the run; only now is all of it on disk, or at the server."""
+        if self._run is None:
+            return
+
+        with _errors():
+            self._publish([self._closed()] if self._open else [])
+            log = Path(self._run.dir).parent / f"run-{self._id}.wandb"
+            before = log.stat().st_size if self._mode == "offline" else 0
+            self._run.finish(exit_code=self._exit_code)
+            if self._mode == "offline":
+                _wait_for_end(log, before)
+
+        self._run = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the run, its folder, and what it had before."""
+        folder = str(Path(self._run.dir).parent) if self._run is not None and self._mode == "offline" else None
+        return {"id": self._id, "first": self._first, "dir": folder}
+
+    # --- records ----------------------------------------------------------------------------------------------------
+
+    def _closed(self) -> dict[str, Any]:
+        """Return the open record, complete, and begin another."""
+        record = {**self._open, STEP: self._open_step, "_timestamp": self._open_time}
+        self._open = {}
+        return record
+
+    def _log(self, values: Mapping[str, Any], step: int) -> None:
+        """Give a record of its own, made by the SDK: what is in it may be a file."""
+        with _errors():
+            self._publish([self._closed()] if self._open else [])
+            if self._skip:
+                self._skip -= 1
+                return
+
+            self._run.log(
+                {**{safe_name(key, _REFUSED, _LONGEST_NAME): each for key, each in values.items()}, STEP: step}
+            )
+
+    def _publish(self, records: list[dict[str, Any]]) -> None:
+        """Give complete records, in one write where the SDK's inside looks as we know it."""
+        skipped = min(self._skip, len(records))
+        self._skip -= skipped
+        records = records[skipped:]
+        if not records:
+            return
+
+        interface: Any = getattr(self._run, "_interface", None)
+        client: Any = getattr(interface, "_client", None)
+        asyncer: Any = getattr(interface, "_asyncer", None)
+        if not hasattr(client, "_writer") or not hasattr(client, "_drain_writer") or asyncer is None:
+            for record in records:
+                self._run.log(record)
+
+            return
+
+        data = b"".join(_request(record, interface._stream_id) for record in records)
+
+        async def write() -> None:
+            client._writer.write(data)
+            await client._drain_writer()
+
+        asyncer.run(write)
+
+    def _set_environment(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ["WANDB_SILENT"] = "true"
+        for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            os.environ.setdefault(name, str(self._folder / "wandb" / ".files"))
+
+    def _remove_torn(self) -> None:
+        """Remove offline runs of this id: one is there only when a delivery died before it could note anything."""
+        for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._id}"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class WandbPlugin(BackendPlugin):
+    """Weights & Biases."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what this is."""
+        return PluginMetadata(
+            name="wandb",
+            version="1",
+            type=PluginType.BACKEND,
+            description="Weights & Biases, online or offline",
+            dependencies=("wandb",),
+            extra="wandb",
+            options={"mode": str, "entity": str, "base_url": str, "dir": str},
+            secrets=("WANDB_API_KEY",),
+        )
+
+    def create_backend(self, config: Mapping[str, Any]) -> WandbBackend:
+        """Return the backend."""
+        return WandbBackend(config)
+
+
+def _default_mode() -> str:
+    """Return how to work: as the environment says, else online when there is a key."""
+    mode = os.environ.get("WANDB_MODE")
+    if mode in {"online", "offline"}:
+        return mode
+
+    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
+    known = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
+    return "online" if known else "offline"
+
+
+def _request(record: Mapping[str, Any], stream: str) -> bytes:
+    """Return a record of the history as W&B's service reads it from its socket."""
+    from wandb.proto import wandb_internal_pb2 as pb
+    from wandb.proto import wandb_server_pb2 as spb
+
+    request = spb.ServerRequest()
+    inner = request.record_publish
+    inner._info.stream_id = stream
+    history = inner.request.partial_history
+    for key, value in record.items():
+        item = history.item.add()
+        item.key = key
+        item.value_json = json.dumps(value)
+
+    history.action.CopyFrom(pb.HistoryAction(flush=True))
+    data: bytes = request.SerializeToString()
+    return struct.pack("<BI", ord("W"), len(data)) + data
+
+
+def _wait_for_end(log: Path, before: int) -> None:
+    """Return when the run's last record is in its file, which is a moment after `finish` has returned."""
+    deadline = time.monotonic() + _CLOSED_WITHIN_S
+    while not _has_exit(log, before):
+        if time.monotonic() > deadline:
+            raise BackendError(f"W&B did not complete {log} within {_CLOSED_WITHIN_S:.0f} s")
+
+        time.sleep(0.005)
+
+
+def _has_exit(log: Path, since: int) -> bool:
+    """Whether a run's file, a log of LevelDB's format, has the record of its exit after an offset."""
+    from wandb.proto import wandb_internal_pb2 as pb
+
+    data = log.read_bytes()
+    # From the start of a block; a record that began before it is left out.
+    at, parts = max(since // _BLOCK * _BLOCK, _LOG_HEAD), None
+    while at + 7 <= len(data):
+        if _BLOCK - at % _BLOCK < 7:
+            at += _BLOCK - at % _BLOCK
+            continue
+
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        part, at = data[at + 7 : at + 7 + length], at + 7 + length
+        if len(part) < length:
+            return False
+
+        parts = part if kind in _BEGINS else None if parts is None else parts + part
+        if kind in _ENDS and parts is not None:
+            record = pb.Record()
+            record.ParseFromString(parts)
+            if record.WhichOneof("record_type") == "exit":
+                return True
+
+    return False
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON and UTF-8 can hold it."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {_plain(str(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+
+    return str(value).encode("utf-8", "backslashreplace").decode()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn W&B's errors into those that delivery knows how to treat."""
+    try:
+        yield
+    except (ImportError, AttributeError, BackendError):
+        raise
+    except Exception as error:
+        why = f"W&B failed: {type(error).__name__}: {error}"
+        if type(error).__name__ == "AuthenticationError" or re.search(r"api_key not configured|\b40[13]\b", str(error)):
+            raise BackendUnauthorizedError(why) from error
+        if re.search(r"\b429\b", str(error)):
+            raise BackendBusyError(why) from error
+
+        raise BackendError(why) from error
