@@ -45,6 +45,7 @@ class ClearMLBackend(BackendInterface):
         options, self._experiment = config.get("options") or {}, config["experiment"]
         self._offline = _is_offline(options)
         self._cache = Path(options.get("offline_dir") or Path(config["run_dir"], "clearml")).expanduser().absolute()
+        self._host = str(options.get("api_host") or os.environ.get("CLEARML_API_HOST") or "")
         self._traceml_run = str(config.get("run_id", ""))
         self._id: str | None = config.get("continue_run")
         self._task: Any = None
@@ -54,14 +55,14 @@ class ClearMLBackend(BackendInterface):
     @property
     def target(self) -> str:
         """The folder of offline sessions, or the server."""
-        return str(self._cache) if self._offline else os.environ.get("CLEARML_API_HOST", "the ClearML server")
+        return str(self._cache) if self._offline else self._host or "the ClearML server"
 
     @property
     def is_local(self) -> bool:
         """Whether it is an offline session, or a server on this machine."""
         from urllib.parse import urlsplit
 
-        return self._offline or is_this_machine(urlsplit(os.environ.get("CLEARML_API_HOST", "")).hostname)
+        return self._offline or is_this_machine(urlsplit(self._host).hostname)
 
     @property
     def url(self) -> str | None:
@@ -294,7 +295,7 @@ class ClearMLPlugin(BackendPlugin):
             description="a ClearML server, or an offline session",
             dependencies=("clearml",),
             extra="clearml",
-            options={"mode": str, "offline_dir": str},
+            options={"mode": str, "offline_dir": str, "api_host": str},
             secrets=("CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY", "CLEARML_AUTH_TOKEN"),
         )
 
@@ -304,6 +305,8 @@ class ClearMLPlugin(BackendPlugin):
         os.environ["CLEARML_OFFLINE_MODE"] = "1" if backend._offline else "0"
         if backend._offline:
             os.environ["CLEARML_CACHE_DIR"] = str(backend._cache)
+        elif backend._host:
+            os.environ["CLEARML_API_HOST"] = backend._host
 
         os.environ.setdefault("CLEARML_SUPPRESS_UPDATE_MESSAGE", "1")
         return backend

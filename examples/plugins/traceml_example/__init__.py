@@ -1,0 +1,1 @@
+"""Three plugins for traceml; see README.md."""
