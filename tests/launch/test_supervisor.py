@@ -72,8 +72,9 @@ def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_pat
     runs = str(tmp_path / "runs")
     outcome, _ = supervise(
         tmp_path,
-        f"wait_for({runs + '/a-run/store.db'!r}); shutil.rmtree({runs!r}); open({runs!r}, 'w').close()\n"
-        "victim = aggregator(); victim.kill(); victim.wait(20); time.sleep(0.3); sys.exit(4)",
+        f"wait_for({runs + '/a-run/store.db'!r}); victim = aggregator(); victim.suspend()\n"
+        f"shutil.rmtree({runs!r}); open({runs!r}, 'w').close()\n"
+        "victim.kill(); victim.wait(20); time.sleep(0.3); sys.exit(4)",
     )
 
     assert outcome == Outcome(status=4, finished=False)

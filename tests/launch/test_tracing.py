@@ -138,6 +138,8 @@ def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> Non
     out, err = process.communicate(timeout=60)
 
     assert process.returncode == 130, err
+    assert " here:\n" in err  # where each rank was
+    assert "train.py" in err.partition(" here:\n")[2]
     report = report_of(folder)
     assert report["run"]["state"] == "failed"
     assert report["telemetry"]["rows_lost"] == 0

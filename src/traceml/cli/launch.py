@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
-from traceml.errors import UsageError, WorkerFailedError
+from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 
 if TYPE_CHECKING:
     from traceml.launch.supervisor import Screen
@@ -49,20 +51,55 @@ def main(argv: list[str]) -> int:
 
     name = config.run_name or Path(target).stem
     script = {"module" if options.module else "path": target, "argv": arguments}
-    launcher = _launcher(options)
+    screen = _no_screen if options.live == "none" else terminal_screen
+    tracing = Tracing(name, make_screen=screen, report=options.report, **named) if config.enabled else None
     try:
-        if not config.enabled:
-            run_script(launcher, script)
-            return 0
-
-        screen = _no_screen if options.live == "none" else terminal_screen
-        with Tracing(name, make_screen=screen, report=options.report, **named) as tracing:
-            run_script(launcher, script, tracing=tracing)
+        with _ended_by(signal.SIGTERM, signal.SIGHUP):
+            run_script(_launcher(options), script, tracing=tracing)
     except WorkerFailedError as error:
-        print(f"traceml launch: {error}", file=sys.stderr, flush=True)
+        _explain(error, f"traceml launch: {error}")
         return 128 + error.signal if error.signal else error.exit_code or 1
+    except _EndedError as error:
+        _explain(error, f"traceml launch: ended by {signal.Signals(error.number).name}")
+        return 128 + error.number
+    except (TraceMLError, KeyboardInterrupt) as error:
+        _explain(error)
+        raise
 
     return 0
+
+
+class _EndedError(KeyboardInterrupt):
+    """A signal asks for the end; like Ctrl-C, it ends the job on all hosts first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextmanager
+def _ended_by(*numbers: signal.Signals) -> Iterator[None]:
+    """End what is inside by `_EndedError` when one of these signals comes first; later ones are not heard."""
+
+    def end(number: int, _frame: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+
+        raise _EndedError(number)
+
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _explain(error: BaseException, text: str = "") -> None:
+    """Print what is known beside an error's own words: where each rank was, and who was absent."""
+    for line in (text, *getattr(error, "__notes__", ())):
+        if line:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

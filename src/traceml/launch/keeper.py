@@ -48,7 +48,7 @@ class AggregatorKeeper:
         self.run_id = run_id
         self.runs_dir = runs_dir
         self.token = os.environ.get("TRACEML_TOKEN") or secrets.token_hex(16)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+        self._listener: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = self._due_s = 0.0
         self._pause_s = _FIRST_PAUSE_S
@@ -61,12 +61,12 @@ class AggregatorKeeper:
         self.close()
 
     def __repr__(self) -> str:
-        return f"<keeper of the aggregator of run {self.run_id}, port {self.port}>"
+        return f"<keeper of the aggregator of run {self.run_id}>"
 
     @property
     def port(self) -> int:
-        """The port on this host's loopback at which ranks find the aggregator."""
-        port: int = self._listener.getsockname()[1]
+        """The port on this host's loopback at which ranks find the aggregator; taken now, if it was not yet."""
+        port: int = self._listen().getsockname()[1]
         return port
 
     @property
@@ -114,7 +114,7 @@ class AggregatorKeeper:
         except OSError as error:
             raise self._unwritable(self.run_dir, error) from error
 
-        fd = self._listener.fileno()
+        fd = self._listen().fileno()
         command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--run-id", self.run_id]
         command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle"]
         self._started_s = time.monotonic()
@@ -171,7 +171,9 @@ class AggregatorKeeper:
 
     def close(self) -> None:
         """See the aggregator out: it was told to stop, unless something went wrong. May be called again."""
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
+
         if self._process is None:
             return
 
@@ -183,6 +185,12 @@ class AggregatorKeeper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _listen(self) -> socket.socket:
+        if self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", 0), backlog=4096)
+
+        return self._listener
 
     @staticmethod
     def _unwritable(folder: Path, error: OSError) -> TraceMLError:
