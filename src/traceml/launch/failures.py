@@ -23,7 +23,7 @@ _COLLATERAL = re.compile(
 _IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
 _INNERMOST_FRAMES = 12
 _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
-_OURS = re.compile(r'File "[^"]*traceml/launch/worker\.py"')
+_OURS = re.compile(r'File "[^"]*traceml/(launch/worker|recorder/script)\.py"')
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,9 @@ def note_stacks(
         together.setdefault(_where(stacks.get(worker.rank)), []).append(worker)
 
     for where, those in together.items():
-        lines.append(f"{those[0] if len(those) == 1 else _ranks({worker.rank for worker in those})}{where}")
+        alone = len(those) == 1
+        who = str(those[0]) if alone else _ranks({worker.rank for worker in those})
+        lines.append(who + (where if alone else where.replace(" was here:", " were here:", 1)))
 
     error.add_note("\n".join(lines))
 
