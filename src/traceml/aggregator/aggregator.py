@@ -343,8 +343,12 @@ class Aggregator:
                 raise StoreError(str(error)) from error
 
             self._seen_any = True
-        elif not self._exit_when_idle:
+            return
+
+        if not self._exit_when_idle:
             self.registry.adopt_orphans()
+
+        self.registry.adopt_flights()
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)

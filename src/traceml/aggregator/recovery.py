@@ -40,6 +40,13 @@ class Found:
         self.local_rank = int(facts.get("local_rank", 0))
         self.attempt = int(facts.get("attempt", 0))
         self.helps = bool(facts.get("parent"))
+        self.name = str(facts.get("name") or "run")
+        self.project = str(facts.get("project") or "default")
+        self.run_id = str(facts.get("run_id") or "")
+        self.runs_dir = Path(str(facts.get("runs_dir") or ""))
+        """Where the rank would have had its run."""
+        self.run_dir = Path(str(facts["run_dir"])) if facts.get("run_dir") else None
+        """Its run's folder, if it was ever told of one."""
         self.world_size = int(facts.get("world_size", 1))
         self.who = Incarnation(
             str(facts.get("host", "")),
@@ -50,11 +57,11 @@ class Found:
         )
 
 
-def dead_flights(job: str, *folders: Path, but: Collection[Path] = ()) -> list[Found]:
+def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) -> list[Found]:
     """Return the flight files which dead ranks of a job left in the usual folder and in others.
 
     Args:
-        job: its key.
+        job: its key; None for those of all jobs.
         folders: where else to look.
         but: files that are known already.
     """
@@ -70,7 +77,7 @@ def dead_flights(job: str, *folders: Path, but: Collection[Path] = ()) -> list[F
                 _log.warning("cannot use a flight file: %s", error)
                 continue
 
-            if flight.job == job:
+            if job in (None, flight.job):
                 found.append(flight)
 
     return found

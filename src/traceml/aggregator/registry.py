@@ -11,8 +11,10 @@ import os
 from pathlib import Path
 
 from traceml import ids
+from traceml.aggregator.recovery import Found, dead_flights
 from traceml.aggregator.run import Run
 from traceml.aggregator.streams import Incarnation, Stream
+from traceml.database.flight import FALLBACK_FOLDER
 from traceml.database.store import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
@@ -178,6 +180,62 @@ class Registry:
                 self.begin(left["run"], left["job"], named=bool(left.get("named")))
             except RefusedError as error:  # another aggregator is at it, or the folder is gone bad
                 _log.info("not taking up run %s: %s", left["run"], error)
+
+    def adopt_flights(self) -> list[Run]:
+        """Take up what dead ranks have logged here and nobody has stored: their aggregator was gone, or never there.
+
+        Returns:
+            the runs that got something; they are open.
+        """
+        adopted: dict[Run, None] = {}
+        for found in dead_flights(None, self.runs_dir / FALLBACK_FOLDER):
+            folder = found.run_dir.parent if found.run_dir is not None else found.runs_dir
+            if not found.image.holds_user_rows or folder != self.runs_dir:
+                continue
+
+            try:
+                run = self._run_of(found)
+            except RefusedError as error:  # another aggregator is at it
+                _log.info("not taking up %s: %s", found.path, error)
+                continue
+
+            if run is not None and found.path not in run.recovered:
+                run.adopt(found)
+                adopted[run] = None
+
+        return list(adopted)
+
+    def finish_flights(self) -> list[Path]:
+        """Adopt flights and end their runs; return the folders of those that got something and are over."""
+        over = []
+        for run in self.adopt_flights():
+            run.settle_exits()
+            if run.end():
+                self.over(run)
+                over.append(run.path)
+            else:
+                run.close()
+
+        return over
+
+    def _run_of(self, found: Found) -> Run | None:
+        """Return the run that a dead rank's rows belong to, opened; None when it was removed."""
+        known = self._by_key.get(found.job)
+        if known is not None:
+            return known
+
+        left = _read_marker(_marker(self.runs_dir, found.job))
+        if found.run_dir is not None:
+            if not found.run_dir.exists():  # somebody has removed the run
+                return None
+
+            run_id = found.run_dir.name
+        elif left is not None and left["job"] == found.job:
+            run_id = left["run"]
+        else:
+            run_id = safe_run_id(found.run_id) if found.run_id else new_run_id(found.name)
+
+        return self.begin(run_id, found.job, named=bool(found.run_id))
 
     def _resume(self, hello: Hello) -> Run | None:
         """Take up a newcomer's run from disk, if an earlier aggregator has left it there."""

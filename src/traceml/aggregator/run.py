@@ -175,6 +175,10 @@ class Run:
         """Take in a rank that died before it could connect, or of which nothing is left but its flight file."""
         stream = self.stream_of(found.who, found.rank)
         if stream is None:
+            if not self.streams:
+                self._facts |= {"name": found.name, "project": found.project, "world_size": found.world_size}
+                self._write_facts()
+
             stream = self._admit(found.attempt + int(self._facts["attempt_base"]), found.rank, found.who,
                                  found.local_rank, str(found.path), helps=found.helps)  # fmt: skip
             for told in [told for told in self._unfitted if told.get("pid") == found.who.pid]:

@@ -146,6 +146,11 @@ class Files:
         return self._unfinished
 
     @property
+    def copying(self) -> int:
+        """How many of them are not in the spool yet."""
+        return self._unfinished - len(self._spooled) - len(self._sent)
+
+    @property
     def progress(self) -> int:
         """A number that grows while files get on."""
         return self.moved_bytes + self.blobs.acked + self.blobs.sent - self._unfinished

@@ -65,10 +65,14 @@ class Identity:
         """Return the hello of somebody who only asks whether the aggregator is there."""
         return Hello(role="client", run=self.job)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, config: Config) -> dict[str, Any]:
         """Return what the flight file says of its writer."""
         who = self.who
         return {
+            "name": config.run_name or script_name(),
+            "project": config.project,
+            "run_id": config.run_id or "",
+            "runs_dir": str(config.runs_dir.absolute()),
             "job": self.job,
             "rank": who.rank,
             "world_size": who.world_size,

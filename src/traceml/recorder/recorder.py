@@ -157,7 +157,7 @@ class Recorder:
         self._identity = identify(config) if self._parent is None else self._parent.of_child()
         self._flight = FlightFile.create(
             None,
-            self._identity.facts() | {"runs_dir": str(config.runs_dir.absolute())},
+            self._identity.facts(config),
             capacities=_capacities(config)
             if self._parent is None
             else _CHILD_CAPACITIES | _capacity_of_metrics(config),
@@ -171,6 +171,7 @@ class Recorder:
                 flush_interval_s=config.flush_interval,
                 commands=self._commands(),
                 files=self.files,
+                on_welcome=self._welcomed,
             )
             if self._identity.provisional:
                 self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9)
@@ -405,6 +406,12 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - fail open: without hooks there are still samples and trace_step
             _log.warning("steps cannot be traced: %r", error, exc_info=error)
 
+    def _welcomed(self, welcome: Mapping[str, Any]) -> None:
+        """Note in the flight file where the run is: who finds it there later knows where its rows belong."""
+        assert self._flight is not None
+        if welcome.get("run_dir") and welcome["run_dir"] != self._flight.identity.get("run_dir"):
+            self._flight.update_identity(run_dir=welcome["run_dir"])
+
     def _append_logged(self, row: dict[str, Any]) -> None:
         if self._flight is not None:
             self._flight.log("logged").append(row, urgent=True)
@@ -466,7 +473,7 @@ class Recorder:
             return
 
         self._identity = now
-        self._flight.update_identity(**now.facts())
+        self._flight.update_identity(**now.facts(self.config))
         self._sender.detach("another rank")
 
     # --- ending ------------------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ class Sender:
         flush_interval_s: longest time that a row waits.
         commands: what the aggregator may ask of this rank, by name.
         files: files for the run's folder; their pieces go out last.
+        on_welcome: is told what the aggregator said when a connection was made.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class Sender:
         flush_interval_s: float = 1.0,
         commands: Mapping[str, Command] | None = None,
         files: Files | None = None,
+        on_welcome: Callable[[Mapping[str, Any]], None] = lambda _welcome: None,
     ) -> None:
         self._dial = dial
         self._commands = commands or {}
@@ -113,7 +115,7 @@ class Sender:
         # Names before the rows that use them.
         self._logs = [_Cursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
         self._rings = [_Cursor(ring) for ring in flight.rings.values()]
-        self._files = files
+        self._files, self._on_welcome = files, on_welcome
         self._blobs = [_Cursor(files.blobs)] if files is not None else []
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
@@ -180,6 +182,7 @@ class Sender:
         for cursor in self._cursors:
             cursor.resume(connection.acked.get(cursor.table.name, 0))
 
+        self._on_welcome(connection.welcome)
         if self._files is not None:
             self._files.connected(connection.welcome)
 

@@ -66,7 +66,7 @@ class Worker:
         self._wake = threading.Event()
         self._end: Callable[[], bool] | None = None
         self._stored = False
-        self._patience_s = 0.0
+        self._patience_s, self._hope = 0.0, False
         # A daemon: the interpreter waits for others before it runs atexit handlers, and ours is what ends this one.
         self._thread = threading.Thread(target=self._run, name="traceml-recorder", daemon=True)
 
@@ -99,7 +99,7 @@ class Worker:
             timeout_s: time for all of it.
             hope: whether to keep trying for that long when no aggregator answers.
         """
-        self._patience_s = timeout_s
+        self._patience_s, self._hope = timeout_s, hope
         self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, hope=hope)
         self._wake.set()
         is_busy = self._files is not None and self._files.pending
@@ -168,6 +168,9 @@ class Worker:
         while files.pending and time.monotonic() - began_s < FILES_TIMEOUT_S:
             self._sender.pump(flush=True)
             files.turn()
+            if not (files.copying or self._sender.connected or self._hope):
+                break
+
             time.sleep(_SHORTEST_S)
             if files.progress != seen:
                 seen, since_s = files.progress, time.monotonic()

@@ -1,0 +1,371 @@
+"""What is logged is what is stored, whatever happens to the process, the aggregator or the disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+
+from tests.aggregator.conftest import Serving, eventually
+from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
+from traceml.aggregator.registry import Registry
+
+
+def test_back_to_back_then_stop(script: Script, tmp_path: Path) -> None:
+    """2,000 values without a pause, then shutdown: all are stored, in order, at their steps; no init is needed."""
+    finish(
+        script("""
+        import traceml
+        for i in range(2000):
+            traceml.log_metric("loss", i / 7, step=i)
+        traceml.log_params({"lr": 0.1, "model": {"width": 8}})
+        traceml.log_text("note", "gr\\u00fc\\u00dfe")
+        traceml.shutdown()
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert stored.values("loss") == [i / 7 for i in range(2000)]
+    assert stored.steps("loss") == list(range(2000))
+    assert stored.of("params")[0]["params"] == {"lr": 0.1, "model": {"width": 8}}
+    assert stored.of("text")[0]["text"] == "grüße"
+
+
+def test_the_end_of_the_script_is_enough(script: Script, tmp_path: Path) -> None:
+    """Nothing is stopped by hand; steps are counted per name where none is given."""
+    finish(
+        script("""
+        import traceml
+        for i in range(1000):
+            traceml.log_metrics({"a": i, "b": -i})
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert stored.values("a") == [float(i) for i in range(1000)]
+    assert stored.steps("a") == stored.steps("b") == list(range(1000))
+
+
+def test_a_killed_script_loses_nothing(script: Script, tmp_path: Path) -> None:
+    """SIGKILL while it logs at 1 kHz: every value whose call had returned is stored."""
+    process = script("""
+        import os, time, traceml
+        i = 0
+        while True:
+            traceml.log_metric("x", i, i)
+            i += 1
+            os.write(1, b"%d\\n" % i)
+            time.sleep(0.001)
+        """)
+    assert process.stdout is not None
+    logged = 0
+    while logged < 1000:
+        logged = int(process.stdout.readline())
+    process.kill()
+    logged = int((process.stdout.read().splitlines() or [logged])[-1])
+
+    values = ended_run(tmp_path / "traceml_runs").values("x")
+    assert values == [float(i) for i in range(len(values))]
+    assert len(values) in (logged, logged + 1)
+
+
+def test_forked_children_log_to_their_parents_run(script: Script, tmp_path: Path) -> None:
+    """100 values of each of 4 children of multiprocessing, and of one that ends by os._exit right after them."""
+    finish(
+        script("""
+        import multiprocessing, os, traceml
+
+        def child(number):
+            for i in range(100):
+                traceml.log_metric(f"child{number}", i)
+
+        with traceml.Experiment("forked", backend=()) as experiment:
+            traceml.log_metric("parent", 1.0)
+            context = multiprocessing.get_context("fork")
+            children = [context.Process(target=child, args=(number,)) for number in range(4)]
+            for process in children:
+                process.start()
+            pid = os.fork()
+            if pid == 0:
+                child(4)
+                os._exit(0)
+            for process in children:
+                process.join()
+                assert process.exitcode == 0
+            os.waitpid(pid, 0)
+            traceml.log_metric("parent", 2.0)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    for number in range(5):
+        assert stored.values(f"child{number}") == [float(i) for i in range(100)]
+    assert stored.values("parent") == [1.0, 2.0]
+    assert stored.state == "finished"
+    assert len({experiment for experiment, _ in stored.metrics}) == 1
+    assert len([stream for stream in stored.streams if stream.facts.get("helps")]) == 5
+
+
+def test_the_aggregator_may_be_away(script: Script, serving: Serving) -> None:
+    """50,000 values and 2,000 maps while it is gone: more than memory holds; all arrive, in order."""
+    process = script(
+        """
+        import traceml
+        traceml.init()
+        traceml.log_metric("x", -1)
+        print("ready", flush=True)
+        input()
+        for i in range(50_000):
+            traceml.log_metric("x", i)
+        for i in range(2_000):
+            traceml.log_params({"number": i, "filler": "f" * 300})
+        print("logged", flush=True)
+        input()
+        """,
+        serving=serving,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    eventually(lambda: runs_in(serving.folder) and Stored(runs_in(serving.folder)[0]).values("x"))
+    serving.kill()
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "logged\n"
+    serving.start()
+    finish(process.communicate("\n") and process)
+
+    stored = ended_run(serving.folder)
+    assert stored.values("x") == [float(i) for i in range(-1, 50_000)]
+    assert [row["params"]["number"] for row in stored.of("params")] == list(range(2_000))
+
+
+def test_without_any_aggregator_the_rows_wait(script: Script, tmp_path: Path) -> None:
+    """Nobody ever answers: what was logged stays on disk, a file too, and is brought into a run later."""
+    (tmp_path / "model.bin").write_bytes(b"weights" * 1000)
+    finish(
+        script(
+            """
+        import traceml
+        traceml.init(on_missing="warn", connect_timeout=0.1, run_name="lonely")
+        for i in range(40_000):
+            traceml.log_metric("x", i)
+        traceml.log_artifact("model.bin")
+        """,
+        )
+    )
+
+    assert runs_in(tmp_path / "traceml_runs") == []
+    (run_dir,) = Registry(tmp_path / "traceml_runs").finish_flights()
+
+    stored = Stored(run_dir)
+    assert "lonely" in run_dir.name
+    assert stored.values("x") == [float(i) for i in range(40_000)]
+    (row,) = stored.of("artifact")
+    assert (run_dir / row["path"]).read_bytes() == b"weights" * 1000
+    assert Registry(tmp_path / "traceml_runs").finish_flights() == []
+    assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
+
+
+def test_any_value_is_kept(script: Script, tmp_path: Path) -> None:
+    """Numbers of every kind arrive as numbers, NaN and infinities too; anything else is kept as what it is."""
+    finish(
+        script("""
+        import decimal, fractions, numpy, torch, traceml
+        numbers = {
+            "int": 3, "bool": True, "big": 2**60, "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"),
+            "float32": numpy.float32(0.1), "int64": numpy.int64(-5), "bool_": numpy.bool_(True),
+            "0-d": numpy.array(2.5), "decimal": decimal.Decimal("1.25"), "fraction": fractions.Fraction(1, 4),
+            "tensor": torch.tensor(1.5), "grad": torch.tensor([7.0], requires_grad=True),
+            "double": torch.tensor(0.1, dtype=torch.float64),
+        }
+        others = {"text": "warm", "none": None, "huge": 10**400, "array": numpy.zeros(3), "complex": 1j,
+                  "list": [1, "a"]}
+        for name, value in (numbers | others).items():
+            traceml.log_metric(name, value, step=numpy.int64(4))
+        traceml.log_metric("\\u00fcn\\u00ef/\\u00e7\\u00f6d\\u00e9 \\U0001f389", 1.0)
+        traceml.log_params({"path": __import__("pathlib").Path("/a"), 3: {"deep": object}, "array": numpy.arange(3)})
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    values = {metric.name: metric.value for _, metric in stored.metrics}
+    assert math.isnan(values.pop("nan"))
+    assert values == {
+        "int": 3.0, "bool": 1.0, "big": 2.0**60, "inf": math.inf, "-inf": -math.inf, "float32": 0.10000000149011612,
+        "int64": -5.0, "bool_": 1.0, "0-d": 2.5, "decimal": 1.25, "fraction": 0.25, "tensor": 1.5, "grad": 7.0,
+        "double": 0.1, "ünï/çödé 🎉": 1.0,
+    }  # fmt: skip
+    others = {row["name"]: row["value"] for row in stored.of("value")}
+    assert others == {
+        "text": "warm", "none": None, "huge": str(10**400), "array": [0.0, 0.0, 0.0], "complex": "1j", "list": [1, "a"],
+    }  # fmt: skip
+    assert {row["step"] for row in stored.of("value")} == {4}
+    assert stored.of("params")[0]["params"] == {"path": "/a", "3": {"deep": "<class 'object'>"}, "array": [0, 1, 2]}
+
+
+def test_a_hundred_thousand_names(script: Script, tmp_path: Path) -> None:
+    """Each value is found under its own name."""
+    finish(
+        script("""
+        import traceml
+        for i in range(100_000):
+            traceml.log_metric(f"layer.{i}/norm", i, 0)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert len(stored.metrics) == 100_000
+    assert all(metric.name == f"layer.{int(metric.value)}/norm" for _, metric in stored.metrics)
+
+
+def test_threads_and_a_signal_handler_log_at_once(script: Script, tmp_path: Path) -> None:
+    """8 threads, and a timer's signal handler that logs whatever it interrupts: every value is there once."""
+    out = finish(
+        script("""
+        import itertools, signal, threading, traceml
+        ticks = itertools.count()
+        def tick(*_):
+            traceml.log_metric("tick", next(ticks))
+        def work(number):
+            for i in range(10_000):
+                traceml.log_metric(f"thread{number}", i)
+        traceml.log_metric("first", 0)
+        signal.signal(signal.SIGALRM, tick)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        work(8)
+        for thread in threads:
+            thread.join()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(next(ticks))
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    for number in range(9):
+        assert stored.values(f"thread{number}") == [float(i) for i in range(10_000)]
+    assert sorted(stored.values("tick")) == [float(i) for i in range(int(out))]
+    assert int(out) > 10
+
+
+def test_two_ranks_at_once(script: Script, tmp_path: Path) -> None:
+    """Both ranks' values are in one run, under one experiment, each with its rank."""
+    ranks = [
+        script(
+            """
+        import os, traceml
+        with traceml.Experiment("both", backend=()):
+            for i in range(500):
+                traceml.log_metric("loss", i + 1000 * int(os.environ["RANK"]))
+        """,
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            TORCHELASTIC_RUN_ID="job",
+            MASTER_PORT="1",
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        finish(process)
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert len({experiment for experiment, _ in stored.metrics}) == 1
+    for rank in range(2):
+        values = [metric.value for _, metric in stored.metrics if metric.rank == rank]
+        assert values == [float(i + 1000 * rank) for i in range(500)]
+
+
+def test_a_full_disk_costs_only_what_has_no_room(script: Script, tmp_path: Path) -> None:
+    """The journal cannot be written: training goes on, it is said once, and what memory still holds is kept."""
+    process = script("""
+        import os, resource, signal, traceml
+        traceml.init(on_missing="warn", connect_timeout=0.1, max_queue_size=1024)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        for i in range(20_000):
+            traceml.log_metric("x", i)
+        print(traceml.Orchestrator().health()["appended"] >= 20_000)
+        """)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 0, err
+    assert out == "True\n"
+    assert err.count("cannot be written") == 1
+    (run_dir,) = Registry(tmp_path / "traceml_runs").finish_flights()
+    values = Stored(run_dir).values("x")
+    assert values[-1000:] == [float(i) for i in range(19_000, 20_000)]
+    assert values[:1000] == [float(i) for i in range(1000)]
+    assert len(set(values)) == len(values) < 20_000
+
+
+def test_off_means_nothing_happens(script: Script, tmp_path: Path) -> None:
+    """With TRACEML_ENABLED=0 each call returns at once, starts no thread, and leaves nothing behind."""
+    out = finish(
+        script(
+            """
+        import threading, traceml
+        with traceml.Experiment("none") as experiment:
+            traceml.log_metric("x", 1)
+            experiment.log_params({"a": 1})
+            traceml.log_artifact("there is no such file")
+            traceml.log_image("i", "nor that")
+        print(threading.active_count())
+        """,
+            TRACEML_ENABLED="0",
+        )
+    )
+
+    assert out == "1\n"
+    assert not (tmp_path / "traceml_runs").exists()
+
+
+def test_init_after_logging_adds_tracing(script: Script, tmp_path: Path) -> None:
+    """Values logged before `init` and steps traced after it are in one run; values then have the training step."""
+    finish(
+        script("""
+        import traceml
+        traceml.log_metric("before", 1)
+        recorder = traceml.init(local=True)
+        assert recorder.tracing
+        for i in range(5):
+            with traceml.trace_step():
+                traceml.log_metric("inside", i)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert stored.values("before") == [1.0]
+    assert stored.steps("inside") == list(range(5))
+    assert len(stored.streams) == 1
+
+
+def test_a_local_aggregator_that_dies_is_replaced(script: Script, tmp_path: Path) -> None:
+    """A script that started one by logging goes on when it is killed: another continues the same run."""
+    process = script("""
+        import time, traceml
+        i = 0
+        while True:
+            traceml.log_metric("x", i)
+            i += 1
+            time.sleep(0.001)
+        """)
+    runs = tmp_path / "traceml_runs"
+    eventually(lambda: runs_in(runs) and Stored(runs_in(runs)[0]).values("x"))
+    from traceml.database.reader import StoreReader
+
+    with StoreReader(runs_in(runs)[0] / "store.db") as reader:
+        pid = reader.meta()["aggregator"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: reader.meta()["aggregator"]["pid"] != pid)
+
+    so_far = len(Stored(runs_in(runs)[0]).values("x"))
+    eventually(lambda: len(Stored(runs_in(runs)[0]).values("x")) > so_far)
+    process.kill()
+
+    values = ended_run(runs).values("x")
+    assert values == [float(i) for i in range(len(values))]
