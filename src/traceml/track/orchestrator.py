@@ -38,7 +38,7 @@ class Orchestrator:
         Args:
             metric: name, value, step, timestamp and kind; a step of None means the training step, else a counter.
         """
-        self._logger.metric(metric.name, metric.value, metric.step, int(metric.kind), int(metric.timestamp * 1e9))
+        self._logger.metric(metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Append parameters."""
@@ -108,4 +108,8 @@ class Orchestrator:
 
 
 def _ns(timestamp: float | None) -> int:
-    return 0 if timestamp is None else int(timestamp * 1e9)
+    if timestamp is None:
+        return 0
+
+    whole = int(timestamp)  # the product with 1e9 would not be exact
+    return whole * 1_000_000_000 + round((timestamp - whole) * 1e9)

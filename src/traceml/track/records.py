@@ -18,6 +18,7 @@ from traceml.track.metric import Metric
 
 __all__ = ["Batch", "Logged", "Records", "logged_rows", "metrics_of", "position"]
 
+_S = 1_000_000_000  # whole seconds apart: a quotient of nanoseconds is not exact in a double
 _ROW = struct.Struct("<qqqdqq")
 _FRAMES = 64
 _BATCH_ROWS = 5_000
@@ -179,6 +180,6 @@ def metrics_of(
     try:
         for t_ns, step, name_id, value, kind, experiment in _ROW.iter_unpack(data):
             name = names.get((frame.stream, name_id)) or f"(name {name_id})"
-            yield experiment, Metric(name, value, step, t_ns / 1e9, rank, kind)
+            yield experiment, Metric(name, value, step, t_ns // _S + t_ns % _S / _S, rank, kind)
     except struct.error as error:
         raise StoreError(f"frame {frame.id} of {frame.table} is damaged: {error}") from error

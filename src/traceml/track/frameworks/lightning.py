@@ -58,7 +58,9 @@ class LightningCapture(Capture):
         self.around(module.Fabric, "log_dict", _logged_by_fabric, self._from_fabric)
 
     def _patch_loggers(self, module: ModuleType) -> None:
-        for logger in set(_with_own(module.Logger, "log_metrics")):
+        # Fabric's loggers are the base of some of the trainer's.
+        bases = [base for base in module.Logger.__mro__ if base.__name__ == "Logger"]
+        for logger in {logger for base in bases for logger in _with_own(base, "log_metrics")}:
             self.around(logger, "log_metrics", _logged_directly, self._from_logger)
 
     def _from_trainer(self, orchestrator: Orchestrator, taken: tuple[Any, dict[str, Any], int | None]) -> None:
