@@ -159,6 +159,26 @@ def test_processes_share_what_was_received_once() -> None:
     assert second.sum() == 0
 
 
+def test_a_file_in_memory_is_opened_by_another_process() -> None:
+    """What one process holds, its child opens by its path and changes, and nothing is copied."""
+    parcel = dump(torch.zeros(LARGE))
+    receiver = Receiver(parcel.size_bytes, shared=True)
+    for chunk in parcel.chunks():
+        receiver.feed(chunk)
+
+    code = """
+import os, sys
+from traceml.launch.payload import Receiver, can_reach, load
+assert can_reach(os.getppid()) and not can_reach(2**22 + 1)
+load(Receiver.of(sys.argv[1]).memory()).add_(1)
+"""
+    subprocess.run([sys.executable, "-c", code, receiver.path], check=True)
+    arrived = load(receiver.memory())
+    receiver.close()
+
+    assert arrived.sum() == LARGE
+
+
 def test_a_receiver_takes_what_was_announced() -> None:
     """Too much and too little are errors that say by how much."""
     receiver = Receiver(10)

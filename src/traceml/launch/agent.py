@@ -24,7 +24,7 @@ from traceml.launch.channel import GREETING, Channel, ChannelClosedError
 from traceml.launch.crew import Crew
 from traceml.launch.forkserver import ForkServer, Spec
 from traceml.launch.machine import addresses, count_gpus
-from traceml.launch.payload import Receiver
+from traceml.launch.payload import Receiver, can_reach
 from traceml.launch.sweep import become_subreaper, end_all, leftovers
 
 __all__ = ["Agent", "main"]
@@ -85,8 +85,10 @@ class Agent:
     def _turn(self) -> None:
         wait_s = 1.0 if self._crew is None else self._crew.tick()
         self._flush()
+        registered = self._selector.get_map()
         for key, events in self._selector.select(wait_s):
-            key.data(events)
+            if registered.get(key.fd) is key:  # what came before it may have closed it
+                key.data(events)
 
         self._handle_signals()
         now_s = time.monotonic()
@@ -186,19 +188,31 @@ class Agent:
 
     def _on_stream(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "payload":
-            receiver = self._payloads[message["id"]] = Receiver(int(message["size"]), shared=True)
-            self._channel.accept(
-                message["id"],
-                receiver.feed,
-                lambda error: self._payload_came(message["id"], error),
-                window_bytes=_PAYLOAD_WINDOW_BYTES,
-            )
+            self._take_payload(message["id"], int(message["size"]), message.get("path"))
         elif not any(mouth.answered(message) for mouth in self._mouths.values()):
             self._channel.accept(message["id"], lambda _: None, lambda _: None)  # of a connection that is over
 
-    def _payload_came(self, number: int, error: dict[str, Any] | None) -> None:
+    def _take_payload(self, number: int, size: int, path: str | None) -> None:
+        """Receive what the workers are to run; from a launcher on this host, as a file in memory once it is filled."""
+        sink: Callable[[memoryview], object] = len
+        if path is None:
+            self._payloads[number] = Receiver(size, shared=True)
+            sink = self._payloads[number].feed
+
+        self._channel.accept(
+            number, sink, lambda error: self._payload_came(number, path, error), window_bytes=_PAYLOAD_WINDOW_BYTES
+        )
+
+    def _payload_came(self, number: int, path: str | None, error: dict[str, Any] | None) -> None:
+        if path is not None and error is None:
+            try:
+                self._payloads[number] = Receiver.of(path)
+            except OSError:  # the launcher has given the job up meanwhile
+                return
+
         if error is not None:
-            self._payloads.pop(number).close()
+            if number in self._payloads:
+                self._payloads.pop(number).close()
         elif self._crew is not None and self._crew.payload == number:
             self._crew.take_payload(self._payloads.pop(number))
 
@@ -385,6 +399,7 @@ def _hello() -> dict[str, Any]:
         "netns": netns,
         "addresses": list(addresses().values()),
         "gpus": count_gpus(os.environ),
+        "near": can_reach(os.getppid()),
         "traceml": traceml.__version__,
     }
 

@@ -16,7 +16,7 @@ from traceml.launch.channel import Channel, Outgoing
 from traceml.launch.fdsocket import FdSocket
 from traceml.launch.forkserver import ForkServer
 from traceml.launch.machine import core_slices, interface_towards, oom_kills
-from traceml.launch.payload import Receiver
+from traceml.launch.payload import LARGE_BYTES, Receiver, path_of
 from traceml.launch.stacks import StackReader
 from traceml.launch.sweep import MARK, Ending, leftovers
 from traceml.launch.taps import Tail, Tap
@@ -82,6 +82,8 @@ class Crew:
         self.idle = False
         self._selector, self._channel, self._server = selector, channel, server
         self._trace = message.get("trace") or {}
+        self._near = bool(message.get("near"))
+        self._handed: list[int] = []
         self._ending: Ending | None = None
         self._stopping = self._released = False
         self._asked: list[_Rank] | None = None
@@ -238,11 +240,17 @@ class Crew:
     def _send_memory(self, each: _Rank, kind: str, fd: int) -> Outgoing:
         """Send what lies in a file in memory; the memory is free once it has left."""
         size = os.fstat(fd).st_size
-        stream = self._channel.open_stream(kind=kind, job=self.job, rank=each.rank, size=size)
+        handed = self._near and size >= LARGE_BYTES
+        path = {"path": path_of(fd)} if handed else {}
+        stream = self._channel.open_stream(kind=kind, job=self.job, rank=each.rank, size=size, **path)
         each.streams.append(stream)
-        stream.write(memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)))
+        if handed:
+            self._handed.append(fd)  # open until the launcher has it
+        else:
+            stream.write(memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)))
+            os.close(fd)
+
         stream.end()
-        os.close(fd)
         return stream
 
     # --- what the launcher wants -------------------------------------------------------------------------------------
@@ -323,6 +331,9 @@ class Crew:
 
     def close(self) -> None:
         """Let go of what belongs to the job."""
+        while self._handed:
+            os.close(self._handed.pop())
+
         for each in self._ranks.values():
             each.stacks.close()
             if each.socket.fileno() >= 0:

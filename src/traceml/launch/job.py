@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
 from traceml.launch import payload
+from traceml.launch.channel import Outgoing
 from traceml.launch.failures import Failure, died, first_cause, note_stacks, raised
 from traceml.launch.logs import Feed, LogRouter
 from traceml.launch.loop import Loop
@@ -41,6 +42,7 @@ _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
 _FLIGHTS_S = 5.0
 _RESULT_WINDOW_BYTES = 8 << 20
+_PIECE_BYTES = 32 << 20  # of what is copied between two looks at the channels
 
 _log = logging.getLogger("traceml.launch")
 
@@ -97,6 +99,8 @@ class Job:
         self._bad: list[AgentFailedError] = []
         self._failures: list[Failure] = []
         self._meeting: tuple[str, int] | None = None
+        self._shared: Receiver | None = None
+        self._sharing: Outgoing | None = None
         self._stacks: dict[int, dict[str, Any]] = {}
         self._told_stacks: set[str] = set()
         self._stopping = self._released = False
@@ -164,18 +168,13 @@ class Job:
         assert self._meeting is not None
         address, port = self._meeting
         for member in self._members:
-            channel, stream = member.link.channel, None
-            if self._task.parcel is not None:
-                stream = channel.open_stream(kind="payload", job=self._id, size=self._task.parcel.size_bytes)
-                for chunk in self._task.parcel.chunks():
-                    stream.write(chunk)
-
-                stream.end()
-
+            channel = member.link.channel
+            stream = None if self._task.parcel is None else self._send_parcel(member, self._task.parcel)
             channel.send(
                 "start",
                 job=self._id,
                 payload=None if stream is None else stream.id,
+                near=_is_near(member),
                 script=None if self._task.script is None else dict(self._task.script),
                 workers=[{"rank": worker.rank, "local_rank": worker.local_rank} for worker in member.workers],
                 world_size=len(self._workers),
@@ -192,8 +191,36 @@ class Job:
             )
             member.started = True
 
+        self._hand_over()
         doing = "starting the workers" + (f" and their process group ({backend})" if backend else "")
         self._await(lambda: all(w.ready for w in self._workers), doing, None)
+
+    def _send_parcel(self, member: Member, parcel: Parcel) -> Outgoing:
+        """Send the function and its arguments; a large one to an agent of this host as a file in memory."""
+        channel, about = member.link.channel, {"kind": "payload", "job": self._id, "size": parcel.size_bytes}
+        if parcel.size_bytes >= payload.LARGE_BYTES and _is_near(member):
+            self._shared = Receiver(parcel.size_bytes, shared=True)
+            self._sharing = channel.open_stream(**about, path=self._shared.path)
+            return self._sharing
+
+        stream = channel.open_stream(**about)
+        for chunk in parcel.chunks():
+            stream.write(chunk)
+
+        stream.end()
+        return stream
+
+    def _hand_over(self) -> None:
+        """Fill the file that this host's agent was promised, while its workers start and others get theirs."""
+        if self._shared is None or self._sharing is None or self._task.parcel is None:
+            return
+
+        for chunk in self._task.parcel.chunks():
+            for start in range(0, len(chunk), _PIECE_BYTES):
+                self._shared.feed(chunk[start : start + _PIECE_BYTES])
+                self._loop.breathe()
+
+        self._sharing.end()
 
     def _watch(self) -> None:
         """Wait for the results, however long that takes."""
@@ -283,6 +310,9 @@ class Job:
 
     def _leave(self) -> None:
         """Keep the agents that have nothing to do, and end the others."""
+        if self._shared is not None:
+            self._shared.close()
+
         from traceml.launch.pool import POOL
 
         for member in self._members:
@@ -391,8 +421,8 @@ class Job:
         feed.grant = member.link.channel.accept(message["id"], feed.feed, feed.end, manual=True).grant
 
     def _receive(self, member: Member, worker: Worker, message: dict[str, Any]) -> None:
-        receiver = Receiver(int(message["size"]))
-        worker.result = receiver
+        path = message.get("path")
+        receiver = worker.result = Receiver.of(path) if path else Receiver(int(message["size"]))
 
         def ended(error: dict[str, Any] | None) -> None:
             if message["kind"] == "result" and error is None:
@@ -509,6 +539,15 @@ class Job:
 
 
 _HANDLERS = {name.removeprefix("_on_"): handler for name, handler in vars(Job).items() if name.startswith("_on_")}
+
+
+def _is_near(member: Member) -> bool:
+    """Return whether a host's agent and we can open each other's files in memory."""
+    return (
+        member.place.transport == "local"
+        and bool(member.hello.get("near"))
+        and payload.can_reach(int(member.hello["pid"]))
+    )
 
 
 def _unprepared(member: Member, error: Mapping[str, Any]) -> AgentFailedError:

@@ -88,9 +88,16 @@ class Loop:
 
         return True
 
+    def breathe(self) -> None:
+        """Do what can be done at once: for who is busy for longer."""
+        self._flush()
+        self._turn(0)
+
     def _turn(self, wait_s: float) -> None:
+        registered = self.selector.get_map()
         for key, events in self.selector.select(wait_s):
-            key.data(events)
+            if registered.get(key.fd) is key:  # what came before it may have closed it
+                key.data(events)
 
         now_s = time.monotonic()
         if now_s - self._ticked_s >= _TICK_S:
@@ -153,9 +160,6 @@ class Loop:
             self._message(member, message)
 
     def _read_errors(self, member: Member) -> None:
-        if member not in self._members:  # its link was closed in this very round
-            return
-
         data = member.link.read_errors()
         if data is None:
             self.selector.unregister(member.link.errors_fd)

@@ -25,8 +25,21 @@ from traceml.errors import PayloadError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Parcel", "Receiver", "dump", "dump_call", "dump_exception", "load", "map_private"]
+__all__ = [
+    "LARGE_BYTES",
+    "Parcel",
+    "Receiver",
+    "can_reach",
+    "dump",
+    "dump_call",
+    "dump_exception",
+    "load",
+    "map_private",
+    "path_of",
+]
 
+# From this size on, processes of one host hand each other a file in memory, and not its bytes.
+LARGE_BYTES = 1024 * 1024
 _HEAD = struct.Struct("<8sQI")
 _LENGTH = struct.Struct("<Q")
 _MAGIC = b"traceml\x01"
@@ -100,6 +113,23 @@ class Receiver:
         if size_bytes >= _INLINE_BYTES:
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # 500 MB in 4 KiB pages are 122,000 faults
 
+    @classmethod
+    def of(cls, path: str) -> Receiver:
+        """Return a complete one over a shared parcel of another process of this host, see `path`.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        found = cls.__new__(cls)
+        found._memory, found.fd = None, os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        found.size_bytes = found.received_bytes = os.fstat(found.fd).st_size
+        return found
+
+    @property
+    def path(self) -> str:
+        """Where other processes of this host find a shared parcel, while it is open here."""
+        return path_of(self.fd)
+
     @property
     def complete(self) -> bool:
         """Whether all has come."""
@@ -131,13 +161,14 @@ class Receiver:
         """Return the received bytes, for `load`; values loaded from them keep them alive.
 
         Raises:
-            PayloadError: something is missing, or the memory is a shared one.
+            PayloadError: something is missing.
         """
         if not self.complete:
             raise PayloadError(f"only {self.received_bytes} of {self.size_bytes} bytes of a payload came")
 
         if self._memory is None:
-            raise PayloadError("a shared payload is mapped by its descriptor")
+            assert self.fd is not None
+            self._memory = mmap.mmap(self.fd, self.size_bytes)
 
         return self._memory
 
@@ -147,6 +178,21 @@ class Receiver:
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+def path_of(fd: int | None) -> str:
+    """Return the path by which other processes of this host reach an open file in memory."""
+    return f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def can_reach(pid: int) -> bool:
+    """Return whether files in memory of the process `pid` can be opened here."""
+    try:
+        os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - asks the kernel what opening would ask
+    except OSError:
+        return False
+
+    return True
 
 
 def map_private(fd: int) -> mmap.mmap:
