@@ -298,4 +298,4 @@ def test_nothing_is_left_when_the_launcher_ends(tmp_path: Path, send: Callable[[
     eventually(lambda: not any(map(psutil.pid_exists, pids)), "workers and their children to be gone")
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in told) is words
-    assert ("ranks 0, 1 was here" in told or ("rank 0" in told and "in dawdle" in told)) is words
+    assert ("ranks 0, 1 were here" in told or ("rank 0" in told and "in dawdle" in told)) is words
