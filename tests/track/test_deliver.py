@@ -40,12 +40,12 @@ def run(tmp_path: Path) -> LoggedRun:
     return LoggedRun(tmp_path / "runs" / "r1")
 
 
-def odd(run: LoggedRun, backend: str = ODD, **options: Any) -> Path:
+def odd(run: LoggedRun, backend: str = ODD, max_backoff: float = 0.3, **options: Any) -> Path:
     """Announce an experiment to a backend that may misbehave; return the folder in which its mood is written."""
     folder = run.path.parent / "odd"
     folder.mkdir(exist_ok=True)
     run.experiment(
-        [backend], id="x", sys_path=[ROOT], max_retries=1, max_backoff=0.3,
+        [backend], id="x", sys_path=[ROOT], max_retries=1, max_backoff=max_backoff,
         options={backend: {"path": str(folder), **options}},
     )  # fmt: skip
     return folder
@@ -209,7 +209,7 @@ def test_a_call_that_does_not_return_ends_the_process_and_nothing_is_lost(run: L
 
 
 def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_twice(run: LoggedRun) -> None:
-    folder = odd(run, fallback="jsonl")
+    folder = odd(run, fallback="jsonl", max_backoff=4.0)
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.metrics({"a": [float(i) for i in range(10)]})
     (folder / "mood").write_text('{"metrics": "down"}')

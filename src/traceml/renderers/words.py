@@ -24,6 +24,9 @@ _PHASES = {
 }
 
 
+_ERROR_CHARS = 100
+
+
 def phase_label(phase: str) -> str:
     """Return a phase's name for a column or a bar."""
     return _PHASES.get(phase, (phase, ""))[0]
@@ -163,6 +166,7 @@ def tracker_text(backend: str, state: str, delivered: int, pending: int | None, 
     if failed:
         parts.append(f"{count_text(failed)} refused")
 
+    error = error if len(error) <= _ERROR_CHARS else f"{error[:_ERROR_CHARS]}..."
     what = {"unauthorized": "not let in", "broken": "cannot work"}.get(state, "")
     why = ": ".join(text for text in (what, error) if text)
     return f"{backend} {', '.join(parts)}" + (f" ({why})" if why else "")

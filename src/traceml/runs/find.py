@@ -16,6 +16,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
 from traceml.runs.report import REPORT_NAME
 from traceml.runs.state import state_of
+from traceml.track.plan import Plan
 from traceml.track.state import Phase, states_of
 
 __all__ = ["RunInfo", "find_run", "is_delivered", "list_runs", "prune"]
@@ -105,7 +106,14 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
 
 def is_delivered(run_dir: Path) -> bool:
     """Tell whether every tracker that a run asked for has got all that it logged."""
-    return all(state.phase is Phase.DONE for state in states_of(run_dir))
+    done = {state.backend for state in states_of(run_dir) if state.phase is Phase.DONE or state.stood_in}
+    try:
+        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+            plan = Plan(reader, run_dir)
+            plan.refresh()
+            return plan.backends().keys() <= done
+    except StoreError:
+        return True  # what cannot be read cannot be delivered
 
 
 def _latest(runs_dir: Path) -> Path:

@@ -147,6 +147,7 @@ class Delivery:
         stands_in = bool(fallback) and state.phase in {Phase.OPEN, Phase.UNAUTHORIZED} and time.time() < state.retry_at
         timeout_s = float(self._options.get("timeout_s") or _TIMEOUT_S)
         self._stands_in = stands_in
+        state.stood_in = False
         return Session(
             fallback if stands_in else state.backend,
             self._run_dir,
@@ -264,7 +265,8 @@ class Delivery:
             return EXIT_AGAIN if status is None else status
 
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
-        if self._stands_in:  # all is delivered, but the one that failed has not been told the end
+        if self._stands_in:
+            self._state.stood_in = True
             self._save()
             return EXIT_AGAIN
 

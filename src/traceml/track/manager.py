@@ -35,6 +35,7 @@ _START_S = 45.0  # a process imports its library first, on a host that may be bu
 _STOP_S = 5.0
 _TAKEN_PAUSE_S = 0.5
 _LOG_BYTES = 1 << 20
+_FAILING = {Phase.OPEN, Phase.UNAUTHORIZED, Phase.BROKEN}
 
 _log = logging.getLogger("traceml")
 
@@ -103,9 +104,18 @@ class DeliveryProcess:
         """Go on after all: the run does."""
         self.over = False
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether its tracker fails and nothing but time will help; its fallback has got everything, if it has one."""
+        state = self.state
+        return state.phase in _FAILING and (state.stood_in or not self._stands_in(state))
+
     def is_stuck(self, patience_s: float) -> bool:
         """Whether nothing has moved for so long, and no call is under way that may take longer."""
         state = self.state
+        if state.stood_in:
+            return True
+
         now = (state.passed, state.delivered, state.derived, state.cursor.get("frame"), state.phase is Phase.DONE)
         if now != self._seen:
             self._seen, self._moved_s = now, time.monotonic()
@@ -182,10 +192,12 @@ class DeliveryProcess:
             _log.warning("%r was ended by signal %d", self, -status)
 
         self._pause()
-        # A tracker that failed says itself when to try again.
-        self._due_s = (
-            max(self._due_s, time.monotonic() + state.retry_at - time.time()) if state.retry_at else self._due_s
-        )
+        if state.retry_at and not self._stands_in(state):  # a tracker that failed is left alone until then
+            self._due_s = max(self._due_s, time.monotonic() + state.retry_at - time.time())
+
+    def _stands_in(self, state: TrackerState) -> bool:
+        """Whether the next process will deliver to the fallback instead of waiting."""
+        return bool(self._options.get("fallback")) and state.phase in _FAILING - {Phase.BROKEN} and not state.stood_in
 
     def _pause(self) -> None:
         self._due_s = time.monotonic() + self._pause_s

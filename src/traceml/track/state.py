@@ -69,6 +69,7 @@ class TrackerState:
         experiments: per experiment where it stands at the tracker: `id`, `url`, `mark`, `started`, `ended`.
         memory: what rules and derived values carry from batch to batch.
         batch_rows: how many rows the next batch takes; halved to find a row that is refused.
+        stood_in: whether the fallback has got everything and the one that fails has not been told the end.
         retries: failures in a row.
         retry_at: epoch seconds before which nothing is tried.
         latency_ms: how long the backend took for a batch, smoothed.
@@ -92,6 +93,7 @@ class TrackerState:
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     batch_rows: int = 0
+    stood_in: bool = False
     retries: int = 0
     retry_at: float = 0.0
     latency_ms: float | None = None

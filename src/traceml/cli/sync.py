@@ -1,0 +1,232 @@
+"""`traceml sync`: deliver what is not delivered yet."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from traceml.aggregator.orphans import finish_orphan, take_in_lost_flights
+from traceml.cli.parsing import parse
+from traceml.database.reader import StoreReader
+from traceml.database.store import STORE_NAME, fold
+from traceml.errors import TraceMLError, UsageError
+from traceml.renderers.words import tracker_text
+from traceml.runs.find import find_run, list_runs
+from traceml.runs.report import update_trackers, write_report
+from traceml.runs.state import is_watched
+from traceml.settings import Config, load
+from traceml.track.manager import DeliveryProcess
+from traceml.track.plan import Plan
+from traceml.track.records import logged_rows
+from traceml.track.state import Phase, TrackerState, locked
+
+__all__ = ["main"]
+
+EXIT_UNDELIVERED = 3
+_LOOK_S = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Deliver to trackers what they have not got yet.
+
+    Of runs whose tracker was down or whose delivery was ended; with --backend also of any run to another tracker.
+    Exits with 3 when something could not be delivered: it stays in the run, for another try.
+    """
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]", help_behavior_hint="")
+    ] = ()
+    """Folders or ids of runs; all that have something to deliver when left out."""
+    backend: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """Only to these trackers; also to one that the run did not ask for, with its options from the settings."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print what became of it as JSON and nothing else."""
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where the runs are (default: the setting runs_dir)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of one run and tracker."""
+
+    run: str
+    backend: str
+    state: str
+    delivered: int
+    pending: int
+    failed: int
+    error: str
+
+
+def main(argv: list[str]) -> int:
+    """Deliver; return 0, or 3 when something is left."""
+    options = parse(Options, argv, prog="traceml sync")
+    config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
+    if options.backend and not options.runs:
+        named = f"--backend {' '.join(options.backend)}"
+        if len(options.backend) > 1 and (Path(config.runs_dir) / options.backend[-1]).is_dir():
+            raise UsageError(f"RUN comes before --backend: traceml sync {options.backend[-1]} {named}")
+
+    outcomes: list[_Outcome] = []
+    console = Console(highlight=False, stderr=True)
+    for run_dir in _wanted(options, config):
+        try:
+            found = _sync(run_dir, options, config, console)
+        except TraceMLError as error:
+            if options.runs:
+                raise
+
+            print(f"traceml sync: {error}", file=sys.stderr)
+            continue
+
+        outcomes += found
+        if not options.json:
+            _print(found)
+
+    if options.json:
+        print(json.dumps([asdict(outcome) for outcome in outcomes], indent=2))
+    elif not outcomes:
+        print("Nothing to deliver")
+
+    left = [each for each in outcomes if each.state != Phase.DONE and (each.pending or each.state != Phase.OPEN)]
+    return EXIT_UNDELIVERED if left else 0
+
+
+def _wanted(options: Options, config: Config) -> Iterator[Path]:
+    runs_dir = Path(config.runs_dir)
+    if options.runs:
+        yield from (find_run(run, runs_dir) for run in options.runs)
+        return
+
+    if runs_dir.is_dir():
+        take_in_lost_flights(runs_dir)
+
+    for info in reversed(list_runs(runs_dir)):
+        if info.state not in {"running", "damaged"}:
+            yield info.path.resolve()
+
+
+def _sync(run_dir: Path, options: Options, config: Config, console: Console) -> list[_Outcome]:
+    """Deliver one run to all its trackers at once."""
+    _finish(run_dir)
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        processes = [process for process in _processes(run_dir, reader, options, config) if _is_due(process)]
+        if processes:
+            logged = logged_rows(reader)
+            _deliver(processes, logged, console)
+
+    if processes:
+        fold(run_dir / STORE_NAME)
+        update_trackers(run_dir)
+
+    return [_outcome(process, logged) for process in processes]
+
+
+def _finish(run_dir: Path) -> None:
+    """See that a run is over: what its dead ranks left behind belongs to it."""
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        meta = reader.meta()
+
+    if meta.get("run", {}).get("ended") is not None:
+        return
+
+    if is_watched(meta.get("aggregator", {})):
+        raise TraceMLError(f"run {run_dir.name} goes on: its aggregator delivers what it logs")
+    if not finish_orphan(run_dir):
+        raise TraceMLError(f"run {run_dir.name} has no aggregator any more, but its ranks still run: end them first")
+
+    write_report(run_dir)
+
+
+def _processes(run_dir: Path, reader: StoreReader, options: Options, config: Config) -> Iterator[DeliveryProcess]:
+    plan = Plan(reader, run_dir)
+    plan.refresh()
+    asked = plan.backends()
+    for backend in options.backend or asked:
+        if backend in asked:
+            yield DeliveryProcess(run_dir, backend, asked[backend].options(backend), once=True)
+        else:
+            own = config.backend_options.get(backend, {})
+            yield DeliveryProcess(run_dir, backend, own, once=True, forced=own)
+
+
+def _is_due(process: DeliveryProcess) -> bool:
+    """Whether there is something to do; a tracker that failed before gets all its tries again."""
+    with locked(process.run_dir, process.backend) as is_ours:
+        state = process.state
+        if state.phase is Phase.DONE:
+            return False
+        if is_ours:
+            state.retries, state.retry_at, state.phase = 0, 0.0, Phase.STARTING
+            state.save(process.run_dir)
+
+    return True
+
+
+def _deliver(processes: Sequence[DeliveryProcess], logged: int, console: Console) -> None:
+    try:
+        with _progress(console, processes, logged) as show:
+            while any(not process.over for process in processes):
+                for process in processes:
+                    process.keep()
+                    if process.is_given_up:
+                        process.stop()
+
+                show()
+                time.sleep(_LOOK_S)
+    finally:
+        for process in processes:
+            process.stop()
+        for process in processes:
+            process.join()
+
+
+@contextlib.contextmanager
+def _progress(console: Console, processes: Sequence[DeliveryProcess], logged: int) -> Iterator[Any]:
+    """Show a bar per tracker on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield lambda: None
+        return
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bars:
+        tasks = {
+            process: bars.add_task(f"{process.run_dir.name} {process.backend}", total=logged) for process in processes
+        }
+
+        def show() -> None:
+            for process, task in tasks.items():
+                bars.update(task, completed=min(process.state.passed, logged))
+
+        yield show
+
+
+def _outcome(process: DeliveryProcess, logged: int) -> _Outcome:
+    state: TrackerState = process.state
+    return _Outcome(
+        run=process.run_dir.name,
+        backend=process.backend,
+        state=str(state.phase),
+        delivered=state.delivered,
+        pending=state.pending(logged),
+        failed=state.failed,
+        error=state.error,
+    )
+
+
+def _print(outcomes: Sequence[_Outcome]) -> None:
+    for each in outcomes:
+        text = tracker_text(each.backend, each.state, each.delivered, each.pending, each.failed, each.error)
+        print(f"{each.run}: {text}", file=sys.stdout, flush=True)
