@@ -255,6 +255,30 @@ def test_it_can_be_called_from_anywhere(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [one, one, one, f"{{'localhost': [{one}, {one}]}}", "1"], done.stderr
 
 
+def test_a_forked_child_has_agents_of_its_own(tmp_path: Path) -> None:
+    """A child that was forked with idle agents at hand neither uses nor keeps its parent's, and warns of nothing."""
+    code = """
+        import multiprocessing, traceml, warnings
+        from tests.launch import jobs
+        warnings.simplefilter("error")
+
+        def parent_of_worker():
+            options = {"hostnames": ["localhost"], "workers_per_host": 1, "backend": None, "log_handlers": None}
+            return traceml.launch(jobs.who, **options).rank(0)["parent"]
+
+        if __name__ == "__main__":
+            first = parent_of_worker()
+            with multiprocessing.get_context("fork").Pool(1) as pool:
+                other = pool.apply(parent_of_worker)
+                pool.close()
+                pool.join()
+            print(first != other, first == parent_of_worker())
+    """
+    done = script(tmp_path, code, env={**os.environ, "PYTHONPATH": PYTHONPATH})
+
+    assert (done.stdout, done.stderr) == ("True True\n", "")
+
+
 _HANG = """
     import sys, traceml
     from tests.launch import jobs

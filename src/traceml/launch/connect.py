@@ -183,6 +183,11 @@ class Link:
             self.channel.close()
             os.close(self.errors_fd)
 
+    def forget(self) -> None:
+        """Let go of it in a forked child: it belongs to the parent, which alone can wait for its processes."""
+        self.hang_up()
+        self._process.returncode = 0
+
     def _explain(self, status: int | None, words: str, reason: str) -> tuple[str, str]:
         """Return what happened and what to do about it."""
         host, carrier = self.place.name, {"local": "the agent"}.get(self.place.transport, self.place.transport)

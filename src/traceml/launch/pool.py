@@ -21,7 +21,6 @@ class Pool:
     def __init__(self) -> None:
         self._links: dict[Hashable, Link] = {}
         self._lock = threading.Lock()
-        self._owner = os.getpid()
 
     def __repr__(self) -> str:
         return f"Pool({list(self._links.values())})"
@@ -61,7 +60,7 @@ class Pool:
         self._lock = threading.Lock()
         links, self._links = list(self._links.values()), {}
         for link in links:
-            link.hang_up()
+            link.forget()
 
 
 POOL = Pool()
