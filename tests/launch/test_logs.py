@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from traceml.errors import UsageError
+from traceml.errors import SettingsError, UsageError
 from traceml.launch import handlers as handlers_module
 from traceml.launch.handlers import add_filter_to_handler, file_handler, log_level, stream_handler
 from traceml.launch.logs import LogRouter, make_handlers
-from traceml.launch.records import RecordDecoder, RecordHandler, install
+from traceml.launch.records import RecordDecoder, RecordHandler
 
 from .hosts import eventually
 
@@ -335,9 +335,12 @@ def test_records_go_to_files_with_their_own_level(tmp_path: Path, pipe: tuple[in
     assert without_time((tmp_path / "node1[0].log").read_text()) == ["WARNING: look", "INFO: out"]
 
 
-def test_the_level_of_workers_comes_from_the_environment() -> None:
-    """Ours before torchrunx's; INFO otherwise."""
-    assert log_level({}) == "INFO"
-    assert log_level({"TORCHRUNX_LOG_LEVEL": "debug"}) == "DEBUG"
-    assert log_level({"TRACEML_LOG_LEVEL": "warning", "TORCHRUNX_LOG_LEVEL": "debug"}) == "WARNING"
-    assert install.__defaults__ == ("INFO",)
+def test_the_level_of_workers_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours before torchrunx's; INFO otherwise, unless this process wants more."""
+    assert log_level({}) == logging.INFO
+    assert log_level({"TORCHRUNX_LOG_LEVEL": "debug"}) == logging.DEBUG
+    assert log_level({"TRACEML_LOG_LEVEL": "warning", "TORCHRUNX_LOG_LEVEL": "15"}) == logging.WARNING
+    monkeypatch.setattr(logging.getLogger(), "level", 5)
+    assert log_level({}) == 5
+    with pytest.raises(SettingsError, match="'LOUD' is no level"):
+        log_level({"TRACEML_LOG_LEVEL": "loud"})

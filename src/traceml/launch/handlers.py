@@ -11,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from traceml.errors import SettingsError
 from traceml.settings import load
 
 __all__ = [
@@ -117,9 +118,25 @@ def new_log_folder(environ: Mapping[str, str]) -> Path | None:
 _promised: set[Path] = set()
 
 
-def log_level(environ: Mapping[str, str]) -> str:
-    """Return the level of workers' root loggers: `TRACEML_LOG_LEVEL`, `TORCHRUNX_LOG_LEVEL`, or INFO."""
-    return (environ.get("TRACEML_LOG_LEVEL") or environ.get("TORCHRUNX_LOG_LEVEL") or "INFO").upper()
+def log_level(environ: Mapping[str, str]) -> int:
+    """Return the level of workers' root loggers: INFO, or lower where it is lower here, if variables say nothing.
+
+    Raises:
+        SettingsError: `TRACEML_LOG_LEVEL` or `TORCHRUNX_LOG_LEVEL` names no level.
+    """
+    names = logging.getLevelNamesMapping()
+    for variable in ("TRACEML_LOG_LEVEL", "TORCHRUNX_LOG_LEVEL"):
+        value = environ.get(variable, "").strip().upper()
+        if value.isdigit():
+            return int(value)
+
+        if value and value not in names:
+            raise SettingsError("log_level", f"{value!r} is no level", source=variable, allowed=", ".join(names))
+
+        if value:
+            return names[value]
+
+    return min(logging.INFO, logging.getLogger().getEffectiveLevel())
 
 
 class SourceFilter(logging.Filter):

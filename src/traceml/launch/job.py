@@ -20,6 +20,7 @@ from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedErr
 from traceml.launch import payload
 from traceml.launch.channel import Outgoing
 from traceml.launch.failures import Failure, died, first_cause, note_stacks, raised
+from traceml.launch.handlers import log_level
 from traceml.launch.logs import Feed, LogRouter
 from traceml.launch.loop import Loop
 from traceml.launch.members import Member, Worker, meeting_address
@@ -187,7 +188,7 @@ class Job:
                 env={} if self._tracing is None else self._tracing.environ(member.name),
                 trace=None if self._tracing is None else self._tracing.about(member.name),
                 cpu_affinity=self._task.cpu_affinity,
-                log_level=logging.getLogger().getEffectiveLevel(),
+                log_level=log_level(os.environ),
             )
             member.started = True
 
