@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
+from traceml.privacy import secrets_only
 
 __all__ = ["ExitWatch", "describe", "status_of"]
 
@@ -122,7 +123,7 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     name = (
         kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
     )
-    facts: dict[str, Any] = {"exception": name, "message": _text_of(error)}
+    facts: dict[str, Any] = {"exception": name, "message": secrets_only().mask_text(_text_of(error))}
     frames = traceback.extract_tb(error.__traceback__)
     shown = [frame for frame in frames if not frame.filename.startswith(_OURS)] or frames
     if shown:
@@ -135,7 +136,8 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     if phases:
         facts["open_phase"] = phases[-1]
 
-    facts["stack"] = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))[-_STACK_CHARS:]
+    stack = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))
+    facts["stack"] = secrets_only().mask_text(stack)[-_STACK_CHARS:]  # it holds lines of the user's code
     return facts
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from traceml.clock import process_start_ticks
 from traceml.ids import RankIdentity, detect_rank, group_address, job_key, launcher_job
+from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 
@@ -52,7 +53,7 @@ class Identity:
             run_id=config.run_id or "",
             name=config.run_name or script_name(),
             project=config.project,
-            command=(os.environ.get("TRACEML_COMMAND") or shlex.join(sys.argv))[:4000],
+            command=_command()[:4000],
             flight=str(flight or ""),
             hang_timeout_s=config.hang_timeout,
         )
@@ -100,6 +101,13 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
 
     provisional = who.source == "single process" and parent is not None
     return Identity(secrets.token_hex(8), job, who, provisional)
+
+
+def _command() -> str:
+    """Return the command line of the job, without the secrets in it."""
+    given = os.environ.get("TRACEML_COMMAND")
+    masker = secrets_only()
+    return masker.mask_text(given) if given else shlex.join(masker.mask_value("command", sys.argv))
 
 
 def script_name() -> str:

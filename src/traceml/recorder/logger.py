@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from traceml.privacy import secrets_only
 from traceml.recorder import api
 from traceml.recorder.values import Later, number_of, plain, step_of
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Logger", "settle"]
 
 _time_ns = time.time_ns
+# What is not even stored with its secrets; what else is masked for trackers is masked when it is delivered.
+_MASKED = {"params", "tags"}
 
 _loggers: weakref.WeakSet[Logger] = weakref.WeakSet()
 
@@ -49,6 +52,7 @@ class Logger:
         "_late",
         "_lock",
         "_mask",
+        "_masker",
         "_number",
         "_pack_into",
         "_ring",
@@ -134,7 +138,11 @@ class Logger:
         if step is not None:
             fields["step"] = step
 
-        return flight.log("logged").append(fields | {key: plain(value) for key, value in facts.items()}, urgent=True)
+        values = {key: plain(value) for key, value in facts.items()}
+        for key in _MASKED & values.keys():
+            values[key] = self._masker.mask_value(key, values[key])
+
+        return flight.log("logged").append(fields | values, urgent=True)
 
     @property
     def experiment(self) -> int:
@@ -208,6 +216,7 @@ class Logger:
         self._lock = ring.lock
         self._pack_into, self._buffer, self._at, self._mask = ring.pack_into, ring.buffer, ring.offset, ring.mask
         self._count, self._slot = ring.count, ring.slot
+        self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
         facts = self._announce(recorder.config)
         if facts is not None:

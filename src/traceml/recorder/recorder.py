@@ -19,6 +19,7 @@ from traceml.database.flight import FALLBACK_FOLDER, FlightFile, FlightState, Sl
 from traceml.database.schema import PACKED
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.ids import RankIdentity
+from traceml.privacy import secrets_only
 from traceml.recorder.exits import describe
 from traceml.recorder.files import Files
 from traceml.recorder.identity import Identity, identify
@@ -523,7 +524,7 @@ def _process_facts(identity: Identity) -> dict[str, Any]:
         "python": platform.python_version(),
         "traceml": __version__,
         "executable": sys.executable,
-        "argv": sys.argv[:64],
+        "argv": secrets_only().mask_value("argv", sys.argv[:64]),
         "folder": str(Path.cwd()),
         "rank_from": who.source,
         "cores": len(os.sched_getaffinity(0)),

@@ -43,7 +43,7 @@ def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
         return lambda: _of_pil(copy), ".png"
     if hasattr(image, "detach"):
         fetch = _fetch_tensor(image)
-        return lambda: _of_array(fetch(), limit_bytes), ".png"
+        return lambda: _of_array(fetch(), limit_bytes, channels_first=True), ".png"
     if hasattr(image, "__array_interface__") or hasattr(image, "tolist"):
         array = image.copy() if hasattr(image, "copy") else image
         return lambda: _of_array(array, limit_bytes), ".png"
@@ -147,14 +147,14 @@ def _of_pil(image: Any) -> bytes:
     return png(converted.tobytes(), converted.width, converted.height, len(converted.getbands()))
 
 
-def _of_array(array: Any, limit_bytes: int) -> bytes:
-    """Make a PNG of an array of pixels: bytes, or floats in 0..1."""
+def _of_array(array: Any, limit_bytes: int, *, channels_first: bool = False) -> bytes:
+    """Make a PNG of pixels: bytes, or floats in 0..1; where either end may be channels, `channels_first` decides."""
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:
         raise RefusedFileError(f"an image has 2 or 3 dimensions, not the shape {tuple(array.shape)}")
 
-    if array.shape[2] not in _COLOURS and array.shape[0] in _COLOURS:  # channels first, as torch has them
+    if array.shape[0] in _COLOURS and (channels_first or array.shape[2] not in _COLOURS):
         array = array.transpose(1, 2, 0)
     if array.shape[2] not in _COLOURS or not array.size:
         raise RefusedFileError(
@@ -165,7 +165,9 @@ def _of_array(array: Any, limit_bytes: int) -> bytes:
 
     kind = array.dtype.kind
     if kind == "f":
-        array = (array.clip(0.0, 1.0) * 255.0 + 0.5).astype("uint8")  # NaN becomes 0
+        array = array.clip(0.0, 1.0)
+        array[array != array] = 0.0  # NaN becomes black
+        array = (array * 255.0 + 0.5).astype("uint8")
     elif kind == "b":
         array = array.astype("uint8") * 255
     else:
