@@ -125,7 +125,11 @@ class Config:
     max_artifact_bytes: int = _set(1 << 30, "Largest artifact that is logged, in bytes.", low=1)
     include: tuple[str, ...] = _set((), "Names (patterns) that are delivered to trackers; empty means all.")
     exclude: tuple[str, ...] = _set((), "Names (patterns) that are not delivered to trackers.")
-    mask: tuple[str, ...] = _set((), "Patterns on keys and values that are masked before anything leaves the machine.")
+    mask: tuple[str, ...] = _set(
+        (),
+        "Patterns on keys and values that are masked before anything leaves the machine: shell patterns, or "
+        "`re:EXPRESSION`. `!NAME` exempts a name, `!email`, `!phone`, `!card`, `!user` turn a kind off.",
+    )
     local_only: bool = _set(False, "Deliver to nothing that is not on this machine.")
     hang_timeout: float = _set(60.0, "Seconds without the end of a step after which a job counts as hanging.", above=0)
     keep_runs: int | None = _set(None, "Runs that `traceml runs --prune` keeps; without it, all.", low=1)
@@ -331,6 +335,11 @@ def _checked(key: str, value: Any, source: str, written: str) -> tuple[str, Any]
     if result is BAD or (name == "tls" and result):
         shown = "a value" if declared.secret else repr(value)
         raise SettingsError(written, f"{shown} is not allowed", source=source, allowed=declared.allowed)
+
+    if name == "mask" and result:
+        from traceml.privacy import Masker
+
+        Masker(result, source=source)  # what cannot be understood is said now, not when something must be masked
 
     return name, result
 

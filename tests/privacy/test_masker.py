@@ -177,9 +177,8 @@ def test_texts(masker: Masker, text: str, kept: str, gone: str) -> None:
 
     assert kept in masked
     assert gone not in masked
-    before = masker.counts.copy()
     assert masker.mask_text(masked) == masked
-    assert masker.counts == before
+    assert sum(masker.counts.values()) == 2 * masked.count("[masked:")
 
 
 def test_personal_names(masker: Masker) -> None:

@@ -52,15 +52,17 @@ class Masker:
             that match it in texts; `re:EXPRESSION` does so by a regular expression; `!NAME` exempts names (a shell
             pattern) from being judged by their name; `!email`, `!phone`, `!card` and `!user` turn a kind off.
         user_name: whose folders are also recognised outside `/home`; by default this process's user.
+        source: where the patterns came from, for errors.
 
     Attributes:
-        counts: how many values of each kind were masked.
+        counts: how many of each kind are masked in what was returned, those included that came masked.
 
     Raises:
         SettingsError: a pattern that cannot be understood.
     """
 
-    def __init__(self, patterns: Iterable[str] = (), *, user_name: str | None = None) -> None:
+    def __init__(self, patterns: Iterable[str] = (), *, user_name: str | None = None, source: str = "argument") -> None:
+        self._source = source
         self.counts: Counter[str] = Counter()
         self._off: set[str] = set()
         self._exempt: list[re.Pattern[str]] = []
@@ -122,6 +124,9 @@ class Masker:
         """
         if len(text) < 6:
             return self._custom(text) if self._texts else text
+        if MASKED in text:
+            for kind in KINDS:
+                self.counts[kind] += text.count(f"{MASKED}{kind}]")
 
         text = self._tokens(text)
         if "://" in text:
@@ -170,7 +175,7 @@ class Masker:
                 self._texts.append(shell_pattern(rest, words=True))
         except (re.error, ValueError) as error:
             raise SettingsError(
-                "mask", f"{pattern!r} is no pattern: {error}", source="the mask setting", allowed=_ALLOWED
+                "mask", f"{pattern!r} is no pattern: {error}", source=self._source, allowed=_ALLOWED
             ) from error
 
     def _mask(self, kind: str) -> str:

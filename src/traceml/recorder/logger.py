@@ -149,6 +149,11 @@ class Logger:
         """The experiment's number."""
         return self._number
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether something was logged here."""
+        return self._flight is not None
+
     def begin(self) -> bool:
         """Find the recorder and announce the experiment, unless that is done; return whether anything is recorded."""
         return (self._flight or self._bind()) is not None

@@ -6,7 +6,8 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +37,7 @@ __all__ = [
     "log_text",
     "start_logging",
     "stop_logging",
+    "when_decided",
 ]
 
 _log = logging.getLogger("traceml")
@@ -46,6 +48,7 @@ _ADDRESS_OPTIONS = {
     "jsonl": "path",
 }  # fmt: skip
 _SAID: set[str] = set()
+_UNDECIDED = 10_000
 
 
 class Experiment:
@@ -131,6 +134,7 @@ class Experiment:
         self._is_active = True
         _activate(self)
         self._logger.begin()
+        _settle_undecided()
         if self.config:
             self.log_params(self.config)
 
@@ -270,7 +274,28 @@ def announce_run() -> None:
     if not _begun:
         _root.begin()
 
+    _settle_undecided()
 
+
+def when_decided(action: Callable[[Logger], object]) -> None:
+    """Log something of the run as a whole as soon as it is known which experiment stands for the run.
+
+    That is the run's own once something is logged for it, or the first that the script begins.
+
+    Args:
+        action: is given what logs for it.
+    """
+    _undecided.append(action)
+    if _begun or _root.has_begun:
+        _settle_undecided()
+
+
+def _settle_undecided() -> None:
+    while _undecided:
+        _undecided.popleft()(_active)
+
+
+_undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
 _root = Logger(0, _root_row)
 _active = _root
 _stack: list[Experiment] = []
@@ -435,11 +460,12 @@ def _listed(backend: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
-    from traceml.privacy import is_secret_name
+    from traceml.privacy import secrets_only
 
     for backend, values in options.items():
         for key, value in values.items():
-            if is_secret_name(key) and not key.endswith("_file") and isinstance(value, str):
+            # By its name, or by its look: an address with a password in it.
+            if not key.endswith("_file") and secrets_only().mask_value(key, value) != value:
                 variable = _KEY_VARIABLES.get(backend, "the environment")
                 raise UsageError(
                     f"option {key!r} of backend {backend!r} looks like a secret, which would be stored with the run. "
