@@ -20,7 +20,7 @@ __all__ = ["bundle", "import_code", "local_command", "remote_command"]
 
 _LENGTH = struct.Struct(">Q")
 # Rooms that an agent, a zygote or a traced worker may need.
-_ROOMS = ("launch", "recorder", "instrument", "samplers", "transport", "database")
+_ROOMS = ("launch", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
 _EXTRA = ("msgpack", "cloudpickle")  # for hosts that have torch and nothing else
 
 # Kept free of what old Pythons do not know, so that they can say that they are old.
