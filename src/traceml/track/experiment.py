@@ -292,12 +292,13 @@ def when_decided(action: Callable[[Logger], object]) -> None:
 
 def _settle_undecided() -> None:
     while _undecided:
-        _undecided.popleft()(_active)
+        _undecided.popleft()(_stack[0]._logger if _stack else _first or _root)
 
 
 _undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
 _root = Logger(0, _root_row)
 _active = _root
+_first: Logger | None = None  # of the first experiment that the script began
 _stack: list[Experiment] = []
 _begun: dict[str, int] = {}
 
@@ -313,7 +314,8 @@ def get_active_experiment() -> Experiment | None:
 
 
 def _activate(experiment: Experiment) -> None:
-    global _active
+    global _active, _first
+    _first = _first or experiment._logger
     _stack.append(experiment)
     _active = experiment._logger
 

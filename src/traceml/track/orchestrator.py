@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from traceml.database.schema import MetricKind
 from traceml.recorder import api
 from traceml.recorder.logger import Logger
 from traceml.track import files
@@ -38,7 +39,11 @@ class Orchestrator:
         Args:
             metric: name, value, step, timestamp and kind; a step of None means the training step, else a counter.
         """
-        self._logger.metric(metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
+        given = (metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
+        if metric.kind == MetricKind.COLLECTOR:
+            self._of_the_run(lambda logger: logger.metric(*given))
+        else:
+            self._logger.metric(*given)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Append parameters."""
@@ -74,7 +79,17 @@ class Orchestrator:
             name: the collector.
             facts: what it read; masked already.
         """
-        self._logger.row("collected", name=name, facts=dict(facts))
+        self._of_the_run(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
+
+    def _of_the_run(self, action: Callable[[Logger], object]) -> None:
+        """Log what nobody has called for: it must not be what makes an experiment of the run."""
+        if self._own is not None:
+            action(self._own)
+            return
+
+        from traceml.track.experiment import when_decided
+
+        when_decided(action)
 
     def start(self) -> None:
         """Start the recorder, as the first call would."""

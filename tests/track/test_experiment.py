@@ -1,0 +1,172 @@
+"""Experiments: what their rows tell the delivery, and which of them a call belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import traceml
+from tests.track.conftest import Script, ended_run, finish
+from traceml.errors import UsageError
+from traceml.track import sweep
+
+
+def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path) -> None:
+    """Module-level calls too; an inner one names its parent; ends are told with how they ended."""
+    finish(
+        script("""
+        import traceml
+        with traceml.Experiment("outer", project="p", backend="jsonl, tensorboard", tags=["a"],
+                                config={"lr": 1}) as outer:
+            traceml.log_metric("x", 1)
+            outer.set_iteration(7)
+            outer.log_metric("y", 2)
+            outer.log_hyperparameter("depth", 3)
+            outer.set_tags({"stage": 2})
+            try:
+                with traceml.Experiment("inner", backend=["jsonl"], resume="earlier") as inner:
+                    assert traceml.get_active_experiment() is inner
+                    traceml.log_metric("x", 10)
+                    outer.log_metric("x", 2)
+                    raise KeyError("broken")
+            except KeyError:
+                pass
+            traceml.log_metric("x", 3)
+            assert outer.config == {"lr": 1}
+        assert traceml.get_active_experiment() is None
+        traceml.log_metric("alone", 1)
+        with traceml.Experiment("outer", backend="jsonl") as again:
+            assert again.id != outer.id
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    outer, inner, again = stored.of("experiment")
+    assert (outer["name"], outer["project"], outer["backends"]) == ("outer", "p", ["jsonl", "tensorboard"])
+    assert (outer["tags"], outer["params"], outer["parent"]) == ({"a": ""}, {"lr": 1}, None)
+    assert (inner["parent"], inner["resume"], inner["project"]) == (outer["id"], "earlier", "default")
+    assert len({outer["experiment"], inner["experiment"], again["experiment"], 0}) == 4
+    values = {(experiment, metric.name): [] for experiment, metric in stored.metrics}
+    for experiment, metric in stored.metrics:
+        values[experiment, metric.name].append((metric.value, metric.step))
+    assert values == {
+        (outer["experiment"], "x"): [(1.0, 0), (2.0, 7), (3.0, 1)],
+        (outer["experiment"], "y"): [(2.0, 7)],
+        (inner["experiment"], "x"): [(10.0, 0)],
+        (0, "alone"): [(1.0, 0)],
+    }
+    ends = [(row["experiment"], row["state"]) for row in stored.of("end")]
+    assert ends == [
+        (inner["experiment"], "failed"),
+        (outer["experiment"], "finished"),
+        (again["experiment"], "finished"),
+    ]
+    assert [row["params"] for row in stored.of("params")] == [{"lr": 1}, {"depth": 3}]
+    assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool) -> None:
+    """Trackers of the settings get the run itself, unless the script begins an experiment in its place."""
+    finish(
+        script(
+            """
+        import sys, traceml
+        traceml.init(local=True)
+        with traceml.trace_step():
+            pass
+        if sys.argv[1] == "True":
+            with traceml.Experiment("mine"):
+                traceml.log_metric("x", 1)
+        """,
+            explicit,
+            TRACEML_BACKEND="jsonl",
+            TRACEML_RUN_NAME="named",
+        )
+    )
+
+    (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")
+    assert (row["name"], row["backends"]) == ("mine" if explicit else "named", ["jsonl"])
+    assert (row["experiment"] == 0) is not explicit
+
+
+def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
+    """start_logging and stop_logging; what is not stopped ends with the script."""
+    finish(
+        script("""
+        import traceml
+        experiment = traceml.start_logging("old", "q", "jsonl", backend_url="elsewhere", config={"a": 1})
+        traceml.log_metric("x", 1)
+        open("file.txt", "w").write("f")
+        experiment.log_file_artifact("file.txt", "folder")
+        traceml.stop_logging()
+        traceml.start_logging("open", backend="jsonl")
+        traceml.log_metric("x", 2)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    old, left_open = stored.of("experiment")
+    assert old["options"] == {"jsonl": {"path": "elsewhere"}}
+    assert left_open["name"] == "open"
+    assert [row["name"] for row in stored.of("artifact")] == ["folder/file.txt"]
+    assert [row["experiment"] for row in stored.of("end")] == [old["experiment"]]
+    assert stored.values("x") == [1.0, 2.0]
+
+
+def test_secrets_are_refused_where_they_would_be_stored() -> None:
+    """Keys in arguments and options are errors which say where they belong, without repeating them."""
+    with pytest.raises(UsageError, match=r"WANDB_API_KEY in the environment.*0600") as caught:
+        traceml.start_logging("e", backend="wandb", api_key="hunter2")
+    assert "hunter2" not in str(caught.value)
+
+    with pytest.raises(UsageError, match=r"'api_key' of backend 'wandb'.*WANDB_API_KEY") as caught:
+        traceml.Experiment("e", options={"wandb": {"api_key": "hunter2"}})
+    assert "hunter2" not in str(caught.value)
+
+    traceml.Experiment("e", options={"wandb": {"api_key_file": "/run/key"}})
+
+
+def test_an_address_goes_with_one_tracker() -> None:
+    """Otherwise nobody could tell whose it is."""
+    with pytest.raises(UsageError, match="one backend of mlflow"):
+        traceml.start_logging("e", backend="mlflow,aim", backend_url="http://x")
+
+
+def test_a_sweeps_parameters(tmp_path: Path) -> None:
+    """The file that W&B's agent leaves is read without its library; without a sweep, or with a broken file, nothing."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "wandb_version: 1\n\nlr:\n  value: 0.01\nmodel:\n  desc: null\n  value: resnet\nbig:\n  value: 1e-05\n"
+        "flag:\n  value: true\nlist:\n  value: [1, 2]\n"
+    )
+    environ = {"WANDB_SWEEP_ID": "s", "WANDB_SWEEP_PARAM_PATH": str(path)}
+
+    assert sweep.parameters(environ) == {"lr": 0.01, "model": "resnet", "big": 1e-05, "flag": True, "list": [1, 2]}
+    assert sweep.parameters({}) == {}
+    assert sweep.parameters(environ | {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")}) == {}
+
+
+def test_wrong_steps_are_told(script: Script, tmp_path: Path) -> None:
+    """A step that is no whole number is an error at the call; one that is a whole float is taken."""
+    out = finish(
+        script("""
+        import traceml
+        for step in ("one", 1.5, 2**63, None, 3.0):
+            try:
+                traceml.log_metric("x", 1, step)
+            except (TypeError, ValueError) as error:
+                print(type(error).__name__, error)
+        try:
+            traceml.log_metric(5, 1)
+        except TypeError as error:
+            print(error)
+        """)
+    )
+
+    assert "TypeError a step is a whole number, not str 'one'" in out
+    assert "TypeError a step is a whole number, not 1.5" in out
+    assert "ValueError a step fits into 64 bits" in out
+    assert "a metric's name is a text, not int 5" in out
+    assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]
