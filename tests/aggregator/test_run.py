@@ -179,12 +179,14 @@ def test_process_that_died_before_a_recorder_began_is_told_by_its_launcher_alone
     leave(run, stream)
     run.exited({"rank": 1, "local_rank": 1, "pid": 999_999, "exitcode": -9})
     run.exited({"rank": 2, "local_rank": 2, "pid": 999_998, "exitcode": 0})
+    run.exited({"rank": 3, "local_rank": 0, "pid": None, "host": "far", "lost": "its network is down"})
 
     run.settle_exits()
 
-    assert [(each.rank, str(each.state)) for each in run.streams] == [(0, "finished"), (1, "killed")]
+    assert [(each.rank, str(each.state)) for each in run.streams] == [(0, "finished"), (1, "killed"), (3, "lost")]
     assert run.streams[1].exit == {"signal": 9, "at_s": pytest.approx(1e9 + clock.now_s)}
-    assert run.world_size == 2
+    assert run.streams[2].who.host == "far"
+    assert run.world_size == 4
     assert run.end()
     assert run.state == "failed"
 

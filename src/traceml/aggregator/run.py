@@ -232,10 +232,10 @@ class Run:
     def settle_exits(self) -> None:
         """Take in the processes that ended badly before a recorder began in them: only their launcher knows of them."""
         for told in self._unfitted:
-            rank, pid, local_rank = told.get("rank"), told.get("pid"), told.get("local_rank", 0)
+            rank, pid, local_rank = told.get("rank"), told.get("pid") or 0, told.get("local_rank", 0)
             if not (isinstance(rank, int) and isinstance(pid, int) and isinstance(local_rank, int)):
                 continue
-            if not told.get("exitcode") or (self.attempt, rank) in self._holders:
+            if not (told.get("exitcode") or told.get("lost")) or (self.attempt, rank) in self._holders:
                 _log.info("nobody of run %s fits the exit %s", self.id, told)
                 continue
 
@@ -245,6 +245,10 @@ class Run:
 
             who = Incarnation(str(told.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
             stream = self._admit(self.attempt, rank, who, local_rank, "")
+            if told.get("lost"):
+                self._end_stream(stream, StreamState.LOST)
+                continue
+
             _note_exit(stream, told)
             self._end_stream(stream, _state_of_dead(stream, None))
 
