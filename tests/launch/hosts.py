@@ -41,7 +41,7 @@ ip link set lo up
 : > "$3"
 while :; do sleep 86399 || :; done
 """
-_DAEMONS = {"sshd", "sshd-session", "munged", "slurmd", "slurmctld", "slurmstepd"}
+_DAEMONS = {"slurmscriptd", "sshd", "sshd-session", "munged", "slurmd", "slurmctld", "slurmstepd"}
 
 
 def eventually(condition: Any, what: str, timeout_s: float = 60) -> Any:

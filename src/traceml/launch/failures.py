@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from traceml.errors import PayloadError, RemoteTracebackError, WorkerFailedError
+from traceml.errors import AgentFailedError, PayloadError, RemoteTracebackError, WorkerFailedError
 from traceml.launch import payload
-from traceml.launch.members import Worker
+from traceml.launch.members import Member, Worker
 from traceml.launch.payload import Receiver
 
-__all__ = ["Failure", "died", "first_cause", "note_stacks", "raised"]
+__all__ = ["Failure", "died", "first_cause", "note_stacks", "raised", "unprepared"]
 
 # What a worker is told by a collective because another worker is gone, or does not come.
 _COLLATERAL = re.compile(
@@ -95,6 +95,25 @@ def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
         oom=bool(message.get("oom")),
     )
     return Failure(error, rank=worker.rank)
+
+
+def unprepared(member: Member, error: Mapping[str, Any]) -> AgentFailedError:
+    """Return the error for a host whose fork server cannot be had."""
+    python = member.hello.get("executable") or member.hello.get("python")
+    what, advice = {
+        "no_torch": (
+            "torch is not installed there",
+            f"Install it for {python}, or pass backend=None for functions that need no process group.",
+        ),
+        "env_file": ("env_file cannot be sourced there", "It must exist on each host, and be a script for bash."),
+        "cwd": (
+            "the working directory does not exist there",
+            "Workers work where the launcher does: share that folder.",
+        ),
+        "import": ("torch cannot be imported there", ""),
+        "died": ("the process that imports torch died there", ""),
+    }.get(str(error.get("kind")), ("it cannot be prepared", ""))
+    return AgentFailedError(member.name, what, advice=advice, words=str(error.get("text") or "").splitlines())
 
 
 def note_stacks(

@@ -78,7 +78,7 @@ class Preflight:
 
 
 def preflight(
-    hostnames: Sequence[str] | str, *, ssh_config_file: str | os.PathLike[str] | None = None, python: str | None = None
+    hostnames: Sequence[str] | str, *, ssh_config_file: str | Path | None = None, python: str | None = None
 ) -> Preflight:
     """Look at hosts; takes a few seconds, however many there are.
 
@@ -139,7 +139,7 @@ def _common(link: LinkFacts, found: Preflight) -> str:
 class _Launching:
     """Launches that share their agents: who was asked alone has torch imported when all are asked together."""
 
-    def __init__(self, ssh_config_file: str | os.PathLike[str] | None, python: str | None) -> None:
+    def __init__(self, ssh_config_file: str | Path | None, python: str | None) -> None:
         self._ssh_config_file, self._python = ssh_config_file, python
 
     def host(self, name: str) -> HostFacts:

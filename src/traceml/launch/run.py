@@ -15,11 +15,12 @@ from traceml.launch import payload
 from traceml.launch.api import Launcher, LaunchResult, matching
 from traceml.launch.connect import Link
 from traceml.launch.hosts import Place, resolve
-from traceml.launch.job import Job, Task
+from traceml.launch.job import Job
 from traceml.launch.logs import LogRouter, make_handlers
 from traceml.launch.members import Member
 from traceml.launch.payload import Parcel
 from traceml.launch.pool import POOL
+from traceml.launch.task import Task
 
 if TYPE_CHECKING:
     from traceml.launch.tracing import Tracing
