@@ -15,7 +15,7 @@ import pytest
 
 from traceml.runs.run import load_run
 
-from .hosts import Hosts, eventually
+from .hosts import Hosts, Slurm, eventually
 
 TRAIN = """
 import os, sys, time
@@ -185,3 +185,14 @@ def test_a_launch_that_reaches_no_host_leaves_no_run(hosts: Hosts, folder: Path)
     assert done.stderr.startswith("traceml launch: host refused: the connection was refused")
     assert list((folder / "traceml_runs").iterdir()) == []
     assert nothing_left(hosts)
+
+
+def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> None:
+    """Under salloc, srun carries the channel and the tunnel, and the job's nodes are used."""
+    words = [sys.executable, "-m", "traceml", "launch", "--workers-per-host", "1", "train.py", "train", "30"]
+    done = slurm.run("salloc", "--quiet", "-N2", *words, cwd=folder)
+
+    assert done.stdout == "rank 0 of 2 __main__ ['train', '30']\n"
+    report = report_of(folder)
+    assert [(rank["host"], rank["steps"]) for rank in report["ranks"]] == [("node1", 30), ("node2", 30)]
+    eventually(lambda: nothing_left(slurm.hosts), "the steps to end")
