@@ -134,43 +134,6 @@ def test_a_replay_doubles_nothing(make: Maker, tmp_path: Path) -> None:
     assert [row[:2] for row in _values(read, "more")] == [[0, 1.0]]
 
 
-KILLED = """
-import sys
-from traceml.track.backends.aim import AimBackend
-from traceml.track.metric import Metric
-backend = AimBackend({"run_dir": sys.argv[1] + "/runs/r", "options": {"repo": sys.argv[1]}, "experiment": {"id": "e"}})
-print(backend.start_experiment("first", "tests"), flush=True)
-for k in range(10000):
-    backend.log_metrics([Metric(f"loss{i % 3}", float(i), i // 4, float(i)) for i in range(k * 100, k * 100 + 100)])
-    print(k, flush=True)
-"""
-
-
-def test_a_killed_delivery_is_replayed_exactly(make: Maker, tmp_path: Path) -> None:
-    """Killed while it writes and given the same again from before: each row is there once."""
-    repo = tmp_path / "repo"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, repo], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    run = process.stdout.readline().strip()
-    for line in process.stdout:
-        if int(line) == 20:
-            break
-
-    process.kill()
-    process.communicate()
-    backend = make("aim", repo=str(repo))
-    backend.resume({"hash": run})
-    assert backend.start_experiment("first", "tests") == run
-    rows = [Metric(f"loss{i % 3}", float(i), i // 4, float(i)) for i in range(10_000)]
-    for first in range(1000, 10_000, 300):
-        backend.log_metrics(rows[first : first + 300])
-
-    backend.end_experiment()
-    read = _read(repo, run)
-    for name in ("loss0", "loss1", "loss2"):
-        assert [row[2] for row in _values(read, name)] == [row.timestamp for row in rows if row.name == name]
-
-
 def test_where_it_goes(make: Maker, tmp_path: Path) -> None:
     """By default a folder beside the runs."""
     assert make("aim", local_only=True).target == str(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -118,38 +116,6 @@ def test_a_lost_session_is_said(make: Maker) -> None:
 
     with pytest.raises(BackendError, match="fewer than"):
         make("clearml", mode="offline").resume(mark)
-
-
-KILLED = """
-import json, sys
-from traceml.track.metric import Metric
-from traceml.track.plugins import create_backend
-config = {"run_id": "r", "run_dir": sys.argv[1], "options": {"mode": "offline"}, "experiment": {"id": "exp-1"}}
-backend = create_backend("clearml", config)
-backend.start_experiment("first", "tests")
-for k in range(100000):
-    print(k, json.dumps(backend.mark()), flush=True)
-    backend.log_metrics([Metric("loss", float(i), i) for i in range(k * 100, k * 100 + 100)])
-"""
-
-
-def test_a_killed_delivery_is_replayed_exactly(make: Maker, tmp_path: Path) -> None:
-    """Killed while it writes, and resumed at an earlier mark: each row is there once."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        k, _, mark = line.partition(" ")
-        if k == "30":
-            break
-
-    process.kill()
-    process.communicate()
-    backend = make("clearml", mode="offline")
-    backend.resume(json.loads(mark))
-    backend.start_experiment("first", "tests")
-    backend.log_metrics([Metric("loss", float(i), i) for i in range(3000, 4000)])
-
-    assert [event["iter"] for event in _end(backend)[1]] == list(range(4000))
 
 
 def test_where_it_goes(make: Maker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,6 @@ import pytest
 from tests.track.backends.conftest import Maker
 from tests.track.servers import MLflowServer
 from traceml.errors import BackendError, BackendRefusedError, PluginError
-from traceml.track.interfaces import BackendInterface
 from traceml.track.metric import Metric
 
 # MLflow and SQLAlchemy warn about each other; neither is ours to mend.
@@ -50,11 +48,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MLflowServer]:
     running.kill()
 
 
-@pytest.fixture(params=["server", "sqlite"])
-def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A tracking URI of either kind."""
+@pytest.fixture(scope="module", params=["server", "sqlite"])
+def uri(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tracking URI of either kind; making a database takes seconds."""
     if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/m.db"
+        return f"sqlite:///{tmp_path_factory.mktemp('sqlite')}/m.db"
 
     server: MLflowServer = request.getfixturevalue("server")
     return server.url
@@ -230,36 +228,3 @@ def test_where_it_goes(make: Maker, tmp_path: Path) -> None:
     assert make("mlflow", local_only=True).target == f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(PluginError, match="not on this machine"):
         make("mlflow", tracking_uri="http://10.0.0.1:5000", local_only=True)
-
-
-KILLED = """
-import os, sys
-from traceml.track.backends.mlflow import MLflowBackend
-from traceml.track.metric import Metric
-options = {"tracking_uri": sys.argv[1]}
-backend = MLflowBackend({"run_id": sys.argv[2], "run_dir": "/", "options": options, "experiment": {"id": "killed"}})
-backend.start_experiment("first", "tests")
-for k in range(1000):
-    backend.log_metrics([Metric("loss", float(i), i, 1.7e9 + i) for i in range(k * 100, k * 100 + 100)])
-    print(k, flush=True)
-"""
-
-
-def test_a_killed_delivery_is_replayed_exactly(make: Maker, server: MLflowServer) -> None:
-    """Killed at any moment and given everything again from one batch before: each row is there once."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, server.url, "20260101-000000-test-abcd"], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) == 7:
-            break
-
-    process.kill()
-    process.communicate()
-    backend: BackendInterface = make("mlflow", tracking_uri=server.url, experiment={"id": "killed"})
-    run_id = backend.start_experiment("first", "tests")
-    backend.log_metrics([Metric("loss", float(i), i, 1.7e9 + i) for i in range(600, 3000)])
-    backend.end_experiment()
-
-    assert [step for _, step, _ in _history(server.url, run_id, "loss")] == list(range(3000))

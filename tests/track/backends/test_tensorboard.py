@@ -139,37 +139,6 @@ def test_a_lost_file_is_said(make: Maker) -> None:
         make("tensorboard").resume(mark)
 
 
-KILLED = """
-import json, sys
-from traceml.track.backends.tensorboard import TensorBoardBackend
-from traceml.track.metric import Metric
-backend = TensorBoardBackend({"run_dir": sys.argv[1], "experiment": {"id": "exp-1"}})
-backend.start_experiment("first", "tests")
-for k in range(100000):
-    print(k, json.dumps(backend.mark()), flush=True)
-    backend.log_metrics([Metric("loss", float(i), i) for i in range(k * 100, k * 100 + 100)])
-"""
-
-
-def test_a_killed_delivery_is_replayed_exactly(make: Maker, tmp_path: Path) -> None:
-    """Killed while it writes, and resumed at an earlier mark: each row is there once."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        k, mark = line.split(" ", 1)
-        if k == "50":
-            break
-
-    process.kill()
-    process.communicate()
-    backend = make("tensorboard")
-    backend.resume(json.loads(mark))
-    folder = backend.start_experiment("first", "tests")
-    backend.log_metrics([Metric("loss", float(i), i) for i in range(5000, 6000)])
-
-    assert _steps(folder, "loss") == list(range(6000))
-
-
 FULL = """
 import resource, signal, sys
 from traceml.track.backends.tensorboard import TensorBoardBackend

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -98,41 +97,6 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     )
     (entry,) = artifact.manifest.contents
     assert (entry.path, Path(entry.local_path).read_bytes()) == ("my weights.bin", body.read_bytes())
-
-
-KILLED = """
-import json, sys
-from traceml.track.metric import Metric
-from traceml.track.plugins import create_backend
-config = {"run_id": "r", "run_dir": sys.argv[1], "options": {"mode": "offline"}, "experiment": {"id": "exp-1"}}
-backend = create_backend("wandb", config)
-backend.start_experiment("first", "tests")
-for k in range(100000):
-    print(k, json.dumps(backend.mark()), flush=True)
-    backend.log_metrics([Metric("loss", float(i), i // 2) for i in range(k * 100, k * 100 + 100)])
-"""
-
-
-def test_a_killed_delivery_is_written_anew(make: Maker, tmp_path: Path) -> None:
-    """Killed while it writes: the torn run is removed, and the new one has every row once."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        k, _, mark = line.partition(" ")
-        if k == "30":
-            break
-
-    process.kill()
-    process.communicate()
-    backend = make("wandb", mode="offline")
-    assert not backend.resume(json.loads(mark))
-    backend.start_experiment("first", "tests")
-    backend.log_metrics([Metric("loss", float(i), i // 2) for i in range(5000)])
-    folder = _folder(backend)
-    backend.end_experiment()
-
-    assert _values(history(folder)) == [("loss", i // 2, float(i)) for i in range(5000)]
-    assert len(list(folder.parent.glob("offline-run-*"))) == 1
 
 
 def test_records_depend_on_rows_alone(make: Maker) -> None:

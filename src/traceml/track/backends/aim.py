@@ -195,23 +195,17 @@ class AimBackend(BackendInterface):
         return self._run._tracker.sequence_infos[_context(slot).idx, name]
 
     def _held(self, name: str, slot: int, step: int) -> tuple[float, float] | None:
-        """Return the value and time that the repository has there; a row counts when its last column is written."""
+        """Return the value and time that the repository has there."""
         info = self._info(name, slot)
         if not info.initialized:
             return None
 
         at = info.step_hash_fn(step)
-        try:
-            assert info.step_view[at] == step
-            return info.val_view[at], info.time_view[at]
-        except KeyError:
-            return None
+        time = _read(info.time_view, at)
+        return None if time is None else (_read(info.val_view, at), time)
 
     def _put(self, name: str, slot: int, values: Mapping[int, tuple[float, float]]) -> None:
-        """Write values of one sequence, column by column, then what the sequence says about itself.
-
-        A death in between leaves columns of unequal length, which the replay fills.
-        """
+        """Write values of one sequence in one piece, then what the sequence says about itself."""
         tracker, context = self._run._tracker, _context(slot)
         first_step, (first, _) = next(iter(values.items()))
         info = self._info(name, slot)
@@ -219,11 +213,7 @@ class AimBackend(BackendInterface):
             info = tracker._init_sequence_info(context.idx, name, first)
 
         tracker._update_context_data(context)
-        at = {step: info.step_hash_fn(step) for step in values}
-        info.val_view.update([(at[step], value) for step, (value, _) in values.items()])
-        info.epoch_view.update([(at[step], None) for step in values])
-        info.time_view.update([(at[step], time) for step, (_, time) in values.items()])
-        info.step_view.update([(at[step], step) for step in values])
+        _write(info, [(info.step_hash_fn(step), step, value, time) for step, (value, time) in values.items()])
 
         # Aim's own bookkeeping, for the first, the extreme and the last one: all others would change nothing.
         finite = [value for value, _ in values.values() if not math.isnan(value)]
@@ -288,6 +278,45 @@ def _context(slot: int) -> Any:
 
 
 _contexts: dict[int, Any] = {}
+
+
+def _write(info: Any, rows: Sequence[tuple[int, int, float, float]]) -> None:
+    """Write rows of (place, step, value, time) in one piece.
+
+    Aim's own way deletes a range before it writes each cell, and thousands of those make the database slow to read.
+    """
+    from aim.storage.encoding import encode, encode_path
+
+    views = [info.val_view, info.epoch_view, info.step_view, info.time_view]
+    if not hasattr(views[0].tree, "container"):  # a repository behind a server; it does the writing
+        for at, step, value, time in rows:
+            for view, cell in zip(views, (value, None, step, time), strict=True):
+                view[at] = cell
+
+        return
+
+    columns = [view.tree.container for view in views]
+    batch = columns[0].batch()
+    for at, step, value, time in rows:
+        key = encode_path((at,))
+        for column, cell in zip(columns, (value, None, step, time), strict=True):
+            column.set(key, encode(cell), store_batch=batch)
+
+    columns[0].commit(batch)
+
+
+def _read(column: Any, at: int) -> Any:
+    """Return one cell of a column, or None; Aim's own way iterates."""
+    from aim.storage.encoding import decode, encode_path
+
+    if not hasattr(column.tree, "container"):
+        try:
+            return column[at]
+        except KeyError:
+            return None
+
+    cell = column.tree.container.get(encode_path((at,)))
+    return None if cell is None else decode(cell)
 
 
 def _same(held: tuple[float, float], given: tuple[float, float]) -> bool:

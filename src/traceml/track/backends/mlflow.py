@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.names import is_this_machine, safe_name
@@ -56,8 +56,7 @@ class MLflowBackend(BackendInterface):
     @property
     def target(self) -> str:
         """The tracking URI, without credentials."""
-        parts = urlsplit(self._uri)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+        return re.sub(r"//[^/@]*@", "//", self._uri)
 
     @property
     def is_local(self) -> bool:

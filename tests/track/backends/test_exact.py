@@ -1,0 +1,78 @@
+"""The real delivery process, killed while it delivers to a real tracker: nothing is missing, nothing is there twice."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.track.fabricated import LoggedRun, state_of
+from tests.track.readers import READERS, Value
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
+    pytest.mark.timeout(240),
+]
+
+STEPS = 3_000
+KILLS = 2
+# After a death W&B's run is written anew from its first row; one death shows it.
+ONCE = {"wandb"}
+
+
+def _logged(tmp_path: Path, backend: str) -> tuple[Path, list[Value]]:
+    """Write a run of two ranks: float32 values, steps that come twice and go back."""
+    values = [float(np.float32(i / 7)) for i in range(STEPS)]
+    run = LoggedRun(tmp_path / "runs" / "20260101-000000-exact-abcd")
+    expected: list[Value] = []
+    for rank in range(2):
+        run.experiment([backend], rank=rank, id="x", metrics_interval=1e6)
+        for part, first_step in enumerate((0, STEPS // 2)):
+            series = [value + part for value in values]
+            run.metrics({"loss": series, "val/acc": series[: STEPS // 5]}, rank=rank, first_step=first_step)
+            suffix = f"/rank_{rank}" if rank else ""
+            expected += [(f"loss{suffix}", first_step + i, value) for i, value in enumerate(series)]
+            expected += [(f"val/acc{suffix}", first_step + i, value) for i, value in enumerate(series[: STEPS // 5])]
+
+    return run.end(), sorted((name, step, float(np.float32(value))) for name, step, value in expected)
+
+
+@pytest.mark.parametrize("backend", sorted(READERS))
+def test_a_killed_delivery_is_exact(backend: str, tmp_path: Path) -> None:
+    """Killed after some rows have arrived, again and again; the last one finishes."""
+    if backend == "aim" and sys.version_info >= (3, 13):
+        pytest.skip("there is no Aim for this Python")
+
+    run_dir, expected = _logged(tmp_path, backend)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "CLEARML_"))}
+    environment |= {"WANDB_MODE": "offline", "CLEARML_OFFLINE_MODE": "1"}
+    command = [sys.executable, "-m", "traceml.track.deliver", str(run_dir), backend]
+    killed = 0
+    for attempt in range(40):
+        before = state_of(run_dir, backend).delivered if attempt else 0
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and killed < (1 if backend in ONCE else KILLS):
+            if state_of(run_dir, backend).delivered > before:
+                time.sleep(0.01 * (killed + 1))  # into the next batch
+                process.kill()
+                killed += process.wait() != 0
+                break
+
+            time.sleep(0.002)
+
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break
+    else:
+        raise AssertionError(errors.decode()[-2000:])
+
+    assert killed
+    state = state_of(run_dir, backend)
+    (kept,) = state.experiments.values()
+    found = [row for row in READERS[backend](run_dir, kept["id"]) if not row[0].startswith(("traceml/", "system/"))]
+    assert sorted((name, step, float(np.float32(value))) for name, step, value in found) == expected
