@@ -16,6 +16,19 @@ import pytest
 from tests.launch.driver import Driver, alive, wait_until
 from traceml.launch import boot
 
+# An agent that is not its launcher's child, as those of other hosts.
+_REMOTE = (
+    boot.import_code().replace("{", "{{").replace("}", "}}")
+    + """
+from traceml.launch import agent
+from traceml.launch.channel import GREETING
+import os
+os.write(1, GREETING)
+agent._SILENCE_S = {silence_s}
+agent.main()
+"""
+)
+
 
 def _spawn_kin() -> None:
     """Leave children of every kind, say who they are, and never return."""
@@ -284,7 +297,7 @@ def test_a_zygote_that_was_killed_is_replaced(driver: Driver) -> None:
 
 def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
     """An agent whose launcher says nothing while a job runs ends the job; nothing else tells it of a cut network."""
-    code = boot.import_code() + "from traceml.launch import agent\nagent._SILENCE_S = 2\nagent.main(greet=True)\n"
+    code = _REMOTE.format(silence_s=2)
     with Driver([sys.executable, "-c", code], local=True) as driver:
         driver.prepare()
         driver.start(_spawn_kin)
@@ -296,7 +309,7 @@ def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
 
 def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) -> None:
     """Between two launches nobody runs the launcher's loop: that is no silence."""
-    code = boot.import_code() + "from traceml.launch import agent\nagent._SILENCE_S = 1.5\nagent.main(greet=True)\n"
+    code = _REMOTE.format(silence_s=1.5)
     with Driver([sys.executable, "-c", code], local=True) as driver:
         driver.prepare()
         driver.run(os.getpid)
@@ -421,7 +434,7 @@ def test_workers_that_finish_at_once_do_not_break_the_group_of_others(driver: Dr
 def test_large_values_travel_both_ways(driver: Driver) -> None:
     """Far more than any buffer on the way, and no copy is left in the agent."""
     driver.prepare(need_torch=True)
-    data = os.urandom(1 << 20) * 60
+    data = os.urandom(1 << 20) * 20
     found = driver.run(lambda value: value[::-1], data)
 
     assert found[0] == data[::-1]

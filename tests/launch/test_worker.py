@@ -38,6 +38,9 @@ def test_the_zygote_stays_and_has_one_thread(driver: Driver) -> None:
     """A second job is served by the process that has imported torch already, which never computes."""
 
     def parent() -> tuple[int, int]:
+        import torch
+
+        assert not torch.cuda._is_in_bad_fork()
         return os.getppid(), len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))
 
     first = driver.run(parent)
@@ -96,6 +99,21 @@ def test_cores_and_threads_can_be_left_alone(driver: Driver) -> None:
     found = driver.run(describe, workers=2, cpu_affinity=False, env={"OMP_NUM_THREADS": "7"})
 
     assert found == [(sorted(os.sched_getaffinity(0)), "7")] * 2
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_matrix_products_of_numpy_use_the_cores_of_their_worker(driver: Driver, workers: int) -> None:
+    """The zygote keeps numpy's threads back; each worker has as many as it has cores."""
+
+    def multiply() -> tuple[int, int]:
+        import numpy as np
+
+        a = np.ones((500, 500))
+        assert float((a @ a)[0, 0]) == 500
+        return len(list(Path("/proc/self/task").iterdir())), len(os.sched_getaffinity(0))
+
+    for threads, cores in driver.run(multiply, workers=workers):
+        assert threads == min(cores, 64 // workers)
 
 
 def test_a_worker_computes_as_a_new_process_does(driver: Driver) -> None:

@@ -43,10 +43,16 @@ class _End(Exception):  # noqa: N818 - it is none
 
 
 class Agent:
-    """Serves one launcher over one channel. Use `run` once."""
+    """Serves one launcher over one channel. Use `run` once.
 
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
+    Args:
+        channel: to the launcher.
+        silence_s: how long it may say nothing while it has work here; 0 where its end cannot be missed.
+    """
+
+    def __init__(self, channel: Channel, *, silence_s: float) -> None:
+        self._channel, self._silence_s = channel, silence_s
+        self._mark = os.urandom(12).hex()
         self._selector = selectors.DefaultSelector()
         self._server: ForkServer | None = None
         self._crew: Crew | None = None
@@ -71,7 +77,7 @@ class Agent:
 
         self._selector.register(wakeup, selectors.EVENT_READ, lambda _: os.read(wakeup, 4096))
         self._selector.register(self._channel.read_fd, selectors.EVENT_READ, self._receive)
-        self._channel.send("hello", **_hello())
+        self._channel.send("hello", mark=self._mark, **_hello())
         try:
             while True:
                 self._turn()
@@ -97,7 +103,7 @@ class Agent:
 
         if self._crew is not None or self._preparing:
             self._busy_s = now_s
-            self._channel.check(_SILENCE_S)
+            self._channel.check(self._silence_s)
             return
 
         self._channel.forget_silence()
@@ -137,12 +143,11 @@ class Agent:
             signal.signal(number, signal.SIG_IGN)
 
         server = self._server
-        mark = None if server is None else server.mark
         spare = [] if server is None else [server.pid]
-        end_all(lambda: leftovers([os.getpid()], mark=mark, spare=spare), grace_s=_LAST_GRACE_S)
+        end_all(lambda: leftovers([os.getpid()], mark=self._mark, spare=spare), grace_s=_LAST_GRACE_S)
         if server is not None:
             server.close()
-            end_all(lambda: leftovers([os.getpid()], mark=mark), grace_s=0)
+            end_all(lambda: leftovers([os.getpid()], mark=self._mark), grace_s=0)
 
     # --- what the launcher says --------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Agent:
             self._server = ForkServer(
                 self._selector,
                 spec,
-                mark=os.urandom(12).hex(),
+                mark=self._mark,
                 on_message=self._on_server,
                 on_output=self._say,
             )
@@ -341,12 +346,14 @@ _HANDLERS: dict[str, Callable[[Agent, dict[str, Any]], None]] = {
 }
 
 
-def main(*, greet: bool = False) -> NoReturn:
+def main(*, local: bool = False) -> NoReturn:
     """Serve the launcher at our standard input and output.
 
     Args:
-        greet: say the greeting, where the boot code has not.
+        local: whether it is our parent. Then nobody has greeted it yet, and its end closes the channel for sure: it may
+            be suspended as long as it likes.
     """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have held back some
     read_fd, write_fd = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -358,12 +365,12 @@ def main(*, greet: bool = False) -> NoReturn:
 
     become_subreaper()
     channel = Channel(read_fd, write_fd, side="agent")
-    if greet:
+    if local:
         channel.send_raw(GREETING)
 
     status = 1
     try:
-        reason = Agent(channel).run()
+        reason = Agent(channel, silence_s=0 if local else _SILENCE_S).run()
         status = 0
         if reason.startswith("signal"):
             sys.stderr.write(f"traceml: the agent was ended by {reason}\n")
@@ -424,4 +431,4 @@ def _stamp(path: str | None) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    main(greet=True)
+    main(local=True)

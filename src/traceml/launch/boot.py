@@ -68,8 +68,8 @@ spec.loader.exec_module(module)
 
 
 def local_command(python: str) -> list[str]:
-    """Return what starts an agent on this machine; it greets at once and reads no bundle."""
-    return [python, "-c", import_code() + "from traceml.launch.agent import main\nmain(greet=True)\n"]
+    """Return what starts an agent on this machine as our child; it reads no bundle."""
+    return [python, "-c", import_code() + "from traceml.launch.agent import main\nmain(local=True)\n"]
 
 
 def remote_command(python: str) -> list[str]:

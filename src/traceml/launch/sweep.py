@@ -35,7 +35,7 @@ def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> 
     """
     _prctl(_PR_SET_PDEATHSIG, int(how))
     if how and os.getppid() != parent:
-        os._exit(128 + int(how))
+        os.kill(os.getpid(), how)
 
 
 def become_subreaper() -> None:

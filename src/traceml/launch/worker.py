@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from traceml.launch import payload, records
 from traceml.launch.fdsocket import FdSocket
-from traceml.launch.zygote import STACK_SIGNAL
+from traceml.launch.zygote import STACK_SIGNAL, set_blas_threads
 
 __all__ = ["main"]
 
@@ -166,8 +166,9 @@ def _take_cores(request: Mapping[str, Any]) -> None:
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
 
-    threads = request["threads"]
-    if threads is None or "OMP_NUM_THREADS" in os.environ:
+    threads, wanted = request["threads"], os.environ.get("OMP_NUM_THREADS", "")
+    set_blas_threads(int(wanted) if wanted.isdigit() else threads or len(os.sched_getaffinity(0)))
+    if threads is None or wanted:
         return
 
     os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,10 +21,12 @@ from typing import Any, NoReturn
 from traceml.launch.fdsocket import FdSocket
 from traceml.launch.sweep import become_subreaper, die_with_parent, end_all, leftovers
 
-__all__ = ["STACK_SIGNAL", "main"]
+__all__ = ["STACK_SIGNAL", "main", "set_blas_threads"]
 
 # faulthandler answers this one; SIGUSR1 and SIGUSR2 stay the user's
 STACK_SIGNAL = signal.SIGRTMAX - 3
+# Where numpy's matrix products get their threads: symbols of the builds that there are.
+_SET_BLAS_THREADS = ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads")
 # What a worker would import first; here it is imported once, and its memory is shared.
 _WARM = ("traceml.launch.worker", "traceml.launch.payload", "cloudpickle", "logging.handlers")
 _WARM_TORCH = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.data")
@@ -98,8 +100,32 @@ def _import_torch() -> str:
 
     if before is None:
         del os.environ[name]
+        _blas[:] = _find_blas()
 
     return str(sys.modules["torch"].__version__)
+
+
+_blas: list[Callable[[int], object]] = []  # sets the number of OpenBLAS's threads, where it was loaded with one
+
+
+def set_blas_threads(count: int) -> None:
+    """Give a worker the threads that `_import_torch` has kept back."""
+    for setter in _blas:
+        setter(count)
+
+
+def _find_blas() -> list[Callable[[int], object]]:
+    import ctypes
+
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    paths = {line.split(None, 5)[5] for line in lines if "openblas" in line}
+    found: list[Callable[[int], object]] = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(path)
+            found += [getattr(library, name) for name in _SET_BLAS_THREADS if hasattr(library, name)][:1]
+
+    return found
 
 
 def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | None:
