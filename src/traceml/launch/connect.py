@@ -16,6 +16,7 @@ from traceml.launch import boot
 from traceml.launch.channel import Channel
 from traceml.launch.hosts import Place
 from traceml.launch.slurm import step_command
+from traceml.launch.sweep import end_all, leftovers
 
 __all__ = ["Link"]
 
@@ -161,6 +162,10 @@ class Link:
         rest = [self._rest.decode(errors="replace")] if self._rest.strip() else []
         words = [*noise[-_KEPT_LINES:], *self._lines, *rest]
         self.close()
+        if self.place.transport == "local" and self.hello and (mark := self.hello.get("mark")):
+            # agent and zygote clean up for each other; killed both at once, they have left it to us
+            end_all(lambda: leftovers([], mark=mark), grace_s=0)
+
         what, advice = self._explain(status, "\n".join(words), reason)
         return AgentFailedError(self.place.name, what, advice=advice, words=words)
 
