@@ -47,7 +47,8 @@ def main(argv: list[str]) -> int:
         raise UsageError("--live terminal needs a terminal; standard output is none")
 
     from traceml.launch.run import run_script
-    from traceml.launch.tracing import Tracing, terminal_screen
+    from traceml.launch.screens import terminal_screen
+    from traceml.launch.tracing import Tracing
 
     name = config.run_name or Path(target).stem
     script = {"module" if options.module else "path": target, "argv": arguments}

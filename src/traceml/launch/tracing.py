@@ -5,14 +5,13 @@ The launch's own loop drives it; see `Tracing`.
 
 from __future__ import annotations
 
-import io
 import logging
 import selectors
 import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,27 +24,15 @@ from traceml.launch.channel import Channel
 from traceml.launch.conclusion import conclude
 from traceml.launch.flights import keep_copy
 from traceml.launch.keeper import AggregatorKeeper
+from traceml.launch.screens import MakeScreen, Output, terminal_screen
 from traceml.launch.supervisor import Screen
 from traceml.launch.tunnel import TunnelExit
 
-__all__ = ["MakeScreen", "Tracing", "terminal_screen"]
+__all__ = ["Tracing"]
 
 _WINDOW_BYTES = 1 << 20
 
 _log = logging.getLogger("traceml")
-
-MakeScreen = Callable[[Path], Screen | None]
-"""Makes the live view of the run in a folder, or none where there is no terminal."""
-
-
-def terminal_screen(run_dir: Path) -> Screen | None:
-    """Return the live view in the terminal, None where standard output is none."""
-    if not sys.stdout.isatty():
-        return None
-
-    from traceml.display.terminal import RunScreen
-
-    return RunScreen(run_dir)
 
 
 @dataclass(slots=True)
@@ -114,7 +101,7 @@ class Tracing:
         self._exits: list[dict[str, Any]] = []
         self._raised: set[int] = set()
         self._flight_of: dict[int, tuple[str, int]] = {}  # number of an exit -> its flight
-        self.output, self.errors = _Output("stdout"), _Output("stderr")
+        self.output, self.errors = Output("stdout"), Output("stderr")
         """Where the job's output is to be written, from any thread: it appears above the live view."""
 
     def __enter__(self) -> Self:
@@ -329,29 +316,6 @@ class Tracing:
     def _show_output(self) -> None:
         while self._screen is not None and self._waiting:
             self._screen.write(self._waiting.popleft().encode(errors="replace"))
-
-
-class _Output(io.TextIOBase):
-    """A text stream whose words go to one of `sys`, or wait for the thread that draws the live view."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self.redirected: deque[str] | None = None
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, text: str, /) -> int:
-        waiting = self.redirected
-        if waiting is None:
-            return int(getattr(sys, self._name).write(text))
-
-        waiting.append(text)
-        return len(text)
-
-    def flush(self) -> None:
-        if self.redirected is None:
-            getattr(sys, self._name).flush()
 
 
 def _run_id(wanted: str | None) -> str | None:
