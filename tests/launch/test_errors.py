@@ -135,12 +135,15 @@ def test_start_up_has_a_limit(tmp_path: Path) -> None:
         ({"backend": "gluu"}, "backend='gluu'"),
         ({"timeout": 0}, "timeout=0"),
         ({"default_env_vars": "PATH"}, "default_env_vars='PATH'"),
+        ({"func_args": "one"}, "func_args is a str: give a tuple"),
+        ({"func_kwargs": ["one"]}, "func_kwargs is a list"),
+        ({"func": "main"}, "func='main': it is not callable"),
     ],
 )
 def test_bad_arguments_are_told(options: dict[str, Any], words: str) -> None:
     """A value that cannot be is a ValueError which names it."""
     with pytest.raises(ValueError, match=words):
-        launched(jobs.nothing, **options)
+        traceml.launch(**{"func": jobs.nothing, "hostnames": ["localhost"], **options})
 
 
 def test_an_env_file_that_fails_is_told(tmp_path: Path) -> None:

@@ -113,6 +113,15 @@ class Launcher:
         from traceml.launch.run import run_function
 
         self._check()
+        if not callable(func):
+            raise UsageError(f"func={func!r}: it is not callable")
+
+        if not isinstance(func_args, tuple | list):
+            raise UsageError(f"func_args is a {type(func_args).__name__}: give a tuple, for one argument (x,)")
+
+        if not isinstance(func_kwargs, Mapping | None):
+            raise UsageError(f"func_kwargs is a {type(func_kwargs).__name__}: give a dict of arguments by name")
+
         return run_function(self, func, func_args, func_kwargs or {}, log_handlers)
 
     def _check(self) -> None:
