@@ -79,9 +79,18 @@ def agent_killed():
     wait(None, who)
 
 def never_returns(folder):
+    import threading, traceback
     import torch.distributed as dist
     who = rank()
-    open(os.path.join(folder, f"rank-{who}"), "w").close()
+    main = threading.get_ident()
+
+    def tell():
+        while who != 2 and "in barrier" not in "".join(traceback.format_stack(sys._current_frames()[main])):
+            time.sleep(0.01)
+
+        open(os.path.join(folder, f"rank-{who}"), "w").close()
+
+    threading.Thread(target=tell).start()
     if who == 2:
         while True:
             time.sleep(1)

@@ -43,14 +43,17 @@ class Between:
         return near, far
 
     def close(self) -> None:
+        if self._stop.is_set():
+            return
+
         self._stop.set()
         self._thread.join()
         self.mouth.close()
+        self.selector.close()
         self.exit.close()
         for channel in self._channels:
             channel.close()
 
-        self.selector.close()
         self.server.close()
 
     def _loop(self) -> None:
@@ -139,3 +142,13 @@ def test_nobody_at_the_end_is_no_connection(between: Between) -> None:
     between.server.close()
     with socket.create_connection(("127.0.0.1", between.mouth.port), timeout=20) as near:
         assert near.recv(1) == b""
+
+
+def test_it_can_be_closed_after_the_loop(between: Between) -> None:
+    """A connection that is open when the owner's loop has ended is closed all the same."""
+    near, far = between.connect()
+    with near, far:
+        far.sendall(b"x")
+        assert near.recv(1) == b"x"
+        between.close()
+        assert far.recv(1) == b""

@@ -149,7 +149,9 @@ class _Relay:
 
         self._closed = True
         self._waiting.clear()
-        self._set_events(0)
+        with contextlib.suppress(KeyError, ValueError):  # the owner's loop may be over, and its selector closed
+            self._set_events(0)
+
         self._sock.close()
         if not self._read_ended:
             self._outgoing.end({"text": why or "closed"})
