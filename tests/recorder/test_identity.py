@@ -42,7 +42,7 @@ def test_the_hello_tells_what_the_flight_file_tells(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("LOCAL_RANK", "1")
     config = settings.load({}, Path("/proc"), run_name="name", project="p", hang_timeout=7)
     identity = identify(config)
-    hello, facts = identity.hello(config, Path("/x.flight")), identity.facts()
+    hello, facts = identity.hello(config, Path("/x.flight")), identity.facts(config)
 
     assert (hello.run, hello.name, hello.project, hello.flight) == (identity.job, "name", "p", "/x.flight")
     assert hello.hang_timeout_s == 7

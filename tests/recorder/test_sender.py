@@ -22,6 +22,7 @@ class Wire:
 
     def __init__(self, acked: dict[str, int] | None = None) -> None:
         self.acked = acked or {}
+        self.welcome: dict[str, Any] = {}
         self.sent: list[tuple[str, int, int, bytes]] = []
         self.messages: list[dict[str, Any]] = []
         self.inbox: list[dict[str, Any]] = []
