@@ -114,7 +114,7 @@ class Digest:
             self.streams = {}
 
         for record in records:
-            if record.attempt == attempt:
+            if record.attempt == attempt and not record.facts.get("helps"):  # a child that logs is no rank
                 self._take_stream(record)
 
     def _take_stream(self, record: StreamRecord) -> None:
