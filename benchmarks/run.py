@@ -19,6 +19,8 @@ BENCHMARKS: dict[str, list[str]] = {
     "ingest": [],
     "store_bytes": [],
     "diagnosis_accuracy": ["--runs", "150"],
+    "launch": [],
+    "delivery": [],
 }
 
 
