@@ -373,22 +373,21 @@ class Crew:
             signal=killed,
             tail=each.tail.lines(),
             oom=killed == signal.SIGKILL and not self._stopping and oom_kills() > self._oom_kills,
-            flight=self._send_flight(each),
         )
+        self._send_flight(each)
 
-    def _send_flight(self, each: _Rank) -> int | None:
+    def _send_flight(self, each: _Rank) -> None:
         """Send the flight file which a traced worker has left, where the launcher cannot read it itself."""
         if not self._trace.get("flights") or each.pid is None:
-            return None
+            return
 
         from traceml.launch.flights import left_by
 
         data = left_by(each.pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
         if data is None:
-            return None
+            return
 
         stream = self._channel.open_stream(kind="flight", job=self.job, rank=each.rank)
         each.streams.append(stream)
         stream.write(data)
         stream.end()
-        return stream.id

@@ -22,6 +22,7 @@ _COLLATERAL = re.compile(
 )
 _IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
 _INNERMOST_FRAMES = 12
+_LAST_LINES = 5
 _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
 _OURS = re.compile(r'File "[^"]*traceml/(launch/worker|recorder/script)\.py"')
 
@@ -94,7 +95,9 @@ def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
         log_tail=_tail(message),
         oom=bool(message.get("oom")),
     )
-    return Failure(error, rank=worker.rank)
+    # a script's exception is in what it wrote last
+    collateral = not signal and bool(_COLLATERAL.search("\n".join(_tail(message)[-_LAST_LINES:])))
+    return Failure(error, collateral, worker.rank)
 
 
 def unprepared(member: Member, error: Mapping[str, Any]) -> AgentFailedError:

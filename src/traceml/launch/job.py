@@ -33,6 +33,8 @@ __all__ = ["Job"]
 
 # After the first failure: how long other workers may take to fail too, which may explain it better.
 _GRACE_S = 0.5
+# Where all that failed did so because of another: how much longer to wait for that one's news.
+_CAUSE_S = 1.0
 # How long other hosts that are bad too have to say so.
 _BAD_HOSTS_S = 1.0
 # How long agents may take to tell where workers are.
@@ -186,6 +188,9 @@ class Job:
             return
 
         self._loop.until(lambda: all(w.ended or w.member.lost for w in ledger.workers if not w.done), _GRACE_S)
+        if all(failure.collateral for failure in ledger.failures):  # then there is a cause, perhaps on its way
+            self._loop.until(lambda: not all(failure.collateral for failure in ledger.failures), _CAUSE_S)
+
         raise first_cause(ledger.failures)
 
     def _await(self, condition: Callable[[], object], doing: str, absent: list[str] | None) -> None:

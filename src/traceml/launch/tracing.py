@@ -52,14 +52,13 @@ class _Flight:
 
     data: bytearray = field(default_factory=bytearray)
     path: str = ""
-    ended: bool = False
 
 
 class Tracing:
     """One traced launch. A context manager, at whose exit the verdict is printed and the aggregator gone.
 
-    The owner calls `start` before the agents, `tick` twice a second or more, passes on what agents say, waits while
-    `pending`, and calls `finish`. A launch whose workers were never started leaves no run.
+    The owner calls `start` before the agents, `tick` twice a second or more, passes on what agents say, and calls
+    `finish` once all hosts are idle. A launch whose workers were never started leaves no run.
 
     Args:
         name: what to call the run where the user gave it no name: the function's or the script's.
@@ -97,10 +96,9 @@ class Tracing:
         self._begun = False
         self._finished: bool | None = None
         self._hosts: dict[str, _Host] = {}
-        self._flights: dict[tuple[str, int], _Flight] = {}
+        self._flights: dict[int, _Flight] = {}
         self._exits: list[dict[str, Any]] = []
         self._raised: set[int] = set()
-        self._flight_of: dict[int, tuple[str, int]] = {}  # number of an exit -> its flight
         self.output, self.errors = Output("stdout"), Output("stderr")
         """Where the job's output is to be written, from any thread: it appears above the live view."""
 
@@ -114,11 +112,6 @@ class Tracing:
     def run_dir(self) -> Path:
         """The run's folder."""
         return self._keeper.run_dir
-
-    @property
-    def pending(self) -> bool:
-        """Whether a flight file is still on its way."""
-        return any(not flight.ended for flight in self._flights.values())
 
     def start(self) -> None:
         """See that there can be a run.
@@ -198,8 +191,9 @@ class Tracing:
 
             return
 
-        flight = self._flights[host, number] = _Flight()
-        label = f"{known.name}-{message.get('rank')}-{number}"
+        rank = int(message["rank"])
+        flight = self._flights[rank] = _Flight()
+        label = f"{known.name}-{rank}-{number}"
         channel.accept(
             number, flight.data.extend, lambda error: self._arrived(flight, label, error), window_bytes=_WINDOW_BYTES
         )
@@ -213,7 +207,7 @@ class Tracing:
 
         Args:
             host: where.
-            message: `{rank, local_rank, pid, code, signal, flight}`.
+            message: `{rank, local_rank, pid, code, signal}`.
             stopped: whether we ended it because of others.
         """
         signal = message.get("signal")
@@ -229,9 +223,6 @@ class Tracing:
             told["exitcode"] = 1
         elif stopped:
             told["stopped"] = True
-
-        if message.get("flight") is not None:
-            self._flight_of[len(self._exits)] = (host, int(message["flight"]))
 
         self._exits.append(told)
 
@@ -250,9 +241,6 @@ class Tracing:
         if known.tunnel is not None:
             known.tunnel.close()
 
-        for (name, _), flight in self._flights.items():
-            flight.ended |= name == host
-
         for rank, pid in ranks.items():
             self._exits.append({"rank": rank, "pid": pid, "host": known.name, "lost": reason, "time": time.time()})
 
@@ -264,10 +252,10 @@ class Tracing:
         Args:
             status: what the job ended with, as a shell counts.
         """
-        for number, key in self._flight_of.items():
-            flight = self._flights.get(key)
+        for told in self._exits:
+            flight = self._flights.get(told["rank"])
             if flight is not None and flight.path:
-                self._exits[number]["flight"] = flight.path
+                told["flight"] = flight.path
 
         self._finished = self._begun and self._keeper.finish(self._exits, status)
         return self._finished
@@ -293,7 +281,6 @@ class Tracing:
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _arrived(self, flight: _Flight, label: str, error: Mapping[str, Any] | None) -> None:
-        flight.ended = True
         if error is not None:
             _log.warning("the last rows of %s did not arrive: %s", label, error.get("text"))
             return
