@@ -57,6 +57,11 @@ class MLflowServer:
 
         raise AssertionError(f"no answer within {timeout_s} s: {(self.folder / 'server.log').read_text()[-2000:]}")
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
+
     def kill(self) -> None:
         """Kill it and its workers, as a crash would."""
         if self._process is None:

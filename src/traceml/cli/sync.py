@@ -41,7 +41,8 @@ _LOOK_S = 0.1
 class Options:
     """Deliver to trackers what they have not got yet.
 
-    Of runs whose tracker was down or whose delivery was ended; with --backend also of any run to another tracker.
+    Of runs whose tracker was down; with --backend also of any run to another tracker.
+
     Exits with 3 when something could not be delivered: it stays in the run, for another try.
     """
 

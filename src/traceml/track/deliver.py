@@ -51,7 +51,8 @@ from traceml.track.watchdog import Watchdog
 
 __all__ = ["Delivery", "main"]
 
-_BATCH_ROWS = 5_000
+_LEAST_ROWS, _FIRST_ROWS, _BATCH_ROWS = 100, 1_000, 5_000
+_SLOW_BATCH_S = 2.0
 _LOOK_S = 0.5
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
@@ -189,7 +190,7 @@ class Delivery:
         state, here = self._state, position(self._cursor())
         suspect = state.memory.get("suspect")
         stops = [kept["end"] for kept in state.experiments.values() if kept.get("end")]
-        limit = _BATCH_ROWS
+        limit = state.batch_rows or _FIRST_ROWS
         if suspect is not None:
             stops += [suspect["from"], suspect["to"], *(bad["to"] for bad in suspect["bad"])]
             if position(suspect["from"]) <= here < position(suspect["to"]):
@@ -243,6 +244,13 @@ class Delivery:
         state.latency_ms = took_ms if state.latency_ms is None else 0.8 * state.latency_ms + 0.2 * took_ms
         if (suspect := state.memory.get("suspect")) is not None:
             suspect["in_a_row"] = 0
+
+        # A slow tracker gets less at a time, so that one sees it getting on and loses little to a death.
+        rows = state.batch_rows or _FIRST_ROWS
+        if took_s > _SLOW_BATCH_S:
+            state.batch_rows = max(rows // 2, _LEAST_ROWS)
+        elif took_s < _SLOW_BATCH_S / 4:
+            state.batch_rows = min(rows * 2, _BATCH_ROWS)
 
         if self._stands_in:
             state.fallback += batch.rows

@@ -32,6 +32,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.2, 30.0, 30.0
 # A tracker that takes nothing for so long holds up nobody's end.
 PATIENCE_S = 10.0
 _START_S = 45.0  # a process imports its library first, on a host that may be busy with training
+_BATCH_S = 25.0  # one batch may take long on such a host
 _STOP_S = 5.0
 _TAKEN_PAUSE_S = 0.5
 _LOG_BYTES = 1 << 20
@@ -122,7 +123,7 @@ class DeliveryProcess:
 
         waiting = state.phase in {Phase.WAITING, Phase.OPEN, Phase.UNAUTHORIZED, Phase.BROKEN}
         if not waiting and self._process is not None:
-            patience_s = max(patience_s, _START_S if state.pid != self._process.pid else 0.0)
+            patience_s = max(patience_s, _START_S if state.pid != self._process.pid else _BATCH_S)
             if state.pid == self._process.pid and state.is_in_slow_call:
                 return False
 

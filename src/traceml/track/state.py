@@ -68,7 +68,7 @@ class TrackerState:
         masked: texts that were masked.
         experiments: per experiment where it stands at the tracker: `id`, `url`, `mark`, `started`, `ended`.
         memory: what rules and derived values carry from batch to batch.
-        batch_rows: how many rows the next batch takes; halved to find a row that is refused.
+        batch_rows: how many rows the next batch takes at most, by how long the last ones took; 0 before the first.
         stood_in: whether the fallback has got everything and the one that fails has not been told the end.
         retries: failures in a row.
         retry_at: epoch seconds before which nothing is tried.
