@@ -20,6 +20,7 @@ from typing import Any
 import msgpack
 
 from traceml.privacy import Masker
+from traceml.track.background import step_back
 from traceml.track.collectors.running import readings
 from traceml.track.interfaces import CollectorInterface
 from traceml.track.plugins import PluginType, load
@@ -31,6 +32,7 @@ MAX_ROW_BYTES = 1 << 20
 
 def main() -> None:
     """Run the collectors that standard input names, until it ends."""
+    step_back()
     given = json.loads(_first_line())
     sys.path[:] = given["path"]
     # What a collector prints must not come between the rows.
