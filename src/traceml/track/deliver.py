@@ -30,6 +30,7 @@ from traceml.errors import PluginError, TraceMLError
 from traceml.privacy import Masker
 from traceml.settings import Config
 from traceml.track.audit import Audit
+from traceml.track.background import step_back
 from traceml.track.derived import FOLLOWED
 from traceml.track.keys import read_key_file
 from traceml.track.plan import Experiment, Plan
@@ -455,9 +456,7 @@ def _step_back(parent: int | None) -> None:
         if os.getppid() != parent:
             os._exit(EXIT_AGAIN)
 
-    with contextlib.suppress(OSError):
-        os.nice(19)
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    step_back()
 
 
 @contextlib.contextmanager
