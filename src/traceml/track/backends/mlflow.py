@@ -249,7 +249,9 @@ class MLflowBackend(BackendInterface):
 
         from mlflow.entities import Metric as MLflowMetric
 
-        self._client.log_batch(self._run_id, metrics=[MLflowMetric(*row) for row in rows])
+        # The store itself: the client's own log_batch makes every row anew.
+        store = self._client._tracking_client.store
+        store.log_batch(self._run_id, [MLflowMetric(*row) for row in rows], [], [])
 
     def _post(self, rows: list[tuple[str, float, int, int]]) -> None:
         from mlflow.utils.rest_utils import http_request
