@@ -132,7 +132,13 @@ class Config:
     )
     local_only: bool = _set(False, "Deliver to nothing that is not on this machine.")
     hang_timeout: float = _set(60.0, "Seconds without the end of a step after which a job counts as hanging.", above=0)
-    keep_runs: int | None = _set(None, "Runs that `traceml runs --prune` keeps; without it, all.", low=1)
+    keep_runs: int | None = _set(
+        None,
+        "Runs that are kept: when a run has ended and is delivered, older ones that are delivered too are removed. "
+        "Without it all stay.",
+        low=1,
+    )
+    debug: bool = _set(False, "Let each delivery process write a profile of itself next to its state.")
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)

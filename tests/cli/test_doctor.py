@@ -130,3 +130,31 @@ def test_no_shared_memory_is_a_note(tmp_path):
     """Without /dev/shm tracing works from the run's folder: a note, not a fault."""
     assert checks._flight_folder(Path("/nonexistent")).state == "note"
     assert checks._flight_folder(tmp_path).state == "ok"
+
+
+def test_backends_are_looked_at_one_by_one(quick, capsys, monkeypatch, tmp_path):
+    """Versions, credentials by name and never by value, whether it answers; a wanted one that fails is broken."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    key_file = tmp_path / "key"
+    key_file.write_text("geheim123")
+    key_file.chmod(0o644)
+    options = {"mlflow": {"tracking_uri": f"http://127.0.0.1:{port}"}, "wandb": {"api_key_file": str(key_file)}}
+    monkeypatch.setenv("TRACEML_BACKEND", "mlflow,jsonl,no-such-tracker,wandb")
+    monkeypatch.setenv("TRACEML_BACKEND_OPTIONS", json.dumps(options))
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "geheim123")
+
+    assert cli.main(["doctor", "--backends", "--json"]) == 3
+
+    shown = capsys.readouterr().out
+    found = {check["name"]: check for check in json.loads(shown)["checks"]}
+    assert found["mlflow"]["state"] == "broken"
+    assert "mlflow 3" in found["mlflow"]["text"]
+    assert "key MLFLOW_TRACKING_TOKEN set" in found["mlflow"]["text"]
+    assert f"{port} does not answer" in found["mlflow"]["text"]
+    assert (found["jsonl"]["state"], "can be written" in found["jsonl"]["text"]) == ("ok", True)
+    assert "no-such-tracker" in found["no-such-tracker"]["text"]
+    assert "chmod 600" in found["wandb"]["text"]
+    assert found["tensorboard"]["state"] == "ok"
+    assert "geheim123" not in shown

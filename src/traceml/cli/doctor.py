@@ -32,6 +32,8 @@ class Options:
 
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the findings as JSON and nothing else."""
+    backends: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Look at the trackers too: versions, credentials (never their values), whether they can be reached."""
     hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
     """Look at these too, by ssh or (`slurm`: the allocation's nodes) srun: versions, devices, clocks, speeds."""
     ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
 
     if options.json:
         found = _look_at_hosts(options)
-        checks = [*all_checks(), *(host_checks(found) if found else ())]
+        checks = [*all_checks(), *_look_at_backends(options), *(host_checks(found) if found else ())]
         told = _as_json(checks, _settings())
         print(json.dumps(told | ({"preflight": asdict(found)} if found else {}), indent=2))
     else:
@@ -64,6 +66,20 @@ def _look_at_hosts(options: Options) -> Preflight | None:
     alone = options.hostnames[0] if len(options.hostnames) == 1 else ""
     names = alone if alone in ("slurm", "auto") else options.hostnames
     return preflight(names, ssh_config_file=options.ssh_config_file, python=options.python)
+
+
+def _look_at_backends(options: Options) -> Iterator[Check]:
+    if not options.backends:
+        return
+
+    from traceml.cli.backend_checks import backend_checks
+
+    try:
+        config = load()
+    except SettingsError:
+        return  # the check of the settings says what is wrong with them
+
+    yield from backend_checks(config)
 
 
 def _settings() -> list[Setting]:
@@ -104,6 +120,7 @@ def _print_checks(console: Console, options: Options) -> list[Check]:
 
 def _checks(options: Options) -> Iterator[Check]:
     yield from all_checks()
+    yield from _look_at_backends(options)
     found = _look_at_hosts(options)
     if found is not None:
         yield from host_checks(found)

@@ -462,7 +462,7 @@ def _step_back(parent: int | None) -> None:
 @contextlib.contextmanager
 def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
     """Write a profile of this process next to its state when TRACEML_DEBUG is set."""
-    if os.environ.get("TRACEML_DEBUG", "") in {"", "0"}:
+    if os.environ.get("TRACEML_DEBUG", "").lower() in {"", "0", "false", "no", "off"}:
         yield
         return
 

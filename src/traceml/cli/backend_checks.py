@@ -1,0 +1,95 @@
+"""What `traceml doctor --backends` checks: each tracker's library, credentials and address, and how its rows stand."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+from traceml.cli.checks import Check
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
+from traceml.errors import PluginError, RunNotFoundError, StoreError
+from traceml.renderers.words import tracker_text
+from traceml.runs.find import find_run
+from traceml.runs.logged import trackers
+from traceml.settings import Config
+from traceml.track.keys import key_variables, read_key_file
+from traceml.track.plugins import PluginType, available
+from traceml.track.probe import Found, probe
+
+__all__ = ["backend_checks"]
+
+
+def backend_checks(config: Config) -> Iterator[Check]:
+    """Yield a check per backend, those of the settings first, and one per tracker of the latest run."""
+    wanted = list(config.backend)
+    others = sorted(set(available(PluginType.BACKEND)) - set(wanted))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(4) as pool:
+        names = [*wanted, *others]
+        run_dir = (
+            Path(config.runs_dir).absolute() / "doctor" if Path(config.runs_dir).is_dir() else Path(scratch, "run")
+        )
+        found = pool.map(lambda name: probe(name, config.backend_options.get(name, {}), run_dir), names)
+        for name, looked in zip(names, found, strict=True):
+            yield _check(name, looked, config, is_wanted=name in wanted)
+
+    yield from _deliveries(Path(config.runs_dir))
+
+
+def _check(name: str, found: Found, config: Config, *, is_wanted: bool) -> Check:
+    options = config.backend_options.get(name, {})
+    bad: Literal["broken", "note"] = "broken" if is_wanted else "note"
+    if found.missing:
+        return Check(name, bad if is_wanted else "ok", *_missing(found.missing, is_wanted=is_wanted))
+    if found.error:
+        return Check(name, bad, f"cannot be used: {found.error}")
+
+    versions = ", ".join(f"{module} {version}" for module, version in found.versions.items())
+    keys, problem = _keys(name, options)
+    parts = [part for part in (versions, keys, f"{found.target} {found.answer}".strip()) if part]
+    if problem:
+        return Check(name, bad, "; ".join([*parts, problem]), "a key file is for its owner alone: chmod 600 FILE")
+    if found.reaches is False:
+        return Check(name, bad, "; ".join(parts), "rows wait in the run until it answers: nothing is lost")
+    if config.local_only and not found.is_local:
+        return Check(name, bad, "; ".join(parts), "local_only is set: nothing is delivered there")
+
+    return Check(name, "ok", "; ".join(parts))
+
+
+def _missing(hint: str, *, is_wanted: bool) -> tuple[str, str]:
+    what, _, command = hint.partition(": ")
+    return (what, command) if is_wanted else ("not installed", command)
+
+
+def _keys(name: str, options: dict[str, Any]) -> tuple[str, str]:
+    """Return which credentials are there, by name, and what is wrong with a key file."""
+    variables = key_variables(name, options)
+    if path := options.get("api_key_file"):
+        try:
+            return f"keys {', '.join(read_key_file(name, Path(str(path))))} in {path}", ""
+        except PluginError as error:
+            return "", str(error)
+
+    return (f"key{'s' if len(variables) > 1 else ''} {', '.join(variables)} set", "") if variables else ("", "")
+
+
+def _deliveries(runs_dir: Path) -> Iterator[Check]:
+    try:
+        run_dir = find_run(None, runs_dir)
+        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+            section = trackers(run_dir, reader)
+    except (RunNotFoundError, StoreError):
+        return
+
+    for each in section:
+        text = tracker_text(
+            each["backend"], each["state"], each["delivered"], each["pending"], each["failed"], each["error"]
+        )
+        latency = "" if each["latency_ms"] is None else f", {each['latency_ms']:.0f} ms a batch"
+        hint = f"traceml sync {run_dir.name}" if each["pending"] else ""
+        yield Check("latest run", "note" if each["error"] or each["failed"] else "ok", f"{text}{latency}", hint)
