@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -124,6 +125,11 @@ def test_large_values_of_this_host_are_each_launchs_own() -> None:
     assert (ones == 1).all()
     assert (tensor == 0).all()
     assert (zeros == 5).all()
+
+    del result, zeros, ones
+    gc.collect()
+    files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [name for name in files if "memfd:traceml" in name]
 
 
 def test_what_cannot_be_sent_is_named() -> None:

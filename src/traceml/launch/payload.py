@@ -179,6 +179,11 @@ class Receiver:
             os.close(self.fd)
             self.fd = None
 
+    def __del__(self) -> None:
+        # an open file in memory keeps all of it, and a launch may end in many ways
+        if getattr(self, "fd", None) is not None:
+            self.close()
+
 
 def path_of(fd: int | None) -> str:
     """Return the path by which other processes of this host reach an open file in memory."""
