@@ -138,6 +138,13 @@ class Config:
         "Without it all stay.",
         low=1,
     )
+    delivery_nice: int = _set(
+        19,
+        "How far delivery steps back behind the training, as `nice` counts: at 19 it takes what nobody else wants, "
+        "which beside a training that uses every core is little until that ends.",
+        low=0,
+        high=19,
+    )
     debug: bool = _set(False, "Let each delivery process write a profile of itself next to its state.")
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 

@@ -61,6 +61,7 @@ class Job:
         self.folder = folder
         (folder / "script.py").write_text(textwrap.dedent(code))
         own = {"TRACEML_MAX_RETRIES": "1", "TRACEML_MAX_BACKOFF": "0.5", "TRACEML_COLLECTORS": ""}
+        own |= {"TRACEML_DELIVERY_NICE": "0"}  # other tests may use every core
         own |= {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
         self.environ = environ(folder, **(own | settings))
         self.process = subprocess.Popen(
@@ -87,13 +88,13 @@ class Job:
     def state(self, backend: str) -> TrackerState:
         return TrackerState.load(self.run_dir, backend)
 
-    def wait_for(self, condition: Callable[[], Any]) -> Any:
+    def wait_for(self, condition: Callable[[], Any], timeout_s: float = 60) -> Any:
         def alive_or() -> Any:
             value = condition()
             assert value or self.process.poll() is None, self.process.communicate()
             return value
 
-        return eventually(alive_or)
+        return eventually(alive_or, timeout_s)
 
     def goes_on(self, values: int = 60) -> None:
         """Wait until the training has logged so many more values."""

@@ -49,6 +49,7 @@ class Aggregator:
         exit_when_idle: end when no run is left.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when all that it logged is delivered, or is left for `traceml sync`.
+        delivery_nice: how far delivery processes step back behind the training.
 
     Raises:
         StoreError: the runs folder cannot be written.
@@ -63,6 +64,7 @@ class Aggregator:
         exit_when_idle: bool = False,
         on_run_finished: Callable[[Path], object] | None = None,
         on_run_settled: Callable[[Path], object] | None = None,
+        delivery_nice: int = 19,
     ) -> None:
         prepare_runs_dir(runs_dir)
         self.registry = Registry(runs_dir)
@@ -73,7 +75,7 @@ class Aggregator:
         self._on_run_finished = on_run_finished
         self._on_run_settled = on_run_settled
         # One that is to end when idle does not wait for a tracker that is down; one that serves on waits for ever.
-        self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None)
+        self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
         self._parent = os.getppid()
         self._verdicts: dict[Run, Verdicts] = {}

@@ -50,6 +50,7 @@ def main(argv: list[str]) -> int:
             exit_when_idle=options.exit_when_idle,
             on_run_finished=_write_report,
             on_run_settled=partial(_clean_up, keep=config.keep_runs),
+            delivery_nice=config.delivery_nice,
         )
         with _published(host, port, token, aggregator), _screen(aggregator, wanted=options.terminal):
             asyncio.run(aggregator.serve(sock, lambda: _tell_ready(options, host, port, aggregator)))

@@ -157,10 +157,10 @@ def _processes(run_dir: Path, reader: StoreReader, options: Options, config: Con
     asked = plan.backends()
     for backend in options.backend or asked:
         if backend in asked:
-            yield DeliveryProcess(run_dir, backend, asked[backend].options(backend), once=True)
+            yield DeliveryProcess(run_dir, backend, asked[backend].options(backend), once=True, nice=0)
         else:
             own = config.backend_options.get(backend, {})
-            yield DeliveryProcess(run_dir, backend, own, once=True, forced=own)
+            yield DeliveryProcess(run_dir, backend, own, once=True, forced=own, nice=0)
 
 
 def _is_due(process: DeliveryProcess) -> bool:

@@ -427,9 +427,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("backend")
     parser.add_argument("--once", action="store_true", help="deliver what is there and end")
     parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")
+    parser.add_argument("--nice", type=int, default=19, help="how far to step back behind the training")
     parser.add_argument("--parent", type=int, help="end with this process")
     given = parser.parse_args(argv)
-    _step_back(given.parent)
+    _tie_to(given.parent)
+    step_back(given.nice)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("traceml").setLevel(logging.INFO)
     with locked(given.run_dir, given.backend) as is_ours:
@@ -449,14 +451,14 @@ def main(argv: list[str] | None = None) -> int:
             return delivery.run()
 
 
-def _step_back(parent: int | None) -> None:
-    """Leave cores, disk and memory to the training, and end with the process that started us."""
-    if parent is not None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(EXIT_AGAIN)
+def _tie_to(parent: int | None) -> None:
+    """End with the process that started us, however that ends."""
+    if parent is None:
+        return
 
-    step_back()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(EXIT_AGAIN)
 
 
 @contextlib.contextmanager

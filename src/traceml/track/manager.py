@@ -50,6 +50,7 @@ class DeliveryProcess:
         options: its options, by which its environment is chosen.
         once: deliver what is there and end, rather than follow.
         forced: options that it is given instead of those of the run, which then delivers everything.
+        nice: how far it steps back behind the training.
     """
 
     def __init__(
@@ -60,12 +61,14 @@ class DeliveryProcess:
         *,
         once: bool = False,
         forced: dict[str, Any] | None = None,
+        nice: int = 19,
     ) -> None:
         self.run_dir = run_dir
         self.backend = backend
         self._options = forced if forced is not None else options
         self._once = once
         self._forced = forced
+        self._nice = nice
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _FIRST_PAUSE_S
         self._due_s = self._started_s = 0.0
@@ -150,7 +153,7 @@ class DeliveryProcess:
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "traceml.track.deliver", str(self.run_dir), self.backend]
-        command += ["--parent", str(os.getpid())]
+        command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
         command += ["--once"] if self._once else []
         command += ["--options", json.dumps(self._forced)] if self._forced is not None else []
         self._started_s = time.monotonic()
@@ -210,10 +213,12 @@ class RunDeliveries:
 
     Args:
         run_dir: the run's folder.
+        nice: how far its processes step back behind the training.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, nice: int = 19) -> None:
         self.run_dir = run_dir
+        self._nice = nice
         self.processes: dict[str, DeliveryProcess] = {}
         self.ended = False
         self._reader: StoreReader | None = None
@@ -279,7 +284,9 @@ class RunDeliveries:
 
         for backend, experiment in self._plan.backends().items():
             if backend not in self.processes:
-                self.processes[backend] = DeliveryProcess(self.run_dir, backend, experiment.options(backend))
+                self.processes[backend] = DeliveryProcess(
+                    self.run_dir, backend, experiment.options(backend), nice=self._nice
+                )
 
 
 class DeliveryManager:
@@ -287,15 +294,20 @@ class DeliveryManager:
 
     Args:
         patience_s: when a run is over, how long a tracker that takes nothing is waited for; None waits for ever.
+        nice: how far the processes step back behind the training.
     """
 
-    def __init__(self, patience_s: float | None) -> None:
+    def __init__(self, patience_s: float | None, nice: int = 19) -> None:
         self._patience_s = patience_s
+        self._nice = nice
         self._runs: dict[Path, RunDeliveries] = {}
 
     def look(self, run_dir: Path, *, ended: bool) -> None:
         """Look after the deliveries of a run; call it often, also after its end, until it is settled."""
-        self._runs.setdefault(run_dir, RunDeliveries(run_dir)).look(ended=ended)
+        if run_dir not in self._runs:
+            self._runs[run_dir] = RunDeliveries(run_dir, self._nice)
+
+        self._runs[run_dir].look(ended=ended)
 
     def settled(self) -> list[RunDeliveries]:
         """Return the runs that are over and have no delivery that goes on; they are forgotten here: `leave` them."""
