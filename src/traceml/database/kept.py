@@ -47,7 +47,7 @@ class KeptRing(Ring):
     ) -> None:  # fmt: skip
         super().__init__(table, buffer, offset, capacity, count, slot)
         self.lock = threading.RLock()
-        self.limit = capacity
+        self.limit = capacity - 1
         self.journal = Journal(*journals)
         self._said = self._making_room = False
 
@@ -84,8 +84,10 @@ class KeptRing(Ring):
     def _spill(self) -> None:
         n = self.appended
         safe = max(self.acked, self.journal.end)
-        if n >= safe + self.capacity:
-            first, stop = max(safe, n - self.capacity), max(safe, n - self.capacity) + max(1, self.capacity // 2)
+        # Readers take no row whose place comes next, as it may be half overwritten: one row less than the capacity.
+        if n >= safe + self.capacity - 1:
+            first = max(safe, self.oldest())
+            stop = first + max(1, self.capacity // 2)
             try:
                 self.journal.append(first, stop - first, self._copy(first, stop))
             except OSError as error:
@@ -93,7 +95,7 @@ class KeptRing(Ring):
 
             safe = stop
 
-        self.limit = safe + self.capacity
+        self.limit = safe + self.capacity - 1
 
     def take(self, cursor: int, limit: int = 2048) -> Taken:
         """Return the next rows at or after `cursor`, at most `limit`, from the journal or from memory."""
