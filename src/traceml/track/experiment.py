@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,6 +15,7 @@ from traceml.errors import UsageError
 from traceml.recorder import api
 from traceml.recorder.logger import Logger
 from traceml.track import capturing, files, sweep
+from traceml.track.announce import ADDRESS_OPTIONS, KEY_VARIABLES, announcement, default_backends, refuse_secrets
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -25,8 +24,6 @@ __all__ = [
     "Experiment",
     "active_logger",
     "announce_run",
-    "announcement",
-    "default_backends",
     "get_active_experiment",
     "log_artifact",
     "log_histogram",
@@ -41,13 +38,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger("traceml")
-# Where a tracker's key belongs, and its address; neither is a secret itself.
-_KEY_VARIABLES = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN", "clearml": "CLEARML_API_SECRET_KEY"}
-_ADDRESS_OPTIONS = {
-    "mlflow": "tracking_uri", "wandb": "base_url", "clearml": "api_host", "aim": "repo", "tensorboard": "log_dir",
-    "jsonl": "path",
-}  # fmt: skip
-_SAID: set[str] = set()
 _UNDECIDED = 10_000
 
 
@@ -97,7 +87,7 @@ class Experiment:
         self.id: str = ""
         """What others refer to it by; known from the start on."""
         self._options = {backend: dict(values) for backend, values in (options or {}).items()}
-        _refuse_secrets(self._options)
+        refuse_secrets(self._options)
         self._logger = Logger()
         self._is_active = False
 
@@ -212,51 +202,6 @@ class Experiment:
             "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
             "resume": self.resume, "params": self.config,
         } | announcement(config, self.backends or default_backends(config), options)  # fmt: skip
-
-
-def announcement(
-    config: settings.Config, backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Return what an experiment's row says of its trackers and of the settings in force.
-
-    Raises:
-        UsageError: an option holds a secret.
-    """
-    from traceml.track.plugins import PluginType, registered
-
-    _refuse_secrets(options)
-    return {
-        "backends": list(backends),
-        "options": {name: dict(values) for name, values in options.items()},
-        "include": list(config.include),
-        "exclude": list(config.exclude),
-        "mask": list(config.mask),
-        "local_only": config.local_only,
-        "metrics_interval": config.metrics_interval,
-        "track_system": config.track_system,
-        "max_retries": config.max_retries,
-        "backoff_factor": config.backoff_factor,
-        "max_backoff": config.max_backoff,
-        "registered": registered(PluginType.BACKEND),
-        "sys_path": [entry or str(Path.cwd()) for entry in sys.path],
-        "folder": str(Path.cwd()),
-    }
-
-
-def default_backends(config: settings.Config) -> tuple[str, ...]:
-    """Return the trackers of the settings, else MLflow where its library is installed; says so once."""
-    if config.backend:
-        return config.backend
-
-    has_mlflow = find_spec("mlflow") is not None
-    where = "to MLflow, which is installed" if has_mlflow else "to the run's store alone"
-    if "backend" not in _SAID:
-        _SAID.add("backend")
-        _log.warning(
-            'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND.', where
-        )
-
-    return ("mlflow",) if has_mlflow else ()
 
 
 def _root_row(config: settings.Config) -> dict[str, Any] | None:
@@ -429,9 +374,7 @@ def start_logging(
     """
     names = _listed(backend)
     if api_key is not None:
-        variable = next(
-            (_KEY_VARIABLES[name] for name in names if name in _KEY_VARIABLES), "the tracker's own variable"
-        )
+        variable = next((KEY_VARIABLES[name] for name in names if name in KEY_VARIABLES), "the tracker's own variable")
         raise UsageError(
             f"api_key: keys are not taken from scripts. Set {variable} in the environment, or name a file of mode 0600 "
             "by `api_key_file` under [tool.traceml.backends.<name>]"
@@ -439,11 +382,11 @@ def start_logging(
 
     options = {}
     if backend_url is not None:
-        if len(names) != 1 or names[0] not in _ADDRESS_OPTIONS:
-            known = ", ".join(_ADDRESS_OPTIONS)
+        if len(names) != 1 or names[0] not in ADDRESS_OPTIONS:
+            known = ", ".join(ADDRESS_OPTIONS)
             raise UsageError(f"backend_url goes with one backend of {known}, not with {', '.join(names) or 'none'}")
 
-        options = {names[0]: {_ADDRESS_OPTIONS[names[0]]: backend_url}}
+        options = {names[0]: {ADDRESS_OPTIONS[names[0]]: backend_url}}
 
     return Experiment(exp_name, project, names or None, config=config, options=options).start()
 
@@ -459,17 +402,3 @@ def _listed(backend: str | Sequence[str] | None) -> tuple[str, ...]:
         return ()
 
     return tuple(name.strip() for name in backend.split(",")) if isinstance(backend, str) else tuple(backend)
-
-
-def _refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
-    from traceml.privacy import secrets_only
-
-    for backend, values in options.items():
-        for key, value in values.items():
-            # By its name, or by its look: an address with a password in it.
-            if not key.endswith("_file") and secrets_only().mask_value(key, value) != value:
-                variable = _KEY_VARIABLES.get(backend, "the environment")
-                raise UsageError(
-                    f"option {key!r} of backend {backend!r} looks like a secret, which would be stored with the run. "
-                    f"Put it into {variable}, or into a file of mode 0600 that `api_key_file` names"
-                )
