@@ -83,6 +83,29 @@ def raise_local() -> None:
     time.sleep(FOREVER_S)
 
 
+class RarelySeen(BaseException):
+    """An exception that `except Exception` lets pass."""
+
+
+def raise_rare() -> None:
+    raise RarelySeen("passes")
+
+
+def raise_long() -> None:
+    raise ValueError("x" * (80 << 20))
+
+
+def raise_decoding() -> None:
+    b"\xff".decode()
+
+
+def leave_with_words() -> None:
+    if os.environ["RANK"] == "1":
+        raise SystemExit("gone for good")
+
+    time.sleep(600)
+
+
 def raise_with_lock() -> None:
     error = LookupError("holds a lock")
     error.lock = threading.Lock()  # type: ignore[attr-defined]

@@ -47,14 +47,25 @@ def test_an_exception_keeps_its_type_and_tells_where() -> None:
         (jobs.raise_local, OSError, "of a class that only the worker knows"),
         (jobs.raise_with_lock, LookupError, "holds a lock"),
         (jobs.raise_before_barrier, ZeroDivisionError, "the first cause"),
+        (jobs.raise_decoding, UnicodeDecodeError, "can't decode byte 0xff in position 0"),
+        (jobs.raise_rare, jobs.RarelySeen, "passes"),
+        (jobs.raise_long, ValueError, "xxx"),
     ],
 )
-def test_other_exceptions_arrive_too(func: Callable[[], None], base: type[Exception], words: str) -> None:
-    """A local class, an attribute that cannot be pickled, or a peer's broken link hides no exception."""
+def test_other_exceptions_arrive_too(func: Callable[[], None], base: type[BaseException], words: str) -> None:
+    """A local class, an attribute that cannot be pickled, a peer's broken link, or 80 MB hides no exception."""
     with pytest.raises(base, match=words) as caught:
         launched(func)
 
-    assert "rank 1" in caught.value.__notes__[0]
+    assert "Raised on rank" in caught.value.__notes__[0]
+
+
+def test_words_of_sys_exit_are_written_once() -> None:
+    """As the interpreter does, and the status is 1."""
+    with pytest.raises(WorkerFailedError, match="exited with code 1") as caught:
+        launched(jobs.leave_with_words)
+
+    assert caught.value.log_tail == ["gone for good"]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +145,10 @@ def test_start_up_has_a_limit(tmp_path: Path) -> None:
     [
         ({"backend": "gluu"}, "backend='gluu'"),
         ({"timeout": 0}, "timeout=0"),
+        ({"timeout": "5"}, "timeout='5'"),
+        ({"workers_per_host": 1.5}, "workers_per_host has 1.5"),
+        ({"log_handlers": "file"}, "log_handlers='file'"),
+        ({"log_handlers": [7]}, "log_handlers has 7"),
         ({"default_env_vars": "PATH"}, "default_env_vars='PATH'"),
         ({"func_args": "one"}, "func_args is a str: give a tuple"),
         ({"func_kwargs": ["one"]}, "func_kwargs is a list"),

@@ -105,7 +105,7 @@ class Launcher:
     def run(
         self,
         func: Callable[..., Any],
-        func_args: Sequence[Any] = (),
+        func_args: Sequence[Any] | None = (),
         func_kwargs: Mapping[str, Any] | None = None,
         log_handlers: Any = "auto",
     ) -> LaunchResult:
@@ -116,13 +116,13 @@ class Launcher:
         if not callable(func):
             raise UsageError(f"func={func!r}: it is not callable")
 
-        if not isinstance(func_args, tuple | list):
+        if not isinstance(func_args, tuple | list | None):
             raise UsageError(f"func_args is a {type(func_args).__name__}: give a tuple, for one argument (x,)")
 
         if not isinstance(func_kwargs, Mapping | None):
             raise UsageError(f"func_kwargs is a {type(func_kwargs).__name__}: give a dict of arguments by name")
 
-        return run_function(self, func, func_args, func_kwargs or {}, log_handlers)
+        return run_function(self, func, func_args or (), func_kwargs or {}, log_handlers)
 
     def _check(self) -> None:
         """Complain about values that no host has to be asked about."""
@@ -130,7 +130,7 @@ class Launcher:
             names = ", ".join(map(repr, _BACKENDS))
             raise UsageError(f"backend={self.backend!r}: it is one of {names}")
 
-        if isinstance(self.timeout, bool) or not self.timeout > 0:
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not self.timeout > 0:
             raise UsageError(f"timeout={self.timeout!r}: it is a number of seconds above 0")
 
         for name in ("default_env_vars", "extra_env_vars"):
@@ -141,7 +141,7 @@ class Launcher:
 
 def launch(
     func: Callable[..., Any],
-    func_args: Sequence[Any] = (),
+    func_args: Sequence[Any] | None = (),
     func_kwargs: Mapping[str, Any] | None = None,
     *,
     hostnames: list[str] | Literal["auto", "slurm"] = "auto",

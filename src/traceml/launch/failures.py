@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from traceml.errors import AgentFailedError, PayloadError, RemoteTracebackError, WorkerFailedError
+from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
 from traceml.launch import payload
 from traceml.launch.members import Member, Worker
 from traceml.launch.payload import Receiver
@@ -22,24 +21,45 @@ _COLLATERAL = re.compile(
 )
 _IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
 _INNERMOST_FRAMES = 12
+# What would not be taken for a worker's exception here, but for our own end.
+_NOT_RAISED = frozenset(
+    {"builtins.KeyboardInterrupt", "builtins.GeneratorExit", "builtins.SystemExit", "asyncio.exceptions.CancelledError"}
+)
 _LAST_LINES = 5
 _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
 _OURS = re.compile(r'File "[^"]*traceml/(launch/worker|recorder/script)\.py"')
 
 
-@dataclass(frozen=True, slots=True)
 class Failure:
     """What went wrong with one worker, or with a host.
 
-    Attributes:
-        error: what to raise for it.
+    Args:
+        error: what to raise for it, or what makes that: to load an exception may mean to import torch, and only one
+            of all is raised.
         collateral: whether it looks like the consequence of another worker's failure.
         rank: whose it is, None for a host's.
     """
 
-    error: BaseException
-    collateral: bool = False
-    rank: int | None = None
+    def __init__(
+        self,
+        error: BaseException | Callable[[], BaseException],
+        collateral: bool = False,
+        rank: int | None = None,
+    ) -> None:
+        self.collateral, self.rank = collateral, rank
+        self._error = error
+
+    @property
+    def error(self) -> BaseException:
+        """What to raise for it."""
+        if not isinstance(self._error, BaseException):
+            self._error = self._error()
+
+        return self._error
+
+    def explains(self, error: BaseException) -> bool:
+        """Return whether `error` was raised for it, and needs no other explanation."""
+        return self._error is error and not self.collateral
 
 
 def first_cause(failures: Iterable[Failure]) -> BaseException:
@@ -61,25 +81,21 @@ def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None
         received: the pickled exception, None where it could not be pickled.
     """
     kind, text = str(message.get("type") or "Exception").removeprefix("builtins."), str(message.get("message") or "")
-    trace = str(message.get("traceback") or "")
-    error = _loaded(received)
-    if error is None:
-        error = _stand_in(kind, text, message.get("bases") or ())
+    trace, bases = str(message.get("traceback") or ""), message.get("bases") or ()
 
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-        error = WorkerFailedError(
-            worker.member.name, worker.rank, worker.local_rank, exit_code=code, log_tail=_tail(message)
-        )
-    elif not isinstance(error, Exception):
-        how = f"raised {kind}" + (f": {text}" if text else "")
-        error = WorkerFailedError(
-            worker.member.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
-        )
+    def error() -> BaseException:
+        if not _NOT_RAISED.isdisjoint(bases):
+            how = f"raised {kind}" + (f": {text}" if text else "")
+            found: BaseException = WorkerFailedError(
+                worker.member.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
+            )
+        else:
+            found = _loaded(received) or _stand_in(kind, text, bases, message.get("notes") or ())
 
-    # of what could not be pickled the text says where it lies; how pickling went concerns nobody
-    error.__cause__ = RemoteTracebackError(trace) if trace and not isinstance(error, PayloadError) else None
-    error.add_note(f"Raised on {worker}, pid {worker.pid}.")
+        found.__cause__ = RemoteTracebackError(trace) if trace else None
+        found.add_note(f"Raised on {worker}, pid {worker.pid}.")
+        return found
+
     return Failure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
 
 
@@ -183,8 +199,16 @@ def _loaded(received: Receiver | None) -> BaseException | None:
     return error if isinstance(error, BaseException) else None
 
 
-def _stand_in(kind: str, text: str, bases: Iterable[str]) -> BaseException:
+def _stand_in(kind: str, text: str, bases: Iterable[str], notes: Iterable[str]) -> BaseException:
     """Return an exception of the nearest built-in class, for one that cannot travel."""
+    error = _nearest(kind, text, bases)
+    for note in notes:
+        error.add_note(note)
+
+    return error
+
+
+def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
     for base in [kind, *bases]:
         found = getattr(builtins, base.removeprefix("builtins."), None)
         if not (isinstance(found, type) and issubclass(found, BaseException)):

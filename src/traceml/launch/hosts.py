@@ -8,7 +8,7 @@ import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from traceml.errors import SlurmError, UsageError
 from traceml.launch.slurm import Allocation, allocation
@@ -118,7 +118,10 @@ def _numbers(workers_per_host: int | Sequence[int] | str, names: Sequence[str]) 
 
         return [None] * len(names)
 
-    numbers = [workers_per_host] * len(names) if isinstance(workers_per_host, int) else list(workers_per_host)
+    numbers: list[Any] = [workers_per_host] * len(names)
+    if isinstance(workers_per_host, Sequence):
+        numbers = list(workers_per_host)
+
     if len(numbers) != len(names):
         raise UsageError(f"workers_per_host has {len(numbers)} numbers for {len(names)} hosts ({', '.join(names)})")
 

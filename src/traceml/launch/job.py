@@ -187,7 +187,11 @@ class Job:
         if not ledger.failures:
             return
 
-        self._loop.until(lambda: all(w.ended or w.member.lost for w in ledger.workers if not w.done), _GRACE_S)
+        def all_told() -> bool:
+            failed = {failure.rank for failure in ledger.failures}
+            return all(w.done or w.ended or w.member.lost or w.rank in failed for w in ledger.workers)
+
+        self._loop.until(all_told, _GRACE_S)
         if all(failure.collateral for failure in ledger.failures):  # then there is a cause, perhaps on its way
             self._loop.until(lambda: not all(failure.collateral for failure in ledger.failures), _CAUSE_S)
 
@@ -208,7 +212,7 @@ class Job:
     def _abort(self, error: BaseException) -> None:
         """End everything; where nothing explains the end, say what the workers were doing."""
         ledger = self._ledger
-        explained = any(failure.error is error and not failure.collateral for failure in ledger.failures)
+        explained = any(failure.explains(error) for failure in ledger.failures)
         failed = {failure.rank for failure in ledger.failures}
         running = [w for w in ledger.workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
         if running and not explained:

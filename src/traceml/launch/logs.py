@@ -29,7 +29,7 @@ from traceml.launch.handlers import (
 )
 from traceml.launch.records import RecordDecoder
 
-__all__ = ["Feed", "LogRouter", "make_handlers"]
+__all__ = ["Feed", "LogRouter", "check_handlers", "make_handlers"]
 
 Handlers = (
     Literal["auto"] | logging.Handler | Sequence[logging.Handler] | Callable[[], Sequence[logging.Handler]] | None
@@ -68,10 +68,9 @@ def make_handlers(
         return [log_handlers]
 
     if not isinstance(log_handlers, str):
-        return list(log_handlers() if callable(log_handlers) else log_handlers)
+        return _checked(log_handlers() if callable(log_handlers) else log_handlers)
 
-    if log_handlers != "auto":
-        raise UsageError(f"log_handlers is {log_handlers!r}; it is 'auto', handlers of logging, or None")
+    check_handlers(log_handlers)
 
     first = next(iter(hosts))
     made: list[logging.Handler] = [
@@ -87,6 +86,33 @@ def make_handlers(
         made += [file_handler(host, local_rank, log_dir=folder) for local_rank in range(workers)]
 
     return made
+
+
+def check_handlers(log_handlers: Any) -> None:
+    """Complain about what can be no `log_handlers`; what a function will return is not known yet.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if log_handlers is None or log_handlers == "auto" or callable(log_handlers):
+        return
+
+    if isinstance(log_handlers, str):
+        raise UsageError(f"log_handlers={log_handlers!r}: it is 'auto', a list of logging's handlers, or None")
+
+    _checked([log_handlers] if isinstance(log_handlers, logging.Handler) else log_handlers)
+
+
+def _checked(handlers: Any) -> list[logging.Handler]:
+    if not isinstance(handlers, Iterable):
+        raise UsageError(f"log_handlers={handlers!r}: it is 'auto', a list of logging's handlers, or None")
+
+    found = list(handlers)
+    for handler in found:
+        if not isinstance(handler, logging.Handler):
+            raise UsageError(f"log_handlers has {handler!r}, which is no handler of logging")
+
+    return found
 
 
 class Feed:

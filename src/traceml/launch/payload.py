@@ -10,6 +10,7 @@ ones); a storage is the one thing of torch that is handled here. torch is import
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -18,7 +19,7 @@ import struct
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from traceml.errors import PayloadError
 
@@ -421,8 +422,17 @@ def _pickler() -> Any:
 
 def _exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
     error = kind.__new__(kind, *args)
+    with contextlib.suppress(Exception):  # arguments that are not its own: then args has to do
+        _init_of(kind)(error, *args)
+
     error.args = args
     return error
+
+
+def _init_of(kind: type[BaseException]) -> Callable[..., None]:
+    """Return the initialiser of the interpreter's own class, which sets what that prints."""
+    own: Any = next(each for each in kind.__mro__ if each.__module__ == "builtins")
+    return cast("Callable[..., None]", own.__init__)
 
 
 def _typed_storage(untyped: Any, dtype: Any) -> Any:

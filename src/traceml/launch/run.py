@@ -16,7 +16,7 @@ from traceml.launch.api import Launcher, LaunchResult, matching
 from traceml.launch.connect import Link
 from traceml.launch.hosts import Place, resolve
 from traceml.launch.job import Job
-from traceml.launch.logs import LogRouter, make_handlers
+from traceml.launch.logs import LogRouter, check_handlers, make_handlers
 from traceml.launch.members import Member
 from traceml.launch.payload import Parcel
 from traceml.launch.pool import POOL
@@ -36,6 +36,7 @@ def run_function(
     log_handlers: Any,
 ) -> LaunchResult:
     """Run a function on every worker; see `traceml.launch`."""
+    check_handlers(log_handlers)
     places = _places(launcher)
     parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
     if not launcher.trace or not settings.load().enabled:

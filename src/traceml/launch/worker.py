@@ -23,6 +23,8 @@ from traceml.launch.zygote import STACK_SIGNAL, set_blas_threads
 __all__ = ["main"]
 
 _LEAVE_TIMEOUT_S = 5.0
+_MAX_NOTES = 16
+_MAX_TEXT_CHARACTERS = 512 * 1024  # of an exception's words: they travel in one message
 
 
 class _Stopped(BaseException):
@@ -52,8 +54,6 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
             start_recorder()  # before the process group: its making is watched
 
         status = _work(agent, request, listener[0] if listener else None)
-    except SystemExit as leaving:
-        status = _status_of(leaving)
     except (EOFError, BrokenPipeError, _Stopped):
         status = 1
     except BaseException:  # noqa: BLE001 - a fault of ours: it must be seen
@@ -74,9 +74,10 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         agent.send("ready")
         result = _run_script(request) if request["script"] else _run_function(agent)
     except SystemExit as leaving:
-        _note_end(request, None, _status_of(leaving))
-        if _status_of(leaving):
-            raise
+        status = _status_of(leaving)
+        _note_end(request, None, status)
+        if status:
+            return status
 
         result = None
     except (EOFError, BrokenPipeError):
@@ -275,7 +276,7 @@ def _report_result(agent: FdSocket, result: Any) -> bool:
     try:
         memory = _in_memory(payload.dump(result, what="the result").chunks())
     except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
-        _report_error(agent, error)
+        _report_error(agent, error, trace=False)  # how pickling went concerns nobody
         _await_release(agent)
         return False
 
@@ -284,14 +285,9 @@ def _report_result(agent: FdSocket, result: Any) -> bool:
     return True
 
 
-def _report_error(agent: FdSocket, error: BaseException) -> None:
+def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) -> None:
     """Send an exception: its words always, itself where it can travel."""
     kind = type(error)
-    trace = error.__traceback__
-    while trace is not None and _is_ours(trace.tb_frame.f_code.co_filename):
-        trace = trace.tb_next
-
-    text = "".join(traceback.format_exception(kind, error, trace or error.__traceback__))
     fds = []
     with contextlib.suppress(Exception):  # then its words have to do
         parcel = payload.dump_exception(error)
@@ -307,17 +303,31 @@ def _report_error(agent: FdSocket, error: BaseException) -> None:
         "raised",
         fds,
         type=f"{kind.__module__}.{kind.__qualname__}",
-        message=message,
-        traceback=text,
-        notes=[str(note) for note in getattr(error, "__notes__", ())],
+        message=_shortened(message),
+        traceback=_shortened(_traceback(error)) if trace else "",
+        notes=[_shortened(str(note)) for note in getattr(error, "__notes__", ())][:_MAX_NOTES],
         bases=[f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__],
     )
     for fd in fds:
         os.close(fd)
 
 
-def _is_ours(filename: str) -> bool:
-    return filename == __file__
+def _traceback(error: BaseException) -> str:
+    """Return an exception as Python prints it, without the frames that called the user's function."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+
+    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - _MAX_TEXT_CHARACTERS
+    if left_out <= 0:
+        return text
+
+    half = _MAX_TEXT_CHARACTERS // 2
+    return f"{text[:half]}\n[… {left_out} characters …]\n{text[-half:]}"
 
 
 def _in_memory(chunks: Any) -> int:
