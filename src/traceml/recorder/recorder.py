@@ -8,7 +8,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +25,7 @@ from traceml.recorder.files import Files
 from traceml.recorder.identity import Identity, identify
 from traceml.recorder.sender import Sender
 from traceml.recorder.worker import Worker
-from traceml.samplers.available import open_samplers
-from traceml.samplers.base import SamplerStatistics, Scheduler
+from traceml.samplers.base import Sampler, SamplerStatistics, Scheduler
 from traceml.transport.client import Connection, connect
 
 if TYPE_CHECKING:
@@ -372,8 +371,14 @@ class Recorder:
         assert self._flight is not None
         assert self._identity is not None
         flight = self._flight
+        samplers: Sequence[Sampler] = ()
+        if tracing:
+            from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
+
+            samplers = open_samplers(local_rank=self._identity.who.local_rank)
+
         return Scheduler(
-            open_samplers(local_rank=self._identity.who.local_rank) if tracing else (),
+            samplers,
             lambda table, row: flight.ring(table).append(*row),
             interval_s=self.config.sample_interval,
             intervals_s=self.config.sampler_intervals,
