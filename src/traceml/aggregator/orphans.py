@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from traceml.aggregator.recovery import Found, dead_flights
-from traceml.aggregator.registry import Registry
+from traceml.aggregator.registry import Registry, prepare_runs_dir
 from traceml.aggregator.run import Run
 from traceml.database.flight import FALLBACK_FOLDER, default_folder, find_flights, is_alive, read_flight
 from traceml.database.store import STORE_NAME, StoreReader
@@ -35,22 +35,7 @@ def finish_orphan(run_dir: Path) -> bool:
         return True
 
     run = Run(run_dir, str(facts.get("job", run_dir.name)), named=bool(facts.get("named")))
-    for found in dead_flights(run.key, run_dir.parent / FALLBACK_FOLDER, but=run.recovered):
-        run.adopt(found)
-
-    run.look_around()
-    if any(not stream.ended and stream.seen_here for stream in run.streams):
-        run.close()
-        return False
-
-    run.give_up_waiting(None)
-    over = run.end()
-    if over:
-        Registry(run_dir.parent).over(run)
-    else:
-        run.close()
-
-    return over
+    return _finish(run, Registry(run_dir.parent))
 
 
 def take_in_lost_flights(runs_dir: Path) -> list[Path]:
@@ -59,25 +44,44 @@ def take_in_lost_flights(runs_dir: Path) -> list[Path]:
     Raises:
         StoreError: a run's folder cannot be written.
     """
-    made = []
     lost: dict[str, list[Found]] = {}
     for found in _dead(runs_dir):
         lost.setdefault(found.job, []).append(found)
 
+    made = []
+    registry = Registry(runs_dir)
     for job, flights in lost.items():
-        registry = Registry(runs_dir)
-        if (registry.runs_dir / job / STORE_NAME).exists() or _is_known(registry, job):
+        if _is_known(registry, job):
             continue  # it has a run: `finish_orphan` takes them in
 
+        prepare_runs_dir(runs_dir)
         try:
             run = registry.begin(new_run_id(str(flights[0].image.identity.get("name") or "run")), job, named=False)
         except RefusedError as error:
             raise StoreError(str(error)) from error
 
-        run.close()
-        made.append(run.path)
+        if _finish(run, registry):
+            made.append(run.path)
 
     return made
+
+
+def _finish(run: Run, registry: Registry) -> bool:
+    for found in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
+        run.adopt(found)
+
+    run.look_around()
+    if any(not stream.ended and stream.seen_here for stream in run.streams):
+        run.close()
+        return False
+
+    run.give_up_waiting(None)
+    if not run.end():
+        run.close()
+        return False
+
+    registry.over(run)
+    return True
 
 
 def _dead(runs_dir: Path) -> list[Found]:
@@ -102,7 +106,7 @@ def _dead(runs_dir: Path) -> list[Found]:
 
 def _is_known(registry: Registry, job: str) -> bool:
     """Whether a run of this job is in the folder, open or over."""
-    for path in registry.runs_dir.iterdir():
+    for path in registry.runs_dir.glob("*"):
         if path.is_symlink() or not (path / STORE_NAME).is_file():
             continue
 

@@ -76,9 +76,9 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, prog="traceml sync")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     if options.backend and not options.runs:
-        named = f"--backend {' '.join(options.backend)}"
-        if len(options.backend) > 1 and (Path(config.runs_dir) / options.backend[-1]).is_dir():
-            raise UsageError(f"RUN comes before --backend: traceml sync {options.backend[-1]} {named}")
+        *names, last = options.backend
+        if names and (Path(config.runs_dir) / last).is_dir():
+            raise UsageError(f"RUN comes before --backend: traceml sync {last} --backend {' '.join(names)}")
 
     outcomes: list[_Outcome] = []
     console = Console(highlight=False, stderr=True)
@@ -111,8 +111,8 @@ def _wanted(options: Options, config: Config) -> Iterator[Path]:
         yield from (find_run(run, runs_dir) for run in options.runs)
         return
 
-    if runs_dir.is_dir():
-        take_in_lost_flights(runs_dir)
+    for run_dir in take_in_lost_flights(runs_dir):
+        write_report(run_dir)
 
     for info in reversed(list_runs(runs_dir)):
         if info.state not in {"running", "damaged"}:

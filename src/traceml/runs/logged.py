@@ -115,6 +115,8 @@ def _tracker(state: TrackerState, logged: int | None) -> dict[str, Any]:
         "failed": state.failed,
         "filtered": state.filtered,
         "fallback": state.fallback,
+        "derived": state.derived,
+        "masked": state.masked,
         "latency_ms": None if state.latency_ms is None else round(state.latency_ms, 3),
         "target": state.target,
         "urls": [each["url"] for each in experiments.values() if each.get("url")],

@@ -97,6 +97,8 @@ class Delivery:
         self._everything = options is not None or asking is None
         self._given_options = options
         self._policy = Policy(self._config.max_retries, self._config.backoff_factor, self._config.max_backoff)
+        self._masker = Masker(self._config.mask)
+        self._masked_before = self._state.masked
         self._watchdog = Watchdog(self._hangs)
 
     def stop(self, *_: object) -> None:
@@ -127,7 +129,6 @@ class Delivery:
         with contextlib.suppress(OSError):  # paths among the options are meant from where the script was started
             os.chdir(str(first.get("folder") or "."))
 
-        self._masker = Masker(self._config.mask)
         self._records = Records(self._reader, FOLLOWED)
         self._sender = Sender(
             self._state,
@@ -371,6 +372,7 @@ class Delivery:
         memory = {"suspect": state.memory["suspect"]} if "suspect" in state.memory else {}
         fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, memory=memory)
         fresh.target, fresh.retries, fresh.reasons = state.target, state.retries, state.reasons
+        fresh.masked = state.masked
         fresh.save(self._run_dir)
 
     # --- inside ------------------------------------------------------------------------------------------------------
@@ -410,6 +412,7 @@ class Delivery:
 
     def _save(self) -> None:
         """Write the state; without space on the disk delivery goes on, and what is exact by marks stays exact."""
+        self._state.masked = self._masked_before + self._masker.counts.total()
         try:
             self._state.save(self._run_dir)
             self._told_unsaved = False

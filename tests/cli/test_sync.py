@@ -1,0 +1,147 @@
+"""`traceml sync`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.recorder.conftest import environ
+from tests.track.fabricated import LoggedRun
+from tests.track.jobs import finish
+from tests.track.readers import jsonl
+from traceml import cli
+from traceml.clock import boot_id, process_start_ticks
+from traceml.track.state import TrackerState, states_of
+
+
+@pytest.fixture
+def runs_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "traceml_runs"
+
+
+def logged(runs_dir: Path, name: str, *backends: str, **facts: Any) -> LoggedRun:
+    run = LoggedRun(runs_dir / name)
+    if backends:
+        run.experiment(backends, id=name)
+
+    run.metrics({"loss": [1.0, 2.0, 3.0]})
+    if not facts:
+        run.end()
+        return run
+
+    run.writer.put_meta("run", {"id": name, "started": 0.0, "ended": None, "state": "running", "job": name})
+    run.writer.put_meta("aggregator", facts)
+    run.writer.close()
+    return run
+
+
+def values(run_dir: Path) -> list[tuple[str, int, float]]:
+    (state,) = (state for state in states_of(run_dir) if state.backend == "jsonl")
+    return jsonl(run_dir, next(iter(state.experiments.values()))["id"])
+
+
+THREE = [("loss", 0, 1.0), ("loss", 1, 2.0), ("loss", 2, 3.0)]
+
+
+def test_without_runs_there_is_nothing_to_deliver(runs_dir, capsys):
+    assert cli.main(["sync"]) == 0
+    assert capsys.readouterr().out == "Nothing to deliver\n"
+
+
+def test_what_runs_owe_is_delivered_once(runs_dir, capsys):
+    """All runs that asked for a tracker; a run that did not is left alone until it is named."""
+    first, second, third = logged(runs_dir, "a", "jsonl"), logged(runs_dir, "b"), logged(runs_dir, "c", "jsonl")
+
+    assert cli.main(["sync"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a: jsonl 3 delivered", "c: jsonl 3 delivered"]
+    assert values(first.path) == values(third.path) == THREE
+    assert cli.main(["sync"]) == 0
+    assert capsys.readouterr().out == "Nothing to deliver\n"
+
+    assert cli.main(["sync", "b", "--backend", "jsonl"]) == 0
+    assert values(second.path) == THREE
+
+
+def test_json_tells_what_became_of_each(runs_dir, capsys):
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(["jsonl", "no-such-tracker"], id="a")
+    run.metrics({"loss": [1.0]})
+    run.end()
+
+    assert cli.main(["sync", "--json"]) == 3
+
+    first, second = json.loads(capsys.readouterr().out)
+    assert (first["run"], first["backend"], first["state"], first["delivered"]) == ("a", "jsonl", "done", 1)
+    assert (second["backend"], second["state"], second["pending"]) == ("no-such-tracker", "broken", 2)
+    assert "no-such-tracker" in second["error"]
+
+
+def test_a_run_that_goes_on_is_left_to_its_aggregator(runs_dir, capsys):
+    pid = os.getpid()
+    me = {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()}
+    logged(runs_dir, "a", "jsonl", **me)
+
+    assert cli.main(["sync", "a"]) == 3
+    assert "goes on: its aggregator delivers" in capsys.readouterr().err
+    assert cli.main(["sync"]) == 0
+
+
+def test_a_run_that_lost_its_aggregator_is_finished_and_delivered(runs_dir, capsys):
+    gone = {"pid": 1, "start_ticks": -1, "boot_id": boot_id(), "host": socket.gethostname()}
+    run = logged(runs_dir, "a", "jsonl", **gone)
+
+    assert cli.main(["sync"]) == 0
+    assert values(run.path) == THREE
+    report = json.loads((run.path / "report.json").read_text())
+    assert report["run"]["state"] in {"finished", "lost"}
+    assert report["metrics"]["loss"] == {"last": 3.0, "min": 1.0, "max": 3.0, "count": 3}
+    (tracker,) = report["trackers"]
+    assert (tracker["backend"], tracker["state"], tracker["delivered"], tracker["pending"]) == ("jsonl", "done", 3, 0)
+
+
+def test_what_never_reached_an_aggregator_is_found(tmp_path):
+    """A rank whose aggregator's port is somebody else's, killed: its flight file becomes a run."""
+    code = """if True:
+        import os, signal, traceml
+        with traceml.Experiment("alone", backend=["jsonl"]) as experiment:
+            for i in range(300):
+                experiment.log_metric("loss", i / 8, step=i)
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    own = {"TRACEML_TRACK_GIT": "0", "TRACEML_TRACK_ENV": "0", "TRACEML_TRACK_SYSTEM": "0"}
+    with socket.create_server(("127.0.0.1", 0)) as nobody:
+        port = str(nobody.getsockname()[1])
+        environment = environ(tmp_path, TRACEML_PORT=port, **own)
+        subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
+
+    done = finish(tmp_path, "sync")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    (run_dir,) = (path for path in (tmp_path / "traceml_runs").glob("2*"))
+    assert values(run_dir) == [("loss", i, i / 8) for i in range(300)]
+    assert (run_dir / "report.json").exists()
+
+
+def test_run_comes_before_backend(runs_dir, capsys):
+    logged(runs_dir, "a", "jsonl")
+
+    assert cli.main(["sync", "--backend", "jsonl", "a"]) == 2
+    assert "RUN comes before --backend: traceml sync a --backend jsonl" in capsys.readouterr().err
+
+
+def test_a_tracker_that_failed_gets_all_its_tries_again(runs_dir):
+    run = logged(runs_dir, "a", "jsonl")
+    state = TrackerState.load(run.path, "jsonl")
+    state.retries, state.retry_at = 9, 1e12
+    state.save(run.path)
+
+    assert cli.main(["sync"]) == 0
+    assert values(run.path) == THREE
