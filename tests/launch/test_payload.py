@@ -37,6 +37,8 @@ TENSORS = {
     "small": torch.arange(6.0).reshape(2, 3),
     "large": torch.arange(LARGE, dtype=torch.float64),
     "bfloat16": torch.randn(LARGE).bfloat16(),
+    "float8": torch.randn(LARGE).to(torch.float8_e4m3fn),
+    "uint16": torch.arange(LARGE).to(torch.uint16),
     "boolean": torch.rand(LARGE) > 0.5,
     "complex": torch.randn(LARGE, dtype=torch.complex64),
     "conjugated": torch.randn(LARGE, dtype=torch.complex64).conj(),

@@ -279,6 +279,9 @@ def load(memory: Buffer, *, what: str = "the value") -> Any:
 
 def _advice(what: str, error: Exception) -> str:
     text = f"{what} cannot be unpickled here: {type(error).__name__}: {error}"
+    if "process group has not been initialized" in text:
+        text += " A model wrapped by DistributedDataParallel lives in its process group: return its .module instead."
+
     if isinstance(error, ImportError | AttributeError):
         text += (
             ". Functions and classes of modules are looked up by name where they arrive: the module must be found "
@@ -367,6 +370,15 @@ def _set_class_state(set_state: Callable[[type, Any], type]) -> Callable[[type, 
     return lambda kind, state: kind if kind in _sent_classes else set_state(kind, state)
 
 
+class _Untyped:
+    """The memory of tensors, whatever their type."""
+
+    __slots__ = ("storage",)
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+
 _pickler_class: Any = None
 
 
@@ -382,11 +394,14 @@ def _pickler() -> Any:
         def __init__(self, file: _Pieces, outside: Callable[[pickle.PickleBuffer], bool]) -> None:
             super().__init__(file, protocol=5, buffer_callback=outside)
             self.kept: list[Any] = []
-            self._storages: dict[int, Any] = {}
+            self._storages: dict[int, _Untyped] = {}
             torch = sys.modules.get("torch")
             self._storage_types = (torch.UntypedStorage, torch.TypedStorage) if torch is not None else None
 
         def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, _Untyped):
+                return self._reduce_untyped(obj.storage)
+
             if self._storage_types is not None and isinstance(obj, self._storage_types):
                 return self._reduce_storage(obj)
 
@@ -401,13 +416,13 @@ def _pickler() -> Any:
             return reduced
 
         def _reduce_storage(self, storage: Any) -> Any:
-            assert self._storage_types is not None
-            if isinstance(storage, self._storage_types[1]):
-                untyped = storage._untyped_storage
-                # tensors that share memory have storages of their own in Python; one of them goes for all
-                untyped = self._storages.setdefault(untyped._cdata, untyped)
-                return _typed_storage, (untyped, storage.dtype)
+            # as torch pickles it: an untyped one arrives as one of bytes; tensors of newer types count on that
+            untyped = getattr(storage, "_untyped_storage", storage)
+            # tensors that share memory have storages of their own in Python; one of them goes for all
+            untyped = self._storages.setdefault(untyped._cdata, _Untyped(untyped))
+            return _typed_storage, (untyped, getattr(storage, "dtype", sys.modules["torch"].uint8))
 
+        def _reduce_untyped(self, storage: Any) -> Any:
             cpu = storage if storage.device.type == "cpu" else storage.cpu()
             self.kept.append(cpu)
             if not cpu.nbytes():
