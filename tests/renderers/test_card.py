@@ -99,3 +99,31 @@ def test_wrapped_keeps_words_whole():
     """Lines break between words; a word longer than the line stands alone."""
     assert wrapped("aa bb cccccccc d", 5) == ["aa bb", "cccccccc", "d"]
     assert wrapped("", 5) == []
+
+
+def tracker(backend: str, state: str = "done", **more: object) -> dict:
+    return {"backend": backend, "state": state, "delivered": 12_340, "pending": 0, "failed": 0, "error": "", **more}
+
+
+def test_trackers_are_told_and_what_to_do_when_rows_wait():
+    """Each tracker has a line; where rows wait, why, and the command that delivers them."""
+    made = {
+        **healthy(),
+        "trackers": [
+            tracker("mlflow"),
+            tracker("wandb", "open", delivered=0, pending=20, error="ConnectionError: refused"),
+            tracker("aim", "broken", pending=1, failed=3, error="ImportError: pip install 'traceml[aim]'"),
+        ],
+    }
+
+    shown = text_of(made)
+
+    assert "Sent    mlflow 12,340 delivered\n" in shown
+    assert "wandb 0 delivered, 20 wait (ConnectionError: refused)" in shown
+    assert "aim 12,340 delivered, 1 waits, 3 refused (cannot work: ImportError" in shown
+    assert "traceml sync delivers what waits" in shown
+
+
+def test_trackers_that_have_everything_need_no_advice():
+    """No command is told where nothing waits."""
+    assert "traceml sync" not in text_of({**healthy(), "trackers": [tracker("mlflow")]})

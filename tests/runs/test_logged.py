@@ -1,0 +1,89 @@
+"""What a report says of logged values and of trackers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.track.fabricated import LoggedRun, deliver
+from traceml.database.reader import StoreReader
+from traceml.database.store import STORE_NAME
+from traceml.runs.find import is_delivered, prune
+from traceml.runs.logged import Metrics, trackers
+from traceml.runs.report import build_report, update_trackers, write_report
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> LoggedRun:
+    return LoggedRun(tmp_path / "runs" / "r1")
+
+
+def test_each_name_has_its_last_least_and_greatest_value(run: LoggedRun) -> None:
+    run.metrics({"loss": [3.0, 1.0, math.nan, 2.0], "odd": [math.nan, math.inf]})
+    run.metrics({"loss": [5.0]}, rank=1)
+
+    report = build_report(run.end())
+
+    json.dumps(report, allow_nan=False)
+    assert report["metrics"] == {
+        "loss": {"last": 2.0, "min": 1.0, "max": 3.0, "count": 4},
+        "odd": {"last": None, "min": None, "max": None, "count": 2},
+        "loss/rank_1": {"last": 5.0, "min": 5.0, "max": 5.0, "count": 1},
+    }
+
+
+def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
+    metrics = Metrics()
+    run.metrics({"loss": [3.0, 1.0]})
+    with StoreReader(run.path / STORE_NAME) as reader:
+        assert metrics.update(reader)
+        assert not metrics.update(reader)
+        run.metrics({"loss": [2.0], "new": [1.0]}, first_step=2)
+        assert metrics.update(reader)
+
+    assert metrics.section()["loss"] == {"last": 2.0, "min": 1.0, "max": 3.0, "count": 3}
+    assert metrics.section()["new"]["count"] == 1
+
+
+def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
+    run.metrics({f"layer_{i}": [float(i)] for i in range(1500)})
+    metrics = Metrics()
+    with StoreReader(run.end() / STORE_NAME) as reader:
+        metrics.update(reader)
+
+    assert (len(metrics.section()), metrics.hidden) == (1000, 500)
+
+
+def test_a_written_report_follows_its_trackers(run: LoggedRun) -> None:
+    run.experiment(["jsonl"], id="x")
+    run.metrics({"loss": [3.0, 1.0]})
+    run_dir = run.end()
+    path = write_report(run_dir)
+    assert json.loads(path.read_text())["trackers"] == []
+    assert not is_delivered(run_dir)
+
+    deliver(run_dir, "jsonl")
+    update_trackers(run_dir)
+
+    (told,) = json.loads(path.read_text())["trackers"]
+    assert (told["backend"], told["state"], told["delivered"], told["pending"], told["failed"]) == (
+        "jsonl", "done", 2, 0, 0,
+    )  # fmt: skip
+    assert told["latency_ms"] > 0
+    assert told["urls"][0].startswith("file:///")
+    assert trackers(run_dir)[0]["pending"] is None, "nobody has counted what is stored"
+    assert is_delivered(run_dir)
+
+
+def test_pruning_leaves_what_is_not_delivered(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        run = LoggedRun(tmp_path / name)
+        run.experiment(["jsonl"] if name == "b" else [], id=name)
+        run.end()
+
+    assert [info.id for info in prune(tmp_path, keep=0)] == ["c", "a"]
+    deliver(tmp_path / "b", "jsonl")
+    assert [info.id for info in prune(tmp_path, keep=0)] == ["b"]
