@@ -155,6 +155,27 @@ def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun
     assert lines[-1]["type"] == "end"
 
 
+def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) -> None:
+    """The announcement is in another table, and may be committed a moment later."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], 1, id="outer", name="outer")
+    run.metrics({"a": [1.0]}, 1)
+    process = subprocess.Popen([sys.executable, "-m", "traceml.track.deliver", str(run.path), "jsonl"])
+    try:
+        eventually(lambda: state_of(run.path).delivered == 1)
+        run.metrics({"b": [2.0]}, 2)
+        run.experiment(["jsonl"], 2, id="inner", name="inner")
+        run.metrics({"c": [3.0]}, 2, rank=1)  # a forked child, which announces nothing
+        run.end()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+    lines = lines_of(run.path)
+    assert (values(lines, "b"), values(lines, "c/rank_1")) == ([(0, 2.0)], [(0, 3.0)])
+
+
 @pytest.mark.parametrize("backend", [ODD, f"{ODD}Idempotent"])
 def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: str) -> None:
     folder = odd(run, backend)

@@ -57,6 +57,7 @@ _SLOW_BATCH_S = 2.0
 _LOOK_S = 0.5
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
+_EARLY_S = 5.0
 # A backend that refuses so many rows one after another is taken for broken, and those rows are kept.
 _REFUSED_IN_A_ROW = 50
 _REASONS = 20
@@ -88,6 +89,7 @@ class Delivery:
         self._state.pid = os.getpid()
         self._told_unsaved = False
         self._undo: Callable[[], None] | None = None
+        self._unknown: dict[int, float] = {}  # number of an experiment -> until when its announcement is waited for
         self._reader = StoreReader(run_dir / STORE_NAME)
         self._plan = Plan(self._reader, run_dir)
         self._plan.refresh()
@@ -166,8 +168,12 @@ class Delivery:
     def _follow(self) -> int:
         while True:
             is_over = self._once or self._is_over()  # asked before the rows: what came before it is read then
-            self._plan.refresh()
             batch = self._next_batch()
+            self._plan.refresh()
+            if not is_over and self._is_early(batch):
+                self._stop.wait(_LOOK_S)
+                continue
+
             is_empty = batch.cursor == self._cursor()
             if is_empty and is_over:
                 return self._finish()
@@ -200,6 +206,12 @@ class Delivery:
 
         ahead = [stop for stop in stops if position(stop) > here]
         return self._records.read(state.cursor, limit, min(ahead, key=position, default=None))
+
+    def _is_early(self, batch: Batch) -> bool:
+        """Whether values have come before the announcement of their experiment, which is another table: it is near."""
+        unknown = {number for stream, number in batch.metrics if self._plan.of(stream, number) is None}
+        now_s = time.monotonic()
+        return any(now_s < self._unknown.setdefault(number, now_s + _EARLY_S) for number in unknown)
 
     def _deliver(self, batch: Batch) -> int | None:
         """Deliver one batch; return an exit status when this process should end over it."""

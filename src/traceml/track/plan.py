@@ -72,6 +72,7 @@ class Plan:
         self._run_dir = run_dir
         self._after = 0
         self._by_number: dict[tuple[int, int], Experiment] = {}
+        self._numbered: dict[int, Experiment] = {}
         self.experiments: dict[str, Experiment] = {}
 
     def refresh(self) -> bool:
@@ -91,8 +92,11 @@ class Plan:
         return found
 
     def of(self, stream: int, number: int) -> Experiment | None:
-        """Return the experiment that a stream's number means; None where it announced none under that number."""
-        return self._by_number.get((stream, number))
+        """Return the experiment that a stream's number means; None where nobody has announced one under that number.
+
+        A forked child may log for its parent's before its own announcement has come.
+        """
+        return self._by_number.get((stream, number)) or self._numbered.get(number)
 
     def backends(self) -> dict[str, Experiment]:
         """Return every backend that is asked for, with the first experiment that does."""
@@ -125,6 +129,7 @@ class Plan:
         experiment.begun_on.add(stream)
         experiment.open_on.add(stream)
         self._by_number[stream, number] = experiment
+        self._numbered.setdefault(number, experiment)
 
 
 def _key(row: Mapping[str, Any]) -> str:
