@@ -61,11 +61,11 @@ def test_files_of_a_rank_that_cannot_reach_the_folder(script: Script, serving: S
 
         import traceml
         noise, zeros = os.urandom(5_000_000), bytes(3_000_000)
-        for name, data in (("noise", noise), ("zeros", zeros), ("empty", b"")):
+        for name, data in (("noise", noise), ("zeros", zeros), ("empty", b""), ("twin", noise)):
             with open(name, "wb") as file:
                 file.write(data)
         traceml.init()
-        for name in ("noise", "zeros", "empty"):
+        for name in ("noise", "zeros", "empty", "twin"):
             traceml.log_artifact(name)
             os.rename(name, name + ".kept")
         traceml.log_metric("x", 1)
@@ -78,7 +78,7 @@ def test_files_of_a_rank_that_cannot_reach_the_folder(script: Script, serving: S
     stored = ended_run(serving.folder)
     assert stored.values("x") == [1.0]
     rows = {row["name"]: row for row in stored.of("artifact")}
-    for name in ("noise", "zeros", "empty"):
+    for name in ("noise", "zeros", "empty", "twin"):
         assert (stored.run_dir / rows[name]["path"]).read_bytes() == (tmp_path / f"{name}.kept").read_bytes()
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
 
@@ -125,6 +125,7 @@ def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
         pathlib.Path("out/deep").mkdir(parents=True)
         pathlib.Path("out/a.txt").write_text("a")
         pathlib.Path("out/deep/b.json").write_text("{}")
+        pathlib.Path("out/same.txt").write_text("a")
         traceml.log_artifact("out", "results")
         traceml.log_text("short", "s")
         traceml.log_text("long", "l" * 3_000_000)
@@ -134,7 +135,12 @@ def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
 
     stored = ended_run(tmp_path / "traceml_runs")
     files = {row["name"]: (stored.run_dir / row["path"]).read_text() for row in stored.of("artifact")}
-    assert files == {"results/a.txt": "a", "results/deep/b.json": "{}", "long.txt": "l" * 3_000_000}
+    assert files == {
+        "results/a.txt": "a",
+        "results/same.txt": "a",
+        "results/deep/b.json": "{}",
+        "long.txt": "l" * 3_000_000,
+    }
     assert [row["text"] for row in stored.of("text")] == ["s"]
     (row,) = stored.of("histogram")
     assert (row["counts"], row["edges"], row["not_finite"], row["step"]) == ([1, 3], [1.0, 2.0, 3.0], 1, 3)

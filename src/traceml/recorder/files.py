@@ -85,6 +85,7 @@ class Blobs:
         self.appended = self.sent = self.dropped = 0
         self._acked = 0
         self._files: deque[tuple[int, int, Path, int]] = deque()  # (first row, rows, path, bytes)
+        self._ends: dict[str, int] = {}  # of each file, by its name, which is made of its contents
 
     @property
     def acked(self) -> int:
@@ -98,10 +99,18 @@ class Blobs:
             self._files.popleft()[2].unlink(missing_ok=True)
 
     def add(self, path: Path, size: int) -> int:
-        """Append a file's pieces; return the number of the row after its last."""
+        """Append a file's pieces, unless the same file is here; return the number of the row after its last."""
+        known = self._ends.get(path.name)
+        if known is not None:
+            if known <= self._acked:  # it has arrived and is gone from the spool: this is another copy
+                path.unlink(missing_ok=True)
+
+            return known
+
         pieces = max(1, -(-size // _PIECE_BYTES))
         self._files.append((self.appended, pieces, path, size))
         self.appended += pieces
+        self._ends[path.name] = self.appended
         return self.appended
 
     def take(self, cursor: int, limit: int = 1) -> Taken:  # noqa: ARG002 - one piece is enough for a frame
@@ -271,9 +280,13 @@ class Files:
     def _deliver(self, path: Path, job: Job, facts: dict[str, Any]) -> None:
         """Bring a spooled file to the run's folder, or let it wait until it is known where that is."""
         if self._artifacts is not None:
-            self._artifacts.mkdir(exist_ok=True)
-            _move(path, self._artifacts / path.name)
-            self._finish(job, facts)
+            try:
+                self._artifacts.mkdir(exist_ok=True)
+                _move(path, self._artifacts / path.name)
+            except OSError as error:
+                self._drop(job, f"it cannot be brought into the run's folder: {error.strerror or error}")
+            else:
+                self._finish(job, facts)
         elif self._elsewhere:
             self._sent.append((self.blobs.add(path, facts["size"]), job, facts))
         else:
@@ -304,6 +317,10 @@ def _pieces_of(source: int | Callable[[], bytes]) -> Any:
 
 def _move(path: Path, target: Path) -> None:
     """Move a file, also to another filesystem; at every moment the target is whole or not there."""
+    if target.exists():  # the same contents, logged before under another name
+        path.unlink(missing_ok=True)
+        return
+
     try:
         path.replace(target)
     except OSError as error:
