@@ -179,7 +179,8 @@ def metrics_of(
     data = memoryview(frame.data)[start * _ROW.size : None if stop is None else stop * _ROW.size]
     try:
         for t_ns, step, name_id, value, kind, experiment in _ROW.iter_unpack(data):
-            name = names.get((frame.stream, name_id)) or f"(name {name_id})"
+            name = names.get((frame.stream, name_id))
+            name = f"(name {name_id})" if name is None else name
             yield experiment, Metric(name, value, step, t_ns // _S + t_ns % _S / _S, rank, kind)
     except struct.error as error:
         raise StoreError(f"frame {frame.id} of {frame.table} is damaged: {error}") from error
