@@ -148,7 +148,8 @@ def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
     assert "sourcing" in told["env_file_log"]
     assert "sourcing" in driver.words()
 
-    (tmp_path / "env.sh").write_text("export SHOWN=changed\n")
+    (tmp_path / "part.sh").write_text("export SHOWN=changed\n")
+    (tmp_path / "env.sh").write_text("source ./part.sh\n")
     driver.prepare(env_file="env.sh", cwd=str(tmp_path))
 
     assert driver.run(read)[0][0] == "changed"
@@ -159,6 +160,12 @@ def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
     [
         ({"env_file": "missing.sh"}, {}, "env_file", "missing.sh cannot be read"),
         ({"env_file": "bad.sh"}, {"bad.sh": "echo why not; exit 5"}, "env_file", "why not"),
+        (
+            {"env_file": "torn.sh"},
+            {"torn.sh": "export A=1\nexport B='torn"},
+            "env_file",
+            "torn.sh: line 2: unexpected EOF",
+        ),
         ({"cwd": "/nowhere/at/all"}, {}, "cwd", "/nowhere/at/all: No such file"),
         ({"need_torch": True}, {"torch.py": "raise ModuleNotFoundError(name='torch')"}, "no_torch", "python"),
         ({"need_torch": True}, {"torch.py": "raise OSError('libcuda.so: odd')"}, "import", "libcuda.so: odd"),

@@ -32,7 +32,14 @@ _EARLY = (
     "PYTORCH",
     "ATEN_",
 )
-_SOURCE = 'file=$1; shift; [ -r "$file" ] || { echo "$file cannot be read"; exit 97; }; source "$file"; exec "$@"'
+# In the folder of the job, as its paths may be relative; a file that bash cannot read to its end counts for nothing.
+_SOURCE = """
+cd -- "$1" || exit 97; file=$2; shift 2
+[ -r "$file" ] || { echo "$file cannot be read"; exit 97; }
+"$BASH" -n "$file" || exit 97
+source "$file"
+exec "$@"
+"""
 _KEPT_BYTES = 64 * 1024
 
 
@@ -43,6 +50,7 @@ class Spec:
     Attributes:
         env: variables, over the agent's own.
         env_file: a file that bash sources before it starts.
+        folder: where it does that.
         sys_path: where modules are looked for first.
         need_torch: whether torch is imported: 0 no, 1 if it is there, 2 or it is an error.
         stamp: what tells whether env_file was changed.
@@ -52,6 +60,7 @@ class Spec:
     env_file: str | None
     sys_path: tuple[str, ...]
     need_torch: int
+    folder: str = "/"
     stamp: tuple[int, ...] = field(default=())
 
     def serves(self, other: Spec) -> bool:
@@ -60,7 +69,7 @@ class Spec:
             return False
 
         if self.env_file is not None:  # what bash made of other variables, nobody knows
-            return self.env == other.env
+            return (self.env, self.folder) == (other.env, other.folder)
 
         return _early(self.env) == _early(other.env)
 
@@ -148,7 +157,7 @@ class ForkServer:
         command = [sys.executable, "-c", code]
         if self.spec.env_file is not None:
             bash = shutil.which("bash") or "/bin/bash"
-            command = [bash, "-c", _SOURCE, "bash", self.spec.env_file, *command]
+            command = [bash, "-c", _SOURCE, "bash", self.spec.folder, self.spec.env_file, *command]
 
         actions: list[Any] = [
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),

@@ -136,6 +136,9 @@ def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> 
         os.environ.setdefault("GLOO_SOCKET_IFNAME", request["interface"])
 
     os.chdir(request["cwd"])
+    if "PWD" in os.environ:
+        os.environ["PWD"] = request["cwd"]
+
     sys.path[:0] = [folder for folder in request["sys_path"] if folder not in sys.path]
     _take_cores(request)
     random.seed()
