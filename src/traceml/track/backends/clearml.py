@@ -94,6 +94,9 @@ class ClearMLBackend(BackendInterface):
         with _errors():
             from clearml import Task
 
+            if not self._offline:
+                _open_session()
+
             kind = Task.TaskTypes.training
             made = {"project_name": project, "task_name": name, "task_type": kind}
             given = {"task_id": self._id} if self._id else made
@@ -322,6 +325,23 @@ def _is_offline(options: Mapping[str, Any]) -> bool:
     return not os.environ.get("CLEARML_API_ACCESS_KEY") and not config.exists()
 
 
+def _open_session() -> None:
+    """Connect, once and with the keys of now: the SDK's own session would try for hours to reach a server."""
+    from clearml.backend_api import Session
+    from clearml.backend_interface.base import InterfaceBase
+    from clearml.config import config_obj
+
+    tries = {"total": 0, "connect": 0, "read": 0, "redirect": 2, "status": 0, "backoff_factor": 0}
+    session = Session(
+        initialize_logging=False,
+        config=config_obj,
+        api_key=os.environ.get("CLEARML_API_ACCESS_KEY"),
+        secret_key=os.environ.get("CLEARML_API_SECRET_KEY"),
+        http_retries_config=tries,
+    )
+    InterfaceBase._set_default_session(session)
+
+
 def _title_and_series(name: str) -> tuple[str, str]:
     """Return plot and series of a name, so that no two names share both."""
     name = safe_name(name, _REFUSED, _LONGEST_NAME)
@@ -355,7 +375,9 @@ def _errors() -> Iterator[None]:
     except Exception as error:
         why = f"ClearML failed: {type(error).__name__}: {error}"
         code = getattr(getattr(getattr(error, "result", None), "meta", None), "result_code", None)
-        if code in {401, 403} or type(error).__name__ in {"LoginError", "MissingConfigError"}:
+        # Its login tells a server that is down and a wrong key by the same error.
+        refused = type(error).__name__ in {"LoginError", "MissingConfigError"} and "ConnectionError" not in why
+        if code in {401, 403} or refused:
             raise BackendUnauthorizedError(why) from error
         if code in {429, 503}:
             raise BackendBusyError(why) from error

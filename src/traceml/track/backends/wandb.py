@@ -41,6 +41,7 @@ _MOST_KEYS = 500  # in one record
 _MOST_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
 _CLOSED_WITHIN_S = 20.0
+_START_S = 30.0  # that an online run may take to start; it is tried again by delivery's rules, not by the library's
 # LevelDB's log: blocks of this size, after a head in the first; records in one part (1), or first (2) … last (4).
 _BLOCK, _LOG_HEAD = 32768, 7
 _BEGINS, _ENDS = {1, 2}, {1, 4}
@@ -123,6 +124,7 @@ class WandbBackend(BackendInterface):
                     disable_git=True,
                     disable_code=True,
                     base_url=self._base_url,
+                    init_timeout=_START_S,
                 ),
             )
             there = self._run.step if self._mode == "online" else 0
