@@ -62,7 +62,6 @@ class PluginMetadata:
         dependencies: modules that must be importable; said with a hint when one is not.
         extra: the extra of a distribution that brings them, as in `pip install 'traceml[mlflow]'`.
         options: what may be configured: a name and its type or types; empty takes anything.
-        secrets: variables of the environment that hold credentials; no other process gets to see them.
     """
 
     name: str
@@ -73,7 +72,6 @@ class PluginMetadata:
     dependencies: tuple[str, ...] = ()
     extra: str | None = None
     options: Mapping[str, _Kinds] = field(default_factory=dict)
-    secrets: tuple[str, ...] = ()
 
 
 class PluginInterface(ABC):

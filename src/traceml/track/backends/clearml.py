@@ -299,7 +299,6 @@ class ClearMLPlugin(BackendPlugin):
             dependencies=("clearml",),
             extra="clearml",
             options={"mode": str, "offline_dir": str, "api_host": str},
-            secrets=("CLEARML_API_ACCESS_KEY", "CLEARML_API_SECRET_KEY", "CLEARML_AUTH_TOKEN"),
         )
 
     def create_backend(self, config: Mapping[str, Any]) -> ClearMLBackend:

@@ -330,12 +330,6 @@ class MLflowPlugin(BackendPlugin):
             dependencies=("mlflow",),
             extra="mlflow",
             options={"tracking_uri": str},
-            secrets=(
-                "MLFLOW_TRACKING_TOKEN",
-                "MLFLOW_TRACKING_USERNAME",
-                "MLFLOW_TRACKING_PASSWORD",
-                "DATABRICKS_TOKEN",
-            ),
         )
 
     def create_backend(self, config: Mapping[str, Any]) -> MLflowBackend:

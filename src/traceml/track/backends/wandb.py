@@ -309,7 +309,6 @@ class WandbPlugin(BackendPlugin):
             dependencies=("wandb",),
             extra="wandb",
             options={"mode": str, "entity": str, "base_url": str, "dir": str},
-            secrets=("WANDB_API_KEY",),
         )
 
     def create_backend(self, config: Mapping[str, Any]) -> WandbBackend:
