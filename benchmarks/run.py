@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "startup": ["--peer"],
     "ingest": [],
     "store_bytes": [],
+    "tracking": [],
     "diagnosis_accuracy": ["--runs", "150"],
     "launch": [],
     "delivery": [],
