@@ -50,8 +50,10 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
 
         class Depth(CollectorInterface):
             interval = 0.1
+            readings = 0
 
             def collect(self):
+                Depth.readings += 1
                 return [Metric("depth", float(len(said))), {"pid": os.getpid(), "password": "hunter2"}]
 
         @traceml.register
@@ -66,7 +68,8 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
         original = Engine.report
         traceml.init(backend=["jsonl"], frameworks=["engine", "enjine"], collectors=["depth"])
         assert Engine().report(21.5) == 43.0
-        time.sleep(0.5)
+        while Depth.readings < 3:
+            time.sleep(0.02)
         traceml.shutdown()
         print(json.dumps({"pid": os.getpid(), "put_back": Engine.report is original, "said": said}))
         """
