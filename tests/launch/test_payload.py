@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from traceml.errors import PayloadError
-from traceml.launch import payload
+from traceml.launch import pickling
 from traceml.launch.payload import Parcel, Receiver, dump, dump_call, dump_exception, load, map_private
 
 LARGE = 40_000  # floats: beyond what is put inside the pickle
@@ -353,7 +353,7 @@ def test_exceptions_travel_when_they_would_arrive() -> None:
 def test_a_tensor_of_a_device_that_is_not_here_arrives_on_the_cpu() -> None:
     """A launcher without GPUs can take what workers return."""
     data = bytearray(torch.arange(4.0).numpy().tobytes())
-    storage = payload._storage(data, "cuda:97")
+    storage = pickling._storage(data, "cuda:97")
 
     assert torch.frombuffer(data, dtype=torch.float32).tolist() == [0, 1, 2, 3]
     assert storage.device.type == "cpu"

@@ -1,0 +1,177 @@
+"""A pickler that leaves the memory of tensors where it is, and an unpickler that uses it where it lies.
+
+torch tensors reduce to their storages, whatever their kind (parameters, views that share memory, sparse and quantised
+ones); a storage is the one thing of torch that is handled here. torch is imported by what is unpickled, if at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import pickle
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, cast
+
+__all__ = ["Pieces", "Reader", "Unpickler", "pickler_class", "remade_exception"]
+
+# Classes of this process that were sent by value: one that comes back is the one that went, and stays as it is.
+_sent_classes: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+class Pieces:
+    """A file that keeps what is written, by reference."""
+
+    __slots__ = ("write",)
+
+    def __init__(self, pieces: list[Any] | None) -> None:
+        self.write: Callable[[Any], object] = len if pieces is None else pieces.append
+
+
+class Reader:
+    """A file over memory, which copies no more than it is asked for."""
+
+    __slots__ = ("_at", "_view")
+
+    def __init__(self, view: memoryview) -> None:
+        self._view, self._at = view, 0
+
+    def read(self, n: int) -> bytes:
+        """Return the next `n` bytes."""
+        start, self._at = self._at, min(self._at + n, len(self._view))
+        return bytes(self._view[start : self._at])
+
+    def readinto(self, target: Any) -> int:
+        """Fill `target`, where the unpickler has made room; return how much there was."""
+        into = memoryview(target).cast("B")
+        piece = self._view[self._at : self._at + len(into)]
+        into[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+    def readline(self) -> bytes:
+        """Return a line; only old opcodes have them."""
+        line = bytes(self._view[self._at : self._at + 4096]).partition(b"\n")
+        found = line[0] + line[1]
+        self._at += len(found)
+        return found
+
+
+class Unpickler(pickle.Unpickler):
+    """Leaves classes alone that this process has sent."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what a pickle names."""
+        found = super().find_class(module, name)
+        return _set_class_state(found) if name == "_class_setstate" and module.startswith("cloudpickle") else found
+
+
+def _set_class_state(set_state: Callable[[type, Any], type]) -> Callable[[type, Any], type]:
+    # cloudpickle finds the class that went out, but would give it copies of its own methods, with globals of their own
+    return lambda kind, state: kind if kind in _sent_classes else set_state(kind, state)
+
+
+class _Untyped:
+    """The memory of tensors, whatever their type."""
+
+    __slots__ = ("storage",)
+
+    def __init__(self, storage: Any) -> None:
+        self.storage = storage
+
+
+_pickler_class: Any = None
+
+
+def pickler_class() -> Any:
+    """Return our pickler's class; made on first use, as cloudpickle costs an agent nothing that way."""
+    global _pickler_class
+    if _pickler_class is not None:
+        return _pickler_class
+
+    import cloudpickle
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def __init__(self, file: Pieces, outside: Callable[[pickle.PickleBuffer], bool]) -> None:
+            super().__init__(file, protocol=5, buffer_callback=outside)
+            self.kept: list[Any] = []
+            self._storages: dict[int, _Untyped] = {}
+            torch = sys.modules.get("torch")
+            self._storage_types = (torch.UntypedStorage, torch.TypedStorage) if torch is not None else None
+
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, _Untyped):
+                return self._reduce_untyped(obj.storage)
+
+            if self._storage_types is not None and isinstance(obj, self._storage_types):
+                return self._reduce_storage(obj)
+
+            if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
+                # as it is: pickle would call its __init__ with its text, which many do not take, or add to
+                return remade_exception, (type(obj), obj.args), obj.__dict__ or None
+
+            reduced = super().reducer_override(obj)
+            if isinstance(obj, type) and isinstance(reduced, tuple):
+                _sent_classes.add(obj)
+
+            return reduced
+
+        def _reduce_storage(self, storage: Any) -> Any:
+            # as torch pickles it: an untyped one arrives as one of bytes; tensors of newer types count on that
+            untyped = getattr(storage, "_untyped_storage", storage)
+            # tensors that share memory have storages of their own in Python; one of them goes for all
+            untyped = self._storages.setdefault(untyped._cdata, _Untyped(untyped))
+            return _typed_storage, (untyped, getattr(storage, "dtype", sys.modules["torch"].uint8))
+
+        def _reduce_untyped(self, storage: Any) -> Any:
+            cpu = storage if storage.device.type == "cpu" else storage.cpu()
+            self.kept.append(cpu)
+            if not cpu.nbytes():
+                return _storage, (b"", str(storage.device))
+
+            memory = (ctypes.c_char * cpu.nbytes()).from_address(cpu.data_ptr())
+            return _storage, (pickle.PickleBuffer(memory), str(storage.device))
+
+    _pickler_class = Pickler
+    return Pickler
+
+
+def remade_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """Make an exception again, without calling an initialiser of the user's."""
+    error = kind.__new__(kind, *args)
+    with contextlib.suppress(Exception):  # arguments that are not its own: then args has to do
+        _init_of(kind)(error, *args)
+
+    error.args = args
+    return error
+
+
+def _init_of(kind: type[BaseException]) -> Callable[..., None]:
+    """Return the initialiser of the interpreter's own class, which sets what that prints."""
+    own: Any = next(each for each in kind.__mro__ if each.__module__ == "builtins")
+    return cast("Callable[..., None]", own.__init__)
+
+
+def _typed_storage(untyped: Any, dtype: Any) -> Any:
+    import torch
+
+    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
+
+
+def _storage(memory: Any, device: str) -> Any:
+    """Rebuild a storage over `memory`; where its device does not exist here, it stays on the CPU."""
+    import torch
+
+    if not len(memory):
+        return torch.UntypedStorage(0)
+
+    flat = torch.frombuffer(memory, dtype=torch.uint8)
+    if device == "cpu":
+        # what came inside the pickle gets memory of its own: aligned, and able to grow
+        return (flat.clone() if isinstance(memory, bytearray) else flat).untyped_storage()
+
+    kind = getattr(torch, device.partition(":")[0], None)
+    index = int(device.partition(":")[2] or 0)
+    there = kind is not None and kind.is_available() and index < kind.device_count()
+    return (flat.to(device) if there else flat).untyped_storage()
