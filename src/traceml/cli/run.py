@@ -97,7 +97,7 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
     Returns:
         The job's exit status.
     """
-    with Supervisor(job, make_screen=_screen_maker(job, live)) as supervisor:
+    with Supervisor(job, make_screen=_screen_maker(job, live), on_delivery=_tell_delivery) as supervisor:
         outcome = supervisor.run()
         conclude(job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr)
 
@@ -175,3 +175,9 @@ def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
         return RunScreen(job.run_dir)
 
     return make
+
+
+def _tell_delivery() -> None:
+    """Say what a person waits for who has seen the script end."""
+    if sys.stderr.isatty():
+        print("traceml: delivering what was logged; Ctrl-C leaves the rest to `traceml sync`", file=sys.stderr)

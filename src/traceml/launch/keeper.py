@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from traceml.errors import TraceMLError
 from traceml.launch.processes import spawn
-from traceml.transport.client import connect
+from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 
 __all__ = ["AggregatorKeeper"]
@@ -30,7 +30,8 @@ __all__ = ["AggregatorKeeper"]
 # An aggregator that died is replaced at once; one that dies again and again, after pauses which double.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
-_LOOK_S = 0.05
+_LOOK_S, _TELL_DELIVERY_S = 0.05, 1.5
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _STOP_TIMEOUT_S = 10.0  # its delivery processes save where they stand first
 
 _log = logging.getLogger("traceml")
@@ -42,9 +43,10 @@ class AggregatorKeeper:
     Args:
         run_id: name of the run's folder.
         runs_dir: where runs are kept, an absolute path.
+        on_delivery: called once when the end has to wait for trackers that still take what was logged.
     """
 
-    def __init__(self, run_id: str, runs_dir: Path) -> None:
+    def __init__(self, run_id: str, runs_dir: Path, *, on_delivery: Callable[[], object] | None = None) -> None:
         self.run_id = run_id
         self.runs_dir = runs_dir
         self.token = os.environ.get("TRACEML_TOKEN") or secrets.token_hex(16)
@@ -53,6 +55,7 @@ class AggregatorKeeper:
         self._started_s = self._due_s = 0.0
         self._pause_s = _FIRST_PAUSE_S
         self._stopping = False
+        self._on_delivery = on_delivery
 
     def __enter__(self) -> Self:
         return self
@@ -192,6 +195,16 @@ class AggregatorKeeper:
 
         return self._listener
 
+    def _wait_for_deliveries(self, connection: Connection) -> None:
+        """Wait while trackers still take what was logged; the aggregator gives those up that do not."""
+        told_at_s: float | None = time.monotonic() + _TELL_DELIVERY_S
+        while connection.request("deliveries", timeout_s=_ANSWER_TIMEOUT_S)["busy"] and not _is_interrupted():
+            if told_at_s is not None and time.monotonic() > told_at_s and self._on_delivery is not None:
+                self._on_delivery()
+                told_at_s = None
+
+            time.sleep(_LOOK_S)
+
     @staticmethod
     def _unwritable(folder: Path, error: OSError) -> TraceMLError:
         return TraceMLError(
@@ -226,9 +239,7 @@ class AggregatorKeeper:
                 return False
 
             with contextlib.suppress(TraceMLError, OSError):
-                while not _is_interrupted() and connection.request("deliveries", timeout_s=_ANSWER_TIMEOUT_S)["busy"]:
-                    time.sleep(_LOOK_S)
-
+                self._wait_for_deliveries(connection)
                 connection.request("stop", timeout_s=_ANSWER_TIMEOUT_S)
                 self._stopping = True
 
@@ -236,5 +247,5 @@ class AggregatorKeeper:
 
 
 def _is_interrupted() -> bool:
-    """Whether a signal that a supervisor holds back asks for the end: what is not delivered can be, later."""
-    return bool(signal.sigpending() & {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    """Take a signal that a supervisor holds back and that asks for the end: what is not delivered can be, later."""
+    return bool(signal.sigpending() & _ENDING) and signal.sigtimedwait(_ENDING, 0) is not None

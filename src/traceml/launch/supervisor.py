@@ -76,18 +76,25 @@ class Screen(Protocol):
 class Supervisor:
     """Runs one job to its end; a context manager, at whose exit nothing of the job is left."""
 
-    def __init__(self, job: Job, *, make_screen: Callable[[], Screen] | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        make_screen: Callable[[], Screen] | None = None,
+        on_delivery: Callable[[], object] | None = None,
+    ) -> None:
         """Prepare a job.
 
         Args:
             job: what to run.
             make_screen: makes the live view once the job is started; without one the job writes to our own terminal
                 or pipe, and nothing stands between.
+            on_delivery: called once when the job has ended and trackers still take what it logged.
         """
         self._job = job
         self._make_screen = make_screen
         self._screen: Screen | None = None
-        self._keeper = AggregatorKeeper(job.run_id, job.runs_dir)
+        self._keeper = AggregatorKeeper(job.run_id, job.runs_dir, on_delivery=on_delivery)
         self._failures: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
 

@@ -496,4 +496,7 @@ def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    # All that counts is confirmed and saved: what libraries want to do at exit may take long, or write once more.
+    os._exit(status)

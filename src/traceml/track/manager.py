@@ -33,6 +33,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.2, 30.0, 30.0
 PATIENCE_S = 10.0
 _START_S = 45.0  # a process imports its library first, on a host that may be busy with training
 _BATCH_S = 25.0  # one batch may take long on such a host
+_STARVED_S = 45.0
 _STOP_S = 5.0
 _TAKEN_PAUSE_S = 0.5
 _LOG_BYTES = 1 << 20
@@ -74,6 +75,7 @@ class DeliveryProcess:
         self._due_s = self._started_s = 0.0
         self._moved_s = time.monotonic()
         self._seen: tuple[Any, ...] = ()
+        self._waited_s = 0.0
         self.over = False
         """Whether nothing is left to be done by this process: all is delivered, or a person has to mend something."""
 
@@ -121,8 +123,9 @@ class DeliveryProcess:
             return True
 
         now = (state.passed, state.delivered, state.derived, state.cursor.get("frame"), state.phase is Phase.DONE)
+        waited_s = _waited_for_a_core_s(self.pid)
         if now != self._seen:
-            self._seen, self._moved_s = now, time.monotonic()
+            self._seen, self._moved_s, self._waited_s = now, time.monotonic(), waited_s
 
         waiting = state.phase in {Phase.WAITING, Phase.OPEN, Phase.UNAUTHORIZED, Phase.BROKEN}
         if not waiting and self._process is not None:
@@ -130,7 +133,9 @@ class DeliveryProcess:
             if state.pid == self._process.pid and state.is_in_slow_call:
                 return False
 
-        return time.monotonic() - self._moved_s > patience_s
+        # Who steps back behind others that use every core is slow, not stuck; but nobody waits for that for ever.
+        waited_s = min(max(waited_s - self._waited_s, 0.0), _STARVED_S)
+        return time.monotonic() - self._moved_s - waited_s > patience_s
 
     def stop(self) -> None:
         """Ask it to end soon."""
@@ -346,6 +351,14 @@ class DeliveryManager:
 
         stuck = {process.backend for process in unfinished if process.is_stuck(self._patience_s)}
         return any(process.backend not in stuck for process in unfinished)
+
+
+def _waited_for_a_core_s(pid: int | None) -> float:
+    """Return how long a process's main thread was ready without a core; 0 where that is not told."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 @contextlib.contextmanager
