@@ -91,6 +91,26 @@ def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool)
     assert (row["experiment"] == 0) is not explicit
 
 
+def test_the_settings_trackers_get_everything_without_any_init(script: Script, tmp_path: Path) -> None:
+    """A `log_*` call alone is enough for captures and collectors, where the settings name a tracker."""
+    finish(
+        script(
+            """
+        import traceml
+        traceml.log_metric("x", 1)
+        from tensorboardX import SummaryWriter
+        with SummaryWriter("events") as writer:
+            writer.add_scalar("y", 2.0, 3)
+        """,
+            TRACEML_BACKEND="jsonl",
+        )
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert (stored.values("x"), stored.values("y")) == ([1.0], [2.0])
+    assert {row["name"] for row in stored.of("collected")} >= {"environment", "system"}
+
+
 def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
     """start_logging and stop_logging; what is not stopped ends with the script."""
     finish(

@@ -120,7 +120,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
 
         _tell_change()
 
-    if tracing and recorder.enabled and (config.backend or config.collectors):
+    if parent is None and recorder.enabled and (config.backend or config.collectors):
         _begin_tracking(recorder)
 
     return recorder

@@ -41,7 +41,7 @@ class Capturing:
         self._config = config
         self._orchestrator = orchestrator
         self._rank, self._local_rank = rank, local_rank
-        self._plugins: list[FrameworkPlugin] = []
+        self._plugins: dict[str, FrameworkPlugin] = {}
         self._child: CollectorProcess | None = None
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
@@ -49,9 +49,7 @@ class Capturing:
 
     def start(self) -> None:
         """Patch the frameworks, start the collectors. A plugin that fails is said and left out."""
-        for name in dict.fromkeys(self._config.frameworks):
-            self._patch(name)
-
+        self.patch()
         outside, inside = self._collectors()
         for name in inside:
             self._start_thread(name)
@@ -59,17 +57,26 @@ class Capturing:
         if outside:
             self._start_child(outside)
 
-    def stop(self) -> None:
-        """Put the frameworks back, let collectors that read once finish (at most 3 s), end them all."""
-        self._stopped.set()
-        for plugin in reversed(self._plugins):
+    def patch(self) -> None:
+        """Patch the frameworks, those that are not."""
+        for name in dict.fromkeys(self._config.frameworks):
+            if name not in self._plugins:
+                self._patch(name)
+
+    def unpatch(self) -> None:
+        """Put the frameworks back as they were."""
+        while self._plugins:
+            name, plugin = self._plugins.popitem()
             try:
                 plugin.unpatch_framework()
                 plugin.cleanup()
             except Exception as error:  # noqa: BLE001 - a third party's
-                _log.warning("framework %r did not end well: %r", plugin.get_metadata().name, error)
+                _log.warning("framework %r did not end well: %r", name, error)
 
-        self._plugins.clear()
+    def stop(self) -> None:
+        """Put the frameworks back, let collectors that read once finish (at most 3 s), end them all."""
+        self._stopped.set()
+        self.unpatch()
         if self._pid != os.getpid():
             return
 
@@ -91,7 +98,7 @@ class Capturing:
         except Exception as error:  # noqa: BLE001 - a third party's
             _log.warning("framework %r is not captured: %r", name, error, exc_info=error)
         else:
-            self._plugins.append(plugin)
+            self._plugins[name] = plugin
 
     def _collectors(self) -> tuple[list[str], list[str]]:
         """Return who reads in a process of its own, and who here: those that only this process can import."""

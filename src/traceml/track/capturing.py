@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.track.capture import Capturing
 
-__all__ = ["begin", "default_name", "start"]
+__all__ = ["begin", "default_name", "rest", "start"]
 
 _capturing: Capturing | None = None
 _of: Recorder | None = None
@@ -32,10 +32,16 @@ def begin(recorder: Recorder) -> None:
 
 
 def start() -> None:
-    """Begin capturing for the recorder that runs, once."""
+    """Begin capturing for the recorder that runs, or go on with it."""
     global _capturing, _of
     recorder = api.current()
-    if recorder is None or not recorder.enabled or recorder.is_child or recorder is _of:
+    if recorder is None or not recorder.enabled or recorder.is_child:
+        return
+
+    if recorder is _of:
+        if _capturing is not None:
+            _capturing.patch()
+
         return
 
     from traceml.track.capture import Capturing
@@ -46,6 +52,13 @@ def start() -> None:
     _capturing = Capturing(recorder.config, Orchestrator(), rank=who.rank, local_rank=who.local_rank)
     recorder.before_stop(_stop)
     _capturing.start()
+
+
+def rest() -> None:
+    """Leave the frameworks alone until the next `start`: nothing is tracked any more, unless the settings say so."""
+    recorder = api.current()
+    if _capturing is not None and recorder is _of and recorder is not None and not recorder.config.backend:
+        _capturing.unpatch()
 
 
 def _stop() -> None:

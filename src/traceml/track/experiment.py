@@ -269,6 +269,8 @@ def _deactivate(experiment: Experiment) -> None:
     global _active
     _stack.remove(experiment)
     _active = _stack[-1]._logger if _stack else _root
+    if not _stack:
+        capturing.rest()
 
 
 def log_metric(name: str, value: Any, step: int | None = None) -> None:

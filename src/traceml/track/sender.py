@@ -190,6 +190,9 @@ class Sender:
 
     def _note_verdict(self, main: Experiment, event: Event, session: Session, audit: Audit) -> None:
         verdict = event.data.get("verdict") or {}
+        if _saw_no_step(verdict):
+            return
+
         signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
         if signature == self._memory.get("verdict") or not self._rules.takes("traceml/verdict"):
             return
@@ -210,7 +213,7 @@ class Sender:
             last = self._reader.last_event("verdict")
             verdict = (last.data.get("verdict") or {}) if last is not None else {}
 
-        if verdict.get("kind"):
+        if verdict.get("kind") and not _saw_no_step(verdict):
             summary = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
             session.tags(main, {"traceml/verdict": verdict["kind"], **summary})
             audit.note("tags", ["traceml/verdict", *summary], 1)
@@ -341,6 +344,11 @@ def _reported(run_dir: Path) -> dict[str, Any] | None:
         return verdict if report["run"]["state"] != "running" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _saw_no_step(verdict: dict[str, Any]) -> bool:
+    """Whether a verdict only says that no step was traced: of a run that just logs there is nothing to say."""
+    return verdict.get("kind") == "INSUFFICIENT_DATA" and (verdict.get("evidence") or {}).get("steps") == 0
 
 
 def _digest(value: Any) -> str:

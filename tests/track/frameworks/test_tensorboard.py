@@ -45,8 +45,17 @@ SCRIPT = """
             pass
         writer.close()
 
+    def is_put_back():
+        return all(vars(SummaryWriter)[name] is original for name, original in originals.items())
+
+    put_back = is_put_back()
+    with SummaryWriter("between") as writer:
+        writer.add_scalar("between", 1.0, 0)
+    with traceml.Experiment("again", backend=["jsonl"]), SummaryWriter("again") as writer:
+        writer.add_scalar("again", 1.0, 0)
+
     traceml.shutdown()
-    put_back = all(vars(SummaryWriter)[name] is original for name, original in originals.items())
+    put_back = put_back and is_put_back()
     print(json.dumps({"put_back": put_back}))
 """
 
@@ -64,7 +73,8 @@ def test_summary_writer(captured: RunScript, library: str) -> None:
     assert [value != value for name, _, value in values if name == "nan"] == [True]
     assert {("group/train", 6, 1.5), ("group/val", 6, 2.5)} <= set(values)
     assert [value for name, _, value in values if name == "hparam/accuracy"] == [0.75]
-    assert len(values) == 50 + 3 + 2 + 1
+    assert ("again", 0, 1.0) in values
+    assert len(values) == 50 + 3 + 2 + 1 + 1
     [text] = found.logged["text"]
     assert (text["name"], text["step"], text["text"]) == ("note", 7, "Grüße")
     [histogram] = found.logged["histogram"]

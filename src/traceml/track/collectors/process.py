@@ -28,11 +28,11 @@ from traceml.track.plugins import PluginType, load
 __all__ = ["main"]
 
 MAX_ROW_BYTES = 1 << 20
+_ONCE_S = 2.0
 
 
 def main() -> None:
     """Run the collectors that standard input names, until it ends."""
-    step_back()
     given = json.loads(_first_line())
     sys.path[:] = given["path"]
     # What a collector prints must not come between the rows.
@@ -72,6 +72,7 @@ class _Host:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._once: list[threading.Thread] = []
+        self._once_read = threading.Event()
 
     def start(self) -> None:
         for name in self._given["collectors"]:
@@ -90,6 +91,7 @@ class _Host:
         for thread in self._once:
             thread.join()
 
+        self._once_read.set()
         self._send({"kind": "once"})
         for thread in self._threads:
             thread.join()
@@ -103,6 +105,11 @@ class _Host:
         return plugin.create_collector(config)  # type: ignore[attr-defined, no-any-return]
 
     def _run(self, name: str, collector: CollectorInterface) -> None:
+        # What is read once is little, and whoever ends soon waits for it; what goes on reading gives way to training.
+        if collector.interval is not None:
+            self._once_read.wait(_ONCE_S)
+            step_back()
+
         for rows in readings(collector, lambda error: self._warn(name, error)):
             for row in rows:
                 self._give(name, row)
