@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launch.driver import Driver, alive, wait_until
@@ -80,7 +81,7 @@ def test_an_agent_tells_of_itself_at_once(driver: Driver) -> None:
     """Without being asked, and without torch, it tells what the launcher plans with."""
     told = driver.wait("hello")
 
-    assert told["pid"] == driver.process.pid
+    assert psutil.Process(told["pid"]).ppid() == driver.process.pid
     assert told["cores"] == len(os.sched_getaffinity(0))
     assert "127.0.0.1" in told["addresses"]
     assert told["netns"] == str(Path("/proc/self/ns/net").readlink())

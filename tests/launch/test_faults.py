@@ -69,14 +69,19 @@ def exits():
 
     wait(None, who)
 
-def agent_killed():
+def agent_killed(*, zygote_too=False):
     who = rank()
     if who == 2:
         zygote = os.getppid()
         agent = int(open(f"/proc/{zygote}/stat").read().rpartition(")")[2].split()[1])
+        os.kill(zygote, signal.SIGSTOP if zygote_too else signal.SIGCONT)
         os.kill(agent, signal.SIGKILL)
+        os.kill(zygote, signal.SIGKILL if zygote_too else signal.SIGCONT)
 
     wait(None, who)
+
+def both_killed():
+    agent_killed(zygote_too=True)
 
 def never_returns(folder):
     import threading, traceback
@@ -159,10 +164,10 @@ def script(hosts: Hosts) -> Iterator[Script]:
 
 
 def left_on(hosts: Hosts, name: str) -> list[str]:
-    """Return what is left on a host beside an idle agent and the process that its workers are forked from."""
+    """Return what is left on a host beside an idle agent, its guard, and the process that workers are forked from."""
     found = [" ".join(process.cmdline()[:3]) for process in hosts[name].processes()]
     pythons = [line for line in found if "python" in line]
-    return [line for line in found if "python" not in line] + pythons[2:]
+    return [line for line in found if "python" not in line] + pythons[3:]
 
 
 def assert_clean(hosts: Hosts) -> None:
@@ -201,9 +206,13 @@ def test_a_worker_that_dies_is_named(
     assert_clean(hosts)
 
 
-def test_an_agent_that_is_killed_takes_its_workers_along(hosts: Hosts, script: Script) -> None:
-    """The host is named; its workers and their daemons are gone, and those of the other host too."""
-    told = script.launch("agent_killed")
+@pytest.mark.parametrize("func", ["agent_killed", "both_killed"])
+def test_an_agent_that_is_killed_takes_its_workers_along(hosts: Hosts, script: Script, func: str) -> None:
+    """The host is named; its workers and their daemons are gone, and those of the other host too.
+
+    Also when the fork server is killed with it: a third process is above them.
+    """
+    told = script.launch(func)
 
     assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
     eventually(lambda: hosts["node2"].processes() == [], "node2 to be clean: nobody is there to wait for it")

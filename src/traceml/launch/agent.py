@@ -25,7 +25,7 @@ from traceml.launch.crew import Crew
 from traceml.launch.forkserver import ForkServer, Spec
 from traceml.launch.machine import addresses, count_gpus
 from traceml.launch.payload import Receiver, can_reach
-from traceml.launch.sweep import become_subreaper, end_all, leftovers
+from traceml.launch.sweep import become_subreaper, end_all, leftovers, look_at
 
 __all__ = ["Agent", "main"]
 
@@ -351,10 +351,9 @@ def main(*, local: bool = False) -> NoReturn:
     """Serve the launcher at our standard input and output.
 
     Args:
-        local: whether it is our parent. Then nobody has greeted it yet, and its end closes the channel for sure: it may
-            be suspended as long as it likes.
+        local: whether it is a process of this host, above our guard. Then nobody has greeted it yet, and its end
+            closes the channel for sure: it may be suspended as long as it likes.
     """
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have held back some
     read_fd, write_fd = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -407,7 +406,7 @@ def _hello() -> dict[str, Any]:
         "netns": netns,
         "addresses": list(addresses().values()),
         "gpus": count_gpus(os.environ),
-        "near": can_reach(os.getppid()),
+        "near": (guard := look_at(os.getppid())) is not None and can_reach(guard.parent),
         "traceml": traceml.__version__,
     }
 

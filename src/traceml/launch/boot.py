@@ -65,11 +65,16 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["traceml"] = module
 spec.loader.exec_module(module)
 """
+_GUARD = """
+from traceml.launch.guard import guard
+guard()
+from traceml.launch.agent import main
+"""
 
 
 def local_command(python: str) -> list[str]:
     """Return what starts an agent on this machine as our child; it reads no bundle."""
-    return [python, "-c", import_code() + "from traceml.launch.agent import main\nmain(local=True)\n"]
+    return [python, "-c", import_code() + _GUARD + "main(local=True)\n"]
 
 
 def remote_command(python: str) -> list[str]:
@@ -78,7 +83,7 @@ def remote_command(python: str) -> list[str]:
 
     code = _REMOTE.replace("{greeting!r}", repr(GREETING)) + _IMPORT
     code += _FROM_ZIP.replace("{path}", '"/proc/self/fd/%d" % fd')
-    code += _LOAD + "from traceml.launch.agent import main\nmain()\n"
+    code += _LOAD + _GUARD + "main()\n"
     return [python, "-c", code]
 
 
