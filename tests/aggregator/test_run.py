@@ -151,6 +151,19 @@ def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
     assert "process_gone" not in stream.exit
 
 
+def test_rank_that_was_dead_before_its_first_word_was_read(registry, tmp_path):  # noqa: F811
+    """Its process was never seen, so nobody waits for it as for one in a container: its file has lost its owner."""
+    path = tmp_path / "1-2-0.flight"
+    path.touch()
+    run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
+    assert not stream.seen_here
+    run.left(stream)
+    run.look_around()
+
+    assert stream.state is StreamState.LOST
+    assert stream.exit["process_gone"]
+
+
 def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
     """A process that said bye and then crashed on its way out has failed."""
     run, stream = join(registry, hello(0, 1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from traceml.clock import boot_id, process_start_ticks
+from traceml.database.flight import is_alive
 from traceml.database.schema import TABLES
 from traceml.transport.hello import Hello
 
@@ -140,7 +141,12 @@ class Stream:
     @property
     def is_dead(self) -> bool:
         """Whether its process is known to be gone; False where this host cannot tell."""
-        return self.told_dead or (self.seen_here and process_start_ticks(self.who.pid) != self.who.start_ticks)
+        if self.told_dead or (self.seen_here and process_start_ticks(self.who.pid) != self.who.start_ticks):
+            return True
+
+        # One that was killed before its first word was read was never seen: its flight file has lost its owner.
+        path = None if self.seen_here else self.flight_path
+        return path is not None and path.exists() and not is_alive(path)
 
     @property
     def flight_path(self) -> Path | None:
