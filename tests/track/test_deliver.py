@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, eventually, state_of
 from traceml.track.state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, Phase, TrackerState, locked
 
@@ -181,6 +182,8 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
     folder = odd(run, backend)
     run.metrics({"a": [float(i) for i in range(3_000)], "refused": [0.0]})
     run.metrics({"b": [1.0], "also refused": [0.0, 1.0]})
+    add_samples(run.writer, run.stream())  # values made from these come with the rows after them
+    run.metrics({"refused in the end": [0.0]})
     run.end()
 
     for _ in range(60):  # as the manager does
@@ -192,8 +195,9 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
     assert values(lines, "a") == [(i, float(i)) for i in range(3_000)]
     assert values(lines, "b") == [(0, 1.0)]
     state = state_of(run.path, backend)
-    assert (state.failed, state.delivered) == (3, 3_001)
-    assert sum(state.reasons.values()) == 3
+    assert (state.failed, state.delivered) == (4, 3_001)
+    assert sum(state.reasons.values()) == 4
+    assert any(line.get("metric") == "system/cpu_pct" for line in lines)
 
 
 def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:

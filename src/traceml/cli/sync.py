@@ -26,8 +26,8 @@ from traceml.runs.find import find_run, list_runs
 from traceml.runs.report import update_trackers, write_report
 from traceml.runs.state import is_watched
 from traceml.settings import Config, load
-from traceml.track.manager import DeliveryProcess
 from traceml.track.plan import Plan
+from traceml.track.process import DeliveryProcess
 from traceml.track.records import logged_rows
 from traceml.track.state import Phase, TrackerState, locked
 
