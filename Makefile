@@ -13,7 +13,7 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	@$(PIP) install -c constraints.txt hypothesis mlflow pytest pytest-timeout tensorboardX -e ".[mlflow,wandb,clearml,aim,tensorboard,lightning,huggingface]"
+	@$(PIP) install -c constraints.txt hypothesis mlflow pytest pytest-timeout setuptools tensorboardX -e ".[mlflow,wandb,clearml,aim,tensorboard,lightning,huggingface]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
