@@ -83,5 +83,5 @@ def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
 def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_path: Path) -> None:
     """The error names its log."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(AggregatorUnavailableError, match=r"the one started here ended with \d+; see .*local-"):
+    with pytest.raises(AggregatorUnavailableError, match=r"the one started here ended with \d+: .*local-"):
         traceml.init(local=True, port=free_port(), runs_dir=tmp_path / "file" / "runs")

@@ -168,6 +168,22 @@ def test_without_any_aggregator_the_rows_wait(script: Script, tmp_path: Path) ->
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
 
 
+def test_an_aggregator_that_cannot_start_is_told_at_the_end(script: Script, tmp_path: Path) -> None:
+    """The runs folder cannot be made: the script's end says why nothing was stored, and what becomes of it."""
+    (tmp_path / "traceml_runs").write_text("a file")
+    process = script("""
+        import traceml
+        with traceml.Experiment("x", backend="jsonl") as experiment:
+            experiment.log_metric("loss", 1.0)
+        """)
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 0, err
+    assert "traceml_runs" in err
+    assert "It is kept in" in err
+    assert "traceml sync" in err
+
+
 def test_any_value_is_kept(script: Script, tmp_path: Path) -> None:
     """Numbers of every kind arrive as numbers, NaN and infinities too; anything else is kept as what it is."""
     finish(

@@ -75,7 +75,10 @@ def connect_or_start(config: Config, hello: Hello) -> Connection:
         waited_s = time.monotonic() - began
         if process.poll() is not None:
             raise AggregatorUnavailableError(
-                config.host, config.port, waited_s, f"the one started here ended with {process.returncode}; see {log}"
+                config.host,
+                config.port,
+                waited_s,
+                f"the one started here ended with {process.returncode}: {_last_words(Path(log))}",
             ) from missing
         if waited_s > timeout_s:
             raise AggregatorUnavailableError(config.host, config.port, waited_s, missing.reason) from missing
@@ -123,3 +126,14 @@ def _start(config: Config, listener: socket.socket) -> tuple[_Detached, str]:
 
     _log.info("started an aggregator for this job (pid %d), which logs to %s", process.pid, log)
     return process, str(log)
+
+
+def _last_words(log: Path) -> str:
+    """Return the last line of a log, and where the rest is."""
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except OSError:
+        lines = []
+
+    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+    return f"{said[:300]} (log: {log})"

@@ -204,6 +204,12 @@ class Recorder:
         stored = self._worker.finish(reason, timeout_s=timeout_s, hope=self.config.supervised or self.config.local)
         # Where no aggregator was ever met, nobody will look for the file, unless a launcher sees to that.
         forlorn = self._sender.connections == 0 and not self.config.supervised and not self._flight.holds_user_rows
+        if not stored and self._flight.holds_user_rows:
+            _log.warning(
+                "what was logged has not all been stored%s. It is kept in %s: the next script here, or `traceml sync`, "
+                "takes it in.", f" ({self._sender.trouble})" if self._sender.trouble else "", self._flight.path,
+            )  # fmt: skip
+
         self._flight.close(unlink=stored or forlorn)
         if self.files is not None:
             self.files.close(unlink=stored or forlorn)
@@ -242,6 +248,9 @@ class Recorder:
         deadline += timeout_s
         seen = files.progress
         while files.pending and time.monotonic() < deadline:
+            if not files.copying and self._sender is not None and self._sender.trouble:
+                break  # who would take them is not there
+
             self._worker.wake()
             time.sleep(0.01)
             if files.progress != seen:
@@ -337,6 +346,7 @@ class Recorder:
                 raise
 
             _log.warning("%s. Training goes on; it is tried again in the background.", str(error).rstrip("."))
+            self._sender.said_missing()
             return
 
         if connection is not None:

@@ -30,6 +30,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _REFUSED_PAUSE_S = 60.0
 _CLOCK_INTERVAL_NS = 60 * 10**9
 _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: somebody waits for a sign of life
+_LONELY_NS = 15 * 10**9  # without any aggregator since the start: longer than one needs to come up
 
 Command = Callable[[Mapping[str, Any]], Any]
 
@@ -130,6 +131,8 @@ class Sender:
         self._seen = {ring.name: 0 for ring in self._fast}
         self.connections = 0
         """How often a connection was made."""
+        self.trouble = ""
+        """Why the last try to connect failed; empty since it has not."""
         self.clock: ClockOffset | None = None
         """The aggregator's clock, as measured last."""
 
@@ -172,11 +175,16 @@ class Sender:
     def _cursors(self) -> list[_Cursor]:
         return self._logs + self._rings + self._blobs
 
+    def said_missing(self) -> None:
+        """Note that the user knows already that no aggregator is there."""
+        self._warned.add("missing")
+
     def attach(self, connection: Connection) -> None:
         """Use a fresh connection, from where its welcome says."""
         self._connection = connection
         self._acked = dict(connection.acked)
         self.connections += 1
+        self.trouble = ""
         self._pause_s = _FIRST_PAUSE_S
         self._flushed_ns = self._clock_ns = 0
         for cursor in self._cursors:
@@ -333,12 +341,17 @@ class Sender:
         try:
             self.attach(self._dial(_DIAL_TIMEOUT_S))
         except AggregatorRefusedError as error:
-            self._refused = True
+            self._refused, self.trouble = True, str(error)
             self._warn_once("refused", "%s; rows are kept, trying again every minute", error)
             self._retry_after(_REFUSED_PAUSE_S)
             return False
         except AggregatorUnavailableError as error:
             _log.debug("%s", error)
+            self.trouble = error.reason
+            if not self.connections and now - self._started_ns > _LONELY_NS:
+                self._warn_once(
+                    "missing", "nobody takes what is recorded yet (%s); it is kept, and tried again", error.reason
+                )
             self._retry_after(self._pause_s)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             return False
@@ -360,6 +373,6 @@ class Sender:
     def _retry_after(self, pause_s: float) -> None:
         self._next_try_ns = monotonic_ns() + int(pause_s * random.uniform(0.5, 1.0) * 1e9)
 
-    def _warn_once(self, key: str, text: str, error: Exception) -> None:
+    def _warn_once(self, key: str, text: str, error: object) -> None:
         _log.log(logging.DEBUG if key in self._warned else logging.WARNING, text, error)
         self._warned.add(key)

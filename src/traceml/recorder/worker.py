@@ -100,7 +100,7 @@ class Worker:
             hope: whether to keep trying for that long when no aggregator answers.
         """
         self._patience_s, self._hope = timeout_s, hope
-        self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, hope=hope)
+        self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, hope=self._hope)
         self._wake.set()
         is_busy = self._files is not None and self._files.pending
         self._thread.join(timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0))
@@ -176,6 +176,7 @@ class Worker:
                 seen, since_s = files.progress, time.monotonic()
             elif time.monotonic() - since_s > self._patience_s:
                 _log.warning("%d files that were logged have not arrived; they stay beside the journal", files.pending)
+                self._hope = False  # as long as that it was tried just now
                 break
 
         files.leave()
