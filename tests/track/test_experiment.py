@@ -111,6 +111,24 @@ def test_the_settings_trackers_get_everything_without_any_init(script: Script, t
     assert {row["name"] for row in stored.of("collected")} >= {"environment", "system"}
 
 
+def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:
+    """A slip in a name raises where the experiment begins; in a setting it is a warning, and logging goes on."""
+    code = """
+        import traceml
+        try:
+            traceml.start_logging("x", backend=NAMES)
+        except traceml.PluginError as error:
+            print(error)
+        traceml.log_metric("y", 1)
+    """
+    assert "did you mean 'mlflow'?" in finish(script(code.replace("NAMES", '["jsonl", "mlfow"]')))
+
+    process = script(code.replace("NAMES", "None"), TRACEML_BACKEND="mlfow")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, ""), err
+    assert "did you mean 'mlflow'?" in err
+
+
 def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
     """start_logging and stop_logging; what is not stopped ends with the script."""
     finish(

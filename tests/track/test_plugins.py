@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import traceml
+from tests.track.conftest import free_port
 from traceml import (
     BackendInterface,
     BackendPlugin,
@@ -236,12 +237,13 @@ def test_a_third_partys_package_is_found_and_used(installed: Path, tmp_path: Pat
     for name in [name for name in environment if name.startswith("TRACEML_")]:
         del environment[name]
 
+    environment["TRACEML_PORT"] = str(free_port())
     command = [sys.executable, "-c", TRAINING, str(tmp_path)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "unpatched"
 
-    (run,) = [path for path in tmp_path.iterdir() if (path / "trackers").is_dir() and not path.is_symlink()]
+    (run,) = [store.parent for store in tmp_path.glob("2*/store.db")]
     deadline = time.monotonic() + 60
     while True:
         states = [json.loads(path.read_text()) for path in (run / "trackers").glob("*.json")]

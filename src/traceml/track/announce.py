@@ -12,7 +12,7 @@ from typing import Any
 from traceml import settings
 from traceml.errors import UsageError
 
-__all__ = ["ADDRESS_OPTIONS", "KEY_VARIABLES", "announcement", "default_backends", "refuse_secrets"]
+__all__ = ["ADDRESS_OPTIONS", "KEY_VARIABLES", "announcement", "check_backends", "default_backends", "refuse_secrets"]
 
 _log = logging.getLogger("traceml")
 # Where a tracker's key belongs, and its address; neither is a secret itself.
@@ -67,6 +67,28 @@ def default_backends(config: settings.Config) -> tuple[str, ...]:
         )
 
     return ("mlflow",) if has_mlflow else ()
+
+
+def check_backends(backends: Sequence[str]) -> None:
+    """Say before the training starts what would only turn out beside it: a name that means nothing, a missing library.
+
+    A library may be there where the aggregator runs, and a key may come later, so these are no errors.
+
+    Raises:
+        PluginError: there is no such backend; the text has those that there are.
+    """
+    from traceml.track.plugins import BUILT_IN, PluginType, check_name
+
+    for backend in backends:
+        built_in = BUILT_IN[PluginType.BACKEND].get(backend)
+        if built_in is None:
+            check_name(PluginType.BACKEND, backend)
+        elif backend != "jsonl" and backend not in _SAID and find_spec(backend) is None:
+            _SAID.add(backend)
+            _log.warning(
+                "%s is not installed here: pip install 'traceml[%s]'. What is logged is kept, and `traceml sync` "
+                "delivers it then.", backend, backend,
+            )  # fmt: skip
 
 
 def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
+from traceml.errors import PluginError
 from traceml.recorder import api
 from traceml.recorder.identity import script_name
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["begin", "default_name", "rest", "start"]
 
+_log = logging.getLogger("traceml")
 _capturing: Capturing | None = None
 _of: Recorder | None = None
 
@@ -25,6 +28,12 @@ def default_name() -> str:
 def begin(recorder: Recorder) -> None:
     """Begin with a recorder whose settings name trackers or collectors; called by the recorder's room."""
     from traceml.track import experiment
+    from traceml.track.announce import check_backends
+
+    try:
+        check_backends(recorder.config.backend)
+    except PluginError as error:
+        _log.warning("%s", error)  # a setting may be meant for another script
 
     start()
     recorder.before_stop(experiment.announce_run)

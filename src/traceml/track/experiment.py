@@ -15,7 +15,14 @@ from traceml.errors import UsageError
 from traceml.recorder import api
 from traceml.recorder.logger import Logger
 from traceml.track import capturing, files, sweep
-from traceml.track.announce import ADDRESS_OPTIONS, KEY_VARIABLES, announcement, default_backends, refuse_secrets
+from traceml.track.announce import (
+    ADDRESS_OPTIONS,
+    KEY_VARIABLES,
+    announcement,
+    check_backends,
+    default_backends,
+    refuse_secrets,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,6 +65,7 @@ class Experiment:
         options: options per tracker, over those of the settings.
 
     Raises:
+        PluginError: there is no such tracker; raised when it begins.
         SettingsError: the settings are wrong.
         UsageError: an option holds a secret; the text says where that belongs.
     """
@@ -109,6 +117,9 @@ class Experiment:
 
         self.config |= sweep.parameters()
         recorder = api.recorder_for_logging()
+        if recorder is not None:
+            check_backends(self.backends)
+
         config = recorder.config if recorder is not None else settings.Config(enabled=False)
         self.name = self.name or config.run_name or capturing.default_name()
         if self.parent is None and _stack:

@@ -30,6 +30,7 @@ __all__ = [
     "PluginMetadata",
     "PluginType",
     "available",
+    "check_name",
     "create_backend",
     "load",
     "missing_extra",
@@ -223,6 +224,16 @@ def registered(kind: PluginType) -> dict[str, str]:
 def available(kind: PluginType) -> dict[str, str]:
     """Return every name that can be asked for -> where it comes from."""
     return {**_entry_points(kind), **BUILT_IN[kind], **_registered[kind]}
+
+
+def check_name(kind: PluginType, name: str) -> None:
+    """See that a name can be asked for, without importing what it stands for.
+
+    Raises:
+        PluginError: there is none of that name; the text has those that there are.
+    """
+    if ":" not in name and name not in _registered[kind] and name not in BUILT_IN[kind] and name not in available(kind):
+        raise PluginError(_unknown(kind, name))
 
 
 def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) -> PluginInterface:
