@@ -129,6 +129,30 @@ def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:
     assert "did you mean 'mlflow'?" in err
 
 
+def test_options_are_checked_at_once_and_add_to_those_of_the_settings(script: Script, tmp_path: Path) -> None:
+    """A slip raises where the experiment begins; what the experiment does not say, the settings do."""
+    out = finish(
+        script(
+            """
+        import traceml
+        for options in ({"nonsense": 1}, {"path": 1}, {"sample": 0}, {"fallback": "jsonll"}):
+            try:
+                traceml.Experiment("x", backend="jsonl", options={"jsonl": options}).start()
+            except traceml.PluginError as error:
+                print(error)
+        with traceml.Experiment("y", backend="jsonl", options={"jsonl": {"sample": 10}}):
+            traceml.log_metric("z", 1)
+        """,
+            TRACEML_BACKEND_OPTIONS='{"jsonl": {"path": "elsewhere", "sample": 2}}',
+        )
+    )
+    for said in ("no option 'nonsense'", "'path' of backend 'jsonl' is 1", "'sample'", "did you mean 'jsonl'"):
+        assert said in out
+
+    (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")
+    assert row["options"] == {"jsonl": {"path": "elsewhere", "sample": 10}}
+
+
 def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
     """start_logging and stop_logging; what is not stopped ends with the script."""
     finish(

@@ -69,21 +69,30 @@ def default_backends(config: settings.Config) -> tuple[str, ...]:
     return ("mlflow",) if has_mlflow else ()
 
 
-def check_backends(backends: Sequence[str]) -> None:
-    """Say before the training starts what would only turn out beside it: a name that means nothing, a missing library.
+def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say before the training starts what would only turn out beside it: wrong names and options, missing libraries.
 
-    A library may be there where the aggregator runs, and a key may come later, so these are no errors.
+    A library may be there where the aggregator runs, so that one is missing is no error.
 
     Raises:
-        PluginError: there is no such backend; the text has those that there are.
+        PluginError: there is no such backend, or an option of one is wrong; the text has what there is.
     """
-    from traceml.track.plugins import BUILT_IN, PluginType, check_name
+    from traceml.track.plugins import BUILT_IN, PluginType, check_name, check_options
+    from traceml.track.rules import Rules, backend_options
 
     for backend in backends:
+        given = options.get(backend, {})
+        Rules.of((), (), given)
+        if fallback := given.get("fallback"):
+            check_name(PluginType.BACKEND, str(fallback))
+
         built_in = BUILT_IN[PluginType.BACKEND].get(backend)
         if built_in is None:
             check_name(PluginType.BACKEND, backend)
-        elif backend != "jsonl" and backend not in _SAID and find_spec(backend) is None:
+            continue
+
+        check_options(backend, backend_options(given))
+        if backend != "jsonl" and backend not in _SAID and find_spec(backend) is None:
             _SAID.add(backend)
             _log.warning(
                 "%s is not installed here: pip install 'traceml[%s]'. What is logged is kept, and `traceml sync` "

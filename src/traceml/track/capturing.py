@@ -31,7 +31,7 @@ def begin(recorder: Recorder) -> None:
     from traceml.track.announce import check_backends
 
     try:
-        check_backends(recorder.config.backend)
+        check_backends(recorder.config.backend, recorder.config.backend_options)
     except PluginError as error:
         _log.warning("%s", error)  # a setting may be meant for another script
 

@@ -65,7 +65,7 @@ class Experiment:
         options: options per tracker, over those of the settings.
 
     Raises:
-        PluginError: there is no such tracker; raised when it begins.
+        PluginError: there is no such tracker, or it has no such option; raised when it begins.
         SettingsError: the settings are wrong.
         UsageError: an option holds a secret; the text says where that belongs.
     """
@@ -118,7 +118,7 @@ class Experiment:
         self.config |= sweep.parameters()
         recorder = api.recorder_for_logging()
         if recorder is not None:
-            check_backends(self.backends)
+            check_backends(self.backends or tuple(self._options), self._options_over(recorder.config))
 
         config = recorder.config if recorder is not None else settings.Config(enabled=False)
         self.name = self.name or config.run_name or capturing.default_name()
@@ -207,12 +207,18 @@ class Experiment:
 
     def _row(self, config: settings.Config) -> dict[str, Any]:
         """Return what delivery has to know, for the process that the recorder of now lives in."""
-        options = {**config.backend_options, **self._options}
         return {
             "id": self.id, "name": self.name, "project": self.project or config.project,
             "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
             "resume": self.resume, "params": self.config,
-        } | announcement(config, self.backends or default_backends(config), options)  # fmt: skip
+        } | announcement(
+            config, self.backends or default_backends(config), self._options_over(config)
+        )  # fmt: skip
+
+    def _options_over(self, config: settings.Config) -> dict[str, dict[str, Any]]:
+        """Return the options of each tracker, those of the settings where this experiment has none of that name."""
+        told, own = config.backend_options, self._options
+        return {name: {**told.get(name, {}), **own.get(name, {})} for name in {*told, *own}}
 
 
 def _root_row(config: settings.Config) -> dict[str, Any] | None:

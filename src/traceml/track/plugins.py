@@ -31,6 +31,7 @@ __all__ = [
     "PluginType",
     "available",
     "check_name",
+    "check_options",
     "create_backend",
     "load",
     "missing_extra",
@@ -234,6 +235,16 @@ def check_name(kind: PluginType, name: str) -> None:
     """
     if ":" not in name and name not in _registered[kind] and name not in BUILT_IN[kind] and name not in available(kind):
         raise PluginError(_unknown(kind, name))
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """See that a built-in backend takes these options; its library is not imported.
+
+    Raises:
+        PluginError: it has no such option, or one is of another type.
+    """
+    if options:
+        _check_options(load(PluginType.BACKEND, name).get_metadata(), options)
 
 
 def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) -> PluginInterface:
