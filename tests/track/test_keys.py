@@ -32,6 +32,13 @@ def test_a_process_sees_its_own_variables(backend: str, own: set[str]) -> None:
     assert seen == {"PATH", "HOME", "PWD", *own}
 
 
+def test_what_looks_like_a_secret_is_kept_back_whatever_its_name() -> None:
+    """An address with a password in it; but a proxy's, without which nothing would be reached, passes."""
+    environ = {**ENVIRON, "DATABASE": "postgres://u:pass" + "w0rd@h/d", "https_proxy": "http://u:pass" + "w0rd@h:1"}
+
+    assert set(environment_for("jsonl", {}, environ)) == {"PATH", "HOME", "PWD", "https_proxy"}
+
+
 def test_a_backend_of_somebody_else_gets_what_bears_its_name_or_is_named() -> None:
     environ = {**ENVIRON, "MY_TRACKER_API_KEY": "k", "OTHER_API_KEY": "o"}
 

@@ -47,7 +47,8 @@ SCRIPT = """
             except OSError:
                 pass
 
-    backends, tags, config = ["jsonl", "tensorboard"], {"api_key": planted["tag"]}, {"password": planted["param"]}
+    backends, tags = ["jsonl", "tensorboard"], {"api_key": planted["tag"], "owner": planted["email"]}
+    config = {"password": planted["param"], "ask": planted["phone"]}
     with traceml.Experiment("planted", backend=backends, tags=tags, config=config) as experiment:
         experiment.log_params({"lr": 0.1, "db": {"password": planted["nested"]}, "note": "with " + planted["token"]})
         experiment.set_tags({"client_secret": planted["tag"]})

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import PluginError
-from traceml.privacy import is_secret_name
+from traceml.privacy import is_secret_name, secrets_only
 
 __all__ = ["environment_for", "key_variables", "read_key_file"]
 
@@ -52,7 +52,7 @@ def environment_for(
     return {
         name: value
         for name, value in environ.items()
-        if _any(own, name) or not (_any(others, name) or _sounds_secret(name))
+        if _any(own, name) or not (_any(others, name) or _sounds_secret(name) or _holds_secret(name, value))
     }
 
 
@@ -119,6 +119,14 @@ def _sounds_secret(name: str) -> bool:
         return False
 
     return is_secret_name(name) or _SECRET_WORD.search(name.upper()) is not None
+
+
+def _holds_secret(name: str, value: str) -> bool:
+    """Whether a variable's value looks like a secret, such as an address with a password in it; a proxy's is needed."""
+    if name.lower().endswith("_proxy"):
+        return False
+
+    return secrets_only().mask_text(value) != value
 
 
 def _is_assignment(line: str) -> bool:
