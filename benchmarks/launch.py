@@ -217,6 +217,15 @@ for link in links:
     link.close()
 """
 
+# What ssh itself takes: all hosts at once, and nothing to do there.
+SSH = """
+import json, subprocess, sys, time
+start = time.perf_counter()
+running = [subprocess.Popen(["ssh", "-F", sys.argv[1], host, "true"]) for host in sys.argv[2:]]
+assert not any([process.wait() for process in running])
+print(json.dumps(time.perf_counter() - start))
+"""
+
 
 def main() -> int:
     options = _options()
@@ -436,17 +445,19 @@ def measure_hosts(bench: Bench) -> Any:
 
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, Hosts(Path(folder), 8) as hosts:
-        channels: dict[int, list[float]] = {1: [], 8: []}
+        told: dict[str, dict[int, list[float]]] = {"channels": {1: [], 8: []}, "ssh true": {1: [], 8: []}}
         for number in range(bench.rounds + 1):
-            for count, samples in channels.items():
-                names = hosts.names[:count]
-                told = bench.run("traceml", CHANNELS, hosts.ssh_config, *names, on=hosts.launcher).told
-                if number:
-                    samples.append(told)
+            for count in (1, 8):
+                for name, body in (("channels", CHANNELS), ("ssh true", SSH)):
+                    found = bench.run("traceml", body, hosts.ssh_config, *hosts.names[:count], on=hosts.launcher).told
+                    if number:
+                        told[name][count].append(found)
 
-        one, eight = (statistics.median(samples) for samples in channels.values())
-        results["channels"] = {"1": one, "8": eight}
-        print(f"channels to 1 host: {one:.2f} s, to 8 hosts: {eight:.2f} s = {eight / one:.2f} x (goal 2 x)")
+        for name, samples in told.items():
+            one, eight = (statistics.median(samples[count]) for count in (1, 8))
+            results[name] = {"1": one, "8": eight}
+            goal = " (goal 2 x)" if name == "channels" else ""
+            print(f"{name}: 1 host {one:.2f} s, 8 hosts {eight:.2f} s = {eight / one:.2f} x{goal}")
 
         outcomes = bench.each(TWO_HOSTS, hosts.ssh_config, *hosts.names[:2], on=hosts.launcher)
         results["two"] = medians = _medians(outcomes, lambda outcome: outcome.seconds)
