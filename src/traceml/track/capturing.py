@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.errors import PluginError
 from traceml.recorder import api
 from traceml.recorder.identity import script_name
+from traceml.track.troubles import Troubles
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["begin", "default_name", "rest", "start"]
 
 _log = logging.getLogger("traceml")
+_TELL_AFTER_S = 20.0
 _capturing: Capturing | None = None
 _of: Recorder | None = None
 
@@ -58,6 +62,12 @@ def start() -> None:
 
     who = recorder.who
     _of = recorder
+    if who.rank == 0:
+        troubles = Troubles()
+        tell = partial(_tell, recorder, troubles)
+        recorder.after(_TELL_AFTER_S, tell)
+        recorder.before_stop(tell)
+
     _capturing = Capturing(recorder.config, Orchestrator(), rank=who.rank, local_rank=who.local_rank)
     recorder.before_stop(_stop)
     _capturing.start()
@@ -68,6 +78,12 @@ def rest() -> None:
     recorder = api.current()
     if _capturing is not None and recorder is _of and recorder is not None and not recorder.config.backend:
         _capturing.unpatch()
+
+
+def _tell(recorder: Recorder, troubles: Troubles) -> None:
+    folder = recorder.flight.identity.get("run_dir") if recorder.flight is not None else None
+    if folder:
+        troubles.tell(Path(folder))
 
 
 def _stop() -> None:

@@ -364,9 +364,23 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
+        if (reason := _unreachable(error)) is not None:
+            raise BackendError(f"MLflow cannot be reached: {reason}") from error
+
         # Its client tells a 429 that it was not allowed to try again in words alone.
         status = 429 if "too many 429 error" in str(error) else error.get_http_status_code()
         _raise_for(status, str(error), None, error)
+
+
+def _unreachable(error: BaseException | None) -> str | None:
+    """Return why there was no connection; MLflow's client calls that a 500, with a page of text."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno and error.strerror:
+            return error.strerror
+
+        error = error.__cause__ or error.__context__
+
+    return None
 
 
 def _raise_for(status: int, why: str, retry_after: str | None, cause: Exception | None = None) -> None:
