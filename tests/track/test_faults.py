@@ -245,16 +245,38 @@ def test_a_full_disk_holds_delivery_up_and_loses_nothing(start: Start, small_dis
 def test_old_runs_go_when_they_are_delivered_and_not_before(tmp_path: Path) -> None:
     code = """
         import sys, traceml
-        with traceml.Experiment("short", backend=["jsonl"], options={"jsonl": OPTIONS}):
+        with traceml.Experiment("short", backend="BACKEND"):
             traceml.log_metric("loss", 1.0, step=0)
     """
-    for options in ({"no_such_option": 1}, {}, {}, {}):
-        job = Job(tmp_path, {}, code=code.replace("OPTIONS", repr(options)), TRACEML_KEEP_RUNS="2")
+    for backend in ("no_such_module:Backend", "jsonl", "jsonl", "jsonl"):
+        job = Job(tmp_path, {}, code=code.replace("BACKEND", backend), TRACEML_KEEP_RUNS="2")
         job.finish()
         job.close()
 
     kept = [path for path in (tmp_path / "traceml_runs").iterdir() if path.is_dir() and not path.is_symlink()]
     assert sorted(str(state.phase) for path in kept for state in states_of(path)) == ["broken", "done", "done"]
+
+
+def test_an_experiment_gets_what_is_said_of_its_run_at_the_end(start: Start) -> None:
+    """Its block ends before the run does; last step times and the verdict belong to it all the same, and its end."""
+    code = """
+        import traceml
+        with traceml.Experiment("steps", backend="jsonl"):
+            for i in range(60):
+                with traceml.trace_step():
+                    traceml.log_metric("loss", i / 8)
+    """
+    job = start({}, code=code)
+    job.finish()
+
+    (state,) = states_of(job.run_dir)
+    (kept,) = state.experiments.values()
+    rows = [json.loads(line) for line in Path(kept["id"]).read_text().splitlines()]
+    names = {row["name"] for row in rows if row["type"] == "metric"}
+    assert names >= {"loss", "traceml/step_ms", "traceml/steps_per_s", "traceml/goodput", "traceml/share/other"}
+    tags = {key: value for row in rows if row["type"] == "tags" for key, value in row["tags"].items()}
+    assert "traceml/verdict" in tags
+    assert [row["state"] for row in rows if row["type"] == "end"] == ["finished"]
 
 
 def _free_port() -> int:

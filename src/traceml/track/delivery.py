@@ -164,6 +164,9 @@ class Delivery:
                 return EXIT_AGAIN  # for a probe of the one that failed
             if is_empty:
                 self._look_alive()
+                if self._sender.ends_some:
+                    self._end_some()
+
                 self._stop.wait(_LOOK_S)
                 continue
 
@@ -209,12 +212,14 @@ class Delivery:
 
         self._passed(batch, time.monotonic() - began_s)
         self._save()
-        with self._undone():
-            self._sender.end_some(self._session, self._audit)
-
+        self._end_some()
         self._audit.write(self._state.target, dict(self._masker.counts))
         self._save()
         return None
+
+    def _end_some(self) -> None:
+        with self._undone():
+            self._sender.end_some(self._session, self._audit)
 
     def _is_done(self, experiment: Experiment) -> bool:
         """Whether an experiment was ended with all that came up to here: it needs nothing when others start over."""

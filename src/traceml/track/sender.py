@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ __all__ = ["Sender"]
 
 _PARAMS_REMEMBERED = 10_000
 _TAG_CHARS = 250
+_LINGER_S = 10.0
 
 _log = logging.getLogger("traceml")
 
@@ -116,9 +118,10 @@ class Sender:
         self._give_verdict(main, session, audit)
 
     def end(self, session: Session, run_state: str) -> None:
-        """End every experiment of ours that is open, the inner ones first."""
+        """End every experiment of ours that is open, the inner ones first, in the state that it ended with itself."""
         for experiment in reversed(self._wanted()):
-            session.end(experiment, run_state)
+            own_state, _ = self._to_end.pop(experiment.key, (run_state, 0.0))
+            session.end(experiment, own_state)
 
     # --- which experiment --------------------------------------------------------------------------------------------
 
@@ -153,6 +156,12 @@ class Sender:
 
     def _derived(self) -> Derived:
         return Derived(self._memory.setdefault("derived", {}), self._interval_s, self._started, system=self._system)
+
+    @property
+    def _to_end(self) -> dict[str, list[Any]]:
+        """The experiments that are to be ended: the state of each, and the epoch seconds at which that was seen."""
+        to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
+        return to_end
 
     def _windows(self) -> dict[str, Any]:
         windows: dict[str, Any] = self._memory.setdefault("windows", {})
@@ -322,19 +331,41 @@ class Sender:
         open_on = self._memory.setdefault("open", {}).setdefault(experiment.key, {})
         open_on[str(logged.stream.id)] = False
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
-            self._memory.setdefault("to_end", {})[experiment.key] = str(logged.row.get("state") or "finished")
+            self._to_end[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
+
+    @property
+    def ends_some(self) -> bool:
+        """Whether there are experiments that `end_some` has to end, now or later."""
+        return bool(self._to_end)
 
     def end_some(self, session: Session, audit: Audit) -> None:
-        """End the experiments that all their ranks have left; call it when a batch is confirmed."""
-        for key, run_state in list(self._memory.get("to_end", {}).items()):
+        """End the experiments that all their ranks have left; call it when a batch is confirmed, and now and then.
+
+        The last of all stays open for a moment: mostly the run ends with it, and then the run's last step times and its
+        verdict are still to come.
+        """
+        for key, (own_state, noted) in list(self._to_end.items()):
             experiment = self._plan.experiments.get(key)
             if experiment is not None:
+                if self._is_last(key) and time.time() - noted < _LINGER_S:
+                    continue
+
                 rows = self._rules.finish(self._windows(), key)
                 self._state.filtered -= len(rows)
                 self._give_values(experiment, rows, session, audit)
-                session.end(experiment, run_state)
+                main = self._main()
+                if main is not None and main.key == key:
+                    self._give_own(main, self._derived().finish(), session, audit)
 
-            del self._memory["to_end"][key]
+                session.end(experiment, own_state)
+
+            del self._to_end[key]
+
+    def _is_last(self, key: str) -> bool:
+        """Whether an experiment was the last to end, with no other going on."""
+        kept = self._state.experiments
+        going_on = [each.key for each in self._wanted() if not kept.get(each.key, {}).get("ended")]
+        return set(going_on) <= self._to_end.keys() and key == next(reversed(self._to_end))
 
 
 def _reported(run_dir: Path) -> dict[str, Any] | None:
