@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -97,6 +98,10 @@ def raise_long() -> None:
 
 def raise_decoding() -> None:
     b"\xff".decode()
+
+
+def read_nothing() -> None:
+    pickle.loads(b"")
 
 
 def leave_with_words() -> None:

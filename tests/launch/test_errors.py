@@ -49,6 +49,7 @@ def test_an_exception_keeps_its_type_and_tells_where() -> None:
         (jobs.raise_before_barrier, ZeroDivisionError, "the first cause"),
         (jobs.raise_decoding, UnicodeDecodeError, "can't decode byte 0xff in position 0"),
         (jobs.raise_rare, jobs.RarelySeen, "passes"),
+        (jobs.read_nothing, EOFError, "Ran out of input"),
         (jobs.raise_long, ValueError, "xxx"),
     ],
 )

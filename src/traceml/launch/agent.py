@@ -171,7 +171,8 @@ class Agent:
         path = None if env_file is None else str(Path(cwd, Path(env_file).expanduser()))
         need_torch = int(message.get("need_torch", 2))
         spec = Spec(message["env"], path, tuple(message["sys_path"]), need_torch, cwd, _stamp(path))
-        self._wanted = (message["job"], spec, {"cwd": cwd, "sys_path": list(message["sys_path"])})
+        place = {"cwd": cwd, "sys_path": list(message["sys_path"]), "main": message.get("main") or {}}
+        self._wanted = (message["job"], spec, place)
         if self._server is not None and self._server.ready is not None and self._server.spec.serves(spec):
             self._prepared(message["job"])
             return

@@ -58,7 +58,7 @@ class Crew:
         server: where workers come from.
         message: the launcher's `start`.
         environ: what workers set and unset, see `ForkServer.worker_environ`.
-        place: their `cwd` and `sys_path`.
+        place: their `cwd`, `sys_path` and `main`.
         listener: the socket at which ranks meet, on the host of rank 0.
 
     Attributes:

@@ -295,6 +295,7 @@ class Job:
             env_file=self._task.env_file,
             cwd=self._task.cwd,
             sys_path=list(self._task.sys_path),
+            main=dict(self._task.main),
             workers=member.size,
             threads=None,
             need_torch=self._need_torch(),

@@ -131,12 +131,13 @@ class _Bare:
         return remade_exception, (type(self._error), self._error.args), attributes or None
 
 
-def load(memory: Buffer, *, what: str = "the value") -> Any:
+def load(memory: Buffer, *, what: str = "the value", on_made: Callable[[Any], object] | None = None) -> Any:
     """Unpickle a parcel; tensors and arrays keep using `memory`, which must be writable if they are to be.
 
     Args:
         memory: the bytes of a parcel.
         what: what to call it in an error.
+        on_made: called with each function and class that came by value.
 
     Raises:
         PayloadError: the bytes are no parcel, or something in it does not exist here.
@@ -144,7 +145,7 @@ def load(memory: Buffer, *, what: str = "the value") -> Any:
     view = memoryview(memory)
     pickled, buffers = _split(view, what)
     try:
-        return Unpickler(Reader(pickled), buffers=buffers).load()
+        return Unpickler(Reader(pickled), buffers=buffers, on_made=on_made).load()
     except Exception as error:
         raise PayloadError(_advice(what, error)) from error
 

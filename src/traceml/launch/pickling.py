@@ -11,7 +11,7 @@ import ctypes
 import pickle
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 __all__ = ["Pieces", "Reader", "Unpickler", "pickler_class", "remade_exception"]
@@ -59,17 +59,34 @@ class Reader:
 
 
 class Unpickler(pickle.Unpickler):
-    """Leaves classes alone that this process has sent."""
+    """Leaves classes alone that this process has sent.
+
+    Args:
+        file: to read from.
+        buffers: what lies outside the pickle.
+        on_made: called with each function and class that came by value.
+    """
+
+    def __init__(self, file: Reader, *, buffers: Sequence[Any], on_made: Callable[[Any], object] | None) -> None:
+        super().__init__(file, buffers=buffers)
+        self._on_made = on_made or (lambda _: None)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return what a pickle names."""
         found = super().find_class(module, name)
-        return _set_class_state(found) if name == "_class_setstate" and module.startswith("cloudpickle") else found
+        if module.startswith("cloudpickle") and name in {"_class_setstate", "_function_setstate"}:
+            return self._set_state(found)
 
+        return found
 
-def _set_class_state(set_state: Callable[[type, Any], type]) -> Callable[[type, Any], type]:
-    # cloudpickle finds the class that went out, but would give it copies of its own methods, with globals of their own
-    return lambda kind, state: kind if kind in _sent_classes else set_state(kind, state)
+    def _set_state(self, set_state: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def given(made: Any, state: Any) -> Any:
+            # cloudpickle finds the class that went out, but would give it copies of its methods, with other globals
+            done = made if isinstance(made, type) and made in _sent_classes else set_state(made, state)
+            self._on_made(made)
+            return done
+
+        return given
 
 
 class _Untyped:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
-from traceml.launch import payload
+from traceml.launch import mainmodule, payload
 from traceml.launch.api import Launcher, LaunchResult, matching
 from traceml.launch.connect import Link
 from traceml.launch.hosts import Place, resolve
@@ -36,6 +36,7 @@ def run_function(
     log_handlers: Any,
 ) -> LaunchResult:
     """Run a function on every worker; see `traceml.launch`."""
+    mainmodule.refuse_in_spawned()
     check_handlers(log_handlers)
     places = _places(launcher)
     parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
@@ -81,6 +82,7 @@ def _run(
         env_file=None if launcher.env_file is None else str(Path(launcher.env_file).expanduser().absolute()),
         cwd=str(Path.cwd()),
         sys_path=list(_users_path(behind_us=script is not None)),
+        main=mainmodule.described(),
         cpu_affinity=launcher.cpu_affinity,
         keep_agents=launcher.keep_agents,
     )

@@ -24,6 +24,7 @@ class Task:
         env_file: a file that bash sources on each host.
         cwd: where workers work.
         sys_path: where they look for modules.
+        main: what they know of the launcher's `__main__`, see `mainmodule`.
         cpu_affinity: whether they are spread over the cores.
         keep_agents: whether agents may serve the next launch.
     """
@@ -36,5 +37,6 @@ class Task:
     env_file: str | None = None
     cwd: str = "."
     sys_path: Sequence[str] = ()
+    main: Mapping[str, str | None] = field(default_factory=dict)
     cpu_affinity: bool = True
     keep_agents: bool = True

@@ -13,10 +13,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
-from traceml.launch import payload, records
+from traceml.launch import mainmodule, payload, records
 from traceml.launch.fdsocket import FdSocket
 from traceml.launch.zygote import STACK_SIGNAL, set_blas_threads
 
@@ -54,7 +55,7 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
             start_recorder()  # before the process group: its making is watched
 
         status = _work(agent, request, listener[0] if listener else None)
-    except (EOFError, BrokenPipeError, _Stopped):
+    except _Stopped:
         status = 1
     except BaseException:  # noqa: BLE001 - a fault of ours: it must be seen
         traceback.print_exc()
@@ -71,8 +72,8 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         elif listener is not None:
             os.close(listener)
 
-        agent.send("ready")
-        result = _run_script(request) if request["script"] else _run_function(agent)
+        _tell(agent, "ready")
+        result = _run_script(request) if request["script"] else _run_function(agent, request)
     except SystemExit as leaving:
         status = _status_of(leaving)
         _note_end(request, None, status)
@@ -80,7 +81,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
             return status
 
         result = None
-    except (EOFError, BrokenPipeError):
+    except _Stopped:
         raise
     except BaseException as error:  # noqa: BLE001 - the user's; it travels
         _note_end(request, error, 1)
@@ -147,7 +148,6 @@ def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> 
         numpy_random.seed()  # in a fork the state is the parent's; torch's own seed is fixed in a new process too
 
     threading.current_thread().name = "MainThread"
-    # "__main__" is the zygote; the user's may be sent along by cloudpickle
     sys.argv = [""]
 
 
@@ -235,12 +235,13 @@ def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
 # --- what is run -----------------------------------------------------------------------------------------------------
 
 
-def _run_function(agent: FdSocket) -> Any:
+def _run_function(agent: FdSocket, request: Mapping[str, Any]) -> Any:
     """Wait for the payload, and call what is in it."""
     _, fds = _next(agent, "payload")
     with_memory = payload.map_private(fds[0])
     os.close(fds[0])
-    func, args, kwargs = payload.load(with_memory, what="the function and its arguments")
+    adopt = partial(mainmodule.adopt, mainmodule.install(request["main"]))
+    func, args, kwargs = payload.load(with_memory, what="the function and its arguments", on_made=adopt)
     del with_memory
     return func(*args, **kwargs)
 
@@ -255,16 +256,27 @@ def _run_script(request: Mapping[str, Any]) -> Any:
     run(words)
 
 
-# --- what the agent hears --------------------------------------------------------------------------------------------
+# --- talking with the agent -------------------------------------------------------------------------------------------
 
 
 def _next(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
-    received = agent.receive()
+    try:
+        received = agent.receive()
+    except EOFError:
+        raise _Stopped from None
+
     assert received is not None
     if received[0]["t"] != name:
         raise _Stopped
 
     return received
+
+
+def _tell(agent: FdSocket, name: str, fds: Sequence[int] = (), **fields: Any) -> None:
+    try:
+        agent.send(name, fds, **fields)
+    except ConnectionError:
+        raise _Stopped from None
 
 
 def _await_release(agent: FdSocket) -> None:
@@ -283,7 +295,7 @@ def _report_result(agent: FdSocket, result: Any) -> bool:
         _await_release(agent)
         return False
 
-    agent.send("done", [memory])
+    _tell(agent, "done", [memory])
     os.close(memory)
     return True
 
@@ -302,7 +314,8 @@ def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) 
     except Exception as inner:  # noqa: BLE001 - the user's __str__
         message = f"<its text cannot be had: {inner!r}>"
 
-    agent.send(
+    _tell(
+        agent,
         "raised",
         fds,
         type=f"{kind.__module__}.{kind.__qualname__}",

@@ -92,6 +92,9 @@ def _execute(program: _Program) -> None:
     )
     _stage.append(sys.modules["__main__"])
     sys.modules["__main__"] = module
+    if "__mp_main__" in sys.modules:  # what its spawned processes call it, if multiprocessing was imported before
+        sys.modules["__mp_main__"] = module
+
     exec(program.code, names)  # noqa: S102 - what we are here for
 
 
