@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from tests.aggregator.conftest import Serving
-from tests.track.conftest import Script, ended_run, finish
+from tests.track.conftest import Script, Stored, ended_run, finish
+from traceml.aggregator.registry import Registry
 from traceml.recorder.files import RefusedFileError
 from traceml.track.values import histogram_of, image_of
 
@@ -80,6 +81,30 @@ def test_files_of_a_rank_that_cannot_reach_the_folder(script: Script, serving: S
     rows = {row["name"]: row for row in stored.of("artifact")}
     for name in ("noise", "zeros", "empty", "twin"):
         assert (stored.run_dir / rows[name]["path"]).read_bytes() == (tmp_path / f"{name}.kept").read_bytes()
+    assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
+
+
+def test_files_of_a_rank_that_is_killed_before_anybody_took_them(script: Script, tmp_path: Path) -> None:
+    """They were copied, so they are recovered, each under its name."""
+    process = script("""
+        import os, pathlib, time, traceml
+        traceml.init(on_missing="warn", connect_timeout=0.1)
+        pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
+        traceml.log_artifact("model.bin", "first")
+        traceml.log_artifact("model.bin", "second")
+        while len(list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), 9)
+        """)
+    finish(process, -9)
+    (run_dir,) = Registry(tmp_path / "traceml_runs").finish_flights()
+
+    stored = Stored(run_dir)
+    assert [row["name"] for row in stored.of("artifact")] == ["first", "second"]
+    for row in stored.of("artifact"):
+        assert (run_dir / row["path"]).read_bytes() == b"weights" * 1000
+
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
 
 

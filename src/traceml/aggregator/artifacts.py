@@ -42,6 +42,11 @@ class Artifacts:
         """
         return b"".join(msgpack.packb(self._put(stream, row)) for row in rows)
 
+    def holds(self, path: str) -> bool:
+        """Return whether a file of the run is here, by its path in the run's folder."""
+        name = path.rpartition("/")[2]
+        return _NAME.fullmatch(name) is not None and (self._folder / name).is_file()
+
     def place(self, path: Path) -> None:
         """Move a file here which a rank that is gone has left; one that is no artifact stays where it is."""
         if not _NAME.fullmatch(path.name) or path.is_symlink():

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgpack
+
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.flight import (
@@ -18,7 +20,7 @@ from traceml.database.flight import (
     is_alive,
     read_flight,
 )
-from traceml.database.schema import Phase
+from traceml.database.schema import LOGGED, Phase
 from traceml.errors import StoreError
 
 __all__ = ["Found", "appended_rows", "dead_flights", "recover"]
@@ -110,6 +112,7 @@ def recover(stream: Stream, ingest: Ingest, image: FlightImage | None = None) ->
         except OSError as error:
             _log.warning("%s, which %r logged, cannot be taken into the run's folder: %s", path, stream, error)
 
+    missing += _take_notes(stream, ingest, image)
     stream.exit = {**_what_was_open(image, stream.names), **stream.exit}
     if missing:
         _log.info("recovered %d rows of %r from %s", missing, stream, image.path)
@@ -136,6 +139,23 @@ def _take(stream: Stream, ingest: Ingest, table: str, image: FlightImage) -> int
         _log.warning("rows of table %r of %r are lost: %s", table, stream, error)
 
     return stream.next.get(table, 0) - before
+
+
+def _take_notes(stream: Stream, ingest: Ingest, image: FlightImage) -> int:
+    """Append the rows of files that had been copied, and whose writer was killed before it could say so itself."""
+    if LOGGED.name not in image.tables:
+        return 0
+
+    said = {(row.get("t_ns"), row.get("name")) for row in image.log_rows(LOGGED.name)}
+    rows = [
+        row
+        for row in image.notes
+        if (row.get("t_ns"), row.get("name")) not in said and ingest.artifacts.holds(str(row.get("path")))
+    ]
+    for row in rows:
+        ingest.take(stream, LOGGED.name, stream.next.get(LOGGED.name, 0), 1, msgpack.packb(row))
+
+    return len(rows)
 
 
 def _what_was_open(image: FlightImage, names: Mapping[int, str]) -> dict[str, Any]:

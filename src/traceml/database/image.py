@@ -49,6 +49,7 @@ __all__ = [
     "Slot",
     "find_flights",
     "is_alive",
+    "note_in",
     "read_flight",
     "remove_stale",
     "spool_of",
@@ -72,6 +73,7 @@ LAYOUT_BYTES = 4096
 DATA_AT = 16384
 FLIGHT_SUFFIX = ".flight"
 ARTIFACTS = "artifacts"  # in a run's folder: the files that were logged
+_NOTE_SUFFIX = ".row"
 _USER_ROWS_GRACE_S = 7 * 86400.0
 
 _FLOCK = struct.Struct("@hhqqi4x")
@@ -225,6 +227,9 @@ class FlightImage:
     @property
     def holds_user_rows(self) -> bool:
         """Whether it has something that a user logged and that is not stored yet."""
+        if self.notes:
+            return True
+
         kept = (self.counters(name) for name in self._tables if name in USER_TABLES)
         return any(counters.acked < counters.appended for counters in kept)
 
@@ -238,6 +243,28 @@ class FlightImage:
         """The files that had been copied, and had not arrived in the run's folder."""
         folders = [spool_of(stem) for stem in self._stems]
         return [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
+
+    @property
+    def notes(self) -> list[dict[str, Any]]:
+        """The rows of files that were to follow when these had arrived; those of `spooled` among them."""
+        found = []
+        for path in self.note_paths:
+            try:
+                row = msgpack.unpackb(path.read_bytes())
+            except (OSError, ValueError, msgpack.UnpackException) as error:
+                _log.debug("%s cannot be used: %r", path, error)
+                continue
+
+            if isinstance(row, dict):
+                found.append(row)
+
+        return found
+
+    @property
+    def note_paths(self) -> list[Path]:
+        """Where `notes` lie, in the order of the calls."""
+        paths = [path for stem in self._stems for path in spool_of(stem).glob(f".*{_NOTE_SUFFIX}")]
+        return sorted(paths, key=lambda path: (len(path.name), path.name))
 
     @property
     def journals(self) -> dict[str, Path]:
@@ -323,6 +350,11 @@ class FlightImage:
 def spool_of(stem: Path) -> Path:
     """Return the folder of files that are on their way to a run's folder, by the stem of their rank's journals."""
     return stem.with_name(f"{stem.name}.files")
+
+
+def note_in(folder: Path, number: int) -> Path:
+    """Return where the row of a file in such a folder is kept until it can be appended."""
+    return folder / f".{number}{_NOTE_SUFFIX}"
 
 
 def read_flight(path: Path, *, allow_live: bool = False) -> FlightImage:
@@ -419,7 +451,7 @@ def _journals_of(path: Path) -> list[Path]:
     try:
         with _opened(path) as descriptor:
             image = FlightImage(path, os.pread(descriptor, DATA_AT, 0))
-            return [*image.journals.values(), *image.spooled]
+            return [*image.journals.values(), *image.spooled, *image.note_paths]
     except (OSError, StoreError):  # half made or damaged: it had none, or nobody can tell
         return []
 

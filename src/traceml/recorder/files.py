@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import logging
 import os
 import queue
@@ -28,7 +29,7 @@ from typing import Any
 import msgpack
 
 from traceml.clock import boot_id
-from traceml.database.image import ARTIFACTS, spool_of
+from traceml.database.image import ARTIFACTS, note_in, spool_of
 from traceml.database.rings import Taken
 from traceml.database.schema import BLOBS
 
@@ -58,6 +59,7 @@ class Job:
         limit_bytes: larger ones are refused.
         suffix: of the file's name.
         facts: what else the row says.
+        note: where the row is kept meanwhile, beside the file in the spool.
     """
 
     experiment: int
@@ -69,6 +71,7 @@ class Job:
     limit_bytes: int
     suffix: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
+    note: Path | None = None
 
     def close(self) -> None:
         """Close the descriptor."""
@@ -141,6 +144,7 @@ class Files:
         self._stems, self._append, self._on_work = stems, append, on_work
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unfinished = 0
+        self._notes = itertools.count()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._spool: Path | None = None
@@ -232,6 +236,9 @@ class Files:
 
     def _drop(self, job: Job, why: str) -> None:
         self.refuse(job, why)
+        if job.note is not None:
+            job.note.unlink(missing_ok=True)
+
         self._count_down()
 
     def _copy(self, job: Job) -> tuple[Path, dict[str, Any]]:
@@ -251,12 +258,16 @@ class Files:
                     self.moved_bytes += len(data)
 
             name = f"{digest.hexdigest()}{job.suffix if _SUFFIX.fullmatch(job.suffix) else ''}"
+            facts = {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | job.facts
+            # Its row follows when the file has arrived; if we are killed before, who recovers the file finds it here.
+            job.note = note_in(folder, next(self._notes))
+            job.note.write_bytes(msgpack.packb(_row(job.kind, job) | facts))
             part.rename(folder / name)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
 
-        return folder / name, {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | job.facts
+        return folder / name, facts
 
     def _folder(self) -> Path:
         """Return the spool, made where that is possible."""
@@ -294,6 +305,9 @@ class Files:
 
     def _finish(self, job: Job, facts: dict[str, Any]) -> None:
         self._append(_row(job.kind, job) | facts)
+        if job.note is not None:
+            job.note.unlink(missing_ok=True)
+
         self._count_down()
 
     def _count_down(self) -> None:
