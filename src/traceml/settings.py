@@ -40,6 +40,7 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, wins over host and port",
     "TRACEML_FAILURES_FD": "descriptor on which our torchrun tells failures to `traceml run`",
     "TRACEML_LAUNCH_MARK": "by which `launch` finds what its workers have started, to end it with them",
+    "TRACEML_OUTLIVES": "set for what may outlive a launch: the aggregator that a worker started for what it logs",
     "TRACEML_COMMAND": "the launcher's command line, which stands for that of its workers",
     "TRACEML_ATTEMPT": "which start of the job this is, where torchrun does not tell",
     "TRACEML_RUN_DIR": "the run's folder; set for processes that write into it",

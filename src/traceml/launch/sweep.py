@@ -12,6 +12,7 @@ __all__ = ["MARK", "Ending", "Process", "become_subreaper", "die_with_parent", "
 
 # The variable that the processes of a job have in their environment, wherever they went.
 MARK = "TRACEML_LAUNCH_MARK"
+_OUTLIVES = b"TRACEML_OUTLIVES=1"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _TICK_S = 0.01
 
@@ -63,7 +64,9 @@ def look_at(pid: int | str) -> Process | None:
 
 
 def leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:
-    """Return the living processes below `roots`, and all that carry the mark.
+    """Return the living processes below `roots`, and all that carry the mark; but not what may outlive a job.
+
+    That is an aggregator that a worker started for what it logs, and its deliveries: they end by themselves.
 
     Args:
         roots: whose children, and theirs, count; they themselves do not.
@@ -80,7 +83,7 @@ def leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = 
     todo = list(roots)
     while todo:
         for child in children.get(todo.pop(), ()):
-            if child.pid not in found:
+            if child.pid not in found and not _carries(child.pid, _OUTLIVES):
                 todo.append(child.pid)
                 if child.state not in "ZX":
                     found.add(child.pid)

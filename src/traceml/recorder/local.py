@@ -105,6 +105,7 @@ def _start(config: Config, listener: socket.socket) -> tuple[_Detached, str]:
     environ = {key: value for key, value in os.environ.items() if not key.upper().startswith("TRACEML_")}
     if config.token:
         environ["TRACEML_TOKEN"] = config.token
+    environ["TRACEML_OUTLIVES"] = "1"  # started by a launch's worker, it has yet to deliver what that has logged
     environ["TRACEML_DELIVERY_NICE"] = str(config.delivery_nice)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
