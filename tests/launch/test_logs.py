@@ -52,13 +52,14 @@ def without_time(text: str) -> list[str]:
 def test_everything_goes_to_a_file_per_worker_and_the_first_to_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By default: files of all, and the first agent and its first worker on stdout, with time, level and source."""
+    """By default: files of all, also of the silent, and the first agent and its first worker on stdout."""
     handlers = make_handlers("auto", {"node1": 2, "node2": 1}, environ={"TRACEML_LOG_DIR": str(tmp_path)})
     routed(handlers, (0, "out", b"a\nb\n"), (0, "err", b"bad\n"), (1, "out", b"unseen\n"), (None, "err", b"agent\n"))
     (folder,) = tmp_path.iterdir()
     files = {path.name: without_time(path.read_text()) for path in folder.iterdir()}
 
-    assert files.keys() == {"node1[0].log", "node1[1].log", "node1.log"}
+    assert files.keys() == {"node1[0].log", "node1[1].log", "node1.log", "node2[0].log", "node2.log"}
+    assert files["node2[0].log"] == files["node2.log"] == []
     assert sorted(files["node1[0].log"]) == ["ERROR: bad", "INFO: a", "INFO: b"]
     assert files["node1[1].log"] == ["INFO: unseen"]
     assert sorted(without_time(capsys.readouterr().out)) == [
@@ -70,14 +71,14 @@ def test_everything_goes_to_a_file_per_worker_and_the_first_to_the_screen(
 
 
 def test_each_launch_has_a_folder_of_its_own(tmp_path: Path) -> None:
-    """Two within one second do not share one; nothing is made before there is something to write."""
+    """Two within one second do not share one; nothing is made before it begins."""
     environ = {"TORCHRUNX_LOG_DIR": str(tmp_path / "logs")}
     first, second = (make_handlers("auto", {"node1": 1}, environ=environ) for _ in range(2))
 
     assert not (tmp_path / "logs").exists()
     routed(first, (0, "out", b"1"))
     routed(second, (0, "out", b"2"))
-    assert sorted(without_time(path.read_text())[0] for path in (tmp_path / "logs").glob("*/*")) == [
+    assert sorted(without_time(path.read_text())[0] for path in (tmp_path / "logs").glob("*/*0].log")) == [
         "INFO: 1",
         "INFO: 2",
     ]
@@ -208,14 +209,15 @@ def test_a_handler_that_raises_is_told_of_once_and_left_out(caplog: pytest.LogCa
 
 
 def test_a_folder_that_cannot_be_written_costs_the_files_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It is said once which file and why."""
+    """It is said once which folder and why."""
     (tmp_path / "file").write_text("")
     shown = io.StringIO()
-    logs = [file_handler("node1", 0, log_dir=tmp_path / "file"), stream_handler("node1", 0, shown)]
+    logs: list[logging.Handler] = [file_handler("node1", i, log_dir=tmp_path / "file") for i in range(3)]
+    logs.append(stream_handler("node1", 0, shown))
     routed(logs, *[(0, "out", b"a\n"), (0, "err", b"b\n")] * 3)
 
     assert len(shown.getvalue().splitlines()) == 6
-    assert "node1[0].log') cannot write: [Errno" in caplog.text
+    assert f"{tmp_path / 'file'}: logs cannot be written there: [Errno" in caplog.text
     assert len(caplog.records) == 1
 
 
@@ -238,10 +240,10 @@ def test_a_hundred_thousand_lines_of_two_workers_are_all_there(tmp_path: Path) -
     routed(handlers, *[(rank, "out", lines[start : start + 50_001]) for start in cuts for rank in (0, 1)])
     expected = [f"line {i}" for i in range(100_000)]
 
-    for path in tmp_path.glob("*/*"):
+    for path in tmp_path.glob("*/*].log"):
         assert [line[26:] for line in path.read_text().splitlines()] == expected
 
-    assert len(list(tmp_path.glob("*/*"))) == 2
+    assert len(list(tmp_path.glob("*/*].log"))) == 2
     assert shown.getvalue().count("\n") == 100_000
 
 

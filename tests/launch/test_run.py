@@ -98,7 +98,7 @@ def test_the_last_words_of_a_crash_are_in_the_file(tmp_path: Path, monkeypatch: 
     with pytest.raises(WorkerFailedError) as caught:
         traceml.launch(_crash, workers_per_host=1, **HERE)
 
-    (path,) = tmp_path.glob("*/*")
+    (path,) = tmp_path.glob("*/localhost[[]0].log")
     written = messages(path)
 
     assert [line for line in written if "word" in line] == [f"INFO: word {i}" for i in range(2000)]

@@ -37,7 +37,7 @@ def file_handler(
     Args:
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent, whose file is `<hostname>.log`.
-        log_dir: the folder; made when something is written. None: where `launch` would put its files.
+        log_dir: the folder; made by the launch that uses the handler. None: where `launch` would put its files.
     """
     folder = new_log_folder(os.environ) or Path() if log_dir is None else Path(log_dir)
     own = "" if local_rank is None else f"[{local_rank}]"
@@ -169,6 +169,9 @@ class LineHandler(logging.Handler):
         """Whether nobody gave it a format or a filter, so that a record per line would make no difference."""
         return self.formatter is self._own_formatter and len(self.filters) == 1
 
+    def prepare(self) -> None:
+        """Make what is there also when nothing is written; called when a launch begins."""
+
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
         self._write_safely(self.format(record) + "\n")
@@ -210,12 +213,16 @@ class LineHandler(logging.Handler):
     def _give_up(self, error: Exception) -> None:
         if not self._failed:
             self._failed = True
-            _log.warning("%r cannot write: %s. What follows is not written there; the launch goes on", self, error)
+            self._complain(error)
+
+    def _complain(self, error: Exception) -> None:
+        _log.warning("%r cannot write: %s. What follows is not written there; the launch goes on", self, error)
 
 
 # The open files of all launches, oldest first: a thousand workers have more files than a process may open.
 _open_files: dict[_FileHandler, None] = {}
 _MAX_OPEN_FILES = 256
+_given_up: set[Path] = set()
 
 
 class _FileHandler(LineHandler):
@@ -226,6 +233,20 @@ class _FileHandler(LineHandler):
 
     def __repr__(self) -> str:
         return f"file_handler({str(self.path)!r})"
+
+    def prepare(self) -> None:
+        """Make the file: one that is empty tells more than one that is not there."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
+        except OSError as error:
+            self._give_up(error)
+
+    def _complain(self, error: Exception) -> None:
+        folder = self.path.parent
+        if folder not in _given_up:  # with one word for all its files
+            _given_up.add(folder)
+            _log.warning("%s: logs cannot be written there: %s. The launch goes on without", folder, error)
 
     def _write(self, text: str) -> None:
         if self._file is None:

@@ -215,6 +215,10 @@ class LogRouter:
         self.fd = -1
 
     def _work(self) -> None:
+        for handler in self.handlers:
+            if isinstance(handler, LineHandler):
+                handler.prepare()
+
         ended = False
         while not ended:
             batch = [self._queue.get()]

@@ -17,7 +17,7 @@ from typing import Any
 
 from traceml.errors import UsageError
 
-__all__ = ["adopt", "described", "install", "refuse_in_spawned"]
+__all__ = ["adopt", "described", "install", "refuse_in_spawned", "send_by_value"]
 
 _replaced: list[ModuleType] = []  # its code still runs
 
@@ -52,6 +52,15 @@ def adopt(main: ModuleType, found: Any) -> None:
     """Let a function or class that came from the launcher's `__main__` stand in ours."""
     if isinstance(found, FunctionType | type) and found.__module__ == "__main__" and found.__qualname__.isidentifier():
         setattr(main, found.__name__, found)
+
+
+def send_by_value() -> None:
+    """Have the script's functions travel by value also from a process of multiprocessing, where it has another name."""
+    main = sys.modules.get("__mp_main__")
+    if main is not None and main.__name__ == "__mp_main__":
+        import cloudpickle
+
+        cloudpickle.register_pickle_by_value(main)
 
 
 def refuse_in_spawned() -> None:

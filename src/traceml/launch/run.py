@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
+from traceml.errors import UsageError
 from traceml.launch import mainmodule, payload
 from traceml.launch.api import Launcher, LaunchResult, matching
 from traceml.launch.connect import Link
@@ -37,6 +38,7 @@ def run_function(
 ) -> LaunchResult:
     """Run a function on every worker; see `traceml.launch`."""
     mainmodule.refuse_in_spawned()
+    mainmodule.send_by_value()
     check_handlers(log_handlers)
     places = _places(launcher)
     parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
@@ -80,7 +82,7 @@ def _run(
         timeout_s=launcher.timeout,
         environ=matching(os.environ, (*launcher.default_env_vars, *launcher.extra_env_vars)),
         env_file=None if launcher.env_file is None else str(Path(launcher.env_file).expanduser().absolute()),
-        cwd=str(Path.cwd()),
+        cwd=_working_directory(),
         sys_path=list(_users_path(behind_us=script is not None)),
         main=mainmodule.described(),
         cpu_affinity=launcher.cpu_affinity,
@@ -98,6 +100,14 @@ def _run(
         values = Job(_connect(launcher, places), task, make_logs=make_logs, tracing=tracing).run()
 
     return LaunchResult({place.name: host for place, host in zip(places, values, strict=True)})
+
+
+def _working_directory() -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        text = "the working directory was deleted; workers work where the launcher does: change to another (os.chdir)"
+        raise UsageError(text) from None
 
 
 def _users_path(*, behind_us: bool) -> Iterator[str]:
