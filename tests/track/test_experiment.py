@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 import traceml
-from tests.track.conftest import Script, ended_run, finish
+from tests.aggregator.conftest import eventually
+from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
 from traceml.errors import UsageError
 from traceml.track import sweep
 
@@ -109,6 +110,37 @@ def test_the_settings_trackers_get_everything_without_any_init(script: Script, t
     stored = ended_run(tmp_path / "traceml_runs")
     assert (stored.values("x"), stored.values("y")) == ([1.0], [2.0])
     assert {row["name"] for row in stored.of("collected")} >= {"environment", "system"}
+
+
+def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path: Path) -> None:
+    """Each has a run of its own, with nothing of the other's in it; a mere call after a shutdown does nothing."""
+    finish(
+        script("""
+        import traceml
+        for name in ("first", "second"):
+            with traceml.Experiment(name, backend="jsonl"):
+                traceml.log_metric(name, 1)
+            traceml.shutdown()
+            traceml.log_metric("late", 1)
+        front = traceml.Orchestrator()
+        front.start()
+        print(front.health()["state"])
+        front.stop()
+        front.stop()
+        print(front.health()["state"])
+        """)
+    )
+
+    def is_over() -> list[Stored]:
+        runs = [Stored(run_dir) for run_dir in runs_in(tmp_path / "traceml_runs")]
+        return runs if len(runs) == 3 and all(run.ended for run in runs) else []
+
+    found = {run.of("experiment")[0]["name"]: run for run in eventually(is_over) if run.of("experiment")}
+    assert found.keys() == {"first", "second"}
+    for name, run in found.items():
+        assert run.values(name) == [1.0]
+        assert run.values("late") == []
+        assert len(run.of("experiment")) == 1
 
 
 def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:

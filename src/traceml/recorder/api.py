@@ -141,14 +141,17 @@ def current() -> Recorder | None:
     return _recorder
 
 
-def recorder_for_logging() -> Recorder | None:
+def recorder_for_logging(*, again: bool = False) -> Recorder | None:
     """Return the recorder that runs; before any `init`, start one that only logs. None when nothing is to be recorded.
 
     In a forked child of a process that records it belongs to the same run.
+
+    Args:
+        again: start one also after a `shutdown`: somebody begins something.
     """
     global _recorder
     recorder = _recorder
-    if recorder is not None:
+    if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
         return recorder if recorder.enabled else None
 
     if _is_helper_process() or sys.is_finalizing():
@@ -157,7 +160,8 @@ def recorder_for_logging() -> Recorder | None:
     from traceml import settings
 
     try:
-        config = _forked_from.config if _forked_from is not None else settings.load(local=True)
+        known = recorder or _forked_from
+        config = known.config if known is not None else settings.load(local=True)
         recorder = start(config, wait=False, tracing=False)
     except TraceMLError as error:
         from traceml.recorder.recorder import Recorder

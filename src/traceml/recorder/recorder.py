@@ -118,6 +118,11 @@ class Recorder:
         return self._state == "running"
 
     @property
+    def is_over(self) -> bool:
+        """Whether it has recorded and was stopped."""
+        return self._state == "stopped"
+
+    @property
     def who(self) -> RankIdentity:
         """Rank, world size and local rank, as far as they are known."""
         return self._identity.who if self._identity is not None else RankIdentity()

@@ -116,7 +116,7 @@ class Experiment:
             return self
 
         self.config |= sweep.parameters()
-        recorder = api.recorder_for_logging()
+        recorder = api.recorder_for_logging(again=True)
         if recorder is not None:
             check_backends(self.backends or tuple(self._options), self._options_over(recorder.config))
 
@@ -233,7 +233,7 @@ def _root_row(config: settings.Config) -> dict[str, Any] | None:
 
 def announce_run() -> None:
     """Announce the run's own experiment, unless an explicit one has taken its place."""
-    if not _begun:
+    if _first is None:
         _root.begin()
 
     _settle_undecided()
@@ -248,7 +248,7 @@ def when_decided(action: Callable[[Logger], object]) -> None:
         action: is given what logs for it.
     """
     _undecided.append(action)
-    if _begun or _root.has_begun:
+    if _first is not None or _root.has_begun:
         _settle_undecided()
 
 
@@ -260,9 +260,20 @@ def _settle_undecided() -> None:
 _undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
 _root = Logger(0, _root_row)
 _active = _root
-_first: Logger | None = None  # of the first experiment that the script began
+_first: Logger | None = None  # of the first experiment that the script began with the recorder of now
 _stack: list[Experiment] = []
 _begun: dict[str, int] = {}
+
+
+def _forget_first(forked: bool) -> None:
+    """Forget which experiment stands for the run: the next recorder's run is another."""
+    global _first
+    if not forked:
+        _first = _stack[0]._logger if _stack else None
+        _undecided.clear()
+
+
+api.on_change.append(_forget_first)
 
 
 def active_logger() -> Logger:

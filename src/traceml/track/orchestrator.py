@@ -92,8 +92,8 @@ class Orchestrator:
         when_decided(action)
 
     def start(self) -> None:
-        """Start the recorder, as the first call would."""
-        api.recorder_for_logging()
+        """Start the recorder, as the first call would; again after a `stop`."""
+        api.recorder_for_logging(again=True)
 
     def stop(self) -> None:
         """Send what is left and stop the recorder; see `traceml.shutdown`."""
