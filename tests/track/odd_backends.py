@@ -12,7 +12,7 @@ from traceml.errors import BackendRefusedError
 from traceml.track.interfaces import BackendInterface
 from traceml.track.metric import Metric
 
-__all__ = ["Odd", "OddIdempotent"]
+__all__ = ["Odd", "OddIdempotent", "Plain"]
 
 
 class Odd(BackendInterface):
@@ -95,3 +95,35 @@ class OddIdempotent(Odd):
                 raise BackendRefusedError(f"bad name {row.name!r}")
 
         super().log_metrics(rows)
+
+
+class Plain(BackendInterface):
+    """The least that a backend can be: what it was given stays given, and it can go back to nowhere."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._path = Path(config["options"]["path"], "plain.jsonl")
+
+    def start_experiment(self, name: str, project: str) -> str:
+        return "1"
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        if "refused" in name:
+            raise ValueError(f"bad name {name!r}")
+
+        self._write({"metric": name, "value": value, "step": step})
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        if "refused" in params:
+            raise KeyError("refused")
+
+        self._write({"params": dict(params)})
+
+    def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
+        raise NotImplementedError
+
+    def end_experiment(self) -> None:
+        return
+
+    def _write(self, line: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")

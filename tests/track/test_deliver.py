@@ -200,6 +200,25 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
     assert any(line.get("metric") == "system/cpu_pct" for line in lines)
 
 
+def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
+    """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
+    plain = "tests.track.odd_backends:Plain"
+    folder = odd(run, plain)
+    run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
+    run.row("params", params={"lr": 0.1})
+    run.row("params", params={"refused": 1})
+    run.row("params", params={"depth": 3})
+    run.end()
+
+    assert deliver(run.path, plain).returncode == 0
+    lines = lines_of(folder, "plain.jsonl")
+    assert values(lines, "a") == [(i, float(i)) for i in range(300)]
+    assert values(lines, "b") == [(0, 1.0)]
+    assert [line["params"] for line in lines if "params" in line] == [{"lr": 0.1}, {"depth": 3}]
+    state = state_of(run.path, plain)
+    assert (state.failed, state.delivered, sum(state.reasons.values())) == (2, 303, 2)
+
+
 def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:
     """A TypeError of every call is no reason to give up one row after another: it is the library that is broken."""
     folder = odd(run, f"{ODD}Idempotent")

@@ -342,7 +342,8 @@ class Delivery:
     def _undone(self) -> Iterator[None]:
         """Undo what a failed attempt changed in the state, but for what stands at the tracker."""
         state = self._state
-        counts = {name: getattr(state, name) for name in ("delivered", "derived", "filtered")}
+        counts = {name: getattr(state, name) for name in ("delivered", "derived", "filtered", "failed")}
+        counts["reasons"] = dict(state.reasons)
         memory = copy.deepcopy(state.memory)
 
         def undo() -> None:

@@ -63,13 +63,30 @@ class BackendInterface(ABC):
     def log_metric(self, name: str, value: float, step: int) -> None:
         """Give one value to the tracker; NaN and infinities are values."""
 
-    def log_metrics(self, rows: Sequence[Metric]) -> None:
+    def log_metrics(self, rows: Sequence[Metric]) -> Sequence[tuple[Metric, Exception]] | None:
         """Give a batch to the tracker, in the order of the store, each row with a step.
 
         Overridden wherever the tracker has a way to take many, or keeps timestamps: this default has neither.
+
+        Returns:
+            the rows that it refuses and why, when it took the others: these then do not come again.
         """
+        from traceml.track.policy import FailureKind, classify
+
+        refused: list[tuple[Metric, Exception]] = []
         for row in rows:
-            self.log_metric(row.name, row.value, row.step or 0)
+            try:
+                self.log_metric(row.name, row.value, row.step or 0)
+            except Exception as error:
+                if classify(error).kind is not FailureKind.REFUSED:
+                    raise
+
+                refused.append((row, error))
+
+        if refused and len(refused) == len(rows):
+            raise refused[-1][1]  # not the rows, perhaps: delivery finds out
+
+        return refused
 
     @abstractmethod
     def log_params(self, params: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from traceml.track.records import Batch, position
 from traceml.track.state import TrackerState
 
-__all__ = ["Refusals", "Refused"]
+__all__ = ["Refusals", "Refused", "count_refused"]
 
 _IN_A_ROW = 50
 _REASONS = 20
@@ -108,11 +108,10 @@ class Refusals:
 
     def _leave_out(self, batch: Batch, why: str) -> None:
         state = self._state
-        state.failed += batch.rows
         state.passed += batch.rows
         state.cursor = dict(batch.cursor)
-        if batch.rows and (why in state.reasons or len(state.reasons) < _REASONS):
-            state.reasons[why] = state.reasons.get(why, 0) + 1
+        if batch.rows:
+            count_refused(state, why)
 
     def _take_back(self, search: dict[str, Any]) -> None:
         state, n = self._state, search["in_a_row"]
@@ -124,3 +123,10 @@ class Refusals:
         search["in_a_row"] = 0
         if not search["found"]:
             del state.memory[_KEY]
+
+
+def count_refused(state: TrackerState, why: str) -> None:
+    """Count a row that is refused for good, with the reason."""
+    state.failed += 1
+    if why in state.reasons or len(state.reasons) < _REASONS:
+        state.reasons[why] = state.reasons.get(why, 0) + 1

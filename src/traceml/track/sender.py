@@ -16,7 +16,9 @@ from traceml.track.audit import Audit
 from traceml.track.derived import Derived
 from traceml.track.metric import Metric
 from traceml.track.plan import Experiment, Plan
+from traceml.track.policy import FailureKind, classify
 from traceml.track.records import Batch, Logged, Records
+from traceml.track.refusals import count_refused
 from traceml.track.rules import Rules
 from traceml.track.session import Session, ranked
 from traceml.track.state import TrackerState
@@ -173,17 +175,25 @@ class Sender:
         if not rows:
             return
 
-        session.metrics(experiment, rows)
+        refused = session.metrics(experiment, rows)
+        for _, error in refused:
+            self._refused(error)
+
         audit.note("metrics", {row.name for row in rows}, len(rows))
-        self._state.delivered += len(rows)
+        self._state.delivered += len(rows) - len(refused)
+
+    def _refused(self, error: Exception) -> None:
+        failure = classify(error)
+        _log.warning("%s refuses a row: %s", self._state.backend, failure.text)
+        count_refused(self._state, failure.text)
 
     def _give_own(self, experiment: Experiment, rows: list[Metric], session: Session, audit: Audit) -> None:
         """Give values that the user has not logged: they are counted apart."""
         passing = [row for row in rows if self._rules.takes(row.name, row.rank)]
         if passing:
-            session.metrics(experiment, passing)
+            refused = session.metrics(experiment, passing)
             audit.note("metrics", {row.name for row in passing}, len(passing))
-            self._state.derived += len(passing)
+            self._state.derived += len(passing) - len(refused)
 
     def _give_derived(self, batch: Batch, session: Session, audit: Audit) -> None:
         main = self._main()
@@ -242,11 +252,17 @@ class Sender:
             self._state.filtered += 1
             return
 
-        for size in self._calls(experiment, logged, kind, session):
-            names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
-            audit.note(kind, names, 1, size)
+        try:
+            for size in self._calls(experiment, logged, kind, session):
+                names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
+                audit.note(kind, names, 1, size)
+        except Exception as error:
+            if classify(error).kind is not FailureKind.REFUSED:
+                raise
 
-        self._state.delivered += 1
+            self._refused(error)  # known to be this row: nothing else of its batch has to come again
+        else:
+            self._state.delivered += 1
 
     def _passes(self, row: dict[str, Any], kind: str, rank: int) -> bool:
         if kind in {"params", "tags", "collected", "refused"}:

@@ -120,10 +120,10 @@ class Session:
 
     # --- what is given -----------------------------------------------------------------------------------------------
 
-    def metrics(self, experiment: Experiment, rows: Sequence[Metric]) -> None:
-        """Give values, each under its rank's name."""
+    def metrics(self, experiment: Experiment, rows: Sequence[Metric]) -> Sequence[tuple[Metric, Exception]]:
+        """Give values, each under its rank's name; return those that were refused while the others were taken."""
         if not rows:
-            return
+            return ()
 
         if any(row.rank for row in rows):
             names = self._ranked
@@ -135,7 +135,9 @@ class Session:
 
         backend = self._opened(experiment)
         with self._watched("log_metrics"):
-            backend.log_metrics(rows)
+            refused = backend.log_metrics(rows)
+
+        return refused if isinstance(refused, list | tuple) else ()
 
     def params(self, experiment: Experiment, params: Mapping[str, Any]) -> None:
         """Give parameters, masked."""
