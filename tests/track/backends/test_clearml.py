@@ -70,7 +70,7 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     assert odd == ["x (nan)", "x (inf)", "x (-inf)", "x"]
     assert task["hyperparams"]["General"]["lr"]["value"] == "0.002"
     assert (task["name"], task["project_name"], task["status"]) == ("first", "tests", "failed")
-    assert task["tags"] == ["team: ü", "quick"]
+    assert sorted(task["tags"]) == ["quick", "team: ü"]
     (text,) = [event["msg"] for event in events if event["type"] == "log"]
     assert text == "note [4]: zwei\nZeilen"
     (plot,) = [json.loads(event["plot_str"]) for event in events if event["type"] == "plot"]
