@@ -161,6 +161,24 @@ def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:
     assert "did you mean 'mlflow'?" in err
 
 
+def test_wrong_settings_are_told_where_an_experiment_begins(script: Script) -> None:
+    """As `init` does; a mere call warns, and the training goes on."""
+    out = finish(
+        script(
+            """
+        import traceml
+        try:
+            traceml.Experiment("x").start()
+        except traceml.SettingsError as error:
+            print(error)
+        traceml.log_metric("y", 1)
+        """,
+            TRACEML_TRACK_GIT="maybe",
+        )
+    )
+    assert "TRACEML_TRACK_GIT: 'maybe' is not allowed" in out
+
+
 def test_options_are_checked_at_once_and_add_to_those_of_the_settings(script: Script, tmp_path: Path) -> None:
     """A slip raises where the experiment begins; what the experiment does not say, the settings do."""
     out = finish(

@@ -148,6 +148,9 @@ def recorder_for_logging(*, again: bool = False) -> Recorder | None:
 
     Args:
         again: start one also after a `shutdown`: somebody begins something.
+
+    Raises:
+        SettingsError: the settings are wrong, and somebody begins something; else that is a warning.
     """
     global _recorder
     recorder = _recorder
@@ -164,6 +167,9 @@ def recorder_for_logging(*, again: bool = False) -> Recorder | None:
         config = known.config if known is not None else settings.load(local=True)
         recorder = start(config, wait=False, tracing=False)
     except TraceMLError as error:
+        if again:
+            raise
+
         from traceml.recorder.recorder import Recorder
 
         _log.warning("nothing is recorded: %s", error)
