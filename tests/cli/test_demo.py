@@ -20,6 +20,7 @@ def started(monkeypatch):
 
     seen: list[list[str]] = []
     monkeypatch.setattr(run, "main", lambda words: seen.append(words) or 5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # what the demonstration sets would stay for the tests after it
     return seen
 
 
