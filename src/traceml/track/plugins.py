@@ -258,7 +258,8 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     Raises:
         PluginError: there is none of that name, it cannot be imported, or it is something else.
     """
-    path = name if ":" in name else {**(known or {}), **_registered[kind]}.get(name) or available(kind).get(name)
+    path = name if ":" in name else {**(known or {}), **BUILT_IN[kind], **_registered[kind]}.get(name)
+    path = path or _entry_points(kind).get(name)  # those last: looking for them takes long
     if path is None:
         raise PluginError(_unknown(kind, name))
 
