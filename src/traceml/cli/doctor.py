@@ -60,11 +60,14 @@ def main(argv: list[str]) -> int:
 
 
 def _look_at_hosts(options: Options) -> Preflight | None:
-    if not options.hostnames:
+    hostnames = [
+        name for word in options.hostnames for name in word.split(",") if name
+    ]  # as `traceml launch` takes them
+    if not hostnames:
         return None
 
-    alone = options.hostnames[0] if len(options.hostnames) == 1 else ""
-    names = alone if alone in ("slurm", "auto") else options.hostnames
+    alone = hostnames[0] if len(hostnames) == 1 else ""
+    names = alone if alone in ("slurm", "auto") else hostnames
     return preflight(names, ssh_config_file=options.ssh_config_file, python=options.python)
 
 

@@ -27,6 +27,10 @@ _NOT_RAISED = frozenset(
 )
 _LAST_LINES = 5
 _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
+# One that the recorder has started: the frame next to the thread's own is ours.
+_OUR_THREAD = re.compile(
+    r'File "[^"]*/traceml/[^"]*", line \d+ in \w+\n  File "[^"]*threading\.py", line \d+ in run$', re.MULTILINE
+)
 _OURS = re.compile(r'File "[^"]*traceml/(launch/worker|recorder/script)\.py"')
 
 
@@ -181,7 +185,9 @@ def _where(told: Mapping[str, Any] | None) -> str:
     if not told.get("stack"):
         return f" did not tell where it was: its process is {told.get('state') or 'silent'}."
 
-    lines = [_THREAD.sub(r"\1", line) for line in str(told["stack"]).strip("\n").splitlines()]
+    threads = str(told["stack"]).strip("\n").split("\n\n")
+    text = "\n\n".join(thread for thread in threads if not _OUR_THREAD.search(thread))
+    lines = [_THREAD.sub(r"\1", line) for line in text.splitlines()]
     ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
     rest = next((i for i in range(ours, len(lines)) if not lines[i].startswith("  ")), len(lines))
     return " was here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
