@@ -30,6 +30,7 @@ from typing import Any
 
 __all__ = [
     "AgentFailedError",
+    "AggregatorForeignError",
     "AggregatorRefusedError",
     "AggregatorUnavailableError",
     "BackendBusyError",
@@ -91,6 +92,10 @@ class AggregatorRefusedError(TraceMLError, ConnectionError):
     def __init__(self, host: str, port: int, why: str) -> None:
         super().__init__(f"the traceml aggregator at {host}:{port} refused the connection: {why}")
         self.host, self.port, self.why = host, port, why
+
+
+class AggregatorForeignError(AggregatorRefusedError):
+    """An aggregator answered for which no token is known: another user's, or one of another host."""
 
 
 class ProtocolError(TraceMLError, ValueError):

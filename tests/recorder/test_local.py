@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import traceml
-from tests.aggregator.conftest import eventually
+from tests.aggregator.conftest import Serving, eventually
 from tests.recorder.conftest import environ
 from traceml.database.store import STORE_NAME, StoreReader
 from traceml.errors import AggregatorUnavailableError
@@ -78,6 +78,30 @@ def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
     """An address that is not this host's cannot be served from here; the error says so."""
     with pytest.raises(AggregatorUnavailableError, match="none can be started"):
         traceml.init(local=True, host="192.0.2.1", port=free_port(), connect_timeout=0.2)
+
+
+def test_somebody_elses_aggregator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host of many users the usual port may be another's: this user's aggregator takes another one."""
+    (tmp_path / "other").mkdir()
+    with monkeypatch.context() as patch:
+        for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
+            patch.setenv(name, str(tmp_path / "other"))
+
+        other = Serving(tmp_path / "other" / "runs", tmp_path / "log")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    try:
+        own = environ(tmp_path, TRACEML_PORT=str(other.port))
+        done = subprocess.run(
+            [sys.executable, str(script), "5"], env=own, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+    finally:
+        other.close()
+
+    assert (done.returncode, done.stderr) == (0, "")
+    (run_dir,) = (tmp_path / "traceml_runs").glob("2*")
+    with StoreReader(run_dir / STORE_NAME) as store:
+        assert store.stored("steps") == 5
 
 
 def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from traceml.errors import AggregatorUnavailableError
+from traceml.errors import AggregatorForeignError, AggregatorUnavailableError
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
 from traceml.transport.client import Connection, connect
@@ -27,7 +30,13 @@ _log = logging.getLogger("traceml")
 
 _BACKLOG = 4096
 _PROBE_S = 0.25
+_TRY_S = 1.0
+_ENDING_S = 4.0
 _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
+
+
+class _OccupiedError(AggregatorUnavailableError):
+    """Something that is no aggregator has the port."""
 
 
 class _Detached(subprocess.Popen[bytes]):
@@ -37,17 +46,34 @@ class _Detached(subprocess.Popen[bytes]):
         """Leave it alone, and do not warn of that."""
 
 
-def connect_or_start(config: Config, hello: Hello) -> Connection:
+def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool] = lambda: False) -> Connection:
     """Connect to the aggregator that is there, or start one and connect to that.
+
+    Where somebody else's has the port, one is started on another, the same for all ranks of this user.
 
     Args:
         config: `host`, `port`, `token`, `runs_dir`, `connect_timeout`.
         hello: who connects.
+        is_ending: asked now and then; a process that ends waits for nobody else's aggregator to come up.
 
     Raises:
         AggregatorUnavailableError: none is there and none could be started; the text says why.
         AggregatorRefusedError: one is there and refused.
     """
+    try:
+        return _connect_or_start(config, hello, is_ending)
+    except (AggregatorForeignError, _OccupiedError):
+        own = replace(config, port=_own_port(config.port))
+        _log.info("somebody else has port %d: this user's aggregator is at %d", config.port, own.port)
+        return _connect_or_start(own, hello, is_ending)
+
+
+def _own_port(port: int) -> int:
+    """Return another port for the aggregators of this user, below those that the system gives out."""
+    return 10_000 + zlib.crc32(f"{os.getuid()}/{port}".encode()) % 20_000
+
+
+def _connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
     began = time.monotonic()
     try:
         return connect(config.host, config.port, hello, config.token, timeout_s=_PROBE_S, tries=1)
@@ -57,7 +83,7 @@ def connect_or_start(config: Config, hello: Hello) -> Connection:
     listener = _claim(config)
     timeout_s = max(config.connect_timeout, _START_S)
     if listener is None:  # another rank starts it just now, or something that is no aggregator has the port
-        return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s)
+        return _await(config, hello, began, timeout_s, is_ending)
 
     with listener:
         try:
@@ -82,6 +108,21 @@ def connect_or_start(config: Config, hello: Hello) -> Connection:
             ) from missing
         if waited_s > timeout_s:
             raise AggregatorUnavailableError(config.host, config.port, waited_s, missing.reason) from missing
+
+
+def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:
+    """Connect to an aggregator that somebody else starts."""
+    while True:
+        try:
+            return connect(config.host, config.port, hello, config.token, timeout_s=_TRY_S, tries=1)
+        except AggregatorUnavailableError as error:
+            waited_s = time.monotonic() - began_s
+            if waited_s > timeout_s:
+                raise _OccupiedError(config.host, config.port, waited_s, error.reason) from error
+            if waited_s > _ENDING_S and is_ending():
+                raise
+
+            time.sleep(_PROBE_S)
 
 
 def _claim(config: Config) -> socket.socket | None:

@@ -467,7 +467,7 @@ class Recorder:
         if config.local and not config.supervised:
             from traceml.recorder.local import connect_or_start
 
-            return connect_or_start(config, self._hello())
+            return connect_or_start(config, self._hello(), lambda: self.is_over)
 
         return Connection.connect(config.host, config.port, self._hello(), config.token, timeout_s=timeout_s)
 

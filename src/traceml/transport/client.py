@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from traceml.clock import clock_pair, monotonic_ns
-from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError, TraceMLError
+from traceml.errors import (
+    AggregatorForeignError,
+    AggregatorRefusedError,
+    AggregatorUnavailableError,
+    ProtocolError,
+    TraceMLError,
+)
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
@@ -382,7 +388,8 @@ class _Handshake:
         if entry is None:
             raise self._turn_away(
                 "no token is known for it: it was started by another user or on another host. "
-                "Put its token into TRACEML_TOKEN"
+                "Put its token into TRACEML_TOKEN",
+                AggregatorForeignError,
             )
 
         return entry.token
@@ -413,13 +420,16 @@ class _Handshake:
 
         return message
 
-    def _turn_away(self, why: str) -> AggregatorRefusedError:
+    def _turn_away(
+        self, why: str, kind: type[AggregatorRefusedError] = AggregatorRefusedError
+    ) -> AggregatorRefusedError:
         """Tell the other side why we leave, so that both logs say it."""
-        _log.warning("leaving the aggregator at %s:%d: %s", self._host, self._port, why)
+        level = logging.INFO if kind is AggregatorForeignError else logging.WARNING  # that one may be of no interest
+        _log.log(level, "leaving the aggregator at %s:%d: %s", self._host, self._port, why)
         with contextlib.suppress(OSError):
             self._sock.sendall(encode({"t": "refused", "why": f"the client left: {why}"}))
 
-        return AggregatorRefusedError(self._host, self._port, why)
+        return kind(self._host, self._port, why)
 
 
 def _open(host: str, port: int, timeout_s: float) -> socket.socket:
