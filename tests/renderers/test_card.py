@@ -127,3 +127,9 @@ def test_trackers_are_told_and_what_to_do_when_rows_wait():
 def test_trackers_that_have_everything_need_no_advice():
     """No command is told where nothing waits."""
     assert "traceml sync" not in text_of({**healthy(), "trackers": [tracker("mlflow")]})
+
+
+def test_what_a_fallback_took_is_told():
+    """Whoever looks for it at the tracker itself would find nothing."""
+    shown = text_of({**healthy(), "trackers": [tracker("mlflow", fallback=12_000)]})
+    assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown

@@ -88,7 +88,13 @@ def _deliveries(runs_dir: Path) -> Iterator[Check]:
 
     for each in section:
         text = tracker_text(
-            each["backend"], each["state"], each["delivered"], each["pending"], each["failed"], each["error"]
+            each["backend"],
+            each["state"],
+            each["delivered"],
+            each["pending"],
+            each["failed"],
+            each["error"],
+            each["fallback"],
         )
         latency = "" if each["latency_ms"] is None else f", {each['latency_ms']:.0f} ms a batch"
         hint = f"traceml sync {run_dir.name}" if each["pending"] else ""

@@ -69,6 +69,7 @@ class _Outcome:
     pending: int
     failed: int
     error: str
+    fallback: int
 
 
 def main(argv: list[str]) -> int:
@@ -224,10 +225,13 @@ def _outcome(process: DeliveryProcess, logged: int) -> _Outcome:
         pending=state.pending(logged),
         failed=state.failed,
         error=state.error,
+        fallback=state.fallback,
     )
 
 
 def _print(outcomes: Sequence[_Outcome]) -> None:
     for each in outcomes:
-        text = tracker_text(each.backend, each.state, each.delivered, each.pending, each.failed, each.error)
+        text = tracker_text(
+            each.backend, each.state, each.delivered, each.pending, each.failed, each.error, each.fallback
+        )
         print(f"{each.run}: {text}", file=sys.stdout, flush=True)

@@ -133,6 +133,7 @@ class Tracker:
     pending: int | None
     failed: int
     error: str
+    fallback: int = 0
 
     @property
     def is_well(self) -> bool:
@@ -142,7 +143,9 @@ class Tracker:
     @property
     def text(self) -> str:
         """How it stands, in words."""
-        return tracker_text(self.backend, self.state, self.delivered, self.pending, self.failed, self.error)
+        return tracker_text(
+            self.backend, self.state, self.delivered, self.pending, self.failed, self.error, self.fallback
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +267,7 @@ def _tracker(entry: Mapping[str, Any]) -> Tracker:
         pending=entry.get("pending"),
         failed=int(entry.get("failed") or 0),
         error=str(entry.get("error") or ""),
+        fallback=int(entry.get("fallback") or 0),
     )
 
 

@@ -158,9 +158,13 @@ def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "an exception"
 
 
-def tracker_text(backend: str, state: str, delivered: int, pending: int | None, failed: int, error: str) -> str:
+def tracker_text(
+    backend: str, state: str, delivered: int, pending: int | None, failed: int, error: str, fallback: int = 0
+) -> str:
     """Return how a tracker stands: `mlflow 12,340 delivered, 20 wait: refused the connection`."""
     parts = [f"{count_text(delivered)} delivered"]
+    if fallback:
+        parts.append(f"{count_text(min(fallback, delivered))} of them to its fallback")
     if pending:
         parts.append(f"{count_text(pending)} wait{'s' if pending == 1 else ''}")
     if failed:
