@@ -88,8 +88,24 @@ def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, 
 
 
 def test_a_host_without_torch_runs_what_needs_none(hosts: Hosts, bare_python: Path) -> None:
-    """On a host with nothing but Python, a function runs when no process group is asked for."""
-    assert launch_each(hosts, {"node1": {"python": str(bare_python), "backend": None}}) == {}
+    """On a host with nothing but Python, a function runs when no process group is asked for; also on this one."""
+    options = {"python": str(bare_python), "backend": None}
+    assert launch_each(hosts, {"node1": options, "localhost": options}) == {}
+
+
+def test_a_python_of_another_version_gets_no_function(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
+    """Its bytecode would crash there. What travels is unpacked by what packed it, not by what is installed there."""
+    other = tmp_path / "python"
+    code = "import platform, sys; platform.python_version = lambda: '3.99.1'; exec(sys.argv[1])"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
+    other.chmod(0o755)
+    library = next((bare_python.parents[1] / "lib").glob("python*/site-packages"))
+    (library / "cloudpickle.py").write_text("raise ImportError('very old')\n")
+
+    told = launch_each(hosts, {"node1": {"python": str(other)}, "node2": {"python": str(bare_python), "backend": None}})
+
+    assert told.keys() == {"node1"}
+    assert told["node1"][1].startswith("its Python is 3.99.1, ours 3.")
 
 
 def test_an_interpreter_that_is_not_here_is_told() -> None:

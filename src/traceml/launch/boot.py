@@ -1,8 +1,8 @@
 """How an agent comes to life on a host where nothing of ours is installed.
 
-Two ways. On this machine the agent is started with the place of our package in its command line. Elsewhere the command
-is a small program that says the greeting, reads the package (a zip file) from its standard input into a file in memory,
-and imports it from there: nothing is written to a disk, and nothing is left.
+Two ways. On this machine, by the same Python, the agent is started with the place of our package in its command line.
+Elsewhere the command is a small program that says the greeting, reads the package (a zip file) from its standard input
+into a file in memory, and imports it from there: nothing is written to a disk, and nothing is left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["bundle", "import_code", "local_command", "remote_command"]
 _LENGTH = struct.Struct(">Q")
 # Rooms that an agent, a zygote or a traced worker may need.
 _ROOMS = ("launch", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
-_EXTRA = ("msgpack", "cloudpickle")  # for hosts that have torch and nothing else
+_FIRST = ("cloudpickle",)  # what it packs, only the same version unpacks for sure
+_EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
 # Kept free of what old Pythons do not know, so that they can say that they are old.
 _REMOTE = """
@@ -57,6 +58,7 @@ _FROM_ZIP = """
 import zipimport
 place = {path}
 spec = zipimport.zipimporter(place).find_spec("traceml")
+sys.path.insert(0, place + "/first")
 sys.path.append(place + "/extra")
 """
 _LOAD = """
@@ -111,11 +113,11 @@ def bundle() -> bytes:
         for source in sources:
             _add(archive, source, str(source.relative_to(root.parent)))
 
-        for name in _EXTRA:
+        for place, name in [*(("first", name) for name in _FIRST), *(("extra", name) for name in _EXTRA)]:
             spec = importlib.util.find_spec(name)
             for folder in (spec.submodule_search_locations or []) if spec is not None else []:
                 for source in Path(folder).glob("*.py"):
-                    _add(archive, source, f"extra/{name}/{source.name}")
+                    _add(archive, source, f"{place}/{name}/{source.name}")
 
     data = file.getvalue()
     return _LENGTH.pack(len(data)) + data

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -104,7 +105,8 @@ class Link:
         outer_out, inner_out = os.pipe()
         self.errors_fd, inner_err = os.pipe()
         os.set_blocking(self.errors_fd, False)
-        command = _command(place, python, ssh_config_file)
+        bundled = place.transport != "local" or python != sys.executable  # another Python may have nothing of ours
+        command = _command(place, python, ssh_config_file, bundled=bundled)
         try:
             # its own session: Ctrl-C on the terminal is ours to answer, and it asks no question there
             self._process = subprocess.Popen(
@@ -123,7 +125,7 @@ class Link:
                 os.close(fd)
 
         self.channel = Channel(outer_out, outer_in, side="launcher", greeting=True)
-        if place.transport != "local":
+        if bundled:
             self.channel.send_raw(boot.bundle())
 
     def __repr__(self) -> str:
@@ -220,10 +222,10 @@ class Link:
         return f"its agent did not start ({reason}; {ended})", hand.strip()
 
 
-def _command(place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None) -> list[str]:
+def _command(place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool) -> list[str]:
     """Return what starts a host's agent."""
     if place.transport == "local":
-        return boot.local_command(python)
+        return boot.remote_command(python) if bundled else boot.local_command(python)
 
     if place.transport == "srun":
         return [*step_command(place.name), *boot.remote_command(python)]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from traceml.errors import LaunchTimeoutError, WorkerFailedError
+from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
 from traceml.launch import payload
 from traceml.launch.delivery import Delivery, is_near
 from traceml.launch.failures import first_cause, note_stacks
@@ -277,6 +278,13 @@ class Job:
         self._tracing.finish(status)
 
     def _prepare(self, member: Member) -> None:
+        theirs = str(member.hello.get("python"))
+        if self._task.parcel is not None and theirs.split(".")[:2] != platform.python_version().split(".")[:2]:
+            reason = f"its Python is {theirs}, ours {platform.python_version()}: a function's code is of one version"
+            advice = "Name one of the same minor version there by `python=`; a script (`traceml launch`) may use any."
+            self._ledger.bad.append(AgentFailedError(member.name, reason, advice=advice))
+            return
+
         local = member.place.transport == "local"
         if self._tracing is not None:
             self._tracing.joined(
