@@ -17,7 +17,7 @@ import pytest
 from traceml.errors import SettingsError, UsageError
 from traceml.launch import handlers as handlers_module
 from traceml.launch.handlers import add_filter_to_handler, file_handler, log_level, stream_handler
-from traceml.launch.logs import LogRouter, make_handlers
+from traceml.launch.logs import LogRouter, check_handlers, make_handlers
 from traceml.launch.records import RecordDecoder, RecordHandler
 
 from .hosts import eventually
@@ -92,6 +92,7 @@ def test_files_can_be_turned_off_and_handlers_chosen() -> None:
     assert make_handlers(None, {"node1": 3}) == []
     assert make_handlers([keeping], {"node1": 3}) == make_handlers(lambda: [keeping], {"node1": 3}) == [keeping]
     assert make_handlers(keeping, {"node1": 3}) == [keeping]
+    assert check_handlers(iter([keeping])) == [keeping]
     with pytest.raises(UsageError, match="'all'"):
         make_handlers("all", {"node1": 3})  # type: ignore[arg-type]
 

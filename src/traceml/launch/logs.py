@@ -88,19 +88,19 @@ def make_handlers(
     return made
 
 
-def check_handlers(log_handlers: Any) -> None:
-    """Complain about what can be no `log_handlers`; what a function will return is not known yet.
+def check_handlers(log_handlers: Any) -> Handlers:
+    """Return `log_handlers`, which may be an iterator, as `make_handlers` takes it.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it can be none; what a function will return is not known yet.
     """
     if log_handlers is None or log_handlers == "auto" or callable(log_handlers):
-        return
+        return log_handlers  # type: ignore[no-any-return]
 
     if isinstance(log_handlers, str):
         raise UsageError(f"log_handlers={log_handlers!r}: it is 'auto', a list of logging's handlers, or None")
 
-    _checked([log_handlers] if isinstance(log_handlers, logging.Handler) else log_handlers)
+    return _checked([log_handlers] if isinstance(log_handlers, logging.Handler) else log_handlers)
 
 
 def _checked(handlers: Any) -> list[logging.Handler]:

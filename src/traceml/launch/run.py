@@ -39,7 +39,7 @@ def run_function(
     """Run a function on every worker; see `traceml.launch`."""
     mainmodule.refuse_in_spawned()
     mainmodule.send_by_value()
-    check_handlers(log_handlers)
+    log_handlers = check_handlers(log_handlers)
     places = _places(launcher)
     parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
     if not launcher.trace or not settings.load().enabled:
