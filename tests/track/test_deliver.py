@@ -156,6 +156,31 @@ def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun
     assert lines[-1]["type"] == "end"
 
 
+def test_an_experiment_ends_after_the_last_value_that_was_logged_before(run: LoggedRun) -> None:
+    """Its end is in another table, and is stored long before the values where there are many."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], 1, id="first", name="first")
+    run.experiment(["jsonl"], 2, id="second", name="second")
+    run.row("end", 1, values=5_000)
+    run.writer.commit()
+    process = subprocess.Popen([sys.executable, "-m", "traceml.track.deliver", str(run.path), "jsonl"])
+    try:
+        for first_step in range(0, 5_000, 1_000):
+            run.metrics({"a": [float(i) for i in range(first_step, first_step + 1_000)]}, 1, first_step=first_step)
+            eventually(lambda rows=first_step + 1_000: state_of(run.path).delivered == rows)
+
+        eventually(lambda: lines_of(run.path, "jsonl/first.jsonl")[-1]["type"] == "end")  # while the run goes on
+        run.end()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+    lines = lines_of(run.path, "jsonl/first.jsonl")
+    assert [line["type"] for line in lines].count("end") == 1
+    assert len(values(lines, "a")) == 5_000
+
+
 def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) -> None:
     """The announcement is in another table, and may be committed a moment later."""
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})

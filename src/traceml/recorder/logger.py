@@ -150,6 +150,11 @@ class Logger:
         return self._number
 
     @property
+    def values(self) -> int:
+        """How many values this process has logged so far, for whatever experiment."""
+        return 0 if self._flight is None else self._ring.appended + len(self._late)
+
+    @property
     def has_begun(self) -> bool:
         """Whether something was logged here."""
         return self._flight is not None

@@ -153,7 +153,7 @@ class Experiment:
 
         self._is_active = False
         files.wait(self._logger)
-        self._logger.row("end", state=state)
+        self._logger.row("end", state=state, values=self._logger.values)
         _deactivate(self)
 
     def stop(self) -> None:

@@ -28,6 +28,7 @@ __all__ = ["Sender"]
 _PARAMS_REMEMBERED = 10_000
 _TAG_CHARS = 250
 _LINGER_S = 10.0
+_BEHIND_S = 600.0
 
 _log = logging.getLogger("traceml")
 
@@ -91,6 +92,7 @@ class Sender:
                 session.connect(experiment)
 
         for (stream, number), rows in batch.metrics.items():
+            self._values[str(stream)] = self._values.get(str(stream), 0) + len(rows)
             experiment = self._experiment(stream, number)
             if experiment is None:
                 self._state.filtered += len(rows)
@@ -164,6 +166,12 @@ class Sender:
         """The experiments that are to be ended: the state of each, and the epoch seconds at which that was seen."""
         to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
         return to_end
+
+    @property
+    def _values(self) -> dict[str, int]:
+        """How many values of each stream have come so far."""
+        values: dict[str, int] = self._memory.setdefault("values", {})
+        return values
 
     def _windows(self) -> dict[str, Any]:
         windows: dict[str, Any] = self._memory.setdefault("windows", {})
@@ -346,6 +354,8 @@ class Sender:
         """End an experiment when every rank that began it has: later rows would open it again."""
         open_on = self._memory.setdefault("open", {}).setdefault(experiment.key, {})
         open_on[str(logged.stream.id)] = False
+        behind = self._memory.setdefault("behind", {}).setdefault(experiment.key, {})
+        behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
             self._to_end[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
 
@@ -363,7 +373,10 @@ class Sender:
         for key, (own_state, noted) in list(self._to_end.items()):
             experiment = self._plan.experiments.get(key)
             if experiment is not None:
-                if self._is_last(key) and time.time() - noted < _LINGER_S:
+                passed_s = time.time() - noted
+                if self._is_last(key) and passed_s < _LINGER_S:
+                    continue
+                if passed_s < _BEHIND_S and not self._has_all(key):
                     continue
 
                 rows = self._rules.finish(self._windows(), key)
@@ -376,6 +389,12 @@ class Sender:
                 session.end(experiment, own_state)
 
             del self._to_end[key]
+
+    def _has_all(self, key: str) -> bool:
+        """Whether all values have come that were logged before an experiment's end: they are in another table."""
+        failed = self._state.failed  # refused values are not among those that have come
+        behind = self._memory.get("behind", {}).get(key, {})
+        return all(self._values.get(stream, 0) + failed >= count for stream, count in behind.items())
 
     def _is_last(self, key: str) -> bool:
         """Whether an experiment was the last to end, with no other going on."""
