@@ -42,7 +42,7 @@ def read(n):
         n -= len(piece)
     return b"".join(pieces)
 data = read(int.from_bytes(read(8), "big"))
-fd = os.memfd_create("traceml", 0)
+fd = os.memfd_create("traceml")
 os.write(fd, data)
 """
 _IMPORT = """
@@ -59,7 +59,7 @@ import zipimport
 place = {path}
 spec = zipimport.zipimporter(place).find_spec("traceml")
 sys.path.insert(0, place + "/first")
-sys.path.append(place + "/extra")
+sys.path += [place + "/extra", place]
 """
 _LOAD = """
 import importlib.util
@@ -84,7 +84,8 @@ def remote_command(python: str) -> list[str]:
     from traceml.launch.channel import GREETING
 
     code = _REMOTE.replace("{greeting!r}", repr(GREETING)) + _IMPORT
-    code += _FROM_ZIP.replace("{path}", '"/proc/self/fd/%d" % fd')
+    # by way of the guard, which outlives all others: programs that workers start find it too
+    code += _FROM_ZIP.replace("{path}", '"/proc/%d/fd/%d" % (os.getpid(), fd)')
     code += _LOAD + _GUARD + "main()\n"
     return [python, "-c", code]
 
@@ -97,8 +98,8 @@ def import_code() -> str:
     place = traceml.__path__[0]
     if Path(place).is_dir():
         load = _FROM_FOLDER.replace("{init!r}", repr(f"{place}/__init__.py")).replace("{package!r}", repr(place))
-    else:  # in a zip file: ours in memory, whose number stays the same in programs that inherit it
-        load = _FROM_ZIP.replace("{path}", repr(place.removesuffix("/traceml")))
+    else:
+        load = _FROM_ZIP.replace("{path}", repr(_archive()))
 
     return _IMPORT + load + _LOAD
 
@@ -106,8 +107,18 @@ def import_code() -> str:
 @functools.cache
 def bundle() -> bytes:
     """Return the package as an agent wants it: 8 bytes of length, then a zip file."""
-    file = io.BytesIO()
     root = Path(traceml.__path__[0])
+    data = _packed(root) if root.is_dir() else Path(_archive()).read_bytes()
+    return _LENGTH.pack(len(data)) + data
+
+
+def _archive() -> str:
+    """Return the path of the zip file that we were imported from."""
+    return str(traceml.__path__[0]).removesuffix("/traceml")
+
+
+def _packed(root: Path) -> bytes:
+    file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         sources = [*root.glob("*.py"), *(path for room in _ROOMS for path in (root / room).rglob("*.py"))]
         for source in sources:
@@ -119,8 +130,7 @@ def bundle() -> bytes:
                 for source in Path(folder).glob("*.py"):
                     _add(archive, source, f"{place}/{name}/{source.name}")
 
-    data = file.getvalue()
-    return _LENGTH.pack(len(data)) + data
+    return file.getvalue()
 
 
 def _add(archive: zipfile.ZipFile, source: Path, name: str) -> None:
