@@ -323,3 +323,38 @@ def test_nothing_is_left_when_the_launcher_ends(tmp_path: Path, send: Callable[[
     assert process.returncode != 0
     assert ("KeyboardInterrupt" in told) is words
     assert ("ranks 0, 1 were here" in told or ("rank 0" in told and "in dawdle" in told)) is words
+
+
+def test_a_child_forked_during_a_launch_does_not_keep_it_alive(tmp_path: Path) -> None:
+    """It holds no end of the channel: when its parent is killed, the agents notice, and the workers end."""
+    code = """
+        import os, sys, threading, time, traceml
+
+        def work(path):
+            with open(path, "w") as file:
+                file.write(str(os.getpid()))
+            time.sleep(600)
+
+        if __name__ == "__main__":
+            options = {"hostnames": ["localhost"], "workers_per_host": 1, "log_handlers": None, "backend": None}
+            threading.Thread(target=traceml.launch, args=(work, (sys.argv[1],)), kwargs=options, daemon=True).start()
+            while not os.path.exists(sys.argv[1]) or not open(sys.argv[1]).read():
+                time.sleep(0.01)
+
+            if os.fork() == 0:
+                print(os.getpid(), flush=True)
+                time.sleep(600)
+
+            os.kill(os.getpid(), 9)
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(code))
+    pid, out = tmp_path / "pid", tmp_path / "out"
+    with out.open("w") as file:  # no pipe: the child would hold it
+        subprocess.run([sys.executable, "script.py", pid], cwd=tmp_path, stdout=file, timeout=100, check=False)
+
+    child = psutil.Process(int(eventually(out.read_text, "the child to run")))
+    try:
+        eventually(lambda: not psutil.pid_exists(int(pid.read_text())), "the worker to be gone")
+        assert child.is_running()
+    finally:
+        child.kill()

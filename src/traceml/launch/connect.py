@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -124,6 +125,7 @@ class Link:
             for fd in (inner_in, inner_out, inner_err):
                 os.close(fd)
 
+        _links.add(self)
         self.channel = Channel(outer_out, outer_in, side="launcher", greeting=True)
         if bundled:
             self.channel.send_raw(boot.bundle())
@@ -190,8 +192,11 @@ class Link:
             self.channel.close()
             os.close(self.errors_fd)
 
-    def forget(self) -> None:
-        """Let go of it in a forked child: it belongs to the parent, which alone can wait for its processes."""
+    def _forget(self) -> None:
+        """Let go of it in a forked child: it belongs to the parent, which alone can wait for its processes.
+
+        A child that held the channel's end would keep the agent from noticing when the parent is gone.
+        """
         self.hang_up()
         self._process.returncode = 0
 
@@ -220,6 +225,17 @@ class Link:
 
         hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
         return f"its agent did not start ({reason}; {ended})", hand.strip()
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()  # all that there are, in the pool or in a launch
+
+
+def _forget_all() -> None:
+    for link in list(_links):
+        link._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
 
 
 def _command(place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool) -> list[str]:

@@ -56,11 +56,9 @@ class Pool:
             link.close()
 
     def forget(self) -> None:
-        """Let go of all agents in a forked child: they belong to its parent, and end when nobody else holds them."""
+        """Know of no agents in a forked child: they belong to its parent."""
         self._lock = threading.Lock()
-        links, self._links = list(self._links.values()), {}
-        for link in links:
-            link.forget()
+        self._links = {}
 
 
 POOL = Pool()
