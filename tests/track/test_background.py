@@ -12,7 +12,9 @@ from pathlib import Path
 from traceml.track.background import step_back
 step_back()
 group = Path("/proc/self/autogroup")
-print(os.nice(0), group.read_text().split()[-1] if group.exists() else 19)
+# empty where the process is in no group, as in the system's root group
+words = group.read_text().split() if group.exists() else []
+print(os.nice(0), words[-1] if words else 19)
 """
 
 

@@ -113,7 +113,9 @@ class Derived:
 
     def _add_steps(self, number: int, rank: int, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         memory = self._memory
-        lead = memory.setdefault("lead", {"rank": rank, "t": self._started_ns, "productive": 0, "step": -1})
+        # A rank that started the aggregator itself may have stepped before the run was there.
+        began = min(self._started_ns, int(ends_ns[0]) - int(rows["total_ns"][0]))
+        lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": began, "productive": 0, "step": -1})
         memory.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
         if rank < lead["rank"]:
             lead["rank"] = rank
@@ -151,8 +153,8 @@ class Derived:
 
         if steps["total"]:
             values |= {f"traceml/share/{name}": share for name, share in _shares(steps).items()}
-        if at_ns > self._started_ns:
-            values["traceml/goodput"] = min(lead["productive"] / (at_ns - self._started_ns), 1.0)
+        if at_ns > lead["began"]:
+            values["traceml/goodput"] = min(lead["productive"] / (at_ns - lead["began"]), 1.0)
 
         lead["t"] = at_ns
         for name, value in values.items():
