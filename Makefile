@@ -13,7 +13,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	@$(PIP) install -c constraints.txt hypothesis mlflow pytest pytest-timeout setuptools tensorboardX -e ".[mlflow,wandb,clearml,aim,tensorboard,lightning,huggingface]"
+	@$(PIP) install -c constraints.txt hypothesis ipykernel mlflow nbclient pandas playwright polars pytest pytest-timeout \
+		setuptools tensorboardX -e ".[mlflow,wandb,clearml,aim,tensorboard,lightning,huggingface,ray,dask,web,parquet]"
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
