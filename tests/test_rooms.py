@@ -51,7 +51,7 @@ NARROW = {
 }
 # What users import, and nobody inside.
 FACES = {"__init__", "__main__", "dask"}
-LEAVES = {"settings", "coerce", "errors", "clock", "ids", "privacy"}
+LEAVES = {"settings", "coerce", "errors", "clock", "ids", "priority", "privacy"}
 
 
 def _room_of(path: Path) -> str:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from traceml.errors import TraceMLError
-from traceml.track.background import step_back
+from traceml.priority import step_back
 from traceml.track.delivery import Delivery
 from traceml.track.state import EXIT_AGAIN, EXIT_TAKEN, TrackerState, locked
 

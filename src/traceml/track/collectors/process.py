@@ -19,8 +19,8 @@ from typing import Any
 
 import msgpack
 
+from traceml.priority import step_back
 from traceml.privacy import Masker
-from traceml.track.background import step_back
 from traceml.track.collectors.running import readings
 from traceml.track.interfaces import CollectorInterface
 from traceml.track.plugins import PluginType, load

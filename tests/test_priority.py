@@ -9,7 +9,7 @@ from pathlib import Path
 CODE = """
 import os
 from pathlib import Path
-from traceml.track.background import step_back
+from traceml.priority import step_back
 step_back()
 group = Path("/proc/self/autogroup")
 # empty where the process is in no group, as in the system's root group
