@@ -1,0 +1,23 @@
+"""Traces: written, read in columns, and answered from; what is not used is not imported."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+# Names that users take from here, and the modules that they live in.
+_HOMES = {
+    "discover": "traceml.traces.files",
+    "read": "traceml.traces.reading",
+}
+
+__all__ = ["discover", "read"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'traceml.traces' has no attribute {name!r}")
+
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
