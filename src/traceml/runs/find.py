@@ -19,7 +19,7 @@ from traceml.runs.state import state_of
 from traceml.track.plan import Plan
 from traceml.track.state import Phase, states_of
 
-__all__ = ["RunInfo", "find_run", "is_delivered", "list_runs", "prune"]
+__all__ = ["RunInfo", "describe_run", "find_run", "is_delivered", "list_runs", "prune", "run_folders"]
 
 _SHOWN = 5
 
@@ -33,7 +33,7 @@ class RunInfo:
         id: the folder's name, name: what the user called it.
         state: running, finished, failed, hung, lost; `damaged` when its store cannot be read.
         started: epoch seconds, duration_s: how long it took, None while it runs.
-        verdict: the kind in its report, None before there is one.
+        verdict: the kind in its report, or so far while it runs; None before there is one.
         size_bytes: what it takes on disk.
     """
 
@@ -66,7 +66,7 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
         if _is_run(path):
             return path.resolve()
 
-    names = [path.name for path in _folders(runs_dir)]
+    names = [path.name for path in run_folders(runs_dir)]
     text = str(run)
     # The four letters at the end are what a person types.
     matching = [name for name in names if name.startswith(text) or name.endswith(text)] if text else []
@@ -83,8 +83,25 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
 
 def list_runs(runs_dir: Path) -> list[RunInfo]:
     """Return all runs in a folder, the newest first."""
-    infos = [_info(path) for path in _folders(Path(runs_dir))]
+    infos = [describe_run(path) for path in run_folders(Path(runs_dir))]
     return sorted(infos, key=lambda info: (info.started or 0.0, info.id), reverse=True)
+
+
+def describe_run(path: Path) -> RunInfo:
+    """Return what a list tells of a run; one that cannot be read is `damaged`."""
+    run, aggregator, told, state = _facts(path)
+    started, ended = run.get("started"), run.get("ended")
+    return RunInfo(
+        path=path,
+        id=path.name,
+        name=str(run.get("name", path.name)),
+        state=state or state_of(run, aggregator),
+        started=started,
+        duration_s=ended - started if started is not None and ended is not None else None,
+        world_size=int(run.get("world_size", 1)),
+        verdict=_verdict(path) or told,
+        size_bytes=_size(path),
+    )
 
 
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
@@ -140,7 +157,8 @@ def _some(names: list[str]) -> str:
     return ", ".join(newest[:_SHOWN]) + more
 
 
-def _folders(runs_dir: Path) -> list[Path]:
+def run_folders(runs_dir: Path) -> list[Path]:
+    """Return the folders of all runs in a folder, in no order."""
     if not runs_dir.is_dir():
         return []
 
@@ -151,31 +169,17 @@ def _is_run(path: Path) -> bool:
     return (path / STORE_NAME).is_file() or (path / REPORT_NAME).is_file()
 
 
-def _info(path: Path) -> RunInfo:
-    run, aggregator, state = _facts(path)
-    started, ended = run.get("started"), run.get("ended")
-    return RunInfo(
-        path=path,
-        id=path.name,
-        name=str(run.get("name", path.name)),
-        state=state or state_of(run, aggregator),
-        started=started,
-        duration_s=ended - started if started is not None and ended is not None else None,
-        world_size=int(run.get("world_size", 1)),
-        verdict=_verdict(path),
-        size_bytes=_size(path),
-    )
-
-
-def _facts(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-    """Return (facts of the run, of its aggregator, a state where the store tells none)."""
+def _facts(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None, str | None]:
+    """Return (facts of the run, of its aggregator, the verdict so far, a state where the store tells none)."""
     try:
         with closing(StoreReader(path / STORE_NAME)) as reader:
             meta = reader.meta()
+            told = reader.last_event("verdict")
     except StoreError:
-        return {}, {}, "damaged"
+        return {}, {}, None, "damaged"
 
-    return meta.get("run", {}), meta.get("aggregator", {}), None
+    findings = told.data.get("findings") if told is not None else None
+    return meta.get("run", {}), meta.get("aggregator", {}), str(findings[0]["kind"]) if findings else None, None
 
 
 def _verdict(path: Path) -> str | None:
