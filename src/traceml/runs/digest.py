@@ -54,6 +54,11 @@ class Digest:
         self._start_over()
 
     @property
+    def attempt(self) -> int:
+        """Which attempt the rows are of; -1 before any store was read."""
+        return self._attempt
+
+    @property
     def ranks(self) -> dict[int, StreamRecord]:
         """The newest stream of each rank."""
         return {stream.rank: stream for stream in self.streams.values()}

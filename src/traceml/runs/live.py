@@ -13,6 +13,7 @@ from traceml.diagnosis import Finding, slots_for
 from traceml.errors import StoreError
 from traceml.runs.digest import Digest
 from traceml.runs.report import described, report_of
+from traceml.runs.series import RunSeries, SeriesFollower
 
 __all__ = ["LiveRun"]
 
@@ -43,6 +44,7 @@ class LiveRun:
         self.digest = Digest(slots_for(1))
         self._reader: StoreReader | None = None
         self._last_event = 0
+        self._series: SeriesFollower | None = None
         self._marks: deque[tuple[float, int, int]] = deque()
         self._telemetry: tuple[float, dict[str, Any]] | None = None
 
@@ -65,6 +67,9 @@ class LiveRun:
             return False
 
         changed = self.digest.update(reader)
+        if self._series is not None and changed:
+            self._series.take(self.digest, reader)
+
         self._take_events(reader)
         if not self.findings or self.ended:
             self.findings = self.digest.diagnose()
@@ -89,6 +94,23 @@ class LiveRun:
             report["steps"]["per_second"] = self.rates[-1]
 
         return report
+
+    def series(self) -> RunSeries | None:
+        """Return the run over its steps and over time, from its beginning; None before the store exists.
+
+        The first call reads what was stored so far; those after it cost little.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self._reader is None:
+            return None
+
+        if self._series is None:
+            self._series = SeriesFollower()
+            self._series.backfill(self.path)
+
+        return self._series.series(self.digest)
 
     def close(self) -> None:
         """Close the store."""

@@ -20,7 +20,17 @@ from traceml.runs.digest import MAX_STEP_ROWS, Digest
 from traceml.runs.logged import trackers
 from traceml.runs.state import state_of
 
-__all__ = ["REPORT_NAME", "SCHEMA", "build_report", "described", "report_of", "update_trackers", "write_report"]
+__all__ = [
+    "REPORT_NAME",
+    "SCHEMA",
+    "build_report",
+    "described",
+    "digest_of",
+    "report_of",
+    "update_trackers",
+    "whole_report",
+    "write_report",
+]
 
 SCHEMA = "traceml.report/1"
 REPORT_NAME = "report.json"
@@ -38,11 +48,31 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> dict[str,
     """
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        digest = Digest(_slots(reader, max_step_rows))
-        digest.start_at(reader, max_step_rows)
-        digest.update(reader)
-        findings = digest.diagnose(last=digest.window.slots)
-        return report_of(digest, reader, described(digest, digest.window.slots), findings, run_dir)
+        return whole_report(digest_of(reader, max_step_rows), reader, run_dir)
+
+
+def digest_of(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
+    """Return the digest of a whole run, or of its last `max_step_rows` step rows.
+
+    Raises:
+        StoreError: the store is damaged.
+    """
+    digest = Digest(_slots(reader, max_step_rows))
+    digest.start_at(reader, max_step_rows)
+    digest.update(reader)
+    return digest
+
+
+def whole_report(digest: Digest, reader: StoreReader, run_dir: Path) -> dict[str, Any]:
+    """Return the report on everything that a digest holds.
+
+    Args:
+        digest: of the whole run.
+        reader: its store.
+        run_dir: its folder.
+    """
+    findings = digest.diagnose(last=digest.window.slots)
+    return report_of(digest, reader, described(digest, digest.window.slots), findings, run_dir)
 
 
 def described(digest: Digest, last: int = 200) -> Window:

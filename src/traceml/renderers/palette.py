@@ -1,0 +1,126 @@
+"""Colours of charts, on light and on dark ground; phases have the hues that they have in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+
+__all__ = ["BY_CSS", "DARK", "LIGHT", "Theme", "css_variables"]
+
+_FIXED = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "user", "other")
+
+
+@dataclass(frozen=True, slots=True)
+class Theme:
+    """The colours of one ground.
+
+    Attributes:
+        name: `light`, `dark`, or `css` where the page's style sheet decides.
+        text, muted, rule: writing, axis labels, grid lines.
+        ground: what charts stand on.
+        phases: by phase, users: for the user's own phases.
+        lines: for whatever else there are several of: ranks, hosts, percentiles.
+        heat: from nothing to the most.
+        worse, better: of a comparison.
+    """
+
+    name: str
+    text: str
+    muted: str
+    rule: str
+    ground: str
+    phases: Mapping[str, str]
+    users: tuple[str, ...]
+    lines: tuple[str, ...]
+    heat: tuple[str, ...]
+    worse: str
+    better: str
+
+    def of_phases(self, names: Iterable[str]) -> dict[str, str]:
+        """Return a colour per phase; the user's own phases get theirs in the order in which they come."""
+        colors: dict[str, str] = {}
+        others = 0
+        for name in names:
+            if name in self.phases:
+                colors[name] = self.phases[name]
+            else:
+                colors[name] = self.users[others % len(self.users)]
+                others += 1
+
+        return colors
+
+
+def _phases(*colors: str) -> Mapping[str, str]:
+    return MappingProxyType(dict(zip(_FIXED, colors, strict=True)))
+
+
+LIGHT = Theme(
+    name="light",
+    text="#1b2430",
+    muted="#5d6b7c",
+    rule="#dfe4ea",
+    ground="#ffffff",
+    phases=_phases("#e0a100", "#a855c7", "#2f6fde", "#12a5b8", "#2f9e5b", "#dc4c46", "#d56bb3", "#7fb52d", "#a3adba"),
+    users=("#7fb52d", "#a58be0", "#c98a4b", "#5bb89a", "#8898c9"),
+    lines=("#2f6fde", "#e08a00", "#2f9e5b", "#dc4c46", "#8250df", "#12a5b8", "#b0568f", "#6e7f2f"),
+    heat=("#eef2f6", "#fdeecb", "#fbd38a", "#f6ae55", "#ee8434", "#de5a2b", "#c23a2a", "#9c2030", "#701230"),
+    worse="#c62828",
+    better="#1b7f3b",
+)
+DARK = Theme(
+    name="dark",
+    text="#e7ecf2",
+    muted="#93a1b3",
+    rule="#2b3645",
+    ground="#151c26",
+    phases=_phases("#f2bd3a", "#c58be0", "#6aa0ff", "#3fcbdc", "#5cc98a", "#ff7a70", "#f29ad0", "#a8d85a", "#6d7a8a"),
+    users=("#a8d85a", "#bda6f2", "#e0ab72", "#7fd6b9", "#a9b7e4"),
+    lines=("#6aa0ff", "#f5ae45", "#5cc98a", "#ff7a70", "#b392f0", "#3fcbdc", "#e08fc0", "#b5c66a"),
+    heat=("#1d2632", "#3a2f26", "#5e3f22", "#87501f", "#b2621f", "#d97a2b", "#f09a45", "#f8bd74", "#fde3b0"),
+    worse="#ff7a70",
+    better="#5cc98a",
+)
+
+
+def _named(theme: Theme) -> dict[str, str]:
+    """Return every colour of a theme under the name of its CSS variable."""
+    colors: dict[str, str] = {}
+    for each in fields(theme):
+        value = getattr(theme, each.name)
+        if isinstance(value, tuple):
+            colors.update((f"{each.name}-{number}", color) for number, color in enumerate(value))
+        elif isinstance(value, Mapping):
+            colors.update((f"{each.name}-{name}", color) for name, color in value.items())
+        elif each.name != "name":
+            colors[each.name] = value
+
+    return colors
+
+
+def css_variables(theme: Theme) -> str:
+    """Return declarations that give the colours of `BY_CSS` their values."""
+    return "".join(f"--tm-{name}:{color};" for name, color in _named(theme).items())
+
+
+def _by_css(like: Theme) -> Theme:
+    def var(name: str) -> str:
+        return f"var(--tm-{name})"
+
+    return Theme(
+        name="css",
+        text=var("text"),
+        muted=var("muted"),
+        rule=var("rule"),
+        ground=var("ground"),
+        phases=MappingProxyType({name: var(f"phases-{name}") for name in like.phases}),
+        users=tuple(var(f"users-{number}") for number in range(len(like.users))),
+        lines=tuple(var(f"lines-{number}") for number in range(len(like.lines))),
+        heat=tuple(var(f"heat-{number}") for number in range(len(like.heat))),
+        worse=var("worse"),
+        better=var("better"),
+    )
+
+
+BY_CSS = _by_css(LIGHT)
+"""For drawings inside a page whose style sheet declares `css_variables` of a theme."""

@@ -1,0 +1,209 @@
+"""A run's steps in a bounded number of bins of equal width, so that a chart covers it from its first step to its last.
+
+Bins start one step wide; when a run outgrows them, neighbours are joined. Step times are kept as histograms, whose
+percentiles are right to one percent however many steps a bin holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis import Window
+
+__all__ = ["StepBins"]
+
+Floats = NDArray[Any]
+Ints = NDArray[np.int64]
+
+_BINS = 256
+_BINS_OF_MANY = 64
+_MANY_RANKS = 1024
+# Levels of the histogram: each 1.5 % above the one before, from a microsecond to more than an hour.
+_RATIO = np.log(1.015)
+_LEAST_NS = 1e3
+_LEVELS = 1480
+_PER_RANK = ("total", "comm", "backward", "backward_measured", "own_measured", "count")
+
+
+class StepBins:
+    """Sums of aligned steps by bin, over all ranks and per rank; takes windows as they grow.
+
+    Args:
+        ranks: about how many ranks there are: for many, fewer bins are kept.
+    """
+
+    def __init__(self, ranks: int = 1) -> None:
+        self.bins = _BINS if ranks <= _MANY_RANKS else _BINS_OF_MANY
+        self.width = 1
+        self.first = 0
+        """The step at which the first bin starts."""
+        self.latest = -1
+        """The last step taken."""
+        self.ranks: Ints = np.empty(0, np.int64)
+        """The ranks, by row of what is kept per rank."""
+        self._times: dict[str, Floats] = {}
+        self._histogram: Floats = np.zeros((self.bins, _LEVELS), np.int32)
+        self._least: Floats = np.full(self.bins, np.inf)
+        self._most: Floats = np.zeros(self.bins)
+        self._by_rank: dict[str, Floats] = {name: np.zeros((0, self.bins), np.float32) for name in _PER_RANK}
+
+    @property
+    def used(self) -> int:
+        """How many bins have steps, from the first on."""
+        return (self.latest - self.first) // self.width + 1 if self.latest >= 0 else 0
+
+    def take(self, window: Window) -> bool:
+        """Take the steps of a window that come after the last one taken; return whether there were any."""
+        new = window.select(window.steps > self.latest)
+        if not len(new) or not len(new.ranks):
+            return False
+
+        if self.latest < 0:
+            self.first = int(new.steps[0])
+
+        self.latest = int(new.steps[-1])
+        while self.used > self.bins:
+            self._join()
+
+        self._take_totals(new)
+        self._take_ranks(new)
+        self._take_times(new)
+        return True
+
+    def steps(self, joined: int) -> Ints:
+        """Return the first step of each bin, `joined` bins taken as one."""
+        return self.first + np.arange(-(-self.used // joined), dtype=np.int64) * (self.width * joined)
+
+    def counts(self, joined: int) -> Ints:
+        """Return how many step times each bin holds."""
+        return self._joined(self._histogram.sum(axis=1), joined).astype(np.int64)
+
+    def percentiles_ns(self, shares: tuple[float, ...], joined: int) -> list[Floats]:
+        """Return step times below which a share of them lie, by bin; NaN where a bin is empty."""
+        histogram = self._joined(self._histogram, joined).astype(np.int64)
+        reached, count = np.cumsum(histogram, axis=1), histogram.sum(axis=1)
+        least = self._joined(self._least, joined, np.minimum)
+        most = self._joined(self._most, joined, np.maximum)
+        found = []
+        for share in shares:
+            level = (reached >= np.maximum(np.ceil(share * count), 1)[:, None]).argmax(axis=1)
+            value = np.clip(_LEAST_NS * np.exp((level + 0.5) * _RATIO), least, most)
+            found.append(np.where(count > 0, value, np.nan))
+
+        return found
+
+    def longest_ns(self, joined: int) -> Floats:
+        """Return the longest step of each bin."""
+        most = self._joined(self._most, joined, np.maximum)
+        return np.where(most > 0, most, np.nan)
+
+    def phases_ns(self, joined: int) -> dict[str, Floats]:
+        """Return the mean of each part of a step by bin; backward is own work, comm holds the waiting inside it."""
+        count = self._joined(self._by_rank["count"].sum(axis=0), joined)
+        per_step = {name: _ratio(self._joined(values, joined), count) for name, values in self._times.items()}
+        if "backward" not in per_step:
+            return per_step
+
+        waited = _ratio(self._joined((self._by_rank["backward"] * (1 - self._own_share())).sum(axis=0), joined), count)
+        per_step["comm"] = per_step.get("comm", np.zeros_like(waited)) + waited
+        per_step["backward"] = per_step["backward"] - waited
+        return {name: values for name, values in per_step.items() if np.nansum(values) > 0}
+
+    def work_ns(self, joined: int) -> Floats:
+        """Return each rank's own work per step, rank x bin: its step without waiting for others; NaN where it has none.
+
+        In data-parallel training all ranks' steps are equally long, because everybody waits for the slowest; the
+        work is what tells them apart.
+        """
+        kept = self._by_rank
+        work = kept["total"] - kept["comm"] - kept["backward"] * (1 - self._own_share())
+        return _ratio(self._joined(work.T, joined).T, self._joined(kept["count"].T, joined).T)
+
+    def _own_share(self) -> Floats:
+        """Return which share of backward was own work, rank x bin; of the whole run where a bin was not measured."""
+        backward, own = self._by_rank["backward_measured"], self._by_rank["own_measured"]
+        overall = _ratio(own.sum(axis=1), backward.sum(axis=1))[:, None]
+        share = np.where(backward > 0, _ratio(own, backward), np.where(np.isnan(overall), 1.0, overall))
+        return np.clip(share, 0.0, 1.0)
+
+    def _joined(self, values: NDArray[Any], joined: int, by: np.ufunc = np.add) -> Floats:
+        used = self.used
+        found: Floats = by.reduceat(values[:used], np.arange(0, used, joined), axis=0) if used else values[:0]
+        return found
+
+    def _join(self) -> None:
+        """Make each bin twice as wide."""
+        self.width *= 2
+        self._histogram = _halved(self._histogram, 0)
+        self._least = _halved(self._least, np.inf, np.minimum)
+        self._most = _halved(self._most, 0, np.maximum)
+        self._times = {name: _halved(values, 0) for name, values in self._times.items()}
+        self._by_rank = {name: _halved(values.T, 0).T.copy() for name, values in self._by_rank.items()}
+
+    def _bins_of(self, steps: Ints) -> Ints:
+        return (steps - self.first) // self.width
+
+    def _take_totals(self, new: Window) -> None:
+        bins = self._bins_of(new.steps)
+        total = np.maximum(new.total.astype(np.float64), 1.0)
+        levels = np.clip(np.log(total / _LEAST_NS) / _RATIO, 0, _LEVELS - 1).astype(np.int64)
+        np.add.at(self._histogram, (np.broadcast_to(bins, levels.shape), levels), 1)
+        np.minimum.at(self._least, bins, total.min(axis=0))
+        np.maximum.at(self._most, bins, total.max(axis=0))
+
+    def _take_ranks(self, new: Window) -> None:
+        rows = self._rows_of(new.ranks)
+        measured = ~np.isnan(new.backward_own)
+        backward = new.times["backward"]
+        values = {
+            "total": new.total,
+            "comm": new.times["comm"],
+            "backward": backward,
+            "backward_measured": np.where(measured, backward, 0),
+            "own_measured": np.where(measured, np.minimum(new.backward_own, backward), 0),
+            "count": np.ones_like(new.total),
+        }
+        bins, starts = np.unique(self._bins_of(new.steps), return_index=True)
+        for name, each in values.items():
+            self._by_rank[name][np.ix_(rows, bins)] += np.add.reduceat(each, starts, axis=1)
+
+    def _take_times(self, new: Window) -> None:
+        bins = self._bins_of(new.steps)
+        for name, values in _parts(new).items():
+            kept = self._times.setdefault(name, np.zeros(self.bins))
+            np.add.at(kept, bins, values.sum(axis=0, dtype=np.float64))
+
+    def _rows_of(self, ranks: Ints) -> Ints:
+        if missing := sorted(set(ranks.tolist()) - set(self.ranks.tolist())):
+            self.ranks = np.concatenate([self.ranks, np.array(missing, np.int64)])
+            room = np.zeros((len(missing), self.bins), np.float32)
+            self._by_rank = {name: np.concatenate([values, room]) for name, values in self._by_rank.items()}
+
+        order = np.argsort(self.ranks)
+        return order[np.searchsorted(self.ranks, ranks, sorter=order)]
+
+
+def _parts(window: Window) -> Mapping[str, Floats]:
+    """Return the parts of steps by name, the user's own phases under theirs."""
+    parts = {name: values for name, values in window.times.items() if name != "user"}
+    named = sum(window.user.values()) if window.user else 0
+    parts["other"] = parts["other"] + np.maximum(window.times["user"] - named, 0)
+    for name, values in window.user.items():
+        parts[name] = parts[name] + values if name in parts else values
+
+    return parts
+
+
+def _halved(values: NDArray[Any], empty: float, by: np.ufunc = np.add) -> NDArray[Any]:
+    joined = by(values[::2], values[1::2])
+    rest = np.full_like(joined, empty)
+    return np.concatenate([joined, rest])
+
+
+def _ratio(above: Floats, below: Floats) -> Floats:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(below > 0, above / below, np.nan)

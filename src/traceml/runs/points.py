@@ -1,0 +1,125 @@
+"""What was logged over steps, at most a few hundred points per name: each the mean of its values and their extremes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.reader import Frame, StoreReader
+from traceml.database.schema import METRICS, NAMES
+
+__all__ = ["MetricLine", "MetricLines"]
+
+# A name has at most twice as many points between two reads.
+_MAX_POINTS = 400
+# Lines are for people: past so many names they are in the store and in the report's table alone.
+_MAX_NAMES = 500
+_FRAMES = 256
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricLine:
+    """One metric over steps; where values were joined, their mean, least and greatest. NaN stands for a gap.
+
+    Attributes:
+        name: what it was logged under, with `/rank_r` for ranks above 0.
+        steps: the step of each point, ascending.
+        values: means of the finite values, least and most: their extremes.
+        missing: how many values were no finite numbers.
+    """
+
+    name: str
+    steps: Floats
+    values: Floats
+    least: Floats
+    most: Floats
+    missing: int
+
+
+class MetricLines:
+    """Follows the logged values of a run by cursor; all attempts and ranks."""
+
+    def __init__(self) -> None:
+        self._after = 0
+        self._names: dict[tuple[int, int], str] = {}
+        self._ranks: dict[int, int] = {}
+        self._points: dict[str, NDArray[np.float64]] = {}
+        self.hidden: set[str] = set()
+        """Names beyond those that are kept."""
+
+    def update(self, reader: StoreReader) -> None:
+        """Take in what came since the last call."""
+        if METRICS.name not in reader.tables:
+            return  # written before values were
+
+        while frames := reader.frames_of((NAMES.name, METRICS.name), self._after, _FRAMES):
+            self._after = frames[-1].id
+            new: dict[str, list[NDArray[np.float64]]] = {}
+            for frame in frames:
+                self._take(reader, frame, new)
+
+            for name, parts in new.items():
+                self._add(name, np.concatenate(parts))
+
+    def lines(self) -> list[MetricLine]:
+        """Return the lines by name."""
+        return [_line(name, points) for name, points in sorted(self._points.items())]
+
+    def _take(self, reader: StoreReader, frame: Frame, new: dict[str, list[NDArray[np.float64]]]) -> None:
+        if frame.table == NAMES.name:
+            self._names.update(((frame.stream, row["id"]), row["name"]) for row in frame.maps())
+            return
+
+        if frame.stream not in self._ranks:
+            self._ranks = {record.id: record.rank for record in reader.streams()}
+
+        rank, rows = self._ranks[frame.stream], np.frombuffer(frame.data, METRICS.dtype)
+        for number in np.unique(rows["name_id"]).tolist():
+            name = self._names.get((frame.stream, number), f"(name {number})")
+            of_name = rows[rows["name_id"] == number]
+            new.setdefault(name if rank == 0 else f"{name}/rank_{rank}", []).append(_points(of_name))
+
+    def _add(self, name: str, points: NDArray[np.float64]) -> None:
+        if name not in self._points and len(self._points) >= _MAX_NAMES:
+            self.hidden.add(name)
+            return
+
+        kept = np.concatenate([self._points[name], points]) if name in self._points else points
+        kept = kept[np.argsort(kept[:, 0], kind="stable")]  # a later attempt counts from an earlier step again
+        while len(kept) > _MAX_POINTS:
+            kept = _joined(kept)
+
+        self._points[name] = kept
+
+
+def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
+    """Return step, sum, count, least, greatest and number of non-finite values of each row."""
+    values, finite = rows["value"], np.isfinite(rows["value"])
+    points = np.empty((len(rows), 6))
+    points[:, 0], points[:, 1], points[:, 2] = rows["step"], np.where(finite, values, 0), finite
+    points[:, 3], points[:, 4] = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
+    points[:, 5] = ~finite
+    return points
+
+
+def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Join neighbours, two by two."""
+    starts = np.arange(0, len(points), 2)
+    joined = np.add.reduceat(points, starts)
+    joined[:, 0] = points[starts, 0]
+    joined[:, 3], joined[:, 4] = (
+        np.minimum.reduceat(points[:, 3], starts),
+        np.maximum.reduceat(points[:, 4], starts),
+    )
+    return joined
+
+
+def _line(name: str, points: NDArray[np.float64]) -> MetricLine:
+    some = points[:, 2] > 0
+    mean = np.divide(points[:, 1], points[:, 2], out=np.full(len(points), np.nan), where=some)
+    least, most = (np.where(some, points[:, column], np.nan) for column in (3, 4))
+    return MetricLine(name, points[:, 0], mean, least, most, int(points[:, 5].sum()))

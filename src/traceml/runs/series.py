@@ -1,0 +1,293 @@
+"""A run over its steps and over time, small enough to be drawn: what the charts of page, report and notebook show.
+
+The same numbers for a run that goes on and for one that has ended: both come from a digest of the store.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.reader import StoreReader
+from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY
+from traceml.database.store_file import STORE_NAME
+from traceml.runs.bins import StepBins
+from traceml.runs.digest import Digest
+from traceml.runs.points import MetricLine, MetricLines
+from traceml.runs.report import digest_of
+
+__all__ = ["HeatMap", "Line", "RunSeries", "SeriesFollower", "StepSeries", "read_series"]
+
+Floats = NDArray[Any]
+Ints = NDArray[np.int64]
+
+_MS = 1e6
+_MAX_SHOWN = 128
+_WANTED_PER_BIN = 16
+_LEAST_SHOWN = 32
+_HEAT_ROWS = 128
+_SAMPLES = 240
+# Device times arrive some steps after their step; what is taken once is not taken again.
+_DEVICE_LAG = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeries:
+    """Step times and their parts over the run, one value per bin of steps; NaN where a bin is empty.
+
+    Attributes:
+        steps: first step of each bin, width: steps per bin.
+        p50_ms, p95_ms, p99_ms, max_ms: of the step times of all ranks in the bin; percentiles to one percent.
+        phases_ms: mean of each phase per rank and step; together they are the mean step.
+    """
+
+    steps: Ints
+    width: int
+    p50_ms: Floats
+    p95_ms: Floats
+    p99_ms: Floats
+    max_ms: Floats
+    phases_ms: dict[str, Floats]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """Each rank's own work over the run, rank x bin of steps; of very many ranks, the slowest of each group.
+
+    Attributes:
+        ranks: first and last rank of each row.
+        steps: first step of each bin, width: steps per bin.
+        work_ms: own work per step; NaN where a rank has none.
+        excess: how much of a step a rank's work is above the median rank's, as a share of the mean step.
+    """
+
+    ranks: tuple[tuple[int, int], ...]
+    steps: Ints
+    width: int
+    work_ms: Floats
+    excess: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Sampled values over time.
+
+    Attributes:
+        label: whose: `rank 3`, a host, a device.
+        seconds: since the run's start, ascending.
+        values: in the unit that the owner says; peaks are kept where samples were joined.
+    """
+
+    label: str
+    seconds: Floats
+    values: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class RunSeries:
+    """All that is drawn of a run.
+
+    Attributes:
+        memory: resident bytes by rank, device_memory: torch's allocated bytes by rank.
+        cpu, host_memory: percent by host; gpu, gpu_memory: percent by device.
+        metrics: what was logged, hidden_metrics: how many names more there are.
+        attempt: which attempt the steps are of.
+    """
+
+    steps: StepSeries
+    heat: HeatMap
+    memory: tuple[Line, ...] = ()
+    device_memory: tuple[Line, ...] = ()
+    cpu: tuple[Line, ...] = ()
+    host_memory: tuple[Line, ...] = ()
+    gpu: tuple[Line, ...] = ()
+    gpu_memory: tuple[Line, ...] = ()
+    metrics: tuple[MetricLine, ...] = ()
+    hidden_metrics: int = 0
+    attempt: int = 0
+
+
+@dataclass(slots=True)
+class SeriesFollower:
+    """Makes the series of a run that a digest follows; bounded in memory, cheap to bring up to date.
+
+    Call `take` after each update of the digest, from its beginning or after a `backfill`, and `series` when they are
+    to be drawn.
+    """
+
+    _bins: StepBins = field(default_factory=StepBins)
+    _lines: MetricLines = field(default_factory=MetricLines)
+    _attempt: int = -1
+
+    def backfill(self, run_dir: Path) -> None:
+        """Take in what was stored before the digest that is followed began; bounded as a report is.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+            self.take(digest_of(reader), reader)
+
+    def take(self, digest: Digest, reader: StoreReader) -> None:
+        """Take in what is new in a digest.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if digest.attempt != self._attempt:
+            self._attempt = digest.attempt
+            self._bins = StepBins(len(digest.ranks))
+
+        self._lines.update(reader)
+        latest = digest.window.latest
+        new = int(latest.max()) - self._bins.latest if latest.size else 0
+        if new <= 0:
+            return
+
+        window = digest.window.aligned(last=new, skip_first=0)
+        if window.device and digest.state == "running":
+            window = window.select(slice(None, -_DEVICE_LAG))
+
+        self._bins.take(window)
+
+    def series(self, digest: Digest) -> RunSeries:
+        """Return the series as far as they go.
+
+        Args:
+            digest: the one that was taken.
+        """
+        joined = _joined_bins(self._bins)
+        steps = _steps(self._bins, joined)
+        return RunSeries(
+            steps,
+            _heat(self._bins, joined, steps),
+            memory=_of_ranks(digest, PROCESS.name, "rss_bytes"),
+            device_memory=_of_ranks(digest, TORCH_MEMORY.name, "allocated_bytes"),
+            cpu=_of_hosts(digest, "cpu_pct"),
+            host_memory=_of_hosts(digest, "memory_used_bytes", "memory_total_bytes"),
+            gpu=_of_devices(digest, "utilization_pct"),
+            gpu_memory=_of_devices(digest, "memory_used_bytes", "memory_total_bytes"),
+            metrics=tuple(self._lines.lines()),
+            hidden_metrics=len(self._lines.hidden),
+            attempt=max(self._attempt, 0),
+        )
+
+
+def read_series(run_dir: Path) -> RunSeries:
+    """Return the series of a run on disk, ended or still going on.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        digest = digest_of(reader)
+        follower = SeriesFollower()
+        follower.take(digest, reader)
+        return follower.series(digest)
+
+
+def _joined_bins(bins: StepBins) -> int:
+    """Return how many bins are shown as one: few enough to be seen, each with enough steps for its percentiles."""
+    joined = 1
+    while bins.used // joined > _MAX_SHOWN:
+        joined *= 2
+
+    each = max(len(bins.ranks), 1) * bins.width
+    while joined * each < _WANTED_PER_BIN and bins.used // (2 * joined) >= _LEAST_SHOWN:
+        joined *= 2
+
+    return joined
+
+
+def _steps(bins: StepBins, joined: int) -> StepSeries:
+    p50, p95, p99 = (values / _MS for values in bins.percentiles_ns((0.5, 0.95, 0.99), joined))
+    phases = {name: values / _MS for name, values in bins.phases_ns(joined).items()}
+    return StepSeries(
+        bins.steps(joined), bins.width * joined, p50, p95, p99, bins.longest_ns(joined) / _MS, phases
+    )  # fmt: skip
+
+
+def _heat(bins: StepBins, joined: int, steps: StepSeries) -> HeatMap:
+    order = np.argsort(bins.ranks)
+    ranks, work = bins.ranks[order], bins.work_ns(joined)[order] / _MS
+    if not len(ranks):
+        return HeatMap((), steps.steps, steps.width, np.empty((0, 0)), np.empty((0, 0)))
+
+    each = -(-len(ranks) // _HEAT_ROWS)
+    starts = np.arange(0, len(ranks), each)
+    whole = sum(steps.phases_ms.values(), np.zeros(len(steps)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        excess = (work - _median(work)) / np.where(whole > 0, whole, np.nan)
+
+    ends = [*(starts[1:] - 1).tolist(), len(ranks) - 1]
+    groups = tuple((int(ranks[start]), int(ranks[end])) for start, end in zip(starts.tolist(), ends, strict=True))
+    slowest = [np.fmax.reduceat(values, starts, axis=0) for values in (work, excess)]
+    return HeatMap(groups, steps.steps, steps.width, *slowest)
+
+
+def _median(work: Floats) -> Floats:
+    """Return the median over ranks by bin, the lower of two: of two ranks the faster one is the measure."""
+    ordered = np.sort(work, axis=0)  # NaN last
+    there = (~np.isnan(work)).sum(axis=0)
+    lower = np.maximum(there - 1, 0) // 2
+    median: Floats = np.take_along_axis(ordered, lower[None, :], axis=0)[0]
+    return median
+
+
+def _of_ranks(digest: Digest, table: str, column: str) -> tuple[Line, ...]:
+    lines = []
+    for rank in digest.samples.ranks(table):
+        rows = digest.samples.of(table, rank)
+        if rows is not None and len(rows) and rank in digest.ranks:
+            lines.append(_line(digest, rank, f"rank {rank}", rows["t_ns"], rows[column]))
+
+    return tuple(lines)
+
+
+def _of_hosts(digest: Digest, column: str, of: str | None = None) -> tuple[Line, ...]:
+    lines: dict[str, Line] = {}
+    for rank in digest.samples.ranks(HOST.name):
+        rows = digest.samples.of(HOST.name, rank)
+        if rows is not None and len(rows) and rank in digest.ranks:
+            host = digest.ranks[rank].host
+            lines.setdefault(host, _line(digest, rank, host, rows["t_ns"], _percent(rows, column, of)))
+
+    return tuple(lines.values())
+
+
+def _of_devices(digest: Digest, column: str, of: str | None = None) -> tuple[Line, ...]:
+    lines: dict[str, Line] = {}
+    for rank in digest.samples.ranks(GPU.name):
+        rows = digest.samples.of(GPU.name, rank)
+        if rows is None or rank not in digest.ranks:
+            continue
+
+        for index in np.unique(rows["index"]).tolist():
+            mine = rows[rows["index"] == index]
+            label = f"{digest.ranks[rank].host} gpu {index}"
+            lines.setdefault(label, _line(digest, rank, label, mine["t_ns"], _percent(mine, column, of)))
+
+    return tuple(lines.values())
+
+
+def _percent(rows: NDArray[np.void], column: str, of: str | None) -> Floats:
+    return rows[column] if of is None else 100 * rows[column] / np.maximum(rows[of], 1)
+
+
+def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> Line:
+    mono_ns, epoch_ns = digest.ranks[rank].facts.get("clock") or (0, 0)
+    started_ns = float(digest.run.get("started") or 0) * 1e9
+    # Without the rank's clock its own first sample is the beginning.
+    start_ns = started_ns - (int(epoch_ns) - int(mono_ns)) if mono_ns and started_ns else float(t_ns[0])
+    each = -(-len(t_ns) // _SAMPLES)
+    starts = np.arange(0, len(t_ns), each)
+    peaks = np.maximum.reduceat(np.asarray(values, np.float64), starts)
+    return Line(label, (t_ns[starts] - start_ns) / 1e9, peaks)
