@@ -1,0 +1,80 @@
+"""A finding's evidence as people read it: labels in words, numbers with their units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from traceml.renderers.numbers import bytes_text, count_text, ms_text, percent_text
+from traceml.renderers.words import phase_label
+
+__all__ = ["evidence_items"]
+
+_LONGEST = 8  # entries of one map; the report has them all
+_SHARES = ("share", "dominance", "fraction")
+
+
+def evidence_items(evidence: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (label, value) of the numbers that a finding rests on.
+
+    Args:
+        evidence: as it stands in the report; units are in the names.
+    """
+    return [item for name, value in evidence.items() for item in _items(str(name), value)]
+
+
+def _items(name: str, value: Any) -> Iterator[tuple[str, str]]:
+    if value is None:
+        return
+
+    if not isinstance(value, Mapping):
+        yield _label(name), _text(name, value)
+        return
+
+    for key, each in list(value.items())[:_LONGEST]:
+        if each is not None and not isinstance(each, Mapping):
+            yield f"{_label(name)}: {_whose(str(key))}", _text(name, each)
+
+
+def _label(name: str) -> str:
+    words = name.split("_")
+    for unit in ("ms", "us", "s", "bytes", "pct", "ns"):
+        if unit in words[1:]:
+            words.remove(unit)
+
+    return " ".join(words)
+
+
+def _whose(key: str) -> str:
+    return f"rank {key}" if key.isdigit() else phase_label(key)
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+
+    if isinstance(value, Sequence):
+        return ", ".join(_text(name, each) for each in value[:_LONGEST]) + (", ..." if len(value) > _LONGEST else "")
+
+    return _number(name, value)
+
+
+def _number(name: str, value: float) -> str:
+    words = name.split("_")
+    if "ms" in words:
+        return ms_text(value)
+
+    if "bytes" in words:
+        return bytes_text(round(value))
+
+    if "pct" in words:
+        return percent_text(value / 100)
+
+    if any(share in words for share in _SHARES):
+        return percent_text(value)
+
+    unit = " s" if "s" in words[1:] else ""
+    return (count_text(int(value)) if float(value).is_integer() else f"{value:,.4g}") + unit

@@ -1,0 +1,49 @@
+"""Evidence reads as words and numbers with units."""
+
+from __future__ import annotations
+
+from traceml.renderers.evidence import evidence_items
+
+
+def test_numbers_get_their_units() -> None:
+    evidence = {
+        "step_ms": 30.254,
+        "dominance": 0.955,
+        "steps": 1590,
+        "rss_bytes": 2**30,
+        "waited_s": 12.5,
+        "cpu_pct": 40,
+    }
+
+    assert evidence_items(evidence) == [
+        ("step", "30.3 ms"),
+        ("dominance", "96 %"),
+        ("steps", "1,590"),
+        ("rss", "1.00 GiB"),
+        ("waited", "12.5 s"),
+        ("cpu", "40 %"),
+    ]
+
+
+def test_maps_tell_whose_number_it_is() -> None:
+    """Keys are ranks or phases; what is a map once more is left to the report."""
+    evidence = {
+        "excess_ms_by_phase": {"forward": 15.1, "input_wait": 0.7},
+        "hosts": {"2": "vm"},
+        "deep": {"a": {"b": 1}},
+    }
+
+    assert evidence_items(evidence) == [
+        ("excess by phase: forward", "15.1 ms"),
+        ("excess by phase: input", "700 us"),
+        ("hosts: rank 2", "vm"),
+    ]
+
+
+def test_lists_and_long_maps_are_cut() -> None:
+    assert evidence_items({"ranks": list(range(20)), "note": "late", "seen": True, "nothing": None}) == [
+        ("ranks", "0, 1, 2, 3, 4, 5, 6, 7, ..."),
+        ("note", "late"),
+        ("seen", "yes"),
+    ]
+    assert len(evidence_items({"ms_by_rank": {str(rank): 1.0 for rank in range(100)}})) == 8
