@@ -15,6 +15,8 @@ TraceMLError
 ├── SlurmError                    (RuntimeError)   Slurm was asked for, and there is no allocation that can be read
 ├── ResultNotFoundError           (IndexError, KeyError) a launch has no such rank, host or local rank
 ├── RemoteTracebackError                           the cause of an exception that came from a worker: its traceback
+├── TraceNotFoundError            (LookupError)    no trace file where the user pointed
+├── TraceEmptyError               (ValueError)     a trace in which no event can be read
 ├── PluginError                   (LookupError)    a plugin is not there, is broken, or is configured wrongly
 └── BackendError                  (RuntimeError)   a tracker did not take what it was given
     ├── BackendUnauthorizedError  (PermissionError) it does not accept our credentials (401, 403)
@@ -47,7 +49,9 @@ __all__ = [
     "SettingsError",
     "SlurmError",
     "StoreError",
+    "TraceEmptyError",
     "TraceMLError",
+    "TraceNotFoundError",
     "UsageError",
     "WorkerFailedError",
 ]
@@ -112,6 +116,14 @@ class StoreError(TraceMLError, OSError):
 
 class UsageError(TraceMLError, ValueError):
     """A command or a function was called wrongly; the text is one line and a hint."""
+
+
+class TraceNotFoundError(TraceMLError, LookupError):
+    """There is no trace file where the user pointed."""
+
+
+class TraceEmptyError(TraceMLError, ValueError):
+    """Files were read as traces, and there is not one event in them."""
 
 
 class WorkerFailedError(TraceMLError, RuntimeError):

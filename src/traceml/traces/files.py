@@ -1,0 +1,97 @@
+"""Finding traces: files, folders and patterns; and telling whether a file is still the one that was read."""
+
+from __future__ import annotations
+
+import glob
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from traceml.errors import TraceNotFoundError
+
+__all__ = ["GZIP_MAGIC", "Identity", "discover", "identity", "looks_like_a_trace"]
+
+GZIP_MAGIC = b"\x1f\x8b"
+_SUFFIXES = (".pfw", ".pfw.gz")  # these are traces also where nothing in them can be read
+_SNIFFED_BYTES = 64 * 1024  # of a file in a folder: torch.profiler writes its device properties before the events
+
+Identity = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in nanoseconds
+
+
+def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Find the trace files that are meant.
+
+    Args:
+        paths: a file (taken as it is), a folder (all traces in and under it, told by their content), a pattern with
+            `*`, `?` or `[`, or several of these.
+
+    Returns:
+        The files, each once: in the order that they were named in, those of one folder or pattern sorted.
+
+    Raises:
+        TraceNotFoundError: a path leads to no trace.
+    """
+    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if not named:
+        raise TraceNotFoundError("no trace was named: give a file, a folder or a pattern")
+
+    found: dict[Path, Path] = {}
+    for path in named:
+        for file in _under(Path(path)):
+            found.setdefault(file.resolve(), file)
+
+    return list(found.values())
+
+
+def identity(path: Path) -> Identity:
+    """Return what changes when a file is written to or replaced."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def looks_like_a_trace(path: Path) -> bool:
+    """Tell by name and first bytes whether a file in a folder is a trace."""
+    if path.name.endswith(_SUFFIXES):
+        return True
+
+    try:
+        with path.open("rb") as file:
+            start = file.read(4096)
+            if start.startswith(GZIP_MAGIC):
+                start = zlib.decompressobj(31).decompress(start + file.read(_SNIFFED_BYTES), _SNIFFED_BYTES)
+            elif _may_be_json(start):
+                start += file.read(_SNIFFED_BYTES)
+    except (OSError, zlib.error):
+        return False
+
+    return _may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
+
+
+def _under(path: Path) -> list[Path]:
+    if path.is_dir():
+        files = sorted(file for file in _walk(path) if looks_like_a_trace(file))
+        looked = "a folder in which no file is a trace (.pfw, .pfw.gz, Chrome JSON, torch.profiler's JSON)"
+    elif path.exists():
+        return [path]
+    elif any(mark in str(path) for mark in "*?["):
+        hits = [Path(hit) for hit in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 - absolute ones too
+        files = [file for hit in hits for file in (_under(hit) if hit.is_file() else [])]
+        looked = "a pattern that matches no file"
+    else:
+        raise TraceNotFoundError(f"{path}: there is no such file or folder")
+
+    if not files:
+        raise TraceNotFoundError(f"{path}: {looked}")
+
+    return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (file for name in names if (file := Path(parent, name)).is_file() and not name.startswith("."))
+
+
+def _may_be_json(start: bytes) -> bool:
+    return start.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
