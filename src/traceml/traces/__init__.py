@@ -7,11 +7,12 @@ from typing import Any
 
 # Names that users take from here, and the modules that they live in.
 _HOMES = {
+    "Writer": "traceml.traces.writer",
     "discover": "traceml.traces.files",
     "read": "traceml.traces.reading",
 }
 
-__all__ = ["discover", "read"]
+__all__ = ["Writer", "discover", "read"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,265 @@
+"""Writing a trace from a program."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from traceml import traces
+from traceml.errors import UsageError
+
+
+def events_of(path):
+    """Return all events of a file by the means that any reader has: gzip and json."""
+    data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
+    if ".json" in path.name:
+        return json.loads(data)
+
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def spans_of(path):
+    return [event for event in events_of(path) if event["ph"] == "X"]
+
+
+SUFFIXES = ["pfw", "pfw.gz", "json", "json.gz"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_events_are_written(tmp_path, suffix):
+    """Every form holds the same events, and its JSON is valid."""
+    path = tmp_path / f"trace.{suffix}"
+    before_us = time.time_ns() // 1000
+    with traces.Writer(path, process_name="me") as trace:
+        with trace.span("outer", cat="a", size=3), trace.span("inner"):
+            time.sleep(0.002)
+        trace.instant("hit", scope="p", why="x")
+        trace.counter("loss", 0.5)
+        trace.counter("memory", used=1, free=2)
+        trace.thread_name("the one")
+
+    named, _, inner, outer, hit, loss, memory, renamed = events_of(path)
+    assert (named["ph"], named["name"], named["args"]["name"]) == ("M", "process_name", "me")
+    assert (outer["name"], outer["cat"], outer["args"], outer["ph"]) == ("outer", "a", {"size": 3}, "X")
+    assert outer["pid"] == os.getpid()
+    assert outer["tid"] == threading.get_native_id()
+    assert before_us <= outer["ts"] <= inner["ts"] <= time.time_ns() // 1000
+    assert outer["ts"] + outer["dur"] >= inner["ts"] + inner["dur"] >= inner["ts"] + 2000
+    assert (hit["ph"], hit["s"], hit["args"]) == ("i", "p", {"why": "x"})
+    assert (loss["args"], memory["args"]) == ({"value": 0.5}, {"used": 1, "free": 2})
+    assert renamed["args"]["name"] == "the one"
+
+
+def test_spans_nest_and_adjoin(tmp_path):
+    """Whole microseconds are rounded so that no span leaves the one around it."""
+    path = tmp_path / "trace.pfw"
+    with traces.Writer(path) as trace:
+        for _ in range(200):
+            with trace.span("outer"), trace.span("inner"):
+                pass
+
+    spans = spans_of(path)
+    for inner, outer in zip(spans[::2], spans[1::2], strict=True):
+        assert outer["ts"] <= inner["ts"]
+        assert inner["ts"] + inner["dur"] <= outer["ts"] + outer["dur"]
+
+
+def test_decorator(tmp_path):
+    """A decorated function is a span by its own name or a given one, and stays what it is."""
+    path = tmp_path / "trace.pfw"
+    with traces.Writer(path) as trace:
+
+        @trace.trace()
+        def load(a, b=1):
+            """Load."""
+            return a + b
+
+        @trace.trace("other", cat="c")
+        def fail():
+            raise ValueError("x")
+
+        assert load(1, b=2) == 3
+        assert load.__doc__ == "Load."
+        with pytest.raises(ValueError, match="x"):
+            fail()
+
+    first, second = spans_of(path)
+    assert first["name"].endswith("load")
+    assert (second["name"], second["cat"], second["args"]) == ("other", "c", {"error": "ValueError"})
+
+
+def test_arguments_known_at_the_end(tmp_path):
+    path = tmp_path / "trace.pfw"
+    with traces.Writer(path) as trace, trace.span("read", path="a") as span:
+        span.note(bytes=10)
+
+    assert spans_of(path)[0]["args"] == {"path": "a", "bytes": 10}
+
+
+def test_arrows_bind_to_the_spans_around_them(tmp_path):
+    """Both ends of an arrow lie in their spans, and the end says that it means the span around it."""
+    path = tmp_path / "trace.json"
+    with traces.Writer(path) as trace:
+        with trace.span("send"):
+            trace.flow_start("message", 7)
+        with trace.span("receive"):
+            trace.flow_end("message", 7)
+
+    start, end = (event for event in events_of(path) if event["ph"] in "sf")
+    assert (start["ph"], start["id"], start["name"]) == ("s", 7, "message")
+    assert (end["ph"], end["id"], end["bp"]) == ("f", 7, "e")
+
+
+def test_all_threads_may_write(tmp_path):
+    """Nothing is lost or torn between threads, and each has its name."""
+    path = tmp_path / "trace.pfw.gz"
+    with traces.Writer(path) as trace:
+
+        def work(name):
+            for number in range(5_000):
+                with trace.span(name, number=number):
+                    pass
+
+        workers = [threading.Thread(target=work, args=(f"w{n}",), name=f"worker {n}") for n in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+
+    events = events_of(path)
+    assert Counter(event["name"] for event in events if event["ph"] == "X") == {f"w{n}": 5_000 for n in range(4)}
+    named = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert named == {f"worker {n}" for n in range(4)}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_forked_children_go_on_by_themselves(tmp_path, suffix):
+    """A child's events are in the file (a .json.gz has one per process), and no event of the parent is doubled."""
+    path = tmp_path / f"trace.{suffix}"
+    trace = traces.Writer(path)
+    with trace.span("parent"):
+        pass
+
+    context = multiprocessing.get_context("fork")
+
+    def work():
+        for _ in range(300):
+            with trace.span("child"):
+                pass
+
+    children = [context.Process(target=work) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+
+    trace.close()
+    files = list(tmp_path.iterdir())
+    spans = [span for file in files for span in spans_of(file)]
+    assert len(files) == (4 if suffix == "json.gz" else 1)
+    assert Counter(span["name"] for span in spans) == {"parent": 1, "child": 900}
+    assert len({span["pid"] for span in spans}) == 4
+    assert [child.exitcode for child in children] == [0, 0, 0]
+
+
+def test_fork_while_threads_write(tmp_path):
+    """A fork in the middle of writing neither hangs nor damages anything."""
+    path = tmp_path / "trace.pfw.gz"
+    trace = traces.Writer(path)
+    stop = threading.Event()
+
+    def work():
+        while not stop.is_set():
+            with trace.span("busy"):
+                pass
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    for _ in range(10):
+        pid = os.fork()
+        if pid == 0:
+            trace.instant("child")
+            trace.close()
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+
+    stop.set()
+    worker.join()
+    trace.close()
+
+    assert Counter(event["name"] for event in events_of(path))["child"] == 10
+
+
+def test_processes_share_a_file(tmp_path):
+    """Processes that know nothing of each other append to one file; every event of each is there."""
+    path = tmp_path / "shared.json"
+    code = (
+        "import sys; from traceml import traces\n"
+        "with traces.Writer(sys.argv[1], append=True) as t:\n"
+        "    for i in range(20_000):\n"
+        "        with t.span(sys.argv[2]): pass\n"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", code, str(path), name]) for name in ("a", "b")]
+    assert [process.wait(60) for process in started] == [0, 0]
+
+    assert Counter(span["name"] for span in spans_of(path)) == {"a": 20_000, "b": 20_000}
+
+
+def test_exit_without_close_keeps_everything(tmp_path):
+    """A program that ends with its writer open has all its events in the file."""
+    path = tmp_path / "trace.pfw.gz"
+    code = f"from traceml import traces\nt = traces.Writer({str(path)!r})\nfor i in range(1000): t.instant('x')"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+    assert Counter(event["name"] for event in events_of(path))["x"] == 1000
+
+
+def test_file_is_replaced_or_continued(tmp_path):
+    """A file that is there is replaced, unless it is to be appended to."""
+    path = tmp_path / "trace.json"
+    for append, expected in ((False, 1), (True, 2), (False, 1)):
+        with traces.Writer(path, append=append) as trace, trace.span("x"):
+            pass
+
+        assert len(spans_of(path)) == expected
+
+
+def test_placeholders_in_the_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with traces.Writer(tmp_path / "t-{rank}-{pid}.pfw") as trace:
+        trace.instant("x")
+
+    assert trace.path == tmp_path / f"t-3-{os.getpid()}.pfw"
+    assert events_of(trace.path)[0]["args"]["name"].startswith("rank 3: ")
+
+
+def test_empty_trace_is_valid(tmp_path):
+    for suffix in SUFFIXES:
+        traces.Writer(tmp_path / f"trace.{suffix}").close()
+
+        assert events_of(tmp_path / f"trace.{suffix}") == []
+
+
+def test_unknown_suffix_says_which_there_are(tmp_path):
+    with pytest.raises(UsageError, match=r"\.pfw\.gz"):
+        traces.Writer(tmp_path / "trace.txt")
+
+
+def test_events_of_other_times_and_processes(tmp_path):
+    """What happened elsewhere can be written to the nanosecond, counted from an origin."""
+    path = tmp_path / "trace.json"
+    with traces.Writer(path, origin_ns=10**18) as trace:
+        trace.write_name("process_name", "rank 0", pid=1, tid=11)
+        trace.write_span("step", 10**18 + 1_500, 10**18 + 4_001, pid=1, tid=11, cat="step", args={"step": 0})
+
+    _, span = events_of(path)
+    assert (span["ts"], span["dur"], span["pid"], span["tid"]) == (1.5, 2.501, 1, 11)
