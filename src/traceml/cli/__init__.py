@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
     "report": ("traceml.cli.report", "say what limits a run, or did"),
+    "compare": ("traceml.cli.compare", "two runs: what got slower, by how much, and whether that is real"),
     "sync": ("traceml.cli.sync", "deliver to trackers what they have not got yet"),
     "runs": ("traceml.cli.runs", "list the runs on this disk, or remove old ones"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),

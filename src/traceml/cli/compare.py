@@ -1,0 +1,86 @@
+"""`traceml compare A B`: two runs, what got slower, by how much, and whether the difference is real."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from traceml.cli.parsing import parse
+from traceml.cli.report import runs_dir_of
+from traceml.errors import StoreError, UsageError
+from traceml.renderers.compared import change_text, compared_card
+from traceml.renderers.look import Look
+from traceml.runs.compare import compare_runs
+from traceml.runs.find import find_run
+
+__all__ = ["main"]
+
+EXIT_GATE = 1
+EXIT_CANNOT_TELL = 3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Say what got slower from run A to run B, by how much, and whether it is real.
+
+    Slow steps that come in groups do not pass for a change: see docs/report.md.
+    """
+
+    a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
+    """The run to compare with: its folder, its id, or the last four letters of it."""
+    b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
+    """The run in question."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the comparison as JSON and nothing else."""
+    fail_over: Annotated[float | None, tyro.conf.arg(metavar="PCT", help_behavior_hint="")] = None
+    """Exit with 1 when steps of B take more than PCT percent longer and the difference is real."""
+    runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
+    """Where the runs are (default: the setting runs_dir)."""
+
+
+def main(argv: list[str]) -> int:
+    """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that cannot be told."""
+    options = parse(Options, argv, prog="traceml compare")
+    if options.fail_over is not None and not 0 <= options.fail_over < float("inf"):
+        raise UsageError(f"--fail-over takes percent from 0 on, not {options.fail_over}")
+
+    comparison = _compared(*(find_run(run, runs_dir_of(options.runs_dir)) for run in (options.a, options.b)))
+    if options.json:
+        print(json.dumps(comparison, indent=2, allow_nan=False))
+    else:
+        console = Console(highlight=False)
+        console.print(compared_card(comparison, Look.of(console)), soft_wrap=True)
+
+    return 0 if options.fail_over is None else _gate(comparison, options.fail_over)
+
+
+def _compared(a: Path, b: Path) -> dict[str, Any]:
+    if a == b:
+        raise UsageError(f"A and B are the same run, {a.name}")
+
+    try:
+        return compare_runs(a, b)
+    except StoreError as error:
+        raise StoreError(f"cannot compare {a.name} and {b.name}: {error}") from error
+
+
+def _gate(comparison: Mapping[str, Any], percent: float) -> int:
+    if not comparison["comparable"]:
+        why = "; ".join(comparison["obstacles"]) or "there are too few independent steps"
+        print(f"traceml compare: --fail-over cannot be decided: {why}", file=sys.stderr)
+        return EXIT_CANNOT_TELL
+
+    mean = comparison["step_time"]["mean"]
+    if comparison["outcome"] != "slower" or 100 * mean["change"] <= percent:
+        return 0
+
+    change = change_text(mean["change"])
+    print(f"traceml compare: step time {change}, over {percent:g} % and real (--fail-over)", file=sys.stderr)
+    return EXIT_GATE

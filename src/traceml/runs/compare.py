@@ -1,0 +1,261 @@
+"""Two runs side by side: what got slower, by how much, and whether the difference is more than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.reader import StoreReader
+from traceml.database.schema import INFO
+from traceml.database.store_file import STORE_NAME
+from traceml.diagnosis.findings import plain
+from traceml.runs.report import described, digest_of, whole_report
+from traceml.runs.significance import difference
+
+__all__ = ["SCHEMA", "compare_runs"]
+
+SCHEMA = "traceml.compare/1"
+
+_MS = 1e6
+# Below this a change is not worth a word, real or not.
+_WORTH = 0.005
+_MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """One of the two runs: its report, its step times in order, and what is known of its model."""
+
+    report: dict[str, Any]
+    times_ms: NDArray[Any]
+    model: dict[str, Any]
+    batch_size: Any
+    traceml: str
+
+
+def compare_runs(a: Path, b: Path) -> dict[str, Any]:
+    """Return what differs from run A to run B (`traceml.compare/1`, see docs/report.md).
+
+    Args:
+        a: folder of the run that is compared with.
+        b: folder of the run in question.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
+    first, second = _side(Path(a)), _side(Path(b))
+    times = {name: _time(first, second, name) for name in _STATISTICS}
+    obstacles = _obstacles(first, second)
+    outcome = _outcome(times["mean"])
+    return {
+        "schema": SCHEMA,
+        "a": _about(first),
+        "b": _about(second),
+        "outcome": outcome,
+        "comparable": not obstacles and outcome != "unknown",
+        "obstacles": obstacles,
+        "remarks": _differences(first, second),
+        "step_time": plain(times),
+        "phases": plain(_phases(first, second)),
+        "ranks": plain(_ranks(first, second)),
+        "memory": plain(_memory(first, second)),
+        "verdict": _verdicts(first, second),
+    }
+
+
+def _side(run_dir: Path) -> _Side:
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        digest = digest_of(reader)
+        report = whole_report(digest, reader, run_dir)
+        window = described(digest, digest.window.slots)
+        model, batch_size = _facts(reader)
+
+    # All ranks of a step in one number: they wait for each other.
+    times = window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
+    return _Side(report, times, model, batch_size, report["traceml_version"])
+
+
+def _facts(reader: StoreReader) -> tuple[dict[str, Any], Any]:
+    model: dict[str, Any] = {}
+    batch_size = None
+    for _, row in reader.log_rows(INFO.name):
+        if row.get("kind") == "model" and not model:
+            model = {name: row.get(name) for name in _MODEL_FACTS}
+        elif row.get("kind") == "loader" and batch_size is None:
+            batch_size = row.get("batch_size")
+
+    return model, batch_size
+
+
+def _mean(blocks: NDArray[Any]) -> NDArray[Any]:
+    means: NDArray[Any] = blocks.mean(axis=1)
+    return means
+
+
+def _quantile(blocks: NDArray[Any], share: float) -> NDArray[Any]:
+    found: NDArray[Any] = np.quantile(blocks, share, axis=1)
+    return found
+
+
+_STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "mean": _mean,
+    "p50": partial(_quantile, share=0.5),
+    "p95": partial(_quantile, share=0.95),
+    "p99": partial(_quantile, share=0.99),
+}
+
+
+def _time(a: _Side, b: _Side, name: str) -> dict[str, Any]:
+    """Return one statistic of both runs, its change as a share of A's, and how sure that is."""
+    statistic = _STATISTICS[name]
+    values = [float(statistic(side.times_ms[None, :])[0]) if len(side.times_ms) else None for side in (a, b)]
+    found = difference(a.times_ms, b.times_ms, statistic)
+    before = values[0]
+    return {
+        "a_ms": before,
+        "b_ms": values[1],
+        "change": _change(before, values[1]),
+        "low": found.low / before if found.low is not None and before else None,
+        "high": found.high / before if found.high is not None and before else None,
+        "p": found.p,
+        "real": found.real,
+    }
+
+
+def _outcome(mean: dict[str, Any]) -> str:
+    """Return slower, faster, same, or unknown when there are too few steps to tell."""
+    if mean["real"] is None:
+        return "unknown"
+
+    if not mean["real"] or abs(mean["change"]) < _WORTH:
+        return "same"
+
+    return "slower" if mean["change"] > 0 else "faster"
+
+
+def _about(side: _Side) -> dict[str, Any]:
+    run, steps = side.report["run"], side.report["steps"]
+    names = ("id", "name", "state", "started", "duration_s", "world_size", "hosts", "command")
+    return {
+        **{name: run[name] for name in names},
+        "steps": steps["count"],
+        "compared_steps": len(side.times_ms),
+        "per_second": steps["per_second"],
+        "model": side.model,
+        "verdict": side.report["verdict"]["kind"],
+    }
+
+
+def _obstacles(a: _Side, b: _Side) -> list[str]:
+    """Return why the two cannot be measured against each other."""
+    said = []
+    sizes = [side.report["run"]["world_size"] for side in (a, b)]
+    if sizes[0] != sizes[1]:
+        said.append(f"A ran on {sizes[0]} ranks, B on {sizes[1]}: a step is not the same work")
+
+    for name in ("model", "parameters", "dtype", "device"):
+        values = [side.model.get(name) for side in (a, b)]
+        if None not in values and values[0] != values[1]:
+            said.append(f"the models differ: {name} {values[0]} in A, {values[1]} in B")
+
+    for side, which in ((a, "A"), (b, "B")):
+        if not len(side.times_ms):
+            said.append(f"{which} has no complete steps")
+
+    return said
+
+
+def _differences(a: _Side, b: _Side) -> list[str]:
+    """Return what else should be known when the two are compared."""
+    said = []
+    pairs = (
+        ("batch size", a.batch_size, b.batch_size),
+        ("torch.compile", a.model.get("compiled"), b.model.get("compiled")),
+        ("parallelism", a.model.get("parallel"), b.model.get("parallel")),
+        ("hosts", ", ".join(a.report["run"]["hosts"]), ", ".join(b.report["run"]["hosts"])),
+    )
+    said += [f"{what}: {before} in A, {after} in B" for what, before, after in pairs if before != after]
+    for side, which in ((a, "A"), (b, "B")):
+        if side.report["run"]["state"] != "finished":
+            said.append(f"{which} is {side.report['run']['state']}, not finished")
+
+        if side.report["steps"].get("cut"):
+            said.append(f"{which} is long: only its last {len(side.times_ms):,} steps are compared")
+
+    return said
+
+
+def _phases(a: _Side, b: _Side) -> list[dict[str, Any]]:
+    """Return the phases of both, those that changed most first."""
+    means = [{phase["phase"]: phase["mean_ms"] for phase in side.report["phases"]} for side in (a, b)]
+    rows = [
+        {"phase": name, "a_ms": means[0].get(name, 0.0), "b_ms": means[1].get(name, 0.0)}
+        for name in dict.fromkeys([*means[0], *means[1]])
+    ]
+    for row in rows:
+        row["delta_ms"] = row["b_ms"] - row["a_ms"]
+
+    return sorted(rows, key=lambda row: -abs(row["delta_ms"]))
+
+
+def _ranks(a: _Side, b: _Side) -> list[dict[str, Any]]:
+    """Return each rank's own work per step, without its waiting for others, and the phase that changed it most."""
+    before, after = (_work_by_rank(side) for side in (a, b))
+    return [_rank(rank, before.get(rank), after.get(rank)) for rank in sorted({*before, *after})]
+
+
+def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | None) -> dict[str, Any]:
+    works = [None if work is None else sum(work.values()) for work in (before, after)]
+    row = {"rank": rank, "a_work_ms": works[0], "b_work_ms": works[1], "change": _change(*works)}
+    if before is None or after is None:
+        return {**row, "phase": None, "phase_delta_ms": None}
+
+    deltas = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
+    phase = max(deltas, key=lambda name: abs(deltas[name]))
+    return {**row, "phase": phase, "phase_delta_ms": deltas[phase]}
+
+
+def _work_by_rank(side: _Side) -> dict[int, dict[str, float]]:
+    work: dict[int, dict[str, float]] = {}
+    for phase in side.report["phases"]:
+        if phase["phase"] != "comm":
+            for entry in phase["by_rank"]:
+                work.setdefault(entry["rank"], {})[phase["phase"]] = entry["mean_ms"]
+
+    return work
+
+
+def _memory(a: _Side, b: _Side) -> dict[str, Any]:
+    """Return the highest peak over ranks."""
+    found = {}
+    for name in ("rss_peak_bytes", "cuda_peak_bytes"):
+        peaks = [_peak(side, name) for side in (a, b)]
+        found[name] = {"a": peaks[0], "b": peaks[1], "change": _change(peaks[0], peaks[1])}
+
+    return found
+
+
+def _peak(side: _Side, name: str) -> int | None:
+    return max((entry[name] for entry in side.report["memory"]["by_rank"] if entry[name]), default=None)
+
+
+def _verdicts(a: _Side, b: _Side) -> dict[str, Any]:
+    kinds = [[finding["kind"] for finding in side.report["findings"]] for side in (a, b)]
+    return {
+        "a": kinds[0][0],
+        "b": kinds[1][0],
+        "changed": kinds[0][0] != kinds[1][0],
+        "appeared": [kind for kind in dict.fromkeys(kinds[1]) if kind not in kinds[0]],
+        "gone": [kind for kind in dict.fromkeys(kinds[0]) if kind not in kinds[1]],
+    }
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return after / before - 1 if before and after is not None else None
