@@ -24,6 +24,7 @@ def spawn(
     command: Sequence[str],
     *,
     environ: Mapping[str, str],
+    stdin: int | None = None,
     stdout: int | IO[Any] | None = None,
     stderr: int | IO[Any] | None = None,
     pass_fds: Sequence[int] = (),
@@ -35,6 +36,7 @@ def spawn(
     Args:
         command: program and arguments.
         environ: its whole environment.
+        stdin: what it reads; None inherits ours.
         stdout: where its output goes; None inherits ours.
         stderr: where its errors go; None inherits ours.
         pass_fds: descriptors it keeps.
@@ -44,6 +46,7 @@ def spawn(
     return subprocess.Popen(
         command,
         env=dict(environ),
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         pass_fds=tuple(pass_fds),

@@ -21,7 +21,9 @@ from pathlib import Path
 from traceml.clock import boot_id, process_start_ticks
 
 __all__ = [
+    "AGGREGATOR",
     "CLIENT_NONCE_TAG",
+    "PAGE",
     "Published",
     "client_nonce",
     "discover",
@@ -37,6 +39,9 @@ __all__ = [
 # A client never answers a challenge that begins like its own nonces: else a false aggregator could pass the nonce of
 # one connection on to a second connection of the same client, and that one's answer off as its own.
 CLIENT_NONCE_TAG = b"traceml-client-1"
+
+# What has a token of its own: who serves ranks, and who serves browsers.
+AGGREGATOR, PAGE = "aggregator", "page"
 
 # How long the file of an aggregator that was killed stays: who restarts it on its port gets its token back.
 _KEPT_S = 24 * 3600.0
@@ -112,11 +117,11 @@ def runtime_folder() -> Path:
     return folder
 
 
-def publish(host: str, port: int, token: str, *, runs_dir: str = "") -> Path:
-    """Write the 0600 file by which this user's ranks and commands find the aggregator of this process."""
+def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str = AGGREGATOR) -> Path:
+    """Write the 0600 file by which this user's ranks and commands find the aggregator of this process, or its page."""
     pid = os.getpid()
     entry = Published(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
-    path = runtime_folder() / _name(port)
+    path = runtime_folder() / _name(port, kind)
     draft = path.with_name(f"{path.name}.{pid}")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
         json.dump(asdict(entry), file)
@@ -126,15 +131,16 @@ def publish(host: str, port: int, token: str, *, runs_dir: str = "") -> Path:
     return path
 
 
-def discover(port: int, *, even_dead: bool = False) -> Published | None:
+def discover(port: int, *, even_dead: bool = False, kind: str = AGGREGATOR) -> Published | None:
     """Return what this user's aggregator on `port` published, or None when none did.
 
     Args:
         port: the port that it listens on.
         even_dead: also return what an aggregator that has ended left behind.
+        kind: `AGGREGATOR` or `PAGE`.
     """
     for folder in _candidates():
-        entry = _read(folder / _name(port))
+        entry = _read(folder / _name(port, kind))
         if entry is not None and (even_dead or entry.alive):
             return entry
 
@@ -144,15 +150,15 @@ def discover(port: int, *, even_dead: bool = False) -> Published | None:
 def withdraw(port: int) -> None:
     """Remove the file of the aggregator on `port`, if it is this process's."""
     for folder in _candidates():
-        entry = _read(folder / _name(port))
+        entry = _read(folder / _name(port, AGGREGATOR))
         if entry is not None and entry.pid == os.getpid():
             with contextlib.suppress(OSError):
-                (folder / _name(port)).unlink()
+                (folder / _name(port, AGGREGATOR)).unlink()
 
 
 def _sweep(folder: Path) -> None:
     """Remove what killed aggregators left long ago: their ranks, which know the token, have given up by now."""
-    for path in folder.glob("aggregator-*.json*"):
+    for path in (path for kind in (AGGREGATOR, PAGE) for path in folder.glob(f"{kind}-*.json*")):
         with contextlib.suppress(OSError):  # another one sweeps, or it is no file of ours
             if time.time() - path.stat().st_mtime < _KEPT_S:
                 continue
@@ -162,8 +168,8 @@ def _sweep(folder: Path) -> None:
                 path.unlink()
 
 
-def _name(port: int) -> str:
-    return f"aggregator-{port}.json"
+def _name(port: int, kind: str) -> str:
+    return f"{kind}-{port}.json"
 
 
 def _candidates() -> list[Path]:

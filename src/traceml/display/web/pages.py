@@ -1,0 +1,89 @@
+"""The addresses: the list of runs, a run, two runs side by side. Each browser subscribes to what it shows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import TypeVar
+
+from nicegui import Client, ui
+from starlette.requests import Request
+
+from traceml.display.web.feed import Feeds
+from traceml.display.web.followed import RunSource, RunsSource, RunsState, RunState, is_run_id
+from traceml.display.web.frame import add_head, theme_of
+from traceml.display.web.run_page import RunPage
+from traceml.display.web.runs_page import RunsPage
+
+__all__ = ["Pages"]
+
+_LIST_S, _RUN_S = 2.0, 1.0
+# What is read within this time is in the page when it is first painted; the rest follows.
+_FIRST_S = 0.7
+
+T = TypeVar("T")
+
+
+class Pages:
+    """The pages of one folder of runs.
+
+    Args:
+        runs_dir: the folder.
+    """
+
+    def __init__(self, runs_dir: Path) -> None:
+        self._runs_dir = runs_dir
+        self._themes: set[str] = set()
+        self._list: Feeds[RunsState] = Feeds(lambda _: RunsSource(runs_dir), interval_s=_LIST_S)
+        self._runs: Feeds[RunState] = Feeds(self._open_run, interval_s=_RUN_S)
+
+    def register(self) -> None:
+        """Add the addresses to NiceGUI's application."""
+        ui.page("/", title="Runs - traceml")(self._show_list)
+        ui.page("/run/{run_id}")(self._show_run)
+
+    def hurry(self) -> None:
+        """Read everything that is looked at once more, now."""
+        self._runs.hurry()
+        self._list.hurry()
+
+    async def _show_list(self, client: Client) -> None:
+        add_head()
+        page = RunsPage(client, self._runs_dir)
+        await self._follow(client, self._list, "", page.show)
+
+    async def _show_run(self, client: Client, request: Request, run_id: str) -> None:
+        add_head()
+        ui.page_title(f"{run_id} - traceml")
+        theme = theme_of(request.cookies)
+        self._themes.add(theme)
+        page = RunPage(client, run_id, theme)
+        ui.on("traceml_theme", lambda event: self._set_theme(page, event.args))
+        if is_run_id(run_id):
+            await self._follow(client, self._runs, run_id, page.show)
+        else:
+            page.show(RunState(run_id, exists=False))
+
+    def _set_theme(self, page: RunPage, theme: object) -> None:
+        if theme in ("light", "dark"):
+            self._themes.add(str(theme))
+            page.set_theme(str(theme))
+
+    def _open_run(self, key: Hashable) -> RunSource:
+        return RunSource(self._runs_dir / str(key), self._themes)
+
+    async def _follow(self, client: Client, feeds: Feeds[T], key: Hashable, show: Callable[[T], None]) -> None:
+        """Have a browser shown each state until it leaves; return when the first is there, or has taken too long."""
+        first = asyncio.Event()
+
+        def listen(state: T) -> None:
+            show(state)
+            first.set()
+
+        feeds.subscribe(key, listen)
+        client.on_delete(lambda: feeds.unsubscribe(key, listen))
+        try:
+            await asyncio.wait_for(first.wait(), _FIRST_S)
+        except TimeoutError:
+            pass  # the page says that it waits

@@ -1,0 +1,177 @@
+"""The tables of a run's page: ranks, logs, trackers, and what tracing itself stored, lost and cost."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from traceml.database.reader import Event
+from traceml.display.web.followed import LogTail, RunState
+from traceml.display.web.parts import Block, Facts, Table, Words, shown
+from traceml.renderers.numbers import bytes_text, count_text, ms_text, overhead_text
+from traceml.renderers.views import RankRow, RunView, visible_ranks
+from traceml.renderers.words import phase_label
+
+__all__ = ["Delivery", "Logs", "RankTable", "Telemetry"]
+
+_RANKS = 64
+_PHASES = 7
+_SMALL_SHARE = 0.005
+
+
+class RankTable:
+    """One row per rank; of very many, the slowest, those that ended badly, and the fastest."""
+
+    def __init__(self) -> None:
+        with Block("div", "card others"):
+            self._table = Table(_rank_columns([]), "ranks")
+            self._more = Words("p", "", "note")
+
+    def show(self, view: RunView) -> None:
+        """Show the ranks as they stand."""
+        phases = [phase.phase for phase in view.phases if phase.share >= _SMALL_SHARE][:_PHASES]
+        self._table.columns(_rank_columns(phases))
+        rows = visible_ranks(view.ranks, _RANKS)
+        self._table.show([_rank_cells(row, phases) for row in rows], [_rank_look(row) for row in rows])
+        missing = view.run.world_size - len(view.ranks)
+        notes = []
+        if hidden := len(view.ranks) - len(rows):
+            notes.append(f"{count_text(hidden)} more ranks, none of them slower than the slowest here.")
+
+        if missing > 0:
+            notes.append(f"{count_text(missing)} of {count_text(view.run.world_size)} ranks have never reported.")
+
+        self._more.say(" ".join(notes))
+        shown(self._more, bool(notes))
+
+
+def _rank_columns(phases: list[str]) -> list[tuple[str, str]]:
+    named = [(phase_label(phase), "n") for phase in phases]
+    return [("Rank", "nowrap"), ("Host", ""), ("State", ""), ("Steps", "n"), ("Step", "n"), *named, ("Memory", "n")]
+
+
+def _rank_cells(row: RankRow, phases: list[str]) -> list[str]:
+    times = dict(row.phases)
+    return [
+        str(row.rank),
+        row.host,
+        row.end or row.state,
+        count_text(row.steps),
+        ms_text(row.step_ms) if times else "-",
+        *(ms_text(times.get(phase)) for phase in phases),
+        bytes_text(row.cuda_bytes or row.rss_bytes),
+    ]
+
+
+def _rank_look(row: RankRow) -> str:
+    return "ended" if row.end else "slow" if row.slowest else ""
+
+
+class Logs:
+    """What happened, and the ends of the files in the run's `logs`."""
+
+    def __init__(self) -> None:
+        self._tails: dict[str, tuple[Block, Words]] = {}
+        with Block("div", "card") as self._card, Block("details", "", open=True):
+            Words("summary", "Events")
+            with Block("div", "events", tabindex="0", role="region", aria_label="events"):
+                self._events = Table((("Time", "nowrap"), ("What", "nowrap"), ("", "")), "events, the newest first")
+
+    def show(self, state: RunState) -> None:
+        """Show the logs as they stand."""
+        told = [event for number, event in enumerate(state.events) if _is_news(state.events, number)]
+        self._events.show([_event_cells(event) for event in reversed(told)])
+        for tail in state.logs:
+            self._show_tail(tail)
+
+    def _show_tail(self, tail: LogTail) -> None:
+        if tail.name not in self._tails:
+            with self._card, Block("details") as block:
+                Words("summary", tail.name)
+                self._tails[tail.name] = block, Words("pre", "", "log", tabindex="0")
+
+        before = "[earlier lines are in the file]\n" if tail.cut else ""
+        self._tails[tail.name][1].say(before + (tail.text or "(empty)"))
+
+
+def _is_news(events: tuple[Event, ...], number: int) -> bool:
+    """Tell whether an event says something new: the verdict is told each time its numbers change."""
+    event = events[number]
+    if event.kind != "verdict":
+        return True
+
+    before = next((each for each in reversed(events[:number]) if each.kind == "verdict"), None)
+    return before is None or _verdict_key(before) != _verdict_key(event)
+
+
+def _verdict_key(event: Event) -> tuple[Any, ...]:
+    first = (event.data.get("findings") or [{}])[0]
+    return first.get("kind"), first.get("ranks"), first.get("phase")
+
+
+def _event_cells(event: Event) -> list[str]:
+    at = time.strftime("%H:%M:%S", time.localtime(event.epoch_ns / 1e9))
+    if event.kind == "verdict":
+        first = (event.data.get("findings") or [{}])[0]
+        return [at, "verdict", f"{first.get('kind', '')}: {first.get('summary', '')}"]
+
+    return [at, event.kind, ", ".join(f"{name} {_plain(value)}" for name, value in event.data.items() if value)]
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+class Delivery:
+    """How each tracker stands."""
+
+    def __init__(self) -> None:
+        with Block("div", "card"):
+            columns = (("Tracker", ""), ("State", ""), ("Delivered", "n"), ("Wait", "n"), ("Refused", "n"), ("", ""))
+            self._table = Table(columns, "trackers")
+            self._none = Words("p", 'No tracker was asked for. backend="mlflow" or TRACEML_BACKEND names one.', "note")
+
+    def show(self, view: RunView, report: Mapping[str, Any]) -> None:
+        """Show the trackers as they stand."""
+        targets = {entry.get("backend"): str(entry.get("target") or "") for entry in report.get("trackers") or ()}
+        shown(self._none, not view.trackers)
+        self._table.show(
+            [
+                [
+                    tracker.backend,
+                    tracker.state,
+                    count_text(tracker.delivered),
+                    count_text(tracker.pending),
+                    count_text(tracker.failed),
+                    tracker.error or targets.get(tracker.backend, ""),
+                ]
+                for tracker in view.trackers
+            ],
+            ["" if tracker.is_well else "ended" for tracker in view.trackers],
+        )
+
+
+class Telemetry:
+    """What tracing stored, lost and cost, and where the run is from."""
+
+    def __init__(self) -> None:
+        with Block("div", "card pad"):
+            self._facts = Facts()
+
+    def show(self, view: RunView, report: Mapping[str, Any]) -> None:
+        """Show the figures as they stand."""
+        told, run = view.telemetry, view.run
+        self._facts.show(
+            (
+                ("Rows stored", count_text(told.rows_stored)),
+                ("Rows lost", count_text(told.rows_lost)),
+                ("Overhead", overhead_text(told.overhead_us_per_step, told.overhead_share)),
+                ("Sent", bytes_text((report.get("telemetry") or {}).get("bytes_sent"))),
+                ("Run", run.id),
+                ("Command", run.command or "-"),
+                ("Hosts", ", ".join(run.hosts) or "-"),
+                ("traceml", str(report.get("traceml_version") or "-")),
+            )
+        )

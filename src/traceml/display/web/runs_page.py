@@ -1,0 +1,160 @@
+"""The list of runs: the newest first, searched as one types, two of them picked to be compared."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from nicegui import Client
+
+from traceml.display.web.followed import RunsState
+from traceml.display.web.frame import Banner, keys_dialog, top_bar
+from traceml.display.web.parts import Block, Words, link, run_path, shown
+from traceml.renderers.numbers import bytes_text, duration_text
+from traceml.runs.find import RunInfo
+
+__all__ = ["RunsPage"]
+
+_SHOWN = 500
+_SEVERE = {"RANK_LOST", "HANG", "NUMERIC"}
+
+
+class RunsPage:
+    """The list, in one browser.
+
+    Args:
+        client: the browser.
+        runs_dir: named where there is nothing to list.
+    """
+
+    def __init__(self, client: Client, runs_dir: Path) -> None:
+        self._client = client
+        self._rows: dict[str, _Row] = {}
+        top_bar()
+        self._banner = Banner()
+        with Block("main", "", id="content", tabindex="-1"):
+            with Block("div", "head"):
+                Words("h1", "Runs")
+                search = {"type": "search", "placeholder": "Search name, state, verdict", "aria_label": "search runs"}
+                Block("input", "search", id="search", autocomplete="off", **search)
+                Words("button", "Compare two", "tool main", id="compare", type="button", disabled=True)
+
+            with Block("div", "card runs") as self._card:
+                self._table()
+
+            self._more = Words("p", "", "note")
+            with Block("div", "card nothing") as self._nothing:
+                Words("h2", "No runs yet")
+                Words("p", f"{runs_dir} is where they will appear, as soon as one starts.")
+                Words("code", "traceml run train.py")
+
+        keys_dialog()
+
+    def show(self, state: RunsState) -> None:
+        """Show the list as it stands."""
+        with self._client:
+            self._banner.say(state.problem)
+            runs = state.runs[:_SHOWN]
+            shown(self._nothing, not runs and not state.problem)
+            shown(self._card, bool(runs))
+            hidden = len(state.runs) - len(runs)
+            self._more.say(f"and {hidden:,} older ones, which `traceml runs` lists" if hidden else "")
+            for gone in self._rows.keys() - {run.id for run in runs}:
+                self._rows.pop(gone).row.delete()
+
+            for place, run in enumerate(runs):
+                self._show_run(place, run)
+
+    def _show_run(self, place: int, run: RunInfo) -> None:
+        if run.id not in self._rows:
+            with self._body:
+                self._rows[run.id] = _Row(run)
+
+            self._rows[run.id].row.move(target_index=place)
+
+        self._rows[run.id].show(run)
+
+    def _table(self) -> None:
+        with Block("table"):
+            Words("caption", "runs, the newest first", "unseen")
+            with Block("thead"), Block("tr"):
+                for heading, classes in _COLUMNS:
+                    Words("th", heading, classes, scope="col")
+
+            self._body = Block("tbody")
+            with self._body, Block("tr", id="none-found", style="display:none"):
+                Words("td", "No run fits the search.", "note", colspan=len(_COLUMNS))
+
+
+_COLUMNS = (
+    ("", "pickcell"),
+    ("Run", ""),
+    ("State", ""),
+    ("Verdict", ""),
+    ("Ranks", "n wide-only"),
+    ("Started", "wide-only"),
+    ("Took", "n wide-only"),
+    ("Size", "n wide-only"),
+)
+
+
+class _Row:
+    """One run of the list."""
+
+    def __init__(self, run: RunInfo) -> None:
+        with Block("tr") as self.row:
+            with Block("td", "pickcell"):
+                Block("input", "", type="checkbox", data_run=run.id, aria_label=f"pick {run.name} to compare")
+
+            with Block("td"):
+                self._name = link(run.name, run_path(run.id), "name")
+                Words("span", run.id, "id mono")
+
+            with Block("td"):
+                self._state = Words("span", "", "pill")
+
+            with Block("td", "verdictcell"):
+                self._verdict = Words("span", "", "pill")
+
+            self._cells = [Words("td", "", classes) for _, classes in _COLUMNS[4:]]
+
+    def show(self, run: RunInfo) -> None:
+        """Show the run as it stands."""
+        self._name.say(run.name)
+        self._state.say(run.state)
+        self._state.look(f"pill {run.state}")
+        self._verdict.say(_in_words(run.verdict))
+        self._verdict.look(f"pill {_weight(run.verdict)}")
+        shown(self._verdict, run.verdict is not None)
+        took = run.duration_s
+        if took is None and run.started is not None and run.state in ("running", "hung"):
+            took = time.time() - run.started
+
+        for cell, text in zip(
+            self._cells,
+            (str(run.world_size), _when(run.started), duration_text(took), bytes_text(run.size_bytes)),
+            strict=True,
+        ):
+            cell.say(text)
+
+        words = f"{run.name} {run.id} {run.state} {run.verdict or ''} {_in_words(run.verdict)}".lower()
+        if self.row.props.get("data-words") != words:
+            self.row.props["data-words"] = words
+
+
+def _in_words(verdict: str | None) -> str:
+    return (verdict or "").replace("_", " ").capitalize()
+
+
+def _weight(verdict: str | None) -> str:
+    if verdict in _SEVERE:
+        return "critical"
+
+    if verdict in ("HEALTHY", "COMPUTE_BOUND"):
+        return "info"
+
+    return "" if verdict in (None, "INSUFFICIENT_DATA") else "warning"
+
+
+def _when(epoch_s: float | None) -> str:
+    return "-" if epoch_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))

@@ -1,0 +1,142 @@
+/* What a page does in the browser by itself: theme, charts, keys, search, and saying that the connection is lost. */
+window.traceml = (() => {
+  const root = document.documentElement;
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  const chosen = () => {
+    try { return localStorage.getItem("traceml-theme"); } catch { return null; }
+  };
+  const theme = () => chosen() ?? (system.matches ? "dark" : "light");
+
+  function applyTheme() {
+    const name = theme();
+    root.dataset.theme = name;
+    document.cookie = `traceml_theme=${name}; path=/; max-age=31536000; SameSite=Lax`;
+    const button = document.getElementById("theme");
+    if (button) button.textContent = name === "dark" ? "Light" : "Dark";
+    // Retried until NiceGUI stands: the server draws the charts anew where it had guessed another theme.
+    const tell = () => (window.did_handshake ? emitEvent("traceml_theme", name) : setTimeout(tell, 30));
+    tell();
+  }
+
+  function toggleTheme() {
+    try { localStorage.setItem("traceml-theme", theme() === "dark" ? "light" : "dark"); } catch { /* private window */ }
+    applyTheme();
+  }
+
+  function draw(charts) {
+    for (const [id, option] of Object.entries(charts)) drawOne(id, option, 200);
+  }
+
+  const waiting = {};
+  function drawOne(id, option, tries) {
+    waiting[id] = option;
+    const chart = window.getElement?.(Number(id))?.chart;
+    if (!chart) {
+      if (tries > 0) setTimeout(() => waiting[id] === option && drawOne(id, option, tries - 1), 25);
+      return;
+    }
+    delete waiting[id];
+    const before = chart.getOption();
+    const names = (series) => JSON.stringify((series ?? []).map((each) => [each.name, each.type]));
+    chart.setOption(option, { notMerge: names(before?.series) !== names(option.series), lazyUpdate: true });
+  }
+
+  function search() {
+    const words = (document.getElementById("search")?.value ?? "").toLowerCase().split(/\s+/).filter(Boolean);
+    let found = 0;
+    const rows = document.querySelectorAll("tr[data-words]");
+    for (const row of rows) {
+      const fits = words.every((word) => row.dataset.words.includes(word));
+      row.style.display = fits ? "" : "none";
+      found += fits;
+    }
+    const none = document.getElementById("none-found");
+    if (none) none.style.display = rows.length && !found ? "" : "none";
+  }
+
+  function pick() {
+    const picked = [...document.querySelectorAll("input[data-run]:checked")].map((box) => box.dataset.run);
+    const button = document.getElementById("compare");
+    if (!button) return;
+    button.disabled = picked.length !== 2;
+    button.textContent = picked.length === 2 ? "Compare these two" : picked.length > 2 ? "Pick two only" : "Compare two";
+  }
+
+  function compare() {
+    const picked = [...document.querySelectorAll("input[data-run]:checked")].map((box) => box.dataset.run);
+    // The list has the newest first; what came before is what one compares with.
+    if (picked.length === 2) location.href = `/compare/${encodeURIComponent(picked[1])}/${encodeURIComponent(picked[0])}`;
+  }
+
+  const tabs = () => [...document.querySelectorAll(".tabs a")].filter((tab) => tab.offsetParent !== null);
+  function follow() {
+    let here = null;
+    for (const tab of tabs()) {
+      const place = document.getElementById(tab.hash.slice(1));
+      if (place && place.getBoundingClientRect().top < 160) here = tab;
+    }
+    for (const tab of tabs()) tab.classList.toggle("here", tab === (here ?? tabs()[0]));
+  }
+
+  function key(event) {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName ?? "") && event.target.type !== "checkbox";
+    if (event.key === "Escape") { document.activeElement?.blur?.(); return; }
+    if (typing) return;
+    const number = Number(event.key);
+    if (number >= 1 && tabs()[number - 1]) tabs()[number - 1].click();
+    else if (event.key === "t") toggleTheme();
+    else if (event.key === "r") location.href = "/";
+    else if (event.key === "/") document.getElementById("search")?.focus();
+    else if (event.key === "j" || event.key === "k") move(event.key === "j" ? 1 : -1);
+    else if (event.key === "?") help();
+    else return;
+    event.preventDefault();
+  }
+
+  function move(by) {
+    const links = [...document.querySelectorAll("a.name")].filter((each) => each.offsetParent !== null);
+    const at = links.indexOf(document.activeElement);
+    links[Math.max(0, Math.min(links.length - 1, at + by))]?.focus();
+  }
+
+  function help() {
+    const dialog = document.getElementById("keys");
+    if (dialog?.open) dialog.close();
+    else dialog?.showModal();
+  }
+
+  function watchConnection() {
+    const popup = document.getElementById("popup");
+    if (!popup) return;
+    popup.setAttribute("role", "status");
+    popup.innerHTML = "<b>Connection lost</b><span></span>";
+    const told = popup.querySelector("span");
+    const change = () => {
+      const away = popup.getAttribute("aria-hidden") === "false";
+      root.classList.toggle("away", away);
+      const at = new Date().toLocaleTimeString();
+      if (away) told.textContent = `What you see is as of ${at}. Trying to reconnect. If the server has ended, "traceml serve --web" starts it again.`;
+    };
+    new MutationObserver(change).observe(popup, { attributes: true, attributeFilter: ["aria-hidden"] });
+  }
+
+  applyTheme();
+  system.addEventListener("change", applyTheme);
+  document.addEventListener("keydown", key);
+  document.addEventListener("input", (event) => (event.target.id === "search" ? search() : pick()));
+  document.addEventListener("change", pick);
+  document.addEventListener("click", (event) => {
+    const id = event.target.closest?.("button")?.id;
+    if (id === "theme") toggleTheme();
+    else if (id === "help" || id === "close-keys") help();
+    else if (id === "compare") compare();
+  });
+  document.addEventListener("scroll", follow, { passive: true });
+  document.addEventListener("DOMContentLoaded", () => {
+    applyTheme();
+    watchConnection();
+    setTimeout(() => { applyTheme(); follow(); }, 300);
+  });
+  return { draw, search, pick, follow, theme };
+})();

@@ -1,0 +1,131 @@
+"""What limits a run, on which numbers that rests, and what to do: the first thing on its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from traceml.display.web.parts import Block, Facts, Words, shown
+from traceml.renderers.evidence import evidence_items
+from traceml.renderers.numbers import count_text, ms_text, percent_text, rate_text
+from traceml.renderers.views import RunView, Verdict
+from traceml.renderers.words import phase_label, ranks_text
+
+__all__ = ["Figures", "Findings", "VerdictCard"]
+
+_EVIDENCE = 12
+
+
+class VerdictCard:
+    """The verdict, its evidence, and the next thing to do."""
+
+    def __init__(self) -> None:
+        with Block("div", "card verdict") as self._card:
+            with Block("div", "says"):
+                with Block("div", "tags"):
+                    self._kind = Words("span", "", "pill kind")
+                    self._state = Words("span", "", "pill")
+                    self._where = Words("span", "", "hint")
+
+                self._headline = Words("h1", "", aria_live="polite")
+                self._why = Words("p", "", "why")
+                with Block("div", "next") as self._next_block:
+                    Words("b", "Next")
+                    self._next = Words("span")
+
+            with Block("div", "rests"):
+                Words("h3", "Evidence")
+                self._facts = Facts()
+
+    def show(self, view: RunView, report: Mapping[str, Any]) -> None:
+        """Show the verdict as it stands."""
+        verdict = view.verdict
+        self._card.look(f"card verdict {verdict.severity}")
+        self._kind.say(verdict.kind.replace("_", " "))
+        self._kind.look(f"pill kind {verdict.severity}")
+        self._state.say(view.run.state)
+        self._state.look(f"pill {view.run.state}")
+        self._where.say(_where(verdict))
+        self._headline.say(verdict.headline)
+        self._why.say(verdict.summary)
+        self._next.say(verdict.next)
+        shown(self._next_block, bool(verdict.next))
+        evidence = (report.get("verdict") or {}).get("evidence") or {}
+        self._facts.show([*_costs(verdict), *evidence_items(evidence)][:_EVIDENCE])
+
+
+class Figures:
+    """The run in a few numbers."""
+
+    def __init__(self) -> None:
+        self._facts = Facts("card figures")
+
+    def show(self, view: RunView, lasted: str) -> None:
+        """Show the numbers as they stand."""
+        steps = view.steps
+        self._facts.show(
+            (
+                ("Steps per second", rate_text(steps.per_second)),
+                ("Mean step", ms_text(steps.mean_ms)),
+                ("p50", ms_text(steps.p50_ms)),
+                ("p95", ms_text(steps.p95_ms)),
+                ("p99", ms_text(steps.p99_ms)),
+                ("Steps", count_text(steps.count)),
+                ("Ranks", _ranks(view)),
+                ("Runs for" if view.run.state == "running" else "Took", lasted),
+            )
+        )
+
+
+class Findings:
+    """What else was found."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[Block, Words, Words, Words]] = []
+        with Block("div") as self._section:
+            Words("h2", "Also found")
+            self._card = Block("div", "card")
+
+    def show(self, view: RunView) -> None:
+        """Show these findings and no others."""
+        shown(self._section, bool(view.others))
+        for number, finding in enumerate(view.others):
+            if number == len(self._rows):
+                self._add()
+
+            row, kind, head, next_ = self._rows[number]
+            shown(row, True)
+            kind.say(finding.kind.replace("_", " "))
+            kind.look(f"pill {finding.severity}")
+            head.say(finding.headline)
+            next_.say(" ".join(part for part in (finding.summary, finding.next) if part))
+
+        for row, *_ in self._rows[len(view.others) :]:
+            shown(row, False)
+
+    def _add(self) -> None:
+        with self._card, Block("div", "other") as row:
+            kind = Words("span", "", "pill")
+            with Block("div"):
+                self._rows.append((row, kind, Words("p", "", "head"), Words("p")))
+
+
+def _where(verdict: Verdict) -> str:
+    parts = [ranks_text(verdict.ranks)] if verdict.ranks else []
+    return ", ".join([*parts, *([phase_label(verdict.phase)] if verdict.phase else [])])
+
+
+def _costs(verdict: Verdict) -> list[tuple[str, str]]:
+    costs = []
+    if verdict.cost_share:
+        costs.append(("costs", f"{percent_text(verdict.cost_share)} of step time"))
+
+    if verdict.gain is not None:
+        costs.append(("if fixed", f"{verdict.gain:.2f}x as fast"))
+
+    return costs
+
+
+def _ranks(view: RunView) -> str:
+    heard, wanted = len(view.ranks), view.run.world_size
+    return count_text(wanted) if heard >= wanted else f"{count_text(heard)} of {count_text(wanted)}"

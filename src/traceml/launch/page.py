@@ -1,0 +1,175 @@
+"""The web page beside a job or an aggregator: started, kept alive on the same address, seen out.
+
+The keeper holds the listening socket, so a page that dies is replaced without anybody having to look elsewhere, and
+the token stays with the port: browsers that were let in reconnect by themselves, also after the keeper's own restart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Self
+from urllib.parse import quote
+
+from traceml.errors import TraceMLError
+from traceml.launch.processes import spawn
+from traceml.transport import auth
+
+__all__ = ["DEFAULT_PORT", "PageKeeper", "page_address"]
+
+DEFAULT_PORT = 29766
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
+_FAREWELL_S = 0.8  # for browsers to be told how the run ended
+_STOP_TIMEOUT_S = 5.0
+
+_log = logging.getLogger("traceml")
+
+
+class PageKeeper:
+    """Keeps the page of one folder of runs; a context manager, at whose exit it is gone.
+
+    Args:
+        runs_dir: the folder.
+        port: the port on this host's loopback; 0 takes a free one.
+        any_port: take a free port where the wanted one is in use.
+
+    Raises:
+        TraceMLError: the page's libraries are not installed, or the port is in use.
+    """
+
+    def __init__(self, runs_dir: Path, port: int = DEFAULT_PORT, *, any_port: bool = False) -> None:
+        _check_installed()
+        self.runs_dir = runs_dir.absolute()
+        self._listener = _listen(port, any_port=any_port)
+        self.port: int = self._listener.getsockname()[1]
+        before = auth.discover(self.port, even_dead=True, kind=auth.PAGE)
+        self.token = before.token if before is not None and not before.alive else auth.new_token()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = self._due_s = 0.0
+        self._pause_s = _FIRST_PAUSE_S
+
+    def __enter__(self) -> Self:
+        try:
+            auth.publish("127.0.0.1", self.port, self.token, runs_dir=str(self.runs_dir), kind=auth.PAGE)
+        except OSError as error:
+            _log.warning("the page's token cannot be kept; browsers need the printed address again: %s", error)
+
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<keeper of the page at port {self.port}>"
+
+    def address(self, run_id: str | None = None) -> str:
+        """Return the address that a browser opens, with the token.
+
+        Args:
+            run_id: of a run's page; the list of runs without one.
+        """
+        return page_address(self.port, self.token, run_id)
+
+    def start(self) -> None:
+        """Start the page's server on our socket."""
+        fd = self._listener.fileno()
+        self._started_s = time.monotonic()
+        told, tell = os.pipe()
+        try:
+            self._process = spawn(
+                [sys.executable, "-m", "traceml.display.web", str(fd)],
+                environ=os.environ,
+                stdin=told,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(fd,),
+                death_signal=signal.SIGTERM,
+                own_session=True,
+            )
+        finally:
+            os.close(told)
+            with open(tell, "w") as pipe:
+                pipe.write(json.dumps({"token": self.token, "runs_dir": str(self.runs_dir)}) + "\n")
+
+    def keep(self) -> None:
+        """Start the page again if it died. Call it often."""
+        if self._process is None or self._process.poll() is None:
+            return
+
+        now_s = time.monotonic()
+        if now_s < self._due_s:
+            return
+
+        if now_s - self._started_s > _LIVED_LONG_S:
+            self._pause_s = _FIRST_PAUSE_S
+
+        self._due_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        with contextlib.suppress(OSError):  # no memory or no descriptors now; it is tried again
+            self.start()
+
+    def close(self) -> None:
+        """Tell browsers how things stand, and end the page; may be called again."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(_FAREWELL_S)
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+        self._process = None
+        self._listener.close()
+
+
+def page_address(port: int, token: str, run_id: str | None = None) -> str:
+    """Return the address of a page on this host, with its token.
+
+    Args:
+        port: the page's.
+        token: the secret that lets in.
+        run_id: of a run's page; the list of runs without one.
+    """
+    path = "" if run_id is None else f"run/{quote(run_id, safe='')}"
+    return f"http://127.0.0.1:{port}/{path}?token={token}"
+
+
+def _check_installed() -> None:
+    if find_spec("nicegui") is None:
+        raise TraceMLError("the web page needs NiceGUI, which is not installed: pip install 'traceml[web]'")
+
+
+def _listen(port: int, *, any_port: bool) -> socket.socket:
+    try:
+        return socket.create_server(("127.0.0.1", port), backlog=128)
+    except OSError as error:
+        if any_port:
+            return socket.create_server(("127.0.0.1", 0), backlog=128)
+
+        raise TraceMLError(_cannot_listen(port, error)) from error
+
+
+def _cannot_listen(port: int, error: OSError) -> str:
+    if error.errno != errno.EADDRINUSE:
+        return f"the page cannot listen on port {port}: {error.strerror or error}. Choose another: --web PORT."
+
+    other = auth.discover(port, kind=auth.PAGE)
+    if other is None:
+        return f"port {port} is in use by another program. Choose another for the page: --web PORT."
+
+    return (
+        f"port {port} is in use by another traceml page (pid {other.pid}, runs in {other.runs_dir}), "
+        f"{page_address(port, other.token)}. Use that one, or choose another port: --web PORT."
+    )
