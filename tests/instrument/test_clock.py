@@ -307,6 +307,52 @@ def evaluation_with_gradients() -> None:
         model.train()
 
 
+def ahead(loader: DataLoader) -> Iterator[torch.Tensor]:
+    """As accelerate's loaders, which have to know which batch is the last one."""
+    batches = iter(loader)
+    (batch,) = next(batches)
+    for (following,) in batches:
+        yield batch
+        batch = following
+
+    yield batch
+
+
+def fetched_ahead() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader, others = data(5), data(3)
+    for _ in range(4):
+        for x in ahead(loader):
+            train(model, optimizer, x)
+
+        model.eval()
+        with torch.no_grad():
+            for x in ahead(others):
+                model(x)
+
+        model.train()
+
+
+def fetched_ahead_no_evaluation() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader = data(10)
+    for _ in range(2):
+        for x in ahead(loader):
+            train(model, optimizer, x)
+
+
+def fixed_batch_after_an_epoch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(10):
+        train(model, optimizer, x)
+
+    for _ in range(10):
+        train(model, optimizer, x)
+
+
 def fused_in_backward() -> None:
     model = net()
     optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
@@ -368,6 +414,9 @@ PATTERNS: list[tuple[Callable[[], None], int, int]] = [
     (evaluation_fixed_batch, 20, 12),
     (evaluation_with_gradients, 20, 12),
     (sanity_check, 20, 3),
+    (fetched_ahead, 20, 12),
+    (fetched_ahead_no_evaluation, 20, 0),
+    (fixed_batch_after_an_epoch, 20, 0),
     (fused_in_backward, 20, 0),
     (no_optimizer, 20, 0),
     (no_optimizer_no_loader, 20, 0),
@@ -385,3 +434,18 @@ def test_a_loop_has_the_steps_it_says(traced: Traced, loop: Callable[[], None], 
     assert all(row["backward_ns"] > 0 for row in rows)
     assert all(row["optimizer_ns"] > 0 or row["flags"] & StepFlag.INFERRED for row in rows)
     assert all(row["forward_ns"] > 0 for row in rows[1:])  # a model may only be found by its first backward pass
+
+
+def test_batches_that_are_gathered_first(traced: Traced) -> None:
+    """Batches of a step that are all fetched before it are its micro-batches, the one fetched ahead included."""
+    model = net()
+    optimizer = sgd(model)
+    batches = ahead(data(12))
+    for _ in range(3):
+        for x in [next(batches) for _ in range(4)]:
+            model(x).square().mean().backward()
+
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert [row["micro"] for row in traced.finish()] == [4, 4, 4]

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -354,3 +355,37 @@ def test_an_optimizer_with_a_scheduler_made_before(tmp_path: Path) -> None:
     flight.close(unlink=True)
     assert (steps, errors) == (8, 0)
     assert vars(optimizer)["step"] is own
+
+
+class Engine:
+    """A framework's class, which calls parts of a model by itself."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def train_batch(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.model.weight).square().mean()
+
+    def save(self) -> None:
+        time.sleep(0.002)
+
+
+def test_a_frameworks_own_calls_are_timed(traced: Traced) -> None:
+    """Its training call is the forward, its saving a checkpoint, until all is undone; what it has not is left out."""
+    originals = dict(vars(Engine))
+    traced.instrumentation.time_forward(Engine, "train_batch", lambda engine: engine.model)
+    traced.instrumentation.time_saving(Engine, "save")
+    traced.instrumentation.time_saving(Engine, "save_differently")
+    engine = Engine(nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
+    for x in torch.randn(3, 2, 4):
+        engine.train_batch(x).backward()
+        optimizer.step()
+        engine.save()
+
+    rows = traced.finish()
+    assert len(rows) == 3
+    assert all(row["forward_ns"] > 0 for row in rows)
+    assert sum(row["checkpoint_ns"] for row in rows) > 6_000_000
+    traced.instrumentation.uninstall()
+    assert dict(vars(Engine)) == originals

@@ -15,7 +15,15 @@ from traceml.database.schema import Phase
 from traceml.instrument.clock import StepClock
 from traceml.instrument.patches import Patches
 
-__all__ = ["patch_checkpoint", "patch_collectives", "patch_copies", "timed_call"]
+__all__ = [
+    "patch_checkpoint",
+    "patch_collectives",
+    "patch_copies",
+    "patch_distributed_checkpoint",
+    "patch_safetensors",
+    "timed_call",
+    "timed_saving",
+]
 
 _H2D, _COMM, _CHECKPOINT = int(Phase.H2D), int(Phase.COMM), int(Phase.CHECKPOINT)
 # Their names change with torch's versions, so they are found when torch is there.
@@ -43,6 +51,11 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
             clock.leave(phase, previous, start)
 
     return call
+
+
+def timed_saving(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+    """Return a function that calls `original` as `checkpoint`."""
+    return timed_call(original, _CHECKPOINT, clock)
 
 
 def patch_collectives(patches: Patches, clock: StepClock) -> list[str]:
@@ -90,6 +103,15 @@ def patch_distributed_checkpoint(patches: Patches, clock: StepClock) -> None:
         for module in (package, saver):
             if getattr(module, name, None) is original:
                 patches.wrap(module, name, wrapper)
+
+
+def patch_safetensors(patches: Patches, clock: StepClock) -> None:
+    """Time what writes safetensors; others hold its public functions by name, so the two steps below them."""
+    module = sys.modules["safetensors.torch"]
+    for name in ("_flatten", "serialize_file"):
+        original = vars(module).get(name)
+        if callable(original):
+            patches.wrap(module, name, timed_saving(original, clock))
 
 
 def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:

@@ -47,6 +47,8 @@ class StepClock(Accounts):
         self.cut_on_step = True  # without a loader: keep the accounts as they are when an optimizer step ends
         self.anchor: Any = None  # the loader whose batches are trained on
         self.origin: Any = None  # the loader that was asked where this segment began
+        self.drained: Any = None  # the loader that had no more batches: one may have been fetched ahead, to be used yet
+        self.fetched_ahead = False  # the loader had given this step's batch before it said that it has no more
         self.inferred = False  # there is no optimizer: batches bound the steps
         self.optimizers: set[int] = set()  # ids of all that ever stepped
         self.optimizers_alive = 0
@@ -110,12 +112,17 @@ class StepClock(Accounts):
             self._discard(t, batches=0, evaluating=False)
             if self.pending and self.anchor is None:
                 self._close_prefix()
-        elif self.attempt and self.first_loader is None and not self.explicit:
+        elif self.attempt and (self.first_loader is None or self.fetched_ahead) and not self.explicit:
             self.cut_on_step = False  # forwards bound the steps here: no need to keep the end of the optimizer step
             self.commit(t)
 
-    def exhausted(self) -> None:
-        """A loader had no more batches: what follows may be training without one."""
+    def exhausted(self, loader: Any) -> None:
+        """A loader had no more batches: what follows may be training without one, or on a batch fetched ahead."""
+        self.drained = loader
+        self.evaluated = False
+        if self.batches and not self.backwards:
+            self.batches += 1
+
         if self.evaluating:
             self.closes_at = ASK
 
@@ -199,8 +206,13 @@ class StepClock(Accounts):
         if self.explicit:
             return
 
+        drained, self.drained = self.drained, None
         if self.first_loader is None:
-            self._expect_forward(t, ident)
+            if self.anchor is not None and drained is self.anchor:
+                self._was_fetched_ahead(ident)
+            else:
+                self._expect_forward(t, ident)
+
             return
 
         if self.anchor is None:
@@ -211,7 +223,7 @@ class StepClock(Accounts):
 
     def _expect_forward(self, t: int, ident: int) -> None:
         """No loader took part: the next training forward closes the step, or an optimizer that steps again."""
-        several = ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1)
+        several = self._may_step_again(ident)
         if several or self.cut_on_step:
             self._cut(t)
 
@@ -222,6 +234,17 @@ class StepClock(Accounts):
         else:
             self.closes_at = self.usual = ON_FORWARD
             self.usual_loader = None
+
+    def _was_fetched_ahead(self, ident: int) -> None:
+        """The anchor had no more batches, and here one was trained on: accelerate's loaders ask for one ahead."""
+        self.first_loader = self.anchor
+        self.dirty = True
+        self.fetched_ahead = not self._may_step_again(ident)
+        self.closes_at = ASK if self.fetched_ahead else self.anchor
+
+    def _may_step_again(self, ident: int) -> bool:
+        """Whether another optimizer may step in this step."""
+        return ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1)
 
     def _anchor_at(self, loader: Any) -> None:
         self.anchor = loader
@@ -344,6 +367,10 @@ class StepClock(Accounts):
 
     # ---- segments ----
 
+    def _clear(self, t: int) -> None:
+        super()._clear(t)
+        self.fetched_ahead = False
+
     def _close_prefix(self) -> None:
         """Append the row of what lay before the cut; what lies after it is the next step."""
         acc, snap = self.acc, self.snap or self.zeros
@@ -375,8 +402,11 @@ class StepClock(Accounts):
 
     def _is_evaluation(self) -> bool:
         """A batch on which a model was called without gradients (or as `eval()`), and which nothing was trained on."""
-        if self.batch is None or self.backwards or (self.attempt and not self.pending):
+        if self.backwards or (self.attempt and not self.pending):
             return False
+
+        if self.batch is None:
+            return self.drained is not None and self.evaluated  # on one that was fetched ahead
 
         if self.trained is None:
             return self.evaluated
@@ -397,7 +427,9 @@ class StepClock(Accounts):
         self.base_flags |= self.flags
         self.base_own += self.own
         self.own = self.flags = 0
+        unused = max(self.batches - self.backwards, 0)
         self._clear_segment()
+        self.batches = unused
         if self.device is not None:
             self.device.cut()
 
@@ -412,6 +444,7 @@ class StepClock(Accounts):
         self.eval_ns += t - self.seg_start
         self.eval_batches += batches
         self.eval_end = self.seg_start = t
+        self.drained = None
         snap = [] if self.snap is None else self.snap
         self.acc = snap + [0] * (len(self.zeros) - len(snap))
         self.closes_at = ASK

@@ -21,6 +21,7 @@ from torch.compiler import is_dynamo_compiling
 from traceml.clock import monotonic_ns
 from traceml.instrument.clock import NOWHERE, StepClock
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
+from traceml.instrument.optimizer import passes_on
 
 __all__ = ["Discovery"]
 
@@ -153,7 +154,8 @@ def _alive(objects: list[Any]) -> tuple[list[Any], list[Any]]:
     wanted = module_types | optimizer_types
     found = list(compress(objects, map(wanted.__contains__, map(type, objects))))
     modules = [candidate for candidate in found if type(candidate) in module_types]
-    return modules, [candidate for candidate in found if type(candidate) in optimizer_types]
+    optimizers = [candidate for candidate in found if type(candidate) in optimizer_types]
+    return modules, [candidate for candidate in optimizers if not passes_on(type(candidate))]
 
 
 def _subclasses(kind: type[Any]) -> set[type[Any]]:

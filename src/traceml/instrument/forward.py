@@ -28,6 +28,7 @@ __all__ = [
     "is_instrumented",
     "patch_compile",
     "restore_module",
+    "timed_forward",
     "timer_maker",
 ]
 
@@ -124,18 +125,48 @@ def _nested(timed: Timed, clock: StepClock, args: Any, kwargs: Any) -> Any:
     if previous in _NO_FORWARD or not clock.is_here():
         return timed.impl(timed.module(), *args, **kwargs)
 
+    t = _begin(clock, timed.module)
+    try:
+        return timed.impl(timed.module(), *args, **kwargs)
+    finally:
+        clock.leave(_FORWARD, previous, t)
+
+
+def timed_forward(
+    original: Callable[..., Any], clock: StepClock, module_of: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """Return a method of a framework that calls `original` as the outermost call of a model.
+
+    Args:
+        original: the method.
+        clock: whose time it is.
+        module_of: returns the model, of the method's object.
+    """
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        previous = clock.current
+        if is_dynamo_compiling() or previous in _NO_FORWARD or not clock.is_here():
+            return original(self, *args, **kwargs)
+
+        t = _begin(clock, weakref.ref(module_of(self)))
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            clock.leave(_FORWARD, previous, t)
+
+    return call
+
+
+def _begin(clock: StepClock, module: Any) -> int:
     t = monotonic_ns()
     try:
-        clock.forward_begins(t, timed.module, trains=is_grad_enabled())
+        clock.forward_begins(t, module, trains=is_grad_enabled())
         clock.current = _FORWARD
         clock.open_slots[_FORWARD] = t
     except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
         clock.fail(error)
 
-    try:
-        return timed.impl(timed.module(), *args, **kwargs)
-    finally:
-        clock.leave(_FORWARD, previous, t)
+    return t
 
 
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -49,7 +49,11 @@ class Instrumentation:
         self.clock = StepClock(flight, self, thread=thread)
         self._users = UserPhases(self.clock, flight.names)
         self._watch = ImportWatch(
-            {"torch": self._torch_is_there, "torch.distributed.checkpoint": self._checkpoint_is_there}
+            {
+                "torch": self._torch_is_there,
+                "torch.distributed.checkpoint": self._checkpoint_is_there,
+                "safetensors.torch": self._safetensors_is_there,
+            }
         )
 
     # ---- what users call ----
@@ -74,6 +78,30 @@ class Instrumentation:
         """Return `iterable` with the waiting for its items timed; it bounds steps as a DataLoader does."""
         self._guarded(lambda: self._tell_loader(iterable))
         return TracedIterable(iterable, self.clock)
+
+    # ---- what integrations call: the hooks go with all others ----
+
+    def time_saving(self, owner: Any, name: str) -> None:
+        """Time the calls of a framework's function as `checkpoint`, where it has such a function."""
+        from traceml.instrument.calls import timed_saving
+
+        self._guarded(lambda: self._time(owner, name, lambda original: timed_saving(original, self.clock)))
+
+    def time_forward(self, owner: Any, name: str, module_of: Callable[[Any], Any]) -> None:
+        """Time the calls of a framework's method as those of the model, where it has such a method.
+
+        Args:
+            owner: the method's class.
+            name: its name.
+            module_of: returns the model, of the method's object.
+        """
+        from traceml.instrument.forward import timed_forward
+
+        self._guarded(lambda: self._time(owner, name, lambda original: timed_forward(original, self.clock, module_of)))
+
+    def _time(self, owner: Any, name: str, timed: Callable[[Any], Any]) -> None:
+        if self._installed and name in vars(owner):
+            self._patches.wrap(owner, name, timed(vars(owner)[name]))
 
     # ---- what the recorder calls ----
 
@@ -148,6 +176,9 @@ class Instrumentation:
 
         if "torch.distributed.checkpoint" in sys.modules:
             self._checkpoint_is_there()
+
+        if "safetensors.torch" in sys.modules:
+            self._safetensors_is_there()
 
         self._watch.install()
 
@@ -244,6 +275,11 @@ class Instrumentation:
         from traceml.instrument.calls import patch_distributed_checkpoint
 
         self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock))
+
+    def _safetensors_is_there(self) -> None:
+        from traceml.instrument.calls import patch_safetensors
+
+        self._guarded(lambda: patch_safetensors(self._patches, self.clock))
 
     # ---- groups ----
 

@@ -87,7 +87,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
                     if first_loader is None:
                         first_loader = loader
             elif got is False:
-                clock.exhausted()
+                clock.exhausted(loader)
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
             fail(error)
 

@@ -20,16 +20,31 @@ from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
-__all__ = ["patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step"]
+__all__ = ["passes_on", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step"]
 
+# Their optimizers hold the user's, and step it or (between two steps of accumulated gradients) leave it alone.
+_FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
 _OPTIMIZER = int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
+def passes_on(kind: type[Any]) -> bool:
+    """Whether optimizers of this class are a framework's, around the one that counts."""
+    owner = _owner(kind)
+    return owner is not None and owner.__module__.partition(".")[0] in _FRAMEWORKS
+
+
+def _owner(kind: type[Any]) -> type[Any] | None:
+    return next((base for base in kind.__mro__ if "step" in vars(base)), None)
+
+
 def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) -> None:
     """Time the steps of all optimizers of one class, once."""
-    owner = next((base for base in kind.__mro__ if "step" in vars(base)), None)
-    if owner is None or owner is Optimizer or getattr(vars(owner)["step"], "_traceml_clock", None) is clock:
+    owner = _owner(kind)
+    if owner is None or owner is Optimizer or passes_on(kind):
+        return
+
+    if getattr(vars(owner)["step"], "_traceml_clock", None) is clock:
         return
 
     wrapper = timed_step(vars(owner)["step"], clock)
@@ -44,7 +59,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     """
     patch_optimizer_type(patches, clock, type(optimizer))
     own = vars(optimizer).get("step")
-    if own is None or getattr(own, "_traceml_clock", None) is clock:
+    if own is None or getattr(own, "_traceml_clock", None) is clock or passes_on(type(optimizer)):
         return
 
     ref = weakref.ref(optimizer)
