@@ -36,8 +36,8 @@ class Options:
     """Training steps."""
     ranks: int = 2
     """How many ranks train."""
-    live: Literal["auto", "terminal", "none"] = "auto"
-    """The live view: auto shows it where there is a terminal."""
+    live: Literal["auto", "terminal", "web", "none"] = "auto"
+    """The live view: auto shows it where there is a terminal, web on a page whose address is told."""
 
 
 def main(argv: list[str]) -> int:

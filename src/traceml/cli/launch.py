@@ -16,6 +16,7 @@ from traceml.cli.scripts import add_run_options, check_report, given, script_wor
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 
 if TYPE_CHECKING:
+    from traceml.launch.screens import MakeScreen
     from traceml.launch.supervisor import Screen
 
 __all__ = ["main"]
@@ -46,13 +47,14 @@ def main(argv: list[str]) -> int:
     if options.live == "terminal" and not sys.stdout.isatty():
         raise UsageError("--live terminal needs a terminal; standard output is none")
 
+    from traceml.launch.page import PageScreen
     from traceml.launch.run import run_script
     from traceml.launch.screens import terminal_screen
     from traceml.launch.tracing import Tracing
 
     name = config.run_name or Path(target).stem
     script = {"module" if options.module else "path": target, "argv": arguments}
-    screen = _no_screen if options.live == "none" else terminal_screen
+    screen: MakeScreen = {"none": _no_screen, "web": PageScreen}.get(options.live, terminal_screen)
     tracing = Tracing(name, make_screen=screen, report=options.report, **named) if config.enabled else None
     try:
         with _ended_by(signal.SIGTERM, signal.SIGHUP):

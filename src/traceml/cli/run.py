@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,17 +92,28 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
 
     Args:
         job: what to run.
-        live: `terminal`, `none`, or `auto`: the terminal view where there is a terminal.
+        live: `terminal`, `web`, `none`, or `auto`: the terminal view where there is a terminal.
         report: where to put a copy of report.json.
 
     Returns:
         The job's exit status.
     """
-    with Supervisor(job, make_screen=_screen_maker(job, live), on_delivery=_tell_delivery) as supervisor:
-        outcome = supervisor.run()
-        conclude(job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr)
+    with _page(job, live) as keep_page:
+        make_screen = _screen_maker(job, live)
+        with Supervisor(job, make_screen=make_screen, on_delivery=_tell_delivery, on_tick=keep_page) as supervisor:
+            outcome = supervisor.run()
+            conclude(job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr)
 
     return outcome.status
+
+
+def _page(job: Job, live: str) -> AbstractContextManager[Callable[[], None] | None]:
+    if live != "web":
+        return nullcontext()
+
+    from traceml.launch.page import beside
+
+    return beside(job.run_dir)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,7 +175,7 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
 
 
 def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
-    if live == "none" or not sys.stdout.isatty():
+    if live in ("none", "web") or not sys.stdout.isatty():
         if live == "terminal":
             raise UsageError("--live terminal needs a terminal; standard output is none")
 

@@ -14,7 +14,8 @@ __all__ = ["add_run_options", "check_report", "given", "script_words"]
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that say how the run is shown, named and kept."""
     own = parser.add_argument_group("traceml's options")
-    own.add_argument("--live", choices=("auto", "terminal", "none"), default="auto", help="live view (default: auto)")
+    views = ("auto", "terminal", "web", "none")
+    own.add_argument("--live", choices=views, default="auto", help="live view; web tells its address (default: auto)")
     own.add_argument("--report", type=Path, metavar="FILE", help="also write the report, as JSON, to FILE")
     own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
     own.add_argument("--project", metavar="NAME", help="project the run belongs to")

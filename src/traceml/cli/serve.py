@@ -20,6 +20,8 @@ from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
 from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError
+from traceml.launch.page import DEFAULT_PORT as PAGE_PORT
+from traceml.launch.page import PageKeeper
 from traceml.transport import auth
 from traceml.transport.server import BACKLOG
 
@@ -27,8 +29,11 @@ __all__ = ["main"]
 
 _EPILOG = """\
 Training scripts find it by themselves on this host: python train.py, with traceml.init() in it.
+--web prints the address of a page that shows all runs, live and ended.
 From other hosts they need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
 Reports are written to the runs folder as runs end; `traceml report` prints them."""
+
+_LAST_PORT = 65535
 
 _log = logging.getLogger("traceml")
 
@@ -52,7 +57,11 @@ def main(argv: list[str]) -> int:
             on_run_settled=partial(_clean_up, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
         )
-        with _published(host, port, token, aggregator), _screen(aggregator, wanted=options.terminal):
+        with (
+            _page(config.runs_dir, options.web),
+            _published(host, port, token, aggregator),
+            _screen(aggregator, wanted=options.terminal),
+        ):
             asyncio.run(aggregator.serve(sock, lambda: _tell_ready(options, host, port, aggregator)))
 
     return 0
@@ -68,6 +77,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
     parser.add_argument("--port", type=int, help="port to listen on (29765; 0 takes a free one)")
     parser.add_argument("--runs-dir", help="folder of the runs (traceml_runs)")
+    parser.add_argument(
+        "--web", nargs="?", type=_port, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
+    )
     parser.add_argument("--terminal", action="store_true", help="show the run that goes on")
     # How `traceml run` and `init(local=True)` start theirs: with a socket that is bound already.
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
@@ -162,6 +174,37 @@ def _log_to_stderr(level: str) -> Iterator[None]:
         _log.removeHandler(handler)
         _log.setLevel(before[0])
         _log.propagate = before[1]
+
+
+def _port(text: str) -> int:
+    if text.isdigit() and int(text) <= _LAST_PORT:
+        return int(text)
+
+    raise argparse.ArgumentTypeError(f"{text!r} is no port; 0 takes a free one")
+
+
+@contextlib.contextmanager
+def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
+    """Keep the web page in a process of its own, and tell its address."""
+    if port is None:
+        yield
+        return
+
+    over = threading.Event()
+    with PageKeeper(Path(runs_dir), port) as page:
+        print(f"traceml page at {page.address()}", flush=True)
+        thread = threading.Thread(target=_keep_page, args=(page, over.wait), name="traceml-page")
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def _keep_page(page: PageKeeper, over: Callable[[float], bool]) -> None:
+    while not over(0.3):
+        page.keep()
 
 
 @contextlib.contextmanager

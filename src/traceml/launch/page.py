@@ -16,6 +16,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
@@ -25,7 +27,7 @@ from traceml.errors import TraceMLError
 from traceml.launch.processes import spawn
 from traceml.transport import auth
 
-__all__ = ["DEFAULT_PORT", "PageKeeper", "page_address"]
+__all__ = ["DEFAULT_PORT", "PageKeeper", "PageScreen", "beside", "page_address"]
 
 DEFAULT_PORT = 29766
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
@@ -132,6 +134,61 @@ class PageKeeper:
 
         self._process = None
         self._listener.close()
+
+
+class PageScreen:
+    """The page as the screen of a launched job: what the job prints goes to standard output as it comes.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._open = ExitStack()
+        self._keep = self._open.enter_context(beside(run_dir))
+
+    def tick(self) -> None:
+        """Start the page again if it died."""
+        self._keep()
+
+    def write(self, data: bytes) -> None:
+        """Pass on output of the job."""
+        sys.stdout.flush()
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(sys.stdout.fileno(), rest) :]
+
+    def close(self) -> None:
+        """End the page."""
+        self._open.close()
+
+
+@contextlib.contextmanager
+def beside(run_dir: Path) -> Iterator[Callable[[], None]]:
+    """Keep a page beside a job, and tell its address on standard error; yields what must be called often.
+
+    A page of this user's that shows the same folder of runs is used as it is.
+
+    Args:
+        run_dir: the run's folder, which may not exist yet.
+
+    Raises:
+        TraceMLError: the page's libraries are not installed.
+    """
+    other = auth.discover(DEFAULT_PORT, kind=auth.PAGE)
+    if other is not None and Path(other.runs_dir) == run_dir.parent.absolute():
+        _tell(page_address(DEFAULT_PORT, other.token, run_dir.name))
+        yield lambda: None
+        return
+
+    with PageKeeper(run_dir.parent, any_port=True) as page:
+        _tell(page.address(run_dir.name))
+        yield page.keep
+
+
+def _tell(address: str) -> None:
+    sys.stderr.write(f"traceml: the page is at {address}\n")
+    sys.stderr.flush()
 
 
 def page_address(port: int, token: str, run_id: str | None = None) -> str:

@@ -82,6 +82,7 @@ class Supervisor:
         *,
         make_screen: Callable[[], Screen] | None = None,
         on_delivery: Callable[[], object] | None = None,
+        on_tick: Callable[[], object] | None = None,
     ) -> None:
         """Prepare a job.
 
@@ -90,11 +91,13 @@ class Supervisor:
             make_screen: makes the live view once the job is started; without one the job writes to our own terminal
                 or pipe, and nothing stands between.
             on_delivery: called once when the job has ended and trackers still take what it logged.
+            on_tick: called a few times a second while the job runs.
         """
         self._job = job
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._keeper = AggregatorKeeper(job.run_id, job.runs_dir, on_delivery=on_delivery)
+        self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
 
@@ -184,6 +187,9 @@ class Supervisor:
                 self._keeper.keep()
                 if self._screen is not None:
                     self._screen.tick()
+
+                if self._on_tick is not None:
+                    self._on_tick()
 
                 if terminal is not None:
                     terminal.follow_size()

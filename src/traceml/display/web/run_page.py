@@ -41,7 +41,7 @@ class RunPage:
         self._state: RunState | None = None
         self._crumb = top_bar(run_id, _TABS)
         self._banner = Banner()
-        with Block("main", "", id="content", tabindex="-1"):
+        with Block("div", "page", id="content", tabindex="-1"):
             with Block("div", "card nothing") as self._nothing:
                 self._why = Words("h2", "")
                 self._hint = Words("p", "")

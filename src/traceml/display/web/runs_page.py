@@ -32,7 +32,7 @@ class RunsPage:
         self._rows: dict[str, _Row] = {}
         top_bar()
         self._banner = Banner()
-        with Block("main", "", id="content", tabindex="-1"):
+        with Block("div", "page", id="content", tabindex="-1"):
             with Block("div", "head"):
                 Words("h1", "Runs")
                 search = {"type": "search", "placeholder": "Search name, state, verdict", "aria_label": "search runs"}
