@@ -1,0 +1,81 @@
+"""Where events come from: the ranks, hosts and files that metadata, headers and names of files tell of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Labels"]
+
+_RANK = re.compile(r"\brank[\s_:#-]*(\d+)", re.IGNORECASE)
+_RANK_IN_PATH = re.compile(r"(?:^|[^a-z])rank[_.=-]?(\d+)", re.IGNORECASE)
+_HOST_IN_BRACKETS = re.compile(r"\brank[\s_:#-]*\d+\s*\(([^()]+)\)", re.IGNORECASE)
+_TORCH_FILE = re.compile(r"^(.+)_\d+\.\d+\.pt\.trace\.json")
+_HASHES = {"HH": "hosts", "FH": "files"}  # dftracer's metadata; SH has other texts
+
+
+class Labels:
+    """Collects what metadata says; answers once all of it has been seen."""
+
+    def __init__(self) -> None:
+        self.hosts: dict[object, str] = {}
+        self.files: dict[object, str] = {}
+        self._process_names: dict[tuple[int, object], str] = {}
+        self._ranks: dict[int, int] = {}
+        self._file_hosts: dict[int, str] = {}
+
+    def take(self, source: int, events: Iterable[Mapping[str, Any]]) -> None:
+        """Take metadata events of one file."""
+        for event in events:
+            args = event.get("args")
+            if not isinstance(args, Mapping):
+                continue
+
+            if event.get("name") in _HASHES:
+                known: dict[object, str] = getattr(self, _HASHES[event["name"]])
+                known[str(args.get("value"))] = str(args.get("name"))
+            elif event.get("name") in ("process_name", "process_labels"):
+                self._name_process(source, event.get("pid"), str(args.get("name") or args.get("labels") or ""))
+
+    def merge(self, other: Labels, sources: Mapping[int, int]) -> None:
+        """Take what another part of the reading has seen; `sources` maps its numbers of files to ours."""
+        self.hosts |= other.hosts
+        self.files |= other.files
+        for (source, pid), name in other._process_names.items():
+            self._name_process(sources[source], pid, name)
+
+    def take_file(self, source: int, path: Path, header: Mapping[str, Any]) -> None:
+        """Take what a file's header and name say."""
+        distributed = header.get("distributedInfo")
+        rank = distributed.get("rank") if isinstance(distributed, Mapping) else header.get("rank")
+        in_path = _RANK_IN_PATH.search(path.name) or _RANK_IN_PATH.search(path.parent.name)
+        if isinstance(rank, int):
+            self._ranks[source] = rank
+        elif in_path:
+            self._ranks[source] = int(in_path[1])
+
+        host = header.get("hostname") or header.get("host_name")
+        named = _TORCH_FILE.match(path.name)
+        if host or named:
+            self._file_hosts[source] = str(host or (named and named[1]))
+
+    def rank(self, source: int, pid: object) -> int | None:
+        """Return the rank of a process, None where nothing tells."""
+        named = _RANK.search(self._process_names.get((source, pid), ""))
+        return int(named[1]) if named else self._ranks.get(source)
+
+    def host(self, source: int, pid: object) -> str | None:
+        """Return the host of a process, None where nothing tells."""
+        named = _HOST_IN_BRACKETS.search(self._process_names.get((source, pid), ""))
+        return named[1] if named else self._file_hosts.get(source)
+
+    def process(self, source: int, pid: object) -> str | None:
+        """Return the name of a process."""
+        return self._process_names.get((source, pid)) or None
+
+    def _name_process(self, source: int, pid: object, name: str) -> None:
+        earlier = self._process_names.get((source, pid))
+        if earlier is None or not _RANK.search(earlier):
+            self._process_names[source, pid] = name if earlier is None else f"{earlier} {name}"
