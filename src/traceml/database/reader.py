@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,13 +121,15 @@ class StoreReader:
 
     Args:
         path: the file.
+        on_damage: told of frames that are damaged, which are then left out; where it is not given they are an error.
 
     Raises:
         StoreError: there is none, it is damaged, or it is of another version. So do all methods.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
         self.path = Path(path)
+        self._on_damage = on_damage
         self._database = open_for_reading(self.path)
         with translated(self.path, "read"):
             rows = self._database.execute("SELECT id, name, layout FROM tables").fetchall()
@@ -151,6 +153,11 @@ class StoreReader:
     def tables(self) -> list[str]:
         """Names of the tables and logs."""
         return list(self._ids)
+
+    def dtype(self, table: str) -> np.dtype[Any] | None:
+        """Return a packed table's layout in this store, which an older version may have written; None of a log."""
+        self._id(table)
+        return self._dtypes[table]
 
     def close(self) -> None:
         """Close the file."""
@@ -195,8 +202,7 @@ class StoreReader:
         while left is None or left > 0:
             batch = _BATCH if left is None else min(_BATCH, left)
             rows = self._all(query, self._id(table), after_id, stream, batch)
-            for row in rows:
-                yield self._frame(table, row)
+            yield from self._whole((table, row) for row in rows)
 
             if len(rows) < batch:
                 return
@@ -224,7 +230,9 @@ class StoreReader:
             return []
 
         values = [value for number in numbers for value in (number, after_id, limit)]
-        return [self._frame(self._names[row[8]], row[:8]) for row in self._all(query, *values, limit)]
+        found = self._all(query, *values, limit)
+        frames = self._whole((self._names[row[8]], row[:8]) for row in found)
+        return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
 
     def rows(
         self, table: str, streams: Collection[int] | None = None, last: int | None = None, after_id: int = 0
@@ -300,16 +308,32 @@ class StoreReader:
         query = "SELECT id, stream, seq, n, first_step, last_step, codec, data FROM frames WHERE id = ?"
         return [self._frame(table, self._all(query, number)[0]) for number in numbers]
 
+    def _whole(self, rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Frame]:
+        for table, row in rows:
+            try:
+                yield self._decoded(table, row)
+            except ValueError as error:
+                if self._on_damage is None:
+                    raise self._damaged(str(error)) from error
+
+                self._on_damage(str(error))
+
     def _frame(self, table: str, row: tuple[Any, ...]) -> Frame:
+        try:
+            return self._decoded(table, row)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+
+    def _decoded(self, table: str, row: tuple[Any, ...]) -> Frame:
         number, stream, seq, n, first, last, codec, data = row
         dtype = self._dtypes[table]
         try:
             decoded = decode(codec, data, dtype.itemsize if dtype is not None else 1)
         except ValueError as error:
-            raise self._damaged(f"frame {number} of {table}: {error}") from error
+            raise ValueError(f"frame {number} of {table}: {error}") from error
 
         if dtype is not None and len(decoded) != n * dtype.itemsize:
-            raise self._damaged(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
+            raise ValueError(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
 
         return Frame(number, stream, table, seq, n, first, last, decoded)
 

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -198,7 +198,7 @@ class Writer:
         self._put(InstantEvent(number, name, cat, pid, tid, self._us(at_ns), "i", s=scope, args=packed))
 
     def write_counter(
-        self, name: str, at_ns: int, values: dict[str, float], *, pid: int, tid: int, cat: str = ""
+        self, name: str, at_ns: int, values: Mapping[str, float], *, pid: int, tid: int, cat: str = ""
     ) -> None:
         """Write values as they were at `at_ns`, epoch nanoseconds."""
         number = next(self._ids)

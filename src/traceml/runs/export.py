@@ -1,0 +1,110 @@
+"""A run for other tools: as a trace (pfw, Perfetto), or as tables (Parquet, CSV)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
+from traceml.errors import StoreError, UsageError
+from traceml.runs.clocks import Clocks
+from traceml.traces.writer import Writer
+
+__all__ = ["FORMATS", "Exported", "default_path", "export_run", "format_of"]
+
+FORMATS = {
+    "perfetto": (".json", ".json.gz"),
+    "pfw": (".pfw.gz", ".pfw"),
+    "parquet": (),
+    "csv": (),
+}
+"""Format -> how its file's name may end, the usual first; those without are folders of a file per table."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        path: the file or folder.
+        format: pfw, perfetto, parquet or csv.
+        steps: step rows in it.
+        rows: events of a trace, or rows of all tables.
+        files: what lies in the folder; the file alone for a trace.
+        damage: what could not be read, in words; empty where all could.
+    """
+
+    path: Path
+    format: str
+    steps: int
+    rows: int
+    files: tuple[Path, ...]
+    damage: tuple[str, ...]
+
+
+def format_of(path: Path) -> str | None:
+    """Return the format that a path's name tells, None where it tells none."""
+    return next((name for name, ends in FORMATS.items() if path.name.endswith(ends or (f".{name}",))), None)
+
+
+def default_path(run_dir: Path, form: str) -> Path:
+    """Return where an export goes when nobody says: beside nothing, in the working directory, by the run's id."""
+    ends = FORMATS[form]
+    return Path(f"{run_dir.name}{ends[0] if ends else f'-{form}'}")
+
+
+def export_run(run_dir: Path, form: str, path: Path) -> Exported:
+    """Write a run to a file (pfw, perfetto) or into a folder (parquet, csv); works on one that goes on or is damaged.
+
+    A file appears whole or not at all, in the place of one that was there.
+
+    Args:
+        run_dir: the run's folder.
+        form: one of `FORMATS`.
+        path: where to.
+
+    Raises:
+        UsageError: the path does not fit the format, or the format needs a package that is not installed.
+        StoreError: the store cannot be read at all, or the output cannot be written.
+    """
+    ends = FORMATS[form]
+    if ends and not path.name.endswith(ends):
+        raise UsageError(f"{path}: a file of format {form} ends in {' or '.join(ends)}")
+
+    damage: dict[str, None] = {}  # a frame may be met twice
+    with closing(StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault)) as reader:
+        if ends:
+            return _export_trace(reader, form, path, damage)
+
+        from traceml.runs.export_tables import export_tables
+
+        counts, lost = export_tables(reader, form, path)
+        files = tuple(path / f"{name}.{form}" for name in counts)
+        return Exported(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
+
+
+def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> Exported:
+    from traceml.runs.export_timeline import Timeline, origin_of
+
+    clocks = Clocks(reader.streams())
+    # Whole microseconds since 1970 for dftracer's readers; Perfetto takes nanoseconds, but not 19 digits of them.
+    origin_ns = origin_of(reader, clocks) if form == "perfetto" else None
+    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with Writer(draft, origin_ns=origin_ns) as writer:
+            timeline = Timeline(reader, writer, clocks)
+            timeline.write()
+
+        told = writer.statistics
+        if told.lost:
+            raise StoreError(f"cannot write {path}: {told.lost} of {told.lost + told.written} events did not fit.")
+
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+    return Exported(path, form, timeline.steps, told.written, (path,), (*damage, *timeline.damage))

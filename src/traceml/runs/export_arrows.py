@@ -1,0 +1,86 @@
+"""Arrows where ranks wait for each other: from the rank that came last to those that it released."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+__all__ = ["Arrow", "Arrows", "Meeting"]
+
+# Ranks may be this many meetings apart, all ranks together, before an unfinished one is given up.
+_MOST_HELD = 200_000
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """A rank at a sync point: epoch nanoseconds.
+
+    Attributes:
+        tid: its track.
+        began_ns: when the slice began in which it works and waits.
+        arrived_ns: when its own work was done.
+        left_ns: when it went on.
+    """
+
+    pid: int
+    tid: int
+    began_ns: int
+    arrived_ns: int
+    left_ns: int
+
+    @property
+    def waited_ns(self) -> int:
+        """How long it waited."""
+        return self.left_ns - self.arrived_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Arrow:
+    """From one rank's slice to another's; both ends lie inside the slices, the first not after the second."""
+
+    source: Meeting
+    from_ns: int
+    target: Meeting
+    to_ns: int
+
+
+class Arrows:
+    """Collects ranks at their sync points; when all are there, says who released whom.
+
+    Who waited least came last: that needs no common clock.
+    """
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[tuple[int, int], dict[int, Meeting]] = OrderedDict()
+        self._held = 0
+
+    def meet(self, attempt: int, step: int, rank: int, meeting: Meeting, ranks: int) -> list[Arrow]:
+        """Take a rank's arrival at the sync point of a step; return the arrows once the last of `ranks` is known."""
+        key = attempt, step
+        there = self._open.setdefault(key, {})
+        self._held += rank not in there
+        there[rank] = meeting
+        if len(there) == ranks:
+            del self._open[key]
+            self._held -= ranks
+            return _arrows(list(there.values()))
+
+        while self._held > _MOST_HELD:
+            self._held -= len(self._open.popitem(last=False)[1])
+
+        return []
+
+
+def _arrows(meetings: list[Meeting]) -> list[Arrow]:
+    last = min(meetings, key=lambda meeting: meeting.waited_ns)
+    arrows = []
+    for meeting in meetings:
+        if meeting is last or meeting.waited_ns <= 0:
+            continue
+
+        to_ns = meeting.left_ns - min(1_000, (meeting.waited_ns + 1) // 2)
+        from_ns = min(last.arrived_ns + last.waited_ns // 2, to_ns)
+        if from_ns > last.began_ns:  # else the clocks are further apart than the wait
+            arrows.append(Arrow(last, from_ns, meeting, to_ns))
+
+    return arrows

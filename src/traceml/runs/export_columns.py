@@ -1,0 +1,199 @@
+"""The tables of a Parquet or CSV export: their columns, and how rows of the store become rows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.reader import StreamRecord
+from traceml.database.schema import INFO, LOGGED, METRICS, PACKED, MetricKind, Table
+from traceml.runs.clocks import Clocks
+
+__all__ = ["TABLES", "OutColumn", "OutTable", "Part", "log_part", "packed_part"]
+
+Kind = Literal["int64", "float64", "string"]
+Part = dict[str, Any]
+"""Column -> values of some rows: an array, a list, or one value that all rows have. None, and -1 where so documented,
+is written as null."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutColumn:
+    """A column: its name (with its unit as suffix), type, and meaning."""
+
+    name: str
+    kind: Kind
+    doc: str
+
+
+@dataclass(frozen=True, slots=True)
+class OutTable:
+    """A table, which is a file of its own."""
+
+    name: str
+    doc: str
+    columns: tuple[OutColumn, ...]
+
+
+_WHO = (
+    OutColumn("attempt", "int64", "how often the job had been restarted"),
+    OutColumn("rank", "int64", "the rank"),
+    OutColumn("host", "string", "its host"),
+)
+_DOCS = {
+    "steps": "a row per rank and training step; phases and `other_ns` add up to `total_ns`",
+    "user_phases": "the user's own phases, a row per rank, step and name",
+    "evals": "evaluation between steps",
+    "device_steps": "device times of a step, where there is a GPU",
+    "process": "samples of each rank's process",
+    "host": "samples of each host",
+    "gpu": "samples of each GPU",
+    "torch_memory": "samples of torch's allocator on a device",
+    "telemetry": "what tracing itself did and cost",
+    "metrics": "every value that was logged",
+}
+_TIME = OutColumn("time_epoch_ns", "int64", "when, nanoseconds since 1970 by the aggregator's clock")
+_JSON = OutColumn("data_json", "string", "everything else, as a JSON object")
+# What a stored column is in the export, where it is not itself.
+_RENAMED = {"ns": "duration_ns"}
+_REPLACED: dict[str, tuple[OutColumn, ...]] = {
+    "t_ns": (_TIME,),
+    "t_end_ns": (
+        OutColumn("end_epoch_ns", "int64", "when it ended, nanoseconds since 1970 by the aggregator's clock"),
+    ),
+    "name_id": (OutColumn("name", "string", "its name"),),
+    "kind": (OutColumn("source", "string", "who logged it: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
+    "bits": (
+        OutColumn("other_ns", "int64", "what is left of total_ns: code outside the known phases"),
+        OutColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
+        OutColumn("flags", "int64", "bits: 1 explicit, 2 inferred, 4 skipped, 8 no loader, 16 device, 32 callback"),
+        OutColumn("sequence", "int64", "collectives issued so far"),
+    ),
+}
+_NULLED = "backward_own_ns"
+
+
+def _table(table: Table) -> OutTable:
+    columns = list(_WHO)
+    for column in table.columns:
+        kind: Kind = "int64" if column.code == "q" else "float64"
+        doc = column.doc.replace("-1 when not measured", "null when not measured")
+        columns += _REPLACED.get(column.name, (OutColumn(_RENAMED.get(column.name, column.name), kind, doc),))
+
+    return OutTable(table.name, _DOCS[table.name], tuple(columns))
+
+
+_LOG_COLUMNS = (*_WHO, _TIME, OutColumn("kind", "string", "what kind of row"),
+                OutColumn("name", "string", "its name, null where it has none"), _JSON)  # fmt: skip
+TABLES: dict[str, OutTable] = {
+    **{table.name: _table(table) for table in PACKED},
+    "logged": OutTable("logged", "what was logged beside numbers: params, texts, artifacts, …", _LOG_COLUMNS),
+    "info": OutTable("info", "what ranks told about themselves: loader, model, warnings, exit, …", _LOG_COLUMNS),
+    "ranks": OutTable(
+        "ranks",
+        "a row per process that was a rank, or that logged for one",
+        (
+            *_WHO,
+            OutColumn("pid", "int64", "its process"),
+            OutColumn("state", "string", "how it stands or ended"),
+            _JSON,
+        ),
+    ),
+    "events": OutTable(
+        "events", "what happened in the run", (_TIME, OutColumn("kind", "string", "what kind of event"), _JSON)
+    ),
+    "run": OutTable(
+        "run",
+        "facts of the run, a row each",
+        (OutColumn("key", "string", "which"), OutColumn("value_json", "string", "the value, as JSON")),
+    ),
+}
+"""Every table that is exported, by name."""
+
+
+def packed_part(
+    stream: StreamRecord, clocks: Clocks, rows: NDArray[np.void], name_of: Callable[[int], str], table: str
+) -> Part:
+    """Return rows of a packed table as columns; columns that an older store lacks are null.
+
+    Args:
+        stream: whose rows.
+        clocks: when things happened.
+        rows: as they are stored.
+        name_of: a name by its number.
+        table: the table's name.
+    """
+    part: Part = _who(stream)
+    names = rows.dtype.names or ()
+    for name in names:
+        part |= _columns_of(name, rows, stream, clocks, name_of, table)
+
+    return {column.name: part.get(column.name) for column in TABLES[table].columns}
+
+
+def _columns_of(
+    name: str, rows: NDArray[np.void], stream: StreamRecord, clocks: Clocks, name_of: Callable[[int], str], table: str
+) -> Part:
+    values = rows[name]
+    if name == "t_end_ns":
+        return {"end_epoch_ns": clocks.of_stamp(stream.id, values)}
+
+    if name == "t_ns":
+        date = clocks.of_date if table == METRICS.name else clocks.of_stamp
+        return {"time_epoch_ns": date(stream.id, values)}
+
+    if name == "name_id":
+        return {"name": [name_of(number) for number in values.tolist()]}
+
+    if name == "kind":
+        return {"source": [_source(number) for number in values.tolist()]}
+
+    if name == "bits":
+        return _bits(rows)
+
+    return {_RENAMED.get(name, name): np.ma.masked_less(values, 0) if name == _NULLED else values}
+
+
+def _bits(rows: NDArray[np.void]) -> Part:
+    bits = rows["bits"]
+    known = [name for name in rows.dtype.names or () if name.endswith("_ns")]
+    parts = [name for name in known if name not in ("t_end_ns", "total_ns", "backward_own_ns")]
+    return {
+        "other_ns": rows["total_ns"] - sum(rows[name] for name in parts),
+        "micro_batches": bits & 0xFFFF,
+        "flags": bits >> 16 & 0xFFFF,
+        "sequence": bits >> 32 & 0x7FFFFFFF,
+    }
+
+
+def log_part(stream: StreamRecord, clocks: Clocks, rows: Sequence[Mapping[str, Any]], table: str) -> Part:
+    """Return rows of a log as columns."""
+    date = {LOGGED.name: clocks.of_date, INFO.name: clocks.of_stamp}[table]
+    return {
+        **_who(stream),
+        "time_epoch_ns": [date(stream.id, int(row.get("t_ns", 0))) for row in rows],
+        "kind": [str(row.get("kind", "")) for row in rows],
+        "name": [None if row.get("name") is None else str(row["name"]) for row in rows],
+        "data_json": [to_json({k: v for k, v in row.items() if k not in ("t_ns", "kind", "name")}) for row in rows],
+    }
+
+
+def to_json(value: Any) -> str:
+    """Return any value of a store as JSON: bytes in base64, null for what is no finite number."""
+    return msgspec.json.encode(value, enc_hook=str).decode()
+
+
+def _who(stream: StreamRecord) -> Part:
+    return {"attempt": stream.attempt, "rank": stream.rank, "host": stream.host}
+
+
+def _source(number: int) -> str:
+    try:
+        return MetricKind(number).name.lower()
+    except ValueError:
+        return str(number)

@@ -1,0 +1,283 @@
+"""A run as a trace: ranks as processes, steps and their phases as slices, counters, and arrows where ranks meet.
+
+A row tells how long each phase of a step took, not when: phases are drawn one after the other in the order in which
+they usually come. Bounds of steps and all durations are exact.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from traceml.database.reader import Frame, StoreReader, StreamRecord
+from traceml.database.schema import DEVICE_STEPS, EVALS, LOGS, NAMES, PACKED, TELEMETRY, USER_PHASES, StepFlag
+from traceml.database.schema import STEPS as STEP_ROWS
+from traceml.errors import StoreError
+from traceml.runs import export_tracks as tracks
+from traceml.runs.clocks import Clocks
+from traceml.runs.export_arrows import Arrows, Meeting
+from traceml.runs.export_counters import Counters
+from traceml.traces.writer import Writer
+
+__all__ = ["Timeline", "origin_of"]
+
+# In this order they are drawn; the user's own phases follow the ones of torch.
+_ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
+_CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint"}
+_FLAGS = {StepFlag.SKIPPED: "skipped", StepFlag.INFERRED: "inferred", StepFlag.EXPLICIT: "explicit"}
+_HELD_ROWS = 4096  # step rows per stream that may wait for their user phases
+_TABLES = (*(table.name for table in PACKED if table is not TELEMETRY), *(log.name for log in LOGS))
+
+
+@dataclass(slots=True)
+class _Lane:
+    """What is known of a stream between its frames."""
+
+    stream: StreamRecord
+    until_ns: int = 0
+    device_until_ns: int = 0
+    held: deque[Any] = field(default_factory=deque)
+    user: dict[int, list[tuple[str, int]]] = field(default_factory=dict)
+    began: dict[int, int] = field(default_factory=dict)
+
+
+class Timeline:
+    """Writes a store into a trace, in one pass, frame by frame.
+
+    Args:
+        reader: the store.
+        writer: the trace.
+        clocks: when things happened.
+    """
+
+    def __init__(self, reader: StoreReader, writer: Writer, clocks: Clocks) -> None:
+        self._reader, self._writer, self._clocks = reader, writer, clocks
+        self._tracks = tracks.Tracks(writer)
+        self._counters = Counters(writer, self._tracks, clocks)
+        self._arrows = Arrows()
+        self._lanes: dict[int, _Lane] = {}
+        self._world: dict[int, int] = {}
+        self._flows = 0
+        self.steps = 0
+        """Steps that were written."""
+        self.damage: list[str] = []
+        """What could not be read."""
+
+    def write(self) -> None:
+        """Write everything; what cannot be read is left out and noted.
+
+        Raises:
+            StoreError: the streams cannot be read.
+        """
+        self._learn_streams()
+        after = 0
+        try:
+            while frames := self._reader.frames_of(_TABLES, after):
+                after = frames[-1].id
+                for frame in frames:
+                    self._take(frame)
+        except StoreError as error:
+            self.damage.append(str(error))
+
+        for lane in self._lanes.values():
+            self._release(lane, None)
+
+        self._write_events()
+
+    def _write_events(self) -> None:
+        try:
+            for event in self._reader.events():
+                self._counters.event(event)
+        except StoreError as error:
+            self.damage.append(str(error))
+
+    def _learn_streams(self) -> None:
+        for stream in self._reader.streams():
+            if stream.id not in self._lanes:
+                self._lanes[stream.id] = _Lane(stream)
+
+        ranks: dict[int, set[int]] = {}
+        for lane in self._lanes.values():
+            if not lane.stream.facts.get("helps"):
+                ranks.setdefault(lane.stream.attempt, set()).add(lane.stream.rank)
+
+        self._world = {attempt: len(of_attempt) for attempt, of_attempt in ranks.items()}
+
+    def _take(self, frame: Frame) -> None:
+        lane = self._lanes.get(frame.stream)
+        if lane is None:
+            return  # began after this export did
+
+        try:
+            dtype = self._reader.dtype(frame.table)
+            if dtype is None:
+                self._take_log(lane, frame)
+            else:
+                self._take_rows(lane, frame.table, np.frombuffer(frame.data, dtype))
+        except (StoreError, KeyError, ValueError) as error:
+            self.damage.append(f"frame {frame.id} of {frame.table}: {error}")
+
+    def _take_log(self, lane: _Lane, frame: Frame) -> None:
+        for row in frame.maps():
+            if frame.table == NAMES.name:
+                self._counters.name(lane.stream.id, int(row["id"]), str(row["name"]))
+            elif frame.table in self._counters.logs:
+                self._counters.logs[frame.table](lane.stream, row)
+
+    def _take_rows(self, lane: _Lane, table: str, rows: Any) -> None:
+        if table == STEP_ROWS.name:
+            names = rows.dtype.names
+            for values in rows.tolist():
+                self._step(lane, dict(zip(names, values, strict=True)))
+        elif table == USER_PHASES.name:
+            self._user_phases(lane, rows)
+        elif table == EVALS.name:
+            self._evals(lane, rows)
+        elif table == DEVICE_STEPS.name:
+            self._device_steps(lane, rows)
+        elif table in self._counters.tables:
+            for row in rows:
+                self._counters.tables[table](lane.stream, row)
+
+    def _step(self, lane: _Lane, row: dict[str, int]) -> None:
+        """Write a step, or keep it until the names of its user phases are known."""
+        if not row["user_ns"]:
+            self._write_step(lane, row, ())
+            return
+
+        lane.held.append(row)
+        if len(lane.held) > _HELD_ROWS:
+            self._write_held(lane)
+
+    def _user_phases(self, lane: _Lane, rows: Any) -> None:
+        for step, number, ns in zip(*(rows[name].tolist() for name in ("step", "name_id", "ns")), strict=True):
+            lane.user.setdefault(step, []).append((self._counters.name_of(lane.stream.id, number), ns))
+
+        while len(lane.user) > 2 * _HELD_ROWS:
+            del lane.user[next(iter(lane.user))]  # their steps are lost
+
+        self._release(lane, int(rows["step"][-1]))
+
+    def _release(self, lane: _Lane, before: int | None) -> None:
+        while lane.held and (before is None or lane.held[0]["step"] < before):
+            self._write_held(lane)
+
+    def _write_held(self, lane: _Lane) -> None:
+        row = lane.held.popleft()
+        self._write_step(lane, row, lane.user.pop(row["step"], ()))
+
+    def _write_step(self, lane: _Lane, row: Mapping[str, int], user: Any) -> None:
+        stream = lane.stream
+        pid, tid = self._tracks.rank(stream, tracks.STEPS)
+        end_ns = self._clocks.of_stamp(stream.id, row["t_end_ns"])
+        begin_ns = end_ns - row["total_ns"]
+        if begin_ns < lane.until_ns <= end_ns:
+            begin_ns = lane.until_ns  # never over the step before
+
+        lane.until_ns = max(end_ns, lane.until_ns)
+        flags = row["bits"] >> 16 & 0xFFFF
+        if flags & StepFlag.DEVICE:
+            lane.began[row["step"]] = begin_ns
+            if len(lane.began) > _HELD_ROWS:
+                del lane.began[next(iter(lane.began))]
+
+        args: dict[str, Any] = {"step": row["step"], "micro_batches": row["bits"] & 0xFFFF}
+        args |= {name: True for flag, name in _FLAGS.items() if flags & flag}
+        self._writer.write_span("step", begin_ns, end_ns, pid=pid, tid=tid, cat="step", args=args)
+        self._write_parts(lane, row, user, begin_ns, end_ns)
+        self.steps += 1
+
+    def _write_parts(self, lane: _Lane, row: Mapping[str, int], user: Any, begin_ns: int, end_ns: int) -> None:
+        pid, tid = self._tracks.rank(lane.stream, tracks.STEPS)
+        named = sum(ns for _, ns in user)
+        parts = [(name, _CATEGORIES.get(name, "compute"), row[f"{name}_ns"]) for name in _ORDER]
+        parts += [(name, "user", ns) for name, ns in user]
+        parts.append(("user", "user", row["user_ns"] - named))
+        parts.append(("other", "other", row["total_ns"] - sum(ns for *_, ns in parts)))
+        at_ns = begin_ns
+        for name, category, ns in parts:
+            until_ns = min(at_ns + ns, end_ns)
+            if until_ns <= at_ns:
+                continue
+
+            self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
+            own = row["backward_own_ns"]
+            if name == "backward" and own >= 0:
+                self._wait(lane, row["step"], at_ns, min(at_ns + own, until_ns), until_ns)
+            elif name == "comm" and row["backward_own_ns"] < 0:
+                self._meet(lane, row["step"], Meeting(pid, tid, at_ns, at_ns, until_ns))
+
+            at_ns = until_ns
+
+    def _wait(self, lane: _Lane, step: int, began_ns: int, arrived_ns: int, left_ns: int) -> None:
+        """Backward was measured apart from the waiting for other ranks inside it."""
+        pid, tid = self._tracks.rank(lane.stream, tracks.STEPS)
+        if self._world.get(lane.stream.attempt, 1) < 2:
+            return
+
+        if left_ns > arrived_ns:
+            self._writer.write_span("wait", arrived_ns, left_ns, pid=pid, tid=tid, cat="comm")
+
+        self._meet(lane, step, Meeting(pid, tid, began_ns, arrived_ns, left_ns))
+
+    def _meet(self, lane: _Lane, step: int, meeting: Meeting) -> None:
+        stream = lane.stream
+        ranks = self._world.get(stream.attempt, 1)
+        if ranks < 2:
+            return
+
+        for arrow in self._arrows.meet(stream.attempt, step, stream.rank, meeting, ranks):
+            self._flows += 1
+            for phase, at_ns, end in (("s", arrow.from_ns, arrow.source), ("f", arrow.to_ns, arrow.target)):
+                self._writer.write_flow(
+                    "s" if phase == "s" else "f", "released", self._flows, at_ns, pid=end.pid, tid=end.tid, cat="comm"
+                )
+
+    def _evals(self, lane: _Lane, rows: Any) -> None:
+        pid, tid = self._tracks.rank(lane.stream, tracks.EVALS)
+        for row in rows:
+            end_ns = self._clocks.of_stamp(lane.stream.id, int(row["t_end_ns"]))
+            args = {"before_step": int(row["step"]), "batches": int(row["batches"])}
+            start_ns = end_ns - int(row["ns"])
+            self._writer.write_span("evaluation", start_ns, end_ns, pid=pid, tid=tid, cat="evaluation", args=args)
+
+    def _device_steps(self, lane: _Lane, rows: Any) -> None:
+        """Device times have no dates: a step is drawn from where its CPU side began, or the one before ended."""
+        pid, tid = self._tracks.rank(lane.stream, tracks.DEVICE)
+        names = rows.dtype.names
+        for values in rows.tolist():
+            row = dict(zip(names, values, strict=True))
+            began_ns = lane.began.pop(row["step"], None)
+            if began_ns is None:
+                continue  # its step is lost
+
+            at_ns = max(began_ns, lane.device_until_ns)
+            end_ns = lane.device_until_ns = at_ns + row["total_ns"]
+            args = {"step": row["step"]}
+            self._writer.write_span("step", at_ns, end_ns, pid=pid, tid=tid, cat="device", args=args)
+            for name in ("h2d", "forward", "backward", "comm", "optimizer"):
+                until_ns = min(at_ns + row[f"{name}_ns"], end_ns)
+                if until_ns > at_ns:
+                    self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat="device")
+
+                at_ns = max(until_ns, at_ns)
+
+
+def origin_of(reader: StoreReader, clocks: Clocks) -> int:
+    """Return a moment shortly before the first that a store tells of, in epoch nanoseconds."""
+    first: list[int] = []
+    for frame in reader.frames_of((STEP_ROWS.name, "process", "host"), limit=64):
+        rows = np.frombuffer(frame.data, reader.dtype(frame.table))
+        is_step = frame.table == STEP_ROWS.name
+        stamp = int(rows["t_end_ns"][0] - rows["total_ns"][0]) if is_step else int(rows["t_ns"][0])
+        first.append(clocks.of_stamp(frame.stream, stamp))
+
+    started = reader.meta().get("run", {}).get("started")
+    if started is not None:
+        first.append(int(float(started) * 1e9))
+
+    return min(first, default=0) // 10**9 * 10**9

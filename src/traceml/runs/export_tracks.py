@@ -1,0 +1,57 @@
+"""Processes and tracks of an exported trace: a process per rank and per host, named when they first appear."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from traceml.database.reader import StreamRecord
+from traceml.traces.writer import Writer
+
+__all__ = ["DEVICE", "EVALS", "EVENTS", "STEPS", "Tracks"]
+
+STEPS, DEVICE, EVALS, EVENTS = range(4)
+_LANES = ("training", "device", "evaluation", "events")
+_HOSTS = 1_000_000  # processes from here on are hosts
+
+
+class Tracks:
+    """Numbers processes and tracks, and gives them their names.
+
+    A rank's process is its rank + 1: 0 is the idle process of viewers. Tracks have numbers of their own over all
+    processes, because viewers look threads up without their process.
+
+    Args:
+        writer: the trace.
+    """
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._named: set[int] = set()
+        self._hosts: dict[str, int] = {}
+
+    def rank(self, stream: StreamRecord, lane: int) -> tuple[int, int]:
+        """Return (process, track) of a rank."""
+        pid = stream.rank + 1
+        tid = pid * 10 + lane
+        if pid not in self._named:
+            facts = {"rank": stream.rank, "host": stream.host, "os_pid": stream.identity.pid}
+            self._name("process_name", f"rank {stream.rank} ({stream.host})", pid, pid, tid, **facts)
+
+        if -tid not in self._named:
+            self._name("thread_name", _LANES[lane], -tid, pid, tid)
+
+        return pid, tid
+
+    def host(self, host: str) -> tuple[int, int]:
+        """Return (process, track) of a host."""
+        pid = self._hosts.setdefault(host, _HOSTS + len(self._hosts))
+        if pid not in self._named:
+            self._name("process_name", f"host {host}", pid, pid, pid * 10)
+
+        return pid, pid * 10
+
+    def _name(
+        self, what: Literal["process_name", "thread_name"], name: str, key: int, pid: int, tid: int, **facts: Any
+    ) -> None:
+        self._named.add(key)
+        self._writer.write_name(what, name, pid=pid, tid=tid, **facts)

@@ -1,0 +1,72 @@
+"""`traceml export`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import store_run
+from traceml import cli
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return store_run(tmp_path / "traceml_runs" / "20260101-000000-train-abcd", Job(steps=30))
+
+
+def test_latest_run_goes_into_the_working_directory(run_dir, tmp_path, capsys):
+    """By the run's id, and the next step is told."""
+    assert cli.main(["export", "--format", "perfetto"]) == 0
+
+    told = capsys.readouterr()
+    path = tmp_path / "20260101-000000-train-abcd.json"
+    assert len(json.loads(path.read_bytes())) > 100
+    assert told.out.startswith("20260101-000000-train-abcd.json: ")
+    assert "60 steps" in told.out
+    assert "https://ui.perfetto.dev" in told.out
+    assert told.err == ""
+
+
+def test_format_goes_by_the_output(run_dir, tmp_path, capsys):
+    """A run by the end of its id, and an output whose name tells the format."""
+    assert cli.main(["export", "abcd", "-o", "run.pfw.gz"]) == 0
+    assert cli.main(["export", "abcd", "--output", "tables.csv"]) == 0
+
+    assert (tmp_path / "run.pfw.gz").stat().st_size > 100
+    assert (tmp_path / "tables.csv" / "steps.csv").read_text().count("\n") == 61
+    assert "15 tables" in capsys.readouterr().out
+
+
+def test_damage_is_told_and_the_rest_is_written(run_dir, tmp_path, capsys):
+    """What cannot be read is said on standard error; the output is there."""
+    import sqlite3
+
+    database = sqlite3.connect(run_dir / "store.db")
+    database.execute("UPDATE frames SET data = x'ff'")
+    database.commit()
+    database.close()
+
+    assert cli.main(["export", "--format", "pfw"]) == 0
+    assert "traceml export: left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "which format?"),
+        (["-o", "x.txt"], "which format?"),
+        (["--format", "pfw", "-o", "x.json"], "ends in .pfw.gz or .pfw"),
+        (["--format", "xml"], "xml"),
+    ],
+)
+def test_wrong_words(run_dir, capsys, words, said):
+    assert cli.main(["export", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_unknown_run(run_dir, capsys):
+    assert cli.main(["export", "nothing", "--format", "csv"]) == 3
+    assert "no run 'nothing'" in capsys.readouterr().err

@@ -1,0 +1,123 @@
+"""Exports of runs that are not whole, and of those that still grow."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+
+from tests.diagnosis.fabricated import Job, rows_of
+from tests.runs.exported import STEPS, events_in, rich_run
+from tests.runs.fabricated_store import add_rank, run_facts, store_run
+from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.errors import StoreError, UsageError
+from traceml.runs.export import FORMATS, default_path, export_run, format_of
+
+OUTPUTS = {"perfetto": "out.json", "pfw": "out.pfw.gz", "parquet": "out", "csv": "out"}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_damaged_frames_are_left_out_and_told(tmp_path, form):
+    """A frame that is garbage costs its rows alone."""
+    run_dir = rich_run(tmp_path / "run")
+    database = sqlite3.connect(run_dir / STORE_NAME)
+    query = "SELECT frames.id, n FROM frames JOIN tables ON tables.id = tbl WHERE name = 'steps' ORDER BY frames.id"
+    number, lost = database.execute(query).fetchone()
+    database.execute("UPDATE frames SET data = x'00010203' WHERE id = ?", (number,))
+    database.commit()
+    database.close()
+
+    exported = export_run(run_dir, form, tmp_path / OUTPUTS[form])
+
+    assert exported.steps == 2 * STEPS - lost > 0
+    assert [what.split(":")[0] for what in exported.damage] == [f"frame {number} of steps"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_store_that_breaks_off_gives_what_is_before(tmp_path, form):
+    """A file with destroyed pages is read as far as it goes, or refused as damaged; never silently empty."""
+    run_dir = rich_run(tmp_path / "run", steps=2000)
+    data = bytearray((run_dir / STORE_NAME).read_bytes())
+    middle = len(data) // 32768 // 2 * 32768
+    data[middle : middle + 3 * 32768] = b"\xff" * (3 * 32768)
+    (run_dir / STORE_NAME).write_bytes(data)
+
+    try:
+        exported = export_run(run_dir, form, tmp_path / OUTPUTS[form])
+    except StoreError as error:
+        assert "damaged" in str(error) or "cannot read" in str(error)  # noqa: PT017 - either is right
+        return
+
+    assert exported.damage
+    assert exported.steps < 4000
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_run_that_goes_on_is_exported_as_far_as_it_is(tmp_path, form):
+    """While the aggregator writes, an export takes what is committed; a later one has more."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    rows = rows_of(Job(ranks=1, steps=200, grouped=False))[0]
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
+        stream = add_rank(writer, 0, rows[:128], state="running")
+        writer.commit()
+        first = export_run(run_dir, form, tmp_path / OUTPUTS[form])
+        writer.append(stream, "steps", 128, 72, rows[128:].tobytes(), 128, 199)
+        writer.commit()
+        second = export_run(run_dir, form, tmp_path / OUTPUTS[form])
+
+    assert (first.steps, second.steps) == (128, 200)
+
+
+def test_all_attempts_are_in_one_trace(tmp_path):
+    """A job that was started again is one time line; its ranks stay the same processes."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        for attempt in (0, 1):
+            for rank, rows in enumerate(rows_of(Job(steps=20))):
+                rows["t_end_ns"] += attempt * 10**10
+                add_rank(writer, rank, rows, attempt=attempt)
+
+    export_run(run_dir, "perfetto", tmp_path / "out.json")
+    steps = [event for event in events_in(tmp_path / "out.json") if event.get("name") == "step"]
+
+    assert len(steps) == 80
+    assert {event["pid"] for event in steps} == {1, 2}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_run_without_a_step(tmp_path, form):
+    """A run that never came to a step is exported too."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with StoreWriter(run_dir / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(world_size=0))
+
+    exported = export_run(run_dir, form, tmp_path / OUTPUTS[form])
+    assert (exported.steps, exported.damage) == (0, ())
+
+
+def test_output_that_cannot_be_written_leaves_nothing(tmp_path):
+    """A folder that is not there is an error, and no draft stays behind."""
+    run_dir = store_run(tmp_path / "run", Job(steps=20))
+
+    with pytest.raises(OSError, match="nowhere"):
+        export_run(run_dir, "perfetto", tmp_path / "nowhere" / "out.json")
+
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_names_and_formats(tmp_path):
+    """A trace's name must fit its format; where none is given the run's id is taken."""
+    with pytest.raises(UsageError, match=r"ends in \.pfw\.gz or \.pfw"):
+        export_run(tmp_path, "pfw", tmp_path / "out.json")
+
+    assert [format_of(tmp_path / name) for name in ("a.json", "a.json.gz", "a.pfw", "a.csv", "a.parquet", "a.txt")] == [
+        "perfetto", "perfetto", "pfw", "csv", "parquet", None,
+    ]  # fmt: skip
+    assert [str(default_path(tmp_path / "id", form)) for form in FORMATS] == [
+        "id.json", "id.pfw.gz", "id-parquet", "id-csv",
+    ]  # fmt: skip

@@ -1,0 +1,58 @@
+"""The columns of an export, and the page that describes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from traceml.database.schema import PACKED
+from traceml.runs.export_columns import TABLES, to_json
+
+PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
+
+
+def page() -> str:
+    """Return docs/columns.md as the tables are now."""
+    lines = [
+        "# Tables and columns of an export",
+        "",
+        "`traceml export --format parquet` and `--format csv` write these tables, a file each. A cell is empty (CSV)",
+        "or null (Parquet) where nothing is known. In CSV, what is no number is `nan`, `inf` or `-inf`.",
+    ]
+    for table in TABLES.values():
+        lines += ["", f"## {table.name}", "", f"{table.doc[0].upper()}{table.doc[1:]}.", ""]
+        lines += ["| column | type | is |", "|---|---|---|"]
+        lines += [f"| `{column.name}` | {column.kind} | {column.doc} |" for column in table.columns]
+
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_describes_every_column():
+    """After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/runs/test_export_columns.py`."""
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        PAGE.write_text(page(), encoding="utf-8")
+
+    assert page() == PAGE.read_text(encoding="utf-8")
+
+
+def test_every_packed_table_is_exported():
+    assert {table.name for table in PACKED} <= set(TABLES)
+
+
+def test_numbers_say_their_unit():
+    """What counts nanoseconds, bytes and the like says so in its name; what has no unit is a number of things."""
+    units = ("_ns", "_bytes", "_pct", "_c", "_w", "_mhz", "_per_step")
+    plain = {
+        "attempt", "rank", "step", "count", "batches", "threads", "index", "device", "cores", "pid", "value",
+        "micro_batches", "flags", "sequence", "voluntary_switches", "involuntary_switches", "minor_faults",
+        "major_faults", "throttle_reasons", "rows_appended", "rows_lost", "sampler_errors", "reconnects", "experiment",
+        "bytes_sent",
+    }  # fmt: skip
+    numbers = {c.name for table in TABLES.values() for c in table.columns if c.kind != "string"}
+
+    assert {name for name in numbers if not name.endswith(units)} <= plain
+
+
+def test_any_value_becomes_json():
+    """Also what JSON has no word for."""
+    assert to_json({"a": float("nan"), "b": b"\x00", 1: [None]}) == '{"a":null,"b":"AA==","1":[null]}'
