@@ -60,4 +60,18 @@ class Drawings:
 
 def as_json(option: Option) -> str:
     """Return an option as JSON, which is also a literal of JavaScript: what is not ASCII is escaped."""
-    return json.dumps(option, separators=(",", ":"), allow_nan=False)
+    return json.dumps(_fitted(option), separators=(",", ":"), allow_nan=False)
+
+
+def _fitted(option: Option) -> Option:
+    """Return the option with the x axis as ECharts needs it: its name below, and no label at an uneven end."""
+    axis = dict(option["xAxis"])
+    if axis.get("name"):
+        axis |= {"nameLocation": "middle", "nameGap": 25}
+        option = {**option, "grid": {**option["grid"], "bottom": 24}}
+
+    if axis["type"] == "value":
+        whole = float(axis.get("min") or 0).is_integer()
+        axis["axisLabel"] = {**axis["axisLabel"], "showMinLabel": whole, "showMaxLabel": False}
+
+    return {**option, "xAxis": axis}

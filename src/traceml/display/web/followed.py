@@ -21,7 +21,7 @@ from traceml.runs.report import REPORT_NAME, SCHEMA, build_report
 if TYPE_CHECKING:
     from traceml.runs.series import RunSeries
 
-__all__ = ["LogTail", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
+__all__ = ["LogTail", "RunSource", "RunState", "RunsSource", "RunsState", "Written", "is_run_id"]
 
 # A run that goes on writes at least its samples once a second; nothing for this long is worth a word.
 _SILENT_S = 5.0
@@ -96,7 +96,7 @@ class RunSource:
         self._live: LiveRun | None = None
         self._state = RunState(run_dir.name)
         self._heard_s = time.monotonic()
-        self._written = _Written(run_dir)
+        self._written = Written(run_dir)
         self._settled = False
         self._told = False
 
@@ -237,7 +237,7 @@ class RunsSource:
         return sorted(infos, key=lambda info: (info.started or 0.0, info.id), reverse=True)
 
     def _describe(self, path: Path) -> tuple[float, RunInfo]:
-        written = _Written(path).newest()
+        written = Written(path).newest()
         before = self._known.get(path)
         if before is not None and before[0] == written and before[1].state not in ("running", "hung"):
             return before
@@ -245,12 +245,16 @@ class RunsSource:
         return written, describe_run(path)
 
 
-class _Written:
-    """When the files of a run were written last."""
+class Written:
+    """When the files of a run were written last.
+
+    Args:
+        run_dir: the run's folder.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self._files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal", run_dir / REPORT_NAME]
-        self._seen = 0.0
+        self._seen = -1.0
 
     def newest(self) -> float:
         """Return the epoch seconds of the last write, 0 where there is none."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nicegui import Client, ui
 from starlette.requests import Request
 
+from traceml.display.web.compare_page import ComparePage, CompareSource, CompareState
 from traceml.display.web.feed import Feeds
 from traceml.display.web.followed import RunSource, RunsSource, RunsState, RunState, is_run_id
 from traceml.display.web.frame import add_head, theme_of
@@ -18,7 +19,7 @@ from traceml.display.web.runs_page import RunsPage
 
 __all__ = ["Pages"]
 
-_LIST_S, _RUN_S = 2.0, 1.0
+_LIST_S, _RUN_S, _COMPARE_S = 2.0, 1.0, 5.0
 # What is read within this time is in the page when it is first painted; the rest follows.
 _FIRST_S = 0.7
 
@@ -37,11 +38,13 @@ class Pages:
         self._themes: set[str] = set()
         self._list: Feeds[RunsState] = Feeds(lambda _: RunsSource(runs_dir), interval_s=_LIST_S)
         self._runs: Feeds[RunState] = Feeds(self._open_run, interval_s=_RUN_S)
+        self._compared: Feeds[CompareState] = Feeds(self._open_comparison, interval_s=_COMPARE_S)
 
     def register(self) -> None:
         """Add the addresses to NiceGUI's application."""
         ui.page("/", title="Runs - traceml")(self._show_list)
         ui.page("/run/{run_id}")(self._show_run)
+        ui.page("/compare/{a}/{b}", title="Compare - traceml")(self._show_comparison)
 
     def hurry(self) -> None:
         """Read everything that is looked at once more, now."""
@@ -65,13 +68,26 @@ class Pages:
         else:
             page.show(RunState(run_id, exists=False))
 
-    def _set_theme(self, page: RunPage, theme: object) -> None:
+    async def _show_comparison(self, client: Client, request: Request, a: str, b: str) -> None:
+        add_head()
+        page = ComparePage(client, a, b, theme_of(request.cookies))
+        ui.on("traceml_theme", lambda event: self._set_theme(page, event.args))
+        if is_run_id(a) and is_run_id(b):
+            await self._follow(client, self._compared, (a, b), page.show)
+        else:
+            page.show(CompareState(problem="There is no such run."))
+
+    def _set_theme(self, page: RunPage | ComparePage, theme: object) -> None:
         if theme in ("light", "dark"):
             self._themes.add(str(theme))
             page.set_theme(str(theme))
 
     def _open_run(self, key: Hashable) -> RunSource:
         return RunSource(self._runs_dir / str(key), self._themes)
+
+    def _open_comparison(self, key: Any) -> CompareSource:
+        a, b = key
+        return CompareSource(self._runs_dir / a, self._runs_dir / b)
 
     async def _follow(self, client: Client, feeds: Feeds[T], key: Hashable, show: Callable[[T], None]) -> None:
         """Have a browser shown each state until it leaves; return when the first is there, or has taken too long."""

@@ -12,7 +12,7 @@ from traceml.display.web.followed import LogTail, RunState
 from traceml.display.web.parts import Block, Facts, Table, Words, shown
 from traceml.renderers.numbers import bytes_text, count_text, ms_text, overhead_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import phase_label
+from traceml.renderers.words import end_of_rank, phase_label
 
 __all__ = ["Delivery", "Logs", "RankTable", "Telemetry"]
 
@@ -77,7 +77,7 @@ class Logs:
         with Block("div", "card") as self._card, Block("details", "", open=True):
             Words("summary", "Events")
             with Block("div", "events", tabindex="0", role="region", aria_label="events"):
-                self._events = Table((("Time", "nowrap"), ("What", "nowrap"), ("", "")), "events, the newest first")
+                self._events = Table((("Time", "nowrap"), ("What", "nowrap"), ("", "long")), "events, the newest first")
 
     def show(self, state: RunState) -> None:
         """Show the logs as they stand."""
@@ -117,6 +117,10 @@ def _event_cells(event: Event) -> list[str]:
         first = (event.data.get("findings") or [{}])[0]
         return [at, "verdict", f"{first.get('kind', '')}: {first.get('summary', '')}"]
 
+    if event.kind == "rank":
+        told = end_of_rank(event.data) or str(event.data.get("state", ""))
+        return [at, "rank", f"rank {event.data.get('rank')}: {told}"]
+
     return [at, event.kind, ", ".join(f"{name} {_plain(value)}" for name, value in event.data.items() if value)]
 
 
@@ -129,7 +133,14 @@ class Delivery:
 
     def __init__(self) -> None:
         with Block("div", "card"):
-            columns = (("Tracker", ""), ("State", ""), ("Delivered", "n"), ("Wait", "n"), ("Refused", "n"), ("", ""))
+            columns = (
+                ("Tracker", ""),
+                ("State", ""),
+                ("Delivered", "n"),
+                ("Wait", "n"),
+                ("Refused", "n"),
+                ("", "long"),
+            )
             self._table = Table(columns, "trackers")
             self._none = Words("p", 'No tracker was asked for. backend="mlflow" or TRACEML_BACKEND names one.', "note")
 

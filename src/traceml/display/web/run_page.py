@@ -9,7 +9,7 @@ from traceml.display.web.frame import Banner, draw, keys_dialog, top_bar
 from traceml.display.web.parts import Block, Words, link, shown
 from traceml.display.web.run_charts import RunCharts
 from traceml.display.web.run_details import Delivery, Logs, RankTable, Telemetry
-from traceml.display.web.verdict_card import Figures, Findings, VerdictCard
+from traceml.display.web.verdict_card import Findings, VerdictCard
 from traceml.renderers.numbers import duration_text
 from traceml.renderers.views import RunView
 
@@ -77,7 +77,6 @@ class RunPage:
     def _build(self) -> None:
         with Block("section", "", id="verdict", aria_label="verdict"):
             self._verdict = VerdictCard()
-            self._figures = Figures()
             self._findings = Findings()
 
         self._charts = RunCharts()
@@ -101,7 +100,6 @@ class RunPage:
         self._crumb.say(view.run.name)
         shown(self._crumb, True)
         self._verdict.show(view, state.report or {})
-        self._figures.show(view, _lasted(view))
         self._findings.show(view)
         self._rank_table.show(view)
         self._logs.show(state)
@@ -133,7 +131,3 @@ def _warning(state: RunState) -> str:
         return f"Nothing has come from this run for {silent}: its ranks are silent, or its aggregator is."
 
     return ""
-
-
-def _lasted(view: RunView) -> str:
-    return duration_text(view.run.duration_s)

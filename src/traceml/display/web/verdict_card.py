@@ -7,11 +7,10 @@ from typing import Any
 
 from traceml.display.web.parts import Block, Facts, Words, shown
 from traceml.renderers.evidence import evidence_items
-from traceml.renderers.numbers import count_text, ms_text, percent_text, rate_text
+from traceml.renderers.numbers import count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.views import RunView, Verdict
-from traceml.renderers.words import phase_label, ranks_text
 
-__all__ = ["Figures", "Findings", "VerdictCard"]
+__all__ = ["Findings", "VerdictCard"]
 
 _EVIDENCE = 12
 
@@ -25,13 +24,14 @@ class VerdictCard:
                 with Block("div", "tags"):
                     self._kind = Words("span", "", "pill kind")
                     self._state = Words("span", "", "pill")
-                    self._where = Words("span", "", "hint")
 
                 self._headline = Words("h1", "", aria_live="polite")
                 self._why = Words("p", "", "why")
                 with Block("div", "next") as self._next_block:
                     Words("b", "Next")
                     self._next = Words("span")
+
+                self._figures = Facts("figures")
 
             with Block("div", "rests"):
                 Words("h3", "Evidence")
@@ -45,36 +45,13 @@ class VerdictCard:
         self._kind.look(f"pill kind {verdict.severity}")
         self._state.say(view.run.state)
         self._state.look(f"pill {view.run.state}")
-        self._where.say(_where(verdict))
         self._headline.say(verdict.headline)
         self._why.say(verdict.summary)
         self._next.say(verdict.next)
         shown(self._next_block, bool(verdict.next))
         evidence = (report.get("verdict") or {}).get("evidence") or {}
         self._facts.show([*_costs(verdict), *evidence_items(evidence)][:_EVIDENCE])
-
-
-class Figures:
-    """The run in a few numbers."""
-
-    def __init__(self) -> None:
-        self._facts = Facts("card figures")
-
-    def show(self, view: RunView, lasted: str) -> None:
-        """Show the numbers as they stand."""
-        steps = view.steps
-        self._facts.show(
-            (
-                ("Steps per second", rate_text(steps.per_second)),
-                ("Mean step", ms_text(steps.mean_ms)),
-                ("p50", ms_text(steps.p50_ms)),
-                ("p95", ms_text(steps.p95_ms)),
-                ("p99", ms_text(steps.p99_ms)),
-                ("Steps", count_text(steps.count)),
-                ("Ranks", _ranks(view)),
-                ("Runs for" if view.run.state == "running" else "Took", lasted),
-            )
-        )
+        self._figures.show(_figures(view))
 
 
 class Findings:
@@ -110,11 +87,6 @@ class Findings:
                 self._rows.append((row, kind, Words("p", "", "head"), Words("p")))
 
 
-def _where(verdict: Verdict) -> str:
-    parts = [ranks_text(verdict.ranks)] if verdict.ranks else []
-    return ", ".join([*parts, *([phase_label(verdict.phase)] if verdict.phase else [])])
-
-
 def _costs(verdict: Verdict) -> list[tuple[str, str]]:
     costs = []
     if verdict.cost_share:
@@ -124,6 +96,20 @@ def _costs(verdict: Verdict) -> list[tuple[str, str]]:
         costs.append(("if fixed", f"{verdict.gain:.2f}x as fast"))
 
     return costs
+
+
+def _figures(view: RunView) -> list[tuple[str, str]]:
+    steps = view.steps
+    return [
+        ("Steps per second", rate_text(steps.per_second)),
+        ("Mean step", ms_text(steps.mean_ms)),
+        ("p50", ms_text(steps.p50_ms)),
+        ("p95", ms_text(steps.p95_ms)),
+        ("p99", ms_text(steps.p99_ms)),
+        ("Steps", count_text(steps.count)),
+        ("Ranks", _ranks(view)),
+        ("Runs for" if view.run.state == "running" else "Took", duration_text(view.run.duration_s)),
+    ]
 
 
 def _ranks(view: RunView) -> str:

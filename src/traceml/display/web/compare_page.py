@@ -1,0 +1,190 @@
+"""Two runs side by side: whether B is slower, by how much, whether that is real, and where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nicegui import Client
+
+from traceml.display.web.drawn import THEMES, as_json
+from traceml.display.web.followed import Written
+from traceml.display.web.frame import Banner, draw, keys_dialog, top_bar
+from traceml.display.web.parts import Block, Chart, Table, Words, link, run_path, shown
+from traceml.errors import StoreError
+from traceml.renderers.compared import change_text, compared_headline, compared_sentences
+from traceml.renderers.compared_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
+from traceml.renderers.numbers import bytes_text, count_text, ms_text
+from traceml.runs.compare import compare_runs
+from traceml.runs.series import StepSeries, read_series
+
+__all__ = ["ComparePage", "CompareSource", "CompareState"]
+
+_WEIGHTS = {"slower": "critical", "faster": "info", "same": "", "unknown": "warning"}
+_ROW_PX, _FRAME_PX, _LEAST_PX, _MOST_PX = 40, 90, 236, 640
+
+
+@dataclass(frozen=True, slots=True)
+class CompareState:
+    """A comparison as its page shows it: in the shape of `traceml.compare/1`, or why there is none."""
+
+    comparison: dict[str, Any] | None = None
+    steps: tuple[StepSeries, StepSeries] | None = None
+    problem: str = ""
+
+
+class CompareSource:
+    """Compares two runs, and again when one of them has got further.
+
+    Args:
+        a: folder of the run that is compared with.
+        b: folder of the run in question.
+    """
+
+    def __init__(self, a: Path, b: Path) -> None:
+        self._runs = (a, b)
+        self._written = (Written(a), Written(b))
+
+    def __repr__(self) -> str:
+        return f"CompareSource({self._runs[0].name}, {self._runs[1].name})"
+
+    def read(self) -> CompareState | None:
+        """Return the comparison as it stands; None when neither run has changed."""
+        changed = [written.changed() for written in self._written]
+        if not any(changed):
+            return None
+
+        missing = [run.name for run in self._runs if not run.is_dir()]
+        if missing:
+            return CompareState(problem=f"There is no run {' nor '.join(missing)}.")
+
+        try:
+            comparison = compare_runs(*self._runs)
+            first, second = (read_series(run).steps for run in self._runs)
+        except StoreError as error:
+            return CompareState(problem=str(error))
+
+        return CompareState(comparison, (first, second))
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+
+class ComparePage:
+    """A comparison, in one browser.
+
+    Args:
+        client: the browser.
+        a: id of the run that is compared with.
+        b: id of the run in question.
+        theme: what the browser had last.
+    """
+
+    def __init__(self, client: Client, a: str, b: str, theme: str) -> None:
+        self._client, self._theme = client, theme
+        self._state: CompareState | None = None
+        top_bar("compare")
+        self._banner = Banner()
+        with Block("div", "page", id="content", tabindex="-1"):
+            self._waiting = Words("p", "Reading both runs", "card nothing")
+            with Block("div") as self._body:
+                self._verdict(a, b)
+                with Block("div", "grid others"):
+                    self._steps = Chart("Step time", "median over all ranks, by step", classes="wide")
+                    self._phases = Chart("Phases", "mean of all ranks; the largest change first")
+                    self._ranks = Chart("Each rank's own work", "without waiting for others")
+
+                with Block("div", "grid others"):
+                    with Block("div", "card"):
+                        self._times = Table(_TIME_COLUMNS, "step time")
+
+                    with Block("div", "card"):
+                        self._facts = Table((("", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs")
+
+        keys_dialog()
+        shown(self._body, False)
+
+    def show(self, state: CompareState) -> None:
+        """Show the comparison as it stands."""
+        self._state = state
+        with self._client:
+            self._banner.say(state.problem)
+            shown(self._waiting, False)
+            shown(self._body, state.comparison is not None)
+            if state.comparison is not None:
+                self._show(state.comparison)
+
+    def set_theme(self, theme: str) -> None:
+        """Draw in other colours."""
+        if theme != self._theme:
+            self._theme = theme
+            if self._state is not None:
+                self.show(self._state)
+
+    def _verdict(self, a: str, b: str) -> None:
+        with Block("div", "card verdict alone") as self._card, Block("div", "says"):
+            with Block("div", "tags"):
+                self._outcome = Words("span", "", "pill kind")
+                for side, run_id in (("A", a), ("B", b)):
+                    Words("b", side)
+                    link(run_id, run_path(run_id), "mono")
+
+            self._headline = Words("h1")
+            self._why = Words("p", "", "why")
+            self._notes = Words("p", "", "why noted")
+
+    def _show(self, comparison: Mapping[str, Any]) -> None:
+        weight = _WEIGHTS.get(comparison["outcome"], "")
+        self._card.look(f"card verdict alone {weight}")
+        self._outcome.say(comparison["outcome"].upper())
+        self._outcome.look(f"pill kind {weight}")
+        self._headline.say(compared_headline(comparison))
+        self._why.say(" ".join(compared_sentences(comparison)))
+        notes = [*comparison["obstacles"], *comparison["remarks"]]
+        self._notes.say("Note: " + "; ".join(notes) + "." if notes else "")
+        self._times.show([_time_cells(name, row) for name, row in comparison["step_time"].items()])
+        self._facts.show(_fact_rows(comparison))
+        self._draw(comparison)
+
+    def _draw(self, comparison: Mapping[str, Any]) -> None:
+        theme = THEMES[self._theme]
+        rows = max(len(comparison["phases"]), len(comparison["ranks"]))
+        height = min(max(_FRAME_PX + _ROW_PX * rows, _LEAST_PX), _MOST_PX)
+        steps = self._state.steps if self._state is not None else None
+        options = (
+            (self._steps, compared_steps_chart(*steps, theme) if steps is not None else None),
+            (self._phases, compared_phases_chart(comparison, theme)),
+            (self._ranks, compared_ranks_chart(comparison, theme)),
+        )
+        for chart in (self._phases, self._ranks):
+            chart.height(height)
+
+        told = [chart.show(None if option is None else as_json(option)) for chart, option in options]
+        draw(self._client, [each for each in told if each is not None])
+
+
+_TIME_COLUMNS = (("Step time", ""), ("A", "n"), ("B", "n"), ("Change", "n"), ("99 % between", "n"), ("Real", "n"))
+
+
+def _time_cells(name: str, row: Mapping[str, Any]) -> list[str]:
+    between = "-" if row["low"] is None else f"{change_text(row['low'])} and {change_text(row['high'])}"
+    real = {True: "yes", False: "no", None: "cannot tell"}[row["real"]]
+    sure = "" if row["p"] is None else f", p = {row['p']:.2g}"
+    return [name, ms_text(row["a_ms"]), ms_text(row["b_ms"]), change_text(row["change"]), between, real + sure]
+
+
+def _fact_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    a, b = comparison["a"], comparison["b"]
+    rows = [
+        ["verdict", a["verdict"], b["verdict"], ""],
+        ["state", a["state"], b["state"], ""],
+        ["ranks", count_text(a["world_size"]), count_text(b["world_size"]), ""],
+        ["steps", count_text(a["steps"]), count_text(b["steps"]), ""],
+    ]
+    for what, name in (("resident peak", "rss_peak_bytes"), ("device peak", "cuda_peak_bytes")):
+        row = comparison["memory"][name]
+        rows.append([what, bytes_text(row["a"]), bytes_text(row["b"]), change_text(row["change"])])
+
+    return rows
