@@ -17,7 +17,7 @@ from traceml.cli.parsing import parse
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Kind
-from traceml.errors import StoreError, UsageError
+from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.card import print_report
 from traceml.runs.find import find_run
 from traceml.runs.logged import trackers
@@ -40,6 +40,8 @@ class Options:
     """A run's folder, its id (or the last four letters of it); the latest run when left out."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the report as JSON and nothing else."""
+    html: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """Write the report with its charts as one HTML file, which opens without a network, and print nothing."""
     fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND ...", help_behavior_hint="")] = ()
     """Exit with 1 when there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -50,14 +52,32 @@ def main(argv: list[str]) -> int:
     """Print a report; return 0, or 1 when a finding is there that must not be."""
     options = parse(Options, argv, prog="traceml report")
     unwanted = _kinds(options.fail_on)
+    if options.json and options.html is not None:
+        raise UsageError("--json and --html: one of them at a time")
+
     run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
     report = current_report(run_dir)
-    if options.json:
+    if options.html is not None:
+        _write_page(run_dir, Path(options.html))
+    elif options.json:
         print(json.dumps(report, indent=2))
     else:
         print_report(report, run_dir, console=Console(highlight=False))
 
     return _gate(report, unwanted)
+
+
+def _write_page(run_dir: Path, path: Path) -> None:
+    from traceml.display.report_files import write_page
+
+    try:
+        write_page(run_dir, path)
+    except StoreError as error:
+        raise StoreError(f"cannot draw {run_dir}: {error}") from error
+    except OSError as error:
+        raise TraceMLError(
+            f"cannot write {path}: {error.strerror or error}. Name a file that can be written."
+        ) from error
 
 
 def runs_dir_of(given: str | None) -> Path:

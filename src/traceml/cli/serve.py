@@ -144,17 +144,17 @@ def _tell_ready(options: argparse.Namespace, host: str, port: int, aggregator: A
 
 
 def _write_report(run_dir: Path) -> None:
-    from traceml.runs.report import write_report
+    from traceml.display.report_files import write_reports
 
-    _log.info("report: %s", write_report(run_dir))
+    _log.info("report: %s", write_reports(run_dir))
 
 
 def _clean_up(run_dir: Path, *, keep: int | None) -> None:
     """Bring the report up to date, and remove old runs where the settings say how many are kept."""
+    from traceml.display.report_files import refresh_reports
     from traceml.runs.find import prune
-    from traceml.runs.report import update_trackers
 
-    update_trackers(run_dir)
+    refresh_reports(run_dir)
     if keep is not None:
         for removed in prune(run_dir.parent, keep):
             _log.info("removed the old run %s", removed.id)

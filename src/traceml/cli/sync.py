@@ -20,10 +20,10 @@ from traceml.aggregator.orphans import finish_orphan, take_in_lost_flights
 from traceml.cli.parsing import parse
 from traceml.database.reader import StoreReader
 from traceml.database.store import STORE_NAME, fold
+from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
-from traceml.runs.report import update_trackers, write_report
 from traceml.runs.state import is_watched
 from traceml.settings import Config, load
 from traceml.track.plan import Plan
@@ -113,7 +113,7 @@ def _wanted(options: Options, config: Config) -> Iterator[Path]:
         return
 
     for run_dir in take_in_lost_flights(runs_dir):
-        write_report(run_dir)
+        write_reports(run_dir)
 
     for info in reversed(list_runs(runs_dir)):
         if info.state not in {"running", "damaged"}:
@@ -131,7 +131,7 @@ def _sync(run_dir: Path, options: Options, config: Config, console: Console) -> 
 
     if processes:
         fold(run_dir / STORE_NAME)
-        update_trackers(run_dir)
+        refresh_reports(run_dir)
 
     return [_outcome(process, logged) for process in processes]
 
@@ -149,7 +149,7 @@ def _finish(run_dir: Path) -> None:
     if not finish_orphan(run_dir):
         raise TraceMLError(f"run {run_dir.name} has no aggregator any more, but its ranks still run: end them first")
 
-    write_report(run_dir)
+    write_reports(run_dir)
 
 
 def _processes(run_dir: Path, reader: StoreReader, options: Options, config: Config) -> Iterator[DeliveryProcess]:

@@ -27,13 +27,13 @@ def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None
         file: where to print; standard output belongs to the script.
     """
     # imported at the end: while the job runs, its supervisor stays small
+    from traceml.display.report_files import write_reports
     from traceml.renderers.card import print_card
-    from traceml.runs.report import write_report
 
     try:
         path = run_dir / "report.json"
         if not finished or not path.exists():
-            path = write_report(run_dir)
+            path = write_reports(run_dir)
 
         print_card(path, file=file)
         if report is not None:

@@ -27,6 +27,7 @@ __all__ = [
     "described",
     "digest_of",
     "report_of",
+    "save_report",
     "update_trackers",
     "whole_report",
     "write_report",
@@ -88,13 +89,22 @@ def write_report(run_dir: Path) -> Path:
         StoreError: the store cannot be read.
         OSError: the folder cannot be written.
     """
+    return save_report(run_dir, build_report(run_dir))
+
+
+def save_report(run_dir: Path, report: dict[str, Any]) -> Path:
+    """Write a report into the run's folder and return its path; the file appears whole or not at all.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     path = Path(run_dir) / REPORT_NAME
-    _replace(path, build_report(run_dir))
+    _replace(path, report)
     return path
 
 
-def update_trackers(run_dir: Path) -> None:
-    """Bring the section on trackers of a written report up to date; without a report there is nothing to do.
+def update_trackers(run_dir: Path) -> bool:
+    """Bring the section on trackers of a written report up to date; return whether it had to be.
 
     Raises:
         StoreError: the store cannot be read.
@@ -104,14 +114,17 @@ def update_trackers(run_dir: Path) -> None:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
-        return
+        return False
 
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
         now = trackers(Path(run_dir), reader)
 
-    if report.get("trackers") != now:
-        report["trackers"] = now
-        _replace(path, report)
+    if report.get("trackers") == now:
+        return False
+
+    report["trackers"] = now
+    _replace(path, report)
+    return True
 
 
 def _replace(path: Path, report: dict[str, Any]) -> None:

@@ -1,0 +1,81 @@
+"""The report on disk: `report.json` for programs and `report.html` for people, made from one reading of the store."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
+from traceml.renderers.html import HTML_NAME, report_page
+from traceml.runs.about import about_run
+from traceml.runs.digest import Digest
+from traceml.runs.report import digest_of, save_report, update_trackers, whole_report
+from traceml.runs.series import SeriesFollower
+
+__all__ = ["refresh_reports", "write_page", "write_reports"]
+
+_log = logging.getLogger("traceml")
+
+
+def write_reports(run_dir: Path) -> Path:
+    """Write both reports into the run's folder and return the path of `report.json`.
+
+    Raises:
+        StoreError: the store cannot be read.
+        OSError: `report.json` cannot be written; a page that cannot be made is logged, and no more.
+    """
+    run_dir = Path(run_dir)
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        digest = digest_of(reader)
+        report = whole_report(digest, reader, run_dir)
+        path = save_report(run_dir, report)
+        try:
+            _save(run_dir / HTML_NAME, _page(digest, reader, report))
+        except Exception as error:  # noqa: BLE001 - the verdict stands in report.json: a drawing must not take it away
+            _log.warning("no %s: %r", run_dir / HTML_NAME, error, exc_info=error)
+
+    return path
+
+
+def refresh_reports(run_dir: Path) -> None:
+    """Bring what the written reports say of trackers up to date; without reports there is nothing to do.
+
+    Raises:
+        StoreError: the store cannot be read.
+        OSError: the folder cannot be written.
+    """
+    if update_trackers(run_dir) and (Path(run_dir) / HTML_NAME).exists():
+        write_page(run_dir, Path(run_dir) / HTML_NAME)
+
+
+def write_page(run_dir: Path, path: Path) -> None:
+    """Write the HTML report of a run, ended or still going on, to a file; it appears whole or not at all.
+
+    Raises:
+        StoreError: the store cannot be read.
+        OSError: the file cannot be written.
+    """
+    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        digest = digest_of(reader)
+        page = _page(digest, reader, whole_report(digest, reader, Path(run_dir)))
+
+    _save(Path(path), page)
+
+
+def _page(digest: Digest, reader: StoreReader, report: dict[str, Any]) -> str:
+    follower = SeriesFollower()
+    follower.take(digest, reader)
+    return report_page(report, follower.series(digest), about_run(reader))
+
+
+def _save(path: Path, page: str) -> None:
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,107 @@
+"""From numbers to places on a drawing: scales, round ticks, and labels that do not run into each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["CHAR", "Scale", "category_scale", "rounded", "text_of", "value_scale"]
+
+CHAR = 6.1
+"""Width of a character of a label, about."""
+_LABEL_GAP = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """An axis from `start` to `end` on the drawing.
+
+    Attributes:
+        low, high: the numbers at its ends.
+        ticks: (number, label) to be written.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    ticks: tuple[tuple[float, str], ...]
+
+    def at(self, value: float) -> float:
+        """Return where a number lies; what is outside is put at the end."""
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return self.start + share * (self.end - self.start)
+
+    @property
+    def step(self) -> float:
+        """The room of one category."""
+        return abs(self.end - self.start) / (self.high - self.low)
+
+
+def value_scale(axis: Mapping[str, Any], values: Iterable[float], start: float, end: float, ticks: int = 4) -> Scale:
+    """Return the scale of an axis of numbers.
+
+    Args:
+        axis: as an ECharts option has it: min, max, and scale (which lets it begin elsewhere than at 0).
+        values: what is drawn on it.
+        start: where it begins on the drawing.
+        end: where it ends.
+        ticks: about how many labels.
+    """
+    there = [value for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(there), max(there)
+    if not axis.get("scale"):
+        low, high = min(low, 0.0), max(high, 0.0)
+
+    low, high = float(axis.get("min", low)), float(axis.get("max", high))
+    if high <= low:
+        low, high = (low, low + (abs(low) or 1.0)) if not axis.get("scale") else (low - 0.5, low + 0.5)
+
+    step = _round_step((high - low) / ticks)
+    first, last = math.floor(low / step) * step, math.ceil(high / step) * step
+    low, high = float(axis.get("min", first)), float(axis.get("max", last))
+    count = round((last - first) / step) + 1
+    marks = [value for value in (first + number * step for number in range(count)) if low <= value <= high]
+    return Scale(low, high, start, end, tuple((value, text_of(value, step)) for value in marks))
+
+
+def category_scale(labels: Sequence[str], start: float, end: float, *, bands: bool, across: bool) -> Scale:
+    """Return the scale of an axis of labels, whose numbers are their indices.
+
+    Args:
+        labels: the categories.
+        start: where it begins on the drawing.
+        end: where it ends.
+        bands: whether each category has a band of its own (bars, cells), or a point on the line.
+        across: whether the labels stand side by side, so that long ones take more room.
+    """
+    low, high = (-0.5, len(labels) - 0.5) if bands else (0.0, max(len(labels) - 1.0, 1.0))
+    room = max((len(label) for label in labels), default=0) * CHAR + _LABEL_GAP if across else _LABEL_GAP
+    fitting = max(int(abs(end - start) // room), 1)
+    every = max(-(-len(labels) // fitting), 1)
+    ticks = tuple((float(index), labels[index]) for index in range(0, len(labels), every))
+    return Scale(low, high, start, end, ticks)
+
+
+def _round_step(step: float) -> float:
+    unit = 10.0 ** math.floor(math.log10(step))
+    return next(factor * unit for factor in (1, 2, 2.5, 5, 10) if factor * unit >= step * 0.999)
+
+
+def text_of(value: float, step: float = 0.0) -> str:
+    """Return a tick's label: `1,500`, `0.25`, `1e-05`."""
+    if value == 0 or abs(value) < abs(step) * 1e-9:
+        return "0"
+
+    if abs(value) >= 1e7 or abs(value) < 1e-3:
+        return f"{value:.3g}"
+
+    digits = max(0, -math.floor(math.log10(step)) + (step / 10 ** math.floor(math.log10(step)) == 2.5)) if step else 3
+    return f"{value:,.{digits}f}"
+
+
+def rounded(value: float) -> str:
+    """Return a coordinate as short as a drawing needs it."""
+    return f"{value:.1f}".removesuffix(".0")

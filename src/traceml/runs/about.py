@@ -1,0 +1,65 @@
+"""What is known of a run beside its rows: program, versions, model, source and machine, as rank 0 told them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.database.reader import StoreReader
+from traceml.database.schema import INFO, LOGGED
+
+__all__ = ["About", "about_run"]
+
+# Facts come at the beginning; later frames hold texts, images, histograms.
+_FRAMES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Facts of a run, by who told them; each map is empty where nobody did.
+
+    Attributes:
+        process: python, traceml, executable, argv, folder.
+        model, loader, optimizer: of the training.
+        git, environment, system: what the collectors read.
+        params: what the user logged as parameters.
+    """
+
+    process: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
+    loader: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    git: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    system: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+def about_run(reader: StoreReader) -> About:
+    """Return what the first rank of the last attempt told.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    streams = sorted(reader.streams(), key=lambda stream: (-stream.attempt, stream.rank, -stream.id))
+    found: dict[str, dict[str, Any]] = {}
+    for stream in streams[:1]:
+        for row in _rows(reader, INFO.name, stream.id):
+            if row.get("kind") in ("process", "model", "loader", "optimizer"):
+                found.setdefault(row["kind"], {name: row[name] for name in row if name not in ("kind", "t_ns")})
+
+        for row in _rows(reader, LOGGED.name, stream.id):
+            if row.get("kind") == "params":
+                found.setdefault("params", {}).update(row.get("params") or {})
+            elif row.get("kind") == "collected" and row.get("name") in ("git", "environment", "system"):
+                found[row["name"]] = dict(row.get("facts") or {})
+
+    return About(**found)
+
+
+def _rows(reader: StoreReader, name: str, stream: int) -> list[dict[str, Any]]:
+    if name not in reader.tables:
+        return []  # written by a version before it
+
+    return [row for frame in reader.frames(name, stream=stream, limit=_FRAMES) for row in frame.maps()]
