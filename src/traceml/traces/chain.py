@@ -1,0 +1,151 @@
+"""The chunks of a file put together again: each begins where the one before it ended, in the file and in its events."""
+
+from __future__ import annotations
+
+from traceml.traces.columns import Batch, Damage, FileFacts
+from traceml.traces.forms import Beginning, Ending
+from traceml.traces.gzipped import Chunk
+from traceml.traces.native import NativeScanner
+from traceml.traces.pieces import Piece, joined
+from traceml.traces.slow import PurePython
+
+__all__ = ["MAX_DAMAGE", "Chain", "Guess", "Scanner"]
+
+Scanner = NativeScanner | PurePython
+MAX_DAMAGE = 1000  # entries per file: further damage is added up in the last one
+_SAME_BYTES = 8  # between two damages that are reported as one
+
+# A chunk that was scanned from a place where an event seemed to begin: that place, and what was found.
+Guess = tuple[int, Piece]
+
+
+class Chain:
+    """The reading of one file, in order.
+
+    Args:
+        facts: completed on the way.
+        source: the number of the file.
+    """
+
+    def __init__(self, facts: FileFacts, source: int) -> None:
+        self.expected = 0  # where the next chunk has to begin
+        self._facts, self._source = facts, source
+        self._beginning: Beginning | None = Beginning()
+        self._ending: Ending | None = None
+        self._wrapped = self._lost = False
+        self._tail = b""  # text that belongs in front of the next chunk
+        self._raw = 0  # bytes of text so far, the tail included
+        self._sequence = 0
+
+    def accept(self, chunk: Chunk, guess: Guess | None, scanner: Scanner) -> Batch | None:
+        """Take the next chunk; return its events, None when it has none.
+
+        Args:
+            chunk: the chunk.
+            guess: what a thread found in it ahead, None when that was not tried.
+            scanner: scans what is left to be scanned.
+        """
+        self.expected = chunk.end
+        self._note(chunk.damage)
+        self._raw += len(chunk.text)
+        self._facts.raw_bytes = self._raw
+        if self._ending is not None:
+            self._ending.add(chunk.text)
+            return None
+
+        if guess is not None and self._beginning is None:
+            piece = self._stitched(chunk.text, guess, scanner)
+            if piece is not None:
+                return self._batch(piece, chunk.text)
+
+        text, start = self._tail + chunk.text, 0
+        if self._beginning is not None:
+            found = self._begin(text, final=False)
+            if found is None:
+                self._tail = text
+                return None
+
+            start = found
+
+        return self._scan(scanner, text, start, final=False)
+
+    def finish(self, scanner: Scanner) -> Batch | None:
+        """Take the end of the file; return the events that were still open."""
+        start = 0 if self._beginning is None else self._begin(self._tail, final=True) or 0
+        batch = None
+        if self._ending is None and (self._tail or self._lost):
+            batch = self._scan(scanner, self._tail, start, final=True)
+
+        if self._raw == 0 and not self._facts.damage:
+            self._note([Damage(0, "an empty file", 0)])
+        elif self._wrapped and (self._ending is None or not self._ending.read(self._facts.header)):
+            self._note([Damage(self._raw, "the object around traceEvents is not closed", 0)])
+
+        return batch
+
+    def _begin(self, text: bytes, *, final: bool) -> int | None:
+        """Return where the events begin, once that can be told."""
+        assert self._beginning is not None
+        start = self._beginning.find(text, final=final)
+        if start is not None:
+            self._wrapped = self._beginning.wrapped
+            self._facts.header.update(self._beginning.header if self._wrapped else {})
+            self._beginning = None
+
+        return start
+
+    def _stitched(self, text: bytes, guess: Guess, scanner: Scanner) -> Piece | None:
+        """Put a piece that was scanned ahead behind what precedes it; None when it does not fit there."""
+        start, ahead = guess
+        if self._lost or (not self._wrapped and (ahead.found.damage or ahead.found.closed)):
+            return None
+
+        seam = self._tail + text[:start]
+        head = scanner.scan(seam, 0, wrapped=self._wrapped, final=False)
+        if head.found.stop != len(seam) or head.found.damage or head.found.closed or head.found.lost:
+            return None
+
+        whole = joined(head, ahead)
+        whole.found.damage = ahead.found.damage
+        return whole
+
+    def _scan(self, scanner: Scanner, text: bytes, start: int, *, final: bool) -> Batch | None:
+        """Scan text that ends where the text so far does."""
+        piece = scanner.scan(text, start, wrapped=self._wrapped, final=final, lost=self._lost)
+        return self._batch(piece, text)
+
+    def _batch(self, piece: Piece, text: bytes) -> Batch | None:
+        """Note what was found in a text that ends where the text so far does."""
+        begin = self._raw - len(text)
+        self._note([Damage(begin + hurt.offset, hurt.what, hurt.lost_bytes) for hurt in piece.found.damage])
+        self._tail, self._lost = text[piece.found.stop :], piece.found.lost
+        if piece.found.closed:
+            self._ending, self._tail = Ending(), b""
+            self._ending.add(text[piece.found.stop :])
+
+        self._facts.events += piece.events
+        if not piece.events and not piece.found.meta:
+            return None
+
+        self._sequence += 1
+        return piece.batch(self._source, self._sequence - 1)
+
+    def _note(self, damage: list[Damage]) -> None:
+        for hurt in damage:
+            self._note_one(hurt)
+
+    def _note_one(self, hurt: Damage) -> None:
+        """Add a damage; what begins where the last one ended, but for commas and brackets, is the same one."""
+        known = self._facts.damage
+        last = known[-1] if known else None
+        if last is not None and last.lost_bytes and hurt.lost_bytes and 0 <= hurt.offset - _end(last) <= _SAME_BYTES:
+            known[-1] = Damage(last.offset, last.what, _end(hurt) - last.offset)
+        elif last is not None and (not hurt.what or len(known) >= MAX_DAMAGE):
+            what = last.what if not hurt.what else "this and further damage"
+            known[-1] = Damage(last.offset, what, last.lost_bytes + hurt.lost_bytes)
+        else:
+            known.append(hurt)
+
+
+def _end(damage: Damage) -> int:
+    return damage.offset + damage.lost_bytes
