@@ -1,4 +1,4 @@
-"""Builds the native parts of traceml.traces when the package is installed: plain C, loaded with ctypes, no Python in it.
+"""Builds the native parts of traceml.traces when the package is installed: plain C without Python.h, for ctypes.
 
 They make reading traces fast. Without a C compiler the package is installed without them and gives the same answers.
 """
@@ -9,7 +9,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,3 @@ class NativeBuildHook(BuildHookInterface[Any]):
 def _found() -> list[str]:
     names = [sysconfig.get_config_var("CC") or "", "cc", "gcc", "clang"]
     return next((shlex.split(name) for name in names if name and shutil.which(shlex.split(name)[0])), [])
-
-
-if __name__ == "__main__":
-    sys.exit("this file is run by hatchling: pip install -e .")
