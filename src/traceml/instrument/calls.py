@@ -22,7 +22,6 @@ __all__ = [
     "patch_distributed_checkpoint",
     "patch_safetensors",
     "timed_call",
-    "timed_saving",
 ]
 
 _H2D, _COMM, _CHECKPOINT = int(Phase.H2D), int(Phase.COMM), int(Phase.CHECKPOINT)
@@ -51,11 +50,6 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
             clock.leave(phase, previous, start)
 
     return call
-
-
-def timed_saving(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
-    """Return a function that calls `original` as `checkpoint`."""
-    return timed_call(original, _CHECKPOINT, clock)
 
 
 def patch_collectives(patches: Patches, clock: StepClock) -> list[str]:
@@ -111,7 +105,7 @@ def patch_safetensors(patches: Patches, clock: StepClock) -> None:
     for name in ("_flatten", "serialize_file"):
         original = vars(module).get(name)
         if callable(original):
-            patches.wrap(module, name, timed_saving(original, clock))
+            patches.wrap(module, name, timed_call(original, _CHECKPOINT, clock))
 
 
 def patch_copies(patches: Patches, clock: StepClock, device_types: frozenset[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
+from traceml.database.schema import Phase
 from traceml.instrument.clock import StepClock
 from traceml.instrument.imports import ImportWatch
 from traceml.instrument.loader import TracedIterable
@@ -45,6 +46,7 @@ class Instrumentation:
         self._discovery: Any = None
         self._overhead: Any = None
         self._installed = True
+        self._timed: set[tuple[Any, str]] = set()
         self.collectives: list[str] = []
         self.clock = StepClock(flight, self, thread=thread)
         self._users = UserPhases(self.clock, flight.names)
@@ -81,11 +83,18 @@ class Instrumentation:
 
     # ---- what integrations call: the hooks go with all others ----
 
-    def time_saving(self, owner: Any, name: str) -> None:
-        """Time the calls of a framework's function as `checkpoint`, where it has such a function."""
-        from traceml.instrument.calls import timed_saving
+    def time_call(self, owner: Any, name: str, phase: str) -> None:
+        """Time the calls of a framework's function as a phase, where it has such a function.
 
-        self._guarded(lambda: self._time(owner, name, lambda original: timed_saving(original, self.clock)))
+        Args:
+            owner: the function's class or module.
+            name: its name.
+            phase: what its time is, where nothing inside it is another one: `checkpoint`, `optimizer`, `comm`.
+        """
+        from traceml.instrument.calls import timed_call
+
+        number = int(Phase[phase.upper()])
+        self._guarded(lambda: self._time(owner, name, lambda original: timed_call(original, number, self.clock)))
 
     def time_forward(self, owner: Any, name: str, module_of: Callable[[Any], Any]) -> None:
         """Time the calls of a framework's method as those of the model, where it has such a method.
@@ -100,7 +109,8 @@ class Instrumentation:
         self._guarded(lambda: self._time(owner, name, lambda original: timed_forward(original, self.clock, module_of)))
 
     def _time(self, owner: Any, name: str, timed: Callable[[Any], Any]) -> None:
-        if self._installed and name in vars(owner):
+        if self._installed and name in vars(owner) and (owner, name) not in self._timed:
+            self._timed.add((owner, name))
             self._patches.wrap(owner, name, timed(vars(owner)[name]))
 
     # ---- what the recorder calls ----

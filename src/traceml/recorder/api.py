@@ -181,7 +181,7 @@ def recorder_for_logging(*, again: bool = False) -> Recorder | None:
 
 def shutdown() -> None:
     """Stop tracing: send what is left, within 5 s, and take all hooks out. Also done when the process ends."""
-    _stop("finished")
+    _stop("failed" if _recorder is not None and _recorder.failed else "finished")
 
 
 def is_enabled() -> bool:

@@ -45,23 +45,30 @@ class Capturing:
         self._child: CollectorProcess | None = None
         self._threads: list[threading.Thread] = []
         self._stopped = threading.Event()
+        self._collects = False
         self._pid = os.getpid()
 
-    def start(self) -> None:
-        """Patch the frameworks, start the collectors. A plugin that fails is said and left out."""
-        self.patch()
+    def start(self, *, collect: bool = True) -> None:
+        """Patch the frameworks that are not, start the collectors once. A plugin that fails is said and left out.
+
+        Args:
+            collect: start the collectors, unless they are.
+        """
+        for name in dict.fromkeys(self._config.frameworks):
+            if name not in self._plugins:
+                self._patch(name)
+
+        if collect and not self._collects:
+            self._collects = True
+            self._collect()
+
+    def _collect(self) -> None:
         outside, inside = self._collectors()
         for name in inside:
             self._start_thread(name)
 
         if outside:
             self._start_child(outside)
-
-    def patch(self) -> None:
-        """Patch the frameworks, those that are not."""
-        for name in dict.fromkeys(self._config.frameworks):
-            if name not in self._plugins:
-                self._patch(name)
 
     def unpatch(self) -> None:
         """Put the frameworks back as they were."""

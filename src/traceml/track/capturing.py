@@ -44,8 +44,12 @@ def begin(recorder: Recorder) -> None:
     recorder.after(10.0, experiment.announce_run)
 
 
-def start() -> None:
-    """Begin capturing for the recorder that runs, or go on with it."""
+def start(*, collect: bool = True) -> None:
+    """Begin capturing for the recorder that runs, or go on with it.
+
+    Args:
+        collect: start the collectors too.
+    """
     global _capturing, _of
     recorder = api.current()
     if recorder is None or not recorder.enabled or recorder.is_child:
@@ -53,7 +57,7 @@ def start() -> None:
 
     if recorder is _of:
         if _capturing is not None:
-            _capturing.patch()
+            _capturing.start(collect=collect)
 
         return
 
@@ -70,7 +74,7 @@ def start() -> None:
 
     _capturing = Capturing(recorder.config, Orchestrator(), rank=who.rank, local_rank=who.local_rank)
     recorder.before_stop(_stop)
-    _capturing.start()
+    _capturing.start(collect=collect)
 
 
 def rest() -> None:

@@ -1,0 +1,117 @@
+"""Hugging Face `Trainer`: `Trainer(..., callbacks=[TraceMLCallback()])`, or `TraceMLTrainer` in its place.
+
+Steps and phases are found as in any script. What is added is where a training begins and ends, also by an exception,
+that saving is `checkpoint`, whatever it is written with, and that clipping gradients is a part of `optimizer`.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import Trainer, TrainerCallback
+
+from traceml.integrations.session import Session
+
+__all__ = ["TraceMLCallback", "TraceMLTrainer"]
+
+
+class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
+    """Traces each `train()` and shows the verdict at its end, on rank 0.
+
+    Where tracing runs already, by `traceml.init()` or `traceml run`, that goes on and shows its own.
+
+    Args:
+        report: show the verdict.
+        settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value.
+    """
+
+    def __init__(self, *, report: bool = True, **settings: Any) -> None:
+        self.session = Session(settings, report=report)
+        _watch(self)
+
+    def on_init_end(self, *_: Any, **__: Any) -> None:
+        """Be ready in a copy too."""
+        _watch(self)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Begin: the process group, the model and the optimizer are there."""
+        hooks = self.session.begin()
+        if hooks is not None:
+            hooks.time_call(Trainer, "_save_checkpoint", "checkpoint")
+            hooks.time_call(Trainer, "save_model", "checkpoint")
+            hooks.time_call(Accelerator, "clip_grad_norm_", "optimizer")
+
+
+class TraceMLTrainer(Trainer):  # type: ignore[misc]
+    """A `Trainer` with a `TraceMLCallback`.
+
+    Args:
+        args: as for `Trainer`.
+        traceml_enabled: with False it is a plain `Trainer`.
+        traceml_kwargs: for `TraceMLCallback`.
+        kwargs: as for `Trainer`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        traceml_enabled: bool = True,
+        traceml_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if traceml_enabled and not _callbacks(self):
+            self.add_callback(TraceMLCallback(**(traceml_kwargs or {})))
+
+
+# --- the end of a training -------------------------------------------------------------------------------------------
+
+_watched: weakref.WeakSet[TraceMLCallback] = weakref.WeakSet()
+
+
+def _watch(callback: TraceMLCallback) -> None:
+    """See how trainings end: no event tells of an exception. As long as a callback lives, `train` is wrapped."""
+    if callback in _watched:
+        return
+
+    if not _watched:
+        Trainer.train = _ending(Trainer.train)
+
+    _watched.add(callback)
+    weakref.finalize(callback, _unwatch).atexit = False
+
+
+def _unwatch() -> None:
+    if not _watched and hasattr(Trainer.train, "_traceml_original"):
+        Trainer.train = Trainer.train._traceml_original
+
+
+def _ending(original: Any) -> Any:
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = original(self, *args, **kwargs)
+        except BaseException as error:
+            _end(self, error)
+            raise
+
+        _end(self, None)
+        return result
+
+    train._traceml_original = original  # type: ignore[attr-defined]
+    return train
+
+
+def _end(trainer: Any, error: BaseException | None) -> None:
+    for callback in _callbacks(trainer):
+        callback.session.end(error)
+
+
+def _callbacks(trainer: Any) -> list[TraceMLCallback]:
+    return [each for each in trainer.callback_handler.callbacks if isinstance(each, TraceMLCallback)]

@@ -1,0 +1,118 @@
+"""Lightning 2.x: `Trainer(callbacks=[TraceMLCallback()])`, for `lightning` and `pytorch_lightning` alike.
+
+Lightning calls `training_step`, not the model, and that inside the optimizer's step. So the step is made the forward,
+as users of Lightning think of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from traceml.integrations.session import Session
+
+if TYPE_CHECKING:
+    from traceml.instrument import Instrumentation
+
+__all__ = ["TraceMLCallback"]
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+_STEPS = ("training_step", "validation_step")
+
+
+class TraceMLCallback:
+    """Traces each `fit()` and shows the verdict at its end, on rank 0.
+
+    It is a `Callback` of the package whose `Trainer` the script has imported; of both, where both are imported. Where
+    tracing runs already, by `traceml.init()` or `traceml run`, that goes on and shows its own.
+
+    Args:
+        report: show the verdict.
+        settings: as for `traceml.init`; `local=True` and `on_missing="warn"` unless set here or elsewhere.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value.
+        ImportError: Lightning is not installed.
+    """
+
+    def __new__(cls, *_: Any, **__: Any) -> TraceMLCallback:
+        """Return an instance that is a `Callback` of Lightning too."""
+        return _made(cls, tuple(package.__name__ for package in _packages()))
+
+    def __init__(self, *, report: bool = True, **settings: Any) -> None:
+        self.session = Session(settings, report=report)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to the processes of `ddp_spawn`: the class is made again there."""
+        kind = type(self)
+        packages = tuple(name for name in _PACKAGES if name in sys.modules and issubclass(kind, _base(name)))
+        return _made, (getattr(kind, "traceml_class", kind), packages), self.__dict__
+
+    def on_fit_start(self, trainer: Any, _module: Any) -> None:
+        """Begin: the process group, the model and the optimizers are there."""
+        hooks = self.session.begin()
+        if hooks is not None:
+            _time_framework(hooks, trainer)
+
+    def on_exception(self, _trainer: Any, _module: Any, exception: BaseException) -> None:
+        """End; `fit` is left by the exception."""
+        self.session.end(exception)
+
+    def teardown(self, _trainer: Any, _module: Any, stage: str) -> None:
+        """End, after everything else of `fit`."""
+        if stage == "fit":
+            self.session.end()
+
+
+def _time_framework(hooks: Instrumentation, trainer: Any) -> None:
+    """Time what Lightning does by itself: calls of the model's steps, and saving."""
+    for name in _STEPS:
+        hooks.time_forward(_owner(trainer.strategy, name), name, lambda strategy: strategy.lightning_module)
+
+    hooks.time_call(_owner(trainer, "save_checkpoint"), "save_checkpoint", "checkpoint")
+
+
+def _owner(instance: Any, name: str) -> type[Any]:
+    """Return the class that defines a method of an object."""
+    kind = type(instance)
+    return next((base for base in kind.__mro__ if name in vars(base)), kind)
+
+
+# --- whose callback it is --------------------------------------------------------------------------------------------
+
+
+def _packages() -> list[ModuleType]:
+    """Return the packages that are imported, else the first that is installed."""
+    found = [sys.modules[name] for name in _PACKAGES if hasattr(sys.modules.get(name), "Callback")]
+    if found:
+        return found
+
+    for name in _PACKAGES:
+        try:
+            return [import_module(name)]
+        except ModuleNotFoundError as error:
+            if error.name not in (name, name.partition(".")[0]):
+                raise
+
+    raise ImportError("TraceMLCallback needs Lightning: pip install lightning")
+
+
+def _base(package: str) -> type[Any]:
+    base: type[Any] = import_module(package).Callback
+    return base
+
+
+def _made(kind: type[TraceMLCallback], packages: tuple[str, ...]) -> TraceMLCallback:
+    missing = tuple(base for base in map(_base, packages) if not issubclass(kind, base))
+    return object.__new__(_class(kind, missing) if missing else kind)  # type: ignore[arg-type]
+
+
+@cache
+def _class(kind: type[TraceMLCallback], bases: tuple[type[Any], ...]) -> type[TraceMLCallback]:
+    """Return a class under the same name that derives from Lightning's too."""
+    return type(
+        kind.__name__, (kind, *bases), {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
+    )
