@@ -49,6 +49,7 @@ class Digest:
         self.aggregator: dict[str, Any] = {}
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
+        self._ranks: dict[int, StreamRecord] = {}
         self.cut = False
         """Whether the first steps of the run were left out, because there are too many."""
         self._start_over()
@@ -61,7 +62,7 @@ class Digest:
     @property
     def ranks(self) -> dict[int, StreamRecord]:
         """The newest stream of each rank."""
-        return {stream.rank: stream for stream in self.streams.values()}
+        return self._ranks
 
     @property
     def state(self) -> str:
@@ -116,7 +117,7 @@ class Digest:
         if attempt != self._attempt:
             self._attempt = attempt
             self._start_over()
-            self.streams = {}
+            self.streams, self._ranks = {}, {}
 
         for record in records:
             if record.attempt == attempt and not record.facts.get("helps"):  # a child that logs is no rank
@@ -124,13 +125,16 @@ class Digest:
 
     def _take_stream(self, record: StreamRecord) -> None:
         rank = record.rank
-        current = self.ranks.get(rank)
+        current = self._ranks.get(rank)
         if record.id not in self.streams and current is not None:
             # A second recorder of the same rank: its steps count from 0 again.
             self.window.clear(rank)
             self.first.pop(rank, None)
 
         self.streams[record.id] = record
+        if current is None or record.id >= current.id:
+            self._ranks[rank] = record
+
         self.facts.host(rank, record.host)
         if record.state != "running" and (current is None or record.id >= current.id):
             self.facts.exit(RankExit.of(rank, record.state, record.facts.get("exit", {}), record.host))
