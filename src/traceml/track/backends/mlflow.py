@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.track.backends.mlflow_rows import Apart, Row, insert, is_insertable
 from traceml.track.backends.names import is_this_machine, safe_name
 from traceml.track.interfaces import BackendInterface
 from traceml.track.metric import Metric
@@ -33,8 +34,6 @@ _LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
 _BATCH = 1000
 _TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "hung": "KILLED", "lost": "KILLED"}
-# Rows of the last millisecond that are remembered over a restart, to set repeated ones apart again.
-_REMEMBERED = 256
 
 
 class MLflowBackend(BackendInterface):
@@ -50,7 +49,7 @@ class MLflowBackend(BackendInterface):
         self._run_id: str | None = config.get("continue_run")
         self._experiment_id = ""
         self._params: dict[str, str] = {}
-        self._apart = _Apart()
+        self._apart = Apart()
         self._client: Any = None
 
     @property
@@ -75,7 +74,7 @@ class MLflowBackend(BackendInterface):
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Go on with the same run."""
         self._run_id = mark["run_id"]
-        self._apart = _Apart([tuple(each) for each in mark.get("last", [])])
+        self._apart = Apart([tuple(each) for each in mark.get("last", [])])
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
@@ -105,15 +104,14 @@ class MLflowBackend(BackendInterface):
         self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
-        """Give rows in batches of 1,000, the most that MLflow takes."""
+        """Give rows, under names that MLflow takes."""
         plain = [
-            (safe_name(row.name, _REFUSED, _LONGEST_NAME), row.value, round(row.timestamp * 1000), row.step or 0)
+            Row(safe_name(row.name, _REFUSED, _LONGEST_NAME), row.value, round(row.timestamp * 1000), row.step or 0)
             for row in rows
         ]
         given = self._apart.set_apart(plain)
         with _errors():
-            for first in range(0, len(given), _BATCH):
-                self._send(given[first : first + _BATCH])
+            self._send(given)
 
         self._apart.keep()  # not before all are sent: a batch that failed comes again and must be decided the same
 
@@ -241,19 +239,28 @@ class MLflowBackend(BackendInterface):
         )
         return runs[0] if runs else None
 
-    def _send(self, rows: list[tuple[str, float, int, int]]) -> None:
-        """Send one batch: to a server as the JSON that it wants, which is what the client would send, made at once."""
-        if self._uri.startswith("http"):
-            self._post(rows)
+    def _send(self, rows: Sequence[Row]) -> None:
+        """Send rows by the way that takes the least: into a database file, to a server, or by the client's own call."""
+        store = self._client._tracking_client.store
+        if is_insertable(store):
+            insert(store, str(self._run_id), rows)
             return
 
+        for first in range(0, len(rows), _BATCH):
+            part = rows[first : first + _BATCH]
+            if self._uri.startswith("http"):
+                self._post(part)
+            else:
+                self._log_batch(store, part)
+
+    def _log_batch(self, store: Any, rows: Sequence[Row]) -> None:
         from mlflow.entities import Metric as MLflowMetric
 
         # The store itself: the client's own log_batch makes every row anew.
-        store = self._client._tracking_client.store
         store.log_batch(self._run_id, [MLflowMetric(*row) for row in rows], [], [])
 
-    def _post(self, rows: list[tuple[str, float, int, int]]) -> None:
+    def _post(self, rows: Sequence[Row]) -> None:
+        """Send rows to a server as the JSON that it wants, which is what the client would send, made at once."""
         from mlflow.utils.rest_utils import http_request
 
         metrics = [
@@ -272,48 +279,6 @@ class MLflowBackend(BackendInterface):
         )
         if response.status_code != 200:
             _raise_for(response.status_code, response.text[:500], response.headers.get("Retry-After"))
-
-
-class _Apart:
-    """Sets rows apart that MLflow would take for one: same name, value, step and millisecond.
-
-    What it decides is a pure function of the rows since the start, so a replay decides the same.
-    """
-
-    def __init__(self, last: Sequence[tuple[Any, ...]] = ()) -> None:
-        self._kept: list[tuple[Any, ...]] = list(last)  # (time of the call, what was sent for it)
-        self._new: list[tuple[Any, ...]] = []
-
-    def set_apart(self, rows: list[tuple[str, float, int, int]]) -> list[tuple[str, float, int, int]]:
-        """Return the rows, repeated ones each a millisecond later than the one before."""
-        self._new = []
-        seen = {tuple(sent) for _, *sent in self._kept}
-        result = []
-        for key, value, stamp, step in rows:
-            # NaN is not equal to itself and would not be found; JSON has none of these.
-            same = value if math.isfinite(value) else repr(value)
-            at = stamp
-            while (key, same, at, step) in seen:
-                at += 1
-
-            seen.add((key, same, at, step))
-            self._new.append((stamp, key, same, at, step))
-            result.append((key, value, at, step))
-
-        return result
-
-    def keep(self) -> None:
-        """Take what was set apart last as sent; only rows of its last moment can still be repeated."""
-        if not self._new:
-            return
-
-        latest = max(stamp for stamp, *_ in self._new)
-        self._kept = [each for each in (*self._kept, *self._new) if each[0] >= latest - 1][-_REMEMBERED:]
-        self._new = []
-
-    def last(self) -> list[list[Any]]:
-        """Return what a new process must know."""
-        return [list(each) for each in self._kept]
 
 
 class MLflowPlugin(BackendPlugin):

@@ -1,0 +1,91 @@
+"""Rows in MLflow's own tables: put there directly, they are what its own call leaves."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from traceml.track.backends.mlflow_rows import Apart, Row, insert, is_insertable
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
+)
+NAMES = ["loss", "acc", *(f"n{number}" for number in range(600))]
+ROWS = [
+    *(Row(name, number * 0.5, 1_700_000_000_000 + number, number % 7) for number, name in enumerate(NAMES * 2)),
+    Row("loss", math.nan, 5, 3),
+    Row("loss", math.inf, 6, 2**40),
+    Row("loss", -math.inf, 7, 2**40),
+    Row("acc", 3.0, 8, 1),
+    Row("acc", 3.0, 8, 1),  # the same again
+]
+
+
+def _contents(uri: str, run_id: str) -> dict[str, list[tuple[Any, ...]]]:
+    """Return the rows of both tables of a run."""
+    import sqlite3
+
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as connection:
+        return {
+            table: sorted(
+                connection.execute(
+                    f"SELECT key, value, timestamp, step, is_nan FROM {table} WHERE run_uuid = ?", [run_id]
+                )
+            )
+            for table in ("metrics", "latest_metrics")
+        }
+
+
+def test_what_is_inserted_is_what_mlflow_would_have_stored(tmp_path: Path) -> None:
+    """Both tables, over several batches, one of which comes a second time, and with a run that has ended."""
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+    from mlflow.exceptions import MlflowException
+
+    uri = f"sqlite:///{tmp_path}/m.db"
+    client = MlflowClient(uri)
+    store = client._tracking_client.store
+    experiment = client.create_experiment("one")
+    theirs, ours = (client.create_run(experiment).info.run_id for _ in range(2))
+    assert is_insertable(store)
+
+    parts = [ROWS[:700], ROWS[700:], ROWS[600:800]]
+    for part in parts:
+        insert(store, ours, part)
+        for first in range(0, len(part), 500):
+            store.log_batch(theirs, [Metric(*row) for row in part[first : first + 500]], [], [])
+
+    assert _contents(uri, ours) == _contents(uri, theirs)
+    assert len(_contents(uri, ours)["metrics"]) == len(ROWS) - 1
+    client.delete_run(ours)
+    with pytest.raises(MlflowException, match="active"):
+        insert(store, ours, ROWS[:1])
+
+
+def test_other_tables_are_left_to_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's store has none; a database file of a version with another column is not written into."""
+    from mlflow.store.tracking.dbmodels.models import SqlMetric
+
+    store = SimpleNamespace(db_type="sqlite", _update_latest_metrics_if_necessary=print)
+    assert is_insertable(store)
+    assert not is_insertable(SimpleNamespace())
+    assert not is_insertable(SimpleNamespace(db_type="postgresql", _update_latest_metrics_if_necessary=print))
+    table = SimpleNamespace(columns=dict.fromkeys((*SqlMetric.__table__.columns.keys(), "unit"), 0))
+    monkeypatch.setattr(SqlMetric, "__table__", table)
+    assert not is_insertable(store)
+
+
+def test_repeated_rows_are_set_apart_also_over_a_restart() -> None:
+    """Each of the same again is a millisecond later; what was not kept is decided the same a second time."""
+    apart = Apart()
+    row = Row("loss", 1.0, 100, 0)
+    first = apart.set_apart([row, row, Row("loss", math.nan, 100, 0), Row("loss", math.nan, 100, 0)])
+    assert [each.timestamp for each in first] == [100, 101, 100, 101]
+    assert apart.set_apart([row]) == [row]  # the first batch failed: nothing of it counts
+    apart.keep()
+    after = Apart([tuple(each) for each in apart.last()])
+    assert after.set_apart([row]) == [Row("loss", 1.0, 101, 0)]
