@@ -18,6 +18,15 @@ TraceMLError
 ├── TraceNotFoundError            (LookupError)    no trace file where the user pointed
 ├── TraceEmptyError               (ValueError)     a trace in which no event can be read
 ├── PluginError                   (LookupError)    a plugin is not there, is broken, or is configured wrongly
+├── TaskError                     (RuntimeError)   a task cannot be run, or will never have a result
+│   ├── RuntimeClosedError                         its Runtime is shut down
+│   ├── TaskCancelledError                         it was cancelled before it began
+│   ├── TaskDeadlockError                          what waits and what is waited for wait for each other
+│   ├── TaskForkedError                            it belongs to the process that this one was forked from
+│   └── TasksFailedError          (ExceptionGroup) what all failed tasks raised, together
+├── TaskTimeoutError              (TimeoutError)   a task ran longer than it was allowed
+├── WaitTimeoutError              (TimeoutError)   a task had not ended when its waiter had waited long enough
+├── NotCallableError              (TypeError)      what was submitted as a task cannot be called
 └── BackendError                  (RuntimeError)   a tracker did not take what it was given
     ├── BackendUnauthorizedError  (PermissionError) it does not accept our credentials (401, 403)
     ├── BackendBusyError          (RuntimeError)   it asks to come back later (429, 503)
@@ -40,19 +49,28 @@ __all__ = [
     "BackendRefusedError",
     "BackendUnauthorizedError",
     "LaunchTimeoutError",
+    "NotCallableError",
     "PayloadError",
     "PluginError",
     "ProtocolError",
     "RemoteTracebackError",
     "ResultNotFoundError",
     "RunNotFoundError",
+    "RuntimeClosedError",
     "SettingsError",
     "SlurmError",
     "StoreError",
+    "TaskCancelledError",
+    "TaskDeadlockError",
+    "TaskError",
+    "TaskForkedError",
+    "TaskTimeoutError",
+    "TasksFailedError",
     "TraceEmptyError",
     "TraceMLError",
     "TraceNotFoundError",
     "UsageError",
+    "WaitTimeoutError",
     "WorkerFailedError",
 ]
 
@@ -276,3 +294,46 @@ class BackendBusyError(BackendError):
 
 class BackendRefusedError(BackendError, ValueError):
     """A tracker will never take these rows: trying them again would not help."""
+
+
+class TaskError(TraceMLError, RuntimeError):
+    """A task cannot be run, or will never have a result; base of the reasons."""
+
+
+class RuntimeClosedError(TaskError):
+    """A task was submitted to a Runtime that is shut down."""
+
+
+class TaskCancelledError(TaskError):
+    """A task was cancelled."""
+
+
+class TaskDeadlockError(TaskError):
+    """Waiting would never end: what is waited for can only end after the one that waits."""
+
+
+class TaskForkedError(TaskError):
+    """A task belongs to the process that this one was forked from, and cannot end here."""
+
+
+class TasksFailedError(TaskError, ExceptionGroup[Exception]):
+    """Tasks failed: `exceptions` holds what each raised, with its traceback, in the order of failure."""
+
+    def derive(self, excs: Sequence[Exception]) -> TasksFailedError:  # type: ignore[override]
+        """Make the part of the group that `except*` and `split` ask for."""
+        return TasksFailedError(self.message, excs)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class TaskTimeoutError(TraceMLError, TimeoutError):
+    """A task ran longer than its timeout, or its Runtime's."""
+
+
+class WaitTimeoutError(TraceMLError, TimeoutError):
+    """A task, or all of them, had not ended when the time to wait was over."""
+
+
+class NotCallableError(TraceMLError, TypeError):
+    """What was submitted as a task cannot be called."""

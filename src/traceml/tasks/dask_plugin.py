@@ -1,0 +1,78 @@
+"""A Runtime for each worker of a Dask cluster."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from traceml.tasks.default import get_default_runtime, has_default_runtime, set_default_runtime
+from traceml.tasks.runtime import Runtime
+
+try:
+    from distributed import WorkerPlugin, get_worker
+except ImportError as error:
+    raise ImportError(
+        "traceml.dask needs dask.distributed, which is not installed here. Install it: pip install 'traceml[dask]'"
+    ) from error
+
+__all__ = ["TraceMLDaskWorkerPlugin", "get_worker_runtime"]
+
+_ATTRIBUTE = "traceml_runtime"
+
+
+class TraceMLDaskWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
+    """Gives each worker a Runtime of its own, for as long as the worker or the plugin is there.
+
+    Register it with `client.register_plugin(TraceMLDaskWorkerPlugin(threads=8))`. Registering again replaces it: the
+    Runtime that was there is shut down. In a worker that has its process for itself it is also `get_default_runtime()`.
+
+    Args:
+        threads: workers of each Runtime for computation; 0: as many as the Dask worker has threads.
+        io_threads: workers of each Runtime for I/O; 0: sized by the host.
+    """
+
+    name = "traceml-runtime"
+
+    def __init__(self, threads: int = 0, io_threads: int = 0) -> None:
+        with Runtime(threads, io_threads):  # wrong sizes are told here, not on every worker
+            self.threads, self.io_threads = threads, io_threads
+
+    def setup(self, worker: Any) -> None:
+        """Start the worker's Runtime."""
+        runtime = Runtime(self.threads or worker.state.nthreads, self.io_threads)
+        setattr(worker, _ATTRIBUTE, runtime)
+        if worker.nanny is not None and not has_default_runtime():  # others may share a process without a nanny
+            set_default_runtime(runtime)
+
+    def teardown(self, worker: Any) -> None:
+        """Shut the worker's Runtime down: what it runs is let go, what waits is cancelled."""
+        runtime = getattr(worker, _ATTRIBUTE, None)
+        if runtime is None:
+            return
+
+        delattr(worker, _ATTRIBUTE)
+        runtime.shutdown(wait=False, cancel=True)
+        if has_default_runtime() and get_default_runtime() is runtime:
+            set_default_runtime(None)
+
+
+def get_worker_runtime() -> Runtime:
+    """Return the Runtime of the Dask worker that this task runs on.
+
+    Raises:
+        UsageError: this is no Dask task, or the plugin is not registered.
+    """
+    from traceml.errors import UsageError
+
+    try:
+        worker = get_worker()
+    except ValueError:
+        raise UsageError("get_worker_runtime() was called outside of a Dask task; use traceml.Runtime there") from None
+
+    runtime = getattr(worker, _ATTRIBUTE, None)
+    if runtime is None:
+        raise UsageError(
+            f"the Dask worker {worker.address} has no Runtime: client.register_plugin(TraceMLDaskWorkerPlugin())"
+        )
+
+    assert isinstance(runtime, Runtime)
+    return runtime

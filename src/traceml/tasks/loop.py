@@ -1,0 +1,185 @@
+"""The event loop of a Runtime, on a thread of its own, for tasks that are coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from traceml.errors import TaskCancelledError
+from traceml.tasks import running
+from traceml.tasks.handle import TaskHandle
+from traceml.tasks.ledger import Ledger
+from traceml.tasks.seats import coroutine_task, seat
+from traceml.tasks.states import FINAL, RUNNING
+
+__all__ = ["Loop"]
+
+
+class Loop:
+    """Runs coroutines; its thread is started with the first one."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again without a thread, as a forked child does."""
+        self.thread: threading.Thread | None = None
+        self.tasks: dict[TaskHandle[Any], asyncio.Task[Any] | None] = {}
+        self._blocked: TaskHandle[Any] | None = None
+        self._closing = False
+
+    def submit(self, handle: TaskHandle[Any]) -> None:
+        """Let a coroutine function's task begin on the loop."""
+        self.tasks[handle] = None
+        self._call(self._begin, handle)
+
+    def adopt(self, handle: TaskHandle[Any], coroutine: Any, slot: int) -> float:  # noqa: ARG002 - the ends of all slots add up
+        """Take over a task whose callable returned a coroutine; it runs already."""
+        self.tasks[handle] = None
+        self._call(self._go_on, handle, coroutine)
+        return perf_counter()
+
+    def cancel(self, handle: TaskHandle[Any]) -> bool:
+        """Cancel a coroutine where it awaits; False when it is not of this loop, or has ended."""
+        if handle not in self.tasks or handle._state in FINAL:
+            return False
+
+        self._call(self._cancel, handle)
+        return True
+
+    def interrupt(self, handle: TaskHandle[Any]) -> None:
+        """Cancel a coroutine whose time is over."""
+        self._call(self._cancel, handle)
+
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return threading.current_thread() is self.thread
+
+    def runs_here(self, handle: TaskHandle[Any]) -> bool:
+        """Whether a task is a coroutine that needs this very thread."""
+        return handle in self.tasks and self.is_here()
+
+    @contextmanager
+    def blocked_by(self, task: TaskHandle[Any]) -> Iterator[None]:
+        """Hold that a task blocks the loop's thread, where it does."""
+        if not self.is_here():
+            yield
+            return
+
+        before, self._blocked = self._blocked, task
+        try:
+            yield
+        finally:
+            self._blocked = before
+
+    def blockers(self, handle: TaskHandle[Any]) -> tuple[TaskHandle[Any], ...]:
+        """Return the task that keeps a coroutine from going on by blocking the thread."""
+        blocked = self._blocked
+        return (blocked,) if blocked is not None and handle in self.tasks and blocked is not handle else ()
+
+    def close(self, *, wait: bool) -> None:
+        """End the loop after its last task; `wait` for that, unless a task blocks it beyond its time."""
+        with self.lock:
+            thread, self._closing = self.thread, True
+
+        if thread is None or not thread.is_alive():
+            return
+
+        self._call(self._stop_when_empty)
+        if wait and not self.tasks and not self.is_here():
+            thread.join()
+
+    def _stop_when_empty(self) -> None:
+        if self._closing and not self.tasks:
+            self._stop.set()
+
+    def _call(self, function: Any, *args: Any) -> None:
+        with self.lock:
+            if self.thread is None:
+                self._start()
+
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _start(self) -> None:
+        ready = threading.Event()
+        self.thread = threading.Thread(target=self._work, args=(ready,), name="traceml-loop", daemon=True)
+        self.thread.start()
+        ready.wait()
+
+    def _work(self, ready: threading.Event) -> None:
+        with asyncio.Runner() as runner:
+            runner.run(self._serve(ready))
+
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._slot = self.ledger.slot_of(seat())
+        ready.set()
+        await self._stop.wait()
+
+    def _begin(self, handle: TaskHandle[Any]) -> None:
+        if handle._state in FINAL:
+            self.tasks.pop(handle, None)
+            return
+
+        handle._started_s = perf_counter()
+        handle._state = RUNNING
+        self.ledger.counts[self._slot] += 1
+        if handle._timeout_s is not None:
+            handle._engine.watchdog.watch(handle, None)
+
+        fn, args, kwargs, context = handle._fn, handle._args, handle._kwargs or {}, handle._context
+        try:
+            coroutine = context.run(fn, *args, **kwargs)  # type: ignore[union-attr, arg-type]
+        except BaseException as error:  # noqa: BLE001 - it is the task's
+            self._end(handle, error)
+        else:
+            self._go_on(handle, coroutine)
+
+    def _go_on(self, handle: TaskHandle[Any], coroutine: Any) -> None:
+        context = handle._context
+        if handle._state in FINAL or context is None:  # its time was over before
+            coroutine.close()
+            self._end(handle, None)
+            return
+
+        context.run(coroutine_task.set, handle)
+        task = self._loop.create_task(_outcome(coroutine), context=context)
+        self.tasks[handle] = task
+        task.add_done_callback(lambda task: self._done(handle, task))
+
+    def _done(self, handle: TaskHandle[Any], task: asyncio.Task[Any]) -> None:
+        if task.cancelled():
+            self._end(handle, asyncio.CancelledError())
+        else:
+            self._end(handle, *task.result())
+
+    def _end(self, handle: TaskHandle[Any], error: BaseException | None, result: Any = None) -> None:
+        self.tasks.pop(handle, None)
+        self._stop_when_empty()
+        if isinstance(error, asyncio.CancelledError):
+            running.cancelled(handle, self._slot, TaskCancelledError(f"coroutine {handle.name!r} was cancelled"))
+        elif error is not None:
+            running.fail(handle, self._slot, error)
+        else:
+            running.finish(handle, self._slot, result)
+
+    def _cancel(self, handle: TaskHandle[Any]) -> None:
+        task = self.tasks.get(handle)
+        if task is not None:
+            task.cancel()
+
+
+async def _outcome(awaitable: Any) -> tuple[BaseException | None, Any]:
+    """Return what a coroutine raises instead of raising it: asyncio would end the loop for SystemExit."""
+    try:
+        return None, await awaitable
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:  # noqa: BLE001 - it is the task's, and raised where it is waited for
+        return error, None
