@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from traceml.display.notebook import Run, load_run
     from traceml.errors import (
         AgentFailedError,
         AggregatorRefusedError,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from traceml.launch.api import DEFAULT_ENV_VARS, Launcher, LaunchResult, launch
     from traceml.launch.handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.recorder.api import Recorder, init, is_enabled, phase, shutdown, trace, trace_data, trace_step
-    from traceml.runs.run import Run, load_run
     from traceml.settings import Settings
     from traceml.tasks.default import get_default_runtime, set_default_runtime
     from traceml.tasks.handle import TaskHandle
@@ -104,7 +104,7 @@ _HOMES = {
     "ProtocolError": "traceml.errors",
     "Recorder": "traceml.recorder.api",
     "ResultNotFoundError": "traceml.errors",
-    "Run": "traceml.runs.run",
+    "Run": "traceml.display.notebook",
     "RunNotFoundError": "traceml.errors",
     "Runtime": "traceml.tasks.runtime",
     "RuntimeClosedError": "traceml.errors",
@@ -132,7 +132,7 @@ _HOMES = {
     "init": "traceml.recorder.api",
     "is_enabled": "traceml.recorder.api",
     "launch": "traceml.launch.api",
-    "load_run": "traceml.runs.run",
+    "load_run": "traceml.display.notebook",
     "log_artifact": "traceml.track.experiment",
     "log_histogram": "traceml.track.experiment",
     "log_image": "traceml.track.experiment",

@@ -14,7 +14,7 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, run_facts, store_run
 from traceml.database.store import STORE_NAME, StoreWriter
 from traceml.errors import RunNotFoundError, StoreError
-from traceml.runs.run import load_run
+from traceml.runs.run import Run, load_run
 
 
 @pytest.fixture
@@ -22,9 +22,9 @@ def run(tmp_path):
     return load_run(store_run(tmp_path / "run", Job(steps=120, callback_every=4), adds("forward", 20, (1,))))
 
 
-def test_it_is_what_traceml_offers():
-    """`traceml.load_run` is this function."""
-    assert traceml.load_run is load_run
+def test_it_is_what_traceml_offers(run):
+    """`traceml.load_run` is this one, which notebooks can draw."""
+    assert isinstance(traceml.load_run(run.path), Run)
 
 
 def test_verdict_and_findings(run):

@@ -17,7 +17,7 @@ from traceml import settings
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FALLBACK_FOLDER, FlightFile, FlightState, Slot, remove_stale
 from traceml.database.schema import PACKED
-from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, RunNotFoundError
 from traceml.ids import RankIdentity
 from traceml.privacy import secrets_only
 from traceml.recorder.exits import describe
@@ -38,6 +38,7 @@ _log = logging.getLogger("traceml")
 STOP_TIMEOUT_S = 5.0
 _PROVISIONAL_S = 10.0
 _FILES_STUCK_S = 10.0
+_SHOW_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +147,26 @@ class Recorder:
     def address(self) -> str:
         """The aggregator's address."""
         return f"{self.config.host}:{self.config.port}"
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run's folder, as the aggregator told; None before it was met, and where nothing is recorded."""
+        told = self._flight.identity.get("run_dir") if self._flight is not None else None
+        return Path(told) if told else None
+
+    def show(self) -> None:
+        """Show the run so far: drawn in a notebook, as text elsewhere. What was appended up to now is waited for.
+
+        Raises:
+            RunNotFoundError: nothing is recorded, or the run's folder is on another host.
+        """
+        import traceml  # what reads runs stands far above this room, and is loaded only when it is asked for
+
+        if self.run_dir is None:
+            raise RunNotFoundError("there is no run to show: traceml is disabled, or no aggregator has answered yet.")
+
+        self._wait_until_stored()
+        traceml.load_run(self.run_dir).show()
 
     def start(self, *, wait: bool = True, tracing: bool = True) -> None:
         """Reserve the tables, connect, put the hooks in place, start the thread.
@@ -339,6 +360,16 @@ class Recorder:
             clock_offset_ns=sender.clock.offset_ns if sender.clock else None,
             clock_rtt_ns=sender.clock.rtt_ns if sender.clock else None,
         )
+
+    def _wait_until_stored(self) -> None:
+        """Wait until what was appended before this call is stored, for a few seconds at most."""
+        if self._sender is None or self._worker is None or self._state != "running":
+            return
+
+        appended, deadline = self._sender.rows_appended, time.monotonic() + _SHOW_S
+        while self._sender.rows_acked < appended and time.monotonic() < deadline:
+            self._worker.wake()
+            time.sleep(0.02)
 
     # --- starting ----------------------------------------------------------------------------------------------------
 

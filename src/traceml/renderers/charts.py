@@ -178,7 +178,10 @@ def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
     loss = min(losses, key=lambda line: (line.name != _without_rank(line.name), "val" in line.name, line.name))
     option = blank(theme)
     option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
-    option["yAxis"] = [value_axis(theme, "ms"), {**value_axis(theme, "loss"), "splitLine": {"show": False}}]
+    option["yAxis"] = [
+        value_axis(theme, "ms"),
+        {**value_axis(theme, "loss"), "splitLine": {"show": False}, "scale": True},
+    ]
     option["grid"]["right"] = 56
     times = pairs(series.steps.steps.tolist(), plain_values(series.steps.p50_ms))
     values = pairs(loss.steps.tolist(), plain_values(loss.values))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from traceml.renderers import charts
-from traceml.renderers.numbers import ms_text
+from traceml.renderers.numbers import count_text, ms_text
 from traceml.renderers.options import Option
 from traceml.renderers.palette import BY_CSS, Theme
 from traceml.renderers.svg import draw
@@ -60,7 +60,7 @@ def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Fig
         ("Memory", "Of each rank; of many the highest, the median and the lowest.",
          charts.memory_chart(series, theme), 220),
         ("Hosts and devices", "How busy they were.", charts.system_chart(series, theme), 220),
-        *((name, "Logged by the training.", option, 200) for name, option in metrics),
+        *((name, _logged(name, series), option, 200) for name, option in metrics),
     ]  # fmt: skip
     return [Figure(title, note, option, height) for title, note, option, height in candidates if option is not None]
 
@@ -68,6 +68,12 @@ def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Fig
 def _longest(series: RunSeries) -> str:
     longest = max((value for value in series.steps.max_ms.tolist() if math.isfinite(value)), default=None)
     return f"; the longest step took {ms_text(longest)}" if longest is not None else ""
+
+
+def _logged(name: str, series: RunSeries) -> str:
+    mine = [line for line in series.metrics if line.name == name or line.name.startswith(f"{name}/rank_")]
+    missing = sum(line.missing for line in mine)
+    return f"{count_text(missing)} values are no finite numbers." if missing else "Logged by the training."
 
 
 def _height(ranks: Option | None) -> int:

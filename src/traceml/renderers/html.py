@@ -20,11 +20,12 @@ from traceml.renderers.views import RunView, Verdict, run_view
 from traceml.runs.about import About
 from traceml.runs.series import RunSeries
 
-__all__ = ["HTML_NAME", "report_page", "style_sheet", "verdict_card"]
+__all__ = ["HTML_NAME", "PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
 
 HTML_NAME = "report.html"
 
-_PAGES = {"light": "#f5f7f9", "dark": "#0d131b"}
+PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
+"""What a page has behind its cards, by theme."""
 _SEVERITIES = ("info", "warning", "critical")
 
 
@@ -39,11 +40,12 @@ def report_page(report: Mapping[str, Any], series: RunSeries, about: About) -> s
     view = run_view(report)
     findings = report.get("findings") or ()
     body = [
-        *_head(view, report),
+        f'<div class="top"><h1>{escaped(view.run.name)}</h1><span class="brand">traceml report</span></div>',
+        *run_line(view, report),
         verdict_card(view.verdict, (report.get("verdict") or {}).get("evidence") or {}),
         *_tiles(view),
         *_section("Also found", _others(view, findings)),
-        *_section("Charts", _charts(figures(view, series))),
+        *_section("Charts", chart_grid(figures(view, series))),
         *_section("Phases", phase_table(view)),
         *_section("Ranks", rank_table(view)),
         *_section("Last words", stacks(report)),
@@ -56,16 +58,15 @@ def report_page(report: Mapping[str, Any], series: RunSeries, about: About) -> s
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escaped(view.run.name)}: {escaped(view.verdict.kind)}</title>"
-        f"<style>{style_sheet()}</style></head><body><main>{''.join(body)}"
+        f"<style>{_style_sheet()}</style></head><body><main>{''.join(body)}"
         f"<footer>traceml {version}. The numbers are those of report.json beside this file.</footer>"
         "</main></body></html>\n"
     )
 
 
 @cache
-def style_sheet() -> str:
-    """Return the page's style, light and dark; on paper it is light."""
-    light, dark = (f"{css_variables(theme)}--tm-page:{_PAGES[theme.name]};" for theme in (LIGHT, DARK))
+def _style_sheet() -> str:
+    light, dark = (f"{css_variables(theme)}--tm-page:{PAGE_COLORS[theme.name]};" for theme in (LIGHT, DARK))
     rules = (Path(__file__).parent / "static" / "report.css").read_text(encoding="utf-8")
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{rules}"
 
@@ -95,7 +96,8 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
     return f'<dl class="evidence">{told}</dl>' if told else ""
 
 
-def _head(view: RunView, report: Mapping[str, Any]) -> Iterator[str]:
+def run_line(view: RunView, report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield in one line which run it is: id, ranks, hosts, state, when."""
     run = view.run
     facts = [f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}", ", ".join(run.hosts[:4])]
     facts.append(f"{run.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else run.state)
@@ -103,8 +105,7 @@ def _head(view: RunView, report: Mapping[str, Any]) -> Iterator[str]:
         facts.append(f"attempt {run.attempt + 1}")
 
     told = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(report)) if fact)
-    yield f'<div class="top"><h1>{escaped(run.name)}</h1><span class="brand">traceml report</span></div>'
-    yield f'<p class="sub" style="margin:-12px 0 16px">{told}</p>'
+    yield f'<p class="sub">{told}</p>'
 
 
 def _date(report: Mapping[str, Any]) -> str:
@@ -136,7 +137,8 @@ def _others(view: RunView, findings: Iterable[Mapping[str, Any]]) -> Iterator[st
         yield verdict_card(verdict, numbers, first=False)
 
 
-def _charts(shown: list[Figure]) -> Iterator[str]:
+def chart_grid(shown: list[Figure]) -> Iterator[str]:
+    """Yield charts side by side, as many as there is room for."""
     if not shown:
         return
 

@@ -137,7 +137,7 @@ def _axes(option: Mapping[str, Any], plot: Plot) -> Iterator[str]:
     yield label(left, head, axes[0].get("name", ""), "end")
     if plot.right is not None:
         yield from (label(end + 5, plot.right.at(tick) + 4, text, "start") for tick, text in plot.right.ticks)
-        yield label(end + 5, head, axes[1].get("name", ""), "start")
+        yield label(end + 30, head, axes[1].get("name", ""), "end")
 
     yield label(end, foot + 27, option["xAxis"].get("name", ""), "end")
     yield "</g>"

@@ -1,0 +1,74 @@
+"""A run in a notebook: `traceml.load_run().show()` draws verdict and charts inline; elsewhere it writes text."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TextIO
+
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
+from traceml.renderers.inline import inline_html
+from traceml.runs.report import digest_of, whole_report
+from traceml.runs.run import Run as _Run
+from traceml.runs.run import load_run as _load_run
+from traceml.runs.series import SeriesFollower
+
+__all__ = ["Run", "load_run"]
+
+
+class Run(_Run):
+    """A run on disk, ended or still going on; made by `load_run`. Notebooks draw it."""
+
+    def show(self, file: TextIO | None = None) -> None:
+        """Draw verdict and charts in a notebook; elsewhere write verdict, steps and phases as a few lines of text.
+
+        A run that goes on is shown as it is now.
+
+        Args:
+            file: write text, to here.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if file is not None or not _in_notebook():
+            super().show(file)
+            return
+
+        from IPython.display import display
+
+        html = self._repr_html_()
+        text = io.StringIO()
+        super().show(text)
+        display({"text/html": html, "text/plain": text.getvalue()}, raw=True)
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows for a run that ends a cell."""
+        with closing(StoreReader(self.path / STORE_NAME)) as reader:
+            digest = digest_of(reader)
+            follower = SeriesFollower()
+            follower.take(digest, reader)
+            self._report = whole_report(digest, reader, self.path)
+            return inline_html(self._report, follower.series(digest))
+
+
+def load_run(path: str | os.PathLike[str] | None = None) -> Run:
+    """Return a run, ended or still going on.
+
+    Args:
+        path: its folder, its id, or nothing for the latest; ids are looked up in `runs_dir` of the settings.
+
+    Raises:
+        RunNotFoundError: there is no such run.
+    """
+    return Run(Path(_load_run(path).path))
+
+
+def _in_notebook() -> bool:
+    """Tell whether what is displayed here reaches a notebook: a kernel, not a terminal."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return shell is not None and getattr(shell, "kernel", None) is not None
