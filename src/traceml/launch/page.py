@@ -75,6 +75,11 @@ class PageKeeper:
     def __repr__(self) -> str:
         return f"<keeper of the page at port {self.port}>"
 
+    @property
+    def pid(self) -> int | None:
+        """The page's process; None before it is started and after its end."""
+        return None if self._process is None else self._process.pid
+
     def address(self, run_id: str | None = None) -> str:
         """Return the address that a browser opens, with the token.
 

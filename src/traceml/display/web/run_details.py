@@ -16,7 +16,7 @@ from traceml.renderers.words import end_of_rank, phase_label
 
 __all__ = ["Delivery", "Logs", "RankTable", "Telemetry"]
 
-_RANKS = 64
+_RANKS = 24
 _PHASES = 7
 _SMALL_SHARE = 0.005
 

@@ -1,0 +1,183 @@
+"""One page server, one Chromium, and runs of all kinds, for all tests of the page."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
+from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
+from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.launch.page import PageKeeper
+from traceml.runs.report import write_report
+
+
+@pytest.fixture(scope="session")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a straggler, a faster run, many ranks, and everything that can be wrong with a run."""
+    folder = tmp_path_factory.mktemp("runs")
+    slow = store_run(folder / "20260105-000000-slow-0001", Job(ranks=4, steps=300), adds("forward", 12, (2,)))
+    with StoreWriter(slow / STORE_NAME) as writer:
+        add_samples(writer, 1)
+        add_metrics(writer, 1, {"train/loss": np.linspace(2, 0.1, 300), f"val {NASTY}": np.linspace(0, 1, 300)})
+
+    store_run(folder / "20260104-000000-fast-0002", Job(ranks=4, steps=300))
+    store_run(folder / "20260103-000000-many-0003", Job(ranks=1000, steps=80), adds("forward", 9, (412,)))
+    named = {"name": NASTY, "command": NASTY, "project": NASTY, "hosts": [NASTY]}
+    store_run(folder / "20260102-000000-<b>nasty<-0004", Job(ranks=2, steps=60), facts=named)
+    for each in folder.iterdir():
+        write_report(each)
+
+    _store_odd_runs(folder)
+    return folder
+
+
+def _store_odd_runs(folder: Path) -> None:
+    older = store_run(folder / "20260101-000000-older-0005", Job(ranks=1, steps=20, grouped=False))
+    rewrite(older / STORE_NAME, "PRAGMA user_version=0")
+    damaged = store_run(folder / "20260101-000000-damaged-0006", Job(ranks=2, steps=300))
+    content = bytearray((damaged / STORE_NAME).read_bytes())
+    content[8192 : len(content) // 2] = os.urandom(len(content) // 2 - 8192)
+    (damaged / STORE_NAME).write_bytes(content)
+    halved = store_run(folder / "20260101-000000-halved-0007", Job(ranks=2, steps=60))
+    write_report(halved)
+    (halved / STORE_NAME).unlink()
+    empty = folder / "20260101-000000-empty-0008"
+    empty.mkdir()
+    with StoreWriter(empty / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=empty.name, name="empty", state="failed"))
+
+    partial = folder / "20260101-000000-partial-0009"
+    partial.mkdir()
+    with StoreWriter(partial / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id=partial.name, name="partial", world_size=3))
+        for rank, rows in enumerate(rows_of(Job(ranks=2, steps=60))):
+            add_rank(writer, rank, rows)
+
+
+@pytest.fixture(scope="session")
+def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageKeeper]:
+    """The page, served as `serve --web` does, with the files of tokens in a folder of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        with PageKeeper(runs_dir, 0) as keeper:
+            connection = http.client.HTTPConnection("127.0.0.1", keeper.port, timeout=30)
+            connection.request("GET", "/")  # it waits in the socket's backlog until it is served
+            assert connection.getresponse().status == 401
+            connection.close()
+            yield keeper
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium, headless."""
+    installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A browser of its own at the page; notes every request that leaves loopback and every error of a script."""
+
+    def __init__(self, browser: Browser, keeper: PageKeeper, **options: object) -> None:
+        self._keeper = keeper
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        self.page: Page = self.context.new_page()
+        self.foreign: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self._note_request(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+
+    def open(self, path: str = "/", *, token: bool = True) -> Page:
+        """Go to an address, with the token."""
+        query = f"?token={self._keeper.token}" if token else ""
+        self.page.goto(f"http://127.0.0.1:{self._keeper.port}{path}{query}")
+        return self.page
+
+    def _note_request(self, url: str) -> None:
+        if not url.startswith((f"http://127.0.0.1:{self._keeper.port}/", "data:", "blob:")):
+            self.foreign.append(url)
+
+
+@pytest.fixture
+def visit(browser: Browser, keeper: PageKeeper) -> Iterator[Callable[..., Visit]]:
+    """Open browsers; each must have asked for nothing from elsewhere, and none of its scripts may have failed."""
+    visits: list[Visit] = []
+
+    def start(**options: object) -> Visit:
+        visits.append(Visit(browser, keeper, **options))
+        return visits[-1]
+
+    yield start
+    for each in visits:
+        each.context.close()
+        assert each.foreign == []
+        assert each.errors == []
+
+
+class LiveJob:
+    """A run that is being written, by a writer in this process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.id = folder.name
+        folder.mkdir()
+        self._rows = rows_of(Job(ranks=4, steps=400), adds("forward", 12, (1,)))
+        self._done = 0
+        self._writer = StoreWriter(folder / STORE_NAME)
+        facts = run_facts(id=self.id, name="live", state="running", started=time.time(), ended=None, world_size=4)
+        self._writer.put_meta("run", facts)
+        self._streams = [
+            add_rank(self._writer, rank, rows[:0], state="running") for rank, rows in enumerate(self._rows)
+        ]
+        self._writer.commit()
+
+    def train(self, steps: int) -> None:
+        """Append steps of all ranks."""
+        for stream, rows in zip(self._streams, self._rows, strict=True):
+            add_rank_rows(self._writer, stream, rows[self._done : self._done + steps], self._done)
+
+        self._done += steps
+        self._writer.commit()
+
+    def end(self) -> None:
+        """End the run."""
+        facts = run_facts(id=self.id, name="live", started=time.time() - 5, ended=time.time(), world_size=4)
+        self._writer.put_meta("run", facts)
+        self._writer.commit()
+
+    def close(self) -> None:
+        """Close the store."""
+        self._writer.close()
+
+
+@pytest.fixture
+def live_job(runs_dir: Path) -> Iterator[LiveJob]:
+    """A run that goes on, with nothing in it yet."""
+    folder = runs_dir / "20260106-000000-live-0010"
+    job = LiveJob(folder)
+    yield job
+    job.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def kill_page(keeper: PageKeeper) -> Callable[[], None]:
+    """Return what kills the page's process, as an OOM kill would."""
+
+    def kill() -> None:
+        assert keeper.pid is not None
+        os.kill(keeper.pid, signal.SIGKILL)
+
+    return kill
