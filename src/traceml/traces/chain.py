@@ -7,7 +7,7 @@ from traceml.traces.forms import Beginning, Ending
 from traceml.traces.gzipped import Chunk
 from traceml.traces.native import NativeScanner
 from traceml.traces.pieces import Piece, joined
-from traceml.traces.slow import PurePython
+from traceml.traces.slow import PurePython, Text
 
 __all__ = ["MAX_DAMAGE", "Chain", "Guess", "Scanner"]
 
@@ -50,7 +50,7 @@ class Chain:
         self._raw += len(chunk.text)
         self._facts.raw_bytes = self._raw
         if self._ending is not None:
-            self._ending.add(chunk.text)
+            self._ending.add(bytes(chunk.text))
             return None
 
         if guess is not None and self._beginning is None:
@@ -94,7 +94,7 @@ class Chain:
 
         return start
 
-    def _stitched(self, text: bytes, guess: Guess, scanner: Scanner) -> Piece | None:
+    def _stitched(self, text: Text, guess: Guess, scanner: Scanner) -> Piece | None:
         """Put a piece that was scanned ahead behind what precedes it; None when it does not fit there."""
         start, ahead = guess
         if self._lost or (not self._wrapped and (ahead.found.damage or ahead.found.closed)):
@@ -114,14 +114,14 @@ class Chain:
         piece = scanner.scan(text, start, wrapped=self._wrapped, final=final, lost=self._lost)
         return self._batch(piece, text)
 
-    def _batch(self, piece: Piece, text: bytes) -> Batch | None:
+    def _batch(self, piece: Piece, text: Text) -> Batch | None:
         """Note what was found in a text that ends where the text so far does."""
         begin = self._raw - len(text)
         self._note([Damage(begin + hurt.offset, hurt.what, hurt.lost_bytes) for hurt in piece.found.damage])
-        self._tail, self._lost = text[piece.found.stop :], piece.found.lost
+        self._tail, self._lost = bytes(text[piece.found.stop :]), piece.found.lost
         if piece.found.closed:
             self._ending, self._tail = Ending(), b""
-            self._ending.add(text[piece.found.stop :])
+            self._ending.add(bytes(text[piece.found.stop :]))
 
         self._facts.events += piece.events
         if not piece.events and not piece.found.meta:

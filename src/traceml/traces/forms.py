@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from traceml.traces.slow import MAX_EVENT_BYTES, parse
+from traceml.traces.slow import MAX_EVENT_BYTES, Text, parse
 
 __all__ = ["Beginning", "Ending", "find_start"]
 
@@ -21,7 +21,7 @@ _MAX_ENDING_BYTES = 1024 * 1024
 _DECODER = json.JSONDecoder()
 
 
-def find_start(text: bytes) -> int | None:
+def find_start(text: Text) -> int | None:
     """Return where an event begins in the middle of a file, most likely; None when no place can be told.
 
     That it does is known only when everything before has been read up to there.

@@ -17,13 +17,51 @@ from traceml.traces.columns import Damage
 from traceml.traces.files import GZIP_MAGIC
 from traceml.traces.salvage import MAGIC, new_inflater, next_member, read_at, salvaged
 
-__all__ = ["CHUNK_BYTES", "Chunk", "GzipSource", "Inflater", "PlainSource", "Source", "open_source"]
+__all__ = ["CHUNK_BYTES", "Buffer", "Chunk", "GzipSource", "Inflater", "PlainSource", "Source", "open_source"]
 
 CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: what one thread works on at a time
 _MEMBERS_BYTES = 512 * 1024  # compressed: members are taken together until they have this much
 _MAX_MEMBERS_BYTES = 8 * 1024 * 1024  # compressed: a first member that is longer is inflated in one go
 _MAX_TEXT_BYTES = 32 * 1024 * 1024  # that members taken together may inflate to; more comes in parts
 _FED_BYTES = 64 * 1024
+_PART_BYTES = 512 * 1024  # of text, had from the decompressor at a time
+_SPARE_BYTES = 1024 * 1024  # of a buffer: a chunk ends where a part does, or a few members do
+
+
+class Buffer:
+    """Memory for text, used again for each chunk of a thread: fresh memory costs more than inflating into it."""
+
+    def __init__(self) -> None:
+        self._memory = bytearray(CHUNK_BYTES + _SPARE_BYTES)
+        self._used = 0
+
+    def clear(self) -> None:
+        """Begin a new text."""
+        self._used = 0
+
+    def add(self, part: bytes) -> None:
+        """Append to the text."""
+        self.room(len(part))[:] = part
+
+    def room(self, size: int) -> memoryview:
+        """Return place for so many more bytes of the text."""
+        begin, self._used = self._used, self._used + size
+        if self._used >= len(self._memory):  # text of the chunk before may be looked at still: the old memory stays
+            larger = bytearray(2 * self._used)
+            larger[:begin] = memoryview(self._memory)[:begin]
+            self._memory = larger
+
+        return memoryview(self._memory)[begin : self._used]
+
+    def text(self, missing_bytes: int = 0) -> memoryview:
+        """Return the text, a byte 0 behind it.
+
+        Args:
+            missing_bytes: of the last room, which were not filled.
+        """
+        self._used -= missing_bytes
+        self._memory[self._used] = 0
+        return memoryview(self._memory)[: self._used]
 
 
 @dataclass(slots=True)
@@ -31,15 +69,15 @@ class Chunk:
     """A part of a file.
 
     Args:
-        text: its text.
+        text: its text; until the next chunk is loaded into the same buffer.
         begin: where it begins in the file as it is on disk.
         end: where the next one has to begin.
         stop: where it was meant to end; the next one was taken to begin there.
         damage: what could not be inflated; offsets in the file.
-        too_long: it inflates to more than may be held, and has no text: its parts are to be had one by one.
+        too_long: it inflates to more than may be held, the text is only its beginning: take it in parts.
     """
 
-    text: bytes
+    text: memoryview
     begin: int
     end: int
     stop: int
@@ -50,11 +88,11 @@ class Chunk:
 class Source(Protocol):
     """A file as chunks. `take` is called under a lock, what it returns is not."""
 
-    def take(self) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk, None when there is none."""
+    def take(self, buffer: Buffer) -> Callable[[], Chunk] | None:
+        """Return what loads the next chunk into a buffer, None when there is none."""
         ...
 
-    def parts(self, begin: int, stop: int) -> Iterator[Chunk]:
+    def parts(self, begin: int, stop: int, buffer: Buffer) -> Iterator[Chunk]:
         """Load what lies in a range, in chunks that can be held."""
         ...
 
@@ -90,28 +128,29 @@ class PlainSource:
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
         self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
 
-    def take(self) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk, None when there is none."""
+    def take(self, buffer: Buffer) -> Callable[[], Chunk] | None:
+        """Return what loads the next chunk into a buffer, None when there is none."""
         if self._next >= self._end:
             return None
 
         begin, self._next = self._next, min(self._next + CHUNK_BYTES, self._end)
         stop = self._next
-        return lambda: self._load(begin, stop)
+        return lambda: self._load(begin, stop, buffer)
 
-    def parts(self, begin: int, stop: int) -> Iterator[Chunk]:
+    def parts(self, begin: int, stop: int, buffer: Buffer) -> Iterator[Chunk]:
         """Load what lies in a range, in chunks that can be held."""
         stop = min(stop, self._size)
         for at in range(begin, stop, CHUNK_BYTES):
-            yield self._load(at, min(at + CHUNK_BYTES, stop))
+            yield self._load(at, min(at + CHUNK_BYTES, stop), buffer)
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
 
-    def _load(self, begin: int, stop: int) -> Chunk:
-        text = read_at(self._descriptor, begin, stop - begin)
-        return Chunk(text, begin, stop, stop)
+    def _load(self, begin: int, stop: int, buffer: Buffer) -> Chunk:
+        buffer.clear()
+        size = os.preadv(self._descriptor, [buffer.room(stop - begin)], begin)
+        return Chunk(buffer.text(stop - begin - size), begin, stop, stop)
 
 
 class GzipSource:
@@ -125,12 +164,12 @@ class GzipSource:
 
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
         self._descriptor, self._begin, self._next, self._end, self._size = descriptor, begin, begin, end, size
-        self._stream: Iterator[Chunk] | None = None
+        self._stream: Inflater | None = None
 
-    def take(self) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk, None when there is none."""
+    def take(self, buffer: Buffer) -> Callable[[], Chunk] | None:
+        """Return what loads the next chunk into a buffer, None when there is none."""
         if self._stream is not None:
-            chunk = next(self._stream, None)
+            chunk = self._stream.read(self._end, buffer)
             return None if chunk is None else lambda: chunk
 
         if self._next >= self._end:
@@ -139,15 +178,15 @@ class GzipSource:
         begin, self._next = self._next, self._find(self._next + _MEMBERS_BYTES)
         stop = self._next
         if begin == self._begin and stop - begin > _MAX_MEMBERS_BYTES:
-            self._stream = self.parts(begin, self._end)
-            return self.take()
+            self._stream = Inflater(self._descriptor, begin, self._size)
+            return self.take(buffer)
 
-        return lambda: self._load(begin, stop)
+        return lambda: self._load(begin, stop, buffer)
 
-    def parts(self, begin: int, stop: int) -> Iterator[Chunk]:
+    def parts(self, begin: int, stop: int, buffer: Buffer) -> Iterator[Chunk]:
         """Load what lies in a range, in chunks that can be held."""
         inflater = Inflater(self._descriptor, begin, self._size)
-        while (chunk := inflater.read(stop)) is not None:
+        while (chunk := inflater.read(stop, buffer)) is not None:
             yield chunk
 
     def close(self) -> None:
@@ -164,14 +203,12 @@ class GzipSource:
 
         return self._end
 
-    def _load(self, begin: int, stop: int) -> Chunk:
+    def _load(self, begin: int, stop: int, buffer: Buffer) -> Chunk:
         """Inflate the members that begin in a range."""
-        chunk = Inflater(self._descriptor, begin, self._size).read(stop, _MAX_TEXT_BYTES)
-        if chunk is None:
-            return Chunk(b"", begin, begin, stop)
-
-        too_long = chunk.end < stop
-        return Chunk(b"", begin, begin, stop, too_long=True) if too_long else chunk
+        chunk = Inflater(self._descriptor, begin, self._size).read(stop, buffer, _MAX_TEXT_BYTES)
+        assert chunk is not None  # something begins where it begins
+        chunk.too_long = chunk.end < stop
+        return chunk
 
 
 class Inflater:
@@ -191,30 +228,32 @@ class Inflater:
         self._made = 0  # bytes that the open member has given
         self._damage: list[Damage] = []
 
-    def read(self, stop: int, limit_bytes: int = CHUNK_BYTES) -> Chunk | None:
+    def read(self, stop: int, buffer: Buffer, limit_bytes: int = CHUNK_BYTES) -> Chunk | None:
         """Return the next chunk; None at the end.
 
         Args:
             stop: members that begin before it are read.
+            buffer: takes the text.
             limit_bytes: of text, about: a chunk of this size may end within a member.
         """
         if self._done(stop):
             return None
 
-        parts, size = [], 0
+        size = 0
+        buffer.clear()
         while size < limit_bytes and not self._done(stop):
-            part = self._more(limit_bytes)
-            parts.append(part)
+            part = self._more()
+            buffer.add(part)
             size += len(part)
 
-        chunk = Chunk(b"".join(parts), self._begin, self._member, stop, self._damage)
+        chunk = Chunk(buffer.text(), self._begin, self._member, stop, self._damage)
         self._begin, self._damage = self._member, []
         return chunk
 
     def _done(self, stop: int) -> bool:
         return self._open is None and self._member >= min(stop, self._size)
 
-    def _more(self, limit_bytes: int) -> bytes:
+    def _more(self) -> bytes:
         """Return some text; may be empty."""
         if self._open is None and not self._next_member():
             return b""
@@ -225,7 +264,7 @@ class Inflater:
             self._fed += len(data)
 
         try:
-            text: bytes = self._open.decompress(data, limit_bytes)
+            text: bytes = self._open.decompress(data, _PART_BYTES)
         except Exception:  # noqa: BLE001 - isal and zlib have errors of their own; what it is, the salvage finds out
             return self._salvage()
 

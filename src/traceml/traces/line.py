@@ -11,8 +11,9 @@ from typing import Generic, TypeVar
 from traceml.traces.chain import Chain, Guess, Scanner
 from traceml.traces.columns import Batch, Damage, FileFacts, Strings
 from traceml.traces.forms import find_start
-from traceml.traces.gzipped import Chunk, Source, open_source
+from traceml.traces.gzipped import Buffer, Chunk, Source, open_source
 from traceml.traces.native import new_scanner
+from traceml.traces.slow import Text
 
 __all__ = ["Line"]
 
@@ -77,6 +78,7 @@ class Line(Generic[Value]):
         self._error: BaseException | None = None
         self._open: dict[int, Source] = {}
         self._chunks = self._all_jobs()
+        self._buffer = Buffer()  # of the thread that takes a chunk
 
     def values(self) -> Iterator[Value]:
         """Yield the values in order; raises what went wrong in a thread."""
@@ -104,8 +106,9 @@ class Line(Generic[Value]):
         """Work on chunks until there are no more; the whole life of a thread."""
         try:
             scanner = new_scanner(self._keys, self._strings)
-            while (job := self._take()) is not None:
-                self._run(job, scanner)
+            buffer = Buffer()
+            while (job := self._take(buffer)) is not None:
+                self._run(job, scanner, buffer)
         except _StoppedError:
             return
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that iterates
@@ -123,16 +126,17 @@ class Line(Generic[Value]):
                 continue
 
             chain, first = Chain(facts, place), True
-            while (load := source.take()) is not None:
+            while (load := source.take(self._buffer)) is not None:
                 yield _Job(number, chain, source, load, first)
                 number, first = number + 1, False
 
             yield _Job(number, chain, source, None, first)
             number += 1
 
-    def _take(self) -> _Job[Value] | None:
+    def _take(self, buffer: Buffer) -> _Job[Value] | None:
         with self._taking:
             self._wait(lambda: len(self._jobs) < self._window)
+            self._buffer = buffer
             job = next(self._chunks, None)
             with self._changed:
                 self._over |= job is None
@@ -141,7 +145,7 @@ class Line(Generic[Value]):
 
             return job
 
-    def _run(self, job: _Job[Value], scanner: Scanner) -> None:
+    def _run(self, job: _Job[Value], scanner: Scanner, buffer: Buffer) -> None:
         chain = job.chain
         chunk = job.load() if job.load else None
         guess = None if chunk is None or job.first else _scanned_ahead(chunk.text, scanner)
@@ -151,8 +155,7 @@ class Line(Generic[Value]):
         elif chunk.begin == chain.expected and not chunk.too_long:
             batch = chain.accept(chunk, guess, scanner)
         else:
-            del guess
-            for part in job.source.parts(chain.expected, chunk.stop):
+            for part in job.source.parts(chain.expected, chunk.stop, buffer):
                 self._give(job, chain.accept(part, None, scanner))
 
             batch = None
@@ -199,7 +202,7 @@ class Line(Generic[Value]):
                 raise _StoppedError
 
 
-def _scanned_ahead(text: bytes, scanner: Scanner) -> Guess | None:
+def _scanned_ahead(text: Text, scanner: Scanner) -> Guess | None:
     """Scan from where an event seems to begin, before it is known what precedes the text."""
     start = find_start(text)
     return None if start is None else (start, scanner.scan(text, start, wrapped=True, final=False))

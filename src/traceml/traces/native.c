@@ -29,8 +29,10 @@ typedef struct {
 
 typedef struct {
     uint64_t hash;
-    uint64_t at; /* in the arena; the first byte there is the tag */
+    uint64_t head; /* the first bytes of the text */
+    uint64_t at;   /* in the arena; the first byte there is the tag */
     uint32_t length;
+    uint8_t tag;
 } entry;
 
 typedef struct {
@@ -72,7 +74,7 @@ typedef struct {
 
 typedef struct {
     uint8_t ph;
-    int fractional, has_id2;
+    int fractional, odd_id;
     slice name, cat, pid, tid, id;
     int64_t ts_ns, dur_ns;
     arg args[MAX_KEYS];
@@ -80,19 +82,29 @@ typedef struct {
 
 /* ---- names and their numbers ---- */
 
-static uint64_t hash_of(const uint8_t *p, uint32_t length, uint8_t tag) {
-    uint64_t h = 0x9E3779B97F4A7C15ull ^ ((uint64_t)length << 8) ^ tag, word;
-    while (length >= 8) {
+/* Up to eight bytes as a word, the missing ones 0; there are readable bytes up to `end`. */
+static inline uint64_t word_at(const uint8_t *p, uint32_t length, const uint8_t *end) {
+    uint64_t word = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    if (end - p >= 8) {
         memcpy(&word, p, 8);
+        return length >= 8 ? word : word & ((1ull << (8 * length)) - 1);
+    }
+#endif
+    memcpy(&word, p, length < 8 ? length : 8);
+    return word;
+}
+
+static inline uint64_t hash_of(const uint8_t *p, uint32_t length, uint8_t tag, uint64_t word, const uint8_t *end) {
+    uint64_t h = 0x9E3779B97F4A7C15ull ^ ((uint64_t)length << 8) ^ tag;
+    for (;;) {
         h = (h ^ word) * 0xD6E8FEB86659FD93ull;
         h ^= h >> 32;
-        p += 8, length -= 8;
-    }
+        if (length <= 8) return h;
 
-    word = 0;
-    memcpy(&word, p, length);
-    h = (h ^ word) * 0xD6E8FEB86659FD93ull;
-    return h ^ (h >> 29);
+        p += 8, length -= 8;
+        word = word_at(p, length, end);
+    }
 }
 
 static int grow(scanner *s) {
@@ -116,22 +128,22 @@ static int grow(scanner *s) {
 }
 
 /* The number of a text; -1 when it is missing, -2 when memory is short. */
-static int32_t intern(scanner *s, slice text) {
+static int32_t intern(scanner *s, slice text, const uint8_t *end) {
     if (!text.tag) return -1;
 
-    uint64_t hash = hash_of(text.at, text.length, text.tag);
+    uint64_t head = word_at(text.at, text.length, end);
+    uint64_t hash = hash_of(text.at, text.length, text.tag, head, end);
     uint32_t slot = (uint32_t)hash & s->mask;
     for (; s->slots[slot]; slot = (slot + 1) & s->mask) {
         const entry *known = &s->entries[s->slots[slot] - 1];
-        const uint8_t *at = s->arena + known->at;
-        if (known->hash == hash && known->length == text.length && at[0] == text.tag &&
-            !memcmp(at + 1, text.at, text.length))
+        if (known->hash == hash && known->head == head && known->length == text.length && known->tag == text.tag &&
+            (text.length <= 8 || !memcmp(s->arena + known->at + 1, text.at, text.length)))
             return (int32_t)(s->slots[slot] - 1);
     }
 
     if (s->count == s->capacity) {
         if (!grow(s)) return -2;
-        return intern(s, text);
+        return intern(s, text, end);
     }
 
     if (s->arena_used + text.length + 1 > s->arena_size) {
@@ -141,7 +153,7 @@ static int32_t intern(scanner *s, slice text) {
         s->arena = arena, s->arena_size = size;
     }
 
-    s->entries[s->count] = (entry){hash, s->arena_used, text.length};
+    s->entries[s->count] = (entry){hash, head, s->arena_used, text.length, text.tag};
     s->arena[s->arena_used] = text.tag;
     memcpy(s->arena + s->arena_used + 1, text.at, text.length);
     s->arena_used += text.length + 1;
@@ -449,23 +461,34 @@ static int take_args(cursor *c, event *e, const scanner *s) {
     }
 }
 
-#define IS(key, word) ((key).length == sizeof(word) - 1 && !memcmp((key).at, word, sizeof(word) - 1))
+#define IS(key, word) (!memcmp((key).at, word, sizeof(word) - 1))
 
-static int take_value(cursor *c, event *e, const scanner *s, slice key) {
-    if (IS(key, "name")) return take_label(c, &e->name);
-    if (IS(key, "cat")) return take_label(c, &e->cat);
-    if (IS(key, "pid")) return take_label(c, &e->pid);
-    if (IS(key, "tid")) return take_label(c, &e->tid);
-    if (IS(key, "ts")) return take_time(c, e, &e->ts_ns);
-    if (IS(key, "dur")) return take_time(c, e, &e->dur_ns);
-    if (IS(key, "ph")) return take_kind(c, e);
-    if (IS(key, "args")) return take_args(c, e, s);
-    if (IS(key, "id2")) return e->has_id2 = 1, skip_value(c);
-    if (IS(key, "id")) {
-        int before = c->unsure, outcome = take_label(c, &e->id);
-        if (c->unsure != before) e->has_id2 = 1; /* it matters only to kinds that use it */
-        c->unsure = before;
-        return outcome;
+/* The id matters only to kinds that use it: only to them is it unusual. */
+static int take_id(cursor *c, event *e) {
+    int before = c->unsure, outcome = take_label(c, &e->id);
+    if (c->unsure != before) e->odd_id = 1;
+    c->unsure = before;
+    return outcome;
+}
+
+static inline int take_value(cursor *c, event *e, const scanner *s, slice key) {
+    switch (key.length) {
+    case 2:
+        if (IS(key, "ts")) return take_time(c, e, &e->ts_ns);
+        if (IS(key, "ph")) return take_kind(c, e);
+        if (IS(key, "id")) return take_id(c, e);
+        break;
+    case 3:
+        if (IS(key, "pid")) return take_label(c, &e->pid);
+        if (IS(key, "tid")) return take_label(c, &e->tid);
+        if (IS(key, "cat")) return take_label(c, &e->cat);
+        if (IS(key, "dur")) return take_time(c, e, &e->dur_ns);
+        if (IS(key, "id2")) e->odd_id = 1;
+        break;
+    case 4:
+        if (IS(key, "name")) return take_label(c, &e->name);
+        if (IS(key, "args")) return take_args(c, e, s);
+        break;
     }
 
     return skip_value(c);
@@ -500,28 +523,27 @@ static int take_event(cursor *c, event *e, const scanner *s) {
     }
 }
 
-static int has_identity(uint8_t ph) { return ph && strchr("bensftNOD", ph) != NULL; }
+static inline int has_identity(uint8_t ph) {
+    return ph != 'X' && ph && strchr("bensftNOD", ph) != NULL;
+}
 
-static int put_row(scanner *s, columns *out, const event *e) {
+static int put_row(scanner *s, columns *out, const event *e, const uint8_t *end) {
     int64_t row = out->rows;
+    int32_t name = intern(s, e->name, end), cat = intern(s, e->cat, end);
+    int32_t pid = intern(s, e->pid, end), tid = intern(s, e->tid, end);
+    int32_t id = has_identity(e->ph) ? intern(s, e->id, end) : -1;
+    int short_of_memory = name == -2 || cat == -2 || pid == -2 || tid == -2 || id == -2;
     out->ph[row] = e->ph;
-    out->name[row] = intern(s, e->name);
-    out->cat[row] = intern(s, e->cat);
-    out->pid[row] = intern(s, e->pid);
-    out->tid[row] = intern(s, e->tid);
-    out->id[row] = has_identity(e->ph) ? intern(s, e->id) : -1;
-    out->ts_ns[row] = e->ts_ns;
-    out->dur_ns[row] = e->dur_ns;
+    out->name[row] = name, out->cat[row] = cat, out->pid[row] = pid, out->tid[row] = tid, out->id[row] = id;
+    out->ts_ns[row] = e->ts_ns, out->dur_ns[row] = e->dur_ns;
     out->fractional |= e->fractional;
-    int short_of_memory = out->name[row] == -2 || out->cat[row] == -2 || out->pid[row] == -2 || out->tid[row] == -2 ||
-                          out->id[row] == -2;
     for (uint32_t k = 0; k < s->keys; k++) {
         const arg *a = &e->args[k];
         int64_t at = (int64_t)k * out->capacity + row;
         out->arg_kinds[at] = a->kind;
         out->arg_integers[at] = a->kind == INTEGER ? a->integer : 0;
         out->arg_floats[at] = a->kind == INTEGER || a->kind == FLOAT ? a->number : __builtin_nan("");
-        out->arg_texts[at] = a->kind == TEXT ? intern(s, a->text) : -1;
+        out->arg_texts[at] = a->kind == TEXT ? intern(s, a->text, end) : -1;
         short_of_memory |= out->arg_texts[at] == -2;
     }
 
@@ -530,8 +552,9 @@ static int put_row(scanner *s, columns *out, const event *e) {
 
 static void put_unsure(scanner *s, columns *out, int64_t start, int64_t stop) {
     event nothing;
-    memset(&nothing, 0, sizeof nothing);
-    put_row(s, out, &nothing);
+    memset(&nothing, 0, offsetof(event, args));
+    for (uint32_t k = 0; k < s->keys; k++) nothing.args[k].kind = MISSING;
+    put_row(s, out, &nothing, NULL);
     int64_t *at = out->unsure + 3 * out->unsure_rows++;
     at[0] = out->rows, at[1] = start, at[2] = stop;
 }
@@ -599,9 +622,9 @@ int32_t tm_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end, int
         int outcome = take_event(&c, &e, s);
         if (outcome) return outcome == CUT ? CUT_OFF : outcome == BAD ? BROKEN : DEEP;
 
-        if (c.unsure || !e.ph || (e.has_id2 && has_identity(e.ph)))
+        if (c.unsure || !e.ph || (e.odd_id && has_identity(e.ph)))
             put_unsure(s, out, out->stop, c.p - text);
-        else if (!put_row(s, out, &e))
+        else if (!put_row(s, out, &e, c.end))
             return DEEP;
 
         out->rows++;

@@ -18,7 +18,7 @@ import numpy as np
 from traceml.traces.columns import ArgColumn, Strings
 from traceml.traces.events import Row, printable
 from traceml.traces.pieces import ARG_COLUMNS, COLUMNS, Columns, Found, Piece, joined_args, table_of
-from traceml.traces.slow import CutOffError, PurePython, absorb, next_start, parse
+from traceml.traces.slow import CutOffError, PurePython, Text, absorb, next_start, parse
 
 __all__ = ["LIBRARY", "NativeScanner", "library", "new_scanner"]
 
@@ -79,7 +79,7 @@ def library() -> ctypes.CDLL | None:
     loaded.tm_texts.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_void_p]
     loaded.tm_scan.argtypes = [
         ctypes.c_void_p,
-        ctypes.c_char_p,
+        ctypes.c_void_p,
         ctypes.c_int64,
         ctypes.c_int64,
         ctypes.c_int32,
@@ -116,7 +116,7 @@ class NativeScanner:
         if getattr(self, "_scanner", None):
             self._native.tm_free(self._scanner)
 
-    def scan(self, text: bytes, start: int, *, wrapped: bool, final: bool, lost: bool = False) -> Piece:
+    def scan(self, text: Text, start: int, *, wrapped: bool, final: bool, lost: bool = False) -> Piece:
         """Read all events of a chunk; see `PurePython.scan`."""
         found, segments = Found(), [_Segment(*table_of([], self._keys))]
         position = next_start(found, text, start, "", final=final) if lost else start
@@ -144,11 +144,11 @@ class NativeScanner:
         found.stop = position
         return Piece(*_joined(segments), found)
 
-    def _scan(self, text: bytes, start: int, wrapped: bool, found: Found, segments: list[_Segment]) -> tuple[int, int]:
+    def _scan(self, text: Text, start: int, wrapped: bool, found: Found, segments: list[_Segment]) -> tuple[int, int]:
         """Let the library read as far as it can; return why it stopped, and where."""
         out = self._out
         out.rows = out.unsure_rows = out.fractional = 0
-        status = self._native.tm_scan(self._scanner, text, start, len(text), wrapped, ctypes.byref(out))
+        status = self._native.tm_scan(self._scanner, _address(text), start, len(text), wrapped, ctypes.byref(out))
         position = out.stop
         before, patches, dropped = _rows_in(segments), dict[int, Row](), list[int]()
         for row, first, behind in self._unsure[: out.unsure_rows].tolist():
@@ -237,6 +237,14 @@ def _joined(segments: list[_Segment]) -> tuple[Columns, dict[str, ArgColumn]]:
     columns = {name: np.concatenate([segment.columns[name] for segment in full]) for name in COLUMNS}
     args = {key: joined_args([segment.args[key] for segment in full]) for key in full[0].args}
     return columns, args
+
+
+def _address(text: Text) -> ctypes.c_char_p | int:
+    """Return where a text begins; a byte 0 follows it, as it does behind every bytes object."""
+    if isinstance(text, bytes):
+        return ctypes.c_char_p(text)
+
+    return ctypes.addressof(ctypes.c_char.from_buffer(text)) if len(text) else ctypes.c_char_p(b"")
 
 
 def _value(text: bytes) -> str | int:

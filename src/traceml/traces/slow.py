@@ -15,7 +15,7 @@ from traceml.traces.columns import Damage, Strings
 from traceml.traces.events import NotAnEventError, Row, exact_event, is_metadata, row_of
 from traceml.traces.pieces import Found, Piece, table_of
 
-__all__ = ["MAX_EVENT_BYTES", "CutOffError", "PurePython", "absorb", "next_start", "parse"]
+__all__ = ["MAX_EVENT_BYTES", "CutOffError", "PurePython", "Text", "absorb", "next_start", "parse"]
 
 MAX_EVENT_BYTES = 32 * 1024 * 1024  # longer ones are taken for damage: something that was never closed
 _BETWEEN = re.compile(rb"[\s,\[\]]*")
@@ -25,6 +25,7 @@ _START = re.compile(rb"[\n}\]][\s,]*(\{)\s*[\"}]")
 _STRADDLED = 64  # bytes kept when no such place was found: it may lie across the end
 _NEAR_END = 16  # an error this close to the end may only mean that the rest is in the next chunk
 
+Text = bytes | memoryview
 _DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=Decimal)
 
 
@@ -43,7 +44,7 @@ class PurePython:
     def __init__(self, keys: tuple[str, ...], strings: Strings) -> None:
         self._keys, self._strings = keys, strings
 
-    def scan(self, text: bytes, start: int, *, wrapped: bool, final: bool, lost: bool = False) -> Piece:
+    def scan(self, text: Text, start: int, *, wrapped: bool, final: bool, lost: bool = False) -> Piece:
         """Read all events of a chunk.
 
         Args:
@@ -78,7 +79,7 @@ class PurePython:
         return Piece(*table_of(rows, self._keys), found)
 
 
-def parse(text: bytes, position: int, *, final: bool) -> tuple[dict[str, Any], int]:
+def parse(text: Text, position: int, *, final: bool) -> tuple[dict[str, Any], int]:
     """Parse the object at a position; numbers stay exact.
 
     Returns:
@@ -91,7 +92,7 @@ def parse(text: bytes, position: int, *, final: bool) -> tuple[dict[str, Any], i
         raise ValueError("not an event")
 
     for length in (4096, 1 << 18, len(text) - position):
-        part = text[position : position + length].decode("utf-8", "surrogateescape")
+        part = str(text[position : position + length], "utf-8", "surrogateescape")
         try:
             event, end = _DECODER.raw_decode(part)
         except json.JSONDecodeError as error:
@@ -147,7 +148,7 @@ def absorb(
     return row
 
 
-def next_start(found: Found, text: bytes, position: int, what: str, *, final: bool) -> int:
+def next_start(found: Found, text: Text, position: int, what: str, *, final: bool) -> int:
     """Note damage from a position on, and return where events may go on; sets `found.lost` when nowhere in the text.
 
     Args:
@@ -168,7 +169,7 @@ def next_start(found: Found, text: bytes, position: int, what: str, *, final: bo
     return end
 
 
-def _behind(pattern: re.Pattern[bytes], text: bytes, position: int) -> int:
+def _behind(pattern: re.Pattern[bytes], text: Text, position: int) -> int:
     match = pattern.match(text, position)
     return position if match is None else match.end()
 
