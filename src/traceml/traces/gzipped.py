@@ -272,7 +272,7 @@ class Inflater:
         if self._open.eof:
             self._held = self._open.unused_data
             self._open, self._member = None, self._fed - len(self._held)
-        elif not data and not text:
+        elif not data and not text and self._open.needs_input and self._fed >= self._size:
             lost = self._size - self._member
             self._fail(Damage(self._member, f"the file ends within a gzip member of {lost} bytes", 0), self._size)
 
