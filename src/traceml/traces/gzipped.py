@@ -88,8 +88,8 @@ class Chunk:
 class Source(Protocol):
     """A file as chunks. `take` is called under a lock, what it returns is not."""
 
-    def take(self, buffer: Buffer) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk into a buffer, None when there is none."""
+    def take(self, buffer: Buffer | None = None) -> Callable[[], Chunk] | None:
+        """Return what loads the next chunk, into memory of its own without a buffer; None when there is none."""
         ...
 
     def parts(self, begin: int, stop: int, buffer: Buffer) -> Iterator[Chunk]:
@@ -128,14 +128,15 @@ class PlainSource:
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
         self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
 
-    def take(self, buffer: Buffer) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk into a buffer, None when there is none."""
+    def take(self, buffer: Buffer | None = None) -> Callable[[], Chunk] | None:
+        """Return what loads the next chunk, into memory of its own without a buffer; None when there is none."""
         if self._next >= self._end:
             return None
 
+        memory = buffer or Buffer()
         begin, self._next = self._next, min(self._next + CHUNK_BYTES, self._end)
         stop = self._next
-        return lambda: self._load(begin, stop, buffer)
+        return lambda: self._load(begin, stop, memory)
 
     def parts(self, begin: int, stop: int, buffer: Buffer) -> Iterator[Chunk]:
         """Load what lies in a range, in chunks that can be held."""
@@ -166,10 +167,11 @@ class GzipSource:
         self._descriptor, self._begin, self._next, self._end, self._size = descriptor, begin, begin, end, size
         self._stream: Inflater | None = None
 
-    def take(self, buffer: Buffer) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk into a buffer, None when there is none."""
+    def take(self, buffer: Buffer | None = None) -> Callable[[], Chunk] | None:
+        """Return what loads the next chunk, into memory of its own without a buffer; None when there is none."""
+        memory = buffer or Buffer()
         if self._stream is not None:
-            chunk = self._stream.read(self._end, buffer)
+            chunk = self._stream.read(self._end, memory)
             return None if chunk is None else lambda: chunk
 
         if self._next >= self._end:
@@ -179,9 +181,9 @@ class GzipSource:
         stop = self._next
         if begin == self._begin and stop - begin > _MAX_MEMBERS_BYTES:
             self._stream = Inflater(self._descriptor, begin, self._size)
-            return self.take(buffer)
+            return self.take(memory)
 
-        return lambda: self._load(begin, stop, buffer)
+        return lambda: self._load(begin, stop, memory)
 
     def parts(self, begin: int, stop: int, buffer: Buffer) -> Iterator[Chunk]:
         """Load what lies in a range, in chunks that can be held."""
