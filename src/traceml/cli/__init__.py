@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("traceml.cli.report", "say what limits a run, or did"),
     "compare": ("traceml.cli.compare", "two runs: what got slower, by how much, and whether that is real"),
     "export": ("traceml.cli.export", "write a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
+    "analyze": ("traceml.cli.analyze", "summarise traces: dftracer, torch.profiler, Perfetto, its own"),
     "sync": ("traceml.cli.sync", "deliver to trackers what they have not got yet"),
     "runs": ("traceml.cli.runs", "list the runs on this disk, or remove old ones"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),

@@ -25,7 +25,7 @@ from traceml.traces.pairs import Matcher, Unpaired
 from traceml.traces.sorting import Rows, Sorter
 from traceml.traces.stats import GroupStats, Stat
 
-__all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "Question", "Role"]
+__all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "Question", "Role", "added"]
 
 SIZES = ("size", "bytes", "nbytes", "ret")  # arguments that tell how much was read or written, the first one counts
 FAR_NS = 2**62  # times beyond cannot be added without overflow: they have no part in nesting
@@ -95,10 +95,7 @@ class Analysis:
 
     def feed(self, batch: Batch) -> None:
         """Take the next batch."""
-        if batch.source != self._source:
-            self._end_source()
-            self._source = batch.source
-
+        self.begin_source(batch.source)
         self.origin.labels.take(batch.source, batch.meta)
         self.fractional = self.fractional or batch.fractional
         if len(batch.ph):
@@ -109,6 +106,12 @@ class Analysis:
 
             for event in batch.odd:
                 feed_odd(self, event, batch.source)
+
+    def begin_source(self, source: int) -> None:
+        """Go on to a file, unless it is the one that was being read."""
+        if source != self._source:
+            self._end_source()
+            self._source = source
 
     def finish(self) -> None:
         """Account what is still open; call once, when all has been read."""
@@ -133,12 +136,19 @@ class Analysis:
 
     def labels(self, group: int) -> tuple[Any, ...]:
         """Return the labels of a group, in the order of the question's fields."""
-        labels = []
-        for field, numbering in zip(reversed(self.fields), reversed(self.groups), strict=True):
-            group, value = numbering.pair(group)
-            labels.append(field.label(value))
+        return tuple(field.label(value) for field, value in zip(self.fields, self._values(group), strict=True))
 
-        return tuple(reversed(labels))
+    def raw(self, group: int) -> tuple[Any, ...]:
+        """Return what the labels of a group rest on: the same in every process."""
+        return tuple(field.raw(value) for field, value in zip(self.fields, self._values(group), strict=True))
+
+    def _values(self, group: int) -> list[int]:
+        values = []
+        for numbering in reversed(self.groups):
+            group, value = numbering.pair(group)
+            values.append(value)
+
+        return values[::-1]
 
     def _feed_rows(self, batch: Batch) -> None:
         roles = ROLES[batch.ph]
@@ -173,7 +183,7 @@ class Analysis:
         self.events += len(rows.group)
         self.take_spans(rows.start, rows.duration, rows.group, rows.lane, rows.kind)
         if rows.size is not None:
-            self.bytes = _added(self.bytes, rows.group, rows.size)
+            self.bytes = added(self.bytes, rows.group, rows.size)
 
     def take_spans(self, *columns: NDArray[Any]) -> None:
         """Take spans: start, duration (ns), group, lane, kind of work."""
@@ -306,7 +316,8 @@ def _sizes(batch: Batch) -> NDArray[np.int64]:
     return np.maximum(sizes, 0)
 
 
-def _added(totals: NDArray[np.int64], group: Ids, values: NDArray[np.int64]) -> NDArray[np.int64]:
+def added(totals: NDArray[np.int64], group: Ids, values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return totals by group with values added; the array is the same while all groups have a place in it."""
     if not len(group):
         return totals
 

@@ -33,8 +33,8 @@ _BY_NAME = (
 )
 _MAYBE_COMM = {COMPUTE, HOST}  # a kernel or an operator may be a collective
 _SILENT = {"python_function", "cuda_runtime", "cuda_driver", "gpu_user_annotation", "trace", "overhead", "dftracer"}
-_READS = re.compile(r"read|load|recv|get", re.IGNORECASE)
-_WRITES = re.compile(r"write|save|send|put", re.IGNORECASE)
+_READS = re.compile(r"read|load|recv|\bget", re.IGNORECASE)
+_WRITES = re.compile(r"write|save|send|\bput", re.IGNORECASE)
 
 
 def classify(cat: object, name: object) -> int:

@@ -15,7 +15,7 @@ from traceml.errors import UsageError
 
 __all__ = ["ARGS", "FIELDS", "MEASURES", "Condition", "check_field", "parse_by", "parse_where"]
 
-FIELDS = ("name", "cat", "pid", "tid", "rank", "host", "file", "source", "ph", "id")
+FIELDS = ("name", "cat", "pid", "tid", "rank", "host", "file", "source", "ph")
 MEASURES = ("ts", "dur")  # microseconds; in conditions only
 ARGS = "args."
 

@@ -17,7 +17,7 @@ from traceml.traces.numbering import Numbering
 
 __all__ = ["ArgField", "Field", "Origin", "args_of", "field_of"]
 
-_DIRECT = ("name", "cat", "pid", "tid", "id")
+_DIRECT = ("name", "cat", "pid", "tid")
 # What the labels of derived fields rest on, the first that an event has.
 _DERIVED = {"rank": ("rank",), "host": ("hhash", "hostname"), "file": ("fhash", "fname", "filename")}
 
@@ -50,6 +50,15 @@ class Field(Protocol):
 
     def label(self, number: int) -> Label:
         """Return what a number stands for, once all metadata is known."""
+        ...
+
+    def raw(self, number: int) -> Any:
+        """Return what a number stands for in every process."""
+        ...
+
+    def number(self, raw: Any) -> int:
+        """Return the number of what `raw` gave in another process."""
+        ...
 
 
 def args_of(fields: list[str]) -> list[str]:
@@ -89,6 +98,12 @@ class _DirectField:
     def label(self, number: int) -> Label:
         return self._strings[number]
 
+    def raw(self, number: int) -> Any:
+        return self._strings[number]
+
+    def number(self, raw: Any) -> int:
+        return self._strings.intern(raw)
+
 
 class _KindField:
     def __init__(self, origin: Origin) -> None:
@@ -107,6 +122,12 @@ class _KindField:
     def label(self, number: int) -> Label:
         return self._strings[number]
 
+    def raw(self, number: int) -> Any:
+        return self._strings[number]
+
+    def number(self, raw: Any) -> int:
+        return self._strings.intern(raw)
+
 
 class _SourceField:
     def __init__(self, origin: Origin) -> None:
@@ -120,6 +141,12 @@ class _SourceField:
 
     def label(self, number: int) -> Label:
         return str(self._paths[number])
+
+    def raw(self, number: int) -> Any:
+        return number
+
+    def number(self, raw: Any) -> int:
+        return int(raw)
 
 
 class ArgField:
@@ -162,6 +189,14 @@ class ArgField:
         """Return the value."""
         return self._strings[number] if number >= -1 else self._values[-2 - number]
 
+    def raw(self, number: int) -> Any:
+        """Return the value."""
+        return self.label(number)
+
+    def number(self, raw: Any) -> int:
+        """Return the number of a value."""
+        return self._float(raw) if isinstance(raw, float) else self._strings.intern(raw)
+
     def _float(self, value: float) -> int:
         number = self._floats.get(value)
         if number is None:
@@ -192,6 +227,16 @@ class _Derived:
         pid = self._origin.strings.intern(_plain(event.get("pid")))
         process = self._origin.processes.one(source, pid)
         return self._numbers.one(values[0] if values else -1, process if self._name != "file" else 0)
+
+    def raw(self, number: int) -> Any:
+        value, process = self._numbers.pair(number)
+        of = self._origin.process(process) if self._name != "file" else None
+        return self._args[0].raw(value), of
+
+    def number(self, raw: Any) -> int:
+        value, of = raw
+        process = 0 if of is None else self._origin.processes.one(of[0], self._origin.strings.intern(of[1]))
+        return self._numbers.one(self._args[0].number(value), process)
 
     def label(self, number: int) -> Label:
         value, process = self._numbers.pair(number)

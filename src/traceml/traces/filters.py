@@ -43,10 +43,14 @@ class Filter:
         return bool(self._dur or self._ts or self._fields)
 
     @property
+    def fields(self) -> list[Field]:
+        """The fields that conditions look at."""
+        return [each.field for each in self._fields]
+
+    @property
     def absent(self) -> list[str]:
         """The keys of `args` in conditions that no event had."""
-        fields = [each.field for each in self._fields]
-        return [field.key for field in fields if isinstance(field, ArgField) and not field.seen]
+        return [field.key for field in self.fields if isinstance(field, ArgField) and not field.seen]
 
     def rows(self, batch: Batch) -> Mask:
         """Tell which rows pass, durations left aside."""

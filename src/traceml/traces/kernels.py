@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["LIBRARY", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_stats.so")
+_VERSION = 1
 _LOG = logging.getLogger("traceml")
 
 
@@ -32,6 +33,10 @@ def library() -> ctypes.CDLL | None:
 
 
 def _declared(found: ctypes.CDLL) -> ctypes.CDLL:
+    found.traceml_version.restype = ctypes.c_int64
+    if found.traceml_version() != _VERSION:
+        raise OSError("it is of another version of traceml")
+
     for name in ("traceml_stats", "traceml_pairs", "traceml_nest", "traceml_match"):
         getattr(found, name).restype = ctypes.c_int64
 

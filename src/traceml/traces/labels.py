@@ -39,12 +39,12 @@ class Labels:
             elif event.get("name") in ("process_name", "process_labels"):
                 self._name_process(source, event.get("pid"), str(args.get("name") or args.get("labels") or ""))
 
-    def merge(self, other: Labels, sources: Mapping[int, int]) -> None:
-        """Take what another part of the reading has seen; `sources` maps its numbers of files to ours."""
+    def merge(self, other: Labels) -> None:
+        """Take what another part of the same reading has seen."""
         self.hosts |= other.hosts
         self.files |= other.files
         for (source, pid), name in other._process_names.items():
-            self._name_process(sources[source], pid, name)
+            self._name_process(source, pid, name)
 
     def take_file(self, source: int, path: Path, header: Mapping[str, Any]) -> None:
         """Take what a file's header and name say."""
@@ -63,8 +63,13 @@ class Labels:
 
     def rank(self, source: int, pid: object) -> int | None:
         """Return the rank of a process, None where nothing tells."""
+        named = self.process_rank(source, pid)
+        return self._ranks.get(source) if named is None else named
+
+    def process_rank(self, source: int, pid: object) -> int | None:
+        """Return the rank that a process says itself that it is."""
         named = _RANK.search(self._process_names.get((source, pid), ""))
-        return int(named[1]) if named else self._ranks.get(source)
+        return int(named[1]) if named else None
 
     def host(self, source: int, pid: object) -> str | None:
         """Return the host of a process, None where nothing tells."""
@@ -77,5 +82,5 @@ class Labels:
 
     def _name_process(self, source: int, pid: object, name: str) -> None:
         earlier = self._process_names.get((source, pid))
-        if earlier is None or not _RANK.search(earlier):
+        if earlier is None or not (_RANK.search(earlier) or name in earlier):
             self._process_names[source, pid] = name if earlier is None else f"{earlier} {name}"

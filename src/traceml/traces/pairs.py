@@ -30,10 +30,13 @@ class Matcher:
     """Takes begin and end events in any order, pairs them in the order of time.
 
     Nested spans of a lane close from inside. An end that has a name closes the innermost begin of that name.
+
+    Args:
+        edges: what brings them into order.
     """
 
-    def __init__(self) -> None:
-        self._edges = Sorter()
+    def __init__(self, edges: Sorter | None = None) -> None:
+        self._edges = edges or Sorter()
         self._head = np.full(64, -1, np.int32)
         self._ts, self._name = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int32)
         self._group, self._mark = np.zeros(_NODES, np.int32), np.zeros(_NODES, np.uint8)
@@ -54,6 +57,10 @@ class Matcher:
     ) -> None:
         """Take events; `group` and `mark` of a begin come back with its span."""
         self._edges.add(ts, is_end, lane, name, group, mark)
+
+    def columns(self) -> Rows:
+        """Return the events as they came; for a matcher whose sorter holds them all."""
+        return self._edges.columns()
 
     @property
     def edges(self) -> int:

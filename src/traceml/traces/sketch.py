@@ -1,7 +1,8 @@
-"""Percentiles from counts in buckets: 64 per power of two, so that a value is known to 0.8 %.
+"""Percentiles from counts in buckets: 128 per power of two, so that a value is known to 0.4 %.
 
-A bucket's number is `octave * CELLS + cell`. Durations below 64 ns have a bucket each; a whole number of
-microseconds below 64 is exact, because no two of them share a bucket.
+A bucket's number is `octave * CELLS + cell`. Durations below 128 ns have a bucket each; a whole number of
+microseconds below 128 is exact, because no two of them share a bucket. Above that, rounding to whole microseconds adds
+as much again.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from collections.abc import Mapping
 
 __all__ = ["CELLS", "OCTAVES", "RELATIVE_ERROR", "bucket", "middle", "quantile"]
 
-CELLS = 64
-OCTAVES = 58
-RELATIVE_ERROR = 1 / (2 * CELLS)
+CELLS = 128
+OCTAVES = 57
+RELATIVE_ERROR = 1 / CELLS
 
 
 def bucket(value: int) -> int:
@@ -21,7 +22,7 @@ def bucket(value: int) -> int:
         return max(value, 0)
 
     exponent = min(value.bit_length() - 1, 62)
-    return (exponent - 5) * CELLS + ((min(value, 2**63 - 1) >> (exponent - 6)) & (CELLS - 1))
+    return (exponent - 6) * CELLS + ((min(value, 2**63 - 1) >> (exponent - 7)) & (CELLS - 1))
 
 
 def middle(number: int) -> int:

@@ -51,6 +51,11 @@ class Sorter:
         if self._fresh_rows >= self._part:
             self._close_part()
 
+    def columns(self) -> Rows:
+        """Return all rows as they came, where none has been sorted yet; nothing when there are none."""
+        assert not self._parts
+        return tuple(np.concatenate(each) for each in zip(*self._fresh, strict=True))
+
     def blocks(self) -> Iterator[Rows]:
         """Yield all rows in order, as many at a time as are at hand."""
         self._close_part()

@@ -7,10 +7,13 @@
 #include <stdint.h>
 #include <string.h>
 
-#define CELLS 64   /* buckets per power of two: at most 1/64 wide, so their middles are within 0.8 % */
-#define OCTAVES 58 /* 0..63 exactly, then one per power of two up to 2^63 */
+#define VERSION 1  /* raised when arguments or constants change; kernels.py expects it */
+#define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
+#define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
 #define CLASSES 6
 #define BINS 1024
+
+int64_t traceml_version(void) { return VERSION; }
 
 static inline void add_wide(uint64_t *low, int64_t *high, int64_t value) {
   uint64_t before = *low;
@@ -28,8 +31,8 @@ int64_t traceml_stats(int64_t first, int64_t n, const int32_t *group, const int6
     int octave = 0, cell = (int)v;
     if (v >= CELLS) {
       int e = 63 - __builtin_clzll((uint64_t)v);
-      octave = e - 5;
-      cell = (int)((v >> (e - 6)) & (CELLS - 1));
+      octave = e - 6;
+      cell = (int)((v >> (e - 7)) & (CELLS - 1));
     }
     int32_t *page = &pages[(int64_t)g * OCTAVES + octave];
     if (*page < 0) {

@@ -145,9 +145,9 @@ class GroupStats:
             self._high[each], self._low[each] = total >> 64, total & (2**64 - 1)
 
     def _distribute(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
-        exponent = np.maximum(_bit_lengths(duration) - 1, 5)
-        octave = np.where(duration < CELLS, 0, exponent - 5)
-        cell = np.where(duration < CELLS, duration, (duration >> np.maximum(exponent - 6, 0)) & (CELLS - 1))
+        exponent = np.maximum(_bit_lengths(duration) - 1, 6)
+        octave = np.where(duration < CELLS, 0, exponent - 6)
+        cell = np.where(duration < CELLS, duration, (duration >> np.maximum(exponent - 7, 0)) & (CELLS - 1))
         keys = (group.astype(np.int64) * OCTAVES + octave) * CELLS + cell
         for key, spans in zip(*np.unique(keys, return_counts=True), strict=True):
             page, at = divmod(int(key), CELLS)

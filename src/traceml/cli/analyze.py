@@ -1,0 +1,125 @@
+"""`traceml analyze`: what traces say."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from traceml.cli.parsing import parse
+from traceml.errors import TraceNotFoundError, UsageError
+from traceml.traces.summary import summarise
+
+__all__ = ["main"]
+
+_TOP = 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """Summarise traces: dftracer's .pfw and .pfw.gz, Chrome and Perfetto JSON, exports of torch.profiler.
+
+    Without --by it shows an overview: the largest groups, the overlap of computing, I/O and communication, bytes and
+    bandwidth, kernels and operators, ranks, a timeline. Damaged files are read as far as they can be, and it says so.
+    """
+
+    paths: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")
+    ] = ()
+    """Files, folders of them, or patterns."""
+    by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
+    """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
+    where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = ""
+    """Only what passes all of these: 'cat=POSIX,dur>100,name~read'. = != < <= > >= and ~ for a pattern; ts and dur are
+    in microseconds where no unit is given (2.5ms, 4KiB)."""
+    top: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    """How many groups (default: 20, all with --json)."""
+    overlap: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """With --by: show the overlap of computing, I/O and communication too."""
+    timeline: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """With --by: show the timeline too."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the answer as JSON and nothing else."""
+    dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
+    """Let the workers of this Dask scheduler read the files, which they must see under the same paths."""
+    no_cache: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Read the files even where the answer is known from an earlier time."""
+
+
+def main(argv: list[str]) -> int:
+    """Print what traces say."""
+    options = parse(Options, argv, prog="traceml analyze")
+    if not options.paths:
+        raise UsageError("name a trace, a folder of traces, or a pattern: traceml analyze PATH")
+
+    if options.top is not None and options.top < 1:
+        raise UsageError("--top: at least 1")
+
+    answer = _ask(options)
+    if options.json:
+        print(json.dumps({**answer, "groups": answer["groups"][: options.top]}, indent=2, allow_nan=False))
+    else:
+        _show(answer, options)
+
+    return 0
+
+
+def _ask(options: Options) -> dict[str, Any]:
+    report = options.by is None or options.overlap or options.timeline
+    with _progress() as progress:
+        try:
+            return summarise(
+                options.paths,
+                by=options.by or "name",
+                where=options.where,
+                report=report,
+                dask=options.dask,
+                cached=not options.no_cache,
+                progress=progress,
+            )
+        except TraceNotFoundError as error:
+            raise _with_hint(error, options.paths) from error
+
+
+def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFoundError:
+    """Say what to do with a run's folder: its rows are in a store, no trace."""
+    from traceml.database.store_file import STORE_NAME
+
+    run = next((path for path in paths if Path(path, STORE_NAME).exists()), None)
+    if run is None:
+        return error
+
+    way = f"traceml export {run} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
+    return TraceNotFoundError(f"{run} is the folder of a run and holds no trace. Make one: {way}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None] | None]:
+    """Show how far the reading is, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+
+    from rich.console import Console
+
+    with Console(stderr=True).status("Reading") as status:
+        yield lambda events, files: status.update(f"Reading: {events:,} events, file {files}")
+
+
+def _show(answer: dict[str, Any], options: Options) -> None:
+    from rich.console import Console
+
+    from traceml.renderers.analysis import SECTIONS, analysis_lines
+    from traceml.renderers.look import Look
+
+    chosen = {"groups": True, "overlap": options.overlap, "timeline": options.timeline}
+    sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
+    console = Console(highlight=False)
+    for line in analysis_lines(answer, Look.of(console), top=options.top or _TOP, sections=sections):
+        console.print(line, soft_wrap=True)

@@ -1,0 +1,139 @@
+"""An analysis of a part of the events, as plain data that goes to another process and is put together there.
+
+Sums are merged; what has to be put into the order of time (spans for self time and overlap, begins and ends for pairs)
+travels as columns. Numbers of groups, threads and names mean something in one process only, so their labels go along.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from traceml.traces.analysis import Analysis, added
+from traceml.traces.fields import ArgField
+from traceml.traces.labels import Labels
+from traceml.traces.sorting import Rows
+from traceml.traces.stats import Stat
+
+__all__ = ["Partial", "absorb", "partial_of"]
+
+
+@dataclass(slots=True)
+class Partial:
+    """What an analysis of some events of one file knows.
+
+    Args:
+        groups: the raw labels of each group, with its stats and bytes.
+        lanes: the process and thread, or the asynchronous id, behind each number in `spans` and `edges`.
+        names: the names behind the numbers in `edges`.
+        spans, edges: columns as the Sorter and the Matcher of an Analysis take them; empty when there are none.
+        labels: what metadata says.
+        letters, events, number_of_spans, fractional: as in Analysis.
+        seen: which fields of `args` occurred.
+    """
+
+    groups: list[tuple[tuple[Any, ...], Stat, int]]
+    lanes: list[tuple[Any, ...]]
+    names: list[Any]
+    spans: Rows
+    edges: Rows
+    labels: Labels
+    letters: Counter[str]
+    events: int
+    number_of_spans: int
+    fractional: bool
+    seen: list[bool]
+
+
+def partial_of(analysis: Analysis) -> Partial:
+    """Return what an analysis knows that has been fed and not been finished."""
+    edges = analysis.matcher.columns()
+    names = [analysis.origin.strings[number] for number in np.unique(edges[3]).tolist()] if edges else []
+    if edges:
+        edges = (*edges[:3], np.unique(edges[3], return_inverse=True)[1].astype(np.int32), *edges[4:])
+
+    return Partial(
+        groups=[_group(analysis, number) for number in range(len(analysis.groups[-1]))],
+        lanes=[_lane(analysis, number) for number in range(len(analysis.lanes))],
+        names=names,
+        spans=analysis.sorter.columns(),
+        edges=edges,
+        labels=analysis.origin.labels,
+        letters=analysis.letters,
+        events=analysis.events,
+        number_of_spans=analysis.spans,
+        fractional=analysis.fractional,
+        seen=_seen(analysis),
+    )
+
+
+def absorb(analysis: Analysis, partial: Partial, source: int) -> None:
+    """Put a part of the file number `source` into an analysis; parts of a file come in their order."""
+    analysis.begin_source(source)
+    groups = np.array([_absorb_group(analysis, *group) for group in partial.groups], np.int32)
+    lanes = np.array([_absorb_lane(analysis, lane) for lane in partial.lanes], np.int32)
+    if partial.spans:
+        start, duration, group, lane, kind = partial.spans
+        analysis.sorter.add(start, duration, groups[group], lanes[lane], kind)
+
+    if partial.edges:
+        names = np.array([analysis.origin.strings.intern(name) for name in partial.names], np.int32)
+        at, is_end, lane, name, group, mark = partial.edges
+        analysis.matcher.add(at, is_end, lanes[lane], names[name], groups[group], mark)
+
+    analysis.origin.labels.merge(partial.labels)
+    analysis.letters += partial.letters
+    analysis.events += partial.events
+    analysis.spans += partial.number_of_spans
+    analysis.fractional = analysis.fractional or partial.fractional
+    for field, seen in zip(_arg_fields(analysis), partial.seen, strict=True):
+        field.seen = field.seen or seen
+
+
+def _group(analysis: Analysis, number: int) -> tuple[tuple[Any, ...], Stat, int]:
+    size = int(analysis.bytes[number]) if number < len(analysis.bytes) else 0
+    return analysis.raw(number), analysis.stat(number), size
+
+
+def _absorb_group(analysis: Analysis, raw: tuple[Any, ...], stat: Stat, size: int) -> int:
+    group = 0
+    for field, numbering, value in zip(analysis.fields, analysis.groups, raw, strict=True):
+        group = numbering.one(group, field.number(value))
+
+    if stat.count or stat.self_ns:
+        analysis.odd(group).merge(stat)
+
+    analysis.bytes = added(analysis.bytes, np.array([group], np.int32), np.array([size], np.int64))
+    return group
+
+
+def _lane(analysis: Analysis, number: int) -> tuple[Any, ...]:
+    strings = analysis.origin.strings
+    owner, value = analysis.lanes.pair(number)
+    if owner >= 0:
+        source, pid = analysis.origin.process(owner)
+        return source, pid, strings[value]
+
+    cat, identity = analysis.asynchronous.pair(value)
+    return -2 - owner, strings[cat], strings[identity], "asynchronous"
+
+
+def _absorb_lane(analysis: Analysis, lane: tuple[Any, ...]) -> int:
+    source, first, second, *asynchronous = lane
+    intern = analysis.origin.strings.intern
+    if asynchronous:
+        return analysis.lanes.one(-2 - source, analysis.asynchronous.one(intern(first), intern(second)))
+
+    return analysis.lanes.one(analysis.origin.processes.one(source, intern(first)), intern(second))
+
+
+def _seen(analysis: Analysis) -> list[bool]:
+    return [field.seen for field in _arg_fields(analysis)]
+
+
+def _arg_fields(analysis: Analysis) -> list[ArgField]:
+    fields = [*analysis.fields, *analysis.filter.fields]
+    return [field for field in fields if isinstance(field, ArgField)]
