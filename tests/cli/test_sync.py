@@ -14,7 +14,6 @@ import pytest
 
 from tests.recorder.conftest import environ
 from tests.track.fabricated import LoggedRun
-from tests.track.jobs import finish
 from tests.track.readers import jsonl
 from traceml import cli
 from traceml.clock import boot_id, process_start_ticks
@@ -41,6 +40,13 @@ def logged(runs_dir: Path, name: str, *backends: str, **facts: Any) -> LoggedRun
     run.writer.put_meta("aggregator", facts)
     run.writer.close()
     return run
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "traceml", *words]
+    return subprocess.Popen(
+        command, cwd=folder, env=environ(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def values(run_dir: Path) -> list[tuple[str, int, float]]:
@@ -122,9 +128,12 @@ def test_what_never_reached_an_aggregator_is_found(tmp_path):
         environment = environ(tmp_path, TRACEML_PORT=port, **own)
         subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=False)
 
-    done = finish(tmp_path, "sync")
+    newer = logged(tmp_path / "traceml_runs", "newer")
+    (tmp_path / "traceml_runs" / "latest").symlink_to("newer")
+    both = [start(tmp_path, "sync") for _ in range(2)]  # at once: each value is in one run, once
 
-    assert (done.returncode, done.stderr) == (0, "")
+    assert [(process.wait(100), process.communicate()[1]) for process in both] == [(0, "")] * 2
+    assert (tmp_path / "traceml_runs" / "latest").resolve() == newer.path
     (run_dir,) = (path for path in (tmp_path / "traceml_runs").glob("2*"))
     assert values(run_dir) == [("loss", i, i / 8) for i in range(300)]
     assert (run_dir / "report.json").exists()

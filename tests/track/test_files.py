@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.aggregator.conftest import Serving
 from tests.track.conftest import Script, Stored, ended_run, finish
-from traceml.aggregator.registry import Registry
+from traceml.aggregator.orphans import finish_flights
 from traceml.recorder.files import RefusedFileError
 from traceml.track.values import histogram_of, image_of
 
@@ -98,7 +98,7 @@ def test_files_of_a_rank_that_is_killed_before_anybody_took_them(script: Script,
         os.kill(os.getpid(), 9)
         """)
     finish(process, -9)
-    (run_dir,) = Registry(tmp_path / "traceml_runs").finish_flights()
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
 
     stored = Stored(run_dir)
     assert [row["name"] for row in stored.of("artifact")] == ["first", "second"]

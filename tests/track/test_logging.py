@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.aggregator.conftest import Serving, eventually
 from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
-from traceml.aggregator.registry import Registry
+from traceml.aggregator.orphans import finish_flights
 
 
 def test_back_to_back_then_stop(script: Script, tmp_path: Path) -> None:
@@ -157,14 +157,14 @@ def test_without_any_aggregator_the_rows_wait(script: Script, tmp_path: Path) ->
     )
 
     assert runs_in(tmp_path / "traceml_runs") == []
-    (run_dir,) = Registry(tmp_path / "traceml_runs").finish_flights()
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
 
     stored = Stored(run_dir)
     assert "lonely" in run_dir.name
     assert stored.values("x") == [float(i) for i in range(40_000)]
     (row,) = stored.of("artifact")
     assert (run_dir / row["path"]).read_bytes() == b"weights" * 1000
-    assert Registry(tmp_path / "traceml_runs").finish_flights() == []
+    assert finish_flights(tmp_path / "traceml_runs") == []
     assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
 
 
@@ -312,7 +312,7 @@ def test_a_full_disk_costs_only_what_has_no_room(script: Script, tmp_path: Path)
     assert process.returncode == 0, err
     assert out == "True\n"
     assert err.count("cannot be written") == 1
-    (run_dir,) = Registry(tmp_path / "traceml_runs").finish_flights()
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
     values = Stored(run_dir).values("x")
     assert values[-1000:] == [float(i) for i in range(19_000, 20_000)]
     assert values[:1000] == [float(i) for i in range(1000)]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from traceml import ids
@@ -128,8 +130,14 @@ class Registry:
         runs = (run for run in reversed(self._runs) if run.key.split("#")[0] == _key(hello))
         return next((run for run in runs if any(each.who.recorder == hello.parent for each in run.streams)), None)
 
-    def begin(self, run_id: str, key: str, *, named: bool) -> Run:
+    def begin(self, run_id: str, key: str, *, named: bool, is_new: bool = True) -> Run:
         """Open a run's folder, new or left by an earlier aggregator.
+
+        Args:
+            run_id: the folder's name.
+            key: the job key by which its ranks find it.
+            named: whether the user chose its id.
+            is_new: whether a job begins or goes on with it: then `latest` means it from now on.
 
         Raises:
             RefusedError: it cannot be made or written.
@@ -147,7 +155,9 @@ class Registry:
 
         self._runs.append(run)
         self._by_key[key] = run
-        self._point_latest_at(run)
+        if is_new or not (self.runs_dir / "latest").exists():
+            self._point_latest_at(run)
+
         return run
 
     def over(self, run: Run) -> None:
@@ -177,7 +187,7 @@ class Registry:
                 continue
 
             try:
-                self.begin(left["run"], left["job"], named=bool(left.get("named")))
+                self.begin(left["run"], left["job"], named=bool(left.get("named")), is_new=False)
             except RefusedError as error:  # another aggregator is at it, or the folder is gone bad
                 _log.info("not taking up run %s: %s", left["run"], error)
 
@@ -188,54 +198,71 @@ class Registry:
             the runs that got something; they are open.
         """
         adopted: dict[Run, None] = {}
-        for found in dead_flights(None, self.runs_dir / FALLBACK_FOLDER):
-            folder = found.run_dir.parent if found.run_dir is not None else found.runs_dir
-            if not found.image.holds_user_rows or folder != self.runs_dir:
-                continue
+        if not self._left_here():
+            return []
 
-            try:
+        with self._adopting():
+            for found in self._left_here():
                 run = self._run_of(found)
-            except RefusedError as error:  # another aggregator is at it
-                _log.info("not taking up %s: %s", found.path, error)
-                continue
-
-            if run is not None and found.path not in run.recovered:
-                run.adopt(found)
-                adopted[run] = None
+                if run is not None and found.path not in run.recovered:
+                    run.adopt(found)
+                    adopted[run] = None
 
         return list(adopted)
 
-    def finish_flights(self) -> list[Path]:
-        """Adopt flights and end their runs; return the folders of those that got something and are over."""
-        over = []
-        for run in self.adopt_flights():
-            run.settle_exits()
-            if run.end():
-                self.over(run)
-                over.append(run.path)
-            else:
-                run.close()
+    def _left_here(self) -> list[Found]:
+        """Return the flights of dead ranks with something logged whose run is, or would have been, in this folder."""
+        return [
+            found
+            for found in dead_flights(None, self.runs_dir / FALLBACK_FOLDER)
+            if found.image.holds_user_rows
+            and (found.run_dir.parent if found.run_dir is not None else found.runs_dir) == self.runs_dir
+        ]
 
-        return over
+    @contextlib.contextmanager
+    def _adopting(self) -> Iterator[None]:
+        """Be the only one that takes up flights here: two would each make a run of the same rows."""
+        try:
+            folder = self.runs_dir / _OPEN
+            folder.mkdir(parents=True, exist_ok=True)
+            file = (folder / "adopting.lock").open("ab")
+        except OSError as error:  # a full disk, say: what is left behind waits for better times
+            _log.debug("no lock in %s: %s", self.runs_dir, error)
+            yield
+            return
+
+        with file:
+            with contextlib.suppress(OSError):  # a network file system that cannot lock
+                fcntl.flock(file, fcntl.LOCK_EX)
+
+            yield
 
     def _run_of(self, found: Found) -> Run | None:
-        """Return the run that a dead rank's rows belong to, opened; None when it was removed."""
+        """Return the run that a dead rank's rows belong to, opened; None when it is somebody else's or was removed."""
         known = self._by_key.get(found.job)
         if known is not None:
             return known
 
+        run_id = self._run_id_of(found)
+        if run_id is None:
+            return None
+
+        try:
+            return self.begin(run_id, found.job, named=bool(found.run_id), is_new=False)
+        except RefusedError as error:  # another aggregator is at it
+            _log.info("not taking up %s: %s", found.path, error)
+            return None
+
+    def _run_id_of(self, found: Found) -> str | None:
         left = _read_marker(_marker(self.runs_dir, found.job))
         if found.run_dir is not None:
-            if not found.run_dir.exists():  # somebody has removed the run
-                return None
+            return found.run_dir.name if found.run_dir.exists() else None  # somebody has removed the run
+        if left is not None and left["job"] == found.job:
+            return left["run"]
+        if not found.path.exists():  # somebody has just finished with it
+            return None
 
-            run_id = found.run_dir.name
-        elif left is not None and left["job"] == found.job:
-            run_id = left["run"]
-        else:
-            run_id = safe_run_id(found.run_id) if found.run_id else new_run_id(found.name)
-
-        return self.begin(run_id, found.job, named=bool(found.run_id))
+        return safe_run_id(found.run_id) if found.run_id else new_run_id(found.name)
 
     def _resume(self, hello: Hello) -> Run | None:
         """Take up a newcomer's run from disk, if an earlier aggregator has left it there."""

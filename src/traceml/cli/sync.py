@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from traceml.aggregator.orphans import finish_orphan, take_in_lost_flights
+from traceml.aggregator.orphans import finish_flights, finish_orphan
 from traceml.cli.parsing import parse
 from traceml.database.reader import StoreReader
 from traceml.database.store import STORE_NAME, fold
@@ -112,7 +112,7 @@ def _wanted(options: Options, config: Config) -> Iterator[Path]:
         yield from (find_run(run, runs_dir) for run in options.runs)
         return
 
-    for run_dir in take_in_lost_flights(runs_dir):
+    for run_dir in finish_flights(runs_dir):
         write_reports(run_dir)
 
     for info in reversed(list_runs(runs_dir)):
