@@ -76,7 +76,9 @@ def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) ->
             try:
                 flight = Found(path, read_flight(path))
             except (StoreError, ValueError, TypeError) as error:
-                _log.warning("cannot use a flight file: %s", error)
+                if path.exists():  # else somebody has just stored it
+                    _log.warning("cannot use a flight file: %s", error)
+
                 continue
 
             if job in (None, flight.job):
