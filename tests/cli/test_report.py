@@ -129,3 +129,19 @@ def test_runs_dir_can_be_given(slow, capsys, monkeypatch, tmp_path):
 
     assert cli.main(["report", "--runs-dir", str(slow.parent)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f" Again   traceml report {slow}"
+
+
+def test_html_is_one_file(slow, tmp_path, capsys):
+    """`--html FILE` writes the page, prints nothing, and the gate counts as ever."""
+    page = tmp_path / "shared.html"
+
+    assert cli.main(["report", str(slow), "--html", str(page), "--fail-on", "HEALTHY"]) == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert capsys.readouterr().out == ""
+
+
+def test_html_that_cannot_be_written(slow, tmp_path, capsys):
+    """The file is named, and the status is that of other failures; with --json it is a usage error."""
+    assert cli.main(["report", str(slow), "--html", str(tmp_path / "no" / "where.html")]) == 3
+    assert "where.html" in capsys.readouterr().err
+    assert cli.main(["report", str(slow), "--html", "x.html", "--json"]) == 2

@@ -118,8 +118,11 @@ def heatmap_chart(heat: HeatMap, theme: Theme = LIGHT) -> Option | None:
 
     labels = [f"rank {first}" if first == last else f"ranks {first}-{last}" for first, last in heat.ranks]
     percent = 100 * heat.excess
-    most = max(_LEAST_HEAT_PCT, float(np.nan_to_num(np.nanquantile(percent, 0.99))) if percent.size else 0.0)
     cells = np.argwhere(~np.isnan(percent))
+    if not len(cells):
+        return None
+
+    most = max(_LEAST_HEAT_PCT, float(np.nanquantile(percent, 0.99)))
     option = blank(theme)
     option["tooltip"] = {**tooltip(theme), "trigger": "item"}
     option["xAxis"] = {**category_axis(_steps_text(heat.steps.tolist()), theme), "name": "step"}

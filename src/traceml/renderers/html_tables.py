@@ -16,7 +16,7 @@ from traceml.runs.series import RunSeries
 
 __all__ = ["memory_facts", "phase_table", "rank_table", "run_facts", "stacks"]
 
-_RANKS = 64
+_RANKS = 32
 _STACKS = 4
 _LONGEST_VALUE = 400
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",

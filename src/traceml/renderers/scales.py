@@ -12,6 +12,7 @@ __all__ = ["CHAR", "Scale", "category_scale", "rounded", "text_of", "value_scale
 CHAR = 6.1
 """Width of a character of a label, about."""
 _LABEL_GAP = 14
+_MOST = 1e300  # what is beyond has no differences that a float can hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +51,15 @@ def value_scale(axis: Mapping[str, Any], values: Iterable[float], start: float, 
         end: where it ends.
         ticks: about how many labels.
     """
-    there = [value for value in values if math.isfinite(value)] or [0.0]
+    there = [max(min(value, _MOST), -_MOST) for value in values if math.isfinite(value)] or [0.0]
     low, high = min(there), max(there)
     if not axis.get("scale"):
         low, high = min(low, 0.0), max(high, 0.0)
 
     low, high = float(axis.get("min", low)), float(axis.get("max", high))
-    if high <= low:
-        low, high = (low, low + (abs(low) or 1.0)) if not axis.get("scale") else (low - 0.5, low + 0.5)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all alike, as far as a drawing can tell
+        room = abs(high) / 10 or 1.0
+        low, high = low - room * bool(axis.get("scale")), high + room
 
     step = _round_step((high - low) / ticks)
     first, last = math.floor(low / step) * step, math.ceil(high / step) * step

@@ -26,7 +26,7 @@ _MOST_BLOCKS = 64
 _LEAST_BLOCKS = 8
 # With fewer independent steps than this the autocorrelation itself cannot be told.
 _INDEPENDENT = 16
-_DEALS = 4999
+_DEALS = 1999
 _WINDOW = 5.0
 
 

@@ -1,0 +1,104 @@
+"""`traceml compare`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds
+from tests.runs.fabricated_store import store_run
+from traceml import cli
+from traceml.database.store import STORE_NAME
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of runs: two alike, one with a straggler, one too short, one of other size."""
+    folder = tmp_path_factory.mktemp("runs")
+    store_run(folder / "first", Job(steps=200), seed=1)
+    store_run(folder / "again", Job(steps=200), seed=5)
+    store_run(folder / "slow", Job(steps=200), adds("forward", 5, (1,)), seed=2)
+    store_run(folder / "short", Job(steps=12), seed=2)
+    store_run(folder / "wide", Job(ranks=4, steps=200), seed=2)
+    return folder
+
+
+@pytest.fixture
+def compare(runs, capsys):
+    """Run the command on runs of that folder; return (status, stdout, stderr)."""
+
+    def run(*words):
+        status = cli.main(["compare", *words, "--runs-dir", str(runs)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_it_tells_what_got_slower(compare):
+    """Without a gate a slower run is told, and that is all."""
+    status, shown, complaint = compare("first", "slow")
+
+    assert status == 0
+    assert "B is slower" in shown
+    assert "Rank 1's own work grew" in shown
+    assert complaint == ""
+
+
+def test_a_real_slowdown_over_the_limit_fails(compare):
+    """35 % slower: over 5 %, not over 50 %."""
+    assert compare("first", "slow", "--fail-over", "5")[0] == 1
+    assert "--fail-over" in compare("first", "slow", "--fail-over", "5")[2]
+    assert compare("first", "slow", "--fail-over", "50")[0] == 0
+
+
+def test_chance_and_gains_pass(compare):
+    """Runs that are alike pass even at 0 %, and so does one that is faster."""
+    assert compare("first", "again", "--fail-over", "0")[0] == 0
+    assert compare("slow", "first", "--fail-over", "0")[0] == 0
+
+
+@pytest.mark.parametrize(("other", "why"), [("short", "too few"), ("wide", "4")])
+def test_a_gate_that_cannot_be_decided_does_not_pass(compare, other, why):
+    """Neither green nor red: 3, with the reason."""
+    status, _, complaint = compare("first", other, "--fail-over", "5")
+
+    assert status == 3
+    assert why in complaint
+
+
+def test_json_and_nothing_else(compare):
+    """The comparison as one JSON document, also when the gate fails."""
+    status, shown, _ = compare("first", "slow", "--json", "--fail-over", "5")
+
+    assert status == 1
+    assert json.loads(shown)["outcome"] == "slower"
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["first"], "missing from traceml compare: b"),
+        (["first", "slow", "--fail-over", "-1"], "from 0 on"),
+        (["first", "slow", "--fail-over", "nan"], "from 0 on"),
+        (["first", "first"], "the same run"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(compare, words, what):
+    """A usage error exits with 2 and a line that says what."""
+    status, shown, complaint = compare(*words)
+
+    assert status == 2
+    assert shown == ""
+    assert what in complaint.lower()
+
+
+def test_runs_that_are_not_there_or_cannot_be_read(compare, runs):
+    """The error names the run."""
+    (runs / "broken").mkdir(exist_ok=True)
+    (runs / "broken" / STORE_NAME).write_bytes(b"garbage" * 999)
+
+    assert compare("first", "nosuchrun")[0] == 3
+    status, _, complaint = compare("first", "broken")
+    assert status == 3
+    assert "cannot compare first and broken" in complaint

@@ -1,0 +1,86 @@
+"""The report's two files."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import store_run
+from traceml.database.store import STORE_NAME
+from traceml.display import report_files
+from traceml.display.report_files import refresh_reports, write_page, write_reports
+from traceml.errors import StoreError
+from traceml.track.state import Phase, TrackerState
+
+
+@pytest.fixture
+def run(tmp_path):
+    return store_run(tmp_path / "run", Job(steps=60))
+
+
+def test_both_files_are_written(run):
+    """`report.json` and `report.html` tell the same verdict, and no draft is left."""
+    path = write_reports(run)
+
+    assert path == run / "report.json"
+    assert json.loads(path.read_text())["verdict"]["kind"] in (run / "report.html").read_text()
+    assert not [each for each in run.iterdir() if each.name.startswith(".report")]
+
+
+def test_a_page_that_cannot_be_drawn_takes_nothing_away(run, monkeypatch, caplog):
+    """The verdict is there whatever becomes of the drawing, and the trouble is logged."""
+    monkeypatch.setattr(report_files, "report_page", lambda *_: 1 / 0)
+
+    with caplog.at_level(logging.WARNING, "traceml"):
+        write_reports(run)
+
+    assert (run / "report.json").exists()
+    assert not (run / "report.html").exists()
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_folder_in_the_pages_place_takes_nothing_away(run, caplog):
+    """Where the page cannot be put the verdict still is."""
+    (run / "report.html").mkdir()
+
+    write_reports(run)
+
+    assert (run / "report.json").exists()
+    assert "report.html" in caplog.text
+
+
+def test_trackers_that_got_on_are_on_the_page_too(run):
+    """After a delivery both files say how trackers stand."""
+    write_reports(run)
+    assert "tracker jsonl" not in (run / "report.html").read_text()
+    state = TrackerState("jsonl")
+    state.phase, state.delivered = Phase.DONE, 12
+    state.save(run)
+
+    refresh_reports(run)
+
+    assert json.loads((run / "report.json").read_text())["trackers"][0]["delivered"] == 12
+    assert "tracker jsonl" in (run / "report.html").read_text()
+
+
+def test_a_page_goes_where_it_is_wanted(run, tmp_path):
+    """Also of a run that has no report yet, into any file; one that is there is replaced."""
+    (tmp_path / "mine.html").write_text("old")
+
+    write_page(run, tmp_path / "mine.html")
+
+    assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
+    assert not (run / "report.json").exists()
+
+
+def test_a_damaged_store_has_no_page(run, tmp_path):
+    """It is said which store, and no file appears."""
+    (run / STORE_NAME).write_bytes(b"garbage" * 999)
+
+    with pytest.raises(StoreError, match=STORE_NAME):
+        write_page(run, tmp_path / "mine.html")
+
+    assert not (tmp_path / "mine.html").exists()

@@ -1,0 +1,49 @@
+"""What is known of a run beside its rows."""
+
+from __future__ import annotations
+
+import msgpack
+
+from tests.diagnosis.fabricated import Job, rows_of
+from tests.runs.fabricated_store import add_info, add_rank, run_facts
+from traceml.database.reader import StoreReader
+from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.runs.about import About, about_run
+
+
+def _log(writer, stream, **row):
+    writer.append(stream, "logged", writer.next_seq(stream, "logged"), 1, msgpack.packb(row))
+
+
+def test_rank_0_of_the_last_attempt_tells(tmp_path):
+    """Program, model, git and parameters come from where they were told, the newest attempt first."""
+    rows = rows_of(Job(steps=5))
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        old = add_rank(writer, 0, rows[0])
+        add_info(writer, old, kind="process", python="3.10")
+        other = add_rank(writer, 1, rows[1], attempt=1)
+        add_info(writer, other, kind="process", python="of rank 1")
+        mine = add_rank(writer, 0, rows[0], attempt=1)
+        add_info(writer, mine, kind="process", python="3.12", t_ns=5)
+        add_info(writer, mine, kind="model", model="Net")
+        _log(writer, mine, kind="collected", name="git", facts={"commit": "abc", "dirty": True})
+        _log(writer, mine, kind="params", params={"lr": 0.1})
+        _log(writer, mine, kind="params", params={"depth": 3})
+
+    with StoreReader(tmp_path / STORE_NAME) as reader:
+        about = about_run(reader)
+
+    assert about.process == {"python": "3.12"}
+    assert about.model == {"model": "Net"}
+    assert about.git == {"commit": "abc", "dirty": True}
+    assert about.params == {"lr": 0.1, "depth": 3}
+
+
+def test_a_run_that_told_nothing(tmp_path):
+    """There are empty maps."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+
+    with StoreReader(tmp_path / STORE_NAME) as reader:
+        assert about_run(reader) == About()
