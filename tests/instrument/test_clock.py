@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -449,3 +450,20 @@ def test_batches_that_are_gathered_first(traced: Traced) -> None:
         optimizer.zero_grad()
 
     assert [row["micro"] for row in traced.finish()] == [4, 4, 4]
+
+
+def test_what_is_saved_after_an_evaluation(traced: Traced, tmp_path: Path) -> None:
+    """Saving the best model belongs to the step that comes after, as it would without the evaluation before it."""
+    model = net()
+    optimizer = sgd(model)
+    loader = data(5)
+    for _ in range(2):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        evaluate(model, 3)
+        torch.save(model.state_dict(), tmp_path / "best.pt")
+
+    rows = traced.finish()
+    assert [index for index, row in enumerate(rows) if row["checkpoint_ns"]] == [5]
+    assert [row["batches"] for row in traced.table("evals")] == [3, 3]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ASK", "FIRST_USER", "FUSED", "NOWHERE", "ON_FORWARD", "OTHER", "StepClock", "mine"]
 
-BACKWARD, OPTIMIZER = int(Phase.BACKWARD), int(Phase.OPTIMIZER)
+BACKWARD, OPTIMIZER, CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
 FUSED = 1  # stands for all optimizers that step inside backward; no object has this id
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
 _STEP_START, _STEP = 8, 9
@@ -440,13 +440,20 @@ class StepClock(Accounts):
         self.dirty = True
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
-        """Take the segment out of the step: it was evaluation."""
-        self.eval_ns += t - self.seg_start
+        """Take the segment out of the step: it was evaluation. What was saved after it stays in the step."""
+        snap = [] if self.snap is None else self.snap
+        kept = snap + [0] * (len(self.zeros) - len(snap))
+        saving = self.acc[CHECKPOINT] - kept[CHECKPOINT]
+        kept[CHECKPOINT] += saving
+        self.base += saving
+        self.acc = kept
+        if self.snap is not None:
+            self.snap = kept.copy()
+
+        self.eval_ns += t - self.seg_start - saving
         self.eval_batches += batches
         self.eval_end = self.seg_start = t
         self.drained = None
-        snap = [] if self.snap is None else self.snap
-        self.acc = snap + [0] * (len(self.zeros) - len(snap))
         self.closes_at = ASK
         self.first_loader = None if self.snap is None else self.snap_first
         self.evaluating = evaluating

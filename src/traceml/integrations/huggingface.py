@@ -72,22 +72,23 @@ class TraceMLTrainer(Trainer):  # type: ignore[misc]
 
 # --- the end of a training -------------------------------------------------------------------------------------------
 
-_watched: weakref.WeakSet[TraceMLCallback] = weakref.WeakSet()
+_watched: set[int] = set()  # ids of the callbacks that are alive
 
 
 def _watch(callback: TraceMLCallback) -> None:
     """See how trainings end: no event tells of an exception. As long as a callback lives, `train` is wrapped."""
-    if callback in _watched:
+    if id(callback) in _watched:
         return
 
     if not _watched:
         Trainer.train = _ending(Trainer.train)
 
-    _watched.add(callback)
-    weakref.finalize(callback, _unwatch).atexit = False
+    _watched.add(id(callback))
+    weakref.finalize(callback, _unwatch, id(callback)).atexit = False
 
 
-def _unwatch() -> None:
+def _unwatch(ident: int) -> None:
+    _watched.discard(ident)
     if not _watched and hasattr(Trainer.train, "_traceml_original"):
         Trainer.train = Trainer.train._traceml_original
 

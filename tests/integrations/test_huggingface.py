@@ -1,0 +1,59 @@
+"""Hugging Face's real Trainer with the one added line."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tests.integrations.conftest import Job
+
+
+def test_trainings_of_one_process(job: Job) -> None:
+    """Nothing is computed otherwise, steps and metrics are the Trainer's own, and nothing is left behind."""
+    ended = job("huggingface_job.py", "alone")
+    said, runs = ended.said, ended.runs
+
+    assert said["same 1"]
+    assert said["same 4"]
+    assert said["same after a resume"]
+    assert said["left"] == []
+    assert said["train is put back"]
+    assert said["running after predict"] is False
+    assert said["error"] == "the user's own"
+
+    each, accumulating, failed, *_resumed, waiting = runs
+    assert [len(run.steps()) for run in runs] == [22, 6, 5, 10, 20, 80]
+    assert [run.state for run in runs] == ["finished", "finished", "failed", *["finished"] * 3]
+    assert accumulating.steps()["micro_batches"].tolist() == [4, 4, 3] * 2
+    for run in (each, accumulating):
+        steps = run.steps()
+        for phase in ("input_wait", "forward", "backward", "optimizer"):
+            assert (steps[f"{phase}_ns"][1:] > 0).all(), phase
+
+        assert run.table("evals")["batches"].sum() == 2 * 3
+
+    assert (each.steps()["checkpoint_ns"] > 0).nonzero()[0].tolist() == [9, 19, 21]
+    assert "ValueError" in str(failed.report["ranks"][0]["exit"])
+
+    expected = [
+        (name, int(line["step"]), float(value))
+        for line in said["history"]
+        for name, value in line.items()
+        if name != "step"
+    ]
+    assert ended.metrics(accumulating) == expected
+
+    # The last one waits for its data, and says so.
+    assert waiting.verdict.kind == "INPUT_BOUND"
+    assert "INPUT_BOUND" in ended.stderr
+    assert str(waiting.path) in ended.stderr
+
+
+def test_ranks_of_torchrun(job: Job) -> None:
+    """Two ranks are one run with one verdict, and train as without us."""
+    ended = job("huggingface_job.py", "ranks", ranks=2)
+
+    steps = ended.run.steps()
+    assert ended.said["same"]
+    assert Counter(steps["rank"].tolist()) == {0: 22, 1: 22}
+    assert ended.stderr.count("─ traceml ─") == 1
+    assert (steps["backward_own_ns"] > 0).any()
