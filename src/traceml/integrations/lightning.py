@@ -10,12 +10,9 @@ import sys
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from traceml.integrations.session import Session
-
-if TYPE_CHECKING:
-    from traceml.instrument import Instrumentation
 
 __all__ = ["TraceMLCallback"]
 
@@ -67,7 +64,7 @@ class TraceMLCallback:
             self.session.end()
 
 
-def _time_framework(hooks: Instrumentation, trainer: Any) -> None:
+def _time_framework(hooks: Any, trainer: Any) -> None:
     """Time what Lightning does by itself: calls of the model's steps, and saving."""
     for name in _STEPS:
         hooks.time_forward(_owner(trainer.strategy, name), name, lambda strategy: strategy.lightning_module)

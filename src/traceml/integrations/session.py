@@ -12,15 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from traceml import settings
 from traceml.recorder import api
 from traceml.recorder.exits import status_of
 from traceml.track import capturing
-
-if TYPE_CHECKING:
-    from traceml.instrument import Instrumentation
 
 __all__ = ["Session"]
 
@@ -50,8 +47,12 @@ class Session:
         self._report = report
         self._own = 0  # id of the recorder that was begun here
 
-    def begin(self) -> Instrumentation | None:
-        """Begin tracing, unless that is done, and capture what frameworks log; return the hooks, None when disabled."""
+    def begin(self) -> Any:
+        """Begin tracing, unless that is done, and capture what frameworks log.
+
+        Returns:
+            the recorder's `Instrumentation`; None when tracing is disabled.
+        """
         running = api.current()
         if running is not None and not running.config.enabled:
             return None
