@@ -1,8 +1,8 @@
 """The bytes of a trace, in chunks of text that threads take one after another and load side by side.
 
 A gzip file of many members (as dftracer and our writer make them) is taken a few members at a time. Where members
-begin is found by their magic number: that may also occur by chance within one, so each chunk says where its last member
-really ended, and the next counts only if it began there. A file that is one large member is inflated in one go.
+begin is found by their magic number and first bytes: as these may occur by chance too, each chunk says where its last
+member really ended, and the next counts only if it began there. A file that is one large member is inflated in one go.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["CHUNK_BYTES", "Buffer", "Chunk", "GzipSource", "Inflater", "PlainSou
 
 CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: what one thread works on at a time
 _MEMBERS_BYTES = 512 * 1024  # compressed: members are taken together until they have this much
-_MAX_MEMBERS_BYTES = 8 * 1024 * 1024  # compressed: a first member that is longer is inflated in one go
+_MAX_MEMBERS_BYTES = 1024 * 1024  # compressed: a first member that is longer is inflated in one go
 _MAX_TEXT_BYTES = 32 * 1024 * 1024  # that members taken together may inflate to; more comes in parts
 _FED_BYTES = 64 * 1024
 _PART_BYTES = 512 * 1024  # of text, had from the decompressor at a time
@@ -177,7 +177,8 @@ class GzipSource:
         if self._next >= self._end:
             return None
 
-        begin, self._next = self._next, self._find(self._next + _MEMBERS_BYTES)
+        begin = self._next
+        self._next = next_member(self._descriptor, begin + _MEMBERS_BYTES, self._end)
         stop = self._next
         if begin == self._begin and stop - begin > _MAX_MEMBERS_BYTES:
             self._stream = Inflater(self._descriptor, begin, self._size)
@@ -194,16 +195,6 @@ class GzipSource:
     def close(self) -> None:
         """Close the file."""
         os.close(self._descriptor)
-
-    def _find(self, begin: int) -> int:
-        """Return where a member may begin; the end of the range when none does."""
-        for position in range(begin, self._end, _FED_BYTES):
-            data = read_at(self._descriptor, position, min(_FED_BYTES + len(MAGIC) - 1, self._size - position))
-            hit = data.find(MAGIC)
-            if hit >= 0:
-                return min(position + hit, self._end)
-
-        return self._end
 
     def _load(self, begin: int, stop: int, buffer: Buffer) -> Chunk:
         """Inflate the members that begin in a range."""

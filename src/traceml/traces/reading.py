@@ -46,7 +46,7 @@ def read(
         TraceNotFoundError: a path leads to no trace.
     """
     threads = workers or min(len(os.sched_getaffinity(0)), _MAX_WORKERS)
-    return Reading(discover(paths), tuple(dict.fromkeys(args)), strings or Strings(), threads)
+    return Reading(discover(paths), tuple(dict.fromkeys(args)), Strings() if strings is None else strings, threads)
 
 
 class Reading:

@@ -55,17 +55,17 @@ def read_at(descriptor: int, position: int, size: int) -> bytes:
     return data
 
 
-def next_member(descriptor: int, position: int, size: int) -> int:
-    """Return where a sound member begins, at a place or behind it; the end of the file when none does."""
-    while position < size:
-        data = read_at(descriptor, position, min(_SEARCHED_BYTES, size - position))
+def next_member(descriptor: int, position: int, end: int) -> int:
+    """Return where a sound member begins, at a place or behind it; the end when none does before that."""
+    while position < end:
+        data = read_at(descriptor, position, min(_SEARCHED_BYTES, end - position))
         hit = data.find(MAGIC)
         if hit >= 0 and _is_member(read_at(descriptor, position + hit, _TRIED_BYTES)):
             return position + hit
 
         position += hit + 1 if hit >= 0 else max(len(data) - len(MAGIC) + 1, 1)
 
-    return size
+    return end
 
 
 def salvaged(descriptor: int, begin: int, size: int, skipped_bytes: int) -> Salvaged:
