@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -74,6 +76,17 @@ def test_a_page_goes_where_it_is_wanted(run, tmp_path):
 
     assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
     assert not (run / "report.json").exists()
+
+
+def test_a_store_from_before_some_tables_has_a_page(run, tmp_path):
+    """What an older version did not write yet is left out."""
+    store = sqlite3.connect(run / STORE_NAME)
+    with closing(store), store:
+        store.execute("DELETE FROM tables WHERE name IN ('metrics', 'logged', 'device_steps', 'gpu')")
+
+    write_page(run, tmp_path / "mine.html")
+
+    assert "Step time" in (tmp_path / "mine.html").read_text()
 
 
 def test_a_damaged_store_has_no_page(run, tmp_path):

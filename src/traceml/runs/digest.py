@@ -79,7 +79,7 @@ class Digest:
         each = max(1, rows // len(self.streams))
         self._follow_log(reader, NAMES.name)
         streams = self._newest()
-        for table in (STEPS, DEVICE_STEPS, USER_PHASES):
+        for table in (each for each in (STEPS, DEVICE_STEPS, USER_PHASES) if each.name in reader.tables):
             newest = reader.last_id()
             read = reader.rows(table.name, streams, last=each)
             self._take(table, self._ranks_of(read["stream"]), _without_stream(read, table))
@@ -151,6 +151,9 @@ class Digest:
         return {record.id for record in self.ranks.values()}
 
     def _follow(self, reader: StoreReader, table: Table) -> bool:
+        if table.name not in reader.tables:
+            return False  # written before there was such a table
+
         frames = list(reader.frames(table.name, self._cursors.get(table.name, 0)))
         if not frames:
             return False
