@@ -34,11 +34,11 @@ class Engine:
 
     def __init__(self, threads: int, io_threads: int, stall_s: float | None) -> None:
         self.ledger = Ledger()
-        self.compute = Pool("compute", threads, 0, self.ledger)
-        self.io = Pool("io", io_threads, threads, self.ledger)
-        self.pools = (self.compute, self.io)
-        self.loop = Loop(self.ledger)
         self.watchdog = Watchdog(self, stall_s)
+        self.compute = Pool("compute", threads, 0, self.ledger, self.watchdog.start)
+        self.io = Pool("io", io_threads, threads, self.ledger, self.watchdog.start)
+        self.pools = (self.compute, self.io)
+        self.loop = Loop(self.ledger, self.watchdog.start)
         self.error_callback: ErrorCallback | None = None
         self.stand_ins: set[TaskHandle[Any]] = set()  # tasks that wait while a thread runs what they need
         self.closing = self.closed = self.abandoned = False

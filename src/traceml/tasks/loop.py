@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -20,10 +20,15 @@ __all__ = ["Loop"]
 
 
 class Loop:
-    """Runs coroutines; its thread is started with the first one."""
+    """Runs coroutines; its thread is started with the first one.
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    Args:
+        ledger: where its tasks are counted.
+        on_start: called when the thread is started.
+    """
+
+    def __init__(self, ledger: Ledger, on_start: Callable[[], object]) -> None:
+        self.ledger, self.on_start = ledger, on_start
         self.lock = threading.Lock()
         self.reset()
 
@@ -111,6 +116,7 @@ class Loop:
         self.thread = threading.Thread(target=self._work, args=(ready,), name="traceml-loop", daemon=True)
         self.thread.start()
         ready.wait()
+        self.on_start()
 
     def _work(self, ready: threading.Event) -> None:
         with asyncio.Runner() as runner:

@@ -44,4 +44,7 @@ def is_coroutine(fn: Any) -> bool:
     while isinstance(fn, partial):
         fn = fn.func
 
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
+    try:
+        return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
+    except Exception:  # noqa: BLE001 - as in `name_of`; a coroutine that it returns all the same is awaited
+        return False

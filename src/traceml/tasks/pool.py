@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Protocol
 
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.ledger import Ledger
-from traceml.tasks.running import Retire, run
+from traceml.tasks.running import Retire, fail, run
 from traceml.tasks.seats import Seat, sit
+from traceml.tasks.states import RUNNING
 
 __all__ = ["Bell", "Pool"]
 
@@ -67,10 +69,11 @@ class Pool:
         size: how many of them there are at most, beside those stuck in tasks that have timed out.
         first: the number of the first worker.
         ledger: where its tasks are counted.
+        on_start: called with each thread that is started.
     """
 
-    def __init__(self, name: str, size: int, first: int, ledger: Ledger) -> None:
-        self.name, self.size, self.first, self.ledger = name, size, first, ledger
+    def __init__(self, name: str, size: int, first: int, ledger: Ledger, on_start: Callable[[], object]) -> None:
+        self.name, self.size, self.first, self.ledger, self.on_start = name, size, first, ledger, on_start
         self.queue: deque[list[TaskHandle[Any]]] = deque()
         self.closed = False
         self.reset()
@@ -115,6 +118,7 @@ class Pool:
             _log.warning("the pool %s stays at %d threads: %s", self.name, len(self.threads), error)
         else:
             self.threads.append(thread)
+            self.on_start()
 
     def replace(self, here: Seat) -> None:
         """Give the place of a worker that is stuck to a new thread."""
@@ -163,14 +167,29 @@ class Pool:
         here = sit(Seat(self, place.index))
         self.workers[here.ident] = here
         try:
-            self._loop(here)
-        except Retire:  # another has taken its place
-            pass
+            while not self._ends(here):
+                pass
         finally:
             self.workers.pop(here.ident, None)
             self._drop(threading.current_thread())
             here.current = None
             self.ledger.wake_sleepers()
+
+    def _ends(self, here: Seat) -> bool:
+        """Work until there is nothing left to do; False when what is raised is no end, as MemoryError is not."""
+        try:
+            self._loop(here)
+        except Retire:  # another has taken its place
+            pass
+        except BaseException as error:  # noqa: BLE001 - a task without an end would be waited for for ever
+            _log.exception("a worker of the pool %s failed beside its task", self.name)
+            handle = here.current
+            if handle is not None and handle._state is RUNNING:
+                fail(handle, self.ledger.slot_of(here), error)
+
+            return False
+
+        return True
 
     def _drop(self, thread: threading.Thread) -> None:
         try:

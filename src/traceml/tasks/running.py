@@ -68,9 +68,9 @@ def run(
     name = handle._name
     if name is None:
         try:
-            name = fn.__qualname__  # type: ignore[union-attr]
+            name = str(fn.__qualname__)  # type: ignore[union-attr]
             handle._name = name = shorten(name) if "<locals>" in name else name
-        except (AttributeError, TypeError):
+        except Exception:  # noqa: BLE001 - an object that is called may answer anything, or nothing
             handle._name = name = name_of(fn)
 
     handle._fn = handle._args = handle._kwargs = handle._context = None  # type: ignore[assignment]

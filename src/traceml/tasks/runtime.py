@@ -24,7 +24,7 @@ __all__ = ["Runtime"]
 T = TypeVar("T")
 
 _new = object.__new__
-_ASYNC = 0x80 | 0x100  # inspect.CO_COROUTINE, and types.coroutine's generators
+_ASYNC = 0x80  # inspect.CO_COROUTINE; importing inspect costs more than the rest of this module
 _SYNC_KINDS = frozenset({BuiltinFunctionType, MethodWrapperType})
 _NAMED = 3  # failures that stand in the text of an error; all are in its `exceptions`
 

@@ -1,0 +1,44 @@
+"""A Runtime for each test, and a look at what it leaves behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from traceml import Runtime
+
+
+def threads_of_ours() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("traceml-")]
+
+
+def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+    """Return as soon as a condition holds."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left() -> Iterator[None]:
+    """After each test no thread of any Runtime is left."""
+    yield
+    until(lambda: not threads_of_ours())
+
+
+@pytest.fixture
+def rt() -> Iterator[Runtime]:
+    """A Runtime with two workers."""
+    with Runtime(threads=2, io_threads=2) as runtime:
+        yield runtime
+
+
+@pytest.fixture
+def single() -> Iterator[Runtime]:
+    """A Runtime with one worker."""
+    with Runtime(threads=1, io_threads=1) as runtime:
+        yield runtime

@@ -1,0 +1,139 @@
+"""Handles: states, waits with a limit, cancelling, awaiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+from tests.tasks.conftest import until
+from traceml import Runtime, TaskCancelledError, WaitTimeoutError
+
+
+def test_states_follow_the_task(single: Runtime) -> None:
+    release = threading.Event()
+    first, second = single.submit(release.wait), single.submit(len, "a")
+    until(lambda: first.state == "running")
+    assert (second.state, second.done(), second.exception) == ("queued", False, None)
+    release.set()
+    single.wait_all()
+    assert (first.state, second.state) == ("completed", "completed")
+    assert second.exception is None
+
+
+@pytest.mark.parametrize("method", ["get", "wait"])
+def test_a_wait_can_run_out_of_time(single: Runtime, method: str) -> None:
+    """Of a running task and of one that is queued: neither runs in place, where it could not be left."""
+    release = threading.Event()
+    running, queued = single.submit(release.wait, name="slow"), single.submit(time.sleep, 30)
+    for handle in (running, queued):
+        with pytest.raises(WaitTimeoutError, match=r"task '\w+' is still (running|queued) after 0.02 s"):
+            getattr(handle, method)(0.02)
+
+    assert queued.cancel()
+    release.set()
+    assert running.get(timeout=10) is True
+
+
+def test_wait_raises_the_error_and_returns_nothing(rt: Runtime) -> None:
+    assert rt.submit(len, "a").wait() is None
+    with pytest.raises(TypeError):
+        rt.submit(len, 1).wait()
+
+
+def test_cancel_takes_a_queued_task_away(single: Runtime) -> None:
+    release, ran = threading.Event(), []
+    running, queued = single.submit(release.wait), single.submit(ran.append, 1, name="late")
+    until(lambda: running.state == "running")
+    assert queued.cancel()
+    assert not queued.cancel()
+    assert not running.cancel()
+    release.set()
+    single.wait_all()
+
+    assert ran == []
+    assert queued.state == "cancelled"
+    with pytest.raises(TaskCancelledError, match="task 'late' was cancelled"):
+        queued.get()
+
+    assert single.get_failed() == []
+    progress = single.get_progress()
+    assert (progress["total"], progress["completed"], progress["cancelled"]) == (2, 1, 1)
+
+
+def test_cancel_wakes_who_waits(single: Runtime) -> None:
+    release = threading.Event()
+    single.submit(release.wait)
+    queued = single.submit(len, "a")
+    threading.Timer(0.05, queued.cancel).start()
+    with pytest.raises(TaskCancelledError):
+        queued.get(timeout=10)
+
+    release.set()
+
+
+def test_many_threads_may_wait_for_one_task(rt: Runtime) -> None:
+    release, results = threading.Event(), []
+    handle = rt.submit(lambda: release.wait() and 5)
+    until(lambda: handle.state == "running")
+    waiters = [threading.Thread(target=lambda: results.append(handle.get())) for _ in range(8)]
+    for waiter in waiters:
+        waiter.start()
+
+    time.sleep(0.02)
+    release.set()
+    for waiter in waiters:
+        waiter.join(10)
+
+    assert results == [5] * 8
+
+
+def test_a_handle_can_be_awaited_on_any_loop(rt: Runtime) -> None:
+    async def main() -> list[object]:
+        slow, failing = rt.submit(time.sleep, 0.05), rt.submit(len, 1)
+        ticks = 0
+        while not slow.done():
+            await asyncio.sleep(0.005)
+            ticks += 1
+
+        with pytest.raises(TypeError):
+            await failing
+
+        return [await rt.submit(len, "abc"), await slow, ticks > 3]
+
+    assert asyncio.run(main()) == [3, None, True]
+
+
+def test_leaving_an_await_leaves_the_task(single: Runtime) -> None:
+    """A cancelled awaiter cancels no task, and a closed loop disturbs none."""
+    release = threading.Event()
+    handle = single.submit(release.wait)
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(handle, 0.02)
+
+        asyncio.get_running_loop().create_task(_forever(handle))
+        await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+    assert handle.state == "running"
+    release.set()
+    assert handle.get() is True
+
+
+async def _forever(handle: object) -> None:
+    await handle  # type: ignore[misc]
+
+
+def test_a_handle_of_another_runtime_can_be_waited_for(rt: Runtime, single: Runtime) -> None:
+    """It runs in place of the wait, and is counted where it belongs."""
+
+    def task() -> int:
+        return rt.submit(len, "abcd").get() + rt.submit(len, "ab").get(timeout=10)
+
+    assert single.submit(task).get() == 6
+    assert single.get_progress()["total"] == 1
+    assert rt.get_progress()["completed"] == 2

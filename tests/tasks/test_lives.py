@@ -1,0 +1,194 @@
+"""Processes: what is left at exit, at Ctrl-C, and in forked children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from traceml import Runtime, TaskForkedError, get_default_runtime, set_default_runtime
+
+HEAD = """
+import os, sys, threading, time
+import traceml
+"""
+
+
+def run(code: str, **more: object) -> subprocess.CompletedProcess[str]:
+    script = HEAD + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=30, check=False, **more
+    )
+
+
+def test_the_interpreter_waits_for_tasks() -> None:
+    """Also for those that tasks submit, and whose Runtime was forgotten."""
+    done = run(r"""
+        rt = traceml.Runtime(threads=1)
+        async def later():
+            os.write(1, b"coroutine\n")
+        def parent():
+            time.sleep(0.1)
+            rt.submit(os.write, 1, b"child\n")
+            rt.submit(later)
+        rt.submit(parent)
+    """)
+
+    assert (sorted(done.stdout.split()), done.stderr, done.returncode) == (["child", "coroutine"], "", 0)
+
+
+def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
+    done = run("""
+        rt = traceml.Runtime(threads=1)
+        handle = rt.submit(threading.Event().wait, timeout=0.05)
+        try:
+            handle.get()
+        except TimeoutError as error:
+            print("timed out")
+    """)
+
+    assert (done.stdout, done.returncode) == ("timed out\n", 0)
+
+
+def test_ctrl_c_ends_a_program_at_once() -> None:
+    """With a queue full of work, while the main thread waits for it."""
+    script = HEAD + textwrap.dedent("""
+        with traceml.Runtime(threads=1) as rt:
+            for i in range(1000):
+                rt.submit(threading.Event().wait, 60)
+            print("ready", flush=True)
+            rt.wait_all()
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+
+    assert process.returncode == -signal.SIGINT
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_an_exit_with_work_left_is_an_exit() -> None:
+    done = run("""
+        with traceml.Runtime(threads=1) as rt:
+            for i in range(1000):
+                rt.submit(threading.Event().wait, 60)
+            sys.exit(5)
+    """)
+
+    assert (done.returncode, done.stderr) == (5, "")
+
+
+def test_a_forked_child_has_fresh_pools() -> None:
+    """While the parent's threads, loop and watchdog are at work."""
+    done = run("""
+        import asyncio
+        rt = traceml.Runtime(threads=2)
+        async def double(x):
+            await asyncio.sleep(0)
+            return 2 * x
+        release = threading.Event()
+        running, queued = rt.submit(release.wait), [rt.submit(release.wait) for _ in range(5)]
+        rt.submit(double, 1).get()
+        rt.submit(len, "a", io=True, timeout=5).get()
+        child = os.fork()
+        if child == 0:
+            for handle in (running, *queued):
+                try:
+                    handle.get(timeout=5)
+                except traceml.TaskForkedError as error:
+                    assert "Submit it again" in str(error)
+                else:
+                    os._exit(3)
+            assert rt.get_progress()["total"] == 0
+            assert [rt.submit(len, "ab").get(timeout=5) for _ in range(10)] == [2] * 10
+            assert rt.submit(double, 4).get(timeout=5) == 8
+            assert rt.submit(len, "abc", timeout=5, io=True).get() == 3
+            rt.wait_all(timeout=5)
+            rt.shutdown()
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        release.set()
+        rt.wait_all()
+        assert rt.get_progress()["completed"] == 8
+        print("child", os.waitstatus_to_exitcode(status))
+    """)
+
+    assert (done.stdout, done.stderr) == ("child 0\n", "")
+
+
+def test_a_process_pool_can_be_used_in_a_task() -> None:
+    """It forks in a worker's thread."""
+    done = run("""
+        import multiprocessing
+        def work():
+            context = multiprocessing.get_context("fork")
+            with context.Pool(2) as pool:
+                return pool.map(len, ["a", "ab"])
+        with traceml.Runtime(threads=1) as rt:
+            print(rt.submit(work).get(), rt.submit(lambda: os.fork() or os._exit(0)).get() > 0)
+    """)
+
+    assert (done.stdout, done.stderr) == ("[1, 2] True\n", "")
+
+
+def test_a_child_that_returns_from_its_task_ends() -> None:
+    """A bare fork inside a task: the child has no worker to go back to."""
+    done = run("""
+        with traceml.Runtime(threads=1) as rt:
+            handle = rt.submit(os.fork)
+            while not handle.done():
+                time.sleep(0.01)
+            print(os.waitpid(handle.get(), 0)[1])
+    """)
+
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_a_forked_child_in_this_process(rt: Runtime) -> None:
+    """The error is raised, and the parent does not notice."""
+    import threading
+
+    release = threading.Event()
+    handle = rt.submit(release.wait)
+    child = os.fork()
+    if child == 0:
+        try:
+            handle.get(timeout=5)
+        except TaskForkedError:
+            os._exit(7)
+
+        os._exit(1)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    release.set()
+    assert handle.get() is True
+
+
+def test_the_default_runtime_is_made_once() -> None:
+    rt = get_default_runtime()
+    try:
+        assert get_default_runtime() is rt
+        rt.shutdown()
+        fresh = get_default_runtime()
+        assert fresh is not rt  # one that is shut down is of no use
+        fresh.shutdown()
+    finally:
+        set_default_runtime(None)
+
+
+def test_the_default_runtime_can_be_set(rt: Runtime) -> None:
+    assert set_default_runtime(rt) is None
+    assert get_default_runtime() is rt
+    assert set_default_runtime(None) is rt
+    with pytest.raises(ValueError, match="takes a Runtime or None, not int"):
+        set_default_runtime(3)  # type: ignore[arg-type]

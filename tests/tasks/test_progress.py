@@ -1,0 +1,219 @@
+"""What is counted is true at every moment."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.tasks.conftest import until
+from traceml import Runtime, TaskError, UsageError
+from traceml.tasks.progress import progress
+
+STATES = ("completed", "failed", "cancelled", "timed_out", "running", "queued")
+
+
+def test_the_keys_are_those_of_the_document(rt: Runtime) -> None:
+    rt.submit(len, "a", name="iter_lines").wait()
+    rt.submit(len, 1, name="bad")
+    rt.wait_all()
+    told = rt.get_progress()
+
+    assert {"total", "completed", "running", "queued", "failed", "workers", "tasks", "errors"} <= set(told)
+    assert {"id", "idle", "task", "queue_depth"} <= set(told["workers"][0])
+    assert {"name", "state", "execution_duration_ms", "queued_duration_ms", "progress_pct"} <= set(told["tasks"][0])
+    assert [(one["name"], one["state"], one["progress_pct"]) for one in told["tasks"]] == [
+        ("iter_lines", "completed", 100.0),
+        ("bad", "failed", 0.0),
+    ]
+    assert told["errors"] == [{"task": "bad", "error": "TypeError: object of type 'int' has no len()"}]
+    assert json.loads(json.dumps(told)) == told
+
+
+def test_workers_tell_what_they_do(single: Runtime) -> None:
+    release = threading.Event()
+
+    def outer() -> None:
+        single.submit(release.wait, name="inner").get()
+
+    single.submit(outer)
+    until(lambda: single.get_progress()["workers"][0]["task"] == "inner")
+    compute, io = single.get_progress()["workers"]
+    assert compute == {"id": 0, "idle": False, "task": "inner", "queue_depth": 1, "pool": "compute"}
+    assert io == {"id": 1, "idle": True, "task": "", "queue_depth": 0, "pool": "io"}
+    assert single.get_progress()["running"] == 2
+    release.set()
+    single.wait_all()
+    until(lambda: all(worker["idle"] for worker in single.get_progress()["workers"]))
+
+
+def test_tasks_report_how_far_they_are(rt: Runtime) -> None:
+    reported, release = threading.Barrier(3), threading.Event()
+
+    def work() -> None:
+        rt.progress(25)
+        reported.wait(10)
+        release.wait(10)
+
+    async def work_async() -> None:
+        progress(50)
+        await asyncio.to_thread(reported.wait, 10)
+
+    rt.submit(work)
+    rt.submit(work_async).done()
+    reported.wait(10)
+    told = {one["name"]: one["progress_pct"] for one in rt.get_progress()["tasks"]}
+    assert told["work"] == 25.0
+    release.set()
+    rt.wait_all()
+    assert {one["progress_pct"] for one in rt.get_progress()["tasks"]} == {100.0}
+
+
+@pytest.mark.parametrize("pct", [-1, 100.5, float("nan")])
+def test_progress_is_between_0_and_100(rt: Runtime, pct: float) -> None:
+    with pytest.raises(UsageError, match="from 0 to 100"):
+        rt.submit(rt.progress, pct).get()
+
+
+def test_progress_is_told_by_tasks_only() -> None:
+    with pytest.raises(TaskError, match="outside of a task"):
+        progress(5)
+
+
+def test_the_last_1000_tasks_are_remembered(rt: Runtime) -> None:
+    for i in range(1500):
+        rt.submit(int, name=f"t{i}")
+
+    rt.wait_all()
+    told = rt.get_progress()
+    assert told["completed"] == 1500
+    assert (
+        sorted(one["name"] for one in told["tasks"]) == sorted(f"t{i}" for i in range(500, 1500))
+        or len({one["name"] for one in told["tasks"]}) == 1000
+    )  # two workers end their tasks in nearly the order of submission
+    assert rt.get_progress(tasks=False)["tasks"] == []
+
+
+def _consistent(told: dict[str, Any]) -> None:
+    assert all(told[state] >= 0 for state in STATES), told
+    assert told["total"] == sum(told[state] for state in STATES), told
+
+
+def test_counts_hold_at_every_moment() -> None:
+    """Under load from several threads: the parts are the whole, what has ended stays ended, and no worker is double."""
+    rt = Runtime(threads=2, io_threads=1)
+    stop, wrong = threading.Event(), []
+    count = 4000
+
+    def nested() -> None:
+        rt.submit(int).get()
+
+    async def coroutine() -> None:
+        await rt.submit(int)
+
+    def submit(seed: int) -> None:
+        choose = random.Random(seed).choice
+        for _ in range(count):
+            kind = choose([int, int, int, nested, lambda: 1 / 0, "cancel", "get", "io", coroutine])
+            if kind == "cancel":
+                rt.submit(int).cancel()
+            elif kind == "get":
+                rt.submit(int).get()
+            elif kind == "io":
+                rt.submit(int, io=True, timeout=60)
+            else:
+                rt.submit(kind)
+
+    def watch() -> None:
+        before = dict.fromkeys((*STATES, "total"), 0)
+        while not stop.is_set():
+            told = rt.get_progress(tasks=False)
+            try:
+                _consistent(told)
+                for state in ("total", "completed", "failed", "cancelled"):
+                    assert told[state] >= before[state], (state, before, told)
+            except AssertionError as error:
+                wrong.append(error)
+                return
+
+            before = told
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    submitters = [threading.Thread(target=submit, args=(seed,)) for seed in range(3)]
+    for one in submitters:
+        one.start()
+
+    for one in submitters:
+        one.join()
+
+    rt.wait_all(timeout=60)
+    stop.set()
+    watcher.join()
+    rt.shutdown()
+    told = rt.get_progress()
+    _consistent(told)
+    assert wrong == []
+    assert (told["running"], told["queued"]) == (0, 0)
+    assert told["total"] >= 3 * count
+    assert told["failed"] == len(rt.get_failed())
+
+
+def test_running_is_never_more_than_there_are_threads(rt: Runtime) -> None:
+    most = 0
+    for _ in range(3000):
+        rt.submit(int)
+        told = rt.get_progress(tasks=False)
+        most = max(most, told["running"])
+
+    assert most <= 2
+
+
+actions = st.lists(
+    st.sampled_from(["run", "fail", "cancel", "get", "child", "coroutine", "slow", "drop"]), min_size=1, max_size=25
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(actions)
+def test_any_mixture_adds_up(plan: list[str]) -> None:
+    """Whatever is done with tasks, at the end each is counted once, in the state that its handle tells."""
+
+    async def coroutine() -> None:
+        await asyncio.sleep(0)
+
+    with Runtime(threads=1, io_threads=1) as rt:
+
+        def child() -> None:
+            rt.submit(int).get()
+
+        handles = []
+        for action in plan:
+            fn = {"fail": lambda: 1 / 0, "child": child, "coroutine": coroutine, "slow": time.sleep}.get(action, int)
+            handle = rt.submit(fn, *([0.001] if action == "slow" else []))
+            if action == "cancel":
+                handle.cancel()
+            elif action == "get":
+                handle.get()
+
+            if action != "drop":
+                handles.append(handle)
+
+        rt.wait_all()
+        told = rt.get_progress()
+
+    _consistent(told)
+    assert told["total"] == len(plan) + plan.count("child")
+    states = [handle.state for handle in handles]
+    for state in ("failed", "cancelled"):
+        assert told[state] == states.count(state)
+
+    assert told["completed"] == states.count("completed") + plan.count("drop") + plan.count("child")
+    assert len(told["tasks"]) == told["total"]

@@ -1,0 +1,420 @@
+"""The Runtime as its users' document describes it."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import os
+import threading
+import time
+import weakref
+from typing import Any
+
+import pytest
+
+import traceml
+from tests.tasks.conftest import until
+from traceml import NotCallableError, Runtime, RuntimeClosedError, TasksFailedError, UsageError, WaitTimeoutError
+
+
+class Value:
+    """Something that can be watched by a weak reference."""
+
+
+def fail(text: str = "no") -> None:
+    raise ValueError(text)
+
+
+def index(filename: str) -> str:
+    return f"index of {filename}"
+
+
+def process(indexed: Any) -> str:
+    return f"processed {indexed.get() if isinstance(indexed, traceml.TaskHandle) else indexed}"
+
+
+def test_the_documents_examples_run_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["a.pfw", "b.pfw"]
+    rt = traceml.Runtime(threads=8, io_threads=4)
+
+    # Submit a Python callable
+    h = rt.submit(lambda x, y: x + y, 3, 4, name="add")
+    result = h.get()
+    assert result == 7
+
+    # Fire multiple tasks
+    handles = [rt.submit(process, f, name=f"proc-{f}") for f in files]
+    rt.wait_all()
+
+    # Check results
+    for h in handles:
+        print(h.name, h.get())
+
+    assert capsys.readouterr().out == "proc-a.pfw processed a.pfw\nproc-b.pfw processed b.pfw\n"
+    rt.shutdown()
+
+
+def test_the_documents_compositions_run_as_written(single: Runtime) -> None:
+    """By value and by handle; also with one worker, where the tasks run inside the one that waits."""
+    rt = single
+
+    def by_value(filename: str) -> str:
+        h1 = rt.submit(index, filename)
+        result = h1.get()
+        h2 = rt.submit(process, result)
+        return h2.get()
+
+    def by_handle(filename: str) -> str:
+        h1 = rt.submit(index, filename)
+        h2 = rt.submit(process, h1)
+        return h2.get()
+
+    for compose in (by_value, by_handle):
+        assert rt.submit(compose, "trace.pfw.gz", name="compose").get() == "processed index of trace.pfw.gz"
+
+
+def test_the_documents_error_handling_runs_as_written(rt: Runtime) -> None:
+    seen = []
+    h = rt.submit(fail, name="fail")
+    with pytest.raises(ValueError, match="no"):
+        h.get()
+
+    rt.wait_all()
+    assert [f"{h.name} failed: {h.exception}" for h in rt.get_failed()] == ["fail failed: no"]
+
+    with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: fail: ValueError: no"):
+        rt.wait_all(raise_on_error=True)
+
+    rt.set_error_callback(lambda h, e: seen.append(f"FAILED {h.name}: {e}"))
+    rt.submit(fail, name="monitored")
+    rt.wait_all()
+    assert seen == ["FAILED monitored: no"]
+
+
+def test_a_failure_has_its_type_and_the_users_traceback(rt: Runtime) -> None:
+    handle = rt.submit(fail)
+    for _ in range(3):  # waiting again does not lengthen it
+        with pytest.raises(ValueError, match="no") as caught:
+            handle.get()
+
+        assert [frame.name for frame in caught.traceback][-1] == "fail"
+        assert sum(frame.name == "fail" for frame in caught.traceback) == 1
+
+    assert handle.exception is caught.value
+    assert handle.state == "failed"
+
+
+def test_all_failures_are_raised_together(rt: Runtime) -> None:
+    """A RuntimeError, and an ExceptionGroup with the originals and their tracebacks."""
+    rt.submit(fail, "a", name="first").done()
+    rt.submit(dict[str, int]().__getitem__, "b")
+    rt.submit(len, 5)
+    rt.submit(len, "fine")
+    with pytest.raises(RuntimeError, match=r"^3 task\(s\) failed: ") as caught:
+        rt.wait_all(raise_on_error=True)
+
+    assert isinstance(caught.value, ExceptionGroup)
+    assert isinstance(caught.value, TasksFailedError)
+    assert {type(error) for error in caught.value.exceptions} == {ValueError, KeyError, TypeError}
+    value, rest = caught.value.split(ValueError)
+    assert value is not None
+    assert value.exceptions[0].__traceback__.tb_frame.f_code.co_name == "fail"
+    assert isinstance(rest, TasksFailedError)
+
+
+def test_failures_stay_until_they_are_cleared(rt: Runtime) -> None:
+    rt.submit(fail)
+    rt.wait_all()
+    for _ in range(2):
+        with pytest.raises(TasksFailedError):
+            rt.wait_all(raise_on_error=True)
+
+    rt.clear_failed()
+    rt.wait_all(raise_on_error=True)
+    assert rt.get_failed() == []
+
+
+def test_many_failures_are_told_in_one_line(rt: Runtime) -> None:
+    for i in range(200):
+        rt.submit(fail, str(i), name=f"t{i}")
+
+    with pytest.raises(TasksFailedError, match=r"^200 task\(s\) failed: .*; and 197 more$") as caught:
+        rt.wait_all(raise_on_error=True)
+
+    assert len(caught.value.exceptions) == 200
+
+
+def test_an_exit_in_a_task_is_raised_where_it_is_waited_for(rt: Runtime) -> None:
+    """SystemExit ends no worker; it ends the program that asks for it."""
+    handle = rt.submit(os.sys.exit, 3)
+    with pytest.raises(SystemExit) as caught:
+        handle.get()
+
+    assert caught.value.code == 3
+    assert [rt.submit(len, "ab").get() for _ in range(20)] == [2] * 20
+    with pytest.raises(SystemExit):
+        rt.wait_all(raise_on_error=True)
+
+
+def test_an_error_callback_is_called_after_the_task_is_done(rt: Runtime) -> None:
+    seen: list[Any] = []
+    rt.set_error_callback(lambda handle, error: seen.append((handle.done(), handle.state, handle.exception is error)))
+    rt.submit(fail)
+    rt.wait_all()  # waits for the callback too
+
+    assert seen == [(True, "failed", True)]
+
+
+def test_an_error_callback_may_use_the_runtime(single: Runtime) -> None:
+    results = []
+
+    def callback(handle: Any, error: BaseException) -> None:
+        results.append(single.submit(len, "abc").get())
+        single.wait_all()
+
+    single.set_error_callback(callback)
+    single.submit(fail)
+    single.wait_all()
+
+    assert results == [3]
+
+
+@pytest.mark.parametrize("error", [KeyError("mine"), SystemExit(4)])
+def test_errors_of_a_callback_are_reported(rt: Runtime, caplog: pytest.LogCaptureFixture, error: BaseException) -> None:
+    def callback(*_: Any) -> None:
+        raise error
+
+    rt.set_error_callback(callback)
+    rt.submit(fail, name="bad")
+    rt.wait_all()
+
+    assert "the error callback failed for task 'bad'" in caplog.text
+    assert {"task": "bad", "error": f"error callback: {type(error).__name__}: {error}"} in rt.get_progress()["errors"]
+    rt.set_error_callback(None)
+    assert rt.submit(len, "a").get() == 1
+
+
+def test_a_callback_must_be_callable(rt: Runtime) -> None:
+    with pytest.raises(NotCallableError):
+        rt.set_error_callback("print")  # type: ignore[arg-type]
+
+
+def test_tasks_of_tasks_are_waited_for(rt: Runtime) -> None:
+    done = []
+
+    def tree(depth: int) -> None:
+        time.sleep(0.001)
+        if depth:
+            rt.submit(tree, depth - 1)
+            rt.submit(tree, depth - 1)
+
+        done.append(depth)
+
+    rt.submit(tree, 5)
+    rt.wait_all()
+
+    assert len(done) == 63
+
+
+def test_shutdown_waits_for_tasks_of_tasks() -> None:
+    done = []
+    with Runtime(threads=1) as rt:
+
+        def parent() -> None:
+            time.sleep(0.02)
+            rt.submit(done.append, 1)
+
+        rt.submit(parent)
+
+    assert done == [1]
+
+
+def test_wait_all_can_run_out_of_time(rt: Runtime) -> None:
+    release = threading.Event()
+    rt.submit(release.wait)
+    rt.submit(release.wait, io=True)
+    with pytest.raises(WaitTimeoutError, match=r"2 task\(s\) had not ended after 0.05 s"):
+        rt.wait_all(timeout=0.05)
+
+    release.set()
+    rt.wait_all(timeout=10)
+
+
+def test_io_tasks_have_threads_of_their_own(rt: Runtime) -> None:
+    """A compute pool that is full keeps no I/O waiting."""
+    release = threading.Event()
+    for _ in range(4):
+        rt.submit(release.wait)
+
+    handle = rt.submit(threading.current_thread, io=True)
+    until(handle.done)
+    release.set()
+
+    assert handle.get().name.startswith("traceml-io-")
+    assert rt.submit(lambda: threading.current_thread().name).get()
+
+
+def test_contexts_are_those_of_the_submitter(rt: Runtime) -> None:
+    """What a task sets stays in the task."""
+    variable = contextvars.ContextVar("variable", default="none")
+    variable.set("mine")
+
+    def change() -> str:
+        before = variable.get()
+        variable.set("changed")
+        return before
+
+    assert [rt.submit(change).get() for _ in range(3)] == ["mine"] * 3
+    assert variable.get() == "mine"
+
+
+def test_results_live_no_longer_than_their_handles(rt: Runtime) -> None:
+    """Run by a worker, in place of a wait, and by a worker that then sleeps."""
+    for wait in (lambda handle: until(handle.done), lambda handle: handle.get()):
+        handle = rt.submit(Value)
+        wait(handle)
+        result = weakref.ref(handle.get())
+        del handle
+        until(lambda result=result: result() is None)
+
+
+def test_results_of_tasks_run_in_place_are_not_kept_by_the_queue(single: Runtime) -> None:
+    """The one worker is busy, so that what was run in place is still in its queue."""
+    release = threading.Event()
+    single.submit(release.wait)
+    handles = [single.submit(Value) for _ in range(50)]
+    results = [weakref.ref(handle.get()) for handle in handles]
+    handles.clear()
+
+    assert [result() for result in results] == [None] * 50
+    release.set()
+
+
+def test_arguments_are_let_go_with_the_end(rt: Runtime) -> None:
+    value = Value()
+    kept = weakref.ref(value)
+    handle = rt.submit(lambda _: None, value)
+    handle.wait()
+    del value
+    until(lambda: kept() is None)
+
+
+def test_failures_are_kept_and_then_let_go(rt: Runtime) -> None:
+    def lose(value: Value) -> None:
+        raise LookupError
+
+    value = Value()
+    kept = weakref.ref(value)
+    rt.submit(lose, value)
+    rt.wait_all()
+    del value
+    assert len(rt.get_failed()) == 1
+    assert kept() is not None  # in the traceback
+
+    rt.clear_failed()
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("arguments", [{"threads": -1}, {"io_threads": -2}, {"threads": 1.5}, {"threads": True}])
+def test_sizes_must_be_numbers_of_threads(arguments: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="whole number of threads"):
+        Runtime(**arguments)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), "1", True])
+def test_times_must_be_positive(rt: Runtime, seconds: Any) -> None:
+    with pytest.raises(UsageError, match="positive number of seconds"):
+        rt.submit(len, "", timeout=seconds)
+
+    for name in ("timeout", "stall_after"):
+        with pytest.raises(UsageError, match=f"{name}="):
+            Runtime(**{name: seconds})
+
+
+def test_sizes_suit_the_host() -> None:
+    with Runtime() as rt:
+        assert rt.threads == len(os.sched_getaffinity(0))
+        assert rt.io_threads > rt.threads
+        assert len(rt.get_progress()["workers"]) == rt.threads + rt.io_threads
+
+
+def test_submit_after_shutdown_raises() -> None:
+    rt = Runtime(threads=1)
+    assert rt.submit(len, "ab").get() == 2
+    rt.shutdown()
+    rt.shutdown()  # again: nothing happens
+    with pytest.raises(RuntimeClosedError, match="shut down"):
+        rt.submit(len, "ab")
+
+    with pytest.raises(RuntimeClosedError):
+        rt.submit(test_async)
+
+
+async def test_async() -> None: ...
+
+
+test_async.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_shutdown_without_wait_lets_tasks_end() -> None:
+    done = []
+    rt = Runtime(threads=1)
+    for i in range(3):
+        rt.submit(lambda i=i: (time.sleep(0.02), done.append(i)))
+
+    rt.shutdown(wait=False)
+    assert len(done) < 3
+    until(lambda: done == [0, 1, 2])
+
+
+def test_shutdown_can_cancel_what_has_not_begun() -> None:
+    release = threading.Event()
+    rt = Runtime(threads=1)
+    running = rt.submit(release.wait, 10)
+    queued = [rt.submit(len, "a") for _ in range(3)]
+    until(lambda: running.state == "running")
+    rt.shutdown(wait=False, cancel=True)
+    assert [one.state for one in queued] == ["cancelled"] * 3
+    release.set()
+    rt.shutdown()
+    assert running.get() is True
+
+
+def test_a_task_may_shut_its_runtime_down() -> None:
+    rt = Runtime(threads=1)
+    handle = rt.submit(rt.shutdown)
+    until(handle.done)
+    handle.get()
+
+
+def test_an_interrupted_block_waits_for_nothing() -> None:
+    """Ctrl-C in a `with` block: what has not begun never does, and the exception goes on."""
+    release, queued = threading.Event(), []
+
+    def block() -> None:
+        with Runtime(threads=1) as rt:
+            running = rt.submit(release.wait)
+            until(lambda: running.state == "running")
+            queued.append(rt.submit(len, "a"))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        block()
+
+    assert queued[0].state == "cancelled"
+    release.set()
+
+
+def test_a_forgotten_runtime_ends_its_threads() -> None:
+    rt = Runtime(threads=2)
+    handle = rt.submit(time.sleep, 0.02)
+    del rt
+    gc.collect()
+    until(handle.done)
+    handle.get()
+
+
+def test_keyword_arguments_reach_the_function(rt: Runtime) -> None:
+    """Also those that are called as submit's first ones are."""
+    assert rt.submit(dict, a=1, fn=2, self=3).get() == {"a": 1, "fn": 2, "self": 3}

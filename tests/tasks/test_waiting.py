@@ -1,0 +1,219 @@
+"""Waits that would deadlock other executors end here, and those that cannot end say so."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tests.tasks.conftest import threads_of_ours, until
+from traceml import Runtime, TaskDeadlockError, TaskHandle, WaitTimeoutError
+
+
+@pytest.mark.parametrize("length", [99, 1000, 3000])
+def test_a_chain_of_waits_needs_one_worker(single: Runtime, length: int) -> None:
+    def link(left: int) -> int:
+        return 1 + single.submit(link, left - 1).get() if left else 0
+
+    handle = single.submit(link, length)
+    until(handle.done, 60)
+    assert handle.get() == length
+    assert single.submit(link, length).get() == length  # the same, beginning on this thread
+
+
+def test_a_chain_of_deep_functions_keeps_off_the_recursion_limit(single: Runtime) -> None:
+    """Each task uses a tenth of the stack by itself."""
+
+    def deep(frames: int, left: int) -> int:
+        if frames:
+            return deep(frames - 1, left)
+
+        return 1 + single.submit(deep, sys.getrecursionlimit() // 10, left - 1).get() if left else 0
+
+    assert single.submit(deep, 1, 30).get() == 30
+
+
+def test_a_chain_of_timed_tasks_ends(single: Runtime) -> None:
+    """A task with a timeout runs on a stand-in, where it can be left."""
+
+    def link(left: int) -> int:
+        return 1 + single.submit(link, left - 1, timeout=30).get() if left else 0
+
+    assert single.submit(link, 30, timeout=30).get() == 30
+    until(lambda: "traceml-stand-in" not in threads_of_ours())
+
+
+def test_a_task_can_wait_with_a_limit_for_a_queued_one(single: Runtime) -> None:
+    assert single.submit(lambda: single.submit(len, "abc").get(timeout=10)).get(timeout=10) == 3
+
+
+def test_a_wait_in_a_task_can_run_out_of_time(single: Runtime) -> None:
+    release = threading.Event()
+
+    def task() -> str:
+        with pytest.raises(WaitTimeoutError):
+            single.submit(release.wait).get(timeout=0.02)
+
+        with pytest.raises(WaitTimeoutError):
+            single.wait_all(timeout=0.02)
+
+        return "went on"
+
+    handle = single.submit(task)
+    until(handle.done)
+    release.set()
+    assert handle.get() == "went on"
+
+
+def test_wait_all_in_a_task_leaves_that_task_out(single: Runtime) -> None:
+    done: list[int] = []
+
+    def task() -> list[int]:
+        for i in range(20):
+            single.submit(done.append, i)
+
+        single.submit(done.append, 20, timeout=10)
+        single.submit(done.append, 21, io=True)
+        single.wait_all()
+        return sorted(done)
+
+    handle = single.submit(task)
+    until(handle.done)
+    assert handle.get() == list(range(22))
+
+
+def test_tasks_that_all_wait_for_all_end(rt: Runtime) -> None:
+    """Each leaves out the others that wait for it."""
+
+    def node(depth: int) -> None:
+        for _ in range(2 if depth else 0):
+            rt.submit(node, depth - 1)
+
+        rt.wait_all()
+
+    for _ in range(4):
+        rt.submit(node, 3)
+
+    rt.wait_all(timeout=30)
+    assert rt.get_progress()["completed"] == 4 * 15
+
+
+def test_wait_all_in_a_task_that_is_itself_waited_for(single: Runtime) -> None:
+    """The parent waits for the child, which waits for all but itself and its parent."""
+    done: list[int] = []
+
+    def child() -> None:
+        single.submit(done.append, 1)
+        single.wait_all()
+
+    def parent() -> list[int]:
+        single.submit(child).get()
+        return done
+
+    assert single.submit(parent).get(timeout=10) == [1]
+
+
+def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
+    """The only worker sleeps in wait_all while another thread submits."""
+    began, release = threading.Event(), threading.Event()
+
+    def task() -> None:
+        single.submit(release.wait, io=True)
+        began.set()
+        single.wait_all()
+
+    handle = single.submit(task)
+    assert began.wait(10)
+    time.sleep(0.05)
+    later = single.submit(len, "abc")
+    until(later.done)
+    release.set()
+    until(handle.done)
+    assert later.get() == 3
+
+
+def test_many_tasks_may_wait_for_one(rt: Runtime) -> None:
+    """Threads are not multiplied by those that wait."""
+    release = threading.Event()
+    first = rt.submit(release.wait)
+    until(lambda: first.state == "running")
+    rest = [rt.submit(first.get) for _ in range(300)]
+    time.sleep(0.05)
+    assert len(threads_of_ours()) <= 4
+    release.set()
+    assert all(one.get() for one in rest)
+
+
+def test_a_blocked_worker_is_stood_in_for_where_a_coroutine_needs_one(single: Runtime) -> None:
+    """The worker waits for a coroutine that awaits tasks for which there is no other worker."""
+
+    async def coroutine() -> int:
+        return sum([await single.submit(len, "ab") for _ in range(3)])
+
+    def task() -> int:
+        return single.submit(coroutine).get()
+
+    handle = single.submit(task)
+    until(handle.done)
+    assert handle.get() == 6
+
+
+def test_a_task_that_waits_for_itself_is_told(rt: Runtime) -> None:
+    box: list[TaskHandle[Any]] = []
+    ready = threading.Event()
+
+    def task() -> None:
+        ready.wait()
+        box[0].get()
+
+    box.append(rt.submit(task, name="ouroboros"))
+    until(lambda: box[0].state == "running")
+    ready.set()
+    with pytest.raises(TaskDeadlockError, match="'ouroboros' waits for 'ouroboros'"):
+        box[0].get()
+
+
+def test_tasks_that_wait_for_each_other_are_told(rt: Runtime) -> None:
+    handles: list[TaskHandle[Any]] = []
+    both = threading.Barrier(3)
+
+    def task(other: int) -> object:
+        both.wait(10)
+        return handles[other].get()
+
+    handles += [rt.submit(task, 1), rt.submit(task, 0)]
+    both.wait(10)
+    for handle in handles:
+        with pytest.raises(TaskDeadlockError, match="cannot end before"):
+            handle.get(timeout=10)
+
+
+def test_a_child_that_waits_for_its_parent_is_told(single: Runtime) -> None:
+    box: list[TaskHandle[Any]] = []
+    ready = threading.Event()
+
+    def parent() -> None:
+        ready.wait()
+        single.submit(lambda: box[0].get(), name="child").get()
+
+    box.append(single.submit(parent, name="parent"))
+    ready.set()
+    with pytest.raises(TaskDeadlockError, match="'child' waits for 'parent'"):
+        box[0].get(timeout=10)
+
+
+def test_waiting_in_place_keeps_the_order_of_states(single: Runtime) -> None:
+    """A task that was run in place is not run again by the worker that finds its ticket."""
+    release, ran = threading.Event(), []
+    single.submit(release.wait)
+    handles = [single.submit(ran.append, i) for i in range(100)]
+    for handle in reversed(handles):
+        handle.get()
+
+    release.set()
+    single.wait_all()
+    assert ran == list(reversed(range(100)))
+    assert single.get_progress()["completed"] == 101

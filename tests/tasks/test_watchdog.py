@@ -1,0 +1,175 @@
+"""Time-outs end tasks, not pools; what stands still is named with its line."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+import weakref
+
+import pytest
+
+from tests.tasks.conftest import threads_of_ours, until
+from traceml import Runtime, TaskTimeoutError
+from traceml.tasks.stalls import line_of_thread
+
+
+def linger(release: threading.Event) -> str:
+    release.wait()  # the line
+    return "late"
+
+
+def test_a_timeout_counts_from_the_start(single: Runtime) -> None:
+    """Time in the queue is not the task's."""
+    single.submit(time.sleep, 0.15)
+    assert single.submit(lambda: "in time", timeout=0.1).get() == "in time"
+
+
+def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCaptureFixture) -> None:
+    release, seen = threading.Event(), []
+    single.set_error_callback(lambda handle, error: seen.append(handle.state))
+    handle = single.submit(linger, release, timeout=0.05, name="slow")
+    with pytest.raises(TaskTimeoutError, match=r"'slow' ran longer .* 0.05 s, at .*test_watchdog.py:\d+ in linger"):
+        handle.get()
+
+    until(lambda: seen == ["timed_out"])
+    assert isinstance(handle.exception, TimeoutError)
+    assert single.get_failed() == [handle]
+    with pytest.raises(RuntimeError, match=r"1 task\(s\) failed: slow: TaskTimeoutError"):
+        single.wait_all(raise_on_error=True)  # does not wait for the thread
+
+    progress = single.get_progress()
+    assert (progress["total"], progress["timed_out"], progress["failed"], progress["running"]) == (1, 1, 0, 0)
+    release.set()
+
+
+def test_stuck_threads_are_replaced_and_let_go(single: Runtime) -> None:
+    """The pool keeps its size while tasks are stuck, and after they have come back."""
+    release = threading.Event()
+    stuck = [single.submit(linger, release, timeout=0.02) for _ in range(3)]
+    until(lambda: all(one.done() for one in stuck))
+    assert single.submit(len, "abc").get(timeout=10) == 3
+    assert len([name for name in threads_of_ours() if "compute" in name]) == 4
+
+    release.set()
+    until(lambda: len([name for name in threads_of_ours() if "compute" in name]) == 1)
+    assert [one.state for one in stuck] == ["timed_out"] * 3
+    assert single.submit(len, "abc").get(timeout=10) == 3
+    until(lambda: single.get_progress()["running"] == 0)
+    assert (single.get_progress()["completed"], single.get_progress()["total"]) == (2, 5)
+
+
+def test_a_task_that_fails_late_has_timed_out(single: Runtime) -> None:
+    release = threading.Event()
+
+    def late() -> None:
+        release.wait()
+        raise ValueError
+
+    handle = single.submit(late, timeout=0.02)
+    until(handle.done)
+    release.set()
+    until(lambda: len([name for name in threads_of_ours() if "compute" in name]) <= 1)
+    assert handle.state == "timed_out"
+    assert single.get_progress()["failed"] == 0
+
+
+def test_a_stuck_stand_in_is_replaced(single: Runtime) -> None:
+    """The worker waits for all, and the first of all is stuck."""
+    release = threading.Event()
+
+    def parent() -> list[str]:
+        handles = [single.submit(linger, release, timeout=0.05), single.submit(len, "ab", timeout=5)]
+        single.wait_all()
+        return [one.state for one in handles]
+
+    handle = single.submit(parent)
+    until(handle.done)
+    release.set()
+    assert handle.get() == ["timed_out", "completed"]
+
+
+def test_a_runtime_has_a_default_timeout() -> None:
+    release = threading.Event()
+    with Runtime(threads=1, timeout=0.05) as rt:
+        with pytest.raises(TaskTimeoutError):
+            rt.submit(linger, release).get()
+
+        assert rt.submit(time.sleep, 0.1, timeout=10).get() is None
+        release.set()
+
+
+def test_the_end_of_a_runtime_waits_for_no_stuck_thread() -> None:
+    release = threading.Event()
+    with Runtime(threads=1) as rt:
+        handle = rt.submit(linger, release, timeout=0.02)
+        until(handle.done)
+
+    release.set()
+
+
+def test_a_timeout_that_was_not_needed_keeps_nothing() -> None:
+    class Value:
+        pass
+
+    with Runtime(threads=1) as rt:
+        handle = rt.submit(Value, timeout=1000)
+        kept = weakref.ref(handle.get(timeout=10))
+        del handle
+        until(lambda: kept() is None)
+
+
+def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    async def awaiting() -> None:
+        while not release.is_set():  # noqa: ASYNC110 - the line that it stands on is the point
+            await asyncio.sleep(0.3)
+
+    with Runtime(threads=2, stall_after=0.1) as rt:
+        rt.submit(linger, release, name="stuck")
+        rt.submit(time.sleep, 0.4, name="direct")
+        rt.submit(awaiting)
+        until(lambda: len(rt.get_progress()["stalled"]) == 3)
+        stalled = {one["task"]: one for one in rt.get_progress()["stalled"]}
+        release.set()
+
+    first = linger.__code__.co_firstlineno
+    assert (stalled["stuck"]["file"], stalled["stuck"]["line"]) == (__file__, first + 1)
+    assert stalled["stuck"]["function"] == "linger"
+    assert stalled["stuck"]["seconds"] >= 0.05
+    assert stalled["direct"]["function"] == "direct"
+    assert stalled["awaiting"]["function"].endswith("awaiting")
+    assert f"test_watchdog.py:{first + 1} in linger" in caplog.text
+    assert rt.get_progress()["stalled"] == []
+
+
+def test_a_task_that_reports_is_not_stalled(caplog: pytest.LogCaptureFixture) -> None:
+    def work() -> None:
+        for pct in range(0, 100, 4):
+            rt.progress(pct)
+            time.sleep(0.02)
+
+    with Runtime(threads=1, stall_after=0.2) as rt:
+        rt.submit(work).get(timeout=10)
+
+    assert caplog.text == ""
+
+
+def test_a_dropped_runtime_ends_its_watchdog() -> None:
+    rt = Runtime(threads=1, stall_after=0.2)
+    rt.submit(len, "", timeout=10).wait()
+    del rt
+    gc.collect()
+
+
+def test_a_line_is_that_of_the_users_code() -> None:
+    """Not of the standard library that it waits in."""
+    release = threading.Event()
+    thread = threading.Thread(target=linger, args=(release,))
+    thread.start()
+    until(lambda: (line := line_of_thread(thread.ident or 0)) is not None and line.function == "linger")
+    release.set()
+    thread.join()
+    assert line_of_thread(thread.ident or 0) is None
