@@ -86,7 +86,7 @@ class Answers:
             _drop_oldest(self._path.parent)
         except OSError as error:
             _LOG.debug("cannot keep an answer in %s: %s", self._path.parent, error)
-            beside.unlink(missing_ok=True)
+            _remove(beside)
 
     def _settled(self) -> bool:
         """Tell whether the files are what they were, and any later change would show."""
@@ -106,4 +106,11 @@ def _drop_oldest(folder: Path) -> None:
 
     entries.sort(key=lambda entry: entry.stat().st_mtime_ns)
     for entry in entries[: len(entries) - _MAX_ENTRIES]:
-        entry.unlink(missing_ok=True)
+        _remove(entry)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError:
+        pass  # it was never there, or another process removed it, or nobody can
