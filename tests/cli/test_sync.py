@@ -16,8 +16,11 @@ from tests.recorder.conftest import environ
 from tests.track.fabricated import LoggedRun
 from tests.track.readers import jsonl
 from traceml import cli
+from traceml.cli import sync
 from traceml.clock import boot_id, process_start_ticks
 from traceml.track.state import TrackerState, states_of
+
+ODD = "tests.track.odd_backends:Odd"
 
 
 @pytest.fixture
@@ -52,6 +55,10 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 def values(run_dir: Path) -> list[tuple[str, int, float]]:
     (state,) = (state for state in states_of(run_dir) if state.backend == "jsonl")
     return jsonl(run_dir, next(iter(state.experiments.values()))["id"])
+
+
+def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for path in run_dir.glob("jsonl/*.jsonl") for line in path.read_text().splitlines()]
 
 
 THREE = [("loss", 0, 1.0), ("loss", 1, 2.0), ("loss", 2, 3.0)]
@@ -154,3 +161,60 @@ def test_a_tracker_that_failed_gets_all_its_tries_again(runs_dir):
 
     assert cli.main(["sync"]) == 0
     assert values(run.path) == THREE
+
+
+def test_a_tracker_that_the_run_did_not_ask_for_gets_no_more_than_others(runs_dir, monkeypatch):
+    """What the run keeps back is kept back from it too, and so is what the settings of now keep back."""
+    run = LoggedRun(runs_dir / "a")
+    run.experiment(["elsewhere"], id="a", mask=["customer_*"], exclude=["debug/*"])
+    run.row("params", params={"customer_id": "C-1", "ward": "W-2", "lr": 0.1})
+    run.metrics({"loss": [1.0], "debug/loss": [2.0], "draft/loss": [3.0]})
+    run.end()
+    plain = LoggedRun(runs_dir / "b")
+    plain.row("params", params={"ward": "W-2"})
+    plain.end()
+    monkeypatch.setenv("TRACEML_MASK", "ward")
+    monkeypatch.setenv("TRACEML_EXCLUDE", "draft/*")
+
+    assert cli.main(["sync", "a", "b", "--backend", "jsonl"]) == 0
+    assert values(run.path) == [("loss", 0, 1.0)]
+    (params,) = (line["params"] for line in lines_of(run.path) if line["type"] == "params")
+    assert params == {"customer_id": "[masked:custom]", "ward": "[masked:custom]", "lr": 0.1}
+    (params,) = (line["params"] for line in lines_of(plain.path) if line["type"] == "params")
+    assert params == {"ward": "[masked:custom]"}
+
+
+def test_local_only_holds_for_sync_too(runs_dir, monkeypatch, capsys):
+    """For a run without settings of its own it is the setting of now that counts."""
+    logged(runs_dir, "a")
+    monkeypatch.setenv("TRACEML_LOCAL_ONLY", "1")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+    Path("traceml.toml").write_text('[backends."tests.track.odd_backends:Plain"]\npath = "."\n')
+
+    assert cli.main(["sync", "a", "--backend", "tests.track.odd_backends:Plain"]) == 3
+    assert "would deliver to Plain, which is not on this m" in capsys.readouterr().out
+
+
+def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, capsys):
+    """It asks for patience again and again: that is no failure, but somebody waits at a terminal."""
+    run = LoggedRun(runs_dir / "a")
+    options = {ODD: {"path": str(runs_dir)}}
+    run.experiment([ODD], id="x", sys_path=[str(Path(__file__).parents[2])], options=options)
+    run.end()
+    (runs_dir / "mood").write_text('{"start": "busy"}')
+    monkeypatch.setattr(sync, "PATIENCE_S", 1.0)
+
+    assert cli.main(["sync", "a"]) == 3
+    assert "1 wait" in capsys.readouterr().out
+
+
+def test_an_option_that_holds_a_secret_is_refused(runs_dir, capsys):
+    """It would stand in the list of processes."""
+    logged(runs_dir, "a")
+    Path("traceml.toml").write_text('[backends.mlflow]\ntracking_uri = "http://jane:hunter22@tracking"\n')
+
+    assert cli.main(["sync", "a", "--backend", "mlflow"]) == 2
+    told = capsys.readouterr().err
+    assert "'tracking_uri' of backend 'mlflow' looks like a secret" in told
+    assert "hunter22" not in told

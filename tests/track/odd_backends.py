@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from traceml.errors import BackendRefusedError
+from traceml.errors import BackendBusyError, BackendRefusedError
 from traceml.track.interfaces import BackendInterface
 from traceml.track.metric import Metric
 
@@ -80,6 +80,10 @@ class Odd(BackendInterface):
             time.sleep(600)
         elif mood == "down":
             raise ConnectionRefusedError("nobody listens")
+        elif mood == "busy":
+            raise BackendBusyError("come back later", 0.1)
+        elif mood == "refuses":
+            raise BackendRefusedError("no such project (400)")
         elif mood == "broken":
             raise TypeError("log() got an unexpected keyword argument")
 

@@ -232,6 +232,7 @@ def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: Log
     run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
     run.row("params", params={"lr": 0.1})
     run.row("params", params={"refused": 1})
+    run.row("artifact", name="weights", path="store.db", step=0)  # which it does not know at all
     run.row("params", params={"depth": 3})
     run.end()
 
@@ -241,7 +242,27 @@ def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: Log
     assert values(lines, "b") == [(0, 1.0)]
     assert [line["params"] for line in lines if "params" in line] == [{"lr": 0.1}, {"depth": 3}]
     state = state_of(run.path, plain)
-    assert (state.failed, state.delivered, sum(state.reasons.values())) == (2, 303, 2)
+    assert (state.failed, state.delivered, sum(state.reasons.values())) == (3, 303, 3)
+
+
+@pytest.mark.parametrize(
+    ("mood", "status", "phase"), [("broken", EXIT_BROKEN, "broken"), ("refuses", EXIT_AGAIN, "open")]
+)
+def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(run: LoggedRun, mood: str, status: int, phase: str) -> None:
+    """What it says of its options or of the run would be taken for a word on the rows, and the rows be given up."""
+    folder = odd(run)
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+    (folder / "mood").write_text(json.dumps({"start": mood}))
+
+    assert deliver(run.path, ODD).returncode == status
+    state = state_of(run.path, ODD)
+    assert (state.phase, state.failed, state.passed) == (phase, 0, 0)
+    assert "it cannot begin" in state.error
+
+    (folder / "mood").unlink()
+    assert deliver(run.path, ODD).returncode == 0
+    assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
 
 
 def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:

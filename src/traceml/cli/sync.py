@@ -26,15 +26,18 @@ from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.state import is_watched
 from traceml.settings import Config, load
-from traceml.track.plan import Plan
+from traceml.track.announce import refuse_secrets
+from traceml.track.plan import Plan, told_by
 from traceml.track.process import DeliveryProcess
 from traceml.track.records import logged_rows
 from traceml.track.state import Phase, TrackerState, locked
 
-__all__ = ["main"]
+__all__ = ["PATIENCE_S", "main"]
 
 EXIT_UNDELIVERED = 3
 _LOOK_S = 0.1
+# A tracker that takes nothing for so long, and neither fails nor is at something long, is left for another time.
+PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,8 @@ def _processes(run_dir: Path, reader: StoreReader, options: Options, config: Con
             yield DeliveryProcess(run_dir, backend, asked[backend].options(backend), once=True, nice=0)
         else:
             own = config.backend_options.get(backend, {})
-            yield DeliveryProcess(run_dir, backend, own, once=True, forced=own, nice=0)
+            refuse_secrets({backend: own})
+            yield DeliveryProcess(run_dir, backend, own, once=True, forced=own, settings=told_by(config), nice=0)
 
 
 def _is_due(process: DeliveryProcess) -> bool:
@@ -183,7 +187,7 @@ def _deliver(processes: Sequence[DeliveryProcess], logged: int, console: Console
             while any(not process.over for process in processes):
                 for process in processes:
                     process.keep()
-                    if process.is_given_up:
+                    if process.is_given_up or process.is_stuck(PATIENCE_S):
                         process.stop()
 
                 show()

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("backend")
     parser.add_argument("--once", action="store_true", help="deliver what is there and end")
     parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")
+    parser.add_argument("--settings", type=json.loads, help="settings of now as JSON, with --options")
     parser.add_argument("--nice", type=int, default=19, help="how far to step back behind the training")
     parser.add_argument("--parent", type=int, help="end with this process")
     given = parser.parse_args(argv)
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_TAKEN
 
         try:
-            delivery = Delivery(given.run_dir, given.backend, once=given.once, options=given.options)
+            delivery = Delivery(
+                given.run_dir, given.backend, once=given.once, options=given.options, settings=given.settings
+            )
         except TraceMLError as error:
             _log.error("%s", error)
             return EXIT_AGAIN

@@ -24,7 +24,7 @@ from traceml.settings import Config
 from traceml.track.audit import Audit
 from traceml.track.derived import FOLLOWED
 from traceml.track.keys import read_key_file
-from traceml.track.plan import Experiment, Plan
+from traceml.track.plan import Experiment, Plan, settings_of, tightened
 from traceml.track.policy import Failure, FailureKind, Policy, classify, succeeded
 from traceml.track.records import Batch, Records, position
 from traceml.track.refusals import Refusals, Refused
@@ -54,13 +54,20 @@ class Delivery:
         backend: a backend's name or import path.
         once: deliver what is there and end, whether or not the run says that it is over.
         options: of the backend, over those that the run's experiments give; given, every experiment is delivered.
+        settings: what `plan.told_by` returned of the settings of now, for a run that did not ask for this backend.
 
     Raises:
         TraceMLError: the store cannot be read, or the settings are wrong.
     """
 
     def __init__(
-        self, run_dir: Path, backend: str, *, once: bool = False, options: dict[str, Any] | None = None
+        self,
+        run_dir: Path,
+        backend: str,
+        *,
+        once: bool = False,
+        options: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._once = once
@@ -75,7 +82,7 @@ class Delivery:
         self._plan = Plan(self._reader, run_dir)
         self._plan.refresh()
         asking = self._plan.backends().get(backend)
-        self._config: Config = asking.settings() if asking is not None else Config()
+        self._config = self._settings(asking, settings)
         self._options = options if options is not None else asking.options(backend) if asking is not None else {}
         self._everything = options is not None or asking is None
         self._given_options = options
@@ -99,6 +106,14 @@ class Delivery:
             return EXIT_AGAIN
         except Exception as error:  # noqa: BLE001 - a library may raise anything; what it was decides what comes next
             return self._failed(error)
+
+    def _settings(self, asking: Experiment | None, now: dict[str, Any] | None) -> Config:
+        """Return the settings of the run, as far as it has any; a tracker that it did not ask for gets no more."""
+        told = asking or next(iter(self._plan.experiments.values()), None)
+        if now is None:
+            return told.settings() if told is not None else Config()
+
+        return tightened(told.settings(), settings_of(now)) if told is not None else settings_of(now)
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -144,6 +159,7 @@ class Delivery:
             timeout_s=timeout_s,
             options=None if stands_in else self._given_options,
             is_fallback=stands_in,
+            local_only=self._config.local_only,
         )
 
     def _follow(self) -> int:

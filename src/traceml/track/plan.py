@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.schema import LOGGED
 from traceml.settings import Config
 
-__all__ = ["Experiment", "Plan"]
+__all__ = ["Experiment", "Plan", "settings_of", "tightened", "told_by"]
 
 # What an experiment's row may say of the settings; where it is silent, the defaults hold.
 _SETTINGS = (
@@ -54,9 +54,30 @@ class Experiment:
 
     def settings(self) -> Config:
         """Return the settings that it came with, the defaults for what it does not say."""
-        said = {name: self.row[name] for name in _SETTINGS if self.row.get(name) is not None}
-        lists = {name: tuple(value) for name, value in said.items() if isinstance(value, list)}
-        return Config(**{**said, **lists})
+        return settings_of(self.row)
+
+
+def settings_of(row: Mapping[str, Any]) -> Config:
+    """Return the settings that a row tells, the defaults for what it does not say."""
+    said = {name: row[name] for name in _SETTINGS if row.get(name) is not None}
+    lists = {name: tuple(value) for name, value in said.items() if isinstance(value, list)}
+    return Config(**{**said, **lists})
+
+
+def told_by(config: Config) -> dict[str, Any]:
+    """Return what `settings_of` reads, fit for JSON."""
+    return {name: getattr(config, name) for name in _SETTINGS}
+
+
+def tightened(config: Config, now: Config) -> Config:
+    """Return a run's settings with what those of now keep back in addition; they let nothing out that it kept back."""
+    return replace(
+        config,
+        mask=(*config.mask, *(pattern for pattern in now.mask if not pattern.startswith("!"))),
+        exclude=(*config.exclude, *now.exclude),
+        include=config.include or now.include,
+        local_only=config.local_only or now.local_only,
+    )
 
 
 class Plan:

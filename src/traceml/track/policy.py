@@ -18,12 +18,14 @@ from typing import Any
 from traceml.errors import BackendBusyError, BackendRefusedError, BackendUnauthorizedError, PluginError, SettingsError
 from traceml.track.state import Phase, TrackerState
 
-__all__ = ["Failure", "FailureKind", "Policy", "classify", "retry_after_s", "succeeded"]
+__all__ = ["Failure", "FailureKind", "Policy", "StartError", "classify", "retry_after_s", "succeeded"]
 
 _FIRST_WAIT_S = 0.5
 _TEXT_LIMIT = 500
 _UNAUTHORIZED, _BUSY, _REFUSED = {401, 403, 407}, {429, 503}, {400, 409, 413, 414, 415, 422, 431}
 _LONGEST_ASKED_S = 3600.0
+# What is raised about the arguments of a call.
+_OF_THE_CALL = (ValueError, TypeError, OverflowError, KeyError)
 
 
 class FailureKind(StrEnum):
@@ -45,8 +47,29 @@ class Failure:
     retry_after_s: float | None = None
 
 
+class StartError(Exception):
+    """A run cannot be begun at a tracker; no row is to blame for what then looks like the refusal of one.
+
+    Args:
+        cause: what the backend raised.
+    """
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__(str(cause))
+        failure = classify(cause)
+        if failure.kind is FailureKind.REFUSED:
+            is_answer = isinstance(cause, BackendRefusedError) or not isinstance(cause, _OF_THE_CALL)
+            kind = FailureKind.TRANSIENT if is_answer else FailureKind.BROKEN
+            failure = Failure(kind, f"it cannot begin: {failure.text}")
+
+        self.failure = failure
+
+
 def classify(error: BaseException) -> Failure:
     """Return what kind of failure an exception of a backend is."""
+    if isinstance(error, StartError):
+        return error.failure
+
     text = _text_of(error)
     if isinstance(error, BackendBusyError):
         return Failure(FailureKind.BUSY, text, error.retry_after_s)
@@ -65,7 +88,7 @@ def classify(error: BaseException) -> Failure:
             return Failure(FailureKind.REFUSED, text)
 
     # Raised without an answer of the tracker: the row itself cannot be put into the form that it wants.
-    if isinstance(error, ValueError | TypeError | OverflowError | KeyError) and not _has_network(error):
+    if isinstance(error, _OF_THE_CALL) and not _has_network(error):
         return Failure(FailureKind.REFUSED, text)
 
     return Failure(FailureKind.TRANSIENT, text)

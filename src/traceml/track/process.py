@@ -42,7 +42,9 @@ class DeliveryProcess:
         backend: the backend.
         options: its options, by which its environment is chosen.
         once: deliver what is there and end, rather than follow.
-        forced: options that it is given instead of those of the run, which then delivers everything.
+        forced: options that it is given instead of those of the run, which then delivers everything. They stand in
+            its command line, so none may be a secret.
+        settings: what `plan.told_by` returned of the settings of now, with `forced`.
         nice: how far it steps back behind the training.
     """
 
@@ -54,6 +56,7 @@ class DeliveryProcess:
         *,
         once: bool = False,
         forced: dict[str, Any] | None = None,
+        settings: dict[str, Any] | None = None,
         nice: int = 19,
     ) -> None:
         self.run_dir = run_dir
@@ -61,6 +64,7 @@ class DeliveryProcess:
         self._options = forced if forced is not None else options
         self._once = once
         self._forced = forced
+        self._settings = settings
         self._nice = nice
         self._process: subprocess.Popen[bytes] | None = None
         self._pause_s = _FIRST_PAUSE_S
@@ -153,6 +157,7 @@ class DeliveryProcess:
         command += ["--parent", str(os.getpid()), "--nice", str(self._nice)]
         command += ["--once"] if self._once else []
         command += ["--options", json.dumps(self._forced)] if self._forced is not None else []
+        command += ["--settings", json.dumps(self._settings)] if self._settings is not None else []
         self._started_s = time.monotonic()
         environ = environment_for(self.backend, self._options) | {"OMP_NUM_THREADS": "1"}
         try:

@@ -265,7 +265,8 @@ class Sender:
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
                 audit.note(kind, names, 1, size)
         except Exception as error:
-            if classify(error).kind is not FailureKind.REFUSED:
+            # A third party's may not know artifacts at all; its values need not wait for that.
+            if classify(error).kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
                 raise
 
             self._refused(error)  # known to be this row: nothing else of its batch has to come again

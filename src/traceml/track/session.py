@@ -14,6 +14,7 @@ from traceml.track.interfaces import BackendInterface
 from traceml.track.metric import Metric
 from traceml.track.plan import Experiment
 from traceml.track.plugins import create_backend
+from traceml.track.policy import StartError
 from traceml.track.rules import backend_options
 from traceml.track.state import TrackerState, states_of
 from traceml.track.watchdog import Watchdog
@@ -47,6 +48,7 @@ class Session:
         masker: masks what is text.
         timeout_s: how long a call may take.
         is_fallback: whether it stands in for another backend; its experiments are kept apart.
+        local_only: whether nothing may leave this machine, whatever the experiments say.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Session:
         timeout_s: float,
         options: Mapping[str, Any] | None = None,
         is_fallback: bool = False,
+        local_only: bool = False,
     ) -> None:
         self.backend = backend
         self._run_dir = run_dir
@@ -70,6 +73,7 @@ class Session:
         self._masker = masker
         self._timeout_s = timeout_s
         self._options = options
+        self._local_only = local_only
         self._prefix = f"{backend}:" if is_fallback else ""
         self._live: dict[str, BackendInterface] = {}
         self._touched: set[str] = set()
@@ -89,33 +93,42 @@ class Session:
 
         Raises:
             RewindError: the backend wants the run from its first row.
-            Exception: whatever the backend raises.
+            StartError: it cannot be started.
+            Exception: whatever the backend raises over its tags.
         """
         live = self._live.get(experiment.key)
         if live is not None:
             return live
 
-        kept = self.kept(experiment)
         with self._watched("start_experiment", _SLOW_S):
-            backend = create_backend(self.backend, self._config(experiment, kept), self._known(experiment))
-            self._state.target = self._masker.mask_text(backend.target)
-            if kept and not kept.get("ended") and not backend.resume(kept["mark"]):
-                raise RewindError
-
-            row = experiment.row
-            name = self._masker.mask_text(experiment.name)
-            number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or "default")))
-            # Kept at once: killed from here on, the next process continues this run instead of starting another.
-            self._state.experiments[self._prefix + experiment.key] = {
-                "id": number, "url": backend.url, "mark": backend.mark(), "ended": False,
-                "public": str(row.get("id") or ""),
-            }  # fmt: skip
+            try:
+                backend = self._begin(experiment, self.kept(experiment))
+            except RewindError:
+                raise
+            except Exception as error:
+                raise StartError(error) from error
 
         self._save()
         self._live[experiment.key] = backend
-        if tags := row.get("tags"):
+        if tags := experiment.row.get("tags"):
             self.tags(experiment, tags)
 
+        return backend
+
+    def _begin(self, experiment: Experiment, kept: Mapping[str, Any]) -> BackendInterface:
+        backend = create_backend(self.backend, self._config(experiment, kept), self._known(experiment))
+        self._state.target = self._masker.mask_text(backend.target)
+        if kept and not kept.get("ended") and not backend.resume(kept["mark"]):
+            raise RewindError
+
+        row = experiment.row
+        name = self._masker.mask_text(experiment.name)
+        number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or "default")))
+        # Kept at once: killed from here on, the next process continues this run instead of starting another.
+        self._state.experiments[self._prefix + experiment.key] = {
+            "id": number, "url": backend.url, "mark": backend.mark(), "ended": False,
+            "public": str(row.get("id") or ""),
+        }  # fmt: skip
         return backend
 
     # --- what is given -----------------------------------------------------------------------------------------------
@@ -253,7 +266,7 @@ class Session:
                 "params": self._masker.mask_mapping(row.get("params") or {}),
             },
             "continue_run": kept["id"] if kept.get("ended") else self._resumed(row.get("resume")),
-            "local_only": bool(row.get("local_only")),
+            "local_only": self._local_only or bool(row.get("local_only")),
         }
 
     def _their_id(self, public: str) -> str | None:
