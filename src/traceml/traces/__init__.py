@@ -9,10 +9,11 @@ from typing import Any
 _HOMES = {
     "Writer": "traceml.traces.writer",
     "discover": "traceml.traces.files",
+    "open": "traceml.traces.query",
     "read": "traceml.traces.reading",
 }
 
-__all__ = ["Writer", "discover", "read"]
+__all__ = ["Writer", "discover", "open", "read"]
 
 
 def __getattr__(name: str) -> Any:

@@ -80,9 +80,9 @@ def analyse_part(question: Question, part: Part, paths: list[str], labels: Label
     origin = Origin(strings, [Path(path) for path in paths])
     origin.labels = labels
     analysis = Analysis(question, origin)
+    analysis.begin_source(part.source)
     analysis.sorter = Sorter(limit=_ALL, part=_ALL)  # all of it travels
     analysis.matcher = Matcher(Sorter(limit=_ALL, part=_ALL))
-    analysis.begin_source(part.source)
     if not Path(part.path).exists():
         raise TraceNotFoundError(f"a Dask worker does not see {part.path}: its host needs the file under this path")
 
@@ -179,14 +179,11 @@ def _joined(analysis: Analysis, parts: list[Part], results: list[Result]) -> Fil
 
 @contextmanager
 def _client(cluster: Any) -> Iterator[Any]:
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise UsageError(f"--dask needs Dask: pip install 'traceml[dask]' ({error})") from error
-
-    if isinstance(cluster, Client):
+    if _is_client(cluster):
         yield cluster
         return
+
+    from distributed import Client
 
     try:
         client = Client(cluster, timeout=_CONNECT_S, set_as_default=False)
@@ -198,3 +195,12 @@ def _client(cluster: Any) -> Iterator[Any]:
             raise UsageError(f"the Dask scheduler at {cluster} has no workers")
 
         yield client
+
+
+def _is_client(cluster: Any) -> bool:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError(f"analysis on a cluster needs Dask: pip install 'traceml[dask]' ({error})") from error
+
+    return isinstance(cluster, Client)

@@ -11,14 +11,39 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from traceml.traces.analysis import Analysis, added
 from traceml.traces.fields import ArgField
 from traceml.traces.labels import Labels
-from traceml.traces.sorting import Rows
 from traceml.traces.stats import Stat
 
 __all__ = ["Partial", "absorb", "partial_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A column of integers in as few bytes as its values need: times in whole microseconds take half, or less."""
+
+    values: NDArray[Any]
+    least: int
+    unit: int
+    type: str
+
+    @classmethod
+    def of(cls, column: NDArray[Any]) -> Packed:
+        """Pack a column that is not empty."""
+        least = int(column.min())
+        offsets = column.astype(np.int64) - least
+        whole = int(column.max()) - least < 2**62 and not (offsets % 1000).any()
+        offsets = offsets // 1000 if whole else offsets
+        return cls(
+            offsets.astype(np.min_scalar_type(int(offsets.max()))), least, 1000 if whole else 1, column.dtype.str
+        )
+
+    def column(self) -> NDArray[Any]:
+        """Return the column."""
+        return (self.values.astype(np.int64) * self.unit + self.least).astype(self.type)
 
 
 @dataclass(slots=True)
@@ -38,8 +63,8 @@ class Partial:
     groups: list[tuple[tuple[Any, ...], Stat, int]]
     lanes: list[tuple[Any, ...]]
     names: list[Any]
-    spans: Rows
-    edges: Rows
+    spans: list[Packed]
+    edges: list[Packed]
     labels: Labels
     letters: Counter[str]
     events: int
@@ -59,8 +84,8 @@ def partial_of(analysis: Analysis) -> Partial:
         groups=[_group(analysis, number) for number in range(len(analysis.groups[-1]))],
         lanes=[_lane(analysis, number) for number in range(len(analysis.lanes))],
         names=names,
-        spans=analysis.sorter.columns(),
-        edges=edges,
+        spans=[Packed.of(column) for column in analysis.sorter.columns()],
+        edges=[Packed.of(column) for column in edges],
         labels=analysis.origin.labels,
         letters=analysis.letters,
         events=analysis.events,
@@ -76,12 +101,12 @@ def absorb(analysis: Analysis, partial: Partial, source: int) -> None:
     groups = np.array([_absorb_group(analysis, *group) for group in partial.groups], np.int32)
     lanes = np.array([_absorb_lane(analysis, lane) for lane in partial.lanes], np.int32)
     if partial.spans:
-        start, duration, group, lane, kind = partial.spans
+        start, duration, group, lane, kind = (packed.column() for packed in partial.spans)
         analysis.sorter.add(start, duration, groups[group], lanes[lane], kind)
 
     if partial.edges:
         names = np.array([analysis.origin.strings.intern(name) for name in partial.names], np.int32)
-        at, is_end, lane, name, group, mark = partial.edges
+        at, is_end, lane, name, group, mark = (packed.column() for packed in partial.edges)
         analysis.matcher.add(at, is_end, lanes[lane], names[name], groups[group], mark)
 
     analysis.origin.labels.merge(partial.labels)

@@ -25,6 +25,7 @@ __all__ = ["IndivisibleError", "Part", "Seams", "facts_of", "mend", "read_part",
 
 _PLAIN_BYTES = 64 * 1024 * 1024
 _ZIPPED_BYTES = 8 * 1024 * 1024
+_LEAST_BYTES = 256 * 1024
 
 
 class IndivisibleError(TraceMLError):
@@ -85,7 +86,7 @@ def split(source: int, path: Path, *, least: int = 1) -> list[Part]:
     with path.open("rb") as file:
         start = file.read(1 << 16)
         zipped = start.startswith(GZIP_MAGIC)
-        step = max(1 << 18, min(_ZIPPED_BYTES if zipped else _PLAIN_BYTES, -(-size // least)))
+        step = max(_LEAST_BYTES, min(_ZIPPED_BYTES if zipped else _PLAIN_BYTES, -(-size // least)))
         cuts = [_member_from(file, at, size) if zipped else at for at in range(step, size, step)]
 
     bounds = [0, *sorted({cut for cut in cuts if cut < size}), size]

@@ -57,8 +57,15 @@ class Sorter:
         return tuple(np.concatenate(each) for each in zip(*self._fresh, strict=True))
 
     def blocks(self) -> Iterator[Rows]:
-        """Yield all rows in order, as many at a time as are at hand."""
+        """Yield all rows in order, as many at a time as are at hand; once."""
         self._close_part()
+        try:
+            yield from self._merged()
+        finally:
+            if self._file is not None:
+                self._file.close()
+
+    def _merged(self) -> Iterator[Rows]:
         cursors = [_Cursor(part, max(1024, self._limit // (2 * len(self._parts)))) for part in self._parts]
         while cursors:
             rows = _merge_step(cursors)

@@ -150,8 +150,9 @@ class GroupStats:
         cell = np.where(duration < CELLS, duration, (duration >> np.maximum(exponent - 7, 0)) & (CELLS - 1))
         keys = (group.astype(np.int64) * OCTAVES + octave) * CELLS + cell
         for key, spans in zip(*np.unique(keys, return_counts=True), strict=True):
-            page, at = divmod(int(key), CELLS)
-            self._cells[self._page(*divmod(page, OCTAVES)), at] += spans
+            place, at = divmod(int(key), CELLS)
+            page = self._page(*divmod(place, OCTAVES))  # may make room for more cells
+            self._cells[page, at] += spans
 
     def _page(self, group: int, octave: int) -> int:
         if self._pages[group, octave] < 0:

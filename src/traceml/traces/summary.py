@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from traceml.traces.labels import Labels
     from traceml.traces.reading import Reading
 
-__all__ = ["Progress", "run", "summarise"]
+__all__ = ["Progress", "learnt", "run", "summarise"]
 
 Progress = Callable[[int, int], None]  # events so far, files begun so far
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -74,7 +74,7 @@ def run(question: Question, files: Sequence[Path], progress: Progress | None = N
 
     reading = read(files, args=question.args)
     origin = Origin(reading.strings, list(files))
-    origin.labels = _learnt(question, files)
+    origin.labels = learnt(question, files)
     analysis = Analysis(question, origin)
     events = 0
     for batch in reading:
@@ -99,7 +99,7 @@ def _asked(question: Question, files: Sequence[Path], dask: Any, progress: Progr
     else:
         from traceml.traces.cluster import run_on
 
-        analysis, facts = run_on(dask, question, files, progress, labels=_learnt(question, files))
+        analysis, facts = run_on(dask, question, files, progress, labels=learnt(question, files))
 
     _refuse_absent(analysis)
     answer = answer_of(analysis, facts)
@@ -111,7 +111,7 @@ def _asked(question: Question, files: Sequence[Path], dask: Any, progress: Progr
     return answer
 
 
-def _learnt(question: Question, files: Sequence[Path]) -> Labels:
+def learnt(question: Question, files: Sequence[Path]) -> Labels:
     """Return what metadata says, where conditions rest on it: it may stand anywhere, so it is read first."""
     from traceml.traces.labels import Labels
     from traceml.traces.reading import read
