@@ -13,9 +13,9 @@ from rich.console import Console
 from traceml.cli.parsing import parse
 from traceml.cli.report import current_report
 from traceml.display.fullscreen import FullScreen
+from traceml.display.top import Top
 from traceml.errors import RunNotFoundError, TraceMLError, UsageError
 from traceml.renderers.card import print_report
-from traceml.renderers.views import live_view
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.live import LiveRun
 from traceml.settings import Config, load
@@ -25,14 +25,15 @@ __all__ = ["main"]
 
 _INTERVAL_S = 0.5
 _SHARE = 0.1  # of a core: a job with very many ranks is drawn less often
-_QUIT = ("q", "Q", "\x1b")
+_QUIT = ("q", "Q", "escape")
 
 
 @dataclass(frozen=True)
 class Options:
     """Watch a running job: speed, phases of each rank, and what limits it so far.
 
-    q or Ctrl-C quits; the job is not touched. When the job ends its verdict is printed.
+    Keys: o p r m t l s (or Tab) switch between overview, phases, ranks, memory, metrics, logs and system; arrows and
+    PgUp, PgDn page; ? explains them; q or Ctrl-C quits. The job is not touched. When it ends its verdict is printed.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
@@ -126,16 +127,21 @@ def _watch(run_dir: Path, console: Console) -> bool:
     live = LiveRun(run_dir)
     try:
         with FullScreen(console) as screen:
+            top = Top(live)
             while True:
                 began_s = time.monotonic()
-                live.refresh()
-                screen.draw(live_view(live.report(), live.rates), footer="q quits; the job goes on")
+                top.refresh()
+                top.draw(screen)
                 if live.ended:
                     return True
 
-                pause_s = max(_INTERVAL_S, (time.monotonic() - began_s) / _SHARE)
-                if screen.key(pause_s) in _QUIT:
-                    return False
+                until_s = time.monotonic() + max(_INTERVAL_S, (time.monotonic() - began_s) / _SHARE)
+                while (key := screen.key(until_s - time.monotonic())) is not None:
+                    if key in _QUIT:
+                        return False
+
+                    top.press(key, screen)
+                    top.draw(screen)
     except KeyboardInterrupt:
         return False
     finally:

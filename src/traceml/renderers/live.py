@@ -13,7 +13,16 @@ from traceml.renderers.numbers import bytes_text, count_text, duration_text, ms_
 from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
 from traceml.renderers.words import short_label
 
-__all__ = ["MAX_RANK_ROWS", "MIN_HEIGHT", "MIN_WIDTH", "live_lines", "panel_height"]
+__all__ = [
+    "MAX_RANK_ROWS",
+    "MIN_HEIGHT",
+    "MIN_WIDTH",
+    "live_lines",
+    "panel_height",
+    "rule_line",
+    "speed_line",
+    "verdict_line",
+]
 
 MAX_RANK_ROWS = 16
 MIN_WIDTH = 60
@@ -41,11 +50,11 @@ def live_lines(view: LiveView, look: Look) -> list[Text]:
     ranks = max(len(now.ranks), now.run.world_size)
     height = panel_height(ranks, look.height)
     lines = [
-        _rule(now, look),
-        _speed(view, look),
+        rule_line(now, look),
+        speed_line(view, look),
         _heading(now, look),
         *_rank_lines(now, height - _FRAME_ROWS, look),
-        _verdict(now),
+        verdict_line(now),
         *_next(now, look),
         _tracing(now, look),
     ]
@@ -62,7 +71,8 @@ def _cut(line: Text, look: Look) -> None:
         line.append(look.glyphs.ellipsis)
 
 
-def _rule(now: RunView, look: Look) -> Text:
+def rule_line(now: RunView, look: Look) -> Text:
+    """Return the top line: which run, how many ranks, how it stands."""
     rule, run = look.glyphs.rule, now.run
     left = Text(f"{rule} ", style="dim").append("traceml", style="bold not dim").append(f" {rule} ")
     name = run.name if len(run.name) <= 28 else run.name[:27] + look.glyphs.ellipsis[:1]
@@ -74,7 +84,8 @@ def _rule(now: RunView, look: Look) -> Text:
     return left.append(rule * max(look.width - left.cell_len - len(right), 1)).append(right)
 
 
-def _speed(view: LiveView, look: Look) -> Text:
+def speed_line(view: LiveView, look: Look) -> Text:
+    """Return how fast the job is, and was."""
     steps = view.now.steps
     trend = max(min(look.width - 62, 40), 6)
     line = Text(f" {rate_text(steps.per_second):>6} steps/s ", style="bold")
@@ -142,7 +153,8 @@ def _hidden_line(now: RunView, hidden: int, look: Look) -> Text:
     return Text(f"   {look.glyphs.ellipsis} {count_text(hidden)} more{between}", style="dim")
 
 
-def _verdict(now: RunView) -> Text:
+def verdict_line(now: RunView) -> Text:
+    """Return the verdict so far in a few words."""
     verdict = now.verdict
     return Text(" so far  ", style="dim").append(
         verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"

@@ -12,6 +12,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis import Finding, slots_for
 from traceml.errors import StoreError
 from traceml.runs.digest import Digest
+from traceml.runs.notes import Note, Notes
 from traceml.runs.report import described, report_of
 from traceml.runs.series import RunSeries, SeriesFollower
 
@@ -45,6 +46,7 @@ class LiveRun:
         self._reader: StoreReader | None = None
         self._last_event = 0
         self._series: SeriesFollower | None = None
+        self._notes = Notes()
         self._marks: deque[tuple[float, int, int]] = deque()
         self._telemetry: tuple[float, dict[str, Any]] | None = None
 
@@ -111,6 +113,17 @@ class LiveRun:
             self._series.backfill(self.path)
 
         return self._series.series(self.digest)
+
+    def notes(self) -> list[Note]:
+        """Return what the run tells in words, the newest first: events, warnings, texts.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self._reader is not None:
+            self._notes.update(self._reader)
+
+        return self._notes.lines(self.events)
 
     def close(self) -> None:
         """Close the store."""
