@@ -10,10 +10,10 @@ from typing import Any
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.renderers.html import HTML_NAME, report_page
+from traceml.renderers.html import report_page
 from traceml.runs.about import about_run
 from traceml.runs.digest import Digest
-from traceml.runs.report import digest_of, save_report, update_trackers, whole_report
+from traceml.runs.report import PAGE_NAME, digest_of, save_report, update_trackers, whole_report
 from traceml.runs.series import SeriesFollower
 
 __all__ = ["refresh_reports", "write_page", "write_reports"]
@@ -34,9 +34,9 @@ def write_reports(run_dir: Path) -> Path:
         report = whole_report(digest, reader, run_dir)
         path = save_report(run_dir, report)
         try:
-            _save(run_dir / HTML_NAME, _page(digest, reader, report))
+            _save(run_dir / PAGE_NAME, _page(digest, reader, report))
         except Exception as error:  # noqa: BLE001 - the verdict stands in report.json: a drawing must not take it away
-            _log.warning("no %s: %r", run_dir / HTML_NAME, error, exc_info=error)
+            _log.warning("no %s: %r", run_dir / PAGE_NAME, error, exc_info=error)
 
     return path
 
@@ -48,8 +48,8 @@ def refresh_reports(run_dir: Path) -> None:
         StoreError: the store cannot be read.
         OSError: the folder cannot be written.
     """
-    if update_trackers(run_dir) and (Path(run_dir) / HTML_NAME).exists():
-        write_page(run_dir, Path(run_dir) / HTML_NAME)
+    if update_trackers(run_dir) and (Path(run_dir) / PAGE_NAME).exists():
+        write_page(run_dir, Path(run_dir) / PAGE_NAME)
 
 
 def write_page(run_dir: Path, path: Path) -> None:

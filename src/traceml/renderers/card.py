@@ -24,6 +24,7 @@ from traceml.renderers.numbers import (
 )
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
 from traceml.renderers.words import phase_label
+from traceml.runs.report import PAGE_NAME
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 
@@ -64,24 +65,26 @@ def print_report(report: Mapping[str, Any], run_dir: Path, *, console: Console) 
         console: where to print.
     """
     folder = run_dir.resolve()
-    path = folder / "report.json"
+    path, page = folder / "report.json", folder / PAGE_NAME
     shown = card(
         run_view(report),
         Look.of(console),
         report_path=str(path) if path.exists() else "",
+        page_path=str(page) if page.exists() else "",
         again=f"traceml report {_name_of(folder)}",
     )
     # Lines are fitted already; a path or a command that is wider than the terminal must stay whole to be copied.
     console.print(shown, soft_wrap=True)
 
 
-def card(view: RunView, look: Look, *, report_path: str = "", again: str = "") -> Group:
+def card(view: RunView, look: Look, *, report_path: str = "", page_path: str = "", again: str = "") -> Group:
     """Return the card of a run.
 
     Args:
         view: the run.
         look: what the medium can show; at most 100 columns are used.
         report_path: told at the end.
+        page_path: the report with charts, told there too.
         again: the command that shows this again, told at the end.
     """
     width = min(look.width, _MAX_WIDTH)
@@ -96,7 +99,8 @@ def card(view: RunView, look: Look, *, report_path: str = "", again: str = "") -
         *_closing_lines(view, width),
     ]
     fitted = [_fitted(line, width, look) for line in lines]
-    return Group(*fitted, *_copied("Report", report_path), *_copied("Again", again))
+    copied = (("Report", report_path), ("Charts", page_path), ("Again", again))
+    return Group(*fitted, *(line for label, text in copied for line in _copied(label, text)))
 
 
 def _name_of(run_dir: Path) -> str:

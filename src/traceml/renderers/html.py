@@ -20,9 +20,7 @@ from traceml.renderers.views import RunView, Verdict, run_view
 from traceml.runs.about import About
 from traceml.runs.series import RunSeries
 
-__all__ = ["HTML_NAME", "PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
-
-HTML_NAME = "report.html"
+__all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
 
 PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
 """What a page has behind its cards, by theme."""

@@ -21,6 +21,7 @@ from traceml.runs.logged import trackers
 from traceml.runs.state import state_of
 
 __all__ = [
+    "PAGE_NAME",
     "REPORT_NAME",
     "SCHEMA",
     "build_report",
@@ -35,6 +36,7 @@ __all__ = [
 
 SCHEMA = "traceml.report/1"
 REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
 
 
 def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> dict[str, Any]:
@@ -171,6 +173,7 @@ def report_of(
         "memory": plain(sections.memory(digest)),
         "system": plain(sections.system(digest)),
         "metrics": digest.metrics.section(),
+        "hidden_metrics": digest.metrics.hidden,  # names beyond those that a report has room for
         "trackers": trackers(run_dir, reader),
         "telemetry": telemetry or plain(sections.telemetry(digest, reader, steps["mean_ms"])),
     }
