@@ -1,0 +1,125 @@
+"""Dask workers with a Runtime each: in this process, in processes of their own, and behind a scheduler elsewhere."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed import Client, LocalCluster
+
+from tests.tasks.conftest import threads_of_ours, until
+from traceml import UsageError
+from traceml.dask import TraceMLDaskWorkerPlugin, get_worker_runtime
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:ResourceWarning")
+
+
+def use(value: int) -> tuple[int, int, int]:
+    """Run tasks in a task; tell the result, the Runtime's size, and the process."""
+    rt = get_worker_runtime()
+    handles = [rt.submit(pow, value, 2), rt.submit(pow, value, 3, io=True)]
+    rt.wait_all(raise_on_error=True)
+    return sum(handle.get() for handle in handles), rt.threads, os.getpid()
+
+
+def identity(_: Any) -> tuple[int, bool]:
+    from traceml import get_default_runtime
+
+    rt = get_worker_runtime()
+    return id(rt), rt is get_default_runtime()
+
+
+@contextmanager
+def cluster(**options: Any) -> Iterator[Client]:
+    with (
+        LocalCluster(dashboard_address=None, silence_logs=50, **options) as local,
+        Client(local, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def test_workers_in_one_process_have_a_runtime_each() -> None:
+    """Registering again replaces them and ends their threads; unregistering leaves none."""
+    with cluster(n_workers=2, threads_per_worker=1, processes=False) as client:
+        client.register_plugin(TraceMLDaskWorkerPlugin(threads=3))
+        workers = list(client.scheduler_info()["workers"])
+        seen = [client.submit(identity, i, workers=[address]).result() for i, address in enumerate(workers)]
+        assert len({one for one, _ in seen}) == 2
+        assert client.submit(use, 2).result()[:2] == (12, 3)
+
+        client.register_plugin(TraceMLDaskWorkerPlugin(threads=2, io_threads=1))
+        plugins = client.run(lambda dask_worker: [name for name in dask_worker.plugins if "traceml" in name])
+        assert set(map(tuple, plugins.values())) == {("traceml-runtime",)}
+        assert client.submit(use, 3).result()[:2] == (36, 2)
+
+        client.unregister_worker_plugin("traceml-runtime")
+        until(lambda: not threads_of_ours())
+        with pytest.raises(UsageError, match="has no Runtime: client.register_plugin"):
+            client.submit(use, 4).result()
+
+
+def test_a_closed_cluster_leaves_no_thread() -> None:
+    with cluster(n_workers=1, threads_per_worker=2, processes=False) as client:
+        client.register_plugin(TraceMLDaskWorkerPlugin())
+        assert client.submit(use, 1).result()[1] == 2  # as many as the worker has threads
+
+    until(lambda: not threads_of_ours())
+
+
+def test_workers_in_processes_have_a_runtime_each() -> None:
+    """There it is the default one too, and it is there again after a restart."""
+    with cluster(n_workers=1, threads_per_worker=1, processes=True) as client:
+        client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
+        *told, pid = client.submit(use, 2).result()
+        assert (told, pid != os.getpid()) == ([12, 2], True)
+        assert client.submit(identity, 0).result()[1]
+
+        client.restart()
+        *told, fresh = client.submit(use, 5).result()
+        assert (told, fresh not in (pid, os.getpid())) == ([150, 2], True)
+
+
+def test_a_remote_scheduler_takes_the_plugin(tmp_path: Path) -> None:
+    """Scheduler and worker are programs of their own, started from the command line."""
+    file = tmp_path / "scheduler.json"
+    options = ["--scheduler-file", str(file), "--no-dashboard"]
+    place = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", *options]
+    worker_command = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *options]
+    programs = [subprocess.Popen(command, **place, **quiet), subprocess.Popen(worker_command, **place, **quiet)]
+    try:
+        until(file.exists, 30)
+        with Client(scheduler_file=str(file), set_as_default=False) as client:
+            client.wait_for_workers(1, timeout=30)
+            client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
+            assert client.submit(use, 2).result(timeout=30)[:2] == (12, 2)
+    finally:
+        for program in reversed(programs):
+            program.terminate()
+            program.wait(20)
+
+
+def test_outside_of_a_dask_task_there_is_no_worker() -> None:
+    with pytest.raises(UsageError, match="outside of a Dask task"):
+        get_worker_runtime()
+
+
+def test_wrong_sizes_are_told_before_they_travel() -> None:
+    with pytest.raises(UsageError, match="threads=-1"):
+        TraceMLDaskWorkerPlugin(threads=-1)
+
+
+def test_without_distributed_the_error_says_what_to_install() -> None:
+    code = "import sys; sys.modules['distributed'] = None; import traceml.dask"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.returncode == 1
+    assert "ImportError: traceml.dask needs dask.distributed" in done.stderr
+    assert "pip install 'traceml[dask]'" in done.stderr
