@@ -51,10 +51,13 @@ def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
 def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
     run.metrics({f"layer_{i}": [float(i)] for i in range(1500)})
     metrics = Metrics()
-    with StoreReader(run.end() / STORE_NAME) as reader:
+    run_dir = run.end()
+    with StoreReader(run_dir / STORE_NAME) as reader:
         metrics.update(reader)
 
     assert (len(metrics.section()), metrics.hidden) == (1000, 500)
+    report = json.loads(write_report(run_dir).read_text())
+    assert (len(report["metrics"]), report["hidden_metrics"]) == (1000, 500)
 
 
 def test_a_written_report_follows_its_trackers(run: LoggedRun) -> None:

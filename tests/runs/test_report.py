@@ -24,7 +24,7 @@ from traceml.runs.report import build_report, write_report
 
 KEYS = {
     "": ["schema", "traceml_version", "run", "verdict", "findings", "steps", "phases", "ranks", "memory", "system",
-         "metrics", "trackers", "telemetry"],
+         "metrics", "hidden_metrics", "trackers", "telemetry"],
     "run": ["id", "name", "project", "attempt", "started", "ended", "duration_s", "state", "world_size", "hosts",
             "command"],
     "verdict": ["kind", "severity", "ranks", "phase", "summary", "next", "evidence", "cost_share", "speedup_if_fixed"],

@@ -11,6 +11,7 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import UsageError
+from traceml.track.sweep import variables
 
 __all__ = ["ADDRESS_OPTIONS", "KEY_VARIABLES", "announcement", "check_backends", "default_backends", "refuse_secrets"]
 
@@ -50,6 +51,7 @@ def announcement(
         "registered": registered(PluginType.BACKEND),
         "sys_path": [entry or str(Path.cwd()) for entry in sys.path],
         "folder": str(Path.cwd()),
+        "environ": variables(),
     }
 
 

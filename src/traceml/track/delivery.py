@@ -32,6 +32,7 @@ from traceml.track.rules import Rules
 from traceml.track.sender import Sender
 from traceml.track.session import RewindError, Session
 from traceml.track.state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, Phase, TrackerState
+from traceml.track.sweep import variables
 from traceml.track.watchdog import Watchdog
 
 __all__ = ["Delivery"]
@@ -123,6 +124,8 @@ class Delivery:
             os.environ.update(read_key_file(self._state.backend, Path(str(key_file))))
 
         first = next((each.row for each in self._plan.experiments.values()), {})
+        # By name, whatever the row says: it came over a connection.
+        os.environ.update(variables({str(name): str(value) for name, value in (first.get("environ") or {}).items()}))
         sys.path.extend(path for path in first.get("sys_path") or () if path not in sys.path)
         with contextlib.suppress(OSError):  # paths among the options are meant from where the script was started
             os.chdir(str(first.get("folder") or "."))

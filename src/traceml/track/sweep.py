@@ -1,4 +1,4 @@
-"""The parameters that a W&B sweep agent chose for this process: from the file that it leaves, without its library."""
+"""What a W&B sweep agent told this process: the parameters from the file that it leaves, and which run to join."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["parameters"]
+from traceml.privacy import secrets_only
+
+__all__ = ["parameters", "variables"]
+
+# What delivery has to know of the rank's environment: its own may be that of a `traceml serve` started long before.
+_TOLD = (
+    "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE",
+)  # fmt: skip
+
+
+def variables(environ: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the variables that say which run of W&B this process belongs to; never a key."""
+    environ = dict(os.environ) if environ is None else environ
+    given = {name: environ[name] for name in _TOLD if environ.get(name)}
+    return {name: value for name, value in given.items() if secrets_only().mask_text(value) == value}
 
 
 def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import pytest
 
 from tests.track.backends.conftest import Maker
 from tests.track.backends.wandb_reader import history, records
+from tests.track.fabricated import LoggedRun, deliver, state_of
 from traceml.errors import PluginError
 from traceml.track.interfaces import BackendInterface
 from traceml.track.metric import Metric
+from traceml.track.sweep import variables
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -140,6 +142,24 @@ def test_a_sweep_is_joined(tmp_path: Path) -> None:
     (run, *_) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     assert (number, run.run_id, run.sweep_id) == ("swept", "swept", "sw33p")
     assert {item.key: item.value_json for item in run.config.update}["lr"] == "0.25"
+
+
+def test_a_sweep_is_joined_by_a_delivery_that_was_started_elsewhere(tmp_path: Path) -> None:
+    """Under `traceml serve` the agent's variables are the rank's alone: they come with what it announces, no keys."""
+    given = {"WANDB_SWEEP_ID": "sw33p", "WANDB_RUN_ID": "swept", "WANDB_MODE": "offline", "WANDB_API_KEY": "k" * 40}
+    told = variables(given)
+    assert told == {name: value for name, value in given.items() if name != "WANDB_API_KEY"}
+    run = LoggedRun(tmp_path / "runs" / "r1")
+    run.experiment(["wandb"], id="exp-1", environ={**told, "WANDB_API_KEY": "k" * 40, "LD_PRELOAD": "/x.so"})
+    run.metrics({"loss": [1.0]})
+    run.end()
+
+    done = deliver(run.path, "wandb")
+    assert done.returncode == 0, done.stderr
+    (kept,) = state_of(run.path, "wandb").experiments.values()
+    found = list(records(Path(kept["url"].removeprefix("file://"))))
+    (about, *_) = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert (kept["id"], about.run_id, about.sweep_id) == ("swept", "swept", "sw33p")
 
 
 def test_a_continued_run_has_its_id(make: Maker) -> None:
