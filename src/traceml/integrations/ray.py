@@ -1,0 +1,94 @@
+"""Ray Train: `TorchTrainer(trace(train_loop), ...)`: all workers are the ranks of one run, in the driver's folder.
+
+Ray starts workers in folders of its own, on any host, and has them train in a thread. What they need to find each other
+is taken from the driver, and from the process group that Ray has made.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import secrets
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from traceml.integrations.session import Session
+from traceml.recorder.identity import script_name
+from traceml.settings import load
+
+__all__ = ["trace"]
+
+_log = logging.getLogger("traceml")
+
+_START_S = 20.0  # by then the first rank has started its aggregator
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
+    """Return a train loop that is traced in each worker, as one run.
+
+    Call it on the driver. On one host the workers use the aggregator that is there, or start one; where workers are on
+    several hosts, that of rank 0 starts one for them.
+
+    Args:
+        train_loop: as for `TorchTrainer`.
+        report: have rank 0 show the verdict.
+        settings: as for `traceml.init`; those of the driver's environment and files hold in the workers too.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value.
+    """
+    config = load(**settings)
+    told = {name: getattr(config, name) for name, source in config.sources.items() if source != "default"}
+    told |= {"runs_dir": config.runs_dir.absolute(), "run_name": config.run_name or script_name()}
+    token = config.token or secrets.token_hex(16)
+
+    @functools.wraps(train_loop)
+    def traced(*args: Any) -> Any:
+        session = Session(told | _address(token), report=report)
+        session.begin()
+        try:
+            result = train_loop(*args)
+        except BaseException as error:
+            session.end(error)
+            raise
+
+        session.end()
+        return result
+
+    return traced  # type: ignore[return-value]
+
+
+def _address(token: str) -> dict[str, Any]:
+    """Return the settings by which the ranks of several hosts reach one aggregator; empty on one host."""
+    from ray.train import get_context
+
+    context = get_context()
+    if context.get_local_world_size() == context.get_world_size():
+        return {}
+
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_initialized():
+        _log.warning(
+            "without a process group the hosts' ranks cannot find one aggregator: each host has a run of its own"
+        )
+        return {}
+
+    is_first = context.get_world_rank() == 0
+    told = [_free_address() if is_first else None]
+    distributed.broadcast_object_list(told, src=0)
+    assert told[0] is not None
+    host, port = told[0]
+    return {"host": host, "port": port, "token": token, "local": is_first, "connect_timeout": _START_S}
+
+
+def _free_address() -> tuple[str, int]:
+    """Return this node's address, and a port there that is free."""
+    from ray.util import get_node_ip_address
+
+    host = str(get_node_ip_address())
+    with socket.create_server((host, 0)) as listener:
+        return host, int(listener.getsockname()[1])
