@@ -14,9 +14,9 @@ def meeting(rank, began, arrived, left):
 def test_the_last_to_come_releases_the_others():
     """Who waited least came last; each of the others gets an arrow that ends within its wait."""
     arrows = Arrows()
-    assert arrows.meet(0, 5, 0, meeting(0, 0, 10, 100), 3) == []
-    assert arrows.meet(0, 5, 2, meeting(2, 0, 50, 101), 3) == []
-    found = arrows.meet(0, 5, 1, meeting(1, 0, 98, 99), 3)
+    assert arrows.meet(5, 0, meeting(0, 0, 10, 100), 3) == []
+    assert arrows.meet(5, 2, meeting(2, 0, 50, 101), 3) == []
+    found = arrows.meet(5, 1, meeting(1, 0, 98, 99), 3)
 
     assert [(arrow.source.pid, arrow.target.pid) for arrow in found] == [(2, 1), (2, 3)]
     for arrow in found:
@@ -27,17 +27,17 @@ def test_the_last_to_come_releases_the_others():
 def test_no_arrow_back_in_time():
     """Where clocks are further apart than the wait, there is none."""
     arrows = Arrows()
-    arrows.meet(0, 1, 0, meeting(0, 0, 10, 20), 2)
+    arrows.meet(1, 0, meeting(0, 0, 10, 20), 2)
 
-    assert arrows.meet(0, 1, 1, meeting(1, 500, 590, 591), 2) == []
+    assert arrows.meet(1, 1, meeting(1, 500, 590, 591), 2) == []
 
 
 def test_unfinished_meetings_are_given_up():
     """A rank that is lost does not make the others' meetings pile up."""
     arrows = Arrows()
     for step in range(_MOST_HELD + 10):
-        arrows.meet(0, step, 0, meeting(0, 0, 10, 20), 2)
+        arrows.meet(step, 0, meeting(0, 0, 10, 20), 2)
 
     assert arrows._held == _MOST_HELD
-    assert arrows.meet(0, 5, 1, meeting(1, 0, 19, 20), 2) == []
-    assert len(arrows.meet(0, _MOST_HELD, 1, meeting(1, 0, 19, 20), 2)) == 1
+    assert arrows.meet(5, 1, meeting(1, 0, 19, 20), 2) == []
+    assert len(arrows.meet(_MOST_HELD, 1, meeting(1, 0, 19, 20), 2)) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 __all__ = ["Arrow", "Arrows", "Meeting"]
@@ -17,7 +18,7 @@ class Meeting:
 
     Attributes:
         tid: its track.
-        began_ns: when the slice began in which it works and waits.
+        began_ns: when the slice began that ended with its arrival.
         arrived_ns: when its own work was done.
         left_ns: when it went on.
     """
@@ -51,17 +52,16 @@ class Arrows:
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[tuple[int, int], dict[int, Meeting]] = OrderedDict()
+        self._open: OrderedDict[Hashable, dict[int, Meeting]] = OrderedDict()
         self._held = 0
 
-    def meet(self, attempt: int, step: int, rank: int, meeting: Meeting, ranks: int) -> list[Arrow]:
-        """Take a rank's arrival at the sync point of a step; return the arrows once the last of `ranks` is known."""
-        key = attempt, step
-        there = self._open.setdefault(key, {})
+    def meet(self, point: Hashable, rank: int, meeting: Meeting, ranks: int) -> list[Arrow]:
+        """Take a rank's arrival at a sync point; return the arrows once the last of `ranks` ranks is known."""
+        there = self._open.setdefault(point, {})
         self._held += rank not in there
         there[rank] = meeting
         if len(there) == ranks:
-            del self._open[key]
+            del self._open[point]
             self._held -= ranks
             return _arrows(list(there.values()))
 
@@ -79,7 +79,7 @@ def _arrows(meetings: list[Meeting]) -> list[Arrow]:
             continue
 
         to_ns = meeting.left_ns - min(1_000, (meeting.waited_ns + 1) // 2)
-        from_ns = min(last.arrived_ns + last.waited_ns // 2, to_ns)
+        from_ns = min(last.arrived_ns - 1 + last.waited_ns // 2, to_ns)
         if from_ns > last.began_ns:  # else the clocks are further apart than the wait
             arrows.append(Arrow(last, from_ns, meeting, to_ns))
 

@@ -193,49 +193,44 @@ class Timeline:
 
     def _write_parts(self, lane: _Lane, row: Mapping[str, int], user: Any, begin_ns: int, end_ns: int) -> None:
         pid, tid = self._tracks.rank(lane.stream, tracks.STEPS)
-        named = sum(ns for _, ns in user)
-        parts = [(name, _CATEGORIES.get(name, "compute"), row[f"{name}_ns"]) for name in _ORDER]
-        parts += [(name, "user", ns) for name, ns in user]
-        parts.append(("user", "user", row["user_ns"] - named))
-        parts.append(("other", "other", row["total_ns"] - sum(ns for *_, ns in parts)))
-        at_ns = begin_ns
-        for name, category, ns in parts:
+        at_ns = began_ns = begin_ns
+        for name, category, ns in self._parts(lane, row, user):
             until_ns = min(at_ns + ns, end_ns)
-            if until_ns <= at_ns:
-                continue
+            if until_ns > at_ns:
+                self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
 
-            self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
-            own = row["backward_own_ns"]
-            if name == "backward" and own >= 0:
-                self._wait(lane, row["step"], at_ns, min(at_ns + own, until_ns), until_ns)
-            elif name == "comm" and row["backward_own_ns"] < 0:
-                self._meet(lane, row["step"], Meeting(pid, tid, at_ns, at_ns, until_ns))
+            if name == "wait" or (name == "comm" and until_ns > at_ns):
+                self._meet(lane, (row["step"], name), Meeting(pid, tid, began_ns, at_ns, until_ns))
 
-            at_ns = until_ns
+            began_ns, at_ns = at_ns, until_ns
 
-    def _wait(self, lane: _Lane, step: int, began_ns: int, arrived_ns: int, left_ns: int) -> None:
-        """Backward was measured apart from the waiting for other ranks inside it."""
-        pid, tid = self._tracks.rank(lane.stream, tracks.STEPS)
-        if self._world.get(lane.stream.attempt, 1) < 2:
-            return
+    def _parts(self, lane: _Lane, row: Mapping[str, int], user: Any) -> list[tuple[str, str, int]]:
+        """Return (name, category, ns) of the parts of a step in the order in which they are drawn."""
+        parts = []
+        for name in _ORDER:
+            ns, own = row[f"{name}_ns"], row["backward_own_ns"]
+            if name == "backward" and own >= 0 and self._world.get(lane.stream.attempt, 1) > 1:
+                # Measured apart: what the rank computed, and what it waited for others.
+                parts += [(name, "compute", min(own, ns)), ("wait", "comm", max(ns - own, 0))]
+            else:
+                parts.append((name, _CATEGORIES.get(name, "compute"), ns))
 
-        if left_ns > arrived_ns:
-            self._writer.write_span("wait", arrived_ns, left_ns, pid=pid, tid=tid, cat="comm")
+        parts += [(name, "user", ns) for name, ns in user]
+        parts.append(("user", "user", row["user_ns"] - sum(ns for _, ns in user)))
+        return [*parts, ("other", "other", row["total_ns"] - sum(ns for *_, ns in parts))]
 
-        self._meet(lane, step, Meeting(pid, tid, began_ns, arrived_ns, left_ns))
-
-    def _meet(self, lane: _Lane, step: int, meeting: Meeting) -> None:
+    def _meet(self, lane: _Lane, point: tuple[int, str], meeting: Meeting) -> None:
         stream = lane.stream
         ranks = self._world.get(stream.attempt, 1)
         if ranks < 2:
             return
 
-        for arrow in self._arrows.meet(stream.attempt, step, stream.rank, meeting, ranks):
+        for arrow in self._arrows.meet((stream.attempt, *point), stream.rank, meeting, ranks):
             self._flows += 1
-            for phase, at_ns, end in (("s", arrow.from_ns, arrow.source), ("f", arrow.to_ns, arrow.target)):
-                self._writer.write_flow(
-                    "s" if phase == "s" else "f", "released", self._flows, at_ns, pid=end.pid, tid=end.tid, cat="comm"
-                )
+            source, target = arrow.source, arrow.target
+            write = self._writer.write_flow
+            write("s", "released", self._flows, arrow.from_ns, pid=source.pid, tid=source.tid, cat="comm")
+            write("f", "released", self._flows, arrow.to_ns, pid=target.pid, tid=target.tid, cat="comm")
 
     def _evals(self, lane: _Lane, rows: Any) -> None:
         pid, tid = self._tracks.rank(lane.stream, tracks.EVALS)
@@ -259,12 +254,20 @@ class Timeline:
             end_ns = lane.device_until_ns = at_ns + row["total_ns"]
             args = {"step": row["step"]}
             self._writer.write_span("step", at_ns, end_ns, pid=pid, tid=tid, cat="device", args=args)
-            for name in ("h2d", "forward", "backward", "comm", "optimizer"):
-                until_ns = min(at_ns + row[f"{name}_ns"], end_ns)
+            for name, ns in _device_parts(row):
+                until_ns = min(at_ns + ns, end_ns)
                 if until_ns > at_ns:
-                    self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat="device")
+                    category = "comm" if name in ("wait", "comm") else "device"
+                    self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
 
                 at_ns = max(until_ns, at_ns)
+
+
+def _device_parts(row: Mapping[str, int]) -> list[tuple[str, int]]:
+    own = row["backward_own_ns"] if row["backward_own_ns"] >= 0 else row["backward_ns"]
+    backward = [("backward", min(own, row["backward_ns"])), ("wait", max(row["backward_ns"] - own, 0))]
+    before, after = (("h2d", "forward"), ("comm", "optimizer"))
+    return [*((n, row[f"{n}_ns"]) for n in before), *backward, *((n, row[f"{n}_ns"]) for n in after)]
 
 
 def origin_of(reader: StoreReader, clocks: Clocks) -> int:
