@@ -20,8 +20,12 @@ BENCHMARKS: dict[str, list[str]] = {
     "store_bytes": [],
     "tracking": [],
     "diagnosis_accuracy": ["--runs", "150"],
+    "compare_runs": [],
+    "report_page": [],
     "launch": [],
     "delivery": [],
+    "traces": [],
+    "trace_writer": [],
 }
 
 
