@@ -118,7 +118,7 @@ def test_cover_is_the_same_without_the_library(seed, monkeypatch):
     """Time by set of kinds, and the timeline, whose bins widen on the way."""
     start, duration, _, unit = spans(seed)
     start, duration = start * 1000, duration * 1000
-    kind = np.random.default_rng(seed).integers(0, 6, len(start), np.uint8)
+    kind = np.random.default_rng(seed).integers(0, 7, len(start), np.uint8)
 
     def run():
         found = covers.Cover(timeline=True)

@@ -21,6 +21,22 @@ __all__ = ["main"]
 _TOP = 20
 
 
+class _Paths(tuple[str, ...]):
+    """Words of a command line; for a type of its own tyro does not import typeguard, which takes 45 ms."""
+
+    __slots__ = ()
+
+
+_NO_PATHS = _Paths()
+_TAKEN = tyro.constructors.PrimitiveConstructorSpec(
+    nargs="*",
+    metavar="PATH ...",
+    instance_from_str=_Paths,
+    is_instance=lambda value: isinstance(value, _Paths),
+    str_from_instance=list,
+)
+
+
 @dataclass(frozen=True)
 class Options:
     """Summarise traces: dftracer's .pfw and .pfw.gz, Chrome and Perfetto JSON, exports of torch.profiler.
@@ -29,9 +45,9 @@ class Options:
     bandwidth, kernels and operators, ranks, a timeline. Damaged files are read as far as they can be, and it says so.
     """
 
-    paths: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")
-    ] = ()
+    paths: Annotated[tyro.conf.Positional[_Paths], _TAKEN, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")] = (
+        _NO_PATHS
+    )
     """Files, folders of them, or patterns."""
     by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""

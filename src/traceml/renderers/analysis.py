@@ -16,15 +16,28 @@ __all__ = ["SECTIONS", "analysis_lines"]
 SECTIONS = ("groups", "overlap", "io", "kernels", "operators", "processes", "timeline")
 
 _MAX_WIDTH = 140
-_LABEL = 12
+_BESIDE_BAR = 54  # columns of a line with a bar that are not the bar
+_UNIT_LABEL = 18
 _ROWS = 8  # of the smaller tables
+_WIDE = 100  # columns from which on all numbers are shown
 _KINDS = (
     ("compute_us", "compute", "blue"),
     ("io_us", "I/O", "yellow"),
     ("comm_us", "communication", "red"),
     ("copy_us", "copies", "magenta"),
 )
-_TIMES = (("sum", "sum_us"), ("self", "self_us"), ("mean", "mean_us"), ("p50", "p50_us"), ("p99", "p99_us"))
+_TIMES = (("sum", "sum_us"), ("self", "self_us"), ("p50", "p50_us"), ("p99", "p99_us"), ("mean", "mean_us"))
+
+_UNIT = (  # the most telling first: a narrow screen shows fewer
+    ("time", "duration_us"),
+    ("compute", "compute_us"),
+    ("I/O", "io_us"),
+    ("comm", "comm_us"),
+    ("idle", "idle_us"),
+    ("I/O alone", "unoverlapped_io_us"),
+    ("comm alone", "unoverlapped_comm_us"),
+    ("copies", "copy_us"),
+)
 
 _Column = tuple[str, int, Sequence[str]]  # title, width, cells
 
@@ -85,14 +98,17 @@ def _groups(answer: Mapping[str, Any], look: Look, top: int) -> Iterator[Text]:
     labels = [(field, 0, [_label(group[field]) for group in groups]) for field in answer["by"]]
     total = sum(group["sum_us"] for group in answer["groups"])
     shares = [percent_text(group["sum_us"] / total if total else None) for group in groups]
-    yield from _table(labels, [*_numbers(groups), ("of sum", 7, shares)], look)
+    yield from _table(labels, [*_numbers(groups, look), ("of sum", 6, shares)], look)
     if len(answer["groups"]) > top:
         yield Text(f"and {count_text(len(answer['groups']) - top)} more groups: --top N shows more", style="dim")
 
 
-def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[_Column]:
-    counts = ("count", 11, [count_text(row["count"]) for row in rows])
-    return [counts, *((title, 9, [_time(row[key]) for row in rows]) for title, key in _TIMES)]
+def _numbers(rows: Sequence[Mapping[str, Any]], look: Look) -> list[_Column]:
+    """Return the columns of numbers; a narrow screen has no room for all."""
+    times = _TIMES if look.width >= _WIDE else _TIMES[:4]
+    counts = [count_text(row["count"]) for row in rows]
+    width = max(5, *(len(count) for count in counts))
+    return [("count", width, counts), *((title, 8, [_time(row[key]) for row in rows]) for title, key in times)]
 
 
 def _table(labels: Sequence[_Column], numbers: Sequence[_Column], look: Look) -> Iterator[Text]:
@@ -139,19 +155,20 @@ def _overlap(overlap: Mapping[str, Any] | None, look: Look) -> Iterator[Text]:
         return
 
     total = overlap["duration_us"]
-    yield Text(f"Time {_time(total)}, all files together; what goes on at the same time counts for each", style="dim")
+    yield Text(f"Time: {_time(total)}, all files together. Unoverlapped: while nothing computes", style="dim")
     for key, label, style in _KINDS:
         if overlap[key]:
             alone = overlap.get(f"unoverlapped_{key}")
-            beside = "" if alone is None else f"   {_time(alone)} of it while nothing computes"
+            beside = "" if alone is None else f"  {_time(alone):>8} unoverlapped"
             yield _share_line(label, overlap[key], total, look, style).append(beside)
 
     yield _share_line("none of these", overlap["idle_us"], total, look, "bright_black")
 
 
 def _share_line(label: str, time_us: float, total_us: float, look: Look, style: str) -> Text:
-    line = Text(label.ljust(15)).append(bar(time_us / total_us, 24, look, style=style))
-    return line.append(f" {percent_text(time_us / total_us):>6} {_time(time_us):>9}")
+    width = min(40, max(8, look.width - _BESIDE_BAR))
+    line = Text(label.ljust(15)).append(bar(time_us / total_us, width, look, style=style))
+    return line.append(f" {percent_text(time_us / total_us):>6} {_time(time_us):>8}")
 
 
 def _io(io: Mapping[str, Any] | None, look: Look) -> Iterator[Text]:
@@ -175,7 +192,7 @@ def _operations(rows: Sequence[Mapping[str, Any]] | None, title: str, key: str, 
 
     yield Text(f"{title}, by {'time' if key == 'sum_us' else 'time of their own'}", style="dim")
     shown = rows[:_ROWS]
-    yield from _table([("name", 0, [_label(row["name"]) for row in shown])], _numbers(shown), look)
+    yield from _table([("name", 0, [_label(row["name"]) for row in shown])], _numbers(shown, look), look)
 
 
 def _units(report: Mapping[str, Any], look: Look) -> Iterator[Text]:
@@ -187,12 +204,9 @@ def _units(report: Mapping[str, Any], look: Look) -> Iterator[Text]:
 
     shown = sorted(rows, key=lambda row: row["rank"] if rows is ranks else -row["duration_us"])[: 2 * _ROWS]
     names = [_unit_name(row, by_rank=rows is ranks) for row in shown]
-    columns = [("time", "duration_us"), *((label.split()[0][:7], key) for key, label, _ in _KINDS)]
-    columns += [("I/O alone", "unoverlapped_io_us"), ("comm alone", "unoverlapped_comm_us"), ("idle", "idle_us")]
-    times = [
-        (title, 10, [_time(row[key]) for row in shown]) for title, key in columns if any(row[key] for row in shown)
-    ]
-    yield from _table([("rank" if rows is ranks else "process", 0, names)], times, look)
+    times = [(title, 10, [_time(row[key]) for row in shown]) for title, key in _UNIT if any(row[key] for row in shown)]
+    room = (min(look.width, _MAX_WIDTH) - _UNIT_LABEL) // 11
+    yield from _table([("rank" if rows is ranks else "process", 0, names)], times[:room], look)
     if len(rows) > len(shown):
         yield Text(f"and {len(rows) - len(shown)} more: --json lists all", style="dim")
 
@@ -212,7 +226,7 @@ def _timeline(timeline: Mapping[str, Any] | None, look: Look) -> Iterator[Text]:
     yield Text(f"Timeline: {len(bins)} bins of {_time(timeline['bin_us'])}", style="dim")
     rows = [(key, label, style) for key, label, style in _KINDS if any(each[key] for each in bins)]
     if not rows:
-        rows = [("host_us", "host", "cyan"), ("other_us", "other", "bright_black")]
+        rows = [("host_us", "host", "cyan"), ("host_comm_us", "communication", "red"), ("other_us", "other", "")]
 
     width = min(look.width - 15, len(bins))
     for key, label, style in [*rows, ("spans", "spans begun", "")]:

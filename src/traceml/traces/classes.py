@@ -1,17 +1,18 @@
 """What kind of work a span is: computing, I/O, communication, copying; told by its category and name.
 
 The categories are those of dftracer (`POSIX`, `STDIO`, ...), torch.profiler (`kernel`, `gpu_memcpy`, `cpu_op`, ...)
-and traceml's own export. Operators on the host count as computing where a trace has no kernels of a device.
+and traceml's own export. What operators on the host do counts as computing and communication where a trace has no kernels
+of a device; where it has, they only start those.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["CLASSES", "COMM", "COMPUTE", "COPY", "HOST", "IO", "OTHER", "classify", "io_direction"]
+__all__ = ["CLASSES", "COMM", "COMPUTE", "COPY", "HOST", "HOST_COMM", "IO", "OTHER", "classify", "io_direction"]
 
-COMPUTE, IO, COMM, COPY, HOST, OTHER = range(6)
-CLASSES = ("compute", "io", "comm", "copy", "host", "other")
+COMPUTE, IO, COMM, COPY, HOST, HOST_COMM, OTHER = range(7)
+CLASSES = ("compute", "io", "comm", "copy", "host", "host_comm", "other")
 
 _BY_CATEGORY = {
     COMPUTE: "kernel compute ai_framework forward backward optimizer",
@@ -31,18 +32,18 @@ _BY_NAME = (
     (COPY, re.compile(r"^h2d$|^memcpy", re.IGNORECASE)),
     (COMPUTE, re.compile(r"^(forward|backward|optimizer)$", re.IGNORECASE)),
 )
-_MAYBE_COMM = {COMPUTE, HOST}  # a kernel or an operator may be a collective
+_COLLECTIVES = {COMPUTE: COMM, HOST: HOST_COMM}  # a kernel or an operator may be one
 _SILENT = {"python_function", "cuda_runtime", "cuda_driver", "gpu_user_annotation", "trace", "overhead", "dftracer"}
 _READS = re.compile(r"read|load|recv|\bget", re.IGNORECASE)
 _WRITES = re.compile(r"write|save|send|\bput", re.IGNORECASE)
 
 
 def classify(cat: object, name: object) -> int:
-    """Return COMPUTE, IO, COMM, COPY, HOST or OTHER."""
+    """Return one of COMPUTE, IO, COMM, COPY, HOST, HOST_COMM, OTHER."""
     category, words = str(cat or "").lower(), str(name or "")
     known = _class_of(category)
-    if known in _MAYBE_COMM and _COLLECTIVE.search(words):
-        return COMM
+    if known in _COLLECTIVES and _COLLECTIVE.search(words):
+        return _COLLECTIVES[known]
 
     if known is not None:
         return known
@@ -50,7 +51,8 @@ def classify(cat: object, name: object) -> int:
     if category in _SILENT:
         return OTHER
 
-    return next((kind for kind, pattern in _BY_NAME if pattern.search(words)), OTHER)
+    kind = next((kind for kind, pattern in _BY_NAME if pattern.search(words)), OTHER)
+    return HOST_COMM if kind == COMM and category == "user_annotation" else kind
 
 
 def io_direction(name: object) -> str:

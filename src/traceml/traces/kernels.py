@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["LIBRARY", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_stats.so")
-_VERSION = 1
+_VERSION = 2
 _LOG = logging.getLogger("traceml")
 
 

@@ -10,12 +10,11 @@ from numpy.typing import NDArray
 
 from traceml.traces.analysis import Analysis
 from traceml.traces.answer import merged_groups, microseconds, stat_row
-from traceml.traces.classes import CLASSES, COMM, COMPUTE, COPY, HOST, IO, classify, io_direction
+from traceml.traces.classes import CLASSES, COMM, COMPUTE, COPY, HOST, HOST_COMM, IO, classify, io_direction
 from traceml.traces.stats import Stat
 
 __all__ = ["report_of"]
 
-_WORK = (COMPUTE, IO, COMM, COPY)  # while none of these goes on, a process is idle
 _BINS = 60
 _ROWS = 25  # of each table
 
@@ -41,16 +40,17 @@ class _Work:
 
     Args:
         analysis: where the units come from.
-        devices: whether kinds of a device or application level are there; else operators on the host are the computing.
+        devices: whether something computes beside operators on the host; else those are the computing.
     """
 
     def __init__(self, analysis: Analysis, *, devices: bool) -> None:
         self._fractional = analysis.fractional
         self._compute = 1 << COMPUTE if devices else 1 << COMPUTE | 1 << HOST
+        self._comm = 1 << COMM if devices else 1 << COMM | 1 << HOST_COMM
 
     def row(self, times: NDArray[np.int64]) -> dict[str, Any]:
         """Return how long each kind went on, and how long apart from computing."""
-        io, comm, copy = 1 << IO, 1 << COMM, 1 << COPY
+        io, comm, copy = 1 << IO, self._comm, 1 << COPY
         total = int(times.sum())
         row = {
             "duration_us": total,

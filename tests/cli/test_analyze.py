@@ -1,0 +1,135 @@
+"""`traceml analyze` as users call it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.traces.brute import check
+from traceml.cli import main
+from traceml.database.store_file import STORE_NAME
+
+EVENTS = [
+    {
+        "ph": "X",
+        "name": ("read", "forward")[n % 2],
+        "cat": ("POSIX", "COMPUTE")[n % 2],
+        "pid": 1,
+        "tid": n % 3,
+        "ts": n * 9,
+        "dur": n % 31,
+    }
+    for n in range(200)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Keep answers apart from the user's."""
+    monkeypatch.setenv("TRACEML_CACHE_DIR", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.pfw"
+    path.write_text("\n".join(map(json.dumps, EVENTS)) + "\n")
+    return path
+
+
+def output(capsys, *words):
+    assert main(["analyze", *map(str, words)]) == 0
+    return capsys.readouterr().out
+
+
+def test_json_is_the_contract(capsys, trace):
+    """The JSON has the documented keys, and nothing else is printed."""
+    answer = json.loads(output(capsys, trace, "--by", "name,tid", "--json"))
+
+    check(answer, EVENTS, ("name", "tid"))
+    assert answer["schema"] == "traceml.analysis/1"
+    assert answer["files"] == [{"path": str(trace), "events": 200, "bytes": trace.stat().st_size, "damage": []}]
+    assert (answer["events"], answer["spans"], answer["by"]) == (200, 200, ["name", "tid"])
+    assert "report" not in answer
+
+
+def test_overview(capsys, trace):
+    """Without --by there is an overview."""
+    shown = output(capsys, trace)
+
+    for words in ("trace.pfw: 200 events, 200 spans", "forward", "I/O", "unoverlapped", "Timeline"):
+        assert words in shown
+    assert "report" in json.loads(output(capsys, trace, "--json"))
+
+
+def test_top_conditions_and_sections(capsys, trace):
+    """--top, --where and the sections choose what is shown."""
+    shown = output(capsys, trace, "--by", "tid", "--where", "cat=POSIX,dur>3", "--top", 2, "--overlap")
+
+    assert "and 1 more groups" in shown
+    assert "compute " not in shown, "what is not computing was left out by the condition"
+    assert "I/O" in shown
+    assert "Timeline" not in shown
+    assert len(json.loads(output(capsys, trace, "--by", "tid", "--top", 2, "--json"))["groups"]) == 2
+
+
+def test_nothing_passes(capsys, trace):
+    """A condition that nothing meets is an answer, not an error."""
+    assert "No span" in output(capsys, trace, "--by", "name", "--where", "name=nobody")
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ([], 2, "name a trace"),
+        (["TRACE", "--top", "0"], 2, "--top: at least 1"),
+        (["TRACE", "--by", "nam"], 2, "Did you mean name?"),
+        (["TRACE", "--where", "cat POSIX"], 2, "HERE -> POSIX"),
+        (["TRACE", "--where", "args.x=1"], 2, "There are no args"),
+        (["TRACE.gone"], 3, "no such file"),
+        (["EMPTY"], 3, "no trace event"),
+    ],
+)
+def test_errors_say_what_to_do(capsys, tmp_path, trace, words, status, said):
+    """Called wrongly is 2, nothing to read is 3; each with one sentence that helps."""
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    words = [word.replace("TRACE", str(trace)).replace("EMPTY", str(empty)) for word in words]
+
+    assert main(["analyze", *words]) == status
+    shown = capsys.readouterr()
+    assert said in shown.err
+    assert not shown.out
+
+
+def test_folder_of_a_run(capsys, tmp_path):
+    """A run's folder holds no trace: the way to make one is told."""
+    (tmp_path / STORE_NAME).touch()
+
+    assert main(["analyze", str(tmp_path)]) == 3
+    assert f"traceml export {tmp_path} --format pfw" in capsys.readouterr().err
+
+
+def test_second_time_needs_no_numpy(trace):
+    """A question asked again of an unchanged file is answered without reading it, or importing what reads it."""
+    os.utime(trace, (1, 1))
+    code = (
+        "import sys; from traceml.cli import main; main(sys.argv[1:]); print('numpy' in sys.modules, file=sys.stderr)"
+    )
+    command = [sys.executable, "-c", code, "analyze", str(trace), "--by", "name", "--json"]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(2))
+
+    assert first.stdout == second.stdout
+    assert (first.stderr.strip(), second.stderr.strip()) == ("True", "False")
+
+
+def test_progress_is_for_terminals_only(trace):
+    """In a pipe nothing but the answer is printed."""
+    command = [sys.executable, "-m", "traceml", "analyze", str(trace), "--no-cache"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert done.stderr == ""
+    assert "\x1b" not in done.stdout
