@@ -60,7 +60,7 @@ def test_workers_in_one_process_have_a_runtime_each() -> None:
 
         client.unregister_worker_plugin("traceml-runtime")
         until(lambda: not threads_of_ours())
-        with pytest.raises(UsageError, match="has no Runtime: client.register_plugin"):
+        with pytest.raises(UsageError, match=r"has no Runtime: client\.register_plugin"):
             client.submit(use, 4).result()
 
 

@@ -14,7 +14,15 @@ import pytest
 
 import traceml
 from tests.tasks.conftest import until
-from traceml import NotCallableError, Runtime, RuntimeClosedError, TasksFailedError, UsageError, WaitTimeoutError
+from traceml import (
+    NotCallableError,
+    Runtime,
+    RuntimeClosedError,
+    TaskError,
+    TasksFailedError,
+    UsageError,
+    WaitTimeoutError,
+)
 
 
 class Value:
@@ -348,13 +356,7 @@ def test_submit_after_shutdown_raises() -> None:
         rt.submit(len, "ab")
 
     with pytest.raises(RuntimeClosedError):
-        rt.submit(test_async)
-
-
-async def test_async() -> None: ...
-
-
-test_async.__test__ = False  # type: ignore[attr-defined]
+        rt.submit(nothing)
 
 
 def test_shutdown_without_wait_lets_tasks_end() -> None:
@@ -418,3 +420,29 @@ def test_a_forgotten_runtime_ends_its_threads() -> None:
 def test_keyword_arguments_reach_the_function(rt: Runtime) -> None:
     """Also those that are called as submit's first ones are."""
     assert rt.submit(dict, a=1, fn=2, self=3).get() == {"a": 1, "fn": 2, "self": 3}
+
+
+async def nothing() -> None: ...
+
+
+@pytest.mark.parametrize("fn", [int, nothing])
+def test_a_task_without_a_thread_is_told(fn: Any) -> None:
+    """The system gives no thread with such a stack; what nobody can run is no longer waited for."""
+    rt = Runtime(threads=1)
+    before = threading.stack_size(1 << 46)
+    try:
+        with pytest.raises(TaskError, match="no thread can be started"):
+            rt.submit(fn)
+    finally:
+        threading.stack_size(before)
+
+    rt.wait_all(timeout=10)
+    assert rt.get_progress()["cancelled"] == 1
+    assert rt.submit(len, "a").get(timeout=10) == 1
+    rt.submit(nothing).get(timeout=10)
+    rt.shutdown()
+
+
+def test_handles_come_from_runtimes_only() -> None:
+    with pytest.raises(TypeError, match=r"Runtime\.submit"):
+        traceml.TaskHandle()

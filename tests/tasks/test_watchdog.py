@@ -120,6 +120,15 @@ def test_a_timeout_that_was_not_needed_keeps_nothing() -> None:
         until(lambda: kept() is None)
 
 
+def test_deadlines_of_ended_tasks_do_not_pile_up() -> None:
+    with Runtime(threads=1, timeout=1000) as rt:
+        for _ in range(5000):
+            rt.submit(int)
+
+        rt.wait_all()
+        assert len(rt._engine.watchdog._deadlines) <= 1024
+
+
 def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture) -> None:
     release = threading.Event()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 from traceml.errors import UsageError
@@ -39,6 +40,14 @@ def set_default_runtime(runtime: Runtime | None) -> Runtime | None:
     with _lock:
         before, _default = _default, runtime
         return before
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def has_default_runtime() -> bool:

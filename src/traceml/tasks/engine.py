@@ -75,6 +75,11 @@ class Engine:
         running.cancelled(handle, None)
         return True
 
+    def give_up(self, handle: TaskHandle[Any]) -> None:
+        """End a task that no thread can be started for."""
+        handle._ticket.clear()
+        running.cancelled(handle, None)
+
     def cancel_queued(self) -> None:
         """Cancel all that has not begun, and the coroutines; nobody will wait for the rest."""
         self.abandoned = True
@@ -126,9 +131,9 @@ class Engine:
     def after_fork(self) -> None:
         """Make a forked child's copy usable: no threads, no tasks; what was under way belongs to the parent."""
         orphans = self._orphans()
-        self.ledger.lock = threading.Lock()
+        self.ledger.lock = threading.RLock()
         self.ledger.clear()
-        self.loop.lock = threading.Lock()
+        self.loop.lock = threading.RLock()
         for part in (*self.pools, self.loop, self.watchdog):
             part.reset()
 

@@ -58,6 +58,9 @@ class TaskHandle(Generic[T]):
     _timeout_s: float | None
     _waiters: list[Callable[[], object]] | None
 
+    def __init__(self) -> None:
+        raise TypeError("a TaskHandle comes from Runtime.submit()")
+
     @property
     def name(self) -> str:
         """The name that was given, or the callable's."""

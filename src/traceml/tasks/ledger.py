@@ -44,7 +44,7 @@ class Ledger:
     """Counters, records and failures of one Runtime."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a finalizer may come in between, and wait for a task
         self.records: deque[Record] = deque(maxlen=RECORDS)
         self.failures: list[TaskHandle[Any]] = []
         self.complaints: deque[tuple[str, str]] = deque(maxlen=RECORDS)  # errors of error callbacks

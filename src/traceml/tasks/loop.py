@@ -29,7 +29,7 @@ class Loop:
 
     def __init__(self, ledger: Ledger, on_start: Callable[[], object]) -> None:
         self.ledger, self.on_start = ledger, on_start
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         self.reset()
 
     def reset(self) -> None:
@@ -42,7 +42,11 @@ class Loop:
     def submit(self, handle: TaskHandle[Any]) -> None:
         """Let a coroutine function's task begin on the loop."""
         self.tasks[handle] = None
-        self._call(self._begin, handle)
+        try:
+            self._call(self._begin, handle)
+        except RuntimeError:  # no thread can be started
+            self.tasks.pop(handle, None)
+            raise
 
     def adopt(self, handle: TaskHandle[Any], coroutine: Any, slot: int) -> float:  # noqa: ARG002 - the ends of all slots add up
         """Take over a task whose callable returned a coroutine; it runs already."""
@@ -113,8 +117,9 @@ class Loop:
 
     def _start(self) -> None:
         ready = threading.Event()
-        self.thread = threading.Thread(target=self._work, args=(ready,), name="traceml-loop", daemon=True)
-        self.thread.start()
+        thread = threading.Thread(target=self._work, args=(ready,), name="traceml-loop", daemon=True)
+        thread.start()
+        self.thread = thread
         ready.wait()
         self.on_start()
 

@@ -10,7 +10,7 @@ from time import perf_counter
 from types import BuiltinFunctionType, FunctionType, MethodWrapperType, TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from traceml.errors import TasksFailedError, UsageError
+from traceml.errors import TaskError, TasksFailedError, UsageError
 from traceml.tasks import lives
 from traceml.tasks.engine import Engine, ErrorCallback
 from traceml.tasks.handle import TaskHandle
@@ -102,6 +102,7 @@ class Runtime:
             NotCallableError: `fn` cannot be called.
             UsageError: the timeout is no positive number.
             RuntimeClosedError: this Runtime is shut down.
+            TaskError: the system gives no thread to run it.
         """
         engine, kind = self._engine, type(fn)
         if kind is FunctionType:
@@ -122,16 +123,20 @@ class Runtime:
         handle._outcome = handle._progress = handle._waiters = None
         engine.count_submission()
         handle._submitted_s = perf_counter()
-        if awaited:
-            handle._ticket = []
-            engine.loop.submit(handle)
-            return handle
+        try:
+            if awaited:
+                handle._ticket = []
+                engine.loop.submit(handle)
+                return handle
 
-        handle._ticket = ticket = [handle]
-        pool = engine.io if io else engine.compute
-        pool.queue.append(ticket)
-        if pool.parked:
-            pool.wake()
+            handle._ticket = ticket = [handle]
+            pool = engine.io if io else engine.compute
+            pool.queue.append(ticket)
+            if pool.parked:
+                pool.wake()
+        except RuntimeError as error:
+            engine.give_up(handle)
+            raise TaskError(f"task {handle.name!r} cannot be run, as no thread can be started: {error}") from error
 
         return handle
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Seat",
+    "asleep",
     "coroutine_task",
     "current_task",
     "entangled",
@@ -31,6 +32,7 @@ __all__ = [
 # A coroutine's task is told by its context: many share one thread.
 coroutine_task: ContextVar[TaskHandle[Any] | None] = ContextVar("traceml_coroutine_task", default=None)
 _here = threading.local()
+asleep: set[TaskHandle[Any]] = set()  # tasks whose threads sleep until another task has ended
 # What each waiting task waits for: other tasks, or all of an engine. In order, and for all runtimes of the process.
 _waits: dict[TaskHandle[Any], list[TaskHandle[Any] | Engine]] = {}
 
@@ -134,3 +136,4 @@ def _followed(start: Any) -> Iterator[TaskHandle[Any]]:
 def forget_waits() -> None:
     """Drop what was waited for in the process that this one was forked from."""
     _waits.clear()
+    asleep.clear()

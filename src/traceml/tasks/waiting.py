@@ -20,7 +20,7 @@ from traceml.errors import TaskDeadlockError, WaitTimeoutError
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.pool import Bell
 from traceml.tasks.running import Retire, run
-from traceml.tasks.seats import Seat, current_task, entangled, queued_behind, reaches, seat, waiting
+from traceml.tasks.seats import Seat, asleep, current_task, entangled, queued_behind, reaches, seat, waiting
 from traceml.tasks.states import FINAL, RUNNING
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["await_for", "wait_for", "wait_for_all"]
 
 _DEPTH = 100  # tasks on one stack
-_sleeping: set[TaskHandle[Any]] = set()  # tasks whose threads sleep until another task has ended
 _log = logging.getLogger("traceml")
 
 
@@ -111,7 +110,7 @@ def _refuse_circle(me: TaskHandle[Any] | None, handle: TaskHandle[Any]) -> None:
 
 def _sleep(bell: Bell, me: TaskHandle[Any] | None, timeout: float | None) -> bool:
     """Sleep until a bell rings; what the task that sleeps waits for runs on a stand-in meanwhile, if nowhere else."""
-    limit_s = -1 if timeout is None else max(0.0, timeout)
+    limit_s = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
     if me is None:
         return bell.sleep(limit_s)
 
@@ -122,11 +121,11 @@ def _sleep(bell: Bell, me: TaskHandle[Any] | None, timeout: float | None) -> boo
 
 @contextmanager
 def _asleep(me: TaskHandle[Any]) -> Iterator[None]:
-    _sleeping.add(me)
+    asleep.add(me)
     try:
         yield
     finally:
-        _sleeping.discard(me)
+        asleep.discard(me)
 
 
 def subscribe(handle: TaskHandle[Any], call: Callable[[], object]) -> bool:
@@ -154,8 +153,13 @@ def stand_in(me: TaskHandle[Any]) -> None:
     if queued_behind(me) is None or me in engine.stand_ins:
         return
 
+    thread = threading.Thread(target=_stand_in, args=(me,), name="traceml-stand-in", daemon=True)
     engine.stand_ins.add(me)
-    threading.Thread(target=_stand_in, args=(me,), name="traceml-stand-in", daemon=True).start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        engine.stand_ins.discard(me)
+        _log.warning("task %r waits without a thread that runs what it needs: %s", me.name, error)
 
 
 def _stand_in(me: TaskHandle[Any]) -> None:
@@ -195,7 +199,7 @@ async def await_for(handle: TaskHandle[Any]) -> None:
         return
 
     with waiting(me, handle):
-        for sleeper in tuple(_sleeping):  # they may be all the workers there are, and wait for this one
+        for sleeper in tuple(asleep):  # they may be all the workers there are, and wait for this one
             stand_in(sleeper)
 
         try:

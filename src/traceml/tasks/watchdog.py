@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Stall", "Watchdog"]
 
+_FEW = 1024  # deadlines that are not worth a look
 _LOOKS = 4  # at a task within the time after which it has stalled
 _log = logging.getLogger("traceml")
 
@@ -67,12 +68,16 @@ class Watchdog:
         self._closed = False
         self._order = itertools.count()
         self._deadlines: list[tuple[float, int, weakref.ref[TaskHandle[Any]], Seat | None]] = []
+        self._purge_at = _FEW
         self._looks: dict[int, _Look] = {}
 
     def watch(self, handle: TaskHandle[Any], here: Seat | None) -> None:
         """End a task when its timeout has passed, counted from now; `here` is the thread that it is on."""
         ends_s = perf_counter() + (handle._timeout_s or 0.0)
         with self._wake:
+            if len(self._deadlines) >= self._purge_at:
+                self._purge()
+
             heapq.heappush(self._deadlines, (ends_s, next(self._order), weakref.ref(handle), here))
             self._start()
             if self._deadlines[0][0] == ends_s:
@@ -100,6 +105,14 @@ class Watchdog:
         with self._wake:
             self._closed = True
             self._wake.notify()
+
+    def _purge(self) -> None:
+        """Drop the deadlines of tasks that have ended: long ones of short tasks would pile up."""
+        self._deadlines = [
+            one for one in self._deadlines if (task := one[2]()) is not None and task._state not in FINAL
+        ]
+        heapq.heapify(self._deadlines)
+        self._purge_at = max(_FEW, 2 * len(self._deadlines))
 
     def _start(self) -> None:
         if self._thread is None and not self._closed:
@@ -162,7 +175,7 @@ def _end(handle: TaskHandle[Any], here: Seat | None) -> None:
     """End a task whose time is over, and make up for the thread that is stuck in it."""
     loop = handle._engine.loop
     task = loop.tasks.get(handle)
-    if task is not None or here is None:
+    if handle in loop.tasks or here is None:
         if expire(handle, None, _at(line_of_coroutine(task.get_coro()) if task else None)):
             loop.interrupt(handle)
 
