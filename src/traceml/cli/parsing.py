@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import io
 import re
-from typing import NoReturn, TypeVar
+from types import UnionType
+from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from traceml.errors import UsageError
 
@@ -34,6 +35,9 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     """
     import tyro
 
+    options.__annotations__ = {
+        name: _quick(hint) for name, hint in get_type_hints(options, include_extras=True).items()
+    }
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -43,6 +47,18 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
             raise
 
         raise UsageError(_one_line(complaint.getvalue())) from None
+
+
+def _quick(hint: Any) -> Any:
+    """Return a type with `X | None` in its old form: for the new one tyro imports typeguard, which takes 45 ms."""
+    if isinstance(hint, UnionType):
+        return Union[get_args(hint)]  # noqa: UP007
+
+    if get_origin(hint) is Annotated:
+        plain, *notes = get_args(hint)
+        return Annotated[(_quick(plain), *notes)]
+
+    return hint
 
 
 def _one_line(box: str) -> str:
