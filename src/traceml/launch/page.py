@@ -31,6 +31,8 @@ __all__ = ["DEFAULT_PORT", "PageKeeper", "PageScreen", "beside", "page_address"]
 
 DEFAULT_PORT = 29766
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
+# Behind the training, but not so far that nobody can look at one that takes every core: at 19 a click takes seconds.
+_NICE = 5
 _FAREWELL_S = 0.8  # for browsers to be told how the run ended
 _STOP_TIMEOUT_S = 5.0
 
@@ -44,15 +46,17 @@ class PageKeeper:
         runs_dir: the folder.
         port: the port on this host's loopback; 0 takes a free one.
         any_port: take a free port where the wanted one is in use.
+        nice: how far the page steps back behind the training.
 
     Raises:
         TraceMLError: the page's libraries are not installed, or the port is in use.
     """
 
-    def __init__(self, runs_dir: Path, port: int = DEFAULT_PORT, *, any_port: bool = False) -> None:
+    def __init__(self, runs_dir: Path, port: int = DEFAULT_PORT, *, any_port: bool = False, nice: int = _NICE) -> None:
         _check_installed()
         self.runs_dir = runs_dir.absolute()
         self._listener = _listen(port, any_port=any_port)
+        self._nice = nice
         self.port: int = self._listener.getsockname()[1]
         before = auth.discover(self.port, even_dead=True, kind=auth.PAGE)
         self.token = before.token if before is not None and not before.alive else auth.new_token()
@@ -106,7 +110,7 @@ class PageKeeper:
         finally:
             os.close(told)
             with open(tell, "w") as pipe:
-                pipe.write(json.dumps({"token": self.token, "runs_dir": str(self.runs_dir)}) + "\n")
+                pipe.write(json.dumps({"token": self.token, "runs_dir": str(self.runs_dir), "nice": self._nice}) + "\n")
 
     def keep(self) -> None:
         """Start the page again if it died. Call it often."""

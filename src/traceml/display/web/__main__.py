@@ -17,7 +17,7 @@ from traceml.priority import step_back
 def main() -> None:
     """Serve the page on the inherited socket."""
     told = json.loads(sys.stdin.readline())
-    step_back()
+    step_back(told["nice"])
     serve(PageConfig(told["token"], Path(told["runs_dir"])), socket.socket(fileno=int(sys.argv[1])))
 
 

@@ -99,6 +99,7 @@ class RunSource:
         self._written = Written(run_dir)
         self._settled = False
         self._told = False
+        self._inode = -1
 
     def __repr__(self) -> str:
         return f"RunSource({str(self._path)!r})"
@@ -125,8 +126,13 @@ class RunSource:
         if not (self._path / STORE_NAME).is_file():
             return self._without_store()
 
+        inode = (self._path / STORE_NAME).stat().st_ino
+        if inode != self._inode:
+            self.close()  # another file stands there now
+
         fresh = self._live is None
         if self._live is None:
+            self._inode = inode
             self._live = LiveRun(self._path)
             self._heard_s = time.monotonic() - self._written.age_s()
             self._settled = False

@@ -22,6 +22,8 @@ __all__ = ["Pages"]
 _LIST_S, _RUN_S, _COMPARE_S = 2.0, 1.0, 5.0
 # What is read within this time is in the page when it is first painted; the rest follows.
 _FIRST_S = 0.7
+# Where the training takes every core, a page is built slowly; that is no error.
+_PATIENCE_S = 60.0
 
 T = TypeVar("T")
 
@@ -42,9 +44,10 @@ class Pages:
 
     def register(self) -> None:
         """Add the addresses to NiceGUI's application."""
-        ui.page("/", title="Runs - traceml")(self._show_list)
-        ui.page("/run/{run_id}")(self._show_run)
-        ui.page("/compare/{a}/{b}", title="Compare - traceml")(self._show_comparison)
+        ui.page("/", title="Runs - traceml", response_timeout=_PATIENCE_S)(self._show_list)
+        ui.page("/run/{run_id}", response_timeout=_PATIENCE_S)(self._show_run)
+        compare = ui.page("/compare/{a}/{b}", title="Compare - traceml", response_timeout=_PATIENCE_S)
+        compare(self._show_comparison)
 
     def hurry(self) -> None:
         """Read everything that is looked at once more, now."""
