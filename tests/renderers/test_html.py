@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
+from playwright.sync_api import sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
@@ -133,3 +135,47 @@ def test_a_rank_that_died_has_its_last_words(evil):
     """Its exception stands in the table, its stack below."""
     assert any(text.startswith("failed with") for text in evil.texts)
     assert "Last words" in evil.texts
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium without a network."""
+    with sync_playwright() as playwright:
+        installed = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_without_a_network(browser, tmp_path, width):
+    """On a desk and on a phone nothing is fetched, nothing complains, nothing runs, and nothing sticks out."""
+    (tmp_path / "report.html").write_text(page_of(store_run(tmp_path / "run", Job(ranks=8, steps=200))))
+    context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme="dark")
+    tab, asked, said = context.new_page(), [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: said.append(message.text))
+
+    tab.goto(f"file://{tmp_path / 'report.html'}")
+
+    assert asked == [f"file://{tmp_path / 'report.html'}"]
+    assert said == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("figure svg").count() >= 4
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 19, 27)"
+    context.close()
+
+
+def test_it_prints_light_on_a_few_sheets(browser, tmp_path):
+    """Printed from a dark screen it is light, and no table is cut at the edge."""
+    (tmp_path / "report.html").write_text(page_of(store_run(tmp_path / "run", Job(ranks=8, steps=200))))
+    context = browser.new_context(viewport={"width": 703, "height": 1000}, color_scheme="dark")  # A4 less its margins
+    tab = context.new_page()
+    tab.goto(f"file://{tmp_path / 'report.html'}")
+
+    tab.emulate_media(media="print")
+
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    assert len(re.findall(rb"/Type\s*/Page\b", tab.pdf(prefer_css_page_size=True))) <= 4
+    context.close()

@@ -110,6 +110,21 @@ def test_memory_is_compared_by_its_highest_peak(tmp_path):
     assert memory["cuda_peak_bytes"]["change"] is None
 
 
+def test_a_busy_machine_is_said(tmp_path):
+    """Ranks that had to wait for a core in one of the runs alone may have been slow because of others."""
+    for name, wait in (("a", 0.02), ("b", 0.4)):
+        (tmp_path / name).mkdir()
+        with StoreWriter(tmp_path / name / STORE_NAME) as writer:
+            writer.put_meta("run", run_facts(id=name, world_size=1))
+            stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
+            add_samples(writer, stream, wait=wait)
+
+    found = compare_runs(tmp_path / "a", tmp_path / "b")
+
+    assert found["b"]["core_wait_share"] == pytest.approx(0.4)
+    assert any("without a core for 2% of their time in A, 40% in B" in remark for remark in found["remarks"])
+
+
 def test_a_run_that_goes_on_is_compared_as_far_as_it_is(healthy, tmp_path):
     """It is said that it has not finished."""
     going = store_run(tmp_path / "going", Job(steps=100), facts={"state": "running", "ended": None}, state="running")

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.reader import StoreReader
-from traceml.database.schema import INFO
+from traceml.database.schema import INFO, PROCESS
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import plain
+from traceml.runs.digest import Digest
 from traceml.runs.report import described, digest_of, whole_report
 from traceml.runs.significance import difference
 
@@ -26,18 +27,24 @@ SCHEMA = "traceml.compare/1"
 _MS = 1e6
 # Below this a change is not worth a word, real or not.
 _WORTH = 0.005
+# A machine is called busy when ranks wait for a core for more than this share of their time.
+_BUSY = 0.10
 _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
 
 
 @dataclass(frozen=True, slots=True)
 class _Side:
-    """One of the two runs: its report, its step times in order, and what is known of its model."""
+    """One of the two runs: its report, its step times in order, and what is known beside.
+
+    Attributes:
+        core_wait: share of their time that ranks stood ready to run without a core; None where it was not sampled.
+    """
 
     report: dict[str, Any]
     times_ms: NDArray[Any]
     model: dict[str, Any]
     batch_size: Any
-    traceml: str
+    core_wait: float | None
 
 
 def compare_runs(a: Path, b: Path) -> dict[str, Any]:
@@ -76,10 +83,22 @@ def _side(run_dir: Path) -> _Side:
         report = whole_report(digest, reader, run_dir)
         window = described(digest, digest.window.slots)
         model, batch_size = _facts(reader)
+        core_wait = _core_wait(digest)
 
     # All ranks of a step in one number: they wait for each other.
     times = window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
-    return _Side(report, times, model, batch_size, report["traceml_version"])
+    return _Side(report, times, model, batch_size, core_wait)
+
+
+def _core_wait(digest: Digest) -> float | None:
+    ran = waited = 0
+    for rank in digest.samples.ranks(PROCESS.name):
+        rows = digest.samples.of(PROCESS.name, rank)
+        if rows is not None and len(rows) > 1:
+            ran += int(rows["main_run_ns"][-1] - rows["main_run_ns"][0])
+            waited += int(rows["main_wait_ns"][-1] - rows["main_wait_ns"][0])
+
+    return waited / (ran + waited) if ran + waited > 0 else None
 
 
 def _facts(reader: StoreReader) -> tuple[dict[str, Any], Any]:
@@ -149,6 +168,7 @@ def _about(side: _Side) -> dict[str, Any]:
         "compared_steps": len(side.times_ms),
         "per_second": steps["per_second"],
         "model": side.model,
+        "core_wait_share": plain(side.core_wait),
         "verdict": side.report["verdict"]["kind"],
     }
 
@@ -182,6 +202,13 @@ def _differences(a: _Side, b: _Side) -> list[str]:
         ("hosts", ", ".join(a.report["run"]["hosts"]), ", ".join(b.report["run"]["hosts"])),
     )
     said += [f"{what}: {before} in A, {after} in B" for what, before, after in pairs if before != after]
+    waits = [side.core_wait or 0.0 for side in (a, b)]
+    if max(waits) > _BUSY:
+        said.append(
+            f"ranks stood ready without a core for {waits[0]:.0%} of their time in A, {waits[1]:.0%} in B: what else "
+            "ran on the machine may be the difference"
+        )
+
     for side, which in ((a, "A"), (b, "B")):
         if side.report["run"]["state"] != "finished":
             said.append(f"{which} is {side.report['run']['state']}, not finished")
