@@ -286,3 +286,28 @@ def test_wrong_questions_are_told(tmp_path: Path) -> None:
     reader.close()
     with pytest.raises(StoreError, match="closed"):
         reader.meta()
+
+
+def test_damaged_frames_are_left_out_where_that_is_wanted(tmp_path):
+    """With somebody to tell, a damaged frame costs its own rows; without, it is an error as before."""
+    path = make_store(tmp_path / "store.db")
+    rewrite(path, "UPDATE frames SET data = x'0102' WHERE id IN (3, 8)")
+    told: list[str] = []
+    with StoreReader(path, on_damage=told.append) as reader:
+        assert [frame.id for frame in reader.frames("evals")] == [1, 2, 4, 5, 6, 7]
+        assert [frame.id for frame in reader.frames_of(("evals",), 2)] == [4, 5, 6, 7]
+        assert reader.frames_of(("evals",), 7) == []
+        assert [frame.id for frame in reader.frames_of(("evals",), 2, limit=1)] == [4]
+
+    assert {text.split(":")[0] for text in told} == {"frame 3 of evals", "frame 8 of evals"}
+    with StoreReader(path) as reader, pytest.raises(StoreError, match="frame 3 of evals"):
+        reader.frames_of(("evals",))
+
+
+def test_layouts_are_those_of_the_store(tmp_path):
+    """A packed table has a layout, a log has none, and an unknown name is an error."""
+    with StoreReader(make_store(tmp_path / "store.db")) as reader:
+        assert reader.dtype("steps") == STEPS.dtype
+        assert reader.dtype("names") is None
+        with pytest.raises(StoreError, match="no table 'nothing'"):
+            reader.dtype("nothing")

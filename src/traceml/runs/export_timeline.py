@@ -28,7 +28,8 @@ __all__ = ["Timeline", "origin_of"]
 # In this order they are drawn; the user's own phases follow the ones of torch.
 _ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
 _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint"}
-_FLAGS = {StepFlag.SKIPPED: "skipped", StepFlag.INFERRED: "inferred", StepFlag.EXPLICIT: "explicit"}
+_FLAGS = {int(StepFlag.SKIPPED): "skipped", int(StepFlag.INFERRED): "inferred", int(StepFlag.EXPLICIT): "explicit"}
+_DEVICE_FLAG = int(StepFlag.DEVICE)
 _HELD_ROWS = 4096  # step rows per stream that may wait for their user phases
 _TABLES = (*(table.name for table in PACKED if table is not TELEMETRY), *(log.name for log in LOGS))
 
@@ -180,7 +181,7 @@ class Timeline:
 
         lane.until_ns = max(end_ns, lane.until_ns)
         flags = row["bits"] >> 16 & 0xFFFF
-        if flags & StepFlag.DEVICE:
+        if flags & _DEVICE_FLAG:
             lane.began[row["step"]] = begin_ns
             if len(lane.began) > _HELD_ROWS:
                 del lane.began[next(iter(lane.began))]
