@@ -43,6 +43,7 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_OUTLIVES": "set for what may outlive a launch: the aggregator that a worker started for what it logs",
     "TRACEML_COMMAND": "the launcher's command line, which stands for that of its workers",
     "TRACEML_ATTEMPT": "which start of the job this is, where torchrun does not tell",
+    "TRACEML_PARENT": "whose run children log for that `multiprocessing` spawns; set by who records",
     "TRACEML_RUN_DIR": "the run's folder; set for processes that write into it",
     "TRACEML_SUPERVISED": "set to the process that reports this rank's exit to the aggregator",
 }

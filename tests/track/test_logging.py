@@ -107,6 +107,35 @@ def test_forked_children_log_to_their_parents_run(script: Script, tmp_path: Path
     assert len([stream for stream in stored.streams if stream.facts.get("helps")]) == 5
 
 
+def test_spawned_children_log_to_their_parents_run(script: Script, tmp_path: Path) -> None:
+    """They inherit nothing but the environment: not the module's state, nor where the parent was told to record."""
+    finish(
+        script("""
+        import multiprocessing, traceml
+
+        def child(number):
+            for i in range(100):
+                traceml.log_metric(f"child{number}", i)
+
+        if __name__ == "__main__":
+            with traceml.Experiment("spawning", backend=["jsonl"]) as experiment:
+                traceml.log_metric("parent", 1.0)
+                with multiprocessing.get_context("spawn").Pool(2) as pool:
+                    pool.map(child, range(2), chunksize=1)
+                    pool.close()
+                    pool.join()
+                traceml.log_metric("parent", 2.0)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    for number in range(2):
+        assert stored.values(f"child{number}") == [float(i) for i in range(100)]
+    assert stored.values("parent") == [1.0, 2.0]
+    assert len({experiment for experiment, _ in stored.metrics}) == 1
+    assert len(list((tmp_path / "traceml_runs").glob("2*"))) == 1
+
+
 def test_the_aggregator_may_be_away(script: Script, serving: Serving) -> None:
     """50,000 values and 2,000 maps while it is gone: more than memory holds; all arrive, in order."""
     process = script(

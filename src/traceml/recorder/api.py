@@ -90,6 +90,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
         tracing: also put the hooks in place; else what the user logs is all there is.
     """
     global _recorder, _running
+    from traceml.recorder.identity import spawned_from
     from traceml.recorder.recorder import Recorder
 
     if tracing and _recorder is not None and _recorder.is_child:  # it logged for its parent; now it is a rank
@@ -107,12 +108,13 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
             _log.setLevel(config.log_level.upper())
 
         parent = None if tracing else _forked_from
-        _recorder = recorder = Recorder(config, parent=parent)
+        spawned = spawned_from() if not tracing and parent is None else None
+        _recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
         if config.enabled and not _is_helper_process():
             try:
                 recorder.start(wait=wait, tracing=tracing)
                 _running = recorder.instrumentation
-                _hook_process(watch=parent is None)
+                _hook_process(watch=not recorder.is_child)
             except TraceMLError:
                 raise
             except Exception as error:  # noqa: BLE001 - fail open: a mistake of ours is no reason for a job to end
@@ -120,7 +122,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
 
         _tell_change()
 
-    if parent is None and recorder.enabled and (config.backend or config.collectors):
+    if not recorder.is_child and recorder.enabled and (config.backend or config.collectors):
         _begin_tracking(recorder)
 
     return recorder
@@ -164,7 +166,7 @@ def recorder_for_logging(*, again: bool = False) -> Recorder | None:
 
     try:
         known = recorder or _forked_from
-        config = known.config if known is not None else settings.load(local=True)
+        config = known.config if known is not None else settings.load(local=True, **_settings_of_parent())
         recorder = start(config, wait=False, tracing=False)
     except TraceMLError as error:
         if again:
@@ -273,6 +275,14 @@ def _stop(reason: str) -> None:
             recorder.stop(reason)
         except Exception as error:  # noqa: BLE001 - fail open: the flight file keeps what was not sent
             _log.warning("tracing did not end well: %r", error, exc_info=error)
+
+
+def _settings_of_parent() -> dict[str, Any]:
+    """Return where the process records that has spawned this one, as settings; empty where none has."""
+    from traceml.recorder.identity import spawned_from
+
+    spawned = spawned_from()
+    return spawned.settings if spawned is not None else {}
 
 
 def _is_helper_process() -> bool:

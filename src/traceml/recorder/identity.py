@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -17,7 +18,10 @@ from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 
-__all__ = ["Identity", "identify"]
+__all__ = ["Identity", "Spawned", "forget_children", "identify", "spawned_from", "tell_children"]
+
+_PARENT = "TRACEML_PARENT"
+_spawned: Spawned | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +62,15 @@ class Identity:
             hang_timeout_s=config.hang_timeout,
         )
 
-    def of_child(self) -> Identity:
-        """Return who a forked child of this process is: it logs for the same rank of the same job."""
-        return replace(self, recorder=secrets.token_hex(8), provisional=False, parent=self.parent or self.recorder)
+    def of_child(self, *, provisional: bool = False) -> Identity:
+        """Return who a child of this process is: it logs for the same rank of the same job.
+
+        Args:
+            provisional: whether it may become a rank itself; a forked one does not.
+        """
+        return replace(
+            self, recorder=secrets.token_hex(8), provisional=provisional, parent=self.parent or self.recorder
+        )
 
     def probe(self) -> Hello:
         """Return the hello of somebody who only asks whether the aggregator is there."""
@@ -83,6 +93,69 @@ class Identity:
             "recorder": self.recorder,
             "parent": self.parent,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """What a child that `multiprocessing` spawned knows of its parent.
+
+    Args:
+        identity: who the parent is.
+        settings: where it records: settings for `load`.
+        experiment: number of the experiment that was active there.
+    """
+
+    identity: Identity
+    settings: dict[str, Any]
+    experiment: int
+
+
+def tell_children(identity: Identity, config: Config, experiment: int = 0) -> None:
+    """Tell children to be spawned whose run they log for: the environment is all that they inherit."""
+    who = identity.who
+    told = {
+        "pid": os.getpid(),
+        "identity": [identity.recorder, identity.job, identity.parent],
+        "rank": [who.rank, who.world_size, who.local_rank, who.attempt],
+        "settings": {"host": config.host, "port": config.port, "runs_dir": str(config.runs_dir.absolute())},
+        "experiment": experiment,
+    }
+    os.environ[_PARENT] = json.dumps(told)
+
+
+def forget_children() -> None:
+    """Tell children no longer: what is spawned from now on logs for itself."""
+    os.environ.pop(_PARENT, None)
+
+
+def spawned_from() -> Spawned | None:
+    """Return the parent of this process, if that recorded and has spawned it through `multiprocessing`.
+
+    None also for a rank of a process group: what it logs is its own.
+    """
+    told = _told()
+    return told if told is not None and detect_rank().source != "torch.distributed" else None
+
+
+def _told() -> Spawned | None:
+    global _spawned
+    if _spawned is not None:  # the variable says by now what this process tells its own children
+        return _spawned
+
+    try:
+        told = json.loads(os.environ[_PARENT])
+        if told["pid"] != _parent_process():
+            return None
+
+        recorder, job, parent = told["identity"]
+        rank, world_size, local_rank, attempt = told["rank"]
+        who = RankIdentity(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt)
+        identity = Identity(recorder, job, who, provisional=False, parent=parent)
+        _spawned = Spawned(identity, told["settings"], int(told["experiment"]))
+    except (KeyError, ValueError, TypeError):
+        return None
+
+    return _spawned
 
 
 def identify(config: Config, before: Identity | None = None) -> Identity:

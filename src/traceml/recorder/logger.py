@@ -149,6 +149,10 @@ class Logger:
         """The experiment's number."""
         return self._number
 
+    @experiment.setter
+    def experiment(self, number: int) -> None:
+        self._number = number
+
     @property
     def values(self) -> int:
         """How many values this process has logged so far, for whatever experiment."""

@@ -22,7 +22,7 @@ from traceml.ids import RankIdentity
 from traceml.privacy import secrets_only
 from traceml.recorder.exits import describe
 from traceml.recorder.files import Files
-from traceml.recorder.identity import Identity, identify
+from traceml.recorder.identity import Identity, Spawned, forget_children, identify, tell_children
 from traceml.recorder.sender import Sender
 from traceml.recorder.worker import Worker
 from traceml.samplers.base import Sampler, SamplerStatistics, Scheduler
@@ -84,13 +84,17 @@ class Recorder:
     Args:
         config: the settings in force.
         parent: the recorder of the process that this one was forked from, when it logs for that one's run.
+        spawned: what is known of a process that `multiprocessing` has spawned this one from, for the same reason.
     """
 
-    def __init__(self, config: settings.Config, *, parent: Recorder | None = None) -> None:
+    def __init__(
+        self, config: settings.Config, *, parent: Recorder | None = None, spawned: Spawned | None = None
+    ) -> None:
         self.config = config
         self.tracing = False
         """Whether the hooks are in place; else only what the user logs is recorded."""
-        self._parent = parent._identity if parent is not None else None
+        self._parent = parent._identity if parent is not None else spawned.identity if spawned is not None else None
+        self.spawned = spawned
         self.pid = os.getpid()
         self.instrumentation: Instrumentation | None = None
         self._state = "disabled"
@@ -135,7 +139,7 @@ class Recorder:
 
     @property
     def is_child(self) -> bool:
-        """Whether it logs in a forked child, for the run of the process that this one was forked from."""
+        """Whether it logs in a child, for the run of the process that this one was forked or spawned from."""
         return self._parent is not None
 
     @property
@@ -180,7 +184,9 @@ class Recorder:
             AggregatorRefusedError: one answered and refused, and `on_missing` is `raise`.
         """
         config = self.config
-        self._identity = identify(config) if self._parent is None else self._parent.of_child()
+        self._identity = (
+            identify(config) if self._parent is None else self._parent.of_child(provisional=self.spawned is not None)
+        )
         self._flight = FlightFile.create(
             None,
             self._identity.facts(config),
@@ -205,6 +211,7 @@ class Recorder:
                 self._connect_first()
 
             self._start_threads(tracing=tracing)
+            self.tell_children(self.spawned.experiment if self.spawned is not None else 0)
         except BaseException:
             self._abandon()
             raise
@@ -227,6 +234,7 @@ class Recorder:
         ended = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
         self._flight.open_slots[Slot.STATE] = ended
         self._hold_until_ns = 0
+        forget_children()
         stored = self._worker.finish(reason, timeout_s=timeout_s, hope=self.config.supervised or self.config.local)
         # Where no aggregator was ever met, nobody will look for the file, unless a launcher sees to that.
         forlorn = self._sender.connections == 0 and not self.config.supervised and not self._flight.holds_user_rows
@@ -241,6 +249,15 @@ class Recorder:
             self.files.close(unlink=stored or forlorn)
 
         return stored
+
+    def tell_children(self, experiment: int = 0) -> None:
+        """Have children that are spawned from now on log for this run.
+
+        Args:
+            experiment: number of the experiment that is active.
+        """
+        if self._identity is not None:
+            tell_children(self._identity, self.config, experiment)
 
     def before_stop(self, function: Callable[[], None]) -> None:
         """Have `function` called when the recorder is about to stop, while rows can still be appended."""
@@ -525,6 +542,7 @@ class Recorder:
             return
 
         self._identity = now
+        self.tell_children()
         self._flight.update_identity(**now.facts(self.config))
         self._sender.detach("another rank")
 

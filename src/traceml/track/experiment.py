@@ -222,8 +222,11 @@ class Experiment:
 
 
 def _root_row(config: settings.Config) -> dict[str, Any] | None:
-    """Return what delivery has to know of the run's own experiment: None where the settings name no tracker."""
-    if not config.backend:
+    """Return what delivery has to know of the run's own experiment.
+
+    None where the settings name no tracker, and in a spawned child, whose parent has said all.
+    """
+    if not config.backend or _root.experiment:
         return None
 
     name = config.run_name or config.run_id or capturing.default_name()
@@ -271,6 +274,16 @@ def _forget_first(forked: bool) -> None:
     if not forked:
         _first = _stack[0]._logger if _stack else None
         _undecided.clear()
+        recorder = api.current()
+        if recorder is not None and recorder.spawned is not None:
+            _root.experiment = recorder.spawned.experiment
+
+
+def _tell_children() -> None:
+    """Let what children log that are spawned now belong to the active experiment."""
+    recorder = api.current()
+    if recorder is not None and recorder.enabled:
+        recorder.tell_children(_active.experiment)
 
 
 api.on_change.append(_forget_first)
@@ -291,12 +304,14 @@ def _activate(experiment: Experiment) -> None:
     _first = _first or experiment._logger
     _stack.append(experiment)
     _active = experiment._logger
+    _tell_children()
 
 
 def _deactivate(experiment: Experiment) -> None:
     global _active
     _stack.remove(experiment)
     _active = _stack[-1]._logger if _stack else _root
+    _tell_children()
     if not _stack:
         capturing.rest()
 
