@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import multiprocessing
@@ -95,6 +96,27 @@ def test_decorator(tmp_path):
     first, second = spans_of(path)
     assert first["name"].endswith("load")
     assert (second["name"], second["cat"], second["args"]) == ("other", "c", {"error": "ValueError"})
+
+
+def test_calls_of_a_coroutine_function_overlap(tmp_path):
+    """Each call is a pair by its own number, from where it begins to where it ends."""
+    path = tmp_path / "trace.json"
+    with traces.Writer(path) as trace:
+
+        @trace.trace(cat="net")
+        async def fetch(number):
+            await asyncio.sleep(0.01 * number)
+            return number
+
+        async def both():
+            return await asyncio.gather(fetch(2), fetch(1))
+
+        assert asyncio.run(both()) == [2, 1]
+
+    first, second, *ends = (event for event in events_of(path) if event["ph"] in "be")
+    assert [(event["ph"], event["id"]) for event in ends] == [("e", second["id"]), ("e", first["id"])]
+    assert first["name"].endswith("fetch")
+    assert ends[1]["ts"] - first["ts"] >= 20_000
 
 
 def test_arguments_known_at_the_end(tmp_path):
@@ -263,3 +285,29 @@ def test_events_of_other_times_and_processes(tmp_path):
 
     _, span = events_of(path)
     assert (span["ts"], span["dur"], span["pid"], span["tid"]) == (1.5, 2.501, 1, 11)
+
+
+def test_writer_is_light():
+    """A program that writes a trace does not get numpy, nor anything else that it did not ask for."""
+    code = "import sys; from traceml.traces import Writer; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+
+    assert not {"numpy", "torch", "rich", "pydantic", "asyncio", "sqlite3"} & set(loaded)
+
+
+def test_what_is_written_can_be_read(tmp_path):
+    """Our own reader finds every event and no damage, in each form, also with members of several processes."""
+    for suffix in SUFFIXES:
+        path = tmp_path / f"trace.{suffix}"
+        for append in (False, True):
+            if append and suffix == "json.gz":
+                continue
+
+            with traces.Writer(path, append=append) as trace:
+                for number in range(500):
+                    with trace.span('read, "it"', cat="io", size=number):
+                        pass
+
+        reading = traces.read([path], args=["size"])
+        assert sum(len(batch.ts_ns) for batch in reading) == len(spans_of(path))
+        assert not any(facts.damage for facts in reading.files)

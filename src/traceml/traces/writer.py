@@ -17,13 +17,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from functools import wraps
+from inspect import iscoroutinefunction
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import UsageError
 from traceml.traces.blocks import Blocks, WriterStatistics
-from traceml.traces.encoding import NO_ARGS, CounterEvent, FlowEvent, InstantEvent, MetaEvent, SpanEvent, args_of
+from traceml.traces.encoding import NO_ARGS, CounterEvent, Event, FlowEvent, InstantEvent, MetaEvent, SpanEvent, args_of
 
 __all__ = ["Span", "Writer", "WriterStatistics"]
 
@@ -121,6 +122,8 @@ class Writer:
     def trace(self, name: str | None = None, /, cat: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Return a decorator that writes a span for each call of a function.
 
+        Calls of a coroutine function overlap on their thread: each is a pair of events (ph b, e) on a track of its own.
+
         Args:
             name: the span's name; the function's where it is not given.
             cat: what kind of thing.
@@ -128,6 +131,8 @@ class Writer:
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             called = name or function.__qualname__
+            if iscoroutinefunction(function):
+                return self._trace_coroutine(function, called, cat)
 
             @wraps(function)
             def traced(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -137,6 +142,18 @@ class Writer:
             return traced
 
         return decorate
+
+    def _trace_coroutine(self, function: Any, name: str, cat: str) -> Any:
+        @wraps(function)
+        async def traced(*args: Any, **kwargs: Any) -> Any:
+            number = next(self._ids)
+            self._put(Event(number, name, cat, self._pid, self._tid(), self._us(self._now_ns()), "b"))
+            try:
+                return await function(*args, **kwargs)
+            finally:
+                self._put(Event(number, name, cat, self._pid, self._tid(), self._us(self._now_ns()), "e"))
+
+        return traced
 
     def instant(self, name: str, /, cat: str = "", *, scope: Literal["t", "p", "g"] = "t", **args: Any) -> None:
         """Write that something happened now.
