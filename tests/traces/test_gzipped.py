@@ -14,7 +14,8 @@ import pytest
 
 from tests.traces.fabricated import FORMS, brute_force, facts_of, make_events, members, read_all
 from traceml.traces import gzipped
-from traceml.traces.gzipped import Buffer, open_source
+from traceml.traces.buffers import Buffer
+from traceml.traces.gzipped import open_source
 from traceml.traces.salvage import MAGIC, new_inflater
 
 EVENTS = make_events(3000, 5, plain=True)

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from traceml.traces.buffers import Buffer
 from traceml.traces.columns import Damage
 from traceml.traces.files import GZIP_MAGIC
 from traceml.traces.salvage import MAGIC, new_inflater, next_member, read_at, salvaged
 
-__all__ = ["CHUNK_BYTES", "Buffer", "Chunk", "GzipSource", "Inflater", "PlainSource", "Source", "open_source"]
+__all__ = ["CHUNK_BYTES", "Chunk", "GzipSource", "Inflater", "PlainSource", "Source", "open_source"]
 
 CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: what one thread works on at a time
 _MEMBERS_BYTES = 512 * 1024  # compressed: members are taken together until they have this much
@@ -25,43 +26,6 @@ _MAX_MEMBERS_BYTES = 1024 * 1024  # compressed: a first member that is longer is
 _MAX_TEXT_BYTES = 32 * 1024 * 1024  # that members taken together may inflate to; more comes in parts
 _FED_BYTES = 64 * 1024
 _PART_BYTES = 512 * 1024  # of text, had from the decompressor at a time
-_SPARE_BYTES = 1024 * 1024  # of a buffer: a chunk ends where a part does, or a few members do
-
-
-class Buffer:
-    """Memory for text, used again for each chunk of a thread: fresh memory costs more than inflating into it."""
-
-    def __init__(self) -> None:
-        self._memory = bytearray(CHUNK_BYTES + _SPARE_BYTES)
-        self._used = 0
-
-    def clear(self) -> None:
-        """Begin a new text."""
-        self._used = 0
-
-    def add(self, part: bytes) -> None:
-        """Append to the text."""
-        self.room(len(part))[:] = part
-
-    def room(self, size: int) -> memoryview:
-        """Return place for so many more bytes of the text."""
-        begin, self._used = self._used, self._used + size
-        if self._used >= len(self._memory):  # text of the chunk before may be looked at still: the old memory stays
-            larger = bytearray(2 * self._used)
-            larger[:begin] = memoryview(self._memory)[:begin]
-            self._memory = larger
-
-        return memoryview(self._memory)[begin : self._used]
-
-    def text(self, missing_bytes: int = 0) -> memoryview:
-        """Return the text, a byte 0 behind it.
-
-        Args:
-            missing_bytes: of the last room, which were not filled.
-        """
-        self._used -= missing_bytes
-        self._memory[self._used] = 0
-        return memoryview(self._memory)[: self._used]
 
 
 @dataclass(slots=True)

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from traceml.traces.buffers import Buffer
 from traceml.traces.chain import Chain, Guess, Scanner
 from traceml.traces.columns import Batch, Damage, FileFacts, Strings
 from traceml.traces.forms import find_start
-from traceml.traces.gzipped import Buffer, Chunk, Source, open_source
+from traceml.traces.gzipped import Chunk, Source, open_source
 from traceml.traces.native import new_scanner
 from traceml.traces.slow import Text
 

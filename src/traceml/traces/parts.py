@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import TraceMLError
+from traceml.traces.buffers import Buffer
 from traceml.traces.columns import Batch, Damage, FileFacts, Strings
 from traceml.traces.files import GZIP_MAGIC
 from traceml.traces.forms import Beginning, Ending, find_start
-from traceml.traces.gzipped import Buffer, open_source
+from traceml.traces.gzipped import open_source
 from traceml.traces.native import new_scanner
 from traceml.traces.salvage import MAGIC
 
