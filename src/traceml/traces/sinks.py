@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Protocol
 
 from traceml.errors import UsageError
 
-__all__ = ["SUFFIXES", "Sink", "open_sink"]
+__all__ = ["SUFFIXES", "Sink", "filled_in", "open_sink"]
 
 _GZIP = 31  # zlib's wbits for a gzip member
 _CLOSED = b"\n]\n"
@@ -175,6 +176,23 @@ def open_sink(path: Path) -> Sink:
             return make(path)
 
     raise UsageError(f"{path}: a trace's name ends in one of {', '.join(SUFFIXES)}")
+
+
+def filled_in(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `{pid}`, `{host}` and `{rank}` filled in.
+
+    Raises:
+        UsageError: it names no file.
+    """
+    known = {"pid": os.getpid(), "host": socket.gethostname(), "rank": os.environ.get("RANK", "0")}
+    text = os.fspath(path)
+    for name, value in known.items():
+        text = text.replace("{" + name + "}", str(value))
+
+    if not Path(text).name:
+        raise UsageError(f"a trace needs a file's name, not {os.fspath(path)!r}")
+
+    return Path(text)
 
 
 def compressor() -> Callable[[bytes], bytes]:

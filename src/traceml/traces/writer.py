@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -22,9 +21,9 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from traceml.clock import clock_pair, monotonic_ns
-from traceml.errors import UsageError
 from traceml.traces.blocks import Blocks, WriterStatistics
 from traceml.traces.encoding import NO_ARGS, CounterEvent, Event, FlowEvent, InstantEvent, MetaEvent, SpanEvent, args_of
+from traceml.traces.sinks import filled_in
 
 __all__ = ["Span", "Writer", "WriterStatistics"]
 
@@ -82,7 +81,7 @@ class Writer:
         process_name: str | None = None,
         origin_ns: int | None = None,
     ) -> None:
-        self.path = _filled_in(path)
+        self.path = filled_in(path)
         if not append:
             self.path.unlink(missing_ok=True)
 
@@ -132,7 +131,8 @@ class Writer:
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             called = name or function.__qualname__
             if iscoroutinefunction(function):
-                return self._trace_coroutine(function, called, cat)
+                coroutine: Callable[P, R] = self._trace_coroutine(function, called, cat)
+                return coroutine
 
             @wraps(function)
             def traced(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -295,18 +295,6 @@ class Writer:
 
         self.write_name("thread_name", threading.current_thread().name, pid=self._pid, tid=tid)
         return tid
-
-
-def _filled_in(path: str | os.PathLike[str]) -> Path:
-    known = {"pid": os.getpid(), "host": socket.gethostname(), "rank": os.environ.get("RANK", "0")}
-    text = os.fspath(path)
-    for name, value in known.items():
-        text = text.replace("{" + name + "}", str(value))
-
-    if not Path(text).name:
-        raise UsageError(f"a trace needs a file's name, not {os.fspath(path)!r}")
-
-    return Path(text)
 
 
 def _script_name() -> str:
