@@ -366,6 +366,9 @@ class Engine:
     def train_batch(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.model.weight).square().mean()
 
+    def clip(self) -> None:
+        time.sleep(0.002)
+
     def save(self) -> None:
         time.sleep(0.002)
 
@@ -374,19 +377,22 @@ def test_a_frameworks_own_calls_are_timed(traced: Traced) -> None:
     """Its training call is the forward, its saving a checkpoint, until all is undone; what it has not is left out."""
     originals = dict(vars(Engine))
     traced.instrumentation.time_forward(Engine, "train_batch", lambda engine: engine.model)
-    traced.instrumentation.time_call(Engine, "save", "checkpoint")
-    traced.instrumentation.time_call(Engine, "save", "checkpoint")
-    traced.instrumentation.time_call(Engine, "save_differently", "checkpoint")
+    traced.instrumentation.time_saving(Engine, "save")
+    traced.instrumentation.time_saving(Engine, "save")
+    traced.instrumentation.time_saving(Engine, "save_differently")
+    traced.instrumentation.time_update(Engine, "clip")
     engine = Engine(nn.Linear(4, 1))
     optimizer = torch.optim.SGD(engine.model.parameters(), lr=0.1)
     for x in torch.randn(3, 2, 4):
         engine.train_batch(x).backward()
+        engine.clip()
         optimizer.step()
         engine.save()
 
     rows = traced.finish()
     assert len(rows) == 3
     assert all(row["forward_ns"] > 0 for row in rows)
+    assert [row["optimizer_ns"] > 2_000_000 for row in rows] == [True] * 3, rows
     assert sum(row["checkpoint_ns"] for row in rows) > 6_000_000
     traced.instrumentation.uninstall()
     assert dict(vars(Engine)) == originals

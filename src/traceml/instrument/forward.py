@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 _SLOT = "_compiled_call_impl"
-_FORWARD = int(Phase.FORWARD)
+_FORWARD, _OPTIMIZER = int(Phase.FORWARD), int(Phase.OPTIMIZER)
 _COPIERS = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
 _NO_FORWARD = (int(Phase.INPUT_WAIT), _FORWARD, int(Phase.BACKWARD))  # inside these it is part of them
 is_grad_enabled = torch.is_grad_enabled
@@ -125,7 +125,14 @@ def _nested(timed: Timed, clock: StepClock, args: Any, kwargs: Any) -> Any:
     if previous in _NO_FORWARD or not clock.is_here():
         return timed.impl(timed.module(), *args, **kwargs)
 
-    t = _begin(clock, timed.module)
+    t = monotonic_ns()
+    try:
+        clock.forward_begins(t, timed.module, trains=is_grad_enabled())
+        clock.current = _FORWARD
+        clock.open_slots[_FORWARD] = t
+    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        clock.fail(error)
+
     try:
         return timed.impl(timed.module(), *args, **kwargs)
     finally:
@@ -142,31 +149,39 @@ def timed_forward(
         clock: whose time it is.
         module_of: returns the model, of the method's object.
     """
+    slots, begins = clock.open_slots, clock.forward_begins
+    # Cells of the clock.
+    current = forward_ns = optimizer_ns = 0
+    closes_at: Any = NOWHERE
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        previous = clock.current
-        if is_dynamo_compiling() or previous in _NO_FORWARD or not clock.is_here():
+        nonlocal current, forward_ns, optimizer_ns
+        previous = current
+        if (previous != OTHER and previous != _OPTIMIZER) or is_dynamo_compiling() or not (mine() or clock.is_here()):
             return original(self, *args, **kwargs)
 
-        t = _begin(clock, weakref.ref(module_of(self)))
+        t = monotonic_ns()
+        try:
+            if closes_at is ASK or closes_at is ON_FORWARD:
+                begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())
+
+            current = _FORWARD
+            slots[_FORWARD] = t
+        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            clock.fail(error)
+
         try:
             return original(self, *args, **kwargs)
         finally:
-            clock.leave(_FORWARD, previous, t)
+            spent = monotonic_ns() - t
+            forward_ns += spent
+            if previous == _OPTIMIZER:  # Lightning trains in a closure of the optimizer's step
+                optimizer_ns -= spent
 
-    return call
+            current = previous
+            slots[_FORWARD] = 0
 
-
-def _begin(clock: StepClock, module: Any) -> int:
-    t = monotonic_ns()
-    try:
-        clock.forward_begins(t, module, trains=is_grad_enabled())
-        clock.current = _FORWARD
-        clock.open_slots[_FORWARD] = t
-    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
-        clock.fail(error)
-
-    return t
+    return clock.bind(call)
 
 
 def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:

@@ -83,18 +83,18 @@ class Instrumentation:
 
     # ---- what integrations call: the hooks go with all others ----
 
-    def time_call(self, owner: Any, name: str, phase: str) -> None:
-        """Time the calls of a framework's function as a phase, where it has such a function.
-
-        Args:
-            owner: the function's class or module.
-            name: its name.
-            phase: what its time is, where nothing inside it is another one: `checkpoint`, `optimizer`, `comm`.
-        """
+    def time_saving(self, owner: Any, name: str) -> None:
+        """Time the calls of a framework's function as `checkpoint`, where it has such a function."""
         from traceml.instrument.calls import timed_call
 
-        number = int(Phase[phase.upper()])
+        number = int(Phase.CHECKPOINT)
         self._guarded(lambda: self._time(owner, name, lambda original: timed_call(original, number, self.clock)))
+
+    def time_update(self, owner: Any, name: str) -> None:
+        """Time the calls of a framework's function as a part of `optimizer`, where it has such a function."""
+        from traceml.instrument.optimizer import timed_update
+
+        self._guarded(lambda: self._time(owner, name, lambda original: timed_update(original, self.clock)))
 
     def time_forward(self, owner: Any, name: str, module_of: Callable[[Any], Any]) -> None:
         """Time the calls of a framework's method as those of the model, where it has such a method.

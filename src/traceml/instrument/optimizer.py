@@ -20,7 +20,7 @@ from traceml.database.schema import Phase, StepFlag
 from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
 from traceml.instrument.patches import Patches
 
-__all__ = ["passes_on", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step"]
+__all__ = ["passes_on", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step", "timed_update"]
 
 # Their optimizers hold the user's, and step it or (between two steps of accumulated gradients) leave it alone.
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
@@ -112,6 +112,30 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             slots[_OPTIMIZER] = 0
 
     return clock.bind(step)
+
+
+def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+    """Return a function that calls `original` as work on the update that is no attempt: clipping, for example."""
+    slots = clock.open_slots
+    # Cells of the clock.
+    current = optimizer_ns = 0
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal current, optimizer_ns
+        if current != OTHER or is_dynamo_compiling() or not (mine() or clock.is_here()):
+            return original(*args, **kwargs)
+
+        t = monotonic_ns()
+        current = _OPTIMIZER
+        slots[_OPTIMIZER] = t
+        try:
+            return original(*args, **kwargs)
+        finally:
+            optimizer_ns += monotonic_ns() - t
+            current = OTHER
+            slots[_OPTIMIZER] = 0
+
+    return clock.bind(call)
 
 
 def _careful(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:

@@ -18,6 +18,15 @@ from traceml.integrations.session import Session
 __all__ = ["TraceMLCallback", "TraceMLTrainer"]
 
 
+def _nothing(
+    _self: Any, _args: Any, _state: Any, _control: Any, model: Any = None, processing_class: Any = None,
+    optimizer: Any = None, lr_scheduler: Any = None, train_dataloader: Any = None, eval_dataloader: Any = None,
+    **_: Any,
+) -> None:  # fmt: skip
+    """Do nothing, with what is passed spelled out: 0.2 us, and 0.7 us where it has to be gathered into a map."""
+    del model, processing_class, optimizer, lr_scheduler, train_dataloader, eval_dataloader
+
+
 class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
     """Traces each `train()` and shows the verdict at its end, on rank 0.
 
@@ -31,6 +40,8 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
         SettingsError: an unknown setting or a bad value.
     """
 
+    on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = _nothing
+
     def __init__(self, *, report: bool = True, **settings: Any) -> None:
         self.session = Session(settings, report=report)
         _watch(self)
@@ -43,9 +54,9 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
         """Begin: the process group, the model and the optimizer are there."""
         hooks = self.session.begin()
         if hooks is not None:
-            hooks.time_call(Trainer, "_save_checkpoint", "checkpoint")
-            hooks.time_call(Trainer, "save_model", "checkpoint")
-            hooks.time_call(Accelerator, "clip_grad_norm_", "optimizer")
+            hooks.time_saving(Trainer, "_save_checkpoint")
+            hooks.time_saving(Trainer, "save_model")
+            hooks.time_update(Accelerator, "clip_grad_norm_")
 
 
 class TraceMLTrainer(Trainer):  # type: ignore[misc]

@@ -18,6 +18,15 @@ __all__ = ["TraceMLCallback"]
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _STEPS = ("training_step", "validation_step")
+# Lightning profiles each call of each callback's hook, 2 us each, unless there is nothing to call.
+_PER_STEP = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
 
 
 class TraceMLCallback:
@@ -69,7 +78,7 @@ def _time_framework(hooks: Any, trainer: Any) -> None:
     for name in _STEPS:
         hooks.time_forward(_owner(trainer.strategy, name), name, lambda strategy: strategy.lightning_module)
 
-    hooks.time_call(_owner(trainer, "save_checkpoint"), "save_checkpoint", "checkpoint")
+    hooks.time_saving(_owner(trainer, "save_checkpoint"), "save_checkpoint")
 
 
 def _owner(instance: Any, name: str) -> type[Any]:
@@ -110,6 +119,6 @@ def _made(kind: type[TraceMLCallback], packages: tuple[str, ...]) -> TraceMLCall
 @cache
 def _class(kind: type[TraceMLCallback], bases: tuple[type[Any], ...]) -> type[TraceMLCallback]:
     """Return a class under the same name that derives from Lightning's too."""
-    return type(
-        kind.__name__, (kind, *bases), {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
-    )
+    unused = {name: None for name in _PER_STEP if not hasattr(kind, name)}
+    told = {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
+    return type(kind.__name__, (kind, *bases), told | unused)
