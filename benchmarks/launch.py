@@ -110,6 +110,37 @@ if __name__ == "__main__":
     print(json.dumps(told[0]))
 """
 
+# What stands between the launcher and a worker: each the only child of the one before.
+PROCESSES = """
+import json, os, sys, threading, time
+from pathlib import Path
+def hold(folder):
+    Path(folder, "ready").touch()
+    while not Path(folder, "go").exists():
+        time.sleep(0.02)
+def look(pid):
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    pss = sum(int(line.split()[1]) * 1024 for line in rollup if line.startswith("Pss:"))
+    return {"pss": pss, "cpu_s": sum(map(int, times)) / os.sysconf("SC_CLK_TCK")}
+def watch(folder, told):
+    while not Path(folder, "ready").exists():
+        time.sleep(0.02)
+    pid = os.getpid()
+    for name in ("guard", "agent", "zygote", "worker"):
+        tasks = Path(f"/proc/{pid}/task").glob("*/children")
+        (pid,) = [int(child) for task in tasks for child in task.read_text().split()]
+        told[name] = look(pid)
+    Path(folder, "go").touch()
+if __name__ == "__main__":
+    told = {}
+    watcher = threading.Thread(target=watch, args=(sys.argv[1], told))
+    watcher.start()
+    launch(hold, sys.argv[1], workers=1)
+    watcher.join()
+    print(json.dumps(told))
+"""
+
 PAYLOAD = """
 import json, sys, time, torch
 def memory(name):
@@ -233,6 +264,7 @@ def main() -> int:
         "start": measure_start,
         "again": measure_again,
         "memory": measure_memory,
+        "processes": measure_processes,
         "payload": measure_payload,
         "error": measure_error,
         "logs": measure_logs,
@@ -252,7 +284,9 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of each measurement")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="start, again, memory, payload, error, logs, hosts")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="start, again, memory, processes, payload, error, logs, hosts"
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave torchrunx out")
     parser.add_argument("--json", type=Path, help="also write the results here")
     return parser.parse_args()
@@ -371,6 +405,26 @@ def measure_memory(bench: Bench) -> Any:
             f"{more['traceml']:.1f} MB{goal}{_against(more, '{:.0f} MB')}"
         )
 
+    return results
+
+
+def measure_processes(bench: Bench) -> Any:
+    """Memory and processor time of each process of a host, and that of an import of torch."""
+    found = []
+    for _ in range(bench.rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(bench.run("traceml", PROCESSES, folder).told)
+
+    results: dict[str, Any] = {}
+    for name in found[0]:
+        results[name] = told = {key: statistics.median(each[name][key] for each in found) for key in ("pss", "cpu_s")}
+        print(f"{name}: {told['pss'] / MB:.1f} MB (PSS), {told['cpu_s']:.2f} s of processor time until a worker ran")
+
+    code = "import time; start = time.process_time(); import torch; print(time.process_time() - start)"
+    command = [str(bench.pythons["traceml"]), "-c", code]
+    imports = [float(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(bench.rounds)]
+    results["import_torch_s"] = statistics.median(imports)
+    print(f"import torch: {results['import_torch_s']:.2f} s of processor time")
     return results
 
 
