@@ -55,7 +55,10 @@ def has(text: str) -> Callable[[list[str]], bool]:
 
 
 def test_top_beside_a_running_job(tmp_path, tmux, traceml):
-    """Every table of two live ranks, by keys, at 80 x 24 and after a resize; without colours where none are wanted."""
+    """Every table of two live ranks, by keys, at 80 x 24 and after a resize; without colours where none are wanted.
+
+    When the job ends, the screen is left and its card stands in the terminal.
+    """
     words = ["run", "--nproc-per-node", "2", "--live", "none", TINY, "--steps", "5000", "--pause", "0.01"]
     job = traceml.start(*words, "--marker", "marker")
     job.pid_of(1)
@@ -86,20 +89,12 @@ def test_top_beside_a_running_job(tmp_path, tmux, traceml):
     tmux.type("q", "q")
     tmux.until(lambda lines: not has("traceml ─")(lines))
     assert job.process.poll() is None
-    job.process.send_signal(signal.SIGINT)
-    job.end()
 
-
-def test_end_of_the_job_leaves_its_verdict(tmp_path, tmux, traceml):
-    """When the job ends, the screen is left and the card stands in the terminal, in colour."""
-    job = traceml.start("run", "--live", "none", TINY, "--steps", "5000", "--pause", "0.01", "--marker", "marker")
-    job.pid_of(0)
     tmux.type(f"env -u NO_COLOR {shlex.quote(sys.executable)} -m traceml top", "Enter")
     tmux.until(lambda lines: has("q quits")(lines) and has("so far")(lines))
+    assert _COLOR.search(tmux("capture-pane", "-p", "-e", "-t", "top"))
     tmux.type("p")
     tmux.until(lambda lines: "[phases]" in lines[2])
-    assert _COLOR.search(tmux("capture-pane", "-p", "-e", "-t", "top"))
-
     job.process.send_signal(signal.SIGINT)
     job.end()
     tmux.until(has("traceml report"))
