@@ -1,8 +1,8 @@
 """What kind of work a span is: computing, I/O, communication, copying; told by its category and name.
 
 The categories are those of dftracer (`POSIX`, `STDIO`, ...), torch.profiler (`kernel`, `gpu_memcpy`, `cpu_op`, ...)
-and traceml's own export. What operators on the host do counts as computing and communication where a trace has no kernels
-of a device; where it has, they only start those.
+and traceml's own export. What operators on the host do counts as computing and communication where a trace has no
+kernels of a device; where it has, they only start those.
 """
 
 from __future__ import annotations

@@ -53,22 +53,20 @@ def run_on(
         TraceNotFoundError: a worker does not see a file.
         TraceEmptyError: there is not one event.
     """
-    origin = Origin(Strings(), list(files))
-    origin.labels = labels or Labels()
-    analysis = Analysis(question, origin)
-    facts = []
+    whole: set[int] = set()
     with _client(cluster) as client:
-        threads = max(1, sum(client.nthreads().values()))
-        for source, parts, results in _by_file(client, question, origin, threads):
-            facts.append(_put_together(client, analysis, source, parts, results))
-            if progress is not None:
-                progress(sum(each.events for each in facts), source + 1)
+        while True:
+            try:
+                analysis, facts = _asked(client, question, files, labels or Labels(), whole, progress)
+                break
+            except _WholeError as error:
+                whole.add(error.source)
 
     if not any(each.events for each in facts):
         raise TraceEmptyError(f"there is no trace event in {', '.join(str(file) for file in files[:5])}")
 
     for source, each in enumerate(facts):
-        origin.labels.take_file(source, each.path, each.header)
+        analysis.origin.labels.take_file(source, each.path, each.header)
 
     analysis.finish()
     return analysis, facts
@@ -115,66 +113,97 @@ def _as_source(batch: Batch, source: int) -> Batch:
     return batch
 
 
+class _WholeError(Exception):
+    """A file turned out, half-way, to be one that has to be read in one go."""
+
+    def __init__(self, source: int) -> None:
+        super().__init__(source)
+        self.source = source
+
+
+def _asked(
+    client: Any,
+    question: Question,
+    files: Sequence[Path],
+    labels: Labels,
+    whole: set[int],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Analysis, list[FileFacts]]:
+    """Put the question to the cluster, the files in `whole` in one go; each part is taken as soon as it fits."""
+    origin = Origin(Strings(), list(files))
+    origin.labels.merge(labels)
+    analysis, facts = Analysis(question, origin), list[FileFacts]()
+    threads = max(1, sum(client.nthreads().values()))
+    for source, (parts, results) in enumerate(_by_file(client, question, origin, labels, threads, whole)):
+        try:
+            facts.append(_taken(analysis, parts, results))
+        except IndivisibleError as error:
+            raise _WholeError(source) from error
+
+        if progress is not None:
+            progress(sum(each.events for each in facts), source + 1)
+
+    return analysis, facts
+
+
 def _by_file(
-    client: Any, question: Question, origin: Origin, threads: int
-) -> Iterator[tuple[int, list[Part], Iterator[Result | str]]]:
-    """Yield each file with its parts and what comes of them, in order; a bounded number is on its way."""
-    files = [split(source, path, least=2 * threads) for source, path in enumerate(origin.paths)]
+    client: Any, question: Question, origin: Origin, labels: Labels, threads: int, whole: set[int]
+) -> Iterator[tuple[list[Part], Iterator[Result]]]:
+    """Yield the parts of each file with what comes of them, in order; a bounded number is on its way."""
+    files = [split(source, path, least=4 * threads) for source, path in enumerate(origin.paths)]
+    files = [[_all_of(parts)] if source in whole else parts for source, parts in enumerate(files)]
     paths = [str(path) for path in origin.paths]
     waiting = deque(part for parts in files for part in parts)
     running: deque[Any] = deque()
 
-    def results(count: int) -> Iterator[Result | str]:
+    def results(count: int) -> Iterator[Result]:
         for _ in range(count):
             while waiting and len(running) < _PER_THREAD * threads:
                 part = waiting.popleft()
-                running.append(client.submit(analyse_part, question, part, paths, origin.labels, pure=False))
+                running.append(client.submit(analyse_part, question, part, paths, labels, pure=False))
 
-            yield running.popleft().result()
+            result = running.popleft().result()
+            if isinstance(result, str):
+                raise IndivisibleError(result)
 
-    for source, parts in enumerate(files):
-        yield source, parts, results(len(parts))
+            yield result
+
+    for parts in files:
+        yield parts, results(len(parts))
 
 
-def _put_together(
-    client: Any, analysis: Analysis, source: int, parts: list[Part], results: Iterator[Result | str]
-) -> FileFacts:
-    """Absorb the parts of a file once they are known to fit; else the file is read in one go by a worker."""
-    collected = list(results)
-    fitting = [result for result in collected if not isinstance(result, str)]
-    path = analysis.origin.paths[source]
-    if len(fitting) == len(collected):
-        if parts[0].whole:
-            partial, facts = fitting[0]
-            assert isinstance(facts, FileFacts)
+def _all_of(parts: list[Part]) -> Part:
+    first = parts[0]
+    return Part(first.source, first.path, 0, parts[-1].end, True, first.wrapped)
+
+
+def _taken(analysis: Analysis, parts: list[Part], results: Iterator[Result]) -> FileFacts:
+    """Absorb the parts of a file, each once what follows it is known to fit."""
+    source, path = parts[0].source, analysis.origin.paths[parts[0].source]
+    seams: list[Seams] = []
+    earlier: Partial | None = None
+    for partial, seam in results:
+        if isinstance(seam, FileFacts):
             absorb(analysis, partial, source)
-            facts.path = path
-            return facts
+            seam.path = path
+            return seam
 
-        try:
-            return _joined(analysis, parts, fitting)
-        except IndivisibleError:
-            pass
+        if earlier is not None:
+            _absorb_fitting(analysis, earlier, parts[len(seams) - 1], seams[-1], seam)
 
-    whole = Part(source, str(path), 0, path.stat().st_size, True, parts[0].wrapped)
-    names = [str(each) for each in analysis.origin.paths]
-    result = client.submit(analyse_part, analysis.question, whole, names, analysis.origin.labels, pure=False).result()
-    return _put_together(client, analysis, source, [whole], iter([result]))
+        earlier = partial
+        seams.append(seam)
+
+    assert earlier is not None
+    _absorb_fitting(analysis, earlier, parts[-1], seams[-1], None)
+    return facts_of(path, seams, wrapped=parts[0].wrapped)
 
 
-def _joined(analysis: Analysis, parts: list[Part], results: list[Result]) -> FileFacts:
-    source, question = parts[0].source, analysis.question
-    seams = [each for _, each in results if isinstance(each, Seams)]
-    between = [
-        mend(left, right, part, question.args, analysis.origin.strings)
-        for left, right, part in zip(seams, [*seams[1:], None], parts, strict=True)
-    ]
-    for (partial, _), batch in zip(results, between, strict=True):
-        absorb(analysis, partial, source)
-        if batch is not None:
-            analysis.feed(batch)
-
-    return facts_of(analysis.origin.paths[source], seams, wrapped=parts[0].wrapped)
+def _absorb_fitting(analysis: Analysis, partial: Partial, part: Part, left: Seams, right: Seams | None) -> None:
+    between = mend(left, right, part, analysis.question.args, analysis.origin.strings)
+    absorb(analysis, partial, part.source)
+    if between is not None:
+        analysis.feed(between)
 
 
 @contextmanager

@@ -101,7 +101,11 @@ class Nesting:
         while place and stack[place - 1][0] == start and stack[place - 1][1] <= start + duration:
             place -= 1
 
-        stack.insert(place, (start, start + duration, group))
+        outside = place
+        while outside and stack[outside - 1][1] <= start + duration:  # it is never innermost again
+            outside -= 1
+
+        stack[outside:place] = [(start, start + duration, group)]
 
     def _pop(self, lane: int, stack: list[tuple[int, int, int]], until: int | None) -> None:
         while stack and (until is None or stack[-1][1] <= until):

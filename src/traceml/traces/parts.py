@@ -16,8 +16,9 @@ from typing import Any
 from traceml.errors import TraceMLError
 from traceml.traces.buffers import Buffer
 from traceml.traces.columns import Batch, Damage, FileFacts, Strings
+from traceml.traces.events import MICROSECONDS
 from traceml.traces.files import GZIP_MAGIC
-from traceml.traces.forms import Beginning, Ending, find_start
+from traceml.traces.forms import Beginning, Ending, find_start, time_decimals
 from traceml.traces.gzipped import open_source
 from traceml.traces.native import new_scanner
 from traceml.traces.salvage import MAGIC
@@ -43,6 +44,7 @@ class Part:
         begin, end: the range, in bytes.
         whole: it is all of the file.
         wrapped: the events are in an object.
+        decimals: of its times that make them nanoseconds.
     """
 
     source: int
@@ -51,6 +53,7 @@ class Part:
     end: int
     whole: bool
     wrapped: bool
+    decimals: int = MICROSECONDS
 
 
 @dataclass(slots=True)
@@ -91,8 +94,8 @@ def split(source: int, path: Path, *, least: int = 1) -> list[Part]:
         cuts = [_member_from(file, at, size) if zipped else at for at in range(step, size, step)]
 
     bounds = [0, *sorted({cut for cut in cuts if cut < size}), size]
-    wrapped = _is_wrapped(path)
-    return [Part(source, str(path), begin, end, len(bounds) == 2, wrapped) for begin, end in pairwise(bounds)]
+    wrapped, decimals = _is_wrapped(path), time_decimals(path)
+    return [Part(source, str(path), begin, end, len(bounds) == 2, wrapped, decimals) for begin, end in pairwise(bounds)]
 
 
 def read_part(part: Part, keys: Sequence[str], strings: Strings, take: Callable[[Batch], None]) -> Seams:
@@ -102,6 +105,7 @@ def read_part(part: Part, keys: Sequence[str], strings: Strings, take: Callable[
         IndivisibleError: the file has to be read in one go.
     """
     scanner, seams, text, sequence = new_scanner(tuple(keys), strings), Seams(end=part.begin), b"", 0
+    scanner.rules.decimals = part.decimals
     begun = False
     for chunk in _chunks(part, seams):
         text += chunk
@@ -149,7 +153,9 @@ def mend(left: Seams, right: Seams | None, part: Part, keys: Sequence[str], stri
         raise IndivisibleError(f"{part.path}: the parts do not fit")
 
     text = left.tail + (right.head if right else b"")
-    piece = new_scanner(tuple(keys), strings).scan(text, 0, wrapped=part.wrapped, final=right is None)
+    scanner = new_scanner(tuple(keys), strings)
+    scanner.rules.decimals = part.decimals
+    piece = scanner.scan(text, 0, wrapped=part.wrapped, final=right is None)
     found = piece.found
     if found.damage or found.lost or found.closed or text[found.stop :].strip():
         raise IndivisibleError(f"{part.path}: the parts do not fit")

@@ -116,6 +116,13 @@ int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64
       above = under;
       under = node_below[under];
     }
+    /* What ends before this one does is never innermost again: stacks are no deeper than spans really nest. */
+    while (under >= 0 && node_end[under] <= end) {
+      int32_t below = node_below[under];
+      node_below[under] = *free_head;
+      *free_head = under;
+      under = below;
+    }
     node_below[node] = under;
     if (above >= 0) {
       node_below[above] = node;
