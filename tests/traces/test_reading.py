@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_what_does_not_fit_is_odd_and_exact(tmp_path: Path) -> None:
     assert batch.odd_rows == [0, 0]
     assert batch.ts_ns.tolist() == [NO_TIME]
     assert len(batch) == 3
+
+
+@pytest.mark.usefixtures("scanner", "small_chunks")
+@pytest.mark.parametrize(("unit", "ns"), [("NS", 1), ("US", 10**3), ("MS", 10**6), ("SEC", 10**9)])
+def test_dftracer_may_use_other_units(tmp_path: Path, unit: str, ns: int) -> None:
+    """Its metadata name the unit of all times of a file."""
+    head = f'{{"name":"CM","ph":4,"args":{{"name":"time_metric","value":"{unit}"}}}}\n'
+    lines = [f'{{"name":"a","ph":1,"ts":{2**52 // ns + i},"dur":{i}}}\n' for i in range(300)]
+    odd = '{"name":"a","ph":1,"ts":1,"dur":-5}'
+    batches = list(read(_write(tmp_path, (head + "".join(lines) + odd).encode())))
+
+    assert [dur for batch in batches for dur in batch.dur_ns.tolist()] == [i * ns for i in range(300)]
+    assert [ts for batch in batches for ts in batch.ts_ns.tolist()] == [(2**52 // ns + i) * ns for i in range(300)]
+    assert {batch.fractional for batch in batches} == {unit == "NS"}
+    assert [Decimal(event["dur"]) for batch in batches for event in batch.odd] == [Decimal(-5 * ns) / 1000]
 
 
 @pytest.mark.usefixtures("scanner")

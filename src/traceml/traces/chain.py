@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from traceml.traces.columns import Batch, Damage, FileFacts
-from traceml.traces.forms import Beginning, Ending
+from traceml.traces.events import MICROSECONDS
+from traceml.traces.forms import Beginning, Ending, time_decimals
 from traceml.traces.gzipped import Chunk
 from traceml.traces.native import NativeScanner
 from traceml.traces.pieces import Piece, joined
@@ -29,6 +30,7 @@ class Chain:
 
     def __init__(self, facts: FileFacts, source: int) -> None:
         self.expected = 0  # where the next chunk has to begin
+        self.decimals = time_decimals(facts.path)
         self._facts, self._source = facts, source
         self._beginning: Beginning | None = Beginning()
         self._ending: Ending | None = None
@@ -127,6 +129,7 @@ class Chain:
         if not piece.events and not piece.found.meta:
             return None
 
+        piece.found.fractional |= self.decimals < MICROSECONDS
         self._sequence += 1
         return piece.batch(self._source, self._sequence - 1)
 

@@ -111,7 +111,7 @@ class Batch:
         id: of asynchronous and flow events (b, n, e, s, t, f, N, O, D), else -1.
         ts_ns: begin in nanoseconds of the file's clock, exact; NO_TIME where missing.
         dur_ns: nanoseconds, exact; -1 where missing.
-        fractional: whether a time in it was written as a number with a fraction; otherwise all are whole microseconds.
+        fractional: whether a time in it may have a fraction of a microsecond; otherwise all are whole microseconds.
         args: what was asked for, by key.
         odd: events that do not fit in these columns (more than three decimals, beyond 2^63 ns, negative durations, not
             finite, integers of `args` beyond 64 bits), as parsed: integers are `int`, other numbers `Decimal` (also NaN

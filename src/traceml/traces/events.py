@@ -18,12 +18,11 @@ __all__ = [
     "exact_event",
     "is_metadata",
     "printable",
-    "row_of",
 ]
 
 ASYNC_KINDS = frozenset("bensftNOD")  # kinds of which the `id` tells what belongs together
 _INTEGER_KINDS = {1: "X", 4: "M"}  # dftracer writes numbers
-_NS_PER_US = 1000
+MICROSECONDS = 3  # decimals of a time that make it nanoseconds
 _LIMIT_NS = 2**63
 _MAX_DIGITS = 30  # before or after the point: beyond, a number is taken as it is, never expanded
 
@@ -56,29 +55,48 @@ def is_metadata(event: dict[str, Any]) -> bool:
     return bool(event["ph"] == "M")
 
 
-def row_of(event: dict[str, Any], keys: tuple[str, ...], strings: Strings) -> Row | None:
-    """Return the event as a row of columns; None when it does not fit in them exactly.
+class Rules:
+    """How events of a file become rows.
 
     Args:
-        event: as `exact_event` returns it.
-        keys: the keys of its `args` that were asked for.
+        keys: the keys of `args` that were asked for.
         strings: where names get their numbers.
+
+    Attributes:
+        decimals: of a time as the file has it that make it nanoseconds: 3 where times are microseconds.
     """
-    ts, dur = event.get("ts"), event.get("dur")
-    ts_ns, dur_ns = _ns(ts, NO_TIME), _ns(dur, -1)
-    if ts_ns is None or dur_ns is None or (dur is not None and dur_ns < 0):
-        return None
 
-    args = event.get("args")
-    values = [_arg(args.get(key) if isinstance(args, dict) else None, strings) for key in keys]
-    if None in values:
-        return None
+    def __init__(self, keys: tuple[str, ...], strings: Strings) -> None:
+        self._keys, self._strings = keys, strings
+        self.decimals = MICROSECONDS
 
-    name, cat, pid, tid = (strings.intern(as_text(event.get(key))) for key in ("name", "cat", "pid", "tid"))
-    kind = event["ph"]
-    number = strings.intern(as_text(_id_of(event))) if kind in ASYNC_KINDS else -1
-    fractional = isinstance(ts, Decimal) or isinstance(dur, Decimal)
-    return ord(kind), name, cat, pid, tid, number, ts_ns, dur_ns, fractional, [v for v in values if v is not None]
+    def row_of(self, event: dict[str, Any]) -> Row | None:
+        """Return the event, as `exact_event` returns it, as a row; None when it does not fit in columns exactly."""
+        ts, dur = event.get("ts"), event.get("dur")
+        ts_ns, dur_ns = _ns(ts, NO_TIME, self.decimals), _ns(dur, -1, self.decimals)
+        if ts_ns is None or dur_ns is None or (dur is not None and dur_ns < 0):
+            return None
+
+        args = event.get("args")
+        values = [_arg(args.get(key) if isinstance(args, dict) else None, self._strings) for key in self._keys]
+        if None in values:
+            return None
+
+        intern = self._strings.intern
+        name, cat, pid, tid = (intern(as_text(event.get(key))) for key in ("name", "cat", "pid", "tid"))
+        kind = event["ph"]
+        number = intern(as_text(_id_of(event))) if kind in ASYNC_KINDS else -1
+        fractional = isinstance(ts, Decimal) or isinstance(dur, Decimal)
+        known = [value for value in values if value is not None]
+        return ord(kind), name, cat, pid, tid, number, ts_ns, dur_ns, fractional, known
+
+    def in_microseconds(self, event: dict[str, Any]) -> dict[str, Any]:
+        """Return the event with its times in microseconds, whatever they are in the file."""
+        if self.decimals == MICROSECONDS:
+            return event
+
+        times = {key: event[key] for key in ("ts", "dur") if event.get(key) is not None}
+        return event | {key: Decimal(value).scaleb(self.decimals - MICROSECONDS) for key, value in times.items()}
 
 
 def as_text(value: Any) -> str | int | None:
@@ -126,19 +144,20 @@ def _number(value: Any) -> int | Decimal | None:
     return None
 
 
-def _ns(value: int | Decimal | None, missing: int) -> int | None:
-    """Return microseconds as nanoseconds; None when that is not exact in 64 bits."""
+def _ns(value: int | Decimal | None, missing: int, decimals: int) -> int | None:
+    """Return a time as nanoseconds; None when that is not exact in 64 bits."""
     if value is None:
         return missing
 
+    scale = 10**decimals
     if isinstance(value, Decimal):
         if not value.is_finite() or (value and abs(value.adjusted()) > _MAX_DIGITS):
             return None
 
-        exact = Fraction(value) * _NS_PER_US
+        exact = Fraction(value) * scale
         ns = exact.numerator if exact.denominator == 1 else _LIMIT_NS
     else:
-        ns = value * _NS_PER_US
+        ns = value * scale
 
     return ns if -_LIMIT_NS < ns < _LIMIT_NS else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from traceml.errors import TraceNotFoundError
 
-__all__ = ["GZIP_MAGIC", "Identity", "discover", "identity", "looks_like_a_trace"]
+__all__ = ["GZIP_MAGIC", "Identity", "discover", "first_text", "identity", "looks_like_a_trace"]
 
 GZIP_MAGIC = b"\x1f\x8b"
 _SUFFIXES = (".pfw", ".pfw.gz")  # these are traces also where nothing in them can be read
@@ -55,17 +55,21 @@ def looks_like_a_trace(path: Path) -> bool:
     if path.name.endswith(_SUFFIXES):
         return True
 
+    start = first_text(path)
+    return _may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
+
+
+def first_text(path: Path) -> bytes:
+    """Return the first text of a file that may be a trace, at most 64 KiB; empty when there is none."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
             if start.startswith(GZIP_MAGIC):
-                start = zlib.decompressobj(31).decompress(start + file.read(_SNIFFED_BYTES), _SNIFFED_BYTES)
-            elif _may_be_json(start):
-                start += file.read(_SNIFFED_BYTES)
-    except (OSError, zlib.error):
-        return False
+                return zlib.decompressobj(31).decompress(start + file.read(_SNIFFED_BYTES), _SNIFFED_BYTES)
 
-    return _may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
+            return start + file.read(_SNIFFED_BYTES) if _may_be_json(start) else b""
+    except (OSError, zlib.error):
+        return b""
 
 
 def _under(path: Path) -> list[Path]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
+from traceml.traces.events import MICROSECONDS
+from traceml.traces.files import first_text
 from traceml.traces.slow import MAX_EVENT_BYTES, Text, parse
 
-__all__ = ["Beginning", "Ending", "find_start"]
+__all__ = ["Beginning", "Ending", "find_start", "time_decimals"]
 
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(rb"\s*")
@@ -16,9 +19,17 @@ _KEY = re.compile(rb'\s*"((?:[^"\\]|\\.)*)"\s*:\s*', re.DOTALL)
 _COMMA = re.compile(rb"\s*,")
 _CLOSE = re.compile(rb"\s*\}\s*$")
 _START = re.compile(rb"\}[\s,]*(\{)\s*\"")
+_UNIT = re.compile(rb'"time_metric"\s*,\s*"value"\s*:\s*"(NS|US|MS|SEC)"')
+_DECIMALS = {b"NS": 0, b"US": MICROSECONDS, b"MS": 6, b"SEC": 9}
 _MAX_KEPT_BYTES = 64 * 1024  # of a value beside the events
 _MAX_ENDING_BYTES = 1024 * 1024
 _DECODER = json.JSONDecoder()
+
+
+def time_decimals(path: Path) -> int:
+    """Return how many decimals of a file's times make them nanoseconds: dftracer's metadata may name another unit."""
+    unit = _UNIT.search(first_text(path))
+    return MICROSECONDS if unit is None else _DECIMALS[unit[1]]
 
 
 def find_start(text: Text) -> int | None:

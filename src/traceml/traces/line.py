@@ -148,6 +148,7 @@ class Line(Generic[Value]):
 
     def _run(self, job: _Job[Value], scanner: Scanner, buffer: Buffer) -> None:
         chain = job.chain
+        scanner.rules.decimals = chain.decimals
         chunk = job.load() if job.load else None
         guess = None if chunk is None or job.first else _scanned_ahead(chunk.text, scanner)
         self._wait(lambda: self._turn == job.number)

@@ -11,11 +11,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define ABI 1
+#define ABI 2
 #define NO_TIME INT64_MIN
 #define MAX_DEPTH 60
 #define MAX_KEYS 32
-#define MAX_WHOLE_DIGITS 15 /* of a number whose thousandfold surely fits in 64 bits */
+#define MAX_DIGITS 18 /* of a number that surely fits in 64 bits */
 
 enum status { AT_END, CUT_OFF, BROKEN, CLOSED, FULL, DEEP };
 enum kind { MISSING, INTEGER, FLOAT, TEXT };
@@ -63,6 +63,8 @@ typedef struct {
 typedef struct {
     const uint8_t *p, *end;
     int unsure;
+    int decimals;  /* of a time in the text that make it nanoseconds */
+    int64_t scale; /* ten to that power */
 } cursor;
 
 typedef struct {
@@ -328,7 +330,7 @@ static int skip_value(cursor *c) {
 
 /* ---- an event ---- */
 
-/* Microseconds as nanoseconds. */
+/* A time as nanoseconds. */
 static int take_time(cursor *c, event *e, int64_t *ns) {
     number n;
     if (*c->p != '-' && !is_digit(*c->p)) return c->unsure = 1, skip_value(c);
@@ -337,22 +339,22 @@ static int take_time(cursor *c, event *e, int64_t *ns) {
     if (outcome) return outcome;
 
     const uint8_t *whole_end = n.point ? n.point - 1 : n.end;
-    if (n.exponent || n.negative || whole_end - n.at > MAX_WHOLE_DIGITS + 1) return c->unsure = 1, OK;
+    if (n.exponent || n.negative || whole_end - n.at > MAX_DIGITS) return c->unsure = 1, OK;
 
     int64_t value = 0;
     for (const uint8_t *p = n.at; p < whole_end; p++) value = value * 10 + (*p - '0');
-    if (value >= INT64_MAX / 1000) return c->unsure = 1, OK;
+    if (value >= INT64_MAX / c->scale) return c->unsure = 1, OK;
 
-    int fraction = 0;
+    int64_t fraction = 0;
     if (n.point) {
         const uint8_t *p = n.point;
-        for (int i = 0; i < 3; i++) fraction = fraction * 10 + (p < n.end ? *p++ - '0' : 0);
+        for (int i = 0; i < c->decimals; i++) fraction = fraction * 10 + (p < n.end ? *p++ - '0' : 0);
         for (; p < n.end; p++)
             if (*p != '0') c->unsure = 1;
         e->fractional = 1;
     }
 
-    *ns = value * 1000 + fraction;
+    *ns = value * c->scale + fraction;
     return OK;
 }
 
@@ -373,7 +375,7 @@ static int take_label(cursor *c, slice *label) {
     if (n.point || n.exponent || (n.negative && *n.at == '0')) c->unsure = 1;
 
     *label = (slice){start, (uint32_t)(n.end - start), 'n'};
-    if (n.end - start > 18) c->unsure = 1;
+    if (n.end - start > MAX_DIGITS) c->unsure = 1;
     return OK;
 }
 
@@ -415,7 +417,7 @@ static int take_arg(cursor *c, arg *a) {
     int64_t value = 0, digits = 0, decimals = 0;
     for (const uint8_t *p = n.at; p < n.end; p++) {
         if (*p == '.') continue;
-        if (n.exponent || ++digits > 18) return c->unsure = 1, OK;
+        if (n.exponent || ++digits > MAX_DIGITS) return c->unsure = 1, OK;
         value = value * 10 + (*p - '0');
         decimals += n.point && p >= n.point;
     }
@@ -603,8 +605,10 @@ const uint8_t *tm_texts(const scanner *s, int32_t first, int64_t *ends) {
 }
 
 /* Reads events from `start` on; appends to the rows that `out` has. */
-int32_t tm_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end, int32_t wrapped, columns *out) {
-    cursor c = {text + start, text + end, 0};
+int32_t tm_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end, int32_t wrapped, int32_t decimals,
+                columns *out) {
+    cursor c = {text + start, text + end, 0, decimals, 1};
+    for (int i = 0; i < decimals; i++) c.scale *= 10;
     event e;
     for (;;) {
         for (;; c.p++) {

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from traceml.traces.columns import ArgColumn, Strings
-from traceml.traces.events import Row, printable
+from traceml.traces.events import Row, Rules, printable
 from traceml.traces.pieces import ARG_COLUMNS, COLUMNS, Columns, Found, Piece, joined_args, table_of
 from traceml.traces.slow import CutOffError, PurePython, Text, absorb, next_start, parse
 
@@ -24,7 +24,7 @@ __all__ = ["LIBRARY", "NativeScanner", "library", "new_scanner"]
 
 LIBRARY = Path(__file__).with_name("_native.so")
 _LOG = logging.getLogger("traceml")
-_ABI = 1
+_ABI = 2
 _ROWS = 1 << 16
 _UNSURE = 1 << 12
 _MAX_KEYS = 32
@@ -83,6 +83,7 @@ def library() -> ctypes.CDLL | None:
         ctypes.c_int64,
         ctypes.c_int64,
         ctypes.c_int32,
+        ctypes.c_int32,
         ctypes.POINTER(_Columns),
     ]
     return loaded
@@ -104,6 +105,7 @@ class NativeScanner:
             raise MemoryError("no memory for the trace scanner")
 
         self._native, self._keys, self._strings = native, keys, strings
+        self.rules = Rules(keys, strings)
         self._numbers = np.full(1, -1, np.int32)  # own number -> number in strings; the last is that of "missing"
         self._columns: Columns = {name: np.empty(_ROWS, kind) for name, kind in COLUMNS.items()}
         self._args: Columns = {name: np.empty((len(keys), _ROWS), kind) for name, kind in ARG_COLUMNS.items()}
@@ -137,7 +139,7 @@ class NativeScanner:
                 position = next_start(found, text, position, str(error), final=final)
                 continue
 
-            row = absorb(found, event, (position, end), _rows_in(segments), self._keys, self._strings)
+            row = absorb(found, event, (position, end), _rows_in(segments), self.rules)
             segments.append(_Segment(*table_of([row] if row else [], self._keys)))
             position = end
 
@@ -148,7 +150,9 @@ class NativeScanner:
         """Let the library read as far as it can; return why it stopped, and where."""
         out = self._out
         out.rows = out.unsure_rows = out.fractional = 0
-        status = self._native.tm_scan(self._scanner, _address(text), start, len(text), wrapped, ctypes.byref(out))
+        status = self._native.tm_scan(
+            self._scanner, _address(text), start, len(text), wrapped, self.rules.decimals, ctypes.byref(out)
+        )
         position = out.stop
         before, patches, dropped = _rows_in(segments), dict[int, Row](), list[int]()
         for row, first, behind in self._unsure[: out.unsure_rows].tolist():
@@ -158,7 +162,7 @@ class NativeScanner:
                 status, position, out.rows = _BROKEN, first, row
                 break
 
-            known = absorb(found, event, (first, behind), before + row - len(dropped), self._keys, self._strings)
+            known = absorb(found, event, (first, behind), before + row - len(dropped), self.rules)
             if known is None:
                 dropped.append(row)
             else:

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 from traceml.traces.columns import Damage, Strings
-from traceml.traces.events import NotAnEventError, Row, exact_event, is_metadata, row_of
+from traceml.traces.events import NotAnEventError, Row, Rules, exact_event, is_metadata
 from traceml.traces.pieces import Found, Piece, table_of
 
 __all__ = ["MAX_EVENT_BYTES", "CutOffError", "PurePython", "Text", "absorb", "next_start", "parse"]
@@ -42,7 +42,8 @@ class PurePython:
     """
 
     def __init__(self, keys: tuple[str, ...], strings: Strings) -> None:
-        self._keys, self._strings = keys, strings
+        self._keys = keys
+        self.rules = Rules(keys, strings)
 
     def scan(self, text: Text, start: int, *, wrapped: bool, final: bool, lost: bool = False) -> Piece:
         """Read all events of a chunk.
@@ -71,7 +72,7 @@ class PurePython:
                 position = next_start(found, text, position, str(error), final=final)
                 continue
 
-            row = absorb(found, event, (position, end), len(rows), self._keys, self._strings)
+            row = absorb(found, event, (position, end), len(rows), self.rules)
             rows += [row] if row else []
             position = end
 
@@ -115,9 +116,7 @@ def parse(text: Text, position: int, *, final: bool) -> tuple[dict[str, Any], in
     raise CutOffError
 
 
-def absorb(
-    found: Found, event: dict[str, Any], place: tuple[int, int], rows: int, keys: tuple[str, ...], strings: Strings
-) -> Row | None:
+def absorb(found: Found, event: dict[str, Any], place: tuple[int, int], rows: int, rules: Rules) -> Row | None:
     """Return a parsed object as a row, or put it where it belongs: to odd events, metadata or damage.
 
     Args:
@@ -125,8 +124,7 @@ def absorb(
         event: the object.
         place: its first byte in the text, and the byte behind its last.
         rows: how many rows precede it.
-        keys: the keys of `args` that were asked for.
-        strings: where names get their numbers.
+        rules: what makes a row of it.
     """
     try:
         event = exact_event(event)
@@ -138,9 +136,9 @@ def absorb(
         found.meta.append(event)
         return None
 
-    row = row_of(event, keys, strings)
+    row = rules.row_of(event)
     if row is None:
-        found.odd.append(event)
+        found.odd.append(rules.in_microseconds(event))
         found.odd_rows.append(rows)
     else:
         found.fractional |= row[8]
