@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,7 @@ def main() -> int:
         "memory": measure_memory,
         "steps": measure_steps,
         "delivered": measure_delivered,
+        "files": measure_files,
     }
     for name in options.only or parts:
         found[name] = parts[name](options)
@@ -289,7 +291,7 @@ def main() -> int:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=["caller", "memory", "steps", "delivered"])
+    parser.add_argument("--only", nargs="*", choices=["caller", "memory", "steps", "delivered", "files"])
     parser.add_argument(
         "--rounds", type=int, default=5, help="processes for memory; four pairs of blocks each for steps"
     )
@@ -376,6 +378,47 @@ def measure_delivered(_: argparse.Namespace) -> dict[str, Any]:
             print(f"{name:52} logged {count:5}, delivered {len(values):5}, equal {right:5}")
 
     return found
+
+
+def measure_files(_: argparse.Namespace) -> dict[str, Any]:
+    """What compressing artifacts at rest would save and cost: beside it, how an artifact comes into the folder now."""
+    import numpy as np
+    import zstandard
+
+    generator = np.random.default_rng(0)
+    lines = (json.dumps({"step": i, "loss": value}) for i, value in enumerate(generator.random(1_500_000).tolist()))
+    kinds = {
+        "weights, float32": generator.standard_normal(16_000_000, dtype=np.float32).tobytes(),
+        "a log, JSON lines": "\n".join(lines).encode(),
+        "a PNG-like file": generator.bytes(64_000_000),
+    }
+    found = {}
+    for name, data in kinds.items():
+        pack_s, packed = _processor_s(partial(zstandard.ZstdCompressor(level=1).compress, data))
+        unpack_s, _ = _processor_s(partial(zstandard.ZstdDecompressor().decompress, packed))
+        gb = len(data) / 1e9
+        found[name] = told = {
+            "share": len(packed) / len(data), "pack_s_per_gb": pack_s / gb, "unpack_s_per_gb": unpack_s / gb,
+        }  # fmt: skip
+        print(
+            f"{name}: zstd leaves {told['share']:.0%}; processor time per GB: {told['pack_s_per_gb']:.1f} s once, "
+            f"{told['unpack_s_per_gb']:.1f} s per tracker and try"
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "spooled")
+        path.write_bytes(kinds["weights, float32"])
+        move_s, _ = _processor_s(partial(path.replace, Path(folder, "artifact")))
+
+    print(f"now: moved into the run's folder in {1e6 * move_s:.0f} us, and given to each tracker as it lies there")
+    return found
+
+
+def _processor_s(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the processor time of a call, and what it returned."""
+    start = time.process_time()
+    result = call()
+    return time.process_time() - start, result
 
 
 def _arrived(folder: Path, database: Path) -> list[list[float]]:
