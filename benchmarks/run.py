@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "diagnosis_accuracy": ["--runs", "150"],
     "compare_runs": [],
     "report_page": [],
+    "integrations": [],
     "launch": [],
     "delivery": [],
     "traces": [],
