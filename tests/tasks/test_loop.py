@@ -144,6 +144,34 @@ def test_a_circle_through_a_blocked_loop_is_told(single: Runtime) -> None:
         single.submit(blocking).get(timeout=10)
 
 
+def test_waiting_for_all_leaves_out_what_a_blocked_loop_holds_up(single: Runtime) -> None:
+    """A coroutine blocks the loop for a callable that waits for all: no other coroutine can end before."""
+    began = threading.Event()
+
+    def callable_task() -> str:
+        began.set()
+        time.sleep(0.02)
+        single.submit(double, 1)
+        single.wait_all()
+        return "ended"
+
+    async def blocking() -> str:
+        handle = single.submit(callable_task)
+        began.wait(10)
+        return handle.get()
+
+    handle = single.submit(blocking)
+    until(handle.done)
+    assert handle.get() == "ended"
+
+
+def test_a_coroutine_that_a_callable_returned_can_be_waited_for_in_place(single: Runtime) -> None:
+    def task() -> int:
+        return single.submit(lambda: double(4)).get()
+
+    assert single.submit(task).get() == 8
+
+
 def test_contexts_reach_coroutines(rt: Runtime) -> None:
     variable = contextvars.ContextVar("variable", default=0)
     variable.set(7)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import threading
 import time
@@ -159,6 +160,23 @@ def test_a_blocked_worker_is_stood_in_for_where_a_coroutine_needs_one(single: Ru
     handle = single.submit(task)
     until(handle.done)
     assert handle.get() == 6
+
+
+def test_runtimes_may_wait_for_each_other(single: Runtime, rt: Runtime) -> None:
+    """The one worker of a Runtime waits for all of another, where a coroutine awaits a task that needs this worker."""
+
+    async def coroutine() -> int:
+        await asyncio.sleep(0.02)
+        return await single.submit(len, "abc")
+
+    def task() -> int:
+        handle = rt.submit(coroutine)
+        rt.wait_all()
+        return handle.get()
+
+    handle = single.submit(task)
+    until(handle.done)
+    assert handle.get() == 3
 
 
 def test_a_task_that_waits_for_itself_is_told(rt: Runtime) -> None:

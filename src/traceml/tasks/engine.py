@@ -133,6 +133,7 @@ class Engine:
         orphans = self._orphans()
         self.ledger.lock = threading.RLock()
         self.ledger.clear()
+        self.ledger.sleepers.clear()
         self.loop.lock = threading.RLock()
         for part in (*self.pools, self.loop, self.watchdog):
             part.reset()

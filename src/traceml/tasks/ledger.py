@@ -11,7 +11,7 @@ import itertools
 import threading
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from traceml.tasks.handle import TaskHandle
@@ -43,12 +43,14 @@ class Tally:
 class Ledger:
     """Counters, records and failures of one Runtime."""
 
+    # Bells of those who wait for all tasks, of any Runtime: who waits for whom goes across.
+    sleepers: ClassVar[list[Any]] = []
+
     def __init__(self) -> None:
         self.lock = threading.RLock()  # a finalizer may come in between, and wait for a task
         self.records: deque[Record] = deque(maxlen=RECORDS)
         self.failures: list[TaskHandle[Any]] = []
         self.complaints: deque[tuple[str, str]] = deque(maxlen=RECORDS)  # errors of error callbacks
-        self.sleepers: list[Any] = []  # bells of those who wait for all tasks
         self.reporting: set[TaskHandle[Any]] = set()  # ended, and their error callback has not returned yet
         self.clear()
 

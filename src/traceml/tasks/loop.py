@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
-from traceml.errors import TaskCancelledError
+from traceml.errors import TaskCancelledError, TaskDeadlockError
 from traceml.tasks import running
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.ledger import Ledger
-from traceml.tasks.seats import coroutine_task, seat
+from traceml.tasks.seats import coroutine_task, reaches, seat
 from traceml.tasks.states import FINAL, RUNNING
 
 __all__ = ["Loop"]
@@ -36,7 +36,7 @@ class Loop:
         """Begin again without a thread, as a forked child does."""
         self.thread: threading.Thread | None = None
         self.tasks: dict[TaskHandle[Any], asyncio.Task[Any] | None] = {}
-        self._blocked: TaskHandle[Any] | None = None
+        self.blocked: TaskHandle[Any] | None = None  # the task that keeps the thread from all others
         self._closing = False
 
     def submit(self, handle: TaskHandle[Any]) -> None:
@@ -48,9 +48,15 @@ class Loop:
             self.tasks.pop(handle, None)
             raise
 
-    def adopt(self, handle: TaskHandle[Any], coroutine: Any, slot: int) -> float:  # noqa: ARG002 - the ends of all slots add up
+    def adopt(self, handle: TaskHandle[Any], coroutine: Any, slot: int) -> float:
         """Take over a task whose callable returned a coroutine; it runs already."""
         self.tasks[handle] = None
+        if self.blocked is not None and reaches(self.blocked, handle):
+            coroutine.close()
+            self.tasks.pop(handle, None)
+            text = f"coroutine {handle.name!r} needs the event loop that {self.blocked.name!r} blocks to wait for it"
+            return running.fail(handle, slot, TaskDeadlockError(text))
+
         self._call(self._go_on, handle, coroutine)
         return perf_counter()
 
@@ -76,20 +82,16 @@ class Loop:
 
     @contextmanager
     def blocked_by(self, task: TaskHandle[Any]) -> Iterator[None]:
-        """Hold that a task blocks the loop's thread, where it does."""
-        if not self.is_here():
-            yield
-            return
-
-        before, self._blocked = self._blocked, task
+        """Hold that a task blocks the loop's thread, which calls this."""
+        before, self.blocked = self.blocked, task
         try:
             yield
         finally:
-            self._blocked = before
+            self.blocked = before
 
     def blockers(self, handle: TaskHandle[Any]) -> tuple[TaskHandle[Any], ...]:
         """Return the task that keeps a coroutine from going on by blocking the thread."""
-        blocked = self._blocked
+        blocked = self.blocked
         return (blocked,) if blocked is not None and handle in self.tasks and blocked is not handle else ()
 
     def close(self, *, wait: bool) -> None:
@@ -129,7 +131,9 @@ class Loop:
 
     async def _serve(self, ready: threading.Event) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._slot = self.ledger.slot_of(seat())
+        here = seat()
+        here.loop = self
+        self._slot = self.ledger.slot_of(here)
         ready.set()
         await self._stop.wait()
 

@@ -13,6 +13,7 @@ from traceml.tasks.states import QUEUED
 
 if TYPE_CHECKING:
     from traceml.tasks.engine import Engine
+    from traceml.tasks.loop import Loop
     from traceml.tasks.pool import Pool
 
 __all__ = [
@@ -40,7 +41,7 @@ _waits: dict[TaskHandle[Any], list[TaskHandle[Any] | Engine]] = {}
 class Seat:
     """A thread that runs tasks, in a pool or while it waits."""
 
-    __slots__ = ("current", "depth", "ident", "index", "pool", "replaced", "serves")
+    __slots__ = ("current", "depth", "ident", "index", "loop", "pool", "replaced", "serves")
 
     def __init__(self, pool: Pool | None = None, index: int = -1) -> None:
         self.ident = threading.get_ident()
@@ -48,6 +49,7 @@ class Seat:
         self.depth = 0  # tasks below the current one, which wait for it on this thread
         self.pool = pool
         self.index = index
+        self.loop: Loop | None = None  # that this thread is the thread of
         self.serves: TaskHandle[Any] | None = None  # the task that waits while this thread runs what it needs
         self.replaced = False  # its task timed out, and another thread has taken its place in the pool
 
@@ -97,10 +99,16 @@ def entangled(task: TaskHandle[Any] | None) -> set[TaskHandle[Any]]:
 
     known: set[Any] = {task, task._engine}
     pairs = [(waiter, tuple(targets)) for waiter, targets in list(_waits.items())]
-    while more := {waiter for waiter, targets in pairs if waiter not in known and not known.isdisjoint(targets)}:
+    while more := ({waiter for waiter, targets in pairs if not known.isdisjoint(targets)} | _held_up(known)) - known:
         known |= more | {waiter._engine for waiter in more}
 
     return {one for one in known if isinstance(one, TaskHandle)}
+
+
+def _held_up(known: set[Any]) -> set[TaskHandle[Any]]:
+    """Return the coroutines whose loop is blocked by one of these tasks."""
+    loops = [one._engine.loop for one in known if isinstance(one, TaskHandle)]
+    return {task for loop in loops if loop.blocked in known for task in list(loop.tasks)}
 
 
 def reaches(start: TaskHandle[Any], goal: TaskHandle[Any]) -> bool:
@@ -108,17 +116,19 @@ def reaches(start: TaskHandle[Any], goal: TaskHandle[Any]) -> bool:
     return any(one is goal for one in _followed(start))
 
 
-def queued_behind(start: TaskHandle[Any] | Engine) -> TaskHandle[Any] | None:
-    """Find a task that is still queued and that a target, over however many between them, waits for."""
-    for one in _followed(start):
+def queued_behind(start: TaskHandle[Any]) -> TaskHandle[Any] | None:
+    """Find a task that is still queued and that a task, over however many between them, waits for."""
+    for one in _followed(start, through_all=True):
         if one._state is QUEUED and one._ticket:
             return one
 
     return None
 
 
-def _followed(start: Any) -> Iterator[TaskHandle[Any]]:
-    seen, ahead = set(), [start]
+def _followed(start: TaskHandle[Any], *, through_all: bool = False) -> Iterator[TaskHandle[Any]]:
+    """Yield a task and what it waits for; with `through_all` also what all tasks do that it waits for together."""
+    seen: set[Any] = set()
+    ahead: list[Any] = [start]
     while ahead:
         one = ahead.pop()
         if one in seen:
@@ -129,7 +139,8 @@ def _followed(start: Any) -> Iterator[TaskHandle[Any]]:
             yield one
             ahead += _waits.get(one, ())
             ahead += one._engine.loop.blockers(one)
-        else:
+        elif through_all:
+            ahead += [waiter for waiter in list(_waits) if waiter._engine is one]
             ahead += one.queued()
 
 

@@ -12,7 +12,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from traceml.tasks.handle import TaskHandle
 from traceml.tasks.pool import Bell
 from traceml.tasks.running import Retire, run
 from traceml.tasks.seats import Seat, asleep, current_task, entangled, queued_behind, reaches, seat, waiting
-from traceml.tasks.states import FINAL, RUNNING
+from traceml.tasks.states import FINAL
 
 if TYPE_CHECKING:
     from traceml.tasks.engine import Engine
@@ -47,9 +47,9 @@ def wait_for(handle: TaskHandle[Any], timeout: float | None) -> None:
             pass
         else:
             _run_here(handle, here)
-            return
 
-    _block(handle, timeout)
+    if handle._state not in FINAL:  # also where it has returned a coroutine, which goes on elsewhere
+        _block(handle, timeout)
 
 
 def _deep(here: Seat) -> bool:
@@ -87,9 +87,9 @@ def _block(handle: TaskHandle[Any], timeout: float | None) -> None:
     if not subscribe(handle, bell.ring):
         return
 
-    with waiting(me, handle):
+    with waiting(me, handle), _asleep(me):
         handle._engine.ledger.wake_sleepers()  # who waits for all need not wait for one that waits for them
-        _refuse_circle(me, handle)
+        _refuse_circle(me, handle)  # of two that close a circle at once, one sees the other here
         rung = _sleep(bell, me, timeout)
 
     if not rung:
@@ -110,22 +110,31 @@ def _refuse_circle(me: TaskHandle[Any] | None, handle: TaskHandle[Any]) -> None:
 
 def _sleep(bell: Bell, me: TaskHandle[Any] | None, timeout: float | None) -> bool:
     """Sleep until a bell rings; what the task that sleeps waits for runs on a stand-in meanwhile, if nowhere else."""
-    limit_s = -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
-    if me is None:
-        return bell.sleep(limit_s)
-
-    with me._engine.loop.blocked_by(me), _asleep(me):
+    if me is not None:
         stand_in(me)
-        return bell.sleep(limit_s)
+
+    return bell.sleep(-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
 
 
 @contextmanager
-def _asleep(me: TaskHandle[Any]) -> Iterator[None]:
+def _asleep(me: TaskHandle[Any] | None) -> Iterator[None]:
+    """Hold that the thread of a task, and a loop that it may belong to, does nothing else now."""
+    if me is None:
+        yield
+        return
+
     asleep.add(me)
     try:
-        yield
+        with _occupying_loop(me):
+            yield
     finally:
         asleep.discard(me)
+
+
+def _occupying_loop(me: TaskHandle[Any] | None) -> AbstractContextManager[None]:
+    """Hold that nothing else goes on on this thread's event loop, where it has one."""
+    loop = seat().loop
+    return nullcontext() if loop is None or me is None else loop.blocked_by(me)
 
 
 def subscribe(handle: TaskHandle[Any], call: Callable[[], object]) -> bool:
@@ -199,8 +208,10 @@ async def await_for(handle: TaskHandle[Any]) -> None:
         return
 
     with waiting(me, handle):
-        for sleeper in tuple(asleep):  # they may be all the workers there are, and wait for this one
-            stand_in(sleeper)
+        handle._engine.ledger.wake_sleepers()
+        if asleep and queued_behind(handle) is not None:
+            for sleeper in tuple(asleep):  # they may be all the workers there are, and wait for this one
+                stand_in(sleeper)
 
         try:
             await ended.wait()
@@ -224,7 +235,7 @@ def wait_for_all(engine: Engine, timeout: float | None) -> None:
 
     me, ends_s = current_task(), None if timeout is None else perf_counter() + timeout
     helps = me is not None and timeout is None and not _deep(seat())
-    with waiting(me, engine):
+    with waiting(me, engine), _occupying_loop(me):
         engine.ledger.wake_sleepers()
         while left := _outstanding(engine, me):
             if helps and _help(engine):
@@ -239,7 +250,7 @@ def _outstanding(engine: Engine, me: TaskHandle[Any] | None) -> int:
     exempt = {one for one in entangled(me) if one._engine is engine}
     reporting = len(engine.ledger.reporting - exempt)
     tally = engine.ledger.tally()
-    return tally.running + tally.queued + reporting - sum(one._state is RUNNING for one in exempt)
+    return tally.running + tally.queued + reporting - sum(one._state not in FINAL for one in exempt)
 
 
 def _help(engine: Engine) -> bool:
@@ -276,7 +287,8 @@ def _doze(engine: Engine, me: TaskHandle[Any] | None, ends_s: float | None, *, h
         if not _outstanding(engine, me) or (helps and _helpable(engine)):
             return True
 
-        return _sleep(bell, me, None if ends_s is None else ends_s - perf_counter())
+        with _asleep(me):
+            return _sleep(bell, me, None if ends_s is None else ends_s - perf_counter())
     finally:
         _leave(bell, engine.ledger.sleepers, *parks)
         for pool in pools:
