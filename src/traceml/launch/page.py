@@ -59,7 +59,8 @@ class PageKeeper:
         self._nice = nice
         self.port: int = self._listener.getsockname()[1]
         before = auth.discover(self.port, even_dead=True, kind=auth.PAGE)
-        self.token = before.token if before is not None and not before.alive else auth.new_token()
+        # The socket is ours, so whoever served this port before does so no more.
+        self.token = before.token if before is not None else auth.new_token()
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = self._due_s = 0.0
         self._pause_s = _FIRST_PAUSE_S

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.diagnosis import Facts, diagnose
+from traceml.diagnosis.window import StepWindow
 from traceml.launch.page import PageKeeper
 from traceml.runs.report import write_report
+
+expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +74,7 @@ def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """The page, served as `serve --web` does, with the files of tokens in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        with PageKeeper(runs_dir, 0) as keeper:
+        with PageKeeper(runs_dir, 0, nice=0) as keeper:
             connection = http.client.HTTPConnection("127.0.0.1", keeper.port, timeout=30)
             connection.request("GET", "/")  # it waits in the socket's backlog until it is served
             assert connection.getresponse().status == 401
@@ -100,10 +104,16 @@ class Visit:
         self.page.on("request", lambda request: self._note_request(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
 
+    @property
+    def port(self) -> int:
+        """The page's port."""
+        return self._keeper.port
+
     def open(self, path: str = "/", *, token: bool = True) -> Page:
         """Go to an address, with the token."""
+        place, mark, section = path.partition("#")
         query = f"?token={self._keeper.token}" if token else ""
-        self.page.goto(f"http://127.0.0.1:{self._keeper.port}{path}{query}")
+        self.page.goto(f"http://127.0.0.1:{self._keeper.port}{place}{query}{mark}{section}")
         return self.page
 
     def _note_request(self, url: str) -> None:
@@ -135,6 +145,7 @@ class LiveJob:
         folder.mkdir()
         self._rows = rows_of(Job(ranks=4, steps=400), adds("forward", 12, (1,)))
         self._done = 0
+        self._window = StepWindow(512)
         self._writer = StoreWriter(folder / STORE_NAME)
         facts = run_facts(id=self.id, name="live", state="running", started=time.time(), ended=None, world_size=4)
         self._writer.put_meta("run", facts)
@@ -145,10 +156,15 @@ class LiveJob:
 
     def train(self, steps: int) -> None:
         """Append steps of all ranks."""
-        for stream, rows in zip(self._streams, self._rows, strict=True):
-            add_rank_rows(self._writer, stream, rows[self._done : self._done + steps], self._done)
+        for rank, (stream, rows) in enumerate(zip(self._streams, self._rows, strict=True)):
+            new = rows[self._done : self._done + steps]
+            add_rank_rows(self._writer, stream, new, self._done)
+
+            self._window.scatter(np.full(len(new), rank), new)
 
         self._done += steps
+        told = [finding.to_dict() for finding in diagnose(self._window.aligned(), Facts(world_size=4))]
+        self._writer.event("verdict", {"verdict": told[0], "findings": told, "step": self._done - 1})
         self._writer.commit()
 
     def end(self) -> None:

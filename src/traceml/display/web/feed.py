@@ -51,12 +51,15 @@ class Feed(Generic[T]):
         self._left_s = time.monotonic()
         self._wake = threading.Event()
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._run, name="traceml-feed", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
 
     def subscribe(self, listener: Callable[[T], object]) -> None:
         """Call `listener` in the event loop with each new state, and at once with the last one, if there is one."""
         self.listeners.add(listener)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="traceml-feed", daemon=True)
+            self._thread.start()
+
         if self.latest is not None:
             listener(self.latest)
 

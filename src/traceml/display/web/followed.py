@@ -111,7 +111,7 @@ class RunSource:
             self._state = self._look()
         except (StoreError, OSError) as error:
             self.close()
-            self._state = replace(before, problem=str(error))
+            self._state = self._changed(problem=str(error))
 
         told, self._told = self._told, True
         return None if told and self._state is before else self._state
@@ -154,12 +154,15 @@ class RunSource:
             problem = "The folder of this run was removed while it was shown." if gone else ""
             return self._changed(exists=gone, problem=problem)
 
-        if self._state.view is not None:
+        if self._inode >= 0:
             return self._changed(problem="The store of this run was removed while it was shown.")
 
         report = _written_report(self._path)
         if report is None:
             return self._changed(exists=True, problem="")
+
+        if report == self._state.report:
+            return self._state
 
         view = run_view(report)
         problem = "The store of this run is gone; this is what its report tells."

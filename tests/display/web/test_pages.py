@@ -1,0 +1,284 @@
+"""The page as people use it, in Chromium."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.display.web.conftest import LiveJob, Visit
+from tests.display.web.runs import NASTY
+
+Visits = Callable[..., Visit]
+SLOW, FAST, MANY = "20260105-000000-slow-0001", "20260104-000000-fast-0002", "20260103-000000-many-0003"
+PHONE = {"viewport": {"width": 390, "height": 844}}
+_PIXELS = """title => {
+  const colors = new Set();
+  for (const canvas of document.querySelectorAll(`section[aria-label="${title}"] canvas`)) {
+    const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+    for (let at = 0; at < data.length; at += 4) {
+      if (data[at + 3] > 200) colors.add((data[at] >> 4) * 256 + (data[at + 1] >> 4) * 16 + (data[at + 2] >> 4));
+    }
+  }
+  return colors.size;
+}"""
+_OPTION = """title => {
+  const canvas = document.querySelector(`section[aria-label="${title}"] .canvas`);
+  return getElement(Number(canvas.id.slice(1))).chart?.getOption() ?? {};
+}"""
+
+
+def is_drawn(page: Page, title: str) -> None:
+    """Wait until a chart has lines or areas of several colours."""
+    page.locator(f'section[aria-label="{title}"]').scroll_into_view_if_needed()
+    page.wait_for_function(f"({_PIXELS})({title!r}) > 4")
+
+
+def option(page: Page, title: str) -> dict[str, object]:
+    """Return what ECharts draws."""
+    return dict(page.evaluate(_OPTION, title))
+
+
+def test_the_list_has_every_run_the_newest_first(visit: Visits, runs_dir: Path) -> None:
+    """Damaged ones and those of another version too, each with its state."""
+    page = visit().open("/")
+
+    expect(page.locator("a.name")).to_have_count(len(list(runs_dir.iterdir())))
+    ids = page.locator(".id").all_text_contents()
+    assert ids.index(SLOW) < ids.index("20260101-000000-empty-0008")
+    row = page.locator("tr", has_text=SLOW)
+    expect(row).to_contain_text("finished")
+    expect(row).to_contain_text("Compute straggler")
+    expect(page.locator("tr", has_text="older-0005")).to_contain_text("damaged")
+    page.locator("a.name", has_text="train").first.focus()
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(r"/run/2026"))
+
+
+def test_the_list_is_searched_as_one_types(visit: Visits) -> None:
+    """Words may be of the name, the id, the state and the verdict."""
+    page = visit().open("/")
+    page.wait_for_selector("a.name")
+
+    page.keyboard.press("/")
+    page.keyboard.type("straggler slow")
+    expect(page.locator("a.name:visible")).to_have_count(1)
+    page.keyboard.type(" nothing like it")
+    expect(page.locator("#none-found")).to_be_visible()
+
+
+def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
+    """Verdict, evidence and next step above, then charts that are drawn; the address has no token, and can be kept."""
+    mine = visit()
+    page = mine.open(f"/run/{SLOW}")
+
+    expect(page.locator("h1")).to_contain_text("Rank 2 is slow in forward")
+    expect(page.locator(".verdict")).to_contain_text("COMPUTE STRAGGLER")
+    expect(page.locator(".rests dt").first).to_have_text("costs")
+    expect(page.locator(".next")).to_contain_text("rank 2")
+    assert page.url.endswith(f"/run/{SLOW}")
+    for title in ("Step time", "Where a step goes", "Who holds the others up", "Each rank's step", "Hosts and devices"):
+        is_drawn(page, title)
+
+    expect(page.locator("tr.slow td").first).to_have_text("2")
+    mine.open(f"/run/{SLOW}", token=False)
+    expect(page.locator("h1")).to_contain_text("Rank 2 is slow")
+
+
+def test_the_heat_map_shows_the_straggler(visit: Visits) -> None:
+    """Among a thousand ranks the row of the slow one is the hot one; the page comes within a second or so."""
+    page = visit().open(f"/run/{MANY}")
+    is_drawn(page, "Who holds the others up")
+
+    drawn = option(page, "Who holds the others up")
+    cells = drawn["series"][0]["data"]  # type: ignore[index]
+    labels = drawn["yAxis"][0]["data"]  # type: ignore[index]
+    sums: dict[int, float] = {}
+    for _, row, value in cells:
+        sums[row] = sums.get(row, 0.0) + value
+
+    first, _, last = labels[max(sums, key=lambda row: sums[row])].removeprefix("ranks ").partition("-")
+    assert int(first) <= 412 <= int(last)
+    expect(page.locator("h1")).to_contain_text("Rank 412")
+    expect(page.locator("#ranks .note")).to_contain_text("976 more ranks")
+
+
+def test_metrics_are_drawn_the_loss_beside_the_step_time(visit: Visits) -> None:
+    """A chart for each name; names are text, whatever stands in them."""
+    page = visit().open(f"/run/{SLOW}#metrics")
+
+    for title in ("Loss next to step time", "train/loss"):
+        is_drawn(page, title)
+
+    expect(page.locator("#metrics h3", has_text="val <img")).to_have_text(f"val {NASTY}")
+
+
+def test_names_with_html_in_them_are_text(visit: Visits) -> None:
+    """In the list, on the page, in charts and their tooltips, in the address and in the title."""
+    page = visit().open("/")
+    expect(page.locator("a.name", has_text="<img")).to_have_text(NASTY)
+    page.locator("a.name", has_text="<img").click()
+    expect(page.locator("#telemetry")).to_contain_text(NASTY.split("\u2028")[0].strip())
+    assert page.title() == "20260102-000000-<b>nasty<-0004 - traceml"
+
+    page.goto(page.url.replace(quote("20260102-000000-<b>nasty<-0004", safe=""), SLOW) + "#metrics")
+    is_drawn(page, "Loss next to step time")
+    page.locator("#metrics canvas").last.hover()
+    page.wait_for_timeout(200)
+    assert page.evaluate("window.pwned") is None
+    assert page.locator("img").count() == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("older-0005", "has format 0, this traceml reads"),
+        ("damaged-0006", "damaged"),
+        ("empty-0008", "Not enough data for a verdict"),
+        ("partial-0009", "1 of 3 ranks have never reported"),
+        ("halved-0007", "The store of this run is gone; this is what its report tells."),
+        ("nowhere", "There is no such run"),
+    ],
+)
+def test_a_run_with_something_wrong_says_what(visit: Visits, name: str, said: str) -> None:
+    """What can be shown of it is shown, and the other runs are not troubled."""
+    page = visit().open(f"/run/20260101-000000-{name}")
+
+    expect(page.locator(".banner, .page").filter(has_text=said).first).to_be_visible()
+
+
+@pytest.mark.parametrize("path", ["/run/..", "/run/%2e%2e", "/run/..%2f..%2fetc", "/run/.hidden", "/compare/../x"])
+def test_nothing_outside_the_folder_is_read(visit: Visits, path: str) -> None:
+    page = visit().open(path)
+
+    assert "root:" not in page.content()
+    expect(page.locator(".verdict:visible")).to_have_count(0)
+
+
+def test_a_run_that_goes_on_is_followed_in_place(visit: Visits, live_job: LiveJob) -> None:
+    """The page waits for the first rows, then fills by itself; charts stay the same elements, and nothing jumps."""
+    page = visit().open(f"/run/{live_job.id}")
+    expect(page.locator("body")).to_contain_text("Not enough data")
+    live_job.train(100)
+    expect(page.locator("h1:visible")).to_contain_text("Rank 1 is slow in forward")
+    is_drawn(page, "Step time")
+    page.evaluate("""() => {
+      window.mark = document.querySelector('section[aria-label="Step time"] canvas');
+      window.moved = 0;
+      new PerformanceObserver(list => { for (const each of list.getEntries()) window.moved += each.value; })
+        .observe({type: "layout-shift", buffered: false});
+    }""")
+
+    live_job.train(60)
+    expect(page.locator(".figures > div", has_text="Steps").nth(1)).to_contain_text("160")
+    page.wait_for_function(f"(({_OPTION})('Step time').xAxis?.[0]?.data ?? []).length >= 32")
+    assert page.evaluate("window.mark === document.querySelector('section[aria-label=\"Step time\"] canvas')")
+    assert page.evaluate("window.moved") < 0.02
+    expect(page.locator(".tags .pill", has_text="running")).to_be_visible()
+    live_job.end()
+    expect(page.locator(".tags .pill", has_text="finished")).to_be_visible(timeout=5000)
+
+
+def test_a_page_that_is_killed_comes_back_with_what_it_missed(
+    visit: Visits, live_job: LiveJob, keeper: object, kill_page: Callable[[], None]
+) -> None:
+    """The browser says that the connection is lost, then finds the new server at the same address by itself."""
+    live_job.train(60)
+    page = visit().open(f"/run/{live_job.id}")
+    steps = page.locator(".figures > div", has_text="Steps").nth(1)
+    expect(steps).to_contain_text("60")
+
+    kill_page()
+    expect(page.get_by_text("Connection lost")).to_be_visible(timeout=20_000)
+    live_job.train(60)
+    deadline = time.monotonic() + 30
+    while "120" not in (steps.text_content() or "") and time.monotonic() < deadline:
+        keeper.keep()  # type: ignore[attr-defined]
+        page.wait_for_timeout(200)
+
+    expect(steps).to_contain_text("120")
+    expect(page.get_by_text("Connection lost")).to_be_hidden()
+
+
+def test_a_run_that_falls_silent_says_so(visit: Visits, live_job: LiveJob) -> None:
+    """Whether its ranks or its aggregator stand still, a person sees that what is shown is not of now."""
+    live_job.train(60)
+    page = visit().open(f"/run/{live_job.id}")
+
+    expect(page.locator(".banner")).to_contain_text("Nothing has come from this run for")
+    live_job.train(60)
+    expect(page.locator(".banner")).to_be_hidden(timeout=5000)
+
+
+def test_two_browsers_see_the_same(visit: Visits, live_job: LiveJob) -> None:
+    """Each in its own colours."""
+    pages = [visit(color_scheme=scheme).open(f"/run/{live_job.id}") for scheme in ("light", "dark")]
+    live_job.train(120)
+
+    for page in pages:
+        expect(page.locator("h1:visible")).to_contain_text("Rank 1 is slow")
+        is_drawn(page, "Where a step goes")
+
+    themes = [page.evaluate("document.documentElement.dataset.theme") for page in pages]
+    colors = [option(page, "Where a step goes")["textStyle"]["color"] for page in pages]  # type: ignore[index]
+    assert themes == ["light", "dark"]
+    assert colors[0] != colors[1]
+
+
+def test_two_runs_are_picked_and_compared(visit: Visits) -> None:
+    """The older one is A; the answer stands above its charts."""
+    page = visit().open("/")
+    for run in (SLOW, FAST):
+        page.locator(f'input[data-run="{run}"]').check()
+
+    page.locator("#compare").click()
+    expect(page).to_have_url(re.compile(f"/compare/{FAST}/{SLOW}$"))
+    expect(page.locator("h1")).to_contain_text("B is slower")
+    expect(page.locator("table").first).to_contain_text("p99")
+    for title in ("Step time", "Phases", "Each rank's own work"):
+        is_drawn(page, title)
+
+
+def test_keys_do_what_the_list_of_keys_says(visit: Visits) -> None:
+    """Sections, theme, search, help; the order of focus begins with the way to the content."""
+    page = visit().open(f"/run/{SLOW}")
+    is_drawn(page, "Step time")
+
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to content"
+    page.keyboard.press("3")
+    expect(page.locator("#ranks h2").first).to_be_in_viewport()
+    page.keyboard.press("t")
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert ground == "rgb(13, 19, 27)"
+    page.keyboard.press("?")
+    expect(page.locator("dialog")).to_be_visible()
+    page.keyboard.press("?")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    page.keyboard.press("r")
+    expect(page.locator("h1")).to_have_text("Runs")
+    page.keyboard.press("j")
+    assert page.evaluate("document.activeElement.className") == "name"
+
+
+@pytest.mark.parametrize("path", ["/", f"/run/{SLOW}", f"/compare/{FAST}/{SLOW}"])
+def test_a_phone_needs_no_sideways_scrolling(visit: Visits, path: str) -> None:
+    page = visit(**PHONE).open(path)
+    page.wait_for_timeout(1000)
+
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_a_wrong_token_is_a_page_that_helps(visit: Visits) -> None:
+    mine = visit()
+    mine.page.goto(f"http://127.0.0.1:{mine.port}/?token=wrong")
+
+    expect(mine.page.locator("h1")).to_have_text("The token in this address is not the right one.")
+    expect(mine.page.locator("body")).to_contain_text("traceml serve --web")
