@@ -90,6 +90,24 @@ def test_a_stuck_stand_in_is_replaced(single: Runtime) -> None:
     assert handle.get() == ["timed_out", "completed"]
 
 
+def test_a_stand_in_that_is_stuck_in_another_runtimes_task_is_replaced(single: Runtime, rt: Runtime) -> None:
+    release = threading.Event()
+
+    def parent() -> int:
+        with pytest.raises(TaskTimeoutError):
+            rt.submit(linger, release, timeout=0.05).get()
+
+        return single.submit(len, "ab", timeout=10).get()
+
+    for _ in range(2):
+        rt.submit(release.wait)
+
+    handle = single.submit(parent)
+    until(handle.done)
+    release.set()
+    assert handle.get() == 2
+
+
 def test_a_runtime_has_a_default_timeout() -> None:
     release = threading.Event()
     with Runtime(threads=1, timeout=0.05) as rt:

@@ -187,7 +187,7 @@ def _end(handle: TaskHandle[Any], here: Seat | None) -> None:
     if here.pool is not None:
         here.pool.replace(here)
     elif here.serves is not None:
-        handle._engine.replace_stand_in(here.serves)
+        here.serves._engine.replace_stand_in(here.serves)
 
 
 def _at(line: Line | None) -> str:
