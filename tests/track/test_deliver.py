@@ -331,6 +331,36 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
     assert sorted(by_fallback + by_first) == [(i, float(i)) for i in range(12)]
 
 
+@pytest.mark.parametrize("is_fallback", [False, True])
+def test_a_key_file_is_read_from_where_the_script_was_started_also_the_fallbacks(
+    run: LoggedRun, tmp_path: Path, is_fallback: bool
+) -> None:
+    keyed, other = f"{ODD}Idempotent", tmp_path / "other"
+    (tmp_path / "script" / "keys").mkdir(parents=True)
+    other.mkdir()
+    key = tmp_path / "script" / "keys" / "odd"
+    key.write_text("ODD_KEY=hush")
+    key.chmod(0o600)
+    options = {keyed: {"path": str(other), "api_key_file": "keys/odd"}}
+    if is_fallback:
+        options[ODD] = {"path": str(tmp_path), "fallback": keyed}
+        (tmp_path / "mood").write_text('{"start": "down"}')
+
+    backend = ODD if is_fallback else keyed
+    run.experiment(
+        [backend], id="x", sys_path=[ROOT], folder=str(tmp_path / "script"), max_retries=0, max_backoff=30.0,
+        options=options,
+    )  # fmt: skip
+    run.metrics({"a": [1.0]})
+    run.end()
+    for _ in range(2):
+        deliver(run.path, backend)
+
+    lines = lines_of(other, "x.jsonl")
+    assert [line["keyed"] for line in lines if "start" in line] == [True]
+    assert values(lines, "a") == [(0, 1.0)]
+
+
 def test_secrets_are_masked_and_rest_nowhere(run: LoggedRun) -> None:
     secret = "sk-proj-abcdefghijklmnop0123456789ABCDEF"
     run.experiment(["jsonl"], id="x", mask=["customer_*"])

@@ -82,7 +82,7 @@ class Delivery:
         self._reader = StoreReader(run_dir / STORE_NAME)
         self._plan = Plan(self._reader, run_dir)
         self._plan.refresh()
-        asking = self._plan.backends().get(backend)
+        self._asking = asking = self._plan.backends().get(backend)
         self._config = self._settings(asking, settings)
         self._options = options if options is not None else asking.options(backend) if asking is not None else {}
         self._everything = options is not None or asking is None
@@ -119,10 +119,6 @@ class Delivery:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        key_file = self._options.get("api_key_file")
-        if key_file:
-            os.environ.update(read_key_file(self._state.backend, Path(str(key_file))))
-
         first = next((each.row for each in self._plan.experiments.values()), {})
         # By name, whatever the row says: it came over a connection.
         os.environ.update(variables({str(name): str(value) for name, value in (first.get("environ") or {}).items()}))
@@ -130,6 +126,7 @@ class Delivery:
         with contextlib.suppress(OSError):  # paths among the options are meant from where the script was started
             os.chdir(str(first.get("folder") or "."))
 
+        _read_key(self._state.backend, self._options)
         self._records = Records(self._reader, FOLLOWED)
         self._sender = Sender(
             self._state,
@@ -151,6 +148,9 @@ class Delivery:
         stands_in = bool(fallback) and state.phase in {Phase.OPEN, Phase.UNAUTHORIZED} and time.time() < state.retry_at
         timeout_s = float(self._options.get("timeout_s") or _TIMEOUT_S)
         self._stands_in = stands_in
+        if stands_in and self._asking is not None:
+            _read_key(fallback, self._asking.options(fallback))
+
         state.stood_in = False
         return Session(
             fallback if stands_in else state.backend,
@@ -402,3 +402,9 @@ class Delivery:
                 _log.error("the state of %s cannot be saved: %s", self._state.backend, error)
 
             self._told_unsaved = True
+
+
+def _read_key(backend: str, options: dict[str, Any]) -> None:
+    """Put the key that rests in a file into the environment of this process, where the backend's library looks."""
+    if key_file := options.get("api_key_file"):
+        os.environ.update(read_key_file(backend, Path(str(key_file))))
