@@ -15,12 +15,14 @@ from typing import Any
 
 import pytest
 
-from tests.aggregator.conftest import eventually
+from tests.aggregator.conftest import eventually, serving
 from tests.recorder.conftest import environ
 from traceml.runs.run import Run
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+
+__all__ = ["Ended", "Job", "job", "serving"]
 
 
 @dataclass
