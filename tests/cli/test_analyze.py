@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -133,3 +134,23 @@ def test_progress_is_for_terminals_only(trace):
 
     assert done.stderr == ""
     assert "\x1b" not in done.stdout
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """Five times as many events, all beyond what is held for sorting, take a fifth more memory at most."""
+    text = "".join(
+        f'{{"ph":"X","name":"f{n % 9}","pid":1,"tid":{n % 5},"ts":{n * 7 % 90_000},"dur":{n % 400}}}\n'
+        for n in range(60_000)
+    )
+    member, peaks = gzip.compress(text.encode(), 1), []
+    for copies in (10, 50):
+        path = tmp_path / f"{copies}.pfw.gz"
+        path.write_bytes(member * copies)
+        code = "import resource, sys; from traceml.cli import main; main(sys.argv[1:]); "
+        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+        command = [sys.executable, "-c", code, "analyze", str(path), "--json", "--by", "name"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads(done.stdout)["events"] == 60_000 * copies
+        peaks.append(int(done.stderr))
+
+    assert peaks[1] <= 1.2 * peaks[0]

@@ -18,8 +18,8 @@ from traceml.errors import StoreError
 
 __all__ = ["LIMIT", "PART", "Rows", "Sorter"]
 
-LIMIT = 1 << 20  # rows in memory
-PART = 1 << 18  # rows that are sorted at once
+LIMIT = 1 << 19  # rows in memory
+PART = 1 << 17  # rows that are sorted at once
 
 Rows = tuple[NDArray[Any], ...]
 
