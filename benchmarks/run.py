@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "compare_runs": [],
     "report_page": [],
     "integrations": [],
+    "tasks": [],
     "launch": [],
     "delivery": [],
     "traces": [],
