@@ -8,6 +8,7 @@ import pytest
 
 from traceml import cli
 from traceml.cli import run
+from traceml.launch import page
 
 
 @pytest.mark.parametrize(
@@ -45,3 +46,20 @@ def test_torchrun_without_torch_is_one_line(
     assert status == 3
     assert shown.splitlines() == [shown.strip()]
     assert "pip install 'traceml[torch]'" in shown
+
+
+def test_the_page_without_its_libraries_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--live web where NiceGUI is missing: what to install, before anything is started."""
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    monkeypatch.setattr(page.auth, "discover", lambda *_, **__: None)
+    script = tmp_path / "train.py"
+    script.write_text("raise SystemExit('it was started')\n")
+
+    status = cli.main(["run", "--live", "web", "--runs-dir", str(tmp_path), str(script)])
+
+    shown = capsys.readouterr().err
+    assert status == 3
+    assert "pip install 'traceml[web]'" in shown
+    assert "started" not in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 import socket
@@ -135,3 +136,32 @@ def test_help_hides_what_is_between_our_processes(capsys):
     assert "--runs-dir" in out
     assert "--fd" not in out
     assert "--ready-fd" not in out
+
+
+def test_the_page_is_served_beside_the_aggregator(serve):
+    """With --web the address of the page is told first; it opens with its token alone, and ends with the aggregator."""
+    process = serve("--port", "0", "--web", "0")
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    address = line.removeprefix("traceml page at ").strip()
+    host, path = address.removeprefix("http://").split("/", 1)
+
+    def status(of: str) -> int:
+        connection = http.client.HTTPConnection(host, timeout=60)
+        connection.request("GET", of)
+        answer = connection.getresponse().status
+        connection.close()
+        return answer
+
+    assert "?token=" in address
+    assert [status("/"), status(f"/{path}")] == [401, 303]
+    process.send_signal(signal.SIGTERM)
+    process.wait(30)
+    with pytest.raises(ConnectionRefusedError):
+        status("/")
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "x"])
+def test_a_port_that_is_none_is_called_so(port, capsys):
+    assert main(["serve", f"--web={port}"]) == 2
+    assert "is no port" in capsys.readouterr().err

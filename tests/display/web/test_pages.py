@@ -82,8 +82,11 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
     expect(page.locator(".rests dt").first).to_have_text("costs")
     expect(page.locator(".next")).to_contain_text("rank 2")
     assert page.url.endswith(f"/run/{SLOW}")
-    for title in ("Step time", "Where a step goes", "Who holds the others up", "Each rank's step", "Hosts and devices"):
+    for title in ("Step time", "Where a step goes", "Who holds the others up", "Each rank's step"):
         is_drawn(page, title)
+
+    for title in ("Memory", "Hosts and devices"):
+        assert len(option(page, title)["series"][0]["data"]) == 40  # type: ignore[index]
 
     expect(page.locator("tr.slow td").first).to_have_text("2")
     mine.open(f"/run/{SLOW}", token=False)
