@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.traces.allocator import kept_memory
 from traceml.traces.analysis import Analysis, Question
 from traceml.traces.columns import Batch, FileFacts, Strings
 from traceml.traces.fields import Origin
@@ -74,6 +75,11 @@ def run_on(
 
 def analyse_part(question: Question, part: Part, paths: list[str], labels: Labels) -> Result | str:
     """Analyse a part of a file, in a worker; returns why not where the file has to be read in one go."""
+    with kept_memory():
+        return _analysed(question, part, paths, labels)
+
+
+def _analysed(question: Question, part: Part, paths: list[str], labels: Labels) -> Result | str:
     strings = Strings()
     origin = Origin(strings, [Path(path) for path in paths])
     origin.labels = labels
