@@ -101,7 +101,8 @@ class BackendPlugin(PluginInterface):
         Args:
             config: `options` (of this backend), `run_id`, `run_dir` (of the traceml run), `experiment` (`id`, `name`,
                 `project`, `tags`, `parent` as the tracker's own run id or None, `params`), `continue_run` (the
-                tracker's own id of a run to go on with, or None), `local_only`.
+                tracker's own id of a run to go on with, or None), `mark` (what `mark` returned last, of a run that
+                was begun before, else None), `local_only`.
         """
 
 

@@ -117,10 +117,10 @@ class Session:
 
     def _begin(self, experiment: Experiment, kept: Mapping[str, Any]) -> BackendInterface:
         backend = create_backend(self.backend, self._config(experiment, kept), self._known(experiment))
-        self._state.target = self._masker.mask_text(backend.target)
         if kept and not kept.get("ended") and not backend.resume(kept["mark"]):
             raise RewindError
 
+        self._state.target = self._masker.mask_text(backend.target)
         row = experiment.row
         name = self._masker.mask_text(experiment.name)
         number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or "default")))
@@ -266,6 +266,7 @@ class Session:
                 "params": self._masker.mask_mapping(row.get("params") or {}),
             },
             "continue_run": kept["id"] if kept.get("ended") else self._resumed(row.get("resume")),
+            "mark": kept.get("mark"),
             "local_only": self._local_only or bool(row.get("local_only")),
         }
 

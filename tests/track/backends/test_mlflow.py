@@ -38,6 +38,7 @@ NAMES = [
     "",
     "a b",
 ]
+ABOUT = {"id": "exp-1", "name": "first", "project": "tests", "tags": {}, "parent": None, "params": {}}
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +201,26 @@ def test_an_image_is_an_artifact(make: Maker, server: MLflowServer, tmp_path: Pa
     client = _client(server.url)
     (folder,) = [each.path for each in client.list_artifacts(run_id, "images/samples")]
     assert Path(client.download_artifacts(run_id, f"{folder}/7.png", str(tmp_path))).read_bytes() == image.read_bytes()
+
+
+def test_a_run_whose_folder_was_moved_goes_on_where_it_began(tmp_path: Path) -> None:
+    """The database beside the runs is found again; none is made at the new place."""
+    from traceml.track.backends.mlflow import MLflowBackend
+
+    def made(folder: str, mark: dict[str, Any] | None = None) -> MLflowBackend:
+        run_dir = str(tmp_path / folder / "r")
+        return MLflowBackend({"options": {}, "run_id": "r", "run_dir": run_dir, "experiment": ABOUT, "mark": mark})
+
+    first = made("one")
+    run = first.start_experiment("first", "tests")
+    first.log_metric("loss", 1.0, 0)
+    moved = made("two", first.mark())
+    assert moved.resume(first.mark())
+    assert moved.start_experiment("first", "tests") == run
+    moved.log_metric("loss", 2.0, 1)
+
+    assert [row[0] for row in _history(f"sqlite:///{tmp_path}/one/mlflow.db", run, "loss")] == [1.0, 2.0]
+    assert not (tmp_path / "two").exists()
 
 
 def test_a_dead_server_is_said_at_once(make: Maker, tmp_path: Path) -> None:

@@ -43,7 +43,13 @@ class MLflowBackend(BackendInterface):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options = config.get("options") or {}
-        self._uri: str = options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or _default_uri(config)
+        given = options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")
+        self._uri: str = given or _default_uri(config)
+        self._is_default = not given
+        begun_in = str((config.get("mark") or {}).get("database") or "")
+        if self._is_default and begun_in and Path(begun_in.removeprefix("sqlite:///")).exists():
+            self._uri = begun_in  # our run's folder has been moved away from there
+
         self._experiment: Mapping[str, Any] = config["experiment"]
         self._traceml_run = str(config.get("run_id", ""))
         self._run_id: str | None = config.get("continue_run")
@@ -190,7 +196,8 @@ class MLflowBackend(BackendInterface):
 
     def mark(self) -> dict[str, Any]:
         """Return the run, and the rows of its last millisecond."""
-        return {"run_id": self._run_id, "last": self._apart.last()}
+        mark = {"run_id": self._run_id, "last": self._apart.last()}
+        return mark | ({"database": self._uri} if self._is_default else {})
 
     def _connect(self) -> None:
         """Make a client; its requests share connections, and none is tried twice: delivery has a policy for that."""
