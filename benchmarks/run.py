@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "tasks": [],
     "launch": [],
     "delivery": [],
+    "page": [],
     "traces": [],
     "trace_writer": [],
 }
