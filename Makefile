@@ -6,7 +6,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test lint bench clean
 
-$(VENV)/.base: pyproject.toml constraints.txt
+$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard src/traceml/traces/*.c)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing traceml with its demonstration into $(VENV) (once)"
 	@$(PIP) install -c constraints.txt -e '.[demo]'
