@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "delivery": [],
     "page": [],
     "traces": [],
+    "traces_cluster": [],
     "trace_writer": [],
 }
 
