@@ -85,6 +85,16 @@ def test_a_coroutine_can_be_cancelled(rt: Runtime) -> None:
     assert not handle.cancel()
 
 
+def test_a_coroutine_can_be_cancelled_at_once(rt: Runtime) -> None:
+    """Wherever it is, and without a warning that it was never awaited."""
+    handles = [rt.submit(double, 1) for _ in range(200)] + [rt.submit(lambda: double(1)) for _ in range(200)]
+    for handle in handles:
+        handle.cancel()
+
+    rt.wait_all()
+    assert {handle.state for handle in handles} <= {"cancelled", "completed"}
+
+
 def test_a_coroutine_is_ended_where_its_time_is_over(rt: Runtime) -> None:
     ended = threading.Event()
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
-from traceml import Runtime, TaskDeadlockError, TaskHandle, WaitTimeoutError
+from traceml import Runtime, TaskDeadlockError, TaskError, TaskHandle, TaskTimeoutError, WaitTimeoutError
 
 
 @pytest.mark.parametrize("length", [99, 1000, 3000])
@@ -235,3 +237,56 @@ def test_waiting_in_place_keeps_the_order_of_states(single: Runtime) -> None:
     single.wait_all()
     assert ran == list(reversed(range(100)))
     assert single.get_progress()["completed"] == 101
+
+
+class Mixture:
+    """Tasks of every kind that wait for each other in every way, by chance."""
+
+    def __init__(self, seed: int) -> None:
+        self.choose = random.Random(seed)
+        self.runtimes = (Runtime(threads=self.choose.choice([1, 2]), io_threads=1), Runtime(threads=1))
+        self.handles: list[TaskHandle[Any]] = []
+
+    def spawn(self, depth: int) -> TaskHandle[Any]:
+        rt = self.runtimes[self.choose.random() < 0.1]
+        fn: Any = self.choose.choice(
+            [self.node, self.node, self.node, self.coroutine, lambda left: self.coroutine(left)]
+        )
+        timeout = self.choose.choice([None] * 8 + [30, 0.002])
+        self.handles.append(rt.submit(fn, depth, timeout=timeout, io=self.choose.random() < 0.1))
+        return self.handles[-1]
+
+    def node(self, depth: int) -> None:
+        children = [self.spawn(depth - 1) for _ in range(self.choose.randint(0, 3) if depth else 0)]
+        ways = (self.runtimes[0].wait_all, self.runtimes[1].wait_all, lambda: self.choose.choice(self.handles).get())
+        for child in children:
+            way = self.choose.choice([child.get, child.get, child.cancel, lambda child=child: child.get(20), *ways])
+            with suppress(TaskError, TimeoutError):
+                way()
+
+    async def coroutine(self, depth: int) -> None:
+        children = [self.spawn(depth - 1) for _ in range(self.choose.randint(0, 3) if depth else 0)]
+        for child in children:
+            with suppress(TaskError, TimeoutError):
+                if self.choose.random() < 0.2:
+                    child.get()  # blocks the loop: an error where that could not end
+
+                await child
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_mixture_of_waits_ends(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    """Nested, across Runtimes and loops, with time-outs and circles: nothing hangs, and all adds up."""
+    mixture = Mixture(seed)
+    for _ in range(5):
+        mixture.spawn(4)
+
+    for rt in (*mixture.runtimes, mixture.runtimes[0]):
+        rt.wait_all(timeout=60)
+
+    for rt in mixture.runtimes:
+        rt.shutdown()
+        told = rt.get_progress(tasks=False)
+        ended = told["completed"] + told["failed"] + told["cancelled"] + told["timed_out"]
+        assert told["total"] == ended, told
+        assert {type(one.exception) for one in rt.get_failed()} <= {TaskDeadlockError, TaskTimeoutError}

@@ -65,12 +65,15 @@ class Loop:
         if handle not in self.tasks or handle._state in FINAL:
             return False
 
-        self._call(self._cancel, handle)
+        self.interrupt(handle)
         return True
 
     def interrupt(self, handle: TaskHandle[Any]) -> None:
         """Cancel a coroutine whose time is over."""
-        self._call(self._cancel, handle)
+        try:
+            self._call(self._cancel, handle)
+        except RuntimeError:  # the loop has ended meanwhile, and the coroutine with it
+            pass
 
     def is_here(self) -> bool:
         """Whether this is the loop's thread."""
@@ -166,10 +169,13 @@ class Loop:
         context.run(coroutine_task.set, handle)
         task = self._loop.create_task(_outcome(coroutine), context=context)
         self.tasks[handle] = task
-        task.add_done_callback(lambda task: self._done(handle, task))
+        task.add_done_callback(lambda task: self._done(handle, task, coroutine))
 
-    def _done(self, handle: TaskHandle[Any], task: asyncio.Task[Any]) -> None:
+    def _done(self, handle: TaskHandle[Any], task: asyncio.Task[Any], coroutine: Any) -> None:
         if task.cancelled():
+            if hasattr(coroutine, "close"):
+                coroutine.close()  # it may have been cancelled before its first step, and would warn
+
             self._end(handle, asyncio.CancelledError())
         else:
             self._end(handle, *task.result())

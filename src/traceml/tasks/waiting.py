@@ -113,6 +113,10 @@ def _sleep(bell: Bell, me: TaskHandle[Any] | None, timeout: float | None) -> boo
     if me is not None:
         stand_in(me)
 
+    served = seat().serves
+    if served is not None:  # this thread stands in for a task, and does nothing for it while it sleeps
+        served._engine.replace_stand_in(served)
+
     return bell.sleep(-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
 
 
