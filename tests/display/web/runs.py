@@ -24,9 +24,10 @@ def add_rank_rows(writer: StoreWriter, stream: int, rows: np.ndarray[Any, Any], 
     writer.append(stream, "steps", seq, len(rows), rows.tobytes(), int(rows["step"][0]), int(rows["step"][-1]))
 
 
-def add_metrics(writer: StoreWriter, stream: int, metrics: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def add_metrics(writer: StoreWriter, stream: int, metrics: Mapping[str, Any]) -> None:
     """Log values of one rank, one per step."""
     for number, (name, values) in enumerate(metrics.items(), start=10):
+        values = np.asarray(values)
         named = msgpack.packb({"id": number, "name": name})
         writer.append(stream, "names", writer.next_seq(stream, "names"), 1, named)
         rows = np.zeros(len(values), METRICS.dtype)
