@@ -41,8 +41,9 @@ _TAKEN = tyro.constructors.PrimitiveConstructorSpec(
 class Options:
     """Summarise traces: dftracer's .pfw and .pfw.gz, Chrome and Perfetto JSON, exports of torch.profiler.
 
-    Without --by it shows an overview: the largest groups, the overlap of computing, I/O and communication, bytes and
-    bandwidth, kernels and operators, ranks, a timeline. Damaged files are read as far as they can be, and it says so.
+    Without --by, an overview: the largest groups, overlap, I/O, kernels, operators, ranks, a timeline.
+
+    Damaged files are read as far as they can be, and it says so.
     """
 
     paths: Annotated[tyro.conf.Positional[_Paths], _TAKEN, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")] = (

@@ -32,8 +32,9 @@ _QUIT = ("q", "Q", "escape")
 class Options:
     """Watch a running job: speed, phases of each rank, and what limits it so far.
 
-    Keys: o p r m t l s (or Tab) switch between overview, phases, ranks, memory, metrics, logs and system; arrows and
-    PgUp, PgDn page; ? explains them; q or Ctrl-C quits. The job is not touched. When it ends its verdict is printed.
+    Keys: o p r m t l s (or Tab) switch between overview, phases, ranks, memory, metrics, logs, system.
+
+    Arrows, PgUp and PgDn page; ? explains them; q or Ctrl-C quits, and the job goes on untouched.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
