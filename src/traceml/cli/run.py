@@ -93,7 +93,7 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
     Args:
         job: what to run.
         live: `terminal`, `web`, `none`, or `auto`: the terminal view where there is a terminal.
-        report: where to put a copy of report.json.
+        report: where else to put the report: the page where the name ends in .html, else the JSON.
 
     Returns:
         The job's exit status.

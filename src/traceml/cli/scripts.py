@@ -16,7 +16,12 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group("traceml's options")
     views = ("auto", "terminal", "web", "none")
     own.add_argument("--live", choices=views, default="auto", help="live view; web tells its address (default: auto)")
-    own.add_argument("--report", type=Path, metavar="FILE", help="also write the report, as JSON, to FILE")
+    own.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="also write the report to FILE: a page if it ends in .html, else JSON",
+    )
     own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
     own.add_argument("--project", metavar="NAME", help="project the run belongs to")
     own.add_argument("--runs-dir", metavar="DIR", help="where runs are kept (default: traceml_runs)")

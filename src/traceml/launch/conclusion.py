@@ -23,7 +23,7 @@ def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None
         run_dir: the run's folder.
         finished: whether the aggregator has finished the run on disk.
         program: what to call ourselves in messages.
-        report: where to put a copy of report.json.
+        report: where else to put the report: the page where the name ends in .html, else the JSON.
         file: where to print; standard output belongs to the script.
     """
     # imported at the end: while the job runs, its supervisor stays small
@@ -36,10 +36,23 @@ def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None
             path = write_reports(run_dir)
 
         print_card(path, file=file)
-        if report is not None:
-            shutil.copyfile(path, report)
     except (TraceMLError, OSError) as error:  # the job has run, and its result is what the caller waits for
         file.write(f"{program}: no report of this run: {error}\n")
+    else:
+        if report is not None:
+            _put(path, report, program, file)
 
     if not finished and run_dir.is_dir():
         file.write(_UNFINISHED.format(program=program, log=run_dir / "logs" / "aggregator.log", runs=run_dir.parent))
+
+
+def _put(written: Path, report: Path, program: str, file: TextIO) -> None:
+    from traceml.display.report_files import write_page
+
+    try:
+        if report.suffix.lower() in (".html", ".htm"):
+            write_page(written.parent, report)
+        else:
+            shutil.copyfile(written, report)
+    except (TraceMLError, OSError) as error:  # as above
+        file.write(f"{program}: cannot write {report}: {error}\n")
