@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
+import tyro
 
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
@@ -21,6 +22,8 @@ class Options:
     """As JSON."""
     kind: Literal["a", "b"] = "a"
     """Which."""
+    most: float | None = None
+    """At most."""
 
 
 def test_words_become_options():
@@ -36,6 +39,7 @@ def test_words_become_options():
         (["--count", "x"], "--count"),
         (["--count"], "--count"),
         (["--kind", "c"], "'a', 'b'"),
+        (["--most", "x"], "--most takes a number, not 'x'"),
     ],
 )
 def test_errors_are_one_line(words, says, capsys):
@@ -47,6 +51,23 @@ def test_errors_are_one_line(words, says, capsys):
     assert "\n" not in str(caught.value)
     assert not set("│╭─╰") & set(str(caught.value))
     assert capsys.readouterr().err == ""
+
+
+@dataclass(frozen=True)
+class Needy:
+    """Need two things."""
+
+    first: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="FIRST")]
+    """The first, explained at such a length that it takes more than one line of the box that tyro draws."""
+    second: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SECOND")]
+    """The second."""
+
+
+@pytest.mark.parametrize(("words", "names"), [([], "FIRST, SECOND"), (["x"], "SECOND")])
+def test_what_is_missing_is_named(words, names):
+    """By name, without its explanation."""
+    with pytest.raises(UsageError, match=f"^missing from traceml thing: {names}$"):
+        parse(Needy, words, prog="traceml thing")
 
 
 def test_help_prints_and_leaves(capsys):

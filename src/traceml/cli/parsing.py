@@ -16,6 +16,10 @@ __all__ = ["CommandParser", "parse"]
 T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_MISSING = re.compile(r"^[│|]? {5,6}(\S+)", re.MULTILINE)  # their explanations stand further in
+_NO_NUMBER = re.compile(
+    r"error parsing (\S+): no type matching \{None\}\|(FLOAT|INT) could be instantiated from \[(.*)\]"
+)
 _FRAME = re.compile(r"[─-╿]|^\s*\|\s|\s\|\s*$|^\s*[+-]{3,}.*$")
 
 
@@ -71,6 +75,11 @@ def _one_line(box: str) -> str:
     parts = _paragraphs(plain[1:])  # the first line is the frame with the title
     message = " ".join(parts[0]).rstrip(".: ") if parts else "cannot understand the arguments"
     message = message[:1].lower() + message[1:]
+    if message.startswith("missing from "):
+        names = _MISSING.findall(_ANSI.sub("", box).partition("For full help")[0])
+        return f"{message.partition(':')[0]}: {', '.join(names)}"
+
+    message = _NO_NUMBER.sub(r"\1 takes a number, not \3", message)
     meant = next((part[1] for part in parts if part[0].startswith("Perhaps you meant") and len(part) > 1), None)
     return f"{message}; did you mean {meant}?" if meant else message
 
