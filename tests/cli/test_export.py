@@ -59,12 +59,25 @@ def test_damage_is_told_and_the_rest_is_written(run_dir, tmp_path, capsys):
         ([], "which format?"),
         (["-o", "x.txt"], "which format?"),
         (["--format", "pfw", "-o", "x.json"], "ends in .pfw.gz or .pfw"),
-        (["--format", "xml"], "xml"),
+        (["--format", "xml"], "no such format: xml. Formats: perfetto, pfw, parquet, csv\n"),
+        (["--format", "csv", "-o", "store.db"], "store.db is a file"),
     ],
 )
-def test_wrong_words(run_dir, capsys, words, said):
-    assert cli.main(["export", *words]) == 2
+def test_wrong_words(run_dir, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(run_dir)
+    assert cli.main(["export", str(run_dir), *words]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gone/run.json", "gone/run.pfw.gz", "file/tables.csv", "file/x/tables.parquet"])
+def test_an_output_that_cannot_be_written(run_dir, tmp_path, capsys, name):
+    """It is named as it was given, with what to do."""
+    (tmp_path / "file").touch()
+
+    assert cli.main(["export", "-o", name]) == 3
+    complaint = capsys.readouterr().err
+    assert f"cannot write {name}: N" in complaint
+    assert "-o" in complaint
 
 
 def test_unknown_run(run_dir, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -31,10 +31,7 @@ class Options:
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
     """A run's folder, its id (or the last four letters of it); the latest run when left out."""
-    format: Annotated[
-        Literal["perfetto", "pfw", "parquet", "csv"] | None,
-        tyro.conf.arg(metavar="FORMAT", help_behavior_hint=""),
-    ] = None
+    format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="")] = None
     """perfetto, pfw, parquet or csv; not needed where the output's name tells."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")] = None
     """File or folder to write (default: by the run's id, in the working directory)."""
@@ -55,12 +52,15 @@ def main(argv: list[str]) -> int:
 
 
 def _format(options: Options) -> str:
+    if options.format not in (None, *FORMATS):
+        raise UsageError(f"--format: no such format: {options.format}. Formats: {', '.join(FORMATS)}")
+
     if options.format is not None:
         return options.format
 
     form = format_of(Path(options.output)) if options.output else None
     if form is None:
-        raise UsageError(f"which format? --format {', '.join(FORMATS)}, or an output whose name tells, as run.pfw.gz")
+        raise UsageError(f"which format? --format {' or '.join(FORMATS)}, or an output whose name tells, as run.pfw.gz")
 
     return form
 

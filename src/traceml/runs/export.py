@@ -77,14 +77,21 @@ def export_run(run_dir: Path, form: str, path: Path) -> Exported:
 
     damage: dict[str, None] = {}  # a frame may be met twice
     with closing(StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault)) as reader:
-        if ends:
-            return _export_trace(reader, form, path, damage)
+        try:
+            return (_export_trace if ends else _export_tables)(reader, form, path, damage)
+        except StoreError:
+            raise
+        except OSError as error:
+            why = error.strerror or error
+            raise StoreError(f"cannot write {path}: {why}. Name another with -o, in a folder that is there") from error
 
-        from traceml.runs.export_tables import export_tables
 
-        counts, lost = export_tables(reader, form, path)
-        files = tuple(path / f"{name}.{form}" for name in counts)
-        return Exported(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
+def _export_tables(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> Exported:
+    from traceml.runs.export_tables import export_tables
+
+    counts, lost = export_tables(reader, form, path)
+    files = tuple(path / f"{name}.{form}" for name in counts)
+    return Exported(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
 
 
 def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> Exported:
