@@ -62,6 +62,11 @@ def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
     found = compare_runs(healthy, wide)
 
     assert found["comparable"] is False
+    assert found["outcome"] == "unknown"
+    assert found["step_time"]["mean"]["change"] == pytest.approx(0, abs=0.1)
+    assert {found["step_time"][name][what] for name in ("mean", "p99") for what in ("p", "low", "high", "real")} == {
+        None
+    }
     assert "2 ranks" in found["obstacles"][0]
     assert found["ranks"][3]["a_work_ms"] is None
 
@@ -73,13 +78,16 @@ def test_other_models_are_no_comparison(tmp_path):
         with StoreWriter(tmp_path / name / STORE_NAME) as writer:
             writer.put_meta("run", run_facts(id=name, world_size=1))
             stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
-            add_info(writer, stream, kind="model", model="Net", parameters=parameters, dtype="torch.float32")
+            facts = {"parameters": parameters, "parallel": None if name == "a" else "ddp", "compiled": name == "a"}
+            add_info(writer, stream, kind="model", model="Net", dtype="torch.float32", **facts)
             add_info(writer, stream, kind="loader", batch_size=batch)
 
     found = compare_runs(tmp_path / "a", tmp_path / "b")
 
     assert found["obstacles"] == ["the models differ: parameters 10 in A, 20 in B"]
-    assert "batch size: 32 in A, 64 in B" in found["remarks"]
+    assert {"batch size: 32 in A, 64 in B", "parallelism: none in A, ddp in B", "torch.compile: yes in A, no in B"} <= {
+        *found["remarks"]
+    }
 
 
 def test_too_few_steps_are_said(healthy, tmp_path):

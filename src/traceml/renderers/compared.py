@@ -42,12 +42,12 @@ def compared_headline(comparison: Mapping[str, Any]) -> str:
         comparison: in the shape of `traceml.compare/1`.
     """
     mean, outcome = comparison["step_time"]["mean"], comparison["outcome"]
+    sizes = f"{ms_text(mean['a_ms'])} -> {ms_text(mean['b_ms'])}"
+    if comparison["obstacles"] and mean["change"] is not None:
+        return f"A and B are not comparable; a step takes {sizes} ({change_text(mean['change'])})"
+
     if outcome == "unknown":
         return "Too few steps to tell whether the two differ"
-
-    sizes = f"{ms_text(mean['a_ms'])} -> {ms_text(mean['b_ms'])}"
-    if comparison["obstacles"]:
-        return f"A and B are not comparable; a step takes {sizes} ({change_text(mean['change'])})"
 
     if outcome == "same":
         return f"No real difference in step time: {sizes} ({change_text(mean['change'])}, within chance or below 0.5 %)"
@@ -177,7 +177,6 @@ def _rest(comparison: Mapping[str, Any]) -> Iterator[Text]:
 
 
 def _phase_sentence(comparison: Mapping[str, Any]) -> Iterator[str]:
-
     mean = comparison["step_time"]["mean"]
     gap = mean["b_ms"] - mean["a_ms"]
     row = max(comparison["phases"], key=lambda row: row["delta_ms"] * (1 if gap > 0 else -1), default=None)

@@ -18,7 +18,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import plain
 from traceml.runs.digest import Digest
 from traceml.runs.report import described, digest_of, whole_report
-from traceml.runs.significance import difference
+from traceml.runs.significance import Difference, difference
 
 __all__ = ["SCHEMA", "compare_runs"]
 
@@ -58,8 +58,8 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
         StoreError: a store cannot be read.
     """
     first, second = _side(Path(a)), _side(Path(b))
-    times = {name: _time(first, second, name) for name in _STATISTICS}
     obstacles = _obstacles(first, second)
+    times = {name: _time(first, second, name, test=not obstacles) for name in _STATISTICS}
     outcome = _outcome(times["mean"])
     return {
         "schema": SCHEMA,
@@ -131,11 +131,11 @@ _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 
 
-def _time(a: _Side, b: _Side, name: str) -> dict[str, Any]:
-    """Return one statistic of both runs, its change as a share of A's, and how sure that is."""
+def _time(a: _Side, b: _Side, name: str, *, test: bool) -> dict[str, Any]:
+    """Return one statistic of both runs, its change as a share of A's, and if wanted how sure that is."""
     statistic = _STATISTICS[name]
     values = [float(statistic(side.times_ms[None, :])[0]) if len(side.times_ms) else None for side in (a, b)]
-    found = difference(a.times_ms, b.times_ms, statistic)
+    found = difference(a.times_ms, b.times_ms, statistic) if test else Difference(None, None, None)
     before = values[0]
     return {
         "a_ms": before,
@@ -149,7 +149,7 @@ def _time(a: _Side, b: _Side, name: str) -> dict[str, Any]:
 
 
 def _outcome(mean: dict[str, Any]) -> str:
-    """Return slower, faster, same, or unknown when there are too few steps to tell."""
+    """Return slower, faster, same, or unknown when that cannot be told."""
     if mean["real"] is None:
         return "unknown"
 
@@ -201,7 +201,11 @@ def _differences(a: _Side, b: _Side) -> list[str]:
         ("parallelism", a.model.get("parallel"), b.model.get("parallel")),
         ("hosts", ", ".join(a.report["run"]["hosts"]), ", ".join(b.report["run"]["hosts"])),
     )
-    said += [f"{what}: {before} in A, {after} in B" for what, before, after in pairs if before != after]
+    said += [
+        f"{what}: {_word(before)} in A, {_word(after)} in B"
+        for what, before, after in pairs
+        if before != after and (what != "batch size" or None not in (before, after))  # not every loader tells it
+    ]
     waits = [side.core_wait or 0.0 for side in (a, b)]
     if max(waits) > _BUSY:
         said.append(
@@ -217,6 +221,13 @@ def _differences(a: _Side, b: _Side) -> list[str]:
             said.append(f"{which} is long: only its last {len(side.times_ms):,} steps are compared")
 
     return said
+
+
+def _word(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+
+    return str(value)
 
 
 def _phases(a: _Side, b: _Side) -> list[dict[str, Any]]:
