@@ -59,11 +59,14 @@ def test_running_run_is_read_from_its_store(runs_dir, capsys):
     assert json.loads(capsys.readouterr().out)["steps"]["count"] == 100
 
 
-def test_damaged_report_is_made_again(slow, capsys):
-    """A report.json that is cut off does not hide the run."""
-    (slow / "report.json").write_text('{"run": {')
+@pytest.mark.parametrize(
+    "written", ['{"run": {', "[]", '{"run": {"state": "finished"}}', '{"run": {"state": "finished"}, "findings": []}']
+)
+def test_damaged_report_is_made_again(slow, capsys, written):
+    """A report.json that is cut off, or is none, does not hide the run."""
+    (slow / "report.json").write_text(written)
 
-    assert cli.main(["report"]) == 0
+    assert cli.main(["report", "--fail-on", "HEALTHY"]) == 0
     assert "Rank 1 is slow in forward" in capsys.readouterr().out
 
 

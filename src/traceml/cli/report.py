@@ -94,9 +94,9 @@ def current_report(run_dir: Path) -> dict[str, Any]:
     """
     try:
         written: dict[str, Any] = json.loads((run_dir / REPORT_NAME).read_text(encoding="utf-8"))
-        if written["run"]["state"] != "running":
+        if written["run"]["state"] != "running" and written["findings"][0]["kind"] == written["verdict"]["kind"]:
             return {**written, "trackers": _trackers_now(run_dir)}  # deliveries may go on after the end
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError):
         pass  # not written yet, or not whole: the store has everything
 
     try:
