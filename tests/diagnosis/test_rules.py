@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -124,6 +125,18 @@ def test_a_users_heavy_phase_is_residual_under_its_name():
     found = diagnose(replace(window, user={"metrics": window.times["user"]}), Facts())[0]
 
     assert (found.kind, found.phase) == (Kind.RESIDUAL_HEAVY, "metrics")
+
+
+def test_the_numbers_of_a_sentence_agree():
+    """A pause of two seconds, as between a notebook's cells, is in the mean step but not in what the fix would save."""
+    window = window_of(ALONE, adds("other", 10))
+    window.times["other"][0, -1] += 2_000 * 1e6
+    window.total[0, -1] += 2_000 * 1e6
+
+    found = next(each for each in diagnose(window, Facts()) if each.kind is Kind.RESIDUAL_HEAVY)
+
+    cost, step, share = re.match(r"([\d.]+) ms of each ([\d.]+) ms step \(([\d.]+) %\)", found.summary).groups()
+    assert 100 * float(cost) / float(step) == pytest.approx(float(share), abs=1.5)
 
 
 def test_communication_is_found_when_nobody_is_late():

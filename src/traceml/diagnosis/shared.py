@@ -27,14 +27,15 @@ def input_bound(segments: Segments, facts: Facts, step_ns: float) -> list[Findin
         return []
 
     # Two steps are forgiven: the first batch after a pause is slow in the best of runs.
-    saved, ranks = _cost(segments, "input_wait", without_rare(values, 0))
+    removed = without_rare(values, 0)
+    saved, ranks = _cost(segments, "input_wait", removed)
     if not _counts(saved, step_ns):
         return []
 
     share = saved / step_ns
     gain = speedup(segments, saved)
     summary = (
-        f"{_who(ranks)} for data: {lasting(float(values.mean()))} of each {lasting(step_ns)} step "
+        f"{_who(ranks)} for data: {lasting(float(removed.mean()))} of each {lasting(step_ns)} step "
         f"({percent(share)}); with data always ready the run would be {factor(gain)} faster."
     )
     if (rare := _mostly_rare(values)) is not None:
@@ -50,13 +51,14 @@ def transfers(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]
     if values is None:
         return []
 
-    saved, ranks = _cost(segments, "h2d", without_rare(values, 0))
+    removed = without_rare(values, 0)
+    saved, ranks = _cost(segments, "h2d", removed)
     if not _counts(saved, step_ns):
         return []
 
     share, gain = saved / step_ns, speedup(segments, saved)
     summary = (
-        f"Copies to the device take {lasting(float(values.mean()))} of each {lasting(step_ns)} step "
+        f"Copies to the device take {lasting(float(removed.mean()))} of each {lasting(step_ns)} step "
         f"({percent(share)}); hidden behind computation they would make the run {factor(gain)} faster."
     )
     evidence = {**_evidence(segments, values, step_ns), **_loader_evidence(facts)}
@@ -73,24 +75,25 @@ def residual(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
 
         named = part not in ("other", "user")
         # A named phase explains its rare long steps; those of nameless code are jitter until somebody names them.
-        saved, ranks = _cost(segments, part, without_rare(values, 0) if named else without_rare(values))
+        removed = without_rare(values, 0) if named else without_rare(values)
+        saved, ranks = _cost(segments, part, removed)
         crowded = not named and facts.oversubscribed
         if _counts(saved, step_ns, CROWDED_SHARE if crowded else WARNING_SHARE):
-            found.append(_residual(segments, part, values, saved, ranks, step_ns))
+            found.append(_residual(segments, part, removed, saved, ranks, step_ns))
 
     return found
 
 
 def _residual(
-    segments: Segments, part: str, values: Floats, saved: float, ranks: tuple[int, ...], step_ns: float
+    segments: Segments, part: str, removed: Floats, saved: float, ranks: tuple[int, ...], step_ns: float
 ) -> Finding:
     share, gain = saved / step_ns, speedup(segments, saved)
     where = f"in your phase '{part}'" if part not in ("other", "user") else "in code outside the known phases"
     summary = (
-        f"{lasting(float(values.mean()))} of each {lasting(step_ns)} step ({percent(share)}) is spent {where}; "
+        f"{lasting(float(removed.mean()))} of each {lasting(step_ns)} step ({percent(share)}) is spent {where}; "
         f"without it the run would be {factor(gain)} faster."
     )
-    evidence = _evidence(segments, values, step_ns)
+    evidence = _evidence(segments, segments.parts[part], step_ns)
     return _finding(Kind.RESIDUAL_HEAVY, part, ranks, summary, advice.for_residual(part), evidence, share, gain)
 
 
