@@ -40,6 +40,15 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
     assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder}"]
 
 
+def test_a_missing_rank_is_told():
+    """Beside the ranks that are there; nothing of the kind where all are."""
+    made = slow_rank()
+    assert "Absent" not in text_of(made)
+
+    made["run"]["world_size"] = 3
+    assert " Absent  nothing ever came of rank 2 of 3" in text_of(made)
+
+
 def test_print_card_of_a_damaged_report(tmp_path):
     """A damaged report is an error that names the file."""
     path = tmp_path / "report.json"

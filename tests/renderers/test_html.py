@@ -88,6 +88,13 @@ def test_everything_stands_on_the_page(tmp_path):
     assert page.open == []
 
 
+def test_a_missing_rank_is_told(tmp_path):
+    """Under the table of those that are there."""
+    run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})
+
+    assert "Nothing ever came of rank 2 of 3." in _Page(page_of(run)).texts
+
+
 def test_what_a_run_calls_itself_is_text(evil):
     """No name opens a tag, wherever it comes from, and each is shown as it is."""
     assert {"img", "script", "iframe", "object"}.isdisjoint(evil.tags)

@@ -57,6 +57,25 @@ def test_visible_ranks_keep_lost_slow_and_fast():
     assert len(visible_ranks(rows, 1)) == 1
 
 
+def test_ranks_that_were_never_heard_of_are_told():
+    """A rank that is missing for the whole run is not merely a row less."""
+    made = thousand_ranks()
+    assert run_view(made).absent is None
+
+    made["run"]["state"] = "finished"
+    del made["ranks"][617], made["ranks"][3]
+    assert run_view(made).absent == "nothing ever came of ranks 3 and 617 of 1,000"
+    del made["ranks"][40:]
+    assert run_view(made).absent == "nothing ever came of ranks 3, 41, 42, 43 and 956 more of 1,000"
+    made["run"]["state"] = "running"
+    assert run_view(made).absent.startswith("nothing has come yet of ranks 3, ")
+
+
+def test_a_report_without_ranks_misses_none():
+    """Where nothing is known of ranks, nothing is said of them."""
+    assert run_view({"run": {"world_size": 8}}).absent is None
+
+
 def test_gain_of_nothing_is_not_told():
     """A speed-up of nothing is no gain."""
     assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).verdict.gain is None

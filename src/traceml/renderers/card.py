@@ -253,6 +253,9 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     if len(ended) > 4:
         yield from _labelled("", f"and {len(ended) - 4} more ranks", width)
 
+    if view.absent:
+        yield from _labelled("Absent", view.absent, width, style="yellow")
+
     for other in view.others[:2]:
         yield from _labelled("Also", f"{other.kind}: {other.headline}", width)
 

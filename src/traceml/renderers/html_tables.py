@@ -53,6 +53,9 @@ def rank_table(view: RunView) -> Iterator[str]:
     if hidden := len(view.ranks) - len(rows):
         yield f'<p class="more">{count_text(hidden)} more ranks stand in report.json.</p>'
 
+    if view.absent:
+        yield f'<p class="more">{escaped(view.absent.capitalize())}.</p>'
+
 
 def _rank(row: RankRow, phases: Sequence[str]) -> str:
     times = dict(row.phases)

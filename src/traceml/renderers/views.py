@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from traceml.renderers.words import end_of_rank, headline, tracker_text
+from traceml.renderers.numbers import count_text
+from traceml.renderers.words import end_of_rank, headline, ranks_text, tracker_text
 
 __all__ = [
     "LiveView",
@@ -160,6 +161,17 @@ class RunView:
     ranks: tuple[RankRow, ...]
     telemetry: Telemetry
     trackers: tuple[Tracker, ...] = ()
+
+    @property
+    def absent(self) -> str | None:
+        """Which ranks have never been heard of, in words; None where all have."""
+        seen = {row.rank for row in self.ranks}
+        absent = [rank for rank in range(self.run.world_size) if rank not in seen] if seen else []
+        if not absent:
+            return None
+
+        ever = "nothing has come yet" if self.run.state == "running" else "nothing ever came"
+        return f"{ever} of {ranks_text(absent)} of {count_text(self.run.world_size)}"
 
 
 @dataclass(frozen=True, slots=True)
