@@ -79,7 +79,7 @@ def test_top_conditions_and_sections(capsys, trace):
 
 def test_nothing_passes(capsys, trace):
     """A condition that nothing meets is an answer, not an error."""
-    assert "No span" in output(capsys, trace, "--by", "name", "--where", "name=nobody")
+    assert "No span passes the conditions" in output(capsys, trace, "--by", "name", "--where", "name=nobody")
 
 
 @pytest.mark.parametrize(

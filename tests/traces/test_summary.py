@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from fractions import Fraction
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.traces.brute import check, load, spans_of
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.traces.answer import microseconds
 from traceml.traces.summary import summarise
 
 NAMES = ["read", "write", 'comma, "quoted"', "back\\slash", "naïve ☃", "compute"]
@@ -261,3 +263,24 @@ def test_no_events_is_an_error(tmp_path, data):
     """A file without an event gives no empty answer."""
     with pytest.raises((TraceEmptyError, TraceNotFoundError)):
         ask(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e999999999", "1e-999999999", "9" * 400, "Infinity", "-Infinity", "NaN", '"1e999999999"']
+)
+@pytest.mark.parametrize("key", ["ts", "dur", "args"])
+def test_numbers_that_cannot_be_computed_with(tmp_path, number, key):
+    """A time beyond all floats is none; the answer is there at once, and JSON can hold it."""
+    values = {"ts": "5", "dur": "7", "args": "1", key: number}
+    line = '{{"name":"a","ph":"X","pid":1,"tid":1,"ts":{ts},"dur":{dur},"args":{{"size":{args}}}}}\n'.format(**values)
+    answer = ask(tmp_path, line, by="name,args.size", report=True)
+
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert answer["spans"] == 1
+    assert answer["groups"][0]["sum_us"] == (0 if key == "dur" else 7)
+
+
+def test_sums_beyond_all_floats():
+    """Where no float is large enough an integer stands, since JSON has no infinity."""
+    assert microseconds(10**400, fractional=True) == 10**397
+    assert microseconds(-Fraction(10**400, 3), fractional=True) == -(10**397) // 3

@@ -92,11 +92,11 @@ def _percentile(stat: Stat, share: float, fractional: bool) -> int | float:
     return microseconds(value, fractional=fractional)
 
 
-def _ratio(value: Time, by: int) -> float:
+def _ratio(value: Time, by: int) -> int | float:
     try:
         return float(Fraction(value, by)) if isinstance(value, Fraction) else value / by
     except OverflowError:
-        return float("inf") if value > 0 else float("-inf")
+        return int(value // by)  # no float is that large, and JSON has no infinity
 
 
 def _with_unpaired(analysis: Analysis, files: Sequence[FileFacts]) -> Iterable[tuple[FileFacts, list[Damage]]]:

@@ -25,6 +25,7 @@ _INTEGER_KINDS = {1: "X", 4: "M"}  # dftracer writes numbers
 MICROSECONDS = 3  # decimals of a time that make it nanoseconds
 _LIMIT_NS = 2**63
 _MAX_DIGITS = 30  # before or after the point: beyond, a number is taken as it is, never expanded
+_TIME_DIGITS = 300  # the same of a time: beyond, it is none, since it could not be computed with
 
 ArgValue = tuple[int, int, float, int]  # kind, integer, float, text: one row of an ArgColumn
 # ph, name, cat, pid, tid, id, ts_ns, dur_ns, fractional, args
@@ -132,16 +133,19 @@ def _id_of(event: dict[str, Any]) -> Any:
 
 def _number(value: Any) -> int | Decimal | None:
     """Return a time as a number; some writers put it in quotes. What is no number is no time."""
-    if type(value) is int or isinstance(value, Decimal):
-        return value
-
     if isinstance(value, str):
         try:
-            return int(value) if value.lstrip("-").isdecimal() else Decimal(value)
+            value = int(value) if value.lstrip("-").isdecimal() else Decimal(value)
         except (ArithmeticError, ValueError):
             return None
 
-    return None
+    if type(value) is int:
+        return value if abs(value) < 10**_TIME_DIGITS else None
+
+    if not isinstance(value, Decimal) or not value.is_finite():
+        return None
+
+    return value if not value or abs(value.adjusted()) <= _TIME_DIGITS else None
 
 
 def _ns(value: int | Decimal | None, missing: int, decimals: int) -> int | None:

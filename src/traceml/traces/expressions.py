@@ -20,7 +20,8 @@ MEASURES = ("ts", "dur")  # microseconds; in conditions only
 ARGS = "args."
 
 _ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
-_OPERATORS = ("!=", "<=", ">=", "=", "<", ">", "~")
+_OPERATORS = ("!=", "<=", ">=", "==", "=", "<", ">", "~")
+_SPELLINGS = {"==": "="}  # as who writes programs types it
 _FIELD = re.compile(r"\s*([A-Za-z_][\w.:/-]*)\s*")
 _OPERATOR = re.compile("|".join(re.escape(operator) for operator in _OPERATORS))
 _QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')\s*(?=,|$)""")
@@ -135,7 +136,7 @@ def _condition(text: str, at: int) -> tuple[Condition, int]:
 
     symbol = _OPERATOR.match(text, field.end())
     if symbol is None:
-        raise _misread(text, field.end(), f"one of {' '.join(_OPERATORS)} is expected")
+        raise _misread(text, field.end(), "one of != <= >= = < > ~ is expected")
 
     check_field(field[1], "where", measures=True)
     value, quoted, end = _value(text, symbol.end())
@@ -146,7 +147,7 @@ def _condition(text: str, at: int) -> tuple[Condition, int]:
     if field[1] in MEASURES and (number is None or symbol[0] == "~"):
         raise _misread(text, symbol.end(), f"{field[1]} is compared with a number of microseconds, as 100 or 2.5ms")
 
-    return Condition(field[1], symbol[0], value, number), end + 1
+    return Condition(field[1], _SPELLINGS.get(symbol[0], symbol[0]), value, number), end + 1
 
 
 def _value(text: str, at: int) -> tuple[str, bool, int]:

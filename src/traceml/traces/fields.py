@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -186,8 +187,12 @@ class ArgField:
         return self._float(float(value)) if isinstance(value, Decimal) else self._strings.intern(_plain(value))
 
     def label(self, number: int) -> Label:
-        """Return the value."""
-        return self._strings[number] if number >= -1 else self._values[-2 - number]
+        """Return the value; as text where JSON has no such number."""
+        if number >= -1:
+            return self._strings[number]
+
+        value = self._values[-2 - number]
+        return value if math.isfinite(value) else str(value)
 
     def raw(self, number: int) -> Any:
         """Return the value."""

@@ -59,7 +59,7 @@ def summarise(
     from traceml.traces.analysis import Question
 
     question = Question(fields, conditions, report)
-    answer = _asked(question, files, dask, progress)
+    answer = _asked(question, files, dask, progress) | {"where": where}
     if cached:
         answers.store(answer)
 
