@@ -154,3 +154,17 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         peaks.append(int(done.stderr))
 
     assert peaks[1] <= 1.2 * peaks[0]
+
+
+def test_cores_are_for_reading(trace):
+    """The command imports numpy without the threads of its matrices; who runs it in process keeps the environment."""
+    code = (
+        "import os, sys, threading; from pathlib import Path; from traceml.cli import main; before = dict(os.environ);"
+        f"main(['analyze', {str(trace)!r}, '--by', 'name', '--json', '--no-cache']);"
+        "assert dict(os.environ) == before; assert 'numpy' in sys.modules;"
+        "print(len(list(Path('/proc/self/task').iterdir())) - threading.active_count(), file=sys.stderr)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    assert done.stderr.strip() == "0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,7 +90,7 @@ def main(argv: list[str]) -> int:
 
 def _ask(options: Options) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
-    with _progress() as progress:
+    with _no_blas_threads(), _progress() as progress:
         try:
             return summarise(
                 options.paths,
@@ -114,6 +115,19 @@ def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFou
 
     way = f"traceml export {run} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
     return TraceNotFoundError(f"{run} is the folder of a run and holds no trace. Make one: {way}")
+
+
+@contextmanager
+def _no_blas_threads() -> Iterator[None]:
+    """Let numpy start no threads for its matrices: they spin a while, and the cores are for reading."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = before or "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 @contextmanager
