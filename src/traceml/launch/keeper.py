@@ -22,13 +22,13 @@ from typing import Any, Self
 
 from traceml.errors import TraceMLError
 from traceml.launch.processes import spawn
+from traceml.launch.restarts import Restarts
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 
 __all__ = ["AggregatorKeeper"]
 
 # An aggregator that died is replaced at once; one that dies again and again, after pauses which double.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
 _LOOK_S, _TELL_DELIVERY_S = 0.05, 1.5
 _ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
@@ -52,8 +52,7 @@ class AggregatorKeeper:
         self.token = os.environ.get("TRACEML_TOKEN") or secrets.token_hex(16)
         self._listener: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._started_s = self._due_s = 0.0
-        self._pause_s = _FIRST_PAUSE_S
+        self._restarts = Restarts()
         self._stopping = False
         self._on_delivery = on_delivery
 
@@ -120,7 +119,7 @@ class AggregatorKeeper:
         fd = self._listen().fileno()
         command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--run-id", self.run_id]
         command += ["--runs-dir", str(self.runs_dir), "--exit-when-idle"]
-        self._started_s = time.monotonic()
+        self._restarts.started()
         with log:
             self._process = spawn(
                 command,
@@ -133,18 +132,9 @@ class AggregatorKeeper:
 
     def keep(self) -> None:
         """Start the aggregator again if it died: the ranks still hold what it had not stored. Call it often."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or self._process.poll() is None or not self._restarts.due():
             return
 
-        now_s = time.monotonic()
-        if now_s < self._due_s:
-            return
-
-        if now_s - self._started_s > _LIVED_LONG_S:
-            self._pause_s = _FIRST_PAUSE_S
-
-        self._due_s = now_s + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         try:
             self.start()
         except (TraceMLError, OSError) as error:

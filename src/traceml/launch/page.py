@@ -25,12 +25,12 @@ from urllib.parse import quote
 
 from traceml.errors import TraceMLError
 from traceml.launch.processes import spawn
+from traceml.launch.restarts import Restarts
 from traceml.transport import auth
 
 __all__ = ["DEFAULT_PORT", "PageKeeper", "PageScreen", "beside", "page_address"]
 
 DEFAULT_PORT = 29766
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.5, 30.0, 60.0
 # Behind the training, but not so far that nobody can look at one that takes every core: at 19 a click takes seconds.
 _NICE = 5
 _FAREWELL_S = 0.8  # for browsers to be told how the run ended
@@ -62,8 +62,7 @@ class PageKeeper:
         # The socket is ours, so whoever served this port before does so no more.
         self.token = before.token if before is not None else auth.new_token()
         self._process: subprocess.Popen[bytes] | None = None
-        self._started_s = self._due_s = 0.0
-        self._pause_s = _FIRST_PAUSE_S
+        self._restarts = Restarts()
 
     def __enter__(self) -> Self:
         try:
@@ -96,7 +95,7 @@ class PageKeeper:
     def start(self) -> None:
         """Start the page's server on our socket."""
         fd = self._listener.fileno()
-        self._started_s = time.monotonic()
+        self._restarts.started()
         told, tell = os.pipe()
         try:
             self._process = spawn(
@@ -115,18 +114,9 @@ class PageKeeper:
 
     def keep(self) -> None:
         """Start the page again if it died. Call it often."""
-        if self._process is None or self._process.poll() is None:
+        if self._process is None or self._process.poll() is None or not self._restarts.due():
             return
 
-        now_s = time.monotonic()
-        if now_s < self._due_s:
-            return
-
-        if now_s - self._started_s > _LIVED_LONG_S:
-            self._pause_s = _FIRST_PAUSE_S
-
-        self._due_s = now_s + self._pause_s
-        self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
         with contextlib.suppress(OSError):  # no memory or no descriptors now; it is tried again
             self.start()
 
