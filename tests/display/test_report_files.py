@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -76,6 +78,29 @@ def test_a_page_goes_where_it_is_wanted(run, tmp_path):
 
     assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
     assert not (run / "report.json").exists()
+
+
+def test_a_page_into_a_pipe_leaves_the_pipe(run, tmp_path):
+    """What is no file, like /dev/stdout, is written to; it is not replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(pipe.read_text)
+        write_page(run, pipe)
+        assert reading.result().startswith("<!doctype html>")
+
+    assert pipe.is_fifo()
+
+
+def test_a_page_through_a_link_leaves_the_link(run, tmp_path):
+    """It goes where the link leads, whether there is something yet or not."""
+    link = tmp_path / "link.html"
+    link.symlink_to("mine.html")
+    for _ in range(2):
+        write_page(run, link)
+
+        assert link.is_symlink()
+        assert (tmp_path / "mine.html").read_text().startswith("<!doctype html>")
 
 
 def test_a_store_from_before_some_tables_has_a_page(run, tmp_path):

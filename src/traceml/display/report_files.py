@@ -73,6 +73,11 @@ def _page(digest: Digest, reader: StoreReader, report: dict[str, Any]) -> str:
 
 
 def _save(path: Path, page: str) -> None:
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, and never replaced
+        path.write_text(page, encoding="utf-8", errors="replace")
+        return
+
+    path = path.resolve()  # a link stays one
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
         draft.write_text(page, encoding="utf-8", errors="replace")
