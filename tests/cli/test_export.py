@@ -40,6 +40,16 @@ def test_format_goes_by_the_output(run_dir, tmp_path, capsys):
     assert "15 tables" in capsys.readouterr().out
 
 
+def test_through_a_link(run_dir, tmp_path):
+    """It goes where the link leads."""
+    link = tmp_path / "link.json"
+    link.symlink_to("run.json")
+
+    assert cli.main(["export", "abcd", "-o", str(link)]) == 0
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "run.json").read_bytes())
+
+
 def test_damage_is_told_and_the_rest_is_written(run_dir, tmp_path, capsys):
     """What cannot be read is said on standard error; the output is there."""
     import sqlite3

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.text import Text
 
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
@@ -45,10 +48,18 @@ def main(argv: list[str]) -> int:
     form = _format(options)
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     run_dir = find_run(options.run, config.runs_dir)
-    exported = export_run(run_dir, form, Path(options.output) if options.output else default_path(run_dir, form))
+    path = Path(options.output) if options.output else default_path(run_dir, form)
+    with _progress(f"Writing {path}"):
+        exported = export_run(run_dir, form, path)
+
     print(_told(exported))
     _complain(exported)
     return 0
+
+
+def _progress(what: str) -> AbstractContextManager[object]:
+    """Say what takes its time, on a terminal only."""
+    return Console(stderr=True).status(Text(what)) if sys.stderr.isatty() else nullcontext()
 
 
 def _format(options: Options) -> str:

@@ -100,7 +100,8 @@ def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[st
     clocks = Clocks(reader.streams())
     # Whole microseconds since 1970 for dftracer's readers; Perfetto takes nanoseconds, but not 19 digits of them.
     origin_ns = origin_of(reader, clocks) if form == "perfetto" else None
-    draft = path.with_name(f".{os.getpid()}-{path.name}")
+    target = path.resolve()  # a link stays one
+    draft = target.with_name(f".{os.getpid()}-{target.name}")
     try:
         with Writer(draft, origin_ns=origin_ns) as writer:
             timeline = Timeline(reader, writer, clocks)
@@ -110,7 +111,7 @@ def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[st
         if told.lost:
             raise StoreError(f"cannot write {path}: {told.lost} of {told.lost + told.written} events did not fit.")
 
-        draft.replace(path)
+        draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
 
