@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from distributed import Client, LocalCluster
 
+from tests.dask_programs import dask_programs
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import UsageError
 from traceml.dask import TraceMLDaskWorkerPlugin, get_worker_runtime
@@ -87,23 +88,10 @@ def test_workers_in_processes_have_a_runtime_each() -> None:
 
 def test_a_remote_scheduler_takes_the_plugin(tmp_path: Path) -> None:
     """Scheduler and worker are programs of their own, started from the command line."""
-    file = tmp_path / "scheduler.json"
-    options = ["--scheduler-file", str(file), "--no-dashboard"]
-    place = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}}
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--port", "0", *options]
-    worker_command = [sys.executable, "-m", "distributed.cli.dask_worker", "--nthreads", "1", "--no-nanny", *options]
-    programs = [subprocess.Popen(command, **place, **quiet), subprocess.Popen(worker_command, **place, **quiet)]
-    try:
-        until(file.exists, 30)
-        with Client(scheduler_file=str(file), set_as_default=False) as client:
-            client.wait_for_workers(1, timeout=30)
-            client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
-            assert client.submit(use, 2).result(timeout=30)[:2] == (12, 2)
-    finally:
-        for program in reversed(programs):
-            program.terminate()
-            program.wait(20)
+    with dask_programs(tmp_path) as address, Client(address, set_as_default=False) as client:
+        client.wait_for_workers(1, timeout=30)
+        client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
+        assert client.submit(use, 2).result(timeout=30)[:2] == (12, 2)
 
 
 def test_outside_of_a_dask_task_there_is_no_worker() -> None:

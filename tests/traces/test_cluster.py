@@ -10,9 +10,9 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import distributed
 import pytest
 
+from tests.dask_programs import dask_programs
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces import cluster, parts
 from traceml.traces.analysis import Question
@@ -159,14 +159,13 @@ def test_nobody_answers(monkeypatch):
         summarise([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
 
 
-def test_cluster_of_processes(traces):
-    """A scheduler and workers in processes of their own, by the command line: the same JSON."""
+def test_cluster_of_programs(traces, tmp_path):
+    """A scheduler and workers that were started from the command line: the same JSON."""
     command = [sys.executable, "-m", "traceml", "analyze", str(traces), "--by", "name,pid", "--json", "--no-cache"]
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=50
-    ) as dask:
-        address = [*command, "--dask", dask.scheduler_address]
-        remote = subprocess.run(address, capture_output=True, text=True, check=True).stdout
+    with dask_programs(tmp_path, workers=2) as address:
+        wait = f"from distributed import Client; Client({address!r}).wait_for_workers(2, 30)"
+        subprocess.run([sys.executable, "-c", wait], check=True)
+        remote = subprocess.run([*command, "--dask", address], capture_output=True, text=True, check=True).stdout
 
     alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert json.loads(remote) == json.loads(alone)
