@@ -16,6 +16,7 @@ from traceml.cli.scripts import add_run_options, check_report, given, script_wor
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.conclusion import conclude
+from traceml.launch.output import Passing
 from traceml.launch.supervisor import Job, Screen, Supervisor
 
 if TYPE_CHECKING:
@@ -175,7 +176,10 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
 
 
 def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
-    if live in ("none", "web") or not sys.stdout.isatty():
+    if live == "web":
+        return Passing
+
+    if live == "none" or not sys.stdout.isatty():
         if live == "terminal":
             raise UsageError("--live terminal needs a terminal; standard output is none")
 

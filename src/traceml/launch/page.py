@@ -24,6 +24,7 @@ from typing import Self
 from urllib.parse import quote
 
 from traceml.errors import TraceMLError
+from traceml.launch.output import Passing
 from traceml.launch.processes import spawn
 from traceml.launch.restarts import Restarts
 from traceml.transport import auth
@@ -136,7 +137,7 @@ class PageKeeper:
         self._listener.close()
 
 
-class PageScreen:
+class PageScreen(Passing):
     """The page as the screen of a launched job: what the job prints goes to standard output as it comes.
 
     Args:
@@ -150,13 +151,6 @@ class PageScreen:
     def tick(self) -> None:
         """Start the page again if it died."""
         self._keep()
-
-    def write(self, data: bytes) -> None:
-        """Pass on output of the job."""
-        sys.stdout.flush()
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(sys.stdout.fileno(), rest) :]
 
     def close(self) -> None:
         """End the page."""

@@ -20,6 +20,7 @@ from typing import Any, Protocol, Self
 
 from traceml.launch.elastic import status_of
 from traceml.launch.keeper import AggregatorKeeper
+from traceml.launch.output import OutputCopy, ScriptPipe
 from traceml.launch.processes import PASSED_ON, PseudoTerminal, spawn
 
 __all__ = ["Job", "Outcome", "Screen", "Supervisor"]
@@ -88,14 +89,16 @@ class Supervisor:
 
         Args:
             job: what to run.
-            make_screen: makes the live view once the job is started; without one the job writes to our own terminal
-                or pipe, and nothing stands between.
+            make_screen: makes the live view once the job is started, through which the job's output goes, and a copy
+                of it into the run's folder; without one the job writes to our own terminal or pipe, and nothing stands
+                between.
             on_delivery: called once when the job has ended and trackers still take what it logged.
             on_tick: called a few times a second while the job runs.
         """
         self._job = job
         self._make_screen = make_screen
         self._screen: Screen | None = None
+        self._copy: OutputCopy | None = None
         self._keeper = AggregatorKeeper(job.run_id, job.runs_dir, on_delivery=on_delivery)
         self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
@@ -120,11 +123,12 @@ class Supervisor:
     # the job
 
     def _run_job(self) -> subprocess.Popen[bytes]:
-        terminal = PseudoTerminal(sys.stdout.fileno()) if self._make_screen is not None else None
+        terminal = _between() if self._make_screen is not None else None
         process = self._start_job(terminal)
         try:
             if self._make_screen is not None:
                 self._screen = self._make_screen()
+                self._copy = OutputCopy(self._job.run_dir / "logs" / "output.log")
             self._attend(process, terminal)
         finally:
             if process.poll() is None:  # only when something of ours failed: the job does not outlive its supervisor
@@ -134,12 +138,15 @@ class Supervisor:
             if self._screen is not None:
                 self._screen.close()
 
+            if self._copy is not None:
+                self._copy.close()
+
             if terminal is not None:
                 terminal.close()
 
         return process
 
-    def _start_job(self, terminal: PseudoTerminal | None) -> subprocess.Popen[bytes]:
+    def _start_job(self, terminal: PseudoTerminal | ScriptPipe | None) -> subprocess.Popen[bytes]:
         failures_in, failures_out = os.pipe()
         os.set_blocking(failures_in, False)
         environ = {
@@ -155,7 +162,7 @@ class Supervisor:
                 self._job.command,
                 environ=environ,
                 stdout=terminal.slave if terminal is not None else None,
-                stderr=terminal.slave if terminal is not None and sys.stderr.isatty() else None,
+                stderr=terminal.slave if isinstance(terminal, PseudoTerminal) and sys.stderr.isatty() else None,
                 pass_fds=(failures_out,) if self._job.elastic else (),
                 death_signal=signal.SIGTERM,
             )
@@ -167,7 +174,7 @@ class Supervisor:
         self._selector.register(failures_in, selectors.EVENT_READ, "failures")
         return process
 
-    def _attend(self, process: subprocess.Popen[bytes], terminal: PseudoTerminal | None) -> None:
+    def _attend(self, process: subprocess.Popen[bytes], terminal: PseudoTerminal | ScriptPipe | None) -> None:
         """Pass output and signals through until the job has ended."""
         ended = os.pidfd_open(process.pid)
         self._selector.register(ended, selectors.EVENT_READ, "ended")
@@ -204,11 +211,14 @@ class Supervisor:
             if key.data == "failures":
                 self._read_failures(key.fd)
 
-    def _show(self, terminal: PseudoTerminal, *, at_end: bool = False) -> bool:
+    def _show(self, terminal: PseudoTerminal | ScriptPipe, *, at_end: bool = False) -> bool:
         """Show what the script wrote; return whether there may be more."""
         data = terminal.read()
         if data and self._screen is not None:
             self._screen.write(data)
+
+        if data and self._copy is not None:
+            self._copy.write(data)
 
         return bool(data) if at_end else data is not None
 
@@ -233,6 +243,11 @@ class Supervisor:
             failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
 
         return self._keeper.finish(failures, self._status(process))
+
+
+def _between() -> PseudoTerminal | ScriptPipe:
+    """Return what a script writes to in place of our standard output: of the same kind, for the script may ask."""
+    return PseudoTerminal(sys.stdout.fileno()) if sys.stdout.isatty() else ScriptPipe()
 
 
 def _pass_signals(process: subprocess.Popen[bytes]) -> None:
