@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from tests.aggregator.conftest import Serving, eventually
 from tests.recorder.conftest import environ
 from traceml.database.store import STORE_NAME, StoreReader
 from traceml.errors import AggregatorUnavailableError
+from traceml.transport import auth
+from traceml.transport.framing import WIRE_VERSION, encode
 
 SCRIPT = """
 import sys, traceml
@@ -102,6 +105,26 @@ def test_somebody_elses_aggregator_is_left_alone(tmp_path: Path, monkeypatch: py
     (run_dir,) = (tmp_path / "traceml_runs").glob("2*")
     with StoreReader(run_dir / STORE_NAME) as store:
         assert store.stored("steps") == 5
+
+
+def test_one_that_is_just_ending_is_not_somebody_elses(quiet_process: None, tmp_path: Path) -> None:
+    """Its token is gone before its connections are; the next one takes its port, where the job's other ranks look."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = int(listener.getsockname()[1])
+
+    def end() -> None:
+        connection, _ = listener.accept()
+        listener.close()
+        with connection:
+            connection.sendall(encode({"t": "challenge", "v": WIRE_VERSION, "nonce": b"n" * 32}))
+            connection.recv(1)
+
+    ending = threading.Thread(target=end)
+    ending.start()
+    traceml.init(local=True, port=port, runs_dir=tmp_path / "runs")
+    ending.join()
+
+    assert auth.discover(port) is not None
 
 
 def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_path: Path) -> None:

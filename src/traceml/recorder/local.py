@@ -61,7 +61,12 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
         AggregatorRefusedError: one is there and refused.
     """
     try:
-        return _connect_or_start(config, hello, is_ending)
+        try:
+            return _connect_or_start(config, hello, is_ending)
+        except AggregatorForeignError:
+            # Our own that was just ending looks like somebody else's: its token is gone before its connections are.
+            # Were the job's ranks to take it for one and for the other, they would end at two aggregators.
+            return _connect_or_start(config, hello, is_ending)
     except (AggregatorForeignError, _OccupiedError):
         own = replace(config, port=_own_port(config.port))
         _log.info("somebody else has port %d: this user's aggregator is at %d", config.port, own.port)
