@@ -76,8 +76,8 @@ def test_tasks_report_how_far_they_are(rt: Runtime) -> None:
     assert {one["progress_pct"] for one in rt.get_progress()["tasks"]} == {100.0}
 
 
-@pytest.mark.parametrize("pct", [-1, 100.5, float("nan")])
-def test_progress_is_between_0_and_100(rt: Runtime, pct: float) -> None:
+@pytest.mark.parametrize("pct", [-1, 100.5, float("nan"), "5", None])
+def test_progress_is_between_0_and_100(rt: Runtime, pct: Any) -> None:
     with pytest.raises(UsageError, match="from 0 to 100"):
         rt.submit(rt.progress, pct).get()
 

@@ -203,7 +203,7 @@ def test_errors_of_a_callback_are_reported(rt: Runtime, caplog: pytest.LogCaptur
 
 
 def test_a_callback_must_be_callable(rt: Runtime) -> None:
-    with pytest.raises(NotCallableError):
+    with pytest.raises(NotCallableError, match=r"set_error_callback\(\) takes a callable or None, not str 'print'"):
         rt.set_error_callback("print")  # type: ignore[arg-type]
 
 

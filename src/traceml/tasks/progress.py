@@ -29,7 +29,12 @@ def progress(pct: float) -> None:
         UsageError: it is not in that range.
         TaskError: no task of a Runtime calls this.
     """
-    if not 0 <= pct <= 100:
+    try:
+        known = 0 <= pct <= 100
+    except TypeError:
+        known = False
+
+    if not known:
         raise UsageError(f"progress({pct!r}): it takes per cent, from 0 to 100")
 
     task = current_task()

@@ -10,7 +10,7 @@ from time import perf_counter
 from types import BuiltinFunctionType, FunctionType, MethodWrapperType, TracebackType
 from typing import Any, Self, TypeVar, overload
 
-from traceml.errors import TaskError, TasksFailedError, UsageError
+from traceml.errors import NotCallableError, TaskError, TasksFailedError, UsageError
 from traceml.tasks import lives
 from traceml.tasks.engine import Engine, ErrorCallback
 from traceml.tasks.handle import TaskHandle
@@ -174,8 +174,10 @@ class Runtime:
         Raises:
             NotCallableError: it cannot be called.
         """
-        if callback is not None:
-            is_coroutine(callback)
+        if callback is not None and not callable(callback):
+            raise NotCallableError(
+                f"set_error_callback() takes a callable or None, not {type(callback).__name__} {callback!r:.80}"
+            )
 
         self._engine.error_callback = callback
 
