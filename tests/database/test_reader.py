@@ -263,12 +263,32 @@ def test_damaged_frame_is_told(tmp_path: Path) -> None:
             list(reader.frames("evals", after_id=1))
 
 
-def test_damaged_log_is_told(tmp_path: Path) -> None:
-    """A log frame that cannot be unpacked is damage."""
+@pytest.mark.parametrize("layout", [b"\x91\x5a", b"\x81\x01\x02", b"\xc1", b""])
+def test_damaged_layout_is_told(tmp_path: Path, layout: bytes) -> None:
+    """A store that does not say what its rows look like cannot be read."""
+    path = make_store(tmp_path / "store.db", ranks=1, frames=1)
+    rewrite(path, "UPDATE tables SET layout = ? WHERE name = 'evals'", layout)
+
+    with pytest.raises(StoreError, match=r"store\.db is damaged: the layout"):
+        StoreReader(path)
+
+
+def test_frames_of_no_table_are_left_out(tmp_path: Path) -> None:
+    """A damaged number of a table hides its own frame."""
+    path = make_store(tmp_path / "store.db", ranks=1, frames=2)
+    rewrite(path, "UPDATE frames SET tbl = 99 WHERE id = 1")
+
+    with StoreReader(path) as reader:
+        assert reader.stored("evals") == 10
+
+
+@pytest.mark.parametrize("data", [b"\xc1", b"\x5a", b"\x80\x93\x01\x02\x03"], ids=["nothing", "number", "list"])
+def test_damaged_log_is_told(tmp_path: Path, data: bytes) -> None:
+    """A log frame that cannot be unpacked, or holds no maps, is damage."""
     path = tmp_path / "store.db"
     with StoreWriter(path) as writer:
         stream = writer.stream(StreamIdentity(0, 0, "h", 1, 1))
-        writer.append(stream, "info", 0, 1, b"\xc1")
+        writer.append(stream, "info", 0, 1, data)
 
     with StoreReader(path) as reader, pytest.raises(StoreError, match="frame 1 of info is damaged"):
         reader.log_rows("info")

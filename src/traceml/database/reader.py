@@ -103,9 +103,14 @@ class Frame:
         unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=0)
         unpacker.feed(self.data)
         try:
-            return list(unpacker)
+            rows = list(unpacker)
         except (ValueError, msgpack.UnpackException) as error:
             raise StoreError(f"frame {self.id} of {self.table} is damaged: {error}") from error
+
+        if not all(isinstance(row, dict) for row in rows):
+            raise StoreError(f"frame {self.id} of {self.table} is damaged: it holds other things than maps")
+
+        return rows
 
 
 @dataclass(slots=True)
@@ -136,7 +141,12 @@ class StoreReader:
 
         self._ids: dict[str, int] = {name: number for number, name, _ in rows}
         self._names: dict[int, str] = {number: name for number, name, _ in rows}
-        self._dtypes = {name: _dtype(msgpack.unpackb(layout)) for _, name, layout in rows}
+        try:
+            self._dtypes = {name: _dtype(msgpack.unpackb(layout)) for _, name, layout in rows}
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            self._database.close()
+            raise self._damaged(f"the layout of a table: {error}") from error
+
         self._totals: dict[tuple[str, int], _Total] = {}
         self._totals_after = 0
 
@@ -342,6 +352,9 @@ class StoreReader:
         query = "SELECT id, stream, tbl, seq, n FROM frames WHERE id > ? ORDER BY id LIMIT ?"
         while rows := self._all(query, self._totals_after, _META_BATCH):
             for _, stream, number, seq, n in rows:
+                if number not in self._names:
+                    continue  # damage: of no table, so nobody asks for it
+
                 total = self._totals.setdefault((self._names[number], stream), _Total())
                 total.stored += n
                 total.next_seq = seq + n
