@@ -273,6 +273,21 @@ def test_damaged_layout_is_told(tmp_path: Path, layout: bytes) -> None:
         StoreReader(path)
 
 
+@pytest.mark.parametrize("data", [b"\xc1", b"", b"\x81\x80\x01", b"\xa1\xff", b"\xa1a"])
+def test_damaged_facts_are_told(tmp_path: Path, data: bytes) -> None:
+    """What the aggregator noted of streams, and what happened, can be damaged as well."""
+    path = make_store(tmp_path / "store.db", ranks=1, frames=1)
+    with StoreWriter(path) as writer:
+        writer.event("verdict", {"kind": "HEALTHY"})
+
+    rewrite(path, "UPDATE streams SET facts = ?", data)
+    rewrite(path, "UPDATE events SET data = ?", data)
+    with StoreReader(path) as reader:
+        for read in (reader.streams, reader.events, lambda: reader.last_event("verdict")):
+            with pytest.raises(StoreError, match=r"is damaged: (stream|event) 1"):
+                read()
+
+
 def test_frames_of_no_table_are_left_out(tmp_path: Path) -> None:
     """A damaged number of a table hides its own frame."""
     path = make_store(tmp_path / "store.db", ranks=1, frames=2)

@@ -104,7 +104,7 @@ class Frame:
         unpacker.feed(self.data)
         try:
             rows = list(unpacker)
-        except (ValueError, msgpack.UnpackException) as error:
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
             raise StoreError(f"frame {self.id} of {self.table} is damaged: {error}") from error
 
         if not all(isinstance(row, dict) for row in rows):
@@ -175,23 +175,25 @@ class StoreReader:
 
     def meta(self) -> dict[str, Any]:
         """Return the facts of the run."""
-        return {key: _unpack(value) for key, value in self._all("SELECT key, value FROM meta")}
+        return {
+            key: self._unpacked(value, f"the fact {key!r}") for key, value in self._all("SELECT key, value FROM meta")
+        }
 
     def streams(self) -> list[StreamRecord]:
         """Return all streams, in the order of their first appearance."""
         rows = self._all("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
-        return [StreamRecord(row[0], StreamIdentity(*row[1:7]), _unpack(row[7])) for row in rows]
+        return [StreamRecord(row[0], StreamIdentity(*row[1:7]), self._map(row[7], f"stream {row[0]}")) for row in rows]
 
     def events(self, after: int = 0, kind: str | None = None) -> list[Event]:
         """Return the events after a cursor (the id of the last one seen), of one kind where given."""
         query = "SELECT id, epoch_ns, kind, data FROM events WHERE id > ? AND kind = coalesce(?, kind) ORDER BY id"
-        return [Event(row[0], row[1], row[2], _unpack(row[3])) for row in self._all(query, after, kind)]
+        return [self._event(row) for row in self._all(query, after, kind)]
 
     def last_event(self, kind: str) -> Event | None:
         """Return the latest event of a kind."""
         query = "SELECT id, epoch_ns, kind, data FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1"
         rows = self._all(query, kind)
-        return Event(rows[0][0], rows[0][1], rows[0][2], _unpack(rows[0][3])) if rows else None
+        return self._event(rows[0]) if rows else None
 
     def frames(
         self, table: str, after_id: int = 0, stream: int | None = None, limit: int | None = None
@@ -375,6 +377,22 @@ class StoreReader:
 
         return dtype
 
+    def _event(self, row: tuple[Any, ...]) -> Event:
+        return Event(row[0], row[1], row[2], self._map(row[3], f"event {row[0]}"))
+
+    def _map(self, data: bytes, what: str) -> dict[str, Any]:
+        found = self._unpacked(data, what)
+        if not isinstance(found, dict):
+            raise self._damaged(f"{what} is no map")
+
+        return found
+
+    def _unpacked(self, data: bytes, what: str) -> Any:
+        try:
+            return msgpack.unpackb(data, strict_map_key=False)
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise self._damaged(f"{what}: {error}") from error
+
     def _damaged(self, what: str) -> StoreError:
         return StoreError(f"the run's store {self.path} is damaged: {what}. Move it away; the run cannot be read.")
 
@@ -410,7 +428,3 @@ def _assemble(frames: list[Frame], dtype: np.dtype[Any], last: int | None) -> ND
 
 def _matches(key: tuple[str, int], table: str, stream: int | None) -> bool:
     return key[0] == table and (stream is None or key[1] == stream)
-
-
-def _unpack(data: bytes) -> Any:
-    return msgpack.unpackb(data, strict_map_key=False)
