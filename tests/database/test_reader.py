@@ -289,12 +289,22 @@ def test_damaged_facts_are_told(tmp_path: Path, data: bytes) -> None:
 
 
 def test_frames_of_no_table_are_left_out(tmp_path: Path) -> None:
-    """A damaged number of a table hides its own frame."""
-    path = make_store(tmp_path / "store.db", ranks=1, frames=2)
+    """A damaged number, of a table or of rows, hides its own frame."""
+    path = make_store(tmp_path / "store.db", ranks=1, frames=3)
     rewrite(path, "UPDATE frames SET tbl = 99 WHERE id = 1")
+    rewrite(path, "UPDATE frames SET n = 'ten' WHERE id = 3")
 
     with StoreReader(path) as reader:
         assert reader.stored("evals") == 10
+
+
+def test_damaged_text_is_told(tmp_path: Path) -> None:
+    """What should be Unicode and is none."""
+    path = make_store(tmp_path / "store.db", ranks=1, frames=1)
+    rewrite(path, "UPDATE tables SET name = CAST(x'edff' AS TEXT) WHERE name = 'evals'")
+
+    with pytest.raises(StoreError, match=r"store\.db.* The file is damaged"):
+        StoreReader(path)
 
 
 @pytest.mark.parametrize("data", [b"\xc1", b"\x5a", b"\x80\x93\x01\x02\x03"], ids=["nothing", "number", "list"])

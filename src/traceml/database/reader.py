@@ -354,8 +354,8 @@ class StoreReader:
         query = "SELECT id, stream, tbl, seq, n FROM frames WHERE id > ? ORDER BY id LIMIT ?"
         while rows := self._all(query, self._totals_after, _META_BATCH):
             for _, stream, number, seq, n in rows:
-                if number not in self._names:
-                    continue  # damage: of no table, so nobody asks for it
+                if number not in self._names or not isinstance(n, int) or not isinstance(seq, int):
+                    continue  # damage: of no table, so nobody asks for it, or its rows cannot be told
 
                 total = self._totals.setdefault((self._names[number], stream), _Total())
                 total.stored += n

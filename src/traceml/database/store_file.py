@@ -51,7 +51,7 @@ def translated(path: Path, doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the driver cannot decode a text that is damaged
         raise StoreError(f"cannot {doing} the run's store {path}: {error}. {_advice(path, error)}") from error
     except OSError as error:
         if isinstance(error, StoreError):
@@ -174,12 +174,12 @@ def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
             )
 
 
-def _advice(path: Path, error: sqlite3.Error) -> str:
+def _advice(path: Path, error: Exception) -> str:
     text = str(error)
     if "full" in text or "disk I/O" in text:
         return f"Free some space on the disk of {path.parent}; what was not stored is kept and tried again."
 
-    if "malformed" in text or "not a database" in text:
+    if any(word in text for word in ("malformed", "not a database", "decode")):
         return "The file is damaged: move it away. What SQLite can save: `sqlite3 store.db .recover`."
 
     if "locked" in text:
