@@ -28,8 +28,11 @@ _SHOWN = 5
 class Options:
     """Write a run for other tools: a trace with ranks, phases, counters and arrows, or all rows as tables.
 
-    perfetto opens at https://ui.perfetto.dev; pfw is read by dftracer's tools and `traceml analyze`; parquet and csv
-    are a folder with a file per table. Works on a run that goes on, and on a damaged one: what can be read is written.
+    perfetto opens at https://ui.perfetto.dev, pfw in dftracer's tools and in `traceml analyze`.
+
+    parquet and csv are a folder with a file per table.
+
+    Works on a run that goes on, and on a damaged one: what can be read is written.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
