@@ -43,8 +43,12 @@ def merged_groups(analysis: Analysis, fields: int | slice) -> dict[tuple[Any, ..
     groups: dict[tuple[Any, ...], Stat] = {}
     for number in range(len(analysis.groups[-1])):
         stat = analysis.stat(number)
-        if stat.count:
-            groups.setdefault(analysis.labels(number)[chosen], Stat()).merge(stat)
+        if not stat.count:
+            continue
+
+        known = groups.setdefault(analysis.labels(number)[chosen], stat)
+        if known is not stat:
+            known.merge(stat)
 
     return groups
 

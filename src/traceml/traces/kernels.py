@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 __all__ = ["LIBRARY", "grown", "library", "pointer"]
 
 LIBRARY = Path(__file__).with_name("_stats.so")
-_VERSION = 2
+_VERSION = 3
 _LOG = logging.getLogger("traceml")
 
 
@@ -56,6 +56,9 @@ def grown(array: NDArray[Any], size: int, fill: int = 0) -> NDArray[Any]:
     if len(array) >= size:
         return array
 
-    larger = np.full((max(size, 2 * len(array)), *array.shape[1:]), fill, array.dtype)
+    larger = np.zeros((max(size, 2 * len(array)), *array.shape[1:]), array.dtype)  # zeros take no memory until used
     larger[: len(array)] = array
+    if fill:
+        larger[len(array) :] = fill
+
     return larger

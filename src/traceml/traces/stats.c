@@ -7,9 +7,10 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 2  /* raised when arguments or constants change; kernels.py expects it */
+#define VERSION 3  /* raised when arguments or constants change; kernels.py expects it */
 #define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
 #define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
+#define FEW 4      /* values of a group that are kept as they are: most of very many groups have no more */
 #define CLASSES 7
 #define BINS 1024
 
@@ -21,25 +22,33 @@ static inline void add_wide(uint64_t *low, int64_t *high, int64_t value) {
   *high += (value < 0 ? -1 : 0) + (*low < before);
 }
 
+/* Count a value in the histogram of a group; `pages` has the group's page of each octave + 1, 0 for none yet. */
+static inline void tally(int64_t v, int32_t *pages, int64_t *cells, int64_t *used) {
+  int octave = 0, cell = (int)v;
+  if (v >= CELLS) {
+    int e = 63 - __builtin_clzll((uint64_t)v);
+    octave = e - 6;
+    cell = (int)((v >> (e - 7)) & (CELLS - 1));
+  }
+  if (!pages[octave]) pages[octave] = (int32_t)++*used;
+  cells[(int64_t)(pages[octave] - 1) * CELLS + cell]++;
+}
+
 /* Count, sum (128 bits), least, most and the histogram of durations, by group. */
 int64_t traceml_stats(int64_t first, int64_t n, const int32_t *group, const int64_t *value, int64_t *count,
-                      uint64_t *low, int64_t *high, int64_t *least, int64_t *most, int32_t *pages, int64_t *cells,
-                      int64_t *used, int64_t room) {
+                      uint64_t *low, int64_t *high, int64_t *least, int64_t *most, int64_t *few, int32_t *pages,
+                      int64_t *cells, int64_t *used, int64_t room) {
   for (int64_t i = first; i < n; i++) {
     int64_t v = value[i];
     int32_t g = group[i];
-    int octave = 0, cell = (int)v;
-    if (v >= CELLS) {
-      int e = 63 - __builtin_clzll((uint64_t)v);
-      octave = e - 6;
-      cell = (int)((v >> (e - 7)) & (CELLS - 1));
+    if (count[g] < FEW) {
+      few[(int64_t)g * FEW + count[g]] = v;
+    } else {
+      int32_t *own = &pages[(int64_t)g * OCTAVES];
+      if (*used + FEW + 1 > room) return i; /* as many pages as may begin here */
+      for (int k = 0; count[g] == FEW && k < FEW; k++) tally(few[(int64_t)g * FEW + k], own, cells, used);
+      tally(v, own, cells, used);
     }
-    int32_t *page = &pages[(int64_t)g * OCTAVES + octave];
-    if (*page < 0) {
-      if (*used == room) return i;
-      *page = (int32_t)(*used)++;
-    }
-    cells[(int64_t)*page * CELLS + cell]++;
     count[g]++;
     add_wide(&low[g], &high[g], v);
     if (v < least[g]) least[g] = v;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -17,6 +18,7 @@ __all__ = ["GroupStats", "Stat", "Time"]
 Time = int | Fraction  # nanoseconds; fractions only where a trace has finer times
 
 _GREATEST = 2**63 - 1
+_FEW = 4  # as in stats.c
 
 
 @dataclass(slots=True)
@@ -72,7 +74,8 @@ class GroupStats:
         self.count = np.zeros(64, np.int64)
         self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
         self._least, self._most = np.full(64, _GREATEST, np.int64), np.full(64, -1, np.int64)
-        self._pages = np.full((64, OCTAVES), -1, np.int32)
+        self._few = np.zeros((64, _FEW), np.int64)  # the durations of a group that has no more
+        self._pages = np.zeros((64, OCTAVES), np.int32)  # by octave, the place of its cells + 1
         self._cells = np.zeros((256, CELLS), np.int64)
         self._used = ctypes.c_int64(0)
 
@@ -101,9 +104,12 @@ class GroupStats:
         return Stat(int(self.count[group]), total, int(self._least[group]), int(self._most[group]), 0, counts)
 
     def _histogram(self, group: int) -> dict[int, int]:
+        if self.count[group] <= _FEW and not self._pages[group].any():
+            return dict(Counter(map(bucket, self._few[group, : self.count[group]].tolist())))
+
         counts: dict[int, int] = {}
-        for octave in np.flatnonzero(self._pages[group] >= 0):
-            cells = self._cells[self._pages[group, octave]]
+        for octave in np.flatnonzero(self._pages[group]):
+            cells = self._cells[self._pages[group, octave] - 1]
             counts |= {int(octave) * CELLS + int(cell): int(cells[cell]) for cell in np.flatnonzero(cells)}
 
         return counts
@@ -111,13 +117,13 @@ class GroupStats:
     def _reserve(self, groups: int) -> None:
         self.count, self._low, self._high = (grown(each, groups) for each in (self.count, self._low, self._high))
         self._least, self._most = grown(self._least, groups, _GREATEST), grown(self._most, groups, -1)
-        self._pages = grown(self._pages, groups, -1)
+        self._few, self._pages = grown(self._few, groups), grown(self._pages, groups)
 
     def _native(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
         lib = library()
         assert lib is not None
         fixed = [pointer(each) for each in (group, duration, self.count, self._low, self._high)]
-        fixed += [pointer(each) for each in (self._least, self._most, self._pages)]
+        fixed += [pointer(each) for each in (self._least, self._most, self._few, self._pages)]
         at, size = 0, ctypes.c_int64(len(group))
         while True:
             room = ctypes.c_int64(len(self._cells))
@@ -155,12 +161,12 @@ class GroupStats:
             self._cells[page, at] += spans
 
     def _page(self, group: int, octave: int) -> int:
-        if self._pages[group, octave] < 0:
+        if not self._pages[group, octave]:
             self._cells = grown(self._cells, self._used.value + 1)
-            self._pages[group, octave] = self._used.value
             self._used.value += 1
+            self._pages[group, octave] = self._used.value
 
-        return int(self._pages[group, octave])
+        return int(self._pages[group, octave]) - 1
 
 
 def _bit_lengths(values: NDArray[np.int64]) -> NDArray[np.int64]:
