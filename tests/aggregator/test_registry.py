@@ -116,6 +116,18 @@ def test_rank_that_somebody_holds_is_not_given_away(registry):
     assert join(registry, intruder) == (other, stream)
 
 
+def test_ranks_that_train_again_meet_in_the_next_run(registry):
+    """One rank is at its second training while another still ends the first: two runs, with both ranks in each."""
+    first = [join(registry, hello(rank, pid=10 + rank, recorder="1")) for rank in (0, 1)]
+    leave(*first[1])
+    second = join(registry, hello(1, pid=11, recorder="2"))[0]
+    assert second is not first[0][0]
+
+    leave(*first[0])
+    assert join(registry, hello(0, pid=10, recorder="2"))[0] is second
+    assert join(registry, hello(0, pid=10, recorder="1"))[0] is first[0][0]
+
+
 def test_second_recorder_of_a_process_takes_the_rank_over_in_a_new_run(registry):
     """init, shutdown, init in one process are two runs, as each has its own job key."""
     run, stream = join(registry, hello(0, 1, run="a"))

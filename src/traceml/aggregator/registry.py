@@ -123,6 +123,9 @@ class Registry:
         # While the run of that key goes on, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
+        if taken and other is not None and other.is_followed_by(hello):
+            self._by_key[_key(hello)] = run  # the job's other ranks come to its next training as well
+
         return run, run.attempt_for(hello) or hello.attempt
 
     def _run_of_parent(self, hello: Hello) -> Run | None:
@@ -165,8 +168,7 @@ class Registry:
         self._unmark(run.key)
         for old in [each for each in self._runs if each.ended][:-_REMEMBERED]:
             self._runs.remove(old)
-            if self._by_key.get(old.key) is old:
-                del self._by_key[old.key]
+            self._by_key = {key: each for key, each in self._by_key.items() if each is not old}
 
     def discard(self, run: Run) -> None:
         """Remove a run to which no rank has come: an aggregator that was killed may leave one."""

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,15 @@ class Run:
             return None
 
         return self.attempt + 1 if self.named else None
+
+    def is_followed_by(self, hello: Hello) -> bool:
+        """Tell whether a rank that has left this run trains again, in the same process: that is the job's next run."""
+        holder = self._holders.get((hello.attempt + int(self._facts["attempt_base"]), hello.rank))
+        return (
+            holder is not None
+            and holder.ended
+            and replace(holder.who, recorder=hello.recorder) == Incarnation.of(hello)
+        )
 
     def stream_of(self, who: Incarnation, rank: int) -> Stream | None:
         """Return the stream of a recorder that was here before."""
