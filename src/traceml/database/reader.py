@@ -243,7 +243,7 @@ class StoreReader:
 
         values = [value for number in numbers for value in (number, after_id, limit)]
         found = self._all(query, *values, limit)
-        frames = self._whole((self._names[row[8]], row[:8]) for row in found)
+        frames = self._whole((self._names[row[8]], row[:8]) for row in found if row[8] in self._names)
         return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
 
     def rows(
