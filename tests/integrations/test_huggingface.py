@@ -49,11 +49,13 @@ def test_trainings_of_one_process(job: Job) -> None:
 
 
 def test_ranks_of_torchrun(job: Job) -> None:
-    """Two ranks are one run with one verdict, and train as without us."""
+    """Two ranks are one run with one verdict for each training, and train as without us."""
     ended = job("huggingface_job.py", "ranks", ranks=2)
 
-    steps = ended.run.steps()
     assert ended.said["same"]
-    assert Counter(steps["rank"].tolist()) == {0: 22, 1: 22}
-    assert ended.stderr.count("─ traceml ─") == 1
-    assert (steps["backward_own_ns"] > 0).any()
+    assert [run.state for run in ended.runs] == ["finished"] * 2
+    assert ended.stderr.count("─ traceml ─") == 2
+    for run in ended.runs:
+        steps = run.steps()
+        assert Counter(steps["rank"].tolist()) == {0: 22, 1: 22}
+        assert (steps["backward_own_ns"] > 0).any()
