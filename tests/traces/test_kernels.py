@@ -202,3 +202,21 @@ def test_matching_is_the_same_without_the_library(monkeypatch):
     monkeypatch.setattr(pairs, "library", lambda: None)
     assert native == run()
     assert native[1].begins > 1024, "more begins are open than the pool had places"
+
+
+@pytest.mark.parametrize("lengths", [7, 200_000])
+def test_spans_that_all_start_together(way, lengths):
+    """A trace without a clock is no trouble: the shortest lies inside, and takes what it covers."""
+    rng = np.random.default_rng(5)
+    count = 200_000 if way == "library" else 20_000
+    duration, group = rng.integers(1, lengths, count), rng.integers(0, 9, count, np.int32)
+    found = nesting.Nesting()
+    found.add(np.zeros(count, np.int64), duration, group, np.zeros(count, np.int32))
+    found.finish()
+
+    longest, expected = 0, [0] * 9
+    for length, number in sorted(zip(duration.tolist(), group.tolist(), strict=True), key=lambda pair: pair[0]):
+        expected[number] += length - longest  # of equal ones the first that was written is innermost
+        longest = length
+
+    assert [found.self_ns(number) for number in range(9)] == expected

@@ -17,6 +17,7 @@ from traceml.traces.kernels import grown, library, pointer
 __all__ = ["Nesting"]
 
 _NODES = 1 << 10
+_CROWD = 256  # spans that start together: from there on it pays to sort them, since each is put among them
 
 
 class Nesting:
@@ -42,6 +43,10 @@ class Nesting:
         lanes = int(lane.max()) + 1
         self._head, self._cursor = grown(self._head, lanes, -1), grown(self._cursor, lanes)
         columns: list[NDArray[Any]] = [np.ascontiguousarray(each) for each in (start, duration, group, lane)]
+        if _longest_run(start) > _CROWD:
+            order = np.lexsort((-duration, start))  # the longest first: each lies on top of the one before
+            columns = [column[order] for column in columns]
+
         if library():
             self._native(columns)
         else:
@@ -101,6 +106,9 @@ class Nesting:
         while place and stack[place - 1][0] == start and stack[place - 1][1] <= start + duration:
             place -= 1
 
+        if place < len(stack) and stack[place][:2] == (start, start + duration):
+            return  # an equal one is there, around which this one is never innermost
+
         outside = place
         while outside and stack[outside - 1][1] <= start + duration:  # it is never innermost again
             outside -= 1
@@ -117,3 +125,9 @@ class Nesting:
     def _account(self, group: int, time_ns: int) -> None:
         total = self.self_ns(group) + time_ns
         self._high[group], self._low[group] = total >> 64, total & (2**64 - 1)
+
+
+def _longest_run(values: NDArray[np.int64]) -> int:
+    """Return how many equal values follow each other at most; of one value or more."""
+    changes = np.flatnonzero(values[1:] != values[:-1])
+    return int(np.diff(np.concatenate([[-1], changes, [len(values) - 1]])).max())

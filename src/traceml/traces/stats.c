@@ -114,17 +114,21 @@ int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64
     }
     if (top >= 0 && s > at) add_wide(&low[node_group[top]], &high[node_group[top]], s - at);
     cursor[l] = s;
-    int32_t node = *free_head;
-    *free_head = node_below[node];
-    node_start[node] = s;
-    node_end[node] = end;
-    node_group[node] = group[i];
     /* Of spans that start together the longer one is outside; of equal ones the one that was written later. */
     int32_t above = -1, under = top;
     while (under >= 0 && node_start[under] == s && node_end[under] <= end) {
       above = under;
       under = node_below[under];
     }
+    if (above >= 0 && node_end[above] == end) { /* an equal one is there, around which this one is never innermost */
+      head[l] = top;
+      continue;
+    }
+    int32_t node = *free_head;
+    *free_head = node_below[node];
+    node_start[node] = s;
+    node_end[node] = end;
+    node_group[node] = group[i];
     /* What ends before this one does is never innermost again: stacks are no deeper than spans really nest. */
     while (under >= 0 && node_end[under] <= end) {
       int32_t below = node_below[under];
