@@ -22,6 +22,7 @@ class Numbering:
         self._table = np.full(_SLOTS, -1, np.int32)
         self._used = ctypes.c_int64(0)
         self._known: dict[int, int] = {}  # without the library
+        self._ones: dict[tuple[int, int], int] = {}  # asked for one by one: a call of the library is for many
 
     def __len__(self) -> int:
         return self._used.value
@@ -47,7 +48,11 @@ class Numbering:
 
     def one(self, left: int, right: int) -> int:
         """Return the number of one pair."""
-        return int(self.number(left, np.array([right], np.int32))[0])
+        known = self._ones.get((left, right))
+        if known is None:
+            known = self._ones[left, right] = int(self.number(left, np.array([right], np.int32))[0])
+
+        return known
 
     def _native(self, left: NDArray[np.int32], right: NDArray[np.int32]) -> NDArray[np.int32]:
         lib = library()
