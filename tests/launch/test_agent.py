@@ -344,14 +344,17 @@ def test_stacks_of_all_ranks(driver: Driver) -> None:
             re.match(r"(a+)+$", "a" * 60 + "b")  # one call into C, which lets go of the GIL at its end: never
 
         if rank == 2:
-            threading.Thread(target=sleep_in_a_thread, daemon=True).start()
+            inside = threading.Event()
+            threading.Thread(target=sleep_in_a_thread, args=(inside,), daemon=True).start()
+            inside.wait()
 
         print("ready", flush=True)
         time.sleep(1000)
 
-    def sleep_in_a_thread() -> None:
+    def sleep_in_a_thread(inside: threading.Event) -> None:
         import time
 
+        inside.set()
         time.sleep(1000)
 
     driver.prepare()
@@ -404,6 +407,7 @@ def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
     driver._take = hold  # type: ignore[method-assign]
     driver.start(talk, workers=2)
     driver.wait("done", rank=1)
+    driver.until(lambda: any(size[0] for _, size in held.values()))
     driver.channel.send("stacks", job=driver.job)
     told = driver.wait("stacks")["ranks"][0]
 

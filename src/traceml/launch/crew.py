@@ -275,7 +275,10 @@ class Crew:
         self.tick()
 
     def ask_stacks(self) -> None:
-        """Collect where each worker is; the launcher is told within about a second."""
+        """Collect where each worker is; the launcher is told within about a second, once where it asks again."""
+        if self._asked is not None:
+            return
+
         self._asked = list(self._ranks.values())
         for each in self._asked:
             if each.running:

@@ -13,7 +13,7 @@ from traceml.launch.zygote import STACK_SIGNAL
 
 __all__ = ["StackReader"]
 
-_QUIET_S, _LONGEST_S = 0.05, 1.0
+_QUIET_S, _AGAIN_S, _LONGEST_S = 0.05, 0.25, 1.0
 _MAX_BYTES = 1024 * 1024
 _STATES = {
     "R": "running",
@@ -37,7 +37,8 @@ class StackReader:
         os.set_blocking(self._read_fd, False)
         os.set_blocking(self.write_fd, False)  # who is asked again and again must not wait for us
         self._text = b""
-        self._asked_s = self._heard_s = 0.0
+        self._asked_s = self._heard_s = self._again_s = 0.0
+        self._pid = 0
 
     def started(self) -> None:
         """Close the worker's end here."""
@@ -47,9 +48,9 @@ class StackReader:
         """Have a worker write its stacks."""
         self._read()
         self._text = b""
+        self._pid = pid
         self._asked_s, self._heard_s = time.monotonic(), 0.0
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, STACK_SIGNAL)
+        self._send()
 
     def done(self) -> bool:
         """Return whether all has come, or nothing will."""
@@ -59,6 +60,9 @@ class StackReader:
         now_s = time.monotonic()
         if self._heard_s and now_s - self._heard_s > _QUIET_S:
             return True
+
+        if not self._heard_s and now_s >= self._again_s:
+            self._send()  # a worker that was only just forked ignores it until it has taken its place
 
         return now_s - self._asked_s > _LONGEST_S
 
@@ -77,6 +81,11 @@ class StackReader:
         if self._read_fd >= 0:
             os.close(self._read_fd)
             self._read_fd = -1
+
+    def _send(self) -> None:
+        self._again_s = time.monotonic() + _AGAIN_S
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self._pid, STACK_SIGNAL)
 
     def _read(self) -> bool:
         found = False
