@@ -351,7 +351,7 @@ def test_stacks_of_all_ranks(driver: Driver) -> None:
         print("ready", flush=True)
         time.sleep(1000)
 
-    def sleep_in_a_thread(inside: threading.Event) -> None:
+    def sleep_in_a_thread(inside: Any) -> None:
         import time
 
         inside.set()

@@ -26,7 +26,7 @@ from traceml.runs.report import write_report
 expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a straggler, a faster run, many ranks, and everything that can be wrong with a run."""
     folder = tmp_path_factory.mktemp("runs")
@@ -69,7 +69,7 @@ def _store_odd_runs(folder: Path) -> None:
             add_rank(writer, rank, rows)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageKeeper]:
     """The page, served as `serve --web` does, with the files of tokens in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -82,9 +82,9 @@ def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             yield keeper
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """Chromium, headless."""
+    """Chromium, headless; gone after these tests, for its loop would be in the way of others."""
     installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox", "--disable-gpu"])
