@@ -44,6 +44,7 @@ class OnTerminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "traceml", "top", *words],
             cwd=folder, env=environ, stdin=slave, stdout=slave, stderr=slave,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
         )  # fmt: skip
         os.close(slave)
         self.seen = b""
