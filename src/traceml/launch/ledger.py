@@ -106,6 +106,7 @@ class Ledger:
         if name != "hello" and message.get("job", self._id) != self._id:
             return  # of a job before this one
 
+        member.warm = False
         handler = _HANDLERS.get(name)
         if handler is not None:
             handler(self, member, message)

@@ -138,12 +138,12 @@ class Loop:
 
     def _drain(self, member: Member) -> bool:
         """Read on from an agent that does not listen any more; return whether its end was met and told."""
-        deadline_s = time.monotonic() + _LAST_WORDS_S
-        while member in self._members and time.monotonic() < deadline_s:
-            if select.select([member.link.channel.read_fd], [], [], _TICK_S)[0]:
+        deadline_s, link = time.monotonic() + _LAST_WORDS_S, member.link
+        while member in self._members and member.link is link and time.monotonic() < deadline_s:
+            if select.select([link.channel.read_fd], [], [], _TICK_S)[0]:
                 self._receive(member)
 
-        return member not in self._members
+        return member not in self._members or member.link is not link  # ended, or replaced by a new one
 
     def _receive(self, member: Member) -> None:
         try:
@@ -156,7 +156,6 @@ class Loop:
             if member not in self._members:  # a message before it has ended the member
                 return
 
-            member.warm = False
             self._message(member, message)
 
     def _read_errors(self, member: Member) -> None:
