@@ -8,6 +8,7 @@ from typing import Any
 
 from traceml.database.reader import StoreReader
 from traceml.database.schema import INFO, LOGGED
+from traceml.privacy.masker import Masker
 
 __all__ = ["About", "about_run"]
 
@@ -23,7 +24,7 @@ class About:
         process: python, traceml, executable, argv, folder.
         model, loader, optimizer: of the training.
         git, environment, system: what the collectors read.
-        params: what the user logged as parameters.
+        params: what the user logged as parameters, without what is personal: a report is passed on.
     """
 
     process: Mapping[str, Any] = field(default_factory=dict)
@@ -55,6 +56,7 @@ def about_run(reader: StoreReader) -> About:
             elif row.get("kind") == "collected" and row.get("name") in ("git", "environment", "system"):
                 found[row["name"]] = dict(row.get("facts") or {})
 
+    found["params"] = Masker().mask_mapping(found.get("params", {}))
     return About(**found)
 
 
