@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from traceml.launch.output import OutputCopy, ScriptPipe
+from traceml.launch.output import OutputCopy
+from traceml.launch.processes import ScriptPipe
 
 SCRIPT = """
 import sys

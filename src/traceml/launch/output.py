@@ -8,37 +8,11 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["OutputCopy", "Passing", "ScriptPipe"]
+__all__ = ["OutputCopy", "Passing"]
 
 _MOST_BYTES = 64 << 20
 
 _log = logging.getLogger("traceml")
-
-
-class ScriptPipe:
-    """A pipe where `PseudoTerminal` would be a lie: standard output is no terminal, and the script may ask."""
-
-    def __init__(self) -> None:
-        self.master, self.slave = os.pipe()
-        os.set_blocking(self.master, False)
-
-    def follow_size(self) -> None:
-        """Do nothing: a pipe has no size."""
-
-    def read(self) -> bytes | None:
-        """Return what the script wrote; empty when there is nothing now, None when nobody holds the other end."""
-        try:
-            return os.read(self.master, 65536) or None
-        except BlockingIOError:
-            return b""
-
-    def close_slave(self) -> None:
-        """Let go of the script's end, so that its closing can be seen."""
-        os.close(self.slave)
-
-    def close(self) -> None:
-        """Close our end."""
-        os.close(self.master)
 
 
 class Passing:

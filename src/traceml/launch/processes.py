@@ -13,7 +13,7 @@ import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-__all__ = ["PASSED_ON", "PseudoTerminal", "spawn"]
+__all__ = ["PASSED_ON", "PseudoTerminal", "ScriptPipe", "spawn"]
 
 # Signals that a supervisor holds back from itself and passes on to the job.
 PASSED_ON = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2})
@@ -72,25 +72,18 @@ def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
     return prepare
 
 
-class PseudoTerminal:
-    """A terminal for a script whose output is shown above a live view: its bytes arrive as written."""
+class ScriptPipe:
+    """What a script writes to in place of our standard output: its bytes arrive as written."""
 
-    def __init__(self, like_fd: int) -> None:
-        self._like_fd = like_fd
-        self.master, self.slave = pty.openpty()
-        attributes = termios.tcgetattr(self.slave)
-        attributes[1] &= ~termios.OPOST  # no newline translation: the real terminal does that
-        termios.tcsetattr(self.slave, termios.TCSANOW, attributes)
+    def __init__(self) -> None:
+        self.master, self.slave = self._open()
         os.set_blocking(self.master, False)
-        self._size = b""
-        self.follow_size()
+
+    def _open(self) -> tuple[int, int]:
+        return os.pipe()
 
     def follow_size(self) -> None:
-        """Give the pseudo-terminal the real one's size, which tells the script when it changed."""
-        size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        if size != self._size:
-            self._size = size
-            fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)
+        """Do nothing: a pipe has no size."""
 
     def read(self) -> bytes | None:
         """Return what the script wrote; empty when there is nothing now, None when nobody holds the other end."""
@@ -98,7 +91,7 @@ class PseudoTerminal:
             return os.read(self.master, 65536) or None
         except BlockingIOError:
             return b""
-        except OSError:  # EIO: every process that held the slave has closed it
+        except OSError:  # EIO: every process that held a terminal's slave has closed it
             return None
 
     def close_slave(self) -> None:
@@ -108,3 +101,27 @@ class PseudoTerminal:
     def close(self) -> None:
         """Close our end."""
         os.close(self.master)
+
+
+class PseudoTerminal(ScriptPipe):
+    """The same where our standard output is a terminal: the script may ask, and gets one of the same size."""
+
+    def __init__(self, like_fd: int) -> None:
+        super().__init__()
+        self._like_fd = like_fd
+        self._size = b""
+        self.follow_size()
+
+    def _open(self) -> tuple[int, int]:
+        master, slave = pty.openpty()
+        attributes = termios.tcgetattr(slave)
+        attributes[1] &= ~termios.OPOST  # no newline translation: the real terminal does that
+        termios.tcsetattr(slave, termios.TCSANOW, attributes)
+        return master, slave
+
+    def follow_size(self) -> None:
+        """Give the pseudo-terminal the real one's size, which tells the script when it changed."""
+        size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        if size != self._size:
+            self._size = size
+            fcntl.ioctl(self.master, termios.TIOCSWINSZ, size)

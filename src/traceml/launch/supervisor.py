@@ -20,8 +20,8 @@ from typing import Any, Protocol, Self
 
 from traceml.launch.elastic import status_of
 from traceml.launch.keeper import AggregatorKeeper
-from traceml.launch.output import OutputCopy, ScriptPipe
-from traceml.launch.processes import PASSED_ON, PseudoTerminal, spawn
+from traceml.launch.output import OutputCopy
+from traceml.launch.processes import PASSED_ON, PseudoTerminal, ScriptPipe, spawn
 
 __all__ = ["Job", "Outcome", "Screen", "Supervisor"]
 
@@ -146,7 +146,7 @@ class Supervisor:
 
         return process
 
-    def _start_job(self, terminal: PseudoTerminal | ScriptPipe | None) -> subprocess.Popen[bytes]:
+    def _start_job(self, terminal: ScriptPipe | None) -> subprocess.Popen[bytes]:
         failures_in, failures_out = os.pipe()
         os.set_blocking(failures_in, False)
         environ = {
@@ -174,7 +174,7 @@ class Supervisor:
         self._selector.register(failures_in, selectors.EVENT_READ, "failures")
         return process
 
-    def _attend(self, process: subprocess.Popen[bytes], terminal: PseudoTerminal | ScriptPipe | None) -> None:
+    def _attend(self, process: subprocess.Popen[bytes], terminal: ScriptPipe | None) -> None:
         """Pass output and signals through until the job has ended."""
         ended = os.pidfd_open(process.pid)
         self._selector.register(ended, selectors.EVENT_READ, "ended")
@@ -211,7 +211,7 @@ class Supervisor:
             if key.data == "failures":
                 self._read_failures(key.fd)
 
-    def _show(self, terminal: PseudoTerminal | ScriptPipe, *, at_end: bool = False) -> bool:
+    def _show(self, terminal: ScriptPipe, *, at_end: bool = False) -> bool:
         """Show what the script wrote; return whether there may be more."""
         data = terminal.read()
         if data and self._screen is not None:
@@ -245,7 +245,7 @@ class Supervisor:
         return self._keeper.finish(failures, self._status(process))
 
 
-def _between() -> PseudoTerminal | ScriptPipe:
+def _between() -> ScriptPipe:
     """Return what a script writes to in place of our standard output: of the same kind, for the script may ask."""
     return PseudoTerminal(sys.stdout.fileno()) if sys.stdout.isatty() else ScriptPipe()
 
