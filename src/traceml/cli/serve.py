@@ -184,22 +184,29 @@ def _port(text: str) -> int:
 
 
 @contextlib.contextmanager
+def _meanwhile(work: Callable[[Callable[[float], bool]], None], *, name: str) -> Iterator[None]:
+    """Have a thread do something until the block ends; it is given what waits some seconds and tells of the end."""
+    over = threading.Event()
+    thread = threading.Thread(target=work, args=(over.wait,), name=name)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextlib.contextmanager
 def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
     """Keep the web page in a process of its own, and tell its address."""
     if port is None:
         yield
         return
 
-    over = threading.Event()
     with PageKeeper(Path(runs_dir), port) as page:
         print(f"traceml page at {page.address()}", flush=True)
-        thread = threading.Thread(target=_keep_page, args=(page, over.wait), name="traceml-page")
-        thread.start()
-        try:
+        with _meanwhile(partial(_keep_page, page), name="traceml-page"):
             yield
-        finally:
-            over.set()
-            thread.join()
 
 
 def _keep_page(page: PageKeeper, over: Callable[[float], bool]) -> None:
@@ -214,14 +221,8 @@ def _screen(aggregator: Aggregator, *, wanted: bool) -> Iterator[None]:
         yield
         return
 
-    over = threading.Event()
-    thread = threading.Thread(target=_show_runs, args=(aggregator, over.wait), name="traceml-screen")
-    thread.start()
-    try:
+    with _meanwhile(partial(_show_runs, aggregator), name="traceml-screen"):
         yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _show_runs(aggregator: Aggregator, over: Callable[[float], bool]) -> None:
