@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html import report_page
 from traceml.runs.about import about_run
 from traceml.runs.digest import Digest
-from traceml.runs.report import PAGE_NAME, digest_of, save_report, update_trackers, whole_report
+from traceml.runs.report import PAGE_NAME, digest_of, save_report, update_trackers, whole_report, write_whole
 from traceml.runs.series import SeriesFollower
 
 __all__ = ["refresh_reports", "write_page", "write_reports"]
@@ -77,10 +76,4 @@ def _save(path: Path, page: str) -> None:
         path.write_text(page, encoding="utf-8", errors="replace")
         return
 
-    path = path.resolve()  # a link stays one
-    draft = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        draft.write_text(page, encoding="utf-8", errors="replace")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path.resolve(), page)  # a link stays one

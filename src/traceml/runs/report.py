@@ -32,6 +32,7 @@ __all__ = [
     "update_trackers",
     "whole_report",
     "write_report",
+    "write_whole",
 ]
 
 SCHEMA = "traceml.report/1"
@@ -130,10 +131,18 @@ def update_trackers(run_dir: Path) -> bool:
 
 
 def _replace(path: Path, report: dict[str, Any]) -> None:
-    """Write a report; the file appears whole or not at all."""
-    draft = path.with_name(f".{REPORT_NAME}-{os.getpid()}")
+    write_whole(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        draft.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", errors="replace")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
