@@ -85,16 +85,11 @@ def field_of(name: str, origin: Origin) -> Field:
     return _KindField(origin) if name == "ph" else _SourceField(origin)
 
 
-class _DirectField:
-    def __init__(self, name: str, origin: Origin) -> None:
-        self._name, self._strings = name, origin.strings
+class _Numbered:
+    """A field whose numbers are those of Strings."""
 
-    def ids(self, batch: Batch) -> Ids:
-        found: Ids = getattr(batch, self._name)
-        return found
-
-    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
-        return self._strings.intern(_plain(event.get(self._name)))
+    def __init__(self, origin: Origin) -> None:
+        self._strings = origin.strings
 
     def label(self, number: int) -> Label:
         return self._strings[number]
@@ -106,9 +101,22 @@ class _DirectField:
         return self._strings.intern(raw)
 
 
-class _KindField:
+class _DirectField(_Numbered):
+    def __init__(self, name: str, origin: Origin) -> None:
+        super().__init__(origin)
+        self._name = name
+
+    def ids(self, batch: Batch) -> Ids:
+        found: Ids = getattr(batch, self._name)
+        return found
+
+    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
+        return self._strings.intern(_plain(event.get(self._name)))
+
+
+class _KindField(_Numbered):
     def __init__(self, origin: Origin) -> None:
-        self._strings = origin.strings
+        super().__init__(origin)
         self._numbers = np.full(256, -1, np.int32)
 
     def ids(self, batch: Batch) -> Ids:
@@ -119,15 +127,6 @@ class _KindField:
 
     def one(self, event: Event, source: int) -> int:  # noqa: ARG002
         return self._strings.intern(str(event.get("ph")))
-
-    def label(self, number: int) -> Label:
-        return self._strings[number]
-
-    def raw(self, number: int) -> Any:
-        return self._strings[number]
-
-    def number(self, raw: Any) -> int:
-        return self._strings.intern(raw)
 
 
 class _SourceField:

@@ -432,6 +432,19 @@ static int take_arg(cursor *c, arg *a) {
     return OK;
 }
 
+/* A key with its colon, up to the value. */
+static inline int take_key(cursor *c, slice *key) {
+    int escaped, outcome;
+    if (*c->p != '"') return ended(c, c->p);
+    c->p++;
+    if ((outcome = take_string(c, key, &escaped))) return outcome;
+    if (escaped) c->unsure = 1;
+    c->p = skip_space(c->p);
+    if (*c->p != ':') return ended(c, c->p);
+    c->p = skip_space(c->p + 1);
+    return OK;
+}
+
 static int take_args(cursor *c, event *e, const scanner *s) {
     for (uint32_t k = 0; k < s->keys; k++) e->args[k].kind = MISSING; /* a second `args` replaces the first */
 
@@ -442,14 +455,8 @@ static int take_args(cursor *c, event *e, const scanner *s) {
 
     for (;;) {
         slice key;
-        int escaped, outcome;
-        if (*c->p != '"') return ended(c, c->p);
-        c->p++;
-        if ((outcome = take_string(c, &key, &escaped))) return outcome;
-        if (escaped) c->unsure = 1;
-        c->p = skip_space(c->p);
-        if (*c->p != ':') return ended(c, c->p);
-        c->p = skip_space(c->p + 1);
+        int outcome = take_key(c, &key);
+        if (outcome) return outcome;
 
         uint32_t k = 0;
         while (k < s->keys && (s->key[k].length != key.length || memcmp(s->key[k].at, key.at, key.length))) k++;
@@ -508,14 +515,8 @@ static int take_event(cursor *c, event *e, const scanner *s) {
 
     for (;;) {
         slice key;
-        int escaped, outcome;
-        if (*c->p != '"') return ended(c, c->p);
-        c->p++;
-        if ((outcome = take_string(c, &key, &escaped))) return outcome;
-        if (escaped) c->unsure = 1;
-        c->p = skip_space(c->p);
-        if (*c->p != ':') return ended(c, c->p);
-        c->p = skip_space(c->p + 1);
+        int outcome = take_key(c, &key);
+        if (outcome) return outcome;
         if ((outcome = take_value(c, e, s, key))) return outcome;
 
         c->p = skip_space(c->p);
