@@ -200,7 +200,9 @@ def test_server_without_the_token_is_left(caplog):
         dial(server.port)
 
 
-@pytest.mark.parametrize("nonce", [auth.client_nonce(), b"short", b"n" * 65, "text", None])
+@pytest.mark.parametrize(
+    "nonce", [auth.client_nonce(), b"short", b"n" * 65, "text", None], ids=["ours", "short", "long", "text", "none"]
+)
 def test_challenge_that_could_be_a_reflection_is_not_answered(nonce):
     """A nonce which a client made is never answered, nor one that is none."""
     with FalseServer(challenge(nonce=nonce)) as server:
