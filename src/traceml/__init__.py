@@ -71,8 +71,7 @@ if TYPE_CHECKING:
         PluginMetadata,
         register,
     )
-
-__version__ = "0.1.0"
+    from traceml.version import __version__ as __version__
 
 # Public name -> the module that holds it, loaded on first use: `import traceml` costs a training script nothing.
 _HOMES = {
@@ -231,7 +230,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
+    home = "traceml.version" if name == "__version__" else _HOMES.get(name)
     if home is None:
         raise AttributeError(f"module 'traceml' has no attribute {name!r}")
     from importlib import import_module

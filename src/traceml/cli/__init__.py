@@ -86,7 +86,7 @@ def _dispatch(words: list[str]) -> int:
         return EXIT_OK
 
     if words[0] in ("-V", "--version"):
-        from traceml import __version__
+        from traceml.version import __version__
 
         print(f"traceml {__version__}")
         return EXIT_OK

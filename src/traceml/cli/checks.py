@@ -15,9 +15,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from traceml import __version__
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
 from traceml.settings import Config, declarations, load
+from traceml.version import __version__
 
 __all__ = ["Check", "Setting", "all_checks", "setting_values"]
 

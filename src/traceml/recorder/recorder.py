@@ -586,7 +586,7 @@ def _capacities(config: settings.Config) -> dict[str, int]:
 
 
 def _process_facts(identity: Identity) -> dict[str, Any]:
-    from traceml import __version__
+    from traceml.version import __version__
 
     who = identity.who
     return {

@@ -166,7 +166,7 @@ def report_of(
         run_dir: its folder.
         telemetry: that section, where it was made a moment ago.
     """
-    from traceml import __version__
+    from traceml.version import __version__
 
     steps = sections.steps(digest, window)
     told = [finding.to_dict() for finding in findings]

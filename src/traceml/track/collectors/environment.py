@@ -39,7 +39,7 @@ class EnvironmentCollector(CollectorInterface):
 
     def collect(self) -> list[Metric | dict[str, Any]]:
         """Return one map: python, torch, cuda, packages, command, folder, variables."""
-        from traceml import __version__
+        from traceml.version import __version__
 
         config = self._config
         path = [str(each) for each in config.get("path") or sys.path]

@@ -1,0 +1,58 @@
+"""Errors that end where they are logged and counted."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from traceml.errors import SettingsError
+from traceml.fail_open import fail_open, failures
+
+_log = logging.getLogger("traceml.test")
+
+
+def test_an_error_is_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """The warning names what failed and why, and the room's count goes up."""
+    before = failures().get("attic", 0)
+
+    with fail_open(_log, "attic", "the roof could not be mended"):
+        raise ZeroDivisionError("rain")
+
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == "the roof could not be mended: ZeroDivisionError('rain')"
+    assert record.exc_info is not None
+    assert failures()["attic"] == before + 1
+
+
+def test_no_traceback_for_errors_of_the_system(caplog: pytest.LogCaptureFixture) -> None:
+    """An OSError says enough by its text."""
+    with fail_open(_log, "attic", "the file could not be read"):
+        raise FileNotFoundError("gone")
+
+    assert [record.exc_info for record in caplog.records] == [None]
+
+
+def test_repeats_are_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """With `once` a text is a warning the first time only, and every failure counts."""
+    caplog.set_level(logging.DEBUG, logger="traceml.test")
+    before = failures().get("attic", 0)
+    for _ in range(3):
+        with fail_open(_log, "attic", "the window is stuck", once=True):
+            raise ValueError
+
+    assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG"]
+    assert failures()["attic"] == before + 3
+
+
+def test_named_exceptions_pass() -> None:
+    """`reraise`, and everything that is no `Exception`, reaches the caller uncounted."""
+    before = failures().get("attic", 0)
+
+    with pytest.raises(SettingsError), fail_open(_log, "attic", "a thing failed", reraise=SettingsError):
+        raise SettingsError("port", "is no number", source="argument", allowed="1..65535")
+    with pytest.raises(KeyboardInterrupt), fail_open(_log, "attic", "a thing failed"):
+        raise KeyboardInterrupt
+
+    assert failures().get("attic", 0) == before
