@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
 
-from traceml.diagnosis import Facts, Finding, diagnose
+from traceml.diagnosis import Finding, JobFacts, diagnose
 
 QUIET = ("HEALTHY", "COMPUTE_BOUND")
 PARTS = {
@@ -230,7 +230,7 @@ def measure(runs: int, seed: int) -> dict[str, Score]:
             random = np.random.default_rng((seed, number, run))
             case = make(random)
             window = window_of(case.job, *case.faults, seed=int(random.integers(2**31)))
-            scores[name].add(case, diagnose(window, Facts(world_size=case.job.ranks))[0])
+            scores[name].add(case, diagnose(window, JobFacts(world_size=case.job.ranks))[0])
 
     return scores
 

@@ -6,7 +6,7 @@ import pytest
 from tests.aggregator.conftest import step_rows
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
-from traceml.aggregator.verdicts import Verdicts
+from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.schema import HOST, PROCESS, USER_PHASES
 from traceml.diagnosis import Kind
 
@@ -111,7 +111,7 @@ def test_end_of_a_rank_is_a_fact(live):
 
 def test_verdict_is_told_when_it_changes(live):
     """The same verdict is not told again at once; another one is."""
-    verdicts, store = Verdicts(live), Told()
+    verdicts, store = LiveVerdict(live), Told()
     verdicts.update(store)
     assert store.events == []  # nothing has come yet
 
@@ -134,7 +134,7 @@ def test_verdict_is_told_when_it_changes(live):
 def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
     """An error in the rules is logged, and not tried again at once."""
     monkeypatch.setattr("traceml.aggregator.verdicts.diagnose", lambda *_: 1 / 0)
-    verdicts, store = Verdicts(live), Told()
+    verdicts, store = LiveVerdict(live), Told()
     live.fresh = True
     verdicts.update(store)
     live.fresh = True

@@ -6,10 +6,10 @@ import os
 
 import pytest
 
-from tests.runs.exported import rich_run
+from tests.runs.export.exported import rich_run
 from traceml.display.fullscreen import FullScreen
 from traceml.display.top import TABS, Top
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 
 
 class Shown:

@@ -15,7 +15,7 @@ from traceml.renderers import charts
 from traceml.renderers.palette import BY_CSS, DARK, LIGHT, css_variables
 from traceml.renderers.views import run_view
 from traceml.runs.report import build_report
-from traceml.runs.series import HeatMap, Line, RunSeries, read_series
+from traceml.runs.series import HeatMap, RunSeries, SampleSeries, read_series
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_ranks_of_a_metric_share_a_chart(run):
 
 def test_of_many_lines_three_are_drawn(run):
     """Of a hundred ranks' memory the highest, a middle one and the lowest."""
-    lines = tuple(Line(f"rank {rank}", np.arange(3.0), np.full(3, rank * 2.0**30)) for rank in range(100))
+    lines = tuple(SampleSeries(f"rank {rank}", np.arange(3.0), np.full(3, rank * 2.0**30)) for rank in range(100))
     series = RunSeries(run[1].steps, run[1].heat, memory=lines)
 
     names = [each["name"] for each in charts.memory_chart(series)["series"]]

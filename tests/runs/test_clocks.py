@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from traceml.database.reader import StreamIdentity, StreamRecord
-from traceml.runs.clocks import Clocks
+from traceml.runs.clocks import RunClocks
 
 S = 10**9
 
@@ -16,7 +16,7 @@ def test_hosts_are_brought_to_the_aggregators_clock():
     """A host whose wall clock is wrong by an hour lies where the aggregator saw it."""
     right = stream(1, "a", clock=[5 * S, 1000 * S], clock_offset_ns=995 * S, clock_rtt_ns=1000)
     wrong = stream(2, "b", clock=[7 * S, 4600 * S], clock_offset_ns=993 * S, clock_rtt_ns=1000)
-    clocks = Clocks([right, wrong])
+    clocks = RunClocks([right, wrong])
 
     assert clocks.of_stamp(1, 6 * S) == clocks.of_stamp(2, 8 * S) == 1001 * S
     assert clocks.of_date(1, 1001 * S) == clocks.of_date(2, 4601 * S) == 1001 * S
@@ -27,14 +27,14 @@ def test_ranks_of_one_host_share_the_most_exact_measurement():
     near = stream(1, "a", clock_offset_ns=1000 * S, clock_rtt_ns=20_000)
     far = stream(2, "a", clock_offset_ns=1000 * S + 400_000, clock_rtt_ns=900_000)
     never = stream(3, "a", clock=[0, 1000 * S + 1_000])
-    clocks = Clocks([near, far, never])
+    clocks = RunClocks([near, far, never])
 
     assert {clocks.of_stamp(number, 5) for number in (1, 2, 3)} == {1000 * S + 5}
 
 
 def test_two_machines_of_one_name_keep_their_own():
     """Names of hosts need not differ; when they were booted does."""
-    clocks = Clocks(
+    clocks = RunClocks(
         [
             stream(1, "localhost", clock_offset_ns=1000 * S, clock_rtt_ns=1),
             stream(2, "localhost", clock_offset_ns=900 * S, clock_rtt_ns=1),
@@ -46,7 +46,7 @@ def test_two_machines_of_one_name_keep_their_own():
 
 def test_without_any_measurement():
     """The host's own wall clock is taken; without that either, stamps count from the machine's start."""
-    clocks = Clocks([stream(1, "a", clock=[5 * S, 1000 * S]), stream(2, "b")])
+    clocks = RunClocks([stream(1, "a", clock=[5 * S, 1000 * S]), stream(2, "b")])
 
     assert clocks.of_stamp(1, 6 * S) == 1001 * S
     assert clocks.of_stamp(2, 6 * S) == 6 * S

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from tests.renderers.reports import finding
-from tests.runs.exported import rich_run
+from tests.runs.export.exported import rich_run
 from tests.runs.fabricated_store import add_info, run_facts
 from tests.track.fabricated import LoggedRun
 from traceml.database.store import STORE_NAME, StoreWriter, StreamIdentity
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 
 
 def told(run_dir):

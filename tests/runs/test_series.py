@@ -9,7 +9,7 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from traceml.database.store import STORE_NAME, StoreWriter
 from traceml.errors import StoreError
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 from traceml.runs.report import build_report
 from traceml.runs.series import read_series
 

@@ -19,7 +19,7 @@ from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.run import Run
 from traceml.aggregator.streams import Stream
-from traceml.aggregator.verdicts import Verdicts
+from traceml.aggregator.verdicts import LiveVerdict
 from traceml.clock import boot_id
 from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
 from traceml.database.store import STORE_NAME, fold
@@ -78,7 +78,7 @@ class Aggregator:
         self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
         self._parent = os.getppid()
-        self._verdicts: dict[Run, Verdicts] = {}
+        self._verdicts: dict[Run, LiveVerdict] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._ending: set[Run] = set()
         self._tick_due = False
@@ -313,7 +313,7 @@ class Aggregator:
     async def _watch_run(self, run: Run, *, judge: bool) -> None:
         run.look_around()
         if judge:
-            self._verdicts.setdefault(run, Verdicts(run.live)).update(run.store)
+            self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
 
         if run.is_over(held=self._is_held(run)):

@@ -9,7 +9,7 @@ import numpy as np
 
 from traceml.aggregator.streams import Stream
 from traceml.database.schema import DEVICE_STEPS, HOST, INFO, NAMES, PROCESS, STEPS, USER_PHASES, Table
-from traceml.diagnosis.facts import FactsBuilder, RankExit
+from traceml.diagnosis.job_facts import JobFactsBuilder, RankExit
 from traceml.diagnosis.window import StepWindow, slots_for
 from traceml.transport.framing import decode_log
 
@@ -19,7 +19,7 @@ _OF_THE_STREAM = (NAMES.name, INFO.name)  # these tell of the stream itself, whe
 _ROOM_FOR_RANKS = 16384  # made at once; a larger world grows as its ranks come
 
 
-class _Batch:
+class _RowBatch:
     """Frames of one packed table that wait for the next scatter."""
 
     __slots__ = ("counts", "parts", "ranks", "table")
@@ -53,12 +53,12 @@ class LiveRows:
     """
 
     def __init__(self, world_size: int) -> None:
-        self.facts = FactsBuilder(world_size)
+        self.facts = JobFactsBuilder(world_size)
         self.resize(world_size)
         self.fresh = False
         """Whether something came since the last diagnosis."""
-        self._steps = _Batch(STEPS)
-        self._device = _Batch(DEVICE_STEPS)
+        self._steps = _RowBatch(STEPS)
+        self._device = _RowBatch(DEVICE_STEPS)
         self._takers: dict[str, Callable[[Stream, int, bytes], None]] = {
             STEPS.name: self._steps.add,
             DEVICE_STEPS.name: self._device.add,

@@ -11,7 +11,7 @@ from traceml.database.store import StoreWriter
 from traceml.diagnosis import diagnose
 from traceml.diagnosis.window import Window
 
-__all__ = ["Verdicts"]
+__all__ = ["LiveVerdict"]
 
 # One that stays the same is told again this often, as its numbers move.
 _REPEAT_S = 5.0
@@ -24,7 +24,7 @@ _MAX_STEPS, _MIN_STEPS, _MAX_CELLS = 200, 32, 65_536
 _log = logging.getLogger("traceml")
 
 
-class Verdicts:
+class LiveVerdict:
     """Diagnoses a run's windows about once a second.
 
     Args:

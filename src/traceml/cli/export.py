@@ -15,7 +15,7 @@ from rich.text import Text
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
 from traceml.renderers.numbers import bytes_text, count_text
-from traceml.runs.export import FORMATS, Exported, default_path, export_run, format_of
+from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
 from traceml.settings import load
 
@@ -79,7 +79,7 @@ def _format(options: Options) -> str:
     return form
 
 
-def _told(exported: Exported) -> str:
+def _told(exported: ExportResult) -> str:
     size = bytes_text(sum(file.stat().st_size for file in exported.files))
     if exported.format in ("parquet", "csv"):
         return f"{exported.path}: {len(exported.files)} tables, {count_text(exported.rows)} rows, {size}"
@@ -88,7 +88,7 @@ def _told(exported: Exported) -> str:
     return f"{text}. Open it at https://ui.perfetto.dev" if exported.format == "perfetto" else text
 
 
-def _complain(exported: Exported) -> None:
+def _complain(exported: ExportResult) -> None:
     """Say what is missing."""
     for what in exported.damage[:_SHOWN]:
         print(f"traceml export: left out: {what}", file=sys.stderr)

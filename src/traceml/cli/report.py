@@ -20,7 +20,7 @@ from traceml.diagnosis.findings import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.card import print_report
 from traceml.runs.find import find_run
-from traceml.runs.logged import trackers
+from traceml.runs.metric_summary import trackers
 from traceml.runs.report import REPORT_NAME, build_report
 from traceml.settings import load
 

@@ -24,7 +24,7 @@ from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
-from traceml.runs.state import is_watched
+from traceml.runs.run_state import is_watched
 from traceml.settings import Config, load
 from traceml.track.announce import refuse_secrets
 from traceml.track.plan import Plan, told_by

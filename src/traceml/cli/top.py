@@ -17,7 +17,7 @@ from traceml.display.top import Top
 from traceml.errors import RunNotFoundError, TraceMLError, UsageError
 from traceml.renderers.card import print_report
 from traceml.runs.find import RunInfo, find_run, list_runs
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 from traceml.settings import Config, load
 from traceml.transport import auth
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.facts import Facts, FactsBuilder, LoaderFacts, RankExit
 from traceml.diagnosis.findings import Finding, Kind, Severity
-from traceml.diagnosis.rules import diagnose
+from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, LoaderFacts, RankExit
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow, Window, slots_for
 
 __all__ = [
-    "Facts",
-    "FactsBuilder",
     "Finding",
+    "JobFacts",
+    "JobFactsBuilder",
     "Kind",
     "LoaderFacts",
     "RankExit",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from traceml.diagnosis.facts import Facts, LoaderFacts, RankExit
+from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
 
 if TYPE_CHECKING:
-    from traceml.diagnosis.stragglers import Late
+    from traceml.diagnosis.stragglers import LateRanks
 
 __all__ = [
     "for_comm",
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-def for_input(facts: Facts) -> str:
+def for_input(facts: JobFacts) -> str:
     """Advice against waiting for data."""
     loader = facts.loader
     if loader is None or (loader.num_workers is None and loader.in_memory is None):
@@ -64,13 +64,13 @@ def _in_memory(loader: LoaderFacts, data: str) -> str:
     )
 
 
-def _workers(facts: Facts) -> int:
+def _workers(facts: JobFacts) -> int:
     cores = facts.cores_per_rank
     # One core stays with the training process; more than eight workers a rank rarely pay.
     return max(1, min(8, cores - 1)) if cores else 4
 
 
-def for_copies(facts: Facts) -> str:
+def for_copies(facts: JobFacts) -> str:
     """Advice against copies to the device."""
     pinned = facts.loader.pin_memory if facts.loader else None
     if pinned:
@@ -94,7 +94,7 @@ def for_residual(part: str) -> str:
     )
 
 
-def for_comm(facts: Facts, grad_phase: str) -> str:
+def for_comm(facts: JobFacts, grad_phase: str) -> str:
     """Advice against waiting for the network."""
     if grad_phase == "comm":
         return "Call collectives less often, on one flattened tensor, or beside computation (async_op=True)."
@@ -108,7 +108,7 @@ def for_comm(facts: Facts, grad_phase: str) -> str:
     )
 
 
-def for_compute(phase: str, facts: Facts, device: bool) -> str:
+def for_compute(phase: str, facts: JobFacts, device: bool) -> str:
     """Advice for a run that computes nearly all the time."""
     if device:
         what = {"optimizer": "use a fused optimizer (fused=True)"}
@@ -139,7 +139,7 @@ def for_jitter(part: str | None, rank: int | None) -> str:
     )
 
 
-def for_straggler(late: Late, ranks: tuple[int, ...], facts: Facts) -> str:
+def for_straggler(late: LateRanks, ranks: tuple[int, ...], facts: JobFacts) -> str:
     """Advice for ranks that hold the others up."""
     who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))}"
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})

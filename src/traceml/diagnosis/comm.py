@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import Finding, Kind, severity_of
+from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.segments import Segments
 from traceml.diagnosis.window import Window
 from traceml.diagnosis.words import factor, lasting, percent
@@ -28,7 +28,7 @@ def least_wait_ns(segments: Segments) -> float:
     return float(np.median(segments.wait)) if segments.wait.size else 0.0
 
 
-def comm_bound(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
+def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     """Collectives cost it, and no rank arrives late (the caller has looked)."""
     cost = least_wait_ns(segments)
     step = float(np.median(segments.step))

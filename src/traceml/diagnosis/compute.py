@@ -7,8 +7,8 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.comm import least_wait_ns
-from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, Severity
+from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.words import lasting, part_words, percent
 
@@ -20,7 +20,7 @@ COMPUTE_SHARE = 0.90
 _WAITING = "waiting for other ranks"
 
 
-def nothing_found(segments: Segments, facts: Facts) -> Finding:
+def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     """Return COMPUTE_BOUND or HEALTHY: no rule has found a cost worth a finding."""
     kept = _without_pauses(segments)
     step = max(float(segments.step[kept].mean()), 1.0)
@@ -56,7 +56,7 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
     return np.setdiff1d(np.arange(count), left_out)
 
 
-def _evidence(segments: Segments, facts: Facts, step: float, shares: dict[str, float]) -> dict[str, object]:
+def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
     evidence: dict[str, object] = {"step_ms": step / 1e6, "share_by_phase": shares, "steps": len(segments.step)}
     if segments.grouped and segments.backward_known:
         evidence["exposed_comm_ms"] = least_wait_ns(segments) / 1e6
@@ -68,7 +68,7 @@ def _evidence(segments: Segments, facts: Facts, step: float, shares: dict[str, f
 
 
 def _compute_bound(
-    segments: Segments, facts: Facts, step: float, means: dict[str, float], evidence: dict[str, object]
+    segments: Segments, facts: JobFacts, step: float, means: dict[str, float], evidence: dict[str, object]
 ) -> Finding:
     heaviest = max((part for part in COMPUTE if part in means), key=lambda part: means[part])
     compute = sum(means.get(part, 0.0) for part in COMPUTE) / step
@@ -85,7 +85,7 @@ def _compute_bound(
     )
 
 
-def _healthy(step: float, shares: dict[str, float], saving: float, facts: Facts) -> str:
+def _healthy(step: float, shares: dict[str, float], saving: float, facts: JobFacts) -> str:
     if saving >= WARNING_SHARE:
         return f"Saving checkpoints takes {percent(saving)} of all time; nothing else holds the run up."
 
@@ -105,7 +105,7 @@ def _largest(shares: dict[str, float]) -> str:
     return ", ".join(told)
 
 
-def _when_healthy(facts: Facts, shares: dict[str, float], saving: float) -> str:
+def _when_healthy(facts: JobFacts, shares: dict[str, float], saving: float) -> str:
     if saving >= WARNING_SHARE:
         return "Save less often, or beside training (torch.distributed.checkpoint.async_save)."
 

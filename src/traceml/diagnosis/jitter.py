@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
 from traceml.diagnosis.window import Floats
@@ -58,7 +58,7 @@ def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
 
 
 @dataclass(frozen=True)
-class _Events:
+class _LongSteps:
     """The long steps that nothing explains.
 
     Attributes:
@@ -72,7 +72,7 @@ class _Events:
     usual_ns: float
 
 
-def jitter(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
+def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Rare long steps which cost much together and which no part explains."""
     events = _unexplained(segments)
     if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
@@ -88,14 +88,14 @@ def jitter(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
     return [_jitter(segments, events, cost, step_ns)]
 
 
-def _beyond_crowding(segments: Segments, events: _Events) -> bool:
+def _beyond_crowding(segments: Segments, events: _LongSteps) -> bool:
     """Tell whether ranks that lack cores could not have such long steps by that alone."""
     sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
     excess = float(segments.step[events.columns].mean()) - events.usual_ns
     return excess >= CROWDED_LONG_NS and max(sums) >= CROWDED_DOMINANCE * sum(sums)
 
 
-def _unexplained(segments: Segments) -> _Events:
+def _unexplained(segments: Segments) -> _LongSteps:
     usual_ns, limit = usual(segments.step)
     least = DEVICE_LONG_NS if segments.device else LONG_NS
     long = segments.step > max(limit, usual_ns + least)
@@ -104,15 +104,15 @@ def _unexplained(segments: Segments) -> _Events:
     columns = np.flatnonzero(long)
     excess = {part: _excess(values, columns) for part, values in segments.parts.items()}
     if not len(columns) or not excess:
-        return _Events(columns[:0], {}, usual_ns)
+        return _LongSteps(columns[:0], {}, usual_ns)
 
     largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
     open_parts = np.array([part in _UNNAMED for part in excess])
     kept = open_parts[largest]
-    return _Events(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
+    return _LongSteps(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
 
 
-def _jitter(segments: Segments, events: _Events, cost: float, step_ns: float) -> Finding:
+def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float) -> Finding:
     sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
     part = max(sums, key=lambda name: sums[name])
     phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
@@ -161,7 +161,7 @@ def _one_rank(segments: Segments, late: Floats) -> int | None:
     return int(segments.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
 
 
-def taking_turns(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
+def taking_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """In every few steps another rank is late, so that none is late on average and all wait."""
     if not segments.grouped or len(segments.ranks) < 2 or facts.wait_share >= TURNS_WAIT:
         return []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.facts import Facts
+from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.window import Floats, Window
 
 __all__ = ["COMPUTE", "Segments", "median_over_ranks", "segments_of"]
@@ -68,7 +68,7 @@ class Segments:
         return replace(self, parts=merged, own=own, step=step)
 
 
-def segments_of(window: Window, facts: Facts) -> Segments:
+def segments_of(window: Window, facts: JobFacts) -> Segments:
     """Return the window's own work, with or without a process group."""
     grouped = _grouped(window, facts)
     parts = _user_parts(window)
@@ -96,7 +96,7 @@ def median_over_ranks(values: Floats) -> Floats:
     return np.asarray(np.median(values, axis=0))
 
 
-def _grouped(window: Window, facts: Facts) -> bool:
+def _grouped(window: Window, facts: JobFacts) -> bool:
     if max(facts.world_size, len(window.ranks)) < 2:
         return False
 

@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.replay import lifted, saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.window import Floats
 from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
 
-__all__ = ["Late", "find_late", "stragglers"]
+__all__ = ["LateRanks", "find_late", "stragglers"]
 
 EXCESS_SHARE = 0.08
 """A late rank's excess over the others is at least this share of the step ..."""
@@ -58,7 +58,7 @@ _MIN_MEASURED = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Late:
+class LateRanks:
     """Ranks found late for the same reason; `rows` and `others` index the window's ranks."""
 
     rows: NDArray[np.intp]
@@ -70,7 +70,7 @@ class Late:
     by_part_ns: Mapping[str, float]
 
 
-def stragglers(segments: Segments, facts: Facts) -> tuple[list[Finding], dict[str, Floats]]:
+def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
     """Return a finding per group of late ranks, and the window's parts with them lifted to the others."""
     if not segments.grouped or len(segments.ranks) < 2:
         return [], {}
@@ -85,7 +85,7 @@ def stragglers(segments: Segments, facts: Facts) -> tuple[list[Finding], dict[st
     return [_finding(segments, facts, one) for one in late], fixed
 
 
-def _fixed(segments: Segments, late: list[Late]) -> dict[str, Floats]:
+def _fixed(segments: Segments, late: list[LateRanks]) -> dict[str, Floats]:
     fixed: dict[str, Floats] = {}
     for one in late:
         for part in one.by_part_ns if one.everywhere else (one.part,):
@@ -94,10 +94,10 @@ def _fixed(segments: Segments, late: list[Late]) -> dict[str, Floats]:
     return fixed
 
 
-def find_late(segments: Segments, facts: Facts) -> list[Late]:
+def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     """Return the groups of late ranks, the largest excess first."""
     remaining = np.arange(len(segments.ranks))
-    found: list[Late] = []
+    found: list[LateRanks] = []
     # One group of late ranks may hide a second one with another cause; a third is left for the next look.
     for _ in range(2):
         if len(remaining) < 2:
@@ -132,7 +132,7 @@ def _of_others(values: Floats) -> Floats:
     return np.asarray(values.mean(axis=0))
 
 
-def _judge(segments: Segments, facts: Facts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[Late]:
+def _judge(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[LateRanks]:
     reference = {part: _of_others(values[others]) for part, values in segments.parts.items()}
     own = _of_others(segments.own[others])
     excess = (segments.own[rows] - own).mean(axis=1)
@@ -155,7 +155,7 @@ def _judge(segments: Segments, facts: Facts, rows: NDArray[np.intp], others: NDA
 
 
 def _blame(
-    segments: Segments, facts: Facts, row: int, reference: Mapping[str, Floats], excess: float
+    segments: Segments, facts: JobFacts, row: int, reference: Mapping[str, Floats], excess: float
 ) -> tuple[str | None, bool]:
     """Return (the part to blame or None, whether the rank is slower in everything)."""
     by_part = {part: float((values[row] - reference[part]).mean()) for part, values in segments.parts.items()}
@@ -186,7 +186,7 @@ def _alike(segments: Segments, row: int, reference: Mapping[str, Floats], part: 
     )
 
 
-def _starved(facts: Facts, rank: int) -> bool:
+def _starved(facts: JobFacts, rank: int) -> bool:
     """Tell whether this rank, more than the others, stood ready without a core."""
     others = [share for other, share in facts.main_wait.items() if other != rank]
     mine = facts.main_wait.get(rank, 0.0)
@@ -248,7 +248,9 @@ def _lasting(excess: Floats, segments: Segments) -> bool:
     return min(float(half.mean()) for half in halves) >= EVERYWHERE_SHARE * segments.step_ns
 
 
-def _late(segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], part: str, everywhere: bool) -> Late:
+def _late(
+    segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], part: str, everywhere: bool
+) -> LateRanks:
     by_part = {
         name: float((values[rows].mean(axis=0) - _of_others(values[others])).mean())
         for name, values in segments.parts.items()
@@ -256,7 +258,7 @@ def _late(segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], 
     positive = {name: value for name, value in by_part.items() if value > 0}
     excess = float((segments.own[rows].mean(axis=0) - _of_others(segments.own[others])).mean())
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
-    return Late(
+    return LateRanks(
         rows=rows,
         others=others,
         part=part,
@@ -277,7 +279,7 @@ def _kind(part: str) -> Kind:
     return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
 
 
-def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
+def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(segments, {part: lifted(segments.parts[part], late.rows, late.others) for part in blamed})
     # Late ranks that take turns cost more than each one's mean; two causes at once cost more than mending one gains.
@@ -297,7 +299,7 @@ def _finding(segments: Segments, facts: Facts, late: Late) -> Finding:
     )
 
 
-def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], share: float, gain: float) -> str:
+def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share: float, gain: float) -> str:
     who, verb = of_ranks(ranks), "hold" if len(ranks) > 1 else "holds"
     own = segments.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(_of_others(own[late.others]).mean())
@@ -315,7 +317,7 @@ def _summary(segments: Segments, late: Late, ranks: tuple[int, ...], share: floa
     )
 
 
-def _evidence(segments: Segments, facts: Facts, late: Late, ranks: tuple[int, ...]) -> dict[str, object]:
+def _evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
     own = segments.parts[late.part]
     mine = own[late.rows].mean(axis=0)
     others = _of_others(own[late.others])

@@ -14,7 +14,7 @@ from rich.console import Console
 from traceml.display.panel import TerminalDriver
 from traceml.errors import StoreError
 from traceml.renderers.views import live_view
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 
 __all__ = ["RunScreen", "TerminalDriver"]
 

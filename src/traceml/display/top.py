@@ -12,7 +12,7 @@ from traceml.renderers import tables
 from traceml.renderers.look import Look
 from traceml.renderers.top import MIN_HEIGHT, Tab, help_lines, page_rows, table_lines
 from traceml.renderers.views import LiveView, live_view
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 
 __all__ = ["TABS", "Top"]
 

@@ -28,8 +28,8 @@ from traceml.renderers.options import (
 from traceml.renderers.palette import LIGHT, Theme
 from traceml.renderers.views import RunView, visible_ranks
 from traceml.renderers.words import phase_label
-from traceml.runs.points import MetricLine
-from traceml.runs.series import HeatMap, Line, RunSeries, StepSeries
+from traceml.runs.metric_series import MetricSeries
+from traceml.runs.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [
     "heatmap_chart",
@@ -164,7 +164,7 @@ def metric_charts(series: RunSeries, theme: Theme = LIGHT, most: int = _METRICS)
         theme: the colours.
         most: how many charts.
     """
-    by_name: dict[str, list[MetricLine]] = {}
+    by_name: dict[str, list[MetricSeries]] = {}
     for line in series.metrics:
         by_name.setdefault(_without_rank(line.name), []).append(line)
 
@@ -196,7 +196,7 @@ def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
     return option
 
 
-def _metric_chart(lines: Sequence[MetricLine], theme: Theme) -> Option:
+def _metric_chart(lines: Sequence[MetricSeries], theme: Theme) -> Option:
     option = blank(theme)
     option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
     option["yAxis"] = {**value_axis(theme, ""), "scale": True}
@@ -216,7 +216,7 @@ def _over_steps(steps: Sequence[int], theme: Theme) -> Option:
     return option
 
 
-def _over_time(lines: Sequence[tuple[str, Line]], theme: Theme, unit: str, scale: float) -> Option | None:
+def _over_time(lines: Sequence[tuple[str, SampleSeries]], theme: Theme, unit: str, scale: float) -> Option | None:
     if not lines:
         return None
 
@@ -232,7 +232,7 @@ def _over_time(lines: Sequence[tuple[str, Line]], theme: Theme, unit: str, scale
     return option
 
 
-def _few(lines: Sequence[Line]) -> tuple[Line, ...]:
+def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:
     """Return the lines, or of more than eight the one that goes highest, a middle one and the lowest."""
     if len(lines) <= _LINES:
         return tuple(lines)

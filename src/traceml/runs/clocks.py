@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from traceml.database.reader import StreamRecord
 
-__all__ = ["Clocks"]
+__all__ = ["RunClocks"]
 
 T = TypeVar("T", int, NDArray[np.int64])
 
@@ -18,7 +18,7 @@ T = TypeVar("T", int, NDArray[np.int64])
 _SAME_CLOCK_NS = 50_000_000
 
 
-class Clocks:
+class RunClocks:
     """Turns stamps of any rank into dates.
 
     Each rank measured how far the aggregator's clock is from its own monotonic one. Ranks of one host share the most

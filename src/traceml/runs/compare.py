@@ -33,7 +33,7 @@ _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled"
 
 
 @dataclass(frozen=True, slots=True)
-class _Side:
+class _ComparedRun:
     """One of the two runs: its report, its step times in order, and what is known beside.
 
     Attributes:
@@ -77,7 +77,7 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
     }
 
 
-def _side(run_dir: Path) -> _Side:
+def _side(run_dir: Path) -> _ComparedRun:
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         digest = digest_of(reader)
         report = whole_report(digest, reader, run_dir)
@@ -87,7 +87,7 @@ def _side(run_dir: Path) -> _Side:
 
     # All ranks of a step in one number: they wait for each other.
     times = window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
-    return _Side(report, times, model, batch_size, core_wait)
+    return _ComparedRun(report, times, model, batch_size, core_wait)
 
 
 def _core_wait(digest: Digest) -> float | None:
@@ -131,7 +131,7 @@ _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 
 
-def _time(a: _Side, b: _Side, name: str, *, test: bool) -> dict[str, Any]:
+def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> dict[str, Any]:
     """Return one statistic of both runs, its change as a share of A's, and if wanted how sure that is."""
     statistic = _STATISTICS[name]
     values = [float(statistic(side.times_ms[None, :])[0]) if len(side.times_ms) else None for side in (a, b)]
@@ -159,7 +159,7 @@ def _outcome(mean: dict[str, Any]) -> str:
     return "slower" if mean["change"] > 0 else "faster"
 
 
-def _about(side: _Side) -> dict[str, Any]:
+def _about(side: _ComparedRun) -> dict[str, Any]:
     run, steps = side.report["run"], side.report["steps"]
     names = ("id", "name", "state", "started", "duration_s", "world_size", "hosts", "command")
     return {
@@ -173,7 +173,7 @@ def _about(side: _Side) -> dict[str, Any]:
     }
 
 
-def _obstacles(a: _Side, b: _Side) -> list[str]:
+def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
     """Return why the two cannot be measured against each other."""
     said = []
     sizes = [side.report["run"]["world_size"] for side in (a, b)]
@@ -192,7 +192,7 @@ def _obstacles(a: _Side, b: _Side) -> list[str]:
     return said
 
 
-def _differences(a: _Side, b: _Side) -> list[str]:
+def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
     """Return what else should be known when the two are compared."""
     said = []
     pairs = (
@@ -230,7 +230,7 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _phases(a: _Side, b: _Side) -> list[dict[str, Any]]:
+def _phases(a: _ComparedRun, b: _ComparedRun) -> list[dict[str, Any]]:
     """Return the phases of both, those that changed most first."""
     means = [{phase["phase"]: phase["mean_ms"] for phase in side.report["phases"]} for side in (a, b)]
     rows = [
@@ -243,7 +243,7 @@ def _phases(a: _Side, b: _Side) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -abs(row["delta_ms"]))
 
 
-def _ranks(a: _Side, b: _Side) -> list[dict[str, Any]]:
+def _ranks(a: _ComparedRun, b: _ComparedRun) -> list[dict[str, Any]]:
     """Return each rank's own work per step, without its waiting for others, and the phase that changed it most."""
     before, after = (_work_by_rank(side) for side in (a, b))
     return [_rank(rank, before.get(rank), after.get(rank)) for rank in sorted({*before, *after})]
@@ -260,7 +260,7 @@ def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | 
     return {**row, "phase": phase, "phase_delta_ms": deltas[phase]}
 
 
-def _work_by_rank(side: _Side) -> dict[int, dict[str, float]]:
+def _work_by_rank(side: _ComparedRun) -> dict[int, dict[str, float]]:
     work: dict[int, dict[str, float]] = {}
     for phase in side.report["phases"]:
         if phase["phase"] != "comm":
@@ -270,7 +270,7 @@ def _work_by_rank(side: _Side) -> dict[int, dict[str, float]]:
     return work
 
 
-def _memory(a: _Side, b: _Side) -> dict[str, Any]:
+def _memory(a: _ComparedRun, b: _ComparedRun) -> dict[str, Any]:
     """Return the highest peak over ranks."""
     found = {}
     for name in ("rss_peak_bytes", "cuda_peak_bytes"):
@@ -280,11 +280,11 @@ def _memory(a: _Side, b: _Side) -> dict[str, Any]:
     return found
 
 
-def _peak(side: _Side, name: str) -> int | None:
+def _peak(side: _ComparedRun, name: str) -> int | None:
     return max((entry[name] for entry in side.report["memory"]["by_rank"] if entry[name]), default=None)
 
 
-def _verdicts(a: _Side, b: _Side) -> dict[str, Any]:
+def _verdicts(a: _ComparedRun, b: _ComparedRun) -> dict[str, Any]:
     kinds = [[finding["kind"] for finding in side.report["findings"]] for side in (a, b)]
     return {
         "a": kinds[0][0],

@@ -22,8 +22,8 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
-from traceml.diagnosis import FactsBuilder, Finding, RankExit, StepWindow, diagnose
-from traceml.runs.logged import Metrics
+from traceml.diagnosis import Finding, JobFactsBuilder, RankExit, StepWindow, diagnose
+from traceml.runs.metric_summary import MetricSummary
 from traceml.runs.samples import Samples
 
 __all__ = ["Digest"]
@@ -43,7 +43,7 @@ class Digest:
         self._slots = slots
         self._cursors: dict[str, int] = {}
         self._attempt = -1
-        self.metrics = Metrics()
+        self.metrics = MetricSummary()
         """What was logged, of all attempts."""
         self.run: dict[str, Any] = {}
         self.aggregator: dict[str, Any] = {}
@@ -104,7 +104,7 @@ class Digest:
     def _start_over(self) -> None:
         self.window = StepWindow(self._slots)
         self.samples = Samples()
-        self.facts = FactsBuilder()
+        self.facts = JobFactsBuilder()
         self.first: dict[int, tuple[int, int]] = {}
         """Per rank its first row's step and monotonic end."""
         self._names: dict[int, dict[int, str]] = {}

@@ -15,7 +15,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
 from traceml.runs.report import REPORT_NAME
-from traceml.runs.state import state_of
+from traceml.runs.run_state import state_of
 from traceml.track.plan import Plan
 from traceml.track.state import Phase, states_of
 

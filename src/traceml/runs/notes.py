@@ -9,7 +9,7 @@ from typing import Any
 
 from traceml.database.reader import Event, StoreReader
 from traceml.database.schema import INFO, LOGGED
-from traceml.runs.clocks import Clocks
+from traceml.runs.clocks import RunClocks
 
 __all__ = ["Note", "Notes", "note_of_event"]
 
@@ -43,7 +43,7 @@ class Notes:
     def __init__(self) -> None:
         self._kept: deque[Note] = deque(maxlen=_KEPT)
         self._after: int | None = None
-        self._clocks = Clocks(())
+        self._clocks = RunClocks(())
         self._ranks: dict[int, int] = {}
 
     def update(self, reader: StoreReader) -> None:
@@ -60,7 +60,7 @@ class Notes:
             for frame in frames:
                 if frame.stream not in self._ranks:
                     streams = reader.streams()
-                    self._clocks, self._ranks = Clocks(streams), {stream.id: stream.rank for stream in streams}
+                    self._clocks, self._ranks = RunClocks(streams), {stream.id: stream.rank for stream in streams}
 
                 for row in frame.maps():
                     self._take(frame.stream, frame.table, row)

@@ -17,8 +17,8 @@ from traceml.diagnosis import Finding, Window, slots_for
 from traceml.diagnosis.findings import plain
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
-from traceml.runs.logged import trackers
-from traceml.runs.state import state_of
+from traceml.runs.metric_summary import trackers
+from traceml.runs.run_state import state_of
 
 __all__ = [
     "PAGE_NAME",

@@ -19,10 +19,10 @@ from traceml.diagnosis import Finding
 from traceml.runs.find import find_run
 from traceml.runs.report import build_report
 
-__all__ = ["Rows", "Run", "load_run"]
+__all__ = ["RecordArray", "Run", "load_run"]
 
 
-class Rows(np.ndarray):
+class RecordArray(np.ndarray):
     """Rows of a table: a numpy structured array that also becomes a data frame."""
 
     def to_pandas(self) -> Any:
@@ -94,7 +94,7 @@ class Run:
         """Look again: a running run has got further."""
         self._report = None
 
-    def steps(self) -> Rows:
+    def steps(self) -> RecordArray:
         """Return the last attempt's steps, one row per rank and step, durations in nanoseconds.
 
         Columns: rank, step, total_ns, the phases, other_ns, backward_own_ns (-1 where not measured), micro_batches,
@@ -110,9 +110,9 @@ class Run:
         steps["other_ns"] = rows["total_ns"] - sum(rows[name] for name in PHASE_COLUMNS)
         bits = rows["bits"]
         steps["micro_batches"], steps["flags"], steps["sequence"] = bits & 0xFFFF, bits >> 16 & 0xFFFF, bits >> 32
-        return steps.view(Rows)
+        return steps.view(RecordArray)
 
-    def table(self, name: str, attempt: int | None = None) -> Rows:
+    def table(self, name: str, attempt: int | None = None) -> RecordArray:
         """Return a table's rows with the rank as first column, by rank in the order of their appending.
 
         Args:
@@ -163,7 +163,7 @@ def load_run(path: str | os.PathLike[str] | None = None) -> Run:
     return Run(find_run(path, Path(load().runs_dir)))
 
 
-def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> Rows:
+def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> RecordArray:
     columns = [("rank", "<i8"), *(field for field in rows.dtype.descr if field[0] != "stream")]
     table = np.empty(len(rows), columns)
     ids, back = np.unique(rows["stream"], return_inverse=True)
@@ -171,7 +171,7 @@ def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> Rows:
     for name in (field[0] for field in columns[1:]):
         table[name] = rows[name]
 
-    return table[np.argsort(table["rank"], kind="stable")].view(Rows)
+    return table[np.argsort(table["rank"], kind="stable")].view(RecordArray)
 
 
 def _lines(report: dict[str, Any]) -> list[str]:

@@ -18,10 +18,10 @@ from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.bins import StepBins
 from traceml.runs.digest import Digest
-from traceml.runs.points import MetricLine, MetricLines
+from traceml.runs.metric_series import MetricSeries, MetricSeriesSet
 from traceml.runs.report import digest_of
 
-__all__ = ["HeatMap", "Line", "RunSeries", "SeriesFollower", "StepSeries", "read_series"]
+__all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series"]
 
 Floats = NDArray[Any]
 Ints = NDArray[np.int64]
@@ -77,7 +77,7 @@ class HeatMap:
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class SampleSeries:
     """Sampled values over time.
 
     Attributes:
@@ -104,13 +104,13 @@ class RunSeries:
 
     steps: StepSeries
     heat: HeatMap
-    memory: tuple[Line, ...] = ()
-    device_memory: tuple[Line, ...] = ()
-    cpu: tuple[Line, ...] = ()
-    host_memory: tuple[Line, ...] = ()
-    gpu: tuple[Line, ...] = ()
-    gpu_memory: tuple[Line, ...] = ()
-    metrics: tuple[MetricLine, ...] = ()
+    memory: tuple[SampleSeries, ...] = ()
+    device_memory: tuple[SampleSeries, ...] = ()
+    cpu: tuple[SampleSeries, ...] = ()
+    host_memory: tuple[SampleSeries, ...] = ()
+    gpu: tuple[SampleSeries, ...] = ()
+    gpu_memory: tuple[SampleSeries, ...] = ()
+    metrics: tuple[MetricSeries, ...] = ()
     hidden_metrics: int = 0
     attempt: int = 0
 
@@ -124,7 +124,7 @@ class SeriesFollower:
     """
 
     _bins: StepBins = field(default_factory=StepBins)
-    _lines: MetricLines = field(default_factory=MetricLines)
+    _lines: MetricSeriesSet = field(default_factory=MetricSeriesSet)
     _attempt: int = -1
 
     def backfill(self, run_dir: Path) -> None:
@@ -242,7 +242,7 @@ def _median(work: Floats) -> Floats:
     return median
 
 
-def _of_ranks(digest: Digest, table: str, column: str) -> tuple[Line, ...]:
+def _of_ranks(digest: Digest, table: str, column: str) -> tuple[SampleSeries, ...]:
     lines = []
     for rank in digest.samples.ranks(table):
         rows = digest.samples.of(table, rank)
@@ -252,8 +252,8 @@ def _of_ranks(digest: Digest, table: str, column: str) -> tuple[Line, ...]:
     return tuple(lines)
 
 
-def _of_hosts(digest: Digest, column: str, of: str | None = None) -> tuple[Line, ...]:
-    lines: dict[str, Line] = {}
+def _of_hosts(digest: Digest, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
+    lines: dict[str, SampleSeries] = {}
     for rank in digest.samples.ranks(HOST.name):
         rows = digest.samples.of(HOST.name, rank)
         if rows is not None and len(rows) and rank in digest.ranks:
@@ -263,8 +263,8 @@ def _of_hosts(digest: Digest, column: str, of: str | None = None) -> tuple[Line,
     return tuple(lines.values())
 
 
-def _of_devices(digest: Digest, column: str, of: str | None = None) -> tuple[Line, ...]:
-    lines: dict[str, Line] = {}
+def _of_devices(digest: Digest, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
+    lines: dict[str, SampleSeries] = {}
     for rank in digest.samples.ranks(GPU.name):
         rows = digest.samples.of(GPU.name, rank)
         if rows is None or rank not in digest.ranks:
@@ -282,7 +282,7 @@ def _percent(rows: NDArray[np.void], column: str, of: str | None) -> Floats:
     return rows[column] if of is None else 100 * rows[column] / np.maximum(rows[of], 1)
 
 
-def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> Line:
+def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> SampleSeries:
     mono_ns, epoch_ns = digest.ranks[rank].facts.get("clock") or (0, 0)
     started_ns = float(digest.run.get("started") or 0) * 1e9
     # Without the rank's clock its own first sample is the beginning.
@@ -290,4 +290,4 @@ def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> 
     each = -(-len(t_ns) // _SAMPLES)
     starts = np.arange(0, len(t_ns), each)
     peaks = np.maximum.reduceat(np.asarray(values, np.float64), starts)
-    return Line(label, (t_ns[starts] - start_ns) / 1e9, peaks)
+    return SampleSeries(label, (t_ns[starts] - start_ns) / 1e9, peaks)

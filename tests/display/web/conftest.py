@@ -18,7 +18,7 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from traceml.database.store import STORE_NAME, StoreWriter
-from traceml.diagnosis import Facts, diagnose
+from traceml.diagnosis import JobFacts, diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.launch.page import PageKeeper
 from traceml.runs.report import write_report
@@ -163,7 +163,7 @@ class LiveJob:
             self._window.scatter(np.full(len(new), rank), new)
 
         self._done += steps
-        told = [finding.to_dict() for finding in diagnose(self._window.aligned(), Facts(world_size=4))]
+        told = [finding.to_dict() for finding in diagnose(self._window.aligned(), JobFacts(world_size=4))]
         self._writer.event("verdict", {"verdict": told[0], "findings": told, "step": self._done - 1})
         self._writer.commit()
 

@@ -15,7 +15,7 @@ from traceml.display.web.drawn import Drawings
 from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
 from traceml.runs.find import RunInfo, describe_run, run_folders
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 from traceml.runs.report import REPORT_NAME, SCHEMA, build_report
 
 if TYPE_CHECKING:

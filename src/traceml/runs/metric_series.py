@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from traceml.database.reader import Frame, StoreReader
 from traceml.database.schema import METRICS, NAMES
 
-__all__ = ["MetricLine", "MetricLines"]
+__all__ = ["MetricSeries", "MetricSeriesSet"]
 
 # A name has at most twice as many points between two reads.
 _MAX_POINTS = 400
@@ -22,7 +22,7 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class MetricLine:
+class MetricSeries:
     """One metric over steps; where values were joined, their mean, least and greatest. NaN stands for a gap.
 
     Attributes:
@@ -40,7 +40,7 @@ class MetricLine:
     missing: int
 
 
-class MetricLines:
+class MetricSeriesSet:
     """Follows the logged values of a run by cursor; all attempts and ranks."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class MetricLines:
             for name, parts in new.items():
                 self._add(name, np.concatenate(parts))
 
-    def lines(self) -> list[MetricLine]:
+    def lines(self) -> list[MetricSeries]:
         """Return the lines by name."""
         return [_line(name, points) for name, points in sorted(self._points.items())]
 
@@ -118,8 +118,8 @@ def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
     return joined
 
 
-def _line(name: str, points: NDArray[np.float64]) -> MetricLine:
+def _line(name: str, points: NDArray[np.float64]) -> MetricSeries:
     some = points[:, 2] > 0
     mean = np.divide(points[:, 1], points[:, 2], out=np.full(len(points), np.nan), where=some)
     least, most = (np.where(some, points[:, column], np.nan) for column in (3, 4))
-    return MetricLine(name, points[:, 0], mean, least, most, int(points[:, 5].sum()))
+    return MetricSeries(name, points[:, 0], mean, least, most, int(points[:, 5].sum()))

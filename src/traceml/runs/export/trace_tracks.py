@@ -7,17 +7,17 @@ from typing import Any, Literal
 from traceml.database.reader import StreamRecord
 from traceml.traces.writer import Writer
 
-__all__ = ["DEVICE", "EVALS", "EVENTS", "STEPS", "Tracks"]
+__all__ = ["DEVICE", "EVALS", "EVENTS", "STEPS", "TraceTracks"]
 
 STEPS, DEVICE, EVALS, EVENTS = range(4)
 _LANES = ("training", "device", "evaluation", "events")
 _HOSTS = 1_000_000  # processes from here on are hosts
 
 
-class Tracks:
+class TraceTracks:
     """Numbers processes and tracks, and gives them their names.
 
-    A rank's process is its rank + 1: 0 is the idle process of viewers. Tracks have numbers of their own over all
+    A rank's process is its rank + 1: 0 is the idle process of viewers. TraceTracks have numbers of their own over all
     processes, because viewers look threads up without their process.
 
     Args:

@@ -12,7 +12,7 @@ from tests.track.fabricated import LoggedRun, deliver
 from traceml.database.reader import StoreReader
 from traceml.database.store import STORE_NAME
 from traceml.runs.find import is_delivered, prune
-from traceml.runs.logged import Metrics, trackers
+from traceml.runs.metric_summary import MetricSummary, trackers
 from traceml.runs.report import build_report, update_trackers, write_report
 
 
@@ -36,7 +36,7 @@ def test_each_name_has_its_last_least_and_greatest_value(run: LoggedRun) -> None
 
 
 def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
-    metrics = Metrics()
+    metrics = MetricSummary()
     run.metrics({"loss": [3.0, 1.0]})
     with StoreReader(run.path / STORE_NAME) as reader:
         assert metrics.update(reader)
@@ -50,7 +50,7 @@ def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
 
 def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
     run.metrics({f"layer_{i}": [float(i)] for i in range(1500)})
-    metrics = Metrics()
+    metrics = MetricSummary()
     run_dir = run.end()
     with StoreReader(run_dir / STORE_NAME) as reader:
         metrics.update(reader)

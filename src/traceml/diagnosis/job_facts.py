@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OVERSUBSCRIBED", "Facts", "FactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
+__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
 
 OVERSUBSCRIBED = 0.25
 """From this share on, main threads stood ready without a core for too long to blame a rank or the network lightly."""
@@ -78,7 +78,7 @@ class RankExit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class JobFacts:
     """What the rules may know besides the window; everything has a value that means "not known".
 
     Attributes:
@@ -128,7 +128,7 @@ class Facts:
         return max(1, min(shares)) if shares else None
 
 
-class FactsBuilder:
+class JobFactsBuilder:
     """Gathers facts from rows as they arrive; the live verdict and the report's use the same."""
 
     def __init__(self, world_size: int = 1) -> None:
@@ -179,7 +179,7 @@ class FactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = _merge(before, ended) if before else ended
 
-    def build(self, latest: Sequence[int] = ()) -> Facts:
+    def build(self, latest: Sequence[int] = ()) -> JobFacts:
         """Return the facts as they are now.
 
         Args:
@@ -187,7 +187,7 @@ class FactsBuilder:
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
-        return Facts(
+        return JobFacts(
             world_size=self.world_size,
             group=True if known.get("backend") else None,
             backend=known.get("backend"),

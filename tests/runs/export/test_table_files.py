@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.runs.exported import BOOT_NS, STEPS, S, rich_run
+from tests.runs.export.exported import BOOT_NS, STEPS, S, rich_run
 from traceml.errors import UsageError
-from traceml.runs.export import export_run
-from traceml.runs.export_columns import TABLES
+from traceml.runs.export.exporter import export_run
+from traceml.runs.export.table_columns import TABLES
 from traceml.runs.run import Run
 
 

@@ -11,7 +11,7 @@ from tests.runs.fabricated_store import add_rank, rows_of, run_facts
 from traceml.database.reader import StoreReader
 from traceml.database.schema import METRICS
 from traceml.database.store import STORE_NAME, StoreWriter
-from traceml.runs.points import MetricLines
+from traceml.runs.metric_series import MetricSeriesSet
 
 
 def log(writer, stream, names, values):
@@ -34,7 +34,7 @@ def store(tmp_path):
 
 def _lines(writer, lines=None):
     writer.commit()
-    lines = lines or MetricLines()
+    lines = lines or MetricSeriesSet()
     with StoreReader(writer.path) as reader:
         lines.update(reader)
 
@@ -85,7 +85,7 @@ def test_what_is_no_number_is_a_gap_and_is_counted(store):
 def test_only_what_is_new_is_read(store):
     """Values that come later join those that were there."""
     writer, streams = store
-    lines = MetricLines()
+    lines = MetricSeriesSet()
     log(writer, streams[0], ["loss"], [1.0, 2.0])
     _lines(writer, lines)
     log(writer, streams[0], ["loss"], [7.0, 8.0])
@@ -97,7 +97,7 @@ def test_very_many_names_are_bounded(store):
     """Of 600 names 500 are kept, and the others are counted."""
     writer, streams = store
     log(writer, streams[0], [f"m{number}" for number in range(600)], [1.0])
-    lines = MetricLines()
+    lines = MetricSeriesSet()
 
     assert len(_lines(writer, lines)) == 500
     assert len(lines.hidden) == 100

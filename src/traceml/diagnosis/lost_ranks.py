@@ -6,8 +6,8 @@ import signal as signals
 from collections.abc import Sequence
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts import Facts, RankExit, ended_badly
 from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.diagnosis.job_facts import JobFacts, RankExit, ended_badly
 from traceml.diagnosis.words import of_ranks, part_words
 
 __all__ = ["rank_lost", "root_causes"]
@@ -30,7 +30,7 @@ _PEER_GONE = (
 _STOPPED_BY_HAND = ("KeyboardInterrupt",)
 
 
-def rank_lost(facts: Facts) -> list[Finding]:
+def rank_lost(facts: JobFacts) -> list[Finding]:
     """Return the finding about lost ranks: who went first, by what, at which step and in which phase."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)

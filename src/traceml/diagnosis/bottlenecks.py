@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.window import Floats
@@ -20,7 +20,7 @@ CROWDED_SHARE = 0.20
 """The share from which code outside the phases is blamed when the ranks have too few cores."""
 
 
-def input_bound(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
+def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """All ranks wait for data."""
     values = segments.parts.get("input_wait")
     if values is None:
@@ -45,7 +45,7 @@ def input_bound(segments: Segments, facts: Facts, step_ns: float) -> list[Findin
     return [_finding(Kind.INPUT_BOUND, "input_wait", ranks, summary, advice.for_input(facts), evidence, share, gain)]
 
 
-def transfers(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
+def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """All ranks spend their time on copies to the device."""
     values = segments.parts.get("h2d")
     if values is None:
@@ -65,7 +65,7 @@ def transfers(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]
     return [_finding(Kind.H2D_BOUND, "h2d", ranks, summary, advice.for_copies(facts), evidence, share, gain)]
 
 
-def residual(segments: Segments, facts: Facts, step_ns: float) -> list[Finding]:
+def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Time goes into the user's own phases, or outside all phases."""
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
@@ -143,7 +143,7 @@ def _by_rank(segments: Segments, values: Floats) -> dict[str, float]:
     return {str(rank): float(mean) for rank, mean in zip(segments.ranks[:16].tolist(), means[:16], strict=True)}
 
 
-def _loader_evidence(facts: Facts) -> dict[str, object]:
+def _loader_evidence(facts: JobFacts) -> dict[str, object]:
     if facts.loader is None:
         return {}
 

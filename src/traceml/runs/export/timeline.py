@@ -17,13 +17,13 @@ from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import DEVICE_STEPS, EVALS, LOGS, NAMES, PACKED, TELEMETRY, USER_PHASES, StepFlag
 from traceml.database.schema import STEPS as STEP_ROWS
 from traceml.errors import StoreError
-from traceml.runs import export_tracks as tracks
-from traceml.runs.clocks import Clocks
-from traceml.runs.export_arrows import Arrows, Meeting
-from traceml.runs.export_counters import Counters
+from traceml.runs.clocks import RunClocks
+from traceml.runs.export import trace_tracks as tracks
+from traceml.runs.export.counters import CounterExporter
+from traceml.runs.export.flow_arrows import FlowArrows, SyncArrival
 from traceml.traces.writer import Writer
 
-__all__ = ["Timeline", "origin_of"]
+__all__ = ["TimelineExporter", "origin_of"]
 
 # In this order they are drawn; the user's own phases follow the ones of torch.
 _ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
@@ -46,7 +46,7 @@ class _Lane:
     began: dict[int, int] = field(default_factory=dict)
 
 
-class Timeline:
+class TimelineExporter:
     """Writes a store into a trace, in one pass, frame by frame.
 
     Args:
@@ -55,11 +55,11 @@ class Timeline:
         clocks: when things happened.
     """
 
-    def __init__(self, reader: StoreReader, writer: Writer, clocks: Clocks) -> None:
+    def __init__(self, reader: StoreReader, writer: Writer, clocks: RunClocks) -> None:
         self._reader, self._writer, self._clocks = reader, writer, clocks
-        self._tracks = tracks.Tracks(writer)
-        self._counters = Counters(writer, self._tracks, clocks)
-        self._arrows = Arrows()
+        self._tracks = tracks.TraceTracks(writer)
+        self._counters = CounterExporter(writer, self._tracks, clocks)
+        self._arrows = FlowArrows()
         self._lanes: dict[int, _Lane] = {}
         self._world: dict[int, int] = {}
         self._flows = 0
@@ -201,7 +201,7 @@ class Timeline:
                 self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
 
             if name == "wait" or (name == "comm" and until_ns > at_ns):
-                self._meet(lane, (row["step"], name), Meeting(pid, tid, began_ns, at_ns, until_ns))
+                self._meet(lane, (row["step"], name), SyncArrival(pid, tid, began_ns, at_ns, until_ns))
 
             began_ns, at_ns = at_ns, until_ns
 
@@ -220,7 +220,7 @@ class Timeline:
         parts.append(("user", "user", row["user_ns"] - sum(ns for _, ns in user)))
         return [*parts, ("other", "other", row["total_ns"] - sum(ns for *_, ns in parts))]
 
-    def _meet(self, lane: _Lane, point: tuple[int, str], meeting: Meeting) -> None:
+    def _meet(self, lane: _Lane, point: tuple[int, str], meeting: SyncArrival) -> None:
         stream = lane.stream
         ranks = self._world.get(stream.attempt, 1)
         if ranks < 2:
@@ -271,7 +271,7 @@ def _device_parts(row: Mapping[str, int]) -> list[tuple[str, int]]:
     return [*((n, row[f"{n}_ns"]) for n in before), *backward, *((n, row[f"{n}_ns"]) for n in after)]
 
 
-def origin_of(reader: StoreReader, clocks: Clocks) -> int:
+def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
     """Return a moment shortly before the first that a store tells of, in epoch nanoseconds."""
     first: list[int] = []
     for frame in reader.frames_of((STEP_ROWS.name, "process", "host"), limit=64):

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from traceml.runs.export_arrows import _MOST_HELD, Arrows, Meeting
+from traceml.runs.export.flow_arrows import _MOST_HELD, FlowArrows, SyncArrival
 
 US = 1_000
 
 
 def meeting(rank, began, arrived, left):
-    return Meeting(rank + 1, 10 * (rank + 1), began * US, arrived * US, left * US)
+    return SyncArrival(rank + 1, 10 * (rank + 1), began * US, arrived * US, left * US)
 
 
 def test_the_last_to_come_releases_the_others():
     """Who waited least came last; each of the others gets an arrow that ends within its wait."""
-    arrows = Arrows()
+    arrows = FlowArrows()
     assert arrows.meet(5, 0, meeting(0, 0, 10, 100), 3) == []
     assert arrows.meet(5, 2, meeting(2, 0, 50, 101), 3) == []
     found = arrows.meet(5, 1, meeting(1, 0, 98, 99), 3)
@@ -26,7 +26,7 @@ def test_the_last_to_come_releases_the_others():
 
 def test_no_arrow_back_in_time():
     """Where clocks are further apart than the wait, there is none."""
-    arrows = Arrows()
+    arrows = FlowArrows()
     arrows.meet(1, 0, meeting(0, 0, 10, 20), 2)
 
     assert arrows.meet(1, 1, meeting(1, 500, 590, 591), 2) == []
@@ -34,7 +34,7 @@ def test_no_arrow_back_in_time():
 
 def test_unfinished_meetings_are_given_up():
     """A rank that is lost does not make the others' meetings pile up."""
-    arrows = Arrows()
+    arrows = FlowArrows()
     for step in range(_MOST_HELD + 10):
         arrows.meet(step, 0, meeting(0, 0, 10, 20), 2)
 

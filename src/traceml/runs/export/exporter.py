@@ -11,10 +11,10 @@ from pathlib import Path
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
-from traceml.runs.clocks import Clocks
+from traceml.runs.clocks import RunClocks
 from traceml.traces.writer import Writer
 
-__all__ = ["FORMATS", "Exported", "default_path", "export_run", "format_of"]
+__all__ = ["FORMATS", "ExportResult", "default_path", "export_run", "format_of"]
 
 FORMATS = {
     "perfetto": (".json", ".json.gz"),
@@ -26,7 +26,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class ExportResult:
     """What an export wrote.
 
     Attributes:
@@ -57,7 +57,7 @@ def default_path(run_dir: Path, form: str) -> Path:
     return Path(f"{run_dir.name}{ends[0] if ends else f'-{form}'}")
 
 
-def export_run(run_dir: Path, form: str, path: Path) -> Exported:
+def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
     """Write a run to a file (pfw, perfetto) or into a folder (parquet, csv); works on one that goes on or is damaged.
 
     A file appears whole or not at all, in the place of one that was there.
@@ -86,25 +86,25 @@ def export_run(run_dir: Path, form: str, path: Path) -> Exported:
             raise StoreError(f"cannot write {path}: {why}. Name another with -o, in a folder that is there") from error
 
 
-def _export_tables(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> Exported:
-    from traceml.runs.export_tables import export_tables
+def _export_tables(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> ExportResult:
+    from traceml.runs.export.table_files import export_tables
 
     counts, lost = export_tables(reader, form, path)
     files = tuple(path / f"{name}.{form}" for name in counts)
-    return Exported(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
+    return ExportResult(path, form, counts["steps"], sum(counts.values()), files, (*damage, *lost))
 
 
-def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> Exported:
-    from traceml.runs.export_timeline import Timeline, origin_of
+def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> ExportResult:
+    from traceml.runs.export.timeline import TimelineExporter, origin_of
 
-    clocks = Clocks(reader.streams())
+    clocks = RunClocks(reader.streams())
     # Whole microseconds since 1970 for dftracer's readers; Perfetto takes nanoseconds, but not 19 digits of them.
     origin_ns = origin_of(reader, clocks) if form == "perfetto" else None
     target = path.resolve()  # a link stays one
     draft = target.with_name(f".{os.getpid()}-{target.name}")
     try:
         with Writer(draft, origin_ns=origin_ns) as writer:
-            timeline = Timeline(reader, writer, clocks)
+            timeline = TimelineExporter(reader, writer, clocks)
             timeline.write()
 
         told = writer.statistics
@@ -115,4 +115,4 @@ def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[st
     finally:
         draft.unlink(missing_ok=True)
 
-    return Exported(path, form, timeline.steps, told.written, (path,), (*damage, *timeline.damage))
+    return ExportResult(path, form, timeline.steps, told.written, (path,), (*damage, *timeline.damage))

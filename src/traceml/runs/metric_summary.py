@@ -13,7 +13,7 @@ from traceml.database.reader import Frame, StoreReader
 from traceml.database.schema import LOGGED, METRICS, NAMES
 from traceml.track.state import Phase, TrackerState, states_of
 
-__all__ = ["Metrics", "trackers"]
+__all__ = ["MetricSummary", "trackers"]
 
 # A report is read by people and loaded whole; a run may have a hundred thousand names.
 _SHOWN_NAMES = 1000
@@ -21,7 +21,7 @@ _FRAMES = 256
 _WAITING = {Phase.WAITING, Phase.OPEN, Phase.UNAUTHORIZED, Phase.BROKEN, Phase.STOPPED}
 
 
-class Metrics:
+class MetricSummary:
     """Last, least, greatest value and count per name, followed by cursor; all attempts and ranks."""
 
     def __init__(self) -> None:

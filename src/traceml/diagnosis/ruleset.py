@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from traceml.diagnosis.bottlenecks import input_bound, residual, transfers
 from traceml.diagnosis.comm import comm_bound
 from traceml.diagnosis.compute import nothing_found
-from traceml.diagnosis.facts import Facts
 from traceml.diagnosis.findings import Finding, Kind, Severity, in_order
 from traceml.diagnosis.jitter import jitter, taking_turns
-from traceml.diagnosis.lost import rank_lost
+from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.lost_ranks import rank_lost
 from traceml.diagnosis.replay import new_step_times
 from traceml.diagnosis.segments import Segments, segments_of
-from traceml.diagnosis.shared import input_bound, residual, transfers
 from traceml.diagnosis.stragglers import stragglers
 from traceml.diagnosis.window import Window
 from traceml.diagnosis.words import lasting, percent
@@ -22,7 +22,7 @@ MIN_STEPS = 20
 _UNKNOWN_SHARE = 0.30
 
 
-def diagnose(window: Window, facts: Facts) -> list[Finding]:
+def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
     """Return what limits the run, the verdict first; never empty.
 
     Args:
@@ -41,7 +41,7 @@ def diagnose(window: Window, facts: Facts) -> list[Finding]:
     return [_unknown_backward(window, segments) or nothing_found(segments, facts)]
 
 
-def _timing(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
+def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
     found, fixed = stragglers(segments, facts)
     # What late ranks cost is told; the other rules look at the run as it would be without them.
@@ -58,7 +58,7 @@ def _timing(window: Window, segments: Segments, facts: Facts) -> list[Finding]:
     return found
 
 
-def _too_few(window: Window, facts: Facts) -> Finding:
+def _too_few(window: Window, facts: JobFacts) -> Finding:
     seen = len(window)
     why = "no step was seen" if not seen else f"only {seen} step{'s' if seen > 1 else ''} after the first ones"
     if len(window.ranks) > 1 and not seen:

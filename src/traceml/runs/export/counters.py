@@ -8,17 +8,17 @@ from typing import Any
 
 from traceml.database.reader import Event, StreamRecord
 from traceml.database.schema import GPU, HOST, INFO, LOGGED, METRICS, PROCESS, TORCH_MEMORY
-from traceml.runs.clocks import Clocks
-from traceml.runs.export_tracks import EVENTS, Tracks
+from traceml.runs.clocks import RunClocks
+from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
 from traceml.traces.writer import Writer
 
-__all__ = ["Counters"]
+__all__ = ["CounterExporter"]
 
 _TEXT = 500  # characters of a text that go into the trace
 _GPU = ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w", "sm_clock_mhz")
 
 
-class Counters:
+class CounterExporter:
     """Writes samples, metrics and events.
 
     Args:
@@ -27,7 +27,7 @@ class Counters:
         clocks: when things happened.
     """
 
-    def __init__(self, writer: Writer, tracks: Tracks, clocks: Clocks) -> None:
+    def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
         self._writer, self._tracks, self._clocks = writer, tracks, clocks
         self._names: dict[tuple[int, int], str] = {}
         self._cpu: dict[int, tuple[int, int]] = {}

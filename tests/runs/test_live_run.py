@@ -8,10 +8,10 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.store import STORE_NAME, StoreWriter
-from traceml.diagnosis import Facts, diagnose
+from traceml.diagnosis import JobFacts, diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.errors import StoreError
-from traceml.runs.live import LiveRun
+from traceml.runs.live_run import LiveRun
 
 
 def test_it_waits_for_a_store_that_is_not_there_yet(tmp_path):
@@ -58,7 +58,7 @@ def test_the_aggregators_verdict_is_shown(tmp_path):
             add_rank(writer, rank, rows, state="running")
             window.scatter(np.full(len(rows), rank), rows)
 
-        told = [finding.to_dict() for finding in diagnose(window.aligned(), Facts(world_size=2))]
+        told = [finding.to_dict() for finding in diagnose(window.aligned(), JobFacts(world_size=2))]
         writer.event("verdict", {"verdict": told[0], "findings": told, "step": 99})
 
     live = LiveRun(tmp_path)

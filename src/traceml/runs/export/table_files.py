@@ -14,8 +14,8 @@ import numpy as np
 from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import INFO, LOGGED, NAMES, PACKED
 from traceml.errors import StoreError, UsageError
-from traceml.runs.clocks import Clocks
-from traceml.runs.export_columns import TABLES, OutTable, Part, log_part, packed_part, to_json
+from traceml.runs.clocks import RunClocks
+from traceml.runs.export.table_columns import TABLES, ExportTable, Part, log_part, packed_part, to_json
 
 __all__ = ["export_tables"]
 
@@ -23,7 +23,7 @@ _STORED = (NAMES.name, *(table.name for table in PACKED), LOGGED.name, INFO.name
 _GROUP = 65_536  # rows of a Parquet row group
 
 
-class _File(Protocol):
+class TableFile(Protocol):
     """A table that is being written."""
 
     def add(self, part: Part, rows: int) -> None:
@@ -58,7 +58,7 @@ def export_tables(reader: StoreReader, form: str, folder: Path) -> tuple[dict[st
             for file in files.values():
                 stack.callback(file.close)
 
-            counts = _Export(reader, files, damage).run()
+            counts = _TablesExport(reader, files, damage).run()
 
         for name, draft in drafts.items():
             draft.replace(folder / f"{name}.{form}")
@@ -69,11 +69,11 @@ def export_tables(reader: StoreReader, form: str, folder: Path) -> tuple[dict[st
     return counts, damage
 
 
-class _Export:
-    def __init__(self, reader: StoreReader, files: dict[str, _File], damage: list[str]) -> None:
+class _TablesExport:
+    def __init__(self, reader: StoreReader, files: dict[str, TableFile], damage: list[str]) -> None:
         self._reader, self._files, self._damage = reader, files, damage
         self._streams = {stream.id: stream for stream in reader.streams()}
-        self._clocks = Clocks(self._streams.values())
+        self._clocks = RunClocks(self._streams.values())
         self._names: dict[tuple[int, int], str] = {}
         self._counts = dict.fromkeys(files, 0)
 
@@ -148,7 +148,7 @@ def _ranks(streams: list[StreamRecord]) -> Part:
     }
 
 
-def _maker(form: str) -> Callable[[Path, OutTable], _File]:
+def _maker(form: str) -> Callable[[Path, ExportTable], TableFile]:
     if form == "csv":
         return _Csv
 
@@ -166,7 +166,7 @@ def _maker(form: str) -> Callable[[Path, OutTable], _File]:
 class _Csv:
     """A CSV file with a line of names; null is an empty field."""
 
-    def __init__(self, path: Path, table: OutTable) -> None:
+    def __init__(self, path: Path, table: ExportTable) -> None:
         self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
         self._columns = [column.name for column in table.columns]
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -184,7 +184,7 @@ class _Csv:
 class _Parquet:
     """A Parquet file; rows are gathered to groups worth compressing."""
 
-    def __init__(self, path: Path, table: OutTable) -> None:
+    def __init__(self, path: Path, table: ExportTable) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from tests.runs.exported import BOOT_NS, STEPS, S, events_in, innermost, nested, rich_run, slices_by_track
-from traceml.runs.export import export_run
+from tests.runs.export.exported import BOOT_NS, STEPS, S, events_in, innermost, nested, rich_run, slices_by_track
+from traceml.runs.export.exporter import export_run
 from traceml.runs.run import Run
 
 

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from traceml.database.schema import PACKED
-from traceml.runs.export_columns import TABLES, to_json
+from traceml.runs.export.table_columns import TABLES, to_json
 
-PAGE = Path(__file__).parents[2] / "docs" / "columns.md"
+PAGE = Path(__file__).parents[3] / "docs" / "columns.md"
 
 
 def page() -> str:
@@ -28,7 +28,7 @@ def page() -> str:
 
 
 def test_the_page_describes_every_column():
-    """After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/runs/test_export_columns.py`."""
+    """After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/runs/export/test_table_columns.py`."""
     if os.environ.get("UPDATE_SNAPSHOTS"):
         PAGE.write_text(page(), encoding="utf-8")
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from traceml.database.reader import StreamRecord
 from traceml.database.schema import INFO, LOGGED, METRICS, PACKED, MetricKind, Table
-from traceml.runs.clocks import Clocks
+from traceml.runs.clocks import RunClocks
 
-__all__ = ["TABLES", "OutColumn", "OutTable", "Part", "log_part", "packed_part"]
+__all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "log_part", "packed_part"]
 
 Kind = Literal["int64", "float64", "string"]
 Part = dict[str, Any]
@@ -23,7 +23,7 @@ is written as null."""
 
 
 @dataclass(frozen=True, slots=True)
-class OutColumn:
+class ExportColumn:
     """A column: its name (with its unit as suffix), type, and meaning."""
 
     name: str
@@ -32,18 +32,18 @@ class OutColumn:
 
 
 @dataclass(frozen=True, slots=True)
-class OutTable:
+class ExportTable:
     """A table, which is a file of its own."""
 
     name: str
     doc: str
-    columns: tuple[OutColumn, ...]
+    columns: tuple[ExportColumn, ...]
 
 
 _WHO = (
-    OutColumn("attempt", "int64", "how often the job had been restarted"),
-    OutColumn("rank", "int64", "the rank"),
-    OutColumn("host", "string", "its host"),
+    ExportColumn("attempt", "int64", "how often the job had been restarted"),
+    ExportColumn("rank", "int64", "the rank"),
+    ExportColumn("host", "string", "its host"),
 )
 _DOCS = {
     "steps": "a row per rank and training step; phases and `other_ns` add up to `total_ns`",
@@ -57,67 +57,69 @@ _DOCS = {
     "telemetry": "what tracing itself did and cost",
     "metrics": "every value that was logged",
 }
-_TIME = OutColumn("time_epoch_ns", "int64", "when, nanoseconds since 1970 by the aggregator's clock")
-_JSON = OutColumn("data_json", "string", "everything else, as a JSON object")
+_TIME = ExportColumn("time_epoch_ns", "int64", "when, nanoseconds since 1970 by the aggregator's clock")
+_JSON = ExportColumn("data_json", "string", "everything else, as a JSON object")
 # What a stored column is in the export, where it is not itself.
 _RENAMED = {"ns": "duration_ns"}
-_REPLACED: dict[str, tuple[OutColumn, ...]] = {
+_REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "t_ns": (_TIME,),
     "t_end_ns": (
-        OutColumn("end_epoch_ns", "int64", "when it ended, nanoseconds since 1970 by the aggregator's clock"),
+        ExportColumn("end_epoch_ns", "int64", "when it ended, nanoseconds since 1970 by the aggregator's clock"),
     ),
-    "name_id": (OutColumn("name", "string", "its name"),),
-    "kind": (OutColumn("source", "string", "who logged it: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
+    "name_id": (ExportColumn("name", "string", "its name"),),
+    "kind": (
+        ExportColumn("source", "string", "who logged it: " + ", ".join(kind.name.lower() for kind in MetricKind)),
+    ),
     "bits": (
-        OutColumn("other_ns", "int64", "what is left of total_ns: code outside the known phases"),
-        OutColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
-        OutColumn("flags", "int64", "bits: 1 explicit, 2 inferred, 4 skipped, 8 no loader, 16 device, 32 callback"),
-        OutColumn("sequence", "int64", "collectives issued so far"),
+        ExportColumn("other_ns", "int64", "what is left of total_ns: code outside the known phases"),
+        ExportColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
+        ExportColumn("flags", "int64", "bits: 1 explicit, 2 inferred, 4 skipped, 8 no loader, 16 device, 32 callback"),
+        ExportColumn("sequence", "int64", "collectives issued so far"),
     ),
 }
 _NULLED = "backward_own_ns"
 
 
-def _table(table: Table) -> OutTable:
+def _table(table: Table) -> ExportTable:
     columns = list(_WHO)
     for column in table.columns:
         kind: Kind = "int64" if column.code == "q" else "float64"
         doc = column.doc.replace("-1 when not measured", "null when not measured")
-        columns += _REPLACED.get(column.name, (OutColumn(_RENAMED.get(column.name, column.name), kind, doc),))
+        columns += _REPLACED.get(column.name, (ExportColumn(_RENAMED.get(column.name, column.name), kind, doc),))
 
-    return OutTable(table.name, _DOCS[table.name], tuple(columns))
+    return ExportTable(table.name, _DOCS[table.name], tuple(columns))
 
 
-_LOG_COLUMNS = (*_WHO, _TIME, OutColumn("kind", "string", "what kind of row"),
-                OutColumn("name", "string", "its name, null where it has none"), _JSON)  # fmt: skip
-TABLES: dict[str, OutTable] = {
+_LOG_COLUMNS = (*_WHO, _TIME, ExportColumn("kind", "string", "what kind of row"),
+                ExportColumn("name", "string", "its name, null where it has none"), _JSON)  # fmt: skip
+TABLES: dict[str, ExportTable] = {
     **{table.name: _table(table) for table in PACKED},
-    "logged": OutTable("logged", "what was logged beside numbers: params, texts, artifacts, …", _LOG_COLUMNS),
-    "info": OutTable("info", "what ranks told about themselves: loader, model, warnings, exit, …", _LOG_COLUMNS),
-    "ranks": OutTable(
+    "logged": ExportTable("logged", "what was logged beside numbers: params, texts, artifacts, …", _LOG_COLUMNS),
+    "info": ExportTable("info", "what ranks told about themselves: loader, model, warnings, exit, …", _LOG_COLUMNS),
+    "ranks": ExportTable(
         "ranks",
         "a row per process that was a rank, or that logged for one",
         (
             *_WHO,
-            OutColumn("pid", "int64", "its process"),
-            OutColumn("state", "string", "how it stands or ended"),
+            ExportColumn("pid", "int64", "its process"),
+            ExportColumn("state", "string", "how it stands or ended"),
             _JSON,
         ),
     ),
-    "events": OutTable(
-        "events", "what happened in the run", (_TIME, OutColumn("kind", "string", "what kind of event"), _JSON)
+    "events": ExportTable(
+        "events", "what happened in the run", (_TIME, ExportColumn("kind", "string", "what kind of event"), _JSON)
     ),
-    "run": OutTable(
+    "run": ExportTable(
         "run",
         "facts of the run, a row each",
-        (OutColumn("key", "string", "which"), OutColumn("value_json", "string", "the value, as JSON")),
+        (ExportColumn("key", "string", "which"), ExportColumn("value_json", "string", "the value, as JSON")),
     ),
 }
 """Every table that is exported, by name."""
 
 
 def packed_part(
-    stream: StreamRecord, clocks: Clocks, rows: NDArray[np.void], name_of: Callable[[int], str], table: str
+    stream: StreamRecord, clocks: RunClocks, rows: NDArray[np.void], name_of: Callable[[int], str], table: str
 ) -> Part:
     """Return rows of a packed table as columns; columns that an older store lacks are null.
 
@@ -137,7 +139,12 @@ def packed_part(
 
 
 def _columns_of(
-    name: str, rows: NDArray[np.void], stream: StreamRecord, clocks: Clocks, name_of: Callable[[int], str], table: str
+    name: str,
+    rows: NDArray[np.void],
+    stream: StreamRecord,
+    clocks: RunClocks,
+    name_of: Callable[[int], str],
+    table: str,
 ) -> Part:
     values = rows[name]
     if name == "t_end_ns":
@@ -171,7 +178,7 @@ def _bits(rows: NDArray[np.void]) -> Part:
     }
 
 
-def log_part(stream: StreamRecord, clocks: Clocks, rows: Sequence[Mapping[str, Any]], table: str) -> Part:
+def log_part(stream: StreamRecord, clocks: RunClocks, rows: Sequence[Mapping[str, Any]], table: str) -> Part:
     """Return rows of a log as columns."""
     date = {LOGGED.name: clocks.of_date, INFO.name: clocks.of_stamp}[table]
     return {

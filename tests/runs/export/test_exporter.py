@@ -7,11 +7,11 @@ import sqlite3
 import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of
-from tests.runs.exported import STEPS, events_in, rich_run
+from tests.runs.export.exported import STEPS, events_in, rich_run
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
 from traceml.database.store import STORE_NAME, StoreWriter
 from traceml.errors import StoreError, UsageError
-from traceml.runs.export import FORMATS, default_path, export_run, format_of
+from traceml.runs.export.exporter import FORMATS, default_path, export_run, format_of
 
 OUTPUTS = {"perfetto": "out.json", "pfw": "out.pfw.gz", "parquet": "out", "csv": "out"}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis import Facts, FactsBuilder, RankExit
-from traceml.diagnosis.lost import rank_lost, root_causes
+from traceml.diagnosis import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.lost_ranks import rank_lost, root_causes
 from traceml.recorder.exits import describe
 
 
@@ -13,7 +13,7 @@ def test_a_signal_is_told_with_step_and_phase():
     """The summary names rank, signal, step and open phase."""
     ended = RankExit(rank=3, state="killed", signal=9, last_step=41, open_step=42, open_phase="backward")
 
-    finding = rank_lost(Facts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
 
     assert finding.summary == "Rank 3 was killed by signal 9 (SIGKILL), in step 42, in backward."
     assert finding.evidence["step"] == 42
@@ -26,7 +26,7 @@ def test_an_exception_is_told_with_its_line():
         rank=0, state="failed", code=1, exception="ValueError: bad label 11", file="train.py", line=17, last_step=8
     )
 
-    finding = rank_lost(Facts(exits=(ended,)))[0]
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
 
     assert "ValueError: bad label 11 at train.py:17" in finding.summary
     assert (finding.evidence["file"], finding.evidence["line"], finding.evidence["step"]) == ("train.py", 17, 8)
@@ -34,7 +34,7 @@ def test_an_exception_is_told_with_its_line():
 
 def test_an_exit_code_is_told():
     """sys.exit(3) is a lost rank too."""
-    finding = rank_lost(Facts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
 
     assert "exit code 3, before the first step" in finding.summary
 
@@ -47,7 +47,7 @@ def test_ranks_that_followed_are_not_the_cause():
         RankExit(rank=2, state="killed", signal=15, at_s=3.0),
     )
 
-    finding = rank_lost(Facts(exits=exits))[0]
+    finding = rank_lost(JobFacts(exits=exits))[0]
 
     assert finding.ranks == (1,)
     assert finding.evidence["followed"] == [0, 2]
@@ -82,12 +82,12 @@ def test_ranks_that_the_launcher_killed_are_no_cause():
 )
 def test_a_run_that_was_stopped_by_hand_lost_nobody(ended):
     """Ctrl-C and a clean end are no findings."""
-    assert rank_lost(Facts(exits=(ended,))) == []
+    assert rank_lost(JobFacts(exits=(ended,))) == []
 
 
 def test_only_sigterm_is_still_a_loss():
     """When every rank was ended from outside, that is told."""
-    finding = rank_lost(Facts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))[0]
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))[0]
 
     assert "SIGTERM" in finding.summary
 
@@ -112,7 +112,7 @@ def test_exits_are_read_from_what_streams_hold():
 
 def test_facts_are_gathered_from_info_rows():
     """Loaders, cores and the end of a rank come from its rows; what is told later completes them."""
-    builder = FactsBuilder(2)
+    builder = JobFactsBuilder(2)
     builder.host(0, "node1")
     builder.info(0, {"kind": "process", "cores": 8})
     builder.info(0, {"kind": "loader", "dataset": "Train", "num_workers": 0})
@@ -144,7 +144,7 @@ def test_what_a_rank_tells_of_its_exception_is_understood():
 
 def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
     """A signal is how it ended; the status that it was about to leave with never came to be."""
-    builder = FactsBuilder(2)
+    builder = JobFactsBuilder(2)
     told = {"code": 1, "exception": "RuntimeError", "message": "Connection closed by peer"}
     builder.info(0, {"kind": "exit", **told})
     builder.exit(RankExit.of(0, "killed", {**told, "signal": 15}))
@@ -156,7 +156,7 @@ def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
 
 def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
     """A rank of another host that fell silent tells nothing; its rows say how far it came."""
-    builder = FactsBuilder(2)
+    builder = JobFactsBuilder(2)
     builder.exit(RankExit(rank=1, state="lost", host="node7"))
 
     finding = rank_lost(builder.build([120, 99]))[0]
@@ -170,7 +170,7 @@ def test_a_process_that_is_gone_is_no_silent_host():
     """Where the process is known to have ended, nobody is sent to look at the network."""
     gone = RankExit.of(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
 
-    finding = rank_lost(Facts(exits=(gone,)))[0]
+    finding = rank_lost(JobFacts(exits=(gone,)))[0]
 
     assert "ended without a word" in finding.summary
     assert "in step 7, in backward" in finding.summary
@@ -182,7 +182,7 @@ def test_lost_ranks_are_named_in_order():
     """Who of those that died of the same thing was first by microseconds is chance."""
     exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))
 
-    assert rank_lost(Facts(exits=exits))[0].ranks == (0, 1, 2)
+    assert rank_lost(JobFacts(exits=exits))[0].ranks == (0, 1, 2)
 
 
 def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
@@ -198,7 +198,7 @@ def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
 
 def test_a_rank_that_was_killed_while_it_ended_well_is_lost():
     """It had said that it ends with status 0; then a signal came, in whichever order the two are read."""
-    builder = FactsBuilder()
+    builder = JobFactsBuilder()
     builder.exit(RankExit(rank=0, state="killed", signal=9))
 
     builder.info(0, {"kind": "exit", "code": 0, "last_step": 58})

@@ -10,7 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
 from traceml.database.schema import STEPS
-from traceml.diagnosis import Facts, Finding, Kind, LoaderFacts, RankExit, Severity, StepWindow, diagnose
+from traceml.diagnosis import Finding, JobFacts, Kind, LoaderFacts, RankExit, Severity, StepWindow, diagnose
 
 TINY = Job(
     own={"input_wait": 0.15, "forward": 0.1, "backward": 0.15, "optimizer": 0.1, "other": 0.15},
@@ -23,7 +23,7 @@ ALONE = Job(ranks=1, grouped=False)
 
 
 def verdict(job: Job, *faults: Fault, seed: int = 0, **facts: object) -> Finding:
-    return diagnose(window_of(job, *faults, seed=seed), Facts(world_size=job.ranks, **facts))[0]
+    return diagnose(window_of(job, *faults, seed=seed), JobFacts(world_size=job.ranks, **facts))[0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
@@ -75,7 +75,7 @@ def test_two_late_ranks_are_named_together():
 def test_two_causes_are_two_findings_the_larger_first():
     """Two ranks late by different causes are told apart."""
     findings = diagnose(
-        window_of(Job(ranks=4), adds("input_wait", 40, (1,)), adds("forward", 20, (2,))), Facts(world_size=4)
+        window_of(Job(ranks=4), adds("input_wait", 40, (1,)), adds("forward", 20, (2,))), JobFacts(world_size=4)
     )
 
     assert [(finding.kind, finding.ranks) for finding in findings] == [
@@ -101,7 +101,7 @@ def test_a_users_phase_on_one_rank_is_named():
     window = window_of(job, adds("user", 20, (0,)))
     named = replace(window, user={"augment": window.times["user"]})
 
-    found = diagnose(named, Facts(world_size=2))[0]
+    found = diagnose(named, JobFacts(world_size=2))[0]
 
     assert (found.kind, found.ranks, found.phase) == (Kind.STRAGGLER, (0,), "augment")
     assert "'augment'" in found.summary
@@ -122,7 +122,7 @@ def test_a_users_heavy_phase_is_residual_under_its_name():
     """The user's phase that takes the time is named."""
     window = window_of(ALONE, adds("user", 10))
 
-    found = diagnose(replace(window, user={"metrics": window.times["user"]}), Facts())[0]
+    found = diagnose(replace(window, user={"metrics": window.times["user"]}), JobFacts())[0]
 
     assert (found.kind, found.phase) == (Kind.RESIDUAL_HEAVY, "metrics")
 
@@ -133,7 +133,7 @@ def test_the_numbers_of_a_sentence_agree():
     window.times["other"][0, -1] += 2_000 * 1e6
     window.total[0, -1] += 2_000 * 1e6
 
-    found = next(each for each in diagnose(window, Facts()) if each.kind is Kind.RESIDUAL_HEAVY)
+    found = next(each for each in diagnose(window, JobFacts()) if each.kind is Kind.RESIDUAL_HEAVY)
 
     cost, step, share = re.match(r"([\d.]+) ms of each ([\d.]+) ms step \(([\d.]+) %\)", found.summary).groups()
     assert 100 * float(cost) / float(step) == pytest.approx(float(share), abs=1.5)
@@ -150,7 +150,8 @@ def test_communication_is_found_when_nobody_is_late():
 def test_a_late_rank_is_not_taken_for_communication():
     """The others' waiting for a late rank is no communication."""
     kinds = {
-        finding.kind for finding in diagnose(window_of(Job(comm=4.0), adds("backward", 20, (0,))), Facts(world_size=2))
+        finding.kind
+        for finding in diagnose(window_of(Job(comm=4.0), adds("backward", 20, (0,))), JobFacts(world_size=2))
     }
 
     assert kinds == {Kind.COMPUTE_STRAGGLER}
@@ -160,7 +161,7 @@ def test_without_own_backward_communication_is_never_claimed():
     """Slow computation and slow communication look alike then: the verdict says so."""
     window = window_of(Job(comm=20.0, callback_every=0))
 
-    found = diagnose(window, Facts(world_size=2, group=True))[0]
+    found = diagnose(window, JobFacts(world_size=2, group=True))[0]
 
     assert (found.kind, found.phase) == (Kind.INSUFFICIENT_DATA, "backward")
     assert "backward or communication" in found.summary
@@ -170,7 +171,7 @@ def test_without_own_backward_other_stragglers_are_still_named():
     """The parts outside backward tell who is late."""
     window = window_of(Job(callback_every=0), adds("forward", 20, (1,)))
 
-    found = diagnose(window, Facts(world_size=2, group=True))[0]
+    found = diagnose(window, JobFacts(world_size=2, group=True))[0]
 
     assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "forward")
 
@@ -299,7 +300,7 @@ def test_few_steps_are_insufficient():
 
 def test_no_steps_at_all_say_how_to_mark_them():
     """A run that ended without a step gets a way out."""
-    found = diagnose(StepWindow(128).aligned(), Facts(state="finished"))[0]
+    found = diagnose(StepWindow(128).aligned(), JobFacts(state="finished"))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "trace_step" in found.next
@@ -307,7 +308,7 @@ def test_no_steps_at_all_say_how_to_mark_them():
 
 def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
     """Where no rank ever came, as torchrun could not start them, the job's output says why."""
-    found = diagnose(StepWindow(128).aligned(), Facts(state="failed"))[0]
+    found = diagnose(StepWindow(128).aligned(), JobFacts(state="failed"))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "output" in found.next
@@ -317,7 +318,7 @@ def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
 def test_a_lost_rank_outranks_timing():
     """A rank killed by a signal is the verdict; the timing finding comes after it."""
     lost = RankExit(rank=1, state="killed", signal=9, last_step=99, open_step=100, open_phase="backward")
-    findings = diagnose(window_of(Job(), adds("forward", 20, (0,))), Facts(world_size=2, exits=(lost,)))
+    findings = diagnose(window_of(Job(), adds("forward", 20, (0,))), JobFacts(world_size=2, exits=(lost,)))
 
     assert [finding.kind for finding in findings] == [Kind.RANK_LOST, Kind.COMPUTE_STRAGGLER]
     assert (findings[0].ranks, findings[0].phase, findings[0].evidence["signal"]) == ((1,), "backward", 9)
@@ -354,8 +355,8 @@ def test_device_times_have_a_lower_floor_for_communication():
     job = Job(own={"forward": 1.0, "backward": 2.0, "optimizer": 0.3}, comm=2.0, leave_ms=0.0)
     window = window_of(job)
 
-    assert diagnose(window, Facts(world_size=2))[0].kind is Kind.HEALTHY
-    assert diagnose(replace(window, device=True), Facts(world_size=2))[0].kind is Kind.COMM_BOUND
+    assert diagnose(window, JobFacts(world_size=2))[0].kind is Kind.HEALTHY
+    assert diagnose(replace(window, device=True), JobFacts(world_size=2))[0].kind is Kind.COMM_BOUND
 
 
 def test_rows_with_nothing_in_them_do_no_harm():
@@ -365,4 +366,4 @@ def test_rows_with_nothing_in_them_do_no_harm():
     window = StepWindow(128)
     window.scatter(np.zeros(60, np.int64), rows)
 
-    assert diagnose(window.aligned(), Facts())[0].kind is Kind.HEALTHY
+    assert diagnose(window.aligned(), JobFacts())[0].kind is Kind.HEALTHY

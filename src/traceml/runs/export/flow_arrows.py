@@ -1,4 +1,4 @@
-"""Arrows where ranks wait for each other: from the rank that came last to those that it released."""
+"""Flow arrows where ranks wait for each other: from the rank that came last to those that it released."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
 
-__all__ = ["Arrow", "Arrows", "Meeting"]
+__all__ = ["FlowArrow", "FlowArrows", "SyncArrival"]
 
 # Ranks may be this many meetings apart, all ranks together, before an unfinished one is given up.
 _MOST_HELD = 200_000
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class SyncArrival:
     """A rank at a sync point: epoch nanoseconds.
 
     Attributes:
@@ -36,26 +36,26 @@ class Meeting:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrow:
+class FlowArrow:
     """From one rank's slice to another's; both ends lie inside the slices, the first not after the second."""
 
-    source: Meeting
+    source: SyncArrival
     from_ns: int
-    target: Meeting
+    target: SyncArrival
     to_ns: int
 
 
-class Arrows:
+class FlowArrows:
     """Collects ranks at their sync points; when all are there, says who released whom.
 
     Who waited least came last: that needs no common clock.
     """
 
     def __init__(self) -> None:
-        self._open: OrderedDict[Hashable, dict[int, Meeting]] = OrderedDict()
+        self._open: OrderedDict[Hashable, dict[int, SyncArrival]] = OrderedDict()
         self._held = 0
 
-    def meet(self, point: Hashable, rank: int, meeting: Meeting, ranks: int) -> list[Arrow]:
+    def meet(self, point: Hashable, rank: int, meeting: SyncArrival, ranks: int) -> list[FlowArrow]:
         """Take a rank's arrival at a sync point; return the arrows once the last of `ranks` ranks is known."""
         there = self._open.setdefault(point, {})
         self._held += rank not in there
@@ -71,7 +71,7 @@ class Arrows:
         return []
 
 
-def _arrows(meetings: list[Meeting]) -> list[Arrow]:
+def _arrows(meetings: list[SyncArrival]) -> list[FlowArrow]:
     last = min(meetings, key=lambda meeting: meeting.waited_ns)
     arrows = []
     for meeting in meetings:
@@ -81,6 +81,6 @@ def _arrows(meetings: list[Meeting]) -> list[Arrow]:
         to_ns = meeting.left_ns - min(1_000, (meeting.waited_ns + 1) // 2)
         from_ns = min(last.arrived_ns - 1 + last.waited_ns // 2, to_ns)
         if from_ns > last.began_ns:  # else the clocks are further apart than the wait
-            arrows.append(Arrow(last, from_ns, meeting, to_ns))
+            arrows.append(FlowArrow(last, from_ns, meeting, to_ns))
 
     return arrows
