@@ -140,7 +140,7 @@ def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> Non
     assert process.returncode == 130, err
     assert " here:\n" in err  # where each rank was
     assert "train.py" in err.partition(" here:\n")[2]
-    assert "recorder/worker.py" not in err  # threads of ours are nobody's business
+    assert "recorder/recorder_thread.py" not in err  # threads of ours are nobody's business
     report = report_of(folder)
     assert report["run"]["state"] == "failed"
     assert report["telemetry"]["rows_lost"] == 0

@@ -48,7 +48,7 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
     def run(code: str, *arguments: str, entry: bool = False, **values: str) -> subprocess.CompletedProcess[str]:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
-        by = ["-m", "traceml.recorder.entry"] if entry else []
+        by = ["-m", "traceml.session.entry"] if entry else []
         aggregator = {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
         return subprocess.run(
             [sys.executable, *by, str(script), *arguments],

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.commands import Commands
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
-from traceml.aggregator.run import Run
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.clock import boot_id
@@ -78,9 +78,9 @@ class Aggregator:
         self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
         self._parent = os.getppid()
-        self._verdicts: dict[Run, LiveVerdict] = {}
+        self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ending: set[Run] = set()
+        self._ending: set[ActiveRun] = set()
         self._tick_due = False
         self._idle_since_s = time.monotonic()
         self._seen_any = False
@@ -201,7 +201,7 @@ class Aggregator:
 
     # --- the ends of runs --------------------------------------------------------------------------------------------
 
-    async def end(self, run: Run, status: int | None = None) -> bool:
+    async def end(self, run: ActiveRun, status: int | None = None) -> bool:
         """Close a run and have its report written; return False while its rows cannot be stored."""
         if run in self._ending:
             await asyncio.sleep(0.05)
@@ -241,7 +241,7 @@ class Aggregator:
         except Exception:  # noqa: BLE001 - the rows are safe; `traceml report` can write it again and will say more
             _log.exception("no report for %s", path)
 
-    def _adopt_flights(self, run: Run) -> None:
+    def _adopt_flights(self, run: ActiveRun) -> None:
         """Take in what ranks of this run left behind without ever having been connected here."""
         folders = (run.path.parent / FALLBACK_FOLDER, run.path / COPIES_FOLDER)
         for found in dead_flights(run.key, *folders, but=run.recovered):
@@ -310,7 +310,7 @@ class Aggregator:
         finally:
             self._settling.discard(run.run_dir)
 
-    async def _watch_run(self, run: Run, *, judge: bool) -> None:
+    async def _watch_run(self, run: ActiveRun, *, judge: bool) -> None:
         run.look_around()
         if judge:
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
@@ -319,7 +319,7 @@ class Aggregator:
         if run.is_over(held=self._is_held(run)):
             await self.end(run)
 
-    def _is_held(self, run: Run) -> bool:
+    def _is_held(self, run: ActiveRun) -> bool:
         """Whether a launcher that still lives will say when this run is over."""
         return run.id == self._run_id and os.getppid() == self._parent
 
@@ -370,7 +370,7 @@ class Aggregator:
             self._schedule()
 
     @staticmethod
-    def _note_clock(run: Run, stream: Stream, message: dict[str, Any]) -> None:
+    def _note_clock(run: ActiveRun, stream: Stream, message: dict[str, Any]) -> None:
         offset, rtt = message.get("offset_ns"), message.get("rtt_ns")
         if not isinstance(offset, int) or not isinstance(rtt, int):
             raise ProtocolError("a clock message carries offset_ns and rtt_ns")

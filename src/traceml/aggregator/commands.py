@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from traceml.aggregator.run import Run
+from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.streams import Stream
 from traceml.transport.server import Peer
 
@@ -32,7 +32,7 @@ class CommandError(Exception):
 
 
 @dataclass(slots=True)
-class _Question:
+class _RankQuery:
     """A command passed on to ranks, and what they answered so far."""
 
     waiting: set[int]
@@ -56,7 +56,7 @@ class Commands:
     def __init__(self, aggregator: Aggregator) -> None:
         self._aggregator = aggregator
         self._numbers = itertools.count(1)
-        self._questions: dict[int, _Question] = {}
+        self._questions: dict[int, _RankQuery] = {}
         self._own: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
             "exits": self._exits,
@@ -136,7 +136,7 @@ class Commands:
             raise CommandError(f"no rank of run {run.id} is connected")
 
         number = next(self._numbers)
-        question = self._questions[number] = _Question({stream.rank for stream in asked})
+        question = self._questions[number] = _RankQuery({stream.rank for stream in asked})
         for stream in asked:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": number, "name": name, "args": args})
@@ -152,7 +152,7 @@ class Commands:
         replies = [{"rank": rank, **answer} for rank, answer in sorted(question.answers.items())]
         return {"replies": replies, "missing": sorted(question.waiting)}
 
-    def _run_of(self, peer: Peer) -> Run:
+    def _run_of(self, peer: Peer) -> ActiveRun:
         wanted = peer.hello.run if peer.hello is not None else ""
         run = self._aggregator.registry.find(wanted)
         if run is None:

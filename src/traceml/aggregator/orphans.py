@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
+from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry
-from traceml.aggregator.run import Run
 from traceml.database.flight import FALLBACK_FOLDER
 from traceml.database.store import STORE_NAME, StoreReader
 
@@ -28,7 +28,7 @@ def finish_orphan(run_dir: Path) -> bool:
     if facts.get("ended") is not None:
         return True
 
-    run = Run(run_dir, str(facts.get("job", run_dir.name)), named=bool(facts.get("named")))
+    run = ActiveRun(run_dir, str(facts.get("job", run_dir.name)), named=bool(facts.get("named")))
     return _finish(run, Registry(run_dir.parent))
 
 
@@ -42,7 +42,7 @@ def finish_flights(runs_dir: Path) -> list[Path]:
     return [run.path for run in registry.adopt_flights() if _finish(run, registry)]
 
 
-def _finish(run: Run, registry: Registry) -> bool:
+def _finish(run: ActiveRun, registry: Registry) -> bool:
     for found in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
         run.adopt(found)
 

@@ -23,14 +23,14 @@ from traceml.database.flight import (
 from traceml.database.schema import LOGGED, Phase
 from traceml.errors import StoreError
 
-__all__ = ["Found", "appended_rows", "dead_flights", "recover"]
+__all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
 
 _COMMIT_BYTES = 32 << 20
 
 _log = logging.getLogger("traceml")
 
 
-class Found:
+class DeadFlight:
     """A dead rank's flight file and what it says of its writer."""
 
     def __init__(self, path: Path, image: FlightImage) -> None:
@@ -59,7 +59,7 @@ class Found:
         )
 
 
-def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) -> list[Found]:
+def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) -> list[DeadFlight]:
     """Return the flight files which dead ranks of a job left in the usual folder and in others.
 
     Args:
@@ -74,7 +74,7 @@ def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) ->
                 continue
 
             try:
-                flight = Found(path, read_flight(path))
+                flight = DeadFlight(path, read_flight(path))
             except (StoreError, ValueError, TypeError) as error:
                 if path.exists():  # else somebody has just stored it
                     _log.warning("cannot use a flight file: %s", error)

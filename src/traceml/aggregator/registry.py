@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from traceml import ids
-from traceml.aggregator.recovery import Found, dead_flights
-from traceml.aggregator.run import Run
+from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.recovery import DeadFlight, dead_flights
 from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.flight import FALLBACK_FOLDER
 from traceml.database.store import STORE_NAME
@@ -75,15 +75,15 @@ class Registry:
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir.absolute()
-        self._runs: list[Run] = []
-        self._by_key: dict[str, Run] = {}
+        self._runs: list[ActiveRun] = []
+        self._by_key: dict[str, ActiveRun] = {}
 
     @property
-    def open_runs(self) -> list[Run]:
+    def open_runs(self) -> list[ActiveRun]:
         """The runs that are not over."""
         return [run for run in self._runs if not run.ended]
 
-    def find(self, text: str) -> Run | None:
+    def find(self, text: str) -> ActiveRun | None:
         """Return a run by job key or id; without a text the newest one."""
         if not text:
             return self._runs[-1] if self._runs else None
@@ -91,7 +91,7 @@ class Registry:
         found = self._by_key.get(text)
         return found or next((run for run in reversed(self._runs) if run.id == text), None)
 
-    def known(self, hello: Hello) -> tuple[Run, Stream] | None:
+    def known(self, hello: Hello) -> tuple[ActiveRun, Stream] | None:
         """Return the run and stream of a recorder that was here before, in this aggregator's life or an earlier one."""
         who, key = Incarnation.of(hello), _key(hello)
         for run in reversed(self._runs):
@@ -103,7 +103,7 @@ class Registry:
         stream = left.stream_of(who, hello.rank) if left is not None else None
         return (left, stream) if left is not None and stream is not None else None
 
-    def place(self, hello: Hello) -> tuple[Run, int]:
+    def place(self, hello: Hello) -> tuple[ActiveRun, int]:
         """Return the run and the attempt which a newcomer belongs to; a new run when no other will do.
 
         Raises:
@@ -128,12 +128,12 @@ class Registry:
 
         return run, run.attempt_for(hello) or hello.attempt
 
-    def _run_of_parent(self, hello: Hello) -> Run | None:
+    def _run_of_parent(self, hello: Hello) -> ActiveRun | None:
         """Return the run of the process that a forked child only logs for."""
         runs = (run for run in reversed(self._runs) if run.key.split("#")[0] == _key(hello))
         return next((run for run in runs if any(each.who.recorder == hello.parent for each in run.streams)), None)
 
-    def begin(self, run_id: str, key: str, *, named: bool, is_new: bool = True) -> Run:
+    def begin(self, run_id: str, key: str, *, named: bool, is_new: bool = True) -> ActiveRun:
         """Open a run's folder, new or left by an earlier aggregator.
 
         Args:
@@ -149,7 +149,7 @@ class Registry:
         was_marked = _read_marker(_marker(self.runs_dir, key)) is not None
         self._mark(key, run_id, named=named)
         try:
-            run = Run(self.runs_dir / run_id, key, named=named)
+            run = ActiveRun(self.runs_dir / run_id, key, named=named)
         except StoreError as error:
             if not was_marked:  # else it may be the mark of an aggregator that lives
                 self._unmark(key)
@@ -163,21 +163,21 @@ class Registry:
 
         return run
 
-    def over(self, run: Run) -> None:
+    def over(self, run: ActiveRun) -> None:
         """Note that a run has been closed."""
         self._unmark(run.key)
         for old in [each for each in self._runs if each.ended][:-_REMEMBERED]:
             self._runs.remove(old)
             self._by_key = {key: each for key, each in self._by_key.items() if each is not old}
 
-    def discard(self, run: Run) -> None:
+    def discard(self, run: ActiveRun) -> None:
         """Remove a run to which no rank has come: an aggregator that was killed may leave one."""
         self.over(run)
         self._runs.remove(run)
         self._by_key.pop(run.key, None)
         run.remove()
 
-    def reopened(self, run: Run) -> None:
+    def reopened(self, run: ActiveRun) -> None:
         """Note that a closed run goes on."""
         self._mark(run.key, run.id, named=run.named)
 
@@ -193,13 +193,13 @@ class Registry:
             except RefusedError as error:  # another aggregator is at it, or the folder is gone bad
                 _log.info("not taking up run %s: %s", left["run"], error)
 
-    def adopt_flights(self) -> list[Run]:
+    def adopt_flights(self) -> list[ActiveRun]:
         """Take up what dead ranks have logged here and nobody has stored: their aggregator was gone, or never there.
 
         Returns:
             the runs that got something; they are open.
         """
-        adopted: dict[Run, None] = {}
+        adopted: dict[ActiveRun, None] = {}
         if not self._left_here():
             return []
 
@@ -212,7 +212,7 @@ class Registry:
 
         return list(adopted)
 
-    def _left_here(self) -> list[Found]:
+    def _left_here(self) -> list[DeadFlight]:
         """Return the flights of dead ranks with something logged whose run is, or would have been, in this folder."""
         return [
             found
@@ -239,7 +239,7 @@ class Registry:
 
             yield
 
-    def _run_of(self, found: Found) -> Run | None:
+    def _run_of(self, found: DeadFlight) -> ActiveRun | None:
         """Return the run that a dead rank's rows belong to, opened; None when it is somebody else's or was removed."""
         known = self._by_key.get(found.job)
         if known is not None:
@@ -255,7 +255,7 @@ class Registry:
             _log.info("not taking up %s: %s", found.path, error)
             return None
 
-    def _run_id_of(self, found: Found) -> str | None:
+    def _run_id_of(self, found: DeadFlight) -> str | None:
         left = _read_marker(_marker(self.runs_dir, found.job))
         if found.run_dir is not None:
             return found.run_dir.name if found.run_dir.exists() else None  # somebody has removed the run
@@ -266,7 +266,7 @@ class Registry:
 
         return safe_run_id(found.run_id) if found.run_id else new_run_id(found.name)
 
-    def _resume(self, hello: Hello) -> Run | None:
+    def _resume(self, hello: Hello) -> ActiveRun | None:
         """Take up a newcomer's run from disk, if an earlier aggregator has left it there."""
         key = _key(hello)
         if key in self._by_key:
@@ -301,7 +301,7 @@ class Registry:
         with contextlib.suppress(OSError):  # at worst the next aggregator looks at a run that is over
             _marker(self.runs_dir, key).unlink(missing_ok=True)
 
-    def _point_latest_at(self, run: Run) -> None:
+    def _point_latest_at(self, run: ActiveRun) -> None:
         latest = self.runs_dir / "latest"
         draft = self.runs_dir / f".latest-{os.getpid()}"
         try:

@@ -169,10 +169,10 @@ def _torchrun_arguments(options: argparse.Namespace) -> list[str]:
 def _command(options: argparse.Namespace, target: str, arguments: Sequence[str]) -> list[str]:
     script = [*(["-m"] if options.module else []), target, *arguments]
     if not _elastic(options):
-        return [sys.executable, "-m", "traceml.recorder.entry", *script]
+        return [sys.executable, "-m", "traceml.session.entry", *script]
 
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return [sys.executable, "-m", "traceml.launch.elastic", *torchrun, "-m", "traceml.recorder.entry", *script]
+    return [sys.executable, "-m", "traceml.launch.elastic", *torchrun, "-m", "traceml.session.entry", *script]
 
 
 def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:

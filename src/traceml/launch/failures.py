@@ -31,7 +31,7 @@ _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
 _OUR_THREAD = re.compile(
     r'File "[^"]*/traceml/[^"]*", line \d+ in \w+\n  File "[^"]*threading\.py", line \d+ in run$', re.MULTILINE
 )
-_OURS = re.compile(r'File "[^"]*traceml/(launch/worker|recorder/script)\.py"')
+_OURS = re.compile(r'File "[^"]*traceml/(launch/worker|session/script)\.py"')
 
 
 class Failure:

@@ -50,7 +50,7 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
             _send_records(records_fd, request["log_level"])
 
         if request["trace"] and not request["script"]:
-            from traceml.recorder.script import start_recorder
+            from traceml.session.script import start_recorder
 
             start_recorder()  # before the process group: its making is watched
 
@@ -251,7 +251,7 @@ def _run_script(request: Mapping[str, Any]) -> Any:
     script = request["script"]
     argv = list(script["argv"])
     words = ["-m", script["module"], *argv] if script.get("module") else [script["path"], *argv]
-    from traceml.recorder.script import main as run
+    from traceml.session.script import main as run
 
     run(words)
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.privacy import secrets_only
 from traceml.recorder import api
-from traceml.recorder.values import Later, number_of, plain, step_of
+from traceml.recorder.logged_values import DeferredValue, number_of, plain, step_of
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
@@ -187,7 +187,7 @@ class Logger:
         """Append what could not be appended at once, on the recorder's thread; with `wait`, wait for devices."""
         while self._late:
             t_ns, step, number, value, kind = self._late[0]
-            if isinstance(value, Later):
+            if isinstance(value, DeferredValue):
                 if not (wait or value.ready):
                     return
 
@@ -240,7 +240,7 @@ class Logger:
 
     def _odd_value(self, name: str, value: Any, step: int, kind: int, t_ns: int) -> None:
         """Keep what is no number here and now: a tensor on a device for later, anything else as a text."""
-        if isinstance(value, Later):
+        if isinstance(value, DeferredValue):
             entry = self._entries.get(name)
             if entry is not None:
                 self._late.append((t_ns, step_of(step), entry[0], value, kind))

@@ -21,10 +21,10 @@ from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, R
 from traceml.ids import RankIdentity
 from traceml.privacy import secrets_only
 from traceml.recorder.exits import describe
-from traceml.recorder.files import Files
 from traceml.recorder.identity import Identity, Spawned, forget_children, identify, tell_children
-from traceml.recorder.sender import Sender
-from traceml.recorder.worker import Worker
+from traceml.recorder.recorder_thread import RecorderThread
+from traceml.recorder.row_sender import RowSender
+from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import Sampler, SamplerStatistics, Scheduler
 from traceml.transport.client import Connection, connect
 
@@ -100,14 +100,14 @@ class Recorder:
         self._state = "disabled"
         self._identity: Identity | None = None
         self._flight: FlightFile | None = None
-        self._sender: Sender | None = None
+        self._sender: RowSender | None = None
         self._scheduler: Scheduler | None = None
-        self._worker: Worker | None = None
+        self._worker: RecorderThread | None = None
         self._exit_told = False
         self._hold_until_ns = 0
         self._stopping = threading.Lock()
         self._before_stop: list[Callable[[], None]] = []
-        self.files: Files | None = None
+        self.files: FileUploader | None = None
         """Takes files for the run's folder."""
 
     def __repr__(self) -> str:
@@ -196,8 +196,8 @@ class Recorder:
             fallback=config.runs_dir / FALLBACK_FOLDER,
         )
         try:
-            self.files = Files(self._flight.stems, self._append_logged, self._wake)
-            self._sender = Sender(
+            self.files = FileUploader(self._flight.stems, self._append_logged, self._wake)
+            self._sender = RowSender(
                 self._flight,
                 self._dial,
                 flush_interval_s=config.flush_interval,
@@ -411,7 +411,7 @@ class Recorder:
         assert identity is not None
         hello = identity.probe() if identity.provisional else self._hello()
         if config.local and not config.supervised:
-            from traceml.recorder.local import connect_or_start
+            from traceml.recorder.local_aggregator import connect_or_start
 
             connection = connect_or_start(config, hello)
         else:
@@ -454,7 +454,7 @@ class Recorder:
         assert self._identity is not None
         flight = self._flight
         self._scheduler = self._sampling(tracing=tracing)
-        self._worker = Worker(flight, self._sender, self._scheduler, self._hook_ns, files=self.files)
+        self._worker = RecorderThread(flight, self._sender, self._scheduler, self._hook_ns, files=self.files)
         if tracing:
             self._instrument()
         if self._parent is None:
@@ -513,7 +513,7 @@ class Recorder:
             raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
 
         if config.local and not config.supervised:
-            from traceml.recorder.local import connect_or_start
+            from traceml.recorder.local_aggregator import connect_or_start
 
             return connect_or_start(config, self._hello(), lambda: self.is_over)
 

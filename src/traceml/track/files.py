@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.recorder import api
-from traceml.recorder.files import Job
+from traceml.recorder.uploads import FileUpload
 from traceml.track.values import histogram_of, image_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 
     data = content.encode("utf-8", "replace")
     limit = recorder.config.max_artifact_bytes
     recorder.files.add(
-        Job(logger.experiment, "artifact", f"{name}.txt", step, t_ns or time.time_ns(), lambda: data, limit, ".txt")
+        FileUpload(
+            logger.experiment, "artifact", f"{name}.txt", step, t_ns or time.time_ns(), lambda: data, limit, ".txt"
+        )
     )
 
 
@@ -49,7 +51,9 @@ def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int =
     limit = recorder.config.max_image_bytes
     step = logger.next_step(name, step)
     source, suffix = image_of(content, limit)
-    recorder.files.add(Job(logger.experiment, "image", str(name), step, t_ns or time.time_ns(), source, limit, suffix))
+    recorder.files.add(
+        FileUpload(logger.experiment, "image", str(name), step, t_ns or time.time_ns(), source, limit, suffix)
+    )
 
 
 def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins: int = 64, t_ns: int = 0) -> None:
@@ -83,7 +87,7 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
 
     if len(inside) > _FOLDER_FILES:
         why = f"the folder has {len(inside)} files: the first {_FOLDER_FILES} were taken. Log an archive of it instead"
-        job = Job(logger.experiment, "artifact", name or where.name, None, time.time_ns(), bytes, 0)
+        job = FileUpload(logger.experiment, "artifact", name or where.name, None, time.time_ns(), bytes, 0)
         _recorder(logger).files.refuse(job, why)
 
 
@@ -100,7 +104,7 @@ def _one(logger: Logger, path: Path, name: str) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
     status = os.fstat(descriptor)
     limit = recorder.config.max_artifact_bytes
-    job = Job(logger.experiment, "artifact", str(name), None, time.time_ns(), descriptor, limit, path.suffix)
+    job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), descriptor, limit, path.suffix)
     if not stat.S_ISREG(status.st_mode):
         job.close()
         raise OSError(f"{path} is no regular file: only files and folders can be logged")

@@ -16,10 +16,10 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.flight import ByteLog, FlightFile, Ring
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
-from traceml.recorder.files import Blobs, Files
+from traceml.recorder.uploads import BlobTable, FileUploader
 from traceml.transport.client import ClockOffset, Connection
 
-__all__ = ["Losses", "Sender"]
+__all__ = ["Losses", "RowSender"]
 
 _log = logging.getLogger("traceml")
 
@@ -60,10 +60,10 @@ class Losses:
 
 
 @dataclass(slots=True)
-class _Cursor:
+class _SendCursor:
     """How far one table is sent: rows below `sent` are on the wire."""
 
-    table: Ring | ByteLog | Blobs
+    table: Ring | ByteLog | BlobTable
     sent: int = 0
     losses: Losses = field(default_factory=Losses)
 
@@ -88,7 +88,7 @@ class _Cursor:
             yield taken.first, taken.n, taken.data
 
 
-class Sender:
+class RowSender:
     """Keeps one aggregator supplied. Owned by one thread; no call blocks longer than its timeout.
 
     Args:
@@ -107,17 +107,17 @@ class Sender:
         *,
         flush_interval_s: float = 1.0,
         commands: Mapping[str, Command] | None = None,
-        files: Files | None = None,
+        files: FileUploader | None = None,
         on_welcome: Callable[[Mapping[str, Any]], None] = lambda _welcome: None,
     ) -> None:
         self._dial = dial
         self._commands = commands or {}
         self._flush_ns = int(flush_interval_s * 1e9)
         # Names before the rows that use them.
-        self._logs = [_Cursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
-        self._rings = [_Cursor(ring) for ring in flight.rings.values()]
+        self._logs = [_SendCursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
+        self._rings = [_SendCursor(ring) for ring in flight.rings.values()]
         self._files, self._on_welcome = files, on_welcome
-        self._blobs = [_Cursor(files.blobs)] if files is not None else []
+        self._blobs = [_SendCursor(files.blobs)] if files is not None else []
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
         self._clock_ns = 0
@@ -172,7 +172,7 @@ class Sender:
         return all(cursor.table.acked >= cursor.table.appended for cursor in self._cursors)
 
     @property
-    def _cursors(self) -> list[_Cursor]:
+    def _cursors(self) -> list[_SendCursor]:
         return self._logs + self._rings + self._blobs
 
     def said_missing(self) -> None:

@@ -10,12 +10,12 @@ from collections.abc import Callable
 
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile, Slot
-from traceml.recorder.files import Files
 from traceml.recorder.logger import settle
-from traceml.recorder.sender import Sender
+from traceml.recorder.row_sender import RowSender
+from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import Scheduler
 
-__all__ = ["FILES_TIMEOUT_S", "Worker"]
+__all__ = ["FILES_TIMEOUT_S", "RecorderThread"]
 
 _log = logging.getLogger("traceml")
 
@@ -28,7 +28,7 @@ _RELEASE_ROWS = 8192
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
 
 
-class Worker:
+class RecorderThread:
     """Runs samplers and the sender on a thread of its own, in turns of microseconds; the training never waits for it.
 
     Args:
@@ -42,11 +42,11 @@ class Worker:
     def __init__(
         self,
         flight: FlightFile,
-        sender: Sender,
+        sender: RowSender,
         scheduler: Scheduler,
         hook_ns: Callable[[], int] = lambda: 0,
         *,
-        files: Files | None = None,
+        files: FileUploader | None = None,
     ) -> None:
         self.errors = 0
         """Turns that failed."""
@@ -161,7 +161,7 @@ class Worker:
 
         self.cpu_ns = time.thread_time_ns()
 
-    def _bring_files(self, files: Files) -> None:
+    def _bring_files(self, files: FileUploader) -> None:
         """Wait for files that are being copied, as long as they get on: their rows come after them."""
         seen, since_s = files.progress, time.monotonic()
         began_s = since_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
-from traceml.aggregator import run as run_module
+from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams import StreamState
 
 

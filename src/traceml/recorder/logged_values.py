@@ -6,7 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["Later", "number_of", "plain", "step_of"]
+__all__ = ["DeferredValue", "number_of", "plain", "step_of"]
 
 _TEXT_CHARS = 2_000_000
 _ITEMS = 10_000
@@ -15,7 +15,7 @@ _DEPTH = 8
 _INT64 = 2**63
 
 
-class Later:
+class DeferredValue:
     """The value of a tensor on a device: on its way to the host, without anybody waiting for it.
 
     Args:
@@ -53,7 +53,7 @@ class Later:
 
 
 def number_of(value: Any) -> Any:
-    """Return a value as a float; a `Later` for a tensor on a device; the value itself when it is no number."""
+    """Return a value as a float; a `DeferredValue` for a tensor on a device; the value itself when it is no number."""
     kind = type(value)
     if kind is int or kind is bool:
         try:
@@ -78,7 +78,7 @@ def _of_tensor(tensor: Any, device: str) -> Any:
     if tensor.numel() != 1 or tensor.is_complex() or device == "meta":
         return tensor
 
-    return float(tensor.item()) if device == "cpu" else Later(tensor)
+    return float(tensor.item()) if device == "cpu" else DeferredValue(tensor)
 
 
 def step_of(step: Any) -> int:
@@ -140,7 +140,7 @@ def _plain_object(value: Any, kind: str, depth: int) -> Any:
         return plain(operator.index(value), depth)  # numpy's integers, enumerations
 
     number = number_of(value)
-    if isinstance(number, Later):
+    if isinstance(number, DeferredValue):
         number = number.number()
     if type(number) is float:
         return number

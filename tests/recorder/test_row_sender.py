@@ -11,8 +11,8 @@ import pytest
 
 from traceml.database.flight import FlightFile
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.recorder import sender as module
-from traceml.recorder.sender import Losses, Sender
+from traceml.recorder import row_sender as module
+from traceml.recorder.row_sender import Losses, RowSender
 from traceml.transport.client import ClockOffset
 from traceml.transport.framing import decode_log
 
@@ -87,7 +87,7 @@ def add_steps(flight: FlightFile, count: int) -> None:
         ring.append(ring.appended, *([0] * 12))
 
 
-def make(flight: FlightFile, *wires: Wire | Exception, late: bool = True, **options: Any) -> Sender:
+def make(flight: FlightFile, *wires: Wire | Exception, late: bool = True, **options: Any) -> RowSender:
     """A sender whose dials give these, one after another; `late`: past the first seconds, in which all goes at once."""
     waiting = list(wires)
 
@@ -98,12 +98,12 @@ def make(flight: FlightFile, *wires: Wire | Exception, late: bool = True, **opti
 
         return next_one
 
-    made = Sender(flight, dial, **options)
+    made = RowSender(flight, dial, **options)
     made._started_ns = made._flushed_ns = made._started_ns - (10**10 if late else 0)
     return made
 
 
-def settle(sender: Sender) -> None:
+def settle(sender: RowSender) -> None:
     """Connect and send what is there, so that the flush interval begins."""
     sender.pump(flush=True)
 

@@ -1,4 +1,4 @@
-"""`python -m traceml.recorder.entry` against `python`: the same output, errors, status and signals."""
+"""`python -m traceml.session.entry` against `python`: the same output, errors, status and signals."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_script_lives_as_under_python(folder: Path, words: str) -> None:
     arguments = [rest] if rest in ("at once", "broken hook") else rest.split()
     command = [*(["-m"] if words.startswith("-m ") else []), program, *arguments]
 
-    plain, traced = run(folder, *command), run(folder, "-m", "traceml.recorder.entry", *command)
+    plain, traced = run(folder, *command), run(folder, "-m", "traceml.session.entry", *command)
 
     assert traced == plain
 
@@ -224,7 +224,7 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
         "    print('cleaned up', flush=True)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-m", "traceml.recorder.entry", str(script)],
+        [sys.executable, "-m", "traceml.session.entry", str(script)],
         env=environ(tmp_path, TRACEML_PORT=str(serving.port), TRACEML_TOKEN=TOKEN),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -33,7 +33,7 @@ from traceml.database.image import ARTIFACTS, note_in, spool_of
 from traceml.database.rings import Taken
 from traceml.database.schema import BLOBS
 
-__all__ = ["Blobs", "Files", "Job", "RefusedFileError"]
+__all__ = ["BlobTable", "FileUpload", "FileUploader", "RefusedFileError"]
 
 _log = logging.getLogger("traceml")
 
@@ -47,7 +47,7 @@ class RefusedFileError(Exception):
 
 
 @dataclass(slots=True)
-class Job:
+class FileUpload:
     """One file to be taken.
 
     Attributes:
@@ -79,7 +79,7 @@ class Job:
             os.close(self.source)
 
 
-class Blobs:
+class BlobTable:
     """Files as rows of pieces, for an aggregator whose folder is elsewhere; the spool is their memory."""
 
     name = BLOBS.name
@@ -126,7 +126,7 @@ class Blobs:
         return Taken(max(cursor, self.appended), 0, b"")
 
 
-class Files:
+class FileUploader:
     """Takes files on a thread of its own, begun with the first.
 
     Args:
@@ -138,7 +138,7 @@ class Files:
     def __init__(
         self, stems: tuple[Path, ...], append: Callable[[dict[str, Any]], object], on_work: Callable[[], None]
     ) -> None:
-        self.blobs = Blobs()
+        self.blobs = BlobTable()
         self.moved_bytes = 0
         """How much was copied so far: grows while there is progress."""
         self._stems, self._append, self._on_work = stems, append, on_work
@@ -150,8 +150,8 @@ class Files:
         self._spool: Path | None = None
         self._artifacts: Path | None = None
         self._elsewhere = False
-        self._spooled: deque[tuple[Path, Job, dict[str, Any]]] = deque()
-        self._sent: deque[tuple[int, Job, dict[str, Any]]] = deque()
+        self._spooled: deque[tuple[Path, FileUpload, dict[str, Any]]] = deque()
+        self._sent: deque[tuple[int, FileUpload, dict[str, Any]]] = deque()
 
     @property
     def pending(self) -> int:
@@ -174,7 +174,7 @@ class Files:
         self._elsewhere = self._artifacts is None
         self._on_work()
 
-    def add(self, job: Job) -> None:
+    def add(self, job: FileUpload) -> None:
         """Take a file; returns at once."""
         with self._lock:
             self._unfinished += 1
@@ -184,7 +184,7 @@ class Files:
 
         self._queue.put(lambda: self._take(job))
 
-    def refuse(self, job: Job, why: str) -> None:
+    def refuse(self, job: FileUpload, why: str) -> None:
         """Say that a file is not taken: in the run, and to the user."""
         _log.warning("%s %r is not logged: %s", job.kind, job.name, why)
         self._append(_row("refused", job) | {"what": job.kind, "why": why})
@@ -220,7 +220,7 @@ class Files:
 
             self._on_work()
 
-    def _take(self, job: Job) -> None:
+    def _take(self, job: FileUpload) -> None:
         try:
             path, facts = self._copy(job)
         except RefusedFileError as error:
@@ -234,14 +234,14 @@ class Files:
         finally:
             job.close()
 
-    def _drop(self, job: Job, why: str) -> None:
+    def _drop(self, job: FileUpload, why: str) -> None:
         self.refuse(job, why)
         if job.note is not None:
             job.note.unlink(missing_ok=True)
 
         self._count_down()
 
-    def _copy(self, job: Job) -> tuple[Path, dict[str, Any]]:
+    def _copy(self, job: FileUpload) -> tuple[Path, dict[str, Any]]:
         """Copy a file into the spool, under the name of its contents."""
         folder = self._folder()
         part = folder / f".{threading.get_ident()}.part"
@@ -288,7 +288,7 @@ class Files:
 
         raise refused or OSError(errno.ENOENT, "there is no folder for its copy")
 
-    def _deliver(self, path: Path, job: Job, facts: dict[str, Any]) -> None:
+    def _deliver(self, path: Path, job: FileUpload, facts: dict[str, Any]) -> None:
         """Bring a spooled file to the run's folder, or let it wait until it is known where that is."""
         if self._artifacts is not None:
             try:
@@ -303,7 +303,7 @@ class Files:
         else:
             self._spooled.append((path, job, facts))
 
-    def _finish(self, job: Job, facts: dict[str, Any]) -> None:
+    def _finish(self, job: FileUpload, facts: dict[str, Any]) -> None:
         self._append(_row(job.kind, job) | facts)
         if job.note is not None:
             job.note.unlink(missing_ok=True)
@@ -315,7 +315,7 @@ class Files:
             self._unfinished -= 1
 
 
-def _row(kind: str, job: Job) -> dict[str, Any]:
+def _row(kind: str, job: FileUpload) -> dict[str, Any]:
     row = {"kind": kind, "t_ns": job.t_ns, "experiment": job.experiment, "name": job.name}
     return row if job.step is None else row | {"step": job.step}
 

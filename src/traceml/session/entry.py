@@ -1,4 +1,4 @@
-"""Run a script as `python` would, under a recorder: `python -m traceml.recorder.entry [-m] SCRIPT [ARGS ...]`.
+"""Run a script as `python` would, under a recorder: `python -m traceml.session.entry [-m] SCRIPT [ARGS ...]`.
 
 What `traceml run` starts for each rank. This file only sets the stage: it is `__main__` itself until the script is.
 """
@@ -14,6 +14,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         del sys.path[0]
 
-    from traceml.recorder.script import main
+    from traceml.session.script import main
 
     main(sys.argv[1:])

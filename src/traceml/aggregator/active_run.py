@@ -14,7 +14,7 @@ from typing import Any
 
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
-from traceml.aggregator.recovery import Found, appended_rows, recover
+from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database.image import FlightImage, FlightState
@@ -23,7 +23,7 @@ from traceml.errors import StoreError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
 
-__all__ = ["Run"]
+__all__ = ["ActiveRun"]
 
 # A rank on another host that is away this long, or a rank of this host whose process this host cannot see, is lost.
 LOST_AFTER_S = 30.0
@@ -39,7 +39,7 @@ HELD_S = 3600.0
 _log = logging.getLogger("traceml")
 
 
-class Run:
+class ActiveRun:
     """One run, open or ended.
 
     Args:
@@ -181,7 +181,7 @@ class Run:
         if self.ingest.stalled:
             peer.pause(True)
 
-    def adopt(self, found: Found) -> None:
+    def adopt(self, found: DeadFlight) -> None:
         """Take in a rank that died before it could connect, or of which nothing is left but its flight file."""
         stream = self.stream_of(found.who, found.rank)
         if stream is None:
