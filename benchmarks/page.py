@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.ingest import Generator, cpu_seconds, start_aggregator
 
 from traceml import load_run
-from traceml.display.web.guard import cookie_name, cookie_value
+from traceml.display.web.token_middleware import cookie_name, cookie_value
 from traceml.launch.page import PageKeeper
 
 DEMO = Path(__file__).parents[1] / "src" / "traceml" / "cli" / "_demo_train.py"

@@ -20,7 +20,7 @@ from tests.runs.fabricated_store import store_run
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.renderers.html import report_page
+from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.report import digest_of, whole_report
 from traceml.runs.series import SeriesFollower

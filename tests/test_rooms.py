@@ -53,7 +53,7 @@ NARROW = {
 }
 # What users import, and nobody inside.
 FACES = {"__init__", "__main__", "dask"}
-LEAVES = {"settings", "coerce", "errors", "clock", "ids", "priority", "fail_open", "version", "privacy"}
+LEAVES = {"formatting", "settings", "coerce", "errors", "clock", "ids", "priority", "fail_open", "version", "privacy"}
 
 
 def _room_of(path: Path) -> str:

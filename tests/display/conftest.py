@@ -48,7 +48,7 @@ class Terminal:
 
         return data[: -len(MARK)]
 
-    def look(self) -> list[str]:
+    def visible_lines(self) -> list[str]:
         """Return the screen's lines as they are now."""
         self.read()
         return self.screen.lines()

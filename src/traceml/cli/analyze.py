@@ -146,11 +146,11 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
 def _show(answer: dict[str, Any], options: Options) -> None:
     from rich.console import Console
 
-    from traceml.renderers.analysis import SECTIONS, analysis_lines
-    from traceml.renderers.look import Look
+    from traceml.renderers.text.trace_analysis import SECTIONS, analysis_lines
+    from traceml.renderers.text.viewport import Viewport
 
     chosen = {"groups": True, "overlap": options.overlap, "timeline": options.timeline}
     sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
     console = Console(highlight=False)
-    for line in analysis_lines(answer, Look.of(console), top=options.top or _TOP, sections=sections):
+    for line in analysis_lines(answer, Viewport.of(console), top=options.top or _TOP, sections=sections):
         console.print(line, soft_wrap=True)

@@ -234,16 +234,16 @@ def _devices() -> Check:
 def _terminal() -> Check:
     from rich.console import Console
 
-    from traceml.renderers.live import MIN_HEIGHT, MIN_WIDTH
-    from traceml.renderers.look import ASCII, Look
+    from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH
+    from traceml.renderers.text.viewport import ASCII, Viewport
 
     console = Console()
     if not console.is_terminal:
         return Check("terminal", "ok", "standard output is no terminal: no live view")
 
-    look = Look.of(console)
-    text = f"{console.width} x {console.height}, {'no colours' if not look.color else console.color_system} "
-    text += "and ASCII" if look.glyphs is ASCII else "and UTF-8"
+    viewport = Viewport.of(console)
+    text = f"{console.width} x {console.height}, {'no colours' if not viewport.color else console.color_system} "
+    text += "and ASCII" if viewport.glyphs is ASCII else "and UTF-8"
     if console.is_dumb_terminal:
         return Check("terminal", "note", f"TERM={os.environ.get('TERM', '')} cannot show the live view")
 
@@ -255,6 +255,6 @@ def _terminal() -> Check:
 
 
 def _size(size: int) -> str:
-    from traceml.renderers.numbers import bytes_text
+    from traceml.formatting import bytes_text
 
     return bytes_text(size)

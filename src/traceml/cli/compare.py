@@ -15,8 +15,8 @@ from rich.console import Console
 from traceml.cli.parsing import parse
 from traceml.cli.report import runs_dir_of
 from traceml.errors import StoreError, UsageError
-from traceml.renderers.compared import change_text, compared_card
-from traceml.renderers.look import Look
+from traceml.renderers.text.comparison import change_text, compared_card
+from traceml.renderers.text.viewport import Viewport
 from traceml.runs.compare import compare_runs
 from traceml.runs.find import find_run
 
@@ -27,7 +27,7 @@ EXIT_CANNOT_TELL = 3
 
 
 @dataclass(frozen=True)
-class Options:
+class CompareOptions:
     """Say what got slower from run A to run B, by how much, and whether it is real.
 
     Slow steps that come in groups do not pass for a change: see docs/report.md.
@@ -47,7 +47,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that cannot be told."""
-    options = parse(Options, argv, prog="traceml compare")
+    options = parse(CompareOptions, argv, prog="traceml compare")
     if options.fail_over is not None and not 0 <= options.fail_over < float("inf"):
         raise UsageError(f"--fail-over takes percent from 0 on, not {options.fail_over}")
 
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps(comparison, indent=2, allow_nan=False))
     else:
         console = Console(highlight=False)
-        console.print(compared_card(comparison, Look.of(console)), soft_wrap=True)
+        console.print(compared_card(comparison, Viewport.of(console)), soft_wrap=True)
 
     return 0 if options.fail_over is None else _gate(comparison, options.fail_over)
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
-from traceml.renderers.numbers import bytes_text, count_text
+from traceml.formatting import bytes_text, count_text
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
 from traceml.settings import load

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from traceml.cli.checks import Check
+from traceml.formatting import bytes_text
 from traceml.launch.preflight import HostFacts, Preflight, slow_hosts
-from traceml.renderers.numbers import bytes_text
 
 __all__ = ["host_checks"]
 

@@ -18,7 +18,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
-from traceml.renderers.card import print_report
+from traceml.renderers.text.card import print_report
 from traceml.runs.find import find_run
 from traceml.runs.metric_summary import trackers
 from traceml.runs.report import REPORT_NAME, build_report
@@ -30,7 +30,7 @@ EXIT_GATE = 1
 
 
 @dataclass(frozen=True)
-class Options:
+class ReportOptions:
     """Say what limits a run: the verdict, the numbers behind it, and what to do next.
 
     Works on a run that has ended and on one that is still going on.
@@ -50,7 +50,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Print a report; return 0, or 1 when a finding is there that must not be."""
-    options = parse(Options, argv, prog="traceml report")
+    options = parse(ReportOptions, argv, prog="traceml report")
     unwanted = _kinds(options.fail_on)
     if options.json and options.html is not None:
         raise UsageError("--json and --html: one of them at a time")

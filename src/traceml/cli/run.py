@@ -186,7 +186,7 @@ def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
         return None
 
     def make() -> Screen:
-        from traceml.display.terminal import RunScreen
+        from traceml.display.terminal.run_screen import RunScreen
 
         return RunScreen(job.run_dir)
 

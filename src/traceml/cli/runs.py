@@ -14,7 +14,7 @@ from rich.text import Text
 
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
-from traceml.renderers.numbers import bytes_text, duration_text
+from traceml.formatting import bytes_text, duration_text
 from traceml.runs.find import RunInfo, list_runs, prune
 from traceml.settings import load
 
@@ -22,7 +22,7 @@ __all__ = ["main"]
 
 
 @dataclass(frozen=True)
-class Options:
+class RunsOptions:
     """List the runs on this disk, the newest first, or remove old ones."""
 
     prune: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -37,7 +37,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """List runs, or remove old ones."""
-    options = parse(Options, argv, prog="traceml runs")
+    options = parse(RunsOptions, argv, prog="traceml runs")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     if options.keep is not None and not options.prune:
         raise UsageError("--keep belongs to --prune")
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _keep(options: Options, setting: int | None) -> int:
+def _keep(options: RunsOptions, setting: int | None) -> int:
     keep = options.keep if options.keep is not None else setting
     if keep is None:
         raise UsageError("--prune needs to know how many runs stay: --keep N, or TRACEML_KEEP_RUNS=N")

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from traceml.cli.parsing import parse
 from traceml.cli.report import current_report
-from traceml.display.fullscreen import FullScreen
-from traceml.display.top import Top
+from traceml.display.terminal.fullscreen import FullScreen
+from traceml.display.terminal.top_app import TopApp
 from traceml.errors import RunNotFoundError, TraceMLError, UsageError
-from traceml.renderers.card import print_report
+from traceml.renderers.text.card import print_report
 from traceml.runs.find import RunInfo, find_run, list_runs
 from traceml.runs.live_run import LiveRun
 from traceml.settings import Config, load
@@ -29,7 +29,7 @@ _QUIT = ("q", "Q", "escape")
 
 
 @dataclass(frozen=True)
-class Options:
+class TopOptions:
     """Watch a running job: speed, phases of each rank, and what limits it so far.
 
     Keys: o p r m t l s (or Tab) switch between overview, phases, ranks, memory, metrics, logs, system.
@@ -47,7 +47,7 @@ class Options:
 
 def main(argv: list[str]) -> int:
     """Show a running job until it ends or a key is pressed."""
-    options = parse(Options, argv, prog="traceml top")
+    options = parse(TopOptions, argv, prog="traceml top")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     console = Console(highlight=False)
     if not console.is_terminal or console.is_dumb_terminal:
@@ -128,7 +128,7 @@ def _watch(run_dir: Path, console: Console) -> bool:
     live = LiveRun(run_dir)
     try:
         with FullScreen(console) as screen:
-            top = Top(live)
+            top = TopApp(live)
             while True:
                 began_s = time.monotonic()
                 top.refresh()

@@ -1,1 +1,5 @@
-"""The media that views are shown on."""
+"""Output devices for what `renderers` makes: terminal, web page, notebook, report files.
+
+`terminal/` runs in the supervisor and in `traceml top`, `web/` in a process of its own, `notebook` in the user's
+kernel, `report_files` in the supervisor and the CLI. May import `renderers`, `runs` and `diagnosis`.
+"""

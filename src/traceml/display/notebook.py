@@ -6,21 +6,19 @@ import io
 import os
 import sys
 from contextlib import closing
-from pathlib import Path
 from typing import Any, TextIO
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.renderers.inline import inline_html
+from traceml.renderers.html.notebook_html import inline_html
+from traceml.runs import run as stored
 from traceml.runs.report import digest_of, whole_report
-from traceml.runs.run import Run as _Run
-from traceml.runs.run import load_run as _load_run
 from traceml.runs.series import SeriesFollower
 
-__all__ = ["Run", "load_run"]
+__all__ = ["NotebookRun", "Run", "load_run"]
 
 
-class Run(_Run):
+class NotebookRun(stored.Run):
     """A run on disk, ended or still going on; made by `load_run`. Notebooks draw it."""
 
     def show(self, file: TextIO | None = None) -> None:
@@ -55,7 +53,11 @@ class Run(_Run):
             return inline_html(self._report, follower.series(digest))
 
 
-def load_run(path: str | os.PathLike[str] | None = None) -> Run:
+Run = NotebookRun
+"""The public name, `traceml.Run`."""
+
+
+def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
     """Return a run, ended or still going on.
 
     Args:
@@ -64,7 +66,7 @@ def load_run(path: str | os.PathLike[str] | None = None) -> Run:
     Raises:
         RunNotFoundError: there is no such run.
     """
-    return Run(Path(_load_run(path).path))
+    return NotebookRun(stored.load_run(path).path)
 
 
 def _in_notebook() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.renderers.html import report_page
+from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.digest import Digest
 from traceml.runs.report import PAGE_NAME, digest_of, save_report, update_trackers, whole_report, write_whole

@@ -28,7 +28,7 @@ def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None
     """
     # imported at the end: while the job runs, its supervisor stays small
     from traceml.display.report_files import write_reports
-    from traceml.renderers.card import print_card
+    from traceml.renderers.text.card import print_card
 
     try:
         path = run_dir / "report.json"

@@ -21,7 +21,7 @@ def terminal_screen(run_dir: Path) -> Screen | None:
     if not sys.stdout.isatty():
         return None
 
-    from traceml.display.terminal import RunScreen
+    from traceml.display.terminal.run_screen import RunScreen
 
     return RunScreen(run_dir)
 

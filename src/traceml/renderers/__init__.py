@@ -1,1 +1,5 @@
-"""Data to view models to text: what a run looks like, whoever shows it."""
+"""View models of a run, and how they look as text, as charts and as HTML.
+
+Runs in the supervisor, the CLI, the page's process and notebooks, never in a rank. Reads and writes no files but the
+report it is given; may import `runs`, `diagnosis` and `database`.
+"""

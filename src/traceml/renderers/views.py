@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from traceml.renderers.numbers import count_text
+from traceml.formatting import count_text
 from traceml.renderers.words import end_of_rank, headline, ranks_text, tracker_text
 
 __all__ = [

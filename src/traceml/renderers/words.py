@@ -6,7 +6,7 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from traceml.renderers.numbers import count_text, percent_text
+from traceml.formatting import count_text, percent_text
 
 __all__ = ["end_of_rank", "headline", "phase_label", "ranks_text", "short_label", "signal_name", "tracker_text"]
 

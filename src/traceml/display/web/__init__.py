@@ -1,1 +1,4 @@
-"""The web page: a reader of the store in a process of its own, shown by NiceGUI, guarded by a token."""
+"""The web page: NiceGUI behind a token, fed from the stores on disk.
+
+Runs in a process of its own, started by `traceml serve --web` or `run --live web`. May import `renderers` and `runs`.
+"""

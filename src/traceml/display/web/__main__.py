@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from traceml.display.web.server import PageConfig, serve
+from traceml.display.web.page_server import PageConfig, serve
 from traceml.priority import step_back
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from nicegui import Client
 
-from traceml.display.web.drawn import THEMES, as_json
-from traceml.display.web.followed import Written
-from traceml.display.web.frame import Banner, draw, keys_dialog, top_bar
-from traceml.display.web.parts import Block, Chart, Table, Words, link, run_path, shown
+from traceml.display.web.chart_cache import THEMES, as_json
+from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, link, run_path, shown
+from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
+from traceml.display.web.run_sources import RunFileTimes
 from traceml.errors import StoreError
-from traceml.renderers.compared import change_text, compared_headline, compared_sentences
-from traceml.renderers.compared_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
-from traceml.renderers.numbers import bytes_text, count_text, ms_text
+from traceml.formatting import bytes_text, count_text, ms_text
+from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
+from traceml.renderers.text.comparison import change_text, compared_headline, compared_sentences
 from traceml.runs.compare import compare_runs
 from traceml.runs.series import StepSeries, read_series
 
@@ -45,7 +45,7 @@ class CompareSource:
 
     def __init__(self, a: Path, b: Path) -> None:
         self._runs = (a, b)
-        self._written = (Written(a), Written(b))
+        self._written = (RunFileTimes(a), RunFileTimes(b))
 
     def __repr__(self) -> str:
         return f"CompareSource({self._runs[0].name}, {self._runs[1].name})"
@@ -87,21 +87,21 @@ class ComparePage:
         self._state: CompareState | None = None
         top_bar("compare")
         self._banner = Banner()
-        with Block("div", "page", id="content", tabindex="-1"):
-            self._waiting = Words("p", "Reading both runs", "card nothing")
-            with Block("div") as self._body:
+        with Container("div", "page", id="content", tabindex="-1"):
+            self._waiting = TextNode("p", "Reading both runs", "card nothing")
+            with Container("div") as self._body:
                 self._verdict(a, b)
-                with Block("div", "grid others"):
-                    self._steps = Chart("Step time", "median over all ranks, by step", classes="wide")
-                    self._phases = Chart("Phases", "mean of all ranks; the largest change first")
-                    self._ranks = Chart("Each rank's own work", "without waiting for others")
+                with Container("div", "grid others"):
+                    self._steps = ChartCard("Step time", "median over all ranks, by step", classes="wide")
+                    self._phases = ChartCard("Phases", "mean of all ranks; the largest change first")
+                    self._ranks = ChartCard("Each rank's own work", "without waiting for others")
 
-                with Block("div", "grid others"):
-                    with Block("div", "card"):
-                        self._times = Table(_TIME_COLUMNS, "step time")
+                with Container("div", "grid others"):
+                    with Container("div", "card"):
+                        self._times = DataTable(_TIME_COLUMNS, "step time")
 
-                    with Block("div", "card"):
-                        self._facts = Table((("", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs")
+                    with Container("div", "card"):
+                        self._facts = DataTable((("", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs")
 
         keys_dialog()
         shown(self._body, False)
@@ -124,16 +124,16 @@ class ComparePage:
                 self.show(self._state)
 
     def _verdict(self, a: str, b: str) -> None:
-        with Block("div", "card verdict alone") as self._card, Block("div", "says"):
-            with Block("div", "tags"):
-                self._outcome = Words("span", "", "pill kind")
+        with Container("div", "card verdict alone") as self._card, Container("div", "says"):
+            with Container("div", "tags"):
+                self._outcome = TextNode("span", "", "pill kind")
                 for side, run_id in (("A", a), ("B", b)):
-                    Words("b", side)
+                    TextNode("b", side)
                     link(run_id, run_path(run_id), "mono")
 
-            self._headline = Words("h1")
-            self._why = Words("p", "", "why")
-            self._notes = Words("p", "", "why noted")
+            self._headline = TextNode("h1")
+            self._why = TextNode("p", "", "why")
+            self._notes = TextNode("p", "", "why noted")
 
     def _show(self, comparison: Mapping[str, Any]) -> None:
         weight = _WEIGHTS.get(comparison["outcome"], "")

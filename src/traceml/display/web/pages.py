@@ -11,10 +11,10 @@ from nicegui import Client, ui
 from starlette.requests import Request
 
 from traceml.display.web.compare_page import ComparePage, CompareSource, CompareState
-from traceml.display.web.feed import Feeds
-from traceml.display.web.followed import RunSource, RunsSource, RunsState, RunState, is_run_id
-from traceml.display.web.frame import add_head, theme_of
+from traceml.display.web.layout import add_head, theme_of
+from traceml.display.web.pollers import PollerRegistry
 from traceml.display.web.run_page import RunPage
+from traceml.display.web.run_sources import RunSource, RunsSource, RunsState, RunState, is_run_id
 from traceml.display.web.runs_page import RunsPage
 
 __all__ = ["Pages"]
@@ -38,9 +38,9 @@ class Pages:
     def __init__(self, runs_dir: Path) -> None:
         self._runs_dir = runs_dir
         self._themes: set[str] = set()
-        self._list: Feeds[RunsState] = Feeds(lambda _: RunsSource(runs_dir), interval_s=_LIST_S)
-        self._runs: Feeds[RunState] = Feeds(self._open_run, interval_s=_RUN_S)
-        self._compared: Feeds[CompareState] = Feeds(self._open_comparison, interval_s=_COMPARE_S)
+        self._list: PollerRegistry[RunsState] = PollerRegistry(lambda _: RunsSource(runs_dir), interval_s=_LIST_S)
+        self._runs: PollerRegistry[RunState] = PollerRegistry(self._open_run, interval_s=_RUN_S)
+        self._compared: PollerRegistry[CompareState] = PollerRegistry(self._open_comparison, interval_s=_COMPARE_S)
 
     def register(self) -> None:
         """Add the addresses to NiceGUI's application."""
@@ -92,7 +92,7 @@ class Pages:
         a, b = key
         return CompareSource(self._runs_dir / a, self._runs_dir / b)
 
-    async def _follow(self, client: Client, feeds: Feeds[T], key: Hashable, show: Callable[[T], None]) -> None:
+    async def _follow(self, client: Client, feeds: PollerRegistry[T], key: Hashable, show: Callable[[T], None]) -> None:
         """Have a browser shown each state until it leaves; return when the first is there, or has taken too long."""
         first = asyncio.Event()
 

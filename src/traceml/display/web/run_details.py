@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from traceml.database.reader import Event
-from traceml.display.web.followed import LogTail, RunState
-from traceml.display.web.parts import Block, Facts, Table, Words, shown
-from traceml.renderers.numbers import bytes_text, count_text, ms_text, overhead_text
+from traceml.display.web.elements import Container, DataTable, FactList, TextNode, shown
+from traceml.display.web.run_sources import LogTail, RunState
+from traceml.formatting import bytes_text, count_text, ms_text, overhead_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import end_of_rank, phase_label
 
-__all__ = ["Delivery", "Logs", "RankTable", "Telemetry"]
+__all__ = ["DeliverySection", "LogSection", "RankTable", "TelemetrySection"]
 
 _RANKS = 24
 _PHASES = 7
@@ -25,9 +25,9 @@ class RankTable:
     """One row per rank; of very many, the slowest, those that ended badly, and the fastest."""
 
     def __init__(self) -> None:
-        with Block("div", "card others"):
-            self._table = Table(_rank_columns([]), "ranks")
-            self._more = Words("p", "", "note")
+        with Container("div", "card others"):
+            self._table = DataTable(_rank_columns([]), "ranks")
+            self._more = TextNode("p", "", "note")
 
     def show(self, view: RunView) -> None:
         """Show the ranks as they stand."""
@@ -69,15 +69,17 @@ def _rank_look(row: RankRow) -> str:
     return "ended" if row.end else "slow" if row.slowest else ""
 
 
-class Logs:
+class LogSection:
     """What happened, and the ends of the files in the run's `logs`."""
 
     def __init__(self) -> None:
-        self._tails: dict[str, tuple[Block, Words]] = {}
-        with Block("div", "card") as self._card, Block("details", "", open=True):
-            Words("summary", "Events")
-            with Block("div", "events", tabindex="0", role="region", aria_label="events"):
-                self._events = Table((("Time", "nowrap"), ("What", "nowrap"), ("", "long")), "events, the newest first")
+        self._tails: dict[str, tuple[Container, TextNode]] = {}
+        with Container("div", "card") as self._card, Container("details", "", open=True):
+            TextNode("summary", "Events")
+            with Container("div", "events", tabindex="0", role="region", aria_label="events"):
+                self._events = DataTable(
+                    (("Time", "nowrap"), ("What", "nowrap"), ("", "long")), "events, the newest first"
+                )
 
     def show(self, state: RunState) -> None:
         """Show the logs as they stand."""
@@ -88,9 +90,9 @@ class Logs:
 
     def _show_tail(self, tail: LogTail) -> None:
         if tail.name not in self._tails:
-            with self._card, Block("details") as block:
-                Words("summary", tail.name)
-                self._tails[tail.name] = block, Words("pre", "", "log", tabindex="0")
+            with self._card, Container("details") as block:
+                TextNode("summary", tail.name)
+                self._tails[tail.name] = block, TextNode("pre", "", "log", tabindex="0")
 
         before = "[earlier lines are in the file]\n" if tail.cut else ""
         self._tails[tail.name][1].say(before + (tail.text or "(empty)"))
@@ -128,11 +130,11 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-class Delivery:
+class DeliverySection:
     """How each tracker stands."""
 
     def __init__(self) -> None:
-        with Block("div", "card"):
+        with Container("div", "card"):
             columns = (
                 ("Tracker", ""),
                 ("State", ""),
@@ -141,8 +143,10 @@ class Delivery:
                 ("Refused", "n"),
                 ("", "long"),
             )
-            self._table = Table(columns, "trackers")
-            self._none = Words("p", 'No tracker was asked for. backend="mlflow" or TRACEML_BACKEND names one.', "note")
+            self._table = DataTable(columns, "trackers")
+            self._none = TextNode(
+                "p", 'No tracker was asked for. backend="mlflow" or TRACEML_BACKEND names one.', "note"
+            )
 
     def show(self, view: RunView, report: Mapping[str, Any]) -> None:
         """Show the trackers as they stand."""
@@ -164,12 +168,12 @@ class Delivery:
         )
 
 
-class Telemetry:
+class TelemetrySection:
     """What tracing stored, lost and cost, and where the run is from."""
 
     def __init__(self) -> None:
-        with Block("div", "card pad"):
-            self._facts = Facts()
+        with Container("div", "card pad"):
+            self._facts = FactList()
 
     def show(self, view: RunView, report: Mapping[str, Any]) -> None:
         """Show the figures as they stand."""

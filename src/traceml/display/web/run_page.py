@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from nicegui import Client
 
-from traceml.display.web.followed import RunState
-from traceml.display.web.frame import Banner, draw, keys_dialog, top_bar
-from traceml.display.web.parts import Block, Words, link, shown
-from traceml.display.web.run_charts import RunCharts
-from traceml.display.web.run_details import Delivery, Logs, RankTable, Telemetry
-from traceml.display.web.verdict_card import Findings, VerdictCard
-from traceml.renderers.numbers import duration_text
+from traceml.display.web.chart_section import ChartSection
+from traceml.display.web.elements import Container, TextNode, link, shown
+from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
+from traceml.display.web.run_details import DeliverySection, LogSection, RankTable, TelemetrySection
+from traceml.display.web.run_sources import RunState
+from traceml.display.web.verdict_card import FindingSection, VerdictCard
+from traceml.formatting import duration_text
 from traceml.renderers.views import RunView
 
 __all__ = ["RunPage"]
@@ -21,9 +21,9 @@ _TABS = (
     ("ranks", "Ranks"),
     ("machine", "Memory and system"),
     ("metrics", "Metrics"),
-    ("logs", "Logs"),
-    ("delivery", "Delivery"),
-    ("telemetry", "Telemetry"),
+    ("logs", "LogSection"),
+    ("delivery", "DeliverySection"),
+    ("telemetry", "TelemetrySection"),
 )
 
 
@@ -41,14 +41,14 @@ class RunPage:
         self._state: RunState | None = None
         self._crumb = top_bar(run_id, _TABS)
         self._banner = Banner()
-        with Block("div", "page", id="content", tabindex="-1"):
-            with Block("div", "card nothing") as self._nothing:
-                self._why = Words("h2", "")
-                self._hint = Words("p", "")
-                with Block("p"):
+        with Container("div", "page", id="content", tabindex="-1"):
+            with Container("div", "card nothing") as self._nothing:
+                self._why = TextNode("h2", "")
+                self._hint = TextNode("p", "")
+                with Container("p"):
                     link("All runs", "/")
 
-            with Block("div") as self._body:
+            with Container("div") as self._body:
                 self._build()
 
         keys_dialog()
@@ -75,26 +75,26 @@ class RunPage:
                     draw(self._client, self._charts.show(self._state, theme))
 
     def _build(self) -> None:
-        with Block("section", "", id="verdict", aria_label="verdict"):
+        with Container("section", "", id="verdict", aria_label="verdict"):
             self._verdict = VerdictCard()
-            self._findings = Findings()
+            self._findings = FindingSection()
 
-        self._charts = RunCharts()
+        self._charts = ChartSection()
         with self._charts.below_ranks:
             self._rank_table = RankTable()
 
-        with Block("section", "", id="logs", aria_label="logs"):
-            Words("h2", "Logs")
-            self._logs = Logs()
+        with Container("section", "", id="logs", aria_label="logs"):
+            TextNode("h2", "LogSection")
+            self._logs = LogSection()
 
-        with Block("div", "grid"):
-            with Block("section", "", id="delivery", aria_label="delivery"):
-                Words("h2", "Delivery to trackers")
-                self._delivery = Delivery()
+        with Container("div", "grid"):
+            with Container("section", "", id="delivery", aria_label="delivery"):
+                TextNode("h2", "DeliverySection to trackers")
+                self._delivery = DeliverySection()
 
-            with Block("section", "", id="telemetry", aria_label="telemetry"):
-                Words("h2", "Telemetry")
-                self._telemetry = Telemetry()
+            with Container("section", "", id="telemetry", aria_label="telemetry"):
+                TextNode("h2", "TelemetrySection")
+                self._telemetry = TelemetrySection()
 
     def _show_run(self, state: RunState, view: RunView) -> None:
         self._crumb.say(view.run.name)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from nicegui import Client
 
-from traceml.display.web.followed import RunsState
-from traceml.display.web.frame import Banner, keys_dialog, top_bar
-from traceml.display.web.parts import Block, Words, link, run_path, shown
-from traceml.renderers.numbers import bytes_text, duration_text
+from traceml.display.web.elements import Container, TextNode, link, run_path, shown
+from traceml.display.web.layout import Banner, keys_dialog, top_bar
+from traceml.display.web.run_sources import RunsState
+from traceml.formatting import bytes_text, duration_text
 from traceml.runs.find import RunInfo
 
 __all__ = ["RunsPage"]
@@ -29,24 +29,24 @@ class RunsPage:
 
     def __init__(self, client: Client, runs_dir: Path) -> None:
         self._client = client
-        self._rows: dict[str, _Row] = {}
+        self._rows: dict[str, _RunRow] = {}
         top_bar()
         self._banner = Banner()
-        with Block("div", "page", id="content", tabindex="-1"):
-            with Block("div", "head"):
-                Words("h1", "Runs")
+        with Container("div", "page", id="content", tabindex="-1"):
+            with Container("div", "head"):
+                TextNode("h1", "Runs")
                 search = {"type": "search", "placeholder": "Search name, state, verdict", "aria_label": "search runs"}
-                Block("input", "search", id="search", autocomplete="off", **search)
-                Words("button", "Compare two", "tool main", id="compare", type="button", disabled=True)
+                Container("input", "search", id="search", autocomplete="off", **search)
+                TextNode("button", "Compare two", "tool main", id="compare", type="button", disabled=True)
 
-            with Block("div", "card runs") as self._card:
+            with Container("div", "card runs") as self._card:
                 self._table()
 
-            self._more = Words("p", "", "note")
-            with Block("div", "card nothing") as self._nothing:
-                Words("h2", "No runs yet")
-                Words("p", f"{runs_dir} is where they will appear, as soon as one starts.")
-                Words("code", "traceml run train.py")
+            self._more = TextNode("p", "", "note")
+            with Container("div", "card nothing") as self._nothing:
+                TextNode("h2", "No runs yet")
+                TextNode("p", f"{runs_dir} is where they will appear, as soon as one starts.")
+                TextNode("code", "traceml run train.py")
 
         keys_dialog()
 
@@ -68,22 +68,22 @@ class RunsPage:
     def _show_run(self, place: int, run: RunInfo) -> None:
         if run.id not in self._rows:
             with self._body:
-                self._rows[run.id] = _Row(run)
+                self._rows[run.id] = _RunRow(run)
 
             self._rows[run.id].row.move(target_index=place)
 
         self._rows[run.id].show(run)
 
     def _table(self) -> None:
-        with Block("table"):
-            Words("caption", "runs, the newest first", "unseen")
-            with Block("thead"), Block("tr"):
+        with Container("table"):
+            TextNode("caption", "runs, the newest first", "unseen")
+            with Container("thead"), Container("tr"):
                 for heading, classes in _COLUMNS:
-                    Words("th", heading, classes, scope="col")
+                    TextNode("th", heading, classes, scope="col")
 
-            self._body = Block("tbody")
-            with self._body, Block("tr", id="none-found", style="display:none"):
-                Words("td", "No run fits the search.", "note", colspan=len(_COLUMNS))
+            self._body = Container("tbody")
+            with self._body, Container("tr", id="none-found", style="display:none"):
+                TextNode("td", "No run fits the search.", "note", colspan=len(_COLUMNS))
 
 
 _COLUMNS = (
@@ -98,25 +98,25 @@ _COLUMNS = (
 )
 
 
-class _Row:
+class _RunRow:
     """One run of the list."""
 
     def __init__(self, run: RunInfo) -> None:
-        with Block("tr") as self.row:
-            with Block("td", "pickcell"):
-                Block("input", "", type="checkbox", data_run=run.id, aria_label=f"pick {run.name} to compare")
+        with Container("tr") as self.row:
+            with Container("td", "pickcell"):
+                Container("input", "", type="checkbox", data_run=run.id, aria_label=f"pick {run.name} to compare")
 
-            with Block("td"):
+            with Container("td"):
                 self._name = link(run.name, run_path(run.id), "name")
-                Words("span", run.id, "id mono")
+                TextNode("span", run.id, "id mono")
 
-            with Block("td"):
-                self._state = Words("span", "", "pill")
+            with Container("td"):
+                self._state = TextNode("span", "", "pill")
 
-            with Block("td", "verdictcell"):
-                self._verdict = Words("span", "", "pill")
+            with Container("td", "verdictcell"):
+                self._verdict = TextNode("span", "", "pill")
 
-            self._cells = [Words("td", "", classes) for _, classes in _COLUMNS[4:]]
+            self._cells = [TextNode("td", "", classes) for _, classes in _COLUMNS[4:]]
 
     def show(self, run: RunInfo) -> None:
         """Show the run as it stands."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from traceml.display.web.parts import Block, Facts, Words, shown
+from traceml.display.web.elements import Container, FactList, TextNode, shown
+from traceml.formatting import count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.evidence import evidence_items
-from traceml.renderers.numbers import count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.views import RunView, Verdict
 
-__all__ = ["Findings", "VerdictCard"]
+__all__ = ["FindingSection", "VerdictCard"]
 
 _EVIDENCE = 12
 
@@ -19,23 +19,23 @@ class VerdictCard:
     """The verdict, its evidence, and the next thing to do."""
 
     def __init__(self) -> None:
-        with Block("div", "card verdict") as self._card:
-            with Block("div", "says"):
-                with Block("div", "tags"):
-                    self._kind = Words("span", "", "pill kind")
-                    self._state = Words("span", "", "pill")
+        with Container("div", "card verdict") as self._card:
+            with Container("div", "says"):
+                with Container("div", "tags"):
+                    self._kind = TextNode("span", "", "pill kind")
+                    self._state = TextNode("span", "", "pill")
 
-                self._headline = Words("h1", "", aria_live="polite")
-                self._why = Words("p", "", "why")
-                with Block("div", "next") as self._next_block:
-                    Words("b", "Next")
-                    self._next = Words("span")
+                self._headline = TextNode("h1", "", aria_live="polite")
+                self._why = TextNode("p", "", "why")
+                with Container("div", "next") as self._next_block:
+                    TextNode("b", "Next")
+                    self._next = TextNode("span")
 
-                self._figures = Facts("figures")
+                self._figures = FactList("figures")
 
-            with Block("div", "rests"):
-                Words("h3", "Evidence")
-                self._facts = Facts()
+            with Container("div", "rests"):
+                TextNode("h3", "Evidence")
+                self._facts = FactList()
 
     def show(self, view: RunView, report: Mapping[str, Any]) -> None:
         """Show the verdict as it stands."""
@@ -54,14 +54,14 @@ class VerdictCard:
         self._figures.show(_figures(view))
 
 
-class Findings:
+class FindingSection:
     """What else was found."""
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Block, Words, Words, Words]] = []
-        with Block("div") as self._section:
-            Words("h2", "Also found")
-            self._card = Block("div", "card")
+        self._rows: list[tuple[Container, TextNode, TextNode, TextNode]] = []
+        with Container("div") as self._section:
+            TextNode("h2", "Also found")
+            self._card = Container("div", "card")
 
     def show(self, view: RunView) -> None:
         """Show these findings and no others."""
@@ -81,10 +81,10 @@ class Findings:
             shown(row, False)
 
     def _add(self) -> None:
-        with self._card, Block("div", "other") as row:
-            kind = Words("span", "", "pill")
-            with Block("div"):
-                self._rows.append((row, kind, Words("p", "", "head"), Words("p")))
+        with self._card, Container("div", "other") as row:
+            kind = TextNode("span", "", "pill")
+            with Container("div"):
+                self._rows.append((row, kind, TextNode("p", "", "head"), TextNode("p")))
 
 
 def _costs(verdict: Verdict) -> list[tuple[str, str]]:

@@ -1,0 +1,138 @@
+"""A screen of its own for a job that runs elsewhere, and its keys."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import termios
+import time
+import tty
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from traceml.display.terminal.key_parser import parse_keys
+from traceml.display.terminal.terminal_driver import ansi_bytes, terminal_size
+from traceml.renderers.text.live_panel import MIN_HEIGHT, MIN_WIDTH, live_lines
+from traceml.renderers.text.viewport import Viewport
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from traceml.renderers.views import LiveView
+
+__all__ = ["FullScreen"]
+
+_ENTER = b"\x1b[?1049h\x1b[?25l"
+_LEAVE = b"\x1b[?25h\x1b[?1049l"
+_LOOK_S = 0.2  # how often the window's size is looked at
+_ESCAPE_S = 0.1
+
+
+class FullScreen:
+    """The terminal's second screen while in the `with` block; afterwards everything is as it was.
+
+    Args:
+        console: the terminal.
+        keys: descriptor that keys are read from; None when there are none to read.
+    """
+
+    def __init__(self, console: Console, *, keys: int | None = None) -> None:
+        self._console = console
+        self._fd = console.file.fileno()
+        self._keys = keys if keys is not None else _keyboard()
+        self._cooked: list[Any] | None = None
+        self._pressed: deque[str] = deque()
+        self._begun = b""  # of a key whose rest has not come
+        self._size = (0, 0)
+
+    def __enter__(self) -> FullScreen:
+        if self._keys is not None:
+            self._cooked = termios.tcgetattr(self._keys)
+            tty.setcbreak(self._keys)  # keys come at once and unseen; Ctrl-C stays a signal
+
+        os.write(self._fd, _ENTER)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.write(self._fd, _LEAVE)
+        if self._keys is not None and self._cooked is not None:
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, self._cooked)
+
+    def draw(self, view: LiveView, *, footer: str = "") -> None:
+        """Draw the live view over the whole screen, and a line below it."""
+        self.show(lambda viewport: live_lines(view, viewport), footer=footer, least=MIN_HEIGHT)
+
+    def show(self, lines: Callable[[Viewport], Sequence[Text]], *, footer: str = "", least: int = 1) -> None:
+        """Draw lines over the whole screen, and one below them.
+
+        Args:
+            lines: makes them for the room there is.
+            footer: the line below.
+            least: rows without which there is nothing to see.
+        """
+        viewport = Viewport.of(self._console)
+        columns, rows = self._size = terminal_size(self._console)
+        if columns < MIN_WIDTH or rows <= least:
+            drawn = [Text(f"needs {MIN_WIDTH} x {least + 1}"[:columns])][: rows - 1]
+        else:
+            drawn = list(lines(Viewport(columns, rows - 1, viewport.glyphs, viewport.color)))
+
+        drawn.append(Text(f" {footer}"[:columns], style="dim"))
+        frame = b"".join(
+            b"\x1b[%d;1H" % number + ansi_bytes(self._console, line, columns)
+            for number, line in enumerate(drawn, start=1)
+        )
+        below = b"\x1b[%d;1H\x1b[J" % (len(drawn) + 1) if len(drawn) < rows else b""
+        self._write(b"\x1b[?2026h" + frame + below + b"\x1b[?2026l")
+
+    @property
+    def viewport(self) -> Viewport:
+        """The room that lines have."""
+        viewport = Viewport.of(self._console)
+        columns, rows = terminal_size(self._console)
+        return Viewport(columns, rows - 1, viewport.glyphs, viewport.color)
+
+    def key(self, timeout_s: float) -> str | None:
+        """Return a key that was pressed within the time by its name, `resize` for a window of another size, or None."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self._pressed:
+            left_s = deadline_s - time.monotonic()
+            if terminal_size(self._console) != self._size and self._size != (0, 0):
+                self._size = terminal_size(self._console)
+                return "resize"
+
+            if not self._read(min(max(left_s, 0.0), _LOOK_S)) and left_s <= 0:
+                return None
+
+        return self._pressed.popleft()
+
+    def _read(self, timeout_s: float) -> bool:
+        ready, _, _ = select.select([] if self._keys is None else [self._keys], [], [], timeout_s)
+        if not ready or self._keys is None:
+            return False
+
+        data = self._begun + os.read(self._keys, 64)
+        if data == self._begun:  # the keyboard is gone; asking again would return at once for ever
+            self._keys = None
+            return False
+
+        # What follows an escape comes a moment later over a slow line, and then it is no key of its own.
+        while data.endswith((b"\x1b", b"\x1b[", b"\x1bO")) and select.select([self._keys], [], [], _ESCAPE_S)[0]:
+            data += os.read(self._keys, 64)
+
+        keys, self._begun = parse_keys(data)
+        self._pressed += keys
+        return True
+
+    def _write(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._fd, rest) :]
+
+
+def _keyboard() -> int | None:
+    return sys.stdin.fileno() if sys.stdin is not None and sys.stdin.isatty() else None

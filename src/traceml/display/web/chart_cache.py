@@ -1,0 +1,77 @@
+"""A run's charts as the browser takes them, made once for all browsers of a theme."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import TYPE_CHECKING
+
+from traceml.renderers.charts import run_charts
+from traceml.renderers.charts.chart_options import Option
+from traceml.renderers.charts.palette import DARK, LIGHT
+
+if TYPE_CHECKING:
+    from traceml.renderers.views import RunView
+    from traceml.runs.series import RunSeries
+
+__all__ = ["THEMES", "ChartCache", "as_json"]
+
+THEMES = {"light": LIGHT, "dark": DARK}
+METRIC = "metric:"
+
+
+class ChartCache:
+    """The charts of a run at a moment, by theme; made when first asked for, in whatever thread.
+
+    Args:
+        view: the run.
+        series: what the charts show.
+    """
+
+    def __init__(self, view: RunView, series: RunSeries | None) -> None:
+        self._view, self._series = view, series
+        self._made: dict[str, dict[str, str]] = {}
+        self._lock = threading.Lock()
+
+    def of(self, theme: str) -> dict[str, str]:
+        """Return the charts that there are, as JSON by name; those of metrics by `metric:` and theirs."""
+        with self._lock:
+            if theme not in self._made:
+                self._made[theme] = self._draw(theme)
+
+            return self._made[theme]
+
+    def _draw(self, name: str) -> dict[str, str]:
+        theme, series = THEMES[name], self._series
+        options: dict[str, Option | None] = {"ranks": run_charts.ranks_chart(self._view, theme)}
+        if series is not None:
+            options |= {
+                "steps": run_charts.step_time_chart(series.steps, theme),
+                "phases": run_charts.phases_chart(series.steps, theme),
+                "heat": run_charts.heatmap_chart(series.heat, theme),
+                "memory": run_charts.memory_chart(series, theme),
+                "system": run_charts.system_chart(series, theme),
+                "loss": run_charts.loss_chart(series, theme),
+            }
+            options |= {f"{METRIC}{metric}": option for metric, option in run_charts.metric_charts(series, theme)}
+
+        return {chart: as_json(option) for chart, option in options.items() if option is not None}
+
+
+def as_json(option: Option) -> str:
+    """Return an option as JSON, which is also a literal of JavaScript: what is not ASCII is escaped."""
+    return json.dumps(_fitted(option), separators=(",", ":"), allow_nan=False)
+
+
+def _fitted(option: Option) -> Option:
+    """Return the option with the x axis as ECharts needs it: its name below, and no label at an uneven end."""
+    axis = dict(option["xAxis"])
+    if axis.get("name"):
+        axis |= {"nameLocation": "middle", "nameGap": 25}
+        option = {**option, "grid": {**option["grid"], "bottom": 24}}
+
+    if axis["type"] == "value":
+        whole = float(axis.get("min") or 0).is_integer()
+        axis["axisLabel"] = {**axis["axisLabel"], "showMinLabel": whole, "showMaxLabel": False}
+
+    return {**option, "xAxis": axis}

@@ -1,0 +1,93 @@
+"""The page's server: NiceGUI behind the guard, on a socket that its keeper holds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from traceml.display.web.pages import Pages
+
+__all__ = ["PageConfig", "serve"]
+
+# A browser that was away for less is sent what it missed; after a longer time, or a new server, it loads the page anew.
+_RECONNECT_S = 30.0
+_HISTORY = 60
+
+
+@dataclass(frozen=True, slots=True)
+class PageConfig:
+    """What a page's server is told by its keeper.
+
+    Attributes:
+        token: the secret that lets people in.
+        runs_dir: the folder of the runs.
+    """
+
+    token: str
+    runs_dir: Path
+
+
+def serve(config: PageConfig, sock: socket.socket) -> None:
+    """Serve the pages on a listening socket until told to stop."""
+    # NiceGUI keeps what browsers store on the server in a folder of the working directory; ours store nothing there.
+    os.environ["NICEGUI_STORAGE_PATH"] = str(Path(tempfile.gettempdir()) / "traceml-page-storage")
+    import uvicorn
+    from fastapi import FastAPI
+    from nicegui import ui
+
+    from traceml.display.web.pages import Pages
+    from traceml.display.web.token_middleware import TokenMiddleware
+
+    pages = Pages(config.runs_dir)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=partial(_lifespan, pages))
+    pages.register()
+    app.add_middleware(TokenMiddleware, token=config.token, port=sock.getsockname()[1])
+    ui.run_with(
+        app,
+        title="traceml",
+        favicon=_FAVICON,
+        dark=None,
+        language="en-US",
+        binding_refresh_interval=None,
+        reconnect_timeout=_RECONNECT_S,
+        message_history_length=_HISTORY,
+        gzip_middleware_factory=None,  # on loopback it costs more than it saves
+        tailwind=False,
+        show_welcome_message=False,
+    )
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            ws="wsproto",
+            ws_per_message_deflate=False,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+        )
+    )
+    asyncio.run(server.serve(sockets=[sock]))
+
+
+@asynccontextmanager
+async def _lifespan(pages: Pages, _: object) -> AsyncIterator[None]:
+    """Look again at once when the keeper asks for it: it is about to end the page, and the run has just ended."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, pages.hurry)
+    yield
+
+
+_FAVICON = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><rect width="32" height="32" rx="8" fill="#2f6fed"/>'
+    '<path d="M6 20h4l3-10 5 14 3-8h5" fill="none" stroke="#fff" stroke-width="2.6" stroke-linecap="round" '
+    'stroke-linejoin="round"/></svg>'
+)

@@ -1,0 +1,315 @@
+"""What pages show at a moment: a run, and the list of runs, read from their folders."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.reader import Event
+from traceml.database.store_file import STORE_NAME
+from traceml.display.web.chart_cache import ChartCache
+from traceml.errors import StoreError
+from traceml.renderers.views import RunView, run_view
+from traceml.runs.find import RunInfo, describe_run, run_folders
+from traceml.runs.live_run import LiveRun
+from traceml.runs.report import REPORT_NAME, SCHEMA, build_report
+
+if TYPE_CHECKING:
+    from traceml.runs.series import RunSeries
+
+__all__ = ["LogTail", "RunFileTimes", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
+
+# A run that goes on writes at least its samples once a second; nothing for this long is worth a word.
+_SILENT_S = 5.0
+_TAIL_BYTES = 16 * 1024
+_LOG_FILES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LogTail:
+    """The end of a file in the run's `logs`."""
+
+    name: str
+    text: str
+    cut: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """A run as its page shows it.
+
+    Attributes:
+        id: the folder's name.
+        problem: why it cannot be read, or not any further; empty where it can.
+        exists: whether there is such a folder.
+        report: in the shape of `traceml.report/1`; empty before there is one.
+        view: the same, typed; None before there is one.
+        events: what happened, oldest first.
+        logs: ends of the files in its `logs`.
+        ended: whether it is over.
+        silent_s: for how long nothing has come of a run that goes on; None where it is not worth a word.
+        watched: whether the aggregator that writes it lives, as far as is known.
+        drawings: the charts.
+    """
+
+    id: str
+    problem: str = ""
+    exists: bool = True
+    report: dict[str, Any] | None = None
+    view: RunView | None = None
+    events: tuple[Event, ...] = ()
+    logs: tuple[LogTail, ...] = ()
+    ended: bool = False
+    silent_s: float | None = None
+    watched: bool = True
+    drawings: ChartCache | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunsState:
+    """The list of runs, the newest first, and why it cannot be had where it cannot."""
+
+    runs: tuple[RunInfo, ...] = ()
+    problem: str = ""
+
+
+def is_run_id(name: str) -> bool:
+    """Tell whether a name from an address can be a run's folder, and nothing outside the folder of runs."""
+    return bool(name) and not name.startswith(".") and "/" not in name and "\\" not in name and "\0" not in name
+
+
+class RunSource:
+    """Follows a run in its folder; a damaged one is tried again, one that comes later is found.
+
+    Args:
+        run_dir: the run's folder.
+        themes: those that browsers have; charts in them are made here, off the event loop.
+    """
+
+    def __init__(self, run_dir: Path, themes: Collection[str] = ()) -> None:
+        self._path = run_dir
+        self._themes = themes
+        self._live: LiveRun | None = None
+        self._state = RunState(run_dir.name)
+        self._heard_s = time.monotonic()
+        self._written = RunFileTimes(run_dir)
+        self._settled = False
+        self._told = False
+        self._inode = -1
+
+    def __repr__(self) -> str:
+        return f"RunSource({str(self._path)!r})"
+
+    def read(self) -> RunState | None:
+        """Return the run as it stands; None when nothing has changed."""
+        before = self._state
+        try:
+            self._state = self._look()
+        except (StoreError, OSError) as error:
+            self.close()
+            self._state = self._changed(problem=str(error))
+
+        told, self._told = self._told, True
+        return None if told and self._state is before else self._state
+
+    def close(self) -> None:
+        """Close the store; a later read opens it again."""
+        if self._live is not None:
+            self._live.close()
+            self._live = None
+
+    def _look(self) -> RunState:
+        if not (self._path / STORE_NAME).is_file():
+            return self._without_store()
+
+        inode = (self._path / STORE_NAME).stat().st_ino
+        if inode != self._inode:
+            self.close()  # another file stands there now
+
+        fresh = self._live is None
+        if self._live is None:
+            self._inode = inode
+            self._live = LiveRun(self._path)
+            self._heard_s = time.monotonic() - self._written.age_s()
+            self._settled = False
+
+        came = self._live.refresh()
+        if came:
+            self._heard_s = time.monotonic()
+
+        if came or fresh or self._state.problem or not self._settled or self._written.changed():
+            self._settled = self._live.ended
+            return self._whole(self._live)
+
+        return self._aged(self._live)
+
+    def _without_store(self) -> RunState:
+        self.close()
+        if not self._path.is_dir():
+            gone = self._state.view is not None
+            problem = "The folder of this run was removed while it was shown." if gone else ""
+            return self._changed(exists=gone, problem=problem)
+
+        if self._inode >= 0:
+            return self._changed(problem="The store of this run was removed while it was shown.")
+
+        report = _written_report(self._path)
+        if report is None:
+            return self._changed(exists=True, problem="")
+
+        if report == self._state.report:
+            return self._state
+
+        view = run_view(report)
+        problem = "The store of this run is gone; this is what its report tells."
+        return self._changed(
+            exists=True, problem=problem, report=report, view=view, ended=True, drawings=self._drawings(view, None)
+        )
+
+    def _changed(self, **values: Any) -> RunState:
+        state = replace(self._state, **values)
+        return self._state if state == self._state else state
+
+    def _whole(self, live: LiveRun) -> RunState:
+        report = (_written_report(self._path) or build_report(self._path)) if live.ended else live.report()
+        view, series = run_view(report), live.series()
+        return RunState(
+            self._path.name,
+            report=report,
+            view=view,
+            drawings=self._drawings(view, series),
+            events=tuple(live.events),
+            logs=tuple(_tails(self._path / "logs")),
+            ended=live.ended or report["run"]["state"] not in ("running", "hung"),
+            silent_s=self._silent(live),
+            watched=report["run"]["state"] != "lost",
+        )
+
+    def _drawings(self, view: RunView, series: RunSeries | None) -> ChartCache:
+        drawings = ChartCache(view, series)
+        for theme in tuple(self._themes):
+            drawings.of(theme)
+
+        return drawings
+
+    def _aged(self, live: LiveRun) -> RunState:
+        """Return the state with how long nothing came, which is all that changes of a run that is silent."""
+        silent_s = self._silent(live)
+        if silent_s is None:
+            return self._state
+
+        if silent_s - (self._state.silent_s or 0.0) < 1.0:
+            return self._state
+
+        return replace(self._whole(live), silent_s=silent_s)
+
+    def _silent(self, live: LiveRun) -> float | None:
+        silent_s = time.monotonic() - self._heard_s
+        return silent_s if not live.ended and silent_s >= _SILENT_S else None
+
+
+class RunsSource:
+    """Follows the folder of runs; a run that has ended is read once."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self._path = runs_dir
+        self._known: dict[Path, tuple[float, RunInfo]] = {}
+        self._state: RunsState | None = None
+
+    def __repr__(self) -> str:
+        return f"RunsSource({str(self._path)!r})"
+
+    def read(self) -> RunsState | None:
+        """Return the list as it stands; None when nothing has changed."""
+        try:
+            state = RunsState(tuple(self._list()))
+        except OSError as error:
+            state = RunsState(problem=f"cannot list {self._path}: {error.strerror or error}")
+
+        if state == self._state:
+            return None
+
+        self._state = state
+        return state
+
+    def close(self) -> None:
+        """Nothing stays open."""
+
+    def _list(self) -> list[RunInfo]:
+        known = {path: self._describe(path) for path in run_folders(self._path)}
+        self._known = known
+        infos = [info for _, info in known.values()]
+        return sorted(infos, key=lambda info: (info.started or 0.0, info.id), reverse=True)
+
+    def _describe(self, path: Path) -> tuple[float, RunInfo]:
+        written = RunFileTimes(path).newest()
+        before = self._known.get(path)
+        if before is not None and before[0] == written and before[1].state not in ("running", "hung"):
+            return before
+
+        return written, describe_run(path)
+
+
+class RunFileTimes:
+    """When the files of a run were written last.
+
+    Args:
+        run_dir: the run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal", run_dir / REPORT_NAME]
+        self._seen = -1.0
+
+    def newest(self) -> float:
+        """Return the epoch seconds of the last write, 0 where there is none."""
+        found = []
+        for file in self._files:
+            try:
+                found.append(file.stat().st_mtime)
+            except OSError:
+                pass  # it is not there, or just going
+
+        return max(found, default=0.0)
+
+    def age_s(self) -> float:
+        """Return how long ago the last write was."""
+        return max(0.0, time.time() - self.newest())
+
+    def changed(self) -> bool:
+        """Return whether something was written since the last call."""
+        newest = self.newest()
+        changed, self._seen = newest != self._seen, newest
+        return changed
+
+
+def _written_report(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        report = json.loads((run_dir / REPORT_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # there is none yet, or it was cut off; the store tells the same
+
+    return report if isinstance(report, dict) and report.get("schema") == SCHEMA else None
+
+
+def _tails(folder: Path) -> list[LogTail]:
+    """Return the ends of the newest log files, by name."""
+    try:
+        files = sorted(folder.rglob("*.log"), key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
+        return sorted((_tail(folder, file) for file in files), key=lambda tail: tail.name)
+    except OSError:
+        return []  # a file that goes while it is looked at
+
+
+def _tail(folder: Path, file: Path) -> LogTail:
+    with file.open("rb") as opened:
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - _TAIL_BYTES))
+        text = opened.read(_TAIL_BYTES).decode("utf-8", "replace")
+
+    cut = size > _TAIL_BYTES
+    return LogTail(str(file.relative_to(folder)), text.partition("\n")[2] if cut else text, cut)

@@ -1,0 +1,143 @@
+"""Who may see the page: a token in the address once, a cookie from then on, nobody else; websockets included."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from http.cookies import CookieError, SimpleCookie
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, MutableMapping
+
+    Scope = MutableMapping[str, Any]
+    Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+    Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+    App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+__all__ = ["TOKEN_PARAMETER", "TokenMiddleware", "cookie_name", "cookie_value"]
+
+TOKEN_PARAMETER = "token"  # noqa: S105 - the name of the parameter
+_COOKIE_AGE_S = 30 * 24 * 3600
+# NiceGUI's pages need inline and evaluated scripts; nothing may be loaded from, or sent to, anywhere else.
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
+    "form-action 'self'; frame-ancestors 'none'"
+)
+_HEADERS = (
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+
+def cookie_name(port: int) -> str:
+    """Return the cookie's name: browsers send cookies to all ports of a host, so it tells its own."""
+    return f"traceml_{port}"
+
+
+def cookie_value(token: str) -> str:
+    """Return what the cookie holds: not the token, for other servers of this host are sent it, too."""
+    return hmac.new(token.encode(), b"traceml page", hashlib.sha256).hexdigest()
+
+
+class TokenMiddleware:
+    """ASGI middleware that lets through who has the token.
+
+    Args:
+        app: what is guarded.
+        token: the secret.
+        port: the port that the page is served on.
+    """
+
+    def __init__(self, app: App, token: str, port: int) -> None:
+        self.app = app
+        self._token = token
+        self._name = cookie_name(port)
+        self._cookie = cookie_value(token)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, exchange a token for the cookie, or refuse."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+
+        given = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
+        if self._knows_cookie(scope) and _same_origin(scope):
+            await self._pass_on(scope, receive, send, strip=TOKEN_PARAMETER in given)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif _same(given.get(TOKEN_PARAMETER, ""), self._token):
+            await _redirect(send, _without_token(scope), self._set_cookie())
+        else:
+            await _refuse(send, wrong=TOKEN_PARAMETER in given)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, *, strip: bool) -> None:
+        if strip and scope["type"] == "http" and scope["method"] == "GET":
+            await _redirect(send, _without_token(scope), self._set_cookie())
+            return
+
+        async def guarded(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_HEADERS]
+
+            await send(message)
+
+        await self.app(scope, receive, guarded)
+
+    def _knows_cookie(self, scope: Scope) -> bool:
+        try:
+            found = SimpleCookie(_header(scope, b"cookie")).get(self._name)
+        except CookieError:
+            return False
+
+        return found is not None and _same(found.value, self._cookie)
+
+    def _set_cookie(self) -> bytes:
+        age = f"Max-Age={_COOKIE_AGE_S}; Path=/; HttpOnly; SameSite=Lax"
+        return f"{self._name}={self._cookie}; {age}".encode()
+
+
+def _same(given: str, secret: str) -> bool:
+    return hmac.compare_digest(given.encode(), secret.encode())
+
+
+def _header(scope: Scope, name: bytes) -> str:
+    return next((value.decode("latin-1") for key, value in scope.get("headers", ()) if key == name), "")
+
+
+def _same_origin(scope: Scope) -> bool:
+    """Tell whether no page of another server sent this: `SameSite` does not tell the ports of a host apart."""
+    origin = _header(scope, b"origin")
+    return not origin or urlsplit(origin).netloc == _header(scope, b"host")
+
+
+def _without_token(scope: Scope) -> str:
+    query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
+    rest = urlencode([(key, value) for key, value in query if key != TOKEN_PARAMETER])
+    path = "/" + scope.get("raw_path", scope["path"].encode()).decode("latin-1").partition("?")[0].lstrip("/").replace(
+        "\\", "%5C"
+    )
+    return f"{path}?{rest}" if rest else path
+
+
+async def _redirect(send: Send, location: str, cookie: bytes) -> None:
+    headers = [(b"location", location.encode("latin-1")), (b"set-cookie", cookie), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": 303, "headers": [*headers, *_HEADERS]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _refuse(send: Send, *, wrong: bool) -> None:
+    page = resources.files("traceml.display.web").joinpath("static/refused.html").read_text(encoding="utf-8")
+    what = "The token in this address is not the right one." if wrong else "This page needs its token."
+    body = page.replace("{{what}}", what).encode()
+    headers = [
+        (b"content-type", b"text/html; charset=utf-8"),
+        (b"cache-control", b"no-store"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": 401, "headers": [*headers, *_HEADERS]})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,146 @@
+"""The pieces of ECharts options that charts are made of, and the numbers in them as JSON can hold them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from traceml.renderers.charts.palette import Theme
+
+__all__ = [
+    "Option",
+    "bar_series",
+    "blank",
+    "category_axis",
+    "cut_at",
+    "line_series",
+    "number",
+    "pairs",
+    "plain_values",
+    "set_ends",
+    "tooltip",
+    "value_axis",
+]
+
+Option = dict[str, Any]
+
+# A few steps far above the rest (the first one sets things up) must not press all others to the ground.
+_CUT = 2.5
+
+
+def blank(theme: Theme) -> Option:
+    """Return an option without axes and series."""
+    return {
+        "animation": False,
+        "backgroundColor": "transparent",
+        "textStyle": {"color": theme.text, "fontFamily": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"},
+        "legend": {"show": True, "type": "scroll", "top": 0, "left": 0, "right": 0, "itemWidth": 12, "itemHeight": 8,
+                   "icon": "roundRect", "textStyle": {"color": theme.muted, "fontSize": 11}},
+        "tooltip": tooltip(theme),
+        "grid": {"left": 8, "right": 16, "top": 44, "bottom": 8, "containLabel": True},
+        "series": [],
+    }  # fmt: skip
+
+
+def tooltip(theme: Theme) -> Option:
+    """Return a tooltip that tells all lines at a place."""
+    return {
+        "trigger": "axis",
+        "confine": True,
+        "backgroundColor": theme.ground,
+        "borderColor": theme.rule,
+        "textStyle": {"color": theme.text, "fontSize": 12},
+    }
+
+
+def category_axis(labels: Sequence[str], theme: Theme) -> Option:
+    """Return an axis of labels."""
+    return {
+        "type": "category",
+        "data": list(labels),
+        "axisLabel": {"color": theme.muted, "fontSize": 11, "hideOverlap": True},
+        "axisLine": {"lineStyle": {"color": theme.rule}},
+        "axisTick": {"show": False},
+        "nameTextStyle": {"color": theme.muted, "fontSize": 11},
+        "nameLocation": "end",
+        "nameGap": 4,
+    }
+
+
+def value_axis(theme: Theme, name: str) -> Option:
+    """Return an axis of numbers; `name` is their unit."""
+    return {
+        "type": "value",
+        "name": name,
+        "axisLabel": {"color": theme.muted, "fontSize": 11, "hideOverlap": True},
+        "axisLine": {"show": False},
+        "axisTick": {"show": False},
+        "splitLine": {"show": True, "lineStyle": {"color": theme.rule}},
+        "splitNumber": 4,
+        "nameTextStyle": {"color": theme.muted, "fontSize": 11},
+        "nameGap": 8,
+    }
+
+
+def line_series(name: str, data: list[Any], color: str, width: float) -> Option:
+    """Return a line; `data` holds values, or pairs where the x axis has numbers."""
+    return {
+        "name": name,
+        "type": "line",
+        "data": data,
+        "showSymbol": len(data) == 1,
+        "symbolSize": 5,
+        "lineStyle": {"color": color, "width": width},
+        "itemStyle": {"color": color},
+    }
+
+
+def bar_series(name: str, data: list[Any], color: str, stack: str | None = None) -> Option:
+    """Return bars; those of one `stack` stand on each other."""
+    bar: Option = {"name": name, "type": "bar", "data": data, "itemStyle": {"color": color}, "barMaxWidth": 22}
+    return bar if stack is None else {**bar, "stack": stack}
+
+
+def cut_at(option: Option, values: Any) -> None:
+    """End the y axis where nearly all values do; the few that go beyond are cut there."""
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return
+
+    usual = _CUT * float(np.quantile(finite, 0.9))
+    if finite.max() > usual > 0:
+        option["yAxis"]["max"] = _rounded_up(usual)
+
+
+def _rounded_up(value: float) -> float:
+    unit = 10 ** math.floor(math.log10(value))
+    return next((step * unit for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * unit >= value), value)
+
+
+def set_ends(option: Option) -> None:
+    """Let the x axis begin and end with the points that there are."""
+    xs = [pair[0] for each in option["series"] for pair in each["data"]]
+    least, most = (min(xs), max(xs)) if xs else (0, 1)
+    option["xAxis"] |= {"min": least, "max": most if most > least else least + 1}
+
+
+def pairs(x: Sequence[float], y: Sequence[float | None]) -> list[list[float | None]]:
+    """Return points of a line over numbers."""
+    return [[number(each, 6), value] for each, value in zip(x, y, strict=True)]
+
+
+def plain_values(values: Any) -> list[float | None]:
+    """Return numbers as JSON can hold them, None for what is none."""
+    return [number(value) for value in np.asarray(values, np.float64).tolist()]
+
+
+def number(value: float, digits: int = 4) -> float | None:
+    """Return what JSON can hold, with as many digits as a person reads."""
+    if not math.isfinite(value):
+        return None
+
+    rounded = float(f"{value:.{digits}g}")
+    return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded

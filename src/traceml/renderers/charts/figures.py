@@ -1,0 +1,81 @@
+"""Which charts tell of a run, in which order, under which titles: the same on paper and in a notebook."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from traceml.formatting import count_text, ms_text
+from traceml.renderers.charts import run_charts
+from traceml.renderers.charts.chart_options import Option
+from traceml.renderers.charts.palette import BY_CSS, Theme
+from traceml.renderers.charts.svg import draw
+from traceml.renderers.views import RunView
+from traceml.runs.series import RunSeries
+
+__all__ = ["Figure", "figures"]
+
+_WIDTH = 500
+_METRICS = 12
+_ROW = 22  # height of a rank's bar
+_MOST_HEIGHT = 620
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A chart with its title and a line on how to read it; `height` in units of which it is 500 wide."""
+
+    title: str
+    note: str
+    option: Option
+    height: int
+
+    @property
+    def svg(self) -> str:
+        """The drawing."""
+        return draw(self.option, self.title, width=_WIDTH, height=self.height)
+
+
+def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Figure]:
+    """Return the charts that a run has something for.
+
+    Args:
+        view: the run.
+        series: the same run over its steps.
+        theme: the colours.
+    """
+    steps, heat = series.steps, series.heat
+    each = "one step per point" if steps.width == 1 else f"{steps.width:,} steps per point"
+    ranks = run_charts.ranks_chart(view, theme)
+    metrics = run_charts.metric_charts(series, theme, _METRICS)
+    candidates = [
+        ("Step time", f"Percentiles over all ranks, {each}{_longest(series)}.",
+         run_charts.step_time_chart(steps, theme), 250),
+        ("Where a step goes", f"Mean of each phase, stacked, {each}.", run_charts.phases_chart(steps, theme), 250),
+        ("Ranks", "Mean step of each rank; comm is waiting for others.", ranks, _height(ranks)),
+        ("Who holds the others up", "A rank's own work above the median rank's, as a share of the step.",
+         run_charts.heatmap_chart(heat, theme), 120 + min(26 * len(heat.ranks), 420)),
+        ("Loss and step time", "Whether what changed the speed changed the training too.",
+         run_charts.loss_chart(series, theme), 250),
+        ("Memory", "Of each rank; of many the highest, the median and the lowest.",
+         run_charts.memory_chart(series, theme), 220),
+        ("Hosts and devices", "How busy they were.", run_charts.system_chart(series, theme), 220),
+        *((name, _logged(name, series), option, 200) for name, option in metrics),
+    ]  # fmt: skip
+    return [Figure(title, note, option, height) for title, note, option, height in candidates if option is not None]
+
+
+def _longest(series: RunSeries) -> str:
+    longest = max((value for value in series.steps.max_ms.tolist() if math.isfinite(value)), default=None)
+    return f"; the longest step took {ms_text(longest)}" if longest is not None else ""
+
+
+def _logged(name: str, series: RunSeries) -> str:
+    mine = [line for line in series.metrics if line.name == name or line.name.startswith(f"{name}/rank_")]
+    missing = sum(line.missing for line in mine)
+    return f"{count_text(missing)} values are no finite numbers." if missing else "Logged by the training."
+
+
+def _height(ranks: Option | None) -> int:
+    rows = len(ranks["yAxis"]["data"]) if ranks is not None else 0
+    return min(max(250 if rows > 6 else 110 + _ROW * rows, 70 + _ROW * rows), _MOST_HEIGHT)

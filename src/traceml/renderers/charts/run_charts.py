@@ -1,0 +1,260 @@
+"""Charts of a run, as ECharts options: plain maps, drawn by ECharts on the page and as SVG in reports and notebooks.
+
+One definition for all media. What they use of ECharts is small, and `renderers.svg` draws the same subset: lines, areas
+and bars (stacked or not) over category or value axes, and heat maps. A chart for which there is nothing is None.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from traceml.renderers.charts.chart_options import (
+    Option,
+    bar_series,
+    blank,
+    category_axis,
+    cut_at,
+    line_series,
+    number,
+    pairs,
+    plain_values,
+    set_ends,
+    tooltip,
+    value_axis,
+)
+from traceml.renderers.charts.palette import LIGHT, Theme
+from traceml.renderers.views import RunView, visible_ranks
+from traceml.renderers.words import phase_label
+from traceml.runs.metric_series import MetricSeries
+from traceml.runs.series import HeatMap, RunSeries, SampleSeries, StepSeries
+
+__all__ = [
+    "heatmap_chart",
+    "loss_chart",
+    "memory_chart",
+    "metric_charts",
+    "phases_chart",
+    "ranks_chart",
+    "step_time_chart",
+    "system_chart",
+]
+
+_GIB = 2**30
+_RANK_BARS = 24
+_SMALL_SHARE = 0.005
+_LINES = 8
+_LEAST_HEAT_PCT = 25.0
+_METRICS = 24
+_MARK = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
+
+
+def step_time_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
+    """Return percentiles of step time over the steps."""
+    if not len(steps):
+        return None
+
+    option = _over_steps(steps.steps.tolist(), theme)
+    for name, values, color, width in (
+        ("p99", steps.p99_ms, theme.lines[3], 1),
+        ("p95", steps.p95_ms, theme.lines[1], 1),
+        ("p50", steps.p50_ms, theme.lines[0], 2.5),
+    ):
+        option["series"].append(line_series(name, plain_values(values), color, width))
+
+    cut_at(option, steps.p99_ms)
+    return option
+
+
+def phases_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
+    """Return the phases of a mean step, stacked, over the steps."""
+    if not len(steps) or not steps.phases_ms:
+        return None
+
+    option = _over_steps(steps.steps.tolist(), theme)
+    whole = np.nansum(list(steps.phases_ms.values()), axis=0)
+    colors = theme.of_phases(steps.phases_ms)
+    for name in _in_order(steps.phases_ms):
+        values = steps.phases_ms[name]
+        if np.nansum(values) >= _SMALL_SHARE * whole.sum():
+            area = line_series(phase_label(name), plain_values(values), colors[name], 0)
+            option["series"].append({**area, "stack": "step", "areaStyle": {"color": colors[name], "opacity": 0.9}})
+
+    cut_at(option, whole)
+    return option
+
+
+def ranks_chart(view: RunView, theme: Theme = LIGHT, most: int = _RANK_BARS) -> Option | None:
+    """Return each rank's mean step, divided into phases; of very many ranks the slowest ones and some others.
+
+    Args:
+        view: the run.
+        theme: the colours.
+        most: how many ranks are shown.
+    """
+    rows = [row for row in visible_ranks(view.ranks, most) if row.step_ms > 0]
+    if not rows:
+        return None
+
+    shown = [phase.phase for phase in view.phases if phase.share >= _SMALL_SHARE]
+    colors = theme.of_phases(phase.phase for phase in view.phases)
+    labels = [f"{_MARK} rank {row.rank}" if row.slowest or row.end else f"rank {row.rank}" for row in rows]
+    option = blank(theme)
+    option["xAxis"] = value_axis(theme, "ms")
+    option["yAxis"] = {**category_axis(labels, theme), "inverse": True}
+    for phase in shown:
+        values = [number(dict(row.phases).get(phase, 0.0)) for row in rows]
+        option["series"].append(bar_series(phase_label(phase), values, colors[phase], "step"))
+
+    return option
+
+
+def heatmap_chart(heat: HeatMap, theme: Theme = LIGHT) -> Option | None:
+    """Return rank x steps: by how much of a step a rank's own work is above the median rank's; who holds others up."""
+    if len(heat.ranks) < 2 or not len(heat.steps):
+        return None
+
+    labels = [f"rank {first}" if first == last else f"ranks {first}-{last}" for first, last in heat.ranks]
+    percent = 100 * heat.excess
+    cells = np.argwhere(~np.isnan(percent))
+    if not len(cells):
+        return None
+
+    most = max(_LEAST_HEAT_PCT, float(np.nanquantile(percent, 0.99)))
+    option = blank(theme)
+    option["tooltip"] = {**tooltip(theme), "trigger": "item"}
+    option["xAxis"] = {**category_axis(_steps_text(heat.steps.tolist()), theme), "name": "step"}
+    option["yAxis"] = {**category_axis(labels, theme), "inverse": True}
+    option["visualMap"] = {
+        "min": 0, "max": number(most), "calculable": False, "orient": "horizontal", "right": 8, "top": 0,
+        "itemHeight": 90, "itemWidth": 10, "text": [f"{most:.0f} % of a step", "0"], "textGap": 6,
+        "inRange": {"color": list(theme.heat)}, "textStyle": {"color": theme.muted},
+    }  # fmt: skip
+    data = [[int(step), int(row), number(max(percent[row, step], 0.0), 3)] for row, step in cells.tolist()]
+    option["series"] = [{"name": "above the median rank, % of a step", "type": "heatmap", "data": data}]
+    option["legend"]["show"] = False
+    return option
+
+
+def memory_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
+    """Return resident and device memory by rank over time, in GiB; of many ranks the most, the median and the least."""
+    resident, device = _few(series.memory), _few(series.device_memory)
+    lines = [*(("", line) for line in resident), *(("cuda ", line) for line in device)]
+    return _over_time(lines, theme, "GiB", 1 / _GIB)
+
+
+def system_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
+    """Return how busy hosts and devices were over time, in percent."""
+    parts = (("cpu", series.cpu), ("memory", series.host_memory), ("", series.gpu), ("memory", series.gpu_memory))
+    lines = [(f"{what} " if what else "", line) for what, of in parts for line in _few(of)]
+    option = _over_time(lines, theme, "%", 1.0)
+    if option is not None:
+        option["yAxis"] |= {"min": 0, "max": 100}
+
+    return option
+
+
+def metric_charts(series: RunSeries, theme: Theme = LIGHT, most: int = _METRICS) -> list[tuple[str, Option]]:
+    """Return (name, chart) of what was logged over steps, the same metric of several ranks in one chart.
+
+    Args:
+        series: of the run.
+        theme: the colours.
+        most: how many charts.
+    """
+    by_name: dict[str, list[MetricSeries]] = {}
+    for line in series.metrics:
+        by_name.setdefault(_without_rank(line.name), []).append(line)
+
+    names = sorted(by_name, key=lambda name: (not _is_loss(name), name))[:most]
+    return [(name, _metric_chart(by_name[name], theme)) for name in names]
+
+
+def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
+    """Return the loss next to the step time: whether what made steps slow or fast also changed the training."""
+    losses = [line for line in series.metrics if _is_loss(line.name)]
+    if not losses or not len(series.steps):
+        return None
+
+    loss = min(losses, key=lambda line: (line.name != _without_rank(line.name), "val" in line.name, line.name))
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
+    option["yAxis"] = [
+        value_axis(theme, "ms"),
+        {**value_axis(theme, "loss"), "splitLine": {"show": False}, "scale": True},
+    ]
+    option["grid"]["right"] = 56
+    times = pairs(series.steps.steps.tolist(), plain_values(series.steps.p50_ms))
+    values = pairs(loss.steps.tolist(), plain_values(loss.values))
+    option["series"] = [
+        line_series("step time p50", times, theme.lines[0], 1.5),
+        {**line_series(loss.name, values, theme.lines[3], 2), "yAxisIndex": 1},
+    ]
+    set_ends(option)
+    return option
+
+
+def _metric_chart(lines: Sequence[MetricSeries], theme: Theme) -> Option:
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, "step"), "splitLine": {"show": False}}
+    option["yAxis"] = {**value_axis(theme, ""), "scale": True}
+    for place, line in enumerate(lines[:_LINES]):
+        data = pairs(line.steps.tolist(), plain_values(line.values))
+        option["series"].append(line_series(line.name, data, theme.lines[place % len(theme.lines)], 1.5))
+
+    set_ends(option)
+    option["legend"]["show"] = len(lines) > 1
+    return option
+
+
+def _over_steps(steps: Sequence[int], theme: Theme) -> Option:
+    option = blank(theme)
+    option["xAxis"] = {**category_axis(_steps_text(steps), theme), "name": "step", "boundaryGap": False}
+    option["yAxis"] = value_axis(theme, "ms")
+    return option
+
+
+def _over_time(lines: Sequence[tuple[str, SampleSeries]], theme: Theme, unit: str, scale: float) -> Option | None:
+    if not lines:
+        return None
+
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, "s"), "splitLine": {"show": False}}
+    option["yAxis"] = value_axis(theme, unit)
+    for place, (what, line) in enumerate(lines):
+        data = pairs(line.seconds.tolist(), plain_values(line.values * scale))
+        color = theme.lines[place % len(theme.lines)]
+        option["series"].append(line_series(f"{what}{line.label}", data, color, 1.5))
+
+    set_ends(option)
+    return option
+
+
+def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:
+    """Return the lines, or of more than eight the one that goes highest, a middle one and the lowest."""
+    if len(lines) <= _LINES:
+        return tuple(lines)
+
+    ordered = sorted(lines, key=lambda line: float(np.nan_to_num(line.values).max(initial=0.0)))
+    return ordered[-1], ordered[statistics.median_low(range(len(ordered)))], ordered[0]
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    order = ["input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint"]
+    there = list(names)
+    return [*(n for n in order if n in there), *sorted({*there} - {*order, "other"}), *(["other"] * ("other" in there))]
+
+
+def _is_loss(name: str) -> bool:
+    return "loss" in name.lower()
+
+
+def _without_rank(name: str) -> str:
+    head, mark, rank = name.rpartition("/rank_")
+    return head if mark and rank.isdigit() else name
+
+
+def _steps_text(steps: Sequence[int]) -> list[str]:
+    return [f"{step:,}" for step in steps]

@@ -1,0 +1,158 @@
+"""The tables of the HTML report: phases, ranks, last words, and what is needed to run it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text
+from traceml.renderers.charts.palette import BY_CSS
+from traceml.renderers.charts.svg_marks import escaped
+from traceml.renderers.views import RankRow, RunView, visible_ranks
+from traceml.renderers.words import phase_label
+from traceml.runs.about import About
+from traceml.runs.series import RunSeries
+
+__all__ = ["memory_facts", "phase_table", "rank_table", "run_facts", "stacks"]
+
+_RANKS = 32
+_STACKS = 4
+_LONGEST_VALUE = 400
+_PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
+             "mlflow", "wandb", "clearml", "aim", "tensorboard")  # fmt: skip
+
+
+def phase_table(view: RunView) -> Iterator[str]:
+    """Yield the phases of a mean step."""
+    if not view.phases:
+        return
+
+    colors = BY_CSS.of_phases(phase.phase for phase in view.phases)
+    yield '<div class="card scroll"><table><tr><th>phase</th><th>mean per step</th><th>share of step</th></tr>'
+    for phase in view.phases:
+        name = f'<i style="--c:{colors[phase.phase]}"></i>{escaped(phase_label(phase.phase))}'
+        marked = ' class="marked"' if phase.phase == view.verdict.phase else ""
+        yield f"<tr{marked}><td>{name}</td><td>{ms_text(phase.mean_ms)}</td><td>{percent_text(phase.share)}</td></tr>"
+
+    yield "</table></div>"
+
+
+def rank_table(view: RunView) -> Iterator[str]:
+    """Yield a row per rank; of very many ranks those that ended badly, the slowest and some others."""
+    rows = visible_ranks(view.ranks, _RANKS)
+    if not rows:
+        return
+
+    phases = [phase.phase for phase in view.phases if phase.share >= 0.005]
+    titles = "".join(f"<th>{escaped(phase_label(phase))}</th>" for phase in phases)
+    yield '<div class="card scroll"><table><tr><th>rank</th><th class="words">host</th><th>steps</th><th>step</th>'
+    yield f'{titles}<th>resident</th><th>device</th><th class="words">state</th></tr>'
+    yield from (_rank(row, phases) for row in rows)
+    yield "</table></div>"
+    if hidden := len(view.ranks) - len(rows):
+        yield f'<p class="more">{count_text(hidden)} more ranks stand in report.json.</p>'
+
+    if view.absent:
+        yield f'<p class="more">{escaped(view.absent.capitalize())}.</p>'
+
+
+def _rank(row: RankRow, phases: Sequence[str]) -> str:
+    times = dict(row.phases)
+    cells = [ms_text(row.step_ms) if times else "-", *(ms_text(times.get(phase)) for phase in phases)]
+    cells += [bytes_text(row.rss_bytes), bytes_text(row.cuda_bytes)]
+    marked = ' class="marked"' if row.slowest or row.end else ""
+    state = row.end or ("slowest" if row.slowest else row.state)
+    numbers = "".join(f"<td>{escaped(cell)}</td>" for cell in cells)
+    return (
+        f'<tr{marked}><td>{row.rank}</td><td class="words">{escaped(row.host)}</td><td>{count_text(row.steps)}</td>'
+        f'{numbers}<td class="words">{escaped(state)}</td></tr>'
+    )
+
+
+def stacks(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the first ranks that ended badly were doing, where it is known."""
+    said = [rank for rank in report.get("ranks") or () if (rank.get("exit") or {}).get("stack")]
+    for rank in said[:_STACKS]:
+        stack = rank["exit"]["stack"]
+        text = stack if isinstance(stack, str) else "\n".join(str(line) for line in stack)
+        yield f'<div class="card"><h3>rank {int(rank["rank"])}</h3><pre>{escaped(text)}</pre></div>'
+
+
+def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
+    """Yield the highest memory, how trackers stand, and what tracing stored."""
+    resident = max(((row.rss_bytes, row.rank) for row in view.ranks if row.rss_bytes), default=None)
+    device = max(((row.cuda_bytes, row.rank) for row in view.ranks if row.cuda_bytes), default=None)
+    rows = [
+        ("resident peak", resident and f"{bytes_text(resident[0])} (rank {resident[1]})"),
+        ("device peak", device and f"{bytes_text(device[0])} (rank {device[1]})"),
+        *((f"tracker {tracker.backend}", tracker.text) for tracker in view.trackers),
+        ("rows stored", count_text(view.telemetry.rows_stored)),
+        ("rows lost", count_text(view.telemetry.rows_lost)),
+        ("metrics not drawn", count_text(series.hidden_metrics) if series.hidden_metrics else None),
+    ]
+    yield from _facts(rows)
+
+
+def run_facts(view: RunView, report: Mapping[str, Any], about: About) -> Iterator[str]:
+    """Yield command, source, versions, machine, model."""
+    git, process, environment = about.git, about.process, about.environment
+    argv = process.get("argv")
+    command = shlex.join(map(str, argv)) if argv else view.run.command
+    rows = [
+        ("command", command),
+        ("folder", process.get("folder")),
+        ("git commit", _commit(git)),
+        ("git branch", git.get("branch")),
+        ("git remote", git.get("remote")),
+        ("python", process.get("python")),
+        ("interpreter", process.get("executable")),
+        ("traceml", process.get("traceml") or report.get("traceml_version")),
+        ("packages", _packages(environment)),
+        ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:16])}"),
+        ("machine", _machine(about.system)),
+        *((name, _map_text(facts)) for name, facts in _training(about)),
+        ("parameters", _map_text(about.params)),
+    ]
+    yield from _facts(rows)
+
+
+def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    return ("model", about.model), ("data loader", about.loader), ("optimizer", about.optimizer)
+
+
+def _commit(git: Mapping[str, Any]) -> str | None:
+    commit = git.get("commit")
+    return f"{commit}{' with changes that are not committed' if git.get('dirty') else ''}" if commit else None
+
+
+def _packages(environment: Mapping[str, Any]) -> str | None:
+    """Return the versions that matter most; the store has them all."""
+    packages = environment.get("packages") or ()
+    if isinstance(packages, str) or not isinstance(packages, Iterable):
+        return None
+
+    installed = dict(str(package).partition("==")[::2] for package in packages)
+    return ", ".join(f"{name} {installed[name]}" for name in _PACKAGES if name in installed) or None
+
+
+def _machine(system: Mapping[str, Any]) -> str:
+    memory = system.get("memory_bytes")
+    parts = [system.get("cpu"), f"{system['cores']} cores" if system.get("cores") else None]
+    parts += [bytes_text(memory) if memory else None, ", ".join(map(str, system.get("gpus") or ())), system.get("os")]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _map_text(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in facts.items() if value is not None)
+
+
+def _facts(rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
+    told = [(name, str(value)) for name, value in rows if value]
+    if told:
+        cells = (f"<tr><td>{escaped(name)}</td><td>{escaped(_shortened(value))}</td></tr>" for name, value in told)
+        yield f'<div class="card scroll"><table class="facts">{"".join(cells)}</table></div>'
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]} ..."

@@ -1,0 +1,50 @@
+"""A run inside a notebook's cell: verdict and charts as a piece of HTML, without scripts, on light and dark ground."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from traceml.renderers.charts.figures import figures
+from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
+from traceml.renderers.html.report_page import PAGE_COLORS, chart_grid, run_line, verdict_card
+from traceml.renderers.views import run_view
+from traceml.runs.series import RunSeries
+
+__all__ = ["inline_html"]
+
+# A notebook's own dark theme, which need not be the system's: JupyterLab, VS Code, Colab.
+_DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=dark]")
+
+
+def inline_html(report: Mapping[str, Any], series: RunSeries) -> str:
+    """Return the piece of HTML.
+
+    Args:
+        report: in the shape of `traceml.report/1`.
+        series: the same run over its steps.
+    """
+    view = run_view(report)
+    body = "".join(
+        [
+            *run_line(view, report),
+            verdict_card(view.verdict, {}),
+            *chart_grid(figures(view, series)),
+        ]
+    )
+    # The light colours stand on the element itself: a notebook that takes style sheets out still shows the charts.
+    return f'<style>{_style_sheet()}</style><div class="tm-shown" style="{_colors(LIGHT.name)}">{body}</div>'
+
+
+@cache
+def _style_sheet() -> str:
+    rules = (Path(__file__).parent / "static" / "inline.css").read_text(encoding="utf-8")
+    dark = _colors(DARK.name).replace(";", "!important;")
+    return rules + "".join(f"{ground} .tm-shown{{{dark}}}" for ground in _DARK_GROUNDS)
+
+
+def _colors(name: str) -> str:
+    theme = {each.name: each for each in (LIGHT, DARK)}[name]
+    return f"{css_variables(theme)}--tm-page:{PAGE_COLORS[name]};"

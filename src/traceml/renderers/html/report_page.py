@@ -1,0 +1,155 @@
+"""A run's report as one HTML file: opens without a network, without scripts, on any ground, and prints.
+
+Everything that comes from a run goes through `escaped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from traceml.formatting import count_text, duration_text, ms_text, overhead_text, rate_text
+from traceml.renderers.charts.figures import Figure, figures
+from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
+from traceml.renderers.charts.svg_marks import escaped
+from traceml.renderers.evidence import evidence_items
+from traceml.renderers.html.html_tables import memory_facts, phase_table, rank_table, run_facts, stacks
+from traceml.renderers.views import RunView, Verdict, run_view
+from traceml.runs.about import About
+from traceml.runs.series import RunSeries
+
+__all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
+
+PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
+"""What a page has behind its cards, by theme."""
+_SEVERITIES = ("info", "warning", "critical")
+
+
+def report_page(report: Mapping[str, Any], series: RunSeries, about: About) -> str:
+    """Return the whole page.
+
+    Args:
+        report: in the shape of `traceml.report/1`.
+        series: the same run over its steps.
+        about: what is known beside.
+    """
+    view = run_view(report)
+    findings = report.get("findings") or ()
+    body = [
+        f'<div class="top"><h1>{escaped(view.run.name)}</h1><span class="brand">traceml report</span></div>',
+        *run_line(view, report),
+        verdict_card(view.verdict, (report.get("verdict") or {}).get("evidence") or {}),
+        *_tiles(view),
+        *_section("Also found", _others(view, findings)),
+        *_section("Charts", chart_grid(figures(view, series))),
+        *_section("Phases", phase_table(view)),
+        *_section("Ranks", rank_table(view)),
+        *_section("Last words", stacks(report)),
+        *_section("Memory, trackers, tracing", memory_facts(view, series)),
+        *_section("Environment and how to run it again", run_facts(view, report, about)),
+    ]
+    version = escaped(report.get("traceml_version") or "")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escaped(view.run.name)}: {escaped(view.verdict.kind)}</title>"
+        f"<style>{_style_sheet()}</style></head><body><main>{''.join(body)}"
+        f"<footer>traceml {version}. The numbers are those of report.json beside this file.</footer>"
+        "</main></body></html>\n"
+    )
+
+
+@cache
+def _style_sheet() -> str:
+    light, dark = (f"{css_variables(theme)}--tm-page:{PAGE_COLORS[theme.name]};" for theme in (LIGHT, DARK))
+    rules = (Path(__file__).parent / "static" / "report.css").read_text(encoding="utf-8")
+    return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{rules}"
+
+
+def verdict_card(verdict: Verdict, evidence: Mapping[str, Any], *, first: bool = True) -> str:
+    """Return a finding with its evidence and what to do.
+
+    Args:
+        verdict: the finding.
+        evidence: its numbers, as in the report.
+        first: whether it is the one that matters.
+    """
+    severity = verdict.severity if verdict.severity in _SEVERITIES else "info"
+    headline = f'<p class="headline">{escaped(verdict.headline)}</p>'
+    gain = f'<p class="gain"><b>Gain</b>{verdict.gain:.2f}x as fast once this is fixed</p>' if verdict.gain else ""
+    to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
+    return (
+        f'<section class="card {"verdict" if first else "finding"} {severity}">'
+        f'<span class="kind">{escaped(verdict.kind)}</span>{headline}<p>{escaped(verdict.summary)}</p>'
+        f"{gain}{to_do}{_evidence(evidence)}</section>"
+    )
+
+
+def _evidence(evidence: Mapping[str, Any]) -> str:
+    items = evidence_items(evidence)
+    told = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in items)
+    return f'<dl class="evidence">{told}</dl>' if told else ""
+
+
+def run_line(view: RunView, report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield in one line which run it is: id, ranks, hosts, state, when."""
+    run = view.run
+    facts = [f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}", ", ".join(run.hosts[:4])]
+    facts.append(f"{run.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else run.state)
+    if run.attempt:
+        facts.append(f"attempt {run.attempt + 1}")
+
+    told = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(report)) if fact)
+    yield f'<p class="sub">{told}</p>'
+
+
+def _date(report: Mapping[str, Any]) -> str:
+    from datetime import UTC, datetime
+
+    started = (report.get("run") or {}).get("started")
+    return f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC" if started else ""
+
+
+def _tiles(view: RunView) -> Iterator[str]:
+    steps, telemetry = view.steps, view.telemetry
+    overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
+    tiles = (
+        ("steps per second", rate_text(steps.per_second)),
+        ("steps", count_text(steps.count)),
+        ("mean step", ms_text(steps.mean_ms)),
+        ("p50", ms_text(steps.p50_ms)),
+        ("p95", ms_text(steps.p95_ms)),
+        ("p99", ms_text(steps.p99_ms)),
+    )
+    yield '<div class="tiles">'
+    yield from (f'<div class="tile"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in tiles)
+    yield f'</div><p class="more">Tracing cost {escaped(overhead)}.</p>'
+
+
+def _others(view: RunView, findings: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    evidence = [finding.get("evidence") or {} for finding in findings][1:]
+    for verdict, numbers in zip(view.others, evidence, strict=False):
+        yield verdict_card(verdict, numbers, first=False)
+
+
+def chart_grid(shown: list[Figure]) -> Iterator[str]:
+    """Yield charts side by side, as many as there is room for."""
+    if not shown:
+        return
+
+    yield '<div class="charts">'
+    for figure in shown:
+        caption = f"<figcaption><h3>{escaped(figure.title)}</h3><p>{escaped(figure.note)}</p></figcaption>"
+        yield f"<figure>{caption}{figure.svg}</figure>"
+
+    yield "</div>"
+
+
+def _section(title: str, parts: Iterable[str]) -> Iterator[str]:
+    """Yield a section, nothing where it would be empty."""
+    told = "".join(parts)
+    if told:
+        yield f"<h2>{title}</h2>{told}"

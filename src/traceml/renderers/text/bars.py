@@ -1,0 +1,95 @@
+"""Bars, stacked bars and sparklines as styled text of an exact width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.text import Text
+
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import RankRow
+from traceml.renderers.words import short_label
+
+__all__ = ["bar", "mark", "phase_color", "sparkline", "stacked"]
+
+_COLORS = {
+    "input_wait": "yellow",
+    "h2d": "magenta",
+    "forward": "blue",
+    "backward": "cyan",
+    "optimizer": "green",
+    "comm": "red",
+    "checkpoint": "bright_magenta",
+    "user": "bright_green",
+    "other": "bright_black",
+}
+
+
+def phase_color(phase: str) -> str:
+    """Return the colour that a phase has everywhere; the user's own phases share one."""
+    return _COLORS.get(phase, "bright_green")
+
+
+def mark(row: RankRow, viewport: Viewport) -> str:
+    """Return what stands before a rank: it ended badly, it is the slowest, or nothing."""
+    return viewport.glyphs.lost if row.end else viewport.glyphs.mark if row.slowest else " "
+
+
+def bar(share: float, width: int, viewport: Viewport, *, style: str = "") -> Text:
+    """Return a bar over `width` columns, filled by `share` of 0..1; anything above nothing shows."""
+    parts = viewport.glyphs.bar_parts
+    steps = len(parts) + 1
+    filled = round(min(max(share, 0.0), 1.0) * width * steps)
+    if share > 0 and parts:
+        filled = max(filled, 1)
+
+    full, rest = divmod(filled, steps)
+    drawn = viewport.glyphs.bar * full + (parts[rest - 1] if rest else "")
+    return Text(drawn, style=style).append(" " * (width - len(drawn)))
+
+
+def stacked(shares: Sequence[tuple[str, float]], width: int, viewport: Viewport) -> Text:
+    """Return phases side by side over exactly `width` columns, each as wide as its share and labelled where it fits.
+
+    Args:
+        shares: (phase, share of 0..1) in the order to draw; they are taken to add up to 1 at most.
+        width: columns.
+        viewport: with colours each part has its own; without, parts are parted by bars and filled with dots.
+    """
+    drawn = Text()
+    for phase, columns in _columns(shares, width):
+        label = short_label(phase)
+        if viewport.color:
+            drawn.append(_fit(label, columns), style=f"black on {phase_color(phase)}")
+        else:
+            drawn.append("|" + _fit(label, columns - 1, fill="."))
+
+    return drawn.append(" " * (width - len(drawn.plain)))
+
+
+def _columns(shares: Sequence[tuple[str, float]], width: int) -> list[tuple[str, int]]:
+    """Divide the columns so that the parts end where their running sum does: rounding errors do not add up."""
+    divided, done, total = [], 0, 0.0
+    for phase, share in shares:
+        total += share
+        until = min(width, round(total * width))
+        if until > done:
+            divided.append((phase, until - done))
+            done = until
+
+    return divided
+
+
+def _fit(label: str, columns: int, *, fill: str = " ") -> str:
+    if columns >= len(label) + 1:
+        return f"{fill if fill == ' ' else ''}{label}".ljust(columns, fill)
+
+    return label[:columns].ljust(columns, fill) if columns >= 3 else (label[:1] * min(columns, 1)).ljust(columns, fill)
+
+
+def sparkline(values: Sequence[float], width: int, viewport: Viewport) -> str:
+    """Return the last `width` values as levels between 0 and their largest; right-aligned, exactly `width` columns."""
+    shown = [max(0.0, value) for value in values[-width:]]
+    levels = viewport.glyphs.spark
+    scale = len(levels) / (max(shown, default=0.0) or 1.0)
+    return "".join(levels[min(len(levels) - 1, int(value * scale))] for value in shown).rjust(width)

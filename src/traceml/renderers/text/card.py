@@ -1,0 +1,294 @@
+"""The verdict card: what limits a run, on half a screen, the answer first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console, Group
+from rich.text import Text
+
+from traceml.errors import StoreError
+from traceml.formatting import (
+    bytes_text,
+    count_text,
+    duration_text,
+    ms_text,
+    overhead_text,
+    percent_text,
+    rate_text,
+)
+from traceml.renderers.text.bars import bar, mark, phase_color
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
+from traceml.renderers.words import phase_label
+from traceml.runs.report import PAGE_NAME
+
+__all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
+
+SEVERITY_STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
+
+_MAX_WIDTH = 100  # longer lines are harder to read, not easier
+_LABEL = 8  # columns of the labels at the left
+_RANK_ROWS = 8
+_PHASE_COLUMNS = 5
+_SMALL_SHARE = 0.005  # phases below half a percent are left to the report
+_CELL = 10
+
+
+def print_card(report_path: Path, *, file: IO[str]) -> None:
+    """Print the card of a report on disk, with its path and the command that shows it again.
+
+    Args:
+        report_path: the run's `report.json`.
+        file: where to print; colours and characters follow what it can show.
+
+    Raises:
+        StoreError: the file holds no report.
+    """
+    try:
+        report: dict[str, Any] = json.loads(report_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StoreError(f"{report_path} is no report: {error}") from error
+
+    print_report(report, report_path.parent, console=Console(file=file, highlight=False))
+
+
+def print_report(report: Mapping[str, Any], run_dir: Path, *, console: Console) -> None:
+    """Print the card of a report, with its path where it is written, and the command that shows it again.
+
+    Args:
+        report: in the shape of `traceml.report/1`.
+        run_dir: the run's folder.
+        console: where to print.
+    """
+    folder = run_dir.resolve()
+    path, page = folder / "report.json", folder / PAGE_NAME
+    shown = card(
+        run_view(report),
+        Viewport.of(console),
+        report_path=str(path) if path.exists() else "",
+        page_path=str(page) if page.exists() else "",
+        again=f"traceml report {_name_of(folder)}",
+    )
+    # Lines are fitted already; a path or a command that is wider than the terminal must stay whole to be copied.
+    console.print(shown, soft_wrap=True)
+
+
+def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path: str = "", again: str = "") -> Group:
+    """Return the card of a run.
+
+    Args:
+        view: the run.
+        viewport: what the medium can show; at most 100 columns are used.
+        report_path: told at the end.
+        page_path: the report with charts, told there too.
+        again: the command that shows this again, told at the end.
+    """
+    width = min(viewport.width, _MAX_WIDTH)
+    lines = [
+        _top(view, width, viewport),
+        *_verdict_lines(view, width),
+        Text(),
+        _steps_line(view, viewport),
+        *_phase_lines(view, width, viewport),
+        *_rank_lines(view, viewport),
+        Text(),
+        *_closing_lines(view, width),
+    ]
+    fitted = [_fitted(line, width, viewport) for line in lines]
+    copied = (("Report", report_path), ("Charts", page_path), ("Again", again))
+    return Group(*fitted, *(line for label, text in copied for line in _copied(label, text)))
+
+
+def _name_of(run_dir: Path) -> str:
+    """Return what finds the run from here: its id where runs are kept by default, else its folder."""
+    return run_dir.name if run_dir.parent == Path("traceml_runs").resolve() else str(run_dir)
+
+
+def _fitted(line: Text, width: int, viewport: Viewport) -> Text:
+    """Return the line cut to the width; nothing here may wrap by itself."""
+    line.no_wrap = True
+    if line.cell_len > width:
+        ending = viewport.glyphs.ellipsis
+        line.truncate(width - len(ending))
+        line.append(ending)
+
+    return line
+
+
+def _top(view: RunView, width: int, viewport: Viewport) -> Text:
+    rule = viewport.glyphs.rule
+    facts = [f"{count_text(view.run.world_size)} rank{'s' if view.run.world_size > 1 else ''}"]
+    if len(view.run.hosts) > 1:
+        facts.append(f"{len(view.run.hosts)} hosts")
+
+    if view.steps.count:
+        facts.append(f"{count_text(view.steps.count)} steps")
+
+    after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
+    right = f" {', '.join(facts)}, {view.run.state}{after} {rule}"
+    left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
+    left.append(view.verdict.kind, style=_style(view.verdict.severity)).append(" ")
+    fill = max(width - left.cell_len - len(right), 1)
+    return left.append(rule * fill, style="dim").append(right)
+
+
+def _style(severity: str) -> str:
+    return SEVERITY_STYLES.get(severity, "bold")
+
+
+def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
+    verdict = view.verdict
+    for line in wrapped(verdict.headline, width - 1):
+        yield Text(" ").append(line, style=_style(verdict.severity))
+
+    for line in wrapped(verdict.summary, width - 1):
+        yield Text(f" {line}")
+
+    yield from _labelled("Next", verdict.next, width, style="bold")
+    if verdict.gain is not None and "faster" not in verdict.summary:
+        yield from _labelled("Gain", f"steps {verdict.gain:.2f}x as fast once this is fixed", width)
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """Return the text in lines of at most `width` columns, broken between words; a longer word stands alone."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and len(lines[-1]) + 1 + len(word) <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+
+    return lines
+
+
+def _labelled(label: str, text: str, width: int, *, style: str = "") -> Iterator[Text]:
+    """Yield ` Label  text`, wrapped under the text; nothing when there is no text."""
+    for number, line in enumerate(wrapped(text, width - _LABEL - 1)):
+        yield Text(" ").append((label if number == 0 else "").ljust(_LABEL), style="dim").append(line, style=style)
+
+
+def _copied(label: str, text: str) -> Iterator[Text]:
+    """Yield a line with something to be copied from the screen: never broken, never cut."""
+    if text:
+        yield Text(" ", no_wrap=True).append(label.ljust(_LABEL), style="dim").append(text, style="cyan")
+
+
+def _steps_line(view: RunView, viewport: Viewport) -> Text:
+    steps = view.steps
+    line = Text(" ").append("Steps".ljust(_LABEL), style="dim")
+    line.append(f"{rate_text(steps.per_second)} steps/s", style="bold")
+    if steps.count:
+        line.append(f"  {viewport.glyphs.dot}  mean {ms_text(steps.mean_ms)}  p50 {ms_text(steps.p50_ms)}")
+        line.append(f"  p95 {ms_text(steps.p95_ms)}  p99 {ms_text(steps.p99_ms)}")
+
+    return line
+
+
+def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:
+    shown = [phase for phase in view.phases if phase.share >= _SMALL_SHARE]
+    if not shown:
+        return
+
+    name = max(10, *(len(phase_label(phase.phase)) for phase in shown))
+    name = min(name, 24)
+    room = width - name - 21
+    blamed = view.verdict.phase
+    for phase in shown:
+        label = phase_label(phase.phase)[:name].ljust(name)
+        line = Text(" ").append(label, style="bold" if phase.phase == blamed else "")
+        line.append("  ").append(bar(phase.share, room, viewport, style=phase_color(phase.phase)))
+        yield line.append(f" {percent_text(phase.share):>6} {ms_text(phase.mean_ms):>9}")
+
+
+def _rank_lines(view: RunView, viewport: Viewport) -> Iterator[Text]:
+    if len(view.ranks) < 2:
+        return
+
+    columns = _column_phases(view)
+    yield Text()
+    heading = "".join(f"{phase_label(phase)[: _CELL - 1]:>{_CELL}}" for phase in columns)
+    yield Text(f"   rank{'step':>{_CELL}}{heading}{'memory':>{_CELL}}", style="dim")
+    rows = visible_ranks(view.ranks, _RANK_ROWS)
+    for row in rows:
+        yield _rank_line(row, columns, viewport)
+
+    if hidden := len(view.ranks) - len(rows):
+        yield Text(f"   {viewport.glyphs.ellipsis} {count_text(hidden)} more ranks in the report", style="dim")
+
+
+def _column_phases(view: RunView) -> list[str]:
+    """Return the phases worth a column, in the report's order: the verdict's own, then the largest anywhere."""
+    largest: dict[str, float] = {}
+    for row in view.ranks:
+        for phase, share in row.shares:
+            largest[phase] = max(share, largest.get(phase, 0.0))
+
+    order = sorted(largest, key=lambda phase: (phase != view.verdict.phase, -largest[phase]))
+    chosen = {phase for phase in order[:_PHASE_COLUMNS] if largest[phase] >= _SMALL_SHARE}
+    return [phase for phase in largest if phase in chosen]
+
+
+def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text:
+    line = Text().append(f" {mark(row, viewport)} {row.rank:>4}", style="bold red" if row.slowest or row.end else "")
+    times = dict(row.phases)
+    line.append(f"{ms_text(row.step_ms) if times else '-':>{_CELL}}")
+    for phase in columns:
+        line.append(f"{ms_text(times.get(phase)):>{_CELL}}")
+
+    return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>{_CELL}}")
+
+
+def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
+    # A lost rank that the verdict is about was told at the top.
+    told = view.verdict.ranks if view.verdict.kind == "RANK_LOST" else ()
+    ended = [row for row in view.ranks if row.end and row.rank not in told]
+    for row in ended[:4]:
+        where = f" on {row.host}" if row.host else ""
+        yield from _labelled("Ended", f"rank {row.rank}{where}: {row.end}", width)
+
+    if len(ended) > 4:
+        yield from _labelled("", f"and {len(ended) - 4} more ranks", width)
+
+    if view.absent:
+        yield from _labelled("Absent", view.absent, width, style="yellow")
+
+    for other in view.others[:2]:
+        yield from _labelled("Also", f"{other.kind}: {other.headline}", width)
+
+    if memory := _memory_text(view):
+        yield from _labelled("Memory", memory, width)
+
+    for number, tracker in enumerate(view.trackers):
+        style = "" if tracker.is_well else "yellow"
+        yield from _labelled("" if number else "Sent", tracker.text, width, style=style)
+
+    if view.run.state != "running" and any(tracker.pending for tracker in view.trackers):
+        yield from _labelled("", "traceml sync delivers what waits", width, style="bold")
+
+    yield from _labelled("Tracing", _telemetry_text(view), width)
+
+
+def _memory_text(view: RunView) -> str:
+    """Return the largest peaks of resident and of device memory, and whose they are."""
+    parts = []
+    for what, sizes in (
+        ("resident peak", {row.rank: row.rss_bytes for row in view.ranks if row.rss_bytes}),
+        ("device peak", {row.rank: row.cuda_bytes for row in view.ranks if row.cuda_bytes}),
+    ):
+        if sizes:
+            rank = max(sizes, key=lambda rank: sizes[rank])
+            parts.append(f"{what} {bytes_text(sizes[rank])}" + (f" (rank {rank})" if len(view.ranks) > 1 else ""))
+
+    return ", ".join(parts)
+
+
+def _telemetry_text(view: RunView) -> str:
+    telemetry = view.telemetry
+    lost = telemetry.rows_lost
+    rows = f"{count_text(telemetry.rows_stored)} rows stored, "
+    rows += "losses unknown" if lost is None else f"{count_text(lost)} lost" if lost else "none lost"
+    return f"{rows}; overhead {overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)}"

@@ -1,0 +1,187 @@
+"""The live view: a running job in a panel of fixed height, so that nothing on the screen jumps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from traceml.formatting import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text
+from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked
+from traceml.renderers.text.card import SEVERITY_STYLES, wrapped
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
+from traceml.renderers.words import short_label
+
+__all__ = [
+    "MAX_RANK_ROWS",
+    "MIN_HEIGHT",
+    "MIN_WIDTH",
+    "live_lines",
+    "panel_height",
+    "rule_line",
+    "speed_line",
+    "verdict_line",
+]
+
+MAX_RANK_ROWS = 16
+MIN_WIDTH = 60
+_NEXT_ROWS = 2
+_FRAME_ROWS = 5 + _NEXT_ROWS  # rule, speed, heading, verdict, next, tracing
+_LABEL = 9
+MIN_HEIGHT = _FRAME_ROWS + 1
+_RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
+
+
+def panel_height(ranks: int, rows: int) -> int:
+    """Return the height of the panel for so many ranks, when `rows` rows may be used at most."""
+    wanted = min(ranks, MAX_RANK_ROWS) + (1 if ranks > MAX_RANK_ROWS else 0)
+    return max(min(_FRAME_ROWS + wanted, rows), MIN_HEIGHT)
+
+
+def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
+    """Return the panel's lines, exactly as many as `panel_height` says for the view's ranks and `viewport.height`.
+
+    Args:
+        view: the job now.
+        viewport: the room there is; each line has at most its width.
+    """
+    now = view.now
+    ranks = max(len(now.ranks), now.run.world_size)
+    height = panel_height(ranks, viewport.height)
+    lines = [
+        rule_line(now, viewport),
+        speed_line(view, viewport),
+        _heading(now, viewport),
+        *_rank_lines(now, height - _FRAME_ROWS, viewport),
+        verdict_line(now),
+        *_next(now, viewport),
+        _tracing(now, viewport),
+    ]
+    for line in lines:
+        line.no_wrap = True
+        _cut(line, viewport)
+
+    return lines
+
+
+def _cut(line: Text, viewport: Viewport) -> None:
+    if line.cell_len > viewport.width:
+        line.truncate(viewport.width - len(viewport.glyphs.ellipsis))
+        line.append(viewport.glyphs.ellipsis)
+
+
+def rule_line(now: RunView, viewport: Viewport) -> Text:
+    """Return the top line: which run, how many ranks, how it stands."""
+    rule, run = viewport.glyphs.rule, now.run
+    left = Text(f"{rule} ", style="dim").append("traceml", style="bold not dim").append(f" {rule} ")
+    name = run.name if len(run.name) <= 28 else run.name[:27] + viewport.glyphs.ellipsis[:1]
+    left.append(name, style="not dim").append(" ")
+    attempt = f", attempt {run.attempt + 1}" if run.attempt else ""
+    hosts = f" on {len(run.hosts)} hosts" if len(run.hosts) > 1 else ""
+    ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}{hosts}{attempt}"
+    right = f" {ranks}, {run.state} {duration_text(run.duration_s)} {rule}"
+    return left.append(rule * max(viewport.width - left.cell_len - len(right), 1)).append(right)
+
+
+def speed_line(view: LiveView, viewport: Viewport) -> Text:
+    """Return how fast the job is, and was."""
+    steps = view.now.steps
+    trend = max(min(viewport.width - 62, 40), 6)
+    line = Text(f" {rate_text(steps.per_second):>6} steps/s ", style="bold")
+    line.append(sparkline(view.rates, trend, viewport), style="cyan not bold")
+    line.append(f"  step {ms_text(steps.mean_ms):>7}  p99 {ms_text(steps.p99_ms):>7}", style="not bold")
+    return line.append(f"  {count_text(steps.count):>9} steps", style="not bold")
+
+
+def _heading(now: RunView, viewport: Viewport) -> Text:
+    """Return the column heads; the middle one is the legend of the phases."""
+    line = Text(f"   rank{'step':>11} ", style="dim")
+    room = viewport.width - _RANK_CELLS - 2
+    legend = Text()
+    for row in now.phases:
+        label = short_label(row.phase)
+        if row.share < 0.005 or legend.cell_len + len(label) + 2 > room:
+            continue
+
+        legend.append(" ")
+        if viewport.color:
+            legend.append(viewport.glyphs.bar, style=phase_color(row.phase))
+
+        legend.append(label)
+
+    legend.append(" " * max(room - legend.cell_len, 0))
+    return line.append(legend).append(f"{'memory':>11}")
+
+
+def _rank_lines(now: RunView, rows: int, viewport: Viewport) -> Iterator[Text]:
+    """Yield exactly `rows` lines: ranks, a line that counts the rest, blanks for ranks that have not come yet."""
+    shown = visible_ranks(now.ranks, rows if len(now.ranks) <= rows else max(rows - 1, 1))
+    drawn = 0
+    for row in shown[:rows]:
+        yield _rank_line(row, viewport)
+        drawn += 1
+
+    hidden = len(now.ranks) - len(shown)
+    if hidden and drawn < rows:
+        yield _hidden_line(now, hidden, viewport)
+        drawn += 1
+    elif not now.ranks and drawn < rows:
+        yield Text("   waiting for the first steps", style="dim")
+        drawn += 1
+
+    for _ in range(rows - drawn):
+        yield Text()
+
+
+def _rank_line(row: RankRow, viewport: Viewport) -> Text:
+    style = "bold red" if row.slowest or row.end else ""
+    line = Text(f" {mark(row, viewport)} {row.rank:>4}", style=style)
+    line.append(f"{ms_text(row.step_ms) if row.phases else '-':>11}  ", style="default not bold" if style else "")
+    room = viewport.width - _RANK_CELLS - 2
+    line.append(_state_text(row, room) if row.end else stacked(row.shares, room, viewport))
+    return line.append(f"{bytes_text(row.cuda_bytes or row.rss_bytes):>11}", style="default not bold" if style else "")
+
+
+def _state_text(row: RankRow, room: int) -> str:
+    return (row.end or row.state)[:room].ljust(room)
+
+
+def _hidden_line(now: RunView, hidden: int, viewport: Viewport) -> Text:
+    times = [row.step_ms for row in now.ranks if row.phases]
+    between = f", steps of {ms_text(min(times))} to {ms_text(max(times))}" if times else ""
+    return Text(f"   {viewport.glyphs.ellipsis} {count_text(hidden)} more{between}", style="dim")
+
+
+def verdict_line(now: RunView) -> Text:
+    """Return the verdict so far in a few words."""
+    verdict = now.verdict
+    return Text(" so far  ", style="dim").append(
+        verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
+    )
+
+
+def _next(now: RunView, viewport: Viewport) -> Iterator[Text]:
+    lines = wrapped(now.verdict.next, viewport.width - _LABEL)
+    for number in range(_NEXT_ROWS):
+        text = lines[number] if number < len(lines) else ""
+        if number == _NEXT_ROWS - 1 and len(lines) > _NEXT_ROWS:
+            text = " ".join(lines[number:])  # cut where the screen ends
+
+        yield Text().append((" next" if number == 0 else "").ljust(_LABEL), style="dim").append(text)
+
+
+def _tracing(now: RunView, viewport: Viewport) -> Text:
+    telemetry = now.telemetry
+    lost = telemetry.rows_lost or 0
+    line = Text(" tracing ", style="dim")
+    line.append(f"{count_text(lost)} rows lost" if lost else "no row lost", style="bold red not dim" if lost else "")
+    line.append(f" of {count_text(telemetry.rows_stored)}")
+    overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
+    line.append(f" {viewport.glyphs.dot} overhead {overhead}")
+    for tracker in now.trackers:
+        line.append(f" {viewport.glyphs.dot} ").append(
+            tracker.text, style="" if tracker.is_well else "bold yellow not dim"
+        )
+
+    return line

@@ -1,0 +1,167 @@
+"""The screen of `traceml top`: one table of a running job at a time, in pages, with its verdict below."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.text import Text
+
+from traceml.renderers.text.bars import bar, sparkline
+from traceml.renderers.text.live_panel import rule_line, speed_line, verdict_line
+from traceml.renderers.text.top_tables import BarCell, TableColumn, TableRow, TableView, TrendCell
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import LiveView
+
+__all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines", "tabs_line"]
+
+MIN_HEIGHT = 8
+_FRAME_ROWS = 6  # rule, speed, tabs, heads, verdict, and where in the table we are
+_MOST = 32  # columns of a text that is not the last
+_LEAST_FILL = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Tab:
+    """One of the tables: its key and its name, which has the key's letter in it."""
+
+    key: str
+    name: str
+
+
+KEYS = (
+    ("o p r m t l s", "overview, phases, ranks, memory, metrics, logs, system"),
+    ("Tab, arrows left and right", "the next table, the one before"),
+    ("arrows up and down, j k", "a row down, a row up"),
+    ("PgDn PgUp, space b", "a page down, a page up"),
+    ("Home End, g G", "to the first row, to the last"),
+    ("? or h", "this help"),
+    ("q, Escape, Ctrl-C", "leave; the job goes on"),
+)
+"""What the keys do."""
+
+
+def page_rows(viewport: Viewport) -> int:
+    """Return how many rows of a table are seen at a time."""
+    return max(viewport.height - _FRAME_ROWS, 1)
+
+
+def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: int, viewport: Viewport) -> list[Text]:
+    """Return the screen's lines, exactly `viewport.height`.
+
+    Args:
+        view: the job now.
+        tabs: the tables there are.
+        table: the one to show.
+        first: its first row to show.
+        viewport: the room there is.
+    """
+    room = page_rows(viewport)
+    shown = table.rows[first : first + room]
+    widths = _widths(table.columns, table.rows, viewport.width)
+    body = [_line(row, table.columns, widths, viewport) for row in shown] or [Text(f" {table.empty}", style="dim")]
+    body += [Text() for _ in range(room - len(body))]
+    heads = _line(TableRow(tuple(column.head for column in table.columns), "dim"), table.columns, widths, viewport)
+    where = Text(_where(first, len(shown), len(table.rows)), style="dim")
+    lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
+    return [cut(line, viewport) for line in (*lines, verdict_line(view.now), where)]
+
+
+def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
+    """Return the help on the keys, exactly `viewport.height` lines."""
+    lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, ""), Text()]
+    for keys, does in KEYS:
+        lines.append(Text(f"  {keys:<28}", style="bold").append(does, style="not bold"))
+
+    lines += [Text() for _ in range(viewport.height - len(lines))]
+    return [cut(line, viewport) for line in lines[: viewport.height]]
+
+
+def tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
+    """Return the names of the tables with their keys; the one that is shown stands out, also without colours."""
+    line = Text()
+    for tab in tabs:
+        if tab.name == shown:
+            line.append(f"[{tab.name}]", style="bold reverse")
+            continue
+
+        before, _, after = tab.name.partition(tab.key)
+        line.append(f" {before}", style="dim").append(tab.key, style="bold underline not dim").append(
+            f"{after} ", "dim"
+        )
+
+    return line
+
+
+def cut(line: Text, viewport: Viewport) -> Text:
+    """Return a line that is no wider than the screen."""
+    line.no_wrap = True
+    if line.cell_len > viewport.width:
+        line.truncate(viewport.width - len(viewport.glyphs.ellipsis))
+        line.append(viewport.glyphs.ellipsis)
+
+    return line
+
+
+def _where(first: int, shown: int, rows: int) -> str:
+    if shown < rows:
+        return f" rows {first + 1:,}-{first + shown:,} of {rows:,}"
+
+    return f" {rows:,} row{'' if rows == 1 else 's'}"
+
+
+def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int) -> list[int]:
+    """Give each column what its cells need; what is left goes to those that fill."""
+    widths = [0 if column.fills else cell_len(column.head) for column in columns]
+    for row in rows:
+        for at, cell in enumerate(row.cells):
+            if isinstance(cell, str) and not columns[at].fills:
+                widths[at] = max(widths[at], min(cell_len(_plain(cell)), _MOST))
+
+    fills = [at for at, column in enumerate(columns) if column.fills]
+    left = width - sum(widths) - 2 * len(columns)
+    for at in fills:
+        widths[at] = max(left // len(fills), _LEAST_FILL)
+
+    return widths
+
+
+def _line(row: TableRow, columns: Sequence[TableColumn], widths: Sequence[int], viewport: Viewport) -> Text:
+    line = Text(style=row.style)
+    for cell, column, width in zip(row.cells, columns, widths, strict=True):
+        line.append("  " if line.cell_len else " ")
+        if isinstance(cell, BarCell):
+            line.append_text(bar(cell.share, width, viewport, style=cell.style if viewport.color else ""))
+        elif isinstance(cell, TrendCell):
+            line.append(_trend(cell.values, min(width, 40), viewport), style="cyan")
+        else:
+            line.append(_fitted(cell, width, column.right, viewport))
+
+    return line
+
+
+def _trend(values: Sequence[float], width: int, viewport: Viewport) -> str:
+    """Return values as levels between the least and the most of them."""
+    shown = [value for value in values if math.isfinite(value)][-width:]
+    if not shown or max(shown) == min(shown):
+        return ""
+
+    return sparkline([value - min(shown) for value in shown], width, viewport).lstrip()
+
+
+def _plain(cell: str) -> str:
+    """Return a text that cannot steer the terminal: names and logs are the user's."""
+    return cell if cell.isprintable() else "".join(char if char.isprintable() else " " for char in cell)
+
+
+def _fitted(cell: str, width: int, right: bool, viewport: Viewport) -> str:
+    text = Text(_plain(cell))
+    if text.cell_len > width:
+        mark = viewport.glyphs.ellipsis[:1]
+        text.truncate(max(width - len(mark), 0))
+        text.append(mark)
+
+    blanks = " " * (width - text.cell_len)
+    return blanks + text.plain if right else text.plain + blanks

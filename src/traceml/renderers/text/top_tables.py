@@ -1,0 +1,229 @@
+"""Tables of a running job for a terminal: what stands in them, made from the report's shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text
+from traceml.renderers.text.bars import phase_color
+from traceml.renderers.views import RankRow, RunView
+from traceml.renderers.words import phase_label
+from traceml.runs.notes import Note
+
+__all__ = [
+    "BarCell",
+    "TableColumn",
+    "TableRow",
+    "TableView",
+    "TrendCell",
+    "logs_table",
+    "memory_table",
+    "metrics_table",
+    "phases_table",
+    "ranks_table",
+    "system_table",
+    "value_text",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class BarCell:
+    """A cell that is filled by a share of 0..1."""
+
+    share: float
+    style: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TrendCell:
+    """A cell that shows values over time, oldest first."""
+
+    values: tuple[float, ...]
+
+
+Cell = str | BarCell | TrendCell
+
+
+@dataclass(frozen=True, slots=True)
+class TableColumn:
+    """A column: its head, on which side its cells stand, and whether it takes the room that is left."""
+
+    head: str
+    right: bool = True
+    fills: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TableRow:
+    """A row; `style` tells rows apart that need attention."""
+
+    cells: tuple[Cell, ...]
+    style: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TableView:
+    """A table; `empty` is what is said where it has no rows."""
+
+    name: str
+    columns: tuple[TableColumn, ...]
+    rows: tuple[TableRow, ...]
+    empty: str = "nothing yet"
+
+
+def _right(head: str) -> TableColumn:
+    return TableColumn(head)
+
+
+def _left(head: str) -> TableColumn:
+    return TableColumn(head, right=False)
+
+
+def _wide(head: str = "") -> TableColumn:
+    return TableColumn(head, right=False, fills=True)
+
+
+def phases_table(report: Mapping[str, Any]) -> TableView:
+    """Return the phases of a step: mean, share, and the ranks in which they are shortest and longest."""
+    rows = []
+    for phase in report.get("phases") or ():
+        by_rank = [(entry.get("mean_ms") or 0.0, entry["rank"]) for entry in phase.get("by_rank") or ()]
+        share = phase.get("share") or 0.0
+        ends = [f"{ms_text(ms)} r{rank}" for ms, rank in (min(by_rank), max(by_rank))] if by_rank else ["-", "-"]
+        bar = BarCell(share, phase_color(phase["phase"]))
+        rows.append(
+            TableRow((phase_label(phase["phase"]), ms_text(phase.get("mean_ms")), percent_text(share), bar, *ends))
+        )
+
+    columns = (_left("phase"), _right("mean"), _right("share"), _wide(), _right("least"), _right("most"))
+    return TableView("phases", columns, tuple(rows), "no step has ended yet")
+
+
+def ranks_table(now: RunView) -> TableView:
+    """Return every rank: its steps, how long they take, how much of that is its own work, and how it stands."""
+    columns = (
+        _right("rank"),
+        _left("host"),
+        _right("steps"),
+        _right("step"),
+        _right("own work"),
+        _right("waiting"),
+        _wide("state"),
+    )
+    return TableView("ranks", columns, tuple(_rank(row) for row in now.ranks), "no rank has come yet")
+
+
+def _rank(row: RankRow) -> TableRow:
+    known = bool(row.phases)
+    work, waiting = (ms_text(row.work_ms), ms_text(row.step_ms - row.work_ms)) if known else ("-", "-")
+    state = row.end or (f"{row.state}, slowest" if row.slowest else row.state)
+    cells = (str(row.rank), row.host, count_text(row.steps), ms_text(row.step_ms) if known else "-", work, waiting)
+    return TableRow((*cells, state), "bold red" if row.end or row.slowest else "")
+
+
+def memory_table(report: Mapping[str, Any]) -> TableView:
+    """Return memory by rank: the peak of what is resident, its growth per step, the peak on the device."""
+    entries = list((report.get("memory") or {}).get("by_rank") or ())
+    most = max((entry.get("rss_peak_bytes") or 0 for entry in entries), default=0) or 1
+    rows = [
+        TableRow(
+            (
+                str(entry["rank"]),
+                bytes_text(entry.get("rss_peak_bytes")),
+                _growth(entry.get("rss_slope_bytes_per_step")),
+                bytes_text(entry.get("cuda_peak_bytes")),
+                BarCell((entry.get("rss_peak_bytes") or 0) / most, "cyan"),
+            )
+        )
+        for entry in entries
+    ]
+    columns = (_right("rank"), _right("resident peak"), _right("growth per step"), _right("device peak"), _wide())
+    return TableView("memory", columns, tuple(rows), "no sample has come yet")
+
+
+def _growth(slope: float | None) -> str:
+    if slope is None:
+        return "-"
+
+    return f"{'-' if slope < 0 else '+'}{bytes_text(round(abs(slope)))}" if abs(slope) >= 0.5 else "none"
+
+
+def metrics_table(report: Mapping[str, Any], trends: Mapping[str, Sequence[float]]) -> TableView:
+    """Return what was logged, by name.
+
+    Args:
+        report: in the report's shape.
+        trends: values over steps by name.
+    """
+    rows = [
+        TableRow(
+            (
+                name,
+                *(value_text(entry.get(key)) for key in ("last", "min", "max")),
+                count_text(entry.get("count")),
+                TrendCell(tuple(trends.get(name, ()))),
+            ),
+            "bold red" if entry.get("last") is None else "",
+        )
+        for name, entry in sorted((report.get("metrics") or {}).items())
+    ]
+    columns = (
+        _left("metric"),
+        _right("last"),
+        _right("least"),
+        _right("most"),
+        _right("values"),
+        _wide("over its steps"),
+    )
+    return TableView("metrics", columns, tuple(rows), "nothing was logged yet: traceml.log_metric(name, value)")
+
+
+def logs_table(notes: Sequence[Note]) -> TableView:
+    """Return what was said, the newest first."""
+    rows = [
+        TableRow(
+            (
+                time.strftime("%H:%M:%S", time.localtime(note.epoch_s)),
+                "" if note.rank is None else str(note.rank),
+                note.kind,
+                note.text,
+            ),
+            "yellow" if note.kind in ("warning", "exit", "refused") else "",
+        )
+        for note in notes
+    ]
+    columns = (_left("time"), _right("rank"), _left("what"), _wide())
+    return TableView("logs", columns, tuple(rows), "nothing was said yet")
+
+
+def system_table(report: Mapping[str, Any]) -> TableView:
+    """Return how busy hosts and their devices are, on average, and what they hold at most."""
+    rows: list[TableRow] = []
+    for host in (report.get("system") or {}).get("hosts") or ():
+        rows.append(_device(str(host["host"]), host.get("cpu_pct"), host.get("memory_pct"), "-", "-"))
+        for gpu in host.get("gpus") or ():
+            used, total = gpu.get("memory_used_bytes") or 0, gpu.get("memory_total_bytes") or 0
+            share = 100 * used / total if total else None
+            degrees, watts = _number(gpu.get("temperature_c"), "C"), _number(gpu.get("power_w"), "W")
+            rows.append(_device(f"  gpu {gpu.get('index')}", gpu.get("utilization_pct"), share, degrees, watts))
+
+    columns = (_left("host"), _right("busy"), _wide(), _right("memory"), _wide(), _right("heat"), _right("power"))
+    return TableView("system", columns, tuple(rows), "no sample has come yet")
+
+
+def _device(name: str, busy_pct: float | None, memory_pct: float | None, heat: str, power: str) -> TableRow:
+    busy, memory = (None if value is None else value / 100 for value in (busy_pct, memory_pct))
+    bars = (BarCell(busy or 0.0, "green"), BarCell(memory or 0.0, "cyan"))
+    return TableRow((name, percent_text(busy), bars[0], percent_text(memory), bars[1], heat, power))
+
+
+def _number(value: float | None, unit: str) -> str:
+    return "-" if value is None else f"{value:.0f} {unit}"
+
+
+def value_text(value: float | None) -> str:
+    """Return a logged value in few characters; a dash for what is no finite number."""
+    return "-" if value is None else f"{value:.5g}"

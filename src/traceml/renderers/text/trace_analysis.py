@@ -1,0 +1,237 @@
+"""The answer about traces (the plain data of `traceml.analysis/1`) as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.text import Text
+
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text
+from traceml.renderers.text.bars import bar, sparkline
+from traceml.renderers.text.viewport import Viewport
+
+__all__ = ["SECTIONS", "analysis_lines"]
+
+SECTIONS = ("groups", "overlap", "io", "kernels", "operators", "processes", "timeline")
+
+_MAX_WIDTH = 140
+_BESIDE_BAR = 54  # columns of a line with a bar that are not the bar
+_UNIT_LABEL = 18
+_ROWS = 8  # of the smaller tables
+_WIDE = 100  # columns from which on all numbers are shown
+_KINDS = (
+    ("compute_us", "compute", "blue"),
+    ("io_us", "I/O", "yellow"),
+    ("comm_us", "communication", "red"),
+    ("copy_us", "copies", "magenta"),
+)
+_TIMES = (("sum", "sum_us"), ("self", "self_us"), ("p50", "p50_us"), ("p99", "p99_us"), ("mean", "mean_us"))
+
+_UNIT = (  # the most telling first: a narrow screen shows fewer
+    ("time", "duration_us"),
+    ("compute", "compute_us"),
+    ("I/O", "io_us"),
+    ("comm", "comm_us"),
+    ("idle", "idle_us"),
+    ("I/O alone", "unoverlapped_io_us"),
+    ("comm alone", "unoverlapped_comm_us"),
+    ("copies", "copy_us"),
+)
+
+_Column = tuple[str, int, Sequence[str]]  # title, width, cells
+
+
+def analysis_lines(
+    answer: Mapping[str, Any], viewport: Viewport, *, top: int = 20, sections: Iterable[str] = SECTIONS
+) -> Iterator[Text]:
+    """Yield the lines that show an answer.
+
+    Args:
+        answer: in the shape of `traceml.analysis/1`.
+        viewport: what the medium can show.
+        top: how many groups.
+        sections: some of SECTIONS; what the answer has nothing of is left out.
+    """
+    yield from _head(answer, viewport)
+    report = answer.get("report") or {}
+    draws: dict[str, Iterator[Text]] = {
+        "groups": _groups(answer, viewport, top),
+        "overlap": _overlap(report.get("overlap"), viewport),
+        "io": _io(report.get("io"), viewport),
+        "kernels": _operations(report.get("kernels"), "Kernels", "sum_us", viewport),
+        "operators": _operations(report.get("operators"), "Operators", "self_us", viewport),
+        "processes": _units(report, viewport),
+        "timeline": _timeline(report.get("timeline"), viewport),
+    }
+    for section in sections:
+        lines = list(draws[section])
+        if lines:
+            yield Text()
+            yield from lines
+
+
+def _head(answer: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
+    files = answer["files"]
+    what = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
+    size = bytes_text(sum(file["bytes"] for file in files))
+    facts = f"{count_text(answer['events'])} events, {count_text(answer['spans'])} spans, {size}"
+    yield Text(f"{what}: ", style="bold").append(facts, style="")
+    for file in files:
+        for damage in file["damage"][:_ROWS]:
+            lost = f", {bytes_text(damage['lost_bytes'])} lost" if damage["lost_bytes"] else ""
+            where = f"at byte {damage['offset']:,}: " if damage["offset"] else ""
+            yield Text(f"{viewport.glyphs.lost} damaged: ", style="bold yellow").append(
+                f"{file['path']}: {where}{damage['what']}{lost}", style="yellow"
+            )
+
+        if len(file["damage"]) > _ROWS:
+            yield Text(f"  and {len(file['damage']) - _ROWS} more in {file['path']}: --json lists all", style="yellow")
+
+
+def _groups(answer: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
+    groups = answer["groups"][:top]
+    if not groups:
+        yield Text("No span passes the conditions." if answer.get("where") else "No spans: nothing has a duration.")
+        return
+
+    labels = [(field, 0, [_label(group[field]) for group in groups]) for field in answer["by"]]
+    total = sum(group["sum_us"] for group in answer["groups"])
+    shares = [percent_text(group["sum_us"] / total if total else None) for group in groups]
+    yield from _table(labels, [*_numbers(groups, viewport), ("of sum", 6, shares)], viewport)
+    if len(answer["groups"]) > top:
+        yield Text(f"and {count_text(len(answer['groups']) - top)} more groups: --top N shows more", style="dim")
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Column]:
+    """Return the columns of numbers; a narrow screen has no room for all."""
+    times = _TIMES if viewport.width >= _WIDE else _TIMES[:4]
+    counts = [count_text(row["count"]) for row in rows]
+    width = max(5, *(len(count) for count in counts))
+    return [("count", width, counts), *((title, 8, [_time(row[key]) for row in rows]) for title, key in times)]
+
+
+def _table(labels: Sequence[_Column], numbers: Sequence[_Column], viewport: Viewport) -> Iterator[Text]:
+    """Yield a title line and rows; labels share what the numbers leave of the width."""
+    room = min(viewport.width, _MAX_WIDTH) - sum(width + 1 for _, width, _ in numbers)
+    widths = _label_widths(labels, max(room, 8 * len(labels)))
+    title = "".join(_cut(text, width, viewport) for (text, _, _), width in zip(labels, widths, strict=True))
+    yield Text(title + "".join(f" {text:>{width}}" for text, width, _ in numbers), style="dim")
+    for row in range(len(labels[0][2])):
+        line = Text(
+            "".join(_cut(cells[row], width, viewport) for (_, _, cells), width in zip(labels, widths, strict=True))
+        )
+        for _, width, cells in numbers:
+            line.append(f" {cells[row]:>{width}}")
+
+        yield line
+
+
+def _label_widths(labels: Sequence[_Column], room: int) -> list[int]:
+    wanted = [max(len(title), *(len(cell) for cell in cells)) + 1 for title, _, cells in labels]
+    while sum(wanted) > room and max(wanted) > 8:
+        widest = wanted.index(max(wanted))
+        wanted[widest] = max(8, wanted[widest] - (sum(wanted) - room + len(wanted) - 1) // len(wanted))
+
+    return wanted
+
+
+def _cut(text: str, width: int, viewport: Viewport) -> str:
+    if len(text) < width:
+        return text.ljust(width)
+
+    ending = viewport.glyphs.ellipsis
+    return text[: width - 1 - len(ending)] + ending + " "
+
+
+def _label(value: Any) -> str:
+    return "-" if value is None else "".join(letter if letter.isprintable() else "?" for letter in str(value))
+
+
+def _time(us: float | None) -> str:
+    return ms_text(None if us is None else us / 1000)
+
+
+def _overlap(overlap: Mapping[str, Any] | None, viewport: Viewport) -> Iterator[Text]:
+    if not overlap or not overlap["duration_us"]:
+        return
+
+    total = overlap["duration_us"]
+    yield Text(f"Time: {_time(total)}, all files together. Unoverlapped: while nothing computes", style="dim")
+    for key, label, style in _KINDS:
+        if overlap[key]:
+            alone = overlap.get(f"unoverlapped_{key}")
+            beside = "" if alone is None else f"  {_time(alone):>8} unoverlapped"
+            yield _share_line(label, overlap[key], total, viewport, style).append(beside)
+
+    yield _share_line("none of these", overlap["idle_us"], total, viewport, "bright_black")
+
+
+def _share_line(label: str, time_us: float, total_us: float, viewport: Viewport, style: str) -> Text:
+    width = min(40, max(8, viewport.width - _BESIDE_BAR))
+    line = Text(label.ljust(15)).append(bar(time_us / total_us, width, viewport, style=style))
+    return line.append(f" {percent_text(time_us / total_us):>6} {_time(time_us):>8}")
+
+
+def _io(io: Mapping[str, Any] | None, viewport: Viewport) -> Iterator[Text]:
+    if not io or not io["calls"]:
+        return
+
+    rate = f" at {bytes_text(round(io['bytes_per_s']))}/s while any I/O is open" if io["bytes_per_s"] else ""
+    yield Text(f"I/O: {bytes_text(io['read_bytes'])} read, {bytes_text(io['write_bytes'])} written{rate}", style="dim")
+    calls = io["calls"][:_ROWS]
+    names = ("call", 0, [f"{_label(call['cat'])} {_label(call['name'])}" for call in calls])
+    counts = ("count", 11, [count_text(call["count"]) for call in calls])
+    sums = ("sum", 9, [_time(call["sum_us"]) for call in calls])
+    sizes = ("bytes", 9, [bytes_text(call["bytes"]) if call["bytes"] else "-" for call in calls])
+    rates = ("per s", 9, [bytes_text(round(call["bytes_per_s"])) if call["bytes"] else "-" for call in calls])
+    yield from _table([names], [counts, sums, sizes, rates], viewport)
+
+
+def _operations(rows: Sequence[Mapping[str, Any]] | None, title: str, key: str, viewport: Viewport) -> Iterator[Text]:
+    if not rows:
+        return
+
+    yield Text(f"{title}, by {'time' if key == 'sum_us' else 'time of their own'}", style="dim")
+    shown = rows[:_ROWS]
+    yield from _table([("name", 0, [_label(row["name"]) for row in shown])], _numbers(shown, viewport), viewport)
+
+
+def _units(report: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
+    """Yield ranks where they are known, else processes, where there is more than one."""
+    ranks, processes = report.get("ranks") or [], report.get("processes") or []
+    rows = ranks if len(ranks) > 1 else processes
+    if len(rows) < 2:
+        return
+
+    shown = sorted(rows, key=lambda row: row["rank"] if rows is ranks else -row["duration_us"])[: 2 * _ROWS]
+    names = [_unit_name(row, by_rank=rows is ranks) for row in shown]
+    times = [(title, 10, [_time(row[key]) for row in shown]) for title, key in _UNIT if any(row[key] for row in shown)]
+    room = (min(viewport.width, _MAX_WIDTH) - _UNIT_LABEL) // 11
+    yield from _table([("rank" if rows is ranks else "process", 0, names)], times[:room], viewport)
+    if len(rows) > len(shown):
+        yield Text(f"and {len(rows) - len(shown)} more: --json lists all", style="dim")
+
+
+def _unit_name(row: Mapping[str, Any], *, by_rank: bool) -> str:
+    if by_rank:
+        return f"rank {row['rank']}" + (f" ({row['host']})" if row["host"] else "")
+
+    return f"{_label(row['name'] or 'pid')} {_label(row['pid'])}"
+
+
+def _timeline(timeline: Mapping[str, Any] | None, viewport: Viewport) -> Iterator[Text]:
+    if not timeline or len(timeline["bins"]) < 2:
+        return
+
+    bins = timeline["bins"]
+    yield Text(f"Timeline: {len(bins)} bins of {_time(timeline['bin_us'])}", style="dim")
+    rows = [(key, label, style) for key, label, style in _KINDS if any(each[key] for each in bins)]
+    if not rows:
+        rows = [("host_us", "host", "cyan"), ("host_comm_us", "communication", "red"), ("other_us", "other", "")]
+
+    width = min(viewport.width - 15, len(bins))
+    for key, label, style in [*rows, ("spans", "spans begun", "")]:
+        values = [each[key] for each in bins]
+        if any(values):
+            yield Text(label.ljust(15)).append(sparkline(values, width, viewport), style=style)

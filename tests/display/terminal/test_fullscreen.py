@@ -1,0 +1,76 @@
+"""The view on a screen of its own."""
+
+from __future__ import annotations
+
+import os
+import termios
+
+from tests.renderers.reports import slow_rank, thousand_ranks
+from traceml.display.terminal.fullscreen import FullScreen
+from traceml.renderers.views import live_view
+
+
+def test_screen_is_entered_and_left(terminal):
+    """The view is on the second screen; afterwards the first is back and keys are as before."""
+    keyboard = terminal.file.fileno()
+    before = termios.tcgetattr(keyboard)
+    with FullScreen(terminal.console(), keys=keyboard) as screen:
+        screen.draw(live_view(slow_rank()), footer="q quits")
+        shown = terminal.visible_lines()
+
+        assert terminal.screen.alternate
+        assert shown[0].startswith("─ traceml ─ train")
+        assert shown[9] == " q quits"
+        assert termios.tcgetattr(keyboard)[3] & termios.ICANON == 0
+
+    terminal.visible_lines()
+    assert not terminal.screen.alternate
+    assert termios.tcgetattr(keyboard) == before
+
+
+def test_many_ranks_fill_the_screen(terminal):
+    """The view keeps to the screen, the footer included."""
+    with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
+        screen.draw(live_view(thousand_ranks()), footer="q quits")
+
+        shown = terminal.visible_lines()
+        assert shown[0].startswith("─ traceml ─ train")
+        assert shown[23] == " q quits"
+        assert terminal.screen.history == []
+
+
+def test_keys_are_read(terminal):
+    """A key comes back at once; without one the wait ends in time."""
+    with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
+        assert screen.key(0.0) is None
+
+        os.write(terminal.master, b"q")
+
+        assert screen.key(5.0) == "q"
+
+
+def test_smaller_view_leaves_nothing_behind(terminal):
+    """What an earlier, larger view drew is gone."""
+    with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
+        screen.draw(live_view(thousand_ranks()), footer="q quits")
+        screen.draw(live_view(slow_rank()), footer="q quits")
+
+        assert [line for line in terminal.visible_lines()[10:] if line] == []
+
+
+def test_small_terminal_says_what_it_needs(terminal):
+    """Where there is no room for the view, the room that it needs is told."""
+    terminal.resize(30, 6)
+    with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
+        screen.draw(live_view(slow_rank()), footer="q quits")
+
+        assert terminal.visible_lines()[:2] == ["needs 60 x 9", " q quits"]
+
+
+def test_terminal_without_a_size(terminal):
+    """A terminal that says 0 x 0 is taken for one of the usual size."""
+    terminal.resize(0, 0)
+    with FullScreen(terminal.console(width=80, height=24), keys=terminal.file.fileno()) as screen:
+        screen.draw(live_view(slow_rank()), footer="q quits")
+
+        assert terminal.visible_lines()[9] == " q quits"

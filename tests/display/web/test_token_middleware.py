@@ -1,0 +1,126 @@
+"""Nobody sees the page without its token: over HTTP, and over the websocket."""
+
+from __future__ import annotations
+
+import http.client
+import stat
+from collections.abc import Callable
+
+import pytest
+
+from traceml.display.web.token_middleware import cookie_name, cookie_value
+from traceml.launch.page import PageKeeper
+from traceml.transport import auth
+
+Ask = Callable[..., http.client.HTTPResponse]
+_UPGRADE = {
+    "Connection": "Upgrade",
+    "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}
+_SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket&client_id=x"
+
+
+@pytest.fixture
+def ask(keeper: PageKeeper) -> Ask:
+    """Send one request and return the answer, read."""
+
+    def send(path: str, **headers: str) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", keeper.port, timeout=20)
+        try:
+            connection.request("GET", path, headers=headers)
+            answer = connection.getresponse()
+            answer.body = b"" if answer.status == 101 else answer.read()  # type: ignore[attr-defined]
+            return answer
+        finally:
+            connection.close()
+
+    return send
+
+
+@pytest.fixture
+def cookie(keeper: PageKeeper) -> str:
+    """What a browser that was let in sends."""
+    return f"{cookie_name(keeper.port)}={cookie_value(keeper.token)}"
+
+
+@pytest.mark.parametrize("path", ["/", "/run/x", "/compare/a/b", "/_nicegui/3/static/nicegui.js", "/nowhere"])
+def test_without_the_token_there_is_nothing(ask: Ask, path: str) -> None:
+    """Each address answers 401 with a page that says where the token is told."""
+    answer = ask(path)
+
+    assert answer.status == 401
+    assert b"This page needs its token" in answer.body
+    assert b"traceml serve --web" in answer.body
+
+
+@pytest.mark.parametrize("token", ["", "wrong", "%00", "é" * 50])
+def test_a_wrong_token_is_told(ask: Ask, token: str) -> None:
+    from urllib.parse import quote
+
+    answer = ask(f"/?token={quote(token)}")
+
+    assert answer.status == 401
+    assert b"not the right one" in answer.body
+    assert answer.getheader("set-cookie") is None
+
+
+def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, keeper: PageKeeper, cookie: str) -> None:
+    """The address without the token can be kept; the cookie is not the token, and no script reads it."""
+    answer = ask(f"/run/a%20b?x=1&token={keeper.token}")
+
+    assert answer.status == 303
+    assert answer.getheader("location") == "/run/a%20b?x=1"
+    told = answer.getheader("set-cookie") or ""
+    assert told.startswith(f"{cookie};")
+    assert "HttpOnly" in told
+    assert "SameSite=Lax" in told
+    assert keeper.token not in told
+    assert ask("/", Cookie=cookie).status == 200
+
+
+@pytest.mark.parametrize("path", ["//evil.example/", "/%5Cevil.example", "/\\evil.example"])
+def test_the_redirect_stays_here(ask: Ask, keeper: PageKeeper, path: str) -> None:
+    answer = ask(f"{path}?token={keeper.token}")
+
+    location = answer.getheader("location") or "/"
+    assert not location.startswith(("//", "/\\"))
+
+
+@pytest.mark.parametrize("forged", ["traceml_1=x", "{name}=", "{name}={token}", "{name}=0", ";;=;"])
+def test_another_cookie_is_none(ask: Ask, keeper: PageKeeper, forged: str) -> None:
+    """Not even the token itself opens as a cookie."""
+    cookie = forged.format(name=cookie_name(keeper.port), token=keeper.token)
+
+    assert ask("/", Cookie=cookie).status == 401
+
+
+def test_the_websocket_is_guarded_too(ask: Ask, keeper: PageKeeper, cookie: str) -> None:
+    """It opens with the cookie alone, and not from a page of another server, which sends the cookie as well."""
+    here = f"http://127.0.0.1:{keeper.port}"
+
+    assert ask(_SOCKET, **_UPGRADE).status == 403
+    assert ask(_SOCKET, **_UPGRADE, Cookie=cookie, Origin="http://127.0.0.1:1").status == 403
+    assert ask(_SOCKET, **_UPGRADE, Cookie=cookie, Origin=here).status == 101
+
+
+def test_a_page_of_another_server_gets_nothing(ask: Ask, cookie: str) -> None:
+    assert ask("/", Cookie=cookie, Origin="http://127.0.0.1:1").status == 401
+
+
+def test_nothing_may_be_loaded_from_elsewhere(ask: Ask, cookie: str) -> None:
+    """The browser is told to load from here alone, and to tell nobody where it was."""
+    answer = ask("/", Cookie=cookie)
+
+    assert "default-src 'self'" in (answer.getheader("content-security-policy") or "")
+    assert answer.getheader("referrer-policy") == "no-referrer"
+
+
+def test_the_token_is_kept_for_this_user_alone(keeper: PageKeeper) -> None:
+    kept = auth.discover(keeper.port, kind=auth.PAGE)
+
+    assert kept is not None
+    assert kept.token == keeper.token
+    path = auth.runtime_folder() / f"page-{keeper.port}.json"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600

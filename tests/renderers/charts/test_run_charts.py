@@ -1,0 +1,166 @@
+"""Charts as ECharts options."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds
+from tests.runs.fabricated_store import add_rank, rows_of, run_facts
+from tests.runs.test_points import log
+from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.renderers.charts import run_charts
+from traceml.renderers.charts.palette import BY_CSS, DARK, LIGHT, css_variables
+from traceml.renderers.views import run_view
+from traceml.runs.report import build_report
+from traceml.runs.series import HeatMap, RunSeries, SampleSeries, read_series
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with a straggler and a loss: (view, series)."""
+    folder = tmp_path_factory.mktemp("run")
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        for rank, rows in enumerate(rows_of(Job(steps=200), adds("forward", 20, (1,)))):
+            stream = add_rank(writer, rank, rows)
+            log(writer, stream, ["train/loss", "lr"], [3.0, 2.0, float("nan"), 1.0])
+
+    return run_view(build_report(folder)), read_series(folder)
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("empty")
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+
+    return run_view(build_report(folder)), read_series(folder)
+
+
+def _all(view, series, theme=LIGHT):
+    options = [
+        run_charts.step_time_chart(series.steps, theme),
+        run_charts.phases_chart(series.steps, theme),
+        run_charts.ranks_chart(view, theme),
+        run_charts.heatmap_chart(series.heat, theme),
+        run_charts.memory_chart(series, theme),
+        run_charts.system_chart(series, theme),
+        run_charts.loss_chart(series, theme),
+    ]
+    return [*options, *(option for _, option in run_charts.metric_charts(series, theme))]
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK, BY_CSS], ids=lambda theme: theme.name)
+def test_every_chart_is_json(run, theme):
+    """Options cross the wire to a browser: no NaN, no arrays, no functions."""
+    drawn = [option for option in _all(*run, theme) if option is not None]
+
+    assert len(drawn) == 7  # five of the steps and the loss, two of metrics
+    for option in drawn:
+        assert json.loads(json.dumps(option, allow_nan=False)) == option
+
+
+def test_what_is_not_there_is_not_drawn(empty):
+    """A run without steps, samples and metrics has no charts, and no errors."""
+    assert [option for option in _all(*empty) if option is not None] == []
+
+
+def test_phases_stack_up_to_the_step(run):
+    """The stacked areas add up to the mean step time."""
+    view, series = run
+    option = run_charts.phases_chart(series.steps)
+    top = [sum(values) for values in zip(*(each["data"] for each in option["series"]), strict=True)]
+
+    assert {each["stack"] for each in option["series"]} == {"step"}
+    assert np.mean(top) == pytest.approx(view.steps.mean_ms, rel=0.03)
+
+
+def test_the_slow_rank_is_marked(run):
+    """Its bar has a mark, and it alone is hot on the heat map."""
+    view, series = run
+    labels = run_charts.ranks_chart(view)["yAxis"]["data"]
+    heat = run_charts.heatmap_chart(series.heat)
+
+    assert labels[0] == "rank 0"
+    assert labels[1].endswith("rank 1")
+    assert labels[1] != "rank 1"
+    assert {row for _, row, value in heat["series"][0]["data"] if value > 20} == {1}
+
+
+def test_one_first_step_does_not_press_the_others_down(run):
+    """The axis ends near where nearly all values do, when a few are far beyond."""
+    steps = run[1].steps
+    slow = steps.p99_ms.copy()
+    slow[0] = 5_000.0
+    spiky = type(steps)(
+        steps.steps, steps.width, steps.p50_ms, steps.p95_ms, slow, steps.max_ms, steps.phases_ms
+    )  # fmt: skip
+
+    assert run_charts.step_time_chart(spiky)["yAxis"]["max"] < 200
+    assert "max" not in run_charts.step_time_chart(steps)["yAxis"]
+
+
+def test_the_loss_has_an_axis_of_its_own(run):
+    """Loss and step time share the steps and nothing else; a value that is no number is a gap."""
+    option = run_charts.loss_chart(run[1])
+
+    assert [each["name"] for each in option["series"]] == ["step time p50", "train/loss"]
+    assert option["series"][1]["yAxisIndex"] == 1
+    assert [pair[1] for pair in option["series"][1]["data"]] == [3, 2, None, 1]
+
+
+def test_ranks_of_a_metric_share_a_chart(run):
+    """`loss` and `loss/rank_1` are lines of one chart, the loss before the rest."""
+    drawn = run_charts.metric_charts(run[1])
+
+    assert [name for name, _ in drawn] == ["train/loss", "lr"]
+    assert [each["name"] for each in drawn[0][1]["series"]] == ["train/loss", "train/loss/rank_1"]
+
+
+def test_of_many_lines_three_are_drawn(run):
+    """Of a hundred ranks' memory the highest, a middle one and the lowest."""
+    lines = tuple(SampleSeries(f"rank {rank}", np.arange(3.0), np.full(3, rank * 2.0**30)) for rank in range(100))
+    series = RunSeries(run[1].steps, run[1].heat, memory=lines)
+
+    names = [each["name"] for each in run_charts.memory_chart(series)["series"]]
+
+    assert names == ["rank 99", "rank 49", "rank 0"]
+
+
+def test_a_rank_without_rows_is_a_hole_in_the_heat_map():
+    """Cells that are not known are left out, and all unknown is no error."""
+    work = np.array([[1.0, np.nan], [1.0, 2.0]])
+    heat = HeatMap(((0, 0), (1, 1)), np.array([0, 1]), 1, work, np.zeros((2, 2)) * work)
+
+    assert len(run_charts.heatmap_chart(heat)["series"][0]["data"]) == 3
+    unknown = HeatMap(heat.ranks, heat.steps, 1, work * np.nan, work * np.nan)
+    assert run_charts.heatmap_chart(unknown) is None
+
+
+def test_users_phases_have_colours_of_their_own():
+    """Names that are not ours are told apart, in the order in which they come."""
+    colors = LIGHT.of_phases(["forward", "augment", "tokenize"])
+
+    assert len(set(colors.values())) == 3
+    assert colors["forward"] == LIGHT.phases["forward"]
+
+
+def test_a_style_sheet_knows_every_colour():
+    """Each variable that a drawing may use is declared by both themes."""
+    used = {*BY_CSS.phases.values(), *BY_CSS.users, *BY_CSS.lines, *BY_CSS.heat, BY_CSS.text, BY_CSS.ground}
+
+    for theme in (LIGHT, DARK):
+        declared = css_variables(theme)
+        assert all(f"{color.removeprefix('var(').removesuffix(')')}:#" in declared for color in used)
+
+
+def test_names_are_kept_as_they_are(tmp_path):
+    """What draws escapes; the option holds the name itself, so that nothing is escaped twice."""
+    with StoreWriter(tmp_path / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts())
+        log(writer, add_rank(writer, 0, rows_of(Job(steps=60))[0]), ["<b>&"], [1.0])
+
+    assert run_charts.metric_charts(read_series(tmp_path))[0][0] == "<b>&"

@@ -1,0 +1,188 @@
+"""The report as one HTML file."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
+from tests.runs.test_points import log
+from traceml.database.reader import StoreReader
+from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.renderers.html.report_page import report_page
+from traceml.runs.about import about_run
+from traceml.runs.report import digest_of, whole_report
+from traceml.runs.series import SeriesFollower
+
+_EVIL = "<img src=x onerror=alert(1)>\"'&"
+
+
+class _Page(HTMLParser):
+    """What a browser would see of a page: its tags, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.texts, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(self.texts)
+
+
+def page_of(run_dir):
+    """Return the page of a run."""
+    with StoreReader(run_dir / STORE_NAME) as reader:
+        digest = digest_of(reader)
+        follower = SeriesFollower()
+        follower.take(digest, reader)
+        return report_page(whole_report(digest, reader, run_dir), follower.series(digest), about_run(reader))
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    """A run in which every name is markup."""
+    folder = tmp_path_factory.mktemp("evil")
+    with StoreWriter(folder / STORE_NAME) as writer:
+        facts = {"name": _EVIL, "command": _EVIL, "hosts": [_EVIL], "id": _EVIL, "state": _EVIL}
+        writer.put_meta("run", run_facts(**facts))
+        for rank, rows in enumerate(rows_of(Job(steps=120), adds("forward", 20, (1,)))):
+            ended = {"code": 1, "exception": _EVIL, "stack": _EVIL}
+            stream = add_rank(writer, rank, rows, state="failed", exit=ended)
+            add_samples(writer, stream)
+            log(writer, stream, [_EVIL], [1.0, 2.0])
+            add_info(writer, stream, kind="process", argv=[_EVIL], folder=_EVIL, python=_EVIL)
+
+    return _Page(page_of(folder))
+
+
+def test_everything_stands_on_the_page(tmp_path):
+    """Verdict, evidence, numbers, charts, ranks and how to run it again."""
+    run = store_run(tmp_path / "run", Job(steps=200), adds("forward", 20, (1,)))
+
+    page = _Page(page_of(run))
+
+    assert "COMPUTE_STRAGGLER" in page.text
+    assert "Rank 1 is slow in forward" in page.text
+    for title in ("Charts", "Phases", "Ranks", "Environment and how to run it again", "Who holds the others up"):
+        assert title in page.texts
+    assert "train.py --lr 1" in page.text
+    assert page.tags.count("svg") >= 4
+    assert page.open == []
+
+
+def test_a_missing_rank_is_told(tmp_path):
+    """Under the table of those that are there."""
+    run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})
+
+    assert "Nothing ever came of rank 2 of 3." in _Page(page_of(run)).texts
+
+
+def test_what_a_run_calls_itself_is_text(evil):
+    """No name opens a tag, wherever it comes from, and each is shown as it is."""
+    assert {"img", "script", "iframe", "object"}.isdisjoint(evil.tags)
+    assert not [name for name, _ in evil.attributes if name.startswith("on")]
+    assert evil.text.count(_EVIL) >= 6
+    assert evil.open == []
+
+
+def test_it_needs_nothing_from_outside(evil, tmp_path):
+    """No script, and nothing that a browser would fetch."""
+    page = page_of(store_run(tmp_path / "run", Job(steps=60)))
+
+    assert not re.search(r"<script|<link|@import|url\(|(?:src|href)=|https?://", page)
+    assert not [value for name, value in evil.attributes if name in ("src", "href")]
+
+
+def test_it_is_light_dark_and_prints(tmp_path):
+    """The colours follow the screen, and paper is always light."""
+    page = page_of(store_run(tmp_path / "run", Job(steps=60)))
+
+    assert "@media screen and (prefers-color-scheme:dark)" in page
+    assert "@media print" in page
+    assert "size:A4" in page
+
+
+def test_a_run_without_steps_has_a_page(tmp_path):
+    """There is a verdict that says so, and no chart."""
+    page = _Page(page_of(store_run(tmp_path / "run", Job(steps=0))))
+
+    assert "INSUFFICIENT_DATA" in page.text
+    assert "svg" not in page.tags
+    assert "Charts" not in page.texts
+
+
+def test_a_thousand_ranks_stay_readable(tmp_path):
+    """The slowest and some others have rows, the rest is counted, and the file stays small."""
+    page = page_of(store_run(tmp_path / "run", Job(ranks=1000, steps=30), adds("forward", 20, (617,))))
+
+    assert len(page) < 400_000
+    assert "968 more ranks stand in report.json" in page
+    assert ">617</td>" in page
+
+
+def test_a_rank_that_died_has_its_last_words(evil):
+    """Its exception stands in the table, its stack below."""
+    assert any(text.startswith("failed with") for text in evil.texts)
+    assert "Last words" in evil.texts
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A real Chromium without a network."""
+    with sync_playwright() as playwright:
+        installed = shutil.which("chromium") or shutil.which("google-chrome")
+        browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_it_without_a_network(browser, tmp_path, width):
+    """On a desk and on a phone nothing is fetched, nothing complains, nothing runs, and nothing sticks out."""
+    (tmp_path / "report.html").write_text(page_of(store_run(tmp_path / "run", Job(ranks=8, steps=200))))
+    context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme="dark")
+    tab, asked, said = context.new_page(), [], []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: said.append(message.text))
+
+    tab.goto(f"file://{tmp_path / 'report.html'}")
+
+    assert asked == [f"file://{tmp_path / 'report.html'}"]
+    assert said == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator("figure svg").count() >= 4
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 19, 27)"
+    context.close()
+
+
+def test_it_prints_light_on_a_few_sheets(browser, tmp_path):
+    """Printed from a dark screen it is light, and no table is cut at the edge."""
+    (tmp_path / "report.html").write_text(page_of(store_run(tmp_path / "run", Job(ranks=8, steps=200))))
+    context = browser.new_context(viewport={"width": 703, "height": 1000}, color_scheme="dark")  # A4 less its margins
+    tab = context.new_page()
+    tab.goto(f"file://{tmp_path / 'report.html'}")
+
+    tab.emulate_media(media="print")
+
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 703
+    assert len(re.findall(rb"/Type\s*/Page\b", tab.pdf(prefer_css_page_size=True))) <= 4
+    context.close()

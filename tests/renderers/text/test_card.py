@@ -1,0 +1,144 @@
+"""The verdict card."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+
+from tests.renderers.reports import REPORTS, finding, healthy, report, slow_rank
+from traceml.errors import StoreError
+from traceml.renderers.text.card import card, print_card, wrapped
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import run_view
+
+
+def text_of(made: dict, **over) -> str:
+    viewport = Viewport(80, 24, **over)
+    return "\n".join(line.plain for line in card(run_view(made), viewport).renderables)
+
+
+def printed(path) -> list[str]:
+    shown = io.StringIO()
+    print_card(path, file=shown)
+    assert "\x1b" not in shown.getvalue()
+    return shown.getvalue().splitlines()
+
+
+def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
+    """The printed card ends with the report's path, whole, and the exact command that shows it again."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "traceml_runs" / ("20250102-030405-" + "long-" * 20)
+    folder.mkdir(parents=True)
+    path = folder / "report.json"
+    path.write_text(json.dumps(slow_rank()))
+
+    assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder.name}"]
+
+    monkeypatch.chdir("/")
+    assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder}"]
+
+
+def test_a_missing_rank_is_told():
+    """Beside the ranks that are there; nothing of the kind where all are."""
+    made = slow_rank()
+    assert "Absent" not in text_of(made)
+
+    made["run"]["world_size"] = 3
+    assert " Absent  nothing ever came of rank 2 of 3" in text_of(made)
+
+
+def test_print_card_of_a_damaged_report(tmp_path):
+    """A damaged report is an error that names the file."""
+    path = tmp_path / "report.json"
+    path.write_text('{"schema": ')
+
+    with pytest.raises(StoreError, match=r"report\.json is no report"):
+        print_card(path, file=io.StringIO())
+
+
+def test_print_card_in_latin_1(tmp_path):
+    """A terminal without UTF-8 gets ASCII."""
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(slow_rank()))
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="latin-1")
+
+    print_card(path, file=file)
+    file.flush()
+
+    assert raw.getvalue().isascii()
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_report_without_anything_optional(name):
+    """A report with nothing but its required parts still makes a card."""
+    full = REPORTS[name]()
+    bare = {"run": {"id": "x"}, "verdict": full["verdict"], "ranks": full["ranks"]}
+
+    assert full["verdict"]["kind"] in text_of(bare)
+
+
+def test_lost_rows_are_told():
+    """Rows that were lost are counted on the card."""
+    assert "120 lost" in text_of(report([{"forward": 1.0}], lost=120))
+    assert "none lost" in text_of(healthy())
+
+
+def test_user_phase_is_shown_by_its_name():
+    """A phase of the user has its own bar, and the verdict names it."""
+    blame = finding("RESIDUAL_HEAVY", severity="warning", phase="augment", cost_share=0.4)
+
+    shown = text_of(report([{"forward": 6.0, "augment": 4.0}], blame))
+
+    assert "40 % of step time goes to your phase 'augment'" in shown
+    assert "\n augment    " in shown
+
+
+def test_markup_in_texts_is_text():
+    """Square brackets in names are shown as they are."""
+    shown = text_of(report([{"forward": 1.0, "[bold]x[/]": 1.0}], finding(summary="see [link=x]y[/link]")))
+
+    assert "[bold]x[/]" in shown
+    assert "[link=x]y[/link]" in shown
+
+
+def test_wrapped_keeps_words_whole():
+    """Lines break between words; a word longer than the line stands alone."""
+    assert wrapped("aa bb cccccccc d", 5) == ["aa bb", "cccccccc", "d"]
+    assert wrapped("", 5) == []
+
+
+def tracker(backend: str, state: str = "done", **more: object) -> dict:
+    return {"backend": backend, "state": state, "delivered": 12_340, "pending": 0, "failed": 0, "error": "", **more}
+
+
+def test_trackers_are_told_and_what_to_do_when_rows_wait():
+    """Each tracker has a line; where rows wait, why, and the command that delivers them."""
+    made = {
+        **healthy(),
+        "trackers": [
+            tracker("mlflow"),
+            tracker("wandb", "open", delivered=0, pending=20, error="ConnectionError: refused"),
+            tracker("aim", "broken", pending=1, failed=3, error="ImportError: pip install 'traceml[aim]'"),
+        ],
+    }
+
+    shown = text_of(made)
+
+    assert "Sent    mlflow 12,340 delivered\n" in shown
+    assert "wandb 0 delivered, 20 wait (ConnectionError: refused)" in shown
+    assert "aim 12,340 delivered, 1 waits, 3 refused (cannot work: ImportError" in shown
+    assert "traceml sync delivers what waits" in shown
+
+
+def test_trackers_that_have_everything_need_no_advice():
+    """No command is told where nothing waits."""
+    assert "traceml sync" not in text_of({**healthy(), "trackers": [tracker("mlflow")]})
+
+
+def test_what_a_fallback_took_is_told():
+    """Whoever looks for it at the tracker itself would find nothing."""
+    shown = text_of({**healthy(), "trackers": [tracker("mlflow", fallback=12_000)]})
+    assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown

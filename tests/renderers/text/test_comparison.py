@@ -1,0 +1,86 @@
+"""A comparison on a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tests.diagnosis.fabricated import Job, adds
+from tests.runs.fabricated_store import store_run
+from traceml.renderers.text.comparison import change_text, compared_card, compared_headline, compared_sentences
+from traceml.renderers.text.viewport import ASCII, Viewport
+from traceml.runs.compare import compare_runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return {
+        "a": store_run(folder / "a", Job(steps=200), seed=1),
+        "again": store_run(folder / "again", Job(steps=200), seed=5),
+        "slow": store_run(folder / "slow", Job(steps=200), adds("forward", 5, (1,)), seed=2),
+        "short": store_run(folder / "short", Job(steps=12), seed=2),
+        "wide": store_run(folder / "wide", Job(ranks=20, steps=200), seed=2),
+    }
+
+
+@pytest.fixture
+def compared(runs):
+    return lambda a, b: compare_runs(runs[a], runs[b])
+
+
+def _shown(comparison, width):
+    out = io.StringIO()
+    console = Console(file=out, width=width, color_system=None, highlight=False)
+    console.print(compared_card(comparison, Viewport(width, 40, ASCII)), soft_wrap=True)
+    return out.getvalue()
+
+
+def test_a_slower_run_is_told_in_words(compared):
+    """How much, how sure, which rank and phase, and what the verdict became."""
+    comparison = compared("a", "slow")
+    said = compared_sentences(comparison)
+
+    assert compared_headline(comparison).startswith("B is slower: a step takes ")
+    assert "With 99 % confidence" in said[0]
+    assert said[1].startswith("Rank 1's own work grew by 4.97 ms")
+    assert "forward" in said[1]
+    assert said[2] == "The verdict went from HEALTHY to COMPUTE_STRAGGLER."
+
+
+def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
+    """When all ranks got slower in the same part, the part is named."""
+    all_slow = store_run(tmp_path / "all", Job(steps=200), adds("forward", 5), seed=2)
+
+    assert any("forward: 5." in line for line in compared_sentences(compare_runs(runs["a"], all_slow)))
+
+
+def test_no_difference_is_no_difference(compared):
+    """Chance is called chance."""
+    assert compared_headline(compared("a", "again")).startswith("No real difference")
+
+
+def test_what_cannot_be_told_is_not(compared):
+    """Too few steps, or other world sizes, and nothing is claimed."""
+    assert compared_headline(compared("a", "short")).startswith("Too few steps")
+    assert compared_headline(compared("a", "wide")).startswith("A and B are not comparable")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+@pytest.mark.parametrize("pair", [("a", "slow"), ("a", "wide"), ("a", "short")], ids="-".join)
+def test_it_fits_the_terminal(compared, pair, width):
+    """No line is wider than the terminal, nor than 100 columns, in plain ASCII."""
+    shown = _shown(compared(*pair), width)
+
+    assert max(len(line) for line in shown.splitlines()) <= min(width, 100)
+    assert shown.isascii()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"), [(0.042, "+4.2 %"), (-0.123, "-12 %"), (2.1, "3.1x"), (None, "-"), (0.0, "+0.0 %")]
+)
+def test_changes_as_text(change, text):
+    """Percent up to a doubling, factors beyond."""
+    assert change_text(change) == text

@@ -1,0 +1,59 @@
+"""The live view's lines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.renderers.reports import REPORTS, healthy, slow_rank, thousand_ranks, too_early
+from traceml.renderers.text.live_panel import live_lines, panel_height
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import live_view
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("height", [8, 12, 24, 50])
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_lines_keep_to_their_room(name, height, width):
+    """There are exactly as many lines as promised, none wider than the screen."""
+    view = live_view(REPORTS[name](), [1.0, 2.0])
+    ranks = max(len(view.now.ranks), view.now.run.world_size)
+
+    lines = live_lines(view, Viewport(width, height))
+
+    assert len(lines) == panel_height(ranks, height) <= max(height, 8)
+    assert max(line.cell_len for line in lines) <= width
+
+
+def test_height_does_not_change_while_ranks_arrive():
+    """A job of a known size has its height from the first draw."""
+    early = too_early()
+    early["run"]["world_size"] = 2
+
+    assert len(live_lines(live_view(early), Viewport())) == len(live_lines(live_view(slow_rank()), Viewport()))
+
+
+def test_many_ranks_are_capped_and_counted():
+    """Of a thousand ranks sixteen are shown, the slowest among them, and the rest are counted."""
+    lines = [line.plain for line in live_lines(live_view(thousand_ranks()), Viewport(80, 24))]
+
+    assert len(lines) == 24
+    assert sum(line.startswith(" ▸") for line in lines) == 1
+    assert any(line.startswith(" ▸  617") for line in lines)
+    assert "   … 984 more, steps of 25.4 ms to 26.0 ms" in lines
+
+
+def test_losses_and_overhead_are_always_there():
+    """The last line says what tracing lost and costs."""
+    assert live_lines(live_view(healthy()), Viewport())[-1].plain == (
+        " tracing no row lost of 8,012 · overhead 5.1 us per step (0.02 %)"
+    )
+
+
+def test_color_tells_phases_apart():
+    """With colours a rank's bar has a background per phase; without, labels and bars alone."""
+    with_color = live_lines(live_view(slow_rank()), Viewport(color=True))[4]
+    without = live_lines(live_view(slow_rank()), Viewport())[4]
+
+    assert any("on blue" in str(span.style) for span in with_color.spans)
+    assert not any(" on " in str(span.style) for span in without.spans)
+    assert "|forward" in without.plain
