@@ -2,11 +2,11 @@
 
     python benchmarks/delivery.py [BACKEND ...] [--rows 60000] [--rounds 3] [--json FILE]
 
-Ours is the real process over a real store, `python -m traceml.track.deliver`, to the real tracker, timed from its first
-confirmed batch to its end, the run's finish included; imports and connecting are told apart. The bare calls run in a
-process of their own, timed from the first call until the tracker has finished the run: one call per value, as a script
-logs, and for MLflow also the most that its client can do, `log_batch` of 1,000 that are ready in memory. All take
-turns, at the same priority. Trackers that are not installed are left out and said.
+Ours is the real process over a real store, `python -m traceml.track.delivery`, to the real tracker, timed from its
+first confirmed batch to its end, the run's finish included; imports and connecting are told apart. The bare calls run
+in a process of their own, timed from the first call until the tracker has finished the run: one call per value, as a
+script logs, and for MLflow also the most that its client can do, `log_batch` of 1,000 that are ready in memory. All
+take turns, at the same priority. Trackers that are not installed are left out and said.
 
 Tracelet 0.0.9 would be the peer, but its wheel and its source distribution on PyPI hold no code, so there is nothing to
 install and measure.
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from tests.track.fabricated import LoggedRun  # noqa: E402
 from tests.track.servers import MLflowServer  # noqa: E402
 
-from traceml.track.state import TrackerState  # noqa: E402
+from traceml.track.tracker_state import TrackerState  # noqa: E402
 
 # Which library, rows for the bare calls (some need milliseconds each), and our goal in rows/s.
 TRACKERS: dict[str, tuple[str, int, int | None]] = {
@@ -143,7 +143,7 @@ def environment(folder: Path) -> dict[str, str]:
 def ours(folder: Path, backend: str, rows: int, uri: str | None) -> tuple[float, float]:
     """Deliver a run of so many rows; return rows per second, and the seconds that are paid once."""
     run_dir = run_of(folder, backend, rows, uri)
-    command = [sys.executable, "-m", "traceml.track.deliver", str(run_dir), backend, "--nice", "0"]
+    command = [sys.executable, "-m", "traceml.track.delivery", str(run_dir), backend, "--nice", "0"]
     started, first, first_rows = time.perf_counter(), 0.0, 0
     with (folder / "log").open("w+") as log:
         process = subprocess.Popen(command, env=environment(folder), stdout=log, stderr=log)

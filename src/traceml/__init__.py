@@ -47,7 +47,17 @@ if TYPE_CHECKING:
     from traceml.tasks.default import get_default_runtime, set_default_runtime
     from traceml.tasks.handle import TaskHandle
     from traceml.tasks.runtime import Runtime
-    from traceml.track.experiment import (
+    from traceml.track.plugins.interfaces import BackendInterface, CollectorInterface, FrameworkInterface
+    from traceml.track.plugins.metric import Metric
+    from traceml.track.plugins.plugin_registry import (
+        BackendPlugin,
+        CollectorPlugin,
+        FrameworkPlugin,
+        PluginInterface,
+        PluginMetadata,
+        register,
+    )
+    from traceml.track.rank.experiment import (
         Experiment,
         get_active_experiment,
         log_artifact,
@@ -60,17 +70,7 @@ if TYPE_CHECKING:
         start_logging,
         stop_logging,
     )
-    from traceml.track.interfaces import BackendInterface, CollectorInterface, FrameworkInterface
-    from traceml.track.metric import Metric
-    from traceml.track.orchestrator import Orchestrator
-    from traceml.track.plugins import (
-        BackendPlugin,
-        CollectorPlugin,
-        FrameworkPlugin,
-        PluginInterface,
-        PluginMetadata,
-        register,
-    )
+    from traceml.track.rank.orchestrator import Orchestrator
     from traceml.version import __version__ as __version__
 
 # Public name -> the module that holds it, loaded on first use: `import traceml` costs a training script nothing.
@@ -80,26 +80,26 @@ _HOMES = {
     "AggregatorUnavailableError": "traceml.errors",
     "BackendBusyError": "traceml.errors",
     "BackendError": "traceml.errors",
-    "BackendInterface": "traceml.track.interfaces",
-    "BackendPlugin": "traceml.track.plugins",
+    "BackendInterface": "traceml.track.plugins.interfaces",
+    "BackendPlugin": "traceml.track.plugins.plugin_registry",
     "BackendRefusedError": "traceml.errors",
     "BackendUnauthorizedError": "traceml.errors",
-    "CollectorInterface": "traceml.track.interfaces",
-    "CollectorPlugin": "traceml.track.plugins",
+    "CollectorInterface": "traceml.track.plugins.interfaces",
+    "CollectorPlugin": "traceml.track.plugins.plugin_registry",
     "DEFAULT_ENV_VARS": "traceml.launch.api",
-    "Experiment": "traceml.track.experiment",
-    "FrameworkInterface": "traceml.track.interfaces",
-    "FrameworkPlugin": "traceml.track.plugins",
+    "Experiment": "traceml.track.rank.experiment",
+    "FrameworkInterface": "traceml.track.plugins.interfaces",
+    "FrameworkPlugin": "traceml.track.plugins.plugin_registry",
     "LaunchResult": "traceml.launch.api",
     "LaunchTimeoutError": "traceml.errors",
     "Launcher": "traceml.launch.api",
-    "Metric": "traceml.track.metric",
+    "Metric": "traceml.track.plugins.metric",
     "NotCallableError": "traceml.errors",
-    "Orchestrator": "traceml.track.orchestrator",
+    "Orchestrator": "traceml.track.rank.orchestrator",
     "PayloadError": "traceml.errors",
     "PluginError": "traceml.errors",
-    "PluginInterface": "traceml.track.plugins",
-    "PluginMetadata": "traceml.track.plugins",
+    "PluginInterface": "traceml.track.plugins.plugin_registry",
+    "PluginMetadata": "traceml.track.plugins.plugin_registry",
     "ProtocolError": "traceml.errors",
     "Recorder": "traceml.recorder.api",
     "ResultNotFoundError": "traceml.errors",
@@ -126,25 +126,25 @@ _HOMES = {
     "WorkerFailedError": "traceml.errors",
     "add_filter_to_handler": "traceml.launch.handlers",
     "file_handler": "traceml.launch.handlers",
-    "get_active_experiment": "traceml.track.experiment",
+    "get_active_experiment": "traceml.track.rank.experiment",
     "get_default_runtime": "traceml.tasks.default",
     "init": "traceml.recorder.api",
     "is_enabled": "traceml.recorder.api",
     "launch": "traceml.launch.api",
     "load_run": "traceml.display.notebook",
-    "log_artifact": "traceml.track.experiment",
-    "log_histogram": "traceml.track.experiment",
-    "log_image": "traceml.track.experiment",
-    "log_metric": "traceml.track.experiment",
-    "log_metrics": "traceml.track.experiment",
-    "log_params": "traceml.track.experiment",
-    "log_text": "traceml.track.experiment",
+    "log_artifact": "traceml.track.rank.experiment",
+    "log_histogram": "traceml.track.rank.experiment",
+    "log_image": "traceml.track.rank.experiment",
+    "log_metric": "traceml.track.rank.experiment",
+    "log_metrics": "traceml.track.rank.experiment",
+    "log_params": "traceml.track.rank.experiment",
+    "log_text": "traceml.track.rank.experiment",
     "phase": "traceml.recorder.api",
-    "register": "traceml.track.plugins",
+    "register": "traceml.track.plugins.plugin_registry",
     "set_default_runtime": "traceml.tasks.default",
     "shutdown": "traceml.recorder.api",
-    "start_logging": "traceml.track.experiment",
-    "stop_logging": "traceml.track.experiment",
+    "start_logging": "traceml.track.rank.experiment",
+    "stop_logging": "traceml.track.rank.experiment",
     "stream_handler": "traceml.launch.handlers",
     "trace": "traceml.recorder.api",
     "trace_data": "traceml.recorder.api",

@@ -18,7 +18,7 @@ from tests.track.readers import jsonl
 from traceml import cli
 from traceml.cli import sync
 from traceml.clock import boot_id, process_start_ticks
-from traceml.track.state import TrackerState, states_of
+from traceml.track.tracker_state import TrackerState, states_of
 
 ODD = "tests.track.odd_backends:Odd"
 

@@ -17,7 +17,7 @@ from traceml.database.store import STORE_NAME
 from traceml.display import report_files
 from traceml.display.report_files import refresh_reports, write_page, write_reports
 from traceml.errors import StoreError
-from traceml.track.state import Phase, TrackerState
+from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_trackers_that_got_on_are_on_the_page_too(run):
     write_reports(run)
     assert "tracker jsonl" not in (run / "report.html").read_text()
     state = TrackerState("jsonl")
-    state.phase, state.delivered = Phase.DONE, 12
+    state.phase, state.delivered = DeliveryPhase.DONE, 12
     state.save(run)
 
     refresh_reports(run)

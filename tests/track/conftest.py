@@ -16,8 +16,8 @@ from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import environ
 from traceml.database.reader import StoreReader
 from traceml.database.store import STORE_NAME
-from traceml.track.metric import Metric
-from traceml.track.records import Records
+from traceml.track.delivery.record_reader import RecordReader
+from traceml.track.plugins.metric import Metric
 
 Script = Callable[..., "subprocess.Popen[str]"]
 
@@ -35,7 +35,7 @@ class Stored:
         self.metrics: list[tuple[int, Metric]] = []  # (number of the experiment, value)
         self.rows: list[dict[str, Any]] = []
         with StoreReader(run_dir / STORE_NAME) as reader:
-            records, cursor = Records(reader), {"frame": 0, "row": 0}
+            records, cursor = RecordReader(reader), {"frame": 0, "row": 0}
             while (batch := records.read(cursor)).cursor != cursor:
                 cursor = batch.cursor
                 for (_, experiment), metrics in batch.metrics.items():

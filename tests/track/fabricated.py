@@ -15,7 +15,7 @@ import numpy as np
 from tests.runs.fabricated_store import run_facts
 from traceml.database.schema import METRICS
 from traceml.database.store import STORE_NAME, StoreWriter, StreamIdentity
-from traceml.track.state import TrackerState
+from traceml.track.tracker_state import TrackerState
 
 START_NS = 1_700_000_000 * 10**9
 
@@ -88,7 +88,7 @@ def deliver(run_dir: Path, backend: str, *more: str, **environ: str) -> subproce
     """Run a delivery process to its end."""
     import os
 
-    command = [sys.executable, "-m", "traceml.track.deliver", str(run_dir), backend, *more]
+    command = [sys.executable, "-m", "traceml.track.delivery", str(run_dir), backend, *more]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=100, env={**os.environ, **environ}, check=False
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.recorder.conftest import environ
 from tests.track.fabricated import eventually
-from traceml.track.state import TrackerState
+from traceml.track.tracker_state import TrackerState
 
 __all__ = ["LOGGING", "Job", "Proxy", "children_of", "finish"]
 

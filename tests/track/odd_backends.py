@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from traceml.errors import BackendBusyError, BackendRefusedError
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
 
 __all__ = ["Odd", "OddIdempotent", "Plain"]
 

@@ -13,7 +13,7 @@ import pytest
 from tests.track.jobs import Job
 from tests.track.readers import READERS, Value, mlflow
 from tests.track.servers import MLflowServer
-from traceml.track.state import Phase, states_of
+from traceml.track.tracker_state import DeliveryPhase, states_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
@@ -89,7 +89,7 @@ def test_one_script_and_five_trackers(server: MLflowServer, tmp_path: Path) -> N
     try:
         job.wait_for(lambda: job.state("mlflow").delivered > 0, 200)
         server.kill()
-        job.wait_for(lambda: job.state("mlflow").phase in {Phase.WAITING, Phase.OPEN})
+        job.wait_for(lambda: job.state("mlflow").phase in {DeliveryPhase.WAITING, DeliveryPhase.OPEN})
         job.goes_on()
         server.start()
         for backend in BACKENDS:
@@ -101,7 +101,7 @@ def test_one_script_and_five_trackers(server: MLflowServer, tmp_path: Path) -> N
 
     wanted = expected(job.logged)
     states = {state.backend: state for state in states_of(job.run_dir)}
-    assert {name: state.phase for name, state in states.items()} == dict.fromkeys(BACKENDS, Phase.DONE)
+    assert {name: state.phase for name, state in states.items()} == dict.fromkeys(BACKENDS, DeliveryPhase.DONE)
     for backend in BACKENDS:
         assert states[backend].delivered == 5 * job.logged + 2, backend
         (kept,) = states[backend].experiments.values()

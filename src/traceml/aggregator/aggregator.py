@@ -24,7 +24,7 @@ from traceml.clock import boot_id
 from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
 from traceml.database.store import STORE_NAME, fold
 from traceml.errors import ProtocolError, StoreError
-from traceml.track.manager import PATIENCE_S, DeliveryManager, RunDeliveries
+from traceml.track.delivery.manager import PATIENCE_S, DeliveryManager, RunDeliveries
 from traceml.transport.server import Peer, RefusedError, Server
 
 __all__ = ["Aggregator"]

@@ -17,9 +17,9 @@ from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run
 from traceml.runs.metric_summary import trackers
 from traceml.settings import Config
-from traceml.track.keys import key_variables, read_key_file
-from traceml.track.plugins import PluginType, available
-from traceml.track.probe import Found, probe
+from traceml.track.delivery.credentials import key_variables, read_key_file
+from traceml.track.delivery.probe import ProbeResult, probe
+from traceml.track.plugins.plugin_registry import PluginType, available
 
 __all__ = ["backend_checks"]
 
@@ -40,7 +40,7 @@ def backend_checks(config: Config) -> Iterator[Check]:
     yield from _deliveries(Path(config.runs_dir))
 
 
-def _check(name: str, found: Found, config: Config, *, is_wanted: bool) -> Check:
+def _check(name: str, found: ProbeResult, config: Config, *, is_wanted: bool) -> Check:
     options = config.backend_options.get(name, {})
     bad: Literal["broken", "note"] = "broken" if is_wanted else "note"
     if found.missing:

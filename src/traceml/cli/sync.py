@@ -26,11 +26,11 @@ from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.run_state import is_watched
 from traceml.settings import Config, load
-from traceml.track.announce import refuse_secrets
-from traceml.track.plan import Plan, told_by
-from traceml.track.process import DeliveryProcess
-from traceml.track.records import logged_rows
-from traceml.track.state import Phase, TrackerState, locked
+from traceml.track.delivery.delivery_process import DeliveryProcess
+from traceml.track.delivery.plan import DeliveryPlan, told_by
+from traceml.track.delivery.record_reader import logged_rows
+from traceml.track.rank.announcement import refuse_secrets
+from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
 
 __all__ = ["PATIENCE_S", "main"]
 
@@ -41,7 +41,7 @@ PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
-class Options:
+class SyncOptions:
     """Deliver to trackers what they have not got yet.
 
     Of runs whose tracker was down; with --backend also of any run to another tracker.
@@ -62,7 +62,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class _DeliveryOutcome:
     """What became of one run and tracker."""
 
     run: str
@@ -77,14 +77,14 @@ class _Outcome:
 
 def main(argv: list[str]) -> int:
     """Deliver; return 0, or 3 when something is left."""
-    options = parse(Options, argv, prog="traceml sync")
+    options = parse(SyncOptions, argv, prog="traceml sync")
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     if options.backend and not options.runs:
         *names, last = options.backend
         if names and (Path(config.runs_dir) / last).is_dir():
             raise UsageError(f"RUN comes before --backend: traceml sync {last} --backend {' '.join(names)}")
 
-    outcomes: list[_Outcome] = []
+    outcomes: list[_DeliveryOutcome] = []
     console = Console(highlight=False, stderr=True)
     for run_dir in _wanted(options, config):
         try:
@@ -105,11 +105,15 @@ def main(argv: list[str]) -> int:
     elif not outcomes:
         print("Nothing to deliver")
 
-    left = [each for each in outcomes if each.state != Phase.DONE and (each.pending or each.state != Phase.OPEN)]
+    left = [
+        each
+        for each in outcomes
+        if each.state != DeliveryPhase.DONE and (each.pending or each.state != DeliveryPhase.OPEN)
+    ]
     return EXIT_UNDELIVERED if left else 0
 
 
-def _wanted(options: Options, config: Config) -> Iterator[Path]:
+def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
     runs_dir = Path(config.runs_dir)
     if options.runs:
         yield from (find_run(run, runs_dir) for run in options.runs)
@@ -123,7 +127,7 @@ def _wanted(options: Options, config: Config) -> Iterator[Path]:
             yield info.path.resolve()
 
 
-def _sync(run_dir: Path, options: Options, config: Config, console: Console) -> list[_Outcome]:
+def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[_DeliveryOutcome]:
     """Deliver one run to all its trackers at once."""
     _finish(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
@@ -155,8 +159,8 @@ def _finish(run_dir: Path) -> None:
     write_reports(run_dir)
 
 
-def _processes(run_dir: Path, reader: StoreReader, options: Options, config: Config) -> Iterator[DeliveryProcess]:
-    plan = Plan(reader, run_dir)
+def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config: Config) -> Iterator[DeliveryProcess]:
+    plan = DeliveryPlan(reader, run_dir)
     plan.refresh()
     asked = plan.backends()
     for backend in options.backend or asked:
@@ -172,10 +176,10 @@ def _is_due(process: DeliveryProcess) -> bool:
     """Whether there is something to do; a tracker that failed before gets all its tries again."""
     with locked(process.run_dir, process.backend) as is_ours:
         state = process.state
-        if state.phase is Phase.DONE:
+        if state.phase is DeliveryPhase.DONE:
             return False
         if is_ours:
-            state.retries, state.retry_at, state.phase = 0, 0.0, Phase.STARTING
+            state.retries, state.retry_at, state.phase = 0, 0.0, DeliveryPhase.STARTING
             state.save(process.run_dir)
 
     return True
@@ -219,9 +223,9 @@ def _progress(console: Console, processes: Sequence[DeliveryProcess], logged: in
         yield show
 
 
-def _outcome(process: DeliveryProcess, logged: int) -> _Outcome:
+def _outcome(process: DeliveryProcess, logged: int) -> _DeliveryOutcome:
     state: TrackerState = process.state
-    return _Outcome(
+    return _DeliveryOutcome(
         run=process.run_dir.name,
         backend=process.backend,
         state=str(state.phase),
@@ -233,7 +237,7 @@ def _outcome(process: DeliveryProcess, logged: int) -> _Outcome:
     )
 
 
-def _print(outcomes: Sequence[_Outcome]) -> None:
+def _print(outcomes: Sequence[_DeliveryOutcome]) -> None:
     for each in outcomes:
         text = tracker_text(
             each.backend, each.state, each.delivered, each.pending, each.failed, each.error, each.fallback

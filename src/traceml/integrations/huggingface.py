@@ -13,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
-from traceml.integrations.session import Session
+from traceml.integrations.training_session import TrainingSession
 
 __all__ = ["TraceMLCallback", "TraceMLTrainer"]
 
@@ -43,7 +43,7 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
     on_step_begin = on_substep_end = on_pre_optimizer_step = on_optimizer_step = on_step_end = _nothing
 
     def __init__(self, *, report: bool = True, **settings: Any) -> None:
-        self.session = Session(settings, report=report)
+        self.session = TrainingSession(settings, report=report)
         _watch(self)
 
     def on_init_end(self, *_: Any, **__: Any) -> None:

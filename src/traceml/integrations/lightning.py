@@ -12,7 +12,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from traceml.integrations.session import Session
+from traceml.integrations.training_session import TrainingSession
 
 __all__ = ["TraceMLCallback"]
 
@@ -49,7 +49,7 @@ class TraceMLCallback:
         return _made(cls, tuple(package.__name__ for package in _packages()))
 
     def __init__(self, *, report: bool = True, **settings: Any) -> None:
-        self.session = Session(settings, report=report)
+        self.session = TrainingSession(settings, report=report)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to the processes of `ddp_spawn`: the class is made again there."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from traceml.integrations.session import Session
+from traceml.integrations.training_session import TrainingSession
 from traceml.recorder.identity import script_name
 from traceml.settings import load
 
@@ -48,7 +48,7 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
 
     @functools.wraps(train_loop)
     def traced(*args: Any) -> Any:
-        session = Session(told | _address(token), report=report)
+        session = TrainingSession(told | _address(token), report=report)
         session.begin()
         try:
             result = train_loop(*args)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from traceml.privacy.masker import KINDS, Masker
-from traceml.privacy.names import is_secret_name
+from traceml.privacy.name_rules import is_secret_name
 
 __all__ = ["KINDS", "Masker", "is_secret_name", "secrets_only"]
 

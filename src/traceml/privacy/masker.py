@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceml.errors import SettingsError
-from traceml.privacy.names import MASKED, is_reference, looks_random, name_says
+from traceml.privacy.name_rules import MASKED, is_reference, looks_random, name_says
 from traceml.privacy.patterns import (
     ASSIGNED,
     CARD,

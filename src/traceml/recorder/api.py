@@ -133,7 +133,7 @@ def _begin_tracking(recorder: Recorder) -> None:
     from importlib import import_module
 
     try:
-        import_module("traceml.track.capturing").begin(recorder)
+        import_module("traceml.track.rank.capturing").begin(recorder)
     except Exception as error:  # noqa: BLE001 - fail open
         _log.warning("tracking could not be started: %r", error, exc_info=error)
 

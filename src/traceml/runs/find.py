@@ -16,8 +16,8 @@ from traceml.database.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
 from traceml.runs.report import REPORT_NAME
 from traceml.runs.run_state import state_of
-from traceml.track.plan import Plan
-from traceml.track.state import Phase, states_of
+from traceml.track.delivery.plan import DeliveryPlan
+from traceml.track.tracker_state import DeliveryPhase, states_of
 
 __all__ = ["RunInfo", "describe_run", "find_run", "is_delivered", "list_runs", "prune", "run_folders"]
 
@@ -123,10 +123,10 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
 
 def is_delivered(run_dir: Path) -> bool:
     """Tell whether every tracker that a run asked for has got all that it logged."""
-    done = {state.backend for state in states_of(run_dir) if state.phase is Phase.DONE or state.stood_in}
+    done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.stood_in}
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-            plan = Plan(reader, run_dir)
+            plan = DeliveryPlan(reader, run_dir)
             plan.refresh()
             return plan.backends().keys() <= done
     except StoreError:

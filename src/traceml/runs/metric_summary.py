@@ -11,14 +11,20 @@ import numpy as np
 
 from traceml.database.reader import Frame, StoreReader
 from traceml.database.schema import LOGGED, METRICS, NAMES
-from traceml.track.state import Phase, TrackerState, states_of
+from traceml.track.tracker_state import DeliveryPhase, TrackerState, states_of
 
 __all__ = ["MetricSummary", "trackers"]
 
 # A report is read by people and loaded whole; a run may have a hundred thousand names.
 _SHOWN_NAMES = 1000
 _FRAMES = 256
-_WAITING = {Phase.WAITING, Phase.OPEN, Phase.UNAUTHORIZED, Phase.BROKEN, Phase.STOPPED}
+_WAITING = {
+    DeliveryPhase.WAITING,
+    DeliveryPhase.OPEN,
+    DeliveryPhase.UNAUTHORIZED,
+    DeliveryPhase.BROKEN,
+    DeliveryPhase.STOPPED,
+}
 
 
 class MetricSummary:

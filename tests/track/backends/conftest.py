@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from traceml.track.interfaces import BackendInterface
-from traceml.track.plugins import create_backend
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.plugin_registry import create_backend
 
 Maker = Callable[..., BackendInterface]
 

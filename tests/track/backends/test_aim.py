@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.track.backends.conftest import Maker
-from traceml.track.metric import Metric
+from traceml.track.plugins.metric import Metric
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),

@@ -12,8 +12,8 @@ import pytest
 
 from tests.track.backends.conftest import Maker
 from traceml.errors import BackendError, PluginError
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 

@@ -51,7 +51,7 @@ def test_a_killed_delivery_is_exact(backend: str, tmp_path: Path) -> None:
     run_dir, expected = _logged(tmp_path, backend)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "CLEARML_"))}
     environment |= {"WANDB_MODE": "offline", "CLEARML_OFFLINE_MODE": "1"}
-    command = [sys.executable, "-m", "traceml.track.deliver", str(run_dir), backend]
+    command = [sys.executable, "-m", "traceml.track.delivery", str(run_dir), backend]
     killed = 0
     for attempt in range(40):
         before = state_of(run_dir, backend).delivered if attempt else 0

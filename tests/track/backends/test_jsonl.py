@@ -13,7 +13,7 @@ import pytest
 
 from tests.track.backends.conftest import Maker
 from traceml.errors import BackendError
-from traceml.track.metric import Metric
+from traceml.track.plugins.metric import Metric
 
 
 def _lines(path: str | Path) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ def test_a_lost_file_is_said(make: Maker) -> None:
 FULL = """
 import resource, signal, sys
 from traceml.track.backends.jsonl import JsonlBackend
-from traceml.track.metric import Metric
+from traceml.track.plugins.metric import Metric
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 backend = JsonlBackend({"run_dir": sys.argv[1], "experiment": {"id": "e"}})
 backend.start_experiment("n", "p")

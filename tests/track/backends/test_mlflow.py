@@ -14,7 +14,7 @@ import pytest
 from tests.track.backends.conftest import Maker
 from tests.track.servers import MLflowServer
 from traceml.errors import BackendError, BackendRefusedError, PluginError
-from traceml.track.metric import Metric
+from traceml.track.plugins.metric import Metric
 
 # MLflow and SQLAlchemy warn about each other; neither is ours to mend.
 pytestmark = pytest.mark.filterwarnings(

@@ -15,9 +15,9 @@ from tests.track.backends.conftest import Maker
 from tests.track.backends.wandb_reader import history, records
 from tests.track.fabricated import LoggedRun, deliver, state_of
 from traceml.errors import PluginError
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
-from traceml.track.sweep import variables
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.wandb_sweep import variables
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 
@@ -121,7 +121,7 @@ def test_records_depend_on_rows_alone(make: Maker) -> None:
 
 SWEPT = """
 import sys
-from traceml.track.plugins import create_backend
+from traceml.track.plugins.plugin_registry import create_backend
 config = {"run_id": "r", "run_dir": sys.argv[1], "options": {"mode": "offline"}, "experiment": {"id": "exp-1"}}
 backend = create_backend("wandb", config)
 print(backend.start_experiment("first", "tests"), backend.url)

@@ -1,1 +1,4 @@
-"""The built-in trackers; each module imports its library only when its backend is created."""
+"""The built-in trackers, one module each.
+
+Runs in delivery processes; a module imports its tracker's library only when a run starts. It imports `track.plugins`.
+"""

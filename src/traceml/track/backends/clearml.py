@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
-from traceml.track.backends.names import is_this_machine, safe_name
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
-from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
 
 __all__ = ["ClearMLBackend", "ClearMLPlugin"]
 
@@ -254,7 +254,7 @@ class ClearMLBackend(BackendInterface):
             from clearml.backend_api.services import events as api
 
             for first in range(0, len(events), _BATCH):
-                requests = [api.AddRequest(event=_Event(each)) for each in events[first : first + _BATCH]]
+                requests = [api.AddRequest(event=_RawEvent(each)) for each in events[first : first + _BATCH]]
                 self._task.send(api.AddBatchRequest(requests=requests), raise_on_errors=True)
 
     def _append(self, events: Sequence[dict[str, Any]]) -> None:
@@ -275,7 +275,7 @@ class ClearMLBackend(BackendInterface):
             os.close(descriptor)
 
 
-class _Event:
+class _RawEvent:
     """An event that is a dictionary already; the SDK asks its events for nothing else."""
 
     def __init__(self, content: dict[str, Any]) -> None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from traceml.errors import BackendError
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
-from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
 
 __all__ = ["JsonlBackend", "JsonlPlugin"]
 

@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.mlflow_rows import Apart, Row, insert, is_insertable
-from traceml.track.backends.names import is_this_machine, safe_name
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
-from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
 
 __all__ = ["MLflowBackend", "MLflowPlugin"]
 

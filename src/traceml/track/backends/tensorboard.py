@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from traceml.errors import BackendError
-from traceml.track.backends.names import safe_name
-from traceml.track.interfaces import BackendInterface
-from traceml.track.metric import Metric
-from traceml.track.plugins import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.backends.safe_names import safe_name
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
 
 __all__ = ["TensorBoardBackend", "TensorBoardPlugin"]
 

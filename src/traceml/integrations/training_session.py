@@ -1,0 +1,130 @@
+"""What every integration does around a training: begin a recorder unless one runs, end it, and show the verdict.
+
+Who has called `traceml.init()`, or runs the script by `traceml run`, keeps the recorder and its end to himself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from traceml import settings
+from traceml.recorder import api
+from traceml.recorder.exits import status_of
+from traceml.track.rank import capturing
+
+__all__ = ["TrainingSession"]
+
+_log = logging.getLogger("traceml")
+
+# The aggregator writes the report half a second after the last rank has left.
+_REPORT_WAIT_S = 10.0
+_SHOW_S = 60.0
+# Where the user has not said otherwise, one line is enough, and nothing of ours ends a training.
+_DEFAULTS = {"local": True, "on_missing": "warn"}
+
+
+class TrainingSession:
+    """One integration's part in the recorder of this process; plain data, so that callbacks copy and pickle.
+
+    Args:
+        arguments: settings by name, as for `traceml.init`.
+        report: show the verdict when a training ends whose recorder was begun here.
+
+    Raises:
+        SettingsError: an unknown setting or a bad value.
+    """
+
+    def __init__(self, arguments: dict[str, Any], *, report: bool = True) -> None:
+        settings.load(**arguments)  # a mistake is told here, not when training has begun
+        self._arguments = arguments
+        self._report = report
+        self._own = 0  # id of the recorder that was begun here
+
+    def begin(self) -> Any:
+        """Begin tracing, unless that is done, and capture what frameworks log.
+
+        Returns:
+            the recorder's `Instrumentation`; None when tracing is disabled.
+        """
+        running = api.current()
+        if running is not None and not running.config.enabled:
+            return None
+
+        if running is None or not running.enabled:
+            recorder = api.init(**self._wanted())
+            self._own = id(recorder) if recorder.enabled else 0
+        elif not running.tracing:
+            api.init(**self._wanted())
+
+        recorder_now = api.current()
+        if recorder_now is None or not recorder_now.enabled:
+            return None
+
+        capturing.start(collect=False)
+        return recorder_now.instrumentation
+
+    def end(self, error: BaseException | None = None) -> None:
+        """End the recorder that was begun here: all hooks go, all rows are sent, rank 0 shows the verdict.
+
+        Args:
+            error: what ended the training before its time.
+        """
+        recorder, own, self._own = api.current(), self._own, 0
+        if recorder is None or id(recorder) != own or not recorder.enabled:
+            return
+
+        if error is not None:
+            api.note_exit(error, status_of(error))
+
+        rank = recorder.who.rank
+        run_dir = recorder.flight.identity.get("run_dir") if recorder.flight is not None else None
+        api.shutdown()
+        if self._report and rank == 0 and run_dir and not isinstance(error, KeyboardInterrupt):
+            _show(Path(run_dir))
+
+    def _wanted(self) -> dict[str, Any]:
+        sources = settings.load(**self._arguments).sources
+        return {name: value for name, value in _DEFAULTS.items() if sources[name] == "default"} | self._arguments
+
+
+def _show(run_dir: Path) -> None:
+    """Write the verdict to standard error, made by a process of its own: what it takes is not for this one."""
+    if not run_dir.is_dir():  # the aggregator is another host's
+        _log.info("the report will be in %s of the aggregator's host", run_dir)
+        return
+
+    report = run_dir / "report.json"
+    until_s = time.monotonic() + _REPORT_WAIT_S
+    while not report.exists() and time.monotonic() < until_s:
+        time.sleep(0.02)
+
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "traceml", "report", str(run_dir)],
+            env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SHOW_S, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as failure:
+        said = getattr(failure, "stderr", None) or failure
+        _log.warning("the verdict cannot be shown: %s. See `traceml report %s`.", str(said).strip(), run_dir)
+        return
+
+    sys.stderr.write(done.stdout)
+    sys.stderr.flush()
+
+
+def _environ() -> dict[str, str]:
+    """Return an environment in which the report is drawn for the terminal that it will be written to."""
+    environ = dict(os.environ)
+    if sys.stderr.isatty():
+        environ.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))
+        if "NO_COLOR" not in environ:
+            environ["FORCE_COLOR"] = "1"
+
+    return environ

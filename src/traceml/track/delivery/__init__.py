@@ -1,0 +1,6 @@
+"""Delivery of one run's rows to one tracker: the loop, retries, masking, and exact resumption after a death.
+
+Runs in a delivery process (`python -m traceml.track.delivery`), one per run and tracker. `manager`, `delivery_process`
+and `plan` also run in the aggregator and in `traceml sync`, which start these processes; `probe` runs for `doctor`.
+It imports `track.plugins`, what `track` itself holds, and `database`.
+"""

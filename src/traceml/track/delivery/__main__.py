@@ -1,0 +1,99 @@
+"""A delivery process: follows one run's store and gives what was logged to one backend.
+
+`python -m traceml.track.delivery RUN_DIR BACKEND` is started by the aggregator and by `traceml sync`, one per backend;
+it is the only place where a tracker's library is imported. It takes little: lowest priority, one batch in memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from traceml.errors import TraceMLError
+from traceml.priority import step_back
+from traceml.track.delivery.delivery_loop import DeliveryLoop
+from traceml.track.tracker_state import EXIT_AGAIN, EXIT_TAKEN, TrackerState, locked
+
+__all__ = ["main"]
+
+_PR_SET_PDEATHSIG = 1
+
+_log = logging.getLogger("traceml")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Deliver; return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m traceml.track.delivery")
+    parser.add_argument("run_dir", type=lambda path: Path(path).absolute())
+    parser.add_argument("backend")
+    parser.add_argument("--once", action="store_true", help="deliver what is there and end")
+    parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")
+    parser.add_argument("--settings", type=json.loads, help="settings of now as JSON, with --options")
+    parser.add_argument("--nice", type=int, default=19, help="how far to step back behind the training")
+    parser.add_argument("--parent", type=int, help="end with this process")
+    given = parser.parse_args(argv)
+    _tie_to(given.parent)
+    step_back(given.nice)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("traceml").setLevel(logging.INFO)
+    with locked(given.run_dir, given.backend) as is_ours:
+        if not is_ours:
+            return EXIT_TAKEN
+
+        try:
+            delivery = DeliveryLoop(
+                given.run_dir, given.backend, once=given.once, options=given.options, settings=given.settings
+            )
+        except TraceMLError as error:
+            _log.error("%s", error)
+            return EXIT_AGAIN
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, delivery.stop)
+
+        with _profiled(given.run_dir, given.backend):
+            return delivery.run()
+
+
+def _tie_to(parent: int | None) -> None:
+    """End with the process that started us, however that ends."""
+    if parent is None:
+        return
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(EXIT_AGAIN)
+
+
+@contextlib.contextmanager
+def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
+    """Write a profile of this process next to its state when TRACEML_DEBUG is set."""
+    if os.environ.get("TRACEML_DEBUG", "").lower() in {"", "0", "false", "no", "off"}:
+        yield
+        return
+
+    import cProfile
+
+    profile = cProfile.Profile()
+    profile.enable()
+    try:
+        yield
+    finally:
+        profile.disable()
+        path = TrackerState.path_in(run_dir, backend)
+        profile.dump_stats(path.with_name(path.name.replace(".state.json", f".{os.getpid()}.prof")))
+
+
+if __name__ == "__main__":
+    status = main()
+    logging.shutdown()
+    # All that counts is confirmed and saved: what libraries want to do at exit may take long, or write once more.
+    os._exit(status)

@@ -1,0 +1,88 @@
+"""The audit log: what was sent where and when, one line of JSON per batch of something new.
+
+`<run>/trackers/audit.jsonl`, of all backends together. A batch that holds nothing but values under known names is
+counted with the next line; what is counted rests in the delivery's memory, so a death loses none of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from traceml.track.tracker_state import FOLDER, TrackerState
+
+__all__ = ["AUDIT_NAME", "AuditLog"]
+
+AUDIT_NAME = "audit.jsonl"
+_EVERY_S = 60.0
+_NAMES_PER_LINE = 1000
+
+
+class AuditLog:
+    """Writes one backend's lines.
+
+    Args:
+        run_dir: the run's folder.
+        state: its state; what is counted rests in its memory.
+    """
+
+    def __init__(self, run_dir: Path, state: TrackerState) -> None:
+        self._path = run_dir / FOLDER / AUDIT_NAME
+        self._state = state
+        self._seen: set[str] = set()
+        self._new: list[str] = []
+        self._written_s = time.monotonic()
+
+    @property
+    def _memory(self) -> dict[str, Any]:
+        memory: dict[str, Any] = self._state.memory.setdefault("audit", {})
+        return memory
+
+    def note(self, kind: str, names: Iterable[str], count: int, size: int = 0) -> None:
+        """Count something that is about to be given to the backend.
+
+        Args:
+            kind: metrics, params, tags, text, image, histogram, artifact.
+            names: what it is called.
+            count: how many things.
+            size: bytes of files and texts.
+        """
+        counts = self._memory.setdefault("counts", {})
+        counts[kind] = counts.get(kind, 0) + count
+        self._memory["bytes"] = self._memory.get("bytes", 0) + size
+        for name in names:
+            if name not in self._seen:
+                self._seen.add(name)
+                self._new.append(name)
+
+    def write(self, target: str, masked: dict[str, int], *, force: bool = False) -> None:
+        """Write a line for what has been given since the last, where it is due.
+
+        Args:
+            target: where it went.
+            masked: how many values of each kind were masked since the process began.
+            force: write now.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        is_plain = not self._new and set(self._memory.get("counts", {})) <= {"metrics"}
+        if not self._memory.get("counts") or (is_plain and not force and time.monotonic() - self._written_s < _EVERY_S):
+            return
+
+        line = {
+            "time": time.time(), "backend": self._state.backend, "target": target, "sent": self._memory["counts"],
+            "bytes": self._memory.get("bytes", 0), "masked": masked, "names": self._new[:_NAMES_PER_LINE],
+            "more_names": max(len(self._new) - _NAMES_PER_LINE, 0), "pid": os.getpid(),
+        }  # fmt: skip
+        self._path.parent.mkdir(exist_ok=True)
+        with self._path.open("a") as file:  # one write: lines of several processes do not mix
+            file.write(json.dumps(line) + "\n")
+
+        self._memory.clear()
+        self._new.clear()
+        self._written_s = time.monotonic()

@@ -1,0 +1,439 @@
+"""From a batch of rows to calls of a backend: rules, masking, ranks; then what was given is counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from traceml.database.reader import Event, StoreReader
+from traceml.errors import BackendRefusedError
+from traceml.track.delivery.audit import AuditLog
+from traceml.track.delivery.derived import DerivedMetrics
+from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment
+from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch, RecordReader
+from traceml.track.delivery.refusals import count_refused
+from traceml.track.delivery.retry_policy import FailureKind, classify
+from traceml.track.delivery.tracker_session import TrackerSession, ranked
+from traceml.track.filters import DeliveryFilter
+from traceml.track.plugins.metric import Metric
+from traceml.track.tracker_state import TrackerState
+
+__all__ = ["BatchSender"]
+
+_PARAMS_REMEMBERED = 10_000
+_TAG_CHARS = 250
+_LINGER_S = 10.0
+_BEHIND_S = 600.0
+
+_log = logging.getLogger("traceml")
+
+
+class BatchSender:
+    """Gives batches to one backend.
+
+    Args:
+        state: counts, and what is carried from batch to batch.
+        reader: the run's store.
+        records: reads it.
+        plan: the run's experiments.
+        rules: what passes.
+        run_dir: the run's folder.
+        everything: take every experiment of the run, also those that did not ask for this backend.
+        interval_s: between values made from the run itself.
+        system: whether to give what samplers read.
+    """
+
+    def __init__(
+        self,
+        state: TrackerState,
+        reader: StoreReader,
+        records: RecordReader,
+        plan: DeliveryPlan,
+        rules: DeliveryFilter,
+        run_dir: Path,
+        *,
+        everything: bool,
+        interval_s: float,
+        system: bool,
+    ) -> None:
+        self._state = state
+        self._reader = reader
+        self._records = records
+        self._plan = plan
+        self._rules = rules
+        self._run_dir = run_dir
+        self._everything = everything
+        self._is_done: Callable[[PlannedExperiment], bool] = lambda _: False
+        self._started = float(reader.meta().get("run", {}).get("started") or 0.0)
+        self._interval_s = interval_s
+        self._system = system
+
+    @property
+    def _memory(self) -> dict[str, Any]:
+        return self._state.memory
+
+    def give(
+        self, batch: RecordBatch, session: TrackerSession, audit: AuditLog, is_done: Callable[[PlannedExperiment], bool]
+    ) -> None:
+        """Give a batch; what it changes in the state is undone by the caller if it raises.
+
+        Args:
+            batch: the rows.
+            session: to whom.
+            audit: notes what is given.
+            is_done: tells of an experiment that it has these rows, and was ended with them.
+        """
+        self._is_done = is_done
+        for logged in batch.logged:
+            if logged.row.get("kind") == "experiment" and (experiment := self._ours(logged.stream.id, logged.row)):
+                session.connect(experiment)
+
+        for (stream, number), rows in batch.metrics.items():
+            self._values[str(stream)] = self._values.get(str(stream), 0) + len(rows)
+            experiment = self._experiment(stream, number)
+            if experiment is None:
+                self._state.filtered += len(rows)
+                continue
+
+            passing = self._rules.apply(rows, self._windows(), experiment.key)
+            self._state.filtered += len(rows) - len(passing)
+            self._give_values(experiment, passing, session, audit)
+
+        for logged in sorted(batch.logged, key=lambda each: each.stream.rank):  # what rank 0 says is not said again
+            self._give_logged(logged, session, audit)
+
+        self._give_derived(batch, session, audit)
+
+    def finish(self, session: TrackerSession, audit: AuditLog) -> None:
+        """Give what rules and intervals still hold back: nothing more comes."""
+        for experiment in self._wanted():
+            rows = self._rules.finish(self._windows(), experiment.key)
+            self._state.filtered -= len(rows)
+            self._give_values(experiment, rows, session, audit)
+
+        main = self._main()
+        if main is None:
+            return
+
+        self._give_own(main, self._derived().finish(), session, audit)
+        self._give_verdict(main, session, audit)
+
+    def end(self, session: TrackerSession, run_state: str) -> None:
+        """End every experiment of ours that is open, the inner ones first, in the state that it ended with itself."""
+        for experiment in reversed(self._wanted()):
+            own_state, _ = self._to_end.pop(experiment.key, (run_state, 0.0))
+            session.end(experiment, own_state)
+
+    # --- which experiment --------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> list[PlannedExperiment]:
+        wanted = [each for each in self._plan.experiments.values() if self._wants(each)]
+        if not wanted and self._everything:
+            wanted = [self._plan.adopt(0, self._plan.own())]
+
+        return sorted(wanted, key=lambda each: each.number != 0)  # the run's own first, then as they began
+
+    def _wants(self, experiment: PlannedExperiment) -> bool:
+        return self._everything or self._state.backend in experiment.backends
+
+    def _experiment(self, stream: int, number: int) -> PlannedExperiment | None:
+        experiment = self._plan.of(stream, number)
+        if experiment is None and self._everything:
+            experiment = self._plan.adopt(stream, self._plan.own())
+
+        if experiment is None or not self._wants(experiment) or self._is_done(experiment):
+            return None
+
+        return experiment
+
+    def _ours(self, stream: int, row: dict[str, Any]) -> PlannedExperiment | None:
+        return self._experiment(stream, int(row.get("experiment", 0)))
+
+    def _main(self) -> PlannedExperiment | None:
+        """Return the experiment that gets what is said of the run as a whole: the first that goes on."""
+        wanted = self._wanted()
+        going_on = [each for each in wanted if not self._state.experiments.get(each.key, {}).get("ended")]
+        return next(iter(going_on), None)
+
+    def _derived(self) -> DerivedMetrics:
+        return DerivedMetrics(
+            self._memory.setdefault("derived", {}), self._interval_s, self._started, system=self._system
+        )
+
+    @property
+    def _to_end(self) -> dict[str, list[Any]]:
+        """The experiments that are to be ended: the state of each, and the epoch seconds at which that was seen."""
+        to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
+        return to_end
+
+    @property
+    def _values(self) -> dict[str, int]:
+        """How many values of each stream have come so far."""
+        values: dict[str, int] = self._memory.setdefault("values", {})
+        return values
+
+    def _windows(self) -> dict[str, Any]:
+        windows: dict[str, Any] = self._memory.setdefault("windows", {})
+        return windows
+
+    # --- values ------------------------------------------------------------------------------------------------------
+
+    def _give_values(
+        self, experiment: PlannedExperiment, rows: list[Metric], session: TrackerSession, audit: AuditLog
+    ) -> None:
+        if not rows:
+            return
+
+        refused = session.metrics(experiment, rows)
+        for _, error in refused:
+            self._refused(error)
+
+        audit.note("metrics", {row.name for row in rows}, len(rows))
+        self._state.delivered += len(rows) - len(refused)
+
+    def _refused(self, error: Exception) -> None:
+        failure = classify(error)
+        _log.warning("%s refuses a row: %s", self._state.backend, failure.text)
+        count_refused(self._state, failure.text)
+
+    def _give_own(
+        self, experiment: PlannedExperiment, rows: list[Metric], session: TrackerSession, audit: AuditLog
+    ) -> None:
+        """Give values that the user has not logged: they are counted apart."""
+        passing = [row for row in rows if self._rules.takes(row.name, row.rank)]
+        if passing:
+            refused = session.metrics(experiment, passing)
+            audit.note("metrics", {row.name for row in passing}, len(passing))
+            self._state.derived += len(passing) - len(refused)
+
+    def _give_derived(self, batch: RecordBatch, session: TrackerSession, audit: AuditLog) -> None:
+        main = self._main()
+        derived = self._derived()
+        rows = [row for frame in batch.frames for row in derived.take(frame, self._records.stream(frame.stream))]
+        if main is None:
+            return
+
+        self._give_own(main, rows, session, audit)
+        for event in self._reader.events(self._memory.get("event", 0), "verdict"):
+            self._memory["event"] = event.id
+            self._note_verdict(main, event, session, audit)
+
+    def _note_verdict(self, main: PlannedExperiment, event: Event, session: TrackerSession, audit: AuditLog) -> None:
+        verdict = event.data.get("verdict") or {}
+        if _saw_no_step(verdict):
+            return
+
+        signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
+        if signature == self._memory.get("verdict") or not self._rules.takes("traceml/verdict"):
+            return
+
+        self._memory["verdict"] = signature
+        session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
+        session.text(main, "traceml/verdict", _told(verdict), max(int(event.data.get("step") or 0), 0))
+        audit.note("tags", ["traceml/verdict"], 1)
+        self._state.derived += 1
+
+    def _give_verdict(self, main: PlannedExperiment, session: TrackerSession, audit: AuditLog) -> None:
+        """Give the verdict of the whole run, as the report has it, else as it was known last."""
+        if not self._rules.takes("traceml/verdict"):
+            return
+
+        verdict = _reported(self._run_dir)
+        if verdict is None:
+            last = self._reader.last_event("verdict")
+            verdict = (last.data.get("verdict") or {}) if last is not None else {}
+
+        if verdict.get("kind") and not _saw_no_step(verdict):
+            summary = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
+            session.tags(main, {"traceml/verdict": verdict["kind"], **summary})
+            audit.note("tags", ["traceml/verdict", *summary], 1)
+
+    # --- everything else ---------------------------------------------------------------------------------------------
+
+    def _give_logged(self, logged: LoggedRecord, session: TrackerSession, audit: AuditLog) -> None:
+        row, kind = logged.row, str(logged.row.get("kind"))
+        experiment = self._ours(logged.stream.id, row)
+        if kind in {"experiment", "end"}:
+            if experiment is not None and kind == "end":
+                self._note_end(experiment, logged)
+
+            return
+
+        if experiment is None or not self._passes(row, kind, logged.stream.rank):
+            self._state.filtered += 1
+            return
+
+        try:
+            for size in self._calls(experiment, logged, kind, session):
+                names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
+                audit.note(kind, names, 1, size)
+        except Exception as error:
+            # A third party's may not know artifacts at all; its values need not wait for that.
+            if classify(error).kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
+                raise
+
+            self._refused(error)  # known to be this row: nothing else of its batch has to come again
+        else:
+            self._state.delivered += 1
+
+    def _passes(self, row: dict[str, Any], kind: str, rank: int) -> bool:
+        if kind in {"params", "tags", "collected", "refused"}:
+            return True  # their keys are looked at one by one
+
+        return self._rules.takes(str(row.get("name") or kind), rank)
+
+    def _calls(
+        self, experiment: PlannedExperiment, logged: LoggedRecord, kind: str, session: TrackerSession
+    ) -> Iterator[int]:
+        """Make the call that a row asks for; yield the bytes that went with it."""
+        row, rank = logged.row, logged.stream.rank
+        name, step = ranked(str(row.get("name") or kind), rank), max(int(row.get("step") or 0), 0)
+        if kind == "params":
+            if params := self._params_of(experiment, row.get("params") or {}, rank):
+                session.params(experiment, params)
+                yield 0
+        elif kind == "tags":
+            if tags := self._params_of(experiment, row.get("tags") or {}, rank, "tags"):
+                session.tags(experiment, tags)
+                yield 0
+        elif kind == "collected":
+            yield from self._collected(experiment, row, rank, session)
+        elif kind in {"text", "value"}:
+            text = str(row.get("text") if kind == "text" else row.get("value"))
+            session.text(experiment, name, text, step)
+            yield len(text)
+        elif kind == "histogram":
+            session.histogram(experiment, name, row["counts"], row["edges"], step)
+            yield 8 * len(row["counts"])
+        elif kind in {"image", "artifact"}:
+            path = self._run_dir / str(row["path"])
+            if not path.is_file():
+                raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} is gone: {path}")
+
+            if kind == "image":
+                session.image(experiment, name, path, step)
+            else:
+                plain = str(row.get("name") or path.name)
+                session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
+
+            yield path.stat().st_size
+        elif kind == "refused":
+            session.text(experiment, f"traceml/refused/{name}", f"{row.get('what')}: {row.get('why')}", step)
+            yield 0
+        else:
+            _log.warning("a row of kind %r is not understood", kind)
+
+    def _collected(
+        self, experiment: PlannedExperiment, row: dict[str, Any], rank: int, session: TrackerSession
+    ) -> Iterator[int]:
+        """Give what a collector read: tags where it is short, texts where it is long."""
+        facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
+        passing = self._params_of(experiment, facts, rank, "tags")
+        shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in passing.items()}
+        short = {key: value for key, value in shown.items() if len(value) <= _TAG_CHARS and "\n" not in value}
+        if short:
+            session.tags(experiment, short)
+            yield 0
+
+        for key in shown.keys() - short.keys():
+            session.text(experiment, key, shown[key], 0)
+            yield len(shown[key])
+
+    def _params_of(
+        self, experiment: PlannedExperiment, params: dict[str, Any], rank: int, kind: str = "params"
+    ) -> dict[str, Any]:
+        """Return the parameters that pass, under their ranks' names; what rank 0 has said is not said again."""
+        said = self._memory.setdefault(kind, {}).setdefault(experiment.key, {})
+        passing = {}
+        for key, value in params.items():
+            if not self._rules.takes(key):
+                continue
+
+            if rank == 0:
+                passing[key] = value
+                if len(said) < _PARAMS_REMEMBERED:
+                    said[key] = _digest(value)
+            elif said.get(key) != _digest(value):
+                passing[ranked(key, rank)] = value
+
+        return passing
+
+    def _note_end(self, experiment: PlannedExperiment, logged: LoggedRecord) -> None:
+        """End an experiment when every rank that began it has: later rows would open it again."""
+        open_on = self._memory.setdefault("open", {}).setdefault(experiment.key, {})
+        open_on[str(logged.stream.id)] = False
+        behind = self._memory.setdefault("behind", {}).setdefault(experiment.key, {})
+        behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
+        if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
+            self._to_end[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
+
+    @property
+    def ends_some(self) -> bool:
+        """Whether there are experiments that `end_some` has to end, now or later."""
+        return bool(self._to_end)
+
+    def end_some(self, session: TrackerSession, audit: AuditLog) -> None:
+        """End the experiments that all their ranks have left; call it when a batch is confirmed, and now and then.
+
+        The last of all stays open for a moment: mostly the run ends with it, and then the run's last step times and its
+        verdict are still to come.
+        """
+        for key, (own_state, noted) in list(self._to_end.items()):
+            experiment = self._plan.experiments.get(key)
+            if experiment is not None:
+                passed_s = time.time() - noted
+                if self._is_last(key) and passed_s < _LINGER_S:
+                    continue
+                if passed_s < _BEHIND_S and not self._has_all(key):
+                    continue
+
+                rows = self._rules.finish(self._windows(), key)
+                self._state.filtered -= len(rows)
+                self._give_values(experiment, rows, session, audit)
+                main = self._main()
+                if main is not None and main.key == key:
+                    self._give_own(main, self._derived().finish(), session, audit)
+
+                session.end(experiment, own_state)
+
+            del self._to_end[key]
+
+    def _has_all(self, key: str) -> bool:
+        """Whether all values have come that were logged before an experiment's end: they are in another table."""
+        failed = self._state.failed  # refused values are not among those that have come
+        behind = self._memory.get("behind", {}).get(key, {})
+        return all(self._values.get(stream, 0) + failed >= count for stream, count in behind.items())
+
+    def _is_last(self, key: str) -> bool:
+        """Whether an experiment was the last to end, with no other going on."""
+        kept = self._state.experiments
+        going_on = [each.key for each in self._wanted() if not kept.get(each.key, {}).get("ended")]
+        return set(going_on) <= self._to_end.keys() and key == next(reversed(self._to_end))
+
+
+def _reported(run_dir: Path) -> dict[str, Any] | None:
+    try:
+        report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
+        verdict: dict[str, Any] = report["verdict"]
+        return verdict if report["run"]["state"] != "running" else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _saw_no_step(verdict: dict[str, Any]) -> bool:
+    """Whether a verdict only says that no step was traced: of a run that just logs there is nothing to say."""
+    return verdict.get("kind") == "INSUFFICIENT_DATA" and (verdict.get("evidence") or {}).get("steps") == 0
+
+
+def _digest(value: Any) -> str:
+    """Return what tells values apart and nothing of them: the state file is no place for a secret."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _told(verdict: dict[str, Any]) -> str:
+    return f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()

@@ -1,0 +1,72 @@
+"""A thread that ends its process when a call into a library does not return: nothing else helps against that.
+
+Delivery runs at the lowest priority, and beside a training that uses every core it may wait for one most of the time.
+That time does not count: who waits for a core does not hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from traceml.track.tracker_state import EXIT_AGAIN
+
+__all__ = ["CallWatchdog"]
+
+_LOOK_S = 0.1
+
+
+class CallWatchdog:
+    """Watches one call at a time, of the thread that makes it.
+
+    Args:
+        on_hang: called with the name of the call and its allowed seconds, just before the process ends.
+    """
+
+    def __init__(self, on_hang: Callable[[str, float], None]) -> None:
+        self._on_hang = on_hang
+        self._schedstat = f"/proc/self/task/{threading.get_native_id()}/schedstat"
+        self._call: tuple[str, float, float] | None = None
+        self._end_at_s: float | None = None
+        self._thread = threading.Thread(target=self._watch, name="traceml-watchdog", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def watch(self, name: str, allowed_s: float) -> Iterator[None]:
+        """Allow what is done inside so many seconds."""
+        self._call = name, allowed_s, self._counted_s() + allowed_s
+        try:
+            yield
+        finally:
+            self._call = None
+
+    def end_within(self, seconds: float) -> None:
+        """End the process after so many seconds, whatever it is doing then: it has been told to stop."""
+        if self._end_at_s is None:
+            self._end_at_s = time.monotonic() + seconds
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(_LOOK_S)
+            now_s, call = time.monotonic(), self._call
+            if self._end_at_s is not None and now_s > self._end_at_s:
+                os._exit(EXIT_AGAIN)
+
+            if call is not None and self._counted_s() > call[2]:
+                try:
+                    self._on_hang(call[0], call[1])
+                finally:
+                    os._exit(EXIT_AGAIN)
+
+    def _counted_s(self) -> float:
+        """Return a clock that stands still while the thread that makes the calls waits for a core."""
+        try:
+            with open(self._schedstat, "rb") as file:
+                waited_ns = int(file.read().split()[1])
+        except (OSError, ValueError, IndexError):
+            waited_ns = 0  # a kernel without these statistics
+
+        return time.monotonic() - waited_ns / 1e9

@@ -1,0 +1,220 @@
+"""Values made from the run itself, for trackers: step time, phase shares, goodput, hosts and devices.
+
+A pure function of the store's frames in their order: what is carried between them rests in `memory`, beside the cursor,
+so a frame that comes again gives the same values again, and every backend gets the same.
+
+- `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
+- `traceml/steps_per_s`: of the lowest rank.
+- `traceml/share/<phase>`: share of step time, as in the report: backward is own work, comm holds the waiting in it.
+- `traceml/goodput`: of all wall time since the run began, the share that the lowest rank spent in steps that count,
+  without waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats
+  count as lost.
+- `system/…`: means over the interval (of counters: rates), per rank that samples them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.reader import Frame, StreamRecord
+from traceml.database.schema import GPU, HOST, PHASE_COLUMNS, PROCESS, STEPS
+from traceml.track.plugins.metric import Metric
+
+__all__ = ["FOLLOWED", "KIND_DERIVED", "DerivedMetrics"]
+
+FOLLOWED = (STEPS.name, HOST.name, PROCESS.name, GPU.name)
+KIND_DERIVED = 100
+_MS, _S = 1e6, 1e9
+_PHASES = tuple(name.removesuffix("_ns") for name in PHASE_COLUMNS)
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledColumn:
+    """How a sampled column becomes a value: its mean, or the growth of a counter per second, times `scale`."""
+
+    name: str
+    column: str
+    is_counter: bool = False
+    scale: float = 1.0
+
+
+_SAMPLED: dict[str, tuple[_SampledColumn, ...]] = {
+    HOST.name: (
+        _SampledColumn("cpu_pct", "cpu_pct"),
+        _SampledColumn("memory_used_bytes", "memory_used_bytes"),
+        _SampledColumn("disk_read_bytes_per_s", "disk_read_bytes", is_counter=True),
+        _SampledColumn("disk_write_bytes_per_s", "disk_write_bytes", is_counter=True),
+        _SampledColumn("net_recv_bytes_per_s", "net_recv_bytes", is_counter=True),
+        _SampledColumn("net_sent_bytes_per_s", "net_sent_bytes", is_counter=True),
+    ),
+    PROCESS.name: (
+        _SampledColumn("process/rss_bytes", "rss_bytes"),
+        _SampledColumn("process/cpu_pct", "cpu_ns", is_counter=True, scale=100 / _S),
+        _SampledColumn("process/threads", "threads"),
+    ),
+    GPU.name: tuple(
+        _SampledColumn(name, name) for name in ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w")
+    ),
+}
+_DTYPES = {table.name: table.dtype for table in (STEPS, HOST, PROCESS, GPU)}
+
+
+class DerivedMetrics:
+    """Makes the values of one run.
+
+    Args:
+        memory: what is carried from frame to frame; plain enough for JSON, changed in place.
+        interval_s: one value per name and so many seconds of the run's own clock.
+        started: epoch seconds at which the run began.
+        system: whether to give what samplers read.
+    """
+
+    def __init__(self, memory: dict[str, Any], interval_s: float, started: float, *, system: bool = True) -> None:
+        self._memory = memory
+        self._interval_ns = max(int(interval_s * _S), 1)
+        self._started_ns = int(started * _S)
+        self._system = system
+
+    def take(self, frame: Frame, stream: StreamRecord) -> list[Metric]:
+        """Take a frame of one of the tables `FOLLOWED`; return the values of intervals that are over."""
+        rows = np.frombuffer(frame.data, _DTYPES[frame.table])
+        offset_ns = _epoch_offset_ns(stream)
+        if frame.table == STEPS.name:
+            return list(self._take_steps(stream.rank, rows, rows["t_end_ns"] + offset_ns))
+        if not self._system:
+            return []
+
+        return list(self._take_samples(frame.table, stream.rank, rows, rows["t_ns"] + offset_ns))
+
+    def finish(self) -> list[Metric]:
+        """Return the values of the intervals that are still open, and close them."""
+        rows = list(self._close_steps())
+        for key in list(self._memory.get("samples", {})):
+            rows += self._close_samples(key)
+
+        return rows
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _take_steps(self, rank: int, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> Iterator[Metric]:
+        window = ends_ns // self._interval_ns
+        for number in np.unique(window).tolist():
+            is_open = self._memory.get("steps")
+            if is_open is not None and number > is_open["window"]:
+                yield from self._close_steps()
+
+            chosen = window == number
+            self._add_steps(int(number), rank, rows[chosen], ends_ns[chosen])
+
+    def _add_steps(self, number: int, rank: int, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
+        memory = self._memory
+        # A rank that started the aggregator itself may have stepped before the run was there.
+        began = min(self._started_ns, int(ends_ns[0]) - int(rows["total_ns"][0]))
+        lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": began, "productive": 0, "step": -1})
+        memory.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
+        if rank < lead["rank"]:
+            lead["rank"] = rank
+
+        steps = memory.setdefault(
+            "steps", {"window": number, "n": 0, "total": 0, "own": 0, "of": 0, "lead": 0, "phases": [0] * len(_PHASES)}
+        )
+        steps["n"] += len(rows)
+        steps["total"] += int(rows["total_ns"].sum())
+        steps["phases"] = [
+            before + int(rows[name].sum()) for before, name in zip(steps["phases"], PHASE_COLUMNS, strict=True)
+        ]
+        measured = rows["backward_own_ns"] >= 0
+        steps["own"] += int(rows["backward_own_ns"][measured].sum())
+        steps["of"] += int(rows["backward_ns"][measured].sum())
+        if rank != lead["rank"]:
+            return
+
+        new = rows[rows["step"] > lead["step"]]
+        lead["productive"] += int((new["total_ns"] - new["input_wait_ns"] - new["checkpoint_ns"]).sum())
+        lead["step"] = max(lead["step"], int(rows["step"].max()))
+        steps["lead"] += len(rows)
+        steps["t"] = int(ends_ns[-1])
+
+    def _close_steps(self) -> Iterator[Metric]:
+        steps, lead = self._memory.pop("steps", None), self._memory.get("lead")
+        if steps is None or lead is None or not steps["n"]:
+            return
+
+        at_ns = steps.get("t", lead["t"])
+        step, timestamp = max(lead["step"], 0), at_ns / _S
+        values = {"traceml/step_ms": steps["total"] / steps["n"] / _MS}
+        if at_ns > lead["t"]:
+            values["traceml/steps_per_s"] = steps["lead"] / ((at_ns - lead["t"]) / _S)
+
+        if steps["total"]:
+            values |= {f"traceml/share/{name}": share for name, share in _shares(steps).items()}
+        if at_ns > lead["began"]:
+            values["traceml/goodput"] = min(lead["productive"] / (at_ns - lead["began"]), 1.0)
+
+        lead["t"] = at_ns
+        for name, value in values.items():
+            yield Metric(name, value, step, timestamp, 0, KIND_DERIVED)
+
+    # --- samples -----------------------------------------------------------------------------------------------------
+
+    def _take_samples(
+        self, table: str, rank: int, rows: NDArray[np.void], times_ns: NDArray[np.int64]
+    ) -> Iterator[Metric]:
+        columns = _SAMPLED[table]
+        for row, t_ns in zip(rows, times_ns.tolist(), strict=True):
+            index = int(row["index"]) if table == GPU.name else 0
+            key, number = f"{table}/{rank}/{index}", t_ns // self._interval_ns
+            window = self._memory.setdefault("samples", {}).get(key)
+            if window is not None and number > window["window"]:
+                yield from self._close_samples(key)
+                window = None
+
+            values = [float(row[column.column]) for column in columns]
+            if window is None:
+                before = self._memory.setdefault("counters", {}).get(key, [t_ns, *values])
+                window = {"window": number, "n": 0, "sums": [0.0] * len(values), "before": before}
+                self._memory["samples"][key] = window
+
+            window["n"] += 1
+            window["sums"] = [total + value for total, value in zip(window["sums"], values, strict=True)]
+            window["last"] = [t_ns, *values]
+
+    def _close_samples(self, key: str) -> Iterator[Metric]:
+        window = self._memory["samples"].pop(key)
+        table, rank, index = key.split("/")
+        self._memory["counters"][key] = window["last"]
+        t_ns = window["last"][0]
+        passed_s = (t_ns - window["before"][0]) / _S
+        # Where nothing counts steps, intervals are counted.
+        step = self._memory.get("step_of", {}).get(rank, max(t_ns - self._started_ns, 0) // self._interval_ns)
+        prefix = f"system/gpu{index}" if table == GPU.name else "system"
+        for at, column in enumerate(_SAMPLED[table]):
+            if column.is_counter and passed_s <= 0:
+                continue
+
+            grown = window["last"][at + 1] - window["before"][at + 1]
+            value = grown / passed_s if column.is_counter else window["sums"][at] / window["n"]
+            yield Metric(f"{prefix}/{column.name}", value * column.scale, step, t_ns / _S, int(rank), KIND_DERIVED)
+
+
+def _shares(steps: dict[str, Any]) -> dict[str, float]:
+    """Return the phases' shares of step time, those that are there."""
+    times = dict(zip(_PHASES, steps["phases"], strict=True))
+    if steps["of"]:
+        own = min(steps["own"] / steps["of"], 1.0)
+        times["comm"] += times["backward"] * (1 - own)
+        times["backward"] *= own
+
+    times["other"] = max(steps["total"] - sum(steps["phases"]), 0)
+    return {name: time / steps["total"] for name, time in times.items() if time}
+
+
+def _epoch_offset_ns(stream: StreamRecord) -> int:
+    """Return what turns a stream's monotonic stamps into epoch nanoseconds."""
+    clock = stream.facts.get("clock") or (0, 0)
+    return int(clock[1]) - int(clock[0])

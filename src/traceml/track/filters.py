@@ -1,0 +1,225 @@
+"""Which values go to a backend, and in which density: include, exclude, routes, sampling, aggregation.
+
+Pure functions of the rows and of what `memory` holds, so that a batch which comes again gives the same again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import translate
+from functools import lru_cache
+from typing import Any
+
+from traceml.errors import PluginError
+from traceml.track.plugins.metric import Metric
+
+__all__ = ["DELIVERY_OPTIONS", "Aggregation", "DeliveryFilter", "backend_options"]
+
+# Options of `[tool.traceml.backends.<name>]` that are delivery's; all others are the backend's own.
+DELIVERY_OPTIONS = frozenset(
+    {"routes", "include", "exclude", "sample", "aggregate", "fallback", "timeout_s", "api_key_file", "env"}
+)
+_CACHED_NAMES = 131_072
+_HOW = ("mean", "min", "max", "sum", "last")
+
+
+def backend_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that the backend itself gets."""
+    return {key: value for key, value in options.items() if key not in DELIVERY_OPTIONS}
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """Values of one name and rank within `every` steps become one: their mean, min, max, sum, or the last."""
+
+    every: int
+    by: str
+
+
+@dataclass(frozen=True)
+class DeliveryFilter:
+    """What of a run goes to one backend.
+
+    Args:
+        include: patterns of names of which one must match; empty takes all. They hold for whatever has a name.
+        exclude: patterns of names that are kept back, also where `include` takes them.
+        routes: pairs of (patterns of names, ranks) for values, texts, images, histograms and artifacts; one must
+            match, an empty part matches everything.
+        sample: of the user's values only those of every so many steps.
+        aggregation: how the user's values are put together.
+    """
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    routes: tuple[tuple[tuple[str, ...], frozenset[int]], ...] = ()
+    sample: int = 1
+    aggregation: Aggregation | None = None
+    _named: Any = field(init=False, repr=False, compare=False)
+    _routed: Any = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_named", lru_cache(_CACHED_NAMES)(self._passes_name))
+        object.__setattr__(self, "_routed", lru_cache(_CACHED_NAMES)(self._passes_route))
+
+    @classmethod
+    def of(cls, include: Sequence[str], exclude: Sequence[str], options: Mapping[str, Any]) -> DeliveryFilter:
+        """Return the rules of the settings `include` and `exclude` and of a backend's options.
+
+        Raises:
+            PluginError: an option is not understood; the text names it, its value and what is allowed.
+        """
+        return cls(
+            include=(*include, *_patterns(options, "include")),
+            exclude=(*exclude, *_patterns(options, "exclude")),
+            routes=tuple(_routes(options.get("routes"))),
+            sample=_sample(options.get("sample", 1)),
+            aggregation=_aggregation(options.get("aggregate")),
+        )
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every value passes as it is."""
+        return self == DeliveryFilter()
+
+    def takes(self, name: str, rank: int | None = None) -> bool:
+        """Return whether what has this name passes.
+
+        Args:
+            name: as the user gave it, without the rank.
+            rank: of values and other things that routes are for; None of parameters and tags.
+        """
+        return bool(self._named(name)) and (rank is None or bool(self._routed(name, rank)))
+
+    def apply(self, rows: Iterable[Metric], memory: dict[str, Any], experiment: str) -> list[Metric]:
+        """Return the values that pass, in order; aggregated ones when their window is over.
+
+        Args:
+            rows: values of one experiment.
+            memory: windows that are still open, changed in place; plain enough for JSON.
+            experiment: the experiment's key.
+        """
+        passing = (row for row in rows if self.takes(row.name, row.rank) and (row.step or 0) % self.sample == 0)
+        if self.aggregation is None:
+            return list(passing)
+
+        return list(self._aggregated(passing, memory, experiment))
+
+    def finish(self, memory: dict[str, Any], experiment: str) -> list[Metric]:
+        """Return what the windows of an experiment hold, and close them."""
+        return [_closed(window) for window in memory.pop(experiment, {}).values()]
+
+    def _passes_name(self, name: str) -> bool:
+        if any(_matches(pattern, name) for pattern in self.exclude):
+            return False
+
+        return not self.include or any(_matches(pattern, name) for pattern in self.include)
+
+    def _passes_route(self, name: str, rank: int) -> bool:
+        if not self.routes:
+            return True
+
+        return any(
+            (not ranks or rank in ranks) and (not names or any(_matches(pattern, name) for pattern in names))
+            for names, ranks in self.routes
+        )
+
+    def _aggregated(self, rows: Iterable[Metric], memory: dict[str, Any], experiment: str) -> Iterator[Metric]:
+        assert self.aggregation is not None
+        windows = memory.setdefault(experiment, {})
+        for row in rows:
+            key, number = f"{row.rank}/{row.name}", (row.step or 0) // self.aggregation.every
+            window = windows.get(key)
+            if window is not None and window["window"] == number:
+                _add(window, row)
+                continue
+            if window is not None:
+                yield _closed(window)
+
+            windows[key] = {
+                "window": number, "by": self.aggregation.by, "value": row.value, "n": 1,
+                "row": [row.name, row.step, row.timestamp, row.rank, row.kind],
+            }  # fmt: skip
+
+
+def _add(window: dict[str, Any], row: Metric) -> None:
+    old, new, by = window["value"], row.value, window["by"]
+    if by == "last":
+        window["value"] = new
+    elif by in {"mean", "sum"}:
+        window["value"] = old + new
+    elif math.isnan(old) or (not math.isnan(new) and (new < old) == (by == "min")):
+        window["value"] = new  # a number says more than NaN
+
+    window["n"] += 1
+    window["row"][1:3] = [row.step, row.timestamp]
+
+
+def _closed(window: dict[str, Any]) -> Metric:
+    name, step, timestamp, rank, kind = window["row"]
+    value = window["value"] / window["n"] if window["by"] == "mean" else window["value"]
+    return Metric(name, value, step, timestamp, rank, kind)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(1024)
+def _expression(pattern: str) -> re.Pattern[str]:
+    return re.compile(translate(pattern))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return _expression(pattern).match(name) is not None
+
+
+def _bad(key: str, value: Any, allowed: str) -> PluginError:
+    return PluginError(f"option {key!r} of a backend is {value!r:.100}; allowed: {allowed}")
+
+
+def _patterns(options: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = options.get(key, ())
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+        raise _bad(key, value, 'a list of patterns, such as ["train/*"]')
+
+    return tuple(value)
+
+
+def _routes(value: Any) -> Iterator[tuple[tuple[str, ...], frozenset[int]]]:
+    allowed = 'names and ranks, such as {names = ["val/*"], ranks = [0]}, or a list of these'
+    for route in value if isinstance(value, list | tuple) else [value] if value is not None else []:
+        if not isinstance(route, Mapping) or not set(route) <= {"names", "ranks"}:
+            raise _bad("routes", value, allowed)
+
+        ranks = route.get("ranks", ())
+        ranks = [ranks] if isinstance(ranks, int) else ranks
+        if not isinstance(ranks, list | tuple) or not all(type(rank) is int for rank in ranks):
+            raise _bad("routes", value, allowed)
+
+        yield _patterns(route, "names"), frozenset(ranks)
+
+
+def _sample(value: Any) -> int:
+    """Return every how many steps a value passes: 10 and 0.1 both mean every tenth."""
+    if type(value) is int and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return round(1 / value)
+
+    raise _bad("sample", value, "every so many steps (10), or a share of the steps (0.1)")
+
+
+def _aggregation(value: Any) -> Aggregation | None:
+    if value is None:
+        return None
+
+    if isinstance(value, Mapping) and set(value) <= {"every", "by"}:
+        every, by = value.get("every"), value.get("by", "mean")
+        if type(every) is int and every >= 1 and by in _HOW:
+            return Aggregation(every, by)
+
+    raise _bad("aggregate", value, f'steps and how, such as {{every = 100, by = "mean"}}; by: {", ".join(_HOW)}')

@@ -1,0 +1,97 @@
+"""Begins and ends what is captured without a call, with the recorder of this process."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from traceml.errors import PluginError
+from traceml.recorder import api
+from traceml.recorder.identity import script_name
+from traceml.track.rank.tracker_warnings import TrackerWarnings
+
+if TYPE_CHECKING:
+    from traceml.recorder.recorder import Recorder
+    from traceml.track.rank.autocapture import AutoCapture
+
+__all__ = ["begin", "default_name", "rest", "start"]
+
+_log = logging.getLogger("traceml")
+_TELL_AFTER_S = 20.0
+_capturing: AutoCapture | None = None
+_of: Recorder | None = None
+
+
+def default_name() -> str:
+    """Return what an experiment is called that nobody named: the script's name."""
+    return script_name()
+
+
+def begin(recorder: Recorder) -> None:
+    """Begin with a recorder whose settings name trackers or collectors; called by the recorder's room."""
+    from traceml.track.rank import experiment
+    from traceml.track.rank.announcement import check_backends
+
+    try:
+        check_backends(recorder.config.backend, recorder.config.backend_options)
+    except PluginError as error:
+        _log.warning("%s", error)  # a setting may be meant for another script
+
+    start()
+    recorder.before_stop(experiment.announce_run)
+    recorder.after(10.0, experiment.announce_run)
+
+
+def start(*, collect: bool = True) -> None:
+    """Begin capturing for the recorder that runs, or go on with it.
+
+    Args:
+        collect: start the collectors too.
+    """
+    global _capturing, _of
+    recorder = api.current()
+    if recorder is None or not recorder.enabled or recorder.is_child:
+        return
+
+    if recorder is _of:
+        if _capturing is not None:
+            _capturing.start(collect=collect)
+
+        return
+
+    from traceml.track.rank.autocapture import AutoCapture
+    from traceml.track.rank.orchestrator import Orchestrator
+
+    who = recorder.who
+    _of = recorder
+    if who.rank == 0:
+        troubles = TrackerWarnings()
+        tell = partial(_tell, recorder, troubles)
+        recorder.after(_TELL_AFTER_S, tell)
+        recorder.before_stop(tell)
+
+    _capturing = AutoCapture(recorder.config, Orchestrator(), rank=who.rank, local_rank=who.local_rank)
+    recorder.before_stop(_stop)
+    _capturing.start(collect=collect)
+
+
+def rest() -> None:
+    """Leave the frameworks alone until the next `start`: nothing is tracked any more, unless the settings say so."""
+    recorder = api.current()
+    if _capturing is not None and recorder is _of and recorder is not None and not recorder.config.backend:
+        _capturing.unpatch()
+
+
+def _tell(recorder: Recorder, troubles: TrackerWarnings) -> None:
+    folder = recorder.flight.identity.get("run_dir") if recorder.flight is not None else None
+    if folder:
+        troubles.tell(Path(folder))
+
+
+def _stop() -> None:
+    global _capturing
+    capturing, _capturing = _capturing, None
+    if capturing is not None:
+        capturing.stop()

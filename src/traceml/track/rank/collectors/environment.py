@@ -1,0 +1,168 @@
+"""What the code runs in: Python, packages, CUDA, command line, variables; and the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from traceml.privacy import Masker
+from traceml.track.plugins.interfaces import CollectorInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import CollectorPlugin, PluginMetadata
+
+__all__ = ["EnvironmentCollector", "EnvironmentPlugin", "SystemCollector", "SystemPlugin"]
+
+# Variables that change what a training does; others stay where they are, and secrets among these are masked.
+_VARIABLES = re.compile(
+    r"(?:CUDA|NCCL|GLOO|UCX|TORCH|PYTORCH|OMP|MKL|OPENBLAS|NUMEXPR|HF|TRANSFORMERS|TOKENIZERS|PYTHON|XLA|ROCM|HIP|HSA"
+    r"|NVIDIA|TRACEML|SLURM|LSB|PBS|SGE|MASTER|RAY|ACCELERATE|DEEPSPEED|PL|LIGHTNING)(?:_|(?<=PYTHON)).*"
+    r"|PATH|LD_LIBRARY_PATH|LD_PRELOAD|VIRTUAL_ENV|CONDA_DEFAULT_ENV|CONDA_PREFIX"
+    r"|RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|GROUP_RANK|NODE_RANK"
+)
+
+
+class EnvironmentCollector(CollectorInterface):
+    """Reads versions, packages, the command line and the variables that matter.
+
+    Args:
+        config: `argv`, `executable`, `path` (sys.path) and `folder` of the training process, and the setting `mask`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+
+    def collect(self) -> list[Metric | dict[str, Any]]:
+        """Return one map: python, torch, cuda, packages, command, folder, variables."""
+        from traceml.version import __version__
+
+        config = self._config
+        path = [str(each) for each in config.get("path") or sys.path]
+        # As a list, an option tells about the argument that follows; joined, an argument may end anywhere.
+        argv = Masker(config.get("mask") or ()).mask_value("command", [str(each) for each in config.get("argv") or ()])
+        facts: dict[str, Any] = {
+            "python": platform.python_version(),
+            "implementation": platform.python_implementation(),
+            "executable": config.get("executable") or sys.executable,
+            "traceml": __version__,
+            "folder": config.get("folder") or "",
+            "command": shlex.join(argv),
+            "variables": {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)},
+            "packages": "\n".join(sorted(_packages(path), key=str.lower)),
+        }
+        facts |= _torch(path)
+        return [facts]
+
+
+class EnvironmentPlugin(CollectorPlugin):
+    """The collector `environment`; the setting `track_env` turns it on."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what it says about itself."""
+        return PluginMetadata(name="environment", version="1", description="Python, packages, CUDA, command, variables")
+
+    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
+        """Return the collector."""
+        return EnvironmentCollector(config)
+
+
+class SystemCollector(CollectorInterface):
+    """Reads what the machine is; its load is sampled by every rank anyway.
+
+    Args:
+        config: not used.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        del config
+
+    def collect(self) -> list[Metric | dict[str, Any]]:
+        """Return one map: host, os, kernel, machine, cpu, cores, memory_bytes, gpus, gpu_driver."""
+        facts: dict[str, Any] = {
+            "host": platform.node(),
+            "os": _os_name(),
+            "kernel": platform.release(),
+            "machine": platform.machine(),
+            "cpu": _first(r"model name\s*:\s*(.+)", "/proc/cpuinfo") or platform.processor(),
+            "cores": os.cpu_count() or 0,
+            "memory_bytes": int(_first(r"MemTotal:\s*(\d+)", "/proc/meminfo") or 0) * 1024,
+        }
+        gpus = list(_gpus())
+        if gpus:
+            facts |= {
+                "gpus": gpus,
+                "gpu_driver": _first(r"Kernel Module\D+([\d.]+)", "/proc/driver/nvidia/version") or "",
+            }
+
+        return [facts]
+
+
+class SystemPlugin(CollectorPlugin):
+    """The collector `system`; the setting `track_system` turns it on."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what it says about itself."""
+        return PluginMetadata(name="system", version="1", description="host, processor, memory, devices")
+
+    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
+        """Return the collector."""
+        return SystemCollector(config)
+
+
+def _packages(path: list[str]) -> Iterator[str]:
+    """Yield `name==version` of what is installed, the first found of a name: the one that is imported."""
+    from importlib.metadata import distributions
+
+    seen = set()
+    for each in distributions(path=path):
+        try:
+            name, version = each.metadata["Name"], each.version
+        except Exception:  # noqa: BLE001, S112 - a broken installation of one package hides no other
+            continue
+
+        if name and name.lower() not in seen:
+            seen.add(name.lower())
+            yield f"{name}=={version}"
+
+
+def _torch(path: list[str]) -> dict[str, Any]:
+    """Return torch's versions as its files tell: importing it would take seconds and hundreds of megabytes."""
+    for folder in path:
+        try:
+            text = Path(folder, "torch", "version.py").read_text(encoding="utf-8")
+        except OSError:
+            continue
+
+        found = dict(re.findall(r"^(__version__|cuda|hip)\b[^=\n]*= ['\"]([^'\"]+)['\"]", text, re.MULTILINE))
+        return {"torch" if key == "__version__" else key: value for key, value in found.items()}
+
+    return {}
+
+
+def _os_name() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
+    except OSError:
+        return platform.system()
+
+
+def _gpus() -> Iterator[str]:
+    for each in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        if model := _first(r"Model:\s*(.+)", str(each)):
+            yield model
+
+
+def _first(pattern: str, path: str) -> str | None:
+    try:
+        match = re.search(pattern, Path(path).read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+
+    return match[1].strip() if match else None

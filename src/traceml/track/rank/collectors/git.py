@@ -1,0 +1,153 @@
+"""The state of the code: commit, branch, uncommitted changes, and where it is pushed to."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from traceml.track.plugins.interfaces import CollectorInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import CollectorPlugin, PluginMetadata
+
+__all__ = ["GitCollector", "GitPlugin"]
+
+MAX_DIFF_BYTES = 256 * 1024
+_TIMEOUT_S = 20.0
+# Read-only: takes no lock, asks for no password, starts no pager and no program that the repository names.
+_GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-pager")
+_ENVIRON = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+
+
+class GitCollector(CollectorInterface):
+    """Reads the repository that the script lies in, else the working directory's.
+
+    Args:
+        config: `script` and `folder`: paths of the training process.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        script, folder = config.get("script"), config.get("folder") or "."
+        self._folders = [Path(folder, script).parent] if script else []
+        self._folders.append(Path(folder))
+
+    def collect(self) -> list[Metric | dict[str, Any]]:
+        """Return one map: commit, branch, dirty, remote, diff, diff_truncated; nothing outside a repository."""
+        for folder in self._folders:
+            status = _output(folder, "status", "--porcelain=v2", "--branch", "--untracked-files=no")
+            if status is not None:
+                return [_facts(folder, status)]
+
+        return []
+
+
+class GitPlugin(CollectorPlugin):
+    """The collector `git`; the setting `track_git` turns it on."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what it says about itself."""
+        return PluginMetadata(name="git", version="1", description="commit, branch, uncommitted changes, remote")
+
+    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
+        """Return the collector."""
+        return GitCollector(config)
+
+
+def _facts(folder: Path, status: str) -> dict[str, Any]:
+    lines = status.splitlines()
+    heads = dict(line.removeprefix("# branch.").split(" ", 1) for line in lines if line.startswith("# branch."))
+    is_dirty = any(not line.startswith("#") for line in lines)
+    commit, branch = heads.get("oid", ""), heads.get("head", "")
+    facts: dict[str, Any] = {
+        "commit": None if commit == "(initial)" else commit,
+        "branch": None if branch == "(detached)" else branch,
+        "dirty": is_dirty,
+    }
+    remote = _remote(folder, heads.get("upstream", ""))
+    if remote:
+        facts["remote"] = without_credentials(remote)
+
+    if is_dirty:
+        diff = _output(folder, "diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", limit=MAX_DIFF_BYTES)
+        facts["diff"] = diff or ""
+        facts["diff_truncated"] = len((diff or "").encode()) >= MAX_DIFF_BYTES
+
+    return facts
+
+
+def _remote(folder: Path, upstream: str) -> str | None:
+    names = (_output(folder, "remote") or "").split()
+    if not names:
+        return None
+
+    wanted = upstream.partition("/")[0]
+    name = next((each for each in (wanted, "origin") if each in names), names[0])
+    return (_output(folder, "remote", "get-url", name) or "").strip() or None
+
+
+def without_credentials(url: str) -> str:
+    """Return a remote's address without user name and password; `git@`, which everybody has, stays.
+
+    Args:
+        url: `https://user:password@host/path`, or `user@host:path`.
+    """
+    shown = re.sub(
+        r"^([a-z][a-z0-9+.-]*://)([^/]*)@", lambda match: match[1] + _kept(match[2]), url, flags=re.IGNORECASE
+    )
+    if "://" not in shown:
+        shown = re.sub(r"^([^/@:]+)@(?=[^/]+:)", lambda match: _kept(match[1]), shown)
+
+    return shown.partition("?")[0]
+
+
+def _kept(user: str) -> str:
+    return "git@" if user == "git" else ""
+
+
+def _output(folder: Path, *arguments: str, limit: int = 1 << 20) -> str | None:
+    """Return what git says, at most `limit` bytes of it; None when it fails or there is no git."""
+    environ = {key: value for key, value in os.environ.items() if key not in {"GIT_DIR", "GIT_EXTERNAL_DIFF"}}
+    try:
+        process = subprocess.Popen(
+            [*_GIT, *arguments],
+            cwd=folder,
+            env=environ | _ENVIRON,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except OSError:
+        return None
+
+    assert process.stdout is not None
+    watch = _Deadline(process)
+    with watch, process.stdout:
+        output = process.stdout.read(limit)
+        if len(output) == limit:
+            process.kill()
+            process.wait()
+            return output.decode("utf-8", "replace")[:limit]
+
+        process.wait()
+
+    return output.decode("utf-8", "replace") if process.returncode == 0 else None
+
+
+class _Deadline:
+    """Kills a process that takes too long: a repository on a file system that has gone away."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        import threading
+
+        self._timer = threading.Timer(_TIMEOUT_S, process.kill)
+        self._timer.daemon = True
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._timer.cancel()

@@ -1,0 +1,450 @@
+"""What users call to log: `Experiment`, and the same calls for the run's own or the active one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from traceml import settings
+from traceml.errors import UsageError
+from traceml.recorder import api
+from traceml.recorder.logger import Logger
+from traceml.track import wandb_sweep
+from traceml.track.rank import capturing, media
+from traceml.track.rank.announcement import (
+    ADDRESS_OPTIONS,
+    KEY_VARIABLES,
+    announcement,
+    check_backends,
+    default_backends,
+    refuse_secrets,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = [
+    "Experiment",
+    "active_logger",
+    "announce_run",
+    "get_active_experiment",
+    "log_artifact",
+    "log_histogram",
+    "log_image",
+    "log_metric",
+    "log_metrics",
+    "log_params",
+    "log_text",
+    "start_logging",
+    "stop_logging",
+    "when_decided",
+]
+
+_log = logging.getLogger("traceml")
+_UNDECIDED = 10_000
+
+
+class Experiment:
+    """One experiment at the trackers: what is logged inside `with` belongs to it. One job is one, ranks inside.
+
+    An experiment that begins inside another one is its child. What is logged never waits for a tracker, and no
+    tracker's trouble raises here.
+
+    Args:
+        name: what to call it; by default the run's name.
+        project: where trackers file it; by default the setting `project`.
+        backend: the tracker or trackers; by default the setting `backend`, else `mlflow` where that is installed.
+        tags: names with values, or just names.
+        parent: id of the experiment that it belongs to; by default the one that is active.
+        resume: id of an experiment or a run that it goes on with, at the trackers that had it.
+        config: parameters, logged at the start.
+        options: options per tracker, over those of the settings.
+
+    Raises:
+        PluginError: there is no such tracker, or it has no such option; raised when it begins.
+        SettingsError: the settings are wrong.
+        UsageError: an option holds a secret; the text says where that belongs.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        project: str | None = None,
+        backend: str | Sequence[str] | None = None,
+        tags: Mapping[str, Any] | Sequence[str] | None = None,
+        parent: str | Experiment | None = None,
+        resume: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.name = name
+        self.project = project
+        self.backends = _listed(backend)
+        self.tags = dict(tags) if isinstance(tags, Mapping) else dict.fromkeys(tags or (), "")
+        self.config: dict[str, Any] = dict(config or {})
+        """The parameters it began with; under a sweep agent, those that the sweep chose."""
+        self.parent = parent.id if isinstance(parent, Experiment) else parent
+        self.resume = resume
+        self.iteration: int | None = None
+        """The step of what is logged without one; None for the training step, else a counter per name."""
+        self.id: str = ""
+        """What others refer to it by; known from the start on."""
+        self._options = {backend: dict(values) for backend, values in (options or {}).items()}
+        refuse_secrets(self._options)
+        self._logger = Logger()
+        self._is_active = False
+
+    def __repr__(self) -> str:
+        return f"Experiment({self.name!r}, id={self.id!r})"
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.end("finished" if kind is None else "failed")
+
+    def start(self) -> Self:
+        """Begin: announce it to the trackers and make it the active one. Also done by `with`."""
+        if self._is_active:
+            return self
+
+        self.config |= wandb_sweep.parameters()
+        recorder = api.recorder_for_logging(again=True)
+        if recorder is not None:
+            check_backends(self.backends or tuple(self._options), self._options_over(recorder.config))
+
+        config = recorder.config if recorder is not None else settings.Config(enabled=False)
+        self.name = self.name or config.run_name or capturing.default_name()
+        if self.parent is None and _stack:
+            self.parent = _stack[-1].id
+
+        ordinal = _begun.get(self.name, 0)
+        _begun[self.name] = ordinal + 1
+        text = f"{recorder.job if recorder is not None else ''}\n{self.name}\n{ordinal}"
+        self.id = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
+        # The same on all ranks, whether or not they agree on the job yet.
+        key = hashlib.blake2b(f"{self.name}\n{ordinal}".encode(errors="replace"), digest_size=7).digest()
+        self._logger = Logger(int.from_bytes(key) | 1, self._row)
+        self._is_active = True
+        _activate(self)
+        self._logger.begin()
+        _settle_undecided()
+        if self.config:
+            self.log_params(self.config)
+
+        capturing.start()
+        return self
+
+    def end(self, state: str = "finished") -> None:
+        """End it: trackers close their run when all is delivered. Also done by `with`.
+
+        Args:
+            state: `finished` or `failed`.
+        """
+        if not self._is_active:
+            return
+
+        self._is_active = False
+        media.wait(self._logger)
+        self._logger.row("end", state=state, values=self._logger.values)
+        _deactivate(self)
+
+    def stop(self) -> None:
+        """End it, as Tracelet's users know it."""
+        self.end()
+
+    def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
+        """Log one value; see `traceml.log_metric`."""
+        self._logger.metric(name, value, self.iteration if step is None else step)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Log several values at one step."""
+        for name, value in metrics.items():
+            self.log_metric(name, value, step)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters."""
+        self._logger.row("params", params=dict(params))
+
+    def log_hyperparameter(self, name: str, value: Any) -> None:
+        """Log one parameter."""
+        self.log_params({name: value})
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        """Set tags."""
+        self._logger.row("tags", tags={str(key): str(value) for key, value in tags.items()})
+
+    def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Log a file, or the files of a folder; see `traceml.log_artifact`."""
+        media.artifact(self._logger, path, name)
+
+    def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
+        """Log a file under a folder of the tracker's, as Tracelet's users know it."""
+        self.log_artifact(path, f"{artifact_path}/{Path(path).name}" if artifact_path else None)
+
+    def log_text(self, name: str, text: str, step: int | None = None) -> None:
+        """Log a text."""
+        media.text(self._logger, name, text, self.iteration if step is None else step)
+
+    def log_image(self, name: str, image: Any, step: int | None = None) -> None:
+        """Log an image; see `traceml.log_image`."""
+        media.image(self._logger, name, image, self.iteration if step is None else step)
+
+    def log_histogram(self, name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
+        """Log the distribution of values; see `traceml.log_histogram`."""
+        media.histogram(self._logger, name, values, self.iteration if step is None else step, bins=bins)
+
+    def set_iteration(self, iteration: int | None) -> None:
+        """Set the step of what is logged without one."""
+        self.iteration = iteration
+
+    def _row(self, config: settings.Config) -> dict[str, Any]:
+        """Return what delivery has to know, for the process that the recorder of now lives in."""
+        return {
+            "id": self.id, "name": self.name, "project": self.project or config.project,
+            "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
+            "resume": self.resume, "params": self.config,
+        } | announcement(
+            config, self.backends or default_backends(config), self._options_over(config)
+        )  # fmt: skip
+
+    def _options_over(self, config: settings.Config) -> dict[str, dict[str, Any]]:
+        """Return the options of each tracker, those of the settings where this experiment has none of that name."""
+        told, own = config.backend_options, self._options
+        return {name: {**told.get(name, {}), **own.get(name, {})} for name in {*told, *own}}
+
+
+def _root_row(config: settings.Config) -> dict[str, Any] | None:
+    """Return what delivery has to know of the run's own experiment.
+
+    None where the settings name no tracker, and in a spawned child, whose parent has said all.
+    """
+    if not config.backend or _root.experiment:
+        return None
+
+    name = config.run_name or config.run_id or capturing.default_name()
+    about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
+    return about | announcement(config, config.backend, config.backend_options)
+
+
+def announce_run() -> None:
+    """Announce the run's own experiment, unless an explicit one has taken its place."""
+    if _first is None:
+        _root.begin()
+
+    _settle_undecided()
+
+
+def when_decided(action: Callable[[Logger], object]) -> None:
+    """Log something of the run as a whole as soon as it is known which experiment stands for the run.
+
+    That is the run's own once something is logged for it, or the first that the script begins.
+
+    Args:
+        action: is given what logs for it.
+    """
+    _undecided.append(action)
+    if _first is not None or _root.has_begun:
+        _settle_undecided()
+
+
+def _settle_undecided() -> None:
+    while _undecided:
+        _undecided.popleft()(_stack[0]._logger if _stack else _first or _root)
+
+
+_undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
+_root = Logger(0, _root_row)
+_active = _root
+_first: Logger | None = None  # of the first experiment that the script began with the recorder of now
+_stack: list[Experiment] = []
+_begun: dict[str, int] = {}
+
+
+def _forget_first(forked: bool) -> None:
+    """Forget which experiment stands for the run: the next recorder's run is another."""
+    global _first
+    if not forked:
+        _first = _stack[0]._logger if _stack else None
+        _undecided.clear()
+        recorder = api.current()
+        if recorder is not None and recorder.spawned is not None:
+            _root.experiment = recorder.spawned.experiment
+
+
+def _tell_children() -> None:
+    """Let what children log that are spawned now belong to the active experiment."""
+    recorder = api.current()
+    if recorder is not None and recorder.enabled:
+        recorder.tell_children(_active.experiment)
+
+
+api.on_change.append(_forget_first)
+
+
+def active_logger() -> Logger:
+    """Return what logs for the active experiment, else for the run's own."""
+    return _active
+
+
+def get_active_experiment() -> Experiment | None:
+    """Return the innermost experiment that has begun and not ended; None where there is none."""
+    return _stack[-1] if _stack else None
+
+
+def _activate(experiment: Experiment) -> None:
+    global _active, _first
+    _first = _first or experiment._logger
+    _stack.append(experiment)
+    _active = experiment._logger
+    _tell_children()
+
+
+def _deactivate(experiment: Experiment) -> None:
+    global _active
+    _stack.remove(experiment)
+    _active = _stack[-1]._logger if _stack else _root
+    _tell_children()
+    if not _stack:
+        capturing.rest()
+
+
+def log_metric(name: str, value: Any, step: int | None = None) -> None:
+    """Log one value.
+
+    Args:
+        name: any text.
+        value: a number, or what holds one: a tensor, a numpy scalar, a bool. Anything else is kept as a text.
+        step: the step; by default the current training step, else a counter per name.
+    """
+    _active.metric(name, value, step)
+
+
+def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
+    """Log several values at one step.
+
+    Args:
+        metrics: name -> value; see `log_metric`.
+        step: their step.
+    """
+    logger = _active
+    for name, value in metrics.items():
+        logger.metric(name, value, step)
+
+
+def log_params(params: Mapping[str, Any]) -> None:
+    """Log parameters: what was chosen for this run.
+
+    Args:
+        params: name -> value; maps may be nested.
+    """
+    _active.row("params", params=dict(params))
+
+
+def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Log a file, or the files of a folder. It may be deleted right after; it must not be rewritten in place.
+
+    Args:
+        path: the file. It is opened now and copied by a thread of ours.
+        name: what to call it; by default its own name.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    media.artifact(_active, path, name)
+
+
+def log_text(name: str, text: str, step: int | None = None) -> None:
+    """Log a text.
+
+    Args:
+        name: what to call it.
+        text: the text.
+        step: its step; by default as for `log_metric`.
+    """
+    media.text(_active, name, text, step)
+
+
+def log_image(name: str, image: Any, step: int | None = None) -> None:
+    """Log an image.
+
+    Args:
+        name: what to call it.
+        image: an array or tensor (height, width), (height, width, channels) or (channels, height, width), of bytes or
+            of floats in 0..1; a PIL image; a matplotlib figure; a PNG or JPEG file's path or bytes.
+        step: its step; by default as for `log_metric`.
+    """
+    media.image(_active, name, image, step)
+
+
+def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
+    """Log the distribution of values.
+
+    Args:
+        name: what to call it.
+        values: numbers: an array, a tensor, a list.
+        step: its step; by default as for `log_metric`.
+        bins: how many intervals of equal width.
+    """
+    media.histogram(_active, name, values, step, bins=bins)
+
+
+def start_logging(
+    exp_name: str | None = None,
+    project: str | None = None,
+    backend: str | Sequence[str] | None = None,
+    api_key: str | None = None,
+    backend_url: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """Begin an experiment that goes on until `stop_logging` or the end of the process.
+
+    Args:
+        exp_name: what to call it.
+        project: where trackers file it.
+        backend: the tracker or trackers.
+        api_key: refused: keys come from the environment or a file, and never pass through a script.
+        backend_url: the tracker's address, or where it writes to.
+        config: parameters.
+
+    Raises:
+        UsageError: a key was given, or an address without a tracker; the text says what to do.
+    """
+    names = _listed(backend)
+    if api_key is not None:
+        variable = next((KEY_VARIABLES[name] for name in names if name in KEY_VARIABLES), "the tracker's own variable")
+        raise UsageError(
+            f"api_key: keys are not taken from scripts. Set {variable} in the environment, or name a file of mode 0600 "
+            "by `api_key_file` under [tool.traceml.backends.<name>]"
+        )
+
+    options = {}
+    if backend_url is not None:
+        if len(names) != 1 or names[0] not in ADDRESS_OPTIONS:
+            known = ", ".join(ADDRESS_OPTIONS)
+            raise UsageError(f"backend_url goes with one backend of {known}, not with {', '.join(names) or 'none'}")
+
+        options = {names[0]: {ADDRESS_OPTIONS[names[0]]: backend_url}}
+
+    return Experiment(exp_name, project, names or None, config=config, options=options).start()
+
+
+def stop_logging() -> None:
+    """End every experiment that is active, the inner ones first."""
+    while _stack:
+        _stack[-1].end()
+
+
+def _listed(backend: str | Sequence[str] | None) -> tuple[str, ...]:
+    if backend is None:
+        return ()
+
+    return tuple(name.strip() for name in backend.split(",")) if isinstance(backend, str) else tuple(backend)

@@ -1,0 +1,61 @@
+"""What Hugging Face's `Trainer.log` tells its callbacks, and the `TrainingArguments` as parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import MetricKind
+from traceml.track.plugins.interfaces import FrameworkInterface
+from traceml.track.plugins.plugin_registry import FrameworkPlugin, PluginMetadata
+from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
+
+if TYPE_CHECKING:
+    from traceml.track.rank.orchestrator import Orchestrator
+
+__all__ = ["HuggingFaceCapture", "HuggingFacePlugin"]
+
+
+class HuggingFaceCapture(FrameworkCapture):
+    """Captures the handler through which a `Trainer` calls its callbacks; callbacks that log elsewhere are its own."""
+
+    kind = MetricKind.HUGGINGFACE
+
+    def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
+        """Return the module of the handler."""
+        return {"transformers.trainer_callback": self._patch}
+
+    def _patch(self, module: ModuleType) -> None:
+        self.around(module.CallbackHandler, "on_log", _logged, self._record)
+        self.around(module.CallbackHandler, "on_train_begin", _arguments, _log_params)
+
+    def _record(self, orchestrator: Orchestrator, taken: tuple[dict[str, Any], int]) -> None:
+        self.values(orchestrator, *taken)
+
+
+class HuggingFacePlugin(FrameworkPlugin):
+    """The framework `huggingface`."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what it says about itself."""
+        return PluginMetadata(name="huggingface", version="1", description="transformers' Trainer")
+
+    def create_framework(self) -> FrameworkInterface:
+        """Return the capture."""
+        return HuggingFaceCapture()
+
+
+def _logged(
+    _handler: Any, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any], **_: Any
+) -> tuple[dict[str, Any], int]:
+    return dict(logs), int(state.global_step)  # copied: callbacks take things out
+
+
+def _arguments(_handler: Any, args: Any, *_: Any, **__: Any) -> dict[str, Any]:
+    return dict(args.to_sanitized_dict())  # hides the hub's token
+
+
+def _log_params(orchestrator: Orchestrator, params: dict[str, Any]) -> None:
+    orchestrator.log_params(params)

@@ -1,0 +1,210 @@
+"""What is given to TensorBoard's `SummaryWriter`, torch's and tensorboardX's.
+
+Scalars, groups of scalars, texts, images, figures, histograms and hyper-parameters are captured; video, audio, meshes,
+embeddings, graphs and curves stay with TensorBoard.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import MetricKind
+from traceml.track.plugins.interfaces import FrameworkInterface
+from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_registry import FrameworkPlugin, PluginMetadata
+from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
+
+if TYPE_CHECKING:
+    from traceml.track.rank.orchestrator import Orchestrator
+
+__all__ = ["TensorBoardCapture", "TensorBoardPlugin"]
+
+_BINS = 64
+
+
+class TensorBoardCapture(FrameworkCapture):
+    """Captures `SummaryWriter`; `walltime` is kept, and values as they are given, not as the float32 of event files."""
+
+    kind = MetricKind.TENSORBOARD
+
+    def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
+        """Return the modules of both writers."""
+        return {"torch.utils.tensorboard.writer": self._patch, "tensorboardX.writer": self._patch}
+
+    def _patch(self, module: ModuleType) -> None:
+        writer = module.SummaryWriter
+        convert = _converter(module.__name__)
+        self.around(writer, "add_scalar", _scalar, self._values)
+        self.around(writer, "add_scalars", _scalars, self._values)
+        self.around(writer, "add_text", _text, _log_text)
+        self.around(writer, "add_histogram", _histogram, _log_histogram)
+        self.around(writer, "add_histogram_raw", _histogram_raw, _log_histogram)
+        # Figures and lists of them end in add_image(s), and the metrics of hyper-parameters in add_scalar; those are
+        # recorded there, where they are outermost.
+        self.around(writer, "add_image", convert, _log_image)
+        self.around(writer, "add_images", convert, _log_image)
+        self._patch_hparams(writer)
+
+    def _patch_hparams(self, writer: Any) -> None:
+        """`add_hparams` writes its metrics with a writer of its own, whose `add_scalar` records them."""
+        original = writer.add_hparams
+
+        def add_hparams(*args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            orchestrator = self._orchestrator
+            if orchestrator is not None and not self.is_inside():
+                try:
+                    orchestrator.log_params(_hparams(*args, **kwargs))
+                except Exception as error:  # noqa: BLE001 - fail open
+                    self._failed("add_hparams", error)
+
+            return result
+
+        self._patches.wrap(writer, "add_hparams", add_hparams)
+
+    def _values(self, orchestrator: Orchestrator, taken: tuple[Mapping[str, Any], int | None, float]) -> None:
+        values, step, timestamp = taken
+        for name, value in values.items():
+            orchestrator.route_metric(Metric(name, value, step, timestamp, kind=self.kind))
+
+
+class TensorBoardPlugin(FrameworkPlugin):
+    """The framework `tensorboard`."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return what it says about itself."""
+        return PluginMetadata(name="tensorboard", version="1", description="SummaryWriter of torch and tensorboardX")
+
+    def create_framework(self) -> FrameworkInterface:
+        """Return the capture."""
+        return TensorBoardCapture()
+
+
+# --- the calls: their arguments as the writers declare them ----------------------------------------------------------
+
+
+def _scalar(
+    _writer: Any,
+    tag: str,
+    scalar_value: Any,
+    global_step: Any = None,
+    walltime: float | None = None,
+    *_: Any,
+    **__: Any,
+) -> tuple[Mapping[str, Any], int | None, float]:
+    return {tag: scalar_value}, _step(global_step), _time(walltime)
+
+
+def _scalars(
+    _writer: Any,
+    main_tag: str,
+    tag_scalar_dict: Mapping[str, Any],
+    global_step: Any = None,
+    walltime: float | None = None,
+) -> tuple[Mapping[str, Any], int | None, float]:
+    return {f"{main_tag}/{tag}": value for tag, value in tag_scalar_dict.items()}, _step(global_step), _time(walltime)
+
+
+def _text(
+    _writer: Any, tag: str, text_string: str, global_step: Any = None, walltime: float | None = None
+) -> tuple[str, str, int | None, float]:
+    return tag, text_string, _step(global_step), _time(walltime)
+
+
+def _histogram(
+    _writer: Any,
+    tag: str,
+    values: Any,
+    global_step: Any = None,
+    bins: Any = "tensorflow",
+    walltime: float | None = None,
+    max_bins: int | None = None,
+) -> tuple[str, list[float], list[float], int | None, float]:
+    """Count here: the values may change as soon as the call is over. TensorBoard's 1,500 default bins become 64."""
+    numpy = sys.modules["numpy"]
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().double().numpy()
+
+    array = numpy.asarray(values, dtype=float).reshape(-1)
+    array = array[numpy.isfinite(array)]
+    counts, edges = numpy.histogram(array, bins=_BINS if isinstance(bins, str) and bins == "tensorflow" else bins)
+    del max_bins
+    return tag, counts.tolist(), edges.tolist(), _step(global_step), _time(walltime)
+
+
+def _histogram_raw(
+    _writer: Any,
+    tag: str,
+    min: float,  # noqa: A002 - the writers' own name
+    max: float,  # noqa: A002, ARG001
+    num: float,  # noqa: ARG001
+    sum: float,  # noqa: A002, ARG001
+    sum_squares: float,  # noqa: ARG001
+    bucket_limits: Any,
+    bucket_counts: Any,
+    global_step: Any = None,
+    walltime: float | None = None,
+) -> tuple[str, list[float], list[float], int | None, float]:
+    edges = [float(min), *(float(limit) for limit in bucket_limits)]
+    return tag, [float(count) for count in bucket_counts], edges, _step(global_step), _time(walltime)
+
+
+def _hparams(_writer: Any, hparam_dict: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+    return dict(hparam_dict)
+
+
+def _converter(module: str) -> Callable[..., tuple[str, Any, int | None, float]]:
+    """Return what takes an image from a call, as the writer itself turns it into pixels."""
+    package = module.rpartition(".")[0]
+    if package == "tensorboardX":
+        to_array, to_rows = (
+            import_module("tensorboardX.x2num").make_np,
+            import_module("tensorboardX.utils").convert_to_HWC,
+        )
+    else:
+        to_array = import_module(f"{package}._convert_np").make_np
+        to_rows = import_module(f"{package}._utils").convert_to_HWC
+
+    def image(
+        _writer: Any,
+        tag: str,
+        img_tensor: Any,
+        global_step: Any = None,
+        walltime: float | None = None,
+        dataformats: str | None = None,
+    ) -> tuple[str, Any, int | None, float]:
+        array = to_array(img_tensor)
+        rows = to_rows(array, dataformats or ("CHW" if array.ndim < 4 else "NCHW"))
+        scale = 1 if array.dtype == "uint8" else 255
+        return tag, (rows.astype("float32") * scale).clip(0, 255).astype("uint8"), _step(global_step), _time(walltime)
+
+    return image
+
+
+def _log_text(orchestrator: Orchestrator, taken: tuple[str, str, int | None, float]) -> None:
+    name, text, step, timestamp = taken
+    orchestrator.log_text(name, text, step, timestamp)
+
+
+def _log_image(orchestrator: Orchestrator, taken: tuple[str, Any, int | None, float]) -> None:
+    name, image, step, timestamp = taken
+    orchestrator.log_image(name, image, step, timestamp)
+
+
+def _log_histogram(orchestrator: Orchestrator, taken: tuple[str, list[float], list[float], int | None, float]) -> None:
+    name, counts, edges, step, timestamp = taken
+    orchestrator.log_histogram(name, counts, edges, step, timestamp)
+
+
+def _step(step: Any) -> int | None:
+    return step if step is None or type(step) is int else int(step)
+
+
+def _time(walltime: float | None) -> float:
+    return time.time() if walltime is None else float(walltime)

@@ -1,0 +1,122 @@
+"""Texts, images, histograms and artifacts: what a call takes at once, and what is left to a thread."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.recorder import api
+from traceml.recorder.uploads import FileUpload
+from traceml.track.rank.media_encoding import histogram_of, image_of
+
+if TYPE_CHECKING:
+    from traceml.recorder.logger import Logger
+
+__all__ = ["artifact", "histogram", "image", "text", "wait"]
+
+_INLINE_CHARS = 1 << 20
+_FOLDER_FILES = 10_000
+
+
+def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 0) -> None:
+    """Log a text; a very long one becomes an artifact."""
+    recorder = _recorder(logger)
+    if recorder is None:
+        return
+
+    content = str(content)
+    step = logger.next_step(name, step)
+    if len(content) <= _INLINE_CHARS:
+        logger.row("text", step=step, t_ns=t_ns, name=str(name), text=content)
+        return
+
+    data = content.encode("utf-8", "replace")
+    limit = recorder.config.max_artifact_bytes
+    recorder.files.add(
+        FileUpload(
+            logger.experiment, "artifact", f"{name}.txt", step, t_ns or time.time_ns(), lambda: data, limit, ".txt"
+        )
+    )
+
+
+def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int = 0) -> None:
+    """Log an image: a copy of its pixels is taken now, the rest is done by a thread."""
+    recorder = _recorder(logger)
+    if recorder is None:
+        return
+
+    limit = recorder.config.max_image_bytes
+    step = logger.next_step(name, step)
+    source, suffix = image_of(content, limit)
+    recorder.files.add(
+        FileUpload(logger.experiment, "image", str(name), step, t_ns or time.time_ns(), source, limit, suffix)
+    )
+
+
+def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins: int = 64, t_ns: int = 0) -> None:
+    """Log the distribution of values, counted now."""
+    if _recorder(logger) is None:
+        return
+
+    counts, edges, odd = histogram_of(values, bins)
+    facts = {"not_finite": odd} if odd else {}
+    step = logger.next_step(name, step)
+    logger.row("histogram", step=step, t_ns=t_ns, name=str(name), counts=counts, edges=edges, **facts)
+
+
+def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Log a file, or the files of a folder; they are opened now.
+
+    Raises:
+        OSError: it cannot be opened, or is no file.
+    """
+    if _recorder(logger) is None:
+        return
+
+    where = Path(path)
+    if not where.is_dir():
+        _one(logger, where, name or where.name)
+        return
+
+    inside = sorted(each for each in where.rglob("*") if each.is_file())
+    for each in inside[:_FOLDER_FILES]:
+        _one(logger, each, f"{name or where.name}/{each.relative_to(where).as_posix()}")
+
+    if len(inside) > _FOLDER_FILES:
+        why = f"the folder has {len(inside)} files: the first {_FOLDER_FILES} were taken. Log an archive of it instead"
+        job = FileUpload(logger.experiment, "artifact", name or where.name, None, time.time_ns(), bytes, 0)
+        _recorder(logger).files.refuse(job, why)
+
+
+def wait(logger: Logger, timeout_s: float = 60.0) -> None:
+    """Wait for the files that are being copied, so that an experiment ends after them; no longer without progress."""
+    recorder = _recorder(logger)
+    if recorder is not None:
+        recorder.files_done(timeout_s)
+
+
+def _one(logger: Logger, path: Path, name: str) -> None:
+    recorder = _recorder(logger)
+    assert recorder is not None
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
+    status = os.fstat(descriptor)
+    limit = recorder.config.max_artifact_bytes
+    job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), descriptor, limit, path.suffix)
+    if not stat.S_ISREG(status.st_mode):
+        job.close()
+        raise OSError(f"{path} is no regular file: only files and folders can be logged")
+
+    if status.st_size > limit:
+        job.close()
+        recorder.files.refuse(job, f"it has {status.st_size} bytes, above max_artifact_bytes={limit}")
+        return
+
+    recorder.files.add(job)
+
+
+def _recorder(logger: Logger) -> Any:
+    """Return the recorder that a logger logs into; None while nothing is recorded."""
+    return api.current() if logger.begin() else None

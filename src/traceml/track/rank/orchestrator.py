@@ -1,0 +1,130 @@
+"""The thin front of tracking in the rank: a routed metric becomes a row; delivery happens in other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from traceml.database.schema import MetricKind
+from traceml.recorder import api
+from traceml.recorder.logger import Logger
+from traceml.track.plugins.metric import Metric
+from traceml.track.rank import media
+
+__all__ = ["Orchestrator"]
+
+
+class Orchestrator:
+    """Takes what frameworks, collectors and users' own code log, for the experiment that is active.
+
+    Args:
+        logger: log for the experiment of this one instead.
+    """
+
+    def __init__(self, logger: Logger | None = None) -> None:
+        self._own = logger
+
+    def __repr__(self) -> str:
+        return f"Orchestrator({self.health()['state']})"
+
+    @property
+    def _logger(self) -> Logger:
+        from traceml.track.rank.experiment import active_logger
+
+        return self._own or active_logger()
+
+    def route_metric(self, metric: Metric) -> None:
+        """Append a value. Its time is kept; its rank is this process's.
+
+        Args:
+            metric: name, value, step, timestamp and kind; a step of None means the training step, else a counter.
+        """
+        given = (metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
+        if metric.kind == MetricKind.COLLECTOR:
+            self._of_the_run(lambda logger: logger.metric(*given))
+        else:
+            self._logger.metric(*given)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Append parameters."""
+        self._logger.row("params", params=dict(params))
+
+    def log_text(self, name: str, text: str, step: int | None = None, timestamp: float | None = None) -> None:
+        """Append a text; `timestamp` in epoch seconds."""
+        media.text(self._logger, name, text, step, _ns(timestamp))
+
+    def log_image(self, name: str, image: Any, step: int | None = None, timestamp: float | None = None) -> None:
+        """Append an image, anything that `traceml.log_image` takes; `timestamp` in epoch seconds."""
+        media.image(self._logger, name, image, step, _ns(timestamp))
+
+    def log_histogram(
+        self,
+        name: str,
+        counts: Sequence[float],
+        edges: Sequence[float],
+        step: int | None = None,
+        timestamp: float | None = None,
+    ) -> None:
+        """Append a histogram; `timestamp` in epoch seconds."""
+        logger = self._logger
+        logger.row(
+            "histogram", step=logger.next_step(name, step), t_ns=_ns(timestamp), name=name, counts=list(counts),
+            edges=list(edges),
+        )  # fmt: skip
+
+    def log_collected(self, name: str, facts: Mapping[str, Any]) -> None:
+        """Append what a collector read, as facts.
+
+        Args:
+            name: the collector.
+            facts: what it read; masked already.
+        """
+        self._of_the_run(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
+
+    def _of_the_run(self, action: Callable[[Logger], object]) -> None:
+        """Log what nobody has called for: it must not be what makes an experiment of the run."""
+        if self._own is not None:
+            action(self._own)
+            return
+
+        from traceml.track.rank.experiment import when_decided
+
+        when_decided(action)
+
+    def start(self) -> None:
+        """Start the recorder, as the first call would; again after a `stop`."""
+        api.recorder_for_logging(again=True)
+
+    def stop(self) -> None:
+        """Send what is left and stop the recorder; see `traceml.shutdown`."""
+        api.shutdown()
+
+    def health(self) -> dict[str, Any]:
+        """Return how it stands: `state`, `connected`, rows appended, stored, waiting here and lost, and errors."""
+        recorder = api.current()
+        if recorder is None:
+            return {
+                "state": "idle",
+                "connected": False,
+                "appended": 0,
+                "stored": 0,
+                "pending": 0,
+                "lost": 0,
+                "errors": 0,
+            }
+
+        statistics = recorder.statistics()
+        pending = statistics.rows_appended - statistics.rows_acked
+        return {
+            "state": statistics.state, "connected": statistics.connected, "appended": statistics.rows_appended,
+            "stored": statistics.rows_acked, "pending": max(pending, 0), "lost": statistics.rows_lost,
+            "errors": statistics.errors,
+        }  # fmt: skip
+
+
+def _ns(timestamp: float | None) -> int:
+    if timestamp is None:
+        return 0
+
+    whole = int(timestamp)  # the product with 1e9 would not be exact
+    return whole * 1_000_000_000 + round((timestamp - whole) * 1e9)

@@ -1,0 +1,75 @@
+"""Who begins a recorder ends it; what is turned off or wrong is respected or told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import traceml
+from tests.aggregator.conftest import TOKEN, Serving
+from traceml.errors import SettingsError
+from traceml.integrations.training_session import TrainingSession
+from traceml.recorder import api
+
+
+@pytest.fixture
+def address(serving: Any, tmp_path: Path) -> dict[str, Any]:
+    server: Serving = serving()
+    return {"port": server.port, "token": TOKEN, "runs_dir": server.folder}
+
+
+def test_a_recorder_that_runs_is_left_alone(address: dict[str, Any]) -> None:
+    """It goes on after the training, and nothing is shown."""
+    recorder = traceml.init(**address)
+    session = TrainingSession({})
+    try:
+        assert session.begin() is recorder.instrumentation
+        session.end()
+        assert recorder.enabled
+    finally:
+        traceml.shutdown()
+
+
+def test_its_own_is_ended_once(address: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where another session is inside it, and where its begin is called again after a training that broke."""
+    outer, inner = TrainingSession(address), TrainingSession(address)
+    try:
+        assert outer.begin() is not None
+        assert inner.begin() is outer.begin()
+        inner.end()
+        assert traceml.is_enabled()
+        outer.end()
+        assert not traceml.is_enabled()
+        outer.end()
+    finally:
+        traceml.shutdown()
+
+    shown = capsys.readouterr().err
+    assert shown.count("INSUFFICIENT_DATA") == 1
+    assert str(address["runs_dir"]) in shown
+
+
+def test_what_is_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the script, an argument, or the environment."""
+    monkeypatch.setattr(api, "_recorder", None)
+    traceml.init(enabled=False)
+    assert TrainingSession({}).begin() is None
+    monkeypatch.setattr(api, "_recorder", None)
+    assert TrainingSession({"enabled": False}).begin() is None
+    monkeypatch.setattr(api, "_recorder", None)
+    monkeypatch.setenv("TRACEML_ENABLED", "0")
+    assert TrainingSession({}).begin() is None
+    assert not traceml.is_enabled()
+
+
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Training goes on with a warning; a mistake is told where the callback is made."""
+    monkeypatch.setattr(api, "_recorder", None)  # whatever a test before this one has turned off
+    session = TrainingSession({"local": False, "port": 1, "connect_timeout": 0.1})
+    assert session.begin() is not None
+    session.end()
+    assert "Training goes on" in caplog.text
+    with pytest.raises(SettingsError, match="prot"):
+        TrainingSession({"prot": 1})

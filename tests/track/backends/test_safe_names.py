@@ -1,0 +1,42 @@
+"""Names that a tracker refuses become others that it accepts, each one of its own."""
+
+from __future__ import annotations
+
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from traceml.track.backends import clearml, mlflow, wandb
+from traceml.track.backends.safe_names import is_this_machine, safe_name
+
+REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (clearml._REFUSED, 1000)]
+
+
+@given(
+    st.lists(st.text(alphabet="ab/._~% \x00ü\ud800[", max_size=300), unique=True, max_size=50), st.sampled_from(REFUSED)
+)
+def test_names_stay_apart_and_are_accepted(names: list[str], rule: tuple[re.Pattern[str], int]) -> None:
+    """No two become one, none is refused, and one that is accepted stays as it is."""
+    refused, longest = rule
+    safe = [safe_name(name, refused, longest) for name in names]
+
+    assert len(set(safe)) == len(names)
+    for name, result in zip(names, safe, strict=True):
+        assert 0 < len(result) <= longest
+        assert not refused.search(result)
+        assert safe_name(result, refused, longest) == result
+        if name and len(name) <= longest and not refused.search(name):
+            assert result == name
+
+
+@given(st.lists(st.text(alphabet="ab/", max_size=8), unique=True, max_size=100))
+def test_plots_and_series_stay_apart(names: list[str]) -> None:
+    """ClearML's two parts of a name tell every name from every other."""
+    assert len({clearml._title_and_series(name) for name in names}) == len(names)
+
+
+def test_this_machine() -> None:
+    """Loopback is this machine; a name that only may resolve to it is not surely."""
+    assert [is_this_machine(host) for host in ("localhost", "127.0.0.9", "::1")] == [True] * 3
+    assert not any(is_this_machine(host) for host in (None, "", "10.0.0.1", "example.com", "localhost.example.com"))

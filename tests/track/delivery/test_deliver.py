@@ -1,0 +1,442 @@
+"""A delivery process and its store: exact whatever happens to it, and right about what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runs.fabricated_store import add_samples
+from tests.track.fabricated import LoggedRun, deliver, eventually, state_of
+from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
+
+ODD = "tests.track.odd_backends:Odd"
+ROOT = str(Path(__file__).parents[3])
+
+
+def lines_of(run_dir: Path, pattern: str = "jsonl/*.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for path in sorted(run_dir.glob(pattern)) for line in path.read_text().splitlines()]
+
+
+def values(lines: list[dict[str, Any]], name: str) -> list[tuple[int, Any]]:
+    return [
+        (line["step"], line["value"])
+        for line in lines
+        if line.get("name", line.get("metric")) == name and "value" in line
+    ]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> LoggedRun:
+    return LoggedRun(tmp_path / "runs" / "r1")
+
+
+def odd(run: LoggedRun, backend: str = ODD, max_backoff: float = 0.3, **options: Any) -> Path:
+    """Announce an experiment to a backend that may misbehave; return the folder in which its mood is written."""
+    folder = run.path.parent / "odd"
+    folder.mkdir(exist_ok=True)
+    run.experiment(
+        [backend], id="x", sys_path=[ROOT], max_retries=1, max_backoff=max_backoff,
+        options={backend: {"path": str(folder), **options}},
+    )  # fmt: skip
+    return folder
+
+
+def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> None:
+    numbers = [0.5, math.nan, math.inf, -math.inf, 5e-324]
+    for rank in range(2):
+        run.experiment(["jsonl"], rank=rank, id="x")
+        run.row("params", rank=rank, params={"lr": 0.1, "seed": rank})
+        run.metrics({"loss": numbers, "Größe 🙂": [float(rank)] * 12_000}, rank=rank)
+
+    run.row("text", name="note", text="hello", step=3)
+    run.row("value", name="phase", value="warm-up", step=4)
+    run.row("tags", tags={"team": "vision"})
+    run.row("histogram", name="w", counts=[1, 2], edges=[0.0, 0.5, 1.0], step=5)
+    run.end()
+
+    done = deliver(run.path, "jsonl")
+
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(run.path)
+    odd_numbers = [(0, 0.5), (1, "NaN"), (2, "Infinity"), (3, "-Infinity"), (4, 5e-324)]
+    assert values(lines, "loss") == values(lines, "loss/rank_1") == odd_numbers
+    assert values(lines, "Größe 🙂/rank_1") == [(step, 1.0) for step in range(12_000)]
+    assert [line["params"] for line in lines if line["type"] == "params"] == [
+        {"lr": 0.1, "seed": 0},
+        {"seed/rank_1": 1},
+    ]
+    assert {line["name"]: line["text"] for line in lines if line["type"] == "text"} == {
+        "note": "hello",
+        "phase": "warm-up",
+    }
+    assert [line["counts"] for line in lines if line["type"] == "histogram"] == [[1, 2]]
+    assert any(line["type"] == "tags" and line["tags"] == {"team": "vision"} for line in lines)
+    state = state_of(run.path)
+    assert (state.phase, state.failed, state.pending(state.passed)) == (DeliveryPhase.DONE, 0, 0)
+    assert state.delivered == 2 * (5 + 12_000) + 2 + 4
+
+
+def test_what_is_delivered_is_exact_however_often_the_process_is_killed(run: LoggedRun) -> None:
+    """SIGKILL at random moments: nothing is missing and nothing is there twice."""
+    run.experiment(["jsonl"], id="x")
+    run.metrics({"a": [float(i) for i in range(60_000)]})
+    run.end()
+    command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"]
+    chance, kills = random.Random(5), 0
+    while True:
+        allowed_s = chance.uniform(0.0, 0.06) if kills < 5 else 60
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        try:
+            # From the moment it delivers; earlier kills find nothing to break.
+            eventually(lambda: process.poll() is not None or state_of(run.path).pid == process.pid)  # noqa: B023
+            process.wait(allowed_s)
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+
+    assert process.returncode == 0
+    assert kills >= 3
+    assert values(lines_of(run.path), "a") == [(i, float(i)) for i in range(60_000)]
+
+
+def test_a_run_that_goes_on_is_followed_and_a_stopped_process_continued(run: LoggedRun) -> None:
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], id="x")
+    run.metrics({"a": [1.0, 2.0]})
+    first = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    eventually(lambda: state_of(run.path).delivered == 2)
+    assert deliver(run.path, "jsonl").returncode == EXIT_TAKEN, "one process at a time delivers"
+
+    run.metrics({"a": [3.0]}, first_step=2)
+    eventually(lambda: state_of(run.path).delivered == 3)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(30) == EXIT_AGAIN
+    assert state_of(run.path).phase is DeliveryPhase.STOPPED
+
+    run.metrics({"a": [4.0]}, first_step=3)
+    run.end()
+    assert deliver(run.path, "jsonl").returncode == 0
+    assert values(lines_of(run.path), "a") == [(0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0)]
+
+
+def test_experiments_are_kept_apart_and_end_when_their_ranks_have(run: LoggedRun) -> None:
+    for rank in range(2):
+        run.experiment(["jsonl"], 1, rank=rank, id="first", name="first")
+        run.experiment(["tensorboard"], 2, rank=rank, id="second", name="second")
+        run.metrics({"a": [1.0]}, 1, rank=rank)
+        run.metrics({"a": [2.0]}, 2, rank=rank)
+        run.metrics({"a": [3.0]}, 0, rank=rank)  # outside of both
+
+    run.row("end", 1, rank=0)
+    run.metrics({"late": [4.0]}, 1, rank=1)
+    run.row("end", 1, rank=1)
+    run.metrics({"later": [5.0]}, 1, rank=1)  # from a forked child, say
+    run.end()
+
+    assert deliver(run.path, "jsonl").returncode == 0
+
+    lines = lines_of(run.path)
+    assert [path.name for path in (run.path / "jsonl").iterdir()] == ["first.jsonl"]
+    assert values(lines, "a") == [(0, 1.0)]
+    assert values(lines, "late/rank_1") == [(0, 4.0)]
+    assert values(lines, "later/rank_1") == [(0, 5.0)]
+    assert lines[-1]["type"] == "end"
+
+
+def test_an_experiment_ends_after_the_last_value_that_was_logged_before(run: LoggedRun) -> None:
+    """Its end is in another table, and is stored long before the values where there are many."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], 1, id="first", name="first")
+    run.experiment(["jsonl"], 2, id="second", name="second")
+    run.row("end", 1, values=5_000)
+    run.writer.commit()
+    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    try:
+        for first_step in range(0, 5_000, 1_000):
+            run.metrics({"a": [float(i) for i in range(first_step, first_step + 1_000)]}, 1, first_step=first_step)
+            eventually(lambda rows=first_step + 1_000: state_of(run.path).delivered == rows)
+
+        eventually(lambda: lines_of(run.path, "jsonl/first.jsonl")[-1]["type"] == "end")  # while the run goes on
+        run.end()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+    lines = lines_of(run.path, "jsonl/first.jsonl")
+    assert [line["type"] for line in lines].count("end") == 1
+    assert len(values(lines, "a")) == 5_000
+
+
+def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) -> None:
+    """The announcement is in another table, and may be committed a moment later."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], 1, id="outer", name="outer")
+    run.metrics({"a": [1.0]}, 1)
+    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    try:
+        eventually(lambda: state_of(run.path).delivered == 1)
+        run.metrics({"b": [2.0]}, 2)
+        run.experiment(["jsonl"], 2, id="inner", name="inner")
+        run.metrics({"c": [3.0]}, 2, rank=1)  # a forked child, which announces nothing
+        run.end()
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+    lines = lines_of(run.path)
+    assert (values(lines, "b"), values(lines, "c/rank_1")) == ([(0, 2.0)], [(0, 3.0)])
+
+
+@pytest.mark.parametrize("backend", [ODD, f"{ODD}Idempotent"])
+def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: str) -> None:
+    folder = odd(run, backend)
+    run.metrics({"a": [float(i) for i in range(3_000)], "refused": [0.0]})
+    run.metrics({"b": [1.0], "also refused": [0.0, 1.0]})
+    add_samples(run.writer, run.stream())  # values made from these come with the rows after them
+    run.metrics({"refused in the end": [0.0]})
+    run.end()
+
+    for _ in range(60):  # as the manager does
+        if (done := deliver(run.path, backend)).returncode == 0:
+            break
+
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(folder, "x.jsonl")
+    assert values(lines, "a") == [(i, float(i)) for i in range(3_000)]
+    assert values(lines, "b") == [(0, 1.0)]
+    state = state_of(run.path, backend)
+    assert (state.failed, state.delivered) == (4, 3_001)
+    assert sum(state.reasons.values()) == 4
+    assert any(line.get("metric") == "system/cpu_pct" for line in lines)
+
+
+def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
+    """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
+    plain = "tests.track.odd_backends:Plain"
+    folder = odd(run, plain)
+    run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
+    run.row("params", params={"lr": 0.1})
+    run.row("params", params={"refused": 1})
+    run.row("artifact", name="weights", path="store.db", step=0)  # which it does not know at all
+    run.row("params", params={"depth": 3})
+    run.end()
+
+    assert deliver(run.path, plain).returncode == 0
+    lines = lines_of(folder, "plain.jsonl")
+    assert values(lines, "a") == [(i, float(i)) for i in range(300)]
+    assert values(lines, "b") == [(0, 1.0)]
+    assert [line["params"] for line in lines if "params" in line] == [{"lr": 0.1}, {"depth": 3}]
+    state = state_of(run.path, plain)
+    assert (state.failed, state.delivered, sum(state.reasons.values())) == (3, 303, 3)
+
+
+@pytest.mark.parametrize(
+    ("mood", "status", "phase"), [("broken", EXIT_BROKEN, "broken"), ("refuses", EXIT_AGAIN, "open")]
+)
+def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(run: LoggedRun, mood: str, status: int, phase: str) -> None:
+    """What it says of its options or of the run would be taken for a word on the rows, and the rows be given up."""
+    folder = odd(run)
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+    (folder / "mood").write_text(json.dumps({"start": mood}))
+
+    assert deliver(run.path, ODD).returncode == status
+    state = state_of(run.path, ODD)
+    assert (state.phase, state.failed, state.passed) == (phase, 0, 0)
+    assert "it cannot begin" in state.error
+
+    (folder / "mood").unlink()
+    assert deliver(run.path, ODD).returncode == 0
+    assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:
+    """A TypeError of every call is no reason to give up one row after another: it is the library that is broken."""
+    folder = odd(run, f"{ODD}Idempotent")
+    run.metrics({"a": [float(i) for i in range(500)]})
+    run.end()
+    (folder / "mood").write_text('{"metrics": "broken"}')
+
+    assert deliver(run.path, f"{ODD}Idempotent").returncode == EXIT_BROKEN
+    state = state_of(run.path, f"{ODD}Idempotent")
+    assert (state.phase, state.failed) == (DeliveryPhase.BROKEN, 0)
+    assert "unexpected keyword" in state.error
+
+    (folder / "mood").unlink()
+    assert deliver(run.path, f"{ODD}Idempotent").returncode == 0
+    assert values(lines_of(folder, "x.jsonl"), "a") == [(i, float(i)) for i in range(500)]
+
+
+def test_a_call_that_does_not_return_ends_the_process_and_nothing_is_lost(run: LoggedRun) -> None:
+    folder = odd(run, timeout_s=0.3)
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+    (folder / "mood").write_text('{"metrics": "hang"}')
+
+    assert deliver(run.path, ODD).returncode == EXIT_AGAIN
+    state = state_of(run.path, ODD)
+    assert "log_metrics did not return within" in state.error
+    assert state.phase is DeliveryPhase.WAITING
+
+    (folder / "mood").unlink()
+    assert deliver(run.path, ODD).returncode == 0
+    assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_twice(run: LoggedRun) -> None:
+    folder = odd(run, fallback="jsonl", max_backoff=4.0)
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.metrics({"a": [float(i) for i in range(10)]})
+    (folder / "mood").write_text('{"metrics": "down"}')
+    process = None
+
+    def delivered(count: int) -> bool:
+        nonlocal process
+        if process is None or process.poll() is not None:
+            command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), ODD]
+            process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+        return state_of(run.path, ODD).passed == count
+
+    try:
+        eventually(lambda: delivered(11))
+        assert state_of(run.path, ODD).phase is DeliveryPhase.OPEN
+        (folder / "mood").unlink()
+        eventually(lambda: delivered(11) and time.time() > state_of(run.path, ODD).retry_at)
+        run.metrics({"a": [10.0, 11.0]}, first_step=10)
+        run.end()
+        eventually(lambda: delivered(13) and state_of(run.path, ODD).phase is DeliveryPhase.DONE)
+    finally:
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    by_fallback, by_first = values(lines_of(run.path), "a"), values(lines_of(folder, "x.jsonl"), "a")
+    assert by_fallback[:10] == [(i, float(i)) for i in range(10)]
+    assert sorted(by_fallback + by_first) == [(i, float(i)) for i in range(12)]
+
+
+@pytest.mark.parametrize("is_fallback", [False, True])
+def test_a_key_file_is_read_from_where_the_script_was_started_also_the_fallbacks(
+    run: LoggedRun, tmp_path: Path, is_fallback: bool
+) -> None:
+    keyed, other = f"{ODD}Idempotent", tmp_path / "other"
+    (tmp_path / "script" / "keys").mkdir(parents=True)
+    other.mkdir()
+    key = tmp_path / "script" / "keys" / "odd"
+    key.write_text("ODD_KEY=hush")
+    key.chmod(0o600)
+    options = {keyed: {"path": str(other), "api_key_file": "keys/odd"}}
+    if is_fallback:
+        options[ODD] = {"path": str(tmp_path), "fallback": keyed}
+        (tmp_path / "mood").write_text('{"start": "down"}')
+
+    backend = ODD if is_fallback else keyed
+    run.experiment(
+        [backend], id="x", sys_path=[ROOT], folder=str(tmp_path / "script"), max_retries=0, max_backoff=30.0,
+        options=options,
+    )  # fmt: skip
+    run.metrics({"a": [1.0]})
+    run.end()
+    for _ in range(2):
+        deliver(run.path, backend)
+
+    lines = lines_of(other, "x.jsonl")
+    assert [line["keyed"] for line in lines if "start" in line] == [True]
+    assert values(lines, "a") == [(0, 1.0)]
+
+
+def test_secrets_are_masked_and_rest_nowhere(run: LoggedRun) -> None:
+    secret = "sk-proj-abcdefghijklmnop0123456789ABCDEF"
+    run.experiment(["jsonl"], id="x", mask=["customer_*"])
+    run.row("params", params={"api_key": secret, "lr": 0.1, "customer_id": "C-1", "max_tokens": 512})
+    run.row("text", name="note", text=f"mail jane.doe@example.org, key {secret}", step=0)
+    run.row("tags", tags={"owner": "jane.doe@example.org"})
+    run.end()
+
+    done = deliver(run.path, "jsonl", WANDB_API_KEY="w" * 40)
+
+    assert done.returncode == 0, done.stderr
+    lines = lines_of(run.path)
+    masked = {"api_key": "[masked:secret]", "lr": 0.1, "customer_id": "[masked:custom]", "max_tokens": 512}
+    assert next(line["params"] for line in lines if line["type"] == "params") == masked
+    written = "".join(path.read_text() for path in run.path.rglob("*") if path.suffix in {".json", ".jsonl", ".log"})
+    assert secret not in written
+    assert "jane.doe" not in written
+    audit = lines_of(run.path, "trackers/audit.jsonl")
+    assert sum(line["sent"].get("params", 0) for line in audit) == 1
+    assert audit[-1]["masked"] == {"secret": 2, "custom": 1, "email": 2}
+    assert {"api_key", "note"} <= {name for line in audit for name in line["names"]}
+
+
+def test_a_backend_that_would_leave_the_machine_is_refused_under_local_only(run: LoggedRun) -> None:
+    run.experiment(
+        ["mlflow"], id="x", local_only=True, options={"mlflow": {"tracking_uri": "http://tracking.example.org"}}
+    )
+    run.metrics({"a": [1.0]})
+    run.end()
+
+    assert deliver(run.path, "mlflow").returncode == EXIT_BROKEN
+    assert "local_only" in state_of(run.path, "mlflow").error
+
+
+def test_a_run_that_asked_for_no_tracker_can_be_delivered_later(run: LoggedRun) -> None:
+    run.metrics({"a": [1.0, 2.0]})
+    run.end()
+
+    assert deliver(run.path, "jsonl", "--once", "--options", "{}").returncode == 0
+    assert values(lines_of(run.path), "a") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_profile_is_written_where_it_is_asked_for(run: LoggedRun) -> None:
+    run.experiment(["jsonl"], id="x")
+    run.end()
+
+    assert deliver(run.path, "jsonl", TRACEML_DEBUG="1").returncode == 0
+    assert list((run.path / "trackers").glob("jsonl.*.prof"))
+
+
+def test_the_lock_is_one_processs_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path, "x") as first, locked(tmp_path, "x") as second, locked(tmp_path, "y") as other:
+        assert (first, second, other) == (True, False, True)
+
+
+def test_delivery_steps_back(run: LoggedRun) -> None:
+    """It runs at the lowest priority, and as a batch job for the scheduler."""
+    run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
+    run.experiment(["jsonl"], id="x")
+    run.writer.commit()
+    process = subprocess.Popen([sys.executable, "-m", "traceml.track.delivery", str(run.path), "jsonl"])
+    try:
+        eventually(lambda: TrackerState.path_in(run.path, "jsonl").exists())
+        assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+        assert os.sched_getscheduler(process.pid) == os.SCHED_BATCH
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_names_without_end_are_all_delivered(run: LoggedRun) -> None:
+    run.experiment(["jsonl"], id="x")
+    run.metrics({f"layer_{i}/grad": [float(i)] for i in range(100_000)})
+    run.end()
+
+    assert deliver(run.path, "jsonl").returncode == 0
+    counted = Counter(line["name"] for line in lines_of(run.path) if line["type"] == "metric")
+    assert len(counted) == 100_000
+    assert set(counted.values()) == {1}

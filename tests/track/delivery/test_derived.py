@@ -1,0 +1,150 @@
+"""Values made from the run itself: right, and the same however the frames come."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, rows_of
+from traceml.database.reader import Frame, StreamIdentity, StreamRecord
+from traceml.database.schema import GPU, HOST, PROCESS, STEPS
+from traceml.track.delivery.derived import DerivedMetrics
+from traceml.track.plugins.metric import Metric
+
+STARTED_S = 1_700_000_000
+S = 10**9
+
+
+def stream(rank: int = 0) -> StreamRecord:
+    # Its monotonic clock began when the run did.
+    return StreamRecord(rank + 1, StreamIdentity(rank, 0, "h", 1, 1), {"clock": [0, STARTED_S * S]})
+
+
+def frames(table: Any, rows: Any, size: int, rank: int = 0) -> list[tuple[Frame, StreamRecord]]:
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [
+        (Frame(number, rank + 1, table.name, 0, len(part), -1, -1, part.tobytes()), stream(rank))
+        for number, part in enumerate(parts)
+    ]
+
+
+def derive(given: list[tuple[Frame, StreamRecord]], interval_s: float = 1.0, **options: Any) -> list[Metric]:
+    """Take frames by a new object each, whose memory has been through JSON: as processes do that are killed."""
+    memory: dict[str, Any] = {}
+    found: list[Metric] = []
+    for frame, of in given:
+        found += DerivedMetrics(memory, interval_s, STARTED_S, **options).take(frame, of)
+        memory = json.loads(json.dumps(memory))
+
+    return found + DerivedMetrics(memory, interval_s, STARTED_S, **options).finish()
+
+
+def named(rows: list[Metric], name: str) -> list[float]:
+    return [row.value for row in rows if row.name == name]
+
+
+JOB = Job(ranks=1, steps=300)
+
+
+def test_step_time_and_shares_are_those_of_the_steps() -> None:
+    (rows,) = rows_of(JOB)
+    found = derive(frames(STEPS, rows, 50), interval_s=1000)
+
+    (step_ms,) = named(found, "traceml/step_ms")
+    assert step_ms == pytest.approx(rows["total_ns"].mean() / 1e6)
+    shares = {row.name: row.value for row in found if "/share/" in row.name}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares["traceml/share/forward"] == pytest.approx(rows["forward_ns"].sum() / rows["total_ns"].sum())
+    assert {row.step for row in found} == {299}
+    assert found[0].timestamp == pytest.approx(STARTED_S + rows["t_end_ns"][-1] / S)
+
+
+def test_intervals_are_of_the_runs_own_clock_and_cover_all_steps() -> None:
+    (rows,) = rows_of(JOB)
+    found = derive(frames(STEPS, rows, 7), interval_s=1.0)
+
+    speeds, times = named(found, "traceml/steps_per_s"), [r.timestamp for r in found if r.name == "traceml/steps_per_s"]
+    begun = [STARTED_S, *times[:-1]]
+    counted = sum(speed * (end - start) for speed, start, end in zip(speeds, begun, times, strict=True))
+    assert len(speeds) >= 4
+    assert counted == pytest.approx(300)
+
+
+@pytest.mark.parametrize("size", [1, 13, 300])
+def test_frames_may_be_cut_anywhere(size: int) -> None:
+    (rows,) = rows_of(JOB)
+
+    assert derive(frames(STEPS, rows, size)) == derive(frames(STEPS, rows, 40))
+
+
+def test_goodput_leaves_out_waiting_for_data_and_saving_and_what_is_not_in_steps() -> None:
+    (rows,) = rows_of(JOB, adds("input_wait", 10.0), adds("checkpoint", 5.0))
+    found = derive(frames(STEPS, rows, 50), interval_s=1000)
+
+    useful = rows["total_ns"] - rows["input_wait_ns"] - rows["checkpoint_ns"]
+    assert named(found, "traceml/goodput") == [pytest.approx(useful.sum() / rows["t_end_ns"][-1])]
+
+
+def test_steps_that_an_attempt_repeats_do_not_count_twice() -> None:
+    (rows,) = rows_of(JOB)
+    again = rows.copy()
+    again["t_end_ns"] += rows["t_end_ns"][-1]
+    once = derive(frames(STEPS, rows, 50), interval_s=1000)
+    twice = derive([*frames(STEPS, rows, 50), *frames(STEPS, again, 50)], interval_s=1000)
+
+    assert named(twice, "traceml/goodput") == [pytest.approx(named(once, "traceml/goodput")[0] / 2, rel=1e-6)]
+
+
+def test_ranks_are_put_together() -> None:
+    job = Job(ranks=3, steps=100)
+    of_ranks = [frames(STEPS, rows, 20, rank) for rank, rows in enumerate(rows_of(job))]
+    mixed = [frame for together in zip(*of_ranks, strict=True) for frame in together]
+    found = derive(mixed, interval_s=1000)
+
+    totals = np.concatenate([rows["total_ns"] for rows in rows_of(job)])
+    assert named(found, "traceml/step_ms") == [pytest.approx(totals.mean() / 1e6)]
+    assert {row.rank for row in found} == {0}
+
+
+def host_rows(count: int) -> Any:
+    rows = np.zeros(count, HOST.dtype)
+    rows["t_ns"] = np.arange(count) * S
+    rows["cpu_pct"] = np.arange(count)
+    rows["memory_used_bytes"] = 2**30
+    rows["disk_read_bytes"] = np.arange(count) * 1000
+    return rows
+
+
+def test_samples_become_means_and_counters_become_rates() -> None:
+    found = derive(frames(HOST, host_rows(20), 3, rank=1), interval_s=10.0)
+
+    assert named(found, "system/cpu_pct") == [4.5, 14.5]
+    assert named(found, "system/disk_read_bytes_per_s") == [pytest.approx(1000), pytest.approx(1000)]
+    assert {row.rank for row in found} == {1}
+    assert [row.step for row in found if row.name == "system/cpu_pct"] == [0, 1]
+
+
+def test_samples_bear_the_step_of_their_rank() -> None:
+    (rows,) = rows_of(JOB)
+    process = np.zeros(3, PROCESS.dtype)
+    process["t_ns"], process["rss_bytes"] = [1 * S, 2 * S, 3 * S], [100, 200, 300]
+    found = derive([*frames(STEPS, rows, 300), *frames(PROCESS, process, 3)], interval_s=1000)
+
+    assert named(found, "system/process/rss_bytes") == [200.0]
+    assert {row.step for row in found if row.name.startswith("system/")} == {299}
+
+
+def test_each_device_has_its_own_names() -> None:
+    rows = np.zeros(4, GPU.dtype)
+    rows["index"], rows["utilization_pct"] = [0, 1, 0, 1], [10, 90, 20, 70]
+    found = derive(frames(GPU, rows, 4), interval_s=1000)
+
+    assert named(found, "system/gpu0/utilization_pct") == [15.0]
+    assert named(found, "system/gpu1/utilization_pct") == [80.0]
+
+
+def test_system_values_can_be_turned_off() -> None:
+    assert derive(frames(HOST, host_rows(5), 5), system=False) == []

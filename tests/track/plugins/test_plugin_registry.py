@@ -1,0 +1,293 @@
+"""Plugins: found by name, registration, entry point and import path; what is wrong with one is said clearly."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import traceml
+from tests.track.conftest import free_port
+from traceml import (
+    BackendInterface,
+    BackendPlugin,
+    CollectorInterface,
+    CollectorPlugin,
+    FrameworkPlugin,
+    PluginMetadata,
+)
+from traceml.errors import PluginError
+from traceml.track.backends.jsonl import JsonlBackend, JsonlPlugin
+from traceml.track.plugins import plugin_registry
+from traceml.track.plugins.plugin_registry import PluginType, create_backend, load, missing_extra
+
+EXAMPLES = Path(__file__).parents[3] / "examples" / "plugins"
+
+
+class Mine(BackendPlugin):
+    """A backend of this module."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        return PluginMetadata(name="mine", version="1", options={"path": str, "much": (int, float)})
+
+    def create_backend(self, config: Mapping[str, Any]) -> BackendInterface:
+        return JsonlBackend(config)
+
+
+class Bare(JsonlBackend):
+    """A backend without a plugin."""
+
+
+class Remote(JsonlBackend):
+    """A backend that is not on this machine."""
+
+    @property
+    def is_local(self) -> bool:
+        return False
+
+
+class Incomplete(BackendPlugin):
+    """A plugin that forgot something."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        return PluginMetadata(name="incomplete", version="1")
+
+
+class Needy(Mine):
+    """A plugin whose library is not there."""
+
+    @classmethod
+    def get_metadata(cls) -> PluginMetadata:
+        return PluginMetadata(
+            name="needy", version="1", dependencies=("json", "not_a_module_of_anyones"), extra="needy"
+        )
+
+
+class Reading(CollectorInterface):
+    """A collector that wants no configuration."""
+
+    def collect(self) -> list[Any]:
+        return []
+
+
+@pytest.fixture(autouse=True)
+def _registry() -> Iterator[None]:
+    before = {kind: dict(names) for kind, names in plugin_registry._registered.items()}
+    yield
+    plugin_registry._registered.update(before)
+
+
+def _config(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    return {"options": {}, "run_id": "r", "run_dir": str(tmp_path), "experiment": {"id": "e"}, **more}
+
+
+def test_a_registered_plugin_is_found_by_name(tmp_path: Path) -> None:
+    """`register` takes a class, gives it back, and other processes learn its import path."""
+    assert traceml.register(Mine) is Mine
+    assert traceml.register(Mine) is Mine  # a module that is imported twice does no harm
+
+    assert isinstance(create_backend("mine", _config(tmp_path)), JsonlBackend)
+    assert plugin_registry.registered(PluginType.BACKEND) == {"mine": f"{__name__}:Mine"}
+    plugin_registry._registered[PluginType.BACKEND].clear()
+    assert isinstance(load(PluginType.BACKEND, "mine", known={"mine": f"{__name__}:Mine"}), Mine)
+
+
+def test_import_paths_name_plugins_and_bare_classes(tmp_path: Path) -> None:
+    """A class that implements an interface is as good as a plugin."""
+    assert isinstance(create_backend(f"{__name__}:Mine", _config(tmp_path)), JsonlBackend)
+    assert isinstance(create_backend(f"{__name__}:Bare", _config(tmp_path)), Bare)
+    collector = load(PluginType.COLLECTOR, f"{__name__}:Reading")
+    assert isinstance(collector, CollectorPlugin)
+    assert isinstance(collector.create_collector({}), Reading)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mlfow", "no plugin 'mlfow' among the backends; did you mean 'mlflow'"),
+        ("nothing_like_it", "There are: .*jsonl.*package:Class"),
+        ("no_such_module:Thing", "cannot be loaded from no_such_module:Thing: ModuleNotFoundError"),
+        (f"{__name__}:Nothing", "AttributeError"),
+        (f"{__name__}:EXAMPLES", "is no BackendPlugin nor BackendInterface"),
+        (f"{__name__}:Reading", "is no BackendPlugin nor BackendInterface"),
+        (f"{__name__}:Incomplete", "does not define create_backend"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said(name: str, words: str) -> None:
+    """The error names what was asked for, and what there is."""
+    with pytest.raises(PluginError, match=words):
+        load(PluginType.BACKEND, name)
+
+
+def test_registering_nonsense_is_refused() -> None:
+    """No plugin, a taken name, and a class that no other process can import."""
+
+    class Local(Mine):
+        pass
+
+    class Taken(JsonlPlugin):
+        pass
+
+    with pytest.raises(PluginError, match="is no plugin"):
+        traceml.register(Bare)  # type: ignore[type-var]
+    with pytest.raises(PluginError, match="defined in a function"):
+        traceml.register(Local)
+
+    Taken.__qualname__ = "Taken"
+    with pytest.raises(PluginError, match="'jsonl' is already there"):
+        traceml.register(Taken)
+
+
+def test_a_backend_in_the_script_itself_is_refused() -> None:
+    """Its delivery process could not import it; the text says what to do."""
+    code = (
+        "import traceml\nfrom traceml.track.backends.jsonl import JsonlPlugin\n"
+        "class Own(JsonlPlugin):\n    pass\n"
+        "try:\n    traceml.register(Own)\nexcept traceml.PluginError as error:\n    print(error)\n"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    assert "defined in the script itself" in out
+    assert "move the class into a module" in out
+
+
+def test_options_are_checked(tmp_path: Path) -> None:
+    """An unknown option and a wrong type are errors that name what is allowed."""
+    with pytest.raises(PluginError, match="no option 'pth'; there are: much, path"):
+        create_backend(f"{__name__}:Mine", _config(tmp_path, options={"pth": "x"}))
+    with pytest.raises(PluginError, match="it must be int or float"):
+        create_backend(f"{__name__}:Mine", _config(tmp_path, options={"much": "x"}))
+
+    create_backend(f"{__name__}:Mine", _config(tmp_path, options={"path": str(tmp_path), "much": 3}))
+
+
+def test_a_missing_library_is_said_with_its_extra(tmp_path: Path) -> None:
+    """The error has the command that installs it, and nothing is imported to find out."""
+    with pytest.raises(ImportError, match=r"needy needs not_a_module_of_anyones.*pip install 'traceml\[needy\]'"):
+        create_backend(f"{__name__}:Needy", _config(tmp_path))
+
+    assert missing_extra(JsonlPlugin.get_metadata()) is None
+
+
+def test_local_only_refuses_what_does_not_say_that_it_is_local(tmp_path: Path) -> None:
+    """A third party's backend counts as remote unless it says otherwise."""
+    create_backend(f"{__name__}:Bare", _config(tmp_path, local_only=True))
+    with pytest.raises(PluginError, match="not on this machine"):
+        create_backend(f"{__name__}:Remote", _config(tmp_path, local_only=True))
+
+
+def test_plugin_classes_cost_the_training_process_little() -> None:
+    """The base classes bring in nothing but the standard library."""
+    code = "import sys, traceml; traceml.BackendPlugin, traceml.register, traceml.Metric; print(*sys.modules)"
+    loaded = set(
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+    assert not {"importlib.metadata", "numpy", "pydantic", "mlflow", "wandb", "sqlite3"} & loaded
+
+
+TRAINING = """
+import sys, time
+import traceml
+from tqdm import tqdm
+
+traceml.init(
+    local=True, runs_dir=sys.argv[1], backend=["csv", "traceml_example.csv_backend:CsvBackend"],
+    collectors=["load"], frameworks=["tqdm"], track_git=False, track_env=False, track_system=False,
+    backend_options={"csv": {"folder": sys.argv[1] + "/out"}},
+)
+original = tqdm.set_postfix
+with traceml.Experiment("example") as experiment:
+    bar = tqdm(range(50), file=sys.stderr)
+    for step in bar:
+        bar.set_postfix(loss=step / 7, phase="train")
+        traceml.log_metric("own", step * 2, step=step)
+        time.sleep(0.01)
+
+traceml.shutdown()
+print("unpatched" if tqdm.set_postfix is not original else "still patched")
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the example package, as a user would, into a folder of its own and without a network."""
+    folder = tmp_path_factory.mktemp("plugins")
+    shutil.copytree(EXAMPLES, folder / "source")  # building leaves files beside the sources
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
+    pip += ["--no-build-isolation", "--no-deps", "--target", str(folder / "site"), str(folder / "source")]
+    subprocess.run(pip, check=True)
+    return folder / "site"
+
+
+def test_a_third_partys_package_is_found_and_used(installed: Path, tmp_path: Path) -> None:
+    """A backend, a collector and a framework of an installed package work by their names alone."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])}
+    for name in [name for name in environment if name.startswith("TRACEML_")]:
+        del environment[name]
+
+    environment["TRACEML_PORT"] = str(free_port())
+    command = [sys.executable, "-c", TRAINING, str(tmp_path)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "unpatched"
+
+    (run,) = [store.parent for store in tmp_path.glob("2*/store.db")]
+    deadline = time.monotonic() + 60
+    while True:
+        states = [json.loads(path.read_text()) for path in (run / "trackers").glob("*.json")]
+        if len(states) == 2 and all(state.get("phase", state.get("state")) == "done" for state in states):
+            break
+
+        assert time.monotonic() < deadline, (states, done.stderr[-2000:])
+        time.sleep(0.1)
+
+    for folder in (tmp_path / "out", run):
+        rows = [row for path in folder.glob("*.csv") for row in csv.DictReader(path.read_text().splitlines())]
+        assert [(int(row["step"]), float(row["value"])) for row in rows if row["name"] == "own"] == [
+            (step, step * 2.0) for step in range(50)
+        ]
+        assert [(int(row["step"]), float(row["value"])) for row in rows if row["name"] == "loss"] == [
+            (step, step / 7) for step in range(50)
+        ]
+        assert len([row for row in rows if row["name"] == "load/1min"]) >= 2
+
+
+def test_framework_plugins_patch_once() -> None:
+    """Patching twice is patching once; unpatching twice does no harm."""
+    calls: list[str] = []
+
+    class Recording(traceml.FrameworkInterface):
+        def patch(self, orchestrator: Any) -> None:
+            calls.append("patch")
+
+        def unpatch(self) -> None:
+            calls.append("unpatch")
+
+    class Plugin(FrameworkPlugin):
+        @classmethod
+        def get_metadata(cls) -> PluginMetadata:
+            return PluginMetadata(name="recording", version="1")
+
+        def create_framework(self) -> traceml.FrameworkInterface:
+            return Recording()
+
+    plugin = Plugin()
+    orchestrator: Any = None
+    for _ in range(2):
+        plugin.patch_framework(orchestrator)
+    for _ in range(2):
+        plugin.unpatch_framework()
+
+    assert calls == ["patch", "unpatch"]

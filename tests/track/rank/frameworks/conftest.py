@@ -1,0 +1,85 @@
+"""Scripts that use a framework and log through it, and what of that is in the store."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.aggregator.conftest import TOKEN, Serving
+from tests.recorder.conftest import environ
+from traceml.database.store import STORE_NAME, StoreReader
+from traceml.track.delivery.record_reader import RecordReader
+from traceml.track.plugins.metric import Metric
+
+RunScript = Callable[..., "Captured"]
+
+
+@dataclass
+class Captured:
+    """What a script logged.
+
+    Attributes:
+        metrics: values in the order of the store.
+        logged: what is no number, by kind.
+        said: what the script printed as its last line, from JSON.
+        folder: where it ran.
+        run_dir: its run's folder.
+    """
+
+    said: Any
+    folder: Path
+    run_dir: Path
+    metrics: list[Metric] = field(default_factory=list)
+    logged: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def values(self, kind: int | None = None) -> list[tuple[str, int | None, Any]]:
+        """Name, step and value of what was logged by somebody."""
+        return [(row.name, row.step, row.value) for row in self.metrics if kind is None or row.kind == kind]
+
+    def read(self) -> None:
+        with StoreReader(self.run_dir / STORE_NAME) as reader:
+            batch = RecordReader(reader).read({}, 1_000_000)
+
+        for rows in batch.metrics.values():
+            self.metrics += rows
+        for one in batch.logged:
+            self.logged.setdefault(one.row["kind"], []).append(one.row)
+
+
+@pytest.fixture(scope="session")
+def aggregator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """One real aggregator for all scripts."""
+    folder = tmp_path_factory.mktemp("frameworks")
+    server = Serving(folder / "runs", folder / "log")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def captured(aggregator: Serving, tmp_path: Path, request: pytest.FixtureRequest) -> RunScript:
+    """Run code as a script of a run of its own; return what is in its store."""
+
+    def run(code: str, *arguments: str, **values: str) -> Captured:
+        script = tmp_path / "script.py"
+        script.write_text(textwrap.dedent(code))
+        job = "".join(each if each.isalnum() else "-" for each in request.node.name).strip("-")
+        own = {"TRACEML_PORT": str(aggregator.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUN_ID": job} | values
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), *arguments],
+            env=environ(tmp_path, **own), cwd=tmp_path, capture_output=True, text=True, timeout=110, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stdout.splitlines() if line.startswith(("{", "["))]
+        result = Captured(json.loads(lines[-1]) if lines else None, tmp_path, aggregator.folder / job)
+        result.read()
+        return result
+
+    return run

@@ -1,0 +1,259 @@
+"""What collectors read of real repositories and processes, and the process in which they run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from traceml.track.plugins.plugin_registry import BUILT_IN, PluginType
+from traceml.track.rank.collectors.collector_process import CollectorProcess
+from traceml.track.rank.collectors.environment import EnvironmentCollector, SystemCollector
+from traceml.track.rank.collectors.git import MAX_DIFF_BYTES, GitCollector, without_credentials
+
+PASSWORD = "hunter2" + "correcthorse"
+BUILT_IN_NAMES = BUILT_IN[PluginType.COLLECTOR]
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ("-c", "user.name=T", "-c", "user.email=t@example.org", "-c", "init.defaultBranch=trunk")
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    """A repository with one commit and a remote whose address holds a password."""
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    git(folder, "init", "-q")
+    (folder / "train.py").write_text("lr = 0.1\n")
+    git(folder, "add", "train.py")
+    git(folder, "commit", "-q", "-m", "first")
+    git(folder, "remote", "add", "origin", f"https://bob:{PASSWORD}@git.example.org/team/repository.git")
+    return folder
+
+
+def facts_of(collector: Any) -> dict[str, Any]:
+    [facts] = collector.collect()
+    return facts
+
+
+def test_git_of_a_clean_repository(repository: Path) -> None:
+    """Commit, branch and remote are told, the remote's password is not."""
+    assert facts_of(GitCollector({"folder": str(repository)})) == {
+        "commit": git(repository, "rev-parse", "HEAD"),
+        "branch": "trunk",
+        "dirty": False,
+        "remote": "https://git.example.org/team/repository.git",
+    }
+
+
+def test_git_of_the_script(repository: Path, tmp_path: Path) -> None:
+    """The repository is the script's, wherever it was started; changes are a diff."""
+    (repository / "train.py").write_text("lr = 0.2\n")
+    facts = facts_of(GitCollector({"folder": str(tmp_path), "script": "repository/train.py"}))
+
+    assert facts["dirty"]
+    assert "-lr = 0.1\n+lr = 0.2\n" in facts["diff"]
+    assert not facts["diff_truncated"]
+
+
+def test_git_diff_is_bounded(repository: Path) -> None:
+    """A diff of any size costs a bounded row."""
+    (repository / "train.py").write_text("x = 1  # changed\n" * 200_000)
+    facts = facts_of(GitCollector({"folder": str(repository)}))
+
+    assert facts["diff_truncated"]
+    assert len(facts["diff"].encode()) == MAX_DIFF_BYTES
+
+
+def test_git_changes_nothing(repository: Path) -> None:
+    """Reading takes no lock, runs no hook and writes no index."""
+    index = repository / ".git" / "index"
+    (repository / "train.py").touch()
+    before = index.read_bytes()
+    facts_of(GitCollector({"folder": str(repository)}))
+
+    assert index.read_bytes() == before
+
+
+def test_git_without_commit_branch_or_repository(repository: Path, tmp_path: Path) -> None:
+    """What is not there is None; outside a repository there is nothing to tell."""
+    git(repository, "checkout", "-q", "--detach")
+    assert facts_of(GitCollector({"folder": str(repository)}))["branch"] is None
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    git(empty, "init", "-q")
+    assert facts_of(GitCollector({"folder": str(empty)}))["commit"] is None
+    assert GitCollector({"folder": str(tmp_path)}).collect() == []
+    assert GitCollector({"folder": str(tmp_path / "gone")}).collect() == []
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("git@github.com:org/repo.git", "git@github.com:org/repo.git"),
+        ("alice@host:repo.git", "host:repo.git"),
+        ("ssh://git@host:22/repo.git", "ssh://git@host:22/repo.git"),
+        ("ssh://alice@host/repo.git", "ssh://host/repo.git"),
+        ("https://token@host/repo.git?private_token=x", "https://host/repo.git"),
+        ("https://a:b@c@host/repo.git", "https://host/repo.git"),
+        ("/srv/git/repo.git", "/srv/git/repo.git"),
+    ],
+)
+def test_remotes_without_credentials(address: str, shown: str) -> None:
+    assert without_credentials(address) == shown
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Versions are those that an import would find, torch is not imported, the command hides what is secret."""
+    import torch
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("SHELL_HISTORY_OF_ALICE", "x")
+    argv = ["train.py", "--lr", "0.1", "--api-key", PASSWORD, f"--db.password={PASSWORD} and more", "data.secret=x y"]
+    facts = facts_of(EnvironmentCollector({"argv": argv, "path": sys.path, "executable": "/bin/python"}))
+
+    assert facts["torch"] == torch.__version__
+    assert f"pytest=={pytest.__version__}" in facts["packages"].splitlines()
+    assert facts["python"].startswith("3.")
+    assert facts["variables"]["OMP_NUM_THREADS"] == "3"
+    assert "SHELL_HISTORY_OF_ALICE" not in facts["variables"]
+    assert PASSWORD not in facts["command"]
+    assert "and more" not in facts["command"]
+    assert "x y" not in facts["command"]
+    assert facts["command"].startswith("train.py --lr 0.1 --api-key ")
+
+
+def test_system() -> None:
+    """The machine is told in numbers that agree with Python's own."""
+    facts = facts_of(SystemCollector({}))
+
+    assert facts["cores"] == os.cpu_count()
+    assert facts["memory_bytes"] > 1 << 28
+    assert facts["host"] == os.uname().nodename
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+COLLECTORS = """
+    import os
+    import time
+
+    from traceml.track.plugins.interfaces import CollectorInterface
+    from traceml.track.plugins.metric import Metric
+
+    class Once(CollectorInterface):
+        def __init__(self, config):
+            self.config = config
+
+        def collect(self):
+            print("what a collector prints is not taken for a row")
+            return [{"pid": os.getpid(), "argv": self.config["argv"], "api_key": "hunter2"}, Metric("m", 0.1 + 0.2, 7)]
+
+    class Ticking(CollectorInterface):
+        interval = 0.1
+        n = 0
+
+        def collect(self):
+            self.n += 1
+            if self.n == 2:
+                raise RuntimeError("out of order for once")
+
+            return [Metric("tick", float(self.n))]
+
+    class Hanging(CollectorInterface):
+        def collect(self):
+            time.sleep(3600)
+"""
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with collectors, found as the training process would find it."""
+    (tmp_path / "my_collectors.py").write_text(textwrap.dedent(COLLECTORS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+
+    return True
+
+
+@pytest.mark.usefixtures("plugins")
+def test_collectors_run_in_a_process_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Facts arrive masked, values as they are, from another process, and it ends when it is told to."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--token=" + PASSWORD])
+    rows: list[dict[str, Any]] = []
+    child = CollectorProcess(["my_collectors:Once", *BUILT_IN_NAMES], {}, (), rows.append)
+    child.stop(timeout_s=60)
+
+    assert not is_running(child.pid)
+    assert {row["name"] for row in rows} >= {"my_collectors:Once", "environment", "system", "m"}
+    assert PASSWORD not in repr(rows)
+    facts = next(row["facts"] for row in rows if row["name"] == "my_collectors:Once")
+    assert facts["pid"] == child.pid
+    assert facts["api_key"] == "[masked:secret]"
+    [metric] = [row for row in rows if row["kind"] == "metric"]
+    assert (metric["value"], metric["step"]) == (0.1 + 0.2, 7)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_failing_and_hanging_collectors_harm_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """One that is missing, one that fails and one that hangs leave the others alive, and are named."""
+    rows: list[dict[str, Any]] = []
+    names = ["my_collectors:Hanging", "my_collectors:Ticking", "my_collectors:Missing"]
+    child = CollectorProcess(names, {}, (), rows.append)
+    until(lambda: sum(row["name"] == "tick" for row in rows) >= 3)
+    child.stop(timeout_s=0)
+
+    assert not is_running(child.pid)
+    values = [row["value"] for row in rows if row["name"] == "tick"]
+    assert values[:3] == [1.0, 3.0, 4.0]
+    assert "out of order for once" in caplog.text
+    assert "Missing" in caplog.text
+
+
+@pytest.mark.usefixtures("plugins")
+def test_the_process_ends_with_its_rank(tmp_path: Path) -> None:
+    """When the rank is killed, its collectors end too."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import time
+            from traceml.track.rank.collectors.collector_process import CollectorProcess
+
+            child = CollectorProcess(["my_collectors:Ticking"], {}, (), lambda row: None)
+            print(child.pid, flush=True)
+            time.sleep(3600)
+            """
+        )
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        pid = int(rank.stdout.readline())
+        assert is_running(pid)
+        rank.kill()
+
+    until(lambda: not is_running(pid))

@@ -1,0 +1,290 @@
+"""Experiments: what their rows tell the delivery, and which of them a call belongs to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import traceml
+from tests.aggregator.conftest import eventually
+from tests.track.conftest import Script, Stored, ended_run, finish, runs_in
+from traceml.errors import UsageError
+from traceml.track import wandb_sweep
+
+
+def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path) -> None:
+    """Module-level calls too; an inner one names its parent; ends are told with how they ended."""
+    finish(
+        script("""
+        import traceml
+        with traceml.Experiment("outer", project="p", backend="jsonl, tensorboard", tags=["a"],
+                                config={"lr": 1}) as outer:
+            traceml.log_metric("x", 1)
+            outer.set_iteration(7)
+            outer.log_metric("y", 2)
+            outer.log_hyperparameter("depth", 3)
+            outer.set_tags({"stage": 2})
+            try:
+                with traceml.Experiment("inner", backend=["jsonl"], resume="earlier") as inner:
+                    assert traceml.get_active_experiment() is inner
+                    traceml.log_metric("x", 10)
+                    outer.log_metric("x", 2)
+                    raise KeyError("broken")
+            except KeyError:
+                pass
+            traceml.log_metric("x", 3)
+            assert outer.config == {"lr": 1}
+        assert traceml.get_active_experiment() is None
+        traceml.log_metric("alone", 1)
+        with traceml.Experiment("outer", backend="jsonl") as again:
+            assert again.id != outer.id
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    outer, inner, again = stored.of("experiment")
+    assert (outer["name"], outer["project"], outer["backends"]) == ("outer", "p", ["jsonl", "tensorboard"])
+    assert (outer["tags"], outer["params"], outer["parent"]) == ({"a": ""}, {"lr": 1}, None)
+    assert (inner["parent"], inner["resume"], inner["project"]) == (outer["id"], "earlier", "default")
+    assert len({outer["experiment"], inner["experiment"], again["experiment"], 0}) == 4
+    values = {(experiment, metric.name): [] for experiment, metric in stored.metrics}
+    for experiment, metric in stored.metrics:
+        values[experiment, metric.name].append((metric.value, metric.step))
+    assert values == {
+        (outer["experiment"], "x"): [(1.0, 0), (2.0, 7), (3.0, 1)],
+        (outer["experiment"], "y"): [(2.0, 7)],
+        (inner["experiment"], "x"): [(10.0, 0)],
+        (0, "alone"): [(1.0, 0)],
+    }
+    ends = [(row["experiment"], row["state"]) for row in stored.of("end")]
+    assert ends == [
+        (inner["experiment"], "failed"),
+        (outer["experiment"], "finished"),
+        (again["experiment"], "finished"),
+    ]
+    assert [row["params"] for row in stored.of("params")] == [{"lr": 1}, {"depth": 3}]
+    assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}]
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool) -> None:
+    """Trackers of the settings get the run itself, unless the script begins an experiment in its place."""
+    finish(
+        script(
+            """
+        import sys, traceml
+        traceml.init(local=True)
+        with traceml.trace_step():
+            pass
+        if sys.argv[1] == "True":
+            with traceml.Experiment("mine"):
+                traceml.log_metric("x", 1)
+        """,
+            explicit,
+            TRACEML_BACKEND="jsonl",
+            TRACEML_RUN_NAME="named",
+        )
+    )
+
+    (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")
+    assert (row["name"], row["backends"]) == ("mine" if explicit else "named", ["jsonl"])
+    assert (row["experiment"] == 0) is not explicit
+
+
+def test_the_settings_trackers_get_everything_without_any_init(script: Script, tmp_path: Path) -> None:
+    """A `log_*` call alone is enough for captures and collectors, where the settings name a tracker."""
+    finish(
+        script(
+            """
+        import traceml
+        traceml.log_metric("x", 1)
+        from tensorboardX import SummaryWriter
+        with SummaryWriter("events") as writer:
+            writer.add_scalar("y", 2.0, 3)
+        """,
+            TRACEML_BACKEND="jsonl",
+        )
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert (stored.values("x"), stored.values("y")) == ([1.0], [2.0])
+    assert {row["name"] for row in stored.of("collected")} >= {"environment", "system"}
+
+
+def test_an_experiment_after_a_shutdown_is_recorded_too(script: Script, tmp_path: Path) -> None:
+    """Each has a run of its own, with nothing of the other's in it; a mere call after a shutdown does nothing."""
+    finish(
+        script("""
+        import traceml
+        for name in ("first", "second"):
+            with traceml.Experiment(name, backend="jsonl"):
+                traceml.log_metric(name, 1)
+            traceml.shutdown()
+            traceml.log_metric("late", 1)
+        front = traceml.Orchestrator()
+        front.start()
+        print(front.health()["state"])
+        front.stop()
+        front.stop()
+        print(front.health()["state"])
+        """)
+    )
+
+    def is_over() -> list[Stored]:
+        runs = [Stored(run_dir) for run_dir in runs_in(tmp_path / "traceml_runs")]
+        return runs if len(runs) == 3 and all(run.ended for run in runs) else []
+
+    found = {run.of("experiment")[0]["name"]: run for run in eventually(is_over) if run.of("experiment")}
+    assert found.keys() == {"first", "second"}
+    for name, run in found.items():
+        assert run.values(name) == [1.0]
+        assert run.values("late") == []
+        assert len(run.of("experiment")) == 1
+
+
+def test_a_tracker_that_does_not_exist_is_told_at_once(script: Script) -> None:
+    """A slip in a name raises where the experiment begins; in a setting it is a warning, and logging goes on."""
+    code = """
+        import traceml
+        try:
+            traceml.start_logging("x", backend=NAMES)
+        except traceml.PluginError as error:
+            print(error)
+        traceml.log_metric("y", 1)
+    """
+    assert "did you mean 'mlflow'?" in finish(script(code.replace("NAMES", '["jsonl", "mlfow"]')))
+
+    process = script(code.replace("NAMES", "None"), TRACEML_BACKEND="mlfow")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, ""), err
+    assert "did you mean 'mlflow'?" in err
+
+
+def test_wrong_settings_are_told_where_an_experiment_begins(script: Script) -> None:
+    """As `init` does; a mere call warns, and the training goes on."""
+    out = finish(
+        script(
+            """
+        import traceml
+        try:
+            traceml.Experiment("x").start()
+        except traceml.SettingsError as error:
+            print(error)
+        traceml.log_metric("y", 1)
+        """,
+            TRACEML_TRACK_GIT="maybe",
+        )
+    )
+    assert "TRACEML_TRACK_GIT: 'maybe' is not allowed" in out
+
+
+def test_options_are_checked_at_once_and_add_to_those_of_the_settings(script: Script, tmp_path: Path) -> None:
+    """A slip raises where the experiment begins; what the experiment does not say, the settings do."""
+    out = finish(
+        script(
+            """
+        import traceml
+        for options in ({"nonsense": 1}, {"path": 1}, {"sample": 0}, {"fallback": "jsonll"}):
+            try:
+                traceml.Experiment("x", backend="jsonl", options={"jsonl": options}).start()
+            except traceml.PluginError as error:
+                print(error)
+        with traceml.Experiment("y", backend="jsonl", options={"jsonl": {"sample": 10}}):
+            traceml.log_metric("z", 1)
+        """,
+            TRACEML_BACKEND_OPTIONS='{"jsonl": {"path": "elsewhere", "sample": 2}}',
+        )
+    )
+    for said in ("no option 'nonsense'", "'path' of backend 'jsonl' is 1", "'sample'", "did you mean 'jsonl'"):
+        assert said in out
+
+    (row,) = ended_run(tmp_path / "traceml_runs").of("experiment")
+    assert row["options"] == {"jsonl": {"path": "elsewhere", "sample": 10}}
+
+
+def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
+    """start_logging and stop_logging; what is not stopped ends with the script."""
+    finish(
+        script("""
+        import traceml
+        experiment = traceml.start_logging("old", "q", "jsonl", backend_url="elsewhere", config={"a": 1})
+        traceml.log_metric("x", 1)
+        open("file.txt", "w").write("f")
+        experiment.log_file_artifact("file.txt", "folder")
+        traceml.stop_logging()
+        traceml.start_logging("open", backend="jsonl")
+        traceml.log_metric("x", 2)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    old, left_open = stored.of("experiment")
+    assert old["options"] == {"jsonl": {"path": "elsewhere"}}
+    assert left_open["name"] == "open"
+    assert [row["name"] for row in stored.of("artifact")] == ["folder/file.txt"]
+    assert [row["experiment"] for row in stored.of("end")] == [old["experiment"]]
+    assert stored.values("x") == [1.0, 2.0]
+
+
+def test_secrets_are_refused_where_they_would_be_stored() -> None:
+    """Keys in arguments and options are errors which say where they belong, without repeating them."""
+    with pytest.raises(UsageError, match=r"WANDB_API_KEY in the environment.*0600") as caught:
+        traceml.start_logging("e", backend="wandb", api_key="hunter2")
+    assert "hunter2" not in str(caught.value)
+
+    with pytest.raises(UsageError, match=r"'api_key' of backend 'wandb'.*WANDB_API_KEY") as caught:
+        traceml.Experiment("e", options={"wandb": {"api_key": "hunter2"}})
+    assert "hunter2" not in str(caught.value)
+
+    traceml.Experiment("e", options={"wandb": {"api_key_file": "/run/key"}})
+
+
+def test_an_address_goes_with_one_tracker() -> None:
+    """Otherwise nobody could tell whose it is."""
+    with pytest.raises(UsageError, match="one backend of mlflow"):
+        traceml.start_logging("e", backend="mlflow,aim", backend_url="http://x")
+
+
+def test_a_sweeps_parameters(tmp_path: Path) -> None:
+    """The file that W&B's agent leaves is read without its library; without a sweep, or with a broken file, nothing."""
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "wandb_version: 1\n\nlr:\n  value: 0.01\nmodel:\n  desc: null\n  value: resnet\nbig:\n  value: 1e-05\n"
+        "flag:\n  value: true\nlist:\n  value: [1, 2]\n"
+    )
+    environ = {"WANDB_SWEEP_ID": "s", "WANDB_SWEEP_PARAM_PATH": str(path)}
+
+    assert wandb_sweep.parameters(environ) == {
+        "lr": 0.01,
+        "model": "resnet",
+        "big": 1e-05,
+        "flag": True,
+        "list": [1, 2],
+    }
+    assert wandb_sweep.parameters({}) == {}
+    assert wandb_sweep.parameters(environ | {"WANDB_SWEEP_PARAM_PATH": str(tmp_path / "none")}) == {}
+
+
+def test_wrong_steps_are_told(script: Script, tmp_path: Path) -> None:
+    """A step that is no whole number is an error at the call; one that is a whole float is taken."""
+    out = finish(
+        script("""
+        import traceml
+        for step in ("one", 1.5, 2**63, None, 3.0):
+            try:
+                traceml.log_metric("x", 1, step)
+            except (TypeError, ValueError) as error:
+                print(type(error).__name__, error)
+        try:
+            traceml.log_metric(5, 1)
+        except TypeError as error:
+            print(error)
+        """)
+    )
+
+    assert "TypeError a step is a whole number, not str 'one'" in out
+    assert "TypeError a step is a whole number, not 1.5" in out
+    assert "ValueError a step fits into 64 bits" in out
+    assert "a metric's name is a text, not int 5" in out
+    assert ended_run(tmp_path / "traceml_runs").steps("x") == [0, 3]

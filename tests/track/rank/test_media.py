@@ -1,0 +1,271 @@
+"""Artifacts, images, histograms and long texts: what arrives in the run's folder is what was given."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.aggregator.conftest import Serving
+from tests.track.conftest import Script, Stored, ended_run, finish
+from traceml.aggregator.orphans import finish_flights
+from traceml.recorder.uploads import RefusedFileError
+from traceml.track.rank.media_encoding import histogram_of, image_of
+
+
+def test_a_large_artifact_that_is_deleted_at_once(script: Script, tmp_path: Path) -> None:
+    """200 MB, unlinked when the call has returned; the call takes no time, and the copy is whole."""
+    out = finish(
+        script("""
+        import hashlib, os, time, traceml
+        block = os.urandom(1 << 20)
+        digest = hashlib.sha256()
+        with open("model.pt", "wb") as file:
+            for _ in range(200):
+                file.write(block)
+                digest.update(block)
+        with traceml.Experiment("large", backend=()) as experiment:
+            experiment.log_artifact("model.pt", "weights/best.pt")
+            os.unlink("model.pt")
+            for i in range(1000):
+                experiment.log_metric("x", i)
+        print(digest.hexdigest())
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    (row,) = stored.of("artifact")
+    assert (row["name"], row["size"], row["sha256"]) == ("weights/best.pt", 200 << 20, out.strip())
+    with (stored.run_dir / row["path"]).open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == out.strip()
+    assert len(stored.values("x")) == 1000
+    assert [each["kind"] for each in stored.rows if each["kind"] != "collected"] == ["experiment", "artifact", "end"]
+
+
+def test_files_of_a_rank_that_cannot_reach_the_folder(script: Script, serving: Serving, tmp_path: Path) -> None:
+    """They travel in pieces, compressed where that helps, and are put together by the aggregator."""
+    process = script(
+        """
+        import ctypes, os, sys
+        # In a mount namespace of its own the run's folder is somewhere else, as it is on another host.
+        os.unshare = ctypes.CDLL(None, use_errno=True).unshare
+        assert os.unshare(0x00020000) == 0, os.strerror(ctypes.get_errno())
+        mount = ctypes.CDLL(None, use_errno=True).mount
+        assert mount(b"none", b"/", None, 0x4000 | 0x40000, None) == 0
+        assert mount(b"none", sys.argv[1].encode(), b"tmpfs", 0, None) == 0
+
+        import traceml
+        noise, zeros = os.urandom(5_000_000), bytes(3_000_000)
+        for name, data in (("noise", noise), ("zeros", zeros), ("empty", b""), ("twin", noise)):
+            with open(name, "wb") as file:
+                file.write(data)
+        traceml.init()
+        for name in ("noise", "zeros", "empty", "twin"):
+            traceml.log_artifact(name)
+            os.rename(name, name + ".kept")
+        traceml.log_metric("x", 1)
+        """,
+        serving.folder,
+        serving=serving,
+    )
+    finish(process)
+
+    stored = ended_run(serving.folder)
+    assert stored.values("x") == [1.0]
+    rows = {row["name"]: row for row in stored.of("artifact")}
+    for name in ("noise", "zeros", "empty", "twin"):
+        assert (stored.run_dir / rows[name]["path"]).read_bytes() == (tmp_path / f"{name}.kept").read_bytes()
+    assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
+
+
+def test_files_of_a_rank_that_is_killed_before_anybody_took_them(script: Script, tmp_path: Path) -> None:
+    """They were copied, so they are recovered, each under its name."""
+    process = script("""
+        import os, pathlib, time, traceml
+        traceml.init(on_missing="warn", connect_timeout=0.1)
+        pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
+        traceml.log_artifact("model.bin", "first")
+        traceml.log_artifact("model.bin", "second")
+        while len(list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row"))) < 2:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        os.kill(os.getpid(), 9)
+        """)
+    finish(process, -9)
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+
+    stored = Stored(run_dir)
+    assert [row["name"] for row in stored.of("artifact")] == ["first", "second"]
+    for row in stored.of("artifact"):
+        assert (run_dir / row["path"]).read_bytes() == b"weights" * 1000
+
+    assert not list((tmp_path / "traceml_runs" / ".flights").iterdir())
+
+
+def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
+    """Limits are kept: what is refused is told in the run and in a warning, and nothing raises; a missing file does."""
+    process = script(
+        """
+        import numpy, traceml
+        open("big", "wb").write(bytes(2000))
+        traceml.init(local=True, max_artifact_bytes=1000, max_image_bytes=300)
+        traceml.log_artifact("big")
+        traceml.log_image("noise", numpy.random.rand(64, 64))
+        traceml.log_image("shape", numpy.zeros((2, 2, 2, 2)))
+        traceml.log_image("small", numpy.zeros((4, 4)))
+        for wrong in ("nowhere", "/dev/null"):
+            try:
+                traceml.log_artifact(wrong)
+            except OSError as error:
+                print(error)
+        """
+    )
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 0, err
+    assert "nowhere" in out
+    assert "no regular file" in out
+    assert err.count("is not logged") == 3
+    stored = ended_run(tmp_path / "traceml_runs")
+    assert [row["name"] for row in stored.of("image")] == ["small"]
+    refused = {row["name"]: row["why"] for row in stored.of("refused")}
+    assert refused == {
+        "big": "it has 2000 bytes, above max_artifact_bytes=1000",
+        "noise": "it has more than 300 bytes (max_image_bytes)",
+        "shape": "an image has 2 or 3 dimensions, not the shape (2, 2, 2, 2)",
+    }
+
+
+def test_folders_texts_and_histograms(script: Script, tmp_path: Path) -> None:
+    """A folder's files keep their places in it; a text of megabytes becomes a file; a histogram has its counts."""
+    finish(
+        script("""
+        import pathlib, traceml
+        pathlib.Path("out/deep").mkdir(parents=True)
+        pathlib.Path("out/a.txt").write_text("a")
+        pathlib.Path("out/deep/b.json").write_text("{}")
+        pathlib.Path("out/same.txt").write_text("a")
+        traceml.log_artifact("out", "results")
+        traceml.log_text("short", "s")
+        traceml.log_text("long", "l" * 3_000_000)
+        traceml.log_histogram("h", [1, 2, 2, 3, float("nan")], bins=2, step=3)
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    files = {row["name"]: (stored.run_dir / row["path"]).read_text() for row in stored.of("artifact")}
+    assert files == {
+        "results/a.txt": "a",
+        "results/same.txt": "a",
+        "results/deep/b.json": "{}",
+        "long.txt": "l" * 3_000_000,
+    }
+    assert [row["text"] for row in stored.of("text")] == ["s"]
+    (row,) = stored.of("histogram")
+    assert (row["counts"], row["edges"], row["not_finite"], row["step"]) == ([1, 3], [1.0, 2.0, 3.0], 1, 3)
+
+
+def pixels_of(image: object) -> np.ndarray:
+    make, suffix = image_of(image, 1 << 20)
+    assert suffix == ".png"
+    return np.asarray(Image.open(io.BytesIO(make())))
+
+
+RAMP = np.arange(90, dtype=np.uint8).reshape(6, 5, 3) * 2
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        RAMP,
+        RAMP.transpose(2, 0, 1),
+        RAMP.astype(np.int64),
+        RAMP / np.float32(255),
+        torch.from_numpy(RAMP.copy()).permute(2, 0, 1),
+        torch.from_numpy(RAMP / 255.0).requires_grad_(),
+        torch.from_numpy(RAMP / 255.0).bfloat16().float(),
+        Image.fromarray(RAMP),
+    ],
+    ids=["hwc", "chw", "int", "float", "tensor", "grad", "rounded", "pil"],
+)
+def test_images_keep_their_pixels(image: object) -> None:
+    """Whatever holds them, the file shows the same pixels."""
+    tolerance = 1 if isinstance(image, torch.Tensor) and image.dtype == torch.float32 else 0
+
+    assert np.abs(pixels_of(image).astype(int) - RAMP).max() <= tolerance
+
+
+def test_images_of_one_two_and_four_channels() -> None:
+    """Grey, with and without alpha, and RGB with alpha; booleans are black and white, NaN is black."""
+    rng = np.random.default_rng(0)
+    for shape in ((5, 7), (5, 7, 2), (5, 7, 4)):
+        array = rng.integers(0, 256, shape, dtype=np.uint8)
+        assert (pixels_of(array) == array).all()
+
+    assert pixels_of(np.array([[True, False]])).tolist() == [[255, 0]]
+    assert pixels_of(np.array([[np.nan, 2.0, -1.0]])).tolist() == [[0, 255, 0]]
+
+
+def test_images_are_copied_when_they_are_logged() -> None:
+    """What is changed in place afterwards does not change the image."""
+    array, tensor = RAMP.copy(), torch.from_numpy(RAMP.copy())
+    makers = [image_of(array, 1 << 20)[0], image_of(tensor, 1 << 20)[0]]
+    array[:] = 0
+    tensor.zero_()
+
+    for make in makers:
+        assert (np.asarray(Image.open(io.BytesIO(make()))) == RAMP).all()
+
+
+def test_figures_and_files_are_images(tmp_path: Path) -> None:
+    """A figure is drawn by its own library; files stay as they are."""
+    matplotlib = pytest.importorskip("matplotlib.figure")
+    figure = matplotlib.Figure(figsize=(2, 1), dpi=50)
+    assert pixels_of(figure).shape[:2] == (50, 100)
+
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(RAMP).save(path)
+    make, suffix = image_of(path, 1 << 20)
+    assert (make(), suffix) == (path.read_bytes(), ".jpg")
+
+
+@pytest.mark.parametrize("image", [3, object(), {"a": 1}])
+def test_what_is_no_image_is_told(image: object) -> None:
+    """With what would be one."""
+    with pytest.raises(TypeError, match="an image is an array, a tensor"):
+        image_of(image, 100)
+
+
+def test_odd_shapes_are_refused() -> None:
+    """Channels that no image has."""
+    make, _ = image_of(np.zeros((5, 5, 5)), 1 << 20)
+    with pytest.raises(RefusedFileError, match="1 to 4 channels"):
+        make()
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 1.0, 4.0], np.array([0, 1, 1, 4]), torch.tensor([0.0, 1.0, 1.0, 4.0])])
+def test_histograms_agree_whatever_holds_the_values(values: object) -> None:
+    """Lists, arrays and tensors give the same counts and edges."""
+    assert histogram_of(values, 4) == ([1, 2, 0, 1], [0.0, 1.0, 2.0, 3.0, 4.0], 0)
+
+
+def test_histograms_without_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list is counted without any library."""
+    monkeypatch.delitem(sys.modules, "numpy")
+
+    assert histogram_of([0.0, 1.0, 1.0, 4.0, float("inf")], 4) == ([1, 2, 0, 1], [0.0, 1.0, 2.0, 3.0, 4.0], 1)
+
+
+def test_histograms_of_nothing_and_of_one_value() -> None:
+    """They have a width all the same."""
+    assert histogram_of([], 2) == ([0, 0], [0.0, 0.5, 1.0], 0)
+    assert histogram_of(torch.tensor([float("nan")]), 2) == ([0, 0], [0.0, 0.5, 1.0], 1)
+    assert sum(histogram_of(np.array([3.0, 3.0]), 2)[0]) == 2
+    with pytest.raises(ValueError, match="at least one interval"):
+        histogram_of([1.0], 0)

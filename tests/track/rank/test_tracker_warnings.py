@@ -1,0 +1,56 @@
+"""A script hears of trackers that fail."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from tests.track.conftest import Script, free_port
+from traceml.track.rank.tracker_warnings import TrackerWarnings
+from traceml.track.tracker_state import DeliveryPhase, TrackerState
+
+
+def test_each_tracker_that_fails_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With what is wrong and what becomes of the rows; those that deliver are not mentioned."""
+    for backend, phase, error in (
+        ("mlflow", DeliveryPhase.OPEN, "Connection refused"),
+        ("wandb", DeliveryPhase.BROKEN, "no such library"),
+        ("jsonl", DeliveryPhase.DELIVERING, ""),
+        ("aim", DeliveryPhase.WAITING, ""),
+    ):
+        TrackerState(backend, phase, error=error, target="there").save(tmp_path)
+
+    troubles = TrackerWarnings()
+    with caplog.at_level(logging.WARNING, "traceml"):
+        troubles.tell(tmp_path)
+        troubles.tell(tmp_path)
+        troubles.tell(tmp_path / "elsewhere")
+
+    mlflow, wandb = (record.getMessage() for record in caplog.records)
+    assert mlflow.startswith("mlflow at there does not take what is logged (Connection refused)")
+    assert "is tried again" in mlflow
+    assert "no such library" in wandb
+    assert "is tried again" not in wandb
+    assert "traceml sync" in wandb
+
+
+def test_the_end_of_a_script_tells(script: Script) -> None:
+    """A server that is not there: the script ends as it would, and says so."""
+    process = script(
+        """
+        import glob, json, sys, time, traceml
+        with traceml.Experiment("x", backend="mlflow", options={"mlflow": {"tracking_uri": sys.argv[1]}}) as experiment:
+            experiment.log_metric("loss", 1.0)
+            while not any(json.load(open(path))["error"] for path in glob.glob("traceml_runs/2*/trackers/*.json")):
+                time.sleep(0.05)
+        """,
+        f"http://127.0.0.1:{free_port()}",
+        TRACEML_DELIVERY_NICE="0",
+    )
+    _, err = process.communicate(timeout=90)
+
+    assert process.returncode == 0, err
+    assert "mlflow at http://127.0.0.1" in err
+    assert "cannot be reached: Connection refused" in err
