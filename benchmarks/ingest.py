@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
-from traceml.database.store import STORE_NAME, StoreReader
+from traceml.database.store_file import STORE_NAME
 from traceml.transport import auth
 from traceml.transport.client import connect
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame

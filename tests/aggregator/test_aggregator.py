@@ -159,7 +159,8 @@ def test_two_runs_at_once(serving):
 
 
 def _store(folder: Path):
-    from traceml.database.store import STORE_NAME, StoreReader
+    from traceml.database.reader import StoreReader
+    from traceml.database.store_file import STORE_NAME
 
     return StoreReader(folder / STORE_NAME)
 

@@ -7,7 +7,9 @@ from tests.aggregator.conftest import step_rows
 from tests.aggregator.test_live import stream_of
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
-from traceml.database.store import STORE_NAME, StoreReader, StoreWriter, StreamIdentity
+from traceml.database.reader import StoreReader, StreamIdentity
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import Decoder
 from traceml.transport.server import RefusedError

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
-from traceml.database.store import STORE_NAME, StoreReader
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from traceml.database.flight import FlightFile, Slot
-from traceml.database.schema import Phase
+from traceml.database.flight import FlightFile
+from traceml.database.schema import Phase, Slot
 
 # Words of the witness, a second mapping that the victim writes around what it does to the flight file.
 READY, BEGUN, DONE, PHASE = range(4)

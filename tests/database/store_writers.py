@@ -13,8 +13,9 @@ from pathlib import Path
 
 import msgpack
 
+from traceml.database.reader import StreamIdentity
 from traceml.database.schema import EVALS
-from traceml.database.store import StoreWriter, StreamIdentity
+from traceml.database.store import StoreWriter
 
 STREAMS = 3
 

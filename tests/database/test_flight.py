@@ -14,8 +14,9 @@ import pytest
 from tests.database.conftest import ROOT
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database import flight as module
-from traceml.database.flight import FlightFile, FlightState, Slot, is_alive, read_flight
-from traceml.database.schema import LOGS, PACKED, Phase
+from traceml.database.flight import FlightFile
+from traceml.database.postmortem import FlightState, is_alive, read_flight
+from traceml.database.schema import LOGS, PACKED, Phase, Slot
 
 KIB = 1024
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from tests.database.store_writers import STREAMS, frame
+from traceml.database.reader import StoreReader, StreamIdentity
 from traceml.database.schema import STEPS
-from traceml.database.store import StoreReader, StoreWriter, StreamIdentity
+from traceml.database.store import StoreWriter
 from traceml.errors import StoreError
 
 Start = Callable[..., "Popen[str]"]

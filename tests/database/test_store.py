@@ -14,7 +14,8 @@ import msgpack
 import pytest
 
 from tests.database.store_writers import STREAMS, frame, row
-from traceml.database.store import StoreReader, StoreWriter, StreamIdentity
+from traceml.database.reader import StoreReader, StreamIdentity
+from traceml.database.store import StoreWriter
 from traceml.errors import StoreError
 
 Start = Callable[..., "Popen[str]"]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
-from traceml.database.store import STORE_NAME
+from traceml.database.store_file import STORE_NAME
 from traceml.launch.conclusion import conclude
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.track.conftest import Script, finish, script  # noqa: F401 - a fixture
-from traceml.database.flight import FALLBACK_FOLDER, read_flight
+from traceml.database.flight import FALLBACK_FOLDER
+from traceml.database.postmortem import read_flight
 from traceml.launch.flights import keep_copy, left_by
 
 LOGGING = """

@@ -9,7 +9,8 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.compare import compare_runs
 

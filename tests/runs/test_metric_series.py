@@ -10,7 +10,8 @@ from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import add_rank, rows_of, run_facts
 from traceml.database.reader import StoreReader
 from traceml.database.schema import METRICS
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.runs.metric_series import MetricSeriesSet
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.track.fabricated import LoggedRun, deliver
 from traceml.database.reader import StoreReader
-from traceml.database.store import STORE_NAME
+from traceml.database.store_file import STORE_NAME
 from traceml.runs.find import is_delivered, prune
 from traceml.runs.metric_summary import MetricSummary, trackers
 from traceml.runs.report import build_report, update_trackers, write_report

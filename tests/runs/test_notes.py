@@ -6,7 +6,9 @@ from tests.renderers.reports import finding
 from tests.runs.export.exported import rich_run
 from tests.runs.fabricated_store import add_info, run_facts
 from tests.track.fabricated import LoggedRun
-from traceml.database.store import STORE_NAME, StoreWriter, StreamIdentity
+from traceml.database.reader import StreamIdentity
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.runs.live_run import LiveRun
 
 

@@ -18,7 +18,8 @@ from tests.runs.fabricated_store import (
     run_facts,
     store_run,
 )
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.report import build_report, write_report
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 
 from traceml.database.schema import EVALS, Table
-from traceml.samplers.base import Row, Scheduler
+from traceml.samplers.base import SampleRow, SamplerScheduler
 
 
 class Counting:
@@ -22,7 +22,7 @@ class Counting:
     def __init__(self, name: str = "counting", broken: bool = False) -> None:
         self.name, self.broken, self.closed = name, broken, False  # type: ignore[misc]
 
-    def sample(self, t_ns: int, step: int) -> Iterable[Row]:
+    def sample(self, t_ns: int, step: int) -> Iterable[SampleRow]:
         if self.broken:
             raise OSError("no such sensor")
 
@@ -34,8 +34,8 @@ class Counting:
 
 def test_only_what_is_due_runs() -> None:
     """A sampler runs at once and then waits for its interval."""
-    rows: list[tuple[str, Row]] = []
-    scheduler = Scheduler([Counting()], lambda table, row: rows.append((table, row)), interval_s=1000)
+    rows: list[tuple[str, SampleRow]] = []
+    scheduler = SamplerScheduler([Counting()], lambda table, row: rows.append((table, row)), interval_s=1000)
 
     scheduler.run_due(step=3)
     scheduler.run_due(step=4)
@@ -50,7 +50,7 @@ def test_intervals_by_name_and_at_the_start() -> None:
     class Dense(Counting):
         start_interval_s: ClassVar[float | None] = 0.5
 
-    scheduler = Scheduler(
+    scheduler = SamplerScheduler(
         [Dense("dense"), Dense("told"), Counting("plain")], lambda _t, _r: None, interval_s=10, intervals_s={"told": 7}
     )
 
@@ -62,7 +62,7 @@ def test_intervals_by_name_and_at_the_start() -> None:
 
 def test_missed_beats_are_not_made_up() -> None:
     """After a long stop a sampler runs once, not once per missed interval."""
-    scheduler = Scheduler([Counting()], lambda _t, _r: None, interval_s=1.0)
+    scheduler = SamplerScheduler([Counting()], lambda _t, _r: None, interval_s=1.0)
     scheduler._entries[0].due_ns -= 60 * 10**9
 
     scheduler.run_due(0)
@@ -75,8 +75,8 @@ def test_a_sampler_that_raises_leaves_the_others_alone(caplog: pytest.LogCapture
     """It is logged once, counted each time, told once, and tried again."""
     broken, fine = Counting("broken", broken=True), Counting("fine")
     told: list[str] = []
-    rows: list[Row] = []
-    scheduler = Scheduler(
+    rows: list[SampleRow] = []
+    scheduler = SamplerScheduler(
         [broken, fine], lambda _t, row: rows.append(row), on_error=lambda name, _error: told.append(name)
     )
 
@@ -96,7 +96,7 @@ def test_a_sampler_that_raises_leaves_the_others_alone(caplog: pytest.LogCapture
 
 def test_costs_are_measured() -> None:
     """Each sampler's CPU time is counted, in sum and at most."""
-    scheduler = Scheduler([Counting()], lambda _t, _r: None)
+    scheduler = SamplerScheduler([Counting()], lambda _t, _r: None)
 
     scheduler.run_all(0)
 
@@ -107,7 +107,7 @@ def test_costs_are_measured() -> None:
 def test_close_closes_all() -> None:
     """Closing reaches every sampler and leaves nothing due."""
     samplers = [Counting("a"), Counting("b")]
-    scheduler = Scheduler(samplers, lambda _t, _r: None)
+    scheduler = SamplerScheduler(samplers, lambda _t, _r: None)
 
     scheduler.close()
 

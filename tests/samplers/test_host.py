@@ -58,7 +58,7 @@ def test_a_containers_memory_limit_counts(tmp_path: Path) -> None:
     (tmp_path / "job" / "memory.stat").write_text("anon 5\ninactive_file 200000\nactive_file 3\n")
     (group / "memory.max").write_text("max\n")
 
-    memory = cgroup.group_memory(str(tmp_path), "0::/job/step\n")
+    memory = cgroup.limited_memory(str(tmp_path), "0::/job/step\n")
 
     assert memory is not None
     assert (memory.limit_bytes, memory.used_bytes()) == (1_000_000, 500_000)
@@ -74,8 +74,8 @@ def test_version_one_limits_count(tmp_path: Path) -> None:
     (root / "job" / "memory.usage_in_bytes").write_text("900\n")
     (root / "job" / "memory.stat").write_text("cache 1\ntotal_inactive_file 100\n")
 
-    inside = cgroup.group_memory(str(tmp_path), "4:memory:/job\n0::/\n")
-    outside = cgroup.group_memory(str(tmp_path), "4:memory:/\n")
+    inside = cgroup.limited_memory(str(tmp_path), "4:memory:/job\n0::/\n")
+    outside = cgroup.limited_memory(str(tmp_path), "4:memory:/\n")
 
     assert inside is not None
     assert (inside.limit_bytes, inside.used_bytes()) == (2000, 800)

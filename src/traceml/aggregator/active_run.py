@@ -17,8 +17,10 @@ from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id, process_start_ticks
-from traceml.database.image import FlightImage, FlightState
-from traceml.database.store import STORE_NAME, StoreReader, StoreWriter, StreamIdentity, StreamRecord
+from traceml.database.postmortem import FlightSnapshot, FlightState
+from traceml.database.reader import StoreReader, StreamIdentity, StreamRecord
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
@@ -55,7 +57,7 @@ class ActiveRun:
         self.streams: list[Stream] = []
         self._holders: dict[tuple[int, int], Stream] = {}
         self._touched_s = time.monotonic()
-        self._recovered: list[FlightImage] = []
+        self._recovered: list[FlightSnapshot] = []
         self._facts: dict[str, Any] = {
             "id": path.name, "name": path.name, "project": "default", "job": key, "named": named, "command": "",
             "world_size": 1, "attempt": 0, "attempt_base": 0, "started": time.time(), "ended": None,
@@ -433,7 +435,7 @@ class ActiveRun:
 
         self._by_who[stream.who, stream.rank] = stream
 
-    def _bury(self, stream: Stream, image: FlightImage | None = None) -> None:
+    def _bury(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
         """Take what a dead rank left, and settle how it ended."""
         image = recover(stream, self.ingest, image)
         if image is not None:
@@ -530,7 +532,7 @@ def _note_exit(stream: Stream, told: dict[str, Any]) -> None:
         stream.exit.setdefault("at_s", told["time"])
 
 
-def _state_of_dead(stream: Stream, image: FlightImage | None) -> StreamState:
+def _state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
     """Return how a process that is gone ended, by what its launcher and its flight file say."""
     if stream.exit.get("signal"):
         return StreamState.KILLED

@@ -22,7 +22,8 @@ from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.clock import boot_id
 from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
-from traceml.database.store import STORE_NAME, fold
+from traceml.database.store import fold
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.track.delivery.manager import PATIENCE_S, DeliveryManager, RunDeliveries
 from traceml.transport.server import Peer, RefusedError, Server

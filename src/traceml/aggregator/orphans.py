@@ -9,7 +9,8 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry
 from traceml.database.flight import FALLBACK_FOLDER
-from traceml.database.store import STORE_NAME, StoreReader
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
 
 __all__ = ["finish_flights", "finish_orphan"]
 

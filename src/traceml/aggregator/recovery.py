@@ -11,16 +11,9 @@ import msgpack
 
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams import Incarnation, Stream
-from traceml.database.flight import (
-    FlightImage,
-    FlightState,
-    Slot,
-    default_folder,
-    find_flights,
-    is_alive,
-    read_flight,
-)
-from traceml.database.schema import LOGGED, Phase
+from traceml.database.flight import default_folder
+from traceml.database.postmortem import FlightSnapshot, FlightState, find_flights, is_alive, read_flight
+from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
@@ -33,7 +26,7 @@ _log = logging.getLogger("traceml")
 class DeadFlight:
     """A dead rank's flight file and what it says of its writer."""
 
-    def __init__(self, path: Path, image: FlightImage) -> None:
+    def __init__(self, path: Path, image: FlightSnapshot) -> None:
         self.path = path
         self.image = image
         facts = image.identity
@@ -87,7 +80,7 @@ def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) ->
     return found
 
 
-def recover(stream: Stream, ingest: Ingest, image: FlightImage | None = None) -> FlightImage | None:
+def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None) -> FlightSnapshot | None:
     """Take what is missing of a dead stream from its flight file; return what was read, None where there was none.
 
     The file must stay until that is committed.
@@ -122,12 +115,12 @@ def recover(stream: Stream, ingest: Ingest, image: FlightImage | None = None) ->
     return image
 
 
-def appended_rows(image: FlightImage) -> dict[str, int]:
+def appended_rows(image: FlightSnapshot) -> dict[str, int]:
     """Return how many rows per table the rank had appended when it died: what is missing then counts as lost."""
     return {name: image.counters(name).appended for name in image.tables}
 
 
-def _take(stream: Stream, ingest: Ingest, table: str, image: FlightImage) -> int:
+def _take(stream: Stream, ingest: Ingest, table: str, image: FlightSnapshot) -> int:
     before = stream.next.get(table, 0)
     uncommitted = 0
     try:
@@ -143,7 +136,7 @@ def _take(stream: Stream, ingest: Ingest, table: str, image: FlightImage) -> int
     return stream.next.get(table, 0) - before
 
 
-def _take_notes(stream: Stream, ingest: Ingest, image: FlightImage) -> int:
+def _take_notes(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
     """Append the rows of files that had been copied, and whose writer was killed before it could say so itself."""
     if LOGGED.name not in image.tables:
         return 0
@@ -160,7 +153,7 @@ def _take_notes(stream: Stream, ingest: Ingest, image: FlightImage) -> int:
     return len(rows)
 
 
-def _what_was_open(image: FlightImage, names: Mapping[int, str]) -> dict[str, Any]:
+def _what_was_open(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str, Any]:
     """Return step and phase that were open, unless the rank had ended its training by itself."""
     facts: dict[str, Any] = {}
     if image.state is FlightState.FINISHED:

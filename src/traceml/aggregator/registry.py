@@ -17,7 +17,7 @@ from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
 from traceml.aggregator.streams import Incarnation, Stream
 from traceml.database.flight import FALLBACK_FOLDER
-from traceml.database.store import STORE_NAME
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
 from traceml.transport.hello import Hello

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from traceml.aggregator.orphans import finish_flights, finish_orphan
 from traceml.cli.parsing import parse
 from traceml.database.reader import StoreReader
-from traceml.database.store import STORE_NAME, fold
+from traceml.database.store import fold
+from traceml.database.store_file import STORE_NAME
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
 from traceml.renderers.words import tracker_text

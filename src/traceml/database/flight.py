@@ -20,7 +20,9 @@ from typing import Any
 import msgpack
 
 from traceml.clock import boot_id, monotonic_ns, process_start_ticks
-from traceml.database.image import (
+from traceml.database.journal import journal_path
+from traceml.database.journaled import JournaledLog, JournaledRing, NameTable
+from traceml.database.postmortem import (
     COUNTERS_AT,
     DATA_AT,
     FLIGHT_SUFFIX,
@@ -33,40 +35,11 @@ from traceml.database.image import (
     OWN_FILES,
     PROLOGUE,
     VERSION,
-    Counters,
-    FlightImage,
-    FlightState,
-    Slot,
-    find_flights,
-    is_alive,
-    read_flight,
-    remove_stale,
 )
-from traceml.database.journal import journal_of
-from traceml.database.kept import KeptLog, KeptRing, Names
-from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, Taken, pack_any
-from traceml.database.schema import KEPT, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Table
+from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, pack_any
+from traceml.database.schema import JOURNALED, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Slot, Table
 
-__all__ = [
-    "COPIES_FOLDER",
-    "FALLBACK_FOLDER",
-    "ByteLog",
-    "Counters",
-    "FlightFile",
-    "FlightImage",
-    "FlightState",
-    "KeptLog",
-    "KeptRing",
-    "Names",
-    "Ring",
-    "Slot",
-    "Taken",
-    "default_folder",
-    "find_flights",
-    "is_alive",
-    "read_flight",
-    "remove_stale",
-]
+__all__ = ["COPIES_FOLDER", "FALLBACK_FOLDER", "FlightFile", "default_folder"]
 
 # In the runs folder: flight files of ranks that could have none in memory.
 FALLBACK_FOLDER = ".flights"
@@ -118,10 +91,10 @@ class FlightFile:
         self.logs: dict[str, ByteLog] = {}
         layout = self._place(capacities)
         names = self.logs[NAMES.name]
-        assert isinstance(names, KeptLog)
-        self.names = Names(names)
+        assert isinstance(names, JournaledLog)
+        self.names = NameTable(names)
         metrics = self.rings[METRICS.name]
-        assert isinstance(metrics, KeptRing)
+        assert isinstance(metrics, JournaledRing)
         self.metrics = metrics
         self.identity: dict[str, Any] = {}
         self._write_header(layout, len(memory))
@@ -204,9 +177,13 @@ class FlightFile:
         self._words[5] = spare
 
     @property
-    def kept(self) -> list[KeptRing | KeptLog]:
+    def kept(self) -> list[JournaledRing | JournaledLog]:
         """The tables whose rows are never evicted."""
-        return [table for table in (*self.rings.values(), *self.logs.values()) if isinstance(table, KeptRing | KeptLog)]
+        return [
+            table
+            for table in (*self.rings.values(), *self.logs.values())
+            if isinstance(table, JournaledRing | JournaledLog)
+        ]
 
     @property
     def stems(self) -> tuple[Path, ...]:
@@ -275,12 +252,12 @@ class FlightFile:
             slot = COUNTERS_AT // 8 + index * COUNTERS_PER_TABLE
             row_bytes = table.row_bytes if isinstance(table, Table) else 1
             where = (self._memory, offset, capacity, self._words, slot)
-            journals = tuple(journal_of(stem, table.name) for stem in self._journal)
+            journals = tuple(journal_path(stem, table.name) for stem in self._journal)
             if isinstance(table, Table):
-                kept = table.name in KEPT
-                self.rings[table.name] = KeptRing(table, *where, journals) if kept else Ring(table, *where)
-            elif table.name in KEPT:
-                self.logs[table.name] = KeptLog(table, *where, journals, keep=table is NAMES)
+                kept = table.name in JOURNALED
+                self.rings[table.name] = JournaledRing(table, *where, journals) if kept else Ring(table, *where)
+            elif table.name in JOURNALED:
+                self.logs[table.name] = JournaledLog(table, *where, journals, keep=table is NAMES)
             else:
                 self.logs[table.name] = ByteLog(table, *where)
 

@@ -15,9 +15,9 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
 
-from traceml.database.rings import Taken
+from traceml.database.rings import RowSlice
 
-__all__ = ["JOURNAL_SUFFIX", "Journal", "journal_of", "read_journal"]
+__all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]
 
 JOURNAL_SUFFIX = ".journal"
 # magic, first row, rows, bytes of data, CRC-32 of those
@@ -25,7 +25,7 @@ _RECORD = struct.Struct("<4sqqqI4x")
 _MAGIC = b"TMJ1"
 
 
-def journal_of(stem: Path, table: str) -> Path:
+def journal_path(stem: Path, table: str) -> Path:
     """Return where a table's journal lies.
 
     Args:
@@ -137,7 +137,7 @@ class Journal:
             self.path.unlink(missing_ok=True)
 
 
-def read_journal(path: Path) -> Iterator[Taken]:
+def read_journal(path: Path) -> Iterator[RowSlice]:
     """Yield the records of a journal whose writer is gone, up to the first that is not whole."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -153,7 +153,7 @@ def read_journal(path: Path) -> Iterator[Taken]:
             if magic != _MAGIC or len(data) != size or zlib.crc32(data) != checksum:
                 return
 
-            yield Taken(first, n, data)
+            yield RowSlice(first, n, data)
             offset += _RECORD.size + size
     finally:
         os.close(descriptor)

@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.codec import decode
-from traceml.database.store_file import open_for_reading, translated
+from traceml.database.store_file import open_for_reading, translate_errors
 from traceml.errors import StoreError
 
-__all__ = ["Event", "Frame", "StoreReader", "StreamIdentity", "StreamRecord"]
+__all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
 
 # A read transaction ends with each batch, so that a slow reader never keeps the writer from reusing its log.
 _BATCH = 256
@@ -72,7 +72,7 @@ class StreamRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class RunEvent:
     """Something that happened in the run; `id` is the cursor."""
 
     id: int
@@ -136,7 +136,7 @@ class StoreReader:
         self.path = Path(path)
         self._on_damage = on_damage
         self._database = open_for_reading(self.path)
-        with translated(self.path, "read"):
+        with translate_errors(self.path, "read"):
             rows = self._database.execute("SELECT id, name, layout FROM tables").fetchall()
 
         self._ids: dict[str, int] = {name: number for number, name, _ in rows}
@@ -184,12 +184,12 @@ class StoreReader:
         rows = self._all("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
         return [StreamRecord(row[0], StreamIdentity(*row[1:7]), self._map(row[7], f"stream {row[0]}")) for row in rows]
 
-    def events(self, after: int = 0, kind: str | None = None) -> list[Event]:
+    def events(self, after: int = 0, kind: str | None = None) -> list[RunEvent]:
         """Return the events after a cursor (the id of the last one seen), of one kind where given."""
         query = "SELECT id, epoch_ns, kind, data FROM events WHERE id > ? AND kind = coalesce(?, kind) ORDER BY id"
         return [self._event(row) for row in self._all(query, after, kind)]
 
-    def last_event(self, kind: str) -> Event | None:
+    def last_event(self, kind: str) -> RunEvent | None:
         """Return the latest event of a kind."""
         query = "SELECT id, epoch_ns, kind, data FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1"
         rows = self._all(query, kind)
@@ -377,8 +377,8 @@ class StoreReader:
 
         return dtype
 
-    def _event(self, row: tuple[Any, ...]) -> Event:
-        return Event(row[0], row[1], row[2], self._map(row[3], f"event {row[0]}"))
+    def _event(self, row: tuple[Any, ...]) -> RunEvent:
+        return RunEvent(row[0], row[1], row[2], self._map(row[3], f"event {row[0]}"))
 
     def _map(self, data: bytes, what: str) -> dict[str, Any]:
         found = self._unpacked(data, what)
@@ -397,7 +397,7 @@ class StoreReader:
         return StoreError(f"the run's store {self.path} is damaged: {what}. Move it away; the run cannot be read.")
 
     def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
-        with translated(self.path, "read"):
+        with translate_errors(self.path, "read"):
             return self._database.execute(query, values).fetchall()
 
 

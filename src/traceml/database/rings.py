@@ -21,7 +21,7 @@ __all__ = [
     "MAX_TAKE_BYTES",
     "ByteLog",
     "Ring",
-    "Taken",
+    "RowSlice",
     "ends_of_maps",
     "pack_any",
 ]
@@ -34,7 +34,7 @@ LOCK_TIMEOUT_S = 0.2
 MAX_TAKE_BYTES = 256 * 1024
 
 
-class Taken(NamedTuple):
+class RowSlice(NamedTuple):
     """Consecutive rows copied out of a ring or a log: the next ones at or after a cursor.
 
     Attributes:
@@ -150,18 +150,18 @@ class Ring(_Counted):
 
         return data
 
-    def take(self, cursor: int, limit: int = 2048) -> Taken:
+    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the next rows at or after `cursor`, at most `limit`; what was overwritten is skipped, never torn."""
         appended = self.appended
         first = max(cursor, self.oldest())
         stop = min(first + limit, appended)
         if stop <= first:
-            return Taken(min(first, max(cursor, appended)), 0, b"")
+            return RowSlice(min(first, max(cursor, appended)), 0, b"")
 
         data = self._copy(first, stop)
         # The writer went on while we copied: cut off what it may have touched.
         whole = min(max(first, self.oldest()), stop)
-        return Taken(whole, stop - whole, data[(whole - first) * self.row_bytes :])
+        return RowSlice(whole, stop - whole, data[(whole - first) * self.row_bytes :])
 
     def release(self, start: int, stop: int) -> None:
         """Take the pages of rows [start, stop) out of this process's resident memory, until they are touched again.
@@ -257,7 +257,7 @@ class ByteLog(_Counted):
 
         return self._buffer[self._offset + self._ends[start - base] : self._offset + self._ends[stop - base]]
 
-    def take(self, cursor: int, limit: int = 2048) -> Taken:
+    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the next maps at or after `cursor`: at most `limit`, and 256 KiB unless one alone is larger."""
         base, ends = self.base, self._ends
         stop = min(cursor + limit, self.appended)
@@ -265,9 +265,9 @@ class ByteLog(_Counted):
             stop = cursor + (stop - cursor) // 2
 
         if stop <= cursor:
-            return Taken(cursor, 0, b"")
+            return RowSlice(cursor, 0, b"")
 
-        return Taken(cursor, stop - cursor, self.read(cursor, stop))
+        return RowSlice(cursor, stop - cursor, self.read(cursor, stop))
 
 
 def pack_any(fields: dict[str, Any]) -> bytes:

@@ -22,7 +22,7 @@ __all__ = [
     "GPU",
     "HOST",
     "INFO",
-    "KEPT",
+    "JOURNALED",
     "LOGGED",
     "LOGS",
     "METRICS",
@@ -40,6 +40,7 @@ __all__ = [
     "Log",
     "MetricKind",
     "Phase",
+    "Slot",
     "StepFlag",
     "Table",
     "pack_bits",
@@ -111,6 +112,19 @@ class Phase(IntEnum):
     COMM = 5
     CHECKPOINT = 6
     USER = 7
+
+
+class Slot(IntEnum):
+    """The words of `open_slots`; 0 to 7 are the phases, each with the stamp of its start while it is open, else 0."""
+
+    STEP_START = 8  # monotonic stamp at which the open step began, 0 without one
+    STEP = 9  # number of the open step, -1 without one
+    USER_NAME = 10  # id in `names` of the innermost open user phase
+    STATE = 11  # FlightState
+    EXIT_START = 12  # monotonic stamp at which the process began to end, 0 before
+    HEARTBEAT = 13  # monotonic stamp of the last time the recorder's thread woke
+    WORLD = 14  # free for the recorder
+    SPARE = 15
 
 
 class StepFlag(IntFlag):
@@ -311,7 +325,7 @@ PACKED: tuple[Table, ...] = (
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # What the user logged is never evicted: past the memory's bound it goes to a journal on disk.
 USER_TABLES = frozenset({METRICS.name, LOGGED.name})
-KEPT = USER_TABLES | {NAMES.name}
+JOURNALED = USER_TABLES | {NAMES.name}
 TABLES: dict[str, Table | Log] = {
     **{table.name: table for table in PACKED},
     **{log.name: log for log in (*LOGS, BLOBS)},

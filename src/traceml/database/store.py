@@ -18,22 +18,12 @@ from typing import Any
 import msgpack
 
 from traceml.database.codec import encode
-from traceml.database.reader import Event, Frame, StoreReader, StreamIdentity, StreamRecord
+from traceml.database.reader import StreamIdentity
 from traceml.database.schema import NAMES, TABLES, Table
-from traceml.database.store_file import STORE_NAME, open_for_writing, translated
+from traceml.database.store_file import open_for_writing, translate_errors
 from traceml.errors import StoreError
 
-__all__ = [
-    "STORE_NAME",
-    "Event",
-    "Frame",
-    "StoreReader",
-    "StoreWriter",
-    "StreamIdentity",
-    "StreamRecord",
-    "WriterStatistics",
-    "fold",
-]
+__all__ = ["StoreStatistics", "StoreWriter", "fold"]
 
 # Frames of one table that arrive within a tick are stored as one, up to this size.
 _MERGE_ROWS = 4096
@@ -46,7 +36,7 @@ _Key = tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True)
-class WriterStatistics:
+class StoreStatistics:
     """What a writer did since it was opened, and what waits."""
 
     rows: int
@@ -83,7 +73,7 @@ class StoreWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        with translated(self.path, "create"):
+        with translate_errors(self.path, "create"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._unlock = weakref.finalize(self, os.close, _lock_folder(self.path))
 
@@ -230,7 +220,7 @@ class StoreWriter:
             return {}
 
         try:
-            with translated(self.path, "write"):
+            with translate_errors(self.path, "write"):
                 self._write()
         except StoreError:
             self._failed += 1
@@ -246,10 +236,10 @@ class StoreWriter:
 
         return done
 
-    def statistics(self) -> WriterStatistics:
+    def statistics(self) -> StoreStatistics:
         """Return counts since it was opened."""
         waiting = sum(len(part) for growing in self._growing.values() for part in growing.parts)
-        return WriterStatistics(
+        return StoreStatistics(
             self._rows,
             self._frames,
             self._commits,
@@ -270,7 +260,7 @@ class StoreWriter:
 
         try:
             self.commit()
-            with translated(self.path, "close"):
+            with translate_errors(self.path, "close"):
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 with contextlib.suppress(sqlite3.OperationalError):  # someone is reading it: then it stays as it is
                     # One file without companions: it can be copied, and read where nothing can be written.
@@ -316,7 +306,7 @@ class StoreWriter:
 
     def _load(self) -> None:
         """Find out where a store that is continued stands."""
-        with translated(self.path, "read"):
+        with translate_errors(self.path, "read"):
             names: dict[int, str] = dict(self._database.execute("SELECT id, name FROM tables"))
             self._table_ids = {name: number for number, name in names.items()}
             self._streams: dict[int, tuple[StreamIdentity, dict[str, Any]]] = {}

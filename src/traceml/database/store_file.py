@@ -13,7 +13,7 @@ import msgpack
 from traceml.database.schema import TABLES
 from traceml.errors import StoreError
 
-__all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_for_writing", "translated"]
+__all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_for_writing", "translate_errors"]
 
 STORE_NAME = "store.db"
 STORE_VERSION = 1
@@ -42,7 +42,7 @@ CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEX
 
 
 @contextmanager
-def translated(path: Path, doing: str) -> Iterator[None]:
+def translate_errors(path: Path, doing: str) -> Iterator[None]:
     """Turn SQLite's errors into a StoreError that names the file and what to do.
 
     Args:
@@ -67,7 +67,7 @@ def create(path: Path) -> None:
         StoreError: the folder cannot be written, or the disk is full.
     """
     half = path.with_name(f"{path.name}.new-{os.getpid()}")
-    with translated(path, "create"):
+    with translate_errors(path, "create"):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_drafts(path)  # of writers that were killed over it
         try:
@@ -87,12 +87,12 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
     """Open a store for its one writer, making it when it is not there.
 
     Raises:
-        StoreError: see `translated`; also when it is no store, or one of another version.
+        StoreError: see `translate_errors`; also when it is no store, or one of another version.
     """
     if not path.exists() or path.stat().st_size == 0:
         create(path)
 
-    with translated(path, "open"):
+    with translate_errors(path, "open"):
         database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         try:
             _check(database, path)
@@ -116,7 +116,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
     if not path.is_file():
         raise StoreError(f"there is no run's store at {path}.")
 
-    with translated(path, "read"):
+    with translate_errors(path, "read"):
         try:
             return _connect_reader(path, "mode=ro")
         except sqlite3.OperationalError:

@@ -16,8 +16,9 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.clock import OTHER, StepClock, mine
+from traceml.instrument.accumulator import OTHER, on_training_thread
 from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
 
 __all__ = ["patch_backward", "timed_backward"]
 
@@ -42,7 +43,7 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
         if is_dynamo_compiling():
             return original(tensors, *args, **kwargs)
 
-        if current != OTHER or detail or not mine():
+        if current != OTHER or detail or not on_training_thread():
             return _careful(original, clock, tensors, args, kwargs)
 
         t = monotonic_ns()

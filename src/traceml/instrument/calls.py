@@ -12,8 +12,8 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.clock import StepClock
 from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
 
 __all__ = [
     "patch_checkpoint",

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from traceml.database.rings import Ring
 from traceml.database.schema import Phase
-from traceml.instrument.clock import OTHER, StepClock
+from traceml.instrument.accumulator import OTHER
+from traceml.instrument.step_clock import StepClock
 
-__all__ = ["DeviceEvent", "DeviceTimes", "MarkingSlots", "cuda_events"]
+__all__ = ["DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "cuda_events"]
 
 _INPUT_WAIT, _BACKWARD, _CHECKPOINT = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.CHECKPOINT)
 _WAITING = -1  # after the last local gradient: still backward, but not this rank's own
@@ -41,7 +42,7 @@ class DeviceEvent(Protocol):
 Marks = list[tuple[Any, int]]
 
 
-class MarkingSlots:
+class DeviceMarkingSlots:
     """The open-phase words of the flight file; each change of phase is marked on the device too.
 
     Hooks store there whenever the phase changes, after they have set the clock's `current`. Without a device they store

@@ -19,11 +19,12 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
-from traceml.instrument.clock import NOWHERE, StepClock
+from traceml.instrument.accumulator import NOWHERE
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
-from traceml.instrument.optimizer import passes_on
+from traceml.instrument.optimizer import is_wrapper
+from traceml.instrument.step_clock import StepClock
 
-__all__ = ["Discovery"]
+__all__ = ["ModuleDiscovery"]
 
 _FREE_SCANS = 4
 _SHARE = 100  # further ones while all of them took less than one part in so many of the time
@@ -31,7 +32,7 @@ _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
 
 
-class Discovery:
+class ModuleDiscovery:
     """The modules that are timed, and how more are found.
 
     Args:
@@ -155,7 +156,7 @@ def _alive(objects: list[Any]) -> tuple[list[Any], list[Any]]:
     found = list(compress(objects, map(wanted.__contains__, map(type, objects))))
     modules = [candidate for candidate in found if type(candidate) in module_types]
     optimizers = [candidate for candidate in found if type(candidate) in optimizer_types]
-    return modules, [candidate for candidate in optimizers if not passes_on(type(candidate))]
+    return modules, [candidate for candidate in optimizers if not is_wrapper(type(candidate))]
 
 
 def _subclasses(kind: type[Any]) -> set[type[Any]]:

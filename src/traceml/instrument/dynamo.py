@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-__all__ = ["keep_out"]
+__all__ = ["skip_own_code"]
 
 _PACKAGE = "traceml.instrument."
 # Nothing that these call is the user's: dynamo stays out of all of it.
-_LEAVES = frozenset(f"{_PACKAGE}{name}" for name in ("accounts", "clock", "device", "discovery", "facts", "overhead"))
+_LEAVES = frozenset(
+    f"{_PACKAGE}{name}" for name in ("accumulator", "step_clock", "device", "discovery", "facts", "overhead")
+)
 _LEAF_FUNCTIONS = frozenset({"_guarded"})
 
 
-def keep_out() -> None:
+def skip_own_code() -> None:
     """Mark all functions of this package that are loaded; does nothing where torch has no such mark."""
     mark = _marker()
     if mark is None:

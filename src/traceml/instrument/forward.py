@@ -17,12 +17,13 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.clock import ASK, NOWHERE, ON_FORWARD, OTHER, StepClock, mine
+from traceml.instrument.accumulator import ASK, NOWHERE, ON_FORWARD, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
 
 __all__ = [
     "ForwardTimer",
-    "Timed",
+    "TimedModule",
     "TimerMaker",
     "instrument_module",
     "is_instrumented",
@@ -39,10 +40,10 @@ _NO_FORWARD = (int(Phase.INPUT_WAIT), _FORWARD, int(Phase.BACKWARD))  # inside t
 is_grad_enabled = torch.is_grad_enabled
 
 
-TimerMaker = Callable[["Timed"], Callable[..., Any]]
+TimerMaker = Callable[["TimedModule"], Callable[..., Any]]
 
 
-class Timed:
+class TimedModule:
     """What a timer needs of its module; held weakly, so that deleting a module frees it at once."""
 
     __slots__ = ("impl", "inner", "module")
@@ -60,7 +61,7 @@ class ForwardTimer:
 
     __slots__ = ("call", "timed")
 
-    def __init__(self, call: Callable[..., Any], timed: Timed) -> None:
+    def __init__(self, call: Callable[..., Any], timed: TimedModule) -> None:
         self.call, self.timed = call, timed
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +83,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
     current = forward_ns = 0
     closes_at: Any = NOWHERE
 
-    def make(timed: Timed) -> Callable[..., Any]:
+    def make(timed: TimedModule) -> Callable[..., Any]:
         impl, module = timed.impl, timed.module
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -90,7 +91,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
             if is_dynamo_compiling():
                 return impl(module(), *args, **kwargs)
 
-            if current != OTHER or not mine():
+            if current != OTHER or not on_training_thread():
                 return _nested(timed, clock, args, kwargs)
 
             t = monotonic_ns()
@@ -119,7 +120,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
     return make
 
 
-def _nested(timed: Timed, clock: StepClock, args: Any, kwargs: Any) -> Any:
+def _nested(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any:
     """Call the module inside another phase, or on another thread."""
     previous = clock.current
     if previous in _NO_FORWARD or not clock.is_here():
@@ -157,7 +158,11 @@ def timed_forward(
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal current, forward_ns, optimizer_ns
         previous = current
-        if (previous != OTHER and previous != _OPTIMIZER) or is_dynamo_compiling() or not (mine() or clock.is_here()):
+        if (
+            (previous != OTHER and previous != _OPTIMIZER)
+            or is_dynamo_compiling()
+            or not (on_training_thread() or clock.is_here())
+        ):
             return original(self, *args, **kwargs)
 
         t = monotonic_ns()
@@ -196,7 +201,7 @@ def is_instrumented(module: Any) -> bool:
     return _timed(module) is not None
 
 
-def _timed(module: Any) -> Timed | None:
+def _timed(module: Any) -> TimedModule | None:
     return getattr(module.__dict__.get(_SLOT), "timed", None)
 
 
@@ -214,7 +219,7 @@ def instrument_module(module: Any, make: TimerMaker) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or not hasattr(type(module), "_call_impl"):
         return False
 
-    timed = Timed(module, module.__dict__.get(_SLOT))
+    timed = TimedModule(module, module.__dict__.get(_SLOT))
     call = make(timed)
     object.__setattr__(module, _SLOT, ForwardTimer(call, timed) if _copies_by_itself(type(module)) else call)
     return True

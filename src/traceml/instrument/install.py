@@ -12,10 +12,10 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
 from traceml.database.schema import Phase
-from traceml.instrument.clock import StepClock
-from traceml.instrument.imports import ImportWatch
+from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
 from traceml.instrument.user import StepBlock, UserPhases
 
 __all__ = ["Instrumentation", "install"]
@@ -50,7 +50,7 @@ class Instrumentation:
         self.collectives: list[str] = []
         self.clock = StepClock(flight, self, thread=thread)
         self._users = UserPhases(self.clock, flight.names)
-        self._watch = ImportWatch(
+        self._watch = PostImportHook(
             {
                 "torch": self._torch_is_there,
                 "torch.distributed.checkpoint": self._checkpoint_is_there,
@@ -196,10 +196,10 @@ class Instrumentation:
         self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
-        from traceml.instrument import calls, facts  # noqa: F401 - loaded now, for `keep_out`
+        from traceml.instrument import calls, facts  # noqa: F401 - loaded now, for `skip_own_code`
         from traceml.instrument.backward import patch_backward
-        from traceml.instrument.discovery import Discovery
-        from traceml.instrument.dynamo import keep_out
+        from traceml.instrument.discovery import ModuleDiscovery
+        from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
         from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer, patch_optimizer_type
@@ -211,7 +211,7 @@ class Instrumentation:
         def on_optimizer_type(kind: type[Any]) -> None:
             patch_optimizer_type(patches, clock, kind)
 
-        self._discovery = Discovery(
+        self._discovery = ModuleDiscovery(
             clock, timer, self._tell_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
         patch_compile(patches, timer)
@@ -225,7 +225,7 @@ class Instrumentation:
             patches.on_undo(handle.remove)
 
         self._measure_overhead()
-        keep_out()
+        skip_own_code()
         self._discovery.scan()
 
     def _patch_distributed(self) -> None:
@@ -248,7 +248,7 @@ class Instrumentation:
 
     def _patch_device(self) -> None:
         from traceml.instrument import calls
-        from traceml.instrument.device import DeviceTimes, MarkingSlots, cuda_events
+        from traceml.instrument.device import DeviceMarkingSlots, DeviceTimes, cuda_events
 
         torch: Any = sys.modules["torch"]
         types = self._device_types
@@ -260,7 +260,7 @@ class Instrumentation:
         events = cuda_events() if "cuda" in types else None
         if events is not None:
             device = DeviceTimes(self.clock, self._flight.ring("device_steps"), *events)
-            self.clock.use_device(device, MarkingSlots(self.clock, device))
+            self.clock.use_device(device, DeviceMarkingSlots(self.clock, device))
 
     def _watch_constructors(self, on_optimizer_type: Callable[[type[Any]], None]) -> None:
         """An optimizer is made when the model is, and before it is first called: look for models then."""
@@ -277,9 +277,9 @@ class Instrumentation:
 
     def _measure_overhead(self) -> None:
         from traceml.instrument.backward import timed_backward
-        from traceml.instrument.overhead import Overhead
+        from traceml.instrument.overhead import HookOverhead
 
-        self._overhead = Overhead(timed_backward)
+        self._overhead = HookOverhead(timed_backward)
 
     def _checkpoint_is_there(self) -> None:
         from traceml.instrument.calls import patch_distributed_checkpoint

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
+from traceml.instrument.accumulator import NOWHERE, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
 
 __all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
 
@@ -44,7 +45,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
     def begin(loader: Any) -> Began | None:
         nonlocal current
         previous = current
-        if previous < OTHER or not mine():
+        if previous < OTHER or not on_training_thread():
             return nested()
 
         try:

@@ -17,10 +17,11 @@ from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.clock import NOWHERE, OTHER, StepClock, mine
+from traceml.instrument.accumulator import NOWHERE, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
+from traceml.instrument.step_clock import StepClock
 
-__all__ = ["passes_on", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step", "timed_update"]
+__all__ = ["is_wrapper", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step", "timed_update"]
 
 # Their optimizers hold the user's, and step it or (between two steps of accumulated gradients) leave it alone.
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
@@ -28,7 +29,7 @@ _OPTIMIZER = int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
-def passes_on(kind: type[Any]) -> bool:
+def is_wrapper(kind: type[Any]) -> bool:
     """Whether optimizers of this class are a framework's, around the one that counts."""
     owner = _owner(kind)
     return owner is not None and owner.__module__.partition(".")[0] in _FRAMEWORKS
@@ -41,7 +42,7 @@ def _owner(kind: type[Any]) -> type[Any] | None:
 def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) -> None:
     """Time the steps of all optimizers of one class, once."""
     owner = _owner(kind)
-    if owner is None or owner is Optimizer or passes_on(kind):
+    if owner is None or owner is Optimizer or is_wrapper(kind):
         return
 
     if getattr(vars(owner)["step"], "_traceml_clock", None) is clock:
@@ -59,7 +60,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     """
     patch_optimizer_type(patches, clock, type(optimizer))
     own = vars(optimizer).get("step")
-    if own is None or getattr(own, "_traceml_clock", None) is clock or passes_on(type(optimizer)):
+    if own is None or getattr(own, "_traceml_clock", None) is clock or is_wrapper(type(optimizer)):
         return
 
     ref = weakref.ref(optimizer)
@@ -96,7 +97,13 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             return original(self, *args, **kwargs)
 
         ident = id(self)
-        if current != OTHER or attempt or ident != last_optimizer or first_loader is not usual_loader or not mine():
+        if (
+            current != OTHER
+            or attempt
+            or ident != last_optimizer
+            or first_loader is not usual_loader
+            or not on_training_thread()
+        ):
             return _careful(original, clock, self, args, kwargs)
 
         t = monotonic_ns()
@@ -122,7 +129,7 @@ def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[...
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal current, optimizer_ns
-        if current != OTHER or is_dynamo_compiling() or not (mine() or clock.is_here()):
+        if current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_here()):
             return original(*args, **kwargs)
 
         t = monotonic_ns()

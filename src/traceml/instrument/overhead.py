@@ -15,14 +15,14 @@ from collections.abc import Callable
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
 from traceml.database.schema import LOGS, PACKED
-from traceml.instrument.clock import StepClock
+from traceml.instrument.step_clock import StepClock
 
-__all__ = ["Overhead"]
+__all__ = ["HookOverhead"]
 
 _ROWS = 64
 
 
-class Overhead:
+class HookOverhead:
     """Measures the cost of hooks on a clock that nobody else uses.
 
     Args:

@@ -12,8 +12,9 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import Names
-from traceml.instrument.clock import FIRST_USER, StepClock
+from traceml.database.journaled import NameTable
+from traceml.instrument.accumulator import FIRST_USER
+from traceml.instrument.step_clock import StepClock
 
 __all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]
 
@@ -77,7 +78,7 @@ class UserPhase:
 class UserPhases:
     """All user phases of a clock by name."""
 
-    def __init__(self, clock: StepClock, names: Names) -> None:
+    def __init__(self, clock: StepClock, names: NameTable) -> None:
         self._clock, self._names = clock, names
         self._phases: dict[str, UserPhase] = {}
         self._lock = threading.Lock()

@@ -17,9 +17,9 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from traceml.database.flight import FALLBACK_FOLDER, default_folder, find_flights, is_alive, read_flight
-from traceml.database.image import FLIGHT_SUFFIX, FlightImage, spool_of
-from traceml.database.journal import journal_of
+from traceml.database.flight import FALLBACK_FOLDER, default_folder
+from traceml.database.journal import journal_path
+from traceml.database.postmortem import FLIGHT_SUFFIX, FlightSnapshot, find_flights, is_alive, read_flight, spool_folder
 from traceml.errors import StoreError
 
 __all__ = ["keep_copy", "left_by"]
@@ -94,7 +94,7 @@ def keep_copy(data: bytes, folder: Path, name: str) -> Path:
     return path
 
 
-def _packed(image: FlightImage) -> bytes:
+def _packed(image: FlightSnapshot) -> bytes:
     """Return the archive of a flight file and of what belongs to it, and remove them."""
     buffer, taken = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL) as archive:
@@ -115,7 +115,7 @@ def _packed(image: FlightImage) -> bytes:
     return buffer.getvalue()
 
 
-def _members(image: FlightImage) -> Iterator[tuple[str, Path]]:
+def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
     """Yield names in the archive with what is to be put there, what matters most first."""
     yield _FLIGHT, image.path
     for table, path in image.journals.items():
@@ -131,4 +131,4 @@ def _members(image: FlightImage) -> Iterator[tuple[str, Path]]:
 def _place(stem: Path, name: str) -> Path:
     """Return where something belongs, by the stem of the flight file that it came with."""
     kind, _, rest = name.partition("/")
-    return journal_of(stem, rest) if kind == "journal" else spool_of(stem) / rest
+    return journal_path(stem, rest) if kind == "journal" else spool_folder(stem) / rest

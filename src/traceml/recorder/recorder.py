@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FALLBACK_FOLDER, FlightFile, FlightState, Slot, remove_stale
-from traceml.database.schema import PACKED
+from traceml.database.flight import FALLBACK_FOLDER, FlightFile
+from traceml.database.postmortem import FlightState, remove_stale
+from traceml.database.schema import PACKED, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, RunNotFoundError
 from traceml.ids import RankIdentity
 from traceml.privacy import secrets_only
@@ -25,7 +26,7 @@ from traceml.recorder.identity import Identity, Spawned, forget_children, identi
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
-from traceml.samplers.base import Sampler, SamplerStatistics, Scheduler
+from traceml.samplers.base import Sampler, SamplerScheduler, SamplerStatistics
 from traceml.transport.client import Connection, connect
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Recorder:
         self._identity: Identity | None = None
         self._flight: FlightFile | None = None
         self._sender: RowSender | None = None
-        self._scheduler: Scheduler | None = None
+        self._scheduler: SamplerScheduler | None = None
         self._worker: RecorderThread | None = None
         self._exit_told = False
         self._hold_until_ns = 0
@@ -430,7 +431,7 @@ class Recorder:
         self._worker.call(lambda: self._worker.use(scheduler))  # type: ignore[union-attr]
         self._instrument()
 
-    def _sampling(self, *, tracing: bool) -> Scheduler:
+    def _sampling(self, *, tracing: bool) -> SamplerScheduler:
         assert self._flight is not None
         assert self._identity is not None
         flight = self._flight
@@ -440,7 +441,7 @@ class Recorder:
 
             samplers = open_samplers(local_rank=self._identity.who.local_rank)
 
-        return Scheduler(
+        return SamplerScheduler(
             samplers,
             lambda table, row: flight.ring(table).append(*row),
             interval_s=self.config.sample_interval,

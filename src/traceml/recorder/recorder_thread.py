@@ -9,11 +9,12 @@ from collections import deque
 from collections.abc import Callable
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile, Slot
+from traceml.database.flight import FlightFile
+from traceml.database.schema import Slot
 from traceml.recorder.logger import settle
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
-from traceml.samplers.base import Scheduler
+from traceml.samplers.base import SamplerScheduler
 
 __all__ = ["FILES_TIMEOUT_S", "RecorderThread"]
 
@@ -43,7 +44,7 @@ class RecorderThread:
         self,
         flight: FlightFile,
         sender: RowSender,
-        scheduler: Scheduler,
+        scheduler: SamplerScheduler,
         hook_ns: Callable[[], int] = lambda: 0,
         *,
         files: FileUploader | None = None,
@@ -74,7 +75,7 @@ class RecorderThread:
         """Start the thread."""
         self._thread.start()
 
-    def use(self, scheduler: Scheduler) -> None:
+    def use(self, scheduler: SamplerScheduler) -> None:
         """Sample by another scheduler; on the thread."""
         self._scheduler = scheduler
 

@@ -29,8 +29,8 @@ from typing import Any
 import msgpack
 
 from traceml.clock import boot_id
-from traceml.database.image import ARTIFACTS, note_in, spool_of
-from traceml.database.rings import Taken
+from traceml.database.postmortem import ARTIFACTS, pending_row_path, spool_folder
+from traceml.database.rings import RowSlice
 from traceml.database.schema import BLOBS
 
 __all__ = ["BlobTable", "FileUpload", "FileUploader", "RefusedFileError"]
@@ -116,14 +116,14 @@ class BlobTable:
         self._ends[path.name] = self.appended
         return self.appended
 
-    def take(self, cursor: int, limit: int = 1) -> Taken:  # noqa: ARG002 - one piece is enough for a frame
+    def take(self, cursor: int, limit: int = 1) -> RowSlice:  # noqa: ARG002 - one piece is enough for a frame
         """Return the next piece at or after a cursor."""
         for first, n, path, size in list(self._files):
             if cursor < first + n:
                 number = max(cursor, first)
-                return Taken(number, 1, _piece(path, (number - first) * _PIECE_BYTES, size))
+                return RowSlice(number, 1, _piece(path, (number - first) * _PIECE_BYTES, size))
 
-        return Taken(max(cursor, self.appended), 0, b"")
+        return RowSlice(max(cursor, self.appended), 0, b"")
 
 
 class FileUploader:
@@ -260,7 +260,7 @@ class FileUploader:
             name = f"{digest.hexdigest()}{job.suffix if _SUFFIX.fullmatch(job.suffix) else ''}"
             facts = {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | job.facts
             # Its row follows when the file has arrived; if we are killed before, who recovers the file finds it here.
-            job.note = note_in(folder, next(self._notes))
+            job.note = pending_row_path(folder, next(self._notes))
             job.note.write_bytes(msgpack.packb(_row(job.kind, job) | facts))
             part.rename(folder / name)
         except BaseException:
@@ -276,7 +276,7 @@ class FileUploader:
 
         refused: OSError | None = None
         for stem in self._stems:
-            folder = spool_of(stem)
+            folder = spool_folder(stem)
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:

@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from traceml.database.reader import Event, StoreReader
+from traceml.database.reader import RunEvent, StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis import Finding, slots_for
 from traceml.errors import StoreError
@@ -39,7 +39,7 @@ class LiveRun:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = Path(run_dir)
-        self.events: deque[Event] = deque(maxlen=_EVENTS)
+        self.events: deque[RunEvent] = deque(maxlen=_EVENTS)
         self.rates: deque[float] = deque(maxlen=_RATES)
         self.findings: list[Finding] = []
         self.digest = Digest(slots_for(1))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from traceml.database.reader import Event, StoreReader
+from traceml.database.reader import RunEvent, StoreReader
 from traceml.database.schema import INFO, LOGGED
 from traceml.runs.clocks import RunClocks
 
@@ -65,7 +65,7 @@ class Notes:
                 for row in frame.maps():
                     self._take(frame.stream, frame.table, row)
 
-    def lines(self, events: Iterable[Event] = ()) -> list[Note]:
+    def lines(self, events: Iterable[RunEvent] = ()) -> list[Note]:
         """Return the notes, the run's events among them, the newest first."""
         told = [note for note in map(note_of_event, events) if note is not None]
         joined: list[Note] = []
@@ -86,7 +86,7 @@ class Notes:
         self._kept.append(Note(at_s, self._ranks[stream], kind, _words(row)))
 
 
-def note_of_event(event: Event) -> Note | None:
+def note_of_event(event: RunEvent) -> Note | None:
     """Return an event of the run in words, None for one that says nothing new."""
     data, at_s = event.data, event.epoch_ns / 1e9
     if event.kind == "verdict":

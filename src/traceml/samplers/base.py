@@ -11,9 +11,9 @@ from typing import ClassVar, Protocol
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Table
 
-__all__ = ["Row", "Sampler", "SamplerStatistics", "Scheduler"]
+__all__ = ["SampleRow", "Sampler", "SamplerScheduler", "SamplerStatistics"]
 
-Row = tuple[float, ...]
+SampleRow = tuple[float, ...]
 _log = logging.getLogger("traceml")
 
 # Memory moves most while a job starts: a sampler may ask for a shorter interval during this time.
@@ -32,7 +32,7 @@ class Sampler(Protocol):
     start_interval_s: ClassVar[float | None]  # during the first 30 s, where shorter than the interval
     cost_us: ClassVar[float]  # what one sample cost where it was measured last; the real figure is in the statistics
 
-    def sample(self, t_ns: int, step: int) -> Iterable[Row]:
+    def sample(self, t_ns: int, step: int) -> Iterable[SampleRow]:
         """Return the rows of this moment.
 
         Args:
@@ -74,7 +74,7 @@ class _Entry:
 
 
 @dataclass(slots=True)
-class Scheduler:
+class SamplerScheduler:
     """Runs samplers when they are due.
 
     Args:
@@ -86,7 +86,7 @@ class Scheduler:
     """
 
     samplers: Sequence[Sampler]
-    append: Callable[[str, Row], None]
+    append: Callable[[str, SampleRow], None]
     interval_s: float = 1.0
     intervals_s: Mapping[str, float] = field(default_factory=dict)
     on_error: Callable[[str, Exception], None] = lambda _name, _error: None

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 import os
 
-from traceml.samplers.procfs import KeptFile, read_text
+from traceml.samplers.procfs import ProcFile, read_text
 
-__all__ = ["GroupMemory", "cores", "group_memory"]
+__all__ = ["CgroupMemory", "cores", "limited_memory"]
 
 _ROOT = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
 
 
-class GroupMemory:
+class CgroupMemory:
     """Memory of a control group that has a limit."""
 
     def __init__(self, folder: str, usage: str, inactive: str, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
-        self._usage = KeptFile(f"{folder}/{usage}", 64)
-        self._stat = KeptFile(f"{folder}/memory.stat")
+        self._usage = ProcFile(f"{folder}/{usage}", 64)
+        self._stat = ProcFile(f"{folder}/memory.stat")
         self._inactive = inactive.encode()
 
     def used_bytes(self) -> int:
@@ -38,7 +38,7 @@ class GroupMemory:
         self._stat.close()
 
 
-def group_memory(root: str = _ROOT, membership: str | None = None) -> GroupMemory | None:
+def limited_memory(root: str = _ROOT, membership: str | None = None) -> CgroupMemory | None:
     """Return the memory of the innermost group that limits this process, or None where nothing does.
 
     Args:
@@ -51,7 +51,7 @@ def group_memory(root: str = _ROOT, membership: str | None = None) -> GroupMemor
             continue
 
         try:
-            return GroupMemory(folder, usage, inactive, int(limit))
+            return CgroupMemory(folder, usage, inactive, int(limit))
         except OSError:  # a limit is shown but not the use: then the machine's figures have to do
             continue
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from traceml.database.schema import GPU, Table
-from traceml.samplers.base import Row
+from traceml.samplers.base import SampleRow
 from traceml.samplers.nvml import Nvml, NvmlError
 
 __all__ = ["GpuSampler"]
@@ -34,7 +34,7 @@ class GpuSampler:
             self._nvml.close()
             raise NvmlError("the driver shows no device")
 
-    def sample(self, t_ns: int, step: int) -> Iterator[Row]:  # noqa: ARG002 - the protocol's signature
+    def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:  # noqa: ARG002 - the protocol's signature
         """Yield one row per device; one that is lost does not hide the others."""
         lost: NvmlError | None = None
         for device in self._devices:

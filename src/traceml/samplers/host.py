@@ -7,8 +7,8 @@ from typing import ClassVar
 
 from traceml.database.schema import HOST, Table
 from traceml.samplers import cgroup
-from traceml.samplers.base import Row
-from traceml.samplers.procfs import KeptFile
+from traceml.samplers.base import SampleRow
+from traceml.samplers.procfs import ProcFile
 
 __all__ = ["HostSampler"]
 
@@ -29,16 +29,16 @@ class HostSampler:
 
     def __init__(self) -> None:
         self._cores = cgroup.cores()
-        self._group = cgroup.group_memory()
-        self._stat = KeptFile("/proc/stat", 1024)
-        self._meminfo = KeptFile("/proc/meminfo", 1024)
+        self._group = cgroup.limited_memory()
+        self._stat = ProcFile("/proc/stat", 1024)
+        self._meminfo = ProcFile("/proc/meminfo", 1024)
         self._disks = _kept("/proc/diskstats")
         self._net = _kept("/proc/net/dev")
         self._disk_names = _disk_names()
         self._busy, self._total = self._cpu_ticks()
         self._cpu_pct = 0.0
 
-    def sample(self, t_ns: int, step: int) -> tuple[Row]:  # noqa: ARG002 - the protocol's signature
+    def sample(self, t_ns: int, step: int) -> tuple[SampleRow]:  # noqa: ARG002 - the protocol's signature
         """Return the one row of this moment."""
         used, total = self._memory()
         return ((t_ns, self._cores, self._cpu_share(), used, total, *self._disk_bytes(), *self._net_bytes()),)
@@ -93,10 +93,10 @@ class HostSampler:
         return received, sent
 
 
-def _kept(path: str) -> KeptFile | None:
+def _kept(path: str) -> ProcFile | None:
     """Open a file that some containers hide."""
     try:
-        return KeptFile(path, 65536)
+        return ProcFile(path, 65536)
     except OSError:
         return None
 

@@ -6,7 +6,7 @@ import ctypes
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Device", "Nvml", "NvmlError"]
+__all__ = ["Nvml", "NvmlDevice", "NvmlError"]
 
 _TEMPERATURE_GPU = 0
 _CLOCK_SM = 1
@@ -26,7 +26,7 @@ class _Memory(ctypes.Structure):
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class NvmlDevice:
     """One device by its NVML handle."""
 
     index: int
@@ -53,7 +53,7 @@ class Nvml:
         self._library = library
         self._check("nvmlInit_v2", library.nvmlInit_v2())
 
-    def devices(self) -> list[Device]:
+    def devices(self) -> list[NvmlDevice]:
         """Return every device that this process may see."""
         count = ctypes.c_uint()
         self._check("nvmlDeviceGetCount_v2", self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
@@ -62,11 +62,11 @@ class Nvml:
             handle = ctypes.c_void_p()
             status = self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
             if status == 0:  # a device that may not be opened, or fell off the bus, does not hide the others
-                found.append(Device(index, handle))
+                found.append(NvmlDevice(index, handle))
 
         return found
 
-    def figures(self, device: Device) -> tuple[float, int, int, float, float, int, int]:
+    def figures(self, device: NvmlDevice) -> tuple[float, int, int, float, float, int, int]:
         """Return utilisation (%), used, total memory (bytes), temperature (C), power (W), clock (MHz), throttle mask.
 
         Raises:

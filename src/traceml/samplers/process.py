@@ -8,8 +8,8 @@ import time
 from typing import ClassVar
 
 from traceml.database.schema import PROCESS, Table
-from traceml.samplers.base import Row
-from traceml.samplers.procfs import KeptFile
+from traceml.samplers.base import SampleRow
+from traceml.samplers.procfs import ProcFile
 
 __all__ = ["ProcessSampler"]
 
@@ -36,14 +36,14 @@ class ProcessSampler:
 
     def __init__(self) -> None:
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
-        self._stat = KeptFile("/proc/self/stat", 1024)
+        self._stat = ProcFile("/proc/self/stat", 1024)
         # The main thread has the process's id; the kernel may be built without these figures.
         try:
-            self._sched: KeptFile | None = KeptFile(f"/proc/self/task/{os.getpid()}/schedstat", 256)
+            self._sched: ProcFile | None = ProcFile(f"/proc/self/task/{os.getpid()}/schedstat", 256)
         except OSError:
             self._sched = None
 
-    def sample(self, t_ns: int, step: int) -> tuple[Row]:
+    def sample(self, t_ns: int, step: int) -> tuple[SampleRow]:
         """Return the one row of this moment."""
         stat = self._stat.read()
         fields = stat[stat.rindex(b")") + 2 :].split(None, _RESIDENT_PAGES + 1)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["KeptFile", "read_text"]
+__all__ = ["ProcFile", "read_text"]
 
 
-class KeptFile:
+class ProcFile:
     """A kernel file that is read from its start each time.
 
     Raises:

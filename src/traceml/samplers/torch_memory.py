@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from traceml.database.schema import TORCH_MEMORY, Table
-from traceml.samplers.base import Row
+from traceml.samplers.base import SampleRow
 
 __all__ = ["TorchMemorySampler"]
 
@@ -27,7 +27,7 @@ class TorchMemorySampler:
     def __init__(self, modules: Any = None) -> None:
         self._modules = sys.modules if modules is None else modules
 
-    def sample(self, t_ns: int, step: int) -> Iterator[Row]:
+    def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
         """Yield one row per device on which this process has allocated."""
         torch = self._modules.get("torch")
         cuda = getattr(torch, "cuda", None)  # None, too, while torch is still being imported

@@ -17,7 +17,8 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis import JobFacts, diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.launch.page import PageKeeper

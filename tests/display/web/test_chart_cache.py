@@ -8,7 +8,8 @@ from pathlib import Path
 from tests.diagnosis.fabricated import Job, adds
 from tests.display.web.runs import NASTY, add_metrics
 from tests.runs.fabricated_store import store_run
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.display.web.chart_cache import ChartCache
 from traceml.renderers.views import run_view
 from traceml.runs.report import build_report

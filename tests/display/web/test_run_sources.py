@@ -12,7 +12,8 @@ import pytest
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.display.web.runs import add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.display.web import run_sources
 from traceml.display.web.run_sources import RunSource, RunsSource, is_run_id
 from traceml.runs.report import write_report

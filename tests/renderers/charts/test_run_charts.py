@@ -10,7 +10,8 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import add_rank, rows_of, run_facts
 from tests.runs.test_points import log
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.renderers.charts import run_charts
 from traceml.renderers.charts.palette import BY_CSS, DARK, LIGHT, css_variables
 from traceml.renderers.views import run_view

@@ -13,7 +13,8 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
 from tests.runs.test_points import log
 from traceml.database.reader import StoreReader
-from traceml.database.store import STORE_NAME, StoreWriter
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.report import digest_of, whole_report

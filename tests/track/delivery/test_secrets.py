@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from tests.recorder.conftest import environ
-from traceml.database.store import STORE_NAME, StoreReader
+from traceml.database.reader import StoreReader
+from traceml.database.store_file import STORE_NAME
 
 # Each in its place; cut in two, so that neither this file nor its own diff holds one.
 PLANTED = {

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from traceml.database.reader import Event
+from traceml.database.reader import RunEvent
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, shown
 from traceml.display.web.run_sources import LogTail, RunState
 from traceml.formatting import bytes_text, count_text, ms_text, overhead_text
@@ -98,7 +98,7 @@ class LogSection:
         self._tails[tail.name][1].say(before + (tail.text or "(empty)"))
 
 
-def _is_news(events: tuple[Event, ...], number: int) -> bool:
+def _is_news(events: tuple[RunEvent, ...], number: int) -> bool:
     """Tell whether an event says something new: the verdict is told each time its numbers change."""
     event = events[number]
     if event.kind != "verdict":
@@ -108,12 +108,12 @@ def _is_news(events: tuple[Event, ...], number: int) -> bool:
     return before is None or _verdict_key(before) != _verdict_key(event)
 
 
-def _verdict_key(event: Event) -> tuple[Any, ...]:
+def _verdict_key(event: RunEvent) -> tuple[Any, ...]:
     first = (event.data.get("findings") or [{}])[0]
     return first.get("kind"), first.get("ranks"), first.get("phase")
 
 
-def _event_cells(event: Event) -> list[str]:
+def _event_cells(event: RunEvent) -> list[str]:
     at = time.strftime("%H:%M:%S", time.localtime(event.epoch_ns / 1e9))
     if event.kind == "verdict":
         first = (event.data.get("findings") or [{}])[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.reader import Event
+from traceml.database.reader import RunEvent
 from traceml.database.store_file import STORE_NAME
 from traceml.display.web.chart_cache import ChartCache
 from traceml.errors import StoreError
@@ -61,7 +61,7 @@ class RunState:
     exists: bool = True
     report: dict[str, Any] | None = None
     view: RunView | None = None
-    events: tuple[Event, ...] = ()
+    events: tuple[RunEvent, ...] = ()
     logs: tuple[LogTail, ...] = ()
     ended: bool = False
     silent_s: float | None = None

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from traceml.database.reader import Event, StreamRecord
+from traceml.database.reader import RunEvent, StreamRecord
 from traceml.database.schema import GPU, HOST, INFO, LOGGED, METRICS, PROCESS, TORCH_MEMORY
 from traceml.runs.clocks import RunClocks
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
@@ -53,7 +53,7 @@ class CounterExporter:
         """Return a name by its number."""
         return self._names.get((stream, number), f"(name {number})")
 
-    def event(self, event: Event) -> None:
+    def event(self, event: RunEvent) -> None:
         """Write something that happened in the run."""
         pid, tid = self._tracks.host("aggregator")
         text = event.kind if event.kind != "verdict" else f"verdict {event.data.get('verdict', {}).get('kind', '')}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from traceml.database.reader import Event, StoreReader
+from traceml.database.reader import RunEvent, StoreReader
 from traceml.errors import BackendRefusedError
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.derived import DerivedMetrics
@@ -223,7 +223,7 @@ class BatchSender:
             self._memory["event"] = event.id
             self._note_verdict(main, event, session, audit)
 
-    def _note_verdict(self, main: PlannedExperiment, event: Event, session: TrackerSession, audit: AuditLog) -> None:
+    def _note_verdict(self, main: PlannedExperiment, event: RunEvent, session: TrackerSession, audit: AuditLog) -> None:
         verdict = event.data.get("verdict") or {}
         if _saw_no_step(verdict):
             return

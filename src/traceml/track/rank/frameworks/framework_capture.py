@@ -15,7 +15,7 @@ from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from traceml.instrument.imports import ImportWatch
+from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.patches import Patches
 from traceml.track.plugins.interfaces import FrameworkInterface
 from traceml.track.plugins.metric import Metric
@@ -39,7 +39,7 @@ class FrameworkCapture(FrameworkInterface):
 
     def __init__(self) -> None:
         self._patches = Patches()
-        self._watch: ImportWatch | None = None
+        self._watch: PostImportHook | None = None
         self._orchestrator: Orchestrator | None = None
         self._has_failed = False
 
@@ -58,7 +58,7 @@ class FrameworkCapture(FrameworkInterface):
             if module in sys.modules:
                 self._apply(module)
 
-        self._watch = ImportWatch({module: partial(self._apply, module) for module in targets})
+        self._watch = PostImportHook({module: partial(self._apply, module) for module in targets})
         self._watch.install()
 
     def unpatch(self) -> None:

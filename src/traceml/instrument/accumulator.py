@@ -15,13 +15,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.cells import CellField, Cells
+from traceml.instrument.closure_cells import CellField, ClosureCells
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
     from traceml.instrument.device import DeviceTimes
 
-__all__ = ["ASK", "FIRST_USER", "NOWHERE", "ON_FORWARD", "OTHER", "Accounts", "Listener", "mine"]
+__all__ = [
+    "ASK",
+    "FIRST_USER",
+    "NOWHERE",
+    "ON_FORWARD",
+    "OTHER",
+    "StepAccumulator",
+    "StepListener",
+    "on_training_thread",
+]
 
 OTHER = 8  # the account of time in no phase; never read, as it is what is left of the total
 FIRST_USER = 9  # user phase k has its time at FIRST_USER + 2k and its entries at FIRST_USER + 2k + 1
@@ -35,7 +44,7 @@ _log = logging.getLogger("traceml")
 
 # Whether this is the training thread. Reading it costs a tenth of `get_ident`; other threads start without it.
 _mine: contextvars.ContextVar[bool] = contextvars.ContextVar("traceml_training_thread", default=False)
-mine = _mine.get
+on_training_thread = _mine.get
 
 
 class _Mark:
@@ -55,7 +64,7 @@ ON_FORWARD = _Mark("ON_FORWARD")  # the next training forward closes it
 ASK = _Mark("ASK")  # every forward must say whether it trains
 
 
-class Listener(Protocol):
+class StepListener(Protocol):
     """Who is told of the rare events of a clock."""
 
     def first_backward(self) -> bool:
@@ -68,8 +77,8 @@ class Listener(Protocol):
         """The first step is done, or another 64 are: with how much forward time, and how many backward passes."""
 
 
-class Accounts:
-    """Accounts of the open step.
+class StepAccumulator:
+    """Times of the open step, by phase.
 
     Everything here happens on the training thread; hooks compare `thread` with their own and stay out otherwise. Fields
     that are `CellField`s are read and written by the hooks directly (see `cells`).
@@ -96,8 +105,10 @@ class Accounts:
     dirty = CellField()  # closing this step takes more than writing the four accounts
     detail = CellField()  # backward passes need care: see `StepClock.plan`
 
-    def __init__(self, flight: FlightFile, listener: Listener, thread: int) -> None:
-        hot = Cells(tuple(name for kind in type(self).__mro__ for name in vars(kind) if _is_cell(vars(kind)[name])))
+    def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:
+        hot = ClosureCells(
+            tuple(name for kind in type(self).__mro__ for name in vars(kind) if _is_cell(vars(kind)[name]))
+        )
         self.cells, self.bind = hot.by_name, hot.bind
         self.listener, self.thread, self.errors = listener, thread, 0
         self.ring = flight.ring("steps")
@@ -149,7 +160,7 @@ class Accounts:
             self.dirty = True
 
     def is_here(self) -> bool:
-        """Whether this is the training thread; the hooks' own check (`mine`) is renewed where a context lost it."""
+        """Whether this is the training thread; the hooks' own check is renewed where a context lost it."""
         if self.thread != get_ident():
             return False
 
@@ -287,7 +298,7 @@ def _is_cell(value: Any) -> bool:
     return isinstance(value, CellField)
 
 
-def _make_commit(accounts: Accounts) -> Callable[[int], None]:
+def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
     """Return the function that closes the open step at a time: appends its row, begins the next."""
     ring, slots, special, upkeep = accounts.ring, accounts.open_slots, accounts.commit_special, accounts.listener.upkeep
     pack_into, buffer, offset, mask, row_bytes = ring.pack_into, ring.buffer, ring.offset, ring.mask, ring.row_bytes

@@ -13,24 +13,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from traceml.database.flight import FlightFile, KeptLog, KeptRing, read_flight
-from traceml.database.journal import Journal, journal_of, read_journal
+from traceml.database.flight import FlightFile
+from traceml.database.journal import Journal, journal_path, read_journal
+from traceml.database.journaled import JournaledLog, JournaledRing
+from traceml.database.postmortem import read_flight
 
 
 def make_flight(folder: Path, rows: int = 8) -> FlightFile:
     return FlightFile.create(folder / "memory", {"rank": 0}, capacities={"metrics": rows}, fallback=folder / "disk")
 
 
-def ring_of(flight: FlightFile, appended: int) -> KeptRing:
+def ring_of(flight: FlightFile, appended: int) -> JournaledRing:
     for number in range(appended):
         flight.metrics.append(number, number, 0, float(number), 0, 0)
 
     return flight.metrics
 
 
-def log_of(flight: FlightFile, name: str = "logged") -> KeptLog:
+def log_of(flight: FlightFile, name: str = "logged") -> JournaledLog:
     log = flight.log(name)
-    assert isinstance(log, KeptLog)
+    assert isinstance(log, JournaledLog)
     return log
 
 
@@ -38,7 +40,7 @@ def numbers(data: bytes) -> list[int]:
     return [row[0] for row in struct.iter_unpack("@qqqdqq", data)]
 
 
-def drained(table: KeptRing | KeptLog, cursor: int = 0, limit: int = 2048) -> tuple[list[int], bytes]:
+def drained(table: JournaledRing | JournaledLog, cursor: int = 0, limit: int = 2048) -> tuple[list[int], bytes]:
     """Take all from a cursor on, as the sender does; return the numbers that came first in each take, and all bytes."""
     firsts, data = [], b""
     while (taken := table.take(cursor, limit)).n:
@@ -81,7 +83,7 @@ def test_maps_go_to_the_journal_when_memory_is_full(tmp_path: Path) -> None:
 
     assert [row["n"] for row in msgpack.Unpacker(_file(drained(log)[1]), max_buffer_size=0)] == list(range(300))
     assert log.take(299).n == 1
-    journal = journal_of(flight.stems[0], "logged")
+    journal = journal_path(flight.stems[0], "logged")
     assert journal.stat().st_size > 1_000_000
     log.acked = log.appended
     log.trim()
@@ -114,7 +116,7 @@ def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
 
     flight.close(unlink=False)
     assert flight.path is not None
-    journal = journal_of(flight.stems[0], "metrics")
+    journal = journal_path(flight.stems[0], "metrics")
     with journal.open("ab") as file:
         file.write(journal.read_bytes()[:50])  # a record that the end cut off
 

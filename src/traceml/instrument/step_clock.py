@@ -14,13 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accounts import ASK, FIRST_USER, NOWHERE, ON_FORWARD, OTHER, Accounts, Listener, mine
-from traceml.instrument.cells import CellField
+from traceml.instrument.accumulator import (
+    ASK,
+    NOWHERE,
+    ON_FORWARD,
+    OTHER,
+    StepAccumulator,
+    StepListener,
+)
+from traceml.instrument.closure_cells import CellField
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
 
-__all__ = ["ASK", "FIRST_USER", "FUSED", "NOWHERE", "ON_FORWARD", "OTHER", "StepClock", "mine"]
+__all__ = ["FUSED", "StepClock"]
 
 BACKWARD, OPTIMIZER, CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
 FUSED = 1  # stands for all optimizers that step inside backward; no object has this id
@@ -31,14 +38,14 @@ _SLOW_STEP_NS = 2_000_000  # ... and on every step when they are this long
 _HELD_BATCHES = 64  # so many backward passes without any optimizer step: there is none
 
 
-class StepClock(Accounts):
-    """Accounts that know where a step ends."""
+class StepClock(StepAccumulator):
+    """An accumulator that knows where a step ends."""
 
     last_optimizer = CellField()  # id of the one that stepped last
     usual = CellField()  # what closes a step after its optimizer step ...
     usual_loader = CellField()  # ... when this is its first loader, and nothing else is special
 
-    def __init__(self, flight: FlightFile, listener: Listener, *, thread: int | None = None) -> None:
+    def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
         self.open = False  # a step has begun, ever
         self.explicit = False  # trace_step() bounds the steps

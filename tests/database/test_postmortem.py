@@ -12,9 +12,9 @@ from subprocess import Popen
 
 import pytest
 
-from traceml.database.flight import FlightFile, FlightState, Slot, find_flights, is_alive, read_flight, remove_stale
-from traceml.database.image import MAGIC
-from traceml.database.schema import Phase
+from traceml.database.flight import FlightFile
+from traceml.database.postmortem import MAGIC, FlightState, find_flights, is_alive, read_flight, remove_stale
+from traceml.database.schema import Phase, Slot
 from traceml.errors import StoreError
 
 Start = Callable[..., "Popen[str]"]

@@ -11,10 +11,10 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["ImportWatch"]
+__all__ = ["PostImportHook"]
 
 
-class ImportWatch:
+class PostImportHook:
     """A finder that finds nothing itself: it has a callback run when one of some modules has been executed."""
 
     def __init__(self, callbacks: dict[str, Callable[[], None]]) -> None:

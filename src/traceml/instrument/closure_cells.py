@@ -11,12 +11,12 @@ from collections.abc import Callable
 from types import CellType, FunctionType
 from typing import Any, TypeVar, cast
 
-__all__ = ["CellField", "Cells"]
+__all__ = ["CellField", "ClosureCells"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Cells:
+class ClosureCells:
     """One cell per hot field."""
 
     def __init__(self, names: tuple[str, ...]) -> None:

@@ -18,17 +18,17 @@ from traceml.database.rings import (
     MAX_TAKE_BYTES,
     ByteLog,
     Ring,
-    Taken,
+    RowSlice,
     ends_of_maps,
 )
 from traceml.database.schema import Log, Table
 
-__all__ = ["KeptLog", "KeptRing", "Names"]
+__all__ = ["JournaledLog", "JournaledRing", "NameTable"]
 
 _log = logging.getLogger("traceml")
 
 
-class KeptRing(Ring):
+class JournaledRing(Ring):
     """A ring that writes its oldest unstored rows to a journal before it overwrites them. Any thread appends.
 
     The hot path binds the attributes and inlines `append`.
@@ -97,7 +97,7 @@ class KeptRing(Ring):
 
         self.limit = safe + self.capacity - 1
 
-    def take(self, cursor: int, limit: int = 2048) -> Taken:
+    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the next rows at or after `cursor`, at most `limit`, from the journal or from memory."""
         taken = super().take(cursor, limit)
         if taken.first <= cursor:
@@ -112,7 +112,7 @@ class KeptRing(Ring):
         first, n, data = record
         start, size = max(cursor, first), self.row_bytes
         stop = min(start + limit, first + n)
-        return Taken(start, stop - start, data[(start - first) * size : (stop - first) * size])
+        return RowSlice(start, stop - start, data[(start - first) * size : (stop - first) * size])
 
     def trim(self) -> None:
         """Give back the disk space of what is stored."""
@@ -121,7 +121,7 @@ class KeptRing(Ring):
                 self.journal.trim(self.acked)
 
 
-class KeptLog(ByteLog):
+class JournaledLog(ByteLog):
     """A log that begins anew when it is full, after it has written to a journal what is not stored. Any thread appends.
 
     Attributes:
@@ -139,7 +139,7 @@ class KeptLog(ByteLog):
         self._keep = keep
         self._said = False
 
-    def take(self, cursor: int, limit: int = 2048) -> Taken:
+    def take(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return the next maps at or after `cursor`: at most `limit`, and 256 KiB unless one alone is larger."""
         with self._lock:
             if cursor >= self.base:
@@ -156,7 +156,7 @@ class KeptLog(ByteLog):
         while stop > start + 1 and ends[stop - first] - ends[start - first] > MAX_TAKE_BYTES:
             stop = start + (stop - start) // 2
 
-        return Taken(start, stop - start, data[ends[start - first] : ends[stop - first]])
+        return RowSlice(start, stop - start, data[ends[start - first] : ends[stop - first]])
 
     def trim(self) -> None:
         """Give back the disk space of what is stored."""
@@ -196,7 +196,7 @@ class KeptLog(ByteLog):
         return True
 
 
-class Names:
+class NameTable:
     """Names by number, for the tables that use them; each stands in the log before any row that uses it.
 
     Args:
@@ -205,7 +205,7 @@ class Names:
 
     __slots__ = ("_ids", "_log", "_numbers")
 
-    def __init__(self, log: KeptLog) -> None:
+    def __init__(self, log: JournaledLog) -> None:
         self._log = log
         self._ids: dict[str, int] = {}
         self._numbers = itertools.count()

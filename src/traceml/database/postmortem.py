@@ -24,8 +24,8 @@ import msgpack
 
 from traceml.clock import boot_id
 from traceml.database.journal import JOURNAL_SUFFIX, read_journal
-from traceml.database.rings import COUNTERS_PER_TABLE, Taken
-from traceml.database.schema import TABLES, USER_TABLES, Phase, Table
+from traceml.database.rings import COUNTERS_PER_TABLE, RowSlice
+from traceml.database.schema import TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
 
 __all__ = [
@@ -43,16 +43,15 @@ __all__ = [
     "OWN_FILES",
     "PROLOGUE",
     "VERSION",
-    "Counters",
-    "FlightImage",
+    "FlightSnapshot",
     "FlightState",
-    "Slot",
+    "TableCounters",
     "find_flights",
     "is_alive",
-    "note_in",
+    "pending_row_path",
     "read_flight",
     "remove_stale",
-    "spool_of",
+    "spool_folder",
 ]
 
 # The file: a header page of int64 words (prologue, open slots, counters), the identity twice (one is current while the
@@ -95,21 +94,8 @@ class FlightState(IntEnum):
     FAILED = 3
 
 
-class Slot(IntEnum):
-    """The words of `open_slots`; 0 to 7 are the phases, each with the stamp of its start while it is open, else 0."""
-
-    STEP_START = 8  # monotonic stamp at which the open step began, 0 without one
-    STEP = 9  # number of the open step, -1 without one
-    USER_NAME = 10  # id in `names` of the innermost open user phase
-    STATE = 11  # FlightState
-    EXIT_START = 12  # monotonic stamp at which the process began to end, 0 before
-    HEARTBEAT = 13  # monotonic stamp of the last time the recorder's thread woke
-    WORLD = 14  # free for the recorder
-    SPARE = 15
-
-
 @dataclass(frozen=True, slots=True)
-class Counters:
+class TableCounters:
     """One table's counters, in rows, as they stood when the process died.
 
     `base` is the number of a log's first map in memory; what came before it is stored, or in the journal.
@@ -132,7 +118,7 @@ class _Placed:
     row_bytes: int
 
 
-class FlightImage:
+class FlightSnapshot:
     """A copy of a flight file: who wrote it, what it appended, and what was open at the end.
 
     Attributes:
@@ -156,7 +142,7 @@ class FlightImage:
         self._slots: tuple[int, ...] = words
 
     def __repr__(self) -> str:
-        return f"FlightImage({str(self.path)!r}, pid={self.identity.get('pid')}, state={self.state.name})"
+        return f"FlightSnapshot({str(self.path)!r}, pid={self.identity.get('pid')}, state={self.state.name})"
 
     @property
     def tables(self) -> list[str]:
@@ -199,10 +185,10 @@ class FlightImage:
         """Return one of the words beside the phases."""
         return self._slots[slot]
 
-    def counters(self, name: str) -> Counters:
+    def counters(self, name: str) -> TableCounters:
         """Return a table's counters."""
         index, _ = self._tables[name]
-        return Counters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
+        return TableCounters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
 
     def rows(self, name: str, start: int = 0) -> tuple[int, bytes]:
         """Return (sequence number of the first, rows) of a packed table from `start` on, as far as it reaches back."""
@@ -241,7 +227,7 @@ class FlightImage:
     @property
     def spooled(self) -> list[Path]:
         """The files that had been copied, and had not arrived in the run's folder."""
-        folders = [spool_of(stem) for stem in self._stems]
+        folders = [spool_folder(stem) for stem in self._stems]
         return [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
 
     @property
@@ -263,7 +249,7 @@ class FlightImage:
     @property
     def note_paths(self) -> list[Path]:
         """Where `notes` lie, in the order of the calls."""
-        paths = [path for stem in self._stems for path in spool_of(stem).glob(f".*{_NOTE_SUFFIX}")]
+        paths = [path for stem in self._stems for path in spool_folder(stem).glob(f".*{_NOTE_SUFFIX}")]
         return sorted(paths, key=lambda path: (len(path.name), path.name))
 
     @property
@@ -276,7 +262,7 @@ class FlightImage:
 
         return found
 
-    def take_all(self, name: str, start: int = 0) -> Iterator[Taken]:
+    def take_all(self, name: str, start: int = 0) -> Iterator[RowSlice]:
         """Yield what a table or log holds from `start` on, first what is in its journal, then what is in memory."""
         journal = self.journals.get(name)
         for taken in read_journal(journal) if journal is not None else ():
@@ -294,19 +280,19 @@ class FlightImage:
             path.unlink(missing_ok=True)
 
         for stem in self._stems:
-            shutil.rmtree(spool_of(stem), ignore_errors=True)
+            shutil.rmtree(spool_folder(stem), ignore_errors=True)
 
-    def take(self, name: str, start: int = 0) -> Taken:
+    def take(self, name: str, start: int = 0) -> RowSlice:
         """Return what memory holds of a table or log from `start` on, in the form in which it goes into a frame."""
         if isinstance(TABLES.get(name), Table):
             first, data = self.rows(name, start)
-            return Taken(first, len(data) // self._tables[name][1].row_bytes, data)
+            return RowSlice(first, len(data) // self._tables[name][1].row_bytes, data)
 
         rows, ends = self._walk(name)
         base = self.counters(name).base
         first = min(max(start - base, 0), len(rows))
         offset = self._tables[name][1].offset
-        return Taken(base + first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
+        return RowSlice(base + first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
 
     def _walk(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
         _, placed = self._tables[name]
@@ -347,17 +333,17 @@ class FlightImage:
             )
 
 
-def spool_of(stem: Path) -> Path:
+def spool_folder(stem: Path) -> Path:
     """Return the folder of files that are on their way to a run's folder, by the stem of their rank's journals."""
     return stem.with_name(f"{stem.name}.files")
 
 
-def note_in(folder: Path, number: int) -> Path:
+def pending_row_path(folder: Path, number: int) -> Path:
     """Return where the row of a file in such a folder is kept until it can be appended."""
     return folder / f".{number}{_NOTE_SUFFIX}"
 
 
-def read_flight(path: Path, *, allow_live: bool = False) -> FlightImage:
+def read_flight(path: Path, *, allow_live: bool = False) -> FlightSnapshot:
     """Read a dead rank's flight file.
 
     Args:
@@ -372,14 +358,14 @@ def read_flight(path: Path, *, allow_live: bool = False) -> FlightImage:
         if not allow_live:
             raise _still_alive(path)
 
-        return FlightImage(path, own[:])
+        return FlightSnapshot(path, own[:])
 
     try:
         with _opened(path) as descriptor:
             if not allow_live and _locked(descriptor):
                 raise _still_alive(path)
 
-            return FlightImage(path, _read_all(descriptor))
+            return FlightSnapshot(path, _read_all(descriptor))
     except StoreError:
         raise
     except OSError as error:
@@ -431,7 +417,7 @@ def _is_stale(path: Path, grace_s: float) -> bool:
             return False
 
         try:
-            image = FlightImage(path, os.pread(descriptor, DATA_AT, 0))
+            image = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
         except StoreError:
             # Half made, damaged or of another version: nothing says since when, so its own date must do.
             return now - os.fstat(descriptor).st_mtime > grace_s
@@ -450,7 +436,7 @@ def _is_stale(path: Path, grace_s: float) -> bool:
 def _journals_of(path: Path) -> list[Path]:
     try:
         with _opened(path) as descriptor:
-            image = FlightImage(path, os.pread(descriptor, DATA_AT, 0))
+            image = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
             return [*image.journals.values(), *image.spooled, *image.note_paths]
     except (OSError, StoreError):  # half made or damaged: it had none, or nobody can tell
         return []
