@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.diagnosis import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.lost_ranks import rank_lost, root_causes
 from traceml.recorder.exits import describe
 

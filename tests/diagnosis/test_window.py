@@ -7,7 +7,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, rows_of, window_of
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, pack_bits
-from traceml.diagnosis import StepWindow, slots_for
+from traceml.diagnosis.window import StepWindow, slots_for
 
 
 def some_rows(first: int, count: int, total: int = 10_000_000) -> np.ndarray:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis import Window
-from traceml.diagnosis.window import PHASES
+from traceml.diagnosis.window import PHASES, Window
 from traceml.runs.bins import StepBins
 
 

@@ -9,7 +9,8 @@ from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis import JobFacts, diagnose
+from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.errors import StoreError
 from traceml.runs.live_run import LiveRun

@@ -8,7 +8,7 @@ from typing import Any
 
 from traceml.aggregator.live import LiveRows
 from traceml.database.store import StoreWriter
-from traceml.diagnosis import diagnose
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import Window
 
 __all__ = ["LiveVerdict"]

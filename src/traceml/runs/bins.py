@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis import Window
+from traceml.diagnosis.window import Window
 
 __all__ = ["StepBins"]
 

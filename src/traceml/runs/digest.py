@@ -22,7 +22,10 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
-from traceml.diagnosis import Finding, JobFactsBuilder, RankExit, StepWindow, diagnose
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.job_facts import JobFactsBuilder, RankExit
+from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.window import StepWindow
 from traceml.runs.metric_summary import MetricSummary
 from traceml.runs.samples import Samples
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from traceml.database.reader import RunEvent, StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis import Finding, slots_for
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.window import slots_for
 from traceml.errors import StoreError
 from traceml.runs.digest import Digest
 from traceml.runs.notes import Note, Notes

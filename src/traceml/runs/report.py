@@ -13,8 +13,8 @@ from typing import Any
 from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis import Finding, Window, slots_for
-from traceml.diagnosis.findings import plain
+from traceml.diagnosis.findings import Finding, plain
+from traceml.diagnosis.window import Window, slots_for
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
 from traceml.runs.metric_summary import trackers

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from traceml.database.reader import StoreReader
 from traceml.database.schema import PHASE_COLUMNS, STEPS
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis import Finding
+from traceml.diagnosis.findings import Finding
 from traceml.runs.find import find_run
 from traceml.runs.report import build_report
 

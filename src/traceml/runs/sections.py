@@ -8,7 +8,8 @@ import numpy as np
 
 from traceml.database.reader import StoreReader, StreamRecord
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
-from traceml.diagnosis import RankExit, Window
+from traceml.diagnosis.job_facts import RankExit
+from traceml.diagnosis.window import Window
 from traceml.runs.digest import Digest
 from traceml.runs.samples import slope_per_step
 

@@ -19,7 +19,8 @@ from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis import JobFacts, diagnose
+from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.launch.page import PageKeeper
 from traceml.runs.report import write_report
