@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+NATIVE := src/traceml/traces/native
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench native clean
 
-$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard src/traceml/traces/*.c)
+$(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing traceml with its demonstration into $(VENV) (once)"
 	@$(PIP) install -c constraints.txt -e '.[demo]'
@@ -20,6 +21,12 @@ $(VENV)/.test: $(VENV)/.base
 $(VENV)/.lint: $(VENV)/.base
 	@$(PIP) install -c constraints.txt mypy ruff types-psutil
 	@touch $@
+
+# The C library of an installed tree, after a change of its sources; installing builds it too (hatch_build.py).
+native: $(NATIVE)/_native.so
+
+$(NATIVE)/_native.so: $(wildcard $(NATIVE)/*.c)
+	$(CC) -O3 -std=gnu11 -shared -fPIC -o $@.new $^ && mv $@.new $@
 
 demo: $(VENV)/.base
 	@$(BIN)/traceml demo

@@ -74,7 +74,7 @@ def main() -> int:
     options = _options()
     from distributed import Client, LocalCluster
 
-    from traceml.traces.summary import summarise
+    from traceml.traces.query.summary import summarise
 
     with tempfile.TemporaryDirectory() as folder:
         path, truth, _ = members(Path(folder), options.events)

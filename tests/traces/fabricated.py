@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from decimal import Decimal
 from typing import Any
 
-from traceml.traces.columns import MISSING, NO_TIME, TEXT, Batch, FileFacts
-from traceml.traces.reading import Reading, read
+from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, TraceFileFacts
+from traceml.traces.reader.reading import TraceReader, read
 
 __all__ = ["FORMS", "brute_force", "events_of", "make_events", "members", "normalised", "read_all"]
 
@@ -153,7 +153,7 @@ def _size(args: Event) -> Any:
     return value if value is None or type(value) is int or isinstance(value, str) else json.dumps(value)
 
 
-def read_all(path: Any, **options: Any) -> tuple[Counter[str], Reading]:
+def read_all(path: Any, **options: Any) -> tuple[Counter[str], TraceReader]:
     """Return the events of a file as `brute_force` does, and the reading."""
     reading = read(path, args=["size"], **options)
     found: Counter[str] = Counter()
@@ -166,13 +166,13 @@ def read_all(path: Any, **options: Any) -> tuple[Counter[str], Reading]:
     return found, reading
 
 
-def events_of(batch: Batch, reading: Reading) -> list[str]:
+def events_of(batch: EventBatch, reading: TraceReader) -> list[str]:
     """Return the events of a batch as `normalised` does."""
     odd = [normalised(event) for event in batch.odd]
     return [_row(batch, reading, row) for row in range(len(batch.ph))] + odd
 
 
-def _row(batch: Batch, reading: Reading, row: int) -> str:
+def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
     strings, size = reading.strings, batch.args["size"]
     event = {key: strings[int(getattr(batch, key)[row])] for key in ("name", "cat", "pid", "tid", "id")}
     event["ph"] = chr(batch.ph[row])
@@ -187,7 +187,7 @@ def _row(batch: Batch, reading: Reading, row: int) -> str:
     return normalised(event | {"args": {"size": Decimal(number) if kind == 2 else known}})
 
 
-def facts_of(reading: Reading) -> FileFacts:
+def facts_of(reading: TraceReader) -> TraceFileFacts:
     """Return the facts of a reading's only file."""
     (facts,) = reading.files
     return facts

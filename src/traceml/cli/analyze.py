@@ -15,7 +15,7 @@ import tyro
 
 from traceml.cli.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
-from traceml.traces.summary import summarise
+from traceml.traces.query.summary import summarise
 
 __all__ = ["main"]
 

@@ -1,4 +1,7 @@
-"""Traces: written, read in columns, and answered from; what is not used is not imported."""
+"""Traces: writing (`writer`), reading in columns (`reader`), and answering questions about them (`query`).
+
+Runs in any Python program. A part is imported when one of its names is used first; it imports `tasks` and leaves only.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from typing import Any
 
 # Names that users take from here, and the modules that they live in.
 _HOMES = {
-    "Writer": "traceml.traces.writer",
-    "discover": "traceml.traces.files",
-    "open": "traceml.traces.query",
-    "read": "traceml.traces.reading",
+    "Writer": "traceml.traces.writer.writer",
+    "discover": "traceml.traces.reader.trace_files",
+    "open": "traceml.traces.query.lazy",
+    "read": "traceml.traces.reader.reading",
 }
 
 __all__ = ["Writer", "discover", "open", "read"]

@@ -10,7 +10,7 @@ from traceml.database.reader import RunEvent, StreamRecord
 from traceml.database.schema import GPU, HOST, INFO, LOGGED, METRICS, PROCESS, TORCH_MEMORY
 from traceml.runs.clocks import RunClocks
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
-from traceml.traces.writer import Writer
+from traceml.traces.writer.writer import Writer
 
 __all__ = ["CounterExporter"]
 

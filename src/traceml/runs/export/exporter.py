@@ -12,7 +12,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
 from traceml.runs.clocks import RunClocks
-from traceml.traces.writer import Writer
+from traceml.traces.writer.writer import Writer
 
 __all__ = ["FORMATS", "ExportResult", "default_path", "export_run", "format_of"]
 

@@ -21,7 +21,7 @@ from traceml.runs.clocks import RunClocks
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.counters import CounterExporter
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrival
-from traceml.traces.writer import Writer
+from traceml.traces.writer.writer import Writer
 
 __all__ = ["TimelineExporter", "origin_of"]
 

@@ -1,0 +1,133 @@
+"""Self time: each moment of a thread belongs to the span of it that was opened last.
+
+For spans that nest this is a span's duration without what is nested in it. Where two overlap without nesting, the
+overlap belongs to the later one, so that self times of a thread always add up to the time in which it had a span.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.native.library import grown, library, pointer
+
+__all__ = ["SelfTimes"]
+
+_NODES = 1 << 10
+_CROWD = 256  # spans that start together: from there on it pays to sort them, since each is put among them
+
+
+class SelfTimes:
+    """Takes spans in the order of their starts, keeps what is open, and sums self time by group."""
+
+    def __init__(self) -> None:
+        self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
+        self._head, self._cursor = np.full(64, -1, np.int32), np.zeros(64, np.int64)
+        self._start, self._end = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int64)
+        self._group, self._below = np.zeros(_NODES, np.int32), np.arange(1, _NODES + 1, dtype=np.int32)
+        self._below[-1] = -1
+        self._free = ctypes.c_int32(0)
+        self._open: dict[int, list[tuple[int, int, int]]] = {}  # without the library: lane -> (start, end, group)
+
+    def add(
+        self, start: NDArray[np.int64], duration: NDArray[np.int64], group: NDArray[np.int32], lane: NDArray[np.int32]
+    ) -> None:
+        """Take spans that start no earlier than those before; times in nanoseconds, a lane is a thread."""
+        if not len(start):
+            return
+
+        self._low, self._high = grown(self._low, int(group.max()) + 1), grown(self._high, int(group.max()) + 1)
+        lanes = int(lane.max()) + 1
+        self._head, self._cursor = grown(self._head, lanes, -1), grown(self._cursor, lanes)
+        columns: list[NDArray[Any]] = [np.ascontiguousarray(each) for each in (start, duration, group, lane)]
+        if _longest_run(start) > _CROWD:
+            order = np.lexsort((-duration, start))  # the longest first: each lies on top of the one before
+            columns = [column[order] for column in columns]
+
+        if library():
+            self._native(columns)
+        else:
+            for row in zip(*(column.tolist() for column in columns), strict=True):
+                self._plain(*row)
+
+    def finish(self) -> None:
+        """Close what is open."""
+        lib = library()
+        if lib:
+            lanes = ctypes.c_int64(len(self._head))
+            nodes = (self._head, self._cursor, self._end, self._group, self._below, self._low, self._high)
+            lib.traceml_unnest(lanes, *(pointer(each) for each in nodes))
+
+        for lane, stack in self._open.items():
+            self._pop(lane, stack, None)
+
+    def self_ns(self, group: int) -> int:
+        """Return the self time of a group; complete after `finish`."""
+        return (int(self._high[group]) << 64) + int(self._low[group]) if group < len(self._low) else 0
+
+    def _native(self, columns: list[NDArray[Any]]) -> None:
+        lib = library()
+        assert lib is not None
+        at, count = 0, len(columns[0])
+        given = [pointer(column) for column in columns]
+        while True:
+            lanes = [pointer(self._head), pointer(self._cursor)]
+            nodes = [pointer(each) for each in (self._start, self._end, self._group, self._below)]
+            sums = [ctypes.byref(self._free), pointer(self._low), pointer(self._high)]
+            at = lib.traceml_nest(ctypes.c_int64(at), ctypes.c_int64(count), *given, *lanes, *nodes, *sums)
+            if at == count:
+                return
+
+            self._grow()
+
+    def _grow(self) -> None:
+        """Double the pool of nodes; all of the old ones are in use."""
+        size = len(self._start)
+        self._start, self._end = grown(self._start, size + 1), grown(self._end, size + 1)
+        self._group, self._below = grown(self._group, size + 1), grown(self._below, size + 1)
+        self._below[size:-1] = np.arange(size + 1, len(self._below), dtype=np.int32)
+        self._below[-1] = -1
+        self._free.value = size
+
+    def _plain(self, start: int, duration: int, group: int, lane: int) -> None:
+        if duration <= 0:
+            return
+
+        stack = self._open.setdefault(lane, [])
+        self._pop(lane, stack, start)
+        if stack and start > self._cursor[lane]:
+            self._account(stack[-1][2], start - int(self._cursor[lane]))
+
+        self._cursor[lane] = start
+        place = len(stack)
+        while place and stack[place - 1][0] == start and stack[place - 1][1] <= start + duration:
+            place -= 1
+
+        if place < len(stack) and stack[place][:2] == (start, start + duration):
+            return  # an equal one is there, around which this one is never innermost
+
+        outside = place
+        while outside and stack[outside - 1][1] <= start + duration:  # it is never innermost again
+            outside -= 1
+
+        stack[outside:place] = [(start, start + duration, group)]
+
+    def _pop(self, lane: int, stack: list[tuple[int, int, int]], until: int | None) -> None:
+        while stack and (until is None or stack[-1][1] <= until):
+            _, end, group = stack.pop()
+            if end > self._cursor[lane]:
+                self._account(group, end - int(self._cursor[lane]))
+                self._cursor[lane] = end
+
+    def _account(self, group: int, time_ns: int) -> None:
+        total = self.self_ns(group) + time_ns
+        self._high[group], self._low[group] = total >> 64, total & (2**64 - 1)
+
+
+def _longest_run(values: NDArray[np.int64]) -> int:
+    """Return how many equal values follow each other at most; of one value or more."""
+    changes = np.flatnonzero(values[1:] != values[:-1])
+    return int(np.diff(np.concatenate([[-1], changes, [len(values) - 1]])).max())

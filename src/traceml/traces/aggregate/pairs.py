@@ -1,0 +1,146 @@
+"""Spans from begin and end events: B with E of one thread, b with e of one asynchronous id."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
+from traceml.traces.native.library import grown, library, pointer
+
+__all__ = ["SpanMatcher", "Unpaired"]
+
+_NODES = 1 << 10
+_Open = tuple[int, int, int, int]  # begin, name, group, mark
+
+
+@dataclass(slots=True)
+class Unpaired:
+    """Begins without an end, and ends without a begin."""
+
+    begins: int = 0
+    ends: int = 0
+
+
+class SpanMatcher:
+    """Takes begin and end events in any order, pairs them in the order of time.
+
+    Nested spans of a lane close from inside. An end that has a name closes the innermost begin of that name.
+
+    Args:
+        edges: what brings them into order.
+    """
+
+    def __init__(self, edges: ExternalSorter | None = None) -> None:
+        self._edges = edges or ExternalSorter()
+        self._head = np.full(64, -1, np.int32)
+        self._ts, self._name = np.zeros(_NODES, np.int64), np.zeros(_NODES, np.int32)
+        self._group, self._mark = np.zeros(_NODES, np.int32), np.zeros(_NODES, np.uint8)
+        self._below = np.arange(1, _NODES + 1, dtype=np.int32)
+        self._below[-1] = -1
+        self._free = ctypes.c_int32(0)
+        self._open: dict[int, list[_Open]] = {}  # without the library
+        self.unpaired = Unpaired()
+
+    def add(
+        self,
+        ts: NDArray[np.int64],
+        is_end: NDArray[np.uint8],
+        lane: NDArray[np.int32],
+        name: NDArray[np.int32],
+        group: NDArray[np.int32],
+        mark: NDArray[np.uint8],
+    ) -> None:
+        """Take events; `group` and `mark` of a begin come back with its span."""
+        self._edges.add(ts, is_end, lane, name, group, mark)
+
+    def columns(self) -> RowColumns:
+        """Return the events as they came; for a matcher whose sorter holds them all."""
+        return self._edges.columns()
+
+    @property
+    def edges(self) -> int:
+        """How many events were taken."""
+        return self._edges.rows
+
+    def spans(self) -> Iterator[RowColumns]:
+        """Yield start, duration, group, lane and mark of the spans; afterwards `unpaired` is known."""
+        for rows in self._edges.blocks():
+            columns = [np.ascontiguousarray(column) for column in rows]
+            self._head = grown(self._head, int(columns[2].max()) + 1, -1)
+            yield self._native(columns) if library() else self._plain(columns)
+
+        self.unpaired.begins += self._left_open()
+
+    def _native(self, columns: list[NDArray[np.int64]]) -> RowColumns:
+        lib = library()
+        assert lib is not None
+        count = len(columns[0])
+        out = [np.empty(count, kind) for kind in (np.int64, np.int64, np.int32, np.int32, np.uint8)]
+        tally = np.zeros(3, np.int64)
+        fixed = [pointer(column) for column in columns]
+        tail = [ctypes.byref(self._free), *(pointer(each) for each in (*out, tally))]
+        at = 0
+        while True:
+            nodes = (self._head, self._ts, self._name, self._group, self._mark, self._below)
+            open_ = [pointer(each) for each in nodes]
+            at = lib.traceml_match(ctypes.c_int64(at), ctypes.c_int64(count), *fixed, *open_, *tail)
+            if at == count:
+                break
+
+            self._grow()
+
+        self.unpaired.begins += int(tally[1])
+        self.unpaired.ends += int(tally[2])
+        return tuple(each[: tally[0]] for each in out)
+
+    def _grow(self) -> None:
+        """Double the pool of open begins; all of the old ones are in use."""
+        size = len(self._ts)
+        self._ts, self._name = grown(self._ts, size + 1), grown(self._name, size + 1)
+        self._group, self._mark = grown(self._group, size + 1), grown(self._mark, size + 1)
+        self._below = grown(self._below, size + 1)
+        self._below[size:-1] = np.arange(size + 1, len(self._below), dtype=np.int32)
+        self._below[-1] = -1
+        self._free.value = size
+
+    def _plain(self, columns: list[NDArray[np.int64]]) -> RowColumns:
+        spans: list[tuple[int, int, int, int, int]] = []
+        for ts, is_end, lane, name, group, mark in zip(*(column.tolist() for column in columns), strict=True):
+            stack = self._open.setdefault(lane, [])
+            if not is_end:
+                stack.append((ts, name, group, mark))
+            elif (begin := self._close(stack, name)) is not None:
+                spans.append((begin[0], ts - begin[0], begin[2], lane, begin[3]))
+
+        kinds = (np.int64, np.int64, np.int32, np.int32, np.uint8)
+        fields = zip(*spans, strict=True) if spans else ((),) * len(kinds)
+        return tuple(np.array(each, kind) for each, kind in zip(fields, kinds, strict=True))
+
+    def _close(self, stack: list[_Open], name: int) -> _Open | None:
+        place = len(stack) - 1
+        while place >= 0 and name >= 0 and stack[place][1] != name:
+            place -= 1
+
+        if place < 0:
+            self.unpaired.ends += 1
+            return None
+
+        self.unpaired.begins += len(stack) - 1 - place
+        begin = stack[place]
+        del stack[place:]
+        return begin
+
+    def _left_open(self) -> int:
+        left = sum(len(stack) for stack in self._open.values())
+        for top in self._head.tolist():
+            node = top
+            while node >= 0:
+                left += 1
+                node = int(self._below[node])
+
+        return left

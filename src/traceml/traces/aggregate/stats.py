@@ -1,0 +1,177 @@
+"""Count, sum, extremes, distribution and self time per group: exact integers of any size, mergeable."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.aggregate.sketch import CELLS, OCTAVES, bucket
+from traceml.traces.native.library import grown, library, pointer
+
+__all__ = ["GroupStat", "GroupStatTable", "Time"]
+
+Time = int | Fraction  # nanoseconds; fractions only where a trace has finer times
+
+_GREATEST = 2**63 - 1
+_FEW = 4  # as in kernels.c
+
+
+@dataclass(slots=True)
+class GroupStat:
+    """What is known of the spans of one group; times in nanoseconds, fractions only where the trace has finer times.
+
+    Args:
+        count: spans.
+        total: the sum of their durations.
+        least, most: the extremes; None while there are no spans.
+        self_ns: time in which they were the innermost span of their thread.
+        counts: spans by bucket of traceml.traces.aggregate.sketch.
+    """
+
+    count: int = 0
+    total: Time = 0
+    least: Time | None = None
+    most: Time | None = None
+    self_ns: Time = 0
+    counts: dict[int, int] = field(default_factory=dict)
+
+    def add(self, duration: Time) -> None:
+        """Take one span."""
+        number = bucket(int(duration))
+        self._take(1, duration, duration, duration, {number: 1})
+
+    def merge(self, other: GroupStat) -> None:
+        """Take the spans of another part of the same group."""
+        self.self_ns += other.self_ns
+        if other.least is not None and other.most is not None:
+            self._take(other.count, other.total, other.least, other.most, other.counts)
+
+    def _take(
+        self,
+        count: int,
+        total: Time,
+        least: Time,
+        most: Time,
+        counts: dict[int, int],
+    ) -> None:
+        self.count += count
+        self.total += total
+        self.least = least if self.least is None or least < self.least else self.least
+        self.most = most if self.most is None or most > self.most else self.most
+        for number, spans in counts.items():
+            self.counts[number] = self.counts.get(number, 0) + spans
+
+
+class GroupStatTable:
+    """Stats of numbered groups, filled from columns."""
+
+    def __init__(self) -> None:
+        self.count = np.zeros(64, np.int64)
+        self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
+        self._least, self._most = np.full(64, _GREATEST, np.int64), np.full(64, -1, np.int64)
+        self._few = np.zeros((64, _FEW), np.int64)  # the durations of a group that has no more
+        self._pages = np.zeros((64, OCTAVES), np.int32)  # by octave, the place of its cells + 1
+        self._cells = np.zeros((256, CELLS), np.int64)
+        self._used = ctypes.c_int64(0)
+
+    def add(self, group: NDArray[np.int32], duration: NDArray[np.int64], groups: int) -> None:
+        """Take spans.
+
+        Args:
+            group: the number of each span's group.
+            duration: nanoseconds, not negative.
+            groups: how many groups there are by now.
+        """
+        self._reserve(groups)
+        group, duration = np.ascontiguousarray(group, np.int32), np.ascontiguousarray(duration, np.int64)
+        if library():
+            self._native(group, duration)
+        elif len(group):
+            self._plain(group, duration)
+
+    def stat(self, group: int) -> GroupStat:
+        """Return what is known of one group, without its self time."""
+        if group >= len(self.count) or not self.count[group]:
+            return GroupStat()
+
+        total = (int(self._high[group]) << 64) + int(self._low[group])
+        counts = self._histogram(group)
+        return GroupStat(int(self.count[group]), total, int(self._least[group]), int(self._most[group]), 0, counts)
+
+    def _histogram(self, group: int) -> dict[int, int]:
+        if self.count[group] <= _FEW and not self._pages[group].any():
+            return dict(Counter(map(bucket, self._few[group, : self.count[group]].tolist())))
+
+        counts: dict[int, int] = {}
+        for octave in np.flatnonzero(self._pages[group]):
+            cells = self._cells[self._pages[group, octave] - 1]
+            counts |= {int(octave) * CELLS + int(cell): int(cells[cell]) for cell in np.flatnonzero(cells)}
+
+        return counts
+
+    def _reserve(self, groups: int) -> None:
+        self.count, self._low, self._high = (grown(each, groups) for each in (self.count, self._low, self._high))
+        self._least, self._most = grown(self._least, groups, _GREATEST), grown(self._most, groups, -1)
+        self._few, self._pages = grown(self._few, groups), grown(self._pages, groups)
+
+    def _native(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
+        lib = library()
+        assert lib is not None
+        fixed = [pointer(each) for each in (group, duration, self.count, self._low, self._high)]
+        fixed += [pointer(each) for each in (self._least, self._most, self._few, self._pages)]
+        at, size = 0, ctypes.c_int64(len(group))
+        while True:
+            room = ctypes.c_int64(len(self._cells))
+            cells, used = pointer(self._cells), ctypes.byref(self._used)
+            at = lib.traceml_stats(ctypes.c_int64(at), size, *fixed, cells, used, room)
+            if at == len(group):
+                return
+
+            self._cells = grown(self._cells, len(self._cells) + 1)
+
+    def _plain(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
+        np.add.at(self.count, group, 1)
+        np.minimum.at(self._least, group, duration)
+        np.maximum.at(self._most, group, duration)
+        self._sum(group, duration)
+        self._distribute(group, duration)
+
+    def _sum(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
+        """Sum in halves of 32 bits, which cannot overflow, and carry."""
+        low, high = np.zeros(len(self.count), np.int64), np.zeros(len(self.count), np.int64)
+        np.add.at(low, group, duration & 0xFFFFFFFF)
+        np.add.at(high, group, duration >> 32)
+        for each in np.flatnonzero(low | high):
+            total = (int(self._high[each]) << 64) + int(self._low[each]) + (int(high[each]) << 32) + int(low[each])
+            self._high[each], self._low[each] = total >> 64, total & (2**64 - 1)
+
+    def _distribute(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
+        exponent = np.maximum(_bit_lengths(duration) - 1, 6)
+        octave = np.where(duration < CELLS, 0, exponent - 6)
+        cell = np.where(duration < CELLS, duration, (duration >> np.maximum(exponent - 7, 0)) & (CELLS - 1))
+        keys = (group.astype(np.int64) * OCTAVES + octave) * CELLS + cell
+        for key, spans in zip(*np.unique(keys, return_counts=True), strict=True):
+            place, at = divmod(int(key), CELLS)
+            page = self._page(*divmod(place, OCTAVES))  # may make room for more cells
+            self._cells[page, at] += spans
+
+    def _page(self, group: int, octave: int) -> int:
+        if not self._pages[group, octave]:
+            self._cells = grown(self._cells, self._used.value + 1)
+            self._used.value += 1
+            self._pages[group, octave] = self._used.value
+
+        return int(self._pages[group, octave]) - 1
+
+
+def _bit_lengths(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the bit length of each value; halves are exact in a float, the whole may not be."""
+    high, low = values >> 31, values & 0x7FFFFFFF
+    upper = np.frexp(high.astype(np.float64))[1].astype(np.int64)
+    lower = np.frexp(low.astype(np.float64))[1].astype(np.int64)
+    return np.where(high > 0, upper + 31, lower)

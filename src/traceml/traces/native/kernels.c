@@ -1,0 +1,298 @@
+/* Kernels of the analysis: statistics per group, numbering of pairs, nesting, cover of time.
+ *
+ * Plain C without Python: called through ctypes, so other threads run meanwhile. Every kernel works on arrays
+ * that its caller owns. Those that may run out of room stop at the element which does not fit and return its index;
+ * the caller makes room and calls again from there. the modules of aggregate/ have the same in numpy, for hosts without a compiler.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#define VERSION 4  /* raised when arguments or constants of this library change; library.py expects it */
+#define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
+#define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
+#define FEW 4      /* values of a group that are kept as they are: most of very many groups have no more */
+#define CLASSES 7
+#define BINS 1024
+
+int64_t traceml_version(void) { return VERSION; }
+
+static inline void add_wide(uint64_t *low, int64_t *high, int64_t value) {
+  uint64_t before = *low;
+  *low += (uint64_t)value;
+  *high += (value < 0 ? -1 : 0) + (*low < before);
+}
+
+/* Count a value in the histogram of a group; `pages` has the group's page of each octave + 1, 0 for none yet. */
+static inline void tally(int64_t v, int32_t *pages, int64_t *cells, int64_t *used) {
+  int octave = 0, cell = (int)v;
+  if (v >= CELLS) {
+    int e = 63 - __builtin_clzll((uint64_t)v);
+    octave = e - 6;
+    cell = (int)((v >> (e - 7)) & (CELLS - 1));
+  }
+  if (!pages[octave]) pages[octave] = (int32_t)++*used;
+  cells[(int64_t)(pages[octave] - 1) * CELLS + cell]++;
+}
+
+/* Count, sum (128 bits), least, most and the histogram of durations, by group. */
+int64_t traceml_stats(int64_t first, int64_t n, const int32_t *group, const int64_t *value, int64_t *count,
+                      uint64_t *low, int64_t *high, int64_t *least, int64_t *most, int64_t *few, int32_t *pages,
+                      int64_t *cells, int64_t *used, int64_t room) {
+  for (int64_t i = first; i < n; i++) {
+    int64_t v = value[i];
+    int32_t g = group[i];
+    if (count[g] < FEW) {
+      few[(int64_t)g * FEW + count[g]] = v;
+    } else {
+      int32_t *own = &pages[(int64_t)g * OCTAVES];
+      if (*used + FEW + 1 > room) return i; /* as many pages as may begin here */
+      for (int k = 0; count[g] == FEW && k < FEW; k++) tally(few[(int64_t)g * FEW + k], own, cells, used);
+      tally(v, own, cells, used);
+    }
+    count[g]++;
+    add_wide(&low[g], &high[g], v);
+    if (v < least[g]) least[g] = v;
+    if (v > most[g]) most[g] = v;
+  }
+  return n;
+}
+
+static inline uint64_t mix(uint64_t x) {
+  x ^= x >> 31;
+  x *= 0x9E3779B97F4A7C15ull;
+  x ^= x >> 29;
+  return x;
+}
+
+/* Give each distinct pair a number, dense from 0 in the order of appearance. `table` has a power of two of slots. */
+int64_t traceml_pairs(int64_t first, int64_t n, const int32_t *left, const int32_t *right, int32_t *out,
+                      int32_t *table, int64_t mask, int64_t *keys, int64_t *used) {
+  int64_t last_key = 0;
+  int32_t last = -1;
+  for (int64_t i = first; i < n; i++) {
+    int64_t key = (int64_t)(((uint64_t)(uint32_t)left[i] << 32) | (uint32_t)right[i]);
+    if (last >= 0 && key == last_key) {
+      out[i] = last;
+      continue;
+    }
+    int64_t slot = (int64_t)(mix((uint64_t)key) & (uint64_t)mask);
+    while (table[slot] >= 0 && keys[table[slot]] != key) slot = (slot + 1) & mask;
+    if (table[slot] < 0) {
+      if (2 * (*used + 1) > mask) return i;
+      keys[*used] = key;
+      table[slot] = (int32_t)(*used)++;
+    }
+    out[i] = last = table[slot];
+    last_key = key;
+  }
+  return n;
+}
+
+/* Time by the innermost open span of each lane; spans come in the order of their starts.
+ *
+ * A lane's stack is a list in one pool of nodes (start, end, group, link to the one below). `free_head` heads the
+ * list of unused nodes.
+ */
+int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64_t *dur, const int32_t *group,
+                     const int32_t *lane, int32_t *head, int64_t *cursor, int64_t *node_start, int64_t *node_end,
+                     int32_t *node_group, int32_t *node_below, int32_t *free_head, uint64_t *low, int64_t *high) {
+  for (int64_t i = first; i < n; i++) {
+    if (dur[i] <= 0) continue;
+    if (*free_head < 0) return i;
+    int64_t s = start[i], end = s + dur[i];
+    int32_t l = lane[i], top = head[l];
+    int64_t at = cursor[l];
+    while (top >= 0 && node_end[top] <= s) {
+      if (node_end[top] > at) {
+        add_wide(&low[node_group[top]], &high[node_group[top]], node_end[top] - at);
+        at = node_end[top];
+      }
+      int32_t below = node_below[top];
+      node_below[top] = *free_head;
+      *free_head = top;
+      top = below;
+    }
+    if (top >= 0 && s > at) add_wide(&low[node_group[top]], &high[node_group[top]], s - at);
+    cursor[l] = s;
+    /* Of spans that start together the longer one is outside; of equal ones the one that was written later. */
+    int32_t above = -1, under = top;
+    while (under >= 0 && node_start[under] == s && node_end[under] <= end) {
+      above = under;
+      under = node_below[under];
+    }
+    if (above >= 0 && node_end[above] == end) { /* an equal one is there, around which this one is never innermost */
+      head[l] = top;
+      continue;
+    }
+    int32_t node = *free_head;
+    *free_head = node_below[node];
+    node_start[node] = s;
+    node_end[node] = end;
+    node_group[node] = group[i];
+    /* What ends before this one does is never innermost again: stacks are no deeper than spans really nest. */
+    while (under >= 0 && node_end[under] <= end) {
+      int32_t below = node_below[under];
+      node_below[under] = *free_head;
+      *free_head = under;
+      under = below;
+    }
+    node_below[node] = under;
+    if (above >= 0) {
+      node_below[above] = node;
+      head[l] = top;
+    } else {
+      head[l] = node;
+    }
+  }
+  return n;
+}
+
+/* Account the rest of every lane's stack. */
+void traceml_unnest(int64_t lanes, int32_t *head, int64_t *cursor, const int64_t *node_end,
+                    const int32_t *node_group, const int32_t *node_below, uint64_t *low, int64_t *high) {
+  for (int64_t l = 0; l < lanes; l++) {
+    int64_t at = cursor[l];
+    for (int32_t top = head[l]; top >= 0; top = node_below[top]) {
+      if (node_end[top] <= at) continue;
+      add_wide(&low[node_group[top]], &high[node_group[top]], node_end[top] - at);
+      at = node_end[top];
+    }
+    head[l] = -1;
+  }
+}
+
+/* Pair begins with ends of the same lane, in the order of time; what is open stays in the stacks.
+ *
+ * An end that has a name closes the innermost begin of that name; begins above it are lost, as is an end without one.
+ * Finished spans go to the `out_` arrays, which have room for as many rows as come in. `tally` counts spans written,
+ * begins lost, ends lost.
+ */
+int64_t traceml_match(int64_t first, int64_t n, const int64_t *ts, const uint8_t *is_end, const int32_t *lane,
+                      const int32_t *name, const int32_t *group, const uint8_t *mark, int32_t *head, int64_t *node_ts,
+                      int32_t *node_name, int32_t *node_group, uint8_t *node_mark, int32_t *node_below,
+                      int32_t *free_head, int64_t *out_start, int64_t *out_dur, int32_t *out_group, int32_t *out_lane,
+                      uint8_t *out_mark, int64_t *tally) {
+  for (int64_t i = first; i < n; i++) {
+    int32_t l = lane[i], node;
+    if (!is_end[i]) {
+      if (*free_head < 0) return i;
+      node = *free_head;
+      *free_head = node_below[node];
+      node_ts[node] = ts[i];
+      node_name[node] = name[i];
+      node_group[node] = group[i];
+      node_mark[node] = mark[i];
+      node_below[node] = head[l];
+      head[l] = node;
+      continue;
+    }
+    for (node = head[l]; node >= 0 && name[i] >= 0 && node_name[node] != name[i];) node = node_below[node];
+    if (node < 0) {
+      tally[2]++;
+      continue;
+    }
+    while (head[l] != node) {
+      int32_t lost = head[l];
+      head[l] = node_below[lost];
+      node_below[lost] = *free_head;
+      *free_head = lost;
+      tally[1]++;
+    }
+    head[l] = node_below[node];
+    node_below[node] = *free_head;
+    *free_head = node;
+    int64_t at = tally[0]++;
+    out_start[at] = node_ts[node];
+    out_dur[at] = ts[i] - node_ts[node];
+    out_group[at] = node_group[node];
+    out_lane[at] = l;
+    out_mark[at] = node_mark[node];
+  }
+  return n;
+}
+
+/* A timeline of bins of 2^shift ns, the first numbered `base`; it gets coarser when time goes beyond it. */
+typedef struct {
+  int64_t shift, base, started;
+  int64_t busy[CLASSES + 1][BINS]; /* the last row counts spans by their start */
+} Timeline;
+
+static void coarser(Timeline *line) {
+  int64_t odd = line->base & 1;
+  for (int c = 0; c <= CLASSES; c++) {
+    int64_t folded[BINS] = {0};
+    for (int i = 0; i < BINS; i++) folded[(i + odd) >> 1] += line->busy[c][i];
+    memcpy(line->busy[c], folded, sizeof folded);
+  }
+  line->base >>= 1;
+  line->shift++;
+}
+
+static inline void reach(Timeline *line, int64_t when) {
+  while ((when >> line->shift) - line->base >= BINS) coarser(line);
+}
+
+static void draw(Timeline *line, int mask, int64_t from, int64_t to) {
+  reach(line, to - 1);
+  while (from < to) {
+    int64_t bin = from >> line->shift, until = (bin + 1) << line->shift;
+    if (until > to) until = to;
+    for (int c = 0; c < CLASSES; c++)
+      if (mask >> c & 1) line->busy[c][bin - line->base] += until - from;
+    from = until;
+  }
+}
+
+static void pass(int64_t *cursor, const int64_t *ends, int64_t to, int64_t *masks, Timeline *line) {
+  while (*cursor < to) {
+    int mask = 0;
+    int64_t next = to;
+    for (int c = 0; c < CLASSES; c++)
+      if (ends[c] > *cursor) {
+        mask |= 1 << c;
+        if (ends[c] < next) next = ends[c];
+      }
+    masks[mask] += next - *cursor;
+    if (line && mask) draw(line, mask, *cursor, next);
+    *cursor = next;
+  }
+}
+
+/* How long which classes of spans were open together, by unit (a process, a rank, all); in the order of starts.
+ *
+ * `seen` tells whether a unit has begun, `ends` when the last span of each class ends, `masks` the time (ns) for
+ * each set of open classes. `line` may be NULL.
+ */
+void traceml_overlap(int64_t n, const int64_t *start, const int64_t *dur, const int32_t *unit, const uint8_t *klass,
+                   uint8_t *seen, int64_t *cursor, int64_t *ends, int64_t *masks, Timeline *line) {
+  for (int64_t i = 0; i < n; i++) {
+    int32_t u = unit[i];
+    int64_t s = start[i], end = s + dur[i], *open = &ends[(int64_t)u * CLASSES];
+    if (!seen[u]) {
+      seen[u] = 1;
+      cursor[u] = s;
+      for (int c = 0; c < CLASSES; c++) open[c] = s;
+    }
+    pass(&cursor[u], open, s, &masks[(int64_t)u << CLASSES], line);
+    if (end > open[klass[i]]) open[klass[i]] = end;
+    if (line) {
+      if (!line->started) {
+        line->base = s >> line->shift;
+        line->started = 1;
+      }
+      reach(line, s);
+      line->busy[CLASSES][(s >> line->shift) - line->base]++;
+    }
+  }
+}
+
+void traceml_finish_overlap(int64_t units, const uint8_t *seen, int64_t *cursor, const int64_t *ends, int64_t *masks,
+                     Timeline *line) {
+  for (int64_t u = 0; u < units; u++) {
+    if (!seen[u]) continue;
+    int64_t last = cursor[u];
+    for (int c = 0; c < CLASSES; c++)
+      if (ends[u * CLASSES + c] > last) last = ends[u * CLASSES + c];
+    pass(&cursor[u], &ends[u * CLASSES], last, &masks[u << CLASSES], line);
+  }
+}

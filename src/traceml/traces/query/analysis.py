@@ -1,0 +1,329 @@
+"""A question about traces, put to one batch after another: groups, self time, and what went on at the same time.
+
+Everything that grows with the number of events is bounded: sums are by group, and what has to be put into the order
+of time goes through a ExternalSorter.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.aggregate.nesting import SelfTimes
+from traceml.traces.aggregate.numbering import PairNumbering
+from traceml.traces.aggregate.overlap import OverlapTimes
+from traceml.traces.aggregate.pairs import SpanMatcher, Unpaired
+from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
+from traceml.traces.aggregate.stats import GroupStat, GroupStatTable
+from traceml.traces.aggregate.work_kinds import classify
+from traceml.traces.query.expressions import Condition
+from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of
+from traceml.traces.query.filters import EventFilter
+from traceml.traces.reader.columns import INTEGER, NO_TIME, EventBatch
+
+__all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
+
+SIZES = ("size", "bytes", "nbytes", "ret")  # arguments that tell how much was read or written, the first one counts
+FAR_NS = 2**62  # times beyond cannot be added without overflow: they have no part in nesting
+PASSED = 0x80  # in a begin's mark; the lower bits are its kind of work
+
+
+class EventRole:
+    """What an event is to the spans of its thread or its asynchronous id."""
+
+    POINT, SPAN, BEGIN, END, ASYNC_BEGIN, ASYNC_END = range(6)
+
+
+ROLES = np.zeros(256, np.uint8)
+ROLES[[ord(letter) for letter in "XBEbe"]] = range(EventRole.SPAN, EventRole.ASYNC_END + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class TraceQuery:
+    """What is asked.
+
+    Args:
+        by: fields to group by.
+        where: conditions, all of which must hold.
+        report: whether kinds of work, overlap, bytes and the timeline are asked for too.
+    """
+
+    by: tuple[str, ...] = ("name",)
+    where: tuple[Condition, ...] = ()
+    report: bool = False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The fields that events are told apart by; a report looks at category and name too."""
+        return (*self.by, *(("cat", "name") if self.report else ()))
+
+    @property
+    def args(self) -> list[str]:
+        """The keys of `args` that have to be read."""
+        fields = [*self.by, *(condition.field for condition in self.where)]
+        return list(dict.fromkeys([*args_of(fields), *(SIZES if self.report else ())]))
+
+
+class Analysis:
+    """Takes batches, file after file, then answers.
+
+    Args:
+        question: what is asked.
+        origin: the reading's values, files and metadata.
+    """
+
+    def __init__(self, question: TraceQuery, origin: FieldContext) -> None:
+        self.question, self.origin = question, origin
+        self.fields: list[EventField] = [field_of(name, origin) for name in question.fields]
+        self.filter = EventFilter(question.where, origin)
+        self.groups = [PairNumbering() for _ in self.fields]
+        self.lanes, self.asynchronous, self._kinds = PairNumbering(), PairNumbering(), PairNumbering()
+        self._kind_of = np.zeros(0, np.uint8)
+        self.stats, self.odd_stats = GroupStatTable(), dict[int, GroupStat]()
+        self.bytes = np.zeros(64, np.int64)
+        self.nesting, self.sorter = SelfTimes(), ExternalSorter()
+        self.processes, self.files, self.everything = OverlapTimes(), OverlapTimes(), OverlapTimes(timeline=True)
+        self.matcher, self._source = SpanMatcher(), -1
+        self.unpaired: dict[int, Unpaired] = {}
+        self.letters: Counter[str] = Counter()
+        self.events = self.spans = 0
+        self.fractional = False
+
+    def feed(self, batch: EventBatch) -> None:
+        """Take the next batch."""
+        self.begin_source(batch.source)
+        self.origin.labels.take(batch.source, batch.meta)
+        self.fractional = self.fractional or batch.fractional
+        if len(batch.ph):
+            self._feed_rows(batch)
+
+        if batch.odd:
+            from traceml.traces.query.exact import feed_odd
+
+            for event in batch.odd:
+                feed_odd(self, event, batch.source)
+
+    def begin_source(self, source: int) -> None:
+        """Go on to a file, unless it is the one that was being read."""
+        if source != self._source:
+            self._end_source()
+            self._source = source
+
+    def finish(self) -> None:
+        """Account what is still open; call once, when all has been read."""
+        self._end_source()
+        self._sweep()
+        for sums in (self.nesting, self.processes, self.files, self.everything):
+            sums.finish()
+
+    def stat(self, group: int) -> GroupStat:
+        """Return what is known of a group; complete after `finish`."""
+        stat = self.stats.stat(group)
+        stat.self_ns = self.nesting.self_ns(group)
+        odd = self.odd_stats.get(group)
+        if odd is not None:
+            stat.merge(odd)
+
+        return stat
+
+    def odd(self, group: int) -> GroupStat:
+        """Return the stats of a group's spans that are not in the columns."""
+        return self.odd_stats.setdefault(group, GroupStat())
+
+    def labels(self, group: int) -> tuple[Any, ...]:
+        """Return the labels of a group, in the order of the question's fields."""
+        return tuple(field.label(value) for field, value in zip(self.fields, self._values(group), strict=True))
+
+    def raw(self, group: int) -> tuple[Any, ...]:
+        """Return what the labels of a group rest on: the same in every process."""
+        return tuple(field.raw(value) for field, value in zip(self.fields, self._values(group), strict=True))
+
+    def _values(self, group: int) -> list[int]:
+        values = []
+        for numbering in reversed(self.groups):
+            group, value = numbering.pair(group)
+            values.append(value)
+
+        return values[::-1]
+
+    def _feed_rows(self, batch: EventBatch) -> None:
+        roles = ROLES[batch.ph]
+        passed = self.filter.rows(batch) if self.filter else None
+        rows = self._rows(batch)
+        chosen = passed
+        if not bool((roles == EventRole.SPAN).all()):
+            chosen = (roles == EventRole.SPAN) if passed is None else passed & (roles == EventRole.SPAN)
+            self._feed_edges(batch, rows, roles, passed)
+            self._count_points(roles, passed)
+
+        if chosen is not None and self.filter:
+            chosen &= self.filter.durations(batch.dur_ns)
+
+        self._count_letters(batch)
+        self._feed_spans(rows if chosen is None or chosen.all() else rows.select(chosen))
+
+    def _count_letters(self, batch: EventBatch) -> None:
+        counts = np.bincount(batch.ph, minlength=256)
+        for letter in np.flatnonzero(counts).tolist():
+            self.letters[chr(letter)] += int(counts[letter])
+
+    def _count_points(self, roles: NDArray[np.uint8], passed: NDArray[np.bool_] | None) -> None:
+        """Count what is neither a span nor an edge of one."""
+        points = roles == EventRole.POINT
+        if passed is not None:
+            points &= passed & self.filter.durations(np.full(len(roles), -1, np.int64))
+
+        self.events += int(np.count_nonzero(points))
+
+    def _feed_spans(self, rows: _BatchRows) -> None:
+        self.events += len(rows.group)
+        self.take_spans(rows.start, rows.duration, rows.group, rows.lane, rows.kind)
+        if rows.size is not None:
+            self.bytes = added(self.bytes, rows.group, rows.size)
+
+    def take_spans(self, *columns: NDArray[Any]) -> None:
+        """Take spans: start, duration (ns), group, lane, kind of work."""
+        start, duration, group = columns[0], np.maximum(columns[1], 0), columns[2]
+        self.spans += len(start)
+        self.stats.add(group, duration, len(self.groups[-1]))
+        columns = (start, duration, *columns[2:])
+        near = (start > -FAR_NS) & (start < FAR_NS) & (duration < FAR_NS)  # NO_TIME is far too
+        if not near.all():
+            for number, time_ns in zip(group[~near].tolist(), duration[~near].tolist(), strict=True):
+                self.odd(number).self_ns += time_ns
+
+            columns = _chosen(near, columns)
+
+        self.sorter.add(*columns)
+
+    def _feed_edges(
+        self, batch: EventBatch, rows: _BatchRows, roles: NDArray[np.uint8], passed: NDArray[np.bool_] | None
+    ) -> None:
+        edges = (roles > EventRole.SPAN) & (rows.start != NO_TIME)
+        if not edges.any():
+            return
+
+        mark = rows.kind | np.uint8(PASSED) if passed is None else rows.kind | (passed.astype(np.uint8) << 7)
+        lane = np.where(roles >= EventRole.ASYNC_BEGIN, self._async_lanes(batch), rows.lane).astype(np.int32)
+        is_end = ((roles == EventRole.END) | (roles == EventRole.ASYNC_END)).astype(np.uint8)
+        self.matcher.add(*_chosen(edges, (rows.start, is_end, lane, batch.name, rows.group, mark)))
+
+    def _async_lanes(self, batch: EventBatch) -> Ids:
+        return self.lanes.number(-2 - batch.source, self.asynchronous.number(batch.cat, batch.id))
+
+    def _end_source(self) -> None:
+        """Pair what has been read of a file; without a report its threads are done with too."""
+        if self.matcher.edges:
+            for rows in self.matcher.spans():
+                self._take_pairs(rows)
+
+            unpaired = self.matcher.unpaired
+            if unpaired.begins or unpaired.ends:
+                self.unpaired[self._source] = unpaired
+                self.events += 0 if self.filter else unpaired.begins + unpaired.ends
+
+            self.matcher = SpanMatcher()
+
+        if not self.question.report:
+            self._sweep()
+
+    def _take_pairs(self, rows: RowColumns) -> None:
+        *columns, mark = rows
+        passed = mark >= PASSED
+        if self.filter:
+            passed &= self.filter.durations(columns[1])
+
+        self.events += 2 * int(np.count_nonzero(passed))
+        self.take_spans(*_chosen(passed, (*columns, mark & np.uint8(PASSED - 1))))
+
+    def _sweep(self) -> None:
+        """Go through the spans in the order of their starts."""
+        owners = np.maximum(self.lanes.pairs()[:, 0], -1) if self.question.report else None
+        for start, duration, group, lane, kind in self.sorter.blocks():
+            self.nesting.add(start, duration, group, lane)
+            if owners is not None:
+                self._cover(start, duration, owners[lane], kind)
+
+        self.sorter = ExternalSorter()
+
+    def _cover(self, *columns: NDArray[Any]) -> None:
+        """Take spans: start, duration, process (-1 for asynchronous spans, which belong to none), kind of work."""
+        start, duration, owner, kind = columns
+        self.everything.add(start, duration, np.zeros(len(start), np.int32), kind)
+        if owner.min() < 0:
+            start, duration, owner, kind = _chosen(owner >= 0, columns)
+
+        self.processes.add(start, duration, owner, kind)
+        if len(self.origin.paths) > 1:
+            sources = self.origin.processes.pairs()[:, 0]
+            self.files.add(start, duration, sources[owner], kind)
+
+    def _rows(self, batch: EventBatch) -> _BatchRows:
+        group: Ids | int = 0
+        for field, numbering in zip(self.fields, self.groups, strict=True):
+            group = numbering.number(group, field.ids(batch))
+
+        assert not isinstance(group, int)
+        lane = self.lanes.number(self.origin.processes.number(batch.source, batch.pid), batch.tid)
+        size = _sizes(batch) if self.question.report and batch.args else None
+        return _BatchRows(batch.ts_ns, batch.dur_ns, group, lane, self._kind_ids(batch), size)
+
+    def _kind_ids(self, batch: EventBatch) -> NDArray[np.uint8]:
+        if not self.question.report:
+            return np.zeros(len(batch.ph), np.uint8)
+
+        numbers = self._kinds.number(batch.cat, batch.name)
+        fresh = self._kinds.pairs(len(self._kind_of)).tolist()
+        strings = self.origin.strings
+        kinds = [classify(strings[cat], strings[name]) for cat, name in fresh]
+        self._kind_of = np.concatenate([self._kind_of, np.array(kinds, np.uint8)])
+        return self._kind_of[numbers]
+
+
+@dataclass(slots=True)
+class _BatchRows:
+    """Columns of a batch that an analysis needs, with the numbers that it gave them."""
+
+    start: NDArray[np.int64]
+    duration: NDArray[np.int64]
+    group: Ids
+    lane: Ids
+    kind: NDArray[np.uint8]
+    size: NDArray[np.int64] | None
+
+    def select(self, mask: NDArray[np.bool_]) -> _BatchRows:
+        columns = (self.start, self.duration, self.group, self.lane, self.kind)
+        start, duration, group, lane, kind = _chosen(mask, columns)
+        return _BatchRows(start, duration, group, lane, kind, None if self.size is None else self.size[mask])
+
+
+def _chosen(mask: NDArray[np.bool_], columns: tuple[NDArray[Any], ...]) -> Any:
+    return tuple(column[mask] for column in columns)
+
+
+def _sizes(batch: EventBatch) -> NDArray[np.int64]:
+    """Return the bytes that each row tells of, 0 where it tells none."""
+    sizes = np.full(len(batch.ph), -1, np.int64)
+    for key in SIZES:
+        column = batch.args.get(key)
+        if column is not None:
+            sizes = np.where((sizes < 0) & (column.kinds == INTEGER), column.integers, sizes)
+
+    return np.maximum(sizes, 0)
+
+
+def added(totals: NDArray[np.int64], group: Ids, values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return totals by group with values added; the array is the same while all groups have a place in it."""
+    if not len(group):
+        return totals
+
+    top = int(group.max()) + 1
+    if len(totals) < top:
+        totals = np.concatenate([totals, np.zeros(2 * top - len(totals), np.int64)])
+
+    np.add.at(totals, group, values)
+    return totals

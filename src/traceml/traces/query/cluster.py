@@ -1,0 +1,243 @@
+"""The same analysis on a Dask cluster: workers read parts of the files, the answer is put together here.
+
+Counts, sums and self times are those of one process, to the last digit. Workers must see the files under the same
+paths, and have traceml installed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.traces.aggregate.pairs import SpanMatcher
+from traceml.traces.aggregate.sorting import ExternalSorter
+from traceml.traces.query.allocator import kept_memory
+from traceml.traces.query.analysis import Analysis, TraceQuery
+from traceml.traces.query.fields import FieldContext
+from traceml.traces.query.file_parts import FilePart, IndivisibleError, PartSeams, facts_of, mend, read_part, split
+from traceml.traces.query.labels import Labels
+from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
+from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
+
+__all__ = ["analyse_part", "run_on"]
+
+_PER_THREAD = 3  # parts that each thread of the cluster has at a time, or waiting
+_CONNECT_S = 10
+_ALL = 2**62
+
+PartResult = tuple[PartialAnalysis, PartSeams | TraceFileFacts]
+
+
+def run_on(
+    cluster: Any,
+    question: TraceQuery,
+    files: Sequence[Path],
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    labels: Labels | None = None,
+) -> tuple[Analysis, list[TraceFileFacts]]:
+    """Put a question to files on a Dask cluster.
+
+    Args:
+        cluster: a scheduler's address, or a `distributed.Client`.
+        question: what is asked.
+        files: the files, under paths that the workers know.
+        progress: called now and then with events and files so far.
+        labels: what metadata says, where conditions rest on it.
+
+    Raises:
+        UsageError: `distributed` is not installed, or no scheduler answers.
+        TraceNotFoundError: a worker does not see a file.
+        TraceEmptyError: there is not one event.
+    """
+    whole: set[int] = set()
+    with _client(cluster) as client:
+        while True:
+            try:
+                analysis, facts = _asked(client, question, files, labels or Labels(), whole, progress)
+                break
+            except _WholeError as error:
+                whole.add(error.source)
+
+    if not any(each.events for each in facts):
+        raise TraceEmptyError(f"there is no trace event in {', '.join(str(file) for file in files[:5])}")
+
+    for source, each in enumerate(facts):
+        analysis.origin.labels.take_file(source, each.path, each.header)
+
+    analysis.finish()
+    return analysis, facts
+
+
+def analyse_part(question: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
+    """Analyse a part of a file, in a worker; returns why not where the file has to be read in one go."""
+    with kept_memory():
+        return _analysed(question, part, paths, labels)
+
+
+def _analysed(question: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
+    strings = StringTable()
+    origin = FieldContext(strings, [Path(path) for path in paths])
+    origin.labels = labels
+    analysis = Analysis(question, origin)
+    analysis.begin_source(part.source)
+    analysis.sorter = ExternalSorter(limit=_ALL, part=_ALL)  # all of it travels
+    analysis.matcher = SpanMatcher(ExternalSorter(limit=_ALL, part=_ALL))
+    if not Path(part.path).exists():
+        raise TraceNotFoundError(f"a Dask worker does not see {part.path}: its host needs the file under this path")
+
+    if part.whole:
+        return _whole(analysis, part)
+
+    try:
+        seams = read_part(part, question.args, strings, analysis.feed)
+    except IndivisibleError as error:
+        return str(error)
+
+    return partial_of(analysis), seams
+
+
+def _whole(analysis: Analysis, part: FilePart) -> PartResult:
+    from traceml.traces.reader.reading import read
+
+    reading = read([part.path], args=analysis.question.args, strings=analysis.origin.strings, workers=1)
+    try:
+        for batch in reading:
+            analysis.feed(_as_source(batch, part.source))
+    except TraceEmptyError:
+        pass  # other files may have events: who puts the parts together knows
+
+    return partial_of(analysis), reading.files[0]
+
+
+def _as_source(batch: EventBatch, source: int) -> EventBatch:
+    batch.source = source
+    return batch
+
+
+class _WholeError(Exception):
+    """A file turned out, half-way, to be one that has to be read in one go."""
+
+    def __init__(self, source: int) -> None:
+        super().__init__(source)
+        self.source = source
+
+
+def _asked(
+    client: Any,
+    question: TraceQuery,
+    files: Sequence[Path],
+    labels: Labels,
+    whole: set[int],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[Analysis, list[TraceFileFacts]]:
+    """Put the question to the cluster, the files in `whole` in one go; each part is taken as soon as it fits."""
+    origin = FieldContext(StringTable(), list(files))
+    origin.labels.merge(labels)
+    analysis, facts = Analysis(question, origin), list[TraceFileFacts]()
+    threads = max(1, sum(client.nthreads().values()))
+    for source, (parts, results) in enumerate(_by_file(client, question, origin, labels, threads, whole)):
+        try:
+            facts.append(_taken(analysis, parts, results))
+        except IndivisibleError as error:
+            raise _WholeError(source) from error
+
+        if progress is not None:
+            progress(sum(each.events for each in facts), source + 1)
+
+    return analysis, facts
+
+
+def _by_file(
+    client: Any, question: TraceQuery, origin: FieldContext, labels: Labels, threads: int, whole: set[int]
+) -> Iterator[tuple[list[FilePart], Iterator[PartResult]]]:
+    """Yield the parts of each file with what comes of them, in order; a bounded number is on its way."""
+    files = [split(source, path, least=4 * threads) for source, path in enumerate(origin.paths)]
+    files = [[_all_of(parts)] if source in whole else parts for source, parts in enumerate(files)]
+    paths = [str(path) for path in origin.paths]
+    waiting = deque(part for parts in files for part in parts)
+    running: deque[Any] = deque()
+
+    def results(count: int) -> Iterator[PartResult]:
+        for _ in range(count):
+            while waiting and len(running) < _PER_THREAD * threads:
+                part = waiting.popleft()
+                running.append(client.submit(analyse_part, question, part, paths, labels, pure=False))
+
+            result = running.popleft().result()
+            if isinstance(result, str):
+                raise IndivisibleError(result)
+
+            yield result
+
+    for parts in files:
+        yield parts, results(len(parts))
+
+
+def _all_of(parts: list[FilePart]) -> FilePart:
+    first = parts[0]
+    return FilePart(first.source, first.path, 0, parts[-1].end, True, first.wrapped)
+
+
+def _taken(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
+    """Absorb the parts of a file, each once what follows it is known to fit."""
+    source, path = parts[0].source, analysis.origin.paths[parts[0].source]
+    seams: list[PartSeams] = []
+    earlier: PartialAnalysis | None = None
+    for partial, seam in results:
+        if isinstance(seam, TraceFileFacts):
+            absorb(analysis, partial, source)
+            seam.path = path
+            return seam
+
+        if earlier is not None:
+            _absorb_fitting(analysis, earlier, parts[len(seams) - 1], seams[-1], seam)
+
+        earlier = partial
+        seams.append(seam)
+
+    assert earlier is not None
+    _absorb_fitting(analysis, earlier, parts[-1], seams[-1], None)
+    return facts_of(path, seams, wrapped=parts[0].wrapped)
+
+
+def _absorb_fitting(
+    analysis: Analysis, partial: PartialAnalysis, part: FilePart, left: PartSeams, right: PartSeams | None
+) -> None:
+    between = mend(left, right, part, analysis.question.args, analysis.origin.strings)
+    absorb(analysis, partial, part.source)
+    if between is not None:
+        analysis.feed(between)
+
+
+@contextmanager
+def _client(cluster: Any) -> Iterator[Any]:
+    if _is_client(cluster):
+        yield cluster
+        return
+
+    from distributed import Client
+
+    try:
+        client = Client(cluster, timeout=_CONNECT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no Dask scheduler answers at {cluster}: {error}") from error
+
+    with client:
+        if not client.nthreads():
+            raise UsageError(f"the Dask scheduler at {cluster} has no workers")
+
+        yield client
+
+
+def _is_client(cluster: Any) -> bool:
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise UsageError(f"analysis on a cluster needs Dask: pip install 'traceml[dask]' ({error})") from error
+
+    return isinstance(cluster, Client)

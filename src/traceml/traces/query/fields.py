@@ -1,0 +1,264 @@
+"""Fields of events as numbers: what a question groups by, and what its conditions look at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.aggregate.numbering import PairNumbering
+from traceml.traces.query.expressions import ARGS
+from traceml.traces.query.labels import Labels
+from traceml.traces.reader.columns import FLOAT, INTEGER, ArgColumn, EventBatch, StringTable
+
+__all__ = ["ArgField", "EventField", "FieldContext", "args_of", "field_of"]
+
+_DIRECT = ("name", "cat", "pid", "tid")
+# What the labels of derived fields rest on, the first that an event has.
+_DERIVED = {"rank": ("rank",), "host": ("hhash", "hostname"), "file": ("fhash", "fname", "filename")}
+
+Event = Mapping[str, Any]
+Ids = NDArray[np.int32]
+Label = str | int | float | None
+
+
+class FieldContext:
+    """What the fields of one reading share: its values, its processes, its files, what metadata says of them."""
+
+    def __init__(self, strings: StringTable, paths: list[Path]) -> None:
+        self.strings, self.paths, self.labels = strings, paths, Labels()
+        self.processes = PairNumbering()  # (file, pid)
+
+    def process(self, number: int) -> tuple[int, Label]:
+        """Return the file and the pid of a process."""
+        source, pid = self.processes.pair(number)
+        return source, self.strings[pid]
+
+
+class EventField(Protocol):
+    """One field: a number for each event, and the label that each number stands for."""
+
+    def ids(self, batch: EventBatch) -> Ids:
+        """Return the number of each row's value; -1 where there is none."""
+
+    def one(self, event: Event, source: int) -> int:
+        """Return the number of an odd event's value."""
+
+    def label(self, number: int) -> Label:
+        """Return what a number stands for, once all metadata is known."""
+        ...
+
+    def raw(self, number: int) -> Any:
+        """Return what a number stands for in every process."""
+        ...
+
+    def number(self, raw: Any) -> int:
+        """Return the number of what `raw` gave in another process."""
+        ...
+
+
+def args_of(fields: list[str]) -> list[str]:
+    """Return the keys of `args` that fields rest on."""
+    keys: list[str] = []
+    for field in fields:
+        keys += [field.removeprefix(ARGS)] if field.startswith(ARGS) else _DERIVED.get(field, ())
+
+    return list(dict.fromkeys(keys))
+
+
+def field_of(name: str, origin: FieldContext) -> EventField:
+    """Return the field of this name, as in traceml.traces.query.expressions."""
+    if name in _DIRECT:
+        return _DirectField(name, origin)
+
+    if name.startswith(ARGS):
+        return ArgField(name.removeprefix(ARGS), origin)
+
+    if name in _DERIVED:
+        return _DerivedField(name, origin)
+
+    return _KindField(origin) if name == "ph" else _SourceField(origin)
+
+
+class _Numbered:
+    """A field whose numbers are those of StringTable."""
+
+    def __init__(self, origin: FieldContext) -> None:
+        self._strings = origin.strings
+
+    def label(self, number: int) -> Label:
+        return self._strings[number]
+
+    def raw(self, number: int) -> Any:
+        return self._strings[number]
+
+    def number(self, raw: Any) -> int:
+        return self._strings.intern(raw)
+
+
+class _DirectField(_Numbered):
+    def __init__(self, name: str, origin: FieldContext) -> None:
+        super().__init__(origin)
+        self._name = name
+
+    def ids(self, batch: EventBatch) -> Ids:
+        found: Ids = getattr(batch, self._name)
+        return found
+
+    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
+        return self._strings.intern(_plain(event.get(self._name)))
+
+
+class _KindField(_Numbered):
+    def __init__(self, origin: FieldContext) -> None:
+        super().__init__(origin)
+        self._numbers = np.full(256, -1, np.int32)
+
+    def ids(self, batch: EventBatch) -> Ids:
+        for kind in np.flatnonzero(np.bincount(batch.ph, minlength=256)):
+            self._numbers[kind] = self._strings.intern(chr(kind))
+
+        return self._numbers[batch.ph]
+
+    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
+        return self._strings.intern(str(event.get("ph")))
+
+
+class _SourceField:
+    def __init__(self, origin: FieldContext) -> None:
+        self._paths = origin.paths
+
+    def ids(self, batch: EventBatch) -> Ids:
+        return np.full(len(batch.ph), batch.source, np.int32)
+
+    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
+        return source
+
+    def label(self, number: int) -> Label:
+        return str(self._paths[number])
+
+    def raw(self, number: int) -> Any:
+        return number
+
+    def number(self, raw: Any) -> int:
+        return int(raw)
+
+
+class ArgField:
+    """A key of `args`. Texts and integers are numbered in StringTable, other numbers below -1."""
+
+    def __init__(self, key: str, origin: FieldContext) -> None:
+        self.key, self._strings = key, origin.strings
+        self._floats: dict[float, int] = {}
+        self._values: list[float] = []
+        self.seen = False
+
+    def ids(self, batch: EventBatch) -> Ids:
+        """Return the number of each row's value."""
+        column = batch.args.get(self.key)
+        return np.full(len(batch.ph), -1, np.int32) if column is None else self.column_ids(column)
+
+    def column_ids(self, column: ArgColumn) -> Ids:
+        """Return the number of each value of a column."""
+        ids = column.texts.astype(np.int32)
+        integers, floats = column.kinds == INTEGER, column.kinds == FLOAT
+        self.seen = self.seen or bool(column.kinds.any())
+        if integers.any():
+            distinct, where = np.unique(column.integers[integers], return_inverse=True)
+            ids[integers] = np.array(self._strings.intern_all(distinct.tolist()), np.int32)[where]
+
+        if floats.any():
+            numbers, where = np.unique(column.floats[floats], return_inverse=True)
+            ids[floats] = np.array([self._float(number) for number in numbers.tolist()], np.int32)[where]
+
+        return ids
+
+    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
+        """Return the number of an odd event's value."""
+        args = event.get("args")
+        value = args.get(self.key) if isinstance(args, Mapping) else None
+        self.seen = self.seen or value is not None
+        return self._float(float(value)) if isinstance(value, Decimal) else self._strings.intern(_plain(value))
+
+    def label(self, number: int) -> Label:
+        """Return the value; as text where JSON has no such number."""
+        if number >= -1:
+            return self._strings[number]
+
+        value = self._values[-2 - number]
+        return value if math.isfinite(value) else str(value)
+
+    def raw(self, number: int) -> Any:
+        """Return the value."""
+        return self.label(number)
+
+    def number(self, raw: Any) -> int:
+        """Return the number of a value."""
+        return self._float(raw) if isinstance(raw, float) else self._strings.intern(raw)
+
+    def _float(self, value: float) -> int:
+        number = self._floats.get(value)
+        if number is None:
+            number = self._floats[value] = len(self._values)
+            self._values.append(value)
+
+        return -2 - number
+
+
+class _DerivedField:
+    """Rank, host or file: from an argument of the event, else from its process; known when all has been read."""
+
+    def __init__(self, name: str, origin: FieldContext) -> None:
+        self._name, self._origin = name, origin
+        self._args = [ArgField(key, origin) for key in _DERIVED[name]]
+        self._numbers = PairNumbering()  # (argument's value, process)
+
+    def ids(self, batch: EventBatch) -> Ids:
+        value = np.full(len(batch.ph), -1, np.int32)
+        for arg in self._args:
+            value = np.where(value == -1, arg.ids(batch), value)
+
+        process = self._origin.processes.number(batch.source, batch.pid)
+        return self._numbers.number(value, process if self._name != "file" else np.zeros_like(process))
+
+    def one(self, event: Event, source: int) -> int:
+        values = [number for arg in self._args if (number := arg.one(event, source)) != -1]
+        pid = self._origin.strings.intern(_plain(event.get("pid")))
+        process = self._origin.processes.one(source, pid)
+        return self._numbers.one(values[0] if values else -1, process if self._name != "file" else 0)
+
+    def raw(self, number: int) -> Any:
+        value, process = self._numbers.pair(number)
+        of = self._origin.process(process) if self._name != "file" else None
+        return self._args[0].raw(value), of
+
+    def number(self, raw: Any) -> int:
+        value, of = raw
+        process = 0 if of is None else self._origin.processes.one(of[0], self._origin.strings.intern(of[1]))
+        return self._numbers.one(self._args[0].number(value), process)
+
+    def label(self, number: int) -> Label:
+        value, process = self._numbers.pair(number)
+        labels = self._origin.labels
+        if value != -1:
+            raw = self._args[0].label(value) if value >= -1 else None
+            known = {"host": labels.hosts, "file": labels.files}.get(self._name, {})
+            return known.get(str(raw), raw)
+
+        if self._name == "file":
+            return None
+
+        source, pid = self._origin.process(process)
+        return labels.rank(source, pid) if self._name == "rank" else labels.host(source, pid)
+
+
+def _plain(value: Any) -> str | int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+        return value
+
+    return str(value)

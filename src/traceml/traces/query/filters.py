@@ -1,0 +1,171 @@
+"""Conditions applied to columns: which events of a batch a question is about."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.query.expressions import Condition
+from traceml.traces.query.fields import ArgField, EventField, FieldContext, Ids, field_of
+from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch
+
+__all__ = ["EventFilter", "compare"]
+
+Mask = NDArray[np.bool_]
+_COMPARE: dict[str, Callable[[Any, Any], Any]] = {
+    "=": operator.eq,
+    "!=": operator.ne,
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+}
+_GREATEST = 2**63 - 1
+
+
+class EventFilter:
+    """All conditions of a question. What concerns durations is asked apart: a begin event has none yet."""
+
+    def __init__(self, conditions: Sequence[Condition], origin: FieldContext) -> None:
+        self._dur = [condition for condition in conditions if condition.field == "dur"]
+        self._ts = [condition for condition in conditions if condition.field == "ts"]
+        rest = [condition for condition in conditions if condition.field not in ("dur", "ts")]
+        self._fields = [_FieldCondition(condition, field_of(condition.field, origin)) for condition in rest]
+
+    def __bool__(self) -> bool:
+        return bool(self._dur or self._ts or self._fields)
+
+    @property
+    def fields(self) -> list[EventField]:
+        """The fields that conditions look at."""
+        return [each.field for each in self._fields]
+
+    @property
+    def absent(self) -> list[str]:
+        """The keys of `args` in conditions that no event had."""
+        return [field.key for field in self.fields if isinstance(field, ArgField) and not field.seen]
+
+    def rows(self, batch: EventBatch) -> Mask:
+        """Tell which rows pass, durations left aside."""
+        mask = np.ones(len(batch.ph), np.bool_)
+        for condition in self._ts:
+            mask &= _compare_times(batch.ts_ns, batch.ts_ns != NO_TIME, condition)
+
+        for each in self._fields:
+            mask &= each.rows(batch)
+
+        return mask
+
+    def durations(self, duration: NDArray[np.int64]) -> Mask:
+        """Tell which durations (ns; below 0 for none) pass."""
+        mask = np.ones(len(duration), np.bool_)
+        for condition in self._dur:
+            mask &= _compare_times(duration, duration >= 0, condition)
+
+        return mask
+
+    def keeps(self, event: Mapping[str, Any], source: int, *, timed: bool = True) -> bool:
+        """Tell whether an odd event passes; with `timed=False` durations are left aside."""
+        for conditions, value in ((self._ts, event.get("ts")), (self._dur if timed else [], event.get("dur"))):
+            if not all(condition.accepts(_finite(value)) for condition in conditions):
+                return False
+
+        return all(each.keeps(event, source) for each in self._fields)
+
+
+class _FieldCondition:
+    """A condition on a field that has labels; each label is asked about once."""
+
+    def __init__(self, condition: Condition, field: EventField) -> None:
+        self._condition, self.field = condition, field
+        self._accepts = condition.accepts
+        if condition.operator == "~":
+            matches = condition.matcher()
+            self._accepts = lambda value: value is not None and matches(str(value))
+
+        self._asked: dict[int, bool] = {}
+        self._table = np.zeros(1024, np.int8)  # by number + 1: 0 not asked yet, 1 refused, 2 accepted
+
+    def rows(self, batch: EventBatch) -> Mask:
+        if isinstance(self.field, ArgField) and self._condition.operator != "~":
+            column = batch.args.get(self.field.key)
+            return np.zeros(len(batch.ph), np.bool_) if column is None else self._arg_rows(column)
+
+        return self._by_label(self.field.ids(batch))
+
+    def keeps(self, event: Mapping[str, Any], source: int) -> bool:
+        return self._ask(self.field.one(event, source))
+
+    def _ask(self, number: int) -> bool:
+        if number not in self._asked:
+            self._asked[number] = self._accepts(self.field.label(number))
+
+        return self._asked[number]
+
+    def _by_label(self, ids: Ids) -> Mask:
+        if not len(ids) or ids.min() < -1:
+            distinct, where = np.unique(ids, return_inverse=True)
+            verdicts = np.array([self._ask(number) for number in distinct.tolist()], np.bool_)
+            return np.asarray(verdicts[where] if len(ids) else np.zeros(0), np.bool_)
+
+        top = int(ids.max()) + 2
+        if len(self._table) < top:
+            self._table = np.concatenate([self._table, np.zeros(2 * top - len(self._table), np.int8)])
+
+        verdict = self._table[ids + 1]
+        for number in np.unique(ids[verdict == 0]).tolist():
+            self._table[number + 1] = 1 + self._ask(number)
+
+        return np.asarray(self._table[ids + 1] == 2)
+
+    def _arg_rows(self, column: ArgColumn) -> Mask:
+        condition = self._condition
+        assert isinstance(self.field, ArgField)
+        self.field.seen = self.field.seen or bool(column.kinds.any())
+        mask = np.full(len(column.kinds), condition.operator == "!=", np.bool_)
+        texts = column.kinds == TEXT
+        if texts.any():
+            mask[texts] = self._by_label(column.texts[texts])
+
+        for kind, values in ((INTEGER, column.integers), (FLOAT, column.floats)):
+            rows = column.kinds == kind
+            if condition.number is not None and rows.any():
+                mask[rows] = compare(values[rows], condition.operator, condition.number)
+
+        return mask
+
+
+def compare(values: NDArray[Any], operator_: str, number: Fraction) -> Mask:
+    """Compare each value with an exact number: integers stay integers."""
+    if values.dtype.kind == "f":
+        return np.asarray(_COMPARE[operator_](values, float(number)), np.bool_)
+
+    if operator_ in ("=", "!=") and number.denominator != 1:
+        return np.full(len(values), operator_ == "!=", np.bool_)
+
+    bound = math.floor(number) if operator_ in ("<=", ">") else math.ceil(number)
+    if abs(bound) > _GREATEST:
+        return np.full(len(values), _COMPARE[operator_](0, bound), np.bool_)
+
+    return np.asarray(_COMPARE[operator_](values, bound), np.bool_)
+
+
+def _compare_times(times_ns: NDArray[np.int64], there: Mask, condition: Condition) -> Mask:
+    assert condition.number is not None
+    answer = compare(times_ns, condition.operator, condition.number * 1000)
+    return np.where(there, answer, condition.operator == "!=")
+
+
+def _finite(value: Any) -> Any:
+    """Return an odd event's number so that it can be compared; None for what has no order."""
+    if isinstance(value, Decimal):
+        return Fraction(value) if value.is_finite() else None
+
+    return value if isinstance(value, int) else None

@@ -1,0 +1,109 @@
+"""Columns with values in place of numbers, for numpy, polars and pandas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.errors import UsageError
+from traceml.traces.query.exact import nanoseconds
+from traceml.traces.query.fields import FieldContext, field_of
+from traceml.traces.reader.columns import NO_TIME, EventBatch
+
+__all__ = ["EVENT_FIELDS", "decoded", "odd_rows", "to_pandas", "to_polars"]
+
+EVENT_FIELDS = ("name", "cat", "ph", "pid", "tid")
+_INT64 = 2**63
+
+Columns = dict[str, list[Any]]
+
+
+def decoded(batch: EventBatch, fields: Sequence[str], origin: FieldContext, mask: NDArray[np.bool_] | None) -> Columns:
+    """Return the events of a batch as columns of values, None where an event has none.
+
+    Args:
+        batch: the events; odd ones come last, to the nanosecond.
+        fields: which fields, beside `ts_ns` and `dur_ns`.
+        origin: what the numbers mean.
+        mask: which rows are wanted; None for all.
+    """
+    columns: Columns = {}
+    for name in fields:
+        field = field_of(name, origin)
+        ids = field.ids(batch)
+        numbers, where = np.unique(ids if mask is None else ids[mask], return_inverse=True)
+        labels = np.array([*(field.label(number) for number in numbers.tolist()), None], object)
+        columns[name] = labels[where].tolist()
+
+    for name, times, missing in (("ts_ns", batch.ts_ns, NO_TIME), ("dur_ns", batch.dur_ns, -1)):
+        values = times if mask is None else times[mask]
+        columns[name] = np.where(values == missing, None, values).tolist()  # type: ignore[call-overload]
+
+    return columns
+
+
+def odd_rows(events: Iterable[Mapping[str, Any]], source: int, fields: Sequence[str], origin: FieldContext) -> Columns:
+    """Return odd events as columns; times are rounded to nanoseconds, None where they are beyond 64 bits."""
+    events = list(events)
+    columns: Columns = {}
+    for name in fields:
+        field = field_of(name, origin)
+        columns[name] = [field.label(field.one(event, source)) for event in events]
+
+    for name, key in (("ts_ns", "ts"), ("dur_ns", "dur")):
+        columns[name] = [_rounded(event.get(key)) for event in events]
+
+    return columns
+
+
+def to_polars(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Return a polars frame.
+
+    Raises:
+        UsageError: polars is not installed.
+    """
+    try:
+        import polars
+    except ImportError as error:
+        raise UsageError("to_polars() needs polars: pip install polars") from error
+
+    return polars.DataFrame({name: polars.Series(name, _uniform(values)) for name, values in columns.items()})
+
+
+def to_pandas(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """Return a pandas frame.
+
+    Raises:
+        UsageError: pandas is not installed.
+    """
+    try:
+        import pandas as pd
+    except ImportError as error:
+        raise UsageError("to_pandas() needs pandas: pip install pandas") from error
+
+    return pd.DataFrame({name: _uniform(values) for name, values in columns.items()})
+
+
+def _uniform(values: Sequence[Any]) -> list[Any]:
+    """Return values of one type: numbers, or texts where there is any text; integers beyond 64 bits become floats."""
+    kinds = {type(value) for value in values}
+    if str in kinds and kinds - {str, type(None)}:
+        return [None if value is None else str(value) for value in values]
+
+    wide = any(isinstance(value, int) and not -_INT64 <= value < _INT64 for value in values)
+    if wide or {int, float} <= kinds:
+        return [None if value is None else float(value) for value in values]
+
+    return list(values)
+
+
+def _rounded(microseconds: Any) -> int | None:
+    time_ns = nanoseconds(microseconds)
+    if time_ns is None:
+        return None
+
+    value = round(time_ns)
+    return value if -_INT64 <= value < _INT64 else None

@@ -1,0 +1,216 @@
+"""Traces from Python: opened lazily, filtered, grouped, and handed to polars, pandas or a loop.
+
+from traceml import traces
+
+reads = traces.open("run/*.pfw.gz").filter("cat=POSIX,name~read")
+reads.group_by("name", "rank").agg("count", "sum", "p99").to_polars()
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.errors import UsageError
+from traceml.traces.query.expressions import check_field, parse_where
+from traceml.traces.query.summary import summarise
+from traceml.traces.reader.trace_files import discover
+
+if TYPE_CHECKING:
+    from traceml.traces.reader.columns import TraceFileFacts
+
+__all__ = ["Aggregation", "GroupedTraces", "Traces", "open"]
+
+_MEASURES = {
+    "count": "count",
+    **{name: f"{name}_us" for name in ("sum", "mean", "min", "max", "p50", "p99", "self")},
+}
+
+
+def open(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Traces:  # noqa: A001 - traces.open
+    """Open traces; nothing is read before an answer is asked for.
+
+    Args:
+        paths: files, folders and patterns.
+
+    Raises:
+        TraceNotFoundError: a path leads to no trace.
+    """
+    return Traces(tuple(discover(paths)))
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """Events of traces, perhaps filtered.
+
+    Args:
+        files: the files.
+        where: conditions, all of which must hold.
+    """
+
+    files: tuple[Path, ...]
+    where: str = ""
+
+    def filter(self, where: str) -> Traces:
+        """Return the events that also pass conditions like `cat=POSIX,dur>100`.
+
+        Raises:
+            UsageError: the conditions cannot be understood.
+        """
+        parse_where(where)
+        return replace(self, where=f"{self.where},{where}" if self.where and where else self.where or where)
+
+    def group_by(self, *fields: str) -> GroupedTraces:
+        """Group spans by fields: name, cat, pid, tid, rank, host, file, source, ph, args.KEY.
+
+        Raises:
+            UsageError: there is no such field.
+        """
+        if not fields:
+            raise UsageError("group_by: name at least one field")
+
+        for field in fields:
+            check_field(field, "group_by")
+
+        return GroupedTraces(self, fields)
+
+    def summary(self, *, dask: Any = None) -> dict[str, Any]:
+        """Return the overview of `traceml analyze` as data: groups by name, overlap, I/O, kernels, ranks, a timeline.
+
+        Args:
+            dask: a scheduler's address, or a `distributed.Client`, whose workers read the files.
+        """
+        return summarise(self.files, where=self.where, report=True, dask=dask)
+
+    def batches(self, *args: str) -> Iterator[dict[str, list[Any]]]:
+        """Yield the events in columns, as many at a time as are at hand: memory does not grow with the files.
+
+        Args:
+            args: keys of the events' `args` that are wanted too.
+
+        Yields:
+            Columns name, cat, ph, pid, tid, args.KEY, ts_ns, dur_ns; begins and ends are events of their own.
+        """
+        yield from _batches(self, args, [])
+
+    def __iter__(self) -> Iterator[dict[str, list[Any]]]:
+        return self.batches()
+
+    def to_polars(self, *args: str) -> Any:
+        """Return all events as one polars frame, which has to fit in memory; `args` as in `batches`."""
+        from traceml.traces.query.frames import to_polars
+
+        return to_polars(_all(self.batches(*args)))
+
+    def to_pandas(self, *args: str) -> Any:
+        """Return all events as one pandas frame, which has to fit in memory; `args` as in `batches`."""
+        from traceml.traces.query.frames import to_pandas
+
+        return to_pandas(_all(self.batches(*args)))
+
+    def facts(self) -> list[TraceFileFacts]:
+        """Read the files, and return what is known of each, damage among it."""
+        facts: list[TraceFileFacts] = []
+        for _ in _batches(self, (), facts):
+            pass
+
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedTraces:
+    """Spans by labels.
+
+    Args:
+        traces: where they come from.
+        by: the fields.
+    """
+
+    traces: Traces
+    by: tuple[str, ...]
+
+    def agg(self, *measures: str) -> Aggregation:
+        """Choose what is wanted of each group: count, sum, mean, min, max, p50, p99, self; all when none is named.
+
+        Raises:
+            UsageError: there is no such measure.
+        """
+        if unknown := [name for name in measures if name not in _MEASURES]:
+            raise UsageError(f"agg: there is no {unknown[0]!r}. There are {', '.join(_MEASURES)}")
+
+        return Aggregation(self, measures or tuple(_MEASURES))
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregation:
+    """Numbers by group, the largest sum first; computed when they are asked for."""
+
+    groups: GroupedTraces
+    measures: tuple[str, ...]
+
+    def rows(self, *, dask: Any = None) -> list[dict[str, Any]]:
+        """Return a row per group; times in microseconds.
+
+        Args:
+            dask: a scheduler's address, or a `distributed.Client`, whose workers read the files.
+        """
+        traces = self.groups.traces
+        answer = summarise(traces.files, by=",".join(self.groups.by), where=traces.where, dask=dask)
+        wanted = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
+        return [{key: group[key] for key in wanted} for group in answer["groups"]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows())
+
+    def to_polars(self) -> Any:
+        """Return a polars frame."""
+        from traceml.traces.query.frames import to_polars
+
+        return to_polars(self._columns())
+
+    def to_pandas(self) -> Any:
+        """Return a pandas frame."""
+        from traceml.traces.query.frames import to_pandas
+
+        return to_pandas(self._columns())
+
+    def _columns(self) -> dict[str, list[Any]]:
+        rows = self.rows()
+        wanted = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
+        return {key: [row[key] for row in rows] for key in wanted}
+
+
+def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -> Iterator[dict[str, list[Any]]]:
+    from traceml.traces.query.analysis import TraceQuery
+    from traceml.traces.query.fields import FieldContext
+    from traceml.traces.query.filters import EventFilter
+    from traceml.traces.query.frames import EVENT_FIELDS, decoded, odd_rows
+    from traceml.traces.query.summary import learnt
+    from traceml.traces.reader.reading import read
+
+    question = TraceQuery(where=parse_where(traces.where))
+    reading = read(traces.files, args=[*args, *question.args])
+    origin = FieldContext(reading.strings, list(traces.files))
+    origin.labels = learnt(question, traces.files)
+    chosen, fields = EventFilter(question.where, origin), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
+    for batch in reading:
+        mask = chosen.rows(batch) & chosen.durations(batch.dur_ns) if chosen else None
+        columns = decoded(batch, fields, origin, mask)
+        odd = [event for event in batch.odd if not chosen or chosen.keeps(event, batch.source)]
+        more: Mapping[str, list[Any]] = odd_rows(odd, batch.source, fields, origin) if odd else {}
+        if columns["ph"] or more:
+            yield {name: values + more.get(name, []) for name, values in columns.items()}
+
+    facts += reading.files
+
+
+def _all(batches: Iterator[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    whole: dict[str, list[Any]] = {}
+    for batch in batches:
+        for name, values in batch.items():
+            whole.setdefault(name, []).extend(values)
+
+    return whole

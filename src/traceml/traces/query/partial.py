@@ -1,0 +1,164 @@
+"""An analysis of a part of the events, as plain data that goes to another process and is put together there.
+
+Sums are merged; what has to be put into the order of time (spans for self time and overlap, begins and ends for pairs)
+travels as columns. Numbers of groups, threads and names mean something in one process only, so their labels go along.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.traces.aggregate.stats import GroupStat
+from traceml.traces.query.analysis import Analysis, added
+from traceml.traces.query.fields import ArgField
+from traceml.traces.query.labels import Labels
+
+__all__ = ["PartialAnalysis", "absorb", "partial_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A column of integers in as few bytes as its values need: times in whole microseconds take half, or less."""
+
+    values: NDArray[Any]
+    least: int
+    unit: int
+    type: str
+
+    @classmethod
+    def of(cls, column: NDArray[Any]) -> Packed:
+        """Pack a column that is not empty."""
+        least = int(column.min())
+        offsets = column.astype(np.int64) - least
+        whole = int(column.max()) - least < 2**62 and not (offsets % 1000).any()
+        offsets = offsets // 1000 if whole else offsets
+        return cls(
+            offsets.astype(np.min_scalar_type(int(offsets.max()))), least, 1000 if whole else 1, column.dtype.str
+        )
+
+    def column(self) -> NDArray[Any]:
+        """Return the column."""
+        return (self.values.astype(np.int64) * self.unit + self.least).astype(self.type)
+
+
+@dataclass(slots=True)
+class PartialAnalysis:
+    """What an analysis of some events of one file knows.
+
+    Args:
+        groups: the raw labels of each group, with its stats and bytes.
+        lanes: the process and thread, or the asynchronous id, behind each number in `spans` and `edges`.
+        names: the names behind the numbers in `edges`.
+        spans, edges: columns as the Sorter and the Matcher of an Analysis take them; empty when there are none.
+        labels: what metadata says.
+        letters, events, number_of_spans, fractional: as in Analysis.
+        seen: which fields of `args` occurred.
+    """
+
+    groups: list[tuple[tuple[Any, ...], GroupStat, int]]
+    lanes: list[tuple[Any, ...]]
+    names: list[Any]
+    spans: list[Packed]
+    edges: list[Packed]
+    labels: Labels
+    letters: Counter[str]
+    events: int
+    number_of_spans: int
+    fractional: bool
+    seen: list[bool]
+
+
+def partial_of(analysis: Analysis) -> PartialAnalysis:
+    """Return what an analysis knows that has been fed and not been finished."""
+    edges = analysis.matcher.columns()
+    names = [analysis.origin.strings[number] for number in np.unique(edges[3]).tolist()] if edges else []
+    if edges:
+        edges = (*edges[:3], np.unique(edges[3], return_inverse=True)[1].astype(np.int32), *edges[4:])
+
+    return PartialAnalysis(
+        groups=[_group(analysis, number) for number in range(len(analysis.groups[-1]))],
+        lanes=[_lane(analysis, number) for number in range(len(analysis.lanes))],
+        names=names,
+        spans=[Packed.of(column) for column in analysis.sorter.columns()],
+        edges=[Packed.of(column) for column in edges],
+        labels=analysis.origin.labels,
+        letters=analysis.letters,
+        events=analysis.events,
+        number_of_spans=analysis.spans,
+        fractional=analysis.fractional,
+        seen=_seen(analysis),
+    )
+
+
+def absorb(analysis: Analysis, partial: PartialAnalysis, source: int) -> None:
+    """Put a part of the file number `source` into an analysis; parts of a file come in their order."""
+    analysis.begin_source(source)
+    groups = np.array([_absorb_group(analysis, *group) for group in partial.groups], np.int32)
+    lanes = np.array([_absorb_lane(analysis, lane) for lane in partial.lanes], np.int32)
+    if partial.spans:
+        start, duration, group, lane, kind = (packed.column() for packed in partial.spans)
+        analysis.sorter.add(start, duration, groups[group], lanes[lane], kind)
+
+    if partial.edges:
+        names = np.array([analysis.origin.strings.intern(name) for name in partial.names], np.int32)
+        at, is_end, lane, name, group, mark = (packed.column() for packed in partial.edges)
+        analysis.matcher.add(at, is_end, lanes[lane], names[name], groups[group], mark)
+
+    analysis.origin.labels.merge(partial.labels)
+    analysis.letters += partial.letters
+    analysis.events += partial.events
+    analysis.spans += partial.number_of_spans
+    analysis.fractional = analysis.fractional or partial.fractional
+    for field, seen in zip(_arg_fields(analysis), partial.seen, strict=True):
+        field.seen = field.seen or seen
+
+
+def _group(analysis: Analysis, number: int) -> tuple[tuple[Any, ...], GroupStat, int]:
+    size = int(analysis.bytes[number]) if number < len(analysis.bytes) else 0
+    return analysis.raw(number), analysis.stat(number), size
+
+
+def _absorb_group(analysis: Analysis, raw: tuple[Any, ...], stat: GroupStat, size: int) -> int:
+    group = 0
+    for field, numbering, value in zip(analysis.fields, analysis.groups, raw, strict=True):
+        group = numbering.one(group, field.number(value))
+
+    if stat.count or stat.self_ns:
+        analysis.odd(group).merge(stat)
+
+    analysis.bytes = added(analysis.bytes, np.array([group], np.int32), np.array([size], np.int64))
+    return group
+
+
+def _lane(analysis: Analysis, number: int) -> tuple[Any, ...]:
+    strings = analysis.origin.strings
+    owner, value = analysis.lanes.pair(number)
+    if owner >= 0:
+        source, pid = analysis.origin.process(owner)
+        return source, pid, strings[value]
+
+    cat, identity = analysis.asynchronous.pair(value)
+    return -2 - owner, strings[cat], strings[identity], "asynchronous"
+
+
+def _absorb_lane(analysis: Analysis, lane: tuple[Any, ...]) -> int:
+    source, first, second, *asynchronous = lane
+    intern = analysis.origin.strings.intern
+    if asynchronous:
+        return analysis.lanes.one(-2 - source, analysis.asynchronous.one(intern(first), intern(second)))
+
+    return analysis.lanes.one(analysis.origin.processes.one(source, intern(first)), intern(second))
+
+
+def _seen(analysis: Analysis) -> list[bool]:
+    return [field.seen for field in _arg_fields(analysis)]
+
+
+def _arg_fields(analysis: Analysis) -> list[ArgField]:
+    fields = [*analysis.fields, *analysis.filter.fields]
+    return [field for field in fields if isinstance(field, ArgField)]

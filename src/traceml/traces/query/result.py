@@ -1,0 +1,127 @@
+"""The answer to a question about traces, as plain data: what `traceml analyze --json` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from traceml.traces.aggregate.sketch import RELATIVE_ERROR, quantile
+from traceml.traces.aggregate.stats import GroupStat, Time
+from traceml.traces.query.analysis import Analysis
+from traceml.traces.reader.columns import FileDamage, TraceFileFacts
+
+__all__ = ["SCHEMA", "answer_of", "merged_groups", "microseconds", "stat_row"]
+
+SCHEMA = "traceml.analysis/1"
+_EXACT_FLOAT = 2**53
+
+
+def answer_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, Any]:
+    """Return the answer of an analysis that has finished; all groups, the largest sum first."""
+    groups = merged_groups(analysis, len(analysis.question.by))
+    order = sorted(groups.items(), key=lambda item: (-item[1].total, [str(label) for label in item[0]]))
+    by = list(analysis.question.by)
+    return {
+        "schema": SCHEMA,
+        "files": [_file(facts, damage) for facts, damage in _with_unpaired(analysis, files)],
+        "events": analysis.events,
+        "spans": analysis.spans,
+        "letters": dict(sorted(analysis.letters.items())),
+        "by": by,
+        "percentile_error": RELATIVE_ERROR,
+        "groups": [
+            {**dict(zip(by, labels, strict=True)), **stat_row(stat, fractional=analysis.fractional)}
+            for labels, stat in order
+        ],
+    }
+
+
+def merged_groups(analysis: Analysis, fields: int | slice) -> dict[tuple[Any, ...], GroupStat]:
+    """Return the stats by the labels of some of the question's fields: the first ones, or a slice."""
+    chosen = slice(fields) if isinstance(fields, int) else fields
+    groups: dict[tuple[Any, ...], GroupStat] = {}
+    for number in range(len(analysis.groups[-1])):
+        stat = analysis.stat(number)
+        if not stat.count:
+            continue
+
+        known = groups.setdefault(analysis.labels(number)[chosen], stat)
+        if known is not stat:
+            known.merge(stat)
+
+    return groups
+
+
+def stat_row(stat: GroupStat, *, fractional: bool) -> dict[str, Any]:
+    """Return the numbers of one group, in microseconds.
+
+    Args:
+        stat: with at least one span.
+        fractional: whether the trace has times with fractions; else all are integers.
+    """
+    assert stat.least is not None
+    assert stat.most is not None
+    return {
+        "count": stat.count,
+        "sum_us": microseconds(stat.total, fractional=fractional),
+        "mean_us": _ratio(stat.total, stat.count * 1000),
+        "min_us": microseconds(stat.least, fractional=fractional),
+        "max_us": microseconds(stat.most, fractional=fractional),
+        "p50_us": _percentile(stat, 0.5, fractional),
+        "p99_us": _percentile(stat, 0.99, fractional),
+        "self_us": microseconds(stat.self_ns, fractional=fractional),
+    }
+
+
+def microseconds(time_ns: Time, *, fractional: bool) -> int | float:
+    """Return nanoseconds as microseconds: an integer where that is exact and the trace has integers."""
+    if not fractional and time_ns % 1000 == 0:
+        return int(time_ns) // 1000
+
+    whole = time_ns % 1000 == 0 and not -_EXACT_FLOAT * 1000 < time_ns < _EXACT_FLOAT * 1000
+    return int(time_ns) // 1000 if whole else _ratio(time_ns, 1000)
+
+
+def _percentile(stat: GroupStat, share: float, fractional: bool) -> int | float:
+    assert stat.least is not None
+    assert stat.most is not None
+    middle = quantile(stat.counts, share, stat.count)
+    value: Time = middle if fractional else (2 * middle + 1000) // 2000 * 1000
+    if value < stat.least:
+        value = stat.least
+    elif value > stat.most:
+        value = stat.most
+
+    return microseconds(value, fractional=fractional)
+
+
+def _ratio(value: Time, by: int) -> int | float:
+    try:
+        return float(Fraction(value, by)) if isinstance(value, Fraction) else value / by
+    except OverflowError:
+        return int(value // by)  # no float is that large, and JSON has no infinity
+
+
+def _with_unpaired(
+    analysis: Analysis, files: Sequence[TraceFileFacts]
+) -> Iterable[tuple[TraceFileFacts, list[FileDamage]]]:
+    for source, facts in enumerate(files):
+        damage = list(facts.damage)
+        lost = analysis.unpaired.get(source)
+        if lost is not None and lost.begins:
+            damage.append(FileDamage(0, f"{lost.begins:,} begin events have no end", 0))
+
+        if lost is not None and lost.ends:
+            damage.append(FileDamage(0, f"{lost.ends:,} end events have no begin", 0))
+
+        yield facts, damage
+
+
+def _file(facts: TraceFileFacts, damage: Sequence[FileDamage]) -> Mapping[str, Any]:
+    return {
+        "path": str(facts.path),
+        "events": facts.events,
+        "bytes": facts.bytes,
+        "damage": [{"offset": each.offset, "what": each.what, "lost_bytes": each.lost_bytes} for each in damage],
+    }

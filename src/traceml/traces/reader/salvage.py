@@ -1,0 +1,147 @@
+"""What can be had from gzip members that are broken, and where sound ones begin."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from traceml.traces.reader.trace_files import GZIP_MAGIC
+
+__all__ = ["MAGIC", "Salvaged", "new_inflater", "next_member", "read_at", "salvaged"]
+
+MAGIC = GZIP_MAGIC + b"\x08"
+_GZIP, _RAW = 31, -15  # zlib's window bits
+_HEADER_BYTES, _TRAILER_BYTES = 10, 8
+_HAS_SUM, _HAS_EXTRA, _HAS_NAME, _HAS_COMMENT = 2, 4, 8, 16
+_SEARCHED_BYTES = 64 * 1024
+_TRIED_BYTES = 4096  # of a member, compressed, to tell whether it is one
+_STEPS = (4096, 64, 1)  # bytes fed at a time: finer and finer up to the damage
+_CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v")
+
+
+@dataclass(slots=True)
+class Salvaged:
+    """The text of a broken member, up to its damage.
+
+    Args:
+        text: what had not been had before.
+        end: where the damage is; behind the member when it is whole.
+        whole: everything was inflated, only the checksum is wrong.
+    """
+
+    text: bytes
+    end: int
+    whole: bool
+
+
+def new_inflater() -> Any:
+    """Return a decompressor for one gzip member: isal's where it is installed, four times as fast as zlib's."""
+    try:
+        from isal import igzip_lib
+    except ImportError:
+        return _Zlib()
+
+    return igzip_lib.IgzipDecompressor(flag=igzip_lib.DECOMP_GZIP)
+
+
+def read_at(descriptor: int, position: int, size: int) -> bytes:
+    """Read bytes of a file at a place; fewer only where it ends."""
+    data = os.pread(descriptor, size, position)
+    while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), position + len(data))):
+        data += more
+
+    return data
+
+
+def next_member(descriptor: int, position: int, end: int) -> int:
+    """Return where a sound member begins, at a place or behind it; the end when none does before that."""
+    while position < end:
+        data = read_at(descriptor, position, min(_SEARCHED_BYTES, end - position))
+        hit = data.find(MAGIC)
+        if hit >= 0 and _is_member(read_at(descriptor, position + hit, _TRIED_BYTES)):
+            return position + hit
+
+        position += hit + 1 if hit >= 0 else max(len(data) - len(MAGIC) + 1, 1)
+
+    return end
+
+
+def salvaged(descriptor: int, begin: int, size: int, skipped_bytes: int) -> Salvaged:
+    """Inflate a member that is broken as far as that is possible.
+
+    Args:
+        descriptor: the file.
+        begin: where the member begins.
+        size: the size of the file.
+        skipped_bytes: of its text, which are had already.
+    """
+    position = begin + _header_bytes(read_at(descriptor, begin, _SEARCHED_BYTES))
+    inflater = zlib.decompressobj(_RAW)
+    made, parts = 0, []
+    for step in _STEPS:
+        while position < size and not inflater.eof:
+            data = read_at(descriptor, position, min(step, size - position))
+            before = inflater.copy()
+            try:
+                text = inflater.decompress(data)
+            except zlib.error:
+                inflater = before
+                break
+
+            position += len(data) - len(inflater.unused_data)
+            parts.append(text[max(skipped_bytes - made, 0) :])
+            made += len(text)
+
+    end = position + _TRAILER_BYTES if inflater.eof else position
+    return Salvaged(b"".join(parts), min(end, size), inflater.eof)
+
+
+def _is_member(data: bytes) -> bool:
+    """Tell whether a member of text begins here, and not only its magic number by chance."""
+    try:
+        start = new_inflater().decompress(data, 1024)
+    except Exception:  # noqa: BLE001 - isal and zlib have errors of their own, and all mean no
+        return False
+
+    return bool(start) and start[:256].translate(None, _CONTROLS) == start[:256]
+
+
+def _header_bytes(data: bytes) -> int:
+    flags = data[3] if len(data) > _HEADER_BYTES else 0
+    position = _HEADER_BYTES
+    if flags & _HAS_EXTRA:
+        position += 2 + int.from_bytes(data[position : position + 2], "little")
+
+    for flag in (_HAS_NAME, _HAS_COMMENT):
+        if flags & flag:
+            position = data.find(b"\0", position) + 1
+
+    return position + (2 if flags & _HAS_SUM else 0)
+
+
+class _Zlib:
+    """zlib's decompressor with isal's manners."""
+
+    def __init__(self) -> None:
+        self._inner = zlib.decompressobj(_GZIP)
+
+    @property
+    def eof(self) -> bool:
+        """The member is complete."""
+        return self._inner.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """What was fed and lies behind the member."""
+        return self._inner.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        """Nothing more comes of what was fed."""
+        return not self._inner.unconsumed_tail
+
+    def decompress(self, data: bytes, limit_bytes: int) -> bytes:
+        """Return some text."""
+        return self._inner.decompress(self._inner.unconsumed_tail + data, limit_bytes)

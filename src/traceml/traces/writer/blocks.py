@@ -1,0 +1,220 @@
+"""Events on their way to a file: taken in at once, written block by block by a thread, bounded, and fork-safe."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from traceml.traces.writer.encoding import lines
+from traceml.traces.writer.sinks import Sink, open_sink
+
+__all__ = ["BlockWriter", "TraceWriterStatistics"]
+
+_BLOCK = 8192  # events: a megabyte of text
+_MOST = 65_536  # events that wait; the thread that adds one more helps writing
+_PAUSE_S = 0.5
+_ONE_PROCESS = ".json.gz"  # closed by the process that began it: a child has a file of its own
+_log = logging.getLogger("traceml")
+_all: weakref.WeakSet[BlockWriter] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, slots=True)
+class TraceWriterStatistics:
+    """What a writer has done in this process.
+
+    Attributes:
+        written: events that are in the file.
+        pending: events that wait to be written.
+        lost: events that could not be written, or came after the end.
+        blocks: how many blocks they took.
+        written_bytes: what they take in the file.
+    """
+
+    written: int
+    pending: int
+    lost: int
+    blocks: int
+    written_bytes: int
+
+
+class BlockWriter:
+    """Takes events and writes them in blocks. A child that is forked begins with none, and goes on by itself.
+
+    `push(event)` takes one; when more than `limit` are `pending` after it, `attend()` is due.
+
+    Args:
+        path: the file; its form goes by its name.
+        on_fork: called in a child, before anything is written there.
+    """
+
+    def __init__(self, path: Path, on_fork: Callable[[], None]) -> None:
+        self.path = path
+        self._on_fork = on_fork
+        self._sink: Sink | None = open_sink(path)
+        self._closed = False
+        self._begin()
+        _all.add(self)
+        atexit.register(self.close)
+
+    def _begin(self) -> None:
+        self.pending: deque[Any] = deque()
+        self.push = self.pending.append
+        self.limit = 0  # the first event starts the thread
+        self._lock = threading.RLock()
+        self._wakeup = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._writing = False
+        self._written = self._lost = self._blocks = self._bytes = 0
+
+    @property
+    def statistics(self) -> TraceWriterStatistics:
+        """What was written so far in this process, and what was not."""
+        return TraceWriterStatistics(self._written, len(self.pending), self._lost, self._blocks, self._bytes)
+
+    def attend(self) -> None:
+        """See to it that what is pending is written: now, or soon by the thread."""
+        if self._closed:
+            self._lost += len(self.pending)
+            self.pending.clear()
+            return
+
+        if self._thread is None:
+            self._start()
+
+        if len(self.pending) >= _MOST:
+            self._write_block()
+        elif len(self.pending) > _BLOCK:
+            self.limit = _MOST - 1  # told once is enough
+            self._wakeup.set()
+
+    def flush(self) -> None:
+        """Write what is pending now."""
+        while self.pending and self._write_block():
+            pass
+
+    def close(self) -> None:
+        """Write what is pending and finish the file; may be called again."""
+        atexit.unregister(self.close)
+        with self._lock:
+            if self._closed:
+                return
+
+            self._closed, self.limit = True, 0
+            self.flush()
+            sink, self._sink = self._sink, None
+
+        self._wakeup.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+        if sink is not None:
+            self._guarded(sink.close, 0)
+
+        if self._lost:
+            _log.warning("%s lacks %d events that could not be written", self.path, self._lost)
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is not None or self._closed:
+                return
+
+            self.limit = _BLOCK
+            self._thread = threading.Thread(target=self._run, name="traceml-trace-writer", daemon=True)
+            self._thread.start()
+            if "multiprocessing.util" in sys.modules and _is_child():
+                # Such a child leaves by os._exit, past atexit.
+                from multiprocessing.util import Finalize
+
+                Finalize(None, self.close, exitpriority=10)
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wakeup.wait(_PAUSE_S)
+            self._wakeup.clear()
+            self.flush()
+
+    def _write_block(self) -> bool:
+        with self._lock:
+            if self._writing:
+                return False  # a signal's handler came in between
+
+            self._writing = True
+            try:
+                block = [self.pending.popleft() for _ in range(min(len(self.pending), _BLOCK))]
+                if len(self.pending) <= _BLOCK and not self._closed:
+                    self.limit = _BLOCK
+
+                if block:
+                    self._guarded(lambda: self._write(block), len(block))
+            finally:
+                self._writing = False
+
+        return True
+
+    def _write(self, block: list[Any]) -> None:
+        if self._sink is None:
+            self._sink = open_sink(self.path)
+
+        self._bytes += self._sink.write(lines(block))
+        self._written += len(block)
+        self._blocks += 1
+
+    def _guarded(self, write: Callable[[], None], events: int) -> None:
+        """Write without harming the program: what the disk does not take is lost, counted, and said once."""
+        try:
+            write()
+        except OSError as error:
+            if not self._lost:
+                _log.warning("cannot write the trace %s: %s; the program goes on, events are lost", self.path, error)
+
+            self._lost += events
+
+    def _after_fork(self) -> None:
+        """In a child: what is pending is the parent's, and so is the open file."""
+        self._begin()
+        self._sink = None
+        if self.path.name.endswith(_ONE_PROCESS):
+            self.path = self.path.with_name(f"{self.path.name.removesuffix(_ONE_PROCESS)}-{os.getpid()}{_ONE_PROCESS}")
+
+        self._on_fork()
+
+
+def _is_child() -> bool:
+    from multiprocessing.process import parent_process
+
+    return parent_process() is not None
+
+
+def _hold_all() -> None:
+    _forking.acquire()
+    _held.extend(_all)
+    for blocks in _held:
+        blocks._lock.acquire()
+
+
+def _release_all() -> None:
+    while _held:
+        _held.pop()._lock.release()
+
+    _forking.release()
+
+
+def _start_again() -> None:
+    while _held:
+        _held.pop()._after_fork()
+
+    _forking.release()
+
+
+_forking = threading.Lock()
+_held: list[BlockWriter] = []
+os.register_at_fork(before=_hold_all, after_in_parent=_release_all, after_in_child=_start_again)

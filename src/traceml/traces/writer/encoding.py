@@ -1,0 +1,121 @@
+"""Trace events as they are written: Chrome's trace-event format, one JSON object per event."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+__all__ = [
+    "NO_ARGS",
+    "CounterEvent",
+    "FlowEvent",
+    "InstantEvent",
+    "MetaEvent",
+    "SpanEvent",
+    "TraceEvent",
+    "args_of",
+    "lines",
+]
+
+
+class TraceEvent(msgspec.Struct, gc=False, omit_defaults=True):
+    """What all events have; `ts` is in microseconds."""
+
+    id: int | str
+    name: str
+    cat: str
+    pid: int
+    tid: int
+    ts: int | float
+    ph: str
+
+
+class SpanEvent(msgspec.Struct, gc=False):
+    """A complete event: something that took `dur` microseconds."""
+
+    id: int
+    name: str
+    cat: str
+    pid: int
+    tid: int
+    ts: int | float
+    dur: int | float
+    ph: str
+    args: msgspec.Raw
+
+
+class InstantEvent(TraceEvent, gc=False, kw_only=True):
+    """Something at one moment; `s` is what it concerns: t a thread, p a process, g everything."""
+
+    s: str
+    args: msgspec.Raw
+
+
+class CounterEvent(TraceEvent, gc=False, kw_only=True):
+    """Values from this moment on."""
+
+    args: msgspec.Raw
+
+
+class FlowEvent(TraceEvent, gc=False, kw_only=True, omit_defaults=True):
+    """An end of an arrow (ph s, t, f); `bp="e"` binds the arrow's end to the slice around it, not to the next one."""
+
+    bp: str = ""
+
+
+class MetaEvent(msgspec.Struct, gc=False):
+    """A name for a process or a thread."""
+
+    name: str
+    pid: int
+    tid: int
+    ph: str
+    args: msgspec.Raw
+
+
+NO_ARGS = msgspec.Raw(b"{}")
+_encoder = msgspec.json.Encoder(enc_hook=str)
+
+
+def args_of(values: Mapping[str, Any]) -> msgspec.Raw:
+    """Return arguments as JSON, now: what is changed afterwards is not written."""
+    if not values:
+        return NO_ARGS
+
+    try:
+        return msgspec.Raw(_encoder.encode(values))
+    except Exception:  # noqa: BLE001 - lone surrogates, cycles, a __str__ that raises: the program goes on, told as text
+        return msgspec.Raw(_encoder.encode({_clean(key): _clean(_text(value)) for key, value in values.items()}))
+
+
+def lines(events: Sequence[Any]) -> bytes:
+    """Return events as JSON, one per line."""
+    try:
+        return _encoder.encode_lines(events)
+    except UnicodeEncodeError:  # a name with a lone surrogate, as os.fsdecode makes them
+        return b"".join(_line(event) for event in events)
+
+
+def _line(event: Any) -> bytes:
+    try:
+        return _encoder.encode(event) + b"\n"
+    except UnicodeEncodeError:
+        for field in ("name", "cat"):
+            if hasattr(event, field):
+                setattr(event, field, _clean(getattr(event, field)))
+
+        return _encoder.encode(event) + b"\n"
+
+
+def _clean(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _text(value: Any) -> str:
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except Exception:  # noqa: BLE001 - see args_of
+        return f"<{type(value).__name__}>"

@@ -1,0 +1,210 @@
+"""Where written events go: files that several processes may append to, and that a killed writer leaves readable.
+
+A block of events is written at once, under a lock on the file. A block that did not fit (a full disk) is taken back, so
+that what stands in the file stays whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from traceml.errors import UsageError
+
+__all__ = ["SUFFIXES", "Sink", "filled_in", "open_sink"]
+
+_GZIP = 31  # zlib's wbits for a gzip member
+_CLOSED = b"\n]\n"
+
+
+class Sink(Protocol):
+    """A file of events."""
+
+    def write(self, lines: bytes) -> int:
+        """Append a block, a JSON object per line; return how many bytes it took."""
+
+    def close(self) -> None:
+        """Finish the file."""
+
+
+class _SharedFile:
+    """A file that is open to be appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+    @contextmanager
+    def locked(self) -> Iterator[int]:
+        """Keep other processes out; yields the file's size, to which it is cut back if the block fails."""
+        fcntl.flock(self.fd, fcntl.LOCK_EX)
+        try:
+            size = os.fstat(self.fd).st_size
+            try:
+                yield size
+            except OSError:
+                os.ftruncate(self.fd, size)
+                raise
+        finally:
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+
+    def put(self, data: bytes, at: int) -> int:
+        """Write all of it."""
+        rest = memoryview(data)
+        while rest:
+            written = os.pwrite(self.fd, rest, at)
+            rest, at = rest[written:], at + written
+
+        return len(data)
+
+    def close(self) -> None:
+        """Close it."""
+        os.close(self.fd)
+
+
+class LineSink:
+    """A JSON object per line, plain."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _SharedFile(path)
+
+    def write(self, lines: bytes) -> int:
+        """Append a block."""
+        data = self._packed(lines)
+        with self._file.locked() as size:
+            return self._file.put(data, size)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _packed(self, lines: bytes) -> bytes:
+        return lines
+
+
+class GzipLineSink(LineSink):
+    """A JSON object per line, each block a gzip member of its own."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._compress = compressor()
+
+    def _packed(self, lines: bytes) -> bytes:
+        return self._compress(lines)
+
+
+class ArraySink:
+    """A JSON array, closed after each block: any JSON parser reads it at any time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _SharedFile(path)
+        with self._file.locked() as size:
+            if size == 0:
+                self._file.put(b"[" + _CLOSED, 0)
+
+    def write(self, lines: bytes) -> int:
+        """Append a block."""
+        with self._file.locked() as size:
+            end = os.pread(self._file.fd, 4, max(size - 4, 0))
+            is_closed = end.endswith(_CLOSED)
+            opening = b"\n" if end == b"[" + _CLOSED else b",\n"
+            at = size - len(_CLOSED) if is_closed else size
+            try:
+                return self._file.put(opening + _elements(lines) + _CLOSED, at)
+            except OSError:
+                # What was written over the closing bracket goes: the caller's cut would keep it.
+                os.ftruncate(self._file.fd, at)
+                os.pwrite(self._file.fd, _CLOSED, at)
+                raise
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class GzipArraySink:
+    """A JSON array whose blocks are gzip members; it is closed at the end, by the process that began it."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _SharedFile(path)
+        self._compress = compressor()
+        self._pid = os.getpid()
+        self._opening = b"[\n"
+
+    def write(self, lines: bytes) -> int:
+        """Append a block."""
+        data = self._compress(self._opening + _elements(lines))
+        with self._file.locked() as size:
+            written = self._file.put(data, size)
+
+        self._opening = b",\n"
+        return written
+
+    def close(self) -> None:
+        """Write the closing bracket."""
+        ending = b"[\n]\n" if self._opening == b"[\n" else _CLOSED
+        try:
+            with self._file.locked() as size:
+                self._file.put(self._compress(ending), size)
+        finally:
+            self._file.close()
+
+
+SUFFIXES: dict[str, Callable[[Path], Sink]] = {
+    ".pfw": LineSink,
+    ".pfw.gz": GzipLineSink,
+    ".json": ArraySink,
+    ".json.gz": GzipArraySink,
+}
+"""What a file is by its name's end."""
+
+
+def open_sink(path: Path) -> Sink:
+    """Open a file to append events to; its form goes by its name.
+
+    Raises:
+        UsageError: its name says no form that is known.
+        OSError: it cannot be written.
+    """
+    for suffix, make in sorted(SUFFIXES.items(), key=lambda item: -len(item[0])):
+        if path.name.endswith(suffix):
+            return make(path)
+
+    raise UsageError(f"{path}: a trace's name ends in one of {', '.join(SUFFIXES)}")
+
+
+def filled_in(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `{pid}`, `{host}` and `{rank}` filled in.
+
+    Raises:
+        UsageError: it names no file.
+    """
+    known = {"pid": os.getpid(), "host": socket.gethostname(), "rank": os.environ.get("RANK", "0")}
+    text = os.fspath(path)
+    for name, value in known.items():
+        text = text.replace("{" + name + "}", str(value))
+
+    if not Path(text).name:
+        raise UsageError(f"a trace needs a file's name, not {os.fspath(path)!r}")
+
+    return Path(text)
+
+
+def compressor() -> Callable[[bytes], bytes]:
+    """Return the fastest there is that makes a gzip member of bytes."""
+    try:
+        from isal import isal_zlib
+    except ImportError:  # not made for this processor
+        return lambda data: zlib.compress(data, 1, _GZIP)
+
+    return lambda data: bytes(isal_zlib.compress(data, 1, _GZIP))
+
+
+def _elements(lines: bytes) -> bytes:
+    """Return lines as elements of an array; a JSON text holds no line feed but those between objects."""
+    return lines.rstrip(b"\n").replace(b"\n", b",\n")

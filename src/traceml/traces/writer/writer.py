@@ -1,0 +1,312 @@
+"""Writing a trace from any Python program: spans, instants, counters and arrows, for Perfetto, dftracer and ourselves.
+
+    with traces.Writer("trace.pfw.gz") as trace:
+        with trace.span("load", cat="io", path=path):
+            ...
+
+An event costs the calling thread a tuple's worth of work; a thread of the writer encodes and compresses what has come,
+block by block. A writer that is killed loses the blocks that were not written yet, at most a second of events.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from functools import wraps
+from inspect import iscoroutinefunction
+from pathlib import Path
+from typing import Any, Literal, ParamSpec, TypeVar
+
+from traceml.clock import clock_pair, monotonic_ns
+from traceml.traces.writer.blocks import BlockWriter, TraceWriterStatistics
+from traceml.traces.writer.encoding import (
+    NO_ARGS,
+    CounterEvent,
+    FlowEvent,
+    InstantEvent,
+    MetaEvent,
+    SpanEvent,
+    TraceEvent,
+    args_of,
+)
+from traceml.traces.writer.sinks import filled_in
+
+__all__ = ["Span", "TraceWriterStatistics", "Writer"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Span:
+    """Something that takes time, from entering the `with` block to leaving it; made by `Writer.span`."""
+
+    __slots__ = ("_args", "_cat", "_name", "_start_ns", "_writer")
+
+    def __init__(self, writer: Writer, name: str, cat: str, args: dict[str, Any]) -> None:
+        self._writer, self._name, self._cat, self._args = writer, name, cat, args
+
+    def __enter__(self) -> Span:
+        self._start_ns = monotonic_ns()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        end_ns = monotonic_ns()
+        if kind is not None:
+            self._args["error"] = kind.__name__
+
+        self._writer._end_span(self._name, self._cat, self._start_ns, end_ns, self._args)
+
+    def note(self, **args: Any) -> None:
+        """Add arguments that are known only now: how many bytes were read, say."""
+        self._args.update(args)
+
+
+class Writer:
+    """Writes a trace file. Any thread may use it, and a child that is forked goes on in the same file by itself.
+
+    Times are taken from a monotonic clock and written as microseconds since 1970, so that the traces of several
+    processes lie on one time line.
+
+    Args:
+        path: what to write: `.pfw` (a JSON object per line), `.pfw.gz` (the same in gzip members), `.json` (an array,
+            as Perfetto and chrome://tracing open it) or `.json.gz`. `{pid}`, `{host}` and `{rank}` in it are filled in.
+        append: go on in a file that is there, as another process may do at this moment; else it is replaced.
+        process_name: what the process is called in the trace; the script's name where it is not given.
+        origin_ns: write microseconds since this moment (epoch nanoseconds) instead, with nanoseconds as decimals.
+
+    Raises:
+        UsageError: the path's suffix says no form that is known.
+        OSError: the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        append: bool = False,
+        process_name: str | None = None,
+        origin_ns: int | None = None,
+    ) -> None:
+        self.path = filled_in(path)
+        if not append:
+            self.path.unlink(missing_ok=True)
+
+        monotonic, epoch_ns = clock_pair()
+        self._offset_ns = epoch_ns - monotonic
+        self._origin_ns = origin_ns
+        self._process_name = process_name or _script_name()
+        self._begin()
+        self._blocks = BlockWriter(self.path, self._begin)
+
+    def _begin(self) -> None:
+        """Start in this process, which may be a child that was forked."""
+        self._pid = os.getpid()
+        self._ids = itertools.count(1)
+        self._local = threading.local()
+        self._named = False
+
+    def __repr__(self) -> str:
+        return f"Writer({str(self.path)!r})"
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def span(self, name: str, /, cat: str = "", **args: Any) -> Span:
+        """Return a context manager that writes how long its block takes.
+
+        Args:
+            name: what it is; events are summed up by it.
+            cat: what kind of thing.
+            args: facts to keep with it; values that JSON does not know are kept as text.
+        """
+        return Span(self, name, cat, args)
+
+    def trace(self, name: str | None = None, /, cat: str = "") -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Return a decorator that writes a span for each call of a function.
+
+        Calls of a coroutine function overlap on their thread: each is a pair of events (ph b, e) on a track of its own.
+
+        Args:
+            name: the span's name; the function's where it is not given.
+            cat: what kind of thing.
+        """
+
+        def decorate(function: Callable[P, R]) -> Callable[P, R]:
+            called = name or function.__qualname__
+            if iscoroutinefunction(function):
+                coroutine: Callable[P, R] = self._trace_coroutine(function, called, cat)
+                return coroutine
+
+            @wraps(function)
+            def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+                with Span(self, called, cat, {}):
+                    return function(*args, **kwargs)
+
+            return traced
+
+        return decorate
+
+    def _trace_coroutine(self, function: Any, name: str, cat: str) -> Any:
+        @wraps(function)
+        async def traced(*args: Any, **kwargs: Any) -> Any:
+            number = next(self._ids)
+            self._put(TraceEvent(number, name, cat, self._pid, self._tid(), self._us(self._now_ns()), "b"))
+            try:
+                return await function(*args, **kwargs)
+            finally:
+                self._put(TraceEvent(number, name, cat, self._pid, self._tid(), self._us(self._now_ns()), "e"))
+
+        return traced
+
+    def instant(self, name: str, /, cat: str = "", *, scope: Literal["t", "p", "g"] = "t", **args: Any) -> None:
+        """Write that something happened now.
+
+        Args:
+            name: what.
+            cat: what kind of thing.
+            scope: whom it concerns: this thread (t), this process (p), or everything (g).
+            args: facts to keep with it.
+        """
+        self.write_instant(name, self._now_ns(), cat=cat, scope=scope, pid=self._pid, tid=self._tid(), args=args)
+
+    def counter(self, name: str, value: float | None = None, /, cat: str = "", **series: float) -> None:
+        """Write a value as it is now, or several that belong together by name."""
+        values = series if value is None else {"value": value, **series}
+        self.write_counter(name, self._now_ns(), values, cat=cat, pid=self._pid, tid=self._tid())
+
+    def flow_start(self, name: str, id: int, /, cat: str = "") -> None:  # noqa: A002 - the format's name for it
+        """Begin an arrow at the span that is open on this thread.
+
+        Args:
+            name: what the arrow means.
+            id: the same at its two ends, and at no other arrow of this name.
+            cat: what kind of thing.
+        """
+        self.write_flow("s", name, id, self._now_ns(), cat=cat, pid=self._pid, tid=self._tid())
+
+    def flow_end(self, name: str, id: int, /, cat: str = "") -> None:  # noqa: A002
+        """End an arrow at the span that is open on this thread, in this or another process; see `flow_start`."""
+        self.write_flow("f", name, id, self._now_ns(), cat=cat, pid=self._pid, tid=self._tid())
+
+    def process_name(self, name: str) -> None:
+        """Give this process a name."""
+        self._process_name, self._named = name, True
+        self.write_name("process_name", name, pid=self._pid, tid=self._tid())
+
+    def thread_name(self, name: str) -> None:
+        """Give this thread a name, when its own is not telling enough."""
+        self.write_name("thread_name", name, pid=self._pid, tid=self._tid())
+
+    # ---- the same for events of other processes and times: epoch nanoseconds, any process and thread number ----
+
+    def write_span(
+        self, name: str, start_ns: int, end_ns: int, *, pid: int, tid: int, cat: str = "",
+        args: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Write something that took from `start_ns` to `end_ns`, epoch nanoseconds."""
+        ts = self._us(start_ns)
+        packed = args_of(args) if args else NO_ARGS
+        dur = (end_ns - start_ns) / 1000 if self._origin_ns is not None else int(self._us(end_ns) - ts)
+        self._put(SpanEvent(next(self._ids), name, cat, pid, tid, ts, dur, "X", packed))
+
+    def write_instant(
+        self, name: str, at_ns: int, *, pid: int, tid: int, cat: str = "", scope: str = "t",
+        args: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        """Write something that happened at `at_ns`, epoch nanoseconds."""
+        number, packed = next(self._ids), args_of(args) if args else NO_ARGS
+        self._put(InstantEvent(number, name, cat, pid, tid, self._us(at_ns), "i", s=scope, args=packed))
+
+    def write_counter(
+        self, name: str, at_ns: int, values: Mapping[str, float], *, pid: int, tid: int, cat: str = ""
+    ) -> None:
+        """Write values as they were at `at_ns`, epoch nanoseconds."""
+        number = next(self._ids)
+        self._put(CounterEvent(number, name, cat, pid, tid, self._us(at_ns), "C", args=args_of(values)))
+
+    def write_flow(
+        self, phase: Literal["s", "t", "f"], name: str, id: int | str, at_ns: int, *, pid: int, tid: int,  # noqa: A002
+        cat: str = "",
+    ) -> None:  # fmt: skip
+        """Write an end of an arrow at the span that is open at `at_ns`, epoch nanoseconds: s, t or f."""
+        bound = "" if phase == "s" else "e"
+        self._put(FlowEvent(id, name, cat, pid, tid, self._us(at_ns), phase, bp=bound))
+
+    def write_name(
+        self, what: Literal["process_name", "thread_name"], name: str, *, pid: int, tid: int, **facts: Any
+    ) -> None:
+        """Write the name of a process or a thread."""
+        self._put(MetaEvent(what, pid, tid, "M", args_of({"name": name, **facts})))
+
+    def flush(self) -> None:
+        """Write what waits now."""
+        self._blocks.flush()
+
+    def close(self) -> None:
+        """Write what waits and finish the file; may be called again. Events that come later are lost and counted."""
+        self._blocks.close()
+
+    @property
+    def statistics(self) -> TraceWriterStatistics:
+        """What was written so far in this process, and what was not."""
+        return self._blocks.statistics
+
+    # ---- the hot path ----
+
+    def _end_span(self, name: str, cat: str, start_ns: int, end_ns: int, args: dict[str, Any]) -> None:
+        try:
+            tid = self._local.tid
+        except AttributeError:
+            tid = self._meet_thread()
+
+        offset_ns = self._offset_ns
+        if self._origin_ns is None:
+            ts = (start_ns + offset_ns) // 1000
+            packed = args_of(args) if args else NO_ARGS
+            dur = (end_ns + offset_ns) // 1000 - ts
+            blocks = self._blocks
+            blocks.push(SpanEvent(next(self._ids), name, cat, self._pid, tid, ts, dur, "X", packed))
+            if len(blocks.pending) > blocks.limit:
+                blocks.attend()
+        else:
+            start, end = start_ns + offset_ns, end_ns + offset_ns
+            self.write_span(name, start, end, pid=self._pid, tid=tid, cat=cat, args=args)
+
+    def _put(self, event: Any) -> None:
+        blocks = self._blocks
+        blocks.push(event)
+        if len(blocks.pending) > blocks.limit:
+            blocks.attend()
+
+    def _now_ns(self) -> int:
+        return monotonic_ns() + self._offset_ns
+
+    def _us(self, epoch_ns: int) -> int | float:
+        return epoch_ns // 1000 if self._origin_ns is None else (epoch_ns - self._origin_ns) / 1000
+
+    def _tid(self) -> int:
+        try:
+            return int(self._local.tid)
+        except AttributeError:
+            return self._meet_thread()
+
+    def _meet_thread(self) -> int:
+        tid = self._local.tid = threading.get_native_id()
+        if not self._named:
+            self._named = True
+            self.write_name("process_name", self._process_name, pid=self._pid, tid=tid)
+
+        self.write_name("thread_name", threading.current_thread().name, pid=self._pid, tid=tid)
+        return tid
+
+
+def _script_name() -> str:
+    name = Path(sys.argv[0]).name if sys.argv and sys.argv[0] not in ("", "-c") else "python"
+    rank = os.environ.get("RANK")
+    return f"rank {rank}: {name}" if rank else name

@@ -1,0 +1,34 @@
+"""Memory that stays with the process while a task runs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+CODE = """
+import resource, sys
+import numpy as np
+from traceml.traces.query.allocator import kept_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        np.ones(1_000_000, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+outside = faults()
+with kept_memory():
+    inside = faults()
+print(outside, inside, faults())
+"""
+
+
+def test_memory_is_used_again_inside_only():
+    """Where the environment wants memory back at once, arrays cost page faults, but not inside; then they do again."""
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
+    outside, inside, afterwards = map(int, done.stdout.split())
+
+    assert inside < outside / 10
+    assert afterwards > outside / 2

@@ -1,0 +1,171 @@
+"""The same answers from a Dask cluster: to the last digit, whatever the file is cut into."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.dask_programs import dask_programs
+from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.traces.query import cluster, file_parts
+from traceml.traces.query.analysis import TraceQuery
+from traceml.traces.query.expressions import parse_by, parse_where
+from traceml.traces.query.summary import summarise
+
+
+class InProcess:
+    """Runs what a cluster would run, at once, with everything pickled both ways as a cluster does."""
+
+    def __init__(self) -> None:
+        self.submitted = 0
+
+    def nthreads(self):
+        return {"here": 2}
+
+    def submit(self, function, *args, pure):
+        import pickle
+
+        self.submitted += 1
+        value = pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(args)))))
+        return type("Future", (), {"result": lambda self: value})()
+
+
+def events_of(seed, count=6000):
+    rng = random.Random(seed)
+    for number in range(count):
+        place = {"pid": rng.randint(1, 3), "tid": rng.randint(1, 2), "cat": "POSIX"}
+        time = {"ts": number * 10 + rng.randint(0, 60)}
+        kind = rng.random()
+        if kind < 0.8:
+            name = {"name": rng.choice(["read", "wri,te", 'a "quoted" {name}'])}
+            yield {"ph": "X", "dur": rng.randint(0, 90), "args": {"size": rng.randint(0, 99)}, **name, **place, **time}
+        elif kind < 0.9:
+            yield {"ph": rng.choice("BE"), "name": rng.choice("uv"), **place, **time}
+        elif kind < 0.95:
+            yield {"ph": rng.choice("be"), "name": "w", "id": rng.choice(["0x1", 7]), **place, **time}
+        else:
+            yield {"ph": "X", "name": "odd", "dur": 0.12345, **place, **time}
+
+    yield {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "rank 5 (node)"}}
+
+
+def lines(events):
+    return [json.dumps(event) + "\n" for event in events]
+
+
+def zipped(path, texts, per_member):
+    """Write members that end anywhere, also within a line."""
+    text = "".join(texts).encode()
+    path.write_bytes(b"".join(gzip.compress(text[at : at + per_member]) for at in range(0, len(text), per_member)))
+
+
+@pytest.fixture
+def traces(tmp_path, monkeypatch):
+    """A folder with traces of several forms, and parts that are small enough to cut each of them."""
+    events = list(events_of(1))
+    zipped(tmp_path / "members.pfw.gz", lines(events), 3001)
+    zipped(tmp_path / "one.pfw.gz", lines(events_of(2, 500)), 10**9)
+    (tmp_path / "plain.pfw").write_text("".join(lines(events_of(3))))
+    (tmp_path / "array.json").write_text("[\n" + ",\n".join(map(json.dumps, events_of(4))) + "\n]\n")
+    whole = {"distributedInfo": {"rank": 9}, "traceEvents": list(events_of(5)), "last": 1}
+    (tmp_path / "object.json").write_text(json.dumps(whole, indent=1))
+    damaged = lines(events_of(6))
+    damaged[3000] = "not json\n"
+    (tmp_path / "damaged.pfw").write_text("".join(damaged))
+    monkeypatch.setattr(file_parts, "_PLAIN_BYTES", 100_000)
+    monkeypatch.setattr(file_parts, "_ZIPPED_BYTES", 20_000)
+    monkeypatch.setattr(file_parts, "_LEAST_BYTES", 10_000)
+    return tmp_path
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """A cluster in this process."""
+    client = InProcess()
+    monkeypatch.setattr(cluster, "_is_client", lambda given: given is client)
+    return client
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        {},
+        {"by": "cat,pid,args.size"},
+        {"by": "rank,host,source", "where": "dur>40"},
+        {"by": "name", "where": "rank=5,name~read"},
+        {"by": "name", "report": True},
+    ],
+)
+def test_same_answer(traces, here, question):
+    """Every number is that of one process: groups, self time, pairs over the cuts, overlap, damage."""
+    alone = summarise([traces], cached=False, **question)
+
+    assert summarise([traces], cached=False, dask=here, **question) == alone
+    assert here.submitted > 20, "files were cut"
+
+
+def test_files_that_cannot_be_cut_are_read_whole(traces, here):
+    """Damage inside a part makes the file one task, so that the loss is told as always."""
+    answer = summarise([traces / "damaged.pfw"], cached=False, dask=here)
+
+    assert answer["files"][0]["damage"]
+    assert answer == summarise([traces / "damaged.pfw"], cached=False)
+
+
+@pytest.mark.parametrize("name", ["members.pfw.gz", "plain.pfw", "array.json", "object.json"])
+def test_parts_cover_a_file_once(traces, name):
+    """Parts follow each other without gaps, and there are several."""
+    cut = file_parts.split(0, traces / name)
+
+    assert len(cut) > 3
+    assert cut[0].begin == 0
+    assert all(one.end == two.begin for one, two in pairwise(cut))
+    assert cut[-1].end == (traces / name).stat().st_size
+
+
+def test_worker_that_does_not_see_the_file(tmp_path):
+    """The error names the file and what is needed."""
+    part = file_parts.FilePart(0, str(tmp_path / "gone"), 0, 10, True, False)
+    with pytest.raises(TraceNotFoundError, match="a Dask worker does not see"):
+        cluster.analyse_part(TraceQuery(), part, [part.path], cluster.Labels())
+
+
+def test_no_event_is_an_error(tmp_path, here):
+    """An empty trace gives no empty answer here either."""
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(TraceEmptyError):
+        summarise([tmp_path / "empty.json"], cached=False, dask=here)
+
+
+def test_questions_travel():
+    """A question with conditions can be pickled."""
+    import pickle
+
+    question = TraceQuery(parse_by("name"), parse_where("dur>2.5ms,name~a*"))
+    assert pickle.loads(pickle.dumps(question)) == question
+
+
+def test_nobody_answers(monkeypatch):
+    """A scheduler that is not there is told within seconds, by its address."""
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
+    with pytest.raises(UsageError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
+        summarise([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
+
+
+def test_cluster_of_programs(traces, tmp_path):
+    """A scheduler and workers that were started from the command line: the same JSON."""
+    command = [sys.executable, "-m", "traceml", "analyze", str(traces), "--by", "name,pid", "--json", "--no-cache"]
+    with dask_programs(tmp_path, workers=2) as address:
+        wait = f"from distributed import Client; Client({address!r}).wait_for_workers(2, 30)"
+        subprocess.run([sys.executable, "-c", wait], check=True)
+        remote = subprocess.run([*command, "--dask", address], capture_output=True, text=True, check=True).stdout
+
+    alone = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(remote) == json.loads(alone)

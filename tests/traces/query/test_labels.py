@@ -1,0 +1,94 @@
+"""Rank, host and file of events: from arguments, metadata, headers and names of files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.traces.brute import check, load
+from traceml.traces.query.labels import Labels
+from traceml.traces.query.summary import summarise
+
+DFTRACER = Path(__file__).parent / "data" / "dftracer-2.2.0.pfw.gz"  # written by dftracer itself
+
+
+def span(**more):
+    return {"ph": "X", "name": "work", "pid": 1, "tid": 1, "ts": 0, "dur": 5, **more}
+
+
+def write(path, events, **header):
+    path.write_text(json.dumps({**header, "traceEvents": events}))
+    return path
+
+
+def groups(paths, by, **more):
+    return {group[by]: group["count"] for group in summarise(paths, by=by, cached=False, **more)["groups"]}
+
+
+def test_rank_of_torch_profiler(tmp_path):
+    """Each rank's file says its rank in the header, also for the device, whose pid is 0 everywhere."""
+    paths = [
+        write(tmp_path / f"{rank}.json", [span(pid=0), span(pid=99)], distributedInfo={"rank": rank}) for rank in (0, 3)
+    ]
+
+    assert groups(paths, "rank") == {0: 2, 3: 2}
+
+
+def test_rank_of_processes(tmp_path):
+    """A process that is called by its rank has it; metadata may come last; the host stands in brackets."""
+    names = [
+        {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"rank {pid - 1} (n{pid})"}} for pid in (1, 2)
+    ]
+    path = write(tmp_path / "run.json", [span(), span(pid=2), span(pid=2), *names])
+
+    assert groups([path], "rank") == {1: 2, 0: 1}
+    assert groups([path], "host") == {"n2": 2, "n1": 1}
+    assert groups([path], "rank", where="rank=1,host=n2") == {1: 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "host"),
+    [
+        ("trace_rank3.json", 3, None),
+        ("rank-12.pt.trace.json", 12, None),
+        ("node7_4242.1700000000.pt.trace.json", None, "node7"),
+        ("frank5.json", None, None),
+    ],
+)
+def test_rank_and_host_by_file_name(name, rank, host):
+    """A file's name tells, where nothing else does."""
+    labels = Labels()
+    labels.take_file(0, Path("somewhere", name), {})
+
+    assert (labels.rank(0, 1), labels.host(0, 1)) == (rank, host)
+
+
+def test_rank_by_argument_wins(tmp_path):
+    """`args.rank` of an event is the most exact."""
+    path = write(tmp_path / "rank9.json", [span(args={"rank": 4}), span()])
+
+    assert groups([path], "rank") == {4: 1, 9: 1}
+
+
+def test_dftracer_itself():
+    """Hashes of hosts and files become names; the counts are those of a loop over its lines."""
+    text = gzip.decompress(DFTRACER.read_bytes()).decode()
+    events = load(text)
+    hashes = {}
+    for line in text.splitlines():
+        if '"FH"' in line or '"HH"' in line:
+            args = json.loads(line)["args"]
+            hashes[args["value"]] = args["name"]
+
+    for event in events:
+        event["host"] = hashes[event["args"]["hhash"]]
+        event["file"] = hashes.get(event["args"].get("fhash"))
+
+    for by in (("name",), ("host", "file"), ("cat", "name")):
+        check(summarise([DFTRACER], by=",".join(by), cached=False), events, by)
+
+    only = summarise([DFTRACER], where="file~data.bin$,name=read", cached=False)
+    assert only["events"] == sum(event["name"] == "read" and event["file"].endswith("data.bin") for event in events)

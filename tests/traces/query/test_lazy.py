@@ -1,0 +1,123 @@
+"""Traces from Python: lazy, filtered, grouped, as frames."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from tests.traces.brute import check, groups_of
+from traceml import traces
+from traceml.errors import TraceNotFoundError, UsageError
+
+
+@pytest.fixture
+def events():
+    rng = random.Random(5)
+    return [
+        {
+            "ph": "X",
+            "name": rng.choice(["read", "write"]),
+            "cat": "POSIX",
+            "pid": rng.randint(1, 3),
+            "tid": 1,
+            "ts": rng.randint(0, 10_000),
+            "dur": rng.randint(0, 50),
+            "args": {"size": rng.randint(0, 9), "rate": rng.choice([0.5, 2.25])},
+        }
+        for _ in range(300)
+    ]
+
+
+@pytest.fixture
+def opened(tmp_path, events):
+    path = tmp_path / "trace.pfw"
+    path.write_text("\n".join(map(json.dumps, events)))
+    return traces.open(path)
+
+
+def test_opening_reads_nothing(opened, monkeypatch):
+    """Filtering, grouping and choosing measures start no reading."""
+    monkeypatch.setattr("traceml.traces.query.summary.run", None)
+
+    opened.filter("cat=POSIX").group_by("name").agg("sum")
+
+
+def test_groups_are_those_of_brute_force(opened, events):
+    """Rows come with the labels and the measures that were asked for."""
+    rows = opened.filter("dur>10").filter("pid!=3").group_by("name", "pid").agg().rows()
+
+    check({"groups": rows}, events, ("name", "pid"), lambda e, ts, dur: dur > 10 and e["pid"] != 3)
+    assert list(opened.group_by("pid").agg("count")) == [
+        {"pid": labels[0], "count": len(group["durations"])}
+        for labels, group in sorted(groups_of(events, ("pid",)).items(), key=lambda item: -sum(item[1]["durations"]))
+    ]
+
+
+def test_frames_of_groups(opened, events):
+    """polars and pandas frames hold the same rows."""
+    asked = opened.group_by("name").agg("count", "sum")
+
+    assert asked.to_polars().rows(named=True) == asked.rows()
+    assert asked.to_pandas().to_dict("records") == asked.rows()
+
+
+def test_frames_of_events(opened, events):
+    """All events come as one frame, in the order of the file; times are nanoseconds."""
+    frame = opened.to_polars("size", "rate")
+
+    assert frame["name"].to_list() == [event["name"] for event in events]
+    assert frame["args.size"].to_list() == [event["args"]["size"] for event in events]
+    assert frame["args.rate"].to_list() == [event["args"]["rate"] for event in events]
+    assert frame["ts_ns"].to_list() == [event["ts"] * 1000 for event in events]
+    assert opened.to_pandas().shape == (300, 7)
+
+
+def test_batches_pass_the_filter(opened, events):
+    """A loop sees only what passes."""
+    found = [dur for batch in opened.filter("name=read,dur>=25") for dur in batch["dur_ns"]]
+
+    assert found == [event["dur"] * 1000 for event in events if event["name"] == "read" and event["dur"] >= 25]
+
+
+def test_odd_events_are_in_batches(tmp_path):
+    """Events whose numbers fit in no column come too, what has no time with None."""
+    path = tmp_path / "odd.json"
+    path.write_text(
+        '[{"ph":"X","name":"a","pid":1,"tid":1,"ts":0.1234,"dur":1e30},{"ph":"i","name":"b","pid":"p","tid":1,"ts":5}]'
+    )
+    frame = traces.open(path).to_polars().sort("name")
+
+    assert frame.select("name", "pid", "ts_ns", "dur_ns").rows() == [("a", "1", 123, None), ("b", "p", 5000, None)]
+
+
+def test_summary_has_a_report(opened):
+    """The overview of the command is there as data."""
+    report = opened.summary()["report"]
+
+    assert report["io"]["calls"]
+    assert sum(each["spans"] for each in report["timeline"]["bins"]) == 300
+
+
+def test_facts_tell_of_damage(tmp_path, events):
+    """What could not be read is told per file."""
+    path = tmp_path / "cut.pfw"
+    path.write_text("\n".join(map(json.dumps, events))[:-20])
+
+    assert traces.open(path).facts()[0].damage
+
+
+def test_wrong_calls(opened, tmp_path):
+    """Unknown fields and measures are refused at once, with what there is."""
+    with pytest.raises(UsageError, match="There are name"):
+        opened.group_by("nam")
+
+    with pytest.raises(UsageError, match="There are count"):
+        opened.group_by("name").agg("median")
+
+    with pytest.raises(UsageError, match="expected"):
+        opened.filter("name")
+
+    with pytest.raises(TraceNotFoundError):
+        traces.open(tmp_path / "nothing")

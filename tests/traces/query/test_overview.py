@@ -1,0 +1,179 @@
+"""The report of a trace: kinds of work and their overlap, I/O, kernels and operators, ranks, the timeline."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from traceml.traces.aggregate.work_kinds import COMM, COMPUTE, COPY, HOST, HOST_COMM, IO, OTHER, classify, io_direction
+from traceml.traces.query.summary import summarise
+
+
+def report(tmp_path, events, **header):
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({**header, "traceEvents": events}))
+    return summarise([path], report=True, cached=False)["report"]
+
+
+def span(name, cat, ts, dur, *, pid=1, tid=1, **args):
+    return {"ph": "X", "name": name, "cat": cat, "pid": pid, "tid": tid, "ts": ts, "dur": dur, "args": args}
+
+
+@pytest.mark.parametrize(
+    ("cat", "name", "kind"),
+    [
+        ("POSIX", "read", IO),
+        ("STDIO", "fwrite", IO),
+        ("COMPUTE", "forward", COMPUTE),
+        ("kernel", "void gemm<float>", COMPUTE),
+        ("kernel", "ncclDevKernel_AllReduce_Sum_f32", COMM),
+        ("gpu_memcpy", "Memcpy HtoD", COPY),
+        ("cpu_op", "aten::mm", HOST),
+        ("cpu_op", "c10d::allreduce_", HOST_COMM),
+        ("user_annotation", "nccl:all_reduce", HOST_COMM),
+        ("user_annotation", "enumerate(DataLoader)#_Iter.__next__", IO),
+        ("phase", "backward", COMPUTE),
+        ("phase", "input_wait", IO),
+        ("python_function", "allreduce", OTHER),
+        (None, None, OTHER),
+        (5, 7, OTHER),
+    ],
+)
+def test_kinds_of_work(cat, name, kind):
+    """Category and name tell what a span is."""
+    assert classify(cat, name) == kind
+
+
+def test_direction_of_calls():
+    """Names tell whether bytes were read or written; a word within another does not."""
+    assert [io_direction(name) for name in ("pread64", "fwrite", "open64", "compute", None)] == [
+        "read",
+        "write",
+        "other",
+        "other",
+        "other",
+    ]
+
+
+def test_overlap_equals_a_count_of_microseconds(tmp_path):
+    """Every microsecond of random spans, looked at one by one, gives the same times, also per process."""
+    rng = random.Random(2)
+    kinds = {"POSIX": "io", "COMPUTE": "compute", "comm": "comm", "gpu_memcpy": "copy", "misc": None}
+    events = [
+        span("x", rng.choice(list(kinds)), rng.randint(0, 900), rng.randint(0, 40), pid=rng.randint(1, 2))
+        for _ in range(80)
+    ]
+    found = report(tmp_path, events)
+
+    def expected(chosen):
+        first, last = min(e["ts"] for e in chosen), max(e["ts"] + e["dur"] for e in chosen)
+        count = Counter()
+        for now in range(first, last):
+            going_on = {kinds[e["cat"]] for e in chosen if e["ts"] <= now < e["ts"] + e["dur"]} - {None}
+            count["duration_us"] += 1
+            count["idle_us"] += not going_on
+            for kind in going_on:
+                count[f"{kind}_us"] += 1
+                if kind != "compute" and "compute" not in going_on:
+                    count[f"unoverlapped_{kind}_us"] += 1
+
+        return {key: count[key] for key in found["overlap"]}
+
+    assert found["overlap"] == expected(events)
+    for row in found["processes"]:
+        own = expected([event for event in events if event["pid"] == row["pid"]])
+        assert {key: row[key] for key in own} == own
+
+
+def test_bytes_and_bandwidth(tmp_path):
+    """Sizes of reads and writes add up; what open returns is no size."""
+    events = [
+        span("read", "POSIX", 0, 100, ret=4096),
+        span("read", "POSIX", 200, 300, ret=-1),
+        span("write", "POSIX", 600, 100, size=1000),
+        span("open64", "POSIX", 800, 500, ret=17),
+    ]
+    io = report(tmp_path, events)["io"]
+
+    assert (io["read_bytes"], io["write_bytes"], io["busy_us"]) == (4096, 1000, 1000)
+    assert io["bytes_per_s"] == 5096 * 1e6 / 1000
+    rates = {call["name"]: call["bytes_per_s"] for call in io["calls"]}
+    assert rates == {"open64": 0.0, "read": 4096 * 1e6 / 400, "write": 1000 * 1e6 / 100}
+
+
+def test_devices_and_their_hosts(tmp_path):
+    """Where a device computes, operators of the host are no computing, and starting a collective no communication."""
+    events = [
+        span("aten::mm", "cpu_op", 0, 1000, pid=7),
+        span("c10d::allreduce_", "cpu_op", 0, 500, pid=7),
+        span("gemm", "kernel", 100, 300, pid=0),
+        span("ncclDevKernel_AllReduce", "kernel", 300, 200, pid=0, tid=2),
+    ]
+    found = report(tmp_path, events, distributedInfo={"rank": 3})
+
+    row = found["overlap"]
+    assert (row["compute_us"], row["comm_us"], row["unoverlapped_comm_us"], row["idle_us"]) == (300, 200, 100, 600)
+    assert [kernel["name"] for kernel in found["kernels"]] == ["gemm", "ncclDevKernel_AllReduce"]
+    assert [operator["self_us"] for operator in found["operators"]] == [500, 500]
+    assert [each["rank"] for each in found["ranks"]] == [3]
+
+
+def test_ranks_side_by_side(tmp_path):
+    """Each rank's file is a row of its own."""
+    for rank, busy in ((0, 100), (1, 40)):
+        events = [span("gemm", "kernel", 0, busy, pid=0), span("end", "kernel", 199, 1, pid=0)]
+        (tmp_path / f"rank{rank}.json").write_text(json.dumps({"traceEvents": events}))
+
+    ranks = summarise([tmp_path], report=True, cached=False)["report"]["ranks"]
+    assert [(row["rank"], row["compute_us"], row["idle_us"]) for row in ranks] == [(0, 101, 99), (1, 41, 159)]
+
+
+def test_timeline_accounts_for_all_time(tmp_path):
+    """Bins hold every span's start once and every busy nanosecond once."""
+    rng = random.Random(4)
+    events = [span("x", "POSIX", rng.randint(0, 10**7), rng.randint(0, 10**4)) for _ in range(500)]
+    found = report(tmp_path, events)
+    bins = found["timeline"]["bins"]
+
+    assert len(bins) <= 60
+    assert sum(each["spans"] for each in bins) == 500
+    assert sum(each["io_us"] for each in bins) == pytest.approx(found["overlap"]["io_us"], abs=1e-3)
+    begin, width = found["timeline"]["begin_us"], found["timeline"]["bin_us"]
+    for place, each in enumerate(bins):
+        low, high = begin + place * width, begin + (place + 1) * width
+        assert each["spans"] == sum(low <= event["ts"] < high for event in events)
+
+
+def test_torch_profiler_itself(tmp_path):
+    """An export of torch.profiler has the counts and sums of a loop over its events, gzipped too."""
+    code = (
+        "import sys, torch\n"
+        "from torch.profiler import profile, record_function\n"
+        "with profile() as prof:\n"
+        "    for _ in range(5):\n"
+        "        with record_function('step'):\n"
+        "            torch.ones(8, 8, requires_grad=True).mm(torch.ones(8, 8)).sum().backward()\n"
+        "prof.export_chrome_trace(sys.argv[1])\n"
+    )
+    path = tmp_path / "trace.json.gz"
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True, capture_output=True)
+    import gzip
+
+    whole = json.loads(gzip.decompress(path.read_bytes()))
+    spans = [event for event in whole["traceEvents"] if event["ph"] == "X"]
+    answer = summarise([path], report=True, cached=False)
+
+    assert answer["spans"] == len(spans)
+    for group in answer["groups"]:
+        own = [event["dur"] for event in spans if event["name"] == group["name"]]
+        assert group["count"] == len(own)
+        assert group["sum_us"] == pytest.approx(sum(own))
+
+    steps = next(group for group in answer["groups"] if group["name"] == "step")
+    assert steps["count"] == 5
+    assert "aten::mm" in {operator["name"] for operator in answer["report"]["operators"]}

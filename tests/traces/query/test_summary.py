@@ -1,0 +1,286 @@
+"""Whole questions: files of every form in, the same answers as brute force out."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from fractions import Fraction
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.traces.brute import check, load, spans_of
+from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.traces.query.result import microseconds
+from traceml.traces.query.summary import summarise
+
+NAMES = ["read", "write", 'comma, "quoted"', "back\\slash", "naïve ☃", "compute"]
+
+
+def event(rng, number, **more):
+    return {
+        "id": number,
+        "name": rng.choice(NAMES),
+        "cat": rng.choice(["POSIX", "COMPUTE"]),
+        "pid": rng.randint(1, 2),
+        "tid": rng.randint(1, 2),
+        "ts": rng.randint(0, 2000),
+        "dur": rng.randint(0, 300),
+        "ph": "X",
+        "args": {"size": rng.randint(0, 5), "mode": rng.choice(["r", "w"])},
+        **more,
+    }
+
+
+@pytest.fixture
+def events():
+    rng = random.Random(7)
+    return [event(rng, number) for number in range(400)]
+
+
+def ask(tmp_path, data, name="trace.json", **question):
+    path = tmp_path / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return summarise([path], cached=False, **question)
+
+
+FORMS = {
+    "lines": lambda events: "\n".join(map(json.dumps, events)) + "\n",
+    "no last newline": lambda events: "\n".join(map(json.dumps, events)),
+    "lines after a bracket": lambda events: "[\n" + "\n".join(map(json.dumps, events)) + "\n",
+    "mixed line ends": lambda events: "".join(json.dumps(e) + ("\r\n", "\n")[e["id"] % 2] for e in events),
+    "array with commas at line ends": lambda events: "[\n" + ",\n".join(map(json.dumps, events)) + "\n]\n",
+    "array that starts on the first line": lambda events: "[" + ",\n".join(map(json.dumps, events)) + "]",
+    "array that never ends": lambda events: "[\n" + ",\n".join(map(json.dumps, events)) + ",\n",
+    "one line": json.dumps,
+    "object": lambda events: json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}),
+    "object with keys before": lambda events: json.dumps({"schemaVersion": 1, "traceEvents": events}, indent=1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_form_gives_the_plain_answer(tmp_path, events, form, zipped):
+    """The same events give the same numbers whatever they are wrapped in."""
+    data = FORMS[form](events).encode()
+    answer = ask(tmp_path, gzip.compress(data) if zipped else data)
+
+    check(answer, events)
+    assert answer["events"] == answer["spans"] == answer["files"][0]["events"] == len(events)
+
+
+@pytest.mark.parametrize("by", [("cat",), ("pid", "tid"), ("name", "args.mode"), ("args.size",), ("ph",)])
+def test_groups_by_any_field(tmp_path, events, by):
+    """Groups are by one field or several, of the event or its arguments; integers stay integers."""
+    check(ask(tmp_path, FORMS["lines"](events), by=",".join(by)), events, by)
+
+
+@pytest.mark.parametrize(
+    ("where", "keep"),
+    [
+        ("cat=POSIX", lambda e, ts, dur: e["cat"] == "POSIX"),
+        ("cat=POSIX,dur>100", lambda e, ts, dur: e["cat"] == "POSIX" and dur > 100),
+        ("ts>=1ms", lambda e, ts, dur: ts >= 1000),
+        ("dur<=0.1ms,pid!=1", lambda e, ts, dur: dur <= 100 and e["pid"] != 1),
+        ('name="comma, \\"quoted\\""', lambda e, ts, dur: e["name"] == NAMES[2]),
+        ("name~^(read|write)$", lambda e, ts, dur: e["name"] in ("read", "write")),
+        ("name~*a*", lambda e, ts, dur: "a" in e["name"]),
+        ("args.size>=3,args.mode=w", lambda e, ts, dur: e["args"]["size"] >= 3 and e["args"]["mode"] == "w"),
+        ("pid=2", lambda e, ts, dur: e["pid"] == 2),
+    ],
+)
+def test_conditions(tmp_path, events, where, keep):
+    """Only events that pass all conditions count, also in self times."""
+    check(ask(tmp_path, FORMS["lines"](events), where=where), events, keep=keep)
+
+
+def test_fractions_are_exact(tmp_path):
+    """A thousand times 1.5 is 1500.0, and a tenth of a microsecond is no binary fraction."""
+    rng = random.Random(3)
+    halves = [event(rng, n, name="half", pid=n, ts=n * 10 + 0.25, dur=1.5) for n in range(1000)]
+    tenths = [event(rng, n, name="tenth", pid=n, ts=n * 10 + 0.001, dur=0.1) for n in range(1000)]
+    answer = ask(tmp_path, json.dumps(halves + tenths))
+
+    sums = {group["name"]: group["sum_us"] for group in answer["groups"]}
+    assert sums == {"half": 1500.0, "tenth": 100.0}
+    assert isinstance(sums["half"], float)
+
+
+def test_sums_beyond_64_bits(tmp_path):
+    """Sums are exact whatever their size, and integers stay integers."""
+    rng = random.Random(3)
+    huge = [event(rng, n, name="huge", tid=n, dur=2**62) for n in range(4)]
+    large = [event(rng, n, name="large", tid=100 + n, ts=0, dur=2**62 // 1000) for n in range(9)]
+    answer = ask(tmp_path, FORMS["lines"](huge + large))
+
+    check(answer, huge + large)
+    assert {group["name"]: group["sum_us"] for group in answer["groups"]} == {
+        "huge": 2**64,
+        "large": 9 * (2**62 // 1000),
+    }
+
+
+def test_numbers_that_fit_nowhere(tmp_path):
+    """Negative durations, many decimals and NaN are taken as they are, event by event."""
+    text = """[{"ph":"X","name":"a","pid":1,"tid":1,"ts":0,"dur":-5},
+               {"ph":"X","name":"b","pid":1,"tid":2,"ts":0,"dur":0.12345},
+               {"ph":"X","name":"c","pid":1,"tid":3,"ts":0,"dur":NaN},
+               {"ph":"X","name":"d","pid":1,"tid":4,"ts":1e400,"dur":7}]"""
+    groups = {group["name"]: group for group in ask(tmp_path, text)["groups"]}
+
+    assert groups["a"]["sum_us"] == -5
+    assert groups["b"]["sum_us"] == 0.12345
+    assert groups["c"]["count"] == 1
+    assert groups["d"]["sum_us"] == 7
+
+
+edge = st.fixed_dictionaries(
+    {
+        "ph": st.sampled_from("BBEEbeX"),
+        "pid": st.integers(1, 2),
+        "tid": st.integers(1, 2),
+        "ts": st.integers(0, 40),
+        "cat": st.sampled_from("uv"),
+        "id": st.sampled_from(["0x1", 2]),
+    },
+    optional={"name": st.sampled_from("abc"), "dur": st.integers(0, 20)},
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(edge, min_size=1, max_size=40), st.booleans())
+def test_pairs(tmp_path, edges, in_order):
+    """Begins and ends make spans by thread and by asynchronous id; what stays alone is told as damage."""
+    events = sorted(edges, key=lambda each: each["ts"]) if in_order else edges
+    answer = ask(tmp_path, json.dumps(events))
+
+    spans, lonely = spans_of(events)
+    check(answer, events)
+    assert (answer["events"], answer["spans"]) == (len(events), len(spans))
+    assert bool(answer["files"][0]["damage"]) == bool(lonely)
+
+
+def test_five_hundred_pairs(tmp_path):
+    """Pairs that interleave over threads are 500 spans, not a thousand events without duration."""
+    events = []
+    for number in range(500):
+        place = {"pid": 1, "tid": number % 7, "name": f"span {number % 3}"}
+        events += [{"ph": "B", "ts": number * 3, **place}, {"ph": "E", "ts": number * 3 + 17 + number % 5, **place}]
+
+    events.sort(key=lambda each: each["ts"])
+    answer = ask(tmp_path, json.dumps(events))
+
+    check(answer, events)
+    assert (answer["events"], answer["spans"], answer["files"][0]["damage"]) == (1000, 500, [])
+
+
+def test_bad_checksum_loses_nothing(tmp_path, events):
+    """All bytes inflate: all events are used, and the damage is told."""
+    data = bytearray(gzip.compress(FORMS["lines"](events).encode()))
+    data[-8] ^= 0xFF
+    answer = ask(tmp_path, bytes(data), "trace.pfw.gz")
+
+    check(answer, events)
+    assert answer["files"][0]["damage"]
+
+
+def test_truncated_file_is_used_up_to_there(tmp_path, events):
+    """What comes before a cut counts, the loss is told."""
+    text = FORMS["lines"](events)
+    answer = ask(tmp_path, text[: len(text) * 2 // 3])
+
+    whole_lines = load(text[: text[: len(text) * 2 // 3].rindex("\n") + 1])
+    check(answer, whole_lines)
+    assert answer["files"][0]["damage"]
+
+
+def test_several_files_one_of_them_damaged(tmp_path, events):
+    """Damage stays with its file; threads of two files are different threads."""
+    text = FORMS["lines"](events)
+    (tmp_path / "whole.pfw").write_text(text)
+    (tmp_path / "cut.pfw.gz").write_bytes(gzip.compress(text.encode())[:-30])
+    answer = summarise([tmp_path], cached=False)
+
+    by_name = {file["path"].rsplit("/", 1)[1]: file for file in answer["files"]}
+    assert not by_name["whole.pfw"]["damage"]
+    assert by_name["cut.pfw.gz"]["damage"]
+    assert answer["events"] == 400 + by_name["cut.pfw.gz"]["events"]
+
+
+def test_same_threads_in_two_files_do_not_nest(tmp_path, events):
+    """Self time is by thread of a file: pids repeat over hosts, and device 0 over ranks."""
+    for name in ("a.pfw", "b.pfw"):
+        (tmp_path / name).write_text(FORMS["lines"](events))
+
+    one = summarise([tmp_path / "a.pfw"], cached=False)
+    two = summarise([tmp_path], cached=False)
+
+    assert [2 * group["self_us"] for group in one["groups"]] == [group["self_us"] for group in two["groups"]]
+
+
+def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
+    """A question asked again is answered from the cache; a changed file is read again."""
+    monkeypatch.setenv("TRACEML_CACHE_DIR", str(tmp_path / "cache"))
+    path = tmp_path / "trace.pfw"
+    path.write_text(FORMS["lines"](events))
+    import os
+
+    os.utime(path, (1, 1))
+    first = summarise([path])
+    monkeypatch.setattr("traceml.traces.query.summary.run", None)
+    assert summarise([path]) == first
+
+    monkeypatch.undo()
+    path.write_text(FORMS["lines"](events[:10]))
+    assert summarise([path], cached=False)["events"] == 10
+
+
+@pytest.mark.parametrize(
+    ("question", "words"),
+    [
+        ({"by": "nam"}, "Did you mean name"),
+        ({"by": ""}, "There are name, cat"),
+        ({"where": "cat"}, "one of != <= >= = < > ~ is expected at character 4"),
+        ({"where": "cat=POSIX,,"}, "a field is expected at character 11"),
+        ({"where": "dur>much"}, "compared with a number"),
+        ({"where": "size>1"}, "There are name"),
+        ({"by": "args.nothing"}, "There are args.mode, args.size"),
+        ({"where": "args.nothing=1"}, "There are args.mode, args.size"),
+    ],
+)
+def test_questions_that_make_no_sense(tmp_path, events, question, words):
+    """A field that is not there, or a condition that cannot be read, is refused with what there is."""
+    with pytest.raises(UsageError, match=None) as refused:
+        ask(tmp_path, FORMS["lines"](events), **question)
+
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("data", ["", "\x00\x01\x02", "not json at all\n", "[]", '{"traceEvents": []}'])
+def test_no_events_is_an_error(tmp_path, data):
+    """A file without an event gives no empty answer."""
+    with pytest.raises((TraceEmptyError, TraceNotFoundError)):
+        ask(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    "number", ["1e999999999", "1e-999999999", "9" * 400, "Infinity", "-Infinity", "NaN", '"1e999999999"']
+)
+@pytest.mark.parametrize("key", ["ts", "dur", "args"])
+def test_numbers_that_cannot_be_computed_with(tmp_path, number, key):
+    """A time beyond all floats is none; the answer is there at once, and JSON can hold it."""
+    values = {"ts": "5", "dur": "7", "args": "1", key: number}
+    line = '{{"name":"a","ph":"X","pid":1,"tid":1,"ts":{ts},"dur":{dur},"args":{{"size":{args}}}}}\n'.format(**values)
+    answer = ask(tmp_path, line, by="name,args.size", report=True)
+
+    assert json.loads(json.dumps(answer, allow_nan=False)) == answer
+    assert answer["spans"] == 1
+    assert answer["groups"][0]["sum_us"] == (0 if key == "dur" else 7)
+
+
+def test_sums_beyond_all_floats():
+    """Where no float is large enough an integer stands, since JSON has no infinity."""
+    assert microseconds(10**400, fractional=True) == 10**397
+    assert microseconds(-Fraction(10**400, 3), fractional=True) == -(10**397) // 3

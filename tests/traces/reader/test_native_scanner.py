@@ -1,0 +1,152 @@
+"""The scanner in C and the one in Python find the same, whatever the text."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.traces.fabricated import FORMS, brute_force, make_events, members, read_all
+from traceml.errors import TraceEmptyError
+from traceml.traces.native import library as native
+from traceml.traces.reader import chunk_source
+from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, TEXT, FileDamage, StringTable
+from traceml.traces.reader.native_scanner import NativeScanner, new_scanner
+from traceml.traces.reader.python_scanner import PythonScanner
+
+Answer = tuple[Counter[str], list[FileDamage]]
+
+
+def test_the_native_scanner_is_built() -> None:
+    """Installing with a compiler builds it; it serves unless it is told not to."""
+    assert isinstance(new_scanner(("size",), StringTable()), NativeScanner)
+
+
+def test_it_can_be_forbidden_and_may_be_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Without it, or with one of another version, Python does the work."""
+    for setting, path in (("0", native.LIBRARY), ("1", tmp_path / "none.so")):
+        monkeypatch.setenv("TRACEML_NATIVE", setting)
+        monkeypatch.setattr(native, "LIBRARY", path)
+        native.library.cache_clear()
+        assert isinstance(new_scanner((), StringTable()), PythonScanner)
+
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(native, "LIBRARY", broken)
+    native.library.cache_clear()
+    assert isinstance(new_scanner((), StringTable()), PythonScanner)
+    monkeypatch.undo()
+    native.library.cache_clear()
+
+
+def test_columns_hold_what_was_asked_for() -> None:
+    """Each kind of argument in its column; names that need escapes are found by Python."""
+    text = b"".join(
+        b'{"ph":"X","name":"a","args":{"v":%b}}\n' % value
+        for value in (b"7", b"-0.5", b'"x"', b"null", b"[1, 2]", b"1e3", b"true", b"9007199254740993")
+    )
+    strings = StringTable()
+    column = new_scanner(("v",), strings).scan(text, 0, wrapped=False, final=True).args["v"]
+    kinds = [INTEGER, FLOAT, TEXT, MISSING, TEXT, FLOAT, TEXT, INTEGER]
+
+    assert column.kinds.tolist() == kinds
+    assert column.integers.tolist() == [7, 0, 0, 0, 0, 0, 0, 2**53 + 1]
+    assert np.nan_to_num(column.floats, nan=-1).tolist() == [7, -0.5, -1, -1, -1, 1000, -1, 2**53]
+    assert [strings[number] for number in column.texts.tolist()] == [None, None, "x", None, "[1,2]", None, "true", None]
+    assert isinstance(new_scanner(('a"b',), strings), PythonScanner)
+
+
+def test_many_rows_and_many_names_are_kept_apart() -> None:
+    """Beyond the rows that the library fills at once, and the names that it has room for at first."""
+    count = 70_000
+    text = b"".join(b'{"ph":"X","name":"name %d","ts":%d,"dur":-1}\n' % (i, i) if i % 7 == 0 else
+                    b'{"ph":"X","name":"a name of more than eight bytes %d","ts":%d}\n' % (i, i)
+                    for i in range(count))  # fmt: skip
+    strings = StringTable()
+    piece = new_scanner((), strings).scan(text, 0, wrapped=False, final=True)
+
+    assert len(piece.found.odd) == count // 7
+    assert piece.events == count
+    names = [strings[number] for number in piece.columns["name"].tolist()]
+    assert names == [f"a name of more than eight bytes {i}" for i in range(count) if i % 7]
+    assert piece.columns["ts_ns"].tolist() == [i * 1000 for i in range(count) if i % 7]
+    assert piece.found.odd_rows[:3] == [0, 6, 12]
+
+
+@pytest.fixture
+def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Answer | str]]:
+    """Read a file with both, and with other numbers of threads."""
+
+    def reading(path: Path) -> list[Answer | str]:
+        answers: list[Answer | str] = []
+        for setting, workers in (("1", 1), ("1", 3), ("0", 2)):
+            monkeypatch.setenv("TRACEML_NATIVE", setting)
+            native.library.cache_clear()
+            try:
+                found, read = read_all(path, workers=workers)
+            except TraceEmptyError as error:
+                answers.append(str(error))
+            else:
+                answers.append((found, read.files[0].damage))
+
+        monkeypatch.delenv("TRACEML_NATIVE")
+        native.library.cache_clear()
+        return answers
+
+    return reading
+
+
+def _shrink_chunks(chance: random.Random, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(chunk_source, "CHUNK_BYTES", chance.choice([100, 300, 1000, 5000]))
+    patch.setattr(chunk_source, "_MEMBERS_BYTES", chance.choice([1, 100, 2000]))
+    patch.setattr(chunk_source, "_MAX_MEMBERS_BYTES", chance.choice([1, 100, 10**6]))
+    patch.setattr(chunk_source, "_MAX_TEXT_BYTES", chance.choice([500, 10**6]))
+    patch.setattr(chunk_source, "_PART_BYTES", chance.choice([50, 500]))
+    patch.setattr(chunk_source, "_FED_BYTES", chance.choice([40, 400]))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_both_read_what_json_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: Callable[..., list[Answer | str]], seed: int
+) -> None:
+    """Any events, any form, chunks of any size."""
+    chance = random.Random(seed)
+    events = [{"ph": "X"}, *make_events(chance.choice([5, 40]), seed + 100)]
+    for form in FORMS.values():
+        text = form(events).encode("utf-8", "surrogatepass")
+        _shrink_chunks(chance, monkeypatch)
+        path = tmp_path / "trace"
+        path.write_bytes(chance.choice([text, gzip.compress(text), members(text, chance.choice([20, 100, 1000]))]))
+        assert both(path) == [(brute_force(events), [])] * 3
+
+
+def _hurt(chance: random.Random, data: bytes) -> bytes:
+    at = chance.randrange(len(data))
+    noise = bytes(chance.randrange(256) for _ in range(40))
+    flipped = bytes([data[at] ^ 1 << chance.randrange(8)])
+    return chance.choice(
+        [data[:at], data[:at] + flipped + data[at + 1 :], data[:at] + noise + data[at:], data[:at] + data[at + 20 :]]
+    )
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_both_find_the_same_in_damaged_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: Callable[..., list[Answer | str]], seed: int
+) -> None:
+    """Events and damage are the same; nothing hangs, nothing raises but for a file without events."""
+    chance = random.Random(seed)
+    events: list[dict[str, Any]] = make_events(40, seed + 200, plain=seed % 2 == 0)
+    for form in FORMS.values():
+        text = form(events).encode("utf-8", "surrogatepass")
+        _shrink_chunks(chance, monkeypatch)
+        whole = chance.choice([text, gzip.compress(text), members(text, chance.choice([100, 1000]))])
+        path = tmp_path / "trace"
+        path.write_bytes(chance.choice([_hurt(chance, whole), gzip.compress(_hurt(chance, text))]))
+        first, *others = both(path)
+        assert others == [first, first]

@@ -1,0 +1,303 @@
+"""Every form of trace file, whole and damaged, read as plain json reads it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from tests.traces.fabricated import FORMS, brute_force, facts_of, make_events, members, read_all
+from traceml.errors import TraceEmptyError, TraceMLError
+from traceml.traces.native import library as native
+from traceml.traces.reader import chunk_source
+from traceml.traces.reader.columns import NO_TIME, StringTable
+from traceml.traces.reader.reading import read
+
+EVENTS = make_events(400, 1)
+PLAIN = make_events(3000, 2, plain=True)
+LINES = FORMS["lines"](PLAIN).encode()
+
+
+@pytest.fixture(params=["native", "python"])
+def scanner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Both scanners in turn."""
+    monkeypatch.setenv("TRACEML_NATIVE", "1" if request.param == "native" else "0")
+    native.library.cache_clear()
+    yield request.param
+    native.library.cache_clear()
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks so small that most events lie across the end of one."""
+    monkeypatch.setattr(chunk_source, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(chunk_source, "_MEMBERS_BYTES", 300)
+    monkeypatch.setattr(chunk_source, "_PART_BYTES", 200)
+    monkeypatch.setattr(chunk_source, "_FED_BYTES", 100)
+
+
+def _write(folder: Path, data: bytes, name: str = "trace") -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.usefixtures("scanner")
+@pytest.mark.parametrize("packed", ["plain", "one member", "members"])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: str) -> None:
+    """Forms are told by content; counts, names, times and arguments are those of plain json."""
+    text = FORMS[form](EVENTS).encode("utf-8", "surrogatepass")
+    data = {"plain": text, "one member": gzip.compress(text), "members": members(text, 3000)}[packed]
+    found, reading = read_all(_write(tmp_path, data))
+    facts = facts_of(reading)
+
+    assert found == brute_force(EVENTS)
+    assert facts.events == sum(found.values())
+    assert (facts.raw_bytes, facts.bytes) == (len(text), len(data))
+    assert facts.damage == []
+
+
+@pytest.mark.usefixtures("scanner", "small_chunks")
+@pytest.mark.parametrize("packed", ["plain", "one member", "members"])
+@pytest.mark.parametrize("form", FORMS)
+def test_events_across_chunks_are_whole(tmp_path: Path, form: str, packed: str) -> None:
+    """Where a chunk ends makes no difference, whoever scans it."""
+    events = make_events(60, 3)
+    text = FORMS[form](events).encode("utf-8", "surrogatepass")
+    data = {"plain": text, "one member": gzip.compress(text), "members": members(text, 170)}[packed]
+    found, reading = read_all(_write(tmp_path, data), workers=3)
+
+    assert found == brute_force(events)
+    assert facts_of(reading).damage == []
+
+
+def test_header_and_ending_of_an_object_are_kept(tmp_path: Path) -> None:
+    """torch.profiler writes keys before the events, and some after them."""
+    text = json.dumps({"distributedInfo": {"rank": 2}, "traceEvents": PLAIN, "traceName": 'a, "b"'})
+    reading = read(_write(tmp_path, text.encode()))
+    list(reading)
+
+    assert facts_of(reading).header == {"distributedInfo": {"rank": 2}, "traceName": 'a, "b"'}
+
+
+def test_metadata_is_delivered_and_does_not_count(tmp_path: Path) -> None:
+    """dftracer's integer kind 4 and Chrome's M describe others."""
+    lines = [
+        {"name": "HH", "cat": "dftracer", "ph": 4, "args": {"name": "host1", "value": "68ab"}},
+        {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "rank 0"}},
+        {"name": "work", "ph": 1, "ts": 1, "dur": 2, "pid": 1, "tid": 1},
+    ]
+    reading = read(_write(tmp_path, "\n".join(map(json.dumps, lines)).encode()))
+    (batch,) = reading
+
+    assert [event["name"] for event in batch.meta] == ["HH", "process_name"]
+    assert [chr(kind) for kind in batch.ph] == ["X"]
+    assert facts_of(reading).events == 1
+
+
+def test_what_does_not_fit_is_odd_and_exact(tmp_path: Path) -> None:
+    """Sums beyond 64 bits and times finer than a nanosecond are for exact arithmetic."""
+    lines = ['{"ph":"X","name":"a","ts":1,"dur":4611686018427387904}', '{"ph":"X","name":"a","ts":1.00025,"dur":1}']
+    (batch,) = read(_write(tmp_path, "\n".join([*lines, '{"ph":"i","name":"b","s":"g"}']).encode()))
+
+    assert [event["dur"] for event in batch.odd] == [2**62, 1]
+    assert str(batch.odd[1]["ts"]) == "1.00025"
+    assert batch.odd_rows == [0, 0]
+    assert batch.ts_ns.tolist() == [NO_TIME]
+    assert len(batch) == 3
+
+
+@pytest.mark.usefixtures("scanner", "small_chunks")
+@pytest.mark.parametrize(("unit", "ns"), [("NS", 1), ("US", 10**3), ("MS", 10**6), ("SEC", 10**9)])
+def test_dftracer_may_use_other_units(tmp_path: Path, unit: str, ns: int) -> None:
+    """Its metadata name the unit of all times of a file."""
+    head = f'{{"name":"CM","ph":4,"args":{{"name":"time_metric","value":"{unit}"}}}}\n'
+    lines = [f'{{"name":"a","ph":1,"ts":{2**52 // ns + i},"dur":{i}}}\n' for i in range(300)]
+    odd = '{"name":"a","ph":1,"ts":1,"dur":-5}'
+    batches = list(read(_write(tmp_path, (head + "".join(lines) + odd).encode())))
+
+    assert [dur for batch in batches for dur in batch.dur_ns.tolist()] == [i * ns for i in range(300)]
+    assert [ts for batch in batches for ts in batch.ts_ns.tolist()] == [(2**52 // ns + i) * ns for i in range(300)]
+    assert {batch.fractional for batch in batches} == {unit == "NS"}
+    assert [Decimal(event["dur"]) for batch in batches for event in batch.odd] == [Decimal(-5 * ns) / 1000]
+
+
+@pytest.mark.usefixtures("scanner")
+def test_text_that_is_not_utf8_is_shown(tmp_path: Path) -> None:
+    """Bytes that are no UTF-8 stay apart from each other, and can be printed."""
+    lines = [b'{"ph":"X","name":"\xff","ts":1,"dur":1}', b'{"ph":"X","name":"\xfe","ts":1,"dur":1}']
+    reading = read(_write(tmp_path, b"\n".join([*lines, b'{"ph":"X","name":"\\ud800","ts":1,"dur":1}'])))
+    list(reading)
+
+    assert [reading.strings[number] for number in range(3)] == ["\\udcff", "\\udcfe", "\\ud800"]
+
+
+def _without(*lines: int) -> Counter[str]:
+    return brute_force(event for number, event in enumerate(PLAIN) if number not in lines)
+
+
+CUT = LINES.index(b'{"id":1500')
+NEXT = LINES.index(b"\n", CUT) + 1
+MEMBERS = members(LINES, 20_000)
+ONE = gzip.compress(LINES)
+BAD_SUM = bytearray(ONE)
+BAD_SUM[-6] ^= 1
+
+
+def _between(garbage: bytes) -> bytes:
+    return LINES[:CUT] + garbage + LINES[CUT:]
+
+
+# The file, events that must be found in it, what is said of the damage.
+DAMAGED: dict[str, tuple[bytes, Counter[str], str]] = {
+    "half a last line": (LINES[: CUT + 30], brute_force(PLAIN[:1500]), "the file ends within an event"),
+    "no newline at the end": (LINES.rstrip(), brute_force(PLAIN), ""),
+    "two lines run into one": (LINES[: CUT + 30] + LINES[NEXT + 30 :], _without(1500, 1501), "not JSON"),
+    "a line cut short": (LINES[: CUT + 30] + b"\n" + LINES[NEXT:], _without(1500), "not JSON"),
+    "binary garbage": (_between(b'\0\xff\xfe"{{[[\n' * 9), brute_force(PLAIN), "not an event"),
+    "an object that is no event": (_between(b'{"a":1}\n'), brute_force(PLAIN), "without a kind"),
+    "an endless number": (_between(b'{"ph":"X","ts":' + b"1" * 9999 + b"}\n"), brute_force(PLAIN), "a number too long"),
+    "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 5000 + b"\n"), brute_force(PLAIN), "too deeply"),
+    "a wrong checksum": (bytes(BAD_SUM), brute_force(PLAIN), "wrong checksum"),
+    "bytes between members": (MEMBERS + b"garbage" + ONE, brute_force(PLAIN + PLAIN), "no gzip member"),
+    "an object that is not closed": (
+        json.dumps({"traceEvents": PLAIN})[:-1].encode(),
+        brute_force(PLAIN),
+        "not closed",
+    ),
+}
+
+
+@pytest.mark.usefixtures("scanner")
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damage_costs_what_is_damaged(tmp_path: Path, case: str) -> None:
+    """Everything around the damage is used, and the loss is told."""
+    data, truth, what = DAMAGED[case]
+    found, reading = read_all(_write(tmp_path, data))
+    facts = facts_of(reading)
+
+    assert truth - found == Counter()
+    assert bool(facts.damage) == bool(what)
+    assert what in "".join(damage.what for damage in facts.damage)
+
+
+def test_a_truncated_member_is_used_to_its_end(tmp_path: Path) -> None:
+    """A killed writer leaves a member without an end: what had been compressed is there."""
+    found, reading = read_all(_write(tmp_path, ONE[: len(ONE) // 2]))
+    count = sum(found.values())
+
+    assert 1000 < count < 2000
+    assert found == brute_force(PLAIN[:count])
+    assert "ends within a gzip member" in facts_of(reading).damage[0].what
+
+
+def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
+    """Reading goes on with the next sound member."""
+    starts = [at for at in range(len(MEMBERS)) if MEMBERS.startswith(b"\x1f\x8b\x08", at)]
+    broken = bytearray(MEMBERS)
+    broken[starts[5] + 12 : starts[5] + 400] = b"\xff" * 388
+    found, reading = read_all(_write(tmp_path, bytes(broken)))
+    damage = facts_of(reading).damage
+
+    lost = brute_force(PLAIN) - found
+    assert 0 < sum(lost.values()) <= 20_000 // min(map(len, LINES.splitlines())) + 2
+    assert starts[5] < damage[0].offset <= starts[6]
+    assert damage[0].lost_bytes == starts[6] - damage[0].offset
+
+
+@pytest.mark.usefixtures("scanner")
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "an empty file"),
+        (b"[]", "only metadata or an empty list"),
+        (b'{"traceEvents": []}', "only metadata or an empty list"),
+        (bytes(range(256)) * 40, "not an event"),
+        (b"\x1f\x8b\x08" + bytes(300), "gzip member"),
+        (b'{"ph":"M","name":"process_name"}', "only metadata"),
+        (b'{"some": "settings"}', "without a kind"),
+        (b'{"ph":"X","na', "ends within an event"),
+    ],
+)
+def test_no_event_at_all_is_an_error(tmp_path: Path, data: bytes, why: str) -> None:
+    """There is no empty answer; the error says of which file, and why."""
+    path = _write(tmp_path, data)
+    with pytest.raises(TraceEmptyError, match=why) as caught:
+        list(read(path))
+
+    assert str(path) in str(caught.value)
+    assert isinstance(caught.value, TraceMLError)
+
+
+def test_several_files_are_read_in_their_order(tmp_path: Path) -> None:
+    """One that is empty, and one that cannot be opened, take nothing from the others."""
+    first = _write(tmp_path, LINES, "a.pfw")
+    empty = _write(tmp_path, b"", "b.pfw")
+    last = _write(tmp_path, MEMBERS, "c.pfw.gz")
+    reading = read([last, empty, first])
+    sources = [batch.source for batch in reading]
+
+    assert sources == sorted(sources)
+    assert [facts.events for facts in reading.files] == [3000, 0, 3000]
+    assert [len(facts.damage) for facts in reading.files] == [0, 1, 0]
+    assert [facts.path for facts in reading.files] == [last, empty, first]
+
+
+def test_strings_are_shared_and_functions_run_in_threads(tmp_path: Path) -> None:
+    """`map` gives the values in order; errors of the function come out where the values do."""
+    path, strings = _write(tmp_path, MEMBERS), StringTable()
+    threads = set(read(path, strings=strings, workers=2).map(lambda batch: threading.current_thread().name))
+
+    assert threads <= {"trace-0", "trace-1"}
+    assert strings.find("read") is not None
+    with pytest.raises(ZeroDivisionError):
+        list(read(path).map(lambda batch: 1 // 0))
+
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("trace-")] == []
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_iteration_that_is_left_ends_its_threads(tmp_path: Path) -> None:
+    """Nothing goes on in the background once the first batch was enough."""
+    batches = iter(read(_write(tmp_path, LINES)))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("trace-")] == []
+
+
+PEAK = """
+import sys
+from traceml.traces.reader.reading import read
+events = sum(read(sys.argv[1], workers=2).map(len))
+print(events, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+@pytest.mark.parametrize("packed", ["members", "one member", "plain"])
+def test_memory_is_bounded_whatever_the_size(tmp_path: Path, packed: str) -> None:
+    """A file eight times as large takes at most a fifth more memory: many times less than its text."""
+    block = FORMS["lines"](make_events(20_000, 4, plain=True)).encode()
+
+    def peak(blocks: int) -> tuple[int, int]:
+        path = tmp_path / f"{blocks}"
+        path.write_bytes({"members": lambda: gzip.compress(block, 1) * blocks,
+                          "one member": lambda: gzip.compress(block * blocks, 1),
+                          "plain": lambda: block * blocks}[packed]())  # fmt: skip
+        command = [sys.executable, "-c", PEAK, str(path)]
+        events, kib = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+        return int(events), int(kib)
+
+    small, large = peak(8), peak(64)
+    assert (small[0], large[0]) == (8 * 20_000, 64 * 20_000)
+    assert large[1] <= 1.2 * small[1]
+    assert large[1] * 1024 < 64 * len(block)
