@@ -49,14 +49,9 @@ if TYPE_CHECKING:
     from traceml.tasks.runtime import Runtime
     from traceml.track.plugins.interfaces import BackendInterface, CollectorInterface, FrameworkInterface
     from traceml.track.plugins.metric import Metric
-    from traceml.track.plugins.plugin_registry import (
-        BackendPlugin,
-        CollectorPlugin,
-        FrameworkPlugin,
-        PluginInterface,
-        PluginMetadata,
-        register,
-    )
+    from traceml.track.plugins.plugin_base import BackendPlugin, CollectorPlugin, FrameworkPlugin, PluginInterface
+    from traceml.track.plugins.plugin_metadata import PluginMetadata
+    from traceml.track.plugins.plugin_registry import register
     from traceml.track.rank.experiment import (
         Experiment,
         get_active_experiment,
@@ -81,15 +76,15 @@ _HOMES = {
     "BackendBusyError": "traceml.errors",
     "BackendError": "traceml.errors",
     "BackendInterface": "traceml.track.plugins.interfaces",
-    "BackendPlugin": "traceml.track.plugins.plugin_registry",
+    "BackendPlugin": "traceml.track.plugins.plugin_base",
     "BackendRefusedError": "traceml.errors",
     "BackendUnauthorizedError": "traceml.errors",
     "CollectorInterface": "traceml.track.plugins.interfaces",
-    "CollectorPlugin": "traceml.track.plugins.plugin_registry",
+    "CollectorPlugin": "traceml.track.plugins.plugin_base",
     "DEFAULT_ENV_VARS": "traceml.launch.api",
     "Experiment": "traceml.track.rank.experiment",
     "FrameworkInterface": "traceml.track.plugins.interfaces",
-    "FrameworkPlugin": "traceml.track.plugins.plugin_registry",
+    "FrameworkPlugin": "traceml.track.plugins.plugin_base",
     "LaunchResult": "traceml.launch.api",
     "LaunchTimeoutError": "traceml.errors",
     "Launcher": "traceml.launch.api",
@@ -98,8 +93,8 @@ _HOMES = {
     "Orchestrator": "traceml.track.rank.orchestrator",
     "PayloadError": "traceml.errors",
     "PluginError": "traceml.errors",
-    "PluginInterface": "traceml.track.plugins.plugin_registry",
-    "PluginMetadata": "traceml.track.plugins.plugin_registry",
+    "PluginInterface": "traceml.track.plugins.plugin_base",
+    "PluginMetadata": "traceml.track.plugins.plugin_metadata",
     "ProtocolError": "traceml.errors",
     "Recorder": "traceml.recorder.api",
     "ResultNotFoundError": "traceml.errors",

@@ -19,7 +19,8 @@ from traceml.runs.metric_summary import trackers
 from traceml.settings import Config
 from traceml.track.delivery.credentials import key_variables, read_key_file
 from traceml.track.delivery.probe import ProbeResult, probe
-from traceml.track.plugins.plugin_registry import PluginType, available
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import available
 
 __all__ = ["backend_checks"]
 

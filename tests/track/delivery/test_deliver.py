@@ -258,7 +258,7 @@ def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(run: LoggedRun, mood: 
     assert deliver(run.path, ODD).returncode == status
     state = state_of(run.path, ODD)
     assert (state.phase, state.failed, state.passed) == (phase, 0, 0)
-    assert "it cannot begin" in state.error
+    assert "cannot be started" in state.error
 
     (folder / "mood").unlink()
     assert deliver(run.path, ODD).returncode == 0

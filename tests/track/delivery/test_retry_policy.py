@@ -12,14 +12,8 @@ import pytest
 import requests
 
 from traceml.errors import BackendBusyError, BackendRefusedError, BackendUnauthorizedError, PluginError
-from traceml.track.delivery.retry_policy import (
-    FailureKind,
-    RetryPolicy,
-    TrackerFailure,
-    classify,
-    retry_after_s,
-    succeeded,
-)
+from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
+from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify, retry_after_s
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 TRANSIENT = TrackerFailure(FailureKind.TRANSIENT, "no route")

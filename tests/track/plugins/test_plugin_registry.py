@@ -26,9 +26,10 @@ from traceml import (
     PluginMetadata,
 )
 from traceml.errors import PluginError
-from traceml.track.backends.jsonl import JsonlBackend, JsonlPlugin
+from traceml.track.backends.jsonl import JsonlBackend
 from traceml.track.plugins import plugin_registry
-from traceml.track.plugins.plugin_registry import PluginType, create_backend, load, missing_extra
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import create_backend, load
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "plugins"
 
@@ -136,8 +137,8 @@ def test_registering_nonsense_is_refused() -> None:
     class Local(Mine):
         pass
 
-    class Taken(JsonlPlugin):
-        pass
+    class Taken(JsonlBackend):
+        metadata = JsonlBackend.metadata
 
     with pytest.raises(PluginError, match="is no plugin"):
         traceml.register(Bare)  # type: ignore[type-var]
@@ -152,8 +153,8 @@ def test_registering_nonsense_is_refused() -> None:
 def test_a_backend_in_the_script_itself_is_refused() -> None:
     """Its delivery process could not import it; the text says what to do."""
     code = (
-        "import traceml\nfrom traceml.track.backends.jsonl import JsonlPlugin\n"
-        "class Own(JsonlPlugin):\n    pass\n"
+        "import traceml\nfrom traceml.track.backends.jsonl import JsonlBackend\n"
+        "class Own(JsonlBackend):\n    metadata = traceml.PluginMetadata(name='own', version='1')\n"
         "try:\n    traceml.register(Own)\nexcept traceml.PluginError as error:\n    print(error)\n"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -177,7 +178,7 @@ def test_a_missing_library_is_said_with_its_extra(tmp_path: Path) -> None:
     with pytest.raises(ImportError, match=r"needy needs not_a_module_of_anyones.*pip install 'traceml\[needy\]'"):
         create_backend(f"{__name__}:Needy", _config(tmp_path))
 
-    assert missing_extra(JsonlPlugin.get_metadata()) is None
+    assert JsonlBackend.metadata.missing() is None
 
 
 def test_local_only_refuses_what_does_not_say_that_it_is_local(tmp_path: Path) -> None:

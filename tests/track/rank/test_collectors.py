@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from traceml.track.plugins.plugin_registry import BUILT_IN, PluginType
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.collectors.collector_process import CollectorProcess
 from traceml.track.rank.collectors.environment import EnvironmentCollector, SystemCollector
 from traceml.track.rank.collectors.git import MAX_DIFF_BYTES, GitCollector, without_credentials

@@ -242,7 +242,7 @@ def test_secrets_are_refused_where_they_would_be_stored() -> None:
 
 def test_an_address_goes_with_one_tracker() -> None:
     """Otherwise nobody could tell whose it is."""
-    with pytest.raises(UsageError, match="one backend of mlflow"):
+    with pytest.raises(UsageError, match="one backend of aim, clearml"):
         traceml.start_logging("e", backend="mlflow,aim", backend_url="http://x")
 
 

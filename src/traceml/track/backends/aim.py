@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 from traceml.track.backends.safe_names import is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["AimBackend", "AimPlugin"]
+__all__ = ["AimBackend"]
 
 _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
@@ -32,9 +32,24 @@ _MOST_BUCKETS = 512  # of a distribution in Aim
 class AimBackend(BackendInterface):
     """Delivers to one Aim run."""
 
+    metadata = PluginMetadata(
+        name="aim",
+        version="1",
+        description="an Aim repository",
+        dependencies=("aim",),
+        extra="aim",
+        options={"repo": str},
+        address_option="repo",
+        environment=("AIM_*", "__AIM_*"),
+    )
     idempotent: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        from importlib.metadata import version
+
+        if (installed := version("aim")) != "3.28.0":
+            raise ImportError(f"aim {installed} writes runs that cannot be read back: pip install 'aim==3.28.0'")
+
         options, self._experiment = config.get("options") or {}, config["experiment"]
         self._repo = str(options.get("repo") or Path(config["run_dir"]).absolute().parent)
         self._traceml_run = str(config.get("run_id", ""))
@@ -237,32 +252,6 @@ class AimBackend(BackendInterface):
             slot += 1
 
         self._run.track(made, key, step, context=_context(slot).to_dict())
-
-
-class AimPlugin(BackendPlugin):
-    """Aim."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what this is."""
-        return PluginMetadata(
-            name="aim",
-            version="1",
-            type=PluginType.BACKEND,
-            description="an Aim repository",
-            dependencies=("aim",),
-            extra="aim",
-            options={"repo": str},
-        )
-
-    def create_backend(self, config: Mapping[str, Any]) -> AimBackend:
-        """Return the backend."""
-        from importlib.metadata import version
-
-        if (there := version("aim")) != "3.28.0":
-            raise ImportError(f"aim {there} writes runs that cannot be read back: pip install 'aim==3.28.0'")
-
-        return AimBackend(config)
 
 
 _UNCLEAN = re.compile(_REFUSED.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")

@@ -28,9 +28,9 @@ from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, 
 from traceml.track.backends.safe_names import is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["ClearMLBackend", "ClearMLPlugin"]
+__all__ = ["ClearMLBackend"]
 
 _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
@@ -40,6 +40,18 @@ _EVENTS = "metrics.jsonl"  # where an offline session keeps them
 
 class ClearMLBackend(BackendInterface):
     """Delivers to one ClearML task."""
+
+    metadata = PluginMetadata(
+        name="clearml",
+        version="1",
+        description="a ClearML server, or an offline session",
+        dependencies=("clearml",),
+        extra="clearml",
+        options={"mode": str, "offline_dir": str, "api_host": str},
+        address_option="api_host",
+        key_variable="CLEARML_API_SECRET_KEY",
+        environment=("CLEARML_*", "TRAINS_*"),
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, self._experiment = config.get("options") or {}, config["experiment"]
@@ -91,6 +103,7 @@ class ClearMLBackend(BackendInterface):
 
     def start_experiment(self, name: str, project: str) -> str:
         """Create the task, or open it again."""
+        self._set_environment()
         with _errors():
             from clearml import Task
 
@@ -245,6 +258,16 @@ class ClearMLBackend(BackendInterface):
         offset = self._events.stat().st_size if self._events.exists() else 0
         return {"id": self._id, "events": str(self._events), "offset": offset}
 
+    def _set_environment(self) -> None:
+        """Set whether the SDK works offline, which it reads when it is imported and holds for the whole process."""
+        os.environ["CLEARML_OFFLINE_MODE"] = "1" if self._offline else "0"
+        if self._offline:
+            os.environ["CLEARML_CACHE_DIR"] = str(self._cache)
+        elif self._host:
+            os.environ["CLEARML_API_HOST"] = self._host
+
+        os.environ.setdefault("CLEARML_SUPPRESS_UPDATE_MESSAGE", "1")
+
     def _add(self, events: Sequence[dict[str, Any]]) -> None:
         if self._offline:
             self._append(events)
@@ -283,35 +306,6 @@ class _RawEvent:
 
     def to_dict(self) -> dict[str, Any]:
         return self._content
-
-
-class ClearMLPlugin(BackendPlugin):
-    """ClearML."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what this is."""
-        return PluginMetadata(
-            name="clearml",
-            version="1",
-            type=PluginType.BACKEND,
-            description="a ClearML server, or an offline session",
-            dependencies=("clearml",),
-            extra="clearml",
-            options={"mode": str, "offline_dir": str, "api_host": str},
-        )
-
-    def create_backend(self, config: Mapping[str, Any]) -> ClearMLBackend:
-        """Return the backend; whether the SDK works offline holds for the whole process."""
-        backend = ClearMLBackend(config)
-        os.environ["CLEARML_OFFLINE_MODE"] = "1" if backend._offline else "0"
-        if backend._offline:
-            os.environ["CLEARML_CACHE_DIR"] = str(backend._cache)
-        elif backend._host:
-            os.environ["CLEARML_API_HOST"] = backend._host
-
-        os.environ.setdefault("CLEARML_SUPPRESS_UPDATE_MESSAGE", "1")
-        return backend
 
 
 def _is_offline(options: Mapping[str, Any]) -> bool:

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 from traceml.errors import BackendError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["JsonlBackend", "JsonlPlugin"]
+__all__ = ["JsonlBackend"]
 
 
 class JsonlBackend(BackendInterface):
@@ -24,6 +24,14 @@ class JsonlBackend(BackendInterface):
 
     Lines are strict JSON: a number that JSON lacks is one of the texts "NaN", "Infinity" and "-Infinity".
     """
+
+    metadata = PluginMetadata(
+        name="jsonl",
+        version="1",
+        description="lines of JSON in a local file",
+        options={"path": str},
+        address_option="path",
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, experiment = config.get("options") or {}, config["experiment"]
@@ -175,25 +183,6 @@ class JsonlBackend(BackendInterface):
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, copy)
         return str(copy)
-
-
-class JsonlPlugin(BackendPlugin):
-    """Lines of JSON."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what this is."""
-        return PluginMetadata(
-            name="jsonl",
-            version="1",
-            type=PluginType.BACKEND,
-            description="lines of JSON in a local file",
-            options={"path": str},
-        )
-
-    def create_backend(self, config: Mapping[str, Any]) -> JsonlBackend:
-        """Return the backend."""
-        return JsonlBackend(config)
 
 
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode

@@ -22,9 +22,9 @@ from traceml.track.backends.mlflow_rows import Apart, Row, insert, is_insertable
 from traceml.track.backends.safe_names import is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["MLflowBackend", "MLflowPlugin"]
+__all__ = ["MLflowBackend"]
 
 # What MLflow refuses: other characters, and what is no clean relative path (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
@@ -39,6 +39,19 @@ _TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "hung": "KILLED", "lost
 class MLflowBackend(BackendInterface):
     """Delivers to one MLflow run."""
 
+    metadata = PluginMetadata(
+        name="mlflow",
+        version="1",
+        description="an MLflow server, or a database file",
+        dependencies=("mlflow",),
+        extra="mlflow",
+        options={"tracking_uri": str},
+        address_option="tracking_uri",
+        key_variable="MLFLOW_TRACKING_TOKEN",
+        environment=(
+            "MLFLOW_*", "DATABRICKS_*", "AWS_*", "AZURE_*", "GOOGLE_*", "BOTO*", "S3_*", "REQUESTS_CA_BUNDLE",
+        ),
+    )  # fmt: skip
     idempotent: ClassVar[bool] = True
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -286,27 +299,6 @@ class MLflowBackend(BackendInterface):
         )
         if response.status_code != 200:
             _raise_for(response.status_code, response.text[:500], response.headers.get("Retry-After"))
-
-
-class MLflowPlugin(BackendPlugin):
-    """MLflow."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what this is."""
-        return PluginMetadata(
-            name="mlflow",
-            version="1",
-            type=PluginType.BACKEND,
-            description="an MLflow server, or a database file",
-            dependencies=("mlflow",),
-            extra="mlflow",
-            options={"tracking_uri": str},
-        )
-
-    def create_backend(self, config: Mapping[str, Any]) -> MLflowBackend:
-        """Return the backend."""
-        return MLflowBackend(config)
 
 
 def _default_uri(config: Mapping[str, Any]) -> str:

@@ -18,9 +18,9 @@ from traceml.errors import BackendError
 from traceml.track.backends.safe_names import safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["TensorBoardBackend", "TensorBoardPlugin"]
+__all__ = ["TensorBoardBackend"]
 
 _BROKEN = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, so only half a surrogate pair cannot be one
 _LONGEST_NAME = 4000
@@ -28,6 +28,16 @@ _LONGEST_NAME = 4000
 
 class TensorBoardBackend(BackendInterface):
     """Writes one event file; a run that is continued gets one more, as TensorBoard's own writers do."""
+
+    metadata = PluginMetadata(
+        name="tensorboard",
+        version="1",
+        description="TensorBoard event files",
+        dependencies=("tensorboard",),
+        extra="tensorboard",
+        options={"log_dir": str},
+        address_option="log_dir",
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, self._experiment = config.get("options") or {}, config["experiment"]
@@ -199,27 +209,6 @@ class TensorBoardBackend(BackendInterface):
 
         os.truncate(self._path, self._offset)
         self._file = self._path.open("r+b")
-
-
-class TensorBoardPlugin(BackendPlugin):
-    """TensorBoard."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what this is."""
-        return PluginMetadata(
-            name="tensorboard",
-            version="1",
-            type=PluginType.BACKEND,
-            description="TensorBoard event files",
-            dependencies=("tensorboard",),
-            extra="tensorboard",
-            options={"log_dir": str},
-        )
-
-    def create_backend(self, config: Mapping[str, Any]) -> TensorBoardBackend:
-        """Return the backend."""
-        return TensorBoardBackend(config)
 
 
 def _png_size(content: bytes) -> tuple[int, int]:

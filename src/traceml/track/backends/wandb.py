@@ -27,9 +27,9 @@ from traceml.errors import BackendBusyError, BackendError, BackendUnauthorizedEr
 from traceml.track.backends.safe_names import is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import BackendPlugin, PluginMetadata, PluginType
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["WandbBackend", "WandbPlugin"]
+__all__ = ["WandbBackend"]
 
 STEP = "traceml/step"
 # Keys that W&B takes for its own (or we for ours), and what cannot be UTF-8.
@@ -49,6 +49,18 @@ _BEGINS, _ENDS = {1, 2}, {1, 4}
 
 class WandbBackend(BackendInterface):
     """Delivers to one W&B run."""
+
+    metadata = PluginMetadata(
+        name="wandb",
+        version="1",
+        description="Weights & Biases, online or offline",
+        dependencies=("wandb",),
+        extra="wandb",
+        options={"mode": str, "entity": str, "base_url": str, "dir": str},
+        address_option="base_url",
+        key_variable="WANDB_API_KEY",
+        environment=("WANDB_*",),
+    )
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, self._experiment = config.get("options") or {}, config["experiment"]
@@ -293,27 +305,6 @@ class WandbBackend(BackendInterface):
         """Remove offline runs of this id: one is there only when a delivery died before it could note anything."""
         for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._id}"):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-class WandbPlugin(BackendPlugin):
-    """Weights & Biases."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what this is."""
-        return PluginMetadata(
-            name="wandb",
-            version="1",
-            type=PluginType.BACKEND,
-            description="Weights & Biases, online or offline",
-            dependencies=("wandb",),
-            extra="wandb",
-            options={"mode": str, "entity": str, "base_url": str, "dir": str},
-        )
-
-    def create_backend(self, config: Mapping[str, Any]) -> WandbBackend:
-        """Return the backend."""
-        return WandbBackend(config)
 
 
 def _default_mode() -> str:

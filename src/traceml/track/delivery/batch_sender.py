@@ -17,9 +17,9 @@ from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment
 from traceml.track.delivery.record_reader import LoggedRecord, RecordBatch, RecordReader
 from traceml.track.delivery.refusals import count_refused
-from traceml.track.delivery.retry_policy import FailureKind, classify
 from traceml.track.delivery.tracker_session import TrackerSession, ranked
 from traceml.track.filters import DeliveryFilter
+from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
 from traceml.track.tracker_state import TrackerState
 

@@ -1,8 +1,8 @@
-"""Which variables a delivery process gets to see, and keys from files.
+"""Environment of a delivery process, and keys from files.
 
-A delivery process gets the environment of its aggregator without other backends' variables and without whatever sounds
-like a secret, except its own. A key may rest in a file that only its owner can read; it is read when the process
-starts, and a process starts anew for each probe, so a key that was changed is picked up.
+A delivery process gets the environment of its aggregator without the variables of other trackers and without variables
+that look like a secret, except its own. A key may be in a file that only its owner can read. It is read when the
+process starts, and each probe of a failing tracker is a new process, so a changed key is picked up.
 """
 
 from __future__ import annotations
@@ -10,29 +10,21 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from traceml.errors import PluginError
 from traceml.privacy import is_secret_name, secrets_only
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import backend_metadata, known_backends, load
 
 __all__ = ["environment_for", "key_variables", "read_key_file"]
 
-# Per backend: what its library reads (patterns), and which variable a key alone goes into.
-_OWN: dict[str, tuple[str, ...]] = {
-    "mlflow": (
-        "MLFLOW_*", "DATABRICKS_*", "AWS_*", "AZURE_*", "GOOGLE_*", "BOTO*", "S3_*", "REQUESTS_CA_BUNDLE",
-    ),
-    "wandb": ("WANDB_*",),
-    "clearml": ("CLEARML_*", "TRAINS_*"),
-    "aim": ("AIM_*", "__AIM_*"),
-}  # fmt: skip
 _SECRET_WORD = re.compile(
     r"(?:^|_)(?:KEYS?|TOKENS?|SECRETS?|PASS(?:WORD|WD|PHRASE)?|PWD|CREDENTIALS?|AUTH|COOKIE)(?:_|$)"
 )
-_KEY_VARIABLE = {"mlflow": "MLFLOW_TRACKING_TOKEN", "wandb": "WANDB_API_KEY", "clearml": "CLEARML_API_SECRET_KEY"}
 
 
 def environment_for(
@@ -42,33 +34,38 @@ def environment_for(
 
     Args:
         backend: its backend.
-        options: of that backend; `env` names further variables (patterns) that it needs, and those of `fallback` pass
-            too.
+        options: of that backend; `env` names further variables (patterns) that it needs, and the variables of its
+            `fallback` are included.
         environ: the environment to choose from; by default this process's.
     """
     environ = os.environ if environ is None else environ
-    own = _own(backend, options)
-    others = {pattern for name, patterns in _OWN.items() for pattern in patterns} - set(own)
+    own = _own_patterns(backend, options)
+    others = {pattern for metadata in known_backends().values() for pattern in metadata.environment or ()} - set(own)
     return {
         name: value
         for name, value in environ.items()
-        if _any(own, name) or not (_any(others, name) or _sounds_secret(name) or _holds_secret(name, value))
+        if _matches(own, name) or not (_matches(others, name) or _is_secret(name) or _holds_secret(name, value))
     }
 
 
 def key_variables(backend: str, options: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> list[str]:
     """Return the names of the set variables from which a backend takes credentials."""
     environ = os.environ if environ is None else environ
-    own = _own(backend, options)
-    return sorted(name for name, value in environ.items() if value and _any(own, name) and _sounds_secret(name))
+    own = _own_patterns(backend, options)
+    return sorted(name for name, value in environ.items() if value and _matches(own, name) and _is_secret(name))
 
 
-def read_key_file(backend: str, path: Path) -> dict[str, str]:
+def read_key_file(backend: str, path: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the variables that a key file sets: lines of `NAME=value`, or the key alone.
 
+    Args:
+        backend: the backend that the key is for.
+        path: the file.
+        known: backends registered in another process.
+
     Raises:
-        PluginError: it cannot be read, others may read it, or the backend takes no single key; the text says what to
-            do and never what is in the file.
+        PluginError: the file cannot be read, others may read it, or the backend accepts no key alone; the text says
+            what to do and never what the file contains.
     """
     path = path.expanduser()
     try:
@@ -89,32 +86,35 @@ def read_key_file(backend: str, path: Path) -> dict[str, str]:
         pairs = (line.removeprefix("export ").partition("=") for line in lines)
         return {name.strip(): value.strip().strip("\"'") for name, _, value in pairs}
 
-    variable = _KEY_VARIABLE.get(backend)
-    if len(lines) != 1 or variable is None:
+    metadata = backend_metadata(backend) or load(PluginType.BACKEND, backend, known).get_metadata()
+    if len(lines) != 1 or metadata.key_variable is None:
         raise PluginError(f"api_key_file {path} of backend {backend!r}: write it as lines of NAME=value")
 
-    return {variable: lines[0]}
+    return {metadata.key_variable: lines[0]}
 
 
-def _own(backend: str, options: Mapping[str, Any]) -> tuple[str, ...]:
-    named = options.get("env") or ()
-    both = (backend, str(options.get("fallback") or ""))
-    return (*(each for name in both for each in _of(name)), *([named] if isinstance(named, str) else named))
+def _own_patterns(backend: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    extra = options.get("env") or ()
+    fallback = str(options.get("fallback") or "")
+    return (*_patterns_of(backend), *_patterns_of(fallback), *([extra] if isinstance(extra, str) else extra))
 
 
-def _of(backend: str) -> tuple[str, ...]:
-    """Return the patterns of a backend's variables; of one that we do not know, those that begin with its name."""
-    known = _OWN.get(backend)
+def _patterns_of(backend: str) -> tuple[str, ...]:
+    """Return the patterns of a backend's variables; without metadata, of those that begin with its name."""
+    metadata = backend_metadata(backend)
+    if metadata is not None and metadata.environment is not None:
+        return metadata.environment
+
     word = re.sub(r"[^A-Z0-9]+", "_", backend.upper())
-    return known if known is not None else (f"{word}_*",) if backend and ":" not in backend else ()
+    return (f"{word}_*",) if backend and ":" not in backend else ()
 
 
-def _any(patterns: Any, name: str) -> bool:
+def _matches(patterns: Iterable[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _sounds_secret(name: str) -> bool:
-    """Whether a variable may hold a secret: in doubt it is kept back, as what a backend needs can be named."""
+def _is_secret(name: str) -> bool:
+    """Whether a variable may hold a secret; in doubt yes, since a backend can name the variables that it needs."""
     if name in {"PWD", "OLDPWD"}:
         return False
 
@@ -122,7 +122,7 @@ def _sounds_secret(name: str) -> bool:
 
 
 def _holds_secret(name: str, value: str) -> bool:
-    """Whether a variable's value looks like a secret, such as an address with a password in it; a proxy's is needed."""
+    """Whether a value looks like a secret, such as an address with a password in it; a proxy's address is needed."""
     if name.lower().endswith("_proxy"):
         return False
 

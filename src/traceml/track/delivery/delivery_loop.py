@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from traceml.track.delivery.derived import FOLLOWED
 from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment, settings_of, tightened
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
-from traceml.track.delivery.retry_policy import FailureKind, RetryPolicy, TrackerFailure, classify, succeeded
+from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
 from traceml.track.delivery.tracker_session import RewindError, TrackerSession
 from traceml.track.filters import DeliveryFilter
+from traceml.track.plugins.failure_kinds import FailureKind, TrackerFailure, classify
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_DONE, DeliveryPhase, TrackerState
 from traceml.track.wandb_sweep import variables
 
@@ -126,7 +127,7 @@ class DeliveryLoop:
         with contextlib.suppress(OSError):  # paths among the options are meant from where the script was started
             os.chdir(str(first.get("folder") or "."))
 
-        _read_key(self._state.backend, self._options)
+        _read_key(self._state.backend, self._options, first.get("registered"))
         self._records = RecordReader(self._reader, FOLLOWED)
         self._sender = BatchSender(
             self._state,
@@ -153,7 +154,7 @@ class DeliveryLoop:
         timeout_s = float(self._options.get("timeout_s") or _TIMEOUT_S)
         self._stands_in = stands_in
         if stands_in and self._asking is not None:
-            _read_key(fallback, self._asking.options(fallback))
+            _read_key(fallback, self._asking.options(fallback), self._asking.row.get("registered"))
 
         state.stood_in = False
         return TrackerSession(
@@ -408,7 +409,7 @@ class DeliveryLoop:
             self._told_unsaved = True
 
 
-def _read_key(backend: str, options: dict[str, Any]) -> None:
-    """Put the key that rests in a file into the environment of this process, where the backend's library looks."""
+def _read_key(backend: str, options: dict[str, Any], known: Mapping[str, str] | None) -> None:
+    """Copy a key from its file to the environment of this process, where the backend's library looks."""
     if key_file := options.get("api_key_file"):
-        os.environ.update(read_key_file(backend, Path(str(key_file))))
+        os.environ.update(read_key_file(backend, Path(str(key_file)), known))

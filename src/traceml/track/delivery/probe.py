@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 from traceml.errors import PluginError
 from traceml.track.delivery.credentials import environment_for, read_key_file
 from traceml.track.filters import backend_options
-from traceml.track.plugins.plugin_registry import PluginType, create_backend, load, missing_extra
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import create_backend, load
 
 __all__ = ["ProbeResult", "main", "probe"]
 
@@ -98,7 +99,7 @@ def _look(backend: str, options: dict[str, Any], run_dir: Path) -> ProbeResult:
     try:
         plugin = load(PluginType.BACKEND, backend)
         about = plugin.get_metadata()
-        if missing := missing_extra(about):
+        if missing := about.missing():
             return ProbeResult({}, missing=missing)
 
         for module in about.dependencies:

@@ -12,8 +12,8 @@ from traceml.errors import PluginError
 from traceml.privacy import Masker
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.plan import PlannedExperiment
-from traceml.track.delivery.retry_policy import StartError
 from traceml.track.filters import backend_options
+from traceml.track.plugins.failure_kinds import StartError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_registry import create_backend

@@ -1,13 +1,13 @@
-"""What a backend, a framework and a collector must offer; the built-in ones and third parties' are the same.
+"""Interfaces of backends, frameworks and collectors; the built-in ones and third parties' use the same.
 
-A backend lives in a delivery process of its own, one per run and backend, and is called from one thread. It may block
-and it may raise: its rows wait in the store. What it raises decides what happens next:
+A backend runs in a delivery process of its own, one per run and tracker, and is called from one thread. It may block
+and it may raise: its rows wait in the store. The exception decides what happens next:
 
-- `BackendUnauthorizedError`: no more than one probe per `max_backoff`, with the key read anew;
-- `BackendBusyError`: the same again after `retry_after_s`;
-- `BackendRefusedError`: these rows will never be taken; they are tried one by one, and those that fail are counted;
-- `ImportError`, `AttributeError`: the library is missing or broken; said once;
-- anything else: the same again, with growing waits.
+- `BackendUnauthorizedError`: at most one probe per `max_backoff`, with the key read anew;
+- `BackendBusyError`: the same call again after `retry_after_s`;
+- `BackendRefusedError`: these rows will never be accepted; they are tried one by one, and those that fail are counted;
+- `ImportError`, `AttributeError`: the library is missing or broken; reported once;
+- anything else: the same call again, with growing waits.
 """
 
 from __future__ import annotations
@@ -15,64 +15,89 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
+from traceml.track.plugins.failure_kinds import FailureKind, classify
 from traceml.track.plugins.metric import Metric
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-if TYPE_CHECKING:
-    from traceml.track.rank.orchestrator import Orchestrator
+__all__ = ["BackendInterface", "CollectorInterface", "FrameworkInterface", "OrchestratorInterface"]
 
-__all__ = ["BackendInterface", "CollectorInterface", "FrameworkInterface"]
+
+class OrchestratorInterface(Protocol):
+    """Calls by which a framework's capture logs values; `traceml.Orchestrator` has them."""
+
+    def route_metric(self, metric: Metric) -> None:
+        """Log a value."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters."""
+
+    def log_text(self, name: str, text: str, step: int | None = None, timestamp: float | None = None) -> None:
+        """Log a text."""
+
+    def log_image(self, name: str, image: Any, step: int | None = None, timestamp: float | None = None) -> None:
+        """Log an image."""
+
+    def log_histogram(
+        self,
+        name: str,
+        counts: Sequence[float],
+        edges: Sequence[float],
+        step: int | None = None,
+        timestamp: float | None = None,
+    ) -> None:
+        """Log a histogram."""
 
 
 class BackendInterface(ABC):
-    """Takes one run's rows to one tracker.
+    """Delivers one run's rows to one tracker.
 
-    The order of calls: `resume` (only after a restart), `start_experiment`, then any of the `log_` methods, `flush` and
-    `mark` after each batch, at last `end_experiment`. After `flush` has returned, what was given survives the death of
+    Order of calls: `resume` (only after a restart), `start_experiment`, then any of the `log_` methods, `flush` and
+    `mark` after each batch, and last `end_experiment`. After `flush` has returned, what was given survives the death of
     this process, so the caller may forget it.
 
-    A delivery process can be killed after the tracker got a batch and before that was noted; the batch comes again.
-    A backend doubles nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after `mark`, or
-    when `resume` asks for everything from the beginning, because the run can only be written anew.
+    A delivery process can be killed after the tracker got a batch and before that was recorded; the batch then comes
+    again. A backend duplicates nothing when it is `idempotent`, or when `resume` cuts off what the tracker got after
+    `mark`, or when `resume` asks for the run from its first row, because it can only be written anew.
     """
 
+    metadata: ClassVar[PluginMetadata | None] = None
+    """Name, options, library, address and credentials of the tracker. None: it is known by its import path alone."""
     idempotent: ClassVar[bool] = False
-    """Whether giving a tracker the same row again (same name, value, step and timestamp) changes nothing."""
+    """Whether sending the same row again (same name, value, step and timestamp) changes nothing at the tracker."""
 
     @property
     def target(self) -> str:
-        """Where the rows go, for people: an address or a path, without credentials."""
+        """Address or path to which the rows go, for people, without credentials."""
         return type(self).__name__
 
     @property
     def is_local(self) -> bool:
-        """Whether everything stays on this machine; what is not is refused under `local_only`."""
+        """Whether everything stays on this machine; under `local_only` any other backend is refused."""
         return False
 
     @property
     def url(self) -> str | None:
-        """Where a person looks at the run, once it has started; None where there is no such place."""
+        """Page of the run for people, once it has started; None where there is none."""
         return None
 
     @abstractmethod
     def start_experiment(self, name: str, project: str) -> str:
-        """Start or continue the run, and return the tracker's id of it."""
+        """Start or continue the run, and return the tracker's id for it."""
 
     @abstractmethod
     def log_metric(self, name: str, value: float, step: int) -> None:
-        """Give one value to the tracker; NaN and infinities are values."""
+        """Send one value; NaN and infinities are values."""
 
     def log_metrics(self, rows: Sequence[Metric]) -> Sequence[tuple[Metric, Exception]] | None:
-        """Give a batch to the tracker, in the order of the store, each row with a step.
+        """Send a batch, in the order of the store, each row with a step.
 
-        Overridden wherever the tracker has a way to take many, or keeps timestamps: this default has neither.
+        Override it where the tracker accepts many values per call or keeps timestamps: this default does neither.
 
         Returns:
-            the rows that it refuses and why, when it took the others: these then do not come again.
+            the rows that the tracker refuses and why, when it accepted the others: they are not sent again.
         """
-        from traceml.track.delivery.retry_policy import FailureKind, classify
-
         refused: list[tuple[Metric, Exception]] = []
         for row in rows:
             try:
@@ -84,82 +109,87 @@ class BackendInterface(ABC):
                 refused.append((row, error))
 
         if refused and len(refused) == len(rows):
-            raise refused[-1][1]  # not the rows, perhaps: delivery finds out
+            raise refused[-1][1]  # the rows may not be the cause: delivery finds out
 
         return refused
 
     @abstractmethod
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Give parameters, keys and plain values; the same key may come again with another value."""
+        """Send parameters, keys and plain values; the same key may come again with another value."""
 
     @abstractmethod
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        """Give a file under a name, by default its own."""
+        """Send a file under a name, by default its own."""
 
     @abstractmethod
     def end_experiment(self) -> None:
-        """Finish the run; `flush` is included. Nothing is called after it."""
+        """Finish the run, including a `flush`. Nothing is called after it."""
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Give a text; by default it becomes a parameter `name/step`."""
+        """Send a text; by default as a parameter `name/step`."""
         self.log_params({f"{name}/{step}": text})
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Give an image, a file as the user's call left it (PNG); by default it becomes an artifact."""
+        """Send an image, a PNG file; by default as an artifact."""
         self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
-        """Give a histogram: `len(edges) == len(counts) + 1`; by default it becomes a text of JSON."""
+        """Send a histogram: `len(edges) == len(counts) + 1`; by default as a text of JSON."""
         import json
 
         self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Give tags; by default they are parameters `tags/…`."""
+        """Send tags; by default as parameters `tags/…`."""
         self.log_params({f"tags/{key}": value for key, value in tags.items()})
 
     def end_state(self, state: str) -> None:  # noqa: B027 - a tracker without states has nothing to do
-        """Tell how the training ended, before `end_experiment`: finished, failed, hung, or lost."""
+        """Send the state in which the training ended, before `end_experiment`: finished, failed, hung, or lost."""
 
     def flush(self) -> None:  # noqa: B027 - most trackers are done when a call returns
-        """Return when everything given so far would survive the death of this process."""
+        """Return when everything given so far survives the death of this process."""
 
     def mark(self) -> dict[str, Any]:
-        """Return where the tracker's side stands: small, JSON; it is kept beside the cursor.
+        """Return the position at the tracker: small, JSON; it is kept beside the cursor.
 
-        Asked for right after `start_experiment`, and after each `flush`.
+        Called right after `start_experiment`, and after each `flush`.
         """
         return {}
 
     def resume(self, mark: Mapping[str, Any]) -> bool:  # noqa: ARG002 - an idempotent backend needs only the run's id
-        """Continue where `mark` was taken, and cut off what came after it; called before `start_experiment`.
+        """Continue at `mark`, and cut off what came after it; called before `start_experiment`.
 
-        Called after a death only, so not for a run that was ended by `end_experiment`.
+        Called after a death only, so never for a run that `end_experiment` ended.
 
         Returns:
-            True to go on from the cursor kept with the mark; False to be given the whole run from its first row.
+            True to continue from the cursor kept with the mark; False to get the whole run from its first row.
         """
         return True
 
 
 class FrameworkInterface(ABC):
-    """Captures what a framework's own logging calls say, in the training process.
+    """Captures a framework's own logging calls, in the training process.
 
-    The original is called first and its result returned; what capture itself does never raises into the training.
+    The original is called first and its result returned; the capture itself never raises into the training.
     """
 
+    metadata: ClassVar[PluginMetadata | None] = None
+    """Name and description. None: it is known by its import path alone."""
+
     @abstractmethod
-    def patch(self, orchestrator: Orchestrator) -> None:
-        """Start capturing into `orchestrator`; a framework that is not imported yet is waited for, not imported."""
+    def patch(self, orchestrator: OrchestratorInterface) -> None:
+        """Start capturing into `orchestrator`; wait for a framework that is not imported yet, never import it."""
 
     @abstractmethod
     def unpatch(self) -> None:
-        """Put everything back as it was."""
+        """Restore everything."""
 
 
 class CollectorInterface(ABC):
-    """Reads something about the run: once, or every `interval` seconds."""
+    """Reads facts or values about the run: once, or every `interval` seconds."""
 
+    metadata: ClassVar[PluginMetadata | None] = None
+    """Name and description. None: it is known by its import path alone."""
     interval: float | None = None
     """Seconds between two readings; None reads once, at the start."""
 

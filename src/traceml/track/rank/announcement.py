@@ -1,4 +1,4 @@
-"""What an experiment's row tells the delivery: its trackers, their options, and the settings in force. No secrets."""
+"""Announcement of an experiment to delivery: its trackers, their options, and the settings in force. No secrets."""
 
 from __future__ import annotations
 
@@ -11,34 +11,30 @@ from typing import Any
 
 from traceml import settings
 from traceml.errors import UsageError
+from traceml.privacy import secrets_only
+from traceml.track.filters import DeliveryFilter, backend_options
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata, check_name, registered
 from traceml.track.wandb_sweep import variables
 
-__all__ = ["ADDRESS_OPTIONS", "KEY_VARIABLES", "announcement", "check_backends", "default_backends", "refuse_secrets"]
+__all__ = ["announcement", "check_backends", "default_backends", "refuse_secrets"]
 
 _log = logging.getLogger("traceml")
-# Where a tracker's key belongs, and its address; neither is a secret itself.
-KEY_VARIABLES = {"wandb": "WANDB_API_KEY", "mlflow": "MLFLOW_TRACKING_TOKEN", "clearml": "CLEARML_API_SECRET_KEY"}
-ADDRESS_OPTIONS = {
-    "mlflow": "tracking_uri", "wandb": "base_url", "clearml": "api_host", "aim": "repo", "tensorboard": "log_dir",
-    "jsonl": "path",
-}  # fmt: skip
-_SAID: set[str] = set()
+_warned: set[str] = set()
 
 
 def announcement(
     config: settings.Config, backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return what an experiment's row says of its trackers and of the settings in force.
+    """Return the part of an experiment's row about its trackers and the settings in force.
 
     Raises:
         UsageError: an option holds a secret.
     """
-    from traceml.track.plugins.plugin_registry import PluginType, registered
-
     refuse_secrets(options)
     return {
         "backends": list(backends),
-        "options": {name: dict(values) for name, values in options.items()},
+        "options": _with_environment({name: dict(values) for name, values in options.items()}, backends),
         "include": list(config.include),
         "exclude": list(config.exclude),
         "mask": list(config.mask),
@@ -56,14 +52,14 @@ def announcement(
 
 
 def default_backends(config: settings.Config) -> tuple[str, ...]:
-    """Return the trackers of the settings, else MLflow where its library is installed; says so once."""
+    """Return the trackers of the settings, else MLflow where its library is installed; warns once about the choice."""
     if config.backend:
         return config.backend
 
     has_mlflow = find_spec("mlflow") is not None
     where = "to MLflow, which is installed" if has_mlflow else "to the run's store alone"
-    if "backend" not in _SAID:
-        _SAID.add("backend")
+    if "backend" not in _warned:
+        _warned.add("backend")
         _log.warning(
             'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND.', where
         )
@@ -72,30 +68,27 @@ def default_backends(config: settings.Config) -> tuple[str, ...]:
 
 
 def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say before the training starts what would only turn out beside it: wrong names and options, missing libraries.
+    """Report wrong names, wrong options and missing libraries before the training starts.
 
-    A library may be there where the aggregator runs, so that one is missing is no error.
+    A missing library is only a warning: it may be installed where the aggregator runs.
 
     Raises:
-        PluginError: there is no such backend, or an option of one is wrong; the text has what there is.
+        PluginError: there is no such backend, or an option is wrong; the text lists what exists.
     """
-    from traceml.track.filters import DeliveryFilter, backend_options
-    from traceml.track.plugins.plugin_registry import BUILT_IN, PluginType, check_name, check_options
-
     for backend in backends:
         given = options.get(backend, {})
         DeliveryFilter.of((), (), given)
         if fallback := given.get("fallback"):
             check_name(PluginType.BACKEND, str(fallback))
 
-        built_in = BUILT_IN[PluginType.BACKEND].get(backend)
-        if built_in is None:
-            check_name(PluginType.BACKEND, backend)
+        check_name(PluginType.BACKEND, backend)
+        metadata = backend_metadata(backend) if backend in BUILT_IN[PluginType.BACKEND] else None
+        if metadata is None:
             continue
 
-        check_options(backend, backend_options(given))
-        if backend != "jsonl" and backend not in _SAID and find_spec(backend) is None:
-            _SAID.add(backend)
+        metadata.check_options(backend_options(given))
+        if backend not in _warned and metadata.missing():
+            _warned.add(backend)
             _log.warning(
                 "%s is not installed here: pip install 'traceml[%s]'. What is logged is kept, and `traceml sync` "
                 "delivers it then.", backend, backend,
@@ -106,16 +99,27 @@ def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse options that would put a secret into the store.
 
     Raises:
-        UsageError: one looks like a secret; the text says where that belongs.
+        UsageError: an option looks like a secret; the text says where it belongs.
     """
-    from traceml.privacy import secrets_only
-
     for backend, values in options.items():
         for key, value in values.items():
             # By its name, or by its look: an address with a password in it.
             if not key.endswith("_file") and secrets_only().mask_value(key, value) != value:
-                variable = KEY_VARIABLES.get(backend, "the environment")
+                metadata = backend_metadata(backend)
+                variable = (metadata.key_variable if metadata is not None else None) or "the environment"
                 raise UsageError(
                     f"option {key!r} of backend {backend!r} looks like a secret, which would be stored with the run. "
                     f"Put it into {variable}, or into a file of mode 0600 that `api_key_file` names"
                 )
+
+
+def _with_environment(options: dict[str, dict[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Add the variables that a registered backend declares: the aggregator does not import a third party's class."""
+    for backend in set(backends) - BUILT_IN[PluginType.BACKEND].keys():
+        metadata = backend_metadata(backend)
+        if metadata is not None and metadata.environment:
+            given = options.setdefault(backend, {})
+            named = given.get("env") or ()
+            given["env"] = [*([named] if isinstance(named, str) else named), *metadata.environment]
+
+    return options

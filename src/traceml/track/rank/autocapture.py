@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import MetricKind
 from traceml.errors import TraceMLError
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import FrameworkPlugin, PluginType, load, registered
+from traceml.track.plugins.plugin_base import FrameworkPlugin
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import load, registered
 
 if TYPE_CHECKING:
     from traceml.settings import Config

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from traceml.errors import PluginError
 from traceml.recorder import api
-from traceml.recorder.identity import script_name
+from traceml.track.rank.active_experiment import loggers
+from traceml.track.rank.announcement import check_backends
+from traceml.track.rank.autocapture import AutoCapture
+from traceml.track.rank.orchestrator import Orchestrator
 from traceml.track.rank.tracker_warnings import TrackerWarnings
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
-    from traceml.track.rank.autocapture import AutoCapture
 
-__all__ = ["begin", "default_name", "rest", "start"]
+__all__ = ["begin", "rest", "start"]
 
 _log = logging.getLogger("traceml")
 _TELL_AFTER_S = 20.0
@@ -24,24 +26,16 @@ _capturing: AutoCapture | None = None
 _of: Recorder | None = None
 
 
-def default_name() -> str:
-    """Return what an experiment is called that nobody named: the script's name."""
-    return script_name()
-
-
 def begin(recorder: Recorder) -> None:
     """Begin with a recorder whose settings name trackers or collectors; called by the recorder's room."""
-    from traceml.track.rank import experiment
-    from traceml.track.rank.announcement import check_backends
-
     try:
         check_backends(recorder.config.backend, recorder.config.backend_options)
     except PluginError as error:
         _log.warning("%s", error)  # a setting may be meant for another script
 
     start()
-    recorder.before_stop(experiment.announce_run)
-    recorder.after(10.0, experiment.announce_run)
+    recorder.before_stop(loggers.announce_run)
+    recorder.after(10.0, loggers.announce_run)
 
 
 def start(*, collect: bool = True) -> None:
@@ -60,9 +54,6 @@ def start(*, collect: bool = True) -> None:
             _capturing.start(collect=collect)
 
         return
-
-    from traceml.track.rank.autocapture import AutoCapture
-    from traceml.track.rank.orchestrator import Orchestrator
 
     who = recorder.who
     _of = recorder

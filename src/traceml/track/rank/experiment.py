@@ -5,33 +5,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from traceml import settings
 from traceml.errors import UsageError
 from traceml.recorder import api
+from traceml.recorder.identity import script_name
 from traceml.recorder.logger import Logger
 from traceml.track import wandb_sweep
+from traceml.track.plugins.plugin_registry import backend_metadata, known_backends
 from traceml.track.rank import capturing, media
-from traceml.track.rank.announcement import (
-    ADDRESS_OPTIONS,
-    KEY_VARIABLES,
-    announcement,
-    check_backends,
-    default_backends,
-    refuse_secrets,
-)
+from traceml.track.rank.active_experiment import loggers
+from traceml.track.rank.announcement import announcement, check_backends, default_backends, refuse_secrets
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = [
     "Experiment",
-    "active_logger",
-    "announce_run",
     "get_active_experiment",
     "log_artifact",
     "log_histogram",
@@ -42,11 +35,9 @@ __all__ = [
     "log_text",
     "start_logging",
     "stop_logging",
-    "when_decided",
 ]
 
 _log = logging.getLogger("traceml")
-_UNDECIDED = 10_000
 
 
 class Experiment:
@@ -122,9 +113,9 @@ class Experiment:
             check_backends(self.backends or tuple(self._options), self._options_over(recorder.config))
 
         config = recorder.config if recorder is not None else settings.Config(enabled=False)
-        self.name = self.name or config.run_name or capturing.default_name()
-        if self.parent is None and _stack:
-            self.parent = _stack[-1].id
+        self.name = self.name or config.run_name or script_name()
+        if self.parent is None and _open:
+            self.parent = _open[-1].id
 
         ordinal = _begun.get(self.name, 0)
         _begun[self.name] = ordinal + 1
@@ -134,9 +125,10 @@ class Experiment:
         key = hashlib.blake2b(f"{self.name}\n{ordinal}".encode(errors="replace"), digest_size=7).digest()
         self._logger = Logger(int.from_bytes(key) | 1, self._row)
         self._is_active = True
-        _activate(self)
+        _open.append(self)
+        loggers.activate(self._logger)
         self._logger.begin()
-        _settle_undecided()
+        loggers.settle()
         if self.config:
             self.log_params(self.config)
 
@@ -155,7 +147,10 @@ class Experiment:
         self._is_active = False
         media.wait(self._logger)
         self._logger.row("end", state=state, values=self._logger.values)
-        _deactivate(self)
+        _open.remove(self)
+        loggers.deactivate(self._logger)
+        if not _open:
+            capturing.rest()
 
     def stop(self) -> None:
         """End it, as Tracelet's users know it."""
@@ -222,99 +217,14 @@ class Experiment:
         return {name: {**told.get(name, {}), **own.get(name, {})} for name in {*told, *own}}
 
 
-def _root_row(config: settings.Config) -> dict[str, Any] | None:
-    """Return what delivery has to know of the run's own experiment.
-
-    None where the settings name no tracker, and in a spawned child, whose parent has said all.
-    """
-    if not config.backend or _root.experiment:
-        return None
-
-    name = config.run_name or config.run_id or capturing.default_name()
-    about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
-    return about | announcement(config, config.backend, config.backend_options)
-
-
-def announce_run() -> None:
-    """Announce the run's own experiment, unless an explicit one has taken its place."""
-    if _first is None:
-        _root.begin()
-
-    _settle_undecided()
-
-
-def when_decided(action: Callable[[Logger], object]) -> None:
-    """Log something of the run as a whole as soon as it is known which experiment stands for the run.
-
-    That is the run's own once something is logged for it, or the first that the script begins.
-
-    Args:
-        action: is given what logs for it.
-    """
-    _undecided.append(action)
-    if _first is not None or _root.has_begun:
-        _settle_undecided()
-
-
-def _settle_undecided() -> None:
-    while _undecided:
-        _undecided.popleft()(_stack[0]._logger if _stack else _first or _root)
-
-
-_undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
-_root = Logger(0, _root_row)
-_active = _root
-_first: Logger | None = None  # of the first experiment that the script began with the recorder of now
-_stack: list[Experiment] = []
-_begun: dict[str, int] = {}
-
-
-def _forget_first(forked: bool) -> None:
-    """Forget which experiment stands for the run: the next recorder's run is another."""
-    global _first
-    if not forked:
-        _first = _stack[0]._logger if _stack else None
-        _undecided.clear()
-        recorder = api.current()
-        if recorder is not None and recorder.spawned is not None:
-            _root.experiment = recorder.spawned.experiment
-
-
-def _tell_children() -> None:
-    """Let what children log that are spawned now belong to the active experiment."""
-    recorder = api.current()
-    if recorder is not None and recorder.enabled:
-        recorder.tell_children(_active.experiment)
-
-
-api.on_change.append(_forget_first)
-
-
-def active_logger() -> Logger:
-    """Return what logs for the active experiment, else for the run's own."""
-    return _active
+# Experiments that have begun and not ended, the innermost last.
+_open: list[Experiment] = []
+_begun: dict[str, int] = {}  # how many experiments of a name have begun
 
 
 def get_active_experiment() -> Experiment | None:
     """Return the innermost experiment that has begun and not ended; None where there is none."""
-    return _stack[-1] if _stack else None
-
-
-def _activate(experiment: Experiment) -> None:
-    global _active, _first
-    _first = _first or experiment._logger
-    _stack.append(experiment)
-    _active = experiment._logger
-    _tell_children()
-
-
-def _deactivate(experiment: Experiment) -> None:
-    global _active
-    _stack.remove(experiment)
-    _active = _stack[-1]._logger if _stack else _root
-    _tell_children()
-    if not _stack:
-        capturing.rest()
+    return _open[-1] if _open else None
 
 
 def log_metric(name: str, value: Any, step: int | None = None) -> None:
@@ -325,7 +235,7 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
         value: a number, or what holds one: a tensor, a numpy scalar, a bool. Anything else is kept as a text.
         step: the step; by default the current training step, else a counter per name.
     """
-    _active.metric(name, value, step)
+    loggers.active.metric(name, value, step)
 
 
 def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -335,7 +245,7 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
         metrics: name -> value; see `log_metric`.
         step: their step.
     """
-    logger = _active
+    logger = loggers.active
     for name, value in metrics.items():
         logger.metric(name, value, step)
 
@@ -346,7 +256,7 @@ def log_params(params: Mapping[str, Any]) -> None:
     Args:
         params: name -> value; maps may be nested.
     """
-    _active.row("params", params=dict(params))
+    loggers.active.row("params", params=dict(params))
 
 
 def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
@@ -359,7 +269,7 @@ def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
     Raises:
         OSError: it cannot be opened.
     """
-    media.artifact(_active, path, name)
+    media.artifact(loggers.active, path, name)
 
 
 def log_text(name: str, text: str, step: int | None = None) -> None:
@@ -370,7 +280,7 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
         text: the text.
         step: its step; by default as for `log_metric`.
     """
-    media.text(_active, name, text, step)
+    media.text(loggers.active, name, text, step)
 
 
 def log_image(name: str, image: Any, step: int | None = None) -> None:
@@ -382,7 +292,7 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
             of floats in 0..1; a PIL image; a matplotlib figure; a PNG or JPEG file's path or bytes.
         step: its step; by default as for `log_metric`.
     """
-    media.image(_active, name, image, step)
+    media.image(loggers.active, name, image, step)
 
 
 def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
@@ -394,7 +304,7 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
         step: its step; by default as for `log_metric`.
         bins: how many intervals of equal width.
     """
-    media.histogram(_active, name, values, step, bins=bins)
+    media.histogram(loggers.active, name, values, step, bins=bins)
 
 
 def start_logging(
@@ -420,7 +330,8 @@ def start_logging(
     """
     names = _listed(backend)
     if api_key is not None:
-        variable = next((KEY_VARIABLES[name] for name in names if name in KEY_VARIABLES), "the tracker's own variable")
+        known = [metadata.key_variable for name in names if (metadata := backend_metadata(name)) is not None]
+        variable = next(filter(None, known), "the tracker's own variable")
         raise UsageError(
             f"api_key: keys are not taken from scripts. Set {variable} in the environment, or name a file of mode 0600 "
             "by `api_key_file` under [tool.traceml.backends.<name>]"
@@ -428,19 +339,21 @@ def start_logging(
 
     options = {}
     if backend_url is not None:
-        if len(names) != 1 or names[0] not in ADDRESS_OPTIONS:
-            known = ", ".join(ADDRESS_OPTIONS)
-            raise UsageError(f"backend_url goes with one backend of {known}, not with {', '.join(names) or 'none'}")
+        addresses = {name: metadata.address_option for name, metadata in known_backends().items()}
+        option = addresses.get(names[0]) if len(names) == 1 else None
+        if option is None:
+            able = ", ".join(name for name, address in addresses.items() if address)
+            raise UsageError(f"backend_url goes with one backend of {able}, not with {', '.join(names) or 'none'}")
 
-        options = {names[0]: {ADDRESS_OPTIONS[names[0]]: backend_url}}
+        options = {names[0]: {option: backend_url}}
 
     return Experiment(exp_name, project, names or None, config=config, options=options).start()
 
 
 def stop_logging() -> None:
     """End every experiment that is active, the inner ones first."""
-    while _stack:
-        _stack[-1].end()
+    while _open:
+        _open[-1].end()
 
 
 def _listed(backend: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from traceml.recorder import api
 from traceml.recorder.logger import Logger
 from traceml.track.plugins.metric import Metric
 from traceml.track.rank import media
+from traceml.track.rank.active_experiment import loggers
 
 __all__ = ["Orchestrator"]
 
@@ -29,9 +30,7 @@ class Orchestrator:
 
     @property
     def _logger(self) -> Logger:
-        from traceml.track.rank.experiment import active_logger
-
-        return self._own or active_logger()
+        return self._own or loggers.active
 
     def route_metric(self, metric: Metric) -> None:
         """Append a value. Its time is kept; its rank is this process's.
@@ -87,9 +86,7 @@ class Orchestrator:
             action(self._own)
             return
 
-        from traceml.track.rank.experiment import when_decided
-
-        when_decided(action)
+        loggers.when_decided(action)
 
     def start(self) -> None:
         """Start the recorder, as the first call would; again after a `stop`."""

@@ -14,7 +14,8 @@ def test_plugins_of_the_script_itself(captured: RunScript) -> None:
         import traceml
         from traceml.track.plugins.interfaces import CollectorInterface, FrameworkInterface
         from traceml.track.plugins.metric import Metric
-        from traceml.track.plugins.plugin_registry import CollectorPlugin, FrameworkPlugin, PluginMetadata
+        from traceml.track.plugins.plugin_base import CollectorPlugin, FrameworkPlugin
+        from traceml.track.plugins.plugin_metadata import PluginMetadata
 
         said = []
         handler = logging.Handler()

@@ -22,7 +22,8 @@ import msgpack
 from traceml.priority import step_back
 from traceml.privacy import Masker
 from traceml.track.plugins.interfaces import CollectorInterface
-from traceml.track.plugins.plugin_registry import PluginType, load
+from traceml.track.plugins.plugin_metadata import PluginType
+from traceml.track.plugins.plugin_registry import load
 from traceml.track.rank.collectors.readings import readings
 
 __all__ = ["main"]

@@ -14,9 +14,12 @@ from typing import Any
 from traceml.privacy import Masker
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import CollectorPlugin, PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["EnvironmentCollector", "EnvironmentPlugin", "SystemCollector", "SystemPlugin"]
+__all__ = [
+    "EnvironmentCollector",
+    "SystemCollector",
+]
 
 # Variables that change what a training does; others stay where they are, and secrets among these are masked.
 _VARIABLES = re.compile(
@@ -33,6 +36,8 @@ class EnvironmentCollector(CollectorInterface):
     Args:
         config: `argv`, `executable`, `path` (sys.path) and `folder` of the training process, and the setting `mask`.
     """
+
+    metadata = PluginMetadata(name="environment", version="1", description="Python, packages, CUDA, command, variables")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._config = config
@@ -59,28 +64,10 @@ class EnvironmentCollector(CollectorInterface):
         return [facts]
 
 
-class EnvironmentPlugin(CollectorPlugin):
-    """The collector `environment`; the setting `track_env` turns it on."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what it says about itself."""
-        return PluginMetadata(name="environment", version="1", description="Python, packages, CUDA, command, variables")
-
-    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
-        """Return the collector."""
-        return EnvironmentCollector(config)
-
-
 class SystemCollector(CollectorInterface):
-    """Reads what the machine is; its load is sampled by every rank anyway.
+    """Reads the machine's hardware and system; every rank samples its load."""
 
-    Args:
-        config: not used.
-    """
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        del config
+    metadata = PluginMetadata(name="system", version="1", description="host, processor, memory, devices")
 
     def collect(self) -> list[Metric | dict[str, Any]]:
         """Return one map: host, os, kernel, machine, cpu, cores, memory_bytes, gpus, gpu_driver."""
@@ -101,19 +88,6 @@ class SystemCollector(CollectorInterface):
             }
 
         return [facts]
-
-
-class SystemPlugin(CollectorPlugin):
-    """The collector `system`; the setting `track_system` turns it on."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what it says about itself."""
-        return PluginMetadata(name="system", version="1", description="host, processor, memory, devices")
-
-    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
-        """Return the collector."""
-        return SystemCollector(config)
 
 
 def _packages(path: list[str]) -> Iterator[str]:

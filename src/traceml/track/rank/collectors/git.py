@@ -11,9 +11,9 @@ from typing import Any
 
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import CollectorPlugin, PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 
-__all__ = ["GitCollector", "GitPlugin"]
+__all__ = ["GitCollector"]
 
 MAX_DIFF_BYTES = 256 * 1024
 _TIMEOUT_S = 20.0
@@ -29,6 +29,8 @@ class GitCollector(CollectorInterface):
         config: `script` and `folder`: paths of the training process.
     """
 
+    metadata = PluginMetadata(name="git", version="1", description="commit, branch, uncommitted changes, remote")
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         script, folder = config.get("script"), config.get("folder") or "."
         self._folders = [Path(folder, script).parent] if script else []
@@ -42,19 +44,6 @@ class GitCollector(CollectorInterface):
                 return [_facts(folder, status)]
 
         return []
-
-
-class GitPlugin(CollectorPlugin):
-    """The collector `git`; the setting `track_git` turns it on."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what it says about itself."""
-        return PluginMetadata(name="git", version="1", description="commit, branch, uncommitted changes, remote")
-
-    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
-        """Return the collector."""
-        return GitCollector(config)
 
 
 def _facts(folder: Path, status: str) -> dict[str, Any]:

@@ -13,15 +13,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.patches import Patches
-from traceml.track.plugins.interfaces import FrameworkInterface
+from traceml.track.plugins.interfaces import FrameworkInterface, OrchestratorInterface
 from traceml.track.plugins.metric import Metric
-
-if TYPE_CHECKING:
-    from traceml.track.rank.orchestrator import Orchestrator
 
 __all__ = ["FrameworkCapture"]
 
@@ -40,14 +37,14 @@ class FrameworkCapture(FrameworkInterface):
     def __init__(self) -> None:
         self._patches = Patches()
         self._watch: PostImportHook | None = None
-        self._orchestrator: Orchestrator | None = None
+        self._orchestrator: OrchestratorInterface | None = None
         self._has_failed = False
 
     @abstractmethod
     def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
         """Return module -> what patches it, in `self._patches`."""
 
-    def patch(self, orchestrator: Orchestrator) -> None:
+    def patch(self, orchestrator: OrchestratorInterface) -> None:
         """Start capturing into `orchestrator`; modules that are not imported yet are waited for."""
         if self._orchestrator is not None:
             return
@@ -76,7 +73,9 @@ class FrameworkCapture(FrameworkInterface):
         except Exception as error:  # noqa: BLE001 - fail open: an unknown version of a framework still trains
             _log.warning("%s cannot be captured in this version: %r", module, error)
 
-    def around(self, owner: Any, name: str, before: Callable[..., T], after: Callable[[Orchestrator, T], None]) -> None:
+    def around(
+        self, owner: Any, name: str, before: Callable[..., T], after: Callable[[OrchestratorInterface, T], None]
+    ) -> None:
         """Have calls of `owner.name` recorded: what `before` takes from the arguments goes to `after` the original.
 
         Args:
@@ -120,7 +119,7 @@ class FrameworkCapture(FrameworkInterface):
         """Whether this thread is within a captured call, whose own work is not recorded."""
         return bool(getattr(_depth, "value", 0))
 
-    def values(self, orchestrator: Orchestrator, values: Mapping[str, Any], step: int | None) -> None:
+    def values(self, orchestrator: OrchestratorInterface, values: Mapping[str, Any], step: int | None) -> None:
         """Record values at a step; what lies in a map inside is named after both."""
         for name, value in values.items():
             if isinstance(value, Mapping):

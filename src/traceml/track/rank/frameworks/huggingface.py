@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from traceml.database.schema import MetricKind
-from traceml.track.plugins.interfaces import FrameworkInterface
-from traceml.track.plugins.plugin_registry import FrameworkPlugin, PluginMetadata
+from traceml.track.plugins.interfaces import OrchestratorInterface
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
 
-if TYPE_CHECKING:
-    from traceml.track.rank.orchestrator import Orchestrator
-
-__all__ = ["HuggingFaceCapture", "HuggingFacePlugin"]
+__all__ = ["HuggingFaceCapture"]
 
 
 class HuggingFaceCapture(FrameworkCapture):
     """Captures the handler through which a `Trainer` calls its callbacks; callbacks that log elsewhere are its own."""
 
+    metadata = PluginMetadata(name="huggingface", version="1", description="transformers' Trainer")
     kind = MetricKind.HUGGINGFACE
 
     def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
@@ -30,21 +28,8 @@ class HuggingFaceCapture(FrameworkCapture):
         self.around(module.CallbackHandler, "on_log", _logged, self._record)
         self.around(module.CallbackHandler, "on_train_begin", _arguments, _log_params)
 
-    def _record(self, orchestrator: Orchestrator, taken: tuple[dict[str, Any], int]) -> None:
+    def _record(self, orchestrator: OrchestratorInterface, taken: tuple[dict[str, Any], int]) -> None:
         self.values(orchestrator, *taken)
-
-
-class HuggingFacePlugin(FrameworkPlugin):
-    """The framework `huggingface`."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what it says about itself."""
-        return PluginMetadata(name="huggingface", version="1", description="transformers' Trainer")
-
-    def create_framework(self) -> FrameworkInterface:
-        """Return the capture."""
-        return HuggingFaceCapture()
 
 
 def _logged(
@@ -57,5 +42,5 @@ def _arguments(_handler: Any, args: Any, *_: Any, **__: Any) -> dict[str, Any]:
     return dict(args.to_sanitized_dict())  # hides the hub's token
 
 
-def _log_params(orchestrator: Orchestrator, params: dict[str, Any]) -> None:
+def _log_params(orchestrator: OrchestratorInterface, params: dict[str, Any]) -> None:
     orchestrator.log_params(params)

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from traceml.database.schema import MetricKind
-from traceml.track.plugins.interfaces import FrameworkInterface
-from traceml.track.plugins.plugin_registry import FrameworkPlugin, PluginMetadata
+from traceml.track.plugins.interfaces import OrchestratorInterface
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
 
-if TYPE_CHECKING:
-    from traceml.track.rank.orchestrator import Orchestrator
-
-__all__ = ["LightningCapture", "LightningPlugin"]
+__all__ = ["LightningCapture"]
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _FABRICS = ("lightning.fabric", "lightning_fabric")
@@ -28,6 +25,7 @@ _FABRICS = ("lightning.fabric", "lightning_fabric")
 class LightningCapture(FrameworkCapture):
     """Captures a trainer's values and hyper-parameters, and Fabric's values."""
 
+    metadata = PluginMetadata(name="lightning", version="1", description="Lightning's trainer, loggers and Fabric")
     kind = MetricKind.LIGHTNING
 
     def __init__(self) -> None:
@@ -63,7 +61,7 @@ class LightningCapture(FrameworkCapture):
         for logger in {logger for base in bases for logger in _with_own(base, "log_metrics")}:
             self.around(logger, "log_metrics", _logged_directly, self._from_logger)
 
-    def _from_trainer(self, orchestrator: Orchestrator, taken: tuple[Any, dict[str, Any], int | None]) -> None:
+    def _from_trainer(self, orchestrator: OrchestratorInterface, taken: tuple[Any, dict[str, Any], int | None]) -> None:
         trainer, values, step = taken
         if not values:
             return
@@ -78,10 +76,10 @@ class LightningCapture(FrameworkCapture):
 
         self.values(orchestrator, values, step)
 
-    def _from_fabric(self, orchestrator: Orchestrator, taken: tuple[dict[str, Any], int | None]) -> None:
+    def _from_fabric(self, orchestrator: OrchestratorInterface, taken: tuple[dict[str, Any], int | None]) -> None:
         self.values(orchestrator, *taken)
 
-    def _from_logger(self, orchestrator: Orchestrator, taken: tuple[int, dict[str, Any], int | None]) -> None:
+    def _from_logger(self, orchestrator: OrchestratorInterface, taken: tuple[int, dict[str, Any], int | None]) -> None:
         """Record what the user gave a logger; what is given to one logger after another is one value."""
         logger, values, step = taken
         new = {}
@@ -92,19 +90,6 @@ class LightningCapture(FrameworkCapture):
                 new[name] = value
 
         self.values(orchestrator, new, step)
-
-
-class LightningPlugin(FrameworkPlugin):
-    """The framework `lightning`."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what it says about itself."""
-        return PluginMetadata(name="lightning", version="1", description="Lightning's trainer, loggers and Fabric")
-
-    def create_framework(self) -> FrameworkInterface:
-        """Return the capture."""
-        return LightningCapture()
 
 
 def _logged_by_trainer(connector: Any, metrics: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int | None]:
@@ -129,7 +114,7 @@ def _hyperparameters(trainer: Any) -> dict[str, Any]:
     return found
 
 
-def _log_params(orchestrator: Orchestrator, params: dict[str, Any]) -> None:
+def _log_params(orchestrator: OrchestratorInterface, params: dict[str, Any]) -> None:
     if params:
         orchestrator.log_params(params)
 

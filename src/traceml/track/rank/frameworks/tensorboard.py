@@ -11,18 +11,15 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from traceml.database.schema import MetricKind
-from traceml.track.plugins.interfaces import FrameworkInterface
+from traceml.track.plugins.interfaces import OrchestratorInterface
 from traceml.track.plugins.metric import Metric
-from traceml.track.plugins.plugin_registry import FrameworkPlugin, PluginMetadata
+from traceml.track.plugins.plugin_metadata import PluginMetadata
 from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
 
-if TYPE_CHECKING:
-    from traceml.track.rank.orchestrator import Orchestrator
-
-__all__ = ["TensorBoardCapture", "TensorBoardPlugin"]
+__all__ = ["TensorBoardCapture"]
 
 _BINS = 64
 
@@ -30,6 +27,7 @@ _BINS = 64
 class TensorBoardCapture(FrameworkCapture):
     """Captures `SummaryWriter`; `walltime` is kept, and values as they are given, not as the float32 of event files."""
 
+    metadata = PluginMetadata(name="tensorboard", version="1", description="SummaryWriter of torch and tensorboardX")
     kind = MetricKind.TENSORBOARD
 
     def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
@@ -67,23 +65,10 @@ class TensorBoardCapture(FrameworkCapture):
 
         self._patches.wrap(writer, "add_hparams", add_hparams)
 
-    def _values(self, orchestrator: Orchestrator, taken: tuple[Mapping[str, Any], int | None, float]) -> None:
+    def _values(self, orchestrator: OrchestratorInterface, taken: tuple[Mapping[str, Any], int | None, float]) -> None:
         values, step, timestamp = taken
         for name, value in values.items():
             orchestrator.route_metric(Metric(name, value, step, timestamp, kind=self.kind))
-
-
-class TensorBoardPlugin(FrameworkPlugin):
-    """The framework `tensorboard`."""
-
-    @classmethod
-    def get_metadata(cls) -> PluginMetadata:
-        """Return what it says about itself."""
-        return PluginMetadata(name="tensorboard", version="1", description="SummaryWriter of torch and tensorboardX")
-
-    def create_framework(self) -> FrameworkInterface:
-        """Return the capture."""
-        return TensorBoardCapture()
 
 
 # --- the calls: their arguments as the writers declare them ----------------------------------------------------------
@@ -187,17 +172,19 @@ def _converter(module: str) -> Callable[..., tuple[str, Any, int | None, float]]
     return image
 
 
-def _log_text(orchestrator: Orchestrator, taken: tuple[str, str, int | None, float]) -> None:
+def _log_text(orchestrator: OrchestratorInterface, taken: tuple[str, str, int | None, float]) -> None:
     name, text, step, timestamp = taken
     orchestrator.log_text(name, text, step, timestamp)
 
 
-def _log_image(orchestrator: Orchestrator, taken: tuple[str, Any, int | None, float]) -> None:
+def _log_image(orchestrator: OrchestratorInterface, taken: tuple[str, Any, int | None, float]) -> None:
     name, image, step, timestamp = taken
     orchestrator.log_image(name, image, step, timestamp)
 
 
-def _log_histogram(orchestrator: Orchestrator, taken: tuple[str, list[float], list[float], int | None, float]) -> None:
+def _log_histogram(
+    orchestrator: OrchestratorInterface, taken: tuple[str, list[float], list[float], int | None, float]
+) -> None:
     name, counts, edges, step, timestamp = taken
     orchestrator.log_histogram(name, counts, edges, step, timestamp)
 

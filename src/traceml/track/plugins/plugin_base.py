@@ -1,0 +1,82 @@
+"""Base classes of plugins: each makes a backend, a framework capture or a collector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from traceml.track.plugins.interfaces import (
+    BackendInterface,
+    CollectorInterface,
+    FrameworkInterface,
+    OrchestratorInterface,
+)
+from traceml.track.plugins.plugin_metadata import PluginMetadata
+
+__all__ = ["BackendPlugin", "CollectorPlugin", "FrameworkPlugin", "PluginInterface"]
+
+
+class PluginInterface(ABC):
+    """Base of every plugin: created without arguments, then initialized."""
+
+    @classmethod
+    @abstractmethod
+    def get_metadata(cls) -> PluginMetadata:
+        """Return the facts about the plugin; imports nothing heavy."""
+
+    def initialize(self, config: Mapping[str, Any]) -> None:  # noqa: B027 - most plugins have nothing to prepare
+        """Take the configuration: for a backend its options, else what the settings hold for it."""
+
+    def cleanup(self) -> None:  # noqa: B027 - most plugins have nothing to release
+        """Release what `initialize` took."""
+
+
+class BackendPlugin(PluginInterface):
+    """Creates a backend."""
+
+    @abstractmethod
+    def create_backend(self, config: Mapping[str, Any]) -> BackendInterface:
+        """Return a backend that has connected to nothing yet.
+
+        Args:
+            config: `options` (of this backend), `run_id`, `run_dir` (of the traceml run), `experiment` (`id`, `name`,
+                `project`, `tags`, `parent` as the tracker's own run id or None, `params`), `continue_run` (the
+                tracker's own id of a run to continue, or None), `mark` (what `mark` returned last, of a run that was
+                started before, else None), `local_only`.
+        """
+
+
+class FrameworkPlugin(PluginInterface):
+    """Captures a framework's logging calls."""
+
+    _framework: FrameworkInterface | None = None
+
+    @abstractmethod
+    def create_framework(self) -> FrameworkInterface:
+        """Return the capture; patch nothing yet."""
+
+    def patch_framework(self, orchestrator: OrchestratorInterface) -> None:
+        """Start capturing into `orchestrator`; does nothing when it has."""
+        if self._framework is not None:
+            return
+
+        framework = self.create_framework()
+        framework.patch(orchestrator)
+        self._framework = framework
+
+    def unpatch_framework(self) -> None:
+        """Restore the framework."""
+        if self._framework is None:
+            return
+
+        self._framework.unpatch()
+        self._framework = None
+
+
+class CollectorPlugin(PluginInterface):
+    """Creates a collector."""
+
+    @abstractmethod
+    def create_collector(self, config: Mapping[str, Any]) -> CollectorInterface:
+        """Return a collector; `config` holds what the settings say for it."""

@@ -1,0 +1,82 @@
+"""Description of a plugin: its name, options and library, and for a tracker its address and credentials."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from traceml.errors import PluginError
+
+__all__ = ["PluginMetadata", "PluginType"]
+
+_OptionType = type | tuple[type, ...]
+
+
+class PluginType(StrEnum):
+    """Kind of plugin; the value is the end of its entry-point group."""
+
+    BACKEND = "backends"
+    FRAMEWORK = "frameworks"
+    COLLECTOR = "collectors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginMetadata:
+    """Facts about a plugin; the built-in ones and third parties' declare the same.
+
+    Args:
+        name: what users write in `backend=[…]`, `frameworks=[…]` or `collectors=[…]`.
+        version: the plugin's own.
+        type: kind of plugin; taken from the base class when left out.
+        description: one line, shown by `traceml doctor`.
+        author: whom to ask.
+        dependencies: modules that must be importable; the error for a missing one has the command that installs it.
+        extra: the extra of a distribution that installs them, as in `pip install 'traceml[mlflow]'`.
+        options: options by name, with their type or types; empty accepts any option.
+        address_option: the option that `start_logging(backend_url=…)` sets.
+        key_variable: the environment variable that a key alone goes into.
+        environment: patterns of the environment variables that the tracker's library reads; only its own delivery
+            process gets those. None means variables that begin with the plugin's name.
+    """
+
+    name: str
+    version: str
+    type: PluginType | None = None
+    description: str = ""
+    author: str = ""
+    dependencies: tuple[str, ...] = ()
+    extra: str | None = None
+    options: Mapping[str, _OptionType] = field(default_factory=dict)
+    address_option: str | None = None
+    key_variable: str | None = None
+    environment: tuple[str, ...] | None = None
+
+    def missing(self) -> str | None:
+        """Return which dependency is not installed and how to install it, or None; imports nothing."""
+        from importlib.util import find_spec
+
+        missing = [module for module in self.dependencies if find_spec(module.partition(".")[0]) is None]
+        if not missing:
+            return None
+
+        wanted = f"'traceml[{self.extra}]'" if self.extra else " ".join(missing)
+        return f"{self.name} needs {', '.join(missing)}, which is not installed: pip install {wanted}"
+
+    def check_options(self, options: Mapping[str, object]) -> None:
+        """Check the names and types of options.
+
+        Raises:
+            PluginError: there is no such option, or its value has another type.
+        """
+        if not self.options:
+            return
+
+        for key, value in options.items():
+            types = self.options.get(key)
+            if types is None:
+                known = ", ".join(sorted(self.options))
+                raise PluginError(f"backend {self.name!r} has no option {key!r}; there are: {known}")
+            if not isinstance(value, types):
+                wanted = " or ".join(each.__name__ for each in (types if isinstance(types, tuple) else (types,)))
+                raise PluginError(f"option {key!r} of backend {self.name!r} is {value!r:.100}; it must be {wanted}")

@@ -1,0 +1,106 @@
+"""Loggers of the experiments that are open, and of the run as a whole."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from traceml import settings
+from traceml.recorder import api
+from traceml.recorder.identity import script_name
+from traceml.recorder.logger import Logger
+from traceml.track.rank.announcement import announcement
+
+__all__ = ["ExperimentLoggers", "loggers"]
+
+_UNDECIDED = 10_000
+
+
+class ExperimentLoggers:
+    """Open experiments' loggers, the innermost last.
+
+    Attributes:
+        root: logs for the run's own experiment.
+        active: logs for the innermost experiment that is open, else for the run's own.
+    """
+
+    def __init__(self) -> None:
+        self.root = Logger(0, self._root_row)
+        self.active = self.root
+        self._open: list[Logger] = []
+        self._first: Logger | None = None  # of the first experiment that the script began with the current recorder
+        self._undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
+
+    def activate(self, logger: Logger) -> None:
+        """Open an experiment inside those that are open."""
+        self._first = self._first or logger
+        self._open.append(logger)
+        self._set_active(logger)
+
+    def deactivate(self, logger: Logger) -> None:
+        """Close an experiment; the one around it is active again."""
+        self._open.remove(logger)
+        self._set_active(self._open[-1] if self._open else self.root)
+
+    def announce_run(self) -> None:
+        """Announce the run's own experiment, unless an explicit one has taken its place."""
+        if self._first is None:
+            self.root.begin()
+
+        self.settle()
+
+    def when_decided(self, action: Callable[[Logger], object]) -> None:
+        """Log something about the whole run as soon as it is known which experiment represents the run.
+
+        That is the run's own once something is logged for it, or the first one that the script begins.
+
+        Args:
+            action: called with that experiment's logger.
+        """
+        self._undecided.append(action)
+        if self._first is not None or self.root.has_begun:
+            self.settle()
+
+    def settle(self) -> None:
+        """Run the actions that wait for the experiment that represents the run."""
+        while self._undecided:
+            self._undecided.popleft()(self._open[0] if self._open else self._first or self.root)
+
+    def forget_run(self, forked: bool) -> None:
+        """Forget which experiment represents the run: the next recorder has another run.
+
+        Args:
+            forked: whether the recorder changes because this process was forked, and the run stays.
+        """
+        if forked:
+            return
+
+        self._first = self._open[0] if self._open else None
+        self._undecided.clear()
+        recorder = api.current()
+        if recorder is not None and recorder.spawned is not None:
+            self.root.experiment = recorder.spawned.experiment
+
+    def _set_active(self, logger: Logger) -> None:
+        """Set the active logger; children that are spawned from now on log for its experiment too."""
+        self.active = logger
+        recorder = api.current()
+        if recorder is not None and recorder.enabled:
+            recorder.tell_children(logger.experiment)
+
+    def _root_row(self, config: settings.Config) -> dict[str, Any] | None:
+        """Return the announcement of the run's own experiment.
+
+        None where the settings name no tracker, and in a spawned child, whose parent has announced it.
+        """
+        if not config.backend or self.root.experiment:
+            return None
+
+        name = config.run_name or config.run_id or script_name()
+        about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
+        return about | announcement(config, config.backend, config.backend_options)
+
+
+loggers = ExperimentLoggers()
+api.on_change.append(loggers.forget_run)
