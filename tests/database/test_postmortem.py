@@ -163,7 +163,7 @@ def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
     ("offset", "data", "words"),
     [
         (0, b"NOTMAGIC", "damaged: it has no whole header"),
-        (8, struct.pack("@q", 99), "format 99, this traceml reads 2"),
+        (8, struct.pack("@q", 99), "format 99, this traceml reads 3"),
         (16, struct.pack("@q", 1 << 30), "cut off"),
         (12288, b"\xc1" * 64, "header cannot be unpacked"),
     ],

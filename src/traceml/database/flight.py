@@ -65,7 +65,7 @@ class FlightFile:
     Attributes:
         path: the file, None when only anonymous memory could be had.
         identity: who writes it.
-        open_slots: 16 int64 words: what is open now, see `Slot`.
+        open_slots: int64 words for what is open now: one per `Phase`, then one per `Slot`.
         rings, logs: the tables by name.
         metrics: the ring of the values that the user logged.
         names: numbers of the names that rows use.

@@ -25,7 +25,7 @@ import msgpack
 from traceml.clock import boot_id
 from traceml.database.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.rings import COUNTERS_PER_TABLE, RowSlice
-from traceml.database.schema import TABLES, USER_TABLES, Phase, Slot, Table
+from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "LAYOUT_AT",
     "LAYOUT_BYTES",
     "MAGIC",
-    "MAX_TABLES",
     "OPEN_SLOTS_AT",
     "OWN_FILES",
     "PROLOGUE",
@@ -57,14 +56,13 @@ __all__ = [
 # The file: a header page of int64 words (prologue, open slots, counters), the identity twice (one is current while the
 # other is rewritten), the layout of the tables, and the tables themselves.
 MAGIC = b"TRACEMLF"
-VERSION = 2
+VERSION = 3
 # magic, version, size of the file, monotonic and epoch stamps of its creation, current identity (0 or 1), lengths of
 # both identities, length of the layout, epoch second at which a cleaner first found the owner dead
 PROLOGUE = struct.Struct("@8s9q")
 DEAD_SINCE_AT = 72
 OPEN_SLOTS_AT = 128
-COUNTERS_AT = 256
-MAX_TABLES = 32
+COUNTERS_AT = OPEN_SLOTS_AT + 8 * OPEN_SLOTS
 IDENTITY_AT = (4096, 8192)
 IDENTITY_BYTES = 4096
 LAYOUT_AT = 12288
@@ -138,7 +136,7 @@ class FlightSnapshot:
             self._check_layout(name, layout)
             self._tables[name] = (index, _Placed(name, offset, capacity, row_bytes))
 
-        words = struct.unpack_from("@16q", data, OPEN_SLOTS_AT)
+        words = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
         self._slots: tuple[int, ...] = words
 
     def __repr__(self) -> str:

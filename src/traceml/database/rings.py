@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import threading
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgpack
@@ -104,12 +105,13 @@ class Ring(_Counted):
         count: the header page as int64; `count[slot]` is the append counter.
     """
 
-    __slots__ = ("buffer", "capacity", "mask", "offset", "pack_into", "row_bytes")
+    __slots__ = ("_table", "buffer", "capacity", "mask", "offset", "pack_into", "row_bytes")
 
     def __init__(
         self, table: Table, buffer: mmap.mmap, offset: int, capacity: int, count: memoryview[int], slot: int
     ) -> None:
         super().__init__(table.name, count, slot)
+        self._table = table
         self.pack_into = table.struct.pack_into
         self.row_bytes = table.row_bytes
         self.buffer, self.offset, self.capacity, self.mask = buffer, offset, capacity, capacity - 1
@@ -122,6 +124,22 @@ class Ring(_Counted):
         n = self.count[self.slot]
         self.pack_into(self.buffer, self.offset + (n & self.mask) * self.row_bytes, *values)
         self.count[self.slot] = n + 1
+
+    def appender(self, *columns: str) -> Callable[..., None]:
+        """Return an `append` that takes the values of some columns, in the table's order, and writes 0 to the others.
+
+        Raises:
+            ValueError: a column does not exist, or comes in another order.
+        """
+        pack_into, buffer, offset = self._table.partial_struct(*columns).pack_into, self.buffer, self.offset
+        count, slot, mask, row_bytes = self.count, self.slot, self.mask, self.row_bytes
+
+        def append(*values: float) -> None:
+            n = count[slot]
+            pack_into(buffer, offset + (n & mask) * row_bytes, *values)
+            count[slot] = n + 1
+
+        return append
 
     def oldest(self) -> int:
         """Return the sequence number of the oldest row that is certainly whole.

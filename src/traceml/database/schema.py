@@ -6,17 +6,18 @@ the ring, cross the wire, and (compressed) rest in the store. A log has rows of 
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
     "BLOBS",
+    "DEVICE_PHASES",
     "DEVICE_STEPS",
     "EVALS",
     "GPU",
@@ -26,9 +27,12 @@ __all__ = [
     "LOGGED",
     "LOGS",
     "METRICS",
+    "MICRO_BATCHES_MASK",
     "NAMES",
+    "OPEN_SLOTS",
     "PACKED",
     "PHASE_COLUMNS",
+    "PHASE_LABELS",
     "PROCESS",
     "STEPS",
     "TABLES",
@@ -41,6 +45,7 @@ __all__ = [
     "MetricKind",
     "Phase",
     "Slot",
+    "StepBits",
     "StepFlag",
     "Table",
     "pack_bits",
@@ -66,9 +71,31 @@ class Table:
     capacity: int
 
     @cached_property
-    def struct(self) -> struct.Struct:
+    def struct(self) -> Struct:
         """The row's layout for `pack_into`; native and little-endian are the same bytes on supported machines."""
-        return struct.Struct("@" + "".join(column.code for column in self.columns))
+        return Struct("@" + "".join(column.code for column in self.columns))
+
+    def partial_struct(self, *names: str) -> Struct:
+        """Return a layout whose `pack_into` takes some columns, in the table's order; it writes zeros to the others.
+
+        Raises:
+            ValueError: a column does not exist, or comes in another order.
+        """
+        codes = "".join(column.code if column.name in names else "8x" for column in self.columns)
+        if tuple(name for name in self.names if name in names) != names:
+            raise ValueError(f"{self.name}: {', '.join(names)} are not columns in the table's order")
+
+        return Struct("@" + codes)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns, in order."""
+        return tuple(column.name for column in self.columns)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Position of each column by name."""
+        return {name: position for position, name in enumerate(self.names)}
 
     @property
     def row_bytes(self) -> int:
@@ -84,7 +111,7 @@ class Table:
 
     @property
     def layout(self) -> list[list[str]]:
-        """The layout as it is told in the hello: [[name, code], ...]."""
+        """The layout as sent in the hello: [[name, code], ...]."""
         return [[column.name, column.code] for column in self.columns]
 
 
@@ -97,38 +124,70 @@ class Log:
 
     @property
     def layout(self) -> str:
-        """The layout as it is told in the hello."""
+        """The layout as sent in the hello."""
         return "msgpack"
 
 
 class Phase(IntEnum):
-    """Parts of a step, in the order of their columns; the value is also the open-phase slot in the flight file."""
+    """Parts of a step: one line is one phase, its column in `STEPS` and its slot in the flight file.
 
-    INPUT_WAIT = 0
-    H2D = 1
-    FORWARD = 2
-    BACKWARD = 3
-    OPTIMIZER = 4
-    COMM = 5
-    CHECKPOINT = 6
-    USER = 7
+    The value is the position among the columns and the number of the open slot. New phases go at the end.
+    """
+
+    doc: str
+
+    def __new__(cls, value: int, doc: str = "") -> Phase:
+        """Make a member.
+
+        Args:
+            value: its number.
+            doc: meaning of its column.
+        """
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.doc = doc
+        return member
+
+    @property
+    def label(self) -> str:
+        """The name in reports and exports."""
+        return self.name.lower()
+
+    @property
+    def column(self) -> str:
+        """The column in `STEPS`, and in `DEVICE_STEPS` where it has one."""
+        return f"{self.label}_ns"
+
+    INPUT_WAIT = 0, "waiting for the data loader"
+    H2D = 1, "copies to the device, as seen by the CPU"
+    FORWARD = 2, "outermost model calls"
+    BACKWARD = 3, "backward passes, the waiting for other ranks inside them included"
+    OPTIMIZER = 4, "optimizer steps, GradScaler.step included"
+    COMM = 5, "collectives which the user's code or an optimizer called from Python"
+    CHECKPOINT = 6, "torch.save and distributed checkpoints"
+    USER = 7, "the user's own phases together; apart in user_phases"
+
+
+PHASE_LABELS = tuple(phase.label for phase in Phase)
+PHASE_COLUMNS = tuple(phase.column for phase in Phase)
+
+OPEN_SLOTS = 32
+"""Words of `open_slots` in the flight file. The first 16 are for phases, also for those that do not exist yet."""
 
 
 class Slot(IntEnum):
-    """The words of `open_slots`; 0 to 7 are the phases, each with the stamp of its start while it is open, else 0."""
+    """Words of `open_slots` after the phases; a phase's own word is the stamp of its start while it is open, else 0."""
 
-    STEP_START = 8  # monotonic stamp at which the open step began, 0 without one
-    STEP = 9  # number of the open step, -1 without one
-    USER_NAME = 10  # id in `names` of the innermost open user phase
-    STATE = 11  # FlightState
-    EXIT_START = 12  # monotonic stamp at which the process began to end, 0 before
-    HEARTBEAT = 13  # monotonic stamp of the last time the recorder's thread woke
-    WORLD = 14  # free for the recorder
-    SPARE = 15
+    STEP_START = 16  # monotonic stamp at which the open step began, 0 without one
+    STEP = 17  # number of the open step, -1 without one
+    USER_NAME = 18  # id in `names` of the innermost open user phase
+    STATE = 19  # FlightState
+    EXIT_START = 20  # monotonic stamp at which the process began to end, 0 before
+    HEARTBEAT = 21  # monotonic stamp of the last time the recorder's thread woke
 
 
 class StepFlag(IntFlag):
-    """What else is known of a step."""
+    """Further facts about a step."""
 
     EXPLICIT = 1  # bounded by trace_step()
     INFERRED = 2  # no optimizer was seen; bounded by batches
@@ -136,6 +195,28 @@ class StepFlag(IntFlag):
     NO_LOADER = 8  # no data loader took part
     DEVICE = 16  # device times follow in device_steps
     CALLBACK = 32  # backward_own_ns was measured on this step
+
+
+class StepBits(NamedTuple):
+    """The fields of the column `bits`, as numbers or as numpy arrays."""
+
+    micro_batches: Any
+    flags: Any
+    sequence: Any
+
+
+MICRO_BATCHES_MASK = 0xFFFF
+"""A number of micro-batches under this mask is a value of `bits` without flags and sequence."""
+
+
+def pack_bits(micro_batches: int, flags: int, sequence: int = 0) -> int:
+    """Return the column `bits`: micro-batches, `StepFlag`s and the collective sequence number in one int64."""
+    return (micro_batches & MICRO_BATCHES_MASK) | (flags & 0xFFFF) << 16 | (sequence & 0x7FFFFFFF) << 32
+
+
+def unpack_bits(bits: Any) -> StepBits:
+    """Return the fields of `bits`, of one row or of a numpy array of rows."""
+    return StepBits(bits & MICRO_BATCHES_MASK, bits >> 16 & 0xFFFF, bits >> 32 & 0x7FFFFFFF)
 
 
 class MetricKind(IntEnum):
@@ -164,20 +245,12 @@ STEPS = Table(
         _q("step", "training step, from 0"),
         _q("t_end_ns", "monotonic stamp at which the step closed"),
         _q("total_ns", "wall time of the step, evaluation between steps excluded"),
-        _q("input_wait_ns", "waiting for the data loader"),
-        _q("h2d_ns", "copies to the device, as seen by the CPU"),
-        _q("forward_ns", "outermost model calls"),
-        _q("backward_ns", "backward passes, the waiting for other ranks inside them included"),
-        _q("optimizer_ns", "optimizer steps, GradScaler.step included"),
-        _q("comm_ns", "collectives which the user's code or an optimizer called from Python"),
-        _q("checkpoint_ns", "torch.save and distributed checkpoints"),
-        _q("user_ns", "the user's own phases together; apart in user_phases"),
+        *(_q(phase.column, phase.doc) for phase in Phase),
         _q("backward_own_ns", "backward until the last local gradient was there; -1 when not measured"),
         _q("bits", "micro-batches (16 bits), StepFlag (16 bits), collective sequence number (31 bits)"),
     ),
     capacity=65536,
 )
-PHASE_COLUMNS = tuple(f"{phase.name.lower()}_ns" for phase in Phase)
 
 USER_PHASES = Table(
     "user_phases",
@@ -213,6 +286,7 @@ DEVICE_STEPS = Table(
     ),
     capacity=16384,
 )
+DEVICE_PHASES = tuple(phase for phase in Phase if phase.column in DEVICE_STEPS.index)
 PROCESS = Table(
     "process",
     (
@@ -330,13 +404,3 @@ TABLES: dict[str, Table | Log] = {
     **{table.name: table for table in PACKED},
     **{log.name: log for log in (*LOGS, BLOBS)},
 }
-
-
-def pack_bits(micro: int, flags: int, sequence: int) -> int:
-    """Put micro-batch count, flags and the collective sequence number into one int64."""
-    return (micro & 0xFFFF) | (flags & 0xFFFF) << 16 | (sequence & 0x7FFFFFFF) << 32
-
-
-def unpack_bits(bits: int) -> tuple[int, int, int]:
-    """Return (micro-batches, flags, collective sequence number)."""
-    return bits & 0xFFFF, bits >> 16 & 0xFFFF, bits >> 32 & 0x7FFFFFFF

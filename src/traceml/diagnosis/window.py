@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import STEPS
+from traceml.database.schema import DEVICE_PHASES, PHASE_COLUMNS, PHASE_LABELS, STEPS, unpack_bits
 
 __all__ = ["PHASES", "Floats", "StepWindow", "Window", "slots_for"]
 
@@ -21,14 +21,14 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
 
-PHASES = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "user", "other")
+PHASES = (*PHASE_LABELS, "other")
 """The parts of a step in a `Window`; they add up to its total. `backward` here includes the waiting inside it."""
 
-# The ten durations of a step row lie side by side, so one slice of the row matrix holds them all.
-_TOTAL, _OWN = 0, 9
-_COLUMNS = [column.name for column in STEPS.columns]
-_FIRST_VALUE, _LAST_VALUE = _COLUMNS.index("total_ns"), _COLUMNS.index("backward_own_ns")
-_DEVICE_FIELDS = ("h2d_ns", "forward_ns", "backward_ns", "optimizer_ns", "comm_ns")
+# The durations of a step row are neighbors, so one slice of the row matrix holds them all.
+_DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["backward_own_ns"] + 1)
+_POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
+_DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
+_DEVICE_VALUES = (*(phase.column for phase in DEVICE_PHASES), "backward_own_ns")
 
 # A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
 _MAX_CELLS = 640_000
@@ -112,7 +112,7 @@ class StepWindow:
     """The last rows of every rank, at most `slots` steps each: a ring per rank that grows with the number of ranks.
 
     A rank's rows must come in order; a rank that starts again from step 0 overwrites what it left. Durations are kept
-    as float32 (a step of ten seconds to the microsecond), 52 bytes per rank and step.
+    as float32 (a step of ten seconds to the microsecond), 50 bytes per rank and step.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
@@ -127,8 +127,8 @@ class StepWindow:
         self._sequence = np.empty(0, np.int64)
         self._end_ns = np.empty(0, np.int64)
         self._step = np.empty(0, np.int64)
-        self._bits = np.empty(0, np.uint32)
-        self._values = np.empty((0, 10), np.float32)
+        self._flags = np.empty(0, np.uint16)
+        self._values = np.empty((0, len(_POSITION)), np.float32)
         self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
         self._device: tuple[Ints, Floats] | None = None
         self._grow(ranks)
@@ -151,7 +151,7 @@ class StepWindow:
     @property
     def nbytes(self) -> int:
         """Memory held by the rings."""
-        held = [self._step, self._bits, self._values, *(array for pair in self._user.values() for array in pair)]
+        held = [self._step, self._flags, self._values, *(array for pair in self._user.values() for array in pair)]
         return sum(array.nbytes for array in [*held, *(self._device or ())])
 
     def scatter(self, rank_indices: Ints, rows: Rows) -> None:
@@ -166,15 +166,15 @@ class StepWindow:
 
         matrix = np.ascontiguousarray(rows).view(np.int64).reshape(len(rows), -1)
         self._grow(int(rank_indices.max()) + 1)
-        steps, bits = matrix[:, 0], matrix[:, -1]
+        steps, bits = matrix[:, STEPS.index["step"]], unpack_bits(matrix[:, STEPS.index["bits"]])
         at = rank_indices * self.slots + steps % self.slots
         self._step[at] = steps
-        self._bits[at] = bits & 0xFFFFFFFF
-        self._values[at] = matrix[:, _FIRST_VALUE : _LAST_VALUE + 1]
+        self._flags[at] = bits.flags
+        self._values[at] = matrix[:, _DURATIONS]
         # A repeated index keeps the last value given, which is the rank's newest row.
         self._latest[rank_indices] = steps
-        self._sequence[rank_indices] = bits >> 32
-        self._end_ns[rank_indices] = matrix[:, 1]
+        self._sequence[rank_indices] = bits.sequence
+        self._end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
 
     def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
         """Take rows of `schema.USER_PHASES` of one rank; `names` are that rank's names by id.
@@ -201,12 +201,12 @@ class StepWindow:
         self._grow(int(rank_indices.max()) + 1)
         if self._device is None:
             cells = self._capacity * self.slots
-            self._device = np.full(cells, -1, np.int64), np.zeros((cells, 6), np.float32)
+            self._device = np.full(cells, -1, np.int64), np.zeros((cells, len(_DEVICE_VALUES)), np.float32)
 
         steps, values = self._device
         at = rank_indices * self.slots + rows["step"] % self.slots
         steps[at] = rows["step"]
-        for column, name in enumerate((*_DEVICE_FIELDS, "backward_own_ns")):
+        for column, name in enumerate(_DEVICE_VALUES):
             values[at, column] = rows[name]
 
     def end(self, rank_index: int) -> None:
@@ -269,14 +269,13 @@ class StepWindow:
     def _window(self, ranks: Ints, steps: Ints, behind: tuple[int, ...]) -> Window:
         at = ranks[:, None] * self.slots + steps % self.slots
         values = np.ascontiguousarray(np.moveaxis(self._values[at], -1, 0))
-        total, own = values[_TOTAL], values[_OWN]
+        total, own = values[_POSITION["total_ns"]], values[_POSITION["backward_own_ns"]]
         own[own < 0] = np.nan
-        times = dict(zip(PHASES, values[1:_OWN], strict=False))
+        times = {label: values[_POSITION[name]] for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
         device = self._replace_by_device(times, own, total, at, steps)
         times["other"] = np.maximum(total - sum(times.values()), 0)
-        flags = (self._bits[at] >> 16).astype(np.uint16)
         user = {name: self._user_values(name, at, steps) for name in self._user}
-        return Window(ranks, steps, times, total, own, user, flags, behind, device)
+        return Window(ranks, steps, times, total, own, user, self._flags[at], behind, device)
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         """Put device times in the place of what the CPU saw of the device's phases: on CUDA that is only the launch.
@@ -291,12 +290,12 @@ class StepWindow:
             return False
 
         values = self._device[1][at]
-        for column, name in enumerate(_DEVICE_FIELDS):
-            np.copyto(times[name.removesuffix("_ns")], values[..., column], where=found)
+        for column, name in enumerate(_DEVICE_LABELS):
+            np.copyto(times[name], values[..., column], where=found)
 
-        np.copyto(own, np.where(values[..., 5] < 0, np.nan, values[..., 5]), where=found)
-        idle = np.maximum(total - sum(times[name.removesuffix("_ns")] for name in _DEVICE_FIELDS), 0)
-        for name in ("input_wait", "checkpoint", "user"):
+        np.copyto(own, np.where(values[..., -1] < 0, np.nan, values[..., -1]), where=found)
+        idle = np.maximum(total - sum(times[name] for name in _DEVICE_LABELS), 0)
+        for name in (label for label in PHASE_LABELS if label not in _DEVICE_LABELS):
             np.copyto(times[name], np.minimum(times[name], idle), where=found)
             idle = idle - times[name]
 
@@ -325,8 +324,8 @@ class StepWindow:
         self._sequence = np.concatenate([self._sequence, np.zeros(more, np.int64)])
         self._end_ns = np.concatenate([self._end_ns, np.zeros(more, np.int64)])
         self._step = np.concatenate([self._step, np.full(cells, -1, np.int64)])
-        self._bits = np.concatenate([self._bits, np.zeros(cells, np.uint32)])
-        self._values = np.concatenate([self._values, np.zeros((cells, 10), np.float32)])
+        self._flags = np.concatenate([self._flags, np.zeros(cells, np.uint16)])
+        self._values = np.concatenate([self._values, np.zeros((cells, len(_POSITION)), np.float32)])
         self._user = {name: _longer(pair, cells) for name, pair in self._user.items()}
         self._device = _longer(self._device, cells) if self._device else None
         self._capacity += more

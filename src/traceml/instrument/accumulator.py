@@ -14,13 +14,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Phase, StepFlag
+from traceml.database.schema import MICRO_BATCHES_MASK, PHASE_COLUMNS, STEPS, Phase, Slot, StepFlag, pack_bits
 from traceml.instrument.closure_cells import CellField, ClosureCells
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
-    from traceml.instrument.device import DeviceTimes
-
 __all__ = [
     "ASK",
     "FIRST_USER",
@@ -32,12 +30,18 @@ __all__ = [
     "on_training_thread",
 ]
 
-OTHER = 8  # the account of time in no phase; never read, as it is what is left of the total
-FIRST_USER = 9  # user phase k has its time at FIRST_USER + 2k and its entries at FIRST_USER + 2k + 1
-_INPUT_WAIT = int(Phase.INPUT_WAIT)
-_STEP_START, _STEP = 8, 9  # words of `open_slots`
+OTHER = len(Phase)  # the account of time in no phase; never read, as it is what is left of the total
+FIRST_USER = OTHER + 1  # user phase k has its time at FIRST_USER + 2k and its entries at FIRST_USER + 2k + 1
+_INPUT_WAIT, _FORWARD, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.FORWARD), int(Phase.BACKWARD)
+_OPTIMIZER, _USER = int(Phase.OPTIMIZER), int(Phase.USER)
+_STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
+# The columns of every step, and the few of a usual one, whose other columns are 0.
+_COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "bits")
+_USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
+                  "backward_own_ns", "bits")  # fmt: skip
 # Plain ints: arithmetic on enum members costs a microsecond.
-_NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
+_NO_LOADER, DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
+_NO_LOADER_BITS = pack_bits(0, _NO_LOADER)
 UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
 
@@ -77,6 +81,28 @@ class StepListener(Protocol):
         """The first step is done, or another 64 are: with how much forward time, and how many backward passes."""
 
 
+class StepDeviceTimer(Protocol):
+    """Measures the device time of the open step: see `device.DeviceTimes`."""
+
+    def mark_own(self) -> None:
+        """The last local gradient is there."""
+
+    def cut(self) -> None:
+        """The step is cut: what follows may belong elsewhere."""
+
+    def discard(self) -> None:
+        """What followed the cut was evaluation."""
+
+    def close(self, step: int) -> bool:
+        """The step ends (-1: without a row); return whether a device row will follow."""
+
+    def close_prefix(self, step: int) -> bool:
+        """The step ended at the cut; return whether a device row will follow."""
+
+    def drain(self) -> None:
+        """Read what is complete, at the end of the run."""
+
+
 class StepAccumulator:
     """Times of the open step, by phase.
 
@@ -112,9 +138,11 @@ class StepAccumulator:
         self.cells, self.bind = hot.by_name, hot.bind
         self.listener, self.thread, self.errors = listener, thread, 0
         self.ring = flight.ring("steps")
-        self.evals, self.user_rows = flight.ring("evals"), flight.ring("user_phases")
+        self._append_step = self.ring.appender(*_COLUMNS)
+        self._append_eval = flight.ring("evals").appender("step", "t_end_ns", "ns", "batches")
+        self._append_user = flight.ring("user_phases").appender("step", "name_id", "ns", "count")
         self.open_slots: Any = flight.open_slots  # the flight file's words, or what stands in for them
-        self.device: DeviceTimes | None = None
+        self.device: StepDeviceTimer | None = None
         self.group: Any = None  # the default process group once there is one
         self.sequence: Callable[[], int] | None = None  # how many collectives it has issued
         self.extras = False  # there is a device, or a group with other ranks
@@ -137,23 +165,25 @@ class StepAccumulator:
     def acc(self) -> list[int]:
         """All accounts, by number: a copy."""
         acc = self.rare.copy()
-        acc[0], acc[2], acc[3], acc[4] = self.input_ns, self.forward_ns, self.backward_ns, self.optimizer_ns
+        acc[_INPUT_WAIT], acc[_FORWARD] = self.input_ns, self.forward_ns
+        acc[_BACKWARD], acc[_OPTIMIZER] = self.backward_ns, self.optimizer_ns
         return acc
 
     @acc.setter
     def acc(self, acc: list[int]) -> None:
-        self.input_ns, self.forward_ns, self.backward_ns, self.optimizer_ns = acc[0], acc[2], acc[3], acc[4]
+        self.input_ns, self.forward_ns = acc[_INPUT_WAIT], acc[_FORWARD]
+        self.backward_ns, self.optimizer_ns = acc[_BACKWARD], acc[_OPTIMIZER]
         self.rare = acc
 
     def add(self, account: int, ns: int) -> None:
         """Add time to any account."""
-        if account == 4:
+        if account == _OPTIMIZER:
             self.optimizer_ns += ns
-        elif account == 3:
+        elif account == _BACKWARD:
             self.backward_ns += ns
-        elif account == 2:
+        elif account == _FORWARD:
             self.forward_ns += ns
-        elif account == 0:
+        elif account == _INPUT_WAIT:
             self.input_ns += ns
         elif account != OTHER:
             self.rare[account] += ns
@@ -208,28 +238,35 @@ class StepAccumulator:
             self._flush_evals(self.rows)
 
         total = self.base + t - self.seg_start
-        self._append(self.acc, t, total, micro, flags, self.own + self.base_own, device="close")
+        self.note_total(total)
+        if self.device is not None and self.device.close(self.rows):
+            flags |= DEVICE
+
+        self.append_step(self.acc, t, total, micro, flags, self.own + self.base_own)
         self._clear(t)
         self.plan()
+
+    def note_total(self, total: int) -> None:
+        """Update the moving mean of step times, by which `plan` decides."""
+        if self.extras:
+            self.mean_ns += (total - self.mean_ns) >> 4
 
     def plan(self) -> None:
         """Decide what the next step needs; called when it may need more than the usual."""
 
-    def _append(self, acc: list[int], t: int, total: int, micro: int, flags: int, own: int, *, device: str) -> None:
-        """Append a row of the step table, and those of other tables that belong to it."""
+    def append_step(self, acc: list[int], t: int, total: int, micro: int, flags: int, own: int) -> None:
+        """Append a row of the step table, and its rows of the user's phases."""
         n = self.rows
-        user = self._write_users(acc) if self.users else 0
-        sequence = self._read_extras(total) if self.extras else 0
-        if self.device is not None and getattr(self.device, device)(n):
-            flags |= _DEVICE
-
+        times = acc[:OTHER]
+        times[_USER] = self._append_users(acc) if self.users else 0
+        sequence = self.sequence() if self.sequence is not None and self.extras else 0
         own = own if flags & _CALLBACK else -1
-        self.ring.append(n, t, total, *acc[:7], user, own, micro & 0xFFFF | flags << 16 | sequence << 32)
+        self._append_step(n, t, total, *times, own, pack_bits(micro, flags, sequence))
         self.rows = n + 1
         if not n & UPKEEP_MASK:
-            self.listener.upkeep(acc[2], micro)
+            self.listener.upkeep(acc[_FORWARD], micro)
 
-    def use_device(self, device: DeviceTimes, slots: Any) -> None:
+    def use_device(self, device: StepDeviceTimer, slots: Any) -> None:
         """Measure device time too; before any hook is made.
 
         Args:
@@ -275,23 +312,18 @@ class StepAccumulator:
         self.snap_end = self.base = self.base_flags = self.base_own = self.micro = 0
 
     def _flush_evals(self, step: int) -> None:
-        self.evals.append(step, self.eval_end, self.eval_ns, self.eval_batches)
+        self._append_eval(step, self.eval_end, self.eval_ns, self.eval_batches)
         self.eval_ns = self.eval_batches = 0
 
-    def _write_users(self, acc: list[int]) -> int:
+    def _append_users(self, acc: list[int]) -> int:
         total = 0
         for index, name_id in enumerate(self.users):
             at = FIRST_USER + 2 * index
             if at + 1 < len(acc) and (acc[at] or acc[at + 1]):
-                self.user_rows.append(self.rows, name_id, acc[at], acc[at + 1])
+                self._append_user(self.rows, name_id, acc[at], acc[at + 1])
                 total += acc[at]
 
         return total
-
-    def _read_extras(self, total: int) -> int:
-        """Return the collective sequence number, and note how long steps are."""
-        self.mean_ns += (total - self.mean_ns) >> 4
-        return self.sequence() & 0x7FFFFFFF if self.sequence is not None else 0
 
 
 def _is_cell(value: Any) -> bool:
@@ -301,7 +333,8 @@ def _is_cell(value: Any) -> bool:
 def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
     """Return the function that closes the open step at a time: appends its row, begins the next."""
     ring, slots, special, upkeep = accounts.ring, accounts.open_slots, accounts.commit_special, accounts.listener.upkeep
-    pack_into, buffer, offset, mask, row_bytes = ring.pack_into, ring.buffer, ring.offset, ring.mask, ring.row_bytes
+    pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
+    buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
     count, slot = ring.count, ring.slot
     # Cells of the clock.
     input_ns = forward_ns = backward_ns = optimizer_ns = rows = seg_start = attempt = backwards = batches = 0
@@ -319,15 +352,15 @@ def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
 
         n = rows
         if first_loader is None:
-            bits = backwards & 0xFFFF | _NO_LOADER << 16
+            bits = backwards & MICRO_BATCHES_MASK | _NO_LOADER_BITS
         else:
-            bits = min(backwards, batches) & 0xFFFF
+            bits = min(backwards, batches) & MICRO_BATCHES_MASK
             batch = first_loader = None
             batches = 0
 
         row = offset + (n & mask) * row_bytes
         total = t - seg_start
-        pack_into(buffer, row, n, t, total, input_ns, 0, forward_ns, backward_ns, optimizer_ns, 0, 0, 0, -1, bits)
+        pack_into(buffer, row, n, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, bits)
         count[slot] = rows = n + 1  # the row first, its number afterwards
         seg_start = slots[_STEP_START] = t
         slots[_STEP] = n + 1

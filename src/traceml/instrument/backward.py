@@ -22,7 +22,7 @@ from traceml.instrument.step_clock import StepClock
 
 __all__ = ["patch_backward", "timed_backward"]
 
-_BACKWARD = int(Phase.BACKWARD)
+_INPUT_WAIT, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.BACKWARD)
 _CALLBACK = int(StepFlag.CALLBACK)
 
 
@@ -63,7 +63,7 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
 def _careful(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:
     """A backward pass inside another phase, on another thread, or of which more must be known."""
     previous = clock.current
-    if previous in (0, _BACKWARD) or not (clock.is_here() or clock.adopt_thread()):
+    if previous in (_INPUT_WAIT, _BACKWARD) or not (clock.is_here() or clock.adopt_thread()):
         return original(tensors, *args, **kwargs)
 
     handle = None

@@ -12,15 +12,19 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from traceml.database.rings import Ring
-from traceml.database.schema import Phase
+from traceml.database.schema import DEVICE_PHASES, DEVICE_STEPS, PHASE_COLUMNS, Phase
 from traceml.instrument.accumulator import OTHER
 from traceml.instrument.step_clock import StepClock
 
 __all__ = ["DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "cuda_events"]
 
-_INPUT_WAIT, _BACKWARD, _CHECKPOINT = int(Phase.INPUT_WAIT), int(Phase.BACKWARD), int(Phase.CHECKPOINT)
+_BACKWARD = int(Phase.BACKWARD)
 _WAITING = -1  # after the last local gradient: still backward, but not this rank's own
-_COLUMNS = tuple(int(p) for p in (Phase.H2D, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER, Phase.COMM))
+_OWN = -2  # the time until that gradient, where it was measured
+_PHASES = tuple(int(phase) for phase in DEVICE_PHASES)
+_MARKED = frozenset((*_PHASES, _WAITING))
+# The phase of each column of a device row after its total.
+_SOURCES = tuple(PHASE_COLUMNS.index(name) if name in PHASE_COLUMNS else _OWN for name in DEVICE_STEPS.names[2:])
 _MAX_PENDING_STEPS = 64
 _MAX_MARKS = 4096
 _READ_PER_STEP = 2
@@ -62,7 +66,7 @@ class DeviceMarkingSlots:
 
     def __setitem__(self, index: int, value: int) -> None:
         self._slots[index] = value
-        if index < OTHER:
+        if index < OTHER:  # the slot of a phase
             self._device.mark(self._clock.current)
 
 
@@ -92,7 +96,7 @@ class DeviceTimes:
         if not marks:
             return  # this step is not measured
 
-        if phase == _INPUT_WAIT or phase >= _CHECKPOINT:
+        if phase not in _MARKED:
             phase = OTHER  # they launch nothing of their own
 
         if phase == marks[-1][1]:
@@ -114,10 +118,6 @@ class DeviceTimes:
         if self._marks and not self._is_capturing():
             self._cut = len(self._marks)
             self._marks.append((self._recorded(), self._marks[-1][1]))
-
-    def skip(self, _step: int) -> bool:
-        """A row is written of which nothing was measured."""
-        return False
 
     def discard(self) -> None:
         """What followed the cut was evaluation: this step is not measured on the device."""
@@ -189,16 +189,15 @@ class DeviceTimes:
 
 
 def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
-    """Return total, h2d, forward, backward, own backward, optimizer, comm in ns."""
-    spent = dict.fromkeys((*_COLUMNS, _WAITING, OTHER), 0)
+    """Return the columns of a device row after `step`: the total and the phases, in ns."""
+    spent = dict.fromkeys((*_PHASES, _WAITING, OTHER), 0)
     for (event, phase), (after, _) in zip(marks, [*marks[1:], (end, OTHER)], strict=True):
         spent[phase] += round(event.elapsed_time(after) * 1e6)
 
-    own = spent[_BACKWARD] if any(phase == _WAITING for _, phase in marks) else -1
+    spent[_OWN] = spent[_BACKWARD] if any(phase == _WAITING for _, phase in marks) else -1
     spent[_BACKWARD] += spent[_WAITING]
     total = round(marks[0][0].elapsed_time(end) * 1e6)
-    h2d, forward, backward, optimizer, comm = (spent[column] for column in _COLUMNS)
-    return [total, h2d, forward, backward, own, optimizer, comm]
+    return [total, *(spent[phase] for phase in _SOURCES)]
 
 
 def cuda_events() -> tuple[Callable[[], DeviceEvent], Callable[[], bool]] | None:

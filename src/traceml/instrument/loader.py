@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
+from traceml.database.schema import Phase
 from traceml.instrument.accumulator import NOWHERE, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
@@ -15,6 +16,7 @@ __all__ = ["LoaderToken", "TracedIterable", "patch_loaders"]
 
 T = TypeVar("T")
 _TAG = "_traceml_loader"
+_INPUT_WAIT = int(Phase.INPUT_WAIT)
 
 
 class LoaderToken:
@@ -55,8 +57,8 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
             else:
                 boundary(t, loader)
 
-            current = 0
-            slots[0] = t
+            current = _INPUT_WAIT
+            slots[_INPUT_WAIT] = t
         except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
             fail(error)
 
@@ -67,7 +69,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
         if not clock.is_here():
             return None
 
-        previous = clock.enter(0)
+        previous = clock.enter(_INPUT_WAIT)
         return None if previous < 0 else (previous, monotonic_ns())
 
     def end(began: Began, loader: Any, got: bool | None) -> None:
@@ -76,7 +78,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
         spent = monotonic_ns() - start
         input_ns += spent
         current = previous
-        slots[0] = 0
+        slots[_INPUT_WAIT] = 0
         try:
             if previous != OTHER:
                 clock.add(previous, -spent)
@@ -128,7 +130,7 @@ def patch_loaders(
             end(began, loader, got)
 
     def __iter__(self: Any) -> Any:  # noqa: N807 - the name that it stands in for
-        if not clock.is_here() or not clock.current:
+        if not clock.is_here() or clock.current == _INPUT_WAIT:
             return original_iter(self)
 
         loader = tokens.of(self)

@@ -25,7 +25,7 @@ __all__ = ["is_wrapper", "patch_grad_scaler", "patch_optimizer", "patch_optimize
 
 # Their optimizers hold the user's, and step it or (between two steps of accumulated gradients) leave it alone.
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
-_OPTIMIZER = int(Phase.OPTIMIZER)
+_INPUT_WAIT, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
@@ -147,7 +147,7 @@ def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[...
 
 def _careful(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
     """A step that may mean something else than in the loop before."""
-    if not clock.current or not clock.is_here():
+    if clock.current == _INPUT_WAIT or not clock.is_here():
         return original(optimizer, *args, **kwargs)
 
     if clock.depth or clock.current == _OPTIMIZER:
@@ -172,7 +172,7 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
     original = GradScaler.step
 
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or not clock.is_here() or not clock.current or clock.depth:
+        if is_dynamo_compiling() or not clock.is_here() or clock.current == _INPUT_WAIT or clock.depth:
             return original(self, optimizer, *args, **kwargs)
 
         start = monotonic_ns()

@@ -13,9 +13,10 @@ from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
-from traceml.database.schema import Phase, StepFlag
+from traceml.database.schema import Phase, Slot, StepFlag
 from traceml.instrument.accumulator import (
     ASK,
+    DEVICE,
     NOWHERE,
     ON_FORWARD,
     OTHER,
@@ -32,7 +33,7 @@ __all__ = ["FUSED", "StepClock"]
 BACKWARD, OPTIMIZER, CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
 FUSED = 1  # stands for all optimizers that step inside backward; no object has this id
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
-_STEP_START, _STEP = 8, 9
+_STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _SAMPLED_MASK = 3  # what costs more than the budget is measured on every 4th step
 _SLOW_STEP_NS = 2_000_000  # ... and on every step when they are this long
 _HELD_BATCHES = 64  # so many backward passes without any optimizer step: there is none
@@ -383,7 +384,11 @@ class StepClock(StepAccumulator):
         acc, snap = self.acc, self.snap or self.zeros
         snap = snap + [0] * (len(acc) - len(snap))
         flags = self.base_flags | (_NO_LOADER if self.snap_first is None else 0)
-        self._append(snap, self.snap_end, self.base, self.micro, flags, self.base_own, device="close_prefix")
+        self.note_total(self.base)
+        if self.device is not None and self.device.close_prefix(self.rows):
+            flags |= DEVICE
+
+        self.append_step(snap, self.snap_end, self.base, self.micro, flags, self.base_own)
         if self.eval_ns:
             self._flush_evals(self.rows)
 
@@ -484,7 +489,8 @@ class StepClock(StepAccumulator):
         flags = _INFERRED | (_NO_LOADER if self.first_loader is None else 0)
         for end, acc, total in self.unclaimed:
             part = [b - a for b, a in zip(acc, before + [0] * (len(acc) - len(before)), strict=False)]
-            self._append(part, end, total - before_total, 1, flags, -1, device="skip")
+            self.note_total(total - before_total)
+            self.append_step(part, end, total - before_total, 1, flags, -1)
             before, before_total = acc, total
 
         self.unclaimed.clear()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.journaled import NameTable
+from traceml.database.schema import Phase, Slot
 from traceml.instrument.accumulator import FIRST_USER
 from traceml.instrument.step_clock import StepClock
 
@@ -21,7 +22,7 @@ __all__ = ["StepBlock", "UserPhase", "UserPhases", "traced"]
 F = TypeVar("F", bound=Callable[..., Any])
 _MAX_NAMES = 256
 _MORE = "(more phases)"
-_USER, _USER_NAME = 7, 10
+_INPUT_WAIT, _USER, _USER_NAME = int(Phase.INPUT_WAIT), int(Phase.USER), int(Slot.USER_NAME)
 
 
 class UserPhase:
@@ -35,7 +36,7 @@ class UserPhase:
     def __enter__(self) -> UserPhase:
         clock = self._clock
         previous = clock.current
-        if not previous or clock.thread != get_ident():
+        if previous == _INPUT_WAIT or clock.thread != get_ident():
             return self
 
         try:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from traceml.database.schema import METRICS, Slot
 from traceml.privacy import secrets_only
 from traceml.recorder import api
 from traceml.recorder.logged_values import DeferredValue, number_of, plain, step_of
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Logger", "settle"]
 
 _time_ns = time.time_ns
+_STEP, _ROW_BYTES = int(Slot.STEP), METRICS.row_bytes
 # What is not even stored with its secrets; what else is masked for trackers is masked when it is delivered.
 _MASKED = {"params", "tags"}
 
@@ -90,7 +92,7 @@ class Logger:
                 return
 
         if step is None:
-            step = self._slots[9]
+            step = self._slots[_STEP]
             if step < 0:
                 step = entry[1]
                 entry[1] = step + 1
@@ -110,7 +112,14 @@ class Logger:
                 n = count[slot]
                 if n < ring.limit:
                     self._pack_into(
-                        self._buffer, self._at + (n & self._mask) * 48, t_ns, step, entry[0], value, kind, self._number
+                        self._buffer,
+                        self._at + (n & self._mask) * _ROW_BYTES,
+                        t_ns,
+                        step,
+                        entry[0],
+                        value,
+                        kind,
+                        self._number,
                     )
                     if count[slot] == n:  # else a signal handler has logged meanwhile, into the same place
                         count[slot] = n + 1
@@ -176,7 +185,7 @@ class Logger:
         if entry is None:
             return 0
 
-        current = self._slots[9]
+        current = self._slots[_STEP]
         if current >= 0:
             return int(current)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.reader import StoreReader
-from traceml.database.schema import PHASE_COLUMNS, STEPS
+from traceml.database.schema import PHASE_COLUMNS, STEPS, unpack_bits
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.runs.find import find_run
@@ -108,8 +108,7 @@ class Run:
             steps[name] = rows[name]
 
         steps["other_ns"] = rows["total_ns"] - sum(rows[name] for name in PHASE_COLUMNS)
-        bits = rows["bits"]
-        steps["micro_batches"], steps["flags"], steps["sequence"] = bits & 0xFFFF, bits >> 16 & 0xFFFF, bits >> 32
+        steps["micro_batches"], steps["flags"], steps["sequence"] = unpack_bits(rows["bits"])
         return steps.view(RecordArray)
 
     def table(self, name: str, attempt: int | None = None) -> RecordArray:

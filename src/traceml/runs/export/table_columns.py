@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.reader import StreamRecord
-from traceml.database.schema import INFO, LOGGED, METRICS, PACKED, MetricKind, Table
+from traceml.database.schema import (
+    INFO,
+    LOGGED,
+    METRICS,
+    PACKED,
+    PHASE_COLUMNS,
+    MetricKind,
+    StepFlag,
+    Table,
+    unpack_bits,
+)
 from traceml.runs.clocks import RunClocks
 
 __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "log_part", "packed_part"]
@@ -59,6 +69,7 @@ _DOCS = {
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "when, nanoseconds since 1970 by the aggregator's clock")
 _JSON = ExportColumn("data_json", "string", "everything else, as a JSON object")
+_FLAG_WORDS = ", ".join(f"{flag.value} {flag.name.lower().replace('_', ' ')}" for flag in StepFlag if flag.name)
 # What a stored column is in the export, where it is not itself.
 _RENAMED = {"ns": "duration_ns"}
 _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
@@ -73,7 +84,7 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "bits": (
         ExportColumn("other_ns", "int64", "what is left of total_ns: code outside the known phases"),
         ExportColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
-        ExportColumn("flags", "int64", "bits: 1 explicit, 2 inferred, 4 skipped, 8 no loader, 16 device, 32 callback"),
+        ExportColumn("flags", "int64", "bits: " + _FLAG_WORDS),
         ExportColumn("sequence", "int64", "collectives issued so far"),
     ),
 }
@@ -167,14 +178,13 @@ def _columns_of(
 
 
 def _bits(rows: NDArray[np.void]) -> Part:
-    bits = rows["bits"]
-    known = [name for name in rows.dtype.names or () if name.endswith("_ns")]
-    parts = [name for name in known if name not in ("t_end_ns", "total_ns", "backward_own_ns")]
+    bits = unpack_bits(rows["bits"])
+    parts = [name for name in PHASE_COLUMNS if name in (rows.dtype.names or ())]
     return {
         "other_ns": rows["total_ns"] - sum(rows[name] for name in parts),
-        "micro_batches": bits & 0xFFFF,
-        "flags": bits >> 16 & 0xFFFF,
-        "sequence": bits >> 32 & 0x7FFFFFFF,
+        "micro_batches": bits.micro_batches,
+        "flags": bits.flags,
+        "sequence": bits.sequence,
     }
 
 

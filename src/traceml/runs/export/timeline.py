@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 
 from traceml.database.reader import Frame, StoreReader, StreamRecord
-from traceml.database.schema import DEVICE_STEPS, EVALS, LOGS, NAMES, PACKED, TELEMETRY, USER_PHASES, StepFlag
+from traceml.database.schema import (
+    DEVICE_STEPS,
+    EVALS,
+    LOGS,
+    NAMES,
+    PACKED,
+    PHASE_LABELS,
+    TELEMETRY,
+    USER_PHASES,
+    StepFlag,
+    unpack_bits,
+)
 from traceml.database.schema import STEPS as STEP_ROWS
 from traceml.errors import StoreError
 from traceml.runs.clocks import RunClocks
@@ -26,7 +37,8 @@ from traceml.traces.writer.writer import Writer
 __all__ = ["TimelineExporter", "origin_of"]
 
 # In this order they are drawn; the user's own phases follow the ones of torch.
-_ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
+_USUAL_ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
+_ORDER = (*_USUAL_ORDER, *(label for label in PHASE_LABELS if label not in (*_USUAL_ORDER, "user")))
 _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint"}
 _FLAGS = {int(StepFlag.SKIPPED): "skipped", int(StepFlag.INFERRED): "inferred", int(StepFlag.EXPLICIT): "explicit"}
 _DEVICE_FLAG = int(StepFlag.DEVICE)
@@ -180,14 +192,14 @@ class TimelineExporter:
             begin_ns = lane.until_ns  # never over the step before
 
         lane.until_ns = max(end_ns, lane.until_ns)
-        flags = row["bits"] >> 16 & 0xFFFF
-        if flags & _DEVICE_FLAG:
+        bits = unpack_bits(row["bits"])
+        if bits.flags & _DEVICE_FLAG:
             lane.began[row["step"]] = begin_ns
             if len(lane.began) > _HELD_ROWS:
                 del lane.began[next(iter(lane.began))]
 
-        args: dict[str, Any] = {"step": row["step"], "micro_batches": row["bits"] & 0xFFFF}
-        args |= {name: True for flag, name in _FLAGS.items() if flags & flag}
+        args: dict[str, Any] = {"step": row["step"], "micro_batches": bits.micro_batches}
+        args |= {name: True for flag, name in _FLAGS.items() if bits.flags & flag}
         self._writer.write_span("step", begin_ns, end_ns, pid=pid, tid=tid, cat="step", args=args)
         self._write_parts(lane, row, user, begin_ns, end_ns)
         self.steps += 1
