@@ -228,8 +228,8 @@ if __name__ == "__main__":
 # The control channels alone: until each host's agent has answered, before anything is imported there.
 CHANNELS = """
 import json, os, selectors, sys, time
-from traceml.launch.connect import Link
-from traceml.launch.hosts import resolve
+from traceml.launch.launcher.agent_connection import Link
+from traceml.launch.launcher.hosts import resolve
 config, hosts = sys.argv[1], sys.argv[2:]
 start = time.perf_counter()
 links = [Link(place, sys.executable, config) for place in resolve(hosts, 1, config, os.environ)]

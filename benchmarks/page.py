@@ -32,7 +32,7 @@ from benchmarks.ingest import Generator, cpu_seconds, start_aggregator
 
 from traceml import load_run
 from traceml.display.web.token_middleware import cookie_name, cookie_value
-from traceml.launch.page import PageKeeper
+from traceml.supervise.page_process import PageKeeper
 
 DEMO = Path(__file__).parents[1] / "src" / "traceml" / "cli" / "_demo_train.py"
 SETTLE_S = 3.0

@@ -19,6 +19,7 @@ ROOMS = (
     "cli",
     "integrations",
     "launch",
+    "supervise",
     "session",
     "display",
     "renderers",

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
         WaitTimeoutError,
         WorkerFailedError,
     )
-    from traceml.launch.api import DEFAULT_ENV_VARS, Launcher, LaunchResult, launch
-    from traceml.launch.handlers import add_filter_to_handler, file_handler, stream_handler
+    from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchResult
+    from traceml.launch.launcher.launcher import Launcher, launch
+    from traceml.launch.launcher.log_handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.recorder.api import Recorder, init, is_enabled, phase, shutdown, trace, trace_data, trace_step
     from traceml.settings import Settings
     from traceml.tasks.default import get_default_runtime, set_default_runtime
@@ -81,13 +82,13 @@ _HOMES = {
     "BackendUnauthorizedError": "traceml.errors",
     "CollectorInterface": "traceml.track.plugins.interfaces",
     "CollectorPlugin": "traceml.track.plugins.plugin_base",
-    "DEFAULT_ENV_VARS": "traceml.launch.api",
+    "DEFAULT_ENV_VARS": "traceml.launch.launcher.launch_options",
     "Experiment": "traceml.track.rank.experiment",
     "FrameworkInterface": "traceml.track.plugins.interfaces",
     "FrameworkPlugin": "traceml.track.plugins.plugin_base",
-    "LaunchResult": "traceml.launch.api",
+    "LaunchResult": "traceml.launch.launcher.launch_options",
     "LaunchTimeoutError": "traceml.errors",
-    "Launcher": "traceml.launch.api",
+    "Launcher": "traceml.launch.launcher.launcher",
     "Metric": "traceml.track.plugins.metric",
     "NotCallableError": "traceml.errors",
     "Orchestrator": "traceml.track.rank.orchestrator",
@@ -119,13 +120,13 @@ _HOMES = {
     "UsageError": "traceml.errors",
     "WaitTimeoutError": "traceml.errors",
     "WorkerFailedError": "traceml.errors",
-    "add_filter_to_handler": "traceml.launch.handlers",
-    "file_handler": "traceml.launch.handlers",
+    "add_filter_to_handler": "traceml.launch.launcher.log_handlers",
+    "file_handler": "traceml.launch.launcher.log_handlers",
     "get_active_experiment": "traceml.track.rank.experiment",
     "get_default_runtime": "traceml.tasks.default",
     "init": "traceml.recorder.api",
     "is_enabled": "traceml.recorder.api",
-    "launch": "traceml.launch.api",
+    "launch": "traceml.launch.launcher.launcher",
     "load_run": "traceml.display.notebook",
     "log_artifact": "traceml.track.rank.experiment",
     "log_histogram": "traceml.track.rank.experiment",
@@ -140,7 +141,7 @@ _HOMES = {
     "shutdown": "traceml.recorder.api",
     "start_logging": "traceml.track.rank.experiment",
     "stop_logging": "traceml.track.rank.experiment",
-    "stream_handler": "traceml.launch.handlers",
+    "stream_handler": "traceml.launch.launcher.log_handlers",
     "trace": "traceml.recorder.api",
     "trace_data": "traceml.recorder.api",
     "trace_step": "traceml.recorder.api",

@@ -8,7 +8,7 @@ import pytest
 
 from traceml import cli
 from traceml.cli import run
-from traceml.launch import page
+from traceml.supervise import page_process
 
 
 @pytest.mark.parametrize(
@@ -52,8 +52,8 @@ def test_the_page_without_its_libraries_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """--live web where NiceGUI is missing: what to install, before anything is started."""
-    monkeypatch.setattr(page, "find_spec", lambda name: None)
-    monkeypatch.setattr(page.auth, "discover", lambda *_, **__: None)
+    monkeypatch.setattr(page_process, "find_spec", lambda name: None)
+    monkeypatch.setattr(page_process.auth, "discover", lambda *_, **__: None)
     script = tmp_path / "train.py"
     script.write_text("raise SystemExit('it was started')\n")
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from traceml.launch import boot, payload
-from traceml.launch.channel import Channel, ChannelClosedError
+from traceml.launch.wire import bootstrap, payload
+from traceml.launch.wire.channel import Channel, ChannelClosedError
 
 DEADLINE_S = 90.0
 
@@ -34,7 +34,7 @@ class Driver:
         local = local or command is None
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the driver
         self.process = subprocess.Popen(
-            command or boot.local_command(sys.executable),
+            command or bootstrap.local_command(sys.executable),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -48,7 +48,7 @@ class Driver:
         stdin.close()
         stdout.close()
         if not local:
-            self.channel.send_raw(boot.bundle())
+            self.channel.send_raw(bootstrap.bundle())
 
         self.messages: list[dict[str, Any]] = []
         self.said: dict[tuple[int, str], bytearray] = {}

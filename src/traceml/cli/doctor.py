@@ -17,7 +17,7 @@ from traceml.cli.checks import Check, Setting, all_checks, setting_values
 from traceml.cli.host_checks import host_checks
 from traceml.cli.parsing import parse
 from traceml.errors import SettingsError, UsageError
-from traceml.launch.preflight import Preflight, preflight
+from traceml.launch.launcher.preflight import Preflight, preflight
 from traceml.settings import load
 
 __all__ = ["main"]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from traceml.cli.checks import Check
 from traceml.formatting import bytes_text
-from traceml.launch.preflight import HostFacts, Preflight, slow_hosts
+from traceml.launch.launcher.preflight import HostFacts, Preflight, slow_hosts
 
 __all__ = ["host_checks"]
 

@@ -16,8 +16,8 @@ from traceml.cli.scripts import add_run_options, check_report, given, script_wor
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 
 if TYPE_CHECKING:
-    from traceml.launch.screens import MakeScreen
-    from traceml.launch.supervisor import Screen
+    from traceml.supervise.screens import MakeScreen
+    from traceml.supervise.supervisor import Screen
 
 __all__ = ["main"]
 
@@ -47,10 +47,10 @@ def main(argv: list[str]) -> int:
     if options.live == "terminal" and not sys.stdout.isatty():
         raise UsageError("--live terminal needs a terminal; standard output is none")
 
-    from traceml.launch.page import PageScreen
-    from traceml.launch.run import run_script
-    from traceml.launch.screens import terminal_screen
-    from traceml.launch.tracing import Tracing
+    from traceml.launch.launcher.assembly import run_script
+    from traceml.launch.launcher.tracing import Tracing
+    from traceml.supervise.page_process import PageScreen
+    from traceml.supervise.screens import terminal_screen
 
     name = config.run_name or Path(target).stem
     script = {"module" if options.module else "path": target, "argv": arguments}
@@ -181,7 +181,7 @@ def _ends_list(option: str, word: str, values: Sequence[str]) -> bool:
 
 
 def _launcher(options: argparse.Namespace) -> Any:
-    from traceml.launch.api import Launcher
+    from traceml.launch.launcher.launcher import Launcher
 
     chosen: dict[str, Any] = {
         "hostnames": _names(options.hostnames),

@@ -15,9 +15,9 @@ from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
-from traceml.launch.conclusion import conclude
-from traceml.launch.output import Passing
-from traceml.launch.supervisor import Job, Screen, Supervisor
+from traceml.supervise.conclusion import conclude
+from traceml.supervise.output import Passing
+from traceml.supervise.supervisor import Job, Screen, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -112,7 +112,7 @@ def _page(job: Job, live: str) -> AbstractContextManager[Callable[[], None] | No
     if live != "web":
         return nullcontext()
 
-    from traceml.launch.page import beside
+    from traceml.supervise.page_process import beside
 
     return beside(job.run_dir)
 
@@ -172,7 +172,7 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
         return [sys.executable, "-m", "traceml.session.entry", *script]
 
     torchrun = [f"--nproc-per-node={options.nproc_per_node or 1}", *_torchrun_arguments(options)]
-    return [sys.executable, "-m", "traceml.launch.elastic", *torchrun, "-m", "traceml.session.entry", *script]
+    return [sys.executable, "-m", "traceml.supervise.elastic", *torchrun, "-m", "traceml.session.entry", *script]
 
 
 def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:

@@ -20,8 +20,8 @@ from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
 from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError
-from traceml.launch.page import DEFAULT_PORT as PAGE_PORT
-from traceml.launch.page import PageKeeper
+from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
+from traceml.supervise.page_process import PageKeeper
 from traceml.transport import auth
 from traceml.transport.server import BACKLOG
 

@@ -22,8 +22,8 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
-from traceml.launch.page import PageKeeper
 from traceml.runs.report import write_report
+from traceml.supervise.page_process import PageKeeper
 
 expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once
 

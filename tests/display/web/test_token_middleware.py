@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from traceml.display.web.token_middleware import cookie_name, cookie_value
-from traceml.launch.page import PageKeeper
+from traceml.supervise.page_process import PageKeeper
 from traceml.transport import auth
 
 Ask = Callable[..., http.client.HTTPResponse]

@@ -1,0 +1,435 @@
+"""The agent: the launcher's process on each host.
+
+It imports no torch, has one thread and one loop, and so always answers: it passes on what workers write and send, tells
+how they end, and when the launcher goes, for whatever reason, it ends them and all that they have started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import traceml
+from traceml.clock import boot_id
+from traceml.launch.agent.machine import addresses, count_gpus
+from traceml.launch.agent.worker_group import Crew
+from traceml.launch.agent.zygote_client import ForkServer, Spec
+from traceml.launch.wire.channel import GREETING, Channel, ChannelClosedError
+from traceml.launch.wire.payload import Receiver, can_reach
+from traceml.launch.wire.process_cleanup import become_subreaper, end_all, leftovers, look_at
+
+__all__ = ["Agent", "main"]
+
+VERSION = 1
+# A launcher whose loop runs says something every few seconds.
+_SILENCE_S = 20.0
+# An agent that has nothing to do, and a launcher that has not ended: the memory of torch is given back some time.
+_IDLE_S = 600.0
+_LAST_GRACE_S = 1.0
+_PAYLOAD_WINDOW_BYTES = 8 * 1024 * 1024
+
+
+class _End(Exception):  # noqa: N818 - it is none
+    """The agent shall end; the text says why."""
+
+
+class Agent:
+    """Serves one launcher over one channel. Use `run` once.
+
+    Args:
+        channel: to the launcher.
+        silence_s: how long it may say nothing while it has work here; 0 where its end cannot be missed.
+    """
+
+    def __init__(self, channel: Channel, *, silence_s: float) -> None:
+        self._channel, self._silence_s = channel, silence_s
+        self._mark = os.urandom(12).hex()
+        self._selector = selectors.DefaultSelector()
+        self._server: ForkServer | None = None
+        self._crew: Crew | None = None
+        self._wanted: tuple[str, Spec, dict[str, Any]] | None = None  # job, what its workers need, their place
+        self._preparing = False
+        self._listener: socket.socket | None = None
+        self._payloads: dict[int, Receiver] = {}
+        self._mouths: dict[str, Any] = {}
+        self._signals: set[int] = set()
+        self._busy_s = time.monotonic()
+        self._watches_write = False
+
+    def run(self) -> str:
+        """Serve until the launcher goes or says so, and end everything; return why it ended."""
+        wakeup, poked = os.pipe()
+        for fd in (wakeup, poked):
+            os.set_blocking(fd, False)
+
+        signal.set_wakeup_fd(poked, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda which, _: self._signals.add(which))
+
+        self._selector.register(wakeup, selectors.EVENT_READ, lambda _: os.read(wakeup, 4096))
+        self._selector.register(self._channel.read_fd, selectors.EVENT_READ, self._receive)
+        self._channel.send("hello", mark=self._mark, **_hello())
+        try:
+            while True:
+                self._turn()
+        except _End as end:
+            return str(end)
+        except ChannelClosedError as error:
+            return error.reason
+        finally:
+            self._end()
+
+    def _turn(self) -> None:
+        wait_s = 1.0 if self._crew is None else self._crew.tick()
+        self._flush()
+        registered = self._selector.get_map()
+        for key, events in self._selector.select(wait_s):
+            if registered.get(key.fd) is key:  # what came before it may have closed it
+                key.data(events)
+
+        self._handle_signals()
+        now_s = time.monotonic()
+        if self._crew is not None and self._crew.idle:
+            self._crew = None
+
+        if self._crew is not None or self._preparing:
+            self._busy_s = now_s
+            self._channel.check(self._silence_s)
+            return
+
+        self._channel.forget_silence()
+        if now_s - self._busy_s > _IDLE_S:
+            raise _End("nothing to do")
+
+    def _flush(self) -> None:
+        if self._channel.wants_write:
+            self._channel.flush()
+
+        if self._channel.wants_write != self._watches_write:
+            self._watches_write = not self._watches_write
+            fd = self._channel.write_fd
+            if self._watches_write:
+                self._selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # every turn flushes
+            else:
+                self._selector.unregister(fd)
+
+    def _handle_signals(self) -> None:
+        if not self._signals:
+            return
+
+        signals, self._signals = self._signals, set()
+        if signals & {signal.SIGTERM, signal.SIGHUP}:
+            raise _End(f"signal {signal.Signals(min(signals & {signal.SIGTERM, signal.SIGHUP})).name}")
+
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if self._server is not None and ended[0] == self._server.pid:
+                    self._server_ended(ended[1])
+                elif self._crew is not None:
+                    self._crew.ended(*ended)
+
+    def _end(self) -> None:
+        """End all workers, whatever they have started, and the zygote."""
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+        server = self._server
+        spare = [] if server is None else [server.pid]
+        end_all(lambda: leftovers([os.getpid()], mark=self._mark, spare=spare), grace_s=_LAST_GRACE_S)
+        if server is not None:
+            server.close()
+            end_all(lambda: leftovers([os.getpid()], mark=self._mark), grace_s=0)
+
+    # --- what the launcher says --------------------------------------------------------------------------------------
+
+    def _receive(self, _events: int) -> None:
+        for message in self._channel.receive():
+            handler = _HANDLERS.get(message["t"])
+            if handler is not None:
+                handler(self, message)
+
+    def _on_prepare(self, message: dict[str, Any]) -> None:
+        """See to a zygote that can make the job's workers."""
+        for job in [job for job in self._mouths if job != message["job"]]:
+            self._mouths.pop(job).close()
+
+        self._drop_leftovers()
+        env_file, cwd = message.get("env_file"), message["cwd"]
+        if error := _reason_against(cwd):
+            self._prepared(message["job"], error={"kind": "cwd", "text": f"{cwd}: {error}"})
+            return
+
+        path = None if env_file is None else str(Path(cwd, Path(env_file).expanduser()))
+        need_torch = int(message.get("need_torch", 2))
+        spec = Spec(message["env"], path, tuple(message["sys_path"]), need_torch, cwd, _stamp(path))
+        place = {"cwd": cwd, "sys_path": list(message["sys_path"]), "main": message.get("main") or {}}
+        self._wanted = (message["job"], spec, place)
+        if self._server is not None and self._server.ready is not None and self._server.spec.serves(spec):
+            self._prepared(message["job"])
+            return
+
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+        self._preparing = True
+        try:
+            self._server = ForkServer(
+                self._selector,
+                spec,
+                mark=self._mark,
+                on_message=self._on_server,
+                on_output=self._say,
+            )
+        except OSError as error:
+            self._prepared(message["job"], error={"kind": "died", "text": str(error)})
+
+    def _on_stream(self, message: dict[str, Any]) -> None:
+        if message.get("kind") == "payload":
+            self._take_payload(message["id"], int(message["size"]), message.get("path"))
+        elif not any(mouth.answered(message) for mouth in self._mouths.values()):
+            self._channel.accept(message["id"], lambda _: None, lambda _: None)  # of a connection that is over
+
+    def _take_payload(self, number: int, size: int, path: str | None) -> None:
+        """Receive what the workers are to run; from a launcher on this host, as a file in memory once it is filled."""
+        sink: Callable[[memoryview], object] = len
+        if path is None:
+            self._payloads[number] = Receiver(size, shared=True)
+            sink = self._payloads[number].feed
+
+        self._channel.accept(
+            number, sink, lambda error: self._payload_came(number, path, error), window_bytes=_PAYLOAD_WINDOW_BYTES
+        )
+
+    def _payload_came(self, number: int, path: str | None, error: dict[str, Any] | None) -> None:
+        if path is not None and error is None:
+            try:
+                self._payloads[number] = Receiver.of(path)
+            except OSError:  # the launcher has given the job up meanwhile
+                return
+
+        if error is not None:
+            if number in self._payloads:
+                self._payloads.pop(number).close()
+        elif self._crew is not None and self._crew.payload == number:
+            self._crew.take_payload(self._payloads.pop(number))
+
+    def _on_reserve(self, message: dict[str, Any]) -> None:
+        """Bind the port at which the ranks will meet."""
+        job, address = message["job"], message["address"]
+        try:
+            family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
+            self._listener = socket.create_server((address, 0), family=family, backlog=2048)
+        except OSError as error:
+            self._channel.send("reserved", job=job, error=f"{address}: {error.strerror or error}")
+            return
+
+        self._channel.send("reserved", job=job, address=address, port=self._listener.getsockname()[1])
+
+    def _on_start(self, message: dict[str, Any]) -> None:
+        assert self._wanted is not None
+        assert self._server is not None
+        _, spec, place = self._wanted
+        listener, self._listener = self._listener, None
+        self._crew = Crew(
+            self._selector,
+            self._channel,
+            self._server,
+            message,
+            environ=self._server.worker_environ(spec),
+            place=place,
+            listener=listener,
+        )
+        number = message.get("payload")
+        if number in self._payloads and self._payloads[number].complete:
+            self._crew.take_payload(self._payloads.pop(number))
+
+    def _on_release(self, _message: dict[str, Any]) -> None:
+        if self._crew is not None:
+            self._crew.release()
+
+    def _on_stop(self, message: dict[str, Any]) -> None:
+        if self._crew is not None and self._crew.job == message["job"]:
+            self._crew.stop(float(message.get("grace_s", 0)))
+        else:
+            self._drop_leftovers()
+            self._channel.send("idle", job=message["job"])
+
+    def _on_stacks(self, message: dict[str, Any]) -> None:
+        if self._crew is not None and self._crew.job == message["job"]:
+            self._crew.ask_stacks()
+        else:
+            self._channel.send("stacks", job=message["job"], ranks={})
+
+    def _on_tunnel(self, message: dict[str, Any]) -> None:
+        from traceml.launch.wire.tunnel import TunnelMouth
+
+        job = message["job"]
+        try:
+            mouth = self._mouths[job] = TunnelMouth(self._selector, self._channel, job=job)
+        except OSError as error:
+            self._channel.send("tunnelled", job=job, port=0, error=str(error))
+            return
+
+        self._channel.send("tunnelled", job=job, port=mouth.port)
+
+    def _on_bye(self, _message: dict[str, Any]) -> None:
+        raise _End("the launcher said good-bye")
+
+    # --- what the zygote says ----------------------------------------------------------------------------------------
+
+    def _on_server(self, message: dict[str, Any]) -> None:
+        name, job = message["t"], self._wanted[0] if self._wanted is not None else ""
+        if name == "ready":
+            self._prepared(job)
+        elif name == "failed":
+            self._prepared(job, error={"kind": message["kind"], "text": message["text"]})
+        elif name == "forked" and self._crew is not None:
+            self._crew.forked(message["rank"], message["pid"])
+        elif name == "unforked" and self._crew is not None:
+            self._crew.unforked(message["rank"], message["text"])
+        elif name == "ended" and self._crew is not None:
+            self._crew.ended(message["pid"], message["status"])
+
+    def _server_ended(self, status: int) -> None:
+        server, self._server = self._server, None
+        assert server is not None
+        killed = os.WIFSIGNALED(status)
+        how = f"was ended by signal {os.WTERMSIG(status)}" if killed else f"ended with status {os.WEXITSTATUS(status)}"
+        server.close()
+        if self._preparing:
+            kind = "died" if server.up or server.spec.env_file is None else "env_file"
+            text = server.output.decode("utf-8", "replace") + f"the process {how}"
+            self._prepared(self._wanted[0] if self._wanted else "", error={"kind": kind, "text": text})
+
+        if self._crew is not None:
+            self._crew.lost_server(how)
+
+    def _prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
+        self._preparing = False
+        ready = {} if self._server is None else self._server.ready or {}
+        environ = dict(os.environ)
+        if (chosen := ready.get("cuda_visible_devices")) is not None:
+            environ["CUDA_VISIBLE_DEVICES"] = chosen
+
+        output = "" if self._server is None else self._server.output.decode("utf-8", "replace")
+        self._channel.send(
+            "prepared", job=job, torch=ready.get("torch"), gpus=count_gpus(environ), error=error, env_file_log=output
+        )
+
+    def _say(self, data: bytes) -> None:
+        """Pass on what the zygote or env_file prints: our stderr is the launcher's to read."""
+        with contextlib.suppress(OSError):
+            os.write(2, data)
+
+    def _drop_leftovers(self) -> None:
+        """Let go of what an earlier job has asked for and not used."""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+        for receiver in self._payloads.values():
+            receiver.close()
+
+        self._payloads.clear()
+
+
+_HANDLERS: dict[str, Callable[[Agent, dict[str, Any]], None]] = {
+    name.removeprefix("_on_"): handler for name, handler in vars(Agent).items() if name.startswith("_on_")
+}
+
+
+def main(*, local: bool = False) -> NoReturn:
+    """Serve the launcher at our standard input and output.
+
+    Args:
+        local: whether it is a process of this host, above our guard. Then nobody has greeted it yet, and its end
+            closes the channel for sure: it may be suspended as long as it likes.
+    """
+    read_fd, write_fd = os.dup(0), os.dup(1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)  # what is printed by mistake must not come between the frames
+    os.close(null)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal is the launcher's to answer
+    with contextlib.suppress(PermissionError):  # a leader already
+        os.setsid()
+
+    become_subreaper()
+    channel = Channel(read_fd, write_fd, side="agent")
+    if local:
+        channel.send_raw(GREETING)
+
+    status = 1
+    try:
+        reason = Agent(channel, silence_s=0 if local else _SILENCE_S).run()
+        status = 0
+        if reason.startswith("signal"):
+            sys.stderr.write(f"traceml: the agent was ended by {reason}\n")
+            status = 1
+    except Exception:  # noqa: BLE001 - the last thing that anybody hears of us
+        import traceback
+
+        traceback.print_exc()
+
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+
+    os._exit(status)
+
+
+def _hello() -> dict[str, Any]:
+    connection = os.environ.get("SSH_CONNECTION", "").split()
+    try:
+        netns = str(Path("/proc/self/ns/net").readlink())
+    except OSError:
+        netns = ""
+
+    return {
+        "v": VERSION,
+        "pid": os.getpid(),
+        "hostname": socket.gethostname(),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "cores": len(os.sched_getaffinity(0)),
+        "address": connection[2] if len(connection) == 4 else None,
+        "peer": connection[0] if len(connection) == 4 else None,
+        "boot_id": boot_id(),
+        "netns": netns,
+        "addresses": list(addresses().values()),
+        "gpus": count_gpus(os.environ),
+        "near": (guard := look_at(os.getppid())) is not None and can_reach(guard.parent),
+        "traceml": traceml.__version__,
+    }
+
+
+def _reason_against(folder: str) -> str | None:
+    """Return why nobody can work in a folder."""
+    try:
+        os.close(os.open(folder, os.O_PATH | os.O_DIRECTORY))
+    except OSError as error:
+        return error.strerror
+
+    return None if os.access(folder, os.X_OK) else "no permission"
+
+
+def _stamp(path: str | None) -> tuple[int, ...]:
+    try:
+        facts = Path(path).stat() if path is not None else None
+    except OSError:
+        return (0,)
+
+    return () if facts is None else (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+
+
+if __name__ == "__main__":
+    main(local=True)

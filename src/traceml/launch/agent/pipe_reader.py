@@ -1,0 +1,141 @@
+"""What a worker writes, on its way from the agent's end of a pipe into a stream of the channel."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import selectors
+import time
+from collections import deque
+
+from traceml.launch.wire.channel import Outgoing
+
+__all__ = ["Tail", "Tap"]
+
+_READ_BYTES = 256 * 1024
+# What is kept here of one pipe when the launcher does not take it; then its writer waits, and nobody else.
+_KEPT_BYTES = 4 * 1024 * 1024
+_PIPE_BYTES = 256 * 1024
+_TAIL_BYTES = 64 * 1024
+_TAIL_LINES = 50
+# After a worker's end, a process that it has left may hold its pipe.
+_QUIET_S, _LONGEST_S = 0.5, 2.0
+
+
+class Tail:
+    """The last lines of a worker, from all its pipes, in the order in which they were read."""
+
+    def __init__(self) -> None:
+        self._pieces: deque[tuple[str, bytes]] = deque()
+        self._size = 0
+
+    def add(self, name: str, data: bytes) -> None:
+        """Remember what came from the pipe `name`."""
+        self._pieces.append((name, data[-_TAIL_BYTES:]))
+        self._size += len(self._pieces[-1][1])
+        while self._size > _TAIL_BYTES and len(self._pieces) > 1:
+            self._size -= len(self._pieces.popleft()[1])
+
+    def lines(self) -> list[str]:
+        """Return the last lines; lines of two pipes are not mixed."""
+        rest: dict[str, bytes] = {}
+        found: list[bytes] = []
+        for name, data in self._pieces:
+            *whole, rest[name] = (rest.get(name, b"") + data).split(b"\n")
+            found += whole
+
+        found += [line for line in rest.values() if line]
+        return [line.decode("utf-8", "replace").rstrip("\r")[:4096] for line in found[-_TAIL_LINES:]]
+
+
+class Tap:
+    """The agent's end of one pipe.
+
+    Args:
+        selector: the agent's; what is registered there has a callable as data, which takes the events.
+        stream: where to.
+        name: of the pipe, for the tail.
+        tail: where the last lines are remembered.
+
+    Attributes:
+        write_fd: the worker's end; to be closed by `started` once the worker has it.
+        closed: whether all was read.
+        paused: whether the launcher has to catch up first.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, stream: Outgoing, name: str, tail: Tail | None) -> None:
+        self._selector, self._stream, self._name, self._tail = selector, stream, name, tail
+        self._read_fd, self.write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
+        try:
+            fcntl.fcntl(self._read_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        except OSError:  # the user's pipes have reached their limit: it works with less
+            pass
+
+        self.closed = self.paused = False
+        self._read_s = self._ended_s = 0.0
+        selector.register(self._read_fd, selectors.EVENT_READ, self._read)
+
+    def started(self) -> None:
+        """Close the worker's end here: then its end is seen."""
+        os.close(self.write_fd)
+
+    def tick(self) -> None:
+        """Read on where the launcher has caught up; after the worker's end, close a pipe that others still hold."""
+        if self.closed:
+            return
+
+        if self.paused and (self._stream.queued_bytes < _KEPT_BYTES // 2 or self._ended_s):
+            self.paused = False
+            self._selector.register(self._read_fd, selectors.EVENT_READ, self._read)
+
+        now_s = time.monotonic()
+        if self._ended_s and (
+            now_s - max(self._read_s, self._ended_s) > _QUIET_S or now_s - self._ended_s > _LONGEST_S
+        ):
+            self.close()
+
+    def worker_ended(self) -> None:
+        """Read what the worker has left, and close soon whoever else holds the pipe."""
+        self._ended_s = time.monotonic()
+        self.tick()
+        while not self.closed and self._read():
+            pass
+
+    def close(self) -> None:
+        """Read no more; what was read still travels."""
+        if self.closed:
+            return
+
+        self.closed = True
+        if not self.paused:
+            self._selector.unregister(self._read_fd)
+
+        os.close(self._read_fd)
+        self._stream.end()
+
+    def _read(self, _events: int = 0) -> bool:
+        """Read once; return whether there may be more now."""
+        if self.closed:  # by an event of the same turn
+            return False
+
+        try:
+            data = os.read(self._read_fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+
+        if not data:
+            self.close()
+            return False
+
+        self._read_s = time.monotonic()
+        self._stream.write(data)
+        if self._tail is not None:
+            self._tail.add(self._name, data)
+
+        if self._stream.queued_bytes >= _KEPT_BYTES and not self._ended_s:
+            self.paused = True
+            self._selector.unregister(self._read_fd)
+            return False
+
+        return not self._ended_s or self._read_s - self._ended_s < _LONGEST_S

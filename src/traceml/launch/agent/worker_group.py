@@ -1,0 +1,396 @@
+"""The workers of one job on one host, as the agent sees them: from the request to fork to the last of their kin."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import selectors
+import signal
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.launch.agent.machine import core_slices, interface_towards, oom_kills
+from traceml.launch.agent.pipe_reader import Tail, Tap
+from traceml.launch.agent.stack_reader import StackReader
+from traceml.launch.agent.zygote_client import ForkServer
+from traceml.launch.wire.channel import Channel, Outgoing
+from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.payload import LARGE_BYTES, Receiver, path_of
+from traceml.launch.wire.process_cleanup import MARK, Ending, leftovers
+
+__all__ = ["Crew"]
+
+# How long what workers leave behind may take to end by itself, once all of them have ended well.
+_LEFTOVER_GRACE_S = 1.0
+_log = logging.getLogger("traceml")
+
+
+@dataclass
+class _Rank:
+    """One worker."""
+
+    rank: int
+    local_rank: int
+    socket: FdSocket
+    taps: list[Tap]
+    tail: Tail
+    stacks: StackReader
+    pid: int | None = None
+    status: int | None = None
+    told: bool = False
+    reported: bool = False
+    streams: list[Outgoing] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        return self.pid is not None and self.status is None
+
+
+class Crew:
+    """Workers of one job.
+
+    Args:
+        selector: the agent's; what is registered there has a callable as data, which takes the events.
+        channel: to the launcher.
+        server: where workers come from.
+        message: the launcher's `start`.
+        environ: what workers set and unset, see `ForkServer.worker_environ`.
+        place: their `cwd`, `sys_path` and `main`.
+        listener: the socket at which ranks meet, on the host of rank 0.
+
+    Attributes:
+        job: its id.
+        idle: whether nothing of it is left.
+        payload: the number of the stream in which the function and its arguments come.
+    """
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        channel: Channel,
+        server: ForkServer,
+        message: Mapping[str, Any],
+        *,
+        environ: Mapping[str, Any],
+        place: Mapping[str, Any],
+        listener: socket.socket | None,
+    ) -> None:
+        self.job = message["job"]
+        self.idle = False
+        self._selector, self._channel, self._server = selector, channel, server
+        self._trace = message.get("trace") or {}
+        self._near = bool(message.get("near"))
+        self._handed: list[int] = []
+        self._ending: Ending | None = None
+        self._stopping = self._released = False
+        self._asked: list[_Rank] | None = None
+        self.payload: int | None = message.get("payload")
+        self._oom_kills = oom_kills()
+        self._ranks = {each["rank"]: self._make(each) for each in message["workers"]}
+        self._start(message, environ, place, listener)
+
+    # --- starting ----------------------------------------------------------------------------------------------------
+
+    def _make(self, about: Mapping[str, Any]) -> _Rank:
+        rank, local_rank = about["rank"], about["local_rank"]
+        tail = Tail()
+        streams = {
+            fd: self._channel.open_stream(kind="log", job=self.job, rank=rank, local_rank=local_rank, fd=fd)
+            for fd in ("out", "err", "records")
+        }
+        taps = [Tap(self._selector, stream, fd, tail if fd != "records" else None) for fd, stream in streams.items()]
+        ours, theirs = FdSocket.pair()
+        made = _Rank(rank, local_rank, ours, taps, tail, StackReader(), streams=list(streams.values()))
+        self._theirs = {**getattr(self, "_theirs", {}), rank: theirs}
+        self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(made))
+        return made
+
+    def _start(
+        self,
+        message: Mapping[str, Any],
+        environ: Mapping[str, Any],
+        place: Mapping[str, Any],
+        listener: socket.socket | None,
+    ) -> None:
+        cores = core_slices(len(self._ranks))
+        interface = interface_towards(message["master_addr"])
+        for each, own in zip(self._ranks.values(), cores, strict=True):
+            many = len(self._ranks) > 1
+            env = {
+                "RANK": str(each.rank),
+                "LOCAL_RANK": str(each.local_rank),
+                "WORLD_SIZE": str(message["world_size"]),
+                "LOCAL_WORLD_SIZE": str(message["local_world_size"]),
+                "GROUP_RANK": str(message["group_rank"]),
+                "MASTER_ADDR": message["master_addr"],
+                "MASTER_PORT": str(message["master_port"]),
+                MARK: self._server.mark,
+                **(message.get("env") or {}),
+            }
+            request = {
+                "rank": each.rank,
+                "env": env,
+                **environ,
+                **place,
+                "interface": interface,
+                "cores": own if many and message.get("cpu_affinity", True) else [],
+                "threads": max(1, len(own)) if many else None,
+                "backend": message.get("backend"),
+                "timeout_s": message["timeout_s"],
+                "script": message.get("script"),
+                "log_level": message.get("log_level"),
+                "trace": bool(self._trace),
+            }
+            theirs = self._theirs.pop(each.rank)
+            fds = [theirs.fileno(), *(tap.write_fd for tap in each.taps), each.stacks.write_fd]
+            if listener is not None and each.rank == 0 and message.get("backend") is not None:
+                fds.append(listener.fileno())
+
+            try:
+                self._server.fork(request, fds)
+            except OSError:  # the zygote is gone; the agent hears of it and says so
+                each.status = -1
+
+            theirs.close()
+            each.stacks.started()
+            for tap in each.taps:
+                tap.started()
+
+        if listener is not None:
+            listener.close()
+
+    def take_payload(self, receiver: Receiver) -> None:
+        """Hand the function and its arguments to all workers: one memory for all."""
+        assert receiver.fd is not None
+        for each in self._ranks.values():
+            self._tell(each, "payload", [receiver.fd])
+
+        receiver.close()
+
+    # --- what is heard of workers ------------------------------------------------------------------------------------
+
+    def forked(self, rank: int, pid: int) -> None:
+        """Take note that a worker was forked."""
+        self._ranks[rank].pid = pid
+        self._channel.send("started", job=self.job, rank=rank, pid=pid)
+        if self._stopping:
+            self._signal(self._ranks[rank], signal.SIGKILL)
+
+    def unforked(self, rank: int, text: str) -> None:
+        """Take note that a worker could not be forked."""
+        each = self._ranks[rank]
+        each.tail.add("err", f"traceml: this worker could not be started: {text}\n".encode())
+        self._ended(each, 1 << 8)
+
+    def ended(self, pid: int, status: int) -> None:
+        """Take note that a process has ended; it may be none of ours."""
+        for each in self._ranks.values():
+            if each.pid == pid and each.status is None:
+                self._ended(each, status)
+
+    def lost_server(self, how: str) -> None:
+        """Take note that the zygote has ended, and with it all workers."""
+        for each in self._ranks.values():
+            each.tail.add("err", f"traceml: the process that the workers of this host came from {how}\n".encode())
+            if each.pid is None and not each.told:
+                self._ended(each, signal.SIGKILL)
+
+    def _ended(self, each: _Rank, status: int) -> None:
+        each.status = status
+        self._receive(each)
+        for tap in each.taps:
+            tap.worker_ended()
+
+        self.tick()
+
+    def _receive(self, each: _Rank) -> None:
+        """Read what a worker says."""
+        try:
+            while each.socket.fileno() >= 0 and (received := each.socket.receive(wait=False)) is not None:
+                message, fds = received
+                self._on_worker(each, message, fds)
+        except EOFError:
+            self._selector.unregister(each.socket.fileno())
+            each.socket.close()
+
+    def _on_worker(self, each: _Rank, message: dict[str, Any], fds: list[int]) -> None:
+        name = message.pop("t")
+        if name == "ready":
+            self._channel.send("group_ready", job=self.job, rank=each.rank)
+            return
+
+        each.reported = True
+        send, about = self._channel.send, {"job": self.job, "rank": each.rank}
+        if name == "done":
+            stream = self._send_memory(each, "result", fds[0])
+            stream.on_ended = lambda: send("done", result=stream.id, **about)
+            return
+
+        about |= {**message, "tail": each.tail.lines()}
+        if not fds:
+            send("raised", error=None, **about)
+            return
+
+        error = self._send_memory(each, "error", fds[0])
+        error.on_ended = lambda: send("raised", error=error.id, **about)
+
+    def _send_memory(self, each: _Rank, kind: str, fd: int) -> Outgoing:
+        """Send what lies in a file in memory; the memory is free once it has left."""
+        size = os.fstat(fd).st_size
+        handed = self._near and size >= LARGE_BYTES
+        path = {"path": path_of(fd)} if handed else {}
+        stream = self._channel.open_stream(kind=kind, job=self.job, rank=each.rank, size=size, **path)
+        each.streams.append(stream)
+        if handed:
+            self._handed.append(fd)  # open until the launcher has it
+        else:
+            stream.write(memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)))
+            os.close(fd)
+
+        stream.end()
+        return stream
+
+    # --- what the launcher wants -------------------------------------------------------------------------------------
+
+    def release(self) -> None:
+        """Let the workers end."""
+        self._released = True
+        for each in self._ranks.values():
+            self._tell(each, "release")
+
+    def stop(self, grace_s: float) -> None:
+        """End the workers and all that they have started: SIGTERM, after the grace SIGKILL."""
+        if self._stopping:
+            return
+
+        self._stopping = True
+        for each in self._ranks.values():
+            for stream in each.streams[3:]:
+                stream.abort({"text": "stopped"})
+
+        self._ending = Ending(self._find, grace_s=grace_s)
+        self.tick()
+
+    def ask_stacks(self) -> None:
+        """Collect where each worker is; the launcher is told within about a second, once where it asks again."""
+        if self._asked is not None:
+            return
+
+        self._asked = list(self._ranks.values())
+        for each in self._asked:
+            if each.running:
+                assert each.pid is not None
+                each.stacks.ask(each.pid)
+
+        self.tick()
+
+    def tick(self) -> float:
+        """Do what is due; return in how many seconds to come again at the latest."""
+        for each in self._ranks.values():
+            for tap in each.taps:
+                tap.tick()
+
+            if each.status is not None and not each.told and all(tap.closed for tap in each.taps):
+                self._tell_end(each)
+
+        if self._asked is not None and all(not each.running or each.stacks.done() for each in self._asked):
+            self._channel.send("stacks", job=self.job, ranks={e.rank: e.stacks.answer(e.pid) for e in self._asked})
+            self._asked = None
+
+        self._finish()
+        busy = (
+            self._asked is not None
+            or self._ending is not None
+            or any(not e.told and e.status is not None for e in self._ranks.values())
+        )
+        return 0.01 if busy else 0.2 if any(tap.paused for e in self._ranks.values() for tap in e.taps) else 1.0
+
+    def _finish(self) -> None:
+        """Once all workers have ended, end what they have left; then there is nothing more."""
+        if self.idle:
+            return
+
+        if self._ending is None and all(each.told for each in self._ranks.values()):
+            self._ending = Ending(self._find, grace_s=_LEFTOVER_GRACE_S)
+
+        if self._ending is None:
+            return
+
+        over = self._ending.step()
+        if not over or not all(
+            each.told and all(stream.ended for stream in each.streams) for each in self._ranks.values()
+        ):
+            return
+
+        if self._ending.left:
+            _log.error("processes %s of this job cannot be ended", sorted(self._ending.left))
+
+        self.idle = True
+        self.close()
+        self._channel.send("idle", job=self.job)
+
+    def close(self) -> None:
+        """Let go of what belongs to the job."""
+        while self._handed:
+            os.close(self._handed.pop())
+
+        for each in self._ranks.values():
+            each.stacks.close()
+            if each.socket.fileno() >= 0:
+                self._selector.unregister(each.socket.fileno())
+                each.socket.close()
+
+    # --- small things ------------------------------------------------------------------------------------------------
+
+    def _find(self) -> set[int]:
+        """Return what lives of the job: everything below the zygote, orphans below us, and what carries the mark."""
+        return leftovers([os.getpid()], mark=self._server.mark, spare=[self._server.pid])
+
+    def _tell(self, each: _Rank, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
+        try:
+            each.socket.send(name, fds)
+        except OSError:  # it has ended, and that is told elsewhere
+            return
+
+    def _signal(self, each: _Rank, how: signal.Signals) -> None:
+        if each.running and each.pid is not None:
+            try:
+                os.killpg(each.pid, how)
+            except ProcessLookupError:
+                return
+
+    def _tell_end(self, each: _Rank) -> None:
+        each.told = True
+        status = each.status or 0
+        killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+        self._channel.send(
+            "exited",
+            job=self.job,
+            rank=each.rank,
+            local_rank=each.local_rank,
+            pid=each.pid,
+            code=None if killed else os.WEXITSTATUS(status),
+            signal=killed,
+            tail=each.tail.lines(),
+            oom=killed == signal.SIGKILL and not self._stopping and oom_kills() > self._oom_kills,
+        )
+        self._send_flight(each)
+
+    def _send_flight(self, each: _Rank) -> None:
+        """Send the flight file which a traced worker has left, where the launcher cannot read it itself."""
+        if not self._trace.get("flights") or each.pid is None:
+            return
+
+        from traceml.launch.wire.flight_archive import left_by
+
+        data = left_by(each.pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
+        if data is None:
+            return
+
+        stream = self._channel.open_stream(kind="flight", job=self.job, rank=each.rank)
+        each.streams.append(stream)
+        stream.write(data)
+        stream.end()

@@ -1,0 +1,214 @@
+"""The agent's side of the zygote: started, waited for, asked for workers, replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.launch.wire.bootstrap import import_code
+from traceml.launch.wire.fd_socket import FdSocket
+
+__all__ = ["ForkServer", "Spec"]
+
+# Read by the loader, by Python or by libraries as they start; what else changes between launches, a worker can set.
+_EARLY = (
+    "LD_",
+    "PYTHON",
+    "MALLOC_",
+    "GLIBC_",
+    "OMP_",
+    "KMP_",
+    "GOMP_",
+    "MKL_",
+    "OPENBLAS_",
+    "TORCH",
+    "PYTORCH",
+    "ATEN_",
+)
+# In the folder of the job, as its paths may be relative; a file that bash cannot read to its end counts for nothing.
+_SOURCE = """
+cd -- "$1" || exit 97; file=$2; shift 2
+[ -r "$file" ] || { echo "$file cannot be read"; exit 97; }
+"$BASH" -n "$file" || exit 97
+source "$file"
+exec "$@"
+"""
+_KEPT_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a zygote is started with.
+
+    Attributes:
+        env: variables, over the agent's own.
+        env_file: a file that bash sources before it starts.
+        folder: where it does that.
+        sys_path: where modules are looked for first.
+        need_torch: whether torch is imported: 0 no, 1 if it is there, 2 or it is an error.
+        stamp: what tells whether env_file was changed.
+    """
+
+    env: Mapping[str, str]
+    env_file: str | None
+    sys_path: tuple[str, ...]
+    need_torch: int
+    folder: str = "/"
+    stamp: tuple[int, ...] = field(default=())
+
+    def serves(self, other: Spec) -> bool:
+        """Return whether a zygote of this kind can make the workers of another."""
+        if (self.env_file, self.stamp) != (other.env_file, other.stamp) or other.need_torch > self.need_torch:
+            return False
+
+        if self.env_file is not None:  # what bash made of other variables, nobody knows
+            return (self.env, self.folder) == (other.env, other.folder)
+
+        return _early(self.env) == _early(other.env)
+
+
+class ForkServer:
+    """One zygote.
+
+    Args:
+        selector: the agent's; what is registered there has a callable as data, which takes the events.
+        spec: what to start it with.
+        mark: what its workers' descendants are known by.
+        on_message: called with each message of it.
+        on_output: called with what it and env_file print; empty at the end.
+
+    Attributes:
+        pid: of the process.
+        up: whether Python has started there.
+        ready: what it told once torch was imported, or None.
+        output: the first of what it printed.
+    """
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        spec: Spec,
+        *,
+        mark: str,
+        on_message: Callable[[dict[str, Any]], None],
+        on_output: Callable[[bytes], None],
+    ) -> None:
+        self.spec, self.mark = spec, mark
+        self.ready: dict[str, Any] | None = None
+        self.up = self.gone = False
+        self.output = b""
+        self._selector, self._on_message, self._on_output = selector, on_message, on_output
+        self._socket, theirs = FdSocket.pair()
+        self._read_fd, write_fd = os.pipe()
+        os.set_blocking(self._read_fd, False)
+        try:
+            self.pid = self._spawn(theirs, write_fd)
+        finally:
+            theirs.close()
+            os.close(write_fd)
+
+        with contextlib.suppress(ConnectionError):  # it has ended already, as env_file may do: that is heard of soon
+            self._socket.send(
+                "spec", parent=os.getpid(), mark=mark, sys_path=list(spec.sys_path), need_torch=spec.need_torch
+            )
+
+        selector.register(self._socket.fileno(), selectors.EVENT_READ, self._receive)
+        selector.register(self._read_fd, selectors.EVENT_READ, self._read)
+
+    def fork(self, request: Mapping[str, Any], fds: list[int]) -> None:
+        """Ask for a worker.
+
+        Raises:
+            OSError: the zygote is gone.
+        """
+        self._socket.send("fork", fds, **request)
+
+    def worker_environ(self, spec: Spec) -> dict[str, Any]:
+        """Return what workers of `spec` have to set and unset, as this zygote was started with another environment."""
+        if spec.env_file is not None:
+            return {"set": {}, "unset": []}
+
+        before, after = self.spec.env, spec.env
+        changed = {name: value for name, value in after.items() if before.get(name) != value}
+        return {"set": changed, "unset": [name for name in before if name not in after]}
+
+    def close(self) -> None:
+        """End it at once; its workers end with it."""
+        if not self.gone:
+            self._forget()
+
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+
+    def _spawn(self, theirs: FdSocket, write_fd: int) -> int:
+        fd = theirs.fileno()
+        os.set_inheritable(fd, True)
+        code = import_code() + f"from traceml.launch.worker.zygote import main\nmain({fd})\n"
+        command = [sys.executable, "-c", code]
+        if self.spec.env_file is not None:
+            bash = shutil.which("bash") or "/bin/bash"
+            command = [bash, "-c", _SOURCE, "bash", self.spec.folder, self.spec.env_file, *command]
+
+        actions: list[Any] = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, write_fd, 1),
+            (os.POSIX_SPAWN_DUP2, write_fd, 2),
+        ]
+        return os.posix_spawn(command[0], command, {**os.environ, **self.spec.env}, file_actions=actions)
+
+    def _receive(self, _events: int) -> None:
+        try:
+            while not self.gone and (received := self._socket.receive(wait=False)) is not None:
+                message = received[0]
+                if message["t"] == "up":
+                    self.up = True
+                elif message["t"] == "ready":
+                    self.ready = message
+
+                self._on_message(message)
+        except EOFError:
+            self._forget()
+            self._on_message({"t": "gone"})
+
+    def _read(self, _events: int) -> None:
+        try:
+            data = os.read(self._read_fd, 65536)
+        except BlockingIOError:
+            return
+
+        if data:
+            self.output = (self.output + data)[:_KEPT_BYTES]
+            self._on_output(data)
+        else:
+            self._selector.unregister(self._read_fd)
+            os.close(self._read_fd)
+            self._read_fd = -1
+
+    def _forget(self) -> None:
+        self.gone = True
+        self._selector.unregister(self._socket.fileno())
+        self._socket.close()
+        while self._read_fd >= 0:  # its last words
+            before = len(self.output)
+            self._read(0)
+            if len(self.output) == before:
+                break
+
+        if self._read_fd >= 0:
+            self._selector.unregister(self._read_fd)
+            os.close(self._read_fd)
+            self._read_fd = -1
+
+
+def _early(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith(_EARLY)}

@@ -1,0 +1,258 @@
+"""Starting the agent of one host, by ssh, srun or as a process here; and telling why it did not start or was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from traceml.errors import AgentFailedError
+from traceml.launch.launcher.hosts import Place
+from traceml.launch.launcher.slurm import step_command
+from traceml.launch.wire import bootstrap
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.process_cleanup import end_all, leftovers
+
+__all__ = ["Link"]
+
+_SSH_OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3")
+_CONNECT_TIMEOUT_S = 20  # of ssh, where the user's configuration sets none
+# `ssh -G` prints the configuration in force. The command line would win over it, so it is looked at first.
+_SSH_SCRIPT = """
+host=$1 command=$2 limit=$3; shift 3
+if ssh "$@" -G "$host" 2>/dev/null | grep -q "^connecttimeout none"; then set -- "$@" -o ConnectTimeout="$limit"; fi
+exec ssh "$@" -- "$host" "$command"
+"""
+
+_KEPT_LINES = 20
+_READ_BYTES = 65536
+_TOO_OLD = 78  # what the boot program exits with
+_END_WAIT_S = 1.0  # a program that has closed its output ends soon; only then is its status known
+
+# What ssh and srun say, what it means, and what to do. The first that fits is told.
+_MEANINGS: Sequence[tuple[str, str, str]] = (
+    (
+        r"Could not resolve hostname|Name or service not known|Invalid node name|nodename nor servname",
+        "its name is unknown",
+        "Check the spelling, and that it stands in DNS, /etc/hosts or the ssh configuration.",
+    ),
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|No .*host key is known for",
+        "its host key was not accepted",
+        "Connect once by hand (`ssh {host}`) and check the key; an old one is removed by `ssh-keygen -R {host}`.",
+    ),
+    (
+        r"Permission denied \(|Too many authentication failures",
+        "permission denied: it accepts none of our keys",
+        "`ssh {host} true` must work without a question: check user and key in the ssh configuration, or ssh's agent.",
+    ),
+    (
+        r"Connection refused",
+        "the connection was refused: nobody listens there",
+        "Check that sshd runs on it, and the port in the ssh configuration.",
+    ),
+    (
+        r"timed out|Timeout, server|No route to host|Network is unreachable|Host is down",
+        "it cannot be reached: the connection timed out or there is no route to it",
+        "Check that it is up, and that no firewall lies between.",
+    ),
+    (
+        r"Bad configuration option|Can't open user config file|terminating, \d+ bad configuration",
+        "the ssh configuration cannot be read",
+        "Check the file given as ssh_config_file.",
+    ),
+    (
+        r"Unable to contact slurm controller|Invalid job id|Unable to confirm allocation|Job has expired",
+        "Slurm's allocation is not there any more, or its controller does not answer",
+        "Check `squeue` and `scontrol ping`.",
+    ),
+    (
+        r"kex_exchange_identification|Connection (closed|reset) by|Broken pipe",
+        "it closed the connection",
+        "Check the log of its sshd.",
+    ),
+)
+
+
+class Link:
+    """The agent of one host, as far as it is known here, and the channel to it.
+
+    The agent is started at once and not waited for: `hello` is None until it has answered.
+
+    Attributes:
+        place: the host.
+        channel: to the agent. Who reads it must skip nothing: noise before the greeting is skipped by the channel.
+        errors_fd: what ssh, srun and the agent itself write to their stderr; to be waited on and read by `read_errors`.
+        hello: what the agent told of itself and its host.
+
+    Raises:
+        AgentFailedError: the program that would connect cannot be started.
+    """
+
+    def __init__(self, place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
+        self.place = place
+        self.hello: dict[str, Any] | None = None
+        self._python = python
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._rest = b""
+        inner_in, outer_in = os.pipe()
+        outer_out, inner_out = os.pipe()
+        self.errors_fd, inner_err = os.pipe()
+        os.set_blocking(self.errors_fd, False)
+        bundled = place.transport != "local" or python != sys.executable  # another Python may have nothing of ours
+        command = _command(place, python, ssh_config_file, bundled=bundled)
+        try:
+            # its own session: Ctrl-C on the terminal is ours to answer, and it asks no question there
+            self._process = subprocess.Popen(
+                command, stdin=inner_in, stdout=inner_out, stderr=inner_err, start_new_session=True
+            )
+        except OSError as error:
+            for fd in (outer_in, outer_out, self.errors_fd):
+                os.close(fd)
+
+            advice = "It is needed to reach the host." if command[0] != python else "Check the launcher's `python`."
+            raise AgentFailedError(
+                place.name, f"{command[0]} cannot be run here: {error.strerror}", advice=advice
+            ) from error
+        finally:
+            for fd in (inner_in, inner_out, inner_err):
+                os.close(fd)
+
+        _links.add(self)
+        self.channel = Channel(outer_out, outer_in, side="launcher", greeting=True)
+        if bundled:
+            self.channel.send_raw(bootstrap.bundle())
+
+    def __repr__(self) -> str:
+        return f"Link({self.place.name!r}, {self.place.transport}, pid={self._process.pid}, channel={self.channel})"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the program that carries the channel still runs."""
+        return not self.channel.closed and self._process.poll() is None
+
+    def read_errors(self) -> bytes | None:
+        """Return what came on stderr, and remember its last lines; empty for nothing now, None at its end."""
+        try:
+            data = os.read(self.errors_fd, _READ_BYTES)
+        except BlockingIOError:
+            return b""
+
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        self._lines += [line.decode(errors="replace").rstrip() for line in lines if line.strip()]
+        return data or None
+
+    def failure(self, reason: str) -> AgentFailedError:
+        """Close the link and tell why it broke, by what the program that carried it has said.
+
+        Args:
+            reason: what the channel says.
+        """
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_WAIT_S)
+
+        while self.read_errors():
+            pass
+
+        status = self._process.poll()
+        noise = [line.decode(errors="replace") for line in self.channel.noise.splitlines() if line.strip()]
+        rest = [self._rest.decode(errors="replace")] if self._rest.strip() else []
+        words = [*noise[-_KEPT_LINES:], *self._lines, *rest]
+        self.close()
+        if self.place.transport == "local" and self.hello and (mark := self.hello.get("mark")):
+            # agent and zygote clean up for each other; killed both at once, they have left it to us
+            end_all(lambda: leftovers([], mark=mark), grace_s=0)
+
+        what, advice = self._explain(status, "\n".join(words), reason)
+        return AgentFailedError(self.place.name, what, advice=advice, words=words)
+
+    def close(self, *, wait_s: float = _END_WAIT_S) -> None:
+        """End the agent: it ends its workers and itself when the channel closes.
+
+        Args:
+            wait_s: how long the program that carries the channel may take to end before it is killed, in seconds.
+        """
+        self.hang_up()
+        try:
+            self._process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def hang_up(self) -> None:
+        """Close the channel, and wait for nothing."""
+        if not self.channel.closed:
+            self.channel.close()
+            os.close(self.errors_fd)
+
+    def _forget(self) -> None:
+        """Let go of it in a forked child: it belongs to the parent, which alone can wait for its processes.
+
+        A child that held the channel's end would keep the agent from noticing when the parent is gone.
+        """
+        self.hang_up()
+        self._process.returncode = 0
+
+    def _explain(self, status: int | None, words: str, reason: str) -> tuple[str, str]:
+        """Return what happened and what to do about it."""
+        host, carrier = self.place.name, {"local": "the agent"}.get(self.place.transport, self.place.transport)
+        ended = f"{carrier} {_how(status)}"
+        if self.hello is not None:
+            return f"its agent was lost while the job ran ({reason}; {ended})", (
+                "The host or the network may be down, or its agent was killed." if carrier != "the agent" else ""
+            )
+
+        advice = "The launcher starts the same Python as its own; name that host's by `python=`."
+        if status == 127 or re.search(r"execve\(\).*No such file", words):
+            return f"command not found there: {self._python}", advice
+
+        if status == 126 or re.search(r"execve\(\).*Permission denied", words):
+            return f"command cannot be executed there: {self._python}", advice
+
+        if status == _TOO_OLD:
+            return "its Python is too old", "Name a newer one by `python=`."
+
+        for pattern, meaning, advice in _MEANINGS:
+            if carrier != "the agent" and re.search(pattern, words):
+                return meaning, advice.format(host=host)
+
+        hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
+        return f"its agent did not start ({reason}; {ended})", hand.strip()
+
+
+_links: weakref.WeakSet[Link] = weakref.WeakSet()  # all that there are, in the pool or in a launch
+
+
+def _forget_all() -> None:
+    for link in list(_links):
+        link._forget()
+
+
+os.register_at_fork(after_in_child=_forget_all)
+
+
+def _command(place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool) -> list[str]:
+    """Return what starts a host's agent."""
+    if place.transport == "local":
+        return bootstrap.remote_command(python) if bundled else bootstrap.local_command(python)
+
+    if place.transport == "srun":
+        return [*step_command(place.name), *bootstrap.remote_command(python)]
+
+    config = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
+    command = "exec " + shlex.join(bootstrap.remote_command(python))
+    return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", place.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
+
+
+def _how(status: int | None) -> str:
+    if status is None:
+        return "still runs"
+
+    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"

@@ -1,0 +1,241 @@
+"""From what agents tell of workers to the exception that `launch` raises."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
+from traceml.launch.launcher.job_host import Member, Worker
+from traceml.launch.wire import payload
+from traceml.launch.wire.payload import Receiver
+
+__all__ = ["Failure", "died", "first_cause", "note_stacks", "raised", "unprepared"]
+
+# What a worker is told by a collective because another worker is gone, or does not come.
+_COLLATERAL = re.compile(
+    r"[Cc]onnection (was )?(closed|reset) by|Broken pipe|connectFullMesh|DistBackendError|DistNetworkError"
+    r"|ncclRemoteError|[Ss]ocket [Tt]imeout|[Tt]imed out waiting|recvValue failed|TCPStore|wait timeout|failed to recv"
+)
+_IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
+_INNERMOST_FRAMES = 12
+# What would not be taken for a worker's exception here, but for our own end.
+_NOT_RAISED = frozenset(
+    {"builtins.KeyboardInterrupt", "builtins.GeneratorExit", "builtins.SystemExit", "asyncio.exceptions.CancelledError"}
+)
+_LAST_LINES = 5
+_THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
+# One that the recorder has started: the frame next to the thread's own is ours.
+_OUR_THREAD = re.compile(
+    r'File "[^"]*/traceml/[^"]*", line \d+ in \w+\n  File "[^"]*threading\.py", line \d+ in run$', re.MULTILINE
+)
+_OURS = re.compile(r'File "[^"]*traceml/(launch/worker/worker_main|session/script)\.py"')
+
+
+class Failure:
+    """What went wrong with one worker, or with a host.
+
+    Args:
+        error: what to raise for it, or what makes that: to load an exception may mean to import torch, and only one
+            of all is raised.
+        collateral: whether it looks like the consequence of another worker's failure.
+        rank: whose it is, None for a host's.
+    """
+
+    def __init__(
+        self,
+        error: BaseException | Callable[[], BaseException],
+        collateral: bool = False,
+        rank: int | None = None,
+    ) -> None:
+        self.collateral, self.rank = collateral, rank
+        self._error = error
+
+    @property
+    def error(self) -> BaseException:
+        """What to raise for it."""
+        if not isinstance(self._error, BaseException):
+            self._error = self._error()
+
+        return self._error
+
+    def explains(self, error: BaseException) -> bool:
+        """Return whether `error` was raised for it, and needs no other explanation."""
+        return self._error is error and not self.collateral
+
+
+def first_cause(failures: Iterable[Failure]) -> BaseException:
+    """Return the failure that explains the others: the first that is not the consequence of another."""
+    found = list(failures)
+    for failure in found:
+        if not failure.collateral:
+            return failure.error
+
+    return found[0].error
+
+
+def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None) -> Failure:
+    """Return a worker's own exception, with its host, its rank and its traceback there.
+
+    Args:
+        worker: who raised it.
+        message: what its agent says: `type`, `message`, `traceback`, `bases`.
+        received: the pickled exception, None where it could not be pickled.
+    """
+    kind, text = str(message.get("type") or "Exception").removeprefix("builtins."), str(message.get("message") or "")
+    trace, bases = str(message.get("traceback") or ""), message.get("bases") or ()
+
+    def error() -> BaseException:
+        if not _NOT_RAISED.isdisjoint(bases):
+            how = f"raised {kind}" + (f": {text}" if text else "")
+            found: BaseException = WorkerFailedError(
+                worker.member.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
+            )
+        else:
+            found = _loaded(received) or _stand_in(kind, text, bases, message.get("notes") or ())
+
+        found.__cause__ = RemoteTracebackError(trace) if trace else None
+        found.add_note(f"Raised on {worker}, pid {worker.pid}.")
+        return found
+
+    return Failure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
+
+
+def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
+    """Return the error for a worker that ended without a result."""
+    signal = message.get("signal") or None
+    error = WorkerFailedError(
+        worker.member.name,
+        worker.rank,
+        worker.local_rank,
+        exit_code=None if signal else message.get("code"),
+        signal=signal,
+        log_tail=_tail(message),
+        oom=bool(message.get("oom")),
+    )
+    # a script's exception is in what it wrote last
+    collateral = not signal and bool(_COLLATERAL.search("\n".join(_tail(message)[-_LAST_LINES:])))
+    return Failure(error, collateral, worker.rank)
+
+
+def unprepared(member: Member, error: Mapping[str, Any]) -> AgentFailedError:
+    """Return the error for a host whose fork server cannot be had."""
+    python = member.hello.get("executable") or member.hello.get("python")
+    what, advice = {
+        "no_torch": (
+            "torch is not installed there",
+            f"Install it for {python}, or pass backend=None for functions that need no process group.",
+        ),
+        "env_file": ("env_file cannot be sourced there", "It must exist on each host, and be a script for bash."),
+        "cwd": (
+            "the working directory does not exist there",
+            "Workers work where the launcher does: share that folder.",
+        ),
+        "import": ("torch cannot be imported there", ""),
+        "died": ("the process that imports torch died there", ""),
+    }.get(str(error.get("kind")), ("it cannot be prepared", ""))
+    return AgentFailedError(member.name, what, advice=advice, words=str(error.get("text") or "").splitlines())
+
+
+def note_stacks(
+    error: BaseException,
+    waiting: Iterable[Worker],
+    stacks: Mapping[int, Mapping[str, Any]],
+    given_up: Iterable[int] = (),
+) -> None:
+    """Add to an error what each worker was doing, and which ones the others waited for.
+
+    Args:
+        error: gets the notes.
+        waiting: the workers that had not ended.
+        stacks: what their agents say, by rank: `stack`, `state`.
+        given_up: ranks that have waited in vain for others, and have failed of it.
+    """
+    workers = list(waiting)
+    if not workers:
+        return
+
+    lines = []
+    inside = {worker.rank for worker in workers if _in_collective(stacks.get(worker.rank, {}).get("stack") or "")}
+    absent = [worker for worker in workers if worker.rank not in inside]
+    inside.update(given_up)
+    if inside and absent:
+        who = "; ".join(map(str, absent))
+        lines.append(f"Absent from the collective that {_ranks(inside)} waited in: {who}.")
+
+    together: dict[str, list[Worker]] = {}
+    for worker in workers:
+        together.setdefault(_where(stacks.get(worker.rank)), []).append(worker)
+
+    for where, those in together.items():
+        alone = len(those) == 1
+        who = str(those[0]) if alone else _ranks({worker.rank for worker in those})
+        lines.append(who + (where if alone else where.replace(" was here:", " were here:", 1)))
+
+    error.add_note("\n".join(lines))
+
+
+def _where(told: Mapping[str, Any] | None) -> str:
+    """Return what a worker was doing, without the frames that called the user's function."""
+    if told is None:
+        return " did not tell where it was: its host does not answer."
+
+    if not told.get("stack"):
+        return f" did not tell where it was: its process is {told.get('state') or 'silent'}."
+
+    threads = str(told["stack"]).strip("\n").split("\n\n")
+    text = "\n\n".join(thread for thread in threads if not _OUR_THREAD.search(thread))
+    lines = [_THREAD.sub(r"\1", line) for line in text.splitlines()]
+    ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
+    rest = next((i for i in range(ours, len(lines)) if not lines[i].startswith("  ")), len(lines))
+    return " was here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
+
+
+def _loaded(received: Receiver | None) -> BaseException | None:
+    if received is None or not received.complete:
+        return None
+
+    try:
+        error = payload.load(received.memory(), what="the exception")
+    except Exception:  # noqa: BLE001 - its class may be missing here or refuse to be made: then its text has to do
+        return None
+
+    return error if isinstance(error, BaseException) else None
+
+
+def _stand_in(kind: str, text: str, bases: Iterable[str], notes: Iterable[str]) -> BaseException:
+    """Return an exception of the nearest built-in class, for one that cannot travel."""
+    error = _nearest(kind, text, bases)
+    for note in notes:
+        error.add_note(note)
+
+    return error
+
+
+def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
+    for base in [kind, *bases]:
+        found = getattr(builtins, base.removeprefix("builtins."), None)
+        if not (isinstance(found, type) and issubclass(found, BaseException)):
+            continue
+
+        try:
+            return found(text if found.__name__ == kind else f"{kind}: {text}")
+        except TypeError:  # one that wants more than a text
+            continue
+
+    return RuntimeError(f"{kind}: {text}")
+
+
+def _tail(message: Mapping[str, Any]) -> list[str]:
+    return [str(line) for line in message.get("tail") or ()]
+
+
+def _in_collective(stack: str) -> bool:
+    return bool(_IN_COLLECTIVE.search("\n".join(stack.splitlines()[:_INNERMOST_FRAMES])))
+
+
+def _ranks(ranks: set[int]) -> str:
+    names = ", ".join(map(str, sorted(ranks)))
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

@@ -1,0 +1,123 @@
+"""What the launcher knows of the hosts and the workers of one job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.launch.launcher.agent_connection import Link
+from traceml.launch.launcher.hosts import Place
+from traceml.launch.wire.payload import Receiver
+
+__all__ = ["Member", "Worker", "meeting_address"]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker: one rank.
+
+    Attributes:
+        pid: its process on its host, None before it started.
+        ready: whether it has joined the process group (where there is none: whether it has started).
+        result: what it sent: its result once `done`, or its exception once `raised`.
+        done: whether it has returned, and its result is complete here.
+        ended: whether its process is gone.
+    """
+
+    rank: int
+    local_rank: int
+    member: Member
+    pid: int | None = None
+    ready: bool = False
+    done: bool = False
+    ended: bool = False
+    result: Receiver | None = None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (local rank {self.local_rank} on {self.member.name})"
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One host of a job.
+
+    Attributes:
+        key: what its agent is kept under after the job.
+        start: connects to it anew.
+        warm: whether its agent was kept from an earlier job and has not been heard of in this one.
+        prepared: what the agent told of it once its fork server stood.
+        idle: whether nothing of the job is left there.
+        lost: whether its agent is out of reach.
+    """
+
+    place: Place
+    key: Hashable
+    start: Callable[[], Link]
+    link: Link
+    warm: bool = False
+    prepared: dict[str, Any] | None = None
+    workers: list[Worker] = field(default_factory=list)
+    started: bool = False
+    idle: bool = False
+    lost: bool = False
+    watches_write: bool = False
+
+    @property
+    def name(self) -> str:
+        """The host's name, as the user wrote it."""
+        return self.place.name
+
+    @property
+    def hello(self) -> dict[str, Any]:
+        """What the agent told of itself; empty before it did."""
+        return self.link.hello or {}
+
+    @property
+    def size(self) -> int:
+        """How many workers the host gets; known once its agent has answered."""
+        return int(
+            self.place.workers or self.hello.get("gpus") or self.place.without_gpus or self.hello.get("cores") or 1
+        )
+
+
+def meeting_address(members: list[Member]) -> str:
+    """Return the address of rank 0's host at which all others reach it: never a name, which may resolve otherwise."""
+    first, others = members[0], members[1:]
+    if all(_same_machine(first, other) for other in others):
+        return "127.0.0.1"
+
+    for address in _candidates(first, others):
+        if address and not address.startswith("127.") and address != "::1":
+            return address
+
+    return "127.0.0.1"
+
+
+def _same_machine(one: Member, other: Member) -> bool:
+    """Return whether two agents share one kernel and one network."""
+    return (one.place.transport == other.place.transport == "local") or all(
+        one.hello.get(name) == other.hello.get(name) for name in ("boot_id", "netns", "addresses")
+    )
+
+
+def _candidates(first: Member, others: list[Member]) -> Iterator[str | None]:
+    yield first.hello.get("address")  # where ssh reached it
+    if first.place.transport == "local":
+        yield from (other.hello.get("peer") for other in others)  # where ssh came from
+
+    own = [address for address in first.hello.get("addresses", []) if not address.startswith("127.")]
+    theirs = [address for other in others for address in other.hello.get("addresses", [])]
+    yield from sorted(own, key=lambda address: -max((_alike(address, each) for each in theirs), default=0))
+
+
+def _alike(one: str, other: str) -> int:
+    """Return how many parts two addresses have in common at their beginning."""
+    count = 0
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+
+        count += 1
+
+    return count

@@ -1,0 +1,42 @@
+"""What the workers of a launch do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.launch.wire.payload import Parcel
+
+__all__ = ["Task"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What all workers do.
+
+    Attributes:
+        parcel: the function and its arguments.
+        script: instead of these, a script: `path` or `module`, and `argv`.
+        backend: of the process group; `auto`: nccl where there are GPUs enough, else gloo; None: no group.
+        timeout_s: for start-up, and for the group's collectives.
+        environ: variables for workers of other hosts; those here inherit all.
+        env_file: a file that bash sources on each host.
+        cwd: where workers work.
+        sys_path: where they look for modules.
+        main: what they know of the launcher's `__main__`, see `mainmodule`.
+        cpu_affinity: whether they are spread over the cores.
+        keep_agents: whether agents may serve the next launch.
+    """
+
+    parcel: Parcel | None = None
+    script: Mapping[str, Any] | None = None
+    backend: str | None = "auto"
+    timeout_s: float = 600
+    environ: Mapping[str, str] = field(default_factory=dict)
+    env_file: str | None = None
+    cwd: str = "."
+    sys_path: Sequence[str] = ()
+    main: Mapping[str, str | None] = field(default_factory=dict)
+    cpu_affinity: bool = True
+    keep_agents: bool = True

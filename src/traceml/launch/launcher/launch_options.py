@@ -1,0 +1,126 @@
+"""The options of a launch, and its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+from traceml.errors import ResultNotFoundError, UsageError
+
+__all__ = ["DEFAULT_ENV_VARS", "LaunchOptions", "LaunchResult", "matching"]
+
+DEFAULT_ENV_VARS: tuple[str, ...] = (
+    "PATH",
+    "LD_LIBRARY_PATH",
+    "LIBRARY_PATH",
+    "PYTHON*",
+    "VIRTUAL_ENV",
+    "CUDA*",
+    "TORCH*",
+    "PYTORCH*",
+    "NCCL*",
+    "GLOO*",
+    "OMP_*",
+    "MKL_*",
+    "HF_*",
+    "TRACEML_*",
+)
+"""Variables (patterns of fnmatch) that workers of other hosts get from the launcher's environment."""
+
+_BACKENDS = ("nccl", "gloo", "mpi", "ucc", "auto", None)
+
+
+@dataclass(frozen=True)
+class LaunchResult:
+    """What the workers of a launch returned.
+
+    Attributes:
+        results: by hostname (as given to `launch`), then by local rank.
+    """
+
+    results: dict[str, list[Any]]
+
+    def rank(self, i: int) -> Any:
+        """Return what the worker with rank `i` returned.
+
+        Raises:
+            ResultNotFoundError: there is no such rank. It is an IndexError.
+        """
+        values = [value for host in self.results.values() for value in host]
+        if not 0 <= i < len(values):
+            raise ResultNotFoundError(f"rank {i}: this launch had the ranks 0 to {len(values) - 1}")
+
+        return values[i]
+
+    def index(self, hostname: str, local_rank: int) -> Any:
+        """Return what one worker of a host returned.
+
+        Raises:
+            ResultNotFoundError: no such host, or no such local rank there. It is an IndexError and a KeyError.
+        """
+        host = self.results.get(hostname)
+        if host is None:
+            raise ResultNotFoundError(f"host {hostname!r}: this launch had the hosts {', '.join(self.results)}")
+
+        if not 0 <= local_rank < len(host):
+            raise ResultNotFoundError(
+                f"local rank {local_rank} on {hostname}: this launch had the local ranks 0 to {len(host) - 1} there"
+            )
+
+        return host[local_rank]
+
+
+@dataclass
+class LaunchOptions:
+    """Options of a launch, see `launch`."""
+
+    hostnames: list[str] | Literal["auto", "slurm"] = "auto"
+    """Names that ssh understands, or of this host. auto: the Slurm allocation, else this host."""
+    workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto"
+    """For all hosts, or for each. auto: one per GPU, else what Slurm's job asked for, else one per CPU core."""
+    ssh_config_file: str | Path | None = None
+    """What ssh reads instead of ~/.ssh/config."""
+    backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto"
+    """Of the process group. auto: nccl where each worker has a GPU, else gloo. None: no group."""
+    timeout: int = 600
+    """Seconds for start-up, and for the process group's collectives; never for the function."""
+    default_env_vars: Sequence[str] = DEFAULT_ENV_VARS
+    """Variables (patterns) that other hosts get from this environment."""
+    extra_env_vars: Sequence[str] = ()
+    """More of them."""
+    env_file: str | Path | None = None
+    """A bash script that each host sources before its workers start; what it exports counts."""
+    keep_agents: bool = True
+    """Leave an idle agent with torch imported on each host, for the next launch of this process."""
+    trace: bool = False
+    """Trace the job: live view, verdict, report."""
+    python: str | None = None
+    """The interpreter on the hosts; by default this one's path."""
+    cpu_affinity: bool = True
+    """Give each worker of a host its own share of the CPU cores."""
+
+    def check(self) -> None:
+        """Check the values that need no host to be checked.
+
+        Raises:
+            UsageError: one of them is not allowed.
+        """
+        if self.backend not in _BACKENDS:
+            names = ", ".join(map(repr, _BACKENDS))
+            raise UsageError(f"backend={self.backend!r}: it is one of {names}")
+
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not self.timeout > 0:
+            raise UsageError(f"timeout={self.timeout!r}: it is a number of seconds above 0")
+
+        for name in ("default_env_vars", "extra_env_vars"):
+            patterns = getattr(self, name)
+            if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+                raise UsageError(f"{name}={patterns!r}: give a list of names or patterns, such as ['WANDB_*']")
+
+
+def matching(environ: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
+    """Return the variables whose names match one of the patterns, which are case-sensitive as names are."""
+    return {name: value for name, value in environ.items() if any(fnmatchcase(name, each) for each in patterns)}

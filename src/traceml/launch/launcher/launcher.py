@@ -1,0 +1,113 @@
+"""`traceml.launch` and `traceml.Launcher`: run a function on every worker of every host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from traceml.errors import UsageError
+from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchOptions, LaunchResult
+
+__all__ = ["Launcher", "launch"]
+
+
+@dataclass
+class Launcher(LaunchOptions):
+    """Runs functions on hosts; the options are those of `launch`. Works with `tyro.cli(traceml.Launcher)`."""
+
+    def run(
+        self,
+        func: Callable[..., Any],
+        func_args: Sequence[Any] | None = (),
+        func_kwargs: Mapping[str, Any] | None = None,
+        log_handlers: Any = "auto",
+    ) -> LaunchResult:
+        """Run a function on every worker of every host; see `launch`."""
+        from traceml.launch.launcher.assembly import run_function
+
+        self.check()
+        if not callable(func):
+            raise UsageError(f"func={func!r}: it is not callable")
+
+        if not isinstance(func_args, tuple | list | None):
+            raise UsageError(f"func_args is a {type(func_args).__name__}: give a tuple, for one argument (x,)")
+
+        if not isinstance(func_kwargs, Mapping | None):
+            raise UsageError(f"func_kwargs is a {type(func_kwargs).__name__}: give a dict of arguments by name")
+
+        return run_function(self, func, func_args or (), func_kwargs or {}, log_handlers)
+
+
+def launch(
+    func: Callable[..., Any],
+    func_args: Sequence[Any] | None = (),
+    func_kwargs: Mapping[str, Any] | None = None,
+    *,
+    hostnames: list[str] | Literal["auto", "slurm"] = "auto",
+    workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto",
+    ssh_config_file: str | Path | None = None,
+    backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto",
+    timeout: int = 600,
+    default_env_vars: Sequence[str] = DEFAULT_ENV_VARS,
+    extra_env_vars: Sequence[str] = (),
+    env_file: str | Path | None = None,
+    log_handlers: Any = "auto",
+    keep_agents: bool = True,
+    trace: bool = False,
+    python: str | None = None,
+    cpu_affinity: bool = True,
+) -> LaunchResult:
+    """Run a function on every worker of every host, and return what each returned.
+
+    Workers are processes with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, in one
+    process group. When this returns or raises, all of them and what they started are gone.
+
+    Args:
+        func: what to run. It, its arguments and its results travel by cloudpickle: it may stand in the script itself,
+            or be a lambda or a closure.
+        func_args: its positional arguments.
+        func_kwargs: its keyword arguments.
+        hostnames: names that ssh understands, or of this host (`localhost`); `auto`: the Slurm allocation, else this
+            host; `slurm`: the allocation.
+        workers_per_host: for all hosts, or one number for each; `auto`: one per GPU of the host, else what the Slurm
+            job asked for, else one per CPU core; `slurm`: the same, and there must be an allocation.
+        ssh_config_file: what ssh reads instead of ~/.ssh/config.
+        backend: of the process group; `auto`: nccl where each worker has a GPU, else gloo; None: no group.
+        timeout: seconds for start-up, and for the group's collectives; never for the function.
+        default_env_vars: patterns of variables that other hosts get from this environment; workers here inherit all.
+        extra_env_vars: more of them.
+        env_file: a script that bash sources on each host before its workers start; what it exports counts.
+        log_handlers: `auto` prints what the first host's agent and first worker write, and writes files for all; or a
+            list of logging handlers.
+        keep_agents: leave an idle agent with torch imported on each host; it makes the next launch of this process
+            fast, and ends with this process.
+        trace: trace the job: live view, verdict, report.
+        python: the interpreter on the hosts; by default this one's path.
+        cpu_affinity: give each worker of a host its own share of the CPU cores.
+
+    Raises:
+        Exception: what a worker raised, with the worker's name as a note and its traceback as the cause.
+        WorkerFailedError: a worker died: a signal, an exit code.
+        AgentFailedError: a host cannot be reached or used, or was lost.
+        LaunchTimeoutError: start-up took longer than `timeout`.
+        PayloadError: the function, an argument or a result cannot be pickled.
+        SlurmError: Slurm is asked for, and there is no allocation.
+        UsageError: an argument has a value that cannot be.
+    """
+    launcher = Launcher(
+        hostnames=hostnames,
+        workers_per_host=workers_per_host,
+        ssh_config_file=ssh_config_file,
+        backend=backend,
+        timeout=timeout,
+        default_env_vars=default_env_vars,
+        extra_env_vars=extra_env_vars,
+        env_file=env_file,
+        keep_agents=keep_agents,
+        trace=trace,
+        python=python,
+        cpu_affinity=cpu_affinity,
+    )
+    return launcher.run(func, func_args, func_kwargs, log_handlers)

@@ -1,0 +1,315 @@
+"""What workers and agents write, at the launcher: to files, to the screen, to handlers of the user's.
+
+Each worker, and each host's agent, is a source with a logger's name: `traceml.launch.<host>.<local rank>`, or
+`traceml.launch.<host>`. Lines of stdout are records of level INFO, lines of stderr of level ERROR, and records of
+`logging` stay what they were; all have the attributes `hostname`, `local_rank` (None for an agent) and `rank`.
+
+One thread does all the writing, so that a slow disk or a stopped terminal never holds up the launcher's loop. What it
+has taken is reported back, and only then is a worker allowed to send more: a chatty worker waits for its own lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from traceml.errors import UsageError
+from traceml.launch.launcher.log_handlers import (
+    LineHandler,
+    SourceFilter,
+    file_handler,
+    new_log_folder,
+    plain_handler,
+    stream_handler,
+)
+from traceml.launch.wire.log_records import RecordDecoder
+
+__all__ = ["Feed", "LogRouter", "check_handlers", "make_handlers"]
+
+Handlers = (
+    Literal["auto"] | logging.Handler | Sequence[logging.Handler] | Callable[[], Sequence[logging.Handler]] | None
+)
+
+# A line that does not end is passed on in pieces of this size.
+_MAX_LINE_BYTES = 1024 * 1024
+_log = logging.getLogger("traceml")
+_LEVELS = {"out": logging.INFO, "err": logging.ERROR}
+
+
+def make_handlers(
+    log_handlers: Handlers,
+    hosts: Mapping[str, int],
+    *,
+    environ: Mapping[str, str] = os.environ,
+    plain: bool = False,
+    out: Any = None,
+    err: Any = None,
+) -> list[logging.Handler]:
+    """Return the handlers that a launch logs to.
+
+    Args:
+        log_handlers: "auto": the first host's agent and first worker to stdout, and everything to files; handlers, or
+            a function that returns them: these alone; None: nothing.
+        hosts: the number of workers of each host, in order.
+        environ: where `TRACEML_LOG_DIR` and `TORCHRUNX_LOG_DIR` are looked up; an empty one turns files off.
+        plain: print the first worker's output as it is: stdout to stdout, stderr to stderr, without time and name.
+        out: what to print to; None for stdout.
+        err: what to print errors to where it is plain; None for stderr.
+    """
+    if log_handlers is None:
+        return []
+
+    if isinstance(log_handlers, logging.Handler):
+        return [log_handlers]
+
+    if not isinstance(log_handlers, str):
+        return _checked(log_handlers() if callable(log_handlers) else log_handlers)
+
+    check_handlers(log_handlers)
+
+    first = next(iter(hosts))
+    made: list[logging.Handler] = [
+        stream_handler(first, stream=err if plain else out),
+        plain_handler(first, 0, out, err) if plain else stream_handler(first, 0, out),
+    ]
+    folder = new_log_folder(environ)
+    if folder is None:
+        return made
+
+    for host, workers in hosts.items():
+        made.append(file_handler(host, log_dir=folder))
+        made += [file_handler(host, local_rank, log_dir=folder) for local_rank in range(workers)]
+
+    return made
+
+
+def check_handlers(log_handlers: Any) -> Handlers:
+    """Return `log_handlers`, which may be an iterator, as `make_handlers` takes it.
+
+    Raises:
+        UsageError: it can be none; what a function will return is not known yet.
+    """
+    if log_handlers is None or log_handlers == "auto" or callable(log_handlers):
+        return log_handlers  # type: ignore[no-any-return]
+
+    if isinstance(log_handlers, str):
+        raise UsageError(f"log_handlers={log_handlers!r}: it is 'auto', a list of logging's handlers, or None")
+
+    return _checked([log_handlers] if isinstance(log_handlers, logging.Handler) else log_handlers)
+
+
+def _checked(handlers: Any) -> list[logging.Handler]:
+    if not isinstance(handlers, Iterable):
+        raise UsageError(f"log_handlers={handlers!r}: it is 'auto', a list of logging's handlers, or None")
+
+    found = list(handlers)
+    for handler in found:
+        if not isinstance(handler, logging.Handler):
+            raise UsageError(f"log_handlers has {handler!r}, which is no handler of logging")
+
+    return found
+
+
+class Feed:
+    """One stream of one source: `out`, `err`, or `records`."""
+
+    def __init__(self, router: LogRouter, source: _Source, kind: str) -> None:
+        self._router, self.source, self.kind = router, source, kind
+        self.grant: Callable[[int], object] | None = None  # told in the loop's thread what has been written
+        self._partial = b""
+        self._decoder = RecordDecoder() if kind == "records" else None
+
+    def feed(self, data: memoryview | bytes) -> None:
+        """Take bytes; returns at once."""
+        self._router._queue.put((self, bytes(data)))
+
+    def end(self, _error: object = None) -> None:
+        """Say that nothing follows: a last line needs no newline."""
+        self._router._queue.put((self, None))
+
+    def _write(self, data: bytes, *, last: bool) -> None:
+        if self._decoder is not None:
+            for record in self._decoder.feed(data):
+                self.source.record(record)
+
+            return
+
+        lines, self._partial = _whole_lines(self._partial + data, last=last)
+        if lines:
+            self.source.lines(lines, _LEVELS[self.kind])
+
+
+class LogRouter:
+    """Writes what sources say to handlers, in a thread of its own.
+
+    The owner's loop waits on `fd` and calls `settle` when it can be read; `Feed.grant` is called from there.
+
+    Args:
+        handlers: where to; each is asked for its level and filters as `logging` does.
+    """
+
+    def __init__(self, handlers: Iterable[logging.Handler]) -> None:
+        self.handlers = list(handlers)
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._sources: dict[tuple[str, int | None], _Source] = {}
+        self._queue: queue.SimpleQueue[tuple[Feed, bytes | None] | None] = queue.SimpleQueue()
+        self._taken: dict[Feed, int] = defaultdict(int)
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._work, name="traceml-logs", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> LogRouter:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+    def open(self, hostname: str, local_rank: int | None, kind: str, *, rank: int | None = None) -> Feed:
+        """Return what takes the bytes of a stream.
+
+        Args:
+            hostname: the host, as the user named it.
+            local_rank: the worker's; None for the agent.
+            kind: `out`, `err` or `records`.
+            rank: the worker's global rank.
+        """
+        key = (hostname, local_rank)
+        if key not in self._sources:
+            self._sources[key] = _Source(hostname, local_rank, rank, self.handlers)
+
+        return Feed(self, self._sources[key], kind)
+
+    def settle(self) -> None:
+        """Tell each feed's `grant` how much of it has been written."""
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
+
+        with self._lock:
+            taken, self._taken = self._taken, defaultdict(int)
+
+        for feed, n in taken.items():
+            if feed.grant is not None:
+                feed.grant(n)
+
+    def close(self) -> None:
+        """Write what is still to be written, and close the handlers that `make_handlers` made."""
+        if self.fd < 0:
+            return
+
+        self._queue.put(None)
+        self._thread.join()
+        for handler in self.handlers:
+            if isinstance(handler, LineHandler):
+                handler.close()
+            else:
+                handler.flush()
+
+        os.close(self.fd)
+        self.fd = -1
+
+    def _work(self) -> None:
+        for handler in self.handlers:
+            if isinstance(handler, LineHandler):
+                handler.prepare()
+
+        ended = False
+        while not ended:
+            batch = [self._queue.get()]
+            while len(batch) < 256 and not self._queue.empty():
+                batch.append(self._queue.get())
+
+            ended = None in batch
+            self._write_all([item for item in batch if item is not None])
+
+    def _write_all(self, batch: list[tuple[Feed, bytes | None]]) -> None:
+        gathered: dict[Feed, list[bytes | None]] = {}
+        for feed, data in batch:
+            gathered.setdefault(feed, []).append(data)
+
+        for feed, pieces in gathered.items():
+            data = b"".join(piece for piece in pieces if piece is not None)
+            feed._write(data, last=None in pieces)
+            with self._lock:
+                self._taken[feed] += len(data)
+
+        for source in {feed.source for feed in gathered}:
+            source.flush()
+
+        os.eventfd_write(self.fd, 1)
+
+
+class _Source:
+    """A worker or an agent, and the handlers that want what it says."""
+
+    def __init__(
+        self, hostname: str, local_rank: int | None, rank: int | None, handlers: Sequence[logging.Handler]
+    ) -> None:
+        own = "" if local_rank is None else f".{local_rank}"
+        self.name = f"traceml.launch.{hostname}{own}"
+        self._known: dict[str, Any] = {"hostname": hostname, "local_rank": local_rank, "rank": rank}
+        wanting = [handler for handler in handlers if _may_want(handler, hostname, local_rank)]
+        self._lined = [h for h in wanting if isinstance(h, LineHandler)]
+        self._fast = [h for h in self._lined if h.is_plain]
+        self._slow = [h for h in wanting if h not in self._fast]
+
+    def lines(self, lines: bytes, level: int) -> None:
+        """Pass on whole lines, each ended by a newline."""
+        text = lines.decode("utf-8", "replace")
+        for handler in self._fast:
+            if level >= handler.level:
+                handler.write_lines(text, level)
+
+        if not self._slow:
+            return
+
+        for line in text.split("\n")[:-1]:
+            record = logging.LogRecord(self.name, level, "", 0, line, None, None)
+            self._hand_over(record, self._slow)
+
+    def flush(self) -> None:
+        """Hand what was written to whom it is for."""
+        for handler in self._lined:
+            handler.flush_lines()
+
+    def record(self, record: logging.LogRecord) -> None:
+        """Pass on a record."""
+        self._hand_over(record, [*self._fast, *self._slow])
+
+    def _hand_over(self, record: logging.LogRecord, handlers: Sequence[logging.Handler]) -> None:
+        record.__dict__.update(self._known)
+        for handler in handlers:
+            if record.levelno < handler.level:
+                continue
+
+            try:
+                handler.handle(record)
+            except Exception:  # noqa: BLE001 - a handler of the user's may raise anything
+                self._drop(handler)
+
+    def _drop(self, handler: logging.Handler) -> None:
+        """Do without a handler of the user's that raised; the others go on."""
+        _log.exception("the log handler %r failed on the output of %s and gets no more of it", handler, self.name)
+        self._fast = [h for h in self._fast if h is not handler]
+        self._slow = [h for h in self._slow if h is not handler]
+
+
+def _may_want(handler: logging.Handler, hostname: str, local_rank: int | None) -> bool:
+    ours = [found for found in handler.filters if isinstance(found, SourceFilter)]
+    return all(found.matches(hostname, local_rank) for found in ours)
+
+
+def _whole_lines(data: bytes, *, last: bool) -> tuple[bytes, bytes]:
+    """Return the whole lines of `data`, and what follows them; a progress bar's carriage return ends one, too."""
+    end = len(data) if last or len(data) > _MAX_LINE_BYTES else max(data.rfind(b"\n"), data.rfind(b"\r", 0, -1)) + 1
+    lines, rest = data[:end], data[end:]
+    if b"\r" in lines:
+        lines = lines.replace(b"\r\n", b"\n").replace(b"\r", b"\n").lstrip(b"\n")
+
+    return lines if not lines or lines.endswith(b"\n") else lines + b"\n", rest

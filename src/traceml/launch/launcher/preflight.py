@@ -1,0 +1,324 @@
+"""Looking at hosts before a job runs on them: what is there, how fast each computes, how fast they reach each other.
+
+Every host is asked by itself first, so that one which cannot be used hides nothing of the others; those that can are
+then asked together. What runs on the hosts are `probe_host` and `probe_links`, launched like any function.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from traceml.errors import AgentFailedError, TraceMLError
+
+__all__ = ["HostFacts", "LinkFacts", "Preflight", "preflight", "probe_host", "probe_links", "slow_hosts"]
+
+_MATMUL_SIZE, _DEVICE_MATMUL_SIZE, _MATMULS = 1024, 4096, 9
+_ROUND_TRIPS, _MESSAGE_BYTES, _REDUCE_BYTES = 20, 16 << 20, 16 << 20
+_TIMEOUT_S = 60
+_AT_ONCE = 64
+# A host below this share of what the others reach is called slow; a network path too.
+_SLOW_HOST, _SLOW_LINK = 0.7, 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """One host.
+
+    Attributes:
+        name: as it was asked for.
+        trouble: why it cannot be used; empty when it can.
+        advice: what can be done about that.
+        words: the last lines of what ssh, srun or the host itself said of it.
+        facts: what `probe_host` returned, of a host that can be used.
+        connect_s: seconds from nothing to the answer, with torch imported.
+    """
+
+    name: str
+    trouble: str = ""
+    advice: str = ""
+    words: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    connect_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFacts:
+    """The network between two hosts: half a round trip of 8 bytes in milliseconds, and 16 MiB one way."""
+
+    hosts: tuple[str, str]
+    latency_ms: float
+    megabytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What was seen.
+
+    Attributes:
+        hosts: in the order asked.
+        links: of a ring over the hosts that can be used; empty with less than two.
+        clock_offsets_s: each host's wall clock minus the first usable host's, in seconds.
+        all_reduce_ms: a sum of 16 MiB over all usable hosts, in milliseconds; None with less than two.
+        trouble: why the hosts, usable one by one, do not work together.
+    """
+
+    hosts: tuple[HostFacts, ...]
+    links: tuple[LinkFacts, ...] = ()
+    clock_offsets_s: dict[str, float] = field(default_factory=dict)
+    all_reduce_ms: float | None = None
+    trouble: str = ""
+
+
+def preflight(
+    hostnames: Sequence[str] | str, *, ssh_config_file: str | Path | None = None, python: str | None = None
+) -> Preflight:
+    """Look at hosts; takes a few seconds, however many there are.
+
+    Args:
+        hostnames: as `launch` takes them.
+        ssh_config_file: what ssh reads instead of the user's configuration.
+        python: the interpreter on the hosts; by default this one's path.
+    """
+    from traceml.launch.launcher.hosts import resolve
+
+    places = [place.name for place in resolve(hostnames, 1, ssh_config_file, os.environ)]
+    launched = _Launching(ssh_config_file, python)
+    with ThreadPoolExecutor(min(len(places), _AT_ONCE)) as pool:
+        hosts = tuple(pool.map(launched.host, places))
+
+    usable = [host.name for host in hosts if not host.trouble]
+    if len(usable) < 2:
+        return Preflight(hosts)
+
+    try:
+        told = launched.run(probe_links, usable)
+    except Exception as error:  # noqa: BLE001 - whatever the group met is what was looked for
+        return Preflight(hosts, trouble=_reason(error))
+
+    links = [LinkFacts((usable[a], usable[b]), ms, rate) for each in told for a, b, ms, rate in each["links"]]
+    offsets = {name: each["clock_offset_s"] for name, each in zip(usable, told, strict=True)}
+    return Preflight(hosts, tuple(links), offsets, max(each["all_reduce_ms"] for each in told))
+
+
+def slow_hosts(found: Preflight) -> Iterator[tuple[str, str]]:
+    """Yield hosts that would hold up the others, each with the reason."""
+    rates = {host.name: host.facts["cpu_gflops"] for host in found.hosts if not host.trouble}
+    devices = {host.name: min(host.facts["gpu_tflops"]) for host in found.hosts if host.facts.get("gpu_tflops")}
+    for what, unit, table in (("CPU", "GFLOP/s", rates), ("GPU", "TFLOP/s", devices)):
+        for name, rate in table.items():
+            others = [each for other, each in table.items() if other != name]
+            if others and rate < _SLOW_HOST * statistics.median(others):
+                yield name, f"its {what} reaches {rate:.3g} {unit}, the others {statistics.median(others):.3g}"
+
+    for link in found.links:
+        elsewhere = [each.megabytes_per_s for each in found.links if each is not link]
+        if elsewhere and link.megabytes_per_s < _SLOW_LINK * statistics.median(elsewhere):
+            text = f"{link.megabytes_per_s:.0f} MB/s between {' and '.join(link.hosts)}"
+            yield _common(link, found), f"{text}, {statistics.median(elsewhere):.0f} elsewhere"
+
+
+def _common(link: LinkFacts, found: Preflight) -> str:
+    """Return the host of a slow link whose other link is slower than the other's, or both of them."""
+    rates = {}
+    for name in link.hosts:
+        other = [each.megabytes_per_s for each in found.links if name in each.hosts and each is not link]
+        rates[name] = min(other, default=link.megabytes_per_s)
+
+    slower, faster = sorted(link.hosts, key=lambda name: rates[name])
+    return slower if rates[slower] < _SLOW_LINK * rates[faster] else " or ".join(link.hosts)
+
+
+class _Launching:
+    """Launches that share their agents: who was asked alone has torch imported when all are asked together."""
+
+    def __init__(self, ssh_config_file: str | Path | None, python: str | None) -> None:
+        self._ssh_config_file, self._python = ssh_config_file, python
+
+    def host(self, name: str) -> HostFacts:
+        began_s = time.monotonic()
+        try:
+            facts = self.run(probe_host, [name])[0]
+        except AgentFailedError as error:
+            return HostFacts(name, error.reason, error.advice, tuple(error.words))
+        except Exception as error:  # noqa: BLE001 - whatever a host fails with is what was looked for
+            return HostFacts(name, _reason(error))
+
+        return HostFacts(name, facts=facts, connect_s=time.monotonic() - began_s)
+
+    def run(self, function: Any, hostnames: list[str]) -> list[Any]:
+        from traceml.launch.launcher.launcher import Launcher
+
+        launcher = Launcher(
+            hostnames=hostnames,
+            workers_per_host=1,
+            ssh_config_file=self._ssh_config_file,
+            backend="gloo",
+            timeout=_TIMEOUT_S,
+            python=self._python,
+        )
+        result = launcher.run(function, log_handlers=[])
+        return [result.index(name, 0) for name in hostnames]
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text if isinstance(error, TraceMLError) else f"{type(error).__name__}: {text}"
+
+
+# --- on the hosts ----------------------------------------------------------------------------------------------------
+
+
+def probe_host() -> dict[str, Any]:
+    """Return what this host has, and how fast it multiplies matrices."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    size = _MATMUL_SIZE
+    matrix = torch.rand(size, size)
+    rates = [2 * size**3 / took_s / 1e9 for took_s in _matmuls(matrix, lambda: None)]
+    return {
+        "hostname": os.uname().nodename,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "executable": sys.executable,
+        "torch": torch.__version__,
+        "cores": cores,
+        "load": os.getloadavg()[0],
+        "memory_free_bytes": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        "shm_free_bytes": _free_bytes(Path("/dev/shm")),  # noqa: S108 - only looked at
+        "cpu_gflops": statistics.median(rates),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "gpu_tflops": [_device_tflops(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def probe_links() -> dict[str, Any]:
+    """Measure the clock, a ring of network paths and a sum over all hosts; every rank returns what it measured."""
+    import torch
+    from torch import distributed
+
+    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    offset_s = _clock_offset_s(rank, world_size)
+    links = []
+    for turn in _turns(world_size):
+        distributed.barrier()
+        for a, b in turn:
+            if rank == a:
+                links.append((a, b, *_measure(b)))
+            elif rank == b:
+                _answer(a)
+
+    data = torch.zeros(_REDUCE_BYTES // 4)
+    took_ms = []
+    for _ in range(4):
+        distributed.barrier()
+        began_s = time.perf_counter()
+        distributed.all_reduce(data)
+        took_ms.append((time.perf_counter() - began_s) * 1e3)
+
+    return {"clock_offset_s": offset_s, "links": links, "all_reduce_ms": statistics.median(took_ms[1:])}
+
+
+def _matmuls(matrix: Any, wait: Any) -> Iterator[float]:
+    """Yield the seconds that products take, the first ones left out."""
+    for number in range(_MATMULS + 2):
+        began_s = time.perf_counter()
+        matrix @ matrix
+        wait()
+        if number >= 2:
+            yield time.perf_counter() - began_s
+
+
+def _device_tflops(index: int) -> float:
+    import torch
+
+    size = _DEVICE_MATMUL_SIZE
+    with torch.cuda.device(index):
+        matrix = torch.rand(size, size, device="cuda", dtype=torch.bfloat16)
+        return statistics.median(2 * size**3 / s / 1e12 for s in _matmuls(matrix, torch.cuda.synchronize))
+
+
+def _clock_offset_s(rank: int, world_size: int) -> float:
+    """Return this host's wall clock minus rank 0's: the fastest of some exchanges tells."""
+    import torch
+    from torch import distributed
+
+    stamp = torch.zeros(1, dtype=torch.int64)
+    if rank == 0:
+        for peer in range(1, world_size):
+            for _ in range(_ROUND_TRIPS):
+                distributed.recv(stamp, peer)
+                stamp[0] = time.time_ns()
+                distributed.send(stamp, peer)
+
+        return 0.0
+
+    best_ns, offset_ns = 1 << 62, 0
+    for _ in range(_ROUND_TRIPS):
+        sent_ns = time.time_ns()
+        distributed.send(stamp, 0)
+        distributed.recv(stamp, 0)
+        got_ns = time.time_ns()
+        if got_ns - sent_ns < best_ns:
+            best_ns, offset_ns = got_ns - sent_ns, (sent_ns + got_ns) // 2 - int(stamp)
+
+    return offset_ns / 1e9
+
+
+def _turns(world_size: int) -> list[list[tuple[int, int]]]:
+    """Return the paths of a ring in turns in which no host has two of them."""
+    ring = [(rank, rank + 1) for rank in range(world_size - 1)]
+    turns = [ring[::2], ring[1::2]]
+    return [*turns, [(world_size - 1, 0)]] if world_size > 2 else turns
+
+
+def _measure(peer: int) -> tuple[float, float]:
+    """Return latency in milliseconds and bandwidth in MB/s to a peer, which runs `_answer`."""
+    import torch
+    from torch import distributed
+
+    small, large = torch.zeros(8, dtype=torch.uint8), torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+    trips_s, sends_s = [], []
+    for _ in range(_ROUND_TRIPS):
+        began_s = time.perf_counter()
+        distributed.send(small, peer)
+        distributed.recv(small, peer)
+        trips_s.append(time.perf_counter() - began_s)
+
+    for _ in range(3):
+        began_s = time.perf_counter()
+        distributed.send(large, peer)
+        distributed.recv(small, peer)
+        sends_s.append(time.perf_counter() - began_s)
+
+    return statistics.median(trips_s) / 2 * 1e3, _MESSAGE_BYTES / min(sends_s) / 1e6
+
+
+def _answer(peer: int) -> None:
+    import torch
+    from torch import distributed
+
+    small, large = torch.zeros(8, dtype=torch.uint8), torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+    for _ in range(_ROUND_TRIPS):
+        distributed.recv(small, peer)
+        distributed.send(small, peer)
+
+    for _ in range(3):
+        distributed.recv(large, peer)
+        distributed.send(small, peer)
+
+
+def _free_bytes(folder: Path) -> int:
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return 0
+
+    return status.f_bavail * status.f_frsize

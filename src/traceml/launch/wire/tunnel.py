@@ -1,0 +1,266 @@
+"""TCP connections carried through a host's channel: ranks of another host reach the aggregator, and no port is opened.
+
+The agent listens on its own loopback. Each connection there is a pair of the channel's streams, one per direction, and
+a connection to the aggregator's loopback port at the launcher. Flow control is the streams': who does not read is not
+sent to, and slows nobody else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from traceml.launch.wire.channel import Channel, Incoming, Outgoing
+
+__all__ = ["TunnelExit", "TunnelMouth"]
+
+_WINDOW_BYTES = 256 << 10
+_READ_BYTES = 64 << 10
+_CONNECT_TIMEOUT_S = 1.0
+
+_log = logging.getLogger("traceml")
+
+
+class TunnelMouth:
+    """The end at which ranks connect: a listener on the loopback of the agent's host.
+
+    Args:
+        selector: the owner's; what is registered there has a callable as data, which takes the events.
+        channel: to the launcher.
+        about: what the streams' announcement says beside their kind, such as the job.
+
+    Raises:
+        OSError: there is no port to be had.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, channel: Channel, **about: Any) -> None:
+        self._selector, self._channel, self._about = selector, channel, about
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._listener.setblocking(False)
+        self._relays: dict[int, _Relay] = {}
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    @property
+    def port(self) -> int:
+        """The port, on this host's loopback."""
+        port: int = self._listener.getsockname()[1]
+        return port
+
+    def answered(self, message: dict[str, Any]) -> bool:
+        """Take the announcement of a stream that answers one of ours; return False when it is of another tunnel."""
+        relay = self._relays.get(message.get("of", -1))
+        if relay is None:
+            return False
+
+        relay.receive_from(message["id"])
+        return True
+
+    def close(self) -> None:
+        """Close the listener and every connection."""
+        self._selector.unregister(self._listener)
+        self._listener.close()
+        for relay in list(self._relays.values()):
+            relay.close()
+
+    def _accept(self, _events: int) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:  # gone again, or no descriptor left: the rank tries again
+            return
+
+        outgoing = self._channel.open_stream(kind="tunnel", **self._about)
+        relay = _Relay(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(outgoing.id, None))
+        self._relays[outgoing.id] = relay
+
+
+class TunnelExit:
+    """The end at the launcher: connects to the aggregator for each connection that a host announces.
+
+    Args:
+        selector: the owner's; what is registered there has a callable as data, which takes the events.
+        channel: to the agent.
+        port: where to connect to, on this host's loopback.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, channel: Channel, port: int) -> None:
+        self._selector, self._channel, self._port = selector, channel, port
+        self._relays: dict[int, _Relay] = {}
+
+    def opened(self, message: dict[str, Any]) -> None:
+        """Take the announcement of a connection on the other side."""
+        number: int = message["id"]
+        outgoing = self._channel.open_stream(kind="tunnel", of=number)
+        try:
+            sock = socket.create_connection(("127.0.0.1", self._port), timeout=_CONNECT_TIMEOUT_S)
+        except OSError as error:
+            _log.debug("the tunnel's connection to port %d fails: %s", self._port, error)
+            sock, other = socket.socketpair()  # takes what is on its way to us, and ends
+            other.close()
+
+        relay = _Relay(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(number, None))
+        self._relays[number] = relay
+        relay.receive_from(number)
+
+    def close(self) -> None:
+        """Close every connection."""
+        for relay in list(self._relays.values()):
+            relay.close()
+
+
+class _Relay:
+    """One connection: what its socket gives goes into `outgoing`, what the other stream brings goes to the socket."""
+
+    def __init__(
+        self,
+        selector: selectors.BaseSelector,
+        channel: Channel,
+        sock: socket.socket,
+        outgoing: Outgoing,
+        on_closed: Callable[[], object],
+    ) -> None:
+        self._selector, self._channel, self._sock, self._outgoing = selector, channel, sock, outgoing
+        self._on_closed = on_closed
+        self._incoming: Incoming | None = None
+        self._waiting: deque[memoryview] = deque()
+        self._read_ended = self._stream_ended = self._write_ended = self._closed = False
+        self._events = 0
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        outgoing.on_drain = self._watch
+        self._watch()
+
+    def receive_from(self, number: int) -> None:
+        """Pass on what comes on this stream."""
+        self._incoming = self._channel.accept(
+            number, self._take, self._take_end, window_bytes=_WINDOW_BYTES, manual=True
+        )
+
+    def close(self, why: str | None = None) -> None:
+        """End both directions; what had not been written is dropped."""
+        if self._closed:
+            return
+
+        self._closed = True
+        self._waiting.clear()
+        with contextlib.suppress(KeyError, ValueError):  # the owner's loop may be over, and its selector closed
+            self._set_events(0)
+
+        self._sock.close()
+        if not self._read_ended:
+            self._outgoing.end({"text": why or "closed"})
+
+        self._on_closed()
+
+    # --- from the socket into the channel ----------------------------------------------------------------------------
+
+    def _ready(self, events: int) -> None:
+        if events & selectors.EVENT_READ:
+            self._read()
+
+        if events & selectors.EVENT_WRITE and not self._closed:
+            self._write()
+
+        self._watch()
+
+    def _read(self) -> None:
+        room = min(_READ_BYTES, self._outgoing.writable_bytes)
+        if room <= 0 or self._read_ended:
+            return
+
+        try:
+            data = self._sock.recv(room)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(str(error))
+            return
+
+        if data:
+            self._outgoing.write(data)
+            return
+
+        self._read_ended = True
+        self._outgoing.end()
+        self._close_if_done()
+
+    # --- from the channel into the socket ----------------------------------------------------------------------------
+
+    def _take(self, data: memoryview) -> None:
+        if self._closed:
+            self._grant(len(data))
+            return
+
+        self._waiting.append(memoryview(bytes(data)))  # the channel's buffer is its own again when we return
+        self._write()
+        self._watch()
+
+    def _take_end(self, error: dict[str, Any] | None) -> None:
+        self._stream_ended = True
+        if error is not None:
+            self.close("the other end is gone")
+        elif not self._closed:
+            self._write()
+            self._watch()
+
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                sent = self._sock.send(self._waiting[0])
+                self._grant(sent)
+                if sent < len(self._waiting[0]):
+                    self._waiting[0] = self._waiting[0][sent:]
+                else:
+                    self._waiting.popleft()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(str(error))
+            return
+
+        if self._stream_ended and not self._write_ended:
+            self._write_ended = True
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+
+            self._close_if_done()
+
+    def _grant(self, count: int) -> None:
+        if self._incoming is not None:
+            self._incoming.grant(count)
+
+    # --- both --------------------------------------------------------------------------------------------------------
+
+    def _close_if_done(self) -> None:
+        if self._read_ended and self._write_ended:
+            self.close()
+
+    def _watch(self) -> None:
+        """Ask for the events that something can be done about now."""
+        if self._closed:
+            return
+
+        events = selectors.EVENT_WRITE if self._waiting else 0
+        if not self._read_ended and self._outgoing.writable_bytes > 0:
+            events |= selectors.EVENT_READ
+
+        self._set_events(events)
+
+    def _set_events(self, events: int) -> None:
+        if events == self._events:
+            return
+
+        if not self._events:
+            self._selector.register(self._sock, events, self._ready)
+        elif not events:
+            self._selector.unregister(self._sock)
+        else:
+            self._selector.modify(self._sock, events, self._ready)
+
+        self._events = events

@@ -1,0 +1,399 @@
+"""One rank: a process forked by the zygote, from the fork to its end."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import io
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NoReturn
+
+from traceml.launch.wire import log_records, payload
+from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.signals import STACK_SIGNAL
+from traceml.launch.worker import main_module
+from traceml.launch.worker.blas import set_blas_threads
+
+__all__ = ["main"]
+
+_LEAVE_TIMEOUT_S = 5.0
+_MAX_NOTES = 16
+_MAX_TEXT_CHARACTERS = 512 * 1024  # of an exception's words: they travel in one message
+
+
+class _Stopped(BaseException):
+    """The agent wants no more of us."""
+
+
+def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
+    """Run the function or script of one rank, tell the agent what came of it, and end when it says so.
+
+    Args:
+        request: what the agent wants of this rank.
+        fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and perhaps the rendezvous listener.
+    """
+    socket_fd, out, err, records_fd, stacks, *listener = fds
+    agent = FdSocket.of(socket_fd)
+    status = 1
+    try:
+        _take_place(request, out, err, stacks)
+        if request["script"]:  # as under `python`: what it logs goes where it says, by default to stderr
+            os.close(records_fd)
+        else:
+            _send_records(records_fd, request["log_level"])
+
+        if request["trace"] and not request["script"]:
+            from traceml.session.script import start_recorder
+
+            start_recorder()  # before the process group: its making is watched
+
+        status = _work(agent, request, listener[0] if listener else None)
+    except _Stopped:
+        status = 1
+    except BaseException:  # noqa: BLE001 - a fault of ours: it must be seen
+        traceback.print_exc()
+
+    _end(status)
+
+
+def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> int:
+    """Join the group, run, report, and wait to be released; return the exit status."""
+    store = None
+    try:
+        if request["backend"] is not None:
+            store = _join(request, listener)
+        elif listener is not None:
+            os.close(listener)
+
+        _tell(agent, "ready")
+        result = _run_script(request) if request["script"] else _run_function(agent, request)
+    except SystemExit as leaving:
+        status = _status_of(leaving)
+        _note_end(request, None, status)
+        if status:
+            return status
+
+        result = None
+    except _Stopped:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the user's; it travels
+        _note_end(request, error, 1)
+        _report_error(agent, error)
+        _await_release(agent)
+        return 1
+
+    if not _report_result(agent, result):
+        return 1
+
+    _await_release(agent)
+    if store is not None:
+        _leave_group(store, request)
+
+    return 0
+
+
+def _note_end(request: Mapping[str, Any], error: BaseException | None, status: int) -> None:
+    """Tell the recorder how the user's part ended; a script has told it already."""
+    if request["trace"] and not request["script"]:
+        from traceml.recorder import api
+
+        api.note_exit(error, status)
+
+
+# --- what this process is --------------------------------------------------------------------------------------------
+
+
+def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> None:
+    """Become a process like any other: streams, signals, variables, cores, random numbers."""
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (out, 1), (err, 2)):
+        os.dup2(source, target)
+        os.close(source)
+
+    streams = {"stdin": open(0, encoding="utf-8", closefd=False)}  # noqa: SIM115
+    streams |= {"stdout": _stream(1, "surrogateescape"), "stderr": _stream(2, "backslashreplace")}
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+
+    _line_buffer_c()
+    os.set_inheritable(stacks, False)
+    faulthandler.enable(2)
+    faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True, chain=False)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in request["unset"]:
+        os.environ.pop(name, None)
+
+    os.environ.update(request["set"])
+    os.environ.update(request["env"])
+    if request["interface"]:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", request["interface"])
+
+    os.chdir(request["cwd"])
+    if "PWD" in os.environ:
+        os.environ["PWD"] = request["cwd"]
+
+    sys.path[:0] = [folder for folder in request["sys_path"] if folder not in sys.path]
+    _take_cores(request)
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()  # in a fork the state is the parent's; torch's own seed is fixed in a new process too
+
+    threading.current_thread().name = "MainThread"
+    sys.argv = [""]
+
+
+def _stream(fd: int, errors: str) -> io.TextIOWrapper:
+    raw = open(fd, "wb", closefd=False)  # noqa: SIM115 - lives as long as the process
+    return io.TextIOWrapper(raw, encoding="utf-8", errors=errors, line_buffering=True)
+
+
+def _line_buffer_c() -> None:
+    """Have C code's `printf` write each line at once, as it would to a terminal."""
+    import ctypes
+
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
+
+
+def _take_cores(request: Mapping[str, Any]) -> None:
+    """Keep to our part of the host's cores, and start no more threads than that."""
+    if request["cores"]:
+        os.sched_setaffinity(0, request["cores"])
+
+    threads, wanted = request["threads"], os.environ.get("OMP_NUM_THREADS", "")
+    set_blas_threads(int(wanted) if wanted.isdigit() else threads or len(os.sched_getaffinity(0)))
+    if threads is None or wanted:
+        return
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(threads)
+
+
+def _send_records(fd: int, level: int | None) -> None:
+    """Send what is logged to the agent, as records."""
+    os.set_inheritable(fd, False)
+    log_records.install(fd, logging.getLogger().level if level is None else level)
+
+
+# --- the process group -----------------------------------------------------------------------------------------------
+
+
+def _join(request: Mapping[str, Any], listener: int | None) -> Any:
+    """Make the default process group over a store whose port rank 0's agent has bound; return the store."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    env = request["env"]
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    timeout = timedelta(seconds=request["timeout_s"])
+    store = dist.TCPStore(
+        env["MASTER_ADDR"],
+        int(env["MASTER_PORT"]),
+        world,
+        is_master=rank == 0,
+        timeout=timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener,
+    )
+    dist.init_process_group(
+        backend=request["backend"], store=dist.PrefixStore("0", store), rank=rank, world_size=world, timeout=timeout
+    )
+    return store
+
+
+def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
+    """Leave the group; rank 0, in which the store lives, is the last to go."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    env = request["env"]
+    rank, others = int(env["RANK"]), int(env["WORLD_SIZE"]) - 1
+    with contextlib.suppress(Exception):  # the job is done; what fails in taking it down concerns nobody
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+        if rank and store.add("left", 1) == others:
+            store.set("all left", "1")
+        elif not rank and others:
+            store.wait(["all left"], timedelta(seconds=_LEAVE_TIMEOUT_S))
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+def _run_function(agent: FdSocket, request: Mapping[str, Any]) -> Any:
+    """Wait for the payload, and call what is in it."""
+    _, fds = _next(agent, "payload")
+    with_memory = payload.map_private(fds[0])
+    os.close(fds[0])
+    register = partial(main_module.register, main_module.install(request["main"]))
+    func, args, kwargs = payload.load(with_memory, what="the function and its arguments", on_made=register)
+    del with_memory
+    return func(*args, **kwargs)
+
+
+def _run_script(request: Mapping[str, Any]) -> Any:
+    """Run a script or module as `python` would; it ends by SystemExit."""
+    script = request["script"]
+    argv = list(script["argv"])
+    words = ["-m", script["module"], *argv] if script.get("module") else [script["path"], *argv]
+    from traceml.session.script import main as run
+
+    run(words)
+
+
+# --- talking with the agent -------------------------------------------------------------------------------------------
+
+
+def _next(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
+    try:
+        received = agent.receive()
+    except EOFError:
+        raise _Stopped from None
+
+    assert received is not None
+    if received[0]["t"] != name:
+        raise _Stopped
+
+    return received
+
+
+def _tell(agent: FdSocket, name: str, fds: Sequence[int] = (), **fields: Any) -> None:
+    try:
+        agent.send(name, fds, **fields)
+    except ConnectionError:
+        raise _Stopped from None
+
+
+def _await_release(agent: FdSocket) -> None:
+    """Stay until all ranks have reported: a peer may still be connecting to us."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _next(agent, "release")
+
+
+def _report_result(agent: FdSocket, result: Any) -> bool:
+    """Send what the function returned; what cannot travel is told as an error."""
+    try:
+        memory = _in_memory(payload.dump(result, what="the result").chunks())
+    except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
+        _report_error(agent, error, trace=False)  # how pickling went concerns nobody
+        _await_release(agent)
+        return False
+
+    _tell(agent, "done", [memory])
+    os.close(memory)
+    return True
+
+
+def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) -> None:
+    """Send an exception: its words always, itself where it can travel."""
+    kind = type(error)
+    fds = []
+    with contextlib.suppress(Exception):  # then its words have to do
+        parcel = payload.dump_exception(error)
+        if parcel is not None:
+            fds.append(_in_memory(parcel.chunks()))
+
+    try:
+        message = str(error)
+    except Exception as inner:  # noqa: BLE001 - the user's __str__
+        message = f"<its text cannot be had: {inner!r}>"
+
+    _tell(
+        agent,
+        "raised",
+        fds,
+        type=f"{kind.__module__}.{kind.__qualname__}",
+        message=_shortened(message),
+        traceback=_shortened(_traceback(error)) if trace else "",
+        notes=[_shortened(str(note)) for note in getattr(error, "__notes__", ())][:_MAX_NOTES],
+        bases=[f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__],
+    )
+    for fd in fds:
+        os.close(fd)
+
+
+def _traceback(error: BaseException) -> str:
+    """Return an exception as Python prints it, without the frames that called the user's function."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+
+    return "".join(traceback.format_exception(type(error), error, trace or error.__traceback__))
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - _MAX_TEXT_CHARACTERS
+    if left_out <= 0:
+        return text
+
+    half = _MAX_TEXT_CHARACTERS // 2
+    return f"{text[:half]}\n[… {left_out} characters …]\n{text[-half:]}"
+
+
+def _in_memory(chunks: Any) -> int:
+    """Write pieces into a new file in memory; return its descriptor."""
+    memory = os.memfd_create("traceml-result")
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while view:
+            view = view[os.write(memory, view) :]
+
+    return memory
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def _status_of(leaving: SystemExit) -> int:
+    code = leaving.code
+    if code is None:
+        return 0
+
+    if isinstance(code, int):
+        return code & 0xFF
+
+    print(code, file=sys.stderr)  # noqa: T201 - as the interpreter does
+    return 1
+
+
+def _end(status: int) -> NoReturn:
+    """End as the interpreter does, but leave memory to the kernel: taking it apart would copy it first."""
+    steps: list[Callable[[], object]] = [
+        threading._shutdown,  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+        atexit._run_exitfuncs,
+        sys.stdout.flush,
+        sys.stderr.flush,
+        _flush_c,
+    ]
+    for step in steps:
+        try:
+            step()
+        except BaseException:  # noqa: BLE001 - the rest is to be done all the same
+            with contextlib.suppress(Exception):
+                traceback.print_exc()
+
+    os._exit(status)
+
+
+def _flush_c() -> None:
+    import ctypes
+
+    ctypes.CDLL(None).fflush(None)

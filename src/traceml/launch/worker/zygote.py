@@ -1,0 +1,178 @@
+"""The process which imports torch once and forks the workers of its host.
+
+It computes nothing and has one thread, so that its children may do both; it touches no GPU. It and the agent guard each
+other: whoever sees that the other is gone ends what the job has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NoReturn
+
+from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, end_all, leftovers
+from traceml.launch.wire.signals import STACK_SIGNAL
+from traceml.launch.worker.blas import one_blas_thread
+
+__all__ = ["main"]
+
+# What a worker would import first; here it is imported once, and its memory is shared.
+_WARM = ("traceml.launch.worker.worker_main", "traceml.launch.wire.payload", "cloudpickle", "logging.handlers")
+_WARM_TORCH = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.data")
+
+
+def main(fd: int) -> NoReturn:
+    """Become what the agent at the other end of `fd` asks for; in the end, a worker or nothing."""
+    agent = FdSocket.of(fd)
+    os.set_inheritable(fd, False)
+    request = None
+    try:
+        spec, _ = agent.receive() or ({}, [])
+        die_with_parent(spec["parent"])
+        with contextlib.suppress(PermissionError):  # we are its leader already
+            os.setsid()
+
+        _prepare(agent, spec)
+        die_with_parent(spec["parent"], 0)  # from here on we see ourselves when the agent ends, and clean up
+        if os.getppid() == spec["parent"]:
+            request = _serve(agent, spec["mark"])
+    except EOFError:
+        pass
+
+    if request is None:
+        sys.stdout.flush()
+        os._exit(0)
+
+    from traceml.launch.worker import worker_main  # imported before the fork, by _prepare
+
+    worker_main.main(*request)
+
+
+def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
+    """Import what workers share; tell the agent how that went."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # a worker which has no handler yet must not die of it
+    agent.send("up")
+    own_path = list(sys.path)
+    sys.path[:0] = [folder for folder in spec["sys_path"] if folder not in own_path]
+    version = None
+    try:
+        for name in _WARM:
+            importlib.import_module(name)
+
+        if spec["need_torch"] > 1 or (spec["need_torch"] and find_spec("torch") is not None):
+            version = _import_torch()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
+        text = f"{sys.executable}: {error}" if missing else traceback.format_exc()
+        agent.send("failed", kind="no_torch" if missing else "import", text=text)
+        os._exit(0)
+
+    sys.path[:] = own_path  # each worker gets the path of its own launch
+    become_subreaper()
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to, and so copy, every page with an object
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    agent.send("ready", torch=version, threads=threads, cuda_visible_devices=chosen)
+
+
+def _import_torch() -> str:
+    """Import torch without starting a thread."""
+    with one_blas_thread():
+        for module in _WARM_TORCH:
+            importlib.import_module(module)
+
+    return str(sys.modules["torch"].__version__)
+
+
+def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | None:
+    """Fork workers until the agent goes; return its request in each worker, None here at the end."""
+    import selectors
+
+    read_end, write_end = os.pipe()
+    for each in (read_end, write_end):
+        os.set_blocking(each, False)
+
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(agent.fileno(), selectors.EVENT_READ)
+        selector.register(read_end, selectors.EVENT_READ)
+        while True:
+            selector.select()
+            with contextlib.suppress(BlockingIOError):
+                os.read(read_end, 4096)
+
+            try:
+                _tell_ended(agent)
+                while (request := agent.receive(wait=False)) is not None:
+                    if _fork(agent, *request):
+                        return _leave(selector, agent, (read_end, write_end), request)
+            except (EOFError, OSError):
+                _clean_up(mark)
+                return None
+
+
+def _tell_ended(agent: FdSocket) -> None:
+    try:
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            agent.send("ended", pid=ended[0], status=ended[1])
+    except ChildProcessError:
+        return
+
+
+def _fork(agent: FdSocket, request: Mapping[str, Any], fds: list[int]) -> bool:
+    """Fork one worker; return True in it."""
+    parent = os.getpid()
+    try:
+        pid = os.fork()
+    except OSError as error:
+        agent.send("unforked", rank=request["rank"], text=f"fork: {error.strerror}")
+        pid = -1
+
+    if pid == 0:
+        os.setsid()
+        die_with_parent(parent)
+        return True
+
+    for fd in fds:
+        os.close(fd)
+
+    if pid > 0:
+        agent.send("forked", rank=request["rank"], pid=pid)
+
+    return False
+
+
+def _leave(
+    selector: Any, agent: FdSocket, fds: tuple[int, int], request: tuple[dict[str, Any], list[int]]
+) -> tuple[dict[str, Any], list[int]]:
+    """Let go in a worker of what belongs to the zygote."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    selector.close()
+    agent.close()
+    for fd in fds:
+        os.close(fd)
+
+    return request
+
+
+def _clean_up(mark: str) -> None:
+    """End what the workers have left: the agent is gone and cannot."""
+    own = os.getpid()
+    end_all(lambda: leftovers([own], mark=mark), grace_s=0)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

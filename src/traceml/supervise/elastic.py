@@ -1,0 +1,124 @@
+"""torchrun, with failures reported as they happen.
+
+`python -m traceml.supervise.elastic [torchrun options] SCRIPT …` does what `torchrun` does. It also writes one JSON
+line per failed process to the descriptor in TRACEML_FAILURES_FD, in every attempt. It exits with the status of the rank
+that failed first: its exit code, or 128 + n for signal n. torchrun itself always exits with 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+__all__ = ["main", "status_of"]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run torchrun with `argv`; return the status of the first rank that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import parse_args, run
+
+    report = _reporter(os.environ.pop("TRACEML_FAILURES_FD", None))
+    told, agents = _watch_agent(report)
+    try:
+        run(parse_args(list(argv)))
+    except ChildFailedError as error:
+        if not told:
+            report(error.failures.items())
+
+        _, first = error.get_first_failure()
+        # torchrun's own account of the failure, for those who look for it
+        print(error, file=sys.stderr)  # noqa: T201 - this module is a program
+        return status_of(first.exitcode)
+    except SignalException as error:
+        report(_ended(agents))
+        return 128 + int(error.sigval)
+    except KeyboardInterrupt:
+        return 130
+
+    return 0
+
+
+def status_of(exitcode: int) -> int:
+    """Translate a process's exit code (negative: a signal) into a shell's status."""
+    return 128 - exitcode if exitcode < 0 else exitcode
+
+
+def _reporter(fd_text: str | None) -> Any:
+    """Return a function that writes {rank: ProcessFailure} pairs to the descriptor, or does nothing without one."""
+    if fd_text is None:
+        return lambda _failures: None
+
+    fd = int(fd_text)
+    os.set_inheritable(fd, False)
+
+    def report(failures: Iterable[tuple[int, Any]]) -> None:
+        for rank, failure in failures:
+            line = {
+                "rank": rank,
+                "local_rank": failure.local_rank,
+                "pid": failure.pid,
+                "exitcode": failure.exitcode,
+                "time": failure.timestamp,
+            }
+            os.write(fd, json.dumps(line).encode() + b"\n")
+
+    return report
+
+
+def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
+    """Have torchrun's agent tell failures of each attempt, also those that it restarts after.
+
+    `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are told at the end.
+
+    Returns:
+        A list that is empty until something was told, and one that will hold the agent.
+    """
+    from torch.distributed.launcher import api
+
+    told: list[bool] = []
+    agents: list[Any] = []
+    original = getattr(getattr(api, "LocalElasticAgent", None), "_monitor_workers", None)
+    if original is None:
+        return told, agents
+
+    def monitor(self: Any, *args: Any, **kwargs: Any) -> Any:
+        agents[:] = [self]
+        result = original(self, *args, **kwargs)
+        if failures := getattr(result, "failures", None):
+            report(failures.items())
+            told.append(True)
+
+        return result
+
+    api.LocalElasticAgent._monitor_workers = monitor
+    return told, agents
+
+
+def _ended(agents: Sequence[Any]) -> list[tuple[int, Any]]:
+    """Return how the workers ended that torchrun has stopped, as a signal came to it: of these it tells nothing itself.
+
+    What is looked at is private to torch: where it is missing, the ranks' own words have to do.
+    """
+    found = []
+    for agent in agents:
+        handlers = getattr(getattr(agent, "_pcontext", None), "subprocess_handlers", {})
+        workers = getattr(getattr(agent, "_worker_group", None), "workers", [])
+        ranks = {worker.local_rank: worker.global_rank for worker in workers}
+        for local_rank, handler in handlers.items():
+            if handler.proc.returncode and local_rank in ranks:
+                end = SimpleNamespace(
+                    local_rank=local_rank, pid=handler.proc.pid, exitcode=handler.proc.returncode, timestamp=None
+                )
+                found.append((ranks[local_rank], end))
+
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

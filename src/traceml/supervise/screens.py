@@ -1,0 +1,52 @@
+"""The live view of a traced launch, and the output that appears above it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from traceml.supervise.supervisor import Screen
+
+__all__ = ["MakeScreen", "Output", "terminal_screen"]
+
+MakeScreen = Callable[[Path], Screen | None]
+"""Makes the live view of the run in a folder, or none where there is no terminal."""
+
+
+def terminal_screen(run_dir: Path) -> Screen | None:
+    """Return the live view in the terminal, None where standard output is none."""
+    if not sys.stdout.isatty():
+        return None
+
+    from traceml.display.terminal.run_screen import RunScreen
+
+    return RunScreen(run_dir)
+
+
+class Output(io.TextIOBase):
+    """A text stream whose words go to one of `sys`, or wait for the thread that draws the live view."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self.redirected: deque[str] | None = None
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, text: str, /) -> int:
+        """Write, or keep for later; return how many characters."""
+        waiting = self.redirected
+        if waiting is None:
+            return int(getattr(sys, self._name).write(text))
+
+        waiting.append(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand on what was written, unless it waits."""
+        if self.redirected is None:
+            getattr(sys, self._name).flush()

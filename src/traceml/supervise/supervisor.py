@@ -1,0 +1,257 @@
+"""One job on this host: its aggregator, its processes, its output, its signals, its end.
+
+The supervisor passes the job's output and signals through, tells the aggregator how processes ended, and dies without
+leaving anything behind: the kernel ends the job with it, and the aggregator ends with the job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from traceml.supervise.aggregator_process import AggregatorKeeper
+from traceml.supervise.elastic import status_of
+from traceml.supervise.output import OutputCopy
+from traceml.supervise.processes import PASSED_ON, PseudoTerminal, ScriptPipe, spawn
+
+__all__ = ["Job", "Outcome", "Screen", "Supervisor"]
+
+_TICK_S = 0.1
+_SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to run.
+
+    Args:
+        command: program and arguments, ready to execute.
+        elastic: whether the program is our torchrun, which tells its failures itself.
+        run_id: name of the run's folder.
+        runs_dir: where runs are kept.
+        environ: variables for the job, over this process's own.
+    """
+
+    command: Sequence[str]
+    elastic: bool
+    run_id: str
+    runs_dir: Path
+    environ: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self.runs_dir / self.run_id
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job ended: `status` as a shell counts, and whether the aggregator finished the run itself."""
+
+    status: int
+    finished: bool
+
+
+class Screen(Protocol):
+    """Something that shows a running job."""
+
+    def tick(self) -> None:
+        """Draw anew if it is time."""
+
+    def write(self, data: bytes) -> None:
+        """Show output of the script."""
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+
+class Supervisor:
+    """Runs one job to its end; a context manager, at whose exit nothing of the job is left."""
+
+    def __init__(
+        self,
+        job: Job,
+        *,
+        make_screen: Callable[[], Screen] | None = None,
+        on_delivery: Callable[[], object] | None = None,
+        on_tick: Callable[[], object] | None = None,
+    ) -> None:
+        """Prepare a job.
+
+        Args:
+            job: what to run.
+            make_screen: makes the live view once the job is started, through which the job's output goes, and a copy
+                of it into the run's folder; without one the job writes to our own terminal or pipe, and nothing stands
+                between.
+            on_delivery: called once when the job has ended and trackers still take what it logged.
+            on_tick: called a few times a second while the job runs.
+        """
+        self._job = job
+        self._make_screen = make_screen
+        self._screen: Screen | None = None
+        self._copy: OutputCopy | None = None
+        self._keeper = AggregatorKeeper(job.run_id, job.runs_dir, on_delivery=on_delivery)
+        self._on_tick = on_tick
+        self._failures: list[dict[str, Any]] = []
+        self._selector = selectors.DefaultSelector()
+
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keeper.close()
+        self._selector.close()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+
+    def run(self) -> Outcome:
+        """Run the job; return when every process of it has ended and the run is finished on disk."""
+        self._keeper.start()
+        process = self._run_job()
+        finished = self._finish(process)
+        return Outcome(self._status(process), finished)
+
+    # the job
+
+    def _run_job(self) -> subprocess.Popen[bytes]:
+        terminal = _between() if self._make_screen is not None else None
+        process = self._start_job(terminal)
+        try:
+            if self._make_screen is not None:
+                self._screen = self._make_screen()
+                self._copy = OutputCopy(self._job.run_dir / "logs" / "output.log")
+            self._attend(process, terminal)
+        finally:
+            if process.poll() is None:  # only when something of ours failed: the job does not outlive its supervisor
+                process.terminate()
+                process.wait()
+
+            if self._screen is not None:
+                self._screen.close()
+
+            if self._copy is not None:
+                self._copy.close()
+
+            if terminal is not None:
+                terminal.close()
+
+        return process
+
+    def _start_job(self, terminal: ScriptPipe | None) -> subprocess.Popen[bytes]:
+        failures_in, failures_out = os.pipe()
+        os.set_blocking(failures_in, False)
+        environ = {
+            **os.environ,
+            **self._job.environ,
+            **self._keeper.environ(),
+        }
+        if self._job.elastic:
+            environ["TRACEML_FAILURES_FD"] = str(failures_out)
+
+        try:
+            process = spawn(
+                self._job.command,
+                environ=environ,
+                stdout=terminal.slave if terminal is not None else None,
+                stderr=terminal.slave if isinstance(terminal, PseudoTerminal) and sys.stderr.isatty() else None,
+                pass_fds=(failures_out,) if self._job.elastic else (),
+                death_signal=signal.SIGTERM,
+            )
+        finally:
+            os.close(failures_out)
+            if terminal is not None:
+                terminal.close_slave()
+
+        self._selector.register(failures_in, selectors.EVENT_READ, "failures")
+        return process
+
+    def _attend(self, process: subprocess.Popen[bytes], terminal: ScriptPipe | None) -> None:
+        """Pass output and signals through until the job has ended."""
+        ended = os.pidfd_open(process.pid)
+        self._selector.register(ended, selectors.EVENT_READ, "ended")
+        if terminal is not None:
+            self._selector.register(terminal.master, selectors.EVENT_READ, "output")
+
+        try:
+            while process.poll() is None:
+                ready = {key.data: key for key, _ in self._selector.select(_TICK_S)}
+                if "output" in ready and terminal is not None and not self._show(terminal):
+                    self._selector.unregister(terminal.master)
+
+                if "failures" in ready:
+                    self._read_failures(ready["failures"].fd)
+
+                _pass_signals(process)
+                self._keeper.keep()
+                if self._screen is not None:
+                    self._screen.tick()
+
+                if self._on_tick is not None:
+                    self._on_tick()
+
+                if terminal is not None:
+                    terminal.follow_size()
+        finally:
+            os.close(ended)
+
+        # last words: what lies in the pipes although their writers are gone
+        while terminal is not None and self._show(terminal, at_end=True):
+            pass
+
+        for key in list(self._selector.get_map().values()):
+            if key.data == "failures":
+                self._read_failures(key.fd)
+
+    def _show(self, terminal: ScriptPipe, *, at_end: bool = False) -> bool:
+        """Show what the script wrote; return whether there may be more."""
+        data = terminal.read()
+        if data and self._screen is not None:
+            self._screen.write(data)
+
+        if data and self._copy is not None:
+            self._copy.write(data)
+
+        return bool(data) if at_end else data is not None
+
+    def _read_failures(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            lines = os.read(fd, 65536)
+            if not lines:
+                self._selector.unregister(fd)
+                os.close(fd)
+
+            self._failures += [json.loads(line) for line in lines.splitlines()]
+
+    def _status(self, process: subprocess.Popen[bytes]) -> int:
+        return status_of(process.wait())
+
+    # the end
+
+    def _finish(self, process: subprocess.Popen[bytes]) -> bool:
+        """Tell the aggregator how the processes ended; return whether the run is finished on disk."""
+        failures = self._failures
+        if not self._job.elastic:
+            failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
+
+        return self._keeper.finish(failures, self._status(process))
+
+
+def _between() -> ScriptPipe:
+    """Return what a script writes to in place of our standard output: of the same kind, for the script may ask."""
+    return PseudoTerminal(sys.stdout.fileno()) if sys.stdout.isatty() else ScriptPipe()
+
+
+def _pass_signals(process: subprocess.Popen[bytes]) -> None:
+    """Send the job the signals that came to us alone; those of the terminal it has already."""
+    while (info := signal.sigtimedwait(PASSED_ON, 0)) is not None:
+        if info.si_code != _SI_KERNEL and process.poll() is None:
+            process.send_signal(info.si_signo)

@@ -1,0 +1,472 @@
+"""An agent: it prepares, it passes on, and it ends everything whatever happens to whom."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.driver import Driver, alive, wait_until
+from traceml.launch.wire import bootstrap
+
+# An agent that is not its launcher's child, as those of other hosts.
+_REMOTE = (
+    bootstrap.import_code().replace("{", "{{").replace("}", "}}")
+    + """
+from traceml.launch.agent import agent
+from traceml.launch.wire.channel import GREETING
+import os
+os.write(1, GREETING)
+agent._SILENCE_S = {silence_s}
+agent.main()
+"""
+)
+
+
+def _spawn_kin() -> None:
+    """Leave children of every kind, say who they are, and never return."""
+    import subprocess
+    import time
+
+    pids = [os.getpid(), subprocess.Popen(["sleep", "1000"]).pid]
+    pids.append(subprocess.Popen(["sleep", "1000"], start_new_session=True).pid)
+    pids.append(subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 1000 & wait; sleep 1000"]).pid)
+    if (child := os.fork()) == 0:  # a daemon that ran no other program, and has no parent left
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        print("daemon", os.getpid(), flush=True)
+        time.sleep(1000)
+        os._exit(0)
+
+    os.waitpid(child, 0)
+    subprocess.run(["sh", "-c", "setsid sleep 1000 </dev/null >/dev/null 2>&1 & echo daemon $!"], check=True)
+    print("daemon", *pids, flush=True)
+    time.sleep(1000)
+
+
+def _kin(driver: Driver) -> list[int]:
+    """Return the processes that `_spawn_kin` has told of, once it has told all."""
+
+    def told() -> list[int]:
+        lines = driver.text(0).splitlines()
+        return [int(word) for line in lines for word in line.split()[1:]] if len(lines) == 3 else []
+
+    return driver.until(told)  # type: ignore[no-any-return]
+
+
+def _zygote(driver: Driver) -> int:
+    """Return the process that the workers come from."""
+    return int(Path(f"/proc/{driver.pid(0)}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    """An agent of this test alone."""
+    with Driver() as made:
+        yield made
+
+
+def test_an_agent_tells_of_itself_at_once(driver: Driver) -> None:
+    """Without being asked, and without torch, it tells what the launcher plans with."""
+    told = driver.wait("hello")
+
+    assert psutil.Process(told["pid"]).ppid() == driver.process.pid
+    assert told["cores"] == len(os.sched_getaffinity(0))
+    assert "127.0.0.1" in told["addresses"]
+    assert told["netns"] == str(Path("/proc/self/ns/net").readlink())
+    assert told["executable"] == sys.executable
+    assert "libtorch" not in Path(f"/proc/{told['pid']}/maps").read_text()
+
+
+def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:
+    """The package comes through the channel, also for the zygote and its workers; nothing is written to a disk."""
+    command = bootstrap.remote_command(sys.executable)
+    # -S: no site-packages, so neither traceml nor msgpack nor cloudpickle are there
+    with Driver([command[0], "-S", *command[1:]], env={"PATH": os.environ["PATH"]}, cwd=tmp_path) as driver:
+        driver.prepare(env={"PYTHONNOUSERSITE": "1"}, sys_path=[], cwd=str(tmp_path))
+
+        def where() -> str:
+            import traceml
+
+            return traceml.__file__
+
+        found = driver.run(where)
+
+    assert found[0].startswith("/proc/")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_python_says_so(tmp_path: Path) -> None:
+    """The code that an agent boots from is understood by Pythons that are too old for it."""
+    code = bootstrap.remote_command(sys.executable)[2].replace("sys.version_info < (3, 11)", "True")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+
+    assert done.returncode == 78
+    assert b"is too old: 3.11 or newer is needed" in done.stderr
+    assert done.stdout == b""
+
+
+def test_a_script_may_be_called_as_a_module_is(tmp_path: Path) -> None:
+    """Modules in the working directory do not get in the way of the agent's."""
+    for name in ("selectors", "traceml", "signal", "socket"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+
+    with Driver(cwd=tmp_path) as driver:
+        driver.prepare(cwd=str(tmp_path), sys_path=[])
+        found = driver.run(os.getcwd)
+
+    assert found == [str(tmp_path)]
+
+
+# --- preparing -------------------------------------------------------------------------------------------------------
+
+
+def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
+    """What it exports is there, what it prints is passed on, and a change of it counts at the next launch."""
+    (tmp_path / "env.sh").write_text(
+        "echo sourcing\nHIDDEN=1\nexport SHOWN=\"$(printf 'a\\nb')\" PATH=/x:$PATH\nfalse\n"
+    )
+
+    def read() -> tuple[str | None, ...]:
+        return os.environ.get("SHOWN"), os.environ.get("HIDDEN"), os.environ["PATH"][:3]
+
+    told = driver.prepare(env_file="env.sh", cwd=str(tmp_path))
+    found = driver.run(read)
+
+    assert told["error"] is None
+    assert found == [("a\nb", None, "/x:")]
+    assert "sourcing" in told["env_file_log"]
+    assert "sourcing" in driver.words()
+
+    (tmp_path / "part.sh").write_text("export SHOWN=changed\n")
+    (tmp_path / "env.sh").write_text("source ./part.sh\n")
+    driver.prepare(env_file="env.sh", cwd=str(tmp_path))
+
+    assert driver.run(read)[0][0] == "changed"
+
+
+@pytest.mark.parametrize(
+    ("fields", "files", "kind", "text"),
+    [
+        ({"env_file": "missing.sh"}, {}, "env_file", "missing.sh cannot be read"),
+        ({"env_file": "bad.sh"}, {"bad.sh": "echo why not; exit 5"}, "env_file", "why not"),
+        (
+            {"env_file": "torn.sh"},
+            {"torn.sh": "export A=1\nexport B='torn"},
+            "env_file",
+            "torn.sh: line 2: unexpected EOF",
+        ),
+        ({"cwd": "/nowhere/at/all"}, {}, "cwd", "/nowhere/at/all: No such file"),
+        ({"need_torch": True}, {"torch.py": "raise ModuleNotFoundError(name='torch')"}, "no_torch", "python"),
+        ({"need_torch": True}, {"torch.py": "raise OSError('libcuda.so: odd')"}, "import", "libcuda.so: odd"),
+        ({"need_torch": True}, {"torch.py": "import os; os.abort()"}, "died", "signal 6"),
+    ],
+)
+def test_what_is_wrong_with_a_host_is_told(
+    driver: Driver, tmp_path: Path, fields: dict[str, Any], files: dict[str, str], kind: str, text: str
+) -> None:
+    """Each thing that keeps workers from being made has a name and its own words; the agent can be asked again."""
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+
+    told = driver.prepare(**{"cwd": str(tmp_path), "sys_path": [str(tmp_path)], **fields})
+
+    assert told["error"]["kind"] == kind
+    assert text in told["error"]["text"]
+    assert driver.prepare()["error"] is None
+
+
+def test_other_variables_need_no_other_zygote(driver: Driver, tmp_path: Path) -> None:
+    """Variables, working directory and search path are those of each launch, though the zygote stays the same."""
+
+    def look() -> tuple[Any, ...]:
+        return os.environ.get("A"), os.environ.get("B"), str(Path.cwd()), str(tmp_path) in sys.path, os.getppid()
+
+    base = dict(os.environ)
+    driver.prepare(env={**base, "A": "1"})
+    first = driver.run(look)[0]
+    driver.prepare(env={**base, "B": "2"}, cwd=str(tmp_path), sys_path=[str(tmp_path)])
+    second = driver.run(look)[0]
+    driver.prepare(env={**base, "LD_LIBRARY_PATH": "/odd"})
+    third = driver.run(look)[0]
+
+    assert first[:4] == ("1", None, str(Path.cwd()), False)
+    assert second[:4] == (None, "2", str(tmp_path), True)
+    assert first[4] == second[4] != third[4]
+
+
+# --- ends ------------------------------------------------------------------------------------------------------------
+
+
+def _close(driver: Driver) -> None:
+    driver.channel.close()
+
+
+def _kill_agent(driver: Driver) -> None:
+    os.kill(driver.process.pid, signal.SIGKILL)
+
+
+def _terminate_agent(driver: Driver) -> None:
+    os.kill(driver.process.pid, signal.SIGTERM)
+
+
+def _kill_zygote(driver: Driver) -> None:
+    os.kill(_zygote(driver), signal.SIGKILL)
+    driver.wait("exited")
+    driver.stop()
+
+
+def _stop(driver: Driver) -> None:
+    driver.stop(grace_s=0.2)
+
+
+def _send_garbage(driver: Driver) -> None:
+    driver.channel.send_raw(b"garbage" * 10)
+    driver.channel.flush()
+
+
+@pytest.mark.parametrize("end", [_close, _kill_agent, _terminate_agent, _kill_zygote, _stop, _send_garbage])
+def test_nothing_is_left(driver: Driver, end: Callable[[Driver], None]) -> None:
+    """However it ends, no worker is left and nothing that one has started: children, sessions, daemons."""
+    driver.prepare()
+    driver.start(_spawn_kin)
+    pids = _kin(driver)
+
+    assert len(pids) == 6
+    assert all(map(alive, pids))
+
+    end(driver)
+    wait_until(lambda: not any(map(alive, pids)))
+
+
+def test_what_a_good_end_leaves_is_ended_too(driver: Driver) -> None:
+    """A daemon of a worker does not outlive its launch, and the launch waits for no daemon."""
+
+    def leave() -> int:
+        return subprocess.Popen(["sleep", "1000"], start_new_session=True).pid
+
+    driver.prepare()
+    pids = driver.run(leave, workers=2)
+
+    assert not any(map(alive, pids))
+    assert [each["code"] for each in driver.of("exited")] == [0, 0]
+
+
+def test_the_end_of_one_worker_leaves_the_others_alone(driver: Driver) -> None:
+    """A worker that is killed is told at once; others run on until they are stopped, or release themselves."""
+
+    def work() -> str:
+        import time
+
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        time.sleep(0.5)
+        return "done"
+
+    driver.prepare()
+    driver.start(work, workers=3)
+    driver.wait("done", 2)
+    driver.release()
+
+    assert driver.of("exited")[0] | {"pid": 0, "tail": []} == {
+        "t": "exited", "job": driver.job, "rank": 1, "local_rank": 1, "pid": 0, "code": None, "signal": 9,
+        "tail": [], "oom": False,
+    }  # fmt: skip
+    assert {each["rank"]: each["code"] for each in driver.of("exited")} == {0: 0, 1: None, 2: 0}
+
+
+def test_a_zygote_that_was_killed_is_replaced(driver: Driver) -> None:
+    """The workers' end says why, and the next launch works."""
+    driver.prepare()
+    driver.start(time.sleep, 1000)
+    os.kill(_zygote(driver), signal.SIGKILL)
+    told = driver.wait("exited")
+    driver.stop()
+
+    assert told["signal"] == 9
+    assert "was ended by signal 9" in told["tail"][-1]
+
+    driver.prepare()
+
+    assert driver.run(lambda: "again") == ["again"]
+
+
+def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
+    """An agent whose launcher says nothing while a job runs ends the job; nothing else tells it of a cut network."""
+    code = _REMOTE.format(silence_s=2)
+    with Driver([sys.executable, "-c", code], local=True) as driver:
+        driver.prepare()
+        driver.start(_spawn_kin)
+        pids = _kin(driver)
+        wait_until(lambda: not any(map(alive, pids)))  # the channel is open all the time
+
+        assert driver.process.wait(30) == 0
+
+
+def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) -> None:
+    """Between two launches nobody runs the launcher's loop: that is no silence."""
+    code = _REMOTE.format(silence_s=1.5)
+    with Driver([sys.executable, "-c", code], local=True) as driver:
+        driver.prepare()
+        driver.run(os.getpid)
+        time.sleep(2.5)
+        driver.prepare()
+
+        assert driver.run(lambda: 1) == [1]
+
+
+# --- passing on ------------------------------------------------------------------------------------------------------
+
+
+def test_stacks_of_all_ranks(driver: Driver) -> None:
+    """Each rank's stacks are told: asleep, in a loop that holds the GIL, in several threads, or stopped."""
+
+    def here() -> None:
+        import re
+        import threading
+        import time
+
+        rank = int(os.environ["RANK"])
+        if rank == 1:
+            print("ready", flush=True)
+            re.match(r"(a+)+$", "a" * 60 + "b")  # one call into C, which lets go of the GIL at its end: never
+
+        if rank == 2:
+            inside = threading.Event()
+            threading.Thread(target=sleep_in_a_thread, args=(inside,), daemon=True).start()
+            inside.wait()
+
+        print("ready", flush=True)
+        time.sleep(1000)
+
+    def sleep_in_a_thread(inside: Any) -> None:
+        import time
+
+        inside.set()
+        time.sleep(1000)
+
+    driver.prepare()
+    driver.start(here, workers=4)
+    driver.until(lambda: all(driver.text(rank) == "ready\n" for rank in range(4)))
+    os.kill(driver.pid(3), signal.SIGSTOP)
+    driver.until(lambda: Path(f"/proc/{driver.pid(3)}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    for _ in range(2):
+        driver.channel.send("stacks", job=driver.job)
+
+    ranks = driver.wait("stacks", 1)["ranks"]
+
+    assert " in here" in ranks[0]["stack"]
+    assert " in here" in ranks[1]["stack"]
+    assert " in sleep_in_a_thread" in ranks[2]["stack"]
+    assert (ranks[3]["stack"], ranks[3]["state"]) == ("", "stopped")
+    assert ranks[1]["state"] == "running"
+
+    driver.stop(grace_s=0)
+
+
+def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
+    """While the launcher takes nothing of one worker's output, the other works and the agent answers."""
+
+    def talk() -> str:
+        if os.environ["RANK"] == "0":
+            line = b"x" * 99 + b"\n"
+            for _ in range(200_000):  # 20 MB: more than all buffers on the way
+                os.write(1, line)
+
+        return "done"
+
+    driver.prepare()
+    held: dict[int, list[Any]] = {}
+    take = driver._take
+
+    def hold(message: dict[str, Any]) -> None:
+        if message["t"] == "stream" and message.get("rank") == 0 and message.get("fd") == "out":
+            driver.messages.append(message)
+            size = [0]
+
+            def count(view: memoryview) -> None:
+                size[0] += len(view)
+
+            held[message["id"]] = [driver.channel.accept(message["id"], count, lambda _: None, manual=True), size]
+            return
+
+        take(message)
+
+    driver._take = hold  # type: ignore[method-assign]
+    driver.start(talk, workers=2)
+    driver.wait("done", rank=1)
+    driver.until(lambda: any(size[0] for _, size in held.values()))
+    driver.channel.send("stacks", job=driver.job)
+    told = driver.wait("stacks")["ranks"][0]
+
+    assert not driver.of("done", rank=0)
+    assert " in talk" in told["stack"]
+
+    incoming, size = next(iter(held.values()))
+    granted = 0
+    while not driver.of("done", rank=0):
+        if granted < size[0]:
+            incoming.grant(size[0] - granted)
+            granted = size[0]
+
+        driver.turn()
+
+    driver.channel.send("release", job=driver.job)
+    while not driver.of("idle"):
+        if granted < size[0]:
+            incoming.grant(size[0] - granted)
+            granted = size[0]
+
+        driver.turn()
+
+    assert size[0] == 20_000_000
+
+
+def test_workers_that_finish_at_once_do_not_break_the_group_of_others(driver: Driver) -> None:
+    """A worker is held until it is released: its peers may still be connecting to it."""
+    driver.prepare(need_torch=True)
+    for _ in range(5):
+        driver.prepare(need_torch=True)
+
+        assert driver.run(lambda: os.environ["RANK"], workers=4, backend="gloo") == ["0", "1", "2", "3"]
+
+
+def test_large_values_travel_both_ways(driver: Driver) -> None:
+    """Far more than any buffer on the way, and no copy is left in the agent."""
+    driver.prepare(need_torch=True)
+    data = os.urandom(1 << 20) * 20
+    found = driver.run(lambda value: value[::-1], data)
+
+    assert found[0] == data[::-1]
+    assert len([fd for fd in Path(f"/proc/{driver.process.pid}/fd").iterdir() if "memfd" in str(fd.readlink())]) == 0
+
+
+def test_an_agent_leaks_nothing(driver: Driver) -> None:
+    """After many jobs it holds as many descriptors as after the first."""
+
+    def held() -> int:
+        return len(list(Path(f"/proc/{driver.process.pid}/fd").iterdir()))
+
+    driver.prepare()
+    driver.run(os.getpid, workers=2)
+    before = held()
+    for _ in range(10):
+        driver.prepare()
+        driver.run(os.getpid, workers=2)
+        driver.prepare()
+        driver.start(time.sleep, 1000)
+        driver.stop(grace_s=0)
+
+    assert held() == before

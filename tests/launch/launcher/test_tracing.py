@@ -1,0 +1,198 @@
+"""Traced launches over real hosts: one report, whatever happens to ranks, the aggregator, or the terminal's owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.launch.hosts import Hosts, Slurm, eventually
+from traceml.runs.run import load_run
+
+TRAIN = """
+import os, sys, time
+import torch, traceml
+import torch.distributed as dist
+
+what, steps = sys.argv[1], int(sys.argv[2])
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+torch.manual_seed(0)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+data = torch.utils.data.TensorDataset(torch.randn(steps * 4, 8))
+print("rank", rank, "of", dist.get_world_size(), __name__, sys.argv[1:], flush=True)
+print("complaint of rank", rank, file=sys.stderr, flush=True)
+for step, (batch,) in enumerate(torch.utils.data.DataLoader(data, batch_size=4)):
+    if what == "kill" and rank == 1 and step == 30:
+        with traceml.phase("augment"):
+            os.kill(os.getpid(), 9)
+    if what == "exit" and rank == 1 and step == 30:
+        sys.exit(5)
+    model(batch).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if what == "slow":
+        open(f"at-{rank}", "w").write(str(step))
+        time.sleep(0.02)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "train.py").write_text(TRAIN)
+    return tmp_path
+
+
+def command(hosts: Hosts, *words: str) -> list[str | Path]:
+    options = ["--hostnames", "node1", "alias2", "--ssh-config-file", hosts.ssh_config, "--workers-per-host", "1"]
+    return [sys.executable, "-m", "traceml", "launch", *options, *words]
+
+
+def launched(hosts: Hosts, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return hosts.launcher.run(*command(hosts, *words), check=False, cwd=folder)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((folder / "traceml_runs" / "latest" / "report.json").read_text())
+    return report
+
+
+def nothing_left(hosts: Hosts) -> bool:
+    return not any(hosts[name].processes() for name in hosts.names)
+
+
+def test_a_script_is_traced_on_all_hosts(hosts: Hosts, folder: Path) -> None:
+    """Ranks of other hosts reach the aggregator through the channel; output, report and status are as with run."""
+    done = launched(hosts, folder, "--report", "copy.json", "train.py", "train", "60", "--hostnames", "x")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "rank 0 of 2 __main__ ['train', '60', '--hostnames', 'x']\n"
+    assert "complaint of rank 0\n" in done.stderr
+    report = json.loads((folder / "copy.json").read_text())
+    assert report["run"]["state"] == "finished"
+    assert report["run"]["hosts"] == ["node1", "node2"]
+    assert "train.py train 60" in report["run"]["command"]
+    assert [(rank["host"], rank["steps"], rank["state"]) for rank in report["ranks"]] == [
+        ("node1", 60, "finished"),
+        ("node2", 60, "finished"),
+    ]
+    assert report["telemetry"]["rows_lost"] == 0
+    assert report["verdict"]["summary"].split()[0] in done.stderr
+    (log,) = folder.glob("traceml_logs/*/alias2*0*.log")
+    assert "rank 1 of 2" in log.read_text()
+    assert nothing_left(hosts)
+
+
+def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Hosts, folder: Path) -> None:
+    """What it had not sent is fetched from its host's memory: every step, and the step and phase that were open."""
+    done = launched(hosts, folder, "train.py", "kill", "100")
+
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 1 (local rank 0 on alias2) was ended by signal 9" in done.stderr
+    verdict = report_of(folder)["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["phase"]) == ("RANK_LOST", [1], "augment")
+    assert (verdict["evidence"]["signal"], verdict["evidence"]["step"]) == (9, 30)
+    steps = load_run(folder / "traceml_runs" / "latest").steps()
+    assert steps["step"][steps["rank"] == 1].tolist() == [*range(30)]
+    assert list((folder / "traceml_runs" / "latest").glob("flights/*")) == []
+    left = hosts["node2"].run("find", "/dev/shm", "-name", "*.flight").stdout
+    assert left == ""
+    assert nothing_left(hosts)
+
+
+def test_the_status_is_that_of_the_rank_that_failed(hosts: Hosts, folder: Path) -> None:
+    """A module is launched like a script; a rank that leaves by sys.exit is the cause, not those that missed it."""
+    done = launched(hosts, folder, "-m", "train", "exit", "100")
+
+    assert done.returncode == 5
+    verdict = report_of(folder)["verdict"]
+    assert (verdict["kind"], verdict["ranks"], verdict["evidence"]["code"]) == ("RANK_LOST", [1], 5)
+
+
+def test_an_aggregator_that_dies_costs_no_row(hosts: Hosts, folder: Path) -> None:
+    """Its successor takes over, and ranks find it by the same way through the channel; then Ctrl-C ends everything."""
+    process = hosts.launcher.start(*command(hosts, "train.py", "slow", "100000"), cwd=folder)
+
+    def aggregator() -> list[psutil.Process]:
+        return [each for each in hosts.launcher.processes() if "serve" in each.cmdline()]
+
+    def step() -> int:
+        return min((int((folder / f"at-{rank}").read_text() or 0) for rank in (0, 1)), default=0)
+
+    eventually(lambda: (folder / "at-0").exists() and (folder / "at-1").exists() and step() > 20, "some steps")
+    (first,) = aggregator()
+    first.kill()
+    at = step()
+    eventually(lambda: step() > at + 20 and aggregator(), "more steps, and another aggregator")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130, err
+    assert " here:\n" in err  # where each rank was
+    assert "train.py" in err.partition(" here:\n")[2]
+    assert "recorder/recorder_thread.py" not in err  # threads of ours are nobody's business
+    report = report_of(folder)
+    assert report["run"]["state"] == "failed"
+    assert report["telemetry"]["rows_lost"] == 0
+    assert [rank["steps"] > at for rank in report["ranks"]] == [True, True]
+    assert report["verdict"]["kind"] != "RANK_LOST"  # it was stopped by hand
+    assert out.startswith("rank 0 of 2")
+    assert nothing_left(hosts)
+
+
+def test_a_traced_function_keeps_its_exception(hosts: Hosts, folder: Path) -> None:
+    """With trace=True a function's error is raised as without, and the report says where it came from."""
+    code = f"""
+import traceml
+def train(n):
+    import os
+    assert traceml.is_enabled()
+    if os.environ["RANK"] == "1":
+        raise KeyError("no such thing")
+    return n
+try:
+    traceml.launch(train, (3,), hostnames=["node1", "node2"], workers_per_host=1,
+                   ssh_config_file={str(hosts.ssh_config)!r}, trace=True)
+except KeyError as error:
+    print("raised", error.args)
+"""
+    (folder / "script.py").write_text(code)
+    done = hosts.launcher.run(sys.executable, "script.py", cwd=folder)
+
+    assert "raised ('no such thing',)" in done.stdout
+    assert "KeyError" in done.stderr
+    verdict = report_of(folder)["verdict"]
+    assert (verdict["kind"], verdict["ranks"]) == ("RANK_LOST", [1])
+    assert verdict["evidence"]["file"].endswith("script.py")
+    eventually(lambda: nothing_left(hosts), "idle agents to end with the launcher")
+
+
+def test_a_launch_that_reaches_no_host_leaves_no_run(hosts: Hosts, folder: Path) -> None:
+    """Where no worker was started there is nothing to report; the status says that a host failed."""
+    words = ["--hostnames", "node1", "refused", "--ssh-config-file", hosts.ssh_config, "train.py", "train", "1"]
+    done = hosts.launcher.run(sys.executable, "-m", "traceml", "launch", *words, check=False, cwd=folder)
+
+    assert done.returncode == 3
+    assert done.stderr.startswith("traceml launch: host refused: the connection was refused")
+    assert list((folder / "traceml_runs").iterdir()) == []
+    assert nothing_left(hosts)
+
+
+def test_an_allocation_of_slurm_needs_no_names(slurm: Slurm, folder: Path) -> None:
+    """Under salloc, srun carries the channel and the tunnel, and the job's nodes are used."""
+    words = [sys.executable, "-m", "traceml", "launch", "--workers-per-host", "1", "train.py", "train", "30"]
+    done = slurm.run("salloc", "--quiet", "-N2", *words, cwd=folder)
+
+    assert done.stdout == "rank 0 of 2 __main__ ['train', '30']\n"
+    report = report_of(folder)
+    assert [(rank["host"], rank["steps"]) for rank in report["ranks"]] == [("node1", 30), ("node2", 30)]
+    eventually(lambda: nothing_left(slurm.hosts), "the steps to end")

@@ -1,0 +1,64 @@
+"""What a dead worker leaves on its host arrives at the launcher's with all that belongs to it."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.track.conftest import Script, finish, script  # noqa: F401 - a fixture
+from traceml.database.flight import FALLBACK_FOLDER
+from traceml.database.postmortem import read_flight
+from traceml.launch.wire.flight_archive import keep_copy, left_by
+
+LOGGING = """
+    import os, pathlib, time, traceml
+    traceml.init(on_missing="warn", connect_timeout=0.1)
+    for i in range(40_000):
+        traceml.log_metric("x", i)
+    pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
+    traceml.log_artifact("model.bin", "best")
+    while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row")):
+        time.sleep(0.01)
+    time.sleep(0.1)
+    print(os.getpid(), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_journals_and_files_come_along(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Far more values than memory holds, and a file that was copied: all is in the copy, nothing stays behind."""
+    pid = int(finish(script(LOGGING, TRACEML_RUN_ID="far"), -signal.SIGKILL))
+    runs_dir = str(tmp_path / "traceml_runs")
+    assert left_by(pid, "another", runs_dir=runs_dir) is None
+
+    data = left_by(pid, "far", runs_dir=runs_dir)
+
+    assert data is not None
+    assert left_by(pid, "far", runs_dir=runs_dir) is None
+    assert list((tmp_path / "traceml_runs" / FALLBACK_FOLDER).iterdir()) == []
+    image = read_flight(keep_copy(data, tmp_path / "copies", "node1.example.org-1-7"))
+    assert sum(taken.n for taken in image.take_all("metrics")) == 40_000
+    (note,) = image.notes
+    (file,) = image.spooled
+    assert note["name"] == "best"
+    assert file.read_bytes() == b"weights" * 1000
+    image.unlink()
+    assert list((tmp_path / "copies").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_archive_is_told(script: Script, tmp_path: Path, damage: bytes | None) -> None:  # noqa: F811
+    """It is no flight file, and none is left that somebody might take for one."""
+    data = damage
+    if data is None:
+        pid = int(finish(script(LOGGING, TRACEML_RUN_ID="far"), -signal.SIGKILL))
+        whole = left_by(pid, "far", runs_dir=str(tmp_path / "traceml_runs"))
+        assert whole is not None
+        data = whole[: len(whole) // 2]
+
+    with pytest.raises(ValueError, match="far-0-1"):
+        keep_copy(data, tmp_path / "copies", "far-0-1")
+
+    assert not list((tmp_path / "copies").glob("*.flight"))

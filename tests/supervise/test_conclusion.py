@@ -1,0 +1,54 @@
+"""What a traced job leaves its user with."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import store_run
+from traceml.database.store_file import STORE_NAME
+from traceml.supervise.conclusion import conclude
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return store_run(tmp_path / "run", Job(steps=60))
+
+
+def test_the_name_tells_what_a_report_is(run_dir: Path, tmp_path: Path) -> None:
+    """A name that ends in .html takes the page, any other the JSON."""
+    for name in ("mine.html", "MINE.HTML", "mine.json", "mine"):
+        conclude(run_dir, finished=True, program="traceml run", report=tmp_path / name, file=io.StringIO())
+
+    kind = json.loads((tmp_path / "mine.json").read_text())["verdict"]["kind"]
+    assert json.loads((tmp_path / "mine").read_text())["verdict"]["kind"] == kind
+    for name in ("mine.html", "MINE.HTML"):
+        page = (tmp_path / name).read_text()
+        assert page.startswith("<!doctype html>")
+        assert kind in page
+
+
+def test_a_report_that_cannot_be_put_there_is_told(run_dir: Path, tmp_path: Path) -> None:
+    """The verdict is printed all the same, and nothing is raised."""
+    for name in ("gone/mine.html", "gone/mine.json"):
+        told = io.StringIO()
+        conclude(run_dir, finished=True, program="traceml run", report=tmp_path / name, file=told)
+
+        assert "HEALTHY" in told.getvalue()
+        assert f"traceml run: cannot write {tmp_path / name}: " in told.getvalue()
+
+
+def test_a_store_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> None:
+    """Without a verdict there is a line that says why, and where the rest is."""
+    (run_dir / STORE_NAME).write_bytes(b"garbage" * 999)
+    told = io.StringIO()
+
+    conclude(run_dir, finished=False, program="traceml run", report=tmp_path / "mine.html", file=told)
+
+    assert "traceml run: no report of this run: " in told.getvalue()
+    assert "aggregator.log may say why" in told.getvalue()
+    assert not (tmp_path / "mine.html").exists()

@@ -1,0 +1,80 @@
+"""The supervisor with aggregators that hang, die, or cannot be started again: the job must not notice."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from traceml.supervise import aggregator_process as module
+from traceml.supervise.supervisor import Job, Outcome, Supervisor
+
+# What the scripts below begin with: they do to the aggregator what an accident would.
+_FIND = """
+import os, psutil, shutil, signal, sys, time
+def aggregator():
+    while True:
+        for child in psutil.Process(os.getppid()).children():
+            if "serve" in child.cmdline():
+                return child
+        time.sleep(0.02)
+def wait_for(path):
+    while not os.path.exists(path):
+        time.sleep(0.02)
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ANSWER_TIMEOUT_S", 5.0)
+
+
+def supervise(folder: Path, script: str) -> tuple[Outcome, Path]:
+    job = Job([sys.executable, "-c", _FIND + script], elastic=False, run_id="a-run", runs_dir=folder / "runs")
+    with Supervisor(job) as supervisor:
+        return supervisor.run(), job.run_dir
+
+
+def report_of(run_dir: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((run_dir / "report.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize("number", ["SIGSTOP", "SIGKILL"])
+def test_an_aggregator_that_does_not_answer_at_the_end_is_replaced(tmp_path: Path, number: str) -> None:
+    """Hanging or just killed, it costs the run neither its end nor its report."""
+    store = tmp_path / "runs" / "a-run" / "store.db"
+    outcome, run_dir = supervise(
+        tmp_path, f"wait_for({str(store)!r}); aggregator().send_signal(signal.{number}); sys.exit(3)"
+    )
+
+    assert outcome == Outcome(status=3, finished=True)
+    assert report_of(run_dir)["run"]["state"] == "failed"
+    assert report_of(run_dir)["ranks"][0]["exit"]["code"] == 3
+    assert not list((tmp_path / "runs" / ".open").iterdir())
+
+
+def test_an_aggregator_that_dies_again_and_again_is_started_again(tmp_path: Path) -> None:
+    """However often it was killed, the next one is there at the end, and the job has not been touched."""
+    outcome, run_dir = supervise(
+        tmp_path, "for _ in range(3):\n    victim = aggregator(); victim.kill(); victim.wait(20)\nsys.exit(0)"
+    )
+
+    assert outcome == Outcome(status=0, finished=True)
+    assert report_of(run_dir)["run"]["state"] == "finished"
+
+
+def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_path: Path) -> None:
+    """Where no aggregator can be started any more, the job still runs to its own end."""
+    runs = str(tmp_path / "runs")
+    outcome, _ = supervise(
+        tmp_path,
+        f"wait_for({runs + '/a-run/store.db'!r}); victim = aggregator(); victim.suspend()\n"
+        f"shutil.rmtree({runs!r}); open({runs!r}, 'w').close()\n"
+        "victim.kill(); victim.wait(20); time.sleep(0.3); sys.exit(4)",
+    )
+
+    assert outcome == Outcome(status=4, finished=False)
