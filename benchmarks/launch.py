@@ -228,11 +228,11 @@ if __name__ == "__main__":
 # The control channels alone: until each host's agent has answered, before anything is imported there.
 CHANNELS = """
 import json, os, selectors, sys, time
-from traceml.launch.launcher.agent_connection import Link
-from traceml.launch.launcher.hosts import resolve
+from traceml.launch.launcher.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts import resolve_hosts
 config, hosts = sys.argv[1], sys.argv[2:]
 start = time.perf_counter()
-links = [Link(place, sys.executable, config) for place in resolve(hosts, 1, config, os.environ)]
+links = [AgentConnection(spec, sys.executable, config) for spec in resolve_hosts(hosts, 1, config, os.environ)]
 with selectors.DefaultSelector() as selector:
     for link in links:
         selector.register(link.channel.read_fd, selectors.EVENT_READ, link)

@@ -32,7 +32,7 @@ from benchmarks.ingest import Generator, cpu_seconds, start_aggregator
 
 from traceml import load_run
 from traceml.display.web.token_middleware import cookie_name, cookie_value
-from traceml.supervise.page_process import PageKeeper
+from traceml.supervise.page_process import PageProcess
 
 DEMO = Path(__file__).parents[1] / "src" / "traceml" / "cli" / "_demo_train.py"
 SETTLE_S = 3.0
@@ -42,7 +42,7 @@ GOAL_CPU_PCT, GOAL_ANSWER_S, GOAL_PAINT_S = 5.0, 1.0, 2.0
 class Viewer:
     """A browser at a page that draws nothing; a context manager."""
 
-    def __init__(self, keeper: PageKeeper, path: str) -> None:
+    def __init__(self, keeper: PageProcess, path: str) -> None:
         self._port = keeper.port
         self._cookie = f"{cookie_name(keeper.port)}={cookie_value(keeper.token)}"
         self._path = path
@@ -135,7 +135,7 @@ def main() -> int:
 
 def live_job(blocks: int, seconds: float) -> bool:
     """Follow four ranks, the page open in every second block."""
-    with tempfile.TemporaryDirectory() as folder, PageKeeper(Path(folder), 0) as keeper:
+    with tempfile.TemporaryDirectory() as folder, PageProcess(Path(folder), 0) as keeper:
         command = [
             sys.executable,
             "-m",
@@ -174,7 +174,7 @@ def wait_for_steps(folder: Path) -> str:
 
 
 def take_turns(
-    keeper: PageKeeper, run_id: str, blocks: int, seconds: float
+    keeper: PageProcess, run_id: str, blocks: int, seconds: float
 ) -> tuple[dict[bool, list[tuple[int, int]]], list[float]]:
     """Return the (start, end) of open and closed blocks in monotonic nanoseconds, and CPU percent of each open one."""
     spans: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
@@ -231,7 +231,7 @@ def thousand_ranks() -> bool:
             generator = Generator(sock.getsockname()[1], 1000, "even")
             generator.connect()
             generator.run(8.0)
-            with PageKeeper(Path(folder), 0) as keeper:
+            with PageProcess(Path(folder), 0) as keeper:
                 assert keeper.pid is not None
                 os.sched_setaffinity(keeper.pid, cores)  # the generator has kept itself to one
                 return tell_thousand(keeper, generator, next(Path(folder).glob("*/store.db")).parent.name)
@@ -240,7 +240,7 @@ def thousand_ranks() -> bool:
             aggregator.wait()
 
 
-def tell_thousand(keeper: PageKeeper, generator: Any, run_id: str) -> bool:
+def tell_thousand(keeper: PageProcess, generator: Any, run_id: str) -> bool:
     sending = threading.Thread(target=generator.run, args=(30.0,))
     sending.start()
     with Viewer(keeper, "/"):  # the server has started
@@ -278,7 +278,7 @@ def first_paint() -> bool:
 
     installed = shutil.which("chromium") or shutil.which("google-chrome")
     paints = []
-    with tempfile.TemporaryDirectory() as folder, PageKeeper(Path(folder), 0) as keeper:
+    with tempfile.TemporaryDirectory() as folder, PageProcess(Path(folder), 0) as keeper:
         run = store_run(Path(folder) / "20260101-000000-run-0001", Job(ranks=4, steps=400), adds("forward", 12, (2,)))
         with Viewer(keeper, "/"), sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox"])

@@ -12,7 +12,7 @@ import pytest
 
 from traceml.errors import TraceMLError
 from traceml.supervise import page_process
-from traceml.supervise.page_process import PageKeeper, beside
+from traceml.supervise.page_process import PageProcess, page_beside
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def status_of(keeper, path="/", **headers):
 
 def test_a_page_is_served_replaced_when_killed_and_gone_at_the_end(tmp_path):
     """The socket stays, so who asks while there is no server waits for the next one; the token stays with the port."""
-    with PageKeeper(tmp_path / "runs", 0, nice=0) as keeper:
+    with PageProcess(tmp_path / "runs", 0, nice=0) as keeper:
         port, token, first = keeper.port, keeper.token, keeper.pid
         assert status_of(keeper) == 401
         assert keeper.address("a b") == f"http://127.0.0.1:{port}/run/a%20b?token={token}"
@@ -50,7 +50,7 @@ def test_a_page_is_served_replaced_when_killed_and_gone_at_the_end(tmp_path):
     with pytest.raises(ConnectionRefusedError):
         status_of(keeper)
 
-    with PageKeeper(tmp_path / "runs", port, nice=0) as again:
+    with PageProcess(tmp_path / "runs", port, nice=0) as again:
         assert again.token == token
 
 
@@ -59,29 +59,29 @@ def test_a_port_in_use_is_told(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(TraceMLError, match=f"port {port} is in use by another program.*--web PORT"):
-            PageKeeper(tmp_path, port)
+            PageProcess(tmp_path, port)
 
-        other = PageKeeper(tmp_path, port, any_port=True)
+        other = PageProcess(tmp_path, port, any_port=True)
         assert other.port != port
         other.close()
 
     said = r"another traceml page \(pid \d+, runs in .*\?token="
-    with PageKeeper(tmp_path, 0) as first, pytest.raises(TraceMLError, match=said):
-        PageKeeper(tmp_path, first.port)
+    with PageProcess(tmp_path, 0) as first, pytest.raises(TraceMLError, match=said):
+        PageProcess(tmp_path, first.port)
 
 
 def test_without_its_libraries_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(page_process, "find_spec", lambda name: None)
 
     with pytest.raises(TraceMLError, match=r"pip install 'traceml\[web\]'"):
-        PageKeeper(tmp_path, 0)
+        PageProcess(tmp_path, 0)
 
 
 def test_a_page_of_the_same_runs_is_used(tmp_path, monkeypatch, capsys):
     """A job whose runs somebody already watches starts no second page."""
-    with PageKeeper(tmp_path, 0) as keeper:
+    with PageProcess(tmp_path, 0) as keeper:
         monkeypatch.setattr(page_process, "DEFAULT_PORT", keeper.port)
-        with beside(tmp_path / "run-1") as keep:
+        with page_beside(tmp_path / "run-1") as keep:
             keep()
 
     assert capsys.readouterr().err == f"traceml: the page is at {keeper.address('run-1')}\n"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from traceml.supervise import aggregator_process as module
-from traceml.supervise.supervisor import Job, Outcome, Supervisor
+from traceml.supervise.supervisor import JobOutcome, LocalJob, Supervisor
 
 # What the scripts below begin with: they do to the aggregator what an accident would.
 _FIND = """
@@ -32,8 +32,8 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ANSWER_TIMEOUT_S", 5.0)
 
 
-def supervise(folder: Path, script: str) -> tuple[Outcome, Path]:
-    job = Job([sys.executable, "-c", _FIND + script], elastic=False, run_id="a-run", runs_dir=folder / "runs")
+def supervise(folder: Path, script: str) -> tuple[JobOutcome, Path]:
+    job = LocalJob([sys.executable, "-c", _FIND + script], elastic=False, run_id="a-run", runs_dir=folder / "runs")
     with Supervisor(job) as supervisor:
         return supervisor.run(), job.run_dir
 
@@ -51,7 +51,7 @@ def test_an_aggregator_that_does_not_answer_at_the_end_is_replaced(tmp_path: Pat
         tmp_path, f"wait_for({str(store)!r}); aggregator().send_signal(signal.{number}); sys.exit(3)"
     )
 
-    assert outcome == Outcome(status=3, finished=True)
+    assert outcome == JobOutcome(status=3, finished=True)
     assert report_of(run_dir)["run"]["state"] == "failed"
     assert report_of(run_dir)["ranks"][0]["exit"]["code"] == 3
     assert not list((tmp_path / "runs" / ".open").iterdir())
@@ -63,7 +63,7 @@ def test_an_aggregator_that_dies_again_and_again_is_started_again(tmp_path: Path
         tmp_path, "for _ in range(3):\n    victim = aggregator(); victim.kill(); victim.wait(20)\nsys.exit(0)"
     )
 
-    assert outcome == Outcome(status=0, finished=True)
+    assert outcome == JobOutcome(status=0, finished=True)
     assert report_of(run_dir)["run"]["state"] == "finished"
 
 
@@ -77,4 +77,4 @@ def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_pat
         "victim.kill(); victim.wait(20); time.sleep(0.3); sys.exit(4)",
     )
 
-    assert outcome == Outcome(status=4, finished=False)
+    assert outcome == JobOutcome(status=4, finished=False)

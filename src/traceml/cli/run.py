@@ -16,8 +16,8 @@ from traceml.cli.scripts import add_run_options, check_report, given, script_wor
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.supervise.conclusion import conclude
-from traceml.supervise.output import Passing
-from traceml.supervise.supervisor import Job, Screen, Supervisor
+from traceml.supervise.output import PassThroughScreen
+from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
     if _elastic(options) and find_spec("torch") is None:
         raise TraceMLError("torchrun's options need PyTorch, which is not installed: pip install 'traceml[torch]'")
 
-    job = Job(
+    job = LocalJob(
         command=_command(options, target, arguments),
         elastic=_elastic(options),
         run_id=_run_id(config.run_id) or new_run_id(config.run_name or Path(target).stem),
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     return run_job(job, live=options.live, report=options.report)
 
 
-def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
+def run_job(job: LocalJob, *, live: str = "auto", report: Path | None = None) -> int:
     """Run a job, show it while it lives, and print its verdict.
 
     Args:
@@ -108,13 +108,13 @@ def run_job(job: Job, *, live: str = "auto", report: Path | None = None) -> int:
     return outcome.status
 
 
-def _page(job: Job, live: str) -> AbstractContextManager[Callable[[], None] | None]:
+def _page(job: LocalJob, live: str) -> AbstractContextManager[Callable[[], None] | None]:
     if live != "web":
         return nullcontext()
 
-    from traceml.supervise.page_process import beside
+    from traceml.supervise.page_process import page_beside
 
-    return beside(job.run_dir)
+    return page_beside(job.run_dir)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,9 +175,9 @@ def _command(options: argparse.Namespace, target: str, arguments: Sequence[str])
     return [sys.executable, "-m", "traceml.supervise.elastic", *torchrun, "-m", "traceml.session.entry", *script]
 
 
-def _screen_maker(job: Job, live: str) -> Callable[[], Screen] | None:
+def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
     if live == "web":
-        return Passing
+        return PassThroughScreen
 
     if live == "none" or not sys.stdout.isatty():
         if live == "terminal":

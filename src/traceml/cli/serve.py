@@ -21,7 +21,7 @@ from traceml.aggregator.aggregator import Aggregator
 from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
-from traceml.supervise.page_process import PageKeeper
+from traceml.supervise.page_process import PageProcess
 from traceml.transport import auth
 from traceml.transport.server import BACKLOG
 
@@ -203,13 +203,13 @@ def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
         yield
         return
 
-    with PageKeeper(Path(runs_dir), port) as page:
+    with PageProcess(Path(runs_dir), port) as page:
         print(f"traceml page at {page.address()}", flush=True)
         with _meanwhile(partial(_keep_page, page), name="traceml-page"):
             yield
 
 
-def _keep_page(page: PageKeeper, over: Callable[[float], bool]) -> None:
+def _keep_page(page: PageProcess, over: Callable[[float], bool]) -> None:
     while not over(0.3):
         page.keep()
 

@@ -26,7 +26,7 @@ from traceml.supervise.restarts import Restarts
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 
-__all__ = ["AggregatorKeeper"]
+__all__ = ["AggregatorProcess"]
 
 # An aggregator that died is replaced at once; one that dies again and again, after pauses which double.
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
@@ -37,7 +37,7 @@ _STOP_TIMEOUT_S = 10.0  # its delivery processes save where they stand first
 _log = logging.getLogger("traceml")
 
 
-class AggregatorKeeper:
+class AggregatorProcess:
     """Keeps one run's aggregator; a context manager, at whose exit it is gone.
 
     Args:

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["OutputCopy", "Passing"]
+__all__ = ["OutputCopy", "PassThroughScreen"]
 
 _MOST_BYTES = 64 << 20
 
 _log = logging.getLogger("traceml")
 
 
-class Passing:
+class PassThroughScreen:
     """A screen that shows nothing of its own: what the script prints goes to standard output as it comes."""
 
     def tick(self) -> None:

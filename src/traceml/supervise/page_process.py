@@ -24,12 +24,12 @@ from typing import Self
 from urllib.parse import quote
 
 from traceml.errors import TraceMLError
-from traceml.supervise.output import Passing
+from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.processes import spawn
 from traceml.supervise.restarts import Restarts
 from traceml.transport import auth
 
-__all__ = ["DEFAULT_PORT", "PageKeeper", "PageScreen", "beside", "page_address"]
+__all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "page_address", "page_beside"]
 
 DEFAULT_PORT = 29766
 # Behind the training, but not so far that nobody can look at one that takes every core: at 19 a click takes seconds.
@@ -40,7 +40,7 @@ _STOP_TIMEOUT_S = 5.0
 _log = logging.getLogger("traceml")
 
 
-class PageKeeper:
+class PageProcess:
     """Keeps the page of one folder of runs; a context manager, at whose exit it is gone.
 
     Args:
@@ -137,7 +137,7 @@ class PageKeeper:
         self._listener.close()
 
 
-class PageScreen(Passing):
+class PageScreen(PassThroughScreen):
     """The page as the screen of a launched job: what the job prints goes to standard output as it comes.
 
     Args:
@@ -146,7 +146,7 @@ class PageScreen(Passing):
 
     def __init__(self, run_dir: Path) -> None:
         self._open = ExitStack()
-        self._keep = self._open.enter_context(beside(run_dir))
+        self._keep = self._open.enter_context(page_beside(run_dir))
 
     def tick(self) -> None:
         """Start the page again if it died."""
@@ -158,7 +158,7 @@ class PageScreen(Passing):
 
 
 @contextlib.contextmanager
-def beside(run_dir: Path) -> Iterator[Callable[[], None]]:
+def page_beside(run_dir: Path) -> Iterator[Callable[[], None]]:
     """Keep a page beside a job, and tell its address on standard error; yields what must be called often.
 
     A page of this user's that shows the same folder of runs is used as it is.
@@ -175,7 +175,7 @@ def beside(run_dir: Path) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
 
-    with PageKeeper(run_dir.parent, any_port=True) as page:
+    with PageProcess(run_dir.parent, any_port=True) as page:
         _tell(page.address(run_dir.name))
         yield page.keep
 

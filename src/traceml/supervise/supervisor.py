@@ -18,19 +18,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from traceml.supervise.aggregator_process import AggregatorKeeper
+from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
 from traceml.supervise.processes import PASSED_ON, PseudoTerminal, ScriptPipe, spawn
 
-__all__ = ["Job", "Outcome", "Screen", "Supervisor"]
+__all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
 _TICK_S = 0.1
 _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the whole foreground group
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class LocalJob:
     """What to run.
 
     Args:
@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class JobOutcome:
     """How a job ended: `status` as a shell counts, and whether the aggregator finished the run itself."""
 
     status: int
@@ -79,7 +79,7 @@ class Supervisor:
 
     def __init__(
         self,
-        job: Job,
+        job: LocalJob,
         *,
         make_screen: Callable[[], Screen] | None = None,
         on_delivery: Callable[[], object] | None = None,
@@ -99,7 +99,7 @@ class Supervisor:
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
-        self._keeper = AggregatorKeeper(job.run_id, job.runs_dir, on_delivery=on_delivery)
+        self._keeper = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery)
         self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
@@ -113,12 +113,12 @@ class Supervisor:
         self._selector.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
-    def run(self) -> Outcome:
+    def run(self) -> JobOutcome:
         """Run the job; return when every process of it has ended and the run is finished on disk."""
         self._keeper.start()
         process = self._run_job()
         finished = self._finish(process)
-        return Outcome(self._status(process), finished)
+        return JobOutcome(self._status(process), finished)
 
     # the job
 

@@ -23,7 +23,7 @@ from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.runs.report import write_report
-from traceml.supervise.page_process import PageKeeper
+from traceml.supervise.page_process import PageProcess
 
 expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once
 
@@ -72,11 +72,11 @@ def _store_odd_runs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="package")
-def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageKeeper]:
+def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageProcess]:
     """The page, served as `serve --web` does, with the files of tokens in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        with PageKeeper(runs_dir, 0, nice=0) as keeper:
+        with PageProcess(runs_dir, 0, nice=0) as keeper:
             connection = http.client.HTTPConnection("127.0.0.1", keeper.port, timeout=30)
             connection.request("GET", "/")  # it waits in the socket's backlog until it is served
             assert connection.getresponse().status == 401
@@ -97,7 +97,7 @@ def browser() -> Iterator[Browser]:
 class Visit:
     """A browser of its own at the page; notes every request that leaves loopback and every error of a script."""
 
-    def __init__(self, browser: Browser, keeper: PageKeeper, **options: object) -> None:
+    def __init__(self, browser: Browser, keeper: PageProcess, **options: object) -> None:
         self._keeper = keeper
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         self.page: Page = self.context.new_page()
@@ -124,7 +124,7 @@ class Visit:
 
 
 @pytest.fixture
-def visit(browser: Browser, keeper: PageKeeper) -> Iterator[Callable[..., Visit]]:
+def visit(browser: Browser, keeper: PageProcess) -> Iterator[Callable[..., Visit]]:
     """Open browsers; each must have asked for nothing from elsewhere, and none of its scripts may have failed."""
     visits: list[Visit] = []
 
@@ -191,7 +191,7 @@ def live_job(runs_dir: Path) -> Iterator[LiveJob]:
 
 
 @pytest.fixture
-def kill_page(keeper: PageKeeper) -> Callable[[], None]:
+def kill_page(keeper: PageProcess) -> Callable[[], None]:
     """Return what kills the page's process, as an OOM kill would."""
 
     def kill() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from traceml.display.web.token_middleware import cookie_name, cookie_value
-from traceml.supervise.page_process import PageKeeper
+from traceml.supervise.page_process import PageProcess
 from traceml.transport import auth
 
 Ask = Callable[..., http.client.HTTPResponse]
@@ -23,7 +23,7 @@ _SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket&client_id=x"
 
 
 @pytest.fixture
-def ask(keeper: PageKeeper) -> Ask:
+def ask(keeper: PageProcess) -> Ask:
     """Send one request and return the answer, read."""
 
     def send(path: str, **headers: str) -> http.client.HTTPResponse:
@@ -40,7 +40,7 @@ def ask(keeper: PageKeeper) -> Ask:
 
 
 @pytest.fixture
-def cookie(keeper: PageKeeper) -> str:
+def cookie(keeper: PageProcess) -> str:
     """What a browser that was let in sends."""
     return f"{cookie_name(keeper.port)}={cookie_value(keeper.token)}"
 
@@ -66,7 +66,7 @@ def test_a_wrong_token_is_told(ask: Ask, token: str) -> None:
     assert answer.getheader("set-cookie") is None
 
 
-def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, keeper: PageKeeper, cookie: str) -> None:
+def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, keeper: PageProcess, cookie: str) -> None:
     """The address without the token can be kept; the cookie is not the token, and no script reads it."""
     answer = ask(f"/run/a%20b?x=1&token={keeper.token}")
 
@@ -81,7 +81,7 @@ def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, keeper: Pag
 
 
 @pytest.mark.parametrize("path", ["//evil.example/", "/%5Cevil.example", "/\\evil.example"])
-def test_the_redirect_stays_here(ask: Ask, keeper: PageKeeper, path: str) -> None:
+def test_the_redirect_stays_here(ask: Ask, keeper: PageProcess, path: str) -> None:
     answer = ask(f"{path}?token={keeper.token}")
 
     location = answer.getheader("location") or "/"
@@ -89,14 +89,14 @@ def test_the_redirect_stays_here(ask: Ask, keeper: PageKeeper, path: str) -> Non
 
 
 @pytest.mark.parametrize("forged", ["traceml_1=x", "{name}=", "{name}={token}", "{name}=0", ";;=;"])
-def test_another_cookie_is_none(ask: Ask, keeper: PageKeeper, forged: str) -> None:
+def test_another_cookie_is_none(ask: Ask, keeper: PageProcess, forged: str) -> None:
     """Not even the token itself opens as a cookie."""
     cookie = forged.format(name=cookie_name(keeper.port), token=keeper.token)
 
     assert ask("/", Cookie=cookie).status == 401
 
 
-def test_the_websocket_is_guarded_too(ask: Ask, keeper: PageKeeper, cookie: str) -> None:
+def test_the_websocket_is_guarded_too(ask: Ask, keeper: PageProcess, cookie: str) -> None:
     """It opens with the cookie alone, and not from a page of another server, which sends the cookie as well."""
     here = f"http://127.0.0.1:{keeper.port}"
 
@@ -117,7 +117,7 @@ def test_nothing_may_be_loaded_from_elsewhere(ask: Ask, cookie: str) -> None:
     assert answer.getheader("referrer-policy") == "no-referrer"
 
 
-def test_the_token_is_kept_for_this_user_alone(keeper: PageKeeper) -> None:
+def test_the_token_is_kept_for_this_user_alone(keeper: PageProcess) -> None:
     kept = auth.discover(keeper.port, kind=auth.PAGE)
 
     assert kept is not None

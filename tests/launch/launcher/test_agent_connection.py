@@ -14,8 +14,8 @@ import pytest
 from tests.launch.hosts import Hosts, eventually
 from tests.launch.jobs import PYTHONPATH
 from traceml.errors import AgentFailedError
-from traceml.launch.launcher.agent_connection import Link
-from traceml.launch.launcher.hosts import Place
+from traceml.launch.launcher.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts import HostSpec
 from traceml.launch.wire.channel import ChannelClosedError
 
 _LAUNCH = """
@@ -110,7 +110,7 @@ def test_a_python_of_another_version_gets_no_function(hosts: Hosts, bare_python:
 def test_an_interpreter_that_is_not_here_is_told() -> None:
     """On this host too, the interpreter's name is in the error."""
     with pytest.raises(AgentFailedError, match=r"host localhost: /no/such/python cannot be run here"):
-        Link(Place("localhost", "local", 1), "/no/such/python", None)
+        AgentConnection(HostSpec("localhost", "local", 1), "/no/such/python", None)
 
 
 def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
     loud = tmp_path / "python"
     loud.write_text("#!/bin/sh\necho 'Welcome to the machine'\nexit 4\n")
     loud.chmod(0o755)
-    link = Link(Place("localhost", "local", 1), str(loud), None)
+    link = AgentConnection(HostSpec("localhost", "local", 1), str(loud), None)
 
     def closed() -> str | None:
         try:

@@ -11,19 +11,19 @@ import pytest
 
 from tests.launch.hosts import Hosts, Slurm
 from traceml.errors import SlurmError, UsageError
-from traceml.launch.launcher.hosts import Place, resolve
+from traceml.launch.launcher.hosts import HostSpec, resolve_hosts
 
 _SHOW = """
 import dataclasses, json, os, sys
-from traceml.launch.launcher.hosts import resolve
+from traceml.launch.launcher.hosts import resolve_hosts
 names, numbers = json.loads(sys.argv[1])
-print(json.dumps([dataclasses.astuple(place) for place in resolve(names, numbers, None, os.environ)]))
+print(json.dumps([dataclasses.astuple(place) for place in resolve_hosts(names, numbers, None, os.environ)]))
 """
 
 
 def test_auto_is_this_host() -> None:
     """Outside of Slurm there is one host, and its agent tells how many workers it gets."""
-    assert resolve("auto", "auto", None, {}) == [Place("localhost", "local")]
+    assert resolve_hosts("auto", "auto", None, {}) == [HostSpec("localhost", "local")]
 
 
 def test_names_of_this_host_need_no_ssh() -> None:
@@ -31,7 +31,7 @@ def test_names_of_this_host_need_no_ssh() -> None:
     own = socket.gethostname()
     names = ["elsewhere", own, "localhost", "127.0.0.1", "user@elsewhere", "192.0.2.1"]
 
-    places = resolve(names, [1, 2, 3, 4, 5, 6], None, {})
+    places = resolve_hosts(names, [1, 2, 3, 4, 5, 6], None, {})
 
     assert [place.name for place in places] == names
     assert [place.workers for place in places] == [1, 2, 3, 4, 5, 6]
@@ -43,7 +43,7 @@ def test_the_ssh_configuration_may_lead_elsewhere(tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text("Host localhost\n  HostName 192.0.2.7\nHost 127.0.0.1\n  User somebody\n")
 
-    assert [p.transport for p in resolve(["localhost", "127.0.0.1"], 1, config, {})] == ["ssh", "local"]
+    assert [p.transport for p in resolve_hosts(["localhost", "127.0.0.1"], 1, config, {})] == ["ssh", "local"]
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_ssh_configuration_may_lead_elsewhere(tmp_path: Path) -> None:
 def test_what_cannot_be_is_told(names: Any, numbers: Any, words: str) -> None:
     """Bad arguments are ValueErrors that name the value."""
     with pytest.raises(UsageError) as caught:
-        resolve(names, numbers, None, {})
+        resolve_hosts(names, numbers, None, {})
 
     assert isinstance(caught.value, ValueError)
     assert words in str(caught.value)
@@ -73,7 +73,7 @@ def test_what_cannot_be_is_told(names: Any, numbers: Any, words: str) -> None:
 def test_slurm_outside_of_slurm_is_a_runtime_error(names: Any, numbers: Any) -> None:
     """Asking for an allocation where there is none says which argument asked."""
     with pytest.raises(SlurmError, match="no Slurm allocation") as caught:
-        resolve(names, numbers, None, {})
+        resolve_hosts(names, numbers, None, {})
 
     assert isinstance(caught.value, RuntimeError)
 
@@ -81,10 +81,10 @@ def test_slurm_outside_of_slurm_is_a_runtime_error(names: Any, numbers: Any) -> 
 def test_an_allocation_that_cannot_be_read_is_told() -> None:
     """A job id alone, or a missing scontrol, is an error with words instead of one worker on the wrong host."""
     with pytest.raises(SlurmError, match="job 7 of Slurm has no SLURM_JOB_NODELIST"):
-        resolve("auto", "auto", None, {"SLURM_JOB_ID": "7"})
+        resolve_hosts("auto", "auto", None, {"SLURM_JOB_ID": "7"})
 
     with pytest.raises(SlurmError, match="scontrol show hostnames"):
-        resolve("auto", "auto", None, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/none"})
+        resolve_hosts("auto", "auto", None, {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "PATH": "/none"})
 
 
 @pytest.mark.parametrize(

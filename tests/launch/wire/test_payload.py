@@ -16,13 +16,21 @@ import torch
 
 from traceml.errors import PayloadError
 from traceml.launch.wire import pickling
-from traceml.launch.wire.payload import Parcel, Receiver, dump, dump_call, dump_exception, load, map_private
+from traceml.launch.wire.payload import (
+    PayloadBuffer,
+    SerializedValue,
+    dump,
+    dump_call,
+    dump_exception,
+    load,
+    map_private,
+)
 
 LARGE = 40_000  # floats: beyond what is put inside the pickle
 
 
-def received(parcel: Parcel) -> Receiver:
-    receiver = Receiver(parcel.size_bytes)
+def received(parcel: SerializedValue) -> PayloadBuffer:
+    receiver = PayloadBuffer(parcel.size_bytes)
     for chunk in parcel.chunks():
         receiver.feed(chunk)
 
@@ -147,7 +155,7 @@ def test_a_large_tensor_is_not_copied() -> None:
 def test_processes_share_what_was_received_once() -> None:
     """A shared parcel is mapped by each, and what one writes is its own."""
     parcel = dump(torch.zeros(LARGE))
-    receiver = Receiver(parcel.size_bytes, shared=True)
+    receiver = PayloadBuffer(parcel.size_bytes, shared=True)
     for chunk in parcel.chunks():
         receiver.feed(chunk)
 
@@ -164,15 +172,15 @@ def test_processes_share_what_was_received_once() -> None:
 def test_a_file_in_memory_is_opened_by_another_process() -> None:
     """What one process holds, its child opens by its path and changes, and nothing is copied."""
     parcel = dump(torch.zeros(LARGE))
-    receiver = Receiver(parcel.size_bytes, shared=True)
+    receiver = PayloadBuffer(parcel.size_bytes, shared=True)
     for chunk in parcel.chunks():
         receiver.feed(chunk)
 
     code = """
 import os, sys
-from traceml.launch.wire.payload import Receiver, can_reach, load
+from traceml.launch.wire.payload import PayloadBuffer, can_reach, load
 assert can_reach(os.getppid()) and not can_reach(2**22 + 1)
-load(Receiver.of(sys.argv[1]).memory()).add_(1)
+load(PayloadBuffer.of(sys.argv[1]).memory()).add_(1)
 """
     subprocess.run([sys.executable, "-c", code, receiver.path], check=True)
     arrived = load(receiver.memory())
@@ -183,7 +191,7 @@ load(Receiver.of(sys.argv[1]).memory()).add_(1)
 
 def test_a_receiver_takes_what_was_announced() -> None:
     """Too much and too little are errors that say by how much."""
-    receiver = Receiver(10)
+    receiver = PayloadBuffer(10)
     receiver.feed(b"12345")
 
     with pytest.raises(PayloadError, match="only 5 of 10 bytes"):

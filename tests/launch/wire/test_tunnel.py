@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.tunnel import TunnelExit, TunnelMouth
+from traceml.launch.wire.tunnel import TunnelConnector, TunnelListener
 
 
 class Between:
@@ -28,8 +28,8 @@ class Between:
         ]
         ours.close()
         theirs.close()
-        self.mouth = TunnelMouth(self.selector, self._channels[0], job=1)
-        self.exit = TunnelExit(self.selector, self._channels[1], self.server.getsockname()[1])
+        self.mouth = TunnelListener(self.selector, self._channels[0], job=1)
+        self.exit = TunnelConnector(self.selector, self._channels[1], self.server.getsockname()[1])
         self.announced: list[dict[str, object]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop)

@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 import traceml
 from traceml.clock import boot_id
 from traceml.launch.agent.machine import addresses, count_gpus
-from traceml.launch.agent.worker_group import Crew
-from traceml.launch.agent.zygote_client import ForkServer, Spec
+from traceml.launch.agent.worker_group import WorkerGroup
+from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import GREETING, Channel, ChannelClosedError
-from traceml.launch.wire.payload import Receiver, can_reach
-from traceml.launch.wire.process_cleanup import become_subreaper, end_all, leftovers, look_at
+from traceml.launch.wire.payload import PayloadBuffer, can_reach
+from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, process_info, terminate_all
 
 __all__ = ["Agent", "main"]
 
@@ -54,13 +54,13 @@ class Agent:
         self._channel, self._silence_s = channel, silence_s
         self._mark = os.urandom(12).hex()
         self._selector = selectors.DefaultSelector()
-        self._server: ForkServer | None = None
-        self._crew: Crew | None = None
-        self._wanted: tuple[str, Spec, dict[str, Any]] | None = None  # job, what its workers need, their place
+        self._zygote: ZygoteClient | None = None
+        self._group: WorkerGroup | None = None
+        self._wanted: tuple[str, ZygoteSpec, dict[str, Any]] | None = None  # job, what its workers need, their context
         self._preparing = False
         self._listener: socket.socket | None = None
-        self._payloads: dict[int, Receiver] = {}
-        self._mouths: dict[str, Any] = {}
+        self._payloads: dict[int, PayloadBuffer] = {}
+        self._listeners: dict[str, Any] = {}
         self._signals: set[int] = set()
         self._busy_s = time.monotonic()
         self._watches_write = False
@@ -89,7 +89,7 @@ class Agent:
             self._end()
 
     def _turn(self) -> None:
-        wait_s = 1.0 if self._crew is None else self._crew.tick()
+        wait_s = 1.0 if self._group is None else self._group.tick()
         self._flush()
         registered = self._selector.get_map()
         for key, events in self._selector.select(wait_s):
@@ -98,10 +98,10 @@ class Agent:
 
         self._handle_signals()
         now_s = time.monotonic()
-        if self._crew is not None and self._crew.idle:
-            self._crew = None
+        if self._group is not None and self._group.idle:
+            self._group = None
 
-        if self._crew is not None or self._preparing:
+        if self._group is not None or self._preparing:
             self._busy_s = now_s
             self._channel.check(self._silence_s)
             return
@@ -132,22 +132,22 @@ class Agent:
 
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if self._server is not None and ended[0] == self._server.pid:
-                    self._server_ended(ended[1])
-                elif self._crew is not None:
-                    self._crew.ended(*ended)
+                if self._zygote is not None and ended[0] == self._zygote.pid:
+                    self._zygote_ended(ended[1])
+                elif self._group is not None:
+                    self._group.ended(*ended)
 
     def _end(self) -> None:
         """End all workers, whatever they have started, and the zygote."""
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
-        server = self._server
-        spare = [] if server is None else [server.pid]
-        end_all(lambda: leftovers([os.getpid()], mark=self._mark, spare=spare), grace_s=_LAST_GRACE_S)
-        if server is not None:
-            server.close()
-            end_all(lambda: leftovers([os.getpid()], mark=self._mark), grace_s=0)
+        zygote = self._zygote
+        spare = [] if zygote is None else [zygote.pid]
+        terminate_all(lambda: find_leftovers([os.getpid()], mark=self._mark, spare=spare), grace_s=_LAST_GRACE_S)
+        if zygote is not None:
+            zygote.close()
+            terminate_all(lambda: find_leftovers([os.getpid()], mark=self._mark), grace_s=0)
 
     # --- what the launcher says --------------------------------------------------------------------------------------
 
@@ -159,8 +159,8 @@ class Agent:
 
     def _on_prepare(self, message: dict[str, Any]) -> None:
         """See to a zygote that can make the job's workers."""
-        for job in [job for job in self._mouths if job != message["job"]]:
-            self._mouths.pop(job).close()
+        for job in [job for job in self._listeners if job != message["job"]]:
+            self._listeners.pop(job).close()
 
         self._drop_leftovers()
         env_file, cwd = message.get("env_file"), message["cwd"]
@@ -170,24 +170,24 @@ class Agent:
 
         path = None if env_file is None else str(Path(cwd, Path(env_file).expanduser()))
         need_torch = int(message.get("need_torch", 2))
-        spec = Spec(message["env"], path, tuple(message["sys_path"]), need_torch, cwd, _stamp(path))
-        place = {"cwd": cwd, "sys_path": list(message["sys_path"]), "main": message.get("main") or {}}
-        self._wanted = (message["job"], spec, place)
-        if self._server is not None and self._server.ready is not None and self._server.spec.serves(spec):
+        spec = ZygoteSpec(message["env"], path, tuple(message["sys_path"]), need_torch, cwd, _stamp(path))
+        context = {"cwd": cwd, "sys_path": list(message["sys_path"]), "main": message.get("main") or {}}
+        self._wanted = (message["job"], spec, context)
+        if self._zygote is not None and self._zygote.ready is not None and self._zygote.spec.serves(spec):
             self._prepared(message["job"])
             return
 
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        if self._zygote is not None:
+            self._zygote.close()
+            self._zygote = None
 
         self._preparing = True
         try:
-            self._server = ForkServer(
+            self._zygote = ZygoteClient(
                 self._selector,
                 spec,
                 mark=self._mark,
-                on_message=self._on_server,
+                on_message=self._on_zygote,
                 on_output=self._say,
             )
         except OSError as error:
@@ -196,14 +196,14 @@ class Agent:
     def _on_stream(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "payload":
             self._take_payload(message["id"], int(message["size"]), message.get("path"))
-        elif not any(mouth.answered(message) for mouth in self._mouths.values()):
+        elif not any(listener.answered(message) for listener in self._listeners.values()):
             self._channel.accept(message["id"], lambda _: None, lambda _: None)  # of a connection that is over
 
     def _take_payload(self, number: int, size: int, path: str | None) -> None:
         """Receive what the workers are to run; from a launcher on this host, as a file in memory once it is filled."""
         sink: Callable[[memoryview], object] = len
         if path is None:
-            self._payloads[number] = Receiver(size, shared=True)
+            self._payloads[number] = PayloadBuffer(size, shared=True)
             sink = self._payloads[number].feed
 
         self._channel.accept(
@@ -213,15 +213,15 @@ class Agent:
     def _payload_came(self, number: int, path: str | None, error: dict[str, Any] | None) -> None:
         if path is not None and error is None:
             try:
-                self._payloads[number] = Receiver.of(path)
+                self._payloads[number] = PayloadBuffer.of(path)
             except OSError:  # the launcher has given the job up meanwhile
                 return
 
         if error is not None:
             if number in self._payloads:
                 self._payloads.pop(number).close()
-        elif self._crew is not None and self._crew.payload == number:
-            self._crew.take_payload(self._payloads.pop(number))
+        elif self._group is not None and self._group.payload == number:
+            self._group.take_payload(self._payloads.pop(number))
 
     def _on_reserve(self, message: dict[str, Any]) -> None:
         """Bind the port at which the ranks will meet."""
@@ -237,91 +237,91 @@ class Agent:
 
     def _on_start(self, message: dict[str, Any]) -> None:
         assert self._wanted is not None
-        assert self._server is not None
-        _, spec, place = self._wanted
+        assert self._zygote is not None
+        _, spec, context = self._wanted
         listener, self._listener = self._listener, None
-        self._crew = Crew(
+        self._group = WorkerGroup(
             self._selector,
             self._channel,
-            self._server,
+            self._zygote,
             message,
-            environ=self._server.worker_environ(spec),
-            place=place,
+            environ=self._zygote.worker_environ(spec),
+            context=context,
             listener=listener,
         )
         number = message.get("payload")
         if number in self._payloads and self._payloads[number].complete:
-            self._crew.take_payload(self._payloads.pop(number))
+            self._group.take_payload(self._payloads.pop(number))
 
     def _on_release(self, _message: dict[str, Any]) -> None:
-        if self._crew is not None:
-            self._crew.release()
+        if self._group is not None:
+            self._group.release()
 
     def _on_stop(self, message: dict[str, Any]) -> None:
-        if self._crew is not None and self._crew.job == message["job"]:
-            self._crew.stop(float(message.get("grace_s", 0)))
+        if self._group is not None and self._group.job == message["job"]:
+            self._group.stop(float(message.get("grace_s", 0)))
         else:
             self._drop_leftovers()
             self._channel.send("idle", job=message["job"])
 
     def _on_stacks(self, message: dict[str, Any]) -> None:
-        if self._crew is not None and self._crew.job == message["job"]:
-            self._crew.ask_stacks()
+        if self._group is not None and self._group.job == message["job"]:
+            self._group.ask_stacks()
         else:
             self._channel.send("stacks", job=message["job"], ranks={})
 
     def _on_tunnel(self, message: dict[str, Any]) -> None:
-        from traceml.launch.wire.tunnel import TunnelMouth
+        from traceml.launch.wire.tunnel import TunnelListener
 
         job = message["job"]
         try:
-            mouth = self._mouths[job] = TunnelMouth(self._selector, self._channel, job=job)
+            listener = self._listeners[job] = TunnelListener(self._selector, self._channel, job=job)
         except OSError as error:
             self._channel.send("tunnelled", job=job, port=0, error=str(error))
             return
 
-        self._channel.send("tunnelled", job=job, port=mouth.port)
+        self._channel.send("tunnelled", job=job, port=listener.port)
 
     def _on_bye(self, _message: dict[str, Any]) -> None:
         raise _End("the launcher said good-bye")
 
     # --- what the zygote says ----------------------------------------------------------------------------------------
 
-    def _on_server(self, message: dict[str, Any]) -> None:
+    def _on_zygote(self, message: dict[str, Any]) -> None:
         name, job = message["t"], self._wanted[0] if self._wanted is not None else ""
         if name == "ready":
             self._prepared(job)
         elif name == "failed":
             self._prepared(job, error={"kind": message["kind"], "text": message["text"]})
-        elif name == "forked" and self._crew is not None:
-            self._crew.forked(message["rank"], message["pid"])
-        elif name == "unforked" and self._crew is not None:
-            self._crew.unforked(message["rank"], message["text"])
-        elif name == "ended" and self._crew is not None:
-            self._crew.ended(message["pid"], message["status"])
+        elif name == "forked" and self._group is not None:
+            self._group.forked(message["rank"], message["pid"])
+        elif name == "unforked" and self._group is not None:
+            self._group.unforked(message["rank"], message["text"])
+        elif name == "ended" and self._group is not None:
+            self._group.ended(message["pid"], message["status"])
 
-    def _server_ended(self, status: int) -> None:
-        server, self._server = self._server, None
-        assert server is not None
+    def _zygote_ended(self, status: int) -> None:
+        zygote, self._zygote = self._zygote, None
+        assert zygote is not None
         killed = os.WIFSIGNALED(status)
         how = f"was ended by signal {os.WTERMSIG(status)}" if killed else f"ended with status {os.WEXITSTATUS(status)}"
-        server.close()
+        zygote.close()
         if self._preparing:
-            kind = "died" if server.up or server.spec.env_file is None else "env_file"
-            text = server.output.decode("utf-8", "replace") + f"the process {how}"
+            kind = "died" if zygote.up or zygote.spec.env_file is None else "env_file"
+            text = zygote.output.decode("utf-8", "replace") + f"the process {how}"
             self._prepared(self._wanted[0] if self._wanted else "", error={"kind": kind, "text": text})
 
-        if self._crew is not None:
-            self._crew.lost_server(how)
+        if self._group is not None:
+            self._group.zygote_lost(how)
 
     def _prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
         self._preparing = False
-        ready = {} if self._server is None else self._server.ready or {}
+        ready = {} if self._zygote is None else self._zygote.ready or {}
         environ = dict(os.environ)
         if (chosen := ready.get("cuda_visible_devices")) is not None:
             environ["CUDA_VISIBLE_DEVICES"] = chosen
 
-        output = "" if self._server is None else self._server.output.decode("utf-8", "replace")
+        output = "" if self._zygote is None else self._zygote.output.decode("utf-8", "replace")
         self._channel.send(
             "prepared", job=job, torch=ready.get("torch"), gpus=count_gpus(environ), error=error, env_file_log=output
         )
@@ -407,7 +407,7 @@ def _hello() -> dict[str, Any]:
         "netns": netns,
         "addresses": list(addresses().values()),
         "gpus": count_gpus(os.environ),
-        "near": (guard := look_at(os.getppid())) is not None and can_reach(guard.parent),
+        "near": (guard := process_info(os.getppid())) is not None and can_reach(guard.parent),
         "traceml": traceml.__version__,
     }
 

@@ -8,9 +8,9 @@ import selectors
 import time
 from collections import deque
 
-from traceml.launch.wire.channel import Outgoing
+from traceml.launch.wire.channel import OutgoingStream
 
-__all__ = ["Tail", "Tap"]
+__all__ = ["OutputTail", "PipeReader"]
 
 _READ_BYTES = 256 * 1024
 # What is kept here of one pipe when the launcher does not take it; then its writer waits, and nobody else.
@@ -22,7 +22,7 @@ _TAIL_LINES = 50
 _QUIET_S, _LONGEST_S = 0.5, 2.0
 
 
-class Tail:
+class OutputTail:
     """The last lines of a worker, from all its pipes, in the order in which they were read."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Tail:
         return [line.decode("utf-8", "replace").rstrip("\r")[:4096] for line in found[-_TAIL_LINES:]]
 
 
-class Tap:
+class PipeReader:
     """The agent's end of one pipe.
 
     Args:
@@ -63,7 +63,9 @@ class Tap:
         paused: whether the launcher has to catch up first.
     """
 
-    def __init__(self, selector: selectors.BaseSelector, stream: Outgoing, name: str, tail: Tail | None) -> None:
+    def __init__(
+        self, selector: selectors.BaseSelector, stream: OutgoingStream, name: str, tail: OutputTail | None
+    ) -> None:
         self._selector, self._stream, self._name, self._tail = selector, stream, name, tail
         self._read_fd, self.write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)

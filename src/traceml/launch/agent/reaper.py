@@ -6,12 +6,12 @@ import os
 import signal
 from typing import NoReturn
 
-from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, end_all, leftovers
+from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, find_leftovers, terminate_all
 
-__all__ = ["guard"]
+__all__ = ["fork_under_reaper"]
 
 
-def guard() -> None:
+def fork_under_reaper() -> None:
     """Go on as a child of this process, which waits for its end; return in the child only.
 
     To be called while this process is small, as that is what stays of it.
@@ -43,7 +43,7 @@ def _watch(agent: int) -> NoReturn:
         os._exit(os.WEXITSTATUS(status))
 
     # whatever the job started is below us: orphans became our children
-    end_all(lambda: leftovers([os.getpid()], mark=None), grace_s=0)
+    terminate_all(lambda: find_leftovers([os.getpid()], mark=None), grace_s=0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), os.WTERMSIG(status))
     os._exit(128 + os.WTERMSIG(status))  # of a signal that does not end us

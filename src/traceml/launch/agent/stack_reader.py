@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from traceml.launch.wire.process_cleanup import look_at
+from traceml.launch.wire.process_cleanup import process_info
 from traceml.launch.wire.signals import STACK_SIGNAL
 
 __all__ = ["StackReader"]
@@ -68,7 +68,7 @@ class StackReader:
 
     def answer(self, pid: int | None) -> dict[str, Any]:
         """Return the stacks, and what the kernel says: `stack`, `state`, `wchan`."""
-        process = look_at(pid) if pid is not None else None
+        process = process_info(pid) if pid is not None else None
         wchan = ""
         with contextlib.suppress(OSError):
             wchan = Path(f"/proc/{pid}/wchan").read_text(encoding="ascii").strip("0\n ")

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from traceml.launch.agent.machine import core_slices, interface_towards, oom_kills
-from traceml.launch.agent.pipe_reader import Tail, Tap
+from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.stack_reader import StackReader
-from traceml.launch.agent.zygote_client import ForkServer
-from traceml.launch.wire.channel import Channel, Outgoing
+from traceml.launch.agent.zygote_client import ZygoteClient
+from traceml.launch.wire.channel import Channel, OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.payload import LARGE_BYTES, Receiver, path_of
-from traceml.launch.wire.process_cleanup import MARK, Ending, leftovers
+from traceml.launch.wire.payload import LARGE_BYTES, PayloadBuffer, path_of
+from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
 
-__all__ = ["Crew"]
+__all__ = ["WorkerGroup"]
 
 # How long what workers leave behind may take to end by itself, once all of them have ended well.
 _LEFTOVER_GRACE_S = 1.0
@@ -29,36 +29,36 @@ _log = logging.getLogger("traceml")
 
 
 @dataclass
-class _Rank:
+class WorkerState:
     """One worker."""
 
     rank: int
     local_rank: int
     socket: FdSocket
-    taps: list[Tap]
-    tail: Tail
+    readers: list[PipeReader]
+    tail: OutputTail
     stacks: StackReader
     pid: int | None = None
     status: int | None = None
     told: bool = False
     reported: bool = False
-    streams: list[Outgoing] = field(default_factory=list)
+    streams: list[OutgoingStream] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
         return self.pid is not None and self.status is None
 
 
-class Crew:
+class WorkerGroup:
     """Workers of one job.
 
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
         channel: to the launcher.
-        server: where workers come from.
+        zygote: where workers come from.
         message: the launcher's `start`.
-        environ: what workers set and unset, see `ForkServer.worker_environ`.
-        place: their `cwd`, `sys_path` and `main`.
+        environ: what workers set and unset, see `ZygoteClient.worker_environ`.
+        context: their `cwd`, `sys_path` and `main`.
         listener: the socket at which ranks meet, on the host of rank 0.
 
     Attributes:
@@ -71,39 +71,41 @@ class Crew:
         self,
         selector: selectors.BaseSelector,
         channel: Channel,
-        server: ForkServer,
+        zygote: ZygoteClient,
         message: Mapping[str, Any],
         *,
         environ: Mapping[str, Any],
-        place: Mapping[str, Any],
+        context: Mapping[str, Any],
         listener: socket.socket | None,
     ) -> None:
         self.job = message["job"]
         self.idle = False
-        self._selector, self._channel, self._server = selector, channel, server
+        self._selector, self._channel, self._zygote = selector, channel, zygote
         self._trace = message.get("trace") or {}
         self._near = bool(message.get("near"))
         self._handed: list[int] = []
-        self._ending: Ending | None = None
+        self._ending: ProcessTermination | None = None
         self._stopping = self._released = False
-        self._asked: list[_Rank] | None = None
+        self._asked: list[WorkerState] | None = None
         self.payload: int | None = message.get("payload")
         self._oom_kills = oom_kills()
         self._ranks = {each["rank"]: self._make(each) for each in message["workers"]}
-        self._start(message, environ, place, listener)
+        self._start(message, environ, context, listener)
 
     # --- starting ----------------------------------------------------------------------------------------------------
 
-    def _make(self, about: Mapping[str, Any]) -> _Rank:
+    def _make(self, about: Mapping[str, Any]) -> WorkerState:
         rank, local_rank = about["rank"], about["local_rank"]
-        tail = Tail()
+        tail = OutputTail()
         streams = {
             fd: self._channel.open_stream(kind="log", job=self.job, rank=rank, local_rank=local_rank, fd=fd)
             for fd in ("out", "err", "records")
         }
-        taps = [Tap(self._selector, stream, fd, tail if fd != "records" else None) for fd, stream in streams.items()]
+        readers = [
+            PipeReader(self._selector, stream, fd, tail if fd != "records" else None) for fd, stream in streams.items()
+        ]
         ours, theirs = FdSocket.pair()
-        made = _Rank(rank, local_rank, ours, taps, tail, StackReader(), streams=list(streams.values()))
+        made = WorkerState(rank, local_rank, ours, readers, tail, StackReader(), streams=list(streams.values()))
         self._theirs = {**getattr(self, "_theirs", {}), rank: theirs}
         self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(made))
         return made
@@ -112,7 +114,7 @@ class Crew:
         self,
         message: Mapping[str, Any],
         environ: Mapping[str, Any],
-        place: Mapping[str, Any],
+        context: Mapping[str, Any],
         listener: socket.socket | None,
     ) -> None:
         cores = core_slices(len(self._ranks))
@@ -127,14 +129,14 @@ class Crew:
                 "GROUP_RANK": str(message["group_rank"]),
                 "MASTER_ADDR": message["master_addr"],
                 "MASTER_PORT": str(message["master_port"]),
-                MARK: self._server.mark,
+                MARK: self._zygote.mark,
                 **(message.get("env") or {}),
             }
             request = {
                 "rank": each.rank,
                 "env": env,
                 **environ,
-                **place,
+                **context,
                 "interface": interface,
                 "cores": own if many and message.get("cpu_affinity", True) else [],
                 "threads": max(1, len(own)) if many else None,
@@ -145,24 +147,24 @@ class Crew:
                 "trace": bool(self._trace),
             }
             theirs = self._theirs.pop(each.rank)
-            fds = [theirs.fileno(), *(tap.write_fd for tap in each.taps), each.stacks.write_fd]
+            fds = [theirs.fileno(), *(reader.write_fd for reader in each.readers), each.stacks.write_fd]
             if listener is not None and each.rank == 0 and message.get("backend") is not None:
                 fds.append(listener.fileno())
 
             try:
-                self._server.fork(request, fds)
+                self._zygote.fork(request, fds)
             except OSError:  # the zygote is gone; the agent hears of it and says so
                 each.status = -1
 
             theirs.close()
             each.stacks.started()
-            for tap in each.taps:
-                tap.started()
+            for reader in each.readers:
+                reader.started()
 
         if listener is not None:
             listener.close()
 
-    def take_payload(self, receiver: Receiver) -> None:
+    def take_payload(self, receiver: PayloadBuffer) -> None:
         """Hand the function and its arguments to all workers: one memory for all."""
         assert receiver.fd is not None
         for each in self._ranks.values():
@@ -191,22 +193,22 @@ class Crew:
             if each.pid == pid and each.status is None:
                 self._ended(each, status)
 
-    def lost_server(self, how: str) -> None:
+    def zygote_lost(self, how: str) -> None:
         """Take note that the zygote has ended, and with it all workers."""
         for each in self._ranks.values():
             each.tail.add("err", f"traceml: the process that the workers of this host came from {how}\n".encode())
             if each.pid is None and not each.told:
                 self._ended(each, signal.SIGKILL)
 
-    def _ended(self, each: _Rank, status: int) -> None:
+    def _ended(self, each: WorkerState, status: int) -> None:
         each.status = status
         self._receive(each)
-        for tap in each.taps:
-            tap.worker_ended()
+        for reader in each.readers:
+            reader.worker_ended()
 
         self.tick()
 
-    def _receive(self, each: _Rank) -> None:
+    def _receive(self, each: WorkerState) -> None:
         """Read what a worker says."""
         try:
             while each.socket.fileno() >= 0 and (received := each.socket.receive(wait=False)) is not None:
@@ -216,7 +218,7 @@ class Crew:
             self._selector.unregister(each.socket.fileno())
             each.socket.close()
 
-    def _on_worker(self, each: _Rank, message: dict[str, Any], fds: list[int]) -> None:
+    def _on_worker(self, each: WorkerState, message: dict[str, Any], fds: list[int]) -> None:
         name = message.pop("t")
         if name == "ready":
             self._channel.send("group_ready", job=self.job, rank=each.rank)
@@ -237,7 +239,7 @@ class Crew:
         error = self._send_memory(each, "error", fds[0])
         error.on_ended = lambda: send("raised", error=error.id, **about)
 
-    def _send_memory(self, each: _Rank, kind: str, fd: int) -> Outgoing:
+    def _send_memory(self, each: WorkerState, kind: str, fd: int) -> OutgoingStream:
         """Send what lies in a file in memory; the memory is free once it has left."""
         size = os.fstat(fd).st_size
         handed = self._near and size >= LARGE_BYTES
@@ -271,7 +273,7 @@ class Crew:
             for stream in each.streams[3:]:
                 stream.abort({"text": "stopped"})
 
-        self._ending = Ending(self._find, grace_s=grace_s)
+        self._ending = ProcessTermination(self._find, grace_s=grace_s)
         self.tick()
 
     def ask_stacks(self) -> None:
@@ -290,10 +292,10 @@ class Crew:
     def tick(self) -> float:
         """Do what is due; return in how many seconds to come again at the latest."""
         for each in self._ranks.values():
-            for tap in each.taps:
-                tap.tick()
+            for reader in each.readers:
+                reader.tick()
 
-            if each.status is not None and not each.told and all(tap.closed for tap in each.taps):
+            if each.status is not None and not each.told and all(reader.closed for reader in each.readers):
                 self._tell_end(each)
 
         if self._asked is not None and all(not each.running or each.stacks.done() for each in self._asked):
@@ -306,7 +308,9 @@ class Crew:
             or self._ending is not None
             or any(not e.told and e.status is not None for e in self._ranks.values())
         )
-        return 0.01 if busy else 0.2 if any(tap.paused for e in self._ranks.values() for tap in e.taps) else 1.0
+        return (
+            0.01 if busy else 0.2 if any(reader.paused for e in self._ranks.values() for reader in e.readers) else 1.0
+        )
 
     def _finish(self) -> None:
         """Once all workers have ended, end what they have left; then there is nothing more."""
@@ -314,7 +318,7 @@ class Crew:
             return
 
         if self._ending is None and all(each.told for each in self._ranks.values()):
-            self._ending = Ending(self._find, grace_s=_LEFTOVER_GRACE_S)
+            self._ending = ProcessTermination(self._find, grace_s=_LEFTOVER_GRACE_S)
 
         if self._ending is None:
             return
@@ -347,22 +351,22 @@ class Crew:
 
     def _find(self) -> set[int]:
         """Return what lives of the job: everything below the zygote, orphans below us, and what carries the mark."""
-        return leftovers([os.getpid()], mark=self._server.mark, spare=[self._server.pid])
+        return find_leftovers([os.getpid()], mark=self._zygote.mark, spare=[self._zygote.pid])
 
-    def _tell(self, each: _Rank, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
+    def _tell(self, each: WorkerState, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
         try:
             each.socket.send(name, fds)
         except OSError:  # it has ended, and that is told elsewhere
             return
 
-    def _signal(self, each: _Rank, how: signal.Signals) -> None:
+    def _signal(self, each: WorkerState, how: signal.Signals) -> None:
         if each.running and each.pid is not None:
             try:
                 os.killpg(each.pid, how)
             except ProcessLookupError:
                 return
 
-    def _tell_end(self, each: _Rank) -> None:
+    def _tell_end(self, each: WorkerState) -> None:
         each.told = True
         status = each.status or 0
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
@@ -379,7 +383,7 @@ class Crew:
         )
         self._send_flight(each)
 
-    def _send_flight(self, each: _Rank) -> None:
+    def _send_flight(self, each: WorkerState) -> None:
         """Send the flight file which a traced worker has left, where the launcher cannot read it itself."""
         if not self._trace.get("flights") or each.pid is None:
             return

@@ -15,7 +15,7 @@ from typing import Any
 from traceml.launch.wire.bootstrap import import_code
 from traceml.launch.wire.fd_socket import FdSocket
 
-__all__ = ["ForkServer", "Spec"]
+__all__ = ["ZygoteClient", "ZygoteSpec"]
 
 # Read by the loader, by Python or by libraries as they start; what else changes between launches, a worker can set.
 _EARLY = (
@@ -44,7 +44,7 @@ _KEPT_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True)
-class Spec:
+class ZygoteSpec:
     """What a zygote is started with.
 
     Attributes:
@@ -63,7 +63,7 @@ class Spec:
     folder: str = "/"
     stamp: tuple[int, ...] = field(default=())
 
-    def serves(self, other: Spec) -> bool:
+    def serves(self, other: ZygoteSpec) -> bool:
         """Return whether a zygote of this kind can make the workers of another."""
         if (self.env_file, self.stamp) != (other.env_file, other.stamp) or other.need_torch > self.need_torch:
             return False
@@ -74,7 +74,7 @@ class Spec:
         return _early(self.env) == _early(other.env)
 
 
-class ForkServer:
+class ZygoteClient:
     """One zygote.
 
     Args:
@@ -94,7 +94,7 @@ class ForkServer:
     def __init__(
         self,
         selector: selectors.BaseSelector,
-        spec: Spec,
+        spec: ZygoteSpec,
         *,
         mark: str,
         on_message: Callable[[dict[str, Any]], None],
@@ -130,7 +130,7 @@ class ForkServer:
         """
         self._socket.send("fork", fds, **request)
 
-    def worker_environ(self, spec: Spec) -> dict[str, Any]:
+    def worker_environ(self, spec: ZygoteSpec) -> dict[str, Any]:
         """Return what workers of `spec` have to set and unset, as this zygote was started with another environment."""
         if spec.env_file is not None:
             return {"set": {}, "unset": []}

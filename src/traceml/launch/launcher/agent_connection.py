@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from traceml.errors import AgentFailedError
-from traceml.launch.launcher.hosts import Place
+from traceml.launch.launcher.hosts import HostSpec
 from traceml.launch.launcher.slurm import step_command
 from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.process_cleanup import end_all, leftovers
+from traceml.launch.wire.process_cleanup import find_leftovers, terminate_all
 
-__all__ = ["Link"]
+__all__ = ["AgentConnection"]
 
 _SSH_OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3")
 _CONNECT_TIMEOUT_S = 20  # of ssh, where the user's configuration sets none
@@ -81,13 +81,13 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
 )
 
 
-class Link:
+class AgentConnection:
     """The agent of one host, as far as it is known here, and the channel to it.
 
     The agent is started at once and not waited for: `hello` is None until it has answered.
 
     Attributes:
-        place: the host.
+        spec: the host.
         channel: to the agent. Who reads it must skip nothing: noise before the greeting is skipped by the channel.
         errors_fd: what ssh, srun and the agent itself write to their stderr; to be waited on and read by `read_errors`.
         hello: what the agent told of itself and its host.
@@ -96,8 +96,8 @@ class Link:
         AgentFailedError: the program that would connect cannot be started.
     """
 
-    def __init__(self, place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
-        self.place = place
+    def __init__(self, spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
+        self.spec = spec
         self.hello: dict[str, Any] | None = None
         self._python = python
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
@@ -106,8 +106,8 @@ class Link:
         outer_out, inner_out = os.pipe()
         self.errors_fd, inner_err = os.pipe()
         os.set_blocking(self.errors_fd, False)
-        bundled = place.transport != "local" or python != sys.executable  # another Python may have nothing of ours
-        command = _command(place, python, ssh_config_file, bundled=bundled)
+        bundled = spec.transport != "local" or python != sys.executable  # another Python may have nothing of ours
+        command = _command(spec, python, ssh_config_file, bundled=bundled)
         try:
             # its own session: Ctrl-C on the terminal is ours to answer, and it asks no question there
             self._process = subprocess.Popen(
@@ -119,19 +119,20 @@ class Link:
 
             advice = "It is needed to reach the host." if command[0] != python else "Check the launcher's `python`."
             raise AgentFailedError(
-                place.name, f"{command[0]} cannot be run here: {error.strerror}", advice=advice
+                spec.name, f"{command[0]} cannot be run here: {error.strerror}", advice=advice
             ) from error
         finally:
             for fd in (inner_in, inner_out, inner_err):
                 os.close(fd)
 
-        _links.add(self)
+        _connections.add(self)
         self.channel = Channel(outer_out, outer_in, side="launcher", greeting=True)
         if bundled:
             self.channel.send_raw(bootstrap.bundle())
 
     def __repr__(self) -> str:
-        return f"Link({self.place.name!r}, {self.place.transport}, pid={self._process.pid}, channel={self.channel})"
+        pid = self._process.pid
+        return f"AgentConnection({self.spec.name!r}, {self.spec.transport}, pid={pid}, channel={self.channel})"
 
     @property
     def alive(self) -> bool:
@@ -150,7 +151,7 @@ class Link:
         return data or None
 
     def failure(self, reason: str) -> AgentFailedError:
-        """Close the link and tell why it broke, by what the program that carried it has said.
+        """Close the connection and tell why it broke, by what the program that carried it has said.
 
         Args:
             reason: what the channel says.
@@ -166,12 +167,12 @@ class Link:
         rest = [self._rest.decode(errors="replace")] if self._rest.strip() else []
         words = [*noise[-_KEPT_LINES:], *self._lines, *rest]
         self.close()
-        if self.place.transport == "local" and self.hello and (mark := self.hello.get("mark")):
+        if self.spec.transport == "local" and self.hello and (mark := self.hello.get("mark")):
             # agent and zygote clean up for each other; killed both at once, they have left it to us
-            end_all(lambda: leftovers([], mark=mark), grace_s=0)
+            terminate_all(lambda: find_leftovers([], mark=mark), grace_s=0)
 
         what, advice = self._explain(status, "\n".join(words), reason)
-        return AgentFailedError(self.place.name, what, advice=advice, words=words)
+        return AgentFailedError(self.spec.name, what, advice=advice, words=words)
 
     def close(self, *, wait_s: float = _END_WAIT_S) -> None:
         """End the agent: it ends its workers and itself when the channel closes.
@@ -202,7 +203,7 @@ class Link:
 
     def _explain(self, status: int | None, words: str, reason: str) -> tuple[str, str]:
         """Return what happened and what to do about it."""
-        host, carrier = self.place.name, {"local": "the agent"}.get(self.place.transport, self.place.transport)
+        host, carrier = self.spec.name, {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
         ended = f"{carrier} {_how(status)}"
         if self.hello is not None:
             return f"its agent was lost while the job ran ({reason}; {ended})", (
@@ -227,28 +228,30 @@ class Link:
         return f"its agent did not start ({reason}; {ended})", hand.strip()
 
 
-_links: weakref.WeakSet[Link] = weakref.WeakSet()  # all that there are, in the pool or in a launch
+_connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all that there are, in the pool or in a launch
 
 
 def _forget_all() -> None:
-    for link in list(_links):
-        link._forget()
+    for connection in list(_connections):
+        connection._forget()
 
 
 os.register_at_fork(after_in_child=_forget_all)
 
 
-def _command(place: Place, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool) -> list[str]:
+def _command(
+    spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool
+) -> list[str]:
     """Return what starts a host's agent."""
-    if place.transport == "local":
+    if spec.transport == "local":
         return bootstrap.remote_command(python) if bundled else bootstrap.local_command(python)
 
-    if place.transport == "srun":
-        return [*step_command(place.name), *bootstrap.remote_command(python)]
+    if spec.transport == "srun":
+        return [*step_command(spec.name), *bootstrap.remote_command(python)]
 
     config = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
     command = "exec " + shlex.join(bootstrap.remote_command(python))
-    return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", place.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
+    return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", spec.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
 
 
 def _how(status: int | None) -> str:

@@ -7,39 +7,39 @@ import os
 import threading
 from collections.abc import Hashable
 
-from traceml.launch.launcher.agent_connection import Link
+from traceml.launch.launcher.agent_connection import AgentConnection
 
-__all__ = ["POOL", "Pool"]
+__all__ = ["AGENT_POOL", "AgentPool"]
 
 
-class Pool:
+class AgentPool:
     """Idle agents, each known by a key: its host, and how it was started.
 
-    A link is in the pool or in a launch, never in both, so launches in several threads do not meet.
+    A connection is in the pool or in a launch, never in both, so launches in several threads do not meet.
     """
 
     def __init__(self) -> None:
-        self._links: dict[Hashable, Link] = {}
+        self._connections: dict[Hashable, AgentConnection] = {}
         self._lock = threading.Lock()
 
     def __repr__(self) -> str:
-        return f"Pool({list(self._links.values())})"
+        return f"AgentPool({list(self._connections.values())})"
 
-    def take(self, key: Hashable) -> Link | None:
+    def take(self, key: Hashable) -> AgentConnection | None:
         """Return an idle agent that was kept under `key`, as far as can be seen alive; the caller owns it then."""
         with self._lock:
-            link = self._links.pop(key, None)
+            connection = self._connections.pop(key, None)
 
-        if link is not None and not link.alive:
-            link.close()
+        if connection is not None and not connection.alive:
+            connection.close()
             return None
 
-        return link
+        return connection
 
-    def give(self, key: Hashable, link: Link) -> None:
+    def give(self, key: Hashable, connection: AgentConnection) -> None:
         """Keep an agent that has nothing to do."""
         with self._lock:
-            before, self._links[key] = self._links.get(key), link
+            before, self._connections[key] = self._connections.get(key), connection
 
         if before is not None:  # of a launch that ran at the same time
             before.close()
@@ -47,21 +47,21 @@ class Pool:
     def close(self) -> None:
         """End all agents."""
         with self._lock:
-            links, self._links = list(self._links.values()), {}
+            connections, self._connections = list(self._connections.values()), {}
 
-        for link in links:
-            link.hang_up()
+        for connection in connections:
+            connection.hang_up()
 
-        for link in links:
-            link.close()
+        for connection in connections:
+            connection.close()
 
     def forget(self) -> None:
         """Know of no agents in a forked child: they belong to its parent."""
         self._lock = threading.Lock()
-        self._links = {}
+        self._connections = {}
 
 
-POOL = Pool()
+AGENT_POOL = AgentPool()
 
-atexit.register(POOL.close)
-os.register_at_fork(after_in_child=POOL.forget)
+atexit.register(AGENT_POOL.close)
+os.register_at_fork(after_in_child=AGENT_POOL.forget)

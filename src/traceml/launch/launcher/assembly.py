@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 from traceml import settings
 from traceml.errors import UsageError
 from traceml.launch.launcher import main_script
-from traceml.launch.launcher.agent_connection import Link
-from traceml.launch.launcher.agent_pool import POOL
-from traceml.launch.launcher.hosts import Place, resolve
-from traceml.launch.launcher.job import Job
-from traceml.launch.launcher.job_host import Member
-from traceml.launch.launcher.job_spec import Task
+from traceml.launch.launcher.agent_connection import AgentConnection
+from traceml.launch.launcher.agent_pool import AGENT_POOL
+from traceml.launch.launcher.hosts import HostSpec, resolve_hosts
+from traceml.launch.launcher.job import LaunchJob
+from traceml.launch.launcher.job_host import JobHost
+from traceml.launch.launcher.job_spec import JobSpec
 from traceml.launch.launcher.launch_options import LaunchOptions, LaunchResult, matching
 from traceml.launch.launcher.log_router import LogRouter, check_handlers, make_handlers
 from traceml.launch.wire import payload
-from traceml.launch.wire.payload import Parcel
+from traceml.launch.wire.payload import SerializedValue
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.tracing import Tracing
@@ -41,15 +41,15 @@ def run_function(
     main_script.refuse_in_spawned()
     main_script.pickle_by_value()
     log_handlers = check_handlers(log_handlers)
-    places = _places(options)
-    parcel = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
+    specs = _specs(options)
+    call = payload.dump_call(func, func_args, func_kwargs)  # before any agent is started
     if not options.trace or not settings.load().enabled:
-        return _run(options, places, log_handlers, parcel=parcel)
+        return _run(options, specs, log_handlers, call=call)
 
     from traceml.launch.launcher.tracing import Tracing
 
     tracing = Tracing(getattr(func, "__name__", "launch").strip("<>"), program="traceml.launch")
-    return _run(options, places, log_handlers, parcel=parcel, tracing=tracing)
+    return _run(options, specs, log_handlers, call=call, tracing=tracing)
 
 
 def run_script(
@@ -60,24 +60,24 @@ def run_script(
     Raises:
         The errors of `traceml.launch`; a script that ends with a status other than 0 is a WorkerFailedError.
     """
-    _run(options, _places(options), log_handlers, script=script, tracing=tracing)
+    _run(options, _specs(options), log_handlers, script=script, tracing=tracing)
 
 
-def _places(options: LaunchOptions) -> list[Place]:
-    return resolve(options.hostnames, options.workers_per_host, options.ssh_config_file, os.environ)
+def _specs(options: LaunchOptions) -> list[HostSpec]:
+    return resolve_hosts(options.hostnames, options.workers_per_host, options.ssh_config_file, os.environ)
 
 
 def _run(
     options: LaunchOptions,
-    places: Sequence[Place],
+    specs: Sequence[HostSpec],
     log_handlers: Any,
     *,
-    parcel: Parcel | None = None,
+    call: SerializedValue | None = None,
     script: Mapping[str, Any] | None = None,
     tracing: Tracing | None = None,
 ) -> LaunchResult:
-    task = Task(
-        parcel=parcel,
+    spec = JobSpec(
+        call=call,
         script=script,
         backend=options.backend,
         timeout_s=options.timeout,
@@ -98,9 +98,9 @@ def _run(
         if tracing is not None:
             tracing.start()
 
-        values = Job(_connect(options, places), task, make_logs=make_logs, tracing=tracing).run()
+        values = LaunchJob(_connect(options, specs), spec, make_logs=make_logs, tracing=tracing).run()
 
-    return LaunchResult({place.name: host for place, host in zip(places, values, strict=True)})
+    return LaunchResult({spec.name: host for spec, host in zip(specs, values, strict=True)})
 
 
 def _working_directory() -> str:
@@ -126,30 +126,30 @@ def _users_path(*, behind_us: bool) -> Iterator[str]:
             yield str(path)
 
 
-def _connect(options: LaunchOptions, places: Sequence[Place]) -> list[Member]:
+def _connect(options: LaunchOptions, specs: Sequence[HostSpec]) -> list[JobHost]:
     """Start an agent on each host, or take one that was kept; all at once."""
-    members: list[Member] = []
+    hosts: list[JobHost] = []
     try:
-        for place in places:
-            members.append(_member(options, place))  # noqa: PERF401 - those before a failing one must be ended
+        for spec in specs:
+            hosts.append(_host(options, spec))  # noqa: PERF401 - those before a failing one must be ended
     except BaseException:
-        for member in members:
-            member.link.close()
+        for host in hosts:
+            host.connection.close()
 
         raise
 
-    return members
+    return hosts
 
 
-def _member(options: LaunchOptions, place: Place) -> Member:
+def _host(options: LaunchOptions, spec: HostSpec) -> JobHost:
     python, config = options.python or sys.executable, options.ssh_config_file
-    job_id = os.environ.get("SLURM_JOB_ID") if place.transport == "srun" else None
-    key = (place.name, place.transport, python, None if config is None else str(Path(config).absolute()), job_id)
+    job_id = os.environ.get("SLURM_JOB_ID") if spec.transport == "srun" else None
+    key = (spec.name, spec.transport, python, None if config is None else str(Path(config).absolute()), job_id)
 
-    def start() -> Link:
-        return Link(place, python, config)
+    def start() -> AgentConnection:
+        return AgentConnection(spec, python, config)
 
-    kept = POOL.take(key)
+    kept = AGENT_POOL.take(key)
     if kept is not None:
-        kept.place = place
-    return Member(place, key, start, kept or start(), warm=kept is not None)
+        kept.spec = spec
+    return JobHost(spec, key, start, kept or start(), warm=kept is not None)

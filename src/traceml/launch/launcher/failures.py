@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
-from traceml.launch.launcher.job_host import Member, Worker
+from traceml.launch.launcher.job_host import JobHost, Worker
 from traceml.launch.wire import payload
-from traceml.launch.wire.payload import Receiver
+from traceml.launch.wire.payload import PayloadBuffer
 
-__all__ = ["Failure", "died", "first_cause", "note_stacks", "raised", "unprepared"]
+__all__ = ["JobFailure", "died", "first_cause", "note_stacks", "raised", "unprepared"]
 
 # What a worker is told by a collective because another worker is gone, or does not come.
 _COLLATERAL = re.compile(
@@ -34,7 +34,7 @@ _OUR_THREAD = re.compile(
 _OURS = re.compile(r'File "[^"]*traceml/(launch/worker/worker_main|session/script)\.py"')
 
 
-class Failure:
+class JobFailure:
     """What went wrong with one worker, or with a host.
 
     Args:
@@ -66,7 +66,7 @@ class Failure:
         return self._error is error and not self.collateral
 
 
-def first_cause(failures: Iterable[Failure]) -> BaseException:
+def first_cause(failures: Iterable[JobFailure]) -> BaseException:
     """Return the failure that explains the others: the first that is not the consequence of another."""
     found = list(failures)
     for failure in found:
@@ -76,7 +76,7 @@ def first_cause(failures: Iterable[Failure]) -> BaseException:
     return found[0].error
 
 
-def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None) -> Failure:
+def raised(worker: Worker, message: Mapping[str, Any], received: PayloadBuffer | None) -> JobFailure:
     """Return a worker's own exception, with its host, its rank and its traceback there.
 
     Args:
@@ -91,7 +91,7 @@ def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None
         if not _NOT_RAISED.isdisjoint(bases):
             how = f"raised {kind}" + (f": {text}" if text else "")
             found: BaseException = WorkerFailedError(
-                worker.member.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
+                worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
             )
         else:
             found = _loaded(received) or _stand_in(kind, text, bases, message.get("notes") or ())
@@ -100,14 +100,14 @@ def raised(worker: Worker, message: Mapping[str, Any], received: Receiver | None
         found.add_note(f"Raised on {worker}, pid {worker.pid}.")
         return found
 
-    return Failure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
+    return JobFailure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
 
 
-def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
+def died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
     """Return the error for a worker that ended without a result."""
     signal = message.get("signal") or None
     error = WorkerFailedError(
-        worker.member.name,
+        worker.host.name,
         worker.rank,
         worker.local_rank,
         exit_code=None if signal else message.get("code"),
@@ -117,12 +117,12 @@ def died(worker: Worker, message: Mapping[str, Any]) -> Failure:
     )
     # a script's exception is in what it wrote last
     collateral = not signal and bool(_COLLATERAL.search("\n".join(_tail(message)[-_LAST_LINES:])))
-    return Failure(error, collateral, worker.rank)
+    return JobFailure(error, collateral, worker.rank)
 
 
-def unprepared(member: Member, error: Mapping[str, Any]) -> AgentFailedError:
+def unprepared(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:
     """Return the error for a host whose fork server cannot be had."""
-    python = member.hello.get("executable") or member.hello.get("python")
+    python = host.hello.get("executable") or host.hello.get("python")
     what, advice = {
         "no_torch": (
             "torch is not installed there",
@@ -136,7 +136,7 @@ def unprepared(member: Member, error: Mapping[str, Any]) -> AgentFailedError:
         "import": ("torch cannot be imported there", ""),
         "died": ("the process that imports torch died there", ""),
     }.get(str(error.get("kind")), ("it cannot be prepared", ""))
-    return AgentFailedError(member.name, what, advice=advice, words=str(error.get("text") or "").splitlines())
+    return AgentFailedError(host.name, what, advice=advice, words=str(error.get("text") or "").splitlines())
 
 
 def note_stacks(
@@ -193,7 +193,7 @@ def _where(told: Mapping[str, Any] | None) -> str:
     return " was here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
 
 
-def _loaded(received: Receiver | None) -> BaseException | None:
+def _loaded(received: PayloadBuffer | None) -> BaseException | None:
     if received is None or not received.complete:
         return None
 

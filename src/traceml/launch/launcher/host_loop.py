@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from traceml.errors import AgentFailedError
-from traceml.launch.launcher.job_host import Member
+from traceml.launch.launcher.job_host import JobHost
 from traceml.launch.wire.channel import ChannelClosedError
 
-__all__ = ["Loop"]
+__all__ = ["HostLoop"]
 
 _TICK_S = 0.25
 _CHECK_S = 1.0
@@ -24,13 +24,13 @@ _SILENCE_S = 15.0
 _WARM_SILENCE_S = 4.0
 
 
-class Loop:
-    """Reads and writes the channels of members while a condition is waited for. A context manager.
+class HostLoop:
+    """Reads and writes the channels of hosts while a condition is waited for. A context manager.
 
     Args:
-        message: called with a member and a message of its agent.
-        said: called with a member and what its ssh, srun or agent wrote to stderr.
-        lost: called with a member and why, once its agent is out of reach.
+        message: called with a host and a message of its agent.
+        said: called with a host and what its ssh, srun or agent wrote to stderr.
+        lost: called with a host and why, once its agent is out of reach.
         tick: called a few times a second.
 
     Attributes:
@@ -40,32 +40,32 @@ class Loop:
     def __init__(
         self,
         *,
-        message: Callable[[Member, dict[str, Any]], None],
-        said: Callable[[Member, bytes], None],
-        lost: Callable[[Member, AgentFailedError], None],
+        message: Callable[[JobHost, dict[str, Any]], None],
+        said: Callable[[JobHost, bytes], None],
+        lost: Callable[[JobHost, AgentFailedError], None],
         tick: Callable[[], None],
     ) -> None:
         self.selector = selectors.DefaultSelector()
         self._message, self._said, self._lost, self._tick = message, said, lost, tick
-        self._members: list[Member] = []
+        self._hosts: list[JobHost] = []
         self._ticked_s = self._checked_s = time.monotonic()
 
-    def __enter__(self) -> Loop:
+    def __enter__(self) -> HostLoop:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.selector.close()
 
-    def add(self, member: Member) -> None:
-        """Take care of a member's channel."""
-        self._members.append(member)
-        self._register(member)
+    def add(self, host: JobHost) -> None:
+        """Take care of a host's channel."""
+        self._hosts.append(host)
+        self._register(host)
 
-    def remove(self, member: Member) -> None:
-        """Take care of a member no more; its link stays as it is."""
-        if member in self._members:
-            self._members.remove(member)
-            self._unregister(member)
+    def remove(self, host: JobHost) -> None:
+        """Take care of a host no more; its connection stays as it is."""
+        if host in self._hosts:
+            self._hosts.remove(host)
+            self._unregister(host)
 
     def until(self, condition: Callable[[], object], limit_s: float | None = None) -> bool:
         """Run until the condition holds.
@@ -111,92 +111,92 @@ class Loop:
         self._flush()
 
     def _check(self) -> None:
-        for member in list(self._members):
+        for host in list(self._hosts):
             # ssh may take its time to connect, and has limits of its own; later there is no excuse
-            limit_s = _WARM_SILENCE_S if member.warm else _SILENCE_S if member.hello else 0
+            limit_s = _WARM_SILENCE_S if host.warm else _SILENCE_S if host.hello else 0
             try:
-                if member.hello:
-                    member.link.channel.check(limit_s)
+                if host.hello:
+                    host.connection.channel.check(limit_s)
             except ChannelClosedError as error:
-                self._lose(member, error.reason)
+                self._lose(host, error.reason)
 
     def _flush(self) -> None:
-        for member in list(self._members):
-            channel = member.link.channel
+        for host in list(self._hosts):
+            channel = host.connection.channel
             try:
                 if channel.wants_write:
                     channel.flush()
             except ChannelClosedError as error:
                 # what it said last is worth more than that it listens no more
-                if not self._drain(member):
-                    self._lose(member, error.reason)
+                if not self._drain(host):
+                    self._lose(host, error.reason)
 
                 continue
 
-            if channel.wants_write != member.watches_write:
-                self._watch_write(member, channel.wants_write)
+            if channel.wants_write != host.watches_write:
+                self._watch_write(host, channel.wants_write)
 
-    def _drain(self, member: Member) -> bool:
+    def _drain(self, host: JobHost) -> bool:
         """Read on from an agent that does not listen any more; return whether its end was met and told."""
-        deadline_s, link = time.monotonic() + _LAST_WORDS_S, member.link
-        while member in self._members and member.link is link and time.monotonic() < deadline_s:
-            if select.select([link.channel.read_fd], [], [], _TICK_S)[0]:
-                self._receive(member)
+        deadline_s, connection = time.monotonic() + _LAST_WORDS_S, host.connection
+        while host in self._hosts and host.connection is connection and time.monotonic() < deadline_s:
+            if select.select([connection.channel.read_fd], [], [], _TICK_S)[0]:
+                self._receive(host)
 
-        return member not in self._members or member.link is not link  # ended, or replaced by a new one
+        return host not in self._hosts or host.connection is not connection  # ended, or replaced by a new one
 
-    def _receive(self, member: Member) -> None:
+    def _receive(self, host: JobHost) -> None:
         try:
-            messages = member.link.channel.receive()
+            messages = host.connection.channel.receive()
         except ChannelClosedError as error:
-            self._lose(member, error.reason)
+            self._lose(host, error.reason)
             return
 
         for message in messages:
-            if member not in self._members:  # a message before it has ended the member
+            if host not in self._hosts:  # a message before it has ended the host
                 return
 
-            self._message(member, message)
+            self._message(host, message)
 
-    def _read_errors(self, member: Member) -> None:
-        data = member.link.read_errors()
+    def _read_errors(self, host: JobHost) -> None:
+        data = host.connection.read_errors()
         if data is None:
-            self.selector.unregister(member.link.errors_fd)
+            self.selector.unregister(host.connection.errors_fd)
         elif data:
-            self._said(member, data)
+            self._said(host, data)
 
-    def _lose(self, member: Member, reason: str) -> None:
-        if member not in self._members:
+    def _lose(self, host: JobHost, reason: str) -> None:
+        if host not in self._hosts:
             return
 
-        self.remove(member)
-        if member.warm:
-            member.link.close()
-            member.link, member.warm = member.start(), False
-            self.add(member)
+        self.remove(host)
+        if host.warm:
+            host.connection.close()
+            host.connection, host.warm = host.start(), False
+            self.add(host)
             return
 
-        member.lost = True
-        self._lost(member, member.link.failure(reason))
+        host.lost = True
+        self._lost(host, host.connection.failure(reason))
 
-    def _register(self, member: Member) -> None:
-        link = member.link
-        self.selector.register(link.channel.read_fd, selectors.EVENT_READ, lambda _: self._receive(member))
-        self.selector.register(link.errors_fd, selectors.EVENT_READ, lambda _: self._read_errors(member))
-        member.watches_write = False
+    def _register(self, host: JobHost) -> None:
+        connection = host.connection
+        self.selector.register(connection.channel.read_fd, selectors.EVENT_READ, lambda _: self._receive(host))
+        self.selector.register(connection.errors_fd, selectors.EVENT_READ, lambda _: self._read_errors(host))
+        host.watches_write = False
 
-    def _unregister(self, member: Member) -> None:
-        self._watch_write(member, False)
-        for fd in (member.link.channel.read_fd, member.link.errors_fd):
+    def _unregister(self, host: JobHost) -> None:
+        self._watch_write(host, False)
+        for fd in (host.connection.channel.read_fd, host.connection.errors_fd):
             with contextlib.suppress(KeyError):
                 self.selector.unregister(fd)
 
-    def _watch_write(self, member: Member, wanted: bool) -> None:
-        if wanted == member.watches_write:
+    def _watch_write(self, host: JobHost, wanted: bool) -> None:
+        if wanted == host.watches_write:
             return
 
-        member.watches_write = wanted
-        fd = member.link.channel.write_fd
+        host.watches_write = wanted
+        fd = host.connection.channel.write_fd
         if wanted:
             self.selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # every round flushes
         else:

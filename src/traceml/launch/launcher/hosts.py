@@ -13,7 +13,7 @@ from typing import Any, Literal
 from traceml.errors import SlurmError, UsageError
 from traceml.launch.launcher.slurm import Allocation, allocation
 
-__all__ = ["Place", "Transport", "resolve"]
+__all__ = ["HostSpec", "Transport", "resolve_hosts"]
 
 Transport = Literal["local", "ssh", "srun"]
 
@@ -22,7 +22,7 @@ _LOOPBACK = frozenset({"localhost", "localhost.localdomain", "localhost4", "loca
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class HostSpec:
     """One host of a launch.
 
     Attributes:
@@ -38,18 +38,18 @@ class Place:
     without_gpus: int | None = None
 
 
-def resolve(
+def resolve_hosts(
     hostnames: Sequence[str] | str,
     workers_per_host: int | Sequence[int] | str,
     ssh_config_file: str | os.PathLike[str] | None,
     environ: Mapping[str, str],
-) -> list[Place]:
+) -> list[HostSpec]:
     """Return the hosts of a launch, in the order of their ranks.
 
     Args:
         hostnames: names for ssh (names of this host are started directly), `slurm`, or `auto`: the Slurm allocation,
             else this host.
-        workers_per_host: for all hosts, or for each; `slurm`, or `auto`: see `Place`.
+        workers_per_host: for all hosts, or for each; `slurm`, or `auto`: see `HostSpec`.
         ssh_config_file: what ssh reads instead of the user's configuration.
         environ: where Slurm's variables are read from.
 
@@ -71,15 +71,15 @@ def resolve(
 
     names = _names(hostnames, found)
     numbers = _numbers(workers_per_host, names)
-    places = []
+    specs = []
     for name, number in zip(names, numbers, strict=True):
         meant = found.workers.get(name) if found else None
         if workers_per_host == "slurm" and found and name not in found.workers:
             raise SlurmError(f"workers_per_host='slurm', but host {name} is not part of Slurm's job {found.job_id}")
 
-        places.append(Place(name, _transport(name, found, ssh_config_file), number, meant))
+        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, meant))
 
-    return places
+    return specs
 
 
 def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str]:

@@ -17,20 +17,20 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError, LaunchTimeoutError, WorkerFailedError
-from traceml.launch.launcher.agent_pool import POOL
+from traceml.launch.launcher.agent_pool import AGENT_POOL
 from traceml.launch.launcher.failures import first_cause, note_stacks
-from traceml.launch.launcher.host_loop import Loop
-from traceml.launch.launcher.job_host import Member, Worker, meeting_address
-from traceml.launch.launcher.job_spec import Task
-from traceml.launch.launcher.job_state import Ledger, MakeLogs
+from traceml.launch.launcher.host_loop import HostLoop
+from traceml.launch.launcher.job_host import JobHost, Worker, rendezvous_address
+from traceml.launch.launcher.job_spec import JobSpec
+from traceml.launch.launcher.job_state import JobState, MakeLogs
 from traceml.launch.launcher.log_handlers import log_level
-from traceml.launch.launcher.payload_sender import Delivery, is_near
+from traceml.launch.launcher.payload_sender import PayloadSender, is_near
 from traceml.launch.wire import payload
 
 if TYPE_CHECKING:
     from traceml.launch.launcher.tracing import Tracing
 
-__all__ = ["Job"]
+__all__ = ["LaunchJob"]
 
 # After the first failure: how long other workers may take to fail too, which may explain it better.
 _GRACE_S = 0.5
@@ -46,25 +46,27 @@ _STOP_S = 6.0
 _log = logging.getLogger("traceml.launch")
 
 
-class Job:
-    """Runs a task on hosts. Use once.
+class LaunchJob:
+    """Runs a spec on hosts. Use once.
 
     Args:
-        members: the hosts, in the order of ranks; their agents are on their way.
-        task: what to run.
+        hosts: the hosts, in the order of ranks; their agents are on their way.
+        spec: what to run.
         make_logs: given the number of workers of each host, makes what takes their words.
         tracing: the run that the job is traced as.
     """
 
     def __init__(
-        self, members: Sequence[Member], task: Task, *, make_logs: MakeLogs, tracing: Tracing | None = None
+        self, hosts: Sequence[JobHost], spec: JobSpec, *, make_logs: MakeLogs, tracing: Tracing | None = None
     ) -> None:
-        self._members, self._task, self._tracing = list(members), task, tracing
+        self._hosts, self._spec, self._tracing = list(hosts), spec, tracing
         self._id = secrets.token_hex(8)
-        self._deadline_s = time.monotonic() + task.timeout_s
-        self._delivery = Delivery(task.parcel, self._id)
-        self._ledger = Ledger(self._members, self._id, make_logs=make_logs, prepare=self._prepare, tracing=tracing)
-        self._loop = Loop(message=self._ledger.message, said=self._ledger.said, lost=self._ledger.lost, tick=self._tick)
+        self._deadline_s = time.monotonic() + spec.timeout_s
+        self._delivery = PayloadSender(spec.call, self._id)
+        self._state = JobState(self._hosts, self._id, make_logs=make_logs, prepare=self._prepare, tracing=tracing)
+        self._loop = HostLoop(
+            message=self._state.message, said=self._state.said, lost=self._state.lost, tick=self._tick
+        )
 
     def run(self) -> list[list[Any]]:
         """Run to the end; return what each worker returned, by host and local rank.
@@ -95,60 +97,60 @@ class Job:
 
         self._leave()
         self._end_tracing(None)
-        return [[self._load(worker) for worker in member.workers] for member in self._members]
+        return [[self._load(worker) for worker in host.workers] for host in self._hosts]
 
     # --- the steps -----------------------------------------------------------------------------------------------
 
     def _gather(self) -> None:
         """Wait until every host's agent and fork server stand."""
-        for member in self._members:
-            self._loop.add(member)
-            if member.link.hello:
-                self._prepare(member)
+        for host in self._hosts:
+            self._loop.add(host)
+            if host.connection.hello:
+                self._prepare(host)
 
-        members, bad = self._members, self._ledger.bad
-        done = self._loop.until(lambda: bad or all(map(self._is_prepared, members)), self._left_s())
+        hosts, bad = self._hosts, self._state.bad
+        done = self._loop.until(lambda: bad or all(map(self._is_prepared, hosts)), self._left_s())
         if bad:
-            self._loop.until(lambda: all(m.lost or m.hello for m in members), min(_BAD_HOSTS_S, self._left_s()))
+            self._loop.until(lambda: all(m.lost or m.hello for m in hosts), min(_BAD_HOSTS_S, self._left_s()))
             self._raise_bad()
 
         if not done:
-            late = [f"host {m.name}" for m in members if not m.hello]
+            late = [f"host {m.name}" for m in hosts if not m.hello]
             doing = "connecting to the hosts" if late else "preparing the hosts (env_file, import of torch)"
-            late = late or [f"host {m.name}" for m in members if not self._is_prepared(m)]
-            raise LaunchTimeoutError(self._task.timeout_s, doing, late)
+            late = late or [f"host {m.name}" for m in hosts if not self._is_prepared(m)]
+            raise LaunchTimeoutError(self._spec.timeout_s, doing, late)
 
     def _start(self) -> None:
         """Start the workers, and wait until they have found each other."""
-        self._ledger.appoint(self._loop.selector)
-        workers = self._ledger.workers
-        first, backend = self._members[0], self._choose_backend()
-        first.link.channel.send("reserve", job=self._id, address=meeting_address(self._members))
-        self._await(lambda: self._ledger.meeting, "finding a port for the workers to meet at", [f"host {first.name}"])
-        assert self._ledger.meeting is not None
-        address, port = self._ledger.meeting
-        for member in self._members:
-            payload_id = self._delivery.send(member)
-            member.link.channel.send(
+        self._state.appoint(self._loop.selector)
+        workers = self._state.workers
+        first, backend = self._hosts[0], self._choose_backend()
+        first.connection.channel.send("reserve", job=self._id, address=rendezvous_address(self._hosts))
+        self._await(lambda: self._state.meeting, "finding a port for the workers to meet at", [f"host {first.name}"])
+        assert self._state.meeting is not None
+        address, port = self._state.meeting
+        for host in self._hosts:
+            payload_id = self._delivery.send(host)
+            host.connection.channel.send(
                 "start",
                 job=self._id,
                 payload=payload_id,
-                near=is_near(member),
-                script=None if self._task.script is None else dict(self._task.script),
-                workers=[{"rank": worker.rank, "local_rank": worker.local_rank} for worker in member.workers],
+                near=is_near(host),
+                script=None if self._spec.script is None else dict(self._spec.script),
+                workers=[{"rank": worker.rank, "local_rank": worker.local_rank} for worker in host.workers],
                 world_size=len(workers),
-                local_world_size=len(member.workers),
-                group_rank=self._members.index(member),
+                local_world_size=len(host.workers),
+                group_rank=self._hosts.index(host),
                 master_addr=address,
                 master_port=port,
                 backend=backend,
-                timeout_s=self._task.timeout_s,
-                env={} if self._tracing is None else self._tracing.environ(member.name),
-                trace=None if self._tracing is None else self._tracing.about(member.name),
-                cpu_affinity=self._task.cpu_affinity,
+                timeout_s=self._spec.timeout_s,
+                env={} if self._tracing is None else self._tracing.environ(host.name),
+                trace=None if self._tracing is None else self._tracing.about(host.name),
+                cpu_affinity=self._spec.cpu_affinity,
                 log_level=log_level(os.environ),
             )
-            member.started = True
+            host.started = True
 
         self._delivery.fill(self._loop.breathe)
         doing = "starting the workers" + (f" and their process group ({backend})" if backend else "")
@@ -156,47 +158,47 @@ class Job:
 
     def _watch(self) -> None:
         """Wait for the results, however long that takes."""
-        ledger = self._ledger
-        self._loop.until(lambda: ledger.failures or all(worker.done for worker in ledger.workers))
+        state = self._state
+        self._loop.until(lambda: state.failures or all(worker.done for worker in state.workers))
         self._raise_failures()
 
     def _release(self) -> None:
         """Let the workers end, and see them gone; they were held, as others may still have needed them."""
-        for member in self._members:
-            member.link.channel.send("release", job=self._id)
+        for host in self._hosts:
+            host.connection.channel.send("release", job=self._id)
 
-        self._ledger.stopping = self._ledger.released = True  # what fails now has no bearing on the results
-        if not self._loop.until(lambda: all(m.idle or m.lost for m in self._members), self._task.timeout_s):
+        self._state.stopping = self._state.released = True  # what fails now has no bearing on the results
+        if not self._loop.until(lambda: all(m.idle or m.lost for m in self._hosts), self._spec.timeout_s):
             _log.warning(
                 "workers on %s did not end within %g s after they had returned, and were killed",
-                ", ".join(m.name for m in self._members if not m.idle),
-                self._task.timeout_s,
+                ", ".join(m.name for m in self._hosts if not m.idle),
+                self._spec.timeout_s,
             )
             self._stop()
 
     # --- ends that nobody wished for ---------------------------------------------------------------------------------
 
     def _raise_bad(self) -> None:
-        first, *others = self._ledger.bad
+        first, *others = self._state.bad
         for other in others:
             first.add_note(str(other))
 
         raise first
 
     def _raise_failures(self) -> None:
-        ledger = self._ledger
-        if not ledger.failures:
+        state = self._state
+        if not state.failures:
             return
 
         def all_told() -> bool:
-            failed = {failure.rank for failure in ledger.failures}
-            return all(w.done or w.ended or w.member.lost or w.rank in failed for w in ledger.workers)
+            failed = {failure.rank for failure in state.failures}
+            return all(w.done or w.ended or w.host.lost or w.rank in failed for w in state.workers)
 
         self._loop.until(all_told, _GRACE_S)
-        if all(failure.collateral for failure in ledger.failures):  # then there is a cause, perhaps on its way
-            self._loop.until(lambda: not all(failure.collateral for failure in ledger.failures), _CAUSE_S)
+        if all(failure.collateral for failure in state.failures):  # then there is a cause, perhaps on its way
+            self._loop.until(lambda: not all(failure.collateral for failure in state.failures), _CAUSE_S)
 
-        raise first_cause(ledger.failures)
+        raise first_cause(state.failures)
 
     def _await(self, condition: Callable[[], object], doing: str, absent: list[str] | None) -> None:
         """Wait for something of the start-up.
@@ -204,68 +206,68 @@ class Job:
         Raises:
             LaunchTimeoutError: it takes too long; `absent` is who was waited for, None: the workers that are not ready.
         """
-        done = self._loop.until(lambda: self._ledger.failures or condition(), self._left_s())
+        done = self._loop.until(lambda: self._state.failures or condition(), self._left_s())
         self._raise_failures()
         if not done:
-            late = absent or [str(worker) for worker in self._ledger.workers if not worker.ready]
-            raise LaunchTimeoutError(self._task.timeout_s, doing, late)
+            late = absent or [str(worker) for worker in self._state.workers if not worker.ready]
+            raise LaunchTimeoutError(self._spec.timeout_s, doing, late)
 
     def _abort(self, error: BaseException) -> None:
         """End everything; where nothing explains the end, say what the workers were doing."""
-        ledger = self._ledger
-        explained = any(failure.explains(error) for failure in ledger.failures)
-        failed = {failure.rank for failure in ledger.failures}
-        running = [w for w in ledger.workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
+        state = self._state
+        explained = any(failure.explains(error) for failure in state.failures)
+        failed = {failure.rank for failure in state.failures}
+        running = [w for w in state.workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
         if running and not explained:
             self._collect_stacks(running)
-            given_up = [f.rank for f in ledger.failures if f.collateral and f.rank is not None]
-            note_stacks(error, running, ledger.stacks, given_up)
+            given_up = [f.rank for f in state.failures if f.collateral and f.rank is not None]
+            note_stacks(error, running, state.stacks, given_up)
 
         self._stop()
 
     def _collect_stacks(self, running: Sequence[Worker]) -> None:
-        asked = {worker.member.name: worker.member for worker in running if not worker.member.lost}
-        for member in asked.values():
-            member.link.channel.send("stacks", job=self._id)
+        asked = {worker.host.name: worker.host for worker in running if not worker.host.lost}
+        for host in asked.values():
+            host.connection.channel.send("stacks", job=self._id)
 
-        self._loop.until(lambda: all(m.lost or m.name in self._ledger.told_stacks for m in asked.values()), _STACKS_S)
+        self._loop.until(lambda: all(m.lost or m.name in self._state.told_stacks for m in asked.values()), _STACKS_S)
 
     def _stop(self) -> None:
-        self._ledger.stopping = True
-        for member in self._members:
-            if member.lost or member.idle:
+        self._state.stopping = True
+        for host in self._hosts:
+            if host.lost or host.idle:
                 continue
 
-            if member.started:
-                member.link.channel.send("stop", job=self._id, grace_s=_STOP_GRACE_S)
-            elif self._is_prepared(member):
-                member.idle = True
+            if host.started:
+                host.connection.channel.send("stop", job=self._id, grace_s=_STOP_GRACE_S)
+            elif self._is_prepared(host):
+                host.idle = True
             else:  # in the midst of something that ends with it
-                self._loop.remove(member)
-                member.lost = True
-                member.link.close(wait_s=0.2)
+                self._loop.remove(host)
+                host.lost = True
+                host.connection.close(wait_s=0.2)
 
-        if not self._loop.until(lambda: all(m.idle or m.lost for m in self._members), _STOP_S):
-            names = ", ".join(m.name for m in self._members if not (m.idle or m.lost))
+        if not self._loop.until(lambda: all(m.idle or m.lost for m in self._hosts), _STOP_S):
+            names = ", ".join(m.name for m in self._hosts if not (m.idle or m.lost))
             _log.warning("%s did not confirm within %g s that the workers there have ended", names, _STOP_S)
 
     def _leave(self) -> None:
         """Keep the agents that have nothing to do, and end the others."""
         self._delivery.close()
-        for member in self._members:
-            while not member.lost and (data := member.link.read_errors()):
-                self._ledger.said(member, data)
+        for host in self._hosts:
+            while not host.lost and (data := host.connection.read_errors()):
+                self._state.said(host, data)
 
-            if member.idle and not member.lost and self._task.keep_agents:
-                POOL.give(member.key, member.link)
+            if host.idle and not host.lost and self._spec.keep_agents:
+                AGENT_POOL.give(host.key, host.connection)
             else:
-                member.link.hang_up()
+                host.connection.hang_up()
 
-        for member in self._members:
-            if member.link.channel.closed:
-                member.link.close()
+        for host in self._hosts:
+            if host.connection.channel.closed:
+                host.connection.close()
 
-        self._ledger.close()
+        self._state.close()
 
     def _end_tracing(self, error: BaseException | None) -> None:
         if self._tracing is None:
@@ -277,34 +279,34 @@ class Job:
 
         self._tracing.finish(status)
 
-    def _prepare(self, member: Member) -> None:
-        theirs = str(member.hello.get("python"))
-        if self._task.parcel is not None and theirs.split(".")[:2] != platform.python_version().split(".")[:2]:
+    def _prepare(self, host: JobHost) -> None:
+        theirs = str(host.hello.get("python"))
+        if self._spec.call is not None and theirs.split(".")[:2] != platform.python_version().split(".")[:2]:
             reason = f"its Python is {theirs}, ours {platform.python_version()}: a function's code is of one version"
             advice = "Name one of the same minor version there by `python=`; a script (`traceml launch`) may use any."
-            self._ledger.bad.append(AgentFailedError(member.name, reason, advice=advice))
+            self._state.bad.append(AgentFailedError(host.name, reason, advice=advice))
             return
 
-        local = member.place.transport == "local"
+        local = host.spec.transport == "local"
         if self._tracing is not None:
             self._tracing.joined(
-                member.name,
-                member.link.channel,
+                host.name,
+                host.connection.channel,
                 self._loop.selector,
                 job=self._id,
-                hostname=str(member.hello.get("hostname") or member.name),
+                hostname=str(host.hello.get("hostname") or host.name),
                 local=local,
             )
 
-        member.link.channel.send(
+        host.connection.channel.send(
             "prepare",
             job=self._id,
-            env={**os.environ, **self._task.environ} if local else dict(self._task.environ),
-            env_file=self._task.env_file,
-            cwd=self._task.cwd,
-            sys_path=list(self._task.sys_path),
-            main=dict(self._task.main),
-            workers=member.size,
+            env={**os.environ, **self._spec.environ} if local else dict(self._spec.environ),
+            env_file=self._spec.env_file,
+            cwd=self._spec.cwd,
+            sys_path=list(self._spec.sys_path),
+            main=dict(self._spec.main),
+            workers=host.size,
             threads=None,
             need_torch=self._need_torch(),
         )
@@ -318,24 +320,24 @@ class Job:
     def _left_s(self) -> float:
         return self._deadline_s - time.monotonic()
 
-    def _is_prepared(self, member: Member) -> bool:
-        return member.prepared is not None and (self._tracing is None or self._tracing.ready(member.name))
+    def _is_prepared(self, host: JobHost) -> bool:
+        return host.prepared is not None and (self._tracing is None or self._tracing.ready(host.name))
 
     def _choose_backend(self) -> str | None:
-        if self._task.backend != "auto":
-            return self._task.backend
+        if self._spec.backend != "auto":
+            return self._spec.backend
 
-        gpus = [int((member.prepared or {}).get("gpus") or 0) for member in self._members]
-        enough = all(n >= len(member.workers) for n, member in zip(gpus, self._members, strict=True))
+        gpus = [int((host.prepared or {}).get("gpus") or 0) for host in self._hosts]
+        enough = all(n >= len(host.workers) for n, host in zip(gpus, self._hosts, strict=True))
         return "nccl" if enough else "gloo"
 
     def _need_torch(self) -> int:
         """Return 2 where it is an error if torch is not there, 1 if it shall be imported where it is there, else 0."""
-        if self._task.backend is not None:
+        if self._spec.backend is not None:
             return 2
 
         # a script is a training, as a rule, and makes its group itself; who has imported torch here will use it there
-        return 1 if self._task.script is not None or "torch" in sys.modules else 0
+        return 1 if self._spec.script is not None or "torch" in sys.modules else 0
 
     def _load(self, worker: Worker) -> Any:
         if worker.result is None:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from traceml.launch.launcher.agent_connection import Link
-from traceml.launch.launcher.hosts import Place
-from traceml.launch.wire.payload import Receiver
+from traceml.launch.launcher.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts import HostSpec
+from traceml.launch.wire.payload import PayloadBuffer
 
-__all__ = ["Member", "Worker", "meeting_address"]
+__all__ = ["JobHost", "Worker", "rendezvous_address"]
 
 
 @dataclass(slots=True, eq=False)
@@ -27,19 +27,19 @@ class Worker:
 
     rank: int
     local_rank: int
-    member: Member
+    host: JobHost
     pid: int | None = None
     ready: bool = False
     done: bool = False
     ended: bool = False
-    result: Receiver | None = None
+    result: PayloadBuffer | None = None
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (local rank {self.local_rank} on {self.member.name})"
+        return f"rank {self.rank} (local rank {self.local_rank} on {self.host.name})"
 
 
 @dataclass(slots=True, eq=False)
-class Member:
+class JobHost:
     """One host of a job.
 
     Attributes:
@@ -51,10 +51,10 @@ class Member:
         lost: whether its agent is out of reach.
     """
 
-    place: Place
+    spec: HostSpec
     key: Hashable
-    start: Callable[[], Link]
-    link: Link
+    start: Callable[[], AgentConnection]
+    connection: AgentConnection
     warm: bool = False
     prepared: dict[str, Any] | None = None
     workers: list[Worker] = field(default_factory=list)
@@ -66,24 +66,24 @@ class Member:
     @property
     def name(self) -> str:
         """The host's name, as the user wrote it."""
-        return self.place.name
+        return self.spec.name
 
     @property
     def hello(self) -> dict[str, Any]:
         """What the agent told of itself; empty before it did."""
-        return self.link.hello or {}
+        return self.connection.hello or {}
 
     @property
     def size(self) -> int:
         """How many workers the host gets; known once its agent has answered."""
         return int(
-            self.place.workers or self.hello.get("gpus") or self.place.without_gpus or self.hello.get("cores") or 1
+            self.spec.workers or self.hello.get("gpus") or self.spec.without_gpus or self.hello.get("cores") or 1
         )
 
 
-def meeting_address(members: list[Member]) -> str:
+def rendezvous_address(hosts: list[JobHost]) -> str:
     """Return the address of rank 0's host at which all others reach it: never a name, which may resolve otherwise."""
-    first, others = members[0], members[1:]
+    first, others = hosts[0], hosts[1:]
     if all(_same_machine(first, other) for other in others):
         return "127.0.0.1"
 
@@ -94,16 +94,16 @@ def meeting_address(members: list[Member]) -> str:
     return "127.0.0.1"
 
 
-def _same_machine(one: Member, other: Member) -> bool:
+def _same_machine(one: JobHost, other: JobHost) -> bool:
     """Return whether two agents share one kernel and one network."""
-    return (one.place.transport == other.place.transport == "local") or all(
+    return (one.spec.transport == other.spec.transport == "local") or all(
         one.hello.get(name) == other.hello.get(name) for name in ("boot_id", "netns", "addresses")
     )
 
 
-def _candidates(first: Member, others: list[Member]) -> Iterator[str | None]:
+def _candidates(first: JobHost, others: list[JobHost]) -> Iterator[str | None]:
     yield first.hello.get("address")  # where ssh reached it
-    if first.place.transport == "local":
+    if first.spec.transport == "local":
         yield from (other.hello.get("peer") for other in others)  # where ssh came from
 
     own = [address for address in first.hello.get("addresses", []) if not address.startswith("127.")]

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from traceml.launch.wire.payload import Parcel
+from traceml.launch.wire.payload import SerializedValue
 
-__all__ = ["Task"]
+__all__ = ["JobSpec"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class JobSpec:
     """What all workers do.
 
     Attributes:
-        parcel: the function and its arguments.
+        call: the function and its arguments.
         script: instead of these, a script: `path` or `module`, and `argv`.
         backend: of the process group; `auto`: nccl where there are GPUs enough, else gloo; None: no group.
         timeout_s: for start-up, and for the group's collectives.
@@ -29,7 +29,7 @@ class Task:
         keep_agents: whether agents may serve the next launch.
     """
 
-    parcel: Parcel | None = None
+    call: SerializedValue | None = None
     script: Mapping[str, Any] | None = None
     backend: str | None = "auto"
     timeout_s: float = 600

@@ -29,7 +29,7 @@ from traceml.launch.launcher.log_handlers import (
 )
 from traceml.launch.wire.log_records import RecordDecoder
 
-__all__ = ["Feed", "LogRouter", "check_handlers", "make_handlers"]
+__all__ = ["LogRouter", "LogStream", "check_handlers", "make_handlers"]
 
 Handlers = (
     Literal["auto"] | logging.Handler | Sequence[logging.Handler] | Callable[[], Sequence[logging.Handler]] | None
@@ -115,10 +115,10 @@ def _checked(handlers: Any) -> list[logging.Handler]:
     return found
 
 
-class Feed:
+class LogStream:
     """One stream of one source: `out`, `err`, or `records`."""
 
-    def __init__(self, router: LogRouter, source: _Source, kind: str) -> None:
+    def __init__(self, router: LogRouter, source: LogSource, kind: str) -> None:
         self._router, self.source, self.kind = router, source, kind
         self.grant: Callable[[int], object] | None = None  # told in the loop's thread what has been written
         self._partial = b""
@@ -147,7 +147,7 @@ class Feed:
 class LogRouter:
     """Writes what sources say to handlers, in a thread of its own.
 
-    The owner's loop waits on `fd` and calls `settle` when it can be read; `Feed.grant` is called from there.
+    The owner's loop waits on `fd` and calls `settle` when it can be read; `LogStream.grant` is called from there.
 
     Args:
         handlers: where to; each is asked for its level and filters as `logging` does.
@@ -156,9 +156,9 @@ class LogRouter:
     def __init__(self, handlers: Iterable[logging.Handler]) -> None:
         self.handlers = list(handlers)
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._sources: dict[tuple[str, int | None], _Source] = {}
-        self._queue: queue.SimpleQueue[tuple[Feed, bytes | None] | None] = queue.SimpleQueue()
-        self._taken: dict[Feed, int] = defaultdict(int)
+        self._sources: dict[tuple[str, int | None], LogSource] = {}
+        self._queue: queue.SimpleQueue[tuple[LogStream, bytes | None] | None] = queue.SimpleQueue()
+        self._taken: dict[LogStream, int] = defaultdict(int)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="traceml-logs", daemon=True)
         self._thread.start()
@@ -169,7 +169,7 @@ class LogRouter:
     def __exit__(self, *_exc: object) -> None:
         self.close()
 
-    def open(self, hostname: str, local_rank: int | None, kind: str, *, rank: int | None = None) -> Feed:
+    def open(self, hostname: str, local_rank: int | None, kind: str, *, rank: int | None = None) -> LogStream:
         """Return what takes the bytes of a stream.
 
         Args:
@@ -180,9 +180,9 @@ class LogRouter:
         """
         key = (hostname, local_rank)
         if key not in self._sources:
-            self._sources[key] = _Source(hostname, local_rank, rank, self.handlers)
+            self._sources[key] = LogSource(hostname, local_rank, rank, self.handlers)
 
-        return Feed(self, self._sources[key], kind)
+        return LogStream(self, self._sources[key], kind)
 
     def settle(self) -> None:
         """Tell each feed's `grant` how much of it has been written."""
@@ -228,8 +228,8 @@ class LogRouter:
             ended = None in batch
             self._write_all([item for item in batch if item is not None])
 
-    def _write_all(self, batch: list[tuple[Feed, bytes | None]]) -> None:
-        gathered: dict[Feed, list[bytes | None]] = {}
+    def _write_all(self, batch: list[tuple[LogStream, bytes | None]]) -> None:
+        gathered: dict[LogStream, list[bytes | None]] = {}
         for feed, data in batch:
             gathered.setdefault(feed, []).append(data)
 
@@ -245,7 +245,7 @@ class LogRouter:
         os.eventfd_write(self.fd, 1)
 
 
-class _Source:
+class LogSource:
     """A worker or an agent, and the handlers that want what it says."""
 
     def __init__(

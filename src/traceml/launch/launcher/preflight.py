@@ -87,9 +87,9 @@ def preflight(
         ssh_config_file: what ssh reads instead of the user's configuration.
         python: the interpreter on the hosts; by default this one's path.
     """
-    from traceml.launch.launcher.hosts import resolve
+    from traceml.launch.launcher.hosts import resolve_hosts
 
-    places = [place.name for place in resolve(hostnames, 1, ssh_config_file, os.environ)]
+    places = [place.name for place in resolve_hosts(hostnames, 1, ssh_config_file, os.environ)]
     launched = _Launching(ssh_config_file, python)
     with ThreadPoolExecutor(min(len(places), _AT_ONCE)) as pool:
         hosts = tuple(pool.map(launched.host, places))

@@ -22,8 +22,8 @@ from traceml.errors import UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import keep_copy
-from traceml.launch.wire.tunnel import TunnelExit
-from traceml.supervise.aggregator_process import AggregatorKeeper
+from traceml.launch.wire.tunnel import TunnelConnector
+from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.conclusion import conclude
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
 from traceml.supervise.supervisor import Screen
@@ -36,12 +36,12 @@ _log = logging.getLogger("traceml")
 
 
 @dataclass(slots=True)
-class _Host:
+class TracedHost:
     """What is known of one host."""
 
     name: str
     local: bool
-    tunnel: TunnelExit | None = None
+    tunnel: TunnelConnector | None = None
     port: int = 0
     trouble: str = ""
 
@@ -82,7 +82,7 @@ class Tracing:
         **given: Any,
     ) -> None:
         config = settings.load(**given)
-        self._keeper = AggregatorKeeper(
+        self._keeper = AggregatorProcess(
             _run_id(config.run_id) or new_run_id(config.run_name or name), config.runs_dir.absolute()
         )
         self._environ = {
@@ -95,7 +95,7 @@ class Tracing:
         self._waiting: deque[str] = deque()
         self._begun = False
         self._finished: bool | None = None
-        self._hosts: dict[str, _Host] = {}
+        self._hosts: dict[str, TracedHost] = {}
         self._flights: dict[int, _Flight] = {}
         self._exits: list[dict[str, Any]] = []
         self._raised: set[int] = set()
@@ -146,9 +146,9 @@ class Tracing:
             hostname: what it calls itself.
             local: whether its ranks can reach this machine's loopback.
         """
-        self._hosts[host] = known = _Host(hostname, local)
+        self._hosts[host] = known = TracedHost(hostname, local)
         if not local:
-            known.tunnel = TunnelExit(selector, channel, self._keeper.port)
+            known.tunnel = TunnelConnector(selector, channel, self._keeper.port)
             channel.send("tunnel", job=job)
 
     def tunnelled(self, host: str, message: Mapping[str, Any]) -> None:

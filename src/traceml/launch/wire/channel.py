@@ -24,7 +24,15 @@ import msgpack
 
 from traceml.errors import ProtocolError, TraceMLError
 
-__all__ = ["GREETING", "PING_S", "STREAM_WINDOW_BYTES", "Channel", "ChannelClosedError", "Incoming", "Outgoing"]
+__all__ = [
+    "GREETING",
+    "PING_S",
+    "STREAM_WINDOW_BYTES",
+    "Channel",
+    "ChannelClosedError",
+    "IncomingStream",
+    "OutgoingStream",
+]
 
 # What an agent writes first: everything before it is noise (banners, what a shell's start-up files print).
 GREETING = b"\n\x00traceml-agent/1\x00\n"
@@ -52,7 +60,7 @@ class ChannelClosedError(TraceMLError, ConnectionError):
         self.reason = reason
 
 
-class Outgoing:
+class OutgoingStream:
     """A stream of bytes to the other side. Made by `Channel.open_stream`.
 
     Attributes:
@@ -130,7 +138,7 @@ class Outgoing:
         return _DATA, first[:n]
 
 
-class Incoming:
+class IncomingStream:
     """A stream of bytes from the other side. Made by `Channel.accept`."""
 
     __slots__ = ("_allowed_bytes", "_channel", "_early", "_manual", "_on_end", "_owed_bytes", "_sink", "_window", "id")
@@ -216,10 +224,10 @@ class Channel:
         # outwards
         self._urgent: deque[bytes | memoryview] = deque()
         self._leaving: deque[bytes | memoryview] = deque()
-        self._outgoing: dict[int, Outgoing] = {}
-        self._ready: dict[int, Outgoing] = {}
+        self._outgoing: dict[int, OutgoingStream] = {}
+        self._ready: dict[int, OutgoingStream] = {}
         # inwards
-        self._incoming: dict[int, Incoming] = {}
+        self._incoming: dict[int, IncomingStream] = {}
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._head, self._body = bytearray(), bytearray()
         self._kind = self._stream = self._left = 0
@@ -255,9 +263,9 @@ class Channel:
         """Queue bytes that are no frame: what stands before the first one."""
         self._urgent.append(data)
 
-    def open_stream(self, **about: Any) -> Outgoing:
+    def open_stream(self, **about: Any) -> OutgoingStream:
         """Open a stream; the other side is told by a message `stream` with its `id` and `about`."""
-        stream = Outgoing(self, self._next_id)
+        stream = OutgoingStream(self, self._next_id)
         self._next_id += 2
         self.send("stream", id=stream.id, **about)
         self._outgoing[stream.id] = stream
@@ -269,7 +277,7 @@ class Channel:
         Raises:
             ChannelClosedError: the other side is gone.
         """
-        drained: dict[int, Outgoing] = {}
+        drained: dict[int, OutgoingStream] = {}
         while self._leaving or self._gather(drained):
             try:
                 n = os.writev(self.write_fd, [self._leaving[i] for i in range(min(len(self._leaving), _MAX_BUFFERS))])
@@ -289,7 +297,7 @@ class Channel:
             ):
                 stream.on_drain()
 
-    def _gather(self, drained: dict[int, Outgoing]) -> bool:
+    def _gather(self, drained: dict[int, OutgoingStream]) -> bool:
         """Move the next frames to those that are leaving; return whether there are any."""
         size = 0
         while self._urgent and size < _CHUNK_BYTES:
@@ -328,7 +336,7 @@ class Channel:
             n -= len(first)
             self._leaving.popleft()
 
-    def _wake(self, stream: Outgoing) -> None:
+    def _wake(self, stream: OutgoingStream) -> None:
         if stream._sendable:
             self._ready.setdefault(stream.id, stream)
 
@@ -345,7 +353,7 @@ class Channel:
         *,
         window_bytes: int = STREAM_WINDOW_BYTES,
         manual: bool = False,
-    ) -> Incoming:
+    ) -> IncomingStream:
         """Take the bytes of a stream which the other side opened.
 
         Args:
@@ -447,7 +455,7 @@ class Channel:
 
         return rest
 
-    def _stream_of(self, stream_id: int) -> Incoming:
+    def _stream_of(self, stream_id: int) -> IncomingStream:
         stream = self._incoming.get(stream_id)
         if stream is None:
             raise ChannelClosedError(f"bytes for a stream {stream_id} that was not opened")
@@ -494,7 +502,7 @@ class Channel:
             if type(stream_id) is not int or stream_id % 2 == self._parity or stream_id in self._incoming:
                 raise ChannelClosedError(f"a stream with the number {stream_id!r}")
 
-            self._incoming[stream_id] = Incoming(self, stream_id)
+            self._incoming[stream_id] = IncomingStream(self, stream_id)
 
         messages.append(message)
 

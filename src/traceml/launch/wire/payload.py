@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import PayloadError
-from traceml.launch.wire.payload_buffer import LARGE_BYTES, Receiver, can_reach, map_private, path_of
+from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach, map_private, path_of
 from traceml.launch.wire.pickling import Pieces, Reader, Unpickler, pickler_class, remade_exception
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LARGE_BYTES",
-    "Parcel",
-    "Receiver",
+    "PayloadBuffer",
+    "SerializedValue",
     "can_reach",
     "dump",
     "dump_call",
@@ -40,7 +40,7 @@ _ALIGN_BYTES = 64
 _INLINE_BYTES = 64 * 1024
 
 
-class Parcel:
+class SerializedValue:
     """A pickled value, ready to be sent.
 
     It refers to the value's memory: what is changed before the parcel has left may arrive changed.
@@ -61,7 +61,7 @@ class Parcel:
         self.size_bytes = end
 
     def __repr__(self) -> str:
-        return f"Parcel(size_bytes={self.size_bytes}, buffers={len(self._buffers)})"
+        return f"SerializedValue(size_bytes={self.size_bytes}, buffers={len(self._buffers)})"
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in order, by reference."""
@@ -79,7 +79,7 @@ class Parcel:
         return b"".join(self.chunks())
 
 
-def dump(value: object, *, what: str = "the value") -> Parcel:
+def dump(value: object, *, what: str = "the value") -> SerializedValue:
     """Pickle `value` without copying its tensors and arrays.
 
     Args:
@@ -92,7 +92,7 @@ def dump(value: object, *, what: str = "the value") -> Parcel:
     return _dump(value, {what: value})
 
 
-def dump_call(func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> Parcel:
+def dump_call(func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]) -> SerializedValue:
     """Pickle a call as `(func, args, kwargs)`.
 
     Raises:
@@ -105,7 +105,7 @@ def dump_call(func: Callable[..., object], args: Sequence[object], kwargs: Mappi
     return _dump((func, args, kwargs), {function: func, **name_arguments(func, args, kwargs)})
 
 
-def dump_exception(error: BaseException) -> Parcel | None:
+def dump_exception(error: BaseException) -> SerializedValue | None:
     """Pickle an exception; None when it would not arrive as what it is."""
     for value in (error, _Bare(error)):
         try:
@@ -165,7 +165,7 @@ def _advice(what: str, error: Exception) -> str:
     return text
 
 
-def _dump(value: object, named: Mapping[str, object]) -> Parcel:
+def _dump(value: object, named: Mapping[str, object]) -> SerializedValue:
     pickled: list[Any] = []
     buffers: list[pickle.PickleBuffer] = []
 
@@ -184,7 +184,7 @@ def _dump(value: object, named: Mapping[str, object]) -> Parcel:
 
         raise PayloadError(find_culprit(named, error, _try)) from error
 
-    return Parcel(pickled, buffers, pickler.kept)
+    return SerializedValue(pickled, buffers, pickler.kept)
 
 
 def _try(value: object) -> Exception | None:

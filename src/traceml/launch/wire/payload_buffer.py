@@ -11,14 +11,14 @@ from traceml.errors import PayloadError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["LARGE_BYTES", "Receiver", "can_reach", "map_private", "path_of"]
+__all__ = ["LARGE_BYTES", "PayloadBuffer", "can_reach", "map_private", "path_of"]
 
 # From this size on, processes of one host hand each other a file in memory, and not its bytes.
 LARGE_BYTES = 1024 * 1024
 _HUGE_PAGES_BYTES = 4 * 1024 * 1024
 
 
-class Receiver:
+class PayloadBuffer:
     """Memory that a parcel is received into.
 
     Args:
@@ -42,7 +42,7 @@ class Receiver:
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # 500 MB in 4 KiB pages are 122,000 faults
 
     @classmethod
-    def of(cls, path: str) -> Receiver:
+    def of(cls, path: str) -> PayloadBuffer:
         """Return a complete one over a shared parcel of another process of this host, see `path`.
 
         Raises:

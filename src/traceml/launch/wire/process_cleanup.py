@@ -8,7 +8,16 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-__all__ = ["MARK", "Ending", "Process", "become_subreaper", "die_with_parent", "end_all", "leftovers", "look_at"]
+__all__ = [
+    "MARK",
+    "ProcessInfo",
+    "ProcessTermination",
+    "become_subreaper",
+    "die_with_parent",
+    "find_leftovers",
+    "process_info",
+    "terminate_all",
+]
 
 # The variable that the processes of a job have in their environment, wherever they went.
 MARK = "TRACEML_LAUNCH_MARK"
@@ -18,7 +27,7 @@ _TICK_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Process:
+class ProcessInfo:
     """A process as /proc tells it: `state` is the letter that ps shows."""
 
     pid: int
@@ -50,7 +59,7 @@ def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0)
 
 
-def look_at(pid: int | str) -> Process | None:
+def process_info(pid: int | str) -> ProcessInfo | None:
     """Return what /proc says of a process, or None when there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
@@ -60,10 +69,10 @@ def look_at(pid: int | str) -> Process | None:
 
     # the name, in brackets, may hold anything
     state, parent, _, session = text[text.rindex(b")") + 2 :].split(None, 4)[:4]
-    return Process(int(pid), int(parent), int(session), state.decode())
+    return ProcessInfo(int(pid), int(parent), int(session), state.decode())
 
 
-def leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:
+def find_leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:
     """Return the living processes below `roots`, and all that carry the mark; but not what may outlive a job.
 
     That is an aggregator that a worker started for what it logs, and its deliveries: they end by themselves.
@@ -73,9 +82,9 @@ def leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = 
         mark: the value of `TRACEML_LAUNCH_MARK` that gives away processes which went elsewhere.
         spare: processes that do not count, though what is below them does.
     """
-    children: dict[int, list[Process]] = {}
+    children: dict[int, list[ProcessInfo]] = {}
     names = os.listdir("/proc")  # noqa: PTH208 - hundreds of names, many times a second
-    every = [process for name in names if name.isdigit() and (process := look_at(name)) is not None]
+    every = [process for name in names if name.isdigit() and (process := process_info(name)) is not None]
     for process in every:
         children.setdefault(process.parent, []).append(process)
 
@@ -95,7 +104,7 @@ def leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = 
     return found - set(spare) - {os.getpid()}
 
 
-class Ending:
+class ProcessTermination:
     """Ends processes until none is found: SIGTERM first, SIGKILL after a grace.
 
     Args:
@@ -127,9 +136,9 @@ class Ending:
         return False
 
 
-def end_all(find: Callable[[], set[int]], *, grace_s: float) -> set[int]:
+def terminate_all(find: Callable[[], set[int]], *, grace_s: float) -> set[int]:
     """End what `find` finds, and wait for that; return what could not be ended."""
-    ending = Ending(find, grace_s=grace_s)
+    ending = ProcessTermination(find, grace_s=grace_s)
     while not ending.step():
         time.sleep(_TICK_S)
         _reap()

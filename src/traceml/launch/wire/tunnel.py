@@ -15,9 +15,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from traceml.launch.wire.channel import Channel, Incoming, Outgoing
+from traceml.launch.wire.channel import Channel, IncomingStream, OutgoingStream
 
-__all__ = ["TunnelExit", "TunnelMouth"]
+__all__ = ["TunnelConnector", "TunnelListener"]
 
 _WINDOW_BYTES = 256 << 10
 _READ_BYTES = 64 << 10
@@ -26,7 +26,7 @@ _CONNECT_TIMEOUT_S = 1.0
 _log = logging.getLogger("traceml")
 
 
-class TunnelMouth:
+class TunnelListener:
     """The end at which ranks connect: a listener on the loopback of the agent's host.
 
     Args:
@@ -42,7 +42,7 @@ class TunnelMouth:
         self._selector, self._channel, self._about = selector, channel, about
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
         self._listener.setblocking(False)
-        self._relays: dict[int, _Relay] = {}
+        self._relays: dict[int, TunnelConnection] = {}
         selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     @property
@@ -74,11 +74,13 @@ class TunnelMouth:
             return
 
         outgoing = self._channel.open_stream(kind="tunnel", **self._about)
-        relay = _Relay(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(outgoing.id, None))
+        relay = TunnelConnection(
+            self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(outgoing.id, None)
+        )
         self._relays[outgoing.id] = relay
 
 
-class TunnelExit:
+class TunnelConnector:
     """The end at the launcher: connects to the aggregator for each connection that a host announces.
 
     Args:
@@ -89,7 +91,7 @@ class TunnelExit:
 
     def __init__(self, selector: selectors.BaseSelector, channel: Channel, port: int) -> None:
         self._selector, self._channel, self._port = selector, channel, port
-        self._relays: dict[int, _Relay] = {}
+        self._relays: dict[int, TunnelConnection] = {}
 
     def opened(self, message: dict[str, Any]) -> None:
         """Take the announcement of a connection on the other side."""
@@ -102,7 +104,7 @@ class TunnelExit:
             sock, other = socket.socketpair()  # takes what is on its way to us, and ends
             other.close()
 
-        relay = _Relay(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(number, None))
+        relay = TunnelConnection(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(number, None))
         self._relays[number] = relay
         relay.receive_from(number)
 
@@ -112,7 +114,7 @@ class TunnelExit:
             relay.close()
 
 
-class _Relay:
+class TunnelConnection:
     """One connection: what its socket gives goes into `outgoing`, what the other stream brings goes to the socket."""
 
     def __init__(
@@ -120,12 +122,12 @@ class _Relay:
         selector: selectors.BaseSelector,
         channel: Channel,
         sock: socket.socket,
-        outgoing: Outgoing,
+        outgoing: OutgoingStream,
         on_closed: Callable[[], object],
     ) -> None:
         self._selector, self._channel, self._sock, self._outgoing = selector, channel, sock, outgoing
         self._on_closed = on_closed
-        self._incoming: Incoming | None = None
+        self._incoming: IncomingStream | None = None
         self._waiting: deque[memoryview] = deque()
         self._read_ended = self._stream_ended = self._write_ended = self._closed = False
         self._events = 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, end_all, leftovers
+from traceml.launch.wire.process_cleanup import become_subreaper, die_with_parent, find_leftovers, terminate_all
 from traceml.launch.wire.signals import STACK_SIGNAL
 from traceml.launch.worker.blas import one_blas_thread
 
@@ -171,7 +171,7 @@ def _leave(
 def _clean_up(mark: str) -> None:
     """End what the workers have left: the agent is gone and cannot."""
     own = os.getpid()
-    end_all(lambda: leftovers([own], mark=mark), grace_s=0)
+    terminate_all(lambda: find_leftovers([own], mark=mark), grace_s=0)
 
 
 if __name__ == "__main__":
