@@ -45,6 +45,7 @@ NARROW = {
     "tasks": set(),
     "traces": {"tasks"},
     "integrations": {"session", "runs", "track", "recorder"},
+    "supervise": {"display", "renderers", "transport"},
     "session": {"display", "track", "recorder"},
     "track": {"recorder", "instrument", "transport", "database"},
     "aggregator": {"diagnosis", "track", "transport", "database"},
@@ -52,6 +53,15 @@ NARROW = {
     "renderers": {"runs", "diagnosis", "database"},
     "display": {"renderers", "runs", "diagnosis", "database"},
 }
+# Folders of a divided room: what each may import beside itself and the leaves, as other folders (a.b) or whole rooms.
+SUBROOMS = {
+    "launch.launcher": {"launch.wire", "supervise", "database"},
+    "launch.agent": {"launch.wire"},
+    "launch.worker": {"launch.wire", "session", "recorder"},
+    "launch.wire": {"database"},
+}
+# Packages that a folder's process must never load.
+FORBIDDEN = {"launch.agent": {"torch", "numpy", "asyncio", "threading"}}
 # What users import, and nobody inside.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {"formatting", "settings", "coerce", "errors", "clock", "ids", "priority", "fail_open", "version", "privacy"}
@@ -97,6 +107,38 @@ def test_imports_go_down(path: Path) -> None:
     allowed = NARROW.get(room, below) | LEAVES | {room}
 
     assert _imported_rooms(path) <= allowed
+
+
+def _modules_imported(path: Path) -> set[str]:
+    """Every module that a module imports, also inside functions and under TYPE_CHECKING."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+
+    return names
+
+
+def test_folders_keep_to_their_part_of_a_room() -> None:
+    """A folder of a divided room imports what SUBROOMS lists, and no folder of such a room is missing there."""
+    divided = {name.split(".")[0] for name in SUBROOMS}
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).parts
+        folder = ".".join(parts[:2])
+        if parts[0] not in divided or len(parts) < 3:
+            continue
+
+        allowed = SUBROOMS[folder] | {folder} | LEAVES
+        modules = _modules_imported(path)
+        assert not {name.split(".")[0] for name in modules} & FORBIDDEN.get(folder, set()), path
+        for name in modules:
+            _, _, inside = name.partition("traceml.")
+            room = inside.split(".")[0]
+            part = ".".join(inside.split(".")[:2])
+            if inside and room not in FACES and (room in ROOMS or room in LEAVES):
+                assert part in allowed or room in allowed or inside == room in divided, f"{path}: {name}"
 
 
 def test_public_names_are_sorted_and_exist() -> None:

@@ -20,7 +20,7 @@ __all__ = ["bundle", "import_code", "local_command", "remote_command"]
 
 _LENGTH = struct.Struct(">Q")
 # Rooms that an agent, a zygote or a traced worker may need.
-_ROOMS = ("launch", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
+_ROOMS = ("launch", "session", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
 _FIRST = ("cloudpickle",)  # what it packs, only the same version unpacks for sure
 _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
