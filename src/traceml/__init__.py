@@ -45,9 +45,8 @@ if TYPE_CHECKING:
     from traceml.launch.launcher.log_handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.recorder.api import Recorder, init, is_enabled, phase, shutdown, trace, trace_data, trace_step
     from traceml.settings import Settings
-    from traceml.tasks.default import get_default_runtime, set_default_runtime
     from traceml.tasks.handle import TaskHandle
-    from traceml.tasks.runtime import Runtime
+    from traceml.tasks.runtime import Runtime, get_default_runtime, set_default_runtime
     from traceml.track.plugins.interfaces import BackendInterface, CollectorInterface, FrameworkInterface
     from traceml.track.plugins.metric import Metric
     from traceml.track.plugins.plugin_base import BackendPlugin, CollectorPlugin, FrameworkPlugin, PluginInterface
@@ -123,7 +122,7 @@ _HOMES = {
     "add_filter_to_handler": "traceml.launch.launcher.log_handlers",
     "file_handler": "traceml.launch.launcher.log_handlers",
     "get_active_experiment": "traceml.track.rank.experiment",
-    "get_default_runtime": "traceml.tasks.default",
+    "get_default_runtime": "traceml.tasks.runtime",
     "init": "traceml.recorder.api",
     "is_enabled": "traceml.recorder.api",
     "launch": "traceml.launch.launcher.launcher",
@@ -137,7 +136,7 @@ _HOMES = {
     "log_text": "traceml.track.rank.experiment",
     "phase": "traceml.recorder.api",
     "register": "traceml.track.plugins.plugin_registry",
-    "set_default_runtime": "traceml.tasks.default",
+    "set_default_runtime": "traceml.tasks.runtime",
     "shutdown": "traceml.recorder.api",
     "start_logging": "traceml.track.rank.experiment",
     "stop_logging": "traceml.track.rank.experiment",

@@ -22,6 +22,8 @@ from traceml import (
     TasksFailedError,
     UsageError,
     WaitTimeoutError,
+    get_default_runtime,
+    set_default_runtime,
 )
 
 
@@ -446,3 +448,23 @@ def test_a_task_without_a_thread_is_told(fn: Any) -> None:
 def test_handles_come_from_runtimes_only() -> None:
     with pytest.raises(TypeError, match=r"Runtime\.submit"):
         traceml.TaskHandle()
+
+
+def test_the_default_runtime_is_made_once() -> None:
+    rt = get_default_runtime()
+    try:
+        assert get_default_runtime() is rt
+        rt.shutdown()
+        fresh = get_default_runtime()
+        assert fresh is not rt  # one that is shut down is of no use
+        fresh.shutdown()
+    finally:
+        set_default_runtime(None)
+
+
+def test_the_default_runtime_can_be_set(rt: Runtime) -> None:
+    assert set_default_runtime(rt) is None
+    assert get_default_runtime() is rt
+    assert set_default_runtime(None) is rt
+    with pytest.raises(ValueError, match="takes a Runtime or None, not int"):
+        set_default_runtime(3)  # type: ignore[arg-type]

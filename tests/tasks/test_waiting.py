@@ -46,7 +46,7 @@ def test_a_chain_of_timed_tasks_ends(single: Runtime) -> None:
         return 1 + single.submit(link, left - 1, timeout=30).get() if left else 0
 
     assert single.submit(link, 30, timeout=30).get() == 30
-    until(lambda: "traceml-stand-in" not in threads_of_ours())
+    until(lambda: "traceml-compensating" not in threads_of_ours())
 
 
 def test_a_task_can_wait_with_a_limit_for_a_queued_one(single: Runtime) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from traceml.tasks.default import get_default_runtime, has_default_runtime, set_default_runtime
-from traceml.tasks.runtime import Runtime
+from traceml.tasks.runtime import Runtime, get_default_runtime, has_default_runtime, set_default_runtime
 
 try:
     from distributed import WorkerPlugin, get_worker

@@ -1,109 +1,161 @@
-"""All that a Runtime runs on; handles keep it, and not the Runtime, alive."""
+"""Pools, event loop, watchdog and statistics of one Runtime. Handles keep the engine alive, not the Runtime."""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from traceml.errors import RuntimeClosedError, TaskForkedError
-from traceml.tasks import running
-from traceml.tasks.handle import TaskHandle
-from traceml.tasks.ledger import Ledger
-from traceml.tasks.loop import Loop
-from traceml.tasks.pool import Pool
-from traceml.tasks.seats import current_task, entangled, seat
-from traceml.tasks.stalls import Line, line_of_coroutine, line_of_thread
-from traceml.tasks.states import FAILED, FINAL, RUNNING, TIMED_OUT
-from traceml.tasks.waiting import stand_in
-from traceml.tasks.watchdog import Watchdog
+from traceml.tasks import execution
+from traceml.tasks.code_location import CodeLocation, location_of_coroutine, location_of_thread
+from traceml.tasks.event_loop import EventLoop
+from traceml.tasks.task_record import (
+    FAILED,
+    RUNNING,
+    TIMED_OUT,
+    TaskRecord,
+    ThreadState,
+    current_task,
+    thread_state,
+)
+from traceml.tasks.task_statistics import RECORDS, TaskStatistics
+from traceml.tasks.task_watchdog import TaskWatchdog
+from traceml.tasks.thread_pool import ThreadPool
+from traceml.tasks.wait_graph import blocked_set, waiting_tasks
+from traceml.tasks.waker import Waker, idle_waiters
 
 __all__ = ["Engine"]
 
-ErrorCallback = Callable[[TaskHandle[Any], BaseException], object]
+_log = logging.getLogger("traceml")
 
 
 class Engine:
-    """Pools, loop, watchdog and books of one Runtime.
+    """Everything that runs the tasks of one Runtime.
 
     Args:
         threads: workers for callables.
         io_threads: workers for callables that wait more than they compute.
-        stall_s: seconds on one line after which a task has stalled; None: nobody looks.
+        stall_s: seconds on one line after which a task has stalled; None: tasks are not checked.
     """
 
     def __init__(self, threads: int, io_threads: int, stall_s: float | None) -> None:
-        self.ledger = Ledger()
-        self.watchdog = Watchdog(self, stall_s)
-        self.compute = Pool("compute", threads, 0, self.ledger, self.watchdog.start)
-        self.io = Pool("io", io_threads, threads, self.ledger, self.watchdog.start)
+        self.statistics = TaskStatistics()
+        self.watchdog = TaskWatchdog(self.running, stall_s)
+        self.compute = ThreadPool("compute", threads, 0, self, self.watchdog.start)
+        self.io = ThreadPool("io", io_threads, threads, self, self.watchdog.start)
         self.pools = (self.compute, self.io)
-        self.loop = Loop(self.ledger, self.watchdog.start)
-        self.error_callback: ErrorCallback | None = None
-        self.stand_ins: set[TaskHandle[Any]] = set()  # tasks that wait while a thread runs what they need
-        self.closing = self.closed = self.abandoned = False
-        self.count_submission: Callable[[], int] = self.ledger.count_submission
+        self.loop = EventLoop(self, self.watchdog.start)
+        self.watch = self.watchdog.watch
+        self.run_coroutine, self.interrupt = self.loop.run_coroutine, self.loop.interrupt
+        self.error_callback: Callable[[Any, BaseException], object] | None = None
+        self.failures: list[TaskRecord] = []
+        self.callback_errors: deque[tuple[str, str]] = deque(maxlen=RECORDS)
+        self.closed = self.discarded = False
+        self._closing = False
+        self._threads: dict[int, ThreadState] = {}
+        self._reporting: set[TaskRecord] = set()  # failed, and their error callback has not returned yet
+        self.count_submission: Callable[[], int] = self.statistics.count_submission
 
-    def queued(self) -> list[TaskHandle[Any]]:
-        """Return the tasks that are first in the queues."""
-        return [handle for pool in self.pools if (handle := pool.peek()) is not None]
+    def register(self, thread: ThreadState) -> int:
+        """Make a thread known that runs tasks; return its slot in the statistics."""
+        self._threads[thread.ident] = thread  # idents are used again, and so are their slots
+        return self.statistics.slot_of(thread.ident)
 
-    def in_progress(self) -> list[TaskHandle[Any]]:
-        """Return the tasks that threads are in, and the coroutines."""
-        sitting = [here.current for here in list(self.ledger.seats.values())]
-        running = [one for one in sitting if one is not None and one._engine is self and one._state is RUNNING]
-        return running + [one for one in list(self.loop.tasks) if one._state is RUNNING]
+    def next_queued(self) -> list[TaskRecord]:
+        """Return the first task of each queue."""
+        return [task for pool in self.pools if (task := pool.first_queued()) is not None]
 
-    def running(self) -> Iterator[tuple[TaskHandle[Any], Line]]:
-        """Yield the tasks that run now, and the line that each is on."""
-        for here in list(self.ledger.seats.values()):
-            handle = here.current
-            if handle is not None and handle._engine is self and handle._state is RUNNING:
-                yield handle, line_of_thread(here.ident) or Line("", 0, handle.name)
+    def in_progress(self) -> list[TaskRecord]:
+        """Return the tasks that threads run, and the coroutines."""
+        current = [thread.current for thread in list(self._threads.values())]
+        return [
+            task
+            for task in (*current, *list(self.loop.tasks))
+            if task is not None and task.engine is self and task.state is RUNNING
+        ]
 
-        for handle, task in list(self.loop.tasks.items()):
-            if task is not None and handle._state is RUNNING:
-                yield handle, line_of_coroutine(task.get_coro()) or Line("", 0, handle.name)
+    def running(self) -> Iterator[tuple[TaskRecord, CodeLocation]]:
+        """Yield the running tasks, each with its line."""
+        for thread in list(self._threads.values()):
+            task = thread.current
+            if task is not None and task.engine is self and task.state is RUNNING:
+                yield task, location_of_thread(thread.ident) or CodeLocation("", 0, task.name)
 
-    def cancel(self, handle: TaskHandle[Any]) -> bool:
-        """End a task that has not begun, or a coroutine; False when it is too late for that."""
-        try:
-            handle._ticket.pop()
-        except IndexError:
-            return self.loop.cancel(handle)
+        for task, running in list(self.loop.tasks.items()):
+            if running is not None and task.state is RUNNING:
+                yield task, location_of_coroutine(running.get_coro()) or CodeLocation("", 0, task.name)
 
-        running.cancelled(handle, None)
+    def count_unfinished(self, exempt: set[TaskRecord]) -> int:
+        """Count the other tasks that have not ended, or whose error callback has not returned."""
+        reporting = len(self._reporting - exempt)
+        counts = self.statistics.snapshot()
+        return counts.running + counts.queued + reporting - sum(not task.done() for task in exempt)
+
+    def add_waker(self, waker: Waker) -> None:
+        """Wake a thread when a task is submitted."""
+        for pool in self.pools:
+            pool.parked.append(waker)
+
+    def remove_waker(self, waker: Waker) -> None:
+        """Undo `add_waker`."""
+        for pool in self.pools:
+            pool.discard(waker)
+
+    def cancel(self, task: TaskRecord) -> bool:
+        """End a task that has not begun, or a coroutine; False when it is too late."""
+        if not task.claim():
+            return self.loop.cancel(task)
+
+        execution.cancel(task)
         return True
 
-    def give_up(self, handle: TaskHandle[Any]) -> None:
+    def reject(self, task: TaskRecord) -> None:
         """End a task that no thread can be started for."""
-        handle._ticket.clear()
-        running.cancelled(handle, None)
+        task.claim()
+        execution.cancel(task)
 
     def cancel_queued(self) -> None:
-        """Cancel all that has not begun, and the coroutines; nobody will wait for the rest."""
-        self.abandoned = True
+        """Cancel coroutines and the tasks that have not begun; the interpreter's exit does not wait for the rest."""
+        self.discarded = True
         for pool in self.pools:
-            while handle := pool.take():
-                running.cancelled(handle, None)
+            while task := pool.first_queued():
+                self.cancel(task)
 
-        for handle in list(self.loop.tasks):
-            self.loop.cancel(handle)
+        for task in list(self.loop.tasks):
+            self.loop.cancel(task)
 
-    def replace_stand_in(self, waiter: TaskHandle[Any]) -> None:
-        """Let another thread stand in, as the one that did is stuck."""
-        self.stand_ins.discard(waiter)
-        stand_in(waiter)
+    def keep_failure(self, task: TaskRecord) -> None:
+        """Add a task to the failed ones; the statistics' lock is held."""
+        self.failures.append(task)
+        self._reporting.add(task)
+
+    def report_failure(self, task: TaskRecord, error: BaseException) -> None:
+        """Call the error callback; an error of its own is logged and kept for `get_progress()`."""
+        thread = thread_state()
+        before, thread.current = thread.current, task
+        try:
+            if self.error_callback is not None:
+                self.error_callback(task, error)
+        except BaseException as failure:  # noqa: BLE001 - a callback's error is logged, and ends no worker
+            _log.exception("the error callback failed for task %r", task.name)
+            self.callback_errors.append((task.name, f"error callback: {type(failure).__name__}: {failure}"))
+        finally:
+            thread.current = before
+            self._reporting.discard(task)
+            idle_waiters.wake_all()
 
     def begin_closing(self) -> None:
-        """Take tasks from tasks only."""
-        self.closing = True
-        self.count_submission = self._refuse
+        """Accept tasks from running tasks only."""
+        self._closing = True
+        self.count_submission = self._count_while_closing
 
     def close(self, *, wait: bool) -> None:
-        """Let threads end when there is nothing left to do; `wait` for those that are not stuck."""
-        self.closing = self.closed = True
-        self.count_submission = self._refuse
+        """End each thread as soon as it has no work; `wait` for those that are not blocked."""
+        self.begin_closing()
+        self.closed = True
         for pool in self.pools:
             pool.close()
 
@@ -113,49 +165,48 @@ class Engine:
             self._join()
 
     def _join(self) -> None:
-        """Wait for the threads of workers; not for those in a task that has timed out, or that waits for this one."""
-        held = entangled(current_task())
+        """Wait for the workers, except those in a task that has timed out or that waits for this thread's."""
+        blocked = blocked_set(current_task())
         for pool in self.pools:
-            stuck = {one.ident for one in pool.workers.values() if one.current in held or _is_late(one.current)}
-            for thread in pool.threads.copy():
-                if thread.ident not in stuck and thread is not threading.current_thread():
-                    thread.join()
+            stuck = {
+                thread.ident
+                for thread in pool.workers.values()
+                if thread.current in blocked or (thread.current is not None and thread.current.state is TIMED_OUT)
+            }
+            for worker in pool.threads.copy():
+                if worker.ident not in stuck and worker is not threading.current_thread():
+                    worker.join()
 
-    def _refuse(self) -> int:
-        me = current_task()
-        if self.closed or me is None or all(one._engine is not self for one in entangled(me)):
+    def _count_while_closing(self) -> int:
+        if self.closed or all(task.engine is not self for task in blocked_set(current_task())):
             raise RuntimeClosedError("this Runtime is shut down and takes no more tasks; make a new Runtime")
 
-        return self.ledger.count_submission()
+        return self.statistics.count_submission()
 
     def after_fork(self) -> None:
-        """Make a forked child's copy usable: no threads, no tasks; what was under way belongs to the parent."""
+        """Make a forked child's copy usable: no threads and no tasks; those in progress belong to the parent."""
         orphans = self._orphans()
-        self.ledger.lock = threading.RLock()
-        self.ledger.clear()
-        self.ledger.sleepers.clear()
-        self.loop.lock = threading.RLock()
+        self.statistics.reset()
+        self._threads.clear()
+        self._reporting.clear()
         for part in (*self.pools, self.loop, self.watchdog):
             part.reset()
 
-        self.stand_ins.clear()
-        if not self.closing:
-            self.count_submission = self.ledger.count_submission
+        if not self._closing:
+            self.count_submission = self.statistics.count_submission
 
-        for handle in orphans:
-            handle._outcome = (TaskForkedError(_FORKED.format(handle.name)), None)
-            handle._state = FAILED
+        for task in orphans:
+            task.outcome = (TaskForkedError(_FORKED.format(task.name)), None)
+            task.state = FAILED
 
-    def _orphans(self) -> list[TaskHandle[Any]]:
-        mine = entangled(seat().current) | {seat().current}
-        known = [handle for pool in self.pools for ticket in pool.queue for handle in ticket]
-        known += [here.current for here in self.ledger.seats.values() if here.current is not None]
-        known += [*self.loop.tasks, *self.stand_ins]
-        return [one for one in known if one not in mine and one._state not in FINAL and one._engine is self]
-
-
-def _is_late(handle: TaskHandle[Any] | None) -> bool:
-    return handle is not None and handle._state is TIMED_OUT
+    def _orphans(self) -> list[TaskRecord]:
+        """Return the tasks of this engine that only a thread of the parent could end."""
+        me = thread_state().current
+        mine = blocked_set(me) | {me}
+        known = [task for pool in self.pools for entry in pool.queue for task in entry]
+        known += [thread.current for thread in self._threads.values() if thread.current is not None]
+        known += [*self.loop.tasks, *waiting_tasks()]
+        return [task for task in known if task not in mine and not task.done() and task.engine is self]
 
 
 _FORKED = (

@@ -1,26 +1,29 @@
-"""What `get_progress()` tells, and how a task reports its own progress."""
+"""Progress of a Runtime: the content of `get_progress()`, reports from tasks, and the view on a terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TaskError, UsageError
-from traceml.tasks.ledger import RECORDS
-from traceml.tasks.seats import current_task
-from traceml.tasks.states import COMPLETED
+from traceml.tasks.engine import Engine
+from traceml.tasks.task_record import COMPLETED, FINAL, ThreadState, current_task
+from traceml.tasks.task_statistics import RECORDS, EndedTask
+from traceml.tasks.thread_pool import ThreadPool
 
 if TYPE_CHECKING:
-    from traceml.tasks.engine import Engine
-    from traceml.tasks.ledger import Record
-    from traceml.tasks.pool import Pool
-    from traceml.tasks.seats import Seat
+    from rich.console import Console, RenderableType
 
-__all__ = ["progress", "snapshot"]
+__all__ = ["progress", "showing", "snapshot", "view"]
+
+_MAX_BARS = 8  # running tasks with a progress bar of their own
+_BAR_WIDTH = 40
 
 
 def progress(pct: float) -> None:
-    """Report how far the task is that calls this.
+    """Report the progress of the calling task.
 
     Args:
         pct: from 0 to 100.
@@ -30,70 +33,70 @@ def progress(pct: float) -> None:
         TaskError: no task of a Runtime calls this.
     """
     try:
-        known = 0 <= pct <= 100
+        valid = 0 <= pct <= 100
     except TypeError:
-        known = False
+        valid = False
 
-    if not known:
+    if not valid:
         raise UsageError(f"progress({pct!r}): it takes per cent, from 0 to 100")
 
     task = current_task()
     if task is None:
         raise TaskError("progress() was called outside of a task; call it in a function that a Runtime runs")
 
-    task._progress = float(pct)
+    task.last_progress = float(pct)
 
 
 def snapshot(engine: Engine, *, details: bool) -> dict[str, Any]:
     """Return the state of an engine; with `details` also its tasks, the running ones last."""
-    ledger = engine.ledger
-    tally = ledger.tally()
-    failures = [(one.name, one.exception) for one in ledger.failures[-RECORDS:]]
+    counts = engine.statistics.snapshot()
+    failures = [(task.name, task.outcome[0]) for task in engine.failures[-RECORDS:]]
     return {
-        "total": tally.total,
-        "completed": tally.completed,
-        "running": tally.running,
-        "queued": tally.queued,
-        "failed": tally.failed,
-        "cancelled": tally.cancelled,
-        "timed_out": tally.timed_out,
+        "total": counts.total,
+        "completed": counts.completed,
+        "running": counts.running,
+        "queued": counts.queued,
+        "failed": counts.failed,
+        "cancelled": counts.cancelled,
+        "timed_out": counts.timed_out,
         "workers": [worker for pool in engine.pools for worker in _workers(pool)],
         "tasks": _tasks(engine) if details else [],
         "errors": [
             *({"task": name, "error": f"{type(error).__name__}: {error}"} for name, error in failures),
-            *({"task": name, "error": text} for name, text in list(ledger.complaints)),
+            *({"task": name, "error": text} for name, text in list(engine.callback_errors)),
         ],
         "stalled": [
             {
-                "task": one.task,
-                "seconds": one.since_s,
-                "file": one.where.file,
-                "line": one.where.line,
-                "function": one.where.function,
+                "task": task.name,
+                "seconds": task.seconds,
+                "file": task.location.file,
+                "line": task.location.line,
+                "function": task.location.function,
             }
-            for one in engine.watchdog.stalls()
+            for task in engine.watchdog.stalled()
         ],
     }
 
 
-def _workers(pool: Pool) -> list[dict[str, Any]]:
-    seats = {here.index: here for here in list(pool.workers.values()) if not here.replaced}
-    return [_worker(pool, index, seats.get(index)) for index in range(pool.first, pool.first + pool.size)]
+def _workers(pool: ThreadPool) -> list[dict[str, Any]]:
+    threads = {thread.index: thread for thread in list(pool.workers.values()) if not thread.replaced}
+    return [_worker(pool, index, threads.get(index)) for index in range(pool.first, pool.first + pool.size)]
 
 
-def _worker(pool: Pool, index: int, here: Seat | None) -> dict[str, Any]:
-    task = here.current if here is not None else None
-    if here is None or task is None or task.done():
+def _worker(pool: ThreadPool, index: int, thread: ThreadState | None) -> dict[str, Any]:
+    task = thread.current if thread is not None else None
+    if thread is None or task is None or task.state in FINAL:
         return {"id": index, "idle": True, "task": "", "queue_depth": 0, "pool": pool.name}
 
-    aside = here.depth  # tasks that it has begun, and that wait on its stack for this one
-    return {"id": index, "idle": False, "task": task.name, "queue_depth": aside, "pool": pool.name}
+    waiting = thread.depth  # tasks that it has begun, and that wait on its stack for this one
+    return {"id": index, "idle": False, "task": task.name, "queue_depth": waiting, "pool": pool.name}
 
 
 def _tasks(engine: Engine) -> list[dict[str, Any]]:
     now = perf_counter()
-    running: list[Record] = [
-        (one.name, one._state, one._submitted_s, one._started_s, now, one._progress) for one in engine.in_progress()
+    running: list[EndedTask] = [
+        (task.name, task.state, task.submitted_s, task.started_s, now, task.last_progress)
+        for task in engine.in_progress()
     ]
     return [
         {
@@ -103,5 +106,48 @@ def _tasks(engine: Engine) -> list[dict[str, Any]]:
             "queued_duration_ms": (begun - submitted) * 1e3,
             "progress_pct": 100.0 if state is COMPLETED else pct or 0.0,
         }
-        for name, state, submitted, begun, ended, pct in [*engine.ledger.records.copy(), *running][-RECORDS:]
+        for name, state, submitted, begun, ended, pct in [*engine.statistics.records.copy(), *running][-RECORDS:]
     ]
+
+
+@contextmanager
+def showing(get_progress: Callable[[], dict[str, Any]], console: Console | None = None) -> Iterator[None]:
+    """Show progress while a block runs, if there is a terminal.
+
+    Args:
+        get_progress: returns the progress, as `Runtime.get_progress` does.
+        console: the terminal; None: standard error, as standard output belongs to the program.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+
+    with Live(get_renderable=lambda: view(get_progress()), console=console, refresh_per_second=8):
+        yield
+
+
+def view(found: dict[str, Any]) -> RenderableType:
+    """Render progress: one bar for all tasks, and one for each running task."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 1))
+    ended = found["total"] - found["running"] - found["queued"]
+    bar = ProgressBar(total=max(1, found["total"]), completed=ended, width=_BAR_WIDTH)
+    table.add_row(Text("all tasks", style="bold"), bar, Text(_summary(found, ended)))
+    for task in [one for one in found["tasks"] if one["state"] == "running"][:_MAX_BARS]:
+        pct = task["progress_pct"]
+        line = ProgressBar(total=100, completed=pct, width=_BAR_WIDTH, pulse=pct == 0)
+        table.add_row(Text(task["name"]), line, Text(f"{task['execution_duration_ms'] / 1e3:.1f} s"))
+
+    return table
+
+
+def _summary(found: dict[str, Any], ended: int) -> str:
+    counts = [(found[state], state.replace("_", " ")) for state in ("running", "failed", "timed_out", "cancelled")]
+    return ", ".join([f"{ended}/{found['total']}", *(f"{count} {word}" for count, word in counts if count)])

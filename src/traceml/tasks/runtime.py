@@ -1,32 +1,34 @@
-"""The Runtime: tasks submitted to threads and to an event loop, waited for, and counted."""
+"""The Runtime: submit tasks to threads and to an event loop, wait for them and count them."""
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Coroutine
 from contextvars import copy_context
 from time import perf_counter
 from types import BuiltinFunctionType, FunctionType, MethodWrapperType, TracebackType
-from typing import Any, Self, TypeVar, overload
+from typing import Any, Self, TypeVar, cast, overload
 
 from traceml.errors import NotCallableError, TaskError, TasksFailedError, UsageError
-from traceml.tasks import lives
-from traceml.tasks.engine import Engine, ErrorCallback
+from traceml.tasks import shutdown
+from traceml.tasks.callables import is_coroutine
+from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
-from traceml.tasks.names import is_coroutine
-from traceml.tasks.progress import progress, snapshot
-from traceml.tasks.states import QUEUED
+from traceml.tasks.progress import progress, showing, snapshot
+from traceml.tasks.task_record import QUEUED, TaskRecord
 from traceml.tasks.waiting import wait_for_all
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "get_default_runtime", "has_default_runtime", "set_default_runtime"]
 
 T = TypeVar("T")
+ErrorCallback = Callable[[TaskHandle[Any], BaseException], object]
 
 _new = object.__new__
 _ASYNC = 0x80  # inspect.CO_COROUTINE; importing inspect costs more than the rest of this module
 _SYNC_KINDS = frozenset({BuiltinFunctionType, MethodWrapperType})
-_NAMED = 3  # failures that stand in the text of an error; all are in its `exceptions`
+_NAMED = 3  # failures in the text of an error; all are in its `exceptions`
 
 
 class Runtime:
@@ -35,12 +37,12 @@ class Runtime:
     Args:
         threads: workers for computation; 0: one per CPU that this process may use.
         io_threads: workers for tasks submitted with `io=True`, which mostly wait; 0: sized by the host.
-        timeout: seconds that a task may run where `submit` says nothing else; None: without limit.
-        stall_after: seconds on one line, without a report of progress, after which the log names a task and its line;
+        timeout: seconds that a task may run unless `submit` sets another limit; None: without limit.
+        stall_after: seconds on one line, without a report of progress, after which a warning names a task and its line;
             None: never.
 
     Raises:
-        UsageError: a size or a time is negative, or no number.
+        UsageError: a size or a time is negative, or not a number.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Runtime:
         self._timeout_s = None if timeout is None else _seconds("timeout", timeout)
         stall_s = None if stall_after is None else _seconds("stall_after", stall_after)
         self._engine = Engine(self.threads, self.io_threads, stall_s)
-        lives.add(self._engine)
+        shutdown.register(self._engine)
 
     @overload
     def submit(
@@ -88,19 +90,19 @@ class Runtime:
         io: bool = False,
         **kwargs: Any,
     ) -> TaskHandle[Any]:
-        """Have a callable run, or a coroutine function awaited; returns at once.
+        """Run a callable on a thread, or a coroutine function on the event loop; return at once.
 
         Args:
-            fn: what to call; it runs in a copy of this context (`contextvars`).
+            fn: the callable; it runs in a copy of this context (`contextvars`).
             args: its arguments; a handle among them is passed on as it is.
-            name: what to call the task; the callable's name when None.
+            name: the name of the task; None: the callable's name.
             timeout: seconds that it may run, from its start.
-            io: whether it mostly waits: it goes to the I/O pool.
+            io: whether it mostly waits; it then runs in the I/O pool.
             kwargs: its keyword arguments.
 
         Raises:
             NotCallableError: `fn` cannot be called.
-            UsageError: the timeout is no positive number.
+            UsageError: the timeout is not a positive number.
             RuntimeClosedError: this Runtime is shut down.
             TaskError: the system gives no thread to run it.
         """
@@ -112,45 +114,46 @@ class Runtime:
 
         timeout = self._timeout_s if timeout is None else _seconds("timeout", timeout)
         handle: TaskHandle[Any] = _new(TaskHandle)
-        handle._fn = fn
-        handle._args = args
-        handle._kwargs = kwargs or None
-        handle._context = copy_context()
-        handle._engine = engine
-        handle._name = name
-        handle._timeout_s = timeout
-        handle._state = QUEUED
-        handle._outcome = handle._progress = handle._waiters = None
+        handle.fn = fn
+        handle.args = args
+        handle.kwargs = kwargs or None
+        handle.context = copy_context()
+        handle.engine = engine
+        handle.given_name = name
+        handle.timeout_s = timeout
+        handle.state = QUEUED
+        handle.outcome = handle.last_progress = handle.callbacks = None
         engine.count_submission()
-        handle._submitted_s = perf_counter()
+        handle.submitted_s = perf_counter()
         try:
             if awaited:
-                handle._ticket = []
+                handle.entry = []
                 engine.loop.submit(handle)
                 return handle
 
-            handle._ticket = ticket = [handle]
+            entry: list[TaskRecord] = [handle]
+            handle.entry = entry
             pool = engine.io if io else engine.compute
-            pool.queue.append(ticket)
+            pool.queue.append(entry)
             if pool.parked:
                 pool.wake()
         except RuntimeError as error:
-            engine.give_up(handle)
+            engine.reject(handle)
             raise TaskError(f"task {handle.name!r} cannot be run, as no thread can be started: {error}") from error
 
         return handle
 
     def wait_all(self, raise_on_error: bool = False, timeout: float | None = None) -> None:
-        """Wait until all tasks have ended, also those that tasks submit meanwhile.
+        """Wait until all tasks have ended, including tasks that they submit meanwhile.
 
-        Inside a task it leaves out that task, and those that wait for it.
+        Inside a task, this excludes that task and the tasks that wait for it.
 
         Args:
-            raise_on_error: whether failed tasks are an error.
+            raise_on_error: whether to raise if tasks failed.
             timeout: seconds to wait.
 
         Raises:
-            TasksFailedError: tasks failed or timed out, since the beginning or the last `clear_failed`.
+            TasksFailedError: tasks failed or timed out, since the start or the last `clear_failed`.
             WaitTimeoutError: there are unfinished tasks after `timeout` seconds.
         """
         wait_for_all(self._engine, timeout)
@@ -159,17 +162,17 @@ class Runtime:
 
     def get_failed(self) -> list[TaskHandle[Any]]:
         """Return the handles of the tasks that failed or timed out, in that order, since the last `clear_failed`."""
-        return self._engine.ledger.failures.copy()
+        return cast("list[TaskHandle[Any]]", self._engine.failures.copy())
 
     def clear_failed(self) -> None:
         """Forget the failures: their handles, exceptions and tracebacks."""
-        self._engine.ledger.failures.clear()
+        self._engine.failures.clear()
 
     def set_error_callback(self, callback: ErrorCallback | None) -> None:
-        """Have `callback(handle, exception)` called when a task has failed or timed out; None: nothing.
+        """Call `callback(handle, exception)` after a task has failed or timed out; None: no callback.
 
-        It is called after the task is done, on the thread that it ended on; `wait_all` waits for it too. What it raises
-        is logged, and listed under `errors` in `get_progress()`.
+        It runs on the thread that the task ended on, and `wait_all` waits for it, too. Its own errors are logged, and
+        listed under `errors` in `get_progress()`.
 
         Raises:
             NotCallableError: it cannot be called.
@@ -182,7 +185,7 @@ class Runtime:
         self._engine.error_callback = callback
 
     def get_progress(self, *, tasks: bool = True) -> dict[str, Any]:
-        """Return how many tasks are where, at one moment, and what the workers do.
+        """Return the number of tasks in each state, at one moment, and the task of each worker.
 
         Args:
             tasks: whether to list the running tasks and those that ended last (1,000 at most).
@@ -191,23 +194,21 @@ class Runtime:
 
     @staticmethod
     def progress(pct: float) -> None:
-        """Report how far the task is that calls this, from 0 to 100."""
+        """Report the progress of the calling task, from 0 to 100."""
         progress(pct)
 
     def show(self) -> None:
-        """Draw the progress on the terminal until all tasks have ended; without a terminal, only wait."""
-        from traceml.tasks.show import showing
-
-        with showing(self):
+        """Show the progress on the terminal until all tasks have ended; without a terminal, only wait."""
+        with showing(self.get_progress):
             self.wait_all()
 
     def shutdown(self, wait: bool = True, *, cancel: bool = False) -> None:
-        """Take no more tasks, and end the threads.
+        """Accept no more tasks, and end the threads.
 
         Args:
-            wait: whether to wait for the tasks that there are, and for those that they submit. Else they end in the
-                background, and submit none.
-            cancel: whether to cancel what has not begun, and coroutines.
+            wait: whether to wait for the tasks, and for those that they submit. Otherwise they end in the background,
+                and cannot submit any.
+            cancel: whether to cancel coroutines, and tasks that have not begun.
         """
         engine = self._engine
         engine.begin_closing()
@@ -219,6 +220,11 @@ class Runtime:
 
         engine.close(wait=wait)
 
+    @property
+    def closed(self) -> bool:
+        """Whether it is shut down."""
+        return self._engine.closed
+
     def __enter__(self) -> Self:
         return self
 
@@ -227,7 +233,7 @@ class Runtime:
     ) -> None:
         if kind is None or issubclass(kind, Exception):
             self.shutdown()
-        else:  # Ctrl-C, or an exit: nothing begins any more, and nobody wants to wait
+        else:  # Ctrl-C or an exit: start no task, and wait for none
             self.shutdown(wait=False, cancel=True)
 
     def __del__(self) -> None:
@@ -241,14 +247,16 @@ class Runtime:
 
 def _size(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise UsageError(f"{name}={value!r}: it takes a whole number of threads, or 0 for as many as suit the host")
+        raise UsageError(
+            f"{name}={value!r}: it must be a whole number of threads, or 0 for a number that suits the host"
+        )
 
     return value
 
 
 def _seconds(name: str, value: float) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0 or math.isinf(value):
-        raise UsageError(f"{name}={value!r}: it takes a positive number of seconds, or None for no limit")
+        raise UsageError(f"{name}={value!r}: it must be a positive number of seconds, or None for no limit")
 
     return float(value)
 
@@ -256,12 +264,57 @@ def _seconds(name: str, value: float) -> float:
 def _raise_all(failed: list[TaskHandle[Any]]) -> None:
     errors = []
     for handle in failed:
-        error, trace = handle._outcome
-        if not isinstance(error, Exception):  # somebody wanted the program to end
+        error, trace = handle.outcome
+        if not isinstance(error, Exception):  # SystemExit or KeyboardInterrupt
             raise error.with_traceback(trace)
 
         errors.append(error.with_traceback(trace))
 
-    told = [f"{handle.name}: {type(error).__name__}: {error}" for handle, error in zip(failed, errors, strict=True)]
-    more = [f"and {len(told) - _NAMED} more"] if len(told) > _NAMED else []
-    raise TasksFailedError(f"{len(failed)} task(s) failed: {'; '.join(told[:_NAMED] + more)}", errors)
+    texts = [f"{handle.name}: {type(error).__name__}: {error}" for handle, error in zip(failed, errors, strict=True)]
+    more = [f"and {len(texts) - _NAMED} more"] if len(texts) > _NAMED else []
+    raise TasksFailedError(f"{len(failed)} task(s) failed: {'; '.join(texts[:_NAMED] + more)}", errors)
+
+
+_default_lock = threading.RLock()
+_default: Runtime | None = None
+
+
+def get_default_runtime() -> Runtime:
+    """Return the Runtime of this process; created at the first call, and again after it was shut down."""
+    with _default_lock:
+        if _default is None or _default.closed:
+            set_default_runtime(Runtime())
+
+        assert _default is not None
+        return _default
+
+
+def set_default_runtime(runtime: Runtime | None) -> Runtime | None:
+    """Set the Runtime of this process; None: the next call of `get_default_runtime` creates one.
+
+    Returns:
+        the previous one; it is not shut down.
+
+    Raises:
+        UsageError: it is not a Runtime.
+    """
+    global _default
+    if runtime is not None and not isinstance(runtime, Runtime):
+        raise UsageError(f"set_default_runtime() takes a Runtime or None, not {type(runtime).__name__}")
+
+    with _default_lock:
+        before, _default = _default, runtime
+        return before
+
+
+def has_default_runtime() -> bool:
+    """Whether the process has a default Runtime already."""
+    return _default is not None
+
+
+def _after_fork() -> None:
+    global _default_lock
+    _default_lock = threading.RLock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)

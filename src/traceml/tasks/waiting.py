@@ -1,8 +1,8 @@
-"""Waiting for tasks without deadlock.
+"""Waits for tasks, without deadlock.
 
-A task that is still queued runs in place of the wait. Where that cannot be, because the wait has a limit, the task has
-a timeout, or the stack is deep, a stand-in thread runs what the waiting task needs: one at most per waiting task, for
-as long as it waits. What can never end is an error, told at once.
+A task that is still queued runs in place of the wait. Where it cannot, because the wait has a limit, the task has a
+timeout, or the stack is deep, a compensating thread runs the tasks that the waiting one needs: at most one thread per
+waiting task, for as long as it waits. A wait that can never end raises an error at once.
 """
 
 from __future__ import annotations
@@ -14,50 +14,49 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
-from traceml.tasks.handle import TaskHandle
-from traceml.tasks.pool import Bell
-from traceml.tasks.running import Retire, run
-from traceml.tasks.seats import Seat, asleep, current_task, entangled, queued_behind, reaches, seat, waiting
-from traceml.tasks.states import FINAL
+from traceml.tasks.execution import WorkerReplaced, run_claimed
+from traceml.tasks.task_record import (
+    FINAL,
+    TaskEngine,
+    TaskRecord,
+    ThreadState,
+    current_task,
+    set_thread_state,
+    thread_state,
+)
+from traceml.tasks.wait_graph import blocked_set, blocked_tasks, depends_on, queued_dependency, waiting
+from traceml.tasks.waker import Waker, idle_waiters
 
-if TYPE_CHECKING:
-    from traceml.tasks.engine import Engine
+__all__ = ["await_for", "forget_compensation", "wait_for", "wait_for_all"]
 
-__all__ = ["await_for", "wait_for", "wait_for_all"]
-
-_DEPTH = 100  # tasks on one stack
+_MAX_DEPTH = 100  # tasks on one stack
+_compensated: set[TaskRecord] = set()  # tasks that wait while another thread runs the tasks that they need
 _log = logging.getLogger("traceml")
 
 
-def wait_for(handle: TaskHandle[Any], timeout: float | None) -> None:
+def wait_for(task: TaskRecord, timeout: float | None) -> None:
     """Return when a task has ended.
 
     Raises:
         WaitTimeoutError: `timeout` seconds have passed.
         TaskDeadlockError: the task cannot end before the one that waits.
     """
-    here = seat()
-    if timeout is None and handle._timeout_s is None and not _deep(here):
-        try:
-            handle._ticket.pop()
-        except IndexError:  # it runs, or was taken this moment
-            pass
-        else:
-            _run_here(handle, here)
+    thread = thread_state()
+    if timeout is None and task.timeout_s is None and not _is_deep(thread) and task.claim():
+        _run_in_place(task, thread)
 
-    if handle._state not in FINAL:  # also where it has returned a coroutine, which goes on elsewhere
-        _block(handle, timeout)
+    if task.state not in FINAL:  # also where it has returned a coroutine, which goes on elsewhere
+        _block(task, timeout)
 
 
-def _deep(here: Seat) -> bool:
+def _is_deep(thread: ThreadState) -> bool:
     """Whether the stack has no room for more tasks."""
-    if here.depth == 0:
+    if thread.depth == 0:
         return False
 
-    if here.depth >= _DEPTH:
+    if thread.depth >= _MAX_DEPTH:
         return True
 
     try:
@@ -68,167 +67,150 @@ def _deep(here: Seat) -> bool:
     return True
 
 
-def _run_here(handle: TaskHandle[Any], here: Seat) -> None:
-    """Run a task, whose ticket is taken, on this thread."""
-    ledger, underneath = handle._engine.ledger, here.current
-    here.depth += 1
+def _run_in_place(task: TaskRecord, thread: ThreadState) -> None:
+    """Run a claimed task on top of the one that waits for it."""
+    underneath = thread.current
+    thread.depth += 1
     try:
-        with waiting(current_task(), handle):
-            run(handle, here, ledger.counts, ledger.slot_of(here), perf_counter(), ledger.records.append)
+        with waiting(current_task(), task):
+            run_claimed(task, thread)
     finally:
-        here.current, here.depth = underneath, here.depth - 1
-        ledger.wake_sleepers()
+        thread.current, thread.depth = underneath, thread.depth - 1
+        idle_waiters.wake_all()
 
 
-def _block(handle: TaskHandle[Any], timeout: float | None) -> None:
-    """Sleep until a task has ended that runs elsewhere, or is left to others."""
-    me, bell = current_task(), Bell()
-    _refuse_circle(me, handle)
-    if not subscribe(handle, bell.ring):
+def _block(task: TaskRecord, timeout: float | None) -> None:
+    """Sleep until a task has ended that other threads run."""
+    me, waker = current_task(), Waker()
+    _refuse_deadlock(me, task)
+    if not task.add_callback(waker.wake):
         return
 
-    with waiting(me, handle), _asleep(me):
-        handle._engine.ledger.wake_sleepers()  # who waits for all need not wait for one that waits for them
-        _refuse_circle(me, handle)  # of two that close a circle at once, one sees the other here
-        rung = _sleep(bell, me, timeout)
+    with waiting(me, task), _blocked(me):
+        idle_waiters.wake_all()  # wait_all leaves out the tasks that wait for its own
+        _refuse_deadlock(me, task)  # of two that close a circle at once, one sees the other here
+        woken = _sleep(waker, me, timeout)
 
-    if not rung:
-        unsubscribe(handle, bell.ring)
-        if handle._state not in FINAL:
-            raise WaitTimeoutError(f"task {handle.name!r} is still {handle._state} after {timeout:g} s")
+    if not woken:
+        task.remove_callback(waker.wake)
+        if task.state not in FINAL:
+            raise WaitTimeoutError(f"task {task.name!r} is still {task.state} after {timeout:g} s")
 
 
-def _refuse_circle(me: TaskHandle[Any] | None, handle: TaskHandle[Any]) -> None:
-    if me is not None and (me is handle or reaches(handle, me)):
-        raise TaskDeadlockError(f"task {me.name!r} waits for {handle.name!r}, which cannot end before {me.name!r} does")
-
-    if handle._engine.loop.runs_here(handle):
+def _refuse_deadlock(me: TaskRecord | None, task: TaskRecord) -> None:
+    _refuse_circle(me, task, "waits for")
+    if task in task.engine.loop.tasks and task.engine.loop.is_here():
         raise TaskDeadlockError(
-            f"get() would block the event loop that coroutine {handle.name!r} runs on; use `await handle` there"
+            f"get() would block the event loop that coroutine {task.name!r} runs on; use `await handle` there"
         )
 
 
-def _sleep(bell: Bell, me: TaskHandle[Any] | None, timeout: float | None) -> bool:
-    """Sleep until a bell rings; what the task that sleeps waits for runs on a stand-in meanwhile, if nowhere else."""
+def _refuse_circle(me: TaskRecord | None, task: TaskRecord, waits_for: str) -> None:
+    if me is not None and (me is task or depends_on(task, me)):
+        raise TaskDeadlockError(f"task {me.name!r} {waits_for} {task.name!r}, which cannot end before {me.name!r} does")
+
+
+def _sleep(waker: Waker, me: TaskRecord | None, timeout: float | None) -> bool:
+    """Sleep until woken; a compensating thread runs the tasks that this one waits for, if no other thread does."""
     if me is not None:
-        stand_in(me)
+        _compensate(me)
 
-    served = seat().serves
-    if served is not None:  # this thread stands in for a task, and does nothing for it while it sleeps
-        served._engine.replace_stand_in(served)
+    thread = thread_state()
+    if thread.compensates is not None and thread.replace is not None:
+        thread.replace(thread)  # this thread does nothing for its task while it sleeps
 
-    return bell.sleep(-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
+    return waker.sleep(-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
 
 
 @contextmanager
-def _asleep(me: TaskHandle[Any] | None) -> Iterator[None]:
-    """Hold that the thread of a task, and a loop that it may belong to, does nothing else now."""
+def _blocked(me: TaskRecord | None) -> Iterator[None]:
+    """Record that the thread of a task, and the loop on it, does nothing else now."""
     if me is None:
         yield
         return
 
-    asleep.add(me)
+    blocked_tasks.add(me)
     try:
-        with _occupying_loop(me):
+        with _blocking_loop(me):
             yield
     finally:
-        asleep.discard(me)
+        blocked_tasks.discard(me)
 
 
-def _occupying_loop(me: TaskHandle[Any] | None) -> AbstractContextManager[None]:
-    """Hold that nothing else goes on on this thread's event loop, where it has one."""
-    loop = seat().loop
+def _blocking_loop(me: TaskRecord | None) -> AbstractContextManager[None]:
+    """Record that nothing else runs on this thread's event loop, where it has one."""
+    loop = thread_state().loop
     return nullcontext() if loop is None or me is None else loop.blocked_by(me)
 
 
-def subscribe(handle: TaskHandle[Any], call: Callable[[], object]) -> bool:
-    """Have something called when a task ends; False when it has ended, and nothing will be."""
-    with handle._engine.ledger.lock:
-        if handle._waiters is None:
-            handle._waiters = []
-
-        handle._waiters.append(call)
-
-    return handle._state not in FINAL
-
-
-def unsubscribe(handle: TaskHandle[Any], call: Callable[[], object]) -> None:
-    """Call nothing any more."""
-    try:
-        (handle._waiters or []).remove(call)
-    except ValueError:  # it was called
-        pass
-
-
-def stand_in(me: TaskHandle[Any]) -> None:
-    """Start a thread that runs what a waiting task needs, when that is queued and no thread does it yet."""
-    engine = me._engine
-    if queued_behind(me) is None or me in engine.stand_ins:
+def _compensate(me: TaskRecord) -> None:
+    """Start a thread for the queued tasks that a waiting task needs, unless it has one."""
+    if queued_dependency(me) is None or me in _compensated:
         return
 
-    thread = threading.Thread(target=_stand_in, args=(me,), name="traceml-stand-in", daemon=True)
-    engine.stand_ins.add(me)
+    thread = threading.Thread(target=_run_dependencies, args=(me,), name="traceml-compensating", daemon=True)
+    _compensated.add(me)
     try:
         thread.start()
     except RuntimeError as error:
-        engine.stand_ins.discard(me)
-        _log.warning("task %r waits without a thread that runs what it needs: %s", me.name, error)
+        _compensated.discard(me)
+        _log.warning("task %r waits, and no thread can be started for the tasks that it needs: %s", me.name, error)
 
 
-def _stand_in(me: TaskHandle[Any]) -> None:
-    here = seat()
-    here.serves = me
+def _run_dependencies(me: TaskRecord) -> None:
+    thread = set_thread_state(ThreadState(replace=_replace_compensating, compensates=me))
     try:
-        _serve(me, here)
-    except Retire:  # the task that it was in has timed out, and another stands in
+        while task := queued_dependency(me):
+            if task.claim():
+                run_claimed(task, thread)
+                thread.current = None
+                idle_waiters.wake_all()
+    except WorkerReplaced:
         return
 
-    me._engine.stand_ins.discard(me)
-    stand_in(me)  # for what was queued since
+    _compensated.discard(me)
+    _compensate(me)  # for tasks that were queued since
 
 
-def _serve(me: TaskHandle[Any], here: Seat) -> None:
-    while handle := queued_behind(me):
-        try:
-            handle._ticket.pop()
-        except IndexError:  # a worker has taken it
-            continue
-
-        ledger = handle._engine.ledger
-        run(handle, here, ledger.counts, ledger.slot_of(here), perf_counter(), ledger.records.append)
-        here.current = None
-        ledger.wake_sleepers()
+def _replace_compensating(thread: ThreadState) -> None:
+    """Start another compensating thread, as this one is blocked."""
+    if thread.compensates is not None:
+        _compensated.discard(thread.compensates)
+        _compensate(thread.compensates)
 
 
-async def await_for(handle: TaskHandle[Any]) -> None:
-    """Wait for a task on an event loop, whichever it is; the loop goes on."""
+def forget_compensation() -> None:
+    """Drop the compensating threads of the process that this one was forked from."""
+    _compensated.clear()
+
+
+async def await_for(task: TaskRecord) -> None:
+    """Wait for a task on any event loop, which goes on meanwhile."""
     me, loop = current_task(), asyncio.get_running_loop()
-    if me is not None and (me is handle or reaches(handle, me)):
-        raise TaskDeadlockError(f"task {me.name!r} awaits {handle.name!r}, which cannot end before {me.name!r} does")
-
+    _refuse_circle(me, task, "awaits")
     ended = asyncio.Event()
     call = _threadsafe(loop, ended)
-    if not subscribe(handle, call):
+    if not task.add_callback(call):
         return
 
-    with waiting(me, handle):
-        handle._engine.ledger.wake_sleepers()
-        if asleep and queued_behind(handle) is not None:
-            for sleeper in tuple(asleep):  # they may be all the workers there are, and wait for this one
-                stand_in(sleeper)
+    with waiting(me, task):
+        idle_waiters.wake_all()
+        if blocked_tasks and queued_dependency(task) is not None:
+            for blocked in tuple(blocked_tasks):  # they may hold all workers, and wait for this one
+                _compensate(blocked)
 
         try:
             await ended.wait()
         finally:
-            unsubscribe(handle, call)
+            task.remove_callback(call)
 
 
 def _threadsafe(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> Callable[[], object]:
     return lambda: loop.call_soon_threadsafe(event.set)
 
 
-def wait_for_all(engine: Engine, timeout: float | None) -> None:
-    """Return when all tasks of an engine have ended, but for the one that calls and those that wait for it.
+def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
+    """Return when all tasks of an engine have ended, except the calling task and those that wait for it.
 
     Raises:
         WaitTimeoutError: `timeout` seconds have passed.
@@ -238,71 +220,48 @@ def wait_for_all(engine: Engine, timeout: float | None) -> None:
         raise TaskDeadlockError("wait_all() would block the event loop; await the handles, or asyncio.gather(*handles)")
 
     me, ends_s = current_task(), None if timeout is None else perf_counter() + timeout
-    helps = me is not None and timeout is None and not _deep(seat())
-    with waiting(me, engine), _occupying_loop(me):
-        engine.ledger.wake_sleepers()
-        while left := _outstanding(engine, me):
-            if helps and _help(engine):
+    in_place = me is not None and timeout is None and not _is_deep(thread_state())
+    with waiting(me, engine), _blocking_loop(me):
+        idle_waiters.wake_all()
+        while left := _unfinished(engine, me):
+            if in_place and (task := _runnable(engine)):
+                if task.claim():
+                    _run_in_place(task, thread_state())
+
                 continue
 
-            if not _doze(engine, me, ends_s, helps=helps):
+            if not _park(engine, me, ends_s, in_place=in_place):
                 raise WaitTimeoutError(f"{left} task(s) had not ended after {timeout:g} s")
 
 
-def _outstanding(engine: Engine, me: TaskHandle[Any] | None) -> int:
+def _unfinished(engine: TaskEngine, me: TaskRecord | None) -> int:
     """Count the tasks that are still to be waited for."""
-    exempt = {one for one in entangled(me) if one._engine is engine}
-    reporting = len(engine.ledger.reporting - exempt)
-    tally = engine.ledger.tally()
-    return tally.running + tally.queued + reporting - sum(one._state not in FINAL for one in exempt)
+    return engine.count_unfinished({one for one in blocked_set(me) if one.engine is engine})
 
 
-def _help(engine: Engine) -> bool:
-    """Run a queued task on this thread; False when there is none that may."""
-    handle = _helpable(engine)
-    if handle is None:
-        return False
-
-    try:
-        handle._ticket.pop()
-    except IndexError:  # a worker has taken it
-        return True
-
-    _run_here(handle, seat())
-    return True
-
-
-def _helpable(engine: Engine) -> TaskHandle[Any] | None:
-    for handle in engine.queued():
-        if handle._timeout_s is None:
-            return handle
+def _runnable(engine: TaskEngine) -> TaskRecord | None:
+    """Return a queued task that may run in place of the wait."""
+    for task in engine.next_queued():
+        if task.timeout_s is None:
+            return task
 
     return None
 
 
-def _doze(engine: Engine, me: TaskHandle[Any] | None, ends_s: float | None, *, helps: bool) -> bool:
-    """Sleep until something ends, or is submitted; False when the time is over."""
-    bell, pools = Bell(), engine.pools if me is not None else ()
-    parks = [pool.parked for pool in pools]
-    for bells in (engine.ledger.sleepers, *parks):
-        bells.append(bell)
+def _park(engine: TaskEngine, me: TaskRecord | None, ends_s: float | None, *, in_place: bool) -> bool:
+    """Sleep until a task ends or is submitted; False when the time is over."""
+    waker = Waker()
+    idle_waiters.add(waker)
+    if me is not None:
+        engine.add_waker(waker)
 
     try:
-        if not _outstanding(engine, me) or (helps and _helpable(engine)):
+        if not _unfinished(engine, me) or (in_place and _runnable(engine)):
             return True
 
-        with _asleep(me):
-            return _sleep(bell, me, None if ends_s is None else ends_s - perf_counter())
+        with _blocked(me):
+            return _sleep(waker, me, None if ends_s is None else ends_s - perf_counter())
     finally:
-        _leave(bell, engine.ledger.sleepers, *parks)
-        for pool in pools:
-            if pool.queue:
-                pool.wake()  # a ring for a new task must not end with the one that leaves
-
-
-def _leave(bell: Bell, *parks: list[Any]) -> None:
-    for bells in parks:
-        try:
-            bells.remove(bell)
-        except ValueError:
-            pass
+        idle_waiters.discard(waker)
+        if me is not None:
+            engine.remove_waker(waker)

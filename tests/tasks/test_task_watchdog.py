@@ -12,7 +12,6 @@ import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import Runtime, TaskTimeoutError
-from traceml.tasks.stalls import line_of_thread
 
 
 def linger(release: threading.Event) -> str:
@@ -30,7 +29,7 @@ def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCapt
     release, seen = threading.Event(), []
     single.set_error_callback(lambda handle, error: seen.append(handle.state))
     handle = single.submit(linger, release, timeout=0.05, name="slow")
-    with pytest.raises(TaskTimeoutError, match=r"'slow' ran longer .* 0.05 s, at .*test_watchdog.py:\d+ in linger"):
+    with pytest.raises(TaskTimeoutError, match=r"'slow' ran longer .* 0.05 s, at .*_watchdog.py:\d+ in linger"):
         handle.get()
 
     until(lambda: seen == ["timed_out"])
@@ -168,7 +167,7 @@ def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture)
     assert stalled["stuck"]["seconds"] >= 0.05
     assert stalled["direct"]["function"] == "direct"
     assert stalled["awaiting"]["function"].endswith("awaiting")
-    assert f"test_watchdog.py:{first + 1} in linger" in caplog.text
+    assert f"test_task_watchdog.py:{first + 1} in linger" in caplog.text
     assert rt.get_progress()["stalled"] == []
 
 
@@ -189,14 +188,3 @@ def test_a_dropped_runtime_ends_its_watchdog() -> None:
     rt.submit(len, "", timeout=10).wait()
     del rt
     gc.collect()
-
-
-def test_a_line_is_that_of_the_users_code() -> None:
-    """Not of the standard library that it waits in."""
-    release = threading.Event()
-    thread = threading.Thread(target=linger, args=(release,))
-    thread.start()
-    until(lambda: (line := line_of_thread(thread.ident or 0)) is not None and line.function == "linger")
-    release.set()
-    thread.join()
-    assert line_of_thread(thread.ident or 0) is None

@@ -9,9 +9,7 @@ import sys
 import textwrap
 import time
 
-import pytest
-
-from traceml import Runtime, TaskForkedError, get_default_runtime, set_default_runtime
+from traceml import Runtime, TaskForkedError
 
 HEAD = """
 import os, sys, threading, time
@@ -172,23 +170,3 @@ def test_a_forked_child_in_this_process(rt: Runtime) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     release.set()
     assert handle.get() is True
-
-
-def test_the_default_runtime_is_made_once() -> None:
-    rt = get_default_runtime()
-    try:
-        assert get_default_runtime() is rt
-        rt.shutdown()
-        fresh = get_default_runtime()
-        assert fresh is not rt  # one that is shut down is of no use
-        fresh.shutdown()
-    finally:
-        set_default_runtime(None)
-
-
-def test_the_default_runtime_can_be_set(rt: Runtime) -> None:
-    assert set_default_runtime(rt) is None
-    assert get_default_runtime() is rt
-    assert set_default_runtime(None) is rt
-    with pytest.raises(ValueError, match="takes a Runtime or None, not int"):
-        set_default_runtime(3)  # type: ignore[arg-type]

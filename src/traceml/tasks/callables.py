@@ -1,4 +1,4 @@
-"""What a task is called when nobody gave it a name, and what kind of callable it is."""
+"""Names and kinds of callables."""
 
 from __future__ import annotations
 

@@ -105,7 +105,9 @@ def test_a_coroutine_is_ended_where_its_time_is_over(rt: Runtime) -> None:
             ended.set()
 
     handle = rt.submit(slow, timeout=0.05)
-    with pytest.raises(TaskTimeoutError, match=r"'slow' ran longer than its timeout of 0.05 s, at .*test_loop.py:\d+"):
+    with pytest.raises(
+        TaskTimeoutError, match=r"'slow' ran longer than its timeout of 0.05 s, at .*test_event_loop.py:\d+"
+    ):
         handle.get()
 
     assert ended.wait(10)

@@ -1,4 +1,4 @@
-"""Runtimes at the ends of a process: its exit, and its forked children."""
+"""Exit and fork handlers of a process with Runtimes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import threading
 import weakref
 
 from traceml.tasks.engine import Engine
-from traceml.tasks.seats import forget_waits
-from traceml.tasks.waiting import wait_for_all
+from traceml.tasks.wait_graph import forget_waits
+from traceml.tasks.waiting import forget_compensation, wait_for_all
+from traceml.tasks.waker import idle_waiters
 
-__all__ = ["add"]
+__all__ = ["register"]
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def add(engine: Engine) -> None:
-    """Look after an engine."""
+def register(engine: Engine) -> None:
+    """Handle the exit and the forks of this process for an engine."""
     _engines.add(engine)
 
 
 def _before_exit() -> None:
-    """Let tasks end before the interpreter does; not after Ctrl-C, and not those whose cancelling was asked for."""
+    """Wait for tasks before the interpreter ends; not after Ctrl-C, and not after `shutdown(cancel=True)`."""
     if getattr(sys, "last_type", None) is KeyboardInterrupt:
         return
 
     for engine in list(_engines):
-        if not engine.abandoned:
+        if not engine.discarded:
             wait_for_all(engine, None)
             engine.close(wait=True)
 
@@ -37,6 +38,8 @@ def _after_fork() -> None:
         engine.after_fork()
 
     forget_waits()
+    forget_compensation()
+    idle_waiters.clear()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,244 @@
+"""The record of a task, the state of the thread that runs it, and the interface of its engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import Context, ContextVar
+from typing import Any, Protocol
+
+from traceml.tasks.callables import name_of
+from traceml.tasks.task_statistics import TaskStatistics
+from traceml.tasks.waker import Waker
+
+__all__ = [
+    "CANCELLED",
+    "COMPLETED",
+    "FAILED",
+    "FINAL",
+    "QUEUED",
+    "RUNNING",
+    "TIMED_OUT",
+    "LoopState",
+    "TaskEngine",
+    "TaskRecord",
+    "ThreadState",
+    "coroutine_task",
+    "current_task",
+    "set_thread_state",
+    "thread_state",
+]
+
+QUEUED = "queued"
+RUNNING = "running"
+COMPLETED = "completed"
+FAILED = "failed"
+CANCELLED = "cancelled"
+TIMED_OUT = "timed_out"
+
+FINAL = frozenset({COMPLETED, FAILED, CANCELLED, TIMED_OUT})
+
+
+class TaskRecord:
+    """One submitted task.
+
+    The queue holds the task's entry, a list with the task in it. The thread that pops the task from the entry runs it:
+    this is one atomic operation, and an entry that is left in the queue keeps no result alive.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "args",
+        "callbacks",
+        "context",
+        "engine",
+        "entry",
+        "fn",
+        "given_name",
+        "kwargs",
+        "last_progress",
+        "outcome",
+        "started_s",
+        "state",
+        "submitted_s",
+        "timeout_s",
+    )
+
+    args: tuple[Any, ...]
+    callbacks: list[Callable[[], object]] | None  # called when the task ends
+    context: Context | None
+    engine: TaskEngine
+    entry: list[TaskRecord]
+    fn: Callable[..., Any] | None
+    given_name: str | None  # or the derived one, as soon as it is needed
+    kwargs: Mapping[str, Any] | None
+    last_progress: float | None
+    outcome: Any  # the result; (exception, its traceback) when there is none
+    started_s: float
+    state: str
+    submitted_s: float
+    timeout_s: float | None
+
+    @property
+    def name(self) -> str:
+        """The name that was given, or the callable's."""
+        fn, name = self.fn, self.given_name  # in this order: the name is set before the callable is dropped
+        if name is None:
+            name = self.given_name = name_of(fn)
+
+        return name
+
+    def done(self) -> bool:
+        """Whether the task has ended, with or without a result."""
+        return self.state in FINAL
+
+    def claim(self) -> bool:
+        """Take the task from the queue, to run or to cancel it; False when another thread was first."""
+        try:
+            self.entry.pop()
+        except IndexError:
+            return False
+
+        return True
+
+    def settle(self, state: str, outcome: Any) -> None:
+        """Set the final state and drop the call."""
+        self.fn = self.args = self.kwargs = self.context = None  # type: ignore[assignment]
+        self.outcome = outcome
+        self.state = state
+
+    def add_callback(self, call: Callable[[], object]) -> bool:
+        """Have something called when the task ends; False when it has ended, and nothing will be called."""
+        with self.engine.statistics.lock:
+            if self.callbacks is None:
+                self.callbacks = []
+
+            self.callbacks.append(call)
+
+        return self.state not in FINAL
+
+    def remove_callback(self, call: Callable[[], object]) -> None:
+        """Remove a callback that has not been called yet."""
+        try:
+            (self.callbacks or []).remove(call)
+        except ValueError:  # it was called
+            pass
+
+
+class ThreadState:
+    """The task that the calling thread runs, in a pool or while it waits.
+
+    Args:
+        index: the number of the worker; -1 for a thread of no pool.
+        replace: starts another thread in place of this one, when a task that has timed out blocks it.
+        compensates: the task that waits while this thread runs the tasks that it needs.
+    """
+
+    __slots__ = ("compensates", "current", "depth", "ident", "index", "loop", "replace", "replaced")
+
+    def __init__(
+        self,
+        index: int = -1,
+        replace: Callable[[ThreadState], object] | None = None,
+        compensates: TaskRecord | None = None,
+    ) -> None:
+        self.ident = threading.get_ident()
+        self.index, self.replace, self.compensates = index, replace, compensates
+        self.current: TaskRecord | None = None
+        self.depth = 0  # tasks below the current one, which wait for it on this thread
+        self.loop: LoopState | None = None  # the event loop that runs on this thread
+        self.replaced = False  # its task timed out, and another thread has taken its place
+
+
+_local = threading.local()
+# The task of a coroutine is found by its context: many share one thread.
+coroutine_task: ContextVar[TaskRecord | None] = ContextVar("traceml_coroutine_task", default=None)
+
+
+def thread_state() -> ThreadState:
+    """Return the state of this thread."""
+    try:
+        return _local.state  # type: ignore[no-any-return]
+    except AttributeError:
+        return set_thread_state(ThreadState())
+
+
+def set_thread_state(state: ThreadState) -> ThreadState:
+    """Make a state that of this thread."""
+    _local.state = state
+    return state
+
+
+def current_task() -> TaskRecord | None:
+    """Return the task that this code runs in; None outside of any."""
+    return thread_state().current or coroutine_task.get()
+
+
+class LoopState:
+    """The thread of an event loop, its coroutines, and the task that blocks it."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again without a thread, as a forked child does."""
+        self.thread: threading.Thread | None = None
+        self.tasks: dict[TaskRecord, Any] = {}  # with the asyncio.Task of each that has begun
+        self.blocker: TaskRecord | None = None  # the task that keeps the thread from all others
+
+    def is_here(self) -> bool:
+        """Whether this is the loop's thread."""
+        return threading.current_thread() is self.thread
+
+    @contextmanager
+    def blocked_by(self, task: TaskRecord) -> Iterator[None]:
+        """Record that a task blocks the loop's thread, which calls this."""
+        before, self.blocker = self.blocker, task
+        try:
+            yield
+        finally:
+            self.blocker = before
+
+
+class TaskEngine(Protocol):
+    """Services of a Runtime's engine to its tasks."""
+
+    statistics: TaskStatistics
+
+    @property
+    def loop(self) -> LoopState:
+        """The event loop."""
+
+    def register(self, thread: ThreadState) -> int:
+        """Make a thread known that runs tasks; return its slot in the statistics."""
+
+    def run_coroutine(self, task: TaskRecord, coroutine: Any, slot: int) -> float:
+        """Continue a task whose callable returned a coroutine; return the time."""
+
+    def watch(self, task: TaskRecord, thread: ThreadState | None) -> None:
+        """End a task when its timeout has passed."""
+
+    def keep_failure(self, task: TaskRecord) -> None:
+        """Add a task to the failed ones; the statistics' lock is held."""
+
+    def report_failure(self, task: TaskRecord, error: BaseException) -> None:
+        """Call the error callback."""
+
+    def cancel(self, task: TaskRecord) -> bool:
+        """End a task before it begins, or a coroutine; False when it is too late."""
+
+    def interrupt(self, task: TaskRecord) -> None:
+        """Cancel a coroutine that has timed out."""
+
+    def next_queued(self) -> list[TaskRecord]:
+        """Return the first task of each queue."""
+
+    def count_unfinished(self, exempt: set[TaskRecord]) -> int:
+        """Count the other tasks that have not ended, or whose error callback has not returned."""
+
+    def add_waker(self, waker: Waker) -> None:
+        """Wake a thread when a task is submitted."""
+
+    def remove_waker(self, waker: Waker) -> None:
+        """Undo `add_waker`."""

@@ -1,0 +1,201 @@
+"""A pool of threads that take tasks from one queue.
+
+`parked` holds the wake-ups for new tasks: the wakers of sleeping workers and, below them, the workers that have not
+been started yet. While it is empty, all workers are busy, and submitting a task is one append.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from time import perf_counter
+
+from traceml.tasks.execution import WorkerReplaced, fail, run
+from traceml.tasks.task_record import RUNNING, TaskEngine, TaskRecord, ThreadState, set_thread_state
+from traceml.tasks.waker import Waker, idle_waiters
+
+__all__ = ["ThreadPool"]
+
+_log = logging.getLogger("traceml")
+
+
+class _UnstartedWorker:
+    """A worker whose thread is started when there is work for it."""
+
+    __slots__ = ("index", "pool")
+
+    def __init__(self, pool: ThreadPool, index: int) -> None:
+        self.pool, self.index = pool, index
+
+    def wake(self) -> None:
+        self.pool.start(self)
+
+
+class ThreadPool:
+    """Threads for the tasks of one kind.
+
+    Args:
+        name: the prefix of the threads' names.
+        size: the number of threads at most, without those blocked in tasks that have timed out.
+        first: the index of the first worker.
+        engine: the engine that its threads belong to.
+        on_start: called after each start of a thread.
+    """
+
+    def __init__(self, name: str, size: int, first: int, engine: TaskEngine, on_start: Callable[[], object]) -> None:
+        self.name, self.size, self.first = name, size, first
+        self._engine, self._on_start = engine, on_start
+        self.queue: deque[list[TaskRecord]] = deque()
+        self._closed = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again without threads, as a forked child does."""
+        self.queue.clear()
+        self.workers: dict[int, ThreadState] = {}  # by the ident of their threads
+        self.threads: list[threading.Thread] = []
+        self.parked: list[Waker | _UnstartedWorker] = [
+            _UnstartedWorker(self, self.first + i) for i in reversed(range(self.size))
+        ]
+
+    def wake(self) -> None:
+        """Wake a sleeping worker, or start a thread; without effect while all are busy."""
+        try:
+            one = self.parked.pop()
+        except IndexError:
+            return
+
+        one.wake()
+
+    def discard(self, waker: Waker) -> None:
+        """Remove a waker from `parked`, and pass its wake-up on if it was used."""
+        try:
+            self.parked.remove(waker)
+        except ValueError:
+            pass
+
+        if self.queue:
+            self.wake()
+
+    def start(self, worker: _UnstartedWorker) -> None:
+        """Start the thread of a worker.
+
+        Raises:
+            RuntimeError: the system gives no thread, and the pool has none that could do the work instead.
+        """
+        thread = threading.Thread(
+            target=self._work, args=(worker.index,), name=f"traceml-{self.name}-{worker.index}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            self.parked.insert(0, worker)
+            if not self.threads:
+                raise
+
+            _log.warning("the pool %s stays at %d threads: %s", self.name, len(self.threads), error)
+        else:
+            self.threads.append(thread)
+            self._on_start()
+
+    def first_queued(self) -> TaskRecord | None:
+        """Return the first task in the queue that has not been claimed."""
+        while True:
+            try:
+                entry = self.queue[0]
+            except IndexError:
+                return None
+
+            for task in entry:
+                return task
+
+            try:
+                self.queue.remove([])  # the first claimed one
+            except ValueError:
+                pass
+
+    def close(self) -> None:
+        """End the workers as soon as the queue is empty."""
+        self._closed = True
+        parked, self.parked[:] = self.parked.copy(), []
+        for one in parked:
+            if isinstance(one, Waker):
+                one.wake()
+
+    def _replace(self, thread: ThreadState) -> None:
+        """Let a new thread work in place of a blocked one."""
+        self.parked.insert(0, _UnstartedWorker(self, thread.index))
+        if self.queue:
+            self.wake()
+
+    def _work(self, index: int) -> None:
+        thread = set_thread_state(ThreadState(index, self._replace))
+        self.workers[thread.ident] = thread
+        try:
+            while not self._run_until_closed(thread):
+                pass
+        finally:
+            self.workers.pop(thread.ident, None)
+            try:
+                self.threads.remove(threading.current_thread())
+            except ValueError:  # removed by a fork
+                pass
+
+            thread.current = None
+            idle_waiters.wake_all()
+
+    def _run_until_closed(self, thread: ThreadState) -> bool:
+        """Run tasks until the pool is closed; False after an error outside of tasks, as MemoryError is."""
+        try:
+            self._run_tasks(thread)
+        except WorkerReplaced:
+            pass
+        except BaseException as error:  # noqa: BLE001 - a task must end, or its waiters would wait without limit
+            _log.exception("a worker of the pool %s failed outside of its task", self.name)
+            task = thread.current
+            if task is not None and task.state is RUNNING:
+                fail(task, self._engine.register(thread), error)
+
+            return False
+
+        return True
+
+    def _run_tasks(self, thread: ThreadState) -> None:
+        take, queue, waker, statistics = self.queue.popleft, self.queue, Waker(), self._engine.statistics
+        slot = self._engine.register(thread)
+        counts, record = statistics.counts, statistics.records.append
+        now = perf_counter()
+        while True:
+            try:
+                task = take().pop()
+            except IndexError:  # the queue is empty, or another thread has claimed the task
+                if queue:
+                    continue
+            else:
+                now = run(task, thread, counts, slot, now, record)
+                continue
+
+            task = thread.current = None  # type: ignore[assignment]  # a sleeping worker keeps no result alive
+            if not self._park(thread, waker):
+                return
+
+            now = perf_counter()
+
+    def _park(self, thread: ThreadState, waker: Waker) -> bool:
+        """Sleep until there is work; False when there will be none."""
+        self.parked.append(waker)
+        idle_waiters.wake_all()
+        if self._closed or thread.ident not in self.workers:  # closed, or this is the child of a fork
+            return bool(self.queue)
+
+        if self.queue:
+            try:
+                self.parked.remove(waker)
+                return True
+            except ValueError:  # it is being woken: that must not be left for the next time
+                pass
+
+        waker.sleep()
+        return True
