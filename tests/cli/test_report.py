@@ -9,7 +9,7 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 from traceml import cli
-from traceml.runs.report import build_report, write_report
+from traceml.runs.report import build_report, save_report
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def runs_dir(tmp_path, monkeypatch):
 def slow(runs_dir):
     """A finished run with a slow rank, its report written."""
     folder = store_run(runs_dir / "20260101-000000-train-abcd", Job(), adds("forward", 20.0, (1,)))
-    write_report(folder)
+    save_report(folder, build_report(folder))
     return folder
 
 
@@ -50,9 +50,8 @@ def test_running_run_is_read_from_its_store(runs_dir, capsys):
     """A run that goes on has no report yet: it is made from the store, and so is a report that is out of date."""
     folder = store_run(runs_dir / "going-on", Job(steps=100), facts={"state": "running", "ended": None})
     outdated = build_report(folder)
-    outdated["run"]["state"] = "running"
-    outdated["steps"]["count"] = 3
-    (folder / "report.json").write_text(json.dumps(outdated))
+    outdated.steps.count = 3
+    save_report(folder, outdated)
 
     assert cli.main(["report", "going-on", "--json"]) == 0
 

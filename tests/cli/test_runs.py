@@ -9,7 +9,7 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
-from traceml.runs.report import write_report
+from traceml.runs.report import build_report, save_report
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def three(tmp_path, monkeypatch):
         facts = {"started": STARTED + 100 * number, "ended": STARTED + 100 * number + 42, "state": state}
         made.append(store_run(tmp_path / "traceml_runs" / f"run-{number}", Job(steps=60), facts=facts))
 
-    write_report(made[-1])
+    save_report(made[-1], build_report(made[-1]))
     return made
 
 

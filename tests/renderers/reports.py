@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from traceml.diagnosis.findings import Finding
+from traceml.runs.report_types import Report, TelemetrySection, parse_report
+
 PHASES = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "other")
 WAIT = "Profile rank 1's forward pass; compare its input sizes and its host's load with rank 0's."
 
 
-def finding(kind: str = "HEALTHY", **over: Any) -> dict[str, Any]:
-    base = {
+def finding(kind: str = "HEALTHY", **over: Any) -> Finding:
+    base: dict[str, Any] = {
         "kind": kind,
         "severity": "info",
         "ranks": [],
@@ -20,32 +23,32 @@ def finding(kind: str = "HEALTHY", **over: Any) -> dict[str, Any]:
         "cost_share": 0.0,
         "speedup_if_fixed": 1.0,
     }
-    return {**base, **over}
+    return Finding.from_dict({**base, **over})
 
 
-def straggler() -> dict[str, Any]:
-    return finding(
-        "COMPUTE_STRAGGLER",
-        severity="critical",
-        ranks=[1],
-        phase="forward",
-        summary="Rank 1 spends 20.4 ms of each step in forward, the others 0.55 ms; they wait 19.9 ms for it.",
-        next=WAIT,
-        cost_share=0.787,
-        speedup_if_fixed=4.69,
-    )
+def straggler(**over: Any) -> Finding:
+    known: dict[str, Any] = {
+        "severity": "critical",
+        "ranks": [1],
+        "phase": "forward",
+        "summary": "Rank 1 spends 20.4 ms of each step in forward, the others 0.55 ms; they wait 19.9 ms for it.",
+        "next": WAIT,
+        "cost_share": 0.787,
+        "speedup_if_fixed": 4.69,
+    }
+    return finding("COMPUTE_STRAGGLER", **{**known, **over})
 
 
 def report(
     rank_times: list[dict[str, float]],
-    verdict: dict[str, Any] | None = None,
+    verdict: Finding | None = None,
     *,
     state: str = "finished",
-    others: tuple[dict[str, Any], ...] = (),
+    others: tuple[Finding, ...] = (),
     exits: dict[int, dict[str, Any]] | None = None,
     lost: int = 0,
     cuda: bool = False,
-) -> dict[str, Any]:
+) -> Report:
     """Return the report of a run whose ranks spend these milliseconds in phases."""
     verdict = verdict or finding()
     exits = exits or {}
@@ -65,7 +68,7 @@ def report(
             }
         )
 
-    return {
+    data = {
         "schema": "traceml.report/1",
         "traceml_version": "0.1.0",
         "run": {
@@ -81,8 +84,8 @@ def report(
             "hosts": ["node1"],
             "command": "train.py --epochs 3",
         },
-        "verdict": verdict,
-        "findings": [verdict, *others],
+        "verdict": verdict.to_dict(),
+        "findings": [each.to_dict() for each in (verdict, *others)],
         "steps": {
             "count": 1000 if rank_times else 0,
             "mean_ms": mean if rank_times else None,
@@ -119,21 +122,22 @@ def report(
             "bytes_sent": 861_000,
         },
     }
+    return parse_report(data)
 
 
-def healthy() -> dict[str, Any]:
+def healthy() -> Report:
     times = {"input_wait": 0.12, "forward": 1.56, "backward": 2.2, "optimizer": 1.08, "other": 0.15}
     return report([times], finding(severity="info"))
 
 
-def slow_rank() -> dict[str, Any]:
+def slow_rank() -> Report:
     fast = {"input_wait": 0.12, "forward": 0.55, "backward": 0.91, "optimizer": 1.08, "comm": 21.9, "other": 0.17}
     slow = {"input_wait": 0.12, "forward": 20.4, "backward": 0.87, "optimizer": 1.08, "comm": 1.75, "other": 0.35}
     other = finding("JITTER", severity="warning", cost_share=0.11, summary="x", next="y")
     return report([fast, slow], straggler(), others=(other,))
 
 
-def killed_rank() -> dict[str, Any]:
+def killed_rank() -> Report:
     times = {"input_wait": 0.12, "forward": 1.56, "backward": 2.2, "optimizer": 1.08, "comm": 0.4, "other": 0.15}
     left = {"code": None, "signal": 9, "exception": None, "last_step": 36, "open_phase": "forward", "stack": None}
     lost = finding(
@@ -148,21 +152,23 @@ def killed_rank() -> dict[str, Any]:
     return report([times, times], lost, state="failed", exits={1: {"state": "killed", "exit": left}}, lost=120)
 
 
-def thousand_ranks() -> dict[str, Any]:
+def thousand_ranks() -> Report:
     ranks = []
     for rank in range(1000):
         slow = 10.0 if rank == 617 else 0.0
         wait = 10.0 - slow + (rank % 7) * 0.1
         ranks.append({"input_wait": 0.4, "forward": 5.0 + slow, "backward": 9.0, "optimizer": 1.0, "comm": wait})
 
-    blame = {**straggler(), "ranks": [617], "cost_share": 0.39, "speedup_if_fixed": 1.64}
-    blame["summary"] = "Rank 617 spends 15 ms of each step in forward, the others 5 ms; they wait 10 ms for it."
+    summary = "Rank 617 spends 15 ms of each step in forward, the others 5 ms; they wait 10 ms for it."
+    blame = straggler(ranks=[617], cost_share=0.39, speedup_if_fixed=1.64, summary=summary)
     return report(ranks, blame, state="running", cuda=True)
 
 
-def too_early() -> dict[str, Any]:
+def too_early() -> Report:
     missing = finding("INSUFFICIENT_DATA", summary="No step has ended yet.", next="Let it run for 20 steps or more.")
-    return {**report([], missing, state="running"), "telemetry": {}}
+    made = report([], missing, state="running")
+    made.telemetry = TelemetrySection()
+    return made
 
 
 REPORTS = {

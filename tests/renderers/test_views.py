@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
 from traceml.renderers.views import live_view, run_view, visible_ranks
+from traceml.runs.report_types import Report
 
 
 def test_straggler_is_marked():
@@ -45,7 +46,7 @@ def test_shares_add_up():
 def test_visible_ranks_keep_lost_slow_and_fast():
     """When not all fit, lost ranks come first, then the slowest and the fastest; order is by rank."""
     made = thousand_ranks()
-    made["ranks"][900]["state"] = "lost"
+    made.ranks[900].state = "lost"
     rows = run_view(made).ranks
 
     shown = visible_ranks(rows, 8)
@@ -62,18 +63,20 @@ def test_ranks_that_were_never_heard_of_are_told():
     made = thousand_ranks()
     assert run_view(made).absent is None
 
-    made["run"]["state"] = "finished"
-    del made["ranks"][617], made["ranks"][3]
+    made.run.state = "finished"
+    del made.ranks[617], made.ranks[3]
     assert run_view(made).absent == "nothing ever came of ranks 3 and 617 of 1,000"
-    del made["ranks"][40:]
+    del made.ranks[40:]
     assert run_view(made).absent == "nothing ever came of ranks 3, 41, 42, 43 and 956 more of 1,000"
-    made["run"]["state"] = "running"
+    made.run.state = "running"
     assert run_view(made).absent.startswith("nothing has come yet of ranks 3, ")
 
 
 def test_a_report_without_ranks_misses_none():
     """Where nothing is known of ranks, nothing is said of them."""
-    assert run_view({"run": {"world_size": 8}}).absent is None
+    made = Report.empty("x")
+    made.run.world_size = 8
+    assert run_view(made).absent is None
 
 
 def test_gain_of_nothing_is_not_told():

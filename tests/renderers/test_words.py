@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from tests.renderers.reports import finding
 from traceml.renderers.words import end_of_rank, headline, ranks_text, signal_name
+from traceml.runs.report_types import RankSection
 
 
 @pytest.mark.parametrize(
@@ -68,4 +70,4 @@ def test_signal_name():
 )
 def test_end_of_rank(rank, says):
     """A rank that ended well says nothing; others say how."""
-    assert end_of_rank(rank) == says
+    assert end_of_rank(msgspec.convert({"rank": 0, **rank}, RankSection)) == says

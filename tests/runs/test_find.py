@@ -8,7 +8,7 @@ from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml.errors import RunNotFoundError
 from traceml.runs.find import find_run, list_runs, prune
-from traceml.runs.report import write_report
+from traceml.runs.report import build_report, save_report
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_what_is_not_there_is_told_with_what_is(runs, tmp_path):
 
 def test_a_list_tells_state_and_verdict(runs):
     """The newest first, with what is known of each."""
-    write_report(runs / "20260102-000000-train-0002")
+    save_report(runs / "20260102-000000-train-0002", build_report(runs / "20260102-000000-train-0002"))
     (runs / "20260103-broken").mkdir()
     (runs / "20260103-broken" / "store.db").write_bytes(b"no database at all" * 100)
 

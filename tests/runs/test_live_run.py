@@ -14,6 +14,7 @@ from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.errors import StoreError
 from traceml.runs.live_run import LiveRun
+from traceml.runs.report_types import Report
 
 
 def test_it_waits_for_a_store_that_is_not_there_yet(tmp_path):
@@ -21,14 +22,14 @@ def test_it_waits_for_a_store_that_is_not_there_yet(tmp_path):
     live = LiveRun(tmp_path)
 
     assert live.refresh() is False
-    assert live.report() == {}
+    assert live.report() == Report.empty(tmp_path.name)
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
         add_rank(writer, 0, rows_of(Job(ranks=1, steps=60, grouped=False))[0], state="running")
 
     assert live.refresh() is True
-    assert live.report()["steps"]["count"] == 60
-    assert live.report()["verdict"]["kind"] == "COMPUTE_BOUND"
+    assert live.report().steps.count == 60
+    assert live.report().verdict.kind == "COMPUTE_BOUND"
     live.close()
 
 
@@ -46,7 +47,7 @@ def test_only_what_is_new_is_read(tmp_path):
     writer.commit()
 
     assert live.refresh() is True
-    assert live.report()["steps"]["count"] == 200
+    assert live.report().steps.count == 200
     assert not live.ended
     writer.close()
 
@@ -67,7 +68,7 @@ def test_the_aggregators_verdict_is_shown(tmp_path):
     live.refresh()
 
     assert live.findings[0].kind == "COMPUTE_STRAGGLER"
-    assert live.report()["verdict"]["ranks"] == [1]
+    assert live.report().verdict.ranks == (1,)
     assert [event.kind for event in live.events] == ["verdict"]
 
 
@@ -83,8 +84,8 @@ def test_a_restart_starts_the_windows_again(tmp_path):
     writer.commit()
     live.refresh()
 
-    assert live.report()["steps"]["count"] == 40
-    assert live.report()["run"]["attempt"] == 1
+    assert live.report().steps.count == 40
+    assert live.report().run.attempt == 1
     writer.close()
 
 

@@ -13,7 +13,8 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.find import is_delivered, prune
 from traceml.runs.metric_summary import MetricSummary, trackers
-from traceml.runs.report import build_report, update_trackers, write_report
+from traceml.runs.report import build_report, save_report, update_trackers
+from traceml.runs.report_types import MetricSection
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def test_each_name_has_its_last_least_and_greatest_value(run: LoggedRun) -> None
     run.metrics({"loss": [3.0, 1.0, math.nan, 2.0], "odd": [math.nan, math.inf]})
     run.metrics({"loss": [5.0]}, rank=1)
 
-    report = build_report(run.end())
+    report = build_report(run.end()).to_dict()
 
     json.dumps(report, allow_nan=False)
     assert report["metrics"] == {
@@ -44,8 +45,8 @@ def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
         run.metrics({"loss": [2.0], "new": [1.0]}, first_step=2)
         assert metrics.update(reader)
 
-    assert metrics.section()["loss"] == {"last": 2.0, "min": 1.0, "max": 3.0, "count": 3}
-    assert metrics.section()["new"]["count"] == 1
+    assert metrics.section()["loss"] == MetricSection(last=2.0, min=1.0, max=3.0, count=3)
+    assert metrics.section()["new"].count == 1
 
 
 def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
@@ -56,7 +57,7 @@ def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
         metrics.update(reader)
 
     assert (len(metrics.section()), metrics.hidden) == (1000, 500)
-    report = json.loads(write_report(run_dir).read_text())
+    report = json.loads(save_report(run_dir, build_report(run_dir)).read_text())
     assert (len(report["metrics"]), report["hidden_metrics"]) == (1000, 500)
 
 
@@ -64,7 +65,7 @@ def test_a_written_report_follows_its_trackers(run: LoggedRun) -> None:
     run.experiment(["jsonl"], id="x")
     run.metrics({"loss": [3.0, 1.0]})
     run_dir = run.end()
-    path = write_report(run_dir)
+    path = save_report(run_dir, build_report(run_dir))
     assert json.loads(path.read_text())["trackers"] == []
     assert not is_delivered(run_dir)
 
@@ -77,7 +78,7 @@ def test_a_written_report_follows_its_trackers(run: LoggedRun) -> None:
     )  # fmt: skip
     assert told["latency_ms"] > 0
     assert told["urls"][0].startswith("file:///")
-    assert trackers(run_dir)[0]["pending"] is None, "nobody has counted what is stored"
+    assert trackers(run_dir)[0].pending is None, "nobody has counted what is stored"
     assert is_delivered(run_dir)
 
 

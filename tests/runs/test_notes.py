@@ -55,7 +55,7 @@ def test_only_what_is_new_is_read(tmp_path):
 
     add_info(writer, stream, kind="warning", t_ns=2, text="second")
     for step in (1, 2):
-        writer.event("verdict", {"findings": [finding()], "step": step})
+        writer.event("verdict", {"findings": [finding().to_dict()], "step": step})
 
     writer.commit()
     live.refresh()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from tests.runs.fabricated_store import (
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
-from traceml.runs.report import build_report, write_report
+from traceml.runs.report import build_report, save_report
 
 KEYS = {
     "": ["schema", "traceml_version", "run", "verdict", "findings", "steps", "phases", "ranks", "memory", "system",
@@ -32,6 +34,11 @@ KEYS = {
     "steps": ["count", "mean_ms", "p50_ms", "p95_ms", "p99_ms", "per_second"],
     "telemetry": ["rows_appended", "rows_stored", "rows_lost", "overhead_us_per_step", "overhead_share", "bytes_sent"],
 }  # fmt: skip
+
+
+def report_on(run_dir: Path, **options: Any) -> dict[str, Any]:
+    """The report as a reader of its JSON sees it."""
+    return build_report(run_dir, **options).to_dict()
 
 
 def open_store(folder, **facts):
@@ -45,7 +52,7 @@ def test_every_key_of_the_contract_is_there(tmp_path):
     """A run of which little is known has the same keys as any other."""
     open_store(tmp_path / "run").close()
 
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
 
     for section, keys in KEYS.items():
         assert set(keys) <= set(report[section] if section else report)
@@ -57,7 +64,7 @@ def test_every_key_of_the_contract_is_there(tmp_path):
 
 def test_a_straggler_is_the_verdict(tmp_path):
     """The verdict is the first finding, with its numbers."""
-    report = build_report(store_run(tmp_path / "run", Job(steps=300), adds("forward", 20, (1,))))
+    report = report_on(store_run(tmp_path / "run", Job(steps=300), adds("forward", 20, (1,))))
 
     assert report["verdict"] == report["findings"][0]
     assert (report["verdict"]["kind"], report["verdict"]["ranks"]) == ("COMPUTE_STRAGGLER", [1])
@@ -70,7 +77,7 @@ def test_a_straggler_is_the_verdict(tmp_path):
 
 def test_backward_is_own_work_and_comm_holds_the_waiting(tmp_path):
     """The waiting inside backward is told apart by the steps that measured it; the parts add up."""
-    report = build_report(store_run(tmp_path / "run", Job(steps=300, callback_every=4), adds("forward", 20, (1,))))
+    report = report_on(store_run(tmp_path / "run", Job(steps=300, callback_every=4), adds("forward", 20, (1,))))
     phases = {phase["phase"]: phase for phase in report["phases"]}
     comm = {entry["rank"]: entry["mean_ms"] for entry in phases["comm"]["by_rank"]}
 
@@ -89,7 +96,7 @@ def test_user_phases_have_their_own_names(tmp_path):
     add_user_phase(writer, stream, "augment", 100, 10)
     writer.close()
 
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
     phases = {phase["phase"]: phase["mean_ms"] for phase in report["phases"]}
 
     assert phases["augment"] == pytest.approx(10, rel=0.05)
@@ -111,7 +118,7 @@ def test_a_killed_rank_is_told_with_all_that_is_known(tmp_path):
     add_rank(writer, 1, rows[1][:80], state="killed", exit={"signal": 9, "open_phase": "backward", "open_step": 80})
     writer.close()
 
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
     killed = report["ranks"][1]
 
     assert (report["verdict"]["kind"], report["verdict"]["ranks"]) == ("RANK_LOST", [1])
@@ -132,7 +139,7 @@ def test_the_last_attempt_is_described(tmp_path):
         add_rank(writer, rank, rows, attempt=1)
 
     writer.close()
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
 
     assert report["run"]["attempt"] == 1
     assert report["steps"]["count"] == 60
@@ -147,7 +154,7 @@ def test_memory_system_and_telemetry(tmp_path):
     add_samples(writer, stream, growth=4096)
     writer.close()
 
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
     memory, host = report["memory"]["by_rank"][0], report["system"]["hosts"][0]
 
     assert memory["rss_peak_bytes"] == 500 * 2**20 + 195 * 4096
@@ -167,7 +174,7 @@ def test_lost_rows_are_exact(tmp_path):
     writer.append(stream, "steps", 130, 70, rows[130:].tobytes(), 130, 199)
     writer.close()
 
-    telemetry = build_report(tmp_path / "run")["telemetry"]
+    telemetry = report_on(tmp_path / "run")["telemetry"]
 
     assert (telemetry["rows_stored"], telemetry["rows_lost"], telemetry["rows_appended"]) == (170, 30, 200)
 
@@ -180,7 +187,7 @@ def test_advice_knows_the_loader_and_the_cores(tmp_path):
     add_info(writer, stream, kind="loader", dataset="ImageFolder", num_workers=0, in_memory=None)
     writer.close()
 
-    verdict = build_report(tmp_path / "run")["verdict"]
+    verdict = report_on(tmp_path / "run")["verdict"]
 
     assert verdict["kind"] == "INPUT_BOUND"
     assert "num_workers=7" in verdict["next"]
@@ -194,7 +201,7 @@ def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
         add_samples(writer, add_rank(writer, rank, rows), wait=0.4)
 
     writer.close()
-    verdict = build_report(tmp_path / "run")["verdict"]
+    verdict = report_on(tmp_path / "run")["verdict"]
 
     assert verdict["kind"] == "HEALTHY"
     assert verdict["evidence"]["cpu_wait_share"] == pytest.approx(0.4)
@@ -205,7 +212,7 @@ def test_a_long_run_is_described_by_its_end(tmp_path):
     """Beyond the bound the last rows count, and the report says so."""
     folder = store_run(tmp_path / "run", Job(steps=2000), seed=1)
 
-    whole, cut = build_report(folder), build_report(folder, max_step_rows=1000)
+    whole, cut = report_on(folder), report_on(folder, max_step_rows=1000)
 
     assert (whole["steps"]["cut"], cut["steps"]["cut"]) == (False, True)
     assert cut["steps"]["count"] == 2000
@@ -220,7 +227,7 @@ def test_a_running_run_can_be_reported(tmp_path):
         add_rank(writer, rank, rows, state="running")
 
     writer.commit()
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
 
     assert report["run"]["state"] == "running"
     assert report["run"]["ended"] is None
@@ -242,7 +249,7 @@ def test_a_run_that_nobody_keeps_is_lost(tmp_path):
     for path in (tmp_path / "run").iterdir():
         os.utime(path, (STARTED + 60, STARTED + 60))
 
-    run = build_report(tmp_path / "run")["run"]
+    run = report_on(tmp_path / "run")["run"]
 
     assert run["state"] == "lost"
     assert (run["ended"], run["duration_s"]) == (STARTED + 60, 60)
@@ -252,7 +259,7 @@ def test_the_file_is_valid_json_and_appears_whole(tmp_path):
     """No NaN, no half file, nothing left beside it."""
     folder = store_run(tmp_path / "run", Job(steps=50))
 
-    path = write_report(folder)
+    path = save_report(folder, build_report(folder))
     report = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
     assert report["run"]["id"] == "run"
@@ -262,7 +269,7 @@ def test_the_file_is_valid_json_and_appears_whole(tmp_path):
 def test_a_missing_store_is_told(tmp_path):
     """There is no report on nothing."""
     with pytest.raises(StoreError, match="no run's store"):
-        build_report(tmp_path)
+        report_on(tmp_path)
 
 
 def test_steps_are_counted_from_the_rows_of_the_rank_that_got_furthest(tmp_path):
@@ -273,7 +280,7 @@ def test_steps_are_counted_from_the_rows_of_the_rank_that_got_furthest(tmp_path)
     add_rank(writer, 1, rows[1][:120])
     writer.close()
 
-    report = build_report(tmp_path / "run")
+    report = report_on(tmp_path / "run")
 
     assert report["steps"]["count"] == 300
     assert [rank["steps"] for rank in report["ranks"]] == [300, 120]

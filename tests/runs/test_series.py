@@ -19,7 +19,7 @@ def test_phases_over_the_run_agree_with_the_report(tmp_path):
     """What is drawn and what is told come to the same means."""
     run = store_run(tmp_path / "run", Job(steps=400), adds("forward", 20, (1,)))
 
-    series, report = read_series(run), build_report(run)
+    series, report = read_series(run), build_report(run).to_dict()
 
     for phase in report["phases"]:
         # The report leaves the first ten steps out.

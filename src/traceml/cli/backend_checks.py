@@ -87,16 +87,8 @@ def _deliveries(runs_dir: Path) -> Iterator[Check]:
     except (RunNotFoundError, StoreError):
         return
 
-    for each in section:
-        text = tracker_text(
-            each["backend"],
-            each["state"],
-            each["delivered"],
-            each["pending"],
-            each["failed"],
-            each["error"],
-            each["fallback"],
-        )
-        latency = "" if each["latency_ms"] is None else f", {each['latency_ms']:.0f} ms a batch"
-        hint = f"traceml sync {run_dir.name}" if each["pending"] else ""
-        yield Check("latest run", "note" if each["error"] or each["failed"] else "ok", f"{text}{latency}", hint)
+    for tracker in section:
+        latency = "" if tracker.latency_ms is None else f", {tracker.latency_ms:.0f} ms a batch"
+        hint = f"traceml sync {run_dir.name}" if tracker.pending else ""
+        text = f"{tracker_text(tracker)}{latency}"
+        yield Check("latest run", "note" if tracker.needs_attention else "ok", text, hint)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -21,7 +19,8 @@ from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.runs.find import find_run
 from traceml.runs.metric_summary import trackers
-from traceml.runs.report import REPORT_NAME, build_report
+from traceml.runs.report import build_report
+from traceml.runs.report_types import REPORT_NAME, Report, TrackerSection, read_report
 from traceml.settings import load
 
 __all__ = ["current_report", "main"]
@@ -60,7 +59,7 @@ def main(argv: list[str]) -> int:
     if options.html is not None:
         _write_page(run_dir, Path(options.html))
     elif options.json:
-        print(json.dumps(report, indent=2))
+        print(report.to_json())
     else:
         print_report(report, run_dir, console=Console(highlight=False))
 
@@ -86,18 +85,19 @@ def runs_dir_of(given: str | None) -> Path:
     return Path(config.runs_dir)
 
 
-def current_report(run_dir: Path) -> dict[str, Any]:
+def current_report(run_dir: Path) -> Report:
     """Return the report of a run: the one written at its end, or one made from its store now.
 
     Raises:
         StoreError: neither can be read.
     """
     try:
-        written: dict[str, Any] = json.loads((run_dir / REPORT_NAME).read_text(encoding="utf-8"))
-        if written["run"]["state"] != "running" and written["findings"][0]["kind"] == written["verdict"]["kind"]:
-            return {**written, "trackers": _trackers_now(run_dir)}  # deliveries may go on after the end
-    except (OSError, ValueError, LookupError, TypeError):
-        pass  # not written yet, or not whole: the store has everything
+        report = read_report(run_dir / REPORT_NAME)
+        if report.run.state != "running":
+            report.trackers = _trackers_now(run_dir)  # deliveries may continue after the end
+            return report
+    except (OSError, StoreError):
+        pass  # not written yet, or damaged: the store has everything
 
     try:
         return build_report(run_dir)
@@ -105,7 +105,7 @@ def current_report(run_dir: Path) -> dict[str, Any]:
         raise StoreError(f"cannot report on {run_dir}: {error}") from error
 
 
-def _trackers_now(run_dir: Path) -> list[dict[str, Any]]:
+def _trackers_now(run_dir: Path) -> list[TrackerSection]:
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
             return trackers(run_dir, reader)
@@ -123,8 +123,8 @@ def _kinds(words: tuple[str, ...]) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def _gate(report: Mapping[str, Any], unwanted: frozenset[str]) -> int:
-    found = [finding["kind"] for finding in report["findings"] if finding["kind"] in unwanted]
+def _gate(report: Report, unwanted: frozenset[str]) -> int:
+    found = [finding.kind.value for finding in report.findings if finding.kind in unwanted]
     if not found:
         return 0
 

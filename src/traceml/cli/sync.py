@@ -25,6 +25,7 @@ from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
+from traceml.runs.report_types import TrackerSection
 from traceml.runs.run_state import is_watched
 from traceml.settings import Config, load
 from traceml.track.delivery.delivery_process import DeliveryProcess
@@ -240,7 +241,13 @@ def _outcome(process: DeliveryProcess, logged: int) -> _DeliveryOutcome:
 
 def _print(outcomes: Sequence[_DeliveryOutcome]) -> None:
     for each in outcomes:
-        text = tracker_text(
-            each.backend, each.state, each.delivered, each.pending, each.failed, each.error, each.fallback
+        tracker = TrackerSection(
+            backend=each.backend,
+            state=each.state,
+            delivered=each.delivered,
+            pending=each.pending,
+            failed=each.failed,
+            error=each.error,
+            fallback=each.fallback,
         )
-        print(f"{each.run}: {text}", file=sys.stdout, flush=True)
+        print(f"{each.run}: {tracker_text(tracker)}", file=sys.stdout, flush=True)

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import msgspec
 import numpy as np
 
-__all__ = ["CRITICAL_SHARE", "WARNING_SHARE", "Finding", "Kind", "Severity", "in_order", "plain", "severity_of"]
+__all__ = [
+    "CRITICAL_SHARE",
+    "WARNING_SHARE",
+    "Finding",
+    "Kind",
+    "Severity",
+    "in_order",
+    "plain",
+    "severity_of",
+    "significant",
+]
 
 WARNING_SHARE = 0.10
 """A timing finding costs at least this share of step time."""
@@ -35,6 +45,16 @@ class Kind(StrEnum):
     RANK_LOST = "RANK_LOST"
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA"
 
+    @classmethod
+    def _missing_(cls, value: object) -> Kind | None:
+        """Accept a kind that a newer traceml wrote; it is not a member of the list of kinds."""
+        if not isinstance(value, str):
+            return None
+
+        unknown = str.__new__(cls, value)
+        unknown._name_ = unknown._value_ = value
+        return unknown
+
 
 class Severity(StrEnum):
     """How heavy a finding weighs."""
@@ -47,17 +67,16 @@ class Severity(StrEnum):
 _OUTRANKING = frozenset({Kind.RANK_LOST})
 
 
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One diagnosed cause, with the numbers it rests on.
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One diagnosed cause, with the numbers it rests on; an entry of the report's `findings`.
 
     Attributes:
-        kind: which cause.
+        kind: the cause.
         severity: info, warning or critical.
-        ranks: the ranks meant; empty where all are.
-        phase: the part of the step, or the user's phase by its name; None where none is meant.
-        summary: one sentence of cause, with numbers.
-        next: one sentence of action.
+        ranks: the affected ranks; empty for all.
+        phase: a phase of the step, or the user's phase by its name; None where the finding has none.
+        summary: one sentence about the cause, with numbers.
+        next: one sentence about what to do.
         evidence: the numbers (and, for an exception, file and line) behind the summary.
         cost_share: share of step time it costs, 0..1.
         speedup_if_fixed: old / new step time if it were gone.
@@ -65,42 +84,41 @@ class Finding:
 
     kind: Kind
     severity: Severity
-    summary: str
-    next: str
     ranks: tuple[int, ...] = ()
     phase: str | None = None
-    evidence: Mapping[str, Any] = field(default_factory=dict)
+    summary: str
+    next: str
+    evidence: dict[str, Any] = {}
     cost_share: float = 0.0
     speedup_if_fixed: float = 1.0
 
+    @property
+    def gain(self) -> float | None:
+        """The speed-up if it were fixed; None below half a percent."""
+        return self.speedup_if_fixed if self.speedup_if_fixed >= 1.005 else None
+
+    def rounded(self) -> Finding:
+        """Return the finding as the report has it: plain numbers, lists and texts, in few digits."""
+        return msgspec.structs.replace(
+            self,
+            evidence=plain(self.evidence),
+            cost_share=round(float(self.cost_share), 4),
+            speedup_if_fixed=round(float(self.speedup_if_fixed), 3),
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """Return the finding as the report's JSON has it: plain numbers, lists and texts."""
-        return {
-            "kind": self.kind.value,
-            "severity": self.severity.value,
-            "ranks": list(self.ranks),
-            "phase": self.phase,
-            "summary": self.summary,
-            "next": self.next,
-            "evidence": plain(dict(self.evidence)),
-            "cost_share": round(float(self.cost_share), 4),
-            "speedup_if_fixed": round(float(self.speedup_if_fixed), 3),
-        }
+        """Return the rounded finding as a plain dict."""
+        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self.rounded()))
+        return built
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Finding:
-        """Return the finding that `to_dict` wrote."""
-        return cls(
-            kind=Kind(data["kind"]),
-            severity=Severity(data["severity"]),
-            summary=data["summary"],
-            next=data["next"],
-            ranks=tuple(data["ranks"]),
-            phase=data["phase"],
-            evidence=data["evidence"],
-            cost_share=data["cost_share"],
-            speedup_if_fixed=data["speedup_if_fixed"],
-        )
+        """Return the finding that `to_dict` wrote.
+
+        Raises:
+            msgspec.ValidationError: the data is not a finding.
+        """
+        return msgspec.convert(data, cls)
 
 
 def severity_of(share: float) -> Severity:
@@ -111,6 +129,11 @@ def severity_of(share: float) -> Severity:
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings with the verdict first: a lost rank outranks timing, then the largest cost."""
     return sorted(findings, key=lambda finding: (finding.kind not in _OUTRANKING, -finding.cost_share))
+
+
+def significant(value: float | np.floating[Any]) -> float | None:
+    """Return a number to 6 digits; None for NaN and infinity."""
+    return float(f"{float(value):.6g}") if math.isfinite(value) else None
 
 
 def plain(value: Any) -> Any:
@@ -128,6 +151,6 @@ def plain(value: Any) -> Any:
         return int(value)
 
     if isinstance(value, float | np.floating):
-        return float(f"{float(value):.6g}") if math.isfinite(value) else None
+        return significant(value)
 
     return value if value is None or isinstance(value, str) else str(value)

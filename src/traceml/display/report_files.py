@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.digest import Digest
-from traceml.runs.report import PAGE_NAME, digest_of, save_report, update_trackers, whole_report, write_whole
+from traceml.runs.report import digest_of, save_report, update_trackers, whole_report, write_atomic
+from traceml.runs.report_types import PAGE_NAME, Report
 from traceml.runs.series import SeriesFollower
 
 __all__ = ["refresh_reports", "write_page", "write_reports"]
@@ -52,7 +52,7 @@ def refresh_reports(run_dir: Path) -> None:
 
 
 def write_page(run_dir: Path, path: Path) -> None:
-    """Write the HTML report of a run, ended or still going on, to a file; it appears whole or not at all.
+    """Write the HTML report of a run, ended or still going on, to a file; atomically.
 
     Raises:
         StoreError: the store cannot be read.
@@ -65,7 +65,7 @@ def write_page(run_dir: Path, path: Path) -> None:
     _save(Path(path), page)
 
 
-def _page(digest: Digest, reader: StoreReader, report: dict[str, Any]) -> str:
+def _page(digest: Digest, reader: StoreReader, report: Report) -> str:
     follower = SeriesFollower()
     follower.take(digest, reader)
     return report_page(report, follower.series(digest), about_run(reader))
@@ -76,4 +76,4 @@ def _save(path: Path, page: str) -> None:
         path.write_text(page, encoding="utf-8", errors="replace")
         return
 
-    write_whole(path.resolve(), page)  # a link stays one
+    write_atomic(path.resolve(), page)  # a link stays one

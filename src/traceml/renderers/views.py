@@ -1,86 +1,30 @@
-"""View models: what a screen shows of a run, read once from the report's shape and typed from there on.
+"""View models: what a screen shows beside the report itself.
 
-A report from disk and the report so far of a running job have the same shape (`traceml.report/1`), so the card at the
-end and the live view cannot disagree. Anything a report does not know is None here and a dash on the screen.
+The report at the end and the report so far have the same type, so the card and the live view cannot disagree.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
+from traceml.diagnosis.findings import Finding
 from traceml.formatting import count_text
-from traceml.renderers.words import end_of_rank, headline, ranks_text, tracker_text
+from traceml.renderers.words import end_of_rank, ranks_text
+from traceml.runs.report_types import (
+    PhaseSection,
+    Report,
+    RunSection,
+    StepsSection,
+    TelemetrySection,
+    TrackerSection,
+)
 
-__all__ = [
-    "LiveView",
-    "PhaseRow",
-    "RankRow",
-    "RunFacts",
-    "RunView",
-    "StepFacts",
-    "Telemetry",
-    "Tracker",
-    "Verdict",
-    "live_view",
-    "run_view",
-    "visible_ranks",
-]
+__all__ = ["LiveView", "RankRow", "RunView", "live_view", "run_view", "visible_ranks"]
 
-# A rank whose own work is this much above the others' median is pointed at; below, ranks differ by noise.
+# A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
 _STANDS_OUT = 1.10
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A finding in words; `gain` is the speed-up if it were fixed, None when there is none to tell."""
-
-    kind: str
-    severity: str
-    headline: str
-    summary: str
-    next: str
-    ranks: tuple[int, ...]
-    phase: str | None
-    cost_share: float | None
-    gain: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunFacts:
-    """What run it is and how far it has come."""
-
-    id: str
-    name: str
-    state: str
-    attempt: int
-    world_size: int
-    hosts: tuple[str, ...]
-    duration_s: float | None
-    command: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepFacts:
-    """How many steps, and how long they take."""
-
-    count: int
-    mean_ms: float | None
-    p50_ms: float | None
-    p95_ms: float | None
-    p99_ms: float | None
-    per_second: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class PhaseRow:
-    """One phase over all ranks."""
-
-    phase: str
-    mean_ms: float
-    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,56 +59,50 @@ class RankRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Telemetry:
-    """What tracing stored, lost and cost."""
-
-    rows_stored: int | None
-    rows_lost: int | None
-    overhead_us_per_step: float | None
-    overhead_share: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Tracker:
-    """One backend: how much it has, how much waits, and what is wrong with it, empty where nothing is."""
-
-    backend: str
-    state: str
-    delivered: int
-    pending: int | None
-    failed: int
-    error: str
-    fallback: int = 0
-
-    @property
-    def is_well(self) -> bool:
-        """Whether a person need not look after it."""
-        return not self.error and not self.failed
-
-    @property
-    def text(self) -> str:
-        """How it stands, in words."""
-        return tracker_text(
-            self.backend, self.state, self.delivered, self.pending, self.failed, self.error, self.fallback
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class RunView:
-    """Everything that is shown of a run, ended or not."""
+    """A report, and its ranks as rows."""
 
-    run: RunFacts
-    verdict: Verdict
-    others: tuple[Verdict, ...]
-    steps: StepFacts
-    phases: tuple[PhaseRow, ...]
+    report: Report
     ranks: tuple[RankRow, ...]
-    telemetry: Telemetry
-    trackers: tuple[Tracker, ...] = ()
+
+    @property
+    def run(self) -> RunSection:
+        """Identity and outcome of the run."""
+        return self.report.run
+
+    @property
+    def verdict(self) -> Finding:
+        """The finding that limits the run most."""
+        return self.report.verdict
+
+    @property
+    def others(self) -> tuple[Finding, ...]:
+        """The other findings, largest cost first."""
+        return tuple(finding for finding in self.report.findings if finding != self.report.verdict)
+
+    @property
+    def steps(self) -> StepsSection:
+        """Number and duration of steps."""
+        return self.report.steps
+
+    @property
+    def phases(self) -> list[PhaseSection]:
+        """Phases over all ranks."""
+        return self.report.phases
+
+    @property
+    def telemetry(self) -> TelemetrySection:
+        """Rows stored and lost, and the overhead."""
+        return self.report.telemetry
+
+    @property
+    def trackers(self) -> list[TrackerSection]:
+        """Delivery by tracker."""
+        return self.report.trackers
 
     @property
     def absent(self) -> str | None:
-        """Which ranks have never been heard of, in words; None where all have."""
+        """The ranks that never reported, in words; None where all did."""
         seen = {row.rank for row in self.ranks}
         absent = [rank for rank in range(self.run.world_size) if rank not in seen] if seen else []
         if not absent:
@@ -176,36 +114,22 @@ class RunView:
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """A run while it goes on, and the trend of its speed, oldest first."""
+    """A run while it goes on, and its steps per second over time, oldest first."""
 
     now: RunView
     rates: tuple[float, ...] = ()
 
 
-def run_view(report: Mapping[str, Any]) -> RunView:
+def run_view(report: Report) -> RunView:
     """Return the view of a report."""
-    findings = [_verdict(finding) for finding in report.get("findings") or ()]
-    verdict = _verdict(report.get("verdict") or {})
-    return RunView(
-        run=_run_facts(report.get("run") or {}),
-        verdict=verdict,
-        others=tuple(finding for finding in findings if finding != verdict),
-        steps=_step_facts(report.get("steps") or {}),
-        phases=tuple(
-            PhaseRow(phase["phase"], phase.get("mean_ms") or 0.0, phase.get("share") or 0.0)
-            for phase in report.get("phases") or ()
-        ),
-        ranks=_rank_rows(report, verdict),
-        telemetry=_telemetry(report.get("telemetry") or {}),
-        trackers=tuple(_tracker(entry) for entry in report.get("trackers") or ()),
-    )
+    return RunView(report, _rank_rows(report))
 
 
-def live_view(report: Mapping[str, Any], rates: Sequence[float] = ()) -> LiveView:
+def live_view(report: Report, rates: Sequence[float] = ()) -> LiveView:
     """Return the live view of the report so far.
 
     Args:
-        report: in the shape of the report.
+        report: the report so far.
         rates: steps per second over time, oldest first.
     """
     return LiveView(run_view(report), tuple(rates))
@@ -222,99 +146,38 @@ def visible_ranks(ranks: Sequence[RankRow], most: int) -> tuple[RankRow, ...]:
     return tuple(row for row in ranks if row.rank in chosen)[:most]
 
 
-def _verdict(finding: Mapping[str, Any]) -> Verdict:
-    gain = finding.get("speedup_if_fixed")
-    return Verdict(
-        kind=str(finding.get("kind") or "INSUFFICIENT_DATA"),
-        severity=str(finding.get("severity") or "info"),
-        headline=headline(finding),
-        summary=str(finding.get("summary") or ""),
-        next=str(finding.get("next") or ""),
-        ranks=tuple(finding.get("ranks") or ()),
-        phase=finding.get("phase"),
-        cost_share=finding.get("cost_share"),
-        gain=gain if gain is not None and gain >= 1.005 else None,
-    )
-
-
-def _run_facts(run: Mapping[str, Any]) -> RunFacts:
-    command = run.get("command") or ""
-    return RunFacts(
-        id=str(run.get("id") or ""),
-        name=str(run.get("name") or run.get("id") or "run"),
-        state=str(run.get("state") or "running"),
-        attempt=int(run.get("attempt") or 0),
-        world_size=int(run.get("world_size") or 1),
-        hosts=tuple(str(host) for host in run.get("hosts") or ()),
-        duration_s=run.get("duration_s"),
-        command=command if isinstance(command, str) else " ".join(map(str, command)),
-    )
-
-
-def _step_facts(steps: Mapping[str, Any]) -> StepFacts:
-    return StepFacts(
-        count=int(steps.get("count") or 0),
-        mean_ms=steps.get("mean_ms"),
-        p50_ms=steps.get("p50_ms"),
-        p95_ms=steps.get("p95_ms"),
-        p99_ms=steps.get("p99_ms"),
-        per_second=steps.get("per_second"),
-    )
-
-
-def _telemetry(telemetry: Mapping[str, Any]) -> Telemetry:
-    return Telemetry(
-        rows_stored=telemetry.get("rows_stored"),
-        rows_lost=telemetry.get("rows_lost"),
-        overhead_us_per_step=telemetry.get("overhead_us_per_step"),
-        overhead_share=telemetry.get("overhead_share"),
-    )
-
-
-def _tracker(entry: Mapping[str, Any]) -> Tracker:
-    return Tracker(
-        backend=str(entry.get("backend") or ""),
-        state=str(entry.get("state") or ""),
-        delivered=int(entry.get("delivered") or 0),
-        pending=entry.get("pending"),
-        failed=int(entry.get("failed") or 0),
-        error=str(entry.get("error") or ""),
-        fallback=int(entry.get("fallback") or 0),
-    )
-
-
-def _rank_rows(report: Mapping[str, Any], verdict: Verdict) -> tuple[RankRow, ...]:
+def _rank_rows(report: Report) -> tuple[RankRow, ...]:
     phases = _phases_by_rank(report)
-    memory = {entry["rank"]: entry for entry in (report.get("memory") or {}).get("by_rank") or ()}
+    memory = {entry.rank: entry for entry in report.memory.by_rank}
     rows = [
         RankRow(
-            rank=entry["rank"],
-            host=str(entry.get("host") or ""),
-            state=str(entry.get("state") or "running"),
-            steps=int(entry.get("steps") or 0),
-            phases=phases.get(entry["rank"], ()),
-            rss_bytes=memory.get(entry["rank"], {}).get("rss_peak_bytes"),
-            cuda_bytes=memory.get(entry["rank"], {}).get("cuda_peak_bytes"),
+            rank=section.rank,
+            host=section.host,
+            state=section.state,
+            steps=section.steps,
+            phases=phases.get(section.rank, ()),
+            rss_bytes=memory[section.rank].rss_peak_bytes if section.rank in memory else None,
+            cuda_bytes=memory[section.rank].cuda_peak_bytes if section.rank in memory else None,
             slowest=False,
-            end=end_of_rank(entry),
+            end=end_of_rank(section),
         )
-        for entry in sorted(report.get("ranks") or (), key=lambda entry: int(entry["rank"]))
+        for section in sorted(report.ranks, key=lambda section: section.rank)
     ]
-    slowest = _slowest(rows, verdict)
-    return tuple(_marked(row) if row.rank in slowest else row for row in rows)
+    slowest = _slowest(rows, report.verdict)
+    return tuple(replace(row, slowest=True) if row.rank in slowest else row for row in rows)
 
 
-def _phases_by_rank(report: Mapping[str, Any]) -> dict[int, tuple[tuple[str, float], ...]]:
+def _phases_by_rank(report: Report) -> dict[int, tuple[tuple[str, float], ...]]:
     by_rank: dict[int, list[tuple[str, float]]] = {}
-    for phase in report.get("phases") or ():
-        for entry in phase.get("by_rank") or ():
-            by_rank.setdefault(entry["rank"], []).append((phase["phase"], entry.get("mean_ms") or 0.0))
+    for phase in report.phases:
+        for entry in phase.by_rank:
+            by_rank.setdefault(entry.rank, []).append((phase.phase, entry.mean_ms))
 
     return {rank: tuple(phases) for rank, phases in by_rank.items()}
 
 
-def _slowest(rows: Sequence[RankRow], verdict: Verdict) -> frozenset[int]:
-    """Return the ranks to point at: those that the verdict calls slow, else one whose own work stands out."""
+def _slowest(rows: Sequence[RankRow], verdict: Finding) -> frozenset[int]:
+    """Return the ranks to mark: those that the verdict calls slow, else one whose own work stands out."""
     if verdict.kind.endswith("STRAGGLER"):
         return frozenset(verdict.ranks)
 
@@ -324,7 +187,3 @@ def _slowest(rows: Sequence[RankRow], verdict: Verdict) -> frozenset[int]:
     most = max(rows, key=lambda row: row.work_ms)
     others = statistics.median(row.work_ms for row in rows if row is not most)
     return frozenset({most.rank}) if others > 0 and most.work_ms > _STANDS_OUT * others else frozenset()
-
-
-def _marked(row: RankRow) -> RankRow:
-    return replace(row, slowest=True)

@@ -6,7 +6,9 @@ import signal
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from traceml.diagnosis.findings import Finding
 from traceml.formatting import count_text, percent_text
+from traceml.runs.report_types import RankSection, TrackerSection
 
 __all__ = ["end_of_rank", "headline", "phase_label", "ranks_text", "short_label", "signal_name", "tracker_text"]
 
@@ -57,21 +59,14 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def headline(verdict: Mapping[str, Any]) -> str:
-    """Return a finding in one plain sentence without a full stop.
-
-    Args:
-        verdict: a finding in the shape of the report.
-    """
-    kind = str(verdict.get("kind") or "INSUFFICIENT_DATA")
-    phase = verdict.get("phase")
-    ranks = list(verdict.get("ranks") or ())
-    cost = verdict.get("cost_share")
+def headline(finding: Finding) -> str:
+    """Return a finding in one plain sentence without a full stop."""
+    kind, phase, ranks, cost = finding.kind.value, finding.phase, list(finding.ranks), finding.cost_share or None
     if kind.endswith("STRAGGLER"):
         return _straggler(ranks, phase, cost)
 
     if kind == "RANK_LOST":
-        return _lost(ranks, phase, verdict.get("evidence") or {})
+        return _lost(ranks, phase, finding.evidence)
 
     if kind in _SENTENCES:
         return _SENTENCES[kind].format(part=_part(cost), phase=phase_label(phase) if phase else "compute")
@@ -129,48 +124,42 @@ def _plain(kind: str, ranks: list[int], phase: str | None) -> str:
     return f"{words}{of}{where}"
 
 
-def end_of_rank(rank: Mapping[str, Any]) -> str | None:
-    """Return how a rank ended, when it did not end well: `killed by SIGKILL at step 37, in forward`.
-
-    Args:
-        rank: an entry of the report's `ranks`.
-    """
-    state = rank.get("state")
-    if state in ("running", "finished", None):
+def end_of_rank(rank: RankSection) -> str | None:
+    """Return how a rank ended badly: `killed by SIGKILL, last step 36, in forward`; None where it did not."""
+    if rank.state in ("running", "finished"):
         return None
 
-    left = rank.get("exit") or {}
-    said = f"{state}"
-    if (number := left.get("signal")) is not None:
-        said = f"killed by {signal_name(int(number))}"
-    elif exception := left.get("exception"):
-        said = f"failed with {_first_line(str(exception))}"
-    elif (code := left.get("code")) is not None:
-        said = f"{state} with exit status {code}"
+    end = rank.exit
+    text = rank.state
+    if end.signal is not None:
+        text = f"killed by {signal_name(end.signal)}"
+    elif end.exception:
+        text = f"failed with {_first_line(end.exception)}"
+    elif end.code is not None:
+        text = f"{rank.state} with exit status {end.code}"
 
-    step, phase = left.get("last_step"), left.get("open_phase")
-    when = f", last step {count_text(int(step))}" if step is not None and int(step) >= 0 else ""
-    where = f", in {phase_label(str(phase))}" if phase else ""
-    return f"{said}{when}{where}"
+    when = f", last step {count_text(end.last_step)}" if end.last_step is not None and end.last_step >= 0 else ""
+    where = f", in {phase_label(end.open_phase)}" if end.open_phase else ""
+    return f"{text}{when}{where}"
 
 
 def _first_line(text: str) -> str:
     return text.strip().splitlines()[0] if text.strip() else "an exception"
 
 
-def tracker_text(
-    backend: str, state: str, delivered: int, pending: int | None, failed: int, error: str, fallback: int = 0
-) -> str:
-    """Return how a tracker stands: `mlflow 12,340 delivered, 20 wait: refused the connection`."""
-    parts = [f"{count_text(delivered)} delivered"]
-    if fallback:
-        parts.append(f"{count_text(min(fallback, delivered))} of them to its fallback")
-    if pending:
-        parts.append(f"{count_text(pending)} wait{'s' if pending == 1 else ''}")
-    if failed:
-        parts.append(f"{count_text(failed)} refused")
+def tracker_text(tracker: TrackerSection) -> str:
+    """Return the state of a tracker: `mlflow 12,340 delivered, 20 wait: refused the connection`."""
+    parts = [f"{count_text(tracker.delivered)} delivered"]
+    if tracker.fallback:
+        parts.append(f"{count_text(min(tracker.fallback, tracker.delivered))} of them to its fallback")
 
-    error = error if len(error) <= _ERROR_CHARS else f"{error[:_ERROR_CHARS]}..."
-    what = {"unauthorized": "not let in", "broken": "cannot work"}.get(state, "")
+    if tracker.pending:
+        parts.append(f"{count_text(tracker.pending)} wait{'s' if tracker.pending == 1 else ''}")
+
+    if tracker.failed:
+        parts.append(f"{count_text(tracker.failed)} refused")
+
+    error = tracker.error if len(tracker.error) <= _ERROR_CHARS else f"{tracker.error[:_ERROR_CHARS]}..."
+    what = {"unauthorized": "not let in", "broken": "cannot work"}.get(tracker.state, "")
     why = ": ".join(text for text in (what, error) if text)
-    return f"{backend} {', '.join(parts)}" + (f" ({why})" if why else "")
+    return f"{tracker.backend} {', '.join(parts)}" + (f" ({why})" if why else "")

@@ -18,6 +18,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import plain
 from traceml.runs.digest import Digest
 from traceml.runs.report import described, digest_of, whole_report
+from traceml.runs.report_types import Report
 from traceml.runs.significance import Difference, difference
 
 __all__ = ["SCHEMA", "compare_runs"]
@@ -40,7 +41,7 @@ class _ComparedRun:
         core_wait: share of their time that ranks stood ready to run without a core; None where it was not sampled.
     """
 
-    report: dict[str, Any]
+    report: Report
     times_ms: NDArray[Any]
     model: dict[str, Any]
     batch_size: Any
@@ -160,23 +161,23 @@ def _outcome(mean: dict[str, Any]) -> str:
 
 
 def _about(side: _ComparedRun) -> dict[str, Any]:
-    run, steps = side.report["run"], side.report["steps"]
+    run, steps = side.report.run, side.report.steps
     names = ("id", "name", "state", "started", "duration_s", "world_size", "hosts", "command")
     return {
-        **{name: run[name] for name in names},
-        "steps": steps["count"],
+        **{name: getattr(run, name) for name in names},
+        "steps": steps.count,
         "compared_steps": len(side.times_ms),
-        "per_second": steps["per_second"],
+        "per_second": steps.per_second,
         "model": side.model,
         "core_wait_share": plain(side.core_wait),
-        "verdict": side.report["verdict"]["kind"],
+        "verdict": side.report.verdict.kind.value,
     }
 
 
 def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
     """Return why the two cannot be measured against each other."""
     said = []
-    sizes = [side.report["run"]["world_size"] for side in (a, b)]
+    sizes = [side.report.run.world_size for side in (a, b)]
     if sizes[0] != sizes[1]:
         said.append(f"A ran on {sizes[0]} ranks, B on {sizes[1]}: a step is not the same work")
 
@@ -199,7 +200,7 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
         ("batch size", a.batch_size, b.batch_size),
         ("torch.compile", a.model.get("compiled"), b.model.get("compiled")),
         ("parallelism", a.model.get("parallel"), b.model.get("parallel")),
-        ("hosts", ", ".join(a.report["run"]["hosts"]), ", ".join(b.report["run"]["hosts"])),
+        ("hosts", ", ".join(a.report.run.hosts), ", ".join(b.report.run.hosts)),
     )
     said += [
         f"{what}: {_word(before)} in A, {_word(after)} in B"
@@ -214,10 +215,10 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
         )
 
     for side, which in ((a, "A"), (b, "B")):
-        if side.report["run"]["state"] != "finished":
-            said.append(f"{which} is {side.report['run']['state']}, not finished")
+        if side.report.run.state != "finished":
+            said.append(f"{which} is {side.report.run.state}, not finished")
 
-        if side.report["steps"].get("cut"):
+        if side.report.steps.cut:
             said.append(f"{which} is long: only its last {len(side.times_ms):,} steps are compared")
 
     return said
@@ -232,15 +233,13 @@ def _word(value: Any) -> str:
 
 def _phases(a: _ComparedRun, b: _ComparedRun) -> list[dict[str, Any]]:
     """Return the phases of both, those that changed most first."""
-    means = [{phase["phase"]: phase["mean_ms"] for phase in side.report["phases"]} for side in (a, b)]
-    rows = [
-        {"phase": name, "a_ms": means[0].get(name, 0.0), "b_ms": means[1].get(name, 0.0)}
-        for name in dict.fromkeys([*means[0], *means[1]])
-    ]
-    for row in rows:
-        row["delta_ms"] = row["b_ms"] - row["a_ms"]
+    means = [{phase.phase: phase.mean_ms for phase in side.report.phases} for side in (a, b)]
+    rows = []
+    for name in dict.fromkeys([*means[0], *means[1]]):
+        before, after = means[0].get(name, 0.0), means[1].get(name, 0.0)
+        rows.append({"phase": name, "a_ms": before, "b_ms": after, "delta_ms": after - before})
 
-    return sorted(rows, key=lambda row: -abs(row["delta_ms"]))
+    return sorted(rows, key=lambda row: -abs(float(row["delta_ms"])))
 
 
 def _ranks(a: _ComparedRun, b: _ComparedRun) -> list[dict[str, Any]]:
@@ -262,10 +261,10 @@ def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | 
 
 def _work_by_rank(side: _ComparedRun) -> dict[int, dict[str, float]]:
     work: dict[int, dict[str, float]] = {}
-    for phase in side.report["phases"]:
-        if phase["phase"] != "comm":
-            for entry in phase["by_rank"]:
-                work.setdefault(entry["rank"], {})[phase["phase"]] = entry["mean_ms"]
+    for phase in side.report.phases:
+        if phase.phase != "comm":
+            for entry in phase.by_rank:
+                work.setdefault(entry.rank, {})[phase.phase] = entry.mean_ms
 
     return work
 
@@ -281,11 +280,11 @@ def _memory(a: _ComparedRun, b: _ComparedRun) -> dict[str, Any]:
 
 
 def _peak(side: _ComparedRun, name: str) -> int | None:
-    return max((entry[name] for entry in side.report["memory"]["by_rank"] if entry[name]), default=None)
+    return max((size for entry in side.report.memory.by_rank if (size := getattr(entry, name))), default=None)
 
 
 def _verdicts(a: _ComparedRun, b: _ComparedRun) -> dict[str, Any]:
-    kinds = [[finding["kind"] for finding in side.report["findings"]] for side in (a, b)]
+    kinds = [[finding.kind.value for finding in side.report.findings] for side in (a, b)]
     return {
         "a": kinds[0][0],
         "b": kinds[1][0],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from contextlib import closing
@@ -13,8 +12,9 @@ from typing import Any
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
+from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError
-from traceml.runs.report import REPORT_NAME
+from traceml.runs.report_types import REPORT_NAME, read_verdict
 from traceml.runs.run_state import state_of
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of
@@ -34,6 +34,7 @@ class RunInfo:
         state: running, finished, failed, hung, lost; `damaged` when its store cannot be read.
         started: epoch seconds, duration_s: how long it took, None while it runs.
         verdict: the kind in its report, or so far while it runs; None before there is one.
+        severity: of that verdict: info, warning or critical.
         size_bytes: what it takes on disk.
     """
 
@@ -45,7 +46,18 @@ class RunInfo:
     duration_s: float | None
     world_size: int
     verdict: str | None
+    severity: str | None
     size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _StoredFacts:
+    """Facts in a run's store, about the run and about its last aggregator."""
+
+    run: dict[str, Any]
+    aggregator: dict[str, Any]
+    verdict: Finding | None
+    damaged: bool = False
 
 
 def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
@@ -89,17 +101,20 @@ def list_runs(runs_dir: Path) -> list[RunInfo]:
 
 def describe_run(path: Path) -> RunInfo:
     """Return what a list tells of a run; one that cannot be read is `damaged`."""
-    run, aggregator, told, state = _facts(path)
+    stored = _stored(path)
+    run = stored.run
+    verdict = read_verdict(path / REPORT_NAME) or stored.verdict
     started, ended = run.get("started"), run.get("ended")
     return RunInfo(
         path=path,
         id=path.name,
         name=str(run.get("name", path.name)),
-        state=state or state_of(run, aggregator),
+        state="damaged" if stored.damaged else state_of(run, stored.aggregator),
         started=started,
         duration_s=ended - started if started is not None and ended is not None else None,
         world_size=int(run.get("world_size", 1)),
-        verdict=_verdict(path) or told,
+        verdict=verdict.kind.value if verdict is not None else None,
+        severity=verdict.severity.value if verdict is not None else None,
         size_bytes=_size(path),
     )
 
@@ -169,25 +184,17 @@ def _is_run(path: Path) -> bool:
     return (path / STORE_NAME).is_file() or (path / REPORT_NAME).is_file()
 
 
-def _facts(path: Path) -> tuple[dict[str, Any], dict[str, Any], str | None, str | None]:
-    """Return (facts of the run, of its aggregator, the verdict so far, a state where the store tells none)."""
+def _stored(path: Path) -> _StoredFacts:
     try:
         with closing(StoreReader(path / STORE_NAME)) as reader:
             meta = reader.meta()
-            told = reader.last_event("verdict")
+            event = reader.last_event("verdict")
     except StoreError:
-        return {}, {}, None, "damaged"
+        return _StoredFacts({}, {}, None, damaged=True)
 
-    findings = told.data.get("findings") if told is not None else None
-    return meta.get("run", {}), meta.get("aggregator", {}), str(findings[0]["kind"]) if findings else None, None
-
-
-def _verdict(path: Path) -> str | None:
-    try:
-        report = json.loads((path / REPORT_NAME).read_text(encoding="utf-8"))
-        return str(report["verdict"]["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # there is none yet, or it is not one of ours
+    findings = event.data.get("findings") if event is not None else None
+    verdict = Finding.from_dict(findings[0]) if findings else None
+    return _StoredFacts(meta.get("run", {}), meta.get("aggregator", {}), verdict)
 
 
 def _size(path: Path) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any
 
 from traceml.database.reader import RunEvent, StoreReader
 from traceml.database.store_file import STORE_NAME
@@ -15,6 +14,7 @@ from traceml.errors import StoreError
 from traceml.runs.digest import Digest
 from traceml.runs.notes import Note, Notes
 from traceml.runs.report import described, report_of
+from traceml.runs.report_types import Report, TelemetrySection
 from traceml.runs.series import RunSeries, SeriesFollower
 
 __all__ = ["LiveRun"]
@@ -49,7 +49,7 @@ class LiveRun:
         self._series: SeriesFollower | None = None
         self._notes = Notes()
         self._marks: deque[tuple[float, int, int]] = deque()
-        self._telemetry: tuple[float, dict[str, Any]] | None = None
+        self._telemetry: tuple[float, TelemetrySection] | None = None
 
     def __repr__(self) -> str:
         return f"LiveRun({str(self.path)!r})"
@@ -80,10 +80,10 @@ class LiveRun:
         self._take_rate()
         return changed
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Return the report so far, over the newest steps; an empty one before the store exists."""
         if self._reader is None:
-            return {}
+            return Report.empty(self.path.name)
 
         if not self.findings:
             self.findings = self.digest.diagnose()
@@ -91,10 +91,10 @@ class LiveRun:
         known = self._telemetry_so_far()
         report = report_of(self.digest, self._reader, described(self.digest), self.findings, self.path, known)
         if known is None:
-            self._telemetry = time.monotonic(), report["telemetry"]
+            self._telemetry = time.monotonic(), report.telemetry
 
         if self.rates:
-            report["steps"]["per_second"] = self.rates[-1]
+            report.steps.per_second = self.rates[-1]
 
         return report
 
@@ -182,7 +182,7 @@ class LiveRun:
         elif by_clock_s > 2 * _RATE_S:
             self.rates.append(0.0)
 
-    def _telemetry_so_far(self) -> dict[str, Any] | None:
+    def _telemetry_so_far(self) -> TelemetrySection | None:
         """Return the telemetry section where it is new enough: counting lost rows costs more than the rest."""
         if self._telemetry is not None and time.monotonic() - self._telemetry[0] < _TELEMETRY_S:
             return self._telemetry[1]

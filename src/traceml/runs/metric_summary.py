@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from traceml.database.reader import Frame, StoreReader
 from traceml.database.schema import LOGGED, METRICS, NAMES
+from traceml.runs.report_types import MetricSection, TrackerSection
 from traceml.track.tracker_state import DeliveryPhase, TrackerState, states_of
 
 __all__ = ["MetricSummary", "trackers"]
@@ -53,10 +52,10 @@ class MetricSummary:
 
         return found
 
-    def section(self) -> dict[str, dict[str, Any]]:
-        """Return the report's section; what is no finite number is None there."""
+    def section(self) -> dict[str, MetricSection]:
+        """Return the report's section; a value that is not finite is None there."""
         return {
-            name: {"last": _finite(last), "min": _finite(least), "max": _finite(greatest), "count": int(count)}
+            name: MetricSection(last=_finite(last), min=_finite(least), max=_finite(greatest), count=int(count))
             for name, (last, _, least, greatest, count) in self._found.items()
         }
 
@@ -97,12 +96,12 @@ class MetricSummary:
         return self._found.setdefault(name, [math.nan, -1.0, math.nan, math.nan, 0])
 
 
-def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[dict[str, Any]]:
+def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSection]:
     """Return the report's section on trackers.
 
     Args:
         run_dir: the run's folder.
-        reader: its store, by which rows that wait are counted; without one, those that the deliveries know of.
+        reader: its store, to count the pending rows; without one they are unknown.
     """
     logged = None
     if reader is not None and METRICS.name in reader.tables:
@@ -111,24 +110,23 @@ def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[dict[str,
     return [_tracker(state, logged) for state in states_of(run_dir)]
 
 
-def _tracker(state: TrackerState, logged: int | None) -> dict[str, Any]:
-    experiments: Mapping[str, Mapping[str, Any]] = state.experiments
-    return {
-        "backend": state.backend,
-        "state": str(state.phase),
-        "delivered": state.delivered,
-        "pending": state.pending(logged) if logged is not None else None,
-        "failed": state.failed,
-        "filtered": state.filtered,
-        "fallback": state.fallback,
-        "derived": state.derived,
-        "masked": state.masked,
-        "latency_ms": None if state.latency_ms is None else round(state.latency_ms, 3),
-        "target": state.target,
-        "urls": [each["url"] for each in experiments.values() if each.get("url")],
-        "error": state.error if state.phase in _WAITING else "",
-        "reasons": dict(state.reasons),
-    }
+def _tracker(state: TrackerState, logged: int | None) -> TrackerSection:
+    return TrackerSection(
+        backend=state.backend,
+        state=str(state.phase),
+        delivered=state.delivered,
+        pending=state.pending(logged) if logged is not None else None,
+        failed=state.failed,
+        filtered=state.filtered,
+        fallback=state.fallback,
+        derived=state.derived,
+        masked=state.masked,
+        latency_ms=None if state.latency_ms is None else round(state.latency_ms, 3),
+        target=state.target,
+        urls=[each["url"] for each in state.experiments.values() if each.get("url")],
+        error=state.error if state.phase in _WAITING else "",
+        reasons=dict(state.reasons),
+    )
 
 
 def _finite(value: float) -> float | None:

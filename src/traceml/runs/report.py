@@ -1,29 +1,27 @@
-"""The report: what a run was, what limits it, and on which numbers that rests, as JSON (`traceml.report/1`)."""
+"""Builds the report of a run (`traceml.report/1`) from its store, and writes it."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.findings import Finding, plain
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.window import Window, slots_for
+from traceml.errors import StoreError
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
 from traceml.runs.metric_summary import trackers
+from traceml.runs.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.run_state import state_of
+from traceml.version import __version__
 
 __all__ = [
-    "PAGE_NAME",
-    "REPORT_NAME",
-    "SCHEMA",
     "build_report",
     "described",
     "digest_of",
@@ -31,16 +29,11 @@ __all__ = [
     "save_report",
     "update_trackers",
     "whole_report",
-    "write_report",
-    "write_whole",
+    "write_atomic",
 ]
 
-SCHEMA = "traceml.report/1"
-REPORT_NAME = "report.json"
-PAGE_NAME = "report.html"
 
-
-def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> dict[str, Any]:
+def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
     """Return the report of a run, also of one that is still going on.
 
     Args:
@@ -67,7 +60,7 @@ def digest_of(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest
     return digest
 
 
-def whole_report(digest: Digest, reader: StoreReader, run_dir: Path) -> dict[str, Any]:
+def whole_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     """Return the report on everything that a digest holds.
 
     Args:
@@ -85,29 +78,19 @@ def described(digest: Digest, last: int = 200) -> Window:
     return window if len(window) else digest.window.aligned(last=last, skip_first=0)
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.json` into the run's folder and return its path; the file appears whole or not at all.
-
-    Raises:
-        StoreError: the store cannot be read.
-        OSError: the folder cannot be written.
-    """
-    return save_report(run_dir, build_report(run_dir))
-
-
-def save_report(run_dir: Path, report: dict[str, Any]) -> Path:
-    """Write a report into the run's folder and return its path; the file appears whole or not at all.
+def save_report(run_dir: Path, report: Report) -> Path:
+    """Write a report into the run's folder, atomically, and return its path.
 
     Raises:
         OSError: the folder cannot be written.
     """
     path = Path(run_dir) / REPORT_NAME
-    _replace(path, report)
+    write_atomic(path, report.to_json() + "\n")
     return path
 
 
 def update_trackers(run_dir: Path) -> bool:
-    """Bring the section on trackers of a written report up to date; return whether it had to be.
+    """Bring the section on trackers of a written report up to date; return whether it changed.
 
     Raises:
         StoreError: the store cannot be read.
@@ -115,30 +98,26 @@ def update_trackers(run_dir: Path) -> bool:
     """
     path = Path(run_dir) / REPORT_NAME
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        report = read_report(path)
+    except (FileNotFoundError, StoreError):
         return False
 
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
         now = trackers(Path(run_dir), reader)
 
-    if report.get("trackers") == now:
+    if report.trackers == now:
         return False
 
-    report["trackers"] = now
-    _replace(path, report)
+    report.trackers = now
+    save_report(run_dir, report)
     return True
 
 
-def _replace(path: Path, report: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all.
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that readers see the old text or all of the new one.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     draft = path.with_name(f".{path.name}-{os.getpid()}")
     try:
@@ -154,8 +133,8 @@ def report_of(
     window: Window,
     findings: Sequence[Finding],
     run_dir: Path,
-    telemetry: dict[str, Any] | None = None,
-) -> dict[str, Any]:
+    telemetry: TelemetrySection | None = None,
+) -> Report:
     """Return the report on a digest.
 
     Args:
@@ -164,51 +143,49 @@ def report_of(
         window: the steps to describe.
         findings: the diagnosis, the verdict first.
         run_dir: its folder.
-        telemetry: that section, where it was made a moment ago.
+        telemetry: that section, if it was made a moment ago.
     """
-    from traceml.version import __version__
-
     steps = sections.steps(digest, window)
-    told = [finding.to_dict() for finding in findings]
-    return {
-        "schema": SCHEMA,
-        "traceml_version": __version__,
-        "run": _run(digest, run_dir),  # not rounded: it holds epoch seconds
-        "verdict": told[0],
-        "findings": told,
-        "steps": plain({**steps, "cut": digest.cut}),
-        "phases": plain(sections.phases(digest, window)),
-        "ranks": plain(sections.ranks(digest)),
-        "memory": plain(sections.memory(digest)),
-        "system": plain(sections.system(digest)),
-        "metrics": digest.metrics.section(),
-        "hidden_metrics": digest.metrics.hidden,  # names beyond those that a report has room for
-        "trackers": trackers(run_dir, reader),
-        "telemetry": telemetry or plain(sections.telemetry(digest, reader, steps["mean_ms"])),
-    }
+    rounded = [finding.rounded() for finding in findings]
+    return Report(
+        schema=SCHEMA,
+        traceml_version=__version__,
+        run=_run(digest, run_dir),
+        verdict=rounded[0],
+        findings=rounded,
+        steps=steps,
+        phases=sections.phases(digest, window),
+        ranks=sections.ranks(digest),
+        memory=sections.memory(digest),
+        system=sections.system(digest),
+        metrics=digest.metrics.section(),
+        hidden_metrics=digest.metrics.hidden,
+        trackers=trackers(run_dir, reader),
+        telemetry=telemetry or sections.telemetry(digest, reader, steps.mean_ms),
+    )
 
 
-def _run(digest: Digest, run_dir: Path) -> dict[str, Any]:
+def _run(digest: Digest, run_dir: Path) -> RunSection:
     run = digest.run
     state = state_of(run, digest.aggregator)
     started, ended = run.get("started"), run.get("ended")
     if ended is None and state != "running":
-        ended = _last_written_s(run_dir)  # nobody was there to note it
+        ended = _last_written_s(run_dir)  # the process that would have noted it is gone
 
     until = ended if ended is not None else time.time()
-    return {
-        "id": str(run.get("id", run_dir.name)),
-        "name": str(run.get("name", run_dir.name)),
-        "project": str(run.get("project", "default")),
-        "attempt": max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
-        "started": started,
-        "ended": ended,
-        "duration_s": until - started if started is not None else None,
-        "state": state,
-        "world_size": int(run.get("world_size", max(len(digest.ranks), 1))),
-        "hosts": sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
-        "command": run.get("command", ""),
-    }
+    return RunSection(
+        id=str(run.get("id", run_dir.name)),
+        name=str(run.get("name", run_dir.name)),
+        project=str(run.get("project", "default")),
+        attempt=max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
+        started=started,
+        ended=ended,
+        duration_s=until - started if started is not None else None,
+        state=state,
+        world_size=int(run.get("world_size", max(len(digest.ranks), 1))),
+        hosts=sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
+        command=run.get("command", ""),
+    )
 
 
 def _last_written_s(run_dir: Path) -> float | None:

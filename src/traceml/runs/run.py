@@ -18,6 +18,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.runs.find import find_run
 from traceml.runs.report import build_report
+from traceml.runs.report_types import Report
 
 __all__ = ["RecordArray", "Run", "load_run"]
 
@@ -53,7 +54,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._report: dict[str, Any] | None = None
+        self._report: Report | None = None
 
     def __repr__(self) -> str:
         return f"load_run({str(self.path)!r})"
@@ -65,11 +66,14 @@ class Run:
 
     @property
     def report(self) -> dict[str, Any]:
-        """The report (`traceml.report/1`), made from the store.
+        """The report (`traceml.report/1`) as plain data, made from the store.
 
         Raises:
             StoreError: the store cannot be read.
         """
+        return self._built().to_dict()
+
+    def _built(self) -> Report:
         if self._report is None:
             self._report = build_report(self.path)
 
@@ -78,7 +82,7 @@ class Run:
     @property
     def state(self) -> str:
         """running, finished, failed, hung or lost."""
-        return str(self.report["run"]["state"])
+        return self._built().run.state
 
     @property
     def verdict(self) -> Finding:
@@ -88,7 +92,7 @@ class Run:
     @property
     def findings(self) -> list[Finding]:
         """All findings, the verdict first."""
-        return [Finding.from_dict(finding) for finding in self.report["findings"]]
+        return list(self._built().findings)
 
     def refresh(self) -> None:
         """Look again: a running run has got further."""
@@ -145,7 +149,7 @@ class Run:
         Args:
             file: where to; standard output where it is not given.
         """
-        (file or sys.stdout).write("\n".join(_lines(self.report)) + "\n")
+        (file or sys.stdout).write("\n".join(_lines(self._built())) + "\n")
 
 
 def load_run(path: str | os.PathLike[str] | None = None) -> Run:
@@ -173,13 +177,13 @@ def _by_rank(rows: NDArray[np.void], ranks: dict[int, int]) -> RecordArray:
     return table[np.argsort(table["rank"], kind="stable")].view(RecordArray)
 
 
-def _lines(report: dict[str, Any]) -> list[str]:
-    run, verdict, steps = report["run"], report["verdict"], report["steps"]
-    lines = [f"{run['id']}: {run['state']}, {run['world_size']} rank{'s' if run['world_size'] > 1 else ''}"]
-    lines.append(f"{verdict['kind']} ({verdict['severity']})")
-    lines += [verdict["summary"], f"Next: {verdict['next']}"]
-    if steps["mean_ms"] is not None:
-        lines.append(f"{steps['count']} steps, mean {steps['mean_ms']:.4g} ms, p99 {steps['p99_ms']:.4g} ms")
+def _lines(report: Report) -> list[str]:
+    run, verdict, steps = report.run, report.verdict, report.steps
+    lines = [f"{run.id}: {run.state}, {run.world_size} rank{'s' if run.world_size > 1 else ''}"]
+    lines.append(f"{verdict.kind} ({verdict.severity})")
+    lines += [verdict.summary, f"Next: {verdict.next}"]
+    if steps.mean_ms is not None:
+        lines.append(f"{steps.count} steps, mean {steps.mean_ms:.4g} ms, p99 {steps.p99_ms:.4g} ms")
 
-    parts = [f"{phase['phase']} {100 * phase['share']:.0f} %" for phase in report["phases"] if phase["share"] >= 0.005]
+    parts = [f"{phase.phase} {100 * phase.share:.0f} %" for phase in report.phases if phase.share >= 0.005]
     return [*lines, ", ".join(parts)] if parts else lines

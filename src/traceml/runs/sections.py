@@ -8,9 +8,23 @@ import numpy as np
 
 from traceml.database.reader import StoreReader, StreamRecord
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
+from traceml.diagnosis.findings import significant
 from traceml.diagnosis.job_facts import RankExit
 from traceml.diagnosis.window import Window
 from traceml.runs.digest import Digest
+from traceml.runs.report_types import (
+    ExitSection,
+    GpuSection,
+    HostSection,
+    MemorySection,
+    PhaseSection,
+    RankMean,
+    RankMemory,
+    RankSection,
+    StepsSection,
+    SystemSection,
+    TelemetrySection,
+)
 from traceml.runs.samples import slope_per_step
 
 __all__ = ["memory", "phases", "ranks", "steps", "system", "telemetry"]
@@ -19,7 +33,7 @@ _MS = 1e6
 _ORDER = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint")
 
 
-def steps(digest: Digest, window: Window) -> dict[str, Any]:
+def steps(digest: Digest, window: Window) -> StepsSection:
     """Return how many steps there were and how long they took.
 
     Args:
@@ -28,15 +42,20 @@ def steps(digest: Digest, window: Window) -> dict[str, Any]:
     """
     latest = digest.window.latest
     total = window.total.ravel() / _MS
-    p50, p95, p99 = np.quantile(total, (0.5, 0.95, 0.99)).tolist() if total.size else (None, None, None)
-    return {
-        "count": int(latest.max()) + 1 if latest.size else 0,
-        "mean_ms": float(total.mean()) if total.size else None,
-        "p50_ms": p50,
-        "p95_ms": p95,
-        "p99_ms": p99,
-        "per_second": _per_second(digest),
-    }
+    count = int(latest.max()) + 1 if latest.size else 0
+    if not total.size:
+        return StepsSection(count=count, per_second=_per_second(digest), cut=digest.cut)
+
+    p50, p95, p99 = (significant(value) for value in np.quantile(total, (0.5, 0.95, 0.99)))
+    return StepsSection(
+        count=count,
+        mean_ms=significant(total.mean()),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        per_second=_per_second(digest),
+        cut=digest.cut,
+    )
 
 
 def _per_second(digest: Digest) -> float | None:
@@ -48,10 +67,10 @@ def _per_second(digest: Digest) -> float | None:
     rank = int(np.argmax(latest))
     first_step, first_end = digest.first.get(rank, (int(latest[rank]), int(ends[rank])))
     passed_ns = int(ends[rank]) - first_end
-    return (int(latest[rank]) - first_step) / (passed_ns / 1e9) if passed_ns > 0 else None
+    return significant((int(latest[rank]) - first_step) / (passed_ns / 1e9)) if passed_ns > 0 else None
 
 
-def phases(digest: Digest, window: Window) -> list[dict[str, Any]]:
+def phases(digest: Digest, window: Window) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm holds the waiting inside it."""
     by_rank = {int(rank): _means(window, row) for row, rank in enumerate(window.ranks)}
     for rank in sorted(set(digest.ranks) - set(by_rank)):
@@ -87,34 +106,38 @@ def _names(by_rank: dict[int, dict[str, float]]) -> list[str]:
     return [*(n for n in _ORDER if n in seen), *sorted(seen - {*_ORDER, "other"}), *(["other"] if by_rank else [])]
 
 
-def _phase(name: str, by_rank: dict[int, dict[str, float]], whole: float) -> dict[str, Any]:
+def _phase(name: str, by_rank: dict[int, dict[str, float]], whole: float) -> PhaseSection:
     means = {rank: of_rank.get(name, 0.0) for rank, of_rank in by_rank.items()}
     total = sum(means.values())
-    return {
-        "phase": name,
-        "mean_ms": total / len(means),
-        "share": total / whole if whole else 0.0,
-        "by_rank": [{"rank": rank, "mean_ms": mean} for rank, mean in sorted(means.items())],
-    }
+    return PhaseSection(
+        phase=name,
+        mean_ms=_number(total / len(means)),
+        share=_number(total / whole) if whole else 0.0,
+        by_rank=[RankMean(rank, _number(mean)) for rank, mean in sorted(means.items())],
+    )
 
 
-def ranks(digest: Digest) -> list[dict[str, Any]]:
-    """Return how each rank of the last attempt stands or how it ended."""
+def _number(value: float) -> float:
+    return significant(value) or 0.0
+
+
+def ranks(digest: Digest) -> list[RankSection]:
+    """Return the state of each rank of the last attempt, and its end."""
     latest = digest.window.latest
     return [
-        {
-            "rank": rank,
-            "host": stream.host,
-            "pid": stream.identity.pid,
-            "steps": int(latest[rank]) + 1 if rank < len(latest) else 0,
-            "state": stream.state,
-            "exit": _exit(digest, stream),
-        }
+        RankSection(
+            rank=rank,
+            host=stream.host,
+            pid=stream.identity.pid,
+            steps=int(latest[rank]) + 1 if rank < len(latest) else 0,
+            state=stream.state,
+            exit=_exit(digest, stream),
+        )
         for rank, stream in sorted(digest.ranks.items())
     ]
 
 
-def _exit(digest: Digest, stream: StreamRecord) -> dict[str, Any]:
+def _exit(digest: Digest, stream: StreamRecord) -> ExitSection:
     ended = digest.facts.exits.get(stream.rank)
     if ended is None:
         ended = RankExit.of(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
@@ -125,73 +148,68 @@ def _exit(digest: Digest, stream: StreamRecord) -> dict[str, Any]:
         # What the rank said as it ended leaves out the step that was still open then.
         last_step = max(int(latest[stream.rank]), -1 if last_step is None else last_step)
 
-    return {
-        "code": ended.code,
-        "signal": ended.signal,
-        "exception": ended.exception,
-        "last_step": last_step,
-        "open_phase": ended.open_phase,
-        "stack": ended.stack,
-    }
+    return ExitSection(
+        code=ended.code,
+        signal=ended.signal,
+        exception=ended.exception,
+        last_step=last_step,
+        open_phase=ended.open_phase,
+        stack=ended.stack,
+    )
 
 
-def memory(digest: Digest) -> dict[str, Any]:
+def memory(digest: Digest) -> MemorySection:
     """Return peaks and growth of memory by rank."""
-    by_rank = []
-    for rank in sorted(digest.ranks):
-        process = digest.samples.of(PROCESS.name, rank)
-        device = digest.samples.of(TORCH_MEMORY.name, rank)
-        has = process is not None and len(process)
-        by_rank.append(
-            {
-                "rank": rank,
-                "rss_peak_bytes": int(process["rss_bytes"].max()) if process is not None and has else None,
-                "rss_slope_bytes_per_step": (
-                    slope_per_step(process["step"], process["rss_bytes"]) if process is not None and has else None
-                ),
-                "cuda_peak_bytes": int(device["peak_allocated_bytes"].max()) if device is not None else None,
-            }
-        )
-
-    return {"by_rank": by_rank}
+    return MemorySection([_memory_of(digest, rank) for rank in sorted(digest.ranks)])
 
 
-def system(digest: Digest) -> dict[str, Any]:
-    """Return how busy hosts and devices were."""
-    hosts: dict[str, dict[str, Any]] = {
-        stream.host: {"host": stream.host, "cpu_pct": None, "memory_pct": None, "gpus": []}
-        for stream in digest.ranks.values()
-    }
+def _memory_of(digest: Digest, rank: int) -> RankMemory:
+    memory = RankMemory(rank=rank)
+    process = digest.samples.of(PROCESS.name, rank)
+    device = digest.samples.of(TORCH_MEMORY.name, rank)
+    if process is not None and len(process):
+        slope = slope_per_step(process["step"], process["rss_bytes"])
+        memory.rss_peak_bytes = int(process["rss_bytes"].max())
+        memory.rss_slope_bytes_per_step = None if slope is None else significant(slope)
+
+    if device is not None:
+        memory.cuda_peak_bytes = int(device["peak_allocated_bytes"].max())
+
+    return memory
+
+
+def system(digest: Digest) -> SystemSection:
+    """Return the utilization of hosts and devices."""
+    hosts = {stream.host: HostSection(host=stream.host) for stream in digest.ranks.values()}
     for rank in digest.samples.ranks(HOST.name):
         rows = digest.samples.of(HOST.name, rank)
         if rows is not None and len(rows) and rank in digest.ranks:
             used = rows["memory_used_bytes"] / np.maximum(rows["memory_total_bytes"], 1)
             host = hosts[digest.ranks[rank].host]
-            host |= {"cpu_pct": float(rows["cpu_pct"].mean()), "memory_pct": 100 * float(used.max())}
+            host.cpu_pct = significant(rows["cpu_pct"].mean())
+            host.memory_pct = significant(100 * used.max())
 
     for rank in digest.samples.ranks(GPU.name):
         rows = digest.samples.of(GPU.name, rank)
         if rows is not None and rank in digest.ranks:
-            hosts[digest.ranks[rank].host]["gpus"] = [
-                _gpu(rows[rows["index"] == i], i) for i in np.unique(rows["index"])
-            ]
+            hosts[digest.ranks[rank].host].gpus = [_gpu(rows[rows["index"] == i], i) for i in np.unique(rows["index"])]
 
-    return {"hosts": list(hosts.values())}
+    return SystemSection(list(hosts.values()))
 
 
-def _gpu(rows: Any, index: int) -> dict[str, Any]:
-    return {
-        "index": int(index),
-        "utilization_pct": float(rows["utilization_pct"].mean()),
-        "memory_used_bytes": int(rows["memory_used_bytes"].max()),
-        "memory_total_bytes": int(rows["memory_total_bytes"].max()),
-        "temperature_c": float(rows["temperature_c"].max()),
-        "power_w": float(rows["power_w"].mean()),
-    }
+def _gpu(rows: Any, index: int) -> GpuSection:
+    return GpuSection(
+        index=int(index),
+        utilization_pct=significant(rows["utilization_pct"].mean()),
+        memory_used_bytes=int(rows["memory_used_bytes"].max()),
+        memory_total_bytes=int(rows["memory_total_bytes"].max()),
+        temperature_c=significant(rows["temperature_c"].max()),
+        power_w=significant(rows["power_w"].mean()),
+    )
 
 
-def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> dict[str, Any]:
-    """Return what tracing stored, lost and cost."""
+def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> TelemetrySection:
+    """Return the rows that tracing stored and lost, and its overhead."""
     stored = sum(reader.stored(table) for table in TABLES)
     lost = sum(reader.lost(table) for table in TABLES)
     last = [row for rank in sorted(digest.ranks) if (row := digest.samples.last(TELEMETRY.name, rank)) is not None]
@@ -201,11 +219,11 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> dic
     if digest.state == "running":
         appended = max(appended, sum(int(row["rows_appended"]) for row in last))
 
-    return {
-        "rows_appended": appended,
-        "rows_stored": stored,
-        "rows_lost": lost,
-        "overhead_us_per_step": overhead_us,
-        "overhead_share": overhead_us / 1e3 / step_ms if overhead_us is not None and step_ms else None,
-        "bytes_sent": sum(int(row["bytes_sent"]) for row in last),
-    }
+    return TelemetrySection(
+        rows_appended=appended,
+        rows_stored=stored,
+        rows_lost=lost,
+        overhead_us_per_step=None if overhead_us is None else significant(overhead_us),
+        overhead_share=significant(overhead_us / 1e3 / step_ms) if overhead_us is not None and step_ms else None,
+        bytes_sent=sum(int(row["bytes_sent"]) for row in last),
+    )

@@ -9,6 +9,7 @@ import pytest
 from tests.renderers.reports import slow_rank
 from traceml.display.terminal.run_screen import RunScreen
 from traceml.errors import StoreError
+from traceml.runs.report_types import Report
 
 
 class FakeRun:
@@ -17,7 +18,7 @@ class FakeRun:
     def __init__(self, now: list[float], cost_s: float = 0.0) -> None:
         self.now, self.cost_s = now, cost_s
         self.rates = [1.0, 2.0]
-        self.told: dict | Exception = {}
+        self.told: Report | Exception = Report.empty("x")
         self.refreshed = 0
         self.closed = False
 
@@ -29,7 +30,7 @@ class FakeRun:
 
         return True
 
-    def report(self) -> dict:
+    def report(self) -> Report:
         return self.told
 
     def close(self) -> None:

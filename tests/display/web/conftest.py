@@ -22,7 +22,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
-from traceml.runs.report import write_report
+from traceml.runs.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 
 expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once
@@ -42,7 +42,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     named = {"name": NASTY, "command": NASTY, "project": NASTY, "hosts": [NASTY]}
     store_run(folder / "20260102-000000-<b>nasty<-0004", Job(ranks=2, steps=60), facts=named)
     for each in folder.iterdir():
-        write_report(each)
+        save_report(each, build_report(each))
 
     _store_odd_runs(folder)
     return folder
@@ -56,7 +56,7 @@ def _store_odd_runs(folder: Path) -> None:
     content[8192 : len(content) // 2] = os.urandom(len(content) // 2 - 8192)
     (damaged / STORE_NAME).write_bytes(content)
     halved = store_run(folder / "20260101-000000-halved-0007", Job(ranks=2, steps=60))
-    write_report(halved)
+    save_report(halved, build_report(halved))
     (halved / STORE_NAME).unlink()
     empty = folder / "20260101-000000-empty-0008"
     empty.mkdir()

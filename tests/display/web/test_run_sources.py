@@ -16,7 +16,7 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.display.web import run_sources
 from traceml.display.web.run_sources import RunSource, RunsSource, is_run_id
-from traceml.runs.report import write_report
+from traceml.runs.report import build_report, save_report
 
 RUN = "20260101-000000-train-abcd"
 
@@ -43,7 +43,7 @@ def follow():
 
 def test_a_finished_run_is_read_once_and_told_once(run_dir, follow):
     """With the report that stands on disk, so that page and report cannot disagree."""
-    write_report(run_dir)
+    save_report(run_dir, build_report(run_dir))
     report = json.loads((run_dir / "report.json").read_text())
     report["verdict"]["summary"] = "as it was written"
     (run_dir / "report.json").write_text(json.dumps(report))
@@ -140,7 +140,7 @@ def test_another_store_in_the_same_place_is_read_from_its_beginning(run_dir, fol
 
 
 def test_a_report_without_a_store_is_shown(run_dir, follow):
-    write_report(run_dir)
+    save_report(run_dir, build_report(run_dir))
     (run_dir / STORE_NAME).unlink()
 
     source = follow(run_dir)

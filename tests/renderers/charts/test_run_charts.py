@@ -9,7 +9,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import add_rank, rows_of, run_facts
-from tests.runs.test_points import log
+from tests.runs.test_metric_series import log
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.charts import run_charts

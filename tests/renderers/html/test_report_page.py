@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
-from tests.runs.test_points import log
+from tests.runs.test_metric_series import log
 from traceml.database.reader import StoreReader
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 
 import pytest
 
@@ -12,9 +11,10 @@ from traceml.errors import StoreError
 from traceml.renderers.text.card import card, print_card, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import run_view
+from traceml.runs.report_types import SCHEMA, Report, RunSection, TrackerSection
 
 
-def text_of(made: dict, **over) -> str:
+def text_of(made: Report, **over) -> str:
     viewport = Viewport(80, 24, **over)
     return "\n".join(line.plain for line in card(run_view(made), viewport).renderables)
 
@@ -32,7 +32,7 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
     folder = tmp_path / "traceml_runs" / ("20250102-030405-" + "long-" * 20)
     folder.mkdir(parents=True)
     path = folder / "report.json"
-    path.write_text(json.dumps(slow_rank()))
+    path.write_text(slow_rank().to_json())
 
     assert printed(path)[-2:] == [f" Report  {path}", f" Again   traceml report {folder.name}"]
 
@@ -45,7 +45,7 @@ def test_a_missing_rank_is_told():
     made = slow_rank()
     assert "Absent" not in text_of(made)
 
-    made["run"]["world_size"] = 3
+    made.run.world_size = 3
     assert " Absent  nothing ever came of rank 2 of 3" in text_of(made)
 
 
@@ -54,14 +54,14 @@ def test_print_card_of_a_damaged_report(tmp_path):
     path = tmp_path / "report.json"
     path.write_text('{"schema": ')
 
-    with pytest.raises(StoreError, match=r"report\.json is no report"):
+    with pytest.raises(StoreError, match=r"report\.json is not a report"):
         print_card(path, file=io.StringIO())
 
 
 def test_print_card_in_latin_1(tmp_path):
     """A terminal without UTF-8 gets ASCII."""
     path = tmp_path / "report.json"
-    path.write_text(json.dumps(slow_rank()))
+    path.write_text(slow_rank().to_json())
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding="latin-1")
 
@@ -75,9 +75,10 @@ def test_print_card_in_latin_1(tmp_path):
 def test_report_without_anything_optional(name):
     """A report with nothing but its required parts still makes a card."""
     full = REPORTS[name]()
-    bare = {"run": {"id": "x"}, "verdict": full["verdict"], "ranks": full["ranks"]}
+    run = RunSection(id="x", name="x")
+    bare = Report(schema=SCHEMA, run=run, verdict=full.verdict, findings=[full.verdict], ranks=full.ranks)
 
-    assert full["verdict"]["kind"] in text_of(bare)
+    assert full.verdict.kind in text_of(bare)
 
 
 def test_lost_rows_are_told():
@@ -110,20 +111,23 @@ def test_wrapped_keeps_words_whole():
     assert wrapped("", 5) == []
 
 
-def tracker(backend: str, state: str = "done", **more: object) -> dict:
-    return {"backend": backend, "state": state, "delivered": 12_340, "pending": 0, "failed": 0, "error": "", **more}
+def tracker(backend: str, state: str = "done", **more: object) -> TrackerSection:
+    return TrackerSection(**{"backend": backend, "state": state, "delivered": 12_340, "pending": 0, **more})
+
+
+def tracked(*trackers: TrackerSection) -> Report:
+    made = healthy()
+    made.trackers = list(trackers)
+    return made
 
 
 def test_trackers_are_told_and_what_to_do_when_rows_wait():
     """Each tracker has a line; where rows wait, why, and the command that delivers them."""
-    made = {
-        **healthy(),
-        "trackers": [
-            tracker("mlflow"),
-            tracker("wandb", "open", delivered=0, pending=20, error="ConnectionError: refused"),
-            tracker("aim", "broken", pending=1, failed=3, error="ImportError: pip install 'traceml[aim]'"),
-        ],
-    }
+    made = tracked(
+        tracker("mlflow"),
+        tracker("wandb", "open", delivered=0, pending=20, error="ConnectionError: refused"),
+        tracker("aim", "broken", pending=1, failed=3, error="ImportError: pip install 'traceml[aim]'"),
+    )
 
     shown = text_of(made)
 
@@ -135,10 +139,10 @@ def test_trackers_are_told_and_what_to_do_when_rows_wait():
 
 def test_trackers_that_have_everything_need_no_advice():
     """No command is told where nothing waits."""
-    assert "traceml sync" not in text_of({**healthy(), "trackers": [tracker("mlflow")]})
+    assert "traceml sync" not in text_of(tracked(tracker("mlflow")))
 
 
 def test_what_a_fallback_took_is_told():
     """Whoever looks for it at the tracker itself would find nothing."""
-    shown = text_of({**healthy(), "trackers": [tracker("mlflow", fallback=12_000)]})
+    shown = text_of(tracked(tracker("mlflow", fallback=12_000)))
     assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown

@@ -27,7 +27,7 @@ def test_lines_keep_to_their_room(name, height, width):
 def test_height_does_not_change_while_ranks_arrive():
     """A job of a known size has its height from the first draw."""
     early = too_early()
-    early["run"]["world_size"] = 2
+    early.run.world_size = 2
 
     assert len(live_lines(live_view(early), Viewport())) == len(live_lines(live_view(slow_rank()), Viewport()))
 

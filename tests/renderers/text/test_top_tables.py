@@ -15,6 +15,7 @@ from traceml.renderers.text.top_tables import (
 )
 from traceml.renderers.views import run_view
 from traceml.runs.notes import Note
+from traceml.runs.report_types import GpuSection, HostSection, MetricSection, Report, SystemSection
 
 
 def cells(table, row):
@@ -37,8 +38,9 @@ def test_ranks_tell_work_from_waiting():
 
 def test_memory_tells_growth():
     report = slow_rank()
-    report["memory"]["by_rank"][1] |= {"rss_slope_bytes_per_step": 4096.0, "cuda_peak_bytes": 1 << 30}
-    report["memory"]["by_rank"][0]["rss_slope_bytes_per_step"] = None
+    first, second = report.memory.by_rank
+    second.rss_slope_bytes_per_step, second.cuda_peak_bytes = 4096.0, 1 << 30
+    first.rss_slope_bytes_per_step = None
     table = memory_table(report)
 
     assert cells(table, 0) == ["0", "412 MiB", "-", "-"]
@@ -48,9 +50,9 @@ def test_memory_tells_growth():
 def test_metrics_with_their_trend():
     """By name; a value that is no number stands out."""
     report = healthy()
-    report["metrics"] = {
-        "loss": {"last": 0.123456789, "min": 0.1, "max": 2.0, "count": 1200},
-        "grad": {"last": None, "min": None, "max": None, "count": 3},
+    report.metrics = {
+        "loss": MetricSection(last=0.123456789, min=0.1, max=2.0, count=1200),
+        "grad": MetricSection(count=3),
     }
     table = metrics_table(report, {"loss": [2.0, 1.0]})
 
@@ -62,8 +64,8 @@ def test_metrics_with_their_trend():
 
 def test_system_lists_devices_below_their_host():
     report = healthy()
-    gpu = {"index": 0, "utilization_pct": 80.0, "memory_used_bytes": 1, "memory_total_bytes": 2, "temperature_c": 61.4}
-    report["system"] = {"hosts": [{"host": "node1", "cpu_pct": 50.0, "memory_pct": 25.0, "gpus": [gpu]}]}
+    gpu = GpuSection(index=0, utilization_pct=80.0, memory_used_bytes=1, memory_total_bytes=2, temperature_c=61.4)
+    report.system = SystemSection([HostSection(host="node1", cpu_pct=50.0, memory_pct=25.0, gpus=[gpu])])
     table = system_table(report)
 
     assert cells(table, 0) == ["node1", "50 %", "25 %", "-", "-"]
@@ -79,7 +81,7 @@ def test_logs_tell_whom_they_are_about():
 
 def test_before_the_first_step_tables_say_so():
     """Nothing is an empty table with a word, also of a report that is not there yet."""
-    for report in (too_early(), {}):
+    for report in (too_early(), Report.empty("x")):
         made = [phases_table(report), ranks_table(run_view(report)), memory_table(report), metrics_table(report, {}),
                 system_table(report), logs_table([])]  # fmt: skip
         assert all(not table.rows and table.empty for table in made)

@@ -15,6 +15,7 @@ from traceml.display.terminal.terminal_driver import TerminalDriver
 from traceml.errors import StoreError
 from traceml.renderers.views import live_view
 from traceml.runs.live_run import LiveRun
+from traceml.runs.report_types import Report
 
 __all__ = ["RunScreen", "TerminalDriver"]
 
@@ -32,7 +33,7 @@ class FollowedRun(Protocol):
     def refresh(self) -> bool:
         """Take in what came."""
 
-    def report(self) -> dict[str, Any]:
+    def report(self) -> Report:
         """Return the report so far."""
 
     def close(self) -> None:
@@ -74,7 +75,7 @@ class RunScreen:
         try:
             self._run.refresh()
             report = self._run.report()
-            if report.get("ranks"):  # before the first rank is there, nobody knows how many there will be
+            if report.ranks:  # before the first rank is there, nobody knows how many there will be
                 self._driver.update(live_view(report, self._run.rates))
         except StoreError as error:
             self._give_up(f"the live view ended: {error}")

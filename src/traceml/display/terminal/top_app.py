@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from rich.text import Text
 
@@ -37,8 +36,8 @@ class TopApp:
 
     def __init__(self, live: LiveRun) -> None:
         self._live = live
-        self._report: dict[str, Any] = {}
-        self._view: LiveView = live_view({})
+        self._report = live.report()
+        self._view: LiveView = live_view(self._report)
         self._shown = 0
         self._first = 0
         self._helps = False

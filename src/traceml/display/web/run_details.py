@@ -7,12 +7,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
+
 from traceml.database.reader import RunEvent
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, shown
 from traceml.display.web.run_sources import LogTail, RunState
 from traceml.formatting import bytes_text, count_text, ms_text, overhead_text
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import end_of_rank, phase_label
+from traceml.runs.report_types import RankSection
 
 __all__ = ["DeliverySection", "LogSection", "RankTable", "TelemetrySection"]
 
@@ -120,10 +123,18 @@ def _event_cells(event: RunEvent) -> list[str]:
         return [at, "verdict", f"{first.get('kind', '')}: {first.get('summary', '')}"]
 
     if event.kind == "rank":
-        told = end_of_rank(event.data) or str(event.data.get("state", ""))
-        return [at, "rank", f"rank {event.data.get('rank')}: {told}"]
+        return [at, "rank", f"rank {event.data.get('rank')}: {_rank_state(event.data)}"]
 
     return [at, event.kind, ", ".join(f"{name} {_plain(value)}" for name, value in event.data.items() if value)]
+
+
+def _rank_state(data: Mapping[str, Any]) -> str:
+    try:
+        rank = msgspec.convert(data, RankSection)
+    except msgspec.ValidationError:
+        return str(data.get("state", ""))
+
+    return end_of_rank(rank) or rank.state
 
 
 def _plain(value: Any) -> str:
@@ -148,9 +159,8 @@ class DeliverySection:
                 "p", 'No tracker was asked for. backend="mlflow" or TRACEML_BACKEND names one.', "note"
             )
 
-    def show(self, view: RunView, report: Mapping[str, Any]) -> None:
+    def show(self, view: RunView) -> None:
         """Show the trackers as they stand."""
-        targets = {entry.get("backend"): str(entry.get("target") or "") for entry in report.get("trackers") or ()}
         shown(self._none, not view.trackers)
         self._table.show(
             [
@@ -160,11 +170,11 @@ class DeliverySection:
                     count_text(tracker.delivered),
                     count_text(tracker.pending),
                     count_text(tracker.failed),
-                    tracker.error or targets.get(tracker.backend, ""),
+                    tracker.error or tracker.target,
                 ]
                 for tracker in view.trackers
             ],
-            ["" if tracker.is_well else "ended" for tracker in view.trackers],
+            ["ended" if tracker.needs_attention else "" for tracker in view.trackers],
         )
 
 
@@ -175,7 +185,7 @@ class TelemetrySection:
         with Container("div", "card pad"):
             self._facts = FactList()
 
-    def show(self, view: RunView, report: Mapping[str, Any]) -> None:
+    def show(self, view: RunView) -> None:
         """Show the figures as they stand."""
         told, run = view.telemetry, view.run
         self._facts.show(
@@ -183,10 +193,10 @@ class TelemetrySection:
                 ("Rows stored", count_text(told.rows_stored)),
                 ("Rows lost", count_text(told.rows_lost)),
                 ("Overhead", overhead_text(told.overhead_us_per_step, told.overhead_share)),
-                ("Sent", bytes_text((report.get("telemetry") or {}).get("bytes_sent"))),
+                ("Sent", bytes_text(told.bytes_sent)),
                 ("Run", run.id),
-                ("Command", run.command or "-"),
+                ("Command", run.command_line or "-"),
                 ("Hosts", ", ".join(run.hosts) or "-"),
-                ("traceml", str(report.get("traceml_version") or "-")),
+                ("traceml", view.report.traceml_version or "-"),
             )
         )

@@ -99,12 +99,12 @@ class RunPage:
     def _show_run(self, state: RunState, view: RunView) -> None:
         self._crumb.say(view.run.name)
         shown(self._crumb, True)
-        self._verdict.show(view, state.report or {})
+        self._verdict.show(view)
         self._findings.show(view)
         self._rank_table.show(view)
         self._logs.show(state)
-        self._delivery.show(view, state.report or {})
-        self._telemetry.show(view, state.report or {})
+        self._delivery.show(view)
+        self._telemetry.show(view)
         draw(self._client, self._charts.show(state, self._theme))
 
     def _say_why_not(self, state: RunState) -> None:

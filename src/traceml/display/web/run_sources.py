@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -16,7 +15,8 @@ from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import REPORT_NAME, SCHEMA, build_report
+from traceml.runs.report import build_report
+from traceml.runs.report_types import REPORT_NAME, Report, read_report
 
 if TYPE_CHECKING:
     from traceml.runs.series import RunSeries
@@ -46,8 +46,8 @@ class RunState:
         id: the folder's name.
         problem: why it cannot be read, or not any further; empty where it can.
         exists: whether there is such a folder.
-        report: in the shape of `traceml.report/1`; empty before there is one.
-        view: the same, typed; None before there is one.
+        report: the report so far; None before there is one.
+        view: its view; None before there is one.
         events: what happened, oldest first.
         logs: ends of the files in its `logs`.
         ended: whether it is over.
@@ -59,7 +59,7 @@ class RunState:
     id: str
     problem: str = ""
     exists: bool = True
-    report: dict[str, Any] | None = None
+    report: Report | None = None
     view: RunView | None = None
     events: tuple[RunEvent, ...] = ()
     logs: tuple[LogTail, ...] = ()
@@ -184,9 +184,9 @@ class RunSource:
             drawings=self._drawings(view, series),
             events=tuple(live.events),
             logs=tuple(_tails(self._path / "logs")),
-            ended=live.ended or report["run"]["state"] not in ("running", "hung"),
+            ended=live.ended or report.run.state not in ("running", "hung"),
             silent_s=self._silent(live),
-            watched=report["run"]["state"] != "lost",
+            watched=report.run.state != "lost",
         )
 
     def _drawings(self, view: RunView, series: RunSeries | None) -> ChartCache:
@@ -287,13 +287,11 @@ class RunFileTimes:
         return changed
 
 
-def _written_report(run_dir: Path) -> dict[str, Any] | None:
+def _written_report(run_dir: Path) -> Report | None:
     try:
-        report = json.loads((run_dir / REPORT_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # there is none yet, or it was cut off; the store tells the same
-
-    return report if isinstance(report, dict) and report.get("schema") == SCHEMA else None
+        return read_report(run_dir / REPORT_NAME)
+    except (OSError, StoreError):
+        return None  # not written yet, or damaged; the store has the same
 
 
 def _tails(folder: Path) -> list[LogTail]:

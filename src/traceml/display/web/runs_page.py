@@ -16,7 +16,6 @@ from traceml.runs.find import RunInfo
 __all__ = ["RunsPage"]
 
 _SHOWN = 500
-_SEVERE = {"RANK_LOST", "HANG", "NUMERIC"}
 
 
 class RunsPage:
@@ -124,7 +123,7 @@ class _RunRow:
         self._state.say(run.state)
         self._state.look(f"pill {run.state}")
         self._verdict.say(_in_words(run.verdict))
-        self._verdict.look(f"pill {_weight(run.verdict)}")
+        self._verdict.look(f"pill {run.severity or ''}")
         shown(self._verdict, run.verdict is not None)
         took = run.duration_s
         if took is None and run.started is not None and run.state in ("running", "hung"):
@@ -144,16 +143,6 @@ class _RunRow:
 
 def _in_words(verdict: str | None) -> str:
     return (verdict or "").replace("_", " ").capitalize()
-
-
-def _weight(verdict: str | None) -> str:
-    if verdict in _SEVERE:
-        return "critical"
-
-    if verdict in ("HEALTHY", "COMPUTE_BOUND"):
-        return "info"
-
-    return "" if verdict in (None, "INSUFFICIENT_DATA") else "warning"
 
 
 def _when(epoch_s: float | None) -> str:

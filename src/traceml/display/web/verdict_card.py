@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
+from traceml.diagnosis.findings import Finding
 from traceml.display.web.elements import Container, FactList, TextNode, shown
 from traceml.formatting import count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.evidence import evidence_items
-from traceml.renderers.views import RunView, Verdict
+from traceml.renderers.views import RunView
+from traceml.renderers.words import headline
 
 __all__ = ["FindingSection", "VerdictCard"]
 
@@ -37,7 +36,7 @@ class VerdictCard:
                 TextNode("h3", "Evidence")
                 self._facts = FactList()
 
-    def show(self, view: RunView, report: Mapping[str, Any]) -> None:
+    def show(self, view: RunView) -> None:
         """Show the verdict as it stands."""
         verdict = view.verdict
         self._card.look(f"card verdict {verdict.severity}")
@@ -45,12 +44,11 @@ class VerdictCard:
         self._kind.look(f"pill kind {verdict.severity}")
         self._state.say(view.run.state)
         self._state.look(f"pill {view.run.state}")
-        self._headline.say(verdict.headline)
+        self._headline.say(headline(verdict))
         self._why.say(verdict.summary)
         self._next.say(verdict.next)
         shown(self._next_block, bool(verdict.next))
-        evidence = (report.get("verdict") or {}).get("evidence") or {}
-        self._facts.show([*_costs(verdict), *evidence_items(evidence)][:_EVIDENCE])
+        self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
 
 
@@ -74,7 +72,7 @@ class FindingSection:
             shown(row, True)
             kind.say(finding.kind.replace("_", " "))
             kind.look(f"pill {finding.severity}")
-            head.say(finding.headline)
+            head.say(headline(finding))
             next_.say(" ".join(part for part in (finding.summary, finding.next) if part))
 
         for row, *_ in self._rows[len(view.others) :]:
@@ -87,7 +85,7 @@ class FindingSection:
                 self._rows.append((row, kind, TextNode("p", "", "head"), TextNode("p")))
 
 
-def _costs(verdict: Verdict) -> list[tuple[str, str]]:
+def _costs(verdict: Finding) -> list[tuple[str, str]]:
     costs = []
     if verdict.cost_share:
         costs.append(("costs", f"{percent_text(verdict.cost_share)} of step time"))

@@ -10,7 +10,7 @@ from traceml.formatting import bytes_text, count_text, ms_text, percent_text
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import phase_label
+from traceml.renderers.words import phase_label, tracker_text
 from traceml.runs.about import About
 from traceml.runs.series import RunSeries
 
@@ -70,13 +70,11 @@ def _rank(row: RankRow, phases: Sequence[str]) -> str:
     )
 
 
-def stacks(report: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what the first ranks that ended badly were doing, where it is known."""
-    said = [rank for rank in report.get("ranks") or () if (rank.get("exit") or {}).get("stack")]
-    for rank in said[:_STACKS]:
-        stack = rank["exit"]["stack"]
-        text = stack if isinstance(stack, str) else "\n".join(str(line) for line in stack)
-        yield f'<div class="card"><h3>rank {int(rank["rank"])}</h3><pre>{escaped(text)}</pre></div>'
+def stacks(view: RunView) -> Iterator[str]:
+    """Yield the stacks of the first ranks that ended badly, where they are known."""
+    ended = [rank for rank in view.report.ranks if rank.exit.stack]
+    for rank in ended[:_STACKS]:
+        yield f'<div class="card"><h3>rank {rank.rank}</h3><pre>{escaped(rank.exit.stack_text)}</pre></div>'
 
 
 def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
@@ -86,7 +84,7 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
     rows = [
         ("resident peak", resident and f"{bytes_text(resident[0])} (rank {resident[1]})"),
         ("device peak", device and f"{bytes_text(device[0])} (rank {device[1]})"),
-        *((f"tracker {tracker.backend}", tracker.text) for tracker in view.trackers),
+        *((f"tracker {tracker.backend}", tracker_text(tracker)) for tracker in view.trackers),
         ("rows stored", count_text(view.telemetry.rows_stored)),
         ("rows lost", count_text(view.telemetry.rows_lost)),
         ("metrics not drawn", count_text(series.hidden_metrics) if series.hidden_metrics else None),
@@ -94,11 +92,11 @@ def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
     yield from _facts(rows)
 
 
-def run_facts(view: RunView, report: Mapping[str, Any], about: About) -> Iterator[str]:
+def run_facts(view: RunView, about: About) -> Iterator[str]:
     """Yield command, source, versions, machine, model."""
     git, process, environment = about.git, about.process, about.environment
     argv = process.get("argv")
-    command = shlex.join(map(str, argv)) if argv else view.run.command
+    command = shlex.join(map(str, argv)) if argv else view.run.command_line
     rows = [
         ("command", command),
         ("folder", process.get("folder")),
@@ -107,7 +105,7 @@ def run_facts(view: RunView, report: Mapping[str, Any], about: About) -> Iterato
         ("git remote", git.get("remote")),
         ("python", process.get("python")),
         ("interpreter", process.get("executable")),
-        ("traceml", process.get("traceml") or report.get("traceml_version")),
+        ("traceml", process.get("traceml") or view.report.traceml_version),
         ("packages", _packages(environment)),
         ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:16])}"),
         ("machine", _machine(about.system)),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from traceml.renderers.charts.figures import figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.html.report_page import PAGE_COLORS, chart_grid, run_line, verdict_card
 from traceml.renderers.views import run_view
+from traceml.runs.report_types import Report
 from traceml.runs.series import RunSeries
 
 __all__ = ["inline_html"]
@@ -19,18 +18,18 @@ __all__ = ["inline_html"]
 _DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=dark]")
 
 
-def inline_html(report: Mapping[str, Any], series: RunSeries) -> str:
+def inline_html(report: Report, series: RunSeries) -> str:
     """Return the piece of HTML.
 
     Args:
-        report: in the shape of `traceml.report/1`.
+        report: the run.
         series: the same run over its steps.
     """
     view = run_view(report)
     body = "".join(
         [
-            *run_line(view, report),
-            verdict_card(view.verdict, {}),
+            *run_line(view),
+            verdict_card(view.verdict, with_evidence=False),
             *chart_grid(figures(view, series)),
         ]
     )

@@ -10,47 +10,48 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from traceml.diagnosis.findings import Finding
 from traceml.formatting import count_text, duration_text, ms_text, overhead_text, rate_text
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import memory_facts, phase_table, rank_table, run_facts, stacks
-from traceml.renderers.views import RunView, Verdict, run_view
+from traceml.renderers.views import RunView, run_view
+from traceml.renderers.words import headline
 from traceml.runs.about import About
+from traceml.runs.report_types import Report
 from traceml.runs.series import RunSeries
 
 __all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
 
 PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
 """What a page has behind its cards, by theme."""
-_SEVERITIES = ("info", "warning", "critical")
 
 
-def report_page(report: Mapping[str, Any], series: RunSeries, about: About) -> str:
+def report_page(report: Report, series: RunSeries, about: About) -> str:
     """Return the whole page.
 
     Args:
-        report: in the shape of `traceml.report/1`.
+        report: the run.
         series: the same run over its steps.
-        about: what is known beside.
+        about: facts beside the rows.
     """
     view = run_view(report)
-    findings = report.get("findings") or ()
     body = [
         f'<div class="top"><h1>{escaped(view.run.name)}</h1><span class="brand">traceml report</span></div>',
-        *run_line(view, report),
-        verdict_card(view.verdict, (report.get("verdict") or {}).get("evidence") or {}),
+        *run_line(view),
+        verdict_card(view.verdict),
         *_tiles(view),
-        *_section("Also found", _others(view, findings)),
+        *_section("Also found", (verdict_card(finding, first=False) for finding in view.others)),
         *_section("Charts", chart_grid(figures(view, series))),
         *_section("Phases", phase_table(view)),
         *_section("Ranks", rank_table(view)),
-        *_section("Last words", stacks(report)),
+        *_section("Last words", stacks(view)),
         *_section("Memory, trackers, tracing", memory_facts(view, series)),
-        *_section("Environment and how to run it again", run_facts(view, report, about)),
+        *_section("Environment and how to run it again", run_facts(view, about)),
     ]
-    version = escaped(report.get("traceml_version") or "")
+    version = escaped(report.traceml_version)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
@@ -69,22 +70,21 @@ def _style_sheet() -> str:
     return f":root{{{light}}}@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}{rules}"
 
 
-def verdict_card(verdict: Verdict, evidence: Mapping[str, Any], *, first: bool = True) -> str:
+def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = True) -> str:
     """Return a finding with its evidence and what to do.
 
     Args:
         verdict: the finding.
-        evidence: its numbers, as in the report.
-        first: whether it is the one that matters.
+        first: whether it is the verdict.
+        with_evidence: whether its numbers are shown.
     """
-    severity = verdict.severity if verdict.severity in _SEVERITIES else "info"
-    headline = f'<p class="headline">{escaped(verdict.headline)}</p>'
+    heading = f'<p class="headline">{escaped(headline(verdict))}</p>'
     gain = f'<p class="gain"><b>Gain</b>{verdict.gain:.2f}x as fast once this is fixed</p>' if verdict.gain else ""
     to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
     return (
-        f'<section class="card {"verdict" if first else "finding"} {severity}">'
-        f'<span class="kind">{escaped(verdict.kind)}</span>{headline}<p>{escaped(verdict.summary)}</p>'
-        f"{gain}{to_do}{_evidence(evidence)}</section>"
+        f'<section class="card {"verdict" if first else "finding"} {verdict.severity}">'
+        f'<span class="kind">{escaped(verdict.kind)}</span>{heading}<p>{escaped(verdict.summary)}</p>'
+        f"{gain}{to_do}{_evidence(verdict.evidence) if with_evidence else ''}</section>"
     )
 
 
@@ -94,7 +94,7 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
     return f'<dl class="evidence">{told}</dl>' if told else ""
 
 
-def run_line(view: RunView, report: Mapping[str, Any]) -> Iterator[str]:
+def run_line(view: RunView) -> Iterator[str]:
     """Yield in one line which run it is: id, ranks, hosts, state, when."""
     run = view.run
     facts = [f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}", ", ".join(run.hosts[:4])]
@@ -102,14 +102,13 @@ def run_line(view: RunView, report: Mapping[str, Any]) -> Iterator[str]:
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
 
-    told = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(report)) if fact)
+    told = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(run.started)) if fact)
     yield f'<p class="sub">{told}</p>'
 
 
-def _date(report: Mapping[str, Any]) -> str:
+def _date(started: float | None) -> str:
     from datetime import UTC, datetime
 
-    started = (report.get("run") or {}).get("started")
     return f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC" if started else ""
 
 
@@ -127,12 +126,6 @@ def _tiles(view: RunView) -> Iterator[str]:
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in tiles)
     yield f'</div><p class="more">Tracing cost {escaped(overhead)}.</p>'
-
-
-def _others(view: RunView, findings: Iterable[Mapping[str, Any]]) -> Iterator[str]:
-    evidence = [finding.get("evidence") or {} for finding in findings][1:]
-    for verdict, numbers in zip(view.others, evidence, strict=False):
-        yield verdict_card(verdict, numbers, first=False)
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:

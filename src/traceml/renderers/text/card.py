@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from rich.console import Console, Group
 from rich.text import Text
 
-from traceml.errors import StoreError
+from traceml.diagnosis.findings import Kind
 from traceml.formatting import (
     bytes_text,
     count_text,
@@ -23,8 +22,8 @@ from traceml.formatting import (
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
-from traceml.renderers.words import phase_label
-from traceml.runs.report import PAGE_NAME
+from traceml.renderers.words import headline, phase_label, tracker_text
+from traceml.runs.report_types import PAGE_NAME, REPORT_NAME, Report, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 
@@ -48,24 +47,19 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
     Raises:
         StoreError: the file holds no report.
     """
-    try:
-        report: dict[str, Any] = json.loads(report_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise StoreError(f"{report_path} is no report: {error}") from error
-
-    print_report(report, report_path.parent, console=Console(file=file, highlight=False))
+    print_report(read_report(report_path), report_path.parent, console=Console(file=file, highlight=False))
 
 
-def print_report(report: Mapping[str, Any], run_dir: Path, *, console: Console) -> None:
+def print_report(report: Report, run_dir: Path, *, console: Console) -> None:
     """Print the card of a report, with its path where it is written, and the command that shows it again.
 
     Args:
-        report: in the shape of `traceml.report/1`.
+        report: the run.
         run_dir: the run's folder.
         console: where to print.
     """
     folder = run_dir.resolve()
-    path, page = folder / "report.json", folder / PAGE_NAME
+    path, page = folder / REPORT_NAME, folder / PAGE_NAME
     shown = card(
         run_view(report),
         Viewport.of(console),
@@ -142,7 +136,7 @@ def _style(severity: str) -> str:
 
 def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     verdict = view.verdict
-    for line in wrapped(verdict.headline, width - 1):
+    for line in wrapped(headline(verdict), width - 1):
         yield Text(" ").append(line, style=_style(verdict.severity))
 
     for line in wrapped(verdict.summary, width - 1):
@@ -244,7 +238,7 @@ def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text
 
 def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
     # A lost rank that the verdict is about was told at the top.
-    told = view.verdict.ranks if view.verdict.kind == "RANK_LOST" else ()
+    told = view.verdict.ranks if view.verdict.kind is Kind.RANK_LOST else ()
     ended = [row for row in view.ranks if row.end and row.rank not in told]
     for row in ended[:4]:
         where = f" on {row.host}" if row.host else ""
@@ -257,14 +251,14 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
         yield from _labelled("Absent", view.absent, width, style="yellow")
 
     for other in view.others[:2]:
-        yield from _labelled("Also", f"{other.kind}: {other.headline}", width)
+        yield from _labelled("Also", f"{other.kind}: {headline(other)}", width)
 
     if memory := _memory_text(view):
         yield from _labelled("Memory", memory, width)
 
     for number, tracker in enumerate(view.trackers):
-        style = "" if tracker.is_well else "yellow"
-        yield from _labelled("" if number else "Sent", tracker.text, width, style=style)
+        style = "yellow" if tracker.needs_attention else ""
+        yield from _labelled("" if number else "Sent", tracker_text(tracker), width, style=style)
 
     if view.run.state != "running" and any(tracker.pending for tracker in view.trackers):
         yield from _labelled("", "traceml sync delivers what waits", width, style="bold")

@@ -11,7 +11,7 @@ from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked
 from traceml.renderers.text.card import SEVERITY_STYLES, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
-from traceml.renderers.words import short_label
+from traceml.renderers.words import headline, short_label, tracker_text
 
 __all__ = [
     "MAX_RANK_ROWS",
@@ -157,7 +157,7 @@ def verdict_line(now: RunView) -> Text:
     """Return the verdict so far in a few words."""
     verdict = now.verdict
     return Text(" so far  ", style="dim").append(
-        verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
+        headline(verdict), style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
     )
 
 
@@ -181,7 +181,7 @@ def _tracing(now: RunView, viewport: Viewport) -> Text:
     line.append(f" {viewport.glyphs.dot} overhead {overhead}")
     for tracker in now.trackers:
         line.append(f" {viewport.glyphs.dot} ").append(
-            tracker.text, style="" if tracker.is_well else "bold yellow not dim"
+            tracker_text(tracker), style="bold yellow not dim" if tracker.needs_attention else ""
         )
 
     return line

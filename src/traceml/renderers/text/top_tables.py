@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from traceml.formatting import bytes_text, count_text, ms_text, percent_text
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
 from traceml.renderers.words import phase_label
 from traceml.runs.notes import Note
+from traceml.runs.report_types import Report
 
 __all__ = [
     "BarCell",
@@ -86,17 +86,14 @@ def _wide(head: str = "") -> TableColumn:
     return TableColumn(head, right=False, fills=True)
 
 
-def phases_table(report: Mapping[str, Any]) -> TableView:
+def phases_table(report: Report) -> TableView:
     """Return the phases of a step: mean, share, and the ranks in which they are shortest and longest."""
     rows = []
-    for phase in report.get("phases") or ():
-        by_rank = [(entry.get("mean_ms") or 0.0, entry["rank"]) for entry in phase.get("by_rank") or ()]
-        share = phase.get("share") or 0.0
+    for phase in report.phases:
+        by_rank = [(entry.mean_ms, entry.rank) for entry in phase.by_rank]
         ends = [f"{ms_text(ms)} r{rank}" for ms, rank in (min(by_rank), max(by_rank))] if by_rank else ["-", "-"]
-        bar = BarCell(share, phase_color(phase["phase"]))
-        rows.append(
-            TableRow((phase_label(phase["phase"]), ms_text(phase.get("mean_ms")), percent_text(share), bar, *ends))
-        )
+        bar = BarCell(phase.share, phase_color(phase.phase))
+        rows.append(TableRow((phase_label(phase.phase), ms_text(phase.mean_ms), percent_text(phase.share), bar, *ends)))
 
     columns = (_left("phase"), _right("mean"), _right("share"), _wide(), _right("least"), _right("most"))
     return TableView("phases", columns, tuple(rows), "no step has ended yet")
@@ -124,18 +121,18 @@ def _rank(row: RankRow) -> TableRow:
     return TableRow((*cells, state), "bold red" if row.end or row.slowest else "")
 
 
-def memory_table(report: Mapping[str, Any]) -> TableView:
+def memory_table(report: Report) -> TableView:
     """Return memory by rank: the peak of what is resident, its growth per step, the peak on the device."""
-    entries = list((report.get("memory") or {}).get("by_rank") or ())
-    most = max((entry.get("rss_peak_bytes") or 0 for entry in entries), default=0) or 1
+    entries = report.memory.by_rank
+    most = max((entry.rss_peak_bytes or 0 for entry in entries), default=0) or 1
     rows = [
         TableRow(
             (
-                str(entry["rank"]),
-                bytes_text(entry.get("rss_peak_bytes")),
-                _growth(entry.get("rss_slope_bytes_per_step")),
-                bytes_text(entry.get("cuda_peak_bytes")),
-                BarCell((entry.get("rss_peak_bytes") or 0) / most, "cyan"),
+                str(entry.rank),
+                bytes_text(entry.rss_peak_bytes),
+                _growth(entry.rss_slope_bytes_per_step),
+                bytes_text(entry.cuda_peak_bytes),
+                BarCell((entry.rss_peak_bytes or 0) / most, "cyan"),
             )
         )
         for entry in entries
@@ -151,24 +148,24 @@ def _growth(slope: float | None) -> str:
     return f"{'-' if slope < 0 else '+'}{bytes_text(round(abs(slope)))}" if abs(slope) >= 0.5 else "none"
 
 
-def metrics_table(report: Mapping[str, Any], trends: Mapping[str, Sequence[float]]) -> TableView:
+def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> TableView:
     """Return what was logged, by name.
 
     Args:
-        report: in the report's shape.
+        report: the run.
         trends: values over steps by name.
     """
     rows = [
         TableRow(
             (
                 name,
-                *(value_text(entry.get(key)) for key in ("last", "min", "max")),
-                count_text(entry.get("count")),
+                *(value_text(value) for value in (entry.last, entry.min, entry.max)),
+                count_text(entry.count),
                 TrendCell(tuple(trends.get(name, ()))),
             ),
-            "bold red" if entry.get("last") is None else "",
+            "bold red" if entry.last is None else "",
         )
-        for name, entry in sorted((report.get("metrics") or {}).items())
+        for name, entry in sorted(report.metrics.items())
     ]
     columns = (
         _left("metric"),
@@ -199,16 +196,16 @@ def logs_table(notes: Sequence[Note]) -> TableView:
     return TableView("logs", columns, tuple(rows), "nothing was said yet")
 
 
-def system_table(report: Mapping[str, Any]) -> TableView:
+def system_table(report: Report) -> TableView:
     """Return how busy hosts and their devices are, on average, and what they hold at most."""
     rows: list[TableRow] = []
-    for host in (report.get("system") or {}).get("hosts") or ():
-        rows.append(_device(str(host["host"]), host.get("cpu_pct"), host.get("memory_pct"), "-", "-"))
-        for gpu in host.get("gpus") or ():
-            used, total = gpu.get("memory_used_bytes") or 0, gpu.get("memory_total_bytes") or 0
+    for host in report.system.hosts:
+        rows.append(_device(host.host, host.cpu_pct, host.memory_pct, "-", "-"))
+        for gpu in host.gpus:
+            used, total = gpu.memory_used_bytes or 0, gpu.memory_total_bytes or 0
             share = 100 * used / total if total else None
-            degrees, watts = _number(gpu.get("temperature_c"), "C"), _number(gpu.get("power_w"), "W")
-            rows.append(_device(f"  gpu {gpu.get('index')}", gpu.get("utilization_pct"), share, degrees, watts))
+            degrees, watts = _number(gpu.temperature_c, "C"), _number(gpu.power_w, "W")
+            rows.append(_device(f"  gpu {gpu.index}", gpu.utilization_pct, share, degrees, watts))
 
     columns = (_left("host"), _right("busy"), _wide(), _right("memory"), _wide(), _right("heat"), _right("power"))
     return TableView("system", columns, tuple(rows), "no sample has come yet")

@@ -1,0 +1,278 @@
+"""The report as an object: `traceml.report/1`, written as JSON and read back validated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.errors import StoreError
+
+__all__ = [
+    "PAGE_NAME",
+    "REPORT_NAME",
+    "SCHEMA",
+    "ExitSection",
+    "GpuSection",
+    "HostSection",
+    "MemorySection",
+    "MetricSection",
+    "PhaseSection",
+    "RankMean",
+    "RankMemory",
+    "RankSection",
+    "Report",
+    "RunSection",
+    "StepsSection",
+    "SystemSection",
+    "TelemetrySection",
+    "TrackerSection",
+    "json_schema",
+    "parse_report",
+    "read_report",
+    "read_verdict",
+]
+
+SCHEMA: Literal["traceml.report/1"] = "traceml.report/1"
+REPORT_NAME = "report.json"
+PAGE_NAME = "report.html"
+
+
+class RunSection(msgspec.Struct, kw_only=True):
+    """Identity and outcome of the run; times are epoch seconds, `duration_s` counts up while it runs."""
+
+    id: str
+    name: str
+    project: str = "default"
+    attempt: int = 0
+    started: float | None = None
+    ended: float | None = None
+    duration_s: float | None = None
+    state: str = "running"
+    world_size: int = 1
+    hosts: list[str] = []
+    command: str | list[str] = ""
+
+    @property
+    def command_line(self) -> str:
+        """The command as one text."""
+        return self.command if isinstance(self.command, str) else " ".join(self.command)
+
+
+class StepsSection(msgspec.Struct, kw_only=True):
+    """Number and duration of steps; `cut` where the first steps of a very long run are left out."""
+
+    count: int = 0
+    mean_ms: float | None = None
+    p50_ms: float | None = None
+    p95_ms: float | None = None
+    p99_ms: float | None = None
+    per_second: float | None = None
+    cut: bool = False
+
+
+class RankMean(msgspec.Struct):
+    """Mean time of a phase on one rank."""
+
+    rank: int
+    mean_ms: float = 0.0
+
+
+class PhaseSection(msgspec.Struct, kw_only=True):
+    """A phase of the step over all ranks; `share` is its share of step time, 0..1."""
+
+    phase: str
+    mean_ms: float = 0.0
+    share: float = 0.0
+    by_rank: list[RankMean] = []
+
+
+class ExitSection(msgspec.Struct, kw_only=True):
+    """End of a rank: exit code or signal, and its last step, open phase and stack where they are known."""
+
+    code: int | None = None
+    signal: int | None = None
+    exception: str | None = None
+    last_step: int | None = None
+    open_phase: str | None = None
+    stack: str | list[str] | None = None
+
+    @property
+    def stack_text(self) -> str:
+        """The stack as one text, empty where it is unknown."""
+        return self.stack if isinstance(self.stack, str) else "\n".join(self.stack or ())
+
+
+class RankSection(msgspec.Struct, kw_only=True):
+    """State of a rank of the last attempt."""
+
+    rank: int
+    host: str = ""
+    pid: int | None = None
+    steps: int = 0
+    state: str = "running"
+    exit: ExitSection = msgspec.field(default_factory=ExitSection)
+
+
+class RankMemory(msgspec.Struct, kw_only=True):
+    """Peak and growth of a rank's memory; None where it was not sampled."""
+
+    rank: int
+    rss_peak_bytes: int | None = None
+    rss_slope_bytes_per_step: float | None = None
+    cuda_peak_bytes: int | None = None
+
+
+class MemorySection(msgspec.Struct):
+    """Memory of all ranks."""
+
+    by_rank: list[RankMemory] = []
+
+
+class GpuSection(msgspec.Struct, kw_only=True):
+    """A GPU: mean utilization and power, highest memory use and temperature."""
+
+    index: int
+    utilization_pct: float | None = None
+    memory_used_bytes: int | None = None
+    memory_total_bytes: int | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+
+
+class HostSection(msgspec.Struct, kw_only=True):
+    """A host: mean CPU use, highest memory use."""
+
+    host: str
+    cpu_pct: float | None = None
+    memory_pct: float | None = None
+    gpus: list[GpuSection] = []
+
+
+class SystemSection(msgspec.Struct):
+    """Hosts and their GPUs."""
+
+    hosts: list[HostSection] = []
+
+
+class MetricSection(msgspec.Struct, kw_only=True):
+    """A logged metric; None where a value is not a finite number."""
+
+    last: float | None = None
+    min: float | None = None
+    max: float | None = None
+    count: int = 0
+
+
+class TrackerSection(msgspec.Struct, kw_only=True):
+    """Delivery to one tracker: rows delivered, pending and failed, and the error while there is one."""
+
+    backend: str
+    state: str = ""
+    delivered: int = 0
+    pending: int | None = None
+    failed: int = 0
+    filtered: int = 0
+    fallback: int = 0
+    derived: int = 0
+    masked: int = 0
+    latency_ms: float | None = None
+    target: str = ""
+    urls: list[str] = []
+    error: str = ""
+    reasons: dict[str, int] = {}
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether the tracker reports an error or refused rows."""
+        return bool(self.error or self.failed)
+
+
+class TelemetrySection(msgspec.Struct, kw_only=True):
+    """Rows that tracing stored and lost, and its overhead."""
+
+    rows_appended: int | None = None
+    rows_stored: int | None = None
+    rows_lost: int | None = None
+    overhead_us_per_step: float | None = None
+    overhead_share: float | None = None
+    bytes_sent: int | None = None
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """The report of a run; `verdict` is the first finding."""
+
+    schema: Literal["traceml.report/1"]
+    traceml_version: str = ""
+    run: RunSection
+    verdict: Finding
+    findings: list[Finding]
+    steps: StepsSection = msgspec.field(default_factory=StepsSection)
+    phases: list[PhaseSection] = []
+    ranks: list[RankSection] = []
+    memory: MemorySection = msgspec.field(default_factory=MemorySection)
+    system: SystemSection = msgspec.field(default_factory=SystemSection)
+    metrics: dict[str, MetricSection] = {}
+    hidden_metrics: int = 0
+    trackers: list[TrackerSection] = []
+    telemetry: TelemetrySection = msgspec.field(default_factory=TelemetrySection)
+
+    @classmethod
+    def empty(cls, run_id: str) -> Report:
+        """Return the report of a run whose store does not exist yet."""
+        verdict = Finding(kind=Kind.INSUFFICIENT_DATA, severity=Severity.INFO, summary="", next="")
+        return cls(schema=SCHEMA, run=RunSection(id=run_id, name=run_id), verdict=verdict, findings=[verdict])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain dicts and lists, keys in the order of the schema."""
+        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return built
+
+    def to_json(self) -> str:
+        """Return the report as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+
+
+def parse_report(data: Any) -> Report:
+    """Return a report from plain data; unknown keys are ignored.
+
+    Raises:
+        StoreError: the data is not a report; the text names the key.
+    """
+    try:
+        return msgspec.convert(data, Report)
+    except msgspec.ValidationError as error:
+        raise StoreError(f"not a report: {error}") from error
+
+
+def read_report(path: Path) -> Report:
+    """Return the report in a file.
+
+    Raises:
+        StoreError: the file does not hold a report; the text names the file and the key.
+        OSError: the file cannot be read.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Report)
+    except msgspec.DecodeError as error:
+        raise StoreError(f"{path} is not a report: {error}") from error
+
+
+class _VerdictOnly(msgspec.Struct):
+    verdict: Finding
+
+
+def read_verdict(path: Path) -> Finding | None:
+    """Return the verdict of the report in a file, without reading the rest; None where there is no report."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_VerdictOnly).verdict
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of `traceml.report/1`."""
+    return msgspec.json.schema(Report)
