@@ -137,7 +137,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_system() -> None:
     """The machine is told in numbers that agree with Python's own."""
-    facts = facts_of(SystemCollector({}))
+    facts = facts_of(SystemCollector())
 
     assert facts["cores"] == os.cpu_count()
     assert facts["memory_bytes"] > 1 << 28
