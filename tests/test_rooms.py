@@ -59,9 +59,23 @@ SUBROOMS = {
     "launch.agent": {"launch.wire"},
     "launch.worker": {"launch.wire", "session", "recorder"},
     "launch.wire": {"database"},
-}
+    "track.rank": {
+        "track.plugins", "track.filters", "track.tracker_state", "track.wandb_sweep", "recorder", "instrument",
+        "database",
+    },
+    "track.delivery": {
+        "track.plugins", "track.filters", "track.tracker_state", "track.wandb_sweep", "database", "diagnosis",
+    },
+    "track.backends": {"track.plugins"},
+    "track.plugins": set(),
+}  # fmt: skip
 # Packages that a folder's process must never load.
-FORBIDDEN = {"launch.agent": {"torch", "numpy", "asyncio", "threading"}}
+FORBIDDEN = {
+    "launch.agent": {"torch", "numpy", "asyncio", "threading"},
+    "track.rank": {"torch", "numpy", "sqlite3", "pydantic"},
+    "track.plugins": {"torch", "numpy", "sqlite3", "pydantic"},
+    "track.delivery": {"torch", "pydantic"},
+}
 # What users import, and nobody inside.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {"formatting", "settings", "coerce", "errors", "clock", "ids", "priority", "fail_open", "version", "privacy"}

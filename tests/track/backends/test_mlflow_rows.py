@@ -9,19 +9,25 @@ from typing import Any
 
 import pytest
 
-from traceml.track.backends.mlflow_rows import Apart, Row, insert, is_insertable
+from traceml.track.backends.mlflow_rows import (
+    TESTED_VERSIONS,
+    DuplicateShifter,
+    MetricRow,
+    insert,
+    is_insertable,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"
 )
 NAMES = ["loss", "acc", *(f"n{number}" for number in range(600))]
 ROWS = [
-    *(Row(name, number * 0.5, 1_700_000_000_000 + number, number % 7) for number, name in enumerate(NAMES * 2)),
-    Row("loss", math.nan, 5, 3),
-    Row("loss", math.inf, 6, 2**40),
-    Row("loss", -math.inf, 7, 2**40),
-    Row("acc", 3.0, 8, 1),
-    Row("acc", 3.0, 8, 1),  # the same again
+    *(MetricRow(name, number * 0.5, 1_700_000_000_000 + number, number % 7) for number, name in enumerate(NAMES * 2)),
+    MetricRow("loss", math.nan, 5, 3),
+    MetricRow("loss", math.inf, 6, 2**40),
+    MetricRow("loss", -math.inf, 7, 2**40),
+    MetricRow("acc", 3.0, 8, 1),
+    MetricRow("acc", 3.0, 8, 1),  # the same again
 ]
 
 
@@ -70,22 +76,31 @@ def test_other_tables_are_left_to_mlflow(monkeypatch: pytest.MonkeyPatch) -> Non
     """A server's store has none; a database file of a version with another column is not written into."""
     from mlflow.store.tracking.dbmodels.models import SqlMetric
 
-    store = SimpleNamespace(db_type="sqlite", _update_latest_metrics_if_necessary=print)
+    store = SimpleNamespace(db_type="sqlite")
     assert is_insertable(store)
     assert not is_insertable(SimpleNamespace())
-    assert not is_insertable(SimpleNamespace(db_type="postgresql", _update_latest_metrics_if_necessary=print))
+    assert not is_insertable(SimpleNamespace(db_type="postgresql"))
     table = SimpleNamespace(columns=dict.fromkeys((*SqlMetric.__table__.columns.keys(), "unit"), 0))
     monkeypatch.setattr(SqlMetric, "__table__", table)
     assert not is_insertable(store)
 
 
+def test_only_tested_versions_are_written_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed version is one of them, so the comparison above holds it; any other goes through `log_batch`."""
+    import mlflow.version
+
+    assert mlflow.version.VERSION.rpartition(".")[0] in TESTED_VERSIONS
+    monkeypatch.setattr(mlflow.version, "VERSION", "3.999.0")
+    assert not is_insertable(SimpleNamespace(db_type="sqlite"))
+
+
 def test_repeated_rows_are_set_apart_also_over_a_restart() -> None:
     """Each of the same again is a millisecond later; what was not kept is decided the same a second time."""
-    apart = Apart()
-    row = Row("loss", 1.0, 100, 0)
-    first = apart.set_apart([row, row, Row("loss", math.nan, 100, 0), Row("loss", math.nan, 100, 0)])
+    shifter = DuplicateShifter()
+    row = MetricRow("loss", 1.0, 100, 0)
+    first = shifter.shift([row, row, MetricRow("loss", math.nan, 100, 0), MetricRow("loss", math.nan, 100, 0)])
     assert [each.timestamp for each in first] == [100, 101, 100, 101]
-    assert apart.set_apart([row]) == [row]  # the first batch failed: nothing of it counts
-    apart.keep()
-    after = Apart([tuple(each) for each in apart.last()])
-    assert after.set_apart([row]) == [Row("loss", 1.0, 101, 0)]
+    assert shifter.shift([row]) == [row]  # the first batch failed: nothing of it counts
+    shifter.commit()
+    after = DuplicateShifter([tuple(each) for each in shifter.recent()])
+    assert after.shift([row]) == [MetricRow("loss", 1.0, 101, 0)]

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
-from traceml.track.backends.mlflow_rows import Apart, Row, insert, is_insertable
+from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, insert, is_insertable
 from traceml.track.backends.safe_names import is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -68,7 +68,7 @@ class MLflowBackend(BackendInterface):
         self._run_id: str | None = config.get("continue_run")
         self._experiment_id = ""
         self._params: dict[str, str] = {}
-        self._apart = Apart()
+        self._duplicates = DuplicateShifter()
         self._client: Any = None
 
     @property
@@ -93,7 +93,7 @@ class MLflowBackend(BackendInterface):
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Go on with the same run."""
         self._run_id = mark["run_id"]
-        self._apart = Apart([tuple(each) for each in mark.get("last", [])])
+        self._duplicates = DuplicateShifter([tuple(each) for each in mark.get("last", [])])
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
@@ -125,14 +125,16 @@ class MLflowBackend(BackendInterface):
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Give rows, under names that MLflow takes."""
         plain = [
-            Row(safe_name(row.name, _REFUSED, _LONGEST_NAME), row.value, round(row.timestamp * 1000), row.step or 0)
+            MetricRow(
+                safe_name(row.name, _REFUSED, _LONGEST_NAME), row.value, round(row.timestamp * 1000), row.step or 0
+            )
             for row in rows
         ]
-        given = self._apart.set_apart(plain)
+        given = self._duplicates.shift(plain)
         with _errors():
             self._send(given)
 
-        self._apart.keep()  # not before all are sent: a batch that failed comes again and must be decided the same
+        self._duplicates.commit()  # only after all are sent: a batch that failed is shifted again, the same way
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Give parameters; one that changes keeps its first value in MLflow, and the newest becomes a tag."""
@@ -209,7 +211,7 @@ class MLflowBackend(BackendInterface):
 
     def mark(self) -> dict[str, Any]:
         """Return the run, and the rows of its last millisecond."""
-        mark = {"run_id": self._run_id, "last": self._apart.last()}
+        mark = {"run_id": self._run_id, "last": self._duplicates.recent()}
         return mark | ({"database": self._uri} if self._is_default else {})
 
     def _connect(self) -> None:
@@ -259,7 +261,7 @@ class MLflowBackend(BackendInterface):
         )
         return runs[0] if runs else None
 
-    def _send(self, rows: Sequence[Row]) -> None:
+    def _send(self, rows: Sequence[MetricRow]) -> None:
         """Send rows by the way that takes the least: into a database file, to a server, or by the client's own call."""
         store = self._client._tracking_client.store
         if is_insertable(store):
@@ -273,13 +275,13 @@ class MLflowBackend(BackendInterface):
             else:
                 self._log_batch(store, part)
 
-    def _log_batch(self, store: Any, rows: Sequence[Row]) -> None:
+    def _log_batch(self, store: Any, rows: Sequence[MetricRow]) -> None:
         from mlflow.entities import Metric as MLflowMetric
 
         # The store itself: the client's own log_batch makes every row anew.
         store.log_batch(self._run_id, [MLflowMetric(*row) for row in rows], [], [])
 
-    def _post(self, rows: Sequence[Row]) -> None:
+    def _post(self, rows: Sequence[MetricRow]) -> None:
         """Send rows to a server as the JSON that it wants, which is what the client would send, made at once."""
         from mlflow.utils.rest_utils import http_request
 
