@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.window import PHASES, Window
+from traceml.diagnosis.phases import PHASES
+from traceml.diagnosis.window import Window
 from traceml.runs.bins import StepBins
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from traceml.diagnosis import advice
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.segments import COMPUTE, Segments
-from traceml.diagnosis.window import Floats
 from traceml.diagnosis.words import factor, lasting, of_ranks, percent
 
 __all__ = ["FLOOR_NS", "input_bound", "residual", "transfers"]

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from traceml.diagnosis import advice
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
-from traceml.diagnosis.window import Floats
 from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
 
 __all__ = ["jitter", "taking_turns", "usual"]

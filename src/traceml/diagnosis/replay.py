@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.segments import Segments
-from traceml.diagnosis.window import Floats
 
 __all__ = ["lifted", "new_step_times", "saved_ns", "speedup", "without_rare"]
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.job_facts import JobFacts
-from traceml.diagnosis.window import Floats, Window
+from traceml.diagnosis.phases import Floats, has_group
+from traceml.diagnosis.window import Window
 
 __all__ = ["COMPUTE", "Segments", "median_over_ranks", "segments_of"]
 
@@ -79,7 +80,7 @@ def segments_of(window: Window, facts: JobFacts) -> Segments:
     if not grouped:
         parts["backward"], parts["comm"] = window.times["backward"], window.times["comm"]
     elif known:
-        parts["backward"] = _own_backward(window)
+        parts["backward"] = window.own_backward
 
     parts = {name: values for name, values in parts.items() if values.any()}
     own = sum(parts.values(), np.zeros_like(window.total))
@@ -97,13 +98,11 @@ def median_over_ranks(values: Floats) -> Floats:
 
 
 def _grouped(window: Window, facts: JobFacts) -> bool:
-    if max(facts.world_size, len(window.ranks)) < 2:
+    if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
         return False
 
-    if facts.group is not None:
-        return facts.group
-
-    return bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
+    # Ranks without a word of a group are in one if they did what only a group does.
+    return facts.group or bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
 
 
 def _user_parts(window: Window) -> dict[str, Floats]:
@@ -115,12 +114,6 @@ def _user_parts(window: Window) -> dict[str, Floats]:
 
 def _behind_sync(optimizer: Floats) -> Floats:
     return np.concatenate([optimizer[:, :1], optimizer[:, :-1]], axis=1)
-
-
-def _own_backward(window: Window) -> Floats:
-    own = np.minimum(window.backward_own, window.times["backward"])
-    mean = np.nanmean(own[:, window.measured], axis=1, keepdims=True)
-    return np.where(np.isnan(own), mean.astype(own.dtype), own)
 
 
 def _least(wait: Floats) -> Floats:

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from traceml.diagnosis import advice
 from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import lifted, saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments
-from traceml.diagnosis.window import Floats
 from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
 
 __all__ = ["LateRanks", "find_late", "stragglers"]

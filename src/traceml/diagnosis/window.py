@@ -13,22 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_PHASES, PHASE_COLUMNS, PHASE_LABELS, STEPS, unpack_bits
+from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, unpack_bits
+from traceml.diagnosis.phases import DEVICE_LABELS, Floats, put_device_times, split_backward
 
-__all__ = ["PHASES", "Floats", "StepWindow", "Window", "slots_for"]
+__all__ = ["StepWindow", "Window", "slots_for"]
 
-Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
-
-PHASES = (*PHASE_LABELS, "other")
-"""The parts of a step in a `Window`; they add up to its total. `backward` here includes the waiting inside it."""
 
 # The durations of a step row are neighbors, so one slice of the row matrix holds them all.
 _DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["backward_own_ns"] + 1)
 _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
-_DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
-_DEVICE_VALUES = (*(phase.column for phase in DEVICE_PHASES), "backward_own_ns")
+_DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 
 # A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
 _MAX_CELLS = 640_000
@@ -54,7 +50,7 @@ class Window:
         steps: the training steps, one per column.
         times: part of a step (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
         total: wall time of each step in nanoseconds.
-        backward_own: backward until the last local gradient was there; NaN where not measured.
+        backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
         user: the user's own phases by name, nanoseconds; together they are `times["user"]`.
         flags: `StepFlag` bits.
         behind: ranks that had rows, but none in common with the others.
@@ -77,8 +73,7 @@ class Window:
     @cached_property
     def wait(self) -> Floats:
         """Waiting for other ranks and for the network: inside backward, and in collectives; NaN where unknown."""
-        inside = np.maximum(self.times["backward"] - self.backward_own, 0)
-        return inside + self.times["comm"]
+        return self.times["backward"] - self.backward_own + self.times["comm"]
 
     @cached_property
     def measured(self) -> NDArray[np.bool_]:
@@ -88,10 +83,43 @@ class Window:
 
         return np.asarray(~np.isnan(self.backward_own).any(axis=0))
 
+    @cached_property
+    def own_mean(self) -> Floats:
+        """Each rank's mean own backward over the steps that measured it; NaN where none did."""
+        known = ~np.isnan(self.backward_own)
+        count = known.sum(axis=1)
+        whole = np.where(known, self.backward_own, 0).sum(axis=1, dtype=np.float64)
+        return np.where(count > 0, whole / np.maximum(count, 1), np.nan)
+
+    @property
+    def own_backward(self) -> Floats:
+        """Own backward of each step; where it was not measured the rank's mean, which hides what others cost there."""
+        return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
+
     @property
     def step_ns(self) -> float:
         """Mean wall time of a step over ranks and steps."""
         return float(self.total.mean()) if self.total.size else 0.0
+
+    def named_times(self) -> dict[str, Floats]:
+        """Return the step's phases with the user's own under their names, rank x step; they add up to `total`."""
+        times = {name: values for name, values in self.times.items() if name != "user"}
+        unnamed = self.times["user"] - sum(self.user.values(), np.float32(0))
+        times["other"] = times["other"] + np.maximum(unnamed, 0)
+        for name, values in self.user.items():
+            times[name] = times[name] + values if name in times else values
+
+        return times
+
+    def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
+        """Return each rank's mean nanoseconds per step by phase: own work, and waiting as `comm`.
+
+        Args:
+            grouped: whether the ranks wait for each other; see `has_group`.
+        """
+        steps = max(len(self), 1)
+        means = {name: values.sum(axis=1, dtype=np.float64) / steps for name, values in self.named_times().items()}
+        return split_backward(means, self.own_mean, grouped=grouped)
 
     def select(self, columns: slice | NDArray[np.bool_]) -> Window:
         """Return the same ranks over some of the steps."""
@@ -207,7 +235,7 @@ class StepWindow:
         at = rank_indices * self.slots + rows["step"] % self.slots
         steps[at] = rows["step"]
         for column, name in enumerate(_DEVICE_VALUES):
-            values[at, column] = rows[name]
+            values[at, column] = rows[f"{name}_ns"]
 
     def end(self, rank_index: int) -> None:
         """Note that this rank has no further steps: the others need not be aligned with it."""
@@ -273,15 +301,17 @@ class StepWindow:
         own[own < 0] = np.nan
         times = {label: values[_POSITION[name]] for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
         device = self._replace_by_device(times, own, total, at, steps)
+        np.minimum(own, times["backward"], out=own)
         times["other"] = np.maximum(total - sum(times.values()), 0)
         user = {name: self._user_values(name, at, steps) for name in self._user}
+        if device and user:
+            # The user's phases were cut to the time that the device was idle; each one by the same share.
+            kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
+            user = {name: values * kept for name, values in user.items()}
+
         return Window(ranks, steps, times, total, own, user, self._flags[at], behind, device)
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
-        """Put device times in the place of what the CPU saw of the device's phases: on CUDA that is only the launch.
-
-        What the CPU did meanwhile costs only as much as the device stood idle: its phases are cut to that.
-        """
         if self._device is None or not at.size:
             return False
 
@@ -289,16 +319,8 @@ class StepWindow:
         if not found.all(axis=0).any():
             return False
 
-        values = self._device[1][at]
-        for column, name in enumerate(_DEVICE_LABELS):
-            np.copyto(times[name], values[..., column], where=found)
-
-        np.copyto(own, np.where(values[..., -1] < 0, np.nan, values[..., -1]), where=found)
-        idle = np.maximum(total - sum(times[name] for name in _DEVICE_LABELS), 0)
-        for name in (label for label in PHASE_LABELS if label not in _DEVICE_LABELS):
-            np.copyto(times[name], np.minimum(times[name], idle), where=found)
-            idle = idle - times[name]
-
+        values = np.moveaxis(self._device[1][at], -1, 0)
+        put_device_times(times, own, total, dict(zip(_DEVICE_VALUES, values, strict=True)), found)
         return True
 
     def _user_values(self, name: str, at: Ints, steps: Ints) -> Floats:

@@ -6,12 +6,12 @@ percentiles are right to one percent however many steps a bin holds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.phases import split_backward
 from traceml.diagnosis.window import Window
 
 __all__ = ["StepBins"]
@@ -26,7 +26,7 @@ _MANY_RANKS = 1024
 _RATIO = np.log(1.015)
 _LEAST_NS = 1e3
 _LEVELS = 1480
-_PER_RANK = ("total", "comm", "backward", "backward_measured", "own_measured", "count")
+_PER_RANK = ("total", "comm", "backward", "own", "measured", "count")
 
 
 class StepBins:
@@ -34,9 +34,11 @@ class StepBins:
 
     Args:
         ranks: about how many ranks there are: for many, fewer bins are kept.
+        grouped: whether the ranks wait for each other.
     """
 
-    def __init__(self, ranks: int = 1) -> None:
+    def __init__(self, ranks: int = 1, *, grouped: bool = True) -> None:
+        self.grouped = grouped
         self.bins = _BINS if ranks <= _MANY_RANKS else _BINS_OF_MANY
         self.width = 1
         self.first = 0
@@ -104,13 +106,11 @@ class StepBins:
     def phases_ns(self, joined: int) -> dict[str, Floats]:
         """Return the mean of each part of a step by bin; backward is own work, comm holds the waiting inside it."""
         count = self._joined(self._by_rank["count"].sum(axis=0), joined)
-        per_step = {name: _ratio(self._joined(values, joined), count) for name, values in self._times.items()}
-        if "backward" not in per_step:
-            return per_step
+        times = {**self._times}
+        if times:
+            times |= {name: values.sum(axis=0) for name, values in self._split().items()}
 
-        waited = _ratio(self._joined((self._by_rank["backward"] * (1 - self._own_share())).sum(axis=0), joined), count)
-        per_step["comm"] = per_step.get("comm", np.zeros_like(waited)) + waited
-        per_step["backward"] = per_step["backward"] - waited
+        per_step = {name: _ratio(self._joined(values, joined), count) for name, values in times.items()}
         return {name: values for name, values in per_step.items() if np.nansum(values) > 0}
 
     def work_ns(self, joined: int) -> Floats:
@@ -120,15 +120,16 @@ class StepBins:
         work is what tells them apart.
         """
         kept = self._by_rank
-        work = kept["total"] - kept["comm"] - kept["backward"] * (1 - self._own_share())
+        work = kept["total"] - self._split()["comm"]
         return _ratio(self._joined(work.T, joined).T, self._joined(kept["count"].T, joined).T)
 
-    def _own_share(self) -> Floats:
-        """Return which share of backward was own work, rank x bin; of the whole run where a bin was not measured."""
-        backward, own = self._by_rank["backward_measured"], self._by_rank["own_measured"]
-        overall = _ratio(own.sum(axis=1), backward.sum(axis=1))[:, None]
-        share = np.where(backward > 0, _ratio(own, backward), np.where(np.isnan(overall), 1.0, overall))
-        return np.clip(share, 0.0, 1.0)
+    def _split(self) -> dict[str, Floats]:
+        """Return own backward and `comm`, rank x bin; a bin without a measured step has the rank's mean of the run."""
+        kept = self._by_rank
+        overall = _ratio(kept["own"].sum(axis=1), kept["measured"].sum(axis=1))[:, None]
+        mean = np.where(kept["measured"] > 0, _ratio(kept["own"], kept["measured"]), overall)
+        times = {name: kept[name] for name in ("backward", "comm")}
+        return split_backward(times, mean, kept["count"], grouped=self.grouped)
 
     def _joined(self, values: NDArray[Any], joined: int, by: np.ufunc = np.add) -> Floats:
         used = self.used
@@ -158,13 +159,12 @@ class StepBins:
     def _take_ranks(self, new: Window) -> None:
         rows = self._rows_of(new.ranks)
         measured = ~np.isnan(new.backward_own)
-        backward = new.times["backward"]
         values = {
             "total": new.total,
             "comm": new.times["comm"],
-            "backward": backward,
-            "backward_measured": np.where(measured, backward, 0),
-            "own_measured": np.where(measured, np.minimum(new.backward_own, backward), 0),
+            "backward": new.times["backward"],
+            "own": np.where(measured, new.backward_own, 0),
+            "measured": measured.astype(np.float32),
             "count": np.ones_like(new.total),
         }
         bins, starts = np.unique(self._bins_of(new.steps), return_index=True)
@@ -173,7 +173,7 @@ class StepBins:
 
     def _take_times(self, new: Window) -> None:
         bins = self._bins_of(new.steps)
-        for name, values in _parts(new).items():
+        for name, values in new.named_times().items():
             kept = self._times.setdefault(name, np.zeros(self.bins))
             np.add.at(kept, bins, values.sum(axis=0, dtype=np.float64))
 
@@ -185,17 +185,6 @@ class StepBins:
 
         order = np.argsort(self.ranks)
         return order[np.searchsorted(self.ranks, ranks, sorter=order)]
-
-
-def _parts(window: Window) -> Mapping[str, Floats]:
-    """Return the parts of steps by name, the user's own phases under theirs."""
-    parts = {name: values for name, values in window.times.items() if name != "user"}
-    named = sum(window.user.values()) if window.user else 0
-    parts["other"] = parts["other"] + np.maximum(window.times["user"] - named, 0)
-    for name, values in window.user.items():
-        parts[name] = parts[name] + values if name in parts else values
-
-    return parts
 
 
 def _halved(values: NDArray[Any], empty: float, by: np.ufunc = np.add) -> NDArray[Any]:

@@ -24,6 +24,7 @@ from traceml.database.schema import (
 )
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFactsBuilder, RankExit
+from traceml.diagnosis.phases import has_group
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
 from traceml.runs.metric_summary import MetricSummary
@@ -72,6 +73,16 @@ class Digest:
         """The run's state as the aggregator noted it."""
         return str(self.run.get("state", "running"))
 
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run; those seen where the store does not tell."""
+        return int(self.run.get("world_size", len(self.ranks) or 1))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the ranks may wait for each other."""
+        return has_group(max(self.world_size, len(self.ranks)))
+
     def start_at(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
         """Skip all but the last `rows` step rows (and the user phases that go with them)."""
         self._read_streams(reader)
@@ -101,7 +112,7 @@ class Digest:
         """Return the findings on the newest steps."""
         facts = self.facts
         facts.state = self.state
-        facts.world_size = int(self.run.get("world_size", len(self.ranks) or 1))
+        facts.world_size = self.world_size
         return diagnose(self.window.aligned(last=last), facts.build(self.window.latest.tolist()))
 
     def _start_over(self) -> None:

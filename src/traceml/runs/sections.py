@@ -72,33 +72,19 @@ def _per_second(digest: Digest) -> float | None:
 
 def phases(digest: Digest, window: Window) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm holds the waiting inside it."""
-    by_rank = {int(rank): _means(window, row) for row, rank in enumerate(window.ranks)}
+    by_rank = _means(window, digest.grouped)
     for rank in sorted(set(digest.ranks) - set(by_rank)):
         if rank < len(digest.window.latest) and digest.window.latest[rank] >= 0:
-            by_rank[rank] = _means(digest.window.held(rank), 0)
+            by_rank |= _means(digest.window.held(rank), digest.grouped)
 
     whole = sum(sum(means.values()) for means in by_rank.values())
     return [_phase(name, by_rank, whole) for name in _names(by_rank)]
 
 
-def _means(window: Window, row: int) -> dict[str, float]:
-    """Return a rank's mean milliseconds by phase; they add up to its mean step."""
-    means = {name: float(values[row].mean()) / _MS for name, values in window.times.items() if name != "user"}
-    for name, values in window.user.items():
-        means[name] = means.get(name, 0.0) + float(values[row].mean()) / _MS
-
-    unnamed = (
-        float(window.times["user"][row].mean()) / _MS - sum(float(v[row].mean()) for v in window.user.values()) / _MS
-    )
-    means["other"] += max(unnamed, 0.0)
-    own, backward = window.backward_own[row], window.times["backward"][row]
-    measured = ~np.isnan(own)
-    if measured.any() and backward[measured].sum() > 0:
-        share = min(1.0, float(own[measured].sum() / backward[measured].sum()))
-        means["comm"] += means["backward"] * (1 - share)
-        means["backward"] *= share
-
-    return means
+def _means(window: Window, grouped: bool) -> dict[int, dict[str, float]]:
+    """Return each rank's mean milliseconds by phase; they add up to its mean step."""
+    split = {name: (means / _MS).tolist() for name, means in window.mean_split(grouped=grouped).items()}
+    return {rank: {name: means[row] for name, means in split.items()} for row, rank in enumerate(window.ranks.tolist())}
 
 
 def _names(by_rank: dict[int, dict[str, float]]) -> list[str]:

@@ -146,6 +146,8 @@ class SeriesFollower:
             self._attempt = digest.attempt
             self._bins = StepBins(len(digest.ranks))
 
+        self._bins.grouped = digest.grouped
+
         self._lines.update(reader)
         latest = digest.window.latest
         new = int(latest.max()) - self._bins.latest if latest.size else 0

@@ -10,7 +10,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from traceml.database.reader import Frame, StreamIdentity, StreamRecord
-from traceml.database.schema import GPU, HOST, PROCESS, STEPS
+from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PROCESS, STEPS, StepFlag, pack_bits
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.plugins.metric import Metric
 
@@ -148,3 +148,39 @@ def test_each_device_has_its_own_names() -> None:
 
 def test_system_values_can_be_turned_off() -> None:
     assert derive(frames(HOST, host_rows(5), 5), system=False) == []
+
+
+def device_run() -> tuple[Any, Any]:
+    """Return 100 steps with a device: 1 of 10 ms is forward on the CPU, 6 ms on the device."""
+    rows, device = np.zeros(100, STEPS.dtype), np.zeros(100, DEVICE_STEPS.dtype)
+    rows["step"] = device["step"] = np.arange(100)
+    rows["total_ns"], rows["forward_ns"], rows["backward_own_ns"] = 10_000_000, 1_000_000, -1
+    rows["t_end_ns"], rows["bits"] = np.cumsum(rows["total_ns"]), pack_bits(1, int(StepFlag.DEVICE), 0)
+    device["forward_ns"], device["backward_own_ns"] = 6_000_000, -1
+    return rows, device
+
+
+@pytest.mark.parametrize("size", [1, 13, 100])
+def test_device_times_are_joined_to_their_steps_however_late(size: int) -> None:
+    rows, device = device_run()
+    found = derive([*frames(STEPS, rows, size), *frames(DEVICE_STEPS, device, 7)], interval_s=1000)
+
+    assert named(found, "traceml/share/forward") == [pytest.approx(0.6)]
+
+
+def test_steps_whose_device_times_are_lost_have_those_of_the_cpu() -> None:
+    rows, device = device_run()
+    found = derive([*frames(STEPS, rows, 40), *frames(DEVICE_STEPS, device[::2], 10)], interval_s=1000)
+
+    assert named(found, "traceml/share/forward") == [pytest.approx((0.6 + 0.1) / 2)]
+
+
+def test_shares_of_an_interval_are_of_the_steps_whose_device_times_came_in_it() -> None:
+    rows, device = device_run()
+    given = [*frames(STEPS, rows, 20), *frames(DEVICE_STEPS, device, 20)]
+    in_turns = [given[place + table] for place in range(5) for table in (0, 5)]
+    found = derive(in_turns, interval_s=0.2)
+
+    shares = named(found, "traceml/share/forward")
+    assert len(shares) >= 4
+    assert shares == pytest.approx([0.6] * len(shares))

@@ -27,6 +27,7 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.schema import STEPS as STEP_ROWS
+from traceml.diagnosis.phases import has_group, own_backward
 from traceml.errors import StoreError
 from traceml.runs.clocks import RunClocks
 from traceml.runs.export import trace_tracks as tracks
@@ -143,9 +144,8 @@ class TimelineExporter:
 
     def _take_rows(self, lane: _Lane, table: str, rows: Any) -> None:
         if table == STEP_ROWS.name:
-            names = rows.dtype.names
-            for values in rows.tolist():
-                self._step(lane, dict(zip(names, values, strict=True)))
+            for row in self._with_waiting(lane, rows):
+                self._step(lane, row)
         elif table == USER_PHASES.name:
             self._user_phases(lane, rows)
         elif table == EVALS.name:
@@ -155,6 +155,19 @@ class TimelineExporter:
         elif table in self._counters.tables:
             for row in rows:
                 self._counters.tables[table](lane.stream, row)
+
+    def _with_waiting(self, lane: _Lane, rows: Any) -> list[dict[str, int]]:
+        """Return rows as maps, with the waiting inside backward as `wait_ns`: -1 where it was not measured."""
+        backward, own = rows["backward_ns"], np.where(rows["backward_own_ns"] < 0, np.nan, rows["backward_own_ns"])
+        waits = np.full(len(rows), -1)
+        if has_group(self._world.get(lane.stream.attempt, 1)):
+            waits = np.where(np.isnan(own), -1, backward - own_backward(backward, own)).astype(np.int64)
+
+        named = [dict(zip(rows.dtype.names, values, strict=True)) for values in rows.tolist()]
+        for row, wait_ns in zip(named, waits.tolist(), strict=True):
+            row["wait_ns"] = wait_ns
+
+        return named
 
     def _step(self, lane: _Lane, row: dict[str, int]) -> None:
         """Write a step, or keep it until the names of its user phases are known."""
@@ -207,7 +220,7 @@ class TimelineExporter:
     def _write_parts(self, lane: _Lane, row: Mapping[str, int], user: Any, begin_ns: int, end_ns: int) -> None:
         pid, tid = self._tracks.rank(lane.stream, tracks.STEPS)
         at_ns = began_ns = begin_ns
-        for name, category, ns in self._parts(lane, row, user):
+        for name, category, ns in _step_slices(row, user):
             until_ns = min(at_ns + ns, end_ns)
             if until_ns > at_ns:
                 self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
@@ -216,21 +229,6 @@ class TimelineExporter:
                 self._meet(lane, (row["step"], name), SyncArrival(pid, tid, began_ns, at_ns, until_ns))
 
             began_ns, at_ns = at_ns, until_ns
-
-    def _parts(self, lane: _Lane, row: Mapping[str, int], user: Any) -> list[tuple[str, str, int]]:
-        """Return (name, category, ns) of the parts of a step in the order in which they are drawn."""
-        parts = []
-        for name in _ORDER:
-            ns, own = row[f"{name}_ns"], row["backward_own_ns"]
-            if name == "backward" and own >= 0 and self._world.get(lane.stream.attempt, 1) > 1:
-                # Measured apart: what the rank computed, and what it waited for others.
-                parts += [(name, "compute", min(own, ns)), ("wait", "comm", max(ns - own, 0))]
-            else:
-                parts.append((name, _CATEGORIES.get(name, "compute"), ns))
-
-        parts += [(name, "user", ns) for name, ns in user]
-        parts.append(("user", "user", row["user_ns"] - sum(ns for _, ns in user)))
-        return [*parts, ("other", "other", row["total_ns"] - sum(ns for *_, ns in parts))]
 
     def _meet(self, lane: _Lane, point: tuple[int, str], meeting: SyncArrival) -> None:
         stream = lane.stream
@@ -256,9 +254,7 @@ class TimelineExporter:
     def _device_steps(self, lane: _Lane, rows: Any) -> None:
         """Device times have no dates: a step is drawn from where its CPU side began, or the one before ended."""
         pid, tid = self._tracks.rank(lane.stream, tracks.DEVICE)
-        names = rows.dtype.names
-        for values in rows.tolist():
-            row = dict(zip(names, values, strict=True))
+        for row in self._with_waiting(lane, rows):
             began_ns = lane.began.pop(row["step"], None)
             if began_ns is None:
                 continue  # its step is lost
@@ -267,7 +263,7 @@ class TimelineExporter:
             end_ns = lane.device_until_ns = at_ns + row["total_ns"]
             args = {"step": row["step"]}
             self._writer.write_span("step", at_ns, end_ns, pid=pid, tid=tid, cat="device", args=args)
-            for name, ns in _device_parts(row):
+            for name, ns in _device_slices(row):
                 until_ns = min(at_ns + ns, end_ns)
                 if until_ns > at_ns:
                     category = "comm" if name in ("wait", "comm") else "device"
@@ -276,11 +272,26 @@ class TimelineExporter:
                 at_ns = max(until_ns, at_ns)
 
 
-def _device_parts(row: Mapping[str, int]) -> list[tuple[str, int]]:
-    own = row["backward_own_ns"] if row["backward_own_ns"] >= 0 else row["backward_ns"]
-    backward = [("backward", min(own, row["backward_ns"])), ("wait", max(row["backward_ns"] - own, 0))]
+def _step_slices(row: Mapping[str, int], user: Any) -> list[tuple[str, str, int]]:
+    """Return (name, category, ns) of the parts of a step in the order in which they are drawn."""
+    slices, wait_ns = [], row["wait_ns"]
+    for name in _ORDER:
+        ns, category = row[f"{name}_ns"], _CATEGORIES.get(name, "compute")
+        if name == "backward" and wait_ns >= 0:
+            slices += [(name, category, ns - wait_ns), ("wait", "comm", wait_ns)]
+        else:
+            slices.append((name, category, ns))
+
+    slices += [(name, "user", ns) for name, ns in user]
+    slices.append(("user", "user", row["user_ns"] - sum(ns for _, ns in user)))
+    return [*slices, ("other", "other", row["total_ns"] - sum(ns for *_, ns in slices))]
+
+
+def _device_slices(row: Mapping[str, int]) -> list[tuple[str, int]]:
+    wait_ns = max(row["wait_ns"], 0)
+    own = ("backward", row["backward_ns"] - wait_ns)
     before, after = (("h2d", "forward"), ("comm", "optimizer"))
-    return [*((n, row[f"{n}_ns"]) for n in before), *backward, *((n, row[f"{n}_ns"]) for n in after)]
+    return [*((n, row[f"{n}_ns"]) for n in before), own, ("wait", wait_ns), *((n, row[f"{n}_ns"]) for n in after)]
 
 
 def origin_of(reader: StoreReader, clocks: RunClocks) -> int:

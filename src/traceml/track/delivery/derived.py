@@ -5,7 +5,8 @@ so a frame that comes again gives the same values again, and every backend gets 
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
 - `traceml/steps_per_s`: of the lowest rank.
-- `traceml/share/<phase>`: share of step time, as in the report: backward is own work, comm holds the waiting in it.
+- `traceml/share/<phase>`: share of step time, split as in the report (`diagnosis.phases`). A step with device times
+  counts in the interval in which they arrive, some steps after it.
 - `traceml/goodput`: of all wall time since the run began, the share that the lowest rank spent in steps that count,
   without waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats
   count as lost.
@@ -14,6 +15,7 @@ so a frame that comes again gives the same values again, and every backend gets 
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,15 +24,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.reader import Frame, StreamRecord
-from traceml.database.schema import GPU, HOST, PHASE_COLUMNS, PROCESS, STEPS
+from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PHASE_LABELS, PROCESS, STEPS, StepFlag, unpack_bits
+from traceml.diagnosis.phases import DEVICE_LABELS, PHASES, has_group, put_device_times, split_backward
 from traceml.track.plugins.metric import Metric
 
 __all__ = ["FOLLOWED", "KIND_DERIVED", "DerivedMetrics"]
 
-FOLLOWED = (STEPS.name, HOST.name, PROCESS.name, GPU.name)
+FOLLOWED = (STEPS.name, DEVICE_STEPS.name, HOST.name, PROCESS.name, GPU.name)
 KIND_DERIVED = 100
 _MS, _S = 1e6, 1e9
-_PHASES = tuple(name.removesuffix("_ns") for name in PHASE_COLUMNS)
+# Device times arrive a few steps after their step; one that waits longer has lost them.
+_MAX_HELD_STEPS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ _SAMPLED: dict[str, tuple[_SampledColumn, ...]] = {
         _SampledColumn(name, name) for name in ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w")
     ),
 }
-_DTYPES = {table.name: table.dtype for table in (STEPS, HOST, PROCESS, GPU)}
+_DTYPES = {table.name: table.dtype for table in (STEPS, DEVICE_STEPS, HOST, PROCESS, GPU)}
 
 
 class DerivedMetrics:
@@ -85,7 +89,10 @@ class DerivedMetrics:
         rows = np.frombuffer(frame.data, _DTYPES[frame.table])
         offset_ns = _epoch_offset_ns(stream)
         if frame.table == STEPS.name:
-            return list(self._take_steps(stream.rank, rows, rows["t_end_ns"] + offset_ns))
+            return list(self._take_steps(stream, rows, rows["t_end_ns"] + offset_ns))
+        if frame.table == DEVICE_STEPS.name:
+            self._take_device_steps(stream, rows)
+            return []
         if not self._system:
             return []
 
@@ -93,6 +100,9 @@ class DerivedMetrics:
 
     def finish(self) -> list[Metric]:
         """Return the values of the intervals that are still open, and close them."""
+        for held in self._memory.pop("held", {}).values():
+            self._add_times(_decoded(held))
+
         rows = list(self._close_steps())
         for key in list(self._memory.get("samples", {})):
             rows += self._close_samples(key)
@@ -101,36 +111,32 @@ class DerivedMetrics:
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _take_steps(self, rank: int, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> Iterator[Metric]:
-        window = ends_ns // self._interval_ns
-        for number in np.unique(window).tolist():
-            is_open = self._memory.get("steps")
-            if is_open is not None and number > is_open["window"]:
+    def _take_steps(self, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> Iterator[Metric]:
+        interval = ends_ns // self._interval_ns
+        for number in np.unique(interval).tolist():
+            is_open = self._memory.get("interval")
+            if is_open is not None and number > is_open["number"]:
                 yield from self._close_steps()
 
-            chosen = window == number
-            self._add_steps(int(number), rank, rows[chosen], ends_ns[chosen])
+            chosen = interval == number
+            self._add_steps(int(number), stream, rows[chosen], ends_ns[chosen])
+            has_device = unpack_bits(rows["bits"]).flags & StepFlag.DEVICE > 0
+            self._add_times(rows[chosen & ~has_device])
+            self._hold(stream, rows[chosen & has_device])
 
-    def _add_steps(self, number: int, rank: int, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
-        memory = self._memory
+    def _add_steps(self, number: int, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
+        memory, rank = self._memory, stream.rank
         # A rank that started the aggregator itself may have stepped before the run was there.
         began = min(self._started_ns, int(ends_ns[0]) - int(rows["total_ns"][0]))
         lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": began, "productive": 0, "step": -1})
         memory.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
+        memory["ranks"] = max(memory.get("ranks", 0), int(stream.facts.get("world_size", 0)), len(memory["step_of"]))
         if rank < lead["rank"]:
             lead["rank"] = rank
 
-        steps = memory.setdefault(
-            "steps", {"window": number, "n": 0, "total": 0, "own": 0, "of": 0, "lead": 0, "phases": [0] * len(_PHASES)}
-        )
+        steps = memory.setdefault("interval", {"number": number, "n": 0, "total": 0, "lead": 0, "split": {}})
         steps["n"] += len(rows)
         steps["total"] += int(rows["total_ns"].sum())
-        steps["phases"] = [
-            before + int(rows[name].sum()) for before, name in zip(steps["phases"], PHASE_COLUMNS, strict=True)
-        ]
-        measured = rows["backward_own_ns"] >= 0
-        steps["own"] += int(rows["backward_own_ns"][measured].sum())
-        steps["of"] += int(rows["backward_ns"][measured].sum())
         if rank != lead["rank"]:
             return
 
@@ -141,7 +147,7 @@ class DerivedMetrics:
         steps["t"] = int(ends_ns[-1])
 
     def _close_steps(self) -> Iterator[Metric]:
-        steps, lead = self._memory.pop("steps", None), self._memory.get("lead")
+        steps, lead = self._memory.pop("interval", None), self._memory.get("lead")
         if steps is None or lead is None or not steps["n"]:
             return
 
@@ -151,14 +157,52 @@ class DerivedMetrics:
         if at_ns > lead["t"]:
             values["traceml/steps_per_s"] = steps["lead"] / ((at_ns - lead["t"]) / _S)
 
-        if steps["total"]:
-            values |= {f"traceml/share/{name}": share for name, share in _shares(steps).items()}
+        grouped = has_group(self._memory["ranks"])
+        values |= {f"traceml/share/{name}": share for name, share in _shares(steps["split"], grouped).items()}
         if at_ns > lead["began"]:
             values["traceml/goodput"] = min(lead["productive"] / (at_ns - lead["began"]), 1.0)
 
         lead["t"] = at_ns
         for name, value in values.items():
             yield Metric(name, value, step, timestamp, 0, KIND_DERIVED)
+
+    def _take_device_steps(self, stream: StreamRecord, device: NDArray[np.void]) -> None:
+        held = _decoded(self._memory.get("held", {}).pop(str(stream.id), ""))
+        _, mine, theirs = np.intersect1d(held["step"], device["step"], return_indices=True)
+        self._add_times(held[mine], device[theirs])
+        # Device rows come in the order of their steps: an earlier step has lost its own.
+        rest = np.delete(held, mine)
+        is_lost = rest["step"] < device["step"][-1]
+        self._add_times(rest[is_lost])
+        self._hold(stream, rest[~is_lost])
+
+    def _hold(self, stream: StreamRecord, rows: NDArray[np.void]) -> None:
+        """Keep steps until their device times arrive."""
+        if not len(rows):
+            return
+
+        held = self._memory.setdefault("held", {})
+        waiting = np.concatenate([_decoded(held.get(str(stream.id), "")), rows])
+        held[str(stream.id)] = base64.b64encode(waiting[-_MAX_HELD_STEPS:].tobytes()).decode()
+        self._add_times(waiting[:-_MAX_HELD_STEPS])
+
+    def _add_times(self, rows: NDArray[np.void], device: NDArray[np.void] | None = None) -> None:
+        """Add the phases of steps to the open interval, with their device times where they have any."""
+        steps = self._memory.get("interval")
+        if steps is None or not len(rows):
+            return
+
+        times = {name: rows[f"{name}_ns"].astype(np.float64) for name in PHASE_LABELS}
+        own = np.where(rows["backward_own_ns"] < 0, np.nan, rows["backward_own_ns"])
+        if device is not None:
+            values = {name: device[f"{name}_ns"] for name in (*DEVICE_LABELS, "backward_own")}
+            put_device_times(times, own, rows["total_ns"], values, np.ones(len(rows), bool))
+
+        times["other"] = np.maximum(rows["total_ns"] - sum(times.values()), 0)
+        own = np.minimum(own, times["backward"])[~np.isnan(own)]
+        new = {"steps": len(rows), "measured": len(own), "own": float(own.sum())}
+        new |= {name: float(values.sum()) for name, values in times.items()}
+        steps["split"] = {name: steps["split"].get(name, 0) + value for name, value in new.items()}
 
     # --- samples -----------------------------------------------------------------------------------------------------
 
@@ -202,16 +246,20 @@ class DerivedMetrics:
             yield Metric(f"{prefix}/{column.name}", value * column.scale, step, t_ns / _S, int(rank), KIND_DERIVED)
 
 
-def _shares(steps: dict[str, Any]) -> dict[str, float]:
+def _shares(sums: dict[str, float], grouped: bool) -> dict[str, float]:
     """Return the phases' shares of step time, those that are there."""
-    times = dict(zip(_PHASES, steps["phases"], strict=True))
-    if steps["of"]:
-        own = min(steps["own"] / steps["of"], 1.0)
-        times["comm"] += times["backward"] * (1 - own)
-        times["backward"] *= own
+    if not sums:
+        return {}
 
-    times["other"] = max(steps["total"] - sum(steps["phases"]), 0)
-    return {name: time / steps["total"] for name, time in times.items() if time}
+    own_mean = np.array(sums["own"] / sums["measured"] if sums["measured"] else np.nan)
+    times = {name: np.array(sums[name], float) for name in PHASES}
+    split = split_backward(times, own_mean, int(sums["steps"]), grouped=grouped)
+    whole = float(sum(split.values()))
+    return {name: float(time) / whole for name, time in split.items() if time > 0}
+
+
+def _decoded(rows: str) -> NDArray[np.void]:
+    return np.frombuffer(base64.b64decode(rows), STEPS.dtype)
 
 
 def _epoch_offset_ns(stream: StreamRecord) -> int:

@@ -1,0 +1,93 @@
+"""The split of a step by phase: own work, waiting for other ranks, device time.
+
+One rule for report, verdict, charts, live view, exports and trackers:
+
+- Device times replace what the CPU measured of the device's phases, which on CUDA is only the launch. The other phases
+  count for as long as the device is idle.
+- Backward is own work until the last local gradient. The rest of it is waiting for other ranks, which counts as `comm`.
+  A rank without others waits for nobody.
+- Own backward is measured on some steps. On the others it is the mean of the measured ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import DEVICE_PHASES, PHASE_LABELS
+
+__all__ = ["DEVICE_LABELS", "PHASES", "Floats", "has_group", "own_backward", "put_device_times", "split_backward"]
+
+Floats = NDArray[np.floating[Any]]
+
+PHASES = (*PHASE_LABELS, "other")
+"""The phases of a step; they add up to its total. As rows have it, `backward` includes the waiting inside it."""
+
+DEVICE_LABELS = tuple(phase.label for phase in DEVICE_PHASES)
+"""The phases whose time passes on the device, where there is one."""
+
+_HOST_LABELS = tuple(label for label in PHASE_LABELS if label not in DEVICE_LABELS)
+
+
+def has_group(ranks: int, group: bool | None = None) -> bool:
+    """Return whether ranks may wait for each other.
+
+    Args:
+        ranks: number of ranks in the run.
+        group: whether they share a process group; None if that is not known.
+    """
+    return ranks > 1 and group is not False
+
+
+def put_device_times(
+    times: Mapping[str, Floats], own: Floats, total: Floats, device: Mapping[str, Floats], found: NDArray[np.bool_]
+) -> None:
+    """Replace CPU times of steps by device times, in place.
+
+    Args:
+        times: phase -> nanoseconds of each step; all phases but `other`.
+        own: own backward of each step, NaN where not measured.
+        total: wall time of each step.
+        device: phase -> device nanoseconds, and `backward_own`, which is negative where not measured.
+        found: steps that have device times.
+    """
+    for phase in DEVICE_LABELS:
+        np.copyto(times[phase], device[phase], where=found)
+
+    np.copyto(own, np.where(device["backward_own"] < 0, np.nan, device["backward_own"]), where=found)
+    idle = np.maximum(total - sum(times[phase] for phase in DEVICE_LABELS), 0)
+    for phase in _HOST_LABELS:
+        np.copyto(times[phase], np.minimum(times[phase], idle), where=found)
+        idle = idle - times[phase]
+
+
+def own_backward(backward: Floats, own_mean: Floats, steps: Floats | int = 1) -> Floats:
+    """Return the own work in backward time; all of it where own work was never measured.
+
+    Args:
+        backward: nanoseconds, summed over `steps` steps.
+        own_mean: mean own backward of a step, NaN where not measured.
+        steps: number of steps.
+    """
+    return np.where(np.isnan(own_mean), backward, np.minimum(own_mean * steps, backward))
+
+
+def split_backward(
+    times: Mapping[str, Floats], own_mean: Floats, steps: Floats | int = 1, *, grouped: bool
+) -> dict[str, Floats]:
+    """Return times by phase with the waiting in `backward` moved to `comm`.
+
+    Args:
+        times: phase -> nanoseconds, summed over `steps` steps.
+        own_mean: mean own backward of a step, NaN where not measured.
+        steps: number of steps.
+        grouped: whether there are ranks to wait for; see `has_group`.
+    """
+    if not grouped:
+        return dict(times)
+
+    own = own_backward(times["backward"], own_mean, steps)
+    return {**times, "backward": own, "comm": times["comm"] + times["backward"] - own}
