@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 from traceml import Runtime, TaskForkedError
@@ -154,8 +155,6 @@ def test_a_child_that_returns_from_its_task_ends() -> None:
 
 def test_a_forked_child_in_this_process(rt: Runtime) -> None:
     """The error is raised, and the parent does not notice."""
-    import threading
-
     release = threading.Event()
     handle = rt.submit(release.wait)
     child = os.fork()
@@ -170,3 +169,27 @@ def test_a_forked_child_in_this_process(rt: Runtime) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     release.set()
     assert handle.get() is True
+
+
+def test_a_task_that_waits_in_the_parent_raises_in_a_forked_child(single: Runtime) -> None:
+    """Its thread runs another task in place of the wait."""
+    release, began = threading.Event(), threading.Event()
+
+    def inner() -> bool:
+        began.set()
+        return release.wait()
+
+    outer = single.submit(lambda: single.submit(inner).get())
+    assert began.wait(10)
+    child = os.fork()
+    if child == 0:
+        try:
+            outer.get(timeout=5)
+        except TaskForkedError:
+            os._exit(7)
+
+        os._exit(1)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    release.set()
+    assert outer.get() is True

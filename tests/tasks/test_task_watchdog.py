@@ -12,6 +12,7 @@ import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import Runtime, TaskTimeoutError
+from traceml.tasks.task_watchdog import location_of_thread
 
 
 def linger(release: threading.Event) -> str:
@@ -188,3 +189,14 @@ def test_a_dropped_runtime_ends_its_watchdog() -> None:
     rt.submit(len, "", timeout=10).wait()
     del rt
     gc.collect()
+
+
+def test_a_line_is_that_of_the_users_code() -> None:
+    """Not of the standard library that it waits in."""
+    release = threading.Event()
+    thread = threading.Thread(target=linger, args=(release,))
+    thread.start()
+    until(lambda: (line := location_of_thread(thread.ident or 0)) is not None and line.function == "linger")
+    release.set()
+    thread.join()
+    assert location_of_thread(thread.ident or 0) is None

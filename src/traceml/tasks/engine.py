@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections import deque
@@ -10,22 +11,13 @@ from typing import Any
 
 from traceml.errors import RuntimeClosedError, TaskForkedError
 from traceml.tasks import execution
-from traceml.tasks.code_location import CodeLocation, location_of_coroutine, location_of_thread
 from traceml.tasks.event_loop import EventLoop
-from traceml.tasks.task_record import (
-    FAILED,
-    RUNNING,
-    TIMED_OUT,
-    TaskRecord,
-    ThreadState,
-    current_task,
-    thread_state,
-)
-from traceml.tasks.task_statistics import RECORDS, TaskStatistics
+from traceml.tasks.task_record import TaskRecord, ThreadState, current_task, thread_state
+from traceml.tasks.task_statistics import FAILED, QUEUED, RECORDS, RUNNING, TIMED_OUT, TaskStatistics
 from traceml.tasks.task_watchdog import TaskWatchdog
 from traceml.tasks.thread_pool import ThreadPool
 from traceml.tasks.wait_graph import blocked_set, waiting_tasks
-from traceml.tasks.waker import Waker, idle_waiters
+from traceml.tasks.waker import Waker, wake_idle_waiters
 
 __all__ = ["Engine"]
 
@@ -68,31 +60,22 @@ class Engine:
         """Return the first task of each queue."""
         return [task for pool in self.pools if (task := pool.first_queued()) is not None]
 
-    def in_progress(self) -> list[TaskRecord]:
-        """Return the tasks that threads run, and the coroutines."""
-        current = [thread.current for thread in list(self._threads.values())]
-        return [
-            task
-            for task in (*current, *list(self.loop.tasks))
-            if task is not None and task.engine is self and task.state is RUNNING
-        ]
-
-    def running(self) -> Iterator[tuple[TaskRecord, CodeLocation]]:
-        """Yield the running tasks, each with its line."""
+    def running(self) -> Iterator[tuple[TaskRecord, ThreadState | asyncio.Task[Any] | None]]:
+        """Yield the running tasks, each with its thread or with its coroutine."""
         for thread in list(self._threads.values()):
             task = thread.current
             if task is not None and task.engine is self and task.state is RUNNING:
-                yield task, location_of_thread(thread.ident) or CodeLocation("", 0, task.name)
+                yield task, thread
 
         for task, running in list(self.loop.tasks.items()):
-            if running is not None and task.state is RUNNING:
-                yield task, location_of_coroutine(running.get_coro()) or CodeLocation("", 0, task.name)
+            if task.state is RUNNING:
+                yield task, running
 
     def count_unfinished(self, exempt: set[TaskRecord]) -> int:
         """Count the other tasks that have not ended, or whose error callback has not returned."""
         reporting = len(self._reporting - exempt)
         counts = self.statistics.snapshot()
-        return counts.running + counts.queued + reporting - sum(not task.done() for task in exempt)
+        return counts[RUNNING] + counts[QUEUED] + reporting - sum(not task.done() for task in exempt)
 
     def add_waker(self, waker: Waker) -> None:
         """Wake a thread when a task is submitted."""
@@ -145,7 +128,7 @@ class Engine:
         finally:
             thread.current = before
             self._reporting.discard(task)
-            idle_waiters.wake_all()
+            wake_idle_waiters()
 
     def begin_closing(self) -> None:
         """Accept tasks from running tasks only."""

@@ -10,15 +10,8 @@ from typing import Any
 
 from traceml.errors import TaskDeadlockError
 from traceml.tasks import execution
-from traceml.tasks.task_record import (
-    FINAL,
-    RUNNING,
-    LoopState,
-    TaskEngine,
-    TaskRecord,
-    coroutine_task,
-    thread_state,
-)
+from traceml.tasks.task_record import LoopState, TaskEngine, TaskRecord, coroutine_task, thread_state
+from traceml.tasks.task_statistics import COMPLETED, FINAL, RUNNING
 from traceml.tasks.wait_graph import depends_on
 
 __all__ = ["EventLoop"]
@@ -51,18 +44,18 @@ class EventLoop(LoopState):
             self.tasks.pop(task, None)
             raise
 
-    def run_coroutine(self, task: TaskRecord, coroutine: Any, slot: int) -> float:
+    def run_coroutine(self, task: TaskRecord, coroutine: Any, slot: int) -> None:
         """Continue a task whose callable returned a coroutine."""
         self.tasks[task] = None
         blocker = self.blocker
-        if blocker is not None and depends_on(blocker, task):
-            coroutine.close()
-            self.tasks.pop(task, None)
-            text = f"coroutine {task.name!r} needs the event loop that {blocker.name!r} blocks to wait for it"
-            return execution.fail(task, slot, TaskDeadlockError(text))
+        if blocker is None or not depends_on(blocker, task):
+            self._call(self._continue, task, coroutine)
+            return
 
-        self._call(self._continue, task, coroutine)
-        return perf_counter()
+        coroutine.close()
+        self.tasks.pop(task, None)
+        text = f"coroutine {task.name!r} needs the event loop that {blocker.name!r} blocks to wait for it"
+        execution.fail(task, slot, TaskDeadlockError(text))
 
     def cancel(self, task: TaskRecord) -> bool:
         """Cancel a coroutine in its `await`; False when it is not of this loop, or has ended."""
@@ -170,7 +163,7 @@ class EventLoop(LoopState):
         elif error is not None:
             execution.fail(task, self._slot, error)
         else:
-            execution.finish(task, self._slot, result)
+            execution.end(task, self._slot, COMPLETED, result)
 
     def _cancel(self, task: TaskRecord) -> None:
         running = self.tasks.get(task)

@@ -11,20 +11,11 @@ from typing import Any
 
 from traceml.errors import TaskCancelledError, TaskTimeoutError
 from traceml.tasks.callables import name_of, shorten
-from traceml.tasks.task_record import (
-    CANCELLED,
-    COMPLETED,
-    FAILED,
-    FINAL,
-    RUNNING,
-    TIMED_OUT,
-    TaskRecord,
-    ThreadState,
-)
-from traceml.tasks.task_statistics import EndedTask
-from traceml.tasks.waker import idle_waiters
+from traceml.tasks.task_record import TaskRecord, ThreadState
+from traceml.tasks.task_statistics import CANCELLED, COMPLETED, FAILED, FINAL, RUNNING, TIMED_OUT, EndedTask
+from traceml.tasks.waker import wake_idle_waiters
 
-__all__ = ["WorkerReplaced", "cancel", "expire", "fail", "finish", "run", "run_claimed"]
+__all__ = ["WorkerReplaced", "cancel", "end", "expire", "fail", "run", "run_claimed"]
 
 _log = logging.getLogger("traceml")
 
@@ -58,8 +49,9 @@ def run(
     task.started_s = now
     task.state = RUNNING
     counts[slot] += 1
-    if task.timeout_s is not None:
-        return _run_timed(task, thread, slot)
+    timed = task.timeout_s is not None
+    if timed:
+        task.engine.watch(task, thread)
 
     fn = task.fn
     try:
@@ -68,29 +60,36 @@ def run(
         else:
             result = task.context.run(fn, *task.args, **task.kwargs)  # type: ignore[union-attr, arg-type]
     except BaseException as error:  # noqa: BLE001 - any error is the task's, and raised where it is waited for
-        return fail(task, slot, error)
+        fail(task, slot, error)
+    else:
+        if type(result) is CoroutineType:
+            task.engine.run_coroutine(task, result, slot)
+        elif timed:
+            end(task, slot, COMPLETED, result)
+        else:  # as `end` does, without its lock
+            name = task.given_name
+            if name is None:
+                try:
+                    name = str(fn.__qualname__)  # type: ignore[union-attr]
+                    task.given_name = name = shorten(name) if "<locals>" in name else name
+                except Exception:  # noqa: BLE001 - a callable object may raise or return anything here
+                    task.given_name = name = name_of(fn)
 
-    if type(result) is CoroutineType:
-        return task.engine.run_coroutine(task, result, slot)
+            task.fn = task.args = task.kwargs = task.context = None  # type: ignore[assignment]
+            task.outcome = result
+            now = perf_counter()
+            task.state = COMPLETED
+            counts[slot + 1] += 1
+            record((name, COMPLETED, task.submitted_s, task.started_s, now, task.last_progress))
+            if task.callbacks is not None:
+                _call_back(task)
 
-    name = task.given_name
-    if name is None:
-        try:
-            name = str(fn.__qualname__)  # type: ignore[union-attr]
-            task.given_name = name = shorten(name) if "<locals>" in name else name
-        except Exception:  # noqa: BLE001 - a callable object may raise or return anything here
-            task.given_name = name = name_of(fn)
+            return now
 
-    task.fn = task.args = task.kwargs = task.context = None  # type: ignore[assignment]
-    task.outcome = result
-    now = perf_counter()
-    task.state = COMPLETED
-    counts[slot + 1] += 1
-    record((name, COMPLETED, task.submitted_s, task.started_s, now, task.last_progress))
-    if task.callbacks is not None:
-        _call_back(task)
+    if timed and thread.replaced:
+        raise WorkerReplaced
 
-    return now
+    return perf_counter()
 
 
 def run_claimed(task: TaskRecord, thread: ThreadState) -> None:
@@ -99,79 +98,55 @@ def run_claimed(task: TaskRecord, thread: ThreadState) -> None:
     run(task, thread, statistics.counts, slot, perf_counter(), statistics.records.append)
 
 
-def _run_timed(task: TaskRecord, thread: ThreadState, slot: int) -> float:
-    """Run a task that the watchdog may end before it returns."""
-    task.engine.watch(task, thread)
-    try:
-        result = task.context.run(task.fn, *task.args, **(task.kwargs or {}))  # type: ignore
-    except BaseException as error:  # noqa: BLE001 - as in `run`
-        now = fail(task, slot, error)
-    else:
-        if type(result) is CoroutineType:
-            return task.engine.run_coroutine(task, result, slot)
+def end(
+    task: TaskRecord, slot: int | None, state: str, outcome: Any, blocked_thread: ThreadState | None = None
+) -> bool:
+    """End a task in a final state; False if it has timed out before.
 
-        now = finish(task, slot, result)
-
-    if thread.replaced:
-        raise WorkerReplaced
-
-    return now
-
-
-def finish(task: TaskRecord, slot: int, result: Any) -> float:
-    """End a task with its result, unless it has timed out."""
-    _derive_name(task)
+    Args:
+        task: the task.
+        slot: the slot of the thread that returned from it; None if none has.
+        state: the final state.
+        outcome: the result, or the error and its traceback.
+        blocked_thread: the thread that another one will replace.
+    """
+    name = task.name  # outside the lock, as it may run the callable's own code, and before the call is dropped
     statistics = task.engine.statistics
     with statistics.lock:
-        if returned := task.state is TIMED_OUT:
+        ends = task.state not in FINAL
+        if ends:
+            task.fn = task.args = task.kwargs = task.context = None  # type: ignore[assignment]
+            task.outcome = outcome
+            task.state = state
+            statistics.count_end(state, slot)
+            if state is FAILED or state is TIMED_OUT:
+                task.engine.keep_failure(task)
+            if blocked_thread is not None:
+                blocked_thread.replaced = True
+        elif slot is not None:
             statistics.count_returned(slot)
-        else:
-            task.settle(COMPLETED, result)
-            statistics.counts[slot + 1] += 1
 
-    return _after_timeout() if returned else _publish(task)
+    if ends:
+        statistics.records.append((name, state, task.submitted_s, task.started_s, perf_counter(), task.last_progress))
+        _call_back(task)
+
+    wake_idle_waiters()
+    return ends
 
 
-def fail(task: TaskRecord, slot: int, error: BaseException) -> float:
+def fail(task: TaskRecord, slot: int, error: BaseException) -> None:
     """End a task with its error, unless it has timed out."""
-    _derive_name(task)
-    statistics = task.engine.statistics
-    with statistics.lock:
-        if returned := task.state is TIMED_OUT:
-            statistics.count_returned(slot)
-        else:
-            task.settle(FAILED, (error, _users_part(error.__traceback__)))
-            statistics.count_failed(slot)
-            task.engine.keep_failure(task)
-
-    if returned:
-        return _after_timeout()
-
-    now = _publish(task)
-    task.engine.report_failure(task, error)
-    return now
+    if end(task, slot, FAILED, (error, _users_part(error.__traceback__))):
+        task.engine.report_failure(task, error)
 
 
 def cancel(task: TaskRecord, slot: int | None = None) -> None:
     """End a task that was cancelled: before it began (no slot), or in an `await`."""
-    kind = "task" if slot is None else "coroutine"
-    reason = TaskCancelledError(f"{kind} {_derive_name(task)!r} was cancelled")
-    statistics = task.engine.statistics
-    with statistics.lock:
-        if task.state is TIMED_OUT and slot is not None:
-            statistics.count_returned(slot)
-            return
+    kind = "coroutine"
+    if slot is None:
+        kind, task.started_s = "task", perf_counter()
 
-        if task.state in FINAL:
-            return
-
-        if slot is None:
-            task.started_s = perf_counter()
-
-        task.settle(CANCELLED, (reason, None))
-        statistics.count_cancelled(slot)
-
-    _publish(task)
+    end(task, slot, CANCELLED, (TaskCancelledError(f"{kind} {task.name!r} was cancelled"), None))
 
 
 def expire(task: TaskRecord, thread: ThreadState | None, location: str) -> bool:
@@ -182,45 +157,13 @@ def expire(task: TaskRecord, thread: ThreadState | None, location: str) -> bool:
         thread: the thread that it blocks; None for a coroutine.
         location: the line that it is on, for the error's text.
     """
-    statistics = task.engine.statistics
-    error = TaskTimeoutError(
-        f"task {_derive_name(task)!r} ran longer than its timeout of {task.timeout_s:g} s{location}"
-    )
-    with statistics.lock:
-        if task.state is not RUNNING:
-            return False
+    error = TaskTimeoutError(f"task {task.name!r} ran longer than its timeout of {task.timeout_s:g} s{location}")
+    if not end(task, None, TIMED_OUT, (error, None), thread):
+        return False
 
-        if thread is not None:
-            thread.replaced = True
-
-        task.settle(TIMED_OUT, (error, None))
-        statistics.count_timed_out()
-        task.engine.keep_failure(task)
-
-    _publish(task)
     report = task.engine.report_failure
     threading.Thread(target=report, args=(task, error), name="traceml-report", daemon=True).start()
     return True
-
-
-def _derive_name(task: TaskRecord) -> str:
-    """Derive the name before the call is dropped, and outside the lock: this may run the callable's own code."""
-    return task.name
-
-
-def _after_timeout() -> float:
-    idle_waiters.wake_all()
-    return perf_counter()
-
-
-def _publish(task: TaskRecord) -> float:
-    """Record the end of a task and wake the threads that wait for it."""
-    now = perf_counter()
-    ended = (task.name, task.state, task.submitted_s, task.started_s, now, task.last_progress)
-    task.engine.statistics.records.append(ended)
-    _call_back(task)
-    idle_waiters.wake_all()
-    return now
 
 
 def _call_back(task: TaskRecord) -> None:

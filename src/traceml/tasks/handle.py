@@ -6,7 +6,8 @@ from collections.abc import Generator
 from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar, cast
 
-from traceml.tasks.task_record import COMPLETED, FINAL, TaskRecord
+from traceml.tasks.task_record import TaskRecord
+from traceml.tasks.task_statistics import COMPLETED, FINAL
 from traceml.tasks.waiting import await_for, wait_for
 
 __all__ = ["TaskHandle"]

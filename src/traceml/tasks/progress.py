@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TaskError, UsageError
 from traceml.tasks.engine import Engine
-from traceml.tasks.task_record import COMPLETED, FINAL, ThreadState, current_task
-from traceml.tasks.task_statistics import RECORDS, EndedTask
+from traceml.tasks.task_record import ThreadState, current_task
+from traceml.tasks.task_statistics import COMPLETED, FINAL, RECORDS, EndedTask
 from traceml.tasks.thread_pool import ThreadPool
 
 if TYPE_CHECKING:
@@ -52,29 +52,14 @@ def snapshot(engine: Engine, *, details: bool) -> dict[str, Any]:
     counts = engine.statistics.snapshot()
     failures = [(task.name, task.outcome[0]) for task in engine.failures[-RECORDS:]]
     return {
-        "total": counts.total,
-        "completed": counts.completed,
-        "running": counts.running,
-        "queued": counts.queued,
-        "failed": counts.failed,
-        "cancelled": counts.cancelled,
-        "timed_out": counts.timed_out,
+        **counts,
         "workers": [worker for pool in engine.pools for worker in _workers(pool)],
         "tasks": _tasks(engine) if details else [],
         "errors": [
             *({"task": name, "error": f"{type(error).__name__}: {error}"} for name, error in failures),
             *({"task": name, "error": text} for name, text in list(engine.callback_errors)),
         ],
-        "stalled": [
-            {
-                "task": task.name,
-                "seconds": task.seconds,
-                "file": task.location.file,
-                "line": task.location.line,
-                "function": task.location.function,
-            }
-            for task in engine.watchdog.stalled()
-        ],
+        "stalled": engine.watchdog.stalled(),
     }
 
 
@@ -96,7 +81,7 @@ def _tasks(engine: Engine) -> list[dict[str, Any]]:
     now = perf_counter()
     running: list[EndedTask] = [
         (task.name, task.state, task.submitted_s, task.started_s, now, task.last_progress)
-        for task in engine.in_progress()
+        for task, _ in engine.running()
     ]
     return [
         {

@@ -17,7 +17,8 @@ from traceml.tasks.callables import is_coroutine
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.progress import progress, showing, snapshot
-from traceml.tasks.task_record import QUEUED, TaskRecord
+from traceml.tasks.task_record import TaskRecord
+from traceml.tasks.task_statistics import QUEUED
 from traceml.tasks.waiting import wait_for_all
 
 __all__ = ["Runtime", "get_default_runtime", "has_default_runtime", "set_default_runtime"]

@@ -9,17 +9,10 @@ from contextvars import Context, ContextVar
 from typing import Any, Protocol
 
 from traceml.tasks.callables import name_of
-from traceml.tasks.task_statistics import TaskStatistics
+from traceml.tasks.task_statistics import FINAL, TaskStatistics
 from traceml.tasks.waker import Waker
 
 __all__ = [
-    "CANCELLED",
-    "COMPLETED",
-    "FAILED",
-    "FINAL",
-    "QUEUED",
-    "RUNNING",
-    "TIMED_OUT",
     "LoopState",
     "TaskEngine",
     "TaskRecord",
@@ -29,15 +22,6 @@ __all__ = [
     "set_thread_state",
     "thread_state",
 ]
-
-QUEUED = "queued"
-RUNNING = "running"
-COMPLETED = "completed"
-FAILED = "failed"
-CANCELLED = "cancelled"
-TIMED_OUT = "timed_out"
-
-FINAL = frozenset({COMPLETED, FAILED, CANCELLED, TIMED_OUT})
 
 
 class TaskRecord:
@@ -101,12 +85,6 @@ class TaskRecord:
             return False
 
         return True
-
-    def settle(self, state: str, outcome: Any) -> None:
-        """Set the final state and drop the call."""
-        self.fn = self.args = self.kwargs = self.context = None  # type: ignore[assignment]
-        self.outcome = outcome
-        self.state = state
 
     def add_callback(self, call: Callable[[], object]) -> bool:
         """Have something called when the task ends; False when it has ended, and nothing will be called."""
@@ -213,8 +191,8 @@ class TaskEngine(Protocol):
     def register(self, thread: ThreadState) -> int:
         """Make a thread known that runs tasks; return its slot in the statistics."""
 
-    def run_coroutine(self, task: TaskRecord, coroutine: Any, slot: int) -> float:
-        """Continue a task whose callable returned a coroutine; return the time."""
+    def run_coroutine(self, task: TaskRecord, coroutine: Any, slot: int) -> None:
+        """Continue a task whose callable returned a coroutine."""
 
     def watch(self, task: TaskRecord, thread: ThreadState | None) -> None:
         """End a task when its timeout has passed."""

@@ -1,4 +1,4 @@
-"""Counters of a Runtime, and the records of the tasks that ended last.
+"""States of tasks, their counters, and the records of the tasks that ended last.
 
 A plain task is counted without a lock. Each thread adds to two numbers of its own, begun and ended, in one list that is
 copied in one atomic operation, so a snapshot is consistent. Rarer events change two numbers at once, under the lock
@@ -10,29 +10,35 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from dataclasses import dataclass
 
-__all__ = ["RECORDS", "EndedTask", "TaskCounts", "TaskStatistics"]
+__all__ = [
+    "CANCELLED",
+    "COMPLETED",
+    "FAILED",
+    "FINAL",
+    "QUEUED",
+    "RECORDS",
+    "RUNNING",
+    "TIMED_OUT",
+    "EndedTask",
+    "TaskStatistics",
+]
+
+QUEUED = "queued"
+RUNNING = "running"
+COMPLETED = "completed"
+FAILED = "failed"
+CANCELLED = "cancelled"
+TIMED_OUT = "timed_out"
+
+FINAL = frozenset({COMPLETED, FAILED, CANCELLED, TIMED_OUT})
 
 RECORDS = 1000  # of the tasks that ended last
-_FAILED, _CANCELLED, _TIMED_OUT, _SKIPPED, _OVERDUE = range(5)
-_FIXED = 5
+_INDEX = {FAILED: 0, CANCELLED: 1, TIMED_OUT: 2}
+_SKIPPED, _OVERDUE, _FIXED = 3, 4, 5
 
 # name, state, times of submission, start and end (perf_counter, s), last reported progress (%)
 EndedTask = tuple[str, str, float, float, float, "float | None"]
-
-
-@dataclass(frozen=True, slots=True)
-class TaskCounts:
-    """Number of tasks in each state, all at one moment."""
-
-    total: int
-    completed: int
-    failed: int
-    cancelled: int
-    timed_out: int
-    running: int
-    queued: int
 
 
 class TaskStatistics:
@@ -60,31 +66,26 @@ class TaskStatistics:
 
         return slot
 
-    def count_failed(self, slot: int) -> None:
-        """Count a task that began and raised; the lock is held."""
-        self.counts[_FAILED] += 1
-        self.counts[slot + 1] += 1
+    def count_end(self, state: str, slot: int | None) -> None:
+        """Count the end of a task, with the slot of its thread if it returned; the lock is held.
 
-    def count_cancelled(self, slot: int | None) -> None:
-        """Count a cancelled task, which had begun on a slot or had not; the lock is held."""
-        self.counts[_CANCELLED] += 1
-        if slot is None:
-            self.counts[_SKIPPED] += 1
-        else:
+        Without a slot it was cancelled before it began, or timed out while its thread still runs it.
+        """
+        if state is not COMPLETED:
+            self.counts[_INDEX[state]] += 1
+
+        if slot is not None:
             self.counts[slot + 1] += 1
-
-    def count_timed_out(self) -> None:
-        """Count a task whose time is over while its thread still runs it; the lock is held."""
-        self.counts[_TIMED_OUT] += 1
-        self.counts[_OVERDUE] += 1
+        else:
+            self.counts[_SKIPPED if state is CANCELLED else _OVERDUE] += 1
 
     def count_returned(self, slot: int) -> None:
         """Count the return of a thread from a task that had timed out; the lock is held."""
         self.counts[_OVERDUE] -= 1
         self.counts[slot + 1] += 1
 
-    def snapshot(self) -> TaskCounts:
-        """Count the tasks by state, at one moment."""
+    def snapshot(self) -> dict[str, int]:
+        """Count the tasks by state, and in total, at one moment."""
         for _ in range(100):  # a thread switch between the two readings is rare, and costs another round
             with self.lock:
                 counts = self.counts.copy()
@@ -95,15 +96,15 @@ class TaskStatistics:
 
         failed, cancelled, timed_out, skipped, overdue = counts[:_FIXED]
         begun, ended = sum(counts[_FIXED::2]), sum(counts[_FIXED + 1 :: 2])
-        return TaskCounts(
-            total=submitted,
-            completed=ended - failed - (cancelled - skipped) - (timed_out - overdue),
-            failed=failed,
-            cancelled=cancelled,
-            timed_out=timed_out,
-            running=begun - ended - overdue,
-            queued=submitted - begun - skipped,
-        )
+        return {
+            "total": submitted,
+            COMPLETED: ended - failed - (cancelled - skipped) - (timed_out - overdue),
+            RUNNING: begun - ended - overdue,
+            QUEUED: submitted - begun - skipped,
+            FAILED: failed,
+            CANCELLED: cancelled,
+            TIMED_OUT: timed_out,
+        }
 
     def _submitted(self) -> int:
         return int(repr(self._submissions)[6:-1])  # "count(7)": an iterator can be read without a step only by its text

@@ -6,40 +6,54 @@ the running tasks, whichever comes first.
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
 import logging
+import sys
+import sysconfig
 import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from time import perf_counter
+from types import FrameType
+from typing import Any
 
-from traceml.tasks.code_location import CodeLocation, location_of_coroutine, location_of_thread
 from traceml.tasks.execution import expire
-from traceml.tasks.task_record import FINAL, RUNNING, TaskRecord, ThreadState
+from traceml.tasks.task_record import TaskRecord, ThreadState
+from traceml.tasks.task_statistics import FINAL, RUNNING
 
-__all__ = ["StalledTask", "TaskWatchdog"]
+__all__ = ["TaskWatchdog", "location_of_thread"]
 
 _MIN_PURGE = 1024  # fewer deadlines are not searched for ended tasks
 _CHECKS = 4  # of a task within the time after which it has stalled
+_OWN = str(Path(__file__).parent)
+_STDLIB = sysconfig.get_path("stdlib")
 _log = logging.getLogger("traceml")
 
 
 @dataclass(frozen=True, slots=True)
-class StalledTask:
-    """A task that stays on one line and reports no progress."""
+class _CodeLocation:
+    """A line of Python; without a file for a function that is not written in Python."""
 
-    name: str
-    seconds: float
-    location: CodeLocation
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} in {self.function}" if self.file else f"inside {self.function}, no Python code"
 
 
 @dataclass(slots=True)
 class _Observation:
+    """The line that a task is on, and its last report of progress."""
+
     task: weakref.ref[TaskRecord]
-    seen: tuple[CodeLocation, float | None]
-    first_s: float
+    location: _CodeLocation
+    progress: float | None
+    since_s: float
     warned: bool = False
 
 
@@ -47,11 +61,11 @@ class TaskWatchdog:
     """Watches the tasks of one engine.
 
     Args:
-        running: returns the running tasks, each with its line.
+        running: returns the running tasks, each with its thread or coroutine.
         stall_s: seconds on one line after which a task has stalled; None: tasks are not checked.
     """
 
-    def __init__(self, running: Callable[[], Iterable[tuple[TaskRecord, CodeLocation]]], stall_s: float | None) -> None:
+    def __init__(self, running: Callable[[], Iterable[tuple[TaskRecord, Any]]], stall_s: float | None) -> None:
         self._running, self._stall_s = running, stall_s
         self.reset()
 
@@ -83,16 +97,20 @@ class TaskWatchdog:
             with self._changed:
                 self._start()
 
-    def stalled(self) -> list[StalledTask]:
-        """Return the tasks that are stalled now."""
+    def stalled(self) -> list[dict[str, Any]]:
+        """Return the tasks that are stalled now, as `get_progress()` lists them."""
         now = perf_counter()
-        found = []
-        for one in list(self._observations.values()):
-            task = one.task()
-            if task is not None and task.state is RUNNING and one.warned:
-                found.append(StalledTask(task.name, now - one.first_s, one.seen[0]))
-
-        return found
+        return [
+            {
+                "task": task.name,
+                "seconds": now - one.since_s,
+                "file": one.location.file,
+                "line": one.location.line,
+                "function": one.location.function,
+            }
+            for one in list(self._observations.values())
+            if one.warned and (task := one.task()) is not None and task.state is RUNNING
+        ]
 
     def close(self) -> None:
         """End the thread."""
@@ -143,36 +161,80 @@ class TaskWatchdog:
                 _time_out(task, thread)
 
     def _check(self, now: float) -> None:
-        self._observations = {
-            id(task): self._observe(task, (location, task.last_progress), now) for task, location in self._running()
-        }
+        self._observations = {id(task): self._observe(task, runner, now) for task, runner in self._running()}
 
-    def _observe(self, task: TaskRecord, seen: tuple[CodeLocation, float | None], now: float) -> _Observation:
+    def _observe(self, task: TaskRecord, runner: Any, now: float) -> _Observation:
+        location, progress = _location_of(runner) or _CodeLocation("", 0, task.name), task.last_progress
         before = self._observations.get(id(task))
-        if before is None or before.task() is not task or before.seen != seen:
-            return _Observation(weakref.ref(task), seen, now)
+        if before is None or before.task() is not task or (before.location, before.progress) != (location, progress):
+            return _Observation(weakref.ref(task), location, progress, now)
 
-        seconds = now - before.first_s
+        seconds = now - before.since_s
         if not before.warned and seconds >= (self._stall_s or 0.0) * (1 - 1 / _CHECKS / 2):
             before.warned = True
-            _log.warning("task %r has been on one line for %.1f s: %s", task.name, seconds, seen[0])
+            _log.warning("task %r has been on one line for %.1f s: %s", task.name, seconds, location)
 
         return before
 
 
 def _time_out(task: TaskRecord, thread: ThreadState | None) -> None:
     """End a task whose time is over, and replace the thread that it blocks."""
-    loop = task.engine.loop
-    if task in loop.tasks or thread is None:
-        running = loop.tasks.get(task)
-        if expire(task, None, _at(location_of_coroutine(running.get_coro()) if running else None)):
-            task.engine.interrupt(task)
+    coroutines = task.engine.loop.tasks
+    if task in coroutines:  # also one that a callable on a thread returned
+        thread = None
 
+    location = _location_of(coroutines.get(task) if thread is None else thread)
+    if not expire(task, thread, f", at {location}" if location is not None else ""):
         return
 
-    if expire(task, thread, _at(location_of_thread(thread.ident))) and thread.replace is not None:
+    if thread is None:
+        task.engine.interrupt(task)
+    elif thread.replace is not None:
         thread.replace(thread)
 
 
-def _at(location: CodeLocation | None) -> str:
-    return f", at {location}" if location is not None else ""
+def _location_of(runner: ThreadState | asyncio.Task[Any] | None) -> _CodeLocation | None:
+    if isinstance(runner, ThreadState):
+        return location_of_thread(runner.ident)
+
+    return None if runner is None else _location_of_coroutine(runner.get_coro())
+
+
+def location_of_thread(ident: int) -> _CodeLocation | None:
+    """Return the innermost line of a thread, in the user's code if there is any."""
+    frame = innermost = sys._current_frames().get(ident)
+    try:
+        while frame is not None and _is_foreign(frame):
+            frame = frame.f_back
+
+        found = frame or innermost
+        return None if found is None or found.f_code.co_filename.startswith(_OWN) else _location(found)
+    finally:
+        del frame, innermost  # a frame keeps everything in it alive
+
+
+def _location_of_coroutine(coroutine: Any) -> _CodeLocation | None:
+    """Return the innermost line of the user's code that a coroutine awaits on."""
+    frames = []
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is not None:
+            frames.append(frame)
+
+        coroutine = getattr(coroutine, "cr_await", None)
+
+    for frame in reversed(frames):
+        if not _is_foreign(frame):
+            return _location(frame)
+
+    return None
+
+
+def _is_foreign(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    library = file.startswith(_STDLIB) and "site-packages" not in file
+    return library or file.startswith((_OWN, "<frozen"))
+
+
+def _location(frame: FrameType) -> _CodeLocation:
+    return _CodeLocation(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_qualname)

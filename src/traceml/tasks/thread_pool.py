@@ -1,7 +1,7 @@
 """A pool of threads that take tasks from one queue.
 
-`parked` holds the wake-ups for new tasks: the wakers of sleeping workers and, below them, the workers that have not
-been started yet. While it is empty, all workers are busy, and submitting a task is one append.
+`parked` holds the wakers of sleeping workers and, below them, the indices of workers that have not been started yet.
+While it is empty, all workers are busy, and submitting a task is one append.
 """
 
 from __future__ import annotations
@@ -13,24 +13,13 @@ from collections.abc import Callable
 from time import perf_counter
 
 from traceml.tasks.execution import WorkerReplaced, fail, run
-from traceml.tasks.task_record import RUNNING, TaskEngine, TaskRecord, ThreadState, set_thread_state
-from traceml.tasks.waker import Waker, idle_waiters
+from traceml.tasks.task_record import TaskEngine, TaskRecord, ThreadState, set_thread_state
+from traceml.tasks.task_statistics import RUNNING
+from traceml.tasks.waker import Waker, wake_idle_waiters
 
 __all__ = ["ThreadPool"]
 
 _log = logging.getLogger("traceml")
-
-
-class _UnstartedWorker:
-    """A worker whose thread is started when there is work for it."""
-
-    __slots__ = ("index", "pool")
-
-    def __init__(self, pool: ThreadPool, index: int) -> None:
-        self.pool, self.index = pool, index
-
-    def wake(self) -> None:
-        self.pool.start(self)
 
 
 class ThreadPool:
@@ -56,9 +45,7 @@ class ThreadPool:
         self.queue.clear()
         self.workers: dict[int, ThreadState] = {}  # by the ident of their threads
         self.threads: list[threading.Thread] = []
-        self.parked: list[Waker | _UnstartedWorker] = [
-            _UnstartedWorker(self, self.first + i) for i in reversed(range(self.size))
-        ]
+        self.parked: list[Waker | int] = [*reversed(range(self.first, self.first + self.size))]
 
     def wake(self) -> None:
         """Wake a sleeping worker, or start a thread; without effect while all are busy."""
@@ -67,7 +54,10 @@ class ThreadPool:
         except IndexError:
             return
 
-        one.wake()
+        if isinstance(one, int):
+            self._start(one)
+        else:
+            one.wake()
 
     def discard(self, waker: Waker) -> None:
         """Remove a waker from `parked`, and pass its wake-up on if it was used."""
@@ -79,19 +69,17 @@ class ThreadPool:
         if self.queue:
             self.wake()
 
-    def start(self, worker: _UnstartedWorker) -> None:
+    def _start(self, index: int) -> None:
         """Start the thread of a worker.
 
         Raises:
             RuntimeError: the system gives no thread, and the pool has none that could do the work instead.
         """
-        thread = threading.Thread(
-            target=self._work, args=(worker.index,), name=f"traceml-{self.name}-{worker.index}", daemon=True
-        )
+        thread = threading.Thread(target=self._work, args=(index,), name=f"traceml-{self.name}-{index}", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:
-            self.parked.insert(0, worker)
+            self.parked.insert(0, index)
             if not self.threads:
                 raise
 
@@ -126,7 +114,7 @@ class ThreadPool:
 
     def _replace(self, thread: ThreadState) -> None:
         """Let a new thread work in place of a blocked one."""
-        self.parked.insert(0, _UnstartedWorker(self, thread.index))
+        self.parked.insert(0, thread.index)
         if self.queue:
             self.wake()
 
@@ -144,7 +132,7 @@ class ThreadPool:
                 pass
 
             thread.current = None
-            idle_waiters.wake_all()
+            wake_idle_waiters()
 
     def _run_until_closed(self, thread: ThreadState) -> bool:
         """Run tasks until the pool is closed; False after an error outside of tasks, as MemoryError is."""
@@ -186,7 +174,7 @@ class ThreadPool:
     def _park(self, thread: ThreadState, waker: Waker) -> bool:
         """Sleep until there is work; False when there will be none."""
         self.parked.append(waker)
-        idle_waiters.wake_all()
+        wake_idle_waiters()
         if self._closed or thread.ident not in self.workers:  # closed, or this is the child of a fork
             return bool(self.queue)
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from traceml.tasks.task_record import QUEUED, TaskEngine, TaskRecord
+from traceml.tasks.task_record import TaskEngine, TaskRecord
+from traceml.tasks.task_statistics import QUEUED
 
 __all__ = [
     "blocked_set",

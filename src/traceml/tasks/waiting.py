@@ -17,17 +17,10 @@ from time import perf_counter
 
 from traceml.errors import TaskDeadlockError, WaitTimeoutError
 from traceml.tasks.execution import WorkerReplaced, run_claimed
-from traceml.tasks.task_record import (
-    FINAL,
-    TaskEngine,
-    TaskRecord,
-    ThreadState,
-    current_task,
-    set_thread_state,
-    thread_state,
-)
+from traceml.tasks.task_record import TaskEngine, TaskRecord, ThreadState, current_task, set_thread_state, thread_state
+from traceml.tasks.task_statistics import FINAL
 from traceml.tasks.wait_graph import blocked_set, blocked_tasks, depends_on, queued_dependency, waiting
-from traceml.tasks.waker import Waker, idle_waiters
+from traceml.tasks.waker import Waker, idle_waiters, wake_idle_waiters
 
 __all__ = ["await_for", "forget_compensation", "wait_for", "wait_for_all"]
 
@@ -76,7 +69,7 @@ def _run_in_place(task: TaskRecord, thread: ThreadState) -> None:
             run_claimed(task, thread)
     finally:
         thread.current, thread.depth = underneath, thread.depth - 1
-        idle_waiters.wake_all()
+        wake_idle_waiters()
 
 
 def _block(task: TaskRecord, timeout: float | None) -> None:
@@ -87,7 +80,7 @@ def _block(task: TaskRecord, timeout: float | None) -> None:
         return
 
     with waiting(me, task), _blocked(me):
-        idle_waiters.wake_all()  # wait_all leaves out the tasks that wait for its own
+        wake_idle_waiters()  # wait_all leaves out the tasks that wait for its own
         _refuse_deadlock(me, task)  # of two that close a circle at once, one sees the other here
         woken = _sleep(waker, me, timeout)
 
@@ -164,7 +157,7 @@ def _run_dependencies(me: TaskRecord) -> None:
             if task.claim():
                 run_claimed(task, thread)
                 thread.current = None
-                idle_waiters.wake_all()
+                wake_idle_waiters()
     except WorkerReplaced:
         return
 
@@ -194,7 +187,7 @@ async def await_for(task: TaskRecord) -> None:
         return
 
     with waiting(me, task):
-        idle_waiters.wake_all()
+        wake_idle_waiters()
         if blocked_tasks and queued_dependency(task) is not None:
             for blocked in tuple(blocked_tasks):  # they may hold all workers, and wait for this one
                 _compensate(blocked)
@@ -222,7 +215,7 @@ def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
     me, ends_s = current_task(), None if timeout is None else perf_counter() + timeout
     in_place = me is not None and timeout is None and not _is_deep(thread_state())
     with waiting(me, engine), _blocking_loop(me):
-        idle_waiters.wake_all()
+        wake_idle_waiters()
         while left := _unfinished(engine, me):
             if in_place and (task := _runnable(engine)):
                 if task.claim():
@@ -251,7 +244,7 @@ def _runnable(engine: TaskEngine) -> TaskRecord | None:
 def _park(engine: TaskEngine, me: TaskRecord | None, ends_s: float | None, *, in_place: bool) -> bool:
     """Sleep until a task ends or is submitted; False when the time is over."""
     waker = Waker()
-    idle_waiters.add(waker)
+    idle_waiters.append(waker)
     if me is not None:
         engine.add_waker(waker)
 
@@ -262,6 +255,10 @@ def _park(engine: TaskEngine, me: TaskRecord | None, ends_s: float | None, *, in
         with _blocked(me):
             return _sleep(waker, me, None if ends_s is None else ends_s - perf_counter())
     finally:
-        idle_waiters.discard(waker)
+        try:
+            idle_waiters.remove(waker)
+        except ValueError:  # it was woken
+            pass
+
         if me is not None:
             engine.remove_waker(waker)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-__all__ = ["Waker", "WakerList", "idle_waiters"]
+__all__ = ["Waker", "idle_waiters", "wake_idle_waiters"]
 
 
 class Waker:
@@ -28,35 +28,14 @@ class Waker:
         return self._lock.acquire(timeout=timeout_s)
 
 
-class WakerList:
-    """Wakers of threads that wait for the same event."""
-
-    def __init__(self) -> None:
-        self._wakers: list[Waker] = []
-
-    def add(self, waker: Waker) -> None:
-        """Add a waker for the next event."""
-        self._wakers.append(waker)
-
-    def discard(self, waker: Waker) -> None:
-        """Remove a waker, unless the event has removed it."""
-        try:
-            self._wakers.remove(waker)
-        except ValueError:
-            pass
-
-    def wake_all(self) -> None:
-        """Wake all threads and forget them."""
-        while self._wakers:
-            try:
-                self._wakers.pop().wake()
-            except IndexError:  # another thread was faster
-                return
-
-    def clear(self) -> None:
-        """Forget all threads, in a forked child."""
-        self._wakers.clear()
-
-
 # Threads in wait_all, of every Runtime: a task of one may wait for tasks of another.
-idle_waiters = WakerList()
+idle_waiters: list[Waker] = []
+
+
+def wake_idle_waiters() -> None:
+    """Let all threads in wait_all check again: a task has ended, or waits itself."""
+    while idle_waiters:
+        try:
+            idle_waiters.pop().wake()
+        except IndexError:  # another thread was faster
+            return
