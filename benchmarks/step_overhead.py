@@ -55,11 +55,11 @@ OURS = (
 import traceml
 block(2000)
 plain, traced = [block(count)], []
-traceml.init()
+recorder = traceml.init()
 block(2000)
 for _ in range(rounds):
     traced.append(block(count))
-own = traceml.recorder.api._running.hook_ns_per_step()
+own = recorder.instrumentation.hook_ns_per_step()
 traceml.shutdown()
 block(2000)
 plain.append(block(count))

@@ -43,7 +43,11 @@ if TYPE_CHECKING:
     from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchResult
     from traceml.launch.launcher.launcher import Launcher, launch
     from traceml.launch.launcher.log_handlers import add_filter_to_handler, file_handler, stream_handler
-    from traceml.recorder.api import Recorder, init, is_enabled, phase, shutdown, trace, trace_data, trace_step
+    from traceml.recorder.annotations import phase, trace, trace_data, trace_step
+    from traceml.recorder.current import is_enabled
+    from traceml.recorder.lifecycle import shutdown
+    from traceml.recorder.recorder import Recorder
+    from traceml.session.startup import init
     from traceml.settings import Settings
     from traceml.tasks.handle import TaskHandle
     from traceml.tasks.runtime import Runtime, get_default_runtime, set_default_runtime
@@ -96,7 +100,7 @@ _HOMES = {
     "PluginInterface": "traceml.track.plugins.plugin_base",
     "PluginMetadata": "traceml.track.plugins.plugin_metadata",
     "ProtocolError": "traceml.errors",
-    "Recorder": "traceml.recorder.api",
+    "Recorder": "traceml.recorder.recorder",
     "ResultNotFoundError": "traceml.errors",
     "Run": "traceml.display.notebook",
     "RunNotFoundError": "traceml.errors",
@@ -123,8 +127,8 @@ _HOMES = {
     "file_handler": "traceml.launch.launcher.log_handlers",
     "get_active_experiment": "traceml.track.rank.experiment",
     "get_default_runtime": "traceml.tasks.runtime",
-    "init": "traceml.recorder.api",
-    "is_enabled": "traceml.recorder.api",
+    "init": "traceml.session.startup",
+    "is_enabled": "traceml.recorder.current",
     "launch": "traceml.launch.launcher.launcher",
     "load_run": "traceml.display.notebook",
     "log_artifact": "traceml.track.rank.experiment",
@@ -134,16 +138,16 @@ _HOMES = {
     "log_metrics": "traceml.track.rank.experiment",
     "log_params": "traceml.track.rank.experiment",
     "log_text": "traceml.track.rank.experiment",
-    "phase": "traceml.recorder.api",
+    "phase": "traceml.recorder.annotations",
     "register": "traceml.track.plugins.plugin_registry",
     "set_default_runtime": "traceml.tasks.runtime",
-    "shutdown": "traceml.recorder.api",
+    "shutdown": "traceml.recorder.lifecycle",
     "start_logging": "traceml.track.rank.experiment",
     "stop_logging": "traceml.track.rank.experiment",
     "stream_handler": "traceml.launch.launcher.log_handlers",
-    "trace": "traceml.recorder.api",
-    "trace_data": "traceml.recorder.api",
-    "trace_step": "traceml.recorder.api",
+    "trace": "traceml.recorder.annotations",
+    "trace_data": "traceml.recorder.annotations",
+    "trace_step": "traceml.recorder.annotations",
 }
 
 __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from traceml.errors import TraceMLError
 
 __all__ = ["fail_open", "failures"]
 
-_MOST_KINDS = 1000  # texts remembered by `once`; beyond them, repeats are logged at debug level only
+_MOST_TEXTS = 1000  # remembered for `once`; beyond them, repeats are logged at debug level only
 
 _failures: dict[str, int] = {}
 _logged: set[tuple[str, str]] = set()
 
 
-@contextmanager
-def fail_open(
-    log: logging.Logger,
-    room: str,
-    what: str,
-    *,
-    once: bool = False,
-    reraise: type[Exception] | tuple[type[Exception], ...] = (),
-) -> Iterator[None]:
+class fail_open:  # noqa: N801 - used like `contextlib.suppress`
     """Log an exception of the block as a warning, count it, and continue after the block.
 
-    A traceback is logged too, except for an `OSError` or a `TraceMLError`: their texts say enough.
+    An `OSError` or a `TraceMLError` is logged by its text, any other exception with its type and traceback.
 
     Args:
         log: where the warning goes.
@@ -35,17 +26,39 @@ def fail_open(
         what: what failed, as the first words of the warning: `tracing could not be started`.
         once: warn for the first failure with this text only; repeats are logged at debug level.
         reraise: exceptions that are not handled here.
+        level: of the warning.
     """
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, reraise):
-            raise
 
-        _failures[room] = _failures.get(room, 0) + 1
-        level = logging.DEBUG if once and _is_repeat(room, what) else logging.WARNING
+    __slots__ = ("_level", "_log", "_once", "_reraise", "_room", "_what")
+
+    def __init__(
+        self,
+        log: logging.Logger,
+        room: str,
+        what: str,
+        *,
+        once: bool = False,
+        reraise: type[Exception] | tuple[type[Exception], ...] = (),
+        level: int = logging.WARNING,
+    ) -> None:
+        self._log, self._room, self._what = log, room, what
+        self._once, self._reraise, self._level = once, reraise, level
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        if not isinstance(error, Exception) or isinstance(error, self._reraise):
+            return False
+
+        _failures[self._room] = _failures.get(self._room, 0) + 1
+        level = logging.DEBUG if self._once and _is_repeat(self._room, self._what) else self._level
         is_clear = isinstance(error, OSError | TraceMLError)
-        log.log(level, "%s: %r", what, error, exc_info=None if is_clear else error)
+        text = (is_clear and str(error)) or repr(error)
+        self._log.log(level, "%s: %s", self._what, text, exc_info=None if is_clear else error)
+        return True
 
 
 def failures() -> dict[str, int]:
@@ -54,7 +67,7 @@ def failures() -> dict[str, int]:
 
 
 def _is_repeat(room: str, what: str) -> bool:
-    if (room, what) in _logged or len(_logged) >= _MOST_KINDS:
+    if (room, what) in _logged or len(_logged) >= _MOST_TEXTS:
         return True
 
     _logged.add((room, what))

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.integrations.left_behind import digest, state_of
 from traceml.integrations.huggingface import TraceMLCallback, TraceMLTrainer
-from traceml.recorder import api
+from traceml.recorder.current import is_enabled
 
 ROWS = 88
 
@@ -90,7 +90,7 @@ def alone() -> dict[str, Any]:
     said["history"] = list(one.state.log_history)
     one.evaluate()
     one.predict(Data(8))
-    said["running after predict"] = api.is_enabled()
+    said["running after predict"] = is_enabled()
 
     failing = trainer(callbacks=[TraceMLCallback(report=False), Failing()])
     before = state_of()

@@ -14,7 +14,7 @@ import torch
 
 from tests.integrations.left_behind import digest, state_of
 from traceml.integrations.lightning import TraceMLCallback
-from traceml.recorder import api
+from traceml.recorder.current import is_enabled
 
 package: Any = import_module(sys.argv[2])
 
@@ -127,7 +127,7 @@ def alone() -> dict[str, Any]:
 
     trainer = fit(Module(), traced=True)
     trainer.validate(Module(), torch.utils.data.DataLoader(Data(24), batch_size=8), verbose=False)
-    said["running after validate"] = api.is_enabled()
+    said["running after validate"] = is_enabled()
     trainer.fit_loop.max_epochs = 3
     trainer.fit(Module(), torch.utils.data.DataLoader(Data(88), batch_size=8))
     after = state_of()

@@ -11,7 +11,7 @@ import ray.train.torch
 import torch
 
 from traceml.integrations.ray import trace
-from traceml.recorder import api
+from traceml.recorder.current import is_enabled
 
 
 def train(config: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def both(config: dict[str, Any]) -> None:
     type(ray.train.get_context()).get_local_world_size = lambda _self: 1
     assert ray.train.get_context().get_local_world_size() == 1
     once(config)
-    ray.train.report({"running": api.is_enabled()})
+    ray.train.report({"running": is_enabled()})
 
 
 once = trace(train, connect_timeout=9.0)

@@ -11,7 +11,7 @@ import traceml
 from tests.aggregator.conftest import TOKEN, Serving
 from traceml.errors import SettingsError
 from traceml.integrations.training_session import TrainingSession
-from traceml.recorder import api
+from traceml.recorder.current import state
 
 
 @pytest.fixture
@@ -53,12 +53,12 @@ def test_its_own_is_ended_once(address: dict[str, Any], capsys: pytest.CaptureFi
 
 def test_what_is_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the script, an argument, or the environment."""
-    monkeypatch.setattr(api, "_recorder", None)
+    monkeypatch.setattr(state, "recorder", None)
     traceml.init(enabled=False)
     assert TrainingSession({}).begin() is None
-    monkeypatch.setattr(api, "_recorder", None)
+    monkeypatch.setattr(state, "recorder", None)
     assert TrainingSession({"enabled": False}).begin() is None
-    monkeypatch.setattr(api, "_recorder", None)
+    monkeypatch.setattr(state, "recorder", None)
     monkeypatch.setenv("TRACEML_ENABLED", "0")
     assert TrainingSession({}).begin() is None
     assert not traceml.is_enabled()
@@ -66,7 +66,7 @@ def test_what_is_off_stays_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Training goes on with a warning; a mistake is told where the callback is made."""
-    monkeypatch.setattr(api, "_recorder", None)  # whatever a test before this one has turned off
+    monkeypatch.setattr(state, "recorder", None)  # whatever a test before this one has turned off
     session = TrainingSession({"local": False, "port": 1, "connect_timeout": 0.1})
     assert session.begin() is not None
     session.end()

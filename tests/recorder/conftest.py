@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving
-from traceml.recorder import api
+from traceml.recorder.lifecycle import shutdown
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -23,7 +23,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
     """A real aggregator."""
     server = Serving(tmp_path / "runs", tmp_path / "aggregator.log")
     yield server
-    api.shutdown()  # while there is somebody to take the last rows
+    shutdown()  # while there is somebody to take the last rows
     server.close()
 
 
@@ -31,7 +31,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
 def quiet_process() -> Iterator[None]:
     """Leave no recorder behind in this process."""
     yield
-    api.shutdown()
+    shutdown()
 
 
 def environ(tmp_path: Path, **values: str) -> dict[str, str]:

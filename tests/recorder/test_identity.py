@@ -25,7 +25,7 @@ def test_a_process_alone() -> None:
     config = settings.load({}, Path("/proc"))
     first, second = identify(config), identify(config)
 
-    assert (first.who.rank, first.who.world_size, first.provisional) == (0, 1, False)
+    assert (first.rank_identity.rank, first.rank_identity.world_size, first.provisional) == (0, 1, False)
     assert first.job != second.job
     assert first.recorder != second.recorder
 

@@ -240,12 +240,12 @@ def test_commands_reach_the_rank(serving: Serving) -> None:
 def test_a_broken_turn_does_not_end_the_thread(serving: Serving, caplog: pytest.LogCaptureFixture) -> None:
     """It is logged once and counted; the turns after it send as before."""
     recorder = traceml.init(port=serving.port, token=TOKEN)
-    worker = recorder._worker
-    assert worker is not None
+    done = threading.Event()
     with caplog.at_level(logging.WARNING, "traceml"):
         for _ in range(3):
-            worker.call(lambda: 1 // 0)
-            eventually(lambda: not worker._calls)
+            recorder.after(0.0, lambda: done.set() or 1 // 0)
+            assert done.wait(5)
+            done.clear()
         eventually(lambda: recorder.statistics().errors == 3)
 
     do_steps(10)

@@ -329,7 +329,7 @@ def test_finish_sends_everything_and_says_bye(flight: FlightFile) -> None:
     settle(sender)
     add_steps(flight, 3)
 
-    stored = sender.finish("finished", timeout_s=5, hope=False)
+    stored = sender.finish("finished", timeout_s=5, keep_trying=False)
 
     assert stored
     assert wire.rows_of("steps") == [(0, 3)]
@@ -345,7 +345,7 @@ def test_finish_tries_a_broken_connection_again(flight: FlightFile) -> None:
     add_steps(flight, 3)
     first.broken = True
 
-    assert sender.finish("finished", timeout_s=5, hope=True)
+    assert sender.finish("finished", timeout_s=5, keep_trying=True)
     assert second.rows_of("steps") == [(0, 3)]
 
 
@@ -354,7 +354,7 @@ def test_finish_without_an_aggregator_is_one_try(flight: FlightFile) -> None:
     sender = make(flight, AggregatorUnavailableError("h", 1, 0.1, "refused"))
     add_steps(flight, 3)
 
-    assert not sender.finish("finished", timeout_s=5, hope=False)
+    assert not sender.finish("finished", timeout_s=5, keep_trying=False)
 
 
 def test_pauses_shorten_as_the_ring_fills(flight: FlightFile) -> None:

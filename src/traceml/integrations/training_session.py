@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from traceml import settings
-from traceml.recorder import api
+from traceml.recorder.current import current_recorder
 from traceml.recorder.exits import status_of
+from traceml.recorder.lifecycle import note_exit, shutdown
+from traceml.session.startup import init
 from traceml.track.rank import capturing
 
 __all__ = ["TrainingSession"]
@@ -53,17 +55,17 @@ class TrainingSession:
         Returns:
             the recorder's `Instrumentation`; None when tracing is disabled.
         """
-        running = api.current()
+        running = current_recorder()
         if running is not None and not running.config.enabled:
             return None
 
         if running is None or not running.enabled:
-            recorder = api.init(**self._wanted())
+            recorder = init(**self._wanted())
             self._own = id(recorder) if recorder.enabled else 0
         elif not running.tracing:
-            api.init(**self._wanted())
+            init(**self._wanted())
 
-        recorder_now = api.current()
+        recorder_now = current_recorder()
         if recorder_now is None or not recorder_now.enabled:
             return None
 
@@ -76,18 +78,18 @@ class TrainingSession:
         Args:
             error: what ended the training before its time.
         """
-        recorder, own, self._own = api.current(), self._own, 0
+        recorder, own, self._own = current_recorder(), self._own, 0
         if recorder is None or id(recorder) != own or not recorder.enabled:
             return
 
         if error is not None:
-            api.note_exit(error, status_of(error))
+            note_exit(error, status_of(error))
 
-        rank = recorder.who.rank
-        run_dir = recorder.flight.identity.get("run_dir") if recorder.flight is not None else None
-        api.shutdown()
+        rank = recorder.rank_identity.rank
+        run_dir = recorder.run_dir
+        shutdown()
         if self._report and rank == 0 and run_dir and not isinstance(error, KeyboardInterrupt):
-            _show(Path(run_dir))
+            _show(run_dir)
 
     def _wanted(self) -> dict[str, Any]:
         sources = settings.load(**self._arguments).sources

@@ -18,10 +18,10 @@ from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 
-__all__ = ["Identity", "Spawned", "forget_children", "identify", "spawned_from", "tell_children"]
+__all__ = ["Identity", "SpawnedFrom", "forget_children", "identify", "spawned_from", "tell_children"]
 
 _PARENT = "TRACEML_PARENT"
-_spawned: Spawned | None = None
+_spawned: SpawnedFrom | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +31,27 @@ class Identity:
     Args:
         recorder: tells this life from any other of the same process.
         job: what the ranks of a job find each other's run by.
-        who: rank, world size, local rank, attempt.
+        rank_identity: rank, world size, local rank, attempt.
         parent: of a forked child that only logs: the recorder of the rank that it belongs to.
         provisional: whether the rank is still to be told, by a process group that this child of a process will join.
     """
 
     recorder: str
     job: str
-    who: RankIdentity
+    rank_identity: RankIdentity
     provisional: bool
     parent: str = ""
 
     def hello(self, config: Config, flight: Path | None) -> Hello:
         """Return what is told to the aggregator."""
-        who = self.who
+        own = self.rank_identity
         return Hello(
             role="rank",
             run=self.job,
-            rank=who.rank,
-            world_size=who.world_size,
-            local_rank=who.local_rank,
-            attempt=who.attempt,
+            rank=own.rank,
+            world_size=own.world_size,
+            local_rank=own.local_rank,
+            attempt=own.attempt,
             recorder=self.recorder,
             parent=self.parent,
             run_id=config.run_id or "",
@@ -78,17 +78,17 @@ class Identity:
 
     def facts(self, config: Config) -> dict[str, Any]:
         """Return what the flight file says of its writer."""
-        who = self.who
+        own = self.rank_identity
         return {
             "name": config.run_name or script_name(),
             "project": config.project,
             "run_id": config.run_id or "",
             "runs_dir": str(config.runs_dir.absolute()),
             "job": self.job,
-            "rank": who.rank,
-            "world_size": who.world_size,
-            "local_rank": who.local_rank,
-            "attempt": who.attempt,
+            "rank": own.rank,
+            "world_size": own.world_size,
+            "local_rank": own.local_rank,
+            "attempt": own.attempt,
             "host": socket.gethostname(),
             "recorder": self.recorder,
             "parent": self.parent,
@@ -96,7 +96,7 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Spawned:
+class SpawnedFrom:
     """What a child that `multiprocessing` spawned knows of its parent.
 
     Args:
@@ -112,11 +112,11 @@ class Spawned:
 
 def tell_children(identity: Identity, config: Config, experiment: int = 0) -> None:
     """Tell children to be spawned whose run they log for: the environment is all that they inherit."""
-    who = identity.who
+    own = identity.rank_identity
     told = {
         "pid": os.getpid(),
         "identity": [identity.recorder, identity.job, identity.parent],
-        "rank": [who.rank, who.world_size, who.local_rank, who.attempt],
+        "rank": [own.rank, own.world_size, own.local_rank, own.attempt],
         "settings": {"host": config.host, "port": config.port, "runs_dir": str(config.runs_dir.absolute())},
         "experiment": experiment,
     }
@@ -128,7 +128,7 @@ def forget_children() -> None:
     os.environ.pop(_PARENT, None)
 
 
-def spawned_from() -> Spawned | None:
+def spawned_from() -> SpawnedFrom | None:
     """Return the parent of this process, if that recorded and has spawned it through `multiprocessing`.
 
     None also for a rank of a process group: what it logs is its own.
@@ -137,7 +137,7 @@ def spawned_from() -> Spawned | None:
     return told if told is not None and detect_rank().source != "torch.distributed" else None
 
 
-def _told() -> Spawned | None:
+def _told() -> SpawnedFrom | None:
     global _spawned
     if _spawned is not None:  # the variable says by now what this process tells its own children
         return _spawned
@@ -149,9 +149,9 @@ def _told() -> Spawned | None:
 
         recorder, job, parent = told["identity"]
         rank, world_size, local_rank, attempt = told["rank"]
-        who = RankIdentity(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt)
-        identity = Identity(recorder, job, who, provisional=False, parent=parent)
-        _spawned = Spawned(identity, told["settings"], int(told["experiment"]))
+        own = RankIdentity(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt)
+        identity = Identity(recorder, job, own, provisional=False, parent=parent)
+        _spawned = SpawnedFrom(identity, told["settings"], int(told["experiment"]))
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -165,15 +165,15 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
         config: the settings; `run_id` is the job key where it is set.
         before: what was found earlier: the job stays, unless a process group has told more of it.
     """
-    who = detect_rank()
+    own = detect_rank()
     parent = _parent_process()
-    unlaunched = who.source in ("single process", "torch.distributed") and not config.run_id
+    unlaunched = own.source in ("single process", "torch.distributed") and not config.run_id
     job = config.run_id or (before.job if before is not None else job_key())
-    if who.source == "torch.distributed" and who.world_size > 1 and unlaunched and launcher_job() is None:
+    if own.source == "torch.distributed" and own.world_size > 1 and unlaunched and launcher_job() is None:
         job = _group_key(job, parent)
 
-    provisional = who.source == "single process" and parent is not None
-    return Identity(secrets.token_hex(8), job, who, provisional)
+    provisional = own.source == "single process" and parent is not None
+    return Identity(secrets.token_hex(8), job, own, provisional)
 
 
 def _command() -> str:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import METRICS, Slot
 from traceml.privacy import secrets_only
-from traceml.recorder import api
+from traceml.recorder.current import on_change
+from traceml.recorder.lifecycle import recorder_for_logging
 from traceml.recorder.logged_values import DeferredValue, number_of, plain, step_of
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
     from traceml.settings import Config
 
-__all__ = ["Logger", "settle"]
+__all__ = ["Logger"]
 
 _time_ns = time.time_ns
 _STEP, _ROW_BYTES = int(Slot.STEP), METRICS.row_bytes
@@ -229,7 +230,7 @@ class Logger:
         return self._entries.setdefault(name, [number, 0])
 
     def _bind(self) -> FlightFile | None:
-        recorder = api.recorder_for_logging()
+        recorder = recorder_for_logging()
         flight = recorder.flight if recorder is not None else None
         if recorder is None or flight is None:
             return None
@@ -241,6 +242,7 @@ class Logger:
         self._count, self._slot = ring.count, ring.slot
         self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
+        recorder.every_turn(_settle_all)
         facts = self._announce(recorder.config)
         if facts is not None:
             self.row("experiment", **facts)
@@ -259,8 +261,7 @@ class Logger:
         self.row("value", step=step_of(step), t_ns=t_ns, name=name, value=value, source=kind)
 
 
-def settle(*, wait: bool = False) -> None:
-    """Append what waits in any logger, on the recorder's thread; with `wait`, wait for devices."""
+def _settle_all(wait: bool) -> None:
     for logger in list(_loggers):
         logger.settle(wait=wait)
 
@@ -270,4 +271,4 @@ def _unbind_all(forked: bool) -> None:
         logger.unbind(forked=forked)
 
 
-api.on_change.append(_unbind_all)
+on_change(_unbind_all)

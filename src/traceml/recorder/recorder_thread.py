@@ -1,4 +1,4 @@
-"""The recorder's thread: twice a second or more often it samples, sends, and goes back to sleep."""
+"""Thread of the recorder: twice a second or more often it samples, sends, and sleeps again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
 from traceml.database.schema import Slot
-from traceml.recorder.logger import settle
+from traceml.fail_open import fail_open
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import SamplerScheduler
@@ -30,14 +30,14 @@ FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
 
 
 class RecorderThread:
-    """Runs samplers and the sender on a thread of its own, in turns of microseconds; the training never waits for it.
+    """Thread that runs samplers and the sender, in turns of microseconds; the training never waits for it.
 
     Args:
         flight: the tables.
         sender: sends them.
         scheduler: samples into them.
-        hook_ns: what a step's hooks cost, as measured so far.
-        files: files for the run's folder.
+        hook_ns: returns the measured cost of the hooks per step.
+        files: uploader of files to the run's folder.
     """
 
     def __init__(
@@ -53,12 +53,14 @@ class RecorderThread:
         """Turns that failed."""
         self.cpu_ns = 0
         """CPU time of the thread so far."""
-        self._flight, self._sender, self._scheduler, self._hook_ns = flight, sender, scheduler, hook_ns
-        self._files = files
-        self._later: list[tuple[int, Callable[[], None]]] = []
+        self.scheduler = scheduler
+        """Runs the samplers."""
+        self._sender, self._hook_ns, self._files = sender, hook_ns, files
+        self._delayed: list[tuple[int, Callable[[], None]]] = []
+        self._every_turn: list[Callable[[bool], None]] = []
         self._slots = flight.open_slots
         self._telemetry = flight.ring("telemetry")
-        # Rings of megabytes: what is stored need not stay resident in a process whose memory is the user's.
+        # Rings of megabytes: their stored rows need not stay resident in the user's process.
         self._large = [ring for ring in flight.rings.values() if ring.capacity * ring.row_bytes > _LARGE_BYTES]
         self._kept = flight.kept
         self._released = dict.fromkeys(flight.rings, 0)
@@ -67,8 +69,8 @@ class RecorderThread:
         self._wake = threading.Event()
         self._end: Callable[[], bool] | None = None
         self._stored = False
-        self._patience_s, self._hope = 0.0, False
-        # A daemon: the interpreter waits for others before it runs atexit handlers, and ours is what ends this one.
+        self._grace_s, self._keep_trying = 0.0, False
+        # A daemon: the interpreter waits for other threads before it runs atexit handlers, and ours ends this one.
         self._thread = threading.Thread(target=self._run, name="traceml-recorder", daemon=True)
 
     def start(self) -> None:
@@ -76,32 +78,37 @@ class RecorderThread:
         self._thread.start()
 
     def use(self, scheduler: SamplerScheduler) -> None:
-        """Sample by another scheduler; on the thread."""
-        self._scheduler = scheduler
+        """Replace the scheduler; before the start, or on the thread."""
+        self.scheduler = scheduler
 
     def call(self, function: Callable[[], None]) -> None:
-        """Have `function` run on the thread, soon."""
+        """Run `function` on the thread, in its next turn."""
         self._calls.append(function)
         self._wake.set()
 
     def call_later(self, delay_s: float, function: Callable[[], None]) -> None:
-        """Have `function` run on the thread when so many seconds have passed, unless it has ended by then."""
-        self._later.append((monotonic_ns() + int(delay_s * 1e9), function))
+        """Run `function` on the thread after so many seconds, unless it has ended by then."""
+        self._delayed.append((monotonic_ns() + int(delay_s * 1e9), function))
+
+    def every_turn(self, function: Callable[[bool], None]) -> None:
+        """Call `function` in each turn, with True in the last; a second registration changes nothing."""
+        if function not in self._every_turn:
+            self._every_turn.append(function)
 
     def wake(self) -> None:
-        """Have a turn now."""
+        """Start a turn now."""
         self._wake.set()
 
-    def finish(self, reason: str, *, timeout_s: float, hope: bool) -> bool:
+    def finish(self, reason: str, *, timeout_s: float, keep_trying: bool) -> bool:
         """Take a last sample, send everything, say bye; return whether everything is stored.
 
         Args:
-            reason: what the bye says.
+            reason: the bye's reason.
             timeout_s: time for all of it.
-            hope: whether to keep trying for that long when no aggregator answers.
+            keep_trying: whether to go on for that long when no aggregator answers.
         """
-        self._patience_s, self._hope = timeout_s, hope
-        self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, hope=self._hope)
+        self._grace_s, self._keep_trying = timeout_s, keep_trying
+        self._end = lambda: self._sender.finish(reason, timeout_s=timeout_s, keep_trying=self._keep_trying)
         self._wake.set()
         is_busy = self._files is not None and self._files.pending
         self._thread.join(timeout_s + 0.5 + (FILES_TIMEOUT_S if is_busy else 0.0))
@@ -125,16 +132,18 @@ class RecorderThread:
         while self._calls:
             self._calls.popleft()()
 
-        for due in [each for each in self._later if each[0] <= now]:
-            self._later.remove(due)
+        for due in [each for each in self._delayed if each[0] <= now]:
+            self._delayed.remove(due)
             due[1]()
 
-        self._scheduler.run_due(self._slots[Slot.STEP])
+        self.scheduler.run_due(self._slots[Slot.STEP])
         if now >= self._telemetry_ns:
             self._telemetry_ns = now + _TELEMETRY_NS
             self._append_telemetry(now)
 
-        settle()
+        for function in self._every_turn:
+            function(False)
+
         self._sender.pump()
         if self._files is not None:
             self._files.turn()
@@ -149,41 +158,43 @@ class RecorderThread:
                 self._released[ring.name] = done
 
     def _last_turn(self) -> None:
-        self._scheduler.run_all(self._slots[Slot.STEP])
-        settle(wait=True)
-        if self._files is not None:
-            self._bring_files(self._files)
+        self.scheduler.run_all(self._slots[Slot.STEP])
+        for function in self._every_turn:
+            function(True)
 
-        self._sender.pump(flush=True)  # so that the last row counts (nearly) all that is sent
+        if self._files is not None:
+            self._await_files(self._files)
+
+        self._sender.pump(flush=True)  # so that the last telemetry row counts nearly all bytes
         self._append_telemetry(monotonic_ns())
-        self._scheduler.close()
+        self.scheduler.close()
         if self._end is not None:
             self._stored = self._end()
 
         self.cpu_ns = time.thread_time_ns()
 
-    def _bring_files(self, files: FileUploader) -> None:
-        """Wait for files that are being copied, as long as they get on: their rows come after them."""
+    def _await_files(self, files: FileUploader) -> None:
+        """Wait for files that are being copied, while they make progress: their rows come after them."""
         seen, since_s = files.progress, time.monotonic()
         began_s = since_s
         while files.pending and time.monotonic() - began_s < FILES_TIMEOUT_S:
             self._sender.pump(flush=True)
             files.turn()
-            if not (files.copying or self._sender.connected or self._hope):
+            if not (files.copying or self._sender.connected or self._keep_trying):
                 break
 
             time.sleep(_SHORTEST_S)
             if files.progress != seen:
                 seen, since_s = files.progress, time.monotonic()
-            elif time.monotonic() - since_s > self._patience_s:
+            elif time.monotonic() - since_s > self._grace_s:
                 _log.warning("%d files that were logged have not arrived; they stay beside the journal", files.pending)
-                self._hope = False  # as long as that it was tried just now
+                self._keep_trying = False  # it was tried for that long just now
                 break
 
         files.leave()
 
     def _append_telemetry(self, now: int) -> None:
-        sender, scheduler = self._sender, self._scheduler
+        sender, scheduler = self._sender, self.scheduler
         self.cpu_ns = time.thread_time_ns()
         self._telemetry.append(
             now,
@@ -198,13 +209,13 @@ class RecorderThread:
         )
 
     def _pause_s(self) -> float:
-        until_sample_s = (self._scheduler.due_ns - monotonic_ns()) / 1e9
+        until_sample_s = (self.scheduler.due_ns - monotonic_ns()) / 1e9
         return max(_SHORTEST_S, min(self._sender.pause_s(_WAKE_S), until_sample_s))
 
     def _guarded(self, turn: Callable[[], None]) -> None:
-        try:
+        level = logging.DEBUG if self.errors else logging.WARNING
+        with fail_open(_log, "recorder", "a turn of the recorder's thread failed, and it continues", level=level):
             turn()
-        except Exception as error:  # noqa: BLE001 - fail open: the training must not see it, and the next turn may work
-            self.errors += 1
-            if self.errors == 1:
-                _log.warning("the recorder's thread met an error; it goes on: %r", error, exc_info=error)
+            return
+
+        self.errors += 1

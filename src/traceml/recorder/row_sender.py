@@ -176,8 +176,8 @@ class RowSender:
     def _cursors(self) -> list[_SendCursor]:
         return self._logs + self._rings + self._blobs
 
-    def said_missing(self) -> None:
-        """Note that the user knows already that no aggregator is there."""
+    def warned_missing(self) -> None:
+        """Note that the user was warned already that no aggregator answers."""
         self._warned.add("missing")
 
     def attach(self, connection: Connection) -> None:
@@ -231,13 +231,13 @@ class RowSender:
 
         return max(0.01, usual_s)
 
-    def finish(self, reason: str, *, timeout_s: float, hope: bool) -> bool:
+    def finish(self, reason: str, *, timeout_s: float, keep_trying: bool) -> bool:
         """Send everything, say bye, and wait until it is stored; return whether it is.
 
         Args:
             reason: what the bye says.
             timeout_s: time for all of it.
-            hope: keep trying for that long when nobody answers; else one try has to do.
+            keep_trying: go on for that long when no aggregator answers; else one try has to do.
         """
         deadline = time.monotonic() + timeout_s
         while (left_s := deadline - time.monotonic()) > 0:
@@ -245,7 +245,7 @@ class RowSender:
             self.pump(flush=True)
             connection = self._connection
             if connection is None:
-                if self._refused or not hope:
+                if self._refused or not keep_trying:
                     break
 
                 time.sleep(min(0.1, left_s))

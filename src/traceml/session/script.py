@@ -10,7 +10,6 @@ import atexit
 import builtins
 import importlib.util
 import io
-import logging
 import os
 import signal
 import sys
@@ -21,10 +20,11 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any, NoReturn
 
-__all__ = ["main", "start_recorder"]
+from traceml.session.startup import start_for_script
+
+__all__ = ["main"]
 
 _PR_SET_PDEATHSIG = 1
-_log = logging.getLogger("traceml")
 _FRAMES = Path(__file__).parent  # frames of files in this folder are not shown
 
 
@@ -63,7 +63,7 @@ def _run(argv: list[str]) -> BaseException | None:
 
     sys.argv = list(words)
     _end_with_torchrun()
-    start_recorder()
+    start_for_script()
     try:
         program = _find_module(words[0]) if module else _find_script(words[0])
         sys.argv[0] = program.argv0
@@ -112,19 +112,6 @@ def _end_with_torchrun() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def start_recorder() -> None:
-    """Start tracing; nothing that goes wrong here keeps the script from running."""
-    try:
-        from traceml import settings
-        from traceml.recorder import api
-
-        config = settings.load(on_missing="warn")
-        if config.enabled:
-            api.start(config, wait=False)
-    except Exception as error:  # noqa: BLE001 - fail open: the script runs untraced, and the user is told why
-        _log.warning("the script runs without tracing: %s", error)
 
 
 # --- finding it ------------------------------------------------------------------------------------------------------
@@ -217,10 +204,10 @@ def _quit(text: str, status: int) -> NoReturn:
 
 def _note_exit(leaving: SystemExit) -> None:
     """Tell the recorder of a status that passes no hook."""
-    from traceml.recorder import api
     from traceml.recorder.exits import status_of
+    from traceml.recorder.lifecycle import note_exit
 
-    api.note_exit(leaving.__context__ if status_of(leaving) else None, status_of(leaving))
+    note_exit(leaving.__context__ if status_of(leaving) else None, status_of(leaving))
 
 
 def _show(error: BaseException) -> None:

@@ -52,9 +52,9 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
             _send_records(records_fd, request["log_level"])
 
         if request["trace"] and not request["script"]:
-            from traceml.session.script import start_recorder
+            from traceml.session.startup import start_for_script
 
-            start_recorder()  # before the process group: its making is watched
+            start_for_script()  # before the process group: its making is watched
 
         status = _work(agent, request, listener[0] if listener else None)
     except _Stopped:
@@ -104,9 +104,9 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
 def _note_end(request: Mapping[str, Any], error: BaseException | None, status: int) -> None:
     """Tell the recorder how the user's part ended; a script has told it already."""
     if request["trace"] and not request["script"]:
-        from traceml.recorder import api
+        from traceml.recorder.lifecycle import note_exit
 
-        api.note_exit(error, status)
+        note_exit(error, status)
 
 
 # --- what this process is --------------------------------------------------------------------------------------------

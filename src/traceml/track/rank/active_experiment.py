@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from traceml import settings
-from traceml.recorder import api
+from traceml.recorder.current import current_recorder, on_change
 from traceml.recorder.identity import script_name
 from traceml.recorder.logger import Logger
 from traceml.track.rank.announcement import announcement
@@ -78,14 +78,14 @@ class ExperimentLoggers:
 
         self._first = self._open[0] if self._open else None
         self._undecided.clear()
-        recorder = api.current()
+        recorder = current_recorder()
         if recorder is not None and recorder.spawned is not None:
             self.root.experiment = recorder.spawned.experiment
 
     def _set_active(self, logger: Logger) -> None:
         """Set the active logger; children that are spawned from now on log for its experiment too."""
         self.active = logger
-        recorder = api.current()
+        recorder = current_recorder()
         if recorder is not None and recorder.enabled:
             recorder.tell_children(logger.experiment)
 
@@ -103,4 +103,4 @@ class ExperimentLoggers:
 
 
 loggers = ExperimentLoggers()
-api.on_change.append(loggers.forget_run)
+on_change(loggers.forget_run)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.errors import PluginError
-from traceml.recorder import api
+from traceml.recorder.current import current_recorder
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import check_backends
 from traceml.track.rank.autocapture import AutoCapture
@@ -27,7 +26,7 @@ _of: Recorder | None = None
 
 
 def begin(recorder: Recorder) -> None:
-    """Begin with a recorder whose settings name trackers or collectors; called by the recorder's room."""
+    """Begin with a recorder whose settings name trackers or collectors."""
     try:
         check_backends(recorder.config.backend, recorder.config.backend_options)
     except PluginError as error:
@@ -45,7 +44,7 @@ def start(*, collect: bool = True) -> None:
         collect: start the collectors too.
     """
     global _capturing, _of
-    recorder = api.current()
+    recorder = current_recorder()
     if recorder is None or not recorder.enabled or recorder.is_child:
         return
 
@@ -55,30 +54,29 @@ def start(*, collect: bool = True) -> None:
 
         return
 
-    who = recorder.who
+    own = recorder.rank_identity
     _of = recorder
-    if who.rank == 0:
+    if own.rank == 0:
         troubles = TrackerWarnings()
         tell = partial(_tell, recorder, troubles)
         recorder.after(_TELL_AFTER_S, tell)
         recorder.before_stop(tell)
 
-    _capturing = AutoCapture(recorder.config, Orchestrator(), rank=who.rank, local_rank=who.local_rank)
+    _capturing = AutoCapture(recorder.config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
     recorder.before_stop(_stop)
     _capturing.start(collect=collect)
 
 
 def rest() -> None:
     """Leave the frameworks alone until the next `start`: nothing is tracked any more, unless the settings say so."""
-    recorder = api.current()
+    recorder = current_recorder()
     if _capturing is not None and recorder is _of and recorder is not None and not recorder.config.backend:
         _capturing.unpatch()
 
 
 def _tell(recorder: Recorder, troubles: TrackerWarnings) -> None:
-    folder = recorder.flight.identity.get("run_dir") if recorder.flight is not None else None
-    if folder:
-        troubles.tell(Path(folder))
+    if recorder.run_dir is not None:
+        troubles.tell(recorder.run_dir)
 
 
 def _stop() -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from traceml import settings
 from traceml.errors import UsageError
-from traceml.recorder import api
 from traceml.recorder.identity import script_name
+from traceml.recorder.lifecycle import recorder_for_logging
 from traceml.recorder.logger import Logger
 from traceml.track import wandb_sweep
 from traceml.track.plugins.plugin_registry import backend_metadata, known_backends
@@ -108,7 +108,7 @@ class Experiment:
             return self
 
         self.config |= wandb_sweep.parameters()
-        recorder = api.recorder_for_logging(again=True)
+        recorder = recorder_for_logging(again=True)
         if recorder is not None:
             check_backends(self.backends or tuple(self._options), self._options_over(recorder.config))
 

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.recorder import api
+from traceml.recorder.current import current_recorder
 from traceml.recorder.uploads import FileUpload
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
@@ -119,4 +119,4 @@ def _one(logger: Logger, path: Path, name: str) -> None:
 
 def _recorder(logger: Logger) -> Any:
     """Return the recorder that a logger logs into; None while nothing is recorded."""
-    return api.current() if logger.begin() else None
+    return current_recorder() if logger.begin() else None

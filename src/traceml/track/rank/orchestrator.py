@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from traceml.database.schema import MetricKind
-from traceml.recorder import api
+from traceml.recorder.current import current_recorder
+from traceml.recorder.lifecycle import recorder_for_logging, shutdown
 from traceml.recorder.logger import Logger
 from traceml.track.plugins.metric import Metric
 from traceml.track.rank import media
@@ -90,15 +91,15 @@ class Orchestrator:
 
     def start(self) -> None:
         """Start the recorder, as the first call would; again after a `stop`."""
-        api.recorder_for_logging(again=True)
+        recorder_for_logging(again=True)
 
     def stop(self) -> None:
         """Send what is left and stop the recorder; see `traceml.shutdown`."""
-        api.shutdown()
+        shutdown()
 
     def health(self) -> dict[str, Any]:
         """Return how it stands: `state`, `connected`, rows appended, stored, waiting here and lost, and errors."""
-        recorder = api.current()
+        recorder = current_recorder()
         if recorder is None:
             return {
                 "state": "idle",

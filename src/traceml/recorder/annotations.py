@@ -1,0 +1,84 @@
+"""Marks that users put into their code: steps, phases, data. Each is a no-op under 1 us while nothing is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar, overload
+
+from traceml.recorder.current import state
+
+__all__ = ["phase", "trace", "trace_data", "trace_step"]
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _NoOp:
+    """A context manager that does nothing; one object serves all calls."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> _NoOp:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        return None
+
+
+_NO_OP = _NoOp()
+
+
+def phase(name: str) -> AbstractContextManager[Any]:
+    """Return a context manager that times a part of the step as a phase of its own.
+
+    Args:
+        name: name of the phase; use few different names.
+    """
+    running = state.instrumentation
+    return _NO_OP if running is None else running.phase(name)
+
+
+def trace_step(model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:
+    """Return a context manager that bounds one training step.
+
+    The first use turns off the inference of steps; the time between two blocks belongs to the later one.
+
+    Args:
+        model: the trained module, timed from its first call on.
+        optimizer: its optimizer.
+    """
+    running = state.instrumentation
+    return _NO_OP if running is None else running.trace_step(model, optimizer)
+
+
+def trace_data(loader: Iterable[T]) -> Iterable[T]:
+    """Return the iterable with its waiting times recorded; for data that comes from no torch DataLoader.
+
+    Args:
+        loader: any iterable of batches.
+    """
+    running = state.instrumentation
+    return loader if running is None else running.trace_data(loader)
+
+
+@overload
+def trace(function: F, /) -> F: ...
+@overload
+def trace(name: str | None = None, /) -> Callable[[F], F]: ...
+def trace(function: Any = None, /) -> Any:
+    """Make a function a phase of its own: `@traceml.trace`, or `@traceml.trace("name")`.
+
+    Args:
+        function: the function, or the phase's name; by default the function's name.
+    """
+    if function is None or isinstance(function, str):
+        return lambda decorated: _traced(decorated, function or decorated.__name__)
+
+    return _traced(function, function.__name__)
+
+
+def _traced(function: F, name: str) -> F:
+    from traceml.instrument.user import traced
+
+    return traced(function, lambda: phase(name))

@@ -1,0 +1,208 @@
+"""Start and end of the recorder of this process, at its exit and in its forks too."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+from traceml.errors import TraceMLError
+from traceml.fail_open import fail_open
+from traceml.recorder.current import state, tell_change, tell_start
+
+if TYPE_CHECKING:
+    from traceml.recorder.exits import ExitWatch
+    from traceml.recorder.recorder import Recorder
+    from traceml.settings import Config
+
+__all__ = ["note_exit", "recorder_for_logging", "shutdown", "start"]
+
+_log = logging.getLogger("traceml")
+_lock = threading.Lock()
+_watch: ExitWatch | None = None
+_hooked = False
+
+
+def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorder:
+    """Start a recorder, or return the one that runs.
+
+    Args:
+        config: the settings.
+        wait: connect now; else the recorder's thread connects when it can.
+        tracing: also install the hooks; else only logged values are recorded.
+
+    Raises:
+        AggregatorUnavailableError: no aggregator answered within `connect_timeout`, and `on_missing` is `raise`.
+        AggregatorRefusedError: it answered and refused, and `on_missing` is `raise`.
+    """
+    from traceml.recorder.identity import spawned_from
+    from traceml.recorder.recorder import Recorder
+
+    if tracing and state.recorder is not None and state.recorder.is_child:  # it logged for its parent; now it is a rank
+        shutdown()
+
+    with _lock:
+        running = state.recorder
+        if running is not None and running.enabled:
+            if tracing and not running.tracing:
+                running.trace()
+                state.instrumentation = running.instrumentation
+
+            return running
+
+        if config.sources["log_level"] != "default":  # else the level is the user's, who may have set one
+            _log.setLevel(config.log_level.upper())
+
+        parent = state.parent.identity if state.parent is not None and not tracing else None
+        spawned = spawned_from() if not tracing and parent is None else None
+        state.recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
+        if config.enabled and not _is_helper_process():
+            with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
+                recorder.start(wait=wait, tracing=tracing)
+                state.instrumentation = recorder.instrumentation
+                _hook_process(watch=not recorder.is_child)
+
+        tell_change()
+
+    if recorder.enabled:
+        tell_start(recorder)
+
+    return recorder
+
+
+def recorder_for_logging(*, again: bool = False) -> Recorder | None:
+    """Return the running recorder; before any `init`, start one that only logs. None when nothing is to be recorded.
+
+    In a forked child of a recorded process it belongs to the same run.
+
+    Args:
+        again: start one also after a `shutdown`, because an experiment begins.
+
+    Raises:
+        SettingsError: the settings are wrong and `again` is set; else that is a warning.
+    """
+    recorder = state.recorder
+    if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
+        return recorder if recorder.enabled else None
+
+    if _is_helper_process() or sys.is_finalizing():
+        return None
+
+    from traceml import settings
+
+    try:
+        known = recorder or state.parent
+        config = known.config if known is not None else settings.load(local=True, **_settings_of_parent())
+        recorder = start(config, wait=False, tracing=False)
+    except TraceMLError as error:
+        if again:
+            raise
+
+        from traceml.recorder.recorder import Recorder
+
+        _log.warning("nothing is recorded: %s", error)
+        state.recorder = Recorder(settings.Config(enabled=False))
+        return None
+
+    return recorder if recorder.enabled else None
+
+
+def shutdown() -> None:
+    """Stop tracing: send the remaining rows, within 5 s, and remove all hooks. Also done when the process ends."""
+    _stop("failed" if state.recorder is not None and state.recorder.failed else "finished")
+
+
+def note_exit(error: BaseException | None, status: int) -> None:
+    """Record how this process ends; only the first call counts."""
+    if state.recorder is not None:
+        with fail_open(_log, "recorder", "the end of this process could not be recorded"):
+            state.recorder.note_exit(error, status)
+
+
+def _stop(reason: str) -> None:
+    with _lock:
+        recorder, watch = state.recorder, _watch
+        state.instrumentation = None
+
+    if recorder is not None:
+        recorder.prepare_stop()
+
+    tell_change()
+    if watch is not None:
+        watch.uninstall()
+    if recorder is not None:
+        with fail_open(_log, "recorder", "tracing did not end well"):  # the flight file keeps unsent rows
+            recorder.stop(reason)
+
+
+def _settings_of_parent() -> dict[str, Any]:
+    """Return where the process that spawned this one records, as settings; empty where none has."""
+    from traceml.recorder.identity import spawned_from
+
+    spawned = spawned_from()
+    return spawned.settings if spawned is not None else {}
+
+
+def _is_helper_process() -> bool:
+    """Whether this is a spawned child that only imports the main script again, to find the function it has to run.
+
+    `multiprocessing` marks that moment; a data-loader worker whose script calls `init` without a guard must not become
+    a second rank.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and bool(getattr(process.current_process(), "_inheriting", False))
+
+
+def _hook_process(*, watch: bool) -> None:
+    """Register for the end of this process (with `watch` also for how it ends) and for its forks."""
+    global _hooked, _watch
+    if watch:
+        from traceml.recorder.exits import ExitWatch
+
+        _watch = ExitWatch(note_exit)
+        _watch.install()
+
+    # A process that multiprocessing has forked ends without atexit, but runs these.
+    util = sys.modules.get("multiprocessing.util")
+    if util is not None and not util.is_exiting():
+        util.Finalize(None, _at_exit, exitpriority=0)
+
+    if not _hooked:
+        _hooked = True
+        atexit.register(_at_exit)
+        os.register_at_fork(after_in_child=_after_fork)
+
+
+def _at_exit() -> None:
+    recorder = state.recorder
+    if recorder is None or not recorder.enabled or recorder.pid != os.getpid():
+        return
+
+    if not recorder.exit_noted:
+        error = sys.exc_info()[1] or (_watch.last_error() if _watch is not None else None)
+        from traceml.recorder.exits import status_of
+
+        note_exit(error, 0 if error is None else status_of(error))
+
+    try:
+        _stop("failed" if recorder.failed else "finished")
+    except KeyboardInterrupt:
+        _log.warning("interrupted while the last rows were sent; they stay in the flight file")
+
+
+def _after_fork() -> None:
+    """Make everything a no-op in a forked child: a data-loader worker is no rank. What it logs is its parent's."""
+    global _watch, _lock
+    _lock = threading.Lock()  # the parent's may have been held
+    recorder, state.recorder, state.instrumentation = state.recorder, None, None
+    tell_change(forked=True)
+    watch, _watch = _watch, None
+    if watch is not None:
+        watch.uninstall()
+    if recorder is not None:
+        state.parent = recorder if recorder.enabled else None
+        with fail_open(_log, "recorder", "a forked child could not leave the recorder"):
+            recorder.forget()

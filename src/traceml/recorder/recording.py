@@ -1,0 +1,415 @@
+"""Tables, connection and thread of a recorder that has been started."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight import FALLBACK_FOLDER, FlightFile
+from traceml.database.postmortem import FlightState, remove_stale
+from traceml.database.schema import PACKED, Slot
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
+from traceml.fail_open import fail_open
+from traceml.privacy import secrets_only
+from traceml.recorder.exits import describe
+from traceml.recorder.identity import Identity, forget_children, identify, tell_children
+from traceml.recorder.recorder_thread import RecorderThread
+from traceml.recorder.row_sender import RowSender
+from traceml.recorder.uploads import FileUploader
+from traceml.samplers.base import Sampler, SamplerScheduler, SamplerStatistics
+from traceml.transport.client import Connection, connect
+from traceml.version import __version__
+
+if TYPE_CHECKING:
+    from traceml.instrument import Instrumentation
+    from traceml.settings import Config
+
+__all__ = ["RecorderStatistics", "Recording"]
+
+_log = logging.getLogger("traceml")
+
+_PROVISIONAL_S = 10.0
+_FILES_STUCK_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RecorderStatistics:
+    """Counts and costs of a recorder so far.
+
+    Attributes:
+        state: `disabled`, `running` or `stopped`.
+        rank, world_size: its place in the job.
+        address: the aggregator's, as host:port.
+        connected: whether there is a connection now.
+        rows_appended, rows_acked, rows_lost: rows of all tables; appended = acked + lost + still here.
+        bytes_sent: bytes put on the wire.
+        reconnects: connections after the first.
+        cpu_ns: CPU time of its thread, as of its last telemetry row.
+        hook_ns_per_step: cost of the hooks per step.
+        errors: turns of its thread that failed.
+        samplers: counts and costs of each sampler.
+        clock_offset_ns, clock_rtt_ns: the aggregator's wall clock minus this monotonic clock, and how exact that is.
+    """
+
+    state: str
+    rank: int = 0
+    world_size: int = 1
+    address: str = ""
+    connected: bool = False
+    rows_appended: int = 0
+    rows_acked: int = 0
+    rows_lost: int = 0
+    bytes_sent: int = 0
+    reconnects: int = 0
+    cpu_ns: int = 0
+    hook_ns_per_step: int = 0
+    errors: int = 0
+    samplers: tuple[SamplerStatistics, ...] = ()
+    clock_offset_ns: int | None = None
+    clock_rtt_ns: int | None = None
+
+
+class Recording:
+    """Tables, connection and thread of a recorder that has been started.
+
+    Args:
+        config: the settings in force.
+        identity: rank and job.
+        is_child: whether it only logs, for the run of its parent process.
+        statistics: answers the aggregator's command of that name.
+    """
+
+    def __init__(
+        self, config: Config, identity: Identity, *, is_child: bool, statistics: Callable[[], RecorderStatistics]
+    ) -> None:
+        self.identity = identity
+        self.instrumentation: Instrumentation | None = None
+        self.tracing = False
+        self.exit_noted = False
+        self._config, self._is_child = config, is_child
+        self._ending = False
+        self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9) if identity.provisional else 0
+        self.flight = FlightFile.create(
+            None,
+            identity.facts(config),
+            capacities=_child_capacities(config) if is_child else _capacities(config),
+            fallback=config.runs_dir / FALLBACK_FOLDER,
+        )
+        self.files = FileUploader(self.flight.stems, self._append_logged, self._wake)
+        self.sender = RowSender(
+            self.flight,
+            self._dial,
+            flush_interval_s=config.flush_interval,
+            commands={"statistics": lambda _args: asdict(statistics())},
+            files=self.files,
+            on_welcome=self._welcomed,
+        )
+        self.thread = RecorderThread(self.flight, self.sender, self._sampling(()), self._hook_ns, files=self.files)
+
+    def connect(self) -> None:
+        """Connect to the aggregator now.
+
+        Raises:
+            AggregatorUnavailableError: none answered in time, and `on_missing` is `raise`.
+            AggregatorRefusedError: one answered and refused, and `on_missing` is `raise`.
+        """
+        try:
+            connection = self._reach()
+        except (AggregatorUnavailableError, AggregatorRefusedError) as error:
+            if self._config.on_missing == "raise":
+                raise
+
+            _log.warning("%s. Training goes on; the connection is retried in the background.", str(error).rstrip("."))
+            self.sender.warned_missing()
+            return
+
+        if connection is not None:
+            self.sender.attach(connection)
+
+    def start(self, *, tracing: bool) -> None:
+        """Install the hooks, if tracing, and start the thread."""
+        if tracing:
+            self.thread.use(self._sampling(self._samplers()))
+            self._instrument()
+        if not self._is_child:
+            self.note("process", **_process_facts(self.identity))
+
+        self.flight.open_slots[Slot.STATE] = FlightState.RUNNING
+        self.thread.start()
+        self.thread.call(self._remove_stale_flights)
+
+    def trace(self) -> None:
+        """Add tracing to a recording that has only logged so far."""
+        scheduler = self._sampling(self._samplers())
+        self.thread.call(lambda: self.thread.use(scheduler))
+        self._instrument()
+
+    def finish(self, reason: str, timeout_s: float) -> bool:
+        """Remove the hooks, send the remaining rows, say bye; return whether everything is stored.
+
+        Args:
+            reason: the bye's reason: `finished` or `failed`.
+            timeout_s: time for all of it.
+        """
+        self._ending = True
+        self._uninstrument()
+        self.flight.open_slots[Slot.STATE] = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
+        self._hold_until_ns = 0
+        forget_children()
+        has_launcher = self._config.supervised
+        stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=has_launcher or self._config.local)
+        # Without any aggregator so far, only a launcher would look for the file.
+        is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
+        if not stored and self.flight.holds_user_rows:
+            _log.warning(
+                "what was logged has not all been stored%s. It is kept in %s: the next script here, or `traceml sync`, "
+                "stores it.", f" ({self.sender.trouble})" if self.sender.trouble else "", self.flight.path,
+            )  # fmt: skip
+
+        self.flight.close(unlink=stored or is_useless)
+        self.files.close(unlink=stored or is_useless)
+        return stored
+
+    def abandon(self) -> None:
+        """Undo a start that failed."""
+        self._ending = True
+        self.sender.detach()
+        self.flight.close(unlink=True)
+        self._uninstrument()
+
+    def forget(self) -> None:
+        """Become a no-op in a forked child: the tables, the thread and the connection are the parent's."""
+        self._ending = True
+        if self.instrumentation is not None:
+            self.instrumentation.disable_in_child()
+
+        self.sender.abandon()
+
+    def tell_children(self, experiment: int = 0) -> None:
+        """Have children that are spawned from now on log for this run and the numbered experiment."""
+        tell_children(self.identity, self._config, experiment)
+
+    def note(self, kind: str, *, urgent: bool = False, **facts: Any) -> None:
+        """Append a row to `info`; see `Recorder.note`."""
+        self.flight.log("info").append({"kind": kind, "t_ns": monotonic_ns(), **facts}, urgent=urgent)
+
+    def note_exit(self, error: BaseException | None, status: int) -> None:
+        """Record how the process ends; only the first call counts."""
+        if self.exit_noted:
+            return
+
+        self.exit_noted = True
+        slots = self.flight.open_slots
+        slots[Slot.EXIT_START] = monotonic_ns()
+        facts = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
+        if slots[Slot.STEP] >= 0:
+            facts["step"] = slots[Slot.STEP]
+
+        self.note("exit", urgent=True, **facts, **describe(error))
+        if status:
+            slots[Slot.STATE] = FlightState.FAILED
+
+        self.thread.wake()
+
+    @property
+    def failed(self) -> bool:
+        """Whether an exit with an exception or a status other than 0 was recorded."""
+        return self.flight.open_slots[Slot.STATE] == FlightState.FAILED
+
+    def files_done(self, timeout_s: float) -> bool:
+        """Wait until the files that are being copied have arrived, while they make progress; return whether they have.
+
+        Args:
+            timeout_s: longest wait.
+        """
+        files = self.files
+        deadline = last = time.monotonic()
+        deadline += timeout_s
+        seen = files.progress
+        while files.pending and time.monotonic() < deadline:
+            if not files.copying and self.sender.trouble:
+                break  # there is no aggregator to take them
+
+            self.thread.wake()
+            time.sleep(0.01)
+            if files.progress != seen:
+                seen, last = files.progress, time.monotonic()
+            elif time.monotonic() - last > _FILES_STUCK_S:
+                break
+
+        return not files.pending
+
+    def wait_until_stored(self, timeout_s: float) -> None:
+        """Wait until the rows appended before this call are stored."""
+        appended, deadline = self.sender.rows_appended, time.monotonic() + timeout_s
+        while self.sender.rows_acked < appended and time.monotonic() < deadline:
+            self.thread.wake()
+            time.sleep(0.02)
+
+    def statistics(self, state: str, address: str) -> RecorderStatistics:
+        """Return counts and costs so far."""
+        sender, thread, own = self.sender, self.thread, self.identity.rank_identity
+        return RecorderStatistics(
+            state=state,
+            rank=own.rank,
+            world_size=own.world_size,
+            address=address,
+            connected=sender.connected,
+            rows_appended=sender.rows_appended,
+            rows_acked=sender.rows_acked,
+            rows_lost=sender.rows_lost,
+            bytes_sent=sender.bytes_sent,
+            reconnects=max(sender.connections - 1, 0),
+            cpu_ns=thread.cpu_ns,
+            hook_ns_per_step=self._hook_ns(),
+            errors=thread.errors,
+            samplers=thread.scheduler.statistics(),
+            clock_offset_ns=sender.clock.offset_ns if sender.clock else None,
+            clock_rtt_ns=sender.clock.rtt_ns if sender.clock else None,
+        )
+
+    # --- sampling and hooks ------------------------------------------------------------------------------------------
+
+    def _samplers(self) -> Sequence[Sampler]:
+        from traceml.samplers.available import open_samplers  # 5 ms, for nothing where only logging is wanted
+
+        return open_samplers(local_rank=self.identity.rank_identity.local_rank)
+
+    def _sampling(self, samplers: Sequence[Sampler]) -> SamplerScheduler:
+        flight = self.flight
+        return SamplerScheduler(
+            samplers,
+            lambda table, row: flight.ring(table).append(*row),
+            interval_s=self._config.sample_interval,
+            intervals_s=self._config.sampler_intervals,
+            on_error=lambda name, error: self.note("sampler", name=name, error=f"{type(error).__name__}: {error}"),
+        )
+
+    def _instrument(self) -> None:
+        from traceml.instrument import install
+
+        self.tracing = True
+        with fail_open(_log, "recorder", "steps cannot be traced"):  # samples and trace_step still work
+            self.instrumentation = install(self.flight, on_info=self._append_info, on_group=self._group_initialized)
+
+    def _uninstrument(self) -> None:
+        if self.instrumentation is None:
+            return
+
+        with fail_open(_log, "recorder", "some hooks could not be removed"):  # those that stay do nothing
+            self.instrumentation.close_open_step()
+            self.instrumentation.uninstall()
+
+    def _hook_ns(self) -> int:
+        return self.instrumentation.hook_ns_per_step() if self.instrumentation is not None else 0
+
+    def _append_info(self, facts: dict[str, Any]) -> None:
+        self.flight.log("info").append(facts)
+
+    def _append_logged(self, row: dict[str, Any]) -> None:
+        self.flight.log("logged").append(row, urgent=True)
+
+    def _wake(self) -> None:
+        self.thread.wake()
+
+    def _remove_stale_flights(self) -> None:
+        if self.flight.path is not None:
+            remove_stale(self.flight.path.parent)
+
+    # --- connecting --------------------------------------------------------------------------------------------------
+
+    def _reach(self) -> Connection | None:
+        """Return a connection; None where only the aggregator's presence was checked."""
+        config, identity = self._config, self.identity
+        hello = identity.probe() if identity.provisional else identity.hello(config, self.flight.path)
+        if config.local and not config.supervised:
+            from traceml.recorder.local_aggregator import connect_or_start
+
+            connection = connect_or_start(config, hello)
+        else:
+            connection = connect(config.host, config.port, hello, config.token, timeout_s=config.connect_timeout)
+
+        if not identity.provisional:
+            return connection
+
+        connection.close("only asking")
+        return None
+
+    def _dial(self, timeout_s: float) -> Connection:
+        """Connect by one try, on the recorder's thread."""
+        config = self._config
+        if self._hold_until_ns > monotonic_ns() and not self.flight.ring("steps").appended:
+            raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
+
+        hello = self.identity.hello(config, self.flight.path)
+        if config.local and not config.supervised:
+            from traceml.recorder.local_aggregator import connect_or_start
+
+            return connect_or_start(config, hello, lambda: self._ending)
+
+        return Connection.connect(config.host, config.port, hello, config.token, timeout_s=timeout_s)
+
+    def _welcomed(self, welcome: Mapping[str, Any]) -> None:
+        """Note the run's folder in the flight file: after a crash it says where the rows belong."""
+        if welcome.get("run_dir") and welcome["run_dir"] != self.flight.identity.get("run_dir"):
+            self.flight.update_identity(run_dir=welcome["run_dir"])
+
+    def _group_initialized(self) -> None:
+        if not self._ending:
+            self.thread.call(self._identify_again)
+
+    def _identify_again(self) -> None:
+        """Take over rank and job from the process group; on the recorder's thread."""
+        before, now = self.identity, identify(self._config, self.identity)
+        self._hold_until_ns = 0
+        old, new = before.rank_identity, now.rank_identity
+        if (old.rank, old.world_size, before.job) == (new.rank, new.world_size, now.job):
+            return
+
+        if self.flight.ring("steps").acked or self.sender.steps_sent:
+            # Steps under the old rank are stored already: the rows go on there, with a note of the new one.
+            self.note("identity", rank=new.rank, world_size=new.world_size, job=now.job)
+            return
+
+        _log.debug("the process group makes this rank %d of %d of job %s", new.rank, new.world_size, now.job)
+        self.identity = now
+        self.tell_children()
+        self.flight.update_identity(**now.facts(self._config))
+        self.sender.detach("another rank")
+
+
+# A child that only logs has no steps nor samples.
+_CHILD_CAPACITIES = {table.name: 2 for table in PACKED}
+
+
+def _capacity_of_metrics(config: Config) -> dict[str, int]:
+    return {"metrics": max(config.max_queue_size, 64)}
+
+
+def _child_capacities(config: Config) -> dict[str, int]:
+    return _CHILD_CAPACITIES | _capacity_of_metrics(config)
+
+
+def _capacities(config: Config) -> dict[str, int]:
+    device_rows = config.ring_rows if Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists() else 256
+    return {"steps": config.ring_rows, "device_steps": device_rows} | _capacity_of_metrics(config)
+
+
+def _process_facts(identity: Identity) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "traceml": __version__,
+        "executable": sys.executable,
+        "argv": secrets_only().mask_value("argv", sys.argv[:64]),
+        "folder": str(Path.cwd()),
+        "rank_from": identity.rank_identity.source,
+        "cores": len(os.sched_getaffinity(0)),
+    }
