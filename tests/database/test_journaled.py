@@ -83,7 +83,7 @@ def test_maps_go_to_the_journal_when_memory_is_full(tmp_path: Path) -> None:
 
     assert [row["n"] for row in msgpack.Unpacker(_file(drained(log)[1]), max_buffer_size=0)] == list(range(300))
     assert log.take(299).n == 1
-    journal = journal_path(flight.stems[0], "logged")
+    journal = journal_path(flight.journal_stems[0], "logged")
     assert journal.stat().st_size > 1_000_000
     log.acked = log.appended
     log.trim()
@@ -116,7 +116,7 @@ def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
 
     flight.close(unlink=False)
     assert flight.path is not None
-    journal = journal_path(flight.stems[0], "metrics")
+    journal = journal_path(flight.journal_stems[0], "metrics")
     with journal.open("ab") as file:
         file.write(journal.read_bytes()[:50])  # a record that the end cut off
 
@@ -166,7 +166,7 @@ def test_a_journal_goes_where_it_can(tmp_path: Path) -> None:
     journal.close(unlink=True)
     assert list(read_journal(journal.path)) == []
 
-    with pytest.raises(OSError, match="no folder for it"):
+    with pytest.raises(OSError, match="it has no folder"):
         Journal().append(0, 1, b"row")
 
 

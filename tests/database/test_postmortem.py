@@ -89,7 +89,7 @@ def test_live_file_is_refused_unless_asked_for(program: Start, tmp_path: Path) -
     path = Path(json.loads(process.stdout.readline())["path"])
 
     assert is_alive(path)
-    with pytest.raises(StoreError, match="belongs to a process that lives"):
+    with pytest.raises(StoreError, match="belongs to a running process"):
         read_flight(path)
     assert read_flight(path, allow_live=True).counters("evals").appended == 1
     process.communicate()
@@ -105,7 +105,7 @@ def test_looking_at_its_own_file_does_not_drop_the_lock(program: Start, tmp_path
 
     assert is_alive(flight.path)
     assert read_flight(flight.path, allow_live=True).identity["pid"] == os.getpid()
-    with pytest.raises(StoreError, match="lives"):
+    with pytest.raises(StoreError, match="running process"):
         read_flight(flight.path)
     assert remove_stale(tmp_path, grace_s=-1) == []
 
@@ -162,9 +162,9 @@ def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("offset", "data", "words"),
     [
-        (0, b"NOTMAGIC", "damaged: it has no whole header"),
+        (0, b"NOTMAGIC", "damaged: its header is incomplete"),
         (8, struct.pack("@q", 99), "format 99, this traceml reads 3"),
-        (16, struct.pack("@q", 1 << 30), "cut off"),
+        (16, struct.pack("@q", 1 << 30), "truncated"),
         (12288, b"\xc1" * 64, "header cannot be unpacked"),
     ],
 )
@@ -189,7 +189,7 @@ def test_file_of_other_columns_is_refused(tmp_path: Path) -> None:
 
     rewrite(path, 0, data.replace(b"forward_ns", b"forwird_ns"))
 
-    with pytest.raises(StoreError, match="columns that this traceml does not know"):
+    with pytest.raises(StoreError, match="columns that this version of traceml does not know"):
         read_flight(path)
 
 

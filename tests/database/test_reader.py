@@ -204,7 +204,7 @@ def test_database_of_someone_else_is_told(tmp_path: Path, open_store: Callable[[
     path = tmp_path / "store.db"
     rewrite(path, "CREATE TABLE theirs (a)")
 
-    with pytest.raises(StoreError, match="no traceml store"):
+    with pytest.raises(StoreError, match="not a traceml store"):
         open_store(path)
 
 
@@ -227,7 +227,7 @@ def test_store_of_other_columns_is_not_continued_but_read(tmp_path: Path) -> Non
     layout = [["was", "q"], ["then", "q"], ["there", "q"], ["so", "d"]]
     rewrite(path, "UPDATE tables SET layout = ? WHERE name = 'evals'", msgpack.packb(layout))
 
-    with pytest.raises(StoreError, match="other columns than this traceml writes"):
+    with pytest.raises(StoreError, match="other columns than this version of traceml writes"):
         StoreWriter(path)
     with StoreReader(path) as reader:
         assert reader.rows("evals").dtype.names == ("stream", "was", "then", "there", "so")

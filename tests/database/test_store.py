@@ -180,7 +180,7 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
     """Two aggregators on one store would both number its rows: the second is told, and may come after the first."""
     first = StoreWriter(tmp_path / "store.db")
 
-    with pytest.raises(StoreError, match="another aggregator writes"):
+    with pytest.raises(StoreError, match="another aggregator is writing"):
         StoreWriter(tmp_path / "store.db")
 
     first.close()
@@ -267,7 +267,7 @@ def test_limit_on_file_sizes_keeps_the_rows_too(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.with_name("store.db-wal").stat().st_size, hard))
     try:
         writer.append(stream, "evals", 10, 10, frame(0, 10, 10))
-        with pytest.raises(StoreError, match="what was not stored is kept"):
+        with pytest.raises(StoreError, match="unwritten rows are kept"):
             writer.commit()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

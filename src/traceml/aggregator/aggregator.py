@@ -22,7 +22,7 @@ from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.clock import boot_id
 from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
-from traceml.database.store import fold
+from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.track.delivery.manager import PATIENCE_S, DeliveryManager, RunDeliveries
@@ -305,7 +305,7 @@ class Aggregator:
     async def _settle(self, run: RunDeliveries) -> None:
         try:
             await asyncio.to_thread(run.leave)
-            await asyncio.to_thread(fold, run.run_dir / STORE_NAME)
+            await asyncio.to_thread(merge_wal, run.run_dir / STORE_NAME)
             if self._on_run_settled is not None:
                 await asyncio.to_thread(self._call, self._on_run_settled, run.run_dir)
         finally:

@@ -101,7 +101,7 @@ def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None)
     for table in sorted(image.tables, key=lambda name: name != "names"):  # names before the rows that use them
         missing += _take(stream, ingest, table, image)
 
-    for path in image.spooled:
+    for path in image.spooled_files:
         try:
             ingest.artifacts.place(path)
         except OSError as error:
@@ -144,7 +144,7 @@ def _take_notes(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
     said = {(row.get("t_ns"), row.get("name")) for row in image.log_rows(LOGGED.name)}
     rows = [
         row
-        for row in image.notes
+        for row in image.pending_rows
         if (row.get("t_ns"), row.get("name")) not in said and ingest.artifacts.holds(str(row.get("path")))
     ]
     for row in rows:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from traceml.aggregator.orphans import finish_flights, finish_orphan
 from traceml.cli.parsing import parse
 from traceml.database.reader import StoreReader
-from traceml.database.store import fold
+from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
@@ -139,7 +139,7 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
             _deliver(processes, logged, console)
 
     if processes:
-        fold(run_dir / STORE_NAME)
+        merge_wal(run_dir / STORE_NAME)
         refresh_reports(run_dir)
 
     return [_outcome(process, logged) for process in processes]

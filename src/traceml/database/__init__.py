@@ -1,1 +1,5 @@
-"""Rows at rest: schemas, rings in the flight file, frames, and the store."""
+"""Tables of rows: the schema, the rank's flight file, and the run's store.
+
+`schema`, `rings`, `journal`, `journaled` and `flight` run in the rank; `postmortem` in whoever reads a dead rank's
+file; `codec`, `store_file`, `store` and `reader` in the aggregator and in readers. Imports only leaf modules.
+"""

@@ -1,7 +1,7 @@
-"""How frames rest in the store: bytes of equal significance side by side, then compressed.
+"""Compression of frames in the store: a byte shuffle, then zstd or zlib.
 
-Neighbouring rows differ in their low bytes only, so turning (rows x bytes) into (bytes x rows) first makes step rows a
-tenth smaller than zstd alone at no cost. The server's business: a rank sends rows as they are.
+Adjacent rows differ in their low bytes only, so transposing (rows x bytes) into (bytes x rows) first makes step rows
+10 % smaller than zstd alone at no cost. Only the aggregator compresses: a rank sends rows as they are.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from traceml.database.schema import Log, Table
 __all__ = ["Codec", "decode", "encode"]
 
 _LEVEL = 1
-_SMALL_BYTES = 48  # below this no compressor gains anything
+_SMALL_BYTES = 48  # smaller frames do not get smaller by compression
 
 
 class Codec(IntEnum):
-    """What was done to a frame's bytes; the value is stored with it."""
+    """Encoding of a frame's bytes; the value is stored with the frame."""
 
     RAW = 0
     ZLIB = 1
@@ -32,7 +32,7 @@ class Codec(IntEnum):
 
 
 class _Compressors(threading.local):
-    """zstandard's objects, one pair per thread as they must not be shared; None where it is not installed."""
+    """Compressor and decompressor of zstandard, one pair per thread; None where zstandard is not installed."""
 
     def __init__(self) -> None:
         self.pack: Any = None
@@ -50,7 +50,7 @@ _compressors = _Compressors()
 
 
 def encode(table: Table | Log, data: bytes) -> tuple[Codec, bytes]:
-    """Compress rows of a table; returns the codec and the bytes, raw where compressing gains nothing."""
+    """Compress rows of a table. Returns the codec and the bytes; they are raw where compression gains nothing."""
     if len(data) < _SMALL_BYTES:
         return Codec.RAW, data
 
@@ -68,11 +68,11 @@ def encode(table: Table | Log, data: bytes) -> tuple[Codec, bytes]:
 
 
 def decode(codec: int, data: bytes, row_bytes: int) -> bytes:
-    """Return the rows that `encode` was given.
+    """Reverse `encode`.
 
     Args:
-        codec: as stored.
-        data: as stored.
+        codec: the stored codec.
+        data: the stored bytes.
         row_bytes: size of a row; 1 for logs.
 
     Raises:

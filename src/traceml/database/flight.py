@@ -1,7 +1,7 @@
-"""The flight file: where one rank appends its rows, and where they are still when it is gone.
+"""Flight file: a rank's tables in a small memory-backed file that outlives the process.
 
-A small memory-backed file, mapped by one process alone. SIGKILL, the OOM killer or a segfault end the process, not its
-pages: whoever comes afterwards reads the last rows and the step and phase that were open (`read_flight`).
+One process maps the file. SIGKILL, the OOM killer or a segfault end the process but not its pages: `read_flight` still
+reads the last rows, and the step and phase that were open.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from traceml.database.postmortem import (
     PROLOGUE,
     VERSION,
 )
-from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, pack_any
+from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, pack_map
 from traceml.database.schema import JOURNALED, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Slot, Table
 
 __all__ = ["COPIES_FOLDER", "FALLBACK_FOLDER", "FlightFile", "default_folder"]
 
-# In the runs folder: flight files of ranks that could have none in memory.
+# In the runs folder: flight files of ranks without room in memory.
 FALLBACK_FOLDER = ".flights"
-# In a run's folder: copies of the flight files which its ranks on other hosts left there.
+# In a run's folder: copies of flight files from other hosts.
 COPIES_FOLDER = "flights"
 _FREE_SHARE = 16
 _FLOOR_ROWS = {STEPS.name: 4096}
@@ -51,7 +51,7 @@ _OTHER_FLOOR_ROWS = 256
 _ALIGN = 64
 _serial = itertools.count()
 _log = logging.getLogger("traceml")
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
 def default_folder() -> Path:
@@ -60,15 +60,15 @@ def default_folder() -> Path:
 
 
 class FlightFile:
-    """All tables of one rank in one mapping. Made by `create`.
+    """All tables of one rank in one mapping. `create` makes it.
 
     Attributes:
-        path: the file, None when only anonymous memory could be had.
-        identity: who writes it.
+        path: the file, None when it is anonymous memory.
+        identity: facts about the writer.
         open_slots: int64 words for what is open now: one per `Phase`, then one per `Slot`.
         rings, logs: the tables by name.
-        metrics: the ring of the values that the user logged.
-        names: numbers of the names that rows use.
+        metrics: the ring of logged values.
+        names: ids of the names that rows use.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class FlightFile:
         self.open_slots[Slot.STEP] = -1
         self.rings: dict[str, Ring] = {}
         self.logs: dict[str, ByteLog] = {}
-        layout = self._place(capacities)
+        layout = self._lay_out_tables(capacities)
         names = self.logs[NAMES.name]
         assert isinstance(names, JournaledLog)
         self.names = NameTable(names)
@@ -99,7 +99,7 @@ class FlightFile:
         self.identity: dict[str, Any] = {}
         self._write_header(layout, len(memory))
         self.update_identity(**identity)
-        memory[: len(MAGIC)] = MAGIC  # last: a file without it is half made
+        memory[: len(MAGIC)] = MAGIC  # last: a file without it is incomplete
 
     def __repr__(self) -> str:
         where = str(self.path) if self.path else "memory"
@@ -114,26 +114,26 @@ class FlightFile:
         capacities: dict[str, int] | None = None,
         fallback: Path | None = None,
     ) -> FlightFile:
-        """Make this process's flight file; where no folder can take it, in memory that dies with the process.
+        """Create this process's flight file, or plain memory where no folder has room for it.
 
-        It takes at most 1/16 of the free space of the filesystem, all of it reserved now: a page that cannot be had
-        later would end the process with SIGBUS. Want of space or rights in a folder raises nothing; what was done
-        instead is said once, as a warning.
+        It takes at most 1/16 of the free space of the filesystem and reserves all of it now: a page that is missing
+        later would end the process with SIGBUS. A folder without space or permission raises nothing; the replacement
+        is logged once as a warning.
 
         Args:
-            folder: where to put it, `default_folder()` when None; made, and must be this user's alone.
-            identity: what else to say of the writer (rank, attempt, job, host); pid, start and boot are added.
-            capacities: rows per table, where they shall differ from the schema's; rounded up to a power of two.
-            fallback: a folder on disk to try next, typically the runs'; journals go there too.
+            folder: its folder, `default_folder()` when None; created if missing, must belong to this user alone.
+            identity: further facts about the writer (rank, attempt, job, host); pid, start and boot are added.
+            capacities: rows per table where they differ from the schema's; rounded up to a power of two.
+            fallback: a folder on disk to try next, usually the runs folder; journals go there too.
 
         Raises:
-            OSError: not even plain memory can be had.
+            OSError: plain memory cannot be allocated either.
             ValueError: `capacities` names a table that does not exist.
         """
-        wanted = _wanted(capacities or {})
+        wanted = _table_capacities(capacities or {})
         full = {"pid": os.getpid(), "start_ticks": process_start_ticks(os.getpid()), "boot_id": boot_id()} | identity
         stem = f"{full['pid']}-{full['start_ticks']}-{next(_serial)}"
-        # Not in memory: a journal is what there is when memory has no room.
+        # On disk: a journal takes what memory has no room for.
         temporary = Path(os.environ.get("TMPDIR") or "/tmp", f"traceml-{os.geteuid()}")  # noqa: S108 - see journal
         journal = tuple(folder.absolute() / stem for folder in (fallback, temporary) if folder is not None)
         full["journal"] = [str(place) for place in journal]
@@ -148,11 +148,11 @@ class FlightFile:
                 refusals.append(f"{place}: {error.strerror or error}")
                 continue
 
-            _say_once(refusals, place)
+            _warn_once(refusals, place)
             return flight
 
-        _say_once(refusals, None)
-        return cls(mmap.mmap(-1, _total_bytes(wanted)), wanted, full, None, -1, journal)
+        _warn_once(refusals, None)
+        return cls(mmap.mmap(-1, _file_bytes(wanted)), wanted, full, None, -1, journal)
 
     def ring(self, name: str) -> Ring:
         """Return the ring of a packed table."""
@@ -162,12 +162,8 @@ class FlightFile:
         """Return a log."""
         return self.logs[name]
 
-    def table(self, name: str) -> Ring | ByteLog:
-        """Return a ring or a log."""
-        return self.rings.get(name) or self.logs[name]
-
     def update_identity(self, **fields: Any) -> None:
-        """Change what the file says of its writer; whole at every moment, as the other copy stays until the switch."""
+        """Change the facts about the writer. The old copy stays valid until the switch is complete."""
         self.identity = self.identity | fields
         packed = _pack_to_fit(self.identity, IDENTITY_BYTES)
         spare = 1 - (self._words[5] & 1)
@@ -177,7 +173,7 @@ class FlightFile:
         self._words[5] = spare
 
     @property
-    def kept(self) -> list[JournaledRing | JournaledLog]:
+    def journaled(self) -> list[JournaledRing | JournaledLog]:
         """The tables whose rows are never evicted."""
         return [
             table
@@ -186,27 +182,27 @@ class FlightFile:
         ]
 
     @property
-    def stems(self) -> tuple[Path, ...]:
-        """Where what belongs to this file lies on disk, without suffix: the first place that can be written is used."""
+    def journal_stems(self) -> tuple[Path, ...]:
+        """Paths without suffix for files on disk that belong to this one; the first writable folder is used."""
         return self._journal
 
     @property
     def holds_user_rows(self) -> bool:
-        """Whether it has something that the user logged and that is not stored yet."""
-        return any(table.acked < table.appended for table in self.kept if table.name in USER_TABLES)
+        """Whether it has rows logged by the user that are not stored yet."""
+        return any(table.acked < table.appended for table in self.journaled if table.name in USER_TABLES)
 
     def close(self, *, unlink: bool) -> None:
-        """Give the file up. The mapping stays as long as something refers to it, so a late append harms nobody.
+        """Close the file. The mapping stays while something refers to it, so a late append does no harm.
 
-        In a forked child it does nothing: the file is its parent's.
+        In a forked child it does nothing: the file belongs to the parent.
 
         Args:
-            unlink: remove it, as everything in it is stored; else it stays for whoever reads it.
+            unlink: remove the file, as all rows are stored; else it stays for a later reader.
         """
         if self._pid != os.getpid():
             return
 
-        for table in self.kept:
+        for table in self.journaled:
             table.journal.close(unlink=unlink)
 
         if self.path is None or self._lock_descriptor < 0:
@@ -224,26 +220,27 @@ class FlightFile:
     def _in_folder(
         cls, folder: Path, private: bool, wanted: dict[str, int], identity: dict[str, Any], journal: tuple[Path, ...]
     ) -> FlightFile:
-        _prepare(folder, private)
-        capacities = _fit(wanted, _free_bytes(folder) // _FREE_SHARE)
+        _prepare_folder(folder, private)
+        capacities = _shrink_to_fit(wanted, _free_bytes(folder) // _FREE_SHARE)
         path = folder / f"{journal[0].name}{FLIGHT_SUFFIX}"
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = _total_bytes(capacities)
+            size = _file_bytes(capacities)
             os.posix_fallocate(descriptor, 0, size)
-            # mmap keeps a duplicate of the descriptor: it must live as long as the lock, which closing any would drop.
-            flight = cls(mmap.mmap(descriptor, size), capacities, identity, path, descriptor, journal)
+            # mmap duplicates the descriptor. It must live as long as the lock, which closing any descriptor would drop.
+            memory = mmap.mmap(descriptor, size)
+            flight = cls(memory, capacities, identity, path, descriptor, journal)
         except BaseException:
             path.unlink(missing_ok=True)
             os.close(descriptor)
             raise
 
         status = os.fstat(descriptor)
-        OWN_FILES[(os.getpid(), status.st_dev, status.st_ino)] = flight._memory
+        OWN_FILES[(os.getpid(), status.st_dev, status.st_ino)] = memory
         return flight
 
-    def _place(self, capacities: dict[str, int]) -> list[list[Any]]:
+    def _lay_out_tables(self, capacities: dict[str, int]) -> list[list[Any]]:
         layout: list[list[Any]] = []
         offset = DATA_AT
         tables: tuple[Table | Log, ...] = (*PACKED, *LOGS)
@@ -276,8 +273,8 @@ class FlightFile:
         PROLOGUE.pack_into(self._memory, 0, bytes(8), VERSION, size, now_ns, epoch_ns, 0, 0, 0, len(packed), 0)
 
 
-def _wanted(overrides: dict[str, int]) -> dict[str, int]:
-    """Rows (or bytes, for logs) per table before the filesystem is asked."""
+def _table_capacities(overrides: dict[str, int]) -> dict[str, int]:
+    """Return rows (bytes for logs) per table, before the free space is known."""
     capacities = {table.name: table.capacity for table in PACKED} | {log.name: log.capacity_bytes for log in LOGS}
     for name, capacity in overrides.items():
         if name not in capacities:
@@ -288,13 +285,13 @@ def _wanted(overrides: dict[str, int]) -> dict[str, int]:
     return capacities
 
 
-def _fit(wanted: dict[str, int], budget_bytes: int) -> dict[str, int]:
-    """Halve the largest ring until all fit the budget, none below its floor."""
+def _shrink_to_fit(wanted: dict[str, int], budget_bytes: int) -> dict[str, int]:
+    """Halve the largest ring until all fit the budget; no ring gets smaller than its minimum."""
     capacities = dict(wanted)
-    while _total_bytes(capacities) > budget_bytes:
+    while _file_bytes(capacities) > budget_bytes:
         able = [t for t in PACKED if capacities[t.name] > _FLOOR_ROWS.get(t.name, _OTHER_FLOOR_ROWS)]
         if not able:
-            raise OSError(errno.ENOSPC, f"needs {_total_bytes(capacities)} bytes, may take {budget_bytes} (1/16 of it)")
+            raise OSError(errno.ENOSPC, f"needs {_file_bytes(capacities)} bytes, may take {budget_bytes} (1/16 of it)")
 
         largest = max(able, key=lambda table: capacities[table.name] * table.row_bytes)
         capacities[largest.name] //= 2
@@ -302,7 +299,7 @@ def _fit(wanted: dict[str, int], budget_bytes: int) -> dict[str, int]:
     return capacities
 
 
-def _total_bytes(capacities: dict[str, int]) -> int:
+def _file_bytes(capacities: dict[str, int]) -> int:
     rings = sum(_aligned(capacities[table.name] * table.row_bytes) for table in PACKED)
     return DATA_AT + rings + sum(_aligned(capacities[log.name]) for log in LOGS)
 
@@ -316,35 +313,37 @@ def _free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _prepare(folder: Path, private: bool) -> None:
-    """Make the folder; a private one must be a real folder of this user into which nobody else can write."""
+def _prepare_folder(folder: Path, private: bool) -> None:
+    """Create the folder; a private one must be a real folder of this user that nobody else can write."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat() if private else folder.stat()
     if not stat.S_ISDIR(status.st_mode):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
     if private and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise PermissionError(errno.EPERM, "the folder is another user's, or others may write into it", str(folder))
+        raise PermissionError(
+            errno.EPERM, "the folder belongs to another user, or others may write into it", str(folder)
+        )
 
 
 def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:
-    """Pack a map; while it is too long, leave out what is longest."""
+    """Pack a map; leave out its longest value while it is too long."""
     kept = dict(fields)
-    while len(packed := pack_any(kept)) > limit:
-        del kept[max(kept, key=lambda key: len(pack_any({key: kept[key]})))]
+    while len(packed := pack_map(kept)) > limit:
+        del kept[max(kept, key=lambda key: len(pack_map({key: kept[key]})))]
 
     return packed
 
 
-def _say_once(refusals: list[str], place: Path | None) -> None:
+def _warn_once(refusals: list[str], place: Path | None) -> None:
     if not refusals:
         return
 
     text = f"no flight file in {'; '.join(refusals)}. " + (
-        f"Using {place}: the last rows survive a killed process, a step may stall for a millisecond now and then."
+        f"Using {place}: the last rows survive a killed process, a step may stall for a millisecond occasionally."
         if place
         else "Using plain memory: the last rows of a killed process will be lost. Free some space there to keep them."
     )
-    if text not in _said:
-        _said.add(text)
+    if text not in _warned:
+        _warned.add(text)
         _log.warning(text)

@@ -1,7 +1,7 @@
-"""The journal: where the user's rows go that memory has no room for, until they are stored.
+"""Journal: a file for logged rows that memory has no room for, until they are stored.
 
-One file per table, beside the flight file's fallback. Records are appended whole; one that was cut off by the end of
-the process or of the disk is recognised and ends the file. Rows that are acknowledged are cut off from time to time.
+One file per table, next to the flight file's fallback. A record that was cut off by the end of the process or by a full
+disk is recognized by its checksum and ends the file. The file is emptied when all its rows are acknowledged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MAGIC = b"TMJ1"
 
 
 def journal_path(stem: Path, table: str) -> Path:
-    """Return where a table's journal lies.
+    """Return the path of a table's journal.
 
     Args:
         stem: the flight file's name without its suffix, in the folder of the journals.
@@ -36,13 +36,13 @@ def journal_path(stem: Path, table: str) -> Path:
 
 
 class Journal:
-    """A table's rows on disk, in the order of their numbers. The file is made with the first of them.
+    """Rows of one table on disk, in order. The first append creates the file.
 
-    Not thread-safe by itself: its table's lock guards it.
+    Not thread-safe: the lock of its table guards it.
 
     Args:
-        places: the file; where its folder cannot be written, the next of them.
-        keep: keep rows also when they are stored, for a store that begins anew.
+        places: candidate paths; the first whose folder is writable is used.
+        keep: keep rows after they are stored, for a store that starts again.
     """
 
     def __init__(self, *places: Path, keep: bool = False) -> None:
@@ -50,7 +50,7 @@ class Journal:
         """The file."""
         self._places = places
         self.end = 0
-        """Rows below this number, and above what was cut off, are here."""
+        """Number after the last row in the file."""
         self._keep = keep
         self._descriptor = -1
         self._pid = os.getpid()
@@ -63,14 +63,14 @@ class Journal:
 
     @property
     def begin(self) -> int:
-        """Number of the oldest row that is here; `end` when there is none."""
+        """Number of the oldest row in the file; `end` when it is empty."""
         return self._firsts[0] if self._firsts else self.end
 
     def append(self, first: int, n: int, data: bytes) -> None:
         """Append rows.
 
         Raises:
-            OSError: the disk is full, or cannot be written; nothing was appended.
+            OSError: the disk is full or not writable; nothing was appended.
         """
         if self._descriptor < 0:
             self._open()
@@ -90,7 +90,7 @@ class Journal:
         self.end = first + n
 
     def record_of(self, row: int) -> tuple[int, int, bytes] | None:
-        """Return (first row, rows, data) of the record with a row in it, or the next one; None when there is none."""
+        """Return (first row, rows, data) of the record with a row, or of the next one; None without one."""
         place = max(bisect_right(self._firsts, row) - 1, 0)
         while place < len(self._records):
             first, (n, offset, size) = self._firsts[place], self._records[place]
@@ -115,10 +115,10 @@ class Journal:
             self.path = path
             return
 
-        raise refused or OSError(errno.ENOENT, "there is no folder for it", str(self.path))
+        raise refused or OSError(errno.ENOENT, "it has no folder", str(self.path))
 
     def trim(self, acked: int) -> None:
-        """Give the disk back when all that is here is stored."""
+        """Empty the file when all its rows are stored."""
         if self._records and acked >= self.end and not self._keep:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
@@ -127,7 +127,11 @@ class Journal:
                 self._size = 0
 
     def close(self, *, unlink: bool) -> None:
-        """Close the file, and remove it when everything in it is stored."""
+        """Close the file.
+
+        Args:
+            unlink: remove it, as all its rows are stored.
+        """
         if self._descriptor < 0:
             return
 
@@ -138,7 +142,7 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[RowSlice]:
-    """Yield the records of a journal whose writer is gone, up to the first that is not whole."""
+    """Yield the records of a dead writer's journal, up to the first incomplete one."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

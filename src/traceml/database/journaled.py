@@ -1,7 +1,7 @@
-"""Tables whose rows are never evicted: what memory has no room for goes to a journal on disk, in order.
+"""Tables that never lose rows: what memory has no room for goes to a journal on disk, in order.
 
-Memory and journal together are the table. Rows are written to the journal before their place in memory is used again,
-so at whatever moment the process is killed each row is in one of the two.
+Memory and journal together are the table. Rows are written to the journal before their place in memory is reused, so
+each row is in one of the two whenever the process is killed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from traceml.database.rings import (
     ByteLog,
     Ring,
     RowSlice,
-    ends_of_maps,
+    map_ends,
 )
 from traceml.database.schema import Log, Table
 
@@ -29,17 +29,17 @@ _log = logging.getLogger("traceml")
 
 
 class JournaledRing(Ring):
-    """A ring that writes its oldest unstored rows to a journal before it overwrites them. Any thread appends.
+    """Ring that writes its oldest unstored rows to a journal before overwriting them. Any thread appends.
 
     The hot path binds the attributes and inlines `append`.
 
     Attributes:
-        lock: held while a row is appended. Re-entrant: a signal handler may log, too.
-        limit: the number of the first row that may not be written before `make_room()`.
-        journal: where the rows are that memory had no room for.
+        lock: held while a row is appended. Reentrant: a signal handler may log too.
+        limit: name_id of the first row that needs `make_room()` first.
+        journal: the rows that left memory.
     """
 
-    __slots__ = ("_making_room", "_said", "journal", "limit", "lock")
+    __slots__ = ("_making_room", "_warned", "journal", "limit", "lock")
 
     def __init__(
         self, table: Table, buffer: mmap.mmap, offset: int, capacity: int, count: memoryview[int], slot: int,
@@ -49,10 +49,10 @@ class JournaledRing(Ring):
         self.lock = threading.RLock()
         self.limit = capacity - 1
         self.journal = Journal(*journals)
-        self._said = self._making_room = False
+        self._warned = self._making_room = False
 
     def append(self, *values: float) -> bool:  # type: ignore[override]
-        """Append one row; False when that cannot be now, in a signal handler that interrupted `make_room`."""
+        """Append one row. Returns False in a signal handler that interrupted `make_room`: there is no room then."""
         count, slot = self.count, self.slot
         with self.lock:
             while True:
@@ -61,14 +61,14 @@ class JournaledRing(Ring):
                     return False
 
                 self.pack_into(self.buffer, self.offset + (n & self.mask) * self.row_bytes, *values)
-                if count[slot] == n:  # else a signal handler has used the place
+                if count[slot] == n:  # else a signal handler has used this slot
                     count[slot] = n + 1
                     return True
 
     def make_room(self) -> bool:
-        """See that the next row overwrites nothing that is neither stored nor in the journal; called under `lock`.
+        """Write the oldest unstored rows to the journal, so that they may be overwritten; called under `lock`.
 
-        When the disk is full too, the oldest rows are given up after all: the sender counts them.
+        When the disk is full too, the oldest rows are lost; the sender counts them.
         """
         if self._making_room:
             return False
@@ -84,21 +84,21 @@ class JournaledRing(Ring):
     def _spill(self) -> None:
         n = self.appended
         safe = max(self.acked, self.journal.end)
-        # Readers take no row whose place comes next, as it may be half overwritten: one row less than the capacity.
+        # Readers skip the slot that is written next, as it may be half overwritten: one row less than the capacity.
         if n >= safe + self.capacity - 1:
             first = max(safe, self.oldest())
             stop = first + max(1, self.capacity // 2)
             try:
                 self.journal.append(first, stop - first, self._copy(first, stop))
             except OSError as error:
-                self._said = self._said or _say(self.journal.path, error)
+                self._warned = self._warned or _warn(self.journal.path, error)
 
             safe = stop
 
         self.limit = safe + self.capacity - 1
 
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
-        """Return the next rows at or after `cursor`, at most `limit`, from the journal or from memory."""
+        """Return at most `limit` rows at or after `cursor`, from the journal or from memory."""
         taken = super().take(cursor, limit)
         if taken.first <= cursor:
             return taken
@@ -115,20 +115,20 @@ class JournaledRing(Ring):
         return RowSlice(start, stop - start, data[(start - first) * size : (stop - first) * size])
 
     def trim(self) -> None:
-        """Give back the disk space of what is stored."""
+        """Free the disk space of stored rows."""
         if self.journal.begin < self.journal.end:
             with self.lock:
                 self.journal.trim(self.acked)
 
 
 class JournaledLog(ByteLog):
-    """A log that begins anew when it is full, after it has written to a journal what is not stored. Any thread appends.
+    """Log that writes its unstored maps to a journal when it is full, then starts empty. Any thread appends.
 
     Attributes:
-        journal: where the maps are that memory had no room for.
+        journal: the maps that left memory.
     """
 
-    __slots__ = ("_keep", "_said", "journal")
+    __slots__ = ("_keep", "_warned", "journal")
 
     def __init__(
         self, log: Log, buffer: mmap.mmap, offset: int, capacity_bytes: int, count: memoryview[int], slot: int,
@@ -137,10 +137,10 @@ class JournaledLog(ByteLog):
         super().__init__(log, buffer, offset, capacity_bytes, count, slot)
         self.journal = Journal(*journals, keep=keep)
         self._keep = keep
-        self._said = False
+        self._warned = False
 
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
-        """Return the next maps at or after `cursor`: at most `limit`, and 256 KiB unless one alone is larger."""
+        """Return the maps at or after `cursor`: at most `limit`, and at most 256 KiB unless one alone is larger."""
         with self._lock:
             if cursor >= self.base:
                 return super().take(cursor, limit)
@@ -151,7 +151,7 @@ class JournaledLog(ByteLog):
 
         first, n, data = record
         start = max(cursor, first)
-        ends = ends_of_maps(data)
+        ends = map_ends(data)
         stop = min(start + limit, first + n)
         while stop > start + 1 and ends[stop - first] - ends[start - first] > MAX_TAKE_BYTES:
             stop = start + (stop - start) // 2
@@ -159,78 +159,76 @@ class JournaledLog(ByteLog):
         return RowSlice(start, stop - start, data[ends[start - first] : ends[stop - first]])
 
     def trim(self) -> None:
-        """Give back the disk space of what is stored."""
+        """Free the disk space of stored rows."""
         if self.journal.begin < self.journal.end:
             with self._lock:
                 self.journal.trim(self.acked)
 
-    def _append(self, data: bytes, urgent: bool) -> bool:  # noqa: ARG002 - no room is kept here: there is more
-        if self._ends[-1] + len(data) > self.capacity_bytes and not self._begin_anew(data):
+    def _append(self, data: bytes, urgent: bool) -> bool:  # noqa: ARG002 - nothing is reserved: the journal has room
+        if self._ends[-1] + len(data) > self.capacity_bytes and not self._restart(data):
             self.dropped += 1
             return False
 
         return len(data) > self.capacity_bytes or super()._append(data, urgent=True)
 
-    def _begin_anew(self, data: bytes) -> bool:
-        """Empty the memory into the journal; a map that is larger than all of it goes there too."""
+    def _restart(self, data: bytes) -> bool:
+        """Move all maps from memory to the journal, and a map that is larger than memory too."""
         n = self.appended
         first = self.base if self._keep else max(self.base, min(self.acked, n))
         try:
             if first < n:
                 self.journal.append(first, n - first, self.read(first, n))
 
-            self.count[self.slot + BASE] = (
-                n  # one store empties the memory: what was in it is whole in one place or the other
-            )
+            # One store empties the memory, so its maps are complete in one of the two places.
+            self.count[self.slot + BASE] = n
             self._ends = [0]
             if len(data) > self.capacity_bytes:
                 self.journal.append(n, 1, data)
-                self.count[self.slot + BASE] = (
-                    n + 1
-                )  # before the counter: at no moment does memory seem to hold this one
+                # Before the counter: memory never seems to hold this map.
+                self.count[self.slot + BASE] = n + 1
                 self.count[self.slot] = n + 1
         except OSError as error:
-            self._said = self._said or _say(self.journal.path, error)
+            self._warned = self._warned or _warn(self.journal.path, error)
             return False
 
         return True
 
 
 class NameTable:
-    """Names by number, for the tables that use them; each stands in the log before any row that uses it.
+    """Ids of names. Each name is in the log before any row that uses its id.
 
     Args:
         log: the log `names`.
     """
 
-    __slots__ = ("_ids", "_log", "_numbers")
+    __slots__ = ("_ids", "_log", "_next_ids")
 
     def __init__(self, log: JournaledLog) -> None:
         self._log = log
         self._ids: dict[str, int] = {}
-        self._numbers = itertools.count()
+        self._next_ids = itertools.count()
 
     def __len__(self) -> int:
         return len(self._ids)
 
     def id_of(self, name: str) -> int | None:
-        """Return the number of a name, a new one where it has none; None when neither memory nor disk can take it."""
+        """Return the id of a name, a new one where it has none; None when memory and disk are full."""
         known = self._ids.get(name)
         if known is not None:
             return known
 
-        # Without a lock: two threads may give one name two numbers, and both are good.
-        number = next(self._numbers)
-        if not self._log.append({"id": number, "name": name}, urgent=True):
+        # Without a lock: two threads may give one name two ids, and both are valid.
+        name_id = next(self._next_ids)
+        if not self._log.append({"id": name_id, "name": name}, urgent=True):
             return None
 
-        return self._ids.setdefault(name, number)
+        return self._ids.setdefault(name, name_id)
 
 
-def _say(path: Path, error: OSError) -> bool:
+def _warn(path: Path, error: OSError) -> bool:
     _log.warning(
-        "the journal %s cannot be written (%s): what is logged while no aggregator takes it is lost from now on, and "
-        "counted. Free some space there, or start the aggregator again.",
+        "the journal %s cannot be written (%s): rows logged while no aggregator is connected are lost from now on, and "
+        "counted. Free some space there, or restart the aggregator.",
         path, error.strerror or error,
     )  # fmt: skip
     return True

@@ -1,7 +1,7 @@
-"""Reading what a rank left behind: the flight files of dead processes.
+"""Post-mortem reading of flight files: the tables and the open step of a dead rank.
 
-A live rank holds a POSIX lock on its file. The kernel drops it when the process is gone, however it went, and whether
-or not children that it forked live on.
+A live rank holds a POSIX lock on its file. The kernel drops the lock when the process ends for any reason, even if its
+forked children are still running.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ __all__ = [
 # other is rewritten), the layout of the tables, and the tables themselves.
 MAGIC = b"TRACEMLF"
 VERSION = 3
-# magic, version, size of the file, monotonic and epoch stamps of its creation, current identity (0 or 1), lengths of
-# both identities, length of the layout, epoch second at which a cleaner first found the owner dead
+# magic, version, file size, monotonic and epoch timestamps of its creation, current identity (0 or 1), lengths of both
+# identities, length of the layout, epoch second at which a cleanup first found the owner dead
 PROLOGUE = struct.Struct("@8s9q")
 DEAD_SINCE_AT = 72
 OPEN_SLOTS_AT = 128
@@ -69,14 +69,14 @@ LAYOUT_AT = 12288
 LAYOUT_BYTES = 4096
 DATA_AT = 16384
 FLIGHT_SUFFIX = ".flight"
-ARTIFACTS = "artifacts"  # in a run's folder: the files that were logged
-_NOTE_SUFFIX = ".row"
+ARTIFACTS = "artifacts"  # in a run's folder: logged files
+_PENDING_SUFFIX = ".row"
 _USER_ROWS_GRACE_S = 7 * 86400.0
 
 _FLOCK = struct.Struct("@hhqqi4x")
 _WORD = struct.Struct("@q")
 
-# Files of this process by (pid, device, inode). Closing any descriptor of one of them would drop its lock, so these are
+# Files of this process by (pid, device, inode). Closing any descriptor of such a file would drop its lock, so it is
 # never opened a second time.
 OWN_FILES: dict[tuple[int, int, int], mmap.mmap] = {}
 
@@ -84,7 +84,7 @@ _log = logging.getLogger("traceml")
 
 
 class FlightState(IntEnum):
-    """How far a rank came, as it said itself (slot STATE)."""
+    """Progress of a rank as it reported itself (slot STATE)."""
 
     STARTING = 0
     RUNNING = 1
@@ -94,9 +94,9 @@ class FlightState(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class TableCounters:
-    """One table's counters, in rows, as they stood when the process died.
+    """Counters of one table when the process died, in rows.
 
-    `base` is the number of a log's first map in memory; what came before it is stored, or in the journal.
+    `base` is the number of a log's first map in memory; earlier maps are stored or in the journal.
     """
 
     appended: int
@@ -107,8 +107,8 @@ class TableCounters:
 
 
 @dataclass(frozen=True, slots=True)
-class _Placed:
-    """Where a table lies in the file."""
+class _TableExtent:
+    """Location of a table in the file."""
 
     name: str
     offset: int
@@ -117,12 +117,12 @@ class _Placed:
 
 
 class FlightSnapshot:
-    """A copy of a flight file: who wrote it, what it appended, and what was open at the end.
+    """Copy of a flight file: its writer, its rows, and the step and phase that were open at the end.
 
     Attributes:
-        path: where it was read.
-        identity: pid, start_ticks, boot_id, and what the recorder added (rank, attempt, job, host).
-        created_ns: monotonic stamp of its creation, with `created_epoch_ns` the pair that turns stamps into dates.
+        path: the file it was read from.
+        identity: pid, start_ticks, boot_id, and the recorder's facts (rank, attempt, job, host).
+        created_ns: monotonic timestamp of its creation; with `created_epoch_ns` it converts timestamps to dates.
     """
 
     def __init__(self, path: Path, data: bytes) -> None:
@@ -131,10 +131,10 @@ class FlightSnapshot:
         prologue = _prologue(path, data)
         self.created_ns, self.created_epoch_ns = prologue[3], prologue[4]
         self.identity: dict[str, Any] = self._unpack(IDENTITY_AT[prologue[5] & 1], prologue[6 + (prologue[5] & 1)])
-        self._tables: dict[str, tuple[int, _Placed]] = {}
+        self._tables: dict[str, tuple[int, _TableExtent]] = {}
         for index, (name, offset, capacity, row_bytes, layout) in enumerate(self._unpack(LAYOUT_AT, prologue[8])):
             self._check_layout(name, layout)
-            self._tables[name] = (index, _Placed(name, offset, capacity, row_bytes))
+            self._tables[name] = (index, _TableExtent(name, offset, capacity, row_bytes))
 
         words = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
         self._slots: tuple[int, ...] = words
@@ -149,25 +149,25 @@ class FlightSnapshot:
 
     @property
     def state(self) -> FlightState:
-        """How far the rank came."""
+        """The last state the rank reported."""
         return FlightState(self._slots[Slot.STATE])
 
     @property
     def same_boot(self) -> bool:
-        """Whether its stamps can be compared with this machine's clock now."""
+        """Whether its timestamps are comparable with this machine's clock."""
         return bool(self.identity.get("boot_id") == boot_id())
 
     @property
     def open_phase(self) -> tuple[Phase | None, int]:
-        """The innermost open phase and its start's stamp; (None, start of the step) between phases."""
+        """The innermost open phase and the timestamp of its start; (None, start of the step) between phases."""
         stamps = self._slots[: len(Phase)]
         latest = max(stamps)
-        # Phases that nest are open together: the one begun last is inside the others.
+        # Nested phases are open together: the one that began last is the innermost.
         return (Phase(stamps.index(latest)), latest) if latest else (None, self._slots[Slot.STEP_START])
 
     @property
     def open_user_phase(self) -> str | None:
-        """Name of the innermost open phase of the user, when one is open."""
+        """Name of the innermost open user phase, None without one."""
         if not self._slots[Phase.USER]:
             return None
 
@@ -176,11 +176,11 @@ class FlightSnapshot:
 
     @property
     def open_step(self) -> int | None:
-        """Number of the step that was open, None when none was."""
+        """Number of the open step, None without one."""
         return self._slots[Slot.STEP] if self._slots[Slot.STEP] >= 0 else None
 
     def slot(self, slot: Slot) -> int:
-        """Return one of the words beside the phases."""
+        """Return the value of a slot."""
         return self._slots[slot]
 
     def counters(self, name: str) -> TableCounters:
@@ -189,16 +189,16 @@ class FlightSnapshot:
         return TableCounters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
 
     def rows(self, name: str, start: int = 0) -> tuple[int, bytes]:
-        """Return (sequence number of the first, rows) of a packed table from `start` on, as far as it reaches back."""
-        _, placed = self._tables[name]
+        """Return (number of the first row, rows) of a packed table from `start` on, as far as memory reaches back."""
+        _, extent = self._tables[name]
         appended = self.counters(name).appended
-        first = min(max(start, appended - placed.capacity + 1, 0), appended)
+        first = min(max(start, appended - extent.capacity + 1, 0), appended)
         if first == appended:
             return first, b""
 
-        begin, end = first & (placed.capacity - 1), appended & (placed.capacity - 1)
-        size = placed.row_bytes
-        ring = memoryview(self._data)[placed.offset : placed.offset + placed.capacity * size]
+        begin, end = first & (extent.capacity - 1), appended & (extent.capacity - 1)
+        size = extent.row_bytes
+        ring = memoryview(self._data)[extent.offset : extent.offset + extent.capacity * size]
         if begin < end:
             return first, bytes(ring[begin * size : end * size])
 
@@ -210,8 +210,8 @@ class FlightSnapshot:
 
     @property
     def holds_user_rows(self) -> bool:
-        """Whether it has something that a user logged and that is not stored yet."""
-        if self.notes:
+        """Whether it has rows logged by the user that are not stored yet."""
+        if self.pending_rows:
             return True
 
         kept = (self.counters(name) for name in self._tables if name in USER_TABLES)
@@ -219,20 +219,20 @@ class FlightSnapshot:
 
     @property
     def _stems(self) -> list[Path]:
-        told = self.identity.get("journal") or []
-        return [self.path.with_suffix(""), *(Path(str(place)) for place in told)]
+        places = self.identity.get("journal") or []
+        return [self.path.with_suffix(""), *(Path(str(place)) for place in places)]
 
     @property
-    def spooled(self) -> list[Path]:
-        """The files that had been copied, and had not arrived in the run's folder."""
+    def spooled_files(self) -> list[Path]:
+        """Copied files that have not been uploaded to the run's folder."""
         folders = [spool_folder(stem) for stem in self._stems]
         return [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
 
     @property
-    def notes(self) -> list[dict[str, Any]]:
-        """The rows of files that were to follow when these had arrived; those of `spooled` among them."""
+    def pending_rows(self) -> list[dict[str, Any]]:
+        """Rows that wait for the upload of their files, including `spooled_files`."""
         found = []
-        for path in self.note_paths:
+        for path in self.pending_row_paths:
             try:
                 row = msgpack.unpackb(path.read_bytes())
             except (OSError, ValueError, msgpack.UnpackException) as error:
@@ -245,14 +245,14 @@ class FlightSnapshot:
         return found
 
     @property
-    def note_paths(self) -> list[Path]:
-        """Where `notes` lie, in the order of the calls."""
-        paths = [path for stem in self._stems for path in spool_folder(stem).glob(f".*{_NOTE_SUFFIX}")]
+    def pending_row_paths(self) -> list[Path]:
+        """Files of `pending_rows`, in the order of the calls."""
+        paths = [path for stem in self._stems for path in spool_folder(stem).glob(f".*{_PENDING_SUFFIX}")]
         return sorted(paths, key=lambda path: (len(path.name), path.name))
 
     @property
     def journals(self) -> dict[str, Path]:
-        """The tables that have a journal on disk, and where it lies: beside the file, or where its writer put it."""
+        """Journals by table: next to the file, or in the folder that its writer chose."""
         found: dict[str, Path] = {}
         for stem in self._stems:
             for path in stem.parent.glob(f"{stem.name}.*{JOURNAL_SUFFIX}"):
@@ -261,7 +261,7 @@ class FlightSnapshot:
         return found
 
     def take_all(self, name: str, start: int = 0) -> Iterator[RowSlice]:
-        """Yield what a table or log holds from `start` on, first what is in its journal, then what is in memory."""
+        """Yield the rows of a table or log from `start` on: first those in its journal, then those in memory."""
         journal = self.journals.get(name)
         for taken in read_journal(journal) if journal is not None else ():
             if taken.first + taken.n > start:
@@ -273,7 +273,7 @@ class FlightSnapshot:
             yield taken
 
     def unlink(self) -> None:
-        """Remove the file and its journals: everything in them is stored."""
+        """Remove the file and its journals, as all rows are stored."""
         for path in (*self.journals.values(), self.path):
             path.unlink(missing_ok=True)
 
@@ -281,7 +281,7 @@ class FlightSnapshot:
             shutil.rmtree(spool_folder(stem), ignore_errors=True)
 
     def take(self, name: str, start: int = 0) -> RowSlice:
-        """Return what memory holds of a table or log from `start` on, in the form in which it goes into a frame."""
+        """Return the rows of a table or log in memory from `start` on, as bytes for a frame."""
         if isinstance(TABLES.get(name), Table):
             first, data = self.rows(name, start)
             return RowSlice(first, len(data) // self._tables[name][1].row_bytes, data)
@@ -293,9 +293,9 @@ class FlightSnapshot:
         return RowSlice(base + first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
 
     def _walk(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
-        _, placed = self._tables[name]
+        _, extent = self._tables[name]
         unpacker = msgpack.Unpacker(strict_map_key=False)
-        unpacker.feed(self._data[placed.offset : placed.offset + placed.capacity])
+        unpacker.feed(self._data[extent.offset : extent.offset + extent.capacity])
         rows: list[dict[str, Any]] = []
         ends = [0]
         counters = self.counters(name)
@@ -312,7 +312,7 @@ class FlightSnapshot:
             raise _damaged(self.path, f"its log {name!r} cannot be unpacked") from error
 
         if not isinstance(row, dict):
-            raise _damaged(self.path, f"its log {name!r} holds something that is no map")
+            raise _damaged(self.path, f"its log {name!r} holds a value that is not a map")
 
         return row
 
@@ -326,19 +326,19 @@ class FlightSnapshot:
         table = TABLES.get(name)
         if table is None or table.layout != layout:
             raise StoreError(
-                f"flight file {self.path}: table {name!r} has columns that this traceml does not know. "
+                f"flight file {self.path}: table {name!r} has columns that this version of traceml does not know. "
                 "Read it with the version that wrote it, or delete it."
             )
 
 
 def spool_folder(stem: Path) -> Path:
-    """Return the folder of files that are on their way to a run's folder, by the stem of their rank's journals."""
+    """Return the folder of files that wait for upload, by the path stem of their rank's journals."""
     return stem.with_name(f"{stem.name}.files")
 
 
 def pending_row_path(folder: Path, number: int) -> Path:
-    """Return where the row of a file in such a folder is kept until it can be appended."""
-    return folder / f".{number}{_NOTE_SUFFIX}"
+    """Return the path of a row that is appended after the upload of its file from this folder."""
+    return folder / f".{number}{_PENDING_SUFFIX}"
 
 
 def read_flight(path: Path, *, allow_live: bool = False) -> FlightSnapshot:
@@ -346,21 +346,21 @@ def read_flight(path: Path, *, allow_live: bool = False) -> FlightSnapshot:
 
     Args:
         path: the file.
-        allow_live: read it also while its owner lives; what is being written then may be torn.
+        allow_live: also read it while its owner is running; rows being written may be torn.
 
     Raises:
-        StoreError: it cannot be read, is damaged, is of another version, or its owner lives.
+        StoreError: it cannot be read, is damaged, has another version, or its owner is still running.
     """
-    own = _own(path)
-    if own is not None:
+    mapping = _own_mapping(path)
+    if mapping is not None:
         if not allow_live:
             raise _still_alive(path)
 
-        return FlightSnapshot(path, own[:])
+        return FlightSnapshot(path, mapping[:])
 
     try:
-        with _opened(path) as descriptor:
-            if not allow_live and _locked(descriptor):
+        with _open(path) as descriptor:
+            if not allow_live and _is_locked(descriptor):
                 raise _still_alive(path)
 
             return FlightSnapshot(path, _read_all(descriptor))
@@ -371,33 +371,33 @@ def read_flight(path: Path, *, allow_live: bool = False) -> FlightSnapshot:
 
 
 def find_flights(folder: Path, *, pid: int | None = None) -> list[Path]:
-    """Return the flight files in a folder, by name; those of one process when `pid` is given."""
+    """Return the flight files in a folder by name, of one process when `pid` is given."""
     pattern = f"{pid}-*{FLIGHT_SUFFIX}" if pid is not None else f"*{FLIGHT_SUFFIX}"
     return sorted(folder.glob(pattern))
 
 
 def is_alive(path: Path) -> bool:
-    """Tell whether the process that writes this flight file lives; False also when the file is gone."""
-    if _own(path) is not None:
+    """Whether the writer of this flight file is running; False also when the file does not exist."""
+    if _own_mapping(path) is not None:
         return True
 
     try:
-        with _opened(path) as descriptor:
-            return _locked(descriptor)
+        with _open(path) as descriptor:
+            return _is_locked(descriptor)
     except OSError:
         return False
 
 
 def remove_stale(folder: Path, *, grace_s: float = 3600.0) -> list[Path]:
-    """Remove flight files which nobody owns and nobody came for; return those removed.
+    """Remove old flight files of dead processes; return the removed ones.
 
-    A file goes when its owner is dead and it is of another boot, or was first found dead more than `grace_s` ago: an
-    aggregator that comes back has that long to read it. One that holds what a user logged stays for a week.
+    A file is removed when its owner is dead and it is from another boot, or was first found dead more than `grace_s`
+    ago: a restarted aggregator has that long to read it. A file with unstored rows of the user stays for a week.
     """
     removed = []
     for path in find_flights(folder):
         try:
-            if _own(path) is None and _is_stale(path, grace_s):
+            if _own_mapping(path) is None and _is_stale(path, grace_s):
                 for leftover in (*_journals_of(path), path):
                     leftover.unlink(missing_ok=True)
 
@@ -410,17 +410,17 @@ def remove_stale(folder: Path, *, grace_s: float = 3600.0) -> list[Path]:
 
 def _is_stale(path: Path, grace_s: float) -> bool:
     now = int(time.time())
-    with _opened(path, os.O_RDWR) as descriptor:
-        if _locked(descriptor):
+    with _open(path, os.O_RDWR) as descriptor:
+        if _is_locked(descriptor):
             return False
 
         try:
-            image = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
+            snapshot = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
         except StoreError:
-            # Half made, damaged or of another version: nothing says since when, so its own date must do.
+            # Incomplete, damaged or of another version: use the file's modification time.
             return now - os.fstat(descriptor).st_mtime > grace_s
 
-        if not image.same_boot:
+        if not snapshot.same_boot:
             return True
 
         dead_since = _WORD.unpack(os.pread(descriptor, 8, DEAD_SINCE_AT))[0]
@@ -428,19 +428,19 @@ def _is_stale(path: Path, grace_s: float) -> bool:
             os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
             dead_since = now
 
-        return bool(now - dead_since > (max(grace_s, _USER_ROWS_GRACE_S) if image.holds_user_rows else grace_s))
+        return bool(now - dead_since > (max(grace_s, _USER_ROWS_GRACE_S) if snapshot.holds_user_rows else grace_s))
 
 
 def _journals_of(path: Path) -> list[Path]:
     try:
-        with _opened(path) as descriptor:
-            image = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
-            return [*image.journals.values(), *image.spooled, *image.note_paths]
-    except (OSError, StoreError):  # half made or damaged: it had none, or nobody can tell
+        with _open(path) as descriptor:
+            snapshot = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
+            return [*snapshot.journals.values(), *snapshot.spooled_files, *snapshot.pending_row_paths]
+    except (OSError, StoreError):  # incomplete or damaged: its journals are unknown
         return []
 
 
-def _own(path: Path) -> mmap.mmap | None:
+def _own_mapping(path: Path) -> mmap.mmap | None:
     try:
         status = path.stat()
     except OSError:
@@ -450,7 +450,7 @@ def _own(path: Path) -> mmap.mmap | None:
 
 
 @contextmanager
-def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+def _open(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -458,8 +458,8 @@ def _opened(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
-    # Asked, not taken: two readers must not take each other for the owner.
+def _is_locked(descriptor: int) -> bool:
+    # Query the lock, do not take it: two readers must not mistake each other for the owner.
     request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, request)
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
@@ -478,17 +478,17 @@ def _read_all(descriptor: int) -> bytes:
 
 def _prologue(path: Path, data: bytes) -> tuple[Any, ...]:
     if len(data) < DATA_AT or data[:8] != MAGIC:
-        raise _damaged(path, "it has no whole header")
+        raise _damaged(path, "its header is incomplete")
 
     prologue = PROLOGUE.unpack_from(data)
     if prologue[1] != VERSION:
         raise StoreError(
-            f"flight file {path} is of format {prologue[1]}, this traceml reads {VERSION}. "
+            f"flight file {path} has format {prologue[1]}, this traceml reads {VERSION}. "
             "Read it with the version that wrote it, or delete it."
         )
 
     if len(data) not in (prologue[2], DATA_AT):
-        raise _damaged(path, f"it is cut off: {len(data)} of {prologue[2]} bytes")
+        raise _damaged(path, f"it is truncated: {len(data)} of {prologue[2]} bytes")
 
     return prologue
 
@@ -498,4 +498,4 @@ def _damaged(path: Path, why: str) -> StoreError:
 
 
 def _still_alive(path: Path) -> StoreError:
-    return StoreError(f"flight file {path} belongs to a process that lives; it can be read after its end.")
+    return StoreError(f"flight file {path} belongs to a running process; it can be read after the process ends.")

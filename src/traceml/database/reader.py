@@ -1,4 +1,4 @@
-"""Reading a run's store, also while it is written: everything is followed by a cursor."""
+"""Reader of a run's store, also while it is being written. Frames and events are followed by cursor."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from traceml.errors import StoreError
 
 __all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
 
-# A read transaction ends with each batch, so that a slow reader never keeps the writer from reusing its log.
+# A read transaction ends with each batch, so a slow reader never keeps the writer from reusing its log.
 _BATCH = 256
 _META_BATCH = 8192
 
 
 class StreamIdentity(NamedTuple):
-    """One incarnation of a rank: what it appends has one numbering per table, from 0.
+    """One process of a rank. Its rows are numbered from 0 in each table.
 
-    `recorder` tells the recorders apart that one process may have one after another; "" where there is one.
+    `recorder` distinguishes consecutive recorders of one process; "" where there is only one.
     """
 
     rank: int
@@ -38,12 +38,12 @@ class StreamIdentity(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StreamRecord:
-    """A stream as it is stored.
+    """A stored stream.
 
     Attributes:
         id: its number in this store.
-        identity: who it is.
-        facts: what the aggregator noted: world size, local rank, clock, state, exit, …
+        identity: its rank and process.
+        facts: facts from the aggregator: world size, local rank, clock, state, exit, …
     """
 
     id: int
@@ -57,7 +57,7 @@ class StreamRecord:
 
     @property
     def attempt(self) -> int:
-        """How often the job had been restarted."""
+        """Number of restarts of the job so far."""
         return self.identity.attempt
 
     @property
@@ -67,13 +67,13 @@ class StreamRecord:
 
     @property
     def state(self) -> str:
-        """The state that the aggregator noted last; `running` before any."""
+        """The last state from the aggregator; `running` before any."""
         return str(self.facts.get("state", "running"))
 
 
 @dataclass(frozen=True, slots=True)
 class RunEvent:
-    """Something that happened in the run; `id` is the cursor."""
+    """An event of the run; `id` is the cursor."""
 
     id: int
     epoch_ns: int
@@ -83,7 +83,7 @@ class RunEvent:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Consecutive rows of one stream's table; `id` is the cursor."""
+    """Consecutive rows of one table of a stream; `id` is the cursor."""
 
     id: int
     stream: int
@@ -108,14 +108,14 @@ class Frame:
             raise StoreError(f"frame {self.id} of {self.table} is damaged: {error}") from error
 
         if not all(isinstance(row, dict) for row in rows):
-            raise StoreError(f"frame {self.id} of {self.table} is damaged: it holds other things than maps")
+            raise StoreError(f"frame {self.id} of {self.table} is damaged: it holds values that are not maps")
 
         return rows
 
 
 @dataclass(slots=True)
-class _Total:
-    """How far a (stream, table) came: rows stored, and the number of the row that comes next."""
+class _Progress:
+    """Progress of a (stream, table): number of stored rows, and the number of the next row."""
 
     stored: int = 0
     next_seq: int = 0
@@ -126,10 +126,10 @@ class StoreReader:
 
     Args:
         path: the file.
-        on_damage: told of frames that are damaged, which are then left out; where it is not given they are an error.
+        on_damage: called with a message for each damaged frame, which is then skipped; without it, they raise.
 
     Raises:
-        StoreError: there is none, it is damaged, or it is of another version. So do all methods.
+        StoreError: the store is missing, damaged, or has another version. All methods may raise it.
     """
 
     def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
@@ -147,8 +147,8 @@ class StoreReader:
             self._database.close()
             raise self._damaged(f"the layout of a table: {error}") from error
 
-        self._totals: dict[tuple[str, int], _Total] = {}
-        self._totals_after = 0
+        self._progress: dict[tuple[str, int], _Progress] = {}
+        self._progress_after = 0
 
     def __repr__(self) -> str:
         return f"StoreReader({str(self.path)!r})"
@@ -165,7 +165,7 @@ class StoreReader:
         return list(self._ids)
 
     def dtype(self, table: str) -> np.dtype[Any] | None:
-        """Return a packed table's layout in this store, which an older version may have written; None of a log."""
+        """Return a packed table's layout in this store, which may be an older version's; None for a log."""
         self._id(table)
         return self._dtypes[table]
 
@@ -176,35 +176,35 @@ class StoreReader:
     def meta(self) -> dict[str, Any]:
         """Return the facts of the run."""
         return {
-            key: self._unpacked(value, f"the fact {key!r}") for key, value in self._all("SELECT key, value FROM meta")
+            key: self._unpacked(value, f"the fact {key!r}") for key, value in self._fetch("SELECT key, value FROM meta")
         }
 
     def streams(self) -> list[StreamRecord]:
-        """Return all streams, in the order of their first appearance."""
-        rows = self._all("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
+        """Return all streams, in order of first appearance."""
+        rows = self._fetch("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
         return [StreamRecord(row[0], StreamIdentity(*row[1:7]), self._map(row[7], f"stream {row[0]}")) for row in rows]
 
     def events(self, after: int = 0, kind: str | None = None) -> list[RunEvent]:
-        """Return the events after a cursor (the id of the last one seen), of one kind where given."""
+        """Return the events after a cursor (the id of the last one seen), optionally of one kind."""
         query = "SELECT id, epoch_ns, kind, data FROM events WHERE id > ? AND kind = coalesce(?, kind) ORDER BY id"
-        return [self._event(row) for row in self._all(query, after, kind)]
+        return [self._event(row) for row in self._fetch(query, after, kind)]
 
     def last_event(self, kind: str) -> RunEvent | None:
         """Return the latest event of a kind."""
         query = "SELECT id, epoch_ns, kind, data FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1"
-        rows = self._all(query, kind)
+        rows = self._fetch(query, kind)
         return self._event(rows[0]) if rows else None
 
     def frames(
         self, table: str, after_id: int = 0, stream: int | None = None, limit: int | None = None
     ) -> Iterator[Frame]:
-        """Yield a table's frames after a cursor, in the order of their commit: per stream in the order of seq.
+        """Yield a table's frames after a cursor in commit order, which is the order of `seq` within a stream.
 
         Args:
             table: the table.
             after_id: id of the last frame seen.
-            stream: only this stream's.
-            limit: at most so many frames.
+            stream: only this stream.
+            limit: maximum number of frames.
         """
         query = (
             "SELECT id, stream, seq, n, first_step, last_step, codec, data FROM frames "
@@ -213,8 +213,8 @@ class StoreReader:
         left = limit
         while left is None or left > 0:
             batch = _BATCH if left is None else min(_BATCH, left)
-            rows = self._all(query, self._id(table), after_id, stream, batch)
-            yield from self._whole((table, row) for row in rows)
+            rows = self._fetch(query, self._id(table), after_id, stream, batch)
+            yield from self._intact_frames((table, row) for row in rows)
 
             if len(rows) < batch:
                 return
@@ -223,15 +223,15 @@ class StoreReader:
             left = None if left is None else left - batch
 
     def frames_of(self, tables: Collection[str], after_id: int = 0, limit: int = _BATCH) -> list[Frame]:
-        """Return the next frames of several tables after a cursor, in the order of their commit, names first in each.
+        """Return the next frames of several tables after a cursor, in commit order; within a commit, names come first.
 
         Args:
-            tables: which; those that this store does not have are left out.
+            tables: names of tables; those missing in this store are ignored.
             after_id: id of the last frame seen.
-            limit: at most so many frames.
+            limit: maximum number of frames.
         """
         numbers = [self._ids[table] for table in tables if table in self._ids]
-        # One statement, so that all tables are seen at the same moment; each part walks its own index.
+        # One statement, so all tables are read in one snapshot; each part uses its own index.
         part = "SELECT * FROM (SELECT id, tbl FROM frames WHERE tbl = ? AND id > ? ORDER BY id LIMIT ?)"
         parts = " UNION ALL ".join([part] * len(numbers))
         query = (
@@ -242,8 +242,8 @@ class StoreReader:
             return []
 
         values = [value for number in numbers for value in (number, after_id, limit)]
-        found = self._all(query, *values, limit)
-        frames = self._whole((self._names[row[8]], row[:8]) for row in found if row[8] in self._names)
+        found = self._fetch(query, *values, limit)
+        frames = self._intact_frames((self._names[row[8]], row[:8]) for row in found if row[8] in self._names)
         return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
 
     def rows(
@@ -253,8 +253,8 @@ class StoreReader:
 
         Args:
             table: a packed table.
-            streams: only these.
-            last: only the last so many rows of each stream.
+            streams: only these streams.
+            last: only this many last rows of each stream.
             after_id: only frames after this cursor.
         """
         dtype = self._dtype(table)
@@ -267,26 +267,26 @@ class StoreReader:
         return _assemble(frames, dtype, last)
 
     def log_rows(self, name: str, stream: int | None = None, after_id: int = 0) -> list[tuple[int, dict[str, Any]]]:
-        """Return (stream, map) of a log, per stream in the order in which they were appended."""
+        """Return (stream, map) for each map of a log, in append order within a stream."""
         return [(frame.stream, row) for frame in self.frames(name, after_id, stream) for row in frame.maps()]
 
     def stored(self, table: str, stream: int | None = None) -> int:
-        """Return how many rows of a table are stored, of all streams or of one."""
-        self._count()
-        return sum(total.stored for key, total in self._totals.items() if _matches(key, table, stream))
+        """Return the number of stored rows of a table, of all streams or of one."""
+        self._update_progress()
+        return sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
 
     def lost(self, table: str, stream: int | None = None) -> int:
-        """Return how many rows of a table were appended and never arrived, exactly.
+        """Return the exact number of rows of a table that were appended but never arrived.
 
-        Rows after the last stored one are counted when the stream's facts say how many there were (`appended`).
+        Rows after the last stored one are counted if the stream's facts have the total (`appended`).
         """
-        self._count()
+        self._update_progress()
         missing = 0
         for record in self.streams():
             if stream is not None and record.id != stream:
                 continue
 
-            total = self._totals.get((table, record.id), _Total())
+            total = self._progress.get((table, record.id), _Progress())
             appended = max(total.next_seq, int(record.facts.get("appended", {}).get(table, 0)))
             missing += appended - total.stored
 
@@ -294,18 +294,18 @@ class StoreReader:
 
     def last_id(self) -> int:
         """Return the cursor of the newest frame of any table."""
-        return int(self._all("SELECT coalesce(max(id), 0) FROM frames")[0][0])
+        return int(self._fetch("SELECT coalesce(max(id), 0) FROM frames")[0][0])
 
     def _last_frames(self, table: str, wanted: set[int] | None, last: int, after_id: int) -> list[Frame]:
-        """Walk back from the end until every stream has given its last rows."""
-        self._count()
-        totals = {key[1]: total for key, total in self._totals.items() if key[0] == table}
+        """Read backward from the end until the last rows of every stream are found."""
+        self._update_progress()
+        totals = {key[1]: total for key, total in self._progress.items() if key[0] == table}
         missing = {stream for stream in totals if wanted is None or stream in wanted}
         have = dict.fromkeys(missing, 0)
         chosen: list[int] = []
         before = 1 << 62
         query = "SELECT id, stream, n FROM frames WHERE tbl = ? AND id < ? AND id > ? ORDER BY id DESC LIMIT ?"
-        while missing and (rows := self._all(query, self._id(table), before, after_id, _META_BATCH)):
+        while missing and (rows := self._fetch(query, self._id(table), before, after_id, _META_BATCH)):
             before = rows[-1][0]
             for number, stream, n in rows:
                 if stream in missing:
@@ -318,9 +318,9 @@ class StoreReader:
 
     def _frames_by_id(self, table: str, numbers: list[int]) -> list[Frame]:
         query = "SELECT id, stream, seq, n, first_step, last_step, codec, data FROM frames WHERE id = ?"
-        return [self._frame(table, self._all(query, number)[0]) for number in numbers]
+        return [self._frame(table, self._fetch(query, number)[0]) for number in numbers]
 
-    def _whole(self, rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Frame]:
+    def _intact_frames(self, rows: Iterable[tuple[str, tuple[Any, ...]]]) -> Iterator[Frame]:
         for table, row in rows:
             try:
                 yield self._decoded(table, row)
@@ -349,19 +349,19 @@ class StoreReader:
 
         return Frame(number, stream, table, seq, n, first, last, decoded)
 
-    def _count(self) -> None:
-        """Bring the totals up to date with the frames that came since."""
+    def _update_progress(self) -> None:
+        """Add the frames since the last call to the progress."""
         query = "SELECT id, stream, tbl, seq, n FROM frames WHERE id > ? ORDER BY id LIMIT ?"
-        while rows := self._all(query, self._totals_after, _META_BATCH):
+        while rows := self._fetch(query, self._progress_after, _META_BATCH):
             for _, stream, number, seq, n in rows:
                 if number not in self._names or not isinstance(n, int) or not isinstance(seq, int):
-                    continue  # damage: of no table, so nobody asks for it, or its rows cannot be told
+                    continue  # damaged: its table or number of rows is unknown
 
-                total = self._totals.setdefault((self._names[number], stream), _Total())
+                total = self._progress.setdefault((self._names[number], stream), _Progress())
                 total.stored += n
                 total.next_seq = seq + n
 
-            self._totals_after = rows[-1][0]
+            self._progress_after = rows[-1][0]
 
     def _id(self, table: str) -> int:
         try:
@@ -383,7 +383,7 @@ class StoreReader:
     def _map(self, data: bytes, what: str) -> dict[str, Any]:
         found = self._unpacked(data, what)
         if not isinstance(found, dict):
-            raise self._damaged(f"{what} is no map")
+            raise self._damaged(f"{what} is not a map")
 
         return found
 
@@ -396,7 +396,7 @@ class StoreReader:
     def _damaged(self, what: str) -> StoreError:
         return StoreError(f"the run's store {self.path} is damaged: {what}. Move it away; the run cannot be read.")
 
-    def _all(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+    def _fetch(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with translate_errors(self.path, "read"):
             return self._database.execute(query, values).fetchall()
 
@@ -409,7 +409,7 @@ def _dtype(layout: Any) -> np.dtype[Any] | None:
 
 
 def _assemble(frames: list[Frame], dtype: np.dtype[Any], last: int | None) -> NDArray[np.void]:
-    """Join frames into one array with the stream's id as first column, stream after stream where `last` is given."""
+    """Join frames into one array, the stream id as first column; sorted by stream where `last` is given."""
     source = np.frombuffer(b"".join(frame.data for frame in frames), dtype)
     joined = np.empty(len(source), np.dtype([("stream", "<i8"), *dtype.descr]))
     joined["stream"] = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])

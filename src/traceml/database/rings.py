@@ -1,7 +1,7 @@
-"""The bounded tables of one rank, as they lie in the mapped flight file: rings of rows, and logs of maps.
+"""Bounded tables of one rank in its mapped flight file: rings of rows, and logs of maps.
 
-Each has an append counter in the header page. What is appended is written first and counted afterwards, by one aligned
-8-byte store: at whatever moment the process is killed, everything below the counter is whole.
+Each has an append counter in the header page. A row is written first and counted afterwards, by one aligned 8-byte
+store: whenever the process is killed, every row below the counter is complete.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ __all__ = [
     "ByteLog",
     "Ring",
     "RowSlice",
-    "ends_of_maps",
-    "pack_any",
+    "map_ends",
+    "pack_map",
 ]
 
 # Per table in the header: appended, sent, acked, dropped, and of a log the number of the first map in memory.
 COUNTERS_PER_TABLE = 8
 _SENT, _ACKED, _DROPPED, BASE = 1, 2, 3, 4
-# A signal handler may append while the thread that it interrupted holds the lock: give up instead of hanging.
+# A signal handler may append while the interrupted thread holds the lock: give up instead of hanging.
 LOCK_TIMEOUT_S = 0.2
 MAX_TAKE_BYTES = 256 * 1024
 
 
 class RowSlice(NamedTuple):
-    """Consecutive rows copied out of a ring or a log: the next ones at or after a cursor.
+    """Consecutive rows copied from a ring or a log: the next ones at or after a cursor.
 
     Attributes:
         first: sequence number of the first row; `first - cursor` rows before it were overwritten unsent.
-        n: how many rows.
-        data: their bytes, one after another.
+        n: number of rows.
+        data: the rows as bytes.
     """
 
     first: int
@@ -49,8 +49,8 @@ class RowSlice(NamedTuple):
     data: bytes
 
 
-class _Counted:
-    """What rings and logs share: a name and four counters in the header page."""
+class _CountedTable:
+    """A table's name and its counters in the header page."""
 
     __slots__ = ("count", "name", "slot")
 
@@ -64,7 +64,7 @@ class _Counted:
 
     @property
     def sent(self) -> int:
-        """Rows below this number were put on the wire; kept by the recorder."""
+        """Rows below this number were sent; the recorder updates it."""
         return self.count[self.slot + _SENT]
 
     @sent.setter
@@ -73,7 +73,7 @@ class _Counted:
 
     @property
     def acked(self) -> int:
-        """Rows below this number are durable in the store; kept by the recorder."""
+        """Rows below this number are durable in the store; the recorder updates it."""
         return self.count[self.slot + _ACKED]
 
     @acked.setter
@@ -82,7 +82,7 @@ class _Counted:
 
     @property
     def dropped(self) -> int:
-        """Rows that were not taken (a full log), or overwritten unsent (a ring; kept by the recorder)."""
+        """Rows refused by a full log, or overwritten unsent in a ring (updated by the recorder)."""
         return self.count[self.slot + _DROPPED]
 
     @dropped.setter
@@ -90,7 +90,7 @@ class _Counted:
         self.count[self.slot + _DROPPED] = rows
 
 
-class Ring(_Counted):
+class Ring(_CountedTable):
     """One packed table's last `capacity` rows. One thread appends; any thread reads.
 
     The hot path binds the attributes and inlines `append`:
@@ -142,22 +142,18 @@ class Ring(_Counted):
         return append
 
     def oldest(self) -> int:
-        """Return the sequence number of the oldest row that is certainly whole.
+        """Return the sequence number of the oldest row that is certainly complete.
 
-        Once the ring has wrapped, the slot of the row that comes next may be half overwritten already: one row less
-        than `capacity` can be read.
+        Once the ring has wrapped, the slot of the next row may already be half overwritten: `capacity - 1` rows can
+        be read.
         """
         return max(0, self.appended - self.capacity + 1)
-
-    def overwritten(self, cursor: int) -> int:
-        """Return how many rows from `cursor` on cannot be read any more."""
-        return max(0, self.oldest() - cursor)
 
     def read(self, start: int, stop: int) -> bytes:
         """Return a copy of rows [start, stop).
 
         Raises:
-            IndexError: some of them are not in the window [oldest, appended), or left it while they were copied.
+            IndexError: some rows are outside [oldest, appended), or were overwritten during the copy.
         """
         if stop > self.appended or stop < start:
             raise IndexError(f"{self.name}: rows [{start}, {stop}) asked for, {self.appended} appended")
@@ -169,7 +165,7 @@ class Ring(_Counted):
         return data
 
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
-        """Return the next rows at or after `cursor`, at most `limit`; what was overwritten is skipped, never torn."""
+        """Return at most `limit` rows at or after `cursor`; overwritten rows are skipped, none is torn."""
         appended = self.appended
         first = max(cursor, self.oldest())
         stop = min(first + limit, appended)
@@ -177,26 +173,26 @@ class Ring(_Counted):
             return RowSlice(min(first, max(cursor, appended)), 0, b"")
 
         data = self._copy(first, stop)
-        # The writer went on while we copied: cut off what it may have touched.
+        # The writer continued during the copy: drop the rows it may have touched.
         whole = min(max(first, self.oldest()), stop)
         return RowSlice(whole, stop - whole, data[(whole - first) * self.row_bytes :])
 
     def release(self, start: int, stop: int) -> None:
-        """Take the pages of rows [start, stop) out of this process's resident memory, until they are touched again.
+        """Drop the pages of rows [start, stop) from this process's resident memory until they are touched again.
 
-        Nothing is lost: the pages stay in the file (anonymous memory is shared memory too, and keeps them as well).
+        Nothing is lost: the pages stay in the file, or in shared memory where there is none.
         """
         row, at = self.row_bytes, self.offset
         a, b = start & self.mask, stop & self.mask
-        pieces = ((a, b),) if a < b else ((a, self.capacity), (0, b))
-        for first, last in pieces:
+        spans = ((a, b),) if a < b else ((a, self.capacity), (0, b))
+        for first, last in spans:
             begin = -(-(at + first * row) // mmap.PAGESIZE) * mmap.PAGESIZE
             length = (at + last * row) // mmap.PAGESIZE * mmap.PAGESIZE - begin
             if length > 0:
                 self.buffer.madvise(mmap.MADV_DONTNEED, begin, length)
 
     def _copy(self, start: int, stop: int) -> bytes:
-        # A slice of the map is copied in one call under the GIL; sending straight from it would release it mid-row.
+        # A slice is copied in one call under the GIL; sending from the map directly would release the GIL in mid-row.
         row, at, mask = self.row_bytes, self.offset, self.mask
         a, b = start & mask, stop & mask
         if start == stop:
@@ -208,10 +204,10 @@ class Ring(_Counted):
         return self.buffer[at + a * row : at + self.capacity * row] + self.buffer[at : at + b * row]
 
 
-class ByteLog(_Counted):
-    """One log's maps, each packed by msgpack after the one before; never overwritten, refused and counted when full.
+class ByteLog(_CountedTable):
+    """Maps of one log, packed by msgpack. They are never overwritten: a full log refuses and counts further maps.
 
-    Any thread appends. The last eighth is kept for `urgent` maps (why the process ends).
+    Any thread appends. The last eighth is reserved for `urgent` maps (why the process ends).
     """
 
     __slots__ = ("_buffer", "_ends", "_lock", "_offset", "capacity_bytes")
@@ -223,7 +219,7 @@ class ByteLog(_Counted):
         self.capacity_bytes = capacity_bytes
         self._buffer, self._offset = buffer, offset
         self._lock = threading.Lock()
-        self._ends = [0]  # _ends[i] is where the map number base + i starts
+        self._ends = [0]  # _ends[i]: start of map number base + i
 
     def __repr__(self) -> str:
         room = f"{self._ends[-1]} of {self.capacity_bytes} bytes"
@@ -231,17 +227,17 @@ class ByteLog(_Counted):
 
     @property
     def base(self) -> int:
-        """Number of the first map in memory: 0 where no map ever leaves it."""
+        """Number of the first map in memory; 0 while no map has moved to a journal."""
         return self.count[self.slot + BASE]
 
     def append(self, row: dict[str, Any], *, urgent: bool = False) -> bool:
-        """Append one map; False when it did not fit, and counted in `dropped`.
+        """Append one map. Returns False, and counts it in `dropped`, when there is no room.
 
         Args:
             row: the map; values that msgpack cannot hold are written as their `repr`.
             urgent: may use the last eighth of the log.
         """
-        data = pack_any(row)
+        data = pack_map(row)
         if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
             self.dropped += 1
             return False
@@ -267,7 +263,7 @@ class ByteLog(_Counted):
         """Return a copy of maps [start, stop), one after another.
 
         Raises:
-            IndexError: some of them are not there.
+            IndexError: some of them are not in memory.
         """
         base = self.base
         if not base <= start <= stop <= self.appended:
@@ -276,7 +272,7 @@ class ByteLog(_Counted):
         return self._buffer[self._offset + self._ends[start - base] : self._offset + self._ends[stop - base]]
 
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
-        """Return the next maps at or after `cursor`: at most `limit`, and 256 KiB unless one alone is larger."""
+        """Return the maps at or after `cursor`: at most `limit`, and at most 256 KiB unless one alone is larger."""
         base, ends = self.base, self._ends
         stop = min(cursor + limit, self.appended)
         while stop > cursor + 1 and ends[stop - base] - ends[cursor - base] > MAX_TAKE_BYTES:
@@ -288,10 +284,10 @@ class ByteLog(_Counted):
         return RowSlice(cursor, stop - cursor, self.read(cursor, stop))
 
 
-def pack_any(fields: dict[str, Any]) -> bytes:
-    """Pack a map, whatever is in it: telemetry must not raise over a value of the user's."""
+def pack_map(fields: dict[str, Any]) -> bytes:
+    """Pack a map with any values: telemetry must not raise because of a user's value."""
     try:
-        # File names and arguments may hold surrogates, which are no text that others could read.
+        # File names and arguments may hold surrogates, which are not valid text.
         packed: bytes = msgpack.packb(fields, default=repr, unicode_errors="replace")
     except (OverflowError, TypeError, ValueError):  # an integer of more than 64 bits, or nested too deep
         packed = msgpack.packb({str(key): repr(value) for key, value in fields.items()}, unicode_errors="replace")
@@ -299,8 +295,8 @@ def pack_any(fields: dict[str, Any]) -> bytes:
     return packed
 
 
-def ends_of_maps(data: bytes) -> list[int]:
-    """Return where each map of a log's data starts, and where the last one ends."""
+def map_ends(data: bytes) -> list[int]:
+    """Return the offset of each map in a log's data, and the end of the last one."""
     unpacker = msgpack.Unpacker(max_buffer_size=max(len(data), 1))
     unpacker.feed(data)
     ends = [0]

@@ -1,7 +1,9 @@
-"""The tables: which there are, what a row of each means, and how it is laid out in bytes.
+"""Schema of all tables: columns, their meaning, and the byte layout of rows.
 
-A packed table has rows of fixed size: 8-byte little-endian fields, `q` (int64) or `d` (float64). The same bytes lie in
-the ring, cross the wire, and (compressed) rest in the store. A log has rows of any size: msgpack maps.
+A packed table has rows of fixed size: 8-byte little-endian fields, `q` (int64) or `d` (float64). The ring, the wire and
+(compressed) the store hold the same bytes. A log has rows of any size: msgpack maps.
+
+A new column is one line here, and so is a new phase of a step: layouts, slots and names are generated from it.
 """
 
 from __future__ import annotations
@@ -161,11 +163,11 @@ class Phase(IntEnum):
     INPUT_WAIT = 0, "waiting for the data loader"
     H2D = 1, "copies to the device, as seen by the CPU"
     FORWARD = 2, "outermost model calls"
-    BACKWARD = 3, "backward passes, the waiting for other ranks inside them included"
-    OPTIMIZER = 4, "optimizer steps, GradScaler.step included"
-    COMM = 5, "collectives which the user's code or an optimizer called from Python"
+    BACKWARD = 3, "backward passes, including the wait for other ranks inside them"
+    OPTIMIZER = 4, "optimizer steps, including GradScaler.step"
+    COMM = 5, "collectives called from Python by the user's code or an optimizer"
     CHECKPOINT = 6, "torch.save and distributed checkpoints"
-    USER = 7, "the user's own phases together; apart in user_phases"
+    USER = 7, "all user phases together; each one is in user_phases"
 
 
 PHASE_LABELS = tuple(phase.label for phase in Phase)
@@ -220,14 +222,14 @@ def unpack_bits(bits: Any) -> StepBits:
 
 
 class MetricKind(IntEnum):
-    """Who logged a value."""
+    """Source of a logged value."""
 
     USER = 0
     TENSORBOARD = 1  # torch.utils.tensorboard, tensorboardX
     LIGHTNING = 2
     HUGGINGFACE = 3
     COLLECTOR = 4
-    PLUGIN = 5  # a framework plugin of somebody else
+    PLUGIN = 5  # a third party's framework plugin
 
 
 def _q(name: str, doc: str) -> Column:
@@ -238,15 +240,15 @@ def _d(name: str, doc: str) -> Column:
     return Column(name, "d", doc)
 
 
-# Exclusive wall time per phase on the training thread; `other` is what is left of total_ns, so the parts add up.
+# Exclusive wall time per phase on the training thread; `other` is the rest of total_ns, so the parts add up.
 STEPS = Table(
     "steps",
     (
         _q("step", "training step, from 0"),
-        _q("t_end_ns", "monotonic stamp at which the step closed"),
-        _q("total_ns", "wall time of the step, evaluation between steps excluded"),
+        _q("t_end_ns", "monotonic timestamp at which the step closed"),
+        _q("total_ns", "wall time of the step, without evaluation between steps"),
         *(_q(phase.column, phase.doc) for phase in Phase),
-        _q("backward_own_ns", "backward until the last local gradient was there; -1 when not measured"),
+        _q("backward_own_ns", "backward time until the last local gradient; -1 when not measured"),
         _q("bits", "micro-batches (16 bits), StepFlag (16 bits), collective sequence number (31 bits)"),
     ),
     capacity=65536,
@@ -258,15 +260,15 @@ USER_PHASES = Table(
         _q("step", "training step"),
         _q("name_id", "the phase's name, by id in `names`"),
         _q("ns", "exclusive wall time in this step"),
-        _q("count", "how often it was entered in this step"),
+        _q("count", "number of times it was entered in this step"),
     ),
     capacity=16384,
 )
 EVALS = Table(
     "evals",
     (
-        _q("step", "training step that comes after"),
-        _q("t_end_ns", "monotonic stamp at its end"),
+        _q("step", "next training step"),
+        _q("t_end_ns", "monotonic timestamp at its end"),
         _q("ns", "wall time of evaluation batches, outside every step"),
         _q("batches", "evaluation batches"),
     ),
@@ -279,7 +281,7 @@ DEVICE_STEPS = Table(
         _q("total_ns", "device time from the start of this step to the start of the next"),
         _q("h2d_ns", "device time of copies"),
         _q("forward_ns", "device time of forward"),
-        _q("backward_ns", "device time of backward, exposed communication included"),
+        _q("backward_ns", "device time of backward, including exposed communication"),
         _q("backward_own_ns", "device time until the last local gradient; -1 when not measured"),
         _q("optimizer_ns", "device time of the optimizer"),
         _q("comm_ns", "device time of collectives called from Python"),
@@ -290,7 +292,7 @@ DEVICE_PHASES = tuple(phase for phase in Phase if phase.column in DEVICE_STEPS.i
 PROCESS = Table(
     "process",
     (
-        _q("t_ns", "monotonic stamp"),
+        _q("t_ns", "monotonic timestamp"),
         _q("step", "open training step"),
         _q("rss_bytes", "resident memory"),
         _q("cpu_ns", "CPU time of all threads since start"),
@@ -299,65 +301,65 @@ PROCESS = Table(
         _q("involuntary_switches", "involuntary context switches since start"),
         _q("minor_faults", "minor page faults since start"),
         _q("major_faults", "major page faults since start"),
-        _q("main_run_ns", "main thread: time on a core since start"),
-        _q("main_wait_ns", "main thread: time runnable without a core since start"),
+        _q("main_run_ns", "main thread: time on a CPU core since start"),
+        _q("main_wait_ns", "main thread: time spent waiting for a CPU core since start"),
     ),
     capacity=4096,
 )
 HOST = Table(
     "host",
     (
-        _q("t_ns", "monotonic stamp"),
-        _q("cores", "cores this job may use"),
-        _d("cpu_pct", "busy share of all cores since the last sample, 0..100"),
+        _q("t_ns", "monotonic timestamp"),
+        _q("cores", "CPU cores this job may use"),
+        _d("cpu_pct", "CPU utilization over all cores since the last sample, 0..100"),
         _q("memory_used_bytes", "memory in use"),
-        _q("memory_total_bytes", "memory there is"),
-        _q("disk_read_bytes", "read from disks since boot"),
-        _q("disk_write_bytes", "written to disks since boot"),
-        _q("net_recv_bytes", "received by all interfaces but loopback since boot"),
-        _q("net_sent_bytes", "sent by all interfaces but loopback since boot"),
+        _q("memory_total_bytes", "total memory"),
+        _q("disk_read_bytes", "bytes read from disks since boot"),
+        _q("disk_write_bytes", "bytes written to disks since boot"),
+        _q("net_recv_bytes", "bytes received since boot, all interfaces except loopback"),
+        _q("net_sent_bytes", "bytes sent since boot, all interfaces except loopback"),
     ),
     capacity=4096,
 )
 GPU = Table(
     "gpu",
     (
-        _q("t_ns", "monotonic stamp"),
-        _q("index", "device index as NVML counts"),
+        _q("t_ns", "monotonic timestamp"),
+        _q("index", "NVML device index"),
         _d("utilization_pct", "share of time with a kernel running, 0..100"),
         _q("memory_used_bytes", "device memory in use"),
-        _q("memory_total_bytes", "device memory there is"),
+        _q("memory_total_bytes", "total device memory"),
         _d("temperature_c", "degrees Celsius"),
         _d("power_w", "watts"),
-        _q("sm_clock_mhz", "clock of the multiprocessors"),
-        _q("throttle_reasons", "NVML's bit mask of why clocks are capped"),
+        _q("sm_clock_mhz", "SM clock"),
+        _q("throttle_reasons", "NVML bit mask of clock throttle reasons"),
     ),
     capacity=4096,
 )
 TORCH_MEMORY = Table(
     "torch_memory",
     (
-        _q("t_ns", "monotonic stamp"),
+        _q("t_ns", "monotonic timestamp"),
         _q("step", "open training step"),
         _q("device", "device index"),
-        _q("allocated_bytes", "allocated by torch now"),
-        _q("reserved_bytes", "reserved by torch's allocator now"),
-        _q("peak_allocated_bytes", "highest allocation so far"),
+        _q("allocated_bytes", "bytes allocated by torch"),
+        _q("reserved_bytes", "bytes reserved by torch's allocator"),
+        _q("peak_allocated_bytes", "peak allocated bytes so far"),
     ),
     capacity=4096,
 )
 TELEMETRY = Table(
     "telemetry",
     (
-        _q("t_ns", "monotonic stamp"),
+        _q("t_ns", "monotonic timestamp"),
         _q("rows_appended", "rows of all tables appended so far"),
         _q("rows_lost", "rows overwritten before they were sent"),
-        _q("bytes_sent", "bytes put on the wire"),
+        _q("bytes_sent", "bytes sent to the aggregator"),
         _q("sender_cpu_ns", "CPU time of the recorder's thread"),
-        _q("hook_ns_per_step", "what the hooks and the row cost per step, measured on this rank"),
+        _q("hook_ns_per_step", "measured cost of hooks and row per step on this rank"),
         _q("sampler_ns", "time spent in samplers"),
         _q("sampler_errors", "samples that failed"),
-        _q("reconnects", "times the connection was made again"),
+        _q("reconnects", "number of reconnects"),
     ),
     capacity=1024,
 )
@@ -365,21 +367,21 @@ METRICS = Table(
     "metrics",
     (
         _q("t_ns", "epoch nanoseconds of the call"),
-        _q("step", "training step, or what the user counts"),
+        _q("step", "training step, or the user's own counter"),
         _q("name_id", "the metric's name, by id in `names`"),
-        _d("value", "the value; NaN and infinities are values"),
-        _q("kind", "who logged it: MetricKind"),
-        _q("experiment", "the experiment's number in `logged`; 0 is the run's own"),
+        _d("value", "the value; may be NaN or infinite"),
+        _q("kind", "source: MetricKind"),
+        _q("experiment", "number of the experiment in `logged`; 0 is the run itself"),
     ),
     capacity=16384,
 )
-# {"id": int, "name": str}: a name travels once, before the rows that use it.
+# {"id": int, "name": str}: a name is sent once, before the rows that use it.
 NAMES = Log("names", 256 * 1024)
-# What the user logged beside numbers: {"kind": str, "t_ns": epoch ns, "experiment": int, ...}; kinds: experiment,
-# params, tags, text, image, histogram, artifact, value (of a metric that is no number), refused, end.
+# Logged data other than numbers: {"kind": str, "t_ns": epoch ns, "experiment": int, ...}; kinds: experiment, params,
+# tags, text, image, histogram, artifact, value (a metric's value that is not a number), refused, end.
 LOGGED = Log("logged", 256 * 1024)
-# Pieces of files for a run's folder that the rank cannot reach: {"id", "offset", "size", "data", ...}. The aggregator
-# puts the bytes into the folder, and into the store only where they went.
+# Chunks of files, where the rank cannot reach the run's folder: {"id", "offset", "size", "data", ...}. The aggregator
+# writes the bytes into the folder, and only their location into the store.
 BLOBS = Log("blobs", 0)
 # {"kind": str, "t_ns": int, ...}; kinds: loader, model, process, exit, warning, sampler.
 INFO = Log("info", 256 * 1024)
@@ -397,7 +399,7 @@ PACKED: tuple[Table, ...] = (
     METRICS,
 )
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
-# What the user logged is never evicted: past the memory's bound it goes to a journal on disk.
+# Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.
 USER_TABLES = frozenset({METRICS.name, LOGGED.name})
 JOURNALED = USER_TABLES | {NAMES.name}
 TABLES: dict[str, Table | Log] = {

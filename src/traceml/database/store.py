@@ -1,6 +1,6 @@
-"""The store of one run: every row once, in one SQLite file, written by one process and followed by any number.
+"""Writer of a run's store: each row once, in one SQLite file with one writer and any number of readers.
 
-Ranks' frames are buffered, compressed and written in one transaction per tick; what `commit` has returned is durable.
+Frames are buffered, compressed and written in one transaction per tick. Rows are durable once `commit` returns them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store_file import open_for_writing, translate_errors
 from traceml.errors import StoreError
 
-__all__ = ["StoreStatistics", "StoreWriter", "fold"]
+__all__ = ["StoreStatistics", "StoreWriter", "merge_wal"]
 
-# Frames of one table that arrive within a tick are stored as one, up to this size.
+# Frames of one table within a tick are merged into one, up to this size.
 _MERGE_ROWS = 4096
 _NO_STEP = -1
 _INSERT = "INSERT INTO frames (stream, tbl, seq, n, first_step, last_step, codec, data) VALUES (?,?,?,?,?,?,?,?)"
@@ -37,7 +37,7 @@ _Key = tuple[int, str]
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """What a writer did since it was opened, and what waits."""
+    """Counts of a writer since it was opened, and its buffered bytes."""
 
     rows: int
     frames: int
@@ -49,8 +49,8 @@ class StoreStatistics:
 
 
 @dataclass(slots=True)
-class _Growing:
-    """Consecutive rows of one (stream, table) that wait for the next commit."""
+class _FrameBuffer:
+    """Consecutive rows of one (stream, table), buffered for the next commit."""
 
     seq: int
     n: int = 0
@@ -60,15 +60,15 @@ class _Growing:
 
 
 class StoreWriter:
-    """Writes a run's store. One per store: a second one, in whatever process, is refused.
+    """Writes a run's store. A second writer of the same store, in any process, is refused.
 
     Open it after any fork.
 
     Args:
-        path: the file; made when it is not there, continued when it is.
+        path: the file; created if missing, else continued.
 
     Raises:
-        StoreError: it cannot be made or opened; the text says why and what to do.
+        StoreError: it cannot be created or opened; the message says why and what to do.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,7 +84,7 @@ class StoreWriter:
             self._unlock()
             raise
 
-        self._growing: dict[_Key, _Growing] = {}
+        self._buffers: dict[_Key, _FrameBuffer] = {}
         self._encoded: list[tuple[Any, ...]] = []
         self._dirty_streams: set[int] = set()
         self._meta: dict[str, bytes] = {}
@@ -102,11 +102,11 @@ class StoreWriter:
         self.close()
 
     def stream(self, identity: StreamIdentity, **facts: Any) -> int:
-        """Return the id of a rank's incarnation: the same one whenever it comes back, also after a reopening.
+        """Return the id of a stream: always the same for one identity, also after the store was reopened.
 
         Args:
-            identity: who it is.
-            facts: what else is known of it; merged into what is stored.
+            identity: its rank and process.
+            facts: further facts, merged into the stored ones.
         """
         known = self._ids.get(identity)
         if known is None:
@@ -121,9 +121,9 @@ class StoreWriter:
         return known
 
     def update_stream(self, stream: int, **facts: Any) -> None:
-        """Merge facts (state, exit, clock offset, …) into a stream's; written by the next commit.
+        """Merge facts (state, exit, clock offset, …) into those of a stream; the next commit writes them.
 
-        `appended={table: rows}` tells how many rows a rank that ended had: what is missing then counts as lost.
+        `appended={table: rows}` is the total of a rank that ended: rows that are missing then count as lost.
         """
         identity, stored = self._streams[stream]
         self._streams[stream] = (identity, stored | facts)
@@ -139,21 +139,21 @@ class StoreWriter:
         first_step: int = _NO_STEP,
         last_step: int = _NO_STEP,
     ) -> int:
-        """Buffer a frame for the next commit; return how many of its rows were new.
+        """Buffer a frame for the next commit; return the number of new rows.
 
-        Rows that came before are cut off; rows missing before `seq` count as lost for good, as no row goes back.
+        Repeated rows are dropped. Rows missing before `seq` count as lost, because rows never arrive out of order.
 
         Args:
             stream: from `stream()`.
             table: name of the table.
             seq: number of the first row.
             n: number of rows.
-            data: the rows, as they came over the wire.
-            first_step: training step of the first row; -1 where rows have none.
+            data: the rows as received.
+            first_step: training step of the first row; -1 for rows without steps.
             last_step: training step of the last row.
 
         Raises:
-            ValueError: no such stream or table, or the size does not fit the number of rows.
+            ValueError: the stream or table is unknown, or the size does not match the number of rows.
         """
         _validate(table, n, data)
         if stream not in self._streams:
@@ -172,15 +172,15 @@ class StoreWriter:
         if seq > expected:
             self._lost[key] = self._lost.get(key, 0) + seq - expected
 
-        growing = self._growing.get(key)
-        if growing is None or seq != growing.seq + growing.n or growing.n + n > _MERGE_ROWS:
-            growing = self._begin(key, seq)
+        buffer = self._buffers.get(key)
+        if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
+            buffer = self._begin(key, seq)
 
-        growing.n += n
-        growing.parts.append(bytes(data))
-        growing.last_step = last_step
-        if growing.first_step == _NO_STEP:
-            growing.first_step = first_step
+        buffer.n += n
+        buffer.parts.append(bytes(data))
+        buffer.last_step = last_step
+        if buffer.first_step == _NO_STEP:
+            buffer.first_step = first_step
 
         self._next[key] = seq + n
         return n
@@ -190,30 +190,30 @@ class StoreWriter:
         return self._next.get((stream, table), 0)
 
     def lost(self, stream: int, table: str) -> int:
-        """Return how many rows are missing before the one that is expected next."""
+        """Return the number of rows missing before the next expected one."""
         return self._lost.get((stream, table), 0)
 
     def put_meta(self, key: str, value: Any) -> None:
-        """Set a fact of the run, anything msgpack can hold; written by the next commit."""
+        """Set a fact of the run, any msgpack value; the next commit writes it."""
         self._meta[key] = msgpack.packb(value)
 
     def event(self, kind: str, data: dict[str, Any]) -> None:
-        """Note that something happened, now; written by the next commit."""
+        """Record an event with the current time; the next commit writes it."""
         self._events.append((time.time_ns(), kind, msgpack.packb(data)))
 
     def commit(self) -> dict[tuple[int, str], int]:
-        """Write all that is buffered, in one transaction.
+        """Write all buffered rows in one transaction.
 
         Returns:
-            What may be acknowledged: per (stream, table) that got rows, the number of the row expected next.
+            What to acknowledge: the number of the next expected row, per (stream, table) that got rows.
 
         Raises:
-            StoreError: nothing was written, typically for want of space; all is kept for the next call.
+            StoreError: nothing was written, usually because the disk is full; all rows stay for the next call.
         """
-        for key in list(self._growing):
+        for key in list(self._buffers):
             self._finish(key)
 
-        # Who follows the frames by number finds each name before the rows that use it.
+        # A reader that follows frames by id finds each name before the rows that use it.
         names = self._table_ids[NAMES.name]
         self._encoded.sort(key=lambda frame: frame[1] != names)
         if not (self._encoded or self._dirty_streams or self._meta or self._events):
@@ -237,8 +237,8 @@ class StoreWriter:
         return done
 
     def statistics(self) -> StoreStatistics:
-        """Return counts since it was opened."""
-        waiting = sum(len(part) for growing in self._growing.values() for part in growing.parts)
+        """Return counts since the writer was opened."""
+        waiting = sum(len(part) for buffer in self._buffers.values() for part in buffer.parts)
         return StoreStatistics(
             self._rows,
             self._frames,
@@ -250,10 +250,10 @@ class StoreWriter:
         )
 
     def close(self) -> None:
-        """Commit, fold the write-ahead log into the file, and close.
+        """Commit, merge the write-ahead log into the file, and close.
 
         Raises:
-            StoreError: the last rows could not be written; it is closed all the same.
+            StoreError: the last rows could not be written; the file is closed anyway.
         """
         if not self._unlock.alive:
             return
@@ -262,26 +262,26 @@ class StoreWriter:
             self.commit()
             with translate_errors(self.path, "close"):
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-                with contextlib.suppress(sqlite3.OperationalError):  # someone is reading it: then it stays as it is
-                    # One file without companions: it can be copied, and read where nothing can be written.
+                with contextlib.suppress(sqlite3.OperationalError):  # a reader has it open: the log stays
+                    # A single file can be copied, and read from read-only media.
                     self._database.execute("PRAGMA journal_mode=DELETE")
         finally:
             self._database.close()
             self._unlock()
 
-    def _begin(self, key: _Key, seq: int) -> _Growing:
-        if key in self._growing:
+    def _begin(self, key: _Key, seq: int) -> _FrameBuffer:
+        if key in self._buffers:
             self._finish(key)
 
-        self._growing[key] = _Growing(seq)
-        return self._growing[key]
+        self._buffers[key] = _FrameBuffer(seq)
+        return self._buffers[key]
 
     def _finish(self, key: _Key) -> None:
-        growing = self._growing.pop(key)
+        buffer = self._buffers.pop(key)
         stream, table = key
-        codec, data = encode(TABLES[table], b"".join(growing.parts))
-        steps = (growing.first_step, growing.last_step)
-        self._encoded.append((stream, self._table_ids[table], growing.seq, growing.n, *steps, int(codec), data))
+        codec, data = encode(TABLES[table], b"".join(buffer.parts))
+        steps = (buffer.first_step, buffer.last_step)
+        self._encoded.append((stream, self._table_ids[table], buffer.seq, buffer.n, *steps, int(codec), data))
         self._touched.add(key)
 
     def _write(self) -> None:
@@ -294,7 +294,7 @@ class StoreWriter:
             database.executemany("INSERT INTO events (epoch_ns, kind, data) VALUES (?, ?, ?)", self._events)
             database.execute("COMMIT")
         except BaseException:
-            # A full disk may have rolled it back already.
+            # A full disk may already have rolled it back.
             if database.in_transaction:
                 database.execute("ROLLBACK")
 
@@ -305,7 +305,7 @@ class StoreWriter:
         return (stream, *identity, msgpack.packb(facts))
 
     def _load(self) -> None:
-        """Find out where a store that is continued stands."""
+        """Load the streams and positions of a store that is continued."""
         with translate_errors(self.path, "read"):
             names: dict[int, str] = dict(self._database.execute("SELECT id, name FROM tables"))
             self._table_ids = {name: number for number, name in names.items()}
@@ -323,27 +323,27 @@ class StoreWriter:
                 self._lost[stream, names[number]] = after - stored
 
 
-def fold(path: Path) -> None:
-    """Leave a finished store as one file without companions, where readers had kept it from that when it was closed."""
+def merge_wal(path: Path) -> None:
+    """Merge the write-ahead log of a finished store that readers had open when it was closed."""
     if not path.with_name(f"{path.name}-wal").exists():
         return
 
-    with contextlib.suppress(StoreError):  # somebody writes it again, or it cannot be written: it is whole all the same
+    with contextlib.suppress(StoreError):  # it has a writer again, or is read-only: it is complete anyway
         StoreWriter(path).close()
 
 
 def _lock_folder(path: Path) -> int:
-    """Lock the folder of the store against a second writer; never the file: SQLite's own locks are on it."""
+    """Lock the folder of the store against a second writer. The file itself carries SQLite's locks."""
     descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise StoreError(
-            f"another aggregator writes the run's store {path}. End it first, or use another run."
+            f"another aggregator is writing the run's store {path}. Stop it first, or use another run."
         ) from None
     except OSError:
-        pass  # a network filesystem that cannot lock folders: SQLite's locks still keep the file whole
+        pass  # a network filesystem without folder locks: SQLite's locks still protect the file
 
     return descriptor
 

@@ -1,4 +1,4 @@
-"""The store's file: its tables, how it is opened, and how SQLite's troubles are told to a person."""
+"""File of the store: its SQL tables, opening, and error messages for SQLite errors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _BUSY_MS = 5000
 # With 4 kB pages a frame over 1 kB spills into overflow pages and wastes up to 43 %.
 _PAGE_BYTES = 32768
 
-# Frames of one (stream, table) never overlap and are inserted in the order of seq, from 0. So what is stored is
-# sum(n), what comes next is max(seq + n), and what was lost before is the difference: no count can go wrong by itself.
+# Frames of one (stream, table) never overlap and are inserted in order of seq, from 0. So sum(n) rows are stored,
+# max(seq + n) is the next one, and the difference is lost: no separate count can go wrong.
 _DDL = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE tables (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, layout BLOB NOT NULL);
@@ -43,15 +43,15 @@ CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEX
 
 @contextmanager
 def translate_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turn SQLite's errors into a StoreError that names the file and what to do.
+    """Convert SQLite errors to a StoreError that names the file and the remedy.
 
     Args:
         path: the store.
-        doing: what failed, as in "cannot {doing} the run's store".
+        doing: the action that failed, as in "cannot {doing} the run's store".
     """
     try:
         yield
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # the driver cannot decode a text that is damaged
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the driver cannot decode damaged text
         raise StoreError(f"cannot {doing} the run's store {path}: {error}. {_advice(path, error)}") from error
     except OSError as error:
         if isinstance(error, StoreError):
@@ -61,15 +61,15 @@ def translate_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 def create(path: Path) -> None:
-    """Make an empty store; it appears under its name only when it is whole. Its folder is locked by the caller.
+    """Create an empty store under a temporary name, then rename it. The caller has locked the folder.
 
     Raises:
-        StoreError: the folder cannot be written, or the disk is full.
+        StoreError: the folder is not writable, or the disk is full.
     """
     half = path.with_name(f"{path.name}.new-{os.getpid()}")
     with translate_errors(path, "create"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_drafts(path)  # of writers that were killed over it
+        _remove_drafts(path)  # left by killed writers
         try:
             _build(half)
             half.replace(path)
@@ -84,10 +84,10 @@ def _remove_drafts(path: Path) -> None:
 
 
 def open_for_writing(path: Path) -> sqlite3.Connection:
-    """Open a store for its one writer, making it when it is not there.
+    """Open a store for its only writer; create it if missing.
 
     Raises:
-        StoreError: see `translate_errors`; also when it is no store, or one of another version.
+        StoreError: see `translate_errors`; also when it is not a store, or has another version.
     """
     if not path.exists() or path.stat().st_size == 0:
         create(path)
@@ -108,10 +108,10 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
-    """Open a store that another process may be writing.
+    """Open a store read-only; another process may be writing it.
 
     Raises:
-        StoreError: there is none, it is damaged, no store, or one of another version.
+        StoreError: the file is missing, damaged, not a store, or has another version.
     """
     if not path.is_file():
         raise StoreError(f"there is no run's store at {path}.")
@@ -120,7 +120,7 @@ def open_for_reading(path: Path) -> sqlite3.Connection:
         try:
             return _connect_reader(path, "mode=ro")
         except sqlite3.OperationalError:
-            # A store on read-only media: SQLite cannot make its -shm file there, and nobody can be writing.
+            # Read-only media: SQLite cannot create its -shm file there, and there is no writer.
             if os.access(path.parent, os.W_OK) or path.with_name(path.name + "-wal").exists():
                 raise
 
@@ -154,7 +154,7 @@ def _build(path: Path) -> None:
 def _check(database: sqlite3.Connection, path: Path) -> None:
     application = database.execute("PRAGMA application_id").fetchone()[0]
     if application != _APPLICATION_ID:
-        raise StoreError(f"{path} is a database, but no traceml store. Move it away, or choose another folder.")
+        raise StoreError(f"{path} is a database, but not a traceml store. Move it away, or choose another folder.")
 
     version = database.execute("PRAGMA user_version").fetchone()[0]
     if version != STORE_VERSION:
@@ -169,23 +169,23 @@ def _check_layouts(database: sqlite3.Connection, path: Path) -> None:
     for name, table in TABLES.items():
         if stored.get(name) != msgpack.packb(table.layout):
             raise StoreError(
-                f"the run's store {path} keeps table {name!r} with other columns than this traceml writes. "
-                "Start a new run for it."
+                f"the run's store {path} has table {name!r} with other columns than this version of traceml writes. "
+                "Start a new run."
             )
 
 
 def _advice(path: Path, error: Exception) -> str:
     text = str(error)
     if "full" in text or "disk I/O" in text:
-        return f"Free some space on the disk of {path.parent}; what was not stored is kept and tried again."
+        return f"Free some space on the disk of {path.parent}; unwritten rows are kept and written later."
 
     if any(word in text for word in ("malformed", "not a database", "decode")):
-        return "The file is damaged: move it away. What SQLite can save: `sqlite3 store.db .recover`."
+        return "The file is damaged: move it away. To recover rows: `sqlite3 store.db .recover`."
 
     if "locked" in text:
-        return "Another program holds it: end it, or wait."
+        return "Another program has it locked: stop it, or wait."
 
     if "closed" in text:
-        return "It was closed before."
+        return "It is already closed."
 
-    return "See that the folder exists and may be read and written."
+    return "Check that the folder exists and is readable and writable."

@@ -62,7 +62,7 @@ class RecorderThread:
         self._telemetry = flight.ring("telemetry")
         # Rings of megabytes: their stored rows need not stay resident in the user's process.
         self._large = [ring for ring in flight.rings.values() if ring.capacity * ring.row_bytes > _LARGE_BYTES]
-        self._kept = flight.kept
+        self._kept = flight.journaled
         self._released = dict.fromkeys(flight.rings, 0)
         self._telemetry_ns = monotonic_ns() + _FIRST_TELEMETRY_NS
         self._calls: deque[Callable[[], None]] = deque()

@@ -103,7 +103,7 @@ class Recording:
             capacities=_child_capacities(config) if is_child else _capacities(config),
             fallback=config.runs_dir / FALLBACK_FOLDER,
         )
-        self.files = FileUploader(self.flight.stems, self._append_logged, self._wake)
+        self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake)
         self.sender = RowSender(
             self.flight,
             self._dial,

@@ -40,8 +40,8 @@ def test_journals_and_files_come_along(script: Script, tmp_path: Path) -> None: 
     assert list((tmp_path / "traceml_runs" / FALLBACK_FOLDER).iterdir()) == []
     image = read_flight(keep_copy(data, tmp_path / "copies", "node1.example.org-1-7"))
     assert sum(taken.n for taken in image.take_all("metrics")) == 40_000
-    (note,) = image.notes
-    (file,) = image.spooled
+    (note,) = image.pending_rows
+    (file,) = image.spooled_files
     assert note["name"] == "best"
     assert file.read_bytes() == b"weights" * 1000
     image.unlink()

@@ -109,7 +109,7 @@ def _packed(image: FlightSnapshot) -> bytes:
     for path in taken:
         path.unlink(missing_ok=True)
 
-    if set(image.spooled) <= set(taken):
+    if set(image.spooled_files) <= set(taken):
         image.unlink()
 
     return buffer.getvalue()
@@ -121,10 +121,10 @@ def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
     for table, path in image.journals.items():
         yield f"journal/{table}", path
 
-    for path in sorted(image.spooled, key=lambda each: each.stat().st_size):
+    for path in sorted(image.spooled_files, key=lambda each: each.stat().st_size):
         yield f"files/{path.name}", path
 
-    for path in image.note_paths:
+    for path in image.pending_row_paths:
         yield f"files/{path.name}", path
 
 
