@@ -4,6 +4,7 @@ TraceMLError
 ├── SettingsError                 (ValueError)     a setting has an unknown name or a bad value
 ├── AggregatorUnavailableError    (ConnectionError) no aggregator answered within the time allowed
 ├── AggregatorRefusedError        (ConnectionError) an aggregator answered and refused: token, version, limits
+│   └── AggregatorForeignError                     it belongs to another user or another host: its token is unknown
 ├── ProtocolError                 (ValueError)     bytes on the wire that are not ours or not this version's
 ├── RunNotFoundError              (LookupError)    no run where the user pointed
 ├── StoreError                    (OSError)        a run's store cannot be written or read

@@ -47,7 +47,12 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_RUN_DIR": "the run's folder; set for processes that write into it",
     "TRACEML_SUPERVISED": "set to the process that reports this rank's exit to the aggregator",
 }
-# The file forms accept these too: what users of the peers write.
+# Reserved names of settings that nothing reads yet: setting one is an error, except to what is true anyway.
+_RESERVED: dict[str, tuple[str, str]] = {
+    "hang_timeout": ("hangs are not detected yet", "nothing (remove this setting)"),
+    "tls": ("connections cannot be encrypted yet", "false"),
+}
+# Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
 
 
@@ -85,7 +90,6 @@ class Config:
         "set it in the environment or in a file, never in a command line.",
         secret=True,
     )
-    tls: bool = _set(False, "Encrypt the connection. Not available yet: only false is accepted.")
     local: bool = _set(False, "Start an aggregator for this job on this host when none answers.")
     on_missing: Literal["raise", "warn"] = _set(
         "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
@@ -133,7 +137,6 @@ class Config:
         "`re:EXPRESSION`. `!NAME` exempts a name, `!email`, `!phone`, `!card`, `!user` turn a kind off.",
     )
     local_only: bool = _set(False, "Deliver to nothing that is not on this machine.")
-    hang_timeout: float = _set(60.0, "Seconds without the end of a step after which a job counts as hanging.", above=0)
     keep_runs: int | None = _set(
         None,
         "Runs that are kept: when a run has ended and is delivered, older ones that are delivered too are removed. "
@@ -177,7 +180,7 @@ class Declaration:
     @property
     def allowed(self) -> str:
         """What is accepted, in words."""
-        return allowed(self.kind, self.limits) if self.name != "tls" else "false (encryption is not available yet)"
+        return allowed(self.kind, self.limits)
 
 
 @cache
@@ -230,7 +233,7 @@ _Entry = tuple[str, str, Any]  # (source, setting, value)
 
 def _arguments(arguments: Mapping[str, Any]) -> Iterator[_Entry]:
     for key, value in arguments.items():
-        yield "argument", *_checked(key, value, "argument", key)
+        yield from _checked(key, value, "argument", key)
 
 
 def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
@@ -241,11 +244,10 @@ def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
             continue
 
         key = upper.removeprefix(ENV_PREFIX).lower()
-        name = _known(key, text, variable, variable)
-        if not text.strip() and get_origin(declarations()[name].kind) is not tuple:
+        if not text.strip() and (key in _RESERVED or not _is_list(_known(key, text, variable, variable))):
             continue
 
-        yield variable, *_checked(key, text, variable, variable)
+        yield from _checked(key, text, variable, variable)
 
 
 def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -321,7 +323,7 @@ def _table(table: Any, path: Path) -> Iterator[_Entry]:
     for key, value in table.items():
         # `backends` is a list of names, or one table of options per name.
         name = "backend_options" if key == "backends" and isinstance(value, dict) else key
-        yield str(path), *_checked(name, value, str(path), key)
+        yield from _checked(name, value, str(path), key)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -342,12 +344,23 @@ def _known(key: str, value: Any, source: str, written: str) -> str:
     raise SettingsError(written, problem, source=source, allowed=", ".join(declarations()))
 
 
-def _checked(key: str, value: Any, source: str, written: str) -> tuple[str, Any]:
-    """Return (setting, value in its own type); `written` is the key as the user wrote it."""
+def _is_list(name: str) -> bool:
+    return get_origin(declarations()[name].kind) is tuple
+
+
+def _checked(key: str, value: Any, source: str, written: str) -> Iterator[_Entry]:
+    """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
+    if key in _RESERVED:
+        problem, permitted = _RESERVED[key]
+        if permitted == "false" and coerce(bool, value, {}) is False:
+            return
+
+        raise SettingsError(written, problem, source=source, allowed=permitted)
+
     name = _known(key, value, source, written)
     declared = declarations()[name]
     result = coerce(declared.kind, value, declared.limits)
-    if result is BAD or (name == "tls" and result):
+    if result is BAD:
         shown = "a value" if declared.secret else repr(value)
         raise SettingsError(written, f"{shown} is not allowed", source=source, allowed=declared.allowed)
 
@@ -356,7 +369,7 @@ def _checked(key: str, value: Any, source: str, written: str) -> tuple[str, Any]
 
         Masker(result, source=source)  # what cannot be understood is said now, not when something must be masked
 
-    return name, result
+    yield source, name, result
 
 
 # --- the reference page; the pydantic form ----------------------------------------------------------------------
@@ -371,6 +384,8 @@ def reference() -> str:
         shown = "-" if shown is None or shown in ("", {}) else str(shown).lower() if shown in (True, False) else shown
         lines.append(f"| `{each.name}` | {shown} | {each.doc} | {each.allowed} |")
 
+    lines.append(_REFERENCE_RESERVED)
+    lines.extend(f"- `{name}`: {problem}. Allowed: {permitted}." for name, (problem, permitted) in _RESERVED.items())
     lines.append(_REFERENCE_INTERNAL)
     lines.extend(f"- `{name}`: {doc}." for name, doc in sorted(INTERNAL_ENV.items()))
     return "\n".join(lines) + "\n"
@@ -390,6 +405,12 @@ Under `traceml run` and `launch` the aggregator's address, the token and the run
 
 | setting | default | what it does | allowed |
 |---|---|---|---|"""
+
+_REFERENCE_RESERVED = """
+## Reserved names
+
+Settings of later versions. Setting one is an error.
+"""
 
 _REFERENCE_INTERNAL = """
 ## Variables that our own processes set for each other

@@ -47,7 +47,7 @@ def test_bad_settings_are_the_callers() -> None:
     """init raises what it is told wrongly, before anything is started."""
     with pytest.raises(traceml.SettingsError, match="did you mean 'port'"):
         traceml.init(prot=1)
-    with pytest.raises(traceml.SettingsError, match="not available yet"):
+    with pytest.raises(traceml.SettingsError, match="cannot be encrypted yet"):
         traceml.init(tls=True)
 
 

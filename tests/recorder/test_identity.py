@@ -40,12 +40,11 @@ def test_the_hello_tells_what_the_flight_file_tells(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    config = settings.load({}, Path("/proc"), run_name="name", project="p", hang_timeout=7)
+    config = settings.load({}, Path("/proc"), run_name="name", project="p")
     identity = identify(config)
     hello, facts = identity.hello(config, Path("/x.flight")), identity.facts(config)
 
     assert (hello.run, hello.name, hello.project, hello.flight) == (identity.job, "name", "p", "/x.flight")
-    assert hello.hang_timeout_s == 7
     assert facts["job"] == hello.run
     for name in ("rank", "world_size", "local_rank", "attempt", "host", "recorder"):
         assert facts[name] == getattr(hello, name)

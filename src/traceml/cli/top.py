@@ -106,7 +106,7 @@ def _runs_of(host: str, port: int) -> Path:
 
 def _newest(places: list[Path]) -> Path:
     infos = [info for place in places for info in list_runs(place)]
-    running = [info for info in infos if info.state in ("running", "hung")]
+    running = [info for info in infos if info.state == "running"]
     if running:
         return max(running, key=_age).path
 

@@ -59,7 +59,6 @@ class Identity:
             project=config.project,
             command=_command()[:4000],
             flight=str(flight or ""),
-            hang_timeout_s=config.hang_timeout,
         )
 
     def of_child(self, *, provisional: bool = False) -> Identity:

@@ -31,7 +31,7 @@ class RunInfo:
     Attributes:
         path: its folder.
         id: the folder's name, name: what the user called it.
-        state: running, finished, failed, hung, lost; `damaged` when its store cannot be read.
+        state: running, finished, failed, lost; `damaged` when its store cannot be read.
         started: epoch seconds, duration_s: how long it took, None while it runs.
         verdict: the kind in its report, or so far while it runs; None before there is one.
         severity: of that verdict: info, warning or critical.

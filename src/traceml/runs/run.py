@@ -81,7 +81,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, finished, failed, hung or lost."""
+        """running, finished, failed or lost."""
         return self._built().run.state
 
     @property

@@ -74,11 +74,6 @@ class Decoder:
         self.limit_bytes = limit_bytes
         self._rest = bytearray()
 
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of a frame that is not complete yet."""
-        return len(self._rest)
-
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Return the messages which `data` completes.
 

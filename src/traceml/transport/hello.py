@@ -49,7 +49,6 @@ class Hello:
         command: the command line of the job.
         flight: path of this rank's flight file, "" when it is not on a file system.
         restarts_left: how often the job's launcher may still restart its workers.
-        hang_timeout_s: after this long without a step the run counts as hung.
         schemas: see `schemas()`.
         clock: (monotonic_ns, epoch_ns) taken together; (0, 0) of a peer that told something else.
     """
@@ -72,7 +71,6 @@ class Hello:
     command: str = field(default_factory=lambda: " ".join(sys.argv))
     flight: str = ""
     restarts_left: int = field(default_factory=lambda: _restarts_left(os.environ))
-    hang_timeout_s: float = 60.0
     schemas: dict[str, Any] = field(default_factory=schemas)
     clock: tuple[int, int] = field(default_factory=clock_pair)
 
@@ -146,7 +144,6 @@ _TYPES: dict[str, Any] = {
     "pid": int,
     "start_ticks": int,
     "restarts_left": int,
-    "hang_timeout_s": (int, float),
     "schemas": dict,
     "clock": (list, tuple),
 }

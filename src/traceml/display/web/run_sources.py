@@ -184,7 +184,7 @@ class RunSource:
             drawings=self._drawings(view, series),
             events=tuple(live.events),
             logs=tuple(_tails(self._path / "logs")),
-            ended=live.ended or report.run.state not in ("running", "hung"),
+            ended=live.ended or report.run.state != "running",
             silent_s=self._silent(live),
             watched=report.run.state != "lost",
         )
@@ -248,7 +248,7 @@ class RunsSource:
     def _describe(self, path: Path) -> tuple[float, RunInfo]:
         written = RunFileTimes(path).newest()
         before = self._known.get(path)
-        if before is not None and before[0] == written and before[1].state not in ("running", "hung"):
+        if before is not None and before[0] == written and before[1].state != "running":
             return before
 
         return written, describe_run(path)

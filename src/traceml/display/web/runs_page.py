@@ -126,7 +126,7 @@ class _RunRow:
         self._verdict.look(f"pill {run.severity or ''}")
         shown(self._verdict, run.verdict is not None)
         took = run.duration_s
-        if took is None and run.started is not None and run.state in ("running", "hung"):
+        if took is None and run.started is not None and run.state == "running":
             took = time.time() - run.started
 
         for cell, text in zip(

@@ -33,7 +33,7 @@ _LONGEST_PATH = 400
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
 _BATCH = 1000
-_TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "hung": "KILLED", "lost": "KILLED"}
+_TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "lost": "KILLED"}
 
 
 class MLflowBackend(BackendInterface):

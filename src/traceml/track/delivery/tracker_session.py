@@ -212,7 +212,7 @@ class TrackerSession:
 
         Args:
             experiment: which.
-            state: how the training ended: finished, failed, hung, or lost.
+            state: how the training ended: finished, failed or lost.
         """
         kept = self.kept(experiment)
         if not kept or kept.get("ended"):

@@ -144,7 +144,7 @@ class BackendInterface(ABC):
         self.log_params({f"tags/{key}": value for key, value in tags.items()})
 
     def end_state(self, state: str) -> None:  # noqa: B027 - a tracker without states has nothing to do
-        """Send the state in which the training ended, before `end_experiment`: finished, failed, hung, or lost."""
+        """Send the state in which the training ended, before `end_experiment`: finished, failed or lost."""
 
     def flush(self) -> None:  # noqa: B027 - most trackers are done when a call returns
         """Return when everything given so far survives the death of this process."""
