@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from traceml.cli import COMMANDS
-from traceml.diagnosis.findings import Kind
+from traceml.diagnosis.kinds import Kind
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

@@ -6,12 +6,20 @@ import pytest
 
 from traceml.formatting import (
     bytes_text,
+    capitalized,
     count_text,
     duration_text,
+    factor_text,
     ms_text,
+    ns_text,
     overhead_text,
     percent_text,
+    phase_label,
+    phase_words,
+    ranks_text,
     rate_text,
+    short_label,
+    signal_name,
 )
 
 
@@ -67,3 +75,45 @@ def test_other_texts():
     assert (rate_text(0.213), rate_text(36.61), rate_text(15200.0)) == ("0.21", "36.6", "15,200")
     assert overhead_text(5.13, 0.0002) == "5.1 us per step (0.02 %)"
     assert overhead_text(None, None) == "not measured"
+
+
+def test_ns_and_factor_text():
+    """A duration in nanoseconds reads as one in milliseconds; a factor has two or three digits."""
+    assert (ns_text(20_400_000), ns_text(850_000)) == ("20.4 ms", "850 us")
+    assert (factor_text(4.69), factor_text(1.126)) == ("4.7x", "1.13x")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "text"),
+    [
+        ([], "all ranks"),
+        ([3], "rank 3"),
+        ([1, 3], "ranks 1, 3"),
+        ([1, 0], "ranks 0, 1"),
+        ([0, 1, 2, 3, 7], "ranks 0-3, 7"),
+        (range(16), "ranks 0-15"),
+        (range(1, 24, 2), "ranks 1, 3, 5, 7 and 8 more"),
+        ([1, 3, 5, 7, *range(10, 3000)], "ranks 1, 3, 5, 7 and 2,990 more"),
+    ],
+)
+def test_ranks_text(ranks, text):
+    """Ranks are listed as ranges, at most four of them."""
+    assert ranks_text(ranks) == text
+
+
+def test_phases():
+    """A phase has a label, a short label and words for a sentence; the user's own are named."""
+    assert [phase_label("input_wait"), short_label("optimizer"), phase_words("h2d")] == [
+        "input", "optim", "host-to-device copying",
+    ]  # fmt: skip
+    assert [phase_label("augment"), phase_words("augment")] == ["augment", "phase 'augment'"]
+
+
+def test_capitalized():
+    """Only the first letter changes."""
+    assert capitalized("rank 1 of H200") == "Rank 1 of H200"
+
+
+def test_signal_name():
+    """A signal without a name stays a number."""
+    assert (signal_name(9), signal_name(250)) == ("SIGKILL", "signal 250")

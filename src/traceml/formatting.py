@@ -1,10 +1,44 @@
-"""Numbers as people read them; each text has a bounded width, so columns stay where they are."""
+"""Text for numbers, ranks, phases and signals; texts of numbers have a bounded width."""
 
 from __future__ import annotations
 
-__all__ = ["bytes_text", "count_text", "duration_text", "ms_text", "overhead_text", "percent_text", "rate_text"]
+import signal
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "bytes_text",
+    "capitalized",
+    "count_text",
+    "duration_text",
+    "factor_text",
+    "ms_text",
+    "ns_text",
+    "overhead_text",
+    "percent_text",
+    "phase_label",
+    "phase_words",
+    "ranks_text",
+    "rate_text",
+    "short_label",
+    "signal_name",
+]
 
 MISSING = "-"
+
+# Phase -> (label in a table, words in a sentence). Other names are the user's own phases.
+_PHASES = {
+    "input_wait": ("input", "data loading"),
+    "h2d": ("h2d", "host-to-device copying"),
+    "forward": ("forward", "forward"),
+    "backward": ("backward", "backward"),
+    "optimizer": ("optimizer", "optimizer"),
+    "comm": ("comm", "communication"),
+    "checkpoint": ("checkpoint", "checkpoint saving"),
+    "user": ("user", "user phases"),
+    "other": ("other", "code outside the known phases"),
+}
+_SHORT_LABELS = {"optimizer": "optim", "checkpoint": "ckpt"}
+_LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
 
 def count_text(count: int | None) -> str:
@@ -24,6 +58,16 @@ def ms_text(ms: float | None) -> str:
         return f"{_three_digits(ms)} ms"
 
     return f"{_three_digits(ms / 1e3)} s"
+
+
+def ns_text(nanoseconds: float) -> str:
+    """Return a duration as `ms_text` does."""
+    return ms_text(nanoseconds / 1e6)
+
+
+def factor_text(value: float) -> str:
+    """Return a speed-up: `4.7x`, `1.13x`."""
+    return f"{value:.1f}x" if value >= 1.995 else f"{value:.2f}x"
 
 
 def rate_text(per_second: float | None) -> str:
@@ -91,3 +135,62 @@ def _fine_percent(share: float) -> str:
 
 def _three_digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def ranks_text(ranks: Iterable[int]) -> str:
+    """Return `rank 3`, `ranks 0-3, 7`, `ranks 1, 3, 5, 7 and 12 more`; `all ranks` for none."""
+    numbers = sorted(ranks)
+    if not numbers:
+        return "all ranks"
+
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+
+    ranges = _ranges(numbers)
+    listed, rest = ranges[:_LISTED_RANKS], ranges[_LISTED_RANKS:]
+    text = ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in listed)
+    more = sum(last - first + 1 for first, last in rest)
+    return f"ranks {text}" + (f" and {count_text(more)} more" if more else "")
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Return runs of three or more consecutive numbers as (first, last), others alone."""
+    ranges: list[tuple[int, int]] = []
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+            continue
+
+        run = numbers[start:end]
+        ranges += [(run[0], run[-1])] if len(run) > 2 else [(number, number) for number in run]
+        start = end
+
+    return ranges
+
+
+def capitalized(text: str) -> str:
+    """Return the text with a capital first letter, the rest unchanged."""
+    return text[:1].upper() + text[1:]
+
+
+def phase_label(phase: str) -> str:
+    """Return a phase's name for a column or a bar."""
+    return _PHASES[phase][0] if phase in _PHASES else phase
+
+
+def short_label(phase: str) -> str:
+    """Return a phase's name for a narrow column."""
+    return _SHORT_LABELS.get(phase) or phase_label(phase)
+
+
+def phase_words(phase: str) -> str:
+    """Return a phase's name for a sentence; a user's phase in quotes."""
+    return _PHASES[phase][1] if phase in _PHASES else f"phase '{phase}'"
+
+
+def signal_name(number: int) -> str:
+    """Return `SIGKILL` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

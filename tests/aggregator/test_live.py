@@ -8,7 +8,7 @@ from traceml.aggregator.live import LiveRows
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.database.schema import HOST, PROCESS, USER_PHASES
-from traceml.diagnosis.findings import Kind
+from traceml.diagnosis.kinds import Kind
 
 
 def stream_of(rank: int, attempt: int = 0) -> Stream:

@@ -51,7 +51,7 @@ def test_ranks_that_followed_are_not_the_cause():
 
     assert finding.ranks == (1,)
     assert finding.evidence["followed"] == [0, 2]
-    assert "ranks 0 and 2 ended because of that" in finding.summary
+    assert "ranks 0, 2 ended because of that" in finding.summary
 
 
 def test_the_same_exception_on_all_ranks_names_all():

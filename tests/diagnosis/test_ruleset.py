@@ -10,8 +10,9 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
 from traceml.database.schema import STEPS
-from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import StepWindow
 

@@ -205,7 +205,7 @@ def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
 
     assert verdict["kind"] == "HEALTHY"
     assert verdict["evidence"]["cpu_wait_share"] == pytest.approx(0.4)
-    assert "without a core" in verdict["next"]
+    assert "waited for a CPU core" in verdict["next"]
 
 
 def test_a_long_run_is_described_by_its_end(tmp_path):

@@ -14,7 +14,7 @@ from rich.console import Console
 from traceml.cli.parsing import parse
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.findings import Kind
+from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.runs.find import find_run

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.segments import COMPUTE, Segments
-from traceml.diagnosis.words import factor, lasting, of_ranks, percent
+from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["FLOOR_NS", "input_bound", "residual", "transfers"]
 
@@ -35,11 +36,11 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     share = saved / step_ns
     gain = speedup(segments, saved)
     summary = (
-        f"{_who(ranks)} for data: {lasting(float(removed.mean()))} of each {lasting(step_ns)} step "
-        f"({percent(share)}); with data always ready the run would be {factor(gain)} faster."
+        f"{_who(ranks)} for data: {ns_text(float(removed.mean()))} of each {ns_text(step_ns)} step "
+        f"({percent_text(share)}); with data always ready the run would be {factor_text(gain)} faster."
     )
     if (rare := _mostly_rare(values)) is not None:
-        summary = summary[:-1] + f" (most of the waiting is in {percent(rare)} of the steps)."
+        summary = summary[:-1] + f" (most of the waiting is in {percent_text(rare)} of the steps)."
 
     evidence = {**_evidence(segments, values, step_ns), **_loader_evidence(facts)}
     return [_finding(Kind.INPUT_BOUND, "input_wait", ranks, summary, advice.for_input(facts), evidence, share, gain)]
@@ -58,8 +59,8 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
 
     share, gain = saved / step_ns, speedup(segments, saved)
     summary = (
-        f"Copies to the device take {lasting(float(removed.mean()))} of each {lasting(step_ns)} step "
-        f"({percent(share)}); hidden behind computation they would make the run {factor(gain)} faster."
+        f"Copies to the device take {ns_text(float(removed.mean()))} of each {ns_text(step_ns)} step "
+        f"({percent_text(share)}); hidden behind computation they would make the run {factor_text(gain)} faster."
     )
     evidence = {**_evidence(segments, values, step_ns), **_loader_evidence(facts)}
     return [_finding(Kind.H2D_BOUND, "h2d", ranks, summary, advice.for_copies(facts), evidence, share, gain)]
@@ -88,10 +89,9 @@ def _residual(
     segments: Segments, part: str, removed: Floats, saved: float, ranks: tuple[int, ...], step_ns: float
 ) -> Finding:
     share, gain = saved / step_ns, speedup(segments, saved)
-    where = f"in your phase '{part}'" if part not in ("other", "user") else "in code outside the known phases"
     summary = (
-        f"{lasting(float(removed.mean()))} of each {lasting(step_ns)} step ({percent(share)}) is spent {where}; "
-        f"without it the run would be {factor(gain)} faster."
+        f"{ns_text(float(removed.mean()))} of each {ns_text(step_ns)} step ({percent_text(share)}) is spent in "
+        f"{phase_words(part)}; without it the run would be {factor_text(gain)} faster."
     )
     evidence = _evidence(segments, segments.parts[part], step_ns)
     return _finding(Kind.RESIDUAL_HEAVY, part, ranks, summary, advice.for_residual(part), evidence, share, gain)
@@ -124,7 +124,10 @@ def _mostly_rare(values: Floats) -> float | None:
 
 
 def _who(ranks: tuple[int, ...]) -> str:
-    return "The run waits" if not ranks else f"{of_ranks(ranks)} {'waits' if len(ranks) == 1 else 'wait'}"
+    if not ranks:
+        return "The run waits"
+
+    return f"{capitalized(ranks_text(ranks))} {'waits' if len(ranks) == 1 else 'wait'}"
 
 
 def _evidence(segments: Segments, values: Floats, step_ns: float) -> dict[str, object]:
@@ -167,7 +170,7 @@ def _finding(
 ) -> Finding:
     return Finding(
         kind=kind,
-        severity=severity_of(share),
+        severity=kind.severity_for(share),
         ranks=ranks,
         phase=phase,
         summary=summary,

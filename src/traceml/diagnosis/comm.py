@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.findings import Finding, Kind, severity_of
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.segments import Segments
 from traceml.diagnosis.window import Window
-from traceml.diagnosis.words import factor, lasting, percent
+from traceml.formatting import factor_text, ns_text, percent_text
 
 __all__ = ["comm_bound", "least_wait_ns"]
 
@@ -43,11 +44,11 @@ def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Find
     return [
         Finding(
             kind=Kind.COMM_BOUND,
-            severity=severity_of(share),
+            severity=Kind.COMM_BOUND.severity_for(share),
             phase=phase,
             summary=(
-                f"Communication takes {lasting(cost)} of each {lasting(step)} step ({percent(share)}), {where}, and no "
-                f"rank is late; hidden behind computation it would make the run {factor(gain)} faster."
+                f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), {where}, "
+                f"and no rank is late; hidden behind computation it would make the run {factor_text(gain)} faster."
             ),
             next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
             evidence={

@@ -7,10 +7,11 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.comm import least_wait_ns
-from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, Severity
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.segments import COMPUTE, Segments
-from traceml.diagnosis.words import lasting, part_words, percent
+from traceml.formatting import ns_text, percent_text, phase_words
 
 __all__ = ["COMPUTE_SHARE", "nothing_found"]
 
@@ -37,7 +38,7 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     saving = shares.get("checkpoint", 0.0)
     return Finding(
         kind=Kind.HEALTHY,
-        severity=Severity.INFO,
+        severity=Kind.HEALTHY.severity_for(0.0),
         summary=_healthy(step, shares, saving, facts),
         next=_when_healthy(facts, shares, saving),
         evidence=evidence,
@@ -74,11 +75,11 @@ def _compute_bound(
     compute = sum(means.get(part, 0.0) for part in COMPUTE) / step
     return Finding(
         kind=Kind.COMPUTE_BOUND,
-        severity=Severity.INFO,
+        severity=Kind.COMPUTE_BOUND.severity_for(0.0),
         phase=heaviest,
         summary=(
-            f"Nothing holds the run up: {percent(compute)} of each {lasting(step)} step is computation, most of it "
-            f"{part_words(heaviest)} ({lasting(means[heaviest])}, {percent(means[heaviest] / step)})."
+            f"No bottleneck found: {percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
+            f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})."
         ),
         next=advice.for_compute(heaviest, facts, segments.device),
         evidence=evidence,
@@ -87,21 +88,21 @@ def _compute_bound(
 
 def _healthy(step: float, shares: dict[str, float], saving: float, facts: JobFacts) -> str:
     if saving >= WARNING_SHARE:
-        return f"Saving checkpoints takes {percent(saving)} of all time; nothing else holds the run up."
+        return f"Saving checkpoints takes {percent_text(saving)} of all time; nothing else slows the run down."
 
     if facts.oversubscribed:
         ranks = "the ranks had" if facts.world_size > 1 else "the process had"
         return (
-            f"No rank and no part of the step stands out, but {ranks} too few cores: a step takes {lasting(step)}; "
+            f"No rank and no part of the step stands out, but {ranks} too few cores: a step takes {ns_text(step)}; "
             f"{_largest(shares)}."
         )
 
-    return f"Nothing holds the run up: a step takes {lasting(step)}; {_largest(shares)}."
+    return f"No bottleneck found: a step takes {ns_text(step)}; {_largest(shares)}."
 
 
 def _largest(shares: dict[str, float]) -> str:
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
-    told = [f"{percent(share)} {part_words(part)}" for part, share in largest]
+    told = [f"{percent_text(share)} {phase_words(part)}" for part, share in largest]
     return ", ".join(told)
 
 
@@ -111,7 +112,7 @@ def _when_healthy(facts: JobFacts, shares: dict[str, float], saving: float) -> s
 
     if facts.oversubscribed:
         return (
-            f"The ranks stood ready without a core for {percent(facts.wait_share)} of their time: try fewer ranks or "
+            f"The ranks waited for a CPU core {percent_text(facts.wait_share)} of the time: try fewer ranks or "
             "threads (OMP_NUM_THREADS) per host."
         )
 

@@ -1,70 +1,17 @@
-"""What a diagnosis says: findings, their kinds, and how heavy they weigh."""
+"""Findings of a diagnosis, and their order."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from enum import StrEnum
 from typing import Any
 
 import msgspec
 import numpy as np
 
-__all__ = [
-    "CRITICAL_SHARE",
-    "WARNING_SHARE",
-    "Finding",
-    "Kind",
-    "Severity",
-    "in_order",
-    "plain",
-    "severity_of",
-    "significant",
-]
+from traceml.diagnosis.kinds import Kind, Severity
 
-WARNING_SHARE = 0.10
-"""A timing finding costs at least this share of step time."""
-CRITICAL_SHARE = 0.25
-"""From this share on a finding is critical."""
-
-
-class Kind(StrEnum):
-    """The kinds of finding which are told today; a caller must expect more (`docs/verdicts.md`)."""
-
-    HEALTHY = "HEALTHY"
-    COMPUTE_BOUND = "COMPUTE_BOUND"
-    INPUT_BOUND = "INPUT_BOUND"
-    H2D_BOUND = "H2D_BOUND"
-    COMM_BOUND = "COMM_BOUND"
-    RESIDUAL_HEAVY = "RESIDUAL_HEAVY"
-    INPUT_STRAGGLER = "INPUT_STRAGGLER"
-    COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER"
-    H2D_STRAGGLER = "H2D_STRAGGLER"
-    STRAGGLER = "STRAGGLER"
-    JITTER = "JITTER"
-    RANK_LOST = "RANK_LOST"
-    INSUFFICIENT_DATA = "INSUFFICIENT_DATA"
-
-    @classmethod
-    def _missing_(cls, value: object) -> Kind | None:
-        """Accept a kind that a newer traceml wrote; it is not a member of the list of kinds."""
-        if not isinstance(value, str):
-            return None
-
-        unknown = str.__new__(cls, value)
-        unknown._name_ = unknown._value_ = value
-        return unknown
-
-
-class Severity(StrEnum):
-    """How heavy a finding weighs."""
-
-    INFO = "info"
-    WARNING = "warning"
-    CRITICAL = "critical"
-
-
-_OUTRANKING = frozenset({Kind.RANK_LOST})
+__all__ = ["Finding", "in_order", "plain", "significant"]
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +44,11 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         """The speed-up if it were fixed; None below half a percent."""
         return self.speedup_if_fixed if self.speedup_if_fixed >= 1.005 else None
 
+    @property
+    def headline(self) -> str:
+        """The finding in one sentence without a full stop."""
+        return self.kind.headline(self)
+
     def rounded(self) -> Finding:
         """Return the finding as the report has it: plain numbers, lists and texts, in few digits."""
         return msgspec.structs.replace(
@@ -121,14 +73,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.convert(data, cls)
 
 
-def severity_of(share: float) -> Severity:
-    """Return the severity of a timing finding that costs this share of step time."""
-    return Severity.CRITICAL if share >= CRITICAL_SHARE else Severity.WARNING
-
-
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings with the verdict first: a lost rank outranks timing, then the largest cost."""
-    return sorted(findings, key=lambda finding: (finding.kind not in _OUTRANKING, -finding.cost_share))
+    return sorted(findings, key=lambda finding: (not finding.kind.rule.outranks, -finding.cost_share))
 
 
 def significant(value: float | np.floating[Any]) -> float | None:

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
-from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
+from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["jitter", "taking_turns", "usual"]
 
@@ -119,17 +120,17 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
     rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
     share, gain = cost / step_ns, speedup(segments, cost)
     long = segments.step[events.columns]
-    where = f", mostly in {part_words(part)}" if phase else ""
+    where = f", mostly in {phase_words(part)}" if phase else ""
     who = f" on rank {rank}" if rank is not None else ""
     return Finding(
         kind=Kind.JITTER,
-        severity=severity_of(share),
+        severity=Kind.JITTER.severity_for(share),
         ranks=() if rank is None else (rank,),
         phase=phase,
         summary=(
-            f"{len(long)} of {len(segments.step)} steps take {lasting(float(long.mean()))} instead of "
-            f"{lasting(events.usual_ns)}{who}{where}: {percent(share)} of all time; without them the run would be "
-            f"{factor(gain)} faster."
+            f"{len(long)} of {len(segments.step)} steps take {ns_text(float(long.mean()))} instead of "
+            f"{ns_text(events.usual_ns)}{who}{where}: {percent_text(share)} of all time; without them the run would be "
+            f"{factor_text(gain)} faster."
         ),
         next=advice.for_jitter(phase, rank),
         evidence={
@@ -230,13 +231,13 @@ def _turns_finding(
     share, gain = saved / step_ns, speedup(segments, saved)
     return Finding(
         kind=kind,
-        severity=severity_of(share),
+        severity=kind.severity_for(share),
         ranks=ranks,
         phase=part,
         summary=(
-            f"{of_ranks(ranks)} take turns at holding the others up: in {percent(often)} of the steps "
-            f"{part_words(part)} takes one of them {lasting(late_ns)} instead of {lasting(base)}; evened out the run "
-            f"would be {factor(gain)} faster."
+            f"{capitalized(ranks_text(ranks))} take turns at slowing the others down: in {percent_text(often)} of the "
+            f"steps {phase_words(part)} takes one of them {ns_text(late_ns)} instead of {ns_text(base)}; evened out "
+            f"the run would be {factor_text(gain)} faster."
         ),
         next=(
             "Even out what the ranks do in one step: batches of like size on all ranks (bucket samples by length), "

@@ -6,9 +6,10 @@ import signal as signals
 from collections.abc import Sequence
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts, RankExit, ended_badly
-from traceml.diagnosis.words import of_ranks, part_words
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import capitalized, phase_words, ranks_text, signal_name
 
 __all__ = ["rank_lost", "root_causes"]
 
@@ -43,7 +44,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
     return [
         Finding(
             kind=Kind.RANK_LOST,
-            severity=Severity.CRITICAL,
+            severity=Kind.RANK_LOST.severity_for(0.0),
             ranks=ranks,
             phase=first.open_phase,
             summary=_summary(causes, followed),
@@ -87,7 +88,7 @@ def _follows(ended: RankExit) -> bool:
         return True
 
     if ended.signal is not None:
-        return _signal_name(ended.signal) in _SWEPT_AWAY
+        return signal_name(ended.signal) in _SWEPT_AWAY
 
     return _by_hand(ended) or _missed_a_peer(ended)
 
@@ -106,10 +107,10 @@ def _by_hand(ended: RankExit) -> bool:
 
 def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:
     first = causes[0]
-    who = of_ranks(sorted(ended.rank for ended in causes))
+    who = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
     text = f"{who} {_how(first, many=len(causes) > 1)}{_where(first)}"
     if followed:
-        text += f"; {of_ranks(followed).lower()} ended because of that"
+        text += f"; {ranks_text(followed)} ended because of that"
 
     return text + "."
 
@@ -117,7 +118,7 @@ def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:
 def _how(ended: RankExit, *, many: bool) -> str:
     was = "were" if many else "was"
     if ended.signal is not None:
-        return f"{was} killed by signal {ended.signal} ({_signal_name(ended.signal)})"
+        return f"{was} killed by signal {ended.signal} ({signal_name(ended.signal)})"
 
     if ended.exception:
         at = f" at {ended.file}:{ended.line}" if ended.file else ""
@@ -137,20 +138,13 @@ def _where(ended: RankExit) -> str:
     if step is None:
         return ", before the first step"
 
-    inside = f", in {part_words(ended.open_phase)}" if ended.open_phase else ""
+    inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
     return f", {'in' if ended.open_step is not None else 'after'} step {step}{inside}"
 
 
 def _short(exception: str, limit: int = 160) -> str:
     line = exception.strip().splitlines()[0] if exception.strip() else exception
     return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signals.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _evidence(ended: RankExit, followed: Sequence[int]) -> dict[str, object]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from traceml.diagnosis.bottlenecks import input_bound, residual, transfers
 from traceml.diagnosis.comm import comm_bound
 from traceml.diagnosis.compute import nothing_found
-from traceml.diagnosis.findings import Finding, Kind, Severity, in_order
+from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.jitter import jitter, taking_turns
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.lost_ranks import rank_lost
 from traceml.diagnosis.replay import new_step_times
 from traceml.diagnosis.segments import Segments, segments_of
 from traceml.diagnosis.stragglers import stragglers
 from traceml.diagnosis.window import Window
-from traceml.diagnosis.words import lasting, percent
+from traceml.formatting import ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "diagnose"]
 
@@ -52,7 +53,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if not turns:
         found += jitter(rest, facts, step_ns)
 
-    if not any(finding.kind.value.endswith("STRAGGLER") for finding in found):
+    if not any(finding.kind.rule.slow_ranks for finding in found):
         found += comm_bound(window, segments, facts)
 
     return found
@@ -68,7 +69,7 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
     failed = not seen and facts.state == "failed"
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
-        severity=Severity.INFO,
+        severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
         summary=f"Too little to tell what limits the run: {why}; {MIN_STEPS} are needed.",
         next=_WHEN_FAILED if failed else _for_more(seen) if ended else "Wait for more steps.",
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
@@ -100,10 +101,10 @@ def _unknown_backward(window: Window, segments: Segments) -> Finding | None:
 
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
-        severity=Severity.INFO,
+        severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
         phase="backward",
         summary=(
-            f"{lasting(backward)} of each {lasting(segments.step_ns)} step ({percent(share)}) is backward or "
+            f"{ns_text(backward)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) is backward or "
             "communication: the ranks' own backward work was not measured, so they cannot be told apart."
         ),
         next="Compare with a run on one rank: what its backward takes is computation, the rest is communication.",

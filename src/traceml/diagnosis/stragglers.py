@@ -15,12 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.findings import WARNING_SHARE, Finding, Kind, severity_of
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
+from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import lifted, saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments
-from traceml.diagnosis.words import factor, lasting, of_ranks, part_words, percent
+from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["LateRanks", "find_late", "stragglers"]
 
@@ -286,9 +287,10 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
     gain = speedup(segments, saved)
+    kind = _kind(late.part)
     return Finding(
-        kind=_kind(late.part),
-        severity=severity_of(max(share, WARNING_SHARE)),
+        kind=kind,
+        severity=kind.severity_for(share),
         ranks=ranks,
         phase=late.part,
         summary=_summary(segments, late, ranks, share, gain),
@@ -300,20 +302,20 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
 
 
 def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share: float, gain: float) -> str:
-    who, verb = of_ranks(ranks), "hold" if len(ranks) > 1 else "holds"
+    who = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = segments.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(_of_others(own[late.others]).mean())
     if late.everywhere:
         return (
-            f"{who} {verb} the others up: slower in every part of the step, {lasting(late.excess_ns)} a step more own "
-            f"work than the others (most of it in {part_words(late.part)}); the run would be {factor(gain)} faster."
+            f"{who}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
+            f"others (most of it in {phase_words(late.part)}); without it the run would be {factor_text(gain)} faster."
         )
 
     whose = "their" if len(ranks) > 1 else "its"
     return (
-        f"{who} {verb} the others up: {whose} {part_words(late.part)} takes {lasting(mine)}, {lasting(mine - others)} "
-        f"more than the others' ({lasting(others)}); that costs {percent(share)} of each step, and without it the run "
-        f"would be {factor(gain)} faster."
+        f"{who}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
+        f"others' ({ns_text(others)}); that costs {percent_text(share)} of step time, and without it the run would be "
+        f"{factor_text(gain)} faster."
     )
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text
-from traceml.renderers.words import phase_label
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text, phase_label
 
 __all__ = ["evidence_items"]
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import count_text
-from traceml.renderers.words import end_of_rank, ranks_text
+from traceml.formatting import count_text, ranks_text
+from traceml.renderers.words import end_of_rank
 from traceml.runs.report_types import (
     PhaseSection,
     Report,
@@ -108,8 +108,8 @@ class RunView:
         if not absent:
             return None
 
-        ever = "nothing has come yet" if self.run.state == "running" else "nothing ever came"
-        return f"{ever} of {ranks_text(absent)} of {count_text(self.run.world_size)}"
+        yet = " yet" if self.run.state == "running" else ""
+        return f"no data{yet} from {ranks_text(absent)} (of {count_text(self.run.world_size)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ def _phases_by_rank(report: Report) -> dict[int, tuple[tuple[str, float], ...]]:
 
 def _slowest(rows: Sequence[RankRow], verdict: Finding) -> frozenset[int]:
     """Return the ranks to mark: those that the verdict calls slow, else one whose own work stands out."""
-    if verdict.kind.endswith("STRAGGLER"):
+    if verdict.kind.rule.slow_ranks:
         return frozenset(verdict.ranks)
 
     if len(rows) < 2:

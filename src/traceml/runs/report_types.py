@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from traceml.diagnosis.findings import Finding, Kind, Severity
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import StoreError
 
 __all__ = [

@@ -93,7 +93,7 @@ def test_a_missing_rank_is_told(tmp_path):
     """Under the table of those that are there."""
     run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})
 
-    assert "Nothing ever came of rank 2 of 3." in _Page(page_of(run)).texts
+    assert "No data from rank 2 (of 3)." in _Page(page_of(run)).texts
 
 
 def test_what_a_run_calls_itself_is_text(evil):

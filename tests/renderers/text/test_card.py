@@ -46,7 +46,7 @@ def test_a_missing_rank_is_told():
     assert "Absent" not in text_of(made)
 
     made.run.world_size = 3
-    assert " Absent  nothing ever came of rank 2 of 3" in text_of(made)
+    assert " Absent  no data from rank 2 (of 3)" in text_of(made)
 
 
 def test_print_card_of_a_damaged_report(tmp_path):
@@ -93,7 +93,7 @@ def test_user_phase_is_shown_by_its_name():
 
     shown = text_of(report([{"forward": 6.0, "augment": 4.0}], blame))
 
-    assert "40 % of step time goes to your phase 'augment'" in shown
+    assert "40 % of step time is spent in phase 'augment'" in shown
     assert "\n augment    " in shown
 
 

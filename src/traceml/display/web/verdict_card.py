@@ -7,7 +7,6 @@ from traceml.display.web.elements import Container, FactList, TextNode, shown
 from traceml.formatting import count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
-from traceml.renderers.words import headline
 
 __all__ = ["FindingSection", "VerdictCard"]
 
@@ -44,7 +43,7 @@ class VerdictCard:
         self._kind.look(f"pill kind {verdict.severity}")
         self._state.say(view.run.state)
         self._state.look(f"pill {view.run.state}")
-        self._headline.say(headline(verdict))
+        self._headline.say(verdict.headline)
         self._why.say(verdict.summary)
         self._next.say(verdict.next)
         shown(self._next_block, bool(verdict.next))
@@ -72,7 +71,7 @@ class FindingSection:
             shown(row, True)
             kind.say(finding.kind.replace("_", " "))
             kind.look(f"pill {finding.severity}")
-            head.say(headline(finding))
+            head.say(finding.headline)
             next_.say(" ".join(part for part in (finding.summary, finding.next) if part))
 
         for row, *_ in self._rows[len(view.others) :]:

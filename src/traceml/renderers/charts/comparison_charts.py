@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from traceml.formatting import phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -19,7 +20,6 @@ from traceml.renderers.charts.chart_options import (
     value_axis,
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
-from traceml.renderers.words import phase_label
 from traceml.runs.series import StepSeries
 
 __all__ = ["compared_phases_chart", "compared_ranks_chart", "compared_steps_chart"]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from traceml.formatting import phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -27,7 +28,6 @@ from traceml.renderers.charts.chart_options import (
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import RunView, visible_ranks
-from traceml.renderers.words import phase_label
 from traceml.runs.metric_series import MetricSeries
 from traceml.runs.series import HeatMap, RunSeries, SampleSeries, StepSeries
 

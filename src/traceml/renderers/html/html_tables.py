@@ -6,11 +6,11 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text
+from traceml.formatting import bytes_text, capitalized, count_text, ms_text, percent_text, phase_label
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.views import RankRow, RunView, visible_ranks
-from traceml.renderers.words import phase_label, tracker_text
+from traceml.renderers.words import tracker_text
 from traceml.runs.about import About
 from traceml.runs.series import RunSeries
 
@@ -54,7 +54,7 @@ def rank_table(view: RunView) -> Iterator[str]:
         yield f'<p class="more">{count_text(hidden)} more ranks stand in report.json.</p>'
 
     if view.absent:
-        yield f'<p class="more">{escaped(view.absent.capitalize())}.</p>'
+        yield f'<p class="more">{escaped(capitalized(view.absent))}.</p>'
 
 
 def _rank(row: RankRow, phases: Sequence[str]) -> str:

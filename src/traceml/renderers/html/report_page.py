@@ -18,7 +18,6 @@ from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view
-from traceml.renderers.words import headline
 from traceml.runs.about import About
 from traceml.runs.report_types import Report
 from traceml.runs.series import RunSeries
@@ -78,7 +77,7 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
         first: whether it is the verdict.
         with_evidence: whether its numbers are shown.
     """
-    heading = f'<p class="headline">{escaped(headline(verdict))}</p>'
+    heading = f'<p class="headline">{escaped(verdict.headline)}</p>'
     gain = f'<p class="gain"><b>Gain</b>{verdict.gain:.2f}x as fast once this is fixed</p>' if verdict.gain else ""
     to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
     return (

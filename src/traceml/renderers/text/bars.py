@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from traceml.formatting import short_label
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow
-from traceml.renderers.words import short_label
 
 __all__ = ["bar", "mark", "phase_color", "sparkline", "stacked"]
 

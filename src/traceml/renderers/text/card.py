@@ -9,7 +9,7 @@ from typing import IO
 from rich.console import Console, Group
 from rich.text import Text
 
-from traceml.diagnosis.findings import Kind
+from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
     bytes_text,
     count_text,
@@ -17,12 +17,13 @@ from traceml.formatting import (
     ms_text,
     overhead_text,
     percent_text,
+    phase_label,
     rate_text,
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
-from traceml.renderers.words import headline, phase_label, tracker_text
+from traceml.renderers.words import tracker_text
 from traceml.runs.report_types import PAGE_NAME, REPORT_NAME, Report, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
@@ -136,7 +137,7 @@ def _style(severity: str) -> str:
 
 def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     verdict = view.verdict
-    for line in wrapped(headline(verdict), width - 1):
+    for line in wrapped(verdict.headline, width - 1):
         yield Text(" ").append(line, style=_style(verdict.severity))
 
     for line in wrapped(verdict.summary, width - 1):
@@ -251,7 +252,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
         yield from _labelled("Absent", view.absent, width, style="yellow")
 
     for other in view.others[:2]:
-        yield from _labelled("Also", f"{other.kind}: {headline(other)}", width)
+        yield from _labelled("Also", f"{other.kind}: {other.headline}", width)
 
     if memory := _memory_text(view):
         yield from _labelled("Memory", memory, width)

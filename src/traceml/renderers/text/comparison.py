@@ -8,10 +8,9 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text
+from traceml.formatting import bytes_text, count_text, ms_text, phase_label
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
-from traceml.renderers.words import phase_label
 
 __all__ = ["change_text", "compared_card", "compared_headline", "compared_sentences"]
 

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text
+from traceml.formatting import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text, short_label
 from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked
 from traceml.renderers.text.card import SEVERITY_STYLES, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
-from traceml.renderers.words import headline, short_label, tracker_text
+from traceml.renderers.words import tracker_text
 
 __all__ = [
     "MAX_RANK_ROWS",
@@ -157,7 +157,7 @@ def verdict_line(now: RunView) -> Text:
     """Return the verdict so far in a few words."""
     verdict = now.verdict
     return Text(" so far  ", style="dim").append(
-        headline(verdict), style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
+        verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
     )
 
 

@@ -6,10 +6,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text, phase_label
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
-from traceml.renderers.words import phase_label
 from traceml.runs.notes import Note
 from traceml.runs.report_types import Report
 

@@ -1,0 +1,149 @@
+"""Kinds of finding: each is declared here, once, with its headline and its severity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from traceml.formatting import capitalized, count_text, percent_text, phase_words, ranks_text, signal_name
+
+__all__ = ["CRITICAL_SHARE", "WARNING_SHARE", "Kind", "KindRule", "Severity"]
+
+WARNING_SHARE = 0.10
+"""A timing finding costs at least this share of step time."""
+CRITICAL_SHARE = 0.25
+"""From this share on a timing finding is critical."""
+
+
+class Severity(StrEnum):
+    """Weight of a finding, which also gives its color: green, yellow, red."""
+
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+
+class _FindingFacts(Protocol):
+    """The part of a finding that headlines need."""
+
+    @property
+    def kind(self) -> Kind: ...
+    @property
+    def ranks(self) -> tuple[int, ...]: ...
+    @property
+    def phase(self) -> str | None: ...
+    @property
+    def cost_share(self) -> float: ...
+    @property
+    def evidence(self) -> Mapping[str, Any]: ...
+
+
+def _lost_ranks(finding: _FindingFacts) -> str:
+    """Return `Rank 1 ended by SIGKILL at step 37, in forward`."""
+    evidence = finding.evidence
+    how = ""
+    if (number := evidence.get("signal")) is not None:
+        how = f" by {signal_name(int(number))}"
+    elif exception := evidence.get("exception"):
+        how = f" by {str(exception).splitlines()[0].split(':')[0]}"
+    elif (code := evidence.get("code")) is not None:
+        how = f" with exit status {code}"
+
+    step = evidence.get("step", evidence.get("last_step"))
+    when = "" if step is None else f" at step {count_text(int(step))}"
+    where = "" if finding.phase is None else f", in {phase_words(finding.phase)}"
+    return f"{capitalized(ranks_text(finding.ranks))} ended{how}{when}{where}"
+
+
+def _unknown(finding: _FindingFacts) -> str:
+    words = capitalized(finding.kind.lower().replace("_", " "))
+    where = f", in {phase_words(finding.phase)}" if finding.phase else ""
+    return f"{words} on {ranks_text(finding.ranks)}{where} (unknown to this version of traceml)"
+
+
+@dataclass(frozen=True, slots=True)
+class KindRule:
+    """Rules of a kind.
+
+    Attributes:
+        headline: a template with {share}, {phase} and {ranks_are}, or a function of the finding.
+        severity: of each finding of the kind; None where the cost decides.
+        slow_ranks: whether it blames ranks that the others wait for.
+        outranks: whether it comes before the kinds that are ordered by cost.
+    """
+
+    headline: str | Callable[[_FindingFacts], str]
+    severity: Severity | None = None
+    slow_ranks: bool = False
+    outranks: bool = False
+
+
+_SLOW = KindRule("{ranks_are} slow in {phase}: the others wait, {share}", slow_ranks=True)
+
+
+class Kind(StrEnum):
+    """The kinds of finding; `--fail-on` takes each. A reader of reports must expect more (`docs/verdicts.md`)."""
+
+    _rule: KindRule
+
+    HEALTHY = "HEALTHY", KindRule("No bottleneck found", Severity.INFO)
+    COMPUTE_BOUND = (
+        "COMPUTE_BOUND",
+        KindRule("The model's own compute limits this run, most of it in {phase}", Severity.INFO),
+    )
+    INPUT_BOUND = "INPUT_BOUND", KindRule("Training waits for data: {share}")
+    H2D_BOUND = "H2D_BOUND", KindRule("Copies to the device slow training down: {share}")
+    COMM_BOUND = "COMM_BOUND", KindRule("Communication between ranks slows training down: {share}")
+    RESIDUAL_HEAVY = "RESIDUAL_HEAVY", KindRule("{share} is spent in {phase}")
+    INPUT_STRAGGLER = "INPUT_STRAGGLER", _SLOW
+    COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER", _SLOW
+    H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
+    STRAGGLER = "STRAGGLER", _SLOW
+    JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
+    RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, outranks=True)
+    INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
+
+    def __new__(cls, value: str, rule: KindRule) -> Kind:
+        """Make the member of one declaration."""
+        kind = str.__new__(cls, value)
+        kind._value_, kind._rule = value, rule
+        return kind
+
+    @classmethod
+    def _missing_(cls, value: object) -> Kind | None:
+        """Accept a kind that a newer traceml wrote; it is not in the list of kinds, and its headline says so."""
+        if not isinstance(value, str):
+            return None
+
+        unknown = str.__new__(cls, value)
+        unknown._name_ = unknown._value_ = value
+        unknown._rule = KindRule(_unknown)
+        return unknown
+
+    @property
+    def rule(self) -> KindRule:
+        """The declaration above."""
+        return self._rule
+
+    def severity_for(self, cost_share: float) -> Severity:
+        """Return the severity of a finding of this kind.
+
+        Args:
+            cost_share: share of step time that it costs.
+        """
+        by_cost = Severity.CRITICAL if cost_share >= CRITICAL_SHARE else Severity.WARNING
+        return self.rule.severity or by_cost
+
+    def headline(self, finding: _FindingFacts) -> str:
+        """Return a finding of this kind as one sentence without a full stop."""
+        rule = self.rule.headline
+        if not isinstance(rule, str):
+            return rule(finding)
+
+        share = f"{percent_text(finding.cost_share)} of step time" if finding.cost_share else "part of each step"
+        ranks = capitalized(ranks_text(finding.ranks))
+        are = "is" if len(finding.ranks) == 1 else "are"
+        phase = phase_words(finding.phase) if finding.phase else "the step"
+        return capitalized(rule.format(share=share, phase=phase, ranks_are=f"{ranks} {are}"))

@@ -1,0 +1,70 @@
+"""Kinds of finding: headline and severity."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.renderers.reports import finding
+from traceml.diagnosis.kinds import Kind, Severity
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"),
+    [
+        (finding("HEALTHY"), "No bottleneck found"),
+        (
+            finding("INPUT_STRAGGLER", ranks=[1], phase="input_wait", cost_share=0.846),
+            "Rank 1 is slow in data loading: the others wait, 85 % of step time",
+        ),
+        (
+            finding("STRAGGLER", ranks=[1, 3], phase="augment", cost_share=0.3),
+            "Ranks 1, 3 are slow in phase 'augment': the others wait, 30 % of step time",
+        ),
+        (finding("INPUT_BOUND", cost_share=0.4), "Training waits for data: 40 % of step time"),
+        (finding("COMPUTE_BOUND", phase="backward"), "The model's own compute limits this run, most of it in backward"),
+        (
+            finding("RESIDUAL_HEAVY", phase="other", cost_share=0.4),
+            "40 % of step time is spent in code outside the known phases",
+        ),
+        (
+            finding("RANK_LOST", ranks=[1], phase="forward", evidence={"signal": 9, "step": 37}),
+            "Rank 1 ended by SIGKILL at step 37, in forward",
+        ),
+        (
+            finding("RANK_LOST", ranks=[0], evidence={"exception": "ValueError: no\nmore"}),
+            "Rank 0 ended by ValueError",
+        ),
+        (finding("RANK_LOST", ranks=[2], evidence={"code": 3}), "Rank 2 ended with exit status 3"),
+        (finding("RANK_LOST"), "All ranks ended"),
+        (
+            finding("SOME_NEW_KIND", ranks=[2], phase="comm"),
+            "Some new kind on rank 2, in communication (unknown to this version of traceml)",
+        ),
+    ],
+)
+def test_headline(verdict, words):
+    """Each kind, also one that is not known here, has a plain sentence with rank, phase and share."""
+    assert verdict.headline == words
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_has_a_headline(kind):
+    """A headline is one sentence without a full stop, and no template is left open."""
+    headline = finding(kind, ranks=[1], phase="forward", cost_share=0.2).headline
+
+    assert headline[0] == headline[0].upper()
+    assert not set("{}.") & set(headline)
+
+
+def test_severity_follows_the_cost_unless_declared():
+    """Timing kinds weigh by their cost; others always the same."""
+    assert Kind.INPUT_BOUND.severity_for(0.12) is Severity.WARNING
+    assert Kind.INPUT_BOUND.severity_for(0.60) is Severity.CRITICAL
+    assert Kind.RANK_LOST.severity_for(0.0) is Severity.CRITICAL
+    assert Kind.HEALTHY.severity_for(1.0) is Severity.INFO
+
+
+def test_an_unknown_kind_is_no_member():
+    """A kind of a newer traceml is accepted by its name, and is not in the list of kinds."""
+    assert Kind("SOME_NEW_KIND") == "SOME_NEW_KIND"
+    assert "SOME_NEW_KIND" not in list(Kind)
