@@ -1,10 +1,10 @@
-"""What a task costs: a Runtime beside ThreadPoolExecutor and dftracer-utils, each in fresh processes that take turns.
+"""Cost of a task: a Runtime, ThreadPoolExecutor and dftracer-utils, in turns and each in a new process.
 
     python benchmarks/tasks.py [--rounds 5] [--skip-peer] [--json FILE]
 
 No-op tasks count their own executions, and the count is checked. Tasks of 100 us hash bytes, which releases the GIL;
-the ideal is the same number of calls on as many bare threads, in turns with the executor. The Runtime is as a user has
-it: contexts, names, records of the last tasks, counters and the look for stalled tasks are on.
+the ideal is the same number of calls on as many bare threads, in turns with the executor. The Runtime has its default
+settings: contexts, names, records of the last tasks, counters and the check for stalled tasks are on.
 """
 
 from __future__ import annotations
@@ -162,12 +162,12 @@ def rounds_of(pythons: dict[str, Path], rounds: int) -> dict[str, dict[str, list
     return found
 
 
-def told(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+def medians(found: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     return {which: {name: statistics.median(one) for name, one in each.items()} for which, each in found.items()}
 
 
 def show(found: dict[str, dict[str, list[float]]]) -> None:
-    middle, ours = told(found), found["traceml"]
+    middle, ours = medians(found), found["traceml"]
     shown = {"traceml": "Runtime", "pool": "ThreadPoolExecutor", "peer": PEER.replace("==", " ")}
     print(f"{'':34}" + "".join(f"{shown[which]:>24}" for which in found))
     for name in middle["traceml"]:
@@ -181,7 +181,9 @@ def show(found: dict[str, dict[str, list[float]]]) -> None:
         print(f"no-op tasks/s, ours / {shown[which]}: {statistics.median(ratios):.1f} x ({between})")
 
     best = max(ours["noop_per_s"])
-    print(f"no-op tasks/s of the best round: {best:,.0f}; load of the machine moves this figure, and less the ratios")
+    print(
+        f"no-op tasks/s of the best round: {best:,.0f}; it depends on the load of the machine; the ratios depend less"
+    )
 
 
 def main() -> int:
@@ -197,7 +199,7 @@ def main() -> int:
     found = rounds_of(pythons, options.rounds)
     show(found)
     if options.json:
-        result: dict[str, Any] = {"medians": told(found), "rounds": found, "goals": GOALS}
+        result: dict[str, Any] = {"medians": medians(found), "rounds": found, "goals": GOALS}
         options.json.write_text(json.dumps(result, indent=1))
 
     return 0

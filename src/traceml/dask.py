@@ -1,4 +1,4 @@
-"""What `import traceml.dask` offers; it needs dask.distributed, `pip install 'traceml[dask]'`."""
+"""Public names for Dask; they need dask.distributed, `pip install 'traceml[dask]'`."""
 
 from __future__ import annotations
 

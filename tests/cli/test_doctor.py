@@ -36,7 +36,7 @@ def test_everything_is_there(quick, capsys):
         assert f"\n{name} " in shown
     assert f"{quick}" in shown
     assert "TRACEML_PORT" in shown
-    assert "Everything that traceml needs is there." in shown
+    assert "Everything that traceml needs is available." in shown
 
 
 def test_json_is_json_and_nothing_else(quick, capsys):
@@ -74,7 +74,7 @@ def test_bad_setting_is_broken(quick, capsys, monkeypatch):
 
 
 def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):
-    """A runs folder that cannot be made is broken, with the way out."""
+    """A runs folder that cannot be created is broken, with the way out."""
     (tmp_path / "taken").touch()
     monkeypatch.setenv("TRACEML_RUNS_DIR", str(tmp_path / "taken" / "runs"))
 
@@ -83,11 +83,11 @@ def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):
 
 
 def test_runs_dir_that_is_not_there_yet(tmp_path):
-    """A folder that will be made is fine, and the check leaves nothing behind."""
+    """A folder that will be created is fine, and the check leaves nothing behind."""
     check = checks._runs_dir(tmp_path / "a" / "b")
 
     assert check.state == "ok"
-    assert "will be made" in check.text
+    assert "will be created" in check.text
     assert list(tmp_path.iterdir()) == []
 
 

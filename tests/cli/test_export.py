@@ -66,10 +66,10 @@ def test_damage_is_told_and_the_rest_is_written(run_dir, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "which format?"),
-        (["-o", "x.txt"], "which format?"),
+        ([], "no format given"),
+        (["-o", "x.txt"], "no format given"),
         (["--format", "pfw", "-o", "x.json"], "ends in .pfw.gz or .pfw"),
-        (["--format", "xml"], "no such format: xml. Formats: perfetto, pfw, parquet, csv\n"),
+        (["--format", "xml"], "unknown format xml. Formats: perfetto, pfw, parquet, csv\n"),
         (["--format", "csv", "-o", "store.db"], "store.db is a file"),
     ],
 )

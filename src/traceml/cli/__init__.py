@@ -1,10 +1,11 @@
 """The command line: `traceml COMMAND …`.
 
-One module per command, each with `main(argv) -> int`, and only the module of the command that was asked for is
-imported: `traceml run` must not pay for the screens of the others. Errors are printed here and nowhere else.
+The room runs in the process that the user starts, and may import every room below it. One module per command, each with
+`main(argv) -> int`; only the module of the given command is imported, as `traceml run` must not pay for the screens of
+the others. Errors are printed here only.
 
-Exit status: 0 done, 1 a gate that the user set failed, 2 called wrongly, 3 anything else, 130 interrupted;
-`run`, `launch` and `demo` pass on the status of the script.
+Exit status: 0 success, 1 a failed gate (`--fail-on`, `--fail-over`), 2 a usage error, 3 any other error,
+130 interrupted; `run`, `launch` and `demo` return the status of the script.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from traceml.errors import SettingsError, TraceMLError, UsageError
 
 __all__ = ["COMMANDS", "main"]
 
-# Command -> the module that holds it, and what it does in one line. The order is the order of the help.
+# Command -> its module and its help in one line. The help lists them in this order.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("traceml.cli.demo", "train on two ranks with a slow one among them, and find it"),
-    "run": ("traceml.cli.run", "run a training script as it is, traced: traceml run train.py"),
-    "launch": ("traceml.cli.launch", "the same over many hosts, by ssh or srun: --hostnames a b train.py"),
+    "demo": ("traceml.cli.demo", "train on two ranks, one of them slow, and find the cause"),
+    "run": ("traceml.cli.run", "run an unchanged training script with tracing: traceml run train.py"),
+    "launch": ("traceml.cli.launch", "the same on many hosts, through ssh or srun: --hostnames a b train.py"),
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
-    "report": ("traceml.cli.report", "say what limits a run, or did"),
-    "compare": ("traceml.cli.compare", "two runs: what got slower, by how much, and whether that is real"),
-    "export": ("traceml.cli.export", "write a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
-    "analyze": ("traceml.cli.analyze", "summarise traces: dftracer, torch.profiler, Perfetto, its own"),
-    "sync": ("traceml.cli.sync", "deliver to trackers what they have not got yet"),
+    "report": ("traceml.cli.report", "show what limits a run"),
+    "compare": ("traceml.cli.compare", "compare two runs: what got slower, by how much, and is it significant"),
+    "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
+    "analyze": ("traceml.cli.analyze", "summarize traces of dftracer, torch.profiler, Perfetto or traceml"),
+    "sync": ("traceml.cli.sync", "upload what a tracker is still missing"),
     "runs": ("traceml.cli.runs", "list the runs on this disk, or remove old ones"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),
 }
@@ -39,36 +40,36 @@ EXIT_OK = 0
 EXIT_USAGE = 2
 EXIT_ERROR = 3
 EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: what a shell reports for any program whose reader went away
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: as a shell reports a program whose reader is gone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
     Args:
-        argv: the words after `traceml`; those of the process when left out.
+        argv: the arguments after `traceml`; None: those of the process.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv)
     _open_standard_streams()
     try:
-        status = _dispatch(words)
-        sys.stdout.flush()  # a reader that went away is noticed here, not in the interpreter's last words
+        status = _dispatch(args)
+        sys.stdout.flush()  # raises here if the reader is gone, not while the interpreter exits
         return status
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         return _leave_broken_pipe()
-    except SystemExit as leaving:
-        return _status_of(leaving)
+    except SystemExit as error:
+        return _status_of(error)
     except TraceMLError as error:
-        return _explain(_title(words), error)
+        return _explain(_title(args), error)
     except OSError as error:
-        _complain(f"{_title(words)}: {error}")
+        _print_error(f"{_title(args)}: {error}")
         return EXIT_ERROR
 
 
 def _open_standard_streams() -> None:
-    """Open what is closed of stdin, stdout and stderr: a socket or log that got its number would be written over."""
+    """Open closed standard streams: a socket or log file with such a descriptor would receive their output."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
 
@@ -77,21 +78,21 @@ def _open_standard_streams() -> None:
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
-def _dispatch(words: list[str]) -> int:
-    if words and words[0] == "help":
-        words = [*words[1:2], "--help"]
+def _dispatch(args: list[str]) -> int:
+    if args and args[0] == "help":
+        args = [*args[1:2], "--help"]
 
-    if not words or words[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help"):
         print(_overview())
         return EXIT_OK
 
-    if words[0] in ("-V", "--version"):
+    if args[0] in ("-V", "--version"):
         from traceml.version import __version__
 
         print(f"traceml {__version__}")
         return EXIT_OK
 
-    status: int = _load(words[0]).main(words[1:])
+    status: int = _load(args[0]).main(args[1:])
     return status
 
 
@@ -129,39 +130,39 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _title(words: list[str]) -> str:
-    return f"traceml {words[0]}" if words and words[0] in COMMANDS else "traceml"
+def _title(args: list[str]) -> str:
+    return f"traceml {args[0]}" if args and args[0] in COMMANDS else "traceml"
 
 
 def _explain(title: str, error: TraceMLError) -> int:
-    _complain(f"{title}: {error}")
+    _print_error(f"{title}: {error}")
     if isinstance(error, SettingsError):
-        _complain("hint: `traceml doctor` shows every setting and where it comes from")
+        _print_error("hint: `traceml doctor` shows every setting and where it comes from")
         return EXIT_USAGE
 
     if isinstance(error, UsageError):
-        _complain(f"hint: `{title} --help`")
+        _print_error(f"hint: `{title} --help`")
         return EXIT_USAGE
 
     return EXIT_ERROR
 
 
-def _complain(text: str) -> None:
+def _print_error(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _status_of(leaving: SystemExit) -> int:
-    if leaving.code is None:
+def _status_of(error: SystemExit) -> int:
+    if error.code is None:
         return EXIT_OK
 
-    if isinstance(leaving.code, int):
-        return leaving.code
+    if isinstance(error.code, int):
+        return error.code
 
-    _complain(str(leaving.code))
+    _print_error(str(error.code))
     return EXIT_ERROR
 
 
 def _leave_broken_pipe() -> int:
-    # The interpreter flushes stdout once more at exit and would complain; there is nobody left to tell.
+    # The interpreter flushes stdout once more at exit, which would raise again.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return EXIT_BROKEN_PIPE

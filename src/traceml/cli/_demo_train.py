@@ -1,6 +1,6 @@
-"""Train a small network on handwritten digits, on one rank or under DDP: what `traceml demo` traces.
+"""Training script of `traceml demo`: a small network on handwritten digits, on one rank or under DDP.
 
-Nothing in here knows of traceml. One rank can be made slow in one part of its step, so that there is something to find:
+It does not use traceml. Its options make one rank slow in one part of the step, as a problem to diagnose:
 
     traceml run --nproc-per-node 2 _demo_train.py --fault input --rank 1 --ms 15
 """
@@ -25,37 +25,37 @@ FAULTS = ("none", "input", "forward", "backward", "optimizer", "other")
 TEST_IMAGES = 297
 
 
-class Net(nn.Module):  # type: ignore[misc]  # torch is not there when types are checked
+class Net(nn.Module):  # type: ignore[misc]  # torch is not installed where types are checked
     """Two convolutions and a linear layer, for images of 8 x 8."""
 
-    def __init__(self, dawdle: Callable[[], None]) -> None:
+    def __init__(self, delay: Callable[[], None]) -> None:
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
         )
         self.classify = nn.Linear(64 * 4 * 4, 10)
-        self.dawdle = dawdle
+        self.delay = delay
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
-        self.dawdle()
+        self.delay()
         return self.classify(self.features(images).flatten(1))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Return the options."""
-    parser = argparse.ArgumentParser(description="Train on handwritten digits, with a slow rank if wanted.")
+    parser = argparse.ArgumentParser(description="Train on handwritten digits, optionally with a slow rank.")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: 400)")
     parser.add_argument("--batch-size", type=int, default=32, help="images per rank and step (default: 32)")
-    parser.add_argument("--fault", choices=FAULTS, default="none", help="where the slow rank is slow (default: none)")
+    parser.add_argument("--fault", choices=FAULTS, default="none", help="slow part of the step (default: none)")
     parser.add_argument("--rank", type=int, default=1, help="the slow rank (default: 1)")
-    parser.add_argument("--ms", type=float, default=15.0, help="how much longer its step takes (default: 15)")
+    parser.add_argument("--ms", type=float, default=15.0, help="delay of its step in ms (default: 15)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order (default: 0)")
     return parser.parse_args(argv)
 
 
 def load() -> tuple[TensorDataset, Tensor, Tensor]:
-    """Return the digits which come with scikit-learn: a training set, test images and test labels."""
+    """Return the digits of scikit-learn: a training set, test images and test labels."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
@@ -66,7 +66,7 @@ def load() -> tuple[TensorDataset, Tensor, Tensor]:
 def batches(
     loader: DataLoader[tuple[Tensor, ...]], sampler: DistributedSampler[object], steps: int
 ) -> Iterator[Tensor]:
-    """Yield batches for so many steps, the data in a new order each time around."""
+    """Yield one batch per step; each epoch has a new order."""
     epoch = done = 0
     while done < steps:
         sampler.set_epoch(epoch)
@@ -79,19 +79,19 @@ def batches(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train, and print the loss now and then and the accuracy at the end."""
+    """Train; print the loss every 50 steps and the accuracy at the end."""
     options = parse(argv)
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world_size > 1:
         dist.init_process_group("gloo")
 
-    def dawdle(part: str) -> Callable[[], None]:
+    def delay(part: str) -> Callable[[], None]:
         is_slow = rank == options.rank and part == options.fault
         return (lambda: time.sleep(options.ms / 1e3)) if is_slow else (lambda: None)
 
     torch.manual_seed(options.seed)
     train, test_images, test_labels = load()
-    wait_for_disk = dawdle("input")
+    wait_for_disk = delay("input")
 
     def collate(samples: list[tuple[Tensor, ...]]) -> list[Tensor]:
         wait_for_disk()
@@ -100,10 +100,10 @@ def main(argv: list[str] | None = None) -> None:
 
     sampler: DistributedSampler[object] = DistributedSampler(train, world_size, rank, seed=options.seed)
     loader = DataLoader(train, options.batch_size, sampler=sampler, collate_fn=collate, drop_last=True)
-    net = Net(dawdle("forward"))
+    net = Net(delay("forward"))
     model = DistributedDataParallel(net) if world_size > 1 else net
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    backward, update, log = dawdle("backward"), dawdle("optimizer"), dawdle("other")
+    backward, update, log = delay("backward"), delay("optimizer"), delay("other")
     optimizer.register_step_pre_hook(lambda *_: update())
 
     for step, (images, labels) in enumerate(batches(loader, sampler, options.steps)):
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         with torch.no_grad():
             accuracy = (net(test_images).argmax(1) == test_labels).float().mean().item()
 
-        print(f"accuracy on {TEST_IMAGES} images not trained on: {accuracy:.1%}", flush=True)
+        print(f"accuracy on {TEST_IMAGES} test images: {accuracy:.1%}", flush=True)
 
     if world_size > 1:
         dist.destroy_process_group()

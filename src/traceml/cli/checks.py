@@ -1,4 +1,4 @@
-"""What `traceml doctor` looks at. Each check returns what it saw and never raises for what it was to find."""
+"""Checks of `traceml doctor`. Each one returns its result, and does not raise for a problem."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Check", "Setting", "all_checks", "setting_values"]
 
 State = Literal["ok", "note", "broken"]
 
-# A 65,536-row ring and its neighbours take about 10 MiB per rank, and a rank takes a sixteenth of what is free at most.
+# A 65,536-row ring and the other rings take about 10 MiB per rank; a rank takes at most 1/16 of the free space.
 _FLIGHT_FREE_BYTES = 160 << 20
 _RUNS_FREE_BYTES = 1 << 30
 _TORCH_TIMEOUT_S = 60.0
@@ -37,7 +37,7 @@ _ASK_TORCH = (
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing looked at: `broken` keeps traceml from working, a `note` costs a feature or comfort."""
+    """The result of one check: `broken` prevents traceml from working, a `note` disables a feature."""
 
     name: str
     state: State
@@ -47,7 +47,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A setting's value as text, and where it came from; a secret is not shown."""
+    """A setting's value as text and its source; a secret is not shown."""
 
     name: str
     value: str
@@ -55,7 +55,7 @@ class Setting:
 
 
 def all_checks() -> Iterator[Check]:
-    """Yield every check, one after another; the slow one is torch (a second)."""
+    """Yield all checks; torch takes a second."""
     yield Check("traceml", "ok", f"{__version__} in {Path(__file__).parents[1]}")
     yield _python()
     yield from _packages()
@@ -63,12 +63,12 @@ def all_checks() -> Iterator[Check]:
     try:
         config = load()
     except SettingsError as error:
-        yield Check("settings", "broken", str(error), "correct it where it was set")
+        yield Check("settings", "broken", str(error), "correct it in its source")
         return
 
     yield Check("settings", "ok", _origins(config))
     yield _runs_dir(config.runs_dir)
-    yield _flight_folder(Path("/dev/shm"))  # noqa: S108 - only looked at
+    yield _flight_folder(Path("/dev/shm"))  # noqa: S108 - only checked
     yield _aggregator(config)
     yield _devices()
     yield _terminal()
@@ -104,7 +104,10 @@ def _python() -> Check:
     text = f"{platform.python_version()} at {sys.executable}, {platform.system()} {platform.release()}"
     if sys.platform != "linux":
         return Check(
-            "python", "note", text, "traceml is made for Linux; elsewhere samplers and flight files are missing"
+            "python",
+            "note",
+            text,
+            "traceml supports Linux; samplers and flight files are not available on other systems",
         )
 
     return Check("python", "ok", text)
@@ -128,9 +131,9 @@ def _version(name: str) -> str | None:
 
 
 def _torch(command: Sequence[str] = (sys.executable, "-c", _ASK_TORCH)) -> Check:
-    """Ask a process of its own: importing torch can fail in ways that end a process."""
+    """Import torch in a separate process, as the import may crash it."""
     if _version("torch") is None:
-        return Check("torch", "note", "not installed: reports can be read, training cannot run", "pip install torch")
+        return Check("torch", "note", "not installed: reports work, training does not", "pip install torch")
 
     try:
         asked = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_TIMEOUT_S, check=False)
@@ -152,19 +155,19 @@ def _torch(command: Sequence[str] = (sys.executable, "-c", _ASK_TORCH)) -> Check
 
 def _runs_dir(folder: Path) -> Check:
     place = folder.absolute()
-    there = next(each for each in (place, *place.parents) if each.exists())
+    existing = next(each for each in (place, *place.parents) if each.exists())
     hint = "set TRACEML_RUNS_DIR, or runs_dir in traceml.toml, to a folder that you may write"
-    if not there.is_dir():
-        return Check("runs_dir", "broken", f"{there} is no folder", hint)
+    if not existing.is_dir():
+        return Check("runs_dir", "broken", f"{existing} is not a folder", hint)
 
     try:
-        with tempfile.TemporaryFile(dir=there):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         return Check("runs_dir", "broken", f"{place} cannot be written: {error.strerror}", hint)
 
-    free = shutil.disk_usage(there).free
-    text = f"{place}{'' if there == place else ' (will be made)'}, {_size(free)} free"
+    free = shutil.disk_usage(existing).free
+    text = f"{place}{'' if existing == place else ' (will be created)'}, {_size(free)} free"
     if free < _RUNS_FREE_BYTES:
         return Check("runs_dir", "note", text, "free some space: `traceml runs --prune` removes old runs")
 
@@ -172,7 +175,7 @@ def _runs_dir(folder: Path) -> Check:
 
 
 def _flight_folder(folder: Path) -> Check:
-    """Where the rows of a killed rank survive; without it they rest in the run's folder."""
+    """Check the folder whose flight files keep the rows of a killed rank; the run's folder is the other choice."""
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         return Check("flight files", "note", f"{folder} cannot be written; the run's folder is used instead")
 
@@ -190,7 +193,7 @@ def _aggregator(config: Config) -> Check:
 
     where = f"{config.host}:{config.port}"
     if _is_free(config.host, config.port):
-        return Check("aggregator", "ok", f"{where} is free: none is running, `traceml serve` can start there")
+        return Check("aggregator", "ok", f"{where} is free: no aggregator is running, `traceml serve` can start there")
 
     try:
         hello = Hello(role="client")
@@ -201,11 +204,11 @@ def _aggregator(config: Config) -> Check:
         hint = "choose another with TRACEML_PORT, or start `traceml serve` on that host"
         return Check("aggregator", "broken", f"{where} does not answer as an aggregator: {error.reason}", hint)
 
-    return Check("aggregator", "ok", f"one is running and answers at {where}")
+    return Check("aggregator", "ok", f"running at {where}")
 
 
 def _is_free(host: str, port: int) -> bool:
-    """Whether this host could listen there: then nobody else does."""
+    """Whether no process listens on a port of this host."""
     try:
         with socket.create_server((host, port)):
             return True
@@ -219,12 +222,12 @@ def _devices() -> Check:
     try:
         nvml = Nvml()
     except NvmlError:
-        return Check("gpu", "ok", "no NVIDIA driver here; training on the CPU is traced all the same")
+        return Check("gpu", "ok", "no NVIDIA driver; training on the CPU is traced without it")
 
     try:
         count = len(nvml.devices())
     except NvmlError as error:
-        return Check("gpu", "note", f"NVML answers with an error: {error}", "device metrics will be missing")
+        return Check("gpu", "note", f"NVML returns an error: {error}", "device metrics are not available")
     finally:
         nvml.close()
 
@@ -239,10 +242,10 @@ def _terminal() -> Check:
 
     console = Console()
     if not console.is_terminal:
-        return Check("terminal", "ok", "standard output is no terminal: no live view")
+        return Check("terminal", "ok", "standard output is not a terminal: no live view")
 
     viewport = Viewport.of(console)
-    text = f"{console.width} x {console.height}, {'no colours' if not viewport.color else console.color_system} "
+    text = f"{console.width} x {console.height}, {'no colors' if not viewport.color else console.color_system} "
     text += "and ASCII" if viewport.glyphs is ASCII else "and UTF-8"
     if console.is_dumb_terminal:
         return Check("terminal", "note", f"TERM={os.environ.get('TERM', '')} cannot show the live view")

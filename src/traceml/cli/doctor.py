@@ -1,4 +1,4 @@
-"""`traceml doctor`: is everything there that traceml needs, here and on other hosts; which settings are in force."""
+"""`traceml doctor`: check the installation, the settings and other hosts."""
 
 from __future__ import annotations
 
@@ -27,42 +27,40 @@ EXIT_BROKEN = 3
 
 
 @dataclass(frozen=True)
-class Options:
+class DoctorOptions:
     """Check the installation, settings and hosts; exit with 3 when something is broken."""
 
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the findings as JSON and nothing else."""
     backends: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Look at the trackers too: versions, credentials (never their values), whether they can be reached."""
+    """Also check the trackers: versions, credentials (never their values), reachability."""
     hostnames: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...", help_behavior_hint="")] = ()
-    """Look at these too, by ssh or (`slurm`: the allocation's nodes) srun: versions, devices, clocks, speeds."""
+    """Also check these hosts by ssh, or the Slurm nodes (`slurm`) by srun: versions, devices, clocks, speeds."""
     ssh_config_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """What ssh reads instead of your configuration."""
+    """Configuration file for ssh, instead of your own."""
     python: Annotated[str | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")] = None
-    """The interpreter on those hosts (default: this one's path)."""
+    """The interpreter on those hosts (default: the path of this one)."""
 
 
 def main(argv: list[str]) -> int:
     """Check everything; return 0, or 3 when something is broken."""
-    options = parse(Options, argv, prog="traceml doctor")
+    options = parse(DoctorOptions, argv, prog="traceml doctor")
     if not options.hostnames and (options.ssh_config_file or options.python):
-        raise UsageError("--ssh-config-file and --python are for --hostnames, which is missing")
+        raise UsageError("--ssh-config-file and --python need --hostnames, which is missing")
 
     if options.json:
-        found = _look_at_hosts(options)
-        checks = [*all_checks(), *_look_at_backends(options), *(host_checks(found) if found else ())]
-        told = _as_json(checks, _settings())
-        print(json.dumps(told | ({"preflight": asdict(found)} if found else {}), indent=2))
+        found = _check_hosts(options)
+        checks = [*all_checks(), *_check_backends(options), *(host_checks(found) if found else ())]
+        report = _as_json(checks, _settings())
+        print(json.dumps(report | ({"preflight": asdict(found)} if found else {}), indent=2))
     else:
         checks = _print_checks(Console(highlight=False), options)
 
     return EXIT_BROKEN if any(check.state == "broken" for check in checks) else 0
 
 
-def _look_at_hosts(options: Options) -> Preflight | None:
-    hostnames = [
-        name for word in options.hostnames for name in word.split(",") if name
-    ]  # as `traceml launch` takes them
+def _check_hosts(options: DoctorOptions) -> Preflight | None:
+    hostnames = [name for word in options.hostnames for name in word.split(",") if name]  # as in `traceml launch`
     if not hostnames:
         return None
 
@@ -71,7 +69,7 @@ def _look_at_hosts(options: Options) -> Preflight | None:
     return preflight(names, ssh_config_file=options.ssh_config_file, python=options.python)
 
 
-def _look_at_backends(options: Options) -> Iterator[Check]:
+def _check_backends(options: DoctorOptions) -> Iterator[Check]:
     if not options.backends:
         return
 
@@ -80,7 +78,7 @@ def _look_at_backends(options: Options) -> Iterator[Check]:
     try:
         config = load()
     except SettingsError:
-        return  # the check of the settings says what is wrong with them
+        return  # the check of the settings reports the error
 
     yield from backend_checks(config)
 
@@ -89,7 +87,7 @@ def _settings() -> list[Setting]:
     try:
         return setting_values(load())
     except SettingsError:
-        return []  # the check of the settings says what is wrong with them
+        return []  # the check of the settings reports the error
 
 
 def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
@@ -101,7 +99,7 @@ def _as_json(checks: list[Check], settings: list[Setting]) -> dict[str, object]:
     }
 
 
-def _print_checks(console: Console, options: Options) -> list[Check]:
+def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
     checks = []
     for check in _checks(options):
         checks.append(check)
@@ -116,15 +114,15 @@ def _print_checks(console: Console, options: Options) -> list[Check]:
 
     console.print()
     broken = [check.name for check in checks if check.state == "broken"]
-    console.print(f"Broken: {', '.join(broken)}" if broken else "Everything that traceml needs is there.")
+    console.print(f"Broken: {', '.join(broken)}" if broken else "Everything that traceml needs is available.")
     sys.stdout.flush()
     return checks
 
 
-def _checks(options: Options) -> Iterator[Check]:
+def _checks(options: DoctorOptions) -> Iterator[Check]:
     yield from all_checks()
-    yield from _look_at_backends(options)
-    found = _look_at_hosts(options)
+    yield from _check_backends(options)
+    found = _check_hosts(options)
     if found is not None:
         yield from host_checks(found)
 

@@ -1,4 +1,4 @@
-"""`traceml export`: the rows of a run, for other tools."""
+"""`traceml export`: write the rows of a run for other tools."""
 
 from __future__ import annotations
 
@@ -25,61 +25,62 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Options:
-    """Write a run for other tools: a trace with ranks, phases, counters and arrows, or all rows as tables.
+class ExportOptions:
+    """Export a run: a trace with ranks, phases, counters and arrows, or all rows as tables.
 
-    perfetto opens at https://ui.perfetto.dev, pfw in dftracer's tools and in `traceml analyze`.
+    perfetto files open at https://ui.perfetto.dev, pfw files in dftracer's tools and `traceml analyze`.
 
-    parquet and csv are a folder with a file per table.
+    parquet and csv write a folder with one file per table.
 
-    Works on a run that goes on, and on a damaged one: what can be read is written.
+    The run may be running or damaged: everything readable is written.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
-    """A run's folder, its id (or the last four letters of it); the latest run when left out."""
+    """A run's folder, its id or the last four characters of its id (default: the latest run)."""
     format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="")] = None
-    """perfetto, pfw, parquet or csv; not needed where the output's name tells."""
+    """perfetto, pfw, parquet or csv (default: by the extension of the output)."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")] = None
-    """File or folder to write (default: by the run's id, in the working directory)."""
+    """File or folder to write (default: named after the run, in the working directory)."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the runs are (default: the setting runs_dir)."""
+    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
     """Export a run."""
-    options = parse(Options, argv, prog="traceml export")
-    form = _format(options)
+    options = parse(ExportOptions, argv, prog="traceml export")
+    export_format = _format(options)
     config = load() if options.runs_dir is None else load(runs_dir=options.runs_dir)
     run_dir = find_run(options.run, config.runs_dir)
-    path = Path(options.output) if options.output else default_path(run_dir, form)
+    path = Path(options.output) if options.output else default_path(run_dir, export_format)
     with _progress(f"Writing {path}"):
-        exported = export_run(run_dir, form, path)
+        exported = export_run(run_dir, export_format, path)
 
-    print(_told(exported))
-    _complain(exported)
+    print(_summary(exported))
+    _print_damage(exported)
     return 0
 
 
 def _progress(what: str) -> AbstractContextManager[object]:
-    """Say what takes its time, on a terminal only."""
+    """Show a status line on a terminal."""
     return Console(stderr=True).status(Text(what)) if sys.stderr.isatty() else nullcontext()
 
 
-def _format(options: Options) -> str:
+def _format(options: ExportOptions) -> str:
     if options.format not in (None, *FORMATS):
-        raise UsageError(f"--format: no such format: {options.format}. Formats: {', '.join(FORMATS)}")
+        raise UsageError(f"--format: unknown format {options.format}. Formats: {', '.join(FORMATS)}")
 
     if options.format is not None:
         return options.format
 
-    form = format_of(Path(options.output)) if options.output else None
-    if form is None:
-        raise UsageError(f"which format? --format {' or '.join(FORMATS)}, or an output whose name tells, as run.pfw.gz")
+    export_format = format_of(Path(options.output)) if options.output else None
+    if export_format is None:
+        formats = " or ".join(FORMATS)
+        raise UsageError(f"no format given: use --format {formats}, or an output with an extension, as run.pfw.gz")
 
-    return form
+    return export_format
 
 
-def _told(exported: ExportResult) -> str:
+def _summary(exported: ExportResult) -> str:
     size = bytes_text(sum(file.stat().st_size for file in exported.files))
     if exported.format in ("parquet", "csv"):
         return f"{exported.path}: {len(exported.files)} tables, {count_text(exported.rows)} rows, {size}"
@@ -88,8 +89,8 @@ def _told(exported: ExportResult) -> str:
     return f"{text}. Open it at https://ui.perfetto.dev" if exported.format == "perfetto" else text
 
 
-def _complain(exported: ExportResult) -> None:
-    """Say what is missing."""
+def _print_damage(exported: ExportResult) -> None:
+    """Report the parts that could not be read."""
     for what in exported.damage[:_SHOWN]:
         print(f"traceml export: left out: {what}", file=sys.stderr)
 

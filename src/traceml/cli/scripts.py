@@ -1,4 +1,4 @@
-"""What `run` and `launch` have in common: options of the run, and the script behind them."""
+"""Options of the run and the script, shared by `run` and `launch`."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ __all__ = ["add_run_options", "check_report", "given", "script_words"]
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how the run is shown, named and kept."""
+    """Add the options for the view, the name and the folder of the run."""
     own = parser.add_argument_group("traceml's options")
     views = ("auto", "terminal", "web", "none")
-    own.add_argument("--live", choices=views, default="auto", help="live view; web tells its address (default: auto)")
+    own.add_argument("--live", choices=views, default="auto", help="live view; web prints its address (default: auto)")
     own.add_argument(
         "--report",
         type=Path,
         metavar="FILE",
-        help="also write the report to FILE: a page if it ends in .html, else JSON",
+        help="also write the report to FILE: HTML if it ends in .html, else JSON",
     )
     own.add_argument("--run-name", metavar="NAME", help="part of the run's id (default: the script's name)")
-    own.add_argument("--project", metavar="NAME", help="project the run belongs to")
-    own.add_argument("--runs-dir", metavar="DIR", help="where runs are kept (default: traceml_runs)")
-    own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as for `python -m`")
+    own.add_argument("--project", metavar="NAME", help="project of the run")
+    own.add_argument("--runs-dir", metavar="DIR", help="folder of the runs (default: traceml_runs)")
+    own.add_argument("-m", "--module", action="store_true", help="SCRIPT is a module, as in `python -m`")
 
 
 def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
     """Return the script and its arguments.
 
     Args:
-        options: as parsed, with `script` and `module`.
-        example: what to try where there is none.
+        options: the parsed options, with `script` and `module`.
+        example: a command for the error's text.
 
     Raises:
-        UsageError: there is no script, or what stands there is none.
+        UsageError: there is no script, or it does not exist.
     """
     target: list[str] = options.script
     if target and target[0] == "--":
@@ -55,10 +55,10 @@ def script_words(options: argparse.Namespace, *, example: str) -> list[str]:
 
 
 def check_report(path: Path | None) -> None:
-    """Say before hours of training that its report could not be put there.
+    """Check, before hours of training, that the report can be written.
 
     Raises:
-        UsageError: it could not.
+        UsageError: it cannot be.
     """
     if path is None:
         return

@@ -28,10 +28,10 @@ from traceml.transport.server import BACKLOG
 __all__ = ["main"]
 
 _EPILOG = """\
-Training scripts find it by themselves on this host: python train.py, with traceml.init() in it.
---web prints the address of a page that shows all runs, live and ended.
-From other hosts they need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
-Reports are written to the runs folder as runs end; `traceml report` prints them."""
+Training scripts with traceml.init() on this host find it automatically.
+Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
+--web prints the address of a page with all runs, running and ended.
+Reports are written to the runs folder when runs end; `traceml report` prints them."""
 
 _LAST_PORT = 65535
 
@@ -43,11 +43,11 @@ def main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     given = {"host": options.host, "port": options.port, "runs_dir": options.runs_dir}
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
-    usual = "warning" if options.terminal else "info"  # lines would tear the screen
+    usual = "warning" if options.terminal else "info"  # log lines would disturb the screen
     level = config.log_level if config.sources["log_level"] != "default" else usual
     with _log_to_stderr(level), _listener(options.fd, config.host, config.port) as sock:
         host, port = sock.getsockname()[:2]
-        token = config.token or _token_of_before(port)
+        token = config.token or _previous_token(port)
         aggregator = Aggregator(
             Path(config.runs_dir),
             token,
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             _published(host, port, token, aggregator),
             _screen(aggregator, wanted=options.terminal),
         ):
-            asyncio.run(aggregator.serve(sock, lambda: _tell_ready(options, host, port, aggregator)))
+            asyncio.run(aggregator.serve(sock, lambda: _announce_ready(options, host, port, aggregator)))
 
     return 0
 
@@ -70,18 +70,18 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="traceml serve",
-        description="Start an aggregator: it stores what training scripts send, and says what limits them.",
+        description="Start an aggregator: it stores the rows of training scripts, and diagnoses what limits them.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
-    parser.add_argument("--port", type=int, help="port to listen on (29765; 0 takes a free one)")
+    parser.add_argument("--port", type=int, help="port to listen on (29765; 0: a free one)")
     parser.add_argument("--runs-dir", help="folder of the runs (traceml_runs)")
     parser.add_argument(
         "--web", nargs="?", type=_port, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
     )
-    parser.add_argument("--terminal", action="store_true", help="show the run that goes on")
-    # How `traceml run` and `init(local=True)` start theirs: with a socket that is bound already.
+    parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
+    # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
@@ -108,14 +108,14 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
 
     other = auth.discover(port)
     who = f"by another aggregator (pid {other.pid}, runs in {other.runs_dir})" if other else "by another program"
-    use = "Scripts can use that one as it is, or choose" if other else "Choose"
+    use = "Scripts can use that one, or choose" if other else "Choose"
     return (
         f"port {port} on {host} is in use {who}. {use} another port: --port N here and TRACEML_PORT=N for the scripts."
     )
 
 
-def _token_of_before(port: int) -> str:
-    """Keep the token of an aggregator that served this port and is gone: ranks that wait for it to return know it."""
+def _previous_token(port: int) -> str:
+    """Return the token of a dead aggregator on this port, so that its ranks can reconnect; else a new one."""
     before = auth.discover(port, even_dead=True)
     return before.token if before is not None and not before.alive else auth.new_token()
 
@@ -126,7 +126,7 @@ def _published(host: str, port: int, token: str, aggregator: Aggregator) -> Iter
         path = auth.publish(host, port, token, runs_dir=str(aggregator.registry.runs_dir))
         _log.debug("the token is in %s", path)
     except OSError as error:
-        _log.warning("the token cannot be left for others to find; they need TRACEML_TOKEN: %s", error)
+        _log.warning("the token file cannot be written; scripts need TRACEML_TOKEN: %s", error)
 
     try:
         yield
@@ -134,7 +134,7 @@ def _published(host: str, port: int, token: str, aggregator: Aggregator) -> Iter
         auth.withdraw(port)
 
 
-def _tell_ready(options: argparse.Namespace, host: str, port: int, aggregator: Aggregator) -> None:
+def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregator: Aggregator) -> None:
     if options.ready_fd is not None:
         os.write(options.ready_fd, f"{port}\n".encode())
         os.close(options.ready_fd)
@@ -150,7 +150,7 @@ def _write_report(run_dir: Path) -> None:
 
 
 def _clean_up(run_dir: Path, *, keep: int | None) -> None:
-    """Bring the report up to date, and remove old runs where the settings say how many are kept."""
+    """Update the report, and remove old runs if `keep_runs` is set."""
     from traceml.display.report_files import refresh_reports
     from traceml.runs.find import prune
 
@@ -180,55 +180,55 @@ def _port(text: str) -> int:
     if text.isdigit() and int(text) <= _LAST_PORT:
         return int(text)
 
-    raise argparse.ArgumentTypeError(f"{text!r} is no port; 0 takes a free one")
+    raise argparse.ArgumentTypeError(f"{text!r} is not a port; 0 means a free one")
 
 
 @contextlib.contextmanager
-def _meanwhile(work: Callable[[Callable[[float], bool]], None], *, name: str) -> Iterator[None]:
-    """Have a thread do something until the block ends; it is given what waits some seconds and tells of the end."""
-    over = threading.Event()
-    thread = threading.Thread(target=work, args=(over.wait,), name=name)
+def _background_thread(work: Callable[[Callable[[float], bool]], None], *, name: str) -> Iterator[None]:
+    """Run `work` on a thread until the block ends; its argument waits some seconds, and returns True at the end."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended.wait,), name=name)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
 
 
 @contextlib.contextmanager
 def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
-    """Keep the web page in a process of its own, and tell its address."""
+    """Run the web page in a separate process, and print its address."""
     if port is None:
         yield
         return
 
     with PageProcess(Path(runs_dir), port) as page:
         print(f"traceml page at {page.address()}", flush=True)
-        with _meanwhile(partial(_keep_page, page), name="traceml-page"):
+        with _background_thread(partial(_keep_page, page), name="traceml-page"):
             yield
 
 
-def _keep_page(page: PageProcess, over: Callable[[float], bool]) -> None:
-    while not over(0.3):
+def _keep_page(page: PageProcess, ended: Callable[[float], bool]) -> None:
+    while not ended(0.3):
         page.keep()
 
 
 @contextlib.contextmanager
 def _screen(aggregator: Aggregator, *, wanted: bool) -> Iterator[None]:
-    """Show each run as it comes, by `traceml top` in a process of its own: a slow terminal must not slow the store."""
+    """Show each new run by `traceml top`, in a separate process: a slow terminal must not slow the store."""
     if not wanted:
         yield
         return
 
-    with _meanwhile(partial(_show_runs, aggregator), name="traceml-screen"):
+    with _background_thread(partial(_show_runs, aggregator), name="traceml-screen"):
         yield
 
 
-def _show_runs(aggregator: Aggregator, over: Callable[[float], bool]) -> None:
+def _show_runs(aggregator: Aggregator, ended: Callable[[float], bool]) -> None:
     shown: set[Path] = set()
     top: subprocess.Popen[bytes] | None = None
-    while not over(0.3):
+    while not ended(0.3):
         runs = [run.path for run in aggregator.registry.open_runs if run.path not in shown]
         if runs and (top is None or top.poll() is not None):
             shown.add(runs[-1])

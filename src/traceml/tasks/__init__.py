@@ -1,1 +1,4 @@
-"""Tasks on threads and an event loop: submitted, waited for without deadlock, watched, and counted."""
+"""Tasks on threads and an event loop, in the process that submits them: waits without deadlock, timeouts, counters.
+
+The room imports no other room, only the leaf modules.
+"""

@@ -19,10 +19,10 @@ _ATTRIBUTE = "traceml_runtime"
 
 
 class TraceMLDaskWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
-    """Gives each worker a Runtime of its own, for as long as the worker or the plugin is there.
+    """Gives each worker its own Runtime, until the worker ends or the plugin is removed.
 
-    Register it with `client.register_plugin(TraceMLDaskWorkerPlugin(threads=8))`. Registering again replaces it: the
-    Runtime that was there is shut down. In a worker that has its process for itself it is also `get_default_runtime()`.
+    Register it with `client.register_plugin(TraceMLDaskWorkerPlugin(threads=8))`. Registering again replaces it, and
+    shuts the old Runtime down. In a worker with its own process it is also `get_default_runtime()`.
 
     Args:
         threads: workers of each Runtime for computation; 0: as many as the Dask worker has threads.
@@ -32,18 +32,18 @@ class TraceMLDaskWorkerPlugin(WorkerPlugin):  # type: ignore[misc]
     name = "traceml-runtime"
 
     def __init__(self, threads: int = 0, io_threads: int = 0) -> None:
-        with Runtime(threads, io_threads):  # wrong sizes are told here, not on every worker
+        with Runtime(threads, io_threads):  # raises for wrong sizes here, not on every worker
             self.threads, self.io_threads = threads, io_threads
 
     def setup(self, worker: Any) -> None:
         """Start the worker's Runtime."""
         runtime = Runtime(self.threads or worker.state.nthreads, self.io_threads)
         setattr(worker, _ATTRIBUTE, runtime)
-        if worker.nanny is not None and not has_default_runtime():  # others may share a process without a nanny
+        if worker.nanny is not None and not has_default_runtime():  # without a nanny, workers may share a process
             set_default_runtime(runtime)
 
     def teardown(self, worker: Any) -> None:
-        """Shut the worker's Runtime down: what it runs is let go, what waits is cancelled."""
+        """Shut the worker's Runtime down: cancel queued tasks, and do not wait for running ones."""
         runtime = getattr(worker, _ATTRIBUTE, None)
         if runtime is None:
             return
@@ -58,7 +58,7 @@ def get_worker_runtime() -> Runtime:
     """Return the Runtime of the Dask worker that this task runs on.
 
     Raises:
-        UsageError: this is no Dask task, or the plugin is not registered.
+        UsageError: this is not a Dask task, or the plugin is not registered.
     """
     from traceml.errors import UsageError
 
