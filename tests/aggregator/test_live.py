@@ -36,7 +36,7 @@ class Told:
 
 
 def take_steps(live: LiveRows, stream: Stream, start: int, count: int) -> None:
-    live.take(stream, "steps", count, step_rows(start, count))
+    live.take(stream, "steps", step_rows(start, count))
 
 
 def test_frames_of_a_tick_reach_the_window_together(live):
@@ -46,8 +46,8 @@ def test_frames_of_a_tick_reach_the_window_together(live):
 
     live.scatter()
 
-    assert live.window.latest.tolist() == [49, 49]
-    assert len(live.window.aligned(20)) == 20
+    assert live.intake.window.latest.tolist() == [49, 49]
+    assert len(live.intake.window.aligned(20)) == 20
     assert live.fresh
 
 
@@ -60,34 +60,34 @@ def test_rows_of_an_older_attempt_stay_out(live):
 
     live.scatter()
 
-    assert live.window.latest[0] == 49
+    assert live.intake.window.latest[0] == 49
 
 
 def test_names_give_user_phases_their_names(live):
     """User phases show by the names that the rank has sent."""
     streams = [stream_of(rank) for rank in range(2)]
     for stream in streams:
-        live.take(stream, "names", 1, msgpack.packb({"id": 0, "name": "augment"}))
+        live.take(stream, "names", msgpack.packb({"id": 0, "name": "augment"}))
         take_steps(live, stream, 0, 40)
         rows = b"".join(USER_PHASES.struct.pack(step, 0, 1000, 1) for step in range(40))
-        live.take(stream, "user_phases", 40, rows)
+        live.take(stream, "user_phases", rows)
 
     live.scatter()
 
-    assert live.window.aligned().user["augment"].mean() == 1000
+    assert live.intake.window.aligned().user["augment"].mean() == 1000
 
 
 def test_facts_are_gathered(live):
     """Loader, cores and waiting for a core are told to the rules; exit rows wait for the rank's end."""
     stream = stream_of(0)
-    live.take(stream, "info", 1, msgpack.packb({"kind": "loader", "num_workers": 3, "training": True}))
-    live.take(stream, "info", 1, msgpack.packb({"kind": "exit", "t_ns": 1, "code": 1, "exception": "ValueError: no"}))
-    live.take(stream, "host", 1, HOST.struct.pack(0, 8, 1.0, 0, 0, 0, 0, 0, 0))
+    live.take(stream, "info", msgpack.packb({"kind": "loader", "num_workers": 3, "training": True}))
+    live.take(stream, "info", msgpack.packb({"kind": "exit", "t_ns": 1, "code": 1, "exception": "ValueError: no"}))
+    live.take(stream, "host", HOST.struct.pack(0, 8, 1.0, 0, 0, 0, 0, 0, 0))
     for moment in range(2):
         values = [moment, 0, 0, 0, 0, 0, 0, 0, 0, moment * 10**9, moment * 10**9]
-        live.take(stream, "process", 1, PROCESS.struct.pack(*values))
+        live.take(stream, "process", PROCESS.struct.pack(*values))
 
-    facts = live.facts.build()
+    facts = live.intake.facts.build()
 
     assert facts.loader is not None
     assert facts.loader.num_workers == 3
@@ -105,7 +105,7 @@ def test_end_of_a_rank_is_a_fact(live):
 
     live.end(stream)
 
-    ended = live.facts.build().exits[0]
+    ended = live.intake.facts.build().exits[0]
     assert (ended.rank, ended.state, ended.signal, ended.open_phase, ended.open_step) == (1, "killed", 9, "backward", 7)
 
 
@@ -140,5 +140,5 @@ def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
     live.fresh = True
     verdicts.update(store)
 
-    assert caplog.text.count("ZeroDivisionError") == 1
+    assert caplog.text.count("the live verdict failed: ZeroDivisionError") == 1
     assert store.events == []

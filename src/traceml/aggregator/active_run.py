@@ -511,7 +511,7 @@ class ActiveRun:
                 if not stream.ended:
                     self._away[stream] = None
 
-                self.live.facts.host(stream.rank, stream.who.host)
+                self.live.resume(stream)
 
         self._facts |= {"state": "running", "ended": None}
         self.store.event("resumed", {"was": facts["state"]})

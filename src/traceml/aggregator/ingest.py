@@ -131,7 +131,7 @@ class Ingest:
         self._rows += n
         stream.next[table] = stream.unacked[table] = seq + n
         self._touched[stream] = None
-        self._live.take(stream, table, n, data)
+        self._live.take(stream, table, data)
 
     def _take_pieces(self, stream: Stream, maps: list[dict[str, Any]]) -> bytes:
         try:

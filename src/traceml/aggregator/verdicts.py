@@ -8,8 +8,10 @@ from typing import Any
 
 from traceml.aggregator.live import LiveRows
 from traceml.database.store import StoreWriter
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.window import Window
+from traceml.fail_open import fail_open
 
 __all__ = ["LiveVerdict"]
 
@@ -17,6 +19,7 @@ __all__ = ["LiveVerdict"]
 _REPEAT_S = 5.0
 # Of a second, at most this share goes into diagnosing: what takes long is done less often.
 _SHARE = 0.25
+_AFTER_FAILURE_S = 60.0
 
 # The rules' cost grows with ranks x steps; over a thousand ranks fewer steps tell as much.
 _MAX_STEPS, _MIN_STEPS, _MAX_CELLS = 200, 32, 65_536
@@ -45,20 +48,18 @@ class LiveVerdict:
             return
 
         self._live.fresh = False
-        try:
-            window = self._live.window.aligned(_steps_for(self._live.facts.world_size))
-            findings = diagnose(window, self._live.facts.build(self._live.window.latest.tolist()))
-        except Exception:  # noqa: BLE001 - a rule that fails costs the live verdict, not the rows
-            _log.exception("no live verdict")
-            self._due_s = began_s + 60.0
+        self._due_s = began_s + _AFTER_FAILURE_S
+        findings: list[Finding] = []
+        with fail_open(_log, "aggregator", "the live verdict failed"):
+            window, facts = self._live.intake.snapshot(_steps_for(self._live.intake.facts.world_size))
+            findings = diagnose(window, facts)
+
+        if not findings:
             return
 
         self.count += 1
         now_s = time.monotonic()
         self._due_s = now_s + (now_s - began_s) * (1 / _SHARE - 1) if now_s - began_s > _SHARE else 0.0
-        if not findings:
-            return
-
         verdict = findings[0]
         signature = (verdict.kind, verdict.ranks, verdict.phase)
         if signature != self._last or now_s - self._told_s >= _REPEAT_S:
@@ -70,6 +71,6 @@ def _steps_for(ranks: int) -> int:
     return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(ranks, 1)))
 
 
-def _told(findings: list[Any], window: Window) -> dict[str, Any]:
+def _told(findings: list[Finding], window: Window) -> dict[str, Any]:
     told = [finding.to_dict() for finding in findings]
     return {"verdict": told[0], "findings": told, "step": int(window.steps[-1]) if len(window) else None}

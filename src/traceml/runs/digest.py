@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ from traceml.database.schema import (
     Table,
 )
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.job_facts import JobFactsBuilder, RankExit
+from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.job_facts import RankExit
 from traceml.diagnosis.phases import has_group
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.window import StepWindow
 from traceml.runs.metric_summary import MetricSummary
 from traceml.runs.samples import Samples
 
@@ -96,7 +96,7 @@ class Digest:
         for table in (each for each in (STEPS, DEVICE_STEPS, USER_PHASES) if each.name in reader.tables):
             newest = reader.last_id()
             read = reader.rows(table.name, streams, last=each)
-            self._take(table, self._ranks_of(read["stream"]), _without_stream(read, table))
+            self._take(table, {self._rank_of(stream): data for stream, data in _by_stream(read, table)})
             self._cursors[table.name] = newest
 
     def update(self, reader: StoreReader) -> bool:
@@ -110,18 +110,15 @@ class Digest:
 
     def diagnose(self, last: int = 200) -> list[Finding]:
         """Return the findings on the newest steps."""
-        facts = self.facts
-        facts.state = self.state
-        facts.world_size = self.world_size
-        return diagnose(self.window.aligned(last=last), facts.build(self.window.latest.tolist()))
+        self.facts.state, self.facts.world_size = self.state, self.world_size
+        return diagnose(*self._intake.snapshot(last))
 
     def _start_over(self) -> None:
-        self.window = StepWindow(self._slots)
+        self._intake = RowIntake(self._slots)
+        self.window, self.facts = self._intake.window, self._intake.facts
         self.samples = Samples()
-        self.facts = JobFactsBuilder()
         self.first: dict[int, tuple[int, int]] = {}
         """Per rank its first row's step and monotonic end."""
-        self._names: dict[int, dict[int, str]] = {}
 
     def _read_streams(self, reader: StoreReader) -> None:
         meta = reader.meta()
@@ -151,15 +148,10 @@ class Digest:
 
         self.facts.host(rank, record.host)
         if record.state != "running" and (current is None or record.id >= current.id):
-            self.facts.exit(RankExit.of(rank, record.state, record.facts.get("exit", {}), record.host))
-            self.window.end(rank)
+            self._intake.end(RankExit.of(rank, record.state, record.facts.get("exit", {}), record.host))
 
     def _rank_of(self, stream: int) -> int:
         return self.streams[stream].rank
-
-    def _ranks_of(self, streams: NDArray[np.int64]) -> NDArray[np.int64]:
-        ids, back = np.unique(streams, return_inverse=True)
-        return np.array([self._rank_of(stream) for stream in ids.tolist()], np.int64)[back]
 
     def _newest(self) -> Collection[int]:
         return {record.id for record in self.ranks.values()}
@@ -174,41 +166,25 @@ class Digest:
 
         self._cursors[table.name] = frames[-1].id
         newest = self._newest()
-        frames = [frame for frame in frames if frame.stream in newest]
-        streams = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames]).astype(np.int64)
-        rows = np.frombuffer(b"".join(frame.data for frame in frames), table.dtype)
-        self._take(table, self._ranks_of(streams), rows)
+        parts: dict[int, list[bytes]] = {}
+        for frame in frames:
+            if frame.stream in newest:
+                parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
+
+        self._take(table, {rank: b"".join(of_rank) for rank, of_rank in parts.items()})
         return True
 
-    def _take(self, table: Table, indices: NDArray[np.int64], rows: NDArray[np.void]) -> None:
-        if not len(rows):
-            return
+    def _take(self, table: Table, by_rank: dict[int, bytes]) -> None:
+        for rank, data in by_rank.items():
+            if table is STEPS and rank not in self.first:
+                row = np.frombuffer(data, STEPS.dtype, 1)
+                self.first[rank] = int(row["step"][0]), int(row["t_end_ns"][0])
+            elif table in _SAMPLED:
+                self.samples.add(table.name, rank, np.frombuffer(data, table.dtype))
 
-        if table is STEPS:
-            self._note_first(indices, rows)
-            self.window.scatter(indices, rows)
-        elif table is DEVICE_STEPS:
-            self.window.scatter_device(indices, rows)
-        else:
-            for rank in np.unique(indices).tolist():
-                self._take_of_rank(table, rank, rows[indices == rank])
+            self._intake.add(table.name, rank, data)
 
-    def _take_of_rank(self, table: Table, rank: int, rows: NDArray[np.void]) -> None:
-        if table is USER_PHASES:
-            self.window.scatter_user(rank, rows, self._names.get(rank, {}))
-            return
-
-        if table is PROCESS:
-            self.facts.process_rows(rank, rows)
-        elif table is HOST:
-            self.facts.host_rows(rank, rows)
-
-        self.samples.add(table.name, rank, rows)
-
-    def _note_first(self, indices: NDArray[np.int64], rows: NDArray[np.void]) -> None:
-        ranks, at = np.unique(indices, return_index=True)
-        for rank, first in zip(ranks.tolist(), at.tolist(), strict=True):
-            self.first.setdefault(rank, (int(rows["step"][first]), int(rows["t_end_ns"][first])))
+        self._intake.flush()
 
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
         frames = list(reader.frames(name, self._cursors.get(name, 0)))
@@ -219,7 +195,7 @@ class Digest:
         newest = self._newest()
         for rank, row in self._maps(frame for frame in frames if frame.stream in newest):
             if name == NAMES.name:
-                self._names.setdefault(rank, {})[row["id"]] = row["name"]
+                self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
             else:
                 self.facts.info(rank, row)
 
@@ -229,12 +205,20 @@ class Digest:
         return ((self._rank_of(frame.stream), row) for frame in frames for row in frame.maps())
 
 
-_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
+_SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
+_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, *_SAMPLED)
 
 
-def _without_stream(rows: NDArray[np.void], table: Table) -> NDArray[np.void]:
+def _by_stream(rows: NDArray[np.void], table: Table) -> Iterator[tuple[int, bytes]]:
+    """Return each stream's rows as they are stored."""
+    if not len(rows):
+        return
+
+    rows = rows[np.argsort(rows["stream"], kind="stable")]
     plain = np.empty(len(rows), table.dtype)
-    for column in table.columns:
-        plain[column.name] = rows[column.name]
+    for name in table.names:
+        plain[name] = rows[name]
 
-    return plain
+    streams, starts = np.unique(rows["stream"], return_index=True)
+    for stream, part in zip(streams.tolist(), np.split(plain, starts[1:]), strict=True):
+        yield stream, part.tobytes()

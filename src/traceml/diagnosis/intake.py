@@ -1,0 +1,88 @@
+"""Rows of a run on their way into the diagnosis: tables in, step window and job facts out.
+
+The aggregator feeds it with frames from the wire, a reader of a store with frames from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import DEVICE_STEPS, HOST, PROCESS, STEPS, USER_PHASES, Table
+from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.window import StepWindow, Window
+
+__all__ = ["RowIntake"]
+
+Rows = NDArray[np.void]
+
+
+class RowIntake:
+    """Takes rows of all ranks of a run.
+
+    Args:
+        slots: steps kept per rank; see `slots_for`.
+        ranks: ranks to make room for now.
+    """
+
+    def __init__(self, slots: int, ranks: int = 0) -> None:
+        self.facts = JobFactsBuilder(max(ranks, 1))
+        self.window = StepWindow(slots, ranks)
+        self.names: dict[int, dict[int, str]] = {}
+        """Names of user phases by id, for each rank."""
+        self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
+        self._takers: dict[str, Callable[[int, Rows], None]] = {
+            USER_PHASES.name: self._take_user_phases,
+            PROCESS.name: self.facts.process_rows,
+            HOST.name: self.facts.host_rows,
+        }
+
+    def resize(self, slots: int, ranks: int) -> None:
+        """Start an empty window for another number of ranks."""
+        self.window = StepWindow(slots, ranks)
+
+    def end(self, ended: RankExit) -> None:
+        """Record how a rank ended; the others' steps are no longer compared with its own."""
+        self.facts.exit(ended)
+        self.window.end(ended.rank)
+
+    def add(self, table: str, rank: int, data: bytes) -> None:
+        """Take rows of one rank, in order; step rows reach the window with the next `flush`.
+
+        Args:
+            table: name of a packed table; those that the diagnosis does not need are ignored.
+            rank: the rank.
+            data: the rows as bytes.
+        """
+        added = self._added.get(table)
+        if added is not None:
+            added.append((rank, data))
+        elif table in self._takers:
+            self._takers[table](rank, np.frombuffer(data, _DTYPES[table]))
+
+    def flush(self) -> bool:
+        """Put the step rows that were added into the window, those of all ranks at once; return whether any came."""
+        found = bool(self._added[STEPS.name])
+        self._scatter(STEPS, self.window.scatter)
+        self._scatter(DEVICE_STEPS, self.window.scatter_device)
+        return found
+
+    def snapshot(self, last: int) -> tuple[Window, JobFacts]:
+        """Return what the rules look at: the newest aligned steps, at most `last`, and the facts."""
+        return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist())
+
+    def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
+        if added := self._added[table.name]:
+            ranks = np.array([rank for rank, _ in added], np.int64)
+            parts = [data for _, data in added]
+            counts = np.array([len(data) for data in parts]) // table.row_bytes
+            scatter(np.repeat(ranks, counts), np.frombuffer(b"".join(parts), table.dtype))
+            added.clear()
+
+    def _take_user_phases(self, rank: int, rows: Rows) -> None:
+        self.window.scatter_user(rank, rows, self.names.get(rank, {}))
+
+
+_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST)}
