@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import threading
-import time
 from functools import partial
 
 import pytest
 
 from tests.tasks.conftest import until
 from traceml import Runtime, TaskCancelledError, TaskDeadlockError, TaskTimeoutError
+from traceml.tasks.wait_graph import blocked_tasks
 
 
 async def double(value: int, pause: float = 0.001) -> int:
@@ -144,7 +144,7 @@ def test_a_circle_through_a_blocked_loop_is_told(single: Runtime) -> None:
 
     def callable_task() -> int:
         began.set()
-        time.sleep(0.05)
+        until(lambda: blocked_tasks)
         return single.submit(double, 1).get()
 
     async def blocking() -> int:
@@ -162,7 +162,7 @@ def test_waiting_for_all_leaves_out_what_a_blocked_loop_holds_up(single: Runtime
 
     def callable_task() -> str:
         began.set()
-        time.sleep(0.02)
+        until(lambda: blocked_tasks)
         single.submit(double, 1)
         single.wait_all()
         return "ended"

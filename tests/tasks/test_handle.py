@@ -82,7 +82,7 @@ def test_many_threads_may_wait_for_one_task(rt: Runtime) -> None:
     for waiter in waiters:
         waiter.start()
 
-    time.sleep(0.02)
+    until(lambda: len(handle.callbacks or ()) == 8)
     release.set()
     for waiter in waiters:
         waiter.join(10)

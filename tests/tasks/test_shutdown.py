@@ -8,7 +8,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 
 from traceml import Runtime, TaskForkedError
 
@@ -57,10 +56,15 @@ def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
 def test_ctrl_c_ends_a_program_at_once() -> None:
     """With a queue full of work, while the main thread waits for it."""
     script = HEAD + textwrap.dedent("""
+        from traceml.tasks.waker import idle_waiters
+        def announce():
+            while not idle_waiters:
+                time.sleep(0.001)
+            print("ready", flush=True)
         with traceml.Runtime(threads=1) as rt:
             for i in range(1000):
                 rt.submit(threading.Event().wait, 60)
-            print("ready", flush=True)
+            threading.Thread(target=announce).start()
             rt.wait_all()
     """)
     process = subprocess.Popen(
@@ -68,7 +72,6 @@ def test_ctrl_c_ends_a_program_at_once() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
 

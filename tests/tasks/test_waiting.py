@@ -6,7 +6,6 @@ import asyncio
 import random
 import sys
 import threading
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import Runtime, TaskDeadlockError, TaskError, TaskHandle, TaskTimeoutError, WaitTimeoutError
+from traceml.tasks.wait_graph import blocked_tasks
 
 
 @pytest.mark.parametrize("length", [99, 1000, 3000])
@@ -130,7 +130,7 @@ def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
 
     handle = single.submit(task)
     assert began.wait(10)
-    time.sleep(0.05)
+    until(lambda: handle in blocked_tasks)
     later = single.submit(len, "abc")
     until(later.done)
     release.set()
@@ -144,7 +144,7 @@ def test_many_tasks_may_wait_for_one(rt: Runtime) -> None:
     first = rt.submit(release.wait)
     until(lambda: first.state == "running")
     rest = [rt.submit(first.get) for _ in range(300)]
-    time.sleep(0.05)
+    until(lambda: any(one in blocked_tasks for one in rest))
     assert len(threads_of_ours()) <= 4
     release.set()
     assert all(one.get() for one in rest)
