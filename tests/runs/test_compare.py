@@ -24,7 +24,7 @@ def test_a_slower_run_is_named_with_phase_and_rank(healthy, tmp_path):
     """A straggler of 5 ms: the step is slower by that, it is real, and the rank and its phase are there."""
     slow = store_run(tmp_path / "slow", Job(steps=300), adds("forward", 5, (1,)), seed=2)
 
-    found = compare_runs(healthy, slow)
+    found = compare_runs(healthy, slow).to_dict()
     mean = found["step_time"]["mean"]
 
     assert found["outcome"] == "slower"
@@ -42,14 +42,14 @@ def test_a_faster_run_is_faster(healthy, tmp_path):
     """The same pair the other way round."""
     slow = store_run(tmp_path / "slow", Job(steps=300), adds("forward", 5, (1,)), seed=2)
 
-    assert compare_runs(slow, healthy)["outcome"] == "faster"
+    assert compare_runs(slow, healthy).to_dict()["outcome"] == "faster"
 
 
 def test_two_runs_of_the_same_job_do_not_differ(healthy, tmp_path):
     """Other noise is no change."""
     again = store_run(tmp_path / "again", Job(steps=300), seed=9)
 
-    found = compare_runs(healthy, again)
+    found = compare_runs(healthy, again).to_dict()
 
     assert found["outcome"] == "same"
     assert found["step_time"]["mean"]["real"] is False
@@ -60,7 +60,7 @@ def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
     """The numbers are told, and that they do not compare."""
     wide = store_run(tmp_path / "wide", Job(ranks=4, steps=300), seed=2)
 
-    found = compare_runs(healthy, wide)
+    found = compare_runs(healthy, wide).to_dict()
 
     assert found["comparable"] is False
     assert found["outcome"] == "unknown"
@@ -83,7 +83,7 @@ def test_other_models_are_no_comparison(tmp_path):
             add_info(writer, stream, kind="model", model="Net", dtype="torch.float32", **facts)
             add_info(writer, stream, kind="loader", batch_size=batch)
 
-    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    found = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()
 
     assert found["obstacles"] == ["the models differ: parameters 10 in A, 20 in B"]
     assert {"batch size: 32 in A, 64 in B", "parallelism: none in A, ddp in B", "torch.compile: yes in A, no in B"} <= {
@@ -96,8 +96,8 @@ def test_too_few_steps_are_said(healthy, tmp_path):
     short = store_run(tmp_path / "short", Job(steps=12))
     empty = store_run(tmp_path / "empty", Job(steps=0))
 
-    assert compare_runs(healthy, short)["outcome"] == "unknown"
-    found = compare_runs(empty, healthy)
+    assert compare_runs(healthy, short).to_dict()["outcome"] == "unknown"
+    found = compare_runs(empty, healthy).to_dict()
     assert found["outcome"] == "unknown"
     assert found["comparable"] is False
     assert "A has no complete steps" in found["obstacles"]
@@ -113,7 +113,7 @@ def test_memory_is_compared_by_its_highest_peak(tmp_path):
             stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
             add_samples(writer, stream, growth=growth)
 
-    memory = compare_runs(tmp_path / "a", tmp_path / "b")["memory"]
+    memory = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()["memory"]
 
     assert memory["rss_peak_bytes"] == {"a": 500 * 2**20, "b": 695 * 2**20, "change": pytest.approx(0.39)}
     assert memory["cuda_peak_bytes"]["change"] is None
@@ -128,24 +128,24 @@ def test_a_busy_machine_is_said(tmp_path):
             stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
             add_samples(writer, stream, wait=wait)
 
-    found = compare_runs(tmp_path / "a", tmp_path / "b")
+    found = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()
 
     assert found["b"]["core_wait_share"] == pytest.approx(0.4)
-    assert any("without a core for 2% of their time in A, 40% in B" in remark for remark in found["remarks"])
+    assert any("waited for a CPU core 2% of the time in A, 40% in B" in remark for remark in found["remarks"])
 
 
 def test_a_run_that_goes_on_is_compared_as_far_as_it_is(healthy, tmp_path):
     """It is said that it has not finished."""
     going = store_run(tmp_path / "going", Job(steps=100), facts={"state": "running", "ended": None}, state="running")
 
-    assert any("B is running" in remark for remark in compare_runs(healthy, going)["remarks"])
+    assert any("B is running" in remark for remark in compare_runs(healthy, going).to_dict()["remarks"])
 
 
 def test_it_is_json(healthy, tmp_path):
     """Every number is one that JSON has, also where values are missing."""
     empty = store_run(tmp_path / "empty", Job(steps=0))
 
-    text = json.dumps(compare_runs(healthy, empty), allow_nan=False)
+    text = json.dumps(compare_runs(healthy, empty).to_dict(), allow_nan=False)
 
     assert json.loads(text)["schema"] == "traceml.compare/1"
 
@@ -155,4 +155,4 @@ def test_a_damaged_run_says_which(healthy, tmp_path):
     (tmp_path / STORE_NAME).write_bytes(np.random.default_rng(0).bytes(5000))
 
     with pytest.raises(StoreError, match=str(tmp_path)):
-        compare_runs(healthy, tmp_path)
+        compare_runs(healthy, tmp_path).to_dict()

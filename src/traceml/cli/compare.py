@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 from rich.console import Console
@@ -18,6 +16,7 @@ from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.comparison import change_text, compared_card
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.compare import compare_runs
+from traceml.runs.comparison_types import Comparison
 from traceml.runs.find import find_run
 
 __all__ = ["main"]
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> int:
 
     comparison = _compared(*(find_run(run, runs_dir_of(options.runs_dir)) for run in (options.a, options.b)))
     if options.json:
-        print(json.dumps(comparison, indent=2, allow_nan=False))
+        print(comparison.to_json())
     else:
         console = Console(highlight=False)
         console.print(compared_card(comparison, Viewport.of(console)), soft_wrap=True)
@@ -61,7 +60,7 @@ def main(argv: list[str]) -> int:
     return 0 if options.fail_over is None else _gate(comparison, options.fail_over)
 
 
-def _compared(a: Path, b: Path) -> dict[str, Any]:
+def _compared(a: Path, b: Path) -> Comparison:
     if a == b:
         raise UsageError(f"A and B are the same run, {a.name}")
 
@@ -71,16 +70,16 @@ def _compared(a: Path, b: Path) -> dict[str, Any]:
         raise StoreError(f"cannot compare {a.name} and {b.name}: {error}") from error
 
 
-def _gate(comparison: Mapping[str, Any], percent: float) -> int:
-    if not comparison["comparable"]:
-        why = "; ".join(comparison["obstacles"]) or "there are too few independent steps"
+def _gate(comparison: Comparison, percent: float) -> int:
+    if not comparison.comparable:
+        why = "; ".join(comparison.obstacles) or "there are too few independent steps"
         print(f"traceml compare: --fail-over cannot be decided: {why}", file=sys.stderr)
         return EXIT_CANNOT_TELL
 
-    mean = comparison["step_time"]["mean"]
-    if comparison["outcome"] != "slower" or 100 * mean["change"] <= percent:
+    mean = comparison.step_time.mean
+    if comparison.outcome != "slower" or 100 * (mean.change or 0.0) <= percent:
         return 0
 
-    change = change_text(mean["change"])
+    change = change_text(mean.change)
     print(f"traceml compare: step time {change}, over {percent:g} % and real (--fail-over)", file=sys.stderr)
     return EXIT_GATE

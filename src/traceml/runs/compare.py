@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,30 +15,39 @@ from numpy.typing import NDArray
 from traceml.database.reader import StoreReader
 from traceml.database.schema import INFO, PROCESS
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.findings import plain
+from traceml.diagnosis.findings import significant
+from traceml.runs.comparison_types import (
+    Comparison,
+    MemoryChange,
+    MemoryChanges,
+    PhaseChange,
+    RankChange,
+    RunSide,
+    StatisticChange,
+    StepTimeChanges,
+    VerdictChange,
+)
 from traceml.runs.digest import Digest
 from traceml.runs.report import described, digest_of, whole_report
 from traceml.runs.report_types import Report
 from traceml.runs.significance import Difference, difference
 
-__all__ = ["SCHEMA", "compare_runs"]
-
-SCHEMA = "traceml.compare/1"
+__all__ = ["compare_runs"]
 
 _MS = 1e6
-# Below this a change is not worth a word, real or not.
+# A smaller change counts as none, significant or not.
 _WORTH = 0.005
-# A machine is called busy when ranks wait for a core for more than this share of their time.
+# A machine is busy when ranks wait for a CPU core more than this share of the time.
 _BUSY = 0.10
 _MODEL_FACTS = ("model", "parameters", "dtype", "device", "parallel", "compiled")
 
 
 @dataclass(frozen=True, slots=True)
 class _ComparedRun:
-    """One of the two runs: its report, its step times in order, and what is known beside.
+    """One of the two runs: its report, its step times in order, and other facts.
 
     Attributes:
-        core_wait: share of their time that ranks stood ready to run without a core; None where it was not sampled.
+        core_wait: share of time that ranks waited for a CPU core; None where it was not sampled.
     """
 
     report: Report
@@ -48,8 +57,8 @@ class _ComparedRun:
     core_wait: float | None
 
 
-def compare_runs(a: Path, b: Path) -> dict[str, Any]:
-    """Return what differs from run A to run B (`traceml.compare/1`, see docs/report.md).
+def compare_runs(a: Path, b: Path) -> Comparison:
+    """Return the differences from run A to run B (`traceml.compare/1`, see docs/report.md).
 
     Args:
         a: folder of the run that is compared with.
@@ -60,22 +69,24 @@ def compare_runs(a: Path, b: Path) -> dict[str, Any]:
     """
     first, second = _side(Path(a)), _side(Path(b))
     obstacles = _obstacles(first, second)
-    times = {name: _time(first, second, name, test=not obstacles) for name in _STATISTICS}
-    outcome = _outcome(times["mean"])
-    return {
-        "schema": SCHEMA,
-        "a": _about(first),
-        "b": _about(second),
-        "outcome": outcome,
-        "comparable": not obstacles and outcome != "unknown",
-        "obstacles": obstacles,
-        "remarks": _differences(first, second),
-        "step_time": plain(times),
-        "phases": plain(_phases(first, second)),
-        "ranks": plain(_ranks(first, second)),
-        "memory": plain(_memory(first, second)),
-        "verdict": _verdicts(first, second),
-    }
+    times = StepTimeChanges(**{name: _time(first, second, name, test=not obstacles) for name in _STATISTICS})
+    outcome = _outcome(times.mean)
+    return Comparison(
+        a=_about(first),
+        b=_about(second),
+        outcome=outcome,
+        comparable=not obstacles and outcome != "unknown",
+        obstacles=obstacles,
+        remarks=_differences(first, second),
+        step_time=times,
+        phases=_phases(first, second),
+        ranks=_ranks(first, second),
+        memory=MemoryChanges(
+            rss_peak_bytes=_peaks(first, second, "rss_peak_bytes"),
+            cuda_peak_bytes=_peaks(first, second, "cuda_peak_bytes"),
+        ),
+        verdict=_verdicts(first, second),
+    )
 
 
 def _side(run_dir: Path) -> _ComparedRun:
@@ -132,46 +143,55 @@ _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 }
 
 
-def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> dict[str, Any]:
-    """Return one statistic of both runs, its change as a share of A's, and if wanted how sure that is."""
+def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> StatisticChange:
+    """Return one statistic of both runs and its change, with its confidence interval if `test`."""
     statistic = _STATISTICS[name]
     values = [float(statistic(side.times_ms[None, :])[0]) if len(side.times_ms) else None for side in (a, b)]
     found = difference(a.times_ms, b.times_ms, statistic) if test else Difference(None, None, None)
     before = values[0]
-    return {
-        "a_ms": before,
-        "b_ms": values[1],
-        "change": _change(before, values[1]),
-        "low": found.low / before if found.low is not None and before else None,
-        "high": found.high / before if found.high is not None and before else None,
-        "p": found.p,
-        "real": found.real,
-    }
+    return StatisticChange(
+        a_ms=_number(before),
+        b_ms=_number(values[1]),
+        change=_number(_change(before, values[1])),
+        low=_number(found.low / before if found.low is not None and before else None),
+        high=_number(found.high / before if found.high is not None and before else None),
+        p=_number(found.p),
+        real=None if found.real is None else bool(found.real),
+    )
 
 
-def _outcome(mean: dict[str, Any]) -> str:
-    """Return slower, faster, same, or unknown when that cannot be told."""
-    if mean["real"] is None:
+def _number(value: float | None) -> float | None:
+    return None if value is None else significant(value)
+
+
+def _outcome(mean: StatisticChange) -> Literal["slower", "faster", "same", "unknown"]:
+    if mean.real is None or mean.change is None:
         return "unknown"
 
-    if not mean["real"] or abs(mean["change"]) < _WORTH:
+    if not mean.real or abs(mean.change) < _WORTH:
         return "same"
 
-    return "slower" if mean["change"] > 0 else "faster"
+    return "slower" if mean.change > 0 else "faster"
 
 
-def _about(side: _ComparedRun) -> dict[str, Any]:
+def _about(side: _ComparedRun) -> RunSide:
     run, steps = side.report.run, side.report.steps
-    names = ("id", "name", "state", "started", "duration_s", "world_size", "hosts", "command")
-    return {
-        **{name: getattr(run, name) for name in names},
-        "steps": steps.count,
-        "compared_steps": len(side.times_ms),
-        "per_second": steps.per_second,
-        "model": side.model,
-        "core_wait_share": plain(side.core_wait),
-        "verdict": side.report.verdict.kind.value,
-    }
+    return RunSide(
+        id=run.id,
+        name=run.name,
+        state=run.state,
+        started=run.started,
+        duration_s=run.duration_s,
+        world_size=run.world_size,
+        hosts=run.hosts,
+        command=run.command,
+        steps=steps.count,
+        compared_steps=len(side.times_ms),
+        per_second=steps.per_second,
+        model=side.model,
+        core_wait_share=_number(side.core_wait),
+        verdict=side.report.verdict.kind.value,
+    )
 
 
 def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
@@ -210,8 +230,8 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
     waits = [side.core_wait or 0.0 for side in (a, b)]
     if max(waits) > _BUSY:
         said.append(
-            f"ranks stood ready without a core for {waits[0]:.0%} of their time in A, {waits[1]:.0%} in B: what else "
-            "ran on the machine may be the difference"
+            f"ranks waited for a CPU core {waits[0]:.0%} of the time in A, {waits[1]:.0%} in B: other programs on the "
+            "machine may be the difference"
         )
 
     for side, which in ((a, "A"), (b, "B")):
@@ -231,32 +251,40 @@ def _word(value: Any) -> str:
     return str(value)
 
 
-def _phases(a: _ComparedRun, b: _ComparedRun) -> list[dict[str, Any]]:
+def _phases(a: _ComparedRun, b: _ComparedRun) -> list[PhaseChange]:
     """Return the phases of both, those that changed most first."""
     means = [{phase.phase: phase.mean_ms for phase in side.report.phases} for side in (a, b)]
-    rows = []
+    changes = []
     for name in dict.fromkeys([*means[0], *means[1]]):
         before, after = means[0].get(name, 0.0), means[1].get(name, 0.0)
-        rows.append({"phase": name, "a_ms": before, "b_ms": after, "delta_ms": after - before})
+        delta = _number(after - before) or 0.0
+        changes.append(PhaseChange(phase=name, a_ms=before, b_ms=after, delta_ms=delta))
 
-    return sorted(rows, key=lambda row: -abs(float(row["delta_ms"])))
+    return sorted(changes, key=lambda change: -abs(change.delta_ms))
 
 
-def _ranks(a: _ComparedRun, b: _ComparedRun) -> list[dict[str, Any]]:
+def _ranks(a: _ComparedRun, b: _ComparedRun) -> list[RankChange]:
     """Return each rank's own work per step, without its waiting for others, and the phase that changed it most."""
     before, after = (_work_by_rank(side) for side in (a, b))
     return [_rank(rank, before.get(rank), after.get(rank)) for rank in sorted({*before, *after})]
 
 
-def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | None) -> dict[str, Any]:
+def _rank(rank: int, before: dict[str, float] | None, after: dict[str, float] | None) -> RankChange:
     works = [None if work is None else sum(work.values()) for work in (before, after)]
-    row = {"rank": rank, "a_work_ms": works[0], "b_work_ms": works[1], "change": _change(*works)}
-    if before is None or after is None:
-        return {**row, "phase": None, "phase_delta_ms": None}
+    change = RankChange(
+        rank=rank,
+        a_work_ms=_number(works[0]),
+        b_work_ms=_number(works[1]),
+        change=_number(_change(*works)),
+        phase=None,
+        phase_delta_ms=None,
+    )
+    if before is not None and after is not None:
+        deltas = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
+        change.phase = max(deltas, key=lambda name: abs(deltas[name]))
+        change.phase_delta_ms = _number(deltas[change.phase])
 
-    deltas = {name: after.get(name, 0.0) - before.get(name, 0.0) for name in {**before, **after}}
-    phase = max(deltas, key=lambda name: abs(deltas[name]))
-    return {**row, "phase": phase, "phase_delta_ms": deltas[phase]}
+    return change
 
 
 def _work_by_rank(side: _ComparedRun) -> dict[int, dict[str, float]]:
@@ -269,29 +297,24 @@ def _work_by_rank(side: _ComparedRun) -> dict[int, dict[str, float]]:
     return work
 
 
-def _memory(a: _ComparedRun, b: _ComparedRun) -> dict[str, Any]:
+def _peaks(a: _ComparedRun, b: _ComparedRun, name: str) -> MemoryChange:
     """Return the highest peak over ranks."""
-    found = {}
-    for name in ("rss_peak_bytes", "cuda_peak_bytes"):
-        peaks = [_peak(side, name) for side in (a, b)]
-        found[name] = {"a": peaks[0], "b": peaks[1], "change": _change(peaks[0], peaks[1])}
-
-    return found
-
-
-def _peak(side: _ComparedRun, name: str) -> int | None:
-    return max((size for entry in side.report.memory.by_rank if (size := getattr(entry, name))), default=None)
+    peaks = [
+        max((size for entry in side.report.memory.by_rank if (size := getattr(entry, name))), default=None)
+        for side in (a, b)
+    ]
+    return MemoryChange(a=peaks[0], b=peaks[1], change=_number(_change(peaks[0], peaks[1])))
 
 
-def _verdicts(a: _ComparedRun, b: _ComparedRun) -> dict[str, Any]:
+def _verdicts(a: _ComparedRun, b: _ComparedRun) -> VerdictChange:
     kinds = [[finding.kind.value for finding in side.report.findings] for side in (a, b)]
-    return {
-        "a": kinds[0][0],
-        "b": kinds[1][0],
-        "changed": kinds[0][0] != kinds[1][0],
-        "appeared": [kind for kind in dict.fromkeys(kinds[1]) if kind not in kinds[0]],
-        "gone": [kind for kind in dict.fromkeys(kinds[0]) if kind not in kinds[1]],
-    }
+    return VerdictChange(
+        a=kinds[0][0],
+        b=kinds[1][0],
+        changed=kinds[0][0] != kinds[1][0],
+        appeared=[kind for kind in dict.fromkeys(kinds[1]) if kind not in kinds[0]],
+        gone=[kind for kind in dict.fromkeys(kinds[0]) if kind not in kinds[1]],
+    )
 
 
 def _change(before: float | None, after: float | None) -> float | None:

@@ -59,7 +59,7 @@ def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
 
 def test_no_difference_is_no_difference(compared):
     """Chance is called chance."""
-    assert compared_headline(compared("a", "again")).startswith("No real difference")
+    assert compared_headline(compared("a", "again")).startswith("No significant difference")
 
 
 def test_what_cannot_be_told_is_not(compared):

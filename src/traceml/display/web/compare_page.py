@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nicegui import Client
 
@@ -18,6 +16,7 @@ from traceml.formatting import bytes_text, count_text, ms_text
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
 from traceml.renderers.text.comparison import change_text, compared_headline, compared_sentences
 from traceml.runs.compare import compare_runs
+from traceml.runs.comparison_types import Comparison, StatisticChange
 from traceml.runs.series import StepSeries, read_series
 
 __all__ = ["ComparePage", "CompareSource", "CompareState"]
@@ -28,9 +27,9 @@ _ROW_PX, _FRAME_PX, _LEAST_PX, _MOST_PX = 40, 90, 236, 640
 
 @dataclass(frozen=True, slots=True)
 class CompareState:
-    """A comparison as its page shows it: in the shape of `traceml.compare/1`, or why there is none."""
+    """A comparison as its page shows it: or why there is none."""
 
-    comparison: dict[str, Any] | None = None
+    comparison: Comparison | None = None
     steps: tuple[StepSeries, StepSeries] | None = None
     problem: str = ""
 
@@ -135,22 +134,22 @@ class ComparePage:
             self._why = TextNode("p", "", "why")
             self._notes = TextNode("p", "", "why noted")
 
-    def _show(self, comparison: Mapping[str, Any]) -> None:
-        weight = _WEIGHTS.get(comparison["outcome"], "")
+    def _show(self, comparison: Comparison) -> None:
+        weight = _WEIGHTS.get(comparison.outcome, "")
         self._card.look(f"card verdict alone {weight}")
-        self._outcome.say(comparison["outcome"].upper())
+        self._outcome.say(comparison.outcome.upper())
         self._outcome.look(f"pill kind {weight}")
         self._headline.say(compared_headline(comparison))
         self._why.say(" ".join(compared_sentences(comparison)))
-        notes = [*comparison["obstacles"], *comparison["remarks"]]
+        notes = [*comparison.obstacles, *comparison.remarks]
         self._notes.say("Note: " + "; ".join(notes) + "." if notes else "")
-        self._times.show([_time_cells(name, row) for name, row in comparison["step_time"].items()])
+        self._times.show([_time_cells(name, row) for name, row in comparison.step_time.items()])
         self._facts.show(_fact_rows(comparison))
         self._draw(comparison)
 
-    def _draw(self, comparison: Mapping[str, Any]) -> None:
+    def _draw(self, comparison: Comparison) -> None:
         theme = THEMES[self._theme]
-        rows = max(len(comparison["phases"]), len(comparison["ranks"]))
+        rows = max(len(comparison.phases), len(comparison.ranks))
         height = min(max(_FRAME_PX + _ROW_PX * rows, _LEAST_PX), _MOST_PX)
         steps = self._state.steps if self._state is not None else None
         options = (
@@ -168,23 +167,22 @@ class ComparePage:
 _TIME_COLUMNS = (("Step time", ""), ("A", "n"), ("B", "n"), ("Change", "n"), ("99 % between", "n"), ("Real", "n"))
 
 
-def _time_cells(name: str, row: Mapping[str, Any]) -> list[str]:
-    between = "-" if row["low"] is None else f"{change_text(row['low'])} and {change_text(row['high'])}"
-    real = {True: "yes", False: "no", None: "cannot tell"}[row["real"]]
-    sure = "" if row["p"] is None else f", p = {row['p']:.2g}"
-    return [name, ms_text(row["a_ms"]), ms_text(row["b_ms"]), change_text(row["change"]), between, real + sure]
+def _time_cells(name: str, row: StatisticChange) -> list[str]:
+    between = "-" if row.low is None else f"{change_text(row.low)} and {change_text(row.high)}"
+    real = {True: "yes", False: "no", None: "cannot tell"}[row.real]
+    sure = "" if row.p is None else f", p = {row.p:.2g}"
+    return [name, ms_text(row.a_ms), ms_text(row.b_ms), change_text(row.change), between, real + sure]
 
 
-def _fact_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    a, b = comparison["a"], comparison["b"]
+def _fact_rows(comparison: Comparison) -> list[list[str]]:
+    a, b = comparison.a, comparison.b
     rows = [
-        ["verdict", a["verdict"], b["verdict"], ""],
-        ["state", a["state"], b["state"], ""],
-        ["ranks", count_text(a["world_size"]), count_text(b["world_size"]), ""],
-        ["steps", count_text(a["steps"]), count_text(b["steps"]), ""],
+        ["verdict", a.verdict, b.verdict, ""],
+        ["state", a.state, b.state, ""],
+        ["ranks", count_text(a.world_size), count_text(b.world_size), ""],
+        ["steps", count_text(a.steps), count_text(b.steps), ""],
     ]
-    for what, name in (("resident peak", "rss_peak_bytes"), ("device peak", "cuda_peak_bytes")):
-        row = comparison["memory"][name]
-        rows.append([what, bytes_text(row["a"]), bytes_text(row["b"]), change_text(row["change"])])
+    for what, row in comparison.memory.items():
+        rows.append([what, bytes_text(row.a), bytes_text(row.b), change_text(row.change)])
 
     return rows

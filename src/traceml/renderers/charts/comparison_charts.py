@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from traceml.formatting import phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
@@ -20,6 +17,7 @@ from traceml.renderers.charts.chart_options import (
     value_axis,
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
+from traceml.runs.comparison_types import Comparison
 from traceml.runs.series import StepSeries
 
 __all__ = ["compared_phases_chart", "compared_ranks_chart", "compared_steps_chart"]
@@ -46,39 +44,43 @@ def compared_steps_chart(a: StepSeries, b: StepSeries, theme: Theme = LIGHT) -> 
     return option
 
 
-def compared_phases_chart(comparison: Mapping[str, Any], theme: Theme = LIGHT) -> Option | None:
+def compared_phases_chart(comparison: Comparison, theme: Theme = LIGHT) -> Option | None:
     """Return the mean of each phase in both runs, the phases that changed most first.
 
     Args:
-        comparison: in the shape of `traceml.compare/1`.
+        comparison: of run A with run B.
         theme: the colours.
     """
-    step = max((comparison["step_time"]["mean"][side] or 0.0) for side in ("a_ms", "b_ms"))
-    rows = [row for row in comparison["phases"] if max(row["a_ms"], row["b_ms"]) >= _SMALL_SHARE * step]
-    return _bars([phase_label(row["phase"]) for row in rows], rows, ("a_ms", "b_ms"), theme)
+    mean = comparison.step_time.mean
+    step = max(mean.a_ms or 0.0, mean.b_ms or 0.0)
+    rows = [row for row in comparison.phases if max(row.a_ms, row.b_ms) >= _SMALL_SHARE * step]
+    return _bars([(phase_label(row.phase), row.a_ms, row.b_ms) for row in rows], theme)
 
 
-def compared_ranks_chart(comparison: Mapping[str, Any], theme: Theme = LIGHT) -> Option | None:
+def compared_ranks_chart(comparison: Comparison, theme: Theme = LIGHT) -> Option | None:
     """Return each rank's own work in both runs; of many ranks those that changed most.
 
     Args:
-        comparison: in the shape of `traceml.compare/1`.
+        comparison: of run A with run B.
         theme: the colours.
     """
-    rows = [row for row in comparison["ranks"] if row["change"] is not None]
-    most = sorted(rows, key=lambda row: -abs(row["change"]))[:_RANKS]
-    rows = sorted(most, key=lambda row: int(row["rank"]))
-    return _bars([f"rank {row['rank']}" for row in rows], rows, ("a_work_ms", "b_work_ms"), theme)
+    rows = [row for row in comparison.ranks if row.change is not None]
+    most = sorted(rows, key=lambda row: -abs(row.change or 0.0))[:_RANKS]
+    rows = sorted(most, key=lambda row: row.rank)
+    return _bars([(f"rank {row.rank}", row.a_work_ms or 0.0, row.b_work_ms or 0.0) for row in rows], theme)
 
 
-def _bars(labels: list[str], rows: list[Any], sides: tuple[str, str], theme: Theme) -> Option | None:
+def _bars(rows: list[tuple[str, float, float]], theme: Theme) -> Option | None:
     if not rows:
         return None
 
     option = blank(theme)
     option["xAxis"] = value_axis(theme, "ms")
-    option["yAxis"] = {**category_axis(labels, theme), "inverse": True}
-    for name, side, color in (("A", sides[0], theme.lines[4]), ("B", sides[1], theme.lines[0])):
-        option["series"].append(bar_series(name, [number(row[side]) for row in rows], color))
+    option["yAxis"] = {**category_axis([label for label, _, _ in rows], theme), "inverse": True}
+    for name, values, color in (
+        ("A", [number(a) for _, a, _ in rows], theme.lines[4]),
+        ("B", [number(b) for _, _, b in rows], theme.lines[0]),
+    ):
+        option["series"].append(bar_series(name, values, color))
 
     return option

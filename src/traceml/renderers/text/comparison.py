@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text, phase_label
+from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
+from traceml.runs.comparison_types import Comparison, StatisticChange
 
 __all__ = ["change_text", "compared_card", "compared_headline", "compared_sentences"]
 
@@ -34,49 +34,49 @@ def change_text(change: float | None) -> str:
     return f"{percent:+.1f} %" if abs(percent) < 9.95 else f"{percent:+.0f} %"
 
 
-def compared_headline(comparison: Mapping[str, Any]) -> str:
+def compared_headline(comparison: Comparison) -> str:
     """Return the answer in one sentence without a full stop.
 
     Args:
-        comparison: in the shape of `traceml.compare/1`.
+        comparison: of run A with run B.
     """
-    mean, outcome = comparison["step_time"]["mean"], comparison["outcome"]
-    sizes = f"{ms_text(mean['a_ms'])} -> {ms_text(mean['b_ms'])}"
-    if comparison["obstacles"] and mean["change"] is not None:
-        return f"A and B are not comparable; a step takes {sizes} ({change_text(mean['change'])})"
+    mean, outcome = comparison.step_time.mean, comparison.outcome
+    sizes = f"{ms_text(mean.a_ms)} -> {ms_text(mean.b_ms)}"
+    if comparison.obstacles and mean.change is not None:
+        return f"A and B are not comparable; a step takes {sizes} ({change_text(mean.change)})"
 
     if outcome == "unknown":
         return "Too few steps to tell whether the two differ"
 
     if outcome == "same":
-        return f"No real difference in step time: {sizes} ({change_text(mean['change'])}, within chance or below 0.5 %)"
+        return f"No significant difference in step time: {sizes} ({change_text(mean.change)})"
 
-    return f"B is {outcome}: a step takes {sizes} ({change_text(mean['change'])})"
+    return f"B is {outcome}: a step takes {sizes} ({change_text(mean.change)})"
 
 
-def compared_sentences(comparison: Mapping[str, Any]) -> list[str]:
+def compared_sentences(comparison: Comparison) -> list[str]:
     """Return what stands behind the answer, a sentence each: how sure, which phase, which rank, which verdict."""
-    mean = comparison["step_time"]["mean"]
+    mean = comparison.step_time.mean
     said = []
-    if mean["p"] is not None:
-        low, high = change_text(mean["low"]), change_text(mean["high"])
-        said.append(f"With 99 % confidence the change lies between {low} and {high} (p = {mean['p']:.2g}).")
+    if mean.p is not None:
+        low, high = change_text(mean.low), change_text(mean.high)
+        said.append(f"With 99 % confidence the change lies between {low} and {high} (p = {mean.p:.2g}).")
 
-    if comparison["outcome"] in ("slower", "faster"):
+    if comparison.outcome in ("slower", "faster"):
         said += list(_rank_sentence(comparison)) or list(_phase_sentence(comparison))
 
-    verdict = comparison["verdict"]
-    if verdict["changed"]:
-        said.append(f"The verdict went from {verdict['a']} to {verdict['b']}.")
+    verdict = comparison.verdict
+    if verdict.changed:
+        said.append(f"The verdict went from {verdict.a} to {verdict.b}.")
 
     return said
 
 
-def compared_card(comparison: Mapping[str, Any], viewport: Viewport) -> Group:
+def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
     """Return the comparison for a terminal.
 
     Args:
-        comparison: in the shape of `traceml.compare/1`.
+        comparison: of run A with run B.
         viewport: what the terminal can show; at most 100 columns are used.
     """
     width = min(viewport.width, _MAX_WIDTH)
@@ -96,68 +96,65 @@ def compared_card(comparison: Mapping[str, Any], viewport: Viewport) -> Group:
     return Group(*lines)
 
 
-def _head(comparison: Mapping[str, Any], width: int, viewport: Viewport) -> Iterator[Text]:
+def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Text]:
     yield Text(f"{viewport.glyphs.rule * 2} traceml compare ", style="bold").append(
         viewport.glyphs.rule * (width - 19), "dim"
     )
-    for which in ("a", "b"):
-        run = comparison[which]
-        ranks = f"{count_text(run['world_size'])} rank{'s' if run['world_size'] > 1 else ''}"
-        facts = f"{ranks}, {count_text(run['steps'])} steps, {run['state']}"
-        yield Text(f" {which.upper()}  ", style="dim").append(run["id"]).append(f"  {facts}", "dim")
+    for which, run in (("A", comparison.a), ("B", comparison.b)):
+        ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}"
+        facts = f"{ranks}, {count_text(run.steps)} steps, {run.state}"
+        yield Text(f" {which}  ", style="dim").append(run.id).append(f"  {facts}", "dim")
 
     yield Text()
     for line in wrapped(compared_headline(comparison), width - 1):
-        yield Text(f" {line}", style=_STYLES[comparison["outcome"]])
+        yield Text(f" {line}", style=_STYLES[comparison.outcome])
 
     for sentence in compared_sentences(comparison):
         for line in wrapped(sentence, width - 1):
             yield Text(f" {line}")
 
-    for remark in (*comparison["obstacles"], *comparison["remarks"]):
+    for remark in (*comparison.obstacles, *comparison.remarks):
         for number, line in enumerate(wrapped(remark, width - 9)):
             yield Text(" Note    " if not number else " " * 9, style="dim").append(line, "yellow")
 
 
-def _times(comparison: Mapping[str, Any]) -> Iterator[Text]:
+def _times(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   real", style="dim")
-    for name, row in comparison["step_time"].items():
-        real = {True: f"yes, p = {row['p'] or 0:.2g}", False: f"no, p = {row['p'] or 0:.2g}", None: "cannot tell"}[
-            row["real"]
-        ]
-        yield _row(name, row, real, _style(row) if row["real"] else "")
+    for name, row in comparison.step_time.items():
+        real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "cannot tell"}[row.real]
+        yield _row(name, row.a_ms, row.b_ms, row.change, real, _style(row) if row.real else "")
 
 
-def _row(label: str, row: Mapping[str, Any], after: str, style: str) -> Text:
-    line = Text(f" {label:<14}{ms_text(row['a_ms']):>11}{ms_text(row['b_ms']):>11}")
-    return line.append(f"{change_text(row['change']):>10}", style=style).append(f"   {after}", style="dim")
+def _row(label: str, a_ms: float | None, b_ms: float | None, change: float | None, after: str, style: str) -> Text:
+    line = Text(f" {label:<14}{ms_text(a_ms):>11}{ms_text(b_ms):>11}")
+    return line.append(f"{change_text(change):>10}", style=style).append(f"   {after}", style="dim")
 
 
-def _style(row: Mapping[str, Any]) -> str:
-    return "bold red" if (row["change"] or 0) > 0 else "bold green"
+def _style(row: StatisticChange) -> str:
+    return "bold red" if (row.change or 0) > 0 else "bold green"
 
 
-def _phase_rows(comparison: Mapping[str, Any]) -> Iterator[Text]:
-    rows = comparison["phases"][:_SHOWN_PHASES]
+def _phase_rows(comparison: Comparison) -> Iterator[Text]:
+    rows = comparison.phases[:_SHOWN_PHASES]
     if rows:
         yield Text(f" {'phase':<14}{'A':>11}{'B':>11}{'B - A':>10}", style="dim")
 
     for row in rows:
-        delta = f"{'+' if row['delta_ms'] >= 0 else '-'}{ms_text(abs(row['delta_ms']))}"
-        line = Text(f" {phase_label(row['phase'])[:14]:<14}{ms_text(row['a_ms']):>11}{ms_text(row['b_ms']):>11}")
+        delta = f"{'+' if row.delta_ms >= 0 else '-'}{ms_text(abs(row.delta_ms))}"
+        line = Text(f" {phase_label(row.phase)[:14]:<14}{ms_text(row.a_ms):>11}{ms_text(row.b_ms):>11}")
         yield line.append(f"{delta:>10}")
 
 
-def _rank_rows(comparison: Mapping[str, Any]) -> Iterator[Text]:
-    ranks = [row for row in comparison["ranks"] if row["change"] is not None]
+def _rank_rows(comparison: Comparison) -> Iterator[Text]:
+    ranks = [row for row in comparison.ranks if row.change is not None]
     if len(ranks) < 2:
         return
 
     yield Text()
     yield Text(f" {'own work':<14}{'A':>11}{'B':>11}{'change':>10}", style="dim")
-    for row in sorted(ranks, key=lambda row: -abs(row["change"]))[:_SHOWN_RANKS]:
-        values = {"a_ms": row["a_work_ms"], "b_ms": row["b_work_ms"], "change": row["change"]}
-        yield _row(f"rank {row['rank']}", values, f"most in {phase_label(row['phase'])}", "")
+    for row in sorted(ranks, key=lambda row: -abs(row.change or 0.0))[:_SHOWN_RANKS]:
+        most = f"most in {phase_label(row.phase or '')}"
+        yield _row(f"rank {row.rank}", row.a_work_ms, row.b_work_ms, row.change, most, "")
 
     if len(ranks) > _SHOWN_RANKS:
         yield Text(
@@ -165,38 +162,36 @@ def _rank_rows(comparison: Mapping[str, Any]) -> Iterator[Text]:
         )
 
 
-def _rest(comparison: Mapping[str, Any]) -> Iterator[Text]:
+def _rest(comparison: Comparison) -> Iterator[Text]:
     yield Text()
-    for what, name in (("resident peak", "rss_peak_bytes"), ("device peak", "cuda_peak_bytes")):
-        row = comparison["memory"][name]
-        if row["a"] is not None and row["b"] is not None:
-            line = Text(f" {what:<14}{bytes_text(row['a']):>11}{bytes_text(row['b']):>11}")
-            yield line.append(f"{change_text(row['change']):>10}")
+    for what, row in comparison.memory.items():
+        if row.a is not None and row.b is not None:
+            line = Text(f" {what:<14}{bytes_text(row.a):>11}{bytes_text(row.b):>11}")
+            yield line.append(f"{change_text(row.change):>10}")
 
-    verdict = comparison["verdict"]
-    yield Text(f" {'verdict':<14}{verdict['a']} -> {verdict['b']}")
+    verdict = comparison.verdict
+    yield Text(f" {'verdict':<14}{verdict.a} -> {verdict.b}")
 
 
-def _phase_sentence(comparison: Mapping[str, Any]) -> Iterator[str]:
-    mean = comparison["step_time"]["mean"]
-    gap = mean["b_ms"] - mean["a_ms"]
-    row = max(comparison["phases"], key=lambda row: row["delta_ms"] * (1 if gap > 0 else -1), default=None)
-    if row is None or abs(row["delta_ms"]) < 0.1 * abs(gap):
+def _phase_sentence(comparison: Comparison) -> Iterator[str]:
+    mean = comparison.step_time.mean
+    gap = (mean.b_ms or 0.0) - (mean.a_ms or 0.0)
+    row = max(comparison.phases, key=lambda row: row.delta_ms * (1 if gap > 0 else -1), default=None)
+    if row is None or abs(row.delta_ms) < 0.1 * abs(gap):
         return
 
-    more = "more" if row["delta_ms"] > 0 else "less"
-    yield f"The largest part of it is {phase_label(row['phase'])}: {ms_text(abs(row['delta_ms']))} {more} per step."
+    more = "more" if row.delta_ms > 0 else "less"
+    yield f"The largest part of it is {phase_words(row.phase)}: {ms_text(abs(row.delta_ms))} {more} per step."
 
 
-def _rank_sentence(comparison: Mapping[str, Any]) -> Iterator[str]:
-    ranks = [row for row in comparison["ranks"] if row["change"] is not None]
-    step = comparison["step_time"]["mean"]["a_ms"]
+def _rank_sentence(comparison: Comparison) -> Iterator[str]:
+    ranks = [row for row in comparison.ranks if row.change is not None]
+    step = comparison.step_time.mean.a_ms
     if len(ranks) < 2 or not step:
         return
 
-    deltas = sorted(row["b_work_ms"] - row["a_work_ms"] for row in ranks)
-    worst = max(ranks, key=lambda row: row["b_work_ms"] - row["a_work_ms"])
-    delta = worst["b_work_ms"] - worst["a_work_ms"]
-    if delta - deltas[(len(deltas) - 1) // 2] > _STANDS_OUT * step:
-        part = f"{ms_text(delta)}, most of it in {phase_label(worst['phase'])}"
-        yield f"Rank {worst['rank']}'s own work grew by {part}; the others wait for it."
+    deltas = sorted(row.delta_ms for row in ranks)
+    worst = max(ranks, key=lambda row: row.delta_ms)
+    if worst.delta_ms - deltas[(len(deltas) - 1) // 2] > _STANDS_OUT * step:
+        part = f"{ms_text(worst.delta_ms)}, most of it in {phase_words(worst.phase or '')}"
+        yield f"Rank {worst.rank}'s own work grew by {part}; the others wait for it."

@@ -1,0 +1,152 @@
+"""The comparison of two runs as an object: `traceml.compare/1`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import msgspec
+
+__all__ = [
+    "Comparison",
+    "MemoryChange",
+    "MemoryChanges",
+    "PhaseChange",
+    "RankChange",
+    "RunSide",
+    "StatisticChange",
+    "StepTimeChanges",
+    "VerdictChange",
+]
+
+
+class RunSide(msgspec.Struct, kw_only=True):
+    """One of the two runs."""
+
+    id: str
+    name: str
+    state: str
+    started: float | None
+    duration_s: float | None
+    world_size: int
+    hosts: list[str]
+    command: str | list[str]
+    steps: int
+    compared_steps: int
+    per_second: float | None
+    model: dict[str, Any]
+    core_wait_share: float | None
+    verdict: str
+
+
+class StatisticChange(msgspec.Struct, kw_only=True):
+    """A statistic of step time; `change`, `low` and `high` are shares of A's, the last two at 99 % confidence."""
+
+    a_ms: float | None
+    b_ms: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    real: bool | None
+
+
+class StepTimeChanges(msgspec.Struct, kw_only=True):
+    """Step time by statistic."""
+
+    mean: StatisticChange
+    p50: StatisticChange
+    p95: StatisticChange
+    p99: StatisticChange
+
+    def items(self) -> list[tuple[str, StatisticChange]]:
+        """Return (name, statistic)."""
+        return [(name, getattr(self, name)) for name in self.__struct_fields__]
+
+
+class PhaseChange(msgspec.Struct, kw_only=True):
+    """Mean time of a phase over all ranks."""
+
+    phase: str
+    a_ms: float
+    b_ms: float
+    delta_ms: float
+
+
+class RankChange(msgspec.Struct, kw_only=True):
+    """A rank's own work per step, and the phase that changed it most."""
+
+    rank: int
+    a_work_ms: float | None
+    b_work_ms: float | None
+    change: float | None
+    phase: str | None
+    phase_delta_ms: float | None
+
+    @property
+    def delta_ms(self) -> float:
+        """B's work minus A's; 0 where one of them is unknown."""
+        return 0.0 if self.a_work_ms is None or self.b_work_ms is None else self.b_work_ms - self.a_work_ms
+
+
+class MemoryChange(msgspec.Struct, kw_only=True):
+    """The highest peak over ranks."""
+
+    a: int | None
+    b: int | None
+    change: float | None
+
+
+class MemoryChanges(msgspec.Struct, kw_only=True):
+    """Peaks of resident and of device memory."""
+
+    rss_peak_bytes: MemoryChange
+    cuda_peak_bytes: MemoryChange
+
+    def items(self) -> list[tuple[str, MemoryChange]]:
+        """Return (label, change)."""
+        return [("resident peak", self.rss_peak_bytes), ("device peak", self.cuda_peak_bytes)]
+
+
+class VerdictChange(msgspec.Struct, kw_only=True):
+    """Verdicts of both runs, and the kinds of finding that only one of them has."""
+
+    a: str
+    b: str
+    changed: bool
+    appeared: list[str]
+    gone: list[str]
+
+
+class Comparison(msgspec.Struct, kw_only=True):
+    """Differences from run A to run B.
+
+    Attributes:
+        outcome: of the mean step time: slower, faster, same, or unknown.
+        comparable: whether the difference can be judged.
+        obstacles: reasons why the two cannot be measured against each other.
+        remarks: other differences.
+        phases: those that changed most first.
+    """
+
+    schema: Literal["traceml.compare/1"] = "traceml.compare/1"
+    a: RunSide
+    b: RunSide
+    outcome: Literal["slower", "faster", "same", "unknown"]
+    comparable: bool
+    obstacles: list[str]
+    remarks: list[str]
+    step_time: StepTimeChanges
+    phases: list[PhaseChange]
+    ranks: list[RankChange]
+    memory: MemoryChanges
+    verdict: VerdictChange
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain data, keys in the order of the schema."""
+        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return built
+
+    def to_json(self) -> str:
+        """Return the comparison as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
