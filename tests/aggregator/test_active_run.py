@@ -54,13 +54,13 @@ def test_run_is_over_a_moment_after_the_last_bye(registry, clock):  # noqa: F811
 def test_silent_rank_of_another_host_is_lost_after_a_while(registry, clock):  # noqa: F811
     """Nobody can look whether its process lives, so silence has to do; until then it may come back."""
     run, stream = join(registry, remote(0, 1))
-    run.left(stream)
+    run.disconnected(stream)
     clock.now_s += run_module.LOST_AFTER_S - 1
-    run.look_around()
+    run.check_absent()
     assert stream.state is StreamState.RUNNING
 
     clock.now_s += 2
-    run.look_around()
+    run.check_absent()
     run.commit()
     clock.now_s += 1
 
@@ -73,9 +73,9 @@ def test_silent_rank_of_another_host_is_lost_after_a_while(registry, clock):  # 
 def test_lost_rank_that_comes_back_is_running_again(registry, clock):  # noqa: F811
     """A network that was away for long costs nothing but the wrong word for a while."""
     run, stream = join(registry, remote(0, 1))
-    run.left(stream)
+    run.disconnected(stream)
     clock.now_s += run_module.LOST_AFTER_S + 1
-    run.look_around()
+    run.check_absent()
 
     assert join(registry, remote(0, 1)) == (run, stream)
     assert stream.state is StreamState.RUNNING
@@ -116,9 +116,9 @@ def test_ranks_that_never_come_are_not_waited_for_for_ever(registry, clock):  # 
 def test_launcher_tells_how_a_process_ended(registry, exitcode, state, fact):  # noqa: F811
     """A signal, a status and a quiet end are told apart, found by pid."""
     run, stream = join(registry, hello(0, 1))
-    run.left(stream)
+    run.disconnected(stream)
 
-    run.exited({"rank": 7, "pid": stream.who.pid, "exitcode": exitcode})
+    run.take_exit({"rank": 7, "pid": stream.incarnation.pid, "exitcode": exitcode})
 
     assert stream.state == state
     assert fact.items() <= stream.exit.items()
@@ -129,11 +129,11 @@ def test_ranks_of_two_hosts_with_the_same_pid_are_told_apart(registry):  # noqa:
     run, near = join(registry, hello(0, 2, pid=7, host="near"))
     _, far = join(registry, remote(1, pid=7))
 
-    run.exited({"rank": 1, "local_rank": 0, "host": "far", "pid": 7, "exitcode": -9})
-    run.exited({"rank": 0, "local_rank": 0, "host": "near", "pid": 7, "exitcode": -15, "stopped": True})
-    run.left(far)
-    run.left(near)
-    run.look_around()  # at once: what is known to be dead is not waited for
+    run.take_exit({"rank": 1, "local_rank": 0, "host": "far", "pid": 7, "exitcode": -9})
+    run.take_exit({"rank": 0, "local_rank": 0, "host": "near", "pid": 7, "exitcode": -15, "stopped": True})
+    run.disconnected(far)
+    run.disconnected(near)
+    run.check_absent()  # at once: what is known to be dead is not waited for
 
     assert (near.state, near.exit["signal"], near.exit["stopped"]) == (StreamState.KILLED, 15, True)
     assert (far.state, far.exit["signal"]) == (StreamState.KILLED, 9)
@@ -142,10 +142,10 @@ def test_ranks_of_two_hosts_with_the_same_pid_are_told_apart(registry):  # noqa:
 def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
     """A launcher that lost a host knows no exit code; nobody claims that the process has ended."""
     run, stream = join(registry, remote(0, 1))
-    run.left(stream)
+    run.disconnected(stream)
 
-    run.exited({"rank": 0, "host": "far", "pid": stream.who.pid, "lost": "its network is down"})
-    run.give_up_waiting(1)
+    run.take_exit({"rank": 0, "host": "far", "pid": stream.incarnation.pid, "lost": "its network is down"})
+    run.end_remaining(1)
 
     assert stream.state is StreamState.LOST
     assert "process_gone" not in stream.exit
@@ -157,8 +157,8 @@ def test_rank_that_was_dead_before_its_first_word_was_read(registry, tmp_path): 
     path.touch()
     run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
     assert not stream.seen_here
-    run.left(stream)
-    run.look_around()
+    run.disconnected(stream)
+    run.check_absent()
 
     assert stream.state is StreamState.LOST
     assert stream.exit["process_gone"]
@@ -170,7 +170,7 @@ def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
     leave(run, stream)
     assert stream.state is StreamState.FINISHED
 
-    run.exited({"pid": stream.who.pid, "exitcode": -11})
+    run.take_exit({"pid": stream.incarnation.pid, "exitcode": -11})
 
     assert stream.state is StreamState.KILLED
 
@@ -180,7 +180,7 @@ def test_exits_that_fit_nobody_are_ignored(registry, told):  # noqa: F811
     """Nothing is guessed from an exit that names no rank of this run."""
     run, stream = join(registry, hello(0, 1))
 
-    run.exited(told)
+    run.take_exit(told)
 
     assert stream.state is StreamState.RUNNING
     assert stream.exit == {}
@@ -190,15 +190,15 @@ def test_process_that_died_before_a_recorder_began_is_told_by_its_launcher_alone
     """Killed while it still started up, a rank is in the report all the same, with its signal."""
     run, stream = join(registry, hello(0, 1))
     leave(run, stream)
-    run.exited({"rank": 1, "local_rank": 1, "pid": 999_999, "exitcode": -9})
-    run.exited({"rank": 2, "local_rank": 2, "pid": 999_998, "exitcode": 0})
-    run.exited({"rank": 3, "local_rank": 0, "pid": None, "host": "far", "lost": "its network is down"})
+    run.take_exit({"rank": 1, "local_rank": 1, "pid": 999_999, "exitcode": -9})
+    run.take_exit({"rank": 2, "local_rank": 2, "pid": 999_998, "exitcode": 0})
+    run.take_exit({"rank": 3, "local_rank": 0, "pid": None, "host": "far", "lost": "its network is down"})
 
     run.settle_exits()
 
     assert [(each.rank, str(each.state)) for each in run.streams] == [(0, "finished"), (1, "killed"), (3, "lost")]
     assert run.streams[1].exit == {"signal": 9, "at_s": pytest.approx(1e9 + clock.now_s)}
-    assert run.streams[2].who.host == "far"
+    assert run.streams[2].incarnation.host == "far"
     assert run.world_size == 4
     assert run.end()
     assert run.state == "failed"
@@ -209,7 +209,7 @@ def test_exit_of_an_earlier_attempt_is_not_the_later_ones(registry):  # noqa: F8
     run, stream = join(registry, hello(0, 1, attempt=1))
     leave(run, stream)
 
-    run.exited({"rank": 0, "local_rank": 0, "pid": 999_999, "exitcode": -9})
+    run.take_exit({"rank": 0, "local_rank": 0, "pid": 999_999, "exitcode": -9})
     run.settle_exits()
 
     assert [str(each.state) for each in run.streams] == ["finished"]

@@ -34,18 +34,18 @@ def hello(rank=0, world_size=2, *, run="job", recorder="r", **facts) -> Hello:
 
 def join(registry: Registry, who: Hello):
     """Do with a hello what the aggregator does; return (run, stream)."""
-    known = registry.known(who)
+    known = registry.find_stream(who)
     if known is not None:
-        known[0].greet(known[1], who, Silent())
+        known[0].connect(known[1], who, Silent())
         return known
 
-    run, attempt = registry.place(who)
+    run, attempt = registry.assign(who)
     return run, run.join(who, attempt, Silent())
 
 
 def leave(run, stream, reason="finished"):
     run.bye(stream, reason, Silent.__new__(_Answered))
-    run.left(stream)
+    run.disconnected(stream)
 
 
 class _Answered(Silent):
@@ -177,12 +177,12 @@ def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registr
     later = Registry(tmp_path / "runs")
     caplog.set_level("INFO", logger="traceml")
 
-    later.adopt_orphans()
+    later.resume_orphans()
     assert later.open_runs == []
     assert "another aggregator" in caplog.text
 
     run.close()
-    later.adopt_orphans()
+    later.resume_orphans()
     assert [each.path for each in later.open_runs] == [run.path]
     later.open_runs[0].close()
 
@@ -193,7 +193,7 @@ def test_damaged_markers_are_ignored(registry, left):
     (registry.runs_dir / ".open").mkdir()
     (registry.runs_dir / ".open" / "x.json").write_text(left)
 
-    registry.adopt_orphans()
+    registry.resume_orphans()
 
     assert registry.open_runs == []
 
@@ -207,7 +207,7 @@ def test_markers_and_latest(registry):
     assert (registry.runs_dir / "latest").resolve() == run.path
     leave(run, stream)
     assert run.end()
-    registry.over(run)
+    registry.mark_ended(run)
     assert list((registry.runs_dir / ".open").iterdir()) == []
 
 

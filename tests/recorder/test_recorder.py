@@ -253,6 +253,8 @@ def test_a_broken_turn_does_not_end_the_thread(serving: Serving, caplog: pytest.
 
     assert len([r for r in caplog.records if "recorder's thread" in r.getMessage()]) == 1
     assert stored_steps(serving) == list(range(10))
+    with serving.store() as store:
+        assert store.streams()[0].facts["failures"]["recorder"] >= 3  # told with the bye, shown in the report
 
 
 def test_traced_functions_and_data(serving: Serving) -> None:

@@ -1,4 +1,4 @@
-"""One run: its store, its streams, how each of them stands, and when the run is over."""
+"""A run that ranks send to: its store, the states of its streams, and its end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,20 +23,21 @@ from traceml.database.reader import StoreReader, StreamIdentity, StreamRecord
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.fail_open import failures
 from traceml.transport.hello import Hello
 from traceml.transport.server import Peer
 
 __all__ = ["ActiveRun"]
 
-# A rank on another host that is away this long, or a rank of this host whose process this host cannot see, is lost.
+# A rank on another host, or one whose process is not visible here, counts as lost after this long without a connection.
 LOST_AFTER_S = 30.0
-# After the last rank has ended, others of the same job may still be about to connect.
+# After the last rank has ended, others of the same job may still connect.
 SETTLE_S = 0.5
 # torchrun starts its workers again within seconds, but they import torch first.
 RESTART_S = 120.0
-# A run that nobody is connected to, and whose missing ranks never came.
+# For a run without connections whose missing ranks never came.
 ABANDONED_S = 60.0
-# The launcher will say when the run is over; should it never, nobody waits for ever.
+# The launcher reports the end of the run; this is the longest wait for it.
 HELD_S = 3600.0
 
 _log = logging.getLogger("traceml")
@@ -55,17 +57,18 @@ class ActiveRun:
         self.key = key
         self.named = named
         self.streams: list[Stream] = []
-        self._holders: dict[tuple[int, int], Stream] = {}
+        self._current: dict[tuple[int, int], Stream] = {}
         self._touched_s = time.monotonic()
+        self._failures_before = Counter(failures())
         self._recovered: list[FlightSnapshot] = []
         self._facts: dict[str, Any] = {
             "id": path.name, "name": path.name, "project": "default", "job": key, "named": named, "command": "",
             "world_size": 1, "attempt": 0, "attempt_base": 0, "started": time.time(), "ended": None,
             "state": "running", "hosts": [],
         }  # fmt: skip
-        self._by_who: dict[tuple[Incarnation, int], Stream] = {}
+        self._by_incarnation: dict[tuple[Incarnation, int], Stream] = {}
         self._leaving: list[Peer] = []
-        self._unfitted: list[dict[str, Any]] = []
+        self._unmatched_exits: list[dict[str, Any]] = []
         self._away: dict[Stream, None] = {}
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
@@ -88,17 +91,17 @@ class ActiveRun:
 
     @property
     def ended(self) -> bool:
-        """Whether it is over, as far as is known: a rank that comes back opens it again."""
+        """Whether it is over; a rank that reconnects opens it again."""
         return self._facts["ended"] is not None
 
     @property
     def attempt(self) -> int:
-        """The newest attempt that a rank has told of."""
+        """The newest attempt of any rank."""
         return int(self._facts["attempt"])
 
     @property
     def world_size(self) -> int:
-        """How many ranks the newest attempt has."""
+        """Number of ranks of the newest attempt."""
         return int(self._facts["world_size"])
 
     @property
@@ -113,11 +116,11 @@ class ActiveRun:
 
     @property
     def recovered(self) -> set[Path]:
-        """The flight files whose rows were taken in, but could not be stored yet."""
+        """Flight files whose rows are recovered, but not stored yet."""
         return {image.path for image in self._recovered}
 
     def attempt_for(self, hello: Hello) -> int | None:
-        """Return the attempt of this run that a newcomer belongs to, None when it is of another job.
+        """Return the attempt of this run that a new rank belongs to, None when it is of another job.
 
         The same key does not prove the same job: torchrun's default address is the same each time, and a subprocess
         of a rank inherits its variables.
@@ -126,54 +129,56 @@ class ActiveRun:
         if hello.parent:
             return attempt
 
-        holder = self._holders.get((attempt, hello.rank))
-        if holder is None:
+        current = self._current.get((attempt, hello.rank))
+        if current is None:
             other_job = self.ended and attempt <= self.attempt and hello.world_size != self.world_size
             return None if other_job and not self.named else attempt
 
-        if self._is_busy(holder, hello):
+        if self._is_busy(current, hello):
             return None
 
         return self.attempt + 1 if self.named else None
 
     def is_followed_by(self, hello: Hello) -> bool:
-        """Tell whether a rank that has left this run trains again, in the same process: that is the job's next run."""
-        holder = self._holders.get((hello.attempt + int(self._facts["attempt_base"]), hello.rank))
+        """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
+        current = self._current.get((hello.attempt + int(self._facts["attempt_base"]), hello.rank))
         return (
-            holder is not None
-            and holder.ended
-            and replace(holder.who, recorder=hello.recorder) == Incarnation.of(hello)
+            current is not None
+            and current.ended
+            and replace(current.incarnation, recorder=hello.recorder) == Incarnation.of(hello)
         )
 
-    def stream_of(self, who: Incarnation, rank: int) -> Stream | None:
-        """Return the stream of a recorder that was here before."""
-        return self._by_who.get((who, rank))
+    def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
+        """Return the stream of a recorder that was connected before."""
+        return self._by_incarnation.get((incarnation, rank))
 
     def join(self, hello: Hello, attempt: int, peer: Peer) -> Stream:
-        """Take a newcomer in as rank of an attempt, or as a helper of one.
+        """Add a new rank, or a helper of one, to an attempt.
 
         Raises:
             StoreError: the store cannot be written.
         """
         self._reopen()
         if hello.parent:
-            stream = self._admit(attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight, helps=True)
-            self.greet(stream, hello, peer)
+            stream = self._add_stream(
+                attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight, is_helper=True
+            )
+            self.connect(stream, hello, peer)
             return stream
 
-        stream = self._admit(attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight)
+        stream = self._add_stream(attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight)
         self.store.update_stream(
             stream.id, world_size=hello.world_size, started=time.time(), command=hello.command[:1000]
         )
-        self._learn(hello, attempt)
-        self.greet(stream, hello, peer)
+        self._update_facts(hello, attempt)
+        self.connect(stream, hello, peer)
         return stream
 
-    def greet(self, stream: Stream, hello: Hello, peer: Peer) -> None:
-        """Connect a stream, be it new or back."""
+    def connect(self, stream: Stream, hello: Hello, peer: Peer) -> None:
+        """Connect a stream, new or known."""
         self._reopen()
         if stream.ended:
-            _log.info("%r is back", stream)
+            _log.info("%r has reconnected", stream)
 
         stream.state = StreamState.RUNNING
         stream.flight = hello.flight
@@ -183,110 +188,127 @@ class ActiveRun:
         if self.ingest.stalled:
             peer.pause(True)
 
-    def adopt(self, found: DeadFlight) -> None:
-        """Take in a rank that died before it could connect, or of which nothing is left but its flight file."""
-        stream = self.stream_of(found.who, found.rank)
+    def recover_flight(self, flight: DeadFlight) -> None:
+        """Add the rows of a rank that died before it could connect, or that left only its flight file."""
+        stream = self.stream_of(flight.incarnation, flight.rank)
         if stream is None:
             if not self.streams:
-                self._facts |= {"name": found.name, "project": found.project, "world_size": found.world_size}
+                self._facts |= {"name": flight.name, "project": flight.project, "world_size": flight.world_size}
                 self._write_facts()
 
-            stream = self._admit(found.attempt + int(self._facts["attempt_base"]), found.rank, found.who,
-                                 found.local_rank, str(found.path), helps=found.helps)  # fmt: skip
-            for told in [told for told in self._unfitted if told.get("pid") == found.who.pid]:
-                self._unfitted.remove(told)
-                _note_exit(stream, told)
+            attempt = flight.attempt + int(self._facts["attempt_base"])
+            stream = self._add_stream(
+                attempt,
+                flight.rank,
+                flight.incarnation,
+                flight.local_rank,
+                str(flight.path),
+                is_helper=flight.is_helper,
+            )
+            for report in [report for report in self._unmatched_exits if report.get("pid") == flight.incarnation.pid]:
+                self._unmatched_exits.remove(report)
+                _note_exit(stream, report)
 
-        self._bury(stream, found.image)
+        self._finalize_dead(stream, flight.image)
 
-    def bye(self, stream: Stream, reason: str, peer: Peer) -> None:
-        """Take a rank's word that it ends; it is answered when all its rows are stored."""
+    def bye(self, stream: Stream, reason: str, peer: Peer, handled: dict[str, int] | None = None) -> None:
+        """End a rank that says bye; the answer follows when all its rows are stored.
+
+        Args:
+            stream: the rank's.
+            reason: `finished` or `failed`.
+            peer: its connection.
+            handled: failures that the rank's process has handled, by room.
+        """
         self._leaving.append(peer)
+        if handled:
+            self.store.update_stream(stream.id, failures=handled)
+
         failed = stream.exit.get("exception") or stream.exit.get("code") or reason == "failed"
         self._end_stream(stream, StreamState.FAILED if failed else StreamState.FINISHED)
 
-    def left(self, stream: Stream) -> None:
-        """Note that a connection is gone."""
+    def disconnected(self, stream: Stream) -> None:
+        """Record that a connection is gone."""
         stream.disconnect()
         self._touched_s = time.monotonic()
         if not stream.ended:
             self._away[stream] = None
 
-    def exited(self, told: dict[str, Any]) -> None:
-        """Take a launcher's word on how a process ended.
+    def take_exit(self, report: dict[str, Any]) -> None:
+        """Take a launcher's report of the end of a process.
 
         Args:
-            told: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
+            report: `{rank, local_rank, pid, exitcode}`, negative for a signal; also `host`, where there are several;
                 `time`; `stopped`, when the launcher ended it because of others; `flight`, the path of a copy of its
                 flight file; instead of an exit code `lost`, when its host is out of reach.
         """
-        if not isinstance(told.get("exitcode"), int) and not told.get("lost"):
-            _log.info("not understood by run %s: exit %s", self.id, told)
+        if not isinstance(report.get("exitcode"), int) and not report.get("lost"):
+            _log.info("run %s ignores an exit report without a code: %s", self.id, report)
             return
 
-        stream = self._who_ended(told)
+        stream = self._stream_of_exit(report)
         if stream is None:
-            self._unfitted.append(told)  # it may have left a flight file, or died even before that
+            self._unmatched_exits.append(report)  # it may have left a flight file, or died even before that
             return
 
-        if told.get("lost"):
+        if report.get("lost"):
             if not stream.ended:
                 self._end_stream(stream, StreamState.LOST)
 
             return
 
-        _note_exit(stream, told)
-        if stream.state is StreamState.FINISHED and told["exitcode"] == 0:
-            self.store.update_stream(stream.id, exit=stream.exit)  # it said so itself
+        _note_exit(stream, report)
+        if stream.state is StreamState.FINISHED and report["exitcode"] == 0:
+            self.store.update_stream(stream.id, exit=stream.exit)  # the rank's bye said the same
         elif not stream.connected:
-            self._bury(stream)
+            self._finalize_dead(stream)
 
     def settle_exits(self) -> None:
-        """Take in the processes that ended badly before a recorder began in them: only their launcher knows of them."""
-        for told in self._unfitted:
-            rank, pid, local_rank = told.get("rank"), told.get("pid") or 0, told.get("local_rank", 0)
+        """Add processes that failed before their recorder started: only the launcher reports them."""
+        for report in self._unmatched_exits:
+            rank, pid, local_rank = report.get("rank"), report.get("pid") or 0, report.get("local_rank", 0)
             if not (isinstance(rank, int) and isinstance(pid, int) and isinstance(local_rank, int)):
                 continue
-            if not (told.get("exitcode") or told.get("lost")) or (self.attempt, rank) in self._holders:
-                _log.info("nobody of run %s fits the exit %s", self.id, told)
+            if not (report.get("exitcode") or report.get("lost")) or (self.attempt, rank) in self._current:
+                _log.info("no rank of run %s matches the exit %s", self.id, report)
                 continue
 
             if rank >= self.world_size:
                 self._facts["world_size"] = rank + 1
                 self.live.resize(rank + 1)
 
-            who = Incarnation(str(told.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
-            stream = self._admit(self.attempt, rank, who, local_rank, "")
-            if told.get("lost"):
+            incarnation = Incarnation(str(report.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
+            stream = self._add_stream(self.attempt, rank, incarnation, local_rank, "")
+            if report.get("lost"):
                 self._end_stream(stream, StreamState.LOST)
                 continue
 
-            _note_exit(stream, told)
+            _note_exit(stream, report)
             self._end_stream(stream, _state_of_dead(stream, None))
 
-        self._unfitted.clear()
+        self._unmatched_exits.clear()
 
-    def look_around(self) -> None:
-        """See after the ranks that are away: dead ones leave a flight file, silent ones are given up after a while."""
+    def check_absent(self) -> None:
+        """Finalize disconnected ranks that are dead, and give up silent ones after a while."""
         for stream in list(self._away):
             if stream.is_dead:
-                self._bury(stream)
-            elif not stream.seen_here and time.monotonic() - stream.gone_s > LOST_AFTER_S:
+                self._finalize_dead(stream)
+            elif not stream.seen_here and time.monotonic() - stream.disconnected_s > LOST_AFTER_S:
                 self._end_stream(stream, StreamState.LOST)
 
     def is_over(self, *, held: bool) -> bool:
         """Return whether the run can be closed.
 
         Args:
-            held: a launcher looks after this run and will say when it is over.
+            held: a launcher will report the end of this run.
         """
         quiet_s = time.monotonic() - self._touched_s
         if self.ended or self.ingest.waiting or self.is_connected or (held and quiet_s < HELD_S):
             return False
 
-        members = [stream for (attempt, _), stream in self._holders.items() if attempt == self.attempt]
-        if any(not stream.ended for stream in members) or any(s.helps and not s.ended for s in self.streams):
-            return False  # its process lives, or it has not been away for long: it may come back
+        members = [stream for (attempt, _), stream in self._current.items() if attempt == self.attempt]
+        if any(not stream.ended for stream in members) or any(s.is_helper and not s.ended for s in self.streams):
+            return False  # its process is alive, or its connection was lost recently: it may reconnect
 
         if len(members) < self.world_size:
             return quiet_s > ABANDONED_S
@@ -294,17 +316,17 @@ class ActiveRun:
         broken = any(stream.state is not StreamState.FINISHED for stream in members)
         return quiet_s > (RESTART_S if broken and self._facts.get("restarts_left") else SETTLE_S)
 
-    def give_up_waiting(self, status: int | None) -> None:
-        """Take every rank that has not ended for dead: its launcher says so, and what the job ended with."""
+    def end_remaining(self, status: int | None) -> None:
+        """Finalize every rank that has not ended: the launcher reports the end of the job and its status."""
         for stream in self.streams:
             if not stream.ended:
-                if status == 0:  # one that left by os._exit has said nothing, but nothing went wrong either
+                if status == 0:  # a rank that ends by os._exit says no bye, but nothing went wrong
                     stream.exit.setdefault("code", 0)
 
-                self._bury(stream)
+                self._finalize_dead(stream)
 
     def commit(self, *, force: bool = False) -> bool:
-        """Commit and acknowledge what was taken, then show it to the live windows; return whether all is stored."""
+        """Commit and acknowledge the rows, then add them to the live windows; return whether all are stored."""
         if not self.ingest.commit(force=force):
             return False
 
@@ -321,10 +343,10 @@ class ActiveRun:
         return True
 
     def end(self, status: int | None = None) -> bool:
-        """Close the run; return whether it could be: everything must be stored first.
+        """Close the run; return False while rows cannot be stored.
 
         Args:
-            status: what the launcher says that the job ended with.
+            status: exit status of the job, as its launcher reports it.
         """
         if not self.commit(force=True):
             return False
@@ -332,13 +354,16 @@ class ActiveRun:
         before = dict(self._facts)
         self._facts |= {"state": self._final_state(status), "ended": time.time()}
         self._write_facts()
+        if handled := Counter(failures()) - self._failures_before:
+            self.store.put_meta("failures", dict(handled))
+
         if not self._store_rest():
             self._facts = before
             return False
 
         self.store.event("end", {"state": self.state, "status": status})
         self.store.close()
-        for stream in self.connected:  # who still has something to say comes back, and opens the run again
+        for stream in self.connected:  # a rank with more rows comes back, and opens the run again
             if stream.peer is not None:
                 stream.peer.abort()
 
@@ -354,7 +379,7 @@ class ActiveRun:
             self.path.rmdir()
 
     def close(self) -> None:
-        """Let go of a run that goes on, for another aggregator to continue."""
+        """Release a run that is not over, so that another aggregator can continue it."""
         if not self.ended:
             self.commit(force=True)
             try:
@@ -369,31 +394,31 @@ class ActiveRun:
             if stream.peer is not None:
                 stream.peer.pause(held)
 
-    def _who_ended(self, told: dict[str, Any]) -> Stream | None:
-        """Return the stream that a launcher speaks of: by its process, else by the rank, if that has not ended yet."""
-        pid, host = told.get("pid"), told.get("host")
-        by_pid = [s for s in self.streams if s.who.pid == pid and host in (None, s.who.host)]
-        by_rank = [stream for stream in self.streams if stream.rank == told.get("rank") and not stream.ended]
+    def _stream_of_exit(self, report: dict[str, Any]) -> Stream | None:
+        """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
+        pid, host = report.get("pid"), report.get("host")
+        by_pid = [s for s in self.streams if s.incarnation.pid == pid and host in (None, s.incarnation.host)]
+        by_rank = [stream for stream in self.streams if stream.rank == report.get("rank") and not stream.ended]
         return next(reversed(by_pid or by_rank), None)
 
-    def _is_busy(self, holder: Stream, hello: Hello) -> bool:
-        """Whether someone else is that rank right now; a second recorder of the same process takes over."""
-        same_process = (holder.who.pid, holder.who.start_ticks, holder.who.boot) == (
+    def _is_busy(self, current: Stream, hello: Hello) -> bool:
+        """Whether another process is that rank now; a second recorder of the same process replaces the first."""
+        same_process = (current.incarnation.pid, current.incarnation.start_ticks, current.incarnation.boot) == (
             hello.pid, hello.start_ticks, hello.boot_id,
         )  # fmt: skip
-        if same_process or holder.ended:
+        if same_process or current.ended:
             return False
 
-        return holder.connected or not holder.is_dead
+        return current.connected or not current.is_dead
 
-    def _learn(self, hello: Hello, attempt: int) -> None:
-        """Take over what a rank tells of the run."""
+    def _update_facts(self, hello: Hello, attempt: int) -> None:
+        """Update the run's facts from a rank's hello."""
         facts = self._facts
         if attempt > self.attempt:
             facts |= {"attempt": attempt, "attempt_base": attempt - hello.attempt}
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
-                stream.in_window = stream.attempt >= attempt and not stream.helps
+                stream.in_window = stream.attempt >= attempt and not stream.is_helper
 
         if hello.world_size != self.world_size:
             facts["world_size"] = hello.world_size
@@ -408,35 +433,46 @@ class ActiveRun:
         facts["restarts_left"] = hello.restarts_left
         self._write_facts()
 
-    def _admit(
-        self, attempt: int, rank: int, who: Incarnation, local_rank: int, flight: str, *, helps: bool = False
+    def _add_stream(
+        self,
+        attempt: int,
+        rank: int,
+        incarnation: Incarnation,
+        local_rank: int,
+        flight: str,
+        *,
+        is_helper: bool = False,
     ) -> Stream:
-        identity = StreamIdentity(rank, attempt, who.host, who.pid, who.start_ticks, who.recorder)
-        number = self.store.stream(identity, state="running", local_rank=local_rank, boot_id=who.boot, flight=flight)
-        stream = Stream(number, rank, attempt, who, local_rank=local_rank, flight=flight)
+        identity = StreamIdentity(
+            rank, attempt, incarnation.host, incarnation.pid, incarnation.start_ticks, incarnation.recorder
+        )
+        number = self.store.stream(
+            identity, state="running", local_rank=local_rank, boot_id=incarnation.boot, flight=flight
+        )
+        stream = Stream(number, rank, attempt, incarnation, local_rank=local_rank, flight=flight)
         self.store.update_stream(number, seen_here=stream.seen_here)
         stream.in_window = attempt >= self.attempt
-        stream.helps = helps
-        if helps:
+        stream.is_helper = is_helper
+        if is_helper:
             self.store.update_stream(number, helps=True)
 
-        self._hold(stream)
-        if not helps:
+        self._register(stream)
+        if not is_helper:
             self.live.join(stream)
 
         return stream
 
-    def _hold(self, stream: Stream) -> None:
+    def _register(self, stream: Stream) -> None:
         self.streams.append(stream)
-        if stream.helps:
+        if stream.is_helper:
             stream.in_window = False
         else:
-            self._holders[stream.attempt, stream.rank] = stream
+            self._current[stream.attempt, stream.rank] = stream
 
-        self._by_who[stream.who, stream.rank] = stream
+        self._by_incarnation[stream.incarnation, stream.rank] = stream
 
-    def _bury(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
-        """Take what a dead rank left, and settle how it ended."""
+    def _finalize_dead(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
+        """Recover the rows of a dead rank and set its final state."""
         image = recover(stream, self.ingest, image)
         if image is not None:
             self._recovered.append(image)
@@ -444,7 +480,7 @@ class ActiveRun:
 
         state = _state_of_dead(stream, image)
         if state is StreamState.LOST:
-            stream.exit["process_gone"] = True  # known, unlike with a host that fell silent
+            stream.exit["process_gone"] = True  # certain, unlike for a host that fell silent
 
         self._end_stream(stream, state)
 
@@ -462,7 +498,7 @@ class ActiveRun:
             self.live.end(stream)
 
     def _final_state(self, status: int | None) -> str:
-        states = {stream.state for (attempt, _), stream in self._holders.items() if attempt == self.attempt}
+        states = {stream.state for (attempt, _), stream in self._current.items() if attempt == self.attempt}
         if status or states & {StreamState.FAILED, StreamState.KILLED}:
             return "failed"
 
@@ -486,7 +522,7 @@ class ActiveRun:
         )
 
     def _reopen(self) -> None:
-        """Open the store of a run that was over: a rank has come back."""
+        """Open the store of a run that was over, because a rank has reconnected."""
         if not self.ended:
             return
 
@@ -497,7 +533,7 @@ class ActiveRun:
         self._write_facts()
 
     def _resume(self) -> None:
-        """Take up a store that an earlier aggregator began."""
+        """Continue a store that an earlier aggregator began."""
         with StoreReader(self.path / STORE_NAME) as reader:
             facts = reader.meta().get("run")
             if facts is None:
@@ -505,9 +541,9 @@ class ActiveRun:
 
             self._facts |= facts
             self.live.resize(self.world_size)
-            for stream in _revive(reader.streams(), reader, self.store):
+            for stream in _restored_streams(reader.streams(), reader, self.store):
                 stream.in_window = stream.attempt >= self.attempt
-                self._hold(stream)
+                self._register(stream)
                 if not stream.ended:
                     self._away[stream] = None
 
@@ -517,23 +553,23 @@ class ActiveRun:
         self.store.event("resumed", {"was": facts["state"]})
 
 
-def _note_exit(stream: Stream, told: dict[str, Any]) -> None:
-    """Keep with a stream what its launcher told of its end."""
-    code = told["exitcode"]
+def _note_exit(stream: Stream, report: dict[str, Any]) -> None:
+    """Add the launcher's report of its end to a stream."""
+    code = report["exitcode"]
     stream.exit |= {"signal": -code} if code < 0 else {"code": code}
-    stream.told_dead = stream.who.pid == told.get("pid")
-    if told.get("stopped"):
+    stream.reported_dead = stream.incarnation.pid == report.get("pid")
+    if report.get("stopped"):
         stream.exit["stopped"] = True
 
-    if isinstance(told.get("flight"), str):
-        stream.told_flight = Path(told["flight"])
+    if isinstance(report.get("flight"), str):
+        stream.reported_flight = Path(report["flight"])
 
-    if isinstance(told.get("time"), int | float):
-        stream.exit.setdefault("at_s", told["time"])
+    if isinstance(report.get("time"), int | float):
+        stream.exit.setdefault("at_s", report["time"])
 
 
 def _state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
-    """Return how a process that is gone ended, by what its launcher and its flight file say."""
+    """Return the final state of a dead process, by the reports of its launcher and its flight file."""
     if stream.exit.get("signal"):
         return StreamState.KILLED
 
@@ -547,19 +583,19 @@ def _state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
     return StreamState.FINISHED if clean or stream.exit.get("code") == 0 else StreamState.LOST
 
 
-def _revive(records: list[StreamRecord], reader: StoreReader, store: StoreWriter) -> Iterator[Stream]:
+def _restored_streams(records: list[StreamRecord], reader: StoreReader, store: StoreWriter) -> Iterator[Stream]:
     names, ends = reader.log_rows("names"), reader.log_rows("info")
     for record in records:
         facts, identity = record.facts, record.identity
-        who = Incarnation(identity.host, facts.get("boot_id", ""), identity.pid, identity.start_ticks,
+        incarnation = Incarnation(identity.host, facts.get("boot_id", ""), identity.pid, identity.start_ticks,
                           identity.recorder)  # fmt: skip
-        stream = Stream(record.id, identity.rank, identity.attempt, who, local_rank=facts.get("local_rank", 0),
+        stream = Stream(record.id, identity.rank, identity.attempt, incarnation, local_rank=facts.get("local_rank", 0),
                         flight=facts.get("flight", ""))  # fmt: skip
-        stream.helps = bool(facts.get("helps"))
+        stream.is_helper = bool(facts.get("helps"))
         stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)
         stream.exit = dict(facts.get("exit", {}))
-        stream.gone_s = time.monotonic()
+        stream.disconnected_s = time.monotonic()
         stream.next = {table: store.next_seq(record.id, table) for table in reader.tables}
         stream.names = {row["id"]: row["name"] for number, row in names if number == record.id}
         for number, row in ends:

@@ -1,4 +1,4 @@
-"""The aggregator: takes the ranks of any number of runs, stores their rows, judges them, and sees runs to their end."""
+"""Aggregator: takes the ranks of any number of runs, stores and diagnoses their rows, and ends the runs."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
 from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
+from traceml.fail_open import fail_open
 from traceml.track.delivery.manager import PATIENCE_S, DeliveryManager, RunDeliveries
 from traceml.transport.server import Peer, RefusedError, Server
 
 __all__ = ["Aggregator"]
 
-# An ack is later than its rows by half of this on average; longer ticks save nothing (measured).
+# An ack follows its rows after half of this on average; longer ticks save nothing (measured).
 TICK_S = 0.1
-_LOOK_S = 0.25
+_WATCH_S = 0.25
 _VERDICT_S = 1.0
-# One that is to end when idle, and to which nobody ever came.
-_LONELY_S = 60.0
+# An aggregator that ends when idle waits this long for its first rank.
+_NEVER_JOINED_S = 60.0
 
 _log = logging.getLogger("traceml")
 
@@ -45,12 +46,12 @@ class Aggregator:
 
     Args:
         runs_dir: folder of the runs.
-        token: what peers have to prove.
-        run_id: the one run that a launcher started this aggregator for; the launcher says when it is over.
+        token: the secret that peers prove to know.
+        run_id: the run that a launcher started this aggregator for; the launcher reports its end.
         exit_when_idle: end when no run is left.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
-        on_run_settled: likewise when all that it logged is delivered, or is left for `traceml sync`.
-        delivery_nice: how far delivery processes step back behind the training.
+        on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
+        delivery_nice: nice value of delivery processes.
 
     Raises:
         StoreError: the runs folder cannot be written.
@@ -75,7 +76,7 @@ class Aggregator:
         self._exit_when_idle = exit_when_idle
         self._on_run_finished = on_run_finished
         self._on_run_settled = on_run_settled
-        # One that is to end when idle does not wait for a tracker that is down; one that serves on waits for ever.
+        # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
         self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
         self._parent = os.getppid()
@@ -88,14 +89,14 @@ class Aggregator:
         self._done = asyncio.Event()
 
     async def serve(self, sock: socket.socket, on_ready: Callable[[], None] | None = None) -> None:
-        """Serve on a bound socket until stopped, idle (if asked for), or told by SIGTERM or SIGINT."""
+        """Serve on a bound socket until stopped, idle (if `exit_when_idle`), SIGTERM or SIGINT."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
 
-        self._take_up_runs()
+        self._resume_runs()
         await self.server.start(sock)
-        # What was imported lives as long as the process: the collector need not walk it ten times a second.
+        # Imported modules live as long as the process: the collector need not scan them ten times a second.
         gc.collect()
         gc.freeze()
         if on_ready is not None:
@@ -104,14 +105,14 @@ class Aggregator:
         watch = asyncio.create_task(self._watch())
         await self._done.wait()
         watch.cancel()
-        await self._leave()
+        await self._close_all()
 
     def stop(self) -> None:
-        """End: store what has come, and leave runs that go on to the next aggregator."""
+        """Stop: store the received rows, and leave open runs to the next aggregator."""
         self._done.set()
 
     def statistics(self) -> dict[str, Any]:
-        """Return counters of the server and of each open run, as the command `status` tells them."""
+        """Return counters of the server and of each open run, for the command `status`."""
         return {
             "server": asdict(self.server.statistics()),
             "runs": [
@@ -129,33 +130,33 @@ class Aggregator:
             ],
         }
 
-    # --- what peers do (transport.server.Handler) --------------------------------------------------------------------
+    # --- transport.server.Handler ---------- --------------------------------------------------------------------
 
     def welcome(self, peer: Peer) -> dict[str, Any]:
-        """Take a peer in: a rank gets its run and what is stored of it; clients and agents need neither."""
+        """Admit a peer: a rank gets its run and the numbers of its stored rows; clients and agents need neither."""
         hello = peer.hello
         assert hello is not None
         if self._done.is_set():
-            raise RefusedError("this aggregator is about to end", retry=True)
+            raise RefusedError("this aggregator is stopping", retry=True)
 
         if hello.role != "rank":
             return {"acked": {}, "run_id": "", "run_dir": "", "run_dir_id": [], "stream": 0}
 
-        known = self.registry.known(hello)
+        known = self.registry.find_stream(hello)
         try:
             if known is not None:
                 run, stream = known
                 was_over = run.ended
-                run.greet(stream, hello, peer)
+                run.connect(stream, hello, peer)
             else:
-                run, attempt = self.registry.place(hello)
+                run, attempt = self.registry.assign(hello)
                 was_over = run.ended
                 stream = run.join(hello, attempt, peer)
         except StoreError as error:
             raise RefusedError(str(error), retry=True) from error
 
         if was_over:
-            self.registry.reopened(run)
+            self.registry.mark_open(run)
 
         self._seen_any = True
         peer.context = (run, stream)
@@ -166,7 +167,7 @@ class Aggregator:
         }  # fmt: skip
 
     def rows(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Take rows; they are stored and acknowledged at the next tick."""
+        """Take rows, to be stored and acknowledged at the next tick."""
         context = peer.context
         if context is None:
             raise ProtocolError("rows come from ranks only")
@@ -177,40 +178,40 @@ class Aggregator:
             self._schedule()
 
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Take anything that is no rows."""
+        """Handle any message except rows."""
         kind = message["t"]
         if kind == "command" and peer.context is None:
             self._start(self._commands.run(peer, message))
         elif kind == "reply" and peer.context is not None:
-            self._commands.answered(peer.context[1], message)
+            self._commands.take_reply(peer.context[1], message)
         elif kind == "bye":
-            self._bye(peer, str(message.get("reason"))[:200])
+            self._bye(peer, str(message.get("reason"))[:200], _failures_of(message))
         elif kind == "clock" and peer.context is not None:
             self._note_clock(peer.context[0], peer.context[1], message)
         else:
             raise ProtocolError(f"{kind[:50]!r} is not expected from a {peer.hello.role if peer.hello else 'peer'}")
 
     def gone(self, peer: Peer) -> None:
-        """Note that a peer's connection has ended."""
+        """Record that a peer's connection has ended."""
         if peer.context is None:
             return
 
         run, stream = peer.context
         peer.context = None
         if stream.peer is peer:
-            run.left(stream)
+            run.disconnected(stream)
 
-    # --- the ends of runs --------------------------------------------------------------------------------------------
+    # --- ends of runs ------------------------------------------------------------------------------------------------
 
     async def end(self, run: ActiveRun, status: int | None = None) -> bool:
-        """Close a run and have its report written; return False while its rows cannot be stored."""
+        """Close a run and write its report; return False while its rows cannot be stored."""
         if run in self._ending:
             await asyncio.sleep(0.05)
             return run.ended
 
         self._ending.add(run)
         try:
-            self._adopt_flights(run)
+            self._recover_flights(run)
             run.settle_exits()
             if not run.end(status):
                 return False
@@ -221,9 +222,9 @@ class Aggregator:
                 self.registry.discard(run)
                 return True
 
-            self.registry.over(run)
+            self.registry.mark_ended(run)
             if self._on_run_finished is not None:
-                await asyncio.to_thread(self._call, self._on_run_finished, run.path)
+                await asyncio.to_thread(_call, self._on_run_finished, run.path)
 
             self._deliveries.look(run.path, ended=True)
         finally:
@@ -232,23 +233,16 @@ class Aggregator:
         return True
 
     def is_delivering(self, path: Path) -> bool:
-        """Whether what a run that is over has logged is still on its way to trackers."""
+        """Whether rows of an ended run are still being delivered to trackers."""
         return path in self._deliveries.ended_runs or path in self._settling
 
-    @staticmethod
-    def _call(listener: Callable[[Path], object], path: Path) -> None:
-        try:
-            listener(path)
-        except Exception:  # noqa: BLE001 - the rows are safe; `traceml report` can write it again and will say more
-            _log.exception("no report for %s", path)
-
-    def _adopt_flights(self, run: ActiveRun) -> None:
-        """Take in what ranks of this run left behind without ever having been connected here."""
+    def _recover_flights(self, run: ActiveRun) -> None:
+        """Recover the rows of ranks of this run that were never connected here."""
         folders = (run.path.parent / FALLBACK_FOLDER, run.path / COPIES_FOLDER)
-        for found in dead_flights(run.key, *folders, but=run.recovered):
-            run.adopt(found)
+        for flight in dead_flights(run.key, *folders, but=run.recovered):
+            run.recover_flight(flight)
 
-    async def _leave(self) -> None:
+    async def _close_all(self) -> None:
         for run in self.registry.open_runs:
             over = not run.is_connected and all(stream.ended for stream in run.streams)
             if (over or self._exit_when_idle) and await self.end(run):
@@ -275,23 +269,21 @@ class Aggregator:
     async def _watch(self) -> None:
         verdict_at_s = time.monotonic()
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_WATCH_S)
             now_s = time.monotonic()
-            judge = now_s >= verdict_at_s
-            if judge:
+            diagnose = now_s >= verdict_at_s
+            if diagnose:
                 verdict_at_s = max(verdict_at_s + _VERDICT_S, now_s)
 
             for run in self.registry.open_runs:
-                try:
-                    await self._watch_run(run, judge=judge)
-                except Exception:  # noqa: BLE001 - one run's trouble is not the others'
-                    _log.exception("while looking after run %s", run.id)
+                with fail_open(_log, "aggregator", f"run {run.id} could not be checked", level=logging.ERROR):
+                    await self._watch_run(run, diagnose=diagnose)
 
-            self._look_after_deliveries()
-            self._leave_if_idle()
+            self._manage_deliveries()
+            self._stop_if_idle()
 
-    def _look_after_deliveries(self) -> None:
-        """Start and keep the processes that deliver; here, as they end with the thread that started them."""
+    def _manage_deliveries(self) -> None:
+        """Start delivery processes and restart dead ones, on this thread: they end with the thread that starts them."""
         for run in self.registry.open_runs:
             self._deliveries.look(run.path, ended=False)
 
@@ -307,37 +299,37 @@ class Aggregator:
             await asyncio.to_thread(run.leave)
             await asyncio.to_thread(merge_wal, run.run_dir / STORE_NAME)
             if self._on_run_settled is not None:
-                await asyncio.to_thread(self._call, self._on_run_settled, run.run_dir)
+                await asyncio.to_thread(_call, self._on_run_settled, run.run_dir)
         finally:
             self._settling.discard(run.run_dir)
 
-    async def _watch_run(self, run: ActiveRun, *, judge: bool) -> None:
-        run.look_around()
-        if judge:
+    async def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
+        run.check_absent()
+        if diagnose:
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
 
-        if run.is_over(held=self._is_held(run)):
+        if run.is_over(held=self._has_launcher(run)):
             await self.end(run)
 
-    def _is_held(self, run: ActiveRun) -> bool:
-        """Whether a launcher that still lives will say when this run is over."""
+    def _has_launcher(self, run: ActiveRun) -> bool:
+        """Whether a live launcher will report the end of this run."""
         return run.id == self._run_id and os.getppid() == self._parent
 
-    def _leave_if_idle(self) -> None:
+    def _stop_if_idle(self) -> None:
         now_s = time.monotonic()
         delivering = self._deliveries.ended_runs or self._settling
         if self.registry.open_runs or self._ending or delivering or any(peer.context for peer in self.server.peers):
             self._idle_since_s = now_s
 
         quiet_s = now_s - self._idle_since_s
-        if self._exit_when_idle and quiet_s > (_LOOK_S if self._seen_any else _LONELY_S):
+        if self._exit_when_idle and quiet_s > (_WATCH_S if self._seen_any else _NEVER_JOINED_S):
             self.stop()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _take_up_runs(self) -> None:
-        """Open the run that this aggregator is for, or those that one before it has left here."""
+    def _resume_runs(self) -> None:
+        """Open the run that this aggregator is for, or those that an earlier one has left here."""
         if self._run_id is not None:
             key, self._run_id = self._run_id, safe_run_id(self._run_id)
             try:
@@ -349,23 +341,23 @@ class Aggregator:
             return
 
         if not self._exit_when_idle:
-            self.registry.adopt_orphans()
+            self.registry.resume_orphans()
 
-        self.registry.adopt_flights()
+        self.registry.recover_flights()
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)  # the loop keeps no strong reference to it
         task.add_done_callback(self._tasks.discard)
 
-    def _bye(self, peer: Peer, reason: str) -> None:
+    def _bye(self, peer: Peer, reason: str, failures: dict[str, int]) -> None:
         peer.said_bye = True
         if peer.context is None:
             peer.close()
             return
 
         run, stream = peer.context
-        run.bye(stream, reason, peer)
+        run.bye(stream, reason, peer, failures)
         run.commit(force=True)
         if run.ingest.waiting:
             self._schedule()
@@ -379,7 +371,21 @@ class Aggregator:
         run.store.update_stream(stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt)
 
 
+def _call(listener: Callable[[Path], object], path: Path) -> None:
+    with fail_open(_log, "aggregator", f"no report for {path}", level=logging.ERROR):  # `traceml report` can write it
+        listener(path)
+
+
+def _failures_of(bye: dict[str, Any]) -> dict[str, int]:
+    """Return the handled failures that a rank reports with its bye, by room."""
+    told = bye.get("failures")
+    if not isinstance(told, dict):
+        return {}
+
+    return {str(room)[:50]: count for room, count in list(told.items())[:50] if type(count) is int}
+
+
 def _folder_id(path: Path) -> list[Any]:
-    """Return what a rank recognises the folder by, if it sees the same one."""
+    """Return the identity of a folder, by which a rank recognizes that it sees the same one."""
     status = path.stat()
     return [boot_id(), status.st_dev, status.st_ino]

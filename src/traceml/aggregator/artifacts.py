@@ -1,4 +1,4 @@
-"""Files that ranks on other hosts logged: put together from their pieces, in the run's folder."""
+"""Artifacts in the run's folder, assembled from the chunks that ranks on other hosts send."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Artifacts:
         self._folder = run_dir / ARTIFACTS
 
     def take(self, stream: int, rows: list[dict[str, Any]]) -> bytes:
-        """Write pieces of files; return what the store keeps of these rows.
+        """Write chunks of files; return the rows without their data, for the store.
 
         Args:
-            stream: who sends them.
+            stream: number of the sending stream.
             rows: `{id, offset, size, data}` each, with `zlib` when the data is compressed.
 
         Raises:
-            ProtocolError: a piece is none.
+            ProtocolError: a chunk is invalid.
             OSError: the disk is full, or the folder cannot be written.
         """
         return b"".join(msgpack.packb(self._put(stream, row)) for row in rows)
@@ -48,7 +48,7 @@ class Artifacts:
         return _NAME.fullmatch(name) is not None and (self._folder / name).is_file()
 
     def place(self, path: Path) -> None:
-        """Move a file here which a rank that is gone has left; one that is no artifact stays where it is."""
+        """Move a file of a dead rank here; a file that is no artifact stays where it is."""
         if not _NAME.fullmatch(path.name) or path.is_symlink():
             return
 
@@ -66,13 +66,13 @@ class Artifacts:
             return kept | {"error": str(row["error"])[:500]}
 
         if not isinstance(name, str) or not _NAME.fullmatch(name) or not isinstance(data, bytes):
-            raise ProtocolError(f"a piece of a file is none: {str(name)[:80]!r}")
+            raise ProtocolError(f"invalid chunk of a file: {str(name)[:80]!r}")
         if type(offset) is not int or type(size) is not int or not 0 <= offset <= size <= _SIZE_LIMIT:
-            raise ProtocolError(f"a piece of file {name} lies at {offset!r:.40} of {size!r:.40} bytes")
+            raise ProtocolError(f"a chunk of file {name} is at {offset!r:.40} of {size!r:.40} bytes")
 
         data = _unpacked(data, size - offset) if row.get("zlib") else data
         if offset + len(data) > size:
-            raise ProtocolError(f"a piece of file {name} goes beyond its {size} bytes")
+            raise ProtocolError(f"a chunk of file {name} exceeds its {size} bytes")
 
         self._folder.mkdir(exist_ok=True)
         part = self._folder / f".{stream}-{name}.part"
@@ -95,9 +95,9 @@ def _unpacked(data: bytes, limit: int) -> bytes:
     try:
         unpacked = unpacker.decompress(data, limit + 1)
     except zlib.error as error:
-        raise ProtocolError(f"a piece of a file cannot be unpacked: {error}") from error
+        raise ProtocolError(f"a chunk of a file cannot be decompressed: {error}") from error
 
     if len(unpacked) > limit:
-        raise ProtocolError("a piece of a file is larger than the file")
+        raise ProtocolError("a chunk of a file is larger than the file")
 
     return unpacked

@@ -1,4 +1,4 @@
-"""Commands: what launchers and people ask of the aggregator, and what it passes on to ranks."""
+"""Commands of launchers and users: answered by the aggregator, or forwarded to ranks."""
 
 from __future__ import annotations
 
@@ -8,32 +8,49 @@ import logging
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from traceml.aggregator.active_run import ActiveRun
+from traceml.aggregator.registry import Registry
 from traceml.aggregator.streams import Stream
 from traceml.transport.server import Peer
 
-if TYPE_CHECKING:
-    from traceml.aggregator.aggregator import Aggregator
-
 __all__ = ["CommandError", "Commands"]
 
-# A launcher says that its processes have ended; what they wrote last may still lie in our sockets.
-_DRAIN_LOOKS, _DRAIN_LOOK_S = 200, 0.01
+# A launcher reports the end of its processes; their last rows may still be in our sockets.
+_DRAIN_POLLS, _DRAIN_POLL_S = 200, 0.01
 _END_TRIES, _END_PAUSE_S = 25, 0.2
 _ANSWER_S = 10.0
 
 _log = logging.getLogger("traceml")
 
 
+class CommandTarget(Protocol):
+    """Part of the aggregator that commands use."""
+
+    registry: Registry
+
+    def statistics(self) -> dict[str, Any]:
+        """Return counters of the server and of each open run."""
+
+    async def end(self, run: ActiveRun, status: int | None = None) -> bool:
+        """Close a run; return False while its rows cannot be stored."""
+
+    def is_delivering(self, path: Path) -> bool:
+        """Whether rows of an ended run are still being delivered to trackers."""
+
+    def stop(self) -> None:
+        """Stop the aggregator."""
+
+
 class CommandError(Exception):
-    """A command that cannot be done; the text goes back to who gave it."""
+    """A command that cannot be carried out; the text goes back to its sender."""
 
 
 @dataclass(slots=True)
 class _RankQuery:
-    """A command passed on to ranks, and what they answered so far."""
+    """A command that was forwarded to ranks, and their answers so far."""
 
     waiting: set[int]
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -47,16 +64,16 @@ class _RankQuery:
 
 
 class Commands:
-    """Answers `command{id, name, args}`.
+    """Handler of `command{id, name, args}`.
 
     Args:
-        aggregator: whose commands they are.
+        aggregator: carries out the aggregator's own commands.
     """
 
-    def __init__(self, aggregator: Aggregator) -> None:
+    def __init__(self, aggregator: CommandTarget) -> None:
         self._aggregator = aggregator
         self._numbers = itertools.count(1)
-        self._questions: dict[int, _RankQuery] = {}
+        self._queries: dict[int, _RankQuery] = {}
         self._own: dict[str, Callable[[Peer, dict[str, Any]], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
             "exits": self._exits,
@@ -66,11 +83,11 @@ class Commands:
         }
 
     async def run(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Do one command and reply, whatever comes of it."""
+        """Carry out one command and reply, also after an error."""
         number, name = message.get("id"), str(message.get("name"))
         args = message.get("args")
         try:
-            reply = await self._own.get(name, self._pass_on)(peer, {"name": name, **(args or {})})
+            reply = await self._own.get(name, self._forward)(peer, {"name": name, **(args or {})})
         except CommandError as error:
             reply = {"error": str(error)}
         except Exception as error:  # noqa: BLE001 - a command that fails must not take the aggregator with it
@@ -79,11 +96,11 @@ class Commands:
 
         peer.send({"t": "reply", "id": number, **reply})
 
-    def answered(self, stream: Stream, reply: dict[str, Any]) -> None:
-        """Take a rank's reply to a command that was passed on to it."""
-        question = self._questions.get(reply.get("id", 0))
-        if question is not None:
-            question.answer(stream.rank, {key: value for key, value in reply.items() if key not in ("t", "id")})
+    def take_reply(self, stream: Stream, reply: dict[str, Any]) -> None:
+        """Add a rank's reply to a forwarded command."""
+        query = self._queries.get(reply.get("id", 0))
+        if query is not None:
+            query.answer(stream.rank, {key: value for key, value in reply.items() if key not in ("t", "id")})
 
     async def _status(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         return {"pid": os.getpid(), **self._aggregator.statistics()}
@@ -91,9 +108,9 @@ class Commands:
     async def _exits(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         run = self._run_of(peer)
         exits = args.get("exits")
-        for told in exits if isinstance(exits, list) else []:
-            if isinstance(told, dict):
-                run.exited(told)
+        for report in exits if isinstance(exits, list) else []:
+            if isinstance(report, dict):
+                run.take_exit(report)
 
         run.commit(force=True)
         return {}
@@ -101,13 +118,13 @@ class Commands:
     async def _finish(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
         run = self._run_of(peer)
         status = args["status"] if isinstance(args.get("status"), int) else None
-        for _ in range(_DRAIN_LOOKS):
+        for _ in range(_DRAIN_POLLS):
             if not run.is_connected:
                 break
 
-            await asyncio.sleep(_DRAIN_LOOK_S)
+            await asyncio.sleep(_DRAIN_POLL_S)
 
-        run.give_up_waiting(status)
+        run.end_remaining(status)
         for _ in range(_END_TRIES):
             if run.ended or await self._aggregator.end(run, status):
                 break
@@ -119,15 +136,15 @@ class Commands:
         return {"state": run.state, "run_dir": str(run.path)}
 
     async def _deliveries(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
-        """Tell whether what a run that is over has logged is still on its way to trackers."""
+        """Report whether rows of an ended run are still being delivered to trackers."""
         return {"busy": self._aggregator.is_delivering(self._run_of(peer).path)}
 
     async def _stop(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG002
         asyncio.get_running_loop().call_soon(self._aggregator.stop)
         return {}
 
-    async def _pass_on(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
-        """Pass a command on to the ranks in `ranks`, or to all, and gather what they answer."""
+    async def _forward(self, peer: Peer, args: dict[str, Any]) -> dict[str, Any]:
+        """Forward a command to the ranks in `ranks`, or to all, and collect their answers."""
         run = self._run_of(peer)
         name = args.pop("name")
         ranks = args.pop("ranks", None)
@@ -136,21 +153,21 @@ class Commands:
             raise CommandError(f"no rank of run {run.id} is connected")
 
         number = next(self._numbers)
-        question = self._questions[number] = _RankQuery({stream.rank for stream in asked})
+        query = self._queries[number] = _RankQuery({stream.rank for stream in asked})
         for stream in asked:
             if stream.peer is not None:
                 stream.peer.send({"t": "command", "id": number, "name": name, "args": args})
 
         try:
             async with asyncio.timeout(_ANSWER_S):
-                await question.done.wait()
+                await query.done.wait()
         except TimeoutError:
-            pass  # those who did not answer are named in the reply
+            pass  # the reply names the ranks that did not answer
         finally:
-            del self._questions[number]
+            del self._queries[number]
 
-        replies = [{"rank": rank, **answer} for rank, answer in sorted(question.answers.items())]
-        return {"replies": replies, "missing": sorted(question.waiting)}
+        replies = [{"rank": rank, **answer} for rank, answer in sorted(query.answers.items())]
+        return {"replies": replies, "missing": sorted(query.waiting)}
 
     def _run_of(self, peer: Peer) -> ActiveRun:
         wanted = peer.hello.run if peer.hello is not None else ""

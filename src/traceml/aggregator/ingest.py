@@ -1,4 +1,4 @@
-"""From frames to the store, each row once: check, cut what is known already, store, acknowledge after the commit."""
+"""Ingest of frames: check, drop repeated rows, store, acknowledge after the commit. Each row is stored once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _LAYOUTS = {name: _layout(table) for name, table in TABLES.items()}
 
 @dataclass(frozen=True, slots=True)
 class IngestStatistics:
-    """What went through: rows stored, rows that came again after a reconnect, commits, and failed tries to commit."""
+    """Counts of rows stored, rows sent again after a reconnect, commits, and failed commits."""
 
     rows: int
     repeated: int
@@ -57,13 +57,13 @@ class IngestStatistics:
 
 
 class Ingest:
-    """The way of one run's rows into its store and its live windows.
+    """Ingest of one run's rows into its store and its live windows.
 
     Args:
         store: the run's store.
-        live: what takes the rows for live windows.
-        artifacts: takes the pieces of files; by default into the store's folder.
-        hold_back: stops (True) the run's ranks from sending while the store cannot be written, and lets them go on.
+        live: the live windows.
+        artifacts: takes the chunks of files; by default into the store's folder.
+        hold_back: pauses (True) or resumes the run's ranks while the store cannot be written.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Ingest:
 
     @property
     def stalled(self) -> bool:
-        """Whether the last commit failed; rows then wait here and, with their senders held back, in the ranks."""
+        """Whether the last commit failed; rows then wait here and, with their senders paused, in the ranks."""
         return self._failing_since_s is not None
 
     @property
@@ -93,11 +93,11 @@ class Ingest:
         return IngestStatistics(self._rows, self._repeated, self._commits, self._failed, self.stalled)
 
     def take(self, stream: Stream, table: str, seq: int, n: int, data: bytes) -> None:
-        """Take `n` rows of a stream, the first of which has number `seq`.
+        """Add `n` rows of a stream, the first of which has number `seq`.
 
         Raises:
             RefusedError: there is no such table.
-            ProtocolError: the numbers and the data do not fit together.
+            ProtocolError: numbers and data do not match.
         """
         layout = _LAYOUTS.get(table) if type(table) is str else None
         if layout is None:
@@ -125,7 +125,7 @@ class Ingest:
             if len(maps) != n:
                 raise ProtocolError(f"a rows frame of {table!r} does not hold {n} maps")
             if table == BLOBS.name:
-                data = self._take_pieces(stream, maps)
+                data = self._take_chunks(stream, maps)
 
         self._store.append(stream.id, table, seq, n, data, first, last)
         self._rows += n
@@ -133,7 +133,7 @@ class Ingest:
         self._touched[stream] = None
         self._live.take(stream, table, data)
 
-    def _take_pieces(self, stream: Stream, maps: list[dict[str, Any]]) -> bytes:
+    def _take_chunks(self, stream: Stream, maps: list[dict[str, Any]]) -> bytes:
         try:
             return self.artifacts.take(stream.id, maps)
         except OSError as error:
@@ -143,9 +143,9 @@ class Ingest:
             raise RefusedError(f"a file cannot be written: {error.strerror or error}", retry=True) from error
 
     def commit(self, *, force: bool = False) -> bool:
-        """Commit what was taken and acknowledge it; return whether nothing is left uncommitted.
+        """Commit and acknowledge; return whether nothing is left uncommitted.
 
-        When the disk is full the rows stay with the store and in their ranks, and the next calls try again.
+        When the disk is full the rows stay in the store's buffer and in their ranks, and the next calls try again.
 
         Args:
             force: try at once even if the last try failed a moment ago.
@@ -170,10 +170,10 @@ class Ingest:
         return True
 
     def _cut(self, stream: Stream, table: str, seq: int, n: int, data: bytes, wanted: int) -> tuple[int, int, bytes]:
-        """Leave out rows which are stored already: after a reconnect a rank may send them again."""
+        """Drop rows that are stored already: after a reconnect a rank may send them again."""
         known = min(wanted - seq, n)
         self._repeated += known
-        stream.unacked[table] = wanted  # the rank does not know yet
+        stream.unacked[table] = wanted  # the rank has not seen this ack
         self._touched[stream] = None
         row_bytes = _LAYOUTS[table][0]
         return seq + known, n - known, data[known * row_bytes :] if row_bytes else _skip_maps(data, known)

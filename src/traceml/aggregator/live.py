@@ -42,13 +42,13 @@ class LiveRows:
 
     def resume(self, stream: Stream) -> None:
         """Add a rank as an earlier aggregator left it."""
-        self.intake.facts.host(stream.rank, stream.who.host)
+        self.intake.facts.host(stream.rank, stream.incarnation.host)
         if stream.in_window:
             self.intake.names[stream.rank] = stream.names
 
     def end(self, stream: Stream) -> None:
         """Record how a rank ended."""
-        self.intake.end(RankExit.of(stream.rank, str(stream.state), stream.exit, stream.who.host))
+        self.intake.end(RankExit.of(stream.rank, str(stream.state), stream.exit, stream.incarnation.host))
         self.fresh = True
 
     def take(self, stream: Stream, table: str, data: bytes) -> None:

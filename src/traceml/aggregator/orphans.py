@@ -1,4 +1,4 @@
-"""Runs that lost their aggregator before they were over: finished here, with what their dead ranks left behind."""
+"""Finish runs that lost their aggregator, with the rows that their dead ranks left in flight files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ __all__ = ["finish_flights", "finish_orphan"]
 
 
 def finish_orphan(run_dir: Path) -> bool:
-    """Finish a run that nobody looks after any more; return whether it is over now.
+    """Finish a run without an aggregator; return whether it is over now.
 
-    A run with a rank that lives is left alone: it may find another aggregator.
+    A run with a live rank is left alone: the rank may find another aggregator.
 
     Raises:
-        StoreError: its store cannot be written, or an aggregator is at it.
+        StoreError: its store cannot be written, or an aggregator has it open.
     """
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         facts = reader.meta().get("run", {})
@@ -34,28 +34,28 @@ def finish_orphan(run_dir: Path) -> bool:
 
 
 def finish_flights(runs_dir: Path) -> list[Path]:
-    """Store what dead ranks have logged in a folder and nobody has stored; return the runs of it that are over now.
+    """Store the logged rows that dead ranks left in a folder; return the runs that are over now.
 
     Raises:
         StoreError: a run's folder cannot be written.
     """
     registry = Registry(runs_dir)
-    return [run.path for run in registry.adopt_flights() if _finish(run, registry)]
+    return [run.path for run in registry.recover_flights() if _finish(run, registry)]
 
 
 def _finish(run: ActiveRun, registry: Registry) -> bool:
-    for found in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
-        run.adopt(found)
+    for flight in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
+        run.recover_flight(flight)
 
-    run.look_around()
+    run.check_absent()
     if any(not stream.ended and stream.seen_here for stream in run.streams):
         run.close()
         return False
 
-    run.give_up_waiting(None)
+    run.end_remaining(None)
     if not run.end():
         run.close()
         return False
 
-    registry.over(run)
+    registry.mark_ended(run)
     return True

@@ -1,4 +1,4 @@
-"""What a dead rank left in its flight file: the rows that it had not sent, and what it was doing."""
+"""Recover unsent rows, the open step and the open phase of a dead rank from its flight file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger("traceml")
 
 
 class DeadFlight:
-    """A dead rank's flight file and what it says of its writer."""
+    """A dead rank's flight file and the identity of its writer."""
 
     def __init__(self, path: Path, image: FlightSnapshot) -> None:
         self.path = path
@@ -34,16 +34,16 @@ class DeadFlight:
         self.rank = int(facts.get("rank", 0))
         self.local_rank = int(facts.get("local_rank", 0))
         self.attempt = int(facts.get("attempt", 0))
-        self.helps = bool(facts.get("parent"))
+        self.is_helper = bool(facts.get("parent"))
         self.name = str(facts.get("name") or "run")
         self.project = str(facts.get("project") or "default")
         self.run_id = str(facts.get("run_id") or "")
         self.runs_dir = Path(str(facts.get("runs_dir") or ""))
-        """Where the rank would have had its run."""
+        """Runs folder of the rank's settings."""
         self.run_dir = Path(str(facts["run_dir"])) if facts.get("run_dir") else None
-        """Its run's folder, if it was ever told of one."""
+        """Its run's folder, if it ever learned it."""
         self.world_size = int(facts.get("world_size", 1))
-        self.who = Incarnation(
+        self.incarnation = Incarnation(
             str(facts.get("host", "")),
             str(facts.get("boot_id", "")),
             int(facts.get("pid", 0)),
@@ -53,12 +53,12 @@ class DeadFlight:
 
 
 def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) -> list[DeadFlight]:
-    """Return the flight files which dead ranks of a job left in the usual folder and in others.
+    """Return the flight files that dead ranks of a job left in the default folder and in others.
 
     Args:
         job: its key; None for those of all jobs.
-        folders: where else to look.
-        but: files that are known already.
+        folders: other folders to search.
+        but: files to leave out.
     """
     found = []
     for folder in (default_folder(), *folders):
@@ -69,7 +69,7 @@ def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) ->
             try:
                 flight = DeadFlight(path, read_flight(path))
             except (StoreError, ValueError, TypeError) as error:
-                if path.exists():  # else somebody has just stored it
+                if path.exists():  # else another process has just stored it
                     _log.warning("cannot use a flight file: %s", error)
 
                 continue
@@ -81,9 +81,9 @@ def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) ->
 
 
 def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None) -> FlightSnapshot | None:
-    """Take what is missing of a dead stream from its flight file; return what was read, None where there was none.
+    """Store the missing rows of a dead stream from its flight file; return its snapshot, None without a file.
 
-    The file must stay until that is committed.
+    The file must stay until the rows are committed.
     """
     path = stream.flight_path
     if image is None and path is None:
@@ -107,8 +107,8 @@ def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None)
         except OSError as error:
             _log.warning("%s, which %r logged, cannot be taken into the run's folder: %s", path, stream, error)
 
-    missing += _take_notes(stream, ingest, image)
-    stream.exit = {**_what_was_open(image, stream.names), **stream.exit}
+    missing += _recover_file_rows(stream, ingest, image)
+    stream.exit = {**_open_at_death(image, stream.names), **stream.exit}
     if missing:
         _log.info("recovered %d rows of %r from %s", missing, stream, image.path)
 
@@ -116,7 +116,7 @@ def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None)
 
 
 def appended_rows(image: FlightSnapshot) -> dict[str, int]:
-    """Return how many rows per table the rank had appended when it died: what is missing then counts as lost."""
+    """Return the number of rows per table that the rank had appended when it died: missing ones count as lost."""
     return {name: image.counters(name).appended for name in image.tables}
 
 
@@ -136,8 +136,8 @@ def _take(stream: Stream, ingest: Ingest, table: str, image: FlightSnapshot) -> 
     return stream.next.get(table, 0) - before
 
 
-def _take_notes(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
-    """Append the rows of files that had been copied, and whose writer was killed before it could say so itself."""
+def _recover_file_rows(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
+    """Append the rows of files that were copied before their rank was killed."""
     if LOGGED.name not in image.tables:
         return 0
 
@@ -153,8 +153,8 @@ def _take_notes(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
     return len(rows)
 
 
-def _what_was_open(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str, Any]:
-    """Return step and phase that were open, unless the rank had ended its training by itself."""
+def _open_at_death(image: FlightSnapshot, names: Mapping[int, str]) -> dict[str, Any]:
+    """Return the open step and phase, unless the rank had ended its training."""
     facts: dict[str, Any] = {}
     if image.state is FlightState.FINISHED:
         return facts

@@ -1,4 +1,4 @@
-"""Which runs there are: finds the run of a newcomer, in memory or on disk, or begins one."""
+"""Registry of runs: finds the run of a new rank, in memory or on disk, or begins one."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from traceml.transport.server import RefusedError
 
 __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 
-# In the runs folder: one small file per run that is not over, from which an aggregator that comes after learns its
-# folder. Named by the job key's hash, as a key may hold anything.
+# In the runs folder: one small file per open run, from which a later aggregator learns the run's folder. Its name is
+# the hash of the job key, which may hold any characters.
 _OPEN = ".open"
 _REMEMBERED = 100
 
@@ -34,7 +34,7 @@ _log = logging.getLogger("traceml")
 
 
 def safe_run_id(text: str) -> str:
-    """Return a run id as the user gave it, without what cannot be in a folder's name.
+    """Return a user's run id without the characters that a folder's name cannot have.
 
     Raises:
         RefusedError: nothing is left of it.
@@ -46,7 +46,7 @@ def safe_run_id(text: str) -> str:
 
 
 def prepare_runs_dir(runs_dir: Path) -> None:
-    """Make the runs folder and see that it can be written.
+    """Create the runs folder and check that it can be written.
 
     Raises:
         StoreError: it cannot; the text says why and what to do.
@@ -58,7 +58,7 @@ def prepare_runs_dir(runs_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return  # space can be made while we run; rows wait in the ranks until then
+            return  # space may be freed later; rows wait in the ranks until then
 
         raise StoreError(
             f"cannot write the runs folder {runs_dir}: {error.strerror}. "
@@ -80,7 +80,7 @@ class Registry:
 
     @property
     def open_runs(self) -> list[ActiveRun]:
-        """The runs that are not over."""
+        """Runs that are not over."""
         return [run for run in self._runs if not run.ended]
 
     def find(self, text: str) -> ActiveRun | None:
@@ -91,23 +91,23 @@ class Registry:
         found = self._by_key.get(text)
         return found or next((run for run in reversed(self._runs) if run.id == text), None)
 
-    def known(self, hello: Hello) -> tuple[ActiveRun, Stream] | None:
-        """Return the run and stream of a recorder that was here before, in this aggregator's life or an earlier one."""
-        who, key = Incarnation.of(hello), _key(hello)
+    def find_stream(self, hello: Hello) -> tuple[ActiveRun, Stream] | None:
+        """Return the run and stream of a recorder that was connected before, to this aggregator or an earlier one."""
+        incarnation, key = Incarnation.of(hello), _key(hello)
         for run in reversed(self._runs):
-            stream = run.stream_of(who, hello.rank)
+            stream = run.stream_of(incarnation, hello.rank)
             if stream is not None and (run.key == key or run.key.startswith(f"{key}#")):
                 return run, stream
 
         left = self._resume(hello)
-        stream = left.stream_of(who, hello.rank) if left is not None else None
+        stream = left.stream_of(incarnation, hello.rank) if left is not None else None
         return (left, stream) if left is not None and stream is not None else None
 
-    def place(self, hello: Hello) -> tuple[ActiveRun, int]:
-        """Return the run and the attempt which a newcomer belongs to; a new run when no other will do.
+    def assign(self, hello: Hello) -> tuple[ActiveRun, int]:
+        """Return the run and the attempt that a new rank belongs to; a new run where no open one fits.
 
         Raises:
-            RefusedError: its run cannot be made; the text says why.
+            RefusedError: its run cannot be created; the text says why.
         """
         if hello.parent and (run := self._run_of_parent(hello)) is not None:
             return run, run.attempt_for(hello) or 0
@@ -124,14 +124,16 @@ class Registry:
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
         if taken and other is not None and other.is_followed_by(hello):
-            self._by_key[_key(hello)] = run  # the job's other ranks come to its next training as well
+            self._by_key[_key(hello)] = run  # the job's other ranks join its next training too
 
         return run, run.attempt_for(hello) or hello.attempt
 
     def _run_of_parent(self, hello: Hello) -> ActiveRun | None:
-        """Return the run of the process that a forked child only logs for."""
+        """Return the run of a forked child's parent process."""
         runs = (run for run in reversed(self._runs) if run.key.split("#")[0] == _key(hello))
-        return next((run for run in runs if any(each.who.recorder == hello.parent for each in run.streams)), None)
+        return next(
+            (run for run in runs if any(each.incarnation.recorder == hello.parent for each in run.streams)), None
+        )
 
     def begin(self, run_id: str, key: str, *, named: bool, is_new: bool = True) -> ActiveRun:
         """Open a run's folder, new or left by an earlier aggregator.
@@ -140,21 +142,21 @@ class Registry:
             run_id: the folder's name.
             key: the job key by which its ranks find it.
             named: whether the user chose its id.
-            is_new: whether a job begins or goes on with it: then `latest` means it from now on.
+            is_new: whether a job starts or continues it: then `latest` points at it.
 
         Raises:
-            RefusedError: it cannot be made or written.
+            RefusedError: it cannot be created or written.
         """
-        # Marked first: killed at any moment from here on, an aggregator leaves a folder that the next one finds.
+        # Marked first: if this aggregator is killed at any moment from here on, the next one finds the folder.
         was_marked = _read_marker(_marker(self.runs_dir, key)) is not None
         self._mark(key, run_id, named=named)
         try:
             run = ActiveRun(self.runs_dir / run_id, key, named=named)
         except StoreError as error:
-            if not was_marked:  # else it may be the mark of an aggregator that lives
+            if not was_marked:  # else it may be the mark of a live aggregator
                 self._unmark(key)
 
-            raise RefusedError(str(error), retry=_passes(error)) from error
+            raise RefusedError(str(error), retry=_is_temporary(error)) from error
 
         self._runs.append(run)
         self._by_key[key] = run
@@ -163,26 +165,26 @@ class Registry:
 
         return run
 
-    def over(self, run: ActiveRun) -> None:
-        """Note that a run has been closed."""
+    def mark_ended(self, run: ActiveRun) -> None:
+        """Record that a run has been closed."""
         self._unmark(run.key)
         for old in [each for each in self._runs if each.ended][:-_REMEMBERED]:
             self._runs.remove(old)
             self._by_key = {key: each for key, each in self._by_key.items() if each is not old}
 
     def discard(self, run: ActiveRun) -> None:
-        """Remove a run to which no rank has come: an aggregator that was killed may leave one."""
-        self.over(run)
+        """Remove a run without ranks: an aggregator that was killed may leave one."""
+        self.mark_ended(run)
         self._runs.remove(run)
         self._by_key.pop(run.key, None)
         run.remove()
 
-    def reopened(self, run: ActiveRun) -> None:
-        """Note that a closed run goes on."""
+    def mark_open(self, run: ActiveRun) -> None:
+        """Record that a closed run continues."""
         self._mark(run.key, run.id, named=run.named)
 
-    def adopt_orphans(self) -> None:
-        """Take up the runs that an aggregator which is gone has left open here."""
+    def resume_orphans(self) -> None:
+        """Open the runs that an earlier aggregator has left open here."""
         for marker in sorted((self.runs_dir / _OPEN).glob("*.json")):
             left = _read_marker(marker)
             if left is None or left["job"] in self._by_key:
@@ -190,45 +192,45 @@ class Registry:
 
             try:
                 self.begin(left["run"], left["job"], named=bool(left.get("named")), is_new=False)
-            except RefusedError as error:  # another aggregator is at it, or the folder is gone bad
-                _log.info("not taking up run %s: %s", left["run"], error)
+            except RefusedError as error:  # another aggregator has it open, or the folder is damaged
+                _log.info("run %s is not resumed: %s", left["run"], error)
 
-    def adopt_flights(self) -> list[ActiveRun]:
-        """Take up what dead ranks have logged here and nobody has stored: their aggregator was gone, or never there.
+    def recover_flights(self) -> list[ActiveRun]:
+        """Store the logged rows of dead ranks that had no aggregator.
 
         Returns:
-            the runs that got something; they are open.
+            the runs that got rows; they are open.
         """
         adopted: dict[ActiveRun, None] = {}
-        if not self._left_here():
+        if not self._dead_flights_here():
             return []
 
-        with self._adopting():
-            for found in self._left_here():
-                run = self._run_of(found)
-                if run is not None and found.path not in run.recovered:
-                    run.adopt(found)
+        with self._recovery_lock():
+            for flight in self._dead_flights_here():
+                run = self._run_of(flight)
+                if run is not None and flight.path not in run.recovered:
+                    run.recover_flight(flight)
                     adopted[run] = None
 
         return list(adopted)
 
-    def _left_here(self) -> list[DeadFlight]:
-        """Return the flights of dead ranks with something logged whose run is, or would have been, in this folder."""
+    def _dead_flights_here(self) -> list[DeadFlight]:
+        """Return the flight files of dead ranks with logged rows whose run is, or would have been, in this folder."""
         return [
-            found
-            for found in dead_flights(None, self.runs_dir / FALLBACK_FOLDER)
-            if found.image.holds_user_rows
-            and (found.run_dir.parent if found.run_dir is not None else found.runs_dir) == self.runs_dir
+            flight
+            for flight in dead_flights(None, self.runs_dir / FALLBACK_FOLDER)
+            if flight.image.holds_user_rows
+            and (flight.run_dir.parent if flight.run_dir is not None else flight.runs_dir) == self.runs_dir
         ]
 
     @contextlib.contextmanager
-    def _adopting(self) -> Iterator[None]:
-        """Be the only one that takes up flights here: two would each make a run of the same rows."""
+    def _recovery_lock(self) -> Iterator[None]:
+        """Lock recovery in this folder: two processes would each make a run of the same rows."""
         try:
             folder = self.runs_dir / _OPEN
             folder.mkdir(parents=True, exist_ok=True)
             file = (folder / "adopting.lock").open("ab")
-        except OSError as error:  # a full disk, say: what is left behind waits for better times
+        except OSError as error:  # a full disk, for example: the flight files stay for later
             _log.debug("no lock in %s: %s", self.runs_dir, error)
             yield
             return
@@ -239,35 +241,35 @@ class Registry:
 
             yield
 
-    def _run_of(self, found: DeadFlight) -> ActiveRun | None:
-        """Return the run that a dead rank's rows belong to, opened; None when it is somebody else's or was removed."""
-        known = self._by_key.get(found.job)
+    def _run_of(self, flight: DeadFlight) -> ActiveRun | None:
+        """Open and return the run of a dead rank; None when another process has it open, or it was removed."""
+        known = self._by_key.get(flight.job)
         if known is not None:
             return known
 
-        run_id = self._run_id_of(found)
+        run_id = self._run_id_of(flight)
         if run_id is None:
             return None
 
         try:
-            return self.begin(run_id, found.job, named=bool(found.run_id), is_new=False)
-        except RefusedError as error:  # another aggregator is at it
-            _log.info("not taking up %s: %s", found.path, error)
+            return self.begin(run_id, flight.job, named=bool(flight.run_id), is_new=False)
+        except RefusedError as error:  # another aggregator has it open
+            _log.info("%s is not recovered: %s", flight.path, error)
             return None
 
-    def _run_id_of(self, found: DeadFlight) -> str | None:
-        left = _read_marker(_marker(self.runs_dir, found.job))
-        if found.run_dir is not None:
-            return found.run_dir.name if found.run_dir.exists() else None  # somebody has removed the run
-        if left is not None and left["job"] == found.job:
+    def _run_id_of(self, flight: DeadFlight) -> str | None:
+        left = _read_marker(_marker(self.runs_dir, flight.job))
+        if flight.run_dir is not None:
+            return flight.run_dir.name if flight.run_dir.exists() else None  # the run was removed
+        if left is not None and left["job"] == flight.job:
             return left["run"]
-        if not found.path.exists():  # somebody has just finished with it
+        if not flight.path.exists():  # another process has just stored it
             return None
 
-        return safe_run_id(found.run_id) if found.run_id else new_run_id(found.name)
+        return safe_run_id(flight.run_id) if flight.run_id else new_run_id(flight.name)
 
     def _resume(self, hello: Hello) -> ActiveRun | None:
-        """Take up a newcomer's run from disk, if an earlier aggregator has left it there."""
+        """Open a new rank's run from disk, if an earlier aggregator has left it there."""
         key = _key(hello)
         if key in self._by_key:
             return None
@@ -293,12 +295,12 @@ class Registry:
             draft.write_text(json.dumps({"job": key, "run": run_id, "named": named}))
             draft.replace(marker)
         except OSError as error:
-            _log.warning("run %s could not be found again after a restart of the aggregator: %s", run_id, error)
+            _log.warning("run %s will not be found after a restart of the aggregator: %s", run_id, error)
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
 
     def _unmark(self, key: str) -> None:
-        with contextlib.suppress(OSError):  # at worst the next aggregator looks at a run that is over
+        with contextlib.suppress(OSError):  # at worst the next aggregator checks a run that is over
             _marker(self.runs_dir, key).unlink(missing_ok=True)
 
     def _point_latest_at(self, run: ActiveRun) -> None:
@@ -316,7 +318,7 @@ def _key(hello: Hello) -> str:
     return hello.run_id or hello.run
 
 
-def _passes(error: StoreError) -> bool:
+def _is_temporary(error: StoreError) -> bool:
     cause = error.__cause__
     full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
     return full or "full" in str(cause)

@@ -1,4 +1,4 @@
-"""Streams: what one incarnation of a rank sends, and how it stands."""
+"""Streams: the rows and the state of one incarnation of a rank."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _ack_head(table: str) -> bytes:
     return struct.pack(">I", len(body) + 8) + body
 
 
-# ack{table, seq} up to the number, which alone differs: ten thousand ranks are acknowledged ten times a second.
+# ack{table, seq} up to the number, the only part that differs: 10,000 ranks are acknowledged ten times a second.
 _ACK_HEADS = {name: _ack_head(name) for name in TABLES}
 
 
 class StreamState(StrEnum):
-    """How an incarnation of a rank stands, in the report's words."""
+    """State of an incarnation of a rank, in the words of the report."""
 
     RUNNING = "running"
     FINISHED = "finished"
@@ -46,7 +46,7 @@ class StreamState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Incarnation:
-    """What tells one recorder from every other that ever was: a process of a boot of a host, and which one in it."""
+    """Unique identity of a recorder: a process of a boot of a host, and the recorder in it."""
 
     host: str
     boot: str
@@ -56,7 +56,7 @@ class Incarnation:
 
     @classmethod
     def of(cls, hello: Hello) -> Incarnation:
-        """Return whom a hello comes from."""
+        """Return the identity of a hello's sender."""
         return cls(hello.host, hello.boot_id, hello.pid, hello.start_ticks, hello.recorder)
 
 
@@ -67,62 +67,71 @@ class Stream:
         id: its number in the store.
         rank: its rank.
         attempt: which start of the job it belongs to.
-        who: its process.
+        incarnation: its process.
         flight: path of its flight file, "" when it has none on a file system.
     """
 
     __slots__ = (
         "attempt",
         "connected",
+        "disconnected_s",
         "exit",
         "flight",
-        "gone_s",
-        "helps",
         "id",
         "in_window",
+        "incarnation",
+        "is_helper",
         "local_rank",
         "names",
         "next",
         "peer",
         "rank",
+        "reported_dead",
+        "reported_flight",
         "seen_here",
         "state",
-        "told_dead",
-        "told_flight",
         "unacked",
-        "who",
     )
 
-    def __init__(self, id: int, rank: int, attempt: int, who: Incarnation, *, local_rank: int, flight: str) -> None:  # noqa: A002
+    def __init__(
+        self,
+        id: int,  # noqa: A002 - the store calls it so
+        rank: int,
+        attempt: int,
+        incarnation: Incarnation,
+        *,
+        local_rank: int,
+        flight: str,
+    ) -> None:
         self.id = id
         self.rank = rank
         self.attempt = attempt
-        self.who = who
+        self.incarnation = incarnation
         self.local_rank = local_rank
         self.flight = flight
         self.state = StreamState.RUNNING
         self.exit: dict[str, Any] = {}
-        """What is known of its end: code, signal, exception, open phase, …"""
+        """Known facts about its end: code, signal, exception, open phase, …"""
         self.next: dict[str, int] = {}
         """Per table the number of the next row wanted."""
         self.unacked: dict[str, int] = {}
-        """Per table what to acknowledge once it is committed."""
+        """Per table the number to acknowledge after the commit."""
         self.names: dict[int, str] = {}
-        """The rank's names by id, as far as they have come."""
+        """The rank's names by id, as received so far."""
         self.peer: Peer | None = None
         self.connected = False
-        self.gone_s = 0.0
-        """When the connection was lost, monotonic seconds."""
-        self.helps = False
-        """Whether it is a forked child of a rank, which only logs: no rank of its own."""
+        self.disconnected_s = 0.0
+        """Time when the connection was lost, monotonic seconds."""
+        self.is_helper = False
+        """Whether it is a forked child of a rank that only logs; it is no rank of its own."""
         self.in_window = True
-        """Whether its rows enter the live windows: those of the rank's newest incarnation do."""
-        self.told_dead = False
-        """Whether a launcher has said that its process ended."""
-        self.told_flight: Path | None = None
-        """Where a launcher has put a copy of its flight file, which lies on another host."""
-        self.seen_here = self.on_this_boot and process_start_ticks(who.pid) == who.start_ticks
-        """Whether its process was seen on this host. The same boot alone does not tell: containers share it."""
+        """Whether its rows enter the live windows: only the rank's newest incarnation does."""
+        self.reported_dead = False
+        """Whether a launcher has reported the end of its process."""
+        self.reported_flight: Path | None = None
+        """Copy of its flight file from another host, as a launcher reported it."""
+        self.seen_here = self.on_this_boot and process_start_ticks(incarnation.pid) == incarnation.start_ticks
+        """Whether its process is visible on this host. Its boot id is not enough: containers share it."""
 
     def __repr__(self) -> str:
         link = "connected" if self.connected else "away"
@@ -130,34 +139,36 @@ class Stream:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more is to come."""
+        """Whether it has ended."""
         return self.state is not StreamState.RUNNING
 
     @property
     def on_this_boot(self) -> bool:
         """Whether it runs under this kernel, perhaps in another container."""
-        return self.who.boot == _BOOT
+        return self.incarnation.boot == _BOOT
 
     @property
     def is_dead(self) -> bool:
-        """Whether its process is known to be gone; False where this host cannot tell."""
-        if self.told_dead or (self.seen_here and process_start_ticks(self.who.pid) != self.who.start_ticks):
+        """Whether its process is known to be gone; False where this host cannot know."""
+        if self.reported_dead or (
+            self.seen_here and process_start_ticks(self.incarnation.pid) != self.incarnation.start_ticks
+        ):
             return True
 
-        # One that was killed before its first word was read was never seen: its flight file has lost its owner.
+        # A process killed before its hello was read was never seen here, but nobody holds its flight file.
         path = None if self.seen_here else self.flight_path
         return path is not None and path.exists() and not is_alive(path)
 
     @property
     def flight_path(self) -> Path | None:
-        """The flight file, if it is within this host's reach."""
-        if self.told_flight is not None:
-            return self.told_flight
+        """The flight file, if this host can read it."""
+        if self.reported_flight is not None:
+            return self.reported_flight
 
         return Path(self.flight) if self.flight and self.on_this_boot else None
 
     def connect(self, peer: Peer) -> None:
-        """Take a connection; one that it had before is dead, whether or not TCP has noticed."""
+        """Use a new connection; an earlier one is dead, even if TCP has not noticed."""
         if self.peer is not None and self.peer is not peer:
             self.peer.context = None
             self.peer.abort()
@@ -165,12 +176,12 @@ class Stream:
         self.peer, self.connected = peer, True
 
     def disconnect(self) -> None:
-        """Note that the connection is lost."""
+        """Record that the connection is lost."""
         self.peer, self.connected = None, False
-        self.gone_s = time.monotonic()
+        self.disconnected_s = time.monotonic()
 
     def acknowledge(self) -> None:
-        """Tell the rank what is durable now."""
+        """Send the rank the numbers up to which its rows are durable."""
         if self.peer is not None:
             self.peer.write(b"".join([_ACK_HEADS[table] + _U64.pack(seq) for table, seq in self.unacked.items()]))
 

@@ -32,6 +32,7 @@ from traceml.clock import boot_id
 from traceml.database.postmortem import ARTIFACTS, pending_row_path, spool_folder
 from traceml.database.rings import RowSlice
 from traceml.database.schema import BLOBS
+from traceml.fail_open import fail_open
 
 __all__ = ["BlobTable", "FileUpload", "FileUploader", "RefusedFileError"]
 
@@ -213,10 +214,8 @@ class FileUploader:
     def _run(self) -> None:
         while True:
             work = self._queue.get()
-            try:
+            with fail_open(_log, "recorder", "a file could not be logged"):
                 work()
-            except Exception as error:  # noqa: BLE001 - fail open: one file's trouble is not the others'
-                _log.warning("a file could not be logged: %r", error, exc_info=error)
 
             self._on_work()
 

@@ -201,6 +201,8 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     overhead_us_per_step: float | None = None
     overhead_share: float | None = None
     bytes_sent: int | None = None
+    failures: dict[str, int] = {}
+    """Failures of tracing itself that were logged and passed over, by room."""
 
 
 class Report(msgspec.Struct, kw_only=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -212,4 +213,14 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> Tel
         overhead_us_per_step=None if overhead_us is None else significant(overhead_us),
         overhead_share=significant(overhead_us / 1e3 / step_ms) if overhead_us is not None and step_ms else None,
         bytes_sent=sum(int(row["bytes_sent"]) for row in last),
+        failures=_failures(digest, reader),
     )
+
+
+def _failures(digest: Digest, reader: StoreReader) -> dict[str, int]:
+    """Return the failures that ranks and aggregator have handled, by room."""
+    total: Counter[str] = Counter(reader.meta().get("failures", {}))
+    for record in digest.ranks.values():
+        total.update(record.facts.get("failures", {}))
+
+    return dict(sorted(total.items()))

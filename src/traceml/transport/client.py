@@ -23,6 +23,7 @@ from traceml.errors import (
     ProtocolError,
     TraceMLError,
 )
+from traceml.fail_open import failures
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
@@ -267,7 +268,7 @@ class Connection:
         """Close; with a `reason`, say `bye{reason}` first, which makes the aggregator commit at once."""
         if reason is not None:
             with contextlib.suppress(OSError):
-                self.send({"t": "bye", "reason": reason})
+                self._say_bye(reason)
                 self.flush(0.2)
 
         self._sock.close()
@@ -276,7 +277,7 @@ class Connection:
         """Say `bye` and wait until the aggregator has committed everything and closed; return whether it did."""
         deadline = time.monotonic() + timeout_s
         try:
-            self.send({"t": "bye", "reason": reason})
+            self._say_bye(reason)
             while (left_s := deadline - time.monotonic()) > 0:
                 if any(message["t"] == "bye" for message in self.receive(left_s)):
                     return True
@@ -286,6 +287,10 @@ class Connection:
             self._sock.close()
 
         return False
+
+    def _say_bye(self, reason: str) -> None:
+        handled = failures()
+        self.send({"t": "bye", "reason": reason} | ({"failures": handled} if handled else {}))
 
     def _await_pong(self, sent_ns: int, deadline: float, kept: list[dict[str, Any]]) -> int | None:
         while (left_s := deadline - time.monotonic()) > 0:
