@@ -89,7 +89,6 @@ SHARED_FILES = {"huggingface", "lightning", "tensorboard"}
 # Left over; these shrink, and nothing is added.
 OLD_CIRCLES: list[set[str]] = [
     {"traceml.aggregator.aggregator", "traceml.aggregator.commands"},
-    {"traceml.diagnosis.advice", "traceml.diagnosis.stragglers"},
     {"traceml.traces.query.analysis", "traceml.traces.query.exact"},
 ]
 OLD_CLASSES = {"Aggregation", "Options", "TelemetrySection"}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
-
-if TYPE_CHECKING:
-    from traceml.diagnosis.stragglers import LateRanks
+from traceml.diagnosis.segments import LateRanks
 
 __all__ = [
     "for_comm",

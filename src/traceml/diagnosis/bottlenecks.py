@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from traceml.diagnosis import advice
@@ -16,103 +18,121 @@ from traceml.formatting import capitalized, factor_text, ns_text, percent_text, 
 __all__ = ["FLOOR_NS", "input_bound", "residual", "transfers"]
 
 FLOOR_NS = 1e6
-"""Below a millisecond a step nothing is blamed: a toy's loader, loss function and Python cost that much."""
+"""Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
 CROWDED_SHARE = 0.20
-"""The share from which code outside the phases is blamed when the ranks have too few cores."""
+"""The share from which code outside the phases is reported when the ranks have too few cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PhaseCost:
+    """What a part of the step costs.
+
+    Attributes:
+        ranks: the ranks that have it; empty for all.
+        removed: the work that a run without it would not do, rank x step.
+        saved_ns: by how much the mean step would be shorter.
+    """
+
+    segments: Segments
+    part: str
+    step_ns: float
+    ranks: tuple[int, ...]
+    removed: Floats
+    saved_ns: float
+
+    def exceeds(self, share: float = WARNING_SHARE) -> bool:
+        """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
+        return self.saved_ns >= max(FLOOR_NS, share * self.step_ns)
+
+    @property
+    def of_step(self) -> str:
+        """The cost in words: `20.4 ms of each 31 ms step (65 %)`."""
+        share = percent_text(self.saved_ns / self.step_ns)
+        return f"{ns_text(float(self.removed.mean()))} of each {ns_text(self.step_ns)} step ({share})"
+
+    @property
+    def faster(self) -> str:
+        """The gain in words: `2.9x faster`."""
+        return f"{factor_text(speedup(self.segments, self.saved_ns))} faster"
+
+    def finding(self, kind: Kind, summary: str, action: str, loader: JobFacts | None = None) -> Finding:
+        """Return the finding; with the facts, its evidence describes the data loader."""
+        share = self.saved_ns / self.step_ns
+        evidence = _evidence(self.segments, self.part, self.step_ns)
+        return Finding(
+            kind=kind,
+            severity=kind.severity_for(share),
+            ranks=self.ranks,
+            phase=self.part,
+            summary=summary,
+            next=action,
+            evidence=evidence | _loader_evidence(loader) if loader else evidence,
+            cost_share=share,
+            speedup_if_fixed=speedup(self.segments, self.saved_ns),
+        )
 
 
 def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """All ranks wait for data."""
-    values = segments.parts.get("input_wait")
-    if values is None:
+    """Find waiting for data on all ranks."""
+    # Two steps are left out: the first batch after a pause is slow in the best of runs.
+    cost = _cost(segments, "input_wait", step_ns, rare_share=0)
+    if cost is None or not cost.exceeds():
         return []
 
-    # Two steps are forgiven: the first batch after a pause is slow in the best of runs.
-    removed = without_rare(values, 0)
-    saved, ranks = _cost(segments, "input_wait", removed)
-    if not _counts(saved, step_ns):
-        return []
-
-    share = saved / step_ns
-    gain = speedup(segments, saved)
+    rare = _mostly_rare(segments.parts["input_wait"])
+    where = "" if rare is None else f" (most of the waiting is in {percent_text(rare)} of the steps)"
     summary = (
-        f"{_who(ranks)} for data: {ns_text(float(removed.mean()))} of each {ns_text(step_ns)} step "
-        f"({percent_text(share)}); with data always ready the run would be {factor_text(gain)} faster."
+        f"{_who(cost.ranks)} for data: {cost.of_step}; with data always ready the run would be {cost.faster}{where}."
     )
-    if (rare := _mostly_rare(values)) is not None:
-        summary = summary[:-1] + f" (most of the waiting is in {percent_text(rare)} of the steps)."
-
-    evidence = {**_evidence(segments, values, step_ns), **_loader_evidence(facts)}
-    return [_finding(Kind.INPUT_BOUND, "input_wait", ranks, summary, advice.for_input(facts), evidence, share, gain)]
+    return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), facts)]
 
 
 def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """All ranks spend their time on copies to the device."""
-    values = segments.parts.get("h2d")
-    if values is None:
+    """Find copies to the device that all ranks spend time on."""
+    cost = _cost(segments, "h2d", step_ns, rare_share=0)
+    if cost is None or not cost.exceeds():
         return []
 
-    removed = without_rare(values, 0)
-    saved, ranks = _cost(segments, "h2d", removed)
-    if not _counts(saved, step_ns):
-        return []
-
-    share, gain = saved / step_ns, speedup(segments, saved)
     summary = (
-        f"Copies to the device take {ns_text(float(removed.mean()))} of each {ns_text(step_ns)} step "
-        f"({percent_text(share)}); hidden behind computation they would make the run {factor_text(gain)} faster."
+        f"Copies to the device take {cost.of_step}; hidden behind computation they would make the run {cost.faster}."
     )
-    evidence = {**_evidence(segments, values, step_ns), **_loader_evidence(facts)}
-    return [_finding(Kind.H2D_BOUND, "h2d", ranks, summary, advice.for_copies(facts), evidence, share, gain)]
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), facts)]
 
 
 def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """Time goes into the user's own phases, or outside all phases."""
+    """Find time in the user's own phases, or outside all phases."""
     known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
     found = []
-    for part, values in segments.parts.items():
+    for part in segments.parts:
         if part in known:
             continue
 
         named = part not in ("other", "user")
-        # A named phase explains its rare long steps; those of nameless code are jitter until somebody names them.
-        removed = without_rare(values, 0) if named else without_rare(values)
-        saved, ranks = _cost(segments, part, removed)
+        # A named phase explains its rare long steps; those of unnamed code are jitter.
+        cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
         crowded = not named and facts.oversubscribed
-        if _counts(saved, step_ns, CROWDED_SHARE if crowded else WARNING_SHARE):
-            found.append(_residual(segments, part, removed, saved, ranks, step_ns))
+        if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
+            summary = f"{cost.of_step} is spent in {phase_words(part)}; without it the run would be {cost.faster}."
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part)))
 
     return found
 
 
-def _residual(
-    segments: Segments, part: str, removed: Floats, saved: float, ranks: tuple[int, ...], step_ns: float
-) -> Finding:
-    share, gain = saved / step_ns, speedup(segments, saved)
-    summary = (
-        f"{ns_text(float(removed.mean()))} of each {ns_text(step_ns)} step ({percent_text(share)}) is spent in "
-        f"{phase_words(part)}; without it the run would be {factor_text(gain)} faster."
-    )
-    evidence = _evidence(segments, segments.parts[part], step_ns)
-    return _finding(Kind.RESIDUAL_HEAVY, part, ranks, summary, advice.for_residual(part), evidence, share, gain)
+def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
+    """Return what the part costs, its rarest long steps aside; None where there is no such part.
 
-
-def _cost(segments: Segments, part: str, removed: Floats) -> tuple[float, tuple[int, ...]]:
-    """Return what a step would save without the part, and the ranks that have it (none named where all do).
-
-    What only some ranks have, and not for certain (else they were found late), is not said of all: it saves nothing.
+    A part that only some ranks have, and not for certain (else they were found late), saves nothing.
     """
-    saved = saved_ns(segments, {part: segments.parts[part] - removed})
+    values = segments.parts.get(part)
+    if values is None:
+        return None
+
+    removed = without_rare(values, rare_share)
     means = removed.mean(axis=1)
     has = means >= 0.5 * float(np.max(means, initial=0))
-    if has.all():
-        return saved, ()
-
-    return saved if has.mean() > 0.5 else 0.0, tuple(int(rank) for rank in segments.ranks[has])
-
-
-def _counts(saved: float, step_ns: float, share: float = WARNING_SHARE) -> bool:
-    return saved >= FLOOR_NS and saved >= share * step_ns
+    saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
+    ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
+    return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
 
 
 def _mostly_rare(values: Floats) -> float | None:
@@ -130,52 +150,24 @@ def _who(ranks: tuple[int, ...]) -> str:
     return f"{capitalized(ranks_text(ranks))} {'waits' if len(ranks) == 1 else 'wait'}"
 
 
-def _evidence(segments: Segments, values: Floats, step_ns: float) -> dict[str, object]:
+def _evidence(segments: Segments, part: str, step_ns: float) -> dict[str, object]:
+    values = segments.parts[part]
+    means = values[:16].mean(axis=1) / 1e6
     return {
         "step_ms": step_ns / 1e6,
         "phase_ms": float(values.mean()) / 1e6,
         "phase_p50_ms": float(np.median(values)) / 1e6,
-        "phase_ms_by_rank": _by_rank(segments, values),
+        "phase_ms_by_rank": {
+            str(rank): float(mean) for rank, mean in zip(segments.ranks[:16].tolist(), means, strict=True)
+        },
         "compute_ms": segments.compute_ns / 1e6,
         "steps": values.shape[1],
     }
-
-
-def _by_rank(segments: Segments, values: Floats) -> dict[str, float]:
-    means = values.mean(axis=1) / 1e6
-    return {str(rank): float(mean) for rank, mean in zip(segments.ranks[:16].tolist(), means[:16], strict=True)}
 
 
 def _loader_evidence(facts: JobFacts) -> dict[str, object]:
     if facts.loader is None:
         return {}
 
-    told = {
-        "dataset": facts.loader.dataset,
-        "num_workers": facts.loader.num_workers,
-        "in_memory": facts.loader.in_memory,
-    }
-    return {key: value for key, value in told.items() if value is not None}
-
-
-def _finding(
-    kind: Kind,
-    phase: str,
-    ranks: tuple[int, ...],
-    summary: str,
-    action: str,
-    evidence: dict[str, object],
-    share: float,
-    gain: float,
-) -> Finding:
-    return Finding(
-        kind=kind,
-        severity=kind.severity_for(share),
-        ranks=ranks,
-        phase=phase,
-        summary=summary,
-        next=action,
-        evidence=evidence,
-        cost_share=share,
-        speedup_if_fixed=gain,
-    )
+    described = {name: getattr(facts.loader, name) for name in ("dataset", "num_workers", "in_memory")}
+    return {name: value for name, value in described.items() if value is not None}

@@ -17,7 +17,7 @@ from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.phases import Floats, has_group
 from traceml.diagnosis.window import Window
 
-__all__ = ["COMPUTE", "Segments", "median_over_ranks", "segments_of"]
+__all__ = ["COMPUTE", "LateRanks", "Segments", "median_over_ranks", "segments_of"]
 
 COMPUTE = ("forward", "backward", "optimizer")
 """The parts that are computation."""
@@ -67,6 +67,19 @@ class Segments:
         merged = {**self.parts, **parts}
         own = sum(merged.values(), np.zeros_like(self.own))
         return replace(self, parts=merged, own=own, step=step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateRanks:
+    """Ranks found late for the same reason; `rows` and `others` index the window's ranks."""
+
+    rows: NDArray[np.intp]
+    others: NDArray[np.intp]
+    part: str
+    excess_ns: float
+    dominance: float
+    everywhere: bool
+    by_part_ns: Mapping[str, float]
 
 
 def segments_of(window: Window, facts: JobFacts) -> Segments:

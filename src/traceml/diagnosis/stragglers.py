@@ -8,7 +8,6 @@ core or a host that happens to be slower in everything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import comb, hypot
 
 import numpy as np
@@ -20,10 +19,10 @@ from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import lifted, saved_ns, speedup
-from traceml.diagnosis.segments import COMPUTE, Segments
+from traceml.diagnosis.segments import COMPUTE, LateRanks, Segments
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["LateRanks", "find_late", "stragglers"]
+__all__ = ["find_late", "stragglers"]
 
 EXCESS_SHARE = 0.08
 """A late rank's excess over the others is at least this share of the step ..."""
@@ -56,19 +55,6 @@ STARVED = 0.15
 
 _BATCHES = 8
 _MIN_MEASURED = 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class LateRanks:
-    """Ranks found late for the same reason; `rows` and `others` index the window's ranks."""
-
-    rows: NDArray[np.intp]
-    others: NDArray[np.intp]
-    part: str
-    excess_ns: float
-    dominance: float
-    everywhere: bool
-    by_part_ns: Mapping[str, float]
 
 
 def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
