@@ -1,4 +1,4 @@
-"""What a W&B sweep agent told this process: the parameters from the file that it leaves, and which run to join."""
+"""Values from a W&B sweep agent: the parameters in its file, and the run to join."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from traceml.privacy import secrets_only
 
 __all__ = ["parameters", "variables"]
 
-# What delivery has to know of the rank's environment: its own may be that of a `traceml serve` started long before.
-_TOLD = (
+# Variables of the rank that delivery needs: its own environment may be that of a `traceml serve` started long before.
+_FORWARDED = (
     "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH", "WANDB_ENTITY", "WANDB_PROJECT", "WANDB_MODE",
 )  # fmt: skip
 
 
 def variables(environ: dict[str, str] | None = None) -> dict[str, str]:
-    """Return the variables that say which run of W&B this process belongs to; never a key."""
+    """Return the variables that name the W&B run of this process; never a key."""
     environ = dict(os.environ) if environ is None else environ
-    given = {name: environ[name] for name in _TOLD if environ.get(name)}
+    given = {name: environ[name] for name in _FORWARDED if environ.get(name)}
     return {name: value for name, value in given.items() if secrets_only().mask_text(value) == value}
 
 
 def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
-    """Return what the sweep chose; empty where there is no sweep, or its file cannot be understood."""
+    """Return the parameters that the sweep chose; empty without a sweep, or when its file cannot be read."""
     environ = dict(os.environ) if environ is None else environ
     path = environ.get("WANDB_SWEEP_PARAM_PATH")
     if not path or not environ.get("WANDB_SWEEP_ID"):
@@ -40,7 +40,7 @@ def parameters(environ: dict[str, str] | None = None) -> dict[str, Any]:
 
 
 def _values(text: str) -> dict[str, Any]:
-    """Read the one form that the agent writes: `name:` followed by an indented `value: …` (YAML, one line each)."""
+    """Parse the form that the agent writes: `name:` followed by an indented `value: …` (YAML, one line each)."""
     found: dict[str, Any] = {}
     name = ""
     for line in text.splitlines():

@@ -22,14 +22,14 @@ def test_each_tracker_that_fails_is_told_once(tmp_path: Path, caplog: pytest.Log
     ):
         TrackerState(backend, phase, error=error, target="there").save(tmp_path)
 
-    troubles = TrackerWarnings()
+    warnings = TrackerWarnings()
     with caplog.at_level(logging.WARNING, "traceml"):
-        troubles.tell(tmp_path)
-        troubles.tell(tmp_path)
-        troubles.tell(tmp_path / "elsewhere")
+        warnings.show(tmp_path)
+        warnings.show(tmp_path)
+        warnings.show(tmp_path / "elsewhere")
 
     mlflow, wandb = (record.getMessage() for record in caplog.records)
-    assert mlflow.startswith("mlflow at there does not take what is logged (Connection refused)")
+    assert mlflow.startswith("mlflow at there does not accept what is logged (Connection refused)")
     assert "is tried again" in mlflow
     assert "no such library" in wandb
     assert "is tried again" not in wandb

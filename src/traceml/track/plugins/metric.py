@@ -1,4 +1,4 @@
-"""One logged value, as it travels between the parts of tracking and to plugins."""
+"""One logged value, as plugins and the parts of tracking exchange it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Metric:
     """One value under a name at a step.
 
     Args:
-        name: what the user called it; any text.
+        name: any text.
         value: the number; given to `Orchestrator.route_metric` it may be anything that `log_metric` takes.
         step: the training step; None means the current one, else a counter per name.
         timestamp: epoch seconds of the call.
         rank: the rank that logged it.
-        kind: who logged it: a number of `MetricKind`, 0 for the user.
+        kind: source of the value: a number of `MetricKind`, 0 for the user.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Begins and ends what is captured without a call, with the recorder of this process."""
+"""Start and stop of automatic capture, together with the recorder of this process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 __all__ = ["begin", "rest", "start"]
 
 _log = logging.getLogger("traceml")
-_TELL_AFTER_S = 20.0
-_capturing: AutoCapture | None = None
-_of: Recorder | None = None
+_WARN_AFTER_S = 20.0
+_current: AutoCapture | None = None
+_current_recorder: Recorder | None = None
 
 
 def begin(recorder: Recorder) -> None:
-    """Begin with a recorder whose settings name trackers or collectors."""
+    """Start with a recorder whose settings name trackers or collectors."""
     try:
         check_backends(recorder.config.backend, recorder.config.backend_options)
     except PluginError as error:
@@ -38,49 +38,48 @@ def begin(recorder: Recorder) -> None:
 
 
 def start(*, collect: bool = True) -> None:
-    """Begin capturing for the recorder that runs, or go on with it.
+    """Start capturing for the current recorder, or continue with it.
 
     Args:
         collect: start the collectors too.
     """
-    global _capturing, _of
+    global _current, _current_recorder
     recorder = current_recorder()
     if recorder is None or not recorder.enabled or recorder.is_child:
         return
 
-    if recorder is _of:
-        if _capturing is not None:
-            _capturing.start(collect=collect)
+    if recorder is _current_recorder:
+        if _current is not None:
+            _current.start(collect=collect)
 
         return
 
     own = recorder.rank_identity
-    _of = recorder
+    _current_recorder = recorder
     if own.rank == 0:
-        troubles = TrackerWarnings()
-        tell = partial(_tell, recorder, troubles)
-        recorder.after(_TELL_AFTER_S, tell)
-        recorder.before_stop(tell)
+        warn = partial(_warn, recorder, TrackerWarnings())
+        recorder.after(_WARN_AFTER_S, warn)
+        recorder.before_stop(warn)
 
-    _capturing = AutoCapture(recorder.config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
+    _current = AutoCapture(recorder.config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
     recorder.before_stop(_stop)
-    _capturing.start(collect=collect)
+    _current.start(collect=collect)
 
 
 def rest() -> None:
-    """Leave the frameworks alone until the next `start`: nothing is tracked any more, unless the settings say so."""
+    """Stop capturing frameworks until the next `start`, unless the settings name a tracker."""
     recorder = current_recorder()
-    if _capturing is not None and recorder is _of and recorder is not None and not recorder.config.backend:
-        _capturing.unpatch()
+    if _current is not None and recorder is _current_recorder and recorder is not None and not recorder.config.backend:
+        _current.unpatch()
 
 
-def _tell(recorder: Recorder, troubles: TrackerWarnings) -> None:
+def _warn(recorder: Recorder, warnings: TrackerWarnings) -> None:
     if recorder.run_dir is not None:
-        troubles.tell(recorder.run_dir)
+        warnings.show(recorder.run_dir)
 
 
 def _stop() -> None:
-    global _capturing
-    capturing, _capturing = _capturing, None
-    if capturing is not None:
-        capturing.stop()
+    global _current
+    stopping, _current = _current, None
+    if stopping is not None:
+        stopping.stop()

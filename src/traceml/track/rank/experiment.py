@@ -1,4 +1,4 @@
-"""What users call to log: `Experiment`, and the same calls for the run's own or the active one."""
+"""Users' logging calls: `Experiment`, and `log_*` for the active experiment or the run's own."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ _log = logging.getLogger("traceml")
 
 
 class Experiment:
-    """One experiment at the trackers: what is logged inside `with` belongs to it. One job is one, ranks inside.
+    """One experiment at the trackers: values logged inside `with` belong to it. All ranks of a job share it.
 
-    An experiment that begins inside another one is its child. What is logged never waits for a tracker, and no
-    tracker's trouble raises here.
+    An experiment that begins inside another one is its child. Logging never waits for a tracker, and never raises
+    because a tracker fails.
 
     Args:
-        name: what to call it; by default the run's name.
-        project: where trackers file it; by default the setting `project`.
-        backend: the tracker or trackers; by default the setting `backend`, else `mlflow` where that is installed.
-        tags: names with values, or just names.
-        parent: id of the experiment that it belongs to; by default the one that is active.
-        resume: id of an experiment or a run that it goes on with, at the trackers that had it.
+        name: its name; by default the run's name.
+        project: the project at the trackers; by default the setting `project`.
+        backend: the tracker or trackers; by default the setting `backend`, else `mlflow` where it is installed.
+        tags: names with values, or names alone.
+        parent: id of the parent experiment; by default the active one.
+        resume: id of an experiment or a run to continue, at the trackers that have it.
         config: parameters, logged at the start.
-        options: options per tracker, over those of the settings.
+        options: options per tracker; they override those of the settings.
 
     Raises:
-        PluginError: there is no such tracker, or it has no such option; raised when it begins.
+        PluginError: there is no such tracker, or it has no such option; raised when the experiment begins.
         SettingsError: the settings are wrong.
-        UsageError: an option holds a secret; the text says where that belongs.
+        UsageError: an option holds a secret; the text says where it belongs.
     """
 
     def __init__(
@@ -76,16 +76,16 @@ class Experiment:
     ) -> None:
         self.name = name
         self.project = project
-        self.backends = _listed(backend)
+        self.backends = _names(backend)
         self.tags = dict(tags) if isinstance(tags, Mapping) else dict.fromkeys(tags or (), "")
         self.config: dict[str, Any] = dict(config or {})
-        """The parameters it began with; under a sweep agent, those that the sweep chose."""
+        """Parameters at the start; under a sweep agent, those that the sweep chose."""
         self.parent = parent.id if isinstance(parent, Experiment) else parent
         self.resume = resume
         self.iteration: int | None = None
-        """The step of what is logged without one; None for the training step, else a counter per name."""
+        """Step of values that are logged without one; None for the training step, else a counter per name."""
         self.id: str = ""
-        """What others refer to it by; known from the start on."""
+        """Id by which others refer to it; set when it begins."""
         self._options = {backend: dict(values) for backend, values in (options or {}).items()}
         refuse_secrets(self._options)
         self._logger = Logger()
@@ -103,7 +103,7 @@ class Experiment:
         self.end("finished" if kind is None else "failed")
 
     def start(self) -> Self:
-        """Begin: announce it to the trackers and make it the active one. Also done by `with`."""
+        """Begin: announce it to the trackers and make it the active experiment. `with` does this too."""
         if self._is_active:
             return self
 
@@ -121,7 +121,7 @@ class Experiment:
         _begun[self.name] = ordinal + 1
         text = f"{recorder.job if recorder is not None else ''}\n{self.name}\n{ordinal}"
         self.id = hashlib.blake2b(text.encode(errors="replace"), digest_size=8).hexdigest()
-        # The same on all ranks, whether or not they agree on the job yet.
+        # The same on all ranks, even before they agree on the job.
         key = hashlib.blake2b(f"{self.name}\n{ordinal}".encode(errors="replace"), digest_size=7).digest()
         self._logger = Logger(int.from_bytes(key) | 1, self._row)
         self._is_active = True
@@ -136,7 +136,7 @@ class Experiment:
         return self
 
     def end(self, state: str = "finished") -> None:
-        """End it: trackers close their run when all is delivered. Also done by `with`.
+        """End it: trackers close their run when all is delivered. `with` does this too.
 
         Args:
             state: `finished` or `failed`.
@@ -153,7 +153,7 @@ class Experiment:
             capturing.rest()
 
     def stop(self) -> None:
-        """End it, as Tracelet's users know it."""
+        """End it; Tracelet's name for `end`."""
         self.end()
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
@@ -182,7 +182,7 @@ class Experiment:
         media.artifact(self._logger, path, name)
 
     def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
-        """Log a file under a folder of the tracker's, as Tracelet's users know it."""
+        """Log a file under a folder at the tracker; Tracelet's form of `log_artifact`."""
         self.log_artifact(path, f"{artifact_path}/{Path(path).name}" if artifact_path else None)
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
@@ -198,11 +198,11 @@ class Experiment:
         media.histogram(self._logger, name, values, self.iteration if step is None else step, bins=bins)
 
     def set_iteration(self, iteration: int | None) -> None:
-        """Set the step of what is logged without one."""
+        """Set the step of values that are logged without one."""
         self.iteration = iteration
 
     def _row(self, config: settings.Config) -> dict[str, Any]:
-        """Return what delivery has to know, for the process that the recorder of now lives in."""
+        """Return the announcement for delivery, with the settings of the current recorder."""
         return {
             "id": self.id, "name": self.name, "project": self.project or config.project,
             "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
@@ -212,9 +212,9 @@ class Experiment:
         )  # fmt: skip
 
     def _options_over(self, config: settings.Config) -> dict[str, dict[str, Any]]:
-        """Return the options of each tracker, those of the settings where this experiment has none of that name."""
-        told, own = config.backend_options, self._options
-        return {name: {**told.get(name, {}), **own.get(name, {})} for name in {*told, *own}}
+        """Return the options of each tracker: those of the settings, overridden by this experiment's."""
+        configured, own = config.backend_options, self._options
+        return {name: {**configured.get(name, {}), **own.get(name, {})} for name in {*configured, *own}}
 
 
 # Experiments that have begun and not ended, the innermost last.
@@ -232,7 +232,7 @@ def log_metric(name: str, value: Any, step: int | None = None) -> None:
 
     Args:
         name: any text.
-        value: a number, or what holds one: a tensor, a numpy scalar, a bool. Anything else is kept as a text.
+        value: a number, or an object that holds one: a tensor, a numpy scalar, a bool. Any other is logged as a text.
         step: the step; by default the current training step, else a counter per name.
     """
     loggers.active.metric(name, value, step)
@@ -251,7 +251,7 @@ def log_metrics(metrics: Mapping[str, Any], step: int | None = None) -> None:
 
 
 def log_params(params: Mapping[str, Any]) -> None:
-    """Log parameters: what was chosen for this run.
+    """Log parameters of this run.
 
     Args:
         params: name -> value; maps may be nested.
@@ -260,11 +260,11 @@ def log_params(params: Mapping[str, Any]) -> None:
 
 
 def log_artifact(path: str | os.PathLike[str], name: str | None = None) -> None:
-    """Log a file, or the files of a folder. It may be deleted right after; it must not be rewritten in place.
+    """Log a file, or the files of a folder. It may be deleted right after, but not be rewritten in place.
 
     Args:
-        path: the file. It is opened now and copied by a thread of ours.
-        name: what to call it; by default its own name.
+        path: the file. It is opened now and copied by a background thread.
+        name: its name; by default the name of the file.
 
     Raises:
         OSError: it cannot be opened.
@@ -276,7 +276,7 @@ def log_text(name: str, text: str, step: int | None = None) -> None:
     """Log a text.
 
     Args:
-        name: what to call it.
+        name: any text.
         text: the text.
         step: its step; by default as for `log_metric`.
     """
@@ -287,7 +287,7 @@ def log_image(name: str, image: Any, step: int | None = None) -> None:
     """Log an image.
 
     Args:
-        name: what to call it.
+        name: any text.
         image: an array or tensor (height, width), (height, width, channels) or (channels, height, width), of bytes or
             of floats in 0..1; a PIL image; a matplotlib figure; a PNG or JPEG file's path or bytes.
         step: its step; by default as for `log_metric`.
@@ -299,10 +299,10 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
     """Log the distribution of values.
 
     Args:
-        name: what to call it.
+        name: any text.
         values: numbers: an array, a tensor, a list.
         step: its step; by default as for `log_metric`.
-        bins: how many intervals of equal width.
+        bins: number of intervals of equal width.
     """
     media.histogram(loggers.active, name, values, step, bins=bins)
 
@@ -315,20 +315,20 @@ def start_logging(
     backend_url: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """Begin an experiment that goes on until `stop_logging` or the end of the process.
+    """Begin an experiment that lasts until `stop_logging` or the end of the process.
 
     Args:
-        exp_name: what to call it.
-        project: where trackers file it.
+        exp_name: name of the experiment.
+        project: the project at the trackers.
         backend: the tracker or trackers.
-        api_key: refused: keys come from the environment or a file, and never pass through a script.
-        backend_url: the tracker's address, or where it writes to.
+        api_key: refused: keys come from the environment or a file, never from a script.
+        backend_url: the tracker's address, or the path that it writes to.
         config: parameters.
 
     Raises:
         UsageError: a key was given, or an address without a tracker; the text says what to do.
     """
-    names = _listed(backend)
+    names = _names(backend)
     if api_key is not None:
         known = [metadata.key_variable for name in names if (metadata := backend_metadata(name)) is not None]
         variable = next(filter(None, known), "the tracker's own variable")
@@ -351,12 +351,12 @@ def start_logging(
 
 
 def stop_logging() -> None:
-    """End every experiment that is active, the inner ones first."""
+    """End every open experiment, the inner ones first."""
     while _open:
         _open[-1].end()
 
 
-def _listed(backend: str | Sequence[str] | None) -> tuple[str, ...]:
+def _names(backend: str | Sequence[str] | None) -> tuple[str, ...]:
     if backend is None:
         return ()
 

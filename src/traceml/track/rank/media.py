@@ -1,4 +1,4 @@
-"""Texts, images, histograms and artifacts: what a call takes at once, and what is left to a thread."""
+"""Texts, images, histograms and artifacts: copied by the call where they may change, processed by a thread."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def text(logger: Logger, name: str, content: str, step: int | None, t_ns: int = 
 
 
 def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int = 0) -> None:
-    """Log an image: a copy of its pixels is taken now, the rest is done by a thread."""
+    """Log an image: its pixels are copied now, and a thread does the rest."""
     recorder = _recorder(logger)
     if recorder is None:
         return
@@ -57,12 +57,12 @@ def image(logger: Logger, name: str, content: Any, step: int | None, t_ns: int =
 
 
 def histogram(logger: Logger, name: str, values: Any, step: int | None, *, bins: int = 64, t_ns: int = 0) -> None:
-    """Log the distribution of values, counted now."""
+    """Log the distribution of values; they are counted now."""
     if _recorder(logger) is None:
         return
 
-    counts, edges, odd = histogram_of(values, bins)
-    facts = {"not_finite": odd} if odd else {}
+    counts, edges, not_finite = histogram_of(values, bins)
+    facts = {"not_finite": not_finite} if not_finite else {}
     step = logger.next_step(name, step)
     logger.row("histogram", step=step, t_ns=t_ns, name=str(name), counts=counts, edges=edges, **facts)
 
@@ -71,19 +71,19 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
     """Log a file, or the files of a folder; they are opened now.
 
     Raises:
-        OSError: it cannot be opened, or is no file.
+        OSError: the path cannot be opened, or is no file.
     """
     if _recorder(logger) is None:
         return
 
     where = Path(path)
     if not where.is_dir():
-        _one(logger, where, name or where.name)
+        _log_file(logger, where, name or where.name)
         return
 
     inside = sorted(each for each in where.rglob("*") if each.is_file())
     for each in inside[:_FOLDER_FILES]:
-        _one(logger, each, f"{name or where.name}/{each.relative_to(where).as_posix()}")
+        _log_file(logger, each, f"{name or where.name}/{each.relative_to(where).as_posix()}")
 
     if len(inside) > _FOLDER_FILES:
         why = f"the folder has {len(inside)} files: the first {_FOLDER_FILES} were taken. Log an archive of it instead"
@@ -92,13 +92,13 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
 
 
 def wait(logger: Logger, timeout_s: float = 60.0) -> None:
-    """Wait for the files that are being copied, so that an experiment ends after them; no longer without progress."""
+    """Wait for the files that are being copied, so that an experiment ends after them; give up without progress."""
     recorder = _recorder(logger)
     if recorder is not None:
         recorder.files_done(timeout_s)
 
 
-def _one(logger: Logger, path: Path, name: str) -> None:
+def _log_file(logger: Logger, path: Path, name: str) -> None:
     recorder = _recorder(logger)
     assert recorder is not None
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe must not block
@@ -118,5 +118,5 @@ def _one(logger: Logger, path: Path, name: str) -> None:
 
 
 def _recorder(logger: Logger) -> Any:
-    """Return the recorder that a logger logs into; None while nothing is recorded."""
+    """Return the recorder of a logger; None while nothing is recorded."""
     return current_recorder() if logger.begin() else None

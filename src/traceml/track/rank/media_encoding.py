@@ -1,4 +1,4 @@
-"""Images and distributions out of whatever users have: arrays, tensors, figures. No library is imported for it."""
+"""Encoding of images and histograms from arrays, tensors and figures. No library is imported for it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from traceml.recorder.uploads import RefusedFileError
 
 __all__ = ["histogram_of", "image_of", "png"]
 
-_RAW_FACTOR = 64  # pixels of so many times the limit are not even looked at
-_COLOURS = {1: 0, 2: 4, 3: 2, 4: 6}  # PNG's colour type by channels
-_KNOWN = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"))
+_RAW_FACTOR = 64  # an image of more than this times the limit, uncompressed, is refused without encoding
+_COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # of PNG, by number of channels
+_MAGIC = ((b"\x89PNG\r\n\x1a\n", ".png"), (b"\xff\xd8\xff", ".jpg"), (b"GIF8", ".gif"))
 
 
 def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
-    """Return what makes a file of an image, and the file's suffix. What may change after the call is copied now.
+    """Return a function that encodes an image, and the file's suffix. Data that may change is copied now.
 
     Args:
         image: see `traceml.log_image`.
-        limit_bytes: the largest file that will be taken.
+        limit_bytes: size of the largest file that is accepted.
     """
     if isinstance(image, str | os.PathLike):
         data = Path(image).read_bytes()
@@ -34,19 +34,19 @@ def image_of(image: Any, limit_bytes: int) -> tuple[Callable[[], bytes], str]:
     if isinstance(image, bytes | bytearray):
         data = bytes(image)
         return lambda: data, _suffix_of(data) or ".png"
-    if hasattr(image, "savefig"):  # a figure: drawn now, by its own library, which is not made for threads
+    if hasattr(image, "savefig"):  # a figure is drawn now: its library is not thread-safe
         buffer = io.BytesIO()
         image.savefig(buffer, format="png")
         return buffer.getvalue, ".png"
     if hasattr(image, "getbands") and hasattr(image, "tobytes"):
         copy = image.copy()
-        return lambda: _of_pil(copy), ".png"
+        return lambda: _encode_pil(copy), ".png"
     if hasattr(image, "detach"):
         fetch = _fetch_tensor(image)
-        return lambda: _of_array(fetch(), limit_bytes, channels_first=True), ".png"
+        return lambda: _encode_array(fetch(), limit_bytes, channels_first=True), ".png"
     if hasattr(image, "__array_interface__") or hasattr(image, "tolist"):
         array = image.copy() if hasattr(image, "copy") else image
-        return lambda: _of_array(array, limit_bytes), ".png"
+        return lambda: _encode_array(array, limit_bytes), ".png"
 
     raise TypeError(f"an image is an array, a tensor, a PIL image, a figure, or a file; not {type(image).__name__}")
 
@@ -58,11 +58,11 @@ def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
         pixels: rows from the top, 8 bits per channel.
         width: in pixels.
         height: in pixels.
-        channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+        channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha.
     """
     row = width * channels
     lines = b"".join(b"\x00" + pixels[y * row : (y + 1) * row] for y in range(height))
-    header = struct.pack(">IIBBBBB", width, height, 8, _COLOURS[channels], 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOR_TYPES[channels], 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines, 6)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
@@ -70,11 +70,11 @@ def png(pixels: bytes, width: int, height: int, channels: int) -> bytes:
 
 
 def histogram_of(values: Any, bins: int) -> tuple[list[int], list[float], int]:
-    """Return (counts, edges, values that are not finite) of numbers in `bins` intervals of equal width.
+    """Return (counts, edges, number of values that are not finite) for `bins` intervals of equal width.
 
     Raises:
-        TypeError: there is something else among them than numbers.
-        ValueError: there are no intervals.
+        TypeError: not all values are numbers.
+        ValueError: `bins` is below 1.
     """
     if bins < 1:
         raise ValueError(f"a histogram has at least one interval, not {bins}")
@@ -118,11 +118,11 @@ def _edges(low: float, high: float, bins: int) -> list[float]:
 
 
 def _suffix_of(data: bytes) -> str:
-    return next((suffix for magic, suffix in _KNOWN if data.startswith(magic)), "")
+    return next((suffix for magic, suffix in _MAGIC if data.startswith(magic)), "")
 
 
 def _fetch_tensor(tensor: Any) -> Callable[[], Any]:
-    """Copy a tensor now, without waiting for its device; what is returned gives it as an array."""
+    """Start copying a tensor without waiting for its device; return a function that gives it as an array."""
     torch = sys.modules["torch"]
     detached = tensor.detach()
     if detached.device.type != "cuda":
@@ -141,22 +141,22 @@ def _fetch_tensor(tensor: Any) -> Callable[[], Any]:
     return fetch
 
 
-def _of_pil(image: Any) -> bytes:
+def _encode_pil(image: Any) -> bytes:
     mode = image.mode if image.mode in ("L", "LA", "RGB", "RGBA") else "RGBA" if "A" in image.getbands() else "RGB"
     converted = image.convert(mode)
     return png(converted.tobytes(), converted.width, converted.height, len(converted.getbands()))
 
 
-def _of_array(array: Any, limit_bytes: int, *, channels_first: bool = False) -> bytes:
-    """Make a PNG of pixels: bytes, or floats in 0..1; where either end may be channels, `channels_first` decides."""
+def _encode_array(array: Any, limit_bytes: int, *, channels_first: bool = False) -> bytes:
+    """Encode pixels as PNG: bytes, or floats in 0..1; `channels_first` decides where either end may be channels."""
     if array.ndim == 2:
         array = array[:, :, None]
     if array.ndim != 3:
         raise RefusedFileError(f"an image has 2 or 3 dimensions, not the shape {tuple(array.shape)}")
 
-    if array.shape[0] in _COLOURS and (channels_first or array.shape[2] not in _COLOURS):
+    if array.shape[0] in _COLOR_TYPES and (channels_first or array.shape[2] not in _COLOR_TYPES):
         array = array.transpose(1, 2, 0)
-    if array.shape[2] not in _COLOURS or not array.size:
+    if array.shape[2] not in _COLOR_TYPES or not array.size:
         raise RefusedFileError(
             f"an image has 1 to 4 channels, first or last; this one has the shape {tuple(array.shape)}"
         )

@@ -1,4 +1,4 @@
-"""The thin front of tracking in the rank: a routed metric becomes a row; delivery happens in other processes."""
+"""Front of tracking in the rank: a routed metric becomes a row; delivery runs in other processes."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Orchestrator"]
 
 
 class Orchestrator:
-    """Takes what frameworks, collectors and users' own code log, for the experiment that is active.
+    """Logs values of frameworks, collectors and users' own code for the active experiment.
 
     Args:
-        logger: log for the experiment of this one instead.
+        logger: logs for its experiment instead.
     """
 
     def __init__(self, logger: Logger | None = None) -> None:
@@ -34,14 +34,14 @@ class Orchestrator:
         return self._own or loggers.active
 
     def route_metric(self, metric: Metric) -> None:
-        """Append a value. Its time is kept; its rank is this process's.
+        """Append a value with its timestamp; the rank is this process's.
 
         Args:
             metric: name, value, step, timestamp and kind; a step of None means the training step, else a counter.
         """
         given = (metric.name, metric.value, metric.step, int(metric.kind), _ns(metric.timestamp))
         if metric.kind == MetricKind.COLLECTOR:
-            self._of_the_run(lambda logger: logger.metric(*given))
+            self._log_for_run(lambda logger: logger.metric(*given))
         else:
             self._logger.metric(*given)
 
@@ -73,16 +73,16 @@ class Orchestrator:
         )  # fmt: skip
 
     def log_collected(self, name: str, facts: Mapping[str, Any]) -> None:
-        """Append what a collector read, as facts.
+        """Append facts that a collector read.
 
         Args:
             name: the collector.
-            facts: what it read; masked already.
+            facts: what it read, already masked.
         """
-        self._of_the_run(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
+        self._log_for_run(lambda logger: logger.row("collected", name=name, facts=dict(facts)))
 
-    def _of_the_run(self, action: Callable[[Logger], object]) -> None:
-        """Log what nobody has called for: it must not be what makes an experiment of the run."""
+    def _log_for_run(self, action: Callable[[Logger], object]) -> None:
+        """Log a row that no user asked for: it alone must not start an experiment of the run."""
         if self._own is not None:
             action(self._own)
             return
@@ -90,7 +90,7 @@ class Orchestrator:
         loggers.when_decided(action)
 
     def start(self) -> None:
-        """Start the recorder, as the first call would; again after a `stop`."""
+        """Start the recorder, as the first `log_*` call does; also after a `stop`."""
         recorder_for_logging(again=True)
 
     def stop(self) -> None:
@@ -98,7 +98,7 @@ class Orchestrator:
         shutdown()
 
     def health(self) -> dict[str, Any]:
-        """Return how it stands: `state`, `connected`, rows appended, stored, waiting here and lost, and errors."""
+        """Return `state`, `connected`, rows appended, stored, pending here and lost, and errors."""
         recorder = current_recorder()
         if recorder is None:
             return {
@@ -124,5 +124,5 @@ def _ns(timestamp: float | None) -> int:
     if timestamp is None:
         return 0
 
-    whole = int(timestamp)  # the product with 1e9 would not be exact
+    whole = int(timestamp)  # multiplying the float by 1e9 is not exact
     return whole * 1_000_000_000 + round((timestamp - whole) * 1e9)

@@ -1,9 +1,9 @@
-"""The process in which collectors run, a child of a rank.
+"""Collector process, a child of a rank.
 
-It takes what to do from its standard input, as one line of JSON, and gives rows on its standard output, as msgpack:
+It reads its request from standard input, as one line of JSON, and writes rows to standard output, as msgpack:
 `{"kind": "collected", "name", "facts"}`, `{"kind": "metric", "name", "value", "step", "t_ns"}`,
-`{"kind": "warning", "text"}` and, when all that read once have read, `{"kind": "once"}`. It ends with its last
-collector, or when its standard input ends: with the rank, however that ends.
+`{"kind": "warning", "text"}` and, when all collectors that read once have done so, `{"kind": "once"}`. It ends with its
+last collector, or when its standard input ends, which is when the rank ends.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from traceml.track.rank.collectors.readings import readings
 __all__ = ["main"]
 
 MAX_ROW_BYTES = 1 << 20
-_ONCE_S = 2.0
+_FIRST_READING_S = 2.0
 
 
 def main() -> None:
     """Run the collectors that standard input names, until it ends."""
-    given = json.loads(_first_line())
-    sys.path[:] = given["path"]
-    # What a collector prints must not come between the rows.
+    request = json.loads(_first_line())
+    sys.path[:] = request["path"]
+    # Output of a collector must not mix with the rows.
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    host = _CollectorThreads(out, given)
-    host.start()
-    threading.Thread(target=host.join, daemon=True).start()
-    # Forked children of the rank hold the pipe too, so its end alone does not tell that the rank is gone.
+    collectors = _CollectorThreads(out, request)
+    collectors.start()
+    threading.Thread(target=collectors.join, daemon=True).start()
+    # Forked children of the rank hold the pipe too, so an open pipe does not mean that the rank lives.
     rank = os.getppid()
     while os.getppid() == rank:
         if select.select([0], [], [], 1.0)[0] and not os.read(0, 4096):
             break
 
-    os._exit(0)  # a collector that hangs holds nobody up
+    os._exit(0)  # without waiting for a collector that hangs
 
 
 def _first_line() -> bytes:
@@ -66,20 +66,20 @@ def _first_line() -> bytes:
 class _CollectorThreads:
     """Runs each collector on a thread of its own: one that hangs stops no other."""
 
-    def __init__(self, out: Any, given: Mapping[str, Any]) -> None:
+    def __init__(self, out: Any, request: Mapping[str, Any]) -> None:
         self._out = out
-        self._given = given
-        self._masker = Masker(given["mask"])
+        self._request = request
+        self._masker = Masker(request["mask"])
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._once: list[threading.Thread] = []
-        self._once_read = threading.Event()
+        self._first_readings = threading.Event()
 
     def start(self) -> None:
-        for name in self._given["collectors"]:
+        for name in self._request["collectors"]:
             try:
                 collector = self._load(name)
-            except Exception as error:  # noqa: BLE001 - a third party's, of which one must not stop the others
+            except Exception as error:  # noqa: BLE001 - code of a third party, which must not stop the others
                 self._warn(name, error)
                 continue
 
@@ -88,11 +88,11 @@ class _CollectorThreads:
             thread.start()
 
     def join(self) -> None:
-        """Say when those that read once have read; end the process when there are no others."""
+        """Report when the collectors that read once are done; end the process when there are no others."""
         for thread in self._once:
             thread.join()
 
-        self._once_read.set()
+        self._first_readings.set()
         self._send({"kind": "once"})
         for thread in self._threads:
             thread.join()
@@ -100,22 +100,22 @@ class _CollectorThreads:
         os._exit(0)
 
     def _load(self, name: str) -> CollectorInterface:
-        plugin = load(PluginType.COLLECTOR, name, self._given["known"])
-        config = self._given["config"]
+        plugin = load(PluginType.COLLECTOR, name, self._request["known"])
+        config = self._request["config"]
         plugin.initialize(config)
         return plugin.create_collector(config)  # type: ignore[attr-defined, no-any-return]
 
     def _run(self, name: str, collector: CollectorInterface) -> None:
-        # What is read once is little, and whoever ends soon waits for it; what goes on reading gives way to training.
+        # A single reading is little work, and a short run waits for it; repeated readings yield to the training.
         if collector.interval is not None:
-            self._once_read.wait(_ONCE_S)
+            self._first_readings.wait(_FIRST_READING_S)
             step_back()
 
         for rows in readings(collector, lambda error: self._warn(name, error)):
             for row in rows:
-                self._give(name, row)
+                self._send_row(name, row)
 
-    def _give(self, name: str, row: Any) -> None:
+    def _send_row(self, name: str, row: Any) -> None:
         if isinstance(row, Mapping):
             self._send({"kind": "collected", "name": name, "facts": self._masker.mask_mapping(row)})
         else:
@@ -128,11 +128,13 @@ class _CollectorThreads:
     def _send(self, row: dict[str, Any]) -> None:
         data = msgpack.packb({"t_ns": time.time_ns(), **row}, default=str)
         if len(data) > MAX_ROW_BYTES:
-            self._send({"kind": "warning", "text": f"collector {row['name']!r} gave {len(data)} bytes: at most 1 MiB"})
+            self._send(
+                {"kind": "warning", "text": f"collector {row['name']!r} returned {len(data)} bytes: at most 1 MiB"}
+            )
             return
 
         with self._lock:
             try:
                 self._out.write(data)
-            except OSError:  # the rank has gone
+            except OSError:  # the rank has ended
                 os._exit(0)

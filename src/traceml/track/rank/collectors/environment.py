@@ -1,4 +1,4 @@
-"""What the code runs in: Python, packages, CUDA, command line, variables; and the machine."""
+"""Environment of the code (Python, packages, CUDA, command line, variables), and of the machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "SystemCollector",
 ]
 
-# Variables that change what a training does; others stay where they are, and secrets among these are masked.
+# Variables that change what a training does; no others are read, and secrets among these are masked.
 _VARIABLES = re.compile(
     r"(?:CUDA|NCCL|GLOO|UCX|TORCH|PYTORCH|OMP|MKL|OPENBLAS|NUMEXPR|HF|TRANSFORMERS|TOKENIZERS|PYTHON|XLA|ROCM|HIP|HSA"
     r"|NVIDIA|TRACEML|SLURM|LSB|PBS|SGE|MASTER|RAY|ACCELERATE|DEEPSPEED|PL|LIGHTNING)(?:_|(?<=PYTHON)).*"
@@ -31,7 +31,7 @@ _VARIABLES = re.compile(
 
 
 class EnvironmentCollector(CollectorInterface):
-    """Reads versions, packages, the command line and the variables that matter.
+    """Reads versions, packages, the command line and the relevant variables.
 
     Args:
         config: `argv`, `executable`, `path` (sys.path) and `folder` of the training process, and the setting `mask`.
@@ -48,7 +48,7 @@ class EnvironmentCollector(CollectorInterface):
 
         config = self._config
         path = [str(each) for each in config.get("path") or sys.path]
-        # As a list, an option tells about the argument that follows; joined, an argument may end anywhere.
+        # Masked as a list, where an option tells about the next argument; in joined text an argument may end anywhere.
         argv = Masker(config.get("mask") or ()).mask_value("command", [str(each) for each in config.get("argv") or ()])
         facts: dict[str, Any] = {
             "python": platform.python_version(),
@@ -91,14 +91,14 @@ class SystemCollector(CollectorInterface):
 
 
 def _packages(path: list[str]) -> Iterator[str]:
-    """Yield `name==version` of what is installed, the first found of a name: the one that is imported."""
+    """Yield `name==version` of the installed packages; of several versions the first, which is imported."""
     from importlib.metadata import distributions
 
     seen = set()
     for each in distributions(path=path):
         try:
             name, version = each.metadata["Name"], each.version
-        except Exception:  # noqa: BLE001, S112 - a broken installation of one package hides no other
+        except Exception:  # noqa: BLE001, S112 - one broken package must not hide the others
             continue
 
         if name and name.lower() not in seen:
@@ -107,7 +107,7 @@ def _packages(path: list[str]) -> Iterator[str]:
 
 
 def _torch(path: list[str]) -> dict[str, Any]:
-    """Return torch's versions as its files tell: importing it would take seconds and hundreds of megabytes."""
+    """Return torch's versions from its files: importing it takes seconds and hundreds of megabytes."""
     for folder in path:
         try:
             text = Path(folder, "torch", "version.py").read_text(encoding="utf-8")

@@ -1,10 +1,11 @@
-"""The state of the code: commit, branch, uncommitted changes, and where it is pushed to."""
+"""State of the code: commit, branch, uncommitted changes, and remote."""
 
 from __future__ import annotations
 
 import os
 import re
 import subprocess
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ __all__ = ["GitCollector"]
 
 MAX_DIFF_BYTES = 256 * 1024
 _TIMEOUT_S = 20.0
-# Read-only: takes no lock, asks for no password, starts no pager and no program that the repository names.
+# Read-only: takes no lock, asks for no password, starts no pager and no program that the repository configures.
 _GIT = ("git", "-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null", "--no-pager")
 _ENVIRON = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 
 
 class GitCollector(CollectorInterface):
-    """Reads the repository that the script lies in, else the working directory's.
+    """Reads the repository of the script, else that of the working directory.
 
     Args:
         config: `script` and `folder`: paths of the training process.
@@ -79,26 +80,26 @@ def _remote(folder: Path, upstream: str) -> str | None:
 
 
 def without_credentials(url: str) -> str:
-    """Return a remote's address without user name and password; `git@`, which everybody has, stays.
+    """Return a remote's address without user name and password; the common `git@` stays.
 
     Args:
         url: `https://user:password@host/path`, or `user@host:path`.
     """
     shown = re.sub(
-        r"^([a-z][a-z0-9+.-]*://)([^/]*)@", lambda match: match[1] + _kept(match[2]), url, flags=re.IGNORECASE
+        r"^([a-z][a-z0-9+.-]*://)([^/]*)@", lambda match: match[1] + _without_user(match[2]), url, flags=re.IGNORECASE
     )
     if "://" not in shown:
-        shown = re.sub(r"^([^/@:]+)@(?=[^/]+:)", lambda match: _kept(match[1]), shown)
+        shown = re.sub(r"^([^/@:]+)@(?=[^/]+:)", lambda match: _without_user(match[1]), shown)
 
     return shown.partition("?")[0]
 
 
-def _kept(user: str) -> str:
+def _without_user(user: str) -> str:
     return "git@" if user == "git" else ""
 
 
 def _output(folder: Path, *arguments: str, limit: int = 1 << 20) -> str | None:
-    """Return what git says, at most `limit` bytes of it; None when it fails or there is no git."""
+    """Return git's output, at most `limit` bytes; None when it fails or there is no git."""
     environ = {key: value for key, value in os.environ.items() if key not in {"GIT_DIR", "GIT_EXTERNAL_DIFF"}}
     try:
         process = subprocess.Popen(
@@ -113,30 +114,18 @@ def _output(folder: Path, *arguments: str, limit: int = 1 << 20) -> str | None:
         return None
 
     assert process.stdout is not None
-    watch = _Deadline(process)
-    with watch, process.stdout:
+    deadline = threading.Timer(_TIMEOUT_S, process.kill)  # the file system of a repository may hang
+    deadline.daemon = True
+    deadline.start()
+    with process.stdout:
         output = process.stdout.read(limit)
         if len(output) == limit:
             process.kill()
-            process.wait()
-            return output.decode("utf-8", "replace")[:limit]
 
         process.wait()
 
+    deadline.cancel()
+    if len(output) == limit:
+        return output.decode("utf-8", "replace")[:limit]
+
     return output.decode("utf-8", "replace") if process.returncode == 0 else None
-
-
-class _Deadline:
-    """Kills a process that takes too long: a repository on a file system that has gone away."""
-
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        import threading
-
-        self._timer = threading.Timer(_TIMEOUT_S, process.kill)
-        self._timer.daemon = True
-
-    def __enter__(self) -> None:
-        self._timer.start()
-
-    def __exit__(self, *_exc: object) -> None:
-        self._timer.cancel()

@@ -1,4 +1,4 @@
-"""Calling a collector when it is time: once, or every so often, for as long as somebody wants more."""
+"""Schedule of a collector: one reading, or one every `interval` seconds."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SHORTEST_S = 0.1
 def readings(
     collector: CollectorInterface, failed: Callable[[Exception], None], stopped: threading.Event | None = None
 ) -> Iterator[list[Any]]:
-    """Yield what the collector reads, each time.
+    """Yield the rows of each reading.
 
     Args:
-        collector: read once, or every `interval` seconds (at least 0.1); a reading that takes longer than that makes
-            it miss some, not fall behind.
-        failed: told the first failure; a collector that fails is tried again at its next time.
-        stopped: ends it.
+        collector: read once, or every `interval` seconds (at least 0.1). After a reading that takes longer than that,
+            readings are skipped.
+        failed: called with the first failure; a collector that fails is read again at its next time.
+        stopped: ends the readings.
     """
     stopped = stopped or threading.Event()
     has_failed = False
@@ -31,7 +31,7 @@ def readings(
     while not stopped.is_set():
         try:
             rows = list(collector.collect())
-        except Exception as error:  # noqa: BLE001 - a third party's
+        except Exception as error:  # noqa: BLE001 - code of a third party
             rows = []
             if not has_failed:
                 failed(error)

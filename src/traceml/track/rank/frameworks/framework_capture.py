@@ -1,7 +1,7 @@
-"""What the captures share: waiting for a framework's import, one record per value, and never a failure of ours.
+"""Base of the framework captures: wait for a framework's import, log each value once, never fail the training.
 
 A framework's loggers call each other: Lightning's TensorBoard logger calls `SummaryWriter.add_scalar`. The outermost
-captured call records; what it calls is its own work and records nothing.
+captured call logs the value; calls inside it log nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any, TypeVar
 
+from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.patches import Patches
 from traceml.track.plugins.interfaces import FrameworkInterface, OrchestratorInterface
@@ -29,10 +30,10 @@ T = TypeVar("T")
 
 
 class FrameworkCapture(FrameworkInterface):
-    """Base of the built-in captures: names modules, and patches each as soon as it has been imported."""
+    """Base of the built-in captures: names modules, and patches each as soon as it is imported."""
 
     kind = 0
-    """Who logs: a number of `MetricKind`."""
+    """Source of the values: a number of `MetricKind`."""
 
     def __init__(self) -> None:
         self._patches = Patches()
@@ -42,10 +43,10 @@ class FrameworkCapture(FrameworkInterface):
 
     @abstractmethod
     def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
-        """Return module -> what patches it, in `self._patches`."""
+        """Return module -> function that patches it, through `self._patches`."""
 
     def patch(self, orchestrator: OrchestratorInterface) -> None:
-        """Start capturing into `orchestrator`; modules that are not imported yet are waited for."""
+        """Start capturing into `orchestrator`; modules that are not imported yet are patched at their import."""
         if self._orchestrator is not None:
             return
 
@@ -59,7 +60,7 @@ class FrameworkCapture(FrameworkInterface):
         self._watch.install()
 
     def unpatch(self) -> None:
-        """Put everything back; where somebody has patched on top of ours, ours passes through from now on."""
+        """Restore everything; a patch that somebody else has wrapped stays and passes calls through."""
         self._orchestrator = None
         if self._watch is not None:
             self._watch.uninstall()
@@ -68,21 +69,19 @@ class FrameworkCapture(FrameworkInterface):
         self._patches.restore()
 
     def _apply(self, module: str) -> None:
-        try:
+        with fail_open(_log, "track", f"{module} cannot be captured in this version"):
             self.targets()[module](sys.modules[module])
-        except Exception as error:  # noqa: BLE001 - fail open: an unknown version of a framework still trains
-            _log.warning("%s cannot be captured in this version: %r", module, error)
 
     def around(
         self, owner: Any, name: str, before: Callable[..., T], after: Callable[[OrchestratorInterface, T], None]
     ) -> None:
-        """Have calls of `owner.name` recorded: what `before` takes from the arguments goes to `after` the original.
+        """Log calls of `owner.name`: `before` reads the arguments, the original runs, then `after` logs the values.
 
         Args:
             owner: a class or a module.
             name: its function.
-            before: called with the call's arguments; what may change meanwhile must be copied here.
-            after: called once the original has returned, unless it was called by another captured call.
+            before: called with the call's arguments; returns the values, copied where they may change.
+            after: called when the original has returned, unless another captured call made this one.
         """
         original = getattr(owner, name)
 
@@ -91,12 +90,12 @@ class FrameworkCapture(FrameworkInterface):
             if orchestrator is None or self.is_inside():
                 return original(*args, **kwargs)
 
-            taken: Any = None
-            is_taken = False
+            values: Any = None
+            is_read = False
             try:
-                taken = before(*args, **kwargs)
-                is_taken = True
-            except Exception as error:  # noqa: BLE001 - fail open: the original says what is wrong with the call
+                values = before(*args, **kwargs)
+                is_read = True
+            except Exception as error:  # noqa: BLE001 - fail open: the original reports what is wrong with the call
                 self._failed(name, error)
 
             _depth.value = 1
@@ -105,9 +104,9 @@ class FrameworkCapture(FrameworkInterface):
             finally:
                 _depth.value = 0
 
-            if is_taken:
+            if is_read:
                 try:
-                    after(orchestrator, taken)
+                    after(orchestrator, values)
                 except Exception as error:  # noqa: BLE001 - fail open
                     self._failed(name, error)
 
@@ -116,11 +115,11 @@ class FrameworkCapture(FrameworkInterface):
         self._patches.wrap(owner, name, call)
 
     def is_inside(self) -> bool:
-        """Whether this thread is within a captured call, whose own work is not recorded."""
+        """Whether this thread is inside a captured call."""
         return bool(getattr(_depth, "value", 0))
 
     def values(self, orchestrator: OrchestratorInterface, values: Mapping[str, Any], step: int | None) -> None:
-        """Record values at a step; what lies in a map inside is named after both."""
+        """Log values at a step; values of a nested map are named `outer/inner`."""
         for name, value in values.items():
             if isinstance(value, Mapping):
                 self.values(orchestrator, {f"{name}/{key}": item for key, item in value.items()}, step)
@@ -130,4 +129,4 @@ class FrameworkCapture(FrameworkInterface):
     def _failed(self, name: str, error: Exception) -> None:
         if not self._has_failed:
             self._has_failed = True
-            _log.warning("a call of %s was not captured (said once): %r", name, error)
+            _log.warning("a call of %s was not captured (logged once): %r", name, error)

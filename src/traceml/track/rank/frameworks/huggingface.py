@@ -1,4 +1,4 @@
-"""What Hugging Face's `Trainer.log` tells its callbacks, and the `TrainingArguments` as parameters."""
+"""Capture of Hugging Face: values of `Trainer.log`, and the `TrainingArguments` as parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["HuggingFaceCapture"]
 
 
 class HuggingFaceCapture(FrameworkCapture):
-    """Captures the handler through which a `Trainer` calls its callbacks; callbacks that log elsewhere are its own."""
+    """Captures the handler through which a `Trainer` calls its callbacks; nothing that callbacks log elsewhere."""
 
     metadata = PluginMetadata(name="huggingface", version="1", description="transformers' Trainer")
     kind = MetricKind.HUGGINGFACE
@@ -28,18 +28,18 @@ class HuggingFaceCapture(FrameworkCapture):
         self.around(module.CallbackHandler, "on_log", _logged, self._record)
         self.around(module.CallbackHandler, "on_train_begin", _arguments, _log_params)
 
-    def _record(self, orchestrator: OrchestratorInterface, taken: tuple[dict[str, Any], int]) -> None:
-        self.values(orchestrator, *taken)
+    def _record(self, orchestrator: OrchestratorInterface, call: tuple[dict[str, Any], int]) -> None:
+        self.values(orchestrator, *call)
 
 
 def _logged(
     _handler: Any, _args: Any, state: Any, _control: Any, logs: Mapping[str, Any], **_: Any
 ) -> tuple[dict[str, Any], int]:
-    return dict(logs), int(state.global_step)  # copied: callbacks take things out
+    return dict(logs), int(state.global_step)  # copied: callbacks remove keys
 
 
 def _arguments(_handler: Any, args: Any, *_: Any, **__: Any) -> dict[str, Any]:
-    return dict(args.to_sanitized_dict())  # hides the hub's token
+    return dict(args.to_sanitized_dict())  # without the hub's token
 
 
 def _log_params(orchestrator: OrchestratorInterface, params: dict[str, Any]) -> None:

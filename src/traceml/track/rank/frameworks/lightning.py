@@ -1,8 +1,7 @@
-"""What Lightning's loggers get, under both of its import names: `self.log`, loggers called directly, Fabric.
+"""Capture of Lightning, under both of its import names: `self.log`, loggers called directly, Fabric.
 
-`LightningModule.log` itself says too little: Lightning decides there what is a value of the step and what is an
-aggregate of the epoch. Everything it decided to log comes through one method of the trainer, on every rank, and also
-where the trainer has no logger.
+`LightningModule.log` is not enough: Lightning decides there which values belong to the step and which are aggregates of
+the epoch. All values that it logs go through one method of the trainer, on every rank, also without a logger.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _FABRICS = ("lightning.fabric", "lightning_fabric")
 
 
 class LightningCapture(FrameworkCapture):
-    """Captures a trainer's values and hyper-parameters, and Fabric's values."""
+    """Captures a trainer's values and hyperparameters, and Fabric's values."""
 
     metadata = PluginMetadata(name="lightning", version="1", description="Lightning's trainer, loggers and Fabric")
     kind = MetricKind.LIGHTNING
@@ -49,20 +48,20 @@ class LightningCapture(FrameworkCapture):
         self.around(module._LoggerConnector, "log_metrics", _logged_by_trainer, self._from_trainer)
 
     def _patch_trainer(self, module: ModuleType) -> None:
-        # The function as the trainer's module knows it; it calls the loggers, which write things of their own.
+        # The function as the trainer's module imports it.
         self.around(module, "_log_hyperparams", _hyperparameters, _log_params)
 
     def _patch_fabric(self, module: ModuleType) -> None:
         self.around(module.Fabric, "log_dict", _logged_by_fabric, self._from_fabric)
 
     def _patch_loggers(self, module: ModuleType) -> None:
-        # Fabric's loggers are the base of some of the trainer's.
+        # Some of the trainer's loggers derive from Fabric's.
         bases = [base for base in module.Logger.__mro__ if base.__name__ == "Logger"]
         for logger in {logger for base in bases for logger in _with_own(base, "log_metrics")}:
             self.around(logger, "log_metrics", _logged_directly, self._from_logger)
 
-    def _from_trainer(self, orchestrator: OrchestratorInterface, taken: tuple[Any, dict[str, Any], int | None]) -> None:
-        trainer, values, step = taken
+    def _from_trainer(self, orchestrator: OrchestratorInterface, call: tuple[Any, dict[str, Any], int | None]) -> None:
+        trainer, values, step = call
         if not values:
             return
 
@@ -76,12 +75,12 @@ class LightningCapture(FrameworkCapture):
 
         self.values(orchestrator, values, step)
 
-    def _from_fabric(self, orchestrator: OrchestratorInterface, taken: tuple[dict[str, Any], int | None]) -> None:
-        self.values(orchestrator, *taken)
+    def _from_fabric(self, orchestrator: OrchestratorInterface, call: tuple[dict[str, Any], int | None]) -> None:
+        self.values(orchestrator, *call)
 
-    def _from_logger(self, orchestrator: OrchestratorInterface, taken: tuple[int, dict[str, Any], int | None]) -> None:
-        """Record what the user gave a logger; what is given to one logger after another is one value."""
-        logger, values, step = taken
+    def _from_logger(self, orchestrator: OrchestratorInterface, call: tuple[int, dict[str, Any], int | None]) -> None:
+        """Log what the user gave a logger; the same value given to several loggers is logged once."""
+        logger, values, step = call
         new = {}
         for name, value in values.items():
             last = self._last.get(name)
@@ -105,7 +104,7 @@ def _logged_directly(logger: Any, metrics: Any, step: int | None = None) -> tupl
 
 
 def _hyperparameters(trainer: Any) -> dict[str, Any]:
-    """Return what `save_hyperparameters` kept of the module and its data."""
+    """Return what `save_hyperparameters` saved of the module and its data."""
     found: dict[str, Any] = {}
     for part in (trainer.lightning_module, trainer.datamodule):
         if getattr(part, "_log_hyperparams", False):  # save_hyperparameters(logger=False) is not for loggers

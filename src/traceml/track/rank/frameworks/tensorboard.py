@@ -1,7 +1,7 @@
-"""What is given to TensorBoard's `SummaryWriter`, torch's and tensorboardX's.
+"""Capture of TensorBoard's `SummaryWriter`, torch's and tensorboardX's.
 
-Scalars, groups of scalars, texts, images, figures, histograms and hyper-parameters are captured; video, audio, meshes,
-embeddings, graphs and curves stay with TensorBoard.
+Scalars, groups of scalars, texts, images, figures, histograms and hyperparameters are captured; video, audio, meshes,
+embeddings, graphs and curves are not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BINS = 64
 
 
 class TensorBoardCapture(FrameworkCapture):
-    """Captures `SummaryWriter`; `walltime` is kept, and values as they are given, not as the float32 of event files."""
+    """Captures `SummaryWriter`: `walltime` is kept, and values in full, not as the float32 of event files."""
 
     metadata = PluginMetadata(name="tensorboard", version="1", description="SummaryWriter of torch and tensorboardX")
     kind = MetricKind.TENSORBOARD
@@ -42,14 +42,13 @@ class TensorBoardCapture(FrameworkCapture):
         self.around(writer, "add_text", _text, _log_text)
         self.around(writer, "add_histogram", _histogram, _log_histogram)
         self.around(writer, "add_histogram_raw", _histogram_raw, _log_histogram)
-        # Figures and lists of them end in add_image(s), and the metrics of hyper-parameters in add_scalar; those are
-        # recorded there, where they are outermost.
+        # Figures and lists of figures go through add_image(s), and the metrics of add_hparams through add_scalar.
         self.around(writer, "add_image", convert, _log_image)
         self.around(writer, "add_images", convert, _log_image)
         self._patch_hparams(writer)
 
     def _patch_hparams(self, writer: Any) -> None:
-        """`add_hparams` writes its metrics with a writer of its own, whose `add_scalar` records them."""
+        """Capture the parameters of `add_hparams`; it writes its metrics through `add_scalar` of another writer."""
         original = writer.add_hparams
 
         def add_hparams(*args: Any, **kwargs: Any) -> Any:
@@ -65,13 +64,13 @@ class TensorBoardCapture(FrameworkCapture):
 
         self._patches.wrap(writer, "add_hparams", add_hparams)
 
-    def _values(self, orchestrator: OrchestratorInterface, taken: tuple[Mapping[str, Any], int | None, float]) -> None:
-        values, step, timestamp = taken
+    def _values(self, orchestrator: OrchestratorInterface, call: tuple[Mapping[str, Any], int | None, float]) -> None:
+        values, step, timestamp = call
         for name, value in values.items():
             orchestrator.route_metric(Metric(name, value, step, timestamp, kind=self.kind))
 
 
-# --- the calls: their arguments as the writers declare them ----------------------------------------------------------
+# --- calls, with the arguments that the writers declare ----------------------------------------------------------
 
 
 def _scalar(
@@ -111,7 +110,7 @@ def _histogram(
     walltime: float | None = None,
     max_bins: int | None = None,
 ) -> tuple[str, list[float], list[float], int | None, float]:
-    """Count here: the values may change as soon as the call is over. TensorBoard's 1,500 default bins become 64."""
+    """Count now: the values may change after the call. TensorBoard's 1,500 default bins become 64."""
     numpy = sys.modules["numpy"]
     if hasattr(values, "detach"):
         values = values.detach().cpu().double().numpy()
@@ -145,7 +144,7 @@ def _hparams(_writer: Any, hparam_dict: Mapping[str, Any], *_: Any, **__: Any) -
 
 
 def _converter(module: str) -> Callable[..., tuple[str, Any, int | None, float]]:
-    """Return what takes an image from a call, as the writer itself turns it into pixels."""
+    """Return a function that converts the image of a call to pixels, as the writer does."""
     package = module.rpartition(".")[0]
     if package == "tensorboardX":
         to_array, to_rows = (
@@ -172,20 +171,20 @@ def _converter(module: str) -> Callable[..., tuple[str, Any, int | None, float]]
     return image
 
 
-def _log_text(orchestrator: OrchestratorInterface, taken: tuple[str, str, int | None, float]) -> None:
-    name, text, step, timestamp = taken
+def _log_text(orchestrator: OrchestratorInterface, call: tuple[str, str, int | None, float]) -> None:
+    name, text, step, timestamp = call
     orchestrator.log_text(name, text, step, timestamp)
 
 
-def _log_image(orchestrator: OrchestratorInterface, taken: tuple[str, Any, int | None, float]) -> None:
-    name, image, step, timestamp = taken
+def _log_image(orchestrator: OrchestratorInterface, call: tuple[str, Any, int | None, float]) -> None:
+    name, image, step, timestamp = call
     orchestrator.log_image(name, image, step, timestamp)
 
 
 def _log_histogram(
-    orchestrator: OrchestratorInterface, taken: tuple[str, list[float], list[float], int | None, float]
+    orchestrator: OrchestratorInterface, call: tuple[str, list[float], list[float], int | None, float]
 ) -> None:
-    name, counts, edges, step, timestamp = taken
+    name, counts, edges, step, timestamp = call
     orchestrator.log_histogram(name, counts, edges, step, timestamp)
 
 
