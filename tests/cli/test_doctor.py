@@ -152,7 +152,7 @@ def test_backends_are_looked_at_one_by_one(quick, capsys, monkeypatch, tmp_path)
     assert found["mlflow"]["state"] == "broken"
     assert "mlflow 3" in found["mlflow"]["text"]
     assert "key MLFLOW_TRACKING_TOKEN set" in found["mlflow"]["text"]
-    assert f"{port} does not answer" in found["mlflow"]["text"]
+    assert f"{port} does not respond" in found["mlflow"]["text"]
     assert (found["jsonl"]["state"], "can be written" in found["jsonl"]["text"]) == ("ok", True)
     assert "no-such-tracker" in found["no-such-tracker"]["text"]
     assert "chmod 600" in found["wandb"]["text"]

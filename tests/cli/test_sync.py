@@ -203,7 +203,7 @@ def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, ca
     run.experiment([ODD], id="x", sys_path=[str(Path(__file__).parents[2])], options=options)
     run.end()
     (runs_dir / "mood").write_text('{"start": "busy"}')
-    monkeypatch.setattr(sync, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(sync, "STALL_LIMIT_S", 1.0)
 
     assert cli.main(["sync", "a"]) == 3
     assert "1 wait" in capsys.readouterr().out

@@ -26,7 +26,7 @@ from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
-from traceml.track.delivery.manager import PATIENCE_S, DeliveryManager, RunDeliveries
+from traceml.track.delivery.manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries
 from traceml.transport.server import Peer, RefusedError, Server
 
 __all__ = ["Aggregator"]
@@ -77,7 +77,7 @@ class Aggregator:
         self._on_run_finished = on_run_finished
         self._on_run_settled = on_run_settled
         # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
-        self._deliveries = DeliveryManager(PATIENCE_S if exit_when_idle else None, delivery_nice)
+        self._deliveries = DeliveryManager(STALL_LIMIT_S if exit_when_idle else None, delivery_nice)
         self._settling: set[Path] = set()
         self._parent = os.getppid()
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
@@ -226,7 +226,7 @@ class Aggregator:
             if self._on_run_finished is not None:
                 await asyncio.to_thread(_call, self._on_run_finished, run.path)
 
-            self._deliveries.look(run.path, ended=True)
+            self._deliveries.poll(run.path, ended=True)
         finally:
             self._ending.discard(run)
 
@@ -285,10 +285,10 @@ class Aggregator:
     def _manage_deliveries(self) -> None:
         """Start delivery processes and restart dead ones, on this thread: they end with the thread that starts them."""
         for run in self.registry.open_runs:
-            self._deliveries.look(run.path, ended=False)
+            self._deliveries.poll(run.path, ended=False)
 
         for path in self._deliveries.ended_runs:
-            self._deliveries.look(path, ended=True)
+            self._deliveries.poll(path, ended=True)
 
         for settled in self._deliveries.settled():
             self._settling.add(settled.run_dir)
@@ -296,7 +296,7 @@ class Aggregator:
 
     async def _settle(self, run: RunDeliveries) -> None:
         try:
-            await asyncio.to_thread(run.leave)
+            await asyncio.to_thread(run.close)
             await asyncio.to_thread(merge_wal, run.run_dir / STORE_NAME)
             if self._on_run_settled is not None:
                 await asyncio.to_thread(_call, self._on_run_settled, run.run_dir)

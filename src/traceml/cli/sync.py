@@ -29,17 +29,17 @@ from traceml.runs.report_types import TrackerSection
 from traceml.runs.run_state import is_watched
 from traceml.settings import Config, load
 from traceml.track.delivery.delivery_process import DeliveryProcess
-from traceml.track.delivery.plan import DeliveryPlan, told_by
+from traceml.track.delivery.plan import DeliveryPlan, delivery_settings
 from traceml.track.delivery.record_reader import logged_rows
 from traceml.track.rank.announcement import refuse_secrets
 from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
 
-__all__ = ["PATIENCE_S", "main"]
+__all__ = ["STALL_LIMIT_S", "main"]
 
 EXIT_UNDELIVERED = 3
 _LOOK_S = 0.1
 # A tracker that takes nothing for so long, and neither fails nor is at something long, is left for another time.
-PATIENCE_S = 120.0
+STALL_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,9 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
         else:
             own = config.backend_options.get(backend, {})
             refuse_secrets({backend: own})
-            yield DeliveryProcess(run_dir, backend, own, once=True, forced=own, settings=told_by(config), nice=0)
+            yield DeliveryProcess(
+                run_dir, backend, own, once=True, forced=own, settings=delivery_settings(config), nice=0
+            )
 
 
 def _is_due(process: DeliveryProcess) -> bool:
@@ -192,8 +194,8 @@ def _deliver(processes: Sequence[DeliveryProcess], logged: int, console: Console
         with _progress(console, processes, logged) as show:
             while any(not process.over for process in processes):
                 for process in processes:
-                    process.keep()
-                    if process.is_given_up or process.is_stuck(PATIENCE_S):
+                    process.poll()
+                    if process.is_given_up or process.is_stuck(STALL_LIMIT_S):
                         process.stop()
 
                 show()

@@ -138,7 +138,7 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
 
 def is_delivered(run_dir: Path) -> bool:
     """Tell whether every tracker that a run asked for has got all that it logged."""
-    done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.stood_in}
+    done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
             plan = DeliveryPlan(reader, run_dir)

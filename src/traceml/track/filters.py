@@ -1,6 +1,6 @@
-"""Which values go to a backend, and in which density: include, exclude, routes, sampling, aggregation.
+"""Selection of the values that go to a backend: include, exclude, routes, sampling, aggregation.
 
-Pure functions of the rows and of what `memory` holds, so that a batch which comes again gives the same again.
+Pure functions of the rows and of `memory`, so that a batch that is read again gives the same result.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from traceml.track.plugins.metric import Metric
 
 __all__ = ["DELIVERY_OPTIONS", "Aggregation", "DeliveryFilter", "backend_options"]
 
-# Options of `[tool.traceml.backends.<name>]` that are delivery's; all others are the backend's own.
+# Options of `[tool.traceml.backends.<name>]` for delivery; all others are the backend's own.
 DELIVERY_OPTIONS = frozenset(
     {"routes", "include", "exclude", "sample", "aggregate", "fallback", "timeout_s", "api_key_file", "env"}
 )
 _CACHED_NAMES = 131_072
-_HOW = ("mean", "min", "max", "sum", "last")
+_AGGREGATES = ("mean", "min", "max", "sum", "last")
 
 
 def backend_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that the backend itself gets."""
+    """Return the options for the backend itself."""
     return {key: value for key, value in options.items() if key not in DELIVERY_OPTIONS}
 
 
 @dataclass(frozen=True, slots=True)
 class Aggregation:
-    """Values of one name and rank within `every` steps become one: their mean, min, max, sum, or the last."""
+    """Reduction of the values of one name and rank within `every` steps to their mean, min, max, sum, or the last."""
 
     every: int
     by: str
@@ -41,15 +41,15 @@ class Aggregation:
 
 @dataclass(frozen=True)
 class DeliveryFilter:
-    """What of a run goes to one backend.
+    """Filters of one backend.
 
     Args:
-        include: patterns of names of which one must match; empty takes all. They hold for whatever has a name.
-        exclude: patterns of names that are kept back, also where `include` takes them.
+        include: patterns of names of which one must match; empty accepts all. They apply to everything with a name.
+        exclude: patterns of names that are kept back, also when `include` accepts them.
         routes: pairs of (patterns of names, ranks) for values, texts, images, histograms and artifacts; one must
             match, an empty part matches everything.
-        sample: of the user's values only those of every so many steps.
-        aggregation: how the user's values are put together.
+        sample: deliver the user's values of every `sample`-th step only.
+        aggregation: reduction of the user's values.
     """
 
     include: tuple[str, ...] = ()
@@ -66,10 +66,10 @@ class DeliveryFilter:
 
     @classmethod
     def of(cls, include: Sequence[str], exclude: Sequence[str], options: Mapping[str, Any]) -> DeliveryFilter:
-        """Return the rules of the settings `include` and `exclude` and of a backend's options.
+        """Return the filters of the settings `include` and `exclude` and of a backend's options.
 
         Raises:
-            PluginError: an option is not understood; the text names it, its value and what is allowed.
+            PluginError: an option is invalid; the text has its name, its value and what is allowed.
         """
         return cls(
             include=(*include, *_patterns(options, "include")),
@@ -79,26 +79,21 @@ class DeliveryFilter:
             aggregation=_aggregation(options.get("aggregate")),
         )
 
-    @property
-    def takes_all(self) -> bool:
-        """Whether every value passes as it is."""
-        return self == DeliveryFilter()
-
     def takes(self, name: str, rank: int | None = None) -> bool:
-        """Return whether what has this name passes.
+        """Return whether something of this name passes.
 
         Args:
-            name: as the user gave it, without the rank.
-            rank: of values and other things that routes are for; None of parameters and tags.
+            name: name given by the user, without the rank.
+            rank: rank of a value or anything else that routes apply to; None for parameters and tags.
         """
         return bool(self._named(name)) and (rank is None or bool(self._routed(name, rank)))
 
     def apply(self, rows: Iterable[Metric], memory: dict[str, Any], experiment: str) -> list[Metric]:
-        """Return the values that pass, in order; aggregated ones when their window is over.
+        """Return the values that pass, in order; aggregates when their window is complete.
 
         Args:
             rows: values of one experiment.
-            memory: windows that are still open, changed in place; plain enough for JSON.
+            memory: open windows, changed in place; plain values for JSON.
             experiment: the experiment's key.
         """
         passing = (row for row in rows if self.takes(row.name, row.rank) and (row.step or 0) % self.sample == 0)
@@ -108,7 +103,7 @@ class DeliveryFilter:
         return list(self._aggregated(passing, memory, experiment))
 
     def finish(self, memory: dict[str, Any], experiment: str) -> list[Metric]:
-        """Return what the windows of an experiment hold, and close them."""
+        """Close the windows of an experiment and return their aggregates."""
         return [_closed(window) for window in memory.pop(experiment, {}).values()]
 
     def _passes_name(self, name: str) -> bool:
@@ -151,7 +146,7 @@ def _add(window: dict[str, Any], row: Metric) -> None:
     elif by in {"mean", "sum"}:
         window["value"] = old + new
     elif math.isnan(old) or (not math.isnan(new) and (new < old) == (by == "min")):
-        window["value"] = new  # a number says more than NaN
+        window["value"] = new  # a number replaces NaN
 
     window["n"] += 1
     window["row"][1:3] = [row.step, row.timestamp]
@@ -204,13 +199,13 @@ def _routes(value: Any) -> Iterator[tuple[tuple[str, ...], frozenset[int]]]:
 
 
 def _sample(value: Any) -> int:
-    """Return every how many steps a value passes: 10 and 0.1 both mean every tenth."""
+    """Return the sampling period in steps: 10 and 0.1 both mean every tenth step."""
     if type(value) is int and value >= 1:
         return value
     if isinstance(value, float) and 0 < value <= 1:
         return round(1 / value)
 
-    raise _bad("sample", value, "every so many steps (10), or a share of the steps (0.1)")
+    raise _bad("sample", value, "a period in steps (10), or a share of the steps (0.1)")
 
 
 def _aggregation(value: Any) -> Aggregation | None:
@@ -219,7 +214,9 @@ def _aggregation(value: Any) -> Aggregation | None:
 
     if isinstance(value, Mapping) and set(value) <= {"every", "by"}:
         every, by = value.get("every"), value.get("by", "mean")
-        if type(every) is int and every >= 1 and by in _HOW:
+        if type(every) is int and every >= 1 and by in _AGGREGATES:
             return Aggregation(every, by)
 
-    raise _bad("aggregate", value, f'steps and how, such as {{every = 100, by = "mean"}}; by: {", ".join(_HOW)}')
+    raise _bad(
+        "aggregate", value, f'steps and aggregate, such as {{every = 100, by = "mean"}}; by: {", ".join(_AGGREGATES)}'
+    )

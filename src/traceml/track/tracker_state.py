@@ -1,7 +1,7 @@
-"""How far each tracker of a run has got: one small file per backend in `<run>/trackers/`, and a lock beside it.
+"""State of each tracker's delivery: one small file per backend in `<run>/trackers/`, and a lock beside it.
 
-Written by the delivery process after each batch, read by everybody else: the aggregator, `traceml sync`, the report and
-the screens. The standard library alone, as everybody reads it.
+The delivery process writes it after each batch; the aggregator, `traceml sync`, the rank, the report and the screens
+read it. Imports the standard library alone, because all of them import this module.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
     "states_of",
 ]
 
-# How a delivery process ends: all is done; start it again; somebody else delivers; a person has to mend something.
+# Exit statuses of a delivery process: all done; another process delivers; start it again; a person has to act.
 EXIT_DONE, EXIT_TAKEN, EXIT_AGAIN, EXIT_BROKEN = 0, 73, 75, 78
 
 FOLDER = "trackers"
@@ -39,44 +39,45 @@ _SUFFIX = ".state.json"
 
 
 class DeliveryPhase(StrEnum):
-    """What a delivery is doing."""
+    """Phase of a delivery."""
 
     STARTING = "starting"
     DELIVERING = "delivering"
-    WAITING = "waiting"  # for a next try: the tracker failed a moment ago, or asked us to come back later
-    OPEN = "open"  # the circuit breaker: the tracker failed again and again; one probe now and then
+    WAITING = "waiting"  # for the next try: the tracker just failed, or asked for a later one
+    OPEN = "open"  # circuit breaker: the tracker failed repeatedly; one probe per `max_backoff`
     UNAUTHORIZED = "unauthorized"
-    BROKEN = "broken"  # its library is missing or broken, or it is configured wrongly; nobody tries again by itself
-    STOPPED = "stopped"  # ended before all was delivered; `traceml sync` goes on
+    BROKEN = "broken"  # its library is missing or broken, or it is misconfigured; no further tries
+    STOPPED = "stopped"  # ended before all was delivered; `traceml sync` continues
     DONE = "done"
 
 
 @dataclass(slots=True)
 class TrackerState:
-    """One backend's state of one run.
+    """State of one backend's delivery of one run.
 
     Attributes:
         backend: its name.
-        phase: what it is doing.
-        cursor: position in the store after which the next rows are read, as `records` writes it.
+        phase: phase of the delivery.
+        cursor: position in the store after which the next rows are read; see `record_reader`.
         passed: logged rows before the cursor.
-        delivered: values and other logged things that the backend has confirmed.
-        derived: values made from the run itself (step time, verdict, system), delivered next to them.
-        filtered: logged rows that rules kept back.
-        failed: logged rows that the backend refused for good, and in `reasons` why and how often.
-        fallback: of `delivered`, how many went to the fallback.
-        masked: texts that were masked.
-        experiments: per experiment where it stands at the tracker: `id`, `url`, `mark`, `started`, `ended`.
-        memory: what rules and derived values carry from batch to batch.
-        batch_rows: how many rows the next batch takes at most, by how long the last ones took; 0 before the first.
-        stood_in: whether the fallback has got everything and the one that fails has not been told the end.
+        delivered: values and other logged rows that the backend has confirmed.
+        derived: values computed from the run (step time, verdict, system), delivered beside them.
+        filtered: logged rows that filters kept back.
+        failed: logged rows that the backend refused; `reasons` counts them by reason.
+        fallback: number of rows in `delivered` that went to the fallback.
+        masked: number of masked texts.
+        experiments: position of each experiment at the tracker: `id`, `url`, `mark`, `ended`.
+        memory: data that filters and derived values carry from batch to batch.
+        batch_rows: most rows in the next batch, from the duration of the last ones; 0 before the first.
+        fallback_done: whether the fallback has everything, while the failing tracker does not know the end of the run.
         retries: failures in a row.
-        retry_at: epoch seconds before which nothing is tried.
-        latency_ms: how long the backend took for a batch, smoothed.
-        error: what went wrong last; `error_at` when, in epoch seconds. Empty after a success.
-        busy_until: epoch seconds until which a call may take that is under way.
-        target: where the rows go.
-        pid: the process that delivers; updated: epoch seconds of the last change.
+        retry_at: epoch seconds of the next try.
+        latency_ms: duration of a batch, smoothed.
+        error: last error, at `error_at` (epoch seconds). Empty after a success.
+        busy_until: epoch seconds until which the current call may take.
+        target: address or path of the tracker.
+        pid: id of the delivery process.
+        updated: epoch seconds of the last change.
     """
 
     backend: str
@@ -93,7 +94,7 @@ class TrackerState:
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
     batch_rows: int = 0
-    stood_in: bool = False
+    fallback_done: bool = False
     retries: int = 0
     retry_at: float = 0.0
     latency_ms: float | None = None
@@ -106,7 +107,7 @@ class TrackerState:
 
     @classmethod
     def path_in(cls, run_dir: Path, backend: str) -> Path:
-        """Return the state file of a backend; any name gives one that a folder can hold, different for each."""
+        """Return the state file of a backend: a valid file name, different for each backend."""
         safe = re.sub(r"[^A-Za-z0-9_-]", "_", backend)[:80]
         if safe != backend:
             safe += f"-{hashlib.sha256(backend.encode()).hexdigest()[:8]}"
@@ -115,14 +116,14 @@ class TrackerState:
 
     @classmethod
     def load(cls, run_dir: Path, backend: str) -> TrackerState:
-        """Return a backend's state, a new one where there is none."""
+        """Return a backend's state, or a new one."""
         return _read(cls.path_in(run_dir, backend)) or cls(backend)
 
     def save(self, run_dir: Path) -> None:
-        """Write it; the file is whole at every moment.
+        """Write the state atomically.
 
         Raises:
-            OSError: it cannot be written, typically for want of space; the former one is kept.
+            OSError: it cannot be written, typically on a full disk; the previous file stays.
         """
         self.updated = time.time()
         path = self.path_in(run_dir, self.backend)
@@ -138,34 +139,34 @@ class TrackerState:
             raise
 
     def busy(self, seconds: float) -> None:
-        """Note that a call begins which may take so long."""
+        """Record that a call begins which may take `seconds`."""
         self.busy_until = time.time() + seconds
 
     @property
     def is_in_slow_call(self) -> bool:
-        """Whether a call is under way that was known to take long, and still may."""
+        """Whether a call is running that may still take its announced time."""
         return time.time() < self.busy_until
 
     def pending(self, logged: int) -> int:
-        """Return how many rows wait.
+        """Return the number of rows that wait for delivery.
 
         Args:
-            logged: rows logged so far that are stored.
+            logged: number of logged rows in the store.
         """
         return max(logged - self.passed, 0)
 
 
 def states_of(run_dir: Path) -> list[TrackerState]:
-    """Return the state of every backend of a run, by name; a file that cannot be read is left out."""
+    """Return the state of every backend of a run, by name, without unreadable files."""
     found = [_read(path) for path in sorted((run_dir / FOLDER).glob(f"*{_SUFFIX}")) if path.name[0] != "."]
     return sorted((state for state in found if state is not None), key=lambda state: state.backend)
 
 
 @contextlib.contextmanager
 def locked(run_dir: Path, backend: str) -> Iterator[bool]:
-    """Hold the right to deliver to a backend; yields whether we have it: one process at a time does.
+    """Lock a backend of a run; yield whether this process holds the lock. One process at a time delivers.
 
-    The kernel gives it back when the process dies, however that happens.
+    The kernel releases the lock when the process dies.
     """
     path = TrackerState.path_in(run_dir, backend).with_suffix(".lock")
     path.parent.mkdir(exist_ok=True)
@@ -176,7 +177,7 @@ def locked(run_dir: Path, backend: str) -> Iterator[bool]:
             yield False
             return
         except OSError:
-            pass  # a network file system that cannot lock: better to deliver than not to
+            pass  # a network file system without locks: deliver anyway
 
         yield True
 
@@ -184,10 +185,11 @@ def locked(run_dir: Path, backend: str) -> Iterator[bool]:
 def _read(path: Path) -> TrackerState | None:
     try:
         stored = json.loads(path.read_text())
+        stored.setdefault("fallback_done", stored.get("stood_in", False))  # its name in older files
         known = {each.name for each in fields(TrackerState)}
         state = TrackerState(**{name: value for name, value in stored.items() if name in known})
         state.phase = DeliveryPhase(state.phase)
     except (OSError, ValueError, TypeError, AttributeError):
-        return None  # none yet, or of another version: its backend starts over, which an idempotent one does not mind
+        return None  # no file, or of another version: the delivery starts over
 
     return state

@@ -1,7 +1,7 @@
-"""A delivery process: follows one run's store and gives what was logged to one backend.
+"""Delivery process: follows one run's store and sends what was logged to one backend.
 
-`python -m traceml.track.delivery RUN_DIR BACKEND` is started by the aggregator and by `traceml sync`, one per backend;
-it is the only place where a tracker's library is imported. It takes little: lowest priority, one batch in memory.
+The aggregator and `traceml sync` start `python -m traceml.track.delivery RUN_DIR BACKEND`, one per backend. Only these
+processes import a tracker's library. They run at the lowest priority with one batch in memory.
 """
 
 from __future__ import annotations
@@ -36,21 +36,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("backend")
     parser.add_argument("--once", action="store_true", help="deliver what is there and end")
     parser.add_argument("--options", type=json.loads, help="options of the backend as JSON")
-    parser.add_argument("--settings", type=json.loads, help="settings of now as JSON, with --options")
-    parser.add_argument("--nice", type=int, default=19, help="how far to step back behind the training")
-    parser.add_argument("--parent", type=int, help="end with this process")
-    given = parser.parse_args(argv)
-    _tie_to(given.parent)
-    step_back(given.nice)
+    parser.add_argument("--settings", type=json.loads, help="current settings as JSON, with --options")
+    parser.add_argument("--nice", type=int, default=19, help="niceness of the process")
+    parser.add_argument("--parent", type=int, help="process id; end when that process ends")
+    arguments = parser.parse_args(argv)
+    _tie_to(arguments.parent)
+    step_back(arguments.nice)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("traceml").setLevel(logging.INFO)
-    with locked(given.run_dir, given.backend) as is_ours:
-        if not is_ours:
+    with locked(arguments.run_dir, arguments.backend) as is_locked:
+        if not is_locked:
             return EXIT_TAKEN
 
         try:
             delivery = DeliveryLoop(
-                given.run_dir, given.backend, once=given.once, options=given.options, settings=given.settings
+                arguments.run_dir,
+                arguments.backend,
+                once=arguments.once,
+                options=arguments.options,
+                settings=arguments.settings,
             )
         except TraceMLError as error:
             _log.error("%s", error)
@@ -59,12 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, delivery.stop)
 
-        with _profiled(given.run_dir, given.backend):
+        with _profiled(arguments.run_dir, arguments.backend):
             return delivery.run()
 
 
 def _tie_to(parent: int | None) -> None:
-    """End with the process that started us, however that ends."""
+    """Have the kernel end this process with the one that started it."""
     if parent is None:
         return
 
@@ -75,7 +79,7 @@ def _tie_to(parent: int | None) -> None:
 
 @contextlib.contextmanager
 def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
-    """Write a profile of this process next to its state when TRACEML_DEBUG is set."""
+    """Write a profile of this process beside its state when TRACEML_DEBUG is set."""
     if os.environ.get("TRACEML_DEBUG", "").lower() in {"", "0", "false", "no", "off"}:
         yield
         return
@@ -95,5 +99,5 @@ def _profiled(run_dir: Path, backend: str) -> Iterator[None]:
 if __name__ == "__main__":
     status = main()
     logging.shutdown()
-    # All that counts is confirmed and saved: what libraries want to do at exit may take long, or write once more.
+    # Everything is confirmed and saved: exit handlers of libraries may take long, or write once more.
     os._exit(status)

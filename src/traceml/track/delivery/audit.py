@@ -1,7 +1,7 @@
-"""The audit log: what was sent where and when, one line of JSON per batch of something new.
+"""Audit log: what was sent where and when, one line of JSON per batch with something new.
 
-`<run>/trackers/audit.jsonl`, of all backends together. A batch that holds nothing but values under known names is
-counted with the next line; what is counted rests in the delivery's memory, so a death loses none of it.
+`<run>/trackers/audit.jsonl` is shared by all backends. A batch of values under known names alone is counted with the
+next line. The counts are part of the delivery's memory, so a death loses none of them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class AuditLog:
 
     Args:
         run_dir: the run's folder.
-        state: its state; what is counted rests in its memory.
+        state: the backend's state; its memory holds the counts.
     """
 
     def __init__(self, run_dir: Path, state: TrackerState) -> None:
@@ -43,12 +43,12 @@ class AuditLog:
         return memory
 
     def note(self, kind: str, names: Iterable[str], count: int, size: int = 0) -> None:
-        """Count something that is about to be given to the backend.
+        """Count something that is about to be sent to the backend.
 
         Args:
             kind: metrics, params, tags, text, image, histogram, artifact.
-            names: what it is called.
-            count: how many things.
+            names: its names.
+            count: number of things.
             size: bytes of files and texts.
         """
         counts = self._memory.setdefault("counts", {})
@@ -60,15 +60,15 @@ class AuditLog:
                 self._new.append(name)
 
     def write(self, target: str, masked: dict[str, int], *, force: bool = False) -> None:
-        """Write a line for what has been given since the last, where it is due.
+        """Write a line for everything since the last one, if a line is due.
 
         Args:
-            target: where it went.
-            masked: how many values of each kind were masked since the process began.
+            target: address or path of the tracker.
+            masked: number of masked values of each kind since the process began.
             force: write now.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         is_plain = not self._new and set(self._memory.get("counts", {})) <= {"metrics"}
         if not self._memory.get("counts") or (is_plain and not force and time.monotonic() - self._written_s < _EVERY_S):
@@ -80,7 +80,7 @@ class AuditLog:
             "more_names": max(len(self._new) - _NAMES_PER_LINE, 0), "pid": os.getpid(),
         }  # fmt: skip
         self._path.parent.mkdir(exist_ok=True)
-        with self._path.open("a") as file:  # one write: lines of several processes do not mix
+        with self._path.open("a") as file:  # one write, so that lines of several processes do not mix
             file.write(json.dumps(line) + "\n")
 
         self._memory.clear()

@@ -1,4 +1,4 @@
-"""From a batch of rows to calls of a backend: rules, masking, ranks; then what was given is counted."""
+"""Calls of a backend for a batch of rows: filters, names by rank, counts."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ __all__ = ["BatchSender"]
 
 _PARAMS_REMEMBERED = 10_000
 _TAG_CHARS = 250
-_LINGER_S = 10.0
-_BEHIND_S = 600.0
+_LINGER_S = 10.0  # the last experiment stays open for this long
+_BEHIND_S = 600.0  # longest wait for values that were logged before an end
 
 _log = logging.getLogger("traceml")
 
 
 class BatchSender:
-    """Gives batches to one backend.
+    """Sends batches to one backend.
 
     Args:
-        state: counts, and what is carried from batch to batch.
+        state: counts, and memory from batch to batch.
         reader: the run's store.
         records: reads it.
         plan: the run's experiments.
-        rules: what passes.
+        filters: filters of the backend.
         run_dir: the run's folder.
-        everything: take every experiment of the run, also those that did not ask for this backend.
-        interval_s: between values made from the run itself.
-        system: whether to give what samplers read.
+        everything: send every experiment of the run, also those that did not request this backend.
+        interval_s: seconds between values derived from the run.
+        system: whether to send sampled system values.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BatchSender:
         reader: StoreReader,
         records: RecordReader,
         plan: DeliveryPlan,
-        rules: DeliveryFilter,
+        filters: DeliveryFilter,
         run_dir: Path,
         *,
         everything: bool,
@@ -65,7 +65,7 @@ class BatchSender:
         self._reader = reader
         self._records = records
         self._plan = plan
-        self._rules = rules
+        self._filters = filters
         self._run_dir = run_dir
         self._everything = everything
         self._is_done: Callable[[PlannedExperiment], bool] = lambda _: False
@@ -77,20 +77,22 @@ class BatchSender:
     def _memory(self) -> dict[str, Any]:
         return self._state.memory
 
-    def give(
+    def send(
         self, batch: RecordBatch, session: TrackerSession, audit: AuditLog, is_done: Callable[[PlannedExperiment], bool]
     ) -> None:
-        """Give a batch; what it changes in the state is undone by the caller if it raises.
+        """Send a batch; the caller undoes its changes to the state if it raises.
 
         Args:
             batch: the rows.
-            session: to whom.
-            audit: notes what is given.
-            is_done: tells of an experiment that it has these rows, and was ended with them.
+            session: connections to the backend.
+            audit: records what is sent.
+            is_done: whether an experiment has these rows already, and was ended with them.
         """
         self._is_done = is_done
         for logged in batch.logged:
-            if logged.row.get("kind") == "experiment" and (experiment := self._ours(logged.stream.id, logged.row)):
+            if logged.row.get("kind") == "experiment" and (
+                experiment := self._experiment_of(logged.stream.id, logged.row)
+            ):
                 session.connect(experiment)
 
         for (stream, number), rows in batch.metrics.items():
@@ -100,43 +102,45 @@ class BatchSender:
                 self._state.filtered += len(rows)
                 continue
 
-            passing = self._rules.apply(rows, self._windows(), experiment.key)
+            passing = self._filters.apply(rows, self._windows(), experiment.key)
             self._state.filtered += len(rows) - len(passing)
-            self._give_values(experiment, passing, session, audit)
+            self._send_values(experiment, passing, session, audit)
 
-        for logged in sorted(batch.logged, key=lambda each: each.stream.rank):  # what rank 0 says is not said again
-            self._give_logged(logged, session, audit)
+        for logged in sorted(
+            batch.logged, key=lambda each: each.stream.rank
+        ):  # rank 0 first: equal parameters of other ranks are not repeated
+            self._send_logged(logged, session, audit)
 
-        self._give_derived(batch, session, audit)
+        self._send_derived(batch, session, audit)
 
     def finish(self, session: TrackerSession, audit: AuditLog) -> None:
-        """Give what rules and intervals still hold back: nothing more comes."""
+        """Send what filters and intervals still hold back, at the end of the run."""
         for experiment in self._wanted():
-            rows = self._rules.finish(self._windows(), experiment.key)
+            rows = self._filters.finish(self._windows(), experiment.key)
             self._state.filtered -= len(rows)
-            self._give_values(experiment, rows, session, audit)
+            self._send_values(experiment, rows, session, audit)
 
         main = self._main()
         if main is None:
             return
 
-        self._give_own(main, self._derived().finish(), session, audit)
-        self._give_verdict(main, session, audit)
+        self._send_derived_values(main, self._derived().finish(), session, audit)
+        self._send_verdict(main, session, audit)
 
     def end(self, session: TrackerSession, run_state: str) -> None:
-        """End every experiment of ours that is open, the inner ones first, in the state that it ended with itself."""
+        """End every open experiment, the inner ones first, in its own state or else in that of the run."""
         for experiment in reversed(self._wanted()):
             own_state, _ = self._to_end.pop(experiment.key, (run_state, 0.0))
             session.end(experiment, own_state)
 
-    # --- which experiment --------------------------------------------------------------------------------------------
+    # --- experiments --------------------------------------------------------------------------------------------
 
     def _wanted(self) -> list[PlannedExperiment]:
         wanted = [each for each in self._plan.experiments.values() if self._wants(each)]
         if not wanted and self._everything:
-            wanted = [self._plan.adopt(0, self._plan.own())]
+            wanted = [self._plan.assign(0, self._plan.run_experiment())]
 
-        return sorted(wanted, key=lambda each: each.number != 0)  # the run's own first, then as they began
+        return sorted(wanted, key=lambda each: each.number != 0)  # the run's own first, then by start
 
     def _wants(self, experiment: PlannedExperiment) -> bool:
         return self._everything or self._state.backend in experiment.backends
@@ -144,21 +148,21 @@ class BatchSender:
     def _experiment(self, stream: int, number: int) -> PlannedExperiment | None:
         experiment = self._plan.of(stream, number)
         if experiment is None and self._everything:
-            experiment = self._plan.adopt(stream, self._plan.own())
+            experiment = self._plan.assign(stream, self._plan.run_experiment())
 
         if experiment is None or not self._wants(experiment) or self._is_done(experiment):
             return None
 
         return experiment
 
-    def _ours(self, stream: int, row: dict[str, Any]) -> PlannedExperiment | None:
+    def _experiment_of(self, stream: int, row: dict[str, Any]) -> PlannedExperiment | None:
         return self._experiment(stream, int(row.get("experiment", 0)))
 
     def _main(self) -> PlannedExperiment | None:
-        """Return the experiment that gets what is said of the run as a whole: the first that goes on."""
+        """Return the experiment that gets values of the whole run: the first open one."""
         wanted = self._wanted()
-        going_on = [each for each in wanted if not self._state.experiments.get(each.key, {}).get("ended")]
-        return next(iter(going_on), None)
+        still_open = [each for each in wanted if not self._state.experiments.get(each.key, {}).get("ended")]
+        return next(iter(still_open), None)
 
     def _derived(self) -> DerivedMetrics:
         return DerivedMetrics(
@@ -167,13 +171,13 @@ class BatchSender:
 
     @property
     def _to_end(self) -> dict[str, list[Any]]:
-        """The experiments that are to be ended: the state of each, and the epoch seconds at which that was seen."""
+        """Experiments to end: the state of each, and the epoch seconds at which all ranks had left it."""
         to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
         return to_end
 
     @property
     def _values(self) -> dict[str, int]:
-        """How many values of each stream have come so far."""
+        """Number of values read from each stream."""
         values: dict[str, int] = self._memory.setdefault("values", {})
         return values
 
@@ -183,7 +187,7 @@ class BatchSender:
 
     # --- values ------------------------------------------------------------------------------------------------------
 
-    def _give_values(
+    def _send_values(
         self, experiment: PlannedExperiment, rows: list[Metric], session: TrackerSession, audit: AuditLog
     ) -> None:
         if not rows:
@@ -201,63 +205,63 @@ class BatchSender:
         _log.warning("%s refuses a row: %s", self._state.backend, failure.text)
         count_refused(self._state, failure.text)
 
-    def _give_own(
+    def _send_derived_values(
         self, experiment: PlannedExperiment, rows: list[Metric], session: TrackerSession, audit: AuditLog
     ) -> None:
-        """Give values that the user has not logged: they are counted apart."""
-        passing = [row for row in rows if self._rules.takes(row.name, row.rank)]
+        """Send values that the user has not logged; they are counted separately."""
+        passing = [row for row in rows if self._filters.takes(row.name, row.rank)]
         if passing:
             refused = session.metrics(experiment, passing)
             audit.note("metrics", {row.name for row in passing}, len(passing))
             self._state.derived += len(passing) - len(refused)
 
-    def _give_derived(self, batch: RecordBatch, session: TrackerSession, audit: AuditLog) -> None:
+    def _send_derived(self, batch: RecordBatch, session: TrackerSession, audit: AuditLog) -> None:
         main = self._main()
         derived = self._derived()
         rows = [row for frame in batch.frames for row in derived.take(frame, self._records.stream(frame.stream))]
         if main is None:
             return
 
-        self._give_own(main, rows, session, audit)
+        self._send_derived_values(main, rows, session, audit)
         for event in self._reader.events(self._memory.get("event", 0), "verdict"):
             self._memory["event"] = event.id
             self._note_verdict(main, event, session, audit)
 
     def _note_verdict(self, main: PlannedExperiment, event: RunEvent, session: TrackerSession, audit: AuditLog) -> None:
         verdict = event.data.get("verdict") or {}
-        if _saw_no_step(verdict):
+        if _has_no_step(verdict):
             return
 
         signature = [verdict.get("kind"), verdict.get("ranks"), verdict.get("phase")]
-        if signature == self._memory.get("verdict") or not self._rules.takes("traceml/verdict"):
+        if signature == self._memory.get("verdict") or not self._filters.takes("traceml/verdict"):
             return
 
         self._memory["verdict"] = signature
         session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
-        session.text(main, "traceml/verdict", _told(verdict), max(int(event.data.get("step") or 0), 0))
+        session.text(main, "traceml/verdict", _verdict_text(verdict), max(int(event.data.get("step") or 0), 0))
         audit.note("tags", ["traceml/verdict"], 1)
         self._state.derived += 1
 
-    def _give_verdict(self, main: PlannedExperiment, session: TrackerSession, audit: AuditLog) -> None:
-        """Give the verdict of the whole run, as the report has it, else as it was known last."""
-        if not self._rules.takes("traceml/verdict"):
+    def _send_verdict(self, main: PlannedExperiment, session: TrackerSession, audit: AuditLog) -> None:
+        """Send the verdict of the whole run from the report, else the last live one."""
+        if not self._filters.takes("traceml/verdict"):
             return
 
-        verdict = _reported(self._run_dir)
+        verdict = _report_verdict(self._run_dir)
         if verdict is None:
             last = self._reader.last_event("verdict")
             verdict = (last.data.get("verdict") or {}) if last is not None else {}
 
-        if verdict.get("kind") and not _saw_no_step(verdict):
+        if verdict.get("kind") and not _has_no_step(verdict):
             summary = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
             session.tags(main, {"traceml/verdict": verdict["kind"], **summary})
             audit.note("tags", ["traceml/verdict", *summary], 1)
 
     # --- everything else ---------------------------------------------------------------------------------------------
 
-    def _give_logged(self, logged: LoggedRecord, session: TrackerSession, audit: AuditLog) -> None:
+    def _send_logged(self, logged: LoggedRecord, session: TrackerSession, audit: AuditLog) -> None:
         row, kind = logged.row, str(logged.row.get("kind"))
-        experiment = self._ours(logged.stream.id, row)
+        experiment = self._experiment_of(logged.stream.id, row)
         if kind in {"experiment", "end"}:
             if experiment is not None and kind == "end":
                 self._note_end(experiment, logged)
@@ -273,24 +277,24 @@ class BatchSender:
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
                 audit.note(kind, names, 1, size)
         except Exception as error:
-            # A third party's may not know artifacts at all; its values need not wait for that.
+            # A backend of a third party may not support artifacts; that must not stop its values.
             if classify(error).kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
                 raise
 
-            self._refused(error)  # known to be this row: nothing else of its batch has to come again
+            self._refused(error)  # only this row: nothing else of its batch is sent again
         else:
             self._state.delivered += 1
 
     def _passes(self, row: dict[str, Any], kind: str, rank: int) -> bool:
         if kind in {"params", "tags", "collected", "refused"}:
-            return True  # their keys are looked at one by one
+            return True  # their keys are filtered one by one
 
-        return self._rules.takes(str(row.get("name") or kind), rank)
+        return self._filters.takes(str(row.get("name") or kind), rank)
 
     def _calls(
         self, experiment: PlannedExperiment, logged: LoggedRecord, kind: str, session: TrackerSession
     ) -> Iterator[int]:
-        """Make the call that a row asks for; yield the bytes that went with it."""
+        """Make the call for a row; yield the bytes sent with it."""
         row, rank = logged.row, logged.stream.rank
         name, step = ranked(str(row.get("name") or kind), rank), max(int(row.get("step") or 0), 0)
         if kind == "params":
@@ -313,7 +317,7 @@ class BatchSender:
         elif kind in {"image", "artifact"}:
             path = self._run_dir / str(row["path"])
             if not path.is_file():
-                raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} is gone: {path}")
+                raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} no longer exists: {path}")
 
             if kind == "image":
                 session.image(experiment, name, path, step)
@@ -326,12 +330,12 @@ class BatchSender:
             session.text(experiment, f"traceml/refused/{name}", f"{row.get('what')}: {row.get('why')}", step)
             yield 0
         else:
-            _log.warning("a row of kind %r is not understood", kind)
+            _log.warning("a row of kind %r is unknown", kind)
 
     def _collected(
         self, experiment: PlannedExperiment, row: dict[str, Any], rank: int, session: TrackerSession
     ) -> Iterator[int]:
-        """Give what a collector read: tags where it is short, texts where it is long."""
+        """Send the facts of a collector: short ones as tags, long ones as texts."""
         facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
         passing = self._params_of(experiment, facts, rank, "tags")
         shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in passing.items()}
@@ -347,24 +351,24 @@ class BatchSender:
     def _params_of(
         self, experiment: PlannedExperiment, params: dict[str, Any], rank: int, kind: str = "params"
     ) -> dict[str, Any]:
-        """Return the parameters that pass, under their ranks' names; what rank 0 has said is not said again."""
-        said = self._memory.setdefault(kind, {}).setdefault(experiment.key, {})
+        """Return the parameters that pass, under their ranks' names, without those that rank 0 has sent equally."""
+        sent = self._memory.setdefault(kind, {}).setdefault(experiment.key, {})
         passing = {}
         for key, value in params.items():
-            if not self._rules.takes(key):
+            if not self._filters.takes(key):
                 continue
 
             if rank == 0:
                 passing[key] = value
-                if len(said) < _PARAMS_REMEMBERED:
-                    said[key] = _digest(value)
-            elif said.get(key) != _digest(value):
+                if len(sent) < _PARAMS_REMEMBERED:
+                    sent[key] = _digest(value)
+            elif sent.get(key) != _digest(value):
                 passing[ranked(key, rank)] = value
 
         return passing
 
     def _note_end(self, experiment: PlannedExperiment, logged: LoggedRecord) -> None:
-        """End an experiment when every rank that began it has: later rows would open it again."""
+        """Schedule the end of an experiment when every rank that began it has ended it; later rows reopen it."""
         open_on = self._memory.setdefault("open", {}).setdefault(experiment.key, {})
         open_on[str(logged.stream.id)] = False
         behind = self._memory.setdefault("behind", {}).setdefault(experiment.key, {})
@@ -373,14 +377,14 @@ class BatchSender:
             self._to_end[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
 
     @property
-    def ends_some(self) -> bool:
-        """Whether there are experiments that `end_some` has to end, now or later."""
+    def has_to_end(self) -> bool:
+        """Whether there are experiments that `end_finished` has to end, now or later."""
         return bool(self._to_end)
 
-    def end_some(self, session: TrackerSession, audit: AuditLog) -> None:
-        """End the experiments that all their ranks have left; call it when a batch is confirmed, and now and then.
+    def end_finished(self, session: TrackerSession, audit: AuditLog) -> None:
+        """End the experiments that all their ranks have left; call it after each confirmed batch, and when idle.
 
-        The last of all stays open for a moment: mostly the run ends with it, and then the run's last step times and its
+        The last experiment stays open for 10 s: usually the run ends with it, and the run's last step times and its
         verdict are still to come.
         """
         for key, (own_state, noted) in list(self._to_end.items()):
@@ -392,31 +396,31 @@ class BatchSender:
                 if passed_s < _BEHIND_S and not self._has_all(key):
                     continue
 
-                rows = self._rules.finish(self._windows(), key)
+                rows = self._filters.finish(self._windows(), key)
                 self._state.filtered -= len(rows)
-                self._give_values(experiment, rows, session, audit)
+                self._send_values(experiment, rows, session, audit)
                 main = self._main()
                 if main is not None and main.key == key:
-                    self._give_own(main, self._derived().finish(), session, audit)
+                    self._send_derived_values(main, self._derived().finish(), session, audit)
 
                 session.end(experiment, own_state)
 
             del self._to_end[key]
 
     def _has_all(self, key: str) -> bool:
-        """Whether all values have come that were logged before an experiment's end: they are in another table."""
-        failed = self._state.failed  # refused values are not among those that have come
+        """Whether all values logged before an experiment's end have arrived; they are in another table than the end."""
+        failed = self._state.failed  # refused values are not counted as read
         behind = self._memory.get("behind", {}).get(key, {})
         return all(self._values.get(stream, 0) + failed >= count for stream, count in behind.items())
 
     def _is_last(self, key: str) -> bool:
-        """Whether an experiment was the last to end, with no other going on."""
-        kept = self._state.experiments
-        going_on = [each.key for each in self._wanted() if not kept.get(each.key, {}).get("ended")]
-        return set(going_on) <= self._to_end.keys() and key == next(reversed(self._to_end))
+        """Whether an experiment was the last to end, with no other open."""
+        stored = self._state.experiments
+        still_open = [each.key for each in self._wanted() if not stored.get(each.key, {}).get("ended")]
+        return set(still_open) <= self._to_end.keys() and key == next(reversed(self._to_end))
 
 
-def _reported(run_dir: Path) -> dict[str, Any] | None:
+def _report_verdict(run_dir: Path) -> dict[str, Any] | None:
     try:
         report = json.loads((run_dir / "report.json").read_text(encoding="utf-8"))
         verdict: dict[str, Any] = report["verdict"]
@@ -425,15 +429,15 @@ def _reported(run_dir: Path) -> dict[str, Any] | None:
         return None
 
 
-def _saw_no_step(verdict: dict[str, Any]) -> bool:
-    """Whether a verdict only says that no step was traced: of a run that just logs there is nothing to say."""
+def _has_no_step(verdict: dict[str, Any]) -> bool:
+    """Whether a verdict only reports that no step was traced, as for a run that only logs."""
     return verdict.get("kind") == "INSUFFICIENT_DATA" and (verdict.get("evidence") or {}).get("steps") == 0
 
 
 def _digest(value: Any) -> str:
-    """Return what tells values apart and nothing of them: the state file is no place for a secret."""
+    """Return a digest to compare values; the state file must not hold a secret."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
-def _told(verdict: dict[str, Any]) -> str:
+def _verdict_text(verdict: dict[str, Any]) -> str:
     return f"{verdict.get('kind')}: {verdict.get('summary', '')} {verdict.get('next', '')}".strip()

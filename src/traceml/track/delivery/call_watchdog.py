@@ -1,7 +1,7 @@
-"""A thread that ends its process when a call into a library does not return: nothing else helps against that.
+"""Thread that ends its process when a call into a library does not return.
 
-Delivery runs at the lowest priority, and beside a training that uses every core it may wait for one most of the time.
-That time does not count: who waits for a core does not hang.
+Delivery runs at the lowest priority, so beside a training that uses every core it may wait for one most of the time.
+That time does not count as hanging.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from traceml.track.tracker_state import EXIT_AGAIN
 
 __all__ = ["CallWatchdog"]
 
-_LOOK_S = 0.1
+_POLL_S = 0.1
 
 
 class CallWatchdog:
-    """Watches one call at a time, of the thread that makes it.
+    """Watches one call at a time, of the thread that created the watchdog.
 
     Args:
         on_hang: called with the name of the call and its allowed seconds, just before the process ends.
@@ -36,7 +36,7 @@ class CallWatchdog:
 
     @contextlib.contextmanager
     def watch(self, name: str, allowed_s: float) -> Iterator[None]:
-        """Allow what is done inside so many seconds."""
+        """Limit the block to `allowed_s` seconds."""
         self._call = name, allowed_s, self._counted_s() + allowed_s
         try:
             yield
@@ -44,13 +44,13 @@ class CallWatchdog:
             self._call = None
 
     def end_within(self, seconds: float) -> None:
-        """End the process after so many seconds, whatever it is doing then: it has been told to stop."""
+        """End the process after `seconds`, whatever it does then."""
         if self._end_at_s is None:
             self._end_at_s = time.monotonic() + seconds
 
     def _watch(self) -> None:
         while True:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
             now_s, call = time.monotonic(), self._call
             if self._end_at_s is not None and now_s > self._end_at_s:
                 os._exit(EXIT_AGAIN)
@@ -62,7 +62,7 @@ class CallWatchdog:
                     os._exit(EXIT_AGAIN)
 
     def _counted_s(self) -> float:
-        """Return a clock that stands still while the thread that makes the calls waits for a core."""
+        """Return a clock that stops while the calling thread waits for a core."""
         try:
             with open(self._schedstat, "rb") as file:
                 waited_ns = int(file.read().split()[1])

@@ -1,7 +1,7 @@
-"""Delivering one run to one backend: the loop, and what becomes of failures.
+"""Delivery loop of one run and one backend, and its handling of failures.
 
-The cursor moves when the backend has confirmed a batch. When something fails that a second try in this process would
-not mend, the process ends and is started again: a new one reads keys anew, and nothing half done is left in a library.
+The cursor moves when the backend has confirmed a batch. After a failure that a second try in this process would not
+fix, the process ends and is started again: a new one reads keys anew and has no half-finished work in a library.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from traceml.track.delivery.batch_sender import BatchSender
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.credentials import read_key_file
 from traceml.track.delivery.derived import FOLLOWED
-from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment, settings_of, tightened
+from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
 from traceml.track.delivery.retry_policy import RetryPolicy, succeeded
@@ -40,10 +40,10 @@ __all__ = ["DeliveryLoop"]
 
 _LEAST_ROWS, _FIRST_ROWS, _BATCH_ROWS = 100, 1_000, 5_000
 _SLOW_BATCH_S = 2.0
-_LOOK_S = 0.5
+_POLL_S = 0.5
 _TIMEOUT_S = 60.0
 _STOP_S = 10.0
-_EARLY_S = 5.0
+_ANNOUNCEMENT_S = 5.0
 
 _log = logging.getLogger("traceml")
 
@@ -54,9 +54,9 @@ class DeliveryLoop:
     Args:
         run_dir: the run's folder.
         backend: a backend's name or import path.
-        once: deliver what is there and end, whether or not the run says that it is over.
-        options: of the backend, over those that the run's experiments give; given, every experiment is delivered.
-        settings: what `plan.told_by` returned of the settings of now, for a run that did not ask for this backend.
+        once: deliver what is there and end, even if the run is not over.
+        options: options of the backend, in place of those of the experiments; if given, every experiment is delivered.
+        settings: current settings from `plan.delivery_settings`, for a run that did not request this backend.
 
     Raises:
         TraceMLError: the store cannot be read, or the settings are wrong.
@@ -77,16 +77,18 @@ class DeliveryLoop:
         self._state = TrackerState.load(run_dir, backend)
         self._state.pid = os.getpid()
         self._refusals = RefusalSearch(self._state)
-        self._told_unsaved = False
+        self._has_warned_unsaved = False
         self._undo: Callable[[], None] | None = None
-        self._unknown: dict[int, float] = {}  # number of an experiment -> until when its announcement is waited for
+        self._unannounced: dict[int, float] = {}  # number of an experiment -> deadline for its announcement
         self._reader = StoreReader(run_dir / STORE_NAME)
         self._plan = DeliveryPlan(self._reader, run_dir)
         self._plan.refresh()
-        self._asking = asking = self._plan.backends().get(backend)
-        self._config = self._settings(asking, settings)
-        self._options = options if options is not None else asking.options(backend) if asking is not None else {}
-        self._everything = options is not None or asking is None
+        self._requested_by = requested_by = self._plan.backends().get(backend)
+        self._config = self._settings(requested_by, settings)
+        self._options = (
+            options if options is not None else requested_by.options(backend) if requested_by is not None else {}
+        )
+        self._delivers_all = options is not None or requested_by is None
         self._given_options = options
         self._policy = RetryPolicy(self._config.max_retries, self._config.backoff_factor, self._config.max_backoff)
         self._masker = Masker(self._config.mask)
@@ -94,37 +96,38 @@ class DeliveryLoop:
         self._watchdog = CallWatchdog(self._hangs)
 
     def stop(self, *_: object) -> None:
-        """End soon: after the batch that is under way, and in any case after some seconds."""
+        """End after the current batch, and at the latest after 10 s."""
         self._stop.set()
         self._watchdog.end_within(_STOP_S)
 
     def run(self) -> int:
-        """Deliver until all is done or something needs a new process; return the exit status."""
+        """Deliver until all is done or a new process is needed; return the exit status."""
         try:
             self._prepare()
             return self._follow()
         except RewindError:
             self._rewind()
             return EXIT_AGAIN
-        except Exception as error:  # noqa: BLE001 - a library may raise anything; what it was decides what comes next
+        except Exception as error:  # noqa: BLE001 - a library may raise anything; its kind decides how to continue
             return self._failed(error)
 
-    def _settings(self, asking: PlannedExperiment | None, now: dict[str, Any] | None) -> Config:
-        """Return the settings of the run, as far as it has any; a tracker that it did not ask for gets no more."""
-        told = asking or next(iter(self._plan.experiments.values()), None)
-        if now is None:
-            return told.settings() if told is not None else Config()
+    def _settings(self, requested_by: PlannedExperiment | None, current: dict[str, Any] | None) -> Config:
+        """Return the settings of the run; a tracker that it did not request gets no more than they allow."""
+        announced = requested_by or next(iter(self._plan.experiments.values()), None)
+        if current is None:
+            return announced.settings() if announced is not None else Config()
 
-        return tightened(told.settings(), settings_of(now)) if told is not None else settings_of(now)
+        now = settings_of(current)
+        return restricted(announced.settings(), now) if announced is not None else now
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
+    # --- loop ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         first = next((each.row for each in self._plan.experiments.values()), {})
-        # By name, whatever the row says: it came over a connection.
+        # Only known names: the row came over a connection.
         os.environ.update(variables({str(name): str(value) for name, value in (first.get("environ") or {}).items()}))
         sys.path.extend(path for path in first.get("sys_path") or () if path not in sys.path)
-        with contextlib.suppress(OSError):  # paths among the options are meant from where the script was started
+        with contextlib.suppress(OSError):  # relative paths in options start at the folder of the script's start
             os.chdir(str(first.get("folder") or "."))
 
         _read_key(self._state.backend, self._options, first.get("registered"))
@@ -136,7 +139,7 @@ class DeliveryLoop:
             self._plan,
             DeliveryFilter.of(self._config.include, self._config.exclude, self._options),
             self._run_dir,
-            everything=self._everything,
+            everything=self._delivers_all,
             interval_s=self._config.metrics_interval,
             system=self._config.track_system,
         )
@@ -144,39 +147,39 @@ class DeliveryLoop:
         self._audit = AuditLog(self._run_dir, self._state)
 
     def _make_session(self) -> TrackerSession:
-        """Connect to the backend, or to the one that takes its place while it fails."""
+        """Create the session of the backend, or of its fallback while it fails."""
         state, fallback = self._state, str(self._options.get("fallback") or "")
-        stands_in = (
+        uses_fallback = (
             bool(fallback)
             and state.phase in {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
             and time.time() < state.retry_at
         )
         timeout_s = float(self._options.get("timeout_s") or _TIMEOUT_S)
-        self._stands_in = stands_in
-        if stands_in and self._asking is not None:
-            _read_key(fallback, self._asking.options(fallback), self._asking.row.get("registered"))
+        self._uses_fallback = uses_fallback
+        if uses_fallback and self._requested_by is not None:
+            _read_key(fallback, self._requested_by.options(fallback), self._requested_by.row.get("registered"))
 
-        state.stood_in = False
+        state.fallback_done = False
         return TrackerSession(
-            fallback if stands_in else state.backend,
+            fallback if uses_fallback else state.backend,
             self._run_dir,
             state,
             self._save,
             self._watchdog,
             self._masker,
             timeout_s=timeout_s,
-            options=None if stands_in else self._given_options,
-            is_fallback=stands_in,
+            options=None if uses_fallback else self._given_options,
+            is_fallback=uses_fallback,
             local_only=self._config.local_only,
         )
 
     def _follow(self) -> int:
         while True:
-            is_over = self._once or self._is_over()  # asked before the rows: what came before it is read then
+            is_over = self._once or self._is_over()  # checked before reading, so that no row is missed
             batch = self._next_batch()
             self._plan.refresh()
             if not is_over and self._is_early(batch):
-                self._stop.wait(_LOOK_S)
+                self._stop.wait(_POLL_S)
                 continue
 
             is_empty = batch.cursor == self._cursor()
@@ -184,14 +187,14 @@ class DeliveryLoop:
                 return self._finish()
             if is_empty and self._stop.is_set():
                 return self._stopped()
-            if self._stands_in and time.time() >= self._state.retry_at:
-                return EXIT_AGAIN  # for a probe of the one that failed
+            if self._uses_fallback and time.time() >= self._state.retry_at:
+                return EXIT_AGAIN  # to probe the backend that failed
             if is_empty:
-                self._look_alive()
-                if self._sender.ends_some:
-                    self._end_some()
+                self._note_idle()
+                if self._sender.has_to_end:
+                    self._end_finished()
 
-                self._stop.wait(_LOOK_S)
+                self._stop.wait(_POLL_S)
                 continue
 
             if (status := self._deliver(batch)) is not None:
@@ -199,24 +202,24 @@ class DeliveryLoop:
             if self._stop.is_set():
                 return self._stopped()
             if batch.is_last and not is_over:
-                self._stop.wait(_LOOK_S)
+                self._stop.wait(_POLL_S)
 
     def _next_batch(self) -> RecordBatch:
-        """Read on, up to where a batch has to end: around rows that are refused, and where an experiment was ended."""
+        """Read a batch; it ends around refused rows and where an experiment was ended."""
         here = self._cursor()
         stops = [
             *self._refusals.stops(),
-            *(kept["end"] for kept in self._state.experiments.values() if kept.get("end")),
+            *(stored["end"] for stored in self._state.experiments.values() if stored.get("end")),
         ]
         ahead = [stop for stop in stops if position(stop) > position(here)]
         limit = self._refusals.limit(here, self._state.batch_rows or _FIRST_ROWS)
         return self._records.read(here, limit, min(ahead, key=position, default=None))
 
     def _is_early(self, batch: RecordBatch) -> bool:
-        """Whether values have come before the announcement of their experiment, which is another table: it is near."""
-        unknown = {number for stream, number in batch.metrics if self._plan.of(stream, number) is None}
+        """Whether to wait for an experiment's announcement: values of another table may arrive before it."""
+        unannounced = {number for stream, number in batch.metrics if self._plan.of(stream, number) is None}
         now_s = time.monotonic()
-        return any(now_s < self._unknown.setdefault(number, now_s + _EARLY_S) for number in unknown)
+        return any(now_s < self._unannounced.setdefault(number, now_s + _ANNOUNCEMENT_S) for number in unannounced)
 
     def _deliver(self, batch: RecordBatch) -> int | None:
         """Deliver one batch; return an exit status when this process should end over it."""
@@ -226,7 +229,7 @@ class DeliveryLoop:
         else:
             try:
                 with self._undone():
-                    self._sender.give(batch, self._session, self._audit, self._is_done)
+                    self._sender.send(batch, self._session, self._audit, self._is_done)
                     self._session.confirm()
             except RewindError:
                 raise
@@ -236,35 +239,35 @@ class DeliveryLoop:
 
         self._passed(batch, time.monotonic() - began_s)
         self._save()
-        self._end_some()
+        self._end_finished()
         self._audit.write(self._state.target, dict(self._masker.counts))
         self._save()
         return None
 
-    def _end_some(self) -> None:
+    def _end_finished(self) -> None:
         with self._undone():
-            self._sender.end_some(self._session, self._audit)
+            self._sender.end_finished(self._session, self._audit)
 
     def _is_done(self, experiment: PlannedExperiment) -> bool:
-        """Whether an experiment was ended with all that came up to here: it needs nothing when others start over."""
-        end = self._session.kept(experiment).get("end")
+        """Whether an experiment was ended with all rows up to the cursor: it needs none when others start over."""
+        end = self._session.state_of(experiment).get("end")
         return end is not None and position(self._cursor()) < position(end)
 
     def _passed(self, batch: RecordBatch, took_s: float) -> None:
-        """Move the cursor over a batch that is confirmed."""
+        """Move the cursor past a confirmed batch."""
         state = self._state
         state.cursor, state.passed = dict(batch.cursor), state.passed + batch.rows
         took_ms = 1e3 * took_s
         state.latency_ms = took_ms if state.latency_ms is None else 0.8 * state.latency_ms + 0.2 * took_ms
         self._refusals.passed()
-        # A slow tracker gets less at a time, so that one sees it getting on and loses little to a death.
+        # A slow tracker gets smaller batches, so that progress shows and a death loses little.
         rows = state.batch_rows or _FIRST_ROWS
         if took_s > _SLOW_BATCH_S:
             state.batch_rows = max(rows // 2, _LEAST_ROWS)
         elif took_s < _SLOW_BATCH_S / 4:
             state.batch_rows = min(rows * 2, _BATCH_ROWS)
 
-        if self._stands_in:
+        if self._uses_fallback:
             state.fallback += batch.rows
         else:
             succeeded(state)
@@ -285,8 +288,8 @@ class DeliveryLoop:
             return EXIT_AGAIN if status is None else status
 
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
-        if self._stands_in:
-            self._state.stood_in = True
+        if self._uses_fallback:
+            self._state.fallback_done = True
             self._save()
             return EXIT_AGAIN
 
@@ -306,7 +309,7 @@ class DeliveryLoop:
     # --- failures ----------------------------------------------------------------------------------------------------
 
     def _again(self, error: Exception, *, in_place: bool = True) -> int | None:
-        """Note a failure; wait and return None where this process may try again, else its exit status."""
+        """Record a failure; wait and return None when this process may try again, else return its exit status."""
         failure = classify(error)
         _log.warning("%s: %s", self._state.backend, failure.text, exc_info=_log.isEnabledFor(logging.DEBUG))
         wait_s = self._note(failure)
@@ -320,25 +323,25 @@ class DeliveryLoop:
         return None
 
     def _failed(self, error: Exception) -> int:
-        """Note what went wrong outside of a batch; return the exit status."""
+        """Record a failure outside of a batch; return the exit status."""
         status = self._again(error, in_place=False)
         return EXIT_AGAIN if status is None else status
 
     def _refused(self, batch: RecordBatch, failure: TrackerFailure) -> int | None:
-        """Look for the row that is refused; return an exit status when this process should end over it."""
-        came_to = self._refusals.note(batch, self._cursor(), failure.text)
-        if came_to is RefusalOutcome.EVERYTHING:
-            self._note(TrackerFailure(FailureKind.BROKEN, f"it refuses everything: {failure.text}"))
+        """Continue the search for the refused row; return an exit status when this process should end."""
+        outcome = self._refusals.note(batch, self._cursor(), failure.text)
+        if outcome is RefusalOutcome.EVERYTHING:
+            self._note(TrackerFailure(FailureKind.BROKEN, f"the tracker refuses everything: {failure.text}"))
             return EXIT_BROKEN
 
-        if came_to is RefusalOutcome.FOUND:
+        if outcome is RefusalOutcome.FOUND:
             _log.warning("%s refuses a row: %s", self._state.backend, failure.text)
 
         self._save()
         return None if self._session.is_idempotent else EXIT_AGAIN
 
     def _hangs(self, call: str, allowed_s: float) -> None:
-        """Note that a call did not return; the process ends right after this."""
+        """Record that a call did not return; the process ends right after this."""
         _log.error("%s: %s did not return within %.0f s", self._state.backend, call, allowed_s)
         if self._undo is not None:
             self._undo()
@@ -351,8 +354,8 @@ class DeliveryLoop:
         return wait_s
 
     def _rewind(self) -> None:
-        """Start the backend's runs over, except for those that were ended: they are complete."""
-        _log.info("%s goes on from the run's first row", self._state.backend)
+        """Start the backend's runs over, except those that have ended, which are complete."""
+        _log.info("%s starts over from the run's first row", self._state.backend)
         state = self._state
         ended = {key: kept for key, kept in state.experiments.items() if kept.get("ended")}
         fresh = TrackerState(state.backend, pid=state.pid, experiments=ended, memory=self._refusals.carried())
@@ -360,11 +363,11 @@ class DeliveryLoop:
         fresh.masked = state.masked
         fresh.save(self._run_dir)
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    # --- helpers ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _undone(self) -> Iterator[None]:
-        """Undo what a failed attempt changed in the state, but for what stands at the tracker."""
+        """Undo the changes of a failed attempt to the state, except the positions at the tracker."""
         state = self._state
         counts = {name: getattr(state, name) for name in ("delivered", "derived", "filtered", "failed")}
         counts["reasons"] = dict(state.reasons)
@@ -390,23 +393,23 @@ class DeliveryLoop:
     def _is_over(self) -> bool:
         return self._reader.meta().get("run", {}).get("ended") is not None
 
-    def _look_alive(self) -> None:
-        """Say that all is well where there was nothing to do since the start."""
+    def _note_idle(self) -> None:
+        """Report success when there was nothing to do since the start."""
         if self._state.phase not in {DeliveryPhase.DELIVERING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}:
             succeeded(self._state)
             self._save()
 
     def _save(self) -> None:
-        """Write the state; without space on the disk delivery goes on, and what is exact by marks stays exact."""
+        """Write the state; on a full disk delivery continues, and backends with marks stay exact."""
         self._state.masked = self._masked_before + self._masker.counts.total()
         try:
             self._state.save(self._run_dir)
-            self._told_unsaved = False
+            self._has_warned_unsaved = False
         except OSError as error:
-            if not self._told_unsaved:
+            if not self._has_warned_unsaved:
                 _log.error("the state of %s cannot be saved: %s", self._state.backend, error)
 
-            self._told_unsaved = True
+            self._has_warned_unsaved = True
 
 
 def _read_key(backend: str, options: dict[str, Any], known: Mapping[str, str] | None) -> None:

@@ -1,6 +1,6 @@
-"""One delivery process: started, started again after its death, and told apart from one that is stuck.
+"""Supervision of one delivery process: start, restart after a death, and detection of a stuck one.
 
-What it is doing is read from its state file; nothing is sent to it but SIGTERM.
+Its state file reports what it does; it is controlled by SIGTERM alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from traceml.track.tracker_state import EXIT_BROKEN, EXIT_DONE, EXIT_TAKEN, FOLD
 __all__ = ["STOP_S", "DeliveryProcess"]
 
 STOP_S = 5.0
-# After a death: at once, then after pauses that double.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LIVED_LONG_S = 0.2, 30.0, 30.0
-_START_S = 45.0  # a process imports its library first, on a host that may be busy with training
-_BATCH_S = 25.0  # one batch may take long on such a host
-_STARVED_S = 45.0
+# Pauses before a restart: they double, and start anew for a process that lived long.
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _LONG_LIFE_S = 0.2, 30.0, 30.0
+_START_S = 45.0  # a process first imports its library, on a host that may be busy with training
+_BATCH_S = 25.0  # longest time for one batch on such a host
+_STARVED_S = 45.0  # most time without a core that is excused
 _TAKEN_PAUSE_S = 0.5
 _LOG_BYTES = 1 << 20
 _FAILING = {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
@@ -40,12 +40,12 @@ class DeliveryProcess:
     Args:
         run_dir: the run's folder.
         backend: the backend.
-        options: its options, by which its environment is chosen.
+        options: its options, which select its environment.
         once: deliver what is there and end, rather than follow.
-        forced: options that it is given instead of those of the run, which then delivers everything. They stand in
-            its command line, so none may be a secret.
-        settings: what `plan.told_by` returned of the settings of now, with `forced`.
-        nice: how far it steps back behind the training.
+        forced: options that replace those of the run; everything is then delivered. They are part of the command
+            line, so none may be a secret.
+        settings: the current settings from `plan.delivery_settings`, with `forced`.
+        nice: niceness of the process.
     """
 
     def __init__(
@@ -73,23 +73,23 @@ class DeliveryProcess:
         self._seen: tuple[Any, ...] = ()
         self._waited_s = 0.0
         self.over = False
-        """Whether nothing is left to be done by this process: all is delivered, or a person has to mend something."""
+        """Whether this process has nothing left to do: all is delivered, or a person has to fix something."""
 
     def __repr__(self) -> str:
         return f"<delivery of {self.run_dir.name} to {self.backend}>"
 
     @property
     def state(self) -> TrackerState:
-        """Where it stands."""
+        """Progress of the delivery."""
         return TrackerState.load(self.run_dir, self.backend)
 
     @property
     def pid(self) -> int | None:
-        """Its process, None where there is none."""
+        """Id of the process, None where there is none."""
         return self._process.pid if self._process is not None else None
 
-    def keep(self) -> None:
-        """Start it if it is time to, and take note of how it ended. Call it often."""
+    def poll(self) -> None:
+        """Start the process when it is due, and handle its end. Call it often."""
         if self._process is not None and (status := self._process.poll()) is not None:
             self._process = None
             self._ended(status)
@@ -97,25 +97,25 @@ class DeliveryProcess:
         if not self.over and self._process is None and time.monotonic() >= self._due_s:
             self._start()
 
-    def probe(self) -> None:
-        """Do not wait for the next try: the run has ended, and somebody waits."""
+    def retry_now(self) -> None:
+        """Try again without waiting: the run has ended, and a user waits."""
         self._due_s = 0.0
         self._moved_s = time.monotonic()
 
-    def wake(self) -> None:
-        """Go on after all: the run does."""
+    def resume(self) -> None:
+        """Continue, because the run does."""
         self.over = False
 
     @property
     def is_given_up(self) -> bool:
-        """Whether its tracker fails and nothing but time will help; its fallback has got everything, if it has one."""
+        """Whether its tracker fails and only time will help, and its fallback, if any, has everything."""
         state = self.state
-        return state.phase in _FAILING and (state.stood_in or not self._stands_in(state))
+        return state.phase in _FAILING and (state.fallback_done or not self._uses_fallback(state))
 
-    def is_stuck(self, patience_s: float) -> bool:
-        """Whether nothing has moved for so long, and no call is under way that may take longer."""
+    def is_stuck(self, limit_s: float) -> bool:
+        """Whether nothing has moved for `limit_s`, and no call is running that may take longer."""
         state = self.state
-        if state.stood_in:
+        if state.fallback_done:
             return True
 
         now = (
@@ -125,7 +125,7 @@ class DeliveryProcess:
             state.cursor.get("frame"),
             state.phase is DeliveryPhase.DONE,
         )
-        waited_s = _waited_for_a_core_s(self.pid)
+        waited_s = _core_wait_s(self.pid)
         if now != self._seen:
             self._seen, self._moved_s, self._waited_s = now, time.monotonic(), waited_s
 
@@ -136,22 +136,22 @@ class DeliveryProcess:
             DeliveryPhase.BROKEN,
         }
         if not waiting and self._process is not None:
-            patience_s = max(patience_s, _START_S if state.pid != self._process.pid else _BATCH_S)
+            limit_s = max(limit_s, _START_S if state.pid != self._process.pid else _BATCH_S)
             if state.pid == self._process.pid and state.is_in_slow_call:
                 return False
 
-        # Who steps back behind others that use every core is slow, not stuck; but nobody waits for that for ever.
+        # A process that waits for a core is slow, not stuck, up to a limit.
         waited_s = min(max(waited_s - self._waited_s, 0.0), _STARVED_S)
-        return time.monotonic() - self._moved_s - waited_s > patience_s
+        return time.monotonic() - self._moved_s - waited_s > limit_s
 
     def stop(self) -> None:
-        """Ask it to end soon."""
+        """Ask the process to end soon."""
         self.over = True
         if self._process is not None and self._process.poll() is None:
             self._process.terminate()
 
     def join(self, timeout_s: float = STOP_S) -> None:
-        """Wait for its end after `stop`, and enforce it."""
+        """Wait for the end of the process after `stop`, and kill it after the timeout."""
         if self._process is None:
             return
 
@@ -198,26 +198,26 @@ class DeliveryProcess:
             _log.error("%s cannot deliver: %s", self.backend, state.error)
             return
 
-        if status == EXIT_TAKEN:  # by `traceml sync`, or by one whose aggregator was killed a moment ago
+        if status == EXIT_TAKEN:  # `traceml sync` delivers, or a process whose aggregator was just killed
             self._due_s = time.monotonic() + _TAKEN_PAUSE_S
             return
 
-        if time.monotonic() - self._started_s > _LIVED_LONG_S:
+        if time.monotonic() - self._started_s > _LONG_LIFE_S:
             self._pause_s = _FIRST_PAUSE_S
 
         if status < 0:
             _log.warning("%r was ended by signal %d", self, -status)
 
         self._pause()
-        if state.retry_at and not self._stands_in(state):  # a tracker that failed is left alone until then
+        if state.retry_at and not self._uses_fallback(state):  # a tracker that failed is not called before that
             self._due_s = max(self._due_s, time.monotonic() + state.retry_at - time.time())
 
-    def _stands_in(self, state: TrackerState) -> bool:
+    def _uses_fallback(self, state: TrackerState) -> bool:
         """Whether the next process will deliver to the fallback instead of waiting."""
         return (
             bool(self._options.get("fallback"))
             and state.phase in _FAILING - {DeliveryPhase.BROKEN}
-            and not state.stood_in
+            and not state.fallback_done
         )
 
     def _pause(self) -> None:
@@ -225,8 +225,8 @@ class DeliveryProcess:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
 
-def _waited_for_a_core_s(pid: int | None) -> float:
-    """Return how long a process's main thread was ready without a core; 0 where that is not told."""
+def _core_wait_s(pid: int | None) -> float:
+    """Return how long a process's main thread has waited for a core; 0 where the kernel does not report it."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
     except (OSError, ValueError, IndexError):
@@ -235,7 +235,7 @@ def _waited_for_a_core_s(pid: int | None) -> float:
 
 @contextlib.contextmanager
 def _log_file(path: Path) -> Iterator[Any]:
-    """Open a log for appending, begun anew when it has grown too long."""
+    """Open a log for appending; start it anew when it is too long."""
     mode = "ab" if not path.exists() or path.stat().st_size < _LOG_BYTES else "wb"
     with path.open(mode) as file:
         yield file

@@ -1,7 +1,4 @@
-"""Keeps the deliveries of runs: one process per run and backend, for as long as there is something to do.
-
-The aggregator keeps those of its runs, `traceml sync` those of old runs.
-"""
+"""Deliveries of the aggregator's runs: one process per run and backend, as long as there is something to do."""
 
 from __future__ import annotations
 
@@ -15,20 +12,20 @@ from traceml.errors import StoreError
 from traceml.track.delivery.delivery_process import STOP_S, DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan
 
-__all__ = ["PATIENCE_S", "DeliveryManager", "RunDeliveries"]
+__all__ = ["STALL_LIMIT_S", "DeliveryManager", "RunDeliveries"]
 
-# A tracker that takes nothing for so long holds up nobody's end.
-PATIENCE_S = 10.0
+# A tracker that accepts nothing for this long does not delay the end of a run or of the aggregator.
+STALL_LIMIT_S = 10.0
 
 _log = logging.getLogger("traceml")
 
 
 class RunDeliveries:
-    """All deliveries of one run, as its experiments ask for them.
+    """All deliveries of one run, as its experiments request them.
 
     Args:
         run_dir: the run's folder.
-        nice: how far its processes step back behind the training.
+        nice: niceness of its processes.
     """
 
     def __init__(self, run_dir: Path, nice: int = 19) -> None:
@@ -39,31 +36,31 @@ class RunDeliveries:
         self._reader: StoreReader | None = None
         self._plan: DeliveryPlan | None = None
 
-    def look(self, *, ended: bool) -> None:
-        """Start what is asked for, and keep what runs.
+    def poll(self, *, ended: bool) -> None:
+        """Start the requested deliveries, and supervise those that run.
 
         Args:
             ended: whether the run is over.
         """
         if ended and not self.ended:
             for process in self.processes.values():
-                process.probe()
+                process.retry_now()
         elif self.ended and not ended:
             for process in self.processes.values():
-                process.wake()
+                process.resume()
 
         self.ended = ended
-        self._find()
+        self._find_backends()
         for process in self.processes.values():
-            process.keep()
+            process.poll()
 
     @property
     def unfinished(self) -> list[DeliveryProcess]:
-        """Those that have something to do yet."""
+        """Deliveries that have something left to do."""
         return [process for process in self.processes.values() if not process.over]
 
-    def leave(self) -> None:
-        """End what still runs: it saves where it stands first; then close the store. Takes a few seconds at most."""
+    def close(self) -> None:
+        """End the processes, which save their progress first, and close the store. Takes at most a few seconds."""
         for process in self.processes.values():
             process.stop()
 
@@ -75,8 +72,8 @@ class RunDeliveries:
             self._reader.close()
             self._reader = self._plan = None
 
-    def _find(self) -> None:
-        """Read which backends the run's experiments ask for."""
+    def _find_backends(self) -> None:
+        """Read which backends the run's experiments request."""
         try:
             if self._plan is None:
                 self._reader = StoreReader(self.run_dir / STORE_NAME)
@@ -99,25 +96,25 @@ class DeliveryManager:
     """The deliveries of an aggregator's runs.
 
     Args:
-        patience_s: when a run is over, how long a tracker that takes nothing is waited for; None waits for ever.
-        nice: how far the processes step back behind the training.
+        stall_limit_s: when a run is over, how long to wait for a tracker that accepts nothing; None waits forever.
+        nice: niceness of the processes.
     """
 
-    def __init__(self, patience_s: float | None, nice: int = 19) -> None:
-        self._patience_s = patience_s
+    def __init__(self, stall_limit_s: float | None, nice: int = 19) -> None:
+        self._stall_limit_s = stall_limit_s
         self._nice = nice
         self._runs: dict[Path, RunDeliveries] = {}
 
-    def look(self, run_dir: Path, *, ended: bool) -> None:
-        """Look after the deliveries of a run; call it often, also after its end, until it is settled."""
+    def poll(self, run_dir: Path, *, ended: bool) -> None:
+        """Supervise the deliveries of a run; call it often, also after its end, until it is settled."""
         if run_dir not in self._runs:
             self._runs[run_dir] = RunDeliveries(run_dir, self._nice)
 
-        self._runs[run_dir].look(ended=ended)
+        self._runs[run_dir].poll(ended=ended)
 
     def settled(self) -> list[RunDeliveries]:
-        """Return the runs that are over and have no delivery that goes on; they are forgotten here: `leave` them."""
-        settled = [run for run in self._runs.values() if run.ended and not self._goes_on(run)]
+        """Remove and return the runs that are over and whose deliveries have ended or stall; the caller closes them."""
+        settled = [run for run in self._runs.values() if run.ended and not self._is_delivering(run)]
         for run in settled:
             del self._runs[run.run_dir]
 
@@ -125,30 +122,30 @@ class DeliveryManager:
 
     @property
     def ended_runs(self) -> list[Path]:
-        """The runs that are over and not settled yet."""
+        """Runs that are over and not settled yet."""
         return [run_dir for run_dir, run in self._runs.items() if run.ended]
 
     def forget(self, run_dir: Path) -> None:
-        """Forget a run that came to nothing."""
+        """Forget a run that is discarded."""
         run = self._runs.pop(run_dir, None)
         if run is not None:
-            run.leave()
+            run.close()
 
     def stop(self) -> None:
-        """End all processes: they save where they stand first."""
+        """End all processes; they save their progress first."""
         for run in self._runs.values():
             for process in run.processes.values():
                 process.stop()
 
         for run in self._runs.values():
-            run.leave()
+            run.close()
 
         self._runs.clear()
 
-    def _goes_on(self, run: RunDeliveries) -> bool:
+    def _is_delivering(self, run: RunDeliveries) -> bool:
         unfinished = run.unfinished
-        if self._patience_s is None:
+        if self._stall_limit_s is None:
             return bool(unfinished)
 
-        stuck = {process.backend for process in unfinished if process.is_stuck(self._patience_s)}
+        stuck = {process.backend for process in unfinished if process.is_stuck(self._stall_limit_s)}
         return any(process.backend not in stuck for process in unfinished)

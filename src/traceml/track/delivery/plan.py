@@ -1,4 +1,4 @@
-"""What a run wants delivered: its experiments, as the ranks announced them, and the settings that they came with."""
+"""A run's experiments, as the ranks announced them, with the settings of the announcement."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from traceml.database.reader import StoreReader
 from traceml.database.schema import LOGGED
 from traceml.settings import Config
 
-__all__ = ["DeliveryPlan", "PlannedExperiment", "settings_of", "tightened", "told_by"]
+__all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "restricted", "settings_of"]
 
-# What an experiment's row may say of the settings; where it is silent, the defaults hold.
+# Settings that an experiment's row may contain; the defaults apply to the others.
 _SETTINGS = (
     "include", "exclude", "mask", "local_only", "metrics_interval", "track_system", "max_retries", "backoff_factor",
     "max_backoff",
@@ -26,26 +26,24 @@ class PlannedExperiment:
     """One experiment of a run, the same on all its ranks.
 
     Attributes:
-        key: what its state is kept under: the number and the name.
+        key: key of its state: the number and the name.
         row: the newest row that announced it.
-        open_on: streams that have begun it and not ended it.
         begun_on: streams that have begun it.
     """
 
     key: str
     number: int
     row: dict[str, Any]
-    open_on: set[int] = field(default_factory=set)
     begun_on: set[int] = field(default_factory=set)
 
     @property
     def name(self) -> str:
-        """What the user called it."""
+        """Name given by the user."""
         return str(self.row.get("name") or "run")
 
     @property
     def backends(self) -> list[str]:
-        """Which backends it is delivered to."""
+        """Backends that it is delivered to."""
         return [str(name) for name in self.row.get("backends") or ()]
 
     def options(self, backend: str) -> dict[str, Any]:
@@ -53,30 +51,30 @@ class PlannedExperiment:
         return dict((self.row.get("options") or {}).get(backend) or {})
 
     def settings(self) -> Config:
-        """Return the settings that it came with, the defaults for what it does not say."""
+        """Return the settings of its announcement, with defaults for missing ones."""
         return settings_of(self.row)
 
 
 def settings_of(row: Mapping[str, Any]) -> Config:
-    """Return the settings that a row tells, the defaults for what it does not say."""
-    said = {name: row[name] for name in _SETTINGS if row.get(name) is not None}
-    lists = {name: tuple(value) for name, value in said.items() if isinstance(value, list)}
-    return Config(**{**said, **lists})
+    """Return the settings in a row, with defaults for missing ones."""
+    given = {name: row[name] for name in _SETTINGS if row.get(name) is not None}
+    lists = {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    return Config(**{**given, **lists})
 
 
-def told_by(config: Config) -> dict[str, Any]:
-    """Return what `settings_of` reads, fit for JSON."""
+def delivery_settings(config: Config) -> dict[str, Any]:
+    """Return the settings that `settings_of` reads, as JSON values."""
     return {name: getattr(config, name) for name in _SETTINGS}
 
 
-def tightened(config: Config, now: Config) -> Config:
-    """Return a run's settings with what those of now keep back in addition; they let nothing out that it kept back."""
+def restricted(config: Config, current: Config) -> Config:
+    """Return a run's settings with the restrictions of the current ones added; no restriction of the run is lifted."""
     return replace(
         config,
-        mask=(*config.mask, *(pattern for pattern in now.mask if not pattern.startswith("!"))),
-        exclude=(*config.exclude, *now.exclude),
-        include=config.include or now.include,
-        local_only=config.local_only or now.local_only,
+        mask=(*config.mask, *(pattern for pattern in current.mask if not pattern.startswith("!"))),
+        exclude=(*config.exclude, *current.exclude),
+        include=config.include or current.include,
+        local_only=config.local_only or current.local_only,
     )
 
 
@@ -97,7 +95,7 @@ class DeliveryPlan:
         self.experiments: dict[str, PlannedExperiment] = {}
 
     def refresh(self) -> bool:
-        """Read what was announced since the last call; return whether anything was.
+        """Read announcements since the last call; return whether there were any.
 
         Raises:
             StoreError: the store cannot be read.
@@ -113,14 +111,14 @@ class DeliveryPlan:
         return found
 
     def of(self, stream: int, number: int) -> PlannedExperiment | None:
-        """Return the experiment that a stream's number means; None where nobody has announced one under that number.
+        """Return the experiment of a stream's number; None where none was announced under that number.
 
-        A forked child may log for its parent's before its own announcement has come.
+        A forked child may log for its parent's experiment before its own announcement arrives.
         """
         return self._by_number.get((stream, number)) or self._numbered.get(number)
 
     def backends(self) -> dict[str, PlannedExperiment]:
-        """Return every backend that is asked for, with the first experiment that does."""
+        """Return every requested backend, with the first experiment that requests it."""
         wanted: dict[str, PlannedExperiment] = {}
         for experiment in self.experiments.values():
             for backend in experiment.backends:
@@ -128,8 +126,8 @@ class DeliveryPlan:
 
         return wanted
 
-    def own(self) -> PlannedExperiment:
-        """Return an experiment that stands for the run as a whole, for what was logged outside of any."""
+    def run_experiment(self) -> PlannedExperiment:
+        """Return an experiment for the whole run, which gets rows that were logged outside of any."""
         meta = self._reader.meta().get("run", {})
         row = {
             "experiment": 0, "id": self._run_dir.name, "name": meta.get("name") or self._run_dir.name,
@@ -137,8 +135,8 @@ class DeliveryPlan:
         }  # fmt: skip
         return PlannedExperiment(_key(row), 0, row)
 
-    def adopt(self, stream: int, experiment: PlannedExperiment) -> PlannedExperiment:
-        """Let a stream's number 0 mean an experiment that nobody announced."""
+    def assign(self, stream: int, experiment: PlannedExperiment) -> PlannedExperiment:
+        """Assign an experiment that was not announced to a stream's number 0."""
         known = self.experiments.setdefault(experiment.key, experiment)
         self._by_number[stream, experiment.number] = known
         return known
@@ -148,7 +146,6 @@ class DeliveryPlan:
         experiment = self.experiments.setdefault(_key(row), PlannedExperiment(_key(row), number, row))
         experiment.row = {**experiment.row, **row} if stream in experiment.begun_on else {**row, **experiment.row}
         experiment.begun_on.add(stream)
-        experiment.open_on.add(stream)
         self._by_number[stream, number] = experiment
         self._numbered.setdefault(number, experiment)
 

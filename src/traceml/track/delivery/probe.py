@@ -1,4 +1,4 @@
-"""Looks at one backend without delivering anything: is its library there, where would it deliver, does that answer.
+"""Probe of one backend without delivering anything: its library, its target, and whether that responds.
 
 `python -m traceml.track.delivery.probe BACKEND RUN_DIR` reads the backend's options as JSON from standard input and
 prints the result as JSON. It is a process of its own with that backend's environment alone, as a delivery is.
@@ -30,21 +30,21 @@ from traceml.track.plugins.plugin_registry import create_backend, load
 
 __all__ = ["ProbeResult", "main", "probe"]
 
-_ANSWER_S = 3.0
+_RESPONSE_S = 3.0
 _TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What is known of a backend.
+    """Result of a probe.
 
     Attributes:
-        versions: of its libraries.
-        missing: the command that installs what is not there; empty where nothing is missing.
-        target: where it would deliver, without credentials.
+        versions: versions of its libraries.
+        missing: what is missing and the command that installs it; empty where nothing is missing.
+        target: address or path of the tracker, without credentials.
         is_local: whether that is on this machine.
-        reaches: whether the target answers, or can be written; None where that cannot be told.
-        answer: how it answers, or why it does not.
+        reaches: whether the target responds or can be written; None where that is unknown.
+        answer: details of the response, or why there is none.
         error: why the backend cannot be used.
     """
 
@@ -58,15 +58,15 @@ class ProbeResult:
 
 
 def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResult:
-    """Look at a backend, in a process of its own.
+    """Probe a backend in a process of its own.
 
     Args:
         backend: a name or an import path.
         options: as in the settings.
-        run_dir: a folder in which a run could be.
+        run_dir: a folder for a run; it need not exist.
     """
     try:
-        asked = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "traceml.track.delivery.probe", backend, str(run_dir)],
             input=json.dumps(dict(options)),
             env=environment_for(backend, options),
@@ -76,25 +76,25 @@ def probe(backend: str, options: Mapping[str, Any], run_dir: Path) -> ProbeResul
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return ProbeResult({}, error=f"it did not answer within {_TIMEOUT_S:.0f} s")
+        return ProbeResult({}, error=f"it did not respond within {_TIMEOUT_S:.0f} s")
 
     with contextlib.suppress(ValueError, IndexError, TypeError):
-        return ProbeResult(**json.loads(asked.stdout.splitlines()[-1]))
+        return ProbeResult(**json.loads(done.stdout.splitlines()[-1]))
 
-    said = asked.stderr.strip().splitlines()
-    return ProbeResult({}, error=said[-1] if said else f"its process ended with {asked.returncode}")
+    lines = done.stderr.strip().splitlines()
+    return ProbeResult({}, error=lines[-1] if lines else f"its process ended with {done.returncode}")
 
 
 def main() -> None:
-    """Look at the backend that the command line names, and print what was found."""
+    """Probe the backend that the command line names, and print the result."""
     backend, run_dir = sys.argv[1], sys.argv[2]
     out = os.dup(1)
-    os.dup2(2, 1)  # what a library prints must not come between
-    found = _look(backend, json.loads(sys.stdin.read() or "{}"), Path(run_dir))
-    os.write(out, (json.dumps(asdict(found)) + "\n").encode())
+    os.dup2(2, 1)  # output of libraries must not mix with the result
+    result = _probe(backend, json.loads(sys.stdin.read() or "{}"), Path(run_dir))
+    os.write(out, (json.dumps(asdict(result)) + "\n").encode())
 
 
-def _look(backend: str, options: dict[str, Any], run_dir: Path) -> ProbeResult:
+def _probe(backend: str, options: dict[str, Any], run_dir: Path) -> ProbeResult:
     versions: dict[str, str] = {}
     try:
         plugin = load(PluginType.BACKEND, backend)
@@ -119,59 +119,59 @@ def _look(backend: str, options: dict[str, Any], run_dir: Path) -> ProbeResult:
         }
         config = {"options": backend_options(options), "run_id": run_dir.name, "run_dir": str(run_dir),
                   "experiment": experiment, "continue_run": None, "local_only": False}  # fmt: skip
-        made = create_backend(backend, config)
+        created = create_backend(backend, config)
     except (PluginError, ImportError) as error:
         return ProbeResult(versions, error=str(error))
     except Exception as error:  # noqa: BLE001 - a library may raise anything while it is imported
         return ProbeResult(versions, error=f"{type(error).__name__}: {error}")
 
-    reaches, answer = _answers(made.target)
-    return ProbeResult(versions, target=made.target, is_local=made.is_local, reaches=reaches, answer=answer)
+    reaches, answer = _check_target(created.target)
+    return ProbeResult(versions, target=created.target, is_local=created.is_local, reaches=reaches, answer=answer)
 
 
-def _answers(target: str) -> tuple[bool | None, str]:
-    """Return whether a target can be reached, and in words how."""
+def _check_target(target: str) -> tuple[bool | None, str]:
+    """Return whether a target can be reached, and details."""
     parts = urlsplit(target)
     if parts.scheme in {"http", "https"}:
-        return _http_answers(target)
+        return _check_http(target)
     if parts.scheme and parts.hostname and parts.port:
-        return _port_answers(parts.hostname, parts.port)
+        return _check_port(parts.hostname, parts.port)
     if target.startswith("/"):
-        return _can_be_written(Path(target))
+        return _check_folder(Path(target))
 
     return None, ""
 
 
-def _http_answers(url: str) -> tuple[bool, str]:
+def _check_http(url: str) -> tuple[bool, str]:
     began_s = time.monotonic()
     try:
-        with urllib.request.urlopen(url, timeout=_ANSWER_S) as answer:  # noqa: S310 - http or https, as was seen
+        with urllib.request.urlopen(url, timeout=_RESPONSE_S) as answer:  # noqa: S310 - http or https, see the caller
             status = answer.status
     except urllib.error.HTTPError as error:
-        status = error.code  # it answers: what this page needs is another question
+        status = error.code  # it responds, with whatever status
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        return False, f"does not answer: {reason}"
+        return False, f"does not respond: {reason}"
 
-    return status < 500, f"answers ({status}) in {1e3 * (time.monotonic() - began_s):.0f} ms"
+    return status < 500, f"responds ({status}) in {1e3 * (time.monotonic() - began_s):.0f} ms"
 
 
-def _port_answers(host: str, port: int) -> tuple[bool, str]:
+def _check_port(host: str, port: int) -> tuple[bool, str]:
     began_s = time.monotonic()
     try:
-        socket.create_connection((host, port), _ANSWER_S).close()
+        socket.create_connection((host, port), _RESPONSE_S).close()
     except OSError as error:
-        return False, f"does not answer: {error.strerror or error}"
+        return False, f"does not respond: {error.strerror or error}"
 
-    return True, f"answers in {1e3 * (time.monotonic() - began_s):.0f} ms"
+    return True, f"responds in {1e3 * (time.monotonic() - began_s):.0f} ms"
 
 
-def _can_be_written(path: Path) -> tuple[bool, str]:
-    there = next(each for each in (path, *path.parents) if each.exists())
-    if os.access(there, os.W_OK):
+def _check_folder(path: Path) -> tuple[bool, str]:
+    existing = next(each for each in (path, *path.parents) if each.exists())
+    if os.access(existing, os.W_OK):
         return True, "can be written"
 
-    return False, f"cannot be written: see the rights of {there}"
+    return False, f"cannot be written: check the permissions of {existing}"
 
 
 if __name__ == "__main__":

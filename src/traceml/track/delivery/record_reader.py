@@ -1,7 +1,7 @@
-"""Reading what was logged, decoded, by a cursor: what every delivery works from.
+"""Reader of logged rows, decoded, by a cursor.
 
-A cursor is a map of two numbers, fit for JSON: `frame`, the last frame of the store that is done, and `row`, how many
-rows of the next one are done as well.
+A cursor is a map of two numbers, for JSON: `frame`, the last frame of the store that is done, and `row`, the number of
+rows of the next frame that are done.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from traceml.track.plugins.metric import Metric
 
 __all__ = ["LoggedRecord", "RecordBatch", "RecordReader", "logged_rows", "metrics_of", "position"]
 
-_S = 1_000_000_000  # whole seconds apart: a quotient of nanoseconds is not exact in a double
+_S = 1_000_000_000
 _ROW = struct.Struct("<qqqdqq")
 _FRAMES = 64
 _BATCH_ROWS = 5_000
 
 
 class LoggedRecord(NamedTuple):
-    """Something logged that is no number.
+    """A logged row that is no number.
 
     Attributes:
-        stream: the stream that it came in; a rank may have several, one per process.
-        row: what was logged; see `database.schema.LOGGED`.
+        stream: its stream; a rank may have several, one per process.
+        row: its content; see `database.schema.LOGGED`.
     """
 
     stream: StreamRecord
@@ -38,15 +38,15 @@ class LoggedRecord(NamedTuple):
 
 @dataclass(slots=True)
 class RecordBatch:
-    """What was logged between two cursors, in the order of the store: per process that of the calls.
+    """Rows between two cursors, in the order of the store, which per process is the order of the calls.
 
     Attributes:
-        cursor: where to go on after it.
-        rows: how many rows a user logged.
-        metrics: the values by stream and number of the experiment.
-        logged: everything else.
-        frames: frames of the tables that were asked for as well.
-        is_last: whether the store held nothing after it.
+        cursor: cursor after the batch.
+        rows: number of rows that a user logged.
+        metrics: values by stream and number of the experiment.
+        logged: all other logged rows.
+        frames: frames of the tables requested in addition.
+        is_last: whether the store had nothing after it.
     """
 
     cursor: dict[str, int]
@@ -58,11 +58,11 @@ class RecordBatch:
 
 
 class RecordReader:
-    """Follows a store. What it returns depends on the cursor alone, so that what is read again is the same again.
+    """Follows a store. A batch depends on the cursor alone, so that reading again gives the same batch.
 
     Args:
         reader: the run's store.
-        also: packed tables whose frames are returned as they are.
+        also: packed tables whose frames are returned unchanged.
     """
 
     def __init__(self, reader: StoreReader, also: tuple[str, ...] = ()) -> None:
@@ -82,33 +82,33 @@ class RecordReader:
     def read(
         self, cursor: Mapping[str, int], rows: int = _BATCH_ROWS, until: Mapping[str, int] | None = None
     ) -> RecordBatch:
-        """Return what comes after a cursor; its own cursor is the same where there is nothing.
+        """Return the batch after a cursor; its cursor is the same when there is nothing.
 
         Args:
-            cursor: where to begin; empty for the beginning.
-            rows: at most so many rows that a user logged.
-            until: another cursor, at which it ends at the latest.
+            cursor: start of the batch; empty for the beginning.
+            rows: most rows that a user logged.
+            until: a cursor that the batch does not pass.
 
         Raises:
             StoreError: the store cannot be read, or is damaged.
         """
         after, done = int(cursor.get("frame", 0)), int(cursor.get("row", 0))
         batch = RecordBatch({"frame": after, "row": done})
-        self._learn_up_to(after)
+        self._read_names_up_to(after)
         found = self._reader.frames_of(self._tables, after, _FRAMES)
         for frame in found:
             room = rows - batch.rows
             if until is not None and batch.cursor["frame"] >= until["frame"]:
                 room = min(room, until["row"] - done)
 
-            # The frame in which it ends is begun only where there is room for a row of it.
+            # A frame is begun only with room for at least one of its rows.
             if room <= 0:
                 batch.is_last = False
                 return batch
 
-            whole = self._take(batch, frame, done, room)
-            if whole is not None:
-                batch.cursor["row"] = whole
+            stopped_at = self._take(batch, frame, done, room)
+            if stopped_at is not None:
+                batch.cursor["row"] = stopped_at
                 batch.is_last = False
                 return batch
 
@@ -119,9 +119,9 @@ class RecordReader:
         return batch
 
     def _take(self, batch: RecordBatch, frame: Frame, done: int, room: int) -> int | None:
-        """Put a frame into a batch; return None when all of it is done, else how many of its rows are."""
+        """Add a frame to a batch; return None when all of it is done, else the number of its rows that are."""
         if frame.table == NAMES.name:
-            self._learn(frame)
+            self._add_names(frame)
             return None
 
         if frame.table not in (METRICS.name, LOGGED.name):
@@ -139,17 +139,17 @@ class RecordReader:
         batch.rows += stop - done
         return stop if stop < frame.n else None
 
-    def _learn_up_to(self, last: int) -> None:
-        """Learn the names that were given before a cursor."""
+    def _read_names_up_to(self, last: int) -> None:
+        """Read the names of metrics up to a frame."""
         if last <= self._names_after or NAMES.name not in self._reader.tables:
             return
 
         for frame in self._reader.frames(NAMES.name, self._names_after):
-            self._learn(frame)
+            self._add_names(frame)
 
         self._names_after = max(self._names_after, last)
 
-    def _learn(self, frame: Frame) -> None:
+    def _add_names(self, frame: Frame) -> None:
         for row in frame.maps():
             self._names[frame.stream, row["id"]] = row["name"]
 
@@ -157,12 +157,12 @@ class RecordReader:
 
 
 def position(cursor: Mapping[str, int]) -> tuple[int, int]:
-    """Return what orders cursors."""
+    """Return a cursor as a tuple, which orders."""
     return int(cursor.get("frame", 0)), int(cursor.get("row", 0))
 
 
 def logged_rows(reader: StoreReader) -> int:
-    """Return how many rows users have logged, as far as they are stored."""
+    """Return the number of stored rows that users logged."""
     return sum(reader.stored(table) for table in (METRICS.name, LOGGED.name) if table in reader.tables)
 
 
@@ -173,7 +173,7 @@ def metrics_of(
 
     Args:
         frame: the frame.
-        rank: whose it is.
+        rank: its rank.
         names: (stream, number) -> name.
         start: the first row.
         stop: the row to stop before.

@@ -1,8 +1,8 @@
-"""Finding the rows that a tracker refuses, so that all others go on.
+"""Search for the rows that a tracker refuses, so that all others are delivered.
 
-A batch that is refused is halved until one row is left; that one is counted, with the reason, and left out. Where the
-search stands is kept in the delivery's memory: a backend that has to start over comes by the same rows again, and finds
-what was found before. One that refuses everything is broken: then the rows that it refused last are taken back.
+A refused batch is halved until one row is left; that row is counted, with the reason, and skipped. The state of the
+search is part of the delivery's memory: a backend that has to start over reads the same rows again and skips those
+found before. A tracker that refuses everything is broken: the rows that it refused last are then no longer skipped.
 """
 
 from __future__ import annotations
@@ -16,35 +16,35 @@ from traceml.track.tracker_state import TrackerState
 
 __all__ = ["RefusalOutcome", "RefusalSearch", "count_refused"]
 
-_IN_A_ROW = 50
+_MOST_CONSECUTIVE = 50
 _REASONS = 20
 _KEY = "suspect"
 
 
 class RefusalOutcome(Enum):
-    """What a refusal came to."""
+    """Result of a refused batch."""
 
     SEARCHING = "searching"  # read again: the next batch is smaller
-    FOUND = "found"  # one row, which is left out; the cursor is behind it
-    EVERYTHING = "everything"  # row after row: the tracker is broken, and what it refused last is taken back
+    FOUND = "found"  # one row, which is skipped; the cursor is behind it
+    EVERYTHING = "everything"  # row after row: the tracker is broken, and the rows refused last are not skipped
 
 
 class RefusalSearch:
-    """The search for refused rows of one delivery.
+    """Search for the refused rows of one delivery.
 
     Args:
-        state: its state.
+        state: the state of the delivery.
     """
 
     def __init__(self, state: TrackerState) -> None:
         self._state = state
 
     def limit(self, here: Mapping[str, int], usual: int) -> int:
-        """Return how many rows the next batch takes at most.
+        """Return the most rows of the next batch.
 
         Args:
-            here: where it begins.
-            usual: as many as where nothing is refused.
+            here: cursor at its start.
+            usual: the limit when nothing is refused.
         """
         search = self._search
         if search is None or not position(search["from"]) <= position(here) < position(search["to"]):
@@ -53,7 +53,7 @@ class RefusalSearch:
         return int(search["rows"])
 
     def stops(self) -> Iterator[dict[str, int]]:
-        """Yield where a batch has to end: around what is searched, and around each row that was found."""
+        """Yield the cursors at which a batch has to end: around the searched range, and around each refused row."""
         search = self._search
         if search is None:
             return
@@ -63,57 +63,59 @@ class RefusalSearch:
             yield part["to"]
 
     def knows(self, batch: RecordBatch) -> bool:
-        """Whether a batch is a row that was refused before, by a backend that now starts over."""
+        """Whether a batch is a row that was refused before, for a backend that starts over."""
         search = self._search
         return search is not None and any(found["to"] == batch.cursor for found in search["found"])
 
     def passed(self) -> None:
-        """Note that a batch was taken: the tracker does not refuse everything."""
+        """Record that a batch was accepted: the tracker does not refuse everything."""
         if self._search is not None:
             self._search["in_a_row"] = 0
 
     def note(self, batch: RecordBatch, here: Mapping[str, int], why: str) -> RefusalOutcome:
-        """Note that a batch was refused.
+        """Record a refused batch.
 
         Args:
             batch: the batch.
-            here: where it began.
-            why: what the tracker said.
+            here: cursor at its start.
+            why: the error of the tracker.
         """
         search = self._state.memory.setdefault(_KEY, {"found": [], "in_a_row": 0})
         search |= {"from": dict(here), "to": dict(batch.cursor), "rows": max(batch.rows // 2, 1)}
         if batch.rows > 1:
             return RefusalOutcome.SEARCHING
 
-        if batch.rows and batch.frames:  # the row, or what is made of the frames before it: those first
+        if (
+            batch.rows and batch.frames
+        ):  # the row may be refused, or values derived from the frames before it: try those first
             search["to"] = {"frame": batch.frames[-1].id, "row": 0}
             return RefusalOutcome.SEARCHING
 
         search["found"].append({"from": dict(here), "to": dict(batch.cursor)})
         search["in_a_row"] += 1
-        if search["in_a_row"] > _IN_A_ROW:
-            self._take_back(search)
+        if search["in_a_row"] > _MOST_CONSECUTIVE:
+            self._unskip(search)
             return RefusalOutcome.EVERYTHING
 
-        self._leave_out(batch, why)
+        self._skip(batch, why)
         return RefusalOutcome.FOUND
 
     def carried(self) -> dict[str, Any]:
-        """Return what a delivery that starts over takes along in its memory."""
+        """Return the memory that a delivery keeps when it starts over."""
         return {_KEY: self._search} if self._search is not None else {}
 
     @property
     def _search(self) -> Any:
         return self._state.memory.get(_KEY)
 
-    def _leave_out(self, batch: RecordBatch, why: str) -> None:
+    def _skip(self, batch: RecordBatch, why: str) -> None:
         state = self._state
         state.passed += batch.rows
         state.cursor = dict(batch.cursor)
         if batch.rows:
             count_refused(state, why)
 
-    def _take_back(self, search: dict[str, Any]) -> None:
+    def _unskip(self, search: dict[str, Any]) -> None:
         state, n = self._state, search["in_a_row"]
         state.cursor = search["found"][-n]["from"]
         state.failed -= n - 1
@@ -126,7 +128,7 @@ class RefusalSearch:
 
 
 def count_refused(state: TrackerState, why: str) -> None:
-    """Count a row that is refused for good, with the reason."""
+    """Count a refused row, with the reason."""
     state.failed += 1
     if why in state.reasons or len(state.reasons) < _REASONS:
         state.reasons[why] = state.reasons.get(why, 0) + 1

@@ -1,4 +1,4 @@
-"""One delivery's connections: per experiment a backend object, started, continued after a death, and ended."""
+"""Connections of one delivery: a backend object per experiment, started, continued after a death, and ended."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ from traceml.track.tracker_state import TrackerState, states_of
 
 __all__ = ["RewindError", "TrackerSession", "ranked"]
 
-# Starting and ending a run at a tracker may take long: some wait for their threads, some upload then.
+# Extra time to start or end a run at a tracker: some wait for their threads, some upload then.
 _SLOW_S = 30.0
-# An artifact gets the usual time, and a second more for each so many bytes.
+# An artifact gets the usual time, and one more second per so many bytes.
 _BYTES_PER_S = 1 << 20
 
 
 class RewindError(Exception):
-    """A backend can go on after a death only from the run's first row."""
+    """A backend can continue after a death only from the run's first row."""
 
 
 def ranked(name: str, rank: int) -> str:
-    """Return the name under which a rank's value goes to a tracker: one run holds all ranks."""
+    """Return the name of a rank's value at a tracker, where one run holds all ranks."""
     return name if rank == 0 else f"{name}/rank_{rank}"
 
 
 class TrackerSession:
-    """The backend objects of one backend.
+    """Backend objects of one backend.
 
     Args:
         backend: its name.
         run_dir: the run's folder.
-        state: where the delivery stands; experiments are kept in it.
+        state: state of the delivery, with its experiments.
         save: writes the state.
         watchdog: ends the process when a call hangs.
-        masker: masks what is text.
-        timeout_s: how long a call may take.
-        is_fallback: whether it stands in for another backend; its experiments are kept apart.
-        local_only: whether nothing may leave this machine, whatever the experiments say.
+        masker: masks texts.
+        timeout_s: longest time of a call.
+        options: options of the backend that replace those of the experiments.
+        is_fallback: whether it replaces a failing backend; its experiments are stored under other keys.
+        local_only: whether nothing may leave this machine, regardless of the experiments' settings.
     """
 
     def __init__(
@@ -75,71 +76,71 @@ class TrackerSession:
         self._options = options
         self._local_only = local_only
         self._prefix = f"{backend}:" if is_fallback else ""
-        self._live: dict[str, BackendInterface] = {}
-        self._touched: set[str] = set()
-        self._ranked: dict[tuple[str, int], str] = {}
+        self._connected: dict[str, BackendInterface] = {}
+        self._unconfirmed: set[str] = set()
+        self._ranked_names: dict[tuple[str, int], str] = {}
 
     @property
     def is_idempotent(self) -> bool:
-        """Whether everything that is connected may be given the same again."""
-        return all(backend.idempotent for backend in self._live.values())
+        """Whether every connected backend object may be sent the same rows again."""
+        return all(backend.idempotent for backend in self._connected.values())
 
-    def kept(self, experiment: PlannedExperiment) -> dict[str, Any]:
-        """Return what the state holds of an experiment at this backend; empty before it was started."""
+    def state_of(self, experiment: PlannedExperiment) -> dict[str, Any]:
+        """Return the state of an experiment at this backend; empty before it was started."""
         return self._state.experiments.get(self._prefix + experiment.key, {})
 
     def connect(self, experiment: PlannedExperiment) -> BackendInterface:
         """Return the backend object of an experiment, started or continued.
 
         Raises:
-            RewindError: the backend wants the run from its first row.
-            StartError: it cannot be started.
-            Exception: whatever the backend raises over its tags.
+            RewindError: the backend needs the run from its first row.
+            StartError: the experiment cannot be started.
+            Exception: the backend does not accept its tags.
         """
-        live = self._live.get(experiment.key)
-        if live is not None:
-            return live
+        connected = self._connected.get(experiment.key)
+        if connected is not None:
+            return connected
 
         with self._watched("start_experiment", _SLOW_S):
             try:
-                backend = self._begin(experiment, self.kept(experiment))
+                backend = self._begin(experiment, self.state_of(experiment))
             except RewindError:
                 raise
             except Exception as error:
                 raise StartError(error) from error
 
         self._save()
-        self._live[experiment.key] = backend
+        self._connected[experiment.key] = backend
         if tags := experiment.row.get("tags"):
             self.tags(experiment, tags)
 
         return backend
 
-    def _begin(self, experiment: PlannedExperiment, kept: Mapping[str, Any]) -> BackendInterface:
-        backend = create_backend(self.backend, self._config(experiment, kept), self._known(experiment))
-        if kept and not kept.get("ended") and not backend.resume(kept["mark"]):
+    def _begin(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> BackendInterface:
+        backend = create_backend(self.backend, self._config(experiment, stored), self._known(experiment))
+        if stored and not stored.get("ended") and not backend.resume(stored["mark"]):
             raise RewindError
 
         self._state.target = self._masker.mask_text(backend.target)
         row = experiment.row
         name = self._masker.mask_text(experiment.name)
         number = backend.start_experiment(name, self._masker.mask_text(str(row.get("project") or "default")))
-        # Kept at once: killed from here on, the next process continues this run instead of starting another.
+        # Saved at once: after a death from here on, the next process continues this run instead of starting another.
         self._state.experiments[self._prefix + experiment.key] = {
             "id": number, "url": backend.url, "mark": backend.mark(), "ended": False,
             "public": str(row.get("id") or ""),
         }  # fmt: skip
         return backend
 
-    # --- what is given -----------------------------------------------------------------------------------------------
+    # --- calls -----------------------------------------------------------------------------------------------
 
     def metrics(self, experiment: PlannedExperiment, rows: Sequence[Metric]) -> Sequence[tuple[Metric, Exception]]:
-        """Give values, each under its rank's name; return those that were refused while the others were taken."""
+        """Send values, each under its rank's name; return those that were refused when the others were accepted."""
         if not rows:
             return ()
 
         if any(row.rank for row in rows):
-            names = self._ranked
+            names = self._ranked_names
             for row in rows:
                 if (row.name, row.rank) not in names:
                     names[row.name, row.rank] = ranked(row.name, row.rank)
@@ -153,14 +154,14 @@ class TrackerSession:
         return refused if isinstance(refused, list | tuple) else ()
 
     def params(self, experiment: PlannedExperiment, params: Mapping[str, Any]) -> None:
-        """Give parameters, masked."""
+        """Send parameters, masked."""
         masked = self._masker.mask_mapping(params)
         backend = self._opened(experiment)
         with self._watched("log_params"):
             backend.log_params(masked)
 
     def tags(self, experiment: PlannedExperiment, tags: Mapping[str, Any] | Iterable[str]) -> None:
-        """Give tags, masked; a plain list becomes tags without values."""
+        """Send tags, masked; a plain list becomes tags without values."""
         pairs = dict(tags) if isinstance(tags, Mapping) else {str(tag): "true" for tag in tags}
         masked = {key: _text(value) for key, value in self._masker.mask_mapping(pairs).items()}
         backend = self._opened(experiment)
@@ -168,14 +169,14 @@ class TrackerSession:
             backend.set_tags(masked)
 
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int) -> None:
-        """Give a text, masked, also by what it is called."""
+        """Send a text, masked by its content and its name."""
         masked = _text(self._masker.mask_value(name, text))
         backend = self._opened(experiment)
         with self._watched("log_text"):
             backend.log_text(name, masked, step)
 
     def image(self, experiment: PlannedExperiment, name: str, path: Path, step: int) -> None:
-        """Give an image."""
+        """Send an image."""
         backend = self._opened(experiment)
         with self._watched("log_image", self._time_for(path)):
             backend.log_image(name, path, step)
@@ -183,63 +184,63 @@ class TrackerSession:
     def histogram(
         self, experiment: PlannedExperiment, name: str, counts: Sequence[float], edges: Sequence[float], step: int
     ) -> None:
-        """Give a histogram."""
+        """Send a histogram."""
         backend = self._opened(experiment)
         with self._watched("log_histogram"):
             backend.log_histogram(name, counts, edges, step)
 
     def artifact(self, experiment: PlannedExperiment, path: Path, name: str) -> None:
-        """Give a file."""
+        """Send a file."""
         backend = self._opened(experiment)
         with self._watched("log_artifact", self._time_for(path)):
             backend.log_artifact(str(path), name)
 
     def confirm(self) -> None:
-        """Return when all that was given is safe at the tracker, and note where it stands there."""
-        for key in self._touched:
-            backend = self._live.get(key)
+        """Return when everything sent is safe at the tracker, and record the position there."""
+        for key in self._unconfirmed:
+            backend = self._connected.get(key)
             if backend is None:
-                continue  # ended meanwhile, which includes this
+                continue  # has ended, which includes the flush
 
             with self._watched("flush"):
                 backend.flush()
                 self._state.experiments[self._prefix + key]["mark"] = backend.mark()
 
-        self._touched.clear()
+        self._unconfirmed.clear()
 
     def end(self, experiment: PlannedExperiment, state: str) -> None:
-        """End an experiment at the tracker; does nothing where that is done, or nothing was ever begun.
+        """End an experiment at the tracker, unless it has ended or never started.
 
         Args:
-            experiment: which.
-            state: how the training ended: finished, failed or lost.
+            experiment: the experiment.
+            state: state in which the training ended: finished, failed or lost.
         """
-        kept = self.kept(experiment)
-        if not kept or kept.get("ended"):
+        stored = self.state_of(experiment)
+        if not stored or stored.get("ended"):
             return
 
         backend = self.connect(experiment)
         with self._watched("end_experiment", _SLOW_S):
             backend.end_state(state)
             backend.end_experiment()
-            # The cursor tells the rows that it has from those that come after all.
-            self.kept(experiment).update(ended=True, end=dict(self._state.cursor))
+            # The cursor separates the rows that it has from rows that come after all.
+            self.state_of(experiment).update(ended=True, end=dict(self._state.cursor))
 
-        del self._live[experiment.key]
+        del self._connected[experiment.key]
         self._save()
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
     def _opened(self, experiment: PlannedExperiment) -> BackendInterface:
         backend = self.connect(experiment)
-        self._touched.add(experiment.key)
+        self._unconfirmed.add(experiment.key)
         return backend
 
     def _watched(self, call: str, extra_s: float = 0.0) -> Any:
         allowed_s = self._timeout_s + extra_s
         if extra_s > 1:
             self._state.busy(extra_s)
-            self._save()  # so that nobody takes it for stuck meanwhile
+            self._save()  # so that the delivery does not look stuck meanwhile
 
         return self._watchdog.watch(call, allowed_s)
 
@@ -249,7 +250,7 @@ class TrackerSession:
     def _known(self, experiment: PlannedExperiment) -> Mapping[str, str] | None:
         return experiment.row.get("registered")
 
-    def _config(self, experiment: PlannedExperiment, kept: Mapping[str, Any]) -> dict[str, Any]:
+    def _config(self, experiment: PlannedExperiment, stored: Mapping[str, Any]) -> dict[str, Any]:
         row = experiment.row
         options = self._options if self._options is not None else experiment.options(self.backend)
         parent = row.get("parent")
@@ -262,24 +263,24 @@ class TrackerSession:
                 "name": self._masker.mask_text(experiment.name),
                 "project": self._masker.mask_text(str(row.get("project") or "default")),
                 "tags": self._masker.mask_mapping(row.get("tags") or {}),
-                "parent": self._their_id(str(parent)) if parent else None,
+                "parent": self._id_at_tracker(str(parent)) if parent else None,
                 "params": self._masker.mask_mapping(row.get("params") or {}),
             },
-            "continue_run": kept["id"] if kept.get("ended") else self._resumed(row.get("resume")),
-            "mark": kept.get("mark"),
+            "continue_run": stored["id"] if stored.get("ended") else self._resumed(row.get("resume")),
+            "mark": stored.get("mark"),
             "local_only": self._local_only or bool(row.get("local_only")),
         }
 
-    def _their_id(self, public: str) -> str | None:
-        """Return the tracker's id of an experiment of this run or of another in the same folder, by our id of it."""
+    def _id_at_tracker(self, public: str) -> str | None:
+        """Return the tracker's id of an experiment of this run or of another in the same folder, by its traceml id."""
         for run_dir in (self._run_dir, *sorted(self._run_dir.parent.glob("*/"), reverse=True)):
             for state in states_of(run_dir):
                 if state.backend != self.backend:
                     continue
 
-                for kept in state.experiments.values():
-                    if public in {kept.get("public"), kept.get("id")}:
-                        return str(kept["id"])
+                for stored in state.experiments.values():
+                    if public in {stored.get("public"), stored.get("id")}:
+                        return str(stored["id"])
 
                 if run_dir.name == public and state.experiments:
                     return str(next(iter(state.experiments.values()))["id"])
@@ -290,14 +291,14 @@ class TrackerSession:
         if not wanted:
             return None
 
-        theirs = self._their_id(str(wanted))
-        if theirs is None:
+        continued = self._id_at_tracker(str(wanted))
+        if continued is None:
             raise PluginError(
                 f"resume={wanted!r}: backend {self.backend!r} has no run of that id in {self._run_dir.parent}; "
                 "give the id of a run or of an experiment that was delivered to it"
             )
 
-        return theirs
+        return continued
 
 
 def _text(value: Any) -> str:

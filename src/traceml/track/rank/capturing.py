@@ -21,8 +21,8 @@ __all__ = ["begin", "rest", "start"]
 
 _log = logging.getLogger("traceml")
 _WARN_AFTER_S = 20.0
-_current: AutoCapture | None = None
-_current_recorder: Recorder | None = None
+_capture: AutoCapture | None = None
+_capturing_recorder: Recorder | None = None
 
 
 def begin(recorder: Recorder) -> None:
@@ -43,34 +43,37 @@ def start(*, collect: bool = True) -> None:
     Args:
         collect: start the collectors too.
     """
-    global _current, _current_recorder
+    global _capture, _capturing_recorder
     recorder = current_recorder()
     if recorder is None or not recorder.enabled or recorder.is_child:
         return
 
-    if recorder is _current_recorder:
-        if _current is not None:
-            _current.start(collect=collect)
+    if recorder is _capturing_recorder:
+        if _capture is not None:
+            _capture.start(collect=collect)
 
         return
 
     own = recorder.rank_identity
-    _current_recorder = recorder
+    _capturing_recorder = recorder
     if own.rank == 0:
         warn = partial(_warn, recorder, TrackerWarnings())
         recorder.after(_WARN_AFTER_S, warn)
         recorder.before_stop(warn)
 
-    _current = AutoCapture(recorder.config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
+    _capture = AutoCapture(recorder.config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
     recorder.before_stop(_stop)
-    _current.start(collect=collect)
+    _capture.start(collect=collect)
 
 
 def rest() -> None:
     """Stop capturing frameworks until the next `start`, unless the settings name a tracker."""
     recorder = current_recorder()
-    if _current is not None and recorder is _current_recorder and recorder is not None and not recorder.config.backend:
-        _current.unpatch()
+    if recorder is None or recorder is not _capturing_recorder or recorder.config.backend:
+        return
+
+    if _capture is not None:
+        _capture.unpatch()
 
 
 def _warn(recorder: Recorder, warnings: TrackerWarnings) -> None:
@@ -79,7 +82,7 @@ def _warn(recorder: Recorder, warnings: TrackerWarnings) -> None:
 
 
 def _stop() -> None:
-    global _current
-    stopping, _current = _current, None
+    global _capture
+    stopping, _capture = _capture, None
     if stopping is not None:
         stopping.stop()
