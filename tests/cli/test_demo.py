@@ -1,4 +1,4 @@
-"""`traceml demo`: what it starts, and the script that it starts."""
+"""`traceml demo` and its training script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from traceml.cli import demo
 
 @pytest.fixture
 def started(monkeypatch):
-    """Take the words that `traceml run` would get."""
+    """Record the arguments of `traceml run`."""
     from traceml.cli import run
 
     seen: list[list[str]] = []
@@ -46,14 +46,14 @@ def test_options_choose_the_fault(started):
 
 
 def test_unknown_fault(started, capsys):
-    """An unknown fault is a usage error that lists those there are."""
+    """An unknown fault is a usage error that lists the faults."""
     assert cli.main(["demo", "--fault", "gpu"]) == 2
     assert "'forward', 'input'" in capsys.readouterr().err
     assert started == []
 
 
 @pytest.mark.parametrize("missing", ["torch", "sklearn"])
-def test_missing_package_is_told(started, capsys, monkeypatch, missing):
+def test_missing_package_is_named(started, capsys, monkeypatch, missing):
     """Without torch or scikit-learn the error says how to install them."""
     monkeypatch.setattr(demo, "find_spec", lambda module: None if module == missing else object())
 
@@ -97,7 +97,7 @@ def test_script_knows_nothing_of_traceml():
 
 
 def test_example_trains():
-    """The MNIST example runs as it is, and learns."""
+    """The MNIST example runs unchanged, and learns."""
     example = Path(__file__).parents[2] / "examples" / "mnist.py"
     words = ["--epochs", "1", "--train-images", "256", "--test-images", "100", "--batch-size", "32"]
 

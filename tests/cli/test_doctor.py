@@ -26,7 +26,7 @@ def quick(monkeypatch, tmp_path):
 
 
 def test_everything_is_there(quick, capsys):
-    """On a good installation each check says what it saw, and each setting its value and source."""
+    """A good installation passes; each setting is printed with its value and source."""
     assert cli.main(["doctor"]) == 0
 
     shown = capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_json_is_json_and_nothing_else(quick, capsys):
 
 
 def test_token_is_never_shown(quick, capsys, monkeypatch):
-    """A token is said to be set, and nothing more."""
+    """A token is reported as set, without its value."""
     monkeypatch.setenv("TRACEML_TOKEN", "geheim123")
 
     cli.main(["doctor"])
@@ -92,7 +92,7 @@ def test_runs_dir_that_is_not_there_yet(tmp_path):
 
 
 def test_port_taken_by_a_stranger():
-    """Something that is no aggregator on the port is broken: `serve` could not start there."""
+    """A foreign server on the port is broken, as `serve` could not start there."""
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         check = checks._aggregator(load(port=stranger.getsockname()[1]))
 
@@ -110,7 +110,7 @@ def test_port_taken_by_a_stranger():
     ],
 )
 def test_torch(script, state, says):
-    """A torch that cannot be imported, or crashes, is told by its last words."""
+    """The error of a torch that cannot be imported, or crashes, is its last line of output."""
     check = checks._torch((sys.executable, "-c", script))
 
     assert check.state == state
@@ -118,7 +118,7 @@ def test_torch(script, state, says):
 
 
 def test_missing_package_is_broken(monkeypatch):
-    """A package that traceml needs and that is not there is named."""
+    """A missing required package is named."""
     monkeypatch.setattr(checks, "_version", lambda name: None if name == "zstandard" else "1.0")
 
     (check,) = checks._packages()
@@ -133,7 +133,7 @@ def test_no_shared_memory_is_a_note(tmp_path):
 
 
 def test_backends_are_looked_at_one_by_one(quick, capsys, monkeypatch, tmp_path):
-    """Versions, credentials by name and never by value, whether it answers; a wanted one that fails is broken."""
+    """Each tracker has versions, credentials without values, and reachability; a failing configured one is broken."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
 

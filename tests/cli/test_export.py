@@ -18,7 +18,7 @@ def run_dir(tmp_path, monkeypatch):
 
 
 def test_latest_run_goes_into_the_working_directory(run_dir, tmp_path, capsys):
-    """By the run's id, and the next step is told."""
+    """The default output has the run's id, and the next step is printed."""
     assert cli.main(["export", "--format", "perfetto"]) == 0
 
     told = capsys.readouterr()
@@ -31,7 +31,7 @@ def test_latest_run_goes_into_the_working_directory(run_dir, tmp_path, capsys):
 
 
 def test_format_goes_by_the_output(run_dir, tmp_path, capsys):
-    """A run by the end of its id, and an output whose name tells the format."""
+    """The run is given by the end of its id, the format by the extension of the output."""
     assert cli.main(["export", "abcd", "-o", "run.pfw.gz"]) == 0
     assert cli.main(["export", "abcd", "--output", "tables.csv"]) == 0
 
@@ -41,7 +41,7 @@ def test_format_goes_by_the_output(run_dir, tmp_path, capsys):
 
 
 def test_through_a_link(run_dir, tmp_path):
-    """It goes where the link leads."""
+    """The export is written to the target of the link."""
     link = tmp_path / "link.json"
     link.symlink_to("run.json")
 
@@ -50,8 +50,8 @@ def test_through_a_link(run_dir, tmp_path):
     assert json.loads((tmp_path / "run.json").read_bytes())
 
 
-def test_damage_is_told_and_the_rest_is_written(run_dir, tmp_path, capsys):
-    """What cannot be read is said on standard error; the output is there."""
+def test_damage_is_reported_and_the_rest_is_written(run_dir, tmp_path, capsys):
+    """Unreadable parts are reported on standard error; the output is written."""
     import sqlite3
 
     database = sqlite3.connect(run_dir / "store.db")
@@ -81,7 +81,7 @@ def test_wrong_words(run_dir, monkeypatch, capsys, words, said):
 
 @pytest.mark.parametrize("name", ["gone/run.json", "gone/run.pfw.gz", "file/tables.csv", "file/x/tables.parquet"])
 def test_an_output_that_cannot_be_written(run_dir, tmp_path, capsys, name):
-    """It is named as it was given, with what to do."""
+    """The error names the run as it was given, and the way out."""
     (tmp_path / "file").touch()
 
     assert cli.main(["export", "-o", name]) == 3

@@ -15,7 +15,7 @@ from traceml.errors import RunNotFoundError, SettingsError, UsageError
 
 @pytest.fixture
 def command(monkeypatch):
-    """Put a command `probe` in the table which does what the test says."""
+    """Add a command `probe` whose function the test gives."""
 
     def install(action):
         monkeypatch.setitem(cli.COMMANDS, "probe", ("probe", "a probe"))
@@ -33,7 +33,7 @@ def raising(error):
 
 @pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
 def test_overview_lists_every_command(argv, capsys):
-    """Without a command, and with --help, each command stands in the overview with what it does."""
+    """Without a command, and with --help, the overview lists each command with its help."""
     assert cli.main(argv) == 0
 
     shown = capsys.readouterr().out
@@ -60,7 +60,7 @@ def test_version(capsys):
     [("reprot", "traceml report"), ("train.py", "traceml run train.py"), ("zzzzzz", None), ("--jsn", None)],
 )
 def test_unknown_command_hints(word, meant, capsys):
-    """An unknown command exits with 2, one line, and a hint of what was perhaps meant."""
+    """An unknown command exits with 2, one line, and a suggestion."""
     assert cli.main([word]) == 2
 
     error = capsys.readouterr().err.splitlines()
@@ -71,7 +71,7 @@ def test_unknown_command_hints(word, meant, capsys):
 
 
 def test_command_gets_its_words_and_gives_its_status(command):
-    """A command gets the words after its name, and its status is the status of the whole."""
+    """A command gets the arguments after its name, and its status is the exit status."""
     seen = []
     command(lambda argv: seen.append(argv) or 7)
 
@@ -98,7 +98,7 @@ def test_help_of_a_command_is_the_commands_own(command):
     ],
 )
 def test_errors_are_one_line_on_stderr(command, capsys, error, status):
-    """An error of ours, or of the system, is one line on stderr (and a hint when the call was wrong)."""
+    """A traceml or system error is one line on stderr (and a hint after a usage error)."""
     command(raising(error))
 
     assert cli.main(["probe"]) == status
@@ -119,7 +119,7 @@ def test_interrupt_is_130(command, capsys):
 
 @pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (5, 5), ("told", 3)])
 def test_system_exit_becomes_a_status(command, code, status):
-    """A command that leaves by SystemExit gives its code as the status."""
+    """The code of a command's SystemExit is the exit status."""
     command(raising(SystemExit(code)))
 
     assert cli.main(["probe"]) == status
@@ -163,7 +163,7 @@ def test_closed_standard_streams_are_no_place_for_sockets(tmp_path):
 
 
 def test_reader_that_goes_away_is_quiet(tmp_path):
-    """When the reader of the pipe goes away the command ends without a word on stderr."""
+    """When the reader of the pipe is gone the command ends with no output on stderr."""
     (tmp_path / "writer.py").write_text(WRITER)
     script = f'{sys.executable} {tmp_path}/writer.py | head -n 1; exit "${{PIPESTATUS[0]}}"'
 
@@ -184,7 +184,7 @@ def test_overview_imports_nothing_heavy():
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_has_help(name, capsys):
-    """Each command explains itself and every option of it, within 80 columns."""
+    """Each command has help for itself and each option, within 100 columns."""
     assert cli.main([name, "--help"]) == 0
 
     shown = capsys.readouterr().out
@@ -194,7 +194,7 @@ def test_every_command_has_help(name, capsys):
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_refuses_an_unknown_option(name, capsys):
-    """An option that a command does not know exits with 2, one line and a hint."""
+    """An unknown option exits with 2, one line and a hint."""
     assert cli.main([name, "--no-such-option"]) == 2
 
     said, hint = capsys.readouterr().err.splitlines()

@@ -27,7 +27,7 @@ class Options:
 
 
 def test_words_become_options():
-    """Words fill the dataclass."""
+    """Arguments fill the dataclass."""
     assert parse(Options, ["--count", "3", "--json"], prog="traceml thing") == Options(count=3, json=True)
 
 
@@ -65,7 +65,7 @@ class Needy:
 
 @pytest.mark.parametrize(("words", "names"), [([], "FIRST, SECOND"), (["x"], "SECOND")])
 def test_what_is_missing_is_named(words, names):
-    """By name, without its explanation."""
+    """Missing options are named, without their help."""
     with pytest.raises(UsageError, match=f"^missing from traceml thing: {names}$"):
         parse(Needy, words, prog="traceml thing")
 

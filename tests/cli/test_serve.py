@@ -1,4 +1,4 @@
-"""`traceml serve` as a person starts it."""
+"""`traceml serve` on the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traceml.transport.hello import Hello
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start `traceml serve` with these options; what still runs at the end is killed."""
+    """Start `traceml serve` with these options; kill it at the end."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*options: str) -> subprocess.Popen[str]:
@@ -42,13 +42,13 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def port_of(process: subprocess.Popen[str]) -> int:
-    """Wait until it serves; return where."""
+    """Wait until it serves; return its address."""
     assert process.stdout is not None
     return int(process.stdout.readline().split(",")[0].rpartition(":")[2])
 
 
 def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
-    """The first line says where it listens; the token is found by who may read the user's files."""
+    """The first line is its address; the token is in a file of this user."""
     process = serve("--port", "0")
     port = port_of(process)
 
@@ -62,7 +62,7 @@ def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
 
 
 def test_token_outlives_a_crash(serve):
-    """One that takes over a crashed one's port keeps its token, so that ranks which know it come back."""
+    """An aggregator on the port of a crashed one keeps its token, so that its ranks reconnect."""
     first = serve("--port", "0")
     port = port_of(first)
     entry = auth.discover(port)
@@ -79,7 +79,7 @@ def test_token_outlives_a_crash(serve):
 
 
 def test_port_in_use_by_another_aggregator(serve):
-    """The error names the port, who has it, and what to do; the exit status is 3."""
+    """The error names the port, its owner and the way out; the exit status is 3."""
     first = serve("--port", "0")
     port = port_of(first)
 
@@ -93,7 +93,7 @@ def test_port_in_use_by_another_aggregator(serve):
 
 
 def test_port_in_use_by_something_else(capsys, tmp_path):
-    """Also a port that no aggregator has is named, with the way out."""
+    """The error names a port of another program, with the way out."""
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
 
@@ -129,7 +129,7 @@ def test_wrong_words_exit_with_2(words, capsys):
 
 
 def test_help_hides_what_is_between_our_processes(capsys):
-    """The help shows what a person can use."""
+    """The help shows the public options only."""
     assert main(["serve", "--help"]) == 0
 
     out = capsys.readouterr().out
@@ -139,7 +139,7 @@ def test_help_hides_what_is_between_our_processes(capsys):
 
 
 def test_the_page_is_served_beside_the_aggregator(serve):
-    """With --web the address of the page is told first; it opens with its token alone, and ends with the aggregator."""
+    """With --web the address of the page is printed first; it needs its token, and ends with the aggregator."""
     process = serve("--port", "0", "--web", "0")
     assert process.stdout is not None
     line = process.stdout.readline()

@@ -1,4 +1,4 @@
-"""A Runtime for each test, and a look at what it leaves behind."""
+"""Runtimes for tests, and a check that each test ends its threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names are those that a reader of the code would use."""
+"""Derived names of callables."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class AsyncPipeline:
 
 
 class Proxy:
-    """Answers for any attribute, as remote objects do."""
+    """Raise for every attribute, as remote objects do."""
 
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError("not connected")

@@ -1,4 +1,4 @@
-"""Dask workers with a Runtime each: in this process, in processes of their own, and behind a scheduler elsewhere."""
+"""A Runtime per Dask worker: in this process, in separate processes, and under a separate scheduler."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:
 
 
 def use(value: int) -> tuple[int, int, int]:
-    """Run tasks in a task; tell the result, the Runtime's size, and the process."""
+    """Run tasks in a task; return the result, the Runtime's size, and the process."""
     rt = get_worker_runtime()
     handles = [rt.submit(pow, value, 2), rt.submit(pow, value, 3, io=True)]
     rt.wait_all(raise_on_error=True)
@@ -74,20 +74,20 @@ def test_a_closed_cluster_leaves_no_thread() -> None:
 
 
 def test_workers_in_processes_have_a_runtime_each() -> None:
-    """There it is the default one too, and it is there again after a restart."""
+    """The worker's Runtime is also the default one, and a restarted worker has a new one."""
     with cluster(n_workers=1, threads_per_worker=1, processes=True) as client:
         client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
-        *told, pid = client.submit(use, 2).result()
-        assert (told, pid != os.getpid()) == ([12, 2], True)
+        *found, pid = client.submit(use, 2).result()
+        assert (found, pid != os.getpid()) == ([12, 2], True)
         assert client.submit(identity, 0).result()[1]
 
         client.restart()
-        *told, fresh = client.submit(use, 5).result()
-        assert (told, fresh not in (pid, os.getpid())) == ([150, 2], True)
+        *found, fresh = client.submit(use, 5).result()
+        assert (found, fresh not in (pid, os.getpid())) == ([150, 2], True)
 
 
 def test_a_remote_scheduler_takes_the_plugin(tmp_path: Path) -> None:
-    """Scheduler and worker are programs of their own, started from the command line."""
+    """Scheduler and worker are started from the command line."""
     with dask_programs(tmp_path) as address, Client(address, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=30)
         client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))
@@ -99,7 +99,7 @@ def test_outside_of_a_dask_task_there_is_no_worker() -> None:
         get_worker_runtime()
 
 
-def test_wrong_sizes_are_told_before_they_travel() -> None:
+def test_wrong_sizes_raise_on_the_client() -> None:
     with pytest.raises(UsageError, match="threads=-1"):
         TraceMLDaskWorkerPlugin(threads=-1)
 

@@ -1,4 +1,4 @@
-"""Coroutine functions are awaited, on a loop of their own."""
+"""Coroutine functions run on the event loop of the Runtime."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_coroutine_function_is_awaited(rt: Runtime) -> None:
 
 
 def test_coroutines_run_side_by_side(rt: Runtime) -> None:
-    """All wait at once: the last one lets the others go."""
+    """All wait at once until the last one releases them."""
     arrived, gate = [], asyncio.Event()
 
     async def meet() -> None:
@@ -86,7 +86,7 @@ def test_a_coroutine_can_be_cancelled(rt: Runtime) -> None:
 
 
 def test_a_coroutine_can_be_cancelled_at_once(rt: Runtime) -> None:
-    """Wherever it is, and without a warning that it was never awaited."""
+    """A coroutine is cancelled at any point, without a warning that it was never awaited."""
     handles = [rt.submit(double, 1) for _ in range(200)] + [rt.submit(lambda: double(1)) for _ in range(200)]
     for handle in handles:
         handle.cancel()
@@ -115,8 +115,8 @@ def test_a_coroutine_is_ended_where_its_time_is_over(rt: Runtime) -> None:
     assert rt.get_progress()["timed_out"] == 1
 
 
-def test_blocking_the_loop_for_ever_is_told(rt: Runtime) -> None:
-    """get() and wait_all() in a coroutine, for what needs the loop that they would block."""
+def test_blocking_the_loop_without_end_raises(rt: Runtime) -> None:
+    """get() and wait_all() in a coroutine raise if they would block the loop that they need."""
 
     async def wrong_get() -> None:
         rt.submit(double, 1).get()
@@ -130,7 +130,7 @@ def test_blocking_the_loop_for_ever_is_told(rt: Runtime) -> None:
 
 
 def test_a_coroutine_may_wait_for_a_callable(single: Runtime) -> None:
-    """It blocks the loop for that long, and ends."""
+    """The wait blocks the loop, and ends."""
 
     async def blocking() -> int:
         return single.submit(len, "abc").get()
@@ -138,7 +138,7 @@ def test_a_coroutine_may_wait_for_a_callable(single: Runtime) -> None:
     assert single.submit(blocking).get(timeout=10) == 3
 
 
-def test_a_circle_through_a_blocked_loop_is_told(single: Runtime) -> None:
+def test_a_circle_through_a_blocked_loop_raises(single: Runtime) -> None:
     """A coroutine blocks the loop for a callable that waits for another coroutine."""
     began = threading.Event()
 
@@ -156,7 +156,7 @@ def test_a_circle_through_a_blocked_loop_is_told(single: Runtime) -> None:
         single.submit(blocking).get(timeout=10)
 
 
-def test_waiting_for_all_leaves_out_what_a_blocked_loop_holds_up(single: Runtime) -> None:
+def test_waiting_for_all_leaves_out_coroutines_of_a_blocked_loop(single: Runtime) -> None:
     """A coroutine blocks the loop for a callable that waits for all: no other coroutine can end before."""
     began = threading.Event()
 

@@ -25,7 +25,7 @@ def test_states_follow_the_task(single: Runtime) -> None:
 
 @pytest.mark.parametrize("method", ["get", "wait"])
 def test_a_wait_can_run_out_of_time(single: Runtime, method: str) -> None:
-    """Of a running task and of one that is queued: neither runs in place, where it could not be left."""
+    """A wait with a limit runs neither a running nor a queued task in place, as it could not leave it."""
     release = threading.Event()
     running, queued = single.submit(release.wait, name="slow"), single.submit(time.sleep, 30)
     for handle in (running, queued):
@@ -107,7 +107,7 @@ def test_a_handle_can_be_awaited_on_any_loop(rt: Runtime) -> None:
 
 
 def test_leaving_an_await_leaves_the_task(single: Runtime) -> None:
-    """A cancelled awaiter cancels no task, and a closed loop disturbs none."""
+    """A cancelled awaiter does not cancel its task, and a closed loop does not disturb it."""
     release = threading.Event()
     handle = single.submit(release.wait)
 
@@ -129,7 +129,7 @@ async def _forever(handle: object) -> None:
 
 
 def test_a_handle_of_another_runtime_can_be_waited_for(rt: Runtime, single: Runtime) -> None:
-    """It runs in place of the wait, and is counted where it belongs."""
+    """A queued task runs in place of the wait, and is counted in its own Runtime."""
 
     def task() -> int:
         return rt.submit(len, "abcd").get() + rt.submit(len, "ab").get(timeout=10)

@@ -1,4 +1,4 @@
-"""What is counted is true at every moment."""
+"""Progress is consistent at every moment."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def test_the_keys_are_those_of_the_document(rt: Runtime) -> None:
     rt.submit(len, "a", name="iter_lines").wait()
     rt.submit(len, 1, name="bad")
     rt.wait_all()
-    told = rt.get_progress()
+    found = rt.get_progress()
 
-    assert {"total", "completed", "running", "queued", "failed", "workers", "tasks", "errors"} <= set(told)
-    assert {"id", "idle", "task", "queue_depth"} <= set(told["workers"][0])
-    assert {"name", "state", "execution_duration_ms", "queued_duration_ms", "progress_pct"} <= set(told["tasks"][0])
-    assert [(one["name"], one["state"], one["progress_pct"]) for one in told["tasks"]] == [
+    assert {"total", "completed", "running", "queued", "failed", "workers", "tasks", "errors"} <= set(found)
+    assert {"id", "idle", "task", "queue_depth"} <= set(found["workers"][0])
+    assert {"name", "state", "execution_duration_ms", "queued_duration_ms", "progress_pct"} <= set(found["tasks"][0])
+    assert [(one["name"], one["state"], one["progress_pct"]) for one in found["tasks"]] == [
         ("iter_lines", "completed", 100.0),
         ("bad", "failed", 0.0),
     ]
-    assert told["errors"] == [{"task": "bad", "error": "TypeError: object of type 'int' has no len()"}]
-    assert json.loads(json.dumps(told)) == told
+    assert found["errors"] == [{"task": "bad", "error": "TypeError: object of type 'int' has no len()"}]
+    assert json.loads(json.dumps(found)) == found
 
 
 def test_workers_tell_what_they_do(single: Runtime) -> None:
@@ -71,8 +71,8 @@ def test_tasks_report_how_far_they_are(rt: Runtime) -> None:
     rt.submit(work)
     rt.submit(work_async).done()
     reported.wait(10)
-    told = {one["name"]: one["progress_pct"] for one in rt.get_progress()["tasks"]}
-    assert told["work"] == 25.0
+    found = {one["name"]: one["progress_pct"] for one in rt.get_progress()["tasks"]}
+    assert found["work"] == 25.0
     release.set()
     rt.wait_all()
     assert {one["progress_pct"] for one in rt.get_progress()["tasks"]} == {100.0}
@@ -84,7 +84,7 @@ def test_progress_is_between_0_and_100(rt: Runtime, pct: Any) -> None:
         rt.submit(rt.progress, pct).get()
 
 
-def test_progress_is_told_by_tasks_only() -> None:
+def test_only_tasks_report_progress() -> None:
     with pytest.raises(TaskError, match="outside of a task"):
         progress(5)
 
@@ -94,22 +94,22 @@ def test_the_last_1000_tasks_are_remembered(rt: Runtime) -> None:
         rt.submit(int, name=f"t{i}")
 
     rt.wait_all()
-    told = rt.get_progress()
-    assert told["completed"] == 1500
+    found = rt.get_progress()
+    assert found["completed"] == 1500
     assert (
-        sorted(one["name"] for one in told["tasks"]) == sorted(f"t{i}" for i in range(500, 1500))
-        or len({one["name"] for one in told["tasks"]}) == 1000
+        sorted(one["name"] for one in found["tasks"]) == sorted(f"t{i}" for i in range(500, 1500))
+        or len({one["name"] for one in found["tasks"]}) == 1000
     )  # two workers end their tasks in nearly the order of submission
     assert rt.get_progress(tasks=False)["tasks"] == []
 
 
-def _consistent(told: dict[str, Any]) -> None:
-    assert all(told[state] >= 0 for state in STATES), told
-    assert told["total"] == sum(told[state] for state in STATES), told
+def _consistent(found: dict[str, Any]) -> None:
+    assert all(found[state] >= 0 for state in STATES), found
+    assert found["total"] == sum(found[state] for state in STATES), found
 
 
 def test_counts_hold_at_every_moment() -> None:
-    """Under load from several threads: the parts are the whole, what has ended stays ended, and no worker is double."""
+    """Under load the states add up to the total, ended counts never fall, and no worker is listed twice."""
     rt = Runtime(threads=2, io_threads=1)
     stop, wrong = threading.Event(), []
     count = 4000
@@ -136,16 +136,16 @@ def test_counts_hold_at_every_moment() -> None:
     def watch() -> None:
         before = dict.fromkeys((*STATES, "total"), 0)
         while not stop.is_set():
-            told = rt.get_progress(tasks=False)
+            found = rt.get_progress(tasks=False)
             try:
-                _consistent(told)
+                _consistent(found)
                 for state in ("total", "completed", "failed", "cancelled"):
-                    assert told[state] >= before[state], (state, before, told)
+                    assert found[state] >= before[state], (state, before, found)
             except AssertionError as error:
                 wrong.append(error)
                 return
 
-            before = told
+            before = found
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -160,20 +160,20 @@ def test_counts_hold_at_every_moment() -> None:
     stop.set()
     watcher.join()
     rt.shutdown()
-    told = rt.get_progress()
-    _consistent(told)
+    found = rt.get_progress()
+    _consistent(found)
     assert wrong == []
-    assert (told["running"], told["queued"]) == (0, 0)
-    assert told["total"] >= 3 * count
-    assert told["failed"] == len(rt.get_failed())
+    assert (found["running"], found["queued"]) == (0, 0)
+    assert found["total"] >= 3 * count
+    assert found["failed"] == len(rt.get_failed())
 
 
 def test_running_is_never_more_than_there_are_threads(rt: Runtime) -> None:
     most = 0
     for _ in range(3000):
         rt.submit(int)
-        told = rt.get_progress(tasks=False)
-        most = max(most, told["running"])
+        found = rt.get_progress(tasks=False)
+        most = max(most, found["running"])
 
     assert most <= 2
 
@@ -186,7 +186,7 @@ actions = st.lists(
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions)
 def test_any_mixture_adds_up(plan: list[str]) -> None:
-    """Whatever is done with tasks, at the end each is counted once, in the state that its handle tells."""
+    """After any mix of operations each task is counted once, in the state of its handle."""
 
     async def coroutine() -> None:
         await asyncio.sleep(0)
@@ -209,16 +209,16 @@ def test_any_mixture_adds_up(plan: list[str]) -> None:
                 handles.append(handle)
 
         rt.wait_all()
-        told = rt.get_progress()
+        found = rt.get_progress()
 
-    _consistent(told)
-    assert told["total"] == len(plan) + plan.count("child")
+    _consistent(found)
+    assert found["total"] == len(plan) + plan.count("child")
     states = [handle.state for handle in handles]
     for state in ("failed", "cancelled"):
-        assert told[state] == states.count(state)
+        assert found[state] == states.count(state)
 
-    assert told["completed"] == states.count("completed") + plan.count("drop") + plan.count("child")
-    assert len(told["tasks"]) == told["total"]
+    assert found["completed"] == states.count("completed") + plan.count("drop") + plan.count("child")
+    assert len(found["tasks"]) == found["total"]
 
 
 def _text(progress: dict[str, object]) -> str:
@@ -237,7 +237,7 @@ def test_the_view_counts_and_names_what_runs(rt: Runtime) -> None:
     rt.submit(len, "a")
     rt.submit(len, 1)
     rt.submit(crunch)
-    until(lambda: (told := rt.get_progress())["running"] == 1 and told["tasks"][-1]["progress_pct"] == 40)
+    until(lambda: (found := rt.get_progress())["running"] == 1 and found["tasks"][-1]["progress_pct"] == 40)
     until(lambda: rt.get_progress()["failed"] == 1)
     text = _text(rt.get_progress())
     release.set()

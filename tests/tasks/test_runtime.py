@@ -1,4 +1,4 @@
-"""The Runtime as its users' document describes it."""
+"""The Runtime as docs/tasks.md describes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from traceml import (
 
 
 class Value:
-    """Something that can be watched by a weak reference."""
+    """An object that takes weak references."""
 
 
 def fail(text: str = "no") -> None:
@@ -65,7 +65,7 @@ def test_the_documents_examples_run_as_written(capsys: pytest.CaptureFixture[str
 
 
 def test_the_documents_compositions_run_as_written(single: Runtime) -> None:
-    """By value and by handle; also with one worker, where the tasks run inside the one that waits."""
+    """Arguments by value and by handle; with one worker the tasks run inside the one that waits."""
     rt = single
 
     def by_value(filename: str) -> str:
@@ -144,7 +144,7 @@ def test_failures_stay_until_they_are_cleared(rt: Runtime) -> None:
     assert rt.get_failed() == []
 
 
-def test_many_failures_are_told_in_one_line(rt: Runtime) -> None:
+def test_many_failures_make_one_line(rt: Runtime) -> None:
     for i in range(200):
         rt.submit(fail, str(i), name=f"t{i}")
 
@@ -155,7 +155,7 @@ def test_many_failures_are_told_in_one_line(rt: Runtime) -> None:
 
 
 def test_an_exit_in_a_task_is_raised_where_it_is_waited_for(rt: Runtime) -> None:
-    """SystemExit ends no worker; it ends the program that asks for it."""
+    """SystemExit does not end the worker; it is raised where the task is waited for."""
     handle = rt.submit(os.sys.exit, 3)
     with pytest.raises(SystemExit) as caught:
         handle.get()
@@ -251,7 +251,7 @@ def test_wait_all_can_run_out_of_time(rt: Runtime) -> None:
 
 
 def test_io_tasks_have_threads_of_their_own(rt: Runtime) -> None:
-    """A compute pool that is full keeps no I/O waiting."""
+    """A full compute pool does not delay I/O tasks."""
     release = threading.Event()
     for _ in range(4):
         rt.submit(release.wait)
@@ -265,7 +265,7 @@ def test_io_tasks_have_threads_of_their_own(rt: Runtime) -> None:
 
 
 def test_contexts_are_those_of_the_submitter(rt: Runtime) -> None:
-    """What a task sets stays in the task."""
+    """Context variables that a task sets stay in the task."""
     variable = contextvars.ContextVar("variable", default="none")
     variable.set("mine")
 
@@ -279,7 +279,7 @@ def test_contexts_are_those_of_the_submitter(rt: Runtime) -> None:
 
 
 def test_results_live_no_longer_than_their_handles(rt: Runtime) -> None:
-    """Run by a worker, in place of a wait, and by a worker that then sleeps."""
+    """Results of tasks that a worker ran, that ran in place of a wait, and that ran before the worker slept."""
     for wait in (lambda handle: until(handle.done), lambda handle: handle.get()):
         handle = rt.submit(Value)
         wait(handle)
@@ -289,7 +289,7 @@ def test_results_live_no_longer_than_their_handles(rt: Runtime) -> None:
 
 
 def test_results_of_tasks_run_in_place_are_not_kept_by_the_queue(single: Runtime) -> None:
-    """The one worker is busy, so that what was run in place is still in its queue."""
+    """The one worker is busy, so the entry of the task that ran in place is still in its queue."""
     release = threading.Event()
     single.submit(release.wait)
     handles = [single.submit(Value) for _ in range(50)]
@@ -393,7 +393,7 @@ def test_a_task_may_shut_its_runtime_down() -> None:
 
 
 def test_an_interrupted_block_waits_for_nothing() -> None:
-    """Ctrl-C in a `with` block: what has not begun never does, and the exception goes on."""
+    """After Ctrl-C in a `with` block queued tasks never begin, and the exception propagates."""
     release, queued = threading.Event(), []
 
     def block() -> None:
@@ -420,7 +420,7 @@ def test_a_forgotten_runtime_ends_its_threads() -> None:
 
 
 def test_keyword_arguments_reach_the_function(rt: Runtime) -> None:
-    """Also those that are called as submit's first ones are."""
+    """Also keyword arguments named like the parameters of submit."""
     assert rt.submit(dict, a=1, fn=2, self=3).get() == {"a": 1, "fn": 2, "self": 3}
 
 
@@ -428,8 +428,8 @@ async def nothing() -> None: ...
 
 
 @pytest.mark.parametrize("fn", [int, nothing])
-def test_a_task_without_a_thread_is_told(fn: Any) -> None:
-    """The system gives no thread with such a stack; what nobody can run is no longer waited for."""
+def test_a_task_without_a_thread_raises(fn: Any) -> None:
+    """The system gives no thread with such a stack; wait_all does not wait for tasks that cannot run."""
     rt = Runtime(threads=1)
     before = threading.stack_size(1 << 46)
     try:

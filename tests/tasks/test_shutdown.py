@@ -1,4 +1,4 @@
-"""Processes: what is left at exit, at Ctrl-C, and in forked children."""
+"""Runtimes at exit, at Ctrl-C, and in forked children."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(code: str, **more: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_interpreter_waits_for_tasks() -> None:
-    """Also for those that tasks submit, and whose Runtime was forgotten."""
+    """Also for tasks of tasks, and for a Runtime without references."""
     done = run(r"""
         rt = traceml.Runtime(threads=1)
         async def later():
@@ -157,7 +157,7 @@ def test_a_child_that_returns_from_its_task_ends() -> None:
 
 
 def test_a_forked_child_in_this_process(rt: Runtime) -> None:
-    """The error is raised, and the parent does not notice."""
+    """The child raises the error; the parent is not affected."""
     release = threading.Event()
     handle = rt.submit(release.wait)
     child = os.fork()

@@ -1,4 +1,4 @@
-"""Time-outs end tasks, not pools; what stands still is named with its line."""
+"""Timeouts end tasks, not pools; stalled tasks are named with their line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def linger(release: threading.Event) -> str:
 
 
 def test_a_timeout_counts_from_the_start(single: Runtime) -> None:
-    """Time in the queue is not the task's."""
+    """Time in the queue does not count."""
     single.submit(time.sleep, 0.15)
     assert single.submit(lambda: "in time", timeout=0.1).get() == "in time"
 
@@ -45,7 +45,7 @@ def test_a_task_beyond_its_time_is_ended(single: Runtime, caplog: pytest.LogCapt
 
 
 def test_stuck_threads_are_replaced_and_let_go(single: Runtime) -> None:
-    """The pool keeps its size while tasks are stuck, and after they have come back."""
+    """The pool keeps its size while tasks are stuck, and after they have returned."""
     release = threading.Event()
     stuck = [single.submit(linger, release, timeout=0.02) for _ in range(3)]
     until(lambda: all(one.done() for one in stuck))
@@ -75,7 +75,7 @@ def test_a_task_that_fails_late_has_timed_out(single: Runtime) -> None:
     assert single.get_progress()["failed"] == 0
 
 
-def test_a_stuck_stand_in_is_replaced(single: Runtime) -> None:
+def test_a_stuck_compensating_thread_is_replaced(single: Runtime) -> None:
     """The worker waits for all, and the first of all is stuck."""
     release = threading.Event()
 
@@ -90,7 +90,7 @@ def test_a_stuck_stand_in_is_replaced(single: Runtime) -> None:
     assert handle.get() == ["timed_out", "completed"]
 
 
-def test_a_stand_in_that_is_stuck_in_another_runtimes_task_is_replaced(single: Runtime, rt: Runtime) -> None:
+def test_a_compensating_thread_that_is_stuck_in_another_runtime_is_replaced(single: Runtime, rt: Runtime) -> None:
     release = threading.Event()
 
     def parent() -> int:
@@ -192,7 +192,7 @@ def test_a_dropped_runtime_ends_its_watchdog() -> None:
 
 
 def test_a_line_is_that_of_the_users_code() -> None:
-    """Not of the standard library that it waits in."""
+    """The line is not one of the standard library, in which the thread waits."""
     release = threading.Event()
     thread = threading.Thread(target=linger, args=(release,))
     thread.start()

@@ -1,4 +1,4 @@
-"""Waits that would deadlock other executors end here, and those that cannot end say so."""
+"""Waits that deadlock other executors end, and waits that can never end raise."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_chain_of_deep_functions_keeps_off_the_recursion_limit(single: Runtime
 
 
 def test_a_chain_of_timed_tasks_ends(single: Runtime) -> None:
-    """A task with a timeout runs on a stand-in, where it can be left."""
+    """A task with a timeout runs on a compensating thread, which can be replaced."""
 
     def link(left: int) -> int:
         return 1 + single.submit(link, left - 1, timeout=30).get() if left else 0
@@ -139,7 +139,7 @@ def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
 
 
 def test_many_tasks_may_wait_for_one(rt: Runtime) -> None:
-    """Threads are not multiplied by those that wait."""
+    """Waiting tasks do not start threads."""
     release = threading.Event()
     first = rt.submit(release.wait)
     until(lambda: first.state == "running")
@@ -150,7 +150,7 @@ def test_many_tasks_may_wait_for_one(rt: Runtime) -> None:
     assert all(one.get() for one in rest)
 
 
-def test_a_blocked_worker_is_stood_in_for_where_a_coroutine_needs_one(single: Runtime) -> None:
+def test_a_blocked_worker_is_compensated_for_a_coroutine(single: Runtime) -> None:
     """The worker waits for a coroutine that awaits tasks for which there is no other worker."""
 
     async def coroutine() -> int:
@@ -181,7 +181,7 @@ def test_runtimes_may_wait_for_each_other(single: Runtime, rt: Runtime) -> None:
     assert handle.get() == 3
 
 
-def test_a_task_that_waits_for_itself_is_told(rt: Runtime) -> None:
+def test_a_task_that_waits_for_itself_raises(rt: Runtime) -> None:
     box: list[TaskHandle[Any]] = []
     ready = threading.Event()
 
@@ -196,7 +196,7 @@ def test_a_task_that_waits_for_itself_is_told(rt: Runtime) -> None:
         box[0].get()
 
 
-def test_tasks_that_wait_for_each_other_are_told(rt: Runtime) -> None:
+def test_tasks_that_wait_for_each_other_raise(rt: Runtime) -> None:
     handles: list[TaskHandle[Any]] = []
     both = threading.Barrier(3)
 
@@ -211,7 +211,7 @@ def test_tasks_that_wait_for_each_other_are_told(rt: Runtime) -> None:
             handle.get(timeout=10)
 
 
-def test_a_child_that_waits_for_its_parent_is_told(single: Runtime) -> None:
+def test_a_child_that_waits_for_its_parent_raises(single: Runtime) -> None:
     box: list[TaskHandle[Any]] = []
     ready = threading.Event()
 
@@ -226,7 +226,7 @@ def test_a_child_that_waits_for_its_parent_is_told(single: Runtime) -> None:
 
 
 def test_waiting_in_place_keeps_the_order_of_states(single: Runtime) -> None:
-    """A task that was run in place is not run again by the worker that finds its ticket."""
+    """A worker that finds the entry of a task that ran in place does not run it again."""
     release, ran = threading.Event(), []
     single.submit(release.wait)
     handles = [single.submit(ran.append, i) for i in range(100)]
@@ -240,7 +240,7 @@ def test_waiting_in_place_keeps_the_order_of_states(single: Runtime) -> None:
 
 
 class Mixture:
-    """Tasks of every kind that wait for each other in every way, by chance."""
+    """Random tasks of every kind that wait for each other in every way."""
 
     def __init__(self, seed: int) -> None:
         self.choose = random.Random(seed)
@@ -276,7 +276,7 @@ class Mixture:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_any_mixture_of_waits_ends(seed: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Nested, across Runtimes and loops, with time-outs and circles: nothing hangs, and all adds up."""
+    """Nested waits across Runtimes and loops, with timeouts and circles, never hang, and the counts add up."""
     mixture = Mixture(seed)
     for _ in range(5):
         mixture.spawn(4)
@@ -286,7 +286,7 @@ def test_any_mixture_of_waits_ends(seed: int, caplog: pytest.LogCaptureFixture) 
 
     for rt in mixture.runtimes:
         rt.shutdown()
-        told = rt.get_progress(tasks=False)
-        ended = told["completed"] + told["failed"] + told["cancelled"] + told["timed_out"]
-        assert told["total"] == ended, told
+        found = rt.get_progress(tasks=False)
+        ended = found["completed"] + found["failed"] + found["cancelled"] + found["timed_out"]
+        assert found["total"] == ended, found
         assert {type(one.exception) for one in rt.get_failed()} <= {TaskDeadlockError, TaskTimeoutError}
