@@ -15,7 +15,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.errors import PluginError, RunNotFoundError, StoreError
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run
-from traceml.runs.metric_summary import trackers
+from traceml.runs.trackers import trackers
 from traceml.settings import Config
 from traceml.track.delivery.credentials import key_variables, read_key_file
 from traceml.track.delivery.probe import ProbeResult, probe

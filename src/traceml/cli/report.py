@@ -18,9 +18,9 @@ from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.runs.find import find_run
-from traceml.runs.metric_summary import trackers
 from traceml.runs.report import build_report
 from traceml.runs.report_types import REPORT_NAME, Report, TrackerSection, read_report
+from traceml.runs.trackers import trackers
 from traceml.settings import load
 
 __all__ = ["current_report", "main"]

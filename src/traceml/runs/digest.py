@@ -27,7 +27,7 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.job_facts import RankExit
 from traceml.diagnosis.phases import has_group
 from traceml.diagnosis.ruleset import diagnose
-from traceml.runs.metric_summary import MetricSummary
+from traceml.runs.metrics import MetricSummary
 from traceml.runs.samples import Samples
 
 __all__ = ["Digest"]

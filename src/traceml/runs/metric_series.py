@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.reader import Frame, StoreReader
-from traceml.database.schema import METRICS, NAMES
+from traceml.database.reader import StoreReader
+from traceml.runs.metrics import MetricReader
 
 __all__ = ["MetricSeries", "MetricSeriesSet"]
 
@@ -16,7 +16,6 @@ __all__ = ["MetricSeries", "MetricSeriesSet"]
 _MAX_POINTS = 400
 # Lines are for people: past so many names they are in the store and in the report's table alone.
 _MAX_NAMES = 500
-_FRAMES = 256
 
 Floats = NDArray[np.float64]
 
@@ -44,23 +43,18 @@ class MetricSeriesSet:
     """Follows the logged values of a run by cursor; all attempts and ranks."""
 
     def __init__(self) -> None:
-        self._after = 0
-        self._names: dict[tuple[int, int], str] = {}
-        self._ranks: dict[int, int] = {}
+        self._reader = MetricReader()
         self._points: dict[str, NDArray[np.float64]] = {}
         self.hidden: set[str] = set()
         """Names beyond those that are kept."""
 
     def update(self, reader: StoreReader) -> None:
-        """Take in what came since the last call."""
-        if METRICS.name not in reader.tables:
-            return  # written before values were
-
-        while frames := reader.frames_of((NAMES.name, METRICS.name), self._after, _FRAMES):
-            self._after = frames[-1].id
+        """Take what arrived since the last call."""
+        for frames in self._reader.read(reader):
             new: dict[str, list[NDArray[np.float64]]] = {}
             for frame in frames:
-                self._take(reader, frame, new)
+                for name, rows in zip(frame.names, np.split(frame.rows, frame.starts[1:]), strict=True):
+                    new.setdefault(name, []).append(_points(rows))
 
             for name, parts in new.items():
                 self._add(name, np.concatenate(parts))
@@ -68,20 +62,6 @@ class MetricSeriesSet:
     def lines(self) -> list[MetricSeries]:
         """Return the lines by name."""
         return [_line(name, points) for name, points in sorted(self._points.items())]
-
-    def _take(self, reader: StoreReader, frame: Frame, new: dict[str, list[NDArray[np.float64]]]) -> None:
-        if frame.table == NAMES.name:
-            self._names.update(((frame.stream, row["id"]), row["name"]) for row in frame.maps())
-            return
-
-        if frame.stream not in self._ranks:
-            self._ranks = {record.id: record.rank for record in reader.streams()}
-
-        rank, rows = self._ranks[frame.stream], np.frombuffer(frame.data, METRICS.dtype)
-        for number in np.unique(rows["name_id"]).tolist():
-            name = self._names.get((frame.stream, number), f"(name {number})")
-            of_name = rows[rows["name_id"] == number]
-            new.setdefault(name if rank == 0 else f"{name}/rank_{rank}", []).append(_points(of_name))
 
     def _add(self, name: str, points: NDArray[np.float64]) -> None:
         if name not in self._points and len(self._points) >= _MAX_NAMES:

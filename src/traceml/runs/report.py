@@ -16,9 +16,9 @@ from traceml.diagnosis.window import Window, slots_for
 from traceml.errors import StoreError
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
-from traceml.runs.metric_summary import trackers
 from traceml.runs.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.run_state import state_of
+from traceml.runs.trackers import trackers
 from traceml.version import __version__
 
 __all__ = [

@@ -12,9 +12,10 @@ from tests.track.fabricated import LoggedRun, deliver
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.find import is_delivered, prune
-from traceml.runs.metric_summary import MetricSummary, trackers
+from traceml.runs.metrics import MetricSummary
 from traceml.runs.report import build_report, save_report, update_trackers
 from traceml.runs.report_types import MetricSection
+from traceml.runs.trackers import trackers
 
 
 @pytest.fixture
