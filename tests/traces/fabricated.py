@@ -8,10 +8,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from decimal import Decimal
+from decimal import Decimal, localcontext
+from fractions import Fraction
 from typing import Any
 
-from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, TraceFileFacts
+from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, Time, TraceFileFacts
 from traceml.traces.reader.reading import TraceReader, read
 
 __all__ = ["FORMS", "brute_force", "events_of", "make_events", "members", "normalised", "read_all"]
@@ -157,10 +158,7 @@ def read_all(path: Any, **options: Any) -> tuple[Counter[str], TraceReader]:
     """Return the events of a file as `brute_force` does, and the reading."""
     reading = read(path, args=["size"], **options)
     found: Counter[str] = Counter()
-    sequences: dict[int, int] = {}
     for batch in reading:
-        assert batch.sequence == sequences.get(batch.source, -1) + 1
-        sequences[batch.source] = batch.sequence
         found.update(events_of(batch, reading))
 
     return found, reading
@@ -168,8 +166,7 @@ def read_all(path: Any, **options: Any) -> tuple[Counter[str], TraceReader]:
 
 def events_of(batch: EventBatch, reading: TraceReader) -> list[str]:
     """Return the events of a batch as `normalised` does."""
-    odd = [normalised(event) for event in batch.odd]
-    return [_row(batch, reading, row) for row in range(len(batch.ph))] + odd
+    return [_row(batch, reading, row) for row in range(len(batch.ph))]
 
 
 def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
@@ -179,12 +176,21 @@ def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
     ts, dur = int(batch.ts_ns[row]), int(batch.dur_ns[row])
     event["ts"] = None if ts == NO_TIME else Decimal(ts) / 1000
     event["dur"] = None if dur == -1 else Decimal(dur) / 1000
+    if row in batch.exact:
+        event["ts"], event["dur"] = (None if time is None else _microseconds(time) for time in batch.exact[row])
+
     kind = int(size.kinds[row])
     whole, number, text = int(size.integers[row]), float(size.floats[row]), strings[int(size.texts[row])]
     known = [None, whole, number, text][kind]
     assert (kind == TEXT) == (text is not None)
     assert kind != MISSING or math.isnan(number)
     return normalised(event | {"args": {"size": Decimal(number) if kind == 2 else known}})
+
+
+def _microseconds(time_ns: Time) -> Decimal:
+    exact = Fraction(time_ns, 1000)
+    with localcontext(prec=1000):
+        return Decimal(exact.numerator) / Decimal(exact.denominator)
 
 
 def facts_of(reading: TraceReader) -> TraceFileFacts:

@@ -52,7 +52,7 @@ def test_columns_hold_what_was_asked_for() -> None:
         for value in (b"7", b"-0.5", b'"x"', b"null", b"[1, 2]", b"1e3", b"true", b"9007199254740993")
     )
     strings = StringTable()
-    column = new_scanner(("v",), strings).scan(text, 0, wrapped=False, final=True).args["v"]
+    column = new_scanner(("v",), strings).scan(text, 0, wrapped=False, final=True).columns.args["v"]
     kinds = [INTEGER, FLOAT, TEXT, MISSING, TEXT, FLOAT, TEXT, INTEGER]
 
     assert column.kinds.tolist() == kinds
@@ -69,14 +69,15 @@ def test_many_rows_and_many_names_are_kept_apart() -> None:
                     b'{"ph":"X","name":"a name of more than eight bytes %d","ts":%d}\n' % (i, i)
                     for i in range(count))  # fmt: skip
     strings = StringTable()
-    piece = new_scanner((), strings).scan(text, 0, wrapped=False, final=True)
+    result = new_scanner((), strings).scan(text, 0, wrapped=False, final=True)
 
-    assert len(piece.found.odd) == count // 7
-    assert piece.events == count
-    names = [strings[number] for number in piece.columns["name"].tolist()]
-    assert names == [f"a name of more than eight bytes {i}" for i in range(count) if i % 7]
-    assert piece.columns["ts_ns"].tolist() == [i * 1000 for i in range(count) if i % 7]
-    assert piece.found.odd_rows[:3] == [0, 6, 12]
+    columns = result.columns
+    assert list(columns.exact) == list(range(0, count, 7))
+    assert columns.exact[7] == (7000, -1000)
+    assert result.events == count
+    names = [strings[number] for number in columns.arrays["name"].tolist()]
+    assert names == [f"a name of more than eight bytes {i}" if i % 7 else f"name {i}" for i in range(count)]
+    assert columns.arrays["ts_ns"].tolist() == [i * 1000 for i in range(count)]
 
 
 @pytest.fixture

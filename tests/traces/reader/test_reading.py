@@ -9,8 +9,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,20 +100,19 @@ def test_metadata_is_delivered_and_does_not_count(tmp_path: Path) -> None:
     reading = read(_write(tmp_path, "\n".join(map(json.dumps, lines)).encode()))
     (batch,) = reading
 
-    assert [event["name"] for event in batch.meta] == ["HH", "process_name"]
+    assert [event["name"] for event in batch.metadata] == ["HH", "process_name"]
     assert [chr(kind) for kind in batch.ph] == ["X"]
     assert facts_of(reading).events == 1
 
 
-def test_what_does_not_fit_is_odd_and_exact(tmp_path: Path) -> None:
+def test_times_that_do_not_fit_are_exact(tmp_path: Path) -> None:
     """Sums beyond 64 bits and times finer than a nanosecond are for exact arithmetic."""
     lines = ['{"ph":"X","name":"a","ts":1,"dur":4611686018427387904}', '{"ph":"X","name":"a","ts":1.00025,"dur":1}']
     (batch,) = read(_write(tmp_path, "\n".join([*lines, '{"ph":"i","name":"b","s":"g"}']).encode()))
 
-    assert [event["dur"] for event in batch.odd] == [2**62, 1]
-    assert str(batch.odd[1]["ts"]) == "1.00025"
-    assert batch.odd_rows == [0, 0]
-    assert batch.ts_ns.tolist() == [NO_TIME]
+    assert batch.exact == {0: (1000, 2**62 * 1000), 1: (Fraction("1000.25"), 1000)}
+    assert batch.ts_ns.tolist() == [1000, 1000, NO_TIME]
+    assert batch.dur_ns.tolist() == [-1, 1000, -1]
     assert len(batch) == 3
 
 
@@ -122,13 +122,16 @@ def test_dftracer_may_use_other_units(tmp_path: Path, unit: str, ns: int) -> Non
     """Its metadata name the unit of all times of a file."""
     head = f'{{"name":"CM","ph":4,"args":{{"name":"time_metric","value":"{unit}"}}}}\n'
     lines = [f'{{"name":"a","ph":1,"ts":{2**52 // ns + i},"dur":{i}}}\n' for i in range(300)]
-    odd = '{"name":"a","ph":1,"ts":1,"dur":-5}'
-    batches = list(read(_write(tmp_path, (head + "".join(lines) + odd).encode())))
+    negative = '{"name":"a","ph":1,"ts":1,"dur":-5}'
+    batches = list(read(_write(tmp_path, (head + "".join(lines) + negative).encode())))
 
-    assert [dur for batch in batches for dur in batch.dur_ns.tolist()] == [i * ns for i in range(300)]
-    assert [ts for batch in batches for ts in batch.ts_ns.tolist()] == [(2**52 // ns + i) * ns for i in range(300)]
+    assert [dur for batch in batches for dur in batch.dur_ns.tolist()] == [*(i * ns for i in range(300)), -5 * ns]
+    assert [ts for batch in batches for ts in batch.ts_ns.tolist()] == [
+        *((2**52 // ns + i) * ns for i in range(300)),
+        ns,
+    ]
     assert {batch.fractional for batch in batches} == {unit == "NS"}
-    assert [Decimal(event["dur"]) for batch in batches for event in batch.odd] == [Decimal(-5 * ns) / 1000]
+    assert [times for batch in batches for times in batch.exact.values()] == [(ns, -5 * ns)]
 
 
 @pytest.mark.usefixtures("scanner")
@@ -164,11 +167,11 @@ DAMAGED: dict[str, tuple[bytes, Counter[str], str]] = {
     "two lines run into one": (LINES[: CUT + 30] + LINES[NEXT + 30 :], _without(1500, 1501), "not JSON"),
     "a line cut short": (LINES[: CUT + 30] + b"\n" + LINES[NEXT:], _without(1500), "not JSON"),
     "binary garbage": (_between(b'\0\xff\xfe"{{[[\n' * 9), brute_force(PLAIN), "not an event"),
-    "an object that is no event": (_between(b'{"a":1}\n'), brute_force(PLAIN), "without a kind"),
+    "an object that is no event": (_between(b'{"a":1}\n'), brute_force(PLAIN), "without a phase code"),
     "an endless number": (_between(b'{"ph":"X","ts":' + b"1" * 9999 + b"}\n"), brute_force(PLAIN), "a number too long"),
     "brackets without end": (_between(b'{"ph":"X","a":' + b"[" * 5000 + b"\n"), brute_force(PLAIN), "too deeply"),
     "a wrong checksum": (bytes(BAD_SUM), brute_force(PLAIN), "wrong checksum"),
-    "bytes between members": (MEMBERS + b"garbage" + ONE, brute_force(PLAIN + PLAIN), "no gzip member"),
+    "bytes between members": (MEMBERS + b"garbage" + ONE, brute_force(PLAIN + PLAIN), "not a gzip member"),
     "an object that is not closed": (
         json.dumps({"traceEvents": PLAIN})[:-1].encode(),
         brute_force(PLAIN),
@@ -224,7 +227,7 @@ def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
         (bytes(range(256)) * 40, "not an event"),
         (b"\x1f\x8b\x08" + bytes(300), "gzip member"),
         (b'{"ph":"M","name":"process_name"}', "only metadata"),
-        (b'{"some": "settings"}', "without a kind"),
+        (b'{"some": "settings"}', "without a phase code"),
         (b'{"ph":"X","na', "ends within an event"),
     ],
 )
@@ -252,17 +255,26 @@ def test_several_files_are_read_in_their_order(tmp_path: Path) -> None:
     assert [facts.path for facts in reading.files] == [last, empty, first]
 
 
-def test_strings_are_shared_and_functions_run_in_threads(tmp_path: Path) -> None:
-    """`map` gives the values in order; errors of the function come out where the values do."""
-    path, strings = _write(tmp_path, MEMBERS), StringTable()
-    threads = set(read(path, strings=strings, workers=2).map(lambda batch: threading.current_thread().name))
+def test_strings_are_shared_and_threads_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is loaded in the threads of the reader; an error there is raised by the iteration."""
+    path, strings, threads = _write(tmp_path, LINES), StringTable(), set[str]()
+    load = chunk_source.PlainChunks._load
 
-    assert threads <= {"trace-0", "trace-1"}
+    def loading(*args: Any) -> chunk_source.Chunk:
+        threads.add(threading.current_thread().name)
+        return load(*args)
+
+    monkeypatch.setattr(chunk_source.PlainChunks, "_load", loading)
+    list(read(path, strings=strings, workers=2))
+    assert threads
+    assert threads <= {"traceml-read_0", "traceml-read_1"}
     assert strings.find("read") is not None
-    with pytest.raises(ZeroDivisionError):
-        list(read(path).map(lambda batch: 1 // 0))
 
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("trace-")] == []
+    monkeypatch.setattr(chunk_source.PlainChunks, "_load", lambda *args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        list(read(path))
+
+    assert _reading_threads() == []
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -272,13 +284,17 @@ def test_an_iteration_that_is_left_ends_its_threads(tmp_path: Path) -> None:
     next(batches)
     batches.close()  # type: ignore[attr-defined]
 
-    assert [thread for thread in threading.enumerate() if thread.name.startswith("trace-")] == []
+    assert _reading_threads() == []
+
+
+def _reading_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("traceml-read")]
 
 
 PEAK = """
 import sys
 from traceml.traces.reader.reading import read
-events = sum(read(sys.argv[1], workers=2).map(len))
+events = sum(map(len, read(sys.argv[1], workers=2)))
 print(events, next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 

@@ -7,6 +7,7 @@ of time goes through a ExternalSorter.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from traceml.traces.aggregate.work_kinds import classify
 from traceml.traces.query.expressions import Condition
 from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of
 from traceml.traces.query.filters import EventFilter
-from traceml.traces.reader.columns import INTEGER, NO_TIME, EventBatch
+from traceml.traces.reader.columns import INTEGER, NO_TIME, EventBatch, ExactTimes
 
 __all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
 
@@ -83,7 +84,7 @@ class Analysis:
         self.groups = [PairNumbering() for _ in self.fields]
         self.lanes, self.asynchronous, self._kinds = PairNumbering(), PairNumbering(), PairNumbering()
         self._kind_of = np.zeros(0, np.uint8)
-        self.stats, self.odd_stats = GroupStatTable(), dict[int, GroupStat]()
+        self._stats, self._exact_stats = GroupStatTable(), dict[int, GroupStat]()
         self.bytes = np.zeros(64, np.int64)
         self.nesting, self.sorter = SelfTimes(), ExternalSorter()
         self.processes, self.files, self.everything = OverlapTimes(), OverlapTimes(), OverlapTimes(timeline=True)
@@ -96,16 +97,10 @@ class Analysis:
     def feed(self, batch: EventBatch) -> None:
         """Take the next batch."""
         self.begin_source(batch.source)
-        self.origin.labels.take(batch.source, batch.meta)
+        self.origin.labels.take(batch.source, batch.metadata)
         self.fractional = self.fractional or batch.fractional
         if len(batch.ph):
             self._feed_rows(batch)
-
-        if batch.odd:
-            from traceml.traces.query.exact import feed_odd
-
-            for event in batch.odd:
-                feed_odd(self, event, batch.source)
 
     def begin_source(self, source: int) -> None:
         """Go on to a file, unless it is the one that was being read."""
@@ -122,17 +117,17 @@ class Analysis:
 
     def stat(self, group: int) -> GroupStat:
         """Return what is known of a group; complete after `finish`."""
-        stat = self.stats.stat(group)
+        stat = self._stats.stat(group)
         stat.self_ns = self.nesting.self_ns(group)
-        odd = self.odd_stats.get(group)
-        if odd is not None:
-            stat.merge(odd)
+        exact = self._exact_stats.get(group)
+        if exact is not None:
+            stat.merge(exact)
 
         return stat
 
-    def odd(self, group: int) -> GroupStat:
-        """Return the stats of a group's spans that are not in the columns."""
-        return self.odd_stats.setdefault(group, GroupStat())
+    def exact_stat(self, group: int) -> GroupStat:
+        """Return the statistics of a group's spans that do not fit in GroupStatTable."""
+        return self._exact_stats.setdefault(group, GroupStat())
 
     def labels(self, group: int) -> tuple[Any, ...]:
         """Return the labels of a group, in the order of the question's fields."""
@@ -161,7 +156,10 @@ class Analysis:
             self._count_points(roles, passed)
 
         if chosen is not None and self.filter:
-            chosen &= self.filter.durations(batch.dur_ns)
+            chosen &= self.filter.durations(batch.dur_ns, batch.exact)
+
+        if batch.exact:
+            chosen = self._feed_exact(batch.exact, rows, np.ones(len(roles), np.bool_) if chosen is None else chosen)
 
         self._count_letters(batch)
         self._feed_spans(rows if chosen is None or chosen.all() else rows.select(chosen))
@@ -185,16 +183,36 @@ class Analysis:
         if rows.size is not None:
             self.bytes = added(self.bytes, rows.group, rows.size)
 
+    def _feed_exact(
+        self, exact: Mapping[int, ExactTimes], rows: _BatchRows, chosen: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
+        """Take chosen spans with exact times; return the other chosen rows. Nesting has them to the nanosecond."""
+        columns = (rows.start, rows.duration, rows.group, rows.lane, rows.kind)
+        for row in [row for row in exact if chosen[row]]:
+            start, duration = exact[row][0], exact[row][1] or 0
+            chosen[row] = False
+            self.events += 1
+            self.spans += 1
+            stat = self.exact_stat(int(rows.group[row]))
+            stat.add(duration)
+            if start is not None and -FAR_NS < start < FAR_NS and 0 <= duration < FAR_NS:
+                stat.self_ns += duration - round(duration)
+                self.sorter.add(*(column[row : row + 1] for column in columns))
+            else:
+                stat.self_ns += max(duration, 0)
+
+        return chosen
+
     def take_spans(self, *columns: NDArray[Any]) -> None:
         """Take spans: start, duration (ns), group, lane, kind of work."""
         start, duration, group = columns[0], np.maximum(columns[1], 0), columns[2]
         self.spans += len(start)
-        self.stats.add(group, duration, len(self.groups[-1]))
+        self._stats.add(group, duration, len(self.groups[-1]))
         columns = (start, duration, *columns[2:])
         near = (start > -FAR_NS) & (start < FAR_NS) & (duration < FAR_NS)  # NO_TIME is far too
         if not near.all():
             for number, time_ns in zip(group[~near].tolist(), duration[~near].tolist(), strict=True):
-                self.odd(number).self_ns += time_ns
+                self.exact_stat(number).self_ns += time_ns
 
             columns = _chosen(near, columns)
 

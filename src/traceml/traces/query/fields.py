@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +20,6 @@ _DIRECT = ("name", "cat", "pid", "tid")
 # What the labels of derived fields rest on, the first that an event has.
 _DERIVED = {"rank": ("rank",), "host": ("hhash", "hostname"), "file": ("fhash", "fname", "filename")}
 
-Event = Mapping[str, Any]
 Ids = NDArray[np.int32]
 Label = str | int | float | None
 
@@ -45,9 +42,6 @@ class EventField(Protocol):
 
     def ids(self, batch: EventBatch) -> Ids:
         """Return the number of each row's value; -1 where there is none."""
-
-    def one(self, event: Event, source: int) -> int:
-        """Return the number of an odd event's value."""
 
     def label(self, number: int) -> Label:
         """Return what a number stands for, once all metadata is known."""
@@ -110,9 +104,6 @@ class _DirectField(_Numbered):
         found: Ids = getattr(batch, self._name)
         return found
 
-    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
-        return self._strings.intern(_plain(event.get(self._name)))
-
 
 class _KindField(_Numbered):
     def __init__(self, origin: FieldContext) -> None:
@@ -125,9 +116,6 @@ class _KindField(_Numbered):
 
         return self._numbers[batch.ph]
 
-    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
-        return self._strings.intern(str(event.get("ph")))
-
 
 class _SourceField:
     def __init__(self, origin: FieldContext) -> None:
@@ -135,9 +123,6 @@ class _SourceField:
 
     def ids(self, batch: EventBatch) -> Ids:
         return np.full(len(batch.ph), batch.source, np.int32)
-
-    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
-        return source
 
     def label(self, number: int) -> Label:
         return str(self._paths[number])
@@ -177,13 +162,6 @@ class ArgField:
             ids[floats] = np.array([self._float(number) for number in numbers.tolist()], np.int32)[where]
 
         return ids
-
-    def one(self, event: Event, source: int) -> int:  # noqa: ARG002
-        """Return the number of an odd event's value."""
-        args = event.get("args")
-        value = args.get(self.key) if isinstance(args, Mapping) else None
-        self.seen = self.seen or value is not None
-        return self._float(float(value)) if isinstance(value, Decimal) else self._strings.intern(_plain(value))
 
     def label(self, number: int) -> Label:
         """Return the value; as text where JSON has no such number."""
@@ -226,12 +204,6 @@ class _DerivedField:
         process = self._origin.processes.number(batch.source, batch.pid)
         return self._numbers.number(value, process if self._name != "file" else np.zeros_like(process))
 
-    def one(self, event: Event, source: int) -> int:
-        values = [number for arg in self._args if (number := arg.one(event, source)) != -1]
-        pid = self._origin.strings.intern(_plain(event.get("pid")))
-        process = self._origin.processes.one(source, pid)
-        return self._numbers.one(values[0] if values else -1, process if self._name != "file" else 0)
-
     def raw(self, number: int) -> Any:
         value, process = self._numbers.pair(number)
         of = self._origin.process(process) if self._name != "file" else None
@@ -255,10 +227,3 @@ class _DerivedField:
 
         source, pid = self._origin.process(process)
         return labels.rank(source, pid) if self._name == "rank" else labels.host(source, pid)
-
-
-def _plain(value: Any) -> str | int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-
-    return str(value)

@@ -1,8 +1,8 @@
-"""Parts of a file that can be read apart from each other, on other hosts too.
+"""Parts of a file that can be read independently, also on other hosts.
 
-A part begins where a gzip member or a block of plain text does, mostly in the middle of an event. So it gives back the
-text before its first whole event and after its last one; who puts the parts together scans that. Whatever does not fit
-(damage, a member that was none, text that no event can be found in) makes the file one that is read in one go.
+A part begins with a gzip member or a block of plain text, usually in the middle of an event. It returns the text before
+its first whole event and after its last one; the process that joins the parts scans these. A file whose parts do not
+fit (damage, a false member, text without an event) is read in one go.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class FilePart:
         source: the number of the file.
         path: the file.
         begin, end: the range, in bytes.
-        whole: it is all of the file.
+        whole: the part is the whole file.
         wrapped: the events are in an object.
-        decimals: of its times that make them nanoseconds.
+        decimals: decimals of a time in the file that make it nanoseconds.
     """
 
     source: int
@@ -58,14 +58,14 @@ class FilePart:
 
 @dataclass(slots=True)
 class PartSeams:
-    """What a part leaves to be put together.
+    """Facts about a part that are needed to join it to its neighbors.
 
     Args:
         head: text before its first whole event.
         tail: text after its last one.
-        closed: the array of events ends in it; `tail` is what follows.
+        closed: the array of events ends in the part; `tail` is the text after it.
         end: where the next part has to begin.
-        raw_bytes, events: what was read.
+        raw_bytes, events: size of the text, number of events.
         header: keys before the events, of a first part.
     """
 
@@ -84,7 +84,7 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
     Args:
         source: the number of the file.
         path: the file.
-        least: how many parts there should be at least, where it is long enough.
+        least: minimum number of parts, if the file is long enough.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -103,13 +103,13 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
 def read_part(
     part: FilePart, keys: Sequence[str], strings: StringTable, take: Callable[[EventBatch], None]
 ) -> PartSeams:
-    """Read a part, and give each batch of it to `take`.
+    """Read a part, and pass each batch to `take`.
 
     Raises:
         IndivisibleError: the file has to be read in one go.
     """
-    scanner, seams, text, sequence = new_scanner(tuple(keys), strings), PartSeams(end=part.begin), b"", 0
-    scanner.rules.decimals = part.decimals
+    scanner, seams, text = new_scanner(tuple(keys), strings), PartSeams(end=part.begin), b""
+    scanner.rows.decimals = part.decimals
     begun = False
     for chunk in _chunks(part, seams):
         text += chunk
@@ -121,14 +121,14 @@ def read_part(
         if seams.closed:
             continue
 
-        piece = scanner.scan(text, start, wrapped=part.wrapped, final=False)
-        if piece.found.damage or piece.found.lost:
+        result = scanner.scan(text, start, wrapped=part.wrapped, final=False)
+        findings = result.findings
+        if findings.damage or findings.searching:
             raise IndivisibleError(f"{part.path}: damage in a part")
 
-        text, seams.closed = text[piece.found.stop :], piece.found.closed
-        seams.events += piece.events
-        take(piece.batch(part.source, sequence))
-        sequence += 1
+        text, seams.closed = text[findings.stop :], findings.closed
+        seams.events += result.events
+        take(result.batch(part.source))
 
     if not begun:
         raise IndivisibleError(f"{part.path}: a part without a whole event")
@@ -143,11 +143,11 @@ def mend(
     """Return the events between a part and the next one, None when there are none.
 
     Args:
-        left: what the part left.
-        right: what the next one left; None after the last.
+        left: seams of the part.
+        right: seams of the next part; None after the last.
         part: the part.
-        keys: the keys of `args` that are wanted.
-        strings: where names get their numbers.
+        keys: the requested keys of `args`.
+        strings: numbers of names.
 
     Raises:
         IndivisibleError: the two do not fit.
@@ -160,25 +160,25 @@ def mend(
 
     text = left.tail + (right.head if right else b"")
     scanner = new_scanner(tuple(keys), strings)
-    scanner.rules.decimals = part.decimals
-    piece = scanner.scan(text, 0, wrapped=part.wrapped, final=right is None)
-    found = piece.found
-    if found.damage or found.lost or found.closed or text[found.stop :].strip():
+    scanner.rows.decimals = part.decimals
+    result = scanner.scan(text, 0, wrapped=part.wrapped, final=right is None)
+    findings = result.findings
+    if findings.damage or findings.searching or findings.closed or text[findings.stop :].strip():
         raise IndivisibleError(f"{part.path}: the parts do not fit")
 
-    left.events += piece.events
-    return piece.batch(part.source, 0)
+    left.events += result.events
+    return result.batch(part.source)
 
 
 def facts_of(path: Path, parts: Sequence[PartSeams], *, wrapped: bool) -> TraceFileFacts:
-    """Return what is known of a file whose parts fitted."""
+    """Return the facts about a file whose parts fit."""
     facts = TraceFileFacts(path, path.stat().st_size, sum(part.events for part in parts))
     facts.raw_bytes = sum(part.raw_bytes for part in parts)
     facts.header = dict(parts[0].header)
     if wrapped:
-        ending = TrailerParser()
-        ending.add(parts[-1].tail if parts[-1].closed else b"")
-        if not ending.read(facts.header):
+        trailer = TrailerParser()
+        trailer.add(parts[-1].tail if parts[-1].closed else b"")
+        if not trailer.read(facts.header):
             facts.damage = [FileDamage(facts.raw_bytes, "the object around traceEvents is not closed", 0)]
 
     return facts
@@ -202,9 +202,9 @@ def _chunks(part: FilePart, seams: PartSeams) -> Iterator[bytes]:
 def _start(part: FilePart, text: bytes, seams: PartSeams) -> int | None:
     """Return where the first whole event of a part begins; None when more text is needed."""
     if part.begin == 0:
-        beginning = HeaderParser()
-        start = beginning.find(text, final=False)
-        seams.header = beginning.header if beginning.wrapped else {}
+        header = HeaderParser()
+        start = header.find(text, final=False)
+        seams.header = header.header if header.wrapped else {}
         return start
 
     start = find_start(text)
@@ -215,7 +215,7 @@ def _start(part: FilePart, text: bytes, seams: PartSeams) -> int | None:
 
 
 def _member_from(file: Any, at: int, size: int) -> int:
-    """Return where a gzip member may begin, from a place on; the end of the file when none does."""
+    """Return where a gzip member may begin, at or after a position; the end of the file when there is none."""
     while at < size:
         file.seek(at)
         data = file.read(1 << 20)
@@ -232,8 +232,8 @@ def _is_wrapped(path: Path) -> bool:
     source = open_source(path)
     try:
         load = source.take(TextBuffer())
-        beginning = HeaderParser()
-        beginning.find(bytes(load().text) if load else b"", final=False)
-        return beginning.wrapped
+        header = HeaderParser()
+        header.find(bytes(load().text) if load else b"", final=False)
+        return header.wrapped
     finally:
         source.close()

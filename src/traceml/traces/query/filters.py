@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.traces.query.expressions import Condition
 from traceml.traces.query.fields import ArgField, EventField, FieldContext, Ids, field_of
-from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch
+from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch, ExactTimes, Time
 
 __all__ = ["EventFilter", "compare"]
 
@@ -54,30 +53,21 @@ class EventFilter:
 
     def rows(self, batch: EventBatch) -> Mask:
         """Tell which rows pass, durations left aside."""
-        mask = np.ones(len(batch.ph), np.bool_)
-        for condition in self._ts:
-            mask &= _compare_times(batch.ts_ns, batch.ts_ns != NO_TIME, condition)
-
+        exact = {row: ts for row, (ts, _) in batch.exact.items()}
+        mask = _times_pass(self._ts, batch.ts_ns, batch.ts_ns != NO_TIME, exact)
         for each in self._fields:
             mask &= each.rows(batch)
 
         return mask
 
-    def durations(self, duration: NDArray[np.int64]) -> Mask:
-        """Tell which durations (ns; below 0 for none) pass."""
-        mask = np.ones(len(duration), np.bool_)
-        for condition in self._dur:
-            mask &= _compare_times(duration, duration >= 0, condition)
+    def durations(self, duration: NDArray[np.int64], exact: Mapping[int, ExactTimes] | None = None) -> Mask:
+        """Return which durations (ns; below 0 for none) pass.
 
-        return mask
-
-    def keeps(self, event: Mapping[str, Any], source: int, *, timed: bool = True) -> bool:
-        """Tell whether an odd event passes; with `timed=False` durations are left aside."""
-        for conditions, value in ((self._ts, event.get("ts")), (self._dur if timed else [], event.get("dur"))):
-            if not all(condition.accepts(_finite(value)) for condition in conditions):
-                return False
-
-        return all(each.keeps(event, source) for each in self._fields)
+        Args:
+            duration: as in the columns of a batch.
+            exact: exact times of some rows.
+        """
+        return _times_pass(self._dur, duration, duration >= 0, {row: dur for row, (_, dur) in (exact or {}).items()})
 
 
 class _FieldCondition:
@@ -99,9 +89,6 @@ class _FieldCondition:
             return np.zeros(len(batch.ph), np.bool_) if column is None else self._arg_rows(column)
 
         return self._by_label(self.field.ids(batch))
-
-    def keeps(self, event: Mapping[str, Any], source: int) -> bool:
-        return self._ask(self.field.one(event, source))
 
     def _ask(self, number: int) -> bool:
         if number not in self._asked:
@@ -157,15 +144,18 @@ def compare(values: NDArray[Any], operator_: str, number: Fraction) -> Mask:
     return np.asarray(_COMPARE[operator_](values, bound), np.bool_)
 
 
-def _compare_times(times_ns: NDArray[np.int64], there: Mask, condition: Condition) -> Mask:
-    assert condition.number is not None
-    answer = compare(times_ns, condition.operator, condition.number * 1000)
-    return np.where(there, answer, condition.operator == "!=")
+def _times_pass(
+    conditions: Sequence[Condition], times_ns: NDArray[np.int64], known: Mask, exact: Mapping[int, Time | None]
+) -> Mask:
+    """Return which times pass all conditions; `known` is false where a row has none, `exact` overrides some rows."""
+    mask = np.ones(len(times_ns), np.bool_)
+    for condition in conditions:
+        assert condition.number is not None
+        passed = compare(times_ns, condition.operator, condition.number * 1000)
+        mask &= np.where(known, passed, condition.operator == "!=")
 
+    for row, time_ns in exact.items():
+        time_us = None if time_ns is None else Fraction(time_ns, 1000)
+        mask[row] = all(condition.accepts(time_us) for condition in conditions)
 
-def _finite(value: Any) -> Any:
-    """Return an odd event's number so that it can be compared; None for what has no order."""
-    if isinstance(value, Decimal):
-        return Fraction(value) if value.is_finite() else None
-
-    return value if isinstance(value, int) else None
+    return mask

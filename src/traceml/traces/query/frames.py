@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.errors import UsageError
-from traceml.traces.query.exact import nanoseconds
 from traceml.traces.query.fields import FieldContext, field_of
 from traceml.traces.reader.columns import NO_TIME, EventBatch
 
-__all__ = ["EVENT_FIELDS", "decoded", "odd_rows", "to_pandas", "to_polars"]
+__all__ = ["EVENT_FIELDS", "decoded", "to_pandas", "to_polars"]
 
 EVENT_FIELDS = ("name", "cat", "ph", "pid", "tid")
 _INT64 = 2**63
@@ -25,7 +24,7 @@ def decoded(batch: EventBatch, fields: Sequence[str], origin: FieldContext, mask
     """Return the events of a batch as columns of values, None where an event has none.
 
     Args:
-        batch: the events; odd ones come last, to the nanosecond.
+        batch: the events.
         fields: which fields, beside `ts_ns` and `dur_ns`.
         origin: what the numbers mean.
         mask: which rows are wanted; None for all.
@@ -41,20 +40,6 @@ def decoded(batch: EventBatch, fields: Sequence[str], origin: FieldContext, mask
     for name, times, missing in (("ts_ns", batch.ts_ns, NO_TIME), ("dur_ns", batch.dur_ns, -1)):
         values = times if mask is None else times[mask]
         columns[name] = np.where(values == missing, None, values).tolist()  # type: ignore[call-overload]
-
-    return columns
-
-
-def odd_rows(events: Iterable[Mapping[str, Any]], source: int, fields: Sequence[str], origin: FieldContext) -> Columns:
-    """Return odd events as columns; times are rounded to nanoseconds, None where they are beyond 64 bits."""
-    events = list(events)
-    columns: Columns = {}
-    for name in fields:
-        field = field_of(name, origin)
-        columns[name] = [field.label(field.one(event, source)) for event in events]
-
-    for name, key in (("ts_ns", "ts"), ("dur_ns", "dur")):
-        columns[name] = [_rounded(event.get(key)) for event in events]
 
     return columns
 
@@ -98,12 +83,3 @@ def _uniform(values: Sequence[Any]) -> list[Any]:
         return [None if value is None else float(value) for value in values]
 
     return list(values)
-
-
-def _rounded(microseconds: Any) -> int | None:
-    time_ns = nanoseconds(microseconds)
-    if time_ns is None:
-        return None
-
-    value = round(time_ns)
-    return value if -_INT64 <= value < _INT64 else None

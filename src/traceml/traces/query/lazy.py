@@ -9,7 +9,7 @@ reads.group_by("name", "rank").agg("count", "sum", "p99").to_polars()
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -187,7 +187,7 @@ def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -
     from traceml.traces.query.analysis import TraceQuery
     from traceml.traces.query.fields import FieldContext
     from traceml.traces.query.filters import EventFilter
-    from traceml.traces.query.frames import EVENT_FIELDS, decoded, odd_rows
+    from traceml.traces.query.frames import EVENT_FIELDS, decoded
     from traceml.traces.query.summary import learnt
     from traceml.traces.reader.reading import read
 
@@ -197,12 +197,10 @@ def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -
     origin.labels = learnt(question, traces.files)
     chosen, fields = EventFilter(question.where, origin), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
     for batch in reading:
-        mask = chosen.rows(batch) & chosen.durations(batch.dur_ns) if chosen else None
+        mask = chosen.rows(batch) & chosen.durations(batch.dur_ns, batch.exact) if chosen else None
         columns = decoded(batch, fields, origin, mask)
-        odd = [event for event in batch.odd if not chosen or chosen.keeps(event, batch.source)]
-        more: Mapping[str, list[Any]] = odd_rows(odd, batch.source, fields, origin) if odd else {}
-        if columns["ph"] or more:
-            yield {name: values + more.get(name, []) for name, values in columns.items()}
+        if columns["ph"]:
+            yield columns
 
     facts += reading.files
 

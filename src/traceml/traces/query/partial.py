@@ -129,7 +129,7 @@ def _absorb_group(analysis: Analysis, raw: tuple[Any, ...], stat: GroupStat, siz
         group = numbering.one(group, field.number(value))
 
     if stat.count or stat.self_ns:
-        analysis.odd(group).merge(stat)
+        analysis.exact_stat(group).merge(stat)
 
     analysis.bytes = added(analysis.bytes, np.array([group], np.int32), np.array([size], np.int64))
     return group

@@ -122,7 +122,7 @@ def learnt(question: TraceQuery, files: Sequence[Path]) -> Labels:
 
     reading = read(files)
     for batch in reading:
-        labels.take(batch.source, batch.meta)
+        labels.take(batch.source, batch.metadata)
 
     for source, facts in enumerate(reading.files):
         labels.take_file(source, facts.path, facts.header)

@@ -1,8 +1,8 @@
-"""The bytes of a trace, in chunks of text that threads take one after another and load side by side.
+"""Text of a trace in chunks, which threads take one after another and load in parallel.
 
-A gzip file of many members (as dftracer and our writer make them) is taken a few members at a time. Where members
-begin is found by their magic number and first bytes: as these may occur by chance too, each chunk says where its last
-member really ended, and the next counts only if it began there. A file that is one large member is inflated in one go.
+A gzip file of many members (as dftracer and our writer produce) is taken a few members at a time. Members are found by
+their magic number and first bytes. As these may also occur by chance, each chunk reports where its last member really
+ended, and the next chunk is valid only if it begins there. A file of one large member is decompressed sequentially.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from traceml.traces.reader.trace_files import GZIP_MAGIC
 
 __all__ = ["CHUNK_BYTES", "Chunk", "ChunkSource", "GzipChunks", "Inflater", "PlainChunks", "open_source"]
 
-CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: what one thread works on at a time
+CHUNK_BYTES = 4 * 1024 * 1024  # of text, about: the work of one thread at a time
 _MEMBERS_BYTES = 512 * 1024  # compressed: members are taken together until they have this much
-_MAX_MEMBERS_BYTES = 1024 * 1024  # compressed: a first member that is longer is inflated in one go
-_MAX_TEXT_BYTES = 32 * 1024 * 1024  # that members taken together may inflate to; more comes in parts
+_MAX_MEMBERS_BYTES = 1024 * 1024  # compressed: a longer first member is decompressed sequentially
+_MAX_TEXT_BYTES = 32 * 1024 * 1024  # of members taken together; more is read in parts
 _FED_BYTES = 64 * 1024
-_PART_BYTES = 512 * 1024  # of text, had from the decompressor at a time
+_PART_BYTES = 512 * 1024  # of text, taken from the decompressor at a time
 
 
 @dataclass(slots=True)
@@ -33,12 +33,12 @@ class Chunk:
     """A part of a file.
 
     Args:
-        text: its text; until the next chunk is loaded into the same buffer.
-        begin: where it begins in the file as it is on disk.
-        end: where the next one has to begin.
-        stop: where it was meant to end; the next one was taken to begin there.
-        damage: what could not be inflated; offsets in the file.
-        too_long: it inflates to more than may be held, the text is only its beginning: take it in parts.
+        text: its text; valid until the next chunk is loaded into the same buffer.
+        begin: where it begins in the file on disk.
+        end: where the next chunk has to begin.
+        stop: its expected end, where the next chunk was assumed to begin.
+        damage: ranges that could not be decompressed; offsets in the file.
+        too_long: the text exceeds the limit and is only the beginning: read the chunk in parts.
     """
 
     text: memoryview
@@ -50,14 +50,14 @@ class Chunk:
 
 
 class ChunkSource(Protocol):
-    """A file as chunks. `take` is called under a lock, what it returns is not."""
+    """A file as chunks. `take` is called under a lock, its result without one."""
 
-    def take(self, buffer: TextBuffer | None = None) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk, into memory of its own without a buffer; None when there is none."""
+    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+        """Return a function that loads the next chunk into a buffer; None at the end."""
         ...
 
     def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
-        """Load what lies in a range, in chunks that can be held."""
+        """Load a range in chunks of limited size."""
         ...
 
     def close(self) -> None:
@@ -69,9 +69,9 @@ def open_source(path: Path, begin: int = 0, end: int | None = None) -> ChunkSour
     """Open a file.
 
     Args:
-        path: the file; its content tells whether it is compressed.
+        path: the file, plain or gzip.
         begin: first byte to read.
-        end: the byte behind the last one; None for the end of the file.
+        end: end of the range; None for the end of the file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     size = os.fstat(descriptor).st_size
@@ -92,18 +92,17 @@ class PlainChunks:
     def __init__(self, descriptor: int, begin: int, end: int, size: int) -> None:
         self._descriptor, self._next, self._end, self._size = descriptor, begin, end, size
 
-    def take(self, buffer: TextBuffer | None = None) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk, into memory of its own without a buffer; None when there is none."""
+    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+        """Return a function that loads the next chunk into a buffer; None at the end."""
         if self._next >= self._end:
             return None
 
-        memory = buffer or TextBuffer()
         begin, self._next = self._next, min(self._next + CHUNK_BYTES, self._end)
         stop = self._next
-        return lambda: self._load(begin, stop, memory)
+        return lambda: self._load(begin, stop, buffer)
 
     def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
-        """Load what lies in a range, in chunks that can be held."""
+        """Load a range in chunks of limited size."""
         stop = min(stop, self._size)
         for at in range(begin, stop, CHUNK_BYTES):
             yield self._load(at, min(at + CHUNK_BYTES, stop), buffer)
@@ -119,7 +118,7 @@ class PlainChunks:
 
 
 class GzipChunks:
-    """A gzip file of one member or many.
+    """A gzip file of one or many members.
 
     Args:
         descriptor: the open file; closed with the source.
@@ -131,11 +130,10 @@ class GzipChunks:
         self._descriptor, self._begin, self._next, self._end, self._size = descriptor, begin, begin, end, size
         self._stream: Inflater | None = None
 
-    def take(self, buffer: TextBuffer | None = None) -> Callable[[], Chunk] | None:
-        """Return what loads the next chunk, into memory of its own without a buffer; None when there is none."""
-        memory = buffer or TextBuffer()
+    def take(self, buffer: TextBuffer) -> Callable[[], Chunk] | None:
+        """Return a function that loads the next chunk into a buffer; None at the end."""
         if self._stream is not None:
-            chunk = self._stream.read(self._end, memory)
+            chunk = self._stream.read(self._end, buffer)
             return None if chunk is None else lambda: chunk
 
         if self._next >= self._end:
@@ -146,12 +144,12 @@ class GzipChunks:
         stop = self._next
         if begin == self._begin and stop - begin > _MAX_MEMBERS_BYTES:
             self._stream = Inflater(self._descriptor, begin, self._size)
-            return self.take(memory)
+            return self.take(buffer)
 
-        return lambda: self._load(begin, stop, memory)
+        return lambda: self._load(begin, stop, buffer)
 
     def parts(self, begin: int, stop: int, buffer: TextBuffer) -> Iterator[Chunk]:
-        """Load what lies in a range, in chunks that can be held."""
+        """Load a range in chunks of limited size."""
         inflater = Inflater(self._descriptor, begin, self._size)
         while (chunk := inflater.read(stop, buffer)) is not None:
             yield chunk
@@ -161,15 +159,15 @@ class GzipChunks:
         os.close(self._descriptor)
 
     def _load(self, begin: int, stop: int, buffer: TextBuffer) -> Chunk:
-        """Inflate the members that begin in a range."""
+        """Decompress the members that begin in a range."""
         chunk = Inflater(self._descriptor, begin, self._size).read(stop, buffer, _MAX_TEXT_BYTES)
-        assert chunk is not None  # something begins where it begins
+        assert chunk is not None  # a member begins here
         chunk.too_long = chunk.end < stop
         return chunk
 
 
 class Inflater:
-    """Inflates members one after another; goes on after damage where the next one begins.
+    """Decompresses members one after another; continues after damage where the next one begins.
 
     Args:
         descriptor: the file.
@@ -179,10 +177,10 @@ class Inflater:
 
     def __init__(self, descriptor: int, begin: int, size: int) -> None:
         self._descriptor, self._size = descriptor, size
-        self._begin = self._member = self._fed = begin  # of the chunk, of the open member, of what is not read yet
+        self._begin = self._member = self._fed = begin  # starts of the chunk, of the open member, of the unread bytes
         self._open: Any = None
-        self._held = b""  # read, and not inflated yet
-        self._made = 0  # bytes that the open member has given
+        self._held = b""  # read, and not decompressed yet
+        self._made = 0  # bytes of text from the open member
         self._damage: list[FileDamage] = []
 
     def read(self, stop: int, buffer: TextBuffer, limit_bytes: int = CHUNK_BYTES) -> Chunk | None:
@@ -211,7 +209,7 @@ class Inflater:
         return self._open is None and self._member >= min(stop, self._size)
 
     def _more(self) -> bytes:
-        """Return some text; may be empty."""
+        """Return more text; may be empty."""
         if self._open is None and not self._next_member():
             return b""
 
@@ -222,7 +220,7 @@ class Inflater:
 
         try:
             text: bytes = self._open.decompress(data, _PART_BYTES)
-        except Exception:  # noqa: BLE001 - isal and zlib have errors of their own; what it is, the salvage finds out
+        except Exception:  # noqa: BLE001 - isal and zlib raise their own errors; the salvage finds the cause
             return self._salvage()
 
         self._made += len(text)
@@ -236,7 +234,7 @@ class Inflater:
         return text
 
     def _next_member(self) -> bool:
-        """Open the member at the current place; without one, go on where there is one."""
+        """Open the member at the current position; without one, continue at the next one."""
         if len(self._held) < len(MAGIC):
             self._fed = self._member
             self._held = read_at(self._descriptor, self._fed, min(_FED_BYTES, self._size - self._fed))
@@ -247,23 +245,23 @@ class Inflater:
             return True
 
         begin = self._member
-        padding = not self._held.strip(b"\0") and self._fed == self._size  # tape blocks and tar end so
-        goes_on = next_member(self._descriptor, begin, self._size)
-        self._fail(None if padding else FileDamage(begin, "bytes that are no gzip member", goes_on - begin), goes_on)
+        padding = not self._held.strip(b"\0") and self._fed == self._size  # as at the end of tape blocks and tar
+        resume = next_member(self._descriptor, begin, self._size)
+        self._fail(None if padding else FileDamage(begin, "bytes that are not a gzip member", resume - begin), resume)
         return False
 
     def _salvage(self) -> bytes:
-        """Return what the open member, which is broken, has left before its damage."""
+        """Return the remaining text of the open, broken member before its damage."""
         begin = self._member
         found = salvaged(self._descriptor, begin, self._size, self._made)
         if found.whole:
             self._fail(FileDamage(begin, "a gzip member with a wrong checksum; its text was used", 0), found.end)
             return found.text
 
-        goes_on = next_member(self._descriptor, found.end, self._size)
-        self._fail(FileDamage(found.end, "a broken gzip member", goes_on - found.end), goes_on)
-        return found.text + b"\n"  # no event goes on across the gap
+        resume = next_member(self._descriptor, found.end, self._size)
+        self._fail(FileDamage(found.end, "a broken gzip member", resume - found.end), resume)
+        return found.text + b"\n"  # no event continues across the gap
 
-    def _fail(self, damage: FileDamage | None, goes_on: int) -> None:
+    def _fail(self, damage: FileDamage | None, resume: int) -> None:
         self._damage += [damage] if damage else []
-        self._open, self._held, self._member = None, b"", goes_on
+        self._open, self._held, self._member = None, b"", resume

@@ -1,13 +1,9 @@
-"""What reading a trace delivers: batches of events as columns, names as small numbers, damage as facts.
+"""Batches of events as columns, names as small numbers, damage as facts: the output of reading a trace.
 
-`read()` of traceml.traces.reader.reading yields batches:
-
-    reading = read(["trace.pfw.gz"], args=["size"])
-    for batch in reading:                 # EventBatch after EventBatch: files one after another, each in its own order
-        ...
-    for value in reading.map(function):   # or: function(batch) runs in the reading threads; values in the same order
-        ...
-    reading.files, reading.strings        # complete when the iteration is over
+reader = read(["trace.pfw.gz"], args=["size"])
+for batch in reader:                  # EventBatch after EventBatch: file after file, in the order of each file
+    ...
+reader.files, reader.strings          # complete after the iteration
 """
 
 from __future__ import annotations
@@ -15,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +26,23 @@ __all__ = [
     "TEXT",
     "ArgColumn",
     "EventBatch",
+    "ExactTimes",
     "FileDamage",
     "StringTable",
+    "Time",
     "TraceFileFacts",
 ]
 
+Time = int | Fraction  # nanoseconds; a fraction only where a trace has finer times
+ExactTimes = tuple[Time | None, Time | None]  # begin and duration of an event
 NO_TIME = -(2**63)  # in `ts_ns`: the event has no time
 MISSING, INTEGER, FLOAT, TEXT = range(4)  # kinds in an ArgColumn
 
 
 class StringTable:
-    """Values that repeat (names, categories, processes, threads), each with a number: dense from 0, never reused.
+    """Numbers of values that repeat (names, categories, processes, threads): dense from 0, never reused.
 
-    One instance serves all batches of one reading. Integers and texts are different values: 1 is not "1".
+    All batches of one reader share an instance. Integers and texts are different values: 1 is not "1".
     """
 
     def __init__(self) -> None:
@@ -63,7 +64,7 @@ class StringTable:
             return [self._intern(value) for value in values]
 
     def find(self, value: str | int) -> int | None:
-        """Return the number of a value that has occurred, None for others."""
+        """Return the number of a known value, None for others."""
         return self._ids.get(value)
 
     def __getitem__(self, number: int) -> str | int | None:
@@ -83,14 +84,14 @@ class StringTable:
 
 @dataclass(slots=True)
 class ArgColumn:
-    """One key of the events' `args`, as asked for.
+    """One requested key of the events' `args`.
 
     Args:
         kinds: MISSING, INTEGER, FLOAT or TEXT, of each event.
         integers: the value where the kind is INTEGER, else 0.
         floats: the value where the kind is INTEGER or FLOAT, else NaN.
-        texts: the value's number in StringTable where the kind is TEXT (also `true`, `false`, and arrays and objects as
-            compact JSON), else -1.
+        texts: the value's number in StringTable where the kind is TEXT (also `true`, `false`, arrays and objects as
+            compact JSON, and integers beyond 64 bits), else -1.
     """
 
     kinds: NDArray[np.uint8]
@@ -104,24 +105,20 @@ class EventBatch:
     """Consecutive events of one file, in the order of the file; the columns are equally long.
 
     Args:
-        source: the number of the file: its place in `Reading.files`.
-        sequence: the number of the batch within its file, from 0.
-        ph: `ord` of the event's kind: X, B, E, i, I, C, b, e, n, s, t, f, P, ... (dftracer's integer 1 is X).
+        source: the number of the file: its index in `TraceReader.files`.
+        ph: `ord` of the event's phase code: X, B, E, i, I, C, b, e, n, s, t, f, P, ... (dftracer's integer 1 is X).
         name, cat, pid, tid: numbers in StringTable, -1 where missing. Processes and threads are integers or texts.
         id: of asynchronous and flow events (b, n, e, s, t, f, N, O, D), else -1.
         ts_ns: begin in nanoseconds of the file's clock, exact; NO_TIME where missing.
         dur_ns: nanoseconds, exact; -1 where missing.
-        fractional: whether a time in it may have a fraction of a microsecond; otherwise all are whole microseconds.
-        args: what was asked for, by key.
-        odd: events that do not fit in these columns (more than three decimals, beyond 2^63 ns, negative durations, not
-            finite, integers of `args` beyond 64 bits), as parsed: integers are `int`, other numbers `Decimal` (also NaN
-            and infinities), `ph` is a str, the rest as JSON has it. They are in no column, and count as events.
-        odd_rows: for each of `odd`, how many rows of the columns precede it.
-        meta: metadata events (M, dftracer's integer 4), as parsed; in no column, and no events.
+        fractional: whether a time may have a fraction of a microsecond; otherwise all are whole microseconds.
+        args: the requested keys of `args`.
+        exact: begin and duration (ns, None where missing) of rows whose times are not exact in the columns, by row:
+            finer than nanoseconds, beyond 2^63 ns, or a negative duration. The columns have them rounded, or missing.
+        metadata: metadata events (M, dftracer's integer 4), as parsed; in no column, and not counted as events.
     """
 
     source: int
-    sequence: int
     ph: NDArray[np.uint8]
     name: NDArray[np.int32]
     cat: NDArray[np.int32]
@@ -132,23 +129,21 @@ class EventBatch:
     dur_ns: NDArray[np.int64]
     fractional: bool = False
     args: dict[str, ArgColumn] = field(default_factory=dict)
-    odd: list[dict[str, Any]] = field(default_factory=list)
-    odd_rows: list[int] = field(default_factory=list)
-    meta: list[dict[str, Any]] = field(default_factory=list)
+    exact: dict[int, ExactTimes] = field(default_factory=dict)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        """Events in it, odd ones included."""
-        return len(self.ph) + len(self.odd)
+        return len(self.ph)
 
 
 @dataclass(frozen=True, slots=True)
 class FileDamage:
-    """A part of a file that could not be used, or not be trusted.
+    """Part of a file that could not be used, or is not reliable.
 
     Args:
-        offset: where it begins: in bytes of the file as it is on disk for damaged compression, else of its text.
-        what: what is wrong, in a few words.
-        lost_bytes: how many bytes (of the same) were passed over; 0 where all was used nevertheless.
+        offset: where it begins: in bytes of the file on disk for damaged compression, else of its text.
+        what: kind of damage, in a few words.
+        lost_bytes: number of bytes (of the same) that were skipped; 0 where all were used nevertheless.
     """
 
     offset: int
@@ -158,14 +153,14 @@ class FileDamage:
 
 @dataclass(slots=True)
 class TraceFileFacts:
-    """What is known of a file; complete once the iteration over its batches is.
+    """Facts about a file; complete after the iteration over its batches.
 
     Args:
         path: the file.
         bytes: its size on disk.
-        events: events in it, metadata excluded.
+        events: number of events, metadata excluded.
         raw_bytes: its size as text.
-        damage: what could not be used.
+        damage: parts that could not be used.
         header: keys beside `traceEvents` (torch.profiler's `distributedInfo`, `deviceProperties`, ...), as parsed.
     """
 

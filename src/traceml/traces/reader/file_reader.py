@@ -1,68 +1,81 @@
-"""The chunks of a file put together again: each begins where the one before it ended, in the file and in its events."""
+"""Assembly of one file from its chunks: each begins where the one before it ended, in the file and in its events."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from traceml.traces.reader.chunk_source import Chunk
 from traceml.traces.reader.columns import EventBatch, FileDamage, TraceFileFacts
 from traceml.traces.reader.event_rows import MICROSECONDS
 from traceml.traces.reader.formats import HeaderParser, TrailerParser, time_decimals
-from traceml.traces.reader.native_scanner import NativeScanner
 from traceml.traces.reader.python_scanner import PythonScanner, Text
-from traceml.traces.reader.scan_result import ScanResult, joined
+from traceml.traces.reader.scan_result import ScanResult
 
-__all__ = ["MAX_DAMAGE", "FileReader", "Guess", "Scanner"]
+__all__ = ["MAX_DAMAGE", "FileReader", "ScanAhead"]
 
-Scanner = NativeScanner | PythonScanner
 MAX_DAMAGE = 1000  # entries per file: further damage is added up in the last one
-_SAME_BYTES = 8  # between two damages that are reported as one
+_SAME_BYTES = 8  # distance up to which two ranges of damage are reported as one
 
-# A chunk that was scanned from a place where an event seemed to begin: that place, and what was found.
-Guess = tuple[int, ScanResult]
+
+@dataclass(frozen=True, slots=True)
+class ScanAhead:
+    """Scan of a chunk from a place where an event seems to begin, before the text in front of it is known.
+
+    Args:
+        start: that place.
+        result: the scan.
+    """
+
+    start: int
+    result: ScanResult
 
 
 class FileReader:
-    """The reading of one file, in order.
+    """Joins the chunks of one file, in order.
 
     Args:
-        facts: completed on the way.
-        source: the number of the file.
+        facts: facts about the file; completed while it is read.
+        source: number of the file.
+
+    Attributes:
+        position: where the next chunk has to begin.
+        decimals: decimals of a time in the file that make it nanoseconds.
     """
 
     def __init__(self, facts: TraceFileFacts, source: int) -> None:
-        self.expected = 0  # where the next chunk has to begin
+        self.position = 0
         self.decimals = time_decimals(facts.path)
         self._facts, self._source = facts, source
-        self._beginning: HeaderParser | None = HeaderParser()
-        self._ending: TrailerParser | None = None
-        self._wrapped = self._lost = False
+        self._header: HeaderParser | None = HeaderParser()
+        self._trailer: TrailerParser | None = None
+        self._wrapped = self._searching = False
         self._tail = b""  # text that belongs in front of the next chunk
-        self._raw = 0  # bytes of text so far, the tail included
-        self._sequence = 0
+        self._text_bytes = 0  # text so far, the tail included
 
-    def accept(self, chunk: Chunk, guess: Guess | None, scanner: Scanner) -> EventBatch | None:
+    def accept(self, chunk: Chunk, ahead: ScanAhead | None, scanner: PythonScanner) -> EventBatch | None:
         """Take the next chunk; return its events, None when it has none.
 
         Args:
             chunk: the chunk.
-            guess: what a thread found in it ahead, None when that was not tried.
-            scanner: scans what is left to be scanned.
+            ahead: its scan by another thread, None without one.
+            scanner: scans the rest.
         """
-        self.expected = chunk.end
-        self._note(chunk.damage)
-        self._raw += len(chunk.text)
-        self._facts.raw_bytes = self._raw
-        if self._ending is not None:
-            self._ending.add(bytes(chunk.text))
+        self.position = chunk.end
+        self._add_damage(chunk.damage)
+        self._text_bytes += len(chunk.text)
+        self._facts.raw_bytes = self._text_bytes
+        if self._trailer is not None:
+            self._trailer.add(bytes(chunk.text))
             return None
 
-        if guess is not None and self._beginning is None:
-            piece = self._stitched(chunk.text, guess, scanner)
-            if piece is not None:
-                return self._batch(piece, chunk.text)
+        if ahead is not None and self._header is None:
+            result = self._attached(chunk.text, ahead, scanner)
+            if result is not None:
+                return self._batch(result, chunk.text)
 
         text, start = self._tail + chunk.text, 0
-        if self._beginning is not None:
-            found = self._begin(text, final=False)
+        if self._header is not None:
+            found = self._read_header(text, final=False)
             if found is None:
                 self._tail = text
                 return None
@@ -71,83 +84,83 @@ class FileReader:
 
         return self._scan(scanner, text, start, final=False)
 
-    def finish(self, scanner: Scanner) -> EventBatch | None:
+    def finish(self, scanner: PythonScanner) -> EventBatch | None:
         """Take the end of the file; return the events that were still open."""
-        start = 0 if self._beginning is None else self._begin(self._tail, final=True) or 0
+        start = 0 if self._header is None else self._read_header(self._tail, final=True) or 0
         batch = None
-        if self._ending is None and (self._tail or self._lost):
+        if self._trailer is None and (self._tail or self._searching):
             batch = self._scan(scanner, self._tail, start, final=True)
 
-        if self._raw == 0 and not self._facts.damage:
-            self._note([FileDamage(0, "an empty file", 0)])
-        elif self._wrapped and (self._ending is None or not self._ending.read(self._facts.header)):
-            self._note([FileDamage(self._raw, "the object around traceEvents is not closed", 0)])
+        if self._text_bytes == 0 and not self._facts.damage:
+            self._add_damage([FileDamage(0, "an empty file", 0)])
+        elif self._wrapped and (self._trailer is None or not self._trailer.read(self._facts.header)):
+            self._add_damage([FileDamage(self._text_bytes, "the object around traceEvents is not closed", 0)])
 
         return batch
 
-    def _begin(self, text: bytes, *, final: bool) -> int | None:
-        """Return where the events begin, once that can be told."""
-        assert self._beginning is not None
-        start = self._beginning.find(text, final=final)
+    def _read_header(self, text: bytes, *, final: bool) -> int | None:
+        """Return where the events begin; None when more text is needed."""
+        assert self._header is not None
+        start = self._header.find(text, final=final)
         if start is not None:
-            self._wrapped = self._beginning.wrapped
-            self._facts.header.update(self._beginning.header if self._wrapped else {})
-            self._beginning = None
+            self._wrapped = self._header.wrapped
+            self._facts.header.update(self._header.header if self._wrapped else {})
+            self._header = None
 
         return start
 
-    def _stitched(self, text: Text, guess: Guess, scanner: Scanner) -> ScanResult | None:
-        """Put a piece that was scanned ahead behind what precedes it; None when it does not fit there."""
-        start, ahead = guess
-        if self._lost or (not self._wrapped and (ahead.found.damage or ahead.found.closed)):
+    def _attached(self, text: Text, ahead: ScanAhead, scanner: PythonScanner) -> ScanResult | None:
+        """Return a scan ahead with the events in front of it; None when it began in the wrong place."""
+        findings = ahead.result.findings
+        if self._searching or (not self._wrapped and (findings.damage or findings.closed)):
             return None
 
-        seam = self._tail + text[:start]
+        seam = self._tail + text[: ahead.start]
         head = scanner.scan(seam, 0, wrapped=self._wrapped, final=False)
-        if head.found.stop != len(seam) or head.found.damage or head.found.closed or head.found.lost:
+        before = head.findings
+        if before.stop != len(seam) or before.damage or before.closed or before.searching:
             return None
 
-        whole = joined(head, ahead)
-        whole.found.damage = ahead.found.damage
-        return whole
+        return ahead.result.after(head)
 
-    def _scan(self, scanner: Scanner, text: bytes, start: int, *, final: bool) -> EventBatch | None:
+    def _scan(self, scanner: PythonScanner, text: bytes, start: int, *, final: bool) -> EventBatch | None:
         """Scan text that ends where the text so far does."""
-        piece = scanner.scan(text, start, wrapped=self._wrapped, final=final, lost=self._lost)
-        return self._batch(piece, text)
+        result = scanner.scan(text, start, wrapped=self._wrapped, final=final, searching=self._searching)
+        return self._batch(result, text)
 
-    def _batch(self, piece: ScanResult, text: Text) -> EventBatch | None:
-        """Note what was found in a text that ends where the text so far does."""
-        begin = self._raw - len(text)
-        self._note([FileDamage(begin + hurt.offset, hurt.what, hurt.lost_bytes) for hurt in piece.found.damage])
-        self._tail, self._lost = bytes(text[piece.found.stop :]), piece.found.lost
-        if piece.found.closed:
-            self._ending, self._tail = TrailerParser(), b""
-            self._ending.add(bytes(text[piece.found.stop :]))
+    def _batch(self, result: ScanResult, text: Text) -> EventBatch | None:
+        """Record the findings in a text that ends where the text so far does; return its events."""
+        begin, findings = self._text_bytes - len(text), result.findings
+        self._add_damage([FileDamage(begin + each.offset, each.what, each.lost_bytes) for each in findings.damage])
+        self._tail, self._searching = bytes(text[findings.stop :]), findings.searching
+        if findings.closed:
+            self._trailer, self._tail = TrailerParser(), b""
+            self._trailer.add(bytes(text[findings.stop :]))
 
-        self._facts.events += piece.events
-        if not piece.events and not piece.found.meta:
+        self._facts.events += result.events
+        if not result.events and not findings.metadata:
             return None
 
-        piece.found.fractional |= self.decimals < MICROSECONDS
-        self._sequence += 1
-        return piece.batch(self._source, self._sequence - 1)
+        findings.fractional |= self.decimals < MICROSECONDS
+        return result.batch(self._source)
 
-    def _note(self, damage: list[FileDamage]) -> None:
-        for hurt in damage:
-            self._note_one(hurt)
-
-    def _note_one(self, hurt: FileDamage) -> None:
-        """Add a damage; what begins where the last one ended, but for commas and brackets, is the same one."""
+    def _add_damage(self, damage: list[FileDamage]) -> None:
+        """Add damage; a range that begins where the last one ended, apart from commas and brackets, extends it."""
         known = self._facts.damage
-        last = known[-1] if known else None
-        if last is not None and last.lost_bytes and hurt.lost_bytes and 0 <= hurt.offset - _end(last) <= _SAME_BYTES:
-            known[-1] = FileDamage(last.offset, last.what, _end(hurt) - last.offset)
-        elif last is not None and (not hurt.what or len(known) >= MAX_DAMAGE):
-            what = last.what if not hurt.what else "this and further damage"
-            known[-1] = FileDamage(last.offset, what, last.lost_bytes + hurt.lost_bytes)
-        else:
-            known.append(hurt)
+        for each in damage:
+            last = known[-1] if known else None
+            if (
+                last is not None
+                and last.lost_bytes
+                and each.lost_bytes
+                and 0 <= each.offset - _end(last) <= _SAME_BYTES
+            ):
+                known[-1] = FileDamage(last.offset, last.what, _end(each) - last.offset)
+            elif last is not None and (not each.what or len(known) >= MAX_DAMAGE):
+                what = last.what if not each.what else "this and further damage"
+                known[-1] = FileDamage(last.offset, what, last.lost_bytes + each.lost_bytes)
+            else:
+                known.append(each)
 
 
 def _end(damage: FileDamage) -> int:

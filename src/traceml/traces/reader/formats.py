@@ -1,4 +1,4 @@
-"""The forms of a trace file: events one after another, an array of them, or an object with the array in it."""
+"""Formats of a trace file: events one after another, an array of them, or an object that contains the array."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _DECODER = json.JSONDecoder()
 
 
 def time_decimals(path: Path) -> int:
-    """Return how many decimals of a file's times make them nanoseconds: dftracer's metadata may name another unit."""
+    """Return the decimals of a file's times that make them nanoseconds; dftracer's metadata may name another unit."""
     unit = _UNIT.search(first_text(path))
     return MICROSECONDS if unit is None else _DECIMALS[unit[1]]
 
 
 def find_start(text: Text) -> int | None:
-    """Return where an event begins in the middle of a file, most likely; None when no place can be told.
+    """Return where an event most likely begins in the middle of a file; None when there is no such place.
 
-    That it does is known only when everything before has been read up to there.
+    It is certain only once everything before it was read up to there.
     """
     for match in _START.finditer(text, 0, 1 << 18):
         position = match.start(1)
@@ -51,10 +51,10 @@ def find_start(text: Text) -> int | None:
 
 
 class HeaderParser:
-    """Finds where the events of a file begin.
+    """Parser of a file up to its first event.
 
     Attributes:
-        wrapped: they are in the `traceEvents` of an object.
+        wrapped: the events are in the `traceEvents` of an object.
         header: the keys before them.
     """
 
@@ -63,7 +63,7 @@ class HeaderParser:
         self.header: dict[str, Any] = {}
 
     def find(self, text: bytes, *, final: bool) -> int | None:
-        """Return where events begin; None when more text is needed to tell.
+        """Return where events begin; None when more text is needed.
 
         Args:
             text: all text of the file so far.
@@ -81,7 +81,7 @@ class HeaderParser:
         return events or start
 
     def _walk(self, text: bytes, position: int) -> int | None:
-        """Read keys up to the events; 0 when the object is an event itself, or broken; None when it is cut off."""
+        """Return the end of the keys before the events; 0 for an event or a broken object, None when it is cut off."""
         while True:
             key = _KEY.match(text, position)
             if key is None:
@@ -104,19 +104,19 @@ class HeaderParser:
 
 
 class TrailerParser:
-    """What follows the events of an object: more keys, and its end."""
+    """Parser of the text after the events of an object: more keys, and its end."""
 
     def __init__(self) -> None:
         self._text = b""
         self._too_long = False
 
     def add(self, text: bytes) -> None:
-        """Take more of it."""
+        """Append text."""
         self._too_long |= len(self._text) + len(text) > _MAX_ENDING_BYTES
         self._text += b"" if self._too_long else text
 
     def read(self, header: dict[str, Any]) -> bool:
-        """Put the keys into a header; tell whether the object was closed as it must be."""
+        """Add the keys to a header; return whether the object is closed properly."""
         if self._too_long:
             return True
 
@@ -133,7 +133,7 @@ class TrailerParser:
 
 
 def _keep(header: dict[str, Any], name: str, text: bytes, position: int) -> int | None:
-    """Put a value into a header when it is small; return where it ends, None when it is cut off or broken."""
+    """Add a value to a header unless it is large; return its end, None when it is cut off or broken."""
     for length in (4096, len(text)):
         part = text[position : position + length].decode("utf-8", "surrogateescape")
         try:
@@ -142,7 +142,7 @@ def _keep(header: dict[str, Any], name: str, text: bytes, position: int) -> int 
             continue
 
         end = len(part[:end].encode("utf-8", "surrogateescape"))
-        if end < length or length == len(text):  # a number may go on
+        if end < length or length == len(text):  # a number may continue
             if end <= _MAX_KEPT_BYTES:
                 header[name] = value
 
@@ -152,7 +152,7 @@ def _keep(header: dict[str, Any], name: str, text: bytes, position: int) -> int 
 
 
 def _is_over(text: bytes, position: int) -> bool:
-    """Tell whether something other than the next key follows."""
+    """Return whether something other than a key follows."""
     position = _skip_space(text, position)
     return position < len(text) and text[position] != ord('"')
 

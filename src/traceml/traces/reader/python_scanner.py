@@ -1,7 +1,7 @@
-"""The scanner in plain Python: what the native one hands over, and everything where that is not installed.
+"""Scanner in plain Python: for events that the native scanner leaves to it, and for all where that is not built.
 
-Text goes through `scan` a chunk at a time. Events are JSON objects one after another; white space, commas and brackets
-between them do not matter, so lines, arrays, pretty-printed and one-line files are all the same to it.
+A scan takes a chunk of text. Events are JSON objects one after another; white space, commas and brackets between them
+do not matter, so that lines, arrays, pretty-printed and one-line files are all read alike.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from decimal import Decimal
 from typing import Any
 
 from traceml.traces.reader.columns import FileDamage, StringTable
-from traceml.traces.reader.event_rows import EventRow, NotAnEventError, RowBuilder, exact_event, is_metadata
-from traceml.traces.reader.scan_result import ScanFindings, ScanResult, table_of
+from traceml.traces.reader.event_rows import EventRow, NotAnEventError, RowBuilder, cleaned, is_metadata
+from traceml.traces.reader.scan_result import ColumnBuilder, ScanFindings, ScanResult
 
-__all__ = ["MAX_EVENT_BYTES", "CutOffError", "PythonScanner", "Text", "absorb", "next_start", "parse"]
+__all__ = ["MAX_EVENT_BYTES", "CutOffError", "PythonScanner", "Text", "parse"]
 
-MAX_EVENT_BYTES = 32 * 1024 * 1024  # longer ones are taken for damage: something that was never closed
+MAX_EVENT_BYTES = 32 * 1024 * 1024  # longer objects are damage: something was never closed
 _BETWEEN = re.compile(rb"[\s,\[\]]*")
 _BETWEEN_WRAPPED = re.compile(rb"[\s,]*")
-# Where events may go on after damage: an object that begins a line, or comes after another one.
+# A place where events may continue after damage: an object that begins a line, or follows another one.
 _START = re.compile(rb"[\n}\]][\s,]*(\{)\s*[\"}]")
-_STRADDLED = 64  # bytes kept when no such place was found: it may lie across the end
+_KEPT_BYTES = 64  # of the end of a text without such a place, which may lie across the end
 _NEAR_END = 16  # an error this close to the end may only mean that the rest is in the next chunk
 
 Text = bytes | memoryview
@@ -30,38 +30,39 @@ _DECODER = json.JSONDecoder(parse_float=Decimal, parse_constant=Decimal)
 
 
 class CutOffError(ValueError):
-    """The text ends within an object: the rest of it may come with the next chunk."""
+    """The text ends within an object; the rest may be in the next chunk."""
 
 
 class PythonScanner:
     """Scans without native code.
 
     Args:
-        keys: the keys of `args` that were asked for.
-        strings: where names get their numbers.
+        keys: the requested keys of `args`.
+        strings: numbers of names.
+
+    Attributes:
+        rows: makes rows of events.
     """
 
     def __init__(self, keys: tuple[str, ...], strings: StringTable) -> None:
         self._keys = keys
-        self.rules = RowBuilder(keys, strings)
+        self.rows = RowBuilder(keys, strings)
 
-    def scan(self, text: Text, start: int, *, wrapped: bool, final: bool, lost: bool = False) -> ScanResult:
+    def scan(self, text: Text, start: int, *, wrapped: bool, final: bool, searching: bool = False) -> ScanResult:
         """Read all events of a chunk.
 
         Args:
             text: the chunk.
-            start: where to begin in it.
-            wrapped: the events are within `"traceEvents": [...]`, and end where that does.
+            start: position to begin at.
+            wrapped: the events are within `"traceEvents": [...]`, and end with that array.
             final: nothing follows.
-            lost: begin by searching for a place where events go on.
+            searching: begin with a search for the next event, after damage.
         """
-        found, rows = ScanFindings(), list[EventRow]()
-        between = _BETWEEN_WRAPPED if wrapped else _BETWEEN
-        position = next_start(found, text, start, "", final=final) if lost else start
-        while not found.lost:
-            position = _behind(between, text, position)
-            if position == len(text) or (wrapped and text[position] == ord("]")):
-                found.closed = position < len(text)
+        findings, columns = ScanFindings(), ColumnBuilder(self._keys)
+        position = _next_start(findings, text, start, "", final=final) if searching else start
+        while not findings.searching:
+            position, ended = self._advance(text, position, wrapped, findings, columns)
+            if ended:
                 break
 
             try:
@@ -69,15 +70,54 @@ class PythonScanner:
             except CutOffError:
                 break
             except ValueError as error:
-                position = next_start(found, text, position, str(error), final=final)
+                position = _next_start(findings, text, position, str(error), final=final)
                 continue
 
-            row = absorb(found, event, (position, end), len(rows), self.rules)
-            rows += [row] if row else []
+            row = self._row(event, position, end, findings)
+            if row is not None:
+                columns.add_row(row)
+
             position = end
 
-        found.stop = position
-        return ScanResult(*table_of(rows, self._keys), found)
+        findings.stop = position
+        return ScanResult(columns.columns(), findings)
+
+    def _advance(
+        self,
+        text: Text,
+        position: int,
+        wrapped: bool,
+        findings: ScanFindings,
+        columns: ColumnBuilder,  # noqa: ARG002 - for the native scanner
+    ) -> tuple[int, bool]:
+        """Go to the next event to parse; return its position, and whether the events ended."""
+        separators = (_BETWEEN_WRAPPED if wrapped else _BETWEEN).match(text, position)
+        position = position if separators is None else separators.end()
+        findings.closed = wrapped and position < len(text) and text[position] == ord("]")
+        return position, findings.closed or position == len(text)
+
+    def _row(self, event: dict[str, Any], begin: int, end: int, findings: ScanFindings) -> EventRow | None:
+        """Return a parsed object as a row, or add it to the metadata or the damage.
+
+        Args:
+            event: the object.
+            begin: its first byte in the text.
+            end: end of its range.
+            findings: takes what is not a row.
+        """
+        try:
+            event = cleaned(event)
+        except NotAnEventError as error:
+            findings.damage.append(FileDamage(begin, str(error), end - begin))
+            return None
+
+        if is_metadata(event):
+            findings.metadata.append(event)
+            return None
+
+        row = self.rows.row_of(event)
+        findings.fractional |= row[8]
+        return row
 
 
 def parse(text: Text, position: int, *, final: bool) -> tuple[dict[str, Any], int]:
@@ -116,62 +156,25 @@ def parse(text: Text, position: int, *, final: bool) -> tuple[dict[str, Any], in
     raise CutOffError
 
 
-def absorb(
-    found: ScanFindings, event: dict[str, Any], place: tuple[int, int], rows: int, rules: RowBuilder
-) -> EventRow | None:
-    """Return a parsed object as a row, or put it where it belongs: to odd events, metadata or damage.
+def _next_start(findings: ScanFindings, text: Text, position: int, what: str, *, final: bool) -> int:
+    """Add damage, and return where events may continue; sets `findings.searching` when the text has no such place.
 
     Args:
-        found: takes what is no row.
-        event: the object.
-        place: its first byte in the text, and the byte behind its last.
-        rows: how many rows precede it.
-        rules: what makes a row of it.
-    """
-    try:
-        event = exact_event(event)
-    except NotAnEventError as error:
-        found.damage.append(FileDamage(place[0], str(error), place[1] - place[0]))
-        return None
-
-    if is_metadata(event):
-        found.meta.append(event)
-        return None
-
-    row = rules.row_of(event)
-    if row is None:
-        found.odd.append(rules.in_microseconds(event))
-        found.odd_rows.append(rows)
-    else:
-        found.fractional |= row[8]
-
-    return row
-
-
-def next_start(found: ScanFindings, text: Text, position: int, what: str, *, final: bool) -> int:
-    """Note damage from a position on, and return where events may go on; sets `found.lost` when nowhere in the text.
-
-    Args:
-        found: takes the damage.
+        findings: takes the damage.
         text: the chunk.
-        position: the first byte that cannot be used.
-        what: what is wrong; empty when that was said of an earlier chunk.
+        position: the first unusable byte.
+        what: the kind of damage; empty when it continues from the chunk before.
         final: nothing follows.
     """
     match = _START.search(text, position)
     if match is not None:
         end = match.start(1)
     else:
-        found.lost = True
-        end = len(text) if final else max(position, len(text) - _STRADDLED)
+        findings.searching = True
+        end = len(text) if final else max(position, len(text) - _KEPT_BYTES)
 
-    found.damage.append(FileDamage(position, what, end - position))
+    findings.damage.append(FileDamage(position, what, end - position))
     return end
-
-
-def _behind(pattern: re.Pattern[bytes], text: Text, position: int) -> int:
-    match = pattern.match(text, position)
-    return position if match is None else match.end()
 
 
 def _cut_off(error: json.JSONDecodeError, length: int) -> bool:

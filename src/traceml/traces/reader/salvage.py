@@ -1,4 +1,4 @@
-"""What can be had from gzip members that are broken, and where sound ones begin."""
+"""Search for gzip members, and recovery of data from damaged ones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _GZIP, _RAW = 31, -15  # zlib's window bits
 _HEADER_BYTES, _TRAILER_BYTES = 10, 8
 _HAS_SUM, _HAS_EXTRA, _HAS_NAME, _HAS_COMMENT = 2, 4, 8, 16
 _SEARCHED_BYTES = 64 * 1024
-_TRIED_BYTES = 4096  # of a member, compressed, to tell whether it is one
+_TRIED_BYTES = 4096  # compressed, to check whether a member begins there
 _STEPS = (4096, 64, 1)  # bytes fed at a time: finer and finer up to the damage
 _CONTROLS = bytes(code for code in range(32) if code not in b"\t\n\r\f\v")
 
 
 @dataclass(slots=True)
 class Salvaged:
-    """The text of a broken member, up to its damage.
+    """Text of a broken member, up to its damage.
 
     Args:
-        text: what had not been had before.
-        end: where the damage is; behind the member when it is whole.
-        whole: everything was inflated, only the checksum is wrong.
+        text: the text that was not returned before.
+        end: position of the damage; the end of the member when it is complete.
+        whole: the member is complete, only the checksum is wrong.
     """
 
     text: bytes
@@ -37,7 +37,7 @@ class Salvaged:
 
 
 def new_inflater() -> Any:
-    """Return a decompressor for one gzip member: isal's where it is installed, four times as fast as zlib's."""
+    """Return a decompressor for one gzip member: isal's where installed, four times as fast as zlib's."""
     try:
         from isal import igzip_lib
     except ImportError:
@@ -47,7 +47,7 @@ def new_inflater() -> Any:
 
 
 def read_at(descriptor: int, position: int, size: int) -> bytes:
-    """Read bytes of a file at a place; fewer only where it ends."""
+    """Read bytes of a file at a position; fewer only at its end."""
     data = os.pread(descriptor, size, position)
     while 0 < len(data) < size and (more := os.pread(descriptor, size - len(data), position + len(data))):
         data += more
@@ -56,7 +56,7 @@ def read_at(descriptor: int, position: int, size: int) -> bytes:
 
 
 def next_member(descriptor: int, position: int, end: int) -> int:
-    """Return where a sound member begins, at a place or behind it; the end when none does before that."""
+    """Return the start of the first sound member at or after a position; `end` when there is none before it."""
     while position < end:
         data = read_at(descriptor, position, min(_SEARCHED_BYTES, end - position))
         hit = data.find(MAGIC)
@@ -69,13 +69,13 @@ def next_member(descriptor: int, position: int, end: int) -> int:
 
 
 def salvaged(descriptor: int, begin: int, size: int, skipped_bytes: int) -> Salvaged:
-    """Inflate a member that is broken as far as that is possible.
+    """Decompress a broken member as far as possible.
 
     Args:
         descriptor: the file.
         begin: where the member begins.
         size: the size of the file.
-        skipped_bytes: of its text, which are had already.
+        skipped_bytes: bytes of its text that were returned before.
     """
     position = begin + _header_bytes(read_at(descriptor, begin, _SEARCHED_BYTES))
     inflater = zlib.decompressobj(_RAW)
@@ -99,10 +99,10 @@ def salvaged(descriptor: int, begin: int, size: int, skipped_bytes: int) -> Salv
 
 
 def _is_member(data: bytes) -> bool:
-    """Tell whether a member of text begins here, and not only its magic number by chance."""
+    """Return whether a member of text begins here, and not only a magic number by chance."""
     try:
         start = new_inflater().decompress(data, 1024)
-    except Exception:  # noqa: BLE001 - isal and zlib have errors of their own, and all mean no
+    except Exception:  # noqa: BLE001 - isal and zlib raise their own errors, and all mean no
         return False
 
     return bool(start) and start[:256].translate(None, _CONTROLS) == start[:256]
@@ -122,24 +122,24 @@ def _header_bytes(data: bytes) -> int:
 
 
 class _Zlib:
-    """zlib's decompressor with isal's manners."""
+    """zlib's decompressor with the interface of isal's."""
 
     def __init__(self) -> None:
         self._inner = zlib.decompressobj(_GZIP)
 
     @property
     def eof(self) -> bool:
-        """The member is complete."""
+        """Whether the member is complete."""
         return self._inner.eof
 
     @property
     def unused_data(self) -> bytes:
-        """What was fed and lies behind the member."""
+        """Input after the end of the member."""
         return self._inner.unused_data
 
     @property
     def needs_input(self) -> bool:
-        """Nothing more comes of what was fed."""
+        """Whether all input was decompressed."""
         return not self._inner.unconsumed_tail
 
     def decompress(self, data: bytes, limit_bytes: int) -> bytes:

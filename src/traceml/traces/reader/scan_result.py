@@ -1,19 +1,20 @@
-"""Scanned text as columns, before it is known where in the file it belongs."""
+"""Scanned text as columns, before its place in the file is known."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.traces.reader.columns import ArgColumn, EventBatch, FileDamage
+from traceml.traces.reader.columns import ArgColumn, EventBatch, ExactTimes, FileDamage
 from traceml.traces.reader.event_rows import EventRow
 
-__all__ = ["ARG_COLUMNS", "COLUMNS", "Columns", "ScanFindings", "ScanResult", "joined", "joined_args", "table_of"]
+__all__ = ["ARG_COLUMNS", "COLUMNS", "ColumnBuilder", "EventColumns", "ScanFindings", "ScanResult"]
 
-# Column and type, in the order of an events.EventRow.
+# Column and type, in the order of an EventRow.
 COLUMNS: dict[str, Any] = {
     "ph": np.uint8,
     "name": np.int32,
@@ -24,91 +25,169 @@ COLUMNS: dict[str, Any] = {
     "ts_ns": np.int64,
     "dur_ns": np.int64,
 }
-# The same of an ArgColumn, in the order of an events.ArgValue.
+# The same of an ArgColumn, in the order of an ArgValue.
 ARG_COLUMNS: dict[str, Any] = {"kinds": np.uint8, "integers": np.int64, "floats": np.float64, "texts": np.int32}
 
-Columns = dict[str, NDArray[Any]]
+
+@dataclass(slots=True)
+class EventColumns:
+    """Events as columns of equal length.
+
+    Args:
+        arrays: the array columns of EventBatch, by name.
+        args: the requested keys of `args`.
+        exact: as in EventBatch.
+    """
+
+    arrays: dict[str, NDArray[Any]]
+    args: dict[str, ArgColumn]
+    exact: dict[int, ExactTimes] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[EventRow], keys: Sequence[str]) -> EventColumns:
+        """Return rows as columns."""
+        turned = list(zip(*(row[:8] for row in rows), strict=True)) or [()] * len(COLUMNS)
+        arrays = {name: np.array(values, kind) for (name, kind), values in zip(COLUMNS.items(), turned, strict=True)}
+        args = {}
+        for place, key in enumerate(keys):
+            fields = list(zip(*(row[9][place] for row in rows), strict=True)) or [()] * len(ARG_COLUMNS)
+            args[key] = ArgColumn(
+                *(np.array(values, kind) for values, kind in zip(fields, ARG_COLUMNS.values(), strict=True))
+            )
+
+        return cls(arrays, args, {place: row[10] for place, row in enumerate(rows) if row[10] is not None})
+
+    @classmethod
+    def joined(cls, blocks: Sequence[EventColumns]) -> EventColumns:
+        """Return blocks, at least one, as one."""
+        if len(blocks) == 1:
+            return blocks[0]
+
+        arrays = {name: np.concatenate([block.arrays[name] for block in blocks]) for name in COLUMNS}
+        args = {
+            key: ArgColumn(
+                *(np.concatenate([getattr(block.args[key], name) for block in blocks]) for name in ARG_COLUMNS)
+            )
+            for key in blocks[0].args
+        }
+        exact, before = dict[int, ExactTimes](), 0
+        for block in blocks:
+            exact |= {before + row: times for row, times in block.exact.items()}
+            before += len(block)
+
+        return cls(arrays, args, exact)
+
+    def __len__(self) -> int:
+        return len(self.arrays["ph"])
+
+    def put(self, place: int, row: EventRow) -> None:
+        """Overwrite a row."""
+        for name, value in zip(COLUMNS, row[:8], strict=True):
+            self.arrays[name][place] = value
+
+        for arg, values in zip(self.args.values(), row[9], strict=True):
+            arg.kinds[place], arg.integers[place], arg.floats[place], arg.texts[place] = values
+
+        if row[10] is not None:
+            self.exact[place] = row[10]
+
+    def without(self, rows: list[int]) -> EventColumns:
+        """Return the columns without some rows."""
+        keep = np.ones(len(self), np.bool_)
+        keep[rows] = False
+        return EventColumns(
+            {name: column[keep] for name, column in self.arrays.items()},
+            {key: ArgColumn(*(getattr(arg, name)[keep] for name in ARG_COLUMNS)) for key, arg in self.args.items()},
+            {int(np.count_nonzero(keep[:row])): times for row, times in self.exact.items()},
+        )
+
+
+class ColumnBuilder:
+    """Collects rows and blocks of columns, in order.
+
+    Args:
+        keys: the requested keys of `args`.
+    """
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self._keys = keys
+        self._blocks: list[EventColumns] = []
+        self._rows: list[EventRow] = []
+
+    def add_row(self, row: EventRow) -> None:
+        """Append a row."""
+        self._rows.append(row)
+
+    def add_block(self, block: EventColumns) -> None:
+        """Append a block of columns."""
+        if len(block):
+            self._close_rows()
+            self._blocks.append(block)
+
+    def columns(self) -> EventColumns:
+        """Return everything collected as one block."""
+        self._close_rows()
+        return EventColumns.joined(self._blocks or [EventColumns.of_rows([], self._keys)])
+
+    def _close_rows(self) -> None:
+        if self._rows:
+            self._blocks.append(EventColumns.of_rows(self._rows, self._keys))
+            self._rows = []
 
 
 @dataclass(slots=True)
 class ScanFindings:
-    """What a scan found beside the rows.
+    """Results of a scan other than rows.
 
     Args:
-        fractional, odd, odd_rows, meta: as in EventBatch.
-        damage: parts that were passed over; offsets count from the beginning of the text.
-        stop: up to where the text is done with; what follows belongs in front of the next chunk.
-        closed: the array of events has ended.
-        lost: the end was reached in search of a place where events go on.
+        fractional, metadata: as in EventBatch.
+        damage: skipped ranges; offsets count from the beginning of the text.
+        stop: end of the text that was used; the rest belongs in front of the next chunk.
+        closed: the array of events ended.
+        searching: the scan reached the end of the text while it looked for the next event after damage.
     """
 
     fractional: bool = False
-    odd: list[dict[str, Any]] = field(default_factory=list)
-    odd_rows: list[int] = field(default_factory=list)
-    meta: list[dict[str, Any]] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
     damage: list[FileDamage] = field(default_factory=list)
     closed: bool = False
-    lost: bool = False
+    searching: bool = False
     stop: int = 0
 
 
 @dataclass(slots=True)
 class ScanResult:
-    """What a scan of some text found: rows as the array columns of EventBatch, and the rest."""
+    """Events and other findings of a scan."""
 
-    columns: Columns
-    args: dict[str, ArgColumn]
-    found: ScanFindings
+    columns: EventColumns
+    findings: ScanFindings
 
     @property
     def events(self) -> int:
-        """How many events it holds."""
-        return len(self.columns["ph"]) + len(self.found.odd)
+        """Number of events, metadata excluded."""
+        return len(self.columns)
 
-    def batch(self, source: int, sequence: int) -> EventBatch:
-        """Return it as users get it."""
+    def after(self, head: ScanResult) -> ScanResult:
+        """Return this result with the events of the text before it in front; `head` has no damage."""
+        before, own = head.findings, self.findings
+        findings = ScanFindings(
+            fractional=before.fractional or own.fractional,
+            metadata=before.metadata + own.metadata,
+            damage=own.damage,
+            closed=own.closed,
+            searching=own.searching,
+            stop=own.stop,
+        )
+        return ScanResult(EventColumns.joined([head.columns, self.columns]), findings)
+
+    def batch(self, source: int) -> EventBatch:
+        """Return the events as a batch of a file."""
+        findings = self.findings
         return EventBatch(
             source=source,
-            sequence=sequence,
-            **self.columns,
-            args=self.args,
-            fractional=self.found.fractional,
-            odd=self.found.odd,
-            odd_rows=self.found.odd_rows,
-            meta=self.found.meta,
+            **self.columns.arrays,
+            args=self.columns.args,
+            fractional=findings.fractional,
+            exact=self.columns.exact,
+            metadata=findings.metadata,
         )
-
-
-def table_of(rows: list[EventRow], keys: tuple[str, ...]) -> tuple[Columns, dict[str, ArgColumn]]:
-    """Return rows as columns."""
-    turned = list(zip(*(row[:8] for row in rows), strict=True)) or [()] * len(COLUMNS)
-    columns = {name: np.array(values, kind) for (name, kind), values in zip(COLUMNS.items(), turned, strict=True)}
-    args = {}
-    for place, key in enumerate(keys):
-        fields = list(zip(*(row[9][place] for row in rows), strict=True)) or [()] * len(ARG_COLUMNS)
-        args[key] = ArgColumn(
-            *(np.array(values, kind) for values, kind in zip(fields, ARG_COLUMNS.values(), strict=True))
-        )
-
-    return columns, args
-
-
-def joined(first: ScanResult, second: ScanResult) -> ScanResult:
-    """Return two pieces as one; where the text ends is said by the second, damage of both is the caller's."""
-    before, head, tail = len(first.columns["ph"]), first.found, second.found
-    found = ScanFindings(
-        fractional=head.fractional or tail.fractional,
-        odd=head.odd + tail.odd,
-        odd_rows=head.odd_rows + [before + row for row in tail.odd_rows],
-        meta=head.meta + tail.meta,
-        closed=tail.closed,
-        lost=tail.lost,
-        stop=tail.stop,
-    )
-    columns = {name: np.concatenate([first.columns[name], second.columns[name]]) for name in COLUMNS}
-    return ScanResult(columns, {key: joined_args([first.args[key], second.args[key]]) for key in first.args}, found)
-
-
-def joined_args(parts: list[ArgColumn]) -> ArgColumn:
-    """Return columns one after another."""
-    return ArgColumn(*(np.concatenate([getattr(part, name) for part in parts]) for name in ARG_COLUMNS))

@@ -1,4 +1,4 @@
-"""Finding traces: files, folders and patterns; and telling whether a file is still the one that was read."""
+"""Discovery of traces by files, folders and patterns, and the identity of a file."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from traceml.errors import TraceNotFoundError
 __all__ = ["GZIP_MAGIC", "Identity", "discover", "first_text", "identity", "looks_like_a_trace"]
 
 GZIP_MAGIC = b"\x1f\x8b"
-_SUFFIXES = (".pfw", ".pfw.gz")  # these are traces also where nothing in them can be read
+_SUFFIXES = (".pfw", ".pfw.gz")  # these are traces even when nothing in them is readable
 _SNIFFED_BYTES = 64 * 1024  # of a file in a folder: torch.profiler writes its device properties before the events
 
 Identity = tuple[int, int, int, int]  # device, inode, size in bytes, time of modification in nanoseconds
 
 
 def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Find the trace files that are meant.
+    """Find trace files.
 
     Args:
-        paths: a file (taken as it is), a folder (all traces in and under it, told by their content), a pattern with
-            `*`, `?` or `[`, or several of these.
+        paths: a file (taken as it is), a folder (all traces in and under it, recognized by their content), a pattern
+            with `*`, `?` or `[`, or several of these.
 
     Returns:
-        The files, each once: in the order that they were named in, those of one folder or pattern sorted.
+        The files, each once, in the order of `paths`; those of one folder or pattern are sorted.
 
     Raises:
-        TraceNotFoundError: a path leads to no trace.
+        TraceNotFoundError: no trace was found under a path.
     """
     named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     if not named:
@@ -45,13 +45,13 @@ def discover(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -
 
 
 def identity(path: Path) -> Identity:
-    """Return what changes when a file is written to or replaced."""
+    """Return values that change when a file is written to or replaced."""
     stat = path.stat()
     return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def looks_like_a_trace(path: Path) -> bool:
-    """Tell by name and first bytes whether a file in a folder is a trace."""
+    """Return whether a file in a folder is a trace, by its name and first bytes."""
     if path.name.endswith(_SUFFIXES):
         return True
 
@@ -60,7 +60,7 @@ def looks_like_a_trace(path: Path) -> bool:
 
 
 def first_text(path: Path) -> bytes:
-    """Return the first text of a file that may be a trace, at most 64 KiB; empty when there is none."""
+    """Return the first text of a possible trace, at most 64 KiB; empty when there is none."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
