@@ -74,7 +74,7 @@ def main() -> int:
     options = _options()
     from distributed import Client, LocalCluster
 
-    from traceml.traces.query.summary import summarise
+    from traceml.traces.query.summary import summarize
 
     with tempfile.TemporaryDirectory() as folder:
         path, truth, _ = members(Path(folder), options.events)
@@ -82,8 +82,8 @@ def main() -> int:
             peer = Peer(path)
             cold = peer()
             askers: dict[str, Callable[[], tuple[float, dict[str, Any]]]] = {
-                "ours, Dask, 2 workers": lambda: _timed(lambda: summarise([path], cached=False, dask=client)),
-                "ours, one process": lambda: _timed(lambda: summarise([path], cached=False)),
+                "ours, Dask, 2 workers": lambda: _timed(lambda: summarize([path], cached=False, dask=client)),
+                "ours, one process": lambda: _timed(lambda: summarize([path], cached=False)),
                 "dftracer-utils, Dask, 2 workers": peer,
             }
             askers["ours, Dask, 2 workers"]()  # workers import what they need

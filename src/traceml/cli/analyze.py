@@ -15,7 +15,7 @@ import tyro
 
 from traceml.cli.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
-from traceml.traces.query.summary import summarise
+from traceml.traces.query.summary import summarize
 
 __all__ = ["main"]
 
@@ -92,7 +92,7 @@ def _ask(options: Options) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
     with _no_blas_threads(), _progress() as progress:
         try:
-            return summarise(
+            return summarize(
                 options.paths,
                 by=options.by or "name",
                 where=options.where,

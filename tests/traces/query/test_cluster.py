@@ -17,7 +17,7 @@ from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces.query import cluster, file_parts
 from traceml.traces.query.analysis import TraceQuery
 from traceml.traces.query.expressions import parse_by, parse_where
-from traceml.traces.query.summary import summarise
+from traceml.traces.query.summary import summarize
 
 
 class InProcess:
@@ -94,7 +94,7 @@ def here(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "question",
+    "query",
     [
         {},
         {"by": "cat,pid,args.size"},
@@ -103,20 +103,20 @@ def here(monkeypatch):
         {"by": "name", "report": True},
     ],
 )
-def test_same_answer(traces, here, question):
+def test_same_answer(traces, here, query):
     """Every number is that of one process: groups, self time, pairs over the cuts, overlap, damage."""
-    alone = summarise([traces], cached=False, **question)
+    alone = summarize([traces], cached=False, **query)
 
-    assert summarise([traces], cached=False, dask=here, **question) == alone
+    assert summarize([traces], cached=False, dask=here, **query) == alone
     assert here.submitted > 20, "files were cut"
 
 
 def test_files_that_cannot_be_cut_are_read_whole(traces, here):
     """Damage inside a part makes the file one task, so that the loss is told as always."""
-    answer = summarise([traces / "damaged.pfw"], cached=False, dask=here)
+    answer = summarize([traces / "damaged.pfw"], cached=False, dask=here)
 
     assert answer["files"][0]["damage"]
-    assert answer == summarise([traces / "damaged.pfw"], cached=False)
+    assert answer == summarize([traces / "damaged.pfw"], cached=False)
 
 
 @pytest.mark.parametrize("name", ["members.pfw.gz", "plain.pfw", "array.json", "object.json"])
@@ -141,22 +141,22 @@ def test_no_event_is_an_error(tmp_path, here):
     """An empty trace gives no empty answer here either."""
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(TraceEmptyError):
-        summarise([tmp_path / "empty.json"], cached=False, dask=here)
+        summarize([tmp_path / "empty.json"], cached=False, dask=here)
 
 
 def test_questions_travel():
-    """A question with conditions can be pickled."""
+    """A query with conditions can be pickled."""
     import pickle
 
-    question = TraceQuery(parse_by("name"), parse_where("dur>2.5ms,name~a*"))
-    assert pickle.loads(pickle.dumps(question)) == question
+    query = TraceQuery(parse_by("name"), parse_where("dur>2.5ms,name~a*"))
+    assert pickle.loads(pickle.dumps(query)) == query
 
 
 def test_nobody_answers(monkeypatch):
     """A scheduler that is not there is told within seconds, by its address."""
     monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
-        summarise([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
+        summarize([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
 
 
 def test_cluster_of_programs(traces, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.traces.brute import check, load
 from traceml.traces.query.labels import Labels
-from traceml.traces.query.summary import summarise
+from traceml.traces.query.summary import summarize
 
 DFTRACER = Path(__file__).parent / "data" / "dftracer-2.2.0.pfw.gz"  # written by dftracer itself
 
@@ -25,7 +25,7 @@ def write(path, events, **header):
 
 
 def groups(paths, by, **more):
-    return {group[by]: group["count"] for group in summarise(paths, by=by, cached=False, **more)["groups"]}
+    return {group[by]: group["count"] for group in summarize(paths, by=by, cached=False, **more)["groups"]}
 
 
 def test_rank_of_torch_profiler(tmp_path):
@@ -88,7 +88,7 @@ def test_dftracer_itself():
         event["file"] = hashes.get(event["args"].get("fhash"))
 
     for by in (("name",), ("host", "file"), ("cat", "name")):
-        check(summarise([DFTRACER], by=",".join(by), cached=False), events, by)
+        check(summarize([DFTRACER], by=",".join(by), cached=False), events, by)
 
-    only = summarise([DFTRACER], where="file~data.bin$,name=read", cached=False)
+    only = summarize([DFTRACER], where="file~data.bin$,name=read", cached=False)
     assert only["events"] == sum(event["name"] == "read" and event["file"].endswith("data.bin") for event in events)

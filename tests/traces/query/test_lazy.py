@@ -39,7 +39,7 @@ def opened(tmp_path, events):
 
 def test_opening_reads_nothing(opened, monkeypatch):
     """Filtering, grouping and choosing measures start no reading."""
-    monkeypatch.setattr("traceml.traces.query.summary.run", None)
+    monkeypatch.setattr("traceml.traces.query.summary.run_query", None)
 
     opened.filter("cat=POSIX").group_by("name").agg("sum")
 

@@ -11,13 +11,13 @@ from collections import Counter
 import pytest
 
 from traceml.traces.aggregate.work_kinds import COMM, COMPUTE, COPY, HOST, HOST_COMM, IO, OTHER, classify, io_direction
-from traceml.traces.query.summary import summarise
+from traceml.traces.query.summary import summarize
 
 
 def report(tmp_path, events, **header):
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({**header, "traceEvents": events}))
-    return summarise([path], report=True, cached=False)["report"]
+    return summarize([path], report=True, cached=False)["report"]
 
 
 def span(name, cat, ts, dur, *, pid=1, tid=1, **args):
@@ -129,7 +129,7 @@ def test_ranks_side_by_side(tmp_path):
         events = [span("gemm", "kernel", 0, busy, pid=0), span("end", "kernel", 199, 1, pid=0)]
         (tmp_path / f"rank{rank}.json").write_text(json.dumps({"traceEvents": events}))
 
-    ranks = summarise([tmp_path], report=True, cached=False)["report"]["ranks"]
+    ranks = summarize([tmp_path], report=True, cached=False)["report"]["ranks"]
     assert [(row["rank"], row["compute_us"], row["idle_us"]) for row in ranks] == [(0, 101, 99), (1, 41, 159)]
 
 
@@ -166,7 +166,7 @@ def test_torch_profiler_itself(tmp_path):
 
     whole = json.loads(gzip.decompress(path.read_bytes()))
     spans = [event for event in whole["traceEvents"] if event["ph"] == "X"]
-    answer = summarise([path], report=True, cached=False)
+    answer = summarize([path], report=True, cached=False)
 
     assert answer["spans"] == len(spans)
     for group in answer["groups"]:

@@ -23,7 +23,7 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_answer_comes_back(trace: Path) -> None:
-    """To the same question about the same file only."""
+    """To the same query about the same file only."""
     assert ResultCache([trace], "by name").load() is None
     ResultCache([trace], "by name").store(ANSWER)
 
@@ -64,7 +64,7 @@ def test_nothing_is_kept_of_a_file_that_is_written_to(trace: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\x00", b'{"files": 1'])
 def test_a_damaged_entry_is_none(trace: Path, damage: bytes) -> None:
-    """The question is asked again."""
+    """The query is asked again."""
     ResultCache([trace], "by name").store(ANSWER)
     (entry,) = cache_folder().iterdir()
     entry.write_bytes(damage)
@@ -88,9 +88,9 @@ def test_the_cache_stays_small(trace: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(result_cache, "_MAX_ENTRIES", 3)
     monkeypatch.setattr(result_cache, "_MAX_ENTRY_BYTES", 10_000)
     for number in range(6):
-        ResultCache([trace], f"question {number}").store(ANSWER)
+        ResultCache([trace], f"query {number}").store(ANSWER)
 
     assert len(list(cache_folder().iterdir())) == 3
-    assert ResultCache([trace], "question 5").load() == ANSWER
+    assert ResultCache([trace], "query 5").load() == ANSWER
     ResultCache([trace], "large").store("x" * 20_000)
     assert ResultCache([trace], "large").load() is None

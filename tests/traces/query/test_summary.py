@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.traces.brute import check, load, spans_of
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces.query.result import microseconds
-from traceml.traces.query.summary import summarise
+from traceml.traces.query.summary import summarize
 
 NAMES = ["read", "write", 'comma, "quoted"', "back\\slash", "naïve ☃", "compute"]
 
@@ -40,10 +40,10 @@ def events():
     return [event(rng, number) for number in range(400)]
 
 
-def ask(tmp_path, data, name="trace.json", **question):
+def ask(tmp_path, data, name="trace.json", **query):
     path = tmp_path / name
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return summarise([path], cached=False, **question)
+    return summarize([path], cached=False, **query)
 
 
 FORMS = {
@@ -201,7 +201,7 @@ def test_several_files_one_of_them_damaged(tmp_path, events):
     text = FORMS["lines"](events)
     (tmp_path / "whole.pfw").write_text(text)
     (tmp_path / "cut.pfw.gz").write_bytes(gzip.compress(text.encode())[:-30])
-    answer = summarise([tmp_path], cached=False)
+    answer = summarize([tmp_path], cached=False)
 
     by_name = {file["path"].rsplit("/", 1)[1]: file for file in answer["files"]}
     assert not by_name["whole.pfw"]["damage"]
@@ -214,31 +214,31 @@ def test_same_threads_in_two_files_do_not_nest(tmp_path, events):
     for name in ("a.pfw", "b.pfw"):
         (tmp_path / name).write_text(FORMS["lines"](events))
 
-    one = summarise([tmp_path / "a.pfw"], cached=False)
-    two = summarise([tmp_path], cached=False)
+    one = summarize([tmp_path / "a.pfw"], cached=False)
+    two = summarize([tmp_path], cached=False)
 
     assert [2 * group["self_us"] for group in one["groups"]] == [group["self_us"] for group in two["groups"]]
 
 
 def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
-    """A question asked again is answered from the cache; a changed file is read again."""
+    """A query asked again is answered from the cache; a changed file is read again."""
     monkeypatch.setenv("TRACEML_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "trace.pfw"
     path.write_text(FORMS["lines"](events))
     import os
 
     os.utime(path, (1, 1))
-    first = summarise([path])
-    monkeypatch.setattr("traceml.traces.query.summary.run", None)
-    assert summarise([path]) == first
+    first = summarize([path])
+    monkeypatch.setattr("traceml.traces.query.summary.run_query", None)
+    assert summarize([path]) == first
 
     monkeypatch.undo()
     path.write_text(FORMS["lines"](events[:10]))
-    assert summarise([path], cached=False)["events"] == 10
+    assert summarize([path], cached=False)["events"] == 10
 
 
 @pytest.mark.parametrize(
-    ("question", "words"),
+    ("query", "words"),
     [
         ({"by": "nam"}, "Did you mean name"),
         ({"by": ""}, "There are name, cat"),
@@ -250,10 +250,10 @@ def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
         ({"where": "args.nothing=1"}, "There are args.mode, args.size"),
     ],
 )
-def test_questions_that_make_no_sense(tmp_path, events, question, words):
+def test_questions_that_make_no_sense(tmp_path, events, query, words):
     """A field that is not there, or a condition that cannot be read, is refused with what there is."""
     with pytest.raises(UsageError, match=None) as refused:
-        ask(tmp_path, FORMS["lines"](events), **question)
+        ask(tmp_path, FORMS["lines"](events), **query)
 
     assert words in str(refused.value)
 

@@ -1,4 +1,4 @@
-"""A question about traces, put to one batch after another: groups, self time, and what went on at the same time.
+"""A query about traces, put to one batch after another: groups, self time, and what went on at the same time.
 
 Everything that grows with the number of events is bounded: sums are by group, and what has to be put into the order
 of time goes through a ExternalSorter.
@@ -21,9 +21,9 @@ from traceml.traces.aggregate.pairs import SpanMatcher, Unpaired
 from traceml.traces.aggregate.sorting import ExternalSorter, RowColumns
 from traceml.traces.aggregate.stats import GroupStat, GroupStatTable
 from traceml.traces.aggregate.work_kinds import classify
+from traceml.traces.query.event_filter import EventFilter
 from traceml.traces.query.expressions import Condition
 from traceml.traces.query.fields import EventField, FieldContext, Ids, args_of, field_of
-from traceml.traces.query.filters import EventFilter
 from traceml.traces.reader.columns import INTEGER, NO_TIME, EventBatch, ExactTimes
 
 __all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
@@ -73,14 +73,14 @@ class Analysis:
     """Takes batches, file after file, then answers.
 
     Args:
-        question: what is asked.
-        origin: the reading's values, files and metadata.
+        query: what is asked.
+        context: the reading's values, files and metadata.
     """
 
-    def __init__(self, question: TraceQuery, origin: FieldContext) -> None:
-        self.question, self.origin = question, origin
-        self.fields: list[EventField] = [field_of(name, origin) for name in question.fields]
-        self.filter = EventFilter(question.where, origin)
+    def __init__(self, query: TraceQuery, context: FieldContext) -> None:
+        self.query, self.context = query, context
+        self.fields: list[EventField] = [field_of(name, context) for name in query.fields]
+        self.filter = EventFilter(query.where, context)
         self.groups = [PairNumbering() for _ in self.fields]
         self.lanes, self.asynchronous, self._kinds = PairNumbering(), PairNumbering(), PairNumbering()
         self._kind_of = np.zeros(0, np.uint8)
@@ -97,7 +97,7 @@ class Analysis:
     def feed(self, batch: EventBatch) -> None:
         """Take the next batch."""
         self.begin_source(batch.source)
-        self.origin.labels.take(batch.source, batch.metadata)
+        self.context.labels.take(batch.source, batch.metadata)
         self.fractional = self.fractional or batch.fractional
         if len(batch.ph):
             self._feed_rows(batch)
@@ -130,7 +130,7 @@ class Analysis:
         return self._exact_stats.setdefault(group, GroupStat())
 
     def labels(self, group: int) -> tuple[Any, ...]:
-        """Return the labels of a group, in the order of the question's fields."""
+        """Return the labels of a group, in the order of the query's fields."""
         return tuple(field.label(value) for field, value in zip(self.fields, self._values(group), strict=True))
 
     def raw(self, group: int) -> tuple[Any, ...]:
@@ -246,7 +246,7 @@ class Analysis:
 
             self.matcher = SpanMatcher()
 
-        if not self.question.report:
+        if not self.query.report:
             self._sweep()
 
     def _take_pairs(self, rows: RowColumns) -> None:
@@ -260,7 +260,7 @@ class Analysis:
 
     def _sweep(self) -> None:
         """Go through the spans in the order of their starts."""
-        owners = np.maximum(self.lanes.pairs()[:, 0], -1) if self.question.report else None
+        owners = np.maximum(self.lanes.pairs()[:, 0], -1) if self.query.report else None
         for start, duration, group, lane, kind in self.sorter.blocks():
             self.nesting.add(start, duration, group, lane)
             if owners is not None:
@@ -276,8 +276,8 @@ class Analysis:
             start, duration, owner, kind = _chosen(owner >= 0, columns)
 
         self.processes.add(start, duration, owner, kind)
-        if len(self.origin.paths) > 1:
-            sources = self.origin.processes.pairs()[:, 0]
+        if len(self.context.paths) > 1:
+            sources = self.context.processes.pairs()[:, 0]
             self.files.add(start, duration, sources[owner], kind)
 
     def _rows(self, batch: EventBatch) -> _BatchRows:
@@ -286,17 +286,17 @@ class Analysis:
             group = numbering.number(group, field.ids(batch))
 
         assert not isinstance(group, int)
-        lane = self.lanes.number(self.origin.processes.number(batch.source, batch.pid), batch.tid)
-        size = _sizes(batch) if self.question.report and batch.args else None
+        lane = self.lanes.number(self.context.processes.number(batch.source, batch.pid), batch.tid)
+        size = _sizes(batch) if self.query.report and batch.args else None
         return _BatchRows(batch.ts_ns, batch.dur_ns, group, lane, self._kind_ids(batch), size)
 
     def _kind_ids(self, batch: EventBatch) -> NDArray[np.uint8]:
-        if not self.question.report:
+        if not self.query.report:
             return np.zeros(len(batch.ph), np.uint8)
 
         numbers = self._kinds.number(batch.cat, batch.name)
         fresh = self._kinds.pairs(len(self._kind_of)).tolist()
-        strings = self.origin.strings
+        strings = self.context.strings
         kinds = [classify(strings[cat], strings[name]) for cat, name in fresh]
         self._kind_of = np.concatenate([self._kind_of, np.array(kinds, np.uint8)])
         return self._kind_of[numbers]

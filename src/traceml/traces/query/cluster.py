@@ -34,17 +34,17 @@ PartResult = tuple[PartialAnalysis, PartSeams | TraceFileFacts]
 
 def run_on(
     cluster: Any,
-    question: TraceQuery,
+    query: TraceQuery,
     files: Sequence[Path],
     progress: Callable[[int, int], None] | None = None,
     *,
     labels: Labels | None = None,
 ) -> tuple[Analysis, list[TraceFileFacts]]:
-    """Put a question to files on a Dask cluster.
+    """Put a query to files on a Dask cluster.
 
     Args:
         cluster: a scheduler's address, or a `distributed.Client`.
-        question: what is asked.
+        query: what is asked.
         files: the files, under paths that the workers know.
         progress: called now and then with events and files so far.
         labels: what metadata says, where conditions rest on it.
@@ -58,7 +58,7 @@ def run_on(
     with _client(cluster) as client:
         while True:
             try:
-                analysis, facts = _asked(client, question, files, labels or Labels(), whole, progress)
+                analysis, facts = _asked(client, query, files, labels or Labels(), whole, progress)
                 break
             except _WholeError as error:
                 whole.add(error.source)
@@ -67,23 +67,23 @@ def run_on(
         raise TraceEmptyError(f"there is no trace event in {', '.join(str(file) for file in files[:5])}")
 
     for source, each in enumerate(facts):
-        analysis.origin.labels.take_file(source, each.path, each.header)
+        analysis.context.labels.take_file(source, each.path, each.header)
 
     analysis.finish()
     return analysis, facts
 
 
-def analyse_part(question: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
+def analyse_part(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
     """Analyse a part of a file, in a worker; returns why not where the file has to be read in one go."""
     with kept_memory():
-        return _analysed(question, part, paths, labels)
+        return _analysed(query, part, paths, labels)
 
 
-def _analysed(question: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
+def _analysed(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
     strings = StringTable()
-    origin = FieldContext(strings, [Path(path) for path in paths])
-    origin.labels = labels
-    analysis = Analysis(question, origin)
+    context = FieldContext(strings, [Path(path) for path in paths])
+    context.labels = labels
+    analysis = Analysis(query, context)
     analysis.begin_source(part.source)
     analysis.sorter = ExternalSorter(limit=_ALL, part=_ALL)  # all of it travels
     analysis.matcher = SpanMatcher(ExternalSorter(limit=_ALL, part=_ALL))
@@ -94,7 +94,7 @@ def _analysed(question: TraceQuery, part: FilePart, paths: list[str], labels: La
         return _whole(analysis, part)
 
     try:
-        seams = read_part(part, question.args, strings, analysis.feed)
+        seams = read_part(part, query.args, strings, analysis.feed)
     except IndivisibleError as error:
         return str(error)
 
@@ -104,7 +104,7 @@ def _analysed(question: TraceQuery, part: FilePart, paths: list[str], labels: La
 def _whole(analysis: Analysis, part: FilePart) -> PartResult:
     from traceml.traces.reader.reading import read
 
-    reading = read([part.path], args=analysis.question.args, strings=analysis.origin.strings, workers=1)
+    reading = read([part.path], args=analysis.query.args, strings=analysis.context.strings, workers=1)
     try:
         for batch in reading:
             analysis.feed(_as_source(batch, part.source))
@@ -129,18 +129,18 @@ class _WholeError(Exception):
 
 def _asked(
     client: Any,
-    question: TraceQuery,
+    query: TraceQuery,
     files: Sequence[Path],
     labels: Labels,
     whole: set[int],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Analysis, list[TraceFileFacts]]:
-    """Put the question to the cluster, the files in `whole` in one go; each part is taken as soon as it fits."""
-    origin = FieldContext(StringTable(), list(files))
-    origin.labels.merge(labels)
-    analysis, facts = Analysis(question, origin), list[TraceFileFacts]()
+    """Put the query to the cluster, the files in `whole` in one go; each part is taken as soon as it fits."""
+    context = FieldContext(StringTable(), list(files))
+    context.labels.merge(labels)
+    analysis, facts = Analysis(query, context), list[TraceFileFacts]()
     threads = max(1, sum(client.nthreads().values()))
-    for source, (parts, results) in enumerate(_by_file(client, question, origin, labels, threads, whole)):
+    for source, (parts, results) in enumerate(_by_file(client, query, context, labels, threads, whole)):
         try:
             facts.append(_taken(analysis, parts, results))
         except IndivisibleError as error:
@@ -153,12 +153,12 @@ def _asked(
 
 
 def _by_file(
-    client: Any, question: TraceQuery, origin: FieldContext, labels: Labels, threads: int, whole: set[int]
+    client: Any, query: TraceQuery, context: FieldContext, labels: Labels, threads: int, whole: set[int]
 ) -> Iterator[tuple[list[FilePart], Iterator[PartResult]]]:
     """Yield the parts of each file with what comes of them, in order; a bounded number is on its way."""
-    files = [split(source, path, least=4 * threads) for source, path in enumerate(origin.paths)]
+    files = [split(source, path, least=4 * threads) for source, path in enumerate(context.paths)]
     files = [[_all_of(parts)] if source in whole else parts for source, parts in enumerate(files)]
-    paths = [str(path) for path in origin.paths]
+    paths = [str(path) for path in context.paths]
     waiting = deque(part for parts in files for part in parts)
     running: deque[Any] = deque()
 
@@ -166,7 +166,7 @@ def _by_file(
         for _ in range(count):
             while waiting and len(running) < _PER_THREAD * threads:
                 part = waiting.popleft()
-                running.append(client.submit(analyse_part, question, part, paths, labels, pure=False))
+                running.append(client.submit(analyse_part, query, part, paths, labels, pure=False))
 
             result = running.popleft().result()
             if isinstance(result, str):
@@ -185,7 +185,7 @@ def _all_of(parts: list[FilePart]) -> FilePart:
 
 def _taken(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
     """Absorb the parts of a file, each once what follows it is known to fit."""
-    source, path = parts[0].source, analysis.origin.paths[parts[0].source]
+    source, path = parts[0].source, analysis.context.paths[parts[0].source]
     seams: list[PartSeams] = []
     earlier: PartialAnalysis | None = None
     for partial, seam in results:
@@ -208,7 +208,7 @@ def _taken(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResu
 def _absorb_fitting(
     analysis: Analysis, partial: PartialAnalysis, part: FilePart, left: PartSeams, right: PartSeams | None
 ) -> None:
-    between = mend(left, right, part, analysis.question.args, analysis.origin.strings)
+    between = mend(left, right, part, analysis.query.args, analysis.context.strings)
     absorb(analysis, partial, part.source)
     if between is not None:
         analysis.feed(between)

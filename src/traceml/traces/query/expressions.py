@@ -1,4 +1,4 @@
-"""What a question about events may say: fields, and conditions like `cat=POSIX,dur>100`."""
+"""What a query about events may say: fields, and conditions like `cat=POSIX,dur>100`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fields of events as numbers: what a question groups by, and what its conditions look at."""
+"""Fields of events as numbers: what a query groups by, and what its conditions look at."""
 
 from __future__ import annotations
 
@@ -65,25 +65,25 @@ def args_of(fields: list[str]) -> list[str]:
     return list(dict.fromkeys(keys))
 
 
-def field_of(name: str, origin: FieldContext) -> EventField:
+def field_of(name: str, context: FieldContext) -> EventField:
     """Return the field of this name, as in traceml.traces.query.expressions."""
     if name in _DIRECT:
-        return _DirectField(name, origin)
+        return _DirectField(name, context)
 
     if name.startswith(ARGS):
-        return ArgField(name.removeprefix(ARGS), origin)
+        return ArgField(name.removeprefix(ARGS), context)
 
     if name in _DERIVED:
-        return _DerivedField(name, origin)
+        return _DerivedField(name, context)
 
-    return _KindField(origin) if name == "ph" else _SourceField(origin)
+    return _KindField(context) if name == "ph" else _SourceField(context)
 
 
 class _Numbered:
     """A field whose numbers are those of StringTable."""
 
-    def __init__(self, origin: FieldContext) -> None:
-        self._strings = origin.strings
+    def __init__(self, context: FieldContext) -> None:
+        self._strings = context.strings
 
     def label(self, number: int) -> Label:
         return self._strings[number]
@@ -96,8 +96,8 @@ class _Numbered:
 
 
 class _DirectField(_Numbered):
-    def __init__(self, name: str, origin: FieldContext) -> None:
-        super().__init__(origin)
+    def __init__(self, name: str, context: FieldContext) -> None:
+        super().__init__(context)
         self._name = name
 
     def ids(self, batch: EventBatch) -> Ids:
@@ -106,8 +106,8 @@ class _DirectField(_Numbered):
 
 
 class _KindField(_Numbered):
-    def __init__(self, origin: FieldContext) -> None:
-        super().__init__(origin)
+    def __init__(self, context: FieldContext) -> None:
+        super().__init__(context)
         self._numbers = np.full(256, -1, np.int32)
 
     def ids(self, batch: EventBatch) -> Ids:
@@ -118,8 +118,8 @@ class _KindField(_Numbered):
 
 
 class _SourceField:
-    def __init__(self, origin: FieldContext) -> None:
-        self._paths = origin.paths
+    def __init__(self, context: FieldContext) -> None:
+        self._paths = context.paths
 
     def ids(self, batch: EventBatch) -> Ids:
         return np.full(len(batch.ph), batch.source, np.int32)
@@ -137,8 +137,8 @@ class _SourceField:
 class ArgField:
     """A key of `args`. Texts and integers are numbered in StringTable, other numbers below -1."""
 
-    def __init__(self, key: str, origin: FieldContext) -> None:
-        self.key, self._strings = key, origin.strings
+    def __init__(self, key: str, context: FieldContext) -> None:
+        self.key, self._strings = key, context.strings
         self._floats: dict[float, int] = {}
         self._values: list[float] = []
         self.seen = False
@@ -191,9 +191,9 @@ class ArgField:
 class _DerivedField:
     """Rank, host or file: from an argument of the event, else from its process; known when all has been read."""
 
-    def __init__(self, name: str, origin: FieldContext) -> None:
-        self._name, self._origin = name, origin
-        self._args = [ArgField(key, origin) for key in _DERIVED[name]]
+    def __init__(self, name: str, context: FieldContext) -> None:
+        self._name, self._origin = name, context
+        self._args = [ArgField(key, context) for key in _DERIVED[name]]
         self._numbers = PairNumbering()  # (argument's value, process)
 
     def ids(self, batch: EventBatch) -> Ids:

@@ -20,18 +20,18 @@ _INT64 = 2**63
 Columns = dict[str, list[Any]]
 
 
-def decoded(batch: EventBatch, fields: Sequence[str], origin: FieldContext, mask: NDArray[np.bool_] | None) -> Columns:
+def decoded(batch: EventBatch, fields: Sequence[str], context: FieldContext, mask: NDArray[np.bool_] | None) -> Columns:
     """Return the events of a batch as columns of values, None where an event has none.
 
     Args:
         batch: the events.
         fields: which fields, beside `ts_ns` and `dur_ns`.
-        origin: what the numbers mean.
+        context: what the numbers mean.
         mask: which rows are wanted; None for all.
     """
     columns: Columns = {}
     for name in fields:
-        field = field_of(name, origin)
+        field = field_of(name, context)
         ids = field.ids(batch)
         numbers, where = np.unique(ids if mask is None else ids[mask], return_inverse=True)
         labels = np.array([*(field.label(number) for number in numbers.tolist()), None], object)

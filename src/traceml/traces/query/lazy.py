@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import UsageError
 from traceml.traces.query.expressions import check_field, parse_where
-from traceml.traces.query.summary import summarise
+from traceml.traces.query.summary import summarize
 from traceml.traces.reader.trace_files import discover
 
 if TYPE_CHECKING:
     from traceml.traces.reader.columns import TraceFileFacts
 
-__all__ = ["Aggregation", "GroupedTraces", "Traces", "open"]
+__all__ = ["AggregatedTraces", "GroupedTraces", "Traces", "open"]
 
 _MEASURES = {
     "count": "count",
@@ -83,7 +83,7 @@ class Traces:
         Args:
             dask: a scheduler's address, or a `distributed.Client`, whose workers read the files.
         """
-        return summarise(self.files, where=self.where, report=True, dask=dask)
+        return summarize(self.files, where=self.where, report=True, dask=dask)
 
     def batches(self, *args: str) -> Iterator[dict[str, list[Any]]]:
         """Yield the events in columns, as many at a time as are at hand: memory does not grow with the files.
@@ -132,7 +132,7 @@ class GroupedTraces:
     traces: Traces
     by: tuple[str, ...]
 
-    def agg(self, *measures: str) -> Aggregation:
+    def agg(self, *measures: str) -> AggregatedTraces:
         """Choose what is wanted of each group: count, sum, mean, min, max, p50, p99, self; all when none is named.
 
         Raises:
@@ -141,11 +141,11 @@ class GroupedTraces:
         if unknown := [name for name in measures if name not in _MEASURES]:
             raise UsageError(f"agg: there is no {unknown[0]!r}. There are {', '.join(_MEASURES)}")
 
-        return Aggregation(self, measures or tuple(_MEASURES))
+        return AggregatedTraces(self, measures or tuple(_MEASURES))
 
 
 @dataclass(frozen=True, slots=True)
-class Aggregation:
+class AggregatedTraces:
     """Numbers by group, the largest sum first; computed when they are asked for."""
 
     groups: GroupedTraces
@@ -158,7 +158,7 @@ class Aggregation:
             dask: a scheduler's address, or a `distributed.Client`, whose workers read the files.
         """
         traces = self.groups.traces
-        answer = summarise(traces.files, by=",".join(self.groups.by), where=traces.where, dask=dask)
+        answer = summarize(traces.files, by=",".join(self.groups.by), where=traces.where, dask=dask)
         wanted = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
         return [{key: group[key] for key in wanted} for group in answer["groups"]]
 
@@ -185,20 +185,20 @@ class Aggregation:
 
 def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -> Iterator[dict[str, list[Any]]]:
     from traceml.traces.query.analysis import TraceQuery
+    from traceml.traces.query.event_filter import EventFilter
     from traceml.traces.query.fields import FieldContext
-    from traceml.traces.query.filters import EventFilter
     from traceml.traces.query.frames import EVENT_FIELDS, decoded
-    from traceml.traces.query.summary import learnt
+    from traceml.traces.query.summary import read_labels
     from traceml.traces.reader.reading import read
 
-    question = TraceQuery(where=parse_where(traces.where))
-    reading = read(traces.files, args=[*args, *question.args])
-    origin = FieldContext(reading.strings, list(traces.files))
-    origin.labels = learnt(question, traces.files)
-    chosen, fields = EventFilter(question.where, origin), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
+    query = TraceQuery(where=parse_where(traces.where))
+    reading = read(traces.files, args=[*args, *query.args])
+    context = FieldContext(reading.strings, list(traces.files))
+    context.labels = read_labels(query, traces.files)
+    chosen, fields = EventFilter(query.where, context), [*EVENT_FIELDS, *(f"args.{key}" for key in args)]
     for batch in reading:
         mask = chosen.rows(batch) & chosen.durations(batch.dur_ns, batch.exact) if chosen else None
-        columns = decoded(batch, fields, origin, mask)
+        columns = decoded(batch, fields, context, mask)
         if columns["ph"]:
             yield columns
 

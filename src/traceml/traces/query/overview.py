@@ -33,7 +33,7 @@ def report_of(analysis: Analysis) -> dict[str, Any]:
     """Return the report of an analysis that was asked for one and has finished; times in microseconds."""
     together = next((times for _, times in analysis.everything.units()), np.zeros(1 << len(CLASSES), np.int64))
     work = _BusyTimes(analysis, devices=bool(_busy(together, 1 << COMPUTE)))
-    stats = merged_groups(analysis, slice(len(analysis.question.by), None))
+    stats = merged_groups(analysis, slice(len(analysis.query.by), None))
     return {
         "overlap": work.row(together),
         "io": _io(analysis, work, together),
@@ -86,7 +86,7 @@ def _io(analysis: Analysis, work: _BusyTimes, together: NDArray[np.int64]) -> di
     """Return bytes by call; bandwidth is bytes by the time in which any such call was open."""
     calls: dict[tuple[Any, ...], tuple[GroupStat, int]] = {}
     for number in range(len(analysis.groups[-1])):
-        labels = analysis.labels(number)[len(analysis.question.by) :]
+        labels = analysis.labels(number)[len(analysis.query.by) :]
         stat = analysis.stat(number)
         if stat.count and classify(*labels) == IO:
             size = int(analysis.bytes[number]) if number < len(analysis.bytes) else 0
@@ -135,9 +135,9 @@ def _table(
 def _processes(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
     rows = []
     for number, times in analysis.processes.units():
-        source, pid = analysis.origin.process(number)
-        where = {"file": str(analysis.origin.paths[source]), "pid": pid}
-        labels = analysis.origin.labels
+        source, pid = analysis.context.process(number)
+        where = {"file": str(analysis.context.paths[source]), "pid": pid}
+        labels = analysis.context.labels
         names = {
             "name": labels.process(source, pid),
             "rank": labels.rank(source, pid),
@@ -150,15 +150,15 @@ def _processes(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
 
 def _ranks(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
     """Return a row per rank: its file where each rank wrote one, else its process."""
-    labels, origin = analysis.origin.labels, analysis.origin
+    labels, context = analysis.context.labels, analysis.context
     rows: dict[int, dict[str, Any]] = {}
     for number, times in analysis.processes.units():
-        source, pid = origin.process(number)
+        source, pid = context.process(number)
         if (rank := labels.process_rank(source, pid)) is not None:
             rows[rank] = {"rank": rank, "host": labels.host(source, pid), **work.row(times)}
 
     units = (
-        analysis.files.units() if len(origin.paths) > 1 else ((0, times) for _, times in analysis.everything.units())
+        analysis.files.units() if len(context.paths) > 1 else ((0, times) for _, times in analysis.everything.units())
     )
     for source, times in units:
         if (rank := labels.rank(source, None)) is not None and rank not in rows:

@@ -76,7 +76,7 @@ class PartialAnalysis:
 def partial_of(analysis: Analysis) -> PartialAnalysis:
     """Return what an analysis knows that has been fed and not been finished."""
     edges = analysis.matcher.columns()
-    names = [analysis.origin.strings[number] for number in np.unique(edges[3]).tolist()] if edges else []
+    names = [analysis.context.strings[number] for number in np.unique(edges[3]).tolist()] if edges else []
     if edges:
         edges = (*edges[:3], np.unique(edges[3], return_inverse=True)[1].astype(np.int32), *edges[4:])
 
@@ -86,7 +86,7 @@ def partial_of(analysis: Analysis) -> PartialAnalysis:
         names=names,
         spans=[Packed.of(column) for column in analysis.sorter.columns()],
         edges=[Packed.of(column) for column in edges],
-        labels=analysis.origin.labels,
+        labels=analysis.context.labels,
         letters=analysis.letters,
         events=analysis.events,
         number_of_spans=analysis.spans,
@@ -105,11 +105,11 @@ def absorb(analysis: Analysis, partial: PartialAnalysis, source: int) -> None:
         analysis.sorter.add(start, duration, groups[group], lanes[lane], kind)
 
     if partial.edges:
-        names = np.array([analysis.origin.strings.intern(name) for name in partial.names], np.int32)
+        names = np.array([analysis.context.strings.intern(name) for name in partial.names], np.int32)
         at, is_end, lane, name, group, mark = (packed.column() for packed in partial.edges)
         analysis.matcher.add(at, is_end, lanes[lane], names[name], groups[group], mark)
 
-    analysis.origin.labels.merge(partial.labels)
+    analysis.context.labels.merge(partial.labels)
     analysis.letters += partial.letters
     analysis.events += partial.events
     analysis.spans += partial.number_of_spans
@@ -136,10 +136,10 @@ def _absorb_group(analysis: Analysis, raw: tuple[Any, ...], stat: GroupStat, siz
 
 
 def _lane(analysis: Analysis, number: int) -> tuple[Any, ...]:
-    strings = analysis.origin.strings
+    strings = analysis.context.strings
     owner, value = analysis.lanes.pair(number)
     if owner >= 0:
-        source, pid = analysis.origin.process(owner)
+        source, pid = analysis.context.process(owner)
         return source, pid, strings[value]
 
     cat, identity = analysis.asynchronous.pair(value)
@@ -148,11 +148,11 @@ def _lane(analysis: Analysis, number: int) -> tuple[Any, ...]:
 
 def _absorb_lane(analysis: Analysis, lane: tuple[Any, ...]) -> int:
     source, first, second, *asynchronous = lane
-    intern = analysis.origin.strings.intern
+    intern = analysis.context.strings.intern
     if asynchronous:
         return analysis.lanes.one(-2 - source, analysis.asynchronous.one(intern(first), intern(second)))
 
-    return analysis.lanes.one(analysis.origin.processes.one(source, intern(first)), intern(second))
+    return analysis.lanes.one(analysis.context.processes.one(source, intern(first)), intern(second))
 
 
 def _seen(analysis: Analysis) -> list[bool]:

@@ -1,4 +1,4 @@
-"""The answer to a question about traces, as plain data: what `traceml analyze --json` prints."""
+"""The answer to a query about traces, as plain data: what `traceml analyze --json` prints."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from traceml.traces.aggregate.stats import GroupStat, Time
 from traceml.traces.query.analysis import Analysis
 from traceml.traces.reader.columns import FileDamage, TraceFileFacts
 
-__all__ = ["SCHEMA", "answer_of", "merged_groups", "microseconds", "stat_row"]
+__all__ = ["SCHEMA", "merged_groups", "microseconds", "result_of", "stat_row"]
 
 SCHEMA = "traceml.analysis/1"
 _EXACT_FLOAT = 2**53
 
 
-def answer_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, Any]:
+def result_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, Any]:
     """Return the answer of an analysis that has finished; all groups, the largest sum first."""
-    groups = merged_groups(analysis, len(analysis.question.by))
+    groups = merged_groups(analysis, len(analysis.query.by))
     order = sorted(groups.items(), key=lambda item: (-item[1].total, [str(label) for label in item[0]]))
-    by = list(analysis.question.by)
+    by = list(analysis.query.by)
     return {
         "schema": SCHEMA,
         "files": [_file(facts, damage) for facts, damage in _with_unpaired(analysis, files)],
@@ -38,7 +38,7 @@ def answer_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, 
 
 
 def merged_groups(analysis: Analysis, fields: int | slice) -> dict[tuple[Any, ...], GroupStat]:
-    """Return the stats by the labels of some of the question's fields: the first ones, or a slice."""
+    """Return the stats by the labels of some of the query's fields: the first ones, or a slice."""
     chosen = slice(fields) if isinstance(fields, int) else fields
     groups: dict[tuple[Any, ...], GroupStat] = {}
     for number in range(len(analysis.groups[-1])):

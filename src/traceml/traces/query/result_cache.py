@@ -1,4 +1,4 @@
-"""ResultCache kept from one process to the next: a question that was asked of unchanged files is not computed again.
+"""ResultCache kept from one process to the next: a query that was asked of unchanged files is not computed again.
 
 An entry holds the files' identities (inode, size, time of modification) and counts only while they are the same. A
 cache that cannot be read or written is gone without.
@@ -35,13 +35,13 @@ def cache_folder() -> Path:
 
 
 class ResultCache:
-    """The cached answer to one question about some files.
+    """The cached answer to one query about some files.
 
     Make it before the files are read: what they were then is what an answer is about.
 
     Args:
         files: the files, as `discover` gave them.
-        key: the question: everything that the answer depends on besides the files.
+        key: the query: everything that the answer depends on besides the files.
     """
 
     def __init__(self, files: Sequence[Path], key: str) -> None:
@@ -53,8 +53,8 @@ class ResultCache:
         except OSError:
             self._identities = []
 
-        question = "\n".join([*self._files, self._key]).encode("utf-8", "surrogateescape")
-        self._path = cache_folder() / f"{zlib.crc32(question):08x}{zlib.adler32(question):08x}.json"
+        query = "\n".join([*self._files, self._key]).encode("utf-8", "surrogateescape")
+        self._path = cache_folder() / f"{zlib.crc32(query):08x}{zlib.adler32(query):08x}.json"
 
     def load(self) -> Any | None:
         """Return the answer, None when there is none for the files as they are now."""

@@ -1,8 +1,10 @@
-"""ResultCache about traces: read, put the question, keep the answer for the next time."""
+"""Summaries of traces: read the files, run the query, cache the result."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,20 +12,24 @@ from typing import TYPE_CHECKING, Any
 from traceml.errors import UsageError
 from traceml.traces.query.expressions import parse_by, parse_where
 from traceml.traces.query.result_cache import ResultCache
-from traceml.traces.reader.trace_files import discover
+from traceml.traces.reader.trace_files import discover, first_text
 
 if TYPE_CHECKING:
     from traceml.traces.query.analysis import Analysis, TraceQuery
     from traceml.traces.query.labels import Labels
     from traceml.traces.reader.reading import TraceReader
 
-__all__ = ["Progress", "learnt", "run", "summarise"]
+__all__ = ["Progress", "read_labels", "run_query", "summarize"]
 
 Progress = Callable[[int, int], None]  # events so far, files begun so far
+_SAMPLED_BYTES = 1 << 20
+_SAMPLED_FILES = 4
+_SHOWN_KEYS = 30
+_ARGS = re.compile(r'"args"\s*:\s*(?=\{)')
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 
-def summarise(
+def summarize(
     paths: Paths,
     *,
     by: str = "name",
@@ -33,111 +39,125 @@ def summarise(
     cached: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Return the answer to a question about traces, in the shape of `traceml.analysis/1`.
+    """Return the result of a query about traces, in the format `traceml.analysis/1`.
 
     Args:
         paths: files, folders and patterns.
         by: fields to group by, as `name,args.size`.
         where: conditions, as `cat=POSIX,dur>100`.
-        report: whether overlap, I/O, kernels, ranks and a timeline are wanted too.
+        report: whether to add overlap, I/O, kernels, ranks and a timeline.
         dask: the address of a Dask scheduler whose workers read the files, or a `distributed.Client`.
-        cached: whether an answer from an earlier process may be used, and this one kept.
-        progress: called now and then.
+        cached: whether to use the result of an earlier process, and to keep this one.
+        progress: called from time to time.
 
     Raises:
-        UsageError: `by` or `where` cannot be understood.
-        TraceNotFoundError: a path leads to no trace.
-        TraceEmptyError: there is not one event.
+        UsageError: `by` or `where` is not valid.
+        TraceNotFoundError: no trace was found under a path.
+        TraceEmptyError: there is no event.
     """
     fields, conditions = parse_by(by), parse_where(where)
     files = discover(paths)
-    answers = ResultCache(files, f"summary {int(report)} {','.join(fields)} {where}")
-    known = answers.load() if cached else None
+    cache = ResultCache(files, f"summary {int(report)} {','.join(fields)} {where}")
+    known = cache.load() if cached else None
     if known is not None:
         return dict(known)
 
     from traceml.traces.query.analysis import TraceQuery
 
-    question = TraceQuery(fields, conditions, report)
-    answer = _asked(question, files, dask, progress) | {"where": where}
+    query = TraceQuery(fields, conditions, report)
+    result = _computed(query, files, dask, progress) | {"where": where}
     if cached:
-        answers.store(answer)
+        cache.store(result)
 
-    return answer
+    return result
 
 
-def run(question: TraceQuery, files: Sequence[Path], progress: Progress | None = None) -> tuple[Analysis, TraceReader]:
-    """Put a question to files; the analysis has finished."""
+def run_query(
+    query: TraceQuery, files: Sequence[Path], progress: Progress | None = None
+) -> tuple[Analysis, TraceReader]:
+    """Run a query on files; return the finished analysis."""
     from traceml.traces.query.analysis import Analysis
     from traceml.traces.query.fields import FieldContext
     from traceml.traces.reader.reading import read
 
-    reading = read(files, args=question.args)
-    origin = FieldContext(reading.strings, list(files))
-    origin.labels = learnt(question, files)
-    analysis = Analysis(question, origin)
+    reader = read(files, args=query.args)
+    context = FieldContext(reader.strings, list(files))
+    context.labels = read_labels(query, files)
+    analysis = Analysis(query, context)
     events = 0
-    for batch in reading:
+    for batch in reader:
         analysis.feed(batch)
         events += len(batch)
         if progress is not None:
             progress(events, batch.source + 1)
 
-    for source, facts in enumerate(reading.files):
-        origin.labels.take_file(source, facts.path, facts.header)
+    for source, facts in enumerate(reader.files):
+        context.labels.take_file(source, facts.path, facts.header)
 
     analysis.finish()
-    return analysis, reading
+    return analysis, reader
 
 
-def _asked(question: TraceQuery, files: Sequence[Path], dask: Any, progress: Progress | None) -> dict[str, Any]:
-    from traceml.traces.query.result import answer_of
+def _computed(query: TraceQuery, files: Sequence[Path], dask: Any, progress: Progress | None) -> dict[str, Any]:
+    from traceml.traces.query.result import result_of
 
     if dask is None:
-        analysis, reading = run(question, files, progress)
-        facts = reading.files
+        analysis, reader = run_query(query, files, progress)
+        facts = reader.files
     else:
         from traceml.traces.query.cluster import run_on
 
-        analysis, facts = run_on(dask, question, files, progress, labels=learnt(question, files))
+        analysis, facts = run_on(dask, query, files, progress, labels=read_labels(query, files))
 
-    _refuse_absent(analysis)
-    answer = answer_of(analysis, facts)
-    if question.report:
+    _check_keys(analysis)
+    result = result_of(analysis, facts)
+    if query.report:
         from traceml.traces.query.overview import report_of
 
-        answer["report"] = report_of(analysis)
+        result["report"] = report_of(analysis)
 
-    return answer
+    return result
 
 
-def learnt(question: TraceQuery, files: Sequence[Path]) -> Labels:
-    """Return what metadata says, where conditions rest on it: it may stand anywhere, so it is read first."""
+def read_labels(query: TraceQuery, files: Sequence[Path]) -> Labels:
+    """Return the metadata that conditions depend on; it may be anywhere in a file, so it is read first."""
     from traceml.traces.query.labels import Labels
     from traceml.traces.reader.reading import read
 
     labels = Labels()
-    if not any(condition.field in ("rank", "host", "file") for condition in question.where):
+    if not any(condition.field in ("rank", "host", "file") for condition in query.where):
         return labels
 
-    reading = read(files)
-    for batch in reading:
+    reader = read(files)
+    for batch in reader:
         labels.take(batch.source, batch.metadata)
 
-    for source, facts in enumerate(reading.files):
+    for source, facts in enumerate(reader.files):
         labels.take_file(source, facts.path, facts.header)
 
     return labels
 
 
-def _refuse_absent(analysis: Analysis) -> None:
-    """Refuse keys of `args` that no event has: an empty or single group would look like an answer."""
+def _check_keys(analysis: Analysis) -> None:
+    """Refuse keys of `args` that no event has: an empty or single group would look like a result."""
     from traceml.traces.query.fields import ArgField
-    from traceml.traces.query.sampling import sampled_keys
 
     fields = [field.key for field in analysis.fields if isinstance(field, ArgField) and not field.seen]
     if absent := [*fields, *analysis.filter.absent]:
-        there = sampled_keys(analysis.origin.paths)
-        raise UsageError(
-            f"no event has args.{absent[0]}. There are {', '.join(f'args.{key}' for key in there) or 'no args'}"
-        )
+        known = ", ".join(f"args.{key}" for key in _sampled_keys(analysis.context.paths)) or "no args"
+        raise UsageError(f"no event has args.{absent[0]}. There are {known}")
+
+
+def _sampled_keys(paths: Sequence[Path]) -> list[str]:
+    """Return keys of the `args` of events at the beginning of some traces, sorted."""
+    keys: set[str] = set()
+    decoder = json.JSONDecoder()
+    for path in paths[:_SAMPLED_FILES]:
+        text = first_text(path, _SAMPLED_BYTES).decode("utf-8", "replace")
+        for match in _ARGS.finditer(text):
+            try:
+                keys |= decoder.raw_decode(text, match.end())[0].keys()
+            except ValueError:
+                continue  # damaged, or cut off by the end of the sample
+
+    return sorted(keys)[:_SHOWN_KEYS]

@@ -59,6 +59,8 @@ class ReadPipeline:
         self._taking = threading.Lock()
         self._tasks = self._all_tasks()
         self._sources: list[ChunkSource] = []
+        self._executor = ThreadPoolExecutor(workers, "traceml-read")
+        self._running: deque[Future[_ChunkTask | None]] = deque()
         # A thread takes one of each for a task. Memory that is used again is faster than fresh memory.
         self._scanners: deque[PythonScanner] = deque()
         self._buffers: deque[TextBuffer] = deque()
@@ -66,14 +68,27 @@ class ReadPipeline:
     def batches(self) -> Iterator[EventBatch]:
         """Yield the batches of all files in order; raise the first error of a thread."""
         scanner = new_scanner(self._keys, self._strings)
-        executor = ThreadPoolExecutor(self._workers, "traceml-read")
+        scanned: dict[int, _ChunkTask] = {}
+        number = 0
         try:
-            for task in self._in_order(executor):
-                yield from self._joined(task, scanner)
+            for _ in range(self._workers):
+                self._submit()
+
+            while self._running:
+                task = self._running.popleft().result()
+                if task is not None:
+                    scanned[task.number] = task
+
+                while number in scanned:
+                    yield from self._joined(scanned.pop(number), scanner)
+                    number += 1
         finally:
-            executor.shutdown(cancel_futures=True)
+            self._executor.shutdown(cancel_futures=True)
             for source in self._sources:
                 source.close()
+
+    def _submit(self) -> None:
+        self._running.append(self._executor.submit(self._scan_next))
 
     def _all_tasks(self) -> Iterator[_ChunkTask]:
         """Yield a task per chunk of each file, and one for its end; advanced under `_taking`."""
@@ -94,23 +109,6 @@ class ReadPipeline:
                 number, first = number + 1, False
                 if load is None:
                     break
-
-    def _in_order(self, executor: ThreadPoolExecutor) -> Iterator[_ChunkTask]:
-        """Yield the scanned chunks in order; a task more than there are threads is submitted at any time."""
-        running: deque[Future[_ChunkTask | None]] = deque()
-        running.extend(executor.submit(self._scan_next) for _ in range(self._workers + 1))
-        scanned: dict[int, _ChunkTask] = {}
-        number = 0
-        while running:
-            task = running.popleft().result()
-            if task is None:
-                continue
-
-            running.append(executor.submit(self._scan_next))
-            scanned[task.number] = task
-            while number in scanned:
-                yield scanned.pop(number)
-                number += 1
 
     def _scan_next(self) -> _ChunkTask | None:
         """Load and scan the next chunk; return None when there is none. Runs in a thread of the pool."""
@@ -133,7 +131,7 @@ class ReadPipeline:
         return task
 
     def _joined(self, task: _ChunkTask, scanner: PythonScanner) -> Iterator[EventBatch]:
-        """Yield the events of a chunk, once all chunks before it were joined."""
+        """Yield the events of a chunk, once all chunks before it were joined; its buffer goes to the next task."""
         reader, chunk, batch = task.reader, task.chunk, None
         scanner.rows.decimals = reader.decimals
         if chunk is None:
@@ -146,5 +144,6 @@ class ReadPipeline:
                     yield events
 
         self._buffers.append(task.buffer)
+        self._submit()
         if batch is not None:
             yield batch

@@ -59,15 +59,15 @@ def looks_like_a_trace(path: Path) -> bool:
     return _may_be_json(start) and (b'"traceEvents"' in start or b'"ph"' in start)
 
 
-def first_text(path: Path) -> bytes:
-    """Return the first text of a possible trace, at most 64 KiB; empty when there is none."""
+def first_text(path: Path, size: int = _SNIFFED_BYTES) -> bytes:
+    """Return the first text of a possible trace, about `size` bytes at most; empty when there is none."""
     try:
         with path.open("rb") as file:
             start = file.read(4096)
             if start.startswith(GZIP_MAGIC):
-                return zlib.decompressobj(31).decompress(start + file.read(_SNIFFED_BYTES), _SNIFFED_BYTES)
+                return zlib.decompressobj(31).decompress(start + file.read(size), size)
 
-            return start + file.read(_SNIFFED_BYTES) if _may_be_json(start) else b""
+            return start + file.read(size) if _may_be_json(start) else b""
     except (OSError, zlib.error):
         return b""
 

@@ -1,4 +1,4 @@
-"""Conditions applied to columns: which events of a batch a question is about."""
+"""Conditions applied to columns: which events of a batch a query is about."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _GREATEST = 2**63 - 1
 
 
 class EventFilter:
-    """All conditions of a question. What concerns durations is asked apart: a begin event has none yet."""
+    """All conditions of a query. What concerns durations is asked apart: a begin event has none yet."""
 
-    def __init__(self, conditions: Sequence[Condition], origin: FieldContext) -> None:
+    def __init__(self, conditions: Sequence[Condition], context: FieldContext) -> None:
         self._dur = [condition for condition in conditions if condition.field == "dur"]
         self._ts = [condition for condition in conditions if condition.field == "ts"]
         rest = [condition for condition in conditions if condition.field not in ("dur", "ts")]
-        self._fields = [_FieldCondition(condition, field_of(condition.field, origin)) for condition in rest]
+        self._fields = [_FieldCondition(condition, field_of(condition.field, context)) for condition in rest]
 
     def __bool__(self) -> bool:
         return bool(self._dur or self._ts or self._fields)
