@@ -1,10 +1,10 @@
 """Aim: a repository in a folder.
 
-Exact: a value lies under its name and step, so the same row given again overwrites itself. Another value under the same
-name and step would overwrite the first one, too; it goes under the same name with the context `{"repeat": n}`. Rows are
-written in batches with the time of the call, which Aim's own `Run.track` can do neither.
+Exact: the key of a value is its name and step, so sending the same row again overwrites it with itself. Another value
+under the same name and step gets the context `{"repeat": n}`, because it would overwrite the first. Rows are written in
+batches with the time of the call; Aim's own `Run.track` can do neither.
 
-Aim writes only runs on Python < 3.13, and only those of release 3.28.0 can be read back.
+Aim needs Python < 3.13, and only runs written by release 3.28.0 can be read back.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class AimBackend(BackendInterface):
         return is_this_machine(self._repo.removeprefix("aim://").partition("/")[0].rpartition(":")[0])
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Go on with the same run."""
+        """Continue the same run."""
         self._hash = mark["hash"]
         return True
 
@@ -90,7 +90,7 @@ class AimBackend(BackendInterface):
             system_tracking_interval=None,
             log_system_params=False,
             capture_terminal_logs=False,
-            force_resume=self._hash is not None,  # a killed delivery left its lock
+            force_resume=self._hash is not None,  # a killed delivery leaves its lock
         )
         self._hash = self._run.hash
         self._run.name = name
@@ -106,11 +106,11 @@ class AimBackend(BackendInterface):
         return str(self._hash)
 
     def log_metric(self, name: str, value: float, step: int) -> None:
-        """Give one value."""
+        """Send one value."""
         self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
-        """Give a batch: one write per name and column."""
+        """Send a batch: one write per name and column."""
         by_name: dict[str, list[Metric]] = {}
         for row in rows:
             by_name.setdefault(row.name, []).append(row)
@@ -119,36 +119,36 @@ class AimBackend(BackendInterface):
             self._sequence(safe_name(name, _REFUSED, _LONGEST_NAME), part)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Give parameters, below `hparams`; a new value takes the place of the old one."""
+        """Send parameters, below `hparams`; a new value replaces the old one."""
         for key, value in params.items():
             self._run["hparams", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Give tags, as `key` or `key: value`, and below `tags` for queries."""
-        there = set(self._run.tags)
+        """Send tags as `key` or `key: value`, and below `tags` for queries."""
+        existing = set(self._run.tags)
         for key, value in tags.items():
             text = safe_name(str(key) if value in {"", "true"} else f"{key}: {value}", _REFUSED, _LONGEST_NAME)
-            if text not in there:
+            if text not in existing:
                 self._run.add_tag(text)
 
             self._run["tags", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Give a text."""
+        """Send a text."""
         from aim import Text
 
         clean = text.encode("utf-8", "backslashreplace").decode()
         self._object(Text(clean), name, step, lambda stored: stored.data == clean)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Give an image's bytes as they are."""
+        """Send an image's bytes unchanged."""
         from aim import Image
 
         image = Image(str(path))
         self._object(image, name, step, lambda stored: stored.storage["data"].load() == image.storage["data"].load())
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
-        """Give a histogram: as a distribution where Aim can hold it (even buckets, at most 512), else as a text."""
+        """Send a histogram: as a distribution if Aim can hold it (even buckets, at most 512), else as a text."""
         from aim import Distribution
 
         width = (edges[-1] - edges[0]) / len(counts)
@@ -161,12 +161,12 @@ class AimBackend(BackendInterface):
         self._object(made, name, step, lambda stored: stored.json() == made.json())
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        """Copy a file to where the repository keeps artifacts."""
+        """Copy a file to the artifacts of the repository."""
         name = safe_name(artifact_name or Path(artifact_path).name, _UNCLEAN, _LONGEST_NAME)
         self._run.log_artifact(artifact_path, name, block=True)
 
     def end_state(self, state: str) -> None:
-        """Tell how the training ended."""
+        """Record the state in which the training ended."""
         self._run["state"] = state
 
     def end_experiment(self) -> None:
@@ -185,9 +185,9 @@ class AimBackend(BackendInterface):
     # --- rows ------------------------------------------------------------------------------------------------------
 
     def _sequence(self, name: str, rows: Sequence[Metric]) -> None:
-        """Write the rows of one name: those that go forward at once, others after a look at what is there."""
+        """Write the rows of one name: rising steps directly, others after a comparison with the stored rows."""
         info = self._info(name, 0)
-        unused = info.count if info.initialized else 0  # no step from here on has a value
+        unused = info.count if info.initialized else 0  # the first step without a value
         slots: dict[int, dict[int, tuple[float, float]]] = {0: {}}
         for row in rows:
             step, value = row.step or 0, (float(row.value), row.timestamp)
@@ -197,7 +197,7 @@ class AimBackend(BackendInterface):
                 continue
 
             slot = 0
-            while (held := slots.get(slot, {}).get(step) or self._held(name, slot, step)) and not _same(held, value):
+            while (old := slots.get(slot, {}).get(step) or self._stored_at(name, slot, step)) and not _same(old, value):
                 slot += 1
 
             slots.setdefault(slot, {})[step] = value
@@ -209,8 +209,8 @@ class AimBackend(BackendInterface):
     def _info(self, name: str, slot: int) -> Any:
         return self._run._tracker.sequence_infos[_context(slot).idx, name]
 
-    def _held(self, name: str, slot: int, step: int) -> tuple[float, float] | None:
-        """Return the value and time that the repository has there."""
+    def _stored_at(self, name: str, slot: int, step: int) -> tuple[float, float] | None:
+        """Return the stored value and time of a step, or None."""
         info = self._info(name, slot)
         if not info.initialized:
             return None
@@ -220,7 +220,7 @@ class AimBackend(BackendInterface):
         return None if time is None else (_read(info.val_view, at), time)
 
     def _put(self, name: str, slot: int, values: Mapping[int, tuple[float, float]]) -> None:
-        """Write values of one sequence in one piece, then what the sequence says about itself."""
+        """Write values of one sequence at once, then the sequence's own facts."""
         tracker, context = self._run._tracker, _context(slot)
         first_step, (first, _) = next(iter(values.items()))
         info = self._info(name, slot)
@@ -230,7 +230,7 @@ class AimBackend(BackendInterface):
         tracker._update_context_data(context)
         _write(info, [(info.step_hash_fn(step), step, value, time) for step, (value, time) in values.items()])
 
-        # Aim's own bookkeeping, for the first, the extreme and the last one: all others would change nothing.
+        # Aim's own bookkeeping for the first, extreme and last values; others change nothing.
         finite = [value for value, _ in values.values() if not math.isnan(value)]
         notable = [(first_step, first)]
         notable += [(first_step, value) for value in ((min(finite), max(finite)) if finite else ())]
@@ -239,7 +239,7 @@ class AimBackend(BackendInterface):
             tracker._update_sequence_info(context.idx, name, value, step)
 
     def _object(self, made: Any, name: str, step: int, same: Callable[[Any], bool]) -> None:
-        """Write an object where none is, or over the same one."""
+        """Write an object to a free slot, or over an equal one."""
         key, slot = safe_name(name, _REFUSED, _LONGEST_NAME), 0
         while True:
             info = self._info(key, slot)
@@ -270,14 +270,14 @@ _contexts: dict[int, Any] = {}
 
 
 def _write(info: Any, rows: Sequence[tuple[int, int, float, float]]) -> None:
-    """Write rows of (place, step, value, time) in one piece.
+    """Write rows of (key, step, value, time) at once.
 
-    Aim's own way deletes a range before it writes each cell, and thousands of those make the database slow to read.
+    Aim itself deletes a range before it writes each cell, and thousands of such ranges make the database slow to read.
     """
     from aim.storage.encoding import encode, encode_path
 
     views = [info.val_view, info.epoch_view, info.step_view, info.time_view]
-    if not hasattr(views[0].tree, "container"):  # a repository behind a server; it does the writing
+    if not hasattr(views[0].tree, "container"):  # a repository behind a server, which writes
         for at, step, value, time in rows:
             for view, cell in zip(views, (value, None, step, time), strict=True):
                 view[at] = cell
@@ -295,7 +295,7 @@ def _write(info: Any, rows: Sequence[tuple[int, int, float, float]]) -> None:
 
 
 def _read(column: Any, at: int) -> Any:
-    """Return one cell of a column, or None; Aim's own way iterates."""
+    """Return one cell of a column, or None; Aim itself would iterate."""
     from aim.storage.encoding import decode, encode_path
 
     if not hasattr(column.tree, "container"):
@@ -308,13 +308,13 @@ def _read(column: Any, at: int) -> Any:
     return None if cell is None else decode(cell)
 
 
-def _same(held: tuple[float, float], given: tuple[float, float]) -> bool:
-    """Whether two values are the same row; NaN is the same as NaN."""
-    return held[1] == given[1] and (held[0] == given[0] or (math.isnan(held[0]) and math.isnan(given[0])))
+def _same(stored: tuple[float, float], given: tuple[float, float]) -> bool:
+    """Whether two values are the same row; NaN equals NaN."""
+    return stored[1] == given[1] and (stored[0] == given[0] or (math.isnan(stored[0]) and math.isnan(given[0])))
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as Aim can hold it."""
+    """Return a value in a form that Aim can hold."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):

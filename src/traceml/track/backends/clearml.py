@@ -1,13 +1,13 @@
 """ClearML: a server, or an offline session that `Task.import_offline_session` uploads later.
 
-Offline sessions are exact: events are lines of a file that only grows, and what came after a mark is cut off. A server
-gives each event an id of its own, so after the death of a delivery process at most one batch can be there twice.
+Offline sessions are exact: events are lines of a file that only grows, and `resume` cuts off events after the mark. A
+server gives each event an id of its own, so after the death of a delivery process at most one batch is there twice.
 
-The SDK's reporter and `Task.init` are not used: they throttle the caller, wait for fixed times, collect what nobody
-asked for, and allow one task per process. Events go to the session as the SDK's own would, with the time of the call.
+The SDK's reporter and `Task.init` are not used: they throttle the caller, wait for fixed times, collect data that was
+not requested, and allow one task per process. Events have the SDK's form, with the time of the call.
 
 ClearML has no NaN and no infinities (its SDK writes 0 instead). Here such a value becomes a 0 in a series of its own,
-`<series> (nan)`, `<series> (inf)` or `<series> (-inf)`, so that none is taken for a number and none is missing.
+`<series> (nan)`, `<series> (inf)` or `<series> (-inf)`, so that it is neither missing nor mistaken for a number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["ClearMLBackend"]
 _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
 _BATCH = 1000
-_EVENTS = "metrics.jsonl"  # where an offline session keeps them
+_EVENTS = "metrics.jsonl"  # file of an offline session
 
 
 class ClearMLBackend(BackendInterface):
@@ -87,7 +87,7 @@ class ClearMLBackend(BackendInterface):
         return str(self._task.get_output_log_web_page())
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Go on with the same task; cut off what came after the mark from an offline session."""
+        """Continue the same task; cut off events after the mark in an offline session."""
         self._id = mark["id"]
         if not mark.get("events"):
             return True
@@ -113,7 +113,7 @@ class ClearMLBackend(BackendInterface):
             kind = Task.TaskTypes.training
             made = {"project_name": project, "task_name": name, "task_type": kind}
             given = {"task_id": self._id} if self._id else made
-            # the constructor that Task.create and Task.get_task go through; both refuse to work offline
+            # the constructor behind Task.create and Task.get_task, which both refuse to work offline
             self._task = Task(private=Task._Task__create_protection, log_to_backend=False, **given)
             self._id = str(self._task.id)
             if self._offline:
@@ -132,11 +132,11 @@ class ClearMLBackend(BackendInterface):
         return self._id
 
     def log_metric(self, name: str, value: float, step: int) -> None:
-        """Give one value."""
+        """Send one value."""
         self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
-        """Give a batch; `a/b` is the series `b` of the plot `a`."""
+        """Send a batch; `a/b` is the series `b` of the plot `a`."""
         events = []
         for row in rows:
             title, series = _title_and_series(row.name)
@@ -159,7 +159,7 @@ class ClearMLBackend(BackendInterface):
         self._add(events)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Give parameters; a new value takes the place of the old one."""
+        """Send parameters; a new value replaces the old one."""
         named = {
             f"General/{safe_name(str(key), _REFUSED, _LONGEST_NAME)}": _plain(each) for key, each in params.items()
         }
@@ -167,7 +167,7 @@ class ClearMLBackend(BackendInterface):
             self._task.update_parameters(named)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Give tags, as `key` or `key: value`."""
+        """Send tags as `key` or `key: value`."""
         if tags:
             with _errors():
                 self._task.add_tags(
@@ -175,7 +175,7 @@ class ClearMLBackend(BackendInterface):
                 )
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Give a text to the task's console."""
+        """Send a text to the task's console."""
         self._add(
             [
                 {
@@ -190,7 +190,7 @@ class ClearMLBackend(BackendInterface):
         )
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
-        """Give a histogram as a plot."""
+        """Send a histogram as a plot."""
         title, series = _title_and_series(name)
         bars = {
             "type": "bar",
@@ -204,7 +204,7 @@ class ClearMLBackend(BackendInterface):
         self._add([{**event, "variant": series, "iter": step, "plot_str": json.dumps(plot)}])
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Give an image as a debug sample, under a name that a replay uses again."""
+        """Send an image as a debug sample, under a name that a replay reuses."""
         from clearml.backend_interface.metrics.events import ImageEvent
 
         title, series = _title_and_series(name)
@@ -220,21 +220,21 @@ class ClearMLBackend(BackendInterface):
             manager = self._task._get_metrics_manager(self._task._get_default_report_storage_uri())
             manager._do_write_events([event])
             if event.upload_exception is not None:
-                raise BackendError(f"the image did not get there: {event.upload_exception}")
+                raise BackendError(f"the image was not uploaded: {event.upload_exception}")
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Upload a file, and wait for it."""
         name = safe_name(artifact_name or Path(artifact_path).name, _REFUSED, _LONGEST_NAME)
         with _errors():
             if not self._task.upload_artifact(name, Path(artifact_path), wait_on_upload=True, retries=0):
-                raise BackendError(f"artifact {name} did not get there")
+                raise BackendError(f"artifact {name} was not uploaded")
 
     def end_state(self, state: str) -> None:
-        """Tell how the training ended."""
+        """Record the state in which the training ended."""
         self._state = state
 
     def end_experiment(self) -> None:
-        """Finish the task; an offline session is packed into the file that can be imported."""
+        """Finish the task; an offline session is packed into a file for import."""
         if self._task is None:
             return
 
@@ -251,7 +251,7 @@ class ClearMLBackend(BackendInterface):
         self._task = None
 
     def mark(self) -> dict[str, Any]:
-        """Return the task, and how far an offline session's events are written."""
+        """Return the task, and the length of an offline session's events."""
         if self._events is None:
             return {"id": self._id}
 
@@ -281,7 +281,7 @@ class ClearMLBackend(BackendInterface):
                 self._task.send(api.AddBatchRequest(requests=requests), raise_on_errors=True)
 
     def _append(self, events: Sequence[dict[str, Any]]) -> None:
-        """Append events to the offline session, and leave no half line behind when the disk is full."""
+        """Append events to the offline session; a full disk leaves no incomplete line."""
         assert self._events is not None, "start_experiment comes first"
         data = (json.dumps(list(events)) + "\n").encode()
         descriptor = os.open(self._events, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -299,7 +299,7 @@ class ClearMLBackend(BackendInterface):
 
 
 class _RawEvent:
-    """An event that is a dictionary already; the SDK asks its events for nothing else."""
+    """An event in the form of a dictionary, which is all that the SDK needs."""
 
     def __init__(self, content: dict[str, Any]) -> None:
         self._content = content
@@ -309,7 +309,7 @@ class _RawEvent:
 
 
 def _is_offline(options: Mapping[str, Any]) -> bool:
-    """Whether to work offline: as asked for, else when there are no credentials."""
+    """Whether to work offline: by option or environment, else when there are no credentials."""
     mode = options.get("mode") or ("offline" if os.environ.get("CLEARML_OFFLINE_MODE", "0") not in {"", "0"} else None)
     if mode is not None:
         return str(mode) == "offline"
@@ -319,7 +319,7 @@ def _is_offline(options: Mapping[str, Any]) -> bool:
 
 
 def _open_session() -> None:
-    """Connect, once and with the keys of now: the SDK's own session would try for hours to reach a server."""
+    """Connect once, with the current keys: the SDK's own session would retry for hours."""
     from clearml.backend_api import Session
     from clearml.backend_interface.base import InterfaceBase
     from clearml.config import config_obj
@@ -336,7 +336,7 @@ def _open_session() -> None:
 
 
 def _title_and_series(name: str) -> tuple[str, str]:
-    """Return plot and series of a name, so that no two names share both."""
+    """Return plot and series of a name, different for different names."""
     name = safe_name(name, _REFUSED, _LONGEST_NAME)
     title, _, series = name.partition("/")
     return (title, series) if title and series and title != series else (name, name)
@@ -348,7 +348,7 @@ def _plain(value: Any) -> str:
 
 
 def _pack(folder: Path) -> None:
-    """Pack an offline session as the SDK does; complete or not at all."""
+    """Pack an offline session as the SDK does, atomically."""
     target, part = Path(f"{folder}.zip"), Path(f"{folder}.zip.part")
     with zipfile.ZipFile(part, "w", allowZip64=True, compression=zipfile.ZIP_DEFLATED) as packed:
         for path in sorted(folder.rglob("*")):
@@ -360,7 +360,7 @@ def _pack(folder: Path) -> None:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn ClearML's errors into those that delivery knows how to treat."""
+    """Convert ClearML's errors to those that delivery classifies."""
     try:
         yield
     except (ImportError, AttributeError, BackendError):
@@ -368,7 +368,7 @@ def _errors() -> Iterator[None]:
     except Exception as error:
         why = f"ClearML failed: {type(error).__name__}: {error}"
         code = getattr(getattr(getattr(error, "result", None), "meta", None), "result_code", None)
-        # Its login tells a server that is down and a wrong key by the same error.
+        # Its login raises the same error for a server that is down and for a wrong key.
         refused = type(error).__name__ in {"LoginError", "MissingConfigError"} and "ConnectionError" not in why
         if code in {401, 403} or refused:
             raise BackendUnauthorizedError(why) from error

@@ -1,4 +1,4 @@
-"""Everything as lines of JSON in a file of one's own: no library, no server; any other tracker's local fallback."""
+"""Lines of JSON in a local file, without library or server; also a fallback for any other tracker."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from traceml.errors import BackendError
+from traceml.track.backends.safe_names import nonfinite_text
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -20,9 +21,9 @@ __all__ = ["JsonlBackend"]
 
 
 class JsonlBackend(BackendInterface):
-    """Writes `<folder>/<experiment>.jsonl`; exact, since what came after a mark is cut off.
+    """Writes `<folder>/<experiment>.jsonl`. Exact: `resume` cuts off lines after the mark.
 
-    Lines are strict JSON: a number that JSON lacks is one of the texts "NaN", "Infinity" and "-Infinity".
+    Lines are strict JSON: NaN and infinities are the texts "NaN", "Infinity" and "-Infinity".
     """
 
     metadata = PluginMetadata(
@@ -37,11 +38,11 @@ class JsonlBackend(BackendInterface):
         options, experiment = config.get("options") or {}, config["experiment"]
         self._folder = Path(options.get("path") or Path(config["run_dir"], "jsonl")).expanduser().absolute()
         self._path = self._folder / f"{experiment['id']}.jsonl"
-        self._copies = "path" in options  # else the run's own artifacts folder is as good a place
+        self._copies = "path" in options  # else files stay in the run's artifacts folder
         if config.get("continue_run"):
             self._path = Path(config["continue_run"])
 
-        self._keeps = bool(config.get("continue_run"))
+        self._appends = bool(config.get("continue_run"))
         self._experiment = experiment
         self._offset = 0
         self._file: BinaryIO | None = None
@@ -53,7 +54,7 @@ class JsonlBackend(BackendInterface):
 
     @property
     def is_local(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     @property
@@ -62,9 +63,9 @@ class JsonlBackend(BackendInterface):
         return self._path.as_uri()
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Cut off what came after the mark."""
+        """Cut off lines after the mark."""
         self._path = Path(mark["path"])
-        self._keeps = True
+        self._appends = True
         try:
             size = self._path.stat().st_size
         except FileNotFoundError as error:
@@ -79,7 +80,7 @@ class JsonlBackend(BackendInterface):
         """Open the file and, when it is new, say what it is about."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("ab")
-        if not self._keeps:
+        if not self._appends:
             self._file.truncate(0)
 
         self._offset = self._file.seek(0, os.SEEK_END)
@@ -99,7 +100,7 @@ class JsonlBackend(BackendInterface):
             {
                 "type": "metric",
                 "name": row.name,
-                "value": row.value if math.isfinite(row.value) else _nonfinite(row.value),
+                "value": row.value if math.isfinite(row.value) else nonfinite_text(row.value),
                 "step": row.step,
                 "timestamp": row.timestamp,
                 "rank": row.rank,
@@ -125,17 +126,17 @@ class JsonlBackend(BackendInterface):
         self._write([_strict(line)])
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Write where the image lies."""
-        where = self._kept(path, f"{name}/{step}{path.suffix}")
+        """Write the path of the image."""
+        where = self._stored_path(path, f"{name}/{step}{path.suffix}")
         self._write([{"type": "image", "name": name, "path": where, "step": step}])
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        """Write where the file lies."""
+        """Write the path of the file."""
         name = artifact_name or Path(artifact_path).name
-        self._write([{"type": "artifact", "name": name, "path": self._kept(Path(artifact_path), name)}])
+        self._write([{"type": "artifact", "name": name, "path": self._stored_path(Path(artifact_path), name)}])
 
     def end_state(self, state: str) -> None:
-        """Write how the training ended."""
+        """Write the state in which the training ended."""
         self._write([{"type": "end", "state": state, "timestamp": time.time()}])
 
     def end_experiment(self) -> None:
@@ -145,11 +146,11 @@ class JsonlBackend(BackendInterface):
             self._file = None
 
     def mark(self) -> dict[str, Any]:
-        """Return the file and how far it is written."""
+        """Return the file and its length."""
         return {"path": str(self._path), "offset": self._offset}
 
     def _write(self, lines: Any) -> None:
-        """Append lines; the kernel has them when this returns, so they outlive this process."""
+        """Append lines; they are in the kernel when this returns, so they survive this process."""
         assert self._file is not None, "start_experiment comes first"
         data = "".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace")
         try:
@@ -162,20 +163,20 @@ class JsonlBackend(BackendInterface):
         self._offset += len(data)
 
     def _undo(self) -> None:
-        """Take back what a full disk left half written, so that the next try begins on a line of its own."""
+        """Cut off a line that a full disk left incomplete, so that the next try starts on a new line."""
         assert self._file is not None
-        # What Python still buffers must not follow later: a new file object has none.
+        # A new file object, because the old one still has buffered data that must not be written.
         descriptor = os.dup(self._file.fileno())
         try:
             self._file.close()
         except OSError:
-            pass  # it tries to write its buffer once more
+            pass  # it tries to write its buffer again
 
         os.truncate(descriptor, self._offset)
         self._file = os.fdopen(descriptor, "ab")
 
-    def _kept(self, path: Path, name: str) -> str:
-        """Return where the body stays: where it is, or a copy beside the lines when these have a place of their own."""
+    def _stored_path(self, path: Path, name: str) -> str:
+        """Return the path of the content: its own, or that of a copy beside the lines when the option `path` is set."""
         if not self._copies:
             return str(path)
 
@@ -188,14 +189,10 @@ class JsonlBackend(BackendInterface):
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str).encode
 
 
-def _nonfinite(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
 def _strict(value: Any) -> Any:
-    """Return plain values as strict JSON can hold them."""
+    """Return plain values in a form that strict JSON can hold."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else _nonfinite(value)
+        return value if math.isfinite(value) else nonfinite_text(value)
     if isinstance(value, Mapping):
         return {str(key): _strict(each) for key, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -205,6 +202,6 @@ def _strict(value: Any) -> Any:
 
 
 def _relative(name: str) -> Path:
-    """Return a name as a path below a folder, whatever it contains."""
+    """Return a relative path below a folder for any name."""
     parts = [part for part in name.replace("\0", "_").split("/") if part not in {"", ".", ".."}]
     return Path(*(part[:200] for part in parts)) if parts else Path("_")

@@ -1,7 +1,7 @@
 """MLflow: a server or a database file, batches of 1,000 with the original timestamps.
 
-Exact everywhere that MLflow keeps its rows in SQL: the same row given again changes nothing there, so a replay doubles
-nothing. Rows that agree in name, value, step and millisecond would collapse into one for the same reason; they are set
+Exact wherever MLflow stores its rows in SQL: sending the same row again changes nothing, so a replay duplicates
+nothing. Rows that agree in name, value, step and millisecond would become one for the same reason, so they are shifted
 apart by a millisecond.
 """
 
@@ -19,14 +19,14 @@ from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, insert, is_insertable
-from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.safe_names import is_this_machine, nonfinite_text, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
 __all__ = ["MLflowBackend"]
 
-# What MLflow refuses: other characters, and what is no clean relative path (`/a`, `a/`, `a//b`, `a/../b`).
+# MLflow refuses other characters, and names that are no clean relative path (`/a`, `a/`, `a//b`, `a/../b`).
 _REFUSED = re.compile(r"[^/\w.\- :]|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")
 _LONGEST_NAME = 250
 _LONGEST_PATH = 400
@@ -59,9 +59,9 @@ class MLflowBackend(BackendInterface):
         given = options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")
         self._uri: str = given or _default_uri(config)
         self._is_default = not given
-        begun_in = str((config.get("mark") or {}).get("database") or "")
-        if self._is_default and begun_in and Path(begun_in.removeprefix("sqlite:///")).exists():
-            self._uri = begun_in  # our run's folder has been moved away from there
+        previous = str((config.get("mark") or {}).get("database") or "")
+        if self._is_default and previous and Path(previous.removeprefix("sqlite:///")).exists():
+            self._uri = previous  # the run's folder has been moved since
 
         self._experiment: Mapping[str, Any] = config["experiment"]
         self._traceml_run = str(config.get("run_id", ""))
@@ -91,17 +91,17 @@ class MLflowBackend(BackendInterface):
         return f"{self.target.rstrip('/')}/#/experiments/{self._experiment_id}/runs/{self._run_id}"
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Go on with the same run."""
+        """Continue the same run."""
         self._run_id = mark["run_id"]
         self._duplicates = DuplicateShifter([tuple(each) for each in mark.get("last", [])])
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
-        """Find the run, or create it: also one that was created by a delivery that died before it could note that."""
+        """Find the run or create it; a delivery that died may have created it without recording that."""
         with _errors():
             self._connect()
             self._experiment_id = self._project(project)
-            run = self._client.get_run(self._run_id) if self._run_id else self._found()
+            run = self._client.get_run(self._run_id) if self._run_id else self._existing_run()
             if run is None:
                 tags = {"traceml.experiment": str(self._experiment["id"]), "traceml.run": self._traceml_run}
                 if self._experiment.get("parent"):
@@ -119,25 +119,25 @@ class MLflowBackend(BackendInterface):
         return str(self._run_id)
 
     def log_metric(self, name: str, value: float, step: int) -> None:
-        """Give one value."""
+        """Send one value."""
         self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
-        """Give rows, under names that MLflow takes."""
-        plain = [
+        """Send rows, under names that MLflow accepts."""
+        metric_rows = [
             MetricRow(
                 safe_name(row.name, _REFUSED, _LONGEST_NAME), row.value, round(row.timestamp * 1000), row.step or 0
             )
             for row in rows
         ]
-        given = self._duplicates.shift(plain)
+        given = self._duplicates.shift(metric_rows)
         with _errors():
             self._send(given)
 
         self._duplicates.commit()  # only after all are sent: a batch that failed is shifted again, the same way
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Give parameters; one that changes keeps its first value in MLflow, and the newest becomes a tag."""
+        """Send parameters; one that changes keeps its first value in MLflow, and the newest becomes a tag."""
         from mlflow.entities import Param
 
         fresh, changed, long = [], {}, {}
@@ -159,7 +159,7 @@ class MLflowBackend(BackendInterface):
         self.set_tags(changed)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Give tags, cut at what MLflow takes."""
+        """Send tags, cut to the length that MLflow accepts."""
         from mlflow.entities import RunTag
 
         given = [
@@ -169,22 +169,22 @@ class MLflowBackend(BackendInterface):
             self._client.log_batch(self._run_id, tags=given)
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Give a text as an artifact `text/<name>/<step>.txt`."""
+        """Send a text as an artifact `text/<name>/<step>.txt`."""
         with _errors():
             self._client.log_text(self._run_id, text, f"text/{_file(name)}/{step}.txt")
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
-        """Give a histogram as an artifact `histograms/<name>/<step>.json`."""
+        """Send a histogram as an artifact `histograms/<name>/<step>.json`."""
         content = json.dumps({"counts": list(counts), "edges": list(edges), "step": step})
         with _errors():
             self._client.log_text(self._run_id, content, f"histograms/{_file(name)}/{step}.json")
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Give an image as an artifact `images/<name>/<step>.png`."""
+        """Send an image as an artifact `images/<name>/<step>.png`."""
         self.log_artifact(str(path), f"images/{_file(name)}/{step}{path.suffix}")
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        """Upload a file; under another name than its own it goes through a link."""
+        """Upload a file; a link gives it another name."""
         import tempfile
 
         folder, _, name = _file(artifact_name or Path(artifact_path).name).rpartition("/")
@@ -194,7 +194,7 @@ class MLflowBackend(BackendInterface):
             self._client.log_artifact(self._run_id, str(link), folder or None)
 
     def end_state(self, state: str) -> None:
-        """Tell how the training ended."""
+        """Record the state in which the training ended."""
         with _errors():
             self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"))
 
@@ -215,7 +215,7 @@ class MLflowBackend(BackendInterface):
         return mark | ({"database": self._uri} if self._is_default else {})
 
     def _connect(self) -> None:
-        """Make a client; its requests share connections, and none is tried twice: delivery has a policy for that."""
+        """Create a client whose requests share connections; it does not retry, since delivery does."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
@@ -246,13 +246,13 @@ class MLflowBackend(BackendInterface):
         return str(found.experiment_id)
 
     def _artifacts(self) -> str | None:
-        """Return where artifacts go beside a database file; a server knows its own place."""
+        """Return the place for artifacts beside a database file; a server has its own."""
         if not self._uri.startswith("sqlite:///"):
             return None
 
         return Path(self._uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
 
-    def _found(self) -> Any:
+    def _existing_run(self) -> Any:
         """Return the run that an earlier delivery of this experiment created, or None."""
         wanted = str(self._experiment["id"]).replace("'", "")
         runs = self._client.search_runs(
@@ -262,7 +262,7 @@ class MLflowBackend(BackendInterface):
         return runs[0] if runs else None
 
     def _send(self, rows: Sequence[MetricRow]) -> None:
-        """Send rows by the way that takes the least: into a database file, to a server, or by the client's own call."""
+        """Send rows by the fastest way: insert into a database file, post to a server, or call the store."""
         store = self._client._tracking_client.store
         if is_insertable(store):
             insert(store, str(self._run_id), rows)
@@ -278,18 +278,23 @@ class MLflowBackend(BackendInterface):
     def _log_batch(self, store: Any, rows: Sequence[MetricRow]) -> None:
         from mlflow.entities import Metric as MLflowMetric
 
-        # The store itself: the client's own log_batch makes every row anew.
+        # The store itself: the client's log_batch creates every row again.
         store.log_batch(self._run_id, [MLflowMetric(*row) for row in rows], [], [])
 
     def _post(self, rows: Sequence[MetricRow]) -> None:
-        """Send rows to a server as the JSON that it wants, which is what the client would send, made at once."""
+        """Post rows to a server as the JSON that the client would send."""
         from mlflow.utils.rest_utils import http_request
 
         metrics = [
-            {"key": key, "value": value if math.isfinite(value) else _word(value), "timestamp": stamp, "step": step}
+            {
+                "key": key,
+                "value": value if math.isfinite(value) else nonfinite_text(value),
+                "timestamp": stamp,
+                "step": step,
+            }
             for key, value, stamp, step in rows
         ]
-        # retry_codes empty: the response comes back as it is, with its status and its Retry-After
+        # without retry_codes the response is returned with its status and Retry-After
         response = http_request(
             self._client._tracking_client.store.get_host_creds(),
             "/api/2.0/mlflow/runs/log-batch",
@@ -308,7 +313,7 @@ def _default_uri(config: Mapping[str, Any]) -> str:
 
 
 def _file(name: str) -> str:
-    """Return a name as the path of an artifact; what says the file's type stays at its end."""
+    """Return a name as the path of an artifact, with its file extension."""
     if safe_name(name, _REFUSED, _LONGEST_PATH) == name:
         return name
 
@@ -318,13 +323,9 @@ def _file(name: str) -> str:
     return safe_name(stem, _REFUSED, _LONGEST_PATH) + suffix if plain else safe_name(name, _REFUSED, _LONGEST_PATH)
 
 
-def _word(value: float) -> str:
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn MLflow's errors into those that delivery knows how to treat."""
+    """Convert MLflow's errors to those that delivery classifies."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -333,13 +334,13 @@ def _errors() -> Iterator[None]:
         if (reason := _unreachable(error)) is not None:
             raise BackendError(f"MLflow cannot be reached: {reason}") from error
 
-        # Its client tells a 429 that it was not allowed to try again in words alone.
+        # The client reports a 429 without retries in its text alone.
         status = 429 if "too many 429 error" in str(error) else error.get_http_status_code()
         _raise_for(status, str(error), None, error)
 
 
 def _unreachable(error: BaseException | None) -> str | None:
-    """Return why there was no connection; MLflow's client calls that a 500, with a page of text."""
+    """Return the reason for a missing connection, which MLflow's client reports as a 500 with a page of text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno and error.strerror:
             return error.strerror
@@ -354,7 +355,7 @@ def _raise_for(status: int, why: str, retry_after: str | None, cause: Exception 
         raise BackendUnauthorizedError(f"MLflow does not accept the credentials ({status}): {why}") from cause
     if status in {429, 503}:
         seconds = float(retry_after) if retry_after and retry_after.isdigit() else None
-        raise BackendBusyError(f"MLflow asks to come back later ({status}): {why}", seconds) from cause
+        raise BackendBusyError(f"MLflow is busy ({status}): {why}", seconds) from cause
     if status in {400, 413, 422}:
         raise BackendRefusedError(f"MLflow refuses the rows ({status}): {why}") from cause
 

@@ -1,6 +1,6 @@
 """TensorBoard event files, written without torch or TensorFlow.
 
-Exact: an event file only grows, and what came after a mark is cut off. Values are float32, as TensorBoard has them.
+Exact: an event file only grows, and `resume` cuts off events after the mark. Values are float32, as in TensorBoard.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from traceml.track.plugins.plugin_metadata import PluginMetadata
 
 __all__ = ["TensorBoardBackend"]
 
-_BROKEN = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, so only half a surrogate pair cannot be one
+_REFUSED = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, which has no lone surrogates
 _LONGEST_NAME = 4000
 
 
 class TensorBoardBackend(BackendInterface):
-    """Writes one event file; a run that is continued gets one more, as TensorBoard's own writers do."""
+    """Writes one event file; a continued run gets another one, as with TensorBoard's own writers."""
 
     metadata = PluginMetadata(
         name="tensorboard",
@@ -58,7 +58,7 @@ class TensorBoardBackend(BackendInterface):
 
     @property
     def is_local(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     @property
@@ -67,13 +67,13 @@ class TensorBoardBackend(BackendInterface):
         return self._folder.as_uri()
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Cut off what came after the mark."""
+        """Cut off events after the mark."""
         self._path = Path(mark["path"])
         self._folder = self._path.parent
         try:
             size = self._path.stat().st_size
         except FileNotFoundError as error:
-            raise BackendError(f"{self._path} is gone, and with it what was delivered") from error
+            raise BackendError(f"{self._path} is gone, with everything that was delivered") from error
         if size < mark["offset"]:
             raise BackendError(f"{self._path} has {size} bytes, fewer than the {mark['offset']} that were delivered")
 
@@ -82,7 +82,7 @@ class TensorBoardBackend(BackendInterface):
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
-        """Open the event file; a new one begins with the version of the format, and with who wrote it."""
+        """Open the event file; a new one starts with the format version and the experiment's facts."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -107,13 +107,13 @@ class TensorBoardBackend(BackendInterface):
         event, summary = self._event, self._summary
         made = []
         for row in rows:
-            value = summary.Value(tag=safe_name(row.name, _BROKEN, _LONGEST_NAME), simple_value=row.value)
+            value = summary.Value(tag=safe_name(row.name, _REFUSED, _LONGEST_NAME), simple_value=row.value)
             made.append(event(wall_time=row.timestamp, step=row.step or 0, summary=summary(value=[value])))
 
         self._write(made)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Write parameters as a text each, so that they show in the Text tab beside the run."""
+        """Write each parameter as a text, for the Text tab."""
         for name, value in params.items():
             self.log_text(f"params/{name}", value if isinstance(value, str) else repr(value), 0)
 
@@ -126,11 +126,11 @@ class TensorBoardBackend(BackendInterface):
         self._tensor(name, metadata, step, dtype=7, shape=(), string_val=[content])  # DT_STRING
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Write an image's bytes as they are."""
+        """Write an image's bytes unchanged."""
         content = path.read_bytes()
         width, height = _png_size(content)
         image = self._summary.Image(encoded_image_string=content, width=width, height=height, colorspace=3)
-        self._value(self._summary.Value(tag=safe_name(name, _BROKEN, _LONGEST_NAME), image=image), step)
+        self._value(self._summary.Value(tag=safe_name(name, _REFUSED, _LONGEST_NAME), image=image), step)
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Write a histogram: rows of left edge, right edge, count."""
@@ -142,12 +142,12 @@ class TensorBoardBackend(BackendInterface):
         self._tensor(name, metadata, step, dtype=2, shape=(len(counts), 3), tensor_content=content)  # DT_DOUBLE
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        """Write where the file lies: TensorBoard keeps no files."""
+        """Write the path of the file: TensorBoard stores no files."""
         name = artifact_name or Path(artifact_path).name
         self.log_text(f"artifacts/{name}", json.dumps({"path": artifact_path}), 0)
 
     def end_state(self, state: str) -> None:
-        """Write how the training ended."""
+        """Write the state in which the training ended."""
         self.log_text("state", state, 0)
 
     def end_experiment(self) -> None:
@@ -157,7 +157,7 @@ class TensorBoardBackend(BackendInterface):
             self._file = None
 
     def mark(self) -> dict[str, Any]:
-        """Return the file and how far it is written."""
+        """Return the file and its length."""
         return {"path": str(self._path), "offset": self._offset}
 
     def _tensor(self, name: str, metadata: Any, step: int, *, shape: Sequence[int], **content: Any) -> None:
@@ -166,14 +166,14 @@ class TensorBoardBackend(BackendInterface):
 
         dims = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in shape])
         tensor = TensorProto(tensor_shape=dims, **content)
-        tag = safe_name(name, _BROKEN, _LONGEST_NAME)
+        tag = safe_name(name, _REFUSED, _LONGEST_NAME)
         self._value(self._summary.Value(tag=tag, tensor=tensor, metadata=metadata), step)
 
     def _value(self, value: Any, step: int) -> None:
         self._write([self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value]))])
 
     def _write(self, events: Sequence[Any]) -> None:
-        """Append events; the kernel has them when this returns, so they outlive this process."""
+        """Append events; they are in the kernel when this returns, so they survive this process."""
         from tensorboard.summary.writer.record_writer import masked_crc32c
 
         assert self._file is not None, "start_experiment comes first"
@@ -200,19 +200,19 @@ class TensorBoardBackend(BackendInterface):
         self._offset += len(whole)
 
     def _undo(self) -> None:
-        """Take back what a full disk left half written, so that the next try begins at an event's start."""
+        """Cut off an event that a full disk left incomplete, so that the next try starts with a whole one."""
         assert self._file is not None
         try:
             self._file.close()
         except OSError:
-            pass  # it tries to write its buffer once more
+            pass  # it tries to write its buffer again
 
         os.truncate(self._path, self._offset)
         self._file = self._path.open("r+b")
 
 
 def _png_size(content: bytes) -> tuple[int, int]:
-    """Return width and height as a PNG says them, or zeros for another format; viewers look into the image anyway."""
+    """Return width and height of a PNG, or zeros for another format; viewers read the image itself."""
     if content[:8] != b"\x89PNG\r\n\x1a\n" or len(content) < 24:
         return 0, 0
 

@@ -1,12 +1,12 @@
 """Weights & Biases: online, or an offline run that `wandb sync` uploads later.
 
-W&B counts its own steps, one per record of the history, and takes no value for a step that has passed. So values go
-into records in the order of the store, those of one step together, and the user's step is a value of its own,
-`traceml/step`, declared as the axis of all others: steps may go backwards and nothing is dropped.
+W&B counts its own steps, one per record of the history, and accepts no value for a past step. So values go into records
+in the order of the store, those of one step together, and the user's step is a value of its own, `traceml/step`, set as
+the axis of all others: steps may go backwards and nothing is dropped.
 
-Its service keeps up to 32 KiB of an offline run in memory until the run ends, and tells nobody how much of an online
-one has arrived. So a delivery that died can only be continued from the run's first row: an offline run is written anew
-(the torn one is removed), and of an online one as many records are skipped as the server counts. What goes into one
+Its service holds up to 32 KiB of an offline run in memory until the run ends, and does not report how much of an online
+one has arrived. So a delivery that died can only continue from the run's first row: an offline run is written anew (the
+incomplete one is removed), and of an online one as many records are skipped as the server counts. The content of a
 record depends on the rows alone, never on batches, so counting records is exact.
 """
 
@@ -32,7 +32,7 @@ from traceml.track.plugins.plugin_metadata import PluginMetadata
 __all__ = ["WandbBackend"]
 
 STEP = "traceml/step"
-# Keys that W&B takes for its own (or we for ours), and what cannot be UTF-8.
+# Keys that W&B or this backend reserves, and characters that UTF-8 cannot hold.
 _REFUSED = re.compile("^_(?=(?:step|timestamp|runtime|wandb)$)|^traceml/step$|[\0\ud800-\udfff]")
 _REFUSED_ID = re.compile(r"[^A-Za-z0-9_\-]")
 _REFUSED_FILE = re.compile(r"[^A-Za-z0-9_.\-]")
@@ -41,9 +41,9 @@ _MOST_KEYS = 500  # in one record
 _MOST_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
 _CLOSED_WITHIN_S = 20.0
-_START_S = 30.0  # that an online run may take to start; it is tried again by delivery's rules, not by the library's
-# LevelDB's log: blocks of this size, after a head in the first; records in one part (1), or first (2) … last (4).
-_BLOCK, _LOG_HEAD = 32768, 7
+_START_S = 30.0  # longest start of an online run; delivery retries it, not the library
+# LevelDB's log: blocks of this size, a header in the first; records in one part (1), or first (2) … last (4).
+_BLOCK, _LOG_HEADER = 32768, 7
 _BEGINS, _ENDS = {1, 2}, {1, 4}
 
 
@@ -73,10 +73,10 @@ class WandbBackend(BackendInterface):
         self._continued = config.get("continue_run")
         self._id = str(self._continued or joined or safe_name(str(self._experiment["id"]), _REFUSED_ID, 128))
         self._run: Any = None
-        self._first = 0  # records that the run had before this experiment gave any
+        self._first = 0  # records of the run before this experiment
         self._skip = 0  # records that the server has already
         self._resumed = False
-        self._open: dict[str, float] = {}  # the record that is being filled
+        self._open: dict[str, float] = {}  # the record in progress
         self._open_step = 0
         self._open_time = 0.0
         self._exit_code = 0
@@ -102,7 +102,7 @@ class WandbBackend(BackendInterface):
         return str(self._run.url) if self._mode == "online" else Path(self._run.dir).parent.as_uri()
 
     def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Ask for the run from its first row; see the module's text."""
+        """Request the run from its first row; see the module's docstring."""
         self._id, self._first, self._resumed = mark["id"], mark["first"], True
         if self._mode == "offline" and mark.get("dir"):
             shutil.rmtree(mark["dir"], ignore_errors=True)
@@ -113,7 +113,7 @@ class WandbBackend(BackendInterface):
         """Start the run, or continue the one of that id."""
         self._set_environment()
         if self._mode == "offline" and not self._continued:
-            self._remove_torn()
+            self._remove_incomplete()
 
         with _errors():
             import wandb
@@ -139,11 +139,11 @@ class WandbBackend(BackendInterface):
                     init_timeout=_START_S,
                 ),
             )
-            there = self._run.step if self._mode == "online" else 0
+            existing = self._run.step if self._mode == "online" else 0
             if self._resumed:
-                self._skip = max(0, there - self._first)
+                self._skip = max(0, existing - self._first)
             else:
-                self._first = there
+                self._first = existing
 
             self._run.define_metric("*", step_metric=STEP)
 
@@ -151,16 +151,16 @@ class WandbBackend(BackendInterface):
         return self._id
 
     def log_metric(self, name: str, value: float, step: int) -> None:
-        """Give one value."""
+        """Send one value."""
         self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
-        """Give a batch; rows of one step that follow each other share a record, the last of which stays open."""
+        """Send a batch; consecutive rows of one step share a record, and the last record stays open."""
         records = []
         for row in rows:
             key, step = safe_name(row.name, _REFUSED, _LONGEST_NAME), row.step or 0
             if self._open and (step != self._open_step or key in self._open or len(self._open) >= _MOST_KEYS):
-                records.append(self._closed())
+                records.append(self._close_record())
 
             if not self._open:
                 self._open_step, self._open_time = step, row.timestamp
@@ -171,7 +171,7 @@ class WandbBackend(BackendInterface):
             self._publish(records)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Give parameters; a new value takes the place of the old one."""
+        """Send parameters; a new value replaces the old one."""
         with _errors():
             self._run.config.update(
                 {safe_name(str(key), _REFUSED, _LONGEST_NAME): _plain(each) for key, each in params.items()},
@@ -179,22 +179,25 @@ class WandbBackend(BackendInterface):
             )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Give tags, as `key` or `key:value` (cut at the 64 characters that W&B takes), and whole in the config."""
+        """Send tags as `key` or `key:value`, cut at W&B's 64 characters, and in full in the config."""
         if not tags:
             return
 
         short = [_plain(key if value in {"", "true"} else f"{key}:{value}") for key, value in tags.items()]
         with _errors():
-            there = self._run.tags or ()
-            self._run.tags = (*there, *(tag[:_LONGEST_TAG] for tag in short if tag and tag[:_LONGEST_TAG] not in there))
+            existing = self._run.tags or ()
+            self._run.tags = (
+                *existing,
+                *(tag[:_LONGEST_TAG] for tag in short if tag and tag[:_LONGEST_TAG] not in existing),
+            )
             self._run.config.update({f"tags/{key}": value for key, value in tags.items()}, allow_val_change=True)
 
     def log_text(self, name: str, text: str, step: int) -> None:
-        """Give a text as a value of the history."""
+        """Send a text as a value of the history."""
         self._log({name: _plain(text)}, step)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Give an image; where Pillow is not installed W&B cannot take one, and it becomes an artifact."""
+        """Send an image; without Pillow W&B accepts none, and it becomes an artifact."""
         try:
             import PIL  # noqa: F401
             import wandb
@@ -204,7 +207,7 @@ class WandbBackend(BackendInterface):
             self.log_artifact(str(path), f"{name}/{step}{path.suffix}")
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
-        """Give a histogram; one with more buckets than W&B takes becomes a text of JSON."""
+        """Send a histogram; one with more buckets than W&B accepts becomes a text of JSON."""
         if len(counts) > _MOST_BUCKETS:
             self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
             return
@@ -214,7 +217,7 @@ class WandbBackend(BackendInterface):
         self._log({name: wandb.Histogram(np_histogram=(list(counts), list(edges)))}, step)
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
-        """Give a file as an artifact of its own."""
+        """Send a file as an artifact of its own."""
         name = artifact_name or Path(artifact_path).name
         with _errors():
             import wandb
@@ -226,16 +229,16 @@ class WandbBackend(BackendInterface):
                 artifact.wait()
 
     def end_state(self, state: str) -> None:
-        """Tell how the training ended."""
+        """Record the state in which the training ended."""
         self._exit_code = 0 if state == "finished" else 1
 
     def end_experiment(self) -> None:
-        """Finish the run; only now is all of it on disk, or at the server."""
+        """Finish the run; only then is all of it on disk, or at the server."""
         if self._run is None:
             return
 
         with _errors():
-            self._publish([self._closed()] if self._open else [])
+            self._publish([self._close_record()] if self._open else [])
             log = Path(self._run.dir).parent / f"run-{self._id}.wandb"
             before = log.stat().st_size if self._mode == "offline" else 0
             self._run.finish(exit_code=self._exit_code)
@@ -245,22 +248,22 @@ class WandbBackend(BackendInterface):
         self._run = None
 
     def mark(self) -> dict[str, Any]:
-        """Return the run, its folder, and what it had before."""
+        """Return the run, its folder, and its number of earlier records."""
         folder = str(Path(self._run.dir).parent) if self._run is not None and self._mode == "offline" else None
         return {"id": self._id, "first": self._first, "dir": folder}
 
     # --- records ----------------------------------------------------------------------------------------------------
 
-    def _closed(self) -> dict[str, Any]:
-        """Return the open record, complete, and begin another."""
+    def _close_record(self) -> dict[str, Any]:
+        """Complete and return the record in progress."""
         record = {**self._open, STEP: self._open_step, "_timestamp": self._open_time}
         self._open = {}
         return record
 
     def _log(self, values: Mapping[str, Any], step: int) -> None:
-        """Give a record of its own, made by the SDK: what is in it may be a file."""
+        """Send a record of its own through the SDK, because its value may be a file."""
         with _errors():
-            self._publish([self._closed()] if self._open else [])
+            self._publish([self._close_record()] if self._open else [])
             if self._skip:
                 self._skip -= 1
                 return
@@ -270,7 +273,7 @@ class WandbBackend(BackendInterface):
             )
 
     def _publish(self, records: list[dict[str, Any]]) -> None:
-        """Give complete records, in one write where the SDK's inside looks as we know it."""
+        """Send complete records, in one write where the SDK's internals have the known form."""
         skipped = min(self._skip, len(records))
         self._skip -= skipped
         records = records[skipped:]
@@ -301,25 +304,25 @@ class WandbBackend(BackendInterface):
         for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             os.environ.setdefault(name, str(self._folder / "wandb" / ".files"))
 
-    def _remove_torn(self) -> None:
-        """Remove offline runs of this id: one is there only when a delivery died before it could note anything."""
+    def _remove_incomplete(self) -> None:
+        """Remove offline runs of this id: they are of deliveries that died before they recorded anything."""
         for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._id}"):
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _default_mode() -> str:
-    """Return how to work: as the environment says, else online when there is a key."""
+    """Return the mode: that of the environment, else online when there is a key."""
     mode = os.environ.get("WANDB_MODE")
     if mode in {"online", "offline"}:
         return mode
 
     netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    known = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
-    return "online" if known else "offline"
+    has_key = os.environ.get("WANDB_API_KEY") or (netrc.exists() and "wandb" in netrc.read_text(errors="replace"))
+    return "online" if has_key else "offline"
 
 
 def _request(record: Mapping[str, Any], stream: str) -> bytes:
-    """Return a record of the history as W&B's service reads it from its socket."""
+    """Return a record of the history in the form that W&B's service reads from its socket."""
     from wandb.proto import wandb_internal_pb2 as pb
     from wandb.proto import wandb_server_pb2 as spb
 
@@ -338,7 +341,7 @@ def _request(record: Mapping[str, Any], stream: str) -> bytes:
 
 
 def _wait_for_end(log: Path, before: int) -> None:
-    """Return when the run's last record is in its file, which is a moment after `finish` has returned."""
+    """Wait until the run's last record is in its file, shortly after `finish` has returned."""
     deadline = time.monotonic() + _CLOSED_WITHIN_S
     while not _has_exit(log, before):
         if time.monotonic() > deadline:
@@ -348,12 +351,12 @@ def _wait_for_end(log: Path, before: int) -> None:
 
 
 def _has_exit(log: Path, since: int) -> bool:
-    """Whether a run's file, a log of LevelDB's format, has the record of its exit after an offset."""
+    """Whether a run's file, in LevelDB's log format, has its exit record after an offset."""
     from wandb.proto import wandb_internal_pb2 as pb
 
     data = log.read_bytes()
-    # From the start of a block; a record that began before it is left out.
-    at, parts = max(since // _BLOCK * _BLOCK, _LOG_HEAD), None
+    # From the start of a block; a record that began before it is skipped.
+    at, parts = max(since // _BLOCK * _BLOCK, _LOG_HEADER), None
     while at + 7 <= len(data):
         if _BLOCK - at % _BLOCK < 7:
             at += _BLOCK - at % _BLOCK
@@ -375,7 +378,7 @@ def _has_exit(log: Path, since: int) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON and UTF-8 can hold it."""
+    """Return a value in a form that JSON and UTF-8 can hold."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, Mapping):
@@ -388,7 +391,7 @@ def _plain(value: Any) -> Any:
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Turn W&B's errors into those that delivery knows how to treat."""
+    """Convert W&B's errors to those that delivery classifies."""
     try:
         yield
     except (ImportError, AttributeError, BackendError):
