@@ -13,7 +13,7 @@ from traceml.samplers.base import SampleRow, SamplerScheduler
 
 
 class Counting:
-    """Gives one row per sample; raises while `broken`."""
+    """Returns one row per sample; raises while `broken`."""
 
     table: ClassVar[Table] = EVALS
     start_interval_s: ClassVar[float | None] = None
@@ -45,7 +45,7 @@ def test_only_what_is_due_runs() -> None:
 
 
 def test_intervals_by_name_and_at_the_start() -> None:
-    """sampler_intervals wins for its sampler; the denser start holds only where nothing was said."""
+    """sampler_intervals overrides the interval of its sampler, also during the start."""
 
     class Dense(Counting):
         start_interval_s: ClassVar[float | None] = 0.5
@@ -72,7 +72,7 @@ def test_missed_beats_are_not_made_up() -> None:
 
 
 def test_a_sampler_that_raises_leaves_the_others_alone(caplog: pytest.LogCaptureFixture) -> None:
-    """It is logged once, counted each time, told once, and tried again."""
+    """A failure is logged and reported once, counted each time, and retried."""
     broken, fine = Counting("broken", broken=True), Counting("fine")
     told: list[str] = []
     rows: list[SampleRow] = []
@@ -95,7 +95,7 @@ def test_a_sampler_that_raises_leaves_the_others_alone(caplog: pytest.LogCapture
 
 
 def test_costs_are_measured() -> None:
-    """Each sampler's CPU time is counted, in sum and at most."""
+    """Each sampler's CPU time is counted, as a total and a maximum."""
     scheduler = SamplerScheduler([Counting()], lambda _t, _r: None)
 
     scheduler.run_all(0)

@@ -1,4 +1,4 @@
-"""Devices, by a made-up driver: the figures' units, what is not offered, what is lost."""
+"""GPU samples with a fake driver: units, missing figures, lost devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traceml.samplers.nvml import Nvml, NvmlError
 
 
 class Driver:
-    """Answers like libnvidia-ml for two devices, of which `lost` answer nothing and `dumb` calls are not offered."""
+    """A fake libnvidia-ml with two devices; calls of `lost` ones fail, and `dumb` calls are not supported."""
 
     def __init__(self, lost: tuple[int, ...] = (), dumb: tuple[str, ...] = (), count: int = 2) -> None:
         self.lost, self.dumb, self.count, self.open = lost, dumb, count, False
@@ -81,16 +81,16 @@ def test_what_a_device_does_not_offer_is_minus_one() -> None:
 
 
 def test_a_lost_device_does_not_hide_the_others() -> None:
-    """Rows of the living come first, then the error."""
+    """Rows of the other devices come first, then the error."""
     rows: list[tuple[float, ...]] = []
-    with pytest.raises(NvmlError, match="device 0 does not answer"):
+    with pytest.raises(NvmlError, match="device 0 does not respond"):
         rows.extend(GpuSampler(Nvml(Driver(lost=(0,)))).sample(9, 0))
 
     assert [row[1] for row in rows] == [1]
 
 
 def test_no_device_means_no_sampler() -> None:
-    """A driver without devices is let go of again."""
+    """A driver without devices is released."""
     driver = Driver(count=0)
 
     with pytest.raises(NvmlError, match="no device"):

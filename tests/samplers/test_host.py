@@ -1,4 +1,4 @@
-"""Host figures against psutil, and control groups against made-up ones."""
+"""Host samples compared with psutil, and fake control groups."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traceml.samplers.host import HostSampler, _disk_names
 
 
 def as_map(row: tuple[float, ...]) -> dict[str, float]:
-    """Name the columns of a row."""
+    """Return a row as a dict by column."""
     return dict(zip((column.name for column in HOST.columns), row, strict=True))
 
 
@@ -50,7 +50,7 @@ def test_cpu_share_is_of_the_time_between_samples() -> None:
 
 
 def test_a_containers_memory_limit_counts(tmp_path: Path) -> None:
-    """The innermost limit of version 2 is taken; file cache that can be given up is not use."""
+    """The innermost limit of version 2 applies; reclaimable file cache is not use."""
     group = tmp_path / "job" / "step"
     group.mkdir(parents=True)
     (tmp_path / "job" / "memory.max").write_text("1000000\n")
@@ -84,7 +84,7 @@ def test_version_one_limits_count(tmp_path: Path) -> None:
 
 
 def test_a_cpu_quota_counts(tmp_path: Path) -> None:
-    """A quota of half a core leaves one; without a quota it is the affinity."""
+    """A quota of half a core gives one core; without a quota the affinity counts."""
     (tmp_path / "cpu.max").write_text("50000 100000\n")
     assert cgroup.cores(str(tmp_path), "0::/\n") == 1
 

@@ -1,4 +1,4 @@
-"""Process figures, against psutil and resource."""
+"""Process samples, compared with psutil and resource."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from traceml.samplers.process import ProcessSampler
 
 
 def sample() -> dict[str, float]:
-    """Take one sample as a map by column."""
+    """Return one sample as a dict by column."""
     sampler = ProcessSampler()
     (row,) = sampler.sample(5, 7)
     sampler.close()
@@ -21,7 +21,7 @@ def sample() -> dict[str, float]:
 
 
 def test_figures_are_those_of_the_system() -> None:
-    """Memory, CPU time, switches and faults agree with what others read of this process."""
+    """Memory, CPU time, switches and faults agree with psutil and resource."""
     process = psutil.Process()
     before = resource.getrusage(resource.RUSAGE_SELF)
     row = sample()
@@ -42,7 +42,7 @@ def test_figures_are_those_of_the_system() -> None:
 
 
 def test_threads_are_counted() -> None:
-    """A thread more is one more in the sample."""
+    """A new thread adds one to the sample."""
     before = sample()["threads"]
     stop = threading.Event()
     thread = threading.Thread(target=stop.wait)
@@ -64,7 +64,7 @@ def test_the_main_thread_ran() -> None:
 
 
 def test_memory_growth_is_seen() -> None:
-    """64 MiB that are written show up as resident."""
+    """64 MiB of written memory are resident."""
     before = sample()["rss_bytes"]
     ballast = bytearray(b"\x01") * (64 << 20)
 

@@ -1,4 +1,4 @@
-"""torch's allocator, by a made-up torch: this machine may have no device."""
+"""Samples of a fake torch's allocator: the machine may have no device."""
 
 from __future__ import annotations
 

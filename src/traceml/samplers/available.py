@@ -1,4 +1,4 @@
-"""Which samplers work here."""
+"""Selection of the samplers that work on this machine."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _Factory = Callable[[], Sampler]
 
 
 def open_samplers(*, local_rank: int) -> list[Sampler]:
-    """Open what this machine offers; local rank 0 also samples what the ranks of a host share.
+    """Open the samplers that work on this machine; local rank 0 also opens those of the host.
 
     Args:
-        local_rank: this rank among those of its host.
+        local_rank: the number of this rank on its host.
     """
     factories: list[_Factory] = [ProcessSampler, TorchMemorySampler]
     if local_rank == 0:
@@ -31,7 +31,7 @@ def open_samplers(*, local_rank: int) -> list[Sampler]:
     for factory in factories:
         try:
             opened.append(factory())
-        except Exception as error:  # noqa: BLE001 - fail open: what is not there is not sampled
+        except Exception as error:  # noqa: BLE001 - fail open: the other samplers still work
             _log.debug("no %s on this machine: %s", getattr(factory, "name", factory), error)
 
     return opened

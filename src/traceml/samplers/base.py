@@ -1,4 +1,4 @@
-"""What a sampler is, and the scheduler that runs those which are due on the recorder's thread."""
+"""The sampler interface, and the scheduler that runs due samplers on the recorder's thread."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ __all__ = ["SampleRow", "Sampler", "SamplerScheduler", "SamplerStatistics"]
 SampleRow = tuple[float, ...]
 _log = logging.getLogger("traceml")
 
-# Memory moves most while a job starts: a sampler may ask for a shorter interval during this time.
+# Memory changes most while a job starts: a sampler may have a shorter interval during this time.
 _START_NS = 30 * 10**9
 _NEVER_NS = 2**62
 
 
 class Sampler(Protocol):
-    """Reads something every so often and gives it as rows of one table.
+    """Reads values periodically and returns them as rows of one table.
 
-    `sample` runs on the recorder's thread, in microseconds, and raises when it cannot read: the scheduler counts that.
+    `sample` runs on the recorder's thread, takes microseconds, and raises when it cannot read; the scheduler counts it.
     """
 
     name: ClassVar[str]
     table: ClassVar[Table]
-    start_interval_s: ClassVar[float | None]  # during the first 30 s, where shorter than the interval
-    cost_us: ClassVar[float]  # what one sample cost where it was measured last; the real figure is in the statistics
+    start_interval_s: ClassVar[float | None]  # during the first 30 s, if shorter than the interval
+    cost_us: ClassVar[float]  # a measured reference; the real cost is in the statistics
 
     def sample(self, t_ns: int, step: int) -> Iterable[SampleRow]:
-        """Return the rows of this moment.
+        """Return the rows of one sample.
 
         Args:
-            t_ns: the monotonic stamp of the sample.
-            step: the open training step, -1 when none is.
+            t_ns: the monotonic timestamp of the sample.
+            step: the open training step; -1 without one.
         """
 
     def close(self) -> None:
-        """Give back what is held."""
+        """Release resources."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplerStatistics:
-    """What one sampler did and cost so far."""
+    """Runs and costs of one sampler."""
 
     name: str
     interval_s: float
@@ -69,7 +69,7 @@ class _Entry:
 
     def reschedule(self, now_ns: int, started_ns: int) -> None:
         interval = self.start_interval_ns if now_ns - started_ns < _START_NS else self.interval_ns
-        # Missed beats are dropped, not made up: a stopped process must not come back to a burst.
+        # Missed samples are dropped: a process that was stopped must not resume with a burst.
         self.due_ns = max(self.due_ns + interval, now_ns + interval // 2)
 
 
@@ -78,11 +78,11 @@ class SamplerScheduler:
     """Runs samplers when they are due.
 
     Args:
-        samplers: what to run.
+        samplers: the samplers to run.
         append: takes (table name, row).
         interval_s: seconds between samples.
-        intervals_s: the same for single samplers, by name; where given, it holds from the start.
-        on_error: told once per sampler that it raised: (name, error).
+        intervals_s: the same for single samplers, by name; also used during the start.
+        on_error: called with (name, error) at the first failure of each sampler.
     """
 
     samplers: Sequence[Sampler]
@@ -105,23 +105,23 @@ class SamplerScheduler:
 
     @property
     def due_ns(self) -> int:
-        """The monotonic stamp at which the next sampler is due."""
+        """The monotonic timestamp at which the next sampler is due."""
         return min((entry.due_ns for entry in self._entries), default=_NEVER_NS)
 
     def run_due(self, step: int) -> None:
-        """Run what is due now."""
+        """Run the due samplers."""
         now = monotonic_ns()
         for entry in self._entries:
             if entry.due_ns <= now:
                 self._run(entry, step)
 
     def run_all(self, step: int) -> None:
-        """Run every sampler now: the last sample before the end."""
+        """Run every sampler, for the last sample before the end."""
         for entry in self._entries:
             self._run(entry, step)
 
     def statistics(self) -> tuple[SamplerStatistics, ...]:
-        """Return what each sampler did and cost so far."""
+        """Return runs and costs of each sampler."""
         return tuple(
             SamplerStatistics(e.sampler.name, e.interval_ns / 1e9, e.samples, e.errors, e.total_ns, e.max_ns)
             for e in self._entries
@@ -138,11 +138,11 @@ class SamplerScheduler:
         return sum(entry.errors for entry in self._entries)
 
     def close(self) -> None:
-        """Close every sampler; their statistics stay."""
+        """Close every sampler; the statistics remain."""
         for entry in self._entries:
             try:
                 entry.sampler.close()
-            except Exception as error:  # noqa: BLE001 - fail open: one sampler's end is not the others'
+            except Exception as error:  # noqa: BLE001 - fail open: the other samplers must be closed
                 self._failed(entry, error)
 
             entry.due_ns = _NEVER_NS
@@ -155,7 +155,7 @@ class SamplerScheduler:
                 self.append(entry.sampler.table.name, row)
 
             entry.samples += 1
-        except Exception as error:  # noqa: BLE001 - fail open: a sampler that breaks leaves the others alone
+        except Exception as error:  # noqa: BLE001 - fail open: the other samplers go on
             self._failed(entry, error)
 
         cost = time.thread_time_ns() - started
@@ -169,7 +169,7 @@ class SamplerScheduler:
             return
 
         _log.warning(
-            "sampler %r failed: %s: %s; it is tried again, further failures are only counted",
+            "sampler %r failed: %s: %s; it will be retried, further failures are only counted",
             entry.sampler.name,
             type(error).__name__,
             error,

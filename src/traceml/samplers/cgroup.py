@@ -1,4 +1,4 @@
-"""What the control group allows this process: a container's limits, not the machine's, are what a job runs into."""
+"""Limits of the control group: in a container they apply before those of the machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CgroupMemory:
         self._inactive = inactive.encode()
 
     def used_bytes(self) -> int:
-        """Memory in use, without file cache that the kernel would give up first."""
+        """Memory in use, without reclaimable file cache."""
         cache = 0
         for line in self._stat.read().splitlines():
             if line.startswith(self._inactive):
@@ -33,13 +33,13 @@ class CgroupMemory:
         return max(int(self._usage.read()) - cache, 0)
 
     def close(self) -> None:
-        """Close the kept files."""
+        """Close the open files."""
         self._usage.close()
         self._stat.close()
 
 
 def limited_memory(root: str = _ROOT, membership: str | None = None) -> CgroupMemory | None:
-    """Return the memory of the innermost group that limits this process, or None where nothing does.
+    """Return the memory of the innermost group that limits this process; None without a limit.
 
     Args:
         root: where the control groups are mounted.
@@ -52,14 +52,14 @@ def limited_memory(root: str = _ROOT, membership: str | None = None) -> CgroupMe
 
         try:
             return CgroupMemory(folder, usage, inactive, int(limit))
-        except OSError:  # a limit is shown but not the use: then the machine's figures have to do
+        except OSError:  # the limit is visible, the use is not: the caller uses the machine's figures
             continue
 
     return None
 
 
 def cores(root: str = _ROOT, membership: str | None = None) -> int:
-    """Return how many cores this process may use: its affinity, less where a quota allows less."""
+    """Return the number of cores that this process may use, by its affinity and its CPU quota."""
     allowed = len(os.sched_getaffinity(0))
     quota = _quota(root, _membership(membership))
     return min(allowed, max(1, math.ceil(quota))) if quota is not None else allowed
@@ -93,7 +93,7 @@ def _memory_folders(root: str, membership: str | None) -> list[tuple[str, str, s
 
 
 def _membership(text: str | None) -> dict[str, str]:
-    """Return {controller: path}, with "" for version 2."""
+    """Return {controller: path}; the key of version 2 is ""."""
     text = read_text("/proc/self/cgroup") if text is None else text
     groups = {}
     for line in (text or "").splitlines():

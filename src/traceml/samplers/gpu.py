@@ -1,4 +1,4 @@
-"""Devices as the driver sees them; one local rank samples all of its host."""
+"""GPU samples through NVML; local rank 0 samples all devices of its host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GpuSampler:
     """Samples every device of the host.
 
     Args:
-        nvml: the driver's interface; by default the real one.
+        nvml: the driver's interface; None: the installed driver.
 
     Raises:
         NvmlError: there is no driver or no device.
@@ -32,10 +32,10 @@ class GpuSampler:
         self._devices = self._nvml.devices()
         if not self._devices:
             self._nvml.close()
-            raise NvmlError("the driver shows no device")
+            raise NvmlError("the driver reports no device")
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:  # noqa: ARG002 - the protocol's signature
-        """Yield one row per device; one that is lost does not hide the others."""
+        """Yield one row per device; a lost device does not hide the others."""
         lost: NvmlError | None = None
         for device in self._devices:
             try:
@@ -47,5 +47,5 @@ class GpuSampler:
             raise lost
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the driver."""
         self._nvml.close()

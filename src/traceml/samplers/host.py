@@ -1,4 +1,4 @@
-"""The host: CPU, memory, disks, network; one local rank samples it for all."""
+"""Host samples: CPU, memory, disks, network; local rank 0 takes them for all ranks of the host."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from traceml.samplers.procfs import ProcFile
 
 __all__ = ["HostSampler"]
 
-_SECTOR_BYTES = 512  # the unit of /proc/diskstats, whatever the disk's own sectors
+_SECTOR_BYTES = 512  # the unit of /proc/diskstats, for every disk
 
 
 class HostSampler:
-    """Samples the machine, or the container where its memory is limited.
+    """Samples the machine, or the memory of the container if it is limited.
 
     Raises:
         OSError: there is no /proc.
@@ -32,19 +32,19 @@ class HostSampler:
         self._group = cgroup.limited_memory()
         self._stat = ProcFile("/proc/stat", 1024)
         self._meminfo = ProcFile("/proc/meminfo", 1024)
-        self._disks = _kept("/proc/diskstats")
-        self._net = _kept("/proc/net/dev")
+        self._disks = _open_if_visible("/proc/diskstats")
+        self._net = _open_if_visible("/proc/net/dev")
         self._disk_names = _disk_names()
         self._busy, self._total = self._cpu_ticks()
         self._cpu_pct = 0.0
 
     def sample(self, t_ns: int, step: int) -> tuple[SampleRow]:  # noqa: ARG002 - the protocol's signature
-        """Return the one row of this moment."""
+        """Return one row."""
         used, total = self._memory()
         return ((t_ns, self._cores, self._cpu_share(), used, total, *self._disk_bytes(), *self._net_bytes()),)
 
     def close(self) -> None:
-        """Close the kept files."""
+        """Close the open files."""
         for file in (self._stat, self._meminfo, self._disks, self._net, self._group):
             if file is not None:
                 file.close()
@@ -56,7 +56,7 @@ class HostSampler:
 
     def _cpu_share(self) -> float:
         busy, total = self._cpu_ticks()
-        if total > self._total:  # two samples within one tick say nothing new
+        if total > self._total:  # two samples within one tick have no difference
             self._cpu_pct = 100.0 * (busy - self._busy) / (total - self._total)
             self._busy, self._total = busy, total
 
@@ -93,7 +93,7 @@ class HostSampler:
         return received, sent
 
 
-def _kept(path: str) -> ProcFile | None:
+def _open_if_visible(path: str) -> ProcFile | None:
     """Open a file that some containers hide."""
     try:
         return ProcFile(path, 65536)
@@ -102,7 +102,7 @@ def _kept(path: str) -> ProcFile | None:
 
 
 def _disk_names() -> frozenset[bytes]:
-    """Return the names of whole, real disks: partitions and mappings would count the same bytes twice."""
+    """Return the names of physical disks: partitions and mappings would count the same bytes twice."""
     try:
         names = [path.name for path in Path("/sys/block").iterdir()]
     except OSError:

@@ -1,4 +1,4 @@
-"""NVML by its C interface: the driver brings the library, so no package is needed."""
+"""NVML by its C interface: the driver includes the library, so no package is needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNKNOWN = -1
 
 
 class NvmlError(OSError):
-    """NVML is not there, or answers a call with an error."""
+    """NVML is missing, or a call returned an error."""
 
 
 class _Utilization(ctypes.Structure):
@@ -34,10 +34,10 @@ class NvmlDevice:
 
 
 class Nvml:
-    """The few calls that a sample takes. A figure that a device does not offer is -1.
+    """The calls of one sample. A figure that a device does not offer is -1.
 
     Args:
-        library: a loaded libnvidia-ml; by default the driver's.
+        library: a loaded libnvidia-ml; None: the driver's.
 
     Raises:
         NvmlError: there is no driver.
@@ -54,23 +54,23 @@ class Nvml:
         self._check("nvmlInit_v2", library.nvmlInit_v2())
 
     def devices(self) -> list[NvmlDevice]:
-        """Return every device that this process may see."""
+        """Return every visible device."""
         count = ctypes.c_uint()
         self._check("nvmlDeviceGetCount_v2", self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
         found = []
         for index in range(count.value):
             handle = ctypes.c_void_p()
             status = self._library.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
-            if status == 0:  # a device that may not be opened, or fell off the bus, does not hide the others
+            if status == 0:  # a device without permission, or off the bus, does not hide the others
                 found.append(NvmlDevice(index, handle))
 
         return found
 
     def figures(self, device: NvmlDevice) -> tuple[float, int, int, float, float, int, int]:
-        """Return utilisation (%), used, total memory (bytes), temperature (C), power (W), clock (MHz), throttle mask.
+        """Return utilization (%), used, total memory (bytes), temperature (C), power (W), clock (MHz), throttle mask.
 
         Raises:
-            NvmlError: the device answers nothing at all: it is lost.
+            NvmlError: all calls fail: the device is lost.
         """
         library, handle = self._library, device.handle
         utilization, memory = _Utilization(), _Memory()
@@ -89,7 +89,7 @@ class Nvml:
             library.nvmlDeviceGetCurrentClocksThrottleReasons(handle, ctypes.byref(reasons)) == 0,
         )
         if not any(answers):
-            raise NvmlError(f"device {device.index} does not answer")
+            raise NvmlError(f"device {device.index} does not respond")
 
         has_utilization, has_memory, has_temperature, has_power, has_clock, has_reasons = answers
         return (
@@ -103,9 +103,9 @@ class Nvml:
         )
 
     def close(self) -> None:
-        """Let go of the driver."""
+        """Release the driver."""
         self._library.nvmlShutdown()
 
     def _check(self, call: str, status: int) -> None:
         if status != 0:
-            raise NvmlError(f"{call} answered {status}")
+            raise NvmlError(f"{call} returned {status}")

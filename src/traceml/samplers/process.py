@@ -1,4 +1,4 @@
-"""The rank's own process: memory, CPU time, threads, switches, page faults, and how long its main thread waited."""
+"""Process samples: memory, CPU time, threads, switches, page faults, and the wait time of the main thread."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from traceml.samplers.procfs import ProcFile
 __all__ = ["ProcessSampler"]
 
 _UNKNOWN = -1
-# Fields of /proc/self/stat behind the command's name, which is in parentheses and may hold anything.
+# Fields of /proc/self/stat after the command's name, which is in parentheses and may contain any character.
 _MINOR_FAULTS, _MAJOR_FAULTS, _THREADS, _RESIDENT_PAGES = 7, 9, 17, 21
 
 
 class ProcessSampler:
     """Samples this process.
 
-    Each read of a file gives up the interpreter's lock, and getting it back from a busy training thread costs more than
-    the read (20-40 us): one file tells memory, threads and faults, one the main thread's waiting; the rest are calls
-    that keep the lock.
+    Each read of a file releases the GIL, and taking it back from a busy training thread costs more than the read
+    (20-40 us). So there are two files: one for memory, threads and faults, one for the main thread's wait time; the
+    other values come from calls that keep the GIL.
 
     Raises:
         OSError: there is no /proc.
@@ -37,14 +37,14 @@ class ProcessSampler:
     def __init__(self) -> None:
         self._page_bytes = os.sysconf("SC_PAGE_SIZE")
         self._stat = ProcFile("/proc/self/stat", 1024)
-        # The main thread has the process's id; the kernel may be built without these figures.
+        # The main thread has the process's id; a kernel may lack these figures.
         try:
             self._sched: ProcFile | None = ProcFile(f"/proc/self/task/{os.getpid()}/schedstat", 256)
         except OSError:
             self._sched = None
 
     def sample(self, t_ns: int, step: int) -> tuple[SampleRow]:
-        """Return the one row of this moment."""
+        """Return one row."""
         stat = self._stat.read()
         fields = stat[stat.rindex(b")") + 2 :].split(None, _RESIDENT_PAGES + 1)
         usage = resource.getrusage(resource.RUSAGE_SELF)
@@ -65,7 +65,7 @@ class ProcessSampler:
         return (row,)
 
     def close(self) -> None:
-        """Close the kept files."""
+        """Close the open files."""
         self._stat.close()
         if self._sched is not None:
             self._sched.close()

@@ -1,4 +1,4 @@
-"""torch's own allocator: what it holds of each device that this rank uses."""
+"""Samples of torch's allocator on each device that this rank uses."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["TorchMemorySampler"]
 
 
 class TorchMemorySampler:
-    """Samples torch.cuda's allocator once the script has initialised CUDA; until then neither is touched.
+    """Samples torch.cuda's allocator after the script has initialized CUDA; before, it calls neither.
 
     Args:
-        modules: where loaded modules are looked up.
+        modules: the loaded modules; None: `sys.modules`.
     """
 
     name: ClassVar[str] = "torch_memory"
@@ -42,4 +42,4 @@ class TorchMemorySampler:
                 yield t_ns, step, device, figures.get("allocated_bytes.all.current", 0), reserved, peak
 
     def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: there are no resources."""
