@@ -1,4 +1,4 @@
-"""A run in a notebook: `traceml.load_run().show()` draws verdict and charts inline; elsewhere it writes text."""
+"""A run in a notebook: `traceml.load_run().show()` draws verdict and charts; elsewhere it writes text."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["NotebookRun", "Run", "load_run"]
 
 
 class NotebookRun(stored.Run):
-    """A run on disk, ended or still going on; made by `load_run`. Notebooks draw it."""
+    """A run on disk, running or ended, made by `load_run`; notebooks draw it."""
 
     def show(self, file: TextIO | None = None) -> None:
         """Draw verdict and charts in a notebook; elsewhere write verdict, steps and phases as a few lines of text.
 
-        A run that goes on is shown as it is now.
+        A running run is shown in its current state.
 
         Args:
-            file: write text, to here.
+            file: write text to this file.
 
         Raises:
             StoreError: the store cannot be read.
@@ -44,7 +44,7 @@ class NotebookRun(stored.Run):
         display({"text/html": html, "text/plain": text.getvalue()}, raw=True)
 
     def _repr_html_(self) -> str:
-        """Return what a notebook shows for a run that ends a cell."""
+        """Return the HTML that a notebook shows for a run at the end of a cell."""
         with closing(StoreReader(self.path / STORE_NAME)) as reader:
             digest = digest_of(reader)
             follower = SeriesFollower()
@@ -58,10 +58,10 @@ Run = NotebookRun
 
 
 def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
-    """Return a run, ended or still going on.
+    """Return a run, running or ended.
 
     Args:
-        path: its folder, its id, or nothing for the latest; ids are looked up in `runs_dir` of the settings.
+        path: its folder or its id, the latest where left out; ids are looked up in `runs_dir` of the settings.
 
     Raises:
         RunNotFoundError: there is no such run.
@@ -70,7 +70,7 @@ def load_run(path: str | os.PathLike[str] | None = None) -> NotebookRun:
 
 
 def _in_notebook() -> bool:
-    """Tell whether what is displayed here reaches a notebook: a kernel, not a terminal."""
+    """Return whether this process is a notebook kernel, not a terminal."""
     ipython: Any = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and getattr(shell, "kernel", None) is not None

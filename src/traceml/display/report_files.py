@@ -1,4 +1,4 @@
-"""The report on disk: `report.json` for programs and `report.html` for people, made from one reading of the store."""
+"""The reports on disk, `report.json` and `report.html`, made from one reading of the store."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
+from traceml.fail_open import fail_open
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.digest import Digest
@@ -25,23 +26,21 @@ def write_reports(run_dir: Path) -> Path:
 
     Raises:
         StoreError: the store cannot be read.
-        OSError: `report.json` cannot be written; a page that cannot be made is logged, and no more.
+        OSError: `report.json` cannot be written; a failure to make the page is only logged.
     """
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         digest = digest_of(reader)
         report = whole_report(digest, reader, run_dir)
         path = save_report(run_dir, report)
-        try:
+        with fail_open(_log, "display", f"{run_dir / PAGE_NAME} was not written"):
             _save(run_dir / PAGE_NAME, _page(digest, reader, report))
-        except Exception as error:  # noqa: BLE001 - the verdict stands in report.json: a drawing must not take it away
-            _log.warning("no %s: %r", run_dir / PAGE_NAME, error, exc_info=error)
 
     return path
 
 
 def refresh_reports(run_dir: Path) -> None:
-    """Bring what the written reports say of trackers up to date; without reports there is nothing to do.
+    """Update the section on trackers in the written reports, if there are any.
 
     Raises:
         StoreError: the store cannot be read.
@@ -52,7 +51,7 @@ def refresh_reports(run_dir: Path) -> None:
 
 
 def write_page(run_dir: Path, path: Path) -> None:
-    """Write the HTML report of a run, ended or still going on, to a file; atomically.
+    """Write the HTML report of a run, running or ended, to a file, atomically.
 
     Raises:
         StoreError: the store cannot be read.
@@ -72,8 +71,8 @@ def _page(digest: Digest, reader: StoreReader, report: Report) -> str:
 
 
 def _save(path: Path, page: str) -> None:
-    if path.exists() and not path.is_file():  # a pipe or a device is written to, and never replaced
+    if path.exists() and not path.is_file():  # a pipe or a device is written to, not replaced
         path.write_text(page, encoding="utf-8", errors="replace")
         return
 
-    write_atomic(path.resolve(), page)  # a link stays one
+    write_atomic(path.resolve(), page)  # a link stays a link

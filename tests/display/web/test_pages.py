@@ -82,7 +82,7 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
     expect(page.locator(".rests dt").first).to_have_text("costs")
     expect(page.locator(".next")).to_contain_text("rank 2")
     assert page.url.endswith(f"/run/{SLOW}")
-    for title in ("Step time", "Where a step goes", "Who holds the others up", "Each rank's step"):
+    for title in ("Step time", "Where a step goes", "Slow ranks", "Each rank's step"):
         is_drawn(page, title)
 
     for title in ("Memory", "Hosts and devices"):
@@ -96,9 +96,9 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
 def test_the_heat_map_shows_the_straggler(visit: Visits) -> None:
     """Among a thousand ranks the row of the slow one is the hot one; the page comes within a second or so."""
     page = visit().open(f"/run/{MANY}")
-    is_drawn(page, "Who holds the others up")
+    is_drawn(page, "Slow ranks")
 
-    drawn = option(page, "Who holds the others up")
+    drawn = option(page, "Slow ranks")
     cells = drawn["series"][0]["data"]  # type: ignore[index]
     labels = drawn["yAxis"][0]["data"]  # type: ignore[index]
     sums: dict[int, float] = {}
@@ -144,7 +144,7 @@ def test_names_with_html_in_them_are_text(visit: Visits) -> None:
         ("damaged-0006", "damaged"),
         ("empty-0008", "Not enough data for a verdict"),
         ("partial-0009", "1 of 3 ranks have never reported"),
-        ("halved-0007", "The store of this run is gone; this is what its report tells."),
+        ("halved-0007", "The store of this run is gone; this page shows its report."),
         ("nowhere", "There is no such run"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_run_that_falls_silent_says_so(visit: Visits, live_job: LiveJob) -> No
     live_job.train(60)
     page = visit().open(f"/run/{live_job.id}")
 
-    expect(page.locator(".banner")).to_contain_text("Nothing has come from this run for")
+    expect(page.locator(".banner")).to_contain_text("No data from this run for")
     live_job.train(60)
     expect(page.locator(".banner")).to_be_hidden(timeout=5000)
 
@@ -283,5 +283,5 @@ def test_a_wrong_token_is_a_page_that_helps(visit: Visits) -> None:
     mine = visit()
     mine.page.goto(f"http://127.0.0.1:{mine.port}/?token=wrong")
 
-    expect(mine.page.locator("h1")).to_have_text("The token in this address is not the right one.")
+    expect(mine.page.locator("h1")).to_have_text("The token in this address is wrong.")
     expect(mine.page.locator("body")).to_contain_text("traceml serve --web")

@@ -106,7 +106,7 @@ def test_each_key_has_its_own(feeds, sources, monkeypatch):
             feeds.subscribe(key, states.append)
 
         await until(lambda: all(seen.values()))
-        feeds.hurry()
+        feeds.refresh()
         for key, states in seen.items():
             feeds.unsubscribe(key, states.append)
 

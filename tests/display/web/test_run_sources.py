@@ -53,7 +53,7 @@ def test_a_finished_run_is_read_once_and_told_once(run_dir, follow):
 
     assert state.view.verdict.summary == "as it was written"
     assert state.ended
-    assert {"steps", "phases", "heat", "ranks"} <= set(state.drawings.of("light"))
+    assert {"steps", "phases", "heat", "ranks"} <= set(state.charts.of("light"))
     assert [source.read() for _ in range(3)].count(None) >= 2
 
 
@@ -148,7 +148,7 @@ def test_a_report_without_a_store_is_shown(run_dir, follow):
     assert source.read() is None
     assert "store of this run is gone" in state.problem
     assert state.view.steps.count == 60
-    assert "ranks" in state.drawings.of("dark")
+    assert "ranks" in state.charts.of("dark")
 
 
 def test_logs_are_shown_from_their_end(run_dir, follow):

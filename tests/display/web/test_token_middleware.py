@@ -62,7 +62,7 @@ def test_a_wrong_token_is_told(ask: Ask, token: str) -> None:
     answer = ask(f"/?token={quote(token)}")
 
     assert answer.status == 401
-    assert b"not the right one" in answer.body
+    assert b"is wrong" in answer.body
     assert answer.getheader("set-cookie") is None
 
 

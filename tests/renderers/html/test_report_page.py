@@ -82,7 +82,7 @@ def test_everything_stands_on_the_page(tmp_path):
 
     assert "COMPUTE_STRAGGLER" in page.text
     assert "Rank 1 is slow in forward" in page.text
-    for title in ("Charts", "Phases", "Ranks", "Environment and how to run it again", "Who holds the others up"):
+    for title in ("Charts", "Phases", "Ranks", "Environment and how to run it again", "Slow ranks"):
         assert title in page.texts
     assert "train.py --lr 1" in page.text
     assert page.tags.count("svg") >= 4

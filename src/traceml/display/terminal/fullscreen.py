@@ -1,4 +1,4 @@
-"""A screen of its own for a job that runs elsewhere, and its keys."""
+"""Full-screen view of a job that another process runs, and its keys."""
 
 from __future__ import annotations
 
@@ -28,51 +28,51 @@ __all__ = ["FullScreen"]
 
 _ENTER = b"\x1b[?1049h\x1b[?25l"
 _LEAVE = b"\x1b[?25h\x1b[?1049l"
-_LOOK_S = 0.2  # how often the window's size is looked at
+_SIZE_CHECK_S = 0.2  # interval between checks of the window's size
 _ESCAPE_S = 0.1
 
 
 class FullScreen:
-    """The terminal's second screen while in the `with` block; afterwards everything is as it was.
+    """The terminal's alternate screen during the `with` block; the normal one is restored after it.
 
     Args:
         console: the terminal.
-        keys: descriptor that keys are read from; None when there are none to read.
+        keys: descriptor that keys are read from; standard input where left out and it is a terminal.
     """
 
     def __init__(self, console: Console, *, keys: int | None = None) -> None:
         self._console = console
         self._fd = console.file.fileno()
         self._keys = keys if keys is not None else _keyboard()
-        self._cooked: list[Any] | None = None
+        self._saved_mode: list[Any] | None = None
         self._pressed: deque[str] = deque()
-        self._begun = b""  # of a key whose rest has not come
+        self._partial = b""  # an incomplete key sequence
         self._size = (0, 0)
 
     def __enter__(self) -> FullScreen:
         if self._keys is not None:
-            self._cooked = termios.tcgetattr(self._keys)
-            tty.setcbreak(self._keys)  # keys come at once and unseen; Ctrl-C stays a signal
+            self._saved_mode = termios.tcgetattr(self._keys)
+            tty.setcbreak(self._keys)  # keys arrive at once, without echo; Ctrl-C stays a signal
 
         os.write(self._fd, _ENTER)
         return self
 
     def __exit__(self, *_: object) -> None:
         os.write(self._fd, _LEAVE)
-        if self._keys is not None and self._cooked is not None:
-            termios.tcsetattr(self._keys, termios.TCSADRAIN, self._cooked)
+        if self._keys is not None and self._saved_mode is not None:
+            termios.tcsetattr(self._keys, termios.TCSADRAIN, self._saved_mode)
 
     def draw(self, view: LiveView, *, footer: str = "") -> None:
-        """Draw the live view over the whole screen, and a line below it."""
+        """Draw the live view over the whole screen, with a line below it."""
         self.show(lambda viewport: live_lines(view, viewport), footer=footer, least=MIN_HEIGHT)
 
     def show(self, lines: Callable[[Viewport], Sequence[Text]], *, footer: str = "", least: int = 1) -> None:
-        """Draw lines over the whole screen, and one below them.
+        """Draw lines over the whole screen, with one below them.
 
         Args:
-            lines: makes them for the room there is.
+            lines: makes the lines for a viewport.
             footer: the line below.
-            least: rows without which there is nothing to see.
+            least: smallest useful number of rows.
         """
         viewport = Viewport.of(self._console)
         columns, rows = self._size = terminal_size(self._console)
@@ -91,13 +91,13 @@ class FullScreen:
 
     @property
     def viewport(self) -> Viewport:
-        """The room that lines have."""
+        """The viewport of the lines."""
         viewport = Viewport.of(self._console)
         columns, rows = terminal_size(self._console)
         return Viewport(columns, rows - 1, viewport.glyphs, viewport.color)
 
     def key(self, timeout_s: float) -> str | None:
-        """Return a key that was pressed within the time by its name, `resize` for a window of another size, or None."""
+        """Return the name of a key pressed within the time, `resize` when the window's size changed, or None."""
         deadline_s = time.monotonic() + timeout_s
         while not self._pressed:
             left_s = deadline_s - time.monotonic()
@@ -105,7 +105,7 @@ class FullScreen:
                 self._size = terminal_size(self._console)
                 return "resize"
 
-            if not self._read(min(max(left_s, 0.0), _LOOK_S)) and left_s <= 0:
+            if not self._read(min(max(left_s, 0.0), _SIZE_CHECK_S)) and left_s <= 0:
                 return None
 
         return self._pressed.popleft()
@@ -115,16 +115,16 @@ class FullScreen:
         if not ready or self._keys is None:
             return False
 
-        data = self._begun + os.read(self._keys, 64)
-        if data == self._begun:  # the keyboard is gone; asking again would return at once for ever
+        data = self._partial + os.read(self._keys, 64)
+        if data == self._partial:  # end of input; select would return at once forever
             self._keys = None
             return False
 
-        # What follows an escape comes a moment later over a slow line, and then it is no key of its own.
+        # Over a slow line the rest of an escape sequence may arrive a moment later.
         while data.endswith((b"\x1b", b"\x1b[", b"\x1bO")) and select.select([self._keys], [], [], _ESCAPE_S)[0]:
             data += os.read(self._keys, 64)
 
-        keys, self._begun = parse_keys(data)
+        keys, self._partial = parse_keys(data)
         self._pressed += keys
         return True
 

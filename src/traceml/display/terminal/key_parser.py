@@ -1,4 +1,4 @@
-"""From a terminal's bytes to keys, by name."""
+"""Parser from a terminal's bytes to names of keys."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _NAMES = {
 }  # fmt: skip
 _PLAIN = {"\t": "tab", "\r": "enter", "\n": "enter", "\x1b": "escape", "\x7f": "backspace"}
 _SEQUENCE = re.compile(rb"\x1b(\[[0-?]*[ -/]*[@-~]|O[A-Z])")
-_BEGUN = re.compile(rb"\x1b(\[[0-?]*[ -/]*|O)\Z")
+_PARTIAL = re.compile(rb"\x1b(\[[0-?]*[ -/]*|O)\Z")
 
 
 def parse_keys(data: bytes) -> tuple[list[str], bytes]:
-    """Return the keys that were pressed, and bytes that begin a key which goes on in the next read.
+    """Return the pressed keys, and the bytes of a key that continues in the next read.
 
-    A letter is itself, others have names: up, pagedown, tab, escape, … Sequences that mean no key are left out. A lone
-    escape at the end is the key: whoever reads waits a moment for what may follow it.
+    A letter is itself; other keys have names: up, pagedown, tab, escape, … Unknown sequences are left out. A lone
+    escape at the end is the Escape key: the caller waits a moment for the rest of a sequence.
     """
     keys: list[str] = []
     while data:
         if match := _SEQUENCE.match(data):
             keys += [_NAMES[match[1]]] if match[1] in _NAMES else []
             data = data[match.end() :]
-        elif _BEGUN.match(data):
+        elif _PARTIAL.match(data):
             break
         else:
             char = chr(data[0])

@@ -1,4 +1,4 @@
-"""The screen of a job that this process runs: its output above, its live view below."""
+"""The terminal of a job that this process runs: its output above, its live view below."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from traceml.runs.report_types import Report
 
 __all__ = ["RunScreen", "TerminalDriver"]
 
-# Reading and drawing take at most this share of a core: the job needs them all.
+# Reading and drawing take at most this share of a CPU core: the job needs the rest.
 _SHARE = 0.05
 
 _log = logging.getLogger("traceml")
 
 
 class FollowedRun(Protocol):
-    """A run that goes on, as `runs.live.LiveRun` follows it."""
+    """A running run, as `runs.live_run.LiveRun` follows it."""
 
     rates: Any
 
     def refresh(self) -> bool:
-        """Take in what came."""
+        """Read new data."""
 
     def report(self) -> Report:
         """Return the report so far."""
@@ -41,12 +41,12 @@ class FollowedRun(Protocol):
 
 
 class RunScreen:
-    """Shows a run below its output; call `tick` often, it draws when it is time.
+    """Shows a run below its output; call `tick` often, it draws when a draw is due.
 
     Args:
-        run_dir: the run's folder; its store may come later.
-        console: the terminal; standard output where it is not given.
-        interval_s: time between two draws; more where reading takes long.
+        run_dir: the run's folder; its store may be created later.
+        console: the terminal; standard output where left out.
+        interval_s: time between two draws; longer where reading takes long.
         follow: opens the run.
         clock: monotonic seconds.
     """
@@ -67,7 +67,7 @@ class RunScreen:
         self._due_s = float("-inf")
 
     def tick(self) -> None:
-        """Draw anew if it is time; a run that cannot be read has no view, and goes on without."""
+        """Draw if a draw is due; a run that cannot be read loses its view, and continues."""
         began_s = self._clock()
         if self._run is None or began_s < self._due_s:
             return
@@ -75,28 +75,28 @@ class RunScreen:
         try:
             self._run.refresh()
             report = self._run.report()
-            if report.ranks:  # before the first rank is there, nobody knows how many there will be
+            if report.ranks:  # the number of ranks is unknown before the first one connects
                 self._driver.update(live_view(report, self._run.rates))
         except StoreError as error:
-            self._give_up(f"the live view ended: {error}")
-        except Exception:  # noqa: BLE001 - the job must go on whatever is wrong with its picture
+            self._stop(f"the live view ended: {error}")
+        except Exception:  # noqa: BLE001 - a bug in the view must not stop the job
             _log.exception("the live view failed")
-            self._give_up("the live view ended because of an error in traceml; the job goes on")
+            self._stop("the live view ended because of an error in traceml; the job continues")
 
         ended_s = self._clock()
         self._due_s = ended_s + max(self._interval_s, (ended_s - began_s) / _SHARE)
 
     def write(self, data: bytes) -> None:
-        """Show output of the script, unchanged."""
+        """Pass on output of the script, unchanged."""
         self._driver.write(data)
 
     def close(self) -> None:
-        """Leave the terminal as it was; may be called again."""
+        """Restore the terminal; may be called again."""
         self._driver.close()
         if self._run is not None:
             self._run.close()
             self._run = None
 
-    def _give_up(self, why: str) -> None:
+    def _stop(self, why: str) -> None:
         self.close()
         _log.warning(why)

@@ -1,9 +1,9 @@
-"""The live view at the bottom of a terminal, while a script goes on printing above it.
+"""The live view at the bottom of a terminal, while a script prints above it.
 
-The view lies below the terminal's scroll region, so the script's bytes reach the terminal as they are: partial lines,
-carriage returns of progress bars, colours and cursor movements all work as if nothing else was there, and lines that
-scroll away end in the terminal's history. The cursor always stands where the script left it; a view is drawn in one
-write which saves the cursor, draws, and restores it.
+The view is below the terminal's scroll region, so the script's bytes reach the terminal unchanged: partial lines,
+carriage returns of progress bars, colors and cursor movements work as usual, and lines that scroll away stay in the
+terminal's history. The cursor stays where the script left it: a view is drawn in one write that saves the cursor,
+draws, and restores it.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ if TYPE_CHECKING:
 
 __all__ = ["TerminalDriver", "ansi_bytes", "terminal_size"]
 
-_SCRIPT_ROWS = 5  # always left to the script; below that there is no view
+_SCRIPT_ROWS = 5  # always left to the script; a smaller terminal has no view
 _MAX_UNFINISHED_DRAWS = 4
 
-# DECSC and DECRC keep position, colours and a pending wrap; ?2026 makes a draw one frame where it is known.
+# DECSC and DECRC save position, colors and a pending wrap; ?2026 makes a draw one frame in terminals that support it.
 _SAVE, _RESTORE = b"\x1b7", b"\x1b8"
 _BEGIN, _END = b"\x1b[?2026h" + _SAVE, _RESTORE + b"\x1b[?2026l"
 _FULL_REGION = b"\x1b[r"
 _CLEAR_BELOW = b"\x1b[J"
 
-# A write that ends within an escape sequence, or within a character, goes on in the next one: nothing may come between.
+# A write may end within an escape sequence or a character, which the next one completes: nothing may come between.
 _UNFINISHED = re.compile(rb"\x1b(?:[ -/]*|\[[0-?]*[ -/]*|[\]PX^_][^\x07\x1b]*\x1b?)\Z")
 _UNFINISHED_TEXT = re.compile(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})\Z")
 
 
 class TerminalDriver:
-    """Shows a view below what a script prints; where there is no terminal it only passes the script's output on.
+    """Shows a view below the output of a script; without a terminal it only passes the output on.
 
     Args:
-        console: the terminal. Its size, encoding and colours decide how views viewport.
+        console: the terminal; its size, encoding and colors decide how views look.
         interval_s: least time between two draws; views in between are not drawn.
         clock: monotonic seconds.
     """
@@ -72,7 +72,7 @@ class TerminalDriver:
         return self._reserved > 0
 
     def update(self, view: LiveView) -> None:
-        """Draw a view, when the last draw is long enough ago and the script is not within a sequence."""
+        """Draw a view if a draw is due and the script is not within an escape sequence."""
         now = self._clock()
         if not self._can_draw or self._lost or now - self._drawn_at < self._interval_s:
             return
@@ -88,21 +88,21 @@ class TerminalDriver:
     def write(self, data: bytes) -> None:
         """Pass on output of the script, unchanged."""
         if self.visible and terminal_size(self._console) != self._size and not self._is_unfinished():
-            # Terminals drop the scroll region when they are resized: without it the script scrolls the view away.
+            # Terminals drop the scroll region when they are resized; without it the script would scroll the view away.
             self._redraw()
 
         self._tail = (self._tail + data)[-64:]
         self._send(data)
 
     def close(self) -> None:
-        """Take the view away and leave the cursor at the start of a line; may be called again."""
+        """Remove the view and leave the cursor at the start of a line; may be called again."""
         atexit.unregister(self.close)
         if not self.visible:
             return
 
         self._send(_release(self._reserved))
         self._reserved = 0
-        # Whether the script ended its last line cannot be asked: a row of blanks wraps exactly when it did not.
+        # There is no way to ask whether the script ended its last line: a row of blanks wraps exactly when it did not.
         columns, _ = terminal_size(self._console)
         self._send(b"\x1b[0m" + b" " * (columns - 1) + b"\r\x1b[K")
 
@@ -128,12 +128,12 @@ class TerminalDriver:
         size = terminal_size(self._console)
         columns, rows = size
         if columns < MIN_WIDTH or rows < len(self._lines) + _SCRIPT_ROWS:
-            self._hide()  # the next view fits itself in
+            self._hide()  # the next view adapts to the size
             return
 
         frame = b""
         if size != self._size or self._reserved != len(self._lines):
-            # Resizing may have put the cursor on a row of the old panel: what is right of it is no script's.
+            # Resizing may have moved the cursor onto a row of the old panel: text right of it is not the script's.
             moved = b"\x1b[K" if self._reserved and size != self._size else b""
             frame = moved + _release(self._reserved) + _reserve(len(self._lines))
             self._reserved = len(self._lines)
@@ -143,7 +143,7 @@ class TerminalDriver:
         self._send(frame + self._frame(rows))
 
     def _frame(self, rows: int) -> bytes:
-        """Return what draws the panel. The region is set each time: a script may have reset the terminal."""
+        """Return the bytes that draw the panel; they set the region too, since a script may reset the terminal."""
         top = rows - self._reserved
         drawn = [_BEGIN, b"\x1b[1;%dr" % top, b"\x1b[0m"]
         for number, line in enumerate(self._lines, start=top + 1):
@@ -160,7 +160,7 @@ class TerminalDriver:
         return bool(_UNFINISHED.search(self._tail) or _UNFINISHED_TEXT.search(self._tail))
 
     def _send(self, data: bytes) -> None:
-        """Write everything; a terminal that has gone away is left alone from then on."""
+        """Write everything; after the first error the terminal is not written to again."""
         rest = memoryview(data)
         while rest and not self._lost:
             try:
@@ -172,20 +172,20 @@ class TerminalDriver:
 
 
 def terminal_size(console: Console) -> tuple[int, int]:
-    """Return (columns, rows) of the terminal that the console writes to; rich asks that of the standard streams."""
+    """Return (columns, rows) of the console's own terminal; rich would ask the standard streams."""
     try:
         size = os.get_terminal_size(console.file.fileno())
     except OSError:
         return console.width, console.height
 
-    # A terminal that was never told its size (serial lines, some containers) says 0.
+    # A terminal without a known size (serial lines, some containers) reports 0.
     return size.columns or console.width, size.lines or console.height
 
 
 def ansi_bytes(console: Console, line: Text, width: int) -> bytes:
-    """Return a line filled up to `width` as bytes for the console's terminal, in its encoding and colours.
+    """Return a line padded to `width` as bytes for the console's terminal, in its encoding and colors.
 
-    It is filled with blanks: clearing to the end of a full line would take its last character in some terminals.
+    It is padded with blanks: clearing to the end of a full line would erase its last character in some terminals.
     """
     with console.capture() as capture:
         console.print(line, end="", soft_wrap=True, highlight=False)
@@ -195,12 +195,12 @@ def ansi_bytes(console: Console, line: Text, width: int) -> bytes:
 
 
 def _reserve(height: int) -> bytes:
-    """Return what makes `height` free rows below the cursor: scroll up as far as needed, column kept."""
+    """Return the bytes that free `height` rows below the cursor: scroll up as needed, keep the column."""
     return b"\x1bD" * height + b"\x1b[%dA" % height
 
 
 def _release(height: int) -> bytes:
-    """Return what gives the panel's rows back: the whole screen scrolls again, and what is below the cursor goes."""
+    """Return the bytes that release the panel's rows: scroll the whole screen again, clear below the cursor."""
     if not height:
         return b""
 

@@ -1,4 +1,4 @@
-"""`traceml top`: which table of a running job is on the screen, from which row on, and what keys do to that."""
+"""State of `traceml top`: the table on the screen, its first row, and the effect of keys."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TABS = (
     Tab("l", "logs"),
     Tab("s", "system"),
 )
-_FOOTER = "q quits; the job goes on"
+_FOOTER = "q quits; the job continues"
 
 
 class TopApp:
@@ -40,7 +40,7 @@ class TopApp:
         self._view: LiveView = live_view(self._report)
         self._shown = 0
         self._first = 0
-        self._helps = False
+        self._help_open = False
         self._made: top_tables.TableView | None = None
         self._makers: dict[str, Callable[[], top_tables.TableView]] = {
             "p": lambda: top_tables.phases_table(self._report),
@@ -52,7 +52,7 @@ class TopApp:
         }
 
     def refresh(self) -> None:
-        """Take in what came.
+        """Read new data.
 
         Raises:
             StoreError: the run cannot be read.
@@ -63,9 +63,9 @@ class TopApp:
         self._made = None
 
     def draw(self, screen: FullScreen) -> None:
-        """Draw what is chosen."""
+        """Draw the chosen table."""
         tab = TABS[self._shown]
-        if self._helps:
+        if self._help_open:
             screen.show(
                 lambda viewport: help_lines(self._view, TABS, viewport), footer="any key: back", least=MIN_HEIGHT
             )
@@ -76,12 +76,12 @@ class TopApp:
                         least=MIN_HEIGHT)  # fmt: skip
 
     def press(self, key: str, screen: FullScreen) -> None:
-        """Do what a key says."""
+        """Apply a key."""
         if key == "resize":
             return
 
-        if self._helps or key in ("?", "h"):
-            self._helps = not self._helps
+        if self._help_open or key in ("?", "h"):
+            self._help_open = not self._help_open
             return
 
         found = next((at for at, tab in enumerate(TABS) if tab.key == key.lower()), None)

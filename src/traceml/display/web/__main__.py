@@ -1,6 +1,6 @@
-"""How a keeper starts the page: `python -m traceml.display.web FD`, with its configuration as JSON on stdin.
+"""Entry point of the page's process: `python -m traceml.display.web FD`, with its configuration as JSON on stdin.
 
-The token comes that way because everybody on the host can read a command line.
+The token is not an argument because every user of the host can read a command line.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from traceml.priority import step_back
 
 def main() -> None:
     """Serve the page on the inherited socket."""
-    told = json.loads(sys.stdin.readline())
-    step_back(told["nice"])
-    serve(PageConfig(told["token"], Path(told["runs_dir"])), socket.socket(fileno=int(sys.argv[1])))
+    config = json.loads(sys.stdin.readline())
+    step_back(config["nice"])
+    serve(PageConfig(config["token"], Path(config["runs_dir"])), socket.socket(fileno=int(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's charts as the browser takes them, made once for all browsers of a theme."""
+"""A run's charts as JSON for the browser, made once per theme."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ METRIC = "metric:"
 
 
 class ChartCache:
-    """The charts of a run at a moment, by theme; made when first asked for, in whatever thread.
+    """The charts of a run at one moment, by theme; made on first use, in any thread.
 
     Args:
         view: the run.
-        series: what the charts show.
+        series: the values over time.
     """
 
     def __init__(self, view: RunView, series: RunSeries | None) -> None:
@@ -34,7 +34,7 @@ class ChartCache:
         self._lock = threading.Lock()
 
     def of(self, theme: str) -> dict[str, str]:
-        """Return the charts that there are, as JSON by name; those of metrics by `metric:` and theirs."""
+        """Return the charts as JSON by name; those of metrics under `metric:` and their name."""
         with self._lock:
             if theme not in self._made:
                 self._made[theme] = self._draw(theme)
@@ -59,12 +59,12 @@ class ChartCache:
 
 
 def as_json(option: Option) -> str:
-    """Return an option as JSON, which is also a literal of JavaScript: what is not ASCII is escaped."""
+    """Return an option as ASCII JSON, which is also a JavaScript literal."""
     return json.dumps(_fitted(option), separators=(",", ":"), allow_nan=False)
 
 
 def _fitted(option: Option) -> Option:
-    """Return the option with the x axis as ECharts needs it: its name below, and no label at an uneven end."""
+    """Return the option with the x axis as ECharts needs it: its name below, no label at a fractional end."""
     axis = dict(option["xAxis"])
     if axis.get("name"):
         axis |= {"nameLocation": "middle", "nameGap": 25}

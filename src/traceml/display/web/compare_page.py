@@ -1,4 +1,4 @@
-"""Two runs side by side: whether B is slower, by how much, whether that is real, and where it comes from."""
+"""Two runs side by side: whether B is slower, by how much, whether that is significant, and the cause."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from nicegui import Client
 
 from traceml.display.web.chart_cache import THEMES, as_json
-from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, link, run_path, shown
+from traceml.display.web.elements import ChartCard, Container, DataTable, TextNode, link, run_path, set_visible
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
 from traceml.display.web.run_sources import RunFileTimes
 from traceml.errors import StoreError
@@ -27,7 +27,7 @@ _ROW_PX, _FRAME_PX, _LEAST_PX, _MOST_PX = 40, 90, 236, 640
 
 @dataclass(frozen=True, slots=True)
 class CompareState:
-    """A comparison as its page shows it: or why there is none."""
+    """A comparison, or the reason why there is none."""
 
     comparison: Comparison | None = None
     steps: tuple[StepSeries, StepSeries] | None = None
@@ -35,11 +35,11 @@ class CompareState:
 
 
 class CompareSource:
-    """Compares two runs, and again when one of them has got further.
+    """Compares two runs, again each time one of them changes.
 
     Args:
-        a: folder of the run that is compared with.
-        b: folder of the run in question.
+        a: folder of the baseline run.
+        b: folder of the other run.
     """
 
     def __init__(self, a: Path, b: Path) -> None:
@@ -50,7 +50,7 @@ class CompareSource:
         return f"CompareSource({self._runs[0].name}, {self._runs[1].name})"
 
     def read(self) -> CompareState | None:
-        """Return the comparison as it stands; None when neither run has changed."""
+        """Return the current comparison; None when neither run has changed."""
         changed = [written.changed() for written in self._written]
         if not any(changed):
             return None
@@ -68,7 +68,7 @@ class CompareSource:
         return CompareState(comparison, (first, second))
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no file stays open."""
 
 
 class ComparePage:
@@ -76,9 +76,9 @@ class ComparePage:
 
     Args:
         client: the browser.
-        a: id of the run that is compared with.
-        b: id of the run in question.
-        theme: what the browser had last.
+        a: id of the baseline run.
+        b: id of the other run.
+        theme: the one that the browser used last.
     """
 
     def __init__(self, client: Client, a: str, b: str, theme: str) -> None:
@@ -103,20 +103,20 @@ class ComparePage:
                         self._facts = DataTable((("", ""), ("A", "n"), ("B", "n"), ("Change", "n")), "the two runs")
 
         keys_dialog()
-        shown(self._body, False)
+        set_visible(self._body, False)
 
     def show(self, state: CompareState) -> None:
-        """Show the comparison as it stands."""
+        """Show the current comparison."""
         self._state = state
         with self._client:
-            self._banner.say(state.problem)
-            shown(self._waiting, False)
-            shown(self._body, state.comparison is not None)
+            self._banner.show(state.problem)
+            set_visible(self._waiting, False)
+            set_visible(self._body, state.comparison is not None)
             if state.comparison is not None:
                 self._show(state.comparison)
 
     def set_theme(self, theme: str) -> None:
-        """Draw in other colours."""
+        """Change the colors."""
         if theme != self._theme:
             self._theme = theme
             if self._state is not None:
@@ -131,18 +131,18 @@ class ComparePage:
                     link(run_id, run_path(run_id), "mono")
 
             self._headline = TextNode("h1")
-            self._why = TextNode("p", "", "why")
+            self._details = TextNode("p", "", "why")
             self._notes = TextNode("p", "", "why noted")
 
     def _show(self, comparison: Comparison) -> None:
         weight = _WEIGHTS.get(comparison.outcome, "")
-        self._card.look(f"card verdict alone {weight}")
-        self._outcome.say(comparison.outcome.upper())
-        self._outcome.look(f"pill kind {weight}")
-        self._headline.say(compared_headline(comparison))
-        self._why.say(" ".join(compared_sentences(comparison)))
+        self._card.set_classes(f"card verdict alone {weight}")
+        self._outcome.set_text(comparison.outcome.upper())
+        self._outcome.set_classes(f"pill kind {weight}")
+        self._headline.set_text(compared_headline(comparison))
+        self._details.set_text(" ".join(compared_sentences(comparison)))
         notes = [*comparison.obstacles, *comparison.remarks]
-        self._notes.say("Note: " + "; ".join(notes) + "." if notes else "")
+        self._notes.set_text("Note: " + "; ".join(notes) + "." if notes else "")
         self._times.show([_time_cells(name, row) for name, row in comparison.step_time.items()])
         self._facts.show(_fact_rows(comparison))
         self._draw(comparison)
@@ -160,11 +160,18 @@ class ComparePage:
         for chart in (self._phases, self._ranks):
             chart.height(height)
 
-        told = [chart.show(None if option is None else as_json(option)) for chart, option in options]
-        draw(self._client, [each for each in told if each is not None])
+        drawn = [chart.show(None if option is None else as_json(option)) for chart, option in options]
+        draw(self._client, [each for each in drawn if each is not None])
 
 
-_TIME_COLUMNS = (("Step time", ""), ("A", "n"), ("B", "n"), ("Change", "n"), ("99 % between", "n"), ("Real", "n"))
+_TIME_COLUMNS = (
+    ("Step time", ""),
+    ("A", "n"),
+    ("B", "n"),
+    ("Change", "n"),
+    ("99 % between", "n"),
+    ("Significant", "n"),
+)
 
 
 def _time_cells(name: str, row: StatisticChange) -> list[str]:

@@ -1,4 +1,4 @@
-"""The pieces that pages are made of. Text is always text: nothing here takes HTML from a run."""
+"""HTML elements of the pages. Text is always escaped: nothing here takes HTML from a run."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from urllib.parse import quote
 from nicegui import ui
 from nicegui.elements.mixins.text_element import TextElement
 
-__all__ = ["ChartCard", "Container", "DataTable", "FactList", "TextNode", "link", "run_path", "shown"]
+__all__ = ["ChartCard", "Container", "DataTable", "FactList", "TextNode", "link", "run_path", "set_visible"]
 
 
-class TextNode(TextElement):  # type: ignore[misc]  # NiceGUI is not there when types are checked
+class TextNode(TextElement):  # type: ignore[misc]  # types are checked without NiceGUI
     """An HTML element that holds text.
 
     Args:
         tag: of the element.
-        text: what it says.
+        text: its text.
         classes: of the style sheet.
         attributes: of the element; `_` stands for `-`.
     """
@@ -26,16 +26,11 @@ class TextNode(TextElement):  # type: ignore[misc]  # NiceGUI is not there when 
 
     def __init__(self, tag: str, text: str = "", classes: str = "", **attributes: Any) -> None:
         super().__init__(tag=tag, text=text)
-        _dress(self, classes, attributes)
+        _apply(self, classes, attributes)
 
-    def say(self, text: str) -> None:
-        """Say something else."""
-        if text != self.text:
-            self.text = text
-
-    def look(self, classes: str) -> None:
-        """Wear other classes."""
-        _look(self, classes)
+    def set_classes(self, classes: str) -> None:
+        """Replace the classes."""
+        _set_classes(self, classes)
 
 
 class Container(ui.element):  # type: ignore[misc]
@@ -49,11 +44,11 @@ class Container(ui.element):  # type: ignore[misc]
 
     def __init__(self, tag: str = "div", classes: str = "", **attributes: Any) -> None:
         super().__init__(tag)
-        _dress(self, classes, attributes)
+        _apply(self, classes, attributes)
 
-    def look(self, classes: str) -> None:
-        """Wear other classes."""
-        _look(self, classes)
+    def set_classes(self, classes: str) -> None:
+        """Replace the classes."""
+        _set_classes(self, classes)
 
 
 def link(text: str, href: str, classes: str = "") -> TextNode:
@@ -67,12 +62,12 @@ def run_path(run_id: str) -> str:
 
 
 class ChartCard:
-    """A titled chart; it keeps its room while there is nothing to draw, so that nothing on the page moves.
+    """A titled chart; it keeps its space while it is empty, so that nothing on the page moves.
 
     Args:
-        title: what it shows.
-        hint: how to read it, in a few words.
-        waiting: said while there is nothing.
+        title: the heading.
+        hint: a few words on how to read it.
+        waiting: text while there is nothing to draw.
         classes: of the style sheet.
     """
 
@@ -88,12 +83,12 @@ class ChartCard:
                 self._empty = TextNode("p", waiting or "Nothing to show yet", "empty")
 
     def show(self, option: str | None) -> str | None:
-        """Take what is to be drawn; return what the browser's `traceml.draw` is to be given, None when it is drawn.
+        """Take a chart; return the argument for the browser's `traceml.draw`, None when it is drawn already.
 
         Args:
-            option: ECharts' option as JSON. It goes around NiceGUI's properties, which would wrap each number.
+            option: ECharts' option as JSON. It bypasses NiceGUI's properties, which would wrap each number.
         """
-        shown(self._empty, option is None)
+        set_visible(self._empty, option is None)
         if option is None or option == self._drawn:
             return None
 
@@ -101,16 +96,16 @@ class ChartCard:
         return f'"{self._canvas.id}":{option}'
 
     def height(self, px: int) -> None:
-        """Give the drawing this height."""
+        """Set the height of the drawing."""
         self.plot.style(f"height: {px}px")
 
     def visible(self, wanted: bool) -> None:
-        """Show the card, or take it out of the page."""
-        shown(self.card, wanted)
+        """Show or hide the card."""
+        set_visible(self.card, wanted)
 
 
 class FactList:
-    """Pairs of label and value, changed in place.
+    """Pairs of label and value, updated in place.
 
     Args:
         classes: of the style sheet.
@@ -121,19 +116,19 @@ class FactList:
         self._pairs: list[tuple[Container, TextNode, TextNode]] = []
 
     def show(self, items: Iterable[tuple[str, str]]) -> None:
-        """Show these pairs and no others."""
+        """Replace the pairs."""
         count = 0
         for count, (label, value) in enumerate(items, start=1):
             if count > len(self._pairs):
                 self._add()
 
-            pair, term, said = self._pairs[count - 1]
-            shown(pair, True)
-            term.say(label)
-            said.say(value)
+            pair, term, detail = self._pairs[count - 1]
+            set_visible(pair, True)
+            term.set_text(label)
+            detail.set_text(value)
 
         for pair, _, _ in self._pairs[count:]:
-            shown(pair, False)
+            set_visible(pair, False)
 
     def _add(self) -> None:
         with self._list, Container("div") as pair:
@@ -141,11 +136,11 @@ class FactList:
 
 
 class DataTable:
-    """A table whose cells are changed in place.
+    """A table whose cells are updated in place.
 
     Args:
         columns: (heading, classes of its cells).
-        caption: what it holds, for those who cannot see it.
+        caption: its content, for screen readers.
     """
 
     def __init__(self, columns: Sequence[tuple[str, str]], caption: str) -> None:
@@ -160,7 +155,7 @@ class DataTable:
         self.columns(columns)
 
     def columns(self, columns: Sequence[tuple[str, str]]) -> None:
-        """Have these columns."""
+        """Replace the columns."""
         if list(columns) == self._columns:
             return
 
@@ -172,43 +167,43 @@ class DataTable:
             for heading, classes in columns:
                 TextNode("th", heading, classes, scope="col")
 
-    def show(self, rows: Sequence[Sequence[str]], looks: Sequence[str] = ()) -> None:
-        """Show these rows and no others.
+    def show(self, rows: Sequence[Sequence[str]], row_classes: Sequence[str] = ()) -> None:
+        """Replace the rows.
 
         Args:
             rows: texts of the cells.
-            looks: classes of each row.
+            row_classes: classes of each row.
         """
         for number, texts in enumerate(rows):
             if number == len(self._rows):
                 self._add()
 
             row, cells = self._rows[number]
-            shown(row, True)
-            row.look(looks[number] if looks else "")
+            set_visible(row, True)
+            row.set_classes(row_classes[number] if row_classes else "")
             for cell, text in zip(cells, texts, strict=True):
-                cell.say(text)
+                cell.set_text(text)
 
         for row, _ in self._rows[len(rows) :]:
-            shown(row, False)
+            set_visible(row, False)
 
     def _add(self) -> None:
         with self._body, Container("tr") as row:
             self._rows.append((row, [TextNode("td", "", classes) for _, classes in self._columns]))
 
 
-def _dress(element: ui.element, classes: str, attributes: dict[str, Any]) -> None:
+def _apply(element: ui.element, classes: str, attributes: dict[str, Any]) -> None:
     element.classes(classes)
     for name, value in attributes.items():
         element.props[name.rstrip("_").replace("_", "-")] = value
 
 
-def _look(element: ui.element, classes: str) -> None:
+def _set_classes(element: ui.element, classes: str) -> None:
     if element.classes != classes.split():
         element.classes(replace=classes)
 
 
-def shown(element: ui.element, wanted: bool) -> None:
-    """Show an element, or take it out of the page."""
+def set_visible(element: ui.element, wanted: bool) -> None:
+    """Show or hide an element."""
     if element.props.get("hidden", False) is wanted:
         element.props["hidden"] = not wanted

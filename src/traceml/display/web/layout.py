@@ -1,4 +1,4 @@
-"""What all pages have: the head of the document, the bar at the top, the banner, the keys."""
+"""Parts of every page: document head, top bar, banner, list of keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from nicegui import ui
 
 from traceml.display.web.chart_cache import THEMES
-from traceml.display.web.elements import Container, FactList, TextNode, link, shown
+from traceml.display.web.elements import Container, FactList, TextNode, link, set_visible
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 
 __all__ = ["Banner", "add_head", "draw", "keys_dialog", "theme_of", "top_bar"]
@@ -39,30 +39,30 @@ def add_head() -> None:
 
 
 def theme_of(cookies: dict[str, str]) -> str:
-    """Return the theme that this browser had last; `light` for a new one, which then tells its own."""
+    """Return the theme that this browser used last; `light` for a new one, which then reports its own."""
     theme = cookies.get("traceml_theme", "light")
     return theme if theme in THEMES else "light"
 
 
 def draw(client: Any, charts: Sequence[str]) -> None:
-    """Have a browser draw what `Chart.show` returned."""
+    """Make a browser draw what `ChartCard.show` returned."""
     if charts:
         client.run_javascript(f"traceml.draw({{{','.join(charts)}}})")
 
 
 def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
-    """Build the bar; return what stands behind the name of the product.
+    """Build the bar; return the text beside the product name.
 
     Args:
-        crumb: where we are.
-        tabs: (id of a section, its name).
+        crumb: that text: the run shown.
+        tabs: (section id, name).
     """
     link("Skip to content", "#content", "skip")
     with Container("div", "top"):
         with Container("div", "bar"):
             link("traceml", "/", "brand")
-            said = TextNode("span", crumb, "crumb")
-            shown(said, bool(crumb))
+            crumb_node = TextNode("span", crumb, "crumb")
+            set_visible(crumb_node, bool(crumb))
             Container("span", "push")
             TextNode("button", "Dark", "tool", id="theme", type="button", title="light or dark (t)")
             TextNode("button", "?", "tool", id="help", type="button", aria_label="keys", title="keys (?)")
@@ -72,26 +72,26 @@ def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
                 for section, name in tabs:
                     link(name, f"#{section}")
 
-    return said
+    return crumb_node
 
 
 class Banner:
-    """A line below the bar about what is wrong; away while nothing is."""
+    """A line below the bar for problems, hidden while there is none."""
 
     def __init__(self) -> None:
         with Container("div", "banner", role="status") as self._block, Container("div"):
-            self._words = TextNode("span")
+            self._text = TextNode("span")
 
-        shown(self._block, False)
+        set_visible(self._block, False)
 
-    def say(self, text: str) -> None:
-        """Say what is wrong, or nothing."""
-        self._words.say(text)
-        shown(self._block, bool(text))
+    def show(self, text: str) -> None:
+        """Show a problem, or hide the banner for an empty text."""
+        self._text.set_text(text)
+        set_visible(self._block, bool(text))
 
 
 def keys_dialog() -> None:
-    """Build the list of keys, which `?` opens."""
+    """Build the list of keys that `?` opens."""
     with Container("dialog", "", id="keys", aria_label="keys"):
         TextNode("h2", "Keys")
         FactList().show((what, key) for key, what in _KEYS)

@@ -1,4 +1,4 @@
-"""The page's server: NiceGUI behind the guard, on a socket that its keeper holds."""
+"""The page's server: NiceGUI behind the token check, on a socket inherited from the parent process."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["PageConfig", "serve"]
 
-# A browser that was away for less is sent what it missed; after a longer time, or a new server, it loads the page anew.
+# A browser that was away for less is sent what it missed; else, or after a restart of the server, it reloads the page.
 _RECONNECT_S = 30.0
 _HISTORY = 60
 
 
 @dataclass(frozen=True, slots=True)
 class PageConfig:
-    """What a page's server is told by its keeper.
+    """Configuration of the page's server.
 
     Attributes:
-        token: the secret that lets people in.
+        token: the secret that gives access.
         runs_dir: the folder of the runs.
     """
 
@@ -38,8 +38,8 @@ class PageConfig:
 
 
 def serve(config: PageConfig, sock: socket.socket) -> None:
-    """Serve the pages on a listening socket until told to stop."""
-    # NiceGUI keeps what browsers store on the server in a folder of the working directory; ours store nothing there.
+    """Serve the pages on a listening socket until a signal stops the process."""
+    # NiceGUI keeps per-browser storage in the working directory by default; our pages do not use it.
     os.environ["NICEGUI_STORAGE_PATH"] = str(Path(tempfile.gettempdir()) / "traceml-page-storage")
     import uvicorn
     from fastapi import FastAPI
@@ -81,8 +81,8 @@ def serve(config: PageConfig, sock: socket.socket) -> None:
 
 @asynccontextmanager
 async def _lifespan(pages: Pages, _: object) -> AsyncIterator[None]:
-    """Look again at once when the keeper asks for it: it is about to end the page, and the run has just ended."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, pages.hurry)
+    """Read the runs again on SIGUSR1: the parent sends it when a run has ended, before it ends the page."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, pages.refresh)
     yield
 
 

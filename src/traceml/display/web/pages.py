@@ -1,4 +1,4 @@
-"""The addresses: the list of runs, a run, two runs side by side. Each browser subscribes to what it shows."""
+"""Routes: the list of runs, a run, two runs side by side. Each browser subscribes to what it shows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from traceml.display.web.runs_page import RunsPage
 __all__ = ["Pages"]
 
 _LIST_S, _RUN_S, _COMPARE_S = 2.0, 1.0, 5.0
-# What is read within this time is in the page when it is first painted; the rest follows.
+# Data read within this time is on the page at its first paint; the rest follows.
 _FIRST_S = 0.7
-# Where the training takes every core, a page is built slowly; that is no error.
-_PATIENCE_S = 60.0
+# A page is built slowly while the training uses every core.
+_RESPONSE_TIMEOUT_S = 60.0
 
 T = TypeVar("T")
 
@@ -43,16 +43,16 @@ class Pages:
         self._compared: PollerRegistry[CompareState] = PollerRegistry(self._open_comparison, interval_s=_COMPARE_S)
 
     def register(self) -> None:
-        """Add the addresses to NiceGUI's application."""
-        ui.page("/", title="Runs - traceml", response_timeout=_PATIENCE_S)(self._show_list)
-        ui.page("/run/{run_id}", response_timeout=_PATIENCE_S)(self._show_run)
-        compare = ui.page("/compare/{a}/{b}", title="Compare - traceml", response_timeout=_PATIENCE_S)
+        """Add the routes to NiceGUI's application."""
+        ui.page("/", title="Runs - traceml", response_timeout=_RESPONSE_TIMEOUT_S)(self._show_list)
+        ui.page("/run/{run_id}", response_timeout=_RESPONSE_TIMEOUT_S)(self._show_run)
+        compare = ui.page("/compare/{a}/{b}", title="Compare - traceml", response_timeout=_RESPONSE_TIMEOUT_S)
         compare(self._show_comparison)
 
-    def hurry(self) -> None:
-        """Read everything that is looked at once more, now."""
-        self._runs.hurry()
-        self._list.hurry()
+    def refresh(self) -> None:
+        """Read the list and the open runs again, now."""
+        self._runs.refresh()
+        self._list.refresh()
 
     async def _show_list(self, client: Client) -> None:
         add_head()
@@ -92,17 +92,19 @@ class Pages:
         a, b = key
         return CompareSource(self._runs_dir / a, self._runs_dir / b)
 
-    async def _follow(self, client: Client, feeds: PollerRegistry[T], key: Hashable, show: Callable[[T], None]) -> None:
-        """Have a browser shown each state until it leaves; return when the first is there, or has taken too long."""
+    async def _follow(
+        self, client: Client, pollers: PollerRegistry[T], key: Hashable, show: Callable[[T], None]
+    ) -> None:
+        """Show a browser each state until it leaves; return after the first one, or when that takes too long."""
         first = asyncio.Event()
 
         def listen(state: T) -> None:
             show(state)
             first.set()
 
-        feeds.subscribe(key, listen)
-        client.on_delete(lambda: feeds.unsubscribe(key, listen))
+        pollers.subscribe(key, listen)
+        client.on_delete(lambda: pollers.unsubscribe(key, listen))
         try:
             await asyncio.wait_for(first.wait(), _FIRST_S)
         except TimeoutError:
-            pass  # the page says that it waits
+            pass  # the page shows that it is waiting

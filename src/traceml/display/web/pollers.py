@@ -1,4 +1,4 @@
-"""What is looked at is read once for all browsers, in a thread of its own, and no faster than its share of a core."""
+"""Polling of data sources: one thread per source for all browsers, within a share of a CPU core."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Generic, Protocol, TypeVar
 
+from traceml.fail_open import fail_open
+
 __all__ = ["PollSource", "PollerRegistry", "SharedPoller"]
 
-# A reload of the page, or a look at the list and back, must not read a run anew.
+# A reload of the page, or a visit to the list and back, must not read a run again.
 _LINGER_S = 20.0
-_SHARE = 0.04  # of a core, over all that is read again; the training needs the rest
+_SHARE = 0.04  # of a CPU core per source; the training needs the rest
 _LONGEST_S = 10.0
 
 _log = logging.getLogger("traceml")
@@ -24,22 +26,22 @@ T = TypeVar("T")
 
 
 class PollSource(Protocol[T_co]):
-    """Something that can be read again and again, from one thread."""
+    """A data source that one thread reads repeatedly."""
 
     def read(self) -> T_co | None:
-        """Return how it stands now; None when nothing has changed since the last call."""
+        """Return the state; None when nothing has changed since the last call."""
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close open files."""
 
 
 class SharedPoller(Generic[T]):
-    """Reads a source while somebody looks, and hands each state to all who do; used from the event loop.
+    """Reads a source while it has listeners, and passes each state to them; used from the event loop.
 
     Args:
-        source: what is read, in the feed's thread alone.
-        interval_s: least time between two reads; more where reading takes long.
-        on_idle: called in the event loop when nobody has looked for a while and the thread has ended.
+        source: the source, read in the poller's thread alone.
+        interval_s: least time between two reads; longer where reading takes long.
+        on_idle: called in the event loop when there was no listener for a while and the thread has ended.
     """
 
     def __init__(self, source: PollSource[T], *, interval_s: float, on_idle: Callable[[], None]) -> None:
@@ -54,21 +56,21 @@ class SharedPoller(Generic[T]):
         self._thread: threading.Thread | None = None
 
     def subscribe(self, listener: Callable[[T], object]) -> None:
-        """Call `listener` in the event loop with each new state, and at once with the last one, if there is one."""
+        """Call `listener` in the event loop with each new state, and at once with the latest one."""
         self.listeners.add(listener)
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="traceml-feed", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="traceml-poller", daemon=True)
             self._thread.start()
 
         if self.latest is not None:
             listener(self.latest)
 
     def unsubscribe(self, listener: Callable[[T], object]) -> None:
-        """Call it no more."""
+        """Stop calling a listener."""
         self.listeners.discard(listener)
         self._left_s = time.monotonic()
 
-    def hurry(self) -> None:
+    def refresh(self) -> None:
         """Read again now."""
         self._wake.set()
 
@@ -85,11 +87,9 @@ class SharedPoller(Generic[T]):
             self._call(self._on_idle)
 
     def _read(self) -> None:
-        try:
+        state: T | None = None
+        with fail_open(_log, "display", f"the page could not read {self._source!r}"):
             state = self._source.read()
-        except Exception:  # noqa: BLE001 - one bad read must not end the page for all; the next one may do
-            _log.exception("the page could not read %r", self._source)
-            return
 
         if state is not None:
             self._call(self._publish, state)
@@ -103,42 +103,42 @@ class SharedPoller(Generic[T]):
         try:
             self._loop.call_soon_threadsafe(function, *args)
         except RuntimeError:
-            pass  # the loop is closed: the page is ending
+            pass  # the loop is closed: the page process is ending
 
 
 class PollerRegistry(Generic[T]):
-    """The feeds that are looked at, by key; used from the event loop.
+    """The active pollers by key; used from the event loop.
 
     Args:
-        open_source: makes the source of a key.
+        open_source: opens the source of a key.
         interval_s: least time between two reads of each.
     """
 
     def __init__(self, open_source: Callable[[Hashable], PollSource[T]], *, interval_s: float = 1.0) -> None:
         self._open = open_source
         self._interval_s = interval_s
-        self._feeds: dict[Hashable, SharedPoller[T]] = {}
+        self._pollers: dict[Hashable, SharedPoller[T]] = {}
 
     def subscribe(self, key: Hashable, listener: Callable[[T], object]) -> None:
-        """Call `listener` in the event loop with each new state of a key, and at once with the last one."""
-        if key not in self._feeds:
-            self._feeds[key] = SharedPoller(
+        """Call `listener` in the event loop with each new state of a key, and at once with the latest one."""
+        if key not in self._pollers:
+            self._pollers[key] = SharedPoller(
                 self._open(key), interval_s=self._interval_s, on_idle=partial(self._forget, key)
             )
 
-        self._feeds[key].subscribe(listener)
+        self._pollers[key].subscribe(listener)
 
     def unsubscribe(self, key: Hashable, listener: Callable[[T], object]) -> None:
-        """Call it no more."""
-        if key in self._feeds:
-            self._feeds[key].unsubscribe(listener)
+        """Stop calling a listener."""
+        if key in self._pollers:
+            self._pollers[key].unsubscribe(listener)
 
-    def hurry(self) -> None:
+    def refresh(self) -> None:
         """Read all again now."""
-        for feed in self._feeds.values():
-            feed.hurry()
+        for poller in self._pollers.values():
+            poller.refresh()
 
     def _forget(self, key: Hashable) -> None:
-        """Drop a feed whose thread has ended; who came in that moment gets a new one."""
-        for listener in self._feeds.pop(key).listeners:
+        """Remove a poller whose thread has ended; listeners that came meanwhile get a new one."""
+        for listener in self._pollers.pop(key).listeners:
             self.subscribe(key, listener)

@@ -1,4 +1,4 @@
-"""The tables of a run's page: ranks, logs, trackers, and what tracing itself stored, lost and cost."""
+"""Tables of a run's page: ranks, logs, trackers, telemetry."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 import msgspec
 
 from traceml.database.reader import RunEvent
-from traceml.display.web.elements import Container, DataTable, FactList, TextNode, shown
+from traceml.display.web.elements import Container, DataTable, FactList, TextNode, set_visible
 from traceml.display.web.run_sources import LogTail, RunState
 from traceml.formatting import bytes_text, count_text, ms_text, overhead_text, phase_label
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import end_of_rank
 from traceml.runs.report_types import RankSection
 
-__all__ = ["DeliverySection", "LogSection", "RankTable", "TelemetrySection"]
+__all__ = ["DeliveryPanel", "LogPanel", "RankTable", "TelemetryPanel"]
 
 _RANKS = 24
 _PHASES = 7
@@ -25,7 +25,7 @@ _SMALL_SHARE = 0.005
 
 
 class RankTable:
-    """One row per rank; of very many, the slowest, those that ended badly, and the fastest."""
+    """One row per rank; of very many, those that ended badly, the slowest and the fastest."""
 
     def __init__(self) -> None:
         with Container("div", "card others"):
@@ -33,7 +33,7 @@ class RankTable:
             self._more = TextNode("p", "", "note")
 
     def show(self, view: RunView) -> None:
-        """Show the ranks as they stand."""
+        """Show the current state of the ranks."""
         phases = [phase.phase for phase in view.phases if phase.share >= _SMALL_SHARE][:_PHASES]
         self._table.columns(_rank_columns(phases))
         rows = visible_ranks(view.ranks, _RANKS)
@@ -41,13 +41,13 @@ class RankTable:
         missing = view.run.world_size - len(view.ranks)
         notes = []
         if hidden := len(view.ranks) - len(rows):
-            notes.append(f"{count_text(hidden)} more ranks, none of them slower than the slowest here.")
+            notes.append(f"{count_text(hidden)} more ranks, none slower than the slowest one here.")
 
         if missing > 0:
             notes.append(f"{count_text(missing)} of {count_text(view.run.world_size)} ranks have never reported.")
 
-        self._more.say(" ".join(notes))
-        shown(self._more, bool(notes))
+        self._more.set_text(" ".join(notes))
+        set_visible(self._more, bool(notes))
 
 
 def _rank_columns(phases: list[str]) -> list[tuple[str, str]]:
@@ -72,8 +72,8 @@ def _rank_look(row: RankRow) -> str:
     return "ended" if row.end else "slow" if row.slowest else ""
 
 
-class LogSection:
-    """What happened, and the ends of the files in the run's `logs`."""
+class LogPanel:
+    """Events, and the ends of the files in the run's `logs`."""
 
     def __init__(self) -> None:
         self._tails: dict[str, tuple[Container, TextNode]] = {}
@@ -85,9 +85,9 @@ class LogSection:
                 )
 
     def show(self, state: RunState) -> None:
-        """Show the logs as they stand."""
-        told = [event for number, event in enumerate(state.events) if _is_news(state.events, number)]
-        self._events.show([_event_cells(event) for event in reversed(told)])
+        """Show the current logs."""
+        shown = [event for number, event in enumerate(state.events) if _is_new(state.events, number)]
+        self._events.show([_event_cells(event) for event in reversed(shown)])
         for tail in state.logs:
             self._show_tail(tail)
 
@@ -98,11 +98,11 @@ class LogSection:
                 self._tails[tail.name] = block, TextNode("pre", "", "log", tabindex="0")
 
         before = "[earlier lines are in the file]\n" if tail.cut else ""
-        self._tails[tail.name][1].say(before + (tail.text or "(empty)"))
+        self._tails[tail.name][1].set_text(before + (tail.text or "(empty)"))
 
 
-def _is_news(events: tuple[RunEvent, ...], number: int) -> bool:
-    """Tell whether an event says something new: the verdict is told each time its numbers change."""
+def _is_new(events: tuple[RunEvent, ...], number: int) -> bool:
+    """Return whether an event is new: the verdict is stored again each time its numbers change."""
     event = events[number]
     if event.kind != "verdict":
         return True
@@ -141,8 +141,8 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-class DeliverySection:
-    """How each tracker stands."""
+class DeliveryPanel:
+    """State of each tracker."""
 
     def __init__(self) -> None:
         with Container("div", "card"):
@@ -150,18 +150,18 @@ class DeliverySection:
                 ("Tracker", ""),
                 ("State", ""),
                 ("Delivered", "n"),
-                ("Wait", "n"),
+                ("Pending", "n"),
                 ("Refused", "n"),
                 ("", "long"),
             )
             self._table = DataTable(columns, "trackers")
             self._none = TextNode(
-                "p", 'No tracker was asked for. backend="mlflow" or TRACEML_BACKEND names one.', "note"
+                "p", 'No tracker is configured. Set one by backend="mlflow" or TRACEML_BACKEND.', "note"
             )
 
     def show(self, view: RunView) -> None:
-        """Show the trackers as they stand."""
-        shown(self._none, not view.trackers)
+        """Show the current state of the trackers."""
+        set_visible(self._none, not view.trackers)
         self._table.show(
             [
                 [
@@ -178,22 +178,22 @@ class DeliverySection:
         )
 
 
-class TelemetrySection:
-    """What tracing stored, lost and cost, and where the run is from."""
+class TelemetryPanel:
+    """Rows stored and lost, overhead, and the origin of the run."""
 
     def __init__(self) -> None:
         with Container("div", "card pad"):
             self._facts = FactList()
 
     def show(self, view: RunView) -> None:
-        """Show the figures as they stand."""
-        told, run = view.telemetry, view.run
+        """Show the current figures."""
+        telemetry, run = view.telemetry, view.run
         self._facts.show(
             (
-                ("Rows stored", count_text(told.rows_stored)),
-                ("Rows lost", count_text(told.rows_lost)),
-                ("Overhead", overhead_text(told.overhead_us_per_step, told.overhead_share)),
-                ("Sent", bytes_text(told.bytes_sent)),
+                ("Rows stored", count_text(telemetry.rows_stored)),
+                ("Rows lost", count_text(telemetry.rows_lost)),
+                ("Overhead", overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)),
+                ("Sent", bytes_text(telemetry.bytes_sent)),
                 ("Run", run.id),
                 ("Command", run.command_line or "-"),
                 ("Hosts", ", ".join(run.hosts) or "-"),

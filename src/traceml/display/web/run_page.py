@@ -1,15 +1,15 @@
-"""A run's page: what limits it first, then the charts that show it, then everything that is known."""
+"""A run's page: its verdict first, then charts, then all details."""
 
 from __future__ import annotations
 
 from nicegui import Client
 
-from traceml.display.web.chart_section import ChartSection
-from traceml.display.web.elements import Container, TextNode, link, shown
+from traceml.display.web.chart_panel import ChartPanel
+from traceml.display.web.elements import Container, TextNode, link, set_visible
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
-from traceml.display.web.run_details import DeliverySection, LogSection, RankTable, TelemetrySection
+from traceml.display.web.run_details import DeliveryPanel, LogPanel, RankTable, TelemetryPanel
 from traceml.display.web.run_sources import RunState
-from traceml.display.web.verdict_card import FindingSection, VerdictCard
+from traceml.display.web.verdict_card import FindingsPanel, VerdictCard
 from traceml.formatting import duration_text
 from traceml.renderers.views import RunView
 
@@ -21,9 +21,9 @@ _TABS = (
     ("ranks", "Ranks"),
     ("machine", "Memory and system"),
     ("metrics", "Metrics"),
-    ("logs", "LogSection"),
-    ("delivery", "DeliverySection"),
-    ("telemetry", "TelemetrySection"),
+    ("logs", "Logs"),
+    ("delivery", "Delivery"),
+    ("telemetry", "Telemetry"),
 )
 
 
@@ -33,7 +33,7 @@ class RunPage:
     Args:
         client: the browser.
         run_id: the run's folder.
-        theme: what the browser had last.
+        theme: the one that the browser used last.
     """
 
     def __init__(self, client: Client, run_id: str, theme: str) -> None:
@@ -43,7 +43,7 @@ class RunPage:
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
             with Container("div", "card nothing") as self._nothing:
-                self._why = TextNode("h2", "")
+                self._reason = TextNode("h2", "")
                 self._hint = TextNode("p", "")
                 with Container("p"):
                     link("All runs", "/")
@@ -52,22 +52,22 @@ class RunPage:
                 self._build()
 
         keys_dialog()
-        shown(self._nothing, False)
+        set_visible(self._nothing, False)
 
     def show(self, state: RunState) -> None:
-        """Show the run as it stands."""
+        """Show the current state of the run."""
         self._state = state
         with self._client:
-            self._banner.say(_warning(state))
-            shown(self._nothing, state.view is None)
-            shown(self._body, state.view is not None)
+            self._banner.show(_warning(state))
+            set_visible(self._nothing, state.view is None)
+            set_visible(self._body, state.view is not None)
             if state.view is None:
-                self._say_why_not(state)
+                self._explain_absence(state)
             else:
                 self._show_run(state, state.view)
 
     def set_theme(self, theme: str) -> None:
-        """Draw in other colours."""
+        """Change the colors."""
         if theme != self._theme:
             self._theme = theme
             if self._state is not None and self._state.view is not None:
@@ -77,28 +77,28 @@ class RunPage:
     def _build(self) -> None:
         with Container("section", "", id="verdict", aria_label="verdict"):
             self._verdict = VerdictCard()
-            self._findings = FindingSection()
+            self._findings = FindingsPanel()
 
-        self._charts = ChartSection()
+        self._charts = ChartPanel()
         with self._charts.below_ranks:
             self._rank_table = RankTable()
 
         with Container("section", "", id="logs", aria_label="logs"):
-            TextNode("h2", "LogSection")
-            self._logs = LogSection()
+            TextNode("h2", "Logs")
+            self._logs = LogPanel()
 
         with Container("div", "grid"):
             with Container("section", "", id="delivery", aria_label="delivery"):
-                TextNode("h2", "DeliverySection to trackers")
-                self._delivery = DeliverySection()
+                TextNode("h2", "Delivery to trackers")
+                self._delivery = DeliveryPanel()
 
             with Container("section", "", id="telemetry", aria_label="telemetry"):
-                TextNode("h2", "TelemetrySection")
-                self._telemetry = TelemetrySection()
+                TextNode("h2", "Telemetry")
+                self._telemetry = TelemetryPanel()
 
     def _show_run(self, state: RunState, view: RunView) -> None:
-        self._crumb.say(view.run.name)
-        shown(self._crumb, True)
+        self._crumb.set_text(view.run.name)
+        set_visible(self._crumb, True)
         self._verdict.show(view)
         self._findings.show(view)
         self._rank_table.show(view)
@@ -107,16 +107,16 @@ class RunPage:
         self._telemetry.show(view)
         draw(self._client, self._charts.show(state, self._theme))
 
-    def _say_why_not(self, state: RunState) -> None:
+    def _explain_absence(self, state: RunState) -> None:
         if state.problem:
-            self._why.say("This run cannot be read")
-            self._hint.say("It is tried again every few seconds.")
+            self._reason.set_text("This run cannot be read")
+            self._hint.set_text("The page tries again every few seconds.")
         elif state.exists:
-            self._why.say("Waiting for the first rows")
-            self._hint.say("The run has been created; its page fills by itself as soon as a rank reports.")
+            self._reason.set_text("Waiting for the first rows")
+            self._hint.set_text("The run has been created; this page updates as soon as a rank reports.")
         else:
-            self._why.say("There is no such run")
-            self._hint.say("It may have been removed, or not have started yet: then this page fills by itself.")
+            self._reason.set_text("There is no such run")
+            self._hint.set_text("It may have been removed. If it starts later, this page updates.")
 
 
 def _warning(state: RunState) -> str:
@@ -124,10 +124,10 @@ def _warning(state: RunState) -> str:
         return state.problem
 
     if not state.watched:
-        return "The aggregator of this run ended before the run did: what you see is what had been stored."
+        return "The aggregator of this run ended before the run did: this page shows what was stored until then."
 
     if state.silent_s is not None:
         silent = duration_text(float(round(state.silent_s)))
-        return f"Nothing has come from this run for {silent}: its ranks are silent, or its aggregator is."
+        return f"No data from this run for {silent}: its ranks or its aggregator do not respond."
 
     return ""

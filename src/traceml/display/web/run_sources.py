@@ -1,4 +1,4 @@
-"""What pages show at a moment: a run, and the list of runs, read from their folders."""
+"""Data sources of the pages: a run, and the list of runs, read from their folders."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LogTail", "RunFileTimes", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
 
-# A run that goes on writes at least its samples once a second; nothing for this long is worth a word.
+# A running run writes its samples at least once a second; a longer silence is reported.
 _SILENT_S = 5.0
 _TAIL_BYTES = 16 * 1024
 _LOG_FILES = 8
@@ -40,54 +40,52 @@ class LogTail:
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """A run as its page shows it.
+    """The state of a run on its page.
 
     Attributes:
         id: the folder's name.
-        problem: why it cannot be read, or not any further; empty where it can.
-        exists: whether there is such a folder.
-        report: the report so far; None before there is one.
-        view: its view; None before there is one.
-        events: what happened, oldest first.
+        problem: why it cannot be read; empty where it can.
+        exists: whether the folder exists.
+        view: the report so far; None before there is one.
+        events: events of the run, oldest first.
         logs: ends of the files in its `logs`.
-        ended: whether it is over.
-        silent_s: for how long nothing has come of a run that goes on; None where it is not worth a word.
-        watched: whether the aggregator that writes it lives, as far as is known.
-        drawings: the charts.
+        ended: whether the run has ended.
+        silent_s: seconds without new data of a running run; None for a short silence.
+        watched: whether the aggregator that writes it is alive, as far as is known.
+        charts: the charts.
     """
 
     id: str
     problem: str = ""
     exists: bool = True
-    report: Report | None = None
     view: RunView | None = None
     events: tuple[RunEvent, ...] = ()
     logs: tuple[LogTail, ...] = ()
     ended: bool = False
     silent_s: float | None = None
     watched: bool = True
-    drawings: ChartCache | None = None
+    charts: ChartCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunsState:
-    """The list of runs, the newest first, and why it cannot be had where it cannot."""
+    """The list of runs, newest first, or the problem that prevents it."""
 
     runs: tuple[RunInfo, ...] = ()
     problem: str = ""
 
 
 def is_run_id(name: str) -> bool:
-    """Tell whether a name from an address can be a run's folder, and nothing outside the folder of runs."""
+    """Return whether a name from an address can be a run's folder, and not a path out of the folder of runs."""
     return bool(name) and not name.startswith(".") and "/" not in name and "\\" not in name and "\0" not in name
 
 
 class RunSource:
-    """Follows a run in its folder; a damaged one is tried again, one that comes later is found.
+    """Follows a run in its folder, also one that appears later; a damaged one is tried again.
 
     Args:
         run_dir: the run's folder.
-        themes: those that browsers have; charts in them are made here, off the event loop.
+        themes: the themes in use; their charts are made here, off the event loop.
     """
 
     def __init__(self, run_dir: Path, themes: Collection[str] = ()) -> None:
@@ -95,26 +93,26 @@ class RunSource:
         self._themes = themes
         self._live: LiveRun | None = None
         self._state = RunState(run_dir.name)
-        self._heard_s = time.monotonic()
+        self._changed_s = time.monotonic()
         self._written = RunFileTimes(run_dir)
-        self._settled = False
-        self._told = False
+        self._complete = False
+        self._published = False
         self._inode = -1
 
     def __repr__(self) -> str:
         return f"RunSource({str(self._path)!r})"
 
     def read(self) -> RunState | None:
-        """Return the run as it stands; None when nothing has changed."""
+        """Return the state of the run; None when nothing has changed."""
         before = self._state
         try:
-            self._state = self._look()
+            self._state = self._read_state()
         except (StoreError, OSError) as error:
             self.close()
             self._state = self._changed(problem=str(error))
 
-        told, self._told = self._told, True
-        return None if told and self._state is before else self._state
+        published, self._published = self._published, True
+        return None if published and self._state is before else self._state
 
     def close(self) -> None:
         """Close the store; a later read opens it again."""
@@ -122,27 +120,27 @@ class RunSource:
             self._live.close()
             self._live = None
 
-    def _look(self) -> RunState:
+    def _read_state(self) -> RunState:
         if not (self._path / STORE_NAME).is_file():
             return self._without_store()
 
         inode = (self._path / STORE_NAME).stat().st_ino
         if inode != self._inode:
-            self.close()  # another file stands there now
+            self.close()  # another file has taken its place
 
         fresh = self._live is None
         if self._live is None:
             self._inode = inode
             self._live = LiveRun(self._path)
-            self._heard_s = time.monotonic() - self._written.age_s()
-            self._settled = False
+            self._changed_s = time.monotonic() - self._written.age_s()
+            self._complete = False
 
-        came = self._live.refresh()
-        if came:
-            self._heard_s = time.monotonic()
+        changed = self._live.refresh()
+        if changed:
+            self._changed_s = time.monotonic()
 
-        if came or fresh or self._state.problem or not self._settled or self._written.changed():
-            self._settled = self._live.ended
+        if changed or fresh or self._state.problem or not self._complete or self._written.changed():
+            self._complete = self._live.ended
             return self._whole(self._live)
 
         return self._aged(self._live)
@@ -161,14 +159,12 @@ class RunSource:
         if report is None:
             return self._changed(exists=True, problem="")
 
-        if report == self._state.report:
+        view = run_view(report)
+        if view == self._state.view:
             return self._state
 
-        view = run_view(report)
-        problem = "The store of this run is gone; this is what its report tells."
-        return self._changed(
-            exists=True, problem=problem, report=report, view=view, ended=True, drawings=self._drawings(view, None)
-        )
+        problem = "The store of this run is gone; this page shows its report."
+        return self._changed(exists=True, problem=problem, view=view, ended=True, charts=self._charts(view, None))
 
     def _changed(self, **values: Any) -> RunState:
         state = replace(self._state, **values)
@@ -179,9 +175,8 @@ class RunSource:
         view, series = run_view(report), live.series()
         return RunState(
             self._path.name,
-            report=report,
             view=view,
-            drawings=self._drawings(view, series),
+            charts=self._charts(view, series),
             events=tuple(live.events),
             logs=tuple(_tails(self._path / "logs")),
             ended=live.ended or report.run.state != "running",
@@ -189,15 +184,15 @@ class RunSource:
             watched=report.run.state != "lost",
         )
 
-    def _drawings(self, view: RunView, series: RunSeries | None) -> ChartCache:
-        drawings = ChartCache(view, series)
+    def _charts(self, view: RunView, series: RunSeries | None) -> ChartCache:
+        charts = ChartCache(view, series)
         for theme in tuple(self._themes):
-            drawings.of(theme)
+            charts.of(theme)
 
-        return drawings
+        return charts
 
     def _aged(self, live: LiveRun) -> RunState:
-        """Return the state with how long nothing came, which is all that changes of a run that is silent."""
+        """Return the state with the length of the silence, the only thing that changes in a silent run."""
         silent_s = self._silent(live)
         if silent_s is None:
             return self._state
@@ -208,7 +203,7 @@ class RunSource:
         return replace(self._whole(live), silent_s=silent_s)
 
     def _silent(self, live: LiveRun) -> float | None:
-        silent_s = time.monotonic() - self._heard_s
+        silent_s = time.monotonic() - self._changed_s
         return silent_s if not live.ended and silent_s >= _SILENT_S else None
 
 
@@ -224,7 +219,7 @@ class RunsSource:
         return f"RunsSource({str(self._path)!r})"
 
     def read(self) -> RunsState | None:
-        """Return the list as it stands; None when nothing has changed."""
+        """Return the list; None when nothing has changed."""
         try:
             state = RunsState(tuple(self._list()))
         except OSError as error:
@@ -237,7 +232,7 @@ class RunsSource:
         return state
 
     def close(self) -> None:
-        """Nothing stays open."""
+        """Do nothing: no file stays open."""
 
     def _list(self) -> list[RunInfo]:
         known = {path: self._describe(path) for path in run_folders(self._path)}
@@ -255,7 +250,7 @@ class RunsSource:
 
 
 class RunFileTimes:
-    """When the files of a run were written last.
+    """Time of the last write to a run's files.
 
     Args:
         run_dir: the run's folder.
@@ -266,18 +261,18 @@ class RunFileTimes:
         self._seen = -1.0
 
     def newest(self) -> float:
-        """Return the epoch seconds of the last write, 0 where there is none."""
+        """Return the epoch seconds of the last write, 0 without any file."""
         found = []
         for file in self._files:
             try:
                 found.append(file.stat().st_mtime)
             except OSError:
-                pass  # it is not there, or just going
+                pass  # it does not exist, or is being removed
 
         return max(found, default=0.0)
 
     def age_s(self) -> float:
-        """Return how long ago the last write was."""
+        """Return the seconds since the last write."""
         return max(0.0, time.time() - self.newest())
 
     def changed(self) -> bool:
@@ -291,7 +286,7 @@ def _written_report(run_dir: Path) -> Report | None:
     try:
         return read_report(run_dir / REPORT_NAME)
     except (OSError, StoreError):
-        return None  # not written yet, or damaged; the store has the same
+        return None  # not written yet, or damaged: the store has the same
 
 
 def _tails(folder: Path) -> list[LogTail]:
@@ -300,7 +295,7 @@ def _tails(folder: Path) -> list[LogTail]:
         files = sorted(folder.rglob("*.log"), key=lambda file: file.stat().st_mtime)[-_LOG_FILES:]
         return sorted((_tail(folder, file) for file in files), key=lambda tail: tail.name)
     except OSError:
-        return []  # a file that goes while it is looked at
+        return []  # a file was removed meanwhile
 
 
 def _tail(folder: Path, file: Path) -> LogTail:

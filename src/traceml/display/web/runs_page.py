@@ -1,4 +1,4 @@
-"""The list of runs: the newest first, searched as one types, two of them picked to be compared."""
+"""The list of runs, newest first, with search and a choice of two to compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nicegui import Client
 
-from traceml.display.web.elements import Container, TextNode, link, run_path, shown
+from traceml.display.web.elements import Container, TextNode, link, run_path, set_visible
 from traceml.display.web.layout import Banner, keys_dialog, top_bar
 from traceml.display.web.run_sources import RunsState
 from traceml.formatting import bytes_text, duration_text
@@ -23,7 +23,7 @@ class RunsPage:
 
     Args:
         client: the browser.
-        runs_dir: named where there is nothing to list.
+        runs_dir: shown where there are no runs.
     """
 
     def __init__(self, client: Client, runs_dir: Path) -> None:
@@ -44,20 +44,20 @@ class RunsPage:
             self._more = TextNode("p", "", "note")
             with Container("div", "card nothing") as self._nothing:
                 TextNode("h2", "No runs yet")
-                TextNode("p", f"{runs_dir} is where they will appear, as soon as one starts.")
+                TextNode("p", f"They appear here as soon as one starts in {runs_dir}.")
                 TextNode("code", "traceml run train.py")
 
         keys_dialog()
 
     def show(self, state: RunsState) -> None:
-        """Show the list as it stands."""
+        """Show the current list."""
         with self._client:
-            self._banner.say(state.problem)
+            self._banner.show(state.problem)
             runs = state.runs[:_SHOWN]
-            shown(self._nothing, not runs and not state.problem)
-            shown(self._card, bool(runs))
+            set_visible(self._nothing, not runs and not state.problem)
+            set_visible(self._card, bool(runs))
             hidden = len(state.runs) - len(runs)
-            self._more.say(f"and {hidden:,} older ones, which `traceml runs` lists" if hidden else "")
+            self._more.set_text(f"and {hidden:,} older runs: `traceml runs` lists them" if hidden else "")
             for gone in self._rows.keys() - {run.id for run in runs}:
                 self._rows.pop(gone).row.delete()
 
@@ -82,7 +82,7 @@ class RunsPage:
 
             self._body = Container("tbody")
             with self._body, Container("tr", id="none-found", style="display:none"):
-                TextNode("td", "No run fits the search.", "note", colspan=len(_COLUMNS))
+                TextNode("td", "No run matches the search.", "note", colspan=len(_COLUMNS))
 
 
 _COLUMNS = (
@@ -118,13 +118,13 @@ class _RunRow:
             self._cells = [TextNode("td", "", classes) for _, classes in _COLUMNS[4:]]
 
     def show(self, run: RunInfo) -> None:
-        """Show the run as it stands."""
-        self._name.say(run.name)
-        self._state.say(run.state)
-        self._state.look(f"pill {run.state}")
-        self._verdict.say(_in_words(run.verdict))
-        self._verdict.look(f"pill {run.severity or ''}")
-        shown(self._verdict, run.verdict is not None)
+        """Show the current state of the run."""
+        self._name.set_text(run.name)
+        self._state.set_text(run.state)
+        self._state.set_classes(f"pill {run.state}")
+        self._verdict.set_text(_verdict_text(run.verdict))
+        self._verdict.set_classes(f"pill {run.severity or ''}")
+        set_visible(self._verdict, run.verdict is not None)
         took = run.duration_s
         if took is None and run.started is not None and run.state == "running":
             took = time.time() - run.started
@@ -134,14 +134,14 @@ class _RunRow:
             (str(run.world_size), _when(run.started), duration_text(took), bytes_text(run.size_bytes)),
             strict=True,
         ):
-            cell.say(text)
+            cell.set_text(text)
 
-        words = f"{run.name} {run.id} {run.state} {run.verdict or ''} {_in_words(run.verdict)}".lower()
+        words = f"{run.name} {run.id} {run.state} {run.verdict or ''} {_verdict_text(run.verdict)}".lower()
         if self.row.props.get("data-words") != words:
             self.row.props["data-words"] = words
 
 
-def _in_words(verdict: str | None) -> str:
+def _verdict_text(verdict: str | None) -> str:
     return (verdict or "").replace("_", " ").capitalize()
 
 

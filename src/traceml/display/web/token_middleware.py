@@ -1,4 +1,4 @@
-"""Who may see the page: a token in the address once, a cookie from then on, nobody else; websockets included."""
+"""Access control: a token in the address once, a cookie after that; also for websockets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["TOKEN_PARAMETER", "TokenMiddleware", "cookie_name", "cookie_value"]
 
 TOKEN_PARAMETER = "token"  # noqa: S105 - the name of the parameter
 _COOKIE_AGE_S = 30 * 24 * 3600
-# NiceGUI's pages need inline and evaluated scripts; nothing may be loaded from, or sent to, anywhere else.
+# NiceGUI's pages need inline and evaluated scripts; other origins are neither loaded from nor sent to.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; object-src 'none'; base-uri 'none'; "
@@ -35,22 +35,22 @@ _HEADERS = (
 
 
 def cookie_name(port: int) -> str:
-    """Return the cookie's name: browsers send cookies to all ports of a host, so it tells its own."""
+    """Return the cookie's name, with the port: browsers send cookies to all ports of a host."""
     return f"traceml_{port}"
 
 
 def cookie_value(token: str) -> str:
-    """Return what the cookie holds: not the token, for other servers of this host are sent it, too."""
+    """Return the cookie's value: not the token, since other servers of this host receive it too."""
     return hmac.new(token.encode(), b"traceml page", hashlib.sha256).hexdigest()
 
 
 class TokenMiddleware:
-    """ASGI middleware that lets through who has the token.
+    """ASGI middleware that requires the token.
 
     Args:
-        app: what is guarded.
+        app: the protected application.
         token: the secret.
-        port: the port that the page is served on.
+        port: the port of the page.
     """
 
     def __init__(self, app: App, token: str, port: int) -> None:
@@ -60,14 +60,14 @@ class TokenMiddleware:
         self._cookie = cookie_value(token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, exchange a token for the cookie, or refuse."""
+        """Forward a request, exchange a token for the cookie, or refuse."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
 
         given = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-        if self._knows_cookie(scope) and _same_origin(scope):
-            await self._pass_on(scope, receive, send, strip=TOKEN_PARAMETER in given)
+        if self._has_cookie(scope) and _same_origin(scope):
+            await self._forward(scope, receive, send, strip=TOKEN_PARAMETER in given)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         elif _same(given.get(TOKEN_PARAMETER, ""), self._token):
@@ -75,20 +75,20 @@ class TokenMiddleware:
         else:
             await _refuse(send, wrong=TOKEN_PARAMETER in given)
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send, *, strip: bool) -> None:
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, *, strip: bool) -> None:
         if strip and scope["type"] == "http" and scope["method"] == "GET":
             await _redirect(send, _without_token(scope), self._set_cookie())
             return
 
-        async def guarded(message: MutableMapping[str, Any]) -> None:
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), *_HEADERS]
 
             await send(message)
 
-        await self.app(scope, receive, guarded)
+        await self.app(scope, receive, send_with_headers)
 
-    def _knows_cookie(self, scope: Scope) -> bool:
+    def _has_cookie(self, scope: Scope) -> bool:
         try:
             found = SimpleCookie(_header(scope, b"cookie")).get(self._name)
         except CookieError:
@@ -110,7 +110,7 @@ def _header(scope: Scope, name: bytes) -> str:
 
 
 def _same_origin(scope: Scope) -> bool:
-    """Tell whether no page of another server sent this: `SameSite` does not tell the ports of a host apart."""
+    """Return whether the request is from our own page: `SameSite` ignores the port."""
     origin = _header(scope, b"origin")
     return not origin or urlsplit(origin).netloc == _header(scope, b"host")
 
@@ -132,7 +132,7 @@ async def _redirect(send: Send, location: str, cookie: bytes) -> None:
 
 async def _refuse(send: Send, *, wrong: bool) -> None:
     page = resources.files("traceml.display.web").joinpath("static/refused.html").read_text(encoding="utf-8")
-    what = "The token in this address is not the right one." if wrong else "This page needs its token."
+    what = "The token in this address is wrong." if wrong else "This page needs its token."
     body = page.replace("{{what}}", what).encode()
     headers = [
         (b"content-type", b"text/html; charset=utf-8"),

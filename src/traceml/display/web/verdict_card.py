@@ -1,20 +1,20 @@
-"""What limits a run, on which numbers that rests, and what to do: the first thing on its page."""
+"""The verdict of a run with its evidence and advice, at the top of its page."""
 
 from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
-from traceml.display.web.elements import Container, FactList, TextNode, shown
+from traceml.display.web.elements import Container, FactList, TextNode, set_visible
 from traceml.formatting import count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
 
-__all__ = ["FindingSection", "VerdictCard"]
+__all__ = ["FindingsPanel", "VerdictCard"]
 
 _EVIDENCE = 12
 
 
 class VerdictCard:
-    """The verdict, its evidence, and the next thing to do."""
+    """The verdict, its evidence, and what to do next."""
 
     def __init__(self) -> None:
         with Container("div", "card verdict") as self._card:
@@ -24,7 +24,7 @@ class VerdictCard:
                     self._state = TextNode("span", "", "pill")
 
                 self._headline = TextNode("h1", "", aria_live="polite")
-                self._why = TextNode("p", "", "why")
+                self._summary = TextNode("p", "", "why")
                 with Container("div", "next") as self._next_block:
                     TextNode("b", "Next")
                     self._next = TextNode("span")
@@ -36,23 +36,23 @@ class VerdictCard:
                 self._facts = FactList()
 
     def show(self, view: RunView) -> None:
-        """Show the verdict as it stands."""
+        """Show the current verdict."""
         verdict = view.verdict
-        self._card.look(f"card verdict {verdict.severity}")
-        self._kind.say(verdict.kind.replace("_", " "))
-        self._kind.look(f"pill kind {verdict.severity}")
-        self._state.say(view.run.state)
-        self._state.look(f"pill {view.run.state}")
-        self._headline.say(verdict.headline)
-        self._why.say(verdict.summary)
-        self._next.say(verdict.next)
-        shown(self._next_block, bool(verdict.next))
+        self._card.set_classes(f"card verdict {verdict.severity}")
+        self._kind.set_text(verdict.kind.replace("_", " "))
+        self._kind.set_classes(f"pill kind {verdict.severity}")
+        self._state.set_text(view.run.state)
+        self._state.set_classes(f"pill {view.run.state}")
+        self._headline.set_text(verdict.headline)
+        self._summary.set_text(verdict.summary)
+        self._next.set_text(verdict.next)
+        set_visible(self._next_block, bool(verdict.next))
         self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
 
 
-class FindingSection:
-    """What else was found."""
+class FindingsPanel:
+    """The other findings."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[Container, TextNode, TextNode, TextNode]] = []
@@ -61,21 +61,21 @@ class FindingSection:
             self._card = Container("div", "card")
 
     def show(self, view: RunView) -> None:
-        """Show these findings and no others."""
-        shown(self._section, bool(view.others))
+        """Show the current findings."""
+        set_visible(self._section, bool(view.others))
         for number, finding in enumerate(view.others):
             if number == len(self._rows):
                 self._add()
 
             row, kind, head, next_ = self._rows[number]
-            shown(row, True)
-            kind.say(finding.kind.replace("_", " "))
-            kind.look(f"pill {finding.severity}")
-            head.say(finding.headline)
-            next_.say(" ".join(part for part in (finding.summary, finding.next) if part))
+            set_visible(row, True)
+            kind.set_text(finding.kind.replace("_", " "))
+            kind.set_classes(f"pill {finding.severity}")
+            head.set_text(finding.headline)
+            next_.set_text(" ".join(part for part in (finding.summary, finding.next) if part))
 
         for row, *_ in self._rows[len(view.others) :]:
-            shown(row, False)
+            set_visible(row, False)
 
     def _add(self) -> None:
         with self._card, Container("div", "other") as row:

@@ -53,7 +53,7 @@ def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Fig
          run_charts.step_time_chart(steps, theme), 250),
         ("Where a step goes", f"Mean of each phase, stacked, {each}.", run_charts.phases_chart(steps, theme), 250),
         ("Ranks", "Mean step of each rank; comm is waiting for others.", ranks, _height(ranks)),
-        ("Who holds the others up", "A rank's own work above the median rank's, as a share of the step.",
+        ("Slow ranks", "A rank's own work above the median rank's, as a share of the step.",
          run_charts.heatmap_chart(heat, theme), 120 + min(26 * len(heat.ranks), 420)),
         ("Loss and step time", "Whether what changed the speed changed the training too.",
          run_charts.loss_chart(series, theme), 250),

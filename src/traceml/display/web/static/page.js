@@ -1,4 +1,4 @@
-/* What a page does in the browser by itself: theme, charts, keys, search, and saying that the connection is lost. */
+/* Browser side of the pages: theme, charts, keys, search, and the notice of a lost connection. */
 window.traceml = (() => {
   const root = document.documentElement;
   const system = window.matchMedia("(prefers-color-scheme: dark)");
@@ -13,7 +13,7 @@ window.traceml = (() => {
     document.cookie = `traceml_theme=${name}; path=/; max-age=31536000; SameSite=Lax`;
     const button = document.getElementById("theme");
     if (button) button.textContent = name === "dark" ? "Light" : "Dark";
-    // Retried until NiceGUI stands: the server draws the charts anew where it had guessed another theme.
+    // Retried until NiceGUI is connected: the server then redraws the charts if it had assumed another theme.
     const tell = () => (window.did_handshake ? emitEvent("traceml_theme", name) : setTimeout(tell, 30));
     tell();
   }
@@ -64,7 +64,7 @@ window.traceml = (() => {
 
   function compare() {
     const picked = [...document.querySelectorAll("input[data-run]:checked")].map((box) => box.dataset.run);
-    // The list has the newest first; what came before is what one compares with.
+    // The list is newest first; the older run is the baseline.
     if (picked.length === 2) location.href = `/compare/${encodeURIComponent(picked[1])}/${encodeURIComponent(picked[0])}`;
   }
 

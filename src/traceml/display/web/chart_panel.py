@@ -1,19 +1,19 @@
-"""The charts of a run's page, from its steps to what it logged."""
+"""The charts of a run's page: steps, ranks, memory, system, metrics."""
 
 from __future__ import annotations
 
 from traceml.display.web.chart_cache import METRIC
-from traceml.display.web.elements import ChartCard, Container, TextNode, shown
+from traceml.display.web.elements import ChartCard, Container, TextNode, set_visible
 from traceml.display.web.run_sources import RunState
 
-__all__ = ["ChartSection"]
+__all__ = ["ChartPanel"]
 
 _WAITING = "Waiting for the first steps"
 _HEAT_ROW_PX, _HEAT_FRAME_PX, _LEAST_HEAT_PX, _MOST_HEAT_PX = 26, 96, 200, 520
 _RANK_ROW_PX, _RANK_FRAME_PX, _LEAST_RANKS_PX, _MOST_RANKS_PX = 24, 84, 236, 560
 
 
-class ChartSection:
+class ChartPanel:
     """All charts of a run."""
 
     def __init__(self) -> None:
@@ -29,9 +29,9 @@ class ChartSection:
             TextNode("h2", "Ranks")
             with Container("div", "grid"):
                 self._heat = ChartCard(
-                    "Who holds the others up",
+                    "Slow ranks",
                     "own work above the median rank's, by rank and step",
-                    waiting="Shown with two ranks and more",
+                    waiting="Shown for two or more ranks",
                     classes="heat wide",
                 )
                 self._ranks = ChartCard("Each rank's step", "mean, by phase", waiting=_WAITING, classes="heat wide")
@@ -39,14 +39,14 @@ class ChartSection:
         with Container("section", "", id="machine", aria_label="memory and system"):
             TextNode("h2", "Memory and system")
             with Container("div", "grid"):
-                self._memory = ChartCard("Memory", "resident, and on the device, by rank")
-                self._system = ChartCard("Hosts and devices", "processor, memory and GPU in percent")
+                self._memory = ChartCard("Memory", "resident and device memory, by rank")
+                self._system = ChartCard("Hosts and devices", "CPU, memory and GPU in percent")
 
         with Container("section", "", id="metrics", aria_label="metrics"):
             TextNode("h2", "Metrics")
             with Container("div", "grid three") as self._grid:
                 self._loss = ChartCard(
-                    "Loss next to step time", "did what changed the speed change the loss?", classes="wide"
+                    "Loss next to step time", "did a change in speed change the loss?", classes="wide"
                 )
 
             self._none = TextNode(
@@ -54,16 +54,16 @@ class ChartSection:
             )
 
     def show(self, state: RunState, theme: str) -> list[str]:
-        """Show the charts as they stand; return what the browser has to draw."""
-        if state.drawings is None:
+        """Show the current charts; return those that the browser has to draw."""
+        if state.charts is None:
             return []
 
-        made = state.drawings.of(theme)
+        made = state.charts.of(theme)
         self._size(state)
         metrics = {name.removeprefix(METRIC): option for name, option in made.items() if name.startswith(METRIC)}
         self._loss.visible("loss" in made)
-        shown(self._none, not metrics and "loss" not in made)
-        told = [
+        set_visible(self._none, not metrics and "loss" not in made)
+        drawn = [
             chart.show(made.get(name))
             for name, chart in (
                 ("steps", self._steps),
@@ -75,8 +75,8 @@ class ChartSection:
                 ("loss", self._loss),
             )
         ]
-        told += [self._metric(name).show(option) for name, option in metrics.items()]
-        return [each for each in told if each is not None]
+        drawn += [self._metric(name).show(option) for name, option in metrics.items()]
+        return [each for each in drawn if each is not None]
 
     def _metric(self, name: str) -> ChartCard:
         if name not in self._metrics:
@@ -86,7 +86,7 @@ class ChartSection:
         return self._metrics[name]
 
     def _size(self, state: RunState) -> None:
-        """Give charts with a row per rank the height that their rows need."""
+        """Set the height of charts that have a row per rank."""
         ranks = len(state.view.ranks) if state.view is not None else 0
         heat = min(max(_HEAT_FRAME_PX + _HEAT_ROW_PX * ranks, _LEAST_HEAT_PX), _MOST_HEAT_PX)
         bars = min(max(_RANK_FRAME_PX + _RANK_ROW_PX * ranks, _LEAST_RANKS_PX), _MOST_RANKS_PX)
