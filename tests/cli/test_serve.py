@@ -58,7 +58,7 @@ def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
     connection.close("done")
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 0
-    assert auth.discover(port, even_dead=True) is None
+    assert auth.discover(port, include_dead=True) is None
 
 
 def test_token_outlives_a_crash(serve):

@@ -283,7 +283,8 @@ def test_a_refusal_is_said_once(flight: FlightFile, caplog: pytest.LogCaptureFix
         sender.pump()
 
     assert [record.getMessage() for record in caplog.records].count(
-        "the traceml aggregator at h:1 refused the connection: wrong token; rows are kept, trying again every minute"
+        "the traceml aggregator at h:1 refused the connection: wrong token; "
+        "rows are kept, and the connection is retried every minute"
     ) == 1
 
 

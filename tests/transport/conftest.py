@@ -50,7 +50,7 @@ class Remembering:
             peer.send({"t": "bye"})
             peer.close()
 
-    def gone(self, peer: Peer) -> None:
+    def disconnected(self, peer: Peer) -> None:
         assert peer.hello is not None
         self.gone_ranks.append(peer.hello.rank)
 

@@ -58,7 +58,7 @@ def test_entry_of_a_dead_aggregator_is_told_apart(folder):
     path.write_text(json.dumps({**json.loads(path.read_text()), "start_ticks": 1}))
 
     assert auth.discover(4711) is None
-    left = auth.discover(4711, even_dead=True)
+    left = auth.discover(4711, include_dead=True)
     assert left is not None
     assert left.token == "secret"
 

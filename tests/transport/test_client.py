@@ -167,7 +167,7 @@ def test_silent_listener_is_told_from_none():
     """A program that listens and says nothing gives a reason of its own."""
     with (
         FalseServer() as server,
-        pytest.raises(AggregatorUnavailableError, match="something listens there, but sent no challenge"),
+        pytest.raises(AggregatorUnavailableError, match="a program listens there, but sent no challenge"),
     ):
         dial(server.port, timeout_s=0.3)
 
@@ -206,7 +206,7 @@ def test_server_without_the_token_is_left(caplog):
 def test_challenge_that_could_be_a_reflection_is_not_answered(nonce):
     """A nonce which a client made is never answered, nor one that is none."""
     with FalseServer(challenge(nonce=nonce)) as server:
-        with pytest.raises(AggregatorRefusedError, match="no proper nonce"):
+        with pytest.raises(AggregatorRefusedError, match="an invalid nonce"):
             dial(server.port)
 
         assert all(message["t"] == "refused" for message in eventually(lambda: server.heard))

@@ -58,7 +58,7 @@ def test_restarts_left_come_from_torchrun(monkeypatch):
 )  # fmt: skip
 def test_wrong_fields_are_named(wrong):
     """A hello that cannot be is refused with the name of the field."""
-    with pytest.raises(ProtocolError, match=next(iter(wrong)).replace("world_size", "cannot be")):
+    with pytest.raises(ProtocolError, match=next(iter(wrong)).replace("world_size", "is not possible")):
         Hello.from_message({**GOOD, **wrong})
 
 

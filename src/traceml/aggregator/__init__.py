@@ -1,1 +1,4 @@
-"""One process that stores every rank's rows once, judges them while they come, and notices ranks that went silent."""
+"""Aggregator: stores every rank's rows once, diagnoses them live, and detects dead ranks.
+
+Runs in one process per host or job (`traceml serve`). May import `diagnosis`, `track`, `transport` and `database`.
+"""

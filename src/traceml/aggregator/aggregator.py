@@ -191,7 +191,7 @@ class Aggregator:
         else:
             raise ProtocolError(f"{kind[:50]!r} is not expected from a {peer.hello.role if peer.hello else 'peer'}")
 
-    def gone(self, peer: Peer) -> None:
+    def disconnected(self, peer: Peer) -> None:
         """Record that a peer's connection has ended."""
         if peer.context is None:
             return

@@ -116,7 +116,7 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
 
 def _previous_token(port: int) -> str:
     """Return the token of a dead aggregator on this port, so that its ranks can reconnect; else a new one."""
-    before = auth.discover(port, even_dead=True)
+    before = auth.discover(port, include_dead=True)
     return before.token if before is not None and not before.alive else auth.new_token()
 
 

@@ -1,1 +1,5 @@
-"""The part that lives in the training process, one per rank."""
+"""Recorder of one rank: its tables, its thread, its connection, its start and its end.
+
+Runs in the training process. May import `instrument`, `samplers`, `transport` and `database`, and neither numpy nor
+SQLite; the rooms above register with `current.on_start`.
+"""

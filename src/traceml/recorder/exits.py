@@ -1,9 +1,9 @@
-"""How a process ends: with an exception, a status, or quietly.
+"""Detect the end of a process: an exception, a status, or a normal end.
 
-The interpreter tells nobody. An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls
-the one before it. A SystemExit passes nothing at all; and who catches one goes on, so a call of `sys.exit` alone proves
-nothing. But the exception object dies when the interpreter has taken the status from it, with no Python frame left on
-the main thread: an attribute of it, with a finalizer, sees that.
+An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls the one before it. A SystemExit
+passes no hook, and it may be caught, so a call of `sys.exit` alone proves nothing. But the interpreter deletes the
+exception after it has taken the status from it, when the main thread has no Python frame left: a finalizer on an
+attribute of the exception detects that.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from traceml.privacy import secrets_only
 
 __all__ = ["ExitWatch", "describe", "status_of"]
 
+_ATTRIBUTE = "_traceml"  # of a SystemExit: our finalizer
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
 _OURS = str(Path(__file__).parents[1]) + os.sep
-# An exception closes the phases that it passes through; but their wrappers stand in its traceback.
+# An exception closes the phases that it passes through, but its traceback contains their wrappers.
 _PHASE_OF = {
     f"{_OURS}instrument{os.sep}{module}.py": phase.name.lower()
     for module, phase in (
@@ -39,10 +40,10 @@ Report = Callable[[BaseException | None, int], None]
 
 
 class ExitWatch:
-    """Tells once how this process ends.
+    """Reports the end of this process.
 
     Args:
-        report: takes the exception (None for a bare status) and the exit status, while the process still runs.
+        report: called with the exception (None for a bare status) and the exit status, while the process still runs.
     """
 
     def __init__(self, report: Report) -> None:
@@ -56,16 +57,16 @@ class ExitWatch:
         sys.excepthook, sys.exit = self._hook, self._exit
 
     def uninstall(self) -> None:
-        """Put back what was there, unless somebody has wrapped it since: then ours stays below and only passes on."""
+        """Restore the previous hooks; a hook that was wrapped since stays in place and only calls the previous one."""
         if sys.excepthook == self._hook:
             sys.excepthook = self._previous_hook
         if sys.exit == self._exit:
             sys.exit = self._previous_exit
 
-        self._report = _nothing
+        self._report = _ignore
 
     def last_error(self) -> BaseException | None:
-        """Return the exception that ended the main program, when a hook which hides ours printed it."""
+        """Return the exception that ended the main program, if a hook that replaced ours has printed it."""
         if hasattr(sys, "ps1"):  # interactive: errors end nothing
             return None
 
@@ -78,31 +79,34 @@ class ExitWatch:
 
     def _exit(self, status: Any = None, /) -> NoReturn:
         leaving = SystemExit(status)
-        leaving._traceml = _Witness(leaving.code, sys.exc_info()[1], self)  # type: ignore[attr-defined]
+        setattr(leaving, _ATTRIBUTE, _ExitFinalizer(leaving.code, sys.exc_info()[1], self.exited))
         try:
             raise leaving
         finally:
             del leaving  # its traceback holds this frame: a cycle would keep it alive beyond its end
 
-    def _left(self, status: Any, cause: BaseException | None) -> None:
+    def exited(self, status: Any, cause: BaseException | None) -> None:
+        """Report that a SystemExit has ended the program."""
         self._report(cause, status_of(SystemExit(status)))
 
 
-class _Witness:
-    """Sees a SystemExit die, and whether that ended the program."""
+class _ExitFinalizer:
+    """Attribute of a SystemExit whose finalizer detects whether the exception ended the program."""
 
-    __slots__ = ("_cause", "_status", "_watch")
+    __slots__ = ("_cause", "_on_exit", "_status")
 
-    def __init__(self, status: Any, cause: BaseException | None, watch: ExitWatch) -> None:
-        self._status, self._cause, self._watch = status, cause, watch
+    def __init__(
+        self, status: Any, cause: BaseException | None, on_exit: Callable[[Any, BaseException | None], None]
+    ) -> None:
+        self._status, self._cause, self._on_exit = status, cause, on_exit
 
     def __del__(self) -> None:
         if sys._getframe().f_back is None and threading.current_thread() is threading.main_thread():
-            self._watch._left(self._status, self._cause)
+            self._on_exit(self._status, self._cause)
 
 
-def _nothing(_error: BaseException | None, _status: int) -> None:
-    """Take a report that nobody wants any more."""
+def _ignore(_error: BaseException | None, _status: int) -> None:
+    """Ignore a report after `uninstall`."""
 
 
 def status_of(error: BaseException) -> int:
@@ -115,7 +119,7 @@ def status_of(error: BaseException) -> int:
 
 
 def describe(error: BaseException | None) -> dict[str, Any]:
-    """Return what an `exit` row tells of an exception: type, message, and where the user's code raised it."""
+    """Return the fields of an `exit` row for an exception: type, message, and the line of the user's code."""
     if error is None:
         return {}
 
@@ -127,7 +131,7 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     frames = traceback.extract_tb(error.__traceback__)
     shown = [frame for frame in frames if not frame.filename.startswith(_OURS)] or frames
     if shown:
-        # The innermost line may lie deep in a library; the user looks for the line of their own that led there.
+        # The innermost line may be deep in a library; the user needs the line of their own code that led there.
         own = [frame for frame in shown if not _is_library(frame.filename)]
         frame = (own or shown)[-1]
         facts |= {"file": frame.filename, "line": frame.lineno or 0, "function": frame.name}
@@ -137,14 +141,14 @@ def describe(error: BaseException | None) -> dict[str, Any]:
         facts["open_phase"] = phases[-1]
 
     stack = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))
-    facts["stack"] = secrets_only().mask_text(stack)[-_STACK_CHARS:]  # it holds lines of the user's code
+    facts["stack"] = secrets_only().mask_text(stack)[-_STACK_CHARS:]  # it contains lines of the user's code
     return facts
 
 
 def _text_of(error: BaseException) -> str:
     try:
         return str(error)[:_MESSAGE_CHARS]
-    except Exception as broken:  # noqa: BLE001 - a user's __str__ may do anything; say so in its place
+    except Exception as broken:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"<its text failed: {type(broken).__name__}>"
 
 

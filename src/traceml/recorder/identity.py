@@ -1,4 +1,4 @@
-"""Who this recorder is: its rank, its job, and what it says of them in the hello and in its flight file."""
+"""Identity of a recorder: its rank and job, as sent in the hello and written into the flight file."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _spawned: SpawnedFrom | None = None
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One life of one recorder. Rows are numbered from 0 in it.
+    """Identity of one recorder, whose rows are numbered from 0.
 
     Args:
-        recorder: tells this life from any other of the same process.
-        job: what the ranks of a job find each other's run by.
+        recorder: unique id; a second recorder of the same process has another.
+        job: key by which the ranks of a job find each other's run.
         rank_identity: rank, world size, local rank, attempt.
-        parent: of a forked child that only logs: the recorder of the rank that it belongs to.
-        provisional: whether the rank is still to be told, by a process group that this child of a process will join.
+        parent: for a child process that only logs, the recorder of the rank that it belongs to.
+        provisional: whether the rank may still change, because this child process may join a process group.
     """
 
     recorder: str
@@ -43,7 +43,7 @@ class Identity:
     parent: str = ""
 
     def hello(self, config: Config, flight: Path | None) -> Hello:
-        """Return what is told to the aggregator."""
+        """Return the hello for the aggregator."""
         own = self.rank_identity
         return Hello(
             role="rank",
@@ -62,7 +62,7 @@ class Identity:
         )
 
     def of_child(self, *, provisional: bool = False) -> Identity:
-        """Return who a child of this process is: it logs for the same rank of the same job.
+        """Return the identity of a child of this process: it logs for the same rank of the same job.
 
         Args:
             provisional: whether it may become a rank itself; a forked one does not.
@@ -72,11 +72,11 @@ class Identity:
         )
 
     def probe(self) -> Hello:
-        """Return the hello of somebody who only asks whether the aggregator is there."""
+        """Return the hello of a client that only checks whether an aggregator answers."""
         return Hello(role="client", run=self.job)
 
     def facts(self, config: Config) -> dict[str, Any]:
-        """Return what the flight file says of its writer."""
+        """Return the identity fields of the flight file."""
         own = self.rank_identity
         return {
             "name": config.run_name or script_name(),
@@ -96,12 +96,12 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class SpawnedFrom:
-    """What a child that `multiprocessing` spawned knows of its parent.
+    """Facts about the parent of a process that `multiprocessing` has spawned.
 
     Args:
-        identity: who the parent is.
-        settings: where it records: settings for `load`.
-        experiment: number of the experiment that was active there.
+        identity: the parent's.
+        settings: settings for `load` with which the parent records.
+        experiment: number of the parent's active experiment.
     """
 
     identity: Identity
@@ -110,47 +110,47 @@ class SpawnedFrom:
 
 
 def tell_children(identity: Identity, config: Config, experiment: int = 0) -> None:
-    """Tell children to be spawned whose run they log for: the environment is all that they inherit."""
+    """Export this process's run to children that are spawned later, through the environment that they inherit."""
     own = identity.rank_identity
-    told = {
+    facts = {
         "pid": os.getpid(),
         "identity": [identity.recorder, identity.job, identity.parent],
         "rank": [own.rank, own.world_size, own.local_rank, own.attempt],
         "settings": {"host": config.host, "port": config.port, "runs_dir": str(config.runs_dir.absolute())},
         "experiment": experiment,
     }
-    os.environ[_PARENT] = json.dumps(told)
+    os.environ[_PARENT] = json.dumps(facts)
 
 
 def forget_children() -> None:
-    """Tell children no longer: what is spawned from now on logs for itself."""
+    """Stop the export: children that are spawned from now on log for themselves."""
     os.environ.pop(_PARENT, None)
 
 
 def spawned_from() -> SpawnedFrom | None:
-    """Return the parent of this process, if that recorded and has spawned it through `multiprocessing`.
+    """Return the parent of this process, if it records and has spawned this one through `multiprocessing`.
 
-    None also for a rank of a process group: what it logs is its own.
+    None also for a rank of a process group, which logs for itself.
     """
-    told = _told()
-    return told if told is not None and detect_rank().source != "torch.distributed" else None
+    parent = _exported_parent()
+    return parent if parent is not None and detect_rank().source != "torch.distributed" else None
 
 
-def _told() -> SpawnedFrom | None:
+def _exported_parent() -> SpawnedFrom | None:
     global _spawned
-    if _spawned is not None:  # the variable says by now what this process tells its own children
+    if _spawned is not None:  # by now the variable holds what this process exports to its own children
         return _spawned
 
     try:
-        told = json.loads(os.environ[_PARENT])
-        if told["pid"] != _parent_process():
+        facts = json.loads(os.environ[_PARENT])
+        if facts["pid"] != _parent_process():
             return None
 
-        recorder, job, parent = told["identity"]
-        rank, world_size, local_rank, attempt = told["rank"]
+        recorder, job, parent = facts["identity"]
+        rank, world_size, local_rank, attempt = facts["rank"]
         own = RankIdentity(rank=rank, world_size=world_size, local_rank=local_rank, attempt=attempt)
         identity = Identity(recorder, job, own, provisional=False, parent=parent)
-        _spawned = SpawnedFrom(identity, told["settings"], int(told["experiment"]))
+        _spawned = SpawnedFrom(identity, facts["settings"], int(facts["experiment"]))
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -158,11 +158,11 @@ def _told() -> SpawnedFrom | None:
 
 
 def identify(config: Config, before: Identity | None = None) -> Identity:
-    """Find out who this process is now.
+    """Return the current identity of this process.
 
     Args:
         config: the settings; `run_id` is the job key where it is set.
-        before: what was found earlier: the job stays, unless a process group has told more of it.
+        before: the identity so far: the job stays, unless a process group gives a better key.
     """
     own = detect_rank()
     parent = _parent_process()
@@ -176,14 +176,14 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
 
 
 def _command() -> str:
-    """Return the command line of the job, without the secrets in it."""
+    """Return the command line of the job with its secrets masked."""
     given = os.environ.get("TRACEML_COMMAND")
     masker = secrets_only()
     return masker.mask_text(given) if given else shlex.join(masker.mask_value("command", sys.argv))
 
 
 def script_name() -> str:
-    """Return what to call a run of this program."""
+    """Return the default name of a run of this program."""
     script = sys.argv[0] if sys.argv else ""
     path = Path(script)
     if path.name == "ipykernel_launcher.py":
@@ -197,7 +197,7 @@ def script_name() -> str:
 
 
 def _group_key(job: str, parent: int | None) -> str:
-    """Return a key on which the ranks of a group agree that no launcher started: by its address, or their parent."""
+    """Return a key that is equal for all ranks of a group without a launcher: its address, or their parent."""
     if address := group_address():
         return address
     if parent is not None:
@@ -207,7 +207,7 @@ def _group_key(job: str, parent: int | None) -> str:
 
 
 def _parent_process() -> int | None:
-    """Return the pid of the process that started this one through `multiprocessing`, if it was so."""
+    """Return the pid of the process that started this one through `multiprocessing`; None for another start."""
     process = sys.modules.get("multiprocessing.process")
     parent = process.parent_process() if process is not None else None
     return None if parent is None else parent.pid

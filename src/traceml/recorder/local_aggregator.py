@@ -1,7 +1,7 @@
-"""An aggregator for this job on this host, started by whichever local rank comes first.
+"""Start an aggregator for this job on this host, by the first local rank.
 
-Binding the port is the lock: the kernel gives it to one process. The winner hands the listening socket to the
-aggregator, so the others can connect from then on, and their handshake waits until it is up.
+Binding the port is the lock: only one process gets it. That process passes the listening socket to the aggregator, so
+the other ranks can connect at once, and their handshake waits until the aggregator is up.
 """
 
 from __future__ import annotations
@@ -35,46 +35,46 @@ _ENDING_S = 4.0
 _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
 
-class _OccupiedError(AggregatorUnavailableError):
-    """Something that is no aggregator has the port."""
+class _PortOccupiedError(AggregatorUnavailableError):
+    """A program that is no aggregator has the port."""
 
 
-class _Detached(subprocess.Popen[bytes]):
-    """A process that outlives this one on purpose: it ends by itself, after the last rank has left."""
+class _DetachedProcess(subprocess.Popen[bytes]):
+    """A process that outlives this one on purpose: it ends by itself after the last rank."""
 
     def __del__(self) -> None:
-        """Leave it alone, and do not warn of that."""
+        """Leave the process running, without a ResourceWarning."""
 
 
 def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool] = lambda: False) -> Connection:
-    """Connect to the aggregator that is there, or start one and connect to that.
+    """Connect to the running aggregator, or start one and connect to it.
 
-    Where somebody else's has the port, one is started on another, the same for all ranks of this user.
+    Where another user's aggregator has the port, this one starts on another port, the same for all ranks of this user.
 
     Args:
         config: `host`, `port`, `token`, `runs_dir`, `connect_timeout`.
-        hello: who connects.
-        is_ending: asked now and then; a process that ends waits for nobody else's aggregator to come up.
+        hello: the rank's.
+        is_ending: polled; a process that ends does not wait for an aggregator that another process starts.
 
     Raises:
-        AggregatorUnavailableError: none is there and none could be started; the text says why.
-        AggregatorRefusedError: one is there and refused.
+        AggregatorUnavailableError: none answers and none could be started; the text says why.
+        AggregatorRefusedError: one answers and refuses.
     """
     try:
         try:
             return _connect_or_start(config, hello, is_ending)
         except AggregatorForeignError:
-            # Our own that was just ending looks like somebody else's: its token is gone before its connections are.
-            # Were the job's ranks to take it for one and for the other, they would end at two aggregators.
+            # This user's aggregator, while it stops, looks like another user's: its token is removed before its
+            # connections close. A second try keeps the job's ranks from using two aggregators.
             return _connect_or_start(config, hello, is_ending)
-    except (AggregatorForeignError, _OccupiedError):
+    except (AggregatorForeignError, _PortOccupiedError):
         own = replace(config, port=_own_port(config.port))
-        _log.info("somebody else has port %d: this user's aggregator is at %d", config.port, own.port)
+        _log.info("port %d belongs to another user: this user's aggregator is at port %d", config.port, own.port)
         return _connect_or_start(own, hello, is_ending)
 
 
 def _own_port(port: int) -> int:
-    """Return another port for the aggregators of this user, below those that the system gives out."""
+    """Return the other port for aggregators of this user, below the system's ephemeral ports."""
     return 10_000 + zlib.crc32(f"{os.getuid()}/{port}".encode()) % 20_000
 
 
@@ -87,7 +87,7 @@ def _connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool
 
     listener = _claim(config)
     timeout_s = max(config.connect_timeout, _START_S)
-    if listener is None:  # another rank starts it just now, or something that is no aggregator has the port
+    if listener is None:  # another rank is starting it, or another program has the port
         return _await(config, hello, began, timeout_s, is_ending)
 
     with listener:
@@ -109,21 +109,21 @@ def _connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool
                 config.host,
                 config.port,
                 waited_s,
-                f"the one started here ended with {process.returncode}: {_last_words(Path(log))}",
+                f"the one started here ended with {process.returncode}: {_last_line(Path(log))}",
             ) from missing
         if waited_s > timeout_s:
             raise AggregatorUnavailableError(config.host, config.port, waited_s, missing.reason) from missing
 
 
 def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_ending: Callable[[], bool]) -> Connection:
-    """Connect to an aggregator that somebody else starts."""
+    """Connect to an aggregator that another rank starts."""
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=_TRY_S, tries=1)
         except AggregatorUnavailableError as error:
             waited_s = time.monotonic() - began_s
             if waited_s > timeout_s:
-                raise _OccupiedError(config.host, config.port, waited_s, error.reason) from error
+                raise _PortOccupiedError(config.host, config.port, waited_s, error.reason) from error
             if waited_s > _ENDING_S and is_ending():
                 raise
 
@@ -131,7 +131,7 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
 
 
 def _claim(config: Config) -> socket.socket | None:
-    """Listen on the aggregator's address, or return None when somebody else does."""
+    """Listen on the aggregator's address; return None when another process does."""
     family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
     try:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
@@ -143,15 +143,15 @@ def _claim(config: Config) -> socket.socket | None:
         raise AggregatorUnavailableError(config.host, config.port, 0.0, reason) from error
 
 
-def _start(config: Config, listener: socket.socket) -> tuple[_Detached, str]:
-    """Start an aggregator on the socket; return its process and where it logs."""
+def _start(config: Config, listener: socket.socket) -> tuple[_DetachedProcess, str]:
+    """Start an aggregator on the socket; return its process and the path of its log."""
     fd = listener.fileno()
     command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--exit-when-idle"]
     command += ["--runs-dir", str(config.runs_dir.absolute())]
     environ = {key: value for key, value in os.environ.items() if not key.upper().startswith("TRACEML_")}
     if config.token:
         environ["TRACEML_TOKEN"] = config.token
-    environ["TRACEML_OUTLIVES"] = "1"  # started by a launch's worker, it has yet to deliver what that has logged
+    environ["TRACEML_OUTLIVES"] = "1"  # it outlives a launch's worker, to deliver the worker's rows
     environ["TRACEML_DELIVERY_NICE"] = str(config.delivery_nice)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
@@ -160,14 +160,14 @@ def _start(config: Config, listener: socket.socket) -> tuple[_Detached, str]:
 
     log = runtime_folder() / f"local-{config.port}.log"
     with log.open("wb") as output:
-        process = _Detached(
+        process = _DetachedProcess(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             env=environ,
             pass_fds=(fd,),
-            start_new_session=True,  # Ctrl-C at the terminal is for the job; the aggregator has to see its end
+            start_new_session=True,  # Ctrl-C at the terminal ends the job, whose end the aggregator must store
             cwd=Path.cwd(),
         )
 
@@ -175,12 +175,12 @@ def _start(config: Config, listener: socket.socket) -> tuple[_Detached, str]:
     return process, str(log)
 
 
-def _last_words(log: Path) -> str:
-    """Return the last line of a log, and where the rest is."""
+def _last_line(log: Path) -> str:
+    """Return the last line of a log, and the log's path."""
     try:
         lines = log.read_text(errors="replace").split("\n")
     except OSError:
         lines = []
 
-    said = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-    return f"{said[:300]} (log: {log})"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+    return f"{last[:300]} (log: {log})"

@@ -1,4 +1,4 @@
-"""What users give as a value, and what of it fits into a row."""
+"""Conversion of logged values to numbers and to what msgpack can hold."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INT64 = 2**63
 
 
 class DeferredValue:
-    """The value of a tensor on a device: on its way to the host, without anybody waiting for it.
+    """Value of a tensor on a device, copied to the host asynchronously.
 
     Args:
         tensor: one number on a device.
@@ -31,13 +31,13 @@ class DeferredValue:
         self._event: Any = None
         detached = tensor.detach().reshape(())
         if detached.device.type == "cuda":
-            # Into pinned memory, or the copy would wait for the device after all.
+            # Into pinned memory, or the copy would wait for the device.
             self._host = torch.empty((), dtype=detached.dtype, pin_memory=True)
             self._host.copy_(detached, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(detached.device))
         else:
-            self._host = detached.clone()  # what follows may change it in place; resolved on the recorder's thread
+            self._host = detached.clone()  # later code may change it in place; resolved on the recorder's thread
 
     @property
     def ready(self) -> bool:
@@ -45,7 +45,7 @@ class DeferredValue:
         return self._event is None or bool(self._event.query())
 
     def number(self) -> float:
-        """Return the value, waiting for it if need be."""
+        """Return the value; wait for it if necessary."""
         if self._event is not None:
             self._event.synchronize()
 
@@ -70,7 +70,7 @@ def number_of(value: Any) -> Any:
             return _of_tensor(value, device.type)
 
         return float(value.item() if hasattr(value, "item") else value)
-    except Exception:  # noqa: BLE001 - an object of the user's may raise anything; then it is no number
+    except Exception:  # noqa: BLE001 - a user's object may raise anything; then it is no number
         return value
 
 
@@ -107,7 +107,7 @@ def step_of(step: Any) -> int:
 
 
 def plain(value: Any, depth: int = 0) -> Any:
-    """Return a value as what msgpack can hold: numbers, texts, lists, maps; what is none of these by its `repr`."""
+    """Return a value as numbers, texts, lists and maps, which msgpack can hold; anything else as its `repr`."""
     kind = type(value)
     if value is None or kind is bool or kind is float:
         return value
@@ -129,7 +129,7 @@ def plain(value: Any, depth: int = 0) -> Any:
 
     try:
         return _plain_object(value, kind.__name__, depth)
-    except Exception as error:  # noqa: BLE001 - an object of the user's may do anything
+    except Exception as error:  # noqa: BLE001 - a user's object may raise anything
         return f"<{kind.__name__}: {type(error).__name__}>"
 
 

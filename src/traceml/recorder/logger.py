@@ -1,7 +1,7 @@
-"""What a `log_*` call does in the rank: one append, whatever becomes of it later.
+"""Append logged values to the rank's tables.
 
-A number goes into the ring `metrics`, anything else into the log `logged`; past memory's bound they go to a journal on
-disk. Nothing here waits for the aggregator, let alone for a tracker.
+A number goes into the ring `metrics`, anything else into the log `logged`; beyond the memory bound they go to a journal
+on disk. Nothing here waits for the aggregator or for a tracker.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ __all__ = ["Logger"]
 
 _time_ns = time.time_ns
 _STEP, _ROW_BYTES = int(Slot.STEP), METRICS.row_bytes
-# What is not even stored with its secrets; what else is masked for trackers is masked when it is delivered.
+# Masked before they are stored; everything else is masked when it is delivered.
 _MASKED = {"params", "tags"}
 
 _loggers: weakref.WeakSet[Logger] = weakref.WeakSet()
 
 
 class Logger:
-    """Appends what is logged for one experiment. Any thread may call it, also in a forked child.
+    """Logger of one experiment. Any thread may call it, also in a forked child.
 
-    It finds the recorder with its first call, starting one where there is none, and does nothing while tracing is off.
+    Its first call finds the recorder, or starts one. It does nothing while tracing is off.
 
     Args:
         experiment: the experiment's number; 0 is the run's own.
-        announce: returns what the experiment's row says, given the settings in force, or None where it has none. Each
-            process that logs for it says so first.
+        announce: returns the fields of the experiment's row, given the settings in force, or None for no row. Each
+            process that logs for the experiment appends that row first.
     """
 
     __slots__ = (
@@ -50,9 +50,9 @@ class Logger:
         "_at",
         "_buffer",
         "_count",
+        "_deferred",
         "_entries",
         "_flight",
-        "_late",
         "_lock",
         "_mask",
         "_masker",
@@ -69,7 +69,7 @@ class Logger:
         self._number = experiment
         self._announce = announce
         self._entries: dict[str, list[int]] = {}  # name -> [its number, the next step where none is given]
-        self._late: deque[tuple[Any, ...]] = deque()
+        self._deferred: deque[tuple[Any, ...]] = deque()
         self._flight: FlightFile | None = None
         _loggers.add(self)
 
@@ -81,9 +81,9 @@ class Logger:
 
         Args:
             name: any text.
-            value: a number, or what holds one: a tensor, a numpy scalar, a bool; anything else is kept as a text.
+            value: a number, or an object that holds one (a tensor, a numpy scalar); anything else is kept as text.
             step: the step; by default the training step, else a counter per name.
-            kind: who logs it: a number of `MetricKind`.
+            kind: source of the value: a number of `MetricKind`.
             t_ns: epoch nanoseconds; by default now.
         """
         entry = self._entries.get(name)
@@ -101,7 +101,7 @@ class Logger:
         if type(value) is not float:
             value = number_of(value)
             if type(value) is not float:
-                self._odd_value(name, value, step, kind, t_ns or _time_ns())
+                self._append_other(name, value, step, kind, t_ns or _time_ns())
                 return
 
         if not t_ns:
@@ -122,23 +122,23 @@ class Logger:
                         kind,
                         self._number,
                     )
-                    if count[slot] == n:  # else a signal handler has logged meanwhile, into the same place
+                    if count[slot] == n:  # else a signal handler has just logged into the same slot
                         count[slot] = n + 1
                         return
         except struct.error:
             step = step_of(step)
 
         if not ring.append(t_ns, step, entry[0], value, kind, self._number):
-            self._late.append((t_ns, step, entry[0], value, kind))
+            self._deferred.append((t_ns, step, entry[0], value, kind))
 
     def row(self, kind: str, *, step: int | None = None, t_ns: int = 0, **facts: Any) -> bool:
         """Append a map to `logged`; return whether it was taken.
 
         Args:
-            kind: what it is; see `database.schema.LOGGED`.
+            kind: kind of the row; see `database.schema.LOGGED`.
             step: the step, where it has one.
             t_ns: epoch nanoseconds; by default now.
-            facts: what it says; values become what msgpack can hold.
+            facts: its other fields, converted for msgpack.
         """
         flight = self._flight or self._bind()
         if flight is None:
@@ -165,12 +165,12 @@ class Logger:
 
     @property
     def values(self) -> int:
-        """How many values this process has logged so far, for whatever experiment."""
-        return 0 if self._flight is None else self._ring.appended + len(self._late)
+        """Number of values that this process has logged so far, for any experiment."""
+        return 0 if self._flight is None else self._ring.appended + len(self._deferred)
 
     @property
     def has_begun(self) -> bool:
-        """Whether something was logged here."""
+        """Whether it has found a recorder."""
         return self._flight is not None
 
     def begin(self) -> bool:
@@ -178,7 +178,7 @@ class Logger:
         return (self._flight or self._bind()) is not None
 
     def next_step(self, name: str, step: int | None) -> int:
-        """Return the step of what is logged under a name outside `metrics`: given, of the training, or counted."""
+        """Return the step of a value outside `metrics`: the given one, the training's, or a count per name."""
         if step is not None:
             return step_of(step)
 
@@ -193,10 +193,10 @@ class Logger:
         entry[1] += 1
         return entry[1] - 1
 
-    def settle(self, *, wait: bool = False) -> None:
-        """Append what could not be appended at once, on the recorder's thread; with `wait`, wait for devices."""
-        while self._late:
-            t_ns, step, number, value, kind = self._late[0]
+    def flush_deferred(self, *, wait: bool = False) -> None:
+        """Append deferred values, on the recorder's thread; with `wait`, wait for devices."""
+        while self._deferred:
+            t_ns, step, number, value, kind = self._deferred[0]
             if isinstance(value, DeferredValue):
                 if not (wait or value.ready):
                     return
@@ -204,14 +204,14 @@ class Logger:
                 value = value.number()
 
             self._ring.append(t_ns, step, number, value, kind, self._number)
-            self._late.popleft()
+            self._deferred.popleft()
 
     def unbind(self, *, forked: bool = False) -> None:
-        """Forget the recorder; the next call looks for another. In a forked child what waits is the parent's."""
+        """Forget the recorder; the next call finds another. In a forked child, deferred values belong to the parent."""
         self._entries = {}
         self._flight = None
         if forked:
-            self._late.clear()
+            self._deferred.clear()
 
     def _enter(self, name: str) -> list[int] | None:
         """Return a new name's entry; None while nothing is recorded."""
@@ -242,28 +242,28 @@ class Logger:
         self._count, self._slot = ring.count, ring.slot
         self._masker = secrets_only(recorder.config.mask)
         self._flight = flight
-        recorder.every_turn(_settle_all)
+        recorder.every_turn(_flush_all)
         facts = self._announce(recorder.config)
         if facts is not None:
             self.row("experiment", **facts)
 
         return flight
 
-    def _odd_value(self, name: str, value: Any, step: int, kind: int, t_ns: int) -> None:
-        """Keep what is no number here and now: a tensor on a device for later, anything else as a text."""
+    def _append_other(self, name: str, value: Any, step: int, kind: int, t_ns: int) -> None:
+        """Append a value that is no float: defer a tensor on a device, keep anything else as text."""
         if isinstance(value, DeferredValue):
             entry = self._entries.get(name)
             if entry is not None:
-                self._late.append((t_ns, step_of(step), entry[0], value, kind))
+                self._deferred.append((t_ns, step_of(step), entry[0], value, kind))
 
             return
 
         self.row("value", step=step_of(step), t_ns=t_ns, name=name, value=value, source=kind)
 
 
-def _settle_all(wait: bool) -> None:
+def _flush_all(wait: bool) -> None:
     for logger in list(_loggers):
-        logger.settle(wait=wait)
+        logger.flush_deferred(wait=wait)
 
 
 def _unbind_all(forked: bool) -> None:

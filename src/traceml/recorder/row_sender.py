@@ -30,8 +30,8 @@ _DIAL_TIMEOUT_S = 2.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _REFUSED_PAUSE_S = 60.0
 _CLOCK_INTERVAL_NS = 60 * 10**9
-_FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: somebody waits for a sign of life
-_LONELY_NS = 15 * 10**9  # without any aggregator since the start: longer than one needs to come up
+_FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait for the first output
+_MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
 Command = Callable[[Mapping[str, Any]], Any]
 
@@ -45,7 +45,7 @@ class Losses:
 
     @property
     def rows(self) -> int:
-        """How many rows."""
+        """Number of rows."""
         return self._settled + sum(stop - start for start, stop in self._ranges)
 
     def add(self, start: int, stop: int) -> None:
@@ -55,22 +55,22 @@ class Losses:
             start, stop = min(start, last_start), max(stop, last_stop)
 
         self._ranges.append((start, stop))
-        if len(self._ranges) > 1024:  # what lies so far back will not be asked for again
+        if len(self._ranges) > 1024:  # rows so far back are not requested again
             first_start, first_stop = self._ranges.pop(0)
             self._settled += first_stop - first_start
 
 
 @dataclass(slots=True)
 class _SendCursor:
-    """How far one table is sent: rows below `sent` are on the wire."""
+    """Position in one table: rows below `sent` are on the wire."""
 
     table: Ring | ByteLog | BlobTable
     sent: int = 0
     losses: Losses = field(default_factory=Losses)
 
     def resume(self, seq: int) -> None:
-        """Go where the aggregator says; it is right even when it asks for rows that it acknowledged once."""
-        # A number beyond what was appended would skip rows: an answer like that is not about this table's life.
+        """Continue where the aggregator says, even if it asks again for rows that it acknowledged."""
+        # A number beyond the appended rows is not about this table, and would skip rows.
         self.sent = self.table.sent = self.table.acked = min(max(seq, 0), self.table.appended)
 
     def frames(self, limit: int) -> Iterator[tuple[int, int, bytes]]:
@@ -90,15 +90,15 @@ class _SendCursor:
 
 
 class RowSender:
-    """Keeps one aggregator supplied. Owned by one thread; no call blocks longer than its timeout.
+    """Sender of rows to one aggregator. Owned by one thread; no call blocks longer than its timeout.
 
     Args:
         flight: the tables.
-        dial: makes a connection within so many seconds, or raises what `transport.client.connect` raises.
+        dial: connects within so many seconds, or raises what `transport.client.connect` raises.
         flush_interval_s: longest time that a row waits.
-        commands: what the aggregator may ask of this rank, by name.
-        files: files for the run's folder; their pieces go out last.
-        on_welcome: is told what the aggregator said when a connection was made.
+        commands: commands that the aggregator may send to this rank, by name.
+        files: uploader of files to the run's folder; their chunks are sent last.
+        on_welcome: called with the aggregator's welcome after each connection.
     """
 
     def __init__(
@@ -131,11 +131,11 @@ class RowSender:
         self._fast = [flight.ring(name) for name in ("steps", "metrics")]
         self._seen = {ring.name: 0 for ring in self._fast}
         self.connections = 0
-        """How often a connection was made."""
+        """Number of connections so far."""
         self.trouble = ""
-        """Why the last try to connect failed; empty since it has not."""
+        """Reason why the last try to connect failed; empty while connected."""
         self.clock: ClockOffset | None = None
-        """The aggregator's clock, as measured last."""
+        """Offset of the aggregator's clock, as measured last."""
 
     @property
     def connected(self) -> bool:
@@ -149,7 +149,7 @@ class RowSender:
 
     @property
     def rows_lost(self) -> int:
-        """Rows that were overwritten, or not taken by a full log, before they were stored."""
+        """Rows that were overwritten, or dropped by a full log, before they were stored."""
         return sum(cursor.table.dropped for cursor in self._cursors)
 
     @property
@@ -181,7 +181,7 @@ class RowSender:
         self._warned.add("missing")
 
     def attach(self, connection: Connection) -> None:
-        """Use a fresh connection, from where its welcome says."""
+        """Use a new connection, and continue at the rows that its welcome asks for."""
         self._connection = connection
         self._acked = dict(connection.acked)
         self.connections += 1
@@ -196,7 +196,7 @@ class RowSender:
             self._files.connected(connection.welcome)
 
     def detach(self, reason: str | None = None) -> None:
-        """Close the connection, if there is one, and make the next at once; with a reason, say bye first."""
+        """Close the connection, if any, and connect again at once; with a reason, say bye first."""
         if self._connection is not None:
             self._closed_bytes += self._connection.bytes_sent
             self._connection.close(reason)
@@ -205,23 +205,23 @@ class RowSender:
         self._next_try_ns = 0
 
     def abandon(self) -> None:
-        """Let go of the connection in a forked child: while the child holds it, nobody sees the parent's end."""
+        """Close the connection in a forked child: while the child holds it, the parent's end cannot be detected."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
     def pump(self, *, flush: bool = False) -> None:
-        """Do one turn: connect if that is due, take answers, send what is due (everything, with `flush`)."""
+        """Run one turn: connect if that is due, read answers, send the rows that are due (all, with `flush`)."""
         if self._connection is None and not self._reconnect():
             return
 
         try:
             self._turn(flush)
         except (OSError, ProtocolError) as error:
-            self._lose(error)
+            self._disconnected(error)
 
     def pause_s(self, usual_s: float) -> float:
-        """Return how long to sleep: less than usual where a ring would fill by more than a quarter meanwhile."""
+        """Return the time to sleep: less than usual if a ring would fill by more than a quarter in that time."""
         if self._connection is not None and self._connection.unsent_bytes:
             return min(usual_s, 0.05)
 
@@ -235,7 +235,7 @@ class RowSender:
         """Send everything, say bye, and wait until it is stored; return whether it is.
 
         Args:
-            reason: what the bye says.
+            reason: the bye's reason.
             timeout_s: time for all of it.
             keep_trying: go on for that long when no aggregator answers; else one try has to do.
         """
@@ -267,7 +267,7 @@ class RowSender:
             self.clock = connection.measure_clock() or self.clock
 
         if connection.unsent_bytes:
-            return  # the aggregator is behind: the rows wait in the ring, not in a second buffer
+            return  # the aggregator is behind: rows wait in the ring, not in a second buffer
 
         early = now - self._started_ns < _FIRST_SECONDS_NS
         if flush or early or now - self._flushed_ns >= self._flush_ns:
@@ -277,10 +277,10 @@ class RowSender:
             self._send(at_least=_FRAME_ROWS)
 
     def _send(self, at_least: int) -> None:
-        """Send every table of which so many rows wait."""
+        """Send every table with at least so many waiting rows."""
         connection = self._connection
         assert connection is not None
-        # The rings' ends are read before the names': a row below its end finds its name already in the log.
+        # The rings' ends are read before the names': the name of each row below its end is already in the log.
         due = [(cursor, end) for cursor in self._rings if (end := cursor.table.appended) - cursor.sent >= at_least]
         logs = [(cursor, cursor.table.appended) for cursor in self._logs] if due or at_least == 1 else []
         blobs = [(cursor, cursor.table.appended) for cursor in self._blobs]
@@ -311,22 +311,22 @@ class RowSender:
 
         try:
             return answer | {"result": command(message.get("args") or {})}
-        except Exception as error:  # noqa: BLE001 - fail open: whoever asked is told, the recorder goes on
+        except Exception as error:  # noqa: BLE001 - the error goes back as the answer
             return answer | {"error": f"{type(error).__name__}: {error}"}
 
     def _await(self, timeout_s: float) -> None:
-        """Wait for the socket to take more, or for answers."""
+        """Wait until the socket takes more bytes, or for answers."""
         try:
             self._take_answers(timeout_s)
         except (OSError, ProtocolError) as error:
-            self._lose(error)
+            self._disconnected(error)
 
     def _say_bye(self, connection: Connection, reason: str, timeout_s: float) -> bool:
-        """Return whether the aggregator has everything; if its connection broke meanwhile there may be another try."""
+        """Say bye; return whether the aggregator has everything. After a broken connection another try may follow."""
         try:
             connection.finish(reason, timeout_s=timeout_s)
         except (OSError, ProtocolError) as error:
-            _log.debug("the connection broke at its end: %s", error)
+            _log.debug("the connection broke while the bye was sent: %s", error)
 
         for cursor in self._cursors:
             cursor.table.acked = min(connection.acked.get(cursor.table.name, 0), cursor.table.appended)
@@ -343,32 +343,36 @@ class RowSender:
             self.attach(self._dial(_DIAL_TIMEOUT_S))
         except AggregatorRefusedError as error:
             self._refused, self.trouble = True, str(error)
-            self._warn_once("refused", "%s; rows are kept, trying again every minute", error)
+            self._warn_once("refused", "%s; rows are kept, and the connection is retried every minute", error)
             self._retry_after(_REFUSED_PAUSE_S)
             return False
         except AggregatorUnavailableError as error:
             _log.debug("%s", error)
             self.trouble = error.reason
-            if not self.connections and now - self._started_ns > _LONELY_NS:
+            if not self.connections and now - self._started_ns > _MISSING_WARNING_NS:
                 self._warn_once(
-                    "missing", "nobody takes what is recorded yet (%s); it is kept, and tried again", error.reason
+                    "missing",
+                    "no aggregator answers yet (%s); rows are kept until one does",
+                    error.reason,
                 )
             self._retry_after(self._pause_s)
             self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
             return False
 
         if self.connections > 1:
-            _log.info("connected to the aggregator again")
+            _log.info("reconnected to the aggregator")
 
         return True
 
-    def _lose(self, error: Exception) -> None:
+    def _disconnected(self, error: Exception) -> None:
         refused = isinstance(error, AggregatorRefusedError)
         self._warn_once(
-            "lost", "lost the aggregator (%s); training goes on, rows are kept and it is tried again", error
+            "lost",
+            "lost the aggregator (%s); training goes on, rows are kept, and the connection is retried",
+            error,
         )
         self.detach()
-        # A thousand ranks that lost one aggregator must not come back in the same instant.
+        # A thousand ranks that lost one aggregator must not reconnect in the same instant.
         self._retry_after(_REFUSED_PAUSE_S if refused else _FIRST_PAUSE_S)
 
     def _retry_after(self, pause_s: float) -> None:

@@ -1,8 +1,8 @@
-"""The way of files into the run's folder: copied by a thread of ours, or sent in pieces where the folder is elsewhere.
+"""Upload of files to the run's folder: copied by a thread, or sent in chunks where the folder is on another host.
 
 A file is copied to a spool first, under a name made of its contents. Where the rank can reach the run's folder it is
-moved there; else the aggregator gets it as rows of `blobs`. Its row in `logged` follows when it has arrived, so whoever
-reads that row finds the file. Without any aggregator the spool stays beside the flight file, for whoever recovers that.
+moved there; else the aggregator gets it as rows of `blobs`. Its row in `logged` follows when it has arrived, so that
+readers of the row find the file. Without an aggregator the spool stays beside the flight file, to be recovered later.
 """
 
 from __future__ import annotations
@@ -39,28 +39,28 @@ __all__ = ["BlobTable", "FileUpload", "FileUploader", "RefusedFileError"]
 _log = logging.getLogger("traceml")
 
 _COPY_BYTES = 4 << 20
-_PIECE_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
 
 
 class RefusedFileError(Exception):
-    """A file or an image that is not taken; the text says why."""
+    """A file or an image that is not accepted; the text says why."""
 
 
 @dataclass(slots=True)
 class FileUpload:
-    """One file to be taken.
+    """One file to upload.
 
     Attributes:
         experiment: number of the experiment that it belongs to.
         kind: `artifact` or `image`.
-        name: what the user calls it.
+        name: the user's name for it.
         step, t_ns: of the call.
-        source: an open descriptor, or what returns the bytes; called on the thread, where it may take its time.
+        source: an open descriptor, or a function that returns the bytes; called on the upload thread.
         limit_bytes: larger ones are refused.
-        suffix: of the file's name.
-        facts: what else the row says.
-        note: where the row is kept meanwhile, beside the file in the spool.
+        suffix: suffix of the file's name.
+        facts: other fields of its row.
+        note: copy of the row beside the file in the spool, until the file has arrived.
     """
 
     experiment: int
@@ -81,7 +81,7 @@ class FileUpload:
 
 
 class BlobTable:
-    """Files as rows of pieces, for an aggregator whose folder is elsewhere; the spool is their memory."""
+    """Files in the spool as rows of chunks, for an aggregator on another host."""
 
     name = BLOBS.name
 
@@ -103,37 +103,37 @@ class BlobTable:
             self._files.popleft()[2].unlink(missing_ok=True)
 
     def add(self, path: Path, size: int) -> int:
-        """Append a file's pieces, unless the same file is here; return the number of the row after its last."""
+        """Append a file's chunks, unless the same file is known; return the number of the row after its last."""
         known = self._ends.get(path.name)
         if known is not None:
-            if known <= self._acked:  # it has arrived and is gone from the spool: this is another copy
+            if known <= self._acked:  # it has arrived and left the spool: this is another copy
                 path.unlink(missing_ok=True)
 
             return known
 
-        pieces = max(1, -(-size // _PIECE_BYTES))
-        self._files.append((self.appended, pieces, path, size))
-        self.appended += pieces
+        chunks = max(1, -(-size // _CHUNK_BYTES))
+        self._files.append((self.appended, chunks, path, size))
+        self.appended += chunks
         self._ends[path.name] = self.appended
         return self.appended
 
-    def take(self, cursor: int, limit: int = 1) -> RowSlice:  # noqa: ARG002 - one piece is enough for a frame
-        """Return the next piece at or after a cursor."""
+    def take(self, cursor: int, limit: int = 1) -> RowSlice:  # noqa: ARG002 - one chunk is enough for a frame
+        """Return the next chunk at or after a cursor."""
         for first, n, path, size in list(self._files):
             if cursor < first + n:
                 number = max(cursor, first)
-                return RowSlice(number, 1, _piece(path, (number - first) * _PIECE_BYTES, size))
+                return RowSlice(number, 1, _chunk(path, (number - first) * _CHUNK_BYTES, size))
 
         return RowSlice(max(cursor, self.appended), 0, b"")
 
 
 class FileUploader:
-    """Takes files on a thread of its own, begun with the first.
+    """Uploader of files on a thread of its own, which starts with the first file.
 
     Args:
-        stems: where the spool may lie: the flight file's stems, as journals have.
+        stems: candidate places of the spool: the flight file's stems, as for journals.
         append: appends a row to `logged`.
-        on_work: called when something happened that the recorder's thread should look at.
+        on_work: called when there is work for the recorder's thread.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class FileUploader:
     ) -> None:
         self.blobs = BlobTable()
         self.moved_bytes = 0
-        """How much was copied so far: grows while there is progress."""
+        """Bytes copied so far: grows while there is progress."""
         self._stems, self._append, self._on_work = stems, append, on_work
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unfinished = 0
@@ -156,53 +156,53 @@ class FileUploader:
 
     @property
     def pending(self) -> int:
-        """How many files are under way."""
+        """Number of files that have not arrived."""
         return self._unfinished
 
     @property
     def copying(self) -> int:
-        """How many of them are not in the spool yet."""
+        """Number of them that are not in the spool yet."""
         return self._unfinished - len(self._spooled) - len(self._sent)
 
     @property
     def progress(self) -> int:
-        """A number that grows while files get on."""
+        """A number that grows while files make progress."""
         return self.moved_bytes + self.blobs.acked + self.blobs.sent - self._unfinished
 
     def connected(self, welcome: Mapping[str, Any]) -> None:
-        """Learn where the run's folder is; it is used when the very same folder is found here."""
+        """Read the run's folder from the welcome; it is used if the same folder is found here."""
         self._artifacts = _reachable(welcome)
         self._elsewhere = self._artifacts is None
         self._on_work()
 
-    def add(self, job: FileUpload) -> None:
-        """Take a file; returns at once."""
+    def add(self, upload: FileUpload) -> None:
+        """Queue a file; returns at once."""
         with self._lock:
             self._unfinished += 1
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="traceml-files", daemon=True)
                 self._thread.start()
 
-        self._queue.put(lambda: self._take(job))
+        self._queue.put(lambda: self._take(upload))
 
-    def refuse(self, job: FileUpload, why: str) -> None:
-        """Say that a file is not taken: in the run, and to the user."""
-        _log.warning("%s %r is not logged: %s", job.kind, job.name, why)
-        self._append(_row("refused", job) | {"what": job.kind, "why": why})
+    def refuse(self, upload: FileUpload, why: str) -> None:
+        """Report a refused file, to the run and to the user."""
+        _log.warning("%s %r is not logged: %s", upload.kind, upload.name, why)
+        self._append(_row("refused", upload) | {"what": upload.kind, "why": why})
 
     def turn(self) -> None:
-        """See to files that wait for a connection or for their pieces' arrival; on the recorder's thread."""
+        """Advance files that wait for a connection or for their chunks' arrival; on the recorder's thread."""
         while self._spooled and (self._artifacts is not None or self._elsewhere):
             self._queue.put(partial(self._deliver, *self._spooled.popleft()))
 
         while self._sent and self._sent[0][0] <= self.blobs.acked:
-            _, job, facts = self._sent.popleft()
-            self._finish(job, facts)
+            _, upload, facts = self._sent.popleft()
+            self._finish(upload, facts)
 
     def leave(self) -> None:
-        """Append the rows of what could not be brought anywhere: it lies in the spool, for whoever recovers that."""
-        for _, job, facts in [*self._spooled, *self._sent]:
-            self._finish(job, facts)
+        """Append the rows of files that did not arrive: they stay in the spool, which is recovered later."""
+        for _, upload, facts in [*self._spooled, *self._sent]:
+            self._finish(upload, facts)
 
     def close(self, *, unlink: bool) -> None:
         """Remove the spool when everything has arrived."""
@@ -219,48 +219,48 @@ class FileUploader:
 
             self._on_work()
 
-    def _take(self, job: FileUpload) -> None:
+    def _take(self, upload: FileUpload) -> None:
         try:
-            path, facts = self._copy(job)
+            path, facts = self._copy(upload)
         except RefusedFileError as error:
-            self._drop(job, str(error))
+            self._drop(upload, str(error))
         except OSError as error:
-            self._drop(job, f"it cannot be copied: {error.strerror or error}")
-        except Exception as error:  # noqa: BLE001 - what makes an image of a user's object may raise anything
-            self._drop(job, f"{type(error).__name__}: {error}")
+            self._drop(upload, f"it cannot be copied: {error.strerror or error}")
+        except Exception as error:  # noqa: BLE001 - converting a user's object to an image may raise anything
+            self._drop(upload, f"{type(error).__name__}: {error}")
         else:
-            self._deliver(path, job, facts)
+            self._deliver(path, upload, facts)
         finally:
-            job.close()
+            upload.close()
 
-    def _drop(self, job: FileUpload, why: str) -> None:
-        self.refuse(job, why)
-        if job.note is not None:
-            job.note.unlink(missing_ok=True)
+    def _drop(self, upload: FileUpload, why: str) -> None:
+        self.refuse(upload, why)
+        if upload.note is not None:
+            upload.note.unlink(missing_ok=True)
 
         self._count_down()
 
-    def _copy(self, job: FileUpload) -> tuple[Path, dict[str, Any]]:
+    def _copy(self, upload: FileUpload) -> tuple[Path, dict[str, Any]]:
         """Copy a file into the spool, under the name of its contents."""
         folder = self._folder()
         part = folder / f".{threading.get_ident()}.part"
         digest, size = hashlib.sha256(), 0
         try:
             with part.open("wb") as file:
-                for data in _pieces_of(job.source):
+                for data in _chunks_of(upload.source):
                     size += len(data)
-                    if size > job.limit_bytes:
-                        raise RefusedFileError(f"it has more than {job.limit_bytes} bytes (max_{job.kind}_bytes)")
+                    if size > upload.limit_bytes:
+                        raise RefusedFileError(f"it has more than {upload.limit_bytes} bytes (max_{upload.kind}_bytes)")
 
                     digest.update(data)
                     file.write(data)
                     self.moved_bytes += len(data)
 
-            name = f"{digest.hexdigest()}{job.suffix if _SUFFIX.fullmatch(job.suffix) else ''}"
-            facts = {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | job.facts
-            # Its row follows when the file has arrived; if we are killed before, who recovers the file finds it here.
-            job.note = pending_row_path(folder, next(self._notes))
-            job.note.write_bytes(msgpack.packb(_row(job.kind, job) | facts))
+            name = f"{digest.hexdigest()}{upload.suffix if _SUFFIX.fullmatch(upload.suffix) else ''}"
+            facts = {"path": f"{ARTIFACTS}/{name}", "size": size, "sha256": digest.hexdigest()} | upload.facts
+            # Its row follows when the file has arrived; after a crash before that, recovery reads it from here.
+            upload.note = pending_row_path(folder, next(self._notes))
+            upload.note.write_bytes(msgpack.packb(_row(upload.kind, upload) | facts))
             part.rename(folder / name)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -269,7 +269,7 @@ class FileUploader:
         return folder / name, facts
 
     def _folder(self) -> Path:
-        """Return the spool, made where that is possible."""
+        """Return the spool; create it in the first place where that is possible."""
         if self._spool is not None:
             return self._spool
 
@@ -287,25 +287,25 @@ class FileUploader:
 
         raise refused or OSError(errno.ENOENT, "there is no folder for its copy")
 
-    def _deliver(self, path: Path, job: FileUpload, facts: dict[str, Any]) -> None:
-        """Bring a spooled file to the run's folder, or let it wait until it is known where that is."""
+    def _deliver(self, path: Path, upload: FileUpload, facts: dict[str, Any]) -> None:
+        """Move a spooled file to the run's folder, or keep it until the folder is known."""
         if self._artifacts is not None:
             try:
                 self._artifacts.mkdir(exist_ok=True)
                 _move(path, self._artifacts / path.name)
             except OSError as error:
-                self._drop(job, f"it cannot be brought into the run's folder: {error.strerror or error}")
+                self._drop(upload, f"it cannot be moved into the run's folder: {error.strerror or error}")
             else:
-                self._finish(job, facts)
+                self._finish(upload, facts)
         elif self._elsewhere:
-            self._sent.append((self.blobs.add(path, facts["size"]), job, facts))
+            self._sent.append((self.blobs.add(path, facts["size"]), upload, facts))
         else:
-            self._spooled.append((path, job, facts))
+            self._spooled.append((path, upload, facts))
 
-    def _finish(self, job: FileUpload, facts: dict[str, Any]) -> None:
-        self._append(_row(job.kind, job) | facts)
-        if job.note is not None:
-            job.note.unlink(missing_ok=True)
+    def _finish(self, upload: FileUpload, facts: dict[str, Any]) -> None:
+        self._append(_row(upload.kind, upload) | facts)
+        if upload.note is not None:
+            upload.note.unlink(missing_ok=True)
 
         self._count_down()
 
@@ -314,12 +314,12 @@ class FileUploader:
             self._unfinished -= 1
 
 
-def _row(kind: str, job: FileUpload) -> dict[str, Any]:
-    row = {"kind": kind, "t_ns": job.t_ns, "experiment": job.experiment, "name": job.name}
-    return row if job.step is None else row | {"step": job.step}
+def _row(kind: str, upload: FileUpload) -> dict[str, Any]:
+    row = {"kind": kind, "t_ns": upload.t_ns, "experiment": upload.experiment, "name": upload.name}
+    return row if upload.step is None else row | {"step": upload.step}
 
 
-def _pieces_of(source: int | Callable[[], bytes]) -> Any:
+def _chunks_of(source: int | Callable[[], bytes]) -> Any:
     if callable(source):
         yield source()
         return
@@ -329,7 +329,7 @@ def _pieces_of(source: int | Callable[[], bytes]) -> Any:
 
 
 def _move(path: Path, target: Path) -> None:
-    """Move a file, also to another filesystem; at every moment the target is whole or not there."""
+    """Move a file, also to another filesystem; the target is complete or absent at every moment."""
     if target.exists():  # the same contents, logged before under another name
         path.unlink(missing_ok=True)
         return
@@ -347,26 +347,26 @@ def _move(path: Path, target: Path) -> None:
 
 
 def _reachable(welcome: Mapping[str, Any]) -> Path | None:
-    """Return the run's artifacts folder, if what the aggregator writes to is the same folder here."""
-    told, run_dir = welcome.get("run_dir_id"), welcome.get("run_dir")
-    if not run_dir or not isinstance(told, list | tuple):
+    """Return the run's artifacts folder, if this host sees the same folder as the aggregator."""
+    identity, run_dir = welcome.get("run_dir_id"), welcome.get("run_dir")
+    if not run_dir or not isinstance(identity, list | tuple):
         return None
 
     with contextlib.suppress(OSError):
         status = Path(run_dir).stat()
-        same = list(told) == [boot_id(), status.st_dev, status.st_ino]
+        same = list(identity) == [boot_id(), status.st_dev, status.st_ino]
         if same and stat.S_ISDIR(status.st_mode) and os.access(run_dir, os.W_OK | os.X_OK):
             return Path(run_dir, ARTIFACTS)
 
     return None
 
 
-def _piece(path: Path, offset: int, size: int) -> bytes:
-    """Return one row of `blobs`, compressed where that gains a tenth."""
+def _chunk(path: Path, offset: int, size: int) -> bytes:
+    """Return one row of `blobs`, compressed where that saves a tenth."""
     row: dict[str, Any] = {"id": path.name, "offset": offset, "size": size}
     try:
         with path.open("rb") as file:
-            data = os.pread(file.fileno(), _PIECE_BYTES, offset)
+            data = os.pread(file.fileno(), _CHUNK_BYTES, offset)
     except OSError as error:
         return bytes(msgpack.packb(row | {"error": str(error)}))
 

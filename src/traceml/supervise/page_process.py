@@ -59,7 +59,7 @@ class PageProcess:
         self._listener = _listen(port, any_port=any_port)
         self._nice = nice
         self.port: int = self._listener.getsockname()[1]
-        before = auth.discover(self.port, even_dead=True, kind=auth.PAGE)
+        before = auth.discover(self.port, include_dead=True, kind=auth.PAGE)
         # The socket is ours, so whoever served this port before does so no more.
         self.token = before.token if before is not None else auth.new_token()
         self._process: subprocess.Popen[bytes] | None = None

@@ -1,7 +1,7 @@
-"""Who may talk to an aggregator: the token, how each side proves it, and the file where one user's processes find it.
+"""Authentication of connections: the token, its proof, and the file where one user's processes find it.
 
-The token never travels. Each side sends a nonce and answers the other's by an HMAC, so that a recorded answer is of no
-use later.
+The token is never sent. Each side sends a nonce and answers the other's with an HMAC, so that a recorded answer cannot
+be used again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = [
     "AGGREGATOR",
     "CLIENT_NONCE_TAG",
     "PAGE",
-    "Published",
+    "PublishedServer",
     "client_nonce",
     "discover",
     "mac",
@@ -36,14 +36,14 @@ __all__ = [
     "withdraw",
 ]
 
-# A client never answers a challenge that begins like its own nonces: else a false aggregator could pass the nonce of
-# one connection on to a second connection of the same client, and that one's answer off as its own.
+# A client never answers a challenge that begins like its own nonces: else a false aggregator could forward the nonce of
+# one connection to a second connection of the same client, and use its answer as its own.
 CLIENT_NONCE_TAG = b"traceml-client-1"
 
-# What has a token of its own: who serves ranks, and who serves browsers.
+# Servers with a token of their own: for ranks, and for browsers.
 AGGREGATOR, PAGE = "aggregator", "page"
 
-# How long the file of an aggregator that was killed stays: who restarts it on its port gets its token back.
+# The file of a killed aggregator stays this long: an aggregator restarted on its port gets the same token.
 _KEPT_S = 24 * 3600.0
 
 _log = logging.getLogger("traceml")
@@ -67,7 +67,7 @@ def client_nonce() -> bytes:
 def mac(token: str, nonce: bytes, role: str, run: str, rank: int) -> bytes:
     """Return the proof of `token`: HMAC-SHA256 over the other side's nonce, role, run and rank.
 
-    The texts are UTF-8, the rank is decimal ASCII, nothing stands between the parts.
+    The texts are UTF-8, the rank is decimal ASCII, without separators.
     """
     return hmac.digest(token.encode(), nonce + f"{role}{run}{rank}".encode(), hashlib.sha256)
 
@@ -78,17 +78,17 @@ def same_mac(left: bytes, right: bytes) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """An aggregator of this user on this host, as its file tells.
+class PublishedServer:
+    """Address and token of this user's aggregator on this host, as in its file.
 
     Args:
         host: the address that it listens on.
         port: the port that it listens on.
-        token: what to prove to it.
+        token: its secret.
         pid: its process.
-        start_ticks: that process's start time, for pids are used again.
-        boot: this boot of the machine.
-        runs_dir: where it writes.
+        start_ticks: that process's start time, because pids are reused.
+        boot: boot id of the machine.
+        runs_dir: its runs folder.
     """
 
     host: str
@@ -106,10 +106,10 @@ class Published:
 
 
 def runtime_folder() -> Path:
-    """Return this user's 0700 folder for sockets and tokens, made if need be.
+    """Return this user's 0700 folder for sockets and tokens; create it if necessary.
 
     Raises:
-        PermissionError: the folder belongs to someone else or is open to others: its contents cannot be trusted.
+        PermissionError: the folder belongs to another user or is open to others: its contents cannot be trusted.
     """
     folder = _candidates()[0]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def runtime_folder() -> Path:
 def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str = AGGREGATOR) -> Path:
     """Write the 0600 file by which this user's ranks and commands find the aggregator of this process, or its page."""
     pid = os.getpid()
-    entry = Published(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
+    entry = PublishedServer(host, port, token, pid, process_start_ticks(pid) or 0, boot_id(), runs_dir)
     path = runtime_folder() / _name(port, kind)
     draft = path.with_name(f"{path.name}.{pid}")
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "w") as file:
@@ -131,17 +131,17 @@ def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str =
     return path
 
 
-def discover(port: int, *, even_dead: bool = False, kind: str = AGGREGATOR) -> Published | None:
-    """Return what this user's aggregator on `port` published, or None when none did.
+def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -> PublishedServer | None:
+    """Return the address that this user's aggregator on `port` has published; None without one.
 
     Args:
         port: the port that it listens on.
-        even_dead: also return what an aggregator that has ended left behind.
+        include_dead: also return the file of an aggregator that has ended.
         kind: `AGGREGATOR` or `PAGE`.
     """
     for folder in _candidates():
         entry = _read(folder / _name(port, kind))
-        if entry is not None and (even_dead or entry.alive):
+        if entry is not None and (include_dead or entry.alive):
             return entry
 
     return None
@@ -157,9 +157,9 @@ def withdraw(port: int) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed aggregators left long ago: their ranks, which know the token, have given up by now."""
+    """Remove old files of killed aggregators, whose ranks have given up by now."""
     for path in (path for kind in (AGGREGATOR, PAGE) for path in folder.glob(f"{kind}-*.json*")):
-        with contextlib.suppress(OSError):  # another one sweeps, or it is no file of ours
+        with contextlib.suppress(OSError):  # another process removes it, or it is no file of ours
             if time.time() - path.stat().st_mtime < _KEPT_S:
                 continue
 
@@ -173,13 +173,13 @@ def _name(port: int, kind: str) -> str:
 
 
 def _candidates() -> list[Path]:
-    """Folders to look in, the one to write first.
+    """Return the folders to read, with the one to write first.
 
-    A shell under ssh or cron may lack XDG_RUNTIME_DIR where the one beside it has it, so all places are read.
+    A shell under ssh or cron may lack XDG_RUNTIME_DIR where another one has it, so all folders are read.
     """
     uid = os.getuid()
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    # The name under /tmp is predictable, hence the check of owner and mode before anything there is believed.
+    # The name under /tmp is predictable, so owner and mode are checked before anything there is used.
     folders = [Path(f"/tmp/traceml-{uid}")]  # noqa: S108
     for parent in (Path(f"/run/user/{uid}"), Path(runtime) if runtime else None):
         if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
@@ -197,14 +197,14 @@ def _check_private(folder: Path) -> None:
         )
 
 
-def _read(path: Path) -> Published | None:
+def _read(path: Path) -> PublishedServer | None:
     try:
         _check_private(path.parent)
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
             if os.fstat(file.fileno()).st_uid != os.getuid():
                 raise PermissionError(f"{path} belongs to another user")
 
-            return Published(**json.load(file))
+            return PublishedServer(**json.load(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:

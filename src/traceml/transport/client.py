@@ -1,7 +1,7 @@
-"""The side that connects: a recorder, an agent, or a command.
+"""Client side of a connection: a recorder, an agent, or a command.
 
-One thread owns a `Connection`. Nothing here blocks longer than it was told to, and sending never blocks at all: what
-the socket does not take is kept and goes out with the next call.
+One thread owns a `Connection`. No call blocks longer than its timeout, and sending never blocks: bytes that the socket
+does not take are kept and sent with the next call.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _log = logging.getLogger("traceml")
 
 @dataclass(frozen=True, slots=True)
 class ClockOffset:
-    """How far the aggregator's wall clock is ahead of this host's monotonic clock, as the fastest exchange told.
+    """Offset of the aggregator's wall clock from this host's monotonic clock, by the fastest exchange.
 
     Args:
         offset_ns: aggregator's epoch_ns minus this process's monotonic_ns at the same moment.
-        rtt_ns: how long that exchange took; the offset is wrong by half of it at most.
+        rtt_ns: duration of that exchange; the offset is wrong by half of it at most.
     """
 
     offset_ns: int
@@ -55,10 +55,10 @@ def connect(
     """Connect, trying again until `timeout_s` has passed.
 
     Args:
-        host: where the aggregator listens.
+        host: the aggregator's address.
         port: its port.
-        hello: who this is.
-        token: what to prove; without one, what this user's aggregator on that port has published.
+        hello: identity of this peer.
+        token: the secret to prove; by default the one that this user's aggregator on that port has published.
         timeout_s: time for all tries together.
         tries: give up after this many, even if time is left.
 
@@ -80,7 +80,7 @@ def connect(
         if left_s <= 0 or number == tries:
             raise AggregatorUnavailableError(host, port, time.monotonic() - began, last.reason)
 
-        # A thousand ranks that lost one aggregator must not come back in the same instant. The last try is at the end.
+        # A thousand ranks that lost one aggregator must not reconnect in the same instant. The last try is at the end.
         time.sleep(min(pause_s * random.uniform(0.5, 1.0), left_s))
         pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
@@ -90,7 +90,7 @@ class Connection:
 
     Args:
         sock: the connected socket.
-        decoder: what was received so far.
+        decoder: decoder with the bytes received so far.
         welcome: the aggregator's answer to the hello.
         peer: (host, port) for messages.
         early: messages that came right behind the welcome.
@@ -104,9 +104,10 @@ class Connection:
         peer: tuple[str, int],
         early: list[dict[str, Any]],
     ) -> None:
+        _log.debug("connected to the aggregator at %s:%d, which has stored %s", *peer, welcome.get("acked"))
         self.welcome = welcome
         self.acked: dict[str, int] = dict(welcome.get("acked", {}))
-        """Per table the number of the next row which the aggregator wants; it is durable up to there."""
+        """Per table the number of the next row that the aggregator wants; earlier rows are durable."""
         self.bytes_sent = 0
         self._sock = sock
         self._decoder = decoder
@@ -123,7 +124,7 @@ class Connection:
 
         Raises:
             AggregatorRefusedError: the aggregator refused, or is none that knows this token or version.
-            AggregatorUnavailableError: nobody answered in time.
+            AggregatorUnavailableError: none answered in time.
         """
         began = time.monotonic()
         try:
@@ -145,7 +146,7 @@ class Connection:
 
     @property
     def unsent_bytes(self) -> int:
-        """Bytes which the socket has not taken yet. While there are some, send no more rows: the peer is behind."""
+        """Bytes that the socket has not taken yet. While there are some, send no more rows: the peer is behind."""
         return len(self._unsent)
 
     def fileno(self) -> int:
@@ -170,19 +171,19 @@ class Connection:
         return self._send(encode(message))
 
     def receive(self, timeout_s: float = 0.0) -> list[dict[str, Any]]:
-        """Return the messages that have come, waiting up to `timeout_s` for the first; acks go to `acked` instead.
+        """Return the received messages, waiting up to `timeout_s` for the first; acks go to `acked` instead.
 
-        Also returns when an ack has come, then perhaps with an empty list. What is unsent goes out meanwhile.
+        Also returns after an ack, then perhaps with an empty list. Unsent bytes are sent meanwhile.
 
         Raises:
-            AggregatorRefusedError: the aggregator threw this peer out, and said why.
+            AggregatorRefusedError: the aggregator ended the connection with a reason.
             ConnectionError: the connection is gone.
         """
         if self._inbox:
             timeout_s = 0.0
 
         if timeout_s <= 0:
-            # No poll first: each system call gives up the interpreter's lock, and a busy training thread has it then.
+            # No poll first: each system call releases the GIL, and a busy training thread takes it.
             self._flush()
             self._fill()
 
@@ -201,12 +202,12 @@ class Connection:
         return messages
 
     def flush(self, timeout_s: float) -> bool:
-        """Send what is unsent, for up to `timeout_s`; return whether all of it went out."""
+        """Send the unsent bytes, for up to `timeout_s`; return whether all were sent."""
         deadline = time.monotonic() + timeout_s
         while self._unsent and (left_s := deadline - time.monotonic()) > 0:
             self._poll.poll(left_s * 1000.0)
             self._flush()
-            self._fill()  # a peer that waits for us to read would never read what we send
+            self._fill()  # a peer that waits until we read would never read our bytes
 
         return not self._unsent
 
@@ -214,12 +215,12 @@ class Connection:
         """Send `command{id, name, args}` and return its `reply`; other messages are kept for `receive`.
 
         Args:
-            name: what to do.
-            args: with what.
-            timeout_s: how long to wait for the reply.
+            name: name of the command.
+            args: its arguments.
+            timeout_s: longest wait for the reply.
 
         Raises:
-            TraceMLError: the aggregator answered that it cannot.
+            TraceMLError: the aggregator answered with an error.
             TimeoutError: no reply came in time.
             ConnectionError: the connection is gone.
         """
@@ -242,7 +243,7 @@ class Connection:
         raise TimeoutError(f"the aggregator did not answer {name!r} within {timeout_s:.1f} s")
 
     def measure_clock(self, *, rounds: int = 8, timeout_s: float = 0.5) -> ClockOffset | None:
-        """Ask for the aggregator's clock `rounds` times, keep the fastest answer, and tell it; None if none came."""
+        """Read the aggregator's clock `rounds` times, and send it the fastest result; None without any answer."""
         best: ClockOffset | None = None
         deadline = time.monotonic() + timeout_s
         kept: list[dict[str, Any]] = []
@@ -265,30 +266,31 @@ class Connection:
         return best
 
     def close(self, reason: str | None = None) -> None:
-        """Close; with a `reason`, say `bye{reason}` first, which makes the aggregator commit at once."""
+        """Close; with a `reason`, send `bye{reason}` first, which makes the aggregator commit at once."""
         if reason is not None:
             with contextlib.suppress(OSError):
-                self._say_bye(reason)
+                self._send_bye(reason)
                 self.flush(0.2)
 
         self._sock.close()
 
     def finish(self, reason: str, *, timeout_s: float) -> bool:
-        """Say `bye` and wait until the aggregator has committed everything and closed; return whether it did."""
+        """Send `bye` and wait until the aggregator has committed everything; return whether it has."""
         deadline = time.monotonic() + timeout_s
         try:
-            self._say_bye(reason)
+            self._send_bye(reason)
             while (left_s := deadline - time.monotonic()) > 0:
                 if any(message["t"] == "bye" for message in self.receive(left_s)):
                     return True
         except ConnectionError:
-            pass  # closed before its bye came: then the last acks, which `acked` holds, are all that is known
+            pass  # closed before its bye: the last acks are in `acked`
         finally:
             self._sock.close()
 
         return False
 
-    def _say_bye(self, reason: str) -> None:
+    def _send_bye(self, reason: str) -> None:
+        _log.debug("bye to the aggregator at %s:%d: %s", *self._peer, reason)
         handled = failures()
         self.send({"t": "bye", "reason": reason} | ({"failures": handled} if handled else {}))
 
@@ -338,7 +340,7 @@ class Connection:
             self._poll.modify(self._sock, select.POLLIN)
 
     def _fill(self) -> bool:
-        """Read what is there; return whether a message came."""
+        """Read the available bytes; return whether a message was complete."""
         try:
             data = self._sock.recv(_RECEIVE_BYTES)
         except BlockingIOError:
@@ -361,7 +363,7 @@ class Connection:
 
 
 class _Handshake:
-    """challenge -> hello -> welcome, over a socket that is not trusted yet."""
+    """Handshake challenge -> hello -> welcome, over a socket that is not trusted yet."""
 
     def __init__(self, sock: socket.socket, host: str, port: int, deadline: float) -> None:
         self.decoder = Decoder()
@@ -371,11 +373,11 @@ class _Handshake:
     def run(self, hello: Hello, token: str | None) -> dict[str, Any]:
         challenge = self._expect("challenge")
         if challenge.get("v") != WIRE_VERSION:
-            raise self._turn_away(f"it speaks wire version {challenge.get('v')}, this traceml {WIRE_VERSION}")
+            raise self._reject(f"it speaks wire version {challenge.get('v')}, this traceml {WIRE_VERSION}")
 
         nonce = challenge.get("nonce")
         if not isinstance(nonce, bytes) or not 16 <= len(nonce) <= 64 or nonce.startswith(auth.CLIENT_NONCE_TAG):
-            raise self._turn_away("its challenge carries no proper nonce")
+            raise self._reject("its challenge has an invalid nonce")
 
         token = token or self._published_token()
         mine = auth.client_nonce()
@@ -384,14 +386,14 @@ class _Handshake:
         welcome = self._expect("welcome")
         expected = auth.mac(token, mine, hello.role, hello.run, hello.rank)
         if not isinstance(welcome.get("mac"), bytes) or not auth.same_mac(welcome["mac"], expected):
-            raise self._turn_away("it does not know the token")
+            raise self._reject("it does not know the token")
 
         return welcome
 
     def _published_token(self) -> str:
         entry = auth.discover(self._port)
         if entry is None:
-            raise self._turn_away(
+            raise self._reject(
                 "no token is known for it: it was started by another user or on another host. "
                 "Put its token into TRACEML_TOKEN",
                 AggregatorForeignError,
@@ -403,13 +405,13 @@ class _Handshake:
         while not self.early:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError(f"something listens there, but sent no {kind}")
+                raise TimeoutError(f"a program listens there, but sent no {kind}")
 
             self._sock.settimeout(left_s)
             try:
                 data = self._sock.recv(_RECEIVE_BYTES)
             except TimeoutError:
-                raise TimeoutError(f"something listens there, but sent no {kind}") from None
+                raise TimeoutError(f"a program listens there, but sent no {kind}") from None
 
             if not data:
                 raise ConnectionResetError(f"it closed the connection before its {kind}")
@@ -421,15 +423,13 @@ class _Handshake:
             raise refusal(message, self._host, self._port)
 
         if message["t"] != kind:
-            raise ProtocolError(f"it sent {message['t']!r} where {kind!r} was due")
+            raise ProtocolError(f"it sent {message['t']!r} instead of {kind!r}")
 
         return message
 
-    def _turn_away(
-        self, why: str, kind: type[AggregatorRefusedError] = AggregatorRefusedError
-    ) -> AggregatorRefusedError:
-        """Tell the other side why we leave, so that both logs say it."""
-        level = logging.INFO if kind is AggregatorForeignError else logging.WARNING  # that one may be of no interest
+    def _reject(self, why: str, kind: type[AggregatorRefusedError] = AggregatorRefusedError) -> AggregatorRefusedError:
+        """Send the reason for ending the handshake, so that both logs have it; return the error."""
+        level = logging.INFO if kind is AggregatorForeignError else logging.WARNING  # often of no interest
         _log.log(level, "leaving the aggregator at %s:%d: %s", self._host, self._port, why)
         with contextlib.suppress(OSError):
             self._sock.sendall(encode({"t": "refused", "why": f"the client left: {why}"}))
@@ -439,24 +439,24 @@ class _Handshake:
 
 def _open(host: str, port: int, timeout_s: float) -> socket.socket:
     sock = socket.create_connection((host, port), timeout=timeout_s)
-    # A connect to a free port of the ephemeral range can meet itself: TCP allows a simultaneous open with one socket.
+    # A connect to a free ephemeral port can connect to itself: TCP allows a simultaneous open with one socket.
     if sock.getsockname() == sock.getpeername():
         sock.close()
-        raise ConnectionRefusedError("nobody listens there")
+        raise ConnectionRefusedError("no program listens there")
 
     keep_alive(sock)
     return sock
 
 
 def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:
-    """Return the error for a `refused`, and log it: one that passes (`retry`) is a lost connection like any other."""
+    """Log a `refused` message and return its error: a temporary one (`retry`) counts as a lost connection."""
     why = str(message.get("why"))
     _log.warning("the aggregator at %s:%d refused this peer: %s", host, port, why)
     return ConnectionResetError(why) if message.get("retry") else AggregatorRefusedError(host, port, why)
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Send at once, and notice within half a minute that the other host is gone without a word."""
+    """Disable Nagle's algorithm, and detect within half a minute that the other host is gone."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 25_000)):

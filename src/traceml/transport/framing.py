@@ -1,4 +1,4 @@
-"""Frames: a 4-byte big-endian length, then one msgpack map whose key `t` names the message."""
+"""Frames: a 4-byte big-endian length, then one msgpack map whose key `t` is the kind of message."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["MAX_FRAME_BYTES", "MAX_HELLO_BYTES", "WIRE_VERSION", "Decoder", "dec
 
 WIRE_VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
-# Who has not proved the token yet may not make the other side keep megabytes for it.
+# A peer without a proved token must not make the other side buffer megabytes.
 MAX_HELLO_BYTES = 256 * 1024
 
 _LENGTH = struct.Struct(">I")
-# The numbers of a rows frame are written in fixed width, so that its head is one `pack` and a few constants.
+# The numbers of a rows frame have a fixed width, so that its head is one `pack` and a few constants.
 _SEQ_N = struct.Struct(">Q3sI6sI")
 _heads: dict[str, bytes] = {}
 
@@ -26,7 +26,7 @@ def encode(message: dict[str, Any]) -> bytes:
     """Return `message` as one frame.
 
     Raises:
-        ProtocolError: it is larger than a frame may be, or holds what msgpack cannot carry.
+        ProtocolError: it is larger than a frame may be, or contains a type unknown to msgpack.
     """
     try:
         payload: bytes = msgpack.packb(message)
@@ -40,7 +40,7 @@ def encode(message: dict[str, Any]) -> bytes:
 
 
 def rows_frame(table: str, seq: int, n: int, data: bytes) -> bytes:
-    """Return the frame `rows{table, seq, n, data}`: 50 bytes and the table's name around the rows as they are.
+    """Return the frame `rows{table, seq, n, data}`: 50 bytes and the table's name around the packed rows.
 
     Args:
         table: name of the table.
@@ -62,7 +62,7 @@ def rows_frame(table: str, seq: int, n: int, data: bytes) -> bytes:
 
 
 class Decoder:
-    """Turns bytes, in whatever pieces they arrive, into messages.
+    """Incremental decoder from bytes to messages.
 
     Args:
         limit_bytes: the largest frame accepted; raise it once the peer is trusted.
@@ -75,11 +75,11 @@ class Decoder:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
-        """Return the messages which `data` completes.
+        """Return the messages that `data` completes.
 
         Raises:
-            ProtocolError: the bytes are no frame of ours, or announce one above the limit. Nothing after that can be
-                trusted: close the connection.
+            ProtocolError: the bytes are no valid frame, or announce one above the limit. The stream is lost after that:
+                close the connection.
         """
         rest = self._rest
         if rest:

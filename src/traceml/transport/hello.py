@@ -1,4 +1,4 @@
-"""The hello: who a peer is, and how the rows which it will send are laid out."""
+"""Hello message: identity of a peer and layout of its rows."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ __all__ = ["Hello", "Role", "schemas"]
 Role = Literal["rank", "agent", "client"]
 
 _TEXT_LIMIT = 4096
-_WORLD_LIMIT = 1 << 20  # arrays are made by rank; nobody has more, and a number gone wrong must not cost the memory
+_WORLD_LIMIT = 1 << 20  # arrays are allocated per rank: a wrong number must not exhaust the memory
 
 
 def schemas() -> dict[str, Any]:
-    """Return each table's layout as the hello tells it: `[[field, code], ...]`, or `"msgpack"` for a log."""
+    """Return each table's layout as in the hello: `[[field, code], ...]`, or `"msgpack"` for a log."""
     return {name: table.layout for name, table in schema.TABLES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """What a peer tells of itself; the aggregator believes it once the token is proved.
+    """Identity of a peer; the aggregator trusts it after the proof of the token.
 
     Args:
-        role: `rank` sends rows; `agent` speaks for a host; `client` asks and commands.
-        run: the job key (`ids.job_key`): equal for all ranks of a job. A client names the run that it means, or "".
+        role: `rank` sends rows; `agent` acts for a host; `client` sends commands.
+        run: the job key (`ids.job_key`), equal for all ranks of a job. For a client the run of its commands, or "".
         rank: rank in the job; 0 for clients.
         world_size: ranks in the job.
         local_rank: rank on this host.
-        attempt: how often the job's launcher has restarted its workers.
+        attempt: number of restarts by the job's launcher.
         host: name of this host.
         pid: process id.
-        start_ticks: that process's start time in kernel ticks: (boot_id, pid, start_ticks) is never used again.
+        start_ticks: that process's start time in kernel ticks: (boot_id, pid, start_ticks) is unique.
         boot_id: this boot of the machine.
-        recorder: an id of this recorder; a process that starts a second one numbers its rows from 0 again.
-        parent: of a forked child that only logs, the recorder of the rank that it belongs to.
-        run_id: the name that the user gave the run's folder, if any.
-        name: what to call the run otherwise.
+        recorder: id of this recorder; a second recorder of a process numbers its rows from 0 again.
+        parent: for a forked child that only logs, the recorder of the rank that it belongs to.
+        run_id: the user's name for the run's folder, if any.
+        name: default name of the run.
         project: the project that it belongs to.
         command: the command line of the job.
         flight: path of this rank's flight file, "" when it is not on a file system.
-        restarts_left: how often the job's launcher may still restart its workers.
+        restarts_left: number of restarts that the job's launcher has left.
         schemas: see `schemas()`.
-        clock: (monotonic_ns, epoch_ns) taken together; (0, 0) of a peer that told something else.
+        clock: (monotonic_ns, epoch_ns) read together; (0, 0) if the peer sent anything else.
     """
 
     role: Role = "client"
@@ -82,10 +82,10 @@ class Hello:
 
     @classmethod
     def from_message(cls, message: dict[str, Any]) -> Self:
-        """Check a `hello` and return it; keys which this version does not know are ignored.
+        """Validate a `hello` and return it; unknown keys are ignored.
 
         Raises:
-            ProtocolError: a field is missing, of the wrong type, or beyond what it may be.
+            ProtocolError: a field is missing, of the wrong type, or out of range.
         """
         facts = {known.name: message[known.name] for known in fields(cls) if known.name in message}
         for name in ("role", "run", "rank", "world_size", "local_rank", "host", "pid", "schemas", "clock"):
@@ -102,13 +102,13 @@ class Hello:
         facts.setdefault("command", "")
         facts.setdefault("restarts_left", 0)
         if facts["rank"] >= facts["world_size"] or facts["world_size"] > _WORLD_LIMIT:
-            raise ProtocolError(f"rank {facts['rank']} of {facts['world_size']} cannot be")
+            raise ProtocolError(f"rank {facts['rank']} of {facts['world_size']} is not possible")
 
         return cls(**facts)
 
 
 def _restarts_left(environ: Mapping[str, str]) -> int:
-    """Ask torchrun's variables."""
+    """Return the number of restarts that torchrun has left, by its variables."""
     try:
         return max(0, int(environ["TORCHELASTIC_MAX_RESTARTS"]) - int(environ["TORCHELASTIC_RESTART_COUNT"]))
     except (KeyError, ValueError):
@@ -117,7 +117,7 @@ def _restarts_left(environ: Mapping[str, str]) -> int:
 
 def _check(name: str, value: object) -> None:
     if name == "clock" and not isinstance(value, (list, tuple)):
-        return  # a number or nothing: it is of use as a pair only, and no reason to turn anybody away
+        return  # useful as a pair only, and no reason to refuse a peer
 
     wanted: Any = _TYPES.get(name, str)
     if isinstance(value, bool) or not isinstance(value, wanted):

@@ -1,7 +1,6 @@
-"""The side that listens: framing, handshake and refusals on asyncio; what the messages mean is its handler's matter.
+"""Server side of connections: framing, handshake and refusals on asyncio; a handler processes the messages.
 
-A peer can only hurt itself: whatever it sends, its own connection is refused with a reason and closed, and the others
-do not notice.
+A faulty peer affects only itself: its connection is refused with a reason and closed, and the others go on.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from traceml.transport.hello import Hello, schemas
 
 __all__ = ["BACKLOG", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics", "raise_descriptor_limit"]
 
-# asyncio's 100 would make a tenth of ten thousand ranks that come at once wait for a SYN retransmission of a second.
+# With asyncio's 100, a tenth of 10,000 ranks that connect at once would wait a second for a SYN retransmission.
 BACKLOG = 4096
 HANDSHAKE_S = 5.0
-# A refused peer gets this long to read why, then it is cut off.
+# Time for a refused peer to read the reason before its connection is cut.
 _LINGER_S = 2.0
 _RESERVED_DESCRIPTORS = 64
 _SCHEMAS = schemas()
@@ -36,11 +35,11 @@ _log = logging.getLogger("traceml")
 
 
 class RefusedError(Exception):
-    """Raised by a handler to turn a peer away; the text reaches the peer and the log.
+    """Raised by a handler to refuse a peer; the text reaches the peer and the log.
 
     Args:
         why: the reason.
-        retry: whether the same peer may try again later: what hinders it passes.
+        retry: whether the reason is temporary, so that the peer may try again.
     """
 
     def __init__(self, why: str, *, retry: bool = False) -> None:
@@ -49,24 +48,24 @@ class RefusedError(Exception):
 
 
 class Handler(Protocol):
-    """What a server does with peers that have proved the token."""
+    """Handler of peers that have proved the token."""
 
     def welcome(self, peer: Peer) -> dict[str, Any]:
-        """Take a peer in and return what the welcome carries besides the proof; may raise RefusedError."""
+        """Admit a peer and return the welcome's fields besides the proof; may raise RefusedError."""
 
     def rows(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Take a `rows` message; may raise RefusedError or ProtocolError."""
+        """Handle a `rows` message; may raise RefusedError or ProtocolError."""
 
     def message(self, peer: Peer, message: dict[str, Any]) -> None:
-        """Take any other message; may raise RefusedError or ProtocolError."""
+        """Handle any other message; may raise RefusedError or ProtocolError."""
 
-    def gone(self, peer: Peer) -> None:
-        """Take note that a peer, once welcomed, is connected no more."""
+    def disconnected(self, peer: Peer) -> None:
+        """Record that a welcomed peer's connection has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerStatistics:
-    """Counters of a server's life and its present connections."""
+    """Counters of a server, and its current connections."""
 
     connections: int
     handshakes_open: int
@@ -76,7 +75,7 @@ class ServerStatistics:
 
 
 class Peer(asyncio.Protocol):
-    """One connection, from its challenge to its end."""
+    """One connection, from challenge to close."""
 
     __slots__ = (
         "_decoder",
@@ -99,14 +98,14 @@ class Peer(asyncio.Protocol):
         self.state = "new"  # new -> open -> closed, or -> refused -> closed
         self.hello: Hello | None = None
         self.context: Any = None
-        """Whatever the handler keeps for this peer."""
+        """State of the handler for this peer."""
         self.nonce = b""
         self.deadline_s = 0.0
         self.said_bye = False
 
     def __repr__(self) -> str:
-        who = f"{self.hello.role} {self.hello.rank} of {self.hello.run!r}" if self.hello else "stranger"
-        return f"<{who} at {self.address}, {self.state}>"
+        role = f"{self.hello.role} {self.hello.rank} of {self.hello.run!r}" if self.hello else "unknown peer"
+        return f"<{role} at {self.address}, {self.state}>"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Send the challenge, or refuse where no descriptor would be left for the store."""
@@ -121,9 +120,9 @@ class Peer(asyncio.Protocol):
         self._server.admit(self)
 
     def data_received(self, data: bytes) -> None:
-        """Decode and hand on; whatever goes wrong ends this connection alone."""
+        """Decode and dispatch; an error ends this connection alone."""
         if self.state == "refused":
-            return  # read on only so that closing does not reset the connection under our reason
+            return  # only read, so that the close does not reset the connection before the peer reads the reason
 
         try:
             handler = self._server.handler
@@ -138,18 +137,19 @@ class Peer(asyncio.Protocol):
         except (ProtocolError, RefusedError) as error:
             self.refuse(str(error), retry=getattr(error, "retry", False))
         except Exception:  # noqa: BLE001
-            # Our own mistake, or bytes nobody thought of: it costs this peer its connection, not the others theirs.
+            # A bug of ours or unexpected bytes: only this peer's connection ends.
             self._server.count_handler_error()
-            _log.exception("an error of the aggregator while serving %r; that connection is closed", self)
+            _log.exception("an error of the aggregator with %r; that connection is closed", self)
             self.refuse("internal error of the aggregator; see its log")
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         """Forget the peer."""
         was_open = self.state == "open"
         self.state = "closed"
+        _log.debug("%r", self)
         self._server.forget(self)
         if was_open:
-            self._server.handler.gone(self)
+            self._server.handler.disconnected(self)
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message, unless the peer is gone."""
@@ -161,7 +161,7 @@ class Peer(asyncio.Protocol):
             self._transport.write(frames)
 
     def pause(self, paused: bool) -> None:
-        """Stop or go on reading: TCP then holds the peer back, which keeps its rows itself."""
+        """Stop or resume reading: TCP then slows the peer, which keeps its rows."""
         if self._transport is None or self._transport.is_closing():
             return
 
@@ -171,7 +171,7 @@ class Peer(asyncio.Protocol):
             self._transport.resume_reading()
 
     def refuse(self, why: str, *, retry: bool = False) -> None:
-        """Tell the peer and the log why it is turned away, and close; with `retry` it may come again."""
+        """Refuse the peer with a reason, also in the log, and close; with `retry` it may try again."""
         if self._transport is None or self.state in ("refused", "closed"):
             return
 
@@ -184,10 +184,10 @@ class Peer(asyncio.Protocol):
             self._transport.write_eof()
 
         if was_open:
-            self._server.handler.gone(self)
+            self._server.handler.disconnected(self)
 
     def close(self) -> None:
-        """Close after what was written has gone out."""
+        """Close after the written bytes have been sent."""
         if self._transport is not None:
             self._transport.close()
 
@@ -234,15 +234,16 @@ class Peer(asyncio.Protocol):
         self._decoder.limit_bytes = MAX_FRAME_BYTES
         self.send({"t": "welcome", "v": WIRE_VERSION, "mac": answer, **extra})
         self.state = "open"
+        _log.debug("welcomed %r", self)
         self._server.welcomed(self)
 
 
 class Server:
-    """Listens, and makes a `Peer` of each connection.
+    """Server that makes a `Peer` of each connection.
 
     Args:
-        handler: what the messages mean.
-        token: what peers have to prove.
+        handler: processes the messages.
+        token: the secret that peers prove to know.
     """
 
     def __init__(self, handler: Handler, token: str) -> None:
@@ -281,14 +282,14 @@ class Server:
         )
 
     def admit(self, peer: Peer) -> None:
-        """Greet a new connection with the challenge."""
+        """Send a new connection the challenge."""
         self._accepted += 1
         self.peers.add(peer)
         self._pending[peer] = None
         peer.deadline_s = time.monotonic() + HANDSHAKE_S
         if len(self.peers) + _RESERVED_DESCRIPTORS > self._limit:
             peer.refuse(
-                f"{len(self.peers)} connections are all that this aggregator's descriptor limit allows", retry=True
+                f"{len(self.peers)} connections are the most that this aggregator's descriptor limit allows", retry=True
             )
             return
 
@@ -296,16 +297,16 @@ class Server:
         peer.send({"t": "challenge", "v": WIRE_VERSION, "nonce": peer.nonce})
 
     def welcomed(self, peer: Peer) -> None:
-        """Take a peer off the list of those that have to hurry."""
+        """Remove a peer from the list of open handshakes."""
         self._pending.pop(peer, None)
 
     def forget(self, peer: Peer) -> None:
-        """Take a closed connection off all lists."""
+        """Remove a closed connection from all lists."""
         self.peers.discard(peer)
         self._pending.pop(peer, None)
 
     def count_refused(self, peer: Peer) -> None:
-        """Count a refusal and give the peer its time to read it."""
+        """Count a refusal and give the peer time to read it."""
         self._refused += 1
         self._pending.pop(peer, None)
         self._pending[peer] = None
@@ -316,7 +317,7 @@ class Server:
         self._handler_errors += 1
 
     def _sweep(self) -> None:
-        """End those who connected and said nothing, and those who were told why they are refused."""
+        """Close connections without a hello, and refused ones after their time."""
         now_s = time.monotonic()
         for peer in list(self._pending):
             if peer.deadline_s > now_s:
@@ -331,7 +332,7 @@ class Server:
 
 
 def raise_descriptor_limit() -> int:
-    """Allow this process as many descriptors as it may have, one per connection, and return the number."""
+    """Raise the descriptor limit of this process to its hard limit, one per connection; return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         try:
@@ -343,12 +344,12 @@ def raise_descriptor_limit() -> int:
     return soft if soft != resource.RLIM_INFINITY else 2**31
 
 
-def _check_schemas(told: dict[str, Any]) -> None:
-    """Refuse a peer whose rows would be read wrongly."""
-    if told == _SCHEMAS:
+def _check_schemas(given: dict[str, Any]) -> None:
+    """Refuse a peer whose rows have another layout."""
+    if given == _SCHEMAS:
         return
 
-    for name, layout in told.items():
+    for name, layout in given.items():
         if name not in _SCHEMAS:
             raise RefusedError(f"unknown table {str(name)[:50]!r}")
 
