@@ -25,12 +25,12 @@ CROWDED_SHARE = 0.20
 
 @dataclass(frozen=True, slots=True)
 class _PhaseCost:
-    """What a part of the step costs.
+    """Cost of a part of the step.
 
     Attributes:
         ranks: the ranks that have it; empty for all.
         removed: the work that a run without it would not do, rank x step.
-        saved_ns: by how much the mean step would be shorter.
+        saved_ns: time by which the mean step would be shorter.
     """
 
     segments: Segments
@@ -74,7 +74,7 @@ class _PhaseCost:
 
 def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find waiting for data on all ranks."""
-    # Two steps are left out: the first batch after a pause is slow in the best of runs.
+    # Two steps are left out: the first batch after a pause is slow in any run.
     cost = _cost(segments, "input_wait", step_ns, rare_share=0)
     if cost is None or not cost.exceeds():
         return []
@@ -119,9 +119,9 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
 
 
 def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
-    """Return what the part costs, its rarest long steps aside; None where there is no such part.
+    """Return the cost of a part without its rare long steps; None where there is no such part.
 
-    A part that only some ranks have, and not for certain (else they were found late), saves nothing.
+    A part that only half of the ranks or fewer have saves nothing: stragglers are a finding of their own.
     """
     values = segments.parts.get(part)
     if values is None:
@@ -136,7 +136,7 @@ def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -
 
 
 def _mostly_rare(values: Floats) -> float | None:
-    """Return the share of steps that hold nearly all of the part, when these are few."""
+    """Return the share of steps that contain nearly all of the part, if they are few."""
     per_step = values.mean(axis=0)
     long = per_step > 3 * float(per_step.mean())
     held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)

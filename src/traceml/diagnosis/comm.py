@@ -1,4 +1,4 @@
-"""Communication: waiting that no rank's own work explains."""
+"""Communication: waiting that the own work of no rank explains."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["comm_bound", "least_wait_ns"]
 SHARE = 0.30
 """The least waiting over ranks is this share of the median step; healthy small models reach 0.2."""
 CROWDED_SHARE = 0.60
-"""The same when the ranks have too few cores: then half the step may be waiting for the other to be scheduled."""
+"""The same when the ranks have too few cores: then half of a step may be waiting for another rank to be scheduled."""
 FLOOR_NS = 3e6
-"""Waiting below this is what gloo's ring costs two healthy ranks on the CPU."""
+"""Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
 DEVICE_FLOOR_NS = 1e6
-"""The same for device times, which hold no scheduling."""
+"""The same for device times, which include no scheduling."""
 
 
 def least_wait_ns(segments: Segments) -> float:
-    """Return the communication that is left when nobody is late: the median of the least waiting over ranks."""
+    """Return the communication that is left when no rank is late: the median of the least waiting over ranks."""
     return float(np.median(segments.wait)) if segments.wait.size else 0.0
 
 
 def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
-    """Collectives cost it, and no rank arrives late (the caller has looked)."""
+    """Find communication that costs much while no rank is late, which the caller has checked."""
     cost = least_wait_ns(segments)
     step = float(np.median(segments.step))
     share = cost / max(step, 1.0)

@@ -1,4 +1,4 @@
-"""When nothing is wrong: where the time goes, and whether it is nearly all computation."""
+"""Verdicts without a bottleneck: HEALTHY, or COMPUTE_BOUND if the step is nearly all computation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from traceml.formatting import ns_text, percent_text, phase_words
 __all__ = ["COMPUTE_SHARE", "nothing_found"]
 
 COMPUTE_SHARE = 0.90
-"""From this share of computation on a run is told to be bound by it."""
+"""From this share of computation a run is COMPUTE_BOUND."""
 
 _WAITING = "waiting for other ranks"
 
 
 def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
-    """Return COMPUTE_BOUND or HEALTHY: no rule has found a cost worth a finding."""
+    """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
     kept = _without_pauses(segments)
     step = max(float(segments.step[kept].mean()), 1.0)
     means = {part: float(values[:, kept].mean()) for part, values in segments.parts.items()}
@@ -46,13 +46,13 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
 
 
 def _without_pauses(segments: Segments) -> NDArray[np.intp]:
-    """Return the steps without the two longest: a pause is no property of the run."""
+    """Return the steps without the two longest, which are usually pauses."""
     count = len(segments.step)
     if count < 10:
         return np.arange(count)
 
     longest = np.argsort(segments.step)[-2:]
-    # In a group the optimizer's own work counts behind the sync point: in the segment after its step.
+    # In a group the optimizer's work counts after the sync point: in the segment after its step.
     left_out = np.union1d(longest, longest + 1) if segments.grouped else longest
     return np.setdiff1d(np.arange(count), left_out)
 

@@ -1,6 +1,6 @@
-"""Rows of a run on their way into the diagnosis: tables in, step window and job facts out.
+"""Intake of rows for the diagnosis: from tables to a step window and job facts.
 
-The aggregator feeds it with frames from the wire, a reader of a store with frames from there.
+The aggregator adds frames from the wire; a reader of a store adds frames from the store.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Rows = NDArray[np.void]
 
 
 class RowIntake:
-    """Takes rows of all ranks of a run.
+    """Collects rows of all ranks of a run.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
-        ranks: ranks to make room for now.
+        ranks: ranks to allocate now.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
@@ -44,15 +44,15 @@ class RowIntake:
         self.window = StepWindow(slots, ranks)
 
     def end(self, ended: RankExit) -> None:
-        """Record how a rank ended; the others' steps are no longer compared with its own."""
+        """Record how a rank ended; the others are no longer aligned with it."""
         self.facts.exit(ended)
         self.window.end(ended.rank)
 
     def add(self, table: str, rank: int, data: bytes) -> None:
-        """Take rows of one rank, in order; step rows reach the window with the next `flush`.
+        """Add rows of one rank, in order; step rows reach the window with the next `flush`.
 
         Args:
-            table: name of a packed table; those that the diagnosis does not need are ignored.
+            table: name of a packed table; tables that the diagnosis does not need are ignored.
             rank: the rank.
             data: the rows as bytes.
         """
@@ -63,14 +63,14 @@ class RowIntake:
             self._takers[table](rank, np.frombuffer(data, _DTYPES[table]))
 
     def flush(self) -> bool:
-        """Put the step rows that were added into the window, those of all ranks at once; return whether any came."""
+        """Put the added step rows of all ranks into the window at once; return whether there were any."""
         found = bool(self._added[STEPS.name])
         self._scatter(STEPS, self.window.scatter)
         self._scatter(DEVICE_STEPS, self.window.scatter_device)
         return found
 
     def snapshot(self, last: int) -> tuple[Window, JobFacts]:
-        """Return what the rules look at: the newest aligned steps, at most `last`, and the facts."""
+        """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
         return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist())
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:

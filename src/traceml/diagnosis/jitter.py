@@ -1,4 +1,4 @@
-"""Long steps now and then: rare ones that nothing explains, and ranks that take turns at being late."""
+"""Irregular long steps: rare ones without an explanation, and ranks that are late in turns."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from traceml.formatting import capitalized, factor_text, ns_text, percent_text, 
 __all__ = ["jitter", "taking_turns", "usual"]
 
 FLOOR_NS = 1e6
-"""Mean cost per step below which nothing is said."""
+"""Mean cost per step below which nothing is reported."""
 LONG_NS = 20e6
-"""A long step is at least so much longer than usual: a busy host takes less than that away in passing."""
+"""A long step is at least this much longer than usual: other processes on a busy host usually take less."""
 DEVICE_LONG_NS = 2e6
 """The same for device times."""
 CROWDED_LONG_NS = 100e6
-"""With too few cores long steps must be this much longer on average ..."""
+"""With too few cores, long steps must be this much longer on average ..."""
 CROWDED_DOMINANCE = 0.8
-"""... by one part, to be more than the lack of cores."""
+"""... and this share of the excess must be in one part, to be more than the lack of cores."""
 TURNS_SHARE = 0.35
-"""Ranks take turns at being late in at least this share of the steps ..."""
+"""Ranks that are late in turns are late in at least this share of the steps ..."""
 TURNS_NS = 10e6
-"""... by at least this much on the CPU, where ranks that share cores disturb each other in passing ..."""
+"""... by at least this much on the CPU, where ranks that share cores disturb each other ..."""
 TURNS_DOMINANCE = 0.7
-"""... in one part, which holds this much of all that the ranks differ by from step to step ..."""
+"""... in one part, which has this share of the difference between ranks from step to step ..."""
 TURNS_WAIT = 0.10
-"""... and they had cores: their main threads stood ready without one for less than this share."""
+"""... and their main threads waited for a core for less than this share of their ready time."""
 RARE = 0.25
-"""At most this share of steps is long; with more, long steps are how the run is."""
+"""At most this share of steps is long; more are a property of the run."""
 MIN_EVENTS = 3
-"""One long step is an event, not a habit."""
+"""Fewer long steps are single events."""
 _ONE_RANK_EVENTS = 6
-# The other parts (input, checkpoint, a user's named phase) explain a long step; what they cost has its own findings.
+# The other parts (input, checkpoint, a named phase of the user) explain a long step and have findings of their own.
 _UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
 _MAX_CELLS = 100_000
 
 
 def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
-    """Return (the usual value, the value above which one is no longer usual).
+    """Return (the usual value, the limit above which a value is unusual).
 
-    Both come from the lower half, which rare long values do not touch: the spread of its logarithms, taken as one
-    half of a normal distribution. At least twice the usual value.
+    Both are computed from the lower half, which rare long values do not change: the spread of its logarithms, as one
+    half of a normal distribution. The limit is at least twice the usual value.
     """
     flat = values.ravel()
     low, lower, middle = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.16, 0.5))
@@ -60,12 +60,12 @@ def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _LongSteps:
-    """The long steps that nothing explains.
+    """Long steps without an explanation.
 
     Attributes:
         columns: their columns in the window.
-        excess: part -> what each rank took more than usual in them.
-        usual_ns: how long a step usually takes.
+        excess: part -> time of each rank in them beyond its usual.
+        usual_ns: usual duration of a step.
     """
 
     columns: NDArray[np.intp]
@@ -74,7 +74,7 @@ class _LongSteps:
 
 
 def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """Rare long steps which cost much together and which no part explains."""
+    """Find rare long steps that cost much together and that no part explains."""
     events = _unexplained(segments)
     if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
         return []
@@ -90,7 +90,7 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
 
 
 def _beyond_crowding(segments: Segments, events: _LongSteps) -> bool:
-    """Tell whether ranks that lack cores could not have such long steps by that alone."""
+    """Return whether the steps are too long for a lack of cores alone."""
     sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
     excess = float(segments.step[events.columns].mean()) - events.usual_ns
     return excess >= CROWDED_LONG_NS and max(sums) >= CROWDED_DOMINANCE * sum(sums)
@@ -100,7 +100,7 @@ def _unexplained(segments: Segments) -> _LongSteps:
     usual_ns, limit = usual(segments.step)
     least = DEVICE_LONG_NS if segments.device else LONG_NS
     long = segments.step > max(limit, usual_ns + least)
-    # The window's last step is where scripts save, sum up and leave.
+    # In the window's last step scripts save and end.
     long[-1] = False
     columns = np.flatnonzero(long)
     excess = {part: _excess(values, columns) for part, values in segments.parts.items()}
@@ -153,7 +153,7 @@ def _excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
 
 
 def _one_rank(segments: Segments, late: Floats) -> int | None:
-    """Return the rank that is behind nearly all long steps, if it is one and they are enough to tell."""
+    """Return the rank that causes nearly all long steps, if it is a single one and there are enough steps."""
     if len(segments.ranks) < 2 or late.shape[1] < _ONE_RANK_EVENTS:
         return None
 
@@ -163,7 +163,7 @@ def _one_rank(segments: Segments, late: Floats) -> int | None:
 
 
 def taking_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
-    """In every few steps another rank is late, so that none is late on average and all wait."""
+    """Find ranks that are late in turns: none is late on average, and all wait."""
     if not segments.grouped or len(segments.ranks) < 2 or facts.wait_share >= TURNS_WAIT:
         return []
 
@@ -177,7 +177,7 @@ def taking_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fi
 
 
 def _uneven(values: Floats) -> float:
-    """Return by how much the slowest rank of a step differs from the middle one, on average."""
+    """Return the mean difference between the slowest rank of a step and the median."""
     return float((values.max(axis=0) - median_over_ranks(values)).mean())
 
 
@@ -185,7 +185,7 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
     lumps = _lumps(values, segments.measured if part == "backward" else None, step_ns)
     late = lumps.any(axis=0)
     turns = lumps[:, late]
-    # Lumps on most ranks at once are how the steps are, not somebody's turn.
+    # A step that is long on most ranks is no rank's turn.
     if late.mean() < TURNS_SHARE or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
         return None
 
@@ -200,14 +200,14 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
     counts = turns.sum(axis=1)
     some = counts >= 0.25 * counts.max()
     if some.all() and part not in COMPUTE:
-        return None  # all ranks, in a part that a finding of its own is about
+        return None  # all ranks, in a part that has a finding of its own
 
     ranks = () if some.all() else tuple(int(rank) for rank in segments.ranks[some])
     return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), saved, step_ns)
 
 
 def _lumps(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
-    """Return which own times are far above the usual, which the lower quarter tells: half of all may be late."""
+    """Return which values are far above the usual, which is the lower quartile: half of all may be late."""
     flat = (values if columns is None or not columns.any() else values[:, columns]).ravel()
     low, quarter = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.25))
     spread = np.log(max(quarter, 1) / max(low, 1)) / 0.97

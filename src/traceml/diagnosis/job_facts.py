@@ -1,4 +1,4 @@
-"""What is known besides the steps: loaders, hosts, how ranks ended. Rules use it to withhold blame and to advise."""
+"""Facts besides the steps: loaders, hosts, exits. Rules use them to avoid false blame and to give advice."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
 
 OVERSUBSCRIBED = 0.25
-"""From this share on, main threads stood ready without a core for too long to blame a rank or the network lightly."""
+"""From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
 
 _MIN_OBSERVED_NS = 2e8
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderFacts:
-    """The data loader whose batches are trained on, as the rank described it."""
+    """The training data loader, as the rank described it."""
 
     dataset: str | None = None
     num_workers: int | None = None
@@ -31,17 +31,17 @@ class LoaderFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RankExit:
-    """How a rank ended when it did not end well (or how it ended at all).
+    """The end of a rank, usually a failure.
 
     Attributes:
-        rank: which rank.
-        state: finished, failed (exception or exit code), killed (signal), lost (gone without a word).
+        rank: the rank.
+        state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
         code: exit code, signal: its number.
-        exception: `Type: message` of the exception that ended the script; with the file and line that raised it.
-        last_step: last step that ended, open_phase: the part of a step it was in, open_step: that step.
-        at_s: epoch seconds of the end, to tell the first from those that followed.
+        exception: `Type: message` of the exception that ended the script, with the file and line that raised it.
+        last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
+        at_s: epoch seconds of the end, to separate the first from those that followed.
         stopped: whether its launcher ended it, because of others.
-        process_gone: whether a rank that is lost is known to have ended; else only its connection has.
+        process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
     """
 
     rank: int
@@ -61,38 +61,38 @@ class RankExit:
     process_gone: bool | None = None
 
     @classmethod
-    def of(cls, rank: int, state: str, told: Mapping[str, Any], host: str | None = None) -> RankExit:
-        """Return an exit from what a rank, its launcher and its flight file told, as a stream's facts hold it."""
-        known = {name: told[name] for name in _COPIED if told.get(name) is not None}
-        if known.get("exception") and told.get("message"):
-            known["exception"] = f"{known['exception']}: {told['message']}"
+    def of(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
+        """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""
+        known = {name: reported[name] for name in _COPIED if reported.get(name) is not None}
+        if known.get("exception") and reported.get("message"):
+            known["exception"] = f"{known['exception']}: {reported['message']}"
 
         if known.get("signal"):
-            known.pop("code", None)  # what it would have ended with, had the signal not come first
+            known.pop("code", None)  # the exit code that the signal replaced
 
         if known.get("last_step", 0) < 0:
-            del known["last_step"]  # it counts what was appended: none
+            del known["last_step"]  # it counts appended rows: there were none
 
-        known.setdefault("open_step", told.get("step"))
+        known.setdefault("open_step", reported.get("step"))
         return cls(rank=rank, state=state, host=host, **known)
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobFacts:
-    """What the rules may know besides the window; everything has a value that means "not known".
+    """Facts for the rules besides the window; each has a value that means "not known".
 
     Attributes:
         world_size: ranks of the run.
-        group: whether the ranks share a process group; None: to be seen from the rows.
+        group: whether the ranks share a process group; None if only the rows can tell.
         backend: the group's back end (gloo, nccl).
-        sharded: whether parameters are sharded (FSDP): then forward waits for the others too.
+        sharded: whether parameters are sharded (FSDP), so that forward waits for other ranks too.
         hosts: rank -> host.
-        cores: host -> cores which the job may use there.
+        cores: host -> cores that the job may use there.
         threads: torch threads per rank.
-        main_wait: rank -> share of its main thread's ready time that it waited for a core.
+        main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         loader: the training data loader.
-        exits: how ranks ended.
-        state: the run's state as the report has it.
+        exits: ends of ranks.
+        state: the run's state, as in the report.
     """
 
     world_size: int = 1
@@ -109,17 +109,17 @@ class JobFacts:
 
     @property
     def wait_share(self) -> float:
-        """Share of ready time without a core: the median over ranks, 0 where it is not known."""
+        """Share of ready time in which main threads waited for a core: the median over ranks, 0 where not known."""
         return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
 
     @property
     def oversubscribed(self) -> bool:
-        """Whether the ranks had too few cores, so that who is late is chance."""
+        """Whether the ranks had too few cores, so that lateness may be chance."""
         return self.wait_share >= OVERSUBSCRIBED
 
     @property
     def cores_per_rank(self) -> int | None:
-        """Cores of a host shared out to its ranks (the least over hosts), None where not known."""
+        """Cores per rank of a host (the least over hosts), None where not known."""
         per_host: dict[str, int] = {}
         for host in self.hosts.values():
             per_host[host] = per_host.get(host, 0) + 1
@@ -129,7 +129,7 @@ class JobFacts:
 
 
 class JobFactsBuilder:
-    """Gathers facts from rows as they arrive; the live verdict and the report's use the same."""
+    """Collects facts from rows as they arrive."""
 
     def __init__(self, world_size: int = 1) -> None:
         self.world_size = world_size
@@ -144,27 +144,27 @@ class JobFactsBuilder:
         self._facts: dict[str, Any] = {}
 
     def host(self, rank: int, host: str) -> None:
-        """Note where a rank runs."""
+        """Record the host of a rank."""
         self.hosts[rank] = host
 
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
-        """Take a row of the `info` log: loader, model, process and exit rows are of use."""
+        """Take a row of the `info` log: loader, model, process and exit rows are used."""
         kind = row.get("kind")
         if kind == "loader":
-            # The one which is trained on where that is told, else the first: evaluation comes later.
+            # The training loader where it is known, else the first: evaluation comes later.
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
             del self._loaders[_MAX_LOADERS:]
         elif kind == "exit":
-            told = RankExit.of(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
-            # A rank tells how it is about to end; what became of its process, where that is known, counts more.
-            self.exits[rank] = _merge(told, self.exits[rank]) if rank in self.exits else told
+            reported = RankExit.of(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
+            # A rank reports how it is about to end; the fate of its process, where known, has priority.
+            self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
         elif kind in ("process", "model", "group"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             if isinstance(row.get("cores"), int):
                 self._core_rows.setdefault(rank, row["cores"])
 
     def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
-        """Take rows of `schema.HOST`, which one rank per host sends."""
+        """Take rows of `schema.HOST`, sent by one rank per host."""
         if len(rows):
             self._core_rows[rank] = int(rows["cores"][-1])
 
@@ -175,7 +175,7 @@ class JobFactsBuilder:
             self._latest[rank] = _run_and_wait(rows[-1])
 
     def exit(self, ended: RankExit) -> None:
-        """Note how a rank ended; what is not known here is kept from what was told before."""
+        """Record how a rank ended; facts that are missing here are kept from earlier reports."""
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = _merge(before, ended) if before else ended
 
@@ -183,7 +183,7 @@ class JobFactsBuilder:
         """Return the facts as they are now.
 
         Args:
-            latest: each rank's last step (-1: none), for ranks which could not tell theirs any more.
+            latest: last step of each rank (-1: none), for ranks that could not report theirs.
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
@@ -223,8 +223,8 @@ def _loader(row: Mapping[str, Any]) -> LoaderFacts:
 
 
 def _merge(before: RankExit, after: RankExit) -> RankExit:
-    told = {name: getattr(after, name) for name in _EXIT_FIELDS}
-    known = {name: getattr(before, name) if value is None else value for name, value in told.items()}
+    newer = {name: getattr(after, name) for name in _EXIT_FIELDS}
+    known = {name: getattr(before, name) if value is None else value for name, value in newer.items()}
     if known["signal"]:
         known["code"] = None
 

@@ -1,4 +1,4 @@
-"""Ranks that ended by a signal, an exit code or an exception, or fell silent."""
+"""Ranks that ended by a signal, an exit code or an exception, or whose connection was lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from traceml.formatting import capitalized, phase_words, ranks_text, signal_name
 
 __all__ = ["rank_lost", "root_causes"]
 
-# What a rank ends with because another one is gone: the launcher's SIGTERM, or a collective whose peer has left.
+# Ends that another rank's end causes: the launcher's SIGTERM, or a collective whose peer has gone.
 _SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
 _PEER_GONE = (
     "connection closed by peer",
@@ -32,7 +32,7 @@ _STOPPED_BY_HAND = ("KeyboardInterrupt",)
 
 
 def rank_lost(facts: JobFacts) -> list[Finding]:
-    """Return the finding about lost ranks: who went first, by what, at which step and in which phase."""
+    """Return the finding about lost ranks: the first to end, the cause, the step and the phase."""
     bad = ended_badly(facts.exits)
     causes = root_causes(bad)
     if not causes:
@@ -56,7 +56,7 @@ def rank_lost(facts: JobFacts) -> list[Finding]:
 
 
 def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
-    """Return the exits that came by themselves, the earliest first; the others followed from them.
+    """Return the exits that caused the others, the earliest first.
 
     A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
     """
@@ -67,12 +67,12 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
 
     causes = own or [ended for ended in unforced if not _missed_a_peer(ended)] or unforced
     causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
-    # Ranks which die of the same thing die together; another cause later is a consequence.
+    # Ranks with the same cause ended together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
 
 
 def _weight(ended: RankExit) -> int:
-    # A silent rank may have been cut off by the others' end, so what is known comes first.
+    # A lost rank may be a consequence of the others' end, so known causes come first.
     return 1 if ended.state == "lost" else 0
 
 

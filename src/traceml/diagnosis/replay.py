@@ -1,7 +1,7 @@
-"""What the run would gain: the window played again with the blamed work taken out.
+"""Gain of a fix: the window replayed without the blamed work.
 
-A step takes as long as the rank with the most own work lets it, plus what no rank's work explains. Replacing own work
-therefore shortens a step by what the slowest rank gets faster, not by what one rank saves.
+A step takes as long as the own work of the slowest rank, plus time that no rank's work explains. Replacing own work
+therefore shortens a step by the gain of the slowest rank, not by the gain of one rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["lifted", "new_step_times", "saved_ns", "speedup", "without_rare"]
 
 
 def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
-    """Return what each step would have taken with some parts' own work replaced.
+    """Return the time of each step with the own work of some parts replaced.
 
     Args:
         segments: the window.
@@ -30,19 +30,19 @@ def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
 
 
 def saved_ns(segments: Segments, changed: Mapping[str, Floats]) -> float:
-    """Return by how many nanoseconds the mean step would get shorter."""
+    """Return the nanoseconds by which the mean step would be shorter."""
     return segments.step_ns - float(new_step_times(segments, changed).mean())
 
 
 def speedup(segments: Segments, saved: float) -> float:
-    """Return old / new step time when a step saves so many nanoseconds."""
+    """Return old / new step time if a step saves this many nanoseconds."""
     return segments.step_ns / max(segments.step_ns - max(saved, 0.0), 1.0)
 
 
 def lifted(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
-    """Return a part's own work with the late ranks' replaced by that of a typical other rank.
+    """Return a part's own work with that of the late ranks replaced by that of a typical other rank.
 
-    It is a real rank's work, noise included, taken a step later: a median would be calmer than any rank is.
+    It is the work of a real rank one step later, as a median would have less noise than any rank.
     """
     means = values[others].mean(axis=1)
     typical = others[int(np.argsort(means)[len(means) // 2])]
@@ -52,7 +52,7 @@ def lifted(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> 
 
 
 def without_rare(values: Floats, share: float = 0.05) -> Floats:
-    """Return the values of each rank with its largest `share` of steps cut to the next largest."""
+    """Return the values with the largest `share` of each rank's steps cut to the next largest."""
     steps = values.shape[1]
     keep = steps - max(2, int(np.ceil(share * steps)))
     if keep < 1:

@@ -1,4 +1,4 @@
-"""The diagnosis: all rules in their order, on one window."""
+"""Diagnosis of a window: all rules, in order."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from traceml.formatting import ns_text, percent_text
 __all__ = ["MIN_STEPS", "diagnose"]
 
 MIN_STEPS = 20
-"""Fewer steps than this, after the first ones, are too few to tell a habit from chance."""
+"""Fewer steps than this, after the first ones, are too few for a diagnosis."""
 _UNKNOWN_SHARE = 0.30
 
 
 def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
-    """Return what limits the run, the verdict first; never empty.
+    """Return the findings, the verdict first; never empty.
 
     Args:
-        window: aligned steps; live the last few hundred, at the end of a run all of them.
-        facts: what else is known.
+        window: aligned steps: live the last few hundred, at the end of a run all of them.
+        facts: facts besides the window.
     """
     lost = rank_lost(facts)
     if len(window) < MIN_STEPS:
@@ -45,7 +45,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
     found, fixed = stragglers(segments, facts)
-    # What late ranks cost is told; the other rules look at the run as it would be without them.
+    # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     rest = segments.changed(fixed, new_step_times(segments, fixed)) if fixed else segments
     turns = [] if found else taking_turns(rest, facts, step_ns)
     found += turns
@@ -90,7 +90,7 @@ def _for_more(seen: int) -> str:
 
 
 def _unknown_backward(window: Window, segments: Segments) -> Finding | None:
-    """Without a rank's own backward, slow computation and slow communication look the same: say so."""
+    """Report that own backward was not measured: slow computation and slow communication look the same then."""
     if segments.backward_known:
         return None
 

@@ -1,8 +1,8 @@
-"""Own work between sync points: what each rank did itself, and how long it waited for the others.
+"""Own work between sync points: the work of each rank, and its waiting for the others.
 
-In data-parallel training all ranks leave backward together, so wall times are equal on all of them; what a rank does
-itself between two such points is not. Rules compare sums over a window of that own work, part by part. The optimizer's
-time of a row lies behind the row's sync point and delays the next one, so it is counted there.
+In data-parallel training all ranks leave backward together, so their wall times are equal; their own work between two
+such points is not. Rules compare the sums of own work over a window, part by part. The optimizer's time in a row comes
+after the row's sync point and delays the next one, so it is counted there.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Segments:
 
     Attributes:
         ranks: the ranks, one per row.
-        parts: part or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is the rank's own,
+        parts: phase or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is own work only,
             and collectives are in no part.
         own: the parts' sum.
         step: wall time of each step, the mean over ranks.
-        wait: the least waiting over ranks where it is known (steps that measured it), nanoseconds.
-        grouped: whether the ranks wait for each other at all.
-        backward_known: whether a rank's own backward is told from its waiting.
-        measured: the steps on which it was measured; on the others `backward` holds the rank's mean.
+        wait: least waiting over ranks, in nanoseconds, of the steps that measured it.
+        grouped: whether the ranks wait for each other.
+        backward_known: whether own backward is separated from waiting.
+        measured: steps in which it was measured; in the others `backward` is the rank's mean.
         device: whether these are device times.
     """
 
@@ -71,7 +71,7 @@ class Segments:
 
 @dataclass(frozen=True, kw_only=True)
 class LateRanks:
-    """Ranks found late for the same reason; `rows` and `others` index the window's ranks."""
+    """Ranks that are late for the same reason; `rows` and `others` are indices of the window's ranks."""
 
     rows: NDArray[np.intp]
     others: NDArray[np.intp]
@@ -114,14 +114,14 @@ def _grouped(window: Window, facts: JobFacts) -> bool:
     if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
         return False
 
-    # Ranks without a word of a group are in one if they did what only a group does.
+    # Ranks that reported no group are in one if they did what only a group does.
     return facts.group or bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
 
 
 def _user_parts(window: Window) -> dict[str, Floats]:
     parts = {name if name not in window.times else f"phase {name}": values for name, values in window.user.items()}
     rest = np.maximum(window.times["user"] - sum(window.user.values(), np.float32(0)), 0)
-    # Rows of user phases come in a table of their own and may be missing for the newest steps.
+    # Rows of user phases are in a separate table and may be missing for the newest steps.
     return {**parts, "user": rest} if rest.mean() > 0.01 * max(window.times["user"].mean(), 1.0) else parts
 
 
@@ -130,7 +130,7 @@ def _behind_sync(optimizer: Floats) -> Floats:
 
 
 def _least(wait: Floats) -> Floats:
-    # Of thousands of ranks one is always in luck: the 5th of a hundred stands for the least.
+    # Of thousands of ranks one always waits least by chance: the 5th percentile is more stable.
     if len(wait) < 40:
         return np.asarray(wait.min(axis=0))
 

@@ -1,8 +1,8 @@
-"""Ranks whose own work makes the others wait.
+"""Stragglers: ranks whose own work makes the others wait.
 
-A rank is late when its own work, summed over the window, stands out from the others', lastingly, and in one part of
-the step. Sums find a fault that comes every fifth step, which medians cannot; one dominant part tells a fault from a
-core or a host that happens to be slower in everything.
+A rank is late when its own work, summed over the window, is persistently above the others', and in one part of the
+step. Sums find a fault in every fifth step, which medians cannot. One dominant part separates a fault from a core or a
+host that is slower in everything.
 """
 
 from __future__ import annotations
@@ -29,43 +29,43 @@ EXCESS_SHARE = 0.08
 EXCESS_NS = 1e6
 """... and at least this long."""
 DOMINANCE = 0.7
-"""The blamed part holds this much of the excess; with less the rank is slower in everything."""
+"""The blamed part has at least this share of the excess; with less the rank is slower in everything."""
 EVERYWHERE_SHARE = 0.30
-"""From this excess on a rank which is slower in everything is named too."""
+"""From this excess, a rank that is slower in everything is reported too."""
 RUNNER_UP = 1 / 3
-"""Ranks with this share of the largest excess or more are looked at as late together."""
+"""Ranks with at least this share of the largest excess are late together."""
 GAIN_SHARE = 0.05
-"""Without the late ranks a step would be at least this much shorter, unless they are late by a great deal."""
+"""Without the late ranks a step would be at least this much shorter, unless they are very late."""
 CLEARLY = 1.5
-"""The least late rank's excess is this many times that of any other rank."""
+"""The smallest excess of a late rank is this many times that of any other rank."""
 CERTAINTY = 3.5
-"""The excess is so many standard errors from none, one more for each tenth of a step that it is below a fifth ..."""
+"""The excess is this many standard errors above 0, one more for each tenth of a step that it is below a fifth ..."""
 CHANCE = 0.001
-"""... or its long steps would fall on that rank by chance less often than this."""
+"""... or the probability that its long steps hit that rank by chance is below this."""
 LUMP_SHARE = 0.25
-"""A long step in that sense: so much of a mean step above the others' usual own work."""
+"""Long steps, for this probability, are above the others' usual own work by this share of a mean step."""
 MAX_TRIALS = 1000
 ALIKE = 0.25
-"""A second computing part slower by this much of the first one's factor: the rank computes slower, not one part."""
+"""With a second computing part slower by this share of the first one's factor, the rank is slower, not one part ..."""
 
 ALIKE_CERTAINTY = 2.0
-"""... if that is so many standard errors away from none."""
+"""... if that is this many standard errors above 0."""
 STARVED = 0.15
-"""A rank whose main thread stood ready without a core for this share of its time, twice the others', lacks a core."""
+"""A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
 _BATCHES = 8
 _MIN_MEASURED = 20
 
 
 def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
-    """Return a finding per group of late ranks, and the window's parts with them lifted to the others."""
+    """Return a finding per group of late ranks, and the parts with their work replaced by that of the others."""
     if not segments.grouped or len(segments.ranks) < 2:
         return [], {}
 
     late = find_late(segments, facts)
     fixed = _fixed(segments, late)
     if late and saved_ns(segments, fixed) < GAIN_SHARE * segments.step_ns:
-        # Others are late as often: who is a little later on average is nobody's fault.
+        # Other ranks are late as often; a small difference on average is no fault.
         late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
         fixed = _fixed(segments, late)
 
@@ -85,7 +85,7 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     """Return the groups of late ranks, the largest excess first."""
     remaining = np.arange(len(segments.ranks))
     found: list[LateRanks] = []
-    # One group of late ranks may hide a second one with another cause; a third is left for the next look.
+    # One group of late ranks may hide a second one with another cause; a third waits for the next diagnosis.
     for _ in range(2):
         if len(remaining) < 2:
             break
@@ -102,7 +102,7 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
 
 
 def split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Part the ranks by their mean own work: (those with a third of the largest excess or more, the others)."""
+    """Divide the ranks by mean own work: (those with a third of the largest excess or more, the others)."""
     base, late = float(means.min()), np.zeros(len(means), bool)
     for _ in range(3):
         late = means - base > RUNNER_UP * (float(means.max()) - base)
@@ -112,9 +112,9 @@ def split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
 
 
 def _of_others(values: Floats) -> Floats:
-    """Return what the others do on average in each step.
+    """Return the mean work of the other ranks in each step.
 
-    Not their median: of skewed noise the median of several ranks is less than what any of them does on average.
+    It is not the median: with skewed noise, the median of several ranks is below the mean of each of them.
     """
     return np.asarray(values.mean(axis=0))
 
@@ -124,7 +124,7 @@ def _judge(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: 
     own = _of_others(segments.own[others])
     excess = (segments.own[rows] - own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
-    # All the others must be clearly apart from the late ones, or who is late is a matter of degree.
+    # All other ranks must be clearly apart from the late ones.
     if not len(rows) or float(excess.min()) < CLEARLY * max(spread, 0.0):
         return []
 
@@ -159,7 +159,7 @@ def _blame(
 
 
 def _alike(segments: Segments, row: int, reference: Mapping[str, Floats], part: str) -> bool:
-    """Tell whether another computing part got slower by a like factor: then it is the rank, not that part."""
+    """Return whether another computing part is slower by a similar factor: then the rank is slower, not that part."""
     if part not in COMPUTE:
         return False
 
@@ -174,14 +174,14 @@ def _alike(segments: Segments, row: int, reference: Mapping[str, Floats], part: 
 
 
 def _starved(facts: JobFacts, rank: int) -> bool:
-    """Tell whether this rank, more than the others, stood ready without a core."""
+    """Return whether this rank waited for a core, more than the others."""
     others = [share for other, share in facts.main_wait.items() if other != rank]
     mine = facts.main_wait.get(rank, 0.0)
     return bool(others) and mine >= STARVED and mine >= 2 * float(np.median(others))
 
 
 def _certain(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:
-    """Tell whether the excess cannot be chance: it is steady, or its long steps are nearly all this rank's."""
+    """Return whether the excess is not chance: it is steady, or nearly all long steps are of this rank."""
     excess = {part: values[row] - reference[part] for part, values in segments.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
     steady = [np.sum(list(excess.values()), axis=0), _columns(segments, "backward", backward)]
@@ -198,7 +198,7 @@ def _certain(segments: Segments, row: int, others: NDArray[np.intp], reference: 
 
 
 def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Return per rank how often its work is much longer than the others' usual work."""
+    """Return the number of steps per rank with much more work than the others' usual."""
     if not values.size:
         return np.zeros(len(values), np.int64)
 
@@ -207,18 +207,18 @@ def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArr
 
 
 def chance_of(hits: int, trials: int, probability: float) -> float:
-    """Return the probability of at least so many hits by chance."""
+    """Return the probability of at least this many hits by chance."""
     terms = (comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(hits, trials + 1))
     return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)
 
 
 def _columns(segments: Segments, part: str, values: Floats) -> Floats:
-    """Return the steps on which the part was measured; on the others backward holds a mean that hides its noise."""
+    """Return the steps in which the part was measured; in the others backward is a mean without its noise."""
     return values[segments.measured] if part == "backward" and segments.measured.size == values.size else values
 
 
 def _mean_and_error(values: Floats) -> tuple[float, float]:
-    """Return the mean and its standard error, by the means of batches of steps: noise may last some steps."""
+    """Return the mean and its standard error, from the means of batches of steps, as noise may last some steps."""
     number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
     batches = [float(batch.mean()) for batch in np.array_split(values, number)]
     error = float(np.std(batches, ddof=1)) / len(batches) ** 0.5 if len(batches) > 1 else 0.0
@@ -269,7 +269,7 @@ def _kind(part: str) -> Kind:
 def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
     saved = saved_ns(segments, {part: lifted(segments.parts[part], late.rows, late.others) for part in blamed})
-    # Late ranks that take turns cost more than each one's mean; two causes at once cost more than mending one gains.
+    # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
     gain = speedup(segments, saved)

@@ -1,6 +1,6 @@
-"""Aligned steps: what all ranks did in the same steps, as arrays that rules can compute on.
+"""Aligned steps: the same steps of all ranks, as arrays for the rules.
 
-`StepWindow` takes rows as they arrive, for thousands of ranks at a time; `Window` is what every rank has of it.
+`StepWindow` takes rows as they arrive, for thousands of ranks at a time; `Window` has the steps that all ranks have.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_USER_PHASES = 32
 
 
 def slots_for(ranks: int) -> int:
-    """Return how many steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (70 MB)."""
+    """Return the number of steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (70 MB)."""
     slots = 4096
     while slots > 128 and slots * max(ranks, 1) > 131_072:
         slots //= 2
@@ -43,18 +43,18 @@ def slots_for(ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Window:
-    """Steps which all ranks have.
+    """Steps that all ranks have.
 
     Attributes:
         ranks: the ranks, one per row of the arrays.
         steps: the training steps, one per column.
-        times: part of a step (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
+        times: phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
         total: wall time of each step in nanoseconds.
         backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
-        user: the user's own phases by name, nanoseconds; together they are `times["user"]`.
+        user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
         flags: `StepFlag` bits.
-        behind: ranks that had rows, but none in common with the others.
-        device: whether device times stand in for CPU times of the device's phases.
+        behind: ranks with rows, but with none of these steps.
+        device: whether device times replace the CPU times of the device's phases.
     """
 
     ranks: Ints
@@ -77,7 +77,7 @@ class Window:
 
     @cached_property
     def measured(self) -> NDArray[np.bool_]:
-        """Steps on which every rank told its own backward work from waiting."""
+        """Steps in which every rank measured its own backward."""
         if not len(self.ranks):
             return np.zeros(len(self.steps), bool)
 
@@ -85,7 +85,7 @@ class Window:
 
     @cached_property
     def own_mean(self) -> Floats:
-        """Each rank's mean own backward over the steps that measured it; NaN where none did."""
+        """Mean own backward of each rank over the steps that measured it; NaN where none did."""
         known = ~np.isnan(self.backward_own)
         count = known.sum(axis=1)
         whole = np.where(known, self.backward_own, 0).sum(axis=1, dtype=np.float64)
@@ -93,7 +93,7 @@ class Window:
 
     @property
     def own_backward(self) -> Floats:
-        """Own backward of each step; where it was not measured the rank's mean, which hides what others cost there."""
+        """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting."""
         return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
 
     @property
@@ -102,7 +102,7 @@ class Window:
         return float(self.total.mean()) if self.total.size else 0.0
 
     def named_times(self) -> dict[str, Floats]:
-        """Return the step's phases with the user's own under their names, rank x step; they add up to `total`."""
+        """Return the phases of each step, the user's phases by name; they add up to `total`."""
         times = {name: values for name, values in self.times.items() if name != "user"}
         unnamed = self.times["user"] - sum(self.user.values(), np.float32(0))
         times["other"] = times["other"] + np.maximum(unnamed, 0)
@@ -112,7 +112,7 @@ class Window:
         return times
 
     def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
-        """Return each rank's mean nanoseconds per step by phase: own work, and waiting as `comm`.
+        """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
 
         Args:
             grouped: whether the ranks wait for each other; see `has_group`.
@@ -122,7 +122,7 @@ class Window:
         return split_backward(means, self.own_mean, grouped=grouped)
 
     def select(self, columns: slice | NDArray[np.bool_]) -> Window:
-        """Return the same ranks over some of the steps."""
+        """Return the same ranks with some of the steps."""
         return Window(
             self.ranks,
             self.steps[columns],
@@ -137,14 +137,14 @@ class Window:
 
 
 class StepWindow:
-    """The last rows of every rank, at most `slots` steps each: a ring per rank that grows with the number of ranks.
+    """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
 
-    A rank's rows must come in order; a rank that starts again from step 0 overwrites what it left. Durations are kept
-    as float32 (a step of ten seconds to the microsecond), 50 bytes per rank and step.
+    The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
+    Durations are kept as float32 (a step of ten seconds to the microsecond), 50 bytes per rank and step.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
-        ranks: ranks to make room for now; more come by themselves.
+        ranks: ranks to allocate now; more are added as they arrive.
     """
 
     def __init__(self, slots: int, ranks: int = 0) -> None:
@@ -163,17 +163,17 @@ class StepWindow:
 
     @property
     def latest(self) -> Ints:
-        """Last step of each rank by rank index, -1 where none has come."""
+        """Last step of each rank by rank index, -1 before the first."""
         return self._latest[: self._capacity]
 
     @property
     def end_ns(self) -> Ints:
-        """The rank's monotonic stamp at the end of its last step, by rank index."""
+        """Monotonic timestamp at the end of each rank's last step, by rank index."""
         return self._end_ns[: self._capacity]
 
     @property
     def sequence(self) -> Ints:
-        """Collective sequence number at the end of the rank's last step, by rank index."""
+        """Collective sequence number at the end of each rank's last step, by rank index."""
         return self._sequence[: self._capacity]
 
     @property
@@ -186,8 +186,8 @@ class StepWindow:
         """Take step rows of many ranks at once.
 
         Args:
-            rank_indices: the rank of each row; a rank's rows in order, ranks in any order.
-            rows: as many rows of `schema.STEPS`.
+            rank_indices: the rank of each row; the rows of a rank in order, ranks in any order.
+            rows: rows of `schema.STEPS`.
         """
         if not len(rows):
             return
@@ -199,15 +199,20 @@ class StepWindow:
         self._step[at] = steps
         self._flags[at] = bits.flags
         self._values[at] = matrix[:, _DURATIONS]
-        # A repeated index keeps the last value given, which is the rank's newest row.
+        # Of a repeated index the last value stays, which is the rank's newest row.
         self._latest[rank_indices] = steps
         self._sequence[rank_indices] = bits.sequence
         self._end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
 
     def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
-        """Take rows of `schema.USER_PHASES` of one rank; `names` are that rank's names by id.
+        """Take rows of `schema.USER_PHASES` of one rank.
 
-        Phases beyond the first 32 names are left in the sum which the step row carries.
+        Phases beyond the first 32 names remain in the step row's sum.
+
+        Args:
+            rank_index: the rank.
+            rows: its rows.
+            names: its names by id.
         """
         self._grow(rank_index + 1)
         for name_id in np.unique(rows["name_id"]).tolist():
@@ -238,26 +243,26 @@ class StepWindow:
             values[at, column] = rows[f"{name}_ns"]
 
     def end(self, rank_index: int) -> None:
-        """Note that this rank has no further steps: the others need not be aligned with it."""
+        """Record that this rank has no further steps: the others are no longer aligned with it."""
         self._grow(rank_index + 1)
         self._ended[rank_index] = True
 
     def clear(self, rank_index: int) -> None:
-        """Forget a rank's rows: it starts again (a new attempt)."""
+        """Drop a rank's rows, as it starts again (a new attempt)."""
         self._grow(rank_index + 1)
         self._ended[rank_index], self._latest[rank_index] = False, -1
         self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
 
     def aligned(self, last: int = 200, skip_first: int = 10) -> Window:
-        """Return the newest steps which all live ranks have.
+        """Return the newest steps that all live ranks have.
 
-        A rank that ended, or is left behind by more than half the ring, is no longer waited for; when all have ended,
-        the steps they had in common are taken.
+        Ranks that ended, or that are behind by more than half the ring, are left out. When all ranks have ended, the
+        steps they had in common are returned.
 
         Args:
-            last: at most so many steps (fewer for thousands of ranks).
-            skip_first: leave out the run's first steps, which set things up; fewer of them where less than 20 steps
-                would remain, but never less than 3.
+            last: maximum number of steps (less for thousands of ranks).
+            skip_first: number of first steps to leave out, as they include set-up. Fewer are left out if less than 20
+                steps would remain, but never less than 3.
         """
         chosen, behind = self._candidates()
         if not len(chosen):
@@ -268,17 +273,17 @@ class StepWindow:
         skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
         steps = np.arange(max(newest - last + 1, skip, 0), newest + 1, dtype=np.int64)
         found = self._step[chosen[:, None] * self.slots + steps % self.slots] == steps
-        # A rank that lost many rows must not take the steps of all others with it.
+        # A rank that lost many rows must not remove the steps of all others.
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
         kept = coverage >= 0.5 * coverage.max()
         behind = (*behind, *chosen[~kept].tolist())
         return self._window(chosen[kept], steps[found[kept].all(axis=0)], behind)
 
     def held(self, rank_index: int) -> Window:
-        """Return all steps that are kept of one rank, in order."""
+        """Return all steps kept of one rank, in order."""
         mine = self._step[rank_index * self.slots : (rank_index + 1) * self.slots]
         latest = int(self._latest[rank_index])
-        # What a rank left before it started again from step 0 lies above its latest step.
+        # Rows from before a restart at step 0 are above the latest step.
         steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self.slots)])
         return self._window(np.array([rank_index], np.int64), steps, ())
 
@@ -305,7 +310,7 @@ class StepWindow:
         times["other"] = np.maximum(total - sum(times.values()), 0)
         user = {name: self._user_values(name, at, steps) for name in self._user}
         if device and user:
-            # The user's phases were cut to the time that the device was idle; each one by the same share.
+            # The user's phases were cut to the time in which the device was idle: each by the same share.
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
             user = {name: values * kept for name, values in user.items()}
 
@@ -338,7 +343,7 @@ class StepWindow:
         if ranks <= self._capacity:
             return
 
-        # By half at least, so that ranks which arrive one by one do not copy everything each time.
+        # At least by half, so that ranks that arrive one by one do not copy everything each time.
         more = max(ranks, self._capacity * 3 // 2 if self._capacity else 0) - self._capacity
         cells = more * self.slots
         self._latest = np.concatenate([self._latest, np.full(more, -1, np.int64)])
