@@ -155,7 +155,7 @@ def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
 
 
 def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
-    """A rank of another host that fell silent tells nothing; its rows say how far it came."""
+    """A rank of another host that lost its connection reports nothing; its rows show its last step."""
     builder = JobFactsBuilder(2)
     builder.exit(RankExit(rank=1, state="lost", host="node7"))
 
@@ -172,7 +172,7 @@ def test_a_process_that_is_gone_is_no_silent_host():
 
     finding = rank_lost(JobFacts(exits=(gone,)))[0]
 
-    assert "ended without a word" in finding.summary
+    assert "ended without a report" in finding.summary
     assert "in step 7, in backward" in finding.summary
     assert "out-of-memory" in finding.next
     assert "network" not in finding.next

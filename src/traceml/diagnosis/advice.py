@@ -194,6 +194,6 @@ def for_exit(ended: RankExit) -> str:
 
     if ended.state == "lost":
         host = f" {ended.host}" if ended.host else ""
-        return f"Look at the host{host} and its network: the rank fell silent without a word."
+        return f"Look at the host{host} and its network: the rank lost its connection without a report."
 
     return f"Read rank {ended.rank}'s output for why it ended with exit code {ended.code}."

@@ -14,9 +14,10 @@ from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
+from traceml.diagnosis.stragglers import straggler_kind
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["jitter", "taking_turns", "usual"]
+__all__ = ["jitter", "late_in_turns", "usual"]
 
 FLOOR_NS = 1e6
 """Mean cost per step below which nothing is reported."""
@@ -83,13 +84,13 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
     if cost < max(FLOOR_NS, WARNING_SHARE * step_ns):
         return []
 
-    if facts.oversubscribed and not _beyond_crowding(segments, events):
+    if facts.oversubscribed and not _beyond_lack_of_cores(segments, events):
         return []
 
     return [_jitter(segments, events, cost, step_ns)]
 
 
-def _beyond_crowding(segments: Segments, events: _LongSteps) -> bool:
+def _beyond_lack_of_cores(segments: Segments, events: _LongSteps) -> bool:
     """Return whether the steps are too long for a lack of cores alone."""
     sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
     excess = float(segments.step[events.columns].mean()) - events.usual_ns
@@ -162,38 +163,38 @@ def _one_rank(segments: Segments, late: Floats) -> int | None:
     return int(segments.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
 
 
-def taking_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+def late_in_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
     """Find ranks that are late in turns: none is late on average, and all wait."""
     if not segments.grouped or len(segments.ranks) < 2 or facts.wait_share >= TURNS_WAIT:
         return []
 
-    uneven = {part: _uneven(values) for part, values in segments.parts.items()}
+    uneven = {part: _imbalance(values) for part, values in segments.parts.items()}
     part = max(uneven, key=lambda name: uneven[name], default=None)
     if part is None or uneven[part] < TURNS_DOMINANCE * sum(uneven.values()):
         return []
 
-    finding = _turns(segments, part, segments.parts[part], step_ns)
+    finding = _late_in_turns(segments, part, segments.parts[part], step_ns)
     return [finding] if finding is not None else []
 
 
-def _uneven(values: Floats) -> float:
+def _imbalance(values: Floats) -> float:
     """Return the mean difference between the slowest rank of a step and the median."""
     return float((values.max(axis=0) - median_over_ranks(values)).mean())
 
 
-def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Finding | None:
-    lumps = _lumps(values, segments.measured if part == "backward" else None, step_ns)
-    late = lumps.any(axis=0)
-    turns = lumps[:, late]
+def _late_in_turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Finding | None:
+    outliers = _outliers(values, segments.measured if part == "backward" else None, step_ns)
+    late = outliers.any(axis=0)
+    turns = outliers[:, late]
     # A step that is long on most ranks is no rank's turn.
     if late.mean() < TURNS_SHARE or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
         return None
 
-    base, late_ns = float(np.median(values[~lumps])), float(values[lumps].mean())
+    base, late_ns = float(np.median(values[~outliers])), float(values[outliers].mean())
     if late_ns - base < (0.0 if segments.device else TURNS_NS):
         return None
 
-    saved = saved_ns(segments, {part: np.where(lumps, np.minimum(values, base), values).astype(values.dtype)})
+    saved = saved_ns(segments, {part: np.where(outliers, np.minimum(values, base), values).astype(values.dtype)})
     if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
         return None
 
@@ -206,14 +207,14 @@ def _turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Fin
     return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), saved, step_ns)
 
 
-def _lumps(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
+def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
     """Return which values are far above the usual, which is the lower quartile: half of all may be late."""
     flat = (values if columns is None or not columns.any() else values[:, columns]).ravel()
     low, quarter = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.25))
     spread = np.log(max(quarter, 1) / max(low, 1)) / 0.97
     limit = quarter * max(2.0, np.exp(4.7 * spread)) + 0.05 * step_ns
-    lumps = values > limit
-    return np.asarray(lumps if columns is None else lumps & columns)
+    outliers = values > limit
+    return np.asarray(outliers if columns is None else outliers & columns)
 
 
 def _turns_finding(
@@ -226,8 +227,7 @@ def _turns_finding(
     saved: float,
     step_ns: float,
 ) -> Finding:
-    kinds = {"input_wait": Kind.INPUT_STRAGGLER, "h2d": Kind.H2D_STRAGGLER}
-    kind = Kind.COMPUTE_STRAGGLER if part in COMPUTE else kinds.get(part, Kind.STRAGGLER)
+    kind = straggler_kind(part)
     share, gain = saved / step_ns, speedup(segments, saved)
     return Finding(
         kind=kind,
@@ -235,13 +235,13 @@ def _turns_finding(
         ranks=ranks,
         phase=part,
         summary=(
-            f"{capitalized(ranks_text(ranks))} take turns at slowing the others down: in {percent_text(often)} of the "
-            f"steps {phase_words(part)} takes one of them {ns_text(late_ns)} instead of {ns_text(base)}; evened out "
+            f"{capitalized(ranks_text(ranks))} are late in turns: in {percent_text(often)} of the steps "
+            f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work "
             f"the run would be {factor_text(gain)} faster."
         ),
         next=(
-            "Even out what the ranks do in one step: batches of like size on all ranks (bucket samples by length), "
-            "no work that hits one rank at a time."
+            "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by "
+            "length), no work that only one rank does at a time."
         ),
         evidence={
             "step_ms": step_ns / 1e6,

@@ -125,10 +125,10 @@ def _how(ended: RankExit, *, many: bool) -> str:
         return f"ended with {_short(ended.exception)}{at}"
 
     if ended.state == "lost" and ended.process_gone:
-        return "ended without a word: by a signal or by os._exit, which nobody was there to see"
+        return "ended without a report: by a signal or by os._exit"
 
     if ended.state == "lost":
-        return "fell silent: the connection ended without a word"
+        return "lost its connection without a report" if not many else "lost their connections without a report"
 
     return f"ended with exit code {ended.code}"
 

@@ -6,7 +6,7 @@ from traceml.diagnosis.bottlenecks import input_bound, residual, transfers
 from traceml.diagnosis.comm import comm_bound
 from traceml.diagnosis.compute import nothing_found
 from traceml.diagnosis.findings import Finding, in_order
-from traceml.diagnosis.jitter import jitter, taking_turns
+from traceml.diagnosis.jitter import jitter, late_in_turns
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.lost_ranks import rank_lost
@@ -47,7 +47,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     found, fixed = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
     rest = segments.changed(fixed, new_step_times(segments, fixed)) if fixed else segments
-    turns = [] if found else taking_turns(rest, facts, step_ns)
+    turns = [] if found else late_in_turns(rest, facts, step_ns)
     found += turns
     found += input_bound(rest, facts, step_ns) + transfers(rest, facts, step_ns) + residual(rest, facts, step_ns)
     if not turns:
@@ -70,13 +70,13 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),
-        summary=f"Too little to tell what limits the run: {why}; {MIN_STEPS} are needed.",
+        summary=f"Too few steps for a verdict: {why}; {MIN_STEPS} are needed.",
         next=_WHEN_FAILED if failed else _for_more(seen) if ended else "Wait for more steps.",
         evidence={"steps": seen, "needed": MIN_STEPS, "missing": "steps"},
     )
 
 
-_WHEN_FAILED = "Read the job's output for why it failed before it trained."
+_WHEN_FAILED = "Read the job's output to see why it failed before it trained."
 
 
 def _for_more(seen: int) -> str:
@@ -84,7 +84,7 @@ def _for_more(seen: int) -> str:
         return f"Let the run make at least {MIN_STEPS + 10} training steps."
 
     return (
-        "If the script trains without a torch optimizer or in a way that is not recognised, mark its steps with "
+        "If the script trains without a torch optimizer or in a way that is not recognized, mark its steps with "
         "traceml.trace_step()."
     )
 
@@ -105,8 +105,8 @@ def _unknown_backward(window: Window, segments: Segments) -> Finding | None:
         phase="backward",
         summary=(
             f"{ns_text(backward)} of each {ns_text(segments.step_ns)} step ({percent_text(share)}) is backward or "
-            "communication: the ranks' own backward work was not measured, so they cannot be told apart."
+            "communication: the ranks' own backward work was not measured, so the two cannot be separated."
         ),
-        next="Compare with a run on one rank: what its backward takes is computation, the rest is communication.",
+        next="Compare with a run on one rank: its backward is computation, the rest is communication.",
         evidence={"backward_ms": backward / 1e6, "step_ms": segments.step_ns / 1e6, "missing": "backward_own_ns"},
     )

@@ -22,7 +22,7 @@ from traceml.diagnosis.replay import lifted, saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, LateRanks, Segments
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["find_late", "stragglers"]
+__all__ = ["straggler_kind", "stragglers"]
 
 EXCESS_SHARE = 0.08
 """A late rank's excess over the others is at least this share of the step ..."""
@@ -42,15 +42,15 @@ CERTAINTY = 3.5
 """The excess is this many standard errors above 0, one more for each tenth of a step that it is below a fifth ..."""
 CHANCE = 0.001
 """... or the probability that its long steps hit that rank by chance is below this."""
-LUMP_SHARE = 0.25
+LONG_STEP_SHARE = 0.25
 """Long steps, for this probability, are above the others' usual own work by this share of a mean step."""
 MAX_TRIALS = 1000
-ALIKE = 0.25
+SIMILAR = 0.25
 """With a second computing part slower by this share of the first one's factor, the rank is slower, not one part ..."""
 
-ALIKE_CERTAINTY = 2.0
+SIMILAR_CERTAINTY = 2.0
 """... if that is this many standard errors above 0."""
-STARVED = 0.15
+LACKING_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
 _BATCHES = 8
@@ -90,8 +90,8 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
         if len(remaining) < 2:
             break
 
-        rows, others = (remaining[part] for part in split(segments.own[remaining].mean(axis=1)))
-        groups = _judge(segments, facts, rows, others)
+        rows, others = (remaining[part] for part in divide_ranks(segments.own[remaining].mean(axis=1)))
+        groups = _late_groups(segments, facts, rows, others)
         if not groups:
             break
 
@@ -101,7 +101,7 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
     return found
 
 
-def split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Divide the ranks by mean own work: (those with a third of the largest excess or more, the others)."""
     base, late = float(means.min()), np.zeros(len(means), bool)
     for _ in range(3):
@@ -111,7 +111,7 @@ def split(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     return np.flatnonzero(late), np.flatnonzero(~late)
 
 
-def _of_others(values: Floats) -> Floats:
+def _mean_of_others(values: Floats) -> Floats:
     """Return the mean work of the other ranks in each step.
 
     It is not the median: with skewed noise, the median of several ranks is below the mean of each of them.
@@ -119,9 +119,11 @@ def _of_others(values: Floats) -> Floats:
     return np.asarray(values.mean(axis=0))
 
 
-def _judge(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]) -> list[LateRanks]:
-    reference = {part: _of_others(values[others]) for part, values in segments.parts.items()}
-    own = _of_others(segments.own[others])
+def _late_groups(
+    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]
+) -> list[LateRanks]:
+    reference = {part: _mean_of_others(values[others]) for part, values in segments.parts.items()}
+    own = _mean_of_others(segments.own[others])
     excess = (segments.own[rows] - own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
     # All other ranks must be clearly apart from the late ones.
@@ -130,27 +132,29 @@ def _judge(segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: 
 
     groups: dict[tuple[str, bool], list[int]] = {}
     for row, mean in zip(rows.tolist(), excess.tolist(), strict=True):
-        if mean < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _certain(segments, row, others, reference):
+        if mean < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(
+            segments, row, others, reference
+        ):
             continue
 
-        part, everywhere = _blame(segments, facts, row, reference, mean)
-        if part and not (everywhere and not _lasting(segments.own[row] - own, segments)):
+        part, everywhere = _blamed_part(segments, facts, row, reference, mean)
+        if part and not (everywhere and not _persists(segments.own[row] - own, segments)):
             groups.setdefault((part, everywhere), []).append(row)
 
     found = [_late(segments, np.array(group), others, *cause) for cause, group in groups.items()]
     return sorted(found, key=lambda late: -late.excess_ns)
 
 
-def _blame(
+def _blamed_part(
     segments: Segments, facts: JobFacts, row: int, reference: Mapping[str, Floats], excess: float
 ) -> tuple[str | None, bool]:
     """Return (the part to blame or None, whether the rank is slower in everything)."""
     by_part = {part: float((values[row] - reference[part]).mean()) for part, values in segments.parts.items()}
     positive = sum(value for value in by_part.values() if value > 0)
     part = max(by_part, key=lambda name: by_part[name])
-    everywhere = by_part[part] < DOMINANCE * positive or _alike(segments, row, reference, part)
+    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, row, reference, part)
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
-    chancy = seldom or facts.oversubscribed or _starved(facts, int(segments.ranks[row]))
+    chancy = seldom or facts.oversubscribed or _lacks_core(facts, int(segments.ranks[row]))
     floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
     if excess < floor * segments.step_ns or (everywhere and facts.oversubscribed):
         return None, everywhere
@@ -158,33 +162,33 @@ def _blame(
     return part, everywhere
 
 
-def _alike(segments: Segments, row: int, reference: Mapping[str, Floats], part: str) -> bool:
+def _is_slower_overall(segments: Segments, row: int, reference: Mapping[str, Floats], part: str) -> bool:
     """Return whether another computing part is slower by a similar factor: then the rank is slower, not that part."""
     if part not in COMPUTE:
         return False
 
     base = {name: max(float(reference[name].mean()), 1.0) for name in COMPUTE if name in reference}
-    excess = {name: _columns(segments, name, segments.parts[name][row] - reference[name]) for name in base}
-    least = ALIKE * float(excess[part].mean()) / base[part]
+    excess = {name: _measured_steps(segments, name, segments.parts[name][row] - reference[name]) for name in base}
+    least = SIMILAR * float(excess[part].mean()) / base[part]
     return any(
-        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= ALIKE_CERTAINTY
+        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_CERTAINTY
         for name in base
         if name != part and base[name] >= 0.01 * sum(base.values())
     )
 
 
-def _starved(facts: JobFacts, rank: int) -> bool:
+def _lacks_core(facts: JobFacts, rank: int) -> bool:
     """Return whether this rank waited for a core, more than the others."""
     others = [share for other, share in facts.main_wait.items() if other != rank]
     mine = facts.main_wait.get(rank, 0.0)
-    return bool(others) and mine >= STARVED and mine >= 2 * float(np.median(others))
+    return bool(others) and mine >= LACKING_SHARE and mine >= 2 * float(np.median(others))
 
 
-def _certain(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:
+def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:
     """Return whether the excess is not chance: it is steady, or nearly all long steps are of this rank."""
     excess = {part: values[row] - reference[part] for part, values in segments.parts.items()}
     backward = excess.pop("backward", np.zeros(1, np.float32))
-    steady = [np.sum(list(excess.values()), axis=0), _columns(segments, "backward", backward)]
+    steady = [np.sum(list(excess.values()), axis=0), _measured_steps(segments, "backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
     share = (mean + mean_backward) / segments.step_ns
     needed = CERTAINTY + 10 * max(0.0, 0.2 - share)
@@ -202,7 +206,7 @@ def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArr
     if not values.size:
         return np.zeros(len(values), np.int64)
 
-    limit = float(np.median(values[others])) + max(LUMP_SHARE * segments.step_ns, EXCESS_NS)
+    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * segments.step_ns, EXCESS_NS)
     return np.asarray((values > limit).sum(axis=1))
 
 
@@ -212,7 +216,7 @@ def chance_of(hits: int, trials: int, probability: float) -> float:
     return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)
 
 
-def _columns(segments: Segments, part: str, values: Floats) -> Floats:
+def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:
     """Return the steps in which the part was measured; in the others backward is a mean without its noise."""
     return values[segments.measured] if part == "backward" and segments.measured.size == values.size else values
 
@@ -230,7 +234,7 @@ def _errors(values: Floats) -> float:
     return mean / error
 
 
-def _lasting(excess: Floats, segments: Segments) -> bool:
+def _persists(excess: Floats, segments: Segments) -> bool:
     halves = np.array_split(excess, 2)
     return min(float(half.mean()) for half in halves) >= EVERYWHERE_SHARE * segments.step_ns
 
@@ -239,11 +243,11 @@ def _late(
     segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], part: str, everywhere: bool
 ) -> LateRanks:
     by_part = {
-        name: float((values[rows].mean(axis=0) - _of_others(values[others])).mean())
+        name: float((values[rows].mean(axis=0) - _mean_of_others(values[others])).mean())
         for name, values in segments.parts.items()
     }
     positive = {name: value for name, value in by_part.items() if value > 0}
-    excess = float((segments.own[rows].mean(axis=0) - _of_others(segments.own[others])).mean())
+    excess = float((segments.own[rows].mean(axis=0) - _mean_of_others(segments.own[others])).mean())
     dominance = by_part[part] / max(sum(positive.values()), 1.0)
     return LateRanks(
         rows=rows,
@@ -256,7 +260,8 @@ def _late(
     )
 
 
-def _kind(part: str) -> Kind:
+def straggler_kind(part: str) -> Kind:
+    """Return the kind of finding for ranks that are late in a part of the step."""
     if part == "input_wait":
         return Kind.INPUT_STRAGGLER
 
@@ -273,7 +278,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
     gain = speedup(segments, saved)
-    kind = _kind(late.part)
+    kind = straggler_kind(late.part)
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),
@@ -290,7 +295,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
 def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share: float, gain: float) -> str:
     who = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = segments.parts[late.part]
-    mine, others = float(own[late.rows].mean()), float(_of_others(own[late.others]).mean())
+    mine, others = float(own[late.rows].mean()), float(_mean_of_others(own[late.others]).mean())
     if late.everywhere:
         return (
             f"{who}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
@@ -308,7 +313,7 @@ def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share:
 def _evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
     own = segments.parts[late.part]
     mine = own[late.rows].mean(axis=0)
-    others = _of_others(own[late.others])
+    others = _mean_of_others(own[late.others])
     often = float((mine - others > 0.5 * max((mine - others).max(), 1.0)).mean())
     evidence: dict[str, object] = {
         "step_ms": segments.step_ns / 1e6,
