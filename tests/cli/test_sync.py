@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_is_left_to_its_aggregator(runs_dir, capsys):
     logged(runs_dir, "a", "jsonl", **me)
 
     assert cli.main(["sync", "a"]) == 3
-    assert "goes on: its aggregator delivers" in capsys.readouterr().err
+    assert "still runs: its aggregator delivers" in capsys.readouterr().err
     assert cli.main(["sync"]) == 0
 
 

@@ -1,4 +1,4 @@
-"""What `traceml doctor --backends` checks: each tracker's library, credentials and address, and how its rows stand."""
+"""Checks of `traceml doctor --backends`: each tracker's library, credentials, address and delivery."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def backend_checks(config: Config) -> Iterator[Check]:
         run_dir = (
             Path(config.runs_dir).absolute() / "doctor" if Path(config.runs_dir).is_dir() else Path(scratch, "run")
         )
-        found = pool.map(lambda name: probe(name, config.backend_options.get(name, {}), run_dir), names)
-        for name, looked in zip(names, found, strict=True):
-            yield _check(name, looked, config, is_wanted=name in wanted)
+        results = pool.map(lambda name: probe(name, config.backend_options.get(name, {}), run_dir), names)
+        for name, result in zip(names, results, strict=True):
+            yield _check(name, result, config, is_wanted=name in wanted)
 
     yield from _deliveries(Path(config.runs_dir))
 
 
-def _check(name: str, found: ProbeResult, config: Config, *, is_wanted: bool) -> Check:
+def _check(name: str, result: ProbeResult, config: Config, *, is_wanted: bool) -> Check:
     options = config.backend_options.get(name, {})
     bad: Literal["broken", "note"] = "broken" if is_wanted else "note"
-    if found.missing:
-        return Check(name, bad if is_wanted else "ok", *_missing(found.missing, is_wanted=is_wanted))
-    if found.error:
-        return Check(name, bad, f"cannot be used: {found.error}")
+    if result.missing:
+        return Check(name, bad if is_wanted else "ok", *_missing(result.missing, is_wanted=is_wanted))
+    if result.error:
+        return Check(name, bad, f"cannot be used: {result.error}")
 
-    versions = ", ".join(f"{module} {version}" for module, version in found.versions.items())
+    versions = ", ".join(f"{module} {version}" for module, version in result.versions.items())
     keys, problem = _keys(name, options)
-    parts = [part for part in (versions, keys, f"{found.target} {found.answer}".strip()) if part]
+    parts = [part for part in (versions, keys, f"{result.target} {result.answer}".strip()) if part]
     if problem:
-        return Check(name, bad, "; ".join([*parts, problem]), "a key file is for its owner alone: chmod 600 FILE")
-    if found.reaches is False:
-        return Check(name, bad, "; ".join(parts), "rows wait in the run until it answers: nothing is lost")
-    if config.local_only and not found.is_local:
+        return Check(name, bad, "; ".join([*parts, problem]), "only its owner may read a key file: chmod 600 FILE")
+    if result.reaches is False:
+        return Check(name, bad, "; ".join(parts), "rows wait in the run until it responds: nothing is lost")
+    if config.local_only and not result.is_local:
         return Check(name, bad, "; ".join(parts), "local_only is set: nothing is delivered there")
 
     return Check(name, "ok", "; ".join(parts))
@@ -68,7 +68,7 @@ def _missing(hint: str, *, is_wanted: bool) -> tuple[str, str]:
 
 
 def _keys(name: str, options: dict[str, Any]) -> tuple[str, str]:
-    """Return which credentials are there, by name, and what is wrong with a key file."""
+    """Return the names of the credentials that are set, and what is wrong with a key file."""
     variables = key_variables(name, options)
     if path := options.get("api_key_file"):
         try:

@@ -1,4 +1,4 @@
-"""`traceml sync`: deliver what is not delivered yet."""
+"""`traceml sync`: upload what a tracker is still missing."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from traceml.track.tracker_state import DeliveryPhase, TrackerState, locked
 __all__ = ["STALL_LIMIT_S", "main"]
 
 EXIT_UNDELIVERED = 3
-_LOOK_S = 0.1
-# A tracker that takes nothing for so long, and neither fails nor is at something long, is left for another time.
+_POLL_S = 0.1
+# A tracker that accepts nothing for this long, neither failing nor in a long call, is skipped.
 STALL_LIMIT_S = 120.0
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """Deliver to trackers what they have not got yet.
+    """Upload what a tracker is still missing.
 
-    Of runs whose tracker was down; with --backend also of any run to another tracker.
+    For runs whose tracker was down; with --backend also to a tracker that a run did not use.
 
     Exits with 3 when something could not be delivered: it stays in the run, for another try.
     """
@@ -54,18 +54,18 @@ class SyncOptions:
     runs: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUN ...]", help_behavior_hint="")
     ] = ()
-    """Folders or ids of runs; all that have something to deliver when left out."""
+    """Folders or ids of runs (default: all that have something to deliver)."""
     backend: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
-    """Only to these trackers; also to one that the run did not ask for, with its options from the settings."""
+    """Only these trackers, also ones that the run did not use, with their options from the settings."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Print what became of it as JSON and nothing else."""
+    """Print the result as JSON and nothing else."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the runs are (default: the setting runs_dir)."""
+    """Folder of the runs (default: the setting runs_dir)."""
 
 
 @dataclass(frozen=True, slots=True)
 class _DeliveryOutcome:
-    """What became of one run and tracker."""
+    """Result for one run and tracker."""
 
     run: str
     backend: str
@@ -146,7 +146,7 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
 
 
 def _finish(run_dir: Path) -> None:
-    """See that a run is over: what its dead ranks left behind belongs to it."""
+    """Check that a run is over, and add the rows that its dead ranks left."""
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         meta = reader.meta()
 
@@ -154,9 +154,9 @@ def _finish(run_dir: Path) -> None:
         return
 
     if is_watched(meta.get("aggregator", {})):
-        raise TraceMLError(f"run {run_dir.name} goes on: its aggregator delivers what it logs")
+        raise TraceMLError(f"run {run_dir.name} still runs: its aggregator delivers what it logs")
     if not finish_orphan(run_dir):
-        raise TraceMLError(f"run {run_dir.name} has no aggregator any more, but its ranks still run: end them first")
+        raise TraceMLError(f"run {run_dir.name} has no aggregator anymore, but its ranks still run: end them first")
 
     write_reports(run_dir)
 
@@ -177,12 +177,12 @@ def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config:
 
 
 def _is_due(process: DeliveryProcess) -> bool:
-    """Whether there is something to do; a tracker that failed before gets all its tries again."""
-    with locked(process.run_dir, process.backend) as is_ours:
+    """Whether there is something to deliver; a tracker that failed before gets all its tries again."""
+    with locked(process.run_dir, process.backend) as is_locked:
         state = process.state
         if state.phase is DeliveryPhase.DONE:
             return False
-        if is_ours:
+        if is_locked:
             state.retries, state.retry_at, state.phase = 0, 0.0, DeliveryPhase.STARTING
             state.save(process.run_dir)
 
@@ -199,7 +199,7 @@ def _deliver(processes: Sequence[DeliveryProcess], logged: int, console: Console
                         process.stop()
 
                 show()
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
     finally:
         for process in processes:
             process.stop()

@@ -1,1 +1,4 @@
-"""Adapters for the frameworks that people train with: one added line, and the run explains itself."""
+"""Adapters for training frameworks: one added line traces a training and shows its verdict.
+
+Runs in the training process (`ray.trace` also in Ray's driver). Imports `session`, `track` and `recorder`.
+"""

@@ -1,7 +1,7 @@
 """Lightning 2.x: `Trainer(callbacks=[TraceMLCallback()])`, for `lightning` and `pytorch_lightning` alike.
 
-Lightning calls `training_step`, not the model, and that inside the optimizer's step. So the step is made the forward,
-as users of Lightning think of it.
+Lightning calls `training_step`, not the model, and calls it inside the optimizer's step. So `training_step` is timed as
+the forward, as users of Lightning see it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["TraceMLCallback"]
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 _STEPS = ("training_step", "validation_step")
-# Lightning profiles each call of each callback's hook, 2 us each, unless there is nothing to call.
+# Lightning profiles each call of a callback's hook, 2 us each, unless the hook is None.
 _PER_STEP = (
     "on_train_batch_start",
     "on_train_batch_end",
@@ -32,8 +32,8 @@ _PER_STEP = (
 class TraceMLCallback:
     """Traces each `fit()` and shows the verdict at its end, on rank 0.
 
-    It is a `Callback` of the package whose `Trainer` the script has imported; of both, where both are imported. Where
-    tracing runs already, by `traceml.init()` or `traceml run`, that goes on and shows its own.
+    It derives from the `Callback` of each Lightning package that the script has imported. Where tracing already runs,
+    by `traceml.init()` or `traceml run`, that recorder continues and shows its own.
 
     Args:
         report: show the verdict.
@@ -45,26 +45,26 @@ class TraceMLCallback:
     """
 
     def __new__(cls, *_: Any, **__: Any) -> TraceMLCallback:
-        """Return an instance that is a `Callback` of Lightning too."""
-        return _made(cls, tuple(package.__name__ for package in _packages()))
+        """Return an instance that is also a `Callback` of Lightning."""
+        return _create(cls, tuple(package.__name__ for package in _packages()))
 
     def __init__(self, *, report: bool = True, **settings: Any) -> None:
         self.session = TrainingSession(settings, report=report)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to the processes of `ddp_spawn`: the class is made again there."""
+        """Pickle for the processes of `ddp_spawn`, where the class is created again."""
         kind = type(self)
         packages = tuple(name for name in _PACKAGES if name in sys.modules and issubclass(kind, _base(name)))
-        return _made, (getattr(kind, "traceml_class", kind), packages), self.__dict__
+        return _create, (getattr(kind, "traceml_class", kind), packages), self.__dict__
 
     def on_fit_start(self, trainer: Any, _module: Any) -> None:
-        """Begin: the process group, the model and the optimizers are there."""
+        """Begin: the process group, the model and the optimizers exist."""
         hooks = self.session.begin()
         if hooks is not None:
             _time_framework(hooks, trainer)
 
     def on_exception(self, _trainer: Any, _module: Any, exception: BaseException) -> None:
-        """End; `fit` is left by the exception."""
+        """End; `fit` raises the exception."""
         self.session.end(exception)
 
     def teardown(self, _trainer: Any, _module: Any, stage: str) -> None:
@@ -74,7 +74,7 @@ class TraceMLCallback:
 
 
 def _time_framework(hooks: Any, trainer: Any) -> None:
-    """Time what Lightning does by itself: calls of the model's steps, and saving."""
+    """Time calls of the model's steps, and saving."""
     for name in _STEPS:
         hooks.time_forward(_owner(trainer.strategy, name), name, lambda strategy: strategy.lightning_module)
 
@@ -87,7 +87,7 @@ def _owner(instance: Any, name: str) -> type[Any]:
     return next((base for base in kind.__mro__ if name in vars(base)), kind)
 
 
-# --- whose callback it is --------------------------------------------------------------------------------------------
+# --- class of the callback --------------------------------------------------------------------------------------------
 
 
 def _packages() -> list[ModuleType]:
@@ -111,14 +111,14 @@ def _base(package: str) -> type[Any]:
     return base
 
 
-def _made(kind: type[TraceMLCallback], packages: tuple[str, ...]) -> TraceMLCallback:
+def _create(kind: type[TraceMLCallback], packages: tuple[str, ...]) -> TraceMLCallback:
     missing = tuple(base for base in map(_base, packages) if not issubclass(kind, base))
     return object.__new__(_class(kind, missing) if missing else kind)  # type: ignore[arg-type]
 
 
 @cache
 def _class(kind: type[TraceMLCallback], bases: tuple[type[Any], ...]) -> type[TraceMLCallback]:
-    """Return a class under the same name that derives from Lightning's too."""
+    """Return a class of the same name that also derives from Lightning's."""
     unused = {name: None for name in _PER_STEP if not hasattr(kind, name)}
-    told = {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
-    return type(kind.__name__, (kind, *bases), told | unused)
+    attributes = {"__module__": kind.__module__, "__doc__": kind.__doc__, "traceml_class": kind}
+    return type(kind.__name__, (kind, *bases), attributes | unused)

@@ -1,7 +1,7 @@
 """Ray Train: `TorchTrainer(trace(train_loop), ...)`: all workers are the ranks of one run, in the driver's folder.
 
-Ray starts workers in folders of its own, on any host, and has them train in a thread. What they need to find each other
-is taken from the driver, and from the process group that Ray has made.
+Ray starts workers in folders of its own, on any host, and runs their training in a thread. They find each other by
+settings from the driver, and through the process group that Ray has created.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["trace"]
 
 _log = logging.getLogger("traceml")
 
-_START_S = 20.0  # by then the first rank has started its aggregator
+_START_S = 20.0  # longest start of the first rank's aggregator
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,25 +30,25 @@ F = TypeVar("F", bound=Callable[..., Any])
 def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
     """Return a train loop that is traced in each worker, as one run.
 
-    Call it on the driver. On one host the workers use the aggregator that is there, or start one; where workers are on
-    several hosts, that of rank 0 starts one for them.
+    Call it on the driver. On one host the workers use the aggregator that runs, or start one; with several hosts, rank
+    0 starts one for all.
 
     Args:
         train_loop: as for `TorchTrainer`.
         report: have rank 0 show the verdict.
-        settings: as for `traceml.init`; those of the driver's environment and files hold in the workers too.
+        settings: as for `traceml.init`; those of the driver's environment and files apply in the workers too.
 
     Raises:
         SettingsError: an unknown setting or a bad value.
     """
     config = load(**settings)
-    told = {name: getattr(config, name) for name, source in config.sources.items() if source != "default"}
-    told |= {"runs_dir": config.runs_dir.absolute(), "run_name": config.run_name or script_name()}
+    given = {name: getattr(config, name) for name, source in config.sources.items() if source != "default"}
+    given |= {"runs_dir": config.runs_dir.absolute(), "run_name": config.run_name or script_name()}
     token = config.token or secrets.token_hex(16)
 
     @functools.wraps(train_loop)
     def traced(*args: Any) -> Any:
-        session = TrainingSession(told | _address(token), report=report)
+        session = TrainingSession(given | _address(token), report=report)
         session.begin()
         try:
             result = train_loop(*args)
@@ -63,7 +63,7 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
 
 
 def _address(token: str) -> dict[str, Any]:
-    """Return the settings by which the ranks of several hosts reach one aggregator; empty on one host."""
+    """Return the settings with which the ranks of several hosts reach one aggregator; empty on one host."""
     from ray.train import get_context
 
     context = get_context()
@@ -73,20 +73,20 @@ def _address(token: str) -> dict[str, Any]:
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_initialized():
         _log.warning(
-            "without a process group the hosts' ranks cannot find one aggregator: each host has a run of its own"
+            "without a process group the ranks of several hosts cannot share an aggregator: each host has its own run"
         )
         return {}
 
     is_first = context.get_world_rank() == 0
-    told = [_free_address() if is_first else None]
-    distributed.broadcast_object_list(told, src=0)
-    assert told[0] is not None
-    host, port = told[0]
+    shared = [_free_address() if is_first else None]
+    distributed.broadcast_object_list(shared, src=0)
+    assert shared[0] is not None
+    host, port = shared[0]
     return {"host": host, "port": port, "token": token, "local": is_first, "connect_timeout": _START_S}
 
 
 def _free_address() -> tuple[str, int]:
-    """Return this node's address, and a port there that is free."""
+    """Return this node's address and a free port."""
     from ray.util import get_node_ip_address
 
     host = str(get_node_ip_address())

@@ -1,6 +1,6 @@
-"""What every integration does around a training: begin a recorder unless one runs, end it, and show the verdict.
+"""Start of a recorder for a framework's training, its end, and the verdict.
 
-Who has called `traceml.init()`, or runs the script by `traceml run`, keeps the recorder and its end to himself.
+A recorder that `traceml.init()` or `traceml run` started is used and left running.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ _log = logging.getLogger("traceml")
 # The aggregator writes the report half a second after the last rank has left.
 _REPORT_WAIT_S = 10.0
 _SHOW_S = 60.0
-# Where the user has not said otherwise, one line is enough, and nothing of ours ends a training.
+# Defaults with which one line suffices, and a missing aggregator does not end a training.
 _DEFAULTS = {"local": True, "on_missing": "warn"}
 
 
 class TrainingSession:
-    """One integration's part in the recorder of this process; plain data, so that callbacks copy and pickle.
+    """Recorder of one training; plain data, so that callbacks can be copied and pickled.
 
     Args:
         arguments: settings by name, as for `traceml.init`.
-        report: show the verdict when a training ends whose recorder was begun here.
+        report: show the verdict when a training ends whose recorder was started here.
 
     Raises:
         SettingsError: an unknown setting or a bad value.
     """
 
     def __init__(self, arguments: dict[str, Any], *, report: bool = True) -> None:
-        settings.load(**arguments)  # a mistake is told here, not when training has begun
+        settings.load(**arguments)  # a mistake is reported here, not when training has begun
         self._arguments = arguments
         self._report = report
-        self._own = 0  # id of the recorder that was begun here
+        self._own = 0  # id of the recorder that was started here
 
     def begin(self) -> Any:
-        """Begin tracing, unless that is done, and capture what frameworks log.
+        """Start tracing, unless it runs, and capture what frameworks log.
 
         Returns:
             the recorder's `Instrumentation`; None when tracing is disabled.
@@ -73,10 +73,10 @@ class TrainingSession:
         return recorder_now.instrumentation
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the recorder that was begun here: all hooks go, all rows are sent, rank 0 shows the verdict.
+        """Stop the recorder that was started here: remove all hooks, send all rows, show the verdict on rank 0.
 
         Args:
-            error: what ended the training before its time.
+            error: the exception that ended the training.
         """
         recorder, own, self._own = current_recorder(), self._own, 0
         if recorder is None or id(recorder) != own or not recorder.enabled:
@@ -97,9 +97,9 @@ class TrainingSession:
 
 
 def _show(run_dir: Path) -> None:
-    """Write the verdict to standard error, made by a process of its own: what it takes is not for this one."""
-    if not run_dir.is_dir():  # the aggregator is another host's
-        _log.info("the report will be in %s of the aggregator's host", run_dir)
+    """Write the verdict to standard error; another process creates it, to load nothing into this one."""
+    if not run_dir.is_dir():  # the aggregator runs on another host
+        _log.info("the report will be in %s on the host of the aggregator", run_dir)
         return
 
     report = run_dir / "report.json"
@@ -113,8 +113,8 @@ def _show(run_dir: Path) -> None:
             env=_environ(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_SHOW_S, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError) as failure:
-        said = getattr(failure, "stderr", None) or failure
-        _log.warning("the verdict cannot be shown: %s. See `traceml report %s`.", str(said).strip(), run_dir)
+        message = getattr(failure, "stderr", None) or failure
+        _log.warning("the verdict cannot be shown: %s. See `traceml report %s`.", str(message).strip(), run_dir)
         return
 
     sys.stderr.write(done.stdout)
@@ -122,7 +122,7 @@ def _show(run_dir: Path) -> None:
 
 
 def _environ() -> dict[str, str]:
-    """Return an environment in which the report is drawn for the terminal that it will be written to."""
+    """Return an environment in which the report is formatted for this process's terminal."""
     environ = dict(os.environ)
     if sys.stderr.isatty():
         environ.setdefault("COLUMNS", str(shutil.get_terminal_size().columns))

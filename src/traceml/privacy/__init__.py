@@ -1,4 +1,7 @@
-"""Masking of secrets and personal data; imports nothing of the package but its errors, so every room may use it."""
+"""Masking of secrets and personal data.
+
+Runs in every process. Imports only `traceml.errors`, so every room may use it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ __all__ = ["KINDS", "Masker", "is_secret_name", "secrets_only"]
 
 @cache
 def secrets_only(patterns: tuple[str, ...] = ()) -> Masker:
-    """Return what masks secrets alone, for what is kept on this machine: paths and names are its user's own there.
+    """Return a masker for secrets alone, for data that stays on this machine, where personal data is the user's own.
 
     Args:
         patterns: the `mask` setting, of which only the exemptions count.

@@ -1,10 +1,10 @@
-"""Masking of secrets and personal data, by the name of a value and by what it looks like.
+"""Masking of secrets and personal data, by the name of a value and by its form.
 
-What is found is replaced by `[masked:<kind>]`; the kinds are `secret` (keys, tokens, passwords, credentials in URLs),
-`email`, `phone`, `card` (payment cards that pass their check sum), `user` (user names in paths) and `custom` (the
-`mask` setting). Masking is deterministic, and masking twice changes nothing more. It is made to leave ordinary
-hyper-parameters alone (`max_tokens`, `pad_token`, `key_dim`, seeds, git hashes), so it finds what looks like a secret,
-not every secret: what must not leave at all belongs to the `exclude` setting.
+A match is replaced by `[masked:<kind>]`; the kinds are `secret` (keys, tokens, passwords, credentials in URLs),
+`email`, `phone`, `card` (payment cards with a valid checksum), `user` (user names in paths) and `custom` (the
+`mask` setting). Masking is deterministic and idempotent. Ordinary hyperparameters are not masked (`max_tokens`,
+`pad_token`, `key_dim`, seeds, git hashes), so it finds what looks like a secret, not every secret: names that must not
+leave the machine belong in the `exclude` setting.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from traceml.errors import SettingsError
-from traceml.privacy.name_rules import MASKED, is_reference, looks_random, name_says
+from traceml.privacy.name_rules import MASKED, is_reference, looks_random, name_kind
 from traceml.privacy.patterns import (
     ASSIGNED,
     CARD,
@@ -29,8 +29,8 @@ from traceml.privacy.patterns import (
     HEADER,
     HOME,
     PHONE,
+    SECRET_WORDS,
     SHARED_NAMES,
-    SOUNDS,
     TOKENS,
     URL_QUERY,
     URL_USER,
@@ -45,20 +45,20 @@ KINDS: Final = ("secret", "email", "phone", "card", "user", "custom")
 
 
 class Masker:
-    """Masks values, mappings and texts, and counts by kind what it masked.
+    """Masks values, mappings and texts, and counts masked values by kind.
 
     Args:
         patterns: the `mask` setting. A shell pattern (`customer_*`) masks values under names that match it, and words
             that match it in texts; `re:EXPRESSION` does so by a regular expression; `!NAME` exempts names (a shell
             pattern) from being judged by their name; `!email`, `!phone`, `!card` and `!user` turn a kind off.
-        user_name: whose folders are also recognised outside `/home`; by default this process's user.
-        source: where the patterns came from, for errors.
+        user_name: user whose folders are also recognized outside `/home`; by default this process's user.
+        source: origin of the patterns, for errors.
 
     Attributes:
-        counts: how many of each kind are masked in what was returned, those included that came masked.
+        counts: number of masked values of each kind in the results, including those that were masked before.
 
     Raises:
-        SettingsError: a pattern that cannot be understood.
+        SettingsError: a pattern is invalid.
     """
 
     def __init__(self, patterns: Iterable[str] = (), *, user_name: str | None = None, source: str = "argument") -> None:
@@ -76,7 +76,7 @@ class Masker:
         self._own = re.compile(rf"(?<=[/\\]){re.escape(name)}(?=[/\\\s\"':]|$)") if worth else None
 
     def mask_mapping(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a copy in which what is secret or personal is masked; mappings inside are masked too.
+        """Return a copy with secret and personal values masked, also in nested mappings.
 
         Args:
             values: parameters, options, tags, an environment.
@@ -84,20 +84,20 @@ class Masker:
         return {name: self.mask_value(name, value) for name, value in values.items()}
 
     def mask_value(self, name: str, value: Any) -> Any:
-        """Return the value, or what stands for it.
+        """Return the value, masked if necessary.
 
         Texts are searched, also inside lists and mappings; numbers are masked by their name alone; other objects are
-        returned as they are, so turn them into texts first.
+        returned unchanged, so convert them to texts first.
 
         Args:
-            name: what it is called, which may tell that it is secret.
+            name: its name, which may mark it as secret.
             value: anything.
         """
         name = str(name)
         if any(each.fullmatch(name) for each in self._names):
             return self._hidden("custom", value)
 
-        says = "" if any(each.fullmatch(name) for each in self._exempt) else name_says(name)
+        says = "" if any(each.fullmatch(name) for each in self._exempt) else name_kind(name)
         if isinstance(value, Mapping):
             inner = {each: self.mask_value(str(each), item) for each, item in value.items()}
             return {each: self._hidden("secret", item) for each, item in inner.items()} if says == "strong" else inner
@@ -117,7 +117,7 @@ class Masker:
         return self.mask_text(value)
 
     def mask_text(self, text: str) -> str:
-        """Return the text with every secret and every personal datum in it masked.
+        """Return the text with secrets and personal data masked.
 
         Args:
             text: of any length: a log, a git diff, a command line, a configuration file.
@@ -136,7 +136,7 @@ class Masker:
         lower = text.lower()
         if "bearer" in lower or "authorization" in lower:
             text = compiled(HEADER).sub(self._second, text)
-        if any(word in lower for word in SOUNDS):
+        if any(word in lower for word in SECRET_WORDS):
             text = self._assignments(text)
         if "email" not in self._off and "@" in text:
             text = compiled(EMAIL).sub(self._email, text)
@@ -150,7 +150,7 @@ class Masker:
 
         return self._custom(text) if self._texts else text
 
-    # --- one kind each -----------------------------------------------------------------------------------------------
+    # --- kinds -----------------------------------------------------------------------------------------------
 
     def _add(self, pattern: str) -> None:
         exempts, rest = pattern.startswith("!"), pattern.removeprefix("!").strip()
@@ -160,7 +160,7 @@ class Masker:
 
         try:
             if not rest or (exempts and rest in KINDS):
-                raise ValueError(f"{pattern!r} names nothing that can be turned off")
+                raise ValueError(f"{pattern!r} cannot be turned off")
             if exempts:
                 self._exempt.append(shell_pattern(rest))
             elif rest.startswith("re:"):
@@ -183,7 +183,7 @@ class Masker:
         return f"{MASKED}{kind}]"
 
     def _hidden(self, kind: str, value: Any) -> Any:
-        """Mask a value of any type, keeping the form of a mapping or a list."""
+        """Mask a value of any type, keeping the structure of a mapping or a list."""
         if isinstance(value, Mapping):
             return {name: self._hidden(kind, item) for name, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
@@ -194,7 +194,7 @@ class Masker:
         return self._mask(kind)
 
     def _sequence(self, name: str, values: Iterable[Any]) -> list[Any]:
-        """Mask the members; the one that follows an option such as `--api-key` by that option's name."""
+        """Mask the members; one after an option such as `--api-key` by the name of the option."""
         masked, option = [], name
         for value in values:
             own, is_given, rest = _argument(value)
@@ -223,7 +223,7 @@ class Masker:
         lines = text.splitlines(keepends=True)
         for i, line in enumerate(lines):
             lower = line.lower()
-            if any(word in lower for word in SOUNDS):
+            if any(word in lower for word in SECRET_WORDS):
                 seen = compiled(ASSIGNED).sub(self._assigned, line)
                 lines[i] = compiled(FLAG).sub(self._assigned, seen) if "-" in seen else seen
 
@@ -231,13 +231,13 @@ class Masker:
 
     def _assigned(self, match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
-        says = name_says(name)
+        says = name_kind(name)
         if says not in {"strong", "likely", "weak"} or any(each.fullmatch(name) for each in self._exempt):
             return match[0]
 
         bare = value.strip("\\\"'")
         quoted = bare != value
-        if is_reference(bare) or (not quoted and (compiled(CODE).match(value) or name_says(bare) == "strong")):
+        if is_reference(bare) or (not quoted and (compiled(CODE).match(value) or name_kind(bare) == "strong")):
             return match[0]
         if says != "strong" and not looks_random(bare, says):
             return match[0]
@@ -290,7 +290,7 @@ _ALLOWED = "shell patterns, re:EXPRESSION, !NAME, !email, !phone, !card, !user"
 
 
 def _argument(value: Any) -> tuple[str, bool, str]:
-    """Return an argument's name, whether it gives the value too (`--lr=1`, `db.user=x`), and that value."""
+    """Return an argument's name, whether it includes a value (`--lr=1`, `db.user=x`), and that value."""
     if not isinstance(value, str):
         return "", False, ""
 
@@ -300,7 +300,7 @@ def _argument(value: Any) -> tuple[str, bool, str]:
 
 
 def _is_worth_masking(value: Any) -> bool:
-    """Whether a value under a secret's name can be a secret: a text or a whole number."""
+    """Whether a value under a secret's name can be a secret: a text or an integer."""
     return type(value) is int or (isinstance(value, str | bytes | os.PathLike) and not is_reference(str(value).strip()))
 
 

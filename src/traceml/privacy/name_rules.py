@@ -1,4 +1,4 @@
-"""What the name of a value says about it: a secret, personal data, or nothing."""
+"""Classification of a value by its name: a secret, personal data, or neither."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final
 
-__all__ = ["MASKED", "is_reference", "is_secret_name", "looks_random", "name_says"]
+__all__ = ["MASKED", "is_reference", "is_secret_name", "looks_random", "name_kind"]
 
 MASKED: Final = "[masked:"
 
@@ -17,7 +17,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-# Words that say it all, also inside an unseparated word such as PGPASSWORD.
+# Words that always mark a secret, also inside an unseparated word such as PGPASSWORD.
 _STRONG = re.compile(
     r"passw(?:or)?d|passphrase|passcode|apikey|apisecret|(?:auth|access|api|refresh|bearer)token"
     r"|(?:secret|access|private|auth)key|credential|connectionstring"
@@ -34,7 +34,7 @@ _OF_TOKENS = _words(
     "wandb mlflow clearml aim openai anthropic npm pypi vault personal registry deploy push user login "
     "service secret jwt telegram discord notion jira azure aws gcp google traceml ci job"
 )
-# Not after all: what the secret-sounding word stands before (`password_length`, `secret_name`).
+# Last words that describe a secret, so that the value is none (`password_length`, `secret_name`).
 _DESCRIBES = _words(
     "length len size dim dims name type count num file files path dir env min max policy expiry ttl timeout required "
     "enabled version dropout rate ratio prob per index idx manager store backend provider variable header mode limit "
@@ -53,8 +53,11 @@ _NO_SECRETS = frozenset(
 
 
 @lru_cache(maxsize=4096)
-def name_says(name: str) -> str:
-    """Return `strong`, `likely` or `weak` (the value has to look like one too), a kind of personal data, or nothing."""
+def name_kind(name: str) -> str:
+    """Return how surely a name marks a secret, a kind of personal data, or an empty text.
+
+    `strong` is a secret for any value; for `likely` and `weak` the value has to look like a secret too.
+    """
     words = [word.lower() for word in _WORD.findall(name)]
     if not words:
         return ""
@@ -83,16 +86,16 @@ def name_says(name: str) -> str:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a value of this name is taken for a secret whatever it looks like: `api_key`, `DB_PASSWORD`.
+    """Whether a name marks a secret for any value: `api_key`, `DB_PASSWORD`.
 
     Args:
-        name: a parameter's, an option's or a variable's name.
+        name: name of a parameter, an option or a variable.
     """
-    return name_says(name) == "strong"
+    return name_kind(name) == "strong"
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text stands for a secret instead of being one: `${TOKEN}`, `<token>`, `****`."""
+    """Whether a text is a placeholder for a secret: `${TOKEN}`, `<token>`, `****`."""
     return text.lower() in _NO_SECRETS or text.startswith((MASKED, "$", "<", "{{", "%(")) or not text.strip("*xX. \t")
 
 
@@ -101,7 +104,7 @@ def looks_random(text: str, says: str) -> bool:
 
     Args:
         text: the value.
-        says: `likely` or `weak`, what its name says.
+        says: `likely` or `weak`, the kind of its name.
     """
     if len(text) < 8 or any(each.isspace() for each in text) or text.startswith(("/", "./", "<", "[")) or "_" in text:
         return False

@@ -1,4 +1,4 @@
-"""What secrets and personal data look like in a text; every repetition is bounded, so no text is slow to search."""
+"""Patterns of secrets and personal data in texts. Every repetition is bounded, so no text is slow to search."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = [
     "HEADER",
     "HOME",
     "PHONE",
+    "SECRET_WORDS",
     "SHARED_NAMES",
-    "SOUNDS",
     "TOKENS",
     "URL_QUERY",
     "URL_USER",
@@ -29,7 +29,7 @@ __all__ = [
 
 @cache
 def compiled(expression: str) -> re.Pattern[str]:
-    """Compile on first use: a training process that masks a few parameters needs almost none of these."""
+    """Compile a pattern on first use: a training process that masks few parameters needs almost none."""
     return re.compile(expression)
 
 
@@ -41,7 +41,7 @@ _PRIVATE_KEY = (
     r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?s:(?!-----(?:BEGIN|END)).){0,20000}"
     r"(?:-----END [A-Z0-9 ]{0,40}-----)?"
 )
-# (a text that must occur, the expression): the search for the first is what long texts cost. An expression that starts
+# (a text that must occur, the expression): long texts cost only the search for the first. An expression that starts
 # with a letter matches at the start of a word only.
 TOKENS: Final = (
     *((prefix, rf"{prefix}[A-Z2-7]{{16}}\b") for prefix in ("AKIA", "ASIA", "ABIA", "ACCA")),
@@ -89,8 +89,8 @@ HEADER: Final = (
     r"(?i)(\bauthorization\\?[\"']?\s{0,3}[:=]\s{0,3}\\?[\"']?(?:[a-z]{1,16}\s{1,3})?|\bbearer\s{1,3}(?=[\w.~+/-]{0,255}\d))"
     r"([\w.~+/-]{6,4096}={0,2})"
 )
-# Lines with one of these words are looked through for a name that is given a value, in code, configuration, JSON.
-SOUNDS: Final = (
+# Lines with one of these words are searched for assignments in code, configuration and JSON.
+SECRET_WORDS: Final = (
     "passw",
     "passphrase",
     "passcode",
@@ -131,7 +131,7 @@ SHARED_NAMES = frozenset(
 
 
 def shell_pattern(pattern: str, *, words: bool = False) -> re.Pattern[str]:
-    """Return a shell pattern as an expression.
+    """Return a shell pattern as a regular expression.
 
     Args:
         pattern: with `*` and `?`; case does not matter.
@@ -143,10 +143,10 @@ def shell_pattern(pattern: str, *, words: bool = False) -> re.Pattern[str]:
 
 
 def is_card(text: str) -> bool:
-    """Whether digits carry a card's check sum (Luhn).
+    """Whether digits have the checksum of a payment card (Luhn).
 
     Args:
-        text: with digits in it, of which the prefix and the number are a card's.
+        text: a text whose digits have the prefix and length of a card number.
     """
     digits = [int(each) for each in text if each.isdigit()]
     doubled = (sum(divmod(2 * each, 10)) for each in digits[-2::-2])
