@@ -156,7 +156,7 @@ def test_sorting_beyond_memory(rows):
     """More rows than may be held come back in order, ties as they came."""
     rng = np.random.default_rng(rows)
     times, place = rng.integers(0, 300, rows), np.arange(rows, dtype=np.int32)
-    sorter = sorting.ExternalSorter(limit=256, part=100)
+    sorter = sorting.ExternalSorter(limit=256, run=100)
     for at in range(0, rows, 70):
         sorter.add(times[at : at + 70], place[at : at + 70])
 
@@ -174,7 +174,7 @@ def test_sorting_says_when_there_is_no_room(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sorting.tempfile, "TemporaryFile", full)
-    sorter = sorting.ExternalSorter(limit=10, part=5)
+    sorter = sorting.ExternalSorter(limit=10, run=5)
     with pytest.raises(StoreError, match="Set TMPDIR"):
         sorter.add(np.arange(50))
 

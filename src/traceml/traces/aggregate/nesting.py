@@ -1,7 +1,7 @@
-"""Self time: each moment of a thread belongs to the span of it that was opened last.
+"""Self time: each moment of a thread belongs to the span that was opened last.
 
-For spans that nest this is a span's duration without what is nested in it. Where two overlap without nesting, the
-overlap belongs to the later one, so that self times of a thread always add up to the time in which it had a span.
+For spans that nest this is a span's duration minus the spans nested in it. Where two spans overlap without nesting, the
+overlap belongs to the later one, so that the self times of a thread add up to the time in which it had a span.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from traceml.traces.native.library import grown, library, pointer
 __all__ = ["SelfTimes"]
 
 _NODES = 1 << 10
-_CROWD = 256  # spans that start together: from there on it pays to sort them, since each is put among them
+_MANY = 256  # spans with the same start: from this number on, sorting them is faster than inserting each
 
 
 class SelfTimes:
-    """Takes spans in the order of their starts, keeps what is open, and sums self time by group."""
+    """Self time by group, from spans in the order of their starts; keeps the open spans of each thread."""
 
     def __init__(self) -> None:
         self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
@@ -35,7 +35,7 @@ class SelfTimes:
     def add(
         self, start: NDArray[np.int64], duration: NDArray[np.int64], group: NDArray[np.int32], lane: NDArray[np.int32]
     ) -> None:
-        """Take spans that start no earlier than those before; times in nanoseconds, a lane is a thread."""
+        """Add spans that start no earlier than those before; times in nanoseconds, a lane is a thread."""
         if not len(start):
             return
 
@@ -43,8 +43,8 @@ class SelfTimes:
         lanes = int(lane.max()) + 1
         self._head, self._cursor = grown(self._head, lanes, -1), grown(self._cursor, lanes)
         columns: list[NDArray[Any]] = [np.ascontiguousarray(each) for each in (start, duration, group, lane)]
-        if _longest_run(start) > _CROWD:
-            order = np.lexsort((-duration, start))  # the longest first: each lies on top of the one before
+        if _longest_run(start) > _MANY:
+            order = np.lexsort((-duration, start))  # the longest first: each is nested in the one before
             columns = [column[order] for column in columns]
 
         if library():
@@ -54,7 +54,7 @@ class SelfTimes:
                 self._plain(*row)
 
     def finish(self) -> None:
-        """Close what is open."""
+        """Close the open spans."""
         lib = library()
         if lib:
             lanes = ctypes.c_int64(len(self._head))
@@ -84,7 +84,7 @@ class SelfTimes:
             self._grow()
 
     def _grow(self) -> None:
-        """Double the pool of nodes; all of the old ones are in use."""
+        """Double the pool of nodes; all existing ones are in use."""
         size = len(self._start)
         self._start, self._end = grown(self._start, size + 1), grown(self._end, size + 1)
         self._group, self._below = grown(self._group, size + 1), grown(self._below, size + 1)
@@ -107,10 +107,10 @@ class SelfTimes:
             place -= 1
 
         if place < len(stack) and stack[place][:2] == (start, start + duration):
-            return  # an equal one is there, around which this one is never innermost
+            return  # an equal span is open, inside which this one would never be innermost
 
         outside = place
-        while outside and stack[outside - 1][1] <= start + duration:  # it is never innermost again
+        while outside and stack[outside - 1][1] <= start + duration:  # this one is never innermost again
             outside -= 1
 
         stack[outside:place] = [(start, start + duration, group)]
@@ -128,6 +128,6 @@ class SelfTimes:
 
 
 def _longest_run(values: NDArray[np.int64]) -> int:
-    """Return how many equal values follow each other at most; of one value or more."""
+    """Return the length of the longest run of equal values, of one value or more."""
     changes = np.flatnonzero(values[1:] != values[:-1])
     return int(np.diff(np.concatenate([[-1], changes, [len(values) - 1]])).max())

@@ -15,14 +15,14 @@ _SLOTS = 1 << 10
 
 
 class PairNumbering:
-    """Gives each distinct pair a number: dense from 0, in the order in which pairs appear."""
+    """Numbers of distinct pairs: dense from 0, in the order in which pairs appear."""
 
     def __init__(self) -> None:
         self._keys = np.zeros(_SLOTS // 2, np.int64)
         self._table = np.full(_SLOTS, -1, np.int32)
         self._used = ctypes.c_int64(0)
         self._known: dict[int, int] = {}  # without the library
-        self._ones: dict[tuple[int, int], int] = {}  # asked for one by one: a call of the library is for many
+        self._ones: dict[tuple[int, int], int] = {}  # pairs requested one at a time: a call of the library is for many
 
     def __len__(self) -> int:
         return self._used.value
@@ -70,7 +70,7 @@ class PairNumbering:
             self._grow()
 
     def _grow(self) -> None:
-        """Number all pairs again in a table four times as large; each gets the number that it has."""
+        """Insert all pairs in a table four times as large; their numbers stay the same."""
         lib = library()
         assert lib is not None
         known = self.pairs()

@@ -1,7 +1,7 @@
-"""How long which kinds of work went on, and which at the same time: by process, and by moment.
+"""Duration of each kind of work, and of kinds at the same time: by process, and over time.
 
-Spans come in the order of their starts, so for each unit (a process, or all of them) only the last end of each kind
-has to be known: memory is the number of units, whatever the number of spans.
+Spans are added in the order of their starts, so that for each unit (a process, or all of them) only the last end of
+each kind is kept: memory grows with the number of units, not of spans.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.traces.aggregate.work_kinds import CLASSES
+from traceml.traces.aggregate.work_kinds import WORK_KINDS
 from traceml.traces.native.library import grown, library, pointer
 
 __all__ = ["BINS", "OverlapTimeline", "OverlapTimes"]
 
 BINS = 1024
-_KINDS = len(CLASSES)
-_FINEST_SHIFT = 10  # bins of about a microsecond, until more time has to fit
+_KINDS = len(WORK_KINDS)
+_FINEST_SHIFT = 10  # bins of about a microsecond, until the trace exceeds them
 
 
 class OverlapTimeline:
-    """Busy time by kind of work and starts of spans, in bins of 2^shift ns; bins get wider as time goes on."""
+    """Busy time by kind of work and starts of spans, in bins of 2^shift ns; bins widen as the trace gets longer."""
 
     def __init__(self) -> None:
         self.state = np.zeros(3 + (_KINDS + 1) * BINS, np.int64)
@@ -32,12 +32,12 @@ class OverlapTimeline:
 
     @property
     def width_ns(self) -> int:
-        """How long a bin is."""
+        """Width of a bin."""
         return 1 << int(self.state[0])
 
     @property
     def begin_ns(self) -> int:
-        """When the first bin begins, by the trace's clock."""
+        """Begin of the first bin, by the trace's clock."""
         return int(self.state[1]) << int(self.state[0])
 
     def begin(self, at: int) -> None:
@@ -47,7 +47,7 @@ class OverlapTimeline:
 
         self.bins[_KINDS, self._bin(at)] += 1
 
-    def draw(self, mask: int, begin: int, end: int) -> None:
+    def add_busy(self, mask: int, begin: int, end: int) -> None:
         """Add busy time for the kinds of `mask`."""
         self._bin(end - 1)
         while begin < end:
@@ -65,10 +65,10 @@ class OverlapTimeline:
         return (at >> int(self.state[0])) - int(self.state[1])
 
     def _widen(self) -> None:
-        odd = int(self.state[1]) & 1
+        offset = int(self.state[1]) & 1
         folded = np.zeros_like(self.bins)
         for row, bins in zip(folded, self.bins, strict=True):
-            np.add.at(row, (np.arange(BINS) + odd) >> 1, bins)
+            np.add.at(row, (np.arange(BINS) + offset) >> 1, bins)
 
         self.bins[:] = folded
         self.state[0] += 1
@@ -76,10 +76,10 @@ class OverlapTimeline:
 
 
 class OverlapTimes:
-    """Time by set of kinds that were going on together, for each unit.
+    """Time by set of simultaneous kinds of work, for each unit.
 
     Args:
-        timeline: whether to keep a OverlapTimeline of all units together.
+        timeline: whether to keep an OverlapTimeline of all units together.
     """
 
     def __init__(self, *, timeline: bool = False) -> None:
@@ -90,7 +90,7 @@ class OverlapTimes:
     def add(
         self, start: NDArray[np.int64], duration: NDArray[np.int64], unit: NDArray[np.int32], kind: NDArray[np.uint8]
     ) -> None:
-        """Take spans that start no earlier than those before."""
+        """Add spans that start no earlier than those before."""
         if not len(start):
             return
 
@@ -98,23 +98,25 @@ class OverlapTimes:
         columns = [np.ascontiguousarray(each) for each in (start, duration, unit, kind)]
         lib = library()
         if lib:
-            lib.traceml_overlap(ctypes.c_int64(len(start)), *map(pointer, columns), *self._state(), self._line())
+            lib.traceml_overlap(
+                ctypes.c_int64(len(start)), *map(pointer, columns), *self._state(), self._timeline_state()
+            )
         else:
             for row in zip(*(column.tolist() for column in columns), strict=True):
                 self._plain(*row)
 
     def finish(self) -> None:
-        """Go on to the end of what is open."""
+        """Account for the open spans."""
         lib = library()
         if lib:
-            lib.traceml_finish_overlap(ctypes.c_int64(len(self._seen)), *self._state(), self._line())
+            lib.traceml_finish_overlap(ctypes.c_int64(len(self._seen)), *self._state(), self._timeline_state())
             return
 
         for unit in np.flatnonzero(self._seen).tolist():
-            self._pass(unit, max(int(self._cursor[unit]), int(self._ends[unit].max())))
+            self._advance(unit, max(int(self._cursor[unit]), int(self._ends[unit].max())))
 
     def units(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """Yield the number of each unit with its time (ns) by set of kinds: bit k stands for kind k, 0 for idle."""
+        """Yield the number of each unit with its time (ns) by set of kinds: bit k is kind k, 0 is idle."""
         for unit in np.flatnonzero(self._seen).tolist():
             yield unit, self._masks[unit]
 
@@ -125,19 +127,19 @@ class OverlapTimes:
     def _state(self) -> list[ctypes.c_void_p]:
         return [pointer(each) for each in (self._seen, self._cursor, self._ends, self._masks)]
 
-    def _line(self) -> ctypes.c_void_p | None:
+    def _timeline_state(self) -> ctypes.c_void_p | None:
         return None if self.timeline is None else pointer(self.timeline.state)
 
     def _plain(self, start: int, duration: int, unit: int, kind: int) -> None:
         if not self._seen[unit]:
             self._seen[unit], self._cursor[unit], self._ends[unit] = 1, start, start
 
-        self._pass(unit, start)
+        self._advance(unit, start)
         self._ends[unit, kind] = max(int(self._ends[unit, kind]), start + duration)
         if self.timeline is not None:
             self.timeline.begin(start)
 
-    def _pass(self, unit: int, to: int) -> None:
+    def _advance(self, unit: int, to: int) -> None:
         at = int(self._cursor[unit])
         ends = self._ends[unit].tolist()
         while at < to:
@@ -145,7 +147,7 @@ class OverlapTimes:
             until = min([to, *(end for end in ends if end > at)])
             self._masks[unit, mask] += until - at
             if mask and self.timeline is not None:
-                self.timeline.draw(mask, at, until)
+                self.timeline.add_busy(mask, at, until)
 
             at = until
 

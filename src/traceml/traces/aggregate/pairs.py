@@ -27,12 +27,12 @@ class Unpaired:
 
 
 class SpanMatcher:
-    """Takes begin and end events in any order, pairs them in the order of time.
+    """Matches begin and end events in the order of time; takes them in any order.
 
-    Nested spans of a lane close from inside. An end that has a name closes the innermost begin of that name.
+    Nested spans of a lane close from the inside. An end with a name closes the innermost begin of that name.
 
     Args:
-        edges: what brings them into order.
+        edges: sorts the events.
     """
 
     def __init__(self, edges: ExternalSorter | None = None) -> None:
@@ -55,20 +55,20 @@ class SpanMatcher:
         group: NDArray[np.int32],
         mark: NDArray[np.uint8],
     ) -> None:
-        """Take events; `group` and `mark` of a begin come back with its span."""
+        """Add events; `group` and `mark` of a begin are returned with its span."""
         self._edges.add(ts, is_end, lane, name, group, mark)
 
     def columns(self) -> RowColumns:
-        """Return the events as they came; for a matcher whose sorter holds them all."""
+        """Return the events unsorted; for a matcher whose sorter has all in memory."""
         return self._edges.columns()
 
     @property
     def edges(self) -> int:
-        """How many events were taken."""
+        """Number of events."""
         return self._edges.rows
 
     def spans(self) -> Iterator[RowColumns]:
-        """Yield start, duration, group, lane and mark of the spans; afterwards `unpaired` is known."""
+        """Yield start, duration, group, lane and mark of the spans; sets `unpaired`."""
         for rows in self._edges.blocks():
             columns = [np.ascontiguousarray(column) for column in rows]
             self._head = grown(self._head, int(columns[2].max()) + 1, -1)
@@ -99,7 +99,7 @@ class SpanMatcher:
         return tuple(each[: tally[0]] for each in out)
 
     def _grow(self) -> None:
-        """Double the pool of open begins; all of the old ones are in use."""
+        """Double the pool of open begins; all existing ones are in use."""
         size = len(self._ts)
         self._ts, self._name = grown(self._ts, size + 1), grown(self._name, size + 1)
         self._group, self._mark = grown(self._group, size + 1), grown(self._mark, size + 1)

@@ -1,8 +1,7 @@
 """Percentiles from counts in buckets: 128 per power of two, so that a value is known to 0.4 %.
 
-A bucket's number is `octave * CELLS + cell`. Durations below 128 ns have a bucket each; a whole number of
-microseconds below 128 is exact, because no two of them share a bucket. Above that, rounding to whole microseconds adds
-as much again.
+The number of a bucket is `octave * CELLS + cell`. Durations below 128 ns have a bucket each; whole microseconds below
+128 are exact, because no two of them share a bucket. Above, rounding to whole microseconds doubles the error.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ RELATIVE_ERROR = 1 / CELLS
 
 
 def bucket(value: int) -> int:
-    """Return the bucket of a duration in nanoseconds; what is beyond 2^63 lies in the last one."""
+    """Return the bucket of a duration in nanoseconds; durations beyond 2^63 are in the last one."""
     if value < CELLS:
         return max(value, 0)
 
@@ -39,7 +38,7 @@ def quantile(counts: Mapping[int, int], share: float, total: int) -> int:
     """Return the nearest-rank quantile in nanoseconds, within RELATIVE_ERROR of the true one.
 
     Args:
-        counts: bucket -> how many durations lie in it.
+        counts: number of durations by bucket.
         share: 0.5 for the median.
         total: the sum of all counts, at least 1.
     """

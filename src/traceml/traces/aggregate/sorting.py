@@ -1,7 +1,7 @@
-"""RowColumns in the order of a time, however many there are: sorted in parts, and merged from a temporary file.
+"""External merge sort of rows by time.
 
-At most LIMIT rows are held in memory, then sorted parts go to a file that has no name; merging reads all parts a
-block at a time. A trace that is in order, or nearly, as most are, costs little more than being looked at.
+At most LIMIT rows are held in memory; beyond, sorted runs are written to an unnamed temporary file. The merge reads all
+runs block by block. A trace that is in order, or nearly, as most are, costs little more than one pass.
 """
 
 from __future__ import annotations
@@ -16,49 +16,49 @@ from numpy.typing import NDArray
 
 from traceml.errors import StoreError
 
-__all__ = ["LIMIT", "PART", "ExternalSorter", "RowColumns"]
+__all__ = ["LIMIT", "RUN", "ExternalSorter", "RowColumns"]
 
 LIMIT = 1 << 19  # rows in memory
-PART = 1 << 17  # rows that are sorted at once
+RUN = 1 << 17  # rows of a run
 
 RowColumns = tuple[NDArray[Any], ...]
 
 
 class ExternalSorter:
-    """Takes rows as columns of equal length, gives them back in the order of the first; ties as they came.
+    """Sorter of rows by their first column; rows are columns of equal length, and ties keep their order.
 
     Args:
-        limit: rows that may be held in memory.
-        part: rows that are sorted at once.
+        limit: maximum number of rows in memory.
+        run: rows that are sorted at once.
     """
 
-    def __init__(self, limit: int = LIMIT, part: int = PART) -> None:
-        self._limit, self._part = limit, part
+    def __init__(self, limit: int = LIMIT, run: int = RUN) -> None:
+        self._limit, self._run = limit, run
         self._fresh: list[RowColumns] = []
-        self._parts: list[_SortedRun] = []
+        self._runs: list[_SortedRun] = []
         self._file: IO[bytes] | None = None
         self._fresh_rows = self._held_rows = 0
         self.rows = 0
 
     def add(self, *columns: NDArray[Any]) -> None:
-        """Take rows; the first column is the time."""
+        """Add rows; the first column is the time."""
         if not len(columns[0]):
             return
 
         self._fresh.append(columns)
         self._fresh_rows += len(columns[0])
         self.rows += len(columns[0])
-        if self._fresh_rows >= self._part:
-            self._close_part()
+        if self._fresh_rows >= self._run:
+            self._close_run()
 
     def columns(self) -> RowColumns:
-        """Return all rows as they came, where none has been sorted yet; nothing when there are none."""
-        assert not self._parts
+        """Return all rows unsorted, if no run was closed yet; empty when there are none."""
+        assert not self._runs
         return tuple(np.concatenate(each) for each in zip(*self._fresh, strict=True))
 
     def blocks(self) -> Iterator[RowColumns]:
-        """Yield all rows in order, as many at a time as are at hand; once."""
-        self._close_part()
+        """Yield all rows in order, in blocks; once."""
+        self._close_run()
         try:
             yield from self._merged()
         finally:
@@ -66,7 +66,7 @@ class ExternalSorter:
                 self._file.close()
 
     def _merged(self) -> Iterator[RowColumns]:
-        cursors = [_RunCursor(part, max(1024, self._limit // (2 * len(self._parts)))) for part in self._parts]
+        cursors = [_RunCursor(run, max(1024, self._limit // (2 * len(self._runs)))) for run in self._runs]
         while cursors:
             rows = _merge_step(cursors)
             if len(rows[0]):
@@ -74,13 +74,13 @@ class ExternalSorter:
 
             cursors = [cursor for cursor in cursors if not cursor.exhausted]
 
-    def _close_part(self) -> None:
+    def _close_run(self) -> None:
         if not self._fresh:
             return
 
         columns = tuple(np.concatenate(each) for each in zip(*self._fresh, strict=True))
         self._fresh, self._fresh_rows = [], 0
-        self._parts.append(_SortedRun(len(columns[0]), _sorted(columns)))
+        self._runs.append(_SortedRun(len(columns[0]), _sorted(columns)))
         self._held_rows += len(columns[0])
         if self._held_rows > self._limit:
             self._spill()
@@ -88,10 +88,10 @@ class ExternalSorter:
     def _spill(self) -> None:
         try:
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="traceml-")  # noqa: SIM115 - lives as long as the sorter
+                self._file = tempfile.TemporaryFile(prefix="traceml-")  # noqa: SIM115 - closed with the sorter
 
-            for part in self._parts:
-                part.move_to(self._file)
+            for run in self._runs:
+                run.move_to(self._file)
         except OSError as error:
             raise StoreError(
                 f"cannot sort {self.rows:,} events of a trace in {tempfile.gettempdir()}: {error}. "
@@ -103,7 +103,7 @@ class ExternalSorter:
 
 @dataclass(slots=True)
 class _SortedRun:
-    """Sorted rows, in memory or in a file, column after column."""
+    """Sorted rows, in memory or in a file, column by column."""
 
     rows: int
     columns: RowColumns
@@ -139,10 +139,10 @@ class _SortedRun:
 
 
 class _RunCursor:
-    """How far the merge has come in one part."""
+    """Position of the merge in one run."""
 
-    def __init__(self, part: _SortedRun, block: int) -> None:
-        self._part, self._block, self._next = part, block, 0
+    def __init__(self, run: _SortedRun, block: int) -> None:
+        self._run, self._block, self._next = run, block, 0
         self.rows: RowColumns = ()
         self.load()
 
@@ -152,13 +152,13 @@ class _RunCursor:
 
     @property
     def complete(self) -> bool:
-        """Whether nothing of the part is left outside `rows`."""
-        return self._next >= self._part.rows
+        """Whether the whole run was loaded."""
+        return self._next >= self._run.rows
 
     def load(self) -> None:
-        """Bring another block."""
-        last = min(self._next + self._block, self._part.rows)
-        more = self._part.read(self._next, last)
+        """Load another block."""
+        last = min(self._next + self._block, self._run.rows)
+        more = self._run.read(self._next, last)
         self.rows = tuple(np.concatenate(pair) for pair in zip(self.rows, more, strict=True)) if self.rows else more
         self._next = last
 
@@ -173,16 +173,16 @@ class _RunCursor:
 
 
 def _merge_step(cursors: list[_RunCursor]) -> RowColumns:
-    """Take what comes before everything that has not been loaded yet."""
+    """Take the rows that precede all rows that are not loaded yet."""
     unfinished = [cursor for cursor in cursors if not cursor.complete]
     if not unfinished:
         return _joined([cursor.take(len(cursor.rows[0])) for cursor in cursors])
 
-    slowest = min(unfinished, key=lambda cursor: cursor.rows[0][-1])
-    horizon = slowest.rows[0][-1]
+    earliest = min(unfinished, key=lambda cursor: cursor.rows[0][-1])
+    horizon = earliest.rows[0][-1]
     counts = [int(np.searchsorted(cursor.rows[0], horizon, side="left")) for cursor in cursors]
     if not any(counts):
-        slowest.load()  # a block of one time only: ties must be together to stay in order
+        earliest.load()  # a block with a single time: ties must be together to keep their order
 
     return _joined([cursor.take(count) for cursor, count in zip(cursors, counts, strict=True)])
 

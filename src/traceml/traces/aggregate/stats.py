@@ -23,13 +23,13 @@ _FEW = 4  # as in kernels.c
 
 @dataclass(slots=True)
 class GroupStat:
-    """What is known of the spans of one group; times in nanoseconds, fractions only where the trace has finer times.
+    """Statistics of the spans of one group; times in nanoseconds, fractions only where the trace has finer times.
 
     Args:
         count: spans.
         total: the sum of their durations.
         least, most: the extremes; None while there are no spans.
-        self_ns: time in which they were the innermost span of their thread.
+        self_ns: time during which they were the innermost span of their thread.
         counts: spans by bucket of traceml.traces.aggregate.sketch.
     """
 
@@ -41,12 +41,12 @@ class GroupStat:
     counts: dict[int, int] = field(default_factory=dict)
 
     def add(self, duration: Time) -> None:
-        """Take one span."""
+        """Add one span."""
         number = bucket(int(duration))
         self._take(1, duration, duration, duration, {number: 1})
 
     def merge(self, other: GroupStat) -> None:
-        """Take the spans of another part of the same group."""
+        """Add the statistics of other spans of the same group."""
         self.self_ns += other.self_ns
         if other.least is not None and other.most is not None:
             self._take(other.count, other.total, other.least, other.most, other.counts)
@@ -68,24 +68,24 @@ class GroupStat:
 
 
 class GroupStatTable:
-    """Stats of numbered groups, filled from columns."""
+    """Statistics of numbered groups, computed from columns."""
 
     def __init__(self) -> None:
         self.count = np.zeros(64, np.int64)
         self._low, self._high = np.zeros(64, np.uint64), np.zeros(64, np.int64)
         self._least, self._most = np.full(64, _GREATEST, np.int64), np.full(64, -1, np.int64)
-        self._few = np.zeros((64, _FEW), np.int64)  # the durations of a group that has no more
-        self._pages = np.zeros((64, OCTAVES), np.int32)  # by octave, the place of its cells + 1
+        self._few = np.zeros((64, _FEW), np.int64)  # the durations of a group with no more than these
+        self._pages = np.zeros((64, OCTAVES), np.int32)  # by octave, the index of its cells + 1
         self._cells = np.zeros((256, CELLS), np.int64)
         self._used = ctypes.c_int64(0)
 
     def add(self, group: NDArray[np.int32], duration: NDArray[np.int64], groups: int) -> None:
-        """Take spans.
+        """Add spans.
 
         Args:
             group: the number of each span's group.
             duration: nanoseconds, not negative.
-            groups: how many groups there are by now.
+            groups: number of groups so far.
         """
         self._reserve(groups)
         group, duration = np.ascontiguousarray(group, np.int32), np.ascontiguousarray(duration, np.int64)
@@ -95,7 +95,7 @@ class GroupStatTable:
             self._plain(group, duration)
 
     def stat(self, group: int) -> GroupStat:
-        """Return what is known of one group, without its self time."""
+        """Return the statistics of one group, without its self time."""
         if group >= len(self.count) or not self.count[group]:
             return GroupStat()
 
@@ -142,7 +142,7 @@ class GroupStatTable:
         self._distribute(group, duration)
 
     def _sum(self, group: NDArray[np.int32], duration: NDArray[np.int64]) -> None:
-        """Sum in halves of 32 bits, which cannot overflow, and carry."""
+        """Add up halves of 32 bits, which cannot overflow, and carry."""
         low, high = np.zeros(len(self.count), np.int64), np.zeros(len(self.count), np.int64)
         np.add.at(low, group, duration & 0xFFFFFFFF)
         np.add.at(high, group, duration >> 32)
@@ -157,7 +157,7 @@ class GroupStatTable:
         keys = (group.astype(np.int64) * OCTAVES + octave) * CELLS + cell
         for key, spans in zip(*np.unique(keys, return_counts=True), strict=True):
             place, at = divmod(int(key), CELLS)
-            page = self._page(*divmod(place, OCTAVES))  # may make room for more cells
+            page = self._page(*divmod(place, OCTAVES))  # may replace `_cells` by a larger array
             self._cells[page, at] += spans
 
     def _page(self, group: int, octave: int) -> int:
@@ -170,7 +170,7 @@ class GroupStatTable:
 
 
 def _bit_lengths(values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the bit length of each value; halves are exact in a float, the whole may not be."""
+    """Return the bit length of each value, by halves: these are exact in a float, the whole may not be."""
     high, low = values >> 31, values & 0x7FFFFFFF
     upper = np.frexp(high.astype(np.float64))[1].astype(np.int64)
     lower = np.frexp(low.astype(np.float64))[1].astype(np.int64)

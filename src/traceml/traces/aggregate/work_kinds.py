@@ -1,18 +1,18 @@
-"""What kind of work a span is: computing, I/O, communication, copying; told by its category and name.
+"""Kinds of work of spans (computing, I/O, communication, copying), by category and name.
 
 The categories are those of dftracer (`POSIX`, `STDIO`, ...), torch.profiler (`kernel`, `gpu_memcpy`, `cpu_op`, ...)
-and traceml's own export. What operators on the host do counts as computing and communication where a trace has no
-kernels of a device; where it has, they only start those.
+and traceml's own export. Operators on the host count as computing and communication if a trace has no kernels of a
+device; otherwise they only start those.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["CLASSES", "COMM", "COMPUTE", "COPY", "HOST", "HOST_COMM", "IO", "OTHER", "classify", "io_direction"]
+__all__ = ["COMM", "COMPUTE", "COPY", "HOST", "HOST_COMM", "IO", "OTHER", "WORK_KINDS", "classify", "io_direction"]
 
 COMPUTE, IO, COMM, COPY, HOST, HOST_COMM, OTHER = range(7)
-CLASSES = ("compute", "io", "comm", "copy", "host", "host_comm", "other")
+WORK_KINDS = ("compute", "io", "comm", "copy", "host", "host_comm", "other")
 
 _BY_CATEGORY = {
     COMPUTE: "kernel compute ai_framework forward backward optimizer",
@@ -56,7 +56,7 @@ def classify(cat: object, name: object) -> int:
 
 
 def io_direction(name: object) -> str:
-    """Return `read`, `write` or `other`, of an I/O call."""
+    """Return the direction of an I/O call: `read`, `write` or `other`."""
     words = str(name or "")
     if _WRITES.search(words):
         return "write"

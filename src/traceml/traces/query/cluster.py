@@ -85,8 +85,8 @@ def _analysed(query: TraceQuery, part: FilePart, paths: list[str], labels: Label
     context.labels = labels
     analysis = Analysis(query, context)
     analysis.begin_source(part.source)
-    analysis.sorter = ExternalSorter(limit=_ALL, part=_ALL)  # all of it travels
-    analysis.matcher = SpanMatcher(ExternalSorter(limit=_ALL, part=_ALL))
+    analysis.sorter = ExternalSorter(limit=_ALL, run=_ALL)  # all is sent back
+    analysis.matcher = SpanMatcher(ExternalSorter(limit=_ALL, run=_ALL))
     if not Path(part.path).exists():
         raise TraceNotFoundError(f"a Dask worker does not see {part.path}: its host needs the file under this path")
 

@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from traceml.traces.aggregate.stats import GroupStat
 from traceml.traces.aggregate.work_kinds import (
-    CLASSES,
     COMM,
     COMPUTE,
     COPY,
     HOST,
     HOST_COMM,
     IO,
+    WORK_KINDS,
     classify,
     io_direction,
 )
@@ -31,7 +31,7 @@ _ROWS = 25  # of each table
 
 def report_of(analysis: Analysis) -> dict[str, Any]:
     """Return the report of an analysis that was asked for one and has finished; times in microseconds."""
-    together = next((times for _, times in analysis.everything.units()), np.zeros(1 << len(CLASSES), np.int64))
+    together = next((times for _, times in analysis.everything.units()), np.zeros(1 << len(WORK_KINDS), np.int64))
     work = _BusyTimes(analysis, devices=bool(_busy(together, 1 << COMPUTE)))
     stats = merged_groups(analysis, slice(len(analysis.query.by), None))
     return {
@@ -126,7 +126,7 @@ def _table(
     chosen = [(labels, stat) for labels, stat in stats.items() if str(labels[0]).lower() in categories]
     chosen.sort(key=lambda item: -getattr(item[1], order))
     return [
-        {"cat": cat, "name": name, "kind": CLASSES[classify(cat, name)]}
+        {"cat": cat, "name": name, "kind": WORK_KINDS[classify(cat, name)]}
         | stat_row(stat, fractional=analysis.fractional)
         for (cat, name), stat in chosen[:_ROWS]
     ]
@@ -184,5 +184,5 @@ def _timeline(analysis: Analysis) -> dict[str, Any] | None:
 
 
 def _bin(counts: Sequence[int]) -> dict[str, Any]:
-    busy = {f"{name}_us": time_ns / 1000 for name, time_ns in zip(CLASSES, counts[:-1], strict=True)}
+    busy = {f"{name}_us": time_ns / 1000 for name, time_ns in zip(WORK_KINDS, counts[:-1], strict=True)}
     return {"spans": counts[-1], **busy}
