@@ -9,7 +9,7 @@ import sys
 CODE = """
 import resource, sys
 import numpy as np
-from traceml.traces.query.allocator import kept_memory
+from traceml.traces.query.allocator import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -18,7 +18,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 outside = faults()
-with kept_memory():
+with keep_freed_memory():
     inside = faults()
 print(outside, inside, faults())
 """

@@ -134,7 +134,7 @@ def test_worker_that_does_not_see_the_file(tmp_path):
     """The error names the file and what is needed."""
     part = file_parts.FilePart(0, str(tmp_path / "gone"), 0, 10, True, False)
     with pytest.raises(TraceNotFoundError, match="a Dask worker does not see"):
-        cluster.analyse_part(TraceQuery(), part, [part.path], cluster.Labels())
+        cluster.analyze_part(TraceQuery(), part, [part.path], cluster.Labels())
 
 
 def test_no_event_is_an_error(tmp_path, here):

@@ -1,7 +1,7 @@
-"""Memory that a task uses again and again, kept while it runs.
+"""Setting of malloc in Dask workers.
 
-Dask starts workers with MALLOC_TRIM_THRESHOLD_=65536, so that memory goes back to the system at once. For columns that
-come and go this means a page fault for every page of every one of them: a part of a trace took 1.6 times as long.
+Dask starts workers with MALLOC_TRIM_THRESHOLD_=65536, so that freed memory returns to the system at once. For columns
+that are allocated again and again this costs a page fault per page: a part of a trace took 1.6 times as long.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["kept_memory"]
+__all__ = ["keep_freed_memory"]
 
 _SETTING = "MALLOC_TRIM_THRESHOLD_"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _KEPT_BYTES = 256 * 1024 * 1024
-_LARGEST_BYTES = 32 * 1024 * 1024  # glibc takes no more for the second
+_LARGEST_BYTES = 32 * 1024 * 1024  # maximum that glibc accepts for M_MMAP_THRESHOLD
 _DEFAULT_BYTES = 128 * 1024
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
-    """Let freed memory stay with the process for a while; then all of it goes back, as the environment asks for."""
-    set_to = os.environ.get(_SETTING, "")
-    libc = _glibc() if set_to.isdigit() else None
+def keep_freed_memory() -> Iterator[None]:
+    """Keep freed memory in the process; return it at the end, and restore the setting of the environment."""
+    threshold = os.environ.get(_SETTING, "")
+    libc = _glibc() if threshold.isdigit() else None
     if libc is None:
         yield
         return
@@ -34,7 +34,7 @@ def kept_memory() -> Iterator[None]:
     try:
         yield
     finally:
-        libc.mallopt(_M_TRIM_THRESHOLD, int(set_to))
+        libc.mallopt(_M_TRIM_THRESHOLD, int(threshold))
         libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_BYTES)
         libc.malloc_trim(0)
 

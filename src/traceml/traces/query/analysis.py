@@ -1,7 +1,7 @@
-"""A query about traces, put to one batch after another: groups, self time, and what went on at the same time.
+"""Analysis of batches of events: groups, self time, and overlap.
 
-Everything that grows with the number of events is bounded: sums are by group, and what has to be put into the order
-of time goes through a ExternalSorter.
+Memory is bounded whatever the number of events: sums are kept per group, and rows that have to be sorted by time go
+through an ExternalSorter.
 """
 
 from __future__ import annotations
@@ -28,29 +28,34 @@ from traceml.traces.reader.columns import INTEGER, NO_TIME, EventBatch, ExactTim
 
 __all__ = ["FAR_NS", "PASSED", "ROLES", "SIZES", "Analysis", "EventRole", "TraceQuery", "added"]
 
-SIZES = ("size", "bytes", "nbytes", "ret")  # arguments that tell how much was read or written, the first one counts
-FAR_NS = 2**62  # times beyond cannot be added without overflow: they have no part in nesting
+SIZES = (
+    "size",
+    "bytes",
+    "nbytes",
+    "ret",
+)  # arguments with the number of bytes read or written; the first that an event has is used
+FAR_NS = 2**62  # larger times could overflow when added: they are left out of nesting
 PASSED = 0x80  # in a begin's mark; the lower bits are its kind of work
 
 
 class EventRole:
-    """What an event is to the spans of its thread or its asynchronous id."""
+    """Role of an event for the spans of its thread or its asynchronous id."""
 
     POINT, SPAN, BEGIN, END, ASYNC_BEGIN, ASYNC_END = range(6)
 
 
 ROLES = np.zeros(256, np.uint8)
-ROLES[[ord(letter) for letter in "XBEbe"]] = range(EventRole.SPAN, EventRole.ASYNC_END + 1)
+ROLES[[ord(phase) for phase in "XBEbe"]] = range(EventRole.SPAN, EventRole.ASYNC_END + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class TraceQuery:
-    """What is asked.
+    """Query about traces.
 
     Args:
         by: fields to group by.
         where: conditions, all of which must hold.
-        report: whether kinds of work, overlap, bytes and the timeline are asked for too.
+        report: whether to add kinds of work, overlap, bytes and the timeline.
     """
 
     by: tuple[str, ...] = ("name",)
@@ -59,7 +64,7 @@ class TraceQuery:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The fields that events are told apart by; a report looks at category and name too."""
+        """The fields that distinguish groups; a report adds category and name."""
         return (*self.by, *(("cat", "name") if self.report else ()))
 
     @property
@@ -70,11 +75,11 @@ class TraceQuery:
 
 
 class Analysis:
-    """Takes batches, file after file, then answers.
+    """State of a query while batches are fed, file after file; results are available after `finish`.
 
     Args:
-        query: what is asked.
-        context: the reading's values, files and metadata.
+        query: the query.
+        context: values, files and metadata of the traces.
     """
 
     def __init__(self, query: TraceQuery, context: FieldContext) -> None:
@@ -90,12 +95,12 @@ class Analysis:
         self.processes, self.files, self.everything = OverlapTimes(), OverlapTimes(), OverlapTimes(timeline=True)
         self.matcher, self._source = SpanMatcher(), -1
         self.unpaired: dict[int, Unpaired] = {}
-        self.letters: Counter[str] = Counter()
+        self.phase_counts: Counter[str] = Counter()
         self.events = self.spans = 0
         self.fractional = False
 
     def feed(self, batch: EventBatch) -> None:
-        """Take the next batch."""
+        """Add the next batch."""
         self.begin_source(batch.source)
         self.context.labels.take(batch.source, batch.metadata)
         self.fractional = self.fractional or batch.fractional
@@ -103,20 +108,20 @@ class Analysis:
             self._feed_rows(batch)
 
     def begin_source(self, source: int) -> None:
-        """Go on to a file, unless it is the one that was being read."""
+        """Begin a file, unless it is the current one."""
         if source != self._source:
             self._end_source()
             self._source = source
 
     def finish(self) -> None:
-        """Account what is still open; call once, when all has been read."""
+        """Close what is still open; call once, after the last batch."""
         self._end_source()
         self._sweep()
         for sums in (self.nesting, self.processes, self.files, self.everything):
             sums.finish()
 
     def stat(self, group: int) -> GroupStat:
-        """Return what is known of a group; complete after `finish`."""
+        """Return the statistics of a group; complete after `finish`."""
         stat = self._stats.stat(group)
         stat.self_ns = self.nesting.self_ns(group)
         exact = self._exact_stats.get(group)
@@ -134,7 +139,7 @@ class Analysis:
         return tuple(field.label(value) for field, value in zip(self.fields, self._values(group), strict=True))
 
     def raw(self, group: int) -> tuple[Any, ...]:
-        """Return what the labels of a group rest on: the same in every process."""
+        """Return the values behind the labels of a group, which are the same in every process."""
         return tuple(field.raw(value) for field, value in zip(self.fields, self._values(group), strict=True))
 
     def _values(self, group: int) -> list[int]:
@@ -161,16 +166,16 @@ class Analysis:
         if batch.exact:
             chosen = self._feed_exact(batch.exact, rows, np.ones(len(roles), np.bool_) if chosen is None else chosen)
 
-        self._count_letters(batch)
+        self._count_phases(batch)
         self._feed_spans(rows if chosen is None or chosen.all() else rows.select(chosen))
 
-    def _count_letters(self, batch: EventBatch) -> None:
+    def _count_phases(self, batch: EventBatch) -> None:
         counts = np.bincount(batch.ph, minlength=256)
-        for letter in np.flatnonzero(counts).tolist():
-            self.letters[chr(letter)] += int(counts[letter])
+        for phase in np.flatnonzero(counts).tolist():
+            self.phase_counts[chr(phase)] += int(counts[phase])
 
     def _count_points(self, roles: NDArray[np.uint8], passed: NDArray[np.bool_] | None) -> None:
-        """Count what is neither a span nor an edge of one."""
+        """Count events that are neither a span nor an edge of one."""
         points = roles == EventRole.POINT
         if passed is not None:
             points &= passed & self.filter.durations(np.full(len(roles), -1, np.int64))
@@ -186,7 +191,7 @@ class Analysis:
     def _feed_exact(
         self, exact: Mapping[int, ExactTimes], rows: _BatchRows, chosen: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        """Take chosen spans with exact times; return the other chosen rows. Nesting has them to the nanosecond."""
+        """Add the chosen spans with exact times, to the nanosecond in nesting; return the other chosen rows."""
         columns = (rows.start, rows.duration, rows.group, rows.lane, rows.kind)
         for row in [row for row in exact if chosen[row]]:
             start, duration = exact[row][0], exact[row][1] or 0
@@ -204,12 +209,12 @@ class Analysis:
         return chosen
 
     def take_spans(self, *columns: NDArray[Any]) -> None:
-        """Take spans: start, duration (ns), group, lane, kind of work."""
+        """Add spans: start, duration (ns), group, lane, kind of work."""
         start, duration, group = columns[0], np.maximum(columns[1], 0), columns[2]
         self.spans += len(start)
         self._stats.add(group, duration, len(self.groups[-1]))
         columns = (start, duration, *columns[2:])
-        near = (start > -FAR_NS) & (start < FAR_NS) & (duration < FAR_NS)  # NO_TIME is far too
+        near = (start > -FAR_NS) & (start < FAR_NS) & (duration < FAR_NS)  # false for NO_TIME too
         if not near.all():
             for number, time_ns in zip(group[~near].tolist(), duration[~near].tolist(), strict=True):
                 self.exact_stat(number).self_ns += time_ns
@@ -234,7 +239,7 @@ class Analysis:
         return self.lanes.number(-2 - batch.source, self.asynchronous.number(batch.cat, batch.id))
 
     def _end_source(self) -> None:
-        """Pair what has been read of a file; without a report its threads are done with too."""
+        """Pair the begins and ends of the current file; without a report also account for its threads."""
         if self.matcher.edges:
             for rows in self.matcher.spans():
                 self._take_pairs(rows)
@@ -259,17 +264,17 @@ class Analysis:
         self.take_spans(*_chosen(passed, (*columns, mark & np.uint8(PASSED - 1))))
 
     def _sweep(self) -> None:
-        """Go through the spans in the order of their starts."""
+        """Pass the spans, in the order of their starts, to nesting and overlap."""
         owners = np.maximum(self.lanes.pairs()[:, 0], -1) if self.query.report else None
         for start, duration, group, lane, kind in self.sorter.blocks():
             self.nesting.add(start, duration, group, lane)
             if owners is not None:
-                self._cover(start, duration, owners[lane], kind)
+                self._add_overlap(start, duration, owners[lane], kind)
 
         self.sorter = ExternalSorter()
 
-    def _cover(self, *columns: NDArray[Any]) -> None:
-        """Take spans: start, duration, process (-1 for asynchronous spans, which belong to none), kind of work."""
+    def _add_overlap(self, *columns: NDArray[Any]) -> None:
+        """Add spans to overlap: start, duration, process (-1 for asynchronous spans, which have none), kind of work."""
         start, duration, owner, kind = columns
         self.everything.add(start, duration, np.zeros(len(start), np.int32), kind)
         if owner.min() < 0:
@@ -304,7 +309,7 @@ class Analysis:
 
 @dataclass(slots=True)
 class _BatchRows:
-    """Columns of a batch that an analysis needs, with the numbers that it gave them."""
+    """Columns of a batch that an analysis needs, with its numbers of groups and lanes."""
 
     start: NDArray[np.int64]
     duration: NDArray[np.int64]
@@ -324,7 +329,7 @@ def _chosen(mask: NDArray[np.bool_], columns: tuple[NDArray[Any], ...]) -> Any:
 
 
 def _sizes(batch: EventBatch) -> NDArray[np.int64]:
-    """Return the bytes that each row tells of, 0 where it tells none."""
+    """Return the number of bytes in the arguments of each row, 0 without one."""
     sizes = np.full(len(batch.ph), -1, np.int64)
     for key in SIZES:
         column = batch.args.get(key)
@@ -335,7 +340,7 @@ def _sizes(batch: EventBatch) -> NDArray[np.int64]:
 
 
 def added(totals: NDArray[np.int64], group: Ids, values: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return totals by group with values added; the array is the same while all groups have a place in it."""
+    """Return totals by group with values added; the array stays the same while it has room for all groups."""
     if not len(group):
         return totals
 

@@ -1,4 +1,4 @@
-"""The same analysis on a Dask cluster: workers read parts of the files, the answer is put together here.
+"""Analysis on a Dask cluster: workers read parts of the files, the client merges the results.
 
 Counts, sums and self times are those of one process, to the last digit. Workers must see the files under the same
 paths, and have traceml installed.
@@ -15,7 +15,7 @@ from typing import Any
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
 from traceml.traces.aggregate.pairs import SpanMatcher
 from traceml.traces.aggregate.sorting import ExternalSorter
-from traceml.traces.query.allocator import kept_memory
+from traceml.traces.query.allocator import keep_freed_memory
 from traceml.traces.query.analysis import Analysis, TraceQuery
 from traceml.traces.query.fields import FieldContext
 from traceml.traces.query.file_parts import FilePart, IndivisibleError, PartSeams, facts_of, mend, read_part, split
@@ -23,9 +23,9 @@ from traceml.traces.query.labels import Labels
 from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
 from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
 
-__all__ = ["analyse_part", "run_on"]
+__all__ = ["analyze_part", "run_on"]
 
-_PER_THREAD = 3  # parts that each thread of the cluster has at a time, or waiting
+_PER_THREAD = 3  # parts that run or wait per thread of the cluster
 _CONNECT_S = 10
 _ALL = 2**62
 
@@ -40,25 +40,25 @@ def run_on(
     *,
     labels: Labels | None = None,
 ) -> tuple[Analysis, list[TraceFileFacts]]:
-    """Put a query to files on a Dask cluster.
+    """Run a query on files on a Dask cluster.
 
     Args:
         cluster: a scheduler's address, or a `distributed.Client`.
-        query: what is asked.
-        files: the files, under paths that the workers know.
-        progress: called now and then with events and files so far.
-        labels: what metadata says, where conditions rest on it.
+        query: the query.
+        files: the files, under paths that the workers can open.
+        progress: called from time to time with events and files so far.
+        labels: labels from metadata, if conditions depend on them.
 
     Raises:
         UsageError: `distributed` is not installed, or no scheduler answers.
         TraceNotFoundError: a worker does not see a file.
-        TraceEmptyError: there is not one event.
+        TraceEmptyError: there is no event.
     """
     whole: set[int] = set()
     with _client(cluster) as client:
         while True:
             try:
-                analysis, facts = _asked(client, query, files, labels or Labels(), whole, progress)
+                analysis, facts = _run_once(client, query, files, labels or Labels(), whole, progress)
                 break
             except _WholeError as error:
                 whole.add(error.source)
@@ -73,13 +73,13 @@ def run_on(
     return analysis, facts
 
 
-def analyse_part(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
-    """Analyse a part of a file, in a worker; returns why not where the file has to be read in one go."""
-    with kept_memory():
-        return _analysed(query, part, paths, labels)
+def analyze_part(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
+    """Analyze a part of a file, in a worker; return a reason when the file has to be read in one go."""
+    with keep_freed_memory():
+        return _analyzed(query, part, paths, labels)
 
 
-def _analysed(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
+def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Labels) -> PartResult | str:
     strings = StringTable()
     context = FieldContext(strings, [Path(path) for path in paths])
     context.labels = labels
@@ -109,7 +109,7 @@ def _whole(analysis: Analysis, part: FilePart) -> PartResult:
         for batch in reading:
             analysis.feed(_as_source(batch, part.source))
     except TraceEmptyError:
-        pass  # other files may have events: who puts the parts together knows
+        pass  # other files may have events: the client checks that
 
     return partial_of(analysis), reading.files[0]
 
@@ -120,14 +120,14 @@ def _as_source(batch: EventBatch, source: int) -> EventBatch:
 
 
 class _WholeError(Exception):
-    """A file turned out, half-way, to be one that has to be read in one go."""
+    """A file whose parts do not fit has to be read in one go."""
 
     def __init__(self, source: int) -> None:
         super().__init__(source)
         self.source = source
 
 
-def _asked(
+def _run_once(
     client: Any,
     query: TraceQuery,
     files: Sequence[Path],
@@ -135,14 +135,14 @@ def _asked(
     whole: set[int],
     progress: Callable[[int, int], None] | None,
 ) -> tuple[Analysis, list[TraceFileFacts]]:
-    """Put the query to the cluster, the files in `whole` in one go; each part is taken as soon as it fits."""
+    """Run the query on the cluster, the files in `whole` in one go; add each part as soon as it fits."""
     context = FieldContext(StringTable(), list(files))
     context.labels.merge(labels)
     analysis, facts = Analysis(query, context), list[TraceFileFacts]()
     threads = max(1, sum(client.nthreads().values()))
     for source, (parts, results) in enumerate(_by_file(client, query, context, labels, threads, whole)):
         try:
-            facts.append(_taken(analysis, parts, results))
+            facts.append(_add_parts(analysis, parts, results))
         except IndivisibleError as error:
             raise _WholeError(source) from error
 
@@ -155,7 +155,7 @@ def _asked(
 def _by_file(
     client: Any, query: TraceQuery, context: FieldContext, labels: Labels, threads: int, whole: set[int]
 ) -> Iterator[tuple[list[FilePart], Iterator[PartResult]]]:
-    """Yield the parts of each file with what comes of them, in order; a bounded number is on its way."""
+    """Yield the parts of each file with their results, in order; a bounded number runs at a time."""
     files = [split(source, path, least=4 * threads) for source, path in enumerate(context.paths)]
     files = [[_all_of(parts)] if source in whole else parts for source, parts in enumerate(files)]
     paths = [str(path) for path in context.paths]
@@ -166,7 +166,7 @@ def _by_file(
         for _ in range(count):
             while waiting and len(running) < _PER_THREAD * threads:
                 part = waiting.popleft()
-                running.append(client.submit(analyse_part, query, part, paths, labels, pure=False))
+                running.append(client.submit(analyze_part, query, part, paths, labels, pure=False))
 
             result = running.popleft().result()
             if isinstance(result, str):
@@ -183,8 +183,8 @@ def _all_of(parts: list[FilePart]) -> FilePart:
     return FilePart(first.source, first.path, 0, parts[-1].end, True, first.wrapped)
 
 
-def _taken(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
-    """Absorb the parts of a file, each once what follows it is known to fit."""
+def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
+    """Add the parts of a file, each once the part after it is known to fit."""
     source, path = parts[0].source, analysis.context.paths[parts[0].source]
     seams: list[PartSeams] = []
     earlier: PartialAnalysis | None = None

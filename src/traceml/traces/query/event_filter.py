@@ -1,4 +1,4 @@
-"""Conditions applied to columns: which events of a batch a query is about."""
+"""Conditions of a query, applied to the columns of a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _GREATEST = 2**63 - 1
 
 
 class EventFilter:
-    """All conditions of a query. What concerns durations is asked apart: a begin event has none yet."""
+    """All conditions of a query. Those on durations are separate, since a begin event has none yet."""
 
     def __init__(self, conditions: Sequence[Condition], context: FieldContext) -> None:
         self._dur = [condition for condition in conditions if condition.field == "dur"]
@@ -43,7 +43,7 @@ class EventFilter:
 
     @property
     def fields(self) -> list[EventField]:
-        """The fields that conditions look at."""
+        """The fields in conditions."""
         return [each.field for each in self._fields]
 
     @property
@@ -52,7 +52,7 @@ class EventFilter:
         return [field.key for field in self.fields if isinstance(field, ArgField) and not field.seen]
 
     def rows(self, batch: EventBatch) -> Mask:
-        """Tell which rows pass, durations left aside."""
+        """Return which rows pass, apart from conditions on durations."""
         exact = {row: ts for row, (ts, _) in batch.exact.items()}
         mask = _times_pass(self._ts, batch.ts_ns, batch.ts_ns != NO_TIME, exact)
         for each in self._fields:
@@ -71,7 +71,7 @@ class EventFilter:
 
 
 class _FieldCondition:
-    """A condition on a field that has labels; each label is asked about once."""
+    """A condition on a field with labels; each label is tested once."""
 
     def __init__(self, condition: Condition, field: EventField) -> None:
         self._condition, self.field = condition, field
@@ -80,8 +80,8 @@ class _FieldCondition:
             matches = condition.matcher()
             self._accepts = lambda value: value is not None and matches(str(value))
 
-        self._asked: dict[int, bool] = {}
-        self._table = np.zeros(1024, np.int8)  # by number + 1: 0 not asked yet, 1 refused, 2 accepted
+        self._tested: dict[int, bool] = {}
+        self._table = np.zeros(1024, np.int8)  # by number + 1: 0 not tested yet, 1 refused, 2 accepted
 
     def rows(self, batch: EventBatch) -> Mask:
         if isinstance(self.field, ArgField) and self._condition.operator != "~":
@@ -90,25 +90,25 @@ class _FieldCondition:
 
         return self._by_label(self.field.ids(batch))
 
-    def _ask(self, number: int) -> bool:
-        if number not in self._asked:
-            self._asked[number] = self._accepts(self.field.label(number))
+    def _test(self, number: int) -> bool:
+        if number not in self._tested:
+            self._tested[number] = self._accepts(self.field.label(number))
 
-        return self._asked[number]
+        return self._tested[number]
 
     def _by_label(self, ids: Ids) -> Mask:
         if not len(ids) or ids.min() < -1:
             distinct, where = np.unique(ids, return_inverse=True)
-            verdicts = np.array([self._ask(number) for number in distinct.tolist()], np.bool_)
-            return np.asarray(verdicts[where] if len(ids) else np.zeros(0), np.bool_)
+            passed = np.array([self._test(number) for number in distinct.tolist()], np.bool_)
+            return np.asarray(passed[where] if len(ids) else np.zeros(0), np.bool_)
 
         top = int(ids.max()) + 2
         if len(self._table) < top:
             self._table = np.concatenate([self._table, np.zeros(2 * top - len(self._table), np.int8)])
 
-        verdict = self._table[ids + 1]
-        for number in np.unique(ids[verdict == 0]).tolist():
-            self._table[number + 1] = 1 + self._ask(number)
+        tested = self._table[ids + 1]
+        for number in np.unique(ids[tested == 0]).tolist():
+            self._table[number + 1] = 1 + self._test(number)
 
         return np.asarray(self._table[ids + 1] == 2)
 

@@ -1,4 +1,4 @@
-"""What a query about events may say: fields, and conditions like `cat=POSIX,dur>100`."""
+"""Syntax of queries: fields, and conditions like `cat=POSIX,dur>100`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARGS = "args."
 
 _ORDERS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _OPERATORS = ("!=", "<=", ">=", "==", "=", "<", ">", "~")
-_SPELLINGS = {"==": "="}  # as who writes programs types it
+_SPELLINGS = {"==": "="}  # as in programming languages
 _FIELD = re.compile(r"\s*([A-Za-z_][\w.:/-]*)\s*")
 _OPERATOR = re.compile("|".join(re.escape(operator) for operator in _OPERATORS))
 _QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')\s*(?=,|$)""")
@@ -40,7 +40,7 @@ class Condition:
         field: as in FIELDS or MEASURES, or `args.<key>`.
         operator: one of = != < <= > >= ~
         value: as written, without its quotes.
-        number: the value as a number, times in microseconds and sizes in bytes; None where it is none.
+        number: the value as a number, times in microseconds and sizes in bytes; None if it is not a number.
     """
 
     field: str
@@ -49,7 +49,7 @@ class Condition:
     number: Fraction | None
 
     def accepts(self, value: Any) -> bool:
-        """Tell whether a field with this value passes; None stands for an event without the field."""
+        """Return whether a field with this value passes; None is an event without the field."""
         if value is None:
             return self.operator == "!="
 
@@ -62,7 +62,7 @@ class Condition:
         return self._orders(value)
 
     def matcher(self) -> Callable[[str], bool]:
-        """Return the test of `~`: a regular expression found anywhere, or a shell pattern for all of the text."""
+        """Return the test of `~`: a regular expression found anywhere, or a shell pattern for the whole text."""
         try:
             found = re.compile(self.value).search
         except re.error:
@@ -118,7 +118,7 @@ def parse_where(text: str) -> tuple[Condition, ...]:
     """Return the conditions of `cat=POSIX,dur>100`; all of them must hold.
 
     Raises:
-        UsageError: pointing at what cannot be understood.
+        UsageError: the text is not valid; the error points to the position.
     """
     conditions: list[Condition] = []
     at = 0 if text.strip() else len(text) + 1

@@ -1,4 +1,4 @@
-"""Fields of events as numbers: what a query groups by, and what its conditions look at."""
+"""Fields of events as numbers, for grouping and for conditions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from traceml.traces.reader.columns import FLOAT, INTEGER, ArgColumn, EventBatch,
 __all__ = ["ArgField", "EventField", "FieldContext", "args_of", "field_of"]
 
 _DIRECT = ("name", "cat", "pid", "tid")
-# What the labels of derived fields rest on, the first that an event has.
+# Arguments that derived fields use; the first that an event has.
 _DERIVED = {"rank": ("rank",), "host": ("hhash", "hostname"), "file": ("fhash", "fname", "filename")}
 
 Ids = NDArray[np.int32]
@@ -25,7 +25,7 @@ Label = str | int | float | None
 
 
 class FieldContext:
-    """What the fields of one reading share: its values, its processes, its files, what metadata says of them."""
+    """State shared by the fields of a query: values, processes, files, and labels from metadata."""
 
     def __init__(self, strings: StringTable, paths: list[Path]) -> None:
         self.strings, self.paths, self.labels = strings, paths, Labels()
@@ -38,26 +38,26 @@ class FieldContext:
 
 
 class EventField(Protocol):
-    """One field: a number for each event, and the label that each number stands for."""
+    """One field: a number for each event, and a label for each number."""
 
     def ids(self, batch: EventBatch) -> Ids:
         """Return the number of each row's value; -1 where there is none."""
 
     def label(self, number: int) -> Label:
-        """Return what a number stands for, once all metadata is known."""
+        """Return the label of a number, once all metadata is known."""
         ...
 
     def raw(self, number: int) -> Any:
-        """Return what a number stands for in every process."""
+        """Return the value behind a number, which is the same in every process."""
         ...
 
     def number(self, raw: Any) -> int:
-        """Return the number of what `raw` gave in another process."""
+        """Return the number of a value that `raw` returned in another process."""
         ...
 
 
 def args_of(fields: list[str]) -> list[str]:
-    """Return the keys of `args` that fields rest on."""
+    """Return the keys of `args` that fields use."""
     keys: list[str] = []
     for field in fields:
         keys += [field.removeprefix(ARGS)] if field.startswith(ARGS) else _DERIVED.get(field, ())
@@ -66,7 +66,7 @@ def args_of(fields: list[str]) -> list[str]:
 
 
 def field_of(name: str, context: FieldContext) -> EventField:
-    """Return the field of this name, as in traceml.traces.query.expressions."""
+    """Return the field with a name of traceml.traces.query.expressions."""
     if name in _DIRECT:
         return _DirectField(name, context)
 
@@ -80,7 +80,7 @@ def field_of(name: str, context: FieldContext) -> EventField:
 
 
 class _Numbered:
-    """A field whose numbers are those of StringTable."""
+    """A field with the numbers of StringTable."""
 
     def __init__(self, context: FieldContext) -> None:
         self._strings = context.strings
@@ -101,8 +101,8 @@ class _DirectField(_Numbered):
         self._name = name
 
     def ids(self, batch: EventBatch) -> Ids:
-        found: Ids = getattr(batch, self._name)
-        return found
+        ids: Ids = getattr(batch, self._name)
+        return ids
 
 
 class _KindField(_Numbered):
@@ -135,7 +135,7 @@ class _SourceField:
 
 
 class ArgField:
-    """A key of `args`. Texts and integers are numbered in StringTable, other numbers below -1."""
+    """A key of `args`. Texts and integers have their numbers in StringTable, other values numbers below -1."""
 
     def __init__(self, key: str, context: FieldContext) -> None:
         self.key, self._strings = key, context.strings
@@ -164,7 +164,7 @@ class ArgField:
         return ids
 
     def label(self, number: int) -> Label:
-        """Return the value; as text where JSON has no such number."""
+        """Return the value; as text if JSON has no such number."""
         if number >= -1:
             return self._strings[number]
 
@@ -189,7 +189,7 @@ class ArgField:
 
 
 class _DerivedField:
-    """Rank, host or file: from an argument of the event, else from its process; known when all has been read."""
+    """Rank, host or file: from an argument of the event, else from its process; known after all files were read."""
 
     def __init__(self, name: str, context: FieldContext) -> None:
         self._name, self._origin = name, context

@@ -1,4 +1,4 @@
-"""Columns with values in place of numbers, for numpy, polars and pandas."""
+"""Columns of values instead of numbers, for numpy, polars and pandas."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def decoded(batch: EventBatch, fields: Sequence[str], context: FieldContext, mas
 
     Args:
         batch: the events.
-        fields: which fields, beside `ts_ns` and `dur_ns`.
-        context: what the numbers mean.
-        mask: which rows are wanted; None for all.
+        fields: fields to return beside `ts_ns` and `dur_ns`.
+        context: meaning of the numbers.
+        mask: rows to return; None for all.
     """
     columns: Columns = {}
     for name in fields:
@@ -73,7 +73,7 @@ def to_pandas(columns: Mapping[str, Sequence[Any]]) -> Any:
 
 
 def _uniform(values: Sequence[Any]) -> list[Any]:
-    """Return values of one type: numbers, or texts where there is any text; integers beyond 64 bits become floats."""
+    """Return values of one type: numbers, or texts if there is any text; integers beyond 64 bits become floats."""
     kinds = {type(value) for value in values}
     if str in kinds and kinds - {str, type(None)}:
         return [None if value is None else str(value) for value in values]

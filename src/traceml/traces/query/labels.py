@@ -1,4 +1,4 @@
-"""Where events come from: the ranks, hosts and files that metadata, headers and names of files tell of."""
+"""Ranks, hosts and files of events, from metadata, headers and names of files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HASHES = {"HH": "hosts", "FH": "files"}  # dftracer's metadata; SH has other te
 
 
 class Labels:
-    """Collects what metadata says; answers once all of it has been seen."""
+    """Labels from metadata; complete after all of it was added."""
 
     def __init__(self) -> None:
         self.hosts: dict[object, str] = {}
@@ -27,7 +27,7 @@ class Labels:
         self._file_hosts: dict[int, str] = {}
 
     def take(self, source: int, events: Iterable[Mapping[str, Any]]) -> None:
-        """Take metadata events of one file."""
+        """Add metadata events of one file."""
         for event in events:
             args = event.get("args")
             if not isinstance(args, Mapping):
@@ -40,14 +40,14 @@ class Labels:
                 self._name_process(source, event.get("pid"), str(args.get("name") or args.get("labels") or ""))
 
     def merge(self, other: Labels) -> None:
-        """Take what another part of the same reading has seen."""
+        """Add the labels of other parts of the same files."""
         self.hosts |= other.hosts
         self.files |= other.files
         for (source, pid), name in other._process_names.items():
             self._name_process(source, pid, name)
 
     def take_file(self, source: int, path: Path, header: Mapping[str, Any]) -> None:
-        """Take what a file's header and name say."""
+        """Add the labels in a file's header and name."""
         distributed = header.get("distributedInfo")
         rank = distributed.get("rank") if isinstance(distributed, Mapping) else header.get("rank")
         in_path = _RANK_IN_PATH.search(path.name) or _RANK_IN_PATH.search(path.parent.name)
@@ -62,22 +62,22 @@ class Labels:
             self._file_hosts[source] = str(host or (named and named[1]))
 
     def rank(self, source: int, pid: object) -> int | None:
-        """Return the rank of a process, None where nothing tells."""
+        """Return the rank of a process, None when it is unknown."""
         named = self.process_rank(source, pid)
         return self._ranks.get(source) if named is None else named
 
     def process_rank(self, source: int, pid: object) -> int | None:
-        """Return the rank that a process says itself that it is."""
+        """Return the rank in a process's own name, None without one."""
         named = _RANK.search(self._process_names.get((source, pid), ""))
         return int(named[1]) if named else None
 
     def host(self, source: int, pid: object) -> str | None:
-        """Return the host of a process, None where nothing tells."""
+        """Return the host of a process, None when it is unknown."""
         named = _HOST_IN_BRACKETS.search(self._process_names.get((source, pid), ""))
         return named[1] if named else self._file_hosts.get(source)
 
     def process(self, source: int, pid: object) -> str | None:
-        """Return the name of a process."""
+        """Return the name of a process, None without one."""
         return self._process_names.get((source, pid)) or None
 
     def _name_process(self, source: int, pid: object, name: str) -> None:

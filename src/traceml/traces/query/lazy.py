@@ -1,4 +1,4 @@
-"""Traces from Python: opened lazily, filtered, grouped, and handed to polars, pandas or a loop.
+"""Lazy queries from Python: traces are filtered, grouped, and passed to polars, pandas or a loop.
 
 from traceml import traces
 
@@ -31,20 +31,20 @@ _MEASURES = {
 
 
 def open(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Traces:  # noqa: A001 - traces.open
-    """Open traces; nothing is read before an answer is asked for.
+    """Open traces; they are read when a result is requested.
 
     Args:
         paths: files, folders and patterns.
 
     Raises:
-        TraceNotFoundError: a path leads to no trace.
+        TraceNotFoundError: no trace was found under a path.
     """
     return Traces(tuple(discover(paths)))
 
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """Events of traces, perhaps filtered.
+    """Events of traces, optionally filtered.
 
     Args:
         files: the files.
@@ -58,7 +58,7 @@ class Traces:
         """Return the events that also pass conditions like `cat=POSIX,dur>100`.
 
         Raises:
-            UsageError: the conditions cannot be understood.
+            UsageError: the conditions are not valid.
         """
         parse_where(where)
         return replace(self, where=f"{self.where},{where}" if self.where and where else self.where or where)
@@ -86,10 +86,10 @@ class Traces:
         return summarize(self.files, where=self.where, report=True, dask=dask)
 
     def batches(self, *args: str) -> Iterator[dict[str, list[Any]]]:
-        """Yield the events in columns, as many at a time as are at hand: memory does not grow with the files.
+        """Yield the events in columns, batch by batch: memory does not grow with the files.
 
         Args:
-            args: keys of the events' `args` that are wanted too.
+            args: keys of the events' `args` to add.
 
         Yields:
             Columns name, cat, ph, pid, tid, args.KEY, ts_ns, dur_ns; begins and ends are events of their own.
@@ -112,7 +112,7 @@ class Traces:
         return to_pandas(_all(self.batches(*args)))
 
     def facts(self) -> list[TraceFileFacts]:
-        """Read the files, and return what is known of each, damage among it."""
+        """Read the files, and return facts about each, including its damage."""
         facts: list[TraceFileFacts] = []
         for _ in _batches(self, (), facts):
             pass
@@ -125,7 +125,7 @@ class GroupedTraces:
     """Spans by labels.
 
     Args:
-        traces: where they come from.
+        traces: the traces.
         by: the fields.
     """
 
@@ -133,7 +133,7 @@ class GroupedTraces:
     by: tuple[str, ...]
 
     def agg(self, *measures: str) -> AggregatedTraces:
-        """Choose what is wanted of each group: count, sum, mean, min, max, p50, p99, self; all when none is named.
+        """Choose measures of each group: count, sum, mean, min, max, p50, p99, self; all of them by default.
 
         Raises:
             UsageError: there is no such measure.
@@ -146,7 +146,7 @@ class GroupedTraces:
 
 @dataclass(frozen=True, slots=True)
 class AggregatedTraces:
-    """Numbers by group, the largest sum first; computed when they are asked for."""
+    """Measures by group, the largest sum first; computed when they are requested."""
 
     groups: GroupedTraces
     measures: tuple[str, ...]

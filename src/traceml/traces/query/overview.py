@@ -1,4 +1,4 @@
-"""What a trace says as a whole: kinds of work and their overlap, I/O, kernels and operators, ranks, a timeline."""
+"""Overview of a trace: kinds of work and their overlap, I/O, kernels and operators, ranks, a timeline."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ROWS = 25  # of each table
 
 
 def report_of(analysis: Analysis) -> dict[str, Any]:
-    """Return the report of an analysis that was asked for one and has finished; times in microseconds."""
+    """Return the report of a finished analysis of a query with `report`; times in microseconds."""
     together = next((times for _, times in analysis.everything.units()), np.zeros(1 << len(WORK_KINDS), np.int64))
     work = _BusyTimes(analysis, devices=bool(_busy(together, 1 << COMPUTE)))
     stats = merged_groups(analysis, slice(len(analysis.query.by), None))
@@ -46,11 +46,11 @@ def report_of(analysis: Analysis) -> dict[str, Any]:
 
 
 class _BusyTimes:
-    """Times by set of kinds, put in words.
+    """Conversion of times by set of kinds to named times.
 
     Args:
-        analysis: where the units come from.
-        devices: whether something computes beside operators on the host; else those are the computing.
+        analysis: the analysis.
+        devices: whether a device computes; else operators on the host count as computing.
     """
 
     def __init__(self, analysis: Analysis, *, devices: bool) -> None:
@@ -59,7 +59,7 @@ class _BusyTimes:
         self._comm = 1 << COMM if devices else 1 << COMM | 1 << HOST_COMM
 
     def row(self, times: NDArray[np.int64]) -> dict[str, Any]:
-        """Return how long each kind went on, and how long apart from computing."""
+        """Return the time of each kind, in total and without computing at the same time."""
         io, comm, copy = 1 << IO, self._comm, 1 << COPY
         total = int(times.sum())
         row = {
@@ -77,13 +77,13 @@ class _BusyTimes:
 
 
 def _busy(times: NDArray[np.int64], kinds: int, *, without: int = 0) -> int:
-    """Return how long any of `kinds` went on, and none of `without`."""
+    """Return the time during which any of `kinds` and none of `without` was active."""
     sets = np.arange(len(times))
     return int(times[(sets & kinds != 0) & (sets & without == 0)].sum())
 
 
 def _io(analysis: Analysis, work: _BusyTimes, together: NDArray[np.int64]) -> dict[str, Any]:
-    """Return bytes by call; bandwidth is bytes by the time in which any such call was open."""
+    """Return bytes by call; bandwidth is bytes divided by the time during which any such call was open."""
     calls: dict[tuple[Any, ...], tuple[GroupStat, int]] = {}
     for number in range(len(analysis.groups[-1])):
         labels = analysis.labels(number)[len(analysis.query.by) :]
@@ -149,7 +149,7 @@ def _processes(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
 
 
 def _ranks(analysis: Analysis, work: _BusyTimes) -> list[dict[str, Any]]:
-    """Return a row per rank: its file where each rank wrote one, else its process."""
+    """Return a row per rank: for its file if each rank wrote one, else for its process."""
     labels, context = analysis.context.labels, analysis.context
     rows: dict[int, dict[str, Any]] = {}
     for number, times in analysis.processes.units():

@@ -1,7 +1,7 @@
-"""An analysis of a part of the events, as plain data that goes to another process and is put together there.
+"""Analysis of a part of the events, as plain data for another process, which merges it.
 
-Sums are merged; what has to be put into the order of time (spans for self time and overlap, begins and ends for pairs)
-travels as columns. Numbers of groups, threads and names mean something in one process only, so their labels go along.
+Sums are merged. Rows that have to be sorted by time (spans for self time and overlap, begins and ends for pairs) travel
+as columns. Numbers of groups, threads and names are valid in one process only, so their labels are included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["PartialAnalysis", "absorb", "partial_of"]
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A column of integers in as few bytes as its values need: times in whole microseconds take half, or less."""
+    """A column of integers in as few bytes as its values need; times in whole microseconds take half or less."""
 
     values: NDArray[Any]
     least: int
@@ -48,16 +48,16 @@ class Packed:
 
 @dataclass(slots=True)
 class PartialAnalysis:
-    """What an analysis of some events of one file knows.
+    """Analysis of some events of one file.
 
     Args:
-        groups: the raw labels of each group, with its stats and bytes.
+        groups: the raw labels of each group, with its statistics and bytes.
         lanes: the process and thread, or the asynchronous id, behind each number in `spans` and `edges`.
         names: the names behind the numbers in `edges`.
-        spans, edges: columns as the Sorter and the Matcher of an Analysis take them; empty when there are none.
-        labels: what metadata says.
-        letters, events, number_of_spans, fractional: as in Analysis.
-        seen: which fields of `args` occurred.
+        spans, edges: columns for the sorter and the matcher of an Analysis; empty when there are none.
+        labels: labels from metadata.
+        phase_counts, events, number_of_spans, fractional: as in Analysis.
+        seen: whether each field of `args` occurred.
     """
 
     groups: list[tuple[tuple[Any, ...], GroupStat, int]]
@@ -66,7 +66,7 @@ class PartialAnalysis:
     spans: list[Packed]
     edges: list[Packed]
     labels: Labels
-    letters: Counter[str]
+    phase_counts: Counter[str]
     events: int
     number_of_spans: int
     fractional: bool
@@ -74,7 +74,7 @@ class PartialAnalysis:
 
 
 def partial_of(analysis: Analysis) -> PartialAnalysis:
-    """Return what an analysis knows that has been fed and not been finished."""
+    """Return the state of an unfinished analysis."""
     edges = analysis.matcher.columns()
     names = [analysis.context.strings[number] for number in np.unique(edges[3]).tolist()] if edges else []
     if edges:
@@ -87,7 +87,7 @@ def partial_of(analysis: Analysis) -> PartialAnalysis:
         spans=[Packed.of(column) for column in analysis.sorter.columns()],
         edges=[Packed.of(column) for column in edges],
         labels=analysis.context.labels,
-        letters=analysis.letters,
+        phase_counts=analysis.phase_counts,
         events=analysis.events,
         number_of_spans=analysis.spans,
         fractional=analysis.fractional,
@@ -96,7 +96,7 @@ def partial_of(analysis: Analysis) -> PartialAnalysis:
 
 
 def absorb(analysis: Analysis, partial: PartialAnalysis, source: int) -> None:
-    """Put a part of the file number `source` into an analysis; parts of a file come in their order."""
+    """Add a part of the file number `source` to an analysis; parts of a file are added in order."""
     analysis.begin_source(source)
     groups = np.array([_absorb_group(analysis, *group) for group in partial.groups], np.int32)
     lanes = np.array([_absorb_lane(analysis, lane) for lane in partial.lanes], np.int32)
@@ -110,7 +110,7 @@ def absorb(analysis: Analysis, partial: PartialAnalysis, source: int) -> None:
         analysis.matcher.add(at, is_end, lanes[lane], names[name], groups[group], mark)
 
     analysis.context.labels.merge(partial.labels)
-    analysis.letters += partial.letters
+    analysis.phase_counts += partial.phase_counts
     analysis.events += partial.events
     analysis.spans += partial.number_of_spans
     analysis.fractional = analysis.fractional or partial.fractional

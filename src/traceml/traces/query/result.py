@@ -1,4 +1,4 @@
-"""The answer to a query about traces, as plain data: what `traceml analyze --json` prints."""
+"""Result of a query about traces as plain data, as printed by `traceml analyze --json`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _EXACT_FLOAT = 2**53
 
 
 def result_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, Any]:
-    """Return the answer of an analysis that has finished; all groups, the largest sum first."""
+    """Return the result of a finished analysis; all groups, the largest sum first."""
     groups = merged_groups(analysis, len(analysis.query.by))
     order = sorted(groups.items(), key=lambda item: (-item[1].total, [str(label) for label in item[0]]))
     by = list(analysis.query.by)
@@ -27,7 +27,7 @@ def result_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, 
         "files": [_file(facts, damage) for facts, damage in _with_unpaired(analysis, files)],
         "events": analysis.events,
         "spans": analysis.spans,
-        "letters": dict(sorted(analysis.letters.items())),
+        "letters": dict(sorted(analysis.phase_counts.items())),
         "by": by,
         "percentile_error": RELATIVE_ERROR,
         "groups": [
@@ -38,7 +38,7 @@ def result_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, 
 
 
 def merged_groups(analysis: Analysis, fields: int | slice) -> dict[tuple[Any, ...], GroupStat]:
-    """Return the stats by the labels of some of the query's fields: the first ones, or a slice."""
+    """Return the statistics by the labels of some of the query's fields: the first ones, or a slice."""
     chosen = slice(fields) if isinstance(fields, int) else fields
     groups: dict[tuple[Any, ...], GroupStat] = {}
     for number in range(len(analysis.groups[-1])):
@@ -58,7 +58,7 @@ def stat_row(stat: GroupStat, *, fractional: bool) -> dict[str, Any]:
 
     Args:
         stat: with at least one span.
-        fractional: whether the trace has times with fractions; else all are integers.
+        fractional: whether the trace has fractions of microseconds; else all times are integers.
     """
     assert stat.least is not None
     assert stat.most is not None
@@ -75,7 +75,7 @@ def stat_row(stat: GroupStat, *, fractional: bool) -> dict[str, Any]:
 
 
 def microseconds(time_ns: Time, *, fractional: bool) -> int | float:
-    """Return nanoseconds as microseconds: an integer where that is exact and the trace has integers."""
+    """Return nanoseconds as microseconds: an integer if that is exact and the trace has integers."""
     if not fractional and time_ns % 1000 == 0:
         return int(time_ns) // 1000
 
