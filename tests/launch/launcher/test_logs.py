@@ -17,7 +17,13 @@ import pytest
 from tests.launch.hosts import eventually
 from traceml.errors import SettingsError, UsageError
 from traceml.launch.launcher import log_handlers as handlers_module
-from traceml.launch.launcher.log_handlers import add_filter_to_handler, file_handler, log_level, stream_handler
+from traceml.launch.launcher.log_handlers import (
+    add_filter_to_handler,
+    file_handler,
+    log_level,
+    new_log_folder,
+    stream_handler,
+)
 from traceml.launch.launcher.log_router import LogRouter, check_handlers, make_handlers
 from traceml.launch.wire.log_records import RecordDecoder, RecordHandler
 
@@ -52,7 +58,9 @@ def test_everything_goes_to_a_file_per_worker_and_the_first_to_the_screen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By default: files of all, also of the silent, and the first agent and its first worker on stdout."""
-    handlers = make_handlers("auto", {"node1": 2, "node2": 1}, environ={"TRACEML_LOG_DIR": str(tmp_path)})
+    handlers = make_handlers(
+        "auto", {"node1": 2, "node2": 1}, lambda: new_log_folder({"TRACEML_LOG_DIR": str(tmp_path)})
+    )
     routed(handlers, (0, "out", b"a\nb\n"), (0, "err", b"bad\n"), (1, "out", b"unseen\n"), (None, "err", b"agent\n"))
     (folder,) = tmp_path.iterdir()
     files = {path.name: without_time(path.read_text()) for path in folder.iterdir()}
@@ -72,7 +80,7 @@ def test_everything_goes_to_a_file_per_worker_and_the_first_to_the_screen(
 def test_each_launch_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Two within one second do not share one; nothing is made before it begins."""
     environ = {"TORCHRUNX_LOG_DIR": str(tmp_path / "logs")}
-    first, second = (make_handlers("auto", {"node1": 1}, environ=environ) for _ in range(2))
+    first, second = (make_handlers("auto", {"node1": 1}, lambda: new_log_folder(environ)) for _ in range(2))
 
     assert not (tmp_path / "logs").exists()
     routed(first, (0, "out", b"1"))
@@ -87,13 +95,17 @@ def test_files_can_be_turned_off_and_handlers_chosen() -> None:
     """An empty folder means none; handlers are taken as they are; anything else is refused."""
     keeping = Keeping()
 
-    assert len(make_handlers("auto", {"node1": 3}, environ={"TRACEML_LOG_DIR": ""})) == 2
-    assert make_handlers(None, {"node1": 3}) == []
-    assert make_handlers([keeping], {"node1": 3}) == make_handlers(lambda: [keeping], {"node1": 3}) == [keeping]
-    assert make_handlers(keeping, {"node1": 3}) == [keeping]
+    assert len(make_handlers("auto", {"node1": 3}, lambda: new_log_folder({"TRACEML_LOG_DIR": ""}))) == 2
+    assert make_handlers(None, {"node1": 3}, Path) == []
+    assert (
+        make_handlers([keeping], {"node1": 3}, Path)
+        == make_handlers(lambda: [keeping], {"node1": 3}, Path)
+        == [keeping]
+    )
+    assert make_handlers(keeping, {"node1": 3}, Path) == [keeping]
     assert check_handlers(iter([keeping])) == [keeping]
     with pytest.raises(UsageError, match="'all'"):
-        make_handlers("all", {"node1": 3})  # type: ignore[arg-type]
+        make_handlers("all", {"node1": 3}, Path)  # type: ignore[arg-type]
 
 
 def test_handlers_of_the_users_get_records_that_say_where_they_come_from() -> None:
@@ -233,7 +245,7 @@ def test_more_workers_than_files_that_may_be_open(tmp_path: Path, monkeypatch: p
 
 def test_a_hundred_thousand_lines_of_two_workers_are_all_there(tmp_path: Path) -> None:
     """In order, in their files, through a console that takes one of them."""
-    handlers = make_handlers("auto", {"node1": 2}, environ={"TRACEML_LOG_DIR": str(tmp_path)})
+    handlers = make_handlers("auto", {"node1": 2}, lambda: new_log_folder({"TRACEML_LOG_DIR": str(tmp_path)}))
     handlers[1] = stream_handler("node1", 0, shown := io.StringIO())
     lines = b"".join(b"line %d\n" % i for i in range(100_000))
     cuts = range(0, len(lines), 50_001)

@@ -24,7 +24,7 @@ from traceml.launch.agent.machine import addresses, count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import GREETING, Channel, ChannelClosedError
-from traceml.launch.wire.payload import PayloadBuffer, can_reach
+from traceml.launch.wire.payload_buffer import PayloadBuffer, can_reach
 from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, process_info, terminate_all
 
 __all__ = ["Agent", "main"]
@@ -277,10 +277,10 @@ class Agent:
         try:
             listener = self._listeners[job] = TunnelListener(self._selector, self._channel, job=job)
         except OSError as error:
-            self._channel.send("tunnelled", job=job, port=0, error=str(error))
+            self._channel.send("tunnel_ready", job=job, port=0, error=str(error))
             return
 
-        self._channel.send("tunnelled", job=job, port=listener.port)
+        self._channel.send("tunnel_ready", job=job, port=listener.port)
 
     def _on_bye(self, _message: dict[str, Any]) -> None:
         raise _End("the launcher said good-bye")

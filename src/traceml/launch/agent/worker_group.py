@@ -18,7 +18,7 @@ from traceml.launch.agent.stack_reader import StackReader
 from traceml.launch.agent.zygote_client import ZygoteClient
 from traceml.launch.wire.channel import Channel, OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
-from traceml.launch.wire.payload import LARGE_BYTES, PayloadBuffer, path_of
+from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, path_of
 from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_leftovers
 
 __all__ = ["WorkerGroup"]

@@ -1,8 +1,9 @@
-"""Starting the agent of one host, by ssh, srun or as a process here; and telling why it did not start or was lost."""
+"""Connection to the agent of one host: started by ssh, srun or as a local process; explains why it failed."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import shlex
@@ -23,8 +24,8 @@ from traceml.launch.wire.process_cleanup import find_leftovers, terminate_all
 __all__ = ["AgentConnection"]
 
 _SSH_OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3")
-_CONNECT_TIMEOUT_S = 20  # of ssh, where the user's configuration sets none
-# `ssh -G` prints the configuration in force. The command line would win over it, so it is looked at first.
+_CONNECT_TIMEOUT_S = 20  # for ssh, unless the user's configuration sets one
+# The command line overrides the configuration, so ask `ssh -G` first whether the configuration sets a timeout.
 _SSH_SCRIPT = """
 host=$1 command=$2 limit=$3; shift 3
 if ssh "$@" -G "$host" 2>/dev/null | grep -q "^connecttimeout none"; then set -- "$@" -o ConnectTimeout="$limit"; fi
@@ -33,35 +34,37 @@ exec ssh "$@" -- "$host" "$command"
 
 _KEPT_LINES = 20
 _READ_BYTES = 65536
-_TOO_OLD = 78  # what the boot program exits with
-_END_WAIT_S = 1.0  # a program that has closed its output ends soon; only then is its status known
+_TOO_OLD = 78  # exit status of the bootstrap program
+_END_WAIT_S = 1.0  # a program that has closed its output exits soon; its status is known only then
 
-# What ssh and srun say, what it means, and what to do. The first that fits is told.
+_log = logging.getLogger("traceml.launch")
+
+# Patterns in the output of ssh and srun, with the meaning and the advice. The first match wins.
 _MEANINGS: Sequence[tuple[str, str, str]] = (
     (
         r"Could not resolve hostname|Name or service not known|Invalid node name|nodename nor servname",
         "its name is unknown",
-        "Check the spelling, and that it stands in DNS, /etc/hosts or the ssh configuration.",
+        "Check the spelling, and that it is in DNS, /etc/hosts or the ssh configuration.",
     ),
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|No .*host key is known for",
         "its host key was not accepted",
-        "Connect once by hand (`ssh {host}`) and check the key; an old one is removed by `ssh-keygen -R {host}`.",
+        "Connect once by hand (`ssh {host}`) and check the key; `ssh-keygen -R {host}` removes an old one.",
     ),
     (
         r"Permission denied \(|Too many authentication failures",
         "permission denied: it accepts none of our keys",
-        "`ssh {host} true` must work without a question: check user and key in the ssh configuration, or ssh's agent.",
+        "`ssh {host} true` must work without a prompt: check user and key in the ssh configuration, or ssh's agent.",
     ),
     (
         r"Connection refused",
-        "the connection was refused: nobody listens there",
+        "the connection was refused: nothing listens there",
         "Check that sshd runs on it, and the port in the ssh configuration.",
     ),
     (
         r"timed out|Timeout, server|No route to host|Network is unreachable|Host is down",
         "it cannot be reached: the connection timed out or there is no route to it",
-        "Check that it is up, and that no firewall lies between.",
+        "Check that it is up, and that no firewall blocks the connection.",
     ),
     (
         r"Bad configuration option|Can't open user config file|terminating, \d+ bad configuration",
@@ -70,7 +73,7 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
     ),
     (
         r"Unable to contact slurm controller|Invalid job id|Unable to confirm allocation|Job has expired",
-        "Slurm's allocation is not there any more, or its controller does not answer",
+        "Slurm's allocation is gone, or its controller does not answer",
         "Check `squeue` and `scontrol ping`.",
     ),
     (
@@ -82,18 +85,18 @@ _MEANINGS: Sequence[tuple[str, str, str]] = (
 
 
 class AgentConnection:
-    """The agent of one host, as far as it is known here, and the channel to it.
+    """The agent of one host, and the channel to it.
 
     The agent is started at once and not waited for: `hello` is None until it has answered.
 
     Attributes:
         spec: the host.
-        channel: to the agent. Who reads it must skip nothing: noise before the greeting is skipped by the channel.
-        errors_fd: what ssh, srun and the agent itself write to their stderr; to be waited on and read by `read_errors`.
-        hello: what the agent told of itself and its host.
+        channel: to the agent. It skips what precedes the agent's greeting.
+        errors_fd: stderr of ssh, srun and the agent; to be waited on, and read by `read_errors`.
+        hello: the agent's description of itself and its host.
 
     Raises:
-        AgentFailedError: the program that would connect cannot be started.
+        AgentFailedError: the program that connects cannot be started.
     """
 
     def __init__(self, spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
@@ -101,15 +104,15 @@ class AgentConnection:
         self.hello: dict[str, Any] | None = None
         self._python = python
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        self._rest = b""
+        self._partial_line = b""
         inner_in, outer_in = os.pipe()
         outer_out, inner_out = os.pipe()
         self.errors_fd, inner_err = os.pipe()
         os.set_blocking(self.errors_fd, False)
-        bundled = spec.transport != "local" or python != sys.executable  # another Python may have nothing of ours
+        bundled = spec.transport != "local" or python != sys.executable  # another Python may lack our package
         command = _command(spec, python, ssh_config_file, bundled=bundled)
         try:
-            # its own session: Ctrl-C on the terminal is ours to answer, and it asks no question there
+            # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
             self._process = subprocess.Popen(
                 command, stdin=inner_in, stdout=inner_out, stderr=inner_err, start_new_session=True
             )
@@ -126,7 +129,8 @@ class AgentConnection:
                 os.close(fd)
 
         _connections.add(self)
-        self.channel = Channel(outer_out, outer_in, side="launcher", greeting=True)
+        self.channel = Channel(outer_out, outer_in, side="launcher", name=spec.name, greeting=True)
+        _log.debug("%s: agent started by %s, pid %d", spec.name, spec.transport, self._process.pid)
         if bundled:
             self.channel.send_raw(bootstrap.bundle())
 
@@ -140,21 +144,21 @@ class AgentConnection:
         return not self.channel.closed and self._process.poll() is None
 
     def read_errors(self) -> bytes | None:
-        """Return what came on stderr, and remember its last lines; empty for nothing now, None at its end."""
+        """Read stderr and keep its last lines; return the bytes, empty if there is nothing now, None at its end."""
         try:
             data = os.read(self.errors_fd, _READ_BYTES)
         except BlockingIOError:
             return b""
 
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
         self._lines += [line.decode(errors="replace").rstrip() for line in lines if line.strip()]
         return data or None
 
     def failure(self, reason: str) -> AgentFailedError:
-        """Close the connection and tell why it broke, by what the program that carried it has said.
+        """Close the connection; return the error that explains why it broke.
 
         Args:
-            reason: what the channel says.
+            reason: the channel's reason.
         """
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_WAIT_S)
@@ -164,21 +168,22 @@ class AgentConnection:
 
         status = self._process.poll()
         noise = [line.decode(errors="replace") for line in self.channel.noise.splitlines() if line.strip()]
-        rest = [self._rest.decode(errors="replace")] if self._rest.strip() else []
-        words = [*noise[-_KEPT_LINES:], *self._lines, *rest]
+        rest = [self._partial_line.decode(errors="replace")] if self._partial_line.strip() else []
+        output = [*noise[-_KEPT_LINES:], *self._lines, *rest]
         self.close()
         if self.spec.transport == "local" and self.hello and (mark := self.hello.get("mark")):
-            # agent and zygote clean up for each other; killed both at once, they have left it to us
+            # agent and zygote clean up for each other; if both were killed at once, we do it
             terminate_all(lambda: find_leftovers([], mark=mark), grace_s=0)
 
-        what, advice = self._explain(status, "\n".join(words), reason)
-        return AgentFailedError(self.spec.name, what, advice=advice, words=words)
+        what, advice = self._explain(status, "\n".join(output), reason)
+        _log.debug("%s: agent lost: %s (%s, status %s)", self.spec.name, what, reason, status)
+        return AgentFailedError(self.spec.name, what, advice=advice, words=output)
 
     def close(self, *, wait_s: float = _END_WAIT_S) -> None:
-        """End the agent: it ends its workers and itself when the channel closes.
+        """End the agent, which ends its workers when the channel closes.
 
         Args:
-            wait_s: how long the program that carries the channel may take to end before it is killed, in seconds.
+            wait_s: how long the program that carries the channel may take before it is killed, in seconds.
         """
         self.hang_up()
         try:
@@ -188,61 +193,61 @@ class AgentConnection:
             self._process.wait()
 
     def hang_up(self) -> None:
-        """Close the channel, and wait for nothing."""
+        """Close the channel without waiting for the agent's end."""
         if not self.channel.closed:
             self.channel.close()
             os.close(self.errors_fd)
 
-    def _forget(self) -> None:
-        """Let go of it in a forked child: it belongs to the parent, which alone can wait for its processes.
+    def release_in_child(self) -> None:
+        """Close it in a forked child: it belongs to the parent, which alone can wait for its processes.
 
-        A child that held the channel's end would keep the agent from noticing when the parent is gone.
+        A child that held the channel open would keep the agent from noticing the parent's end.
         """
         self.hang_up()
         self._process.returncode = 0
 
-    def _explain(self, status: int | None, words: str, reason: str) -> tuple[str, str]:
-        """Return what happened and what to do about it."""
+    def _explain(self, status: int | None, output: str, reason: str) -> tuple[str, str]:
+        """Return what happened, and advice."""
         host, carrier = self.spec.name, {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
-        ended = f"{carrier} {_how(status)}"
+        ended = f"{carrier} {_describe_exit(status)}"
         if self.hello is not None:
             return f"its agent was lost while the job ran ({reason}; {ended})", (
                 "The host or the network may be down, or its agent was killed." if carrier != "the agent" else ""
             )
 
-        advice = "The launcher starts the same Python as its own; name that host's by `python=`."
-        if status == 127 or re.search(r"execve\(\).*No such file", words):
+        advice = "The launcher starts the Python at its own path; give that host's path by `python=`."
+        if status == 127 or re.search(r"execve\(\).*No such file", output):
             return f"command not found there: {self._python}", advice
 
-        if status == 126 or re.search(r"execve\(\).*Permission denied", words):
+        if status == 126 or re.search(r"execve\(\).*Permission denied", output):
             return f"command cannot be executed there: {self._python}", advice
 
         if status == _TOO_OLD:
-            return "its Python is too old", "Name a newer one by `python=`."
+            return "its Python is too old", "Give the path of a newer one by `python=`."
 
         for pattern, meaning, advice in _MEANINGS:
-            if carrier != "the agent" and re.search(pattern, words):
+            if carrier != "the agent" and re.search(pattern, output):
                 return meaning, advice.format(host=host)
 
         hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
         return f"its agent did not start ({reason}; {ended})", hand.strip()
 
 
-_connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all that there are, in the pool or in a launch
+_connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all of them, in the pool or in a launch
 
 
-def _forget_all() -> None:
+def _release_all() -> None:
     for connection in list(_connections):
-        connection._forget()
+        connection.release_in_child()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_release_all)
 
 
 def _command(
     spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool
 ) -> list[str]:
-    """Return what starts a host's agent."""
+    """Return the command that starts a host's agent."""
     if spec.transport == "local":
         return bootstrap.remote_command(python) if bundled else bootstrap.local_command(python)
 
@@ -254,7 +259,7 @@ def _command(
     return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", spec.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
 
 
-def _how(status: int | None) -> str:
+def _describe_exit(status: int | None) -> str:
     if status is None:
         return "still runs"
 

@@ -1,4 +1,4 @@
-"""From what agents tell of workers to the exception that `launch` raises."""
+"""Failures of workers and hosts, and the exception that `launch` raises for them."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
 from traceml.launch.launcher.job_host import JobHost, Worker
 from traceml.launch.wire import payload
-from traceml.launch.wire.payload import PayloadBuffer
+from traceml.launch.wire.payload_buffer import PayloadBuffer
 
-__all__ = ["JobFailure", "died", "first_cause", "note_stacks", "raised", "unprepared"]
+__all__ = ["JobFailure", "first_cause", "note_stacks", "preparation_failed", "worker_died", "worker_raised"]
 
-# What a worker is told by a collective because another worker is gone, or does not come.
+# Errors of a collective when another worker is gone or late.
 _COLLATERAL = re.compile(
     r"[Cc]onnection (was )?(closed|reset) by|Broken pipe|connectFullMesh|DistBackendError|DistNetworkError"
     r"|ncclRemoteError|[Ss]ocket [Tt]imeout|[Tt]imed out waiting|recvValue failed|TCPStore|wait timeout|failed to recv"
 )
 _IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
 _INNERMOST_FRAMES = 12
-# What would not be taken for a worker's exception here, but for our own end.
+# Exceptions that would end the launcher if they were raised here.
 _NOT_RAISED = frozenset(
     {"builtins.KeyboardInterrupt", "builtins.GeneratorExit", "builtins.SystemExit", "asyncio.exceptions.CancelledError"}
 )
 _LAST_LINES = 5
 _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
-# One that the recorder has started: the frame next to the thread's own is ours.
+# A thread of the recorder: the frame next to the thread's own is ours.
 _OUR_THREAD = re.compile(
     r'File "[^"]*/traceml/[^"]*", line \d+ in \w+\n  File "[^"]*threading\.py", line \d+ in run$', re.MULTILINE
 )
@@ -35,13 +35,13 @@ _OURS = re.compile(r'File "[^"]*traceml/(launch/worker/worker_main|session/scrip
 
 
 class JobFailure:
-    """What went wrong with one worker, or with a host.
+    """The failure of one worker or one host.
 
     Args:
-        error: what to raise for it, or what makes that: to load an exception may mean to import torch, and only one
-            of all is raised.
+        error: the exception to raise, or a function that makes it: loading one may import torch, and only one of all
+            is raised.
         collateral: whether it looks like the consequence of another worker's failure.
-        rank: whose it is, None for a host's.
+        rank: the worker's; None for a host's failure.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class JobFailure:
 
     @property
     def error(self) -> BaseException:
-        """What to raise for it."""
+        """The exception to raise for it."""
         if not isinstance(self._error, BaseException):
             self._error = self._error()
 
         return self._error
 
     def explains(self, error: BaseException) -> bool:
-        """Return whether `error` was raised for it, and needs no other explanation."""
+        """Return whether `error` was raised for it and is no consequence of another failure."""
         return self._error is error and not self.collateral
 
 
 def first_cause(failures: Iterable[JobFailure]) -> BaseException:
-    """Return the failure that explains the others: the first that is not the consequence of another."""
+    """Return the error of the first failure that is not the consequence of another."""
     found = list(failures)
     for failure in found:
         if not failure.collateral:
@@ -76,13 +76,13 @@ def first_cause(failures: Iterable[JobFailure]) -> BaseException:
     return found[0].error
 
 
-def raised(worker: Worker, message: Mapping[str, Any], received: PayloadBuffer | None) -> JobFailure:
-    """Return a worker's own exception, with its host, its rank and its traceback there.
+def worker_raised(worker: Worker, message: Mapping[str, Any], received: PayloadBuffer | None) -> JobFailure:
+    """Return the failure for a worker's exception, with its host, rank and traceback.
 
     Args:
-        worker: who raised it.
-        message: what its agent says: `type`, `message`, `traceback`, `bases`.
-        received: the pickled exception, None where it could not be pickled.
+        worker: the worker that raised it.
+        message: the agent's message: `type`, `message`, `traceback`, `bases`.
+        received: the pickled exception, None if it could not be pickled.
     """
     kind, text = str(message.get("type") or "Exception").removeprefix("builtins."), str(message.get("message") or "")
     trace, bases = str(message.get("traceback") or ""), message.get("bases") or ()
@@ -103,8 +103,8 @@ def raised(worker: Worker, message: Mapping[str, Any], received: PayloadBuffer |
     return JobFailure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
 
 
-def died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
-    """Return the error for a worker that ended without a result."""
+def worker_died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
+    """Return the failure for a worker that ended without a result."""
     signal = message.get("signal") or None
     error = WorkerFailedError(
         worker.host.name,
@@ -115,13 +115,13 @@ def died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
         log_tail=_tail(message),
         oom=bool(message.get("oom")),
     )
-    # a script's exception is in what it wrote last
+    # a script's exception is in its last lines of output
     collateral = not signal and bool(_COLLATERAL.search("\n".join(_tail(message)[-_LAST_LINES:])))
     return JobFailure(error, collateral, worker.rank)
 
 
-def unprepared(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:
-    """Return the error for a host whose fork server cannot be had."""
+def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:
+    """Return the error for a host whose zygote cannot be started."""
     python = host.hello.get("executable") or host.hello.get("python")
     what, advice = {
         "no_torch": (
@@ -143,15 +143,15 @@ def note_stacks(
     error: BaseException,
     waiting: Iterable[Worker],
     stacks: Mapping[int, Mapping[str, Any]],
-    given_up: Iterable[int] = (),
+    timed_out: Iterable[int] = (),
 ) -> None:
-    """Add to an error what each worker was doing, and which ones the others waited for.
+    """Add a note to an error: the stack of each worker, and the workers that the others waited for.
 
     Args:
-        error: gets the notes.
+        error: gets the note.
         waiting: the workers that had not ended.
-        stacks: what their agents say, by rank: `stack`, `state`.
-        given_up: ranks that have waited in vain for others, and have failed of it.
+        stacks: stacks by rank, as agents send them: `stack`, `state`.
+        timed_out: ranks that failed because they waited for others.
     """
     workers = list(waiting)
     if not workers:
@@ -160,7 +160,7 @@ def note_stacks(
     lines = []
     inside = {worker.rank for worker in workers if _in_collective(stacks.get(worker.rank, {}).get("stack") or "")}
     absent = [worker for worker in workers if worker.rank not in inside]
-    inside.update(given_up)
+    inside.update(timed_out)
     if inside and absent:
         who = "; ".join(map(str, absent))
         lines.append(f"Absent from the collective that {_ranks(inside)} waited in: {who}.")
@@ -177,15 +177,15 @@ def note_stacks(
     error.add_note("\n".join(lines))
 
 
-def _where(told: Mapping[str, Any] | None) -> str:
-    """Return what a worker was doing, without the frames that called the user's function."""
-    if told is None:
-        return " did not tell where it was: its host does not answer."
+def _where(stack: Mapping[str, Any] | None) -> str:
+    """Return a worker's stack without the frames that called the user's function."""
+    if stack is None:
+        return " has reported no stack: its host does not answer."
 
-    if not told.get("stack"):
-        return f" did not tell where it was: its process is {told.get('state') or 'silent'}."
+    if not stack.get("stack"):
+        return f" has reported no stack: its process is {stack.get('state') or 'silent'}."
 
-    threads = str(told["stack"]).strip("\n").split("\n\n")
+    threads = str(stack["stack"]).strip("\n").split("\n\n")
     text = "\n\n".join(thread for thread in threads if not _OUR_THREAD.search(thread))
     lines = [_THREAD.sub(r"\1", line) for line in text.splitlines()]
     ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
@@ -199,14 +199,14 @@ def _loaded(received: PayloadBuffer | None) -> BaseException | None:
 
     try:
         error = payload.load(received.memory(), what="the exception")
-    except Exception:  # noqa: BLE001 - its class may be missing here or refuse to be made: then its text has to do
+    except Exception:  # noqa: BLE001 - its class may be missing here or fail to be made: then its text is used
         return None
 
     return error if isinstance(error, BaseException) else None
 
 
 def _stand_in(kind: str, text: str, bases: Iterable[str], notes: Iterable[str]) -> BaseException:
-    """Return an exception of the nearest built-in class, for one that cannot travel."""
+    """Return an exception of the nearest built-in class, for one that cannot be loaded here."""
     error = _nearest(kind, text, bases)
     for note in notes:
         error.add_note(note)
@@ -222,7 +222,7 @@ def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
 
         try:
             return found(text if found.__name__ == kind else f"{kind}: {text}")
-        except TypeError:  # one that wants more than a text
+        except TypeError:  # it needs more arguments than a text
             continue
 
     return RuntimeError(f"{kind}: {text}")

@@ -1,8 +1,9 @@
-"""One loop over the channels of all hosts, in the thread of whoever called `launch`: no threads, no signal handlers."""
+"""Event loop over the channels of all hosts, in the thread that called `launch`: no threads, no signal handlers."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import select
 import selectors
 import time
@@ -17,21 +18,23 @@ __all__ = ["HostLoop"]
 
 _TICK_S = 0.25
 _CHECK_S = 1.0
-_LAST_WORDS_S = 1.0
-# An agent that says nothing for this long is lost. It is asked for a sign of life long before.
+_DRAIN_S = 1.0
+# An agent that is silent for this long is lost. It is pinged long before.
 _SILENCE_S = 15.0
-# One that was kept from an earlier launch and does not answer is rather started anew.
+# An agent that was kept from an earlier launch is replaced sooner.
 _WARM_SILENCE_S = 4.0
+
+_log = logging.getLogger("traceml.launch")
 
 
 class HostLoop:
-    """Reads and writes the channels of hosts while a condition is waited for. A context manager.
+    """Reads and writes the channels of hosts until a condition holds. A context manager.
 
     Args:
-        message: called with a host and a message of its agent.
-        said: called with a host and what its ssh, srun or agent wrote to stderr.
-        lost: called with a host and why, once its agent is out of reach.
-        tick: called a few times a second.
+        on_message: called with a host and a message of its agent.
+        on_stderr: called with a host and output of its ssh, srun or agent.
+        on_lost: called with a host and the reason, once its agent is out of reach.
+        on_tick: called a few times a second.
 
     Attributes:
         selector: others may register descriptors, with a callable that takes the events as data.
@@ -40,13 +43,13 @@ class HostLoop:
     def __init__(
         self,
         *,
-        message: Callable[[JobHost, dict[str, Any]], None],
-        said: Callable[[JobHost, bytes], None],
-        lost: Callable[[JobHost, AgentFailedError], None],
-        tick: Callable[[], None],
+        on_message: Callable[[JobHost, dict[str, Any]], None],
+        on_stderr: Callable[[JobHost, bytes], None],
+        on_lost: Callable[[JobHost, AgentFailedError], None],
+        on_tick: Callable[[], None],
     ) -> None:
         self.selector = selectors.DefaultSelector()
-        self._message, self._said, self._lost, self._tick = message, said, lost, tick
+        self._on_message, self._on_stderr, self._on_lost, self._on_tick = on_message, on_stderr, on_lost, on_tick
         self._hosts: list[JobHost] = []
         self._ticked_s = self._checked_s = time.monotonic()
 
@@ -57,22 +60,22 @@ class HostLoop:
         self.selector.close()
 
     def add(self, host: JobHost) -> None:
-        """Take care of a host's channel."""
+        """Serve a host's channel."""
         self._hosts.append(host)
         self._register(host)
 
     def remove(self, host: JobHost) -> None:
-        """Take care of a host no more; its connection stays as it is."""
+        """Stop serving a host's channel; its connection stays open."""
         if host in self._hosts:
             self._hosts.remove(host)
             self._unregister(host)
 
-    def until(self, condition: Callable[[], object], limit_s: float | None = None) -> bool:
+    def run_until(self, condition: Callable[[], object], limit_s: float | None = None) -> bool:
         """Run until the condition holds.
 
         Args:
-            condition: looked at after each round.
-            limit_s: how long to wait at most; None for ever.
+            condition: evaluated after each turn.
+            limit_s: longest wait; None: without limit.
 
         Returns:
             Whether it holds; False when the time is over.
@@ -88,21 +91,21 @@ class HostLoop:
 
         return True
 
-    def breathe(self) -> None:
-        """Do what can be done at once: for who is busy for longer."""
+    def run_once(self) -> None:
+        """Run one turn without waiting, for a caller that is busy for longer."""
         self._flush()
         self._turn(0)
 
     def _turn(self, wait_s: float) -> None:
         registered = self.selector.get_map()
         for key, events in self.selector.select(wait_s):
-            if registered.get(key.fd) is key:  # what came before it may have closed it
+            if registered.get(key.fd) is key:  # an earlier callback may have closed it
                 key.data(events)
 
         now_s = time.monotonic()
         if now_s - self._ticked_s >= _TICK_S:
             self._ticked_s = now_s
-            self._tick()
+            self._on_tick()
 
         if now_s - self._checked_s >= _CHECK_S:
             self._checked_s = now_s
@@ -112,7 +115,7 @@ class HostLoop:
 
     def _check(self) -> None:
         for host in list(self._hosts):
-            # ssh may take its time to connect, and has limits of its own; later there is no excuse
+            # connecting has no limit here: ssh has limits of its own
             limit_s = _WARM_SILENCE_S if host.warm else _SILENCE_S if host.hello else 0
             try:
                 if host.hello:
@@ -127,7 +130,7 @@ class HostLoop:
                 if channel.wants_write:
                     channel.flush()
             except ChannelClosedError as error:
-                # what it said last is worth more than that it listens no more
+                # read first: the agent's last messages explain more than a closed pipe
                 if not self._drain(host):
                     self._lose(host, error.reason)
 
@@ -137,8 +140,8 @@ class HostLoop:
                 self._watch_write(host, channel.wants_write)
 
     def _drain(self, host: JobHost) -> bool:
-        """Read on from an agent that does not listen any more; return whether its end was met and told."""
-        deadline_s, connection = time.monotonic() + _LAST_WORDS_S, host.connection
+        """Read what an agent that no longer listens has sent; return whether its end was reached and handled."""
+        deadline_s, connection = time.monotonic() + _DRAIN_S, host.connection
         while host in self._hosts and host.connection is connection and time.monotonic() < deadline_s:
             if select.select([connection.channel.read_fd], [], [], _TICK_S)[0]:
                 self._receive(host)
@@ -153,31 +156,33 @@ class HostLoop:
             return
 
         for message in messages:
-            if host not in self._hosts:  # a message before it has ended the host
+            if host not in self._hosts:  # an earlier message has removed it
                 return
 
-            self._message(host, message)
+            self._on_message(host, message)
 
     def _read_errors(self, host: JobHost) -> None:
         data = host.connection.read_errors()
         if data is None:
             self.selector.unregister(host.connection.errors_fd)
         elif data:
-            self._said(host, data)
+            self._on_stderr(host, data)
 
     def _lose(self, host: JobHost, reason: str) -> None:
+        """Record a lost agent, or replace one that was kept from an earlier launch."""
         if host not in self._hosts:
             return
 
         self.remove(host)
         if host.warm:
+            _log.debug("%s: the agent kept from an earlier launch is replaced: %s", host.name, reason)
             host.connection.close()
             host.connection, host.warm = host.start(), False
             self.add(host)
             return
 
         host.lost = True
-        self._lost(host, host.connection.failure(reason))
+        self._on_lost(host, host.connection.failure(reason))
 
     def _register(self, host: JobHost) -> None:
         connection = host.connection
@@ -198,6 +203,6 @@ class HostLoop:
         host.watches_write = wanted
         fd = host.connection.channel.write_fd
         if wanted:
-            self.selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # every round flushes
+            self.selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each turn flushes
         else:
             self.selector.unregister(fd)

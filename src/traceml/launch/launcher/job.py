@@ -1,8 +1,8 @@
-"""One launch from its first connection to its last worker's end, as seen by the launcher.
+"""One launched job, from the first agent's answer to the last worker's end.
 
-Every host goes through: its agent answers (`hello`), its fork server stands (`prepared`), its workers run (`started`,
-`ready`), have returned (`done`), may end (`release`), and nothing of them is left (`idle`). What goes wrong anywhere
-ends all the others.
+Every host goes through these states: its agent answers (`hello`), its zygote is ready (`prepared`), its workers run
+(`started`, `group_ready`), have returned (`done`), may end (`release`), and nothing of them is left (`idle`). A failure
+on one host ends the job on all.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = ["LaunchJob"]
 
-# After the first failure: how long other workers may take to fail too, which may explain it better.
+# After the first failure: the time for other workers to fail too, which may explain it better.
 _GRACE_S = 0.5
-# Where all that failed did so because of another: how much longer to wait for that one's news.
+# Where all failures look like consequences of another: the additional time for that one to arrive.
 _CAUSE_S = 1.0
-# How long other hosts that are bad too have to say so.
+# After the first unusable host: the time for others to report too.
 _BAD_HOSTS_S = 1.0
-# How long agents may take to tell where workers are.
 _STACKS_S = 2.0
+_WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
 
@@ -50,9 +50,9 @@ class LaunchJob:
     """Runs a spec on hosts. Use once.
 
     Args:
-        hosts: the hosts, in the order of ranks; their agents are on their way.
+        hosts: in the order of ranks; their agents were started.
         spec: what to run.
-        make_logs: given the number of workers of each host, makes what takes their words.
+        make_logs: makes the log router, given the number of workers of each host.
         tracing: the run that the job is traced as.
     """
 
@@ -62,16 +62,20 @@ class LaunchJob:
         self._hosts, self._spec, self._tracing = list(hosts), spec, tracing
         self._id = secrets.token_hex(8)
         self._deadline_s = time.monotonic() + spec.timeout_s
-        self._delivery = PayloadSender(spec.call, self._id)
+        self._sender = PayloadSender(spec.call, self._id)
         self._state = JobState(self._hosts, self._id, make_logs=make_logs, prepare=self._prepare, tracing=tracing)
+        self._waiting_for, self._wait_logged_s = "", time.monotonic()
         self._loop = HostLoop(
-            message=self._state.message, said=self._state.said, lost=self._state.lost, tick=self._tick
+            on_message=self._state.on_message,
+            on_stderr=self._state.on_stderr,
+            on_lost=self._state.on_lost,
+            on_tick=self._tick,
         )
 
     def run(self) -> list[list[Any]]:
-        """Run to the end; return what each worker returned, by host and local rank.
+        """Run to the end; return the workers' results, by host and local rank.
 
-        When it returns or raises, no worker is left on any host that can be reached, and the others end theirs.
+        When it returns or raises, no worker is left on any reachable host. Other agents end their workers themselves.
 
         Raises:
             AgentFailedError: a host cannot be used, or was lost.
@@ -102,35 +106,36 @@ class LaunchJob:
     # --- the steps -----------------------------------------------------------------------------------------------
 
     def _gather(self) -> None:
-        """Wait until every host's agent and fork server stand."""
+        """Wait until every host's agent has answered and its zygote is ready."""
+        self._waiting_for = "agents"
         for host in self._hosts:
             self._loop.add(host)
             if host.connection.hello:
                 self._prepare(host)
 
         hosts, bad = self._hosts, self._state.bad
-        done = self._loop.until(lambda: bad or all(map(self._is_prepared, hosts)), self._left_s())
+        done = self._loop.run_until(lambda: bad or all(map(self._is_prepared, hosts)), self._left_s())
         if bad:
-            self._loop.until(lambda: all(m.lost or m.hello for m in hosts), min(_BAD_HOSTS_S, self._left_s()))
+            self._loop.run_until(lambda: all(h.lost or h.hello for h in hosts), min(_BAD_HOSTS_S, self._left_s()))
             self._raise_bad()
 
         if not done:
-            late = [f"host {m.name}" for m in hosts if not m.hello]
+            late = [f"host {h.name}" for h in hosts if not h.hello]
             doing = "connecting to the hosts" if late else "preparing the hosts (env_file, import of torch)"
-            late = late or [f"host {m.name}" for m in hosts if not self._is_prepared(m)]
+            late = late or [f"host {h.name}" for h in hosts if not self._is_prepared(h)]
             raise LaunchTimeoutError(self._spec.timeout_s, doing, late)
 
     def _start(self) -> None:
-        """Start the workers, and wait until they have found each other."""
-        self._state.appoint(self._loop.selector)
+        """Start the workers, and wait until they are in one process group."""
+        self._state.assign_ranks(self._loop.selector)
         workers = self._state.workers
         first, backend = self._hosts[0], self._choose_backend()
         first.connection.channel.send("reserve", job=self._id, address=rendezvous_address(self._hosts))
-        self._await(lambda: self._state.meeting, "finding a port for the workers to meet at", [f"host {first.name}"])
-        assert self._state.meeting is not None
-        address, port = self._state.meeting
+        self._await(lambda: self._state.rendezvous, "finding a port for the workers to meet at", [f"host {first.name}"])
+        assert self._state.rendezvous is not None
+        address, port = self._state.rendezvous
         for host in self._hosts:
-            payload_id = self._delivery.send(host)
+            payload_id = self._sender.send(host)
             host.connection.channel.send(
                 "start",
                 job=self._id,
@@ -146,37 +151,39 @@ class LaunchJob:
                 backend=backend,
                 timeout_s=self._spec.timeout_s,
                 env={} if self._tracing is None else self._tracing.environ(host.name),
-                trace=None if self._tracing is None else self._tracing.about(host.name),
+                trace=None if self._tracing is None else self._tracing.agent_settings(host.name),
                 cpu_affinity=self._spec.cpu_affinity,
                 log_level=log_level(os.environ),
             )
             host.started = True
 
-        self._delivery.fill(self._loop.breathe)
+        self._sender.fill(self._loop.run_once)
         doing = "starting the workers" + (f" and their process group ({backend})" if backend else "")
         self._await(lambda: all(w.ready for w in workers), doing, None)
 
     def _watch(self) -> None:
-        """Wait for the results, however long that takes."""
+        """Wait for the results, without a time limit."""
+        self._waiting_for = "results"
         state = self._state
-        self._loop.until(lambda: state.failures or all(worker.done for worker in state.workers))
+        self._loop.run_until(lambda: state.failures or all(worker.done for worker in state.workers))
         self._raise_failures()
 
     def _release(self) -> None:
-        """Let the workers end, and see them gone; they were held, as others may still have needed them."""
+        """Let the workers end. Until now they were held, as others may have needed them."""
+        self._waiting_for = "the end of the workers"
         for host in self._hosts:
             host.connection.channel.send("release", job=self._id)
 
-        self._state.stopping = self._state.released = True  # what fails now has no bearing on the results
-        if not self._loop.until(lambda: all(m.idle or m.lost for m in self._hosts), self._spec.timeout_s):
+        self._state.stopping = self._state.released = True  # failures from here on do not affect the results
+        if not self._loop.run_until(lambda: all(h.idle or h.lost for h in self._hosts), self._spec.timeout_s):
             _log.warning(
                 "workers on %s did not end within %g s after they had returned, and were killed",
-                ", ".join(m.name for m in self._hosts if not m.idle),
+                ", ".join(h.name for h in self._hosts if not h.idle),
                 self._spec.timeout_s,
             )
             self._stop()
 
-    # --- ends that nobody wished for ---------------------------------------------------------------------------------
+    # --- failures ----------------------------------------------------------------------------------------------------
 
     def _raise_bad(self) -> None:
         first, *others = self._state.bad
@@ -190,38 +197,39 @@ class LaunchJob:
         if not state.failures:
             return
 
-        def all_told() -> bool:
+        def all_reported() -> bool:
             failed = {failure.rank for failure in state.failures}
             return all(w.done or w.ended or w.host.lost or w.rank in failed for w in state.workers)
 
-        self._loop.until(all_told, _GRACE_S)
-        if all(failure.collateral for failure in state.failures):  # then there is a cause, perhaps on its way
-            self._loop.until(lambda: not all(failure.collateral for failure in state.failures), _CAUSE_S)
+        self._loop.run_until(all_reported, _GRACE_S)
+        if all(failure.collateral for failure in state.failures):  # then the cause may still arrive
+            self._loop.run_until(lambda: not all(failure.collateral for failure in state.failures), _CAUSE_S)
 
         raise first_cause(state.failures)
 
     def _await(self, condition: Callable[[], object], doing: str, absent: list[str] | None) -> None:
-        """Wait for something of the start-up.
+        """Wait for a step of the start-up.
 
         Raises:
-            LaunchTimeoutError: it takes too long; `absent` is who was waited for, None: the workers that are not ready.
+            LaunchTimeoutError: it takes too long; `absent` names the late hosts, None: the workers that are not ready.
         """
-        done = self._loop.until(lambda: self._state.failures or condition(), self._left_s())
+        self._waiting_for = doing
+        done = self._loop.run_until(lambda: self._state.failures or condition(), self._left_s())
         self._raise_failures()
         if not done:
             late = absent or [str(worker) for worker in self._state.workers if not worker.ready]
             raise LaunchTimeoutError(self._spec.timeout_s, doing, late)
 
     def _abort(self, error: BaseException) -> None:
-        """End everything; where nothing explains the end, say what the workers were doing."""
+        """End everything; add the workers' stacks to an error that does not explain itself."""
         state = self._state
         explained = any(failure.explains(error) for failure in state.failures)
         failed = {failure.rank for failure in state.failures}
         running = [w for w in state.workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
         if running and not explained:
             self._collect_stacks(running)
-            given_up = [f.rank for f in state.failures if f.collateral and f.rank is not None]
-            note_stacks(error, running, state.stacks, given_up)
+            timed_out = [f.rank for f in state.failures if f.collateral and f.rank is not None]
+            note_stacks(error, running, state.stacks, timed_out)
 
         self._stop()
 
@@ -230,7 +238,9 @@ class LaunchJob:
         for host in asked.values():
             host.connection.channel.send("stacks", job=self._id)
 
-        self._loop.until(lambda: all(m.lost or m.name in self._state.told_stacks for m in asked.values()), _STACKS_S)
+        self._loop.run_until(
+            lambda: all(h.lost or h.name in self._state.stacks_received for h in asked.values()), _STACKS_S
+        )
 
     def _stop(self) -> None:
         self._state.stopping = True
@@ -242,21 +252,21 @@ class LaunchJob:
                 host.connection.channel.send("stop", job=self._id, grace_s=_STOP_GRACE_S)
             elif self._is_prepared(host):
                 host.idle = True
-            else:  # in the midst of something that ends with it
+            else:  # preparing: that ends with its agent
                 self._loop.remove(host)
                 host.lost = True
                 host.connection.close(wait_s=0.2)
 
-        if not self._loop.until(lambda: all(m.idle or m.lost for m in self._hosts), _STOP_S):
-            names = ", ".join(m.name for m in self._hosts if not (m.idle or m.lost))
+        if not self._loop.run_until(lambda: all(h.idle or h.lost for h in self._hosts), _STOP_S):
+            names = ", ".join(h.name for h in self._hosts if not (h.idle or h.lost))
             _log.warning("%s did not confirm within %g s that the workers there have ended", names, _STOP_S)
 
     def _leave(self) -> None:
-        """Keep the agents that have nothing to do, and end the others."""
-        self._delivery.close()
+        """Keep idle agents for the next launch, and end the others."""
+        self._sender.close()
         for host in self._hosts:
             while not host.lost and (data := host.connection.read_errors()):
-                self._state.said(host, data)
+                self._state.on_stderr(host, data)
 
             if host.idle and not host.lost and self._spec.keep_agents:
                 AGENT_POOL.give(host.key, host.connection)
@@ -282,14 +292,15 @@ class LaunchJob:
     def _prepare(self, host: JobHost) -> None:
         theirs = str(host.hello.get("python"))
         if self._spec.call is not None and theirs.split(".")[:2] != platform.python_version().split(".")[:2]:
-            reason = f"its Python is {theirs}, ours {platform.python_version()}: a function's code is of one version"
-            advice = "Name one of the same minor version there by `python=`; a script (`traceml launch`) may use any."
+            ours = platform.python_version()
+            reason = f"its Python is {theirs}, ours {ours}: a function's code needs the same minor version"
+            advice = "Give the path of a matching one by `python=`; a script (`traceml launch`) may use any."
             self._state.bad.append(AgentFailedError(host.name, reason, advice=advice))
             return
 
         local = host.spec.transport == "local"
         if self._tracing is not None:
-            self._tracing.joined(
+            self._tracing.add_host(
                 host.name,
                 host.connection.channel,
                 self._loop.selector,
@@ -315,13 +326,19 @@ class LaunchJob:
         if self._tracing is not None:
             self._tracing.tick()
 
-    # --- small things ------------------------------------------------------------------------------------------------
+        now_s = time.monotonic()
+        if now_s - self._wait_logged_s >= _WAIT_LOG_S:
+            self._wait_logged_s = now_s
+            phases = ", ".join(f"{host.name} ({host.phase})" for host in self._hosts)
+            _log.debug("waiting for %s: %s", self._waiting_for, phases)
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _left_s(self) -> float:
         return self._deadline_s - time.monotonic()
 
     def _is_prepared(self, host: JobHost) -> bool:
-        return host.prepared is not None and (self._tracing is None or self._tracing.ready(host.name))
+        return host.prepared is not None and (self._tracing is None or self._tracing.is_ready(host.name))
 
     def _choose_backend(self) -> str | None:
         if self._spec.backend != "auto":
@@ -332,11 +349,11 @@ class LaunchJob:
         return "nccl" if enough else "gloo"
 
     def _need_torch(self) -> int:
-        """Return 2 where it is an error if torch is not there, 1 if it shall be imported where it is there, else 0."""
+        """Return 2 if hosts must have torch, 1 to import it where it is installed, 0 not to import it."""
         if self._spec.backend is not None:
             return 2
 
-        # a script is a training, as a rule, and makes its group itself; who has imported torch here will use it there
+        # a script is usually a training that makes its own group; a caller that has imported torch will use it there
         return 1 if self._spec.script is not None or "torch" in sys.modules else 0
 
     def _load(self, worker: Worker) -> Any:

@@ -1,4 +1,4 @@
-"""What the launcher knows of the hosts and the workers of one job."""
+"""State of the hosts and workers of one job, as the launcher knows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from traceml.launch.launcher.agent_connection import AgentConnection
 from traceml.launch.launcher.hosts import HostSpec
-from traceml.launch.wire.payload import PayloadBuffer
+from traceml.launch.wire.payload_buffer import PayloadBuffer
 
 __all__ = ["JobHost", "Worker", "rendezvous_address"]
 
@@ -19,10 +19,10 @@ class Worker:
 
     Attributes:
         pid: its process on its host, None before it started.
-        ready: whether it has joined the process group (where there is none: whether it has started).
-        result: what it sent: its result once `done`, or its exception once `raised`.
+        ready: whether it has joined the process group, or started where there is none.
+        result: the bytes it sends: its result, or its exception.
         done: whether it has returned, and its result is complete here.
-        ended: whether its process is gone.
+        ended: whether its process has ended.
     """
 
     rank: int
@@ -43,12 +43,16 @@ class JobHost:
     """One host of a job.
 
     Attributes:
-        key: what its agent is kept under after the job.
-        start: connects to it anew.
-        warm: whether its agent was kept from an earlier job and has not been heard of in this one.
-        prepared: what the agent told of it once its fork server stood.
+        spec: the host as it was asked for.
+        key: the key under which its agent is kept after the job.
+        start: makes a new connection to it.
+        connection: to its agent.
+        warm: whether its agent was kept from an earlier job and has not answered in this one.
+        prepared: the agent's message that its zygote is ready, or why it is not.
+        started: whether it was told to start workers.
         idle: whether nothing of the job is left there.
         lost: whether its agent is out of reach.
+        watches_write: whether the loop waits until its channel can be written.
     """
 
     spec: HostSpec
@@ -70,19 +74,35 @@ class JobHost:
 
     @property
     def hello(self) -> dict[str, Any]:
-        """What the agent told of itself; empty before it did."""
+        """The agent's description of itself and its host; empty until it has answered."""
         return self.connection.hello or {}
 
     @property
     def size(self) -> int:
-        """How many workers the host gets; known once its agent has answered."""
+        """The number of workers on the host; known once its agent has answered."""
         return int(
             self.spec.workers or self.hello.get("gpus") or self.spec.without_gpus or self.hello.get("cores") or 1
         )
 
+    @property
+    def phase(self) -> str:
+        """What the host is doing, for logs."""
+        if self.lost or self.idle:
+            return "lost" if self.lost else "idle"
+
+        if not self.started:
+            return "connecting" if not self.hello else "preparing" if self.prepared is None else "prepared"
+
+        ended, ready, done = (sum(getattr(w, name) for w in self.workers) for name in ("ended", "ready", "done"))
+        count = len(self.workers)
+        if ended:
+            return f"{ended} of {count} workers ended"
+
+        return f"{done} of {count} workers returned" if done else f"{ready} of {count} workers ready"
+
 
 def rendezvous_address(hosts: list[JobHost]) -> str:
-    """Return the address of rank 0's host at which all others reach it: never a name, which may resolve otherwise."""
+    """Return the IP address of rank 0's host at which all others reach it. A name might resolve differently there."""
     first, others = hosts[0], hosts[1:]
     if all(_same_machine(first, other) for other in others):
         return "127.0.0.1"
@@ -108,11 +128,11 @@ def _candidates(first: JobHost, others: list[JobHost]) -> Iterator[str | None]:
 
     own = [address for address in first.hello.get("addresses", []) if not address.startswith("127.")]
     theirs = [address for other in others for address in other.hello.get("addresses", [])]
-    yield from sorted(own, key=lambda address: -max((_alike(address, each) for each in theirs), default=0))
+    yield from sorted(own, key=lambda address: -max((_common_prefix(address, each) for each in theirs), default=0))
 
 
-def _alike(one: str, other: str) -> int:
-    """Return how many parts two addresses have in common at their beginning."""
+def _common_prefix(one: str, other: str) -> int:
+    """Return the number of leading parts that two addresses have in common."""
     count = 0
     for a, b in zip(one.split("."), other.split("."), strict=False):
         if a != b:

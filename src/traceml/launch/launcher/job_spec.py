@@ -1,4 +1,4 @@
-"""What the workers of a launch do."""
+"""What the workers of a launch run, and how."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["JobSpec"]
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What all workers do.
+    """What all workers run, and how.
 
     Attributes:
         call: the function and its arguments.
-        script: instead of these, a script: `path` or `module`, and `argv`.
-        backend: of the process group; `auto`: nccl where there are GPUs enough, else gloo; None: no group.
+        script: instead of a call, a script: `path` or `module`, and `argv`.
+        backend: of the process group; `auto`: nccl where there are enough GPUs, else gloo; None: no group.
         timeout_s: for start-up, and for the group's collectives.
-        environ: variables for workers of other hosts; those here inherit all.
+        environ: variables for workers of other hosts; workers of this host inherit all.
         env_file: a file that bash sources on each host.
-        cwd: where workers work.
-        sys_path: where they look for modules.
-        main: what they know of the launcher's `__main__`, see `mainmodule`.
-        cpu_affinity: whether they are spread over the cores.
+        cwd: the workers' working directory.
+        sys_path: folders where workers look for modules.
+        main: description of the launcher's `__main__`, see `main_script`.
+        cpu_affinity: whether workers are distributed over the cores.
         keep_agents: whether agents may serve the next launch.
     """
 

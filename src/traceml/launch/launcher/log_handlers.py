@@ -1,4 +1,4 @@
-"""Log handlers for the output of workers: to a file or the screen, for one worker or one agent."""
+"""Log handlers for the output of one worker or one agent: to a file or the screen."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "SourceFilter",
     "add_filter_to_handler",
     "file_handler",
+    "level_of",
     "log_level",
     "new_log_folder",
     "plain_handler",
@@ -37,7 +38,7 @@ def file_handler(
     Args:
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent, whose file is `<hostname>.log`.
-        log_dir: the folder; made by the launch that uses the handler. None: where `launch` would put its files.
+        log_dir: the folder; created by the launch that uses the handler. None: the default folder of `launch`.
     """
     folder = new_log_folder(os.environ) or Path() if log_dir is None else Path(log_dir)
     own = "" if local_rank is None else f"[{local_rank}]"
@@ -51,7 +52,7 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
     Args:
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent.
-        stream: where to; None for `sys.stdout`, whatever that is at the time.
+        stream: the target; None: the `sys.stdout` of the time of writing.
     """
     own = "" if local_rank is None else f"[{local_rank}]"
     source = f"{hostname}{own}".replace("%", "%%")
@@ -62,13 +63,13 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
 def plain_handler(
     hostname: str, local_rank: int | None = None, out: TextIO | None = None, err: TextIO | None = None
 ) -> LineHandler:
-    """Return a handler that passes a worker's output on as it is.
+    """Return a handler that writes a worker's output unchanged.
 
     Args:
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent.
-        out: where its stdout goes; None for `sys.stdout`.
-        err: where its stderr goes; None for `sys.stderr`.
+        out: target of its stdout; None for `sys.stdout`.
+        err: target of its stderr; None for `sys.stderr`.
     """
     return _for_source(_PlainHandler(out, err), hostname, local_rank, "%(message)s")
 
@@ -79,20 +80,20 @@ def add_filter_to_handler(
     local_rank: int | None = None,
     log_level: int | str = logging.NOTSET,
 ) -> None:
-    """Let `handler` take only what one worker, or one host's agent, says.
+    """Restrict `handler` to the output of one worker, or of one host's agent.
 
     Args:
         handler: any handler of `logging`.
         hostname: the host, as it is named in `hostnames`.
         local_rank: the worker's; None for the host's agent.
-        log_level: the lowest level to take.
+        log_level: the lowest level that is handled.
     """
     handler.addFilter(SourceFilter(hostname, local_rank))
     handler.setLevel(log_level)
 
 
 def new_log_folder(environ: Mapping[str, str]) -> Path | None:
-    """Return a folder for the files of one launch, which is not made yet; None when files are turned off."""
+    """Return a new folder name for the files of one launch; None if files are turned off."""
     for name in ("TRACEML_LOG_DIR", "TORCHRUNX_LOG_DIR"):
         if name in environ:
             base = environ[name]
@@ -103,26 +104,36 @@ def new_log_folder(environ: Mapping[str, str]) -> Path | None:
     if not base:
         return None
 
-    now = datetime.now()  # local, for people who look for their run of a moment ago
+    now = datetime.now()  # local time, for people who look for a recent run
     folder = Path(base).absolute() / now.isoformat(timespec="seconds")
     number = 1
-    while folder.exists() or folder in _promised:
+    while folder.exists() or folder in _reserved:
         number += 1
         folder = folder.with_name(f"{now.isoformat(timespec='seconds')}-{number}")
 
-    _promised.add(folder)
+    _reserved.add(folder)
     return folder
 
 
-# Folders that were named in this process, made or not.
-_promised: set[Path] = set()
+# Folders named in this process, created or not.
+_reserved: set[Path] = set()
 
 
 def log_level(environ: Mapping[str, str]) -> int:
-    """Return the level of workers' root loggers: INFO, or lower where it is lower here, if variables say nothing.
+    """Return the level of workers' root loggers: by default INFO, or this process's if it is lower.
 
     Raises:
         SettingsError: `TRACEML_LOG_LEVEL` or `TORCHRUNX_LOG_LEVEL` names no level.
+    """
+    level = level_of(environ)
+    return min(logging.INFO, logging.getLogger().getEffectiveLevel()) if level is None else level
+
+
+def level_of(environ: Mapping[str, str]) -> int | None:
+    """Return the level that `TRACEML_LOG_LEVEL` or `TORCHRUNX_LOG_LEVEL` asks for, None without them.
+
+    Raises:
+        SettingsError: one of them names no level.
     """
     names = logging.getLevelNamesMapping()
     for variable in ("TRACEML_LOG_LEVEL", "TORCHRUNX_LOG_LEVEL"):
@@ -136,18 +147,18 @@ def log_level(environ: Mapping[str, str]) -> int:
         if value:
             return names[value]
 
-    return min(logging.INFO, logging.getLogger().getEffectiveLevel())
+    return None
 
 
 class SourceFilter(logging.Filter):
-    """Passes the records of one worker, or of one agent."""
+    """Filter that passes the records of one worker, or of one agent."""
 
     def __init__(self, hostname: str, local_rank: int | None) -> None:
         super().__init__()
         self._source = (hostname, local_rank)
 
     def matches(self, hostname: str | None, local_rank: int | None) -> bool:
-        """Return whether that is the source."""
+        """Return whether these name the filter's source."""
         return (hostname, local_rank) == self._source
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -156,7 +167,7 @@ class SourceFilter(logging.Filter):
 
 
 class LineHandler(logging.Handler):
-    """A handler that also takes many lines at once, and writes them as it would write a record for each."""
+    """A handler that also accepts many lines at once, and formats them like one record per line."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,11 +177,11 @@ class LineHandler(logging.Handler):
 
     @property
     def is_plain(self) -> bool:
-        """Whether nobody gave it a format or a filter, so that a record per line would make no difference."""
+        """Whether format and filters are unchanged, so that many lines can be written at once."""
         return self.formatter is self._own_formatter and len(self.filters) == 1
 
     def prepare(self) -> None:
-        """Make what is there also when nothing is written; called when a launch begins."""
+        """Create the target even if nothing is written; called when a launch begins."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
@@ -192,7 +203,7 @@ class LineHandler(logging.Handler):
             self.release()
 
     def flush_lines(self) -> None:
-        """Hand what was written to whom it is for."""
+        """Flush the written lines."""
         try:
             self.flush()
         except (OSError, ValueError) as error:
@@ -216,13 +227,13 @@ class LineHandler(logging.Handler):
             self._complain(error)
 
     def _complain(self, error: Exception) -> None:
-        _log.warning("%r cannot write: %s. What follows is not written there; the launch goes on", self, error)
+        _log.warning("%r cannot write: %s. The rest of the output is missing there; the launch continues", self, error)
 
 
-# The open files of all launches, oldest first: a thousand workers have more files than a process may open.
+# Open files of all launches, oldest first: a thousand workers have more files than a process may open.
 _open_files: dict[_FileHandler, None] = {}
 _MAX_OPEN_FILES = 256
-_given_up: set[Path] = set()
+_unwritable: set[Path] = set()
 
 
 class _FileHandler(LineHandler):
@@ -235,7 +246,7 @@ class _FileHandler(LineHandler):
         return f"file_handler({str(self.path)!r})"
 
     def prepare(self) -> None:
-        """Make the file: one that is empty tells more than one that is not there."""
+        """Create the file: an empty one shows that nothing was written."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.touch()
@@ -244,9 +255,9 @@ class _FileHandler(LineHandler):
 
     def _complain(self, error: Exception) -> None:
         folder = self.path.parent
-        if folder not in _given_up:  # with one word for all its files
-            _given_up.add(folder)
-            _log.warning("%s: logs cannot be written there: %s. The launch goes on without", folder, error)
+        if folder not in _unwritable:  # warn once for all its files
+            _unwritable.add(folder)
+            _log.warning("%s: logs cannot be written there: %s. The launch continues without them", folder, error)
 
     def _write(self, text: str) -> None:
         if self._file is None:
@@ -303,7 +314,7 @@ class _StreamHandler(LineHandler):
 
 
 class _PlainHandler(_StreamHandler):
-    """What comes as errors, and records of `logging`, go to another stream than the rest."""
+    """Writes stderr and records of `logging` to another stream than stdout."""
 
     def __init__(self, out: TextIO | None, err: TextIO | None) -> None:
         super().__init__(None)
@@ -316,7 +327,7 @@ class _PlainHandler(_StreamHandler):
     def write_lines(self, text: str, level: int) -> None:
         stream = (self._err or sys.stderr) if level >= logging.ERROR else (self._out or sys.stdout)
         if stream is not self._stream:
-            self.flush_lines()  # in the order in which it came
+            self.flush_lines()  # keep the order of arrival
             self._stream = stream
 
         self._write_safely(text)

@@ -1,11 +1,11 @@
-"""What workers and agents write, at the launcher: to files, to the screen, to handlers of the user's.
+"""Routing of workers' and agents' output to files, the screen and the user's handlers.
 
-Each worker, and each host's agent, is a source with a logger's name: `traceml.launch.<host>.<local rank>`, or
+Each worker and each host's agent is a source with a logger name: `traceml.launch.<host>.<local rank>`, or
 `traceml.launch.<host>`. Lines of stdout are records of level INFO, lines of stderr of level ERROR, and records of
-`logging` stay what they were; all have the attributes `hostname`, `local_rank` (None for an agent) and `rank`.
+`logging` keep their level; all have the attributes `hostname`, `local_rank` (None for an agent) and `rank`.
 
-One thread does all the writing, so that a slow disk or a stopped terminal never holds up the launcher's loop. What it
-has taken is reported back, and only then is a worker allowed to send more: a chatty worker waits for its own lines.
+One thread writes everything, so a slow disk or a stopped terminal never blocks the launcher's loop. It reports the
+written bytes, and only then may a worker send more: a chatty worker waits for its own lines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from traceml.errors import UsageError
@@ -23,7 +24,6 @@ from traceml.launch.launcher.log_handlers import (
     LineHandler,
     SourceFilter,
     file_handler,
-    new_log_folder,
     plain_handler,
     stream_handler,
 )
@@ -35,7 +35,7 @@ Handlers = (
     Literal["auto"] | logging.Handler | Sequence[logging.Handler] | Callable[[], Sequence[logging.Handler]] | None
 )
 
-# A line that does not end is passed on in pieces of this size.
+# Longer lines are split.
 _MAX_LINE_BYTES = 1024 * 1024
 _log = logging.getLogger("traceml")
 _LEVELS = {"out": logging.INFO, "err": logging.ERROR}
@@ -44,22 +44,22 @@ _LEVELS = {"out": logging.INFO, "err": logging.ERROR}
 def make_handlers(
     log_handlers: Handlers,
     hosts: Mapping[str, int],
+    log_folder: Callable[[], Path | None],
     *,
-    environ: Mapping[str, str] = os.environ,
     plain: bool = False,
     out: Any = None,
     err: Any = None,
 ) -> list[logging.Handler]:
-    """Return the handlers that a launch logs to.
+    """Return the handlers of a launch.
 
     Args:
         log_handlers: "auto": the first host's agent and first worker to stdout, and everything to files; handlers, or
             a function that returns them: these alone; None: nothing.
         hosts: the number of workers of each host, in order.
-        environ: where `TRACEML_LOG_DIR` and `TORCHRUNX_LOG_DIR` are looked up; an empty one turns files off.
-        plain: print the first worker's output as it is: stdout to stdout, stderr to stderr, without time and name.
-        out: what to print to; None for stdout.
-        err: what to print errors to where it is plain; None for stderr.
+        log_folder: returns the folder for files, None if they are turned off; called for "auto" only.
+        plain: print the first worker's output unchanged: stdout to stdout, stderr to stderr, without time and name.
+        out: target of printed output; None for stdout.
+        err: target of printed errors if `plain`; None for stderr.
     """
     if log_handlers is None:
         return []
@@ -77,7 +77,7 @@ def make_handlers(
         stream_handler(first, stream=err if plain else out),
         plain_handler(first, 0, out, err) if plain else stream_handler(first, 0, out),
     ]
-    folder = new_log_folder(environ)
+    folder = log_folder()
     if folder is None:
         return made
 
@@ -89,10 +89,10 @@ def make_handlers(
 
 
 def check_handlers(log_handlers: Any) -> Handlers:
-    """Return `log_handlers`, which may be an iterator, as `make_handlers` takes it.
+    """Return `log_handlers`, which may be an iterator, as `make_handlers` accepts it.
 
     Raises:
-        UsageError: it can be none; what a function will return is not known yet.
+        UsageError: the value is invalid; the result of a function is not checked yet.
     """
     if log_handlers is None or log_handlers == "auto" or callable(log_handlers):
         return log_handlers  # type: ignore[no-any-return]
@@ -115,24 +115,28 @@ def _checked(handlers: Any) -> list[logging.Handler]:
     return found
 
 
+_Queue = queue.SimpleQueue["tuple[LogStream, bytes | None] | None"]
+
+
 class LogStream:
     """One stream of one source: `out`, `err`, or `records`."""
 
-    def __init__(self, router: LogRouter, source: LogSource, kind: str) -> None:
-        self._router, self.source, self.kind = router, source, kind
-        self.grant: Callable[[int], object] | None = None  # told in the loop's thread what has been written
+    def __init__(self, log_queue: _Queue, source: LogSource, kind: str) -> None:
+        self._queue, self.source, self.kind = log_queue, source, kind
+        self.grant: Callable[[int], object] | None = None  # called in the loop's thread
         self._partial = b""
         self._decoder = RecordDecoder() if kind == "records" else None
 
     def feed(self, data: memoryview | bytes) -> None:
-        """Take bytes; returns at once."""
-        self._router._queue.put((self, bytes(data)))
+        """Queue bytes; return at once."""
+        self._queue.put((self, bytes(data)))
 
     def end(self, _error: object = None) -> None:
-        """Say that nothing follows: a last line needs no newline."""
-        self._router._queue.put((self, None))
+        """End the stream: the last line needs no newline."""
+        self._queue.put((self, None))
 
-    def _write(self, data: bytes, *, last: bool) -> None:
+    def write(self, data: bytes, *, last: bool) -> None:
+        """Pass bytes to the source; called in the router's thread."""
         if self._decoder is not None:
             for record in self._decoder.feed(data):
                 self.source.record(record)
@@ -145,20 +149,20 @@ class LogStream:
 
 
 class LogRouter:
-    """Writes what sources say to handlers, in a thread of its own.
+    """Writes the output of sources to handlers, in a thread of its own.
 
     The owner's loop waits on `fd` and calls `settle` when it can be read; `LogStream.grant` is called from there.
 
     Args:
-        handlers: where to; each is asked for its level and filters as `logging` does.
+        handlers: the targets; their levels and filters apply as in `logging`.
     """
 
     def __init__(self, handlers: Iterable[logging.Handler]) -> None:
         self.handlers = list(handlers)
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._sources: dict[tuple[str, int | None], LogSource] = {}
-        self._queue: queue.SimpleQueue[tuple[LogStream, bytes | None] | None] = queue.SimpleQueue()
-        self._taken: dict[LogStream, int] = defaultdict(int)
+        self._queue: _Queue = queue.SimpleQueue()
+        self._written: dict[LogStream, int] = defaultdict(int)
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="traceml-logs", daemon=True)
         self._thread.start()
@@ -170,7 +174,7 @@ class LogRouter:
         self.close()
 
     def open(self, hostname: str, local_rank: int | None, kind: str, *, rank: int | None = None) -> LogStream:
-        """Return what takes the bytes of a stream.
+        """Open a stream of one source.
 
         Args:
             hostname: the host, as the user named it.
@@ -182,24 +186,24 @@ class LogRouter:
         if key not in self._sources:
             self._sources[key] = LogSource(hostname, local_rank, rank, self.handlers)
 
-        return LogStream(self, self._sources[key], kind)
+        return LogStream(self._queue, self._sources[key], kind)
 
     def settle(self) -> None:
-        """Tell each feed's `grant` how much of it has been written."""
+        """Call each stream's `grant` with the number of its written bytes."""
         try:
             os.eventfd_read(self.fd)
         except BlockingIOError:
             pass
 
         with self._lock:
-            taken, self._taken = self._taken, defaultdict(int)
+            written, self._written = self._written, defaultdict(int)
 
-        for feed, n in taken.items():
-            if feed.grant is not None:
-                feed.grant(n)
+        for stream, n in written.items():
+            if stream.grant is not None:
+                stream.grant(n)
 
     def close(self) -> None:
-        """Write what is still to be written, and close the handlers that `make_handlers` made."""
+        """Write the rest, and close the handlers that `make_handlers` made."""
         if self.fd < 0:
             return
 
@@ -230,23 +234,23 @@ class LogRouter:
 
     def _write_all(self, batch: list[tuple[LogStream, bytes | None]]) -> None:
         gathered: dict[LogStream, list[bytes | None]] = {}
-        for feed, data in batch:
-            gathered.setdefault(feed, []).append(data)
+        for stream, data in batch:
+            gathered.setdefault(stream, []).append(data)
 
-        for feed, pieces in gathered.items():
+        for stream, pieces in gathered.items():
             data = b"".join(piece for piece in pieces if piece is not None)
-            feed._write(data, last=None in pieces)
+            stream.write(data, last=None in pieces)
             with self._lock:
-                self._taken[feed] += len(data)
+                self._written[stream] += len(data)
 
-        for source in {feed.source for feed in gathered}:
+        for source in {stream.source for stream in gathered}:
             source.flush()
 
         os.eventfd_write(self.fd, 1)
 
 
 class LogSource:
-    """A worker or an agent, and the handlers that want what it says."""
+    """A worker or an agent, and the handlers of its output."""
 
     def __init__(
         self, hostname: str, local_rank: int | None, rank: int | None, handlers: Sequence[logging.Handler]
@@ -260,7 +264,7 @@ class LogSource:
         self._slow = [h for h in wanting if h not in self._fast]
 
     def lines(self, lines: bytes, level: int) -> None:
-        """Pass on whole lines, each ended by a newline."""
+        """Handle whole lines, each ended by a newline."""
         text = lines.decode("utf-8", "replace")
         for handler in self._fast:
             if level >= handler.level:
@@ -274,12 +278,12 @@ class LogSource:
             self._hand_over(record, self._slow)
 
     def flush(self) -> None:
-        """Hand what was written to whom it is for."""
+        """Flush the handlers."""
         for handler in self._lined:
             handler.flush_lines()
 
     def record(self, record: logging.LogRecord) -> None:
-        """Pass on a record."""
+        """Handle a record."""
         self._hand_over(record, [*self._fast, *self._slow])
 
     def _hand_over(self, record: logging.LogRecord, handlers: Sequence[logging.Handler]) -> None:
@@ -290,12 +294,12 @@ class LogSource:
 
             try:
                 handler.handle(record)
-            except Exception:  # noqa: BLE001 - a handler of the user's may raise anything
+            except Exception:  # noqa: BLE001 - a user's handler may raise anything
                 self._drop(handler)
 
     def _drop(self, handler: logging.Handler) -> None:
-        """Do without a handler of the user's that raised; the others go on."""
-        _log.exception("the log handler %r failed on the output of %s and gets no more of it", handler, self.name)
+        """Remove a user's handler that raised; the others stay."""
+        _log.exception("the log handler %r failed on the output of %s and receives no more of it", handler, self.name)
         self._fast = [h for h in self._fast if h is not handler]
         self._slow = [h for h in self._slow if h is not handler]
 

@@ -1,6 +1,6 @@
-"""The run of a launch that is traced: its aggregator, the way to it from each host, and what became of each rank.
+"""Tracing of a launch: its aggregator, the tunnel to it from each host, and the end of each rank.
 
-The launch's own loop drives it; see `Tracing`.
+The loop of the launch drives it; see `Tracing`.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ _log = logging.getLogger("traceml")
 
 @dataclass(slots=True)
 class TracedHost:
-    """What is known of one host."""
+    """One host of a traced launch."""
 
     name: str
     local: bool
     tunnel: TunnelConnector | None = None
     port: int = 0
-    trouble: str = ""
+    tunnel_error: str = ""
 
 
 @dataclass(slots=True)
-class _Flight:
-    """A flight file on its way here."""
+class _FlightTransfer:
+    """A flight file that is being received."""
 
     data: bytearray = field(default_factory=bytearray)
     path: str = ""
 
 
 class Tracing:
-    """One traced launch. A context manager, at whose exit the verdict is printed and the aggregator gone.
+    """One traced launch. A context manager: its exit prints the verdict and ends the aggregator.
 
-    The owner calls `start` before the agents, `tick` twice a second or more, passes on what agents say, and calls
-    `finish` once all hosts are idle. A launch whose workers were never started leaves no run.
+    The owner calls `start` before it starts agents, `tick` at least twice a second, passes messages of agents to the
+    methods below, and calls `finish` once all hosts are idle. A launch whose workers were never started leaves no run.
 
     Args:
-        name: what to call the run where the user gave it no name: the function's or the script's.
+        name: name of the run if the user gave none: the function's or the script's.
         make_screen: makes the live view.
-        report: where to put a copy of report.json.
-        program: what to call ourselves in messages.
-        given: settings by name, over those of environment and files.
+        report: path for a copy of report.json.
+        program: name of the program in messages.
+        given: settings by name; they override environment and files.
 
     Raises:
         SettingsError: a setting is not allowed.
@@ -82,7 +82,7 @@ class Tracing:
         **given: Any,
     ) -> None:
         config = settings.load(**given)
-        self._keeper = AggregatorProcess(
+        self._aggregator = AggregatorProcess(
             _run_id(config.run_id) or new_run_id(config.run_name or name), config.runs_dir.absolute()
         )
         self._environ = {
@@ -96,11 +96,11 @@ class Tracing:
         self._begun = False
         self._finished: bool | None = None
         self._hosts: dict[str, TracedHost] = {}
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, _FlightTransfer] = {}
         self._exits: list[dict[str, Any]] = []
         self._raised: set[int] = set()
         self.output, self.errors = Output("stdout"), Output("stderr")
-        """Where the job's output is to be written, from any thread: it appears above the live view."""
+        """Streams for the job's output, for any thread: it appears above the live view."""
 
     def __enter__(self) -> Self:
         return self
@@ -111,79 +111,80 @@ class Tracing:
     @property
     def run_dir(self) -> Path:
         """The run's folder."""
-        return self._keeper.run_dir
+        return self._aggregator.run_dir
 
     def start(self) -> None:
-        """See that there can be a run.
+        """Check that a run can be stored.
 
         Raises:
             TraceMLError: the folder of the runs cannot be written.
         """
-        self._keeper.check()
+        self._aggregator.check()
 
     def tick(self) -> None:
-        """Start the aggregator again if it died, and draw."""
+        """Restart the aggregator if it died, and draw."""
         if not self._begun:
             return
 
-        self._keeper.keep()
+        self._aggregator.keep()
         if self._screen is not None:
             self._show_output()
             self._screen.tick()
 
     # --- hosts -------------------------------------------------------------------------------------------------------
 
-    def joined(
+    def add_host(
         self, host: str, channel: Channel, selector: selectors.BaseSelector, *, job: Any, hostname: str, local: bool
     ) -> None:
-        """Take a host in; ask its agent for a way to the aggregator unless it is on this machine.
+        """Add a host; ask its agent for a tunnel to the aggregator unless it is this machine.
 
         Args:
-            host: what the launcher calls it.
+            host: its name in the launch.
             channel: to its agent.
-            selector: the launcher's loop.
+            selector: of the launcher's loop.
             job: the job's id on the channel.
-            hostname: what it calls itself.
+            hostname: its own name.
             local: whether its ranks can reach this machine's loopback.
         """
         self._hosts[host] = known = TracedHost(hostname, local)
         if not local:
-            known.tunnel = TunnelConnector(selector, channel, self._keeper.port)
+            known.tunnel = TunnelConnector(selector, channel, self._aggregator.port)
             channel.send("tunnel", job=job)
 
-    def tunnelled(self, host: str, message: Mapping[str, Any]) -> None:
-        """Take an agent's word that ranks find the aggregator at a port there, or why not."""
+    def tunnel_ready(self, host: str, message: Mapping[str, Any]) -> None:
+        """Record the port of a host's tunnel, or the reason why there is none."""
         known = self._hosts[host]
         known.port = int(message.get("port") or 0)
         if not known.port:
-            known.trouble = str(message.get("error") or "no port")
-            _log.warning("ranks on %s are not traced live: %s", host, known.trouble)
+            known.tunnel_error = str(message.get("error") or "no port")
+            _log.warning("ranks on %s are not traced live: %s", host, known.tunnel_error)
 
-    def ready(self, host: str) -> bool:
-        """Whether ranks can be started there."""
+    def is_ready(self, host: str) -> bool:
+        """Return whether ranks can be started on a host."""
         known = self._hosts[host]
-        return known.local or bool(known.port) or bool(known.trouble)
+        return known.local or bool(known.port) or bool(known.tunnel_error)
 
     def environ(self, host: str) -> dict[str, str]:
-        """Return the variables by which the ranks of a host find their aggregator, which is started now.
+        """Start the aggregator, and return the variables by which the ranks of a host find it.
 
         Raises:
             TraceMLError: the run's folder cannot be written.
         """
         self._begin()
         known = self._hosts[host]
-        address = None if known.local else f"127.0.0.1:{known.port or 9}"  # 9: nobody answers, rows stay in the rank
-        return {**self._environ, **self._keeper.environ(address)}
+        address = None if known.local else f"127.0.0.1:{known.port or 9}"  # 9: no listener, rows stay in the rank
+        return {**self._environ, **self._aggregator.environ(address)}
 
-    def about(self, host: str) -> dict[str, Any]:
-        """Return what the agent must know to send flight files; files of this machine are found without."""
-        keeper = self._keeper
-        return {"run_id": keeper.run_id, "runs_dir": str(keeper.runs_dir), "flights": not self._hosts[host].local}
+    def agent_settings(self, host: str) -> dict[str, Any]:
+        """Return the agent's settings for flight files; the aggregator itself finds those of this machine."""
+        aggregator = self._aggregator
+        local = self._hosts[host].local
+        return {"run_id": aggregator.run_id, "runs_dir": str(aggregator.runs_dir), "flights": not local}
 
-    # --- what agents say ---------------------------------------------------------------------------------------------
+    # --- messages of agents ------------------------------------------------------------------------------------------
 
-    def opened(self, host: str, message: Mapping[str, Any], channel: Channel) -> None:
-        """Take a stream of the kind `tunnel` or `flight`."""
+    def stream_opened(self, host: str, message: Mapping[str, Any], channel: Channel) -> None:
+        """Handle a new stream of the kind `tunnel` or `flight`."""
         known, number = self._hosts[host], int(message["id"])
         if message["kind"] == "tunnel":
             if known.tunnel is not None:
@@ -192,26 +193,26 @@ class Tracing:
             return
 
         rank = int(message["rank"])
-        flight = self._flights[rank] = _Flight()
+        flight = self._flights[rank] = _FlightTransfer()
         label = f"{known.name}-{rank}-{number}"
         channel.accept(
             number, flight.data.extend, lambda error: self._arrived(flight, label, error), window_bytes=_WINDOW_BYTES
         )
 
-    def raised(self, rank: int) -> None:
-        """Take note that a function raised: its process stays until it is ended, and that is not how it ended."""
+    def worker_raised(self, rank: int) -> None:
+        """Record that a function raised: its process is ended later, by us, and that is not the cause of its end."""
         self._raised.add(rank)
 
-    def exited(self, host: str, message: Mapping[str, Any], *, stopped: bool) -> None:
-        """Take an agent's word on how a worker ended.
+    def worker_exited(self, host: str, message: Mapping[str, Any], *, stopped: bool) -> None:
+        """Record the end of a worker.
 
         Args:
-            host: where.
+            host: its host.
             message: `{rank, local_rank, pid, code, signal}`.
             stopped: whether we ended it because of others.
         """
         signal = message.get("signal")
-        told = {
+        exited = {
             "rank": message["rank"],
             "local_rank": message.get("local_rank", 0),
             "pid": message.get("pid"),
@@ -220,19 +221,19 @@ class Tracing:
             "time": time.time(),
         }
         if message["rank"] in self._raised:
-            told["exitcode"] = 1
+            exited["exitcode"] = 1
         elif stopped:
-            told["stopped"] = True
+            exited["stopped"] = True
 
-        self._exits.append(told)
+        self._exits.append(exited)
 
     def host_lost(self, host: str, ranks: Mapping[int, int | None], reason: str) -> None:
-        """Take note that a host is out of reach.
+        """Record a lost host.
 
         Args:
-            host: which.
+            host: its name.
             ranks: its ranks that had not ended, with their process ids where they are known.
-            reason: why, in words.
+            reason: the cause, as text.
         """
         known = self._hosts.get(host)
         if known is None:
@@ -247,21 +248,21 @@ class Tracing:
     # --- the end -----------------------------------------------------------------------------------------------------
 
     def finish(self, status: int) -> bool:
-        """Tell the aggregator how everything ended; return whether the run is complete on disk.
+        """Report the end of the job to the aggregator; return whether the run is complete on disk.
 
         Args:
-            status: what the job ended with, as a shell counts.
+            status: the job's exit status, as in a shell.
         """
-        for told in self._exits:
-            flight = self._flights.get(told["rank"])
+        for exited in self._exits:
+            flight = self._flights.get(exited["rank"])
             if flight is not None and flight.path:
-                told["flight"] = flight.path
+                exited["flight"] = flight.path
 
-        self._finished = self._begun and self._keeper.finish(self._exits, status)
+        self._finished = self._begun and self._aggregator.finish(self._exits, status)
         return self._finished
 
     def close(self) -> None:
-        """Leave the terminal as it was, print the verdict, see the aggregator out. May be called again."""
+        """Restore the terminal, print the verdict, end the aggregator. May be called again."""
         self._show_output()
         self.output.redirected = self.errors.redirected = None
         if self._screen is not None:
@@ -273,14 +274,14 @@ class Tracing:
                 known.tunnel.close()
                 known.tunnel = None
 
-        self._keeper.close()
+        self._aggregator.close()
         if self._begun and self._finished is not None:
             finished, self._finished = self._finished, None
             conclude(self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr)
 
-    # --- inside ------------------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
-    def _arrived(self, flight: _Flight, label: str, error: Mapping[str, Any] | None) -> None:
+    def _arrived(self, flight: _FlightTransfer, label: str, error: Mapping[str, Any] | None) -> None:
         if error is not None:
             _log.warning("the last rows of %s did not arrive: %s", label, error.get("text"))
             return
@@ -294,7 +295,7 @@ class Tracing:
 
     def _begin(self) -> None:
         if not self._begun:
-            self._keeper.start()
+            self._aggregator.start()
             self._begun = True
             self._screen = self._make_screen(self.run_dir)
             if self._screen is not None:

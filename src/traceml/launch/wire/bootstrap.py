@@ -68,8 +68,8 @@ sys.modules["traceml"] = module
 spec.loader.exec_module(module)
 """
 _GUARD = """
-from traceml.launch.agent.reaper import guard
-guard()
+from traceml.launch.agent.reaper import fork_under_reaper
+fork_under_reaper()
 from traceml.launch.agent.agent import main
 """
 

@@ -1,18 +1,21 @@
-"""The control channel between the launcher and the agent of one host: frames over a pair of descriptors.
+"""Control channel between the launcher and the agent of one host: frames over a pair of descriptors.
 
-A frame is `>IBI` (length of the body, kind, stream id) and its body. Kinds: 0 a message (a msgpack map whose `t` names
-it), 1 bytes of a stream, 2 credit (a `>Q` of bytes that may be sent on the stream beyond those allowed so far), 3 the
-end of a stream (empty, or a msgpack map that says what went wrong).
+A frame is `>IBI` (length of the body, kind, stream id) and its body. Kinds: 0 a message (a msgpack map whose `t` is its
+name), 1 bytes of a stream, 2 credit (a `>Q` of additional bytes that may be sent on the stream), 3 the end of a stream
+(empty, or a msgpack map that describes an error).
 
-Messages and credit go before the bytes of streams, streams take turns, and each stream sends only what its receiver
-has allowed: a slow reader of one stream holds back that stream and nothing else. There are no threads and nothing
-blocks; who owns a channel runs a loop over its descriptors.
+Messages and credit are sent before the bytes of streams, streams take turns, and each stream sends only what its
+receiver has allowed: a slow reader of one stream delays that stream only. The channel has no threads and never blocks;
+its owner runs a loop over the descriptors.
+
+At level debug the logger `traceml.launch` records each message by its name, and each stream's start and end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import struct
 import time
@@ -34,26 +37,31 @@ __all__ = [
     "OutgoingStream",
 ]
 
-# What an agent writes first: everything before it is noise (banners, what a shell's start-up files print).
+# Written first by an agent: everything before it is noise (banners, output of a shell's start-up files).
 GREETING = b"\n\x00traceml-agent/1\x00\n"
-# A peer from which nothing was heard for this long is asked for a sign of life.
+# A peer that was silent for this long is pinged.
 PING_S = 3.0
-# A stream that nobody has accepted yet may send this much, which is kept; `accept` allows more.
+# A stream that is not accepted yet may send this much, which is kept; `accept` allows more.
 STREAM_WINDOW_BYTES = 256 * 1024
 
 _HEAD = struct.Struct(">IBI")
 _CREDIT = struct.Struct(">Q")
 _MESSAGE, _DATA, _MORE, _END = range(4)
 _LONGEST_TICK_S = 2.0
-_CHUNK_BYTES = 256 * 1024  # what waits in front of a message that wants to go first
+_CHUNK_BYTES = 256 * 1024  # at most this much is sent before a new message
 _READ_BYTES = 1024 * 1024
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _MAX_NOISE_BYTES = 256 * 1024
 _MAX_BUFFERS = 64  # per writev
+# Fields that the debug log shows.
+_LOGGED_FIELDS = ("kind", "id", "rank", "fd", "size", "pid", "code", "signal", "address", "port", "error")
+
+
+_log = logging.getLogger("traceml.launch")
 
 
 class ChannelClosedError(TraceMLError, ConnectionError):
-    """The channel is of no use any more: the other side closed it, fell silent, or sent what is no frame of ours."""
+    """The channel has failed: the other side closed it, fell silent, or sent an invalid frame."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"the control channel is closed: {reason}")
@@ -65,9 +73,9 @@ class OutgoingStream:
 
     Attributes:
         id: its number on the channel.
-        on_drain: called when all that was written has left and more is allowed.
-        on_ended: called when the stream's end is on its way: a message sent from then on arrives behind it.
-        ended: whether it is.
+        on_drain: called when all written bytes were sent and more are allowed.
+        on_ended: called when the stream's end is queued: a message sent from then on arrives after it.
+        ended: whether the end is queued.
     """
 
     __slots__ = ("_channel", "_chunks", "_credit_bytes", "_end", "_queued_bytes", "ended", "id", "on_drain", "on_ended")
@@ -84,16 +92,16 @@ class OutgoingStream:
 
     @property
     def writable_bytes(self) -> int:
-        """What the other side would take now, beyond what is queued."""
+        """The bytes that the other side allows now, beyond those queued."""
         return max(0, self._credit_bytes - self._queued_bytes)
 
     @property
     def queued_bytes(self) -> int:
-        """What was written and has not left."""
+        """The bytes that were written and not sent yet."""
         return self._queued_bytes
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Queue `data` by reference: it must not change until it has left. Return what may be written beyond it."""
+        """Queue `data` by reference: it must not change until it is sent. Return `writable_bytes`."""
         if self._end is not None:
             raise ValueError(f"stream {self.id} has ended")
 
@@ -106,13 +114,13 @@ class OutgoingStream:
         return self.writable_bytes
 
     def end(self, error: dict[str, Any] | None = None) -> None:
-        """Say that nothing follows what was written; `error` tells the other side why it is not all."""
+        """End the stream after the written bytes; `error` reports to the other side why they are incomplete."""
         if self._end is None:
             self._end = msgpack.packb(error) if error else b""
             self._channel._wake(self)
 
     def abort(self, error: dict[str, Any]) -> None:
-        """End the stream without what has not left yet."""
+        """End the stream and drop the bytes that are not sent yet."""
         self._chunks.clear()
         self._queued_bytes = 0
         self.end(error)
@@ -148,12 +156,12 @@ class IncomingStream:
         self._channel = channel
         self._sink: Callable[[memoryview], object] | None = None
         self._on_end: Callable[[dict[str, Any] | None], object] | None = None
-        self._early: list[bytes | tuple[dict[str, Any] | None]] = []  # what came before it was accepted
+        self._early: list[bytes | tuple[dict[str, Any] | None]] = []  # received before it was accepted
         self._allowed_bytes, self._owed_bytes = STREAM_WINDOW_BYTES, 0
         self._window, self._manual = STREAM_WINDOW_BYTES, False
 
     def grant(self, n: int) -> None:
-        """Let the other side send `n` bytes more; needed only where `accept` was called with `manual`."""
+        """Allow the other side to send `n` more bytes; needed only if `accept` was called with `manual`."""
         self._owed_bytes += n
         if self._owed_bytes * 4 >= self._window:
             self._channel._grant(self.id, self._owed_bytes)
@@ -184,12 +192,12 @@ class IncomingStream:
 class Channel:
     """One side of a control channel.
 
-    A message `ping` is answered by the channel itself, so a side that runs its loop is heard.
+    The channel answers a message `ping` itself, so a side that runs its loop is never silent.
 
     Attributes:
         read_fd, write_fd: the descriptors to wait on; the channel owns them and makes them non-blocking.
         closed: whether `close` was called.
-        noise: what arrived before the other side's greeting.
+        noise: the bytes received before the other side's greeting.
     """
 
     def __init__(
@@ -198,18 +206,20 @@ class Channel:
         write_fd: int,
         *,
         side: Literal["launcher", "agent"],
+        name: str = "peer",
         greeting: bool = False,
     ) -> None:
         """Take over the two descriptors.
 
         Args:
-            read_fd: where the other side's frames come from.
-            write_fd: where ours go to; may be the same.
-            side: which side this is.
-            greeting: a launcher skips what comes before `GREETING`.
+            read_fd: source of the other side's frames.
+            write_fd: target of ours; may be the same.
+            side: this side.
+            name: the other side's name, for logs.
+            greeting: whether to skip everything before `GREETING`.
         """
         self.read_fd, self.write_fd = read_fd, write_fd
-        self.closed = False
+        self.name, self.closed = name, False
         self.noise = b""
         for fd in (read_fd, write_fd):
             os.set_blocking(fd, False)
@@ -221,12 +231,12 @@ class Channel:
         self._parity = self._next_id % 2
         self._checked_s = time.monotonic()
         self._quiet_s = self._asked_s = 0.0
-        # outwards
+        # outgoing
         self._urgent: deque[bytes | memoryview] = deque()
         self._leaving: deque[bytes | memoryview] = deque()
         self._outgoing: dict[int, OutgoingStream] = {}
         self._ready: dict[int, OutgoingStream] = {}
-        # inwards
+        # incoming
         self._incoming: dict[int, IncomingStream] = {}
         self._buffer = memoryview(bytearray(_READ_BYTES))
         self._head, self._body = bytearray(), bytearray()
@@ -236,7 +246,7 @@ class Channel:
     def __repr__(self) -> str:
         return f"Channel(read_fd={self.read_fd}, write_fd={self.write_fd}, closed={self.closed})"
 
-    # what goes out
+    # --- sending -----------------------------------------------------------------------------------------------------
 
     @property
     def wants_write(self) -> bool:
@@ -247,7 +257,7 @@ class Channel:
         """Queue the message `t`; it goes before all streams.
 
         Raises:
-            ProtocolError: a field cannot travel, or the message is too large.
+            ProtocolError: a field cannot be encoded, or the message is too large.
         """
         try:
             body = msgpack.packb({"t": t, **fields}, unicode_errors="surrogateescape")
@@ -258,13 +268,15 @@ class Channel:
             raise ProtocolError(f"a {t!r} message of {len(body)} bytes exceeds {_MAX_MESSAGE_BYTES}: use a stream")
 
         self._urgent.append(_HEAD.pack(len(body), _MESSAGE, 0) + body)
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: sent %s", self.name, _summary({"t": t, **fields}))
 
     def send_raw(self, data: bytes | memoryview) -> None:
-        """Queue bytes that are no frame: what stands before the first one."""
+        """Queue bytes that precede the first frame."""
         self._urgent.append(data)
 
     def open_stream(self, **about: Any) -> OutgoingStream:
-        """Open a stream; the other side is told by a message `stream` with its `id` and `about`."""
+        """Open a stream; a message `stream` announces its `id` and `about`."""
         stream = OutgoingStream(self, self._next_id)
         self._next_id += 2
         self.send("stream", id=stream.id, **about)
@@ -272,7 +284,7 @@ class Channel:
         return stream
 
     def flush(self) -> None:
-        """Write what the descriptor takes now.
+        """Write what the descriptor accepts now.
 
         Raises:
             ChannelClosedError: the other side is gone.
@@ -298,7 +310,7 @@ class Channel:
                 stream.on_drain()
 
     def _gather(self, drained: dict[int, OutgoingStream]) -> bool:
-        """Move the next frames to those that are leaving; return whether there are any."""
+        """Move the next frames to the output queue; return whether there are any."""
         size = 0
         while self._urgent and size < _CHUNK_BYTES:
             size += len(self._urgent[0])
@@ -316,6 +328,7 @@ class Channel:
             if kind == _END:
                 del self._outgoing[stream_id]
                 stream.ended = True
+                _log.debug("%s: ended stream %d", self.name, stream_id)
                 if stream.on_ended is not None:
                     stream.on_ended()
             elif stream._sendable:
@@ -343,7 +356,7 @@ class Channel:
     def _grant(self, stream_id: int, n: int) -> None:
         self._urgent.append(_HEAD.pack(_CREDIT.size, _MORE, stream_id) + _CREDIT.pack(n))
 
-    # what comes in
+    # --- receiving ---------------------------------------------------------------------------------------------------
 
     def accept(
         self,
@@ -354,14 +367,14 @@ class Channel:
         window_bytes: int = STREAM_WINDOW_BYTES,
         manual: bool = False,
     ) -> IncomingStream:
-        """Take the bytes of a stream which the other side opened.
+        """Receive a stream that the other side opened.
 
         Args:
             stream_id: the `id` of a message `stream`.
             sink: called with each piece; the view is valid during the call only. It must not raise.
-            on_end: called once when the stream is complete: with None, or with what the other side says went wrong.
-            window_bytes: how much the other side may send before it hears that the sink has taken it.
-            manual: the sink only queues; `grant` tells when bytes were really taken.
+            on_end: called once at the stream's end: with None, or with the other side's error.
+            window_bytes: the bytes that the other side may send before the sink has consumed them.
+            manual: the sink only queues; the owner calls `grant` once bytes are consumed.
 
         Raises:
             KeyError: there is no such stream.
@@ -388,10 +401,10 @@ class Channel:
         return stream
 
     def receive(self) -> list[dict[str, Any]]:
-        """Read what is there; return the messages in it, after the bytes of streams went to their sinks.
+        """Read what has arrived; return the messages in it, after passing the bytes of streams to their sinks.
 
         Raises:
-            ChannelClosedError: the other side closed the channel, or what it sends is no frame of ours.
+            ChannelClosedError: the other side closed the channel, or sent an invalid frame.
         """
         try:
             n = os.readv(self.read_fd, [self._buffer])
@@ -434,7 +447,7 @@ class Channel:
         self._body.clear()
         limit = _CHUNK_BYTES if self._kind == _DATA else _MAX_MESSAGE_BYTES
         if self._kind > _END or self._left > limit:
-            raise ChannelClosedError(f"no frame of ours: kind {self._kind}, {self._left} bytes")
+            raise ChannelClosedError(f"invalid frame: kind {self._kind}, {self._left} bytes")
 
         self._in_body = bool(self._left)
         if not self._left:
@@ -458,12 +471,12 @@ class Channel:
     def _stream_of(self, stream_id: int) -> IncomingStream:
         stream = self._incoming.get(stream_id)
         if stream is None:
-            raise ChannelClosedError(f"bytes for a stream {stream_id} that was not opened")
+            raise ChannelClosedError(f"bytes for stream {stream_id}, which was not opened")
 
         return stream
 
     def _frame(self, messages: list[dict[str, Any]]) -> None:
-        """Act on a complete frame that is no data."""
+        """Handle a complete frame other than data."""
         if self._kind == _MORE:
             self._more()
         elif self._kind == _END:
@@ -471,7 +484,9 @@ class Channel:
             if stream._on_end is not None:
                 del self._incoming[self._stream]
 
-            stream._finish(self._map() if self._body else None)
+            error = self._map() if self._body else None
+            _log.debug("%s: stream %d ended%s", self.name, self._stream, f": {error}" if error else "")
+            stream._finish(error)
         elif self._kind == _MESSAGE:
             self._message(self._map(), messages)
 
@@ -480,7 +495,7 @@ class Channel:
             raise ChannelClosedError("credit of a wrong size")
 
         stream = self._outgoing.get(self._stream)
-        if stream is None:  # it has ended meanwhile
+        if stream is None:  # it has ended
             return
 
         stream._credit_bytes += _CREDIT.unpack(self._body)[0]
@@ -497,10 +512,13 @@ class Channel:
         if name == "pong":
             return
 
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: received %s", self.name, _summary(message))
+
         if name == "stream":
             stream_id = message.get("id")
             if type(stream_id) is not int or stream_id % 2 == self._parity or stream_id in self._incoming:
-                raise ChannelClosedError(f"a stream with the number {stream_id!r}")
+                raise ChannelClosedError(f"an invalid stream number {stream_id!r}")
 
             self._incoming[stream_id] = IncomingStream(self, stream_id)
 
@@ -510,45 +528,51 @@ class Channel:
         try:
             found = msgpack.unpackb(self._body, strict_map_key=False, unicode_errors="surrogateescape")
         except (ValueError, TypeError, msgpack.UnpackException) as error:
-            raise ChannelClosedError(f"a message that is no msgpack ({error!r})") from error
+            raise ChannelClosedError(f"a message that is not msgpack ({error!r})") from error
 
         if type(found) is not dict:
-            raise ChannelClosedError("a message that is no map")
+            raise ChannelClosedError("a message that is not a map")
 
         return found
 
-    # its life
+    # --- life cycle --------------------------------------------------------------------------------------------------
 
     def check(self, silence_s: float) -> None:
-        """Ask for a sign of life where none came lately; call this about once a second.
+        """Ping a silent peer; call this about once a second.
 
         Args:
-            silence_s: how long the other side may say nothing; 0 for ever.
+            silence_s: the longest silence that is accepted; 0: without limit.
 
         Raises:
-            ChannelClosedError: nothing was heard for longer.
+            ChannelClosedError: the peer was silent for longer.
         """
         now_s = time.monotonic()
-        # time in which nobody ran the loop (a suspended process, a notebook between two cells) is no silence
+        # time in which the loop did not run (a suspended process, a notebook between two cells) does not count
         self._quiet_s += min(now_s - self._checked_s, _LONGEST_TICK_S)
         self._checked_s = now_s
         if silence_s and self._quiet_s > silence_s:
-            raise ChannelClosedError(f"nothing was heard from the other side for {self._quiet_s:.0f} s")
+            raise ChannelClosedError(f"nothing was received from the other side for {self._quiet_s:.0f} s")
 
         if self._quiet_s - self._asked_s >= PING_S:
             self._asked_s = self._quiet_s
             self.send("ping")
 
     def forget_silence(self) -> None:
-        """Count silence from now on: until now none was to be expected otherwise."""
+        """Count silence from now on: until now the peer had no reason to send."""
         self._checked_s = time.monotonic()
         self._quiet_s = self._asked_s = 0.0
 
     def close(self) -> None:
-        """Close both descriptors; what has not left is lost."""
+        """Close both descriptors; bytes that are not sent are lost."""
         if self.closed:
             return
 
         self.closed = True
         for fd in {self.read_fd, self.write_fd}:
             os.close(fd)
+
+
+def _summary(message: dict[str, Any]) -> str:
+    """Return a message's name and its short facts, for logs; never its contents, which may hold secrets."""
+    facts = (f"{name}={message[name]!s:.200}" for name in _LOGGED_FIELDS if message.get(name) is not None)
+    return " ".join((str(message.get("t")), *facts))

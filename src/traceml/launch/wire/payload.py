@@ -1,64 +1,52 @@
-"""Values on their way between processes: cloudpickle, with the memory of tensors and arrays beside the pickle.
+"""Serialization of values between processes: cloudpickle, with the memory of tensors and arrays outside the pickle.
 
-A parcel in bytes is `<8sQI` (magic, length of the pickle, number of buffers), a `<Q` length per buffer, the pickle, and
-the buffers, each at a multiple of 64 bytes. Buffers are never joined or copied on the sending side, and are used where
-they lie on the receiving side: a tensor of a received value is a piece of the memory that the parcel was read into.
+A serialized value is `<8sQI` (magic, length of the pickle, number of buffers), a `<Q` length per buffer, the pickle,
+and the buffers, each at a multiple of 64 bytes. Buffers are not copied: the sender sends them from where they are, and
+a received tensor uses the memory that the value was received into.
 """
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import PayloadError
-from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach, map_private, path_of
-from traceml.launch.wire.pickling import Pieces, Reader, Unpickler, pickler_class, remade_exception
+from traceml.launch.wire.pickling import PickleSink, PickleSource, Unpickler, pickler_class, rebuild_exception
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = [
-    "LARGE_BYTES",
-    "PayloadBuffer",
-    "SerializedValue",
-    "can_reach",
-    "dump",
-    "dump_call",
-    "dump_exception",
-    "load",
-    "map_private",
-    "path_of",
-]
+__all__ = ["SerializedValue", "dump", "dump_call", "dump_exception", "load"]
 
 _HEAD = struct.Struct("<8sQI")
 _LENGTH = struct.Struct("<Q")
 _MAGIC = b"traceml\x01"
 _ALIGN_BYTES = 64
-# Smaller buffers lie in the pickle and are copied at their arrival: they own their memory and hold no mapping alive.
+# Smaller buffers stay inside the pickle and are copied on arrival: they own their memory and hold no mapping open.
 _INLINE_BYTES = 64 * 1024
 
 
 class SerializedValue:
     """A pickled value, ready to be sent.
 
-    It refers to the value's memory: what is changed before the parcel has left may arrive changed.
+    It refers to the value's memory: changes made before it is sent may arrive.
 
     Attributes:
-        size_bytes: what `chunks` add up to.
+        size_bytes: total size of `chunks`.
     """
 
-    def __init__(self, pickled: list[Any], buffers: list[pickle.PickleBuffer], kept: list[Any]) -> None:
-        self._kept = kept  # what owns the memory that the buffers point to
+    def __init__(self, pickled: list[Any], buffers: list[pickle.PickleBuffer], owners: list[Any]) -> None:
+        self._owners = owners  # keeps the memory of the buffers alive
         self._buffers = [buffer.raw() for buffer in buffers]
         self._pickled = [memoryview(piece).cast("B") for piece in pickled]
         pickle_bytes = sum(map(len, self._pickled))
         sizes = [len(buffer) for buffer in self._buffers]
         table = b"".join(map(_LENGTH.pack, sizes))
         self._head = memoryview(_HEAD.pack(_MAGIC, pickle_bytes, len(sizes)) + table)
-        self._offsets, end = _offsets(len(self._head) + pickle_bytes, sizes)
-        self.size_bytes = end
+        self._offsets, self.size_bytes = _offsets(len(self._head) + pickle_bytes, sizes)
 
     def __repr__(self) -> str:
         return f"SerializedValue(size_bytes={self.size_bytes}, buffers={len(self._buffers)})"
@@ -83,11 +71,11 @@ def dump(value: object, *, what: str = "the value") -> SerializedValue:
     """Pickle `value` without copying its tensors and arrays.
 
     Args:
-        value: anything that cloudpickle takes; functions and classes of `__main__`, lambdas, closures go by value.
-        what: what to call it in an error, as "the result".
+        value: any value that cloudpickle accepts; functions and classes of `__main__`, lambdas, closures go by value.
+        what: name of the value in an error, such as "the result".
 
     Raises:
-        PayloadError: something in it cannot be pickled; the text names where that lies.
+        PayloadError: it cannot be pickled.
     """
     return _dump(value, {what: value})
 
@@ -96,64 +84,61 @@ def dump_call(func: Callable[..., object], args: Sequence[object], kwargs: Mappi
     """Pickle a call as `(func, args, kwargs)`.
 
     Raises:
-        PayloadError: something in it cannot be pickled; the text names the argument and where in it that lies.
+        PayloadError: the function or an argument cannot be pickled; the text names it.
     """
-    from traceml.launch.wire.culprit import name_arguments
-
     args, kwargs = tuple(args), dict(kwargs)
     function = f"function {getattr(func, '__name__', type(func).__name__)!r}"
-    return _dump((func, args, kwargs), {function: func, **name_arguments(func, args, kwargs)})
+    return _dump((func, args, kwargs), {function: func, **_name_arguments(func, args, kwargs)})
 
 
 def dump_exception(error: BaseException) -> SerializedValue | None:
-    """Pickle an exception; None when it would not arrive as what it is."""
-    for value in (error, _Bare(error)):
+    """Pickle an exception; return None if it would arrive as another type."""
+    for value in (error, _WithoutUnpicklable(error)):
         try:
-            parcel = _dump(value, {})
-            arrived = load(bytearray(bytes(parcel)))
+            serialized = _dump(value, {})
+            arrived = load(bytearray(bytes(serialized)))
         except PayloadError:
             continue
 
         if type(arrived) is type(error):
-            return parcel
+            return serialized
 
     return None
 
 
-class _Bare:
+class _WithoutUnpicklable:
     """An exception without those of its attributes that cannot be pickled."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
-        attributes = {name: value for name, value in vars(self._error).items() if _try(value) is None}
-        return remade_exception, (type(self._error), self._error.args), attributes or None
+        attributes = {name: value for name, value in vars(self._error).items() if _pickling_error(value) is None}
+        return rebuild_exception, (type(self._error), self._error.args), attributes or None
 
 
 def load(memory: Buffer, *, what: str = "the value", on_made: Callable[[Any], object] | None = None) -> Any:
-    """Unpickle a parcel; tensors and arrays keep using `memory`, which must be writable if they are to be.
+    """Unpickle a value; its tensors and arrays keep using `memory`, and are writable if it is.
 
     Args:
-        memory: the bytes of a parcel.
-        what: what to call it in an error.
+        memory: the bytes of a serialized value.
+        what: name of the value in an error.
         on_made: called with each function and class that came by value.
 
     Raises:
-        PayloadError: the bytes are no parcel, or something in it does not exist here.
+        PayloadError: the bytes are no serialized value, or a part of it does not exist here.
     """
-    view = memoryview(memory)
-    pickled, buffers = _split(view, what)
+    pickled, buffers = _split(memoryview(memory), what)
     try:
-        return Unpickler(Reader(pickled), buffers=buffers, on_made=on_made).load()
+        return Unpickler(PickleSource(pickled), buffers=buffers, on_made=on_made).load()
     except Exception as error:
-        raise PayloadError(_advice(what, error)) from error
+        raise PayloadError(_loading_advice(what, error)) from error
 
 
-def _advice(what: str, error: Exception) -> str:
+def _loading_advice(what: str, error: Exception) -> str:
     text = f"{what} cannot be unpickled here: {type(error).__name__}: {error}"
     if "process group has not been initialized" in text:
-        text += " A model wrapped by DistributedDataParallel lives in its process group: return its .module instead."
+        text += " A model wrapped by DistributedDataParallel needs its process group: return its .module instead."
 
     if isinstance(error, ImportError | AttributeError):
         text += (
@@ -166,55 +151,91 @@ def _advice(what: str, error: Exception) -> str:
 
 
 def _dump(value: object, named: Mapping[str, object]) -> SerializedValue:
+    """Pickle a value.
+
+    Args:
+        value: the value.
+        named: its parts by name, for an error.
+    """
     pickled: list[Any] = []
     buffers: list[pickle.PickleBuffer] = []
 
-    def outside(buffer: pickle.PickleBuffer) -> bool:
+    def in_band(buffer: pickle.PickleBuffer) -> bool:
         if buffer.raw().nbytes < _INLINE_BYTES:
             return True
 
         buffers.append(buffer)
         return False
 
-    pickler = pickler_class()(Pieces(pickled), outside)
+    pickler = pickler_class()(PickleSink(pickled), in_band)
     try:
         pickler.dump(value)
     except Exception as error:
-        from traceml.launch.wire.culprit import find_culprit
-
-        raise PayloadError(find_culprit(named, error, _try)) from error
+        raise PayloadError(_unpicklable(named, error)) from error
 
     return SerializedValue(pickled, buffers, pickler.kept)
 
 
-def _try(value: object) -> Exception | None:
-    """Return why `value` cannot be pickled."""
+def _unpicklable(named: Mapping[str, object], error: Exception) -> str:
+    """Return an error text that names the part that cannot be pickled."""
+    for name, value in named.items():
+        if (cause := _pickling_error(value)) is not None:
+            return f"{name}: {_reason(cause)}"
+
+    return _reason(error)
+
+
+def _pickling_error(value: object) -> Exception | None:
+    """Return the error of pickling `value`, or None."""
     try:
-        pickler_class()(Pieces(None), lambda _buffer: False).dump(value)
+        pickler_class()(PickleSink(None), lambda _buffer: False).dump(value)
     except Exception as error:  # noqa: BLE001 - pickling runs any code of any class
         return error
 
     return None
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError):
+        return "it is nested too deeply to be pickled"
+
+    text = str(error)
+    return text if "pickle" in text else f"cannot be pickled ({type(error).__name__}: {text})"
+
+
+def _name_arguments(
+    func: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the arguments of a call by the names of their parameters."""
+    try:
+        parameters = list(inspect.signature(func).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+
+    names = [p.name for p in parameters if p.kind in {p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD}]
+    named = {f"argument {names[i]!r}" if i < len(names) else f"argument {i}": value for i, value in enumerate(args)}
+    return named | {f"argument {name!r}": value for name, value in kwargs.items()}
+
+
 def _split(view: memoryview, what: str) -> tuple[memoryview, list[memoryview]]:
+    """Return the pickle and the buffers of a serialized value."""
     try:
         magic, pickle_bytes, count = _HEAD.unpack_from(view)
         sizes = [length for (length,) in _LENGTH.iter_unpack(view[_HEAD.size : _HEAD.size + count * _LENGTH.size])]
     except struct.error as error:
-        raise PayloadError(f"{what} has {len(view)} bytes, which are not even a parcel's head") from error
+        raise PayloadError(f"{what} has {len(view)} bytes: too few for a serialized value") from error
 
     start = _HEAD.size + count * _LENGTH.size
     offsets, end = _offsets(start + pickle_bytes, sizes)
     if magic != _MAGIC or len(sizes) != count or end > len(view):
-        raise PayloadError(f"{what} is no parcel of this version: it begins with {bytes(view[:8])!r}")
+        raise PayloadError(f"{what} is no serialized value of this version: it begins with {bytes(view[:8])!r}")
 
     buffers = [view[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
     return view[start : start + pickle_bytes], buffers
 
 
 def _offsets(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return where the buffers lie, and where the last one ends."""
+    """Return the offsets of the buffers, and the end of the last one."""
     offsets, at = [], start
     for size in sizes:
         offset = -(-at // _ALIGN_BYTES) * _ALIGN_BYTES

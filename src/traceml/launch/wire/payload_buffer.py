@@ -1,4 +1,4 @@
-"""Memory that parcels arrive in: a process's own, or a file in memory that all processes of a host can map."""
+"""Memory for received values: private to the process, or a memory file that processes of one host share."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 __all__ = ["LARGE_BYTES", "PayloadBuffer", "can_reach", "map_private", "path_of"]
 
-# From this size on, processes of one host hand each other a file in memory, and not its bytes.
+# From this size on, processes of one host share a memory file instead of sending the bytes.
 LARGE_BYTES = 1024 * 1024
 _HUGE_PAGES_BYTES = 4 * 1024 * 1024
 
 
 class PayloadBuffer:
-    """Memory that a parcel is received into.
+    """Memory that a serialized value is received into.
 
     Args:
-        size_bytes: the parcel's size.
-        shared: keep it in a file in memory, `fd`, which other processes can map (`map_private`); else in this
-            process's own memory, for `load(receiver.memory())`.
+        size_bytes: the value's size.
+        shared: use a memory file, `fd`, which other processes can map (`map_private`); else private memory, for
+            `load(buffer.memory())`.
     """
 
     def __init__(self, size_bytes: int, *, shared: bool = False) -> None:
@@ -43,7 +43,7 @@ class PayloadBuffer:
 
     @classmethod
     def of(cls, path: str) -> PayloadBuffer:
-        """Return a complete one over a shared parcel of another process of this host, see `path`.
+        """Open the shared buffer of another process of this host, see `path`; it is complete.
 
         Raises:
             OSError: it cannot be opened.
@@ -55,16 +55,16 @@ class PayloadBuffer:
 
     @property
     def path(self) -> str:
-        """Where other processes of this host find a shared parcel, while it is open here."""
+        """The path by which other processes of this host open a shared buffer, while it is open here."""
         return path_of(self.fd)
 
     @property
     def complete(self) -> bool:
-        """Whether all has come."""
+        """Whether all bytes were received."""
         return self.received_bytes == self.size_bytes
 
     def feed(self, view: Buffer) -> None:
-        """Take the next bytes.
+        """Add the next bytes.
 
         Raises:
             PayloadError: there are more than were announced.
@@ -86,13 +86,13 @@ class PayloadBuffer:
             view = view[n:]
 
     def memory(self) -> mmap.mmap:
-        """Return the received bytes, for `load`; values loaded from them keep them alive.
+        """Return the received bytes, for `load`. Values loaded from them keep them alive.
 
         Raises:
-            PayloadError: something is missing.
+            PayloadError: bytes are missing.
         """
         if not self.complete:
-            raise PayloadError(f"only {self.received_bytes} of {self.size_bytes} bytes of a payload came")
+            raise PayloadError(f"only {self.received_bytes} of {self.size_bytes} bytes of a payload were received")
 
         if self._memory is None:
             assert self.fd is not None
@@ -101,27 +101,27 @@ class PayloadBuffer:
         return self._memory
 
     def close(self) -> None:
-        """Let go of the memory; values that were loaded from it live on."""
+        """Release the memory; values that were loaded from it remain valid."""
         self._memory = None
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
 
     def __del__(self) -> None:
-        # an open file in memory keeps all of it, and a launch may end in many ways
+        # an open memory file keeps its memory, and a launch may end in many ways
         if getattr(self, "fd", None) is not None:
             self.close()
 
 
 def path_of(fd: int | None) -> str:
-    """Return the path by which other processes of this host reach an open file in memory."""
+    """Return the path by which other processes of this host open a memory file of this process."""
     return f"/proc/{os.getpid()}/fd/{fd}"
 
 
 def can_reach(pid: int) -> bool:
-    """Return whether files in memory of the process `pid` can be opened here."""
+    """Return whether memory files of the process `pid` can be opened here."""
     try:
-        os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - asks the kernel what opening would ask
+        os.readlink(f"/proc/{pid}/exe")  # noqa: PTH115 - the kernel checks the same permission as for opening
     except OSError:
         return False
 
@@ -129,6 +129,6 @@ def can_reach(pid: int) -> bool:
 
 
 def map_private(fd: int) -> mmap.mmap:
-    """Map a shared parcel: its pages are those of all other processes that map it, until this one writes to them."""
+    """Map a shared buffer copy-on-write: processes that map it share its pages until they write to them."""
     size = os.fstat(fd).st_size
     return mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)

@@ -1,7 +1,7 @@
-"""A pickler that leaves the memory of tensors where it is, and an unpickler that uses it where it lies.
+"""Pickler and unpickler that do not copy the memory of tensors.
 
-torch tensors reduce to their storages, whatever their kind (parameters, views that share memory, sparse and quantised
-ones); a storage is the one thing of torch that is handled here. torch is imported by what is unpickled, if at all.
+All torch tensors (parameters, views that share memory, sparse and quantized ones) reduce to their storages, so only
+storages are handled here. Unpickling imports torch only if the value needs it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-__all__ = ["Pieces", "Reader", "Unpickler", "pickler_class", "remade_exception"]
+__all__ = ["PickleSink", "PickleSource", "Unpickler", "pickler_class", "rebuild_exception"]
 
-# Classes of this process that were sent by value: one that comes back is the one that went, and stays as it is.
+# Classes of this process that were sent by value: one that comes back is the same class and is not modified.
 _sent_classes: weakref.WeakSet[type] = weakref.WeakSet()
 
 
-class Pieces:
-    """A file that keeps what is written, by reference."""
+class PickleSink:
+    """A file that keeps the written pieces by reference, or drops them."""
 
     __slots__ = ("write",)
 
@@ -29,8 +29,8 @@ class Pieces:
         self.write: Callable[[Any], object] = len if pieces is None else pieces.append
 
 
-class Reader:
-    """A file over memory, which copies no more than it is asked for."""
+class PickleSource:
+    """A file over memory that copies only the requested bytes."""
 
     __slots__ = ("_at", "_view")
 
@@ -43,7 +43,7 @@ class Reader:
         return bytes(self._view[start : self._at])
 
     def readinto(self, target: Any) -> int:
-        """Fill `target`, where the unpickler has made room; return how much there was."""
+        """Fill `target`, allocated by the unpickler; return the number of bytes."""
         into = memoryview(target).cast("B")
         piece = self._view[self._at : self._at + len(into)]
         into[: len(piece)] = piece
@@ -51,7 +51,7 @@ class Reader:
         return len(piece)
 
     def readline(self) -> bytes:
-        """Return a line; only old opcodes have them."""
+        """Return a line; only old opcodes need them."""
         line = bytes(self._view[self._at : self._at + 4096]).partition(b"\n")
         found = line[0] + line[1]
         self._at += len(found)
@@ -59,20 +59,20 @@ class Reader:
 
 
 class Unpickler(pickle.Unpickler):
-    """Leaves classes alone that this process has sent.
+    """Unpickler that does not modify classes that this process has sent.
 
     Args:
-        file: to read from.
-        buffers: what lies outside the pickle.
+        file: source of the pickle.
+        buffers: the buffers outside the pickle.
         on_made: called with each function and class that came by value.
     """
 
-    def __init__(self, file: Reader, *, buffers: Sequence[Any], on_made: Callable[[Any], object] | None) -> None:
+    def __init__(self, file: PickleSource, *, buffers: Sequence[Any], on_made: Callable[[Any], object] | None) -> None:
         super().__init__(file, buffers=buffers)
         self._on_made = on_made or (lambda _: None)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what a pickle names."""
+        """Return the object that a pickle names."""
         found = super().find_class(module, name)
         if module.startswith("cloudpickle") and name in {"_class_setstate", "_function_setstate"}:
             return self._set_state(found)
@@ -80,17 +80,17 @@ class Unpickler(pickle.Unpickler):
         return found
 
     def _set_state(self, set_state: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def given(made: Any, state: Any) -> Any:
-            # cloudpickle finds the class that went out, but would give it copies of its methods, with other globals
+        def apply(made: Any, state: Any) -> Any:
+            # cloudpickle finds the sent class again, but would replace its methods by copies with other globals
             done = made if isinstance(made, type) and made in _sent_classes else set_state(made, state)
             self._on_made(made)
             return done
 
-        return given
+        return apply
 
 
 class _Untyped:
-    """The memory of tensors, whatever their type."""
+    """The memory of tensors of any type."""
 
     __slots__ = ("storage",)
 
@@ -102,7 +102,7 @@ _pickler_class: Any = None
 
 
 def pickler_class() -> Any:
-    """Return our pickler's class; made on first use, as cloudpickle costs an agent nothing that way."""
+    """Return the pickler's class, made on first use: an agent never needs cloudpickle."""
     global _pickler_class
     if _pickler_class is not None:
         return _pickler_class
@@ -110,8 +110,8 @@ def pickler_class() -> Any:
     import cloudpickle
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, file: Pieces, outside: Callable[[pickle.PickleBuffer], bool]) -> None:
-            super().__init__(file, protocol=5, buffer_callback=outside)
+        def __init__(self, file: PickleSink, in_band: Callable[[pickle.PickleBuffer], bool]) -> None:
+            super().__init__(file, protocol=5, buffer_callback=in_band)
             self.kept: list[Any] = []
             self._storages: dict[int, _Untyped] = {}
             torch = sys.modules.get("torch")
@@ -125,8 +125,8 @@ def pickler_class() -> Any:
                 return self._reduce_storage(obj)
 
             if isinstance(obj, BaseException) and type(obj).__reduce__ is BaseException.__reduce__:
-                # as it is: pickle would call its __init__ with its text, which many do not take, or add to
-                return remade_exception, (type(obj), obj.args), obj.__dict__ or None
+                # pickle would call its __init__ with its text, which many do not accept, or extend
+                return rebuild_exception, (type(obj), obj.args), obj.__dict__ or None
 
             reduced = super().reducer_override(obj)
             if isinstance(obj, type) and isinstance(reduced, tuple):
@@ -135,9 +135,9 @@ def pickler_class() -> Any:
             return reduced
 
         def _reduce_storage(self, storage: Any) -> Any:
-            # as torch pickles it: an untyped one arrives as one of bytes; tensors of newer types count on that
+            # as torch pickles it: an untyped storage arrives as one of bytes; tensors of newer types rely on that
             untyped = getattr(storage, "_untyped_storage", storage)
-            # tensors that share memory have storages of their own in Python; one of them goes for all
+            # tensors that share memory have separate storage objects; one of them is sent for all
             untyped = self._storages.setdefault(untyped._cdata, _Untyped(untyped))
             return _typed_storage, (untyped, getattr(storage, "dtype", sys.modules["torch"].uint8))
 
@@ -154,10 +154,10 @@ def pickler_class() -> Any:
     return Pickler
 
 
-def remade_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
-    """Make an exception again, without calling an initialiser of the user's."""
+def rebuild_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseException:
+    """Make an exception again, without calling an initializer of the user's class."""
     error = kind.__new__(kind, *args)
-    with contextlib.suppress(Exception):  # arguments that are not its own: then args has to do
+    with contextlib.suppress(Exception):  # arguments of another signature: then `args` alone is set
         _init_of(kind)(error, *args)
 
     error.args = args
@@ -165,7 +165,7 @@ def remade_exception(kind: type[BaseException], args: tuple[Any, ...]) -> BaseEx
 
 
 def _init_of(kind: type[BaseException]) -> Callable[..., None]:
-    """Return the initialiser of the interpreter's own class, which sets what that prints."""
+    """Return the initializer of the built-in base class, which sets the attributes that its text is made of."""
     own: Any = next(each for each in kind.__mro__ if each.__module__ == "builtins")
     return cast("Callable[..., None]", own.__init__)
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from traceml.launch.wire import log_records, payload
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.payload_buffer import map_private
 from traceml.launch.wire.signals import STACK_SIGNAL
 from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
@@ -240,7 +241,7 @@ def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
 def _run_function(agent: FdSocket, request: Mapping[str, Any]) -> Any:
     """Wait for the payload, and call what is in it."""
     _, fds = _next(agent, "payload")
-    with_memory = payload.map_private(fds[0])
+    with_memory = map_private(fds[0])
     os.close(fds[0])
     register = partial(main_module.register, main_module.install(request["main"]))
     func, args, kwargs = payload.load(with_memory, what="the function and its arguments", on_made=register)
