@@ -256,7 +256,8 @@ class Generator:
 
 
 HEAD = struct.Struct("<2q")
-REST = struct.Struct("<11q")
+PARTS = ("input_wait_ns", "h2d_ns", "forward_ns", "backward_ns", "optimizer_ns", "comm_ns", "checkpoint_ns", "user_ns")
+ROW = STEPS.partial_struct("step", "t_end_ns", "total_ns", *PARTS, "backward_own_ns", "bits")
 
 
 def make_durations(chance: random.Random) -> list[bytes]:
@@ -265,12 +266,12 @@ def make_durations(chance: random.Random) -> list[bytes]:
     for _ in range(ROWS_PER_FRAME):
         parts = [int(mean * math.exp(chance.gauss(0, 0.05))) for mean in MEANS_NS]
         total = sum(parts) + int(1_000_000 * math.exp(chance.gauss(0, 0.05)))
-        rows.append(REST.pack(total, *parts, parts[3] * 8 // 10, 1))
+        rows.append(ROW.pack(0, 0, total, *parts, parts[3] * 8 // 10, 1)[HEAD.size :])
 
     return rows
 
 
-# input_wait, h2d, forward, backward, optimizer, comm, checkpoint, user
+# Of each of PARTS.
 MEANS_NS = (3_000_000, 1_000_000, 14_000_000, 24_000_000, 5_000_000, 1_500_000, 0, 500_000)
 
 

@@ -22,14 +22,16 @@ from traceml.transport.hello import Hello
 
 TOKEN = "test-token"
 ROOT = Path(__file__).parents[2]
+_STEP_ROW = STEPS.partial_struct(
+    "step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns", "backward_own_ns",
+    "bits",
+)  # fmt: skip
 
 
 def step_row(step: int, total_ns: int = 1_000_000) -> bytes:
     """A step whose parts add up."""
     part = total_ns // 10
-    return STEPS.struct.pack(
-        step, (step + 1) * total_ns, total_ns, part, 0, 3 * part, 4 * part, part, 0, 0, 0, 4 * part, 1
-    )
+    return _STEP_ROW.pack(step, (step + 1) * total_ns, total_ns, part, 3 * part, 4 * part, part, 4 * part, 1)
 
 
 def step_rows(start: int, count: int) -> bytes:

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from traceml.database.flight import FlightFile
-from traceml.database.schema import Phase, Slot
+from traceml.database.schema import STEPS, Phase, Slot
 
 # Words of the witness, a second mapping that the victim writes around what it does to the flight file.
 READY, BEGUN, DONE, PHASE = range(4)
@@ -61,7 +61,7 @@ def write_forever(folder: Path, witness: memoryview[int]) -> None:
             open_slots[phase] = 0
 
         witness[BEGUN] = n + 1
-        pack_into(buffer, offset + (n & mask) * row_bytes, n, *[n * 1000 + i for i in range(1, 13)])
+        pack_into(buffer, offset + (n & mask) * row_bytes, n, *[n * 1000 + i for i in range(1, len(STEPS.names))])
         count[slot] = n + 1
         witness[DONE] = n + 1
         n += 1

@@ -14,7 +14,7 @@ from traceml.database.schema import EVALS, INFO, STEPS
 
 
 def step_rows(count: int) -> bytes:
-    return b"".join(STEPS.struct.pack(n, n * 10**6, *[1000 + n % 7] * 11) for n in range(count))
+    return b"".join(STEPS.struct.pack(n, n * 10**6, *[1000 + n % 7] * (len(STEPS.names) - 2)) for n in range(count))
 
 
 @settings(deadline=None)

@@ -152,7 +152,7 @@ flight._free_bytes = lambda folder: 1 << 40 if str(folder) == sys.argv[1] else r
 (Path(sys.argv[1]) / "filler").write_bytes(bytes(60 * 1024 * 1024))
 made = flight.FlightFile.create(Path(sys.argv[1]), {}, fallback=Path(sys.argv[2]))
 for n in range(made.ring("steps").capacity):
-    made.ring("steps").append(n, *[0] * 12)
+    made.ring("steps").appender("step")(n)
 print(made.path.parent)
 made.close(unlink=True)
 """
@@ -173,7 +173,7 @@ from traceml.database.flight import FlightFile
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 made = FlightFile.create(Path(sys.argv[1]), {}, fallback=Path(sys.argv[2]))
 for n in range(made.ring("steps").capacity):
-    made.ring("steps").append(n, *[0] * 12)
+    made.ring("steps").appender("step")(n)
 print(made.path, made.ring("steps").appended)
 """
     done = subprocess.run(

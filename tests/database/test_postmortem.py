@@ -14,7 +14,7 @@ import pytest
 
 from traceml.database.flight import FlightFile
 from traceml.database.postmortem import MAGIC, FlightState, find_flights, is_alive, read_flight, remove_stale
-from traceml.database.schema import Phase, Slot
+from traceml.database.schema import STEPS, Phase, Slot
 from traceml.errors import StoreError
 
 Start = Callable[..., "Popen[str]"]
@@ -49,8 +49,8 @@ def test_kill_9_at_any_moment_loses_no_row_and_tears_none(program: Start, tmp_pa
         assert victim["done"] <= appended <= victim["begun"]
         first, data = image.rows("steps")
         assert first == max(0, appended - 4095)
-        for number, row in enumerate(struct.iter_unpack("@13q", data), start=first):
-            assert row == (number, *[number * 1000 + i for i in range(1, 13)])
+        for number, row in enumerate(STEPS.struct.iter_unpack(data), start=first):
+            assert row == (number, *[number * 1000 + i for i in range(1, len(STEPS.names))])
             rows_seen += 1
 
         for number, note in enumerate(image.log_rows("info")):

@@ -83,8 +83,9 @@ def flight(tmp_path: Path) -> Iterator[FlightFile]:
 
 def add_steps(flight: FlightFile, count: int) -> None:
     ring = flight.ring("steps")
+    append = ring.appender("step")
     for _ in range(count):
-        ring.append(ring.appended, *([0] * 12))
+        append(ring.appended)
 
 
 def make(flight: FlightFile, *wires: Wire | Exception, late: bool = True, **options: Any) -> RowSender:
