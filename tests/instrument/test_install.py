@@ -97,7 +97,7 @@ def test_losses_are_equal_to_the_last_bit(traced: Traced) -> None:
 
 
 def test_installing_again_begins_anew(tmp_path: Path) -> None:
-    """A second recorder in one process is told of the same models."""
+    """A second recorder in one process is on_registration of the same models."""
     for part in ("first", "second"):
         flight = FlightFile.create(tmp_path / part, {})
         instrumentation = install(flight)
@@ -112,17 +112,21 @@ def test_installing_again_begins_anew(tmp_path: Path) -> None:
 def test_facts_are_told_once(traced: Traced) -> None:
     """Loader, model and optimizer are described, each once."""
     train()
-    told = {info["kind"]: info for info in traced.info}
+    on_registration = {info["kind"]: info for info in traced.info}
 
     assert len(traced.info) == 3
-    assert told["model"]["model"] == "Sequential"
-    assert told["model"]["parameters"] == 4 * 8 + 8 + 8 + 1
-    assert (told["loader"]["dataset"], told["loader"]["in_memory"], told["loader"]["length"]) == (
+    assert on_registration["model"]["model"] == "Sequential"
+    assert on_registration["model"]["parameters"] == 4 * 8 + 8 + 8 + 1
+    assert (
+        on_registration["loader"]["dataset"],
+        on_registration["loader"]["in_memory"],
+        on_registration["loader"]["length"],
+    ) == (
         "TensorDataset",
         True,
         20,
     )
-    assert told["optimizer"]["optimizer"] == "Adam"
+    assert on_registration["optimizer"]["optimizer"] == "Adam"
 
 
 def test_hooks_in_a_forked_child_do_nothing(traced: Traced) -> None:

@@ -1,7 +1,7 @@
-"""Steps and phases of a training loop that was not written for it: hooks, patches, and the clock behind them.
+"""Hooks that time the steps and phases of an unmodified training loop. Runs in the rank.
 
-`install` is the only entry. Torch is never imported from here: what is there is instrumented now, the rest as soon as
-the script has imported it.
+`install` is the only entry. It never imports torch: modules already imported are instrumented now, the others when the
+script imports them. May import `database` and leaf modules.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The accounts of the open step: which phase the time belongs to, and the row that they become.
+"""Times of the open step by phase, and the row they become.
 
-Time is exclusive: a phase that ends books its time, and takes it from the phase around it; so the phases and `other`
-add up to the step. Hooks do this with the start in a local variable. Only phases of the user may be open when a step
-ends; `settle` books those.
+Time is exclusive: a phase that ends adds its time to its bucket and subtracts it from the enclosing phase. So phases
+and `other` add up to the step. Hooks keep the start in a local variable. Only user phases may be open when a step ends;
+`book_user_phases` adds their time.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ __all__ = [
     "on_training_thread",
 ]
 
-OTHER = len(Phase)  # the account of time in no phase; never read, as it is what is left of the total
-FIRST_USER = OTHER + 1  # user phase k has its time at FIRST_USER + 2k and its entries at FIRST_USER + 2k + 1
+OTHER = len(Phase)  # the bucket of time in no phase; never read: it is the rest of the total
+FIRST_USER = OTHER + 1  # user phase k: its time is at FIRST_USER + 2k, its count at FIRST_USER + 2k + 1
 _INPUT_WAIT, _FORWARD, _BACKWARD = int(Phase.INPUT_WAIT), int(Phase.FORWARD), int(Phase.BACKWARD)
 _OPTIMIZER, _USER = int(Phase.OPTIMIZER), int(Phase.USER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
-# The columns of every step, and the few of a usual one, whose other columns are 0.
+# Columns of every step, and of a usual step, whose other columns are 0.
 _COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "bits")
 _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
                   "backward_own_ns", "bits")  # fmt: skip
@@ -46,13 +46,13 @@ UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
 
 
-# Whether this is the training thread. Reading it costs a tenth of `get_ident`; other threads start without it.
-_mine: contextvars.ContextVar[bool] = contextvars.ContextVar("traceml_training_thread", default=False)
-on_training_thread = _mine.get
+# Whether this is the training thread. Reading it costs a tenth of `get_ident`; in other threads it is False.
+_is_training: contextvars.ContextVar[bool] = contextvars.ContextVar("traceml_training_thread", default=False)
+on_training_thread = _is_training.get
 
 
-class _Mark:
-    """A value of `closes_at` that is no loader."""
+class _Sentinel:
+    """A value of `closes_at` that is not a loader."""
 
     __slots__ = ("_name",)
 
@@ -63,41 +63,41 @@ class _Mark:
         return self._name
 
 
-NOWHERE = _Mark("NOWHERE")  # nothing closes the step yet
-ON_FORWARD = _Mark("ON_FORWARD")  # the next training forward closes it
-ASK = _Mark("ASK")  # every forward must say whether it trains
+NOWHERE = _Sentinel("NOWHERE")  # nothing closes the step yet
+ON_FORWARD = _Sentinel("ON_FORWARD")  # the next training forward closes it
+ASK = _Sentinel("ASK")  # each forward must check whether it trains
 
 
 class StepListener(Protocol):
-    """Who is told of the rare events of a clock."""
+    """Receiver of the rare events of a clock."""
 
     def first_backward(self) -> bool:
-        """The first backward pass begins; return whether a torch optimizer is alive."""
+        """Handle the start of the first backward pass; return whether a torch optimizer is alive."""
 
     def new_optimizer(self, optimizer: Any) -> None:
-        """An optimizer steps that never stepped before."""
+        """Handle the first step of an optimizer."""
 
     def upkeep(self, forward_ns: int, backwards: int) -> None:
-        """The first step is done, or another 64 are: with how much forward time, and how many backward passes."""
+        """Handle the end of the first step, then of every 64th, given its forward time and backward passes."""
 
 
 class StepDeviceTimer(Protocol):
-    """Measures the device time of the open step: see `device.DeviceTimes`."""
+    """Timer for the device time of the open step: see `device.DeviceTimes`."""
 
     def mark_own(self) -> None:
-        """The last local gradient is there."""
+        """Mark the last local gradient."""
 
     def cut(self) -> None:
-        """The step is cut: what follows may belong elsewhere."""
+        """Mark a cut: what follows may belong to another step."""
 
     def discard(self) -> None:
-        """What followed the cut was evaluation."""
+        """Drop the step: what followed the cut was evaluation."""
 
     def close(self, step: int) -> bool:
-        """The step ends (-1: without a row); return whether a device row will follow."""
+        """End the step (-1: without a row); return whether a device row will follow."""
 
     def close_prefix(self, step: int) -> bool:
-        """The step ended at the cut; return whether a device row will follow."""
+        """End the step at the cut; return whether a device row will follow."""
 
     def drain(self) -> None:
         """Read what is complete, at the end of the run."""
@@ -106,30 +106,30 @@ class StepDeviceTimer(Protocol):
 class StepAccumulator:
     """Times of the open step, by phase.
 
-    Everything here happens on the training thread; hooks compare `thread` with their own and stay out otherwise. Fields
-    that are `CellField`s are read and written by the hooks directly (see `cells`).
+    It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
+    read and write the `CellField`s directly (see `closure_cells`).
 
-    A step may be cut into segments (see `StepClock`). Fields named `base*`, `micro` and `snap*` tell of what lies
-    before the last cut; `backwards`, `batches`, `batch`, `trained`, `evaluated`, `own` and `flags` of what lies after
-    it; the accounts run over both.
+    A step may be cut into segments (see `StepClock`). Fields named `base*`, `micro` and `snap*` describe the part
+    before the last cut; `backwards`, `batches`, `batch`, `trained`, `evaluated`, `own` and `flags` the part after it;
+    the buckets cover both.
     """
 
     thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
     current = CellField()  # the phase that time belongs to now
-    input_ns = CellField()  # the accounts of the phases that every loop has; all others are in `rare`
+    input_ns = CellField()  # the accounts of the phases that every loop has; all others are in `rare_times`
     forward_ns = CellField()
     backward_ns = CellField()
     optimizer_ns = CellField()
-    rows = CellField()  # rows so far: the number of the open step
-    seg_start = CellField()  # where the segment began
-    closes_at = CellField()  # the loader whose next request closes the step, or a mark
+    rows = CellField()  # number of rows so far: the number of the open step
+    seg_start = CellField()  # start of the segment
+    closes_at = CellField()  # the loader whose next request closes the step, or a sentinel
     attempt = CellField()  # id of the optimizer that made the step's first attempt, 0 before one
     backwards = CellField()
     batches = CellField()
     batch = CellField()  # the first loader that gave a batch in this segment
     first_loader = CellField()  # ... in this step
-    dirty = CellField()  # closing this step takes more than writing the four accounts
-    detail = CellField()  # backward passes need care: see `StepClock.plan`
+    dirty = CellField()  # closing this step takes `commit_slow`
+    detail = CellField()  # backward passes take the slow path: see `StepClock.plan_detail`
 
     def __init__(self, flight: FlightFile, listener: StepListener, thread: int) -> None:
         hot = ClosureCells(
@@ -141,19 +141,19 @@ class StepAccumulator:
         self._append_step = self.ring.appender(*_COLUMNS)
         self._append_eval = flight.ring("evals").appender("step", "t_end_ns", "ns", "batches")
         self._append_user = flight.ring("user_phases").appender("step", "name_id", "ns", "count")
-        self.open_slots: Any = flight.open_slots  # the flight file's words, or what stands in for them
+        self.open_slots: Any = flight.open_slots  # the flight file's words, or a `DeviceMarkingSlots`
         self.device: StepDeviceTimer | None = None
         self.group: Any = None  # the default process group once there is one
-        self.sequence: Callable[[], int] | None = None  # how many collectives it has issued
-        self.extras = False  # there is a device, or a group with other ranks
-        self.special = False  # ... or user phases: every step is `dirty`
+        self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
+        self.extras = False  # there is a device, or a group with several ranks
+        self.slow_commits = False  # ... or user phases: every step is `dirty`
         self.mean_ns = 0
 
         self.rows = self.ring.appended
         self.current, self.detail = OTHER, True
         self.zeros = [0] * FIRST_USER
         self.users: list[int] = []  # name ids of user phases, by index
-        self.open_user_phases: list[list[Any]] = []  # [phase, the one around it, start], innermost last
+        self.open_user_phases: list[list[Any]] = []  # [phase, enclosing phase, start], innermost last
         self.eval_ns = self.eval_batches = self.eval_end = 0
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
@@ -162,43 +162,43 @@ class StepAccumulator:
     # ---- phases ----
 
     @property
-    def acc(self) -> list[int]:
-        """All accounts, by number: a copy."""
-        acc = self.rare.copy()
-        acc[_INPUT_WAIT], acc[_FORWARD] = self.input_ns, self.forward_ns
-        acc[_BACKWARD], acc[_OPTIMIZER] = self.backward_ns, self.optimizer_ns
-        return acc
+    def times(self) -> list[int]:
+        """Times of all buckets, as a copy."""
+        times = self.rare_times.copy()
+        times[_INPUT_WAIT], times[_FORWARD] = self.input_ns, self.forward_ns
+        times[_BACKWARD], times[_OPTIMIZER] = self.backward_ns, self.optimizer_ns
+        return times
 
-    @acc.setter
-    def acc(self, acc: list[int]) -> None:
-        self.input_ns, self.forward_ns = acc[_INPUT_WAIT], acc[_FORWARD]
-        self.backward_ns, self.optimizer_ns = acc[_BACKWARD], acc[_OPTIMIZER]
-        self.rare = acc
+    @times.setter
+    def times(self, times: list[int]) -> None:
+        self.input_ns, self.forward_ns = times[_INPUT_WAIT], times[_FORWARD]
+        self.backward_ns, self.optimizer_ns = times[_BACKWARD], times[_OPTIMIZER]
+        self.rare_times = times
 
-    def add(self, account: int, ns: int) -> None:
-        """Add time to any account."""
-        if account == _OPTIMIZER:
+    def add(self, bucket: int, ns: int) -> None:
+        """Add time to a bucket."""
+        if bucket == _OPTIMIZER:
             self.optimizer_ns += ns
-        elif account == _BACKWARD:
+        elif bucket == _BACKWARD:
             self.backward_ns += ns
-        elif account == _FORWARD:
+        elif bucket == _FORWARD:
             self.forward_ns += ns
-        elif account == _INPUT_WAIT:
+        elif bucket == _INPUT_WAIT:
             self.input_ns += ns
-        elif account != OTHER:
-            self.rare[account] += ns
+        elif bucket != OTHER:
+            self.rare_times[bucket] += ns
             self.dirty = True
 
-    def is_here(self) -> bool:
-        """Whether this is the training thread; the hooks' own check is renewed where a context lost it."""
+    def is_training_thread(self) -> bool:
+        """Whether this is the training thread. Also sets `on_training_thread` again where a new context lost it."""
         if self.thread != get_ident():
             return False
 
-        _mine.set(True)
+        _is_training.set(True)
         return True
 
     def enter(self, phase: int) -> int:
-        """Begin a phase; return the one to go back to, or -1 when it does not count here."""
+        """Begin a phase; return the enclosing phase, or -1 where the phase does not count."""
         previous: int = self.current
         if previous in (_INPUT_WAIT, phase) or self.thread != get_ident():
             return -1
@@ -207,7 +207,7 @@ class StepAccumulator:
         return previous
 
     def leave(self, phase: int, previous: int, start: int) -> None:
-        """End a phase that began at `start`; the time is no longer that of the phase around it."""
+        """End a phase that began at `start`; move its time from the enclosing phase."""
         spent = monotonic_ns() - start
         self.add(phase, spent)
         self.add(previous, -spent)
@@ -215,23 +215,23 @@ class StepAccumulator:
         self.open_slots[phase] = 0
 
     def cancel(self, phase: int, previous: int) -> None:
-        """A phase that began was none: its time is that of the phase around it."""
+        """Undo `enter`: the time stays in the enclosing phase."""
         self.current = previous
         self.open_slots[phase] = 0
 
-    def settle(self, t: int) -> None:
-        """Book the time of the user phases that are open at `t`, when a step ends inside them."""
+    def book_user_phases(self, t: int) -> None:
+        """Add the time until `t` of the open user phases, as a step ends inside them."""
         for entry in self.open_user_phases:
             phase, previous, start = entry
-            self.add(phase.account, t - start)
+            self.add(phase.bucket, t - start)
             self.add(previous, start - t)
             entry[2] = t
 
     # ---- rows ----
 
-    def commit_special(self, t: int) -> None:
-        """Close a step that was cut into segments, or has rare or user phases, flags, a group or a device."""
-        self.settle(t)
+    def commit_slow(self, t: int) -> None:
+        """Close a step that has segments, rare or user phases, flags, a group or a device."""
+        self.book_user_phases(t)
         flags = self.flags | self.base_flags | (_NO_LOADER if self.first_loader is None else 0)
         micro = self.micro + (min(self.backwards, self.batches) if self.batches else self.backwards)
         if self.eval_ns:
@@ -242,86 +242,86 @@ class StepAccumulator:
         if self.device is not None and self.device.close(self.rows):
             flags |= DEVICE
 
-        self.append_step(self.acc, t, total, micro, flags, self.own + self.base_own)
+        self.append_step(self.times, t, total, micro, flags, self.own + self.base_own)
         self._clear(t)
-        self.plan()
+        self.plan_detail()
 
     def note_total(self, total: int) -> None:
-        """Update the moving mean of step times, by which `plan` decides."""
+        """Update the moving mean of step times, which decides how detailed the next steps are measured."""
         if self.extras:
             self.mean_ns += (total - self.mean_ns) >> 4
 
-    def plan(self) -> None:
-        """Decide what the next step needs; called when it may need more than the usual."""
+    def plan_detail(self) -> None:
+        """Decide what the next step measures."""
 
-    def append_step(self, acc: list[int], t: int, total: int, micro: int, flags: int, own: int) -> None:
-        """Append a row of the step table, and its rows of the user's phases."""
+    def append_step(self, times: list[int], t: int, total: int, micro: int, flags: int, own: int) -> None:
+        """Append the row of a step and the rows of its user phases."""
         n = self.rows
-        times = acc[:OTHER]
-        times[_USER] = self._append_users(acc) if self.users else 0
+        columns = times[:OTHER]
+        columns[_USER] = self._append_users(times) if self.users else 0
         sequence = self.sequence() if self.sequence is not None and self.extras else 0
         own = own if flags & _CALLBACK else -1
-        self._append_step(n, t, total, *times, own, pack_bits(micro, flags, sequence))
+        self._append_step(n, t, total, *columns, own, pack_bits(micro, flags, sequence))
         self.rows = n + 1
         if not n & UPKEEP_MASK:
-            self.listener.upkeep(acc[_FORWARD], micro)
+            self.listener.upkeep(times[_FORWARD], micro)
 
     def use_device(self, device: StepDeviceTimer, slots: Any) -> None:
-        """Measure device time too; before any hook is made.
+        """Measure device time too. Call it before the hooks are made: they bind `open_slots`.
 
         Args:
-            device: who does it.
-            slots: what to store open phases into, so that it is told of them.
+            device: the timer.
+            slots: replacement for `open_slots` that also notifies the timer.
         """
         self.device, self.open_slots = device, slots
-        self.extras = self.special = self.dirty = True
+        self.extras = self.slow_commits = self.dirty = True
 
     def stop(self) -> None:
-        """Switch all hooks off, for good."""
+        """Switch all hooks off permanently."""
         self.thread = 0
-        self.current = _INPUT_WAIT  # whatever a hook would begin is then part of another phase
-        _mine.set(False)
+        self.current = _INPUT_WAIT  # a hook that begins a phase then finds itself inside another one
+        _is_training.set(False)
 
     def fail(self, error: BaseException) -> None:
-        """A hook of ours failed: say it once, and switch all of them off. Training goes on."""
+        """Switch all hooks off after an error in one of them, and log the first one. Training continues."""
         self.errors += 1
         self.stop()
         if self.errors == 1:
             _log.warning("step timing is switched off after an internal error: %r", error, exc_info=error)
 
     def _clear(self, t: int) -> None:
-        """Begin a step at `t` with nothing in it."""
-        self.acc = self.zeros.copy()
+        """Begin an empty step at `t`."""
+        self.times = self.zeros.copy()
         self.seg_start = t
         self.closes_at = ASK
         self.attempt = self.backwards = self.batches = self.flags = self.own = 0
         self.batch = self.first_loader = None
         self.trained: Any = None  # a weak reference to a module whose forward was called with gradients
-        self.evaluated = False  # one was called without
-        self.evaluating = False  # the segment before was evaluation
+        self.evaluated = False  # a module was called without gradients
+        self.evaluating = False  # the previous segment was evaluation
         self.fused = False  # an optimizer stepped inside backward
-        self.attempts: set[int] = set()  # ids of the optimizers that made further attempts
+        self.attempts: set[int] = set()  # ids of optimizers with further attempts
         self._drop_prefix()
-        self.dirty = self.special
+        self.dirty = self.slow_commits
         self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.rows
 
     def _drop_prefix(self) -> None:
-        self.snap: list[int] | None = None  # the accounts at the cut
-        self.snap_first: Any = None  # `first_loader` then
-        self.pending = False  # what lies before the cut has stepped: it may be a whole step
+        self.snap: list[int] | None = None  # the buckets at the cut
+        self.snap_first: Any = None  # `first_loader` at the cut
+        self.pending = False  # the part before the cut has stepped: it may be a whole step
         self.snap_end = self.base = self.base_flags = self.base_own = self.micro = 0
 
     def _flush_evals(self, step: int) -> None:
         self._append_eval(step, self.eval_end, self.eval_ns, self.eval_batches)
         self.eval_ns = self.eval_batches = 0
 
-    def _append_users(self, acc: list[int]) -> int:
+    def _append_users(self, times: list[int]) -> int:
         total = 0
         for index, name_id in enumerate(self.users):
             at = FIRST_USER + 2 * index
-            if at + 1 < len(acc) and (acc[at] or acc[at + 1]):
-                self._append_user(self.rows, name_id, acc[at], acc[at + 1])
-                total += acc[at]
+            if at + 1 < len(times) and (times[at] or times[at + 1]):
+                self._append_user(self.rows, name_id, times[at], times[at + 1])
+                total += times[at]
 
         return total
 
@@ -330,9 +330,10 @@ def _is_cell(value: Any) -> bool:
     return isinstance(value, CellField)
 
 
-def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
-    """Return the function that closes the open step at a time: appends its row, begins the next."""
-    ring, slots, special, upkeep = accounts.ring, accounts.open_slots, accounts.commit_special, accounts.listener.upkeep
+def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
+    """Return the function that closes the open step at a given time: it appends the row and begins the next step."""
+    ring, slots = accumulator.ring, accumulator.open_slots
+    commit_slow, upkeep = accumulator.commit_slow, accumulator.listener.upkeep
     pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
     buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
     count, slot = ring.count, ring.slot
@@ -347,7 +348,7 @@ def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
         nonlocal rows, seg_start, attempt, backwards, batches, batch, first_loader, closes_at
         if dirty:
-            special(t)
+            commit_slow(t)
             return
 
         n = rows
@@ -361,7 +362,7 @@ def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
         row = offset + (n & mask) * row_bytes
         total = t - seg_start
         pack_into(buffer, row, n, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, bits)
-        count[slot] = rows = n + 1  # the row first, its number afterwards
+        count[slot] = rows = n + 1  # the row first, the counter afterwards
         seg_start = slots[_STEP_START] = t
         slots[_STEP] = n + 1
         closes_at = NOWHERE
@@ -371,4 +372,4 @@ def _make_commit(accounts: StepAccumulator) -> Callable[[int], None]:
 
         input_ns = forward_ns = backward_ns = optimizer_ns = backwards = 0
 
-    return accounts.bind(commit)
+    return accumulator.bind(commit)

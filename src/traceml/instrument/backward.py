@@ -1,9 +1,9 @@
-"""Backward passes, and within them the time until the last local gradient was there.
+"""Timing of backward passes, and of the part until the last local gradient.
 
-`Tensor.backward` calls `torch.autograd.backward`, so one patch sees both. Under DDP all ranks leave backward together,
-hence its wall time says nothing of a rank's own work. A hook on the loss queues a callback on the autograd engine; it
-runs after the last local gradient and before DDP's own, which waits for the other ranks. It costs 12 us: see
-`StepClock.detail` for which steps have it.
+`Tensor.backward` calls `torch.autograd.backward`, so one patch covers both. Under DDP all ranks leave backward
+together, so its wall time says nothing about a rank's own work. A hook on the loss queues a callback on the autograd
+engine. It runs after the last local gradient and before DDP's callback, which waits for the other ranks. It costs 12
+us, so only some steps have it: see `StepClock.is_detailed`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def patch_backward(patches: Patches, clock: StepClock) -> None:
 
 
 def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[..., None]:
-    """Return a function that calls `original` as a backward pass."""
+    """Return a function that calls `original` and times it as a backward pass."""
     slots = clock.open_slots
     # Cells of the clock.
     current = backward_ns = backwards = 0
@@ -44,7 +44,7 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
             return original(tensors, *args, **kwargs)
 
         if current != OTHER or detail or not on_training_thread():
-            return _careful(original, clock, tensors, args, kwargs)
+            return _slow_path(original, clock, tensors, args, kwargs)
 
         t = monotonic_ns()
         current = _BACKWARD
@@ -60,16 +60,16 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
     return clock.bind(backward)
 
 
-def _careful(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:
-    """A backward pass inside another phase, on another thread, or of which more must be known."""
+def _slow_path(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:
+    """Run a backward pass inside another phase, on another thread, or with detailed measurement."""
     previous = clock.current
-    if previous in (_INPUT_WAIT, _BACKWARD) or not (clock.is_here() or clock.adopt_thread()):
+    if previous in (_INPUT_WAIT, _BACKWARD) or not (clock.is_training_thread() or clock.claim_thread()):
         return original(tensors, *args, **kwargs)
 
     handle = None
     t = 0
     try:
-        if clock.fresh:
+        if clock.awaits_backward:
             clock.first_backward_begins()
 
         t = monotonic_ns()
@@ -77,7 +77,7 @@ def _careful(original: Callable[..., Any], clock: StepClock, tensors: Any, args:
         clock.open_slots[_BACKWARD] = t
         if clock.is_detailed(clock.rows):
             handle = _measure_own(clock, tensors, t)
-    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
 
     try:
@@ -87,37 +87,39 @@ def _careful(original: Callable[..., Any], clock: StepClock, tensors: Any, args:
             clock.leave(_BACKWARD, previous, t)
             clock.backwards += 1
             clock.after_backward(monotonic_ns())
-            clock.plan()
+            clock.plan_detail()
             if handle is not None:
                 handle.remove()
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
 
 def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:
-    """Queue the callback by a hook on the loss; None when there is nothing to hook."""
+    """Hook the loss to queue the callback; return the hook's handle, None when there is nothing to hook."""
     root = tensors if isinstance(tensors, torch.Tensor) else next(iter(tensors), None)
     if not isinstance(root, torch.Tensor) or not root.requires_grad:
         return None
 
-    booked = clock.backward_ns  # phases inside backward take their time from here
+    before_ns = clock.backward_ns  # phases inside backward subtract their time from it
 
     def finished() -> None:
         try:
             if clock.device is not None:
                 clock.device.mark_own()
 
-            if clock.is_here():  # on another device the engine's own thread runs it, and the CPU's clock is mute
-                clock.own += monotonic_ns() - start + clock.backward_ns - booked
+            if (
+                clock.is_training_thread()
+            ):  # for another device, a thread of the engine runs it: CPU time says nothing then
+                clock.own += monotonic_ns() - start + clock.backward_ns - before_ns
                 clock.flags |= _CALLBACK
                 clock.dirty = True
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
     def queue(_gradient: Any) -> None:
         try:
             torch.autograd.Variable._execution_engine.queue_callback(finished)
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
     return root.register_hook(queue)

@@ -1,4 +1,4 @@
-"""Functions of torch whose whole call is one phase: collectives, checkpoints, copies to a device."""
+"""Timing of functions whose whole call is one phase: collectives, checkpoints, copies to a device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _H2D, _COMM, _CHECKPOINT = int(Phase.H2D), int(Phase.COMM), int(Phase.CHECKPOINT)
-# Their names change with torch's versions, so they are found when torch is there.
+# The names depend on the torch version, so they are matched once torch is imported.
 _COLLECTIVE = re.compile(
     r"(all_gather|all_reduce|all_to_all|reduce|reduce_scatter|broadcast|gather|scatter|barrier|monitored_barrier"
     r"|send|recv|isend|irecv|batch_isend_irecv)(_.*)?$"
@@ -33,7 +33,7 @@ _COLLECTIVE = re.compile(
 
 
 def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Callable[..., Any]:
-    """Return a function that calls `original` as a phase."""
+    """Return a function that calls `original` and times it as a phase."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
@@ -53,12 +53,12 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
 
 
 def patch_collectives(patches: Patches, clock: StepClock) -> list[str]:
-    """Time the collectives that are called from Python, and `Work.wait`; return their names.
+    """Time the collectives called from Python, and `Work.wait`; return their names.
 
-    What torch issues from C++ (DDP's buckets) or by its internal operators never passes here.
+    Collectives issued from C++ (DDP's buckets) or by internal operators are not included.
     """
     distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
-    # `vars`, not `getattr`: deprecated names among them warn when they are touched.
+    # `vars`, not `getattr`: access to deprecated names would warn.
     names = [name for name in c10d.__all__ if _COLLECTIVE.match(name) and type(vars(c10d).get(name)) is FunctionType]
     for name in names:
         original = getattr(c10d, name)
@@ -100,7 +100,7 @@ def patch_distributed_checkpoint(patches: Patches, clock: StepClock) -> None:
 
 
 def patch_safetensors(patches: Patches, clock: StepClock) -> None:
-    """Time what writes safetensors; others hold its public functions by name, so the two steps below them."""
+    """Time the writing of safetensors by two inner functions: other packages hold references to the public ones."""
     module = sys.modules["safetensors.torch"]
     for name in ("_flatten", "serialize_file"):
         original = vars(module).get(name)
@@ -143,7 +143,7 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
 
 
 def _timed_method(original: Any, phase: int, clock: StepClock) -> Callable[..., Any]:
-    """A method of a C type: only a Python function binds to its instances."""
+    """Return a timed method for a C type, whose instances bind only Python functions."""
     timed = timed_call(original, phase, clock)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:

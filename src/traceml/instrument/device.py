@@ -1,8 +1,8 @@
-"""Device time of the phases: events on the device's stream, read later when they are complete, never waited for.
+"""Device time per phase: events on the device's stream, read once they are complete, without synchronizing.
 
-The CPU only launches work on an accelerator, so its clock says little of it. Wherever the CPU changes phase an event is
-recorded; the device reaches it when all work launched before is done. Time between two events belongs to the phase that
-the first one began: exclusive, as on the CPU, and by the same order of events.
+The CPU only launches work on an accelerator, so CPU time says little about it. Each change of phase on the CPU records
+an event, which the device reaches after all work launched before it. The time between two events belongs to the phase
+that began at the first one: exclusive, as on the CPU, and in the same order.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from traceml.instrument.step_clock import StepClock
 __all__ = ["DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "cuda_events"]
 
 _BACKWARD = int(Phase.BACKWARD)
-_WAITING = -1  # after the last local gradient: still backward, but not this rank's own
-_OWN = -2  # the time until that gradient, where it was measured
+_WAITING = -1  # after the last local gradient: backward that waits for other ranks
+_OWN = -2  # backward until that gradient, where it was measured
 _PHASES = tuple(int(phase) for phase in DEVICE_PHASES)
 _MARKED = frozenset((*_PHASES, _WAITING))
 # The phase of each column of a device row after its total.
@@ -31,7 +31,7 @@ _READ_PER_STEP = 2
 
 
 class DeviceEvent(Protocol):
-    """What is needed of `torch.cuda.Event`."""
+    """The part of `torch.cuda.Event` that is used."""
 
     def record(self) -> None:
         """Put the event on the current stream."""
@@ -47,10 +47,10 @@ Marks = list[tuple[Any, int]]
 
 
 class DeviceMarkingSlots:
-    """The open-phase words of the flight file; each change of phase is marked on the device too.
+    """Open-phase words of the flight file that also mark each change of phase on the device.
 
-    Hooks store there whenever the phase changes, after they have set the clock's `current`. Without a device they store
-    into the mapping itself and pay nothing for this.
+    Hooks store into them at each change of phase, after they have set the clock's `current`. Without a device, hooks
+    store into the mapping directly and this class costs nothing.
     """
 
     __slots__ = ("_clock", "_device", "_slots")
@@ -74,10 +74,10 @@ class DeviceTimes:
     """Events of the open step, and of closed ones that the device has not finished.
 
     Args:
-        clock: whose `detail` says which steps are measured.
-        ring: where the rows go.
-        make_event: makes an event; called when the pool is empty.
-        is_capturing: whether the current stream records a graph, when events must be left alone.
+        clock: decides by `is_detailed` which steps are measured.
+        ring: the ring for the rows.
+        make_event: creates an event; called when the pool is empty.
+        is_capturing: whether the current stream captures a graph; then no event may be recorded.
     """
 
     def __init__(
@@ -87,17 +87,17 @@ class DeviceTimes:
         self._make_event, self._is_capturing = make_event, is_capturing
         self._pool: list[DeviceEvent] = []
         self._marks: Marks = []
-        self._cut = 0  # how many marks the part of the step before the cut has
+        self._cut = 0  # number of marks before the cut
         self._pending: deque[tuple[int, Marks, DeviceEvent, bool]] = deque()
 
     def mark(self, phase: int) -> None:
-        """The CPU enters a phase."""
+        """Mark a change of phase."""
         marks = self._marks
         if not marks:
             return  # this step is not measured
 
         if phase not in _MARKED:
-            phase = OTHER  # they launch nothing of their own
+            phase = OTHER  # these phases launch no work
 
         if phase == marks[-1][1]:
             return
@@ -109,22 +109,22 @@ class DeviceTimes:
         marks.append((self._recorded(), phase))
 
     def mark_own(self) -> None:
-        """The last local gradient is there; called by the autograd engine, on whichever thread it runs."""
+        """Mark the last local gradient; the autograd engine calls it on any of its threads."""
         if self._marks and self._marks[-1][1] == _BACKWARD:
             self.mark(_WAITING)
 
     def cut(self) -> None:
-        """The clock keeps the accounts as they are now: what follows may belong elsewhere."""
+        """Mark a cut: what follows may belong to another step."""
         if self._marks and not self._is_capturing():
             self._cut = len(self._marks)
             self._marks.append((self._recorded(), self._marks[-1][1]))
 
     def discard(self) -> None:
-        """What followed the cut was evaluation: this step is not measured on the device."""
+        """Drop the measurement of this step: what followed the cut was evaluation."""
         self._drop(self._marks)
 
     def close(self, step: int) -> bool:
-        """The step ends (-1: it is no row); return whether a device row will follow. The next one may begin."""
+        """End the step (-1: without a row) and begin the next; return whether a device row will follow."""
         marks, self._marks, self._cut = self._marks, [], 0
         if self._is_capturing():
             self._drop(marks)
@@ -141,13 +141,13 @@ class DeviceTimes:
             self._drop(marks)
 
         if shared:
-            # The end of one step is the start of the next: one event serves both, and goes back with the later one.
+            # The end of one step is the start of the next: both share the event, and the later one returns it.
             self._marks.append((end, OTHER))
 
         return measured
 
     def close_prefix(self, step: int) -> bool:
-        """The step ended at the cut, and the next one began there."""
+        """End the step at the cut, where the next one began; return whether a device row will follow."""
         if not self._cut:
             self._drop(self._marks)
             return False
@@ -162,7 +162,7 @@ class DeviceTimes:
         return True
 
     def drain(self) -> None:
-        """Read what is complete, without limit; at the end of the run."""
+        """Read all complete steps, at the end of the run."""
         self._read(len(self._pending))
 
     def _read(self, limit: int = _READ_PER_STEP) -> None:
@@ -182,7 +182,7 @@ class DeviceTimes:
         return event
 
     def _drop(self, marks: Marks) -> None:
-        # The first mark may still be the end of a pending step: it is left to the garbage collector.
+        # The first mark may also be the end of a pending step: leave it to the garbage collector.
         self._pool.extend(event for event, _ in marks[1:])
         marks.clear()
         self._cut = 0
@@ -201,7 +201,7 @@ def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
 
 
 def cuda_events() -> tuple[Callable[[], DeviceEvent], Callable[[], bool]] | None:
-    """Return how to make a CUDA event and how to ask for graph capture; None without a CUDA device."""
+    """Return functions that create a CUDA event and detect graph capture; None without a CUDA device."""
     import torch
 
     if not torch.cuda.is_available():

@@ -1,10 +1,10 @@
-"""Finding the user's models and optimizers without asking for them.
+"""Discovery of the user's models and optimizers.
 
-torch offers hooks on all modules (paid on every call of every layer) or on one. So the few that matter are looked for
-at the few moments when new ones may be there. A glance sees the modules that were constructed since the last one, as
-torch tells of their parameters and children; and, for copies, of which it does not tell, the garbage collector's young
-objects (0.3 ms, at most 1 % of the time). A look at all of the collector's objects takes 20-50 ms: it is taken at the
-start and at the first backward pass, and for new optimizers as long as all looks took less than 1 % of the time.
+torch offers hooks on all modules (a cost on every call of every layer) or on one. So we search for the few outermost
+modules when new ones may exist. A quick search covers the modules constructed since the last one, which torch's
+registration hooks report, and for copies, which they do not report, the young objects of the garbage collector (0.3 ms,
+at most 1 % of the time). A full search over all objects of the collector takes 20-50 ms: it runs at the start, at the
+first backward pass, and for new optimizers while all searches together took less than 1 % of the time.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from traceml.instrument.step_clock import StepClock
 __all__ = ["ModuleDiscovery"]
 
 _FREE_SCANS = 4
-_SHARE = 100  # further ones while all of them took less than one part in so many of the time
+_SHARE = 100  # further searches run while all of them took less than this fraction of the time
 _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
 
 
 class ModuleDiscovery:
-    """The modules that are timed, and how more are found.
+    """Timed modules, and the search for more.
 
     Args:
-        clock: who is told how many optimizers there are.
-        timer: what the modules get.
+        clock: receives the number of optimizers that are alive.
+        timer: makes the timers of modules.
         on_model: called with each module when it is first timed.
-        on_optimizer: called with the optimizers that are alive.
+        on_optimizer: called with each optimizer that is alive.
     """
 
     def __init__(
@@ -53,32 +53,32 @@ class ModuleDiscovery:
         self._on_model, self._on_optimizer = on_model, on_optimizer
         self._known: dict[int, weakref.ref[Any]] = {}
         self._made_ns = monotonic_ns()
-        self._scans = self._scan_ns = self._glance_at_ns = 0
+        self._scans = self._scan_ns = self._search_at_ns = 0
         self._descents = 0
-        self._pending: list[weakref.ref[Any]] = []  # modules that got parameters or children since the last glance
+        self._pending: list[weakref.ref[Any]] = []  # modules with new parameters or children since the last search
 
     def watch(self) -> list[Any]:
-        """Be told of modules under construction; return torch's handles, whose `remove` ends that."""
+        """Collect modules under construction; return torch's handles, whose `remove` ends that."""
 
-        def told(module: Any, _name: str, _part: Any) -> None:
+        def on_registration(module: Any, _name: str, _part: Any) -> None:
             if not is_dynamo_compiling() and len(self._pending) < _MAX_PENDING:
                 self._pending.append(weakref.ref(module))
 
         return [
-            torch.nn.modules.module.register_module_parameter_registration_hook(told),
-            torch.nn.modules.module.register_module_module_registration_hook(told),
+            torch.nn.modules.module.register_module_parameter_registration_hook(on_registration),
+            torch.nn.modules.module.register_module_module_registration_hook(on_registration),
         ]
 
-    def scan(self) -> int:
-        """Time all root modules that are alive now; return how many optimizers of theirs are."""
+    def search_all(self) -> int:
+        """Time all root modules that are alive; return the number of their optimizers."""
         start = monotonic_ns()
         if self._scans >= _FREE_SCANS and self._scan_ns * _SHARE > start - self._made_ns:
-            self.glance()
+            self.search_recent()
             return self._clock.optimizers_alive
 
         self._scans += 1
         self._pending.clear()
-        modules, optimizers = _alive(gc.get_objects())
+        modules, optimizers = _find_alive(gc.get_objects())
         roots = _roots(modules)
         for module in roots:
             self.add(module)
@@ -92,16 +92,16 @@ class ModuleDiscovery:
         self._scan_ns += monotonic_ns() - start
         return self._clock.optimizers_alive
 
-    def glance(self) -> None:
-        """Time the root modules that were made lately."""
+    def search_recent(self) -> None:
+        """Time the root modules constructed since the last search."""
         pending, self._pending = self._pending, []
         found = {id(module): module for ref in pending if (module := ref()) is not None}
         start = monotonic_ns()
-        looks = start >= self._glance_at_ns
+        looks = start >= self._search_at_ns
         if looks:
-            # Added, not gathered into a list: that one would be young too, and hold itself until it is collected.
+            # Not appended to one list: that list would be a young object too, and contain itself until it is collected.
             young = gc.get_objects(generation=0) + gc.get_objects(generation=1)
-            found |= {id(module): module for module in _alive(young)[0]}
+            found |= {id(module): module for module in _find_alive(young)[0]}
 
         new = [module for module in _roots(found.values()) if not self._knows(module)]
         inner = {id(module) for known in self._modules() for module in known.modules()} if new else set()
@@ -111,7 +111,7 @@ class ModuleDiscovery:
 
         if looks:
             end = monotonic_ns()
-            self._glance_at_ns = end + (end - start) * _SHARE
+            self._search_at_ns = end + (end - start) * _SHARE
 
     def add(self, module: Any) -> None:
         """Time one module."""
@@ -122,7 +122,7 @@ class ModuleDiscovery:
         self._on_model(module)
 
     def descend(self) -> None:
-        """No forward is seen: the script may call parts of its model; time those too."""
+        """Time the children of known modules too: without any forward, the script may call them directly."""
         if self._descents >= _MAX_DESCENTS:
             return
 
@@ -148,9 +148,9 @@ class ModuleDiscovery:
         return [module for module in alive if module is not None]
 
 
-def _alive(objects: list[Any]) -> tuple[list[Any], list[Any]]:
-    """The modules and optimizers among some objects."""
-    # `isinstance` would ask an object's `__class__`, which proxies answer with code of theirs.
+def _find_alive(objects: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return the modules and optimizers among some objects."""
+    # `isinstance` would read `__class__`, which runs the code of proxies.
     module_types, optimizer_types = _subclasses(torch.nn.Module), _subclasses(torch.optim.Optimizer)
     wanted = module_types | optimizer_types
     found = list(compress(objects, map(wanted.__contains__, map(type, objects))))
@@ -171,8 +171,8 @@ def _subclasses(kind: type[Any]) -> set[type[Any]]:
 
 
 def _roots(modules: Iterable[Any]) -> list[Any]:
-    """Those with parameters which are no child of another one."""
-    made = [module for module in modules if "_modules" in vars(module)]  # a constructor may be under way
+    """Return the modules with parameters that are not children of another one."""
+    made = [module for module in modules if "_modules" in vars(module)]  # a constructor may still be running
     children = {id(child) for module in made for child in vars(module)["_modules"].values()}
     return [module for module in made if id(module) not in children and _has_parameters(module)]
 
@@ -182,6 +182,6 @@ def _has_parameters(module: Any) -> bool:
 
 
 def _has_any(optimizer: Any, parameters: set[int]) -> bool:
-    """Whether the optimizer is of one of the models; one that is left over from before is not."""
+    """Whether the optimizer has one of the parameters; one left over from earlier models has not."""
     groups = getattr(optimizer, "param_groups", ())
     return any(id(parameter) in parameters for group in groups for parameter in group["params"])

@@ -1,8 +1,8 @@
-"""Keeping torch.compile out of our own functions.
+"""Exclusion of our own functions from torch.compile.
 
-Where a graph of the user breaks, dynamo goes on to compile whatever Python function is called next: that may be a hook.
-It would break more graphs on it, and trace our clock. Frames of ours are marked to be run as they are; functions called
-from a hook, the user's, are compiled as ever. Tracing *through* a timed module is another matter: see `forward`.
+After a graph break dynamo compiles the next Python function that is called, which may be a hook. That would cause more
+graph breaks and trace our clock. So our frames are marked to run uncompiled; the user's functions that a hook calls are
+compiled as usual. For tracing *through* a timed module, see `forward`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 __all__ = ["skip_own_code"]
 
 _PACKAGE = "traceml.instrument."
-# Nothing that these call is the user's: dynamo stays out of all of it.
+# These never call the user's code: dynamo skips everything they call.
 _LEAVES = frozenset(
     f"{_PACKAGE}{name}" for name in ("accumulator", "step_clock", "device", "discovery", "facts", "overhead")
 )
@@ -23,7 +23,7 @@ _LEAF_FUNCTIONS = frozenset({"_guarded"})
 
 
 def skip_own_code() -> None:
-    """Mark all functions of this package that are loaded; does nothing where torch has no such mark."""
+    """Mark all loaded functions of this package; does nothing where torch has no such mark."""
     mark = _marker()
     if mark is None:
         return
@@ -35,7 +35,7 @@ def skip_own_code() -> None:
 
 
 def _marker() -> Callable[[CodeType, bool], None] | None:
-    """Return what marks a code object: it alone, or all that it calls too."""
+    """Return a function that marks a code object: alone, or with everything it calls."""
     frames: Any = sys.modules.get("torch._C._dynamo.eval_frame")
     if hasattr(frames, "set_code_exec_strategy"):
         action = frames._FrameAction

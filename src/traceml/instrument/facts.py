@@ -1,4 +1,4 @@
-"""What the script trains with, said once each: its loaders, models and optimizers."""
+"""Facts about the loaders, models and optimizers of the script."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_FIELDS = 64
 
 
 def loader_facts(loader: Any) -> dict[str, Any]:
-    """Describe a DataLoader, or anything that was given to `trace_data`."""
+    """Describe a DataLoader, or an iterable given to `trace_data`."""
     dataset = getattr(loader, "dataset", None)
     return {
         "kind": "loader",
@@ -29,11 +29,11 @@ def loader_facts(loader: Any) -> dict[str, Any]:
 
 
 def model_facts(module: Any) -> dict[str, Any]:
-    """Describe a model that is timed."""
+    """Describe a timed model."""
     inner = module
     wrapped = None
     compiled = False
-    while True:  # OptimizedModule(DistributedDataParallel(model)) and the like, whatever the order
+    while True:  # OptimizedModule(DistributedDataParallel(model)) and the like, in any order
         name = type(inner).__name__
         compiled = compiled or name == "OptimizedModule"
         wrapped = wrapped or _WRAPPERS.get(name)
@@ -79,12 +79,12 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
 def _length(dataset: Any) -> int | None:
     try:
         return len(dataset)
-    except Exception:  # noqa: BLE001 - the dataset's own code: it has no length that could be told
+    except Exception:  # noqa: BLE001 - the dataset's own code: it has no length
         return None
 
 
 def _in_memory(dataset: Any) -> bool | None:
-    """Whether samples are slices of arrays in memory, so that more workers would not help; None when it is unclear."""
+    """Whether samples are slices of arrays in memory, so that more workers would not help; None if unknown."""
     if dataset is None:
         return None
 

@@ -1,9 +1,8 @@
-"""The outermost calls of models, timed on the instance and outside what torch.compile compiles.
+"""Timing of the outermost calls of models, on the instance and outside of compiled code.
 
-`nn.Module.__call__` looks for a callable in the instance's slot `_compiled_call_impl` first; that is where
-`Module.compile()` puts its result, and where the timer goes. No hook, no subclass, no patched `forward`: type, state
-dict, pickle and deepcopy see nothing, and torch.compile traces through it without a break, as under dynamo it is
- a plain call.
+`nn.Module.__call__` first looks for a callable in the instance's slot `_compiled_call_impl`. `Module.compile()` stores
+its result there, and so do we. There is no hook, subclass or patched `forward`: type, state dict, pickle and deepcopy
+are unchanged, and torch.compile traces through without a graph break, as the timer is a plain call under dynamo.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ __all__ = [
 _SLOT = "_compiled_call_impl"
 _FORWARD, _OPTIMIZER = int(Phase.FORWARD), int(Phase.OPTIMIZER)
 _COPIERS = ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
-_NO_FORWARD = (int(Phase.INPUT_WAIT), _FORWARD, int(Phase.BACKWARD))  # inside these it is part of them
+_NO_FORWARD = (int(Phase.INPUT_WAIT), _FORWARD, int(Phase.BACKWARD))  # a forward inside these is part of them
 is_grad_enabled = torch.is_grad_enabled
 
 
@@ -44,19 +43,20 @@ TimerMaker = Callable[["TimedModule"], Callable[..., Any]]
 
 
 class TimedModule:
-    """What a timer needs of its module; held weakly, so that deleting a module frees it at once."""
+    """A timed module, held weakly so that deleting the module frees it at once."""
 
     __slots__ = ("impl", "inner", "module")
 
     def __init__(self, module: Any, inner: Callable[..., Any] | None) -> None:
         self.module = weakref.ref(module)
-        self.inner = inner  # what was in the slot: the result of Module.compile()
+        self.inner = inner  # previous content of the slot: the result of Module.compile()
         self.impl: Callable[..., Any] = type(module)._call_impl if inner is None else _without_module(inner)
 
 
 class ForwardTimer:
-    """A timer as an object, which copies and pickles as an empty slot: dearer than a function, but safe where a
-    class copies its `__dict__` by itself.
+    """Timer that copies and pickles as an empty slot, for classes that copy their `__dict__` themselves.
+
+    It is slower than a function.
     """
 
     __slots__ = ("call", "timed")
@@ -69,15 +69,15 @@ class ForwardTimer:
         return self.call(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied module is another one: its slot is empty."""
+        """Return None: the slot of a copied module is empty."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """A pickled module has an empty slot."""
+        """Pickle as None: the slot of a pickled module is empty."""
         return type(None), ()
 
 
 def timer_maker(clock: StepClock) -> TimerMaker:
-    """Return what makes a timer of a module, for one clock."""
+    """Return a function that makes timers of modules for a clock."""
     slots, commit, begins, fail = clock.open_slots, clock.commit, clock.forward_begins, clock.fail
     # Cells of the clock.
     current = forward_ns = 0
@@ -92,7 +92,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
                 return impl(module(), *args, **kwargs)
 
             if current != OTHER or not on_training_thread():
-                return _nested(timed, clock, args, kwargs)
+                return _nested_call(timed, clock, args, kwargs)
 
             t = monotonic_ns()
             try:
@@ -103,7 +103,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
 
                 current = _FORWARD
                 slots[_FORWARD] = t
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
                 fail(error)
 
             try:
@@ -120,10 +120,10 @@ def timer_maker(clock: StepClock) -> TimerMaker:
     return make
 
 
-def _nested(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any:
+def _nested_call(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any:
     """Call the module inside another phase, or on another thread."""
     previous = clock.current
-    if previous in _NO_FORWARD or not clock.is_here():
+    if previous in _NO_FORWARD or not clock.is_training_thread():
         return timed.impl(timed.module(), *args, **kwargs)
 
     t = monotonic_ns()
@@ -131,7 +131,7 @@ def _nested(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any
         clock.forward_begins(t, timed.module, trains=is_grad_enabled())
         clock.current = _FORWARD
         clock.open_slots[_FORWARD] = t
-    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
 
     try:
@@ -143,12 +143,12 @@ def _nested(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any
 def timed_forward(
     original: Callable[..., Any], clock: StepClock, module_of: Callable[[Any], Any]
 ) -> Callable[..., Any]:
-    """Return a method of a framework that calls `original` as the outermost call of a model.
+    """Return a framework's method that calls `original` and times it as the outermost call of a model.
 
     Args:
         original: the method.
-        clock: whose time it is.
-        module_of: returns the model, of the method's object.
+        clock: the clock to use.
+        module_of: returns the model of the method's object.
     """
     slots, begins = clock.open_slots, clock.forward_begins
     # Cells of the clock.
@@ -161,7 +161,7 @@ def timed_forward(
         if (
             (previous != OTHER and previous != _OPTIMIZER)
             or is_dynamo_compiling()
-            or not (on_training_thread() or clock.is_here())
+            or not (on_training_thread() or clock.is_training_thread())
         ):
             return original(self, *args, **kwargs)
 
@@ -172,7 +172,7 @@ def timed_forward(
 
             current = _FORWARD
             slots[_FORWARD] = t
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
         try:
@@ -180,7 +180,7 @@ def timed_forward(
         finally:
             spent = monotonic_ns() - t
             forward_ns += spent
-            if previous == _OPTIMIZER:  # Lightning trains in a closure of the optimizer's step
+            if previous == _OPTIMIZER:  # Lightning trains in the optimizer's closure
                 optimizer_ns -= spent
 
             current = previous
@@ -197,7 +197,7 @@ def _without_module(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def is_instrumented(module: Any) -> bool:
-    """Whether a timer stands in the module's slot."""
+    """Whether the module's slot has a timer."""
     return _timed(module) is not None
 
 
@@ -206,13 +206,13 @@ def _timed(module: Any) -> TimedModule | None:
 
 
 def _copies_by_itself(kind: type[Any]) -> bool:
-    """Whether copies and pickles of such modules may pass by `Module.__getstate__`, which leaves the slot out."""
+    """Whether copies and pickles of the class may bypass `Module.__getstate__`, which omits the slot."""
     own = kind.__mro__[: kind.__mro__.index(torch.nn.Module)]
     return any(name in vars(base) for base in own for name in _COPIERS)
 
 
 def instrument_module(module: Any, make: TimerMaker) -> bool:
-    """Time the calls of one module; False when its kind does not allow it."""
+    """Time the calls of one module; return False when its class does not allow it."""
     if is_instrumented(module):
         return True
 
@@ -226,7 +226,7 @@ def instrument_module(module: Any, make: TimerMaker) -> bool:
 
 
 def restore_module(module: Any) -> None:
-    """Put back what was in the module's slot."""
+    """Restore the previous content of the module's slot."""
     timed = _timed(module)
     if timed is None:
         return
@@ -238,11 +238,11 @@ def restore_module(module: Any) -> None:
 
 
 def patch_compile(patches: Patches, make: TimerMaker) -> None:
-    """Keep timing a module that is compiled in place, and keep its replicas from calling the original."""
+    """Keep timing a module after `compile()`, and stop replicas from calling the original."""
     module_type = torch.nn.Module
     compile_in_place, replicate = module_type.compile, module_type._replicate_for_data_parallel
 
-    def compile(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A001 - the name that it stands in for
+    def compile(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: A001 - name of the replaced method
         timed = is_instrumented(self)
         restore_module(self)
         compile_in_place(self, *args, **kwargs)
@@ -252,7 +252,7 @@ def patch_compile(patches: Patches, make: TimerMaker) -> None:
     def replicate_for_data_parallel(self: Any) -> Any:
         replica = replicate(self)
         if is_instrumented(replica):
-            replica.__dict__.pop(_SLOT)  # it would call the module it was copied from
+            replica.__dict__.pop(_SLOT)  # it would call the module that it copies
 
         return replica
 

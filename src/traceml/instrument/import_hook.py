@@ -1,6 +1,7 @@
-"""Acting as soon as a module has been imported, whoever imports it and whenever.
+"""Post-import hook: callbacks that run as soon as a module has been imported.
 
-`traceml run` installs before the script runs: torch is not there yet, and importing it would take the script's choice.
+`traceml run` installs the hooks before the script runs, when torch is not imported yet. Importing it ourselves would
+take that decision from the script.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ __all__ = ["PostImportHook"]
 
 
 class PostImportHook:
-    """A finder that finds nothing itself: it has a callback run when one of some modules has been executed."""
+    """Import finder that finds nothing itself, but runs a callback after the execution of certain modules."""
 
     def __init__(self, callbacks: dict[str, Callable[[], None]]) -> None:
         self._waiting = {name: callback for name, callback in callbacks.items() if name not in sys.modules}
         self._searching = False
 
     def install(self) -> None:
-        """Begin to watch, unless all modules are there already."""
+        """Start watching, unless all modules are already imported."""
         if self._waiting:
             sys.meta_path.insert(0, self)
 
@@ -60,7 +61,7 @@ class PostImportHook:
         return None
 
     def _wrap(self, name: str, loader: Any) -> None:
-        """The loader is this module's own, so an attribute of the instance is enough, and goes after use."""
+        """Wrap the loader's `exec_module`. Each module has its own loader, so an instance attribute is enough."""
         execute = loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
@@ -76,4 +77,4 @@ class PostImportHook:
         try:
             loader.exec_module = exec_module
         except AttributeError:
-            pass  # a loader of C type, shared by many modules: none of torch's is one
+            pass  # a loader written in C, shared by modules: torch has none

@@ -1,4 +1,4 @@
-"""Putting all hooks in place, and taking all of them away."""
+"""Installation and removal of all hooks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
 from traceml.database.schema import Phase
+from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook
 from traceml.instrument.loader import TracedIterable
 from traceml.instrument.patches import Patches
@@ -25,11 +26,11 @@ _log = logging.getLogger("traceml")
 
 
 class Instrumentation:
-    """All hooks of this process. Made by `install`.
+    """All hooks of this process. `install` makes it.
 
     Attributes:
-        clock: the accounts of the open step; `clock.errors` counts internal errors, after one the hooks are off.
-        collectives: names of the functions of torch.distributed that are timed.
+        clock: the clock of the open step; `clock.errors` counts internal errors. After one, the hooks are off.
+        collectives: names of the timed functions of torch.distributed.
     """
 
     def __init__(
@@ -49,27 +50,27 @@ class Instrumentation:
         self._timed: set[tuple[Any, str]] = set()
         self.collectives: list[str] = []
         self.clock = StepClock(flight, self, thread=thread)
-        self._users = UserPhases(self.clock, flight.names)
+        self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
             {
-                "torch": self._torch_is_there,
-                "torch.distributed.checkpoint": self._checkpoint_is_there,
-                "safetensors.torch": self._safetensors_is_there,
+                "torch": self._on_torch_import,
+                "torch.distributed.checkpoint": self._on_checkpoint_import,
+                "safetensors.torch": self._on_safetensors_import,
             }
         )
 
-    # ---- what users call ----
+    # ---- called by users ----
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
-        """Return a context manager for a phase of the user."""
-        return self._users.get(name)
+        """Return a context manager for a user phase."""
+        return self._user_phases.get(name)
 
     def trace_step(self, model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:  # noqa: ARG002
-        """Return a context manager for one training step; the first use turns inference off.
+        """Return a context manager for one training step; the first use turns step detection off.
 
         Args:
-            model: its calls are timed, also if it would not have been found.
-            optimizer: accepted for the reader's sake; all torch optimizers are seen.
+            model: a model to time, if it is not discovered anyway.
+            optimizer: ignored, for readability only; all torch optimizers are timed.
         """
         if model is not None and self._discovery is not None and self._installed:
             self._guarded(lambda: self._discovery.add(model))
@@ -77,32 +78,32 @@ class Instrumentation:
         return StepBlock(self.clock)
 
     def trace_data(self, iterable: Iterable[Any]) -> Any:
-        """Return `iterable` with the waiting for its items timed; it bounds steps as a DataLoader does."""
-        self._guarded(lambda: self._tell_loader(iterable))
+        """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps."""
+        self._guarded(lambda: self._report_loader(iterable))
         return TracedIterable(iterable, self.clock)
 
-    # ---- what integrations call: the hooks go with all others ----
+    # ---- called by integrations; `uninstall` removes these hooks too ----
 
     def time_saving(self, owner: Any, name: str) -> None:
-        """Time the calls of a framework's function as `checkpoint`, where it has such a function."""
+        """Time the calls of a framework's function as `checkpoint`, if it exists."""
         from traceml.instrument.calls import timed_call
 
         number = int(Phase.CHECKPOINT)
         self._guarded(lambda: self._time(owner, name, lambda original: timed_call(original, number, self.clock)))
 
     def time_update(self, owner: Any, name: str) -> None:
-        """Time the calls of a framework's function as a part of `optimizer`, where it has such a function."""
+        """Time the calls of a framework's function as part of `optimizer`, if it exists."""
         from traceml.instrument.optimizer import timed_update
 
         self._guarded(lambda: self._time(owner, name, lambda original: timed_update(original, self.clock)))
 
     def time_forward(self, owner: Any, name: str, module_of: Callable[[Any], Any]) -> None:
-        """Time the calls of a framework's method as those of the model, where it has such a method.
+        """Time the calls of a framework's method as calls of the model, if it exists.
 
         Args:
             owner: the method's class.
             name: its name.
-            module_of: returns the model, of the method's object.
+            module_of: returns the model of the method's object.
         """
         from traceml.instrument.forward import timed_forward
 
@@ -113,16 +114,16 @@ class Instrumentation:
             self._timed.add((owner, name))
             self._patches.wrap(owner, name, timed(vars(owner)[name]))
 
-    # ---- what the recorder calls ----
+    # ---- called by the recorder ----
 
     @property
     def steps(self) -> int:
-        """Training steps done."""
+        """Number of training steps so far."""
         return int(self.clock.rows)
 
     @property
     def errors(self) -> int:
-        """Internal errors so far; after one, timing is off."""
+        """Number of internal errors; after one, timing is off."""
         return self.clock.errors
 
     def hook_ns_per_step(self) -> int:
@@ -130,18 +131,18 @@ class Instrumentation:
         return 0 if self._overhead is None else self._overhead.ns_per_step
 
     def close_open_step(self) -> None:
-        """At shutdown: the open step becomes a row when it has stepped, else it is dropped. Timing ends."""
+        """End timing: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
         if self.clock.thread:
             self._guarded(self.clock.finish)
             if self.clock.device is not None:
                 self._guarded(self.clock.device.drain)
 
     def disable_in_child(self) -> None:
-        """In a forked child: all hooks become plain calls."""
+        """Turn all hooks into plain calls in a forked child."""
         self.clock.stop()
 
     def uninstall(self) -> None:
-        """Put every replaced attribute back."""
+        """Restore every replaced attribute."""
         self._installed = False
         self.clock.stop()
         self._watch.uninstall()
@@ -150,29 +151,29 @@ class Instrumentation:
 
         self._patches.restore()
 
-    # ---- what the clock tells ----
+    # ---- called by the clock ----
 
     def first_backward(self) -> bool:
-        """A backward pass begins for the first time: models and optimizers are all made now."""
-        return self._discovery is None or self._discovery.scan() > 0
+        """Search for models and optimizers, all of which exist at the first backward pass."""
+        return self._discovery is None or self._discovery.search_all() > 0
 
     def new_optimizer(self, optimizer: Any) -> None:
-        """An optimizer steps for the first time."""
+        """Report an optimizer at its first step."""
         from traceml.instrument.facts import optimizer_facts
 
         if len(self.clock.optimizers) > 1:
-            self._discovery.scan()
+            self._discovery.search_all()
 
-        self._tell(optimizer_facts(optimizer))
+        self._report(optimizer_facts(optimizer))
 
     def upkeep(self, forward_ns: int, backwards: int) -> None:
-        """Once in 64 steps: measure what we cost, look for a group, and for models if none is seen."""
+        """Measure the overhead, look for a process group, and for models if none has been called; every 64 steps."""
         clock = self.clock
         if self._overhead is not None:
             self._overhead.measure(3 + max(1, backwards))
 
         if clock.group is None:
-            self._guarded(self._look_for_group)
+            self._guarded(self._find_group)
 
         if backwards and not forward_ns and clock.rows > 1:
             self._guarded(self._discovery.descend)
@@ -180,19 +181,19 @@ class Instrumentation:
     # ---- installing ----
 
     def start(self) -> None:
-        """Instrument what is there, watch for the rest."""
+        """Instrument imported modules, and wait for the import of the others."""
         if "torch" in sys.modules and hasattr(sys.modules["torch"], "compiler"):
-            self._torch_is_there()
+            self._on_torch_import()
 
         if "torch.distributed.checkpoint" in sys.modules:
-            self._checkpoint_is_there()
+            self._on_checkpoint_import()
 
         if "safetensors.torch" in sys.modules:
-            self._safetensors_is_there()
+            self._on_safetensors_import()
 
         self._watch.install()
 
-    def _torch_is_there(self) -> None:
+    def _on_torch_import(self) -> None:
         self._guarded(self._patch_torch)
 
     def _patch_torch(self) -> None:
@@ -212,12 +213,12 @@ class Instrumentation:
             patch_optimizer_type(patches, clock, kind)
 
         self._discovery = ModuleDiscovery(
-            clock, timer, self._tell_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
+            clock, timer, self._report_model, lambda optimizer: patch_optimizer(patches, clock, optimizer)
         )
         patch_compile(patches, timer)
         patch_backward(patches, clock)
         patch_grad_scaler(patches, clock)
-        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._discovery.glance))
+        patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._discovery.search_recent))
         calls.patch_checkpoint(patches, clock)
         self._patch_distributed()
         self._watch_constructors(on_optimizer_type)
@@ -226,7 +227,7 @@ class Instrumentation:
 
         self._measure_overhead()
         skip_own_code()
-        self._discovery.scan()
+        self._discovery.search_all()
 
     def _patch_distributed(self) -> None:
         from traceml.instrument import calls
@@ -237,14 +238,14 @@ class Instrumentation:
 
         self.collectives = calls.patch_collectives(self._patches, self.clock)
         c10d = sys.modules["torch.distributed.distributed_c10d"]
-        for name, after in (("init_process_group", self._look_for_group), ("destroy_process_group", self._drop_group)):
+        for name, after in (("init_process_group", self._find_group), ("destroy_process_group", self._drop_group)):
             original = getattr(c10d, name)
             wrapper = self._then(original, after)
             for module in (c10d, distributed):
                 if getattr(module, name, None) is original:
                     self._patches.wrap(module, name, wrapper)
 
-        self._look_for_group()
+        self._find_group()
 
     def _patch_device(self) -> None:
         from traceml.instrument import calls
@@ -263,15 +264,15 @@ class Instrumentation:
             self.clock.use_device(device, DeviceMarkingSlots(self.clock, device))
 
     def _watch_constructors(self, on_optimizer_type: Callable[[type[Any]], None]) -> None:
-        """An optimizer is made when the model is, and before it is first called: look for models then."""
+        """Search for models when an optimizer is created: the model exists then, and has not been called."""
         optimizer_type = sys.modules["torch"].optim.Optimizer
         original = optimizer_type.__init__
 
-        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - the name that it stands in for
+        def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
             original(optimizer, *args, **kwargs)
             self._guarded(lambda: on_optimizer_type(type(optimizer)))
             if self.clock.thread == get_ident():
-                self._guarded(self._discovery.glance)
+                self._guarded(self._discovery.search_recent)
 
         self._patches.wrap(optimizer_type, "__init__", __init__)
 
@@ -281,19 +282,19 @@ class Instrumentation:
 
         self._overhead = HookOverhead(timed_backward)
 
-    def _checkpoint_is_there(self) -> None:
+    def _on_checkpoint_import(self) -> None:
         from traceml.instrument.calls import patch_distributed_checkpoint
 
         self._guarded(lambda: patch_distributed_checkpoint(self._patches, self.clock))
 
-    def _safetensors_is_there(self) -> None:
+    def _on_safetensors_import(self) -> None:
         from traceml.instrument.calls import patch_safetensors
 
         self._guarded(lambda: patch_safetensors(self._patches, self.clock))
 
     # ---- groups ----
 
-    def _look_for_group(self) -> None:
+    def _find_group(self) -> None:
         distributed: Any = sys.modules.get("torch.distributed")
         clock = self.clock
         if clock.group is not None or distributed is None or not distributed.is_available():
@@ -305,9 +306,9 @@ class Instrumentation:
         group = distributed.group.WORLD
         clock.group = group
         if distributed.get_world_size() > 1:
-            clock.extras = clock.special = clock.dirty = clock.detail = True
-            # Private, hence optional; on a group that was never used it raises until the first collective.
-            clock.sequence = _quiet(getattr(group, "_get_sequence_number_for_group", None))
+            clock.extras = clock.slow_commits = clock.dirty = clock.detail = True
+            # Private, so optional; it raises until the first collective of the group.
+            clock.sequence = _without_errors(getattr(group, "_get_sequence_number_for_group", None))
 
         if self._on_group is not None:
             self._on_group()
@@ -315,7 +316,7 @@ class Instrumentation:
     def _drop_group(self) -> None:
         self.clock.group = self.clock.sequence = None
         self.clock.extras = self.clock.device is not None
-        self.clock.detail = self.clock.extras or self.clock.fresh
+        self.clock.detail = self.clock.extras or self.clock.awaits_backward
 
     def _then(self, original: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -330,39 +331,39 @@ class Instrumentation:
     # ---- facts ----
 
     def _new_loader(self, loader: Any) -> None:
-        self._guarded(lambda: self._tell_loader(loader))
+        self._guarded(lambda: self._report_loader(loader))
 
-    def _tell_loader(self, loader: Any) -> None:
+    def _report_loader(self, loader: Any) -> None:
         from traceml.instrument.facts import loader_facts
 
-        self._tell(loader_facts(loader))
+        self._report(loader_facts(loader))
 
-    def _tell_model(self, module: Any) -> None:
+    def _report_model(self, module: Any) -> None:
         from traceml.instrument.facts import model_facts
 
-        self._tell(model_facts(module))
+        self._report(model_facts(module))
 
-    def _tell(self, info: Info) -> None:
+    def _report(self, info: Info) -> None:
         if self._on_info is not None:
             self._on_info(info | {"t_ns": monotonic_ns()})
 
     def _guarded(self, action: Callable[[], Any]) -> None:
-        """Do something rare of ours; a failure is said and counted, and the rest goes on."""
-        try:
+        """Run a rare action; on failure log and count it, and continue without it."""
+        with fail_open(_log, "instrument", "a part of the instrumentation failed and is skipped"):
             action()
-        except Exception as error:  # noqa: BLE001 - fail open
-            self.clock.errors += 1
-            _log.warning("a part of the instrumentation failed and is left out: %r", error, exc_info=error)
+            return
+
+        self.clock.errors += 1
 
 
-def _quiet(read: Callable[[], int] | None) -> Callable[[], int] | None:
+def _without_errors(read: Callable[[], int] | None) -> Callable[[], int] | None:
     if read is None:
         return None
 
     def number() -> int:
         try:
             return read()
-        except RuntimeError:  # the group is gone, or its backend does not count
+        except RuntimeError:  # the group is destroyed, or its backend has no counter
             return 0
 
     return number
@@ -375,16 +376,16 @@ def install(
     on_group: Callable[[], None] | None = None,
     device_types: frozenset[str] | None = None,
 ) -> Instrumentation:
-    """Put all hooks in place.
+    """Install all hooks.
 
     Args:
-        flight: where rows and open phases go.
-        on_info: is told facts of loaders, models and optimizers, once each, as maps with `kind` and `t_ns`.
-        on_group: is called when a process group is there, on the training thread.
+        flight: receives rows and open phases.
+        on_info: called with facts about each loader, model and optimizer: maps with `kind` and `t_ns`.
+        on_group: called on the training thread when a process group exists.
         device_types: copies to these devices are `h2d`; None: this machine's accelerator.
 
     Returns:
-        The handle by which they are used and removed.
+        The handle for using and removing the hooks.
     """
     instrumentation = Instrumentation(flight, on_info, on_group, device_types, get_ident())
     instrumentation.start()

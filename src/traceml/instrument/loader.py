@@ -1,4 +1,4 @@
-"""Waiting for batches: torch's DataLoader, and any other iterable that the user hands over."""
+"""Timing of waits for batches: torch's DataLoader, and iterables given to `trace_data`."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ _INPUT_WAIT = int(Phase.INPUT_WAIT)
 
 
 class LoaderToken:
-    """Stands for one loader in the clock, which must keep none alive."""
+    """Token for a loader in the clock, which must not keep the loader alive."""
 
     __slots__ = ()
 
 
-Began = tuple[int, int]  # the phase to go back to, and when the wait began
+Began = tuple[int, int]  # the enclosing phase, and the start of the wait
 Begin = Callable[[Any], Began | None]
 End = Callable[[Began, Any, bool | None], None]
 
 
 def timed_wait(clock: StepClock) -> tuple[Begin, End]:
-    """Return what begins and what ends a wait for a batch, for loaders of torch and others.
+    """Return functions that begin and end a wait for a batch.
 
-    The first takes the loader's token, and returns what the second needs, or None when the wait does not count here.
-    The second takes that, the token, and how the wait ended: a batch came, none is left (False), or only the iterator
-    was made (None).
+    The first takes the loader's token. It returns a value for the second, or None when the wait does not count here.
+    The second takes that value, the token, and the result: a batch (True), no batch left (False), or only the iterator
+    was created (None).
     """
     slots, fail, commit, boundary = clock.open_slots, clock.fail, clock.commit, clock.boundary
     # Cells of the clock.
@@ -59,14 +59,14 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
 
             current = _INPUT_WAIT
             slots[_INPUT_WAIT] = t
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             fail(error)
 
         return previous, t
 
     def nested() -> Began | None:
-        """Batches fetched inside another phase bound no step."""
-        if not clock.is_here():
+        """Begin a wait inside another phase, which does not end a step."""
+        if not clock.is_training_thread():
             return None
 
         previous = clock.enter(_INPUT_WAIT)
@@ -91,7 +91,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
                         first_loader = loader
             elif got is False:
                 clock.exhausted(loader)
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             fail(error)
 
     return clock.bind(begin), clock.bind(end)
@@ -103,19 +103,19 @@ def patch_loaders(
     """Time DataLoader's iterators.
 
     Args:
-        patches: where the originals are kept.
-        clock: whose time it is.
-        on_loader: called with each loader when its first iterator is made.
-        on_iterator: called when an iterator was made, in no phase: a model that is new may be called on its batches.
+        patches: keeps the originals.
+        clock: the clock to use.
+        on_loader: called with each loader when its first iterator is created.
+        on_iterator: called outside all phases after an iterator was created: a new model may run on its batches.
     """
     from torch.utils.data import dataloader
 
     iterator_type: Any = dataloader._BaseDataLoaderIter
     original_next, original_iter = iterator_type.__next__, dataloader.DataLoader.__iter__
     begin, end = timed_wait(clock)
-    tokens = _Tokens(on_loader)
+    tokens = _LoaderTokens(on_loader)
 
-    def __next__(self: Any) -> Any:  # noqa: N807 - the name that it stands in for
+    def __next__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
         loader = self._traceml_loader
         began = begin(loader)
         if began is None:
@@ -129,8 +129,8 @@ def patch_loaders(
         finally:
             end(began, loader, got)
 
-    def __iter__(self: Any) -> Any:  # noqa: N807 - the name that it stands in for
-        if not clock.is_here() or clock.current == _INPUT_WAIT:
+    def __iter__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
+        if not clock.is_training_thread() or clock.current == _INPUT_WAIT:
             return original_iter(self)
 
         loader = tokens.of(self)
@@ -145,7 +145,7 @@ def patch_loaders(
         try:
             setattr(iterator, _TAG, loader)
         except AttributeError:
-            pass  # a subclass returns an iterator of its own kind: it is not timed by us
+            pass  # the iterator of a subclass has no such attribute: it is not timed
 
         return iterator
 
@@ -154,28 +154,28 @@ def patch_loaders(
     patches.wrap(dataloader.DataLoader, "__iter__", __iter__)
 
 
-class _Tokens:
-    """One token per loader for as long as the loader lives."""
+class _LoaderTokens:
+    """One token per loader, for the lifetime of the loader."""
 
     def __init__(self, on_loader: Callable[[Any], None]) -> None:
         self._on_loader = on_loader
         self._tokens: weakref.WeakKeyDictionary[Any, LoaderToken] = weakref.WeakKeyDictionary()
 
     def of(self, loader: Any) -> LoaderToken:
-        """Return the loader's token; make the loader known at first sight."""
+        """Return the loader's token; report the loader the first time."""
         try:
             token = self._tokens.get(loader)
             if token is None:
                 token = self._tokens[loader] = LoaderToken()
                 self._on_loader(loader)
-        except TypeError:  # a subclass that cannot be hashed: each of its iterators counts as another loader
+        except TypeError:  # unhashable subclass: each iterator counts as another loader
             token = LoaderToken()
 
         return token
 
 
 class TracedIterable(Generic[T]):
-    """An iterable whose items are waited for: `input_wait`, and it bounds steps as a DataLoader does."""
+    """Iterable with timed waits for its items. Like a DataLoader, it separates steps."""
 
     def __init__(self, iterable: Iterable[T], clock: StepClock) -> None:
         self._iterable = iterable
@@ -198,7 +198,7 @@ class TracedIterable(Generic[T]):
         return len(self._iterable)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
-        # A loader has attributes that scripts use: `dataset`, `sampler.set_epoch(...)`.
+        # Scripts use attributes of loaders: `dataset`, `sampler.set_epoch(...)`.
         return getattr(self._iterable, name)
 
 

@@ -1,8 +1,7 @@
-"""Optimizer steps: the outermost attempt, whatever is nested in it, and those that GradScaler skips.
+"""Timing of optimizer steps: outermost attempts, including those that GradScaler skips.
 
-The `step` of each optimizer class that is in use is replaced. (torch's global step hooks would do, but cost 1 us more
-per step, and none is called after a `step` that raised.) Steps inside a step, of ZeRO's inner optimizer or by
-`super().step()`, belong to the outermost one.
+We replace the `step` of each optimizer class in use. (torch's global step hooks cost 1 us more per step, and none runs
+after a `step` that raised.) Nested steps, of ZeRO's inner optimizer or by `super().step()`, are part of the outermost.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from traceml.instrument.step_clock import StepClock
 
 __all__ = ["is_wrapper", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step", "timed_update"]
 
-# Their optimizers hold the user's, and step it or (between two steps of accumulated gradients) leave it alone.
+# Their optimizers wrap the user's. They step it, or skip it while gradients accumulate.
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
 _INPUT_WAIT, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
 
 def is_wrapper(kind: type[Any]) -> bool:
-    """Whether optimizers of this class are a framework's, around the one that counts."""
+    """Whether this class is a framework's wrapper around another optimizer."""
     owner = _owner(kind)
     return owner is not None and owner.__module__.partition(".")[0] in _FRAMEWORKS
 
@@ -56,7 +55,7 @@ def patch_optimizer_type(patches: Patches, clock: StepClock, kind: type[Any]) ->
 def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     """Time the steps of an optimizer that is alive.
 
-    An LR scheduler gives its optimizer a `step` of its own, which calls the class's as it was then.
+    An LR scheduler gives its optimizer an instance attribute `step` that calls the class's `step` of that time.
     """
     patch_optimizer_type(patches, clock, type(optimizer))
     own = vars(optimizer).get("step")
@@ -69,7 +68,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     def step(*args: Any, **kwargs: Any) -> Any:
         return timed(ref(), *args, **kwargs)
 
-    functools.update_wrapper(step, own)  # also the mark by which schedulers know that it is theirs
+    functools.update_wrapper(step, own)  # copies the attribute by which schedulers recognize their wrapper
     step._traceml_clock = clock  # type: ignore[attr-defined]
     optimizer.step = step
 
@@ -82,7 +81,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
-    """Return a method that calls `original` as an optimizer attempt."""
+    """Return a method that calls `original` and times it as an optimizer attempt."""
     slots = clock.open_slots
     # Cells of the clock.
     current = optimizer_ns = attempt = last_optimizer = 0
@@ -104,7 +103,7 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
             or first_loader is not usual_loader
             or not on_training_thread()
         ):
-            return _careful(original, clock, self, args, kwargs)
+            return _slow_path(original, clock, self, args, kwargs)
 
         t = monotonic_ns()
         current = _OPTIMIZER
@@ -122,14 +121,14 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
 
 
 def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
-    """Return a function that calls `original` as work on the update that is no attempt: clipping, for example."""
+    """Return a function that calls `original` and times it as optimizer work without an attempt, such as clipping."""
     slots = clock.open_slots
     # Cells of the clock.
     current = optimizer_ns = 0
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal current, optimizer_ns
-        if current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_here()):
+        if current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_training_thread()):
             return original(*args, **kwargs)
 
         t = monotonic_ns()
@@ -145,9 +144,9 @@ def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[...
     return clock.bind(call)
 
 
-def _careful(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
-    """A step that may mean something else than in the loop before."""
-    if clock.current == _INPUT_WAIT or not clock.is_here():
+def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
+    """Run an optimizer step that differs from the usual loop."""
+    if clock.current == _INPUT_WAIT or not clock.is_training_thread():
         return original(optimizer, *args, **kwargs)
 
     if clock.depth or clock.current == _OPTIMIZER:
@@ -166,13 +165,13 @@ def _careful(original: Callable[..., Any], clock: StepClock, optimizer: Any, arg
 
 
 def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
-    """Count `GradScaler.step` as an attempt, also when it leaves the optimizer alone because of inf or nan."""
+    """Count `GradScaler.step` as an attempt, also when it skips the optimizer because of inf or nan."""
     from torch.amp.grad_scaler import GradScaler
 
     original = GradScaler.step
 
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or not clock.is_here() or clock.current == _INPUT_WAIT or clock.depth:
+        if is_dynamo_compiling() or not clock.is_training_thread() or clock.current == _INPUT_WAIT or clock.depth:
             return original(self, optimizer, *args, **kwargs)
 
         start = monotonic_ns()
@@ -195,7 +194,7 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
 def _begin(clock: StepClock, optimizer: Any, start: int) -> int:
     try:
         return clock.begin_attempt(optimizer, start)
-    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
         return OTHER
 
@@ -203,5 +202,5 @@ def _begin(clock: StepClock, optimizer: Any, start: int) -> int:
 def _end(clock: StepClock, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
     try:
         clock.end_attempt(optimizer, previous, start, failed=failed)
-    except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)

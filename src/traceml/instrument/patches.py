@@ -1,4 +1,4 @@
-"""Attributes of other packages that we replaced, and how each gets its original object back."""
+"""Reversible replacement of attributes of other packages."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class Patches:
         self._undo: list[Callable[[], None]] = []
 
     def wrap(self, owner: Any, name: str, wrapper: Any) -> None:
-        """Replace `owner.name` by a function that stands in for it; it takes over the original's name and docstring."""
+        """Replace `owner.name` by a function; the function takes over the original's name and docstring."""
         functools.update_wrapper(wrapper, getattr(owner, name))
         self.replace(owner, name, wrapper)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set `owner.name`, and remember what was there: in the owner itself, not what it inherits."""
+        """Set `owner.name`; remember the owner's own attribute, not an inherited one."""
         before = vars(owner).get(name, _ABSENT)
         setattr(owner, name, value)
 
         def undo() -> None:
             if vars(owner).get(name) is not value:
-                return  # someone replaced it after us: theirs calls ours, which passes through
+                return  # replaced again after us: the newer function calls ours, which passes through
 
             if before is _ABSENT:
                 delattr(owner, name)
@@ -39,10 +39,10 @@ class Patches:
         self._undo.append(undo)
 
     def on_undo(self, undo: Callable[[], None]) -> None:
-        """Do this too when all is undone."""
+        """Register a further function for `restore`."""
         self._undo.append(undo)
 
     def restore(self) -> None:
-        """Put everything back."""
+        """Restore all originals."""
         while self._undo:
             self._undo.pop()()

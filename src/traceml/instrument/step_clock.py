@@ -1,10 +1,10 @@
-"""Where one step ends and the next begins: the state machine behind all hooks.
+"""State machine behind all hooks: it decides where a step ends and the next begins.
 
-A step is cut into *segments*, which begin where a data loader is asked for something. What a segment was (training,
-evaluation, the next step already) is often known only later; so the clock keeps the accounts as they stood at the last
-cut (`snap`), and can still give the time after it to whom it belongs.
+A step is cut into *segments*, which begin at each request to a data loader. The kind of a segment (training,
+evaluation, or already the next step) is often known only later. So the clock keeps the buckets of the last cut
+(`snap`), and can still assign the time after it to the right step.
 
-The rules, and the loops that they were checked on, are told in `docs/steps.md`.
+`docs/steps.md` has the rules.
 """
 
 from __future__ import annotations
@@ -30,72 +30,72 @@ if TYPE_CHECKING:
 
 __all__ = ["FUSED", "StepClock"]
 
-BACKWARD, OPTIMIZER, CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
-FUSED = 1  # stands for all optimizers that step inside backward; no object has this id
+_BACKWARD, _OPTIMIZER, _CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
+FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
-_SAMPLED_MASK = 3  # what costs more than the budget is measured on every 4th step
-_SLOW_STEP_NS = 2_000_000  # ... and on every step when they are this long
-_HELD_BATCHES = 64  # so many backward passes without any optimizer step: there is none
+_SAMPLED_MASK = 3  # expensive measurements run on every 4th step
+_SLOW_STEP_NS = 2_000_000  # ... and on every step when steps are this long
+_HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
 class StepClock(StepAccumulator):
-    """An accumulator that knows where a step ends."""
+    """Accumulator that decides where a step ends."""
 
-    last_optimizer = CellField()  # id of the one that stepped last
-    usual = CellField()  # what closes a step after its optimizer step ...
-    usual_loader = CellField()  # ... when this is its first loader, and nothing else is special
+    last_optimizer = CellField()  # id of the optimizer that stepped last
+    usual = CellField()  # `closes_at` after the optimizer step ...
+    usual_loader = CellField()  # ... of a step whose first loader is this one, and that has nothing unusual
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
-        self.open = False  # a step has begun, ever
+        self.open = False  # the first step has begun
         self.explicit = False  # trace_step() bounds the steps
         self.blocks = 0  # nested trace_step() blocks
-        self.fresh = True  # no backward pass was seen yet
-        self.cut_on_step = True  # without a loader: keep the accounts as they are when an optimizer step ends
+        self.awaits_backward = True  # no backward pass has run yet
+        self.cut_on_step = True  # without a loader: cut when an optimizer step ends
         self.anchor: Any = None  # the loader whose batches are trained on
-        self.origin: Any = None  # the loader that was asked where this segment began
-        self.drained: Any = None  # the loader that had no more batches: one may have been fetched ahead, to be used yet
-        self.fetched_ahead = False  # the loader had given this step's batch before it said that it has no more
-        self.inferred = False  # there is no optimizer: batches bound the steps
-        self.optimizers: set[int] = set()  # ids of all that ever stepped
+        self.segment_loader: Any = None  # the loader whose request began this segment
+        self.exhausted_loader: Any = None  # its last batch may have been prefetched
+        self.fetched_ahead = False  # this step's batch came before the end of its loader
+        self.inferred = False  # there is no optimizer: batches are the steps
+        self.optimizers: set[int] = set()  # ids of all that have stepped
         self.optimizers_alive = 0
         self.fuses = False  # optimizers step inside backward
-        self.depth = 0  # 1 inside an optimizer step that needs care
-        self.inner_steps = 0  # optimizer steps inside the one that counts
-        self.unclaimed: list[tuple[int, list[int], int]] = []  # where batches ended before any optimizer step
+        self.depth = 0  # 1 inside an optimizer step on the slow path
+        self.inner_steps = 0  # optimizer steps inside the outermost one
+        self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
         self.last_optimizer = 0
         self.usual = self.usual_loader = NOWHERE
         self.closes_at = ASK  # a training forward may open the first step
 
     def boundary(self, t: int, loader: Any) -> None:
-        """A loader is asked for something: decide what the segment that ends here was.
+        """Handle a request to a loader: decide what kind of segment ends here.
 
-        The training loop over one loader does not come here: its steps close by `closes_at`.
+        A training loop over one loader does not call this: its steps close by `closes_at`.
         """
         if not self.open:
             self._begin(t)
-            self.origin = loader
+            self.segment_loader = loader
             return
 
         idle = self._is_idle() and (self.pending or not self.attempt)
-        if idle and loader is self.origin:
-            return  # its iterator was made, or its last batch was skipped: all of it is one wait
+        if idle and loader is self.segment_loader:
+            return  # after the creation of its iterator, or a skipped batch: one single wait
 
         if self._is_evaluation():
             self._discard(t, batches=1, evaluating=True)
         elif idle and self.evaluating:
-            self._discard(t, batches=0, evaluating=False)  # what followed the last evaluation batch
+            self._discard(t, batches=0, evaluating=False)  # the time after the last evaluation batch
         elif self.pending and loader is not self.anchor:
-            return  # still unknown: the next step already, or another part of this one
+            return  # still unknown: already the next step, or part of this one
 
-        self.origin = loader
+        self.segment_loader = loader
         if not self.explicit:
-            self._settle(t, loader)
+            self._end_segment(t, loader)
         elif not self.blocks:
             self._cut(t)
 
-    def _settle(self, t: int, loader: Any) -> None:
+    def _end_segment(self, t: int, loader: Any) -> None:
         if self.anchor is None and self.backwards:
             self.anchor = self.first_loader
 
@@ -107,13 +107,13 @@ class StepClock(StepAccumulator):
             self._close_prefix()
 
         if not self.optimizers and self.backwards and not self.inferred:
-            self._hold(t)
+            self._hold_batch(t)
 
         if self.seg_start != t:
             self._cut(t)
 
     def _training_forward(self, t: int) -> None:
-        """Without a loader this may begin a step."""
+        """Handle a training forward, which may begin a step without a loader."""
         if not self.open:
             self._begin(t)
         elif self.evaluating and self.batch is None and self._is_idle():
@@ -121,12 +121,12 @@ class StepClock(StepAccumulator):
             if self.pending and self.anchor is None:
                 self._close_prefix()
         elif self.attempt and (self.first_loader is None or self.fetched_ahead) and not self.explicit:
-            self.cut_on_step = False  # forwards bound the steps here: no need to keep the end of the optimizer step
+            self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
             self.commit(t)
 
     def exhausted(self, loader: Any) -> None:
-        """A loader had no more batches: what follows may be training without one, or on a batch fetched ahead."""
-        self.drained = loader
+        """Handle the end of a loader: training may continue without it, or on a prefetched batch."""
+        self.exhausted_loader = loader
         self.evaluated = False
         if self.batches and not self.backwards:
             self.batches += 1
@@ -135,14 +135,14 @@ class StepClock(StepAccumulator):
             self.closes_at = ASK
 
     def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
-        """A forward begins inside another phase, or while it is not known what the segment is.
+        """Handle a forward inside another phase, or in a segment of unknown kind.
 
         Args:
-            t: when.
-            module: a weak reference to the module that is called.
-            trains: whether gradients are on.
+            t: monotonic time in ns.
+            module: weak reference to the called module.
+            trains: whether gradients are enabled.
         """
-        in_closure = self.depth or self.current == OPTIMIZER  # of the optimizer's step: no step begins there
+        in_closure = self.depth or self.current == _OPTIMIZER  # inside an optimizer step: no step begins here
         if self.closes_at is ON_FORWARD and not in_closure:
             self.commit(t)
         elif self.closes_at is ASK:
@@ -156,41 +156,41 @@ class StepClock(StepAccumulator):
             self.trained = module
 
     def begin_attempt(self, optimizer: Any, t: int) -> int:
-        """An outermost optimizer attempt begins; return the phase to go back to."""
+        """Begin an outermost optimizer attempt; return the enclosing phase."""
         previous: int = self.current
         ident = id(optimizer)
         if not self.open:
             self._begin(t)
 
         if ident != self.last_optimizer:
-            self.meet(optimizer)
+            self.register_optimizer(optimizer)
 
-        if previous == BACKWARD:  # all that step inside one backward pass count as one attempt, when it has ended
+        if previous == _BACKWARD:  # all attempts inside one backward pass count as one, after it
             self.fused = self.fuses = self.dirty = self.detail = True
         elif self.attempt:
-            self.attempted_again(ident, t)
+            self.repeat_attempt(ident, t)
 
         self.inner_steps = 0
         self.depth = 1
-        self.current = OPTIMIZER
-        self.open_slots[OPTIMIZER] = t
+        self.current = _OPTIMIZER
+        self.open_slots[_OPTIMIZER] = t
         return previous
 
     def end_attempt(self, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
-        """It ended; one that raised is none."""
+        """End an attempt; one that raised does not count."""
         self.depth = 0
-        self.leave(OPTIMIZER, previous, start)
-        if previous != BACKWARD and not failed:
+        self.leave(_OPTIMIZER, previous, start)
+        if previous != _BACKWARD and not failed:
             self.after_step(monotonic_ns(), id(optimizer))
 
-    def attempted_again(self, ident: int, t: int) -> None:
-        """An optimizer steps while the open step has stepped already: is this another step?"""
-        self.closes_at = NOWHERE  # and no forward in a closure of it closes one
+    def repeat_attempt(self, ident: int, t: int) -> None:
+        """Handle an attempt in a step that has one already: it may begin another step."""
+        self.closes_at = NOWHERE  # and no forward in the optimizer's closure closes a step
         known = ident == self.attempt or ident in self.attempts
         if self.pending:
             if known:
                 if self.batch is not None:
-                    self._anchor_at(self.batch)  # a new loader took the place of the last one
+                    self._anchor_at(self.batch)  # a new loader replaced the last one
 
                 self._close_prefix()
             else:
@@ -201,7 +201,7 @@ class StepClock(StepAccumulator):
             self.commit(t)
 
     def after_step(self, t: int, ident: int) -> None:
-        """An optimizer attempt ended: from here on the step may close."""
+        """Handle the end of an attempt: the step may close from here on."""
         if not self.open:
             self._begin(t)
 
@@ -214,7 +214,7 @@ class StepClock(StepAccumulator):
         if self.explicit:
             return
 
-        drained, self.drained = self.drained, None
+        drained, self.exhausted_loader = self.exhausted_loader, None
         if self.first_loader is None:
             if self.anchor is not None and drained is self.anchor:
                 self._was_fetched_ahead(ident)
@@ -230,7 +230,7 @@ class StepClock(StepAccumulator):
         self.usual_loader = self.first_loader
 
     def _expect_forward(self, t: int, ident: int) -> None:
-        """No loader took part: the next training forward closes the step, or an optimizer that steps again."""
+        """Wait, without a loader, for the next training forward or a repeated attempt to close the step."""
         several = self._may_step_again(ident)
         if several or self.cut_on_step:
             self._cut(t)
@@ -244,14 +244,14 @@ class StepClock(StepAccumulator):
             self.usual_loader = None
 
     def _was_fetched_ahead(self, ident: int) -> None:
-        """The anchor had no more batches, and here one was trained on: accelerate's loaders ask for one ahead."""
+        """Handle a step on a prefetched batch after the end of the anchor, as accelerate's loaders do."""
         self.first_loader = self.anchor
         self.dirty = True
         self.fetched_ahead = not self._may_step_again(ident)
         self.closes_at = ASK if self.fetched_ahead else self.anchor
 
     def _may_step_again(self, ident: int) -> bool:
-        """Whether another optimizer may step in this step."""
+        """Whether another optimizer may follow in this step."""
         return ident != FUSED and (len(self.optimizers) > 1 or self.optimizers_alive > 1)
 
     def _anchor_at(self, loader: Any) -> None:
@@ -259,11 +259,11 @@ class StepClock(StepAccumulator):
         self.usual_loader = NOWHERE
 
     def after_backward(self, t: int) -> None:
-        """A backward pass ended that needed care: see whether it was a step by itself."""
+        """Handle the end of a backward pass on the slow path: it may be a step by itself."""
         if self.fused:
             self.fused = False
             if self.attempt:
-                self.attempted_again(FUSED, t)
+                self.repeat_attempt(FUSED, t)
 
             self.after_step(t, FUSED)
         elif self.inferred:
@@ -271,21 +271,21 @@ class StepClock(StepAccumulator):
             self.dirty = True
             self.after_step(t, FUSED)
         elif not self.optimizers and self.first_loader is None and self.open and not self.explicit:
-            self._hold(t)
+            self._hold_batch(t)
 
     def is_detailed(self, step: int) -> bool:
         """Whether own backward and device time of a step are measured.
 
-        By its number, hence the same steps on all ranks; every step once they are long enough not to notice.
+        It depends on the step's number, so all ranks measure the same steps; long steps are all measured.
         """
         return self.extras and (self.mean_ns > _SLOW_STEP_NS or not step & _SAMPLED_MASK)
 
-    def plan(self) -> None:
-        """Decide whether backward passes need care."""
-        self.detail = self.fresh or self.fuses or not self.optimizers or self.is_detailed(self.rows)
+    def plan_detail(self) -> None:
+        """Decide whether backward passes take the slow path."""
+        self.detail = self.awaits_backward or self.fuses or not self.optimizers or self.is_detailed(self.rows)
 
-    def meet(self, optimizer: Any) -> None:
-        """An optimizer begins a step and is not the one that did so last."""
+    def register_optimizer(self, optimizer: Any) -> None:
+        """Note an optimizer that is not the one of the last step."""
         ident = id(optimizer)
         self.last_optimizer = ident
         if ident in self.optimizers:
@@ -294,13 +294,13 @@ class StepClock(StepAccumulator):
         self.optimizers.add(ident)
         self.inferred = False
         self.usual_loader = NOWHERE
-        self.unclaimed.clear()
-        self.plan()
+        self.unmatched_batches.clear()
+        self.plan_detail()
         self.listener.new_optimizer(optimizer)
 
     def first_backward_begins(self) -> None:
-        """Find the models before their gradients are there, and whether there is an optimizer to wait for."""
-        self.fresh = False
+        """Find models and optimizers before the first gradients exist."""
+        self.awaits_backward = False
         alive = self.listener.first_backward()
         if not alive and not self.optimizers:
             self.inferred = True
@@ -308,23 +308,23 @@ class StepClock(StepAccumulator):
         if not self.open:
             self._begin(monotonic_ns())
 
-    def adopt_thread(self) -> bool:
-        """A backward pass begins on another thread: that one trains, unless this one has done so already."""
-        if not self.fresh or not self.thread:
+    def claim_thread(self) -> bool:
+        """Make the current thread, which runs a backward pass, the training thread, unless another one has trained."""
+        if not self.awaits_backward or not self.thread:
             return False
 
         self.thread = get_ident()
         self.current = OTHER
-        return self.is_here()
+        return self.is_training_thread()
 
     def begin_block(self) -> None:
-        """A trace_step() block begins; the first one turns inference off."""
+        """Begin a trace_step() block; the first one turns step detection off."""
         self.blocks += 1
         if self.blocks > 1:
             return
 
         t = monotonic_ns()
-        self.settle(t)
+        self.book_user_phases(t)
         if not self.explicit:
             if self.pending:
                 self._close_prefix()
@@ -341,21 +341,21 @@ class StepClock(StepAccumulator):
             self._flush_evals(self.rows)
 
     def end_block(self, *, failed: bool) -> None:
-        """A trace_step() block ends; one that raised is no step, and its time belongs to the next."""
+        """End a trace_step() block. After an exception it is not a step, and its time belongs to the next one."""
         self.blocks -= 1
         if self.blocks or failed:
             return
 
         t = monotonic_ns()
-        self.settle(t)
+        self.book_user_phases(t)
         self.flags |= _EXPLICIT
         self.dirty = True
         self.commit(t)
 
     def finish(self) -> None:
-        """Training ends: the open step is a row when it has stepped, else it is dropped."""
+        """End training: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
         t = monotonic_ns()
-        self.settle(t)
+        self.book_user_phases(t)
         if self.open and not self.explicit:
             if self._is_evaluation():
                 self._discard(t, batches=1, evaluating=False)
@@ -380,9 +380,9 @@ class StepClock(StepAccumulator):
         self.fetched_ahead = False
 
     def _close_prefix(self) -> None:
-        """Append the row of what lay before the cut; what lies after it is the next step."""
-        acc, snap = self.acc, self.snap or self.zeros
-        snap = snap + [0] * (len(acc) - len(snap))
+        """Append the row of the part before the cut; the part after it becomes the next step."""
+        times, snap = self.times, self.snap or self.zeros
+        snap = snap + [0] * (len(times) - len(snap))
         flags = self.base_flags | (_NO_LOADER if self.snap_first is None else 0)
         self.note_total(self.base)
         if self.device is not None and self.device.close_prefix(self.rows):
@@ -392,7 +392,7 @@ class StepClock(StepAccumulator):
         if self.eval_ns:
             self._flush_evals(self.rows)
 
-        self.acc = [after - before for after, before in zip(acc, snap, strict=True)]
+        self.times = [after - before for after, before in zip(times, snap, strict=True)]
         self.first_loader = self.batch
         self.attempt = 0
         self.attempts.clear()
@@ -402,23 +402,23 @@ class StepClock(StepAccumulator):
 
     def _begin(self, t: int) -> None:
         self.open = True
-        self.settle(t)
+        self.book_user_phases(t)
         self._clear(t)
 
     def _is_idle(self) -> bool:
-        """Nothing was computed in this segment."""
+        """Whether no model ran in this segment."""
         if self.trained is not None or self.evaluated or self.backwards:
             return False
 
         return self.snap is not None or not self.forward_ns
 
     def _is_evaluation(self) -> bool:
-        """A batch on which a model was called without gradients (or as `eval()`), and which nothing was trained on."""
+        """Whether a model ran on the batch without gradients (or in `eval()`), and nothing was trained on it."""
         if self.backwards or (self.attempt and not self.pending):
             return False
 
         if self.batch is None:
-            return self.drained is not None and self.evaluated  # on one that was fetched ahead
+            return self.exhausted_loader is not None and self.evaluated  # on a prefetched batch
 
         if self.trained is None:
             return self.evaluated
@@ -427,9 +427,9 @@ class StepClock(StepAccumulator):
         return module is not None and not module.training
 
     def _cut(self, t: int) -> None:
-        """End a segment of this step: keep the accounts as they are now."""
-        self.settle(t)
-        self.snap = self.acc
+        """End a segment of this step and save its buckets."""
+        self.book_user_phases(t)
+        self.snap = self.times
         self.snap_first = self.first_loader
         self.base += t - self.seg_start
         self.snap_end = self.seg_start = t
@@ -452,20 +452,20 @@ class StepClock(StepAccumulator):
         self.dirty = True
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
-        """Take the segment out of the step: it was evaluation. What was saved after it stays in the step."""
+        """Move the segment from the step to evaluation; its checkpoint time stays in the step."""
         snap = [] if self.snap is None else self.snap
         kept = snap + [0] * (len(self.zeros) - len(snap))
-        saving = self.acc[CHECKPOINT] - kept[CHECKPOINT]
-        kept[CHECKPOINT] += saving
+        saving = self.times[_CHECKPOINT] - kept[_CHECKPOINT]
+        kept[_CHECKPOINT] += saving
         self.base += saving
-        self.acc = kept
+        self.times = kept
         if self.snap is not None:
             self.snap = kept.copy()
 
         self.eval_ns += t - self.seg_start - saving
         self.eval_batches += batches
         self.eval_end = self.seg_start = t
-        self.drained = None
+        self.exhausted_loader = None
         self.closes_at = ASK
         self.first_loader = None if self.snap is None else self.snap_first
         self.evaluating = evaluating
@@ -474,26 +474,26 @@ class StepClock(StepAccumulator):
             self.device.discard()
 
     def _merge(self) -> None:
-        """What lies after the cut belongs to the same step."""
+        """Join the part after the cut with the step."""
         self.snap = None
         self.pending = False
 
-    def _hold(self, t: int) -> None:
-        """Remember where a batch ended: it is a step of its own if it turns out that there is no optimizer."""
-        self.unclaimed.append((t, self.acc, self.base + t - self.seg_start))
-        if len(self.unclaimed) < _HELD_BATCHES:
+    def _hold_batch(self, t: int) -> None:
+        """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
+        self.unmatched_batches.append((t, self.times, self.base + t - self.seg_start))
+        if len(self.unmatched_batches) < _HELD_BATCHES:
             return
 
         self.inferred = True
         before, before_total = self.zeros, 0
         flags = _INFERRED | (_NO_LOADER if self.first_loader is None else 0)
-        for end, acc, total in self.unclaimed:
-            part = [b - a for b, a in zip(acc, before + [0] * (len(acc) - len(before)), strict=False)]
+        for end, times, total in self.unmatched_batches:
+            part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]
             self.note_total(total - before_total)
             self.append_step(part, end, total - before_total, 1, flags, -1)
-            before, before_total = acc, total
+            before, before_total = times, total
 
-        self.unclaimed.clear()
+        self.unmatched_batches.clear()
         if self.device is not None:
             self.device.close(-1)
 

@@ -1,4 +1,4 @@
-"""The user's own phases, and steps that the user bounds."""
+"""User phases, and steps bounded by `trace_step()`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _INPUT_WAIT, _USER, _USER_NAME = int(Phase.INPUT_WAIT), int(Phase.USER), int(Slo
 
 
 class UserPhase:
-    """A named phase; the same object serves all uses of the name, nested ones too."""
+    """A named phase. One object serves all uses of the name, also nested ones."""
 
-    __slots__ = ("_clock", "_name_id", "account")
+    __slots__ = ("_clock", "bucket", "name_id")
 
-    def __init__(self, clock: StepClock, account: int, name_id: int) -> None:
-        self._clock, self.account, self._name_id = clock, account, name_id
+    def __init__(self, clock: StepClock, bucket: int, name_id: int) -> None:
+        self._clock, self.bucket, self.name_id = clock, bucket, name_id
 
     def __enter__(self) -> UserPhase:
         clock = self._clock
@@ -42,12 +42,12 @@ class UserPhase:
         try:
             t = monotonic_ns()
             clock.open_user_phases.append([self, previous, t])
-            clock.current = self.account
-            clock.rare[self.account + 1] += 1
+            clock.current = self.bucket
+            clock.rare_times[self.bucket + 1] += 1
             clock.dirty = True
-            clock.open_slots[_USER_NAME] = self._name_id
+            clock.open_slots[_USER_NAME] = self.name_id
             clock.open_slots[_USER] = t
-        except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(error)
 
         return self
@@ -62,22 +62,22 @@ class UserPhase:
 
         try:
             t = monotonic_ns()
-            while True:  # phases of generators and coroutines may end in another order than they began
+            while True:  # phases of generators and coroutines may end in any order
                 phase, previous, start = stack.pop()
-                clock.add(phase.account, t - start)
+                clock.add(phase.bucket, t - start)
                 clock.add(previous, start - t)
                 clock.current = previous
                 if phase is self:
                     break
 
-            clock.open_slots[_USER_NAME] = stack[-1][0]._name_id if stack else 0
+            clock.open_slots[_USER_NAME] = stack[-1][0].name_id if stack else 0
             clock.open_slots[_USER] = stack[-1][2] if stack else 0
-        except Exception as failure:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as failure:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(failure)
 
 
 class UserPhases:
-    """All user phases of a clock by name."""
+    """User phases of a clock by name."""
 
     def __init__(self, clock: StepClock, names: NameTable) -> None:
         self._clock, self._names = clock, names
@@ -85,7 +85,7 @@ class UserPhases:
         self._lock = threading.Lock()
 
     def get(self, name: str) -> UserPhase:
-        """Return the phase of that name; past 256 names all further ones share one."""
+        """Return the phase of a name; all names after the first 256 share one phase."""
         phase = self._phases.get(name)
         return phase if phase is not None else self._make(str(name))
 
@@ -99,21 +99,21 @@ class UserPhases:
                 return self._phases[name]
 
             name_id = self._names.id_of(name)
-            if name_id is None:  # no room for its name: the row says that there are more than are told
+            if name_id is None:  # no room for its name
                 name_id = -1
 
-            account = FIRST_USER + 2 * len(clock.users)
-            # In this order, as the training thread may close a step meanwhile: it takes a copy of `zeros`.
+            bucket = FIRST_USER + 2 * len(clock.users)
+            # In this order: the training thread may close a step meanwhile, and copies `zeros`.
             clock.zeros.extend((0, 0))
-            clock.rare.extend((0, 0))
+            clock.rare_times.extend((0, 0))
             clock.users.append(name_id)
-            clock.special = clock.dirty = True
-            phase = self._phases[name] = UserPhase(clock, account, name_id)
+            clock.slow_commits = clock.dirty = True
+            phase = self._phases[name] = UserPhase(clock, bucket, name_id)
             return phase
 
 
 class StepBlock:
-    """`with trace_step():` one training step."""
+    """Context manager of `trace_step()`: one training step."""
 
     __slots__ = ("_clock", "_counts")
 
@@ -123,11 +123,11 @@ class StepBlock:
 
     def __enter__(self) -> StepBlock:
         clock = self._clock
-        if clock.thread == get_ident() or clock.adopt_thread():
+        if clock.thread == get_ident() or clock.claim_thread():
             self._counts = True
             try:
                 clock.begin_block()
-            except Exception as error:  # noqa: BLE001 - fail open: counted and said by the clock
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
                 clock.fail(error)
 
         return self
@@ -142,30 +142,29 @@ class StepBlock:
         self._counts = False
         try:
             clock.end_block(failed=kind is not None)
-        except Exception as failure:  # noqa: BLE001 - fail open: counted and said by the clock
+        except Exception as failure:  # noqa: BLE001 - fail open: the clock counts and logs it
             clock.fail(failure)
 
 
 def traced(function: F, phase: Callable[[], AbstractContextManager[Any]]) -> F:
-    """Return `function` with each call as a user phase.
+    """Return `function` with each call timed as a user phase.
 
-    A coroutine function stays one, a generator function too: those are in the phase while they run, and not while they
-    are suspended.
+    Coroutine and generator functions keep their kind: they are in the phase while they run, not while suspended.
 
     Args:
-        function: what to time.
-        phase: returns the phase to enter, asked for at each call.
+        function: the function to time.
+        phase: returns the phase; called at each call of the function.
     """
     if inspect.iscoroutinefunction(function):
 
         @functools.wraps(function)
         async def in_coroutine(*args: Any, **kwargs: Any) -> Any:
-            return await _Stepwise(function(*args, **kwargs), phase)
+            return await _PhasedCoroutine(function(*args, **kwargs), phase)
 
         return in_coroutine  # type: ignore[return-value]
 
     if inspect.isasyncgenfunction(function):
-        return function  # each item is awaited elsewhere: there is no one call to time
+        return function  # each item is awaited separately: there is no single call to time
 
     if inspect.isgeneratorfunction(function):
 
@@ -183,8 +182,8 @@ def traced(function: F, phase: Callable[[], AbstractContextManager[Any]]) -> F:
     return in_call  # type: ignore[return-value]
 
 
-class _Stepwise:
-    """Awaits a coroutine, in the phase only while it runs."""
+class _PhasedCoroutine:
+    """Awaitable that runs a coroutine, in the phase only while it runs."""
 
     __slots__ = ("_coroutine", "_phase")
 
@@ -196,7 +195,7 @@ class _Stepwise:
 
 
 def _drive(inner: Any, phase: Callable[[], AbstractContextManager[Any]]) -> Any:
-    """Run a generator or coroutine stretch by stretch, as `yield from` does, each stretch in the phase."""
+    """Run a generator or coroutine like `yield from`, in the phase between suspensions."""
     resume, value = inner.send, None
     while True:
         try:
@@ -210,5 +209,5 @@ def _drive(inner: Any, phase: Callable[[], AbstractContextManager[Any]]) -> Any:
         except GeneratorExit:
             inner.close()
             raise
-        except BaseException as error:  # noqa: BLE001 - passed on into the inner one, as `yield from` does
+        except BaseException as error:  # noqa: BLE001 - passed to the inner one, as `yield from` does
             resume, value = inner.throw, error
