@@ -455,11 +455,11 @@ def test_unknown_table_ends_only_that_connection(serving):
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        ({"table": "steps", "seq": 0, "n": 2, "data": bytes(104)}, "not 104"),
-        ({"table": "steps", "seq": -1, "n": 1, "data": bytes(104)}, "no proper seq"),
+        ({"table": "steps", "seq": 0, "n": 2, "data": bytes(STEPS.row_bytes)}, f"not {STEPS.row_bytes}"),
+        ({"table": "steps", "seq": -1, "n": 1, "data": bytes(STEPS.row_bytes)}, "no proper seq"),
         ({"table": "steps", "seq": 0, "n": 0, "data": b""}, "no proper seq"),
-        ({"table": "steps", "seq": 0, "n": True, "data": bytes(104)}, "no proper seq"),
-        ({"table": ["steps"], "seq": 0, "n": 1, "data": bytes(104)}, "unknown table"),
+        ({"table": "steps", "seq": 0, "n": True, "data": bytes(STEPS.row_bytes)}, "no proper seq"),
+        ({"table": ["steps"], "seq": 0, "n": 1, "data": bytes(STEPS.row_bytes)}, "unknown table"),
         ({"table": "names", "seq": 0, "n": 2, "data": msgpack.packb({"id": 0})}, "does not hold 2 maps"),
         ({"table": "names", "seq": 0, "n": 1, "data": b"\xc1"}, "not msgpack"),
         ({"table": "steps"}, "no proper seq"),
@@ -504,6 +504,6 @@ def test_steady_memory_and_no_torch(serving):
     assert pages * os.sysconf("SC_PAGE_SIZE") < 100e6
     assert "libtorch" not in maps
     assert "pydantic_core" not in maps
-    assert STEPS.row_bytes == 104
+    assert STEPS.row_bytes == STEPS.struct.size
     for rank in ranks:
         rank.close()

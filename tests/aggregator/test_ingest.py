@@ -8,6 +8,7 @@ from tests.aggregator.test_live import stream_of
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
 from traceml.database.reader import StoreReader, StreamIdentity
+from traceml.database.schema import STEPS
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
@@ -120,9 +121,9 @@ def test_stream_without_connection_is_not_acknowledged(way):
     [
         ("nothing", 0, 1, b"", RefusedError),
         ({}, 0, 1, b"", RefusedError),
-        ("steps", 0, 1, bytes(103), ProtocolError),
-        ("steps", 2**63, 1, bytes(104), ProtocolError),
-        ("steps", 0.0, 1, bytes(104), ProtocolError),
+        ("steps", 0, 1, bytes(STEPS.row_bytes - 1), ProtocolError),
+        ("steps", 2**63, 1, bytes(STEPS.row_bytes), ProtocolError),
+        ("steps", 0.0, 1, bytes(STEPS.row_bytes), ProtocolError),
         ("names", 0, 1, b"\x01", ProtocolError),
         ("names", 0, 2, msgpack.packb({}), ProtocolError),
     ],

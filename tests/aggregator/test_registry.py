@@ -7,6 +7,7 @@ import pytest
 
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.database.reader import StoreReader
+from traceml.database.schema import STEPS
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.transport.hello import Hello
@@ -158,7 +159,7 @@ def test_other_world_size_after_the_end_is_another_job(registry):
 def test_killed_aggregator_leaves_runs_that_are_found(registry, tmp_path):
     """Another registry finds the run by its key, with its streams and how far they are."""
     run, stream = join(registry, hello(0))
-    run.ingest.take(stream, "steps", 0, 2, bytes(208))
+    run.ingest.take(stream, "steps", 0, 2, bytes(2 * STEPS.row_bytes))
     run.commit()
     run.store.close()
     later = Registry(tmp_path / "runs")

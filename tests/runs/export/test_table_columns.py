@@ -16,8 +16,8 @@ def page() -> str:
     lines = [
         "# Tables and columns of an export",
         "",
-        "`traceml export --format parquet` and `--format csv` write these tables, a file each. A cell is empty (CSV)",
-        "or null (Parquet) where nothing is known. In CSV, what is no number is `nan`, `inf` or `-inf`.",
+        "`traceml export --format parquet` and `--format csv` write one file per table. A cell is empty (CSV)",
+        "or null (Parquet) if the value is unknown. In CSV, non-finite numbers are `nan`, `inf` or `-inf`.",
     ]
     for table in TABLES.values():
         lines += ["", f"## {table.name}", "", f"{table.doc[0].upper()}{table.doc[1:]}.", ""]
