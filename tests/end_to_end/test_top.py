@@ -80,7 +80,7 @@ def test_top_beside_a_running_job(tmp_path, tmux, traceml):
     tmux.type("s")
     system = tmux.until(lambda lines: "[system]" in lines[2] and "%" in lines[4])
     assert not _COLOR.search(tmux("capture-pane", "-p", "-e", "-t", "top"))
-    assert "q quits; the job goes on" in system[23]
+    assert "q quits; the job continues" in system[23]
 
     tmux("resize-window", "-t", "top", "-x", "110", "-y", "30")
     tmux.until(lambda lines: "q quits" in lines[29] and len(lines[0]) == 110)

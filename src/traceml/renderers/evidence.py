@@ -1,4 +1,4 @@
-"""A finding's evidence as people read it: labels in words, numbers with their units."""
+"""A finding's evidence as text: labels in words, numbers with their units."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from traceml.formatting import bytes_text, count_text, ms_text, percent_text, ph
 
 __all__ = ["evidence_items"]
 
-_LONGEST = 8  # entries of one map; the report has them all
+_LONGEST = 8  # entries of one map; the report has all
 _SHARES = ("share", "dominance", "fraction")
 
 
 def evidence_items(evidence: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (label, value) of the numbers that a finding rests on.
+    """Return (label, value) of a finding's numbers.
 
     Args:
-        evidence: as it stands in the report; units are in the names.
+        evidence: of the finding; units are in the names.
     """
     return [item for name, value in evidence.items() for item in _items(str(name), value)]
 
@@ -32,7 +32,7 @@ def _items(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
     for key, each in list(value.items())[:_LONGEST]:
         if each is not None and not isinstance(each, Mapping):
-            yield f"{_label(name)}: {_whose(str(key))}", _text(name, each)
+            yield f"{_label(name)}: {_key_text(str(key))}", _text(name, each)
 
 
 def _label(name: str) -> str:
@@ -44,7 +44,7 @@ def _label(name: str) -> str:
     return " ".join(words)
 
 
-def _whose(key: str) -> str:
+def _key_text(key: str) -> str:
     return f"rank {key}" if key.isdigit() else phase_label(key)
 
 

@@ -29,7 +29,7 @@ _STANDS_OUT = 1.10
 
 @dataclass(frozen=True, slots=True)
 class RankRow:
-    """One rank: its step, divided into phases in the report's order, and how it is doing."""
+    """One rank: its step by phase in the report's order, memory, state."""
 
     rank: int
     host: str
@@ -48,7 +48,7 @@ class RankRow:
 
     @property
     def work_ms(self) -> float:
-        """Step time without communication: what of the step was the rank's own doing."""
+        """Step time without communication: the rank's own work."""
         return sum(ms for phase, ms in self.phases if phase != "comm")
 
     @property
@@ -136,7 +136,7 @@ def live_view(report: Report, rates: Sequence[float] = ()) -> LiveView:
 
 
 def visible_ranks(ranks: Sequence[RankRow], most: int) -> tuple[RankRow, ...]:
-    """Return at most `most` ranks by number: those that ended badly, the slowest ones, and the fastest."""
+    """Return at most `most` ranks in order: those that ended badly, the slowest and the fastest."""
     if len(ranks) <= most:
         return tuple(ranks)
 

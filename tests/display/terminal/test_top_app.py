@@ -59,10 +59,10 @@ def test_keys_switch_tables(tmp_path, show):
     assert "rank step" in " ".join(shown.press()[2].split())
     seen = {key: heads(shown.press(key)) for key in "prmtls"}
     assert seen == {
-        "p": "phase mean share least most",
+        "p": "phase mean share min max",
         "r": "rank host steps step own work waiting state",
         "m": "rank resident peak growth per step device peak",
-        "t": "metric last least most values over its steps",
+        "t": "metric last min max values over its steps",
         "l": "time rank what",
         "s": "host busy memory heat power",
     }

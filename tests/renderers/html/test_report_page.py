@@ -135,14 +135,14 @@ def test_a_thousand_ranks_stay_readable(tmp_path):
     page = page_of(store_run(tmp_path / "run", Job(ranks=1000, steps=30), adds("forward", 20, (617,))))
 
     assert len(page) < 400_000
-    assert "968 more ranks stand in report.json" in page
+    assert "968 more ranks in report.json" in page
     assert ">617</td>" in page
 
 
 def test_a_rank_that_died_has_its_last_words(evil):
     """Its exception stands in the table, its stack below."""
     assert any(text.startswith("failed with") for text in evil.texts)
-    assert "Last words" in evil.texts
+    assert "Stacks of failed ranks" in evil.texts
 
 
 @pytest.fixture(scope="module")

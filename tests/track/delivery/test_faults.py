@@ -95,7 +95,7 @@ def test_a_server_that_never_comes_back_gets_all_by_sync(server: MLflowServer, s
     job.goes_on()
 
     shown = job.finish()
-    assert "traceml sync delivers what waits" in shown
+    assert "traceml sync delivers the pending rows" in shown
     assert finish(job.folder, "sync").returncode == 3
     server.start()
     done = finish(job.folder, "sync")

@@ -90,7 +90,7 @@ def _costs(verdict: Finding) -> list[tuple[str, str]]:
         costs.append(("costs", f"{percent_text(verdict.cost_share)} of step time"))
 
     if verdict.gain is not None:
-        costs.append(("if fixed", f"{verdict.gain:.2f}x as fast"))
+        costs.append(("if fixed", f"{verdict.gain:.2f}x faster"))
 
     return costs
 

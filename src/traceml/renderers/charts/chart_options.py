@@ -1,4 +1,4 @@
-"""The pieces of ECharts options that charts are made of, and the numbers in them as JSON can hold them."""
+"""Parts of ECharts options, and numbers as JSON allows them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 Option = dict[str, Any]
 
-# A few steps far above the rest (the first one sets things up) must not press all others to the ground.
+# A few very long steps (the first one includes set-up) must not flatten the others.
 _CUT = 2.5
 
 
@@ -46,7 +46,7 @@ def blank(theme: Theme) -> Option:
 
 
 def tooltip(theme: Theme) -> Option:
-    """Return a tooltip that tells all lines at a place."""
+    """Return a tooltip with the values of all lines at one place."""
     return {
         "trigger": "axis",
         "confine": True,
@@ -71,7 +71,7 @@ def category_axis(labels: Sequence[str], theme: Theme) -> Option:
 
 
 def value_axis(theme: Theme, name: str) -> Option:
-    """Return an axis of numbers; `name` is their unit."""
+    """Return an axis of numbers; `name` is the unit."""
     return {
         "type": "value",
         "name": name,
@@ -86,7 +86,7 @@ def value_axis(theme: Theme, name: str) -> Option:
 
 
 def line_series(name: str, data: list[Any], color: str, width: float) -> Option:
-    """Return a line; `data` holds values, or pairs where the x axis has numbers."""
+    """Return a line; `data` holds values, or pairs on a numeric x axis."""
     return {
         "name": name,
         "type": "line",
@@ -99,13 +99,13 @@ def line_series(name: str, data: list[Any], color: str, width: float) -> Option:
 
 
 def bar_series(name: str, data: list[Any], color: str, stack: str | None = None) -> Option:
-    """Return bars; those of one `stack` stand on each other."""
+    """Return bars; those of one `stack` are stacked."""
     bar: Option = {"name": name, "type": "bar", "data": data, "itemStyle": {"color": color}, "barMaxWidth": 22}
     return bar if stack is None else {**bar, "stack": stack}
 
 
 def cut_at(option: Option, values: Any) -> None:
-    """End the y axis where nearly all values do; the few that go beyond are cut there."""
+    """End the y axis above nearly all values; the few longer ones are cut."""
     finite = values[np.isfinite(values)]
     if not len(finite):
         return
@@ -121,7 +121,7 @@ def _rounded_up(value: float) -> float:
 
 
 def set_ends(option: Option) -> None:
-    """Let the x axis begin and end with the points that there are."""
+    """Make the x axis begin and end at the points."""
     xs = [pair[0] for each in option["series"] for pair in each["data"]]
     least, most = (min(xs), max(xs)) if xs else (0, 1)
     option["xAxis"] |= {"min": least, "max": most if most > least else least + 1}
@@ -133,12 +133,12 @@ def pairs(x: Sequence[float], y: Sequence[float | None]) -> list[list[float | No
 
 
 def plain_values(values: Any) -> list[float | None]:
-    """Return numbers as JSON can hold them, None for what is none."""
+    """Return numbers for JSON, None for those that are not finite."""
     return [number(value) for value in np.asarray(values, np.float64).tolist()]
 
 
 def number(value: float, digits: int = 4) -> float | None:
-    """Return what JSON can hold, with as many digits as a person reads."""
+    """Return a number for JSON, rounded; None if it is not finite."""
     if not math.isfinite(value):
         return None
 

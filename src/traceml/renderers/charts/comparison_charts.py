@@ -49,7 +49,7 @@ def compared_phases_chart(comparison: Comparison, theme: Theme = LIGHT) -> Optio
 
     Args:
         comparison: of run A with run B.
-        theme: the colours.
+        theme: the colors.
     """
     mean = comparison.step_time.mean
     step = max(mean.a_ms or 0.0, mean.b_ms or 0.0)
@@ -62,7 +62,7 @@ def compared_ranks_chart(comparison: Comparison, theme: Theme = LIGHT) -> Option
 
     Args:
         comparison: of run A with run B.
-        theme: the colours.
+        theme: the colors.
     """
     rows = [row for row in comparison.ranks if row.change is not None]
     most = sorted(rows, key=lambda row: -abs(row.change or 0.0))[:_RANKS]

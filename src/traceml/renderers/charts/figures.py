@@ -1,4 +1,4 @@
-"""Which charts tell of a run, in which order, under which titles: the same on paper and in a notebook."""
+"""Charts of the report page and the notebook: order, titles, notes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_HEIGHT = 620
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A chart with its title and a line on how to read it; `height` in units of which it is 500 wide."""
+    """A chart with its title and a line on how to read it; `height` is in units of 1/500 of its width."""
 
     title: str
     note: str
@@ -37,12 +37,12 @@ class Figure:
 
 
 def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Figure]:
-    """Return the charts that a run has something for.
+    """Return the charts that have data.
 
     Args:
         view: the run.
         series: the same run over its steps.
-        theme: the colours.
+        theme: the colors.
     """
     steps, heat = series.steps, series.heat
     each = "one step per point" if steps.width == 1 else f"{steps.width:,} steps per point"
@@ -55,11 +55,11 @@ def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Fig
         ("Ranks", "Mean step of each rank; comm is waiting for others.", ranks, _height(ranks)),
         ("Slow ranks", "A rank's own work above the median rank's, as a share of the step.",
          run_charts.heatmap_chart(heat, theme), 120 + min(26 * len(heat.ranks), 420)),
-        ("Loss and step time", "Whether what changed the speed changed the training too.",
+        ("Loss and step time", "Whether a change in speed changed the training.",
          run_charts.loss_chart(series, theme), 250),
-        ("Memory", "Of each rank; of many the highest, the median and the lowest.",
+        ("Memory", "Of each rank; of many ranks the highest, the median and the lowest.",
          run_charts.memory_chart(series, theme), 220),
-        ("Hosts and devices", "How busy they were.", run_charts.system_chart(series, theme), 220),
+        ("Hosts and devices", "Utilization.", run_charts.system_chart(series, theme), 220),
         *((name, _logged(name, series), option, 200) for name, option in metrics),
     ]  # fmt: skip
     return [Figure(title, note, option, height) for title, note, option, height in candidates if option is not None]
@@ -73,7 +73,7 @@ def _longest(series: RunSeries) -> str:
 def _logged(name: str, series: RunSeries) -> str:
     mine = [line for line in series.metrics if line.name == name or line.name.startswith(f"{name}/rank_")]
     missing = sum(line.missing for line in mine)
-    return f"{count_text(missing)} values are no finite numbers." if missing else "Logged by the training."
+    return f"{count_text(missing)} values are not finite numbers." if missing else "Logged by the training."
 
 
 def _height(ranks: Option | None) -> int:

@@ -1,4 +1,4 @@
-"""Colours of charts, on light and on dark ground; phases have the hues that they have in the terminal."""
+"""Colors of charts, light and dark; phases have the same hues as in the terminal."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _FIXED = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "chec
 
 @dataclass(frozen=True, slots=True)
 class Theme:
-    """The colours of one ground.
+    """The colors of a light or a dark page.
 
     Attributes:
         name: `light`, `dark`, or `css` where the page's style sheet decides.
-        text, muted, rule: writing, axis labels, grid lines.
-        ground: what charts stand on.
+        text, muted, rule: text, axis labels, grid lines.
+        ground: the background.
         phases: by phase, users: for the user's own phases.
-        lines: for whatever else there are several of: ranks, hosts, percentiles.
-        heat: from nothing to the most.
+        lines: for other series: ranks, hosts, percentiles.
+        heat: from zero to the maximum.
         worse, better: of a comparison.
     """
 
@@ -38,7 +38,7 @@ class Theme:
     better: str
 
     def of_phases(self, names: Iterable[str]) -> dict[str, str]:
-        """Return a colour per phase; the user's own phases get theirs in the order in which they come."""
+        """Return a color per phase; the user's own phases get theirs in order of appearance."""
         colors: dict[str, str] = {}
         others = 0
         for name in names:
@@ -84,7 +84,7 @@ DARK = Theme(
 
 
 def _named(theme: Theme) -> dict[str, str]:
-    """Return every colour of a theme under the name of its CSS variable."""
+    """Return the colors of a theme by the names of their CSS variables."""
     colors: dict[str, str] = {}
     for each in fields(theme):
         value = getattr(theme, each.name)
@@ -99,7 +99,7 @@ def _named(theme: Theme) -> dict[str, str]:
 
 
 def css_variables(theme: Theme) -> str:
-    """Return declarations that give the colours of `BY_CSS` their values."""
+    """Return declarations of the CSS variables that `BY_CSS` uses."""
     return "".join(f"--tm-{name}:{color};" for name, color in _named(theme).items())
 
 
@@ -123,4 +123,4 @@ def _by_css(like: Theme) -> Theme:
 
 
 BY_CSS = _by_css(LIGHT)
-"""For drawings inside a page whose style sheet declares `css_variables` of a theme."""
+"""For drawings in a page whose style sheet declares the `css_variables` of a theme."""

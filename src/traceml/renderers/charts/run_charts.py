@@ -1,7 +1,7 @@
-"""Charts of a run, as ECharts options: plain maps, drawn by ECharts on the page and as SVG in reports and notebooks.
+"""Charts of a run as ECharts options, drawn by ECharts on the page and as SVG in reports and notebooks.
 
-One definition for all media. What they use of ECharts is small, and `renderers.svg` draws the same subset: lines, areas
-and bars (stacked or not) over category or value axes, and heat maps. A chart for which there is nothing is None.
+They use a small part of ECharts, which `svg` draws too: lines, areas and bars (stacked or not) over category or value
+axes, and heat maps. A chart without data is None.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def phases_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
     option = _over_steps(steps.steps.tolist(), theme)
     whole = np.nansum(list(steps.phases_ms.values()), axis=0)
     colors = theme.of_phases(steps.phases_ms)
-    for name in _in_order(steps.phases_ms):
+    for name in _ordered(steps.phases_ms):
         values = steps.phases_ms[name]
         if np.nansum(values) >= _SMALL_SHARE * whole.sum():
             area = line_series(phase_label(name), plain_values(values), colors[name], 0)
@@ -87,12 +87,12 @@ def phases_chart(steps: StepSeries, theme: Theme = LIGHT) -> Option | None:
 
 
 def ranks_chart(view: RunView, theme: Theme = LIGHT, most: int = _RANK_BARS) -> Option | None:
-    """Return each rank's mean step, divided into phases; of very many ranks the slowest ones and some others.
+    """Return each rank's mean step, divided into phases; of very many ranks the slowest and some others.
 
     Args:
         view: the run.
-        theme: the colours.
-        most: how many ranks are shown.
+        theme: the colors.
+        most: largest number of ranks.
     """
     rows = [row for row in visible_ranks(view.ranks, most) if row.step_ms > 0]
     if not rows:
@@ -112,7 +112,7 @@ def ranks_chart(view: RunView, theme: Theme = LIGHT, most: int = _RANK_BARS) -> 
 
 
 def heatmap_chart(heat: HeatMap, theme: Theme = LIGHT) -> Option | None:
-    """Return rank x steps: by how much of a step a rank's own work is above the median rank's; who holds others up."""
+    """Return ranks x steps: the excess of a rank's own work over the median rank's, as a share of the step."""
     if len(heat.ranks) < 2 or not len(heat.steps):
         return None
 
@@ -139,14 +139,14 @@ def heatmap_chart(heat: HeatMap, theme: Theme = LIGHT) -> Option | None:
 
 
 def memory_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
-    """Return resident and device memory by rank over time, in GiB; of many ranks the most, the median and the least."""
+    """Return resident and device memory by rank over time, in GiB; of many ranks highest, median and lowest."""
     resident, device = _few(series.memory), _few(series.device_memory)
     lines = [*(("", line) for line in resident), *(("cuda ", line) for line in device)]
     return _over_time(lines, theme, "GiB", 1 / _GIB)
 
 
 def system_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
-    """Return how busy hosts and devices were over time, in percent."""
+    """Return the utilization of hosts and devices over time, in percent."""
     parts = (("cpu", series.cpu), ("memory", series.host_memory), ("", series.gpu), ("memory", series.gpu_memory))
     lines = [(f"{what} " if what else "", line) for what, of in parts for line in _few(of)]
     option = _over_time(lines, theme, "%", 1.0)
@@ -157,12 +157,12 @@ def system_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
 
 
 def metric_charts(series: RunSeries, theme: Theme = LIGHT, most: int = _METRICS) -> list[tuple[str, Option]]:
-    """Return (name, chart) of what was logged over steps, the same metric of several ranks in one chart.
+    """Return (name, chart) of logged metrics over steps, several ranks in one chart.
 
     Args:
         series: of the run.
-        theme: the colours.
-        most: how many charts.
+        theme: the colors.
+        most: largest number of charts.
     """
     by_name: dict[str, list[MetricSeries]] = {}
     for line in series.metrics:
@@ -173,7 +173,7 @@ def metric_charts(series: RunSeries, theme: Theme = LIGHT, most: int = _METRICS)
 
 
 def loss_chart(series: RunSeries, theme: Theme = LIGHT) -> Option | None:
-    """Return the loss next to the step time: whether what made steps slow or fast also changed the training."""
+    """Return the loss and the step time over the same steps: whether a change in speed changed the training."""
     losses = [line for line in series.metrics if _is_loss(line.name)]
     if not losses or not len(series.steps):
         return None
@@ -233,7 +233,7 @@ def _over_time(lines: Sequence[tuple[str, SampleSeries]], theme: Theme, unit: st
 
 
 def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:
-    """Return the lines, or of more than eight the one that goes highest, a middle one and the lowest."""
+    """Return the lines; of more than eight the highest, a median one and the lowest."""
     if len(lines) <= _LINES:
         return tuple(lines)
 
@@ -241,10 +241,14 @@ def _few(lines: Sequence[SampleSeries]) -> tuple[SampleSeries, ...]:
     return ordered[-1], ordered[statistics.median_low(range(len(ordered)))], ordered[0]
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
+def _ordered(names: Iterable[str]) -> list[str]:
     order = ["input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint"]
-    there = list(names)
-    return [*(n for n in order if n in there), *sorted({*there} - {*order, "other"}), *(["other"] * ("other" in there))]
+    present = list(names)
+    return [
+        *(n for n in order if n in present),
+        *sorted({*present} - {*order, "other"}),
+        *(["other"] * ("other" in present)),
+    ]
 
 
 def _is_loss(name: str) -> bool:

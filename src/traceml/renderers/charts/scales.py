@@ -1,4 +1,4 @@
-"""From numbers to places on a drawing: scales, round ticks, and labels that do not run into each other."""
+"""Scales from numbers to positions, with round ticks and labels that do not overlap."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 __all__ = ["CHAR", "Scale", "category_scale", "rounded", "text_of", "value_scale"]
 
 CHAR = 6.1
-"""Width of a character of a label, about."""
+"""Approximate width of a character of a label."""
 _LABEL_GAP = 14
-_MOST = 1e300  # what is beyond has no differences that a float can hold
+_MOST = 1e300  # beyond it, differences overflow
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Scale:
 
     Attributes:
         low, high: the numbers at its ends.
-        ticks: (number, label) to be written.
+        ticks: (number, label).
     """
 
     low: float
@@ -31,13 +31,13 @@ class Scale:
     ticks: tuple[tuple[float, str], ...]
 
     def at(self, value: float) -> float:
-        """Return where a number lies; what is outside is put at the end."""
+        """Return the position of a number; one outside is clamped."""
         share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
     @property
     def step(self) -> float:
-        """The room of one category."""
+        """The width of one category."""
         return abs(self.end - self.start) / (self.high - self.low)
 
 
@@ -45,21 +45,21 @@ def value_scale(axis: Mapping[str, Any], values: Iterable[float], start: float, 
     """Return the scale of an axis of numbers.
 
     Args:
-        axis: as an ECharts option has it: min, max, and scale (which lets it begin elsewhere than at 0).
-        values: what is drawn on it.
-        start: where it begins on the drawing.
-        end: where it ends.
-        ticks: about how many labels.
+        axis: of an ECharts option: min, max, and scale (the axis need not include 0).
+        values: drawn on it.
+        start: its first position.
+        end: its last position.
+        ticks: approximate number of labels.
     """
-    there = [max(min(value, _MOST), -_MOST) for value in values if math.isfinite(value)] or [0.0]
-    low, high = min(there), max(there)
+    finite = [max(min(value, _MOST), -_MOST) for value in values if math.isfinite(value)] or [0.0]
+    low, high = min(finite), max(finite)
     if not axis.get("scale"):
         low, high = min(low, 0.0), max(high, 0.0)
 
     low, high = float(axis.get("min", low)), float(axis.get("max", high))
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # all alike, as far as a drawing can tell
-        room = abs(high) / 10 or 1.0
-        low, high = low - room * bool(axis.get("scale")), high + room
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal within the drawing's resolution
+        margin = abs(high) / 10 or 1.0
+        low, high = low - margin * bool(axis.get("scale")), high + margin
 
     step = _round_step((high - low) / ticks)
     first, last = math.floor(low / step) * step, math.ceil(high / step) * step
@@ -74,10 +74,10 @@ def category_scale(labels: Sequence[str], start: float, end: float, *, bands: bo
 
     Args:
         labels: the categories.
-        start: where it begins on the drawing.
-        end: where it ends.
-        bands: whether each category has a band of its own (bars, cells), or a point on the line.
-        across: whether the labels stand side by side, so that long ones take more room.
+        start: its first position.
+        end: its last position.
+        bands: whether each category has a band (bars, cells), or a point on the line.
+        across: whether the labels are side by side, so that long ones need more space.
     """
     low, high = (-0.5, len(labels) - 0.5) if bands else (0.0, max(len(labels) - 1.0, 1.0))
     room = max((len(label) for label in labels), default=0) * CHAR + _LABEL_GAP if across else _LABEL_GAP
@@ -105,5 +105,5 @@ def text_of(value: float, step: float = 0.0) -> str:
 
 
 def rounded(value: float) -> str:
-    """Return a coordinate as short as a drawing needs it."""
+    """Return a coordinate in as few digits as needed."""
     return f"{value:.1f}".removesuffix(".0")

@@ -1,7 +1,6 @@
-"""Charts as SVG, without a browser: what `renderers.charts` makes, drawn for reports and notebooks.
+"""Charts as SVG for reports and notebooks, without a browser.
 
-Everything that comes from a run is escaped. Pointing at a place tells its numbers by the SVG's own titles, so that no
-script is needed.
+Text of a run is escaped. Numbers under the pointer are SVG titles, so that no script is needed.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ def draw(option: Mapping[str, Any], title: str, width: int = 720, height: int = 
     """Return an `<svg>` element.
 
     Args:
-        option: a chart of `renderers.charts`.
-        title: what it shows, for those who do not see it.
-        width: of the drawing's own units; on a page it takes the room that there is.
-        height: as width.
+        option: a chart of this room.
+        title: its subject, for screen readers.
+        width: in the drawing's own units; on a page it fills the available width.
+        height: in the same units.
     """
     rows = _legend_rows(option, width)
     is_heat = bool(option["series"]) and option["series"][0]["type"] == "heatmap"
@@ -70,25 +69,25 @@ def _y_scale(option: Mapping[str, Any], axis: Mapping[str, Any], index: int, bot
     return value_scale(axis, _ys(option, index), bottom, top)
 
 
-def _lies(option: Mapping[str, Any]) -> bool:
-    """Tell whether bars lie: categories from top to bottom."""
+def _is_horizontal(option: Mapping[str, Any]) -> bool:
+    """Return whether bars are horizontal: categories from top to bottom."""
     return bool(y_axes(option)[0]["type"] == "category")
 
 
 def _ys(option: Mapping[str, Any], index: int) -> list[float]:
-    mine = [series for series in option["series"] if series.get("yAxisIndex", 0) == index]
-    return [y for _, series in stacked(mine) for _, _, y in series]
+    on_axis = [series for series in option["series"] if series.get("yAxisIndex", 0) == index]
+    return [y for _, series in stacked(on_axis) for _, _, y in series]
 
 
 def _xs(option: Mapping[str, Any]) -> list[float]:
-    if _lies(option):
+    if _is_horizontal(option):
         return [y for _, series in stacked(option["series"]) for _, _, y in series]
 
     return [pair[0] for series in option["series"] for pair in series["data"]]
 
 
 def _legend_rows(option: Mapping[str, Any], width: int) -> list[list[tuple[float, str, str]]]:
-    """Return rows of (x, name, colour), as many as there is room for."""
+    """Return rows of (x, name, color), as many as fit."""
     if not option["legend"]["show"]:
         return []
 
@@ -118,7 +117,7 @@ def _legend(rows: list[list[tuple[float, str, str]]], option: Mapping[str, Any])
 
 def _grid(option: Mapping[str, Any], plot: Plot) -> Iterator[str]:
     x, y = plot.x, plot.y
-    if not _lies(option):
+    if not _is_horizontal(option):
         lines = [f"M{rounded(x.start)} {rounded(y.at(tick))}H{rounded(x.end)}" for tick, _ in y.ticks]
     elif option["xAxis"]["type"] == "value":
         lines = [f"M{rounded(x.at(tick))} {rounded(y.start)}V{rounded(y.end)}" for tick, _ in x.ticks]
@@ -144,7 +143,7 @@ def _axes(option: Mapping[str, Any], plot: Plot) -> Iterator[str]:
 
 
 def _hovers(option: Mapping[str, Any], plot: Plot) -> Iterator[str]:
-    """Yield, per place on an axis of steps, an unseen strip that says the numbers there."""
+    """Yield an invisible strip per step of the axis, with its numbers as a title."""
     if option["xAxis"]["type"] != "category" or option["xAxis"].get("boundaryGap", True):
         return
 
@@ -152,11 +151,11 @@ def _hovers(option: Mapping[str, Any], plot: Plot) -> Iterator[str]:
     top, high = min(plot.y.start, plot.y.end), abs(plot.y.end - plot.y.start)
     wide = plot.x.step
     for index, place in enumerate(option["xAxis"]["data"]):
-        said = [f"{option['xAxis'].get('name', '')} {place}"]
+        lines = [f"{option['xAxis'].get('name', '')} {place}"]
         values = [(series["name"], series["data"][index]) for series in option["series"]]
-        said += [f"{name}: {text_of(value)} {unit}" for name, value in values if value is not None]
+        lines += [f"{name}: {text_of(value)} {unit}" for name, value in values if value is not None]
         box = (plot.x.at(index) - wide / 2, top, wide, high)
-        yield rectangle(box, "transparent", "\n".join(said))
+        yield rectangle(box, "transparent", "\n".join(lines))
 
 
 def _short(text: str, most: int = _LONGEST_LABEL) -> str:

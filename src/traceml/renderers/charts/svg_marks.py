@@ -1,4 +1,4 @@
-"""The marks of charts as SVG: lines, stacked areas, bars, cells of a heat map; and text that is safe to stand there."""
+"""Marks of charts as SVG: lines, stacked areas, bars, cells of a heat map; escaped text."""
 
 from __future__ import annotations
 
@@ -13,39 +13,39 @@ from traceml.renderers.charts.scales import CHAR, Scale, rounded, text_of
 
 __all__ = ["Plot", "escaped", "heat_cells", "label", "marks", "rectangle", "stacked", "y_axes"]
 
-_UNSEEN = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 Points = list[tuple[float, float, float]]
-"""(x, from, to): a mark goes from 0, or from the top of what it stands on; `to` is NaN where there is none."""
+"""(x, from, to): a mark begins at 0, or at the top of the one below it; `to` is NaN where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """The room inside the axes, and its scales; `right` where there is a second y axis."""
+    """The area inside the axes, as its scales; `right` where there is a second y axis."""
 
     x: Scale
     y: Scale
     right: Scale | None
 
     def y_of(self, series: Mapping[str, Any]) -> Scale:
-        """Return the scale that a series is drawn on."""
+        """Return the y scale of a series."""
         return self.right if series.get("yAxisIndex") and self.right is not None else self.y
 
 
 def escaped(text: Any) -> str:
-    """Return text as it can stand in HTML, in an attribute too; control characters are shown as such."""
-    return html.escape(_UNSEEN.sub("\N{REPLACEMENT CHARACTER}", str(text)))
+    """Return text escaped for HTML and attributes; control characters are replaced."""
+    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)))
 
 
 def label(x: float, y: float, text: str, anchor: str, color: str | None = None) -> str:
-    """Return text at a place; nothing when there is no text.
+    """Return an SVG text; nothing for an empty one.
 
     Args:
-        x: where.
-        y: its base line.
+        x: position.
+        y: base line.
         text: not yet escaped.
-        anchor: start, middle or end: what of it lies at `x`.
-        color: of the text, where its group does not say.
+        anchor: the part of the text at `x`: start, middle or end.
+        color: where its group sets none.
     """
     if not text:
         return ""
@@ -55,13 +55,13 @@ def label(x: float, y: float, text: str, anchor: str, color: str | None = None) 
 
 
 def y_axes(option: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """Return the y axes, mostly one."""
+    """Return the y axes, one or two."""
     axis = option["yAxis"]
     return axis if isinstance(axis, list) else [axis]
 
 
 def stacked(series: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Points]]:
-    """Yield each series with its points (x, from, to): `from` is 0 or the top of what it stands on."""
+    """Yield each series with its points (x, from, to)."""
     tops: dict[tuple[str, float], float] = {}
     for each in series:
         points: Points = []
@@ -91,7 +91,7 @@ def marks(option: Mapping[str, Any], plot: Plot) -> Iterator[str]:
     bars = [series for series in option["series"] if series["type"] == "bar"]
     for series, points in stacked(option["series"]):
         if series["type"] == "bar":
-            yield from _bars(series, points, bars, plot, lies=y_axes(option)[0]["type"] == "category")
+            yield from _bars(series, points, bars, plot, horizontal=y_axes(option)[0]["type"] == "category")
         else:
             yield from _line(series, points, plot)
 
@@ -134,10 +134,10 @@ def _bars(
     bars: Sequence[Mapping[str, Any]],
     plot: Plot,
     *,
-    lies: bool,
+    horizontal: bool,
 ) -> Iterator[str]:
     groups = list(dict.fromkeys(each.get("stack", each["name"]) for each in bars))
-    place, values = (plot.y, plot.x) if lies else (plot.x, plot.y)
+    place, values = (plot.y, plot.x) if horizontal else (plot.x, plot.y)
     thick = min(place.step * 0.76 / len(groups), series.get("barMaxWidth", 22))
     offset = (groups.index(series.get("stack", series["name"])) - len(groups) / 2) * thick
     for index, base, top in points:
@@ -146,20 +146,20 @@ def _bars(
 
         across = place.at(index) + offset
         one, two = sorted((values.at(base), values.at(top)))
-        box = (one, across, two - one, thick) if lies else (across, one, thick, two - one)
-        said = f"{series['name']}: {text_of(top - base)}"
-        yield rectangle(box, series["itemStyle"]["color"], said)
+        box = (one, across, two - one, thick) if horizontal else (across, one, thick, two - one)
+        title = f"{series['name']}: {text_of(top - base)}"
+        yield rectangle(box, series["itemStyle"]["color"], title)
 
 
-def rectangle(box: tuple[float, float, float, float], color: str, said: str = "") -> str:
-    """Return a rectangle (x, y, width, height), with what is said when it is pointed at."""
+def rectangle(box: tuple[float, float, float, float], color: str, title: str = "") -> str:
+    """Return a rectangle (x, y, width, height) with a title."""
     x, y, wide, high = (rounded(value) for value in box)
-    title = f"<title>{escaped(said)}</title>" if said else ""
-    return f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" style="fill:{color}">{title}</rect>'
+    child = f"<title>{escaped(title)}</title>" if title else ""
+    return f'<rect x="{x}" y="{y}" width="{wide}" height="{high}" style="fill:{color}">{child}</rect>'
 
 
 def heat_cells(option: Mapping[str, Any], plot: Plot, width: int) -> Iterator[str]:
-    """Yield a row of cells per rank, neighbours of one colour as one."""
+    """Yield a row of cells per rank; adjacent cells of one color are merged."""
     levels, most = option["visualMap"]["inRange"]["color"], option["visualMap"]["max"] or 1
     rows: dict[int, list[tuple[int, int]]] = {}
     for step, row, value in option["series"][0]["data"]:

@@ -1,4 +1,4 @@
-"""The tables of the HTML report: phases, ranks, last words, and what is needed to run it again."""
+"""Tables of the HTML report: phases, ranks, stacks, memory, and facts to repeat the run."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def phase_table(view: RunView) -> Iterator[str]:
 
 
 def rank_table(view: RunView) -> Iterator[str]:
-    """Yield a row per rank; of very many ranks those that ended badly, the slowest and some others."""
+    """Yield a row per rank; of very many, those that ended badly, the slowest and some others."""
     rows = visible_ranks(view.ranks, _RANKS)
     if not rows:
         return
@@ -51,7 +51,7 @@ def rank_table(view: RunView) -> Iterator[str]:
     yield from (_rank(row, phases) for row in rows)
     yield "</table></div>"
     if hidden := len(view.ranks) - len(rows):
-        yield f'<p class="more">{count_text(hidden)} more ranks stand in report.json.</p>'
+        yield f'<p class="more">{count_text(hidden)} more ranks in report.json.</p>'
 
     if view.absent:
         yield f'<p class="more">{escaped(capitalized(view.absent))}.</p>'
@@ -78,7 +78,7 @@ def stacks(view: RunView) -> Iterator[str]:
 
 
 def memory_facts(view: RunView, series: RunSeries) -> Iterator[str]:
-    """Yield the highest memory, how trackers stand, and what tracing stored."""
+    """Yield peaks of memory, state of trackers, rows stored and lost."""
     resident = max(((row.rss_bytes, row.rank) for row in view.ranks if row.rss_bytes), default=None)
     device = max(((row.cuda_bytes, row.rank) for row in view.ranks if row.cuda_bytes), default=None)
     rows = [
@@ -121,11 +121,11 @@ def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:
 
 def _commit(git: Mapping[str, Any]) -> str | None:
     commit = git.get("commit")
-    return f"{commit}{' with changes that are not committed' if git.get('dirty') else ''}" if commit else None
+    return f"{commit}{' with uncommitted changes' if git.get('dirty') else ''}" if commit else None
 
 
 def _packages(environment: Mapping[str, Any]) -> str | None:
-    """Return the versions that matter most; the store has them all."""
+    """Return the most important versions; the store has all."""
     packages = environment.get("packages") or ()
     if isinstance(packages, str) or not isinstance(packages, Iterable):
         return None
@@ -146,9 +146,9 @@ def _map_text(facts: Mapping[str, Any]) -> str:
 
 
 def _facts(rows: Iterable[tuple[str, Any]]) -> Iterator[str]:
-    told = [(name, str(value)) for name, value in rows if value]
-    if told:
-        cells = (f"<tr><td>{escaped(name)}</td><td>{escaped(_shortened(value))}</td></tr>" for name, value in told)
+    shown = [(name, str(value)) for name, value in rows if value]
+    if shown:
+        cells = (f"<tr><td>{escaped(name)}</td><td>{escaped(_shortened(value))}</td></tr>" for name, value in shown)
         yield f'<div class="card scroll"><table class="facts">{"".join(cells)}</table></div>'
 
 

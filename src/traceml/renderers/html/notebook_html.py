@@ -1,4 +1,4 @@
-"""A run inside a notebook's cell: verdict and charts as a piece of HTML, without scripts, on light and dark ground."""
+"""A run in a notebook cell: verdict and charts as HTML without scripts, light and dark."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DARK_GROUNDS = ('[data-jp-theme-light="false"]', ".vscode-dark", "html[theme=da
 
 
 def inline_html(report: Report, series: RunSeries) -> str:
-    """Return the piece of HTML.
+    """Return the HTML fragment.
 
     Args:
         report: the run.
@@ -33,7 +33,7 @@ def inline_html(report: Report, series: RunSeries) -> str:
             *chart_grid(figures(view, series)),
         ]
     )
-    # The light colours stand on the element itself: a notebook that takes style sheets out still shows the charts.
+    # The light colors are set on the element itself: a notebook that removes style sheets still shows the charts.
     return f'<style>{_style_sheet()}</style><div class="tm-shown" style="{_colors(LIGHT.name)}">{body}</div>'
 
 

@@ -1,6 +1,6 @@
-"""A run's report as one HTML file: opens without a network, without scripts, on any ground, and prints.
+"""A run's report as one HTML file without scripts: opens without a network, light and dark, and prints.
 
-Everything that comes from a run goes through `escaped`.
+All text of a run is escaped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from traceml.runs.series import RunSeries
 __all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
 
 PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
-"""What a page has behind its cards, by theme."""
+"""Background of a page by theme."""
 
 
 def report_page(report: Report, series: RunSeries, about: About) -> str:
@@ -46,7 +46,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         *_section("Charts", chart_grid(figures(view, series))),
         *_section("Phases", phase_table(view)),
         *_section("Ranks", rank_table(view)),
-        *_section("Last words", stacks(view)),
+        *_section("Stacks of failed ranks", stacks(view)),
         *_section("Memory, trackers, tracing", memory_facts(view, series)),
         *_section("Environment and how to run it again", run_facts(view, about)),
     ]
@@ -70,7 +70,7 @@ def _style_sheet() -> str:
 
 
 def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = True) -> str:
-    """Return a finding with its evidence and what to do.
+    """Return a finding with its evidence and advice.
 
     Args:
         verdict: the finding.
@@ -78,7 +78,11 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
         with_evidence: whether its numbers are shown.
     """
     heading = f'<p class="headline">{escaped(verdict.headline)}</p>'
-    gain = f'<p class="gain"><b>Gain</b>{verdict.gain:.2f}x as fast once this is fixed</p>' if verdict.gain else ""
+    gain = (
+        f'<p class="gain"><b>Gain</b>steps are {verdict.gain:.2f}x faster once this is fixed</p>'
+        if verdict.gain
+        else ""
+    )
     to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
     return (
         f'<section class="card {"verdict" if first else "finding"} {verdict.severity}">'
@@ -89,20 +93,20 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
 
 def _evidence(evidence: Mapping[str, Any]) -> str:
     items = evidence_items(evidence)
-    told = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in items)
-    return f'<dl class="evidence">{told}</dl>' if told else ""
+    content = "".join(f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in items)
+    return f'<dl class="evidence">{content}</dl>' if content else ""
 
 
 def run_line(view: RunView) -> Iterator[str]:
-    """Yield in one line which run it is: id, ranks, hosts, state, when."""
+    """Yield one line about the run: id, ranks, hosts, state, date."""
     run = view.run
     facts = [f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}", ", ".join(run.hosts[:4])]
     facts.append(f"{run.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else run.state)
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
 
-    told = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(run.started)) if fact)
-    yield f'<p class="sub">{told}</p>'
+    text = " · ".join(escaped(fact) for fact in (run.id, *facts, _date(run.started)) if fact)
+    yield f'<p class="sub">{text}</p>'
 
 
 def _date(started: float | None) -> str:
@@ -128,7 +132,7 @@ def _tiles(view: RunView) -> Iterator[str]:
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:
-    """Yield charts side by side, as many as there is room for."""
+    """Yield charts side by side, as many as fit."""
     if not shown:
         return
 
@@ -141,7 +145,7 @@ def chart_grid(shown: list[Figure]) -> Iterator[str]:
 
 
 def _section(title: str, parts: Iterable[str]) -> Iterator[str]:
-    """Yield a section, nothing where it would be empty."""
-    told = "".join(parts)
-    if told:
-        yield f"<h2>{title}</h2>{told}"
+    """Yield a section; nothing where it is empty."""
+    content = "".join(parts)
+    if content:
+        yield f"<h2>{title}</h2>{content}"

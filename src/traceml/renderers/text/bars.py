@@ -26,17 +26,17 @@ _COLORS = {
 
 
 def phase_color(phase: str) -> str:
-    """Return the colour that a phase has everywhere; the user's own phases share one."""
+    """Return the color of a phase; the user's own phases share one."""
     return _COLORS.get(phase, "bright_green")
 
 
 def mark(row: RankRow, viewport: Viewport) -> str:
-    """Return what stands before a rank: it ended badly, it is the slowest, or nothing."""
+    """Return the mark before a rank: that it ended badly, that it is the slowest, or a blank."""
     return viewport.glyphs.lost if row.end else viewport.glyphs.mark if row.slowest else " "
 
 
 def bar(share: float, width: int, viewport: Viewport, *, style: str = "") -> Text:
-    """Return a bar over `width` columns, filled by `share` of 0..1; anything above nothing shows."""
+    """Return a bar of `width` columns, filled by `share` of 0..1; any share above 0 is visible."""
     parts = viewport.glyphs.bar_parts
     steps = len(parts) + 1
     filled = round(min(max(share, 0.0), 1.0) * width * steps)
@@ -49,12 +49,12 @@ def bar(share: float, width: int, viewport: Viewport, *, style: str = "") -> Tex
 
 
 def stacked(shares: Sequence[tuple[str, float]], width: int, viewport: Viewport) -> Text:
-    """Return phases side by side over exactly `width` columns, each as wide as its share and labelled where it fits.
+    """Return phases side by side in exactly `width` columns, each as wide as its share, labeled where there is space.
 
     Args:
-        shares: (phase, share of 0..1) in the order to draw; they are taken to add up to 1 at most.
+        shares: (phase, share of 0..1) in drawing order; together at most 1.
         width: columns.
-        viewport: with colours each part has its own; without, parts are parted by bars and filled with dots.
+        viewport: with colors each phase has its own; without, phases are separated by bars and filled with dots.
     """
     drawn = Text()
     for phase, columns in _columns(shares, width):
@@ -68,7 +68,7 @@ def stacked(shares: Sequence[tuple[str, float]], width: int, viewport: Viewport)
 
 
 def _columns(shares: Sequence[tuple[str, float]], width: int) -> list[tuple[str, int]]:
-    """Divide the columns so that the parts end where their running sum does: rounding errors do not add up."""
+    """Divide the columns by running sums, so that rounding errors do not add up."""
     divided, done, total = [], 0, 0.0
     for phase, share in shares:
         total += share

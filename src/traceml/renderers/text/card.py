@@ -1,4 +1,4 @@
-"""The verdict card: what limits a run, on half a screen, the answer first."""
+"""The verdict card: what limits a run, in half a screen, the verdict first."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 
 SEVERITY_STYLES = {"critical": "bold red", "warning": "bold yellow", "info": "bold green"}
 
-_MAX_WIDTH = 100  # longer lines are harder to read, not easier
+_MAX_WIDTH = 100  # longer lines are harder to read
 _LABEL = 8  # columns of the labels at the left
 _RANK_ROWS = 8
 _PHASE_COLUMNS = 5
-_SMALL_SHARE = 0.005  # phases below half a percent are left to the report
+_SMALL_SHARE = 0.005  # smaller phases are only in the report
 _CELL = 10
 
 
@@ -43,21 +43,21 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
 
     Args:
         report_path: the run's `report.json`.
-        file: where to print; colours and characters follow what it can show.
+        file: the output; colors and characters depend on it.
 
     Raises:
-        StoreError: the file holds no report.
+        StoreError: the file is not a report.
     """
     print_report(read_report(report_path), report_path.parent, console=Console(file=file, highlight=False))
 
 
 def print_report(report: Report, run_dir: Path, *, console: Console) -> None:
-    """Print the card of a report, with its path where it is written, and the command that shows it again.
+    """Print the card of a report, with its path if it is written, and the command that shows it again.
 
     Args:
         report: the run.
         run_dir: the run's folder.
-        console: where to print.
+        console: the output.
     """
     folder = run_dir.resolve()
     path, page = folder / REPORT_NAME, folder / PAGE_NAME
@@ -68,7 +68,7 @@ def print_report(report: Report, run_dir: Path, *, console: Console) -> None:
         page_path=str(page) if page.exists() else "",
         again=f"traceml report {_name_of(folder)}",
     )
-    # Lines are fitted already; a path or a command that is wider than the terminal must stay whole to be copied.
+    # Lines are fitted already; a path or a command is never cut, so that it can be copied.
     console.print(shown, soft_wrap=True)
 
 
@@ -77,10 +77,10 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
 
     Args:
         view: the run.
-        viewport: what the medium can show; at most 100 columns are used.
-        report_path: told at the end.
-        page_path: the report with charts, told there too.
-        again: the command that shows this again, told at the end.
+        viewport: of the output; at most 100 columns are used.
+        report_path: shown at the end.
+        page_path: the report with charts, shown there too.
+        again: the command that shows the card again.
     """
     width = min(viewport.width, _MAX_WIDTH)
     lines = [
@@ -99,12 +99,12 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
 
 
 def _name_of(run_dir: Path) -> str:
-    """Return what finds the run from here: its id where runs are kept by default, else its folder."""
+    """Return the run for a command line: its id in the default folder of runs, else its path."""
     return run_dir.name if run_dir.parent == Path("traceml_runs").resolve() else str(run_dir)
 
 
 def _fitted(line: Text, width: int, viewport: Viewport) -> Text:
-    """Return the line cut to the width; nothing here may wrap by itself."""
+    """Return the line, cut to the width, that does not wrap."""
     line.no_wrap = True
     if line.cell_len > width:
         ending = viewport.glyphs.ellipsis
@@ -143,9 +143,9 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     for line in wrapped(verdict.summary, width - 1):
         yield Text(f" {line}")
 
-    yield from _labelled("Next", verdict.next, width, style="bold")
+    yield from _labeled("Next", verdict.next, width, style="bold")
     if verdict.gain is not None and "faster" not in verdict.summary:
-        yield from _labelled("Gain", f"steps {verdict.gain:.2f}x as fast once this is fixed", width)
+        yield from _labeled("Gain", f"steps are {verdict.gain:.2f}x faster once this is fixed", width)
 
 
 def wrapped(text: str, width: int) -> list[str]:
@@ -160,14 +160,14 @@ def wrapped(text: str, width: int) -> list[str]:
     return lines
 
 
-def _labelled(label: str, text: str, width: int, *, style: str = "") -> Iterator[Text]:
-    """Yield ` Label  text`, wrapped under the text; nothing when there is no text."""
+def _labeled(label: str, text: str, width: int, *, style: str = "") -> Iterator[Text]:
+    """Yield ` Label  text`, wrapped under the text; nothing for an empty text."""
     for number, line in enumerate(wrapped(text, width - _LABEL - 1)):
         yield Text(" ").append((label if number == 0 else "").ljust(_LABEL), style="dim").append(line, style=style)
 
 
 def _copied(label: str, text: str) -> Iterator[Text]:
-    """Yield a line with something to be copied from the screen: never broken, never cut."""
+    """Yield a line to be copied from the screen: never wrapped, never cut."""
     if text:
         yield Text(" ", no_wrap=True).append(label.ljust(_LABEL), style="dim").append(text, style="cyan")
 
@@ -216,7 +216,7 @@ def _rank_lines(view: RunView, viewport: Viewport) -> Iterator[Text]:
 
 
 def _column_phases(view: RunView) -> list[str]:
-    """Return the phases worth a column, in the report's order: the verdict's own, then the largest anywhere."""
+    """Return the phases that get a column, in the report's order: the verdict's own, and the largest on any rank."""
     largest: dict[str, float] = {}
     for row in view.ranks:
         for phase, share in row.shares:
@@ -238,37 +238,37 @@ def _rank_line(row: RankRow, columns: Sequence[str], viewport: Viewport) -> Text
 
 
 def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
-    # A lost rank that the verdict is about was told at the top.
-    told = view.verdict.ranks if view.verdict.kind is Kind.RANK_LOST else ()
-    ended = [row for row in view.ranks if row.end and row.rank not in told]
+    # A lost rank of the verdict is shown at the top already.
+    shown = view.verdict.ranks if view.verdict.kind is Kind.RANK_LOST else ()
+    ended = [row for row in view.ranks if row.end and row.rank not in shown]
     for row in ended[:4]:
         where = f" on {row.host}" if row.host else ""
-        yield from _labelled("Ended", f"rank {row.rank}{where}: {row.end}", width)
+        yield from _labeled("Ended", f"rank {row.rank}{where}: {row.end}", width)
 
     if len(ended) > 4:
-        yield from _labelled("", f"and {len(ended) - 4} more ranks", width)
+        yield from _labeled("", f"and {len(ended) - 4} more ranks", width)
 
     if view.absent:
-        yield from _labelled("Absent", view.absent, width, style="yellow")
+        yield from _labeled("Absent", view.absent, width, style="yellow")
 
     for other in view.others[:2]:
-        yield from _labelled("Also", f"{other.kind}: {other.headline}", width)
+        yield from _labeled("Also", f"{other.kind}: {other.headline}", width)
 
     if memory := _memory_text(view):
-        yield from _labelled("Memory", memory, width)
+        yield from _labeled("Memory", memory, width)
 
     for number, tracker in enumerate(view.trackers):
         style = "yellow" if tracker.needs_attention else ""
-        yield from _labelled("" if number else "Sent", tracker_text(tracker), width, style=style)
+        yield from _labeled("" if number else "Sent", tracker_text(tracker), width, style=style)
 
     if view.run.state != "running" and any(tracker.pending for tracker in view.trackers):
-        yield from _labelled("", "traceml sync delivers what waits", width, style="bold")
+        yield from _labeled("", "traceml sync delivers the pending rows", width, style="bold")
 
-    yield from _labelled("Tracing", _telemetry_text(view), width)
+    yield from _labeled("Tracing", _telemetry_text(view), width)
 
 
 def _memory_text(view: RunView) -> str:
-    """Return the largest peaks of resident and of device memory, and whose they are."""
+    """Return the largest peaks of resident and of device memory, with their ranks."""
     parts = []
     for what, sizes in (
         ("resident peak", {row.rank: row.rss_bytes for row in view.ranks if row.rss_bytes}),

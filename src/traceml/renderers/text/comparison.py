@@ -1,4 +1,4 @@
-"""Two runs side by side, in words and in a table: the answer first."""
+"""Comparison of two runs, in sentences and in a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["change_text", "compared_card", "compared_headline", "compared_senten
 _MAX_WIDTH = 100
 _SHOWN_PHASES = 6
 _SHOWN_RANKS = 6
-# A rank is named when its work grew by this much more than the middle rank's, as a share of the step before.
+# A rank is named when its work grew this much more than the median rank's, as a share of A's step.
 _STANDS_OUT = 0.05
 _STYLES = {"slower": "bold red", "faster": "bold green", "same": "bold", "unknown": "bold yellow"}
 
@@ -35,7 +35,7 @@ def change_text(change: float | None) -> str:
 
 
 def compared_headline(comparison: Comparison) -> str:
-    """Return the answer in one sentence without a full stop.
+    """Return the result in one sentence without a full stop.
 
     Args:
         comparison: of run A with run B.
@@ -55,21 +55,21 @@ def compared_headline(comparison: Comparison) -> str:
 
 
 def compared_sentences(comparison: Comparison) -> list[str]:
-    """Return what stands behind the answer, a sentence each: how sure, which phase, which rank, which verdict."""
+    """Return the details, a sentence each: confidence, phase or rank, verdict."""
     mean = comparison.step_time.mean
-    said = []
+    sentences = []
     if mean.p is not None:
         low, high = change_text(mean.low), change_text(mean.high)
-        said.append(f"With 99 % confidence the change lies between {low} and {high} (p = {mean.p:.2g}).")
+        sentences.append(f"With 99 % confidence the change lies between {low} and {high} (p = {mean.p:.2g}).")
 
     if comparison.outcome in ("slower", "faster"):
-        said += list(_rank_sentence(comparison)) or list(_phase_sentence(comparison))
+        sentences += list(_rank_sentence(comparison)) or list(_phase_sentence(comparison))
 
     verdict = comparison.verdict
     if verdict.changed:
-        said.append(f"The verdict went from {verdict.a} to {verdict.b}.")
+        sentences.append(f"The verdict went from {verdict.a} to {verdict.b}.")
 
-    return said
+    return sentences
 
 
 def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
@@ -77,7 +77,7 @@ def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
 
     Args:
         comparison: of run A with run B.
-        viewport: what the terminal can show; at most 100 columns are used.
+        viewport: of the terminal; at most 100 columns are used.
     """
     width = min(viewport.width, _MAX_WIDTH)
     lines = [
@@ -119,7 +119,7 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
 
 
 def _times(comparison: Comparison) -> Iterator[Text]:
-    yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   real", style="dim")
+    yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   significant", style="dim")
     for name, row in comparison.step_time.items():
         real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "cannot tell"}[row.real]
         yield _row(name, row.a_ms, row.b_ms, row.change, real, _style(row) if row.real else "")

@@ -1,4 +1,4 @@
-"""The live view: a running job in a panel of fixed height, so that nothing on the screen jumps."""
+"""The live view: a running job in a panel of fixed height, so that the screen does not jump."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
 
 
 def panel_height(ranks: int, rows: int) -> int:
-    """Return the height of the panel for so many ranks, when `rows` rows may be used at most."""
+    """Return the height of the panel for a number of ranks, at most `rows`."""
     wanted = min(ranks, MAX_RANK_ROWS) + (1 if ranks > MAX_RANK_ROWS else 0)
     return max(min(_FRAME_ROWS + wanted, rows), MIN_HEIGHT)
 
 
 def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
-    """Return the panel's lines, exactly as many as `panel_height` says for the view's ranks and `viewport.height`.
+    """Return the panel's lines, exactly `panel_height` of the view's ranks and `viewport.height`.
 
     Args:
         view: the job now.
-        viewport: the room there is; each line has at most its width.
+        viewport: the size; each line has at most its width.
     """
     now = view.now
     ranks = max(len(now.ranks), now.run.world_size)
@@ -72,7 +72,7 @@ def _cut(line: Text, viewport: Viewport) -> None:
 
 
 def rule_line(now: RunView, viewport: Viewport) -> Text:
-    """Return the top line: which run, how many ranks, how it stands."""
+    """Return the top line: name of the run, number of ranks, state."""
     rule, run = viewport.glyphs.rule, now.run
     left = Text(f"{rule} ", style="dim").append("traceml", style="bold not dim").append(f" {rule} ")
     name = run.name if len(run.name) <= 28 else run.name[:27] + viewport.glyphs.ellipsis[:1]
@@ -85,7 +85,7 @@ def rule_line(now: RunView, viewport: Viewport) -> Text:
 
 
 def speed_line(view: LiveView, viewport: Viewport) -> Text:
-    """Return how fast the job is, and was."""
+    """Return the line on speed, with its trend."""
     steps = view.now.steps
     trend = max(min(viewport.width - 62, 40), 6)
     line = Text(f" {rate_text(steps.per_second):>6} steps/s ", style="bold")
@@ -95,7 +95,7 @@ def speed_line(view: LiveView, viewport: Viewport) -> Text:
 
 
 def _heading(now: RunView, viewport: Viewport) -> Text:
-    """Return the column heads; the middle one is the legend of the phases."""
+    """Return the column heads, with the legend of the phases in the middle."""
     line = Text(f"   rank{'step':>11} ", style="dim")
     room = viewport.width - _RANK_CELLS - 2
     legend = Text()
@@ -115,7 +115,7 @@ def _heading(now: RunView, viewport: Viewport) -> Text:
 
 
 def _rank_lines(now: RunView, rows: int, viewport: Viewport) -> Iterator[Text]:
-    """Yield exactly `rows` lines: ranks, a line that counts the rest, blanks for ranks that have not come yet."""
+    """Yield exactly `rows` lines: ranks, a line that counts the rest, blanks for ranks that have not connected."""
     shown = visible_ranks(now.ranks, rows if len(now.ranks) <= rows else max(rows - 1, 1))
     drawn = 0
     for row in shown[:rows]:
@@ -154,7 +154,7 @@ def _hidden_line(now: RunView, hidden: int, viewport: Viewport) -> Text:
 
 
 def verdict_line(now: RunView) -> Text:
-    """Return the verdict so far in a few words."""
+    """Return the line of the verdict so far."""
     verdict = now.verdict
     return Text(" so far  ", style="dim").append(
         verdict.headline, style=f"{SEVERITY_STYLES.get(verdict.severity, 'bold')} not dim"
@@ -166,7 +166,7 @@ def _next(now: RunView, viewport: Viewport) -> Iterator[Text]:
     for number in range(_NEXT_ROWS):
         text = lines[number] if number < len(lines) else ""
         if number == _NEXT_ROWS - 1 and len(lines) > _NEXT_ROWS:
-            text = " ".join(lines[number:])  # cut where the screen ends
+            text = " ".join(lines[number:])  # cut at the end of the screen
 
         yield Text().append((" next" if number == 0 else "").ljust(_LABEL), style="dim").append(text)
 

@@ -1,4 +1,4 @@
-"""The screen of `traceml top`: one table of a running job at a time, in pages, with its verdict below."""
+"""The screen of `traceml top`: one table of a running job, in pages, with the verdict below."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from traceml.renderers.views import LiveView
 __all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines", "tabs_line"]
 
 MIN_HEIGHT = 8
-_FRAME_ROWS = 6  # rule, speed, tabs, heads, verdict, and where in the table we are
-_MOST = 32  # columns of a text that is not the last
+_FRAME_ROWS = 6  # rule, speed, tabs, heads, verdict, position in the table
+_MOST = 32  # columns of a text, unless it fills the rest
 _LEAST_FILL = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Tab:
-    """One of the tables: its key and its name, which has the key's letter in it."""
+    """One of the tables: its key, and its name, which contains the key's letter."""
 
     key: str
     name: str
@@ -33,18 +33,18 @@ class Tab:
 
 KEYS = (
     ("o p r m t l s", "overview, phases, ranks, memory, metrics, logs, system"),
-    ("Tab, arrows left and right", "the next table, the one before"),
-    ("arrows up and down, j k", "a row down, a row up"),
-    ("PgDn PgUp, space b", "a page down, a page up"),
-    ("Home End, g G", "to the first row, to the last"),
+    ("Tab, left and right arrows", "next table, previous table"),
+    ("up and down arrows, j k", "one row down or up"),
+    ("PgDn PgUp, space b", "one page down or up"),
+    ("Home End, g G", "first row, last row"),
     ("? or h", "this help"),
-    ("q, Escape, Ctrl-C", "leave; the job goes on"),
+    ("q, Escape, Ctrl-C", "quit; the job continues"),
 )
-"""What the keys do."""
+"""Keys and their effect."""
 
 
 def page_rows(viewport: Viewport) -> int:
-    """Return how many rows of a table are seen at a time."""
+    """Return the number of rows of a page of a table."""
     return max(viewport.height - _FRAME_ROWS, 1)
 
 
@@ -53,10 +53,10 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
 
     Args:
         view: the job now.
-        tabs: the tables there are.
-        table: the one to show.
-        first: its first row to show.
-        viewport: the room there is.
+        tabs: the tables.
+        table: the shown one.
+        first: its first row on the screen.
+        viewport: the size.
     """
     room = page_rows(viewport)
     shown = table.rows[first : first + room]
@@ -64,9 +64,9 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
     body = [_line(row, table.columns, widths, viewport) for row in shown] or [Text(f" {table.empty}", style="dim")]
     body += [Text() for _ in range(room - len(body))]
     heads = _line(TableRow(tuple(column.head for column in table.columns), "dim"), table.columns, widths, viewport)
-    where = Text(_where(first, len(shown), len(table.rows)), style="dim")
+    position = Text(_position(first, len(shown), len(table.rows)), style="dim")
     lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
-    return [cut(line, viewport) for line in (*lines, verdict_line(view.now), where)]
+    return [cut(line, viewport) for line in (*lines, verdict_line(view.now), position)]
 
 
 def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
@@ -80,7 +80,7 @@ def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[
 
 
 def tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
-    """Return the names of the tables with their keys; the one that is shown stands out, also without colours."""
+    """Return the names of the tables with their keys; the shown one is in brackets, so also visible without colors."""
     line = Text()
     for tab in tabs:
         if tab.name == shown:
@@ -96,7 +96,7 @@ def tabs_line(tabs: Sequence[Tab], shown: str) -> Text:
 
 
 def cut(line: Text, viewport: Viewport) -> Text:
-    """Return a line that is no wider than the screen."""
+    """Return a line, cut to the width of the screen."""
     line.no_wrap = True
     if line.cell_len > viewport.width:
         line.truncate(viewport.width - len(viewport.glyphs.ellipsis))
@@ -105,7 +105,7 @@ def cut(line: Text, viewport: Viewport) -> Text:
     return line
 
 
-def _where(first: int, shown: int, rows: int) -> str:
+def _position(first: int, shown: int, rows: int) -> str:
     if shown < rows:
         return f" rows {first + 1:,}-{first + shown:,} of {rows:,}"
 
@@ -113,7 +113,7 @@ def _where(first: int, shown: int, rows: int) -> str:
 
 
 def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int) -> list[int]:
-    """Give each column what its cells need; what is left goes to those that fill."""
+    """Return the width that each column's cells need; columns that fill share the rest."""
     widths = [0 if column.fills else cell_len(column.head) for column in columns]
     for row in rows:
         for at, cell in enumerate(row.cells):
@@ -143,7 +143,7 @@ def _line(row: TableRow, columns: Sequence[TableColumn], widths: Sequence[int], 
 
 
 def _trend(values: Sequence[float], width: int, viewport: Viewport) -> str:
-    """Return values as levels between the least and the most of them."""
+    """Return values as levels between their minimum and their maximum."""
     shown = [value for value in values if math.isfinite(value)][-width:]
     if not shown or max(shown) == min(shown):
         return ""
@@ -152,7 +152,7 @@ def _trend(values: Sequence[float], width: int, viewport: Viewport) -> str:
 
 
 def _plain(cell: str) -> str:
-    """Return a text that cannot steer the terminal: names and logs are the user's."""
+    """Return a text without control characters: names and logs are the user's."""
     return cell if cell.isprintable() else "".join(char if char.isprintable() else " " for char in cell)
 
 

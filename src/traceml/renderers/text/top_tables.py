@@ -1,4 +1,4 @@
-"""Tables of a running job for a terminal: what stands in them, made from the report's shape."""
+"""Contents of the tables of a running job, made from its report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class BarCell:
-    """A cell that is filled by a share of 0..1."""
+    """A cell with a bar, filled by a share of 0..1."""
 
     share: float
     style: str = ""
@@ -38,7 +38,7 @@ class BarCell:
 
 @dataclass(frozen=True, slots=True)
 class TrendCell:
-    """A cell that shows values over time, oldest first."""
+    """A cell with values over time, oldest first."""
 
     values: tuple[float, ...]
 
@@ -48,7 +48,7 @@ Cell = str | BarCell | TrendCell
 
 @dataclass(frozen=True, slots=True)
 class TableColumn:
-    """A column: its head, on which side its cells stand, and whether it takes the room that is left."""
+    """A column: its head, whether its cells are right-aligned, and whether it fills the rest of the line."""
 
     head: str
     right: bool = True
@@ -57,7 +57,7 @@ class TableColumn:
 
 @dataclass(frozen=True, slots=True)
 class TableRow:
-    """A row; `style` tells rows apart that need attention."""
+    """A row; `style` marks rows that need attention."""
 
     cells: tuple[Cell, ...]
     style: str = ""
@@ -65,7 +65,7 @@ class TableRow:
 
 @dataclass(frozen=True, slots=True)
 class TableView:
-    """A table; `empty` is what is said where it has no rows."""
+    """A table; `empty` is the text shown when it has no rows."""
 
     name: str
     columns: tuple[TableColumn, ...]
@@ -86,7 +86,7 @@ def _wide(head: str = "") -> TableColumn:
 
 
 def phases_table(report: Report) -> TableView:
-    """Return the phases of a step: mean, share, and the ranks in which they are shortest and longest."""
+    """Return the phases of a step: mean, share, and the ranks with the least and the most."""
     rows = []
     for phase in report.phases:
         by_rank = [(entry.mean_ms, entry.rank) for entry in phase.by_rank]
@@ -94,12 +94,12 @@ def phases_table(report: Report) -> TableView:
         bar = BarCell(phase.share, phase_color(phase.phase))
         rows.append(TableRow((phase_label(phase.phase), ms_text(phase.mean_ms), percent_text(phase.share), bar, *ends)))
 
-    columns = (_left("phase"), _right("mean"), _right("share"), _wide(), _right("least"), _right("most"))
+    columns = (_left("phase"), _right("mean"), _right("share"), _wide(), _right("min"), _right("max"))
     return TableView("phases", columns, tuple(rows), "no step has ended yet")
 
 
 def ranks_table(now: RunView) -> TableView:
-    """Return every rank: its steps, how long they take, how much of that is its own work, and how it stands."""
+    """Return the ranks: steps, step time, own work, waiting, state."""
     columns = (
         _right("rank"),
         _left("host"),
@@ -109,7 +109,7 @@ def ranks_table(now: RunView) -> TableView:
         _right("waiting"),
         _wide("state"),
     )
-    return TableView("ranks", columns, tuple(_rank(row) for row in now.ranks), "no rank has come yet")
+    return TableView("ranks", columns, tuple(_rank(row) for row in now.ranks), "no rank has connected yet")
 
 
 def _rank(row: RankRow) -> TableRow:
@@ -121,7 +121,7 @@ def _rank(row: RankRow) -> TableRow:
 
 
 def memory_table(report: Report) -> TableView:
-    """Return memory by rank: the peak of what is resident, its growth per step, the peak on the device."""
+    """Return memory by rank: resident peak, its growth per step, device peak."""
     entries = report.memory.by_rank
     most = max((entry.rss_peak_bytes or 0 for entry in entries), default=0) or 1
     rows = [
@@ -137,7 +137,7 @@ def memory_table(report: Report) -> TableView:
         for entry in entries
     ]
     columns = (_right("rank"), _right("resident peak"), _right("growth per step"), _right("device peak"), _wide())
-    return TableView("memory", columns, tuple(rows), "no sample has come yet")
+    return TableView("memory", columns, tuple(rows), "no sample yet")
 
 
 def _growth(slope: float | None) -> str:
@@ -148,7 +148,7 @@ def _growth(slope: float | None) -> str:
 
 
 def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> TableView:
-    """Return what was logged, by name.
+    """Return the logged metrics by name.
 
     Args:
         report: the run.
@@ -169,16 +169,16 @@ def metrics_table(report: Report, trends: Mapping[str, Sequence[float]]) -> Tabl
     columns = (
         _left("metric"),
         _right("last"),
-        _right("least"),
-        _right("most"),
+        _right("min"),
+        _right("max"),
         _right("values"),
         _wide("over its steps"),
     )
-    return TableView("metrics", columns, tuple(rows), "nothing was logged yet: traceml.log_metric(name, value)")
+    return TableView("metrics", columns, tuple(rows), "nothing logged yet: traceml.log_metric(name, value)")
 
 
 def logs_table(notes: Sequence[Note]) -> TableView:
-    """Return what was said, the newest first."""
+    """Return log messages and events, newest first."""
     rows = [
         TableRow(
             (
@@ -192,11 +192,11 @@ def logs_table(notes: Sequence[Note]) -> TableView:
         for note in notes
     ]
     columns = (_left("time"), _right("rank"), _left("what"), _wide())
-    return TableView("logs", columns, tuple(rows), "nothing was said yet")
+    return TableView("logs", columns, tuple(rows), "no messages yet")
 
 
 def system_table(report: Report) -> TableView:
-    """Return how busy hosts and their devices are, on average, and what they hold at most."""
+    """Return mean utilization and highest memory use of hosts and their devices."""
     rows: list[TableRow] = []
     for host in report.system.hosts:
         rows.append(_device(host.host, host.cpu_pct, host.memory_pct, "-", "-"))
@@ -207,7 +207,7 @@ def system_table(report: Report) -> TableView:
             rows.append(_device(f"  gpu {gpu.index}", gpu.utilization_pct, share, degrees, watts))
 
     columns = (_left("host"), _right("busy"), _wide(), _right("memory"), _wide(), _right("heat"), _right("power"))
-    return TableView("system", columns, tuple(rows), "no sample has come yet")
+    return TableView("system", columns, tuple(rows), "no sample yet")
 
 
 def _device(name: str, busy_pct: float | None, memory_pct: float | None, heat: str, power: str) -> TableRow:
@@ -221,5 +221,5 @@ def _number(value: float | None, unit: str) -> str:
 
 
 def value_text(value: float | None) -> str:
-    """Return a logged value in few characters; a dash for what is no finite number."""
+    """Return a logged value in few characters; a dash for one that is not finite."""
     return "-" if value is None else f"{value:.5g}"

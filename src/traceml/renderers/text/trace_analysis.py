@@ -1,4 +1,4 @@
-"""The answer about traces (the plain data of `traceml.analysis/1`) as tables."""
+"""Result of a trace analysis (`traceml.analysis/1`) as tables."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS = (
 )
 _TIMES = (("sum", "sum_us"), ("self", "self_us"), ("p50", "p50_us"), ("p99", "p99_us"), ("mean", "mean_us"))
 
-_UNIT = (  # the most telling first: a narrow screen shows fewer
+_UNIT = (  # the most important first: a narrow screen shows fewer
     ("time", "duration_us"),
     ("compute", "compute_us"),
     ("I/O", "io_us"),
@@ -43,20 +43,20 @@ _Column = tuple[str, int, Sequence[str]]  # title, width, cells
 
 
 def analysis_lines(
-    answer: Mapping[str, Any], viewport: Viewport, *, top: int = 20, sections: Iterable[str] = SECTIONS
+    result: Mapping[str, Any], viewport: Viewport, *, top: int = 20, sections: Iterable[str] = SECTIONS
 ) -> Iterator[Text]:
-    """Yield the lines that show an answer.
+    """Yield the lines that show a result.
 
     Args:
-        answer: in the shape of `traceml.analysis/1`.
-        viewport: what the medium can show.
-        top: how many groups.
-        sections: some of SECTIONS; what the answer has nothing of is left out.
+        result: plain data of `traceml.analysis/1`.
+        viewport: of the output.
+        top: the number of groups.
+        sections: some of SECTIONS; empty ones are left out.
     """
-    yield from _head(answer, viewport)
-    report = answer.get("report") or {}
+    yield from _head(result, viewport)
+    report = result.get("report") or {}
     draws: dict[str, Iterator[Text]] = {
-        "groups": _groups(answer, viewport, top),
+        "groups": _groups(result, viewport, top),
         "overlap": _overlap(report.get("overlap"), viewport),
         "io": _io(report.get("io"), viewport),
         "kernels": _operations(report.get("kernels"), "Kernels", "sum_us", viewport),
@@ -71,11 +71,11 @@ def analysis_lines(
             yield from lines
 
 
-def _head(answer: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
-    files = answer["files"]
+def _head(result: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
+    files = result["files"]
     what = files[0]["path"] if len(files) == 1 else f"{len(files)} files"
     size = bytes_text(sum(file["bytes"] for file in files))
-    facts = f"{count_text(answer['events'])} events, {count_text(answer['spans'])} spans, {size}"
+    facts = f"{count_text(result['events'])} events, {count_text(result['spans'])} spans, {size}"
     yield Text(f"{what}: ", style="bold").append(facts, style="")
     for file in files:
         for damage in file["damage"][:_ROWS]:
@@ -89,22 +89,22 @@ def _head(answer: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
             yield Text(f"  and {len(file['damage']) - _ROWS} more in {file['path']}: --json lists all", style="yellow")
 
 
-def _groups(answer: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
-    groups = answer["groups"][:top]
+def _groups(result: Mapping[str, Any], viewport: Viewport, top: int) -> Iterator[Text]:
+    groups = result["groups"][:top]
     if not groups:
-        yield Text("No span passes the conditions." if answer.get("where") else "No spans: nothing has a duration.")
+        yield Text("No span passes the conditions." if result.get("where") else "No spans: nothing has a duration.")
         return
 
-    labels = [(field, 0, [_label(group[field]) for group in groups]) for field in answer["by"]]
-    total = sum(group["sum_us"] for group in answer["groups"])
+    labels = [(field, 0, [_label(group[field]) for group in groups]) for field in result["by"]]
+    total = sum(group["sum_us"] for group in result["groups"])
     shares = [percent_text(group["sum_us"] / total if total else None) for group in groups]
     yield from _table(labels, [*_numbers(groups, viewport), ("of sum", 6, shares)], viewport)
-    if len(answer["groups"]) > top:
-        yield Text(f"and {count_text(len(answer['groups']) - top)} more groups: --top N shows more", style="dim")
+    if len(result["groups"]) > top:
+        yield Text(f"and {count_text(len(result['groups']) - top)} more groups: --top N shows more", style="dim")
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Column]:
-    """Return the columns of numbers; a narrow screen has no room for all."""
+    """Return the columns of numbers; a narrow screen shows fewer."""
     times = _TIMES if viewport.width >= _WIDE else _TIMES[:4]
     counts = [count_text(row["count"]) for row in rows]
     width = max(5, *(len(count) for count in counts))
@@ -112,7 +112,7 @@ def _numbers(rows: Sequence[Mapping[str, Any]], viewport: Viewport) -> list[_Col
 
 
 def _table(labels: Sequence[_Column], numbers: Sequence[_Column], viewport: Viewport) -> Iterator[Text]:
-    """Yield a title line and rows; labels share what the numbers leave of the width."""
+    """Yield a title line and rows; labels share the width beside the numbers."""
     room = min(viewport.width, _MAX_WIDTH) - sum(width + 1 for _, width, _ in numbers)
     widths = _label_widths(labels, max(room, 8 * len(labels)))
     title = "".join(_cut(text, width, viewport) for (text, _, _), width in zip(labels, widths, strict=True))
@@ -192,13 +192,13 @@ def _operations(rows: Sequence[Mapping[str, Any]] | None, title: str, key: str, 
     if not rows:
         return
 
-    yield Text(f"{title}, by {'time' if key == 'sum_us' else 'time of their own'}", style="dim")
+    yield Text(f"{title}, by {'time' if key == 'sum_us' else 'self time'}", style="dim")
     shown = rows[:_ROWS]
     yield from _table([("name", 0, [_label(row["name"]) for row in shown])], _numbers(shown, viewport), viewport)
 
 
 def _units(report: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
-    """Yield ranks where they are known, else processes, where there is more than one."""
+    """Yield ranks where they are known, else processes; nothing for a single one."""
     ranks, processes = report.get("ranks") or [], report.get("processes") or []
     rows = ranks if len(ranks) > 1 else processes
     if len(rows) < 2:

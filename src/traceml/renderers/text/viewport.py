@@ -1,4 +1,4 @@
-"""What the medium can show: how many columns, which characters, colours or not."""
+"""Size and capabilities of an output: columns, rows, characters, colors."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ __all__ = ["ASCII", "UNICODE", "Glyphs", "Viewport"]
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """The characters that views are drawn with."""
+    """Characters to draw with."""
 
     bar: str  # a full cell of a bar
     bar_parts: str  # cells filled by 1/n, 2/n, ... of a cell; may be empty
     spark: str  # levels of a sparkline, lowest first
     rule: str
-    mark: str  # points at the slowest rank
-    lost: str  # stands at a rank that ended badly
-    dot: str  # parts remarks on one line
+    mark: str  # before the slowest rank
+    lost: str  # before a rank that ended badly
+    dot: str  # between remarks on one line
     ellipsis: str
 
 
@@ -33,13 +33,13 @@ ASCII = Glyphs(bar="#", bar_parts="", spark="_.-=*#", rule="-", mark=">", lost="
 
 @dataclass(frozen=True, slots=True)
 class Viewport:
-    """The room a view has, and the means.
+    """Size of a view, and what the output can show.
 
     Args:
         width: columns.
         height: rows; views of fixed height use no more.
         glyphs: the characters to draw with.
-        color: whether colours will be seen; without them parts are told apart by their labels alone.
+        color: whether colors are shown; without them parts are distinguished by their labels.
     """
 
     width: int = 80
@@ -49,7 +49,7 @@ class Viewport:
 
     @classmethod
     def of(cls, console: Console) -> Viewport:
-        """Return what `console` can show; characters beyond ASCII only where its encoding has them."""
+        """Return the viewport of a console; ASCII characters where its encoding is not UTF."""
         glyphs = UNICODE if console.encoding.lower().startswith("utf") else ASCII
         color = console.color_system is not None and not console.no_color
         return cls(console.width, console.height, glyphs, color)
