@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 from tests.recorder.conftest import environ
+from tests.track.fabricated import eventually, state_of
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
+from traceml.track.tracker_state import DeliveryPhase
 
 # Each in its place; cut in two, so that neither this file nor its own diff holds one.
 PLANTED = {
@@ -115,11 +116,9 @@ def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
         )  # fmt: skip
         assert "cannot log in" in done.stderr
         run_dir = tmp_path / "runs" / "planted"
-        deadline = time.monotonic() + 90
-        states = [run_dir / "trackers" / f"{name}.state.json" for name in ("jsonl", "tensorboard")]
-        while not all(each.exists() and json.loads(each.read_text())["phase"] == "done" for each in states):
-            assert time.monotonic() < deadline, [each.exists() and each.read_text() for each in states]
-            time.sleep(0.1)
+        eventually(
+            lambda: all(state_of(run_dir, name).phase is DeliveryPhase.DONE for name in ("jsonl", "tensorboard")), 90
+        )
     finally:
         server.stop()
         server.close()

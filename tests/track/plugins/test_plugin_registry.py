@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import pytest
 
 import traceml
 from tests.track.conftest import free_port
+from tests.track.fabricated import eventually
 from traceml import (
     BackendInterface,
     BackendPlugin,
@@ -30,6 +29,7 @@ from traceml.track.backends.jsonl import JsonlBackend
 from traceml.track.plugins import plugin_registry
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import create_backend, load
+from traceml.track.tracker_state import DeliveryPhase, states_of
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "plugins"
 
@@ -208,12 +208,22 @@ traceml.init(
     collectors=["load"], frameworks=["tqdm"], track_git=False, track_env=False, track_system=False,
     backend_options={"csv": {"folder": sys.argv[1] + "/out"}},
 )
-original = tqdm.set_postfix
+original, route = tqdm.set_postfix, traceml.Orchestrator.route_metric
+names = []
+
+def noted(orchestrator, metric):
+    names.append(metric.name)
+    route(orchestrator, metric)
+
+traceml.Orchestrator.route_metric = noted
 with traceml.Experiment("example") as experiment:
     bar = tqdm(range(50), file=sys.stderr)
     for step in bar:
         bar.set_postfix(loss=step / 7, phase="train")
         traceml.log_metric("own", step * 2, step=step)
+
+    until = time.monotonic() + 60
+    while names.count("load/1min") < 2 and time.monotonic() < until:
         time.sleep(0.01)
 
 traceml.shutdown()
@@ -245,14 +255,12 @@ def test_a_third_partys_package_is_found_and_used(installed: Path, tmp_path: Pat
     assert done.stdout.strip() == "unpatched"
 
     (run,) = [store.parent for store in tmp_path.glob("2*/store.db")]
-    deadline = time.monotonic() + 60
-    while True:
-        states = [json.loads(path.read_text()) for path in (run / "trackers").glob("*.json")]
-        if len(states) == 2 and all(state.get("phase", state.get("state")) == "done" for state in states):
-            break
 
-        assert time.monotonic() < deadline, (states, done.stderr[-2000:])
-        time.sleep(0.1)
+    def is_delivered() -> bool:
+        states = states_of(run)
+        return len(states) == 2 and all(state.phase is DeliveryPhase.DONE for state in states)
+
+    eventually(is_delivered)
 
     for folder in (tmp_path / "out", run):
         rows = [row for path in folder.glob("*.csv") for row in csv.DictReader(path.read_text().splitlines())]

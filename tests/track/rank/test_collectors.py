@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.track.fabricated import eventually
 from traceml.track.plugins.plugin_metadata import PluginType
 from traceml.track.plugins.plugin_registry import BUILT_IN
 from traceml.track.rank.collectors.collector_process import CollectorProcess
@@ -185,13 +184,6 @@ def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come"
-        time.sleep(0.02)
-
-
 def is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -225,7 +217,7 @@ def test_failing_and_hanging_collectors_harm_nobody(caplog: pytest.LogCaptureFix
     rows: list[dict[str, Any]] = []
     names = ["my_collectors:Hanging", "my_collectors:Ticking", "my_collectors:Missing"]
     child = CollectorProcess(names, {}, (), rows.append)
-    until(lambda: sum(row["name"] == "tick" for row in rows) >= 3)
+    eventually(lambda: sum(row["name"] == "tick" for row in rows) >= 3)
     child.stop(timeout_s=0)
 
     assert not is_running(child.pid)
@@ -257,4 +249,4 @@ def test_the_process_ends_with_its_rank(tmp_path: Path) -> None:
         assert is_running(pid)
         rank.kill()
 
-    until(lambda: not is_running(pid))
+    eventually(lambda: not is_running(pid))

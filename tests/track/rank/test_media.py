@@ -92,9 +92,9 @@ def test_files_of_a_rank_that_is_killed_before_anybody_took_them(script: Script,
         pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
         traceml.log_artifact("model.bin", "first")
         traceml.log_artifact("model.bin", "second")
-        while len(list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row"))) < 2:
+        flights = pathlib.Path("traceml_runs", ".flights")
+        while len(list(flights.glob("*.files/.*.row"))) < 2 or list(flights.glob("*.files/.*.part")):
             time.sleep(0.01)
-        time.sleep(0.1)
         os.kill(os.getpid(), 9)
         """)
     finish(process, -9)
