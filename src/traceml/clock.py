@@ -1,7 +1,7 @@
-"""The two clocks: a monotonic one for durations, the wall clock for dates.
+"""Clocks: a monotonic one for durations, the wall clock for dates.
 
-Every duration and every stamp in a row is CLOCK_MONOTONIC in nanoseconds, which no clock adjustment moves. A stamp
-becomes a date by the pair (monotonic, epoch) which a rank takes when it says hello.
+Every duration and every stamp in a row is CLOCK_MONOTONIC in nanoseconds, which no clock adjustment changes. The pair
+(monotonic, epoch) in a rank's hello converts its stamps to dates.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 
 __all__ = ["boot_id", "clock_pair", "monotonic_ns", "process_start_ticks"]
 
-# On Linux perf_counter_ns is CLOCK_MONOTONIC too, and it is what the hooks bind: one name keeps stamps comparable.
+# On Linux perf_counter_ns is CLOCK_MONOTONIC too. The hooks use it, and one name keeps stamps comparable.
 monotonic_ns = time.perf_counter_ns
 
 
 def clock_pair() -> tuple[int, int]:
-    """Return (monotonic_ns, epoch_ns) taken together."""
+    """Return (monotonic_ns, epoch_ns), read together."""
     return monotonic_ns(), time.time_ns()
 
 
@@ -31,12 +31,12 @@ def boot_id() -> str:
 def process_start_ticks(pid: int) -> int | None:
     """Return the kernel's start time of a process in clock ticks since boot, or None when it is gone.
 
-    A pid can be used again; (boot id, pid, start ticks) cannot.
+    A pid can be reused; (boot id, pid, start ticks) is unique.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    # The command name is in parentheses and may contain anything, so fields are counted from the last one.
+    # The command name is in parentheses and may contain any characters, so fields are counted from the last one.
     fields = stat[stat.rindex(b")") + 2 :].split()
     return None if fields[0] == b"Z" else int(fields[19])

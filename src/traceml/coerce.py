@@ -1,4 +1,4 @@
-"""From what people write to a typed value: text, files' values and arguments, checked against limits."""
+"""Conversion of texts, files' values and arguments to typed values, checked against limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["BAD", "Limits", "allowed", "coerce"]
 
 Limits = Mapping[str, float | None]  # low, high (inclusive) and above (exclusive)
 
-# What `coerce` returns for a value that is not allowed; None is a value.
+# Returned by `coerce` for a value that is not allowed; None is a value.
 BAD: Final = object()
 _ON = frozenset({"1", "true", "yes", "on"})
 _OFF = frozenset({"0", "false", "no", "off"})
@@ -23,8 +23,8 @@ def coerce(kind: Any, value: Any, limits: Limits) -> Any:
 
     Args:
         kind: a type as in an annotation: bool, int, float, str, Path, Literal, tuple of texts, dict, or with None.
-        value: what was written; text is read as people write it.
-        limits: what is allowed of numbers.
+        value: the given value; texts such as `yes` or `1e-3` are converted.
+        limits: bounds of numbers.
     """
     try:
         return _convert(kind, value, limits)

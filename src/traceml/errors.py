@@ -1,37 +1,37 @@
-"""What can go wrong, as one tree.
+"""Errors of the package, as one tree.
 
 TraceMLError
 ├── SettingsError                 (ValueError)     a setting has an unknown name or a bad value
 ├── AggregatorUnavailableError    (ConnectionError) no aggregator answered within the time allowed
 ├── AggregatorRefusedError        (ConnectionError) an aggregator answered and refused: token, version, limits
 │   └── AggregatorForeignError                     it belongs to another user or another host: its token is unknown
-├── ProtocolError                 (ValueError)     bytes on the wire that are not ours or not this version's
-├── RunNotFoundError              (LookupError)    no run where the user pointed
+├── ProtocolError                 (ValueError)     bytes on the wire of another protocol or version
+├── RunNotFoundError              (LookupError)    no run of the given name or path
 ├── StoreError                    (OSError)        a run's store cannot be written or read
-├── UsageError                    (ValueError)     a command or a function was called wrongly
-├── WorkerFailedError             (RuntimeError)   a launched worker died: a signal, an exit code
+├── UsageError                    (ValueError)     wrong arguments of a command or a function
+├── WorkerFailedError             (RuntimeError)   a launched worker ended by a signal or an exit code
 ├── AgentFailedError              (RuntimeError)   a host of a launch cannot be used, or was lost
-├── LaunchTimeoutError            (TimeoutError)   a launch did not get started within its time
+├── LaunchTimeoutError            (TimeoutError)   a launch did not start within its timeout
 ├── PayloadError                  (TypeError)      an argument or a result of a launch cannot be pickled
-├── SlurmError                    (RuntimeError)   Slurm was asked for, and there is no allocation that can be read
+├── SlurmError                    (RuntimeError)   Slurm was requested, without a readable allocation
 ├── ResultNotFoundError           (IndexError, KeyError) a launch has no such rank, host or local rank
-├── RemoteTracebackError                           the cause of an exception that came from a worker: its traceback
-├── TraceNotFoundError            (LookupError)    no trace file where the user pointed
-├── TraceEmptyError               (ValueError)     a trace in which no event can be read
-├── PluginError                   (LookupError)    a plugin is not there, is broken, or is configured wrongly
-├── TaskError                     (RuntimeError)   a task cannot be run, or will never have a result
+├── RemoteTracebackError                           cause of a worker's exception: its remote traceback
+├── TraceNotFoundError            (LookupError)    no trace file of the given name
+├── TraceEmptyError               (ValueError)     a trace without a readable event
+├── PluginError                   (LookupError)    a plugin is missing, broken, or configured wrongly
+├── TaskError                     (RuntimeError)   a task cannot run, or will never have a result
 │   ├── RuntimeClosedError                         its Runtime is shut down
-│   ├── TaskCancelledError                         it was cancelled before it began
-│   ├── TaskDeadlockError                          what waits and what is waited for wait for each other
+│   ├── TaskCancelledError                         it was cancelled before it started
+│   ├── TaskDeadlockError                          tasks wait for each other
 │   ├── TaskForkedError                            it belongs to the process that this one was forked from
-│   └── TasksFailedError          (ExceptionGroup) what all failed tasks raised, together
-├── TaskTimeoutError              (TimeoutError)   a task ran longer than it was allowed
-├── WaitTimeoutError              (TimeoutError)   a task had not ended when its waiter had waited long enough
-├── NotCallableError              (TypeError)      what was submitted as a task cannot be called
-└── BackendError                  (RuntimeError)   a tracker did not take what it was given
+│   └── TasksFailedError          (ExceptionGroup) the exceptions of all failed tasks
+├── TaskTimeoutError              (TimeoutError)   a task ran longer than its timeout
+├── WaitTimeoutError              (TimeoutError)   a task had not ended within the time to wait
+├── NotCallableError              (TypeError)      an object submitted as a task is not callable
+└── BackendError                  (RuntimeError)   a tracker did not accept its rows
     ├── BackendUnauthorizedError  (PermissionError) it does not accept our credentials (401, 403)
-    ├── BackendBusyError          (RuntimeError)   it asks to come back later (429, 503)
-    └── BackendRefusedError       (ValueError)     it will never take these rows: a bad name or value
+    ├── BackendBusyError          (RuntimeError)   it asks to retry later (429, 503)
+    └── BackendRefusedError       (ValueError)     it will never accept these rows: a bad name or value
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ __all__ = [
     "WorkerFailedError",
 ]
 
-_SHOWN_LINES = 20  # of a worker's log in an error's text; `log_tail` has all that came
+_SHOWN_LINES = 20  # of a worker's log in an error's text; `log_tail` has all
 
 
 class TraceMLError(Exception):
@@ -87,9 +87,9 @@ class SettingsError(TraceMLError, ValueError):
 
     Args:
         key: the setting, as written by the user.
-        problem: what is wrong with it.
-        source: where it came from: `argument`, an environment variable's name, or a file's path.
-        allowed: what would be accepted.
+        problem: the mistake.
+        source: source of the value: `argument`, an environment variable's name, or a file's path.
+        allowed: the accepted values.
     """
 
     def __init__(self, key: str, problem: str, *, source: str, allowed: str) -> None:
@@ -110,7 +110,7 @@ class AggregatorUnavailableError(TraceMLError, ConnectionError):
 
 
 class AggregatorRefusedError(TraceMLError, ConnectionError):
-    """An aggregator answered and refused this peer; trying again would not help."""
+    """An aggregator answered and refused this peer; a retry would not help."""
 
     def __init__(self, host: str, port: int, why: str) -> None:
         super().__init__(f"the traceml aggregator at {host}:{port} refused the connection: {why}")
@@ -118,15 +118,15 @@ class AggregatorRefusedError(TraceMLError, ConnectionError):
 
 
 class AggregatorForeignError(AggregatorRefusedError):
-    """An aggregator answered for which no token is known: another user's, or one of another host."""
+    """An aggregator of another user or another host answered, whose token is not known."""
 
 
 class ProtocolError(TraceMLError, ValueError):
-    """Bytes on the wire that are not ours, or not of this version."""
+    """Bytes on the wire belong to another protocol or another version."""
 
 
 class RunNotFoundError(TraceMLError, LookupError):
-    """There is no run where the user pointed."""
+    """There is no run of the given name or path."""
 
 
 class StoreError(TraceMLError, OSError):
@@ -134,15 +134,15 @@ class StoreError(TraceMLError, OSError):
 
 
 class UsageError(TraceMLError, ValueError):
-    """A command or a function was called wrongly; the text is one line and a hint."""
+    """A command or a function got wrong arguments; the text is one line and a hint."""
 
 
 class TraceNotFoundError(TraceMLError, LookupError):
-    """There is no trace file where the user pointed."""
+    """There is no trace file of the given name."""
 
 
 class TraceEmptyError(TraceMLError, ValueError):
-    """Files were read as traces, and there is not one event in them."""
+    """Files were read as traces and contain no event."""
 
 
 class WorkerFailedError(TraceMLError, RuntimeError):
@@ -152,10 +152,10 @@ class WorkerFailedError(TraceMLError, RuntimeError):
         host: the host's name, as the user wrote it.
         rank: the worker's rank in the job.
         local_rank: its rank on the host.
-        exit_code: what it exited with, None when a signal ended it.
+        exit_code: its exit code, None when a signal ended it.
         signal: the number of the signal that ended it, None when it exited by itself.
-        log_tail: the last lines that it wrote, oldest first.
-        oom: whether the kernel killed it because memory was short.
+        log_tail: its last output lines, oldest first.
+        oom: whether the kernel killed it for lack of memory.
     """
 
     def __init__(
@@ -190,13 +190,13 @@ class WorkerFailedError(TraceMLError, RuntimeError):
 
 
 class AgentFailedError(TraceMLError, RuntimeError):
-    """A host of a launch cannot be used, or was lost while it ran.
+    """A host of a launch cannot be used, or was lost during the launch.
 
     Attributes:
         host: the host's name, as the user wrote it.
-        reason: what happened, in a few words.
-        advice: what can be done about it.
-        words: the last lines of what ssh, srun or the agent itself said.
+        reason: the cause, in a few words.
+        advice: a remedy.
+        words: the last lines from ssh, srun or the agent.
     """
 
     def __init__(self, host: str, reason: str, *, advice: str = "", words: Sequence[str] = ()) -> None:
@@ -218,13 +218,13 @@ class LaunchTimeoutError(TraceMLError, TimeoutError):
     """A launch did not get all its workers started within its time.
 
     Attributes:
-        timeout_s: the time that was allowed, in seconds.
-        absent: who was being waited for: hosts, or ranks with their hosts.
+        timeout_s: the timeout in seconds.
+        absent: missing hosts, or ranks with their hosts.
     """
 
     def __init__(self, timeout_s: float, doing: str, absent: Sequence[str]) -> None:
-        who = "; ".join(absent)
-        super().__init__(f"{doing} took longer than the timeout of {timeout_s:g} s. Still waiting for: {who}")
+        missing = "; ".join(absent)
+        super().__init__(f"{doing} took longer than the timeout of {timeout_s:g} s. Still waiting for: {missing}")
         self.timeout_s, self.doing, self.absent = timeout_s, doing, list(absent)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -236,7 +236,7 @@ class PayloadError(TraceMLError, TypeError):
 
 
 class SlurmError(TraceMLError, RuntimeError):
-    """Slurm was asked for, and there is no allocation, or it cannot be read."""
+    """Slurm was requested, but there is no readable allocation."""
 
 
 class ResultNotFoundError(TraceMLError, IndexError, KeyError):
@@ -246,7 +246,7 @@ class ResultNotFoundError(TraceMLError, IndexError, KeyError):
 
 
 class RemoteTracebackError(TraceMLError):
-    """The traceback of an exception as its worker saw it; `__cause__` of the exception that `launch` raises."""
+    """Traceback of an exception in its worker; `__cause__` of the exception that `launch` raises."""
 
     def __init__(self, text: str) -> None:
         super().__init__("\n" + text.strip("\n"))
@@ -257,7 +257,7 @@ class RemoteTracebackError(TraceMLError):
 
 
 def _rebuild(kind: type[Any], args: tuple[Any, ...], known: dict[str, Any]) -> Any:
-    """Make an error again that came from another process: a launch inside a launch's worker."""
+    """Rebuild an unpickled error: one of a launch inside a launch's worker."""
     return kind(*args, **known)
 
 
@@ -269,11 +269,11 @@ def _signal_name(number: int | None) -> str:
 
 
 class PluginError(TraceMLError, LookupError):
-    """A plugin is not there, cannot be loaded, or is configured wrongly."""
+    """A plugin is missing, cannot be loaded, or is configured wrongly."""
 
 
 class BackendError(TraceMLError, RuntimeError):
-    """A tracker did not take what it was given; base of the kinds that delivery treats apart."""
+    """A tracker did not accept its rows; base of the errors that delivery distinguishes."""
 
 
 class BackendUnauthorizedError(BackendError, PermissionError):
@@ -281,11 +281,11 @@ class BackendUnauthorizedError(BackendError, PermissionError):
 
 
 class BackendBusyError(BackendError):
-    """A tracker asks to come back later.
+    """A tracker asks to retry later.
 
     Args:
-        why: what it said.
-        retry_after_s: seconds to wait, when it named them.
+        why: its answer.
+        retry_after_s: seconds to wait, if it gave them.
     """
 
     def __init__(self, why: str, retry_after_s: float | None = None) -> None:
@@ -294,11 +294,11 @@ class BackendBusyError(BackendError):
 
 
 class BackendRefusedError(BackendError, ValueError):
-    """A tracker will never take these rows: trying them again would not help."""
+    """A tracker will never accept these rows: a retry would not help."""
 
 
 class TaskError(TraceMLError, RuntimeError):
-    """A task cannot be run, or will never have a result; base of the reasons."""
+    """A task cannot run, or will never have a result; base of the causes."""
 
 
 class RuntimeClosedError(TaskError):
@@ -310,7 +310,7 @@ class TaskCancelledError(TaskError):
 
 
 class TaskDeadlockError(TaskError):
-    """Waiting would never end: what is waited for can only end after the one that waits."""
+    """A wait would never end: the awaited task can only end after the waiting one."""
 
 
 class TaskForkedError(TaskError):
@@ -321,7 +321,7 @@ class TasksFailedError(TaskError, ExceptionGroup[Exception]):
     """Tasks failed: `exceptions` holds what each raised, with its traceback, in the order of failure."""
 
     def derive(self, excs: Sequence[Exception]) -> TasksFailedError:  # type: ignore[override]
-        """Make the part of the group that `except*` and `split` ask for."""
+        """Return a subgroup, for `except*` and `split`."""
         return TasksFailedError(self.message, excs)
 
     def __str__(self) -> str:
@@ -333,7 +333,7 @@ class TaskTimeoutError(TraceMLError, TimeoutError):
 
 
 class WaitTimeoutError(TraceMLError, TimeoutError):
-    """A task, or all of them, had not ended when the time to wait was over."""
+    """A task, or all of them, had not ended within the time to wait."""
 
 
 class NotCallableError(TraceMLError, TypeError):

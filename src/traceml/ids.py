@@ -1,4 +1,4 @@
-"""Names: of runs, of jobs, and of the ranks in them."""
+"""Identifiers of runs, of jobs, and of the ranks in them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class RankIdentity:
-    """Who a process is within its job; the words mean what they mean in torch.distributed."""
+    """Rank of a process in its job, in the terms of torch.distributed."""
 
     rank: int = 0
     world_size: int = 1
@@ -35,13 +35,13 @@ class RankIdentity:
 
 
 def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
-    """Find this process's rank: an initialised process group, then torchrun's, Slurm's and OpenMPI's variables.
+    """Find this process's rank: an initialized process group, then torchrun's, Slurm's and OpenMPI's variables.
 
     Args:
-        environ: where the variables are read from.
+        environ: the environment variables.
 
     Returns:
-        The identity; rank 0 of 1 when nothing says otherwise.
+        The identity; by default rank 0 of 1.
     """
     attempt = _int(environ.get("TORCHELASTIC_RESTART_COUNT"), 0)
     distributed = sys.modules.get("torch.distributed")  # never import torch only to ask
@@ -64,22 +64,22 @@ def detect_rank(environ: Mapping[str, str] = os.environ) -> RankIdentity:
 
 
 def job_key(environ: Mapping[str, str] = os.environ) -> str:
-    """Return a text that all ranks of one job agree on and no other job shares.
+    """Return a key that is equal for all ranks of one job and for no other job.
 
-    In this order: `TRACEML_RUN_ID`, what the job's launcher tells (`launcher_job`), else this process alone (host, pid,
-    start time).
+    In this order: `TRACEML_RUN_ID`, the variables of the job's launcher (`launcher_job`), else this process alone
+    (host, pid, start time).
     """
-    if told := environ.get("TRACEML_RUN_ID") or launcher_job(environ):
-        return told
+    if key := environ.get("TRACEML_RUN_ID") or launcher_job(environ):
+        return key
 
     return f"{socket.gethostname()}-{os.getpid()}-{time.time_ns()}"
 
 
 def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return what a launcher's variables say of the job, None where there are none.
+    """Return the job's key by the variables of its launcher, None where there are none.
 
     In this order: torchrun's run id with its rendezvous address, Slurm's job and step, OpenMPI's job, the rendezvous
-    address of ranks that were started by hand.
+    address of manually started ranks.
     """
     torchrun, address = environ.get("TORCHELASTIC_RUN_ID"), group_address(environ)
     if torchrun is not None and environ.get("MASTER_PORT"):
@@ -98,7 +98,7 @@ def launcher_job(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def group_address(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return a text made of the address at which a process group's ranks meet, None where it is not set."""
+    """Return a key made of a process group's rendezvous address, None where it is not set."""
     address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
     return f"group@{address}:{port}" if address and port else None
 
@@ -110,7 +110,7 @@ def new_run_id(name: str, *, epoch_s: float | None = None) -> str:
 
 
 def safe_run_id(text: str) -> str:
-    """Return a run id as the user gave it, without what cannot be in a folder's name.
+    """Return a user's run id without the characters that a folder's name cannot have.
 
     Raises:
         ValueError: nothing is left of it.
@@ -123,7 +123,7 @@ def safe_run_id(text: str) -> str:
 
 
 def run_name_of(text: str) -> str:
-    """Return `text` reduced to what is safe in a folder's name."""
+    """Return `text` reduced to the characters that are safe in a folder's name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:48] or "run"
 
 

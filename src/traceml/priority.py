@@ -1,4 +1,4 @@
-"""Giving way to the training: the priority of processes that work for it beside it."""
+"""Priority of helper processes beside the training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _LOWEST = 19
 
 
 def step_back(nice: int = _LOWEST) -> None:
-    """Take the processor only where nobody else wants it; where the system refuses that, go on as before.
+    """Lower the CPU priority of this process; do nothing where the system refuses that.
 
-    A process that leads a session of its own is weighed as a session: Linux groups processes by session (autogroup),
-    and `nice` counts among those of one session alone. So the session is made nice, too.
+    Linux groups processes by session (autogroup), and `nice` counts only among the processes of one session. So a
+    process that leads a session makes its session nice too.
 
     Args:
-        nice: how far to step back, up to 19.
+        nice: the nice value, up to 19.
     """
     try:
         os.nice(nice)
@@ -26,7 +26,7 @@ def step_back(nice: int = _LOWEST) -> None:
         pass
 
     if os.getsid(0) != os.getpid():
-        return  # the session is somebody else's, too
+        return  # the session has other processes too
 
     try:
         Path("/proc/self/autogroup").write_text(str(nice))

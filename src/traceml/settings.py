@@ -1,12 +1,12 @@
-"""Settings: one declaration per setting, and a loader that says where each value came from.
+"""Settings: one declaration per setting, and a loader that records the source of each value.
 
 `Config` is the declaration: its fields are the settings, with type, default, description and limits. `load()` fills one
-from arguments, environment, project file and user file, and needs the standard library alone, because every training
-process calls it. `Settings` is the same table as a pydantic-settings class, made when somebody asks for it.
+from arguments, environment, project file and user file, with the standard library alone, because every training
+process calls it. `Settings` is the same table as a pydantic-settings class, created on first use.
 
 `python -m traceml.settings` writes the reference page `docs/settings.md`.
 """
-# ruff: noqa: RUF009 - `_set` is dataclasses.field with our metadata, made for defaults
+# ruff: noqa: RUF009 - `_set` is dataclasses.field with our metadata, meant for defaults
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ __all__ = ["ENV_PREFIX", "INTERNAL_ENV", "Config", "Declaration", "Settings", "d
 
 ENV_PREFIX = "TRACEML_"
 
-# Variables that our own processes set for each other; everything else that starts with TRACEML_ must be a setting.
+# Variables that our own processes set for each other; any other variable with TRACEML_ must be a setting.
 INTERNAL_ENV: dict[str, str] = {
-    "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, wins over host and port",
-    "TRACEML_FAILURES_FD": "descriptor on which our torchrun tells failures to `traceml run`",
-    "TRACEML_LAUNCH_MARK": "by which `launch` finds what its workers have started, to end it with them",
-    "TRACEML_OUTLIVES": "set for what may outlive a launch: the aggregator that a worker started for what it logs",
-    "TRACEML_COMMAND": "the launcher's command line, which stands for that of its workers",
-    "TRACEML_ATTEMPT": "which start of the job this is, where torchrun does not tell",
-    "TRACEML_PARENT": "whose run children log for that `multiprocessing` spawns; set by who records",
-    "TRACEML_RUN_DIR": "the run's folder; set for processes that write into it",
-    "TRACEML_SUPERVISED": "set to the process that reports this rank's exit to the aggregator",
+    "TRACEML_ADDRESS": "host:port of the aggregator; set by `traceml run` and `launch`, overrides host and port",
+    "TRACEML_FAILURES_FD": "descriptor on which our torchrun reports failures to `traceml run`",
+    "TRACEML_LAUNCH_MARK": "mark by which `launch` finds the processes that its workers have started, to end them too",
+    "TRACEML_OUTLIVES": "set for a process that may outlive a launch: an aggregator that a worker has started",
+    "TRACEML_COMMAND": "the launcher's command line, shown instead of its workers'",
+    "TRACEML_ATTEMPT": "number of this start of the job, where torchrun does not provide it",
+    "TRACEML_PARENT": "run of the parent process, for children that `multiprocessing` spawns",
+    "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
+    "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
 }
 # Reserved names of settings that nothing reads yet: setting one is an error, except to what is true anyway.
 _RESERVED: dict[str, tuple[str, str]] = {
@@ -65,7 +65,7 @@ def _set(
     above: float | None = None,
     secret: bool = False,
 ) -> Any:
-    """Declare one setting: its default, what it does, and (for numbers) what is allowed."""
+    """Declare one setting: its default, its description, and the limits of a number."""
     limits = {"low": low, "high": high, "above": above}
     metadata = {"doc": doc, "limits": limits, "secret": secret}
     if isinstance(default, dict):
@@ -76,35 +76,35 @@ def _set(
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings in force, and in `sources` where each came from.
+    """Settings in force, with the source of each in `sources`.
 
     A source is `default`, `argument`, the name of an environment variable, or the path of a file.
     """
 
-    enabled: bool = _set(True, "Trace at all. When off, every call is a no-op: no thread, no connection.")
-    host: str = _set("127.0.0.1", "Where the aggregator listens.")
-    port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 takes any free one.", low=0, high=65535)
+    enabled: bool = _set(True, "Trace this process. When off, every call is a no-op: no thread, no connection.")
+    host: str = _set("127.0.0.1", "The aggregator's address.")
+    port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 means any free one.", low=0, high=65535)
     token: str | None = _set(
         None,
-        "What proves to the aggregator that this process may talk to it. Found by itself on one host; between hosts "
-        "set it in the environment or in a file, never in a command line.",
+        "Secret that this process proves to the aggregator. Found automatically on one host; between hosts set it in "
+        "the environment or in a file, never in a command line.",
         secret=True,
     )
     local: bool = _set(False, "Start an aggregator for this job on this host when none answers.")
     on_missing: Literal["raise", "warn"] = _set(
         "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
     )
-    connect_timeout: float = _set(5.0, "Seconds that `init` keeps trying to reach the aggregator.", low=0)
+    connect_timeout: float = _set(5.0, "Longest time in seconds that `init` tries to reach the aggregator.", low=0)
     runs_dir: Path = _set(Path("traceml_runs"), "Folder of the runs, relative to the working directory.")
     log_dir: Path = _set(Path("traceml_logs"), "Folder of the launcher's log files.")
-    run_id: str | None = _set(None, "What the ranks of one job find each other's run by; also its folder's name.")
-    run_name: str | None = _set(None, "A name for the run; by default the script's.")
-    project: str = _set("default", "The project that trackers file the run under.")
+    run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
+    run_name: str | None = _set(None, "Name of the run; by default the script's.")
+    project: str = _set("default", "Project of the run at trackers.")
     backend: tuple[str, ...] = _set((), "Trackers to deliver to: built-in names or `package:Class`.")
     backend_options: dict[str, dict[str, Any]] = _set(
         {}, "Options per tracker; in a file, one table `backends.<name>` each."
     )
-    collectors: tuple[str, ...] = _set((), "Extra collectors: registered names or `package:Class`.")
+    collectors: tuple[str, ...] = _set((), "Additional collectors: registered names or `package:Class`.")
     frameworks: tuple[str, ...] = _set(
         ("tensorboard", "lightning", "huggingface"), "Frameworks whose logging calls are captured."
     )
@@ -117,40 +117,40 @@ class Config:
     flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)
     ring_rows: int = _set(
         65536,
-        "Step rows kept in the rank until acknowledged; rounded up to a power of two, less where memory is short.",
+        "Step rows kept in the rank until acknowledged; rounded up to a power of two, fewer where memory is short.",
         low=64,
         high=1 << 24,
     )
     max_queue_size: int = _set(
-        10_000, "Logged rows kept in memory until acknowledged; beyond it they go to a journal on disk.", low=1
+        10_000, "Logged rows kept in memory until acknowledged; further rows go to a journal on disk.", low=1
     )
     max_retries: int = _set(3, "Tries before a tracker's circuit breaker opens.", low=0)
     backoff_factor: float = _set(2.0, "Growth of the wait between tries.", low=1)
-    max_backoff: float = _set(60.0, "Longest wait in seconds between tries; nothing is given up.", above=0)
+    max_backoff: float = _set(60.0, "Longest wait in seconds between tries; rows are never given up.", above=0)
     max_image_bytes: int = _set(8 << 20, "Largest image that is logged, in bytes.", low=1)
     max_artifact_bytes: int = _set(1 << 30, "Largest artifact that is logged, in bytes.", low=1)
     include: tuple[str, ...] = _set((), "Names (patterns) that are delivered to trackers; empty means all.")
     exclude: tuple[str, ...] = _set((), "Names (patterns) that are not delivered to trackers.")
     mask: tuple[str, ...] = _set(
         (),
-        "Patterns on keys and values that are masked before anything leaves the machine: shell patterns, or "
-        "`re:EXPRESSION`. `!NAME` exempts a name, `!email`, `!phone`, `!card`, `!user` turn a kind off.",
+        "Patterns of keys and values that are masked before rows leave the machine: shell patterns, or "
+        "`re:EXPRESSION`. `!NAME` exempts a name; `!email`, `!phone`, `!card` and `!user` turn a kind off.",
     )
-    local_only: bool = _set(False, "Deliver to nothing that is not on this machine.")
+    local_only: bool = _set(False, "Deliver only to trackers on this machine.")
     keep_runs: int | None = _set(
         None,
-        "Runs that are kept: when a run has ended and is delivered, older ones that are delivered too are removed. "
-        "Without it all stay.",
+        "Number of runs to keep: when a run has ended and is delivered, older delivered runs are removed. Without it "
+        "all runs stay.",
         low=1,
     )
     delivery_nice: int = _set(
         19,
-        "How far delivery steps back behind the training, as `nice` counts: at 19 it takes what nobody else wants, "
-        "which beside a training that uses every core is little until that ends.",
+        "Nice value of delivery processes. At 19 they use idle CPU time only, which is little beside a training that "
+        "uses every core.",
         low=0,
         high=19,
     )
-    debug: bool = _set(False, "Let each delivery process write a profile of itself next to its state.")
+    debug: bool = _set(False, "Write a profile of each delivery process next to its state.")
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -163,7 +163,7 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One setting as declared: what tools print and check."""
+    """Declaration of one setting, for tools that print or check it."""
 
     name: str
     kind: Any
@@ -179,7 +179,7 @@ class Declaration:
 
     @property
     def allowed(self) -> str:
-        """What is accepted, in words."""
+        """Accepted values, in words."""
         return allowed(self.kind, self.limits)
 
 
@@ -206,7 +206,7 @@ def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /
 
     Args:
         environ: the environment; by default this process's.
-        folder: where the search for a project file starts, upwards; by default the working directory.
+        folder: start of the search for a project file, upwards; by default the working directory.
         arguments: settings by name; None is a value only where the setting may be None.
 
     Raises:
@@ -226,7 +226,7 @@ def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /
     return Config(**values, sources=sources)
 
 
-# --- where values come from ------------------------------------------------------------------------------------------
+# --- sources of values ----------------------------------------------------------------------------------------------
 
 _Entry = tuple[str, str, Any]  # (source, setting, value)
 
@@ -237,7 +237,7 @@ def _arguments(arguments: Mapping[str, Any]) -> Iterator[_Entry]:
 
 
 def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
-    """Yield what the environment sets; an empty variable counts as unset, except for a list, which it empties."""
+    """Yield the settings of the environment; an empty variable counts as unset, except for a list, which it empties."""
     for variable, text in environ.items():
         upper = variable.upper()
         if not upper.startswith(ENV_PREFIX) or upper in INTERNAL_ENV:
@@ -251,7 +251,7 @@ def _environment(environ: Mapping[str, str]) -> Iterator[_Entry]:
 
 
 def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
-    """Return what `traceml run` and `launch` decided for this process; it wins over arguments."""
+    """Return the settings that `traceml run` or `launch` has chosen for this process; they override arguments."""
     address = environ.get("TRACEML_ADDRESS")
     if not address:
         return {}
@@ -259,15 +259,15 @@ def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise SettingsError(
-            "TRACEML_ADDRESS", f"{address!r} is no address", source="TRACEML_ADDRESS", allowed="host:port"
+            "TRACEML_ADDRESS", f"{address!r} is not an address", source="TRACEML_ADDRESS", allowed="host:port"
         )
 
-    decided: dict[str, Any] = {"host": host.strip("[]"), "port": int(port)}
+    chosen: dict[str, Any] = {"host": host.strip("[]"), "port": int(port)}
     for name in ("token", "run_id"):
         if value := environ.get(declarations()[name].env):
-            decided[name] = value
+            chosen[name] = value
 
-    return decided
+    return chosen
 
 
 def _project_file(folder: Path | None) -> Iterator[_Entry]:
@@ -284,7 +284,7 @@ def _project_file(folder: Path | None) -> Iterator[_Entry]:
             return
 
         path = place / "pyproject.toml"
-        if (text := _text_of(path)) is not None and "traceml" in text:  # tomllib is imported only for a reason
+        if (text := _text_of(path)) is not None and "traceml" in text:  # else tomllib need not be imported
             table = _parse(path, text).get("tool", {}).get("traceml")
             if table is not None:
                 yield from _table(table, path)
@@ -318,7 +318,7 @@ def _parse(path: Path, text: str) -> dict[str, Any]:
 
 def _table(table: Any, path: Path) -> Iterator[_Entry]:
     if not isinstance(table, dict):
-        raise SettingsError("tool.traceml", "is no table", source=str(path), allowed="a table of settings")
+        raise SettingsError("tool.traceml", "is not a table", source=str(path), allowed="a table of settings")
 
     for key, value in table.items():
         # `backends` is a list of names, or one table of options per name.
@@ -337,7 +337,7 @@ def _known(key: str, value: Any, source: str, written: str) -> str:
     import difflib
 
     near = difflib.get_close_matches(key, [*declarations(), *_ALIASES], n=1)
-    # What may be a secret under a misspelt name is not repeated.
+    # A value under a misspelled name may be a secret: it is not repeated.
     hidden = any(declarations()[_ALIASES.get(name, name)].secret for name in near) or "token" in key.lower()
     problem = "no such setting" if hidden else f"no such setting, set to {value!r:.100}"
     problem += f"; did you mean {near[0]!r}?" if near else ""
@@ -367,7 +367,7 @@ def _checked(key: str, value: Any, source: str, written: str) -> Iterator[_Entry
     if name == "mask" and result:
         from traceml.privacy import Masker
 
-        Masker(result, source=source)  # what cannot be understood is said now, not when something must be masked
+        Masker(result, source=source)  # a bad pattern is an error now, not when a value must be masked
 
     yield source, name, result
 
@@ -394,16 +394,16 @@ def reference() -> str:
 _REFERENCE_HEAD = """\
 # Settings
 
-Written by `python -m traceml.settings` from the declarations in `src/traceml/settings.py`.
+Generated by `python -m traceml.settings` from the declarations in `src/traceml/settings.py`.
 
-Highest first: arguments of `traceml.init()`, environment variables (`TRACEML_` + the name in upper case; lists
-comma-separated or JSON, maps JSON), the project file (`traceml.toml`, or `[tool.traceml]` in `pyproject.toml`, found
-upwards from the working directory), the user file (`$XDG_CONFIG_HOME/traceml/config.toml`), defaults. An unknown name
-or a bad value is an error that names its source. `traceml doctor` prints every value and where it came from.
+Precedence, highest first: arguments of `traceml.init()`, environment variables (`TRACEML_` + the name in upper case;
+lists comma-separated or JSON, maps JSON), the project file (`traceml.toml`, or `[tool.traceml]` in `pyproject.toml`,
+found upwards from the working directory), the user file (`$XDG_CONFIG_HOME/traceml/config.toml`), defaults. An unknown
+name or a bad value is an error that names its source. `traceml doctor` prints every value and its source.
 
-Under `traceml run` and `launch` the aggregator's address, the token and the run's id which they set win over arguments.
+`traceml run` and `launch` set the aggregator's address, the token and the run's id, which override arguments.
 
-| setting | default | what it does | allowed |
+| setting | default | description | allowed |
 |---|---|---|---|"""
 
 _REFERENCE_RESERVED = """
@@ -415,17 +415,17 @@ Settings of later versions. Setting one is an error.
 _REFERENCE_INTERNAL = """
 ## Variables that our own processes set for each other
 
-Not settings; do not set them yourself.
+These are not settings; do not set them.
 """
 
 
 def _settings_class() -> Any:
-    """Make the pydantic-settings class from the declarations; its values come from `load`, so the two always agree."""
+    """Create the pydantic-settings class from the declarations; `load` provides its values, so the two always agree."""
     from pydantic import Field, PrivateAttr, create_model
     from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
     class Base(BaseSettings):
-        """Every setting of traceml, typed, with a description each."""
+        """Settings of traceml, typed, each with a description."""
 
         model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
         _sources: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -437,7 +437,7 @@ def _settings_class() -> Any:
 
         @property
         def sources(self) -> dict[str, str]:
-            """Where each value came from."""
+            """Source of each value."""
             return dict(self._sources)
 
         @classmethod

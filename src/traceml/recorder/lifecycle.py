@@ -93,6 +93,7 @@ def recorder_for_logging(*, again: bool = False) -> Recorder | None:
 
     from traceml import settings
 
+    _log.debug("a logging call starts a recorder without tracing")
     try:
         known = recorder or state.parent
         config = known.config if known is not None else settings.load(local=True, **_settings_of_parent())

@@ -154,6 +154,7 @@ class Recorder:
             recording.start(tracing=tracing)
             self._state = "running"
             recording.tell_children(self.spawned.experiment if self.spawned is not None else 0)
+            _log.debug("started %r of job %s, tracing %s, flight %s", self, self.job, tracing, recording.flight.path)
         except BaseException:
             self._state = "stopped"
             self._recording = None

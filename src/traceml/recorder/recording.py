@@ -174,6 +174,7 @@ class Recording:
                 "stores it.", f" ({self.sender.trouble})" if self.sender.trouble else "", self.flight.path,
             )  # fmt: skip
 
+        _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)
         self.flight.close(unlink=stored or is_useless)
         self.files.close(unlink=stored or is_useless)
         return stored

@@ -198,6 +198,7 @@ class RowSender:
     def detach(self, reason: str | None = None) -> None:
         """Close the connection, if any, and connect again at once; with a reason, say bye first."""
         if self._connection is not None:
+            _log.debug("closing the connection: %s", reason or "no bye")
             self._closed_bytes += self._connection.bytes_sent
             self._connection.close(reason)
             self._connection = None
@@ -376,6 +377,7 @@ class RowSender:
         self._retry_after(_REFUSED_PAUSE_S if refused else _FIRST_PAUSE_S)
 
     def _retry_after(self, pause_s: float) -> None:
+        _log.debug("the next try to connect follows after at most %.1f s", pause_s)
         self._next_try_ns = monotonic_ns() + int(pause_s * random.uniform(0.5, 1.0) * 1e9)
 
     def _warn_once(self, key: str, text: str, error: object) -> None:

@@ -1,6 +1,6 @@
 """Run a script as `python` would, under a recorder: `python -m traceml.session.entry [-m] SCRIPT [ARGS ...]`.
 
-What `traceml run` starts for each rank. This file only sets the stage: it is `__main__` itself until the script is.
+`traceml run` starts it for each rank. This file is `__main__` itself until the script is.
 """
 
 from __future__ import annotations

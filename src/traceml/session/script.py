@@ -1,7 +1,7 @@
-"""A script's life under a recorder: found, started, ended as `python` does it.
+"""Run a script under a recorder, with the same start and end as under `python`.
 
-The script's module is `sys.modules["__main__"]`, so that pickling, multiprocessing's spawn and `inspect` see what they
-see under `python`. Its exceptions are printed without our frames, its status and signals are passed on.
+The script's module is `sys.modules["__main__"]`, so that pickling, multiprocessing's spawn and `inspect` work as under
+`python`. Its exceptions are printed without our frames; its exit status and signals are the script's.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FRAMES = Path(__file__).parent  # frames of files in this folder are not shown
 
 @dataclass(frozen=True, slots=True)
 class _Program:
-    """What is to be run: its code, and where it is."""
+    """Program to run: its code and its location."""
 
     code: CodeType
     file: str
@@ -40,8 +40,8 @@ class _Program:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Run the script that `argv` names, and end as it ends."""
-    # The first handler registered runs last: behind everything that the script or the recorder does at exit.
+    """Run the script of `argv`, and exit with its status or signal."""
+    # The first registered handler runs last, after those of the script and the recorder.
     interrupted: list[bool] = []
     atexit.register(_die_of_sigint, interrupted)
     error = _run(argv)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> NoReturn:
 
 
 def _run(argv: list[str]) -> BaseException | None:
-    """Run the script to its end; return what it raised, but let its SystemExit pass."""
+    """Run the script to its end; return its exception, but let a SystemExit pass."""
     module, words = (True, argv[1:]) if argv[:1] == ["-m"] else (False, argv)
     if not words:
         sys.exit("usage: python -m traceml.session.entry [-m] SCRIPT [ARGS ...]")
@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> BaseException | None:
     except SystemExit as leaving:
         _note_exit(leaving)
         raise
-    except BaseException as error:  # noqa: BLE001 - the script's own; it is shown as the interpreter would
+    except BaseException as error:  # noqa: BLE001 - the script's own; shown as the interpreter does
         return error
 
     return None
@@ -92,17 +92,17 @@ def _execute(program: _Program) -> None:
     )
     _stage.append(sys.modules["__main__"])
     sys.modules["__main__"] = module
-    if "__mp_main__" in sys.modules:  # what its spawned processes call it, if multiprocessing was imported before
+    if "__mp_main__" in sys.modules:  # its name in spawned processes, if multiprocessing was imported before
         sys.modules["__mp_main__"] = module
 
-    exec(program.code, names)  # noqa: S102 - what we are here for
+    exec(program.code, names)  # noqa: S102 - the purpose of this module
 
 
-_stage: list[ModuleType] = []  # the module that was `__main__` before: still running, so it must not be cleared
+_stage: list[ModuleType] = []  # the previous `__main__`: still running, so it must not be cleared
 
 
 def _end_with_torchrun() -> None:
-    """Have the kernel end this rank when its torchrun is killed, which torchrun itself does not see to."""
+    """Have the kernel end this rank when its torchrun is killed, which torchrun does not do itself."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
 
@@ -114,11 +114,13 @@ def _end_with_torchrun() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-# --- finding it ------------------------------------------------------------------------------------------------------
+# --- finding the script -----------------------------------------------------------------------------------------------
 
 
 def _find_script(name: str) -> _Program:
-    path = name if name.startswith(os.sep) else f"{Path.cwd()}{os.sep}{name}"  # not normalised: as python shows it
+    path = (
+        name if name.startswith(os.sep) else f"{Path.cwd()}{os.sep}{name}"
+    )  # not normalized, as in python's tracebacks
     if Path(path).is_dir() or (Path(path).is_file() and zipfile.is_zipfile(path)):
         return _find_in_container(name, path)
 
@@ -199,11 +201,11 @@ def _quit(text: str, status: int) -> NoReturn:
     raise SystemExit(status)
 
 
-# --- its end ---------------------------------------------------------------------------------------------------------
+# --- end of the script ------------------------------------------------------------------------------------------------
 
 
 def _note_exit(leaving: SystemExit) -> None:
-    """Tell the recorder of a status that passes no hook."""
+    """Report a status to the recorder that passes no hook."""
     from traceml.recorder.exits import status_of
     from traceml.recorder.lifecycle import note_exit
 
@@ -211,7 +213,7 @@ def _note_exit(leaving: SystemExit) -> None:
 
 
 def _show(error: BaseException) -> None:
-    """Do what the interpreter does with an exception that nobody caught: keep it for debuggers, and call the hook."""
+    """Treat an uncaught exception as the interpreter does: store it for debuggers, and call the hook."""
     error.__traceback__ = _without_ours(error.__traceback__)
     sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__
     if sys.version_info >= (3, 12):
@@ -224,7 +226,7 @@ def _show(error: BaseException) -> None:
 
     try:
         sys.excepthook(type(error), error, error.__traceback__)
-    except BaseException as failure:  # noqa: BLE001 - as the interpreter: say so, then show the original
+    except BaseException as failure:  # noqa: BLE001 - as the interpreter: print it, then the original
         sys.stderr.write("Error in sys.excepthook:\n")
         failure.__traceback__ = _without_ours(failure.__traceback__)
         sys.__excepthook__(type(failure), failure, failure.__traceback__)
@@ -240,7 +242,7 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
 
 
 def _die_of_sigint(interrupted: list[bool]) -> None:
-    """End by the signal, as `python` does after an unhandled KeyboardInterrupt: shells and launchers look at that."""
+    """End by the signal, as `python` does after an unhandled KeyboardInterrupt: shells and launchers check that."""
     if not interrupted:
         return
 
@@ -248,7 +250,7 @@ def _die_of_sigint(interrupted: list[bool]) -> None:
         try:
             stream.flush()
         except (OSError, ValueError, AttributeError):
-            pass  # nobody reads it any more
+            pass  # its reader is gone
 
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
