@@ -46,7 +46,7 @@ def test_a_run_is_found_by_its_folder(runs, tmp_path_factory):
 
 def test_what_fits_several_runs_is_refused(runs):
     """The error shows which."""
-    with pytest.raises(RunNotFoundError, match="fits 3 runs"):
+    with pytest.raises(RunNotFoundError, match="matches 3 runs"):
         find_run("2026", runs)
 
 
@@ -56,7 +56,7 @@ def test_what_is_not_there_is_told_with_what_is(runs, tmp_path):
         find_run("zzz", runs)
 
     (tmp_path / "empty").mkdir()
-    with pytest.raises(RunNotFoundError, match="holds no runs"):
+    with pytest.raises(RunNotFoundError, match="contains no runs"):
         find_run(None, tmp_path / "empty")
 
     with pytest.raises(RunNotFoundError, match="there is no folder"):

@@ -1,4 +1,4 @@
-"""What is known of a run beside its rows: program, versions, model, source and machine, as rank 0 told them."""
+"""Facts of a run besides its rows: program, versions, model, source and machine, as rank 0 reported them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from traceml.privacy.masker import Masker
 
 __all__ = ["About", "about_run"]
 
-# Facts come at the beginning; later frames hold texts, images, histograms.
+# Facts are at the beginning; later frames contain texts, images, histograms.
 _FRAMES = 64
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Facts of a run, by who told them; each map is empty where nobody did.
+    """Facts of a run by their source; a map is empty where they are missing.
 
     Attributes:
         process: python, traceml, executable, argv, folder.
         model, loader, optimizer: of the training.
-        git, environment, system: what the collectors read.
-        params: what the user logged as parameters, without what is personal: a report is passed on.
+        git, environment, system: from the collectors.
+        params: parameters that the user logged, with personal data masked, as reports are shared.
     """
 
     process: Mapping[str, Any] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class About:
 
 
 def about_run(reader: StoreReader) -> About:
-    """Return what the first rank of the last attempt told.
+    """Return the facts that the first rank of the last attempt reported.
 
     Raises:
         StoreError: the store cannot be read.

@@ -1,7 +1,7 @@
-"""A run's steps in a bounded number of bins of equal width, so that a chart covers it from its first step to its last.
+"""Steps of a run in a bounded number of bins of equal width, for charts of the whole run.
 
-Bins start one step wide; when a run outgrows them, neighbours are joined. Step times are kept as histograms, whose
-percentiles are right to one percent however many steps a bin holds.
+Bins start one step wide; when a run has more steps than bins, neighbors are joined. Step times are kept as histograms,
+whose percentiles are accurate to one percent for any number of steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 _BINS = 256
 _BINS_OF_MANY = 64
 _MANY_RANKS = 1024
-# Levels of the histogram: each 1.5 % above the one before, from a microsecond to more than an hour.
+# Levels of the histogram: each 1.5 % above the last, from a microsecond to more than an hour.
 _RATIO = np.log(1.015)
 _LEAST_NS = 1e3
 _LEVELS = 1480
@@ -30,10 +30,10 @@ _PER_RANK = ("total", "comm", "backward", "own", "measured", "count")
 
 
 class StepBins:
-    """Sums of aligned steps by bin, over all ranks and per rank; takes windows as they grow.
+    """Sums of aligned steps by bin, over all ranks and per rank.
 
     Args:
-        ranks: about how many ranks there are: for many, fewer bins are kept.
+        ranks: expected number of ranks; with many, there are fewer bins.
         grouped: whether the ranks wait for each other.
     """
 
@@ -42,11 +42,11 @@ class StepBins:
         self.bins = _BINS if ranks <= _MANY_RANKS else _BINS_OF_MANY
         self.width = 1
         self.first = 0
-        """The step at which the first bin starts."""
+        """First step of the first bin."""
         self.latest = -1
-        """The last step taken."""
+        """Last step taken."""
         self.ranks: Ints = np.empty(0, np.int64)
-        """The ranks, by row of what is kept per rank."""
+        """Rank of each row of the sums per rank."""
         self._times: dict[str, Floats] = {}
         self._histogram: Floats = np.zeros((self.bins, _LEVELS), np.int32)
         self._least: Floats = np.full(self.bins, np.inf)
@@ -55,11 +55,11 @@ class StepBins:
 
     @property
     def used(self) -> int:
-        """How many bins have steps, from the first on."""
+        """Number of bins up to the last that has steps."""
         return (self.latest - self.first) // self.width + 1 if self.latest >= 0 else 0
 
     def take(self, window: Window) -> bool:
-        """Take the steps of a window that come after the last one taken; return whether there were any."""
+        """Take the steps of a window after the last one taken; return whether there were any."""
         new = window.select(window.steps > self.latest)
         if not len(new) or not len(new.ranks):
             return False
@@ -77,15 +77,15 @@ class StepBins:
         return True
 
     def steps(self, joined: int) -> Ints:
-        """Return the first step of each bin, `joined` bins taken as one."""
+        """Return the first step of each bin, with `joined` bins as one."""
         return self.first + np.arange(-(-self.used // joined), dtype=np.int64) * (self.width * joined)
 
     def counts(self, joined: int) -> Ints:
-        """Return how many step times each bin holds."""
+        """Return the number of step times in each bin."""
         return self._joined(self._histogram.sum(axis=1), joined).astype(np.int64)
 
     def percentiles_ns(self, shares: tuple[float, ...], joined: int) -> list[Floats]:
-        """Return step times below which a share of them lie, by bin; NaN where a bin is empty."""
+        """Return percentiles of the step times by bin, for each share; NaN where a bin is empty."""
         histogram = self._joined(self._histogram, joined).astype(np.int64)
         reached, count = np.cumsum(histogram, axis=1), histogram.sum(axis=1)
         least = self._joined(self._least, joined, np.minimum)
@@ -104,7 +104,7 @@ class StepBins:
         return np.where(most > 0, most, np.nan)
 
     def phases_ns(self, joined: int) -> dict[str, Floats]:
-        """Return the mean of each part of a step by bin; backward is own work, comm holds the waiting inside it."""
+        """Return the mean of each phase by bin; backward is own work, comm includes the waiting inside it."""
         count = self._joined(self._by_rank["count"].sum(axis=0), joined)
         times = {**self._times}
         if times:
@@ -114,17 +114,17 @@ class StepBins:
         return {name: values for name, values in per_step.items() if np.nansum(values) > 0}
 
     def work_ns(self, joined: int) -> Floats:
-        """Return each rank's own work per step, rank x bin: its step without waiting for others; NaN where it has none.
+        """Return own work per step, rank x bin: the step without waiting for others; NaN where a rank has none.
 
-        In data-parallel training all ranks' steps are equally long, because everybody waits for the slowest; the
-        work is what tells them apart.
+        In data-parallel training the steps of all ranks are equally long, as all wait for the slowest; only own work
+        differs.
         """
         kept = self._by_rank
         work = kept["total"] - self._split()["comm"]
         return _ratio(self._joined(work.T, joined).T, self._joined(kept["count"].T, joined).T)
 
     def _split(self) -> dict[str, Floats]:
-        """Return own backward and `comm`, rank x bin; a bin without a measured step has the rank's mean of the run."""
+        """Return own backward and `comm`, rank x bin; bins without a measured step use the rank's mean of the run."""
         kept = self._by_rank
         overall = _ratio(kept["own"].sum(axis=1), kept["measured"].sum(axis=1))[:, None]
         mean = np.where(kept["measured"] > 0, _ratio(kept["own"], kept["measured"]), overall)

@@ -1,4 +1,4 @@
-"""When things happened, on one time line for all hosts: the aggregator's wall clock."""
+"""Clocks of all hosts on one time line, the aggregator's wall clock."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["RunClocks"]
 
 T = TypeVar("T", int, NDArray[np.int64])
 
-# Streams of one host have one monotonic clock; two machines of the same name were not booted at the same moment.
+# Streams of one host have one monotonic clock; two machines of the same name have different boot times.
 _SAME_CLOCK_NS = 50_000_000
 
 
 class RunClocks:
-    """Turns stamps of any rank into dates.
+    """Converts timestamps of any rank to dates.
 
-    Each rank measured how far the aggregator's clock is from its own monotonic one. Ranks of one host share the most
-    exact of these measurements, so that they are exact among themselves. A rank that never measured has its own host's
-    wall clock.
+    Each rank measured the offset of the aggregator's clock from its monotonic clock. Ranks of one host share the most
+    exact of these measurements, so that they are exact relative to each other. A rank without a measurement uses the
+    wall clock of its host.
 
     Args:
         streams: the run's streams.
@@ -45,11 +45,11 @@ class RunClocks:
             self._shifts[stream.id] = offset - _wall(stream, offset)
 
     def of_stamp(self, stream: int, monotonic_ns: T) -> T:
-        """Return the epoch nanoseconds of a monotonic stamp of a stream, or of an array of them."""
+        """Return the epoch nanoseconds of a monotonic timestamp of a stream, or of an array of them."""
         return monotonic_ns + self._offsets[stream]
 
     def of_date(self, stream: int, epoch_ns: T) -> T:
-        """Return the epoch nanoseconds of a date that a stream took from its own host's wall clock."""
+        """Return the epoch nanoseconds of a date that a stream took from the wall clock of its host."""
         return epoch_ns + self._shifts[stream]
 
 
@@ -71,6 +71,6 @@ def _own(stream: StreamRecord) -> int:
 
 
 def _wall(stream: StreamRecord, otherwise: int) -> int:
-    """Return how far the host's own wall clock is from its monotonic one."""
+    """Return the offset of the host's wall clock from its monotonic clock."""
     pair = _pair(stream)
     return pair[1] - pair[0] if pair is not None else otherwise

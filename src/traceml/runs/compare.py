@@ -1,4 +1,4 @@
-"""Two runs side by side: what got slower, by how much, and whether the difference is more than chance."""
+"""Comparison of two runs: what became slower, by how much, and whether the difference is significant."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def compare_runs(a: Path, b: Path) -> Comparison:
 
     Args:
         a: folder of the run that is compared with.
-        b: folder of the run in question.
+        b: folder of the other run.
 
     Raises:
         StoreError: a store cannot be read.
@@ -97,7 +97,7 @@ def _side(run_dir: Path) -> _ComparedRun:
         model, batch_size = _facts(reader)
         core_wait = _core_wait(digest)
 
-    # All ranks of a step in one number: they wait for each other.
+    # The mean over ranks, as they wait for each other.
     times = window.total.mean(axis=0, dtype=np.float64) / _MS if window.total.size else np.empty(0)
     return _ComparedRun(report, times, model, batch_size, core_wait)
 
@@ -195,53 +195,53 @@ def _about(side: _ComparedRun) -> RunSide:
 
 
 def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
-    """Return why the two cannot be measured against each other."""
-    said = []
+    """Return the reasons why the two cannot be compared."""
+    reasons = []
     sizes = [side.report.run.world_size for side in (a, b)]
     if sizes[0] != sizes[1]:
-        said.append(f"A ran on {sizes[0]} ranks, B on {sizes[1]}: a step is not the same work")
+        reasons.append(f"A ran on {sizes[0]} ranks, B on {sizes[1]}: a step is not the same work")
 
     for name in ("model", "parameters", "dtype", "device"):
         values = [side.model.get(name) for side in (a, b)]
         if None not in values and values[0] != values[1]:
-            said.append(f"the models differ: {name} {values[0]} in A, {values[1]} in B")
+            reasons.append(f"the models differ: {name} {values[0]} in A, {values[1]} in B")
 
     for side, which in ((a, "A"), (b, "B")):
         if not len(side.times_ms):
-            said.append(f"{which} has no complete steps")
+            reasons.append(f"{which} has no complete steps")
 
-    return said
+    return reasons
 
 
 def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
-    """Return what else should be known when the two are compared."""
-    said = []
+    """Return other differences that matter for the comparison."""
+    remarks = []
     pairs = (
         ("batch size", a.batch_size, b.batch_size),
         ("torch.compile", a.model.get("compiled"), b.model.get("compiled")),
         ("parallelism", a.model.get("parallel"), b.model.get("parallel")),
         ("hosts", ", ".join(a.report.run.hosts), ", ".join(b.report.run.hosts)),
     )
-    said += [
+    remarks += [
         f"{what}: {_word(before)} in A, {_word(after)} in B"
         for what, before, after in pairs
-        if before != after and (what != "batch size" or None not in (before, after))  # not every loader tells it
+        if before != after and (what != "batch size" or None not in (before, after))  # not every loader reports it
     ]
     waits = [side.core_wait or 0.0 for side in (a, b)]
     if max(waits) > _BUSY:
-        said.append(
+        remarks.append(
             f"ranks waited for a CPU core {waits[0]:.0%} of the time in A, {waits[1]:.0%} in B: other programs on the "
             "machine may be the difference"
         )
 
     for side, which in ((a, "A"), (b, "B")):
         if side.report.run.state != "finished":
-            said.append(f"{which} is {side.report.run.state}, not finished")
+            remarks.append(f"{which} is {side.report.run.state}, not finished")
 
         if side.report.steps.cut:
-            said.append(f"{which} is long: only its last {len(side.times_ms):,} steps are compared")
+            remarks.append(f"{which} is long: only its last {len(side.times_ms):,} steps are compared")
 
-    return said
+    return remarks
 
 
 def _word(value: Any) -> str:
@@ -252,7 +252,7 @@ def _word(value: Any) -> str:
 
 
 def _phases(a: _ComparedRun, b: _ComparedRun) -> list[PhaseChange]:
-    """Return the phases of both, those that changed most first."""
+    """Return the phases of both, the largest change first."""
     means = [{phase.phase: phase.mean_ms for phase in side.report.phases} for side in (a, b)]
     changes = []
     for name in dict.fromkeys([*means[0], *means[1]]):
@@ -264,7 +264,7 @@ def _phases(a: _ComparedRun, b: _ComparedRun) -> list[PhaseChange]:
 
 
 def _ranks(a: _ComparedRun, b: _ComparedRun) -> list[RankChange]:
-    """Return each rank's own work per step, without its waiting for others, and the phase that changed it most."""
+    """Return the own work per step of each rank, and the phase with the largest change."""
     before, after = (_work_by_rank(side) for side in (a, b))
     return [_rank(rank, before.get(rank), after.get(rank)) for rank in sorted({*before, *after})]
 

@@ -1,4 +1,4 @@
-"""What the rows of a run come to: followed by cursor, bounded in memory, the same for a live view and the report."""
+"""Digest of a run's rows, for the live view and the report: followed by cursor, bounded in memory."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from traceml.runs.samples import Samples
 
 __all__ = ["Digest"]
 
-# Step rows of a whole run that are looked at: 64 MB as they are stored.
+# Maximum of step rows that are read of a whole run: 64 MB as stored.
 MAX_STEP_ROWS = 64 * 2**20 // STEPS.row_bytes
 
 
 class Digest:
-    """A run's last attempt, as far as its rows have been read.
+    """Last attempt of a run, as far as its rows have been read.
 
     Args:
         slots: steps kept per rank; see `diagnosis.slots_for`.
@@ -48,34 +48,34 @@ class Digest:
         self._cursors: dict[str, int] = {}
         self._attempt = -1
         self.metrics = MetricSummary()
-        """What was logged, of all attempts."""
+        """Metrics of all attempts."""
         self.run: dict[str, Any] = {}
         self.aggregator: dict[str, Any] = {}
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
         self._ranks: dict[int, StreamRecord] = {}
         self.cut = False
-        """Whether the first steps of the run were left out, because there are too many."""
+        """Whether the first steps of the run were left out, as there are too many."""
         self._start_over()
 
     @property
     def attempt(self) -> int:
-        """Which attempt the rows are of; -1 before any store was read."""
+        """Number of the attempt; -1 before a store was read."""
         return self._attempt
 
     @property
     def ranks(self) -> dict[int, StreamRecord]:
-        """The newest stream of each rank."""
+        """Newest stream of each rank."""
         return self._ranks
 
     @property
     def state(self) -> str:
-        """The run's state as the aggregator noted it."""
+        """State of the run, as the aggregator recorded it."""
         return str(self.run.get("state", "running"))
 
     @property
     def world_size(self) -> int:
-        """Ranks of the run; those seen where the store does not tell."""
+        """Number of ranks; if it is not stored, of those seen."""
         return int(self.run.get("world_size", len(self.ranks) or 1))
 
     @property
@@ -84,7 +84,7 @@ class Digest:
         return has_group(max(self.world_size, len(self.ranks)))
 
     def start_at(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
-        """Skip all but the last `rows` step rows (and the user phases that go with them)."""
+        """Skip all but the last `rows` step rows, and their user phases."""
         self._read_streams(reader)
         if not self.streams or reader.stored(STEPS.name) <= rows:
             return
@@ -100,7 +100,7 @@ class Digest:
             self._cursors[table.name] = newest
 
     def update(self, reader: StoreReader) -> bool:
-        """Take in what came since the last call; return whether there was anything."""
+        """Take what arrived since the last call; return whether there was anything."""
         self._read_streams(reader)
         # Names come before the rows that use them, so they are read first.
         taken = [self._follow_log(reader, NAMES.name), self._follow_log(reader, INFO.name)]
@@ -109,7 +109,7 @@ class Digest:
         return any(taken)
 
     def diagnose(self, last: int = 200) -> list[Finding]:
-        """Return the findings on the newest steps."""
+        """Return the findings for the newest steps."""
         self.facts.state, self.facts.world_size = self.state, self.world_size
         return diagnose(*self._intake.snapshot(last))
 
@@ -118,7 +118,7 @@ class Digest:
         self.window, self.facts = self._intake.window, self._intake.facts
         self.samples = Samples()
         self.first: dict[int, tuple[int, int]] = {}
-        """Per rank its first row's step and monotonic end."""
+        """Step and monotonic end of the first row of each rank."""
 
     def _read_streams(self, reader: StoreReader) -> None:
         meta = reader.meta()

@@ -1,4 +1,4 @@
-"""Finding runs: the one a user means, all there are, and those that may go."""
+"""Search of runs: by id or path, all in a folder, and those to remove."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ _SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """A run in a list.
+    """Facts of a run for lists.
 
     Attributes:
         path: its folder.
-        id: the folder's name, name: what the user called it.
+        id: name of the folder, name: name that the user gave.
         state: running, finished, failed, lost; `damaged` when its store cannot be read.
-        started: epoch seconds, duration_s: how long it took, None while it runs.
-        verdict: the kind in its report, or so far while it runs; None before there is one.
+        started: epoch seconds, duration_s: None while it runs.
+        verdict: kind of the verdict in its report, or of the live verdict; None before there is one.
         severity: of that verdict: info, warning or critical.
-        size_bytes: what it takes on disk.
+        size_bytes: size on disk.
     """
 
     path: Path
@@ -52,7 +52,7 @@ class RunInfo:
 
 @dataclass(frozen=True, slots=True)
 class _StoredFacts:
-    """Facts in a run's store, about the run and about its last aggregator."""
+    """Facts in the store of a run, about the run and about its last aggregator."""
 
     run: dict[str, Any]
     aggregator: dict[str, Any]
@@ -61,14 +61,14 @@ class _StoredFacts:
 
 
 def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
-    """Return the folder of the run that a user means.
+    """Return the folder of a run.
 
     Args:
         run: a folder, an id (or the beginning or end of one), or None for the latest.
-        runs_dir: where runs are.
+        runs_dir: folder of all runs.
 
     Raises:
-        RunNotFoundError: there is none, or there are several; the text says what was looked for and what exists.
+        RunNotFoundError: there is none, or there are several; the message lists those that exist.
     """
     runs_dir = Path(runs_dir)
     if run is None or str(run) == "latest":
@@ -80,17 +80,17 @@ def find_run(run: str | os.PathLike[str] | None, runs_dir: Path) -> Path:
 
     names = [path.name for path in run_folders(runs_dir)]
     text = str(run)
-    # The four letters at the end are what a person types.
+    # People type the four letters at the end.
     matching = [name for name in names if name.startswith(text) or name.endswith(text)] if text else []
     if len(matching) == 1:
         return (runs_dir / matching[0]).resolve()
 
     if matching:
         raise RunNotFoundError(
-            f"{text!r} fits {len(matching)} runs in {runs_dir}: {_some(matching)}. Say more of the id."
+            f"{text!r} matches {len(matching)} runs in {runs_dir}: {_some(matching)}. Give more of the id."
         )
 
-    raise RunNotFoundError(f"no run {text!r}: it is no run's folder, and {_what_exists(runs_dir, names)}.")
+    raise RunNotFoundError(f"no run {text!r}: it is not the folder of a run, and {_what_exists(runs_dir, names)}.")
 
 
 def list_runs(runs_dir: Path) -> list[RunInfo]:
@@ -100,7 +100,7 @@ def list_runs(runs_dir: Path) -> list[RunInfo]:
 
 
 def describe_run(path: Path) -> RunInfo:
-    """Return what a list tells of a run; one that cannot be read is `damaged`."""
+    """Return the facts of a run; a run that cannot be read is `damaged`."""
     stored = _stored(path)
     run = stored.run
     verdict = read_verdict(path / REPORT_NAME) or stored.verdict
@@ -122,7 +122,7 @@ def describe_run(path: Path) -> RunInfo:
 def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
     """Remove all but the newest `keep` runs; return what was removed.
 
-    One that is running stays, and one whose trackers have not got everything yet.
+    Runs that are running, or whose trackers are still missing data, are kept.
     """
     old = list_runs(runs_dir)[max(keep, 0) :]
     removed = [info for info in old if info.state != "running" and is_delivered(info.path)]
@@ -137,7 +137,7 @@ def prune(runs_dir: Path, keep: int) -> list[RunInfo]:
 
 
 def is_delivered(run_dir: Path) -> bool:
-    """Tell whether every tracker that a run asked for has got all that it logged."""
+    """Return whether every tracker of a run has received everything that was logged."""
     done = {state.backend for state in states_of(run_dir) if state.phase is DeliveryPhase.DONE or state.fallback_done}
     try:
         with closing(StoreReader(run_dir / STORE_NAME)) as reader:
@@ -163,7 +163,7 @@ def _what_exists(runs_dir: Path, names: list[str]) -> str:
     if not runs_dir.is_dir():
         return f"there is no folder {runs_dir}"
 
-    return f"{runs_dir} holds {_some(names)}" if names else f"{runs_dir} holds no runs"
+    return f"{runs_dir} contains {_some(names)}" if names else f"{runs_dir} contains no runs"
 
 
 def _some(names: list[str]) -> str:
@@ -173,7 +173,7 @@ def _some(names: list[str]) -> str:
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
-    """Return the folders of all runs in a folder, in no order."""
+    """Return the folders of all runs in a folder, in no particular order."""
     if not runs_dir.is_dir():
         return []
 
@@ -200,7 +200,7 @@ def _stored(path: Path) -> _StoredFacts:
 def _size(path: Path) -> int:
     total = 0
     for file in path.rglob("*"):
-        with contextlib.suppress(OSError):  # it may go while we look
+        with contextlib.suppress(OSError):  # it may be removed meanwhile
             total += file.stat().st_size if file.is_file() else 0
 
     return total

@@ -1,4 +1,4 @@
-"""A run that goes on, followed through its store: what a screen needs, cheap to bring up to date."""
+"""Running run, followed through its store, for the screens; cheap to update."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["LiveRun"]
 
 _EVENTS = 200
 _RATES = 120
-# Speed is told over about this long: shorter shows the flush of frames, longer hides a change.
+# Window of the speed: a shorter one shows the flush of frames, a longer one hides changes.
 _RATE_S = 2.0
 _TELEMETRY_S = 2.0
 
 
 class LiveRun:
-    """Follows a run by cursor, also before its store exists; call `refresh` a few times a second.
+    """Follows a run by cursor, also before its store exists; call `refresh` a few times per second.
 
     Args:
         run_dir: the run's folder.
@@ -35,7 +35,7 @@ class LiveRun:
     Attributes:
         events: the newest events of the run.
         rates: steps per second over time, oldest first.
-        findings: the diagnosis so far, the verdict first; empty before there is one.
+        findings: the findings so far, the verdict first; empty before there are any.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -60,7 +60,7 @@ class LiveRun:
         return self.digest.run.get("ended") is not None
 
     def refresh(self) -> bool:
-        """Take in what came since the last call; return whether there was anything.
+        """Take what arrived since the last call; return whether there was anything.
 
         Raises:
             StoreError: the store is damaged, or of another version.
@@ -81,7 +81,7 @@ class LiveRun:
         return changed
 
     def report(self) -> Report:
-        """Return the report so far, over the newest steps; an empty one before the store exists."""
+        """Return the report on the newest steps; an empty one before the store exists."""
         if self._reader is None:
             return Report.empty(self.path.name)
 
@@ -99,9 +99,9 @@ class LiveRun:
         return report
 
     def series(self) -> RunSeries | None:
-        """Return the run over its steps and over time, from its beginning; None before the store exists.
+        """Return the series of the whole run; None before the store exists.
 
-        The first call reads what was stored so far; those after it cost little.
+        The first call reads what is stored; later calls cost little.
 
         Raises:
             StoreError: the store cannot be read.
@@ -116,7 +116,7 @@ class LiveRun:
         return self._series.series(self.digest)
 
     def notes(self) -> list[Note]:
-        """Return what the run tells in words, the newest first: events, warnings, texts.
+        """Return the run's messages, the newest first: events, warnings, texts.
 
         Raises:
             StoreError: the store cannot be read.
@@ -145,7 +145,7 @@ class LiveRun:
             if (self.path / STORE_NAME).is_file():
                 raise
 
-            return None  # it was being replaced just now
+            return None  # it is being replaced
 
         run = reader.meta().get("run", {})
         ranks = max(int(run.get("world_size", 1)), 1)
@@ -177,13 +177,13 @@ class LiveRun:
         first = self._marks[0]
         steps, by_rows_s, by_clock_s = now[1] - first[1], (now[2] - first[2]) / 1e9, now[0] - first[0]
         if steps > 0 and by_rows_s > 0:
-            # The rank's own stamps, so that bursts of frames do not show; the clock where it stands still.
+            # The rank's timestamps hide bursts of frames; this process's clock counts if they stop.
             self.rates.append(steps / max(by_rows_s, by_clock_s if by_clock_s > 2 * _RATE_S else 0.0))
         elif by_clock_s > 2 * _RATE_S:
             self.rates.append(0.0)
 
     def _telemetry_so_far(self) -> TelemetrySection | None:
-        """Return the telemetry section where it is new enough: counting lost rows costs more than the rest."""
+        """Return the last telemetry section if it is new enough: counting lost rows costs more than all else."""
         if self._telemetry is not None and time.monotonic() - self._telemetry[0] < _TELEMETRY_S:
             return self._telemetry[1]
 

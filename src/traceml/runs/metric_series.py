@@ -1,4 +1,4 @@
-"""What was logged over steps, at most a few hundred points per name: each the mean of its values and their extremes."""
+"""Metrics over steps, at most a few hundred points per name: each with the mean and extremes of its values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from traceml.runs.metrics import MetricReader
 
 __all__ = ["MetricSeries", "MetricSeriesSet"]
 
-# A name has at most twice as many points between two reads.
+# Between two reads, a name may have twice as many points.
 _MAX_POINTS = 400
-# Lines are for people: past so many names they are in the store and in the report's table alone.
+# Charts are for people: further names are only in the store and in the report's table.
 _MAX_NAMES = 500
 
 Floats = NDArray[np.float64]
@@ -22,13 +22,13 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class MetricSeries:
-    """One metric over steps; where values were joined, their mean, least and greatest. NaN stands for a gap.
+    """One metric over steps; joined values have their mean and extremes, NaN is a gap.
 
     Attributes:
-        name: what it was logged under, with `/rank_r` for ranks above 0.
+        name: name of the metric, with `/rank_r` for ranks above 0.
         steps: the step of each point, ascending.
-        values: means of the finite values, least and most: their extremes.
-        missing: how many values were no finite numbers.
+        values: means of the finite values; least, most: their extremes.
+        missing: number of values that were not finite.
     """
 
     name: str
@@ -40,13 +40,13 @@ class MetricSeries:
 
 
 class MetricSeriesSet:
-    """Follows the logged values of a run by cursor; all attempts and ranks."""
+    """Series of all metrics of a run; all attempts and ranks."""
 
     def __init__(self) -> None:
         self._reader = MetricReader()
         self._points: dict[str, NDArray[np.float64]] = {}
         self.hidden: set[str] = set()
-        """Names beyond those that are kept."""
+        """Names that are left out, because there are too many."""
 
     def update(self, reader: StoreReader) -> None:
         """Take what arrived since the last call."""
@@ -60,7 +60,7 @@ class MetricSeriesSet:
                 self._add(name, np.concatenate(parts))
 
     def lines(self) -> list[MetricSeries]:
-        """Return the lines by name."""
+        """Return the series, sorted by name."""
         return [_line(name, points) for name, points in sorted(self._points.items())]
 
     def _add(self, name: str, points: NDArray[np.float64]) -> None:
@@ -87,7 +87,7 @@ def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
 
 
 def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Join neighbours, two by two."""
+    """Join pairs of neighbors."""
     starts = np.arange(0, len(points), 2)
     joined = np.add.reduceat(points, starts)
     joined[:, 0] = points[starts, 0]

@@ -1,4 +1,4 @@
-"""What a run tells in words, the newest of it: events, warnings of ranks, texts that were logged."""
+"""Messages of a run, the newest ones: events, warnings of ranks, logged texts."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from traceml.runs.clocks import RunClocks
 __all__ = ["Note", "Notes", "note_of_event"]
 
 _KEPT = 500
-_LOOKED_AT = 5_000  # frames at the end of a store that went on before anybody asked
+_LOOKED_AT = 5_000  # frames at the end of a store that are read at first
 _MOST_CHARS = 500
-_SILENT = {"end", "process", "sampler"}  # kinds of rows that tell a person nothing
+_SILENT = {"end", "process", "sampler"}  # kinds of rows without information for people
 _HIDDEN = {"kind", "t_ns", "experiment"}
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """A line of a log.
+    """Line of a log.
 
     Attributes:
-        epoch_s: when.
-        rank: which rank it is about; None where it is the run.
+        epoch_s: its time.
+        rank: the rank that it is about; None for the run.
         kind: event, warning, text, …
-        text: what was said.
+        text: the message.
     """
 
     epoch_s: float
@@ -38,7 +38,7 @@ class Note:
 
 
 class Notes:
-    """Follows a store's words by cursor, at most the newest 500."""
+    """Follows the messages in a store by cursor, at most the newest 500."""
 
     def __init__(self) -> None:
         self._kept: deque[Note] = deque(maxlen=_KEPT)
@@ -47,7 +47,7 @@ class Notes:
         self._ranks: dict[int, int] = {}
 
     def update(self, reader: StoreReader) -> None:
-        """Take in what came since the last call.
+        """Take what arrived since the last call.
 
         Raises:
             StoreError: the store cannot be read.
@@ -67,10 +67,10 @@ class Notes:
 
     def lines(self, events: Iterable[RunEvent] = ()) -> list[Note]:
         """Return the notes, the run's events among them, the newest first."""
-        told = [note for note in map(note_of_event, events) if note is not None]
+        from_events = [note for note in map(note_of_event, events) if note is not None]
         joined: list[Note] = []
-        for note in sorted([*self._kept, *told], key=lambda note: note.epoch_s):
-            # A verdict is told each time its numbers change; what it says is told once.
+        for note in sorted([*self._kept, *from_events], key=lambda note: note.epoch_s):
+            # A verdict is stored each time its numbers change, but shown once.
             if not joined or replace(joined[-1], epoch_s=note.epoch_s) != note:
                 joined.append(note)
 
@@ -87,7 +87,7 @@ class Notes:
 
 
 def note_of_event(event: RunEvent) -> Note | None:
-    """Return an event of the run in words, None for one that says nothing new."""
+    """Return an event of the run as a note."""
     data, at_s = event.data, event.epoch_ns / 1e9
     if event.kind == "verdict":
         verdict = data.get("verdict") or (data.get("findings") or [{}])[0]
@@ -103,8 +103,8 @@ def _words(row: Mapping[str, Any]) -> str:
     if isinstance(row.get("text"), str):
         parts = [part for part in (str(row.get("name") or ""), row["text"]) if part]
     else:
-        told = {key: value for key, value in row.items() if key not in _HIDDEN and value not in (None, "", {}, [])}
-        parts = [_short(value) if key == row.get("kind") else f"{key} {_short(value)}" for key, value in told.items()]
+        shown = {key: value for key, value in row.items() if key not in _HIDDEN and value not in (None, "", {}, [])}
+        parts = [_short(value) if key == row.get("kind") else f"{key} {_short(value)}" for key, value in shown.items()]
 
     return " ".join(", ".join(parts).split())[:_MOST_CHARS]
 

@@ -1,4 +1,4 @@
-"""A run as an object: `traceml.load_run(path)`."""
+"""Run as an object: `traceml.load_run(path)`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["RecordArray", "Run", "load_run"]
 
 
 class RecordArray(np.ndarray):
-    """Rows of a table: a numpy structured array that also becomes a data frame."""
+    """Rows of a table: a numpy structured array that converts to data frames."""
 
     def to_pandas(self) -> Any:
         """Return a pandas DataFrame.
@@ -47,9 +47,9 @@ class RecordArray(np.ndarray):
 
 
 class Run:
-    """A run on disk, ended or still going on; made by `load_run`.
+    """Run on disk, ended or still running; made by `load_run`.
 
-    What it tells is read when first asked for; `refresh` reads a running run again.
+    The report is read on first use; `refresh` reads that of a running run again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,7 +61,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The run's id: its folder's name."""
+        """Id of the run: the name of its folder."""
         return self.path.name
 
     @property
@@ -81,12 +81,12 @@ class Run:
 
     @property
     def state(self) -> str:
-        """running, finished, failed or lost."""
+        """State of the run: running, finished, failed or lost."""
         return self._built().run.state
 
     @property
     def verdict(self) -> Finding:
-        """What limits the run."""
+        """Most important finding: the bottleneck of the run."""
         return self.findings[0]
 
     @property
@@ -95,11 +95,11 @@ class Run:
         return list(self._built().findings)
 
     def refresh(self) -> None:
-        """Look again: a running run has got further."""
+        """Read the run again on the next use."""
         self._report = None
 
     def steps(self) -> RecordArray:
-        """Return the last attempt's steps, one row per rank and step, durations in nanoseconds.
+        """Return the steps of the last attempt, one row per rank and step, durations in nanoseconds.
 
         Columns: rank, step, total_ns, the phases, other_ns, backward_own_ns (-1 where not measured), micro_batches,
         flags (`StepFlag`), sequence (collectives issued so far), t_end_ns (monotonic).
@@ -116,11 +116,11 @@ class Run:
         return steps.view(RecordArray)
 
     def table(self, name: str, attempt: int | None = None) -> RecordArray:
-        """Return a table's rows with the rank as first column, by rank in the order of their appending.
+        """Return the rows of a table with the rank as first column, sorted by rank.
 
         Args:
             name: a packed table of `traceml.database.schema`, such as `steps`, `process` or `host`.
-            attempt: which attempt of the job; the last one where it is not given.
+            attempt: attempt of the job; by default the last one.
 
         Raises:
             StoreError: there is no such table, or the store cannot be read.
@@ -147,16 +147,16 @@ class Run:
         """Write verdict, steps and phases as a few lines of text.
 
         Args:
-            file: where to; standard output where it is not given.
+            file: by default standard output.
         """
         (file or sys.stdout).write("\n".join(_lines(self._built())) + "\n")
 
 
 def load_run(path: str | os.PathLike[str] | None = None) -> Run:
-    """Return a run, ended or still going on.
+    """Return a run, ended or still running.
 
     Args:
-        path: its folder, its id, or nothing for the latest; ids are looked up in `runs_dir` of the settings.
+        path: its folder, its id, or None for the latest; ids are searched in the `runs_dir` of the settings.
 
     Raises:
         RunNotFoundError: there is no such run.

@@ -1,4 +1,4 @@
-"""How a run stands: what its store says, corrected where nobody is left to keep it."""
+"""State of a run: as stored, or lost if the aggregator that would update it is gone."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def state_of(run: Mapping[str, Any], aggregator: Mapping[str, Any]) -> str:
 
     Args:
         run: the store's facts of the run.
-        aggregator: the store's facts of who wrote it last.
+        aggregator: the store's facts of the aggregator that wrote it last.
     """
     state = str(run.get("state", "running"))
     return "lost" if state == "running" and not is_watched(aggregator) else state
 
 
 def is_watched(aggregator: Mapping[str, Any]) -> bool:
-    """Tell whether the aggregator that writes the store lives, as far as this host can know."""
+    """Return whether the aggregator that writes the store is alive, as far as this host can know."""
     if aggregator.get("host") != socket.gethostname():
         return True
 

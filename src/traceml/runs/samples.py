@@ -1,4 +1,4 @@
-"""Samples of processes, hosts and devices, kept per rank within a bound, and what they come to."""
+"""Samples of processes, hosts and devices, bounded per rank."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _WARM_UP_STEPS = 20
 
 
 class Samples:
-    """Rows of sampled tables, by rank: the newest 4,096 of each, thinned out by halves before that.
+    """Rows of sampled tables by rank, at most 4,096 each.
 
-    Thinning keeps every second row of the older half, so a long run stays covered from its beginning.
+    Beyond that, every second row of the older half is dropped, so that a long run is covered from its beginning.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Samples:
             self.of(table, rank)
 
     def of(self, table: str, rank: int) -> NDArray[np.void] | None:
-        """Return a rank's rows of a table, None where there are none."""
+        """Return the rows of a rank, None where there are none."""
         key = (table, rank)
         if waiting := self._new.pop(key, None):
             parts = [self._rows[key], *waiting] if key in self._rows else waiting
@@ -42,7 +42,7 @@ class Samples:
         return self._rows.get(key)
 
     def last(self, table: str, rank: int) -> Any:
-        """Return a rank's newest row of a table, None where there is none."""
+        """Return the newest row of a rank, None where there is none."""
         rows = self.of(table, rank)
         return None if rows is None or not len(rows) else rows[-1]
 
@@ -60,10 +60,10 @@ def _thinned(rows: NDArray[np.void]) -> NDArray[np.void]:
 
 
 def slope_per_step(steps: NDArray[np.int64], values: NDArray[np.int64]) -> float | None:
-    """Return by how much a value grows per step after warm-up, None when there are too few samples.
+    """Return the growth of a value per step after warm-up, None if there are too few samples.
 
-    The least value of each of up to 24 parts (peaks of saving and evaluation drop out), then the median of all slopes
-    between them.
+    It is the median of all slopes between the least values of up to 24 parts, which leaves out the peaks of checkpoints
+    and evaluation.
     """
     if not len(steps):
         return None

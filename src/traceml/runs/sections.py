@@ -1,4 +1,4 @@
-"""The report's sections, each made from a digest: steps, phases, ranks, memory, system, telemetry."""
+"""Sections of the report, each from a digest: steps, phases, ranks, memory, system, telemetry."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ORDER = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "chec
 
 
 def steps(digest: Digest, window: Window) -> StepsSection:
-    """Return how many steps there were and how long they took.
+    """Return the number of steps and their durations.
 
     Args:
         digest: the run.
@@ -60,7 +60,7 @@ def steps(digest: Digest, window: Window) -> StepsSection:
 
 
 def _per_second(digest: Digest) -> float | None:
-    """Return steps per second of wall time, what lies between steps included, of the rank with the most steps."""
+    """Return steps per second of wall time, time between steps included, of the rank with the most steps."""
     latest, ends = digest.window.latest, digest.window.end_ns
     if not latest.size or not digest.first:
         return None
@@ -72,7 +72,7 @@ def _per_second(digest: Digest) -> float | None:
 
 
 def phases(digest: Digest, window: Window) -> list[PhaseSection]:
-    """Return mean milliseconds by phase and rank; backward is own work, comm holds the waiting inside it."""
+    """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
     by_rank = _means(window, digest.grouped)
     for rank in sorted(set(digest.ranks) - set(by_rank)):
         if rank < len(digest.window.latest) and digest.window.latest[rank] >= 0:
@@ -132,7 +132,7 @@ def _exit(digest: Digest, stream: StreamRecord) -> ExitSection:
     latest = digest.window.latest
     last_step = ended.last_step
     if stream.rank < len(latest) and latest[stream.rank] >= 0:
-        # What the rank said as it ended leaves out the step that was still open then.
+        # The rank's last report does not count the step that was still open.
         last_step = max(int(latest[stream.rank]), -1 if last_step is None else last_step)
 
     return ExitSection(

@@ -1,6 +1,6 @@
-"""A run over its steps and over time, small enough to be drawn: what the charts of page, report and notebook show.
+"""Series of a run over steps and over time, for the charts of page, report and notebook.
 
-The same numbers for a run that goes on and for one that has ended: both come from a digest of the store.
+A running and an ended run give the same numbers, as both come from a digest of the store.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _WANTED_PER_BIN = 16
 _LEAST_SHOWN = 32
 _HEAT_ROWS = 128
 _SAMPLES = 240
-# Device times arrive some steps after their step; what is taken once is not taken again.
+# Device times arrive some steps after their step, and a step is taken only once.
 _DEVICE_LAG = 32
 
 
 @dataclass(frozen=True, slots=True)
 class StepSeries:
-    """Step times and their parts over the run, one value per bin of steps; NaN where a bin is empty.
+    """Step times and phases over the run, one value per bin of steps; NaN where a bin is empty.
 
     Attributes:
         steps: first step of each bin, width: steps per bin.
-        p50_ms, p95_ms, p99_ms, max_ms: of the step times of all ranks in the bin; percentiles to one percent.
-        phases_ms: mean of each phase per rank and step; together they are the mean step.
+        p50_ms, p95_ms, p99_ms, max_ms: of the step times of all ranks; percentiles are accurate to one percent.
+        phases_ms: mean of each phase per rank and step; their sum is the mean step.
     """
 
     steps: Ints
@@ -60,13 +60,13 @@ class StepSeries:
 
 @dataclass(frozen=True, slots=True)
 class HeatMap:
-    """Each rank's own work over the run, rank x bin of steps; of very many ranks, the slowest of each group.
+    """Own work over the run, rank x bin of steps; with very many ranks, the slowest of each group.
 
     Attributes:
         ranks: first and last rank of each row.
         steps: first step of each bin, width: steps per bin.
         work_ms: own work per step; NaN where a rank has none.
-        excess: how much of a step a rank's work is above the median rank's, as a share of the mean step.
+        excess: work above that of the median rank, as a share of the mean step.
     """
 
     ranks: tuple[tuple[int, int], ...]
@@ -81,9 +81,9 @@ class SampleSeries:
     """Sampled values over time.
 
     Attributes:
-        label: whose: `rank 3`, a host, a device.
-        seconds: since the run's start, ascending.
-        values: in the unit that the owner says; peaks are kept where samples were joined.
+        label: `rank 3`, a host or a device.
+        seconds: since the start of the run, ascending.
+        values: the samples; the highest value of those that were joined.
     """
 
     label: str
@@ -93,13 +93,13 @@ class SampleSeries:
 
 @dataclass(frozen=True, slots=True)
 class RunSeries:
-    """All that is drawn of a run.
+    """All series of a run.
 
     Attributes:
         memory: resident bytes by rank, device_memory: torch's allocated bytes by rank.
         cpu, host_memory: percent by host; gpu, gpu_memory: percent by device.
-        metrics: what was logged, hidden_metrics: how many names more there are.
-        attempt: which attempt the steps are of.
+        metrics: the logged metrics, hidden_metrics: number of further names.
+        attempt: attempt of the steps.
     """
 
     steps: StepSeries
@@ -117,10 +117,9 @@ class RunSeries:
 
 @dataclass(slots=True)
 class SeriesFollower:
-    """Makes the series of a run that a digest follows; bounded in memory, cheap to bring up to date.
+    """Makes the series of a run that a digest follows; bounded in memory, cheap to update.
 
-    Call `take` after each update of the digest, from its beginning or after a `backfill`, and `series` when they are
-    to be drawn.
+    Call `take` after each update of the digest, from its beginning or after a `backfill`, and `series` to draw them.
     """
 
     _bins: StepBins = field(default_factory=StepBins)
@@ -128,7 +127,7 @@ class SeriesFollower:
     _attempt: int = -1
 
     def backfill(self, run_dir: Path) -> None:
-        """Take in what was stored before the digest that is followed began; bounded as a report is.
+        """Take what was stored before the digest began, with the bound of a report.
 
         Raises:
             StoreError: the store cannot be read.
@@ -137,7 +136,7 @@ class SeriesFollower:
             self.take(digest_of(reader), reader)
 
     def take(self, digest: Digest, reader: StoreReader) -> None:
-        """Take in what is new in a digest.
+        """Take what is new in a digest.
 
         Raises:
             StoreError: the store cannot be read.
@@ -161,10 +160,10 @@ class SeriesFollower:
         self._bins.take(window)
 
     def series(self, digest: Digest) -> RunSeries:
-        """Return the series as far as they go.
+        """Return the series so far.
 
         Args:
-            digest: the one that was taken.
+            digest: the digest that was taken.
         """
         joined = _joined_bins(self._bins)
         steps = _steps(self._bins, joined)
@@ -184,7 +183,7 @@ class SeriesFollower:
 
 
 def read_series(run_dir: Path) -> RunSeries:
-    """Return the series of a run on disk, ended or still going on.
+    """Return the series of a run on disk, ended or still running.
 
     Raises:
         StoreError: the store cannot be read.
@@ -197,7 +196,7 @@ def read_series(run_dir: Path) -> RunSeries:
 
 
 def _joined_bins(bins: StepBins) -> int:
-    """Return how many bins are shown as one: few enough to be seen, each with enough steps for its percentiles."""
+    """Return the number of bins to show as one, so that each is visible and has enough steps for percentiles."""
     joined = 1
     while bins.used // joined > _MAX_SHOWN:
         joined *= 2
@@ -236,10 +235,10 @@ def _heat(bins: StepBins, joined: int, steps: StepSeries) -> HeatMap:
 
 
 def _median(work: Floats) -> Floats:
-    """Return the median over ranks by bin, the lower of two: of two ranks the faster one is the measure."""
+    """Return the median over ranks by bin; of two ranks the faster one, of an even number the lower of both."""
     ordered = np.sort(work, axis=0)  # NaN last
-    there = (~np.isnan(work)).sum(axis=0)
-    lower = np.maximum(there - 1, 0) // 2
+    known = (~np.isnan(work)).sum(axis=0)
+    lower = np.maximum(known - 1, 0) // 2
     median: Floats = np.take_along_axis(ordered, lower[None, :], axis=0)[0]
     return median
 
@@ -287,7 +286,7 @@ def _percent(rows: NDArray[np.void], column: str, of: str | None) -> Floats:
 def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> SampleSeries:
     mono_ns, epoch_ns = digest.ranks[rank].facts.get("clock") or (0, 0)
     started_ns = float(digest.run.get("started") or 0) * 1e9
-    # Without the rank's clock its own first sample is the beginning.
+    # Without the rank's clock, its first sample is the start.
     start_ns = started_ns - (int(epoch_ns) - int(mono_ns)) if mono_ns and started_ns else float(t_ns[0])
     each = -(-len(t_ns) // _SAMPLES)
     starts = np.arange(0, len(t_ns), each)

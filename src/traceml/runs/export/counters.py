@@ -1,4 +1,4 @@
-"""What was sampled and logged as counters and marks of a trace."""
+"""Samples, metrics and events as counters and instants of a trace."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class CounterExporter:
 
     Args:
         writer: the trace.
-        tracks: its processes.
-        clocks: when things happened.
+        tracks: its tracks.
+        clocks: the ranks' clocks.
     """
 
     def __init__(self, writer: Writer, tracks: TraceTracks, clocks: RunClocks) -> None:
@@ -39,14 +39,14 @@ class CounterExporter:
             GPU.name: self._gpu,
             METRICS.name: self._metric,
         }
-        """What takes a row of a table."""
+        """Function that writes a row of each table."""
         self.logs: dict[str, Callable[[StreamRecord, Mapping[str, Any]], None]] = {
             INFO.name: self._info,
             LOGGED.name: self._logged,
         }
 
     def name(self, stream: int, number: int, name: str) -> None:
-        """Learn a name."""
+        """Record a name by its number."""
         self._names[stream, number] = name
 
     def name_of(self, stream: int, number: int) -> str:
@@ -54,7 +54,7 @@ class CounterExporter:
         return self._names.get((stream, number), f"(name {number})")
 
     def event(self, event: RunEvent) -> None:
-        """Write something that happened in the run."""
+        """Write an event of the run."""
         pid, tid = self._tracks.host("aggregator")
         text = event.kind if event.kind != "verdict" else f"verdict {event.data.get('verdict', {}).get('kind', '')}"
         facts = _plain({"event": event.kind, **event.data})
@@ -75,7 +75,7 @@ class CounterExporter:
 
     def _host(self, stream: StreamRecord, row: Mapping[str, Any]) -> None:
         if self._speaks.setdefault(stream.host, stream.id) != stream.id:
-            return  # another rank of this host tells the same
+            return  # another rank of this host reports the same
 
         self._count_of_host(stream, "cpu", row, ("cpu_pct",))
         self._count_of_host(stream, "memory", row, ("memory_used_bytes",))
@@ -120,7 +120,7 @@ class CounterExporter:
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the facts that fit on a mark: no bytes, no tables, texts cut."""
+    """Return the plain fields of a row, with texts cut."""
     return {
         key: value[:_TEXT] if isinstance(value, str) else value
         for key, value in row.items()

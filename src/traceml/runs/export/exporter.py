@@ -1,4 +1,4 @@
-"""A run for other tools: as a trace (pfw, Perfetto), or as tables (Parquet, CSV)."""
+"""Export of a run as a trace (pfw, Perfetto) or as tables (Parquet, CSV)."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ FORMATS = {
     "parquet": (),
     "csv": (),
 }
-"""Format -> how its file's name may end, the usual first; those without are folders of a file per table."""
+"""Format -> suffixes of its file, the default first; formats without are folders with a file per table."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What an export wrote.
+    """Result of an export.
 
     Attributes:
         path: the file or folder.
         format: pfw, perfetto, parquet or csv.
         steps: step rows in it.
         rows: events of a trace, or rows of all tables.
-        files: what lies in the folder; the file alone for a trace.
-        damage: what could not be read, in words; empty where all could.
+        files: files in the folder; of a trace the file itself.
+        damage: messages about unreadable parts of the store.
     """
 
     path: Path
@@ -47,25 +47,25 @@ class ExportResult:
 
 
 def format_of(path: Path) -> str | None:
-    """Return the format that a path's name tells, None where it tells none."""
+    """Return the format of a file name, None if it is of none."""
     return next((name for name, ends in FORMATS.items() if path.name.endswith(ends or (f".{name}",))), None)
 
 
 def default_path(run_dir: Path, form: str) -> Path:
-    """Return where an export goes when nobody says: beside nothing, in the working directory, by the run's id."""
+    """Return the default path of an export: the run's id in the working directory."""
     ends = FORMATS[form]
     return Path(f"{run_dir.name}{ends[0] if ends else f'-{form}'}")
 
 
 def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
-    """Write a run to a file (pfw, perfetto) or into a folder (parquet, csv); works on one that goes on or is damaged.
+    """Write a run, also one that is running or damaged, to a file (pfw, perfetto) or a folder (parquet, csv).
 
-    A file appears whole or not at all, in the place of one that was there.
+    A file is replaced atomically.
 
     Args:
         run_dir: the run's folder.
         form: one of `FORMATS`.
-        path: where to.
+        path: the file or folder to write.
 
     Raises:
         UsageError: the path does not fit the format, or the format needs a package that is not installed.
@@ -75,7 +75,7 @@ def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
     if ends and not path.name.endswith(ends):
         raise UsageError(f"{path}: a file of format {form} ends in {' or '.join(ends)}")
 
-    damage: dict[str, None] = {}  # a frame may be met twice
+    damage: dict[str, None] = {}  # a frame may be read twice
     with closing(StoreReader(run_dir / STORE_NAME, on_damage=damage.setdefault)) as reader:
         try:
             return (_export_trace if ends else _export_tables)(reader, form, path, damage)
@@ -83,7 +83,7 @@ def export_run(run_dir: Path, form: str, path: Path) -> ExportResult:
             raise
         except OSError as error:
             why = error.strerror or error
-            raise StoreError(f"cannot write {path}: {why}. Name another with -o, in a folder that is there") from error
+            raise StoreError(f"cannot write {path}: {why}. Give another path with -o, in an existing folder") from error
 
 
 def _export_tables(reader: StoreReader, form: str, path: Path, damage: Mapping[str, None]) -> ExportResult:
@@ -98,21 +98,22 @@ def _export_trace(reader: StoreReader, form: str, path: Path, damage: Mapping[st
     from traceml.runs.export.timeline import TimelineExporter, origin_of
 
     clocks = RunClocks(reader.streams())
-    # Whole microseconds since 1970 for dftracer's readers; Perfetto takes nanoseconds, but not 19 digits of them.
+    # dftracer's readers take microseconds since 1970; Perfetto takes nanoseconds, but not 19 digits of them.
     origin_ns = origin_of(reader, clocks) if form == "perfetto" else None
-    target = path.resolve()  # a link stays one
+    target = path.resolve()  # keeps a symbolic link
     draft = target.with_name(f".{os.getpid()}-{target.name}")
     try:
         with Writer(draft, origin_ns=origin_ns) as writer:
             timeline = TimelineExporter(reader, writer, clocks)
             timeline.write()
 
-        told = writer.statistics
-        if told.lost:
-            raise StoreError(f"cannot write {path}: {told.lost} of {told.lost + told.written} events did not fit.")
+        statistics = writer.statistics
+        if statistics.lost:
+            events = statistics.lost + statistics.written
+            raise StoreError(f"cannot write {path}: {statistics.lost} of {events} events did not fit.")
 
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
 
-    return ExportResult(path, form, timeline.steps, told.written, (path,), (*damage, *timeline.damage))
+    return ExportResult(path, form, timeline.steps, statistics.written, (path,), (*damage, *timeline.damage))

@@ -1,4 +1,4 @@
-"""Flow arrows where ranks wait for each other: from the rank that came last to those that it released."""
+"""Flow arrows at sync points: from the rank that arrives last to the ranks that waited for it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 __all__ = ["FlowArrow", "FlowArrows", "SyncArrival"]
 
-# Ranks may be this many meetings apart, all ranks together, before an unfinished one is given up.
+# Arrivals kept of sync points that are not complete; beyond that, the oldest point is dropped.
 _MOST_HELD = 200_000
 
 
 @dataclass(frozen=True, slots=True)
 class SyncArrival:
-    """A rank at a sync point: epoch nanoseconds.
+    """Arrival of a rank at a sync point, in epoch nanoseconds.
 
     Attributes:
-        tid: its track.
-        began_ns: when the slice began that ended with its arrival.
-        arrived_ns: when its own work was done.
-        left_ns: when it went on.
+        pid, tid: its process and track in the trace.
+        began_ns: start of the slice that ends with its arrival.
+        arrived_ns: end of its own work.
+        left_ns: end of its waiting.
     """
 
     pid: int
@@ -31,13 +31,13 @@ class SyncArrival:
 
     @property
     def waited_ns(self) -> int:
-        """How long it waited."""
+        """Duration of its waiting."""
         return self.left_ns - self.arrived_ns
 
 
 @dataclass(frozen=True, slots=True)
 class FlowArrow:
-    """From one rank's slice to another's; both ends lie inside the slices, the first not after the second."""
+    """Arrow between slices of two ranks; both ends are inside the slices, the first not after the second."""
 
     source: SyncArrival
     from_ns: int
@@ -46,9 +46,9 @@ class FlowArrow:
 
 
 class FlowArrows:
-    """Collects ranks at their sync points; when all are there, says who released whom.
+    """Collects the arrivals at sync points; when all ranks have arrived, returns the arrows.
 
-    Who waited least came last: that needs no common clock.
+    The rank that waited least arrived last: this needs no common clock.
     """
 
     def __init__(self) -> None:
@@ -56,14 +56,14 @@ class FlowArrows:
         self._held = 0
 
     def meet(self, point: Hashable, rank: int, meeting: SyncArrival, ranks: int) -> list[FlowArrow]:
-        """Take a rank's arrival at a sync point; return the arrows once the last of `ranks` ranks is known."""
-        there = self._open.setdefault(point, {})
-        self._held += rank not in there
-        there[rank] = meeting
-        if len(there) == ranks:
+        """Take an arrival; return the arrows of the sync point once all `ranks` ranks have arrived."""
+        arrived = self._open.setdefault(point, {})
+        self._held += rank not in arrived
+        arrived[rank] = meeting
+        if len(arrived) == ranks:
             del self._open[point]
             self._held -= ranks
-            return _arrows(list(there.values()))
+            return _arrows(list(arrived.values()))
 
         while self._held > _MOST_HELD:
             self._held -= len(self._open.popitem(last=False)[1])
@@ -80,7 +80,7 @@ def _arrows(meetings: list[SyncArrival]) -> list[FlowArrow]:
 
         to_ns = meeting.left_ns - min(1_000, (meeting.waited_ns + 1) // 2)
         from_ns = min(last.arrived_ns - 1 + last.waited_ns // 2, to_ns)
-        if from_ns > last.began_ns:  # else the clocks are further apart than the wait
+        if from_ns > last.began_ns:  # else the clocks differ by more than the wait
             arrows.append(FlowArrow(last, from_ns, meeting, to_ns))
 
     return arrows

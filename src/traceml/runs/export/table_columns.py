@@ -1,4 +1,4 @@
-"""The tables of a Parquet or CSV export: their columns, and how rows of the store become rows of them."""
+"""Tables of a Parquet or CSV export: their columns, and the conversion of rows from the store."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "log_part", "packed_
 
 Kind = Literal["int64", "float64", "string"]
 Part = dict[str, Any]
-"""Column -> values of some rows: an array, a list, or one value that all rows have. None, and -1 where so documented,
-is written as null."""
+"""Column -> values of some rows: an array, a list, or one value for all rows. None is written as null, and -1 where it
+means "not measured"."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportColumn:
-    """A column: its name (with its unit as suffix), type, and meaning."""
+    """Column: its name with the unit as suffix, type, and meaning."""
 
     name: str
     kind: Kind
@@ -43,46 +43,42 @@ class ExportColumn:
 
 @dataclass(frozen=True, slots=True)
 class ExportTable:
-    """A table, which is a file of its own."""
+    """Table, which is a separate file."""
 
     name: str
     doc: str
     columns: tuple[ExportColumn, ...]
 
 
-_WHO = (
-    ExportColumn("attempt", "int64", "how often the job had been restarted"),
+_STREAM_COLUMNS = (
+    ExportColumn("attempt", "int64", "number of restarts of the job"),
     ExportColumn("rank", "int64", "the rank"),
     ExportColumn("host", "string", "its host"),
 )
 _DOCS = {
-    "steps": "a row per rank and training step; phases and `other_ns` add up to `total_ns`",
-    "user_phases": "the user's own phases, a row per rank, step and name",
+    "steps": "one row per rank and training step; phases and `other_ns` add up to `total_ns`",
+    "user_phases": "the user's phases, one row per rank, step and name",
     "evals": "evaluation between steps",
-    "device_steps": "device times of a step, where there is a GPU",
+    "device_steps": "device times of a step, with a GPU",
     "process": "samples of each rank's process",
     "host": "samples of each host",
     "gpu": "samples of each GPU",
     "torch_memory": "samples of torch's allocator on a device",
-    "telemetry": "what tracing itself did and cost",
-    "metrics": "every value that was logged",
+    "telemetry": "activity and cost of tracing itself",
+    "metrics": "all logged values",
 }
-_TIME = ExportColumn("time_epoch_ns", "int64", "when, nanoseconds since 1970 by the aggregator's clock")
+_TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")
 _JSON = ExportColumn("data_json", "string", "everything else, as a JSON object")
 _FLAG_WORDS = ", ".join(f"{flag.value} {flag.name.lower().replace('_', ' ')}" for flag in StepFlag if flag.name)
-# What a stored column is in the export, where it is not itself.
+# Columns of the store that have another name or form in the export.
 _RENAMED = {"ns": "duration_ns"}
 _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "t_ns": (_TIME,),
-    "t_end_ns": (
-        ExportColumn("end_epoch_ns", "int64", "when it ended, nanoseconds since 1970 by the aggregator's clock"),
-    ),
+    "t_end_ns": (ExportColumn("end_epoch_ns", "int64", "its end in nanoseconds since 1970 by the aggregator's clock"),),
     "name_id": (ExportColumn("name", "string", "its name"),),
-    "kind": (
-        ExportColumn("source", "string", "who logged it: " + ", ".join(kind.name.lower() for kind in MetricKind)),
-    ),
+    "kind": (ExportColumn("source", "string", "its source: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
     "bits": (
-        ExportColumn("other_ns", "int64", "what is left of total_ns: code outside the known phases"),
+        ExportColumn("other_ns", "int64", "rest of total_ns: code outside the known phases"),
         ExportColumn("micro_batches", "int64", "micro-batches of gradient accumulation"),
         ExportColumn("flags", "int64", "bits: " + _FLAG_WORDS),
         ExportColumn("sequence", "int64", "collectives issued so far"),
@@ -92,7 +88,7 @@ _NULLED = "backward_own_ns"
 
 
 def _table(table: Table) -> ExportTable:
-    columns = list(_WHO)
+    columns = list(_STREAM_COLUMNS)
     for column in table.columns:
         kind: Kind = "int64" if column.code == "q" else "float64"
         doc = column.doc.replace("-1 when not measured", "null when not measured")
@@ -101,32 +97,32 @@ def _table(table: Table) -> ExportTable:
     return ExportTable(table.name, _DOCS[table.name], tuple(columns))
 
 
-_LOG_COLUMNS = (*_WHO, _TIME, ExportColumn("kind", "string", "what kind of row"),
+_LOG_COLUMNS = (*_STREAM_COLUMNS, _TIME, ExportColumn("kind", "string", "kind of row"),
                 ExportColumn("name", "string", "its name, null where it has none"), _JSON)  # fmt: skip
 TABLES: dict[str, ExportTable] = {
     **{table.name: _table(table) for table in PACKED},
-    "logged": ExportTable("logged", "what was logged beside numbers: params, texts, artifacts, …", _LOG_COLUMNS),
-    "info": ExportTable("info", "what ranks told about themselves: loader, model, warnings, exit, …", _LOG_COLUMNS),
+    "logged": ExportTable("logged", "logged data other than numbers: params, texts, artifacts, …", _LOG_COLUMNS),
+    "info": ExportTable("info", "facts that ranks reported: loader, model, warnings, exit, …", _LOG_COLUMNS),
     "ranks": ExportTable(
         "ranks",
-        "a row per process that was a rank, or that logged for one",
+        "one row per process that was a rank, or that logged for one",
         (
-            *_WHO,
+            *_STREAM_COLUMNS,
             ExportColumn("pid", "int64", "its process"),
-            ExportColumn("state", "string", "how it stands or ended"),
+            ExportColumn("state", "string", "its state or its end"),
             _JSON,
         ),
     ),
     "events": ExportTable(
-        "events", "what happened in the run", (_TIME, ExportColumn("kind", "string", "what kind of event"), _JSON)
+        "events", "events of the run", (_TIME, ExportColumn("kind", "string", "kind of event"), _JSON)
     ),
     "run": ExportTable(
         "run",
-        "facts of the run, a row each",
-        (ExportColumn("key", "string", "which"), ExportColumn("value_json", "string", "the value, as JSON")),
+        "facts of the run, one row each",
+        (ExportColumn("key", "string", "name of the fact"), ExportColumn("value_json", "string", "its value, as JSON")),
     ),
 }
-"""Every table that is exported, by name."""
+"""All exported tables by name."""
 
 
 def packed_part(
@@ -135,13 +131,13 @@ def packed_part(
     """Return rows of a packed table as columns; columns that an older store lacks are null.
 
     Args:
-        stream: whose rows.
-        clocks: when things happened.
-        rows: as they are stored.
-        name_of: a name by its number.
-        table: the table's name.
+        stream: the stream of the rows.
+        clocks: the ranks' clocks.
+        rows: rows as stored.
+        name_of: returns a name by its number.
+        table: name of the table.
     """
-    part: Part = _who(stream)
+    part: Part = _stream_columns(stream)
     names = rows.dtype.names or ()
     for name in names:
         part |= _columns_of(name, rows, stream, clocks, name_of, table)
@@ -192,7 +188,7 @@ def log_part(stream: StreamRecord, clocks: RunClocks, rows: Sequence[Mapping[str
     """Return rows of a log as columns."""
     date = {LOGGED.name: clocks.of_date, INFO.name: clocks.of_stamp}[table]
     return {
-        **_who(stream),
+        **_stream_columns(stream),
         "time_epoch_ns": [date(stream.id, int(row.get("t_ns", 0))) for row in rows],
         "kind": [str(row.get("kind", "")) for row in rows],
         "name": [None if row.get("name") is None else str(row["name"]) for row in rows],
@@ -201,11 +197,11 @@ def log_part(stream: StreamRecord, clocks: RunClocks, rows: Sequence[Mapping[str
 
 
 def to_json(value: Any) -> str:
-    """Return any value of a store as JSON: bytes in base64, null for what is no finite number."""
+    """Return any value of a store as JSON: bytes in base64, numbers that are not finite as null."""
     return msgspec.json.encode(value, enc_hook=str).decode()
 
 
-def _who(stream: StreamRecord) -> Part:
+def _stream_columns(stream: StreamRecord) -> Part:
     return {"attempt": stream.attempt, "rank": stream.rank, "host": stream.host}
 
 

@@ -1,4 +1,4 @@
-"""A run as tables: a Parquet or CSV file each, written as the store is read."""
+"""Export of a run as tables, one Parquet or CSV file each, written while the store is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _GROUP = 65_536  # rows of a Parquet row group
 
 
 class TableFile(Protocol):
-    """A table that is being written."""
+    """File of a table that is being written."""
 
     def add(self, part: Part, rows: int) -> None:
         """Write rows."""
@@ -34,12 +34,12 @@ class TableFile(Protocol):
 
 
 def export_tables(reader: StoreReader, form: str, folder: Path) -> tuple[dict[str, int], list[str]]:
-    """Write every table into a folder; return rows by table, and what could not be read.
+    """Write all tables into a folder; return the number of rows by table, and messages about unreadable parts.
 
     Args:
         reader: the store.
         form: parquet or csv.
-        folder: made when it is not there; files of an earlier export are replaced, others stay.
+        folder: created if missing; files of an earlier export are replaced, others are kept.
 
     Raises:
         UsageError: Parquet without pyarrow, or the folder is a file.
@@ -108,7 +108,7 @@ class _TablesExport:
             after = frames[-1].id
             for frame in frames:
                 stream = self._streams.get(frame.stream)
-                if stream is not None:  # else it began after this export did
+                if stream is not None:  # else it is newer than this export
                     self._take(stream, frame)
 
     def _take(self, stream: StreamRecord, frame: Frame) -> None:
@@ -164,7 +164,7 @@ def _maker(form: str) -> Callable[[Path, ExportTable], TableFile]:
 
 
 class _Csv:
-    """A CSV file with a line of names; null is an empty field."""
+    """CSV file with a header line; null is an empty field."""
 
     def __init__(self, path: Path, table: ExportTable) -> None:
         self._file = path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
@@ -182,7 +182,7 @@ class _Csv:
 
 
 class _Parquet:
-    """A Parquet file; rows are gathered to groups worth compressing."""
+    """Parquet file; rows are collected into row groups."""
 
     def __init__(self, path: Path, table: ExportTable) -> None:
         import pyarrow as pa
@@ -198,7 +198,7 @@ class _Parquet:
         self._rows = 0
 
     def add(self, part: Part, rows: int) -> None:
-        """Write rows, soon."""
+        """Write rows once there are enough for a row group."""
         arrays = [self._array(part[field.name], rows, field.type) for field in self._schema]
         self._waiting.append(self._pa.record_batch(arrays, schema=self._schema))
         self._rows += rows
@@ -207,7 +207,7 @@ class _Parquet:
 
     def close(self) -> None:
         """Finish the file."""
-        with suppress(OSError):  # what cannot be written is told by the caller's own error
+        with suppress(OSError):  # the caller reports its own error
             self._write()
 
         self._writer.close()

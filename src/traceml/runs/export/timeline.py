@@ -1,7 +1,7 @@
-"""A run as a trace: ranks as processes, steps and their phases as slices, counters, and arrows where ranks meet.
+"""Export of a run as a trace: ranks as processes, steps and phases as slices, counters, arrows at sync points.
 
-A row tells how long each phase of a step took, not when: phases are drawn one after the other in the order in which
-they usually come. Bounds of steps and all durations are exact.
+A row has the duration of each phase, not its time. Phases are drawn one after the other in their usual order. Bounds of
+steps and all durations are exact.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from traceml.traces.writer.writer import Writer
 
 __all__ = ["TimelineExporter", "origin_of"]
 
-# In this order they are drawn; the user's own phases follow the ones of torch.
+# The order of drawing; the user's phases follow.
 _USUAL_ORDER = ("input_wait", "h2d", "forward", "backward", "comm", "optimizer", "checkpoint")
 _ORDER = (*_USUAL_ORDER, *(label for label in PHASE_LABELS if label not in (*_USUAL_ORDER, "user")))
 _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkpoint": "checkpoint"}
@@ -49,7 +49,7 @@ _TABLES = (*(table.name for table in PACKED if table is not TELEMETRY), *(log.na
 
 @dataclass(slots=True)
 class _Lane:
-    """What is known of a stream between its frames."""
+    """State of a stream between its frames."""
 
     stream: StreamRecord
     until_ns: int = 0
@@ -60,12 +60,12 @@ class _Lane:
 
 
 class TimelineExporter:
-    """Writes a store into a trace, in one pass, frame by frame.
+    """Writes a store to a trace, in one pass, frame by frame.
 
     Args:
         reader: the store.
         writer: the trace.
-        clocks: when things happened.
+        clocks: the ranks' clocks.
     """
 
     def __init__(self, reader: StoreReader, writer: Writer, clocks: RunClocks) -> None:
@@ -79,10 +79,10 @@ class TimelineExporter:
         self.steps = 0
         """Steps that were written."""
         self.damage: list[str] = []
-        """What could not be read."""
+        """Messages about unreadable parts of the store."""
 
     def write(self) -> None:
-        """Write everything; what cannot be read is left out and noted.
+        """Write everything but unreadable parts, which `damage` lists.
 
         Raises:
             StoreError: the streams cannot be read.
@@ -124,7 +124,7 @@ class TimelineExporter:
     def _take(self, frame: Frame) -> None:
         lane = self._lanes.get(frame.stream)
         if lane is None:
-            return  # began after this export did
+            return  # newer than this export
 
         try:
             dtype = self._reader.dtype(frame.table)
@@ -170,7 +170,7 @@ class TimelineExporter:
         return named
 
     def _step(self, lane: _Lane, row: dict[str, int]) -> None:
-        """Write a step, or keep it until the names of its user phases are known."""
+        """Write a step, or hold it until its user phases are known."""
         if not row["user_ns"]:
             self._write_step(lane, row, ())
             return
@@ -202,7 +202,7 @@ class TimelineExporter:
         end_ns = self._clocks.of_stamp(stream.id, row["t_end_ns"])
         begin_ns = end_ns - row["total_ns"]
         if begin_ns < lane.until_ns <= end_ns:
-            begin_ns = lane.until_ns  # never over the step before
+            begin_ns = lane.until_ns  # no overlap with the last step
 
         lane.until_ns = max(end_ns, lane.until_ns)
         bits = unpack_bits(row["bits"])
@@ -252,7 +252,7 @@ class TimelineExporter:
             self._writer.write_span("evaluation", start_ns, end_ns, pid=pid, tid=tid, cat="evaluation", args=args)
 
     def _device_steps(self, lane: _Lane, rows: Any) -> None:
-        """Device times have no dates: a step is drawn from where its CPU side began, or the one before ended."""
+        """Draw device steps, which have no dates, from the start of the CPU's step or the end of the last one."""
         pid, tid = self._tracks.rank(lane.stream, tracks.DEVICE)
         for row in self._with_waiting(lane, rows):
             began_ns = lane.began.pop(row["step"], None)
@@ -273,7 +273,7 @@ class TimelineExporter:
 
 
 def _step_slices(row: Mapping[str, int], user: Any) -> list[tuple[str, str, int]]:
-    """Return (name, category, ns) of the parts of a step in the order in which they are drawn."""
+    """Return (name, category, ns) of the parts of a step in drawing order."""
     slices, wait_ns = [], row["wait_ns"]
     for name in _ORDER:
         ns, category = row[f"{name}_ns"], _CATEGORIES.get(name, "compute")
@@ -295,7 +295,7 @@ def _device_slices(row: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def origin_of(reader: StoreReader, clocks: RunClocks) -> int:
-    """Return a moment shortly before the first that a store tells of, in epoch nanoseconds."""
+    """Return the start of the store's first second, in epoch nanoseconds."""
     first: list[int] = []
     for frame in reader.frames_of((STEP_ROWS.name, "process", "host"), limit=64):
         rows = np.frombuffer(frame.data, reader.dtype(frame.table))

@@ -1,4 +1,4 @@
-"""Processes and tracks of an exported trace: a process per rank and per host, named when they first appear."""
+"""Processes and tracks of an exported trace: one process per rank and per host, named on first use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _HOSTS = 1_000_000  # processes from here on are hosts
 
 
 class TraceTracks:
-    """Numbers processes and tracks, and gives them their names.
+    """Assigns numbers and names to processes and tracks.
 
-    A rank's process is its rank + 1: 0 is the idle process of viewers. TraceTracks have numbers of their own over all
-    processes, because viewers look threads up without their process.
+    A rank's process is its rank + 1, as 0 is the idle process of viewers. Track numbers are unique over all processes,
+    as viewers look threads up without their process.
 
     Args:
         writer: the trace.
