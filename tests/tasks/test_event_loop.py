@@ -11,7 +11,7 @@ import pytest
 
 from tests.tasks.conftest import until
 from traceml import Runtime, TaskCancelledError, TaskDeadlockError, TaskTimeoutError
-from traceml.tasks.wait_graph import blocked_tasks
+from traceml.tasks.waiting import blocked_tasks
 
 
 async def double(value: int, pause: float = 0.001) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import Runtime, TaskDeadlockError, TaskError, TaskHandle, TaskTimeoutError, WaitTimeoutError
-from traceml.tasks.wait_graph import blocked_tasks
+from traceml.tasks.waiting import blocked_tasks
 
 
 @pytest.mark.parametrize("length", [99, 1000, 3000])

@@ -1,10 +1,13 @@
-"""Pools, event loop, watchdog and statistics of one Runtime. Handles keep the engine alive, not the Runtime."""
+"""Pools, event loop, watchdog and statistics of one Runtime, and the handlers for exit and forks of the process."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,12 +15,11 @@ from typing import Any
 from traceml.errors import RuntimeClosedError, TaskForkedError
 from traceml.tasks import execution
 from traceml.tasks.event_loop import EventLoop
-from traceml.tasks.task_record import TaskRecord, ThreadState, current_task, thread_state
+from traceml.tasks.task_record import TaskRecord, ThreadState, Waker, current_task, thread_state, wake_idle_waiters
 from traceml.tasks.task_statistics import FAILED, QUEUED, RECORDS, RUNNING, TIMED_OUT, TaskStatistics
 from traceml.tasks.task_watchdog import TaskWatchdog
 from traceml.tasks.thread_pool import ThreadPool
-from traceml.tasks.wait_graph import blocked_set, waiting_tasks
-from traceml.tasks.waker import Waker, wake_idle_waiters
+from traceml.tasks.waiting import blocked_set, forget_waits, wait_for_all, waiting_tasks
 
 __all__ = ["Engine"]
 
@@ -25,7 +27,7 @@ _log = logging.getLogger("traceml")
 
 
 class Engine:
-    """Everything that runs the tasks of one Runtime.
+    """Everything that runs the tasks of one Runtime; handles keep it alive, not the Runtime.
 
     Args:
         threads: workers for callables.
@@ -50,6 +52,7 @@ class Engine:
         self._threads: dict[int, ThreadState] = {}
         self._reporting: set[TaskRecord] = set()  # failed, and their error callback has not returned yet
         self.count_submission: Callable[[], int] = self.statistics.count_submission
+        _engines.add(self)
 
     def register(self, thread: ThreadState) -> int:
         """Make a thread known that runs tasks; return its slot in the statistics."""
@@ -196,3 +199,28 @@ _FORKED = (
     "task {0!r} belongs to the process that this one was forked from, and will not end here. "
     "Submit it again, or get its result before the fork."
 )
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()  # of this process, for its exit and its forks
+
+
+def _before_exit() -> None:
+    """Wait for tasks before the interpreter ends; not after Ctrl-C, and not after `shutdown(cancel=True)`."""
+    if getattr(sys, "last_type", None) is KeyboardInterrupt:
+        return
+
+    for engine in list(_engines):
+        if not engine.discarded:
+            wait_for_all(engine, None)
+            engine.close(wait=True)
+
+
+def _after_fork() -> None:
+    for engine in list(_engines):
+        engine.after_fork()
+
+    forget_waits()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+# Earlier than atexit, while threads can still be started; concurrent.futures ends its pools here too.
+threading._register_atexit(_before_exit)  # type: ignore[attr-defined]

@@ -10,10 +10,8 @@ from types import CoroutineType, TracebackType
 from typing import Any
 
 from traceml.errors import TaskCancelledError, TaskTimeoutError
-from traceml.tasks.callables import name_of, shorten
-from traceml.tasks.task_record import TaskRecord, ThreadState
+from traceml.tasks.task_record import TaskRecord, ThreadState, name_of, shorten, wake_idle_waiters
 from traceml.tasks.task_statistics import CANCELLED, COMPLETED, FAILED, FINAL, RUNNING, TIMED_OUT, EndedTask
-from traceml.tasks.waker import wake_idle_waiters
 
 __all__ = ["WorkerReplaced", "cancel", "end", "expire", "fail", "run", "run_claimed"]
 

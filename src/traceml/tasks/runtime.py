@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import threading
@@ -12,12 +13,10 @@ from types import BuiltinFunctionType, FunctionType, MethodWrapperType, Tracebac
 from typing import Any, Self, TypeVar, cast, overload
 
 from traceml.errors import NotCallableError, TaskError, TasksFailedError, UsageError
-from traceml.tasks import shutdown
-from traceml.tasks.callables import is_coroutine
 from traceml.tasks.engine import Engine
 from traceml.tasks.handle import TaskHandle
 from traceml.tasks.progress import progress, showing, snapshot
-from traceml.tasks.task_record import TaskRecord
+from traceml.tasks.task_record import TaskRecord, is_coroutine
 from traceml.tasks.task_statistics import QUEUED
 from traceml.tasks.waiting import wait_for_all
 
@@ -27,7 +26,7 @@ T = TypeVar("T")
 ErrorCallback = Callable[[TaskHandle[Any], BaseException], object]
 
 _new = object.__new__
-_ASYNC = 0x80  # inspect.CO_COROUTINE; importing inspect costs more than the rest of this module
+_ASYNC = inspect.CO_COROUTINE
 _SYNC_KINDS = frozenset({BuiltinFunctionType, MethodWrapperType})
 _NAMED = 3  # failures in the text of an error; all are in its `exceptions`
 
@@ -55,7 +54,6 @@ class Runtime:
         self._timeout_s = None if timeout is None else _seconds("timeout", timeout)
         stall_s = None if stall_after is None else _seconds("stall_after", stall_after)
         self._engine = Engine(self.threads, self.io_threads, stall_s)
-        shutdown.register(self._engine)
 
     @overload
     def submit(

@@ -1,27 +1,73 @@
-"""The record of a task, the state of the thread that runs it, and the interface of its engine."""
+"""The record of a task, the state of the thread that runs it, wake-ups, and the interface of its engine."""
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import Context, ContextVar
+from functools import partial
 from typing import Any, Protocol
 
-from traceml.tasks.callables import name_of
+from traceml.errors import NotCallableError
 from traceml.tasks.task_statistics import FINAL, TaskStatistics
-from traceml.tasks.waker import Waker
 
 __all__ = [
     "LoopState",
     "TaskEngine",
     "TaskRecord",
     "ThreadState",
+    "Waker",
     "coroutine_task",
     "current_task",
+    "idle_waiters",
+    "is_coroutine",
+    "name_of",
     "set_thread_state",
+    "shorten",
     "thread_state",
+    "wake_idle_waiters",
 ]
+
+
+def shorten(qualname: str) -> str:
+    """Drop the functions around a definition: `test.<locals>.Pipeline.run` is `Pipeline.run`."""
+    return qualname.rpartition("<locals>.")[2]
+
+
+def name_of(fn: Any) -> str:
+    """Derive a name: of a function, `Class.method`, `<lambda>`, what a partial wraps, or an object's class."""
+    while isinstance(fn, partial):
+        fn = fn.func
+
+    try:
+        name = fn.__qualname__
+    except Exception:  # noqa: BLE001 - a callable's own `__getattr__` may raise anything, and a name is not worth it
+        name = None
+
+    return shorten(name if isinstance(name, str) else type(fn).__qualname__)
+
+
+def is_coroutine(fn: Any) -> bool:
+    """Whether a callable of any kind is a coroutine function.
+
+    Raises:
+        NotCallableError: it cannot be called at all.
+    """
+    if not callable(fn):
+        raise NotCallableError(
+            f"submit() takes a callable and its arguments, not {type(fn).__name__} {fn!r:.80}. "
+            "Pass the function itself: rt.submit(f, x), not rt.submit(f(x))."
+        )
+
+    while isinstance(fn, partial):
+        fn = fn.func
+
+    try:
+        return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(type(fn).__call__)
+    except Exception:  # noqa: BLE001 - as in `name_of`; a coroutine that it returns all the same is awaited
+        return False
 
 
 class TaskRecord:
@@ -177,6 +223,40 @@ class LoopState:
             yield
         finally:
             self.blocker = before
+
+
+class Waker:
+    """Wakes one thread once; a second wake-up has no effect."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def wake(self) -> None:
+        """Wake the thread that sleeps, or the next one that sleeps here."""
+        try:
+            self._lock.release()
+        except RuntimeError:  # another thread has done it
+            pass
+
+    def sleep(self, timeout_s: float = -1) -> bool:
+        """Sleep until `wake` is called; False when the time is over first."""
+        return self._lock.acquire(timeout=timeout_s)
+
+
+# Threads in wait_all, of every Runtime: a task of one may wait for tasks of another.
+idle_waiters: list[Waker] = []
+
+
+def wake_idle_waiters() -> None:
+    """Let all threads in wait_all check again: a task has ended, or waits itself."""
+    while idle_waiters:
+        try:
+            idle_waiters.pop().wake()
+        except IndexError:  # another thread was faster
+            return
 
 
 class TaskEngine(Protocol):

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from time import perf_counter
 
 from traceml.tasks.execution import WorkerReplaced, fail, run
-from traceml.tasks.task_record import TaskEngine, TaskRecord, ThreadState, set_thread_state
+from traceml.tasks.task_record import TaskEngine, TaskRecord, ThreadState, Waker, set_thread_state, wake_idle_waiters
 from traceml.tasks.task_statistics import RUNNING
-from traceml.tasks.waker import Waker, wake_idle_waiters
 
 __all__ = ["ThreadPool"]
 

@@ -56,7 +56,7 @@ def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
 def test_ctrl_c_ends_a_program_at_once() -> None:
     """With a queue full of work, while the main thread waits for it."""
     script = HEAD + textwrap.dedent("""
-        from traceml.tasks.waker import idle_waiters
+        from traceml.tasks.task_record import idle_waiters
         def announce():
             while not idle_waiters:
                 time.sleep(0.001)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from traceml import NotCallableError, Runtime
-from traceml.tasks.callables import is_coroutine, name_of
+from traceml.tasks.task_record import is_coroutine, name_of
 
 
 def function() -> None: ...
