@@ -1,9 +1,9 @@
-"""What to do next: one sentence that fits the facts, never one that could be said of any run."""
+"""Advice: one sentence about what to do next, specific to the facts."""
 
 from __future__ import annotations
 
 from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
-from traceml.diagnosis.segments import LateRanks
+from traceml.formatting import ranks_text
 
 __all__ = [
     "for_comm",
@@ -18,7 +18,7 @@ __all__ = [
 
 
 def for_input(facts: JobFacts) -> str:
-    """Advice against waiting for data."""
+    """Return advice against waiting for data."""
     loader = facts.loader
     if loader is None or (loader.num_workers is None and loader.in_memory is None):
         return (
@@ -62,12 +62,12 @@ def _in_memory(loader: LoaderFacts, data: str) -> str:
 
 def _workers(facts: JobFacts) -> int:
     cores = facts.cores_per_rank
-    # One core stays with the training process; more than eight workers a rank rarely pay.
+    # One core is left to the training process; more than eight workers per rank rarely help.
     return max(1, min(8, cores - 1)) if cores else 4
 
 
 def for_copies(facts: JobFacts) -> str:
-    """Advice against copies to the device."""
+    """Return advice against copies to the device."""
     pinned = facts.loader.pin_memory if facts.loader else None
     if pinned:
         return "The loader pins memory already: pass non_blocking=True to .to(device), and send smaller types (uint8)."
@@ -78,20 +78,20 @@ def for_copies(facts: JobFacts) -> str:
 
 
 def for_residual(part: str) -> str:
-    """Advice for time in the user's own code."""
+    """Return advice on time in the user's own code."""
     if part not in ("other", "user"):
         return (
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
 
     return (
-        "Wrap suspects in the training loop (loss function, metrics, logging, .item()) in traceml.phase('name') to see "
-        "which of them it is."
+        "Wrap candidates in the training loop (loss function, metrics, logging, .item()) in traceml.phase('name') to "
+        "find the expensive one."
     )
 
 
 def for_comm(facts: JobFacts, grad_phase: str) -> str:
-    """Advice against waiting for the network."""
+    """Return advice against waiting for the network."""
     if grad_phase == "comm":
         return "Call collectives less often, on one flattened tensor, or beside computation (async_op=True)."
 
@@ -99,13 +99,13 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
         "a faster back end than gloo between hosts" if facts.backend == "gloo" else "a compressing communication hook"
     )
     return (
-        "Synchronise less per sample: larger batches or gradient accumulation under model.no_sync(), gradients in "
+        "Synchronize less per sample: larger batches or gradient accumulation under model.no_sync(), gradients in "
         f"16 bits (DDP's bf16_compress_hook), or {last}."
     )
 
 
 def for_compute(phase: str, facts: JobFacts, device: bool) -> str:
-    """Advice for a run that computes nearly all the time."""
+    """Return advice for a run that computes nearly all the time."""
     if device:
         what = {"optimizer": "use a fused optimizer (fused=True)"}
         return f"The device is busy: {what.get(phase, 'try torch.compile, bf16 autocast, and larger batches')}."
@@ -118,16 +118,16 @@ def for_compute(phase: str, facts: JobFacts, device: bool) -> str:
 
 
 def for_jitter(part: str | None, rank: int | None) -> str:
-    """Advice for rare long steps."""
+    """Return advice on rare long steps."""
     where = f" on rank {rank}" if rank is not None else ""
     if part in ("other", "user", None):
         return (
-            f"Look{where} for what runs now and then (logging, metrics, garbage collection, a neighbour on the host) "
-            "and wrap it in traceml.phase('name') to see it apart."
+            f"Look{where} for what runs only occasionally (logging, metrics, garbage collection, other programs) and "
+            "wrap it in traceml.phase('name') to measure it."
         )
 
     if part == "optimizer":
-        return f"Look{where} for work that the optimizer does only now and then, and for other processes on the host."
+        return f"Look{where} for work that the optimizer does only occasionally, and for other processes on the host."
 
     return (
         f"Look{where} for inputs of unusual size or shape in those steps, recompilation, and other processes on the "
@@ -135,53 +135,60 @@ def for_jitter(part: str | None, rank: int | None) -> str:
     )
 
 
-def for_straggler(late: LateRanks, ranks: tuple[int, ...], facts: JobFacts) -> str:
-    """Advice for ranks that hold the others up."""
-    who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks[:8]))}"
+def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts) -> str:
+    """Return advice on ranks that slow the others down.
+
+    Args:
+        part: the slow part of their step; None for all parts.
+        ranks: the slow ranks.
+        facts: about the job.
+    """
+    who = ranks_text(ranks)
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
     at = f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
-    if late.everywhere:
+    if part is None:
         return (
             f"Look at the host of {who}{at}: clocks, cores shared with other processes, thread settings; and whether "
             "its batches are larger than the others'."
         )
 
-    if late.part == "input_wait":
+    if part == "input_wait":
         return (
             f"Look at the data of {who}{at}: its shard, file system and worker processes against another rank's; time "
             "its loader alone."
         )
 
-    if late.part == "h2d":
-        return f"Compare {who}{at} with the others: pinned memory, batch size, and the slot its device sits in."
+    if part == "h2d":
+        return f"Compare {who}{at} with the others: pinned memory, batch size, and the slot of its device."
 
-    if late.part in ("forward", "backward", "optimizer"):
+    if part in ("forward", "backward", "optimizer"):
         return (
-            f"Compare what {who}{at} does in its {late.part} with the others: code that runs on that rank only, longer "
+            f"Compare what {who}{at} does in its {part} with the others: code that runs on that rank only, longer "
             "or larger batches, a slower device."
         )
 
-    if late.part == "other":
+    if part == "other":
         return (
-            f"Look for code that only {who}{at} runs between the phases (logging, saving, rank == {ranks[0]} branches)."
+            f"Look for code between the phases that runs only on {who}{at}: logging, saving, branches on "
+            f"rank == {ranks[0]}."
         )
 
-    return f"Look at what {who}{at} does in its {late.part} phase that the others do not."
+    return f"Look at what {who}{at} does in its {part} phase that the others do not."
 
 
 def for_exit(ended: RankExit) -> str:
-    """Advice for a rank that is gone."""
+    """Return advice on a lost rank."""
     if ended.signal == 9:
         return (
             "Nothing in Python sends SIGKILL: look for the kernel's out-of-memory killer (dmesg, the scheduler's log), "
-            "the job's memory limit, or somebody's kill."
+            "the job's memory limit, or a kill command."
         )
 
     if ended.signal in (6, 7, 8, 11):
         return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
 
     if ended.signal is not None:
-        return "Find out who sent the signal: the scheduler's time limit, a pre-emption, or a kill by hand."
+        return "Find out what sent the signal: the scheduler's time limit, a preemption, or a kill command."
 
     if ended.exception and ended.file:
         return f"Read {ended.file}:{ended.line} on rank {ended.rank}; the full traceback is in the run's output."
@@ -189,7 +196,7 @@ def for_exit(ended: RankExit) -> str:
     if ended.state == "lost" and ended.process_gone:
         return (
             f"Look for what ended rank {ended.rank}'s process: the kernel's out-of-memory killer (dmesg), the job's "
-            "memory or time limit, or somebody's kill; `traceml run` and torchrun's output tell the signal."
+            "memory or time limit, or a kill command; the output of `traceml run` or torchrun names the signal."
         )
 
     if ended.state == "lost":

@@ -84,7 +84,7 @@ def significant(value: float | np.floating[Any]) -> float | None:
 
 
 def plain(value: Any) -> Any:
-    """Return `value` as JSON can hold it: numpy numbers as Python's, NaN and infinity as None, floats to 6 digits."""
+    """Return `value` as JSON data: numpy numbers as Python's, NaN and infinity as None, floats to 6 digits."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
 

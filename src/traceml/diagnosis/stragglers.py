@@ -285,7 +285,7 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
         ranks=ranks,
         phase=late.part,
         summary=_summary(segments, late, ranks, share, gain),
-        next=advice.for_straggler(late, ranks, facts),
+        next=advice.for_straggler(None if late.everywhere else late.part, ranks, facts),
         evidence=_evidence(segments, facts, late, ranks),
         cost_share=share,
         speedup_if_fixed=gain,
