@@ -165,7 +165,7 @@ made.close(unlink=True)
 
 
 def test_survives_a_limit_on_file_sizes(tmp_path: Path) -> None:
-    """Where files may not grow (RLIMIT_FSIZE), plain memory is used: no signal ends the process."""
+    """Plain memory replaces a file that may not grow (RLIMIT_FSIZE): no signal ends the process."""
     script = """
 import resource, sys
 from pathlib import Path
@@ -213,7 +213,7 @@ def test_does_not_follow_a_link_in_place_of_its_folder(tmp_path: Path) -> None:
 
 
 def test_identity_changes_whole(tmp_path: Path) -> None:
-    """What the file says of its writer can change at any time, also to something longer or too long."""
+    """The facts about the writer can change at any time, also to longer or too long ones."""
     flight = FlightFile.create(tmp_path, {"rank": 0})
     assert flight.path is not None
 

@@ -92,7 +92,7 @@ def test_maps_go_to_the_journal_when_memory_is_full(tmp_path: Path) -> None:
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-def test_names_can_be_told_again_to_a_store_that_begins_anew(tmp_path: Path) -> None:
+def test_names_can_be_sent_again_to_a_new_store(tmp_path: Path) -> None:
     """They are kept when they are stored already: each of 20,000 has one number, from first to last."""
     flight = make_flight(tmp_path)
     ids = [flight.names.id_of(f"name {number}") for number in range(20_000)]
@@ -102,13 +102,13 @@ def test_names_can_be_told_again_to_a_store_that_begins_anew(tmp_path: Path) -> 
 
     assert len(set(ids)) == len(flight.names) == 20_000
     assert flight.names.id_of("name 77") == ids[77]
-    told = {row["id"]: row["name"] for row in msgpack.Unpacker(_file(drained(log)[1]), max_buffer_size=0)}
-    assert told == {number: f"name {index}" for index, number in enumerate(ids)}
+    reported = {row["id"]: row["name"] for row in msgpack.Unpacker(_file(drained(log)[1]), max_buffer_size=0)}
+    assert reported == {number: f"name {index}" for index, number in enumerate(ids)}
     flight.close(unlink=True)
 
 
 def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
-    """Who reads the flight file gets the journal's rows first, none twice, and no record that the end cut off."""
+    """A reader of the flight file gets the journal's rows first, none twice, and no truncated record."""
     flight = make_flight(tmp_path)
     ring_of(flight, 100)
     for number in range(400):
@@ -171,7 +171,7 @@ def test_a_journal_goes_where_it_can(tmp_path: Path) -> None:
 
 
 def test_a_journal_with_a_flipped_bit_ends_there(tmp_path: Path) -> None:
-    """What comes before the damage is read, nothing after it is guessed."""
+    """Records before the damage are read, none after it."""
     path = tmp_path / "a.journal"
     journal = Journal(path)
     for number in range(10):

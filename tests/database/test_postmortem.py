@@ -37,7 +37,7 @@ def test_kill_9_at_any_moment_loses_no_row_and_tears_none(program: Start, tmp_pa
     """30 writers killed in a tight loop: every counted row is whole, none that was done is missing, open phases too."""
     victims = [
         json.loads(line)
-        for line in program("flight_victims", "kill_many", tmp_path, 30, 7).communicate()[0].splitlines()
+        for line in program("killed_writers", "kill_many", tmp_path, 30, 7).communicate()[0].splitlines()
     ]
 
     assert len(victims) == 30
@@ -72,7 +72,7 @@ def test_kill_9_at_any_moment_loses_no_row_and_tears_none(program: Start, tmp_pa
 
 def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path: Path) -> None:
     """A data loader's worker that outlives its killed parent holds no lock on the file."""
-    process = program("flight_victims", "orphan", tmp_path)
+    process = program("killed_writers", "orphan", tmp_path)
     assert process.stdout is not None
     pids = json.loads(process.stdout.readline())
 
@@ -83,8 +83,8 @@ def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path
 
 
 def test_live_file_is_refused_unless_asked_for(program: Start, tmp_path: Path) -> None:
-    """What a live process writes is read only by who says so, until it ends; a child that ends changes nothing."""
-    process = program("flight_victims", "hold", tmp_path)
+    """The file of a running process is read only on request; the end of a child changes nothing."""
+    process = program("killed_writers", "hold", tmp_path)
     assert process.stdout is not None
     path = Path(json.loads(process.stdout.readline())["path"])
 
@@ -109,7 +109,7 @@ def test_looking_at_its_own_file_does_not_drop_the_lock(program: Start, tmp_path
         read_flight(flight.path)
     assert remove_stale(tmp_path, grace_s=-1) == []
 
-    assert json.loads(program("flight_lookers", flight.path).communicate()[0]) == {"alive": True, "removed": []}
+    assert json.loads(program("lock_readers", flight.path).communicate()[0]) == {"alive": True, "removed": []}
     flight.close(unlink=True)
 
 
@@ -139,7 +139,7 @@ def test_innermost_phase_is_the_one_begun_last(tmp_path: Path) -> None:
 
 
 def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
-    """What was not acknowledged comes in the form of a frame, exactly from the row that is expected next."""
+    """Unacknowledged rows come as a frame, from exactly the next expected row on."""
     flight = FlightFile.create(tmp_path, {}, capacities={"evals": 8})
     assert flight.path is not None
     for number in range(20):
@@ -168,7 +168,7 @@ def test_rows_and_maps_come_from_where_the_store_stands(tmp_path: Path) -> None:
         (12288, b"\xc1" * 64, "header cannot be unpacked"),
     ],
 )
-def test_damaged_file_is_told_with_what_to_do(tmp_path: Path, offset: int, data: bytes, words: str) -> None:
+def test_damaged_file_is_reported_with_what_to_do(tmp_path: Path, offset: int, data: bytes, words: str) -> None:
     """Damage and other versions are named with the file, never half read."""
     path = left_behind(tmp_path).path
     assert path is not None
@@ -194,7 +194,7 @@ def test_file_of_other_columns_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
-    """A file that is gone is told as such; it is not alive."""
+    """A missing file is reported as missing; it is not alive."""
     with pytest.raises(StoreError, match=r"gone\.flight cannot be read"):
         read_flight(tmp_path / "gone.flight")
     assert not is_alive(tmp_path / "gone.flight")
@@ -225,7 +225,7 @@ def test_file_of_another_boot_goes_at_once(tmp_path: Path) -> None:
 
 def test_live_file_is_never_removed(program: Start, tmp_path: Path) -> None:
     """A file whose lock is held stays, whatever the grace."""
-    process = program("flight_victims", "hold", tmp_path)
+    process = program("killed_writers", "hold", tmp_path)
     assert process.stdout is not None
     path = Path(json.loads(process.stdout.readline())["path"])
 

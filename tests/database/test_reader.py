@@ -182,14 +182,14 @@ def test_reads_a_store_on_read_only_media(tiny_disk: Callable[[int], Path]) -> N
         assert reader.rows("evals", last=1)["step"].tolist() == [39, 39]
 
 
-def test_missing_store_is_told(tmp_path: Path) -> None:
+def test_missing_store_is_reported(tmp_path: Path) -> None:
     """The path that was looked at is named."""
     with pytest.raises(StoreError, match=r"no run's store at .*store\.db"):
         StoreReader(tmp_path / "store.db")
 
 
 @pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
-def test_file_that_is_no_database_is_told(tmp_path: Path, open_store: Callable[[Path], object]) -> None:
+def test_file_that_is_no_database_is_reported(tmp_path: Path, open_store: Callable[[Path], object]) -> None:
     """Garbage under the store's name is damage, with what to do."""
     path = tmp_path / "store.db"
     path.write_bytes(b"this is not a database" * 1000)
@@ -199,7 +199,7 @@ def test_file_that_is_no_database_is_told(tmp_path: Path, open_store: Callable[[
 
 
 @pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
-def test_database_of_someone_else_is_told(tmp_path: Path, open_store: Callable[[Path], object]) -> None:
+def test_database_of_someone_else_is_reported(tmp_path: Path, open_store: Callable[[Path], object]) -> None:
     """Another program's database is neither read nor written."""
     path = tmp_path / "store.db"
     rewrite(path, "CREATE TABLE theirs (a)")
@@ -210,7 +210,7 @@ def test_database_of_someone_else_is_told(tmp_path: Path, open_store: Callable[[
 
 @pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
 @pytest.mark.parametrize(("version", "which"), [(0, "the older"), (2, "a newer")])
-def test_store_of_another_version_is_told(
+def test_store_of_another_version_is_reported(
     tmp_path: Path, open_store: Callable[[Path], object], version: int, which: str
 ) -> None:
     """The text says which traceml to use."""
@@ -233,7 +233,7 @@ def test_store_of_other_columns_is_not_continued_but_read(tmp_path: Path) -> Non
         assert reader.rows("evals").dtype.names == ("stream", "was", "then", "there", "so")
 
 
-def test_truncated_store_is_told(tmp_path: Path) -> None:
+def test_truncated_store_is_reported(tmp_path: Path) -> None:
     """A store cut off in a copy gives an error with what to do, never fewer rows."""
     path = make_store(tmp_path / "store.db", frames=300, rows=50)
     whole = path.stat().st_size
@@ -251,7 +251,7 @@ def test_truncated_store_is_told(tmp_path: Path) -> None:
         read()
 
 
-def test_damaged_frame_is_told(tmp_path: Path) -> None:
+def test_damaged_frame_is_reported(tmp_path: Path) -> None:
     """A frame that does not decompress, or to another size, is damage and not data."""
     path = make_store(tmp_path / "store.db", ranks=1, frames=2)
     rewrite(path, "UPDATE frames SET data = x'00112233' WHERE id = 1")
@@ -265,7 +265,7 @@ def test_damaged_frame_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", [b"\x91\x5a", b"\x81\x01\x02", b"\xc1", b""])
-def test_damaged_layout_is_told(tmp_path: Path, layout: bytes) -> None:
+def test_damaged_layout_is_reported(tmp_path: Path, layout: bytes) -> None:
     """A store that does not say what its rows look like cannot be read."""
     path = make_store(tmp_path / "store.db", ranks=1, frames=1)
     rewrite(path, "UPDATE tables SET layout = ? WHERE name = 'evals'", layout)
@@ -275,8 +275,8 @@ def test_damaged_layout_is_told(tmp_path: Path, layout: bytes) -> None:
 
 
 @pytest.mark.parametrize("data", [b"\xc1", b"", b"\x81\x80\x01", b"\xa1\xff", b"\xa1a"])
-def test_damaged_facts_are_told(tmp_path: Path, data: bytes) -> None:
-    """What the aggregator noted of streams, and what happened, can be damaged as well."""
+def test_damaged_facts_are_reported(tmp_path: Path, data: bytes) -> None:
+    """Damage to facts of streams and to events is an error too."""
     path = make_store(tmp_path / "store.db", ranks=1, frames=1)
     with StoreWriter(path) as writer:
         writer.event("verdict", {"kind": "HEALTHY"})
@@ -299,8 +299,8 @@ def test_frames_of_no_table_are_left_out(tmp_path: Path) -> None:
         assert reader.stored("evals") == 10
 
 
-def test_damaged_text_is_told(tmp_path: Path) -> None:
-    """What should be Unicode and is none."""
+def test_damaged_text_is_reported(tmp_path: Path) -> None:
+    """Text that is not Unicode is an error."""
     path = make_store(tmp_path / "store.db", ranks=1, frames=1)
     rewrite(path, "UPDATE tables SET name = CAST(x'edff' AS TEXT) WHERE name = 'evals'")
 
@@ -309,7 +309,7 @@ def test_damaged_text_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"\xc1", b"\x5a", b"\x80\x93\x01\x02\x03"], ids=["nothing", "number", "list"])
-def test_damaged_log_is_told(tmp_path: Path, data: bytes) -> None:
+def test_damaged_log_is_reported(tmp_path: Path, data: bytes) -> None:
     """A log frame that cannot be unpacked, or holds no maps, is damage."""
     path = tmp_path / "store.db"
     with StoreWriter(path) as writer:
@@ -320,7 +320,7 @@ def test_damaged_log_is_told(tmp_path: Path, data: bytes) -> None:
         reader.log_rows("info")
 
 
-def test_wrong_questions_are_told(tmp_path: Path) -> None:
+def test_wrong_questions_are_reported(tmp_path: Path) -> None:
     """Unknown tables, logs asked for as arrays, and a closed store give a StoreError each."""
     reader = StoreReader(make_store(tmp_path / "store.db"))
 
@@ -338,14 +338,14 @@ def test_damaged_frames_are_left_out_where_that_is_wanted(tmp_path):
     """With somebody to tell, a damaged frame costs its own rows; without, it is an error as before."""
     path = make_store(tmp_path / "store.db")
     rewrite(path, "UPDATE frames SET data = x'0102' WHERE id IN (3, 8)")
-    told: list[str] = []
-    with StoreReader(path, on_damage=told.append) as reader:
+    reported: list[str] = []
+    with StoreReader(path, on_damage=reported.append) as reader:
         assert [frame.id for frame in reader.frames("evals")] == [1, 2, 4, 5, 6, 7]
         assert [frame.id for frame in reader.frames_of(("evals",), 2)] == [4, 5, 6, 7]
         assert reader.frames_of(("evals",), 7) == []
         assert [frame.id for frame in reader.frames_of(("evals",), 2, limit=1)] == [4]
 
-    assert {text.split(":")[0] for text in told} == {"frame 3 of evals", "frame 8 of evals"}
+    assert {text.split(":")[0] for text in reported} == {"frame 3 of evals", "frame 8 of evals"}
     with StoreReader(path) as reader, pytest.raises(StoreError, match="frame 3 of evals"):
         reader.frames_of(("evals",))
 

@@ -146,7 +146,7 @@ def test_log_gives_back_its_maps() -> None:
 
 
 def test_full_log_refuses_and_counts() -> None:
-    """What does not fit is refused and counted; the last eighth is kept for what is urgent."""
+    """Maps that do not fit are refused and counted; the last eighth is for urgent ones."""
     log = make_log(256)
     kept = 0
     while log.append({"kind": "note", "text": "x" * 20}):

@@ -34,7 +34,7 @@ def test_struct_and_numpy_agree(table: Table) -> None:
     assert table.capacity & (table.capacity - 1) == 0
 
 
-def test_names_are_unique_and_told() -> None:
+def test_names_are_unique_and_documented() -> None:
     """Every table and column has a name of its own and a meaning."""
     assert len(TABLES) == len((*PACKED, *LOGS, BLOBS))
     for table in PACKED:

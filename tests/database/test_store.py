@@ -35,7 +35,7 @@ def fill_up(filler: Path) -> None:
 
 
 def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
-    """What was appended and committed is read back, byte for byte, with its steps."""
+    """Committed rows are read back byte for byte, with their steps."""
     with StoreWriter(tmp_path / "store.db") as writer:
         stream = writer.stream(WHO, world_size=2)
         assert writer.append(stream, "evals", 0, 5, frame(0, 0, 5), 10, 14) == 5
@@ -103,7 +103,7 @@ def test_rows_that_never_came_are_counted_exactly(tmp_path: Path) -> None:
         assert reader.lost("evals", second) == 0
 
 
-def test_rows_lost_at_the_end_are_counted_when_the_rank_told_how_many_it_had(tmp_path: Path) -> None:
+def test_rows_lost_at_the_end_are_counted_when_the_rank_reported_its_total(tmp_path: Path) -> None:
     """A rank whose last rows never came is not thought complete, even when nothing of a table came."""
     with StoreWriter(tmp_path / "store.db") as writer:
         stream = writer.stream(WHO)
@@ -177,7 +177,7 @@ def test_frames_that_make_no_sense_are_refused(tmp_path: Path, table: str, n: in
 
 
 def test_second_writer_is_refused(tmp_path: Path) -> None:
-    """Two aggregators on one store would both number its rows: the second is told, and may come after the first."""
+    """Two aggregators on one store would both number its rows: the second is refused until the first has closed it."""
     first = StoreWriter(tmp_path / "store.db")
 
     with pytest.raises(StoreError, match="another aggregator is writing"):
@@ -278,7 +278,7 @@ def test_limit_on_file_sizes_keeps_the_rows_too(tmp_path: Path) -> None:
     assert seqs(path, stream) == list(range(30))
 
 
-def test_disk_that_is_full_from_the_start_is_told(tiny_disk: Callable[[int], Path]) -> None:
+def test_disk_that_is_full_from_the_start_is_reported(tiny_disk: Callable[[int], Path]) -> None:
     """A store that cannot be made leaves nothing half made, and can be made when there is room."""
     folder = tiny_disk(64 * KIB)
 
@@ -289,7 +289,7 @@ def test_disk_that_is_full_from_the_start_is_told(tiny_disk: Callable[[int], Pat
     assert list(folder.iterdir()) == []
 
 
-def test_folder_that_is_a_file_is_told(tmp_path: Path) -> None:
+def test_folder_that_is_a_file_is_reported(tmp_path: Path) -> None:
     """A run folder that cannot be made is named."""
     (tmp_path / "taken").write_text("")
 

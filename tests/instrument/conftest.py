@@ -20,7 +20,7 @@ from traceml.instrument import Instrumentation, install
 
 @dataclass
 class Traced:
-    """What a test asks of an instrumented process."""
+    """An instrumented process and its rows."""
 
     flight: FlightFile
     instrumentation: Instrumentation

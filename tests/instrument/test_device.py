@@ -30,7 +30,7 @@ class Device:
 
 
 class FakeEvent:
-    """What torch.cuda.Event does, without a GPU."""
+    """torch.cuda.Event without a GPU."""
 
     def __init__(self, on: Device) -> None:
         self.on = on

@@ -81,7 +81,7 @@ def test_a_deleted_model_is_freed_at_once(traced: Traced) -> None:
 
 
 def test_replicas_call_themselves(traced: Traced) -> None:
-    """What DataParallel copies does not call the module it was copied from."""
+    """DataParallel's copies do not call the original module."""
     model, _ = made(traced)
 
     assert not is_instrumented(model._replicate_for_data_parallel())

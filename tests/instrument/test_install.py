@@ -109,7 +109,7 @@ def test_installing_again_begins_anew(tmp_path: Path) -> None:
         flight.close(unlink=True)
 
 
-def test_facts_are_told_once(traced: Traced) -> None:
+def test_facts_are_reported_once(traced: Traced) -> None:
     """Loader, model and optimizer are described, each once."""
     train()
     on_registration = {info["kind"]: info for info in traced.info}

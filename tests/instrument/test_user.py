@@ -227,7 +227,7 @@ def test_any_iterable_can_be_waited_for(traced: Traced) -> None:
 
 
 def test_a_model_inside_the_dataset_is_input(traced: Traced) -> None:
-    """What runs while a batch is waited for is part of the wait."""
+    """Code that runs during a wait for a batch is part of the wait."""
     encoder = nn.Linear(4, 4)
     model, optimizer, _ = parts()
 

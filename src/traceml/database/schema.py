@@ -178,14 +178,14 @@ OPEN_SLOTS = 32
 
 
 class Slot(IntEnum):
-    """Words of `open_slots` after the phases; a phase's own word is the stamp of its start while it is open, else 0."""
+    """Words of `open_slots` after the phases; a phase's own word is the start of the open phase, else 0."""
 
-    STEP_START = 16  # monotonic stamp at which the open step began, 0 without one
+    STEP_START = 16  # monotonic timestamp at which the open step began, 0 without one
     STEP = 17  # number of the open step, -1 without one
     USER_NAME = 18  # id in `names` of the innermost open user phase
     STATE = 19  # FlightState
-    EXIT_START = 20  # monotonic stamp at which the process began to end, 0 before
-    HEARTBEAT = 21  # monotonic stamp of the last time the recorder's thread woke
+    EXIT_START = 20  # monotonic timestamp at which the process began to end, 0 before
+    HEARTBEAT = 21  # monotonic timestamp of the last time the recorder's thread woke
 
 
 class StepFlag(IntFlag):

@@ -1,4 +1,4 @@
-"""Processes that write flight files and are killed: run as `python -m tests.database.flight_victims WHAT FOLDER …`.
+"""Processes that write flight files and are killed: run as `python -m tests.database.killed_writers WHAT FOLDER …`.
 
 Each command prints one JSON line per process that it killed.
 """

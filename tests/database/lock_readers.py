@@ -1,4 +1,4 @@
-"""Look at another process's flight file: run as `python -m tests.database.flight_lookers PATH`, prints JSON."""
+"""Look at another process's flight file: run as `python -m tests.database.lock_readers PATH`, prints JSON."""
 
 from __future__ import annotations
 
