@@ -26,14 +26,14 @@ from traceml.track.delivery.derived import FOLLOWED, DerivedMetrics
 
 N, PERIOD, MS = 210, 5, 1_000_000
 SHARES = Callable[[Path], dict[str, float]]
-# Milliseconds: those of the CPU, those of a device, and the least and greatest that a step of the pattern adds.
+# Milliseconds of the phases: on the CPU, of the launches on the CPU, and on the device.
 CPU = {"input_wait": 5, "h2d": 3, "forward": 20, "backward": 40, "optimizer": 6, "comm": 2, "checkpoint": 1}
 LAUNCHES = {"input_wait": 20, "h2d": 1, "forward": 1, "backward": 1, "optimizer": 1, "comm": 1, "checkpoint": 1}
 DEVICE = {"h2d": 5, "forward": 25, "backward": 30, "optimizer": 5, "comm": 2}
 
 
 def pattern(rank: int, most: int) -> np.ndarray[Any, Any]:
-    """Return what a rank's steps add, the same every five steps: then any ten steps have the same mean."""
+    """Return extra time of a rank's steps, with a period of five steps: any ten steps have the same mean."""
     return np.tile(np.random.default_rng(rank).integers(0, most + 1, PERIOD), N // PERIOD) * MS
 
 
@@ -112,7 +112,7 @@ def of_tracker(run: Path) -> dict[str, float]:
 
 
 def of_verdict(run: Path) -> dict[str, float]:
-    """Shares of own work in what the rules look at; waiting is in no part there."""
+    """Shares of own work in the rules' segments, which leave out waiting."""
     with closing(StoreReader(run / STORE_NAME)) as reader:
         digest = digest_of(reader)
 
@@ -154,7 +154,7 @@ def test_every_outlet_has_the_reports_figures(tmp_path: Path, ranks: int, device
 
 @pytest.mark.parametrize("device", [False, True])
 def test_waiting_counts_as_communication_in_a_group_only(tmp_path: Path, device: bool) -> None:
-    """A rank alone waits for nobody: all of its backward is own work."""
+    """A single rank does not wait: all of its backward is own work."""
     alone, group = (of_report(run_of(tmp_path / str(ranks), ranks=ranks, device=device)) for ranks in (1, 2))
     own = 21 if device else 28
 
@@ -165,7 +165,7 @@ def test_waiting_counts_as_communication_in_a_group_only(tmp_path: Path, device:
 
 @pytest.mark.parametrize("outlet", [of_live_view, of_charts, of_tracker, of_verdict])
 def test_own_backward_measured_now_and_then_stands_for_all_steps(tmp_path: Path, outlet: SHARES) -> None:
-    """Where every fifth step measures it, the mean of those counts for the others."""
+    """If every fifth step measures it, the mean of those counts for the others."""
     run = run_of(tmp_path / "run", ranks=2, device=False, measured_every=PERIOD)
 
     assert of_report(run)["backward"] == pytest.approx(28 / 110, rel=1e-3)

@@ -1,7 +1,7 @@
-"""Fabricated runs: step rows of a data-parallel training played through event by event, with noise and a fault.
+"""Fabricated runs: step rows of a data-parallel training, simulated event by event, with noise and a fault.
 
-Ranks leave backward together, as gloo's ring lets them (not quite at once); what one does after that sync point delays
-the next one. Tests and `benchmarks/diagnosis_accuracy.py` use it.
+Ranks leave backward nearly together, as with gloo's ring; work after that sync point delays the next one. Tests and
+`benchmarks/diagnosis_accuracy.py` use it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "checkpoint", 
 
 @dataclass(frozen=True)
 class Job:
-    """A training and its usual durations in milliseconds; `own` holds work per step, `comm` exposed communication."""
+    """Training with its usual durations in milliseconds: `own` work per step, `comm` exposed communication."""
 
     ranks: int = 2
     steps: int = 220
@@ -49,7 +49,7 @@ class Job:
 
 
 Fault = Callable[[dict[str, np.ndarray[Any, Any]], np.random.Generator], None]
-"""Changes own work in place: part -> milliseconds, rank x step."""
+"""Function that changes own work in place: part -> milliseconds, rank x step."""
 
 
 def adds(part: str, ms: float, ranks: tuple[int, ...] | None = None, every: int = 1, chance: float = 1.0) -> Fault:

@@ -11,7 +11,7 @@ from traceml.diagnosis.job_facts import RankExit
 
 
 def test_step_rows_of_all_ranks_reach_the_window_with_a_flush() -> None:
-    """Rows that were added wait for the flush, which says whether there were any."""
+    """Added rows wait for the flush, which returns whether there were any."""
     intake = RowIntake(128, 2)
     for rank, rows in enumerate(rows_of(Job(steps=50))):
         for start in (0, 30):
@@ -25,7 +25,7 @@ def test_step_rows_of_all_ranks_reach_the_window_with_a_flush() -> None:
 
 
 def test_user_phases_and_facts_are_taken_at_once() -> None:
-    """User phases are named by the rank's names; host rows give the cores; what has no use is ignored."""
+    """User phases have the rank's names, host rows give the cores, other tables are ignored."""
     intake = RowIntake(128, 1)
     intake.names[0] = {3: "augment"}
     intake.facts.host(0, "h")

@@ -1,4 +1,4 @@
-"""Ranks that ended badly: which of them is the cause, and how it is told."""
+"""Ranks that failed: the cause among them, and its report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_exit_code_is_told():
 
 
 def test_ranks_that_followed_are_not_the_cause():
-    """The launcher's SIGTERM and a collective whose peer has gone are consequences, whoever was reaped first."""
+    """The launcher's SIGTERM and a collective whose peer is gone are consequences, in any order."""
     exits = (
         RankExit(rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer", at_s=1.0),
         RankExit(rank=1, state="killed", signal=11, at_s=2.0),
@@ -55,14 +55,14 @@ def test_ranks_that_followed_are_not_the_cause():
 
 
 def test_the_same_exception_on_all_ranks_names_all():
-    """A mistake in the script hits every rank alike."""
+    """An error in the script affects every rank."""
     exits = [RankExit(rank=rank, state="failed", exception="KeyError: 'x'", file="a.py", line=3) for rank in range(4)]
 
     assert [ended.rank for ended in root_causes(exits)] == [0, 1, 2, 3]
 
 
 def test_ranks_that_the_launcher_killed_are_no_cause():
-    """A launcher ends the others with whatever it takes, which tells nothing of them."""
+    """The signal with which a launcher ends the others is no cause."""
     exits = (
         RankExit(rank=0, state="killed", signal=9, at_s=1.0, stopped=True),
         RankExit(rank=1, state="failed", exception="ValueError: x", at_s=2.0),
@@ -86,7 +86,7 @@ def test_a_run_that_was_stopped_by_hand_lost_nobody(ended):
 
 
 def test_only_sigterm_is_still_a_loss():
-    """When every rank was ended from outside, that is told."""
+    """A run whose ranks were all ended from outside reports that."""
     finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))[0]
 
     assert "SIGTERM" in finding.summary
@@ -111,7 +111,7 @@ def test_exits_are_read_from_what_streams_hold():
 
 
 def test_facts_are_gathered_from_info_rows():
-    """Loaders, cores and the end of a rank come from its rows; what is told later completes them."""
+    """Loaders, cores and the end of a rank come from its rows; later reports complete them."""
     builder = JobFactsBuilder(2)
     builder.host(0, "node1")
     builder.info(0, {"kind": "process", "cores": 8})
@@ -143,7 +143,7 @@ def test_what_a_rank_tells_of_its_exception_is_understood():
 
 
 def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
-    """A signal is how it ended; the status that it was about to leave with never came to be."""
+    """A signal replaces the exit status that the rank reported before."""
     builder = JobFactsBuilder(2)
     told = {"code": 1, "exception": "RuntimeError", "message": "Connection closed by peer"}
     builder.info(0, {"kind": "exit", **told})
@@ -167,7 +167,7 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
 
 
 def test_a_process_that_is_gone_is_no_silent_host():
-    """Where the process is known to have ended, nobody is sent to look at the network."""
+    """If the process is known to have ended, the advice does not mention the network."""
     gone = RankExit.of(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
 
     finding = rank_lost(JobFacts(exits=(gone,)))[0]
@@ -179,14 +179,14 @@ def test_a_process_that_is_gone_is_no_silent_host():
 
 
 def test_lost_ranks_are_named_in_order():
-    """Who of those that died of the same thing was first by microseconds is chance."""
+    """Ranks with the same cause are reported together, whichever ended first."""
     exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))
 
     assert rank_lost(JobFacts(exits=exits))[0].ranks == (0, 1, 2)
 
 
 def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
-    """Both were ended by signals that sweep jobs away; the one whose collective broke first missed the other."""
+    """Both were ended by signals that end whole jobs; the one whose collective failed is a consequence."""
     gone = "RuntimeError: Connection closed by peer"
     exits = [
         RankExit(rank=0, state="killed", signal=15, exception=gone, at_s=1.0),
@@ -197,7 +197,7 @@ def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
 
 
 def test_a_rank_that_was_killed_while_it_ended_well_is_lost():
-    """It had said that it ends with status 0; then a signal came, in whichever order the two are read."""
+    """The rank reported exit status 0 before the signal, in either order of reading."""
     builder = JobFactsBuilder()
     builder.exit(RankExit(rank=0, state="killed", signal=9))
 

@@ -1,4 +1,4 @@
-"""The verdict on fabricated runs: kind, ranks and phase of the fault that was put in; nothing where there is none."""
+"""Verdicts of fabricated runs: kind, ranks and phase of the injected fault, and none without a fault."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def verdict(job: Job, *faults: Fault, seed: int = 0, **facts: object) -> Finding
     ],
 )
 def test_a_late_rank_is_named_with_its_phase(ranks, part, kind):
-    """Twenty milliseconds in one part of one rank: its kind, rank and phase are told, and what the run would gain."""
+    """Twenty milliseconds in one part of one rank give its kind, rank, phase and gain."""
     found = verdict(Job(ranks=ranks, callback_every=4), adds(part, 20, (1,)))
 
     assert (found.kind, found.ranks, found.phase) == (kind, (1,), part)
@@ -54,7 +54,7 @@ def test_a_late_rank_is_named_with_its_phase(ranks, part, kind):
 
 @pytest.mark.parametrize("part", ["forward", "backward", "input_wait"])
 def test_a_fault_in_every_fifth_step_is_found(part):
-    """Sums over the window see what the median of a phase does not."""
+    """Sums over the window find a fault that the median of a phase hides."""
     found = verdict(Job(ranks=4), adds(part, 60, (2,), every=5))
 
     assert (found.ranks, found.phase) == ((2,), part)
@@ -62,7 +62,7 @@ def test_a_fault_in_every_fifth_step_is_found(part):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_weak_fault_is_found_in_a_quiet_run(seed):
-    """A rank whose forward takes a fifth of a step more is named."""
+    """A rank whose forward takes a fifth of a step more is reported."""
     found = verdict(Job(ranks=4), adds("forward", 3.0, (1,)), seed=seed)
 
     assert (found.kind, found.ranks, found.phase) == (Kind.COMPUTE_STRAGGLER, (1,), "forward")
@@ -77,7 +77,7 @@ def test_two_late_ranks_are_named_together():
 
 
 def test_two_causes_are_two_findings_the_larger_first():
-    """Two ranks late by different causes are told apart."""
+    """Two ranks that are late for different causes give two findings."""
     findings = diagnose(
         window_of(Job(ranks=4), adds("input_wait", 40, (1,)), adds("forward", 20, (2,))), JobFacts(world_size=4)
     )
@@ -100,7 +100,7 @@ def test_ranks_that_take_turns_are_named():
 
 
 def test_a_users_phase_on_one_rank_is_named():
-    """A phase of the user's own is told by its name."""
+    """A user's phase is reported by its name."""
     job = Job()
     window = window_of(job, adds("user", 20, (0,)))
     named = replace(window, user={"augment": window.times["user"]})
@@ -132,7 +132,7 @@ def test_a_users_heavy_phase_is_residual_under_its_name():
 
 
 def test_the_numbers_of_a_sentence_agree():
-    """A pause of two seconds, as between a notebook's cells, is in the mean step but not in what the fix would save."""
+    """A pause of two seconds, as between a notebook's cells, is in the mean step but not in the gain."""
     window = window_of(ALONE, adds("other", 10))
     window.times["other"][0, -1] += 2_000 * 1e6
     window.total[0, -1] += 2_000 * 1e6
@@ -162,7 +162,7 @@ def test_a_late_rank_is_not_taken_for_communication():
 
 
 def test_without_own_backward_communication_is_never_claimed():
-    """Slow computation and slow communication look alike then: the verdict says so."""
+    """The verdict says that slow computation and slow communication cannot be separated."""
     window = window_of(Job(comm=20.0, callback_every=0))
 
     found = diagnose(window, JobFacts(world_size=2, group=True))[0]
@@ -172,7 +172,7 @@ def test_without_own_backward_communication_is_never_claimed():
 
 
 def test_without_own_backward_other_stragglers_are_still_named():
-    """The parts outside backward tell who is late."""
+    """The parts outside backward show which rank is late."""
     window = window_of(Job(callback_every=0), adds("forward", 20, (1,)))
 
     found = diagnose(window, JobFacts(world_size=2, group=True))[0]
@@ -254,7 +254,7 @@ def test_a_core_that_is_slower_in_everything_is_not_blamed(skew):
 
 
 def test_a_rank_that_is_far_slower_in_everything_is_named():
-    """Twice the time in every computing part, all along: the summary says it is the rank, not one phase."""
+    """Twice the time in every computing part is reported for the rank, not for one phase."""
     found = verdict(Job(skew=2.2))
 
     assert (found.kind, found.ranks) == (Kind.COMPUTE_STRAGGLER, (1,))
@@ -295,7 +295,7 @@ def test_ranks_without_a_group_do_not_wait_for_each_other():
 
 
 def test_few_steps_are_insufficient():
-    """The verdict says how many there were and how many it takes."""
+    """The verdict has the number of steps and the number needed."""
     found = verdict(Job(steps=15))
 
     assert found.kind is Kind.INSUFFICIENT_DATA
@@ -311,7 +311,7 @@ def test_no_steps_at_all_say_how_to_mark_them():
 
 
 def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
-    """Where no rank ever came, as torchrun could not start them, the job's output says why."""
+    """Without any rank, as torchrun could not start them, the advice is to read the job's output."""
     found = diagnose(StepWindow(128).aligned(), JobFacts(state="failed"))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
@@ -329,7 +329,7 @@ def test_a_lost_rank_outranks_timing():
 
 
 def test_findings_are_plain_json():
-    """What is told can be written as JSON, and read back."""
+    """Findings can be written as JSON and read back."""
     found = verdict(Job(), adds("forward", 20, (1,)))
 
     assert Finding.from_dict(found.to_dict()).kind is Kind.COMPUTE_STRAGGLER

@@ -61,7 +61,7 @@ def test_many_ranks_in_one_write():
 
 
 def test_memory_is_bounded_at_ten_thousand_ranks():
-    """Ten thousand ranks fit into 150 MB, and a window of them stays small."""
+    """Ten thousand ranks fit into 150 MB, and their window is small."""
     window = StepWindow(slots_for(10_000), 10_000)
 
     assert window.nbytes < 150e6
@@ -82,7 +82,7 @@ def test_a_rank_that_ended_is_not_waited_for():
 
 
 def test_when_all_have_ended_the_common_steps_count():
-    """The end of a run leaves the steps that all ranks had."""
+    """At the end of a run, the steps that all ranks had are returned."""
     window = StepWindow(128)
     for rank, count in enumerate((60, 58)):
         put(window, rank, some_rows(0, count))
@@ -132,7 +132,7 @@ def test_rows_that_were_lost_are_no_steps():
 
 
 def test_the_parts_add_up_to_the_step():
-    """`other` is what the phases leave of the total."""
+    """`other` is the rest of the total."""
     window = window_of(Job(ranks=3))
 
     whole = np.sum(list(window.times.values()), axis=0)
@@ -141,7 +141,7 @@ def test_the_parts_add_up_to_the_step():
 
 
 def test_own_backward_and_waiting_are_told_apart():
-    """Waiting is known on the steps that measured it, and unknown on the others."""
+    """Waiting is known for the steps that measured it, and NaN for the others."""
     window = window_of(Job(callback_every=4))
 
     assert window.measured.sum() == pytest.approx(len(window) / 4, abs=1)
@@ -167,7 +167,7 @@ def test_user_phases_are_found_by_name():
 
 
 def test_device_times_take_the_place_of_what_the_cpu_saw():
-    """On CUDA the CPU sees launches; what it waits for costs only as long as the device is idle."""
+    """On CUDA the CPU measures launches; its waiting counts only while the device is idle."""
     window = StepWindow(128)
     rows = some_rows(0, 40, total=20_000_000)
     rows["forward_ns"], rows["input_wait_ns"] = 1_000_000, 18_000_000
@@ -186,7 +186,7 @@ def test_device_times_take_the_place_of_what_the_cpu_saw():
 
 
 def test_one_ranks_steps_can_be_asked_for():
-    """`held` gives what is kept of one rank, whatever the others have."""
+    """`held` returns the steps of one rank, independent of the others."""
     window = StepWindow(128)
     for rank, rows in enumerate(rows_of(Job(steps=50))):
         put(window, rank, rows[: 50 - 20 * rank])

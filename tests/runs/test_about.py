@@ -1,4 +1,4 @@
-"""What is known of a run beside its rows."""
+"""Facts of a run besides its rows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _log(writer, stream, **row):
 
 
 def test_rank_0_of_the_last_attempt_tells(tmp_path):
-    """Program, model, git and parameters come from where they were told, the newest attempt first."""
+    """Program, model, git and parameters come from their rows, the newest attempt first."""
     rows = rows_of(Job(steps=5))
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts())

@@ -26,7 +26,7 @@ def _taken(window):
 
 
 def test_percentiles_are_right_to_one_percent():
-    """What the histogram says is what the values say, from microseconds to minutes."""
+    """Percentiles of the histogram are those of the values, from microseconds to minutes."""
     random = np.random.default_rng(0)
     for scale_ms in (0.02, 5.0, 60_000.0):
         times = scale_ms * random.lognormal(0, 0.5, 200)
@@ -53,7 +53,7 @@ def test_a_long_run_is_covered_from_its_first_step():
 
 
 def test_the_same_steps_are_taken_once():
-    """A window that overlaps what was taken adds only what is new."""
+    """A window that overlaps earlier ones adds only its new steps."""
     bins = _taken(_window(np.ones(100)))
 
     assert bins.take(_window(np.ones(100))) is False
@@ -62,7 +62,7 @@ def test_the_same_steps_are_taken_once():
 
 
 def test_parts_add_up_to_the_step_with_waiting_taken_out_of_backward():
-    """As in the report, backward is own work, and what was waited in it counts as communication."""
+    """As in the report, backward is own work, and the waiting in it counts as communication."""
     window = window_of(Job(steps=400, callback_every=4), adds("forward", 20, (1,)))
     bins = _taken(window)
 

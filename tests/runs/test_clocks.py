@@ -13,7 +13,7 @@ def stream(number, host, **facts):
 
 
 def test_hosts_are_brought_to_the_aggregators_clock():
-    """A host whose wall clock is wrong by an hour lies where the aggregator saw it."""
+    """A host whose wall clock is wrong by an hour has the aggregator's time."""
     right = stream(1, "a", clock=[5 * S, 1000 * S], clock_offset_ns=995 * S, clock_rtt_ns=1000)
     wrong = stream(2, "b", clock=[7 * S, 4600 * S], clock_offset_ns=993 * S, clock_rtt_ns=1000)
     clocks = RunClocks([right, wrong])
@@ -45,7 +45,7 @@ def test_two_machines_of_one_name_keep_their_own():
 
 
 def test_without_any_measurement():
-    """The host's own wall clock is taken; without that either, stamps count from the machine's start."""
+    """The wall clock of the host is used; without it, timestamps count from the machine's start."""
     clocks = RunClocks([stream(1, "a", clock=[5 * S, 1000 * S]), stream(2, "b")])
 
     assert clocks.of_stamp(1, 6 * S) == 1001 * S

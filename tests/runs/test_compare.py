@@ -57,7 +57,7 @@ def test_two_runs_of_the_same_job_do_not_differ(healthy, tmp_path):
 
 
 def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
-    """The numbers are told, and that they do not compare."""
+    """The numbers are reported, and that they are not comparable."""
     wide = store_run(tmp_path / "wide", Job(ranks=4, steps=300), seed=2)
 
     found = compare_runs(healthy, wide).to_dict()
@@ -73,7 +73,7 @@ def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
 
 
 def test_other_models_are_no_comparison(tmp_path):
-    """Another model is another job; another batch size is told."""
+    """Another model is not comparable; another batch size is a remark."""
     for name, parameters, batch in (("a", 10, 32), ("b", 20, 64)):
         (tmp_path / name).mkdir()
         with StoreWriter(tmp_path / name / STORE_NAME) as writer:
@@ -92,7 +92,7 @@ def test_other_models_are_no_comparison(tmp_path):
 
 
 def test_too_few_steps_are_said(healthy, tmp_path):
-    """With ten steps, or none, nothing is claimed."""
+    """With ten steps, or none, there is no result."""
     short = store_run(tmp_path / "short", Job(steps=12))
     empty = store_run(tmp_path / "empty", Job(steps=0))
 
@@ -135,14 +135,14 @@ def test_a_busy_machine_is_said(tmp_path):
 
 
 def test_a_run_that_goes_on_is_compared_as_far_as_it_is(healthy, tmp_path):
-    """It is said that it has not finished."""
+    """A remark says that it has not finished."""
     going = store_run(tmp_path / "going", Job(steps=100), facts={"state": "running", "ended": None}, state="running")
 
     assert any("B is running" in remark for remark in compare_runs(healthy, going).to_dict()["remarks"])
 
 
 def test_it_is_json(healthy, tmp_path):
-    """Every number is one that JSON has, also where values are missing."""
+    """All numbers are valid JSON, also where values are missing."""
     empty = store_run(tmp_path / "empty", Job(steps=0))
 
     text = json.dumps(compare_runs(healthy, empty).to_dict(), allow_nan=False)

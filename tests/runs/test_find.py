@@ -13,7 +13,7 @@ from traceml.runs.report import build_report, save_report
 
 @pytest.fixture
 def runs(tmp_path):
-    """Three runs, of which the second goes on."""
+    """Three runs, of which the second is running."""
     for number, state in enumerate(("finished", "running", "failed")):
         ended = None if state == "running" else STARTED + number + 5
         facts = {"started": STARTED + number, "ended": ended, "state": state}
@@ -64,7 +64,7 @@ def test_what_is_not_there_is_told_with_what_is(runs, tmp_path):
 
 
 def test_a_list_tells_state_and_verdict(runs):
-    """The newest first, with what is known of each."""
+    """The newest first, with the facts of each."""
     save_report(runs / "20260102-000000-train-0002", build_report(runs / "20260102-000000-train-0002"))
     (runs / "20260103-broken").mkdir()
     (runs / "20260103-broken" / "store.db").write_bytes(b"no database at all" * 100)
@@ -84,7 +84,7 @@ def test_a_list_tells_state_and_verdict(runs):
 
 
 def test_pruning_keeps_the_newest_and_the_running(runs):
-    """Old runs go, but never one that is running."""
+    """Old runs are removed, except running ones."""
     (runs / "latest").symlink_to("20260100-000000-train-0000")
 
     removed = prune(runs, keep=1)

@@ -18,7 +18,7 @@ from traceml.runs.report_types import Report
 
 
 def test_it_waits_for_a_store_that_is_not_there_yet(tmp_path):
-    """Before the store exists there is an empty report, and afterwards it is followed."""
+    """Before the store exists the report is empty; afterwards the store is followed."""
     live = LiveRun(tmp_path)
 
     assert live.refresh() is False
@@ -34,7 +34,7 @@ def test_it_waits_for_a_store_that_is_not_there_yet(tmp_path):
 
 
 def test_only_what_is_new_is_read(tmp_path):
-    """A refresh without news says so; new rows move the steps on."""
+    """A refresh without new rows returns False; new rows add steps."""
     rows = rows_of(Job(ranks=1, steps=200, grouped=False))[0]
     writer = StoreWriter(tmp_path / STORE_NAME)
     writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
@@ -90,7 +90,7 @@ def test_a_restart_starts_the_windows_again(tmp_path):
 
 
 def test_a_run_that_ended_is_diagnosed_by_its_rows(tmp_path):
-    """After the end the findings are those on the stored rows, whatever was told before."""
+    """After the end the findings are those of the stored rows, not of the live verdict."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts())
         for rank, rows in enumerate(rows_of(Job(steps=100), adds("input_wait", 20, (0,)))):
@@ -104,7 +104,7 @@ def test_a_run_that_ended_is_diagnosed_by_its_rows(tmp_path):
 
 
 def test_a_damaged_store_is_told(tmp_path):
-    """What cannot be read is an error, not an empty screen."""
+    """A store that cannot be read is an error, not an empty screen."""
     (tmp_path / STORE_NAME).write_bytes(b"not a database, for sure" * 50)
 
     with pytest.raises(StoreError):

@@ -43,7 +43,7 @@ def _lines(writer, lines=None):
 
 
 def test_a_short_line_is_all_its_values(store):
-    """Up to a few hundred values are told one by one, each rank under its own name."""
+    """Up to a few hundred values are kept one by one, each rank under its own name."""
     writer, streams = store
     log(writer, streams[0], ["loss"], [3.0, 2.0, 1.0])
     log(writer, streams[1], ["loss"], [4.0])
@@ -56,7 +56,7 @@ def test_a_short_line_is_all_its_values(store):
 
 
 def test_a_long_line_is_thinned_and_keeps_its_extremes(store):
-    """Of 10,000 values a few hundred means stay, over all steps, and the one spike is still there."""
+    """Of 10,000 values a few hundred means are kept, over all steps, and the single spike."""
     writer, streams = store
     values = np.linspace(5, 1, 10_000)
     values[7_777] = 99.0

@@ -1,4 +1,4 @@
-"""What a report says of logged values and of trackers."""
+"""Logged values and trackers in a report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run tells in words."""
+"""Messages of a run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_dates_are_on_one_time_line(tmp_path):
 
 
 def test_only_what_is_new_is_read(tmp_path):
-    """Asked again, it goes on where it was; the same verdict told twice in a row is one line."""
+    """A second call continues after the first; the same verdict twice in a row is one line."""
     writer = StoreWriter(tmp_path / STORE_NAME)
     writer.put_meta("run", run_facts(state="running", ended=None))
     stream = writer.stream(StreamIdentity(0, 0, "h0", 1, 7, ""), state="running")

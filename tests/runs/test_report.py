@@ -49,7 +49,7 @@ def open_store(folder, **facts):
 
 
 def test_every_key_of_the_contract_is_there(tmp_path):
-    """A run of which little is known has the same keys as any other."""
+    """A run with few facts has the same keys as any other."""
     open_store(tmp_path / "run").close()
 
     report = report_on(tmp_path / "run")
@@ -76,7 +76,7 @@ def test_a_straggler_is_the_verdict(tmp_path):
 
 
 def test_backward_is_own_work_and_comm_holds_the_waiting(tmp_path):
-    """The waiting inside backward is told apart by the steps that measured it; the parts add up."""
+    """The waiting inside backward is split off by the steps that measured it; the parts add up."""
     report = report_on(store_run(tmp_path / "run", Job(steps=300, callback_every=4), adds("forward", 20, (1,))))
     phases = {phase["phase"]: phase for phase in report["phases"]}
     comm = {entry["rank"]: entry["mean_ms"] for entry in phases["comm"]["by_rank"]}
@@ -148,7 +148,7 @@ def test_the_last_attempt_is_described(tmp_path):
 
 
 def test_memory_system_and_telemetry(tmp_path):
-    """Samples become peaks and means, growth per step, and what tracing cost."""
+    """Samples become peaks and means, growth per step, and the overhead of tracing."""
     writer = open_store(tmp_path / "run", world_size=1)
     stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
     add_samples(writer, stream, growth=4096)
@@ -167,7 +167,7 @@ def test_memory_system_and_telemetry(tmp_path):
 
 
 def test_lost_rows_are_exact(tmp_path):
-    """Rows that never arrived are counted: stored and lost are all that were appended."""
+    """Rows that never arrived are counted: appended rows are stored or lost."""
     writer = open_store(tmp_path / "run", world_size=1)
     rows = rows_of(Job(ranks=1, steps=200, grouped=False))[0]
     stream = add_rank(writer, 0, rows[:100])
@@ -180,7 +180,7 @@ def test_lost_rows_are_exact(tmp_path):
 
 
 def test_advice_knows_the_loader_and_the_cores(tmp_path):
-    """What the ranks told of their loader and host shapes the next step."""
+    """Facts of the loader and the host appear in the advice."""
     writer = open_store(tmp_path / "run", world_size=1)
     stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=100, grouped=False), adds("input_wait", 20))[0])
     add_samples(writer, stream)
@@ -195,7 +195,7 @@ def test_advice_knows_the_loader_and_the_cores(tmp_path):
 
 
 def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
-    """Waiting for a core, as the process samples tell it, withholds COMM_BOUND and is told."""
+    """Waiting for a core, from the process samples, prevents COMM_BOUND and is reported."""
     writer = open_store(tmp_path / "run")
     for rank, rows in enumerate(rows_of(Job(steps=200, comm=10.0))):
         add_samples(writer, add_rank(writer, rank, rows), wait=0.4)
@@ -236,7 +236,7 @@ def test_a_running_run_can_be_reported(tmp_path):
 
 
 def test_a_run_that_nobody_keeps_is_lost(tmp_path):
-    """A store that says `running`, and whose aggregator is gone, is lost; it ended when it was written last."""
+    """A running run whose aggregator is gone is lost; it ended when the store was last written."""
     writer = open_store(tmp_path / "run", state="running", ended=None)
     import socket
 
@@ -256,7 +256,7 @@ def test_a_run_that_nobody_keeps_is_lost(tmp_path):
 
 
 def test_the_file_is_valid_json_and_appears_whole(tmp_path):
-    """No NaN, no half file, nothing left beside it."""
+    """The file has no NaN and is written atomically, without other files left."""
     folder = store_run(tmp_path / "run", Job(steps=50))
 
     path = save_report(folder, build_report(folder))
@@ -267,7 +267,7 @@ def test_the_file_is_valid_json_and_appears_whole(tmp_path):
 
 
 def test_a_missing_store_is_told(tmp_path):
-    """There is no report on nothing."""
+    """Without a store there is no report."""
     with pytest.raises(StoreError, match="no run's store"):
         report_on(tmp_path)
 

@@ -99,7 +99,7 @@ def test_show_tells_the_verdict(run):
 
 
 def test_a_running_run_gets_further(tmp_path):
-    """What was read stays until it is asked to look again."""
+    """The report is kept until `refresh`."""
     rows = rows_of(Job(ranks=1, steps=100, grouped=False))[0]
     writer = StoreWriter(tmp_path / STORE_NAME)
     writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
@@ -118,7 +118,7 @@ def test_a_running_run_gets_further(tmp_path):
 
 
 def test_a_run_that_is_not_there(tmp_path, monkeypatch):
-    """The error names what was looked for and what exists."""
+    """The error names the id and the runs that exist."""
     monkeypatch.setenv("TRACEML_RUNS_DIR", str(tmp_path))
     store_run(tmp_path / "20260101-000000-train-abcd", Job(steps=30))
 

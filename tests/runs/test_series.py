@@ -16,7 +16,7 @@ from traceml.runs.series import read_series
 
 
 def test_phases_over_the_run_agree_with_the_report(tmp_path):
-    """What is drawn and what is told come to the same means."""
+    """Charts and report have the same means."""
     run = store_run(tmp_path / "run", Job(steps=400), adds("forward", 20, (1,)))
 
     series, report = read_series(run), build_report(run).to_dict()
@@ -59,7 +59,7 @@ def test_a_thousand_ranks_fit_and_the_slow_one_is_not_averaged_away(tmp_path):
 
 
 def test_a_live_run_and_the_same_run_read_at_once_agree(tmp_path):
-    """Followed as it grew, also from the middle on, a run has the same series as one that is read whole."""
+    """A run that is followed while it grows has the same series as one that is read at once."""
     rows = rows_of(Job(steps=600), adds("forward", 20, (1,)))
     live, late = LiveRun(tmp_path), LiveRun(tmp_path)
     with StoreWriter(tmp_path / STORE_NAME) as writer:
@@ -146,7 +146,7 @@ def test_seconds_count_from_the_start_of_the_run(tmp_path):
 
 
 def test_a_run_without_steps_has_empty_series(tmp_path):
-    """Nothing to draw is no error."""
+    """A run without rows is no error."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts())
 
@@ -158,7 +158,7 @@ def test_a_run_without_steps_has_empty_series(tmp_path):
 
 
 def test_a_damaged_store_says_so(tmp_path):
-    """What cannot be read is told with its path."""
+    """The error names the path of a store that cannot be read."""
     (tmp_path / STORE_NAME).write_bytes(b"garbage" * 1000)
 
     with pytest.raises(StoreError, match=STORE_NAME):

@@ -13,7 +13,7 @@ def _mean(blocks):
 
 
 def step_times(random, steps, memory, spikes=0.01):
-    """Return step times around 20 ms whose noise remembers `memory` of the step before, with rare long steps."""
+    """Return step times around 20 ms with autocorrelated noise (`memory`) and rare long steps."""
     noise = random.standard_normal(steps + 200) * np.sqrt(1 - memory**2)
     for at in range(1, len(noise)):
         noise[at] += memory * noise[at - 1]
@@ -33,13 +33,13 @@ def test_autocorrelation_time(memory, expected):
 
 
 def test_steady_times_do_not_depend_on_each_other():
-    """All values alike have nothing to remember."""
+    """Equal values have no autocorrelation."""
     assert autocorrelation_time(np.full(100, 3.0)) == 1.0
 
 
 @pytest.mark.parametrize("memory", [0.5, 0.9])
 def test_runs_that_are_alike_seldom_differ(memory):
-    """Two runs of the same job are called different at most about as often as the test says: 1 %, here of 100."""
+    """Two runs of the same job differ significantly about as often as the level says: 1 % of 100."""
     random = np.random.default_rng(7)
     pairs = [(step_times(random, 1000, memory), step_times(random, 1000, memory)) for _ in range(100)]
 
@@ -72,7 +72,7 @@ def test_a_real_change_is_found(memory, percent):
 
 
 def test_too_few_steps_give_no_answer():
-    """With fewer than sixteen independent steps nothing is claimed."""
+    """With fewer than sixteen independent steps there is no p-value."""
     random = np.random.default_rng(0)
 
     assert block_steps(random.random(10), random.random(500)) is None

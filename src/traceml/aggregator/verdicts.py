@@ -1,4 +1,4 @@
-"""The verdict so far: what limits a run while it goes on, told in its store."""
+"""Live verdict: the diagnosis of a running run, stored as events."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from traceml.fail_open import fail_open
 
 __all__ = ["LiveVerdict"]
 
-# One that stays the same is told again this often, as its numbers move.
+# An unchanged verdict is stored again after this time, as its numbers change.
 _REPEAT_S = 5.0
-# Of a second, at most this share goes into diagnosing: what takes long is done less often.
+# At most this share of the time is spent on diagnosis: the longer it takes, the less often it runs.
 _SHARE = 0.25
 _AFTER_FAILURE_S = 60.0
 
-# The rules' cost grows with ranks x steps; over a thousand ranks fewer steps tell as much.
+# The rules' cost grows with ranks x steps; with a thousand ranks, fewer steps are enough.
 _MAX_STEPS, _MIN_STEPS, _MAX_CELLS = 200, 32, 65_536
 
 _log = logging.getLogger("traceml")
 
 
 class LiveVerdict:
-    """Diagnoses a run's windows about once a second.
+    """Diagnoses the window of a run about once per second.
 
     Args:
-        live: its windows and facts.
+        live: its window and facts.
     """
 
     def __init__(self, live: LiveRows) -> None:
         self._live = live
         self._last: tuple[Any, ...] = ()
-        self._told_s = self._due_s = 0.0
+        self._stored_s = self._due_s = 0.0
         self.count = 0
-        """How often it was diagnosed."""
+        """Number of diagnoses."""
 
     def update(self, store: StoreWriter) -> None:
-        """Diagnose if something is new, and tell a verdict that changed, or is older than a few seconds."""
+        """Diagnose if there are new rows, and store a verdict that changed or is older than a few seconds."""
         began_s = time.monotonic()
         if not self._live.fresh or began_s < self._due_s:
             return
@@ -62,15 +62,15 @@ class LiveVerdict:
         self._due_s = now_s + (now_s - began_s) * (1 / _SHARE - 1) if now_s - began_s > _SHARE else 0.0
         verdict = findings[0]
         signature = (verdict.kind, verdict.ranks, verdict.phase)
-        if signature != self._last or now_s - self._told_s >= _REPEAT_S:
-            self._last, self._told_s = signature, now_s
-            store.event("verdict", _told(findings, window))
+        if signature != self._last or now_s - self._stored_s >= _REPEAT_S:
+            self._last, self._stored_s = signature, now_s
+            store.event("verdict", _event(findings, window))
 
 
 def _steps_for(ranks: int) -> int:
     return max(_MIN_STEPS, min(_MAX_STEPS, _MAX_CELLS // max(ranks, 1)))
 
 
-def _told(findings: list[Finding], window: Window) -> dict[str, Any]:
-    told = [finding.to_dict() for finding in findings]
-    return {"verdict": told[0], "findings": told, "step": int(window.steps[-1]) if len(window) else None}
+def _event(findings: list[Finding], window: Window) -> dict[str, Any]:
+    data = [finding.to_dict() for finding in findings]
+    return {"verdict": data[0], "findings": data, "step": int(window.steps[-1]) if len(window) else None}

@@ -1,4 +1,4 @@
-"""A fabricated run with something in every table, and readers of what an export made of it."""
+"""Fabricated run with rows in every table, and readers of its exports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 120
 
 
 def rich_run(folder: Path, *, ranks: int = 2, steps: int = STEPS, user_ms: float = 1.0, **facts: Any) -> Path:
-    """Write a run: rank 1 slow in forward, on a host of its own whose wall clock is an hour wrong."""
+    """Write a run: rank 1 is slow in forward, on another host whose wall clock is wrong by an hour."""
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(ranks=ranks, steps=steps, callback_every=4)
     job = Job(ranks=ranks, steps=steps, callback_every=4, own={**job.own, "user": user_ms} if user_ms else job.own)
@@ -117,6 +117,6 @@ def nested(track: list[dict[str, Any]]) -> list[tuple[dict[str, Any], int]]:
 
 
 def innermost(track: list[dict[str, Any]], ts: float) -> str | None:
-    """Return the name of the innermost slice that is open at a moment: what Perfetto binds an arrow to."""
+    """Return the name of the innermost slice at a moment, to which Perfetto binds an arrow."""
     around = [each for each in track if each["ts"] <= ts < each["ts"] + each["dur"]]
     return min(around, key=lambda each: each["dur"])["name"] if around else None

@@ -1,4 +1,4 @@
-"""Exports of runs that are not whole, and of those that still grow."""
+"""Exports of damaged and of running runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_damaged_frames_are_left_out_and_told(tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_store_that_breaks_off_gives_what_is_before(tmp_path, form):
-    """A file with destroyed pages is read as far as it goes, or refused as damaged; never silently empty."""
+    """A store with destroyed pages is read as far as possible, or refused as damaged; never silently empty."""
     run_dir = rich_run(tmp_path / "run", steps=2000)
     data = bytearray((run_dir / STORE_NAME).read_bytes())
     middle = len(data) // 32768 // 2 * 32768
@@ -55,7 +55,7 @@ def test_store_that_breaks_off_gives_what_is_before(tmp_path, form):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_run_that_goes_on_is_exported_as_far_as_it_is(tmp_path, form):
-    """While the aggregator writes, an export takes what is committed; a later one has more."""
+    """While the aggregator writes, an export has the committed rows; a later one has more."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     rows = rows_of(Job(ranks=1, steps=200, grouped=False))[0]
@@ -72,7 +72,7 @@ def test_run_that_goes_on_is_exported_as_far_as_it_is(tmp_path, form):
 
 
 def test_all_attempts_are_in_one_trace(tmp_path):
-    """A job that was started again is one time line; its ranks stay the same processes."""
+    """A restarted job is one time line; its ranks are the same processes."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with StoreWriter(run_dir / STORE_NAME) as writer:
@@ -91,7 +91,7 @@ def test_all_attempts_are_in_one_trace(tmp_path):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_run_without_a_step(tmp_path, form):
-    """A run that never came to a step is exported too."""
+    """A run without a step is exported too."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     with StoreWriter(run_dir / STORE_NAME) as writer:
@@ -102,7 +102,7 @@ def test_run_without_a_step(tmp_path, form):
 
 
 def test_output_that_cannot_be_written_leaves_nothing(tmp_path):
-    """A folder that is not there is an error, and no draft stays behind."""
+    """A missing folder is an error, and no draft is left."""
     run_dir = store_run(tmp_path / "run", Job(steps=20))
 
     with pytest.raises(OSError, match="nowhere"):

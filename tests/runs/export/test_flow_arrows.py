@@ -1,4 +1,4 @@
-"""Who released whom."""
+"""Arrows between ranks at a sync point."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_last_to_come_releases_the_others():
 
 
 def test_no_arrow_back_in_time():
-    """Where clocks are further apart than the wait, there is none."""
+    """There is no arrow if the clocks differ by more than the wait."""
     arrows = FlowArrows()
     arrows.meet(1, 0, meeting(0, 0, 10, 20), 2)
 

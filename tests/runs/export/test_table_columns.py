@@ -40,7 +40,7 @@ def test_every_packed_table_is_exported():
 
 
 def test_numbers_say_their_unit():
-    """What counts nanoseconds, bytes and the like says so in its name; what has no unit is a number of things."""
+    """Columns have their unit as suffix; those without are counts."""
     units = ("_ns", "_bytes", "_pct", "_c", "_w", "_mhz", "_per_step")
     plain = {
         "attempt", "rank", "step", "count", "batches", "threads", "index", "device", "cores", "pid", "value",
@@ -54,5 +54,5 @@ def test_numbers_say_their_unit():
 
 
 def test_any_value_becomes_json():
-    """Also what JSON has no word for."""
+    """Values that JSON lacks are converted."""
     assert to_json({"a": float("nan"), "b": b"\x00", 1: [None]}) == '{"a":null,"b":"AA==","1":[null]}'

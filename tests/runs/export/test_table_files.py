@@ -44,7 +44,7 @@ def test_every_table_is_a_file(run_dir, tmp_path):
 
 
 def test_steps_are_those_of_the_run(run_dir, tmp_path):
-    """Phases and `other_ns` add up, what was not measured is null, and stamps are dates on one time line."""
+    """Phases and `other_ns` add up, missing values are null, and timestamps are dates on one time line."""
     export_run(run_dir, "parquet", tmp_path / "p")
     steps = pq.read_table(tmp_path / "p" / "steps.parquet").to_pandas()
     ours = Run(run_dir).steps()
@@ -60,7 +60,7 @@ def test_steps_are_those_of_the_run(run_dir, tmp_path):
 
 
 def test_names_are_resolved(run_dir, tmp_path):
-    """Metrics and user phases are told by name, and by who logged them."""
+    """Metrics and user phases have their names and sources."""
     export_run(run_dir, "parquet", tmp_path / "p")
     metrics = pq.read_table(tmp_path / "p" / "metrics.parquet").to_pylist()
     phases = pq.read_table(tmp_path / "p" / "user_phases.parquet").to_pylist()
@@ -74,7 +74,7 @@ def test_names_are_resolved(run_dir, tmp_path):
 
 
 def test_an_earlier_export_is_replaced(run_dir, tmp_path):
-    """What else lies in the folder stays, and nothing half-written is left."""
+    """Other files in the folder are kept, and no draft is left."""
     folder = tmp_path / "c"
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
@@ -92,7 +92,7 @@ def test_a_file_in_the_way_is_told(run_dir, tmp_path):
 
 
 def test_parquet_without_pyarrow_says_how_to_get_it(run_dir, tmp_path, monkeypatch):
-    """The error names the extra, and the format that needs nothing."""
+    """The error names the extra, and the format without requirements."""
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UsageError, match=r"traceml\[parquet\].*--format csv"):
         export_run(run_dir, "parquet", tmp_path / "p")

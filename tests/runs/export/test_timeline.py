@@ -45,7 +45,7 @@ REQUIRED = {
 
 @pytest.mark.parametrize("form", ["perfetto", "pfw"])
 def test_events_keep_to_the_trace_event_format(form, request):
-    """Each event has what its kind needs, of the right type; counters hold nothing but numbers."""
+    """Each event has the fields of its kind with the right types; counters have only numbers."""
     events = request.getfixturevalue(form)
     assert {event["ph"] for event in events} == set(REQUIRED)
     for event in events:
@@ -60,7 +60,7 @@ def test_events_keep_to_the_trace_event_format(form, request):
 
 @pytest.mark.parametrize("form", ["perfetto", "pfw"])
 def test_slices_nest(form, request):
-    """Phases lie in their steps, and nothing leaves the slice around it."""
+    """Phases are inside their steps, and no slice exceeds its parent."""
     tracks = slices_by_track(request.getfixturevalue(form))
     depths = {(each["name"], depth) for tid in (10, 20) for each, depth in nested(tracks[tid])}
 
@@ -85,7 +85,7 @@ def test_phases_follow_each_other_in_order(perfetto):
 
 
 def test_durations_are_those_of_the_rows(run_dir, perfetto):
-    """Summed by name, slices give what the store holds, to the nanosecond."""
+    """The sums of slices by name equal those in the store, to the nanosecond."""
     steps = Run(run_dir).steps()
     sums = defaultdict(int)
     for event in perfetto:
@@ -103,7 +103,7 @@ def test_durations_are_those_of_the_rows(run_dir, perfetto):
 
 
 def test_arrows_lead_from_the_slow_rank(perfetto):
-    """Where waiting was measured, an arrow from rank 1 into rank 0's wait; never back in time."""
+    """Measured waiting has an arrow from rank 1 to rank 0's wait; never back in time."""
     tracks = slices_by_track(perfetto)
     ends = defaultdict(dict)
     for event in perfetto:
@@ -119,7 +119,7 @@ def test_arrows_lead_from_the_slow_rank(perfetto):
 
 
 def test_hosts_lie_on_one_time_line(pfw):
-    """A monotonic clock and a wall clock of its own do not move a host's events."""
+    """Different monotonic and wall clocks of a host do not move its events."""
     steps = {
         pid: [e["ts"] for e in pfw if e["ph"] == "X" and e["name"] == "step" and e["pid"] == pid] for pid in (1, 2)
     }
@@ -140,7 +140,7 @@ def test_processes_are_named(perfetto):
 
 
 def test_counters_and_marks(perfetto):
-    """Memory, CPU, devices and metrics are counters; what is no number, and what happened, are marks."""
+    """Memory, CPU, devices and metrics are counters; events and values that are not numbers are instants."""
     counters = {(e["pid"], e["name"]) for e in perfetto if e["ph"] == "C"}
     marks = {e["name"]: e for e in perfetto if e["ph"] == "i"}
 
