@@ -20,7 +20,7 @@ from traceml.cli import sync
 from traceml.clock import boot_id, process_start_ticks
 from traceml.track.tracker_state import TrackerState, states_of
 
-ODD = "tests.track.odd_backends:Odd"
+FAULTY = "tests.track.faulty_backends:FaultyBackend"
 
 
 @pytest.fixture
@@ -190,19 +190,19 @@ def test_local_only_holds_for_sync_too(runs_dir, monkeypatch, capsys):
     monkeypatch.setenv("TRACEML_LOCAL_ONLY", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
-    Path("traceml.toml").write_text('[backends."tests.track.odd_backends:Plain"]\npath = "."\n')
+    Path("traceml.toml").write_text('[backends."tests.track.faulty_backends:MinimalBackend"]\npath = "."\n')
 
-    assert cli.main(["sync", "a", "--backend", "tests.track.odd_backends:Plain"]) == 3
+    assert cli.main(["sync", "a", "--backend", "tests.track.faulty_backends:MinimalBackend"]) == 3
     assert "would deliver to Plain, which is not on this m" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, capsys):
     """It asks for patience again and again: that is no failure, but somebody waits at a terminal."""
     run = LoggedRun(runs_dir / "a")
-    options = {ODD: {"path": str(runs_dir)}}
-    run.experiment([ODD], id="x", sys_path=[str(Path(__file__).parents[2])], options=options)
+    options = {FAULTY: {"path": str(runs_dir)}}
+    run.experiment([FAULTY], id="x", sys_path=[str(Path(__file__).parents[2])], options=options)
     run.end()
-    (runs_dir / "mood").write_text('{"start": "busy"}')
+    (runs_dir / "behavior").write_text('{"start": "busy"}')
     monkeypatch.setattr(sync, "STALL_LIMIT_S", 1.0)
 
     assert cli.main(["sync", "a"]) == 3

@@ -158,15 +158,15 @@ def _command(pid: int) -> str:
 
 
 class Proxy:
-    """A real HTTP server before a tracker's: passes on, or does what `mood` says.
+    """A real HTTP server before a tracker's: passes on, or does what `behavior` says.
 
     Attributes:
-        mood: `pass`, `busy` (429, with Retry-After), `hang`.
+        behavior: `pass`, `busy` (429, with Retry-After), `hang`.
         key: the bearer token that it wants, if any; others get a 401.
     """
 
     def __init__(self, port: int) -> None:
-        self.mood = "pass"
+        self.behavior = "pass"
         self.key: str | None = None
         self.seen: dict[str, int] = {}
         proxy = self
@@ -208,12 +208,12 @@ class Proxy:
             self._note("unauthorized")
             return 401, {}, b'{"error_code": "UNAUTHENTICATED", "message": "who are you?"}'
 
-        mood = self.mood
-        self._note(mood)
-        if mood == "busy":
+        behavior = self.behavior
+        self._note(behavior)
+        if behavior == "busy":
             return 429, {"Retry-After": "1"}, b'{"error_code": "REQUEST_LIMIT_EXCEEDED", "message": "later"}'
 
-        while self.mood == "hang":
+        while self.behavior == "hang":
             time.sleep(0.05)
 
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -228,7 +228,7 @@ class Proxy:
 
     def close(self) -> None:
         """Stop listening."""
-        self.mood = "pass"
+        self.behavior = "pass"
         self._server.shutdown()
         self._server.server_close()
 

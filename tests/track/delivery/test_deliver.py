@@ -20,7 +20,7 @@ from tests.runs.fabricated_store import add_samples
 from tests.track.fabricated import LoggedRun, deliver, eventually, state_of
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_BROKEN, EXIT_TAKEN, DeliveryPhase, TrackerState, locked
 
-ODD = "tests.track.odd_backends:Odd"
+FAULTY = "tests.track.faulty_backends:FaultyBackend"
 ROOT = str(Path(__file__).parents[3])
 
 
@@ -41,9 +41,9 @@ def run(tmp_path: Path) -> LoggedRun:
     return LoggedRun(tmp_path / "runs" / "r1")
 
 
-def odd(run: LoggedRun, backend: str = ODD, max_backoff: float = 0.3, **options: Any) -> Path:
-    """Announce an experiment to a backend that may misbehave; return the folder in which its mood is written."""
-    folder = run.path.parent / "odd"
+def faulty(run: LoggedRun, backend: str = FAULTY, max_backoff: float = 0.3, **options: Any) -> Path:
+    """Announce an experiment to a backend that may misbehave; return the folder in which its behavior is written."""
+    folder = run.path.parent / "faulty"
     folder.mkdir(exist_ok=True)
     run.experiment(
         [backend], id="x", sys_path=[ROOT], max_retries=1, max_backoff=max_backoff,
@@ -202,9 +202,9 @@ def test_values_may_come_before_their_experiment_is_announced(run: LoggedRun) ->
     assert (values(lines, "b"), values(lines, "c/rank_1")) == ([(0, 2.0)], [(0, 3.0)])
 
 
-@pytest.mark.parametrize("backend", [ODD, f"{ODD}Idempotent"])
+@pytest.mark.parametrize("backend", [FAULTY, f"{FAULTY}Idempotent"])
 def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: str) -> None:
-    folder = odd(run, backend)
+    folder = faulty(run, backend)
     run.metrics({"a": [float(i) for i in range(3_000)], "refused": [0.0]})
     run.metrics({"b": [1.0], "also refused": [0.0, 1.0]})
     add_samples(run.writer, run.stream())  # values made from these come with the rows after them
@@ -227,8 +227,8 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
 
 def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
     """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
-    plain = "tests.track.odd_backends:Plain"
-    folder = odd(run, plain)
+    plain = "tests.track.faulty_backends:MinimalBackend"
+    folder = faulty(run, plain)
     run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
     run.row("params", params={"lr": 0.1})
     run.row("params", params={"refused": 1})
@@ -246,81 +246,83 @@ def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: Log
 
 
 @pytest.mark.parametrize(
-    ("mood", "status", "phase"), [("broken", EXIT_BROKEN, "broken"), ("refuses", EXIT_AGAIN, "open")]
+    ("behavior", "status", "phase"), [("broken", EXIT_BROKEN, "broken"), ("refuses", EXIT_AGAIN, "open")]
 )
-def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(run: LoggedRun, mood: str, status: int, phase: str) -> None:
+def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(
+    run: LoggedRun, behavior: str, status: int, phase: str
+) -> None:
     """What it says of its options or of the run would be taken for a word on the rows, and the rows be given up."""
-    folder = odd(run)
+    folder = faulty(run)
     run.metrics({"a": [1.0, 2.0]})
     run.end()
-    (folder / "mood").write_text(json.dumps({"start": mood}))
+    (folder / "behavior").write_text(json.dumps({"start": behavior}))
 
-    assert deliver(run.path, ODD).returncode == status
-    state = state_of(run.path, ODD)
+    assert deliver(run.path, FAULTY).returncode == status
+    state = state_of(run.path, FAULTY)
     assert (state.phase, state.failed, state.passed) == (phase, 0, 0)
     assert "cannot be started" in state.error
 
-    (folder / "mood").unlink()
-    assert deliver(run.path, ODD).returncode == 0
+    (folder / "behavior").unlink()
+    assert deliver(run.path, FAULTY).returncode == 0
     assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
 
 
 def test_a_library_that_fails_at_every_call_loses_nothing(run: LoggedRun) -> None:
     """A TypeError of every call is no reason to give up one row after another: it is the library that is broken."""
-    folder = odd(run, f"{ODD}Idempotent")
+    folder = faulty(run, f"{FAULTY}Idempotent")
     run.metrics({"a": [float(i) for i in range(500)]})
     run.end()
-    (folder / "mood").write_text('{"metrics": "broken"}')
+    (folder / "behavior").write_text('{"metrics": "broken"}')
 
-    assert deliver(run.path, f"{ODD}Idempotent").returncode == EXIT_BROKEN
-    state = state_of(run.path, f"{ODD}Idempotent")
+    assert deliver(run.path, f"{FAULTY}Idempotent").returncode == EXIT_BROKEN
+    state = state_of(run.path, f"{FAULTY}Idempotent")
     assert (state.phase, state.failed) == (DeliveryPhase.BROKEN, 0)
     assert "unexpected keyword" in state.error
 
-    (folder / "mood").unlink()
-    assert deliver(run.path, f"{ODD}Idempotent").returncode == 0
+    (folder / "behavior").unlink()
+    assert deliver(run.path, f"{FAULTY}Idempotent").returncode == 0
     assert values(lines_of(folder, "x.jsonl"), "a") == [(i, float(i)) for i in range(500)]
 
 
 def test_a_call_that_does_not_return_ends_the_process_and_nothing_is_lost(run: LoggedRun) -> None:
-    folder = odd(run, timeout_s=0.3)
+    folder = faulty(run, timeout_s=0.3)
     run.metrics({"a": [1.0, 2.0]})
     run.end()
-    (folder / "mood").write_text('{"metrics": "hang"}')
+    (folder / "behavior").write_text('{"metrics": "hang"}')
 
-    assert deliver(run.path, ODD).returncode == EXIT_AGAIN
-    state = state_of(run.path, ODD)
+    assert deliver(run.path, FAULTY).returncode == EXIT_AGAIN
+    state = state_of(run.path, FAULTY)
     assert "log_metrics did not return within" in state.error
     assert state.phase is DeliveryPhase.WAITING
 
-    (folder / "mood").unlink()
-    assert deliver(run.path, ODD).returncode == 0
+    (folder / "behavior").unlink()
+    assert deliver(run.path, FAULTY).returncode == 0
     assert values(lines_of(folder, "x.jsonl"), "a") == [(0, 1.0), (1, 2.0)]
 
 
 def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_twice(run: LoggedRun) -> None:
-    folder = odd(run, fallback="jsonl", max_backoff=4.0)
+    folder = faulty(run, fallback="jsonl", max_backoff=4.0)
     run.writer.put_meta("run", {"id": "r1", "ended": None, "started": 0.0, "state": "running"})
     run.metrics({"a": [float(i) for i in range(10)]})
-    (folder / "mood").write_text('{"metrics": "down"}')
+    (folder / "behavior").write_text('{"metrics": "down"}')
     process = None
 
     def delivered(count: int) -> bool:
         nonlocal process
         if process is None or process.poll() is not None:
-            command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), ODD]
+            command = [sys.executable, "-m", "traceml.track.delivery", str(run.path), FAULTY]
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
-        return state_of(run.path, ODD).passed == count
+        return state_of(run.path, FAULTY).passed == count
 
     try:
         eventually(lambda: delivered(11))
-        assert state_of(run.path, ODD).phase is DeliveryPhase.OPEN
-        (folder / "mood").unlink()
-        eventually(lambda: delivered(11) and time.time() > state_of(run.path, ODD).retry_at)
+        assert state_of(run.path, FAULTY).phase is DeliveryPhase.OPEN
+        (folder / "behavior").unlink()
+        eventually(lambda: delivered(11) and time.time() > state_of(run.path, FAULTY).retry_at)
         run.metrics({"a": [10.0, 11.0]}, first_step=10)
         run.end()
-        eventually(lambda: delivered(13) and state_of(run.path, ODD).phase is DeliveryPhase.DONE)
+        eventually(lambda: delivered(13) and state_of(run.path, FAULTY).phase is DeliveryPhase.DONE)
     finally:
         if process is not None:
             process.kill()
@@ -335,18 +337,18 @@ def test_a_fallback_takes_the_rows_while_the_first_fails_and_they_do_not_come_tw
 def test_a_key_file_is_read_from_where_the_script_was_started_also_the_fallbacks(
     run: LoggedRun, tmp_path: Path, is_fallback: bool
 ) -> None:
-    keyed, other = f"{ODD}Idempotent", tmp_path / "other"
+    keyed, other = f"{FAULTY}Idempotent", tmp_path / "other"
     (tmp_path / "script" / "keys").mkdir(parents=True)
     other.mkdir()
-    key = tmp_path / "script" / "keys" / "odd"
-    key.write_text("ODD_KEY=hush")
+    key = tmp_path / "script" / "keys" / "faulty"
+    key.write_text("FAULTY_KEY=hush")
     key.chmod(0o600)
-    options = {keyed: {"path": str(other), "api_key_file": "keys/odd"}}
+    options = {keyed: {"path": str(other), "api_key_file": "keys/faulty"}}
     if is_fallback:
-        options[ODD] = {"path": str(tmp_path), "fallback": keyed}
-        (tmp_path / "mood").write_text('{"start": "down"}')
+        options[FAULTY] = {"path": str(tmp_path), "fallback": keyed}
+        (tmp_path / "behavior").write_text('{"start": "down"}')
 
-    backend = ODD if is_fallback else keyed
+    backend = FAULTY if is_fallback else keyed
     run.experiment(
         [backend], id="x", sys_path=[ROOT], folder=str(tmp_path / "script"), max_retries=0, max_backoff=30.0,
         options=options,

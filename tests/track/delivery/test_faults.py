@@ -124,9 +124,9 @@ def test_a_busy_a_locked_and_a_hanging_server_each_get_their_own_treatment(
         job = start({"mlflow": {"tracking_uri": proxy.url, "timeout_s": 2, "api_key_file": str(key_file)}})
         job.wait_for(lambda: job.state("mlflow").delivered > 0)
 
-        proxy.mood = "busy"
+        proxy.behavior = "busy"
         job.wait_for(lambda: job.state("mlflow").phase is DeliveryPhase.WAITING and proxy.seen.get("busy", 0) > 1)
-        proxy.mood = "pass"
+        proxy.behavior = "pass"
 
         before = job.state("mlflow").delivered
         job.wait_for(lambda: job.state("mlflow").delivered > before)
@@ -137,10 +137,10 @@ def test_a_busy_a_locked_and_a_hanging_server_each_get_their_own_treatment(
 
         before = job.state("mlflow").delivered
         job.wait_for(lambda: job.state("mlflow").delivered > before)
-        proxy.mood = "hang"
+        proxy.behavior = "hang"
         job.wait_for(lambda: "did not return" in job.state("mlflow").error)
         job.goes_on()
-        proxy.mood = "pass"
+        proxy.behavior = "pass"
 
         job.finish()
     finally:

@@ -1,4 +1,4 @@
-"""Trackers that misbehave: what they do is told by a file that the test writes."""
+"""Backends that fail as a file of the test says."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from traceml.errors import BackendBusyError, BackendRefusedError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["Odd", "OddIdempotent", "Plain"]
+__all__ = ["FaultyBackend", "FaultyBackendIdempotent", "MinimalBackend"]
 
 
-class Odd(BackendInterface):
-    """Writes lines of JSON as long as its file `mood` says nothing else; cut off to the mark like a real one."""
+class FaultyBackend(BackendInterface):
+    """Writes lines of JSON unless its file `behavior` says otherwise; cut off at the mark like a real one."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._folder = Path(config["options"]["path"])
@@ -37,7 +37,7 @@ class Odd(BackendInterface):
     def start_experiment(self, name: str, project: str) -> str:
         self._react("start")
         self._file = self._path.open("ab")
-        self._write({"start": name, "project": project, "keyed": os.environ.get("ODD_KEY") == "hush"})
+        self._write({"start": name, "project": project, "keyed": os.environ.get("FAULTY_KEY") == "hush"})
         return str(self._path)
 
     def log_metric(self, name: str, value: float, step: int) -> None:
@@ -72,25 +72,25 @@ class Odd(BackendInterface):
 
     def _react(self, to: str) -> None:
         try:
-            moods = json.loads((self._folder / "mood").read_text())
+            behaviors = json.loads((self._folder / "behavior").read_text())
         except FileNotFoundError:
             return
 
-        mood = moods.get(to)
-        if mood == "hang":
+        behavior = behaviors.get(to)
+        if behavior == "hang":
             time.sleep(600)
-        elif mood == "down":
+        elif behavior == "down":
             raise ConnectionRefusedError("nobody listens")
-        elif mood == "busy":
+        elif behavior == "busy":
             raise BackendBusyError("come back later", 0.1)
-        elif mood == "refuses":
+        elif behavior == "refuses":
             raise BackendRefusedError("no such project (400)")
-        elif mood == "broken":
+        elif behavior == "broken":
             raise TypeError("log() got an unexpected keyword argument")
 
 
-class OddIdempotent(Odd):
-    """The same, tried again by the same process."""
+class FaultyBackendIdempotent(FaultyBackend):
+    """The same, retried by the same process."""
 
     idempotent: ClassVar[bool] = True
 
@@ -102,8 +102,8 @@ class OddIdempotent(Odd):
         super().log_metrics(rows)
 
 
-class Plain(BackendInterface):
-    """The least that a backend can be: what it was given stays given, and it can go back to nowhere."""
+class MinimalBackend(BackendInterface):
+    """The minimal backend: it neither resumes nor marks."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self._path = Path(config["options"]["path"], "plain.jsonl")
