@@ -97,22 +97,22 @@ class Masker:
         if any(each.fullmatch(name) for each in self._names):
             return self._hidden("custom", value)
 
-        says = "" if any(each.fullmatch(name) for each in self._exempt) else name_kind(name)
+        kind = "" if any(each.fullmatch(name) for each in self._exempt) else name_kind(name)
         if isinstance(value, Mapping):
             inner = {each: self.mask_value(str(each), item) for each, item in value.items()}
-            return {each: self._hidden("secret", item) for each, item in inner.items()} if says == "strong" else inner
+            return {each: self._hidden("secret", item) for each, item in inner.items()} if kind == "strong" else inner
         if isinstance(value, list | tuple | set | frozenset):
             return self._sequence(name, value)
-        if says == "strong" and _is_worth_masking(value):
+        if kind == "strong" and _is_worth_masking(value):
             return self._hidden("secret", value)
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if not isinstance(value, str):
-            return self._hidden(says, value) if says in {"phone", "card"} and type(value) is int else value
-        if says in {"likely", "weak"} and looks_random(value, says) and not is_reference(value):
+            return self._hidden(kind, value) if kind in {"phone", "card"} and type(value) is int else value
+        if kind in {"likely", "weak"} and looks_random(value, kind) and not is_reference(value):
             return self._hidden("secret", value)
-        if says in KINDS and says not in self._off and not is_reference(value) and _fits(says, value):
-            return self._hidden(says, value)
+        if kind in KINDS and kind not in self._off and not is_reference(value) and _fits(kind, value):
+            return self._hidden(kind, value)
 
         return self.mask_text(value)
 
@@ -231,15 +231,15 @@ class Masker:
 
     def _assigned(self, match: re.Match[str]) -> str:
         name, value = match["name"], match["value"]
-        says = name_kind(name)
-        if says not in {"strong", "likely", "weak"} or any(each.fullmatch(name) for each in self._exempt):
+        kind = name_kind(name)
+        if kind not in {"strong", "likely", "weak"} or any(each.fullmatch(name) for each in self._exempt):
             return match[0]
 
         bare = value.strip("\\\"'")
         quoted = bare != value
         if is_reference(bare) or (not quoted and (compiled(CODE).match(value) or name_kind(bare) == "strong")):
             return match[0]
-        if says != "strong" and not looks_random(bare, says):
+        if kind != "strong" and not looks_random(bare, kind):
             return match[0]
         if match["head"].endswith(": ") and bare.isalpha() and match.string[match.end() :][:2].strip(" ").isalpha():
             return match[0]  # a sentence: "Secret: the model ..."

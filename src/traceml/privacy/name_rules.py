@@ -99,12 +99,12 @@ def is_reference(text: str) -> bool:
     return text.lower() in _NO_SECRETS or text.startswith((MASKED, "$", "<", "{{", "%(")) or not text.strip("*xX. \t")
 
 
-def looks_random(text: str, says: str) -> bool:
+def looks_random(text: str, kind: str) -> bool:
     """Whether a text without spaces looks like a key: digits among letters, and enough of them.
 
     Args:
         text: the value.
-        says: `likely` or `weak`, the kind of its name.
+        kind: `likely` or `weak`, the kind of its name.
     """
     if len(text) < 8 or any(each.isspace() for each in text) or text.startswith(("/", "./", "<", "[")) or "_" in text:
         return False
@@ -112,4 +112,4 @@ def looks_random(text: str, says: str) -> bool:
     digits = sum(each.isdigit() for each in text)
     letters = sum(each.isalpha() for each in text)
     is_mixed = text.lower() != text != text.upper()
-    return digits >= 1 and letters >= 1 and (says == "likely" or is_mixed or digits >= len(text) // 6)
+    return digits >= 1 and letters >= 1 and (kind == "likely" or is_mixed or digits >= len(text) // 6)

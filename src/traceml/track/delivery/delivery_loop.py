@@ -273,7 +273,7 @@ class DeliveryLoop:
             succeeded(state)
 
     def _finish(self) -> int:
-        """Give what was held back, end the experiments, and say that all is done."""
+        """Send what was held back, end the experiments, and record that all is done."""
         try:
             with self._undone():
                 self._sender.finish(self._session, self._audit)
@@ -284,8 +284,7 @@ class DeliveryLoop:
         except RewindError:
             raise
         except Exception as error:  # noqa: BLE001 - see run()
-            status = self._again(error, in_place=False)
-            return EXIT_AGAIN if status is None else status
+            return self._failed(error)
 
         self._audit.write(self._state.target, dict(self._masker.counts), force=True)
         if self._uses_fallback:

@@ -1,16 +1,16 @@
-"""Values made from the run itself, for trackers: step time, phase shares, goodput, hosts and devices.
+"""Values derived from the run for trackers: step time, phase shares, goodput, hosts and devices.
 
-A pure function of the store's frames in their order: what is carried between them rests in `memory`, beside the cursor,
-so a frame that comes again gives the same values again, and every backend gets the same.
+A pure function of the store's frames in their order. State between frames is in `memory`, stored beside the cursor, so
+a frame that is read again gives the same values again, and every backend gets the same.
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
 - `traceml/steps_per_s`: of the lowest rank.
 - `traceml/share/<phase>`: share of step time, split as in the report (`diagnosis.phases`). A step with device times
   counts in the interval in which they arrive, some steps after it.
-- `traceml/goodput`: of all wall time since the run began, the share that the lowest rank spent in steps that count,
-  without waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats
-  count as lost.
-- `system/…`: means over the interval (of counters: rates), per rank that samples them.
+- `traceml/goodput`: share of all wall time since the run began that the lowest rank spent in productive steps, without
+  waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats are not
+  productive.
+- `system/…`: means over the interval (for counters, rates), per rank that samples them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["FOLLOWED", "KIND_DERIVED", "DerivedMetrics"]
 FOLLOWED = (STEPS.name, DEVICE_STEPS.name, HOST.name, PROCESS.name, GPU.name)
 KIND_DERIVED = 100
 _MS, _S = 1e6, 1e9
-# Device times arrive a few steps after their step; one that waits longer has lost them.
+# Device times arrive a few steps after their step; after this many steps they are lost.
 _MAX_HELD_STEPS = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class _SampledColumn:
-    """How a sampled column becomes a value: its mean, or the growth of a counter per second, times `scale`."""
+    """Conversion of a sampled column to a value: its mean, or a counter's growth per second, times `scale`."""
 
     name: str
     column: str
@@ -69,13 +69,13 @@ _DTYPES = {table.name: table.dtype for table in (STEPS, DEVICE_STEPS, HOST, PROC
 
 
 class DerivedMetrics:
-    """Makes the values of one run.
+    """Computes the values of one run.
 
     Args:
-        memory: what is carried from frame to frame; plain enough for JSON, changed in place.
-        interval_s: one value per name and so many seconds of the run's own clock.
+        memory: state between frames, changed in place; plain values for JSON.
+        interval_s: seconds of the run's own clock per value of a name.
         started: epoch seconds at which the run began.
-        system: whether to give what samplers read.
+        system: whether to include sampled system values.
     """
 
     def __init__(self, memory: dict[str, Any], interval_s: float, started: float, *, system: bool = True) -> None:
@@ -85,7 +85,7 @@ class DerivedMetrics:
         self._system = system
 
     def take(self, frame: Frame, stream: StreamRecord) -> list[Metric]:
-        """Take a frame of one of the tables `FOLLOWED`; return the values of intervals that are over."""
+        """Take a frame of one of the tables `FOLLOWED`; return the values of completed intervals."""
         rows = np.frombuffer(frame.data, _DTYPES[frame.table])
         offset_ns = _epoch_offset_ns(stream)
         if frame.table == STEPS.name:
@@ -99,7 +99,7 @@ class DerivedMetrics:
         return list(self._take_samples(frame.table, stream.rank, rows, rows["t_ns"] + offset_ns))
 
     def finish(self) -> list[Metric]:
-        """Return the values of the intervals that are still open, and close them."""
+        """Close the open intervals and return their values."""
         for held in self._memory.pop("held", {}).values():
             self._add_times(_decoded(held))
 
@@ -126,7 +126,7 @@ class DerivedMetrics:
 
     def _add_steps(self, number: int, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
         memory, rank = self._memory, stream.rank
-        # A rank that started the aggregator itself may have stepped before the run was there.
+        # A rank that started the aggregator itself may have stepped before the run existed.
         began = min(self._started_ns, int(ends_ns[0]) - int(rows["total_ns"][0]))
         lead = memory.setdefault("lead", {"rank": rank, "began": began, "t": began, "productive": 0, "step": -1})
         memory.setdefault("step_of", {})[str(rank)] = int(rows["step"][-1])
@@ -168,13 +168,13 @@ class DerivedMetrics:
 
     def _take_device_steps(self, stream: StreamRecord, device: NDArray[np.void]) -> None:
         held = _decoded(self._memory.get("held", {}).pop(str(stream.id), ""))
-        _, mine, theirs = np.intersect1d(held["step"], device["step"], return_indices=True)
-        self._add_times(held[mine], device[theirs])
-        # Device rows come in the order of their steps: an earlier step has lost its own.
-        rest = np.delete(held, mine)
-        is_lost = rest["step"] < device["step"][-1]
-        self._add_times(rest[is_lost])
-        self._hold(stream, rest[~is_lost])
+        _, host_rows, device_rows = np.intersect1d(held["step"], device["step"], return_indices=True)
+        self._add_times(held[host_rows], device[device_rows])
+        # Device rows arrive in the order of their steps: earlier steps without one have lost theirs.
+        unmatched = np.delete(held, host_rows)
+        is_lost = unmatched["step"] < device["step"][-1]
+        self._add_times(unmatched[is_lost])
+        self._hold(stream, unmatched[~is_lost])
 
     def _hold(self, stream: StreamRecord, rows: NDArray[np.void]) -> None:
         """Keep steps until their device times arrive."""
@@ -234,7 +234,7 @@ class DerivedMetrics:
         self._memory["counters"][key] = window["last"]
         t_ns = window["last"][0]
         passed_s = (t_ns - window["before"][0]) / _S
-        # Where nothing counts steps, intervals are counted.
+        # Without steps, intervals are counted.
         step = self._memory.get("step_of", {}).get(rank, max(t_ns - self._started_ns, 0) // self._interval_ns)
         prefix = f"system/gpu{index}" if table == GPU.name else "system"
         for at, column in enumerate(_SAMPLED[table]):
@@ -247,7 +247,7 @@ class DerivedMetrics:
 
 
 def _shares(sums: dict[str, float], grouped: bool) -> dict[str, float]:
-    """Return the phases' shares of step time, those that are there."""
+    """Return the shares of step time of the phases that occur."""
     if not sums:
         return {}
 
@@ -263,6 +263,6 @@ def _decoded(rows: str) -> NDArray[np.void]:
 
 
 def _epoch_offset_ns(stream: StreamRecord) -> int:
-    """Return what turns a stream's monotonic stamps into epoch nanoseconds."""
+    """Return the offset from a stream's monotonic clock to epoch nanoseconds."""
     clock = stream.facts.get("clock") or (0, 0)
     return int(clock[1]) - int(clock[0])

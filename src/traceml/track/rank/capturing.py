@@ -17,7 +17,7 @@ from traceml.track.rank.tracker_warnings import TrackerWarnings
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
 
-__all__ = ["begin", "rest", "start"]
+__all__ = ["begin", "pause", "start"]
 
 _log = logging.getLogger("traceml")
 _WARN_AFTER_S = 20.0
@@ -66,7 +66,7 @@ def start(*, collect: bool = True) -> None:
     _capture.start(collect=collect)
 
 
-def rest() -> None:
+def pause() -> None:
     """Stop capturing frameworks until the next `start`, unless the settings name a tracker."""
     recorder = current_recorder()
     if recorder is None or recorder is not _capturing_recorder or recorder.config.backend:

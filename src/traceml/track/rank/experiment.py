@@ -150,7 +150,7 @@ class Experiment:
         _open.remove(self)
         loggers.deactivate(self._logger)
         if not _open:
-            capturing.rest()
+            capturing.pause()
 
     def stop(self) -> None:
         """End it; Tracelet's name for `end`."""
