@@ -72,83 +72,40 @@ if TYPE_CHECKING:
     from traceml.track.rank.orchestrator import Orchestrator
     from traceml.version import __version__ as __version__
 
-# Public name -> the module that holds it, loaded on first use: `import traceml` costs a training script nothing.
-_HOMES = {
-    "AgentFailedError": "traceml.errors",
-    "AggregatorRefusedError": "traceml.errors",
-    "AggregatorUnavailableError": "traceml.errors",
-    "BackendBusyError": "traceml.errors",
-    "BackendError": "traceml.errors",
-    "BackendInterface": "traceml.track.plugins.interfaces",
-    "BackendPlugin": "traceml.track.plugins.plugin_base",
-    "BackendRefusedError": "traceml.errors",
-    "BackendUnauthorizedError": "traceml.errors",
-    "CollectorInterface": "traceml.track.plugins.interfaces",
-    "CollectorPlugin": "traceml.track.plugins.plugin_base",
-    "DEFAULT_ENV_VARS": "traceml.launch.launcher.launch_options",
-    "Experiment": "traceml.track.rank.experiment",
-    "FrameworkInterface": "traceml.track.plugins.interfaces",
-    "FrameworkPlugin": "traceml.track.plugins.plugin_base",
-    "LaunchResult": "traceml.launch.launcher.launch_options",
-    "LaunchTimeoutError": "traceml.errors",
-    "Launcher": "traceml.launch.launcher.launcher",
-    "Metric": "traceml.track.plugins.metric",
-    "NotCallableError": "traceml.errors",
-    "Orchestrator": "traceml.track.rank.orchestrator",
-    "PayloadError": "traceml.errors",
-    "PluginError": "traceml.errors",
-    "PluginInterface": "traceml.track.plugins.plugin_base",
-    "PluginMetadata": "traceml.track.plugins.plugin_metadata",
-    "ProtocolError": "traceml.errors",
-    "Recorder": "traceml.recorder.recorder",
-    "ResultNotFoundError": "traceml.errors",
-    "Run": "traceml.display.notebook",
-    "RunNotFoundError": "traceml.errors",
-    "Runtime": "traceml.tasks.runtime",
-    "RuntimeClosedError": "traceml.errors",
-    "Settings": "traceml.settings",
-    "SettingsError": "traceml.errors",
-    "SlurmError": "traceml.errors",
-    "StoreError": "traceml.errors",
-    "TaskCancelledError": "traceml.errors",
-    "TaskDeadlockError": "traceml.errors",
-    "TaskError": "traceml.errors",
-    "TaskForkedError": "traceml.errors",
-    "TaskHandle": "traceml.tasks.handle",
-    "TaskTimeoutError": "traceml.errors",
-    "TasksFailedError": "traceml.errors",
-    "TraceEmptyError": "traceml.errors",
-    "TraceMLError": "traceml.errors",
-    "TraceNotFoundError": "traceml.errors",
-    "UsageError": "traceml.errors",
-    "WaitTimeoutError": "traceml.errors",
-    "WorkerFailedError": "traceml.errors",
-    "add_filter_to_handler": "traceml.launch.launcher.log_handlers",
-    "file_handler": "traceml.launch.launcher.log_handlers",
-    "get_active_experiment": "traceml.track.rank.experiment",
-    "get_default_runtime": "traceml.tasks.runtime",
-    "init": "traceml.session.startup",
-    "is_enabled": "traceml.recorder.current",
-    "launch": "traceml.launch.launcher.launcher",
-    "load_run": "traceml.display.notebook",
-    "log_artifact": "traceml.track.rank.experiment",
-    "log_histogram": "traceml.track.rank.experiment",
-    "log_image": "traceml.track.rank.experiment",
-    "log_metric": "traceml.track.rank.experiment",
-    "log_metrics": "traceml.track.rank.experiment",
-    "log_params": "traceml.track.rank.experiment",
-    "log_text": "traceml.track.rank.experiment",
-    "phase": "traceml.recorder.annotations",
-    "register": "traceml.track.plugins.plugin_registry",
-    "set_default_runtime": "traceml.tasks.runtime",
-    "shutdown": "traceml.recorder.lifecycle",
-    "start_logging": "traceml.track.rank.experiment",
-    "stop_logging": "traceml.track.rank.experiment",
-    "stream_handler": "traceml.launch.launcher.log_handlers",
-    "trace": "traceml.recorder.annotations",
-    "trace_data": "traceml.recorder.annotations",
-    "trace_step": "traceml.recorder.annotations",
+# Public names by module, imported on first use: `import traceml` costs a training script nothing.
+_NAMES = {
+    "traceml.display.notebook": "Run load_run",
+    "traceml.errors": (
+        "AgentFailedError AggregatorRefusedError AggregatorUnavailableError BackendBusyError BackendError "
+        "BackendRefusedError BackendUnauthorizedError LaunchTimeoutError NotCallableError PayloadError "
+        "PluginError ProtocolError ResultNotFoundError RunNotFoundError RuntimeClosedError SettingsError "
+        "SlurmError StoreError TaskCancelledError TaskDeadlockError TaskError TaskForkedError TaskTimeoutError "
+        "TasksFailedError TraceEmptyError TraceMLError TraceNotFoundError UsageError WaitTimeoutError "
+        "WorkerFailedError"
+    ),
+    "traceml.launch.launcher.launch_options": "DEFAULT_ENV_VARS LaunchResult",
+    "traceml.launch.launcher.launcher": "Launcher launch",
+    "traceml.launch.launcher.log_handlers": "add_filter_to_handler file_handler stream_handler",
+    "traceml.recorder.annotations": "phase trace trace_data trace_step",
+    "traceml.recorder.current": "is_enabled",
+    "traceml.recorder.lifecycle": "shutdown",
+    "traceml.recorder.recorder": "Recorder",
+    "traceml.session.startup": "init",
+    "traceml.settings": "Settings",
+    "traceml.tasks.handle": "TaskHandle",
+    "traceml.tasks.runtime": "Runtime get_default_runtime set_default_runtime",
+    "traceml.track.plugins.interfaces": "BackendInterface CollectorInterface FrameworkInterface",
+    "traceml.track.plugins.metric": "Metric",
+    "traceml.track.plugins.plugin_base": "BackendPlugin CollectorPlugin FrameworkPlugin PluginInterface",
+    "traceml.track.plugins.plugin_metadata": "PluginMetadata",
+    "traceml.track.plugins.plugin_registry": "register",
+    "traceml.track.rank.experiment": (
+        "Experiment get_active_experiment log_artifact log_histogram log_image log_metric log_metrics log_params "
+        "log_text start_logging stop_logging"
+    ),
+    "traceml.track.rank.orchestrator": "Orchestrator",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "AgentFailedError",
@@ -235,7 +192,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     value = getattr(import_module(home), name)
-    globals()[name] = value  # the next access finds it without coming here
+    globals()[name] = value  # the next access does not call this function
     return value
 
 
@@ -244,10 +201,12 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`traceml.launch` is the function, whoever imports something from the folder of that name first."""
+    """Module type that keeps `traceml.launch` the function when the folder of that name is imported."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in _HOMES and isinstance(value, ModuleType):  # the import system, after it has imported the folder
+        if name in _HOMES and isinstance(
+            value, ModuleType
+        ):  # set by the import system after it has imported the folder
             return
 
         super().__setattr__(name, value)
@@ -255,7 +214,7 @@ class _Package(ModuleType):
     def __reduce__(self) -> tuple[Any, ...]:
         from importlib import import_module
 
-        return import_module, (self.__name__,)  # as any module: functions that name it travel to workers
+        return import_module, (self.__name__,)  # by name, because functions that refer to it are sent to workers
 
 
 sys.modules[__name__].__class__ = _Package

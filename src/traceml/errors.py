@@ -337,4 +337,4 @@ class WaitTimeoutError(TraceMLError, TimeoutError):
 
 
 class NotCallableError(TraceMLError, TypeError):
-    """What was submitted as a task cannot be called."""
+    """An object submitted as a task is not callable."""

@@ -47,7 +47,7 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
 }
-# Reserved names of settings that nothing reads yet: setting one is an error, except to what is true anyway.
+# Reserved names of settings that nothing reads yet: setting one is an error, except to the only possible value.
 _RESERVED: dict[str, tuple[str, str]] = {
     "hang_timeout": ("hangs are not detected yet", "nothing (remove this setting)"),
     "tls": ("connections cannot be encrypted yet", "false"),

@@ -105,7 +105,7 @@ def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None)
         try:
             ingest.artifacts.place(path)
         except OSError as error:
-            _log.warning("%s, which %r logged, cannot be taken into the run's folder: %s", path, stream, error)
+            _log.warning("%s, logged by %r, cannot be moved into the run's folder: %s", path, stream, error)
 
     missing += _recover_file_rows(stream, ingest, image)
     stream.exit = {**_open_at_death(image, stream.names), **stream.exit}

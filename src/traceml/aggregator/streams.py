@@ -155,7 +155,7 @@ class Stream:
         ):
             return True
 
-        # A process killed before its hello was read was never seen here, but nobody holds its flight file.
+        # A process killed before its hello was read was never seen here, but no process holds its flight file.
         path = None if self.seen_here else self.flight_path
         return path is not None and path.exists() and not is_alive(path)
 

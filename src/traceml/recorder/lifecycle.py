@@ -53,7 +53,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
 
             return running
 
-        if config.sources["log_level"] != "default":  # else the level is the user's, who may have set one
+        if config.sources["log_level"] != "default":  # else keep the level that the user may have set
             _log.setLevel(config.log_level.upper())
 
         parent = state.parent.identity if state.parent is not None and not tracing else None
@@ -74,7 +74,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
 
 
 def recorder_for_logging(*, again: bool = False) -> Recorder | None:
-    """Return the running recorder; before any `init`, start one that only logs. None when nothing is to be recorded.
+    """Return the running recorder; before any `init`, start one that only logs. None while nothing is recorded.
 
     In a forked child of a recorded process it belongs to the same run.
 
@@ -195,7 +195,7 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    """Make everything a no-op in a forked child: a data-loader worker is no rank. What it logs is its parent's."""
+    """Make everything a no-op in a forked child: a data-loader worker is no rank, and it logs for its parent."""
     global _watch, _lock
     _lock = threading.Lock()  # the parent's may have been held
     recorder, state.recorder, state.instrumentation = state.recorder, None, None

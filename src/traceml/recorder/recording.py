@@ -170,8 +170,8 @@ class Recording:
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
         if not stored and self.flight.holds_user_rows:
             _log.warning(
-                "what was logged has not all been stored%s. It is kept in %s: the next script here, or `traceml sync`, "
-                "stores it.", f" ({self.sender.trouble})" if self.sender.trouble else "", self.flight.path,
+                "some logged rows are not stored yet%s. They are kept in %s: the next script here, or `traceml sync`, "
+                "stores them.", f" ({self.sender.trouble})" if self.sender.trouble else "", self.flight.path,
             )  # fmt: skip
 
         _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)

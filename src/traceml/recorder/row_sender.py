@@ -1,7 +1,7 @@
 """From the rank's tables to the aggregator: a cursor per table, frames, resends, reconnects.
 
-The ring is the only buffer. What was sent stays there until it is acknowledged, so after a reconnect the sender goes
-back to where the aggregator's welcome says, and what the ring has overwritten meanwhile is counted, exactly.
+The ring is the only buffer. Sent rows stay there until they are acknowledged: after a reconnect the sender continues
+where the aggregator's welcome says, and rows that the ring has overwritten meanwhile are counted exactly.
 """
 
 from __future__ import annotations
