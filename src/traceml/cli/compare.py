@@ -1,4 +1,4 @@
-"""`traceml compare A B`: two runs, what got slower, by how much, and whether the difference is real."""
+"""`traceml compare A B`: what got slower, by how much, and whether the change is significant."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ EXIT_CANNOT_TELL = 3
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """Say what got slower from run A to run B, by how much, and whether it is real.
+    """Report what got slower from run A to run B, by how much, and whether the change is significant.
 
-    Slow steps that come in groups do not pass for a change: see docs/report.md.
+    The test takes the autocorrelation of step times into account: see docs/report.md.
     """
 
     a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
-    """The run to compare with: its folder, its id, or the last four letters of it."""
+    """The baseline run: its folder, its id, or the last four letters of the id."""
     b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
-    """The run in question."""
+    """The run to compare with it."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the comparison as JSON and nothing else."""
     fail_over: Annotated[float | None, tyro.conf.arg(metavar="PCT", help_behavior_hint="")] = None
-    """Exit with 1 when steps of B take more than PCT percent longer and the difference is real."""
+    """Exit with 1 when steps of B take more than PCT percent longer and the change is significant."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Where the runs are (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
-    """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that cannot be told."""
+    """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that is unknown."""
     options = parse(CompareOptions, argv, prog="traceml compare")
     if options.fail_over is not None and not 0 <= options.fail_over < float("inf"):
         raise UsageError(f"--fail-over takes percent from 0 on, not {options.fail_over}")
@@ -81,5 +81,5 @@ def _gate(comparison: Comparison, percent: float) -> int:
         return 0
 
     change = change_text(mean.change)
-    print(f"traceml compare: step time {change}, over {percent:g} % and real (--fail-over)", file=sys.stderr)
+    print(f"traceml compare: step time {change}, over {percent:g} % and significant (--fail-over)", file=sys.stderr)
     return EXIT_GATE

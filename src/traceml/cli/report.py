@@ -1,4 +1,4 @@
-"""`traceml report`: the verdict of a run, ended or still going on."""
+"""`traceml report`: the verdict of a run, running or ended."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ EXIT_GATE = 1
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Say what limits a run: the verdict, the numbers behind it, and what to do next.
+    """Show what limits a run: the verdict, the numbers behind it, and what to do next.
 
-    Works on a run that has ended and on one that is still going on.
+    Works on ended and on running runs.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
-    """A run's folder, its id (or the last four letters of it); the latest run when left out."""
+    """The run: its folder, its id, or the last four letters of the id; the latest run when left out."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the report as JSON and nothing else."""
     html: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """Write the report with its charts as one HTML file, which opens without a network, and print nothing."""
+    """Write the report with its charts as one HTML file, and print nothing."""
     fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND ...", help_behavior_hint="")] = ()
-    """Exit with 1 when there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
+    """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Where the runs are (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
-    """Print a report; return 0, or 1 when a finding is there that must not be."""
+    """Print a report; return 0, or 1 if there is an unwanted finding."""
     options = parse(ReportOptions, argv, prog="traceml report")
     unwanted = _kinds(options.fail_on)
     if options.json and options.html is not None:
-        raise UsageError("--json and --html: one of them at a time")
+        raise UsageError("--json and --html cannot be combined")
 
     run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
     report = current_report(run_dir)
@@ -80,7 +80,7 @@ def _write_page(run_dir: Path, path: Path) -> None:
 
 
 def runs_dir_of(given: str | None) -> Path:
-    """Return where runs are: as given, or by the settings."""
+    """Return the folder of runs: the given one, or that of the settings."""
     config = load() if given is None else load(runs_dir=given)
     return Path(config.runs_dir)
 

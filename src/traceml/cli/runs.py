@@ -1,4 +1,4 @@
-"""`traceml runs`: the runs on this disk."""
+"""`traceml runs`: the runs in the folder of runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ __all__ = ["main"]
 
 @dataclass(frozen=True)
 class RunsOptions:
-    """List the runs on this disk, the newest first, or remove old ones."""
+    """List the runs in the folder of runs, newest first, or remove old ones."""
 
     prune: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Remove all but the newest runs; one that is running stays. How many stay: --keep, or the setting keep_runs."""
+    """Remove all but the newest runs, except running ones. --keep, or the setting keep_runs, is the number to keep."""
     keep: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """With --prune: how many runs stay."""
+    """With --prune: the number of runs to keep."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the list as JSON and nothing else."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 def _keep(options: RunsOptions, setting: int | None) -> int:
     keep = options.keep if options.keep is not None else setting
     if keep is None:
-        raise UsageError("--prune needs to know how many runs stay: --keep N, or TRACEML_KEEP_RUNS=N")
+        raise UsageError("--prune needs the number of runs to keep: --keep N, or TRACEML_KEEP_RUNS=N")
 
     if keep < 0:
         raise UsageError("--keep: at least 0")

@@ -1,4 +1,4 @@
-"""`traceml top`: watch a job that runs elsewhere on this host."""
+"""`traceml top`: watch a running job on this host."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from traceml.transport import auth
 __all__ = ["main"]
 
 _INTERVAL_S = 0.5
-_SHARE = 0.1  # of a core: a job with very many ranks is drawn less often
+_SHARE = 0.1  # of a CPU core: a job with very many ranks is drawn less often
 _QUIT = ("q", "Q", "escape")
 
 
@@ -34,7 +34,7 @@ class TopOptions:
 
     Keys: o p r m t l s (or Tab) switch between overview, phases, ranks, memory, metrics, logs, system.
 
-    Arrows, PgUp and PgDn page; ? explains them; q or Ctrl-C quits, and the job goes on untouched.
+    Arrows, PgUp and PgDn scroll; ? lists the keys; q or Ctrl-C quits, and the job continues.
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
 
 
 def _running(target: str | None, config: Config) -> Path:
-    """Return the folder of the running job that is meant.
+    """Return the folder of the chosen job.
 
     Raises:
-        TraceMLError: it does not run, or none does.
+        TraceMLError: it is not running, or no job is.
     """
     if target is None:
         return _newest(_places(config))
@@ -85,7 +85,7 @@ def _running(target: str | None, config: Config) -> Path:
 
 
 def _places(config: Config) -> list[Path]:
-    """Return where a running job may write: the settings' folder, and that of an aggregator that is up."""
+    """Return the folders of runs to search: that of the settings, and that of a running aggregator."""
     served = auth.discover(config.port)
     places = [config.runs_dir.absolute()]
     if served is not None and served.runs_dir:
@@ -114,7 +114,7 @@ def _newest(places: list[Path]) -> Path:
     hint = "Start one with `traceml run SCRIPT`"
     if infos:
         latest = max(infos, key=_age)
-        hint = f"The latest, {latest.id}, is over ({latest.state}): traceml report {latest.path}"
+        hint = f"The latest, {latest.id}, has ended ({latest.state}): traceml report {latest.path}"
 
     raise RunNotFoundError(f"no job is running in {where}. {hint}")
 
@@ -124,7 +124,7 @@ def _age(info: RunInfo) -> tuple[float, str]:
 
 
 def _watch(run_dir: Path, console: Console) -> bool:
-    """Draw until the run ends (then True) or the user leaves (False)."""
+    """Draw until the run ends (then True) or the user quits (False)."""
     live = LiveRun(run_dir)
     try:
         with FullScreen(console) as screen:
