@@ -1,9 +1,9 @@
-"""How often `traceml compare` calls runs different that are alike, and how often it finds a change that is there.
+"""Error rates of `traceml compare`: false differences between equal runs, and changes that it misses.
 
     python benchmarks/compare_runs.py [--pairs 200] [--starts 6] [--no-peer]
 
-First on fabricated step times whose noise remembers the step before, as step times of real machines do. Then on real
-trainings: the same script started several times, each start compared with each other.
+First on fabricated step times with autocorrelated noise, as on real machines. Then on real trainings: the same script
+is started several times, and all starts are compared with each other.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from traceml.runs.run import load_run
 from traceml.runs.significance import difference
 
 PEER = "traceml-ai==0.5.0"
-PEER_PCT = 3.0  # from here on the peer tells of a change
+PEER_PCT = 3.0  # the change from which the peer reports one
 LENGTHS = (200, 1000, 4000)
 MEMORIES = (0.0, 0.5, 0.9, 0.98)
 CHANGES = (0.0, 0.03, 0.05, 0.10)
@@ -66,12 +66,12 @@ def ours(a: Times, b: Times) -> bool | None:
 
 
 def draws(a: Times, b: Times) -> bool:
-    """Welch's test at the same 1 %, which takes steps for independent."""
+    """Welch's test at the same 1 %, which treats steps as independent."""
     return abs(b.mean() - a.mean()) > 2.576 * np.sqrt(a.var() / len(a) + b.var() / len(b))
 
 
 def fabricated(pairs: int, peer: Path | None) -> None:
-    print(f"fabricated: share of {pairs} pairs that are called different, by how much slower B is")
+    print(f"fabricated: share of {pairs} pairs that differ significantly, by the slowdown of B")
     print(
         f"{'steps':>6} {'memory':>7}  {'':<22}"
         + "".join(f"{100 * change:>8.0f} %" for change in CHANGES)

@@ -1,4 +1,4 @@
-"""How often the diagnosis is right, over fabricated runs of one fault each, and how often it blames a healthy one.
+"""Accuracy of the diagnosis on fabricated runs with one fault each, and false findings on healthy runs.
 
     python benchmarks/diagnosis_accuracy.py [--runs 40] [--seed 0] [--json FILE]
 
@@ -38,7 +38,7 @@ PARTS = {
 
 @dataclass
 class Case:
-    """One fabricated run and what should be said of it."""
+    """One fabricated run and its expected verdict."""
 
     job: Job
     faults: list[Fault] = field(default_factory=list)
@@ -51,7 +51,7 @@ Make = Callable[[np.random.Generator], Case]
 
 
 def any_job(random: np.random.Generator, **fixed: object) -> Job:
-    """Return a job as the module's text describes."""
+    """Return a job as in the module's docstring."""
     shape = random.dirichlet([1.2, 2.5, 0.6])
     compute = float(random.uniform(0.7, 0.95))
     rest = 1 - compute
@@ -107,7 +107,7 @@ def alternating(random: np.random.Generator) -> Case:
 
 
 def mixed(random: np.random.Generator) -> Case:
-    """Two ranks, two causes: the larger one is to be the verdict."""
+    """Two ranks, two causes: the larger one is expected as verdict."""
     job = any_job(random, ranks=int(random.choice([4, 8])))
     first, second = (str(part) for part in random.choice(list(PARTS), 2, replace=False))
     ranks = random.choice(job.ranks, 2, replace=False).tolist()
@@ -205,7 +205,7 @@ CASES: dict[str, Make] = {
 
 @dataclass
 class Score:
-    """How many verdicts had the right kind, ranks and phase."""
+    """Number of verdicts with the right kind, ranks and phase."""
 
     runs: int = 0
     kind: int = 0

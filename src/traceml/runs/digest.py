@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -156,30 +156,33 @@ class Digest:
     def _newest(self) -> Collection[int]:
         return {record.id for record in self.ranks.values()}
 
-    def _follow(self, reader: StoreReader, table: Table) -> bool:
-        if table.name not in reader.tables:
-            return False  # written before there was such a table
+    def _new_frames(self, reader: StoreReader, name: str) -> list[Frame]:
+        """Return the frames of a table since the last call, of each rank's newest stream."""
+        if name not in reader.tables:
+            return []  # a store that is older than the table
 
-        frames = list(reader.frames(table.name, self._cursors.get(table.name, 0)))
-        if not frames:
-            return False
+        frames = list(reader.frames(name, self._cursors.get(name, 0)))
+        if frames:
+            self._cursors[name] = frames[-1].id
 
-        self._cursors[table.name] = frames[-1].id
         newest = self._newest()
+        return [frame for frame in frames if frame.stream in newest]
+
+    def _follow(self, reader: StoreReader, table: Table) -> bool:
         parts: dict[int, list[bytes]] = {}
-        for frame in frames:
-            if frame.stream in newest:
-                parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
+        for frame in self._new_frames(reader, table.name):
+            parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
 
         self._take(table, {rank: b"".join(of_rank) for rank, of_rank in parts.items()})
-        return True
+        return bool(parts)
 
     def _take(self, table: Table, by_rank: dict[int, bytes]) -> None:
+        is_sampled = table in _SAMPLED
         for rank, data in by_rank.items():
             if table is STEPS and rank not in self.first:
                 row = np.frombuffer(data, STEPS.dtype, 1)
                 self.first[rank] = int(row["step"][0]), int(row["t_end_ns"][0])
-            elif table in _SAMPLED:
+            elif is_sampled:
                 self.samples.add(table.name, rank, np.frombuffer(data, table.dtype))
 
             self._intake.add(table.name, rank, data)
@@ -187,22 +190,16 @@ class Digest:
         self._intake.flush()
 
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
-        frames = list(reader.frames(name, self._cursors.get(name, 0)))
-        if not frames:
-            return False
+        frames = self._new_frames(reader, name)
+        for frame in frames:
+            rank = self._rank_of(frame.stream)
+            for row in frame.maps():
+                if name == NAMES.name:
+                    self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
+                else:
+                    self.facts.info(rank, row)
 
-        self._cursors[name] = frames[-1].id
-        newest = self._newest()
-        for rank, row in self._maps(frame for frame in frames if frame.stream in newest):
-            if name == NAMES.name:
-                self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
-            else:
-                self.facts.info(rank, row)
-
-        return True
-
-    def _maps(self, frames: Iterable[Frame]) -> Iterable[tuple[int, dict[str, Any]]]:
-        return ((self._rank_of(frame.stream), row) for frame in frames for row in frame.maps())
+        return bool(frames)
 
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
