@@ -92,17 +92,8 @@ SHARED_CLASSES = {"TraceMLCallback"}
 # Plugins are named after the library that they serve, in each family of plugins.
 SHARED_FILES = {"huggingface", "lightning", "tensorboard"}
 
-# Left over; these shrink, and nothing is added.
-OLD_CIRCLES: list[set[str]] = [
-    {"traceml.aggregator.aggregator", "traceml.aggregator.commands"},
-]
-OLD_CLASSES = {"Options", "TelemetrySection"}
-OLD_FILES = {"words"}
-OLD_BARE_IMPORTS = {
-    "traceml.launch.agent.agent",
-    "traceml.launch.wire.bootstrap",
-    "traceml.track.rank.collectors.collector_process",
-}
+# The launcher sends the package to its hosts, and the agent reports its version: both need the package itself.
+PACKAGE_USERS = {"traceml.launch.agent.agent", "traceml.launch.wire.bootstrap"}
 
 
 @cache
@@ -203,14 +194,12 @@ def test_nobody_inside_imports_the_package() -> None:
         if _room_of(path) not in {*FACES, "cli"} and "traceml" in set(_imports(path))
     }
 
-    assert bare <= OLD_BARE_IMPORTS
+    assert bare <= PACKAGE_USERS
 
 
 def test_no_module_imports_itself_through_others() -> None:
     """There are no circles, imports inside functions and under TYPE_CHECKING included."""
-    new = [circle for circle in _circles() if not any(circle <= old for old in OLD_CIRCLES)]
-
-    assert new == []
+    assert _circles() == []
 
 
 def _circles() -> list[set[str]]:
@@ -240,7 +229,7 @@ def test_a_class_has_its_name_alone() -> None:
                 homes[node.name.lstrip("_")].add(name)
 
     shared = {name: places for name, places in homes.items() if len(places) > 1}
-    assert {name: shared[name] for name in shared.keys() - SHARED_CLASSES - OLD_CLASSES} == {}
+    assert {name: shared[name] for name in shared.keys() - SHARED_CLASSES} == {}
 
 
 def test_a_file_has_its_name_alone() -> None:
@@ -251,7 +240,7 @@ def test_a_file_has_its_name_alone() -> None:
             homes[path.stem].add(name)
 
     shared = {name: places for name, places in homes.items() if len(places) > 1}
-    assert {name: shared[name] for name in shared.keys() - SHARED_FILES - OLD_FILES} == {}
+    assert {name: shared[name] for name in shared.keys() - SHARED_FILES} == {}
 
 
 def test_public_names_are_sorted_and_exist() -> None:
