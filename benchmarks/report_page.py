@@ -22,7 +22,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.report import digest_of, whole_report
+from traceml.runs.report import full_report, read_digest
 from traceml.runs.series import SeriesFollower
 
 JOBS = (Job(ranks=2, steps=400), Job(ranks=8, steps=5_000), Job(ranks=4, steps=50_000), Job(ranks=1_000, steps=600))
@@ -52,8 +52,8 @@ def measure(run: Path) -> tuple[float, float, int]:
     """Return seconds for the JSON report, seconds more for the page, and the page's bytes."""
     began = time.perf_counter()
     with closing(StoreReader(run / STORE_NAME)) as reader:
-        digest = digest_of(reader)
-        report = whole_report(digest, reader, run)
+        digest = read_digest(reader)
+        report = full_report(digest, reader, run)
         reported = time.perf_counter()
         follower = SeriesFollower()
         follower.take(digest, reader)

@@ -20,7 +20,7 @@ from traceml.diagnosis.phases import DEVICE_LABELS
 from traceml.diagnosis.segments import segments_of
 from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import build_report, digest_of
+from traceml.runs.report import build_report, read_digest
 from traceml.runs.series import read_series
 from traceml.track.delivery.derived import FOLLOWED, DerivedMetrics
 
@@ -114,7 +114,7 @@ def of_tracker(run: Path) -> dict[str, float]:
 def of_verdict(run: Path) -> dict[str, float]:
     """Shares of own work in the rules' segments, which leave out waiting."""
     with closing(StoreReader(run / STORE_NAME)) as reader:
-        digest = digest_of(reader)
+        digest = read_digest(reader)
 
     segments = segments_of(digest.window.aligned(last=N), digest.facts.build())
     return {name: float(values.mean()) / segments.step_ns for name, values in segments.parts.items()}

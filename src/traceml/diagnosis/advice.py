@@ -143,37 +143,37 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts) -> 
         ranks: the slow ranks.
         facts: about the job.
     """
-    who = ranks_text(ranks)
+    names = ranks_text(ranks)
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
     at = f" ({hosts[0]})" if len(hosts) == 1 and len(set(facts.hosts.values())) > 1 else ""
     if part is None:
         return (
-            f"Look at the host of {who}{at}: clocks, cores shared with other processes, thread settings; and whether "
+            f"Look at the host of {names}{at}: clocks, cores shared with other processes, thread settings; and whether "
             "its batches are larger than the others'."
         )
 
     if part == "input_wait":
         return (
-            f"Look at the data of {who}{at}: its shard, file system and worker processes against another rank's; time "
-            "its loader alone."
+            f"Look at the data of {names}{at}: its shard, file system and worker processes against another rank's; "
+            "time its loader alone."
         )
 
     if part == "h2d":
-        return f"Compare {who}{at} with the others: pinned memory, batch size, and the slot of its device."
+        return f"Compare {names}{at} with the others: pinned memory, batch size, and the slot of its device."
 
     if part in ("forward", "backward", "optimizer"):
         return (
-            f"Compare what {who}{at} does in its {part} with the others: code that runs on that rank only, longer "
+            f"Compare what {names}{at} does in its {part} with the others: code that runs on that rank only, longer "
             "or larger batches, a slower device."
         )
 
     if part == "other":
         return (
-            f"Look for code between the phases that runs only on {who}{at}: logging, saving, branches on "
+            f"Look for code between the phases that runs only on {names}{at}: logging, saving, branches on "
             f"rank == {ranks[0]}."
         )
 
-    return f"Look at what {who}{at} does in its {part} phase that the others do not."
+    return f"Look at what {names}{at} does in its {part} phase that the others do not."
 
 
 def for_exit(ended: RankExit) -> str:

@@ -12,7 +12,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.notebook_html import inline_html
 from traceml.runs import run as stored
-from traceml.runs.report import digest_of, whole_report
+from traceml.runs.report import full_report, read_digest
 from traceml.runs.series import SeriesFollower
 
 __all__ = ["NotebookRun", "Run", "load_run"]
@@ -46,10 +46,10 @@ class NotebookRun(stored.Run):
     def _repr_html_(self) -> str:
         """Return the HTML that a notebook shows for a run at the end of a cell."""
         with closing(StoreReader(self.path / STORE_NAME)) as reader:
-            digest = digest_of(reader)
+            digest = read_digest(reader)
             follower = SeriesFollower()
             follower.take(digest, reader)
-            self._report = whole_report(digest, reader, self.path)
+            self._report = full_report(digest, reader, self.path)
             return inline_html(self._report, follower.series(digest))
 
 

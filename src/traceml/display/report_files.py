@@ -12,7 +12,7 @@ from traceml.fail_open import fail_open
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.digest import Digest
-from traceml.runs.report import digest_of, save_report, update_trackers, whole_report, write_atomic
+from traceml.runs.report import full_report, read_digest, save_report, update_trackers, write_atomic
 from traceml.runs.report_types import PAGE_NAME, Report
 from traceml.runs.series import SeriesFollower
 
@@ -30,8 +30,8 @@ def write_reports(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        digest = digest_of(reader)
-        report = whole_report(digest, reader, run_dir)
+        digest = read_digest(reader)
+        report = full_report(digest, reader, run_dir)
         path = save_report(run_dir, report)
         with fail_open(_log, "display", f"{run_dir / PAGE_NAME} was not written"):
             _save(run_dir / PAGE_NAME, _page(digest, reader, report))
@@ -58,8 +58,8 @@ def write_page(run_dir: Path, path: Path) -> None:
         OSError: the file cannot be written.
     """
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        digest = digest_of(reader)
-        page = _page(digest, reader, whole_report(digest, reader, Path(run_dir)))
+        digest = read_digest(reader)
+        page = _page(digest, reader, full_report(digest, reader, Path(run_dir)))
 
     _save(Path(path), page)
 

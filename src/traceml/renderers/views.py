@@ -114,7 +114,7 @@ class RunView:
 
 @dataclass(frozen=True, slots=True)
 class LiveView:
-    """A run while it goes on, and its steps per second over time, oldest first."""
+    """A running run, and its steps per second over time, oldest first."""
 
     now: RunView
     rates: tuple[float, ...] = ()

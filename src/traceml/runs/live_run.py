@@ -13,7 +13,7 @@ from traceml.diagnosis.window import slots_for
 from traceml.errors import StoreError
 from traceml.runs.digest import Digest
 from traceml.runs.notes import Note, Notes
-from traceml.runs.report import described, report_of
+from traceml.runs.report import make_report, report_window
 from traceml.runs.report_types import Report, TelemetrySection
 from traceml.runs.series import RunSeries, SeriesFollower
 
@@ -89,7 +89,7 @@ class LiveRun:
             self.findings = self.digest.diagnose()
 
         known = self._telemetry_so_far()
-        report = report_of(self.digest, self._reader, described(self.digest), self.findings, self.path, known)
+        report = make_report(self.digest, self._reader, report_window(self.digest), self.findings, self.path, known)
         if known is None:
             self._telemetry = time.monotonic(), report.telemetry
 

@@ -23,32 +23,32 @@ from traceml.version import __version__
 
 __all__ = [
     "build_report",
-    "described",
-    "digest_of",
-    "report_of",
+    "full_report",
+    "make_report",
+    "read_digest",
+    "report_window",
     "save_report",
     "update_trackers",
-    "whole_report",
     "write_atomic",
 ]
 
 
 def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
-    """Return the report of a run, also of one that is still going on.
+    """Return the report of a run, running or ended.
 
     Args:
         run_dir: its folder.
-        max_step_rows: look at the last so many step rows of all ranks together; a longer run says `cut`.
+        max_step_rows: largest number of step rows, of all ranks together; the report of a longer run has `cut`.
 
     Raises:
         StoreError: the store is missing, damaged, or of another version.
     """
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        return whole_report(digest_of(reader, max_step_rows), reader, run_dir)
+        return full_report(read_digest(reader, max_step_rows), reader, run_dir)
 
 
-def digest_of(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
+def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
     """Return the digest of a whole run, or of its last `max_step_rows` step rows.
 
     Raises:
@@ -60,8 +60,8 @@ def digest_of(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest
     return digest
 
 
-def whole_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
-    """Return the report on everything that a digest holds.
+def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
+    """Return the report on all steps of a digest.
 
     Args:
         digest: of the whole run.
@@ -69,11 +69,11 @@ def whole_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
         run_dir: its folder.
     """
     findings = digest.diagnose(last=digest.window.slots)
-    return report_of(digest, reader, described(digest, digest.window.slots), findings, run_dir)
+    return make_report(digest, reader, report_window(digest, digest.window.slots), findings, run_dir)
 
 
-def described(digest: Digest, last: int = 200) -> Window:
-    """Return the steps that a report describes: those of the diagnosis, or the first ones where there are no others."""
+def report_window(digest: Digest, last: int = 200) -> Window:
+    """Return the steps that a report describes: those of the diagnosis, or the first ones of a very short run."""
     window = digest.window.aligned(last=last)
     return window if len(window) else digest.window.aligned(last=last, skip_first=0)
 
@@ -127,7 +127,7 @@ def write_atomic(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
-def report_of(
+def make_report(
     digest: Digest,
     reader: StoreReader,
     window: Window,
@@ -189,17 +189,17 @@ def _run(digest: Digest, run_dir: Path) -> RunSection:
 
 
 def _last_written_s(run_dir: Path) -> float | None:
-    """Return when the store was written last, in epoch seconds."""
+    """Return the time of the last write to the store, in epoch seconds."""
     files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal"]
     return max((path.stat().st_mtime for path in files if path.exists()), default=None)
 
 
 def _slots(reader: StoreReader, max_step_rows: int) -> int:
-    """Return how many steps per rank hold the whole run, within the bound."""
+    """Return the number of steps per rank that holds the whole run, within the bound."""
     ranks = max(len({stream.rank for stream in reader.streams()}), 1)
     wanted = min(reader.stored(STEPS.name), max_step_rows) // ranks + 1
     slots = 128
-    # Uneven ranks are given room too: the longest may have most of the rows.
+    # Ranks may be uneven: the longest one may have most of the rows.
     while slots < 2 * wanted and slots * ranks < 2 * max_step_rows:
         slots *= 2
 

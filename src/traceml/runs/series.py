@@ -19,7 +19,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.runs.bins import StepBins
 from traceml.runs.digest import Digest
 from traceml.runs.metric_series import MetricSeries, MetricSeriesSet
-from traceml.runs.report import digest_of
+from traceml.runs.report import read_digest
 
 __all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series"]
 
@@ -133,7 +133,7 @@ class SeriesFollower:
             StoreError: the store cannot be read.
         """
         with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-            self.take(digest_of(reader), reader)
+            self.take(read_digest(reader), reader)
 
     def take(self, digest: Digest, reader: StoreReader) -> None:
         """Take what is new in a digest.
@@ -189,7 +189,7 @@ def read_series(run_dir: Path) -> RunSeries:
         StoreError: the store cannot be read.
     """
     with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
-        digest = digest_of(reader)
+        digest = read_digest(reader)
         follower = SeriesFollower()
         follower.take(digest, reader)
         return follower.series(digest)

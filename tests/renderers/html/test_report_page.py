@@ -17,7 +17,7 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.report import digest_of, whole_report
+from traceml.runs.report import full_report, read_digest
 from traceml.runs.series import SeriesFollower
 
 _EVIL = "<img src=x onerror=alert(1)>\"'&"
@@ -51,10 +51,10 @@ class _Page(HTMLParser):
 def page_of(run_dir):
     """Return the page of a run."""
     with StoreReader(run_dir / STORE_NAME) as reader:
-        digest = digest_of(reader)
+        digest = read_digest(reader)
         follower = SeriesFollower()
         follower.take(digest, reader)
-        return report_page(whole_report(digest, reader, run_dir), follower.series(digest), about_run(reader))
+        return report_page(full_report(digest, reader, run_dir), follower.series(digest), about_run(reader))
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ _TIME_COLUMNS = (
 
 def _time_cells(name: str, row: StatisticChange) -> list[str]:
     between = "-" if row.low is None else f"{change_text(row.low)} and {change_text(row.high)}"
-    real = {True: "yes", False: "no", None: "cannot tell"}[row.real]
+    real = {True: "yes", False: "no", None: "unknown"}[row.real]
     sure = "" if row.p is None else f", p = {row.p:.2g}"
     return [name, ms_text(row.a_ms), ms_text(row.b_ms), change_text(row.change), between, real + sure]
 

@@ -110,5 +110,5 @@ def _figures(view: RunView) -> list[tuple[str, str]]:
 
 
 def _ranks(view: RunView) -> str:
-    heard, wanted = len(view.ranks), view.run.world_size
-    return count_text(wanted) if heard >= wanted else f"{count_text(heard)} of {count_text(wanted)}"
+    connected, expected = len(view.ranks), view.run.world_size
+    return count_text(expected) if connected >= expected else f"{count_text(connected)} of {count_text(expected)}"

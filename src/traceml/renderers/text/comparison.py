@@ -121,7 +121,7 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
 def _times(comparison: Comparison) -> Iterator[Text]:
     yield Text(f" {'step time':<14}{'A':>11}{'B':>11}{'change':>10}   significant", style="dim")
     for name, row in comparison.step_time.items():
-        real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "cannot tell"}[row.real]
+        real = {True: f"yes, p = {row.p or 0:.2g}", False: f"no, p = {row.p or 0:.2g}", None: "unknown"}[row.real]
         yield _row(name, row.a_ms, row.b_ms, row.change, real, _style(row) if row.real else "")
 
 
