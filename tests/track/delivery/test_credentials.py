@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 from traceml.errors import PluginError
+from traceml.settings import Config
+from traceml.track.backends.jsonl import JsonlBackend
 from traceml.track.delivery.credentials import environment_for, key_variables, read_key_file
+from traceml.track.plugins import plugin_registry
+from traceml.track.plugins.plugin_metadata import PluginMetadata, PluginType
+from traceml.track.rank.announcement import announcement
 
 ENVIRON = {
     "PATH": "/bin", "PWD": "/tmp", "HOME": "/home/x", "WANDB_API_KEY": "w", "WANDB_MODE": "offline",
@@ -79,3 +84,25 @@ def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path, mode: int) -
 def test_a_key_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(PluginError, match=r"none.*No such file"):
         read_key_file("wandb", tmp_path / "none")
+
+
+class Declared(JsonlBackend):
+    """A backend of a third party that declares its variables."""
+
+    metadata = PluginMetadata(
+        name="declared", version="1", key_variable="THIRD_TOKEN", environment=("THIRD_*",), address_option="path"
+    )
+
+
+def test_a_third_partys_backend_declares_its_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They reach its own delivery alone, also where the aggregator only knows what the rank has announced."""
+    environ = {**ENVIRON, "THIRD_TOKEN": "t", "THIRD_ZONE": "z"}
+    monkeypatch.setitem(plugin_registry._registered, PluginType.BACKEND, {})
+    plugin_registry.register(Declared)
+    announced = announcement(Config(), ["declared"], {})["options"]["declared"]
+
+    assert set(environment_for("declared", {}, environ)) == {"PATH", "HOME", "PWD", "THIRD_TOKEN", "THIRD_ZONE"}
+    assert not {"THIRD_TOKEN", "THIRD_ZONE"} & set(environment_for("wandb", {}, environ))
+    assert read_key_file("declared", write(tmp_path / "key", "s3cret")) == {"THIRD_TOKEN": "s3cret"}
+    monkeypatch.setitem(plugin_registry._registered, PluginType.BACKEND, {})
+    assert {"THIRD_TOKEN", "THIRD_ZONE"} <= set(environment_for("declared", announced, environ))

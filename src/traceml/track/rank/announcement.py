@@ -1,4 +1,7 @@
-"""Announcement of an experiment to delivery: its trackers, their options, and the settings in force. No secrets."""
+"""Announcement of an experiment to delivery: its trackers, their options, and the settings in force. No secrets.
+
+Functions import the registry of plugins when they need it: a script that only logs values does not pay its 13 ms.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,6 @@ from typing import Any
 from traceml import settings
 from traceml.errors import UsageError
 from traceml.privacy import secrets_only
-from traceml.track.filters import DeliveryFilter, backend_options
-from traceml.track.plugins.plugin_metadata import PluginType
-from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata, check_name, registered
 from traceml.track.wandb_sweep import variables
 
 __all__ = ["announcement", "check_backends", "default_backends", "refuse_secrets"]
@@ -31,6 +31,9 @@ def announcement(
     Raises:
         UsageError: an option holds a secret.
     """
+    from traceml.track.plugins.plugin_metadata import PluginType
+    from traceml.track.plugins.plugin_registry import registered
+
     refuse_secrets(options)
     return {
         "backends": list(backends),
@@ -75,6 +78,10 @@ def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, A
     Raises:
         PluginError: there is no such backend, or an option is wrong; the text lists what exists.
     """
+    from traceml.track.filters import DeliveryFilter, backend_options
+    from traceml.track.plugins.plugin_metadata import PluginType
+    from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata, check_name
+
     for backend in backends:
         given = options.get(backend, {})
         DeliveryFilter.of((), (), given)
@@ -101,6 +108,8 @@ def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         UsageError: an option looks like a secret; the text says where it belongs.
     """
+    from traceml.track.plugins.plugin_registry import backend_metadata
+
     for backend, values in options.items():
         for key, value in values.items():
             # By its name, or by its look: an address with a password in it.
@@ -115,6 +124,9 @@ def refuse_secrets(options: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _with_environment(options: dict[str, dict[str, Any]], backends: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Add the variables that a registered backend declares: the aggregator does not import a third party's class."""
+    from traceml.track.plugins.plugin_metadata import PluginType
+    from traceml.track.plugins.plugin_registry import BUILT_IN, backend_metadata
+
     for backend in set(backends) - BUILT_IN[PluginType.BACKEND].keys():
         metadata = backend_metadata(backend)
         if metadata is not None and metadata.environment:

@@ -10,12 +10,11 @@ from traceml.errors import PluginError
 from traceml.recorder.current import current_recorder
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import check_backends
-from traceml.track.rank.autocapture import AutoCapture
-from traceml.track.rank.orchestrator import Orchestrator
 from traceml.track.rank.tracker_warnings import TrackerWarnings
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
+    from traceml.track.rank.autocapture import AutoCapture
 
 __all__ = ["begin", "pause", "start"]
 
@@ -53,6 +52,9 @@ def start(*, collect: bool = True) -> None:
             _capture.start(collect=collect)
 
         return
+
+    from traceml.track.rank.autocapture import AutoCapture  # it imports the registry of plugins
+    from traceml.track.rank.orchestrator import Orchestrator
 
     own = recorder.rank_identity
     _capturing_recorder = recorder

@@ -15,7 +15,6 @@ from traceml.recorder.identity import script_name
 from traceml.recorder.lifecycle import recorder_for_logging
 from traceml.recorder.logger import Logger
 from traceml.track import wandb_sweep
-from traceml.track.plugins.plugin_registry import backend_metadata, known_backends
 from traceml.track.rank import capturing, media
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import announcement, check_backends, default_backends, refuse_secrets
@@ -328,6 +327,8 @@ def start_logging(
     Raises:
         UsageError: a key was given, or an address without a tracker; the text says what to do.
     """
+    from traceml.track.plugins.plugin_registry import backend_metadata, known_backends
+
     names = _names(backend)
     if api_key is not None:
         known = [metadata.key_variable for name in names if (metadata := backend_metadata(name)) is not None]
