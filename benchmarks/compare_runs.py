@@ -65,7 +65,7 @@ def ours(a: Times, b: Times) -> bool | None:
     return difference(a, b, mean).real
 
 
-def draws(a: Times, b: Times) -> bool:
+def as_independent(a: Times, b: Times) -> bool:
     """Welch's test at the same 1 %, which treats steps as independent."""
     return abs(b.mean() - a.mean()) > 2.576 * np.sqrt(a.var() / len(a) + b.var() / len(b))
 
@@ -82,7 +82,7 @@ def fabricated(pairs: int, peer: Path | None) -> None:
             random = np.random.default_rng(length)
             made = [(step_times(random, length, memory), step_times(random, length, memory)) for _ in range(pairs)]
             row(length, memory, "traceml", made, ours)
-            row(length, memory, "steps as draws", made, draws)
+            row(length, memory, "steps as independent", made, as_independent)
             if peer is not None:
                 peer_row(length, memory, made, peer)
 

@@ -187,7 +187,7 @@ CASES: dict[str, Make] = {
     "one rank, 60 ms in 10 % of steps": on_one_rank(lambda _random, _job: 60.0, chance=0.1),
     "two late ranks, one cause": two_ranks,
     "two late ranks, two causes": mixed,
-    "two ranks take turns": alternating,
+    "two ranks late in turns": alternating,
     "all ranks: input": on_all("input_wait", "INPUT_BOUND"),
     "all ranks: copies": on_all("h2d", "H2D_BOUND"),
     "all ranks: other code": on_all("other", "RESIDUAL_HEAVY"),

@@ -81,9 +81,8 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
 
     rare = _mostly_rare(segments.parts["input_wait"])
     where = "" if rare is None else f" (most of the waiting is in {percent_text(rare)} of the steps)"
-    summary = (
-        f"{_who(cost.ranks)} for data: {cost.of_step}; with data always ready the run would be {cost.faster}{where}."
-    )
+    gain = f"with data always ready the run would be {cost.faster}{where}"
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}; {gain}."
     return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), facts)]
 
 
@@ -143,7 +142,7 @@ def _mostly_rare(values: Floats) -> float | None:
     return float(long.mean()) if held > 0.8 else None
 
 
-def _who(ranks: tuple[int, ...]) -> str:
+def _subject(ranks: tuple[int, ...]) -> str:
     if not ranks:
         return "The run waits"
 

@@ -122,7 +122,7 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
     share, gain = cost / step_ns, speedup(segments, cost)
     long = segments.step[events.columns]
     where = f", mostly in {phase_words(part)}" if phase else ""
-    who = f" on rank {rank}" if rank is not None else ""
+    rank_text = f" on rank {rank}" if rank is not None else ""
     return Finding(
         kind=Kind.JITTER,
         severity=Kind.JITTER.severity_for(share),
@@ -130,8 +130,8 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
         phase=phase,
         summary=(
             f"{len(long)} of {len(segments.step)} steps take {ns_text(float(long.mean()))} instead of "
-            f"{ns_text(events.usual_ns)}{who}{where}: {percent_text(share)} of all time; without them the run would be "
-            f"{factor_text(gain)} faster."
+            f"{ns_text(events.usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; without them the run "
+            f"would be {factor_text(gain)} faster."
         ),
         next=advice.for_jitter(phase, rank),
         evidence={

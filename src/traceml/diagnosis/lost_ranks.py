@@ -107,15 +107,15 @@ def _by_hand(ended: RankExit) -> bool:
 
 def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:
     first = causes[0]
-    who = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
-    text = f"{who} {_how(first, many=len(causes) > 1)}{_where(first)}"
+    subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
+    text = f"{subject} {_end_text(first, many=len(causes) > 1)}{_step_text(first)}"
     if followed:
         text += f"; {ranks_text(followed)} ended because of that"
 
     return text + "."
 
 
-def _how(ended: RankExit, *, many: bool) -> str:
+def _end_text(ended: RankExit, *, many: bool) -> str:
     was = "were" if many else "was"
     if ended.signal is not None:
         return f"{was} killed by signal {ended.signal} ({signal_name(ended.signal)})"
@@ -133,7 +133,7 @@ def _how(ended: RankExit, *, many: bool) -> str:
     return f"ended with exit code {ended.code}"
 
 
-def _where(ended: RankExit) -> str:
+def _step_text(ended: RankExit) -> str:
     step = ended.open_step if ended.open_step is not None else ended.last_step
     if step is None:
         return ", before the first step"

@@ -293,18 +293,18 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
 
 
 def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share: float, gain: float) -> str:
-    who = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
+    subject = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = segments.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(_mean_of_others(own[late.others]).mean())
     if late.everywhere:
         return (
-            f"{who}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
+            f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
             f"others (most of it in {phase_words(late.part)}); without it the run would be {factor_text(gain)} faster."
         )
 
     whose = "their" if len(ranks) > 1 else "its"
     return (
-        f"{who}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
+        f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}); that costs {percent_text(share)} of step time, and without it the run would be "
         f"{factor_text(gain)} faster."
     )
