@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from traceml.supervise.restarts import Restarts
+from traceml.supervise.kept_process import RestartPolicy
 
 
 def test_pauses_grow_up_to_a_bound():
     """The first start is at once; from then on each waits twice as long, half a minute at the most."""
     now = [100.0]
-    again = Restarts(lambda: now[0])
+    again = RestartPolicy(lambda: now[0])
     waited = []
     for _ in range(9):
         since = now[0]
@@ -24,7 +24,7 @@ def test_pauses_grow_up_to_a_bound():
 def test_one_that_lived_long_begins_anew():
     """What died after a minute of work is not what cannot start."""
     now = [100.0]
-    again = Restarts(lambda: now[0])
+    again = RestartPolicy(lambda: now[0])
     for _ in range(6):
         now[0] += 60
         assert again.due()
