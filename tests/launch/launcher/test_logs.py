@@ -217,7 +217,7 @@ def test_a_handler_that_raises_is_told_of_once_and_left_out(caplog: pytest.LogCa
     routed([Raising(), keeping], (0, "out", b"a\nb\n"), (0, "err", b"c\n"))
 
     assert len(keeping.records) == 3
-    assert len([r for r in caplog.records if "gets no more" in r.getMessage()]) == 1
+    assert len([r for r in caplog.records if "receives no more" in r.getMessage()]) == 1
 
 
 def test_a_folder_that_cannot_be_written_costs_the_files_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

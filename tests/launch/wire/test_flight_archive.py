@@ -10,7 +10,7 @@ import pytest
 from tests.track.conftest import Script, finish, script  # noqa: F401 - a fixture
 from traceml.database.flight import FALLBACK_FOLDER
 from traceml.database.postmortem import read_flight
-from traceml.launch.wire.flight_archive import keep_copy, left_by
+from traceml.launch.wire.flight_archive import pack_flight, unpack_flight
 
 LOGGING = """
     import os, pathlib, time, traceml
@@ -31,14 +31,14 @@ def test_journals_and_files_come_along(script: Script, tmp_path: Path) -> None: 
     """Far more values than memory holds, and a file that was copied: all is in the copy, nothing stays behind."""
     pid = int(finish(script(LOGGING, TRACEML_RUN_ID="far"), -signal.SIGKILL))
     runs_dir = str(tmp_path / "traceml_runs")
-    assert left_by(pid, "another", runs_dir=runs_dir) is None
+    assert pack_flight(pid, "another", runs_dir=runs_dir) is None
 
-    data = left_by(pid, "far", runs_dir=runs_dir)
+    data = pack_flight(pid, "far", runs_dir=runs_dir)
 
     assert data is not None
-    assert left_by(pid, "far", runs_dir=runs_dir) is None
+    assert pack_flight(pid, "far", runs_dir=runs_dir) is None
     assert list((tmp_path / "traceml_runs" / FALLBACK_FOLDER).iterdir()) == []
-    image = read_flight(keep_copy(data, tmp_path / "copies", "node1.example.org-1-7"))
+    image = read_flight(unpack_flight(data, tmp_path / "copies", "node1.example.org-1-7"))
     assert sum(taken.n for taken in image.take_all("metrics")) == 40_000
     (note,) = image.pending_rows
     (file,) = image.spooled_files
@@ -54,11 +54,11 @@ def test_a_damaged_archive_is_told(script: Script, tmp_path: Path, damage: bytes
     data = damage
     if data is None:
         pid = int(finish(script(LOGGING, TRACEML_RUN_ID="far"), -signal.SIGKILL))
-        whole = left_by(pid, "far", runs_dir=str(tmp_path / "traceml_runs"))
+        whole = pack_flight(pid, "far", runs_dir=str(tmp_path / "traceml_runs"))
         assert whole is not None
         data = whole[: len(whole) // 2]
 
     with pytest.raises(ValueError, match="far-0-1"):
-        keep_copy(data, tmp_path / "copies", "far-0-1")
+        unpack_flight(data, tmp_path / "copies", "far-0-1")
 
     assert not list((tmp_path / "copies").glob("*.flight"))

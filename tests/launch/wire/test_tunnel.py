@@ -28,8 +28,8 @@ class Between:
         ]
         ours.close()
         theirs.close()
-        self.mouth = TunnelListener(self.selector, self._channels[0], job=1)
-        self.exit = TunnelConnector(self.selector, self._channels[1], self.server.getsockname()[1])
+        self.listener = TunnelListener(self.selector, self._channels[0], job=1)
+        self.connector = TunnelConnector(self.selector, self._channels[1], self.server.getsockname()[1])
         self.announced: list[dict[str, object]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop)
@@ -37,7 +37,7 @@ class Between:
 
     def connect(self) -> tuple[socket.socket, socket.socket]:
         """Return both ends of a connection through the tunnel."""
-        near = socket.create_connection(("127.0.0.1", self.mouth.port), timeout=20)
+        near = socket.create_connection(("127.0.0.1", self.listener.port), timeout=20)
         far, _ = self.server.accept()
         far.settimeout(20)
         return near, far
@@ -48,9 +48,9 @@ class Between:
 
         self._stop.set()
         self._thread.join()
-        self.mouth.close()
+        self.listener.close()
         self.selector.close()
-        self.exit.close()
+        self.connector.close()
         for channel in self._channels:
             channel.close()
 
@@ -69,11 +69,11 @@ class Between:
                 key.data(events)
 
             for message in agent.receive():
-                assert self.mouth.answered(message)
+                assert self.listener.accept_answer(message)
 
             for message in launcher.receive():
                 self.announced.append(message)
-                self.exit.opened(message)
+                self.connector.accept_connection(message)
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_an_end_that_dies_is_told_to_the_other(between: Between) -> None:
 def test_nobody_at_the_end_is_no_connection(between: Between) -> None:
     """Where no aggregator listens, the rank's connection ends at once: it tries again later."""
     between.server.close()
-    with socket.create_connection(("127.0.0.1", between.mouth.port), timeout=20) as near:
+    with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as near:
         assert near.recv(1) == b""
 
 

@@ -1,7 +1,7 @@
 """The agent: the launcher's process on each host.
 
-It imports no torch, has one thread and one loop, and so always answers: it passes on what workers write and send, tells
-how they end, and when the launcher goes, for whatever reason, it ends them and all that they have started.
+It imports no torch and has one thread with one loop, so it always answers. It forwards the workers' output and results,
+reports how they end, and when the launcher is gone, it ends them and everything that they have started.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import traceml
 from traceml.clock import boot_id
 from traceml.launch.agent.machine import addresses, count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
@@ -26,20 +25,22 @@ from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import GREETING, Channel, ChannelClosedError
 from traceml.launch.wire.payload_buffer import PayloadBuffer, can_reach
 from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, process_info, terminate_all
+from traceml.launch.wire.tunnel import TunnelListener
+from traceml.version import __version__
 
 __all__ = ["Agent", "main"]
 
 VERSION = 1
-# A launcher whose loop runs says something every few seconds.
+# A launcher whose loop runs sends something every few seconds.
 _SILENCE_S = 20.0
-# An agent that has nothing to do, and a launcher that has not ended: the memory of torch is given back some time.
+# An agent without work ends after this time: it holds the memory of torch.
 _IDLE_S = 600.0
 _LAST_GRACE_S = 1.0
 _PAYLOAD_WINDOW_BYTES = 8 * 1024 * 1024
 
 
-class _End(Exception):  # noqa: N818 - it is none
-    """The agent shall end; the text says why."""
+class _EndAgent(Exception):  # noqa: N818 - control flow, not an error
+    """Ends the agent's loop; the text is the reason."""
 
 
 class Agent:
@@ -47,7 +48,7 @@ class Agent:
 
     Args:
         channel: to the launcher.
-        silence_s: how long it may say nothing while it has work here; 0 where its end cannot be missed.
+        silence_s: longest silence of the launcher while it has work here; 0: without limit.
     """
 
     def __init__(self, channel: Channel, *, silence_s: float) -> None:
@@ -56,7 +57,7 @@ class Agent:
         self._selector = selectors.DefaultSelector()
         self._zygote: ZygoteClient | None = None
         self._group: WorkerGroup | None = None
-        self._wanted: tuple[str, ZygoteSpec, dict[str, Any]] | None = None  # job, what its workers need, their context
+        self._wanted: tuple[str, ZygoteSpec, dict[str, Any]] | None = None  # job, spec, workers' context
         self._preparing = False
         self._listener: socket.socket | None = None
         self._payloads: dict[int, PayloadBuffer] = {}
@@ -66,7 +67,7 @@ class Agent:
         self._watches_write = False
 
     def run(self) -> str:
-        """Serve until the launcher goes or says so, and end everything; return why it ended."""
+        """Serve until the launcher is gone or ends the agent; end everything and return the reason."""
         wakeup, poked = os.pipe()
         for fd in (wakeup, poked):
             os.set_blocking(fd, False)
@@ -81,7 +82,7 @@ class Agent:
         try:
             while True:
                 self._turn()
-        except _End as end:
+        except _EndAgent as end:
             return str(end)
         except ChannelClosedError as error:
             return error.reason
@@ -93,7 +94,7 @@ class Agent:
         self._flush()
         registered = self._selector.get_map()
         for key, events in self._selector.select(wait_s):
-            if registered.get(key.fd) is key:  # what came before it may have closed it
+            if registered.get(key.fd) is key:  # an earlier callback may have closed it
                 key.data(events)
 
         self._handle_signals()
@@ -108,7 +109,7 @@ class Agent:
 
         self._channel.forget_silence()
         if now_s - self._busy_s > _IDLE_S:
-            raise _End("nothing to do")
+            raise _EndAgent("nothing to do")
 
     def _flush(self) -> None:
         if self._channel.wants_write:
@@ -118,7 +119,7 @@ class Agent:
             self._watches_write = not self._watches_write
             fd = self._channel.write_fd
             if self._watches_write:
-                self._selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # every turn flushes
+                self._selector.register(fd, selectors.EVENT_WRITE, lambda _: None)  # each turn flushes
             else:
                 self._selector.unregister(fd)
 
@@ -128,7 +129,7 @@ class Agent:
 
         signals, self._signals = self._signals, set()
         if signals & {signal.SIGTERM, signal.SIGHUP}:
-            raise _End(f"signal {signal.Signals(min(signals & {signal.SIGTERM, signal.SIGHUP})).name}")
+            raise _EndAgent(f"signal {signal.Signals(min(signals & {signal.SIGTERM, signal.SIGHUP})).name}")
 
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -138,7 +139,7 @@ class Agent:
                     self._group.ended(*ended)
 
     def _end(self) -> None:
-        """End all workers, whatever they have started, and the zygote."""
+        """End all workers, the processes that they have started, and the zygote."""
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
@@ -149,7 +150,7 @@ class Agent:
             zygote.close()
             terminate_all(lambda: find_leftovers([os.getpid()], mark=self._mark), grace_s=0)
 
-    # --- what the launcher says --------------------------------------------------------------------------------------
+    # --- messages of the launcher ------------------------------------------------------------------------------------
 
     def _receive(self, _events: int) -> None:
         for message in self._channel.receive():
@@ -158,14 +159,14 @@ class Agent:
                 handler(self, message)
 
     def _on_prepare(self, message: dict[str, Any]) -> None:
-        """See to a zygote that can make the job's workers."""
+        """Start a zygote that can make the job's workers, unless the present one can."""
         for job in [job for job in self._listeners if job != message["job"]]:
             self._listeners.pop(job).close()
 
         self._drop_leftovers()
         env_file, cwd = message.get("env_file"), message["cwd"]
-        if error := _reason_against(cwd):
-            self._prepared(message["job"], error={"kind": "cwd", "text": f"{cwd}: {error}"})
+        if error := _folder_error(cwd):
+            self._send_prepared(message["job"], error={"kind": "cwd", "text": f"{cwd}: {error}"})
             return
 
         path = None if env_file is None else str(Path(cwd, Path(env_file).expanduser()))
@@ -174,7 +175,7 @@ class Agent:
         context = {"cwd": cwd, "sys_path": list(message["sys_path"]), "main": message.get("main") or {}}
         self._wanted = (message["job"], spec, context)
         if self._zygote is not None and self._zygote.ready is not None and self._zygote.spec.serves(spec):
-            self._prepared(message["job"])
+            self._send_prepared(message["job"])
             return
 
         if self._zygote is not None:
@@ -188,43 +189,43 @@ class Agent:
                 spec,
                 mark=self._mark,
                 on_message=self._on_zygote,
-                on_output=self._say,
+                on_output=self._forward_output,
             )
         except OSError as error:
-            self._prepared(message["job"], error={"kind": "died", "text": str(error)})
+            self._send_prepared(message["job"], error={"kind": "died", "text": str(error)})
 
     def _on_stream(self, message: dict[str, Any]) -> None:
         if message.get("kind") == "payload":
-            self._take_payload(message["id"], int(message["size"]), message.get("path"))
-        elif not any(listener.answered(message) for listener in self._listeners.values()):
-            self._channel.accept(message["id"], lambda _: None, lambda _: None)  # of a connection that is over
+            self._accept_payload(message["id"], int(message["size"]), message.get("path"))
+        elif not any(listener.accept_answer(message) for listener in self._listeners.values()):
+            self._channel.accept(message["id"], lambda _: None, lambda _: None)  # of a closed connection
 
-    def _take_payload(self, number: int, size: int, path: str | None) -> None:
-        """Receive what the workers are to run; from a launcher on this host, as a file in memory once it is filled."""
+    def _accept_payload(self, number: int, size: int, path: str | None) -> None:
+        """Receive the workers' call: as bytes, or as a memory file that a launcher on this host has filled."""
         sink: Callable[[memoryview], object] = len
         if path is None:
             self._payloads[number] = PayloadBuffer(size, shared=True)
             sink = self._payloads[number].feed
 
         self._channel.accept(
-            number, sink, lambda error: self._payload_came(number, path, error), window_bytes=_PAYLOAD_WINDOW_BYTES
+            number, sink, lambda error: self._payload_ended(number, path, error), window_bytes=_PAYLOAD_WINDOW_BYTES
         )
 
-    def _payload_came(self, number: int, path: str | None, error: dict[str, Any] | None) -> None:
+    def _payload_ended(self, number: int, path: str | None, error: dict[str, Any] | None) -> None:
         if path is not None and error is None:
             try:
                 self._payloads[number] = PayloadBuffer.of(path)
-            except OSError:  # the launcher has given the job up meanwhile
+            except OSError:  # the launcher has abandoned the job
                 return
 
         if error is not None:
             if number in self._payloads:
                 self._payloads.pop(number).close()
         elif self._group is not None and self._group.payload == number:
-            self._group.take_payload(self._payloads.pop(number))
+            self._group.send_payload(self._payloads.pop(number))
 
     def _on_reserve(self, message: dict[str, Any]) -> None:
-        """Bind the port at which the ranks will meet."""
+        """Bind the port at which the ranks meet."""
         job, address = message["job"], message["address"]
         try:
             family = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0][0]
@@ -251,7 +252,7 @@ class Agent:
         )
         number = message.get("payload")
         if number in self._payloads and self._payloads[number].complete:
-            self._group.take_payload(self._payloads.pop(number))
+            self._group.send_payload(self._payloads.pop(number))
 
     def _on_release(self, _message: dict[str, Any]) -> None:
         if self._group is not None:
@@ -266,13 +267,11 @@ class Agent:
 
     def _on_stacks(self, message: dict[str, Any]) -> None:
         if self._group is not None and self._group.job == message["job"]:
-            self._group.ask_stacks()
+            self._group.request_stacks()
         else:
             self._channel.send("stacks", job=message["job"], ranks={})
 
     def _on_tunnel(self, message: dict[str, Any]) -> None:
-        from traceml.launch.wire.tunnel import TunnelListener
-
         job = message["job"]
         try:
             listener = self._listeners[job] = TunnelListener(self._selector, self._channel, job=job)
@@ -283,20 +282,20 @@ class Agent:
         self._channel.send("tunnel_ready", job=job, port=listener.port)
 
     def _on_bye(self, _message: dict[str, Any]) -> None:
-        raise _End("the launcher said good-bye")
+        raise _EndAgent("the launcher asked for it")
 
-    # --- what the zygote says ----------------------------------------------------------------------------------------
+    # --- messages of the zygote --------------------------------------------------------------------------------------
 
     def _on_zygote(self, message: dict[str, Any]) -> None:
         name, job = message["t"], self._wanted[0] if self._wanted is not None else ""
         if name == "ready":
-            self._prepared(job)
+            self._send_prepared(job)
         elif name == "failed":
-            self._prepared(job, error={"kind": message["kind"], "text": message["text"]})
+            self._send_prepared(job, error={"kind": message["kind"], "text": message["text"]})
         elif name == "forked" and self._group is not None:
             self._group.forked(message["rank"], message["pid"])
         elif name == "unforked" and self._group is not None:
-            self._group.unforked(message["rank"], message["text"])
+            self._group.fork_failed(message["rank"], message["text"])
         elif name == "ended" and self._group is not None:
             self._group.ended(message["pid"], message["status"])
 
@@ -309,12 +308,12 @@ class Agent:
         if self._preparing:
             kind = "died" if zygote.up or zygote.spec.env_file is None else "env_file"
             text = zygote.output.decode("utf-8", "replace") + f"the process {how}"
-            self._prepared(self._wanted[0] if self._wanted else "", error={"kind": kind, "text": text})
+            self._send_prepared(self._wanted[0] if self._wanted else "", error={"kind": kind, "text": text})
 
         if self._group is not None:
             self._group.zygote_lost(how)
 
-    def _prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
+    def _send_prepared(self, job: str, *, error: dict[str, str] | None = None) -> None:
         self._preparing = False
         ready = {} if self._zygote is None else self._zygote.ready or {}
         environ = dict(os.environ)
@@ -326,13 +325,13 @@ class Agent:
             "prepared", job=job, torch=ready.get("torch"), gpus=count_gpus(environ), error=error, env_file_log=output
         )
 
-    def _say(self, data: bytes) -> None:
-        """Pass on what the zygote or env_file prints: our stderr is the launcher's to read."""
+    def _forward_output(self, data: bytes) -> None:
+        """Forward output of the zygote or env_file to stderr, which the launcher reads."""
         with contextlib.suppress(OSError):
             os.write(2, data)
 
     def _drop_leftovers(self) -> None:
-        """Let go of what an earlier job has asked for and not used."""
+        """Close what an earlier job has requested and not used."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -349,19 +348,19 @@ _HANDLERS: dict[str, Callable[[Agent, dict[str, Any]], None]] = {
 
 
 def main(*, local: bool = False) -> NoReturn:
-    """Serve the launcher at our standard input and output.
+    """Serve the launcher at standard input and output.
 
     Args:
-        local: whether it is a process of this host, above our guard. Then nobody has greeted it yet, and its end
-            closes the channel for sure: it may be suspended as long as it likes.
+        local: whether the launcher runs on this host. Then the bootstrap has sent no greeting, and its end always
+            closes the channel: it may be suspended for any time.
     """
     read_fd, write_fd = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
-    os.dup2(2, 1)  # what is printed by mistake must not come between the frames
+    os.dup2(2, 1)  # accidental output must not get between the frames
     os.close(null)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal is the launcher's to answer
-    with contextlib.suppress(PermissionError):  # a leader already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the launcher handles Ctrl-C of a terminal
+    with contextlib.suppress(PermissionError):  # already a leader
         os.setsid()
 
     become_subreaper()
@@ -376,7 +375,7 @@ def main(*, local: bool = False) -> NoReturn:
         if reason.startswith("signal"):
             sys.stderr.write(f"traceml: the agent was ended by {reason}\n")
             status = 1
-    except Exception:  # noqa: BLE001 - the last thing that anybody hears of us
+    except Exception:  # noqa: BLE001 - the launcher reads it from stderr
         import traceback
 
         traceback.print_exc()
@@ -408,12 +407,12 @@ def _hello() -> dict[str, Any]:
         "addresses": list(addresses().values()),
         "gpus": count_gpus(os.environ),
         "near": (guard := process_info(os.getppid())) is not None and can_reach(guard.parent),
-        "traceml": traceml.__version__,
+        "traceml": __version__,
     }
 
 
-def _reason_against(folder: str) -> str | None:
-    """Return why nobody can work in a folder."""
+def _folder_error(folder: str) -> str | None:
+    """Return why a folder cannot be a working directory, or None."""
     try:
         os.close(os.open(folder, os.O_PATH | os.O_DIRECTORY))
     except OSError as error:
@@ -423,6 +422,7 @@ def _reason_against(folder: str) -> str | None:
 
 
 def _stamp(path: str | None) -> tuple[int, ...]:
+    """Return numbers that change when a file changes."""
     try:
         facts = Path(path).stat() if path is not None else None
     except OSError:

@@ -1,4 +1,4 @@
-"""What a host has, as an agent sees it: cores, addresses, GPUs; and what is each worker's part of it."""
+"""Hardware of a host: addresses, cores, GPUs, and each worker's share of the cores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def addresses() -> dict[str, str]:
 
 
 def interface_towards(address: str) -> str | None:
-    """Return the interface by which this host reaches `address`, or None where that cannot be told."""
+    """Return the interface by which this host reaches `address`, or None if unknown."""
     try:
         family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as sock:
@@ -61,8 +61,8 @@ def _interface_of_v6(address: str) -> str | None:
 
 
 def core_slices(workers: int) -> list[list[int]]:
-    """Share this process's cores among workers: neighbours in the machine stay together; empty with too few cores."""
-    cores = sorted(os.sched_getaffinity(0), key=_place_of)
+    """Distribute this process's cores over workers, neighbors together; empty lists if there are too few."""
+    cores = sorted(os.sched_getaffinity(0), key=_position_of)
     if workers > len(cores):
         return [[] for _ in range(workers)]
 
@@ -71,8 +71,8 @@ def core_slices(workers: int) -> list[list[int]]:
     return [sorted(cores[start:stop]) for start, stop in itertools.pairwise(starts)]
 
 
-def _place_of(cpu: int) -> tuple[int, int, int]:
-    """Return (socket, core, cpu): two hardware threads of a core are neighbours, whatever their numbers."""
+def _position_of(cpu: int) -> tuple[int, int, int]:
+    """Return (socket, core, cpu): so hardware threads of a core are neighbors."""
     folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
     try:
         return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text()), cpu
@@ -81,16 +81,16 @@ def _place_of(cpu: int) -> tuple[int, int, int]:
 
 
 def count_gpus(environ: Mapping[str, str]) -> int:
-    """Return how many GPUs a process with this environment would have; without torch, and without a CUDA context."""
-    there = _nvidia_gpus()
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None or not there:
-        return there
+    """Return the number of GPUs of a process with this environment, without torch or a CUDA context."""
+    installed = _nvidia_gpus()
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not installed:
+        return installed
 
     count = 0
-    for word in map(str.strip, chosen.split(",")):
-        if not (word.startswith(("GPU-", "MIG-")) or (word.isdigit() and int(word) < there)):
-            break  # CUDA stops at the first that is not there
+    for word in map(str.strip, visible.split(",")):
+        if not (word.startswith(("GPU-", "MIG-")) or (word.isdigit() and int(word) < installed)):
+            break  # CUDA ignores all after the first invalid one
 
         count += 1
 
@@ -116,7 +116,7 @@ def _nvidia_gpus() -> int:
 
 
 def oom_kills() -> int:
-    """Return how often the kernel has killed for want of memory: in our cgroup, or where that is not told, at all."""
+    """Return the number of out-of-memory kills in our cgroup, or on the whole host if that is unknown."""
     try:
         group = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("::")[2].strip()
         text = Path(f"/sys/fs/cgroup{group}/memory.events").read_text(encoding="ascii")

@@ -1,4 +1,4 @@
-"""What a worker writes, on its way from the agent's end of a pipe into a stream of the channel."""
+"""Forwarding of a worker's output from a pipe to a stream of the channel."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from traceml.launch.wire.channel import OutgoingStream
 __all__ = ["OutputTail", "PipeReader"]
 
 _READ_BYTES = 256 * 1024
-# What is kept here of one pipe when the launcher does not take it; then its writer waits, and nobody else.
-_KEPT_BYTES = 4 * 1024 * 1024
+# Kept of one pipe while the launcher does not accept it; beyond that, only its writer waits.
+_MAX_QUEUED_BYTES = 4 * 1024 * 1024
 _PIPE_BYTES = 256 * 1024
 _TAIL_BYTES = 64 * 1024
 _TAIL_LINES = 50
-# After a worker's end, a process that it has left may hold its pipe.
+# After a worker's end, a process that it has left may hold its pipe open.
 _QUIET_S, _LONGEST_S = 0.5, 2.0
 
 
 class OutputTail:
-    """The last lines of a worker, from all its pipes, in the order in which they were read."""
+    """The last lines of a worker from all its pipes, in the order of reading."""
 
     def __init__(self) -> None:
         self._pieces: deque[tuple[str, bytes]] = deque()
         self._size = 0
 
     def add(self, name: str, data: bytes) -> None:
-        """Remember what came from the pipe `name`."""
+        """Add output of the pipe `name`."""
         self._pieces.append((name, data[-_TAIL_BYTES:]))
         self._size += len(self._pieces[-1][1])
         while self._size > _TAIL_BYTES and len(self._pieces) > 1:
@@ -49,18 +49,18 @@ class OutputTail:
 
 
 class PipeReader:
-    """The agent's end of one pipe.
+    """The agent's end of one pipe of a worker.
 
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
-        stream: where to.
-        name: of the pipe, for the tail.
-        tail: where the last lines are remembered.
+        stream: the target.
+        name: name of the pipe.
+        tail: keeps the last lines.
 
     Attributes:
-        write_fd: the worker's end; to be closed by `started` once the worker has it.
-        closed: whether all was read.
-        paused: whether the launcher has to catch up first.
+        write_fd: the worker's end; `started` closes it here once the worker has it.
+        closed: whether all output was read.
+        paused: whether reading waits for the launcher.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PipeReader:
         os.set_blocking(self._read_fd, False)
         try:
             fcntl.fcntl(self._read_fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-        except OSError:  # the user's pipes have reached their limit: it works with less
+        except OSError:  # the user's limit of pipe memory is reached: a smaller pipe works too
             pass
 
         self.closed = self.paused = False
@@ -79,15 +79,15 @@ class PipeReader:
         selector.register(self._read_fd, selectors.EVENT_READ, self._read)
 
     def started(self) -> None:
-        """Close the worker's end here: then its end is seen."""
+        """Close the worker's end here, so that the worker's end closes the pipe."""
         os.close(self.write_fd)
 
     def tick(self) -> None:
-        """Read on where the launcher has caught up; after the worker's end, close a pipe that others still hold."""
+        """Resume once the launcher has caught up; after the worker's end, close a pipe that others hold open."""
         if self.closed:
             return
 
-        if self.paused and (self._stream.queued_bytes < _KEPT_BYTES // 2 or self._ended_s):
+        if self.paused and (self._stream.queued_bytes < _MAX_QUEUED_BYTES // 2 or self._ended_s):
             self.paused = False
             self._selector.register(self._read_fd, selectors.EVENT_READ, self._read)
 
@@ -98,14 +98,14 @@ class PipeReader:
             self.close()
 
     def worker_ended(self) -> None:
-        """Read what the worker has left, and close soon whoever else holds the pipe."""
+        """Read the rest; close the pipe soon even if others hold it open."""
         self._ended_s = time.monotonic()
         self.tick()
         while not self.closed and self._read():
             pass
 
     def close(self) -> None:
-        """Read no more; what was read still travels."""
+        """Stop reading; bytes that were read are still sent."""
         if self.closed:
             return
 
@@ -118,7 +118,7 @@ class PipeReader:
 
     def _read(self, _events: int = 0) -> bool:
         """Read once; return whether there may be more now."""
-        if self.closed:  # by an event of the same turn
+        if self.closed:  # by an earlier event of the same turn
             return False
 
         try:
@@ -135,7 +135,7 @@ class PipeReader:
         if self._tail is not None:
             self._tail.add(self._name, data)
 
-        if self._stream.queued_bytes >= _KEPT_BYTES and not self._ended_s:
+        if self._stream.queued_bytes >= _MAX_QUEUED_BYTES and not self._ended_s:
             self.paused = True
             self._selector.unregister(self._read_fd)
             return False

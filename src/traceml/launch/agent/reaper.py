@@ -1,4 +1,4 @@
-"""The process above the agent, which outlives it: it ends what agent and zygote leave when both are killed at once."""
+"""Parent process of the agent, which outlives it: it ends the job's processes if agent and zygote are both killed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["fork_under_reaper"]
 
 
 def fork_under_reaper() -> None:
-    """Go on as a child of this process, which waits for its end; return in the child only.
+    """Continue in a child of this process, which waits for the child's end; return in the child only.
 
-    To be called while this process is small, as that is what stays of it.
+    Call it early: the parent keeps the memory that this process has now.
     """
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have held back some
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # the launcher may have blocked some
     become_subreaper()
     parent, agent = os.getpid(), os.fork()
     if agent == 0:
@@ -32,7 +32,7 @@ def _watch(agent: int) -> NoReturn:
         signal.signal(number, lambda which, _: os.kill(agent, which))
 
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):  # the channel is the agent's: its end must be seen at the other side
+    for fd in range(3):  # only the agent may hold the channel open
         os.dup2(null, fd)
 
     ended, status = 0, 0
@@ -42,8 +42,8 @@ def _watch(agent: int) -> NoReturn:
     if not os.WIFSIGNALED(status):
         os._exit(os.WEXITSTATUS(status))
 
-    # whatever the job started is below us: orphans became our children
+    # orphans of the job became our children
     terminate_all(lambda: find_leftovers([os.getpid()], mark=None), grace_s=0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.kill(os.getpid(), os.WTERMSIG(status))
-    os._exit(128 + os.WTERMSIG(status))  # of a signal that does not end us
+    os._exit(128 + os.WTERMSIG(status))  # if the signal does not end us

@@ -1,4 +1,4 @@
-"""Where a worker is: its Python stacks, by a signal that faulthandler answers even while the GIL is held."""
+"""Python stacks of a worker, written by faulthandler on a signal even while the GIL is held."""
 
 from __future__ import annotations
 
@@ -35,39 +35,39 @@ class StackReader:
     def __init__(self) -> None:
         self._read_fd, self.write_fd = os.pipe()
         os.set_blocking(self._read_fd, False)
-        os.set_blocking(self.write_fd, False)  # who is asked again and again must not wait for us
+        os.set_blocking(self.write_fd, False)  # a worker never waits for the reader
         self._text = b""
-        self._asked_s = self._heard_s = self._again_s = 0.0
+        self._requested_s = self._received_s = self._again_s = 0.0
         self._pid = 0
 
     def started(self) -> None:
         """Close the worker's end here."""
         os.close(self.write_fd)
 
-    def ask(self, pid: int) -> None:
-        """Have a worker write its stacks."""
+    def request(self, pid: int) -> None:
+        """Request a worker's stacks."""
         self._read()
         self._text = b""
         self._pid = pid
-        self._asked_s, self._heard_s = time.monotonic(), 0.0
+        self._requested_s, self._received_s = time.monotonic(), 0.0
         self._send()
 
     def done(self) -> bool:
-        """Return whether all has come, or nothing will."""
+        """Return whether the stacks are complete, or the worker does not answer."""
         if self._read():
-            self._heard_s = time.monotonic()
+            self._received_s = time.monotonic()
 
         now_s = time.monotonic()
-        if self._heard_s and now_s - self._heard_s > _QUIET_S:
+        if self._received_s and now_s - self._received_s > _QUIET_S:
             return True
 
-        if not self._heard_s and now_s >= self._again_s:
-            self._send()  # a worker that was only just forked ignores it until it has taken its place
+        if not self._received_s and now_s >= self._again_s:
+            self._send()  # a worker that was just forked ignores the signal
 
-        return now_s - self._asked_s > _LONGEST_S
+        return now_s - self._requested_s > _LONGEST_S
 
     def answer(self, pid: int | None) -> dict[str, Any]:
-        """Return the stacks, and what the kernel says: `stack`, `state`, `wchan`."""
+        """Return the stacks and the kernel's state of the process: `stack`, `state`, `wchan`."""
         process = process_info(pid) if pid is not None else None
         wchan = ""
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""The workers of one job on one host, as the agent sees them: from the request to fork to the last of their kin."""
+"""The workers of one job on one host: started, watched, and ended with everything that they have started."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from traceml.launch.wire.process_cleanup import MARK, ProcessTermination, find_l
 
 __all__ = ["WorkerGroup"]
 
-# How long what workers leave behind may take to end by itself, once all of them have ended well.
+# Time for processes that workers leave behind to end by themselves, once all workers have ended well.
 _LEFTOVER_GRACE_S = 1.0
 _log = logging.getLogger("traceml")
 
@@ -40,8 +40,7 @@ class WorkerState:
     stacks: StackReader
     pid: int | None = None
     status: int | None = None
-    told: bool = False
-    reported: bool = False
+    end_sent: bool = False
     streams: list[OutgoingStream] = field(default_factory=list)
 
     @property
@@ -55,16 +54,16 @@ class WorkerGroup:
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
         channel: to the launcher.
-        zygote: where workers come from.
+        zygote: forks the workers.
         message: the launcher's `start`.
-        environ: what workers set and unset, see `ZygoteClient.worker_environ`.
+        environ: variables that workers set and unset, see `ZygoteClient.worker_environ`.
         context: their `cwd`, `sys_path` and `main`.
         listener: the socket at which ranks meet, on the host of rank 0.
 
     Attributes:
         job: its id.
-        idle: whether nothing of it is left.
-        payload: the number of the stream in which the function and its arguments come.
+        idle: whether none of its processes is left.
+        payload: id of the stream that carries the function and its arguments.
     """
 
     def __init__(
@@ -83,12 +82,13 @@ class WorkerGroup:
         self._selector, self._channel, self._zygote = selector, channel, zygote
         self._trace = message.get("trace") or {}
         self._near = bool(message.get("near"))
-        self._handed: list[int] = []
+        self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
         self._stopping = self._released = False
-        self._asked: list[WorkerState] | None = None
+        self._stack_requests: list[WorkerState] | None = None
         self.payload: int | None = message.get("payload")
         self._oom_kills = oom_kills()
+        self._worker_ends: dict[int, FdSocket] = {}  # until the workers have them
         self._ranks = {each["rank"]: self._make(each) for each in message["workers"]}
         self._start(message, environ, context, listener)
 
@@ -105,10 +105,10 @@ class WorkerGroup:
             PipeReader(self._selector, stream, fd, tail if fd != "records" else None) for fd, stream in streams.items()
         ]
         ours, theirs = FdSocket.pair()
-        made = WorkerState(rank, local_rank, ours, readers, tail, StackReader(), streams=list(streams.values()))
-        self._theirs = {**getattr(self, "_theirs", {}), rank: theirs}
-        self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(made))
-        return made
+        worker = WorkerState(rank, local_rank, ours, readers, tail, StackReader(), streams=list(streams.values()))
+        self._worker_ends[rank] = theirs
+        self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(worker))
+        return worker
 
     def _start(
         self,
@@ -146,14 +146,14 @@ class WorkerGroup:
                 "log_level": message.get("log_level"),
                 "trace": bool(self._trace),
             }
-            theirs = self._theirs.pop(each.rank)
+            theirs = self._worker_ends.pop(each.rank)
             fds = [theirs.fileno(), *(reader.write_fd for reader in each.readers), each.stacks.write_fd]
             if listener is not None and each.rank == 0 and message.get("backend") is not None:
                 fds.append(listener.fileno())
 
             try:
                 self._zygote.fork(request, fds)
-            except OSError:  # the zygote is gone; the agent hears of it and says so
+            except OSError:  # the zygote is gone; the agent will report it
                 each.status = -1
 
             theirs.close()
@@ -164,40 +164,40 @@ class WorkerGroup:
         if listener is not None:
             listener.close()
 
-    def take_payload(self, receiver: PayloadBuffer) -> None:
-        """Hand the function and its arguments to all workers: one memory for all."""
+    def send_payload(self, receiver: PayloadBuffer) -> None:
+        """Pass the function and its arguments to all workers: they share the memory."""
         assert receiver.fd is not None
         for each in self._ranks.values():
-            self._tell(each, "payload", [receiver.fd])
+            self._send(each, "payload", [receiver.fd])
 
         receiver.close()
 
-    # --- what is heard of workers ------------------------------------------------------------------------------------
+    # --- events of workers -------------------------------------------------------------------------------------------
 
     def forked(self, rank: int, pid: int) -> None:
-        """Take note that a worker was forked."""
+        """Record that a worker was forked."""
         self._ranks[rank].pid = pid
         self._channel.send("started", job=self.job, rank=rank, pid=pid)
         if self._stopping:
             self._signal(self._ranks[rank], signal.SIGKILL)
 
-    def unforked(self, rank: int, text: str) -> None:
-        """Take note that a worker could not be forked."""
+    def fork_failed(self, rank: int, text: str) -> None:
+        """Record that a worker could not be forked."""
         each = self._ranks[rank]
         each.tail.add("err", f"traceml: this worker could not be started: {text}\n".encode())
         self._ended(each, 1 << 8)
 
     def ended(self, pid: int, status: int) -> None:
-        """Take note that a process has ended; it may be none of ours."""
+        """Record that a process has ended, which may be no worker."""
         for each in self._ranks.values():
             if each.pid == pid and each.status is None:
                 self._ended(each, status)
 
     def zygote_lost(self, how: str) -> None:
-        """Take note that the zygote has ended, and with it all workers."""
+        """Record that the zygote has ended, and with it all workers."""
         for each in self._ranks.values():
-            each.tail.add("err", f"traceml: the process that the workers of this host came from {how}\n".encode())
-            if each.pid is None and not each.told:
+            each.tail.add("err", f"traceml: the process that forks the workers of this host {how}\n".encode())
+            if each.pid is None and not each.end_sent:
                 self._ended(each, signal.SIGKILL)
 
     def _ended(self, each: WorkerState, status: int) -> None:
@@ -209,7 +209,7 @@ class WorkerGroup:
         self.tick()
 
     def _receive(self, each: WorkerState) -> None:
-        """Read what a worker says."""
+        """Read a worker's messages."""
         try:
             while each.socket.fileno() >= 0 and (received := each.socket.receive(wait=False)) is not None:
                 message, fds = received
@@ -224,7 +224,6 @@ class WorkerGroup:
             self._channel.send("group_ready", job=self.job, rank=each.rank)
             return
 
-        each.reported = True
         send, about = self._channel.send, {"job": self.job, "rank": each.rank}
         if name == "done":
             stream = self._send_memory(each, "result", fds[0])
@@ -240,14 +239,14 @@ class WorkerGroup:
         error.on_ended = lambda: send("raised", error=error.id, **about)
 
     def _send_memory(self, each: WorkerState, kind: str, fd: int) -> OutgoingStream:
-        """Send what lies in a file in memory; the memory is free once it has left."""
+        """Send the contents of a memory file, which is freed once it is sent."""
         size = os.fstat(fd).st_size
-        handed = self._near and size >= LARGE_BYTES
-        path = {"path": path_of(fd)} if handed else {}
+        shared = self._near and size >= LARGE_BYTES
+        path = {"path": path_of(fd)} if shared else {}
         stream = self._channel.open_stream(kind=kind, job=self.job, rank=each.rank, size=size, **path)
         each.streams.append(stream)
-        if handed:
-            self._handed.append(fd)  # open until the launcher has it
+        if shared:
+            self._shared_fds.append(fd)  # open until the launcher has opened it
         else:
             stream.write(memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ)))
             os.close(fd)
@@ -255,16 +254,16 @@ class WorkerGroup:
         stream.end()
         return stream
 
-    # --- what the launcher wants -------------------------------------------------------------------------------------
+    # --- requests of the launcher ------------------------------------------------------------------------------------
 
     def release(self) -> None:
         """Let the workers end."""
         self._released = True
         for each in self._ranks.values():
-            self._tell(each, "release")
+            self._send(each, "release")
 
     def stop(self, grace_s: float) -> None:
-        """End the workers and all that they have started: SIGTERM, after the grace SIGKILL."""
+        """End the workers and everything they have started: by SIGTERM, after the grace period by SIGKILL."""
         if self._stopping:
             return
 
@@ -276,48 +275,52 @@ class WorkerGroup:
         self._ending = ProcessTermination(self._find, grace_s=grace_s)
         self.tick()
 
-    def ask_stacks(self) -> None:
-        """Collect where each worker is; the launcher is told within about a second, once where it asks again."""
-        if self._asked is not None:
+    def request_stacks(self) -> None:
+        """Collect the stacks of all workers; send them within about a second, once for repeated requests."""
+        if self._stack_requests is not None:
             return
 
-        self._asked = list(self._ranks.values())
-        for each in self._asked:
+        self._stack_requests = list(self._ranks.values())
+        for each in self._stack_requests:
             if each.running:
                 assert each.pid is not None
-                each.stacks.ask(each.pid)
+                each.stacks.request(each.pid)
 
         self.tick()
 
     def tick(self) -> float:
-        """Do what is due; return in how many seconds to come again at the latest."""
+        """Do periodic work; return the longest time until the next call, in seconds."""
         for each in self._ranks.values():
             for reader in each.readers:
                 reader.tick()
 
-            if each.status is not None and not each.told and all(reader.closed for reader in each.readers):
-                self._tell_end(each)
+            if each.status is not None and not each.end_sent and all(reader.closed for reader in each.readers):
+                self._send_end(each)
 
-        if self._asked is not None and all(not each.running or each.stacks.done() for each in self._asked):
-            self._channel.send("stacks", job=self.job, ranks={e.rank: e.stacks.answer(e.pid) for e in self._asked})
-            self._asked = None
+        if self._stack_requests is not None and all(
+            not each.running or each.stacks.done() for each in self._stack_requests
+        ):
+            self._channel.send(
+                "stacks", job=self.job, ranks={e.rank: e.stacks.answer(e.pid) for e in self._stack_requests}
+            )
+            self._stack_requests = None
 
         self._finish()
         busy = (
-            self._asked is not None
+            self._stack_requests is not None
             or self._ending is not None
-            or any(not e.told and e.status is not None for e in self._ranks.values())
+            or any(not e.end_sent and e.status is not None for e in self._ranks.values())
         )
         return (
             0.01 if busy else 0.2 if any(reader.paused for e in self._ranks.values() for reader in e.readers) else 1.0
         )
 
     def _finish(self) -> None:
-        """Once all workers have ended, end what they have left; then there is nothing more."""
+        """Once all workers have ended, end the processes that they have left."""
         if self.idle:
             return
 
-        if self._ending is None and all(each.told for each in self._ranks.values()):
+        if self._ending is None and all(each.end_sent for each in self._ranks.values()):
             self._ending = ProcessTermination(self._find, grace_s=_LEFTOVER_GRACE_S)
 
         if self._ending is None:
@@ -325,7 +328,7 @@ class WorkerGroup:
 
         over = self._ending.step()
         if not over or not all(
-            each.told and all(stream.ended for stream in each.streams) for each in self._ranks.values()
+            each.end_sent and all(stream.ended for stream in each.streams) for each in self._ranks.values()
         ):
             return
 
@@ -337,9 +340,9 @@ class WorkerGroup:
         self._channel.send("idle", job=self.job)
 
     def close(self) -> None:
-        """Let go of what belongs to the job."""
-        while self._handed:
-            os.close(self._handed.pop())
+        """Close the job's descriptors."""
+        while self._shared_fds:
+            os.close(self._shared_fds.pop())
 
         for each in self._ranks.values():
             each.stacks.close()
@@ -347,16 +350,16 @@ class WorkerGroup:
                 self._selector.unregister(each.socket.fileno())
                 each.socket.close()
 
-    # --- small things ------------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _find(self) -> set[int]:
-        """Return what lives of the job: everything below the zygote, orphans below us, and what carries the mark."""
+        """Return the job's processes: descendants of the zygote, orphans below us, and those with the mark."""
         return find_leftovers([os.getpid()], mark=self._zygote.mark, spare=[self._zygote.pid])
 
-    def _tell(self, each: WorkerState, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
+    def _send(self, each: WorkerState, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
         try:
             each.socket.send(name, fds)
-        except OSError:  # it has ended, and that is told elsewhere
+        except OSError:  # it has ended, which is reported elsewhere
             return
 
     def _signal(self, each: WorkerState, how: signal.Signals) -> None:
@@ -366,8 +369,8 @@ class WorkerGroup:
             except ProcessLookupError:
                 return
 
-    def _tell_end(self, each: WorkerState) -> None:
-        each.told = True
+    def _send_end(self, each: WorkerState) -> None:
+        each.end_sent = True
         status = each.status or 0
         killed = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
         self._channel.send(
@@ -384,13 +387,13 @@ class WorkerGroup:
         self._send_flight(each)
 
     def _send_flight(self, each: WorkerState) -> None:
-        """Send the flight file which a traced worker has left, where the launcher cannot read it itself."""
+        """Send the flight file of a dead traced worker, unless the launcher can read it itself."""
         if not self._trace.get("flights") or each.pid is None:
             return
 
-        from traceml.launch.wire.flight_archive import left_by
+        from traceml.launch.wire.flight_archive import pack_flight
 
-        data = left_by(each.pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
+        data = pack_flight(each.pid, self._trace["run_id"], runs_dir=self._trace.get("runs_dir"))
         if data is None:
             return
 

@@ -1,4 +1,4 @@
-"""The agent's side of the zygote: started, waited for, asked for workers, replaced."""
+"""The agent's client of the zygote: starts it, requests workers, ends it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from traceml.launch.wire.fd_socket import FdSocket
 
 __all__ = ["ZygoteClient", "ZygoteSpec"]
 
-# Read by the loader, by Python or by libraries as they start; what else changes between launches, a worker can set.
-_EARLY = (
+# Variables that the loader, Python or libraries read at start-up; a worker can set all others itself.
+_STARTUP_PREFIXES = (
     "LD_",
     "PYTHON",
     "MALLOC_",
@@ -32,7 +32,7 @@ _EARLY = (
     "PYTORCH",
     "ATEN_",
 )
-# In the folder of the job, as its paths may be relative; a file that bash cannot read to its end counts for nothing.
+# Sourced in the folder of the job, as paths may be relative; a file with a syntax error is not sourced at all.
 _SOURCE = """
 cd -- "$1" || exit 97; file=$2; shift 2
 [ -r "$file" ] || { echo "$file cannot be read"; exit 97; }
@@ -45,15 +45,15 @@ _KEPT_BYTES = 64 * 1024
 
 @dataclass(frozen=True)
 class ZygoteSpec:
-    """What a zygote is started with.
+    """The environment and imports of a zygote.
 
     Attributes:
         env: variables, over the agent's own.
         env_file: a file that bash sources before it starts.
-        folder: where it does that.
-        sys_path: where modules are looked for first.
-        need_torch: whether torch is imported: 0 no, 1 if it is there, 2 or it is an error.
-        stamp: what tells whether env_file was changed.
+        folder: the working directory for that.
+        sys_path: folders that are searched for modules first.
+        need_torch: whether torch is imported: 0 no, 1 if it is installed, 2 it must be installed.
+        stamp: changes when env_file changes.
     """
 
     env: Mapping[str, str]
@@ -64,31 +64,31 @@ class ZygoteSpec:
     stamp: tuple[int, ...] = field(default=())
 
     def serves(self, other: ZygoteSpec) -> bool:
-        """Return whether a zygote of this kind can make the workers of another."""
+        """Return whether a zygote of this spec can make workers of another."""
         if (self.env_file, self.stamp) != (other.env_file, other.stamp) or other.need_torch > self.need_torch:
             return False
 
-        if self.env_file is not None:  # what bash made of other variables, nobody knows
+        if self.env_file is not None:  # the effect of other variables on the script is unknown
             return (self.env, self.folder) == (other.env, other.folder)
 
-        return _early(self.env) == _early(other.env)
+        return _startup_variables(self.env) == _startup_variables(other.env)
 
 
 class ZygoteClient:
-    """One zygote.
+    """A zygote, as the agent uses it.
 
     Args:
         selector: the agent's; what is registered there has a callable as data, which takes the events.
-        spec: what to start it with.
-        mark: what its workers' descendants are known by.
-        on_message: called with each message of it.
-        on_output: called with what it and env_file print; empty at the end.
+        spec: its environment and imports.
+        mark: marks the processes of its workers.
+        on_message: called with each of its messages.
+        on_output: called with output of the zygote and env_file.
 
     Attributes:
         pid: of the process.
         up: whether Python has started there.
-        ready: what it told once torch was imported, or None.
-        output: the first of what it printed.
+        ready: its message that torch is imported, or None.
+        output: the beginning of its output.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ZygoteClient:
             theirs.close()
             os.close(write_fd)
 
-        with contextlib.suppress(ConnectionError):  # it has ended already, as env_file may do: that is heard of soon
+        with contextlib.suppress(ConnectionError):  # it has ended already, as env_file may do: that is noticed soon
             self._socket.send(
                 "spec", parent=os.getpid(), mark=mark, sys_path=list(spec.sys_path), need_torch=spec.need_torch
             )
@@ -123,7 +123,7 @@ class ZygoteClient:
         selector.register(self._read_fd, selectors.EVENT_READ, self._read)
 
     def fork(self, request: Mapping[str, Any], fds: list[int]) -> None:
-        """Ask for a worker.
+        """Request a worker.
 
         Raises:
             OSError: the zygote is gone.
@@ -131,7 +131,7 @@ class ZygoteClient:
         self._socket.send("fork", fds, **request)
 
     def worker_environ(self, spec: ZygoteSpec) -> dict[str, Any]:
-        """Return what workers of `spec` have to set and unset, as this zygote was started with another environment."""
+        """Return the variables that workers of `spec` must set and unset, as the zygote may have others."""
         if spec.env_file is not None:
             return {"set": {}, "unset": []}
 
@@ -140,9 +140,9 @@ class ZygoteClient:
         return {"set": changed, "unset": [name for name in before if name not in after]}
 
     def close(self) -> None:
-        """End it at once; its workers end with it."""
+        """Kill it; its workers end with it."""
         if not self.gone:
-            self._forget()
+            self._disconnect()
 
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
@@ -177,7 +177,7 @@ class ZygoteClient:
 
                 self._on_message(message)
         except EOFError:
-            self._forget()
+            self._disconnect()
             self._on_message({"t": "gone"})
 
     def _read(self, _events: int) -> None:
@@ -194,11 +194,11 @@ class ZygoteClient:
             os.close(self._read_fd)
             self._read_fd = -1
 
-    def _forget(self) -> None:
+    def _disconnect(self) -> None:
         self.gone = True
         self._selector.unregister(self._socket.fileno())
         self._socket.close()
-        while self._read_fd >= 0:  # its last words
+        while self._read_fd >= 0:  # read the rest of its output
             before = len(self.output)
             self._read(0)
             if len(self.output) == before:
@@ -210,5 +210,5 @@ class ZygoteClient:
             self._read_fd = -1
 
 
-def _early(env: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if name.startswith(_EARLY)}
+def _startup_variables(env: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if name.startswith(_STARTUP_PREFIXES)}

@@ -21,7 +21,7 @@ from traceml.database.flight import COPIES_FOLDER
 from traceml.errors import UsageError
 from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.flight_archive import keep_copy
+from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.conclusion import conclude
@@ -188,7 +188,7 @@ class Tracing:
         known, number = self._hosts[host], int(message["id"])
         if message["kind"] == "tunnel":
             if known.tunnel is not None:
-                known.tunnel.opened(dict(message))
+                known.tunnel.accept_connection(dict(message))
 
             return
 
@@ -287,7 +287,7 @@ class Tracing:
             return
 
         try:
-            flight.path = str(keep_copy(bytes(flight.data), self.run_dir / COPIES_FOLDER, label))
+            flight.path = str(unpack_flight(bytes(flight.data), self.run_dir / COPIES_FOLDER, label))
         except (OSError, ValueError) as failure:
             _log.warning("the last rows of %s cannot be kept: %s", label, failure)
 

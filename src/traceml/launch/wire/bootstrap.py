@@ -1,8 +1,8 @@
-"""How an agent comes to life on a host where nothing of ours is installed.
+"""Commands that start agents, also on hosts where the package is not installed.
 
-Two ways. On this machine, by the same Python, the agent is started with the place of our package in its command line.
-Elsewhere the command is a small program that says the greeting, reads the package (a zip file) from its standard input
-into a file in memory, and imports it from there: nothing is written to a disk, and nothing is left.
+On this machine and with the same Python, the command line contains the package's path. Elsewhere the command is a small
+program that writes the greeting, reads the package (a zip file) from its standard input into a memory file, and imports
+it from there: nothing is written to a disk.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import struct
 import zipfile
 from pathlib import Path
 
-import traceml
+from traceml.launch.wire.channel import GREETING
 
 __all__ = ["bundle", "import_code", "local_command", "remote_command"]
 
+_PACKAGE = str(Path(__file__).parents[2])  # a folder, or one inside a zip file
 _LENGTH = struct.Struct(">Q")
 # Rooms that an agent, a zygote or a traced worker may need.
 _ROOMS = ("launch", "session", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
-_FIRST = ("cloudpickle",)  # what it packs, only the same version unpacks for sure
+_FIRST = ("cloudpickle",)  # only the same version surely unpacks what it packs
 _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
-# Kept free of what old Pythons do not know, so that they can say that they are old.
+# Valid syntax for old Pythons too, so that they can report their version.
 _REMOTE = """
 import os, sys
 if sys.version_info < (3, 11):
@@ -37,7 +38,7 @@ def read(n):
     while n:
         piece = os.read(0, min(n, 1 << 20))
         if not piece:
-            sys.exit("traceml: the launcher went away")
+            sys.exit("traceml: the launcher closed the connection")
         pieces.append(piece)
         n -= len(piece)
     return b"".join(pieces)
@@ -67,7 +68,7 @@ module = importlib.util.module_from_spec(spec)
 sys.modules["traceml"] = module
 spec.loader.exec_module(module)
 """
-_GUARD = """
+_FORK_AND_RUN = """
 from traceml.launch.agent.reaper import fork_under_reaper
 fork_under_reaper()
 from traceml.launch.agent.agent import main
@@ -75,29 +76,26 @@ from traceml.launch.agent.agent import main
 
 
 def local_command(python: str) -> list[str]:
-    """Return what starts an agent on this machine as our child; it reads no bundle."""
-    return [python, "-c", import_code() + _GUARD + "main(local=True)\n"]
+    """Return the command of an agent that is a child of this process; it reads no bundle."""
+    return [python, "-c", import_code() + _FORK_AND_RUN + "main(local=True)\n"]
 
 
 def remote_command(python: str) -> list[str]:
-    """Return what starts an agent elsewhere; it greets, and wants `bundle()` before the first frame."""
-    from traceml.launch.wire.channel import GREETING
-
+    """Return the command of an agent elsewhere; it writes the greeting and reads `bundle()` before any frame."""
     code = _REMOTE.replace("{greeting!r}", repr(GREETING)) + _IMPORT
-    # by way of the guard, which outlives all others: programs that workers start find it too
+    # the path of the reaper, which outlives all others: programs that workers start find it too
     code += _FROM_ZIP.replace("{path}", '"/proc/%d/fd/%d" % (os.getpid(), fd)')
-    code += _LOAD + _GUARD + "main()\n"
+    code += _LOAD + _FORK_AND_RUN + "main()\n"
     return [python, "-c", code]
 
 
 def import_code() -> str:
-    """Return code that imports the very package which is imported here, and leaves the search path to the user.
+    """Return code that imports this very package without adding it to the search path.
 
-    The working directory is taken from the path, as modules there must not shadow the standard library's.
+    The working directory is removed from the path: modules there must not shadow the standard library's.
     """
-    place = traceml.__path__[0]
-    if Path(place).is_dir():
-        load = _FROM_FOLDER.replace("{init!r}", repr(f"{place}/__init__.py")).replace("{package!r}", repr(place))
+    if Path(_PACKAGE).is_dir():
+        load = _FROM_FOLDER.replace("{init!r}", repr(f"{_PACKAGE}/__init__.py")).replace("{package!r}", repr(_PACKAGE))
     else:
         load = _FROM_ZIP.replace("{path}", repr(_archive()))
 
@@ -106,15 +104,15 @@ def import_code() -> str:
 
 @functools.cache
 def bundle() -> bytes:
-    """Return the package as an agent wants it: 8 bytes of length, then a zip file."""
-    root = Path(traceml.__path__[0])
+    """Return the package for an agent: 8 bytes of length, then a zip file."""
+    root = Path(_PACKAGE)
     data = _packed(root) if root.is_dir() else Path(_archive()).read_bytes()
     return _LENGTH.pack(len(data)) + data
 
 
 def _archive() -> str:
-    """Return the path of the zip file that we were imported from."""
-    return str(traceml.__path__[0]).removesuffix("/traceml")
+    """Return the path of the zip file that this package was imported from."""
+    return _PACKAGE.removesuffix("/traceml")
 
 
 def _packed(root: Path) -> bytes:
@@ -134,7 +132,7 @@ def _packed(root: Path) -> bytes:
 
 
 def _add(archive: zipfile.ZipFile, source: Path, name: str) -> None:
-    """Add a module, and its compiled form where there is one: compiling takes longer than all the rest."""
+    """Add a module, and its bytecode if there is one: compiling would take longer than everything else."""
     archive.writestr(name, source.read_bytes())
     compiled = Path(importlib.util.cache_from_source(str(source)))
     try:
@@ -144,5 +142,5 @@ def _add(archive: zipfile.ZipFile, source: Path, name: str) -> None:
 
     facts = source.stat()
     if code[8:16] == struct.pack("<II", int(facts.st_mtime) & 0xFFFFFFFF, facts.st_size & 0xFFFFFFFF):
-        # "unchecked": the zip file's times mean nothing; a Python of another version takes the source
+        # "unchecked", as times in the zip file differ; a Python of another version uses the source
         archive.writestr(f"{name}c", code[:4] + struct.pack("<I", 1) + bytes(8) + code[16:])

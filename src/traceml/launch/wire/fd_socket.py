@@ -1,4 +1,4 @@
-"""Messages with descriptors between the processes of one host: agent, zygote and workers."""
+"""Messages with file descriptors between the processes of one host: agent, zygote and workers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import msgpack
 __all__ = ["FdSocket"]
 
 _MAX_FDS = 64
-_INLINE_BYTES = 32 * 1024  # larger messages travel as a file in memory
-_BIG = b"\xc1"  # a byte that begins no msgpack value
+_INLINE_BYTES = 32 * 1024  # larger messages are sent as a memory file
+_BIG = b"\xc1"  # no msgpack value begins with this byte
 
 
 class FdSocket:
-    """One end of a private unix socket that keeps the borders of messages."""
+    """One end of a private unix socket that preserves message boundaries."""
 
     __slots__ = ("_socket",)
 
@@ -27,13 +27,13 @@ class FdSocket:
 
     @classmethod
     def pair(cls) -> tuple[FdSocket, FdSocket]:
-        """Return two connected ends; neither is inherited by programs that are started."""
+        """Return two connected ends; started programs inherit neither."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         return cls(ours), cls(theirs)
 
     @classmethod
     def of(cls, fd: int) -> FdSocket:
-        """Return the end that has the number `fd`."""
+        """Return the end with the descriptor `fd`."""
         return cls(socket.socket(fileno=fd))
 
     def fileno(self) -> int:

@@ -1,7 +1,6 @@
-"""Flight files of dead workers, on their way from the agent's host to the run's folder, with what belongs to them.
+"""Archives of dead workers' flight files, sent from the agent's host to the run's folder.
 
-That is what a worker had no room for in memory (its journals) and the files that it was about to hand over (its spool).
-All travels as one archive, under names that both sides know.
+An archive also holds the worker's journals (rows beyond its memory) and its spool (files that were not uploaded yet).
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from traceml.database.journal import journal_path
 from traceml.database.postmortem import FLIGHT_SUFFIX, FlightSnapshot, find_flights, is_alive, read_flight, spool_folder
 from traceml.errors import StoreError
 
-__all__ = ["keep_copy", "left_by"]
+__all__ = ["pack_flight", "unpack_flight"]
 
-# Rings that are mostly zeros become small, in a few hundredths of a second.
+# Rings are mostly zeros and compress in a few hundredths of a second.
 _LEVEL = 1
-# The archive is held in memory at both ends. What is beyond stays on its host.
+# The archive is held in memory at both ends. Larger files stay on their host.
 _LIMIT_BYTES = 512 << 20
 _FLIGHT = "flight"
 _NAME = re.compile(r"flight|journal/[a-z_]{1,40}|files/\.?[A-Za-z0-9][A-Za-z0-9.]{0,100}")
@@ -34,13 +33,13 @@ _NAME = re.compile(r"flight|journal/[a-z_]{1,40}|files/\.?[A-Za-z0-9][A-Za-z0-9.
 _log = logging.getLogger("traceml")
 
 
-def left_by(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes | None:
-    """Take what a dead worker of this host left, as an archive; None when it left nothing. It is removed here.
+def pack_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes | None:
+    """Return a dead worker's files as an archive, and remove them; None if there are none.
 
     Args:
-        pid: its process id, as it saw itself.
-        run_id: the run: pids are used again.
-        runs_dir: where ranks without a folder in memory put their file.
+        pid: its process id, in its own namespace.
+        run_id: the run, as process ids are reused.
+        runs_dir: folder for the files of ranks that have no folder in memory.
     """
     folders = [default_folder(), *([Path(runs_dir) / FALLBACK_FOLDER] if runs_dir else [])]
     for path in (path for folder in folders for path in find_flights(folder, pid=pid)):
@@ -60,17 +59,17 @@ def left_by(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes | No
     return None
 
 
-def keep_copy(data: bytes, folder: Path, name: str) -> Path:
-    """Put a flight file that came from another host where the aggregator finds it; return its path.
+def unpack_flight(data: bytes, folder: Path, name: str) -> Path:
+    """Store a flight file from another host where the aggregator finds it; return its path.
 
     Args:
-        data: as `left_by` gave it.
-        folder: where copies of this run are kept; made.
-        name: what tells it from the others.
+        data: an archive of `pack_flight`.
+        folder: the run's folder for copies; created.
+        name: a unique name.
 
     Raises:
         OSError: it cannot be written.
-        ValueError: these bytes are not what `left_by` gives.
+        ValueError: the bytes are no such archive.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / f"{name}{FLIGHT_SUFFIX}"
@@ -80,27 +79,27 @@ def keep_copy(data: bytes, folder: Path, name: str) -> Path:
             for member in archive:
                 source = archive.extractfile(member) if _NAME.fullmatch(member.name) else None
                 if source is None:
-                    raise ValueError(f"the flight file of {name} came with something unknown: {member.name!r:.100}")
+                    raise ValueError(f"the flight file of {name} contains an unknown file: {member.name!r:.100}")
 
-                target = draft if member.name == _FLIGHT else _place(path.with_suffix(""), member.name)
+                target = draft if member.name == _FLIGHT else _target_path(path.with_suffix(""), member.name)
                 target.parent.mkdir(mode=0o700, exist_ok=True)
                 with target.open("wb") as file:
                     shutil.copyfileobj(source, file)
 
-        draft.replace(path)  # whole at every moment, and after all that belongs to it: the aggregator may look now
+        draft.replace(path)  # atomically, and last: the aggregator may read it at any moment
     except (tarfile.TarError, zlib.error, EOFError, FileNotFoundError) as error:
-        raise ValueError(f"the flight file of {name} was damaged on its way: {error}") from error
+        raise ValueError(f"the flight file of {name} was damaged in transit: {error}") from error
 
     return path
 
 
 def _packed(image: FlightSnapshot) -> bytes:
-    """Return the archive of a flight file and of what belongs to it, and remove them."""
+    """Return the archive of a flight file and its other files, and remove them."""
     buffer, taken = io.BytesIO(), []
     with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=_LEVEL) as archive:
         for name, path in _members(image):
             if buffer.tell() + path.stat().st_size > _LIMIT_BYTES:
-                _log.warning("%s stays on this host: what its rank left is too much to send", path)
+                _log.warning("%s stays on this host: the files of its rank are too large to send", path)
                 continue
 
             archive.add(path, name, recursive=False)
@@ -116,7 +115,7 @@ def _packed(image: FlightSnapshot) -> bytes:
 
 
 def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
-    """Yield names in the archive with what is to be put there, what matters most first."""
+    """Yield names in the archive with their files, the most important first."""
     yield _FLIGHT, image.path
     for table, path in image.journals.items():
         yield f"journal/{table}", path
@@ -128,7 +127,7 @@ def _members(image: FlightSnapshot) -> Iterator[tuple[str, Path]]:
         yield f"files/{path.name}", path
 
 
-def _place(stem: Path, name: str) -> Path:
-    """Return where something belongs, by the stem of the flight file that it came with."""
+def _target_path(stem: Path, name: str) -> Path:
+    """Return the path of an archived file, given the stem of its flight file."""
     kind, _, rest = name.partition("/")
     return journal_path(stem, rest) if kind == "journal" else spool_folder(stem) / rest

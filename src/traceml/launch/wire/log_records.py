@@ -1,7 +1,7 @@
-"""`logging` records on their way out of a worker: through a pipe of their own, in pieces that cannot interleave.
+"""Transport of `logging` records from a worker to the launcher, through a pipe of their own.
 
-A piece is `<HI?` (length, the writer's pid, whether it is the last of its record) and bytes; it is no longer than what
-a pipe takes in one go, so forked children of a worker may share its pipe. A record is a msgpack map of `FIELDS`.
+A record is a msgpack map of `FIELDS`, split into chunks: `<HI?` (length, the writer's pid, whether it is the last of
+its record) and bytes. A chunk is no longer than an atomic write to a pipe, so forked children may share the pipe.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ FIELDS = (
     "thread",
     "threadName",
 )
-_PIECE = struct.Struct("<HI?")
-_PIECE_BYTES = select.PIPE_BUF - _PIECE.size
+_CHUNK = struct.Struct("<HI?")
+_CHUNK_BYTES = select.PIPE_BUF - _CHUNK.size
 _MAX_MESSAGE_CHARACTERS = 1024 * 1024
 _MAX_RECORD_BYTES = 16 * 1024 * 1024
 _plain = logging.Formatter()
@@ -50,17 +50,17 @@ def install(fd: int, level: int | str = "INFO") -> RecordHandler:
 
 
 class RecordHandler(logging.Handler):
-    """Writes each record to a pipe, complete when `emit` returns: what a process logged before it died arrives."""
+    """Writes records to a pipe before `emit` returns, so that the last records of a dying process arrive."""
 
     def __init__(self, fd: int) -> None:
         super().__init__()
         self._fd = fd
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the record; it waits while the pipe is full."""
+        """Write the record; wait while the pipe is full."""
         try:
-            for piece in _pieces(msgpack.packb(_as_map(record), unicode_errors="surrogatepass")):
-                os.write(self._fd, piece)
+            for chunk in _chunks(msgpack.packb(_as_map(record), unicode_errors="surrogatepass")):
+                os.write(self._fd, chunk)
         except (OSError, ValueError, TypeError):
             self.handleError(record)
 
@@ -79,45 +79,45 @@ def _as_map(record: logging.LogRecord) -> dict[str, Any]:
     return known
 
 
-def _pieces(body: bytes) -> Iterator[bytes]:
+def _chunks(body: bytes) -> Iterator[bytes]:
     pid = os.getpid()
-    for start in range(0, len(body), _PIECE_BYTES):
-        part = body[start : start + _PIECE_BYTES]
-        yield _PIECE.pack(len(part), pid, start + len(part) == len(body)) + part
+    for start in range(0, len(body), _CHUNK_BYTES):
+        part = body[start : start + _CHUNK_BYTES]
+        yield _CHUNK.pack(len(part), pid, start + len(part) == len(body)) + part
 
 
 class RecordDecoder:
-    """Turns the bytes of the pipe back into records."""
+    """Decoder of the pipe's bytes."""
 
     def __init__(self) -> None:
         self._buffer = b""
-        self._begun: dict[int, bytes] = {}
+        self._partial: dict[int, bytes] = {}
         self._broken = False
 
     def feed(self, data: bytes) -> list[logging.LogRecord]:
-        """Return the records that are complete now; after bytes that are no records, none."""
+        """Return the records that are complete now; none after invalid bytes."""
         if self._broken:
             return []
 
         self._buffer += data
         found: list[logging.LogRecord] = []
         at = 0
-        while len(self._buffer) - at >= _PIECE.size:
-            length, pid, last = _PIECE.unpack_from(self._buffer, at)
-            end = at + _PIECE.size + length
+        while len(self._buffer) - at >= _CHUNK.size:
+            length, pid, last = _CHUNK.unpack_from(self._buffer, at)
+            end = at + _CHUNK.size + length
             if end > len(self._buffer):
                 break
 
-            body = self._begun.pop(pid, b"") + self._buffer[at + _PIECE.size : end]
+            body = self._partial.pop(pid, b"") + self._buffer[at + _CHUNK.size : end]
             at = end
             if not last and len(body) <= _MAX_RECORD_BYTES:
-                self._begun[pid] = body
+                self._partial[pid] = body
                 continue
 
             record = _record(body)
             if record is None:
                 self._broken, self._buffer = True, b""
-                return [*found, _complaint()]
+                return [*found, _unreadable()]
 
             found.append(record)
 
@@ -136,6 +136,6 @@ def _record(body: bytes) -> logging.LogRecord | None:
     return logging.makeLogRecord({**fields, "msg": message, "args": None, "exc_info": None})
 
 
-def _complaint() -> logging.LogRecord:
+def _unreadable() -> logging.LogRecord:
     text = "the worker's logging records are unreadable from here on: something else writes to their pipe"
     return logging.makeLogRecord({"name": __name__, "levelno": logging.ERROR, "levelname": "ERROR", "msg": text})

@@ -1,4 +1,4 @@
-"""Finding and ending processes of this host: what a job has left, however it hid."""
+"""Finding and ending the processes that a job has left on this host."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
     "terminate_all",
 ]
 
-# The variable that the processes of a job have in their environment, wherever they went.
+# Environment variable of all processes of a job, also of those that left its session.
 MARK = "TRACEML_LAUNCH_MARK"
 _OUTLIVES = b"TRACEML_OUTLIVES=1"
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -28,7 +28,7 @@ _TICK_S = 0.01
 
 @dataclass(frozen=True, slots=True)
 class ProcessInfo:
-    """A process as /proc tells it: `state` is the letter that ps shows."""
+    """A process as /proc describes it: `state` is the letter that ps shows."""
 
     pid: int
     parent: int
@@ -37,10 +37,10 @@ class ProcessInfo:
 
 
 def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> None:
-    """Have the kernel send us `how` when the thread that made us ends; 0 takes that back.
+    """Have the kernel send us `how` when the thread that started us ends; 0 cancels that.
 
     Args:
-        parent: the process that made us; if it is gone already we end here.
+        parent: our parent process; if it is gone already, this process ends now.
         how: the signal.
     """
     _prctl(_PR_SET_PDEATHSIG, int(how))
@@ -49,7 +49,7 @@ def die_with_parent(parent: int, how: signal.Signals | int = signal.SIGKILL) -> 
 
 
 def become_subreaper() -> None:
-    """Have orphans below us become our children, where they can be found and waited for."""
+    """Make orphans below us our children, so that they can be found and waited for."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -60,7 +60,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def process_info(pid: int | str) -> ProcessInfo | None:
-    """Return what /proc says of a process, or None when there is none."""
+    """Return the state of a process, or None if there is none."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
             text = file.read()
@@ -73,14 +73,15 @@ def process_info(pid: int | str) -> ProcessInfo | None:
 
 
 def find_leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:
-    """Return the living processes below `roots`, and all that carry the mark; but not what may outlive a job.
+    """Return the living descendants of `roots`, and all processes with the mark, except those that may outlive a job.
 
-    That is an aggregator that a worker started for what it logs, and its deliveries: they end by themselves.
+    These are an aggregator that a worker started for its logged values, and its delivery processes: they end by
+    themselves.
 
     Args:
-        roots: whose children, and theirs, count; they themselves do not.
-        mark: the value of `TRACEML_LAUNCH_MARK` that gives away processes which went elsewhere.
-        spare: processes that do not count, though what is below them does.
+        roots: their descendants count; they themselves do not.
+        mark: the value of `TRACEML_LAUNCH_MARK` by which processes outside the tree are found.
+        spare: processes that do not count, though their descendants do.
     """
     children: dict[int, list[ProcessInfo]] = {}
     names = os.listdir("/proc")  # noqa: PTH208 - hundreds of names, many times a second
@@ -92,25 +93,25 @@ def find_leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[in
     todo = list(roots)
     while todo:
         for child in children.get(todo.pop(), ()):
-            if child.pid not in found and not _carries(child.pid, _OUTLIVES):
+            if child.pid not in found and not _has_variable(child.pid, _OUTLIVES):
                 todo.append(child.pid)
                 if child.state not in "ZX":
                     found.add(child.pid)
 
     if mark:
         word = f"{MARK}={mark}".encode()
-        found |= {each.pid for each in every if each.state not in "ZX" and _carries(each.pid, word)}
+        found |= {each.pid for each in every if each.state not in "ZX" and _has_variable(each.pid, word)}
 
     return found - set(spare) - {os.getpid()}
 
 
 class ProcessTermination:
-    """Ends processes until none is found: SIGTERM first, SIGKILL after a grace.
+    """Ends processes until none is found: by SIGTERM, after a grace period by SIGKILL.
 
     Args:
-        find: looks for processes.
-        grace_s: how long they may take to end by themselves; 0 kills at once.
-        limit_s: when to give up on processes that even SIGKILL does not end, in seconds after the grace.
+        find: returns the processes.
+        grace_s: time between SIGTERM and SIGKILL; 0 kills at once.
+        limit_s: time after the grace period at which it stops waiting for processes that SIGKILL does not end.
     """
 
     def __init__(self, find: Callable[[], set[int]], *, grace_s: float, limit_s: float = 5.0) -> None:
@@ -121,7 +122,7 @@ class ProcessTermination:
         self.left: set[int] = set()
 
     def step(self) -> bool:
-        """Look, and send signals; return whether it is over, with what could not be ended in `left`."""
+        """Search and send signals; return whether it is finished; `left` holds processes that could not be ended."""
         self.left = self._find()
         passed_s = time.monotonic() - self._start_s
         if not self.left or passed_s > self._limit_s:
@@ -137,7 +138,7 @@ class ProcessTermination:
 
 
 def terminate_all(find: Callable[[], set[int]], *, grace_s: float) -> set[int]:
-    """End what `find` finds, and wait for that; return what could not be ended."""
+    """End the processes that `find` returns, and wait; return those that could not be ended."""
     ending = ProcessTermination(find, grace_s=grace_s)
     while not ending.step():
         time.sleep(_TICK_S)
@@ -150,13 +151,13 @@ def _signal(pids: Iterable[int], how: signal.Signals) -> None:
     for pid in pids:
         try:
             os.kill(pid, how)
-            os.kill(pid, signal.SIGCONT)  # a stopped process does not hear SIGTERM
+            os.kill(pid, signal.SIGCONT)  # a stopped process does not handle SIGTERM
         except (ProcessLookupError, PermissionError):
             continue
 
 
 def _reap() -> None:
-    """Bury orphans that became our children."""
+    """Reap orphans that became our children."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass
@@ -164,7 +165,7 @@ def _reap() -> None:
         return
 
 
-def _carries(pid: int, word: bytes) -> bool:
+def _has_variable(pid: int, word: bytes) -> bool:
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
             return word in file.read().split(b"\0")

@@ -1,8 +1,8 @@
-"""TCP connections carried through a host's channel: ranks of another host reach the aggregator, and no port is opened.
+"""TCP tunnel through a host's channel: ranks of another host reach the aggregator, and no port is opened.
 
-The agent listens on its own loopback. Each connection there is a pair of the channel's streams, one per direction, and
-a connection to the aggregator's loopback port at the launcher. Flow control is the streams': who does not read is not
-sent to, and slows nobody else.
+The agent listens on its own loopback. Each connection there becomes a pair of the channel's streams, one per direction,
+and a connection to the aggregator's loopback port at the launcher. The streams have their own flow control: a slow
+reader delays no other connection.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _log = logging.getLogger("traceml")
 
 
 class TunnelListener:
-    """The end at which ranks connect: a listener on the loopback of the agent's host.
+    """The agent's end of the tunnel: listens on the host's loopback for connections of ranks.
 
     Args:
         selector: the owner's; what is registered there has a callable as data, which takes the events.
         channel: to the launcher.
-        about: what the streams' announcement says beside their kind, such as the job.
+        about: fields that announce the streams beside their kind, such as the job.
 
     Raises:
-        OSError: there is no port to be had.
+        OSError: no port is available.
     """
 
     def __init__(self, selector: selectors.BaseSelector, channel: Channel, **about: Any) -> None:
@@ -51,8 +51,8 @@ class TunnelListener:
         port: int = self._listener.getsockname()[1]
         return port
 
-    def answered(self, message: dict[str, Any]) -> bool:
-        """Take the announcement of a stream that answers one of ours; return False when it is of another tunnel."""
+    def accept_answer(self, message: dict[str, Any]) -> bool:
+        """Accept the stream that answers one of ours; return False if it belongs to another tunnel."""
         relay = self._relays.get(message.get("of", -1))
         if relay is None:
             return False
@@ -70,7 +70,7 @@ class TunnelListener:
     def _accept(self, _events: int) -> None:
         try:
             sock, _ = self._listener.accept()
-        except OSError:  # gone again, or no descriptor left: the rank tries again
+        except OSError:  # closed again, or no descriptor left: the rank tries again
             return
 
         outgoing = self._channel.open_stream(kind="tunnel", **self._about)
@@ -81,27 +81,27 @@ class TunnelListener:
 
 
 class TunnelConnector:
-    """The end at the launcher: connects to the aggregator for each connection that a host announces.
+    """The launcher's end of the tunnel: connects to the aggregator for each connection of a host.
 
     Args:
         selector: the owner's; what is registered there has a callable as data, which takes the events.
         channel: to the agent.
-        port: where to connect to, on this host's loopback.
+        port: the aggregator's, on this host's loopback.
     """
 
     def __init__(self, selector: selectors.BaseSelector, channel: Channel, port: int) -> None:
         self._selector, self._channel, self._port = selector, channel, port
         self._relays: dict[int, TunnelConnection] = {}
 
-    def opened(self, message: dict[str, Any]) -> None:
-        """Take the announcement of a connection on the other side."""
+    def accept_connection(self, message: dict[str, Any]) -> None:
+        """Connect for a new connection on the other side."""
         number: int = message["id"]
         outgoing = self._channel.open_stream(kind="tunnel", of=number)
         try:
             sock = socket.create_connection(("127.0.0.1", self._port), timeout=_CONNECT_TIMEOUT_S)
         except OSError as error:
             _log.debug("the tunnel's connection to port %d fails: %s", self._port, error)
-            sock, other = socket.socketpair()  # takes what is on its way to us, and ends
+            sock, other = socket.socketpair()  # accepts the bytes that are under way, and ends
             other.close()
 
         relay = TunnelConnection(self._selector, self._channel, sock, outgoing, lambda: self._relays.pop(number, None))
@@ -115,7 +115,7 @@ class TunnelConnector:
 
 
 class TunnelConnection:
-    """One connection: what its socket gives goes into `outgoing`, what the other stream brings goes to the socket."""
+    """One connection: forwards the bytes of its socket to `outgoing`, and those of the other stream to the socket."""
 
     def __init__(
         self,
@@ -139,19 +139,19 @@ class TunnelConnection:
         self._watch()
 
     def receive_from(self, number: int) -> None:
-        """Pass on what comes on this stream."""
+        """Forward the bytes of this stream."""
         self._incoming = self._channel.accept(
             number, self._take, self._take_end, window_bytes=_WINDOW_BYTES, manual=True
         )
 
     def close(self, why: str | None = None) -> None:
-        """End both directions; what had not been written is dropped."""
+        """End both directions; bytes that are not written are dropped."""
         if self._closed:
             return
 
         self._closed = True
         self._waiting.clear()
-        with contextlib.suppress(KeyError, ValueError):  # the owner's loop may be over, and its selector closed
+        with contextlib.suppress(KeyError, ValueError):  # the owner's loop may have ended and closed its selector
             self._set_events(0)
 
         self._sock.close()
@@ -160,7 +160,7 @@ class TunnelConnection:
 
         self._on_closed()
 
-    # --- from the socket into the channel ----------------------------------------------------------------------------
+    # --- from the socket to the channel ------------------------------------------------------------------------------
 
     def _ready(self, events: int) -> None:
         if events & selectors.EVENT_READ:
@@ -192,21 +192,21 @@ class TunnelConnection:
         self._outgoing.end()
         self._close_if_done()
 
-    # --- from the channel into the socket ----------------------------------------------------------------------------
+    # --- from the channel to the socket ------------------------------------------------------------------------------
 
     def _take(self, data: memoryview) -> None:
         if self._closed:
             self._grant(len(data))
             return
 
-        self._waiting.append(memoryview(bytes(data)))  # the channel's buffer is its own again when we return
+        self._waiting.append(memoryview(bytes(data)))  # the channel reuses its buffer
         self._write()
         self._watch()
 
     def _take_end(self, error: dict[str, Any] | None) -> None:
         self._stream_ended = True
         if error is not None:
-            self.close("the other end is gone")
+            self.close("the other end was closed")
         elif not self._closed:
             self._write()
             self._watch()
@@ -244,7 +244,7 @@ class TunnelConnection:
             self.close()
 
     def _watch(self) -> None:
-        """Ask for the events that something can be done about now."""
+        """Watch the events that can be handled now."""
         if self._closed:
             return
 

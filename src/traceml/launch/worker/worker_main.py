@@ -1,4 +1,4 @@
-"""One rank: a process forked by the zygote, from the fork to its end."""
+"""The process of one worker, from the fork by the zygote to its end."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ __all__ = ["main"]
 
 _LEAVE_TIMEOUT_S = 5.0
 _MAX_NOTES = 16
-_MAX_TEXT_CHARACTERS = 512 * 1024  # of an exception's words: they travel in one message
+_MAX_TEXT_CHARACTERS = 512 * 1024  # of an exception's text, which is sent in one message
 
 
 class _Stopped(BaseException):
-    """The agent wants no more of us."""
+    """The agent has closed the connection or stopped the worker."""
 
 
 def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
-    """Run the function or script of one rank, tell the agent what came of it, and end when it says so.
+    """Run the function or script of one rank, report the result, and end when the agent releases the worker.
 
     Args:
-        request: what the agent wants of this rank.
-        fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and perhaps the rendezvous listener.
+        request: the agent's request.
+        fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and on rank 0 the listener.
     """
     socket_fd, out, err, records_fd, stacks, *listener = fds
     agent = FdSocket.of(socket_fd)
     status = 1
     try:
-        _take_place(request, out, err, stacks)
-        if request["script"]:  # as under `python`: what it logs goes where it says, by default to stderr
+        _set_up_process(request, out, err, stacks)
+        if request["script"]:  # as under `python`: the script configures logging itself
             os.close(records_fd)
         else:
             _send_records(records_fd, request["log_level"])
@@ -55,12 +55,12 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
         if request["trace"] and not request["script"]:
             from traceml.session.startup import start_for_script
 
-            start_for_script()  # before the process group: its making is watched
+            start_for_script()  # before the process group, whose creation is traced
 
         status = _work(agent, request, listener[0] if listener else None)
     except _Stopped:
         status = 1
-    except BaseException:  # noqa: BLE001 - a fault of ours: it must be seen
+    except BaseException:  # noqa: BLE001 - our own error: make it visible
         traceback.print_exc()
 
     _end(status)
@@ -75,7 +75,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         elif listener is not None:
             os.close(listener)
 
-        _tell(agent, "ready")
+        _send(agent, "ready")
         result = _run_script(request) if request["script"] else _run_function(agent, request)
     except SystemExit as leaving:
         status = _status_of(leaving)
@@ -86,7 +86,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         result = None
     except _Stopped:
         raise
-    except BaseException as error:  # noqa: BLE001 - the user's; it travels
+    except BaseException as error:  # noqa: BLE001 - the user's error is sent
         _note_end(request, error, 1)
         _report_error(agent, error)
         _await_release(agent)
@@ -103,18 +103,18 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
 
 
 def _note_end(request: Mapping[str, Any], error: BaseException | None, status: int) -> None:
-    """Tell the recorder how the user's part ended; a script has told it already."""
+    """Report the end of the user's function to the recorder; a script has done so itself."""
     if request["trace"] and not request["script"]:
         from traceml.recorder.lifecycle import note_exit
 
         note_exit(error, status)
 
 
-# --- what this process is --------------------------------------------------------------------------------------------
+# --- set-up of the process -------------------------------------------------------------------------------------------
 
 
-def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> None:
-    """Become a process like any other: streams, signals, variables, cores, random numbers."""
+def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks: int) -> None:
+    """Set up streams, signals, variables, cores and random numbers, as in a new process."""
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (out, 1), (err, 2)):
         os.dup2(source, target)
@@ -144,11 +144,11 @@ def _take_place(request: Mapping[str, Any], out: int, err: int, stacks: int) -> 
         os.environ["PWD"] = request["cwd"]
 
     sys.path[:0] = [folder for folder in request["sys_path"] if folder not in sys.path]
-    _take_cores(request)
+    _set_cores(request)
     random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
-        numpy_random.seed()  # in a fork the state is the parent's; torch's own seed is fixed in a new process too
+        numpy_random.seed()  # a fork inherits the parent's state; torch has a fixed seed in a new process too
 
     threading.current_thread().name = "MainThread"
     sys.argv = [""]
@@ -160,7 +160,7 @@ def _stream(fd: int, errors: str) -> io.TextIOWrapper:
 
 
 def _line_buffer_c() -> None:
-    """Have C code's `printf` write each line at once, as it would to a terminal."""
+    """Make `printf` in C code flush each line, as on a terminal."""
     import ctypes
 
     with contextlib.suppress(OSError, ValueError, AttributeError):
@@ -168,8 +168,8 @@ def _line_buffer_c() -> None:
         libc.setvbuf(ctypes.c_void_p.in_dll(libc, "stdout"), None, 1, 0)
 
 
-def _take_cores(request: Mapping[str, Any]) -> None:
-    """Keep to our part of the host's cores, and start no more threads than that."""
+def _set_cores(request: Mapping[str, Any]) -> None:
+    """Restrict the process to its share of the cores, with as many threads."""
     if request["cores"]:
         os.sched_setaffinity(0, request["cores"])
 
@@ -185,7 +185,7 @@ def _take_cores(request: Mapping[str, Any]) -> None:
 
 
 def _send_records(fd: int, level: int | None) -> None:
-    """Send what is logged to the agent, as records."""
+    """Send records of `logging` to the agent."""
     os.set_inheritable(fd, False)
     log_records.install(fd, logging.getLogger().level if level is None else level)
 
@@ -194,7 +194,7 @@ def _send_records(fd: int, level: int | None) -> None:
 
 
 def _join(request: Mapping[str, Any], listener: int | None) -> Any:
-    """Make the default process group over a store whose port rank 0's agent has bound; return the store."""
+    """Create the default process group on a store whose port rank 0's agent has bound; return the store."""
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -218,14 +218,14 @@ def _join(request: Mapping[str, Any], listener: int | None) -> Any:
 
 
 def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
-    """Leave the group; rank 0, in which the store lives, is the last to go."""
+    """Leave the group; rank 0, which holds the store, leaves last."""
     from datetime import timedelta
 
     import torch.distributed as dist
 
     env = request["env"]
     rank, others = int(env["RANK"]), int(env["WORLD_SIZE"]) - 1
-    with contextlib.suppress(Exception):  # the job is done; what fails in taking it down concerns nobody
+    with contextlib.suppress(Exception):  # the job is done; errors of the clean-up do not matter
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -235,17 +235,17 @@ def _leave_group(store: Any, request: Mapping[str, Any]) -> None:
             store.wait(["all left"], timedelta(seconds=_LEAVE_TIMEOUT_S))
 
 
-# --- what is run -----------------------------------------------------------------------------------------------------
+# --- function or script ----------------------------------------------------------------------------------------------
 
 
 def _run_function(agent: FdSocket, request: Mapping[str, Any]) -> Any:
-    """Wait for the payload, and call what is in it."""
-    _, fds = _next(agent, "payload")
-    with_memory = map_private(fds[0])
+    """Wait for the payload, and call its function."""
+    _, fds = _receive(agent, "payload")
+    memory = map_private(fds[0])
     os.close(fds[0])
     register = partial(main_module.register, main_module.install(request["main"]))
-    func, args, kwargs = payload.load(with_memory, what="the function and its arguments", on_made=register)
-    del with_memory
+    func, args, kwargs = payload.load(memory, what="the function and its arguments", on_made=register)
+    del memory
     return func(*args, **kwargs)
 
 
@@ -259,10 +259,10 @@ def _run_script(request: Mapping[str, Any]) -> Any:
     run(words)
 
 
-# --- talking with the agent -------------------------------------------------------------------------------------------
+# --- messages to the agent -------------------------------------------------------------------------------------------
 
 
-def _next(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
+def _receive(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
     try:
         received = agent.receive()
     except EOFError:
@@ -275,7 +275,7 @@ def _next(agent: FdSocket, name: str) -> tuple[dict[str, Any], list[int]]:
     return received
 
 
-def _tell(agent: FdSocket, name: str, fds: Sequence[int] = (), **fields: Any) -> None:
+def _send(agent: FdSocket, name: str, fds: Sequence[int] = (), **fields: Any) -> None:
     try:
         agent.send(name, fds, **fields)
     except ConnectionError:
@@ -283,41 +283,41 @@ def _tell(agent: FdSocket, name: str, fds: Sequence[int] = (), **fields: Any) ->
 
 
 def _await_release(agent: FdSocket) -> None:
-    """Stay until all ranks have reported: a peer may still be connecting to us."""
+    """Wait until all ranks have reported: a peer may still be connecting to us."""
     sys.stdout.flush()
     sys.stderr.flush()
-    _next(agent, "release")
+    _receive(agent, "release")
 
 
 def _report_result(agent: FdSocket, result: Any) -> bool:
-    """Send what the function returned; what cannot travel is told as an error."""
+    """Send the function's result; report one that cannot be pickled as an error."""
     try:
         memory = _in_memory(payload.dump(result, what="the result").chunks())
     except BaseException as error:  # noqa: BLE001 - pickling runs the user's code
-        _report_error(agent, error, trace=False)  # how pickling went concerns nobody
+        _report_error(agent, error, trace=False)  # the traceback would show our pickling only
         _await_release(agent)
         return False
 
-    _tell(agent, "done", [memory])
+    _send(agent, "done", [memory])
     os.close(memory)
     return True
 
 
 def _report_error(agent: FdSocket, error: BaseException, *, trace: bool = True) -> None:
-    """Send an exception: its words always, itself where it can travel."""
+    """Send an exception: its text, and the object if it can be pickled."""
     kind = type(error)
     fds = []
-    with contextlib.suppress(Exception):  # then its words have to do
-        parcel = payload.dump_exception(error)
-        if parcel is not None:
-            fds.append(_in_memory(parcel.chunks()))
+    with contextlib.suppress(Exception):  # then the text is used
+        serialized = payload.dump_exception(error)
+        if serialized is not None:
+            fds.append(_in_memory(serialized.chunks()))
 
     try:
         message = str(error)
     except Exception as inner:  # noqa: BLE001 - the user's __str__
-        message = f"<its text cannot be had: {inner!r}>"
+        message = f"<its text is unavailable: {inner!r}>"
 
-    _tell(
+    _send(
         agent,
         "raised",
         fds,
@@ -350,7 +350,7 @@ def _shortened(text: str) -> str:
 
 
 def _in_memory(chunks: Any) -> int:
-    """Write pieces into a new file in memory; return its descriptor."""
+    """Write chunks to a new memory file; return its descriptor."""
     memory = os.memfd_create("traceml-result")
     for chunk in chunks:
         view = memoryview(chunk)
@@ -376,9 +376,9 @@ def _status_of(leaving: SystemExit) -> int:
 
 
 def _end(status: int) -> NoReturn:
-    """End as the interpreter does, but leave memory to the kernel: taking it apart would copy it first."""
+    """End as the interpreter does, but leave memory to the kernel: freeing shared pages would copy them."""
     steps: list[Callable[[], object]] = [
-        threading._shutdown,  # type: ignore[attr-defined]  # waits for the threads that are no daemons
+        threading._shutdown,  # type: ignore[attr-defined]  # waits for non-daemon threads
         atexit._run_exitfuncs,
         sys.stdout.flush,
         sys.stderr.flush,
@@ -387,7 +387,7 @@ def _end(status: int) -> NoReturn:
     for step in steps:
         try:
             step()
-        except BaseException:  # noqa: BLE001 - the rest is to be done all the same
+        except BaseException:  # noqa: BLE001 - the other steps must run
             with contextlib.suppress(Exception):
                 traceback.print_exc()
 

@@ -1,7 +1,7 @@
-"""The process which imports torch once and forks the workers of its host.
+"""The zygote: the process that imports torch once and forks the workers of its host.
 
-It computes nothing and has one thread, so that its children may do both; it touches no GPU. It and the agent guard each
-other: whoever sees that the other is gone ends what the job has left.
+It computes nothing, has one thread and uses no GPU, so that forked workers can do all of that. If it or the agent dies,
+the other one ends the processes of the job.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from traceml.launch.worker.blas import one_blas_thread
 
 __all__ = ["main"]
 
-# What a worker would import first; here it is imported once, and its memory is shared.
+# A worker's first imports: made here once, with shared memory.
 _WARM = ("traceml.launch.worker.worker_main", "traceml.launch.wire.payload", "cloudpickle", "logging.handlers")
 _WARM_TORCH = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.data")
 
 
 def main(fd: int) -> NoReturn:
-    """Become what the agent at the other end of `fd` asks for; in the end, a worker or nothing."""
+    """Serve the agent at the other end of `fd`; in each forked child, become a worker."""
     agent = FdSocket.of(fd)
     os.set_inheritable(fd, False)
     request = None
     try:
         spec, _ = agent.receive() or ({}, [])
         die_with_parent(spec["parent"])
-        with contextlib.suppress(PermissionError):  # we are its leader already
+        with contextlib.suppress(PermissionError):  # already its leader
             os.setsid()
 
         _prepare(agent, spec)
-        die_with_parent(spec["parent"], 0)  # from here on we see ourselves when the agent ends, and clean up
+        die_with_parent(spec["parent"], 0)  # from here on the closed socket shows the agent's end, and we clean up
         if os.getppid() == spec["parent"]:
             request = _serve(agent, spec["mark"])
     except EOFError:
@@ -58,9 +58,9 @@ def main(fd: int) -> NoReturn:
 
 
 def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
-    """Import what workers share; tell the agent how that went."""
+    """Import the modules that workers share; report the result to the agent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # a worker which has no handler yet must not die of it
+    signal.signal(STACK_SIGNAL, signal.SIG_IGN)  # a worker without a handler must not die of it
     agent.send("up")
     own_path = list(sys.path)
     sys.path[:0] = [folder for folder in spec["sys_path"] if folder not in own_path]
@@ -71,7 +71,7 @@ def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
 
         if spec["need_torch"] > 1 or (spec["need_torch"] and find_spec("torch") is not None):
             version = _import_torch()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, it is told
+    except BaseException as error:  # noqa: BLE001 - any failure is reported
         missing = isinstance(error, ModuleNotFoundError) and error.name == "torch"
         text = f"{sys.executable}: {error}" if missing else traceback.format_exc()
         agent.send("failed", kind="no_torch" if missing else "import", text=text)
@@ -80,7 +80,7 @@ def _prepare(agent: FdSocket, spec: Mapping[str, Any]) -> None:
     sys.path[:] = own_path  # each worker gets the path of its own launch
     become_subreaper()
     gc.collect()
-    gc.freeze()  # a collection in a worker would write to, and so copy, every page with an object
+    gc.freeze()  # else a collection in a worker would write to, and so copy, each page
     threads = len(list(Path("/proc/self/task").iterdir()))
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     agent.send("ready", torch=version, threads=threads, cuda_visible_devices=chosen)
@@ -96,7 +96,7 @@ def _import_torch() -> str:
 
 
 def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | None:
-    """Fork workers until the agent goes; return its request in each worker, None here at the end."""
+    """Fork workers until the agent is gone; return the request in each worker, and None here at the end."""
     import selectors
 
     read_end, write_end = os.pipe()
@@ -114,16 +114,16 @@ def _serve(agent: FdSocket, mark: str) -> tuple[dict[str, Any], list[int]] | Non
                 os.read(read_end, 4096)
 
             try:
-                _tell_ended(agent)
+                _report_ended(agent)
                 while (request := agent.receive(wait=False)) is not None:
                     if _fork(agent, *request):
-                        return _leave(selector, agent, (read_end, write_end), request)
+                        return _close_in_worker(selector, agent, (read_end, write_end), request)
             except (EOFError, OSError):
                 _clean_up(mark)
                 return None
 
 
-def _tell_ended(agent: FdSocket) -> None:
+def _report_ended(agent: FdSocket) -> None:
     try:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             agent.send("ended", pid=ended[0], status=ended[1])
@@ -154,10 +154,10 @@ def _fork(agent: FdSocket, request: Mapping[str, Any], fds: list[int]) -> bool:
     return False
 
 
-def _leave(
+def _close_in_worker(
     selector: Any, agent: FdSocket, fds: tuple[int, int], request: tuple[dict[str, Any], list[int]]
 ) -> tuple[dict[str, Any], list[int]]:
-    """Let go in a worker of what belongs to the zygote."""
+    """Close the zygote's descriptors in a worker."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     selector.close()
@@ -169,7 +169,7 @@ def _leave(
 
 
 def _clean_up(mark: str) -> None:
-    """End what the workers have left: the agent is gone and cannot."""
+    """End the processes of the job, as the agent is gone."""
     own = os.getpid()
     terminate_all(lambda: find_leftovers([own], mark=mark), grace_s=0)
 
