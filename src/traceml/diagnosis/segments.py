@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.job_facts import JobFacts
-from traceml.diagnosis.phases import Floats, has_group
+from traceml.diagnosis.phases import PHASES, Floats, has_group
 from traceml.diagnosis.window import Window
 
 __all__ = ["COMPUTE", "LateRanks", "Segments", "median_over_ranks", "segments_of"]
@@ -22,6 +22,8 @@ __all__ = ["COMPUTE", "LateRanks", "Segments", "median_over_ranks", "segments_of
 COMPUTE = ("forward", "backward", "optimizer")
 """The parts that are computation."""
 
+# In a group these are split or shifted; user phases are parts by name.
+_SPLIT = {"backward", "optimizer", "comm", "user"}
 _MIN_MEASURED = 5
 
 
@@ -86,7 +88,7 @@ def segments_of(window: Window, facts: JobFacts) -> Segments:
     """Return the window's own work, with or without a process group."""
     grouped = _grouped(window, facts)
     parts = _user_parts(window)
-    parts.update({name: window.times[name] for name in ("input_wait", "h2d", "forward", "checkpoint", "other")})
+    parts.update({name: window.times[name] for name in PHASES if name not in _SPLIT})
     parts["optimizer"] = _behind_sync(window.times["optimizer"]) if grouped else window.times["optimizer"]
     measured = window.measured
     known = not grouped or int(measured.sum()) >= _MIN_MEASURED
