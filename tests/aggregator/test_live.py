@@ -25,8 +25,8 @@ def live() -> LiveRows:
     return made
 
 
-class Told:
-    """A store that remembers events."""
+class EventLog:
+    """Store that only records events."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, dict]] = []
@@ -111,7 +111,7 @@ def test_end_of_a_rank_is_a_fact(live):
 
 def test_verdict_is_told_when_it_changes(live):
     """The same verdict is not told again at once; another one is."""
-    verdicts, store = LiveVerdict(live), Told()
+    verdicts, store = LiveVerdict(live), EventLog()
     verdicts.update(store)
     assert store.events == []  # nothing has come yet
 
@@ -134,7 +134,7 @@ def test_verdict_is_told_when_it_changes(live):
 def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
     """An error in the rules is logged, and not tried again at once."""
     monkeypatch.setattr("traceml.aggregator.verdicts.diagnose", lambda *_: 1 / 0)
-    verdicts, store = LiveVerdict(live), Told()
+    verdicts, store = LiveVerdict(live), EventLog()
     live.fresh = True
     verdicts.update(store)
     live.fresh = True

@@ -88,7 +88,7 @@ def _compute_bound(
 
 def _healthy(step: float, shares: dict[str, float], saving: float, facts: JobFacts) -> str:
     if saving >= WARNING_SHARE:
-        return f"Saving checkpoints takes {percent_text(saving)} of all time; nothing else slows the run down."
+        return f"Saving checkpoints takes {percent_text(saving)} of step time; nothing else slows the run down."
 
     if facts.oversubscribed:
         ranks = "the ranks had" if facts.world_size > 1 else "the process had"
