@@ -72,19 +72,19 @@ def _store_odd_runs(folder: Path) -> None:
 
 
 @pytest.fixture(scope="package")
-def keeper(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageProcess]:
+def page_process(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PageProcess]:
     """The page, served as `serve --web` does, with the files of tokens in a folder of its own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
-        with PageProcess(runs_dir, 0, nice=0) as keeper:
-            connection = http.client.HTTPConnection("127.0.0.1", keeper.port, timeout=30)
+        with PageProcess(runs_dir, 0, nice=0) as page_process:
+            connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=30)
             connection.request("GET", "/")  # it waits in the socket's backlog until it is served
             assert connection.getresponse().status == 401
             connection.close()
-            yield keeper
+            yield page_process
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Chromium, headless; gone after these tests, for its loop would be in the way of others."""
     installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -97,8 +97,8 @@ def browser() -> Iterator[Browser]:
 class Visit:
     """A browser of its own at the page; notes every request that leaves loopback and every error of a script."""
 
-    def __init__(self, browser: Browser, keeper: PageProcess, **options: object) -> None:
-        self._keeper = keeper
+    def __init__(self, browser: Browser, page_process: PageProcess, **options: object) -> None:
+        self._page_process = page_process
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
         self.page: Page = self.context.new_page()
         self.foreign: list[str] = []
@@ -109,27 +109,27 @@ class Visit:
     @property
     def port(self) -> int:
         """The page's port."""
-        return self._keeper.port
+        return self._page_process.port
 
     def open(self, path: str = "/", *, token: bool = True) -> Page:
         """Go to an address, with the token."""
         place, mark, section = path.partition("#")
-        query = f"?token={self._keeper.token}" if token else ""
-        self.page.goto(f"http://127.0.0.1:{self._keeper.port}{place}{query}{mark}{section}")
+        query = f"?token={self._page_process.token}" if token else ""
+        self.page.goto(f"http://127.0.0.1:{self._page_process.port}{place}{query}{mark}{section}")
         return self.page
 
     def _note_request(self, url: str) -> None:
-        if not url.startswith((f"http://127.0.0.1:{self._keeper.port}/", "data:", "blob:")):
+        if not url.startswith((f"http://127.0.0.1:{self._page_process.port}/", "data:", "blob:")):
             self.foreign.append(url)
 
 
 @pytest.fixture
-def visit(browser: Browser, keeper: PageProcess) -> Iterator[Callable[..., Visit]]:
+def visit(browser: Browser, page_process: PageProcess) -> Iterator[Callable[..., Visit]]:
     """Open browsers; each must have asked for nothing from elsewhere, and none of its scripts may have failed."""
     visits: list[Visit] = []
 
     def start(**options: object) -> Visit:
-        visits.append(Visit(browser, keeper, **options))
+        visits.append(Visit(browser, page_process, **options))
         return visits[-1]
 
     yield start
@@ -191,11 +191,11 @@ def live_job(runs_dir: Path) -> Iterator[LiveJob]:
 
 
 @pytest.fixture
-def kill_page(keeper: PageProcess) -> Callable[[], None]:
+def kill_page(page_process: PageProcess) -> Callable[[], None]:
     """Return what kills the page's process, as an OOM kill would."""
 
     def kill() -> None:
-        assert keeper.pid is not None
-        os.kill(keeper.pid, signal.SIGKILL)
+        assert page_process.pid is not None
+        os.kill(page_process.pid, signal.SIGKILL)
 
     return kill

@@ -188,7 +188,7 @@ def test_a_run_that_goes_on_is_followed_in_place(visit: Visits, live_job: LiveJo
 
 
 def test_a_page_that_is_killed_comes_back_with_what_it_missed(
-    visit: Visits, live_job: LiveJob, keeper: object, kill_page: Callable[[], None]
+    visit: Visits, live_job: LiveJob, page_process: object, kill_page: Callable[[], None]
 ) -> None:
     """The browser says that the connection is lost, then finds the new server at the same address by itself."""
     live_job.train(60)
@@ -201,7 +201,7 @@ def test_a_page_that_is_killed_comes_back_with_what_it_missed(
     live_job.train(60)
     deadline = time.monotonic() + 30
     while "120" not in (steps.text_content() or "") and time.monotonic() < deadline:
-        keeper.keep()  # type: ignore[attr-defined]
+        page_process.keep()  # type: ignore[attr-defined]
         page.wait_for_timeout(200)
 
     expect(steps).to_contain_text("120")

@@ -23,11 +23,11 @@ _SOCKET = "/_nicegui_ws/socket.io/?EIO=4&transport=websocket&client_id=x"
 
 
 @pytest.fixture
-def ask(keeper: PageProcess) -> Ask:
+def ask(page_process: PageProcess) -> Ask:
     """Send one request and return the answer, read."""
 
     def send(path: str, **headers: str) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", keeper.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", page_process.port, timeout=20)
         try:
             connection.request("GET", path, headers=headers)
             answer = connection.getresponse()
@@ -40,9 +40,9 @@ def ask(keeper: PageProcess) -> Ask:
 
 
 @pytest.fixture
-def cookie(keeper: PageProcess) -> str:
+def cookie(page_process: PageProcess) -> str:
     """What a browser that was let in sends."""
-    return f"{cookie_name(keeper.port)}={cookie_value(keeper.token)}"
+    return f"{cookie_name(page_process.port)}={cookie_value(page_process.token)}"
 
 
 @pytest.mark.parametrize("path", ["/", "/run/x", "/compare/a/b", "/_nicegui/3/static/nicegui.js", "/nowhere"])
@@ -66,9 +66,9 @@ def test_a_wrong_token_is_told(ask: Ask, token: str) -> None:
     assert answer.getheader("set-cookie") is None
 
 
-def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, keeper: PageProcess, cookie: str) -> None:
+def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, page_process: PageProcess, cookie: str) -> None:
     """The address without the token can be kept; the cookie is not the token, and no script reads it."""
-    answer = ask(f"/run/a%20b?x=1&token={keeper.token}")
+    answer = ask(f"/run/a%20b?x=1&token={page_process.token}")
 
     assert answer.status == 303
     assert answer.getheader("location") == "/run/a%20b?x=1"
@@ -76,29 +76,29 @@ def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, keeper: Pag
     assert told.startswith(f"{cookie};")
     assert "HttpOnly" in told
     assert "SameSite=Lax" in told
-    assert keeper.token not in told
+    assert page_process.token not in told
     assert ask("/", Cookie=cookie).status == 200
 
 
 @pytest.mark.parametrize("path", ["//evil.example/", "/%5Cevil.example", "/\\evil.example"])
-def test_the_redirect_stays_here(ask: Ask, keeper: PageProcess, path: str) -> None:
-    answer = ask(f"{path}?token={keeper.token}")
+def test_the_redirect_stays_here(ask: Ask, page_process: PageProcess, path: str) -> None:
+    answer = ask(f"{path}?token={page_process.token}")
 
     location = answer.getheader("location") or "/"
     assert not location.startswith(("//", "/\\"))
 
 
 @pytest.mark.parametrize("forged", ["traceml_1=x", "{name}=", "{name}={token}", "{name}=0", ";;=;"])
-def test_another_cookie_is_none(ask: Ask, keeper: PageProcess, forged: str) -> None:
+def test_another_cookie_is_none(ask: Ask, page_process: PageProcess, forged: str) -> None:
     """Not even the token itself opens as a cookie."""
-    cookie = forged.format(name=cookie_name(keeper.port), token=keeper.token)
+    cookie = forged.format(name=cookie_name(page_process.port), token=page_process.token)
 
     assert ask("/", Cookie=cookie).status == 401
 
 
-def test_the_websocket_is_guarded_too(ask: Ask, keeper: PageProcess, cookie: str) -> None:
+def test_the_websocket_is_guarded_too(ask: Ask, page_process: PageProcess, cookie: str) -> None:
     """It opens with the cookie alone, and not from a page of another server, which sends the cookie as well."""
-    here = f"http://127.0.0.1:{keeper.port}"
+    here = f"http://127.0.0.1:{page_process.port}"
 
     assert ask(_SOCKET, **_UPGRADE).status == 403
     assert ask(_SOCKET, **_UPGRADE, Cookie=cookie, Origin="http://127.0.0.1:1").status == 403
@@ -117,10 +117,10 @@ def test_nothing_may_be_loaded_from_elsewhere(ask: Ask, cookie: str) -> None:
     assert answer.getheader("referrer-policy") == "no-referrer"
 
 
-def test_the_token_is_kept_for_this_user_alone(keeper: PageProcess) -> None:
-    kept = auth.discover(keeper.port, kind=auth.PAGE)
+def test_the_token_is_kept_for_this_user_alone(page_process: PageProcess) -> None:
+    kept = auth.discover(page_process.port, kind=auth.PAGE)
 
     assert kept is not None
-    assert kept.token == keeper.token
-    path = auth.runtime_folder() / f"page-{keeper.port}.json"
+    assert kept.token == page_process.token
+    path = auth.runtime_folder() / f"page-{page_process.port}.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -128,7 +128,7 @@ def _tiles(view: RunView) -> Iterator[str]:
     )
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in tiles)
-    yield f'</div><p class="more">Tracing cost {escaped(overhead)}.</p>'
+    yield f'</div><p class="more">Overhead of tracing: {escaped(overhead)}.</p>'
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:

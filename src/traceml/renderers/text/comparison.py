@@ -60,7 +60,7 @@ def compared_sentences(comparison: Comparison) -> list[str]:
     sentences = []
     if mean.p is not None:
         low, high = change_text(mean.low), change_text(mean.high)
-        sentences.append(f"With 99 % confidence the change lies between {low} and {high} (p = {mean.p:.2g}).")
+        sentences.append(f"With 99 % confidence the change is between {low} and {high} (p = {mean.p:.2g}).")
 
     if comparison.outcome in ("slower", "faster"):
         sentences += list(_rank_sentence(comparison)) or list(_phase_sentence(comparison))
