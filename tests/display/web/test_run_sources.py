@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import time
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.display.web.runs import add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
-from traceml.display.web import run_sources
 from traceml.display.web.run_sources import RunSource, RunsSource, is_run_id
 from traceml.runs.report import build_report, save_report
 
@@ -83,19 +81,18 @@ def test_new_rows_move_a_running_run_on(tmp_path, follow):
         assert source.read().view.steps.count == 90
 
 
-def test_silence_is_told_and_ends(tmp_path, follow, monkeypatch):
-    """A run whose store was written long ago is silent from the first look on."""
+def test_silence_is_reported_and_ends(tmp_path, follow):
+    """A run without new data is silent until the next row."""
+    now_s = 100.0
     rows = rows_of(Job(ranks=1, steps=90, grouped=False))[0]
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(state="running", ended=None, world_size=1))
         stream = add_rank(writer, 0, rows[:50], state="running")
         writer.commit()
-        source = follow(tmp_path)
+        source = follow(tmp_path, clock=lambda: now_s)
         assert source.read().silent_s is None
-        monkeypatch.setattr(run_sources, "_SILENT_S", 0.0)
-        time.sleep(1.05)
-        assert source.read().silent_s >= 1.0
-        monkeypatch.setattr(run_sources, "_SILENT_S", 60.0)
+        now_s += 6.0
+        assert source.read().silent_s >= 6.0
         add_rank_rows(writer, stream, rows[50:], 50)
         writer.commit()
 

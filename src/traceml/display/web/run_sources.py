@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,14 +86,18 @@ class RunSource:
     Args:
         run_dir: the run's folder.
         themes: the themes in use; their charts are made here, off the event loop.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, run_dir: Path, themes: Collection[str] = ()) -> None:
+    def __init__(
+        self, run_dir: Path, themes: Collection[str] = (), *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         self._path = run_dir
         self._themes = themes
         self._live: LiveRun | None = None
         self._state = RunState(run_dir.name)
-        self._changed_s = time.monotonic()
+        self._changed_s = self._clock()
         self._written = RunFileTimes(run_dir)
         self._complete = False
         self._published = False
@@ -132,12 +136,12 @@ class RunSource:
         if self._live is None:
             self._inode = inode
             self._live = LiveRun(self._path)
-            self._changed_s = time.monotonic() - self._written.age_s()
+            self._changed_s = self._clock() - self._written.age_s()
             self._complete = False
 
         changed = self._live.refresh()
         if changed:
-            self._changed_s = time.monotonic()
+            self._changed_s = self._clock()
 
         if changed or fresh or self._state.problem or not self._complete or self._written.changed():
             self._complete = self._live.ended
@@ -203,7 +207,7 @@ class RunSource:
         return replace(self._whole(live), silent_s=silent_s)
 
     def _silent(self, live: LiveRun) -> float | None:
-        silent_s = time.monotonic() - self._changed_s
+        silent_s = self._clock() - self._changed_s
         return silent_s if not live.ended and silent_s >= _SILENT_S else None
 
 
