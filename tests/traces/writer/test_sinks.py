@@ -10,7 +10,7 @@ import pytest
 
 from traceml.errors import UsageError
 from traceml.traces.writer import sinks
-from traceml.traces.writer.sinks import SUFFIXES, filled_in, open_sink
+from traceml.traces.writer.sinks import SUFFIXES, expand_path, open_sink
 
 BLOCKS = (b'{"a":1}\n{"a":2}\n', b'{"a":"[\\n]"}\n')
 
@@ -60,8 +60,8 @@ def test_array_that_a_kill_left_open_is_gone_on_with(tmp_path):
 
 
 def test_paths_without_a_name_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="needs a file's name"):
-        filled_in("/")
+    with pytest.raises(UsageError, match="needs a file name"):
+        expand_path("/")
 
     with pytest.raises(UsageError, match=r"ends in one of \.pfw, \.pfw\.gz"):
         open_sink(tmp_path / "trace")

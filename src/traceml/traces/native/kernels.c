@@ -1,8 +1,9 @@
-/* Kernels of the analysis: statistics per group, numbering of pairs, nesting, cover of time.
+/* Kernels of the analysis: statistics per group, numbering of pairs, self time, pairs of begin and end, overlap.
  *
- * Plain C without Python: called through ctypes, so other threads run meanwhile. Every kernel works on arrays
- * that its caller owns. Those that may run out of room stop at the element which does not fit and return its index;
- * the caller makes room and calls again from there. the modules of aggregate/ have the same in numpy, for hosts without a compiler.
+ * Plain C without Python.h: called through ctypes, so other threads run at the same time. Every kernel works on arrays
+ * owned by its caller. A kernel that runs out of room stops at the first element that does not fit and returns its
+ * index; the caller makes room and continues from there. The modules of aggregate/ compute the same in numpy and
+ * Python, for hosts without a compiler.
  */
 #include <stdint.h>
 #include <string.h>
@@ -10,7 +11,7 @@
 #define VERSION 4  /* raised when arguments or constants of this library change; library.py expects it */
 #define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
 #define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
-#define FEW 4      /* values of a group that are kept as they are: most of very many groups have no more */
+#define FEW 4      /* values stored per group before a histogram is used: with many groups, most have no more */
 #define CLASSES 7
 #define BINS 1024
 
@@ -22,7 +23,7 @@ static inline void add_wide(uint64_t *low, int64_t *high, int64_t value) {
   *high += (value < 0 ? -1 : 0) + (*low < before);
 }
 
-/* Count a value in the histogram of a group; `pages` has the group's page of each octave + 1, 0 for none yet. */
+/* Count a value in the histogram of a group; `pages` contains its page for each octave + 1, 0 for none yet. */
 static inline void tally(int64_t v, int32_t *pages, int64_t *cells, int64_t *used) {
   int octave = 0, cell = (int)v;
   if (v >= CELLS) {
@@ -34,7 +35,7 @@ static inline void tally(int64_t v, int32_t *pages, int64_t *cells, int64_t *use
   cells[(int64_t)(pages[octave] - 1) * CELLS + cell]++;
 }
 
-/* Count, sum (128 bits), least, most and the histogram of durations, by group. */
+/* Count, sum (128 bits), minimum, maximum and histogram of durations, by group. */
 int64_t traceml_stats(int64_t first, int64_t n, const int32_t *group, const int64_t *value, int64_t *count,
                       uint64_t *low, int64_t *high, int64_t *least, int64_t *most, int64_t *few, int32_t *pages,
                       int64_t *cells, int64_t *used, int64_t room) {
@@ -45,7 +46,7 @@ int64_t traceml_stats(int64_t first, int64_t n, const int32_t *group, const int6
       few[(int64_t)g * FEW + count[g]] = v;
     } else {
       int32_t *own = &pages[(int64_t)g * OCTAVES];
-      if (*used + FEW + 1 > room) return i; /* as many pages as may begin here */
+      if (*used + FEW + 1 > room) return i; /* maximum number of new pages for one value */
       for (int k = 0; count[g] == FEW && k < FEW; k++) tally(few[(int64_t)g * FEW + k], own, cells, used);
       tally(v, own, cells, used);
     }
@@ -64,7 +65,7 @@ static inline uint64_t mix(uint64_t x) {
   return x;
 }
 
-/* Give each distinct pair a number, dense from 0 in the order of appearance. `table` has a power of two of slots. */
+/* Number distinct pairs, dense from 0 in the order of appearance. The number of slots of `table` is a power of two. */
 int64_t traceml_pairs(int64_t first, int64_t n, const int32_t *left, const int32_t *right, int32_t *out,
                       int32_t *table, int64_t mask, int64_t *keys, int64_t *used) {
   int64_t last_key = 0;
@@ -88,10 +89,10 @@ int64_t traceml_pairs(int64_t first, int64_t n, const int32_t *left, const int32
   return n;
 }
 
-/* Time by the innermost open span of each lane; spans come in the order of their starts.
+/* Time by the innermost open span of each lane; spans are passed in the order of their starts.
  *
- * A lane's stack is a list in one pool of nodes (start, end, group, link to the one below). `free_head` heads the
- * list of unused nodes.
+ * The stack of a lane is a list in one pool of nodes (start, end, group, link to the node below). `free_head` is the
+ * head of the list of unused nodes.
  */
 int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64_t *dur, const int32_t *group,
                      const int32_t *lane, int32_t *head, int64_t *cursor, int64_t *node_start, int64_t *node_end,
@@ -114,13 +115,13 @@ int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64
     }
     if (top >= 0 && s > at) add_wide(&low[node_group[top]], &high[node_group[top]], s - at);
     cursor[l] = s;
-    /* Of spans that start together the longer one is outside; of equal ones the one that was written later. */
+    /* Of spans with the same start the longer one is outside; of equal ones the one that was written later. */
     int32_t above = -1, under = top;
     while (under >= 0 && node_start[under] == s && node_end[under] <= end) {
       above = under;
       under = node_below[under];
     }
-    if (above >= 0 && node_end[above] == end) { /* an equal one is there, around which this one is never innermost */
+    if (above >= 0 && node_end[above] == end) { /* an equal span is open, so this one is never innermost */
       head[l] = top;
       continue;
     }
@@ -129,7 +130,7 @@ int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64
     node_start[node] = s;
     node_end[node] = end;
     node_group[node] = group[i];
-    /* What ends before this one does is never innermost again: stacks are no deeper than spans really nest. */
+    /* Spans that end before this one are never innermost again: a stack is no deeper than the nesting of its spans. */
     while (under >= 0 && node_end[under] <= end) {
       int32_t below = node_below[under];
       node_below[under] = *free_head;
@@ -147,7 +148,7 @@ int64_t traceml_nest(int64_t first, int64_t n, const int64_t *start, const int64
   return n;
 }
 
-/* Account the rest of every lane's stack. */
+/* Account for the rest of the stack of every lane. */
 void traceml_unnest(int64_t lanes, int32_t *head, int64_t *cursor, const int64_t *node_end,
                     const int32_t *node_group, const int32_t *node_below, uint64_t *low, int64_t *high) {
   for (int64_t l = 0; l < lanes; l++) {
@@ -161,11 +162,11 @@ void traceml_unnest(int64_t lanes, int32_t *head, int64_t *cursor, const int64_t
   }
 }
 
-/* Pair begins with ends of the same lane, in the order of time; what is open stays in the stacks.
+/* Pair begins with ends of the same lane, in the order of time; open begins stay in the stacks.
  *
- * An end that has a name closes the innermost begin of that name; begins above it are lost, as is an end without one.
- * Finished spans go to the `out_` arrays, which have room for as many rows as come in. `tally` counts spans written,
- * begins lost, ends lost.
+ * An end with a name closes the innermost begin of that name; begins above it are unpaired, as is an end without a
+ * begin. Spans go to the `out_` arrays, which have room for one per input row. `tally` counts spans, unpaired begins,
+ * and unpaired ends.
  */
 int64_t traceml_match(int64_t first, int64_t n, const int64_t *ts, const uint8_t *is_end, const int32_t *lane,
                       const int32_t *name, const int32_t *group, const uint8_t *mark, int32_t *head, int64_t *node_ts,
@@ -211,39 +212,39 @@ int64_t traceml_match(int64_t first, int64_t n, const int64_t *ts, const uint8_t
   return n;
 }
 
-/* A timeline of bins of 2^shift ns, the first numbered `base`; it gets coarser when time goes beyond it. */
+/* A timeline of bins of 2^shift ns, the first with number `base`; the bins widen when a time exceeds them. */
 typedef struct {
   int64_t shift, base, started;
-  int64_t busy[CLASSES + 1][BINS]; /* the last row counts spans by their start */
+  int64_t busy[CLASSES + 1][BINS]; /* the last row counts spans by start */
 } Timeline;
 
-static void coarser(Timeline *line) {
-  int64_t odd = line->base & 1;
+static void widen(Timeline *timeline) {
+  int64_t odd = timeline->base & 1;
   for (int c = 0; c <= CLASSES; c++) {
     int64_t folded[BINS] = {0};
-    for (int i = 0; i < BINS; i++) folded[(i + odd) >> 1] += line->busy[c][i];
-    memcpy(line->busy[c], folded, sizeof folded);
+    for (int i = 0; i < BINS; i++) folded[(i + odd) >> 1] += timeline->busy[c][i];
+    memcpy(timeline->busy[c], folded, sizeof folded);
   }
-  line->base >>= 1;
-  line->shift++;
+  timeline->base >>= 1;
+  timeline->shift++;
 }
 
-static inline void reach(Timeline *line, int64_t when) {
-  while ((when >> line->shift) - line->base >= BINS) coarser(line);
+static inline void extend(Timeline *timeline, int64_t when) {
+  while ((when >> timeline->shift) - timeline->base >= BINS) widen(timeline);
 }
 
-static void draw(Timeline *line, int mask, int64_t from, int64_t to) {
-  reach(line, to - 1);
+static void add_busy(Timeline *timeline, int mask, int64_t from, int64_t to) {
+  extend(timeline, to - 1);
   while (from < to) {
-    int64_t bin = from >> line->shift, until = (bin + 1) << line->shift;
+    int64_t bin = from >> timeline->shift, until = (bin + 1) << timeline->shift;
     if (until > to) until = to;
     for (int c = 0; c < CLASSES; c++)
-      if (mask >> c & 1) line->busy[c][bin - line->base] += until - from;
+      if (mask >> c & 1) timeline->busy[c][bin - timeline->base] += until - from;
     from = until;
   }
 }
 
-static void pass(int64_t *cursor, const int64_t *ends, int64_t to, int64_t *masks, Timeline *line) {
+static void advance(int64_t *cursor, const int64_t *ends, int64_t to, int64_t *masks, Timeline *timeline) {
   while (*cursor < to) {
     int mask = 0;
     int64_t next = to;
@@ -253,18 +254,18 @@ static void pass(int64_t *cursor, const int64_t *ends, int64_t to, int64_t *mask
         if (ends[c] < next) next = ends[c];
       }
     masks[mask] += next - *cursor;
-    if (line && mask) draw(line, mask, *cursor, next);
+    if (timeline && mask) add_busy(timeline, mask, *cursor, next);
     *cursor = next;
   }
 }
 
-/* How long which classes of spans were open together, by unit (a process, a rank, all); in the order of starts.
+/* Time by set of simultaneously open classes of spans, by unit (a process, a file, all); in the order of starts.
  *
- * `seen` tells whether a unit has begun, `ends` when the last span of each class ends, `masks` the time (ns) for
- * each set of open classes. `line` may be NULL.
+ * `seen`: whether a unit has begun; `ends`: last end of each class; `masks`: time (ns) of each set of open classes.
+ * `timeline` may be NULL.
  */
-void traceml_overlap(int64_t n, const int64_t *start, const int64_t *dur, const int32_t *unit, const uint8_t *klass,
-                   uint8_t *seen, int64_t *cursor, int64_t *ends, int64_t *masks, Timeline *line) {
+void traceml_overlap(int64_t n, const int64_t *start, const int64_t *dur, const int32_t *unit, const uint8_t *work_class,
+                   uint8_t *seen, int64_t *cursor, int64_t *ends, int64_t *masks, Timeline *timeline) {
   for (int64_t i = 0; i < n; i++) {
     int32_t u = unit[i];
     int64_t s = start[i], end = s + dur[i], *open = &ends[(int64_t)u * CLASSES];
@@ -273,26 +274,26 @@ void traceml_overlap(int64_t n, const int64_t *start, const int64_t *dur, const 
       cursor[u] = s;
       for (int c = 0; c < CLASSES; c++) open[c] = s;
     }
-    pass(&cursor[u], open, s, &masks[(int64_t)u << CLASSES], line);
-    if (end > open[klass[i]]) open[klass[i]] = end;
-    if (line) {
-      if (!line->started) {
-        line->base = s >> line->shift;
-        line->started = 1;
+    advance(&cursor[u], open, s, &masks[(int64_t)u << CLASSES], timeline);
+    if (end > open[work_class[i]]) open[work_class[i]] = end;
+    if (timeline) {
+      if (!timeline->started) {
+        timeline->base = s >> timeline->shift;
+        timeline->started = 1;
       }
-      reach(line, s);
-      line->busy[CLASSES][(s >> line->shift) - line->base]++;
+      extend(timeline, s);
+      timeline->busy[CLASSES][(s >> timeline->shift) - timeline->base]++;
     }
   }
 }
 
 void traceml_finish_overlap(int64_t units, const uint8_t *seen, int64_t *cursor, const int64_t *ends, int64_t *masks,
-                     Timeline *line) {
+                     Timeline *timeline) {
   for (int64_t u = 0; u < units; u++) {
     if (!seen[u]) continue;
     int64_t last = cursor[u];
     for (int c = 0; c < CLASSES; c++)
       if (ends[u * CLASSES + c] > last) last = ends[u * CLASSES + c];
-    pass(&cursor[u], &ends[u * CLASSES], last, &masks[u << CLASSES], line);
+    advance(&cursor[u], &ends[u * CLASSES], last, &masks[u << CLASSES], timeline);
   }
 }

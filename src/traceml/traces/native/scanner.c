@@ -1,10 +1,10 @@
-/* The fast scanner: JSON text of trace events in, columns of numbers out. It knows no Python.
+/* Scanner of JSON text of trace events into columns of numbers, without Python.h.
  *
- * It takes the grammar of JSON strictly. What it is not sure to understand exactly as the scanner in Python does, it leaves
- * to that one: an object whose meaning is unusual becomes a row of its own in `unsure`, with its place in the text; at text
- * that is broken, cut off, or nested deeply it stops and says where.
+ * It follows the grammar of JSON strictly. Text that it may not read exactly as the scanner in Python does is left to
+ * that scanner: an unusual object becomes a row in `unsure`, with its range in the text; at text that is broken, cut off,
+ * or nested deeply the scan stops and returns its position.
  *
- * The text must be followed by a byte 0, as that of a Python bytes object is.
+ * The text must be followed by a byte 0, as in a Python bytes object.
  */
 #include <stddef.h>
 #include <stdint.h>
@@ -14,7 +14,7 @@
 #define NO_TIME INT64_MIN
 #define MAX_DEPTH 60
 #define MAX_KEYS 32
-#define MAX_DIGITS 18 /* of a number that surely fits in 64 bits */
+#define MAX_DIGITS 18 /* digits of a number that always fits in 64 bits */
 
 enum status { AT_END, CUT_OFF, BROKEN, CLOSED, FULL, DEEP };
 enum kind { MISSING, INTEGER, FLOAT, TEXT };
@@ -29,7 +29,7 @@ typedef struct {
 typedef struct {
     uint64_t hash;
     uint64_t head; /* the first bytes of the text */
-    uint64_t at;   /* in the arena; the first byte there is the tag */
+    uint64_t at;   /* offset in the arena; the first byte is the tag */
     uint32_t length;
     uint8_t tag;
 } entry;
@@ -45,16 +45,16 @@ typedef struct {
     uint8_t *key_text;
 } scanner;
 
-/* Filled by traceml_scan; the arrays are the caller's, `capacity` rows each. */
+/* Output of traceml_scan; the caller owns the arrays, of `capacity` rows each. */
 typedef struct {
     uint8_t *ph;
     int32_t *name, *cat, *pid, *tid, *id;
     int64_t *ts_ns, *dur_ns;
-    uint8_t *arg_kinds; /* one block of `capacity` rows per key, also the following three */
+    uint8_t *arg_kinds; /* a block of `capacity` rows per key, like the following three */
     int64_t *arg_integers;
     double *arg_floats;
     int32_t *arg_texts;
-    int64_t *unsure; /* three numbers each: row, first byte, byte behind the last */
+    int64_t *unsure; /* three numbers each: row, begin and end in the text */
     int64_t capacity, unsure_capacity;
     int64_t rows, unsure_rows, stop, fractional;
 } columns;
@@ -62,7 +62,7 @@ typedef struct {
 typedef struct {
     const uint8_t *p, *end;
     int unsure;
-    int decimals;  /* of a time in the text that make it nanoseconds */
+    int decimals;  /* decimals of a time in the text that make it nanoseconds */
     int64_t scale; /* ten to that power */
 } cursor;
 
@@ -75,7 +75,7 @@ typedef struct {
 
 typedef struct {
     uint8_t ph;
-    int fractional, odd_id;
+    int fractional, unusual_id;
     slice name, cat, pid, tid, id;
     int64_t ts_ns, dur_ns;
     arg args[MAX_KEYS];
@@ -83,7 +83,7 @@ typedef struct {
 
 /* ---- names and their numbers ---- */
 
-/* Up to eight bytes as a word, the missing ones 0; there are readable bytes up to `end`. */
+/* Up to eight bytes as a word, missing ones 0; bytes before `end` are readable. */
 static inline uint64_t word_at(const uint8_t *p, uint32_t length, const uint8_t *end) {
     uint64_t word = 0;
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -128,7 +128,7 @@ static int grow(scanner *s) {
     return 1;
 }
 
-/* The number of a text; -1 when it is missing, -2 when memory is short. */
+/* Number of a text; -1 when it is missing, -2 when memory is exhausted. */
 static int32_t intern(scanner *s, slice text, const uint8_t *end) {
     if (!text.tag) return -1;
 
@@ -179,7 +179,7 @@ static inline int is_hex(uint8_t c) {
 #define HIGH 0x8080808080808080ull
 #define HAS_ZERO(v) (((v) - ONES) & ~(v) & HIGH)
 
-/* Behind the opening quote; leaves the cursor behind the closing one. */
+/* Text after its opening quote; moves the cursor past the closing one. */
 static inline int take_string(cursor *c, slice *text, int *escaped) {
     const uint8_t *p = c->p;
     text->at = p;
@@ -188,7 +188,7 @@ static inline int take_string(cursor *c, slice *text, int *escaped) {
         while (c->end - p >= 8) {
             uint64_t v;
             memcpy(&v, p, 8);
-            /* a quote, a backslash, or below 0x20: exact up to the first hit, which is all that is used */
+            /* a quote, a backslash, or a byte below 0x20: exact up to the first hit, and only that is used */
             uint64_t hit = HAS_ZERO(v ^ (ONES * '"')) | HAS_ZERO(v ^ (ONES * '\\')) | ((v - ONES * 0x20) & ~v & HIGH);
             if (hit) {
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
@@ -227,7 +227,7 @@ static inline int take_string(cursor *c, slice *text, int *escaped) {
 static inline int is_digit(uint8_t c) { return (uint8_t)(c - '0') < 10; }
 
 typedef struct {
-    const uint8_t *at, *point, *end; /* point: where the fraction's digits begin, NULL without one */
+    const uint8_t *at, *point, *end; /* point: begin of the digits of the fraction, NULL without one */
     int negative, exponent;
 } number;
 
@@ -236,7 +236,7 @@ static inline int take_number(cursor *c, number *n) {
     n->negative = *p == '-', n->exponent = 0, n->point = NULL;
     p += n->negative;
     n->at = p;
-    if (*p == 'I' || *p == 'N') return TOO_DEEP; /* Infinity: the other scanner knows it */
+    if (*p == 'I' || *p == 'N') return TOO_DEEP; /* Infinity or NaN: for the scanner in Python */
     if (!is_digit(*p)) return ended(c, p);
 
     p += *p == '0';
@@ -259,7 +259,7 @@ static inline int take_number(cursor *c, number *n) {
     }
 
     c->p = p;
-    return p >= c->end ? CUT : OK; /* the next chunk may have more digits */
+    return p >= c->end ? CUT : OK; /* the next chunk may contain more digits */
 }
 
 static inline int take_word(cursor *c) {
@@ -286,7 +286,7 @@ static inline int skip_scalar(cursor *c) {
     return take_word(c);
 }
 
-/* Any value; the cursor stands at its first byte. */
+/* Any value, from its first byte. */
 static int skip_value(cursor *c) {
     uint64_t objects = 0; /* one bit per level: whether it is an object */
     int depth = 0, outcome;
@@ -357,7 +357,7 @@ static int take_time(cursor *c, event *e, int64_t *ns) {
     return OK;
 }
 
-/* A text or an integer that is to be interned. */
+/* A text or an integer to intern. */
 static int take_label(cursor *c, slice *label) {
     int escaped;
     if (*c->p == '"') {
@@ -421,7 +421,7 @@ static int take_arg(cursor *c, arg *a) {
         decimals += n.point && p >= n.point;
     }
 
-    /* whole numbers below 2^53 divided by a power of ten up to 10^22 are rounded right; others are the other scanner's */
+    /* an integer below 2^53 divided by a power of ten up to 10^22 is rounded correctly; others are for Python */
     if (n.point && (value > (1ll << 53) || decimals > 22)) return c->unsure = 1, OK;
 
     a->kind = n.point ? FLOAT : INTEGER;
@@ -431,7 +431,7 @@ static int take_arg(cursor *c, arg *a) {
     return OK;
 }
 
-/* A key with its colon, up to the value. */
+/* A key and its colon, up to the value. */
 static inline int take_key(cursor *c, slice *key) {
     int escaped, outcome;
     if (*c->p != '"') return ended(c, c->p);
@@ -471,10 +471,10 @@ static int take_args(cursor *c, event *e, const scanner *s) {
 
 #define IS(key, word) (!memcmp((key).at, word, sizeof(word) - 1))
 
-/* The id matters only to kinds that use it: only to them is it unusual. */
+/* Phase codes that use the id: for others an unusual id does not matter. */
 static int take_id(cursor *c, event *e) {
     int before = c->unsure, outcome = take_label(c, &e->id);
-    if (c->unsure != before) e->odd_id = 1;
+    if (c->unsure != before) e->unusual_id = 1;
     c->unsure = before;
     return outcome;
 }
@@ -491,7 +491,7 @@ static inline int take_value(cursor *c, event *e, const scanner *s, slice key) {
         if (IS(key, "tid")) return take_label(c, &e->tid);
         if (IS(key, "cat")) return take_label(c, &e->cat);
         if (IS(key, "dur")) return take_time(c, e, &e->dur_ns);
-        if (IS(key, "id2")) e->odd_id = 1;
+        if (IS(key, "id2")) e->unusual_id = 1;
         break;
     case 4:
         if (IS(key, "name")) return take_label(c, &e->name);
@@ -561,14 +561,14 @@ static void put_unsure(scanner *s, columns *out, int64_t start, int64_t stop) {
     at[0] = out->rows, at[1] = start, at[2] = stop;
 }
 
-/* ---- what Python calls ---- */
+/* ---- functions called from Python ---- */
 
 void traceml_scanner_free(scanner *s) {
     if (!s) return;
     free(s->entries), free(s->slots), free(s->arena), free(s->key_text), free(s);
 }
 
-/* `keys`: one after another, each followed by a byte 0. */
+/* Create a scanner; `keys` are zero-terminated texts, one after another. */
 scanner *traceml_scanner_new(const char *keys, int64_t length, int32_t count) {
     scanner *s = calloc(1, sizeof *s);
     if (!s || count > MAX_KEYS) return free(s), NULL;
@@ -594,7 +594,7 @@ scanner *traceml_scanner_new(const char *keys, int64_t length, int32_t count) {
 
 int32_t traceml_scanner_count(const scanner *s) { return (int32_t)s->count; }
 
-/* Where the texts from a number on stand, one after another, each behind its tag; `ends` counts from there. */
+/* Texts from a number on, one after another, each after its tag; `ends` are offsets from the returned address. */
 const uint8_t *traceml_scanner_texts(const scanner *s, int32_t first, int64_t *ends) {
     for (uint32_t i = (uint32_t)first; i < s->count; i++)
         ends[i - (uint32_t)first] = (int64_t)(s->entries[i].at - s->entries[first].at) + s->entries[i].length + 1;
@@ -602,7 +602,7 @@ const uint8_t *traceml_scanner_texts(const scanner *s, int32_t first, int64_t *e
     return s->arena + s->entries[first].at;
 }
 
-/* Reads events from `start` on; appends to the rows that `out` has. */
+/* Read events from `start` on; append them to the rows of `out`. */
 int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end, int32_t wrapped, int32_t decimals,
                 columns *out) {
     cursor c = {text + start, text + end, 0, decimals, 1};
@@ -624,7 +624,7 @@ int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end
         int outcome = take_event(&c, &e, s);
         if (outcome) return outcome == CUT ? CUT_OFF : outcome == BAD ? BROKEN : DEEP;
 
-        if (c.unsure || !e.ph || (e.odd_id && has_identity(e.ph)))
+        if (c.unsure || !e.ph || (e.unusual_id && has_identity(e.ph)))
             put_unsure(s, out, out->stop, c.p - text);
         else if (!put_row(s, out, &e, c.end))
             return DEEP;

@@ -1,4 +1,4 @@
-"""Events on their way to a file: taken in at once, written block by block by a thread, bounded, and fork-safe."""
+"""Queue of events that a thread writes to a file in blocks; bounded and fork-safe."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from traceml.traces.writer.sinks import Sink, open_sink
 __all__ = ["BlockWriter", "TraceWriterStatistics"]
 
 _BLOCK = 8192  # events: a megabyte of text
-_MOST = 65_536  # events that wait; the thread that adds one more helps writing
+_MOST = 65_536  # pending events; a thread that adds one more writes a block itself
 _PAUSE_S = 0.5
-_ONE_PROCESS = ".json.gz"  # closed by the process that began it: a child has a file of its own
+_ONE_PROCESS = ".json.gz"  # closed by the process that began it: a child gets its own file
 _log = logging.getLogger("traceml")
 _all: weakref.WeakSet[BlockWriter] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
 class TraceWriterStatistics:
-    """What a writer has done in this process.
+    """Counts of a writer in this process.
 
     Attributes:
-        written: events that are in the file.
-        pending: events that wait to be written.
-        lost: events that could not be written, or came after the end.
-        blocks: how many blocks they took.
-        written_bytes: what they take in the file.
+        written: events in the file.
+        pending: events that are not written yet.
+        lost: events that could not be written, or came after `close`.
+        blocks: number of written blocks.
+        written_bytes: size of the written blocks in the file.
     """
 
     written: int
@@ -47,12 +47,12 @@ class TraceWriterStatistics:
 
 
 class BlockWriter:
-    """Takes events and writes them in blocks. A child that is forked begins with none, and goes on by itself.
+    """Writes events in blocks. A forked child begins with none, and continues on its own.
 
-    `push(event)` takes one; when more than `limit` are `pending` after it, `attend()` is due.
+    `push(event)` adds an event; when more than `limit` are `pending` after it, call `schedule()`.
 
     Args:
-        path: the file; its form goes by its name.
+        path: the file; its suffix selects the format.
         on_fork: called in a child, before anything is written there.
     """
 
@@ -77,11 +77,11 @@ class BlockWriter:
 
     @property
     def statistics(self) -> TraceWriterStatistics:
-        """What was written so far in this process, and what was not."""
+        """Counts of written, pending and lost events in this process."""
         return TraceWriterStatistics(self._written, len(self.pending), self._lost, self._blocks, self._bytes)
 
-    def attend(self) -> None:
-        """See to it that what is pending is written: now, or soon by the thread."""
+    def schedule(self) -> None:
+        """Have the pending events written: by this thread now, or soon by the writer's thread."""
         if self._closed:
             self._lost += len(self.pending)
             self.pending.clear()
@@ -93,16 +93,16 @@ class BlockWriter:
         if len(self.pending) >= _MOST:
             self._write_block()
         elif len(self.pending) > _BLOCK:
-            self.limit = _MOST - 1  # told once is enough
+            self.limit = _MOST - 1  # waking the thread once is enough
             self._wakeup.set()
 
     def flush(self) -> None:
-        """Write what is pending now."""
+        """Write all pending events now."""
         while self.pending and self._write_block():
             pass
 
     def close(self) -> None:
-        """Write what is pending and finish the file; may be called again."""
+        """Write all pending events and finish the file; may be called again."""
         atexit.unregister(self.close)
         with self._lock:
             if self._closed:
@@ -131,7 +131,7 @@ class BlockWriter:
             self._thread = threading.Thread(target=self._run, name="traceml-trace-writer", daemon=True)
             self._thread.start()
             if "multiprocessing.util" in sys.modules and _is_child():
-                # Such a child leaves by os._exit, past atexit.
+                # Such a child ends with os._exit, without atexit handlers.
                 from multiprocessing.util import Finalize
 
                 Finalize(None, self.close, exitpriority=10)
@@ -145,7 +145,7 @@ class BlockWriter:
     def _write_block(self) -> bool:
         with self._lock:
             if self._writing:
-                return False  # a signal's handler came in between
+                return False  # called by a signal handler during a write
 
             self._writing = True
             try:
@@ -169,17 +169,17 @@ class BlockWriter:
         self._blocks += 1
 
     def _guarded(self, write: Callable[[], None], events: int) -> None:
-        """Write without harming the program: what the disk does not take is lost, counted, and said once."""
+        """Write without raising: events that the disk does not accept are lost and counted, with one warning."""
         try:
             write()
         except OSError as error:
             if not self._lost:
-                _log.warning("cannot write the trace %s: %s; the program goes on, events are lost", self.path, error)
+                _log.warning("cannot write the trace %s: %s; the program continues, events are lost", self.path, error)
 
             self._lost += events
 
     def _after_fork(self) -> None:
-        """In a child: what is pending is the parent's, and so is the open file."""
+        """Start over in a child: the pending events and the open file belong to the parent."""
         self._begin()
         self._sink = None
         if self.path.name.endswith(_ONE_PROCESS):

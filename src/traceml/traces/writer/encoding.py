@@ -1,4 +1,4 @@
-"""Trace events as they are written: Chrome's trace-event format, one JSON object per event."""
+"""Encoding of events in Chrome's trace-event format, one JSON object per event."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = [
 
 
 class TraceEvent(msgspec.Struct, gc=False, omit_defaults=True):
-    """What all events have; `ts` is in microseconds."""
+    """Fields of all events; `ts` is in microseconds."""
 
     id: int | str
     name: str
@@ -34,7 +34,7 @@ class TraceEvent(msgspec.Struct, gc=False, omit_defaults=True):
 
 
 class SpanEvent(msgspec.Struct, gc=False):
-    """A complete event: something that took `dur` microseconds."""
+    """A complete event of `dur` microseconds."""
 
     id: int
     name: str
@@ -48,26 +48,26 @@ class SpanEvent(msgspec.Struct, gc=False):
 
 
 class InstantEvent(TraceEvent, gc=False, kw_only=True):
-    """Something at one moment; `s` is what it concerns: t a thread, p a process, g everything."""
+    """An event without duration; `s` is its scope: t thread, p process, g global."""
 
     s: str
     args: msgspec.Raw
 
 
 class CounterEvent(TraceEvent, gc=False, kw_only=True):
-    """Values from this moment on."""
+    """Values of a counter, valid until its next event."""
 
     args: msgspec.Raw
 
 
 class FlowEvent(TraceEvent, gc=False, kw_only=True, omit_defaults=True):
-    """An end of an arrow (ph s, t, f); `bp="e"` binds the arrow's end to the slice around it, not to the next one."""
+    """A point of an arrow (ph s, t, f); `bp="e"` binds its end to the enclosing slice, not to the next one."""
 
     bp: str = ""
 
 
 class MetaEvent(msgspec.Struct, gc=False):
-    """A name for a process or a thread."""
+    """The name of a process or a thread."""
 
     name: str
     pid: int
@@ -81,13 +81,13 @@ _encoder = msgspec.json.Encoder(enc_hook=str)
 
 
 def args_of(values: Mapping[str, Any]) -> msgspec.Raw:
-    """Return arguments as JSON, now: what is changed afterwards is not written."""
+    """Return arguments as JSON; later changes of the values are not written."""
     if not values:
         return NO_ARGS
 
     try:
         return msgspec.Raw(_encoder.encode(values))
-    except Exception:  # noqa: BLE001 - lone surrogates, cycles, a __str__ that raises: the program goes on, told as text
+    except Exception:  # noqa: BLE001 - lone surrogates, cycles, a __str__ that raises: they are written as text
         return msgspec.Raw(_encoder.encode({_clean(key): _clean(_text(value)) for key, value in values.items()}))
 
 
@@ -95,7 +95,7 @@ def lines(events: Sequence[Any]) -> bytes:
     """Return events as JSON, one per line."""
     try:
         return _encoder.encode_lines(events)
-    except UnicodeEncodeError:  # a name with a lone surrogate, as os.fsdecode makes them
+    except UnicodeEncodeError:  # a name with a lone surrogate, as returned by os.fsdecode
         return b"".join(_line(event) for event in events)
 
 

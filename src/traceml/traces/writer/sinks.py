@@ -1,7 +1,7 @@
-"""Where written events go: files that several processes may append to, and that a killed writer leaves readable.
+"""Files of events that several processes may append to, and that stay readable when a writer is killed.
 
-A block of events is written at once, under a lock on the file. A block that did not fit (a full disk) is taken back, so
-that what stands in the file stays whole.
+A block of events is written at once, under a lock on the file. A block that did not fit (a full disk) is removed, so
+that the file contains complete blocks only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Protocol
 
 from traceml.errors import UsageError
 
-__all__ = ["SUFFIXES", "Sink", "filled_in", "open_sink"]
+__all__ = ["SUFFIXES", "Sink", "expand_path", "open_sink"]
 
 _GZIP = 31  # zlib's wbits for a gzip member
 _CLOSED = b"\n]\n"
@@ -27,21 +27,21 @@ class Sink(Protocol):
     """A file of events."""
 
     def write(self, lines: bytes) -> int:
-        """Append a block, a JSON object per line; return how many bytes it took."""
+        """Append a block, a JSON object per line; return its size in the file."""
 
     def close(self) -> None:
         """Finish the file."""
 
 
 class _SharedFile:
-    """A file that is open to be appended to."""
+    """A file that is open for appending."""
 
     def __init__(self, path: Path) -> None:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Keep other processes out; yields the file's size, to which it is cut back if the block fails."""
+        """Lock the file against other processes; yields its size, to which it is truncated if the block fails."""
         fcntl.flock(self.fd, fcntl.LOCK_EX)
         try:
             size = os.fstat(self.fd).st_size
@@ -54,7 +54,7 @@ class _SharedFile:
             fcntl.flock(self.fd, fcntl.LOCK_UN)
 
     def put(self, data: bytes, at: int) -> int:
-        """Write all of it."""
+        """Write all data at a position; return its size."""
         rest = memoryview(data)
         while rest:
             written = os.pwrite(self.fd, rest, at)
@@ -63,7 +63,7 @@ class _SharedFile:
         return len(data)
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         os.close(self.fd)
 
 
@@ -88,7 +88,7 @@ class LineSink:
 
 
 class GzipLineSink(LineSink):
-    """A JSON object per line, each block a gzip member of its own."""
+    """A JSON object per line, each block a separate gzip member."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -99,7 +99,7 @@ class GzipLineSink(LineSink):
 
 
 class ArraySink:
-    """A JSON array, closed after each block: any JSON parser reads it at any time."""
+    """A JSON array, closed after each block: any JSON parser can read it at any time."""
 
     def __init__(self, path: Path) -> None:
         self._file = _SharedFile(path)
@@ -117,7 +117,7 @@ class ArraySink:
             try:
                 return self._file.put(opening + _elements(lines) + _CLOSED, at)
             except OSError:
-                # What was written over the closing bracket goes: the caller's cut would keep it.
+                # Restore the closing bracket: truncation to the old size would keep the bytes written over it.
                 os.ftruncate(self._file.fd, at)
                 os.pwrite(self._file.fd, _CLOSED, at)
                 raise
@@ -128,7 +128,7 @@ class ArraySink:
 
 
 class GzipArraySink:
-    """A JSON array whose blocks are gzip members; it is closed at the end, by the process that began it."""
+    """A JSON array whose blocks are gzip members; closed at the end by the process that began it."""
 
     def __init__(self, path: Path) -> None:
         self._file = _SharedFile(path)
@@ -161,28 +161,28 @@ SUFFIXES: dict[str, Callable[[Path], Sink]] = {
     ".json": ArraySink,
     ".json.gz": GzipArraySink,
 }
-"""What a file is by its name's end."""
+"""Sink by suffix."""
 
 
 def open_sink(path: Path) -> Sink:
-    """Open a file to append events to; its form goes by its name.
+    """Open a file for appending events; its suffix selects the format.
 
     Raises:
-        UsageError: its name says no form that is known.
+        UsageError: its suffix is not a known format.
         OSError: it cannot be written.
     """
     for suffix, make in sorted(SUFFIXES.items(), key=lambda item: -len(item[0])):
         if path.name.endswith(suffix):
             return make(path)
 
-    raise UsageError(f"{path}: a trace's name ends in one of {', '.join(SUFFIXES)}")
+    raise UsageError(f"{path}: the name of a trace ends in one of {', '.join(SUFFIXES)}")
 
 
-def filled_in(path: str | os.PathLike[str]) -> Path:
-    """Return a path with `{pid}`, `{host}` and `{rank}` filled in.
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with `{pid}`, `{host}` and `{rank}` replaced.
 
     Raises:
-        UsageError: it names no file.
+        UsageError: the path has no file name.
     """
     known = {"pid": os.getpid(), "host": socket.gethostname(), "rank": os.environ.get("RANK", "0")}
     text = os.fspath(path)
@@ -190,21 +190,21 @@ def filled_in(path: str | os.PathLike[str]) -> Path:
         text = text.replace("{" + name + "}", str(value))
 
     if not Path(text).name:
-        raise UsageError(f"a trace needs a file's name, not {os.fspath(path)!r}")
+        raise UsageError(f"a trace needs a file name, not {os.fspath(path)!r}")
 
     return Path(text)
 
 
 def compressor() -> Callable[[bytes], bytes]:
-    """Return the fastest there is that makes a gzip member of bytes."""
+    """Return the fastest available function that compresses bytes to a gzip member."""
     try:
         from isal import isal_zlib
-    except ImportError:  # not made for this processor
+    except ImportError:  # not available for this processor
         return lambda data: zlib.compress(data, 1, _GZIP)
 
     return lambda data: bytes(isal_zlib.compress(data, 1, _GZIP))
 
 
 def _elements(lines: bytes) -> bytes:
-    """Return lines as elements of an array; a JSON text holds no line feed but those between objects."""
+    """Return lines as elements of an array; the only line feeds are those between objects."""
     return lines.rstrip(b"\n").replace(b"\n", b",\n")

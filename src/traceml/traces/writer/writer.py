@@ -1,11 +1,11 @@
-"""Writing a trace from any Python program: spans, instants, counters and arrows, for Perfetto, dftracer and ourselves.
+"""Trace writer for any Python program: spans, instants, counters and arrows, for Perfetto, dftracer and traceml.
 
     with traces.Writer("trace.pfw.gz") as trace:
         with trace.span("load", cat="io", path=path):
             ...
 
-An event costs the calling thread a tuple's worth of work; a thread of the writer encodes and compresses what has come,
-block by block. A writer that is killed loses the blocks that were not written yet, at most a second of events.
+The calling thread only creates an object per event; a thread of the writer encodes and compresses events in blocks. A
+writer that is killed loses the blocks that were not written yet, at most a second of events.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from traceml.traces.writer.encoding import (
     TraceEvent,
     args_of,
 )
-from traceml.traces.writer.sinks import filled_in
+from traceml.traces.writer.sinks import expand_path
 
 __all__ = ["Span", "TraceWriterStatistics", "Writer"]
 
@@ -41,7 +41,7 @@ R = TypeVar("R")
 
 
 class Span:
-    """Something that takes time, from entering the `with` block to leaving it; made by `Writer.span`."""
+    """Context manager that writes the duration of its block; created by `Writer.span`."""
 
     __slots__ = ("_args", "_cat", "_name", "_start_ns", "_writer")
 
@@ -60,25 +60,25 @@ class Span:
         self._writer._end_span(self._name, self._cat, self._start_ns, end_ns, self._args)
 
     def note(self, **args: Any) -> None:
-        """Add arguments that are known only now: how many bytes were read, say."""
+        """Add arguments that are known only later, such as the number of bytes read."""
         self._args.update(args)
 
 
 class Writer:
-    """Writes a trace file. Any thread may use it, and a child that is forked goes on in the same file by itself.
+    """Writes a trace file. Any thread may use it; a forked child continues in the same file on its own.
 
-    Times are taken from a monotonic clock and written as microseconds since 1970, so that the traces of several
-    processes lie on one time line.
+    Times come from a monotonic clock and are written as microseconds since 1970, so that the traces of several
+    processes share one time line.
 
     Args:
-        path: what to write: `.pfw` (a JSON object per line), `.pfw.gz` (the same in gzip members), `.json` (an array,
-            as Perfetto and chrome://tracing open it) or `.json.gz`. `{pid}`, `{host}` and `{rank}` in it are filled in.
-        append: go on in a file that is there, as another process may do at this moment; else it is replaced.
-        process_name: what the process is called in the trace; the script's name where it is not given.
-        origin_ns: write microseconds since this moment (epoch nanoseconds) instead, with nanoseconds as decimals.
+        path: the file: `.pfw` (a JSON object per line), `.pfw.gz` (the same in gzip members), `.json` (an array for
+            Perfetto and chrome://tracing) or `.json.gz`. `{pid}`, `{host}` and `{rank}` in it are replaced.
+        append: append to an existing file, which other processes may do at the same time; else it is replaced.
+        process_name: name of the process in the trace; the name of the script by default.
+        origin_ns: write microseconds since this time (epoch nanoseconds) instead, with nanoseconds as decimals.
 
     Raises:
-        UsageError: the path's suffix says no form that is known.
+        UsageError: the path's suffix is not a known format.
         OSError: the file cannot be written.
     """
 
@@ -90,7 +90,7 @@ class Writer:
         process_name: str | None = None,
         origin_ns: int | None = None,
     ) -> None:
-        self.path = filled_in(path)
+        self.path = expand_path(path)
         if not append:
             self.path.unlink(missing_ok=True)
 
@@ -102,7 +102,7 @@ class Writer:
         self._blocks = BlockWriter(self.path, self._begin)
 
     def _begin(self) -> None:
-        """Start in this process, which may be a child that was forked."""
+        """Start in this process, which may be a forked child."""
         self._pid = os.getpid()
         self._ids = itertools.count(1)
         self._local = threading.local()
@@ -118,12 +118,12 @@ class Writer:
         self.close()
 
     def span(self, name: str, /, cat: str = "", **args: Any) -> Span:
-        """Return a context manager that writes how long its block takes.
+        """Return a context manager that writes the duration of its block.
 
         Args:
-            name: what it is; events are summed up by it.
-            cat: what kind of thing.
-            args: facts to keep with it; values that JSON does not know are kept as text.
+            name: name of the span; analyses group by it.
+            cat: category.
+            args: arguments; values that JSON does not know are written as text.
         """
         return Span(self, name, cat, args)
 
@@ -133,8 +133,8 @@ class Writer:
         Calls of a coroutine function overlap on their thread: each is a pair of events (ph b, e) on a track of its own.
 
         Args:
-            name: the span's name; the function's where it is not given.
-            cat: what kind of thing.
+            name: name of the span; the name of the function by default.
+            cat: category.
         """
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -165,42 +165,42 @@ class Writer:
         return traced
 
     def instant(self, name: str, /, cat: str = "", *, scope: Literal["t", "p", "g"] = "t", **args: Any) -> None:
-        """Write that something happened now.
+        """Write an event at the current time.
 
         Args:
-            name: what.
-            cat: what kind of thing.
-            scope: whom it concerns: this thread (t), this process (p), or everything (g).
-            args: facts to keep with it.
+            name: name of the event.
+            cat: category.
+            scope: scope of the event: this thread (t), this process (p), or global (g).
+            args: arguments.
         """
         self.write_instant(name, self._now_ns(), cat=cat, scope=scope, pid=self._pid, tid=self._tid(), args=args)
 
     def counter(self, name: str, value: float | None = None, /, cat: str = "", **series: float) -> None:
-        """Write a value as it is now, or several that belong together by name."""
+        """Write the current value of a counter, or of several series by name."""
         values = series if value is None else {"value": value, **series}
         self.write_counter(name, self._now_ns(), values, cat=cat, pid=self._pid, tid=self._tid())
 
     def flow_start(self, name: str, id: int, /, cat: str = "") -> None:  # noqa: A002 - the format's name for it
-        """Begin an arrow at the span that is open on this thread.
+        """Begin an arrow at the open span of this thread.
 
         Args:
-            name: what the arrow means.
-            id: the same at its two ends, and at no other arrow of this name.
-            cat: what kind of thing.
+            name: name of the arrow.
+            id: the same at both ends, and unique among arrows of this name.
+            cat: category.
         """
         self.write_flow("s", name, id, self._now_ns(), cat=cat, pid=self._pid, tid=self._tid())
 
     def flow_end(self, name: str, id: int, /, cat: str = "") -> None:  # noqa: A002
-        """End an arrow at the span that is open on this thread, in this or another process; see `flow_start`."""
+        """End an arrow at the open span of this thread, in this or another process; see `flow_start`."""
         self.write_flow("f", name, id, self._now_ns(), cat=cat, pid=self._pid, tid=self._tid())
 
     def process_name(self, name: str) -> None:
-        """Give this process a name."""
+        """Set the name of this process."""
         self._process_name, self._named = name, True
         self.write_name("process_name", name, pid=self._pid, tid=self._tid())
 
     def thread_name(self, name: str) -> None:
-        """Give this thread a name, when its own is not telling enough."""
+        """Set the name of this thread, instead of its Python name."""
         self.write_name("thread_name", name, pid=self._pid, tid=self._tid())
 
     # ---- the same for events of other processes and times: epoch nanoseconds, any process and thread number ----
@@ -209,7 +209,7 @@ class Writer:
         self, name: str, start_ns: int, end_ns: int, *, pid: int, tid: int, cat: str = "",
         args: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Write something that took from `start_ns` to `end_ns`, epoch nanoseconds."""
+        """Write a span from `start_ns` to `end_ns`, epoch nanoseconds."""
         ts = self._us(start_ns)
         packed = args_of(args) if args else NO_ARGS
         dur = (end_ns - start_ns) / 1000 if self._origin_ns is not None else int(self._us(end_ns) - ts)
@@ -219,14 +219,14 @@ class Writer:
         self, name: str, at_ns: int, *, pid: int, tid: int, cat: str = "", scope: str = "t",
         args: dict[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        """Write something that happened at `at_ns`, epoch nanoseconds."""
+        """Write an instant at `at_ns`, epoch nanoseconds."""
         number, packed = next(self._ids), args_of(args) if args else NO_ARGS
         self._put(InstantEvent(number, name, cat, pid, tid, self._us(at_ns), "i", s=scope, args=packed))
 
     def write_counter(
         self, name: str, at_ns: int, values: Mapping[str, float], *, pid: int, tid: int, cat: str = ""
     ) -> None:
-        """Write values as they were at `at_ns`, epoch nanoseconds."""
+        """Write values of a counter at `at_ns`, epoch nanoseconds."""
         number = next(self._ids)
         self._put(CounterEvent(number, name, cat, pid, tid, self._us(at_ns), "C", args=args_of(values)))
 
@@ -234,7 +234,7 @@ class Writer:
         self, phase: Literal["s", "t", "f"], name: str, id: int | str, at_ns: int, *, pid: int, tid: int,  # noqa: A002
         cat: str = "",
     ) -> None:  # fmt: skip
-        """Write an end of an arrow at the span that is open at `at_ns`, epoch nanoseconds: s, t or f."""
+        """Write a point of an arrow (s, t or f) at the span that is open at `at_ns`, epoch nanoseconds."""
         bound = "" if phase == "s" else "e"
         self._put(FlowEvent(id, name, cat, pid, tid, self._us(at_ns), phase, bp=bound))
 
@@ -245,16 +245,16 @@ class Writer:
         self._put(MetaEvent(what, pid, tid, "M", args_of({"name": name, **facts})))
 
     def flush(self) -> None:
-        """Write what waits now."""
+        """Write all pending events now."""
         self._blocks.flush()
 
     def close(self) -> None:
-        """Write what waits and finish the file; may be called again. Events that come later are lost and counted."""
+        """Write all pending events and finish the file; may be called again. Later events are lost and counted."""
         self._blocks.close()
 
     @property
     def statistics(self) -> TraceWriterStatistics:
-        """What was written so far in this process, and what was not."""
+        """Counts of written, pending and lost events in this process."""
         return self._blocks.statistics
 
     # ---- the hot path ----
@@ -263,7 +263,7 @@ class Writer:
         try:
             tid = self._local.tid
         except AttributeError:
-            tid = self._meet_thread()
+            tid = self._register_thread()
 
         offset_ns = self._offset_ns
         if self._origin_ns is None:
@@ -273,7 +273,7 @@ class Writer:
             blocks = self._blocks
             blocks.push(SpanEvent(next(self._ids), name, cat, self._pid, tid, ts, dur, "X", packed))
             if len(blocks.pending) > blocks.limit:
-                blocks.attend()
+                blocks.schedule()
         else:
             start, end = start_ns + offset_ns, end_ns + offset_ns
             self.write_span(name, start, end, pid=self._pid, tid=tid, cat=cat, args=args)
@@ -282,7 +282,7 @@ class Writer:
         blocks = self._blocks
         blocks.push(event)
         if len(blocks.pending) > blocks.limit:
-            blocks.attend()
+            blocks.schedule()
 
     def _now_ns(self) -> int:
         return monotonic_ns() + self._offset_ns
@@ -294,9 +294,9 @@ class Writer:
         try:
             return int(self._local.tid)
         except AttributeError:
-            return self._meet_thread()
+            return self._register_thread()
 
-    def _meet_thread(self) -> int:
+    def _register_thread(self) -> int:
         tid = self._local.tid = threading.get_native_id()
         if not self._named:
             self._named = True
