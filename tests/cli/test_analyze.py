@@ -107,7 +107,7 @@ def test_errors_say_what_to_do(capsys, tmp_path, trace, words, status, said):
 
 
 def test_folder_of_a_run(capsys, tmp_path):
-    """A run's folder holds no trace: the way to make one is told."""
+    """A run's folder contains no trace: the error names the commands that create one."""
     (tmp_path / STORE_NAME).touch()
 
     assert main(["analyze", str(tmp_path)]) == 3

@@ -1,4 +1,4 @@
-"""`traceml analyze`: what traces say."""
+"""`traceml analyze`: summaries of traces."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TOP = 20
 
 
 class _Paths(tuple[str, ...]):
-    """Words of a command line; for a type of its own tyro does not import typeguard, which takes 45 ms."""
+    """Paths on the command line; with this type tyro does not import typeguard, which takes 45 ms."""
 
     __slots__ = ()
 
@@ -40,11 +40,11 @@ _TAKEN = tyro.constructors.PrimitiveConstructorSpec(
 
 @dataclass(frozen=True)
 class Options:
-    """Summarise traces: dftracer's .pfw and .pfw.gz, Chrome and Perfetto JSON, exports of torch.profiler.
+    """Summarize traces: dftracer's .pfw and .pfw.gz, Chrome and Perfetto JSON, exports of torch.profiler.
 
     Without --by, an overview: the largest groups, overlap, I/O, kernels, operators, ranks, a timeline.
 
-    Damaged files are read as far as they can be, and it says so.
+    Damaged files are read as far as possible, and the damage is reported.
     """
 
     paths: Annotated[tyro.conf.Positional[_Paths], _TAKEN, tyro.conf.arg(metavar="PATH ...", help_behavior_hint="")] = (
@@ -54,24 +54,24 @@ class Options:
     by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
     where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = ""
-    """Only what passes all of these: 'cat=POSIX,dur>100,name~read'. = != < <= > >= and ~ for a pattern; ts and dur are
-    in microseconds where no unit is given (2.5ms, 4KiB)."""
+    """Only events that pass all of these: 'cat=POSIX,dur>100,name~read'. = != < <= > >= and ~ for a pattern; ts and
+    dur are in microseconds where no unit is given (2.5ms, 4KiB)."""
     top: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
-    """How many groups (default: 20, all with --json)."""
+    """Number of groups (default: 20, all with --json)."""
     overlap: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """With --by: show the overlap of computing, I/O and communication too."""
     timeline: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """With --by: show the timeline too."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Print the answer as JSON and nothing else."""
+    """Print the result as JSON and nothing else."""
     dask: Annotated[str | None, tyro.conf.arg(metavar="ADDRESS", help_behavior_hint="")] = None
-    """Let the workers of this Dask scheduler read the files, which they must see under the same paths."""
+    """Read the files on the workers of this Dask scheduler; they need them under the same paths."""
     no_cache: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
-    """Read the files even where the answer is known from an earlier time."""
+    """Read the files even if the result is cached."""
 
 
 def main(argv: list[str]) -> int:
-    """Print what traces say."""
+    """Print a summary of traces."""
     options = parse(Options, argv, prog="traceml analyze")
     if not options.paths:
         raise UsageError("name a trace, a folder of traces, or a pattern: traceml analyze PATH")
@@ -79,16 +79,16 @@ def main(argv: list[str]) -> int:
     if options.top is not None and options.top < 1:
         raise UsageError("--top: at least 1")
 
-    answer = _ask(options)
+    result = _summary(options)
     if options.json:
-        print(json.dumps({**answer, "groups": answer["groups"][: options.top]}, indent=2, allow_nan=False))
+        print(json.dumps({**result, "groups": result["groups"][: options.top]}, indent=2, allow_nan=False))
     else:
-        _show(answer, options)
+        _show(result, options)
 
     return 0
 
 
-def _ask(options: Options) -> dict[str, Any]:
+def _summary(options: Options) -> dict[str, Any]:
     report = options.by is None or options.overlap or options.timeline
     with _no_blas_threads(), _progress() as progress:
         try:
@@ -106,20 +106,20 @@ def _ask(options: Options) -> dict[str, Any]:
 
 
 def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFoundError:
-    """Say what to do with a run's folder: its rows are in a store, no trace."""
+    """Return the error for a run's folder, which contains a store and no trace, with the commands to use."""
     from traceml.database.store_file import STORE_NAME
 
     run = next((path for path in paths if Path(path, STORE_NAME).exists()), None)
     if run is None:
         return error
 
-    way = f"traceml export {run} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
-    return TraceNotFoundError(f"{run} is the folder of a run and holds no trace. Make one: {way}")
+    commands = f"traceml export {run} --format pfw -o run.pfw.gz && traceml analyze run.pfw.gz --by rank"
+    return TraceNotFoundError(f"{run} is the folder of a run and contains no trace. Create one: {commands}")
 
 
 @contextmanager
 def _no_blas_threads() -> Iterator[None]:
-    """Let numpy start no threads for its matrices: they spin a while, and the cores are for reading."""
+    """Keep numpy from starting BLAS threads: they spin for a while, and the cores are needed for reading."""
     name = "OPENBLAS_NUM_THREADS"
     before = os.environ.get(name)
     os.environ[name] = before or "1"
@@ -132,7 +132,7 @@ def _no_blas_threads() -> Iterator[None]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None] | None]:
-    """Show how far the reading is, on a terminal only."""
+    """Show the progress of reading, on a terminal only."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -143,7 +143,7 @@ def _progress() -> Iterator[Callable[[int, int], None] | None]:
         yield lambda events, files: status.update(f"Reading: {events:,} events, file {files}")
 
 
-def _show(answer: dict[str, Any], options: Options) -> None:
+def _show(result: dict[str, Any], options: Options) -> None:
     from rich.console import Console
 
     from traceml.renderers.text.trace_analysis import SECTIONS, analysis_lines
@@ -152,5 +152,5 @@ def _show(answer: dict[str, Any], options: Options) -> None:
     chosen = {"groups": True, "overlap": options.overlap, "timeline": options.timeline}
     sections = SECTIONS if options.by is None else [name for name, wanted in chosen.items() if wanted]
     console = Console(highlight=False)
-    for line in analysis_lines(answer, Viewport.of(console), top=options.top or _TOP, sections=sections):
+    for line in analysis_lines(result, Viewport.of(console), top=options.top or _TOP, sections=sections):
         console.print(line, soft_wrap=True)
