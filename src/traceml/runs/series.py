@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.reader import StoreReader
-from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY
+from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.bins import StepBins
 from traceml.runs.digest import Digest
@@ -170,12 +170,12 @@ class SeriesFollower:
         return RunSeries(
             steps,
             _heat(self._bins, joined, steps),
-            memory=_of_ranks(digest, PROCESS.name, "rss_bytes"),
-            device_memory=_of_ranks(digest, TORCH_MEMORY.name, "allocated_bytes"),
-            cpu=_of_hosts(digest, "cpu_pct"),
-            host_memory=_of_hosts(digest, "memory_used_bytes", "memory_total_bytes"),
-            gpu=_of_devices(digest, "utilization_pct"),
-            gpu_memory=_of_devices(digest, "memory_used_bytes", "memory_total_bytes"),
+            memory=_sampled(digest, PROCESS, "rss_bytes"),
+            device_memory=_sampled(digest, TORCH_MEMORY, "allocated_bytes"),
+            cpu=_sampled(digest, HOST, "cpu_pct"),
+            host_memory=_sampled(digest, HOST, "memory_used_bytes", "memory_total_bytes"),
+            gpu=_sampled(digest, GPU, "utilization_pct"),
+            gpu_memory=_sampled(digest, GPU, "memory_used_bytes", "memory_total_bytes"),
             metrics=tuple(self._lines.lines()),
             hidden_metrics=len(self._lines.hidden),
             attempt=max(self._attempt, 0),
@@ -243,40 +243,28 @@ def _median(work: Floats) -> Floats:
     return median
 
 
-def _of_ranks(digest: Digest, table: str, column: str) -> tuple[SampleSeries, ...]:
-    lines = []
-    for rank in digest.samples.ranks(table):
-        rows = digest.samples.of(table, rank)
-        if rows is not None and len(rows) and rank in digest.ranks:
-            lines.append(_line(digest, rank, f"rank {rank}", rows["t_ns"], rows[column]))
-
-    return tuple(lines)
-
-
-def _of_hosts(digest: Digest, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
-    lines: dict[str, SampleSeries] = {}
-    for rank in digest.samples.ranks(HOST.name):
-        rows = digest.samples.of(HOST.name, rank)
-        if rows is not None and len(rows) and rank in digest.ranks:
-            host = digest.ranks[rank].host
-            lines.setdefault(host, _line(digest, rank, host, rows["t_ns"], _percent(rows, column, of)))
-
-    return tuple(lines.values())
-
-
-def _of_devices(digest: Digest, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
-    lines: dict[str, SampleSeries] = {}
-    for rank in digest.samples.ranks(GPU.name):
-        rows = digest.samples.of(GPU.name, rank)
-        if rows is None or rank not in digest.ranks:
+def _sampled(digest: Digest, table: Table, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
+    """Return a sampled column by rank, host or device; with `of`, as a percentage of that column."""
+    found: dict[str, SampleSeries] = {}
+    for rank in digest.samples.ranks(table.name):
+        rows = digest.samples.of(table.name, rank)
+        if rows is None or not len(rows) or rank not in digest.ranks:
             continue
 
-        for index in np.unique(rows["index"]).tolist():
-            mine = rows[rows["index"] == index]
-            label = f"{digest.ranks[rank].host} gpu {index}"
-            lines.setdefault(label, _line(digest, rank, label, mine["t_ns"], _percent(mine, column, of)))
+        for label, mine in _labeled(table, rank, digest.ranks[rank].host, rows):
+            found.setdefault(label, _line(digest, rank, label, mine["t_ns"], _percent(mine, column, of)))
 
-    return tuple(lines.values())
+    return tuple(found.values())
+
+
+def _labeled(table: Table, rank: int, host: str, rows: NDArray[np.void]) -> list[tuple[str, NDArray[np.void]]]:
+    if table is HOST:
+        return [(host, rows)]
+
+    if table is GPU:
+        return [(f"{host} gpu {index}", rows[rows["index"] == index]) for index in np.unique(rows["index"]).tolist()]
+
+    return [(f"rank {rank}", rows)]
 
 
 def _percent(rows: NDArray[np.void], column: str, of: str | None) -> Floats:
