@@ -35,13 +35,13 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
         ([], "no script given. Try: traceml launch --hostnames node1 node2 train.py"),
         (["--hostnames", "a", "b", "trani.py"], "can't open file 'trani.py'"),
         (["--hostnames"], "argument --hostnames: expected at least one value"),
-        (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is no number of workers"),
+        (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is not a number of workers"),
         (["--workers-per-host", "2", "3", "x.py"], "workers_per_host has 2 numbers for 1 hosts"),
         (["--hostnames", "a", "a", "x.py"], "hostnames has a more than once"),
-        (["--timeout", "-1", "x.py"], "'-1' is no time in seconds"),
+        (["--timeout", "-1", "x.py"], "'-1' is not a time in seconds"),
         (["--hostnames", "slurm", "x.py"], "Slurm"),
         (["--nodes", "2", "x.py"], "--nodes"),
-        (["--live", "terminal", "x.py"], "standard output is none"),
+        (["--live", "terminal", "x.py"], "standard output is not one"),
     ],
 )
 def test_mistakes_are_told_in_one_line(words, complaint, capsys, monkeypatch, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""What `traceml doctor --hostnames` says of other hosts, from what a pre-flight saw."""
+"""Checks that `traceml doctor --hostnames` prints of other hosts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from traceml.launch.launcher.preflight import HostFacts, Preflight, slow_hosts
 
 __all__ = ["host_checks"]
 
-# Logs of hosts whose clocks differ by more cannot be read side by side.
+# Logs of hosts whose clocks differ by more cannot be compared.
 _CLOCK_S = 0.1
 
 
@@ -24,7 +24,7 @@ def host_checks(found: Preflight) -> Iterator[Check]:
         yield _versions(usable)
 
     if found.trouble:
-        hint = "all hosts must reach the first one, at any port: check firewalls, and GLOO_SOCKET_IFNAME"
+        hint = "all hosts must reach the first one at any port: check firewalls and GLOO_SOCKET_IFNAME"
         yield Check("network", "broken", f"no process group over these hosts: {found.trouble}", hint)
 
     for link in found.links:
@@ -75,7 +75,7 @@ def _versions(hosts: list[HostFacts]) -> Check:
             by_version.setdefault(version, []).append(host.name)
 
         if len(by_version) > 1:
-            told = "; ".join(f"{version} on {', '.join(names)}" for version, names in by_version.items())
-            return Check("versions", "broken", f"{what} differs: {told}", f"install the same {what} everywhere")
+            versions = "; ".join(f"{version} on {', '.join(names)}" for version, names in by_version.items())
+            return Check("versions", "broken", f"{what} differs: {versions}", f"install the same {what} everywhere")
 
     return Check("versions", "ok", "the same Python and torch on all hosts")

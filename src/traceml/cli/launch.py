@@ -27,13 +27,13 @@ examples:
   traceml launch --hostnames node1,node2 -m my_package.train
   salloc -N2 traceml launch train.py         the allocation's nodes, through srun
 
-Options before SCRIPT are traceml's; everything after it belongs to the script. Nothing has to be
-installed on the hosts but Python and what the script needs, at the same paths. Each rank finds
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun.
-What rank 0 prints is shown; what each rank prints is in the log folder.
-The exit status is that of the rank which failed first, 128 + n for signal n; 3 when a host failed."""
+Options before SCRIPT are traceml's; everything after it belongs to the script. The hosts need only
+Python and the packages of the script, at the same paths. Each rank finds RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment, as under torchrun.
+The output of rank 0 is shown; the output of each rank is in the log folder.
+The exit status is that of the rank that failed first, 128 + n for signal n; 3 if a host failed."""
 
-# Options with any number of values, which may stand apart or be joined by commas.
+# Options with several values, separated by spaces or commas.
 _LISTS = ("--hostnames", "--workers-per-host", "--default-env-vars", "--extra-env-vars")
 
 
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     named = given(runs_dir=options.runs_dir, run_name=options.run_name, project=options.project)
     config = settings.load(**named)
     if options.live == "terminal" and not sys.stdout.isatty():
-        raise UsageError("--live terminal needs a terminal; standard output is none")
+        raise UsageError("--live terminal needs a terminal; standard output is not one")
 
     from traceml.launch.launcher.assembly import run_script
     from traceml.launch.launcher.tracing import Tracing
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     except WorkerFailedError as error:
         _explain(error, f"traceml launch: {error}")
         return 128 + error.signal if error.signal else error.exit_code or 1
-    except _EndedError as error:
+    except _EndedBySignal as error:
         _explain(error, f"traceml launch: ended by {signal.Signals(error.number).name}")
         return 128 + error.number
     except (TraceMLError, KeyboardInterrupt) as error:
@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-class _EndedError(KeyboardInterrupt):
+class _EndedBySignal(KeyboardInterrupt):
     """A signal asks for the end; like Ctrl-C, it ends the job on all hosts first."""
 
     def __init__(self, number: int) -> None:
@@ -82,13 +82,13 @@ class _EndedError(KeyboardInterrupt):
 
 @contextmanager
 def _ended_by(*numbers: signal.Signals) -> Iterator[None]:
-    """End what is inside by `_EndedError` when one of these signals comes first; later ones are not heard."""
+    """Raise `_EndedBySignal` in the block on the first of these signals; ignore later ones."""
 
     def end(number: int, _frame: object) -> None:
         for each in numbers:
             signal.signal(each, signal.SIG_IGN)
 
-        raise _EndedError(number)
+        raise _EndedBySignal(number)
 
     before = {number: signal.signal(number, end) for number in numbers}
     try:
@@ -99,7 +99,7 @@ def _ended_by(*numbers: signal.Signals) -> Iterator[None]:
 
 
 def _explain(error: BaseException, text: str = "") -> None:
-    """Print what is known beside an error's own words: where each rank was, and who was absent."""
+    """Print a text and an error's notes: the stack of each rank, and the absent ones."""
     for line in (text, *getattr(error, "__notes__", ())):
         if line:
             print(line, file=sys.stderr, flush=True)
@@ -123,26 +123,24 @@ def _parser() -> argparse.ArgumentParser:
     hosts.add_argument(
         "--workers-per-host", metavar="N ...", default="auto", help="for all, or for each; auto: GPUs, else CPU cores"
     )
-    hosts.add_argument(
-        "--ssh-config-file", type=Path, metavar="FILE", help="what ssh reads instead of your configuration"
-    )
+    hosts.add_argument("--ssh-config-file", type=Path, metavar="FILE", help="configuration for ssh instead of yours")
     hosts.add_argument("--python", metavar="PATH", help="the interpreter there (default: this one's path)")
     hosts.add_argument("--timeout", type=_seconds, default=600, metavar="S", help="time to start up (default: 600)")
 
     workers = parser.add_argument_group("environment of the workers")
-    workers.add_argument("--default-env-vars", metavar="PATTERN ...", help="which of our variables they get")
-    workers.add_argument("--extra-env-vars", metavar="PATTERN ...", help="further ones")
+    workers.add_argument("--default-env-vars", metavar="PATTERN ...", help="variables from this environment")
+    workers.add_argument("--extra-env-vars", metavar="PATTERN ...", help="additional ones")
     workers.add_argument("--env-file", type=Path, metavar="FILE", help="sourced by bash on each host")
-    workers.add_argument("--no-cpu-affinity", action="store_true", help="do not divide the cores among the workers")
+    workers.add_argument("--no-cpu-affinity", action="store_true", help="do not distribute the cores over the workers")
     add_run_options(parser)
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     return parser
 
 
 def _joined(argv: Sequence[str]) -> Iterator[str]:
-    """Yield the words with the values of each list joined by commas, so that the script can be told from them.
+    """Join the values of each list option by commas, so that the script is not taken for a value.
 
-    The values end at the next option, or at a word that names a file; of `--workers-per-host`, at one that is none.
+    The values end at the next option or at a file name; those of `--workers-per-host` at the first other word.
     """
     words = list(argv)
     takes_value = {name for action in _parser()._actions if action.nargs is None for name in action.option_strings}
@@ -214,7 +212,7 @@ def _numbers(text: str) -> str | int | list[int]:
     numbers = []
     for word in _split(text):
         if not word.isdigit() or not int(word):
-            raise UsageError(f"--workers-per-host: {word!r} is no number of workers; give 1 or more, auto or slurm")
+            raise UsageError(f"--workers-per-host: {word!r} is not a number of workers; give 1 or more, auto or slurm")
 
         numbers.append(int(word))
 
@@ -232,7 +230,7 @@ def _seconds(text: str) -> float:
         value = 0.0
 
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
 
     return value
 

@@ -1,4 +1,4 @@
-"""`traceml run`: trace a script that stays as it is, alone or under torchrun."""
+"""`traceml run`: trace an unchanged script, alone or under torchrun."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main", "run_job"]
 
-# torchrun's options, so that the script can be told from an option's value. Written down because asking torch would
-# cost a second; `--no-python` is absent: what is no Python script cannot be traced.
+# torchrun's options with a value, so that the script is not taken for one. Listed here because importing torch takes a
+# second. `--no-python` is missing: only Python scripts can be traced.
 _TORCHRUN_WITH_VALUE = (
     "--nnodes",
     "--rdzv-backend",
@@ -62,7 +62,7 @@ examples:
   traceml run -m my_package.train            a module
 
 Options before SCRIPT are traceml's and torchrun's; everything after it belongs to the script.
-The exit status is that of the rank which failed first, 128 + n for signal n."""
+The exit status is that of the rank that failed first, 128 + n for signal n."""
 
 
 def main(argv: list[str]) -> int:
@@ -89,19 +89,19 @@ def main(argv: list[str]) -> int:
 
 
 def run_job(job: LocalJob, *, live: str = "auto", report: Path | None = None) -> int:
-    """Run a job, show it while it lives, and print its verdict.
+    """Run a job, show it live, and print its verdict.
 
     Args:
-        job: what to run.
-        live: `terminal`, `web`, `none`, or `auto`: the terminal view where there is a terminal.
-        report: where else to put the report: the page where the name ends in .html, else the JSON.
+        job: the job.
+        live: `terminal`, `web`, `none`, or `auto`: the terminal view if there is a terminal.
+        report: path for a copy of the report: the page if the name ends in .html, else the JSON.
 
     Returns:
         The job's exit status.
     """
     with _page(job, live) as keep_page:
         make_screen = _screen_maker(job, live)
-        with Supervisor(job, make_screen=make_screen, on_delivery=_tell_delivery, on_tick=keep_page) as supervisor:
+        with Supervisor(job, make_screen=make_screen, on_delivery=_print_delivery, on_tick=keep_page) as supervisor:
             outcome = supervisor.run()
             conclude(job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr)
 
@@ -152,7 +152,7 @@ def _run_id(wanted: str | None) -> str | None:
 
 
 def _elastic(options: argparse.Namespace) -> bool:
-    """Whether torchrun is needed: for several processes, or when one of its options was given."""
+    """Return whether torchrun is needed: for several processes, or if one of its options was given."""
     return options.nproc_per_node not in (None, "1") or bool(_torchrun_arguments(options))
 
 
@@ -181,7 +181,7 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
 
     if live == "none" or not sys.stdout.isatty():
         if live == "terminal":
-            raise UsageError("--live terminal needs a terminal; standard output is none")
+            raise UsageError("--live terminal needs a terminal; standard output is not one")
 
         return None
 
@@ -193,7 +193,7 @@ def _screen_maker(job: LocalJob, live: str) -> Callable[[], Screen] | None:
     return make
 
 
-def _tell_delivery() -> None:
-    """Say what a person waits for who has seen the script end."""
+def _print_delivery() -> None:
+    """Print why the command still runs after the script's end."""
     if sys.stderr.isatty():
         print("traceml: delivering what was logged; Ctrl-C leaves the rest to `traceml sync`", file=sys.stderr)

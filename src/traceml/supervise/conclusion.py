@@ -1,4 +1,4 @@
-"""What a traced job leaves its user with: the verdict on standard error, and the report where it was asked for."""
+"""The end of a traced job: the verdict card on standard error, and a copy of the report where requested."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from traceml.errors import TraceMLError
 __all__ = ["conclude"]
 
 _UNFINISHED = """\
-{program}: not all of this run is stored; {log} may say why.
-What its ranks left in memory stays for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report.
+{program}: this run is not stored completely; {log} may give the reason.
+The rest stays in memory files for an hour: `traceml serve --runs-dir {runs}` stores it and writes the report.
 """
 
 
 def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None = None, file: TextIO) -> None:
-    """Print the verdict card of a run that is over. A report that cannot be made is told, and raises nothing.
+    """Print the verdict card of a finished run. If the report cannot be made, print why; raise nothing.
 
     Args:
         run_dir: the run's folder.
-        finished: whether the aggregator has finished the run on disk.
-        program: what to call ourselves in messages.
-        report: where else to put the report: the page where the name ends in .html, else the JSON.
-        file: where to print; standard output belongs to the script.
+        finished: whether the run is complete on disk.
+        program: name of the program in messages.
+        report: path for a copy of the report: the page if the name ends in .html, else the JSON.
+        file: target; standard output belongs to the script.
     """
-    # imported at the end: while the job runs, its supervisor stays small
+    # imported at the end, so that the supervisor stays small while the job runs
     from traceml.display.report_files import write_reports
     from traceml.renderers.text.card import print_card
 
@@ -36,17 +36,17 @@ def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None
             path = write_reports(run_dir)
 
         print_card(path, file=file)
-    except (TraceMLError, OSError) as error:  # the job has run, and its result is what the caller waits for
+    except (TraceMLError, OSError) as error:  # the job's own result matters more
         file.write(f"{program}: no report of this run: {error}\n")
     else:
         if report is not None:
-            _put(path, report, program, file)
+            _copy_report(path, report, program, file)
 
     if not finished and run_dir.is_dir():
         file.write(_UNFINISHED.format(program=program, log=run_dir / "logs" / "aggregator.log", runs=run_dir.parent))
 
 
-def _put(written: Path, report: Path, program: str, file: TextIO) -> None:
+def _copy_report(written: Path, report: Path, program: str, file: TextIO) -> None:
     from traceml.display.report_files import write_page
 
     try:

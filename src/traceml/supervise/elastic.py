@@ -24,15 +24,15 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.run import parse_args, run
 
     report = _reporter(os.environ.pop("TRACEML_FAILURES_FD", None))
-    told, agents = _watch_agent(report)
+    reported, agents = _watch_agent(report)
     try:
         run(parse_args(list(argv)))
     except ChildFailedError as error:
-        if not told:
+        if not reported:
             report(error.failures.items())
 
         _, first = error.get_first_failure()
-        # torchrun's own account of the failure, for those who look for it
+        # torchrun's own report of the failure
         print(error, file=sys.stderr)  # noqa: T201 - this module is a program
         return status_of(first.exitcode)
     except SignalException as error:
@@ -72,38 +72,39 @@ def _reporter(fd_text: str | None) -> Any:
 
 
 def _watch_agent(report: Any) -> tuple[list[bool], list[Any]]:
-    """Have torchrun's agent tell failures of each attempt, also those that it restarts after.
+    """Make torchrun's agent report the failures of each attempt, also of those that it restarts.
 
-    `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are told at the end.
+    `_monitor_workers` is private to torch: where it is missing, the failures of the last attempt are reported at the
+    end.
 
     Returns:
-        A list that is empty until something was told, and one that will hold the agent.
+        A list that is empty until something was reported, and one that will hold the agent.
     """
     from torch.distributed.launcher import api
 
-    told: list[bool] = []
+    reported: list[bool] = []
     agents: list[Any] = []
     original = getattr(getattr(api, "LocalElasticAgent", None), "_monitor_workers", None)
     if original is None:
-        return told, agents
+        return reported, agents
 
     def monitor(self: Any, *args: Any, **kwargs: Any) -> Any:
         agents[:] = [self]
         result = original(self, *args, **kwargs)
         if failures := getattr(result, "failures", None):
             report(failures.items())
-            told.append(True)
+            reported.append(True)
 
         return result
 
     api.LocalElasticAgent._monitor_workers = monitor
-    return told, agents
+    return reported, agents
 
 
 def _ended(agents: Sequence[Any]) -> list[tuple[int, Any]]:
-    """Return how the workers ended that torchrun has stopped, as a signal came to it: of these it tells nothing itself.
+    """Return the ends of workers that torchrun stopped on a signal, which it does not report itself.
 
-    What is looked at is private to torch: where it is missing, the ranks' own words have to do.
+    It reads attributes that are private to torch: where they are missing, the ranks' own reports are used.
     """
     found = []
     for agent in agents:

@@ -1,4 +1,4 @@
-"""What a script prints, on its way past us: from its terminal or pipe to the screen, and a copy to the run's folder."""
+"""Output of a script: passed to the screen, and copied to the run's folder."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _log = logging.getLogger("traceml")
 
 
 class PassThroughScreen:
-    """A screen that shows nothing of its own: what the script prints goes to standard output as it comes."""
+    """A screen without a view: the script's output goes to standard output unchanged."""
 
     def tick(self) -> None:
-        """Do nothing: there is nothing to draw."""
+        """Do nothing."""
 
     def write(self, data: bytes) -> None:
-        """Pass on output of the script."""
+        """Write output of the script."""
         sys.stdout.flush()
         rest = memoryview(data)
         while rest:
@@ -33,11 +33,11 @@ class PassThroughScreen:
 
 
 class OutputCopy:
-    """Keeps what a script prints in a file, for the page and for later; a disk that is full costs the copy alone.
+    """Copies the script's output to a file. A full disk ends the copy, not the job.
 
     Args:
-        path: the file, which is appended to.
-        most_bytes: how much is kept; a script that prints without end fills no disk.
+        path: the file; output is appended.
+        most_bytes: limit of the file's growth, so that endless output does not fill the disk.
     """
 
     def __init__(self, path: Path, most_bytes: int = _MOST_BYTES) -> None:
@@ -50,7 +50,7 @@ class OutputCopy:
             self._give_up(error)
 
     def write(self, data: bytes) -> None:
-        """Append what there is room for."""
+        """Append output up to the limit."""
         if self._file is None:
             return
 

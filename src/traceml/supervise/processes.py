@@ -1,4 +1,4 @@
-"""Starting processes that end with us, and the pseudo-terminal that a script may believe in."""
+"""Child processes that end with this one, and the pipe or pseudo-terminal for a script's output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, Any
 
 __all__ = ["PASSED_ON", "PseudoTerminal", "ScriptPipe", "spawn"]
 
-# Signals that a supervisor holds back from itself and passes on to the job.
+# Signals that a supervisor blocks for itself and forwards to the job.
 PASSED_ON = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2})
 _PR_SET_PDEATHSIG = 1
 
@@ -31,17 +31,17 @@ def spawn(
     death_signal: signal.Signals | None = None,
     own_session: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """Start a process which receives the signals that a supervisor holds back.
+    """Start a process with the signals unblocked that a supervisor blocks.
 
     Args:
         command: program and arguments.
         environ: its whole environment.
-        stdin: what it reads; None inherits ours.
-        stdout: where its output goes; None inherits ours.
-        stderr: where its errors go; None inherits ours.
-        pass_fds: descriptors it keeps.
-        death_signal: what the kernel sends it when this process dies, however that happens.
-        own_session: keep it away from the terminal's signals.
+        stdin: its standard input; None inherits ours.
+        stdout: its standard output; None inherits ours.
+        stderr: its standard error; None inherits ours.
+        pass_fds: descriptors that it inherits.
+        death_signal: the signal that the kernel sends it when this process dies.
+        own_session: start it in a session of its own, without the terminal's signals.
     """
     return subprocess.Popen(
         command,
@@ -56,7 +56,7 @@ def spawn(
 
 
 def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
-    # bound here: after a fork, a child should look up as little as it can
+    # looked up before the fork: the child should do as little as possible
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     parent = os.getpid()
 
@@ -73,7 +73,7 @@ def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
 
 
 class ScriptPipe:
-    """What a script writes to in place of our standard output: its bytes arrive as written."""
+    """A pipe for the script's output in place of our standard output; bytes arrive unchanged."""
 
     def __init__(self) -> None:
         self.master, self.slave = self._open()
@@ -86,7 +86,7 @@ class ScriptPipe:
         """Do nothing: a pipe has no size."""
 
     def read(self) -> bytes | None:
-        """Return what the script wrote; empty when there is nothing now, None when nobody holds the other end."""
+        """Return the script's output; empty if there is none now, None if all writers have closed it."""
         try:
             return os.read(self.master, 65536) or None
         except BlockingIOError:
@@ -95,7 +95,7 @@ class ScriptPipe:
             return None
 
     def close_slave(self) -> None:
-        """Let go of the script's end, so that its closing can be seen."""
+        """Close the script's end here, so that its end can be detected."""
         os.close(self.slave)
 
     def close(self) -> None:
@@ -104,7 +104,7 @@ class ScriptPipe:
 
 
 class PseudoTerminal(ScriptPipe):
-    """The same where our standard output is a terminal: the script may ask, and gets one of the same size."""
+    """A pseudo-terminal of the same size, if our standard output is a terminal."""
 
     def __init__(self, like_fd: int) -> None:
         super().__init__()
@@ -115,12 +115,12 @@ class PseudoTerminal(ScriptPipe):
     def _open(self) -> tuple[int, int]:
         master, slave = pty.openpty()
         attributes = termios.tcgetattr(slave)
-        attributes[1] &= ~termios.OPOST  # no newline translation: the real terminal does that
+        attributes[1] &= ~termios.OPOST  # no newline translation: the real terminal does it
         termios.tcsetattr(slave, termios.TCSANOW, attributes)
         return master, slave
 
     def follow_size(self) -> None:
-        """Give the pseudo-terminal the real one's size, which tells the script when it changed."""
+        """Give the pseudo-terminal the real one's size; the kernel signals a change to the script."""
         size = fcntl.ioctl(self._like_fd, termios.TIOCGWINSZ, struct.pack("4H", 24, 80, 0, 0))
         if size != self._size:
             self._size = size

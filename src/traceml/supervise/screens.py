@@ -13,11 +13,11 @@ from traceml.supervise.supervisor import Screen
 __all__ = ["MakeScreen", "Output", "terminal_screen"]
 
 MakeScreen = Callable[[Path], Screen | None]
-"""Makes the live view of the run in a folder, or none where there is no terminal."""
+"""Makes the live view of the run in a folder, or returns None without a terminal."""
 
 
 def terminal_screen(run_dir: Path) -> Screen | None:
-    """Return the live view in the terminal, None where standard output is none."""
+    """Return the live view in the terminal, None if standard output is not one."""
     if not sys.stdout.isatty():
         return None
 
@@ -27,7 +27,7 @@ def terminal_screen(run_dir: Path) -> Screen | None:
 
 
 class Output(io.TextIOBase):
-    """A text stream whose words go to one of `sys`, or wait for the thread that draws the live view."""
+    """A text stream that writes to one of `sys`, or queues text for the thread that draws the live view."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -38,7 +38,7 @@ class Output(io.TextIOBase):
         return True
 
     def write(self, text: str, /) -> int:
-        """Write, or keep for later; return how many characters."""
+        """Write or queue text; return the number of characters."""
         waiting = self.redirected
         if waiting is None:
             return int(getattr(sys, self._name).write(text))
@@ -47,6 +47,6 @@ class Output(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Hand on what was written, unless it waits."""
+        """Flush, unless text is queued."""
         if self.redirected is None:
             getattr(sys, self._name).flush()

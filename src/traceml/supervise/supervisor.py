@@ -1,7 +1,7 @@
-"""One job on this host: its aggregator, its processes, its output, its signals, its end.
+"""Supervisor of one job on this host: its aggregator, processes, output, signals and end.
 
-The supervisor passes the job's output and signals through, tells the aggregator how processes ended, and dies without
-leaving anything behind: the kernel ends the job with it, and the aggregator ends with the job.
+It passes the job's output and signals through and reports the end of processes to the aggregator. If it dies, the
+kernel ends the job, and the aggregator ends with the job.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ _SI_KERNEL = 0x80  # siginfo's code for a signal that the terminal sent, to the 
 
 @dataclass(frozen=True, slots=True)
 class LocalJob:
-    """What to run.
+    """A job on this host.
 
     Args:
-        command: program and arguments, ready to execute.
-        elastic: whether the program is our torchrun, which tells its failures itself.
+        command: program and arguments.
+        elastic: whether the program is our torchrun, which reports its failures itself.
         run_id: name of the run's folder.
-        runs_dir: where runs are kept.
-        environ: variables for the job, over this process's own.
+        runs_dir: folder of all runs.
+        environ: variables for the job, added to this process's own.
     """
 
     command: Sequence[str]
@@ -55,27 +55,27 @@ class LocalJob:
 
 @dataclass(frozen=True, slots=True)
 class JobOutcome:
-    """How a job ended: `status` as a shell counts, and whether the aggregator finished the run itself."""
+    """The end of a job: `status` as in a shell, and whether the run is complete on disk."""
 
     status: int
     finished: bool
 
 
 class Screen(Protocol):
-    """Something that shows a running job."""
+    """A view of a running job."""
 
     def tick(self) -> None:
-        """Draw anew if it is time."""
+        """Redraw if it is time."""
 
     def write(self, data: bytes) -> None:
         """Show output of the script."""
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Restore the terminal."""
 
 
 class Supervisor:
-    """Runs one job to its end; a context manager, at whose exit nothing of the job is left."""
+    """Runs one job to its end. A context manager: its exit ends what is left of the job."""
 
     def __init__(
         self,
@@ -88,18 +88,17 @@ class Supervisor:
         """Prepare a job.
 
         Args:
-            job: what to run.
-            make_screen: makes the live view once the job is started, through which the job's output goes, and a copy
-                of it into the run's folder; without one the job writes to our own terminal or pipe, and nothing stands
-                between.
-            on_delivery: called once when the job has ended and trackers still take what it logged.
+            job: the job.
+            make_screen: makes the live view once the job is started; the job's output goes through it, with a copy in
+                the run's folder. None: the job writes directly to our terminal or pipe.
+            on_delivery: called once if the job has ended and trackers still receive logged values.
             on_tick: called a few times a second while the job runs.
         """
         self._job = job
         self._make_screen = make_screen
         self._screen: Screen | None = None
         self._copy: OutputCopy | None = None
-        self._keeper = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery)
+        self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery)
         self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
         self._selector = selectors.DefaultSelector()
@@ -109,13 +108,13 @@ class Supervisor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._keeper.close()
+        self._aggregator.close()
         self._selector.close()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
     def run(self) -> JobOutcome:
-        """Run the job; return when every process of it has ended and the run is finished on disk."""
-        self._keeper.start()
+        """Run the job; return when all its processes have ended and the run is stored."""
+        self._aggregator.start()
         process = self._run_job()
         finished = self._finish(process)
         return JobOutcome(self._status(process), finished)
@@ -123,15 +122,15 @@ class Supervisor:
     # the job
 
     def _run_job(self) -> subprocess.Popen[bytes]:
-        terminal = _between() if self._make_screen is not None else None
+        terminal = _output_pipe() if self._make_screen is not None else None
         process = self._start_job(terminal)
         try:
             if self._make_screen is not None:
                 self._screen = self._make_screen()
                 self._copy = OutputCopy(self._job.run_dir / "logs" / "output.log")
-            self._attend(process, terminal)
+            self._watch_job(process, terminal)
         finally:
-            if process.poll() is None:  # only when something of ours failed: the job does not outlive its supervisor
+            if process.poll() is None:  # after an error of ours: the job does not outlive its supervisor
                 process.terminate()
                 process.wait()
 
@@ -152,7 +151,7 @@ class Supervisor:
         environ = {
             **os.environ,
             **self._job.environ,
-            **self._keeper.environ(),
+            **self._aggregator.environ(),
         }
         if self._job.elastic:
             environ["TRACEML_FAILURES_FD"] = str(failures_out)
@@ -174,7 +173,7 @@ class Supervisor:
         self._selector.register(failures_in, selectors.EVENT_READ, "failures")
         return process
 
-    def _attend(self, process: subprocess.Popen[bytes], terminal: ScriptPipe | None) -> None:
+    def _watch_job(self, process: subprocess.Popen[bytes], terminal: ScriptPipe | None) -> None:
         """Pass output and signals through until the job has ended."""
         ended = os.pidfd_open(process.pid)
         self._selector.register(ended, selectors.EVENT_READ, "ended")
@@ -191,7 +190,7 @@ class Supervisor:
                     self._read_failures(ready["failures"].fd)
 
                 _pass_signals(process)
-                self._keeper.keep()
+                self._aggregator.keep()
                 if self._screen is not None:
                     self._screen.tick()
 
@@ -203,7 +202,7 @@ class Supervisor:
         finally:
             os.close(ended)
 
-        # last words: what lies in the pipes although their writers are gone
+        # the rest of the pipes, whose writers are gone
         while terminal is not None and self._show(terminal, at_end=True):
             pass
 
@@ -237,21 +236,21 @@ class Supervisor:
     # the end
 
     def _finish(self, process: subprocess.Popen[bytes]) -> bool:
-        """Tell the aggregator how the processes ended; return whether the run is finished on disk."""
+        """Report the end of the processes to the aggregator; return whether the run is complete on disk."""
         failures = self._failures
         if not self._job.elastic:
             failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
 
-        return self._keeper.finish(failures, self._status(process))
+        return self._aggregator.finish(failures, self._status(process))
 
 
-def _between() -> ScriptPipe:
-    """Return what a script writes to in place of our standard output: of the same kind, for the script may ask."""
+def _output_pipe() -> ScriptPipe:
+    """Return a replacement of the same kind for our standard output: a script may check for a terminal."""
     return PseudoTerminal(sys.stdout.fileno()) if sys.stdout.isatty() else ScriptPipe()
 
 
 def _pass_signals(process: subprocess.Popen[bytes]) -> None:
-    """Send the job the signals that came to us alone; those of the terminal it has already."""
+    """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
     while (info := signal.sigtimedwait(PASSED_ON, 0)) is not None:
         if info.si_code != _SI_KERNEL and process.poll() is None:
             process.send_signal(info.si_signo)

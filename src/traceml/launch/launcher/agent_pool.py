@@ -1,4 +1,4 @@
-"""Agents that stay after a launch, with torch imported, so that the next launch to their host starts at once."""
+"""Idle agents kept after a launch, with torch imported, so that the next launch on their host starts at once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["AGENT_POOL", "AgentPool"]
 
 
 class AgentPool:
-    """Idle agents, each known by a key: its host, and how it was started.
+    """Idle agents by key: the host, and how the agent was started.
 
-    A connection is in the pool or in a launch, never in both, so launches in several threads do not meet.
+    A connection is in the pool or in a launch, never in both, so launches in several threads are independent.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class AgentPool:
         return f"AgentPool({list(self._connections.values())})"
 
     def take(self, key: Hashable) -> AgentConnection | None:
-        """Return an idle agent that was kept under `key`, as far as can be seen alive; the caller owns it then."""
+        """Return an idle agent kept under `key`, which the caller then owns; None if there is none alive."""
         with self._lock:
             connection = self._connections.pop(key, None)
 
@@ -37,11 +37,11 @@ class AgentPool:
         return connection
 
     def give(self, key: Hashable, connection: AgentConnection) -> None:
-        """Keep an agent that has nothing to do."""
+        """Keep an idle agent."""
         with self._lock:
             before, self._connections[key] = self._connections.get(key), connection
 
-        if before is not None:  # of a launch that ran at the same time
+        if before is not None:  # from a simultaneous launch
             before.close()
 
     def close(self) -> None:
@@ -56,7 +56,7 @@ class AgentPool:
             connection.close()
 
     def forget(self) -> None:
-        """Know of no agents in a forked child: they belong to its parent."""
+        """Forget all agents in a forked child: they belong to its parent."""
         self._lock = threading.Lock()
         self._connections = {}
 

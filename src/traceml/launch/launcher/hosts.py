@@ -1,4 +1,4 @@
-"""Which hosts a launch uses, how each is reached, and how many workers it gets."""
+"""Hosts of a launch: names, transports and numbers of workers."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class HostSpec:
     """One host of a launch.
 
     Attributes:
-        name: as the user wrote it, or Slurm.
-        transport: how its agent is started: a process of ours, ssh, or a step of the Slurm job.
-        workers: how many workers it gets; None: one per GPU of that host, else `without_gpus`.
-        without_gpus: how many it gets where it has no GPUs; None: one per CPU core.
+        name: as the user or Slurm wrote it.
+        transport: how its agent is started: as a child process, by ssh, or as a step of the Slurm job.
+        workers: number of workers; None: one per GPU of the host, else `without_gpus`.
+        without_gpus: number of workers without GPUs; None: one per CPU core.
     """
 
     name: str
@@ -50,15 +50,15 @@ def resolve_hosts(
         hostnames: names for ssh (names of this host are started directly), `slurm`, or `auto`: the Slurm allocation,
             else this host.
         workers_per_host: for all hosts, or for each; `slurm`, or `auto`: see `HostSpec`.
-        ssh_config_file: what ssh reads instead of the user's configuration.
-        environ: where Slurm's variables are read from.
+        ssh_config_file: configuration that ssh reads instead of the user's.
+        environ: environment with Slurm's variables.
 
     Raises:
-        UsageError: a name stands twice, there are no hosts, or the numbers do not fit them.
+        UsageError: a name is repeated, there are no hosts, or the numbers do not match them.
         SlurmError: Slurm is asked for, and there is no allocation.
     """
     if not isinstance(hostnames, str) and list(hostnames) in (["auto"], ["slurm"]):
-        hostnames = hostnames[0]  # of a command line, where a list may have one element
+        hostnames = hostnames[0]  # from a command line, where a list may have one element
 
     asked = "slurm" in (hostnames, workers_per_host)
     found = None if not asked and _all_here(hostnames) else allocation(environ)
@@ -73,11 +73,11 @@ def resolve_hosts(
     numbers = _numbers(workers_per_host, names)
     specs = []
     for name, number in zip(names, numbers, strict=True):
-        meant = found.workers.get(name) if found else None
+        default = found.workers.get(name) if found else None
         if workers_per_host == "slurm" and found and name not in found.workers:
             raise SlurmError(f"workers_per_host='slurm', but host {name} is not part of Slurm's job {found.job_id}")
 
-        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, meant))
+        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, default))
 
     return specs
 
@@ -98,11 +98,11 @@ def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str
     for name in names:
         # a name that starts with a dash would be an option of ssh
         if not isinstance(name, str) or not name or name.startswith("-") or any(c.isspace() for c in name):
-            raise UsageError(f"hostnames has {name!r}, which is no name of a host")
+            raise UsageError(f"hostnames has {name!r}, which is not a host name")
 
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise UsageError(
-            f"hostnames has {', '.join(twice)} more than once. "
+            f"hostnames has {', '.join(repeated)} more than once. "
             "Name each host once, and give it more workers by workers_per_host."
         )
 
@@ -140,16 +140,16 @@ def _transport(name: str, found: Allocation | None, ssh_config_file: str | os.Pa
     if name not in {own, own.partition(".")[0]} and not _is_here(name):
         return "ssh"
 
-    if ssh_config_file is not None and _leads_elsewhere(name, os.fspath(ssh_config_file)):
+    if ssh_config_file is not None and _is_another_host(name, os.fspath(ssh_config_file)):
         return "ssh"
 
     return "local"
 
 
-def _leads_elsewhere(name: str, ssh_config_file: str) -> bool:
-    """Return whether the user's ssh configuration gives another host for a name of this one."""
+def _is_another_host(name: str, ssh_config_file: str) -> bool:
+    """Return whether the user's ssh configuration maps a name of this host to another one."""
     try:
-        told = subprocess.run(
+        output = subprocess.run(
             ["ssh", "-F", ssh_config_file, "-G", name],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -157,10 +157,10 @@ def _leads_elsewhere(name: str, ssh_config_file: str) -> bool:
             timeout=_SSH_TIMEOUT_S,
             check=False,
         ).stdout
-    except (OSError, subprocess.TimeoutExpired):  # no ssh: then this host it is
+    except (OSError, subprocess.TimeoutExpired):  # no ssh: then it is this host
         return False
 
-    for line in told.splitlines():
+    for line in output.splitlines():
         key, _, value = line.partition(" ")
         if key == "hostname":
             return value != name and not _is_here(value)
@@ -173,7 +173,7 @@ def _all_here(hostnames: Sequence[str] | str) -> bool:
 
 
 def _is_here(name: str) -> bool:
-    """Return whether a name or an address is certainly this host's; names are not looked up."""
+    """Return whether a name or an address surely is this host's; names are not resolved."""
     if name.lower() in _LOOPBACK:
         return True
 
@@ -181,7 +181,7 @@ def _is_here(name: str) -> bool:
         address = ipaddress.ip_address(name)
         family = socket.AF_INET if address.version == 4 else socket.AF_INET6
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((name, 0))  # only an address of an interface of ours can be bound
+            probe.bind((name, 0))  # only addresses of our own interfaces can be bound
     except (ValueError, OSError):
         return False
 

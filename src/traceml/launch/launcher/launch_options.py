@@ -28,14 +28,14 @@ DEFAULT_ENV_VARS: tuple[str, ...] = (
     "HF_*",
     "TRACEML_*",
 )
-"""Variables (patterns of fnmatch) that workers of other hosts get from the launcher's environment."""
+"""Variables (fnmatch patterns) that workers of other hosts get from the launcher's environment."""
 
 _BACKENDS = ("nccl", "gloo", "mpi", "ucc", "auto", None)
 
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """What the workers of a launch returned.
+    """Results of the workers of a launch.
 
     Attributes:
         results: by hostname (as given to `launch`), then by local rank.
@@ -44,7 +44,7 @@ class LaunchResult:
     results: dict[str, list[Any]]
 
     def rank(self, i: int) -> Any:
-        """Return what the worker with rank `i` returned.
+        """Return the result of rank `i`.
 
         Raises:
             ResultNotFoundError: there is no such rank. It is an IndexError.
@@ -56,7 +56,7 @@ class LaunchResult:
         return values[i]
 
     def index(self, hostname: str, local_rank: int) -> Any:
-        """Return what one worker of a host returned.
+        """Return the result of one worker of a host.
 
         Raises:
             ResultNotFoundError: no such host, or no such local rank there. It is an IndexError and a KeyError.
@@ -78,21 +78,21 @@ class LaunchOptions:
     """Options of a launch, see `launch`."""
 
     hostnames: list[str] | Literal["auto", "slurm"] = "auto"
-    """Names that ssh understands, or of this host. auto: the Slurm allocation, else this host."""
+    """Host names for ssh, or names of this host. auto: the Slurm allocation, else this host."""
     workers_per_host: int | list[int] | Literal["auto", "slurm"] = "auto"
-    """For all hosts, or for each. auto: one per GPU, else what Slurm's job asked for, else one per CPU core."""
+    """For all hosts, or for each. auto: one per GPU, else as requested from Slurm, else one per CPU core."""
     ssh_config_file: str | Path | None = None
-    """What ssh reads instead of ~/.ssh/config."""
+    """Configuration that ssh reads instead of ~/.ssh/config."""
     backend: Literal["nccl", "gloo", "mpi", "ucc", "auto"] | None = "auto"
-    """Of the process group. auto: nccl where each worker has a GPU, else gloo. None: no group."""
+    """Backend of the process group. auto: nccl where each worker has a GPU, else gloo. None: no group."""
     timeout: int = 600
     """Seconds for start-up, and for the process group's collectives; never for the function."""
     default_env_vars: Sequence[str] = DEFAULT_ENV_VARS
-    """Variables (patterns) that other hosts get from this environment."""
+    """Variables (patterns) that workers of other hosts get from this environment."""
     extra_env_vars: Sequence[str] = ()
-    """More of them."""
+    """Additional ones."""
     env_file: str | Path | None = None
-    """A bash script that each host sources before its workers start; what it exports counts."""
+    """A bash script that each host sources before its workers start; they get its exported variables."""
     keep_agents: bool = True
     """Leave an idle agent with torch imported on each host, for the next launch of this process."""
     trace: bool = False
@@ -122,5 +122,5 @@ class LaunchOptions:
 
 
 def matching(environ: Mapping[str, str], patterns: Sequence[str]) -> dict[str, str]:
-    """Return the variables whose names match one of the patterns, which are case-sensitive as names are."""
+    """Return the variables whose names match one of the case-sensitive patterns."""
     return {name: value for name, value in environ.items() if any(fnmatchcase(name, each) for each in patterns)}

@@ -59,28 +59,29 @@ def launch(
     python: str | None = None,
     cpu_affinity: bool = True,
 ) -> LaunchResult:
-    """Run a function on every worker of every host, and return what each returned.
+    """Run a function on every worker of every host, and return the results.
 
     Workers are processes with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, in one
-    process group. When this returns or raises, all of them and what they started are gone.
+    process group. When this returns or raises, all of them and all processes that they started have ended.
 
     Args:
-        func: what to run. It, its arguments and its results travel by cloudpickle: it may stand in the script itself,
-            or be a lambda or a closure.
+        func: the function. It, its arguments and its results are sent by cloudpickle: it may be defined in the script
+            itself, or be a lambda or a closure.
         func_args: its positional arguments.
         func_kwargs: its keyword arguments.
-        hostnames: names that ssh understands, or of this host (`localhost`); `auto`: the Slurm allocation, else this
+        hostnames: host names for ssh, or names of this host (`localhost`); `auto`: the Slurm allocation, else this
             host; `slurm`: the allocation.
-        workers_per_host: for all hosts, or one number for each; `auto`: one per GPU of the host, else what the Slurm
-            job asked for, else one per CPU core; `slurm`: the same, and there must be an allocation.
-        ssh_config_file: what ssh reads instead of ~/.ssh/config.
-        backend: of the process group; `auto`: nccl where each worker has a GPU, else gloo; None: no group.
+        workers_per_host: for all hosts, or one number for each; `auto`: one per GPU of the host, else as
+            requested from Slurm, else one per CPU core; `slurm`: the same, and there must be an allocation.
+        ssh_config_file: configuration that ssh reads instead of ~/.ssh/config.
+        backend: backend of the process group; `auto`: nccl where each worker has a GPU, else gloo; None: no group.
         timeout: seconds for start-up, and for the group's collectives; never for the function.
-        default_env_vars: patterns of variables that other hosts get from this environment; workers here inherit all.
-        extra_env_vars: more of them.
-        env_file: a script that bash sources on each host before its workers start; what it exports counts.
-        log_handlers: `auto` prints what the first host's agent and first worker write, and writes files for all; or a
-            list of logging handlers.
+        default_env_vars: patterns of variables that workers of other hosts get from this environment; workers of
+            this host inherit all.
+        extra_env_vars: additional ones.
+        env_file: a script that bash sources on each host before its workers start; they get its exported variables.
+        log_handlers: `auto` prints the output of the first host's agent and first worker, and writes files for all;
+            or a list of logging handlers.
         keep_agents: leave an idle agent with torch imported on each host; it makes the next launch of this process
             fast, and ends with this process.
         trace: trace the job: live view, verdict, report.
@@ -88,13 +89,13 @@ def launch(
         cpu_affinity: give each worker of a host its own share of the CPU cores.
 
     Raises:
-        Exception: what a worker raised, with the worker's name as a note and its traceback as the cause.
+        Exception: a worker's exception, with the worker's name as a note and its traceback as the cause.
         WorkerFailedError: a worker died: a signal, an exit code.
         AgentFailedError: a host cannot be reached or used, or was lost.
         LaunchTimeoutError: start-up took longer than `timeout`.
         PayloadError: the function, an argument or a result cannot be pickled.
-        SlurmError: Slurm is asked for, and there is no allocation.
-        UsageError: an argument has a value that cannot be.
+        SlurmError: Slurm is requested, and there is no allocation.
+        UsageError: an argument has an invalid value.
     """
     launcher = Launcher(
         hostnames=hostnames,

@@ -1,7 +1,7 @@
-"""Looking at hosts before a job runs on them: what is there, how fast each computes, how fast they reach each other.
+"""Checks of hosts before a job: hardware and software, compute speed, and the network between them.
 
-Every host is asked by itself first, so that one which cannot be used hides nothing of the others; those that can are
-then asked together. What runs on the hosts are `probe_host` and `probe_links`, launched like any function.
+Each host is checked alone first, so that an unusable one does not hide the others; usable ones are then checked
+together. `probe_host` and `probe_links` run on the hosts, launched like any function.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MATMUL_SIZE, _DEVICE_MATMUL_SIZE, _MATMULS = 1024, 4096, 9
 _ROUND_TRIPS, _MESSAGE_BYTES, _REDUCE_BYTES = 20, 16 << 20, 16 << 20
 _TIMEOUT_S = 60
 _AT_ONCE = 64
-# A host below this share of what the others reach is called slow; a network path too.
+# A host, or a network path, below this share of the others' median is slow.
 _SLOW_HOST, _SLOW_LINK = 0.7, 0.5
 
 
@@ -33,12 +33,12 @@ class HostFacts:
     """One host.
 
     Attributes:
-        name: as it was asked for.
-        trouble: why it cannot be used; empty when it can.
-        advice: what can be done about that.
-        words: the last lines of what ssh, srun or the host itself said of it.
-        facts: what `probe_host` returned, of a host that can be used.
-        connect_s: seconds from nothing to the answer, with torch imported.
+        name: as the user wrote it.
+        trouble: why it cannot be used; empty if it can.
+        advice: how to fix that.
+        words: the last lines of output of ssh, srun or the host.
+        facts: the result of `probe_host` on a usable host.
+        connect_s: seconds until the answer, including the import of torch.
     """
 
     name: str
@@ -60,14 +60,14 @@ class LinkFacts:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What was seen.
+    """Result of a check of hosts.
 
     Attributes:
-        hosts: in the order asked.
-        links: of a ring over the hosts that can be used; empty with less than two.
+        hosts: in the given order.
+        links: of a ring over the usable hosts; empty with fewer than two.
         clock_offsets_s: each host's wall clock minus the first usable host's, in seconds.
-        all_reduce_ms: a sum of 16 MiB over all usable hosts, in milliseconds; None with less than two.
-        trouble: why the hosts, usable one by one, do not work together.
+        all_reduce_ms: a sum of 16 MiB over all usable hosts, in milliseconds; None with fewer than two.
+        trouble: why hosts that are usable alone do not work together.
     """
 
     hosts: tuple[HostFacts, ...]
@@ -80,36 +80,36 @@ class Preflight:
 def preflight(
     hostnames: Sequence[str] | str, *, ssh_config_file: str | Path | None = None, python: str | None = None
 ) -> Preflight:
-    """Look at hosts; takes a few seconds, however many there are.
+    """Check hosts in parallel; takes a few seconds.
 
     Args:
-        hostnames: as `launch` takes them.
-        ssh_config_file: what ssh reads instead of the user's configuration.
+        hostnames: as for `launch`.
+        ssh_config_file: configuration that ssh reads instead of the user's.
         python: the interpreter on the hosts; by default this one's path.
     """
     from traceml.launch.launcher.hosts import resolve_hosts
 
     places = [place.name for place in resolve_hosts(hostnames, 1, ssh_config_file, os.environ)]
-    launched = _Launching(ssh_config_file, python)
+    launcher = _ProbeLauncher(ssh_config_file, python)
     with ThreadPoolExecutor(min(len(places), _AT_ONCE)) as pool:
-        hosts = tuple(pool.map(launched.host, places))
+        hosts = tuple(pool.map(launcher.host, places))
 
     usable = [host.name for host in hosts if not host.trouble]
     if len(usable) < 2:
         return Preflight(hosts)
 
     try:
-        told = launched.run(probe_links, usable)
-    except Exception as error:  # noqa: BLE001 - whatever the group met is what was looked for
+        probes = launcher.run(probe_links, usable)
+    except Exception as error:  # noqa: BLE001 - any failure of the group is a result
         return Preflight(hosts, trouble=_reason(error))
 
-    links = [LinkFacts((usable[a], usable[b]), ms, rate) for each in told for a, b, ms, rate in each["links"]]
-    offsets = {name: each["clock_offset_s"] for name, each in zip(usable, told, strict=True)}
-    return Preflight(hosts, tuple(links), offsets, max(each["all_reduce_ms"] for each in told))
+    links = [LinkFacts((usable[a], usable[b]), ms, rate) for each in probes for a, b, ms, rate in each["links"]]
+    offsets = {name: each["clock_offset_s"] for name, each in zip(usable, probes, strict=True)}
+    return Preflight(hosts, tuple(links), offsets, max(each["all_reduce_ms"] for each in probes))
 
 
 def slow_hosts(found: Preflight) -> Iterator[tuple[str, str]]:
-    """Yield hosts that would hold up the others, each with the reason."""
+    """Yield hosts that would slow the others down, each with the reason."""
     rates = {host.name: host.facts["cpu_gflops"] for host in found.hosts if not host.trouble}
     devices = {host.name: min(host.facts["gpu_tflops"]) for host in found.hosts if host.facts.get("gpu_tflops")}
     for what, unit, table in (("CPU", "GFLOP/s", rates), ("GPU", "TFLOP/s", devices)):
@@ -122,11 +122,11 @@ def slow_hosts(found: Preflight) -> Iterator[tuple[str, str]]:
         elsewhere = [each.megabytes_per_s for each in found.links if each is not link]
         if elsewhere and link.megabytes_per_s < _SLOW_LINK * statistics.median(elsewhere):
             text = f"{link.megabytes_per_s:.0f} MB/s between {' and '.join(link.hosts)}"
-            yield _common(link, found), f"{text}, {statistics.median(elsewhere):.0f} elsewhere"
+            yield _slow_end(link, found), f"{text}, {statistics.median(elsewhere):.0f} elsewhere"
 
 
-def _common(link: LinkFacts, found: Preflight) -> str:
-    """Return the host of a slow link whose other link is slower than the other's, or both of them."""
+def _slow_end(link: LinkFacts, found: Preflight) -> str:
+    """Return the host of a slow link whose other link is slow too, or both names if neither is clearly slower."""
     rates = {}
     for name in link.hosts:
         other = [each.megabytes_per_s for each in found.links if name in each.hosts and each is not link]
@@ -136,8 +136,8 @@ def _common(link: LinkFacts, found: Preflight) -> str:
     return slower if rates[slower] < _SLOW_LINK * rates[faster] else " or ".join(link.hosts)
 
 
-class _Launching:
-    """Launches that share their agents: who was asked alone has torch imported when all are asked together."""
+class _ProbeLauncher:
+    """Launches of probes, which share their agents: torch is imported once per host."""
 
     def __init__(self, ssh_config_file: str | Path | None, python: str | None) -> None:
         self._ssh_config_file, self._python = ssh_config_file, python
@@ -148,7 +148,7 @@ class _Launching:
             facts = self.run(probe_host, [name])[0]
         except AgentFailedError as error:
             return HostFacts(name, error.reason, error.advice, tuple(error.words))
-        except Exception as error:  # noqa: BLE001 - whatever a host fails with is what was looked for
+        except Exception as error:  # noqa: BLE001 - any failure of a host is a result
             return HostFacts(name, _reason(error))
 
         return HostFacts(name, facts=facts, connect_s=time.monotonic() - began_s)
@@ -177,7 +177,7 @@ def _reason(error: BaseException) -> str:
 
 
 def probe_host() -> dict[str, Any]:
-    """Return what this host has, and how fast it multiplies matrices."""
+    """Return this host's hardware and software, and its speed of matrix products."""
     import torch
 
     cores = len(os.sched_getaffinity(0))
@@ -200,7 +200,7 @@ def probe_host() -> dict[str, Any]:
 
 
 def probe_links() -> dict[str, Any]:
-    """Measure the clock, a ring of network paths and a sum over all hosts; every rank returns what it measured."""
+    """Measure clock offsets, a ring of network paths and an all-reduce; each rank returns its measurements."""
     import torch
     from torch import distributed
 
@@ -227,7 +227,7 @@ def probe_links() -> dict[str, Any]:
 
 
 def _matmuls(matrix: Any, wait: Any) -> Iterator[float]:
-    """Yield the seconds that products take, the first ones left out."""
+    """Yield the duration of matrix products in seconds, without the first ones."""
     for number in range(_MATMULS + 2):
         began_s = time.perf_counter()
         matrix @ matrix
@@ -246,7 +246,7 @@ def _device_tflops(index: int) -> float:
 
 
 def _clock_offset_s(rank: int, world_size: int) -> float:
-    """Return this host's wall clock minus rank 0's: the fastest of some exchanges tells."""
+    """Return this host's wall clock minus rank 0's, measured by the fastest of some exchanges."""
     import torch
     from torch import distributed
 
@@ -273,7 +273,7 @@ def _clock_offset_s(rank: int, world_size: int) -> float:
 
 
 def _turns(world_size: int) -> list[list[tuple[int, int]]]:
-    """Return the paths of a ring in turns in which no host has two of them."""
+    """Return the paths of a ring in rounds in which each host has one path at most."""
     ring = [(rank, rank + 1) for rank in range(world_size - 1)]
     turns = [ring[::2], ring[1::2]]
     return [*turns, [(world_size - 1, 0)]] if world_size > 2 else turns

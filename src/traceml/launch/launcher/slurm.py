@@ -1,4 +1,4 @@
-"""The Slurm allocation that this process runs in: its nodes, and how many workers each is meant for."""
+"""The Slurm allocation of this process: its nodes, and the number of workers of each."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _SCONTROL_TIMEOUT_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Allocation:
-    """Nodes that Slurm has given to a job.
+    """The nodes of a Slurm job.
 
     Attributes:
-        job_id: Slurm's number of the job.
-        workers: the nodes' names, each with the number of workers it is meant for where it has no GPUs: the tasks
-            that were asked for, else the allocated CPUs; None where Slurm does not tell.
+        job_id: Slurm's id of the job.
+        workers: number of workers without GPUs by node: the requested tasks, else the allocated CPUs; None if Slurm
+            does not report it.
     """
 
     job_id: str
@@ -29,10 +29,10 @@ class Allocation:
 
 
 def allocation(environ: Mapping[str, str]) -> Allocation | None:
-    """Read the allocation that the environment tells of; None outside of one.
+    """Read the allocation from the environment; None outside of one.
 
     Raises:
-        SlurmError: there is one, and it cannot be read.
+        SlurmError: it cannot be read.
     """
     job_id = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
     if not job_id:
@@ -43,20 +43,20 @@ def allocation(environ: Mapping[str, str]) -> Allocation | None:
         raise SlurmError(f"job {job_id} of Slurm has no SLURM_JOB_NODELIST: its nodes are unknown")
 
     nodes = _expand(listed, environ)
-    # Slurm always tells tasks per node, by default one; they are meant only where the user asked for tasks
+    # Slurm always sets the tasks per node, by default 1: use them only if the user asked for tasks
     asked = "SLURM_NTASKS" in environ or "SLURM_NTASKS_PER_NODE" in environ
     per_node = environ.get("SLURM_TASKS_PER_NODE") if asked else environ.get("SLURM_JOB_CPUS_PER_NODE")
     counts = _counts(per_node or "")
-    if len(counts) != len(nodes):  # of a step, which may have less nodes than the job
+    if len(counts) != len(nodes):  # in a step, which may have fewer nodes than the job
         counts = [None] * len(nodes)
 
     return Allocation(job_id, dict(zip(nodes, counts, strict=True)))
 
 
 def step_command(node: str) -> list[str]:
-    """Return what runs a command as a step of one task on a node, with the node's whole share of the job.
+    """Return the command prefix for a step of one task on a node, with all of the job's resources there.
 
-    Its standard streams are the command's, unchanged; `--overlap` lets it start beside other steps.
+    Standard streams are passed through unchanged; `--overlap` lets it start beside other steps.
     """
     return [
         "srun",
