@@ -50,5 +50,5 @@ def test_a_store_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> N
     conclude(run_dir, finished=False, program="traceml run", report=tmp_path / "mine.html", file=told)
 
     assert "traceml run: no report of this run: " in told.getvalue()
-    assert "aggregator.log may say why" in told.getvalue()
+    assert "aggregator.log may give the reason" in told.getvalue()
     assert not (tmp_path / "mine.html").exists()

@@ -42,8 +42,7 @@ def file_handler(
     """
     folder = new_log_folder(os.environ) or Path() if log_dir is None else Path(log_dir)
     own = "" if local_rank is None else f"[{local_rank}]"
-    handler = _FileHandler(folder / f"{hostname.replace(os.sep, '_')}{own}.log")
-    return _for_source(handler, hostname, local_rank, "%(asctime)s:%(levelname)s: %(message)s")
+    return _FileHandler(hostname, local_rank, folder / f"{hostname.replace(os.sep, '_')}{own}.log")
 
 
 def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO | None = None) -> LineHandler:
@@ -54,10 +53,7 @@ def stream_handler(hostname: str, local_rank: int | None = None, stream: TextIO 
         local_rank: the worker's; None for the host's agent.
         stream: the target; None: the `sys.stdout` of the time of writing.
     """
-    own = "" if local_rank is None else f"[{local_rank}]"
-    source = f"{hostname}{own}".replace("%", "%%")
-    handler = _StreamHandler(stream)
-    return _for_source(handler, hostname, local_rank, f"%(asctime)s:%(levelname)s:{source}: %(message)s")
+    return _StreamHandler(hostname, local_rank, stream)
 
 
 def plain_handler(
@@ -71,7 +67,7 @@ def plain_handler(
         out: target of its stdout; None for `sys.stdout`.
         err: target of its stderr; None for `sys.stderr`.
     """
-    return _for_source(_PlainHandler(out, err), hostname, local_rank, "%(message)s")
+    return _PlainHandler(hostname, local_rank, out, err)
 
 
 def add_filter_to_handler(
@@ -169,11 +165,13 @@ class SourceFilter(logging.Filter):
 class LineHandler(logging.Handler):
     """A handler that also accepts many lines at once, and formats them like one record per line."""
 
-    def __init__(self) -> None:
+    def __init__(self, hostname: str, local_rank: int | None, layout: str) -> None:
         super().__init__()
-        self._own_formatter: logging.Formatter | None = None
+        self._own_formatter = logging.Formatter(layout, datefmt=_TIME)
         self._head, self._head_of = "", (0, 0)
         self._failed = False
+        self.setFormatter(self._own_formatter)
+        self.addFilter(SourceFilter(hostname, local_rank))
 
     @property
     def is_plain(self) -> bool:
@@ -237,8 +235,8 @@ _unwritable: set[Path] = set()
 
 
 class _FileHandler(LineHandler):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, hostname: str, local_rank: int | None, path: Path) -> None:
+        super().__init__(hostname, local_rank, "%(asctime)s:%(levelname)s: %(message)s")
         self.path = path
         self._file: Any = None
 
@@ -290,8 +288,10 @@ class _FileHandler(LineHandler):
 
 
 class _StreamHandler(LineHandler):
-    def __init__(self, stream: TextIO | None) -> None:
-        super().__init__()
+    def __init__(self, hostname: str, local_rank: int | None, stream: TextIO | None, layout: str = "") -> None:
+        own = "" if local_rank is None else f"[{local_rank}]"
+        source = f"{hostname}{own}".replace("%", "%%")
+        super().__init__(hostname, local_rank, layout or f"%(asctime)s:%(levelname)s:{source}: %(message)s")
         self._stream = stream
         self._dirty: TextIO | None = None
 
@@ -316,8 +316,8 @@ class _StreamHandler(LineHandler):
 class _PlainHandler(_StreamHandler):
     """Writes stderr and records of `logging` to another stream than stdout."""
 
-    def __init__(self, out: TextIO | None, err: TextIO | None) -> None:
-        super().__init__(None)
+    def __init__(self, hostname: str, local_rank: int | None, out: TextIO | None, err: TextIO | None) -> None:
+        super().__init__(hostname, local_rank, None, layout="%(message)s")
         self._out, self._err = out, err
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -331,10 +331,3 @@ class _PlainHandler(_StreamHandler):
             self._stream = stream
 
         self._write_safely(text)
-
-
-def _for_source(handler: LineHandler, hostname: str, local_rank: int | None, layout: str) -> LineHandler:
-    handler._own_formatter = logging.Formatter(layout, datefmt=_TIME)
-    handler.setFormatter(handler._own_formatter)
-    add_filter_to_handler(handler, hostname, local_rank)
-    return handler
