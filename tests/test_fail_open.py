@@ -1,4 +1,4 @@
-"""Errors that end where they are logged and counted."""
+"""Errors that are logged, counted and passed over."""
 
 from __future__ import annotations
 

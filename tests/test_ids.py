@@ -1,4 +1,4 @@
-"""What the ranks of a job find each other by, and who they are in it."""
+"""Keys of jobs and the ranks in them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
         ({**TORCHRUN, **SLURM, "TRACEML_RUN_ID": "mine"}, "mine"),
     ],
 )
-def test_ranks_of_a_job_share_what_their_launcher_tells(environ: dict[str, str], key: str) -> None:
-    """What the user names, then torchrun, Slurm, OpenMPI, and the address at which ranks started by hand meet."""
+def test_ranks_of_a_job_share_the_launchers_key(environ: dict[str, str], key: str) -> None:
+    """The user's run id, then torchrun, Slurm, OpenMPI, and the rendezvous address of manually started ranks."""
     assert job_key(environ) == key
 
 
 @pytest.mark.parametrize("environ", [{}, {"MASTER_ADDR": "node0", "MASTER_PORT": "29500"}, {"PMIX_NAMESPACE": "x"}])
 def test_a_process_alone_is_a_job_of_its_own(environ: dict[str, str]) -> None:
-    """Variables of a group with no other ranks in it, left over in a shell, join nobody."""
+    """Variables of a group without other ranks, left over in a shell, are ignored."""
     assert launcher_job(environ) is None
     assert job_key(environ) != job_key(environ)
 
@@ -49,7 +49,7 @@ def test_a_process_alone_is_a_job_of_its_own(environ: dict[str, str]) -> None:
     ],
 )
 def test_rank_comes_from_the_launchers_variables(environ: dict[str, str], found: tuple[int, int, int, str]) -> None:
-    """The first launcher whose variables make sense says who this is."""
-    who = detect_rank(environ)
+    """The first launcher with valid variables gives the rank."""
+    own = detect_rank(environ)
 
-    assert (who.rank, who.world_size, who.local_rank, who.source) == found
+    assert (own.rank, own.world_size, own.local_rank, own.source) == found

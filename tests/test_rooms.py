@@ -83,7 +83,7 @@ FORBIDDEN = {
     "track.delivery": {"torch", "pydantic"},
     "traces.writer": {"torch", "numpy", "asyncio"},
 }
-# What users import, and nobody inside.
+# Modules for users, which no other module imports.
 FACES = {"__init__", "__main__", "dask"}
 LEAVES = {"formatting", "settings", "coerce", "errors", "clock", "ids", "priority", "fail_open", "version", "privacy"}
 
@@ -186,7 +186,7 @@ def test_folders_keep_to_their_part_of_a_room() -> None:
         assert wrong <= divided, name
 
 
-def test_nobody_inside_imports_the_package() -> None:
+def test_rooms_do_not_import_the_package() -> None:
     """`import traceml` brings the public names of every room: only the command line may use it."""
     bare = {
         name

@@ -65,7 +65,7 @@ def test_the_nearest_project_file_counts(project: Path) -> None:
 
 
 def test_the_supervisor_wins_over_arguments() -> None:
-    """What `traceml run` set for this process is not overruled by init's arguments."""
+    """The settings of `traceml run` for this process override init's arguments."""
     environ = {"TRACEML_ADDRESS": "[::1]:4711", "TRACEML_TOKEN": "t", "TRACEML_RUN_ID": "r"}
 
     config = read(environ, host="elsewhere", port=1, token="mine", run_id="mine")
@@ -95,7 +95,7 @@ def test_the_supervisor_wins_over_arguments() -> None:
     ],
 )
 def test_environment_text_becomes_typed(variable: str, text: str, name: str, value: object) -> None:
-    """Variables are found whatever their case, and read as people write them."""
+    """Variables are found in any case, and their texts are converted."""
     assert getattr(read({variable: text}), name) == value
 
 
@@ -143,10 +143,10 @@ def test_bad_variables_and_files_name_their_source(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"Traceml_Prot: no such setting, set to '1'; did you mean 'port'\?"):
         read({"Traceml_Prot": "1"})
 
-    with pytest.raises(SettingsError) as told:
+    with pytest.raises(SettingsError) as caught:
         read({"TRACEML_TOEKN": "sesame"})
-    assert "token" in str(told.value)
-    assert "sesame" not in str(told.value)
+    assert "token" in str(caught.value)
+    assert "sesame" not in str(caught.value)
 
     path = tmp_path / "traceml.toml"
     path.write_text("prot = 1\n")

@@ -1,4 +1,4 @@
-"""How a run ends, with time turned forward."""
+"""Ends of runs, with the clock set forward."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_ranks_that_never_come_are_not_waited_for_for_ever(registry, clock):  # 
     ("exitcode", "state", "fact"),
     [(-15, "killed", {"signal": 15}), (3, "failed", {"code": 3}), (0, "finished", {"code": 0})],
 )
-def test_launcher_tells_how_a_process_ended(registry, exitcode, state, fact):  # noqa: F811
-    """A signal, a status and a quiet end are told apart, found by pid."""
+def test_launcher_reports_how_a_process_ended(registry, exitcode, state, fact):  # noqa: F811
+    """A signal, a status and a normal end are distinguished; the stream is found by pid."""
     run, stream = join(registry, hello(0, 1))
     run.disconnected(stream)
 
@@ -140,7 +140,7 @@ def test_ranks_of_two_hosts_with_the_same_pid_are_told_apart(registry):  # noqa:
 
 
 def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
-    """A launcher that lost a host knows no exit code; nobody claims that the process has ended."""
+    """A launcher that lost a host knows no exit code; it does not claim that the process has ended."""
     run, stream = join(registry, remote(0, 1))
     run.disconnected(stream)
 
@@ -152,7 +152,7 @@ def test_rank_whose_host_is_out_of_reach_is_lost(registry):  # noqa: F811
 
 
 def test_rank_that_was_dead_before_its_first_word_was_read(registry, tmp_path):  # noqa: F811
-    """Its process was never seen, so nobody waits for it as for one in a container: its file has lost its owner."""
+    """Its process was never seen here, but its flight file shows that it is dead: nothing is waited for."""
     path = tmp_path / "1-2-0.flight"
     path.touch()
     run, stream = join(registry, hello(0, 1, pid=2**22 + 1, flight=str(path)))
@@ -175,12 +175,12 @@ def test_failure_after_a_clean_bye_counts(registry):  # noqa: F811
     assert stream.state is StreamState.KILLED
 
 
-@pytest.mark.parametrize("told", [{}, {"pid": 1, "rank": 9, "exitcode": 0}, {"rank": 0, "exitcode": "x"}])
-def test_exits_that_fit_nobody_are_ignored(registry, told):  # noqa: F811
+@pytest.mark.parametrize("report", [{}, {"pid": 1, "rank": 9, "exitcode": 0}, {"rank": 0, "exitcode": "x"}])
+def test_exits_without_a_rank_are_ignored(registry, report):  # noqa: F811
     """Nothing is guessed from an exit that names no rank of this run."""
     run, stream = join(registry, hello(0, 1))
 
-    run.take_exit(told)
+    run.take_exit(report)
 
     assert stream.state is StreamState.RUNNING
     assert stream.exit == {}

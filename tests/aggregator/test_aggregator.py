@@ -71,7 +71,7 @@ def test_ranks_of_one_job_become_one_run(serving):
 
 
 def test_acks_come_after_the_commit(serving):
-    """What is acknowledged can be read from the store by another process."""
+    """Acknowledged rows can be read from the store by another process."""
     aggregator = serving()
     rank = aggregator.rank()
 
@@ -123,7 +123,7 @@ def test_reconnected_rank_goes_on_in_its_stream(serving):
 
 
 def test_second_connection_of_a_recorder_replaces_the_first(serving):
-    """When TCP has not noticed yet that the old connection is dead, the new one counts."""
+    """The new connection counts, even if TCP has not noticed that the old one is dead."""
     aggregator = serving()
     old = aggregator.rank()
     new = aggregator.rank()
@@ -287,7 +287,7 @@ def test_rank_that_died_while_the_aggregator_was_away(serving, rank_process):
 
 
 def test_rank_that_died_before_it_could_connect(serving, rank_process, job):
-    """What a rank left that the aggregator never saw is found at the end of its run."""
+    """The flight file of a rank that never connected is found at the end of its run."""
     aggregator = serving()
     present = aggregator.rank(1, 2, run=job)
     process, flight = rank_process(0, 0, 2, 50, 0)
@@ -391,7 +391,7 @@ def test_verdict_is_told_while_the_run_goes_on(serving):
 
 
 def test_status_counts(serving):
-    """`status` tells connections, rows and what was refused."""
+    """`status` reports connections, rows and refusals."""
     aggregator = serving()
     rank = aggregator.rank()
     rank.send_rows("steps", 0, 10, step_rows(0, 10))
@@ -427,7 +427,7 @@ def test_commands_reach_the_ranks_and_their_replies_come_back(serving):
 
 
 def test_commands_that_cannot_be_done_say_why(serving):
-    """Nobody to ask, and no such run, are told as errors."""
+    """No connected rank, and no such run, are errors."""
     aggregator = serving()
     with pytest.raises(TraceMLError, match="no run here yet"):
         aggregator.ask("finish")

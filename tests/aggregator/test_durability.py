@@ -1,4 +1,4 @@
-"""What must hold when the aggregator is killed, and when its disk is full."""
+"""Guarantees when the aggregator is killed, and when its disk is full."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
 
 
 def test_folder_that_cannot_be_written_is_a_reason(serving, tmp_path):
-    """Where no run can be made, `init` is refused with the folder's name and why."""
+    """Where no run can be created, `init` is refused with the folder's name and the reason."""
     aggregator = serving()
     aggregator.folder.rmdir()
     aggregator.folder.write_text("a file where the folder was")

@@ -106,7 +106,7 @@ def test_failed_commit_keeps_everything_and_holds_the_ranks_back(way, monkeypatc
 
 
 def test_stream_without_connection_is_not_acknowledged(way):
-    """Rows from a flight file are stored; there is nobody to tell."""
+    """Rows from a flight file are stored; there is no peer to acknowledge them to."""
     way.stream.disconnect()
     way.take(0, 5)
 

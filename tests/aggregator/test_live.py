@@ -12,8 +12,8 @@ from traceml.diagnosis.kinds import Kind
 
 
 def stream_of(rank: int, attempt: int = 0) -> Stream:
-    who = Incarnation("host", "boot", 100 + rank, 1, f"r{rank}")
-    return Stream(rank + 1, rank, attempt, who, local_rank=rank, flight="")
+    incarnation = Incarnation("host", "boot", 100 + rank, 1, f"r{rank}")
+    return Stream(rank + 1, rank, attempt, incarnation, local_rank=rank, flight="")
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_frames_of_a_tick_reach_the_window_together(live):
 
 
 def test_rows_of_an_older_attempt_stay_out(live):
-    """What a dead incarnation left is stored, but does not show as the rank's newest steps."""
+    """Rows of a dead incarnation are stored, but are not the rank's newest steps."""
     take_steps(live, stream_of(0), 0, 50)
     old = stream_of(0)
     old.in_window = False
@@ -78,7 +78,7 @@ def test_names_give_user_phases_their_names(live):
 
 
 def test_facts_are_gathered(live):
-    """Loader, cores and waiting for a core are told to the rules; exit rows wait for the rank's end."""
+    """The rules get loader, cores and waits for a core; exit rows wait for the rank's end."""
     stream = stream_of(0)
     live.take(stream, "info", msgpack.packb({"kind": "loader", "num_workers": 3, "training": True}))
     live.take(stream, "info", msgpack.packb({"kind": "exit", "t_ns": 1, "code": 1, "exception": "ValueError: no"}))
@@ -110,7 +110,7 @@ def test_end_of_a_rank_is_a_fact(live):
 
 
 def test_verdict_is_told_when_it_changes(live):
-    """The same verdict is not told again at once; another one is."""
+    """The same verdict is not stored again at once; another one is."""
     verdicts, store = LiveVerdict(live), EventLog()
     verdicts.update(store)
     assert store.events == []  # nothing has come yet

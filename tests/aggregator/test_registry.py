@@ -15,7 +15,7 @@ from traceml.transport.server import RefusedError
 
 
 class Silent:
-    """A peer that takes whatever it is told."""
+    """A peer that accepts any message."""
 
     context = None
 
@@ -33,15 +33,15 @@ def hello(rank=0, world_size=2, *, run="job", recorder="r", **facts) -> Hello:
     return Hello(role="rank", run=run, rank=rank, world_size=world_size, recorder=recorder, name="test", **facts)
 
 
-def join(registry: Registry, who: Hello):
+def join(registry: Registry, hello: Hello):
     """Do with a hello what the aggregator does; return (run, stream)."""
-    known = registry.find_stream(who)
+    known = registry.find_stream(hello)
     if known is not None:
-        known[0].connect(known[1], who, Silent())
+        known[0].connect(known[1], hello, Silent())
         return known
 
-    run, attempt = registry.assign(who)
-    return run, run.join(who, attempt, Silent())
+    run, attempt = registry.assign(hello)
+    return run, run.join(hello, attempt, Silent())
 
 
 def leave(run, stream, reason="finished"):
@@ -106,7 +106,7 @@ def test_recorder_that_comes_back_has_its_stream(registry):
     assert not run.ended
 
 
-def test_rank_that_somebody_holds_is_not_given_away(registry):
+def test_rank_of_a_live_process_is_not_given_away(registry):
     """A subprocess that inherits a rank's variables gets a run of its own, and keeps it when it comes back."""
     run, _ = join(registry, hello(0))
     intruder = replace(hello(0, recorder="x"), pid=1, start_ticks=5)
@@ -190,7 +190,7 @@ def test_orphans_are_adopted_once_and_the_lock_of_a_living_one_respected(registr
 
 @pytest.mark.parametrize("left", ["", "[]", '{"job": 5, "run": "x"}', '{"job": "j", "run": "../x"}', '{"job": "j"}'])
 def test_damaged_markers_are_ignored(registry, left):
-    """What lies in the folder of open runs is not believed blindly."""
+    """Damaged files in the folder of open runs are ignored."""
     (registry.runs_dir / ".open").mkdir()
     (registry.runs_dir / ".open" / "x.json").write_text(left)
 
@@ -213,7 +213,7 @@ def test_markers_and_latest(registry):
 
 
 def test_run_without_ranks_leaves_no_folder(registry):
-    """What a killed aggregator had only begun is removed, but nothing that somebody else put there."""
+    """The folder of a run that a killed aggregator only began is removed, but no other files."""
     run = registry.begin("empty", "job", named=False)
     assert run.end()
 
@@ -227,7 +227,7 @@ def test_run_without_ranks_leaves_no_folder(registry):
     assert [path.name for path in kept.path.iterdir()] == ["notes.txt"]
 
 
-def test_store_of_a_run_tells_the_run(registry):
+def test_store_of_a_run_describes_the_run(registry):
     """Readers find the run's facts under one key."""
     run, _ = join(registry, hello(0, 2, project="vision", command="train.py --lr 1"))
     run.commit()

@@ -23,7 +23,7 @@ def serving(tmp_path: Path) -> Iterator[Serving]:
     """A real aggregator."""
     server = Serving(tmp_path / "runs", tmp_path / "aggregator.log")
     yield server
-    shutdown()  # while there is somebody to take the last rows
+    shutdown()  # while the aggregator can take the last rows
     server.close()
 
 

@@ -44,7 +44,7 @@ def test_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_settings_are_the_callers() -> None:
-    """init raises what it is told wrongly, before anything is started."""
+    """init raises for wrong settings before anything is started."""
     with pytest.raises(traceml.SettingsError, match="did you mean 'port'"):
         traceml.init(prot=1)
     with pytest.raises(traceml.SettingsError, match="cannot be encrypted yet"):
@@ -83,7 +83,7 @@ def test_the_public_recorder_is_the_class() -> None:
 def test_a_mistake_of_ours_does_not_end_the_job(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """An error that nobody thought of is logged, and the script runs untraced."""
+    """An unexpected error is logged, and the script runs untraced."""
 
     def broken(*_args: object) -> None:
         raise KeyError("ours")

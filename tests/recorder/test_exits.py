@@ -1,4 +1,4 @@
-"""How processes end: what is recorded, and that the end itself is not changed."""
+"""Ends of processes: the recorded facts, and an end that is not changed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_exception_is_recorded_and_shown(serving: Serving, run_script: Run) -
 def test_a_status_is_recorded_when_it_ends_the_process(
     serving: Serving, run_script: Run, ending: str, status: int, expected: int
 ) -> None:
-    """A SystemExit counts when it ended the program, not when somebody caught it, nor in a thread."""
+    """A SystemExit counts if it ended the program, not if it was caught or raised in a thread."""
     done = run_script(START + ending)
 
     assert done.returncode == status
@@ -69,7 +69,7 @@ def test_the_exception_behind_a_status_is_recorded(serving: Serving, run_script:
 
 
 def test_a_keyboard_interrupt_is_recorded(serving: Serving, run_script: Run) -> None:
-    """It is told as such, and the process dies of the signal as always."""
+    """It is recorded as such, and the process dies of the signal as always."""
     done = run_script(START + "raise KeyboardInterrupt\n")
 
     (row,) = exit_rows(serving)
@@ -115,7 +115,7 @@ def test_a_thread_that_runs_on_does_not_hang_the_end(serving: Serving, run_scrip
 
 
 def test_describe_names_the_users_own_line() -> None:
-    """An error deep in a library is told by the line of the script that led there."""
+    """An error deep in a library is recorded with the line of the script that led there."""
     try:
         import json
 

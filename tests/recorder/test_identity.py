@@ -1,4 +1,4 @@
-"""Who a recorder is."""
+"""Identity of a recorder."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_a_process_alone() -> None:
 
 
 def test_a_run_id_is_the_job() -> None:
-    """What the user names is what ranks find each other by."""
+    """The user's run id is the key by which ranks find each other."""
     assert identify(settings.load({}, Path("/proc"), run_id="mine")).job == "mine"
 
 
-def test_the_hello_tells_what_the_flight_file_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hello_and_flight_file_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """The aggregator knows a dead rank's file by the same words."""
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")

@@ -1,4 +1,4 @@
-"""init(local=True): one aggregator for the job, whoever comes first, gone after the last."""
+"""init(local=True): one aggregator for the job, started by the first rank, ended after the last."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def nobody_listens(port: int) -> bool:
+def port_is_free(port: int) -> bool:
     try:
         socket.create_connection(("127.0.0.1", port), timeout=1).close()
     except ConnectionRefusedError:
@@ -69,7 +69,7 @@ def test_ranks_share_one_aggregator_that_ends_with_them(tmp_path: Path) -> None:
         _, err = rank.communicate(timeout=60)
         assert rank.returncode == 0, err
 
-    eventually(lambda: nobody_listens(port))
+    eventually(lambda: port_is_free(port))
     runs = [path for path in (tmp_path / "traceml_runs").iterdir() if path.name[0] != "." and not path.is_symlink()]
     assert len(runs) == 1
     with StoreReader(runs[0] / STORE_NAME) as store:
@@ -84,7 +84,7 @@ def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
         traceml.init(local=True, host="192.0.2.1", port=free_port(), connect_timeout=0.2)
 
 
-def test_somebody_elses_aggregator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_aggregator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a host of many users the usual port may be another's: this user's aggregator takes another one."""
     (tmp_path / "other").mkdir()
     with monkeypatch.context() as patch:
@@ -108,7 +108,7 @@ def test_somebody_elses_aggregator_is_left_alone(tmp_path: Path, monkeypatch: py
         assert store.stored("steps") == 5
 
 
-def test_one_that_is_just_ending_is_not_somebody_elses(quiet_process: None, tmp_path: Path) -> None:
+def test_a_stopping_aggregator_is_not_another_users(quiet_process: None, tmp_path: Path) -> None:
     """Its token is gone before its connections are; the next one takes its port, where the job's other ranks look."""
     listener = socket.create_server(("127.0.0.1", 0))
     port = int(listener.getsockname()[1])

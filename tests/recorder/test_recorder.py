@@ -98,7 +98,7 @@ def test_init_disabled_stops_a_running_recorder(serving: Serving) -> None:
     assert recorder_threads() == []
 
 
-def test_nobody_there_is_an_error_with_the_way_out() -> None:
+def test_no_aggregator_is_an_error_with_a_remedy() -> None:
     """The error names the address, the time, and what to do; nothing stays behind."""
     port = free_port()
     hook, leave = sys.excepthook, sys.exit
@@ -143,7 +143,7 @@ def test_warn_goes_on_and_connects_later(tmp_path: Path, serving: Serving, caplo
 def test_a_launcher_finds_the_rows_of_a_rank_that_never_met_an_aggregator(
     quiet_process: None, monkeypatch: pytest.MonkeyPatch, supervised: bool
 ) -> None:
-    """They stay in the flight file for the aggregator that the launcher asks at the end; without one nobody would."""
+    """They stay in the flight file for the aggregator of the launcher; without a launcher the file is removed."""
     port = free_port()
     if supervised:
         monkeypatch.setenv("TRACEML_ADDRESS", f"127.0.0.1:{port}")
@@ -208,7 +208,7 @@ def test_rows_beyond_the_ring_are_counted_exactly(serving: Serving) -> None:
 
 
 def test_statistics_are_a_frozen_record(serving: Serving) -> None:
-    """They tell who, where, how much and what it cost."""
+    """They hold rank, address, counts and costs."""
     disabled = traceml.init(enabled=False).statistics()
     recorder = traceml.init(port=serving.port, token=TOKEN, sampler_intervals={"process": 0.05})
     samples = eventually(lambda: [s for s in recorder.statistics().samplers if s.name == "process" and s.samples > 3])
@@ -226,7 +226,7 @@ def test_statistics_are_a_frozen_record(serving: Serving) -> None:
 
 
 def test_commands_reach_the_rank(serving: Serving) -> None:
-    """What a client asks comes through the aggregator; an unknown command is answered with an error."""
+    """A client's command reaches the rank through the aggregator; an unknown one is answered with an error."""
     recorder = traceml.init(port=serving.port, token=TOKEN)
     eventually(lambda: recorder.statistics().connected)
 
@@ -254,7 +254,7 @@ def test_a_broken_turn_does_not_end_the_thread(serving: Serving, caplog: pytest.
     assert len([r for r in caplog.records if "recorder's thread" in r.getMessage()]) == 1
     assert stored_steps(serving) == list(range(10))
     with serving.store() as store:
-        assert store.streams()[0].facts["failures"]["recorder"] >= 3  # told with the bye, shown in the report
+        assert store.streams()[0].facts["failures"]["recorder"] >= 3  # sent with the bye, shown in the report
 
 
 def test_traced_functions_and_data(serving: Serving) -> None:

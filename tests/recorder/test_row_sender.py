@@ -171,7 +171,7 @@ def test_names_go_before_the_rows_that_use_them(flight: FlightFile) -> None:
 
 
 def test_overwritten_rows_are_counted_exactly(flight: FlightFile) -> None:
-    """What fell out of the ring is lost; sent and lost rows together are all that were appended."""
+    """Rows that the ring overwrote are lost; sent and lost rows add up to the appended ones."""
     wire = Wire()
     sender = make(flight, wire)
     add_steps(flight, 10_000)
@@ -226,7 +226,7 @@ def test_it_resumes_where_the_welcome_says(flight: FlightFile) -> None:
 
 
 def test_a_welcome_beyond_what_was_appended_skips_nothing(flight: FlightFile) -> None:
-    """Rows appended later are sent, whatever the aggregator believes to have."""
+    """Rows appended later are sent, also after a wrong welcome."""
     wire = Wire({"steps": 1000})
     sender = make(flight, wire)
     add_steps(flight, 5)
@@ -325,7 +325,7 @@ def test_commands_are_answered(flight: FlightFile) -> None:
 
 
 def test_finish_sends_everything_and_says_bye(flight: FlightFile) -> None:
-    """The bye comes after the last row, and tells why."""
+    """The bye follows the last row, with its reason."""
     wire = Wire()
     sender = make(flight, wire, flush_interval_s=1000.0)
     settle(sender)
@@ -352,7 +352,7 @@ def test_finish_tries_a_broken_connection_again(flight: FlightFile) -> None:
 
 
 def test_finish_without_an_aggregator_is_one_try(flight: FlightFile) -> None:
-    """Nobody there and no reason to hope: the end of the process does not wait."""
+    """Without an aggregator and `keep_trying` the end of the process does not wait."""
     sender = make(flight, AggregatorUnavailableError("h", 1, 0.1, "refused"))
     add_steps(flight, 3)
 

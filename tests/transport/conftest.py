@@ -56,7 +56,7 @@ class Remembering:
 
 
 class Serving:
-    """A server that runs from `start` until the test ends; before, its port is taken and nobody answers."""
+    """A server that runs from `start` until the test ends; before, its port is taken without an answer."""
 
     def __init__(self) -> None:
         self.handler = Remembering()

@@ -36,7 +36,7 @@ def test_nonces_of_clients_are_tagged_and_all_are_fresh():
 
 
 def test_publish_discover_withdraw(folder):
-    """What one process publishes others of the user find, until it withdraws it."""
+    """Other processes of the user find a published address until it is withdrawn."""
     path = auth.publish("127.0.0.1", 4711, "secret", runs_dir="/runs")
 
     entry = auth.discover(4711)
@@ -112,14 +112,14 @@ def test_publish_does_not_write_through_a_link(folder, tmp_path):
 
 
 def test_example_in_the_documentation_is_right():
-    """Who implements the wire from its page can check the proof by the example there."""
+    """The example on the wire page holds, for other implementations."""
     page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
 
     assert auth.mac("secret", b"\x01" * 32, "rank", "job", 3).hex() in page
 
 
 def test_files_of_aggregators_that_were_killed_long_ago_are_swept(folder):
-    """A day later nobody waits for them; those of living ones, and fresh ones, stay."""
+    """They go after a day; files of live aggregators, and recent ones, stay."""
     killed = {"start_ticks": 1}
     for port, changes, age_s in ((1, killed, 90_000), (2, killed, 60), (3, {}, 90_000)):
         path = auth.publish("127.0.0.1", port, "secret")

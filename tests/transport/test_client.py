@@ -56,7 +56,7 @@ def dial(port: int, token: str | None = TOKEN, timeout_s: float = 2.0) -> Connec
     return Connection.connect("127.0.0.1", port, Hello(run="job"), token, timeout_s=timeout_s)
 
 
-def test_welcome_tells_where_to_go_on(serving):
+def test_welcome_says_where_to_continue(serving):
     """The welcome's `acked` is where the recorder resumes; its other facts are at hand."""
     connection = serving.connect()
 
@@ -78,7 +78,7 @@ def test_acks_move_on(serving):
 
 
 def test_request_keeps_other_messages(serving):
-    """What comes between a command and its reply is not lost."""
+    """Messages between a command and its reply are kept."""
     connection = serving.connect()
 
     assert connection.request("echo", {"value": 5})["value"] == 5
@@ -105,8 +105,8 @@ def test_clock_offset_is_within_half_a_round_trip(serving):
     assert measured is not None
     true_ns = time.time_ns() - monotonic_ns()
     assert abs(measured.offset_ns - true_ns) <= measured.rtt_ns // 2 + 1_000_000
-    told = eventually(lambda: [message for message in serving.handler.messages if message["t"] == "clock"])
-    assert told[0]["rtt_ns"] == measured.rtt_ns
+    sent = eventually(lambda: [message for message in serving.handler.messages if message["t"] == "clock"])
+    assert sent[0]["rtt_ns"] == measured.rtt_ns
     connection.close()
 
 
@@ -117,7 +117,7 @@ def test_finish_waits_for_the_other_side(serving):
 
 
 def test_sending_never_blocks_and_nothing_is_lost(serving):
-    """What the socket does not take waits in `unsent_bytes` and goes out later, in order."""
+    """Bytes that the socket does not take wait in `unsent_bytes` and are sent later, in order."""
     connection = serving.connect()
     serving.server.peers.copy().pop().pause(True)
     data = bytes(104 * 2048)
@@ -137,7 +137,7 @@ def test_sending_never_blocks_and_nothing_is_lost(serving):
     connection.close()
 
 
-def test_nobody_there_names_everything_to_do():
+def test_no_aggregator_names_every_remedy():
     """Without an aggregator the error names address, time, and the ways out."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -149,7 +149,7 @@ def test_nobody_there_names_everything_to_do():
         assert part in str(caught.value)
 
 
-def test_connect_tries_again_until_somebody_is_there():
+def test_connect_retries_until_an_aggregator_answers():
     """An aggregator that comes up within the time allowed is found."""
     late = Serving()
     starter = threading.Timer(0.3, late.start)
@@ -182,7 +182,7 @@ def test_other_protocol_is_told():
 
 
 def test_other_version_is_refused_on_both_sides(caplog):
-    """A server of another version is left with a reason which it is told."""
+    """The client leaves a server of another version and sends the reason."""
     with FalseServer(challenge(v=2)) as server:
         with pytest.raises(AggregatorRefusedError, match="wire version 2"):
             dial(server.port)
@@ -213,7 +213,7 @@ def test_challenge_that_could_be_a_reflection_is_not_answered(nonce):
 
 
 def test_without_a_token_the_error_says_where_to_put_one(serving, monkeypatch, tmp_path):
-    """An aggregator of another user is told from a wrong token."""
+    """An aggregator of another user is distinguished from a wrong token."""
     monkeypatch.setattr(auth, "_candidates", lambda: [tmp_path / "traceml"])
 
     with pytest.raises(AggregatorRefusedError, match="TRACEML_TOKEN"):
@@ -221,7 +221,7 @@ def test_without_a_token_the_error_says_where_to_put_one(serving, monkeypatch, t
 
 
 def test_published_token_is_found(serving, monkeypatch, tmp_path):
-    """On one host no token needs to be told."""
+    """On one host no token needs to be given."""
     monkeypatch.setattr(auth, "_candidates", lambda: [tmp_path / "traceml"])
     auth.publish("127.0.0.1", serving.port, TOKEN)
 
@@ -229,7 +229,7 @@ def test_published_token_is_found(serving, monkeypatch, tmp_path):
 
 
 def test_refusal_that_passes_counts_as_unavailable(serving):
-    """A peer that may come again is not told to go for good."""
+    """A temporary refusal counts as a lost connection."""
     from traceml.transport.server import RefusedError
 
     serving.handler.refuse = RefusedError("the disk is full", retry=True)
@@ -242,7 +242,7 @@ def test_refusal_that_passes_counts_as_unavailable(serving):
 
 
 def test_loss_of_the_connection_raises(serving):
-    """When the aggregator is gone, receiving says so."""
+    """Receiving raises when the aggregator is gone."""
     connection = serving.connect()
     serving._loop.call_soon_threadsafe(serving.server.peers.copy().pop().abort)
 

@@ -69,7 +69,7 @@ def test_arbitrary_bytes_never_raise_anything_else(data):
 
 
 def test_too_large_or_impossible_messages_do_not_leave():
-    """What the other side would refuse is refused at home, with the size or the cause."""
+    """A message that the other side would refuse is refused before it is sent, with its size or the cause."""
     with pytest.raises(ProtocolError, match="exceeds"):
         encode({"t": "x", "data": bytes(MAX_FRAME_BYTES)})
 

@@ -9,7 +9,7 @@ GOOD = Hello(role="rank", run="job", rank=3, world_size=4).to_message(1, b"n" * 
 
 
 def test_round_trip():
-    """What a hello says arrives as it was said; unknown keys are ignored."""
+    """A hello arrives unchanged; unknown keys are ignored."""
     hello = Hello(role="rank", run="job", rank=3, world_size=4, flight="/dev/shm/x")
 
     assert Hello.from_message({**hello.to_message(1, b"", b""), "from_the_future": 1}) == hello
@@ -71,5 +71,5 @@ def test_missing_fields_are_named(name):
 
 @pytest.mark.parametrize("clock", [None, 1_795_166_895, 1795166895.5, {"epoch": 5}])
 def test_a_peer_without_two_clocks_is_taken_in(clock):
-    """Whoever tells its time in another form is a peer like any other; the pair is not known of it."""
+    """A peer that sends its clock in another form is accepted; its clock is not known."""
     assert Hello.from_message({**GOOD, "clock": clock}).clock == (0, 0)

@@ -93,7 +93,7 @@ def test_unknown_or_different_tables_are_refused(serving, schemas, why):
     ],
 )
 def test_garbage_before_the_hello_is_refused(serving, garbage, why):
-    """Strangers get a reason and nothing else; who is connected does not notice."""
+    """Unknown peers get a reason and nothing else; connected peers are not affected."""
     other = serving.connect(1)
     with serving.raw() as sock:
         sock.sendall(garbage)
@@ -106,7 +106,7 @@ def test_garbage_before_the_hello_is_refused(serving, garbage, why):
 
 
 def test_oversized_frame_of_a_rank_is_refused(serving):
-    """Also a peer that is known must keep the cap; it is told why."""
+    """A welcomed peer must keep the cap too; it gets the reason."""
     connection = serving.connect()
     connection._sock.sendall(struct.pack(">I", 9 * 1024 * 1024) + bytes(1000))
 
@@ -118,7 +118,7 @@ def test_oversized_frame_of_a_rank_is_refused(serving):
 
 
 def test_half_open_connections_are_ended(serving):
-    """Who connects and says nothing is told why and cut off; others connect meanwhile."""
+    """A peer without a hello gets a reason and is cut off; others connect meanwhile."""
     silent = [serving.raw() for _ in range(20)]
     half = serving.raw()
     half.sendall(b"\x00\x00")
@@ -147,7 +147,7 @@ def test_error_of_ours_costs_only_that_connection(serving, caplog):
 
 
 def test_full_descriptor_table_is_a_reason_that_passes(serving):
-    """Beyond the limit of descriptors newcomers are told to come again."""
+    """Beyond the limit of descriptors new peers are refused for now."""
     serving.server._limit = 0
 
     with pytest.raises(AggregatorUnavailableError, match="descriptor limit"):
