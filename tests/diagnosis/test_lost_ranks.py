@@ -124,7 +124,7 @@ def test_facts_are_gathered_from_info_rows():
     facts = builder.build()
 
     assert facts.loader is not None
-    assert (facts.loader.dataset, facts.cores_per_rank, facts.sharded) == ("Train", 8, True)
+    assert (facts.loader.dataset, facts.cores_per_rank) == ("Train", 8)
     assert (facts.exits[0].exception, facts.exits[0].at_s) == ("ValueError: x", 5.0)
 
 

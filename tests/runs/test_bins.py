@@ -16,7 +16,7 @@ def _window(total_ms, first=0, ranks=1):
     times = {phase: np.zeros_like(total) for phase in PHASES} | {"forward": total}
     own = np.full_like(total, np.nan)
     steps = np.arange(first, first + len(total_ms))
-    return Window(np.arange(ranks), steps, times, total, own, flags=np.zeros(total.shape, np.uint16))
+    return Window(np.arange(ranks), steps, times, total, own)
 
 
 def _taken(window):

@@ -85,7 +85,6 @@ class JobFacts:
         world_size: ranks of the run.
         group: whether the ranks share a process group; None if only the rows can tell.
         backend: the group's back end (gloo, nccl).
-        sharded: whether parameters are sharded (FSDP), so that forward waits for other ranks too.
         hosts: rank -> host.
         cores: host -> cores that the job may use there.
         threads: torch threads per rank.
@@ -98,7 +97,6 @@ class JobFacts:
     world_size: int = 1
     group: bool | None = None
     backend: str | None = None
-    sharded: bool = False
     hosts: Mapping[int, str] = field(default_factory=dict)
     cores: Mapping[str, int] = field(default_factory=dict)
     threads: int | None = None
@@ -191,7 +189,6 @@ class JobFactsBuilder:
             world_size=self.world_size,
             group=True if known.get("backend") else None,
             backend=known.get("backend"),
-            sharded=str(known.get("parallel", "")).startswith("fsdp"),
             hosts=dict(self.hosts),
             cores=cores,
             threads=known.get("torch_threads"),
@@ -211,7 +208,7 @@ class JobFactsBuilder:
         return shares
 
 
-_KEPT = ("backend", "parallel", "torch_threads")
+_KEPT = ("backend", "torch_threads")
 _MAX_LOADERS = 64
 _LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
 _COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, unpack_bits
+from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
 from traceml.diagnosis.phases import DEVICE_LABELS, Floats, put_device_times, split_backward
 
 __all__ = ["StepWindow", "Window", "slots_for"]
@@ -33,7 +33,7 @@ _MAX_USER_PHASES = 32
 
 
 def slots_for(ranks: int) -> int:
-    """Return the number of steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (70 MB)."""
+    """Return the number of steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (62 MB)."""
     slots = 4096
     while slots > 128 and slots * max(ranks, 1) > 131_072:
         slots //= 2
@@ -52,7 +52,6 @@ class Window:
         total: wall time of each step in nanoseconds.
         backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
         user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
-        flags: `StepFlag` bits.
         behind: ranks with rows, but with none of these steps.
         device: whether device times replace the CPU times of the device's phases.
     """
@@ -63,7 +62,6 @@ class Window:
     total: Floats
     backward_own: Floats
     user: Mapping[str, Floats] = field(default_factory=dict)
-    flags: NDArray[np.uint16] = field(default_factory=lambda: np.zeros((0, 0), np.uint16))
     behind: tuple[int, ...] = ()
     device: bool = False
 
@@ -130,7 +128,6 @@ class Window:
             self.total[:, columns],
             self.backward_own[:, columns],
             {name: values[:, columns] for name, values in self.user.items()},
-            self.flags[:, columns],
             self.behind,
             self.device,
         )
@@ -140,7 +137,7 @@ class StepWindow:
     """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
 
     The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
-    Durations are kept as float32 (a step of ten seconds to the microsecond), 50 bytes per rank and step.
+    Durations are kept as float32 (a step of ten seconds to the microsecond), 48 bytes per rank and step.
 
     Args:
         slots: steps kept per rank; see `slots_for`.
@@ -152,10 +149,8 @@ class StepWindow:
         self._capacity = 0
         self._latest = np.empty(0, np.int64)
         self._ended = np.empty(0, bool)
-        self._sequence = np.empty(0, np.int64)
         self._end_ns = np.empty(0, np.int64)
         self._step = np.empty(0, np.int64)
-        self._flags = np.empty(0, np.uint16)
         self._values = np.empty((0, len(_POSITION)), np.float32)
         self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
         self._device: tuple[Ints, Floats] | None = None
@@ -172,14 +167,9 @@ class StepWindow:
         return self._end_ns[: self._capacity]
 
     @property
-    def sequence(self) -> Ints:
-        """Collective sequence number at the end of each rank's last step, by rank index."""
-        return self._sequence[: self._capacity]
-
-    @property
     def nbytes(self) -> int:
         """Memory held by the rings."""
-        held = [self._step, self._flags, self._values, *(array for pair in self._user.values() for array in pair)]
+        held = [self._step, self._values, *(array for pair in self._user.values() for array in pair)]
         return sum(array.nbytes for array in [*held, *(self._device or ())])
 
     def scatter(self, rank_indices: Ints, rows: Rows) -> None:
@@ -194,14 +184,12 @@ class StepWindow:
 
         matrix = np.ascontiguousarray(rows).view(np.int64).reshape(len(rows), -1)
         self._grow(int(rank_indices.max()) + 1)
-        steps, bits = matrix[:, STEPS.index["step"]], unpack_bits(matrix[:, STEPS.index["bits"]])
+        steps = matrix[:, STEPS.index["step"]]
         at = rank_indices * self.slots + steps % self.slots
         self._step[at] = steps
-        self._flags[at] = bits.flags
         self._values[at] = matrix[:, _DURATIONS]
         # Of a repeated index the last value stays, which is the rank's newest row.
         self._latest[rank_indices] = steps
-        self._sequence[rank_indices] = bits.sequence
         self._end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
 
     def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
@@ -314,7 +302,7 @@ class StepWindow:
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
             user = {name: values * kept for name, values in user.items()}
 
-        return Window(ranks, steps, times, total, own, user, self._flags[at], behind, device)
+        return Window(ranks, steps, times, total, own, user, behind, device)
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         if self._device is None or not at.size:
@@ -348,10 +336,8 @@ class StepWindow:
         cells = more * self.slots
         self._latest = np.concatenate([self._latest, np.full(more, -1, np.int64)])
         self._ended = np.concatenate([self._ended, np.zeros(more, bool)])
-        self._sequence = np.concatenate([self._sequence, np.zeros(more, np.int64)])
         self._end_ns = np.concatenate([self._end_ns, np.zeros(more, np.int64)])
         self._step = np.concatenate([self._step, np.full(cells, -1, np.int64)])
-        self._flags = np.concatenate([self._flags, np.zeros(cells, np.uint16)])
         self._values = np.concatenate([self._values, np.zeros((cells, len(_POSITION)), np.float32)])
         self._user = {name: _longer(pair, cells) for name, pair in self._user.items()}
         self._device = _longer(self._device, cells) if self._device else None
