@@ -79,7 +79,7 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
 
     expect(page.locator("h1")).to_contain_text("Rank 2 is slow in forward")
     expect(page.locator(".verdict")).to_contain_text("COMPUTE STRAGGLER")
-    expect(page.locator(".rests dt").first).to_have_text("costs")
+    expect(page.locator(".evidence dt").first).to_have_text("costs")
     expect(page.locator(".next")).to_contain_text("rank 2")
     assert page.url.endswith(f"/run/{SLOW}")
     for title in ("Step time", "Where a step goes", "Slow ranks", "Each rank's step"):

@@ -87,7 +87,7 @@ class ComparePage:
         top_bar("compare")
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
-            self._waiting = TextNode("p", "Reading both runs", "card nothing")
+            self._waiting = TextNode("p", "Reading both runs", "card empty-state")
             with Container("div") as self._body:
                 self._verdict(a, b)
                 with Container("div", "grid others"):
@@ -123,7 +123,7 @@ class ComparePage:
                 self.show(self._state)
 
     def _verdict(self, a: str, b: str) -> None:
-        with Container("div", "card verdict alone") as self._card, Container("div", "says"):
+        with Container("div", "card verdict single") as self._card, Container("div", "statement"):
             with Container("div", "tags"):
                 self._outcome = TextNode("span", "", "pill kind")
                 for side, run_id in (("A", a), ("B", b)):
@@ -131,12 +131,12 @@ class ComparePage:
                     link(run_id, run_path(run_id), "mono")
 
             self._headline = TextNode("h1")
-            self._details = TextNode("p", "", "why")
-            self._notes = TextNode("p", "", "why noted")
+            self._details = TextNode("p", "", "summary")
+            self._notes = TextNode("p", "", "summary notes")
 
     def _show(self, comparison: Comparison) -> None:
         weight = _WEIGHTS.get(comparison.outcome, "")
-        self._card.set_classes(f"card verdict alone {weight}")
+        self._card.set_classes(f"card verdict single {weight}")
         self._outcome.set_text(comparison.outcome.upper())
         self._outcome.set_classes(f"pill kind {weight}")
         self._headline.set_text(compared_headline(comparison))

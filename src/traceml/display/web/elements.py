@@ -146,7 +146,7 @@ class DataTable:
     def __init__(self, columns: Sequence[tuple[str, str]], caption: str) -> None:
         self._rows: list[tuple[Container, list[TextNode]]] = []
         with Container("div", "scroll", tabindex="0", role="region", aria_label=caption), Container("table"):
-            TextNode("caption", caption, "unseen")
+            TextNode("caption", caption, "visually-hidden")
             with Container("thead") as self._head:
                 self._columns: list[tuple[str, str]] = []
 

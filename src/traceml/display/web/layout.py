@@ -63,7 +63,7 @@ def top_bar(crumb: str = "", tabs: Sequence[tuple[str, str]] = ()) -> TextNode:
             link("traceml", "/", "brand")
             crumb_node = TextNode("span", crumb, "crumb")
             set_visible(crumb_node, bool(crumb))
-            Container("span", "push")
+            Container("span", "spacer")
             TextNode("button", "Dark", "tool", id="theme", type="button", title="light or dark (t)")
             TextNode("button", "?", "tool", id="help", type="button", aria_label="keys", title="keys (?)")
 

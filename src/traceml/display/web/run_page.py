@@ -42,7 +42,7 @@ class RunPage:
         self._crumb = top_bar(run_id, _TABS)
         self._banner = Banner()
         with Container("div", "page", id="content", tabindex="-1"):
-            with Container("div", "card nothing") as self._nothing:
+            with Container("div", "card empty-state") as self._empty_state:
                 self._reason = TextNode("h2", "")
                 self._hint = TextNode("p", "")
                 with Container("p"):
@@ -52,14 +52,14 @@ class RunPage:
                 self._build()
 
         keys_dialog()
-        set_visible(self._nothing, False)
+        set_visible(self._empty_state, False)
 
     def show(self, state: RunState) -> None:
         """Show the current state of the run."""
         self._state = state
         with self._client:
             self._banner.show(_warning(state))
-            set_visible(self._nothing, state.view is None)
+            set_visible(self._empty_state, state.view is None)
             set_visible(self._body, state.view is not None)
             if state.view is None:
                 self._explain_absence(state)

@@ -42,7 +42,7 @@ class RunsPage:
                 self._table()
 
             self._more = TextNode("p", "", "note")
-            with Container("div", "card nothing") as self._nothing:
+            with Container("div", "card empty-state") as self._empty_state:
                 TextNode("h2", "No runs yet")
                 TextNode("p", f"They appear here as soon as one starts in {runs_dir}.")
                 TextNode("code", "traceml run train.py")
@@ -54,7 +54,7 @@ class RunsPage:
         with self._client:
             self._banner.show(state.problem)
             runs = state.runs[:_SHOWN]
-            set_visible(self._nothing, not runs and not state.problem)
+            set_visible(self._empty_state, not runs and not state.problem)
             set_visible(self._card, bool(runs))
             hidden = len(state.runs) - len(runs)
             self._more.set_text(f"and {hidden:,} older runs: `traceml runs` lists them" if hidden else "")
@@ -75,7 +75,7 @@ class RunsPage:
 
     def _table(self) -> None:
         with Container("table"):
-            TextNode("caption", "runs, the newest first", "unseen")
+            TextNode("caption", "runs, the newest first", "visually-hidden")
             with Container("thead"), Container("tr"):
                 for heading, classes in _COLUMNS:
                     TextNode("th", heading, classes, scope="col")

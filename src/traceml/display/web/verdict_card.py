@@ -18,20 +18,20 @@ class VerdictCard:
 
     def __init__(self) -> None:
         with Container("div", "card verdict") as self._card:
-            with Container("div", "says"):
+            with Container("div", "statement"):
                 with Container("div", "tags"):
                     self._kind = TextNode("span", "", "pill kind")
                     self._state = TextNode("span", "", "pill")
 
                 self._headline = TextNode("h1", "", aria_live="polite")
-                self._summary = TextNode("p", "", "why")
+                self._summary = TextNode("p", "", "summary")
                 with Container("div", "next") as self._next_block:
                     TextNode("b", "Next")
                     self._next = TextNode("span")
 
                 self._figures = FactList("figures")
 
-            with Container("div", "rests"):
+            with Container("div", "evidence"):
                 TextNode("h3", "Evidence")
                 self._facts = FactList()
 

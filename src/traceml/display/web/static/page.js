@@ -111,12 +111,12 @@ window.traceml = (() => {
     if (!popup) return;
     popup.setAttribute("role", "status");
     popup.innerHTML = "<b>Connection lost</b><span></span>";
-    const told = popup.querySelector("span");
+    const message = popup.querySelector("span");
     const change = () => {
       const away = popup.getAttribute("aria-hidden") === "false";
       root.classList.toggle("away", away);
       const at = new Date().toLocaleTimeString();
-      if (away) told.textContent = `What you see is as of ${at}. Trying to reconnect. If the server has ended, "traceml serve --web" starts it again.`;
+      if (away) message.textContent = `This page shows the state of ${at}. Reconnecting. If the server has ended, start it again with "traceml serve --web".`;
     };
     new MutationObserver(change).observe(popup, { attributes: true, attributeFilter: ["aria-hidden"] });
   }
