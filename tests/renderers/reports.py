@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from traceml.diagnosis.findings import Finding
-from traceml.runs.report_types import Report, TelemetrySection, parse_report
+from traceml.runs.report_types import Report, TelemetrySection
 
 PHASES = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "other")
 WAIT = "Profile rank 1's forward pass; compare its input sizes and its host's load with rank 0's."
@@ -122,7 +124,7 @@ def report(
             "bytes_sent": 861_000,
         },
     }
-    return parse_report(data)
+    return msgspec.convert(data, Report)
 
 
 def healthy() -> Report:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 import msgspec
+
+from traceml.runs.json_document import JsonDocument
 
 __all__ = [
     "Comparison",
@@ -118,7 +119,7 @@ class VerdictChange(msgspec.Struct, kw_only=True):
     gone: list[str]
 
 
-class Comparison(msgspec.Struct, kw_only=True):
+class Comparison(JsonDocument, msgspec.Struct, kw_only=True):
     """Differences from run A to run B.
 
     Attributes:
@@ -141,12 +142,3 @@ class Comparison(msgspec.Struct, kw_only=True):
     ranks: list[RankChange]
     memory: MemoryChanges
     verdict: VerdictChange
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the comparison as plain data, keys in the order of the schema."""
-        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return built
-
-    def to_json(self) -> str:
-        """Return the comparison as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)

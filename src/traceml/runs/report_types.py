@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import StoreError
+from traceml.runs.json_document import JsonDocument
 
 __all__ = [
     "PAGE_NAME",
@@ -31,8 +31,6 @@ __all__ = [
     "SystemSection",
     "TelemetrySection",
     "TrackerSection",
-    "json_schema",
-    "parse_report",
     "read_report",
     "read_verdict",
 ]
@@ -205,7 +203,7 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     """Failures of tracing itself that were logged and passed over, by room."""
 
 
-class Report(msgspec.Struct, kw_only=True):
+class Report(JsonDocument, msgspec.Struct, kw_only=True):
     """The report of a run; `verdict` is the first finding."""
 
     schema: Literal["traceml.report/1"]
@@ -228,27 +226,6 @@ class Report(msgspec.Struct, kw_only=True):
         """Return the report of a run whose store does not exist yet."""
         verdict = Finding(kind=Kind.INSUFFICIENT_DATA, severity=Severity.INFO, summary="", next="")
         return cls(schema=SCHEMA, run=RunSection(id=run_id, name=run_id), verdict=verdict, findings=[verdict])
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain dicts and lists, keys in the order of the schema."""
-        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
-        return built
-
-    def to_json(self) -> str:
-        """Return the report as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
-
-
-def parse_report(data: Any) -> Report:
-    """Return a report from plain data; unknown keys are ignored.
-
-    Raises:
-        StoreError: the data is not a report; the text names the key.
-    """
-    try:
-        return msgspec.convert(data, Report)
-    except msgspec.ValidationError as error:
-        raise StoreError(f"not a report: {error}") from error
 
 
 def read_report(path: Path) -> Report:
@@ -274,8 +251,3 @@ def read_verdict(path: Path) -> Finding | None:
         return msgspec.json.decode(path.read_bytes(), type=_VerdictOnly).verdict
     except (OSError, msgspec.DecodeError):
         return None
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of `traceml.report/1`."""
-    return msgspec.json.schema(Report)

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
 
 from rich.console import Console
 
@@ -15,7 +14,6 @@ from traceml.display.terminal.terminal_driver import TerminalDriver
 from traceml.errors import StoreError
 from traceml.renderers.views import live_view
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report_types import Report
 
 __all__ = ["RunScreen", "TerminalDriver"]
 
@@ -23,21 +21,6 @@ __all__ = ["RunScreen", "TerminalDriver"]
 _SHARE = 0.05
 
 _log = logging.getLogger("traceml")
-
-
-class FollowedRun(Protocol):
-    """A running run, as `runs.live_run.LiveRun` follows it."""
-
-    rates: Any
-
-    def refresh(self) -> bool:
-        """Read new data."""
-
-    def report(self) -> Report:
-        """Return the report so far."""
-
-    def close(self) -> None:
-        """Stop following."""
 
 
 class RunScreen:
@@ -57,11 +40,11 @@ class RunScreen:
         *,
         console: Console | None = None,
         interval_s: float = 0.5,
-        follow: Callable[[Path], FollowedRun] = LiveRun,
+        follow: Callable[[Path], LiveRun] = LiveRun,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._driver = TerminalDriver(console or Console(file=sys.stdout, highlight=False), interval_s=0.0)
-        self._run: FollowedRun | None = follow(run_dir)
+        self._run: LiveRun | None = follow(run_dir)
         self._interval_s = interval_s
         self._clock = clock
         self._due_s = float("-inf")

@@ -1,0 +1,25 @@
+"""Base of the documents that the CLI prints as JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import msgspec
+
+__all__ = ["JsonDocument"]
+
+
+class JsonDocument:
+    """Mixin of a msgspec.Struct: its JSON form, keys in the order of the fields."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the document as plain dicts and lists."""
+        built: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(self))
+        return built
+
+    def to_json(self) -> str:
+        """Return the document as indented JSON."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
