@@ -1,4 +1,4 @@
-"""What a launch costs: start-up, memory, large tensors, errors, logs, many hosts; traceml and torchrunx in one run.
+"""Cost of a launch: start-up, memory, large tensors, errors, logs, many hosts; traceml and torchrunx in one run.
 
     python benchmarks/launch.py [--rounds 5] [--only NAME ...] [--no-peer] [--json FILE]
 
@@ -338,7 +338,7 @@ class Bench:
 
 
 class Outcome:
-    """What a script printed and logged, and how long it took."""
+    """Return a script's output and logs, and its duration."""
 
     def __init__(self, seconds: float, stdout: str, stderr: str, logs: dict[str, str]) -> None:
         self.seconds, self.logs = seconds, logs

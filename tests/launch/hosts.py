@@ -298,7 +298,7 @@ class Slurm:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What commands of Slurm need in their environment."""
+        """Return the environment for Slurm's commands."""
         return {"SLURM_CONF": str(self._folder / "slurm.conf")}
 
     def run(self, *words: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,7 @@ def test_hosts_have_names_and_processes_of_their_own(hosts: Hosts) -> None:
 
 
 def test_a_command_dies_with_what_started_it(hosts: Hosts) -> None:
-    """What a test kills on a host is gone there, and is seen while it runs."""
+    """A process is visible on its host while it runs, and gone once a test kills it."""
     with hosts["node1"].start("sleep", "600") as process:
         eventually(lambda: [p for p in hosts["node1"].processes() if p.name() == "sleep"], "the command to run")
         process.kill()

@@ -1,4 +1,4 @@
-"""What a traced job leaves its user with."""
+"""The end of a traced job: verdict card and reports."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_pauses_grow_up_to_a_bound():
 
 
 def test_one_that_lived_long_begins_anew():
-    """What died after a minute of work is not what cannot start."""
+    """A process that died after a minute of work is restarted at once."""
     now = [100.0]
     again = RestartPolicy(lambda: now[0])
     for _ in range(6):

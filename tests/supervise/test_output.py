@@ -1,4 +1,4 @@
-"""What a script prints goes to where it would have gone, and a copy into the run's folder."""
+"""Output of a script goes to its original target, and a copy to the run's folder."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_an_aggregator_that_dies_again_and_again_is_started_again(tmp_path: Path
 
 
 def test_a_runs_folder_that_becomes_a_file_costs_the_run_but_not_the_job(tmp_path: Path) -> None:
-    """Where no aggregator can be started any more, the job still runs to its own end."""
+    """If no aggregator can be started any longer, the job still runs to its own end."""
     runs = str(tmp_path / "runs")
     outcome, _ = supervise(
         tmp_path,

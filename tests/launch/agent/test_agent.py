@@ -133,7 +133,7 @@ def test_a_script_may_be_called_as_a_module_is(tmp_path: Path) -> None:
 
 
 def test_env_file_is_sourced_by_bash(driver: Driver, tmp_path: Path) -> None:
-    """What it exports is there, what it prints is passed on, and a change of it counts at the next launch."""
+    """Workers get its exports, its output is forwarded, and a change takes effect at the next launch."""
     (tmp_path / "env.sh").write_text(
         "echo sourcing\nHIDDEN=1\nexport SHOWN=\"$(printf 'a\\nb')\" PATH=/x:$PATH\nfalse\n"
     )

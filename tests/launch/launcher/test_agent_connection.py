@@ -49,7 +49,7 @@ def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
-    """What ssh, the shell or Python there says is understood, kept, and comes with advice."""
+    """Output of ssh, the shell or Python there is recognized, kept, and shown with advice."""
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'Segfault in the sky' >&2; exit 9\n")
     fake.chmod(0o755)
@@ -114,7 +114,7 @@ def test_an_interpreter_that_is_not_here_is_told() -> None:
 
 
 def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
-    """What a start-up file prints neither disturbs the channel nor is lost when the agent fails."""
+    """Output of a start-up file does not disturb the channel, and is not lost when the agent fails."""
     loud = tmp_path / "python"
     loud.write_text("#!/bin/sh\necho 'Welcome to the machine'\nexit 4\n")
     loud.chmod(0o755)

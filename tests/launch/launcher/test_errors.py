@@ -1,4 +1,4 @@
-"""What a launch raises when its workers fail, each time while another worker would run for ever."""
+"""Errors of a launch whose workers fail, each time while another worker would run without end."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_bad_arguments_are_told(options: dict[str, Any], words: str) -> None:
 
 
 def test_an_env_file_that_fails_is_told(tmp_path: Path) -> None:
-    """What bash says of the file is in the error, with the host's name; so is a file that is not there."""
+    """Bash's message is in the error, with the host's name; so is a missing file."""
     broken = tmp_path / "env.sh"
     broken.write_text("echo 'module: command not found'; exit 5\n")
     for path in (broken, tmp_path / "missing.sh"):

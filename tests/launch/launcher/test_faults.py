@@ -171,7 +171,7 @@ def left_on(hosts: Hosts, name: str) -> list[str]:
 
 
 def assert_clean(hosts: Hosts) -> None:
-    """When a launch has returned or raised, everything is gone already: nothing is waited for."""
+    """When a launch has returned or raised, all processes have ended already."""
     assert {name: left_on(hosts, name) for name in hosts.names} == {name: [] for name in hosts.names}
 
 

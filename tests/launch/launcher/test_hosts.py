@@ -1,4 +1,4 @@
-"""Which hosts and how many workers a launch gets, by its arguments and by a real Slurm."""
+"""Hosts and numbers of workers of a launch, by its arguments and by a real Slurm."""
 
 from __future__ import annotations
 

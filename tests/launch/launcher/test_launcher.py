@@ -132,7 +132,7 @@ def test_hosts_get_the_variables_that_match(hosts: Hosts, tmp_path: Path) -> Non
 
 
 def test_two_functions_on_hosts_and_here(hosts: Hosts) -> None:
-    """What is trained on two hosts with two workers each, reached by aliases of ssh, is tested here."""
+    """A model trained on two hosts with two workers each, reached by ssh aliases, is tested here."""
     code = """
         import sys, torch, traceml
 

@@ -1,4 +1,4 @@
-"""What workers write reaches files, the screen and handlers: complete, told apart, and without holding anybody up."""
+"""Output of workers reaches files, the screen and handlers: complete, by source, and without blocking others."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_handlers_of_the_users_get_records_that_say_where_they_come_from() -> No
 
 
 def test_a_handler_of_ours_obeys_a_format_and_a_level_of_the_users(tmp_path: Path) -> None:
-    """What was changed on a `file_handler` counts for lines, too."""
+    """Changes to a `file_handler` apply to lines too."""
     mine = file_handler("node1", 0, log_dir=tmp_path)
     mine.setFormatter(logging.Formatter("%(message)s!"))
     loud = stream_handler("node1", 0, io.StringIO())

@@ -55,7 +55,7 @@ def test_hosts_that_do_not_fit_together_are_told() -> None:
 
 
 def test_a_host_in_trouble_hides_nothing_of_the_others() -> None:
-    """Why it cannot be used stands beside what the others are."""
+    """The reason is printed beside the facts of the other hosts."""
     found = Preflight((HostFacts("gone", "no route to host"), *hosts({})))
 
     assert [(check.name, check.state) for check in host_checks(found)] == [("gone", "broken"), ("n0", "ok")]

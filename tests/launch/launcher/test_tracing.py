@@ -93,7 +93,7 @@ def test_a_script_is_traced_on_all_hosts(hosts: Hosts, folder: Path) -> None:
 
 
 def test_a_killed_rank_of_another_host_is_explained_by_its_flight_file(hosts: Hosts, folder: Path) -> None:
-    """What it had not sent is fetched from its host's memory: every step, and the step and phase that were open."""
+    """Unsent rows are fetched from its host's memory: every step, and the step and phase that were open."""
     done = launched(hosts, folder, "train.py", "kill", "100")
 
     assert done.returncode == 128 + signal.SIGKILL
@@ -177,7 +177,7 @@ except KeyError as error:
 
 
 def test_a_launch_that_reaches_no_host_leaves_no_run(hosts: Hosts, folder: Path) -> None:
-    """Where no worker was started there is nothing to report; the status says that a host failed."""
+    """Without workers there is nothing to report; the exit status shows that a host failed."""
     words = ["--hostnames", "node1", "refused", "--ssh-config-file", hosts.ssh_config, "train.py", "train", "1"]
     done = hosts.launcher.run(sys.executable, "-m", "traceml", "launch", *words, check=False, cwd=folder)
 

@@ -105,7 +105,7 @@ def test_a_stream_arrives_as_it_was_written(pair: Pair) -> None:
 
 
 def test_a_stream_that_was_over_before_it_was_accepted_is_kept(pair: Pair) -> None:
-    """What came early reaches the sink, and so does the reason of a bad end."""
+    """Early bytes reach the sink, and so does the reason of a bad end."""
     stream = pair.agent.open_stream(kind="log")
     stream.write(b"last words")
     stream.end({"why": "the disk is full"})
@@ -202,7 +202,7 @@ def test_the_owner_hears_when_more_may_be_written(pair: Pair) -> None:
 
 
 def test_noise_before_the_greeting_is_kept_apart(pair: Pair) -> None:
-    """What a shell's start-up files print comes before the greeting and disturbs nothing."""
+    """Output of a shell's start-up files before the greeting disturbs nothing."""
     read, write = os.pipe()
     launcher = Channel(read, os.dup(write), side="launcher", greeting=True)
     hello = b"\x81\xa1t\xa5hello"

@@ -1,4 +1,4 @@
-"""What a dead worker leaves on its host arrives at the launcher's with all that belongs to it."""
+"""A dead worker's flight file arrives at the launcher with its journals and spooled files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values arrive as what they were, where they lie, and what cannot travel is named."""
+"""Values arrive unchanged and without copies; an argument that cannot be pickled is named."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_tensors_that_share_memory_still_do() -> None:
 
 
 def test_a_model_and_its_optimizer_train_on() -> None:
-    """What arrives together still belongs together, can be written to, and its tensors can grow."""
+    """Values sent together stay related, can be written to, and their tensors can grow."""
     model = torch.nn.Linear(300, 300)
     model, optimizer = sent((model, torch.optim.Adam(model.parameters())))
     before = model.weight.detach().clone()
@@ -169,7 +169,7 @@ def test_processes_share_what_was_received_once() -> None:
 
 
 def test_a_file_in_memory_is_opened_by_another_process() -> None:
-    """What one process holds, its child opens by its path and changes, and nothing is copied."""
+    """A child opens a buffer of its parent by path and changes it; nothing is copied."""
     parcel = dump(torch.zeros(LARGE))
     receiver = PayloadBuffer(parcel.size_bytes, shared=True)
     for chunk in parcel.chunks():
@@ -320,7 +320,7 @@ def test_what_a_script_defines_travels_by_value_and_comes_home(tmp_path: Path) -
 
 
 def test_a_function_that_is_not_there_is_told(tmp_path: Path) -> None:
-    """Where a module lacks what was sent by name, the error names both and says what to do."""
+    """If a module lacks a name that was sent, the error names both and gives advice."""
     callee = CALLEE.replace("from pathlib", "import beside; del beside.shift\nfrom pathlib", 1)
     caught = "try:\n    exec({!r})\nexcept Exception as error:\n    print(error)\n    raise SystemExit(3)\n"
     script = SCRIPT.replace("check=True", "check=False").split("    point, number")[0]

@@ -138,7 +138,7 @@ def test_an_end_that_dies_is_told_to_the_other(between: Between) -> None:
 
 
 def test_nobody_at_the_end_is_no_connection(between: Between) -> None:
-    """Where no aggregator listens, the rank's connection ends at once: it tries again later."""
+    """Without an aggregator the rank's connection ends at once, so that it tries again later."""
     between.server.close()
     with socket.create_connection(("127.0.0.1", between.listener.port), timeout=20) as near:
         assert near.recv(1) == b""

@@ -1,4 +1,4 @@
-"""What a worker can do with functions and classes of the script that launched it."""
+"""Functions and classes of the launching script, used in a worker."""
 
 from __future__ import annotations
 

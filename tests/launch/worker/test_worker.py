@@ -349,7 +349,7 @@ def test_a_function_that_is_not_there_is_told(driver: Driver, tmp_path: Path) ->
 
 
 def test_a_further_worker_costs_little_memory(driver: Driver) -> None:
-    """What a worker adds to its host's memory before the function allocates is what it does not share."""
+    """A worker adds only unshared pages to its host's memory before the function allocates."""
 
     def private() -> int:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

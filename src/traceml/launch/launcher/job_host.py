@@ -86,7 +86,7 @@ class JobHost:
 
     @property
     def phase(self) -> str:
-        """What the host is doing, for logs."""
+        """The host's current activity, for logs."""
         if self.lost or self.idle:
             return "lost" if self.lost else "idle"
 

@@ -1,4 +1,4 @@
-"""What the workers of a launch run, and how."""
+"""Specification of a launched job."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["JobSpec"]
 
 @dataclass(frozen=True, kw_only=True)
 class JobSpec:
-    """What all workers run, and how.
+    """Specification of a launched job: what all workers run, and how.
 
     Attributes:
         call: the function and its arguments.
