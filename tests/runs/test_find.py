@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.diagnosis.fabricated import Job
-from tests.runs.fabricated_store import STARTED, store_run
+from tests.diagnosis.fabricated import Job, adds
+from tests.renderers.reports import finding
+from tests.runs.fabricated_store import STARTED, run_facts, store_run
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError
 from traceml.runs.find import find_run, list_runs, prune
 from traceml.runs.report import build_report, save_report
@@ -81,6 +84,21 @@ def test_a_list_tells_state_and_verdict(runs):
     assert infos["0000"].verdict is None
     assert (infos["0001"].duration_s, infos["0002"].duration_s) == (None, 5)
     assert infos["0000"].size_bytes > 0
+
+
+def test_a_list_has_the_severity_of_the_verdict(tmp_path):
+    """The severity is that of the finding, from the report or from the verdict so far, not a guess by its kind."""
+    ended = store_run(tmp_path / "ended", Job(steps=200), adds("input_wait", 30))
+    save_report(ended, build_report(ended))
+    running = tmp_path / "running"
+    running.mkdir()
+    with StoreWriter(running / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(state="running", ended=None))
+        writer.event("verdict", {"findings": [finding("INPUT_BOUND", severity="warning").to_dict()]})
+
+    infos = {info.id: (info.verdict, info.severity) for info in list_runs(tmp_path)}
+
+    assert infos == {"ended": ("INPUT_BOUND", "critical"), "running": ("INPUT_BOUND", "warning")}
 
 
 def test_pruning_keeps_the_newest_and_the_running(runs):
