@@ -11,6 +11,7 @@ from traceml.database.reader import StoreReader, StreamRecord
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.job_facts import RankExit
+from traceml.diagnosis.phases import PHASES
 from traceml.diagnosis.window import Window
 from traceml.runs.digest import Digest
 from traceml.runs.report_types import (
@@ -31,7 +32,7 @@ from traceml.runs.samples import slope_per_step
 __all__ = ["memory", "phases", "ranks", "steps", "system", "telemetry"]
 
 _MS = 1e6
-_ORDER = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint")
+_ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
 
 
 def steps(digest: Digest, window: Window) -> StepsSection:
