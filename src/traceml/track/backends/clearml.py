@@ -19,12 +19,13 @@ import re
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.track.backends.append_file import AppendFile, cut_back
 from traceml.track.backends.safe_names import is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -89,15 +90,8 @@ class ClearMLBackend(BackendInterface):
     def resume(self, mark: Mapping[str, Any]) -> bool:
         """Continue the same task; cut off events after the mark in an offline session."""
         self._id = mark["id"]
-        if not mark.get("events"):
-            return True
-
-        path, offset = Path(mark["events"]), mark["offset"]
-        size = path.stat().st_size if path.exists() else 0
-        if size < offset:
-            raise BackendError(f"{path} has {size} bytes, fewer than the {offset} that were delivered")
-        if size:
-            os.truncate(path, offset)
+        if mark.get("events"):
+            cut_back(Path(mark["events"]), mark["offset"])
 
         return True
 
@@ -283,19 +277,8 @@ class ClearMLBackend(BackendInterface):
     def _append(self, events: Sequence[dict[str, Any]]) -> None:
         """Append events to the offline session; a full disk leaves no incomplete line."""
         assert self._events is not None, "start_experiment comes first"
-        data = (json.dumps(list(events)) + "\n").encode()
-        descriptor = os.open(self._events, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-        try:
-            before = os.fstat(descriptor).st_size
-            written = 0
-            try:
-                while written < len(data):
-                    written += os.write(descriptor, data[written:])
-            except OSError:
-                os.ftruncate(descriptor, before)
-                raise
-        finally:
-            os.close(descriptor)
+        with closing(AppendFile(self._events)) as file:
+            file.write((json.dumps(list(events)) + "\n").encode())
 
 
 class _RawEvent:

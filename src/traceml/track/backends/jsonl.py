@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from traceml.errors import BackendError
+from traceml.track.backends.append_file import AppendFile, cut_back
 from traceml.track.backends.safe_names import nonfinite_text
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -44,8 +43,7 @@ class JsonlBackend(BackendInterface):
 
         self._appends = bool(config.get("continue_run"))
         self._experiment = experiment
-        self._offset = 0
-        self._file: BinaryIO | None = None
+        self._file: AppendFile | None = None
 
     @property
     def target(self) -> str:
@@ -66,25 +64,14 @@ class JsonlBackend(BackendInterface):
         """Cut off lines after the mark."""
         self._path = Path(mark["path"])
         self._appends = True
-        try:
-            size = self._path.stat().st_size
-        except FileNotFoundError as error:
-            raise BackendError(f"{self._path} is gone, and with it what was delivered") from error
-        if size < mark["offset"]:
-            raise BackendError(f"{self._path} has {size} bytes, fewer than the {mark['offset']} that were delivered")
-
-        os.truncate(self._path, mark["offset"])
+        cut_back(self._path, mark["offset"])
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
         """Open the file and, when it is new, say what it is about."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("ab")
-        if not self._appends:
-            self._file.truncate(0)
-
-        self._offset = self._file.seek(0, os.SEEK_END)
-        if not self._offset:
+        self._file = AppendFile(self._path, keep=self._appends)
+        if not self._file.size:
             about = {key: self._experiment.get(key) for key in ("id", "parent", "tags")}
             self._write([{"type": "start", "name": name, "project": project, **about, "timestamp": time.time()}])
 
@@ -147,33 +134,12 @@ class JsonlBackend(BackendInterface):
 
     def mark(self) -> dict[str, Any]:
         """Return the file and its length."""
-        return {"path": str(self._path), "offset": self._offset}
+        return {"path": str(self._path), "offset": self._path.stat().st_size}
 
     def _write(self, lines: Any) -> None:
-        """Append lines; they are in the kernel when this returns, so they survive this process."""
+        """Append lines."""
         assert self._file is not None, "start_experiment comes first"
-        data = "".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace")
-        try:
-            self._file.write(data)
-            self._file.flush()
-        except OSError:
-            self._undo()
-            raise
-
-        self._offset += len(data)
-
-    def _undo(self) -> None:
-        """Cut off a line that a full disk left incomplete, so that the next try starts on a new line."""
-        assert self._file is not None
-        # A new file object, because the old one still has buffered data that must not be written.
-        descriptor = os.dup(self._file.fileno())
-        try:
-            self._file.close()
-        except OSError:
-            pass  # it tries to write its buffer again
-
-        os.truncate(descriptor, self._offset)
-        self._file = os.fdopen(descriptor, "ab")
+        self._file.write("".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
     def _stored_path(self, path: Path, name: str) -> str:
         """Return the path of the content: its own, or that of a copy beside the lines when the option `path` is set."""

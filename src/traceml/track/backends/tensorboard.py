@@ -6,15 +6,14 @@ Exact: an event file only grows, and `resume` cuts off events after the mark. Va
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from traceml.errors import BackendError
+from traceml.track.backends.append_file import AppendFile, cut_back
 from traceml.track.backends.safe_names import safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -46,8 +45,7 @@ class TensorBoardBackend(BackendInterface):
         self._path = self._folder / f"events.out.tfevents.traceml.{self._experiment['id']}"
         self._root = folder
         self._resumed = False
-        self._offset = 0
-        self._file: BinaryIO | None = None
+        self._file: AppendFile | None = None
         self._event: Any = None
         self._summary: Any = None
 
@@ -70,14 +68,7 @@ class TensorBoardBackend(BackendInterface):
         """Cut off events after the mark."""
         self._path = Path(mark["path"])
         self._folder = self._path.parent
-        try:
-            size = self._path.stat().st_size
-        except FileNotFoundError as error:
-            raise BackendError(f"{self._path} is gone, with everything that was delivered") from error
-        if size < mark["offset"]:
-            raise BackendError(f"{self._path} has {size} bytes, fewer than the {mark['offset']} that were delivered")
-
-        os.truncate(self._path, mark["offset"])
+        cut_back(self._path, mark["offset"])
         self._resumed = True
         return True
 
@@ -88,8 +79,7 @@ class TensorBoardBackend(BackendInterface):
 
         self._event, self._summary = Event, Summary
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("r+b" if self._resumed else "wb")
-        self._offset = self._file.seek(0, os.SEEK_END)
+        self._file = AppendFile(self._path, keep=self._resumed)
         if not self._resumed:
             self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
             about = {"name": name, "project": project, "id": self._experiment["id"]}
@@ -158,7 +148,7 @@ class TensorBoardBackend(BackendInterface):
 
     def mark(self) -> dict[str, Any]:
         """Return the file and its length."""
-        return {"path": str(self._path), "offset": self._offset}
+        return {"path": str(self._path), "offset": self._path.stat().st_size}
 
     def _tensor(self, name: str, metadata: Any, step: int, *, shape: Sequence[int], **content: Any) -> None:
         from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -173,7 +163,7 @@ class TensorBoardBackend(BackendInterface):
         self._write([self._event(wall_time=time.time(), step=step, summary=self._summary(value=[value]))])
 
     def _write(self, events: Sequence[Any]) -> None:
-        """Append events; they are in the kernel when this returns, so they survive this process."""
+        """Append events."""
         from tensorboard.summary.writer.record_writer import masked_crc32c
 
         assert self._file is not None, "start_experiment comes first"
@@ -188,27 +178,7 @@ class TensorBoardBackend(BackendInterface):
                 struct.pack("<I", masked_crc32c(data)),
             ]
 
-        whole = b"".join(parts)
-        try:
-            self._file.seek(self._offset)
-            self._file.write(whole)
-            self._file.flush()
-        except OSError:
-            self._undo()
-            raise
-
-        self._offset += len(whole)
-
-    def _undo(self) -> None:
-        """Cut off an event that a full disk left incomplete, so that the next try starts with a whole one."""
-        assert self._file is not None
-        try:
-            self._file.close()
-        except OSError:
-            pass  # it tries to write its buffer again
-
-        os.truncate(self._path, self._offset)
-        self._file = self._path.open("r+b")
+        self._file.write(b"".join(parts))
 
 
 def _png_size(content: bytes) -> tuple[int, int]:

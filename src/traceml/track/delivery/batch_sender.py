@@ -12,6 +12,7 @@ from typing import Any
 
 from traceml.database.reader import RunEvent, StoreReader
 from traceml.errors import BackendRefusedError
+from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment
@@ -43,9 +44,11 @@ class BatchSender:
         plan: the run's experiments.
         filters: filters of the backend.
         run_dir: the run's folder.
+        session: connections to the backend.
+        audit: records what is sent.
+        config: settings in force.
+        is_done: whether an experiment has the rows at the cursor already, and was ended with them.
         everything: send every experiment of the run, also those that did not request this backend.
-        interval_s: seconds between values derived from the run.
-        system: whether to send sampled system values.
     """
 
     def __init__(
@@ -56,10 +59,12 @@ class BatchSender:
         plan: DeliveryPlan,
         filters: DeliveryFilter,
         run_dir: Path,
+        session: TrackerSession,
+        audit: AuditLog,
+        config: Config,
+        is_done: Callable[[PlannedExperiment], bool],
         *,
         everything: bool,
-        interval_s: float,
-        system: bool,
     ) -> None:
         self._state = state
         self._reader = reader
@@ -67,33 +72,23 @@ class BatchSender:
         self._plan = plan
         self._filters = filters
         self._run_dir = run_dir
+        self._session = session
+        self._audit = audit
+        self._config = config
+        self._is_done = is_done
         self._everything = everything
-        self._is_done: Callable[[PlannedExperiment], bool] = lambda _: False
         self._started = float(reader.meta().get("run", {}).get("started") or 0.0)
-        self._interval_s = interval_s
-        self._system = system
 
     @property
     def _memory(self) -> dict[str, Any]:
         return self._state.memory
 
-    def send(
-        self, batch: RecordBatch, session: TrackerSession, audit: AuditLog, is_done: Callable[[PlannedExperiment], bool]
-    ) -> None:
-        """Send a batch; the caller undoes its changes to the state if it raises.
-
-        Args:
-            batch: the rows.
-            session: connections to the backend.
-            audit: records what is sent.
-            is_done: whether an experiment has these rows already, and was ended with them.
-        """
-        self._is_done = is_done
+    def send(self, batch: RecordBatch) -> None:
+        """Send a batch; the caller undoes its changes to the state if it raises."""
         for logged in batch.logged:
-            if logged.row.get("kind") == "experiment" and (
-                experiment := self._experiment_of(logged.stream.id, logged.row)
-            ):
-                session.connect(experiment)
+            experiment = self._experiment_of(logged) if logged.row.get("kind") == "experiment" else None
+            if experiment is not None:
+                self._session.connect(experiment)
 
         for (stream, number), rows in batch.metrics.items():
             self._values[str(stream)] = self._values.get(str(stream), 0) + len(rows)
@@ -104,34 +99,31 @@ class BatchSender:
 
             passing = self._filters.apply(rows, self._windows(), experiment.key)
             self._state.filtered += len(rows) - len(passing)
-            self._send_values(experiment, passing, session, audit)
+            self._send_values(experiment, passing)
 
-        for logged in sorted(
-            batch.logged, key=lambda each: each.stream.rank
-        ):  # rank 0 first: equal parameters of other ranks are not repeated
-            self._send_logged(logged, session, audit)
+        # Rank 0 first: equal parameters of other ranks are not sent.
+        for logged in sorted(batch.logged, key=lambda each: each.stream.rank):
+            self._send_logged(logged)
 
-        self._send_derived(batch, session, audit)
+        self._send_derived(batch)
 
-    def finish(self, session: TrackerSession, audit: AuditLog) -> None:
+    def finish(self) -> None:
         """Send what filters and intervals still hold back, at the end of the run."""
         for experiment in self._wanted():
-            rows = self._filters.finish(self._windows(), experiment.key)
-            self._state.filtered -= len(rows)
-            self._send_values(experiment, rows, session, audit)
+            self._send_windows(experiment)
 
         main = self._main()
         if main is None:
             return
 
-        self._send_derived_values(main, self._derived().finish(), session, audit)
-        self._send_verdict(main, session, audit)
+        self._send_derived_values(main, self._derived().finish())
+        self._send_verdict(main)
 
-    def end(self, session: TrackerSession, run_state: str) -> None:
+    def end(self, run_state: str) -> None:
         """End every open experiment, the inner ones first, in its own state or else in that of the run."""
         for experiment in reversed(self._wanted()):
             own_state, _ = self._to_end.pop(experiment.key, (run_state, 0.0))
-            session.end(experiment, own_state)
+            self._session.end(experiment, own_state)
 
     # --- experiments --------------------------------------------------------------------------------------------
 
@@ -155,18 +147,23 @@ class BatchSender:
 
         return experiment
 
-    def _experiment_of(self, stream: int, row: dict[str, Any]) -> PlannedExperiment | None:
-        return self._experiment(stream, int(row.get("experiment", 0)))
+    def _experiment_of(self, logged: LoggedRecord) -> PlannedExperiment | None:
+        return self._experiment(logged.stream.id, int(logged.row.get("experiment", 0)))
+
+    def _open(self) -> list[PlannedExperiment]:
+        stored = self._state.experiments
+        return [each for each in self._wanted() if not stored.get(each.key, {}).get("ended")]
 
     def _main(self) -> PlannedExperiment | None:
         """Return the experiment that gets values of the whole run: the first open one."""
-        wanted = self._wanted()
-        still_open = [each for each in wanted if not self._state.experiments.get(each.key, {}).get("ended")]
-        return next(iter(still_open), None)
+        return next(iter(self._open()), None)
 
     def _derived(self) -> DerivedMetrics:
         return DerivedMetrics(
-            self._memory.setdefault("derived", {}), self._interval_s, self._started, system=self._system
+            self._memory.setdefault("derived", {}),
+            self._config.metrics_interval,
+            self._started,
+            system=self._config.track_system,
         )
 
     @property
@@ -187,47 +184,49 @@ class BatchSender:
 
     # --- values ------------------------------------------------------------------------------------------------------
 
-    def _send_values(
-        self, experiment: PlannedExperiment, rows: list[Metric], session: TrackerSession, audit: AuditLog
-    ) -> None:
+    def _send_values(self, experiment: PlannedExperiment, rows: list[Metric]) -> None:
         if not rows:
             return
 
-        refused = session.metrics(experiment, rows)
+        refused = self._session.metrics(experiment, rows)
         for _, error in refused:
             self._refused(error)
 
-        audit.note("metrics", {row.name for row in rows}, len(rows))
+        self._audit.note("metrics", {row.name for row in rows}, len(rows))
         self._state.delivered += len(rows) - len(refused)
+
+    def _send_windows(self, experiment: PlannedExperiment) -> None:
+        """Send the aggregates of an experiment's open windows."""
+        rows = self._filters.finish(self._windows(), experiment.key)
+        self._state.filtered -= len(rows)
+        self._send_values(experiment, rows)
 
     def _refused(self, error: Exception) -> None:
         failure = classify(error)
         _log.warning("%s refuses a row: %s", self._state.backend, failure.text)
         count_refused(self._state, failure.text)
 
-    def _send_derived_values(
-        self, experiment: PlannedExperiment, rows: list[Metric], session: TrackerSession, audit: AuditLog
-    ) -> None:
+    def _send_derived_values(self, experiment: PlannedExperiment, rows: list[Metric]) -> None:
         """Send values that the user has not logged; they are counted separately."""
         passing = [row for row in rows if self._filters.takes(row.name, row.rank)]
         if passing:
-            refused = session.metrics(experiment, passing)
-            audit.note("metrics", {row.name for row in passing}, len(passing))
+            refused = self._session.metrics(experiment, passing)
+            self._audit.note("metrics", {row.name for row in passing}, len(passing))
             self._state.derived += len(passing) - len(refused)
 
-    def _send_derived(self, batch: RecordBatch, session: TrackerSession, audit: AuditLog) -> None:
+    def _send_derived(self, batch: RecordBatch) -> None:
         main = self._main()
         derived = self._derived()
         rows = [row for frame in batch.frames for row in derived.take(frame, self._records.stream(frame.stream))]
         if main is None:
             return
 
-        self._send_derived_values(main, rows, session, audit)
+        self._send_derived_values(main, rows)
         for event in self._reader.events(self._memory.get("event", 0), "verdict"):
             self._memory["event"] = event.id
-            self._note_verdict(main, event, session, audit)
+            self._note_verdict(main, event)
 
-    def _note_verdict(self, main: PlannedExperiment, event: RunEvent, session: TrackerSession, audit: AuditLog) -> None:
+    def _note_verdict(self, main: PlannedExperiment, event: RunEvent) -> None:
         verdict = event.data.get("verdict") or {}
         if _has_no_step(verdict):
             return
@@ -237,12 +236,12 @@ class BatchSender:
             return
 
         self._memory["verdict"] = signature
-        session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
-        session.text(main, "traceml/verdict", _verdict_text(verdict), max(int(event.data.get("step") or 0), 0))
-        audit.note("tags", ["traceml/verdict"], 1)
+        self._session.tags(main, {"traceml/verdict": str(verdict.get("kind"))})
+        self._session.text(main, "traceml/verdict", _verdict_text(verdict), max(int(event.data.get("step") or 0), 0))
+        self._audit.note("tags", ["traceml/verdict"], 1)
         self._state.derived += 1
 
-    def _send_verdict(self, main: PlannedExperiment, session: TrackerSession, audit: AuditLog) -> None:
+    def _send_verdict(self, main: PlannedExperiment) -> None:
         """Send the verdict of the whole run from the report, else the last live one."""
         if not self._filters.takes("traceml/verdict"):
             return
@@ -254,14 +253,14 @@ class BatchSender:
 
         if verdict.get("kind") and not _has_no_step(verdict):
             summary = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
-            session.tags(main, {"traceml/verdict": verdict["kind"], **summary})
-            audit.note("tags", ["traceml/verdict", *summary], 1)
+            self._session.tags(main, {"traceml/verdict": verdict["kind"], **summary})
+            self._audit.note("tags", ["traceml/verdict", *summary], 1)
 
     # --- everything else ---------------------------------------------------------------------------------------------
 
-    def _send_logged(self, logged: LoggedRecord, session: TrackerSession, audit: AuditLog) -> None:
+    def _send_logged(self, logged: LoggedRecord) -> None:
         row, kind = logged.row, str(logged.row.get("kind"))
-        experiment = self._experiment_of(logged.stream.id, row)
+        experiment = self._experiment_of(logged)
         if kind in {"experiment", "end"}:
             if experiment is not None and kind == "end":
                 self._note_end(experiment, logged)
@@ -273,9 +272,9 @@ class BatchSender:
             return
 
         try:
-            for size in self._calls(experiment, logged, kind, session):
+            for size in self._calls(experiment, logged, kind):
                 names = row.get("params") or row.get("tags") or row.get("facts") or [str(row.get("name") or kind)]
-                audit.note(kind, names, 1, size)
+                self._audit.note(kind, names, 1, size)
         except Exception as error:
             # A backend of a third party may not support artifacts; that must not stop its values.
             if classify(error).kind is not FailureKind.REFUSED and not isinstance(error, NotImplementedError):
@@ -291,28 +290,26 @@ class BatchSender:
 
         return self._filters.takes(str(row.get("name") or kind), rank)
 
-    def _calls(
-        self, experiment: PlannedExperiment, logged: LoggedRecord, kind: str, session: TrackerSession
-    ) -> Iterator[int]:
+    def _calls(self, experiment: PlannedExperiment, logged: LoggedRecord, kind: str) -> Iterator[int]:
         """Make the call for a row; yield the bytes sent with it."""
         row, rank = logged.row, logged.stream.rank
         name, step = ranked(str(row.get("name") or kind), rank), max(int(row.get("step") or 0), 0)
         if kind == "params":
             if params := self._params_of(experiment, row.get("params") or {}, rank):
-                session.params(experiment, params)
+                self._session.params(experiment, params)
                 yield 0
         elif kind == "tags":
             if tags := self._params_of(experiment, row.get("tags") or {}, rank, "tags"):
-                session.tags(experiment, tags)
+                self._session.tags(experiment, tags)
                 yield 0
         elif kind == "collected":
-            yield from self._collected(experiment, row, rank, session)
+            yield from self._collected(experiment, row, rank)
         elif kind in {"text", "value"}:
             text = str(row.get("text") if kind == "text" else row.get("value"))
-            session.text(experiment, name, text, step)
+            self._session.text(experiment, name, text, step)
             yield len(text)
         elif kind == "histogram":
-            session.histogram(experiment, name, row["counts"], row["edges"], step)
+            self._session.histogram(experiment, name, row["counts"], row["edges"], step)
             yield 8 * len(row["counts"])
         elif kind in {"image", "artifact"}:
             path = self._run_dir / str(row["path"])
@@ -320,32 +317,30 @@ class BatchSender:
                 raise BackendRefusedError(f"the file of {kind} {row.get('name')!r} no longer exists: {path}")
 
             if kind == "image":
-                session.image(experiment, name, path, step)
+                self._session.image(experiment, name, path, step)
             else:
                 plain = str(row.get("name") or path.name)
-                session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
+                self._session.artifact(experiment, path, f"rank_{rank}/{plain}" if rank else plain)
 
             yield path.stat().st_size
         elif kind == "refused":
-            session.text(experiment, f"traceml/refused/{name}", f"{row.get('what')}: {row.get('why')}", step)
+            self._session.text(experiment, f"traceml/refused/{name}", f"{row.get('what')}: {row.get('why')}", step)
             yield 0
         else:
             _log.warning("a row of kind %r is unknown", kind)
 
-    def _collected(
-        self, experiment: PlannedExperiment, row: dict[str, Any], rank: int, session: TrackerSession
-    ) -> Iterator[int]:
+    def _collected(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
         """Send the facts of a collector: short ones as tags, long ones as texts."""
         facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
         passing = self._params_of(experiment, facts, rank, "tags")
         shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in passing.items()}
         short = {key: value for key, value in shown.items() if len(value) <= _TAG_CHARS and "\n" not in value}
         if short:
-            session.tags(experiment, short)
+            self._session.tags(experiment, short)
             yield 0
 
         for key in shown.keys() - short.keys():
-            session.text(experiment, key, shown[key], 0)
+            self._session.text(experiment, key, shown[key], 0)
             yield len(shown[key])
 
     def _params_of(
@@ -381,7 +376,7 @@ class BatchSender:
         """Whether there are experiments that `end_finished` has to end, now or later."""
         return bool(self._to_end)
 
-    def end_finished(self, session: TrackerSession, audit: AuditLog) -> None:
+    def end_finished(self) -> None:
         """End the experiments that all their ranks have left; call it after each confirmed batch, and when idle.
 
         The last experiment stays open for 10 s: usually the run ends with it, and the run's last step times and its
@@ -396,14 +391,12 @@ class BatchSender:
                 if passed_s < _BEHIND_S and not self._has_all(key):
                     continue
 
-                rows = self._filters.finish(self._windows(), key)
-                self._state.filtered -= len(rows)
-                self._send_values(experiment, rows, session, audit)
+                self._send_windows(experiment)
                 main = self._main()
                 if main is not None and main.key == key:
-                    self._send_derived_values(main, self._derived().finish(), session, audit)
+                    self._send_derived_values(main, self._derived().finish())
 
-                session.end(experiment, own_state)
+                self._session.end(experiment, own_state)
 
             del self._to_end[key]
 
@@ -415,9 +408,7 @@ class BatchSender:
 
     def _is_last(self, key: str) -> bool:
         """Whether an experiment was the last to end, with no other open."""
-        stored = self._state.experiments
-        still_open = [each.key for each in self._wanted() if not stored.get(each.key, {}).get("ended")]
-        return set(still_open) <= self._to_end.keys() and key == next(reversed(self._to_end))
+        return {each.key for each in self._open()} <= self._to_end.keys() and key == next(reversed(self._to_end))
 
 
 def _report_verdict(run_dir: Path) -> dict[str, Any] | None:

@@ -132,6 +132,8 @@ class DeliveryLoop:
 
         _read_key(self._state.backend, self._options, first.get("registered"))
         self._records = RecordReader(self._reader, FOLLOWED)
+        self._session = self._make_session()
+        self._audit = AuditLog(self._run_dir, self._state)
         self._sender = BatchSender(
             self._state,
             self._reader,
@@ -139,12 +141,12 @@ class DeliveryLoop:
             self._plan,
             DeliveryFilter.of(self._config.include, self._config.exclude, self._options),
             self._run_dir,
+            self._session,
+            self._audit,
+            self._config,
+            self._is_done,
             everything=self._delivers_all,
-            interval_s=self._config.metrics_interval,
-            system=self._config.track_system,
         )
-        self._session = self._make_session()
-        self._audit = AuditLog(self._run_dir, self._state)
 
     def _make_session(self) -> TrackerSession:
         """Create the session of the backend, or of its fallback while it fails."""
@@ -229,7 +231,7 @@ class DeliveryLoop:
         else:
             try:
                 with self._undone():
-                    self._sender.send(batch, self._session, self._audit, self._is_done)
+                    self._sender.send(batch)
                     self._session.confirm()
             except RewindError:
                 raise
@@ -246,7 +248,7 @@ class DeliveryLoop:
 
     def _end_finished(self) -> None:
         with self._undone():
-            self._sender.end_finished(self._session, self._audit)
+            self._sender.end_finished()
 
     def _is_done(self, experiment: PlannedExperiment) -> bool:
         """Whether an experiment was ended with all rows up to the cursor: it needs none when others start over."""
@@ -276,11 +278,11 @@ class DeliveryLoop:
         """Send what was held back, end the experiments, and record that all is done."""
         try:
             with self._undone():
-                self._sender.finish(self._session, self._audit)
+                self._sender.finish()
                 self._session.confirm()
 
             self._save()
-            self._sender.end(self._session, str(self._reader.meta().get("run", {}).get("state") or "finished"))
+            self._sender.end(str(self._reader.meta().get("run", {}).get("state") or "finished"))
         except RewindError:
             raise
         except Exception as error:  # noqa: BLE001 - see run()
