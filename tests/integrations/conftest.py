@@ -27,7 +27,7 @@ __all__ = ["Ended", "Job", "job", "serving"]
 
 @dataclass
 class Ended:
-    """What a job left.
+    """Results of a job.
 
     Attributes:
         said: what it printed as its last line of JSON.

@@ -1,4 +1,4 @@
-"""What hooks and captures replace: equal before and after, when nothing of ours is left."""
+"""State that hooks and captures replace: equal before and after when everything is restored."""
 
 from __future__ import annotations
 

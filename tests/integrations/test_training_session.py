@@ -1,4 +1,4 @@
-"""Who begins a recorder ends it; what is turned off or wrong is respected or told."""
+"""A training ends only the recorder that it started; disabled and wrong settings are handled."""
 
 from __future__ import annotations
 

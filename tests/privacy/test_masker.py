@@ -1,4 +1,4 @@
-"""What is masked, what is left alone, and that no text is slow to search."""
+"""Masked and unmasked values, and the time for long texts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ SECRET_NAMES = """
 
 @pytest.mark.parametrize("name", SECRET_NAMES.split())
 def test_values_with_secret_names(masker: Masker, name: str) -> None:
-    """What is called like a secret is masked whatever it looks like, but not what only stands for one."""
+    """A value under a secret's name is masked in any form, unless it is a placeholder."""
     assert is_secret_name(name)
     assert masker.mask_value(name, "hunter") == "[masked:secret]"
     assert masker.mask_value(name, 123456) == "[masked:secret]"

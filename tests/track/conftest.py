@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 class Stored:
-    """What a run's store holds of what was logged."""
+    """Logged rows of a run's store."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir

@@ -1,4 +1,4 @@
-"""What each tracker has of a run, read back with the tracker's own means: sorted (name, step, value)."""
+"""Readers of each tracker's values of a run by its own means: sorted (name, step, value)."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def by_name(values: list[Value]) -> dict[str, list[tuple[int, float]]]:
 
 
 def single(series: list[list[tuple[int, float]]]) -> list[list[tuple[int, float]]]:
-    """What float32 keeps of them, which is all that TensorBoard has, and in an order that does not depend on names."""
+    """Return the values as float32, as TensorBoard has them, in an order that does not depend on names."""
     return sorted([(step, float(np.float32(value))) for step, value in sorted(each)] for each in series)
 
 

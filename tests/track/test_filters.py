@@ -1,4 +1,4 @@
-"""Which values pass, and how many of them."""
+"""Filters: the values that pass, and their density."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_sampling_keeps_every_so_many_steps(sample: float) -> None:
     ("by", "expected"), [("mean", [1.5, 5.5]), ("min", [0, 4]), ("max", [3, 7]), ("sum", [6, 22]), ("last", [3, 7])]
 )
 def test_windows_come_out_the_same_however_they_are_cut_into_batches(by: str, expected: list[float]) -> None:
-    """What is carried from batch to batch survives JSON, as it does between two processes."""
+    """State between batches survives JSON, as between two processes."""
     rules = DeliveryFilter.of((), (), {"aggregate": {"every": 4, "by": by}})
     memory: dict[str, object] = {}
     given = []

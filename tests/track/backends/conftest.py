@@ -1,4 +1,4 @@
-"""What the tests of backends share."""
+"""Shared fixtures of the tests of backends."""
 
 from __future__ import annotations
 

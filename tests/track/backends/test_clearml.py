@@ -107,7 +107,7 @@ def test_what_came_after_the_mark_is_cut_off(make: Maker) -> None:
 
 
 def test_a_lost_session_is_said(make: Maker) -> None:
-    """What was delivered and is gone is an error, not a fresh session that looks complete."""
+    """A missing session of delivered data is an error; no new session may look complete."""
     first = make("clearml", mode="offline")
     first.start_experiment("first", "tests")
     first.log_metric("loss", 1.0, 1)

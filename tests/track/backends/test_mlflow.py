@@ -232,7 +232,7 @@ def test_a_dead_server_is_said_at_once(make: Maker, tmp_path: Path) -> None:
 
 
 def test_a_row_that_is_refused_is_told_apart(make: Maker, server: MLflowServer) -> None:
-    """What MLflow will never take is a refusal, not a failure to try again."""
+    """Rows that MLflow never accepts are a refusal, not a failure to retry."""
     backend = make("mlflow", tracking_uri=server.url, experiment={"id": "refused"})
     backend.start_experiment("first", "tests")
 

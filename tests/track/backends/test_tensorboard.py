@@ -98,7 +98,7 @@ def test_what_came_after_the_mark_is_cut_off(make: Maker) -> None:
 
 
 def test_a_start_without_a_mark_begins_anew(make: Maker) -> None:
-    """What a delivery wrote that never got to note anything is not kept."""
+    """Data of a delivery that recorded nothing is removed."""
     first = make("tensorboard")
     folder = first.start_experiment("first", "tests")
     first.log_metric("loss", 1.0, 1)
@@ -124,7 +124,7 @@ def test_a_continued_run_gets_one_more_file(make: Maker) -> None:
 
 
 def test_a_lost_file_is_said(make: Maker) -> None:
-    """What was delivered and is gone is an error, not a fresh file that looks complete."""
+    """A missing file of delivered data is an error; no new file may look complete."""
     first = make("tensorboard")
     folder = Path(first.start_experiment("first", "tests"))
     mark = first.mark()

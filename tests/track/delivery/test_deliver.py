@@ -251,7 +251,7 @@ def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: Log
 def test_a_tracker_that_cannot_begin_a_run_refuses_no_row(
     run: LoggedRun, behavior: str, status: int, phase: str
 ) -> None:
-    """What it says of its options or of the run would be taken for a word on the rows, and the rows be given up."""
+    """An error about the run or its options is not an error about rows: no row is dropped."""
     folder = faulty(run)
     run.metrics({"a": [1.0, 2.0]})
     run.end()

@@ -1,4 +1,4 @@
-"""What must hold when something dies, is full, or answers wrongly: training goes on, and every value arrives once.
+"""Faults: something dies, is full, or responds wrongly. Training continues, and every value arrives once.
 
 Each of these is a real job under `traceml run` (or alone) that logs all the while, with real trackers.
 """

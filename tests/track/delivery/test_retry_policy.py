@@ -1,4 +1,4 @@
-"""What a failure is taken for, and when the next try comes."""
+"""Classification of failures, and the time of the next try."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRANSIENT = TrackerFailure(FailureKind.TRANSIENT, "no route")
 
 
 def http_error(status: int, **headers: str) -> Exception:
-    """What `requests` raises for an answer of this status."""
+    """Return the exception that `requests` raises for a response of this status."""
     response = requests.Response()
     response.status_code = status
     response.headers.update(headers)

@@ -1,4 +1,4 @@
-"""What collectors read of real repositories and processes, and the process in which they run."""
+"""Collectors of real repositories and processes, and the process in which they run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_git_changes_nothing(repository: Path) -> None:
 
 
 def test_git_without_commit_branch_or_repository(repository: Path, tmp_path: Path) -> None:
-    """What is not there is None; outside a repository there is nothing to tell."""
+    """Missing facts are None; outside a repository there are none."""
     git(repository, "checkout", "-q", "--detach")
     assert facts_of(GitCollector({"folder": str(repository)}))["branch"] is None
 
@@ -229,7 +229,7 @@ def test_failing_and_hanging_collectors_harm_nobody(caplog: pytest.LogCaptureFix
 
 @pytest.mark.usefixtures("plugins")
 def test_the_process_ends_with_its_rank(tmp_path: Path) -> None:
-    """When the rank is killed, its collectors end too."""
+    """Collectors end with a killed rank."""
     script = tmp_path / "rank.py"
     script.write_text(
         textwrap.dedent(

@@ -1,4 +1,4 @@
-"""What is logged is what is stored, whatever happens to the process, the aggregator or the disk."""
+"""Every logged row is stored, also when the process, the aggregator or the disk fails."""
 
 from __future__ import annotations
 

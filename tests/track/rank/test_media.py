@@ -213,7 +213,7 @@ def test_images_of_one_two_and_four_channels() -> None:
 
 
 def test_images_are_copied_when_they_are_logged() -> None:
-    """What is changed in place afterwards does not change the image."""
+    """A later change in place does not change the image."""
     array, tensor = RAMP.copy(), torch.from_numpy(RAMP.copy())
     makers = [image_of(array, 1 << 20)[0], image_of(tensor, 1 << 20)[0]]
     array[:] = 0

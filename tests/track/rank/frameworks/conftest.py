@@ -25,7 +25,7 @@ RunScript = Callable[..., "Captured"]
 
 @dataclass
 class Captured:
-    """What a script logged.
+    """Rows that a script logged.
 
     Attributes:
         metrics: values in the order of the store.

@@ -1,4 +1,4 @@
-"""What transformers' real Trainer logs is what is captured."""
+"""Values that transformers' real Trainer logs are captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Lightning's own loggers get is what is captured, under both import names."""
+"""Values that Lightning's own loggers get are captured, under both import names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is given to a real SummaryWriter arrives with its steps, its times and its values bit for bit."""
+"""Calls of a real SummaryWriter are captured with their steps, times and bit-identical values."""
 
 from __future__ import annotations
 
