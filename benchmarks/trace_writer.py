@@ -1,10 +1,10 @@
-"""What a span of `traceml.traces.Writer` costs the program that it is in, and what dftracer's costs.
+"""Cost of a span of `traceml.traces.Writer` to its program, next to dftracer's.
 
     python benchmarks/trace_writer.py [--rounds 5] [--spans 200000] [--no-peer] [--json FILE]
 
-Each round is a process that calls an empty function, decorated and plain, and then finishes the file: `span` is what a
-call takes longer where it stands (the writer's thread works beside it), `all told` is CPU time of the whole process per
-span, until the file is whole. Ours and the peer's take turns. Every event must be in the file.
+Each round is a process that calls an empty function, decorated and plain, and then finishes the file: `span` is the
+added duration of a call (while the writer's thread runs), `all told` is CPU time of the whole process per span, until
+the file is complete. Our rounds and the peer's alternate. Every event must be in the file.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ DFTRACER = (
 
 
 def run(python: Path, setup: str, finish: str, spans: int, **environ: str) -> dict[str, Any]:
-    """Run one process; return its times and how many spans are in its file."""
+    """Run one process; return its times and the number of spans in its file."""
     with tempfile.TemporaryDirectory() as folder:
         code = LOOP.format(setup=setup, finish=finish)
         done = subprocess.run(

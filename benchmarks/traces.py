@@ -1,12 +1,12 @@
-"""Reading traces: total duration by name, each answer from a fresh process, next to dftracer-utils, duckdb and json.
+"""Reading traces: total duration by name, each result from a fresh process, next to dftracer-utils, duckdb and json.
 
     python benchmarks/traces.py [--events 2000000] [--rounds 5] [--only NAME ...] [--json FILE]
 
-Files are made from a seed, and every answer is compared with what went into them. `members` is a .pfw.gz of 4 MiB gzip
+Files are generated from a seed, and every result is compared with their content. `members` is a .pfw.gz of 4 MiB gzip
 members, `single` the same text as one member, `large` five times as many events, `profiler` an export of torch.profiler
-as JSON and compressed, `python` a tenth of `members`, with the scanner in C and without. What is compared alternates in
-one run; a time is the median from start to exit, CPU time that of all threads, a size the largest resident memory. The
-page cache is warm.
+as JSON and compressed, `python` a tenth of `members`, with and without the scanner in C. Programs alternate within a
+run; times are medians from start to exit, CPU times include all threads, sizes are peak resident memory. The page cache
+is warm.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ print(json.dumps(found))
 
 @dataclass(frozen=True, slots=True)
 class Asker:
-    """A program that answers.
+    """A program under test.
 
     Args:
         name: shown.
         command: its command line.
-        before: makes things as they have to be before each round.
+        before: prepares each round.
     """
 
     name: str
@@ -80,7 +80,7 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What one answer took: seconds, CPU time of all threads, largest resident memory; and whether it was right."""
+    """Cost of one result: seconds, CPU time of all threads, peak resident memory; and whether it was right."""
 
     s: float
     cpu_s: float
@@ -124,7 +124,7 @@ def _options() -> argparse.Namespace:
 
 
 def compare(case: str, path: Path, truth: Answer, askers: list[Asker], rounds: int) -> list[dict[str, Any]]:
-    """Let all answer in turn, and print what they took."""
+    """Run all programs in turn, and print their costs."""
     taken: dict[str, list[Taken]] = {asker.name: [] for asker in askers}
     for _ in range(rounds):
         for asker in askers:
@@ -169,7 +169,7 @@ def _is_right(output: bytes, truth: Answer) -> bool:
 
 
 def members(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
-    """The usual file of dftracer."""
+    """A typical file of dftracer."""
     path, truth = folder / "trace.pfw.gz", dict[str, tuple[int, float]]()
     with path.open("wb") as file:
         for block in _blocks(_posix_lines(events, truth), MEMBER_BYTES):
@@ -187,7 +187,7 @@ def members(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
 
 
 def single(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
-    """The same text in one gzip member, which cannot be inflated from the middle."""
+    """The same text in one gzip member, which cannot be decompressed from the middle."""
     path, truth = folder / "trace.pfw.gz", dict[str, tuple[int, float]]()
     with gzip.open(path, "wb", compresslevel=6) as file:
         for block in _blocks(_posix_lines(events, truth), MEMBER_BYTES):
@@ -218,7 +218,7 @@ def large(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
 
 
 def profiler(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
-    """What torch.profiler exports: pretty-printed, times with fractions."""
+    """An export of torch.profiler: pretty-printed, times with fractions."""
     path, truth = folder / "trace.json", dict[str, tuple[int, float]]()
     with path.open("wb") as file:
         file.writelines(_blocks(_profiler_text(events * 2 // 5, truth), MEMBER_BYTES))
@@ -227,7 +227,7 @@ def profiler(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
 
 
 def profiler_gz(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
-    """The same, compressed as torch.profiler does."""
+    """The same, compressed as by torch.profiler."""
     plain, truth, _ = profiler(folder, events)
     path = folder / "trace.json.gz"
     with plain.open("rb") as source, gzip.open(path, "wb", compresslevel=6) as file:
@@ -238,7 +238,7 @@ def profiler_gz(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
 
 
 def python(folder: Path, events: int) -> tuple[Path, Answer, list[Asker]]:
-    """What the scanner in C is worth."""
+    """The gain of the scanner in C."""
     path, truth, askers = members(folder, events // 10)
     ours = askers[0]
     return path, truth, [ours, Asker("ours, cold, no C", ["env", "TRACEML_NATIVE=0", *ours.command], ours.before)]
@@ -251,7 +251,7 @@ def _ours(path: Path) -> list[Asker]:
 
 
 def _blocks(lines: Iterable[str], size: int) -> Iterator[bytes]:
-    """Yield lines in blocks of about a size."""
+    """Yield lines in blocks of about `size` bytes."""
     block, held = list[str](), 0
     for line in lines:
         block.append(line)

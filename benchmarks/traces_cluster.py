@@ -2,9 +2,9 @@
 
     python benchmarks/traces_cluster.py [--events 2000000] [--rounds 5] [--json FILE]
 
-The file is `members` of traces.py: 4 MiB gzip members. Times are from the question to the answer, the median of rounds
-that alternate; clusters are warm, nothing is cached, every answer is compared with what went into the file. `cold` is
-the peer's first answer, for which it makes its index; the other rounds have it.
+The file is `members` of traces.py: 4 MiB gzip members. Times are from query to result, medians of
+alternating rounds; clusters are warm, nothing is cached, every result is compared with the content of the file. `cold`
+is the peer's first result, for which it creates its index; the other rounds use it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
 
 class Peer:
-    """The peer's cluster, in an environment of its own: it answers a line on its stdin."""
+    """The peer's cluster, in a separate environment: it runs the query for each line on its stdin."""
 
     def __init__(self, path: Path) -> None:
         script = path.with_name("ask_peer.py")
@@ -55,14 +55,14 @@ class Peer:
         self._line()
 
     def __call__(self) -> tuple[float, dict[str, Any]]:
-        """Return the seconds that it took, and its answer."""
+        """Return the duration in seconds, and the result."""
         assert self._process.stdin is not None
         print("again", file=self._process.stdin, flush=True)
         seconds, answer = json.loads(self._line())
         return seconds, answer
 
     def close(self) -> None:
-        """End it."""
+        """End the process."""
         self._process.communicate()
 
     def _line(self) -> str:

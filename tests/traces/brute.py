@@ -1,4 +1,4 @@
-"""The answers of `traceml analyze` computed the plain way: every event in memory, Python's integers, no cleverness."""
+"""Results of `traceml analyze` by brute force: every event in memory, with Python's integers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import pairwise
 
 
 def spans_of(events):
-    """Return (name, cat, pid, tid, ts, dur, place) of complete events and of pairs, and how many edges are alone."""
+    """Return (name, cat, pid, tid, ts, dur, place) of complete events and pairs, and the number of unpaired edges."""
     spans, lonely = [], 0
     stacks = defaultdict(list)
     for place, event in enumerate(events):
@@ -42,7 +42,7 @@ def spans_of(events):
 
 
 def groups_of(events, by=("name",), keep=lambda event, ts, dur: True):
-    """Return the groups by label: count, sum, least, most, self time and all durations, in exact microseconds."""
+    """Return the groups by label: count, sum, minimum, maximum, self time and all durations, in exact microseconds."""
     spans, _ = spans_of(events)
     chosen = [span for span in spans if keep(span[0], span[1], span[2])]
     own = _self_times(chosen)
@@ -56,7 +56,7 @@ def groups_of(events, by=("name",), keep=lambda event, ts, dur: True):
 
 
 def check(answer, events, by=("name",), keep=lambda event, ts, dur: True):
-    """Compare an answer with the plain one: counts, sums, extremes and self times exactly, percentiles to 1 %."""
+    """Compare a result with brute force: counts, sums, extremes and self times exactly, percentiles to 1 %."""
     expected = groups_of(events, by, keep)
     found = {tuple(group[field] for field in by): group for group in answer["groups"]}
     assert set(found) == set(expected)

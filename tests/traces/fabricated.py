@@ -1,4 +1,4 @@
-"""Trace files of every form, made of random events, and what plain json finds in them."""
+"""Trace files of every format with random events, and their events according to plain json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, Time, TraceFileFacts
 from traceml.traces.reader.reading import TraceReader, read
 
-__all__ = ["FORMS", "brute_force", "events_of", "make_events", "members", "normalised", "read_all"]
+__all__ = ["FORMS", "brute_force", "events_of", "make_events", "members", "normalized", "read_all"]
 
 Event = dict[str, Any]
 NAMES = [
@@ -38,7 +38,7 @@ TIMES = [0, 5, 1795155070260249, 2**62, 2**80, 1.5, 0.001, 0.0005, 12345678.125,
 
 
 def make_events(count: int, seed: int, *, plain: bool = False) -> list[Event]:
-    """Return random events; plain ones have what tracers write, others anything that JSON allows."""
+    """Return random events: plain ones as tracers write them, others with anything that JSON allows."""
     chance = random.Random(seed)
     return [_plain(chance, number) if plain else _any(chance, number) for number in range(count)]
 
@@ -108,8 +108,8 @@ def members(text: bytes, size: int) -> bytes:
 
 
 def brute_force(events: Iterable[Event]) -> Counter[str]:
-    """Return what events are, each as a text that tells everything which is compared, how often."""
-    return Counter(normalised(event) for event in _reparsed(events) if event["ph"] not in ("M", 4))
+    """Return the number of occurrences of each event, as a text with all compared values."""
+    return Counter(normalized(event) for event in _reparsed(events) if event["ph"] not in ("M", 4))
 
 
 def _reparsed(events: Iterable[Event]) -> list[Event]:
@@ -117,7 +117,7 @@ def _reparsed(events: Iterable[Event]) -> list[Event]:
     return parsed
 
 
-def normalised(event: Event) -> str:
+def normalized(event: Event) -> str:
     """Return the parts of an event that columns hold, as one text."""
     args = event.get("args") or {}
     kind = "X" if event["ph"] == 1 else event["ph"]
@@ -165,7 +165,7 @@ def read_all(path: Any, **options: Any) -> tuple[Counter[str], TraceReader]:
 
 
 def events_of(batch: EventBatch, reading: TraceReader) -> list[str]:
-    """Return the events of a batch as `normalised` does."""
+    """Return the events of a batch as `normalized` does."""
     return [_row(batch, reading, row) for row in range(len(batch.ph))]
 
 
@@ -184,7 +184,7 @@ def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
     known = [None, whole, number, text][kind]
     assert (kind == TEXT) == (text is not None)
     assert kind != MISSING or math.isnan(number)
-    return normalised(event | {"args": {"size": Decimal(number) if kind == 2 else known}})
+    return normalized(event | {"args": {"size": Decimal(number) if kind == 2 else known}})
 
 
 def _microseconds(time_ns: Time) -> Decimal:

@@ -71,7 +71,7 @@ def test_stats_of_groups(way):
 
 
 def test_many_groups_of_few_spans_take_little():
-    """By a key that hardly repeats, a group is a few hundred bytes, and its percentiles are as good."""
+    """With a key that hardly repeats, a group takes a few hundred bytes, and its percentiles stay exact."""
     groups, found = 50_000, stats.GroupStatTable()
     tracemalloc.start()
     for _ in range(3):
@@ -93,7 +93,7 @@ def test_sums_of_the_largest_durations(way):
 
 
 def test_buckets_are_narrow():
-    """The middle of a bucket is within half a percent of all that lies in it; small numbers are exact."""
+    """The middle of a bucket is within half a percent of its values; small numbers are exact."""
     for value in [*range(300), *(int(1.37**power) for power in range(10, 130)), 2**63 - 1]:
         assert abs(middle(bucket(value)) - value) <= value / 256
 
@@ -119,7 +119,7 @@ def test_nesting_is_the_same_without_the_library(seed, monkeypatch):
 
 
 def test_deep_nesting(way):
-    """Ten thousand spans inside each other, each with a nanosecond of its own at either end."""
+    """Ten thousand nested spans, each with a nanosecond of its own at either end."""
     depth = 10_000
     start, duration = np.arange(depth), np.arange(2 * depth, 0, -2)
     sums = nesting.SelfTimes()
@@ -131,7 +131,7 @@ def test_deep_nesting(way):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_cover_is_the_same_without_the_library(seed, monkeypatch):
-    """Time by set of kinds, and the timeline, whose bins widen on the way."""
+    """Time by set of kinds, and the timeline, whose bins widen."""
     start, duration, _, unit = spans(seed)
     start, duration = start * 1000, duration * 1000
     kind = np.random.default_rng(seed).integers(0, 7, len(start), np.uint8)
@@ -153,7 +153,7 @@ def test_cover_is_the_same_without_the_library(seed, monkeypatch):
 
 @pytest.mark.parametrize("rows", [0, 1, 999, 5000])
 def test_sorting_beyond_memory(rows):
-    """More rows than may be held come back in order, ties as they came."""
+    """More rows than fit in memory are returned in order; ties keep their order."""
     rng = np.random.default_rng(rows)
     times, place = rng.integers(0, 300, rows), np.arange(rows, dtype=np.int32)
     sorter = sorting.ExternalSorter(limit=256, run=100)
@@ -168,7 +168,7 @@ def test_sorting_beyond_memory(rows):
 
 
 def test_sorting_says_when_there_is_no_room(monkeypatch):
-    """A full disk is told with the folder and the way out."""
+    """The error for a full disk names the folder and the remedy."""
 
     def full(**options):
         raise OSError(28, "No space left on device")
@@ -180,7 +180,7 @@ def test_sorting_says_when_there_is_no_room(monkeypatch):
 
 
 def test_matching_is_the_same_without_the_library(monkeypatch):
-    """Pairs by lane, with names that do not fit and begins that stay open."""
+    """Pairs by lane, with names that do not match and begins that stay open."""
     rng = np.random.default_rng(4)
     count = 6000
     columns = (
@@ -206,7 +206,7 @@ def test_matching_is_the_same_without_the_library(monkeypatch):
 
 @pytest.mark.parametrize("lengths", [7, 200_000])
 def test_spans_that_all_start_together(way, lengths):
-    """A trace without a clock is no trouble: the shortest lies inside, and takes what it covers."""
+    """Spans with the same start nest by duration: the shortest is innermost, and its duration is its self time."""
     rng = np.random.default_rng(5)
     count = 200_000 if way == "library" else 20_000
     duration, group = rng.integers(1, lengths, count), rng.integers(0, 9, count, np.int32)

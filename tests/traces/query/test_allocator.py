@@ -1,4 +1,4 @@
-"""Memory that stays with the process while a task runs."""
+"""Freed memory stays in the process while a task runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ print(outside, inside, faults())
 
 
 def test_memory_is_used_again_inside_only():
-    """Where the environment wants memory back at once, arrays cost page faults, but not inside; then they do again."""
+    """With an environment that returns memory at once, arrays cost page faults outside the context only."""
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
     outside, inside, afterwards = map(int, done.stdout.split())

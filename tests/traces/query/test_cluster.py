@@ -1,4 +1,4 @@
-"""The same answers from a Dask cluster: to the last digit, whatever the file is cut into."""
+"""Results from a Dask cluster are identical to those of one process, for any parts of a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from traceml.traces.query.summary import summarize
 
 
 class InProcess:
-    """Runs what a cluster would run, at once, with everything pickled both ways as a cluster does."""
+    """Runs tasks at once, with arguments and results pickled as on a cluster."""
 
     def __init__(self) -> None:
         self.submitted = 0
@@ -68,7 +68,7 @@ def zipped(path, texts, per_member):
 
 @pytest.fixture
 def traces(tmp_path, monkeypatch):
-    """A folder with traces of several forms, and parts that are small enough to cut each of them."""
+    """A folder with traces in several formats, and parts small enough to divide each of them."""
     events = list(events_of(1))
     zipped(tmp_path / "members.pfw.gz", lines(events), 3001)
     zipped(tmp_path / "one.pfw.gz", lines(events_of(2, 500)), 10**9)
@@ -104,7 +104,7 @@ def here(monkeypatch):
     ],
 )
 def test_same_answer(traces, here, query):
-    """Every number is that of one process: groups, self time, pairs over the cuts, overlap, damage."""
+    """All numbers equal those of one process: groups, self time, pairs across parts, overlap, damage."""
     alone = summarize([traces], cached=False, **query)
 
     assert summarize([traces], cached=False, dask=here, **query) == alone
@@ -112,7 +112,7 @@ def test_same_answer(traces, here, query):
 
 
 def test_files_that_cannot_be_cut_are_read_whole(traces, here):
-    """Damage inside a part makes the file one task, so that the loss is told as always."""
+    """Damage inside a part makes the file one task, and the damage is reported as usual."""
     answer = summarize([traces / "damaged.pfw"], cached=False, dask=here)
 
     assert answer["files"][0]["damage"]
@@ -131,14 +131,14 @@ def test_parts_cover_a_file_once(traces, name):
 
 
 def test_worker_that_does_not_see_the_file(tmp_path):
-    """The error names the file and what is needed."""
+    """The error names the file and the requirement."""
     part = file_parts.FilePart(0, str(tmp_path / "gone"), 0, 10, True, False)
     with pytest.raises(TraceNotFoundError, match="a Dask worker does not see"):
         cluster.analyze_part(TraceQuery(), part, [part.path], cluster.Labels())
 
 
 def test_no_event_is_an_error(tmp_path, here):
-    """An empty trace gives no empty answer here either."""
+    """An empty trace is an error here too."""
     (tmp_path / "empty.json").write_text("[]")
     with pytest.raises(TraceEmptyError):
         summarize([tmp_path / "empty.json"], cached=False, dask=here)
@@ -153,14 +153,14 @@ def test_questions_travel():
 
 
 def test_nobody_answers(monkeypatch):
-    """A scheduler that is not there is told within seconds, by its address."""
+    """An absent scheduler is reported within seconds, with its address."""
     monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
         summarize([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
 
 
 def test_cluster_of_programs(traces, tmp_path):
-    """A scheduler and workers that were started from the command line: the same JSON."""
+    """A scheduler and workers started from the command line give the same JSON."""
     command = [sys.executable, "-m", "traceml", "analyze", str(traces), "--by", "name,pid", "--json", "--no-cache"]
     with dask_programs(tmp_path, workers=2) as address:
         wait = f"from distributed import Client; Client({address!r}).wait_for_workers(2, 30)"

@@ -31,7 +31,7 @@ from traceml.traces.query.expressions import parse_by, parse_where
     ],
 )
 def test_conditions(text, parts):
-    """Commas part conditions, quotes hold them together, units make numbers."""
+    """Commas separate conditions, quotes protect commas, numbers may have units."""
     if parts is None:
         with pytest.raises(UsageError, match="HERE"):
             parse_where(text)
@@ -48,12 +48,12 @@ def test_conditions_that_make_no_sense(text):
 
 
 def test_by():
-    """Fields are parted by commas; one named twice counts once."""
+    """Fields are separated by commas; duplicates count once."""
     assert parse_by(" name, args.size ,name") == ("name", "args.size")
 
 
 def test_pattern_is_expression_or_glob():
-    """What is no regular expression is a shell pattern for the whole text."""
+    """An invalid regular expression is a shell pattern for the whole text."""
     (expression,) = parse_where("name~^re")
     (glob,) = parse_where("name~*.npy")
 

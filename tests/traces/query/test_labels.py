@@ -29,7 +29,7 @@ def groups(paths, by, **more):
 
 
 def test_rank_of_torch_profiler(tmp_path):
-    """Each rank's file says its rank in the header, also for the device, whose pid is 0 everywhere."""
+    """The header of each rank's file contains its rank, also for the device, whose pid is 0 everywhere."""
     paths = [
         write(tmp_path / f"{rank}.json", [span(pid=0), span(pid=99)], distributedInfo={"rank": rank}) for rank in (0, 3)
     ]
@@ -38,7 +38,7 @@ def test_rank_of_torch_profiler(tmp_path):
 
 
 def test_rank_of_processes(tmp_path):
-    """A process that is called by its rank has it; metadata may come last; the host stands in brackets."""
+    """The name of a process may contain its rank and, in parentheses, its host; metadata may come last."""
     names = [
         {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": f"rank {pid - 1} (n{pid})"}} for pid in (1, 2)
     ]
@@ -59,7 +59,7 @@ def test_rank_of_processes(tmp_path):
     ],
 )
 def test_rank_and_host_by_file_name(name, rank, host):
-    """A file's name tells, where nothing else does."""
+    """Without other labels the rank comes from the name of the file."""
     labels = Labels()
     labels.take_file(0, Path("somewhere", name), {})
 
@@ -67,7 +67,7 @@ def test_rank_and_host_by_file_name(name, rank, host):
 
 
 def test_rank_by_argument_wins(tmp_path):
-    """`args.rank` of an event is the most exact."""
+    """`args.rank` of an event has priority."""
     path = write(tmp_path / "rank9.json", [span(args={"rank": 4}), span()])
 
     assert groups([path], "rank") == {4: 1, 9: 1}

@@ -45,7 +45,7 @@ def test_opening_reads_nothing(opened, monkeypatch):
 
 
 def test_groups_are_those_of_brute_force(opened, events):
-    """Rows come with the labels and the measures that were asked for."""
+    """Rows contain the requested labels and measures."""
     rows = opened.filter("dur>10").filter("pid!=3").group_by("name", "pid").agg().rows()
 
     check({"groups": rows}, events, ("name", "pid"), lambda e, ts, dur: dur > 10 and e["pid"] != 3)
@@ -56,7 +56,7 @@ def test_groups_are_those_of_brute_force(opened, events):
 
 
 def test_frames_of_groups(opened, events):
-    """polars and pandas frames hold the same rows."""
+    """polars and pandas frames contain the same rows."""
     asked = opened.group_by("name").agg("count", "sum")
 
     assert asked.to_polars().rows(named=True) == asked.rows()
@@ -64,7 +64,7 @@ def test_frames_of_groups(opened, events):
 
 
 def test_frames_of_events(opened, events):
-    """All events come as one frame, in the order of the file; times are nanoseconds."""
+    """All events are in one frame, in the order of the file; times are nanoseconds."""
     frame = opened.to_polars("size", "rate")
 
     assert frame["name"].to_list() == [event["name"] for event in events]
@@ -75,14 +75,14 @@ def test_frames_of_events(opened, events):
 
 
 def test_batches_pass_the_filter(opened, events):
-    """A loop sees only what passes."""
+    """A loop gets only the events that pass the filter."""
     found = [dur for batch in opened.filter("name=read,dur>=25") for dur in batch["dur_ns"]]
 
     assert found == [event["dur"] * 1000 for event in events if event["name"] == "read" and event["dur"] >= 25]
 
 
 def test_odd_events_are_in_batches(tmp_path):
-    """Events whose numbers fit in no column come too, what has no time with None."""
+    """Events whose times do not fit in 64 bits are included, with None for missing times."""
     path = tmp_path / "odd.json"
     path.write_text(
         '[{"ph":"X","name":"a","pid":1,"tid":1,"ts":0.1234,"dur":1e30},{"ph":"i","name":"b","pid":"p","tid":1,"ts":5}]'
@@ -93,7 +93,7 @@ def test_odd_events_are_in_batches(tmp_path):
 
 
 def test_summary_has_a_report(opened):
-    """The overview of the command is there as data."""
+    """The overview of the command is available as data."""
     report = opened.summary()["report"]
 
     assert report["io"]["calls"]
@@ -101,7 +101,7 @@ def test_summary_has_a_report(opened):
 
 
 def test_facts_tell_of_damage(tmp_path, events):
-    """What could not be read is told per file."""
+    """Damage is reported per file."""
     path = tmp_path / "cut.pfw"
     path.write_text("\n".join(map(json.dumps, events))[:-20])
 
@@ -109,7 +109,7 @@ def test_facts_tell_of_damage(tmp_path, events):
 
 
 def test_wrong_calls(opened, tmp_path):
-    """Unknown fields and measures are refused at once, with what there is."""
+    """Unknown fields and measures are refused at once; the error lists the known ones."""
     with pytest.raises(UsageError, match="There are name"):
         opened.group_by("nam")
 

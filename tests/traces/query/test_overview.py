@@ -45,12 +45,12 @@ def span(name, cat, ts, dur, *, pid=1, tid=1, **args):
     ],
 )
 def test_kinds_of_work(cat, name, kind):
-    """Category and name tell what a span is."""
+    """Category and name determine the kind of a span."""
     assert classify(cat, name) == kind
 
 
 def test_direction_of_calls():
-    """Names tell whether bytes were read or written; a word within another does not."""
+    """Names determine whether bytes were read or written; a word within another does not count."""
     assert [io_direction(name) for name in ("pread64", "fwrite", "open64", "compute", None)] == [
         "read",
         "write",
@@ -61,7 +61,7 @@ def test_direction_of_calls():
 
 
 def test_overlap_equals_a_count_of_microseconds(tmp_path):
-    """Every microsecond of random spans, looked at one by one, gives the same times, also per process."""
+    """A check of every microsecond of random spans gives the same times, also per process."""
     rng = random.Random(2)
     kinds = {"POSIX": "io", "COMPUTE": "compute", "comm": "comm", "gpu_memcpy": "copy", "misc": None}
     events = [
@@ -91,7 +91,7 @@ def test_overlap_equals_a_count_of_microseconds(tmp_path):
 
 
 def test_bytes_and_bandwidth(tmp_path):
-    """Sizes of reads and writes add up; what open returns is no size."""
+    """Sizes of reads and writes add up; the return value of open is not a size."""
     events = [
         span("read", "POSIX", 0, 100, ret=4096),
         span("read", "POSIX", 200, 300, ret=-1),
@@ -107,7 +107,7 @@ def test_bytes_and_bandwidth(tmp_path):
 
 
 def test_devices_and_their_hosts(tmp_path):
-    """Where a device computes, operators of the host are no computing, and starting a collective no communication."""
+    """If a device computes, host operators are not computing, and starting a collective is not communication."""
     events = [
         span("aten::mm", "cpu_op", 0, 1000, pid=7),
         span("c10d::allreduce_", "cpu_op", 0, 500, pid=7),
@@ -124,7 +124,7 @@ def test_devices_and_their_hosts(tmp_path):
 
 
 def test_ranks_side_by_side(tmp_path):
-    """Each rank's file is a row of its own."""
+    """Each rank's file is a separate row."""
     for rank, busy in ((0, 100), (1, 40)):
         events = [span("gemm", "kernel", 0, busy, pid=0), span("end", "kernel", 199, 1, pid=0)]
         (tmp_path / f"rank{rank}.json").write_text(json.dumps({"traceEvents": events}))
@@ -134,7 +134,7 @@ def test_ranks_side_by_side(tmp_path):
 
 
 def test_timeline_accounts_for_all_time(tmp_path):
-    """Bins hold every span's start once and every busy nanosecond once."""
+    """Bins contain every span's start once and every busy nanosecond once."""
     rng = random.Random(4)
     events = [span("x", "POSIX", rng.randint(0, 10**7), rng.randint(0, 10**4)) for _ in range(500)]
     found = report(tmp_path, events)

@@ -1,4 +1,4 @@
-"""ResultCache are kept for as long as the files stay what they were."""
+"""Results are cached as long as the files are unchanged."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_an_answer_comes_back(trace: Path) -> None:
 
 @pytest.mark.parametrize("change", ["size", "time", "inode"])
 def test_a_changed_file_has_no_answer(trace: Path, change: str) -> None:
-    """Whatever of its identity changes."""
+    """Any change of its identity invalidates the result."""
     ResultCache([trace], "by name").store(ANSWER)
     if change == "size":
         trace.write_text("[ ]")
@@ -51,7 +51,7 @@ def test_a_changed_file_has_no_answer(trace: Path, change: str) -> None:
 
 
 def test_nothing_is_kept_of_a_file_that_is_written_to(trace: Path) -> None:
-    """Neither when it changed in between, nor when it is so new that it may change unseen."""
+    """Nothing is cached if the file changed in between, or is so new that it may change unnoticed."""
     answers = ResultCache([trace], "by name")
     os.utime(trace, ns=(10**18, 10**18 + 1))
     answers.store(ANSWER)
@@ -64,7 +64,7 @@ def test_nothing_is_kept_of_a_file_that_is_written_to(trace: Path) -> None:
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b"\xff\x00", b'{"files": 1'])
 def test_a_damaged_entry_is_none(trace: Path, damage: bytes) -> None:
-    """The query is asked again."""
+    """The query is computed again."""
     ResultCache([trace], "by name").store(ANSWER)
     (entry,) = cache_folder().iterdir()
     entry.write_bytes(damage)
@@ -75,7 +75,7 @@ def test_a_damaged_entry_is_none(trace: Path, damage: bytes) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_gone_without(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is where the folder would be."""
+    """A file is in the place of the folder."""
     monkeypatch.setenv("TRACEML_CACHE_DIR", str(trace))
     ResultCache([trace], "by name").store(ANSWER)
 
@@ -84,7 +84,7 @@ def test_a_cache_that_cannot_be_written_is_gone_without(trace: Path, monkeypatch
 
 
 def test_the_cache_stays_small(trace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest entries go, and one that is too large is not kept."""
+    """The oldest entries are removed, and one that is too large is not kept."""
     monkeypatch.setattr(result_cache, "_MAX_ENTRIES", 3)
     monkeypatch.setattr(result_cache, "_MAX_ENTRY_BYTES", 10_000)
     for number in range(6):

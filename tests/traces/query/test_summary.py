@@ -1,4 +1,4 @@
-"""Whole questions: files of every form in, the same answers as brute force out."""
+"""Complete queries: files in every format give the same results as brute force."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("zipped", [False, True])
 def test_every_form_gives_the_plain_answer(tmp_path, events, form, zipped):
-    """The same events give the same numbers whatever they are wrapped in."""
+    """The same events give the same numbers in every format."""
     data = FORMS[form](events).encode()
     answer = ask(tmp_path, gzip.compress(data) if zipped else data)
 
@@ -123,7 +123,7 @@ def test_sums_beyond_64_bits(tmp_path):
 
 
 def test_numbers_that_fit_nowhere(tmp_path):
-    """Negative durations, many decimals and NaN are taken as they are, event by event."""
+    """Negative durations, many decimals and NaN are accepted, event by event."""
     text = """[{"ph":"X","name":"a","pid":1,"tid":1,"ts":0,"dur":-5},
                {"ph":"X","name":"b","pid":1,"tid":2,"ts":0,"dur":0.12345},
                {"ph":"X","name":"c","pid":1,"tid":3,"ts":0,"dur":NaN},
@@ -152,7 +152,7 @@ edge = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(edge, min_size=1, max_size=40), st.booleans())
 def test_pairs(tmp_path, edges, in_order):
-    """Begins and ends make spans by thread and by asynchronous id; what stays alone is told as damage."""
+    """Begins and ends make spans by thread and by asynchronous id; unpaired ones are reported as damage."""
     events = sorted(edges, key=lambda each: each["ts"]) if in_order else edges
     answer = ask(tmp_path, json.dumps(events))
 
@@ -177,7 +177,7 @@ def test_five_hundred_pairs(tmp_path):
 
 
 def test_bad_checksum_loses_nothing(tmp_path, events):
-    """All bytes inflate: all events are used, and the damage is told."""
+    """All bytes decompress: all events are used, and the damage is reported."""
     data = bytearray(gzip.compress(FORMS["lines"](events).encode()))
     data[-8] ^= 0xFF
     answer = ask(tmp_path, bytes(data), "trace.pfw.gz")
@@ -187,7 +187,7 @@ def test_bad_checksum_loses_nothing(tmp_path, events):
 
 
 def test_truncated_file_is_used_up_to_there(tmp_path, events):
-    """What comes before a cut counts, the loss is told."""
+    """Events before a cut count, and the loss is reported."""
     text = FORMS["lines"](events)
     answer = ask(tmp_path, text[: len(text) * 2 // 3])
 
@@ -221,7 +221,7 @@ def test_same_threads_in_two_files_do_not_nest(tmp_path, events):
 
 
 def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
-    """A query asked again is answered from the cache; a changed file is read again."""
+    """A repeated query is answered from the cache; a changed file is read again."""
     monkeypatch.setenv("TRACEML_CACHE_DIR", str(tmp_path / "cache"))
     path = tmp_path / "trace.pfw"
     path.write_text(FORMS["lines"](events))
@@ -251,7 +251,7 @@ def test_answer_is_kept_until_the_file_changes(tmp_path, events, monkeypatch):
     ],
 )
 def test_questions_that_make_no_sense(tmp_path, events, query, words):
-    """A field that is not there, or a condition that cannot be read, is refused with what there is."""
+    """An unknown field or an invalid condition is refused; the error lists the known fields."""
     with pytest.raises(UsageError, match=None) as refused:
         ask(tmp_path, FORMS["lines"](events), **query)
 
@@ -260,7 +260,7 @@ def test_questions_that_make_no_sense(tmp_path, events, query, words):
 
 @pytest.mark.parametrize("data", ["", "\x00\x01\x02", "not json at all\n", "[]", '{"traceEvents": []}'])
 def test_no_events_is_an_error(tmp_path, data):
-    """A file without an event gives no empty answer."""
+    """A file without an event is an error."""
     with pytest.raises((TraceEmptyError, TraceNotFoundError)):
         ask(tmp_path, data)
 
@@ -270,7 +270,7 @@ def test_no_events_is_an_error(tmp_path, data):
 )
 @pytest.mark.parametrize("key", ["ts", "dur", "args"])
 def test_numbers_that_cannot_be_computed_with(tmp_path, number, key):
-    """A time beyond all floats is none; the answer is there at once, and JSON can hold it."""
+    """A time beyond all floats is ignored; the result is immediate and valid JSON."""
     values = {"ts": "5", "dur": "7", "args": "1", key: number}
     line = '{{"name":"a","ph":"X","pid":1,"tid":1,"ts":{ts},"dur":{dur},"args":{{"size":{args}}}}}\n'.format(**values)
     answer = ask(tmp_path, line, by="name,args.size", report=True)
@@ -281,6 +281,6 @@ def test_numbers_that_cannot_be_computed_with(tmp_path, number, key):
 
 
 def test_sums_beyond_all_floats():
-    """Where no float is large enough an integer stands, since JSON has no infinity."""
+    """A value too large for a float is an integer, since JSON has no infinity."""
     assert microseconds(10**400, fractional=True) == 10**397
     assert microseconds(-Fraction(10**400, 3), fractional=True) == -(10**397) // 3

@@ -1,4 +1,4 @@
-"""Gzip files as tracers, other programs and accidents leave them."""
+"""Gzip files of tracers and other programs, and damaged ones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FAKE = gzip.compress(b'{"ph":"X","name":"not an event, but bytes of a header"}\n
 
 
 def _member(text: bytes, *, extra: bytes = b"", name: bytes = b"", checked: bool = False) -> bytes:
-    """Return a member with what a header may have."""
+    """Return a member with optional header fields."""
     flags = 4 * bool(extra) | 8 * bool(name) | 2 * checked
     header = MAGIC + bytes([flags, 0, 0, 0, 0, 0, 255])
     header += struct.pack("<H", len(extra)) + extra if extra else b""
@@ -43,7 +43,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_a_whole_member_within_a_header_is_none(tmp_path: Path) -> None:
-    """What looks like a member and inflates, but lies within one, counts as what it is: bytes of a header."""
+    """A valid member inside the header of another one is treated as bytes of the header."""
     path = tmp_path / "trace"
     path.write_bytes(b"".join(_member(TEXT[at : at + 9000], extra=FAKE * 3) for at in range(0, len(TEXT), 9000)))
     found, reading = read_all(path, workers=3)
@@ -57,7 +57,7 @@ def test_a_whole_member_within_a_header_is_none(tmp_path: Path) -> None:
 def test_a_long_member_between_short_ones_comes_in_parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """No member is held whole that is longer than the limit."""
+    """No member longer than the limit is held in memory as a whole."""
     monkeypatch.setattr(chunk_source, "_MAX_TEXT_BYTES", limit)
     monkeypatch.setattr(chunk_source, "CHUNK_BYTES", 10_000)
     monkeypatch.setattr(chunk_source, "_PART_BYTES", 5000)
@@ -82,7 +82,7 @@ def test_padding_and_empty_members_are_no_damage(tmp_path: Path, padding: bytes)
 
 @pytest.mark.parametrize("checked", [False, True])
 def test_a_salvaged_member_may_have_any_header(tmp_path: Path, checked: bool) -> None:
-    """One with a wrong checksum is inflated by hand: name, extra field and header checksum are passed over."""
+    """A member with a wrong checksum is decompressed after its name, extra field and header checksum."""
     path = tmp_path / "trace"
     broken = bytearray(_member(TEXT, extra=b"xy", name=b"trace.pfw", checked=checked))
     broken[-5] ^= 8
@@ -95,7 +95,7 @@ def test_a_salvaged_member_may_have_any_header(tmp_path: Path, checked: bool) ->
 
 @pytest.fixture
 def without_isal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """isal cannot be imported, as on platforms for which it is not built."""
+    """isal cannot be imported, as on platforms without it."""
     real = builtins.__import__
 
     def refusing(
@@ -118,7 +118,7 @@ def without_isal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("without_isal")
 @pytest.mark.parametrize("data", [members(TEXT, 20_000), gzip.compress(TEXT), gzip.compress(TEXT)[:-3000]])
 def test_zlib_does_where_isal_is_absent(tmp_path: Path, data: bytes) -> None:
-    """The answer is the same."""
+    """The result is the same."""
     assert type(new_inflater()).__name__ == "_Zlib"
     path = tmp_path / "trace"
     path.write_bytes(data)
@@ -129,7 +129,7 @@ def test_zlib_does_where_isal_is_absent(tmp_path: Path, data: bytes) -> None:
 
 
 def test_a_part_of_a_file_ends_with_the_member_that_begins_in_it(tmp_path: Path) -> None:
-    """Parts that meet give the text of the file, each byte once."""
+    """Adjacent parts give the text of the file, each byte once."""
     path, data = tmp_path / "trace", members(TEXT, 20_000)
     path.write_bytes(data)
     middle = data.index(MAGIC, len(data) // 2)

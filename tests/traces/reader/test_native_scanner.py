@@ -1,4 +1,4 @@
-"""The scanner in C and the one in Python find the same, whatever the text."""
+"""The scanners in C and Python give the same results for any text."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Answer = tuple[Counter[str], list[FileDamage]]
 
 
 def test_the_native_scanner_is_built() -> None:
-    """Installing with a compiler builds it; it serves unless it is told not to."""
+    """Installation with a compiler builds the library, which is used unless disabled."""
     assert isinstance(new_scanner(("size",), StringTable()), NativeScanner)
 
 
 def test_it_can_be_forbidden_and_may_be_absent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Without it, or with one of another version, Python does the work."""
+    """Without the library, or with one of another version, Python scans."""
     for setting, path in (("0", native.LIBRARY), ("1", tmp_path / "none.so")):
         monkeypatch.setenv("TRACEML_NATIVE", setting)
         monkeypatch.setattr(native, "LIBRARY", path)
@@ -46,7 +46,7 @@ def test_it_can_be_forbidden_and_may_be_absent(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_columns_hold_what_was_asked_for() -> None:
-    """Each kind of argument in its column; names that need escapes are found by Python."""
+    """Each kind of argument has its column; keys that need escapes are read by Python."""
     text = b"".join(
         b'{"ph":"X","name":"a","args":{"v":%b}}\n' % value
         for value in (b"7", b"-0.5", b'"x"', b"null", b"[1, 2]", b"1e3", b"true", b"9007199254740993")
@@ -63,7 +63,7 @@ def test_columns_hold_what_was_asked_for() -> None:
 
 
 def test_many_rows_and_many_names_are_kept_apart() -> None:
-    """Beyond the rows that the library fills at once, and the names that it has room for at first."""
+    """More rows than the library returns at once, and more names than its initial capacity."""
     count = 70_000
     text = b"".join(b'{"ph":"X","name":"name %d","ts":%d,"dur":-1}\n' % (i, i) if i % 7 == 0 else
                     b'{"ph":"X","name":"a name of more than eight bytes %d","ts":%d}\n' % (i, i)
@@ -82,7 +82,7 @@ def test_many_rows_and_many_names_are_kept_apart() -> None:
 
 @pytest.fixture
 def both(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Answer | str]]:
-    """Read a file with both, and with other numbers of threads."""
+    """Read a file with both scanners, and with several numbers of threads."""
 
     def reading(path: Path) -> list[Answer | str]:
         answers: list[Answer | str] = []
@@ -116,7 +116,7 @@ def _shrink_chunks(chance: random.Random, patch: pytest.MonkeyPatch) -> None:
 def test_both_read_what_json_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: Callable[..., list[Answer | str]], seed: int
 ) -> None:
-    """Any events, any form, chunks of any size."""
+    """Any events, any format, chunks of any size."""
     chance = random.Random(seed)
     events = [{"ph": "X"}, *make_events(chance.choice([5, 40]), seed + 100)]
     for form in FORMS.values():
@@ -140,7 +140,7 @@ def _hurt(chance: random.Random, data: bytes) -> bytes:
 def test_both_find_the_same_in_damaged_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, both: Callable[..., list[Answer | str]], seed: int
 ) -> None:
-    """Events and damage are the same; nothing hangs, nothing raises but for a file without events."""
+    """Events and damage are the same; only a file without events raises."""
     chance = random.Random(seed)
     events: list[dict[str, Any]] = make_events(40, seed + 200, plain=seed % 2 == 0)
     for form in FORMS.values():

@@ -1,4 +1,4 @@
-"""Every form of trace file, whole and damaged, read as plain json reads it."""
+"""Trace files of every format, whole and damaged, give the same events as plain json."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _write(folder: Path, data: bytes, name: str = "trace") -> Path:
 @pytest.mark.parametrize("packed", ["plain", "one member", "members"])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: str) -> None:
-    """Forms are told by content; counts, names, times and arguments are those of plain json."""
+    """Formats are detected by content; counts, names, times and arguments equal those of plain json."""
     text = FORMS[form](EVENTS).encode("utf-8", "surrogatepass")
     data = {"plain": text, "one member": gzip.compress(text), "members": members(text, 3000)}[packed]
     found, reading = read_all(_write(tmp_path, data))
@@ -71,7 +71,7 @@ def test_every_form_is_read_as_json_reads_it(tmp_path: Path, form: str, packed: 
 @pytest.mark.parametrize("packed", ["plain", "one member", "members"])
 @pytest.mark.parametrize("form", FORMS)
 def test_events_across_chunks_are_whole(tmp_path: Path, form: str, packed: str) -> None:
-    """Where a chunk ends makes no difference, whoever scans it."""
+    """The end of a chunk makes no difference, with either scanner."""
     events = make_events(60, 3)
     text = FORMS[form](events).encode("utf-8", "surrogatepass")
     data = {"plain": text, "one member": gzip.compress(text), "members": members(text, 170)}[packed]
@@ -91,7 +91,7 @@ def test_header_and_ending_of_an_object_are_kept(tmp_path: Path) -> None:
 
 
 def test_metadata_is_delivered_and_does_not_count(tmp_path: Path) -> None:
-    """dftracer's integer kind 4 and Chrome's M describe others."""
+    """dftracer's phase code 4 and Chrome's M are metadata about others."""
     lines = [
         {"name": "HH", "cat": "dftracer", "ph": 4, "args": {"name": "host1", "value": "68ab"}},
         {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "rank 0"}},
@@ -106,7 +106,7 @@ def test_metadata_is_delivered_and_does_not_count(tmp_path: Path) -> None:
 
 
 def test_times_that_do_not_fit_are_exact(tmp_path: Path) -> None:
-    """Sums beyond 64 bits and times finer than a nanosecond are for exact arithmetic."""
+    """Times beyond 64 bits or finer than a nanosecond are kept exactly."""
     lines = ['{"ph":"X","name":"a","ts":1,"dur":4611686018427387904}', '{"ph":"X","name":"a","ts":1.00025,"dur":1}']
     (batch,) = read(_write(tmp_path, "\n".join([*lines, '{"ph":"i","name":"b","s":"g"}']).encode()))
 
@@ -119,7 +119,7 @@ def test_times_that_do_not_fit_are_exact(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("scanner", "small_chunks")
 @pytest.mark.parametrize(("unit", "ns"), [("NS", 1), ("US", 10**3), ("MS", 10**6), ("SEC", 10**9)])
 def test_dftracer_may_use_other_units(tmp_path: Path, unit: str, ns: int) -> None:
-    """Its metadata name the unit of all times of a file."""
+    """Metadata name the unit of all times of a file."""
     head = f'{{"name":"CM","ph":4,"args":{{"name":"time_metric","value":"{unit}"}}}}\n'
     lines = [f'{{"name":"a","ph":1,"ts":{2**52 // ns + i},"dur":{i}}}\n' for i in range(300)]
     negative = '{"name":"a","ph":1,"ts":1,"dur":-5}'
@@ -136,7 +136,7 @@ def test_dftracer_may_use_other_units(tmp_path: Path, unit: str, ns: int) -> Non
 
 @pytest.mark.usefixtures("scanner")
 def test_text_that_is_not_utf8_is_shown(tmp_path: Path) -> None:
-    """Bytes that are no UTF-8 stay apart from each other, and can be printed."""
+    """Bytes that are not UTF-8 stay distinct, and can be printed."""
     lines = [b'{"ph":"X","name":"\xff","ts":1,"dur":1}', b'{"ph":"X","name":"\xfe","ts":1,"dur":1}']
     reading = read(_write(tmp_path, b"\n".join([*lines, b'{"ph":"X","name":"\\ud800","ts":1,"dur":1}'])))
     list(reading)
@@ -183,7 +183,7 @@ DAMAGED: dict[str, tuple[bytes, Counter[str], str]] = {
 @pytest.mark.usefixtures("scanner")
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damage_costs_what_is_damaged(tmp_path: Path, case: str) -> None:
-    """Everything around the damage is used, and the loss is told."""
+    """All text around the damage is used, and the loss is reported."""
     data, truth, what = DAMAGED[case]
     found, reading = read_all(_write(tmp_path, data))
     facts = facts_of(reading)
@@ -194,7 +194,7 @@ def test_damage_costs_what_is_damaged(tmp_path: Path, case: str) -> None:
 
 
 def test_a_truncated_member_is_used_to_its_end(tmp_path: Path) -> None:
-    """A killed writer leaves a member without an end: what had been compressed is there."""
+    """A killed writer leaves a member without an end: its compressed text is used."""
     found, reading = read_all(_write(tmp_path, ONE[: len(ONE) // 2]))
     count = sum(found.values())
 
@@ -204,7 +204,7 @@ def test_a_truncated_member_is_used_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
-    """Reading goes on with the next sound member."""
+    """Reading continues with the next sound member."""
     starts = [at for at in range(len(MEMBERS)) if MEMBERS.startswith(b"\x1f\x8b\x08", at)]
     broken = bytearray(MEMBERS)
     broken[starts[5] + 12 : starts[5] + 400] = b"\xff" * 388
@@ -232,7 +232,7 @@ def test_a_broken_member_costs_no_other(tmp_path: Path) -> None:
     ],
 )
 def test_no_event_at_all_is_an_error(tmp_path: Path, data: bytes, why: str) -> None:
-    """There is no empty answer; the error says of which file, and why."""
+    """The error names the file and the reason."""
     path = _write(tmp_path, data)
     with pytest.raises(TraceEmptyError, match=why) as caught:
         list(read(path))
@@ -242,7 +242,7 @@ def test_no_event_at_all_is_an_error(tmp_path: Path, data: bytes, why: str) -> N
 
 
 def test_several_files_are_read_in_their_order(tmp_path: Path) -> None:
-    """One that is empty, and one that cannot be opened, take nothing from the others."""
+    """Empty and unreadable files do not affect the others."""
     first = _write(tmp_path, LINES, "a.pfw")
     empty = _write(tmp_path, b"", "b.pfw")
     last = _write(tmp_path, MEMBERS, "c.pfw.gz")
@@ -279,7 +279,7 @@ def test_strings_are_shared_and_threads_end(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("small_chunks")
 def test_an_iteration_that_is_left_ends_its_threads(tmp_path: Path) -> None:
-    """Nothing goes on in the background once the first batch was enough."""
+    """No thread is left when an iteration is closed early."""
     batches = iter(read(_write(tmp_path, LINES)))
     next(batches)
     batches.close()  # type: ignore[attr-defined]

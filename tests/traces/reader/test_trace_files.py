@@ -1,4 +1,4 @@
-"""Traces are found where they are, by what is in them."""
+"""Discovery of traces by their content."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_its_traces(folder: Path) -> None:
-    """Told by content, or by dftracer's suffix where nothing can be read; nothing of hidden folders."""
+    """Files are recognized by content, or by dftracer's suffix if unreadable; hidden folders are skipped."""
     names = [str(path.relative_to(folder)) for path in discover(folder)]
 
     assert names == ["a.gz", "b.json", "sub/broken.pfw.gz", "sub/lines"]
 
 
 def test_files_patterns_and_folders_in_the_order_named(folder: Path) -> None:
-    """Each file once, a named one whatever is in it."""
+    """Each file is found once, a named one whatever its content."""
     found = discover([folder / "settings.json", f"{folder}/*.json", f"{folder}/sub", str(folder / "sub" / "lines")])
 
     assert [path.name for path in found] == ["settings.json", "b.json", "broken.pfw.gz", "lines"]
@@ -54,7 +54,7 @@ def test_files_patterns_and_folders_in_the_order_named(folder: Path) -> None:
     [("nowhere", "no such file"), ("*.pfw", "a pattern that matches no file"), ("bare", "no file is a trace")],
 )
 def test_nothing_found_is_an_error(folder: Path, name: str, why: str) -> None:
-    """It says what was looked for."""
+    """The error names what was looked for."""
     (folder / "bare").mkdir()
     (folder / "bare" / "settings.json").write_text("{}")
     with pytest.raises(TraceNotFoundError, match=why):
@@ -65,7 +65,7 @@ def test_nothing_found_is_an_error(folder: Path, name: str, why: str) -> None:
 
 
 def test_identity_changes_with_the_file(folder: Path) -> None:
-    """Written to, or replaced by another of the same size and time."""
+    """The identity changes when a file is written to, or replaced by one of the same size and time."""
     path = folder / "b.json"
     first = identity(path)
     assert identity(path) == first

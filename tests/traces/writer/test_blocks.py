@@ -1,4 +1,4 @@
-"""What reaches the file when things go wrong, and what is kept in memory."""
+"""Behavior of the block writer under kills, full disks and high rates."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ while True:
 
 
 def whole_members(data: bytes) -> tuple[list[bytes], int]:
-    """Return the members that are whole, and how many bytes follow the last of them."""
+    """Return the complete members, and the number of bytes after the last of them."""
     members = []
     while data:
         unpacker = zlib.decompressobj(31)
@@ -50,7 +50,7 @@ def whole_members(data: bytes) -> tuple[list[bytes], int]:
 
 @pytest.mark.parametrize("suffix", ["pfw.gz", "pfw", "json"])
 def test_killed_writer_leaves_what_it_wrote(tmp_path, suffix):
-    """After SIGKILL all blocks but perhaps the one being written can be read, and none is missing in between."""
+    """After SIGKILL all blocks except possibly the last are readable, and none is missing in between."""
     path = tmp_path / f"trace.{suffix}"
     process = subprocess.Popen([sys.executable, "-c", _BUSY, str(path)], stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -77,7 +77,7 @@ def test_killed_writer_leaves_what_it_wrote(tmp_path, suffix):
 
 
 def test_full_disk_is_survived(tmp_path):
-    """What the disk does not take is lost, counted and said; what stands in the file stays whole."""
+    """Events that the disk does not accept are counted and reported as lost; the file stays valid."""
     path = tmp_path / "trace.pfw.gz"
     code = (
         "import sys, resource, logging; from traceml import traces\n"
@@ -124,7 +124,7 @@ def test_full_disk_leaves_an_array_closed(tmp_path):
 
 
 def test_memory_is_bounded(tmp_path):
-    """However fast events come, no more wait than the bound; the thread that brings too many writes them."""
+    """At any rate of events, no more than the limit are pending; a thread that adds too many writes them."""
     with traces.Writer(tmp_path / "trace.pfw.gz") as trace:
         most = 0
         for _ in range(300_000):
@@ -137,7 +137,7 @@ def test_memory_is_bounded(tmp_path):
 
 
 def test_events_after_the_end_are_counted(tmp_path, caplog):
-    """A closed writer takes nothing any more, harms nobody, and tells."""
+    """A closed writer accepts no events, raises nothing, and counts the loss."""
     trace = traces.Writer(tmp_path / "trace.pfw")
     trace.close()
     with caplog.at_level(logging.WARNING, "traceml"):
@@ -150,7 +150,7 @@ def test_events_after_the_end_are_counted(tmp_path, caplog):
 
 
 def test_idle_writer_writes_soon(tmp_path):
-    """A single event reaches the file by itself."""
+    """A single event is written without further calls."""
     path = tmp_path / "trace.pfw"
     trace = traces.Writer(path)
     trace.instant("x")

@@ -1,4 +1,4 @@
-"""Values that are no JSON."""
+"""Values that are not JSON."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def _cycle():
     ],
 )
 def test_any_value_becomes_json(value, written):
-    """Whatever is given as an argument, the line is one valid line of JSON."""
+    """Any argument gives one valid line of JSON."""
     assert json.loads(bytes(args_of({"key": value}))) == {"key": written}
 
 
 def test_arguments_are_taken_at_once():
-    """What the program changes later is not what is written."""
+    """Later changes of a value are not written."""
     changing = [1]
     packed = args_of({"list": changing})
     changing.append(2)
@@ -50,7 +50,7 @@ def test_arguments_are_taken_at_once():
 
 
 def test_names_beyond_unicode_are_written():
-    """A file name that is no UTF-8 is shown with its bytes escaped; the events around it are untouched."""
+    """A file name that is not UTF-8 is written with its bytes escaped; other events are not affected."""
     events = [InstantEvent(1, name, "", 1, 1, 1, "i", s="t", args=args_of({})) for name in ("a", "\udcff,\n", "ü")]
 
     assert [json.loads(line)["name"] for line in lines(events).splitlines()] == ["a", "\\udcff,\n", "ü"]

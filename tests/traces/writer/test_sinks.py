@@ -24,7 +24,7 @@ def written(path, *blocks):
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_blocks_stand_one_after_the_other(tmp_path, suffix):
-    """A file is what its name says, and each write tells how much it took."""
+    """The suffix selects the format, and each write returns its size."""
     path = tmp_path / f"t{suffix}"
     written(path, *BLOCKS)
     data = path.read_bytes()
@@ -35,7 +35,7 @@ def test_blocks_stand_one_after_the_other(tmp_path, suffix):
 
 
 def test_members_are_whole_by_themselves(tmp_path):
-    """Each block is a gzip member that can be read without the one before, also where isal is not to be had."""
+    """Each block is an independent gzip member, also without isal."""
     sizes = written(tmp_path / "t.pfw.gz", *BLOCKS)
     data = (tmp_path / "t.pfw.gz").read_bytes()
 
@@ -50,7 +50,7 @@ def test_without_isal(monkeypatch):
 
 
 def test_array_that_a_kill_left_open_is_gone_on_with(tmp_path):
-    """Without its closing bracket an array is continued all the same."""
+    """An array without its closing bracket can be continued."""
     path = tmp_path / "t.json"
     written(path, BLOCKS[0])
     path.write_bytes(path.read_bytes().removesuffix(b"\n]\n"))

@@ -20,7 +20,7 @@ from traceml.errors import UsageError
 
 
 def events_of(path):
-    """Return all events of a file by the means that any reader has: gzip and json."""
+    """Return all events of a file, read with gzip and json only."""
     data = gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else path.read_bytes()
     if ".json" in path.name:
         return json.loads(data)
@@ -37,7 +37,7 @@ SUFFIXES = ["pfw", "pfw.gz", "json", "json.gz"]
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_events_are_written(tmp_path, suffix):
-    """Every form holds the same events, and its JSON is valid."""
+    """Every format contains the same events, and its JSON is valid."""
     path = tmp_path / f"trace.{suffix}"
     before_us = time.time_ns() // 1000
     with traces.Writer(path, process_name="me") as trace:
@@ -61,7 +61,7 @@ def test_events_are_written(tmp_path, suffix):
 
 
 def test_spans_nest_and_adjoin(tmp_path):
-    """Whole microseconds are rounded so that no span leaves the one around it."""
+    """Whole microseconds are rounded so that no span exceeds its enclosing span."""
     path = tmp_path / "trace.pfw"
     with traces.Writer(path) as trace:
         for _ in range(200):
@@ -75,7 +75,7 @@ def test_spans_nest_and_adjoin(tmp_path):
 
 
 def test_decorator(tmp_path):
-    """A decorated function is a span by its own name or a given one, and stays what it is."""
+    """A decorated function is a span with its own or a given name, and keeps its metadata."""
     path = tmp_path / "trace.pfw"
     with traces.Writer(path) as trace:
 
@@ -99,7 +99,7 @@ def test_decorator(tmp_path):
 
 
 def test_calls_of_a_coroutine_function_overlap(tmp_path):
-    """Each call is a pair by its own number, from where it begins to where it ends."""
+    """Each call is a pair of events with its own number, from begin to end."""
     path = tmp_path / "trace.json"
     with traces.Writer(path) as trace:
 
@@ -128,7 +128,7 @@ def test_arguments_known_at_the_end(tmp_path):
 
 
 def test_arrows_bind_to_the_spans_around_them(tmp_path):
-    """Both ends of an arrow lie in their spans, and the end says that it means the span around it."""
+    """Both ends of an arrow are inside their spans, and the end is bound to the enclosing span."""
     path = tmp_path / "trace.json"
     with traces.Writer(path) as trace:
         with trace.span("send"):
@@ -222,7 +222,7 @@ def test_fork_while_threads_write(tmp_path):
 
 
 def test_processes_share_a_file(tmp_path):
-    """Processes that know nothing of each other append to one file; every event of each is there."""
+    """Independent processes append to one file, which contains all their events."""
     path = tmp_path / "shared.json"
     code = (
         "import sys; from traceml import traces\n"
@@ -246,7 +246,7 @@ def test_exit_without_close_keeps_everything(tmp_path):
 
 
 def test_file_is_replaced_or_continued(tmp_path):
-    """A file that is there is replaced, unless it is to be appended to."""
+    """An existing file is replaced, unless `append` is set."""
     path = tmp_path / "trace.json"
     for append, expected in ((False, 1), (True, 2), (False, 1)):
         with traces.Writer(path, append=append) as trace, trace.span("x"):
@@ -277,7 +277,7 @@ def test_unknown_suffix_says_which_there_are(tmp_path):
 
 
 def test_events_of_other_times_and_processes(tmp_path):
-    """What happened elsewhere can be written to the nanosecond, counted from an origin."""
+    """Events of other processes are written with nanoseconds, counted from an origin."""
     path = tmp_path / "trace.json"
     with traces.Writer(path, origin_ns=10**18) as trace:
         trace.write_name("process_name", "rank 0", pid=1, tid=11)
@@ -288,7 +288,7 @@ def test_events_of_other_times_and_processes(tmp_path):
 
 
 def test_writer_is_light():
-    """A program that writes a trace does not get numpy, nor anything else that it did not ask for."""
+    """A program that writes a trace does not import numpy, or other rooms."""
     code = "import sys; from traceml.traces import Writer; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
@@ -296,7 +296,7 @@ def test_writer_is_light():
 
 
 def test_what_is_written_can_be_read(tmp_path):
-    """Our own reader finds every event and no damage, in each form, also with members of several processes."""
+    """The reader finds every event and no damage in each format, also with members of several processes."""
     for suffix in SUFFIXES:
         path = tmp_path / f"trace.{suffix}"
         for append in (False, True):

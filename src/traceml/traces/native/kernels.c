@@ -219,10 +219,10 @@ typedef struct {
 } Timeline;
 
 static void widen(Timeline *timeline) {
-  int64_t odd = timeline->base & 1;
+  int64_t offset = timeline->base & 1;
   for (int c = 0; c <= CLASSES; c++) {
     int64_t folded[BINS] = {0};
-    for (int i = 0; i < BINS; i++) folded[(i + odd) >> 1] += timeline->busy[c][i];
+    for (int i = 0; i < BINS; i++) folded[(i + offset) >> 1] += timeline->busy[c][i];
     memcpy(timeline->busy[c], folded, sizeof folded);
   }
   timeline->base >>= 1;
