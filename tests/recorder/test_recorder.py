@@ -283,7 +283,17 @@ def test_traced_functions_and_data(serving: Serving) -> None:
         assert sum(store.rows("steps")["input_wait_ns"] > 0) >= 2
 
 
-def test_a_group_that_is_initialised_later_gives_the_rank(serving: Serving, run_script: Run) -> None:
+def test_debug_log_shows_connection_and_decisions(run_script: Run) -> None:
+    """TRACEML_LOG_LEVEL=debug writes them to standard error, without any logging set up by the script."""
+    code = "import traceml\ntraceml.init()\n"
+    silent, verbose = run_script(code), run_script(code, TRACEML_LOG_LEVEL="debug")
+
+    assert silent.stderr == ""
+    for line in ("connected to the aggregator at", "started <traceml recorder of rank 0 of 1", "ends as finished"):
+        assert line in verbose.stderr
+
+
+def test_a_group_that_is_initialized_later_gives_the_rank(serving: Serving, run_script: Run) -> None:
     """Children of mp.spawn that call init before init_process_group become ranks of one run, and nothing else."""
     done = run_script(
         """

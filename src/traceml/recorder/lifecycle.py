@@ -53,9 +53,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
 
             return running
 
-        if config.sources["log_level"] != "default":  # else keep the level that the user may have set
-            _log.setLevel(config.log_level.upper())
-
+        _set_log_level(config)
         parent = state.parent.identity if state.parent is not None and not tracing else None
         spawned = spawned_from() if not tracing and parent is None else None
         state.recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
@@ -71,6 +69,17 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
         tell_start(recorder)
 
     return recorder
+
+
+def _set_log_level(config: Config) -> None:
+    if config.sources["log_level"] == "default":  # keep the level that the user may have set
+        return
+
+    _log.setLevel(config.log_level.upper())
+    if _log.level < logging.WARNING and not _log.hasHandlers():  # Python itself shows warnings only
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        _log.addHandler(handler)
 
 
 def recorder_for_logging(*, again: bool = False) -> Recorder | None:

@@ -112,16 +112,8 @@ class Logger:
             with self._lock:
                 n = count[slot]
                 if n < ring.limit:
-                    self._pack_into(
-                        self._buffer,
-                        self._at + (n & self._mask) * _ROW_BYTES,
-                        t_ns,
-                        step,
-                        entry[0],
-                        value,
-                        kind,
-                        self._number,
-                    )
+                    at = self._at + (n & self._mask) * _ROW_BYTES
+                    self._pack_into(self._buffer, at, t_ns, step, entry[0], value, kind, self._number)
                     if count[slot] == n:  # else a signal handler has just logged into the same slot
                         count[slot] = n + 1
                         return

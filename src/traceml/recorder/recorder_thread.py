@@ -141,9 +141,7 @@ class RecorderThread:
             self._telemetry_ns = now + _TELEMETRY_NS
             self._append_telemetry(now)
 
-        for function in self._every_turn:
-            function(False)
-
+        self._call_hooks(last=False)
         self._sender.pump()
         if self._files is not None:
             self._files.turn()
@@ -159,9 +157,7 @@ class RecorderThread:
 
     def _last_turn(self) -> None:
         self.scheduler.run_all(self._slots[Slot.STEP])
-        for function in self._every_turn:
-            function(True)
-
+        self._call_hooks(last=True)
         if self._files is not None:
             self._await_files(self._files)
 
@@ -173,23 +169,22 @@ class RecorderThread:
 
         self.cpu_ns = time.thread_time_ns()
 
+    def _call_hooks(self, *, last: bool) -> None:
+        for function in self._every_turn:
+            with fail_open(_log, "recorder", "a hook of the recorder's thread failed", once=True):
+                function(last)
+
     def _await_files(self, files: FileUploader) -> None:
         """Wait for files that are being copied, while they make progress: their rows come after them."""
-        seen, since_s = files.progress, time.monotonic()
-        began_s = since_s
-        while files.pending and time.monotonic() - began_s < FILES_TIMEOUT_S:
+
+        def advance() -> bool:
             self._sender.pump(flush=True)
             files.turn()
-            if not (files.copying or self._sender.connected or self._keep_trying):
-                break
+            return bool(files.copying) or self._sender.connected or self._keep_trying
 
-            time.sleep(_SHORTEST_S)
-            if files.progress != seen:
-                seen, since_s = files.progress, time.monotonic()
-            elif time.monotonic() - since_s > self._grace_s:
-                _log.warning("%d files that were logged have not arrived; they stay beside the journal", files.pending)
-                self._keep_trying = False  # it was tried for that long just now
-                break
+        if files.wait(advance, timeout_s=FILES_TIMEOUT_S, stuck_s=self._grace_s) == "stuck":
+            _log.warning("%d logged files have not arrived; they stay beside the journal", files.pending)
+            self._keep_trying = False  # it was tried for that long just now
 
         files.leave()
 

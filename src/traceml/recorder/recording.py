@@ -232,21 +232,12 @@ class Recording:
             timeout_s: longest wait.
         """
         files = self.files
-        deadline = last = time.monotonic()
-        deadline += timeout_s
-        seen = files.progress
-        while files.pending and time.monotonic() < deadline:
-            if not files.copying and self.sender.trouble:
-                break  # there is no aggregator to take them
 
+        def advance() -> bool:
             self.thread.wake()
-            time.sleep(0.01)
-            if files.progress != seen:
-                seen, last = files.progress, time.monotonic()
-            elif time.monotonic() - last > _FILES_STUCK_S:
-                break
+            return bool(files.copying) or not self.sender.trouble  # else there is no aggregator to take them
 
-        return not files.pending
+        return files.wait(advance, timeout_s=timeout_s, stuck_s=_FILES_STUCK_S) == "done"
 
     def wait_until_stored(self, timeout_s: float) -> None:
         """Wait until the rows appended before this call are stored."""

@@ -18,13 +18,14 @@ import re
 import shutil
 import stat
 import threading
+import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 
@@ -40,6 +41,7 @@ _log = logging.getLogger("traceml")
 
 _COPY_BYTES = 4 << 20
 _CHUNK_BYTES = 1 << 20
+_POLL_S = 0.01
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
 
 
@@ -198,6 +200,33 @@ class FileUploader:
         while self._sent and self._sent[0][0] <= self.blobs.acked:
             _, upload, facts = self._sent.popleft()
             self._finish(upload, facts)
+
+    def wait(
+        self, advance: Callable[[], bool], *, timeout_s: float, stuck_s: float
+    ) -> Literal["done", "stopped", "stuck"]:
+        """Wait until all files have arrived.
+
+        Args:
+            advance: called every 10 ms; returns False to stop the wait.
+            timeout_s: longest wait.
+            stuck_s: longest wait without progress.
+
+        Returns:
+            `stuck` after `stuck_s`, `stopped` by `advance` or after `timeout_s`, else `done`.
+        """
+        seen, since_s = self.progress, time.monotonic()
+        deadline_s = since_s + timeout_s
+        while self.pending:
+            if time.monotonic() > deadline_s or not advance():
+                return "stopped" if self.pending else "done"
+
+            time.sleep(_POLL_S)
+            if self.progress != seen:
+                seen, since_s = self.progress, time.monotonic()
+            elif time.monotonic() - since_s > stuck_s:
+                return "stuck"
+
+        return "done"
 
     def leave(self) -> None:
         """Append the rows of files that did not arrive: they stay in the spool, which is recovered later."""

@@ -209,7 +209,7 @@ def test_an_aggregator_that_cannot_start_is_told_at_the_end(script: Script, tmp_
 
     assert process.returncode == 0, err
     assert "traceml_runs" in err
-    assert "It is kept in" in err
+    assert "They are kept in" in err
     assert "traceml sync" in err
 
 
