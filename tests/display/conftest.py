@@ -1,4 +1,4 @@
-"""A pseudo-terminal with a small screen at its other end."""
+"""A pseudo-terminal with a small emulated screen."""
 
 from __future__ import annotations
 

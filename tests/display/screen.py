@@ -1,4 +1,4 @@
-"""A small terminal: enough of a VT100 to see what a person would see."""
+"""A small terminal emulator: the part of a VT100 that the tests need."""
 
 from __future__ import annotations
 

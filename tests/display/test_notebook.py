@@ -1,4 +1,4 @@
-"""A run in a notebook: a real kernel trains, and the charts stand in the cell's output."""
+"""A run in a notebook: a real kernel trains, and the charts are in the cell's output."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Kernel(AsyncKernelManager):
 
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
-    """A notebook that was run: training, `run.show()` while it goes on, `load_run()` at a cell's end."""
+    """An executed notebook: training, `run.show()` during it, `load_run()` at the end of a cell."""
     cells = [_TRAIN, "run.show()", "traceml.shutdown()", "traceml.load_run(run.run_dir)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     folder = tmp_path_factory.mktemp("notebook")
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_is_drawn(notebook):
 
 
 def test_a_run_at_the_end_of_a_cell_is_drawn(notebook):
-    """What `load_run` returns draws itself, after the recorder has stopped too."""
+    """The result of `load_run` is drawn, also after the recorder has stopped."""
     html = _html(notebook.cells[3])
 
     assert "<svg" in html
@@ -84,7 +84,7 @@ def test_a_run_at_the_end_of_a_cell_is_drawn(notebook):
 
 
 def test_the_drawing_needs_neither_scripts_nor_a_network(notebook):
-    """No tag loads anything, and no script is there."""
+    """No tag loads anything, and there is no script."""
     html = _html(notebook.cells[3])
 
     assert {"script", "link", "img", "iframe"}.isdisjoint(_Tags(html).found)
@@ -92,7 +92,7 @@ def test_the_drawing_needs_neither_scripts_nor_a_network(notebook):
 
 
 def test_there_is_text_for_who_cannot_draw(notebook):
-    """Beside the drawing stands the text that a terminal gets."""
+    """The cell also has the text that a terminal gets."""
     data = next(output["data"] for output in notebook.cells[1]["outputs"] if "data" in output)
 
     assert "60 steps" in data["text/plain"]
@@ -106,6 +106,6 @@ def test_outside_a_notebook_it_is_text(tmp_path, capsys):
 
 
 def test_without_a_run_it_says_so():
-    """A disabled recorder has nothing to show, and says why."""
+    """A disabled recorder says why it has nothing to show."""
     with pytest.raises(RunNotFoundError, match="disabled"):
         traceml.init(enabled=False).show()

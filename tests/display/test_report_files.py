@@ -26,7 +26,7 @@ def run(tmp_path):
 
 
 def test_both_files_are_written(run):
-    """`report.json` and `report.html` tell the same verdict, and no draft is left."""
+    """`report.json` and `report.html` have the same verdict, and no draft is left."""
     path = write_reports(run)
 
     assert path == run / "report.json"
@@ -35,7 +35,7 @@ def test_both_files_are_written(run):
 
 
 def test_a_page_that_cannot_be_drawn_takes_nothing_away(run, monkeypatch, caplog):
-    """The verdict is there whatever becomes of the drawing, and the trouble is logged."""
+    """`report.json` is written when the page cannot be drawn, and the error is logged."""
     monkeypatch.setattr(report_files, "report_page", lambda *_: 1 / 0)
 
     with caplog.at_level(logging.WARNING, "traceml"):
@@ -47,7 +47,7 @@ def test_a_page_that_cannot_be_drawn_takes_nothing_away(run, monkeypatch, caplog
 
 
 def test_a_folder_in_the_pages_place_takes_nothing_away(run, caplog):
-    """Where the page cannot be put the verdict still is."""
+    """`report.json` is written when the page's path is taken by a folder."""
     (run / "report.html").mkdir()
 
     write_reports(run)
@@ -57,7 +57,7 @@ def test_a_folder_in_the_pages_place_takes_nothing_away(run, caplog):
 
 
 def test_trackers_that_got_on_are_on_the_page_too(run):
-    """After a delivery both files say how trackers stand."""
+    """After a delivery both files have the new state of the trackers."""
     write_reports(run)
     assert "tracker jsonl" not in (run / "report.html").read_text()
     state = TrackerState("jsonl")
@@ -71,7 +71,7 @@ def test_trackers_that_got_on_are_on_the_page_too(run):
 
 
 def test_a_page_goes_where_it_is_wanted(run, tmp_path):
-    """Also of a run that has no report yet, into any file; one that is there is replaced."""
+    """The page of any run goes to any file and replaces an existing one."""
     (tmp_path / "mine.html").write_text("old")
 
     write_page(run, tmp_path / "mine.html")
@@ -81,7 +81,7 @@ def test_a_page_goes_where_it_is_wanted(run, tmp_path):
 
 
 def test_a_page_into_a_pipe_leaves_the_pipe(run, tmp_path):
-    """What is no file, like /dev/stdout, is written to; it is not replaced by a file."""
+    """A path that is not a file, like /dev/stdout, is written to, not replaced."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with ThreadPoolExecutor(1) as pool:
@@ -93,7 +93,7 @@ def test_a_page_into_a_pipe_leaves_the_pipe(run, tmp_path):
 
 
 def test_a_page_through_a_link_leaves_the_link(run, tmp_path):
-    """It goes where the link leads, whether there is something yet or not."""
+    """The page is written to the target of the link, which may not exist yet."""
     link = tmp_path / "link.html"
     link.symlink_to("mine.html")
     for _ in range(2):
@@ -104,7 +104,7 @@ def test_a_page_through_a_link_leaves_the_link(run, tmp_path):
 
 
 def test_a_store_from_before_some_tables_has_a_page(run, tmp_path):
-    """What an older version did not write yet is left out."""
+    """Tables that an older version did not write are left out."""
     store = sqlite3.connect(run / STORE_NAME)
     with closing(store), store:
         store.execute("DELETE FROM tables WHERE name IN ('metrics', 'logged', 'device_steps', 'gpu')")
@@ -115,7 +115,7 @@ def test_a_store_from_before_some_tables_has_a_page(run, tmp_path):
 
 
 def test_a_damaged_store_has_no_page(run, tmp_path):
-    """It is said which store, and no file appears."""
+    """The error names the store, and no file appears."""
     (run / STORE_NAME).write_bytes(b"garbage" * 999)
 
     with pytest.raises(StoreError, match=STORE_NAME):

@@ -26,7 +26,7 @@ def test_numbers_get_their_units() -> None:
 
 
 def test_maps_tell_whose_number_it_is() -> None:
-    """Keys are ranks or phases; what is a map once more is left to the report."""
+    """Keys are ranks or phases; nested maps are only in the report."""
     evidence = {
         "excess_ms_by_phase": {"forward": 15.1, "input_wait": 0.7},
         "hosts": {"2": "vm"},

@@ -1,4 +1,4 @@
-"""What people see: the card and the live view of fabricated runs, as files beside this one.
+"""Snapshots of the card and the live view of fabricated runs.
 
 After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/renderers/test_snapshots.py`, then read the difference.
 """

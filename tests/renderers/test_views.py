@@ -8,7 +8,7 @@ from traceml.runs.report_types import Report
 
 
 def test_straggler_is_marked():
-    """The rank that the verdict calls slow is the one that is pointed at, whatever its step time is."""
+    """The rank that the verdict calls slow is marked, whatever its step time."""
     view = run_view(slow_rank())
 
     assert [row.rank for row in view.ranks if row.slowest] == [1]
@@ -17,7 +17,7 @@ def test_straggler_is_marked():
 
 
 def test_slowest_by_own_work_without_a_verdict():
-    """Without a verdict on a rank, the one whose own work stands out is marked, and nobody when none does."""
+    """Without a verdict on a rank, the one whose own work stands out is marked, if any."""
     even = report([{"forward": 5.0, "comm": 1.0}, {"forward": 5.2, "comm": 0.8}])
     uneven = report([{"forward": 5.0, "comm": 2.0}, {"forward": 7.0}])
 
@@ -26,7 +26,7 @@ def test_slowest_by_own_work_without_a_verdict():
 
 
 def test_single_rank_is_never_marked():
-    """One rank has nobody to be slower than."""
+    """A single rank cannot be the slowest."""
     assert not run_view(report([{"forward": 5.0}])).ranks[0].slowest
 
 
@@ -59,7 +59,7 @@ def test_visible_ranks_keep_lost_slow_and_fast():
 
 
 def test_ranks_that_were_never_heard_of_are_told():
-    """A rank that is missing for the whole run is not merely a row less."""
+    """A rank that never reported is named."""
     made = thousand_ranks()
     assert run_view(made).absent is None
 
@@ -73,14 +73,14 @@ def test_ranks_that_were_never_heard_of_are_told():
 
 
 def test_a_report_without_ranks_misses_none():
-    """Where nothing is known of ranks, nothing is said of them."""
+    """Without any known rank none is missing."""
     made = Report.empty("x")
     made.run.world_size = 8
     assert run_view(made).absent is None
 
 
 def test_gain_of_nothing_is_not_told():
-    """A speed-up of nothing is no gain."""
+    """A speed-up below half a percent is not a gain."""
     assert run_view(report([{"forward": 1.0}], finding(speedup_if_fixed=1.001))).verdict.gain is None
 
 

@@ -1,4 +1,4 @@
-"""Plain words for verdicts."""
+"""Words for ends of ranks."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ from traceml.runs.report_types import RankSection
     ],
 )
 def test_end_of_rank(rank, says):
-    """A rank that ended well says nothing; others say how."""
+    """Only a rank that ended badly has a text."""
     assert end_of_rank(msgspec.convert({"rank": 0, **rank}, RankSection)) == says

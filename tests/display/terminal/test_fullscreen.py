@@ -1,4 +1,4 @@
-"""The view on a screen of its own."""
+"""The full-screen view."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from traceml.renderers.views import live_view
 
 
 def test_screen_is_entered_and_left(terminal):
-    """The view is on the second screen; afterwards the first is back and keys are as before."""
+    """The view uses the alternate screen; leaving restores the normal one and the keyboard."""
     keyboard = terminal.file.fileno()
     before = termios.tcgetattr(keyboard)
     with FullScreen(terminal.console(), keys=keyboard) as screen:
@@ -50,7 +50,7 @@ def test_keys_are_read(terminal):
 
 
 def test_smaller_view_leaves_nothing_behind(terminal):
-    """What an earlier, larger view drew is gone."""
+    """The lines of an earlier, larger view are erased."""
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
         screen.draw(live_view(thousand_ranks()), footer="q quits")
         screen.draw(live_view(slow_rank()), footer="q quits")
@@ -59,7 +59,7 @@ def test_smaller_view_leaves_nothing_behind(terminal):
 
 
 def test_small_terminal_says_what_it_needs(terminal):
-    """Where there is no room for the view, the room that it needs is told."""
+    """A terminal that is too small shows the size that the view needs."""
     terminal.resize(30, 6)
     with FullScreen(terminal.console(), keys=terminal.file.fileno()) as screen:
         screen.draw(live_view(slow_rank()), footer="q quits")
@@ -68,7 +68,7 @@ def test_small_terminal_says_what_it_needs(terminal):
 
 
 def test_terminal_without_a_size(terminal):
-    """A terminal that says 0 x 0 is taken for one of the usual size."""
+    """A terminal that reports 0 x 0 is treated as one of the usual size."""
     terminal.resize(0, 0)
     with FullScreen(terminal.console(width=80, height=24), keys=terminal.file.fileno()) as screen:
         screen.draw(live_view(slow_rank()), footer="q quits")

@@ -23,5 +23,5 @@ from traceml.display.terminal.key_parser import parse_keys
     ],
 )
 def test_keys_have_names(data, keys, rest):
-    """Arrows and the like by name, letters as they are; what means no key is left out, what is not whole is kept."""
+    """Arrows have names, letters are themselves; unknown sequences are dropped, incomplete ones are kept."""
     assert parse_keys(data) == (keys, rest)

@@ -47,7 +47,7 @@ def made(terminal, tmp_path):
 
 
 def test_nothing_is_drawn_before_there_is_a_run(terminal, made):
-    """Until the store is there the script has the terminal for itself."""
+    """Until the store exists the script has the whole terminal."""
     screen, run, now = made
     screen.tick()
     screen.write(b"hello\n")
@@ -61,7 +61,7 @@ def test_nothing_is_drawn_before_there_is_a_run(terminal, made):
 
 
 def test_ticks_are_cheap_between_draws(made):
-    """A tick before its time reads nothing."""
+    """A tick before a draw is due reads nothing."""
     screen, run, now = made
     for _ in range(100):
         screen.tick()
@@ -71,7 +71,7 @@ def test_ticks_are_cheap_between_draws(made):
 
 
 def test_slow_reading_is_done_less_often(made):
-    """Reading that takes long may take a twentieth of the time, no more."""
+    """Slow reading takes at most a twentieth of the time."""
     screen, run, now = made
     run.cost_s = 1.0
     for _ in range(1000):
@@ -83,7 +83,7 @@ def test_slow_reading_is_done_less_often(made):
 
 @pytest.mark.parametrize("error", [StoreError("the store is damaged"), RuntimeError("a bug")])
 def test_run_that_cannot_be_read_loses_its_view_only(terminal, made, caplog, error):
-    """When reading fails the view goes, said once, and the script's output still passes."""
+    """When reading fails the view ends with one message, and the script's output still passes."""
     screen, run, now = made
     run.told = slow_rank()
     screen.tick()

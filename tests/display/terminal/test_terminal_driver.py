@@ -48,7 +48,7 @@ def test_view_is_at_the_bottom_and_output_above(terminal, driver):
 
 
 def test_output_passes_unchanged(terminal, driver):
-    """Every byte of the script reaches the terminal in order, whatever it is."""
+    """Every byte of the script reaches the terminal in order."""
     driver.update(view())
     terminal.visible_lines()
     terminal.raw = b""
@@ -75,7 +75,7 @@ def test_long_output_scrolls_above_the_view(terminal, driver):
 
 
 def test_progress_bar_stays_on_its_line(terminal, driver):
-    """A bar that returns to the start of its line goes on there between draws."""
+    """A bar that returns to the start of its line continues there between draws."""
     driver.write(b"start\n")
     for percent in range(0, 101, 10):
         driver.write(b"\r%3d%%|%s" % (percent, b"#" * (percent // 10)))
@@ -98,7 +98,7 @@ def test_partial_line_goes_on(terminal, driver):
 
 
 def test_view_never_splits_a_sequence(terminal, driver):
-    """A draw waits while the script is within an escape sequence or a character, but not for ever."""
+    """A draw waits while the script is within an escape sequence or a character, but not forever."""
     driver.update(view())
     terminal.read()
     for part, rest in (
@@ -194,7 +194,7 @@ def test_resize_redraws(terminal, driver):
 
 @pytest.mark.parametrize("size", [(50, 24), (80, 10)])
 def test_small_terminal_has_no_view(terminal, driver, size):
-    """Where there is no room the script has the terminal for itself."""
+    """In a small terminal the script has the whole screen."""
     terminal.resize(*size)
 
     driver.update(view())
@@ -232,7 +232,7 @@ def test_pipe_gets_the_output_and_nothing_else():
 
 
 def test_terminal_that_goes_away_is_left_alone():
-    """When the terminal is gone nothing raises: the job must not end with its screen."""
+    """A closed terminal raises nothing: the job must not end with it."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as file:
@@ -243,7 +243,7 @@ def test_terminal_that_goes_away_is_left_alone():
 
 
 def test_no_color_is_honoured(terminal, monkeypatch):
-    """With NO_COLOR no colour is written."""
+    """With NO_COLOR no color is written."""
     monkeypatch.setenv("NO_COLOR", "1")
     console = Console(file=terminal.file, force_terminal=True, color_system="256", legacy_windows=False)
     driver = TerminalDriver(console, clock=Clock())

@@ -1,4 +1,4 @@
-"""Which table is on the screen, and what keys do to it."""
+"""Tables of `traceml top` and their keys."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def heads(lines):
 
 
 def test_keys_switch_tables(tmp_path, show):
-    """Each table by its letter, from whichever one is shown, with the job's line above and its verdict below."""
+    """Each letter shows its table, with the job's line above and the verdict below."""
     shown = show(rich_run(tmp_path / "run"))
 
     assert "rank step" in " ".join(shown.press()[2].split())
@@ -85,7 +85,7 @@ def test_tab_goes_round(tmp_path, show):
 
 
 def test_many_ranks_are_paged(tmp_path, show):
-    """Page keys move by what is seen, and stop at both ends."""
+    """Page keys move by one page and stop at both ends."""
     shown = show(rich_run(tmp_path / "run", ranks=100, steps=60, user_ms=0))
     first = shown.press("r")
 
@@ -103,7 +103,7 @@ def test_many_ranks_are_paged(tmp_path, show):
 
 
 def test_help_explains_the_keys(tmp_path, show):
-    """The next key leaves it, and does nothing else."""
+    """The next key closes the help and does nothing else."""
     shown = show(rich_run(tmp_path / "run"))
     shown.press("m")
 
@@ -112,7 +112,7 @@ def test_help_explains_the_keys(tmp_path, show):
 
 
 def test_every_size_is_drawn(tmp_path, show, terminal):
-    """After a resize the next draw fits; where there is too little room, what is needed is told."""
+    """After a resize the next draw fits; a small terminal shows the size that is needed."""
     shown = show(rich_run(tmp_path / "run"))
     shown.press("r")
     for columns, rows in ((60, 9), (80, 24), (70, 12)):
@@ -127,14 +127,14 @@ def test_every_size_is_drawn(tmp_path, show, terminal):
 
 
 def test_run_without_a_step(tmp_path, show):
-    """Before there is a store, and before there is a step, every table says so."""
+    """Before the store exists, and before the first step, every table shows a message."""
     shown = show(tmp_path)
     for key in "oprmtls":
         assert any(line for line in shown.press(key))
 
 
 def test_keys_come_by_name(tmp_path, show, terminal):
-    """A sequence that arrives in pieces is one key, and no escape; several keys at once are all kept."""
+    """A sequence that arrives in parts is one key, not Escape; several keys at once are all kept."""
     shown = show(rich_run(tmp_path / "run"))
     os.write(terminal.master, b"\x1b[6~jj")
 

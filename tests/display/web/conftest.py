@@ -30,7 +30,7 @@ expect.set_options(timeout=15_000)  # of patience where the machine is busy; wha
 
 @pytest.fixture(scope="package")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a straggler, a faster run, many ranks, and everything that can be wrong with a run."""
+    """A folder with a straggler, a faster run, many ranks, and every kind of damaged run."""
     folder = tmp_path_factory.mktemp("runs")
     slow = store_run(folder / "20260105-000000-slow-0001", Job(ranks=4, steps=300), adds("forward", 12, (2,)))
     with StoreWriter(slow / STORE_NAME) as writer:
@@ -86,7 +86,7 @@ def page_process(runs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium, headless; gone after these tests, for its loop would be in the way of others."""
+    """Headless Chromium; ended with its module, since its event loop would block asyncio in others."""
     installed = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=installed, args=["--no-sandbox", "--disable-gpu"])
@@ -95,7 +95,7 @@ def browser() -> Iterator[Browser]:
 
 
 class Visit:
-    """A browser of its own at the page; notes every request that leaves loopback and every error of a script."""
+    """A browser at the page; records requests to other hosts and errors of scripts."""
 
     def __init__(self, browser: Browser, page_process: PageProcess, **options: object) -> None:
         self._page_process = page_process
@@ -125,7 +125,7 @@ class Visit:
 
 @pytest.fixture
 def visit(browser: Browser, page_process: PageProcess) -> Iterator[Callable[..., Visit]]:
-    """Open browsers; each must have asked for nothing from elsewhere, and none of its scripts may have failed."""
+    """Open browsers; none may have sent a request to another host or had a script error."""
     visits: list[Visit] = []
 
     def start(**options: object) -> Visit:
@@ -140,7 +140,7 @@ def visit(browser: Browser, page_process: PageProcess) -> Iterator[Callable[...,
 
 
 class LiveJob:
-    """A run that is being written, by a writer in this process."""
+    """A running run, written by this process."""
 
     def __init__(self, folder: Path) -> None:
         self.id = folder.name
@@ -182,7 +182,7 @@ class LiveJob:
 
 @pytest.fixture
 def live_job(runs_dir: Path) -> Iterator[LiveJob]:
-    """A run that goes on, with nothing in it yet."""
+    """A running run without rows."""
     folder = runs_dir / "20260106-000000-live-0010"
     job = LiveJob(folder)
     yield job
@@ -192,7 +192,7 @@ def live_job(runs_dir: Path) -> Iterator[LiveJob]:
 
 @pytest.fixture
 def kill_page(page_process: PageProcess) -> Callable[[], None]:
-    """Return what kills the page's process, as an OOM kill would."""
+    """Return a function that kills the page's process, as an OOM kill would."""
 
     def kill() -> None:
         assert page_process.pid is not None

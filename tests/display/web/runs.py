@@ -1,4 +1,4 @@
-"""What the tests of the page put into stores."""
+"""Rows that the tests of the page store."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Charts as the browser takes them."""
+"""Charts as JSON for the browser."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def drawings(folder: Path, ranks: int = 3) -> ChartCache:
 
 
 def test_each_theme_is_made_once_and_is_plain_json(tmp_path: Path) -> None:
-    """Both themes have the same charts; what is no finite number is null, and no key of an option is a name."""
+    """Both themes have the same charts; values that are not finite are null, and no key of an option is a name."""
     made = drawings(tmp_path)
     light, dark = made.of("light"), made.of("dark")
 

@@ -1,4 +1,4 @@
-"""The page as people use it, in Chromium."""
+"""The page in Chromium."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _OPTION = """title => {
 
 
 def is_drawn(page: Page, title: str) -> None:
-    """Wait until a chart has lines or areas of several colours."""
+    """Wait until a chart has lines or areas of several colors."""
     page.locator(f'section[aria-label="{title}"]').scroll_into_view_if_needed()
     page.wait_for_function(f"({_PIXELS})({title!r}) > 4")
 
@@ -45,7 +45,7 @@ def option(page: Page, title: str) -> dict[str, object]:
 
 
 def test_the_list_has_every_run_the_newest_first(visit: Visits, runs_dir: Path) -> None:
-    """Damaged ones and those of another version too, each with its state."""
+    """Damaged runs and those of another version are listed too, each with its state."""
     page = visit().open("/")
 
     expect(page.locator("a.name")).to_have_count(len(list(runs_dir.iterdir())))
@@ -61,7 +61,7 @@ def test_the_list_has_every_run_the_newest_first(visit: Visits, runs_dir: Path) 
 
 
 def test_the_list_is_searched_as_one_types(visit: Visits) -> None:
-    """Words may be of the name, the id, the state and the verdict."""
+    """The search covers name, id, state and verdict."""
     page = visit().open("/")
     page.wait_for_selector("a.name")
 
@@ -73,7 +73,7 @@ def test_the_list_is_searched_as_one_types(visit: Visits) -> None:
 
 
 def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
-    """Verdict, evidence and next step above, then charts that are drawn; the address has no token, and can be kept."""
+    """Verdict, evidence and advice are at the top, charts below; the address has no token."""
     mine = visit()
     page = mine.open(f"/run/{SLOW}")
 
@@ -94,7 +94,7 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
 
 
 def test_the_heat_map_shows_the_straggler(visit: Visits) -> None:
-    """Among a thousand ranks the row of the slow one is the hot one; the page comes within a second or so."""
+    """Among a thousand ranks the slow one's row is the brightest; the page loads within about a second."""
     page = visit().open(f"/run/{MANY}")
     is_drawn(page, "Slow ranks")
 
@@ -112,7 +112,7 @@ def test_the_heat_map_shows_the_straggler(visit: Visits) -> None:
 
 
 def test_metrics_are_drawn_the_loss_beside_the_step_time(visit: Visits) -> None:
-    """A chart for each name; names are text, whatever stands in them."""
+    """Each name has a chart; names are shown as text."""
     page = visit().open(f"/run/{SLOW}#metrics")
 
     for title in ("Loss next to step time", "train/loss"):
@@ -149,7 +149,7 @@ def test_names_with_html_in_them_are_text(visit: Visits) -> None:
     ],
 )
 def test_a_run_with_something_wrong_says_what(visit: Visits, name: str, said: str) -> None:
-    """What can be shown of it is shown, and the other runs are not troubled."""
+    """The page shows the problem and what can be read; other runs are not affected."""
     page = visit().open(f"/run/20260101-000000-{name}")
 
     expect(page.locator(".banner, .page").filter(has_text=said).first).to_be_visible()
@@ -164,7 +164,7 @@ def test_nothing_outside_the_folder_is_read(visit: Visits, path: str) -> None:
 
 
 def test_a_run_that_goes_on_is_followed_in_place(visit: Visits, live_job: LiveJob) -> None:
-    """The page waits for the first rows, then fills by itself; charts stay the same elements, and nothing jumps."""
+    """The page waits for the first rows, then updates; charts stay the same elements, and nothing jumps."""
     page = visit().open(f"/run/{live_job.id}")
     expect(page.locator("body")).to_contain_text("Not enough data")
     live_job.train(100)
@@ -190,7 +190,7 @@ def test_a_run_that_goes_on_is_followed_in_place(visit: Visits, live_job: LiveJo
 def test_a_page_that_is_killed_comes_back_with_what_it_missed(
     visit: Visits, live_job: LiveJob, page_process: object, kill_page: Callable[[], None]
 ) -> None:
-    """The browser says that the connection is lost, then finds the new server at the same address by itself."""
+    """The browser reports the lost connection, then reconnects to the new server at the same address."""
     live_job.train(60)
     page = visit().open(f"/run/{live_job.id}")
     steps = page.locator(".figures > div", has_text="Steps").nth(1)
@@ -209,7 +209,7 @@ def test_a_page_that_is_killed_comes_back_with_what_it_missed(
 
 
 def test_a_run_that_falls_silent_says_so(visit: Visits, live_job: LiveJob) -> None:
-    """Whether its ranks or its aggregator stand still, a person sees that what is shown is not of now."""
+    """The page shows that its data is old when ranks or the aggregator stop."""
     live_job.train(60)
     page = visit().open(f"/run/{live_job.id}")
 
@@ -219,7 +219,7 @@ def test_a_run_that_falls_silent_says_so(visit: Visits, live_job: LiveJob) -> No
 
 
 def test_two_browsers_see_the_same(visit: Visits, live_job: LiveJob) -> None:
-    """Each in its own colours."""
+    """Each browser has its own theme."""
     pages = [visit(color_scheme=scheme).open(f"/run/{live_job.id}") for scheme in ("light", "dark")]
     live_job.train(120)
 
@@ -234,7 +234,7 @@ def test_two_browsers_see_the_same(visit: Visits, live_job: LiveJob) -> None:
 
 
 def test_two_runs_are_picked_and_compared(visit: Visits) -> None:
-    """The older one is A; the answer stands above its charts."""
+    """The older run is A; the result is above the charts."""
     page = visit().open("/")
     for run in (SLOW, FAST):
         page.locator(f'input[data-run="{run}"]').check()
@@ -248,7 +248,7 @@ def test_two_runs_are_picked_and_compared(visit: Visits) -> None:
 
 
 def test_keys_do_what_the_list_of_keys_says(visit: Visits) -> None:
-    """Sections, theme, search, help; the order of focus begins with the way to the content."""
+    """Sections, theme, search, help; the focus order begins with the link to the content."""
     page = visit().open(f"/run/{SLOW}")
     is_drawn(page, "Step time")
 

@@ -1,4 +1,4 @@
-"""One thread per thing that is looked at, whoever looks."""
+"""One thread per source for all listeners."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def sources() -> dict[Hashable, list[Counting]]:
 
 @pytest.fixture
 def feeds(sources: dict[Hashable, list[Counting]]) -> PollerRegistry[int]:
-    """PollerRegistry that read without pause."""
+    """Pollers that read without pause."""
 
     def open_source(key: Hashable) -> Counting:
         sources.setdefault(key, []).append(Counting())
@@ -57,7 +57,7 @@ def feeds(sources: dict[Hashable, list[Counting]]) -> PollerRegistry[int]:
 
 
 def test_all_who_look_share_one_reader(feeds, sources, monkeypatch):
-    """Who comes later is shown the last state at once; a read that fails, or brings nothing, is passed over."""
+    """A later listener gets the latest state at once; a failed or empty read is skipped."""
     monkeypatch.setattr(pollers, "_LINGER_S", 0.0)
     first: list[int] = []
     second: list[int] = []

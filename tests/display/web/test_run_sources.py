@@ -1,4 +1,4 @@
-"""What is read of runs for the page, also of those that change under it."""
+"""Data sources of the page, also for runs that change while they are read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def follow():
 
 
 def test_a_finished_run_is_read_once_and_told_once(run_dir, follow):
-    """With the report that stands on disk, so that page and report cannot disagree."""
+    """The page shows the report on disk, so that they cannot disagree."""
     save_report(run_dir, build_report(run_dir))
     report = json.loads((run_dir / "report.json").read_text())
     report["verdict"]["summary"] = "as it was written"
@@ -149,7 +149,7 @@ def test_a_report_without_a_store_is_shown(run_dir, follow):
 
 
 def test_logs_are_shown_from_their_end(run_dir, follow):
-    """Of long files the last lines, whole; bytes that are no text do no harm."""
+    """The last whole lines of long files are shown; invalid bytes are replaced."""
     logs = run_dir / "logs" / "host"
     logs.mkdir(parents=True)
     (logs / "0.log").write_bytes(b"x" * 40_000 + b"\nthe last line \xff\n")
@@ -163,7 +163,7 @@ def test_logs_are_shown_from_their_end(run_dir, follow):
 
 
 def test_the_list_tells_what_changed(tmp_path):
-    """Runs come, end and go; a list that stays is not told again, and a folder that is not there is empty."""
+    """Runs appear, end and disappear; an unchanged list is not returned again, and a missing folder is empty."""
     folder = tmp_path / "runs"
     source = RunsSource(folder)
     assert source.read().runs == ()

@@ -1,4 +1,4 @@
-"""Nobody sees the page without its token: over HTTP, and over the websocket."""
+"""The page requires its token, over HTTP and over the websocket."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def ask(page_process: PageProcess) -> Ask:
 
 @pytest.fixture
 def cookie(page_process: PageProcess) -> str:
-    """What a browser that was let in sends."""
+    """The cookie that an authorized browser sends."""
     return f"{cookie_name(page_process.port)}={cookie_value(page_process.token)}"
 
 
 @pytest.mark.parametrize("path", ["/", "/run/x", "/compare/a/b", "/_nicegui/3/static/nicegui.js", "/nowhere"])
 def test_without_the_token_there_is_nothing(ask: Ask, path: str) -> None:
-    """Each address answers 401 with a page that says where the token is told."""
+    """Each address answers 401 with a page that says where to find the token."""
     answer = ask(path)
 
     assert answer.status == 401
@@ -67,7 +67,7 @@ def test_a_wrong_token_is_told(ask: Ask, token: str) -> None:
 
 
 def test_the_token_becomes_a_cookie_and_leaves_the_address(ask: Ask, page_process: PageProcess, cookie: str) -> None:
-    """The address without the token can be kept; the cookie is not the token, and no script reads it."""
+    """The address loses the token; the cookie is not the token, and scripts cannot read it."""
     answer = ask(f"/run/a%20b?x=1&token={page_process.token}")
 
     assert answer.status == 303
@@ -90,14 +90,14 @@ def test_the_redirect_stays_here(ask: Ask, page_process: PageProcess, path: str)
 
 @pytest.mark.parametrize("forged", ["traceml_1=x", "{name}=", "{name}={token}", "{name}=0", ";;=;"])
 def test_another_cookie_is_none(ask: Ask, page_process: PageProcess, forged: str) -> None:
-    """Not even the token itself opens as a cookie."""
+    """The token itself is not a valid cookie."""
     cookie = forged.format(name=cookie_name(page_process.port), token=page_process.token)
 
     assert ask("/", Cookie=cookie).status == 401
 
 
 def test_the_websocket_is_guarded_too(ask: Ask, page_process: PageProcess, cookie: str) -> None:
-    """It opens with the cookie alone, and not from a page of another server, which sends the cookie as well."""
+    """It opens only with the cookie, and not from a page of another server, although that sends the cookie too."""
     here = f"http://127.0.0.1:{page_process.port}"
 
     assert ask(_SOCKET, **_UPGRADE).status == 403
@@ -110,7 +110,7 @@ def test_a_page_of_another_server_gets_nothing(ask: Ask, cookie: str) -> None:
 
 
 def test_nothing_may_be_loaded_from_elsewhere(ask: Ask, cookie: str) -> None:
-    """The browser is told to load from here alone, and to tell nobody where it was."""
+    """The headers allow loading only from this server, and no referrer."""
     answer = ask("/", Cookie=cookie)
 
     assert "default-src 'self'" in (answer.getheader("content-security-policy") or "")

@@ -21,7 +21,7 @@ def runs(tmp_path: Path) -> tuple[Path, Path]:
     return store_run(tmp_path / "a", job), store_run(tmp_path / "b", job, adds("forward", 9, (1,)))
 
 
-def test_both_runs_are_drawn_in_colours_of_their_own(runs: tuple[Path, Path]) -> None:
+def test_both_runs_are_drawn_in_colors_of_their_own(runs: tuple[Path, Path]) -> None:
     comparison = compare_runs(*runs)
     steps = compared_steps_chart(*(read_series(run).steps for run in runs))
     charts = [steps, compared_phases_chart(comparison), compared_ranks_chart(comparison)]

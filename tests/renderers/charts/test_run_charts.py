@@ -80,7 +80,7 @@ def test_phases_stack_up_to_the_step(run):
 
 
 def test_the_slow_rank_is_marked(run):
-    """Its bar has a mark, and it alone is hot on the heat map."""
+    """Its bar has a mark, and only its row of the heat map is bright."""
     view, series = run
     labels = run_charts.ranks_chart(view)["yAxis"]["data"]
     heat = run_charts.heatmap_chart(series.heat)
@@ -92,7 +92,7 @@ def test_the_slow_rank_is_marked(run):
 
 
 def test_one_first_step_does_not_press_the_others_down(run):
-    """The axis ends near where nearly all values do, when a few are far beyond."""
+    """The axis ends near the top of nearly all values when a few are far above."""
     steps = run[1].steps
     slow = steps.p99_ms.copy()
     slow[0] = 5_000.0
@@ -105,7 +105,7 @@ def test_one_first_step_does_not_press_the_others_down(run):
 
 
 def test_the_loss_has_an_axis_of_its_own(run):
-    """Loss and step time share the steps and nothing else; a value that is no number is a gap."""
+    """Loss and step time share only the steps; a value that is not finite is a gap."""
     option = run_charts.loss_chart(run[1])
 
     assert [each["name"] for each in option["series"]] == ["step time p50", "train/loss"]
@@ -122,7 +122,7 @@ def test_ranks_of_a_metric_share_a_chart(run):
 
 
 def test_of_many_lines_three_are_drawn(run):
-    """Of a hundred ranks' memory the highest, a middle one and the lowest."""
+    """Of a hundred ranks the highest, a median and the lowest memory are drawn."""
     lines = tuple(SampleSeries(f"rank {rank}", np.arange(3.0), np.full(3, rank * 2.0**30)) for rank in range(100))
     series = RunSeries(run[1].steps, run[1].heat, memory=lines)
 
@@ -132,7 +132,7 @@ def test_of_many_lines_three_are_drawn(run):
 
 
 def test_a_rank_without_rows_is_a_hole_in_the_heat_map():
-    """Cells that are not known are left out, and all unknown is no error."""
+    """Unknown cells are left out, also when all are unknown."""
     work = np.array([[1.0, np.nan], [1.0, 2.0]])
     heat = HeatMap(((0, 0), (1, 1)), np.array([0, 1]), 1, work, np.zeros((2, 2)) * work)
 
@@ -141,15 +141,15 @@ def test_a_rank_without_rows_is_a_hole_in_the_heat_map():
     assert run_charts.heatmap_chart(unknown) is None
 
 
-def test_users_phases_have_colours_of_their_own():
-    """Names that are not ours are told apart, in the order in which they come."""
+def test_users_phases_have_colors_of_their_own():
+    """User phases have different colors, in order of appearance."""
     colors = LIGHT.of_phases(["forward", "augment", "tokenize"])
 
     assert len(set(colors.values())) == 3
     assert colors["forward"] == LIGHT.phases["forward"]
 
 
-def test_a_style_sheet_knows_every_colour():
+def test_a_style_sheet_knows_every_color():
     """Each variable that a drawing may use is declared by both themes."""
     used = {*BY_CSS.phases.values(), *BY_CSS.users, *BY_CSS.lines, *BY_CSS.heat, BY_CSS.text, BY_CSS.ground}
 
@@ -159,7 +159,7 @@ def test_a_style_sheet_knows_every_colour():
 
 
 def test_names_are_kept_as_they_are(tmp_path):
-    """What draws escapes; the option holds the name itself, so that nothing is escaped twice."""
+    """The option holds the name itself; drawing escapes it, once."""
     with StoreWriter(tmp_path / STORE_NAME) as writer:
         writer.put_meta("run", run_facts())
         log(writer, add_rank(writer, 0, rows_of(Job(steps=60))[0]), ["<b>&"], [1.0])

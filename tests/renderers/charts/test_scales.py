@@ -1,4 +1,4 @@
-"""Places on a drawing."""
+"""Positions on a drawing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_ticks_are_round_and_inside():
 
 
 def test_an_axis_may_begin_elsewhere():
-    """A loss between 2.2 and 2.4 fills its chart; what is cut lies at the edge."""
+    """A loss between 2.2 and 2.4 fills its chart; cut values are at the edge."""
     scale = value_scale({"scale": True}, [2.21, 2.38], 100, 0)
 
     assert scale.low >= 2.0
@@ -27,7 +27,7 @@ def test_an_axis_may_begin_elsewhere():
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=5))
 def test_any_values_have_an_axis(values):
-    """Also none, all alike, tiny, huge, not finite: the axis has an extent and some labels."""
+    """No values, equal, tiny, huge or not finite ones: the axis has an extent and labels."""
     scale = value_scale({"scale": True}, values, 0, 100)
 
     assert scale.high > scale.low
@@ -35,7 +35,7 @@ def test_any_values_have_an_axis(values):
 
 
 def test_labels_leave_room_for_each_other():
-    """Of a hundred steps under 400 units about ten are written, the first among them."""
+    """Of a hundred steps on 400 units about ten have labels, including the first."""
     scale = category_scale([f"{step:,}" for step in range(0, 100_000, 1_000)], 0, 400, bands=False, across=True)
 
     assert scale.ticks[0][1] == "0"

@@ -40,7 +40,7 @@ def _numbers(path):
 
 
 def test_a_line_goes_through_its_values():
-    """Higher values lie higher, steps go to the right, and the axes are labelled."""
+    """Higher values are higher, steps go to the right, and the axes are labeled."""
     root = _drawn(_lines(("p50", [0, 10, 20, 40])))
     line = next(path for path in root.iter(f"{SVG}path") if "#123456" in path.get("style"))
     points = _numbers(line)
@@ -51,7 +51,7 @@ def test_a_line_goes_through_its_values():
 
 
 def test_a_gap_is_a_gap():
-    """A value that is not known breaks the line; one that stands alone is a dot."""
+    """An unknown value breaks the line; a single value is a dot."""
     root = _drawn(_lines(("loss", [1, 2, None, 4])))
 
     assert len([path for path in root.iter(f"{SVG}path") if "#123456" in path.get("style")]) == 1
@@ -72,7 +72,7 @@ def test_areas_stand_on_each_other():
 
 
 def test_lying_bars_are_as_long_as_their_values():
-    """A rank's phases follow each other from left to right, and say their numbers."""
+    """A rank's phases follow each other from left to right, with their numbers as titles."""
     option = blank(LIGHT)
     option["xAxis"], option["yAxis"] = value_axis(LIGHT, "ms"), {**category_axis(["rank 0"], LIGHT), "inverse": True}
     option["series"] = [bar_series("forward", [10], "#00f", "step"), bar_series("comm", [30], "#f00", "step")]
@@ -85,8 +85,8 @@ def test_lying_bars_are_as_long_as_their_values():
     assert bars[1].find(f"{SVG}title").text.startswith("comm: 30")
 
 
-def test_a_heat_map_joins_cells_of_one_colour():
-    """A rank that is slow all the time is one rectangle, in the hottest colour."""
+def test_a_heat_map_joins_cells_of_one_color():
+    """A rank that is always slow is one rectangle in the brightest color."""
     excess = np.zeros((3, 50))
     excess[1] = 0.8
     heat = HeatMap(((0, 0), (1, 1), (2, 2)), np.arange(50), 1, excess, excess)
@@ -102,7 +102,7 @@ def test_a_heat_map_joins_cells_of_one_colour():
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", '"><img src=x>', "a\x00b", "Größe ✓ 日本語", "&amp;"])
 def test_names_are_text(name):
-    """Whatever a metric is called, the drawing is well-formed and shows the name."""
+    """The drawing is well-formed and shows any name of a metric."""
     root = _drawn(_lines((name, [1, 2, 3, 4])))
 
     assert list(root.iter(f"{SVG}script")) == []
@@ -110,7 +110,7 @@ def test_names_are_text(name):
 
 
 def test_long_names_are_cut():
-    """A legend with names of a thousand letters stays in its place."""
+    """A legend with names of a thousand letters keeps its size."""
     root = _drawn(_lines(*((f"{number}{'x' * 1000}", [1, 2, 3, 4]) for number in range(9))))
 
     assert max(len(text or "") for text in _texts(root)) <= 40
@@ -118,7 +118,7 @@ def test_long_names_are_cut():
 
 
 def test_it_says_what_it_shows():
-    """Who cannot see it is told the title; pointing at a step tells its numbers."""
+    """Screen readers get the title; a step's numbers are a title under the pointer."""
     root = _drawn(_lines(("p50", [1, 2, 3, 4])))
     said = [title.text for title in root.iter(f"{SVG}title")]
 
@@ -127,5 +127,5 @@ def test_it_says_what_it_shows():
 
 
 def test_escaping_covers_attributes():
-    """Quotes too, for text that stands in an attribute."""
+    """Quotes are escaped too, for text in attributes."""
     assert escaped("<a href='x\">&") == "&lt;a href=&#x27;x&quot;&gt;&amp;"

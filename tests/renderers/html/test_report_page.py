@@ -24,7 +24,7 @@ _EVIL = "<img src=x onerror=alert(1)>\"'&"
 
 
 class _Page(HTMLParser):
-    """What a browser would see of a page: its tags, and its text."""
+    """Tags and text of a page."""
 
     def __init__(self, text):
         super().__init__()
@@ -75,7 +75,7 @@ def evil(tmp_path_factory):
 
 
 def test_everything_stands_on_the_page(tmp_path):
-    """Verdict, evidence, numbers, charts, ranks and how to run it again."""
+    """The page has verdict, evidence, numbers, charts, ranks and the facts to repeat the run."""
     run = store_run(tmp_path / "run", Job(steps=200), adds("forward", 20, (1,)))
 
     page = _Page(page_of(run))
@@ -90,14 +90,14 @@ def test_everything_stands_on_the_page(tmp_path):
 
 
 def test_a_missing_rank_is_told(tmp_path):
-    """Under the table of those that are there."""
+    """The note is under the table of ranks."""
     run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})
 
     assert "No data from rank 2 (of 3)." in _Page(page_of(run)).texts
 
 
 def test_what_a_run_calls_itself_is_text(evil):
-    """No name opens a tag, wherever it comes from, and each is shown as it is."""
+    """No name opens a tag; each is shown as text."""
     assert {"img", "script", "iframe", "object"}.isdisjoint(evil.tags)
     assert not [name for name, _ in evil.attributes if name.startswith("on")]
     assert evil.text.count(_EVIL) >= 6
@@ -113,7 +113,7 @@ def test_it_needs_nothing_from_outside(evil, tmp_path):
 
 
 def test_it_is_light_dark_and_prints(tmp_path):
-    """The colours follow the screen, and paper is always light."""
+    """The colors follow the system; print is always light."""
     page = page_of(store_run(tmp_path / "run", Job(steps=60)))
 
     assert "@media screen and (prefers-color-scheme:dark)" in page
@@ -122,7 +122,7 @@ def test_it_is_light_dark_and_prints(tmp_path):
 
 
 def test_a_run_without_steps_has_a_page(tmp_path):
-    """There is a verdict that says so, and no chart."""
+    """The verdict says that data is missing, and there is no chart."""
     page = _Page(page_of(store_run(tmp_path / "run", Job(steps=0))))
 
     assert "INSUFFICIENT_DATA" in page.text
@@ -140,7 +140,7 @@ def test_a_thousand_ranks_stay_readable(tmp_path):
 
 
 def test_a_rank_that_died_has_its_last_words(evil):
-    """Its exception stands in the table, its stack below."""
+    """Its exception is in the table, its stack below."""
     assert any(text.startswith("failed with") for text in evil.texts)
     assert "Stacks of failed ranks" in evil.texts
 
@@ -157,7 +157,7 @@ def browser():
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_a_network(browser, tmp_path, width):
-    """On a desk and on a phone nothing is fetched, nothing complains, nothing runs, and nothing sticks out."""
+    """On a large and a small screen there is no request, no error, no script and no overflow."""
     (tmp_path / "report.html").write_text(page_of(store_run(tmp_path / "run", Job(ranks=8, steps=200))))
     context = browser.new_context(viewport={"width": width, "height": 800}, offline=True, color_scheme="dark")
     tab, asked, said = context.new_page(), [], []

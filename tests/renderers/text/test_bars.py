@@ -11,12 +11,12 @@ from traceml.renderers.text.viewport import ASCII, Viewport
 @pytest.mark.parametrize("share", [-1.0, 0.0, 0.0001, 0.333, 0.999, 1.0, 7.0])
 @pytest.mark.parametrize("viewport", [Viewport(), Viewport(glyphs=ASCII)])
 def test_bar_has_its_width(share, viewport):
-    """A bar is as wide as asked for whatever the share."""
+    """A bar has the requested width for any share."""
     assert bar(share, 20, viewport).cell_len == 20
 
 
 def test_small_share_is_seen():
-    """Anything above nothing is drawn, nothing is not."""
+    """Any share above 0 is drawn."""
     assert bar(0.0001, 20, Viewport()).plain.strip() == "▏"
     assert bar(0.0, 20, Viewport()).plain.strip() == ""
 
@@ -32,7 +32,7 @@ def test_stacked_has_its_width(color, width):
 
 
 def test_sparkline():
-    """The newest values are at the right, scaled from nothing to the largest."""
+    """The newest values are at the right, scaled from 0 to the largest."""
     assert sparkline([0.0, 4.0, 8.0], 5, Viewport()) == "  ▁▅█"
     assert sparkline([0.0, 0.0], 2, Viewport()) == "▁▁"
     assert sparkline([], 3, Viewport()) == "   "

@@ -41,7 +41,7 @@ def test_print_card_names_report_and_next_command(tmp_path, monkeypatch):
 
 
 def test_a_missing_rank_is_told():
-    """Beside the ranks that are there; nothing of the kind where all are."""
+    """A missing rank is named; without one there is no such line."""
     made = slow_rank()
     assert "Absent" not in text_of(made)
 
@@ -122,7 +122,7 @@ def tracked(*trackers: TrackerSection) -> Report:
 
 
 def test_trackers_are_told_and_what_to_do_when_rows_wait():
-    """Each tracker has a line; where rows wait, why, and the command that delivers them."""
+    """Each tracker has a line; pending rows have a reason and the command that delivers them."""
     made = tracked(
         tracker("mlflow"),
         tracker("wandb", "open", delivered=0, pending=20, error="ConnectionError: refused"),
@@ -138,11 +138,11 @@ def test_trackers_are_told_and_what_to_do_when_rows_wait():
 
 
 def test_trackers_that_have_everything_need_no_advice():
-    """No command is told where nothing waits."""
+    """There is no command where no rows are pending."""
     assert "traceml sync" not in text_of(tracked(tracker("mlflow")))
 
 
 def test_what_a_fallback_took_is_told():
-    """Whoever looks for it at the tracker itself would find nothing."""
+    """The rows are at the fallback, not at the tracker."""
     shown = text_of(tracked(tracker("mlflow", fallback=12_000)))
     assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown

@@ -39,7 +39,7 @@ def _shown(comparison, width):
 
 
 def test_a_slower_run_is_told_in_words(compared):
-    """How much, how sure, which rank and phase, and what the verdict became."""
+    """The text has the change, its confidence, rank and phase, and the new verdict."""
     comparison = compared("a", "slow")
     said = compared_sentences(comparison)
 
@@ -58,12 +58,12 @@ def test_a_phase_is_blamed_where_no_rank_is(runs, tmp_path):
 
 
 def test_no_difference_is_no_difference(compared):
-    """Chance is called chance."""
+    """A difference by chance is not significant."""
     assert compared_headline(compared("a", "again")).startswith("No significant difference")
 
 
 def test_what_cannot_be_told_is_not(compared):
-    """Too few steps, or other world sizes, and nothing is claimed."""
+    """With too few steps or different world sizes there is no result."""
     assert compared_headline(compared("a", "short")).startswith("Too few steps")
     assert compared_headline(compared("a", "wide")).startswith("A and B are not comparable")
 

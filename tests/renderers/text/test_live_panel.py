@@ -14,7 +14,7 @@ from traceml.renderers.views import live_view
 @pytest.mark.parametrize("height", [8, 12, 24, 50])
 @pytest.mark.parametrize("width", [60, 80, 200])
 def test_lines_keep_to_their_room(name, height, width):
-    """There are exactly as many lines as promised, none wider than the screen."""
+    """The number of lines is exact, and none is wider than the screen."""
     view = live_view(REPORTS[name](), [1.0, 2.0])
     ranks = max(len(view.now.ranks), view.now.run.world_size)
 
@@ -25,7 +25,7 @@ def test_lines_keep_to_their_room(name, height, width):
 
 
 def test_height_does_not_change_while_ranks_arrive():
-    """A job of a known size has its height from the first draw."""
+    """A job of a known size has its final height from the first draw."""
     early = too_early()
     early.run.world_size = 2
 
@@ -43,14 +43,14 @@ def test_many_ranks_are_capped_and_counted():
 
 
 def test_losses_and_overhead_are_always_there():
-    """The last line says what tracing lost and costs."""
+    """The last line has lost rows and overhead."""
     assert live_lines(live_view(healthy()), Viewport())[-1].plain == (
         " tracing no row lost of 8,012 · overhead 5.1 us per step (0.02 %)"
     )
 
 
 def test_color_tells_phases_apart():
-    """With colours a rank's bar has a background per phase; without, labels and bars alone."""
+    """With colors a rank's bar has a background per phase; without, labels and bars alone."""
     with_color = live_lines(live_view(slow_rank()), Viewport(color=True))[4]
     without = live_lines(live_view(slow_rank()), Viewport())[4]
 

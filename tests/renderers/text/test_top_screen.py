@@ -44,7 +44,7 @@ def test_lines_keep_to_their_room(name, height, width):
 
 
 def test_pages_of_many_ranks():
-    """A page shows the rows from the first on, and says where it is."""
+    """A page shows the rows from the first on, and its position."""
     report = thousand_ranks()
     table = ranks_table(live_view(report).now)
     rows = page_rows(Viewport(80, 23))
@@ -55,7 +55,7 @@ def test_pages_of_many_ranks():
     assert lines[-1] == " rows 601-617 of 1,000"
 
 
-def test_table_says_which_it_is_without_colours():
+def test_table_says_which_it_is_without_colors():
     lines = shown(slow_rank(), ranks_table(live_view(slow_rank()).now))
 
     assert lines[2] == " phases [ranks] metrics "
@@ -75,7 +75,7 @@ def test_what_users_named_cannot_steer_the_terminal():
 
 
 def test_trend_runs_from_the_least_to_the_most():
-    """Negative values have their trend; what does not change, or is no number, has none."""
+    """Negative values have a trend; constant or non-finite ones have none."""
     column = (TableColumn("", fills=True),)
     for values, drawn in (
         ((-3.0, -2.0, -1.0), "▁▅█"),

@@ -1,4 +1,4 @@
-"""What stands in the tables of `traceml top`."""
+"""Contents of the tables of `traceml top`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_memory_tells_growth():
 
 
 def test_metrics_with_their_trend():
-    """By name; a value that is no number stands out."""
+    """Metrics are sorted by name; a value that is not finite is marked."""
     report = healthy()
     report.metrics = {
         "loss": MetricSection(last=0.123456789, min=0.1, max=2.0, count=1200),
@@ -80,7 +80,7 @@ def test_logs_tell_whom_they_are_about():
 
 
 def test_before_the_first_step_tables_say_so():
-    """Nothing is an empty table with a word, also of a report that is not there yet."""
+    """An empty table has a message, also before there is a report."""
     for report in (too_early(), Report.empty("x")):
         made = [phases_table(report), ranks_table(run_view(report)), memory_table(report), metrics_table(report, {}),
                 system_table(report), logs_table([])]  # fmt: skip

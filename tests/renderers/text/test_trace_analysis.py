@@ -1,4 +1,4 @@
-"""Answers about traces as tables of any width."""
+"""Results of trace analyses as tables of any width."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def text(data, **options):
 @pytest.mark.parametrize("width", [60, 80, 100, 200])
 @pytest.mark.parametrize("glyphs", [Viewport().glyphs, ASCII])
 def test_lines_fit(width, glyphs):
-    """No line is wider than the screen, whatever the labels."""
+    """No line is wider than the screen."""
     viewport = Viewport(width=width, glyphs=glyphs)
     for line in analysis_lines(answer(), viewport):
         assert line.cell_len <= max(width, 80), line.plain
@@ -81,7 +81,7 @@ def test_every_section_is_there():
 
 
 def test_only_some_sections():
-    """A question by fields shows its groups."""
+    """An analysis by fields shows its groups."""
     shown = text(answer(), sections=["groups"])
 
     assert "function number 3" in shown
@@ -89,7 +89,7 @@ def test_only_some_sections():
 
 
 def test_damage_is_on_top():
-    """What could not be read is said before any number, with its place and size."""
+    """Damage is reported before any number, with its position and size."""
     damage = [{"offset": 1234, "what": "a broken gzip member", "lost_bytes": 2048}] * 11
     lines = text(answer(files=[{"path": "a.pfw.gz", "events": 6, "bytes": 5, "damage": damage}])).splitlines()
 
@@ -98,7 +98,7 @@ def test_damage_is_on_top():
 
 
 def test_labels_cannot_harm_the_terminal():
-    """Control characters in names are not sent to it, nothing is read as markup, and a missing label is a dash."""
+    """Control characters are not printed, markup is text, and a missing label is a dash."""
     shown = text(answer(groups=[group("\x1b[31m[bold]red", 5.0), group(None, 4.0), group(0, 3.0)]), sections=["groups"])
 
     assert "\x1b" not in shown
