@@ -14,7 +14,7 @@ from traceml import settings
 from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
-from traceml.ids import new_run_id, safe_run_id
+from traceml.supervise.aggregator_process import choose_run_id
 from traceml.supervise.conclusion import conclude
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     job = LocalJob(
         command=_command(options, target, arguments),
         elastic=_elastic(options),
-        run_id=_run_id(config.run_id) or new_run_id(config.run_name or Path(target).stem),
+        run_id=choose_run_id(config.run_id, config.run_name or Path(target).stem),
         runs_dir=Path(config.runs_dir).absolute(),
         environ=given(TRACEML_RUN_NAME=options.run_name, TRACEML_PROJECT=options.project),
     )
@@ -142,13 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     torchrun.description = "All options of torchrun but --no-python are accepted and passed on."
     parser.add_argument("script", nargs=argparse.REMAINDER, metavar="SCRIPT [ARGS ...]", help="what to run")
     return parser
-
-
-def _run_id(wanted: str | None) -> str | None:
-    try:
-        return safe_run_id(wanted) if wanted else None
-    except ValueError as error:
-        raise UsageError(f"run_id: {error}") from error
 
 
 def _elastic(options: argparse.Namespace) -> bool:

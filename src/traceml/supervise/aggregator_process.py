@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.errors import TraceMLError
+from traceml.errors import TraceMLError, UsageError
+from traceml.ids import new_run_id, safe_run_id
 from traceml.supervise.kept_process import KeptProcess
 from traceml.supervise.processes import spawn
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 
-__all__ = ["AggregatorProcess"]
+__all__ = ["AggregatorProcess", "choose_run_id"]
 
 _ANSWER_TIMEOUT_S, _FINISH_TIMEOUT_S = 10.0, 20.0
 _POLL_S, _REPORT_DELIVERY_S = 0.05, 1.5
@@ -212,3 +213,15 @@ def _unwritable(folder: Path, error: OSError) -> TraceMLError:
         f"cannot write the run's folder {folder}: {error.strerror}. "
         "Choose another place with --runs-dir or TRACEML_RUNS_DIR."
     )
+
+
+def choose_run_id(wanted: str | None, name: str) -> str:
+    """Return the run id that the user asked for, or a new one that contains `name`.
+
+    Raises:
+        UsageError: the id cannot be a folder's name.
+    """
+    try:
+        return safe_run_id(wanted) if wanted else new_run_id(name)
+    except ValueError as error:
+        raise UsageError(f"run_id: {error}") from error

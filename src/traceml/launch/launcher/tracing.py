@@ -18,12 +18,10 @@ from typing import Any, Self
 
 from traceml import settings
 from traceml.database.flight import COPIES_FOLDER
-from traceml.errors import UsageError
-from traceml.ids import new_run_id, safe_run_id
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
-from traceml.supervise.aggregator_process import AggregatorProcess
+from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
 from traceml.supervise.conclusion import conclude
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
 from traceml.supervise.supervisor import Screen
@@ -83,7 +81,7 @@ class Tracing:
     ) -> None:
         config = settings.load(**given)
         self._aggregator = AggregatorProcess(
-            _run_id(config.run_id) or new_run_id(config.run_name or name), config.runs_dir.absolute()
+            choose_run_id(config.run_id, config.run_name or name), config.runs_dir.absolute()
         )
         self._environ = {
             "TRACEML_RUN_NAME": config.run_name or name,
@@ -304,10 +302,3 @@ class Tracing:
     def _show_output(self) -> None:
         while self._screen is not None and self._waiting:
             self._screen.write(self._waiting.popleft().encode(errors="replace"))
-
-
-def _run_id(wanted: str | None) -> str | None:
-    try:
-        return safe_run_id(wanted) if wanted else None
-    except ValueError as error:
-        raise UsageError(f"run_id: {error}") from error
