@@ -35,6 +35,7 @@ class WorkerState:
     rank: int
     local_rank: int
     socket: FdSocket
+    worker_end: FdSocket
     readers: list[PipeReader]
     tail: OutputTail
     stacks: StackReader
@@ -84,11 +85,10 @@ class WorkerGroup:
         self._near = bool(message.get("near"))
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
-        self._stopping = self._released = False
+        self._stopping = False
         self._stack_requests: list[WorkerState] | None = None
         self.payload: int | None = message.get("payload")
         self._oom_kills = oom_kills()
-        self._worker_ends: dict[int, FdSocket] = {}  # until the workers have them
         self._ranks = {each["rank"]: self._make(each) for each in message["workers"]}
         self._start(message, environ, context, listener)
 
@@ -105,8 +105,9 @@ class WorkerGroup:
             PipeReader(self._selector, stream, fd, tail if fd != "records" else None) for fd, stream in streams.items()
         ]
         ours, theirs = FdSocket.pair()
-        worker = WorkerState(rank, local_rank, ours, readers, tail, StackReader(), streams=list(streams.values()))
-        self._worker_ends[rank] = theirs
+        worker = WorkerState(
+            rank, local_rank, ours, theirs, readers, tail, StackReader(), streams=list(streams.values())
+        )
         self._selector.register(ours.fileno(), selectors.EVENT_READ, lambda _: self._receive(worker))
         return worker
 
@@ -118,51 +119,58 @@ class WorkerGroup:
         listener: socket.socket | None,
     ) -> None:
         cores = core_slices(len(self._ranks))
-        interface = interface_towards(message["master_addr"])
+        common = {
+            **environ,
+            **context,
+            "interface": interface_towards(message["master_addr"]),
+            "backend": message.get("backend"),
+            "timeout_s": message["timeout_s"],
+            "script": message.get("script"),
+            "log_level": message.get("log_level"),
+            "trace": bool(self._trace),
+        }
+        many = len(self._ranks) > 1
         for each, own in zip(self._ranks.values(), cores, strict=True):
-            many = len(self._ranks) > 1
-            env = {
-                "RANK": str(each.rank),
-                "LOCAL_RANK": str(each.local_rank),
-                "WORLD_SIZE": str(message["world_size"]),
-                "LOCAL_WORLD_SIZE": str(message["local_world_size"]),
-                "GROUP_RANK": str(message["group_rank"]),
-                "MASTER_ADDR": message["master_addr"],
-                "MASTER_PORT": str(message["master_port"]),
-                MARK: self._zygote.mark,
-                **(message.get("env") or {}),
-            }
             request = {
+                **common,
                 "rank": each.rank,
-                "env": env,
-                **environ,
-                **context,
-                "interface": interface,
+                "env": self._environ(each, message),
                 "cores": own if many and message.get("cpu_affinity", True) else [],
                 "threads": max(1, len(own)) if many else None,
-                "backend": message.get("backend"),
-                "timeout_s": message["timeout_s"],
-                "script": message.get("script"),
-                "log_level": message.get("log_level"),
-                "trace": bool(self._trace),
             }
-            theirs = self._worker_ends.pop(each.rank)
-            fds = [theirs.fileno(), *(reader.write_fd for reader in each.readers), each.stacks.write_fd]
-            if listener is not None and each.rank == 0 and message.get("backend") is not None:
-                fds.append(listener.fileno())
-
-            try:
-                self._zygote.fork(request, fds)
-            except OSError:  # the zygote is gone; the agent will report it
-                each.status = -1
-
-            theirs.close()
-            each.stacks.started()
-            for reader in each.readers:
-                reader.started()
+            self._fork(each, request, listener if each.rank == 0 and message.get("backend") is not None else None)
 
         if listener is not None:
             listener.close()
+
+    def _environ(self, each: WorkerState, message: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            "RANK": str(each.rank),
+            "LOCAL_RANK": str(each.local_rank),
+            "WORLD_SIZE": str(message["world_size"]),
+            "LOCAL_WORLD_SIZE": str(message["local_world_size"]),
+            "GROUP_RANK": str(message["group_rank"]),
+            "MASTER_ADDR": message["master_addr"],
+            "MASTER_PORT": str(message["master_port"]),
+            MARK: self._zygote.mark,
+            **(message.get("env") or {}),
+        }
+
+    def _fork(self, each: WorkerState, request: Mapping[str, Any], listener: socket.socket | None) -> None:
+        """Request a worker from the zygote, and close its descriptors here."""
+        fds = [each.worker_end.fileno(), *(reader.write_fd for reader in each.readers), each.stacks.write_fd]
+        if listener is not None:
+            fds.append(listener.fileno())
+
+        try:
+            self._zygote.fork(request, fds)
+        except OSError:  # the zygote is gone; the agent will report it
+            each.status = -1
+
+        each.worker_end.close()
+        each.stacks.started()
+        for reader in each.readers:
+            reader.started()
 
     def send_payload(self, receiver: PayloadBuffer) -> None:
         """Pass the function and its arguments to all workers: they share the memory."""
@@ -258,7 +266,6 @@ class WorkerGroup:
 
     def release(self) -> None:
         """Let the workers end."""
-        self._released = True
         for each in self._ranks.values():
             self._send(each, "release")
 
