@@ -7,17 +7,9 @@ from pathlib import Path
 from traceml.database.reader import StoreReader
 from traceml.database.schema import LOGGED, METRICS
 from traceml.runs.report_types import TrackerSection
-from traceml.track.tracker_state import DeliveryPhase, TrackerState, states_of
+from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, TrackerState, states_of
 
 __all__ = ["trackers"]
-
-_WAITING = {
-    DeliveryPhase.WAITING,
-    DeliveryPhase.OPEN,
-    DeliveryPhase.UNAUTHORIZED,
-    DeliveryPhase.BROKEN,
-    DeliveryPhase.STOPPED,
-}
 
 
 def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSection]:
@@ -48,6 +40,6 @@ def _tracker(state: TrackerState, logged: int | None) -> TrackerSection:
         latency_ms=None if state.latency_ms is None else round(state.latency_ms, 3),
         target=state.target,
         urls=[each["url"] for each in state.experiments.values() if each.get("url")],
-        error=state.error if state.phase in _WAITING else "",
+        error=state.error if state.phase in FAILING_PHASES | {DeliveryPhase.STOPPED} else "",
         reasons=dict(state.reasons),
     )

@@ -24,6 +24,7 @@ __all__ = [
     "EXIT_BROKEN",
     "EXIT_DONE",
     "EXIT_TAKEN",
+    "FAILING_PHASES",
     "FOLDER",
     "DeliveryPhase",
     "TrackerState",
@@ -49,6 +50,12 @@ class DeliveryPhase(StrEnum):
     BROKEN = "broken"  # its library is missing or broken, or it is misconfigured; no further tries
     STOPPED = "stopped"  # ended before all was delivered; `traceml sync` continues
     DONE = "done"
+
+
+# The tracker does not accept what it is sent.
+FAILING_PHASES = frozenset(
+    {DeliveryPhase.WAITING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
+)
 
 
 @dataclass(slots=True)

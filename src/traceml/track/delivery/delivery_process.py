@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.delivery.credentials import environment_for
-from traceml.track.tracker_state import EXIT_BROKEN, EXIT_DONE, EXIT_TAKEN, FOLDER, DeliveryPhase, TrackerState
+from traceml.track.tracker_state import (
+    EXIT_BROKEN,
+    EXIT_DONE,
+    EXIT_TAKEN,
+    FAILING_PHASES,
+    FOLDER,
+    DeliveryPhase,
+    TrackerState,
+)
 
 __all__ = ["STOP_S", "DeliveryProcess"]
 
@@ -29,7 +37,7 @@ _BATCH_S = 25.0  # longest time for one batch on such a host
 _STARVED_S = 45.0  # most time without a core that is excused
 _TAKEN_PAUSE_S = 0.5
 _LOG_BYTES = 1 << 20
-_FAILING = {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
+_FALLBACK_PHASES = {DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED}
 
 _log = logging.getLogger("traceml")
 
@@ -110,7 +118,9 @@ class DeliveryProcess:
     def is_given_up(self) -> bool:
         """Whether its tracker fails and only time will help, and its fallback, if any, has everything."""
         state = self.state
-        return state.phase in _FAILING and (state.fallback_done or not self._uses_fallback(state))
+        return state.phase in FAILING_PHASES - {DeliveryPhase.WAITING} and (
+            state.fallback_done or not self._uses_fallback(state)
+        )
 
     def is_stuck(self, limit_s: float) -> bool:
         """Whether nothing has moved for `limit_s`, and no call is running that may take longer."""
@@ -118,24 +128,13 @@ class DeliveryProcess:
         if state.fallback_done:
             return True
 
-        now = (
-            state.passed,
-            state.delivered,
-            state.derived,
-            state.cursor.get("frame"),
-            state.phase is DeliveryPhase.DONE,
-        )
+        is_done = state.phase is DeliveryPhase.DONE
+        now = (state.passed, state.delivered, state.derived, state.cursor.get("frame"), is_done)
         waited_s = _core_wait_s(self.pid)
         if now != self._seen:
             self._seen, self._moved_s, self._waited_s = now, time.monotonic(), waited_s
 
-        waiting = state.phase in {
-            DeliveryPhase.WAITING,
-            DeliveryPhase.OPEN,
-            DeliveryPhase.UNAUTHORIZED,
-            DeliveryPhase.BROKEN,
-        }
-        if not waiting and self._process is not None:
+        if state.phase not in FAILING_PHASES and self._process is not None:
             limit_s = max(limit_s, _START_S if state.pid != self._process.pid else _BATCH_S)
             if state.pid == self._process.pid and state.is_in_slow_call:
                 return False
@@ -214,11 +213,7 @@ class DeliveryProcess:
 
     def _uses_fallback(self, state: TrackerState) -> bool:
         """Whether the next process will deliver to the fallback instead of waiting."""
-        return (
-            bool(self._options.get("fallback"))
-            and state.phase in _FAILING - {DeliveryPhase.BROKEN}
-            and not state.fallback_done
-        )
+        return bool(self._options.get("fallback")) and state.phase in _FALLBACK_PHASES and not state.fallback_done
 
     def _pause(self) -> None:
         self._due_s = time.monotonic() + self._pause_s

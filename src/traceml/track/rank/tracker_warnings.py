@@ -9,11 +9,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from traceml.track.tracker_state import DeliveryPhase, states_of
+from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, states_of
 
 __all__ = ["TrackerWarnings"]
 
-_FAILING = {DeliveryPhase.WAITING, DeliveryPhase.OPEN, DeliveryPhase.UNAUTHORIZED, DeliveryPhase.BROKEN}
 _TEXT_CHARS = 200
 
 _log = logging.getLogger("traceml")
@@ -32,7 +31,7 @@ class TrackerWarnings:
             run_dir: the run's folder; when it is on another host, nothing is known here.
         """
         for state in states_of(run_dir):
-            if state.phase not in _FAILING or not state.error or state.backend in self._warned:
+            if state.phase not in FAILING_PHASES or not state.error or state.backend in self._warned:
                 continue
 
             self._warned.add(state.backend)
