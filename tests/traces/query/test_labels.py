@@ -61,7 +61,7 @@ def test_rank_of_processes(tmp_path):
 def test_rank_and_host_by_file_name(name, rank, host):
     """Without other labels the rank comes from the name of the file."""
     labels = Labels()
-    labels.take_file(0, Path("somewhere", name), {})
+    labels.add_file(0, Path("somewhere", name), {})
 
     assert (labels.rank(0, 1), labels.host(0, 1)) == (rank, host)
 

@@ -102,7 +102,7 @@ class Analysis:
     def feed(self, batch: EventBatch) -> None:
         """Add the next batch."""
         self.begin_source(batch.source)
-        self.context.labels.take(batch.source, batch.metadata)
+        self.context.labels.add_metadata(batch.source, batch.metadata)
         self.fractional = self.fractional or batch.fractional
         if len(batch.ph):
             self._feed_rows(batch)

@@ -67,7 +67,7 @@ def run_on(
         raise TraceEmptyError(f"there is no trace event in {', '.join(str(file) for file in files[:5])}")
 
     for source, each in enumerate(facts):
-        analysis.context.labels.take_file(source, each.path, each.header)
+        analysis.context.labels.add_file(source, each.path, each.header)
 
     analysis.finish()
     return analysis, facts

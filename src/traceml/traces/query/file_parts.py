@@ -190,7 +190,7 @@ def _chunks(part: FilePart, seams: PartSeams) -> Iterator[bytes]:
         while (load := source.take(buffer)) is not None:
             chunk = load()
             if chunk.damage or chunk.too_long or chunk.begin != seams.end:
-                raise IndivisibleError(f"{part.path}: its members cannot be told apart")
+                raise IndivisibleError(f"{part.path}: its members cannot be distinguished")
 
             seams.end = chunk.end
             seams.raw_bytes += len(chunk.text)

@@ -26,7 +26,7 @@ class Labels:
         self._ranks: dict[int, int] = {}
         self._file_hosts: dict[int, str] = {}
 
-    def take(self, source: int, events: Iterable[Mapping[str, Any]]) -> None:
+    def add_metadata(self, source: int, events: Iterable[Mapping[str, Any]]) -> None:
         """Add metadata events of one file."""
         for event in events:
             args = event.get("args")
@@ -46,7 +46,7 @@ class Labels:
         for (source, pid), name in other._process_names.items():
             self._name_process(source, pid, name)
 
-    def take_file(self, source: int, path: Path, header: Mapping[str, Any]) -> None:
+    def add_file(self, source: int, path: Path, header: Mapping[str, Any]) -> None:
         """Add the labels in a file's header and name."""
         distributed = header.get("distributedInfo")
         rank = distributed.get("rank") if isinstance(distributed, Mapping) else header.get("rank")

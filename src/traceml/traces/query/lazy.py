@@ -158,9 +158,9 @@ class AggregatedTraces:
             dask: a scheduler's address, or a `distributed.Client`, whose workers read the files.
         """
         traces = self.groups.traces
-        answer = summarize(traces.files, by=",".join(self.groups.by), where=traces.where, dask=dask)
-        wanted = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
-        return [{key: group[key] for key in wanted} for group in answer["groups"]]
+        result = summarize(traces.files, by=",".join(self.groups.by), where=traces.where, dask=dask)
+        columns = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
+        return [{key: group[key] for key in columns} for group in result["groups"]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.rows())
@@ -179,8 +179,8 @@ class AggregatedTraces:
 
     def _columns(self) -> dict[str, list[Any]]:
         rows = self.rows()
-        wanted = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
-        return {key: [row[key] for row in rows] for key in wanted}
+        columns = [*self.groups.by, *(_MEASURES[name] for name in self.measures)]
+        return {key: [row[key] for row in rows] for key in columns}
 
 
 def _batches(traces: Traces, args: Sequence[str], facts: list[TraceFileFacts]) -> Iterator[dict[str, list[Any]]]:

@@ -92,7 +92,7 @@ def run_query(
             progress(events, batch.source + 1)
 
     for source, facts in enumerate(reader.files):
-        context.labels.take_file(source, facts.path, facts.header)
+        context.labels.add_file(source, facts.path, facts.header)
 
     analysis.finish()
     return analysis, reader
@@ -130,10 +130,10 @@ def read_labels(query: TraceQuery, files: Sequence[Path]) -> Labels:
 
     reader = read(files)
     for batch in reader:
-        labels.take(batch.source, batch.metadata)
+        labels.add_metadata(batch.source, batch.metadata)
 
     for source, facts in enumerate(reader.files):
-        labels.take_file(source, facts.path, facts.header)
+        labels.add_file(source, facts.path, facts.header)
 
     return labels
 
