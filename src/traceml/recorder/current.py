@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from traceml.instrument import Instrumentation
     from traceml.recorder.recorder import Recorder
 
-__all__ = ["current_recorder", "is_enabled", "on_change", "on_start", "state", "tell_change", "tell_start"]
+__all__ = ["current_recorder", "is_enabled", "notify_change", "notify_start", "on_change", "on_start", "state"]
 
 
 class ProcessState:
@@ -56,13 +56,13 @@ def on_change(listener: Callable[[bool], None]) -> None:
         _change_listeners.append(listener)
 
 
-def tell_start(recorder: Recorder) -> None:
+def notify_start(recorder: Recorder) -> None:
     """Call the start listeners."""
     for listener in _start_listeners:
         listener(recorder)
 
 
-def tell_change(*, forked: bool = False) -> None:
+def notify_change(*, forked: bool = False) -> None:
     """Call the change listeners."""
     for listener in _change_listeners:
         listener(forked)

@@ -18,7 +18,7 @@ from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 
-__all__ = ["Identity", "SpawnedFrom", "forget_children", "identify", "spawned_from", "tell_children"]
+__all__ = ["Identity", "SpawnedFrom", "export_to_children", "identify", "spawned_from", "stop_export"]
 
 _PARENT = "TRACEML_PARENT"
 _spawned: SpawnedFrom | None = None
@@ -109,7 +109,7 @@ class SpawnedFrom:
     experiment: int
 
 
-def tell_children(identity: Identity, config: Config, experiment: int = 0) -> None:
+def export_to_children(identity: Identity, config: Config, experiment: int = 0) -> None:
     """Export this process's run to children that are spawned later, through the environment that they inherit."""
     own = identity.rank_identity
     facts = {
@@ -122,7 +122,7 @@ def tell_children(identity: Identity, config: Config, experiment: int = 0) -> No
     os.environ[_PARENT] = json.dumps(facts)
 
 
-def forget_children() -> None:
+def stop_export() -> None:
     """Stop the export: children that are spawned from now on log for themselves."""
     os.environ.pop(_PARENT, None)
 

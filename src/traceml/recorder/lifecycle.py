@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
-from traceml.recorder.current import state, tell_change, tell_start
+from traceml.recorder.current import notify_change, notify_start, state
 
 if TYPE_CHECKING:
     from traceml.recorder.exits import ExitWatch
@@ -63,10 +63,10 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
                 state.instrumentation = recorder.instrumentation
                 _hook_process(watch=not recorder.is_child)
 
-        tell_change()
+        notify_change()
 
     if recorder.enabled:
-        tell_start(recorder)
+        notify_start(recorder)
 
     return recorder
 
@@ -140,7 +140,7 @@ def _stop(reason: str) -> None:
     if recorder is not None:
         recorder.prepare_stop()
 
-    tell_change()
+    notify_change()
     if watch is not None:
         watch.uninstall()
     if recorder is not None:
@@ -208,7 +208,7 @@ def _after_fork() -> None:
     global _watch, _lock
     _lock = threading.Lock()  # the parent's may have been held
     recorder, state.recorder, state.instrumentation = state.recorder, None, None
-    tell_change(forked=True)
+    notify_change(forked=True)
     watch, _watch = _watch, None
     if watch is not None:
         watch.uninstall()

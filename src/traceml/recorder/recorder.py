@@ -153,7 +153,7 @@ class Recorder:
 
             recording.start(tracing=tracing)
             self._state = "running"
-            recording.tell_children(self.spawned.experiment if self.spawned is not None else 0)
+            recording.export_to_children(self.spawned.experiment if self.spawned is not None else 0)
             _log.debug("started %r of job %s, tracing %s, flight %s", self, self.job, tracing, recording.flight.path)
         except BaseException:
             self._state = "stopped"
@@ -184,14 +184,14 @@ class Recorder:
         self._state = "stopped"
         return recording.finish(reason, timeout_s)
 
-    def tell_children(self, experiment: int = 0) -> None:
-        """Have children that are spawned from now on log for this run.
+    def export_to_children(self, experiment: int = 0) -> None:
+        """Let children that are spawned from now on log for this run.
 
         Args:
             experiment: number of the active experiment.
         """
         if self._recording is not None:
-            self._recording.tell_children(experiment)
+            self._recording.export_to_children(experiment)
 
     def before_stop(self, function: Callable[[], None]) -> None:
         """Call `function` when the recorder is about to stop, while rows can still be appended."""

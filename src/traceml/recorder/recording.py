@@ -20,7 +20,7 @@ from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
 from traceml.privacy import secrets_only
 from traceml.recorder.exits import describe
-from traceml.recorder.identity import Identity, forget_children, identify, tell_children
+from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
@@ -163,7 +163,7 @@ class Recording:
         self._uninstrument()
         self.flight.open_slots[Slot.STATE] = FlightState.FAILED if reason == "failed" else FlightState.FINISHED
         self._hold_until_ns = 0
-        forget_children()
+        stop_export()
         has_launcher = self._config.supervised
         stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=has_launcher or self._config.local)
         # Without any aggregator so far, only a launcher would look for the file.
@@ -194,9 +194,9 @@ class Recording:
 
         self.sender.abandon()
 
-    def tell_children(self, experiment: int = 0) -> None:
-        """Have children that are spawned from now on log for this run and the numbered experiment."""
-        tell_children(self.identity, self._config, experiment)
+    def export_to_children(self, experiment: int = 0) -> None:
+        """Let children that are spawned from now on log for this run and the numbered experiment."""
+        export_to_children(self.identity, self._config, experiment)
 
     def note(self, kind: str, *, urgent: bool = False, **facts: Any) -> None:
         """Append a row to `info`; see `Recorder.note`."""
@@ -373,7 +373,7 @@ class Recording:
 
         _log.debug("the process group makes this rank %d of %d of job %s", new.rank, new.world_size, now.job)
         self.identity = now
-        self.tell_children()
+        self.export_to_children()
         self.flight.update_identity(**now.facts(self._config))
         self.sender.detach("another rank")
 

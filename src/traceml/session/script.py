@@ -102,7 +102,7 @@ _stage: list[ModuleType] = []  # the previous `__main__`: still running, so it m
 
 
 def _end_with_torchrun() -> None:
-    """Have the kernel end this rank when its torchrun is killed, which torchrun does not do itself."""
+    """Ask the kernel to end this rank when its torchrun is killed: torchrun does not do that itself."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
 

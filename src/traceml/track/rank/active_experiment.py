@@ -87,7 +87,7 @@ class ExperimentLoggers:
         self.active = logger
         recorder = current_recorder()
         if recorder is not None and recorder.enabled:
-            recorder.tell_children(logger.experiment)
+            recorder.export_to_children(logger.experiment)
 
     def _root_row(self, config: settings.Config) -> dict[str, Any] | None:
         """Return the announcement of the run's own experiment.
