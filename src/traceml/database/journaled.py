@@ -13,14 +13,7 @@ import threading
 from pathlib import Path
 
 from traceml.database.journal import Journal
-from traceml.database.rings import (
-    BASE,
-    MAX_TAKE_BYTES,
-    ByteLog,
-    Ring,
-    RowSlice,
-    map_ends,
-)
+from traceml.database.rings import BASE, MAX_TAKE_BYTES, ByteLog, Ring, RowSlice, map_ends
 from traceml.database.schema import Log, Table
 
 __all__ = ["JournaledLog", "JournaledRing", "NameTable"]

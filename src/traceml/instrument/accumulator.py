@@ -40,7 +40,7 @@ _COLUMNS = ("step", "t_end_ns", "total_ns", *PHASE_COLUMNS, "backward_own_ns", "
 _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns", "backward_ns", "optimizer_ns",
                   "backward_own_ns", "bits")  # fmt: skip
 # Plain ints: arithmetic on enum members costs a microsecond.
-_NO_LOADER, DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
+_NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
 _NO_LOADER_BITS = pack_bits(0, _NO_LOADER)
 UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
@@ -240,7 +240,7 @@ class StepAccumulator:
         total = self.base + t - self.seg_start
         self.note_total(total)
         if self.device is not None and self.device.close(self.rows):
-            flags |= DEVICE
+            flags |= _DEVICE
 
         self.append_step(self.times, t, total, micro, flags, self.own + self.base_own)
         self._clear(t)

@@ -43,11 +43,7 @@ class ModuleDiscovery:
     """
 
     def __init__(
-        self,
-        clock: StepClock,
-        timer: TimerMaker,
-        on_model: Callable[[Any], None],
-        on_optimizer: Callable[[Any], None],
+        self, clock: StepClock, timer: TimerMaker, on_model: Callable[[Any], None], on_optimizer: Callable[[Any], None]
     ) -> None:
         self._clock, self._timer = clock, timer
         self._on_model, self._on_optimizer = on_model, on_optimizer

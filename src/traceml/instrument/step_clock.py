@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.accumulator import (
-    ASK,
-    DEVICE,
-    NOWHERE,
-    ON_FORWARD,
-    OTHER,
-    StepAccumulator,
-    StepListener,
-)
+from traceml.instrument.accumulator import ASK, NOWHERE, ON_FORWARD, OTHER, StepAccumulator, StepListener
 from traceml.instrument.closure_cells import CellField
 
 if TYPE_CHECKING:
@@ -33,6 +25,7 @@ __all__ = ["FUSED", "StepClock"]
 _BACKWARD, _OPTIMIZER, _CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
+_DEVICE = int(StepFlag.DEVICE)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _SAMPLED_MASK = 3  # expensive measurements run on every 4th step
 _SLOW_STEP_NS = 2_000_000  # ... and on every step when steps are this long
@@ -386,7 +379,7 @@ class StepClock(StepAccumulator):
         flags = self.base_flags | (_NO_LOADER if self.snap_first is None else 0)
         self.note_total(self.base)
         if self.device is not None and self.device.close_prefix(self.rows):
-            flags |= DEVICE
+            flags |= _DEVICE
 
         self.append_step(snap, self.snap_end, self.base, self.micro, flags, self.base_own)
         if self.eval_ns:
