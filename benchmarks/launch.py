@@ -127,7 +127,7 @@ def watch(folder, told):
     while not Path(folder, "ready").exists():
         time.sleep(0.02)
     pid = os.getpid()
-    for name in ("guard", "agent", "zygote", "worker"):
+    for name in ("reaper", "agent", "zygote", "worker"):
         tasks = Path(f"/proc/{pid}/task").glob("*/children")
         (pid,) = [int(child) for task in tasks for child in task.read_text().split()]
         told[name] = look(pid)

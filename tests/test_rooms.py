@@ -92,9 +92,6 @@ SHARED_CLASSES = {"TraceMLCallback"}
 # Plugins are named after the library that they serve, in each family of plugins.
 SHARED_FILES = {"huggingface", "lightning", "tensorboard"}
 
-# The launcher sends the package to its hosts, and the agent reports its version: both need the package itself.
-PACKAGE_USERS = {"traceml.launch.agent.agent", "traceml.launch.wire.bootstrap"}
-
 
 @cache
 def _files() -> dict[str, Path]:
@@ -194,7 +191,7 @@ def test_rooms_do_not_import_the_package() -> None:
         if _room_of(path) not in {*FACES, "cli"} and "traceml" in set(_imports(path))
     }
 
-    assert bare <= PACKAGE_USERS
+    assert bare == set()
 
 
 def test_no_module_imports_itself_through_others() -> None:

@@ -164,7 +164,7 @@ def script(hosts: Hosts) -> Iterator[Script]:
 
 
 def left_on(hosts: Hosts, name: str) -> list[str]:
-    """Return what is left on a host beside an idle agent, its guard, and the process that workers are forked from."""
+    """Return what is left on a host beside an idle agent, its reaper and its zygote."""
     found = [" ".join(process.cmdline()[:3]) for process in hosts[name].processes()]
     pythons = [line for line in found if "python" in line]
     return [line for line in found if "python" not in line] + pythons[3:]
