@@ -1,42 +1,56 @@
-# One command each: demo, test, lint, bench. Every target prepares what it needs.
+# One command each: demo, check, test, lint, bench. Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 NATIVE := src/traceml/traces/native
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PYTEST := $(BIN)/python -m pytest
+# Workers wait for processes more than they compute.
+JOBS   ?= $(shell expr $$(nproc) + 1)
 
-.PHONY: demo test lint bench native clean
+.PHONY: demo check test lint types style unit system bench clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
+	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing traceml with its demonstration into $(VENV) (once)"
+	@$(PIP) install --upgrade 'pip>=25.1'  # reads dependency groups
 	@$(PIP) install -c constraints.txt -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	@$(PIP) install -c constraints.txt hypothesis ipykernel mlflow nbclient pandas playwright polars pytest pytest-timeout \
-		setuptools tensorboardX -e ".[mlflow,wandb,clearml,aim,tensorboard,lightning,huggingface,ray,dask,web,parquet]"
+	@echo "installing what the tests need into $(VENV) (once)"
+	@$(PIP) install -c constraints.txt --group test -e .
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.base
-	@$(PIP) install -c constraints.txt mypy ruff types-psutil
+	@$(PIP) install -c constraints.txt --group lint
 	@touch $@
-
-# The C library of an installed tree, after a change of its sources; installing builds it too (hatch_build.py).
-native: $(NATIVE)/_native.so
-
-$(NATIVE)/_native.so: $(wildcard $(NATIVE)/*.c)
-	$(CC) -O3 -std=gnu11 -shared -fPIC -o $@.new $^ && mv $@.new $@
 
 demo: $(VENV)/.base
 	@$(BIN)/traceml demo
 
-test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+# Lint, types, and every test that starts no process.
+check: $(VENV)/.test $(VENV)/.lint
+	@$(MAKE) --no-print-directory -j2 --output-sync=target lint unit
 
-lint: $(VENV)/.lint
+unit: $(VENV)/.test
+	$(PYTEST) -q -m "not process" $(ARGS)
+
+# Everything, after the system packages that the tests need (tests/system.py).
+test: system $(VENV)/.test
+	$(PYTEST) -n $(JOBS) --dist loadgroup $(ARGS)
+
+system:
+	@$(PYTHON) tests/system.py install
+
+lint: style types
+
+style: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: $(VENV)/.lint
 	$(BIN)/mypy
 
 bench: $(VENV)/.base

@@ -1,7 +1,7 @@
 """Build the native library of traceml.traces when the package is installed: plain C without Python.h, for ctypes.
 
 It makes reading traces fast. Without a C compiler the package is installed without it and gives the same answers.
-`make native` builds it again in a tree that is installed already.
+`make` installs again after a change of the sources.
 """
 
 from __future__ import annotations

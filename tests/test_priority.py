@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CODE = """
 import os
 from pathlib import Path
@@ -18,6 +20,7 @@ print(os.nice(0), words[-1] if words else 19)
 """
 
 
+@pytest.mark.process
 def test_a_session_of_its_own_steps_back_as_a_whole() -> None:
     """The kernel weighs sessions against each other, so the session's own priority counts."""
     done = subprocess.run(
@@ -26,6 +29,7 @@ def test_a_session_of_its_own_steps_back_as_a_whole() -> None:
     assert done.stdout.split() == ["19", "19"]
 
 
+@pytest.mark.process
 def test_a_session_of_others_is_left_alone() -> None:
     """A process in its parent's session makes only itself nice."""
     group = Path("/proc/self/autogroup")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import ast
 import subprocess
 import sys
@@ -248,6 +249,7 @@ def test_public_names_are_sorted_and_exist() -> None:
         assert getattr(traceml, name) is not None
 
 
+@pytest.mark.process
 def test_every_module_lists_what_it_offers() -> None:
     """Each module with public definitions has an `__all__` whose names exist."""
     for name, path in _files().items():
@@ -259,6 +261,7 @@ def test_every_module_lists_what_it_offers() -> None:
             assert hasattr(module, public), f"{name}.{public}"
 
 
+@pytest.mark.process
 def test_import_is_light() -> None:
     """`import traceml` brings in none of the heavy packages, nor a room."""
     code = "import sys, traceml; print(*sys.modules)"

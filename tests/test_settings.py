@@ -196,6 +196,7 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
         traceml.Settings(prot=9)
 
 
+@pytest.mark.process
 def test_the_loader_needs_the_standard_library_alone() -> None:
     """Loading settings imports neither pydantic nor numpy nor torch."""
     code = (

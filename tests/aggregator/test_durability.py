@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,26 +89,14 @@ def test_thirty_kills_lose_nothing_and_double_nothing(serving):
         assert store.lost("steps") == 0
 
 
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m,mode=700", "none", str(folder)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        pytest.skip("may not mount a filesystem here")
-
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def test_full_disk_holds_the_ranks_back_and_loses_nothing(serving, tiny_disk):
     """While the disk is full nothing is acknowledged; with space again everything is stored, once."""
-    aggregator = serving(folder=tiny_disk / "runs")
+    disk = tiny_disk(2 << 20)
+    aggregator = serving(folder=disk / "runs")
     rank = aggregator.rank()
     rank.send_rows("steps", 0, 10, step_rows(0, 10))
     wait_for_acks(rank, "steps", 10)
-    ballast = fill(tiny_disk)
+    ballast = fill(disk)
 
     sent = 10
     while "trying again" not in aggregator.log.read_text():
@@ -133,9 +119,10 @@ def test_full_disk_holds_the_ranks_back_and_loses_nothing(serving, tiny_disk):
 
 def test_rank_that_leaves_while_the_disk_is_full(serving, tiny_disk):
     """A rank that says bye then is answered when there is space; the run ends after that."""
-    aggregator = serving(folder=tiny_disk / "runs")
+    disk = tiny_disk(2 << 20)
+    aggregator = serving(folder=disk / "runs")
     rank = aggregator.rank()
-    ballast = fill(tiny_disk)
+    ballast = fill(disk)
     rank.send_rows("steps", 0, 4000, step_rows(0, 4000))
     rank.send({"t": "bye", "reason": "finished"})
     eventually(lambda: "trying again" in aggregator.log.read_text())
@@ -151,8 +138,9 @@ def test_rank_that_leaves_while_the_disk_is_full(serving, tiny_disk):
 
 def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
     """A run that cannot be begun for want of space is refused for now, not for good."""
-    aggregator = serving(folder=tiny_disk / "runs")
-    ballast = fill(tiny_disk)
+    disk = tiny_disk(2 << 20)
+    aggregator = serving(folder=disk / "runs")
+    ballast = fill(disk)
     with pytest.raises(AggregatorUnavailableError, match="space"):
         _dial(aggregator)
 

@@ -114,6 +114,7 @@ def test_folder_of_a_run(capsys, tmp_path):
     assert f"traceml export {tmp_path} --format pfw" in capsys.readouterr().err
 
 
+@pytest.mark.process
 def test_second_time_needs_no_numpy(trace):
     """A question asked again of an unchanged file is answered without reading it, or importing what reads it."""
     os.utime(trace, (1, 1))
@@ -127,6 +128,7 @@ def test_second_time_needs_no_numpy(trace):
     assert (first.stderr.strip(), second.stderr.strip()) == ("True", "False")
 
 
+@pytest.mark.process
 def test_progress_is_for_terminals_only(trace):
     """In a pipe nothing but the answer is printed."""
     command = [sys.executable, "-m", "traceml", "analyze", str(trace), "--no-cache"]
@@ -136,6 +138,7 @@ def test_progress_is_for_terminals_only(trace):
     assert "\x1b" not in done.stdout
 
 
+@pytest.mark.process
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Five times as many events, all beyond what is held for sorting, take a fifth more memory at most."""
     text = "".join(
@@ -156,6 +159,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     assert peaks[1] <= 1.2 * peaks[0]
 
 
+@pytest.mark.process
 def test_cores_are_for_reading(trace):
     """The command imports numpy without BLAS threads, and leaves the environment of its process unchanged."""
     code = (

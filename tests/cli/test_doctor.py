@@ -132,6 +132,7 @@ def test_no_shared_memory_is_a_note(tmp_path):
     assert checks._flight_folder(tmp_path).state == "ok"
 
 
+@pytest.mark.process
 def test_backends_are_looked_at_one_by_one(quick, capsys, monkeypatch, tmp_path):
     """Each tracker has versions, credentials without values, and reachability; a failing configured one is broken."""
     with socket.create_server(("127.0.0.1", 0)) as free:

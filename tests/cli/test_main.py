@@ -150,6 +150,7 @@ sys.exit(cli.main(["probe"]))
 """
 
 
+@pytest.mark.process
 def test_closed_standard_streams_are_no_place_for_sockets(tmp_path):
     """Started with stdin and stderr closed, a command's sockets do not get their numbers."""
     (tmp_path / "probe.py").write_text(PROBE)
@@ -162,6 +163,7 @@ def test_closed_standard_streams_are_no_place_for_sockets(tmp_path):
     assert (done.stdout, done.returncode) == ("stderr is 2 and the socket higher: True\n", 0)
 
 
+@pytest.mark.process
 def test_reader_that_goes_away_is_quiet(tmp_path):
     """When the reader of the pipe is gone the command ends with no output on stderr."""
     (tmp_path / "writer.py").write_text(WRITER)
@@ -172,6 +174,7 @@ def test_reader_that_goes_away_is_quiet(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("line 0\n", "", 141)
 
 
+@pytest.mark.process
 def test_overview_imports_nothing_heavy():
     """Finding a command costs no import of rich, tyro, numpy, torch or pydantic."""
     probe = "import sys, traceml.cli as c; c.main(['--version']); print([m for m in %r if m in sys.modules])"

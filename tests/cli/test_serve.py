@@ -47,6 +47,7 @@ def port_of(process: subprocess.Popen[str]) -> int:
     return int(process.stdout.readline().split(",")[0].rpartition(":")[2])
 
 
+@pytest.mark.process
 def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
     """The first line is its address; the token is in a file of this user."""
     process = serve("--port", "0")
@@ -61,6 +62,7 @@ def test_ranks_of_this_user_find_it_without_being_told_the_token(serve):
     assert auth.discover(port, include_dead=True) is None
 
 
+@pytest.mark.process
 def test_token_outlives_a_crash(serve):
     """An aggregator on the port of a crashed one keeps its token, so that its ranks reconnect."""
     first = serve("--port", "0")
@@ -78,6 +80,7 @@ def test_token_outlives_a_crash(serve):
     assert second.wait(20) == 0
 
 
+@pytest.mark.process
 def test_port_in_use_by_another_aggregator(serve):
     """The error names the port, its owner and the way out; the exit status is 3."""
     first = serve("--port", "0")
@@ -138,6 +141,7 @@ def test_help_hides_what_is_between_our_processes(capsys):
     assert "--ready-fd" not in out
 
 
+@pytest.mark.process
 def test_the_page_is_served_beside_the_aggregator(serve):
     """With --web the address of the page is printed first; it needs its token, and ends with the aggregator."""
     process = serve("--port", "0", "--web", "0")

@@ -90,6 +90,7 @@ def test_refuses_a_capacity_for_a_table_that_is_not_there(tmp_path: Path) -> Non
         FlightFile.create(tmp_path, {}, capacities={"stepz": 1})
 
 
+@pytest.mark.process
 def test_takes_a_sixteenth_of_a_small_disk(tiny_disk: Callable[[int], Path]) -> None:
     """On a container's common 64 MB /dev/shm the rings shrink, to powers of two, until they fit 1/16 of it."""
     folder = tiny_disk(64 * KIB * KIB)
@@ -105,6 +106,7 @@ def test_takes_a_sixteenth_of_a_small_disk(tiny_disk: Callable[[int], Path]) -> 
     flight.close(unlink=True)
 
 
+@pytest.mark.process
 def test_falls_back_to_the_run_folder_and_says_so_once(
     tiny_disk: Callable[[int], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,6 +142,7 @@ def test_falls_back_to_memory_when_no_folder_will_do(tmp_path: Path, caplog: pyt
     flight.close(unlink=True)
 
 
+@pytest.mark.process
 def test_survives_a_disk_that_fills_up_while_it_is_made(tiny_disk: Callable[[int], Path], tmp_path: Path) -> None:
     """statvfs promised room which posix_fallocate does not find: the next place is taken, nothing is left behind."""
     folder = tiny_disk(64 * KIB * KIB)
@@ -164,6 +167,7 @@ made.close(unlink=True)
     assert [path.name for path in folder.iterdir()] == ["filler"]
 
 
+@pytest.mark.process
 def test_survives_a_limit_on_file_sizes(tmp_path: Path) -> None:
     """Plain memory replaces a file that may not grow (RLIMIT_FSIZE): no signal ends the process."""
     script = """
@@ -256,6 +260,7 @@ def test_a_process_may_make_several(tmp_path: Path) -> None:
     second.close(unlink=True)
 
 
+@pytest.mark.process
 def test_imports_nothing_heavy() -> None:
     """The training process gets msgpack and the standard library, and no database."""
     script = (

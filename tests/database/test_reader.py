@@ -171,6 +171,7 @@ def test_totals_follow_a_growing_store(tmp_path: Path) -> None:
         assert reader.lost("evals") == 10
 
 
+@pytest.mark.process
 def test_reads_a_store_on_read_only_media(tiny_disk: Callable[[int], Path]) -> None:
     """A finished run is read where nothing at all can be written."""
     disk = tiny_disk(4 * 1024 * 1024)

@@ -230,6 +230,7 @@ def test_kill_9_of_the_writer_keeps_every_row_once(program: Start, tmp_path: Pat
             assert got[1:] == row(got[0] - 1, got[1])
 
 
+@pytest.mark.process
 def test_full_disk_keeps_the_rows_until_there_is_room(tiny_disk: Callable[[int], Path]) -> None:
     """A commit that finds no room says which folder, keeps everything, and succeeds once there is room again."""
     folder = tiny_disk(2 * KIB * KIB)
@@ -278,6 +279,7 @@ def test_limit_on_file_sizes_keeps_the_rows_too(tmp_path: Path) -> None:
     assert seqs(path, stream) == list(range(30))
 
 
+@pytest.mark.process
 def test_disk_that_is_full_from_the_start_is_reported(tiny_disk: Callable[[int], Path]) -> None:
     """A store that cannot be made leaves nothing half made, and can be made when there is room."""
     folder = tiny_disk(64 * KIB)

@@ -65,6 +65,7 @@ class _Tags(HTMLParser):
         self.found.append(tag)
 
 
+@pytest.mark.process
 def test_a_run_that_goes_on_is_drawn(notebook):
     """`run.show()` draws all steps so far, and the loss beside them."""
     html = _html(notebook.cells[1])
@@ -75,6 +76,7 @@ def test_a_run_that_goes_on_is_drawn(notebook):
     assert 'class="tm-shown"' in html
 
 
+@pytest.mark.process
 def test_a_run_at_the_end_of_a_cell_is_drawn(notebook):
     """The result of `load_run` is drawn, also after the recorder has stopped."""
     html = _html(notebook.cells[3])
@@ -83,6 +85,7 @@ def test_a_run_at_the_end_of_a_cell_is_drawn(notebook):
     assert "1 rank" in html
 
 
+@pytest.mark.process
 def test_the_drawing_needs_neither_scripts_nor_a_network(notebook):
     """No tag loads anything, and there is no script."""
     html = _html(notebook.cells[3])
@@ -91,6 +94,7 @@ def test_the_drawing_needs_neither_scripts_nor_a_network(notebook):
     assert not re.search(r"(?:src|href)=|url\(|@import", html)
 
 
+@pytest.mark.process
 def test_there_is_text_for_who_cannot_draw(notebook):
     """The cell also has the text that a terminal gets."""
     data = next(output["data"] for output in notebook.cells[1]["outputs"] if "data" in output)

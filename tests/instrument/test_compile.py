@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -10,8 +9,6 @@ import torch
 from torch import nn
 
 from tests.instrument.conftest import Traced
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 class Net(nn.Module):
@@ -94,7 +91,8 @@ def test_no_graph_break_and_no_recompile(traced: Traced, form: Callable[..., obj
         assert all(row["forward_ns"] > 0 for row in rows[1:])
 
 
-@needs_compiler
+@pytest.mark.process
+@pytest.mark.needs("compiler")
 @pytest.mark.parametrize("form", FORMS)
 def test_inductor_trains_to_the_same_losses(traced: Traced, form: Callable[..., object]) -> None:
     """Losses are equal to the last bit with hooks and without."""

@@ -38,6 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, 
     return {kind: [rank[kind] for rank in ranks] for kind in KINDS}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
     """Every step is there, parts add up, losses are unchanged, own backward is measured on the same steps."""
@@ -63,6 +64,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
     assert sequences[0][-1] > 0
 
 
+@pytest.mark.process
 def test_own_backward_tells_who_is_slow(found: dict[str, list[dict[str, Any]]]) -> None:
     """Backward takes equally long on both ranks; its own part shows that rank 1 is the slow one."""
     ranks = found["ddp"]

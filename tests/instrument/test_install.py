@@ -129,6 +129,7 @@ def test_facts_are_reported_once(traced: Traced) -> None:
     assert on_registration["optimizer"]["optimizer"] == "Adam"
 
 
+@pytest.mark.process
 def test_hooks_in_a_forked_child_do_nothing(traced: Traced) -> None:
     """A child appends no row and opens no phase in what it shares with its parent."""
     train(3)
@@ -144,6 +145,7 @@ def test_hooks_in_a_forked_child_do_nothing(traced: Traced) -> None:
     assert bytes(traced.flight.open_slots) == slots
 
 
+@pytest.mark.process
 def test_loader_workers_do_not_count(traced: Traced) -> None:
     """With worker processes there is one step per batch, and waiting for them is input."""
     model = nn.Linear(4, 1)
@@ -277,6 +279,7 @@ instrumentation.uninstall()
 """
 
 
+@pytest.mark.process
 def test_torch_may_be_imported_later(tmp_path: Path) -> None:
     """Installed before torch, hooks are there as soon as the script imports it; nothing is imported for it."""
     done = subprocess.run(

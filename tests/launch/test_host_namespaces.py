@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def test_slurm_allocates_real_hosts(slurm: Slurm) -> None:
     assert sorted(slurm.run("srun", "-N2", "-n2", "hostname").stdout.split()) == ["node1", "node2"]
 
 
+@pytest.mark.process
 def test_hosts_end_with_the_process_that_made_them(tmp_path: Path) -> None:
     """However it ends, nothing of them is left."""
     code = f"""

@@ -62,6 +62,7 @@ def test_decorated_functions_keep_their_name() -> None:
     assert (plain.__name__, plain.__doc__, plain()) == ("plain", "Its text.", 1)
 
 
+@pytest.mark.process
 def test_importing_is_light() -> None:
     """`import traceml` and disabled calls bring neither torch nor numpy nor pydantic nor sqlite."""
     code = (

@@ -42,6 +42,7 @@ def port_is_free(port: int) -> bool:
     return False
 
 
+@pytest.mark.process
 def test_ranks_share_one_aggregator_that_ends_with_them(tmp_path: Path) -> None:
     """Four ranks at once start one; their steps are in one run; it ends by itself and leaves a report."""
     port = free_port()
@@ -84,6 +85,7 @@ def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
         traceml.init(local=True, host="192.0.2.1", port=free_port(), connect_timeout=0.2)
 
 
+@pytest.mark.process
 def test_another_users_aggregator_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a host of many users the usual port may be another's: this user's aggregator takes another one."""
     (tmp_path / "other").mkdir()
@@ -108,6 +110,7 @@ def test_another_users_aggregator_is_left_alone(tmp_path: Path, monkeypatch: pyt
         assert store.stored("steps") == 5
 
 
+@pytest.mark.process
 def test_a_stopping_aggregator_is_not_another_users(quiet_process: None, tmp_path: Path) -> None:
     """Its token is gone before its connections are; the next one takes its port, where the job's other ranks look."""
     listener = socket.create_server(("127.0.0.1", 0))
@@ -128,6 +131,7 @@ def test_a_stopping_aggregator_is_not_another_users(quiet_process: None, tmp_pat
     assert auth.discover(port) is not None
 
 
+@pytest.mark.process
 def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_path: Path) -> None:
     """The error names its log."""
     (tmp_path / "file").write_text("")

@@ -62,6 +62,7 @@ def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
     assert (len(report["metrics"]), report["hidden_metrics"]) == (1000, 500)
 
 
+@pytest.mark.process
 def test_a_written_report_follows_its_trackers(run: LoggedRun) -> None:
     run.experiment(["jsonl"], id="x")
     run.metrics({"loss": [3.0, 1.0]})
@@ -83,6 +84,7 @@ def test_a_written_report_follows_its_trackers(run: LoggedRun) -> None:
     assert is_delivered(run_dir)
 
 
+@pytest.mark.process
 def test_pruning_leaves_what_is_not_delivered(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         run = LoggedRun(tmp_path / name)

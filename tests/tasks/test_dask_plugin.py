@@ -39,7 +39,7 @@ def identity(_: Any) -> tuple[int, bool]:
 @contextmanager
 def cluster(**options: Any) -> Iterator[Client]:
     with (
-        LocalCluster(dashboard_address=None, silence_logs=50, **options) as local,
+        LocalCluster(dashboard_address=":0", silence_logs=50, **options) as local,
         Client(local, set_as_default=False) as client,
     ):
         yield client
@@ -86,6 +86,7 @@ def test_workers_in_processes_have_a_runtime_each() -> None:
         assert (found, fresh not in (pid, os.getpid())) == ([150, 2], True)
 
 
+@pytest.mark.process
 def test_a_remote_scheduler_takes_the_plugin(tmp_path: Path) -> None:
     """Scheduler and worker are started from the command line."""
     with dask_programs(tmp_path) as address, Client(address, set_as_default=False) as client:
@@ -104,6 +105,7 @@ def test_wrong_sizes_raise_on_the_client() -> None:
         TraceMLDaskWorkerPlugin(threads=-1)
 
 
+@pytest.mark.process
 def test_without_distributed_the_error_says_what_to_install() -> None:
     code = "import sys; sys.modules['distributed'] = None; import traceml.dask"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -9,6 +9,8 @@ import sys
 import textwrap
 import threading
 
+import pytest
+
 from traceml import Runtime, TaskForkedError
 
 HEAD = """
@@ -24,6 +26,7 @@ def run(code: str, **more: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.process
 def test_the_interpreter_waits_for_tasks() -> None:
     """Also for tasks of tasks, and for a Runtime without references."""
     done = run(r"""
@@ -40,6 +43,7 @@ def test_the_interpreter_waits_for_tasks() -> None:
     assert (sorted(done.stdout.split()), done.stderr, done.returncode) == (["child", "coroutine"], "", 0)
 
 
+@pytest.mark.process
 def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
     done = run("""
         rt = traceml.Runtime(threads=1)
@@ -53,6 +57,7 @@ def test_the_interpreter_waits_for_no_task_beyond_its_time() -> None:
     assert (done.stdout, done.returncode) == ("timed out\n", 0)
 
 
+@pytest.mark.process
 def test_ctrl_c_ends_a_program_at_once() -> None:
     """With a queue full of work, while the main thread waits for it."""
     script = HEAD + textwrap.dedent("""
@@ -79,6 +84,7 @@ def test_ctrl_c_ends_a_program_at_once() -> None:
     assert errors.rstrip().endswith("KeyboardInterrupt")
 
 
+@pytest.mark.process
 def test_an_exit_with_work_left_is_an_exit() -> None:
     done = run("""
         with traceml.Runtime(threads=1) as rt:
@@ -90,6 +96,7 @@ def test_an_exit_with_work_left_is_an_exit() -> None:
     assert (done.returncode, done.stderr) == (5, "")
 
 
+@pytest.mark.process
 def test_a_forked_child_has_fresh_pools() -> None:
     """While the parent's threads, loop and watchdog are at work."""
     done = run("""
@@ -128,6 +135,7 @@ def test_a_forked_child_has_fresh_pools() -> None:
     assert (done.stdout, done.stderr) == ("child 0\n", "")
 
 
+@pytest.mark.process
 def test_a_process_pool_can_be_used_in_a_task() -> None:
     """It forks in a worker's thread."""
     done = run("""
@@ -143,6 +151,7 @@ def test_a_process_pool_can_be_used_in_a_task() -> None:
     assert (done.stdout, done.stderr) == ("[1, 2] True\n", "")
 
 
+@pytest.mark.process
 def test_a_child_that_returns_from_its_task_ends() -> None:
     """A bare fork inside a task: the child has no worker to go back to."""
     done = run("""
@@ -156,6 +165,7 @@ def test_a_child_that_returns_from_its_task_ends() -> None:
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
+@pytest.mark.process
 def test_a_forked_child_in_this_process(rt: Runtime) -> None:
     """The child raises the error; the parent is not affected."""
     release = threading.Event()
@@ -174,6 +184,7 @@ def test_a_forked_child_in_this_process(rt: Runtime) -> None:
     assert handle.get() is True
 
 
+@pytest.mark.process
 def test_a_task_that_waits_in_the_parent_raises_in_a_forked_child(single: Runtime) -> None:
     """Its thread runs another task in place of the wait."""
     release, began = threading.Event(), threading.Event()

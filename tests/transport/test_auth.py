@@ -75,11 +75,9 @@ def test_open_folder_is_not_trusted(folder, mode, caplog):
         auth.publish("127.0.0.1", 4711, "secret")
 
 
+@pytest.mark.needs("root")
 def test_folder_of_another_user_is_not_trusted(folder):
     """A folder that belongs to someone else is refused even with the right mode."""
-    if os.getuid() != 0:
-        pytest.skip("only root can give a folder away")
-
     auth.publish("127.0.0.1", 4711, "secret")
     os.chown(folder, 12345, -1)
 

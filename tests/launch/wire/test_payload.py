@@ -168,6 +168,7 @@ def test_processes_share_what_was_received_once() -> None:
     assert second.sum() == 0
 
 
+@pytest.mark.process
 def test_a_file_in_memory_is_opened_by_another_process() -> None:
     """A child opens a buffer of its parent by path and changes it; nothing is copied."""
     parcel = dump(torch.zeros(LARGE))
@@ -312,6 +313,7 @@ def run_in(folder: Path, **files: str) -> str:
     return done.stdout
 
 
+@pytest.mark.process
 def test_what_a_script_defines_travels_by_value_and_comes_home(tmp_path: Path) -> None:
     """Closures, lambdas, dataclasses and enums of `__main__`; a class that returns is the one that went, unchanged."""
     out = run_in(tmp_path, script=SCRIPT, callee=CALLEE, beside="def shift(x): return x + 100")
@@ -319,6 +321,7 @@ def test_what_a_script_defines_travels_by_value_and_comes_home(tmp_path: Path) -
     assert out == "Point(x=111, colour=<Colour.RED: 1>) 42 True True True 1211\n"
 
 
+@pytest.mark.process
 def test_a_function_that_is_not_there_is_told(tmp_path: Path) -> None:
     """If a module lacks a name that was sent, the error names both and gives advice."""
     callee = CALLEE.replace("from pathlib", "import beside; del beside.shift\nfrom pathlib", 1)

@@ -155,6 +155,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_browser_shows_it_without_a_network(browser, tmp_path, width):
     """On a large and a small screen there is no request, no error, no script and no overflow."""
@@ -174,6 +175,7 @@ def test_a_browser_shows_it_without_a_network(browser, tmp_path, width):
     context.close()
 
 
+@pytest.mark.process
 def test_it_prints_light_on_a_few_sheets(browser, tmp_path):
     """Printed from a dark screen it is light, and no table is cut at the edge."""
     (tmp_path / "report.html").write_text(page_of(store_run(tmp_path / "run", Job(ranks=8, steps=200))))

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import resource, sys
 import numpy as np
@@ -24,6 +26,7 @@ print(outside, inside, faults())
 """
 
 
+@pytest.mark.process
 def test_memory_is_used_again_inside_only():
     """With an environment that returns memory at once, arrays cost page faults outside the context only."""
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "65536"}

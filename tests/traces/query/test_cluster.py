@@ -159,6 +159,7 @@ def test_nobody_answers(monkeypatch):
         summarize([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
 
 
+@pytest.mark.process
 def test_cluster_of_programs(traces, tmp_path):
     """A scheduler and workers started from the command line give the same JSON."""
     command = [sys.executable, "-m", "traceml", "analyze", str(traces), "--by", "name,pid", "--json", "--no-cache"]

@@ -149,6 +149,7 @@ def test_timeline_accounts_for_all_time(tmp_path):
         assert each["spans"] == sum(low <= event["ts"] < high for event in events)
 
 
+@pytest.mark.process
 def test_torch_profiler_itself(tmp_path):
     """An export of torch.profiler has the counts and sums of a loop over its events, gzipped too."""
     code = (

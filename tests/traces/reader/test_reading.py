@@ -299,6 +299,7 @@ print(events, next(line.split()[1] for line in open("/proc/self/status") if line
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packed", ["members", "one member", "plain"])
 def test_memory_is_bounded_whatever_the_size(tmp_path: Path, packed: str) -> None:
     """A file eight times as large takes at most a fifth more memory: many times less than its text."""

@@ -48,6 +48,7 @@ def whole_members(data: bytes) -> tuple[list[bytes], int]:
     return members, len(data)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", ["pfw.gz", "pfw", "json"])
 def test_killed_writer_leaves_what_it_wrote(tmp_path, suffix):
     """After SIGKILL all blocks except possibly the last are readable, and none is missing in between."""
@@ -76,6 +77,7 @@ def test_killed_writer_leaves_what_it_wrote(tmp_path, suffix):
     assert len(spans) >= 2_000
 
 
+@pytest.mark.process
 def test_full_disk_is_survived(tmp_path):
     """Events that the disk does not accept are counted and reported as lost; the file stays valid."""
     path = tmp_path / "trace.pfw.gz"

@@ -163,6 +163,7 @@ def test_all_threads_may_write(tmp_path):
     assert named == {f"worker {n}" for n in range(4)}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_forked_children_go_on_by_themselves(tmp_path, suffix):
     """A child's events are in the file (a .json.gz has one per process), and no event of the parent is doubled."""
@@ -193,6 +194,7 @@ def test_forked_children_go_on_by_themselves(tmp_path, suffix):
     assert [child.exitcode for child in children] == [0, 0, 0]
 
 
+@pytest.mark.process
 def test_fork_while_threads_write(tmp_path):
     """A fork in the middle of writing neither hangs nor damages anything."""
     path = tmp_path / "trace.pfw.gz"
@@ -221,6 +223,7 @@ def test_fork_while_threads_write(tmp_path):
     assert Counter(event["name"] for event in events_of(path))["child"] == 10
 
 
+@pytest.mark.process
 def test_processes_share_a_file(tmp_path):
     """Independent processes append to one file, which contains all their events."""
     path = tmp_path / "shared.json"
@@ -236,6 +239,7 @@ def test_processes_share_a_file(tmp_path):
     assert Counter(span["name"] for span in spans_of(path)) == {"a": 20_000, "b": 20_000}
 
 
+@pytest.mark.process
 def test_exit_without_close_keeps_everything(tmp_path):
     """A program that ends with its writer open has all its events in the file."""
     path = tmp_path / "trace.pfw.gz"
@@ -287,6 +291,7 @@ def test_events_of_other_times_and_processes(tmp_path):
     assert (span["ts"], span["dur"], span["pid"], span["tid"]) == (1.5, 2.501, 1, 11)
 
 
+@pytest.mark.process
 def test_writer_is_light():
     """A program that writes a trace does not import numpy, or other rooms."""
     code = "import sys; from traceml.traces import Writer; print(*sys.modules)"

@@ -150,6 +150,7 @@ def test_registering_nonsense_is_refused() -> None:
         traceml.register(Taken)
 
 
+@pytest.mark.process
 def test_a_backend_in_the_script_itself_is_refused() -> None:
     """Its delivery process could not import it; the text says what to do."""
     code = (
@@ -188,6 +189,7 @@ def test_local_only_refuses_what_does_not_say_that_it_is_local(tmp_path: Path) -
         create_backend(f"{__name__}:Remote", _config(tmp_path, local_only=True))
 
 
+@pytest.mark.process
 def test_plugin_classes_cost_the_training_process_little() -> None:
     """The base classes bring in nothing but the standard library."""
     code = "import sys, traceml; traceml.BackendPlugin, traceml.register, traceml.Metric; print(*sys.modules)"
@@ -242,6 +244,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.process
 def test_a_third_partys_package_is_found_and_used(installed: Path, tmp_path: Path) -> None:
     """A backend, a collector and a framework of an installed package work by their names alone."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])}

@@ -1,0 +1,136 @@
+"""Markers by folder, parts of the system that tests need, and a guard for tests that start no process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.system import PARTS, Part, install_command, missing
+
+ROOT = Path(__file__).parent
+
+# Folders and files whose tests start processes. Elsewhere a test has the marker, or a fixture that implies it.
+_PROCESS_PATHS = (
+    "aggregator",
+    "cli/test_demo.py",
+    "cli/test_sync.py",
+    "cli/test_top.py",
+    "display/web",
+    "end_to_end",
+    "integrations",
+    "launch/agent",
+    "launch/launcher",
+    "launch/worker",
+    "session",
+    "supervise",
+    "track/backends",
+    "track/delivery/test_deliver.py",
+    "track/delivery/test_faults.py",
+    "track/delivery/test_secrets.py",
+    "track/rank/frameworks",
+    "track/rank/test_collectors.py",
+    "track/test_everywhere.py",
+)
+_PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}
+_NEEDS_OF_FIXTURES = {
+    "browser": ("chromium",),
+    "hosts": ("hosts", "root"),
+    "slurm": ("slurm", "hosts", "root"),
+    "tiny_disk": ("root",),
+    "tmux": ("tmux",),
+}
+# Tests that take long start first, so that no worker is left with one of them at the end.
+_LONG_FIRST = ("end_to_end", "integrations", "track/backends", "track/rank/frameworks", "launch", "track", "recorder")
+
+_LACKING = pytest.StashKey[dict[str, Part]]()
+_STARTED = pytest.StashKey[list[str]]()
+_STARTS = {"os.fork", "os.forkpty", "os.posix_spawn", "subprocess.Popen"}
+_NOT_RUN = "this machine lacks: "
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Look once at what this machine has."""
+    config.stash[_LACKING] = {part.name: part for part in missing()}
+    config.stash[_STARTED] = started = []
+    sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by folder and fixture, and give each file's tests to one worker; those that share hosts also."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", ()))
+        for name in fixtures & set(_NEEDS_OF_FIXTURES):
+            item.add_marker(pytest.mark.needs(*_NEEDS_OF_FIXTURES[name]))
+
+        if _lies_in(item, _PROCESS_PATHS) is not None or fixtures & _PROCESS_FIXTURES:
+            item.add_marker(pytest.mark.process)
+
+        item.add_marker(pytest.mark.xdist_group("hosts" if "hosts" in fixtures else str(item.path)))
+
+    items.sort(key=_order)
+
+
+def _lies_in(item: pytest.Item, paths: tuple[str, ...]) -> int | None:
+    path = item.path.relative_to(ROOT).as_posix()
+    return next((i for i, folder in enumerate(paths) if path == folder or path.startswith(f"{folder}/")), None)
+
+
+def _order(item: pytest.Item) -> int:
+    place = _lies_in(item, _LONG_FIRST)
+    return len(_LONG_FIRST) if place is None else place
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave out a test that needs a missing part of the system; in CI that is a failure."""
+    needed = {name for mark in item.iter_markers("needs") for name in mark.args}
+    assert needed <= {part.name for part in PARTS}, f"unknown parts: {needed}"
+    lacking = sorted(needed & set(item.config.stash[_LACKING]))
+    item.config.stash[_STARTED].clear()
+    if lacking:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(_NOT_RUN + ", ".join(lacking))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Fail a test that started a process without the marker: `make check` would run it."""
+    started = item.config.stash[_STARTED]
+    if started and not item.get_closest_marker("process"):
+        pytest.fail(f"it starts a process ({started[0]}): give it the marker `process`", pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Report last which tests did not run, and the one command that changes it."""
+    skipped = [report for report in terminalreporter.getreports("skipped") if _NOT_RUN in str(report.longrepr)]
+    if not skipped:
+        return
+
+    lacking = list(config.stash[_LACKING].values())
+    terminalreporter.section(f"{len(skipped)} tests did not run", red=True)
+    terminalreporter.line(_NOT_RUN + ", ".join(part.name for part in lacking))
+    remedies = [install_command(lacking), *(part.remedy for part in lacking)]
+    terminalreporter.line(f"to run them: {'; '.join(filter(None, remedies))}")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Return a maker of file systems of a given size in bytes, each mounted on a folder of its own."""
+    mounted: list[Path] = []
+
+    def make(size_bytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        options = f"size={size_bytes},mode=700"
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], check=True)
+        mounted.append(folder)
+        return folder
+
+    yield make
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
