@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import ast
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+
+import pytest
 
 import traceml
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from .hosts import Hosts, Slurm, eventually
 
