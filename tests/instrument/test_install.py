@@ -295,7 +295,7 @@ def test_torch_may_be_imported_later(tmp_path: Path) -> None:
 def test_overhead_is_measured_on_the_rank(traced: Traced) -> None:
     """After the first step the cost of the hooks is known, and plausible."""
     assert traced.instrumentation.hook_ns_per_step() == 0
-    train(70)
+    train(330)  # six measurements: the median leaves out one that was preempted
 
     assert 200 < traced.instrumentation.hook_ns_per_step() < 1_000_000
 
