@@ -190,10 +190,10 @@ def test_local_only_holds_for_sync_too(runs_dir, monkeypatch, capsys):
     monkeypatch.setenv("TRACEML_LOCAL_ONLY", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
-    Path("traceml.toml").write_text('[backends."tests.track.faulty_backends:MinimalBackend"]\npath = "."\n')
+    Path("traceml.toml").write_text('[backends."tests.track.faulty_backends:Bare"]\npath = "."\n')
 
-    assert cli.main(["sync", "a", "--backend", "tests.track.faulty_backends:MinimalBackend"]) == 3
-    assert "would deliver to Plain, which is not on this m" in capsys.readouterr().out
+    assert cli.main(["sync", "a", "--backend", "tests.track.faulty_backends:Bare"]) == 3
+    assert "would deliver to Bare, which is not on thi" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, capsys):

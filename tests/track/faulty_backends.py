@@ -13,7 +13,7 @@ from traceml.errors import BackendBusyError, BackendRefusedError
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["FaultyBackend", "FaultyBackendIdempotent", "MinimalBackend"]
+__all__ = ["Bare", "FaultyBackend", "FaultyBackendIdempotent"]
 
 
 class FaultyBackend(BackendInterface):
@@ -102,7 +102,7 @@ class FaultyBackendIdempotent(FaultyBackend):
         super().log_metrics(rows)
 
 
-class MinimalBackend(BackendInterface):
+class Bare(BackendInterface):
     """The minimal backend: it neither resumes nor marks."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:

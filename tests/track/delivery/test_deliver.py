@@ -227,7 +227,7 @@ def test_rows_that_are_refused_are_left_out_one_by_one(run: LoggedRun, backend: 
 
 def test_a_refused_row_doubles_nothing_in_a_backend_that_cannot_go_back(run: LoggedRun) -> None:
     """A third party's with the required methods alone: which row it refuses is known, so no other comes again."""
-    plain = "tests.track.faulty_backends:MinimalBackend"
+    plain = "tests.track.faulty_backends:Bare"
     folder = faulty(run, plain)
     run.metrics({"a": [float(i) for i in range(300)], "refused": [0.0], "b": [1.0]})
     run.row("params", params={"lr": 0.1})
