@@ -76,7 +76,6 @@ def test_rows_that_come_again_are_stored_once(tmp_path: Path) -> None:
         assert writer.append(stream, "names", 1, 3, b"".join(names[1:])) == 1
         writer.commit()
 
-        assert writer.statistics().duplicate_rows == 5 + 3 + 2
         with StoreReader(tmp_path / "store.db") as reader:
             assert reader.rows("evals")["step"].tolist() == list(range(15))
             assert [name["id"] for _, name in reader.log_rows("names")] == [0, 1, 2, 3]
@@ -143,8 +142,9 @@ def test_a_rank_that_comes_back_is_the_same_stream(tmp_path: Path) -> None:
 def test_nothing_to_write_writes_nothing(tmp_path: Path) -> None:
     """A tick without news costs no transaction."""
     with StoreWriter(tmp_path / "store.db") as writer:
+        sizes = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
         assert writer.commit() == {}
-        assert writer.statistics().commits == 0
+        assert {path.name: path.stat().st_size for path in tmp_path.iterdir()} == sizes
 
 
 def test_next_seq_counts_what_waits_and_a_reader_does_not_see_it(tmp_path: Path) -> None:
@@ -154,12 +154,10 @@ def test_next_seq_counts_what_waits_and_a_reader_does_not_see_it(tmp_path: Path)
         writer.append(stream, "evals", 0, 3, frame(0, 0, 3))
 
         assert writer.next_seq(stream, "evals") == 3
-        assert writer.statistics().buffered_bytes == 96
         assert reader.stored("evals") == 0
 
         writer.commit()
         assert reader.stored("evals") == 3
-        assert writer.statistics().buffered_bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -247,7 +245,6 @@ def test_full_disk_keeps_the_rows_until_there_is_room(tiny_disk: Callable[[int],
         assert str(folder) in str(caught.value)
 
     assert writer.next_seq(stream, "evals") == 200
-    assert writer.statistics().failed_commits == 20
     with StoreReader(folder / "store.db") as reader:
         assert reader.stored("evals") == 0
 

@@ -122,14 +122,12 @@ class FlightSnapshot:
     Attributes:
         path: the file it was read from.
         identity: pid, start_ticks, boot_id, and the recorder's facts (rank, attempt, job, host).
-        created_ns: monotonic timestamp of its creation; with `created_epoch_ns` it converts timestamps to dates.
     """
 
     def __init__(self, path: Path, data: bytes) -> None:
         self.path = path
         self._data = data
         prologue = _prologue(path, data)
-        self.created_ns, self.created_epoch_ns = prologue[3], prologue[4]
         self.identity: dict[str, Any] = self._unpack(IDENTITY_AT[prologue[5] & 1], prologue[6 + (prologue[5] & 1)])
         self._tables: dict[str, tuple[int, _TableExtent]] = {}
         for index, (name, offset, capacity, row_bytes, layout) in enumerate(self._unpack(LAYOUT_AT, prologue[8])):

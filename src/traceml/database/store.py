@@ -23,7 +23,7 @@ from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store_file import open_for_writing, translate_errors
 from traceml.errors import StoreError
 
-__all__ = ["StoreStatistics", "StoreWriter", "merge_wal"]
+__all__ = ["StoreWriter", "merge_wal"]
 
 # Frames of one table within a tick are merged into one, up to this size.
 _MERGE_ROWS = 4096
@@ -33,19 +33,6 @@ _UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_tic
     VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
 
 _Key = tuple[int, str]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreStatistics:
-    """Counts of a writer since it was opened, and its buffered bytes."""
-
-    rows: int
-    frames: int
-    commits: int
-    failed_commits: int
-    duplicate_rows: int
-    stored_bytes: int
-    buffered_bytes: int
 
 
 @dataclass(slots=True)
@@ -90,7 +77,6 @@ class StoreWriter:
         self._meta: dict[str, bytes] = {}
         self._events: list[tuple[int, str, bytes]] = []
         self._touched: set[_Key] = set()
-        self._rows = self._frames = self._commits = self._failed = self._duplicates = self._stored_bytes = 0
 
     def __repr__(self) -> str:
         return f"StoreWriter({str(self.path)!r}, streams={len(self._streams)})"
@@ -163,7 +149,6 @@ class StoreWriter:
         expected = self._next.get(key, 0)
         if seq < expected:
             known = min(n, expected - seq)
-            self._duplicates += known
             if known == n:
                 return 0
 
@@ -219,35 +204,14 @@ class StoreWriter:
         if not (self._encoded or self._dirty_streams or self._meta or self._events):
             return {}
 
-        try:
-            with translate_errors(self.path, "write"):
-                self._write()
-        except StoreError:
-            self._failed += 1
-            raise
+        with translate_errors(self.path, "write"):
+            self._write()
 
-        self._rows += sum(frame[3] for frame in self._encoded)
-        self._frames += len(self._encoded)
-        self._stored_bytes += sum(len(frame[7]) for frame in self._encoded)
-        self._commits += 1
         done = {key: self._next[key] for key in self._touched}
         for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
             waiting.clear()
 
         return done
-
-    def statistics(self) -> StoreStatistics:
-        """Return counts since the writer was opened."""
-        waiting = sum(len(part) for buffer in self._buffers.values() for part in buffer.parts)
-        return StoreStatistics(
-            self._rows,
-            self._frames,
-            self._commits,
-            self._failed,
-            self._duplicates,
-            self._stored_bytes,
-            waiting + sum(len(frame[7]) for frame in self._encoded),
-        )
 
     def close(self) -> None:
         """Commit, merge the write-ahead log into the file, and close.
