@@ -1,13 +1,17 @@
-"""File that only grows, and that a restart cuts back to its confirmed length."""
+"""Files that only grow, and that a restart cuts back to their confirmed length; base of the backends that write one."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from traceml.errors import BackendError
+from traceml.track.plugins.interfaces import BackendInterface
+from traceml.track.plugins.metric import Metric
 
-__all__ = ["AppendFile", "cut_back"]
+__all__ = ["AppendFile", "FileBackend", "cut_back"]
 
 
 class AppendFile:
@@ -59,3 +63,58 @@ def cut_back(path: Path, size: int) -> None:
 
     if found:
         os.truncate(path, size)
+
+
+class FileBackend(BackendInterface):
+    """Base of the backends that append to one local file. Exact: `resume` cuts off what comes after the mark.
+
+    Args:
+        folder: where files go by default, for people.
+        path: the file.
+        keep: keep what is in it; else start empty.
+    """
+
+    def __init__(self, folder: Path, path: Path, *, keep: bool = False) -> None:
+        self._root, self._path, self._keep = folder, path, keep
+        self._file: AppendFile | None = None
+
+    @property
+    def target(self) -> str:
+        """The folder."""
+        return str(self._root)
+
+    @property
+    def is_local(self) -> bool:
+        """True."""
+        return True
+
+    def resume(self, mark: Mapping[str, Any]) -> bool:
+        """Cut off what comes after the mark."""
+        self._path, self._keep = Path(mark["path"]), True
+        cut_back(self._path, mark["offset"])
+        return True
+
+    def log_metric(self, name: str, value: float, step: int) -> None:
+        """Write one value."""
+        self.log_metrics([Metric(name, value, step)])
+
+    def end_experiment(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def mark(self) -> dict[str, Any]:
+        """Return the file and its length."""
+        return {"path": str(self._path), "offset": self._path.stat().st_size}
+
+    def _open(self) -> AppendFile:
+        """Open the file, and create its folder."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = AppendFile(self._path, keep=self._keep)
+        return self._file
+
+    def _append(self, data: bytes) -> None:
+        """Append data to the open file."""
+        assert self._file is not None, "start_experiment comes first"
+        self._file.write(data)

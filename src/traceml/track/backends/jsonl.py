@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.track.backends.append_file import AppendFile, cut_back
+from traceml.track.backends.append_file import FileBackend
 from traceml.track.backends.safe_names import nonfinite_text
-from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
 __all__ = ["JsonlBackend"]
 
 
-class JsonlBackend(BackendInterface):
+class JsonlBackend(FileBackend):
     """Writes `<folder>/<experiment>.jsonl`. Exact: `resume` cuts off lines after the mark.
 
     Lines are strict JSON: NaN and infinities are the texts "NaN", "Infinity" and "-Infinity".
@@ -35,51 +34,24 @@ class JsonlBackend(BackendInterface):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, experiment = config.get("options") or {}, config["experiment"]
-        self._folder = Path(options.get("path") or Path(config["run_dir"], "jsonl")).expanduser().absolute()
-        self._path = self._folder / f"{experiment['id']}.jsonl"
+        folder = Path(options.get("path") or Path(config["run_dir"], "jsonl")).expanduser().absolute()
+        path = Path(config.get("continue_run") or folder / f"{experiment['id']}.jsonl")
+        super().__init__(folder, path, keep=bool(config.get("continue_run")))
         self._copies = "path" in options  # else files stay in the run's artifacts folder
-        if config.get("continue_run"):
-            self._path = Path(config["continue_run"])
-
-        self._appends = bool(config.get("continue_run"))
         self._experiment = experiment
-        self._file: AppendFile | None = None
-
-    @property
-    def target(self) -> str:
-        """The folder."""
-        return str(self._folder)
-
-    @property
-    def is_local(self) -> bool:
-        """True."""
-        return True
 
     @property
     def url(self) -> str:
         """The file."""
         return self._path.as_uri()
 
-    def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Cut off lines after the mark."""
-        self._path = Path(mark["path"])
-        self._appends = True
-        cut_back(self._path, mark["offset"])
-        return True
-
     def start_experiment(self, name: str, project: str) -> str:
         """Open the file and, when it is new, say what it is about."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = AppendFile(self._path, keep=self._appends)
-        if not self._file.size:
+        if not self._open().size:
             about = {key: self._experiment.get(key) for key in ("id", "parent", "tags")}
             self._write([{"type": "start", "name": name, "project": project, **about, "timestamp": time.time()}])
 
         return str(self._path)
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Write one value."""
-        self.log_metrics([Metric(name, value, step)])
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Write a batch with one call."""
@@ -126,20 +98,9 @@ class JsonlBackend(BackendInterface):
         """Write the state in which the training ended."""
         self._write([{"type": "end", "state": state, "timestamp": time.time()}])
 
-    def end_experiment(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def mark(self) -> dict[str, Any]:
-        """Return the file and its length."""
-        return {"path": str(self._path), "offset": self._path.stat().st_size}
-
     def _write(self, lines: Any) -> None:
         """Append lines."""
-        assert self._file is not None, "start_experiment comes first"
-        self._file.write("".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
+        self._append("".join(_encode(line) + "\n" for line in lines).encode("utf-8", "backslashreplace"))
 
     def _stored_path(self, path: Path, name: str) -> str:
         """Return the path of the content: its own, or that of a copy beside the lines when the option `path` is set."""

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from traceml.track.backends.append_file import AppendFile, cut_back
+from traceml.track.backends.append_file import FileBackend
 from traceml.track.backends.safe_names import safe_name
-from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -25,7 +24,7 @@ _REFUSED = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, which has no lone su
 _LONGEST_NAME = 4000
 
 
-class TensorBoardBackend(BackendInterface):
+class TensorBoardBackend(FileBackend):
     """Writes one event file; a continued run gets another one, as with TensorBoard's own writers."""
 
     metadata = PluginMetadata(
@@ -41,36 +40,15 @@ class TensorBoardBackend(BackendInterface):
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, self._experiment = config.get("options") or {}, config["experiment"]
         folder = Path(options.get("log_dir") or Path(config["run_dir"], "tensorboard")).expanduser().absolute()
-        self._folder = Path(config.get("continue_run") or folder / str(self._experiment["id"]))
-        self._path = self._folder / f"events.out.tfevents.traceml.{self._experiment['id']}"
-        self._root = folder
-        self._resumed = False
-        self._file: AppendFile | None = None
+        run_folder = Path(config.get("continue_run") or folder / str(self._experiment["id"]))
+        super().__init__(folder, run_folder / f"events.out.tfevents.traceml.{self._experiment['id']}")
         self._event: Any = None
         self._summary: Any = None
 
     @property
-    def target(self) -> str:
-        """The folder."""
-        return str(self._root)
-
-    @property
-    def is_local(self) -> bool:
-        """True."""
-        return True
-
-    @property
     def url(self) -> str:
         """The run's folder."""
-        return self._folder.as_uri()
-
-    def resume(self, mark: Mapping[str, Any]) -> bool:
-        """Cut off events after the mark."""
-        self._path = Path(mark["path"])
-        self._folder = self._path.parent
-        cut_back(self._path, mark["offset"])
-        self._resumed = True
-        return True
+        return self._path.parent.as_uri()
 
     def start_experiment(self, name: str, project: str) -> str:
         """Open the event file; a new one starts with the format version and the experiment's facts."""
@@ -78,19 +56,14 @@ class TensorBoardBackend(BackendInterface):
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         self._event, self._summary = Event, Summary
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = AppendFile(self._path, keep=self._resumed)
-        if not self._resumed:
+        self._open()
+        if not self._keep:
             self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
             about = {"name": name, "project": project, "id": self._experiment["id"]}
             tags = self._experiment.get("tags") or {}
             self.log_params({**about, **{f"tags/{key}": value for key, value in tags.items()}})
 
-        return str(self._folder)
-
-    def log_metric(self, name: str, value: float, step: int) -> None:
-        """Write one value."""
-        self.log_metrics([Metric(name, value, step)])
+        return str(self._path.parent)
 
     def log_metrics(self, rows: Sequence[Metric]) -> None:
         """Write a batch with one call, each row with its own time."""
@@ -140,16 +113,6 @@ class TensorBoardBackend(BackendInterface):
         """Write the state in which the training ended."""
         self.log_text("state", state, 0)
 
-    def end_experiment(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def mark(self) -> dict[str, Any]:
-        """Return the file and its length."""
-        return {"path": str(self._path), "offset": self._path.stat().st_size}
-
     def _tensor(self, name: str, metadata: Any, step: int, *, shape: Sequence[int], **content: Any) -> None:
         from tensorboard.compat.proto.tensor_pb2 import TensorProto
         from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
@@ -166,7 +129,6 @@ class TensorBoardBackend(BackendInterface):
         """Append events."""
         from tensorboard.summary.writer.record_writer import masked_crc32c
 
-        assert self._file is not None, "start_experiment comes first"
         parts = []
         for event in events:
             data = event.SerializeToString()
@@ -178,7 +140,7 @@ class TensorBoardBackend(BackendInterface):
                 struct.pack("<I", masked_crc32c(data)),
             ]
 
-        self._file.write(b"".join(parts))
+        self._append(b"".join(parts))
 
 
 def _png_size(content: bytes) -> tuple[int, int]:
