@@ -13,7 +13,7 @@ from traceml.diagnosis.kinds import Kind
 
 def stream_of(rank: int, attempt: int = 0) -> Stream:
     incarnation = Incarnation("host", "boot", 100 + rank, 1, f"r{rank}")
-    return Stream(rank + 1, rank, attempt, incarnation, local_rank=rank, flight="")
+    return Stream(rank + 1, rank, attempt, incarnation, flight="")
 
 
 @pytest.fixture

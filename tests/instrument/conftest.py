@@ -58,7 +58,7 @@ class Traced:
         """End the run, check what holds for every run, return the step rows."""
         ended = monotonic_ns()
         self.instrumentation.close_open_step()
-        assert self.instrumentation.errors == 0
+        assert self.instrumentation.clock.errors == 0
         steps, evals = self.steps(), self.table("evals")
         assert [row["step"] for row in steps] == list(range(len(steps)))
         for row in steps:

@@ -106,7 +106,7 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.read(0, ring.appended))]
     instrumentation.uninstall()
     flight.close(unlink=True)
-    return {"rows": rows, "groups": groups, "same": losses == train(kind, rank), "errors": instrumentation.errors}
+    return {"rows": rows, "groups": groups, "same": losses == train(kind, rank), "errors": instrumentation.clock.errors}
 
 
 def rows_of(values: tuple[int, ...]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_installing_again_begins_anew(tmp_path: Path) -> None:
         instrumentation.close_open_step()
         instrumentation.uninstall()
 
-        assert (flight.ring("steps").appended, instrumentation.errors) == (6, 0)
+        assert (flight.ring("steps").appended, instrumentation.clock.errors) == (6, 0)
         flight.close(unlink=True)
 
 
@@ -176,7 +176,7 @@ def test_an_internal_error_is_said_once_and_switches_off(
     with caplog.at_level(logging.WARNING, logger="traceml"):
         assert train() == expected
 
-    assert instrumentation.errors == 1
+    assert instrumentation.clock.errors == 1
     assert len(caplog.records) == 1
     instrumentation.uninstall()
 
@@ -273,7 +273,7 @@ import torch.distributed.checkpoint
 assert torch.distributed.checkpoint.save.__wrapped__
 assert type(torch.__spec__.loader).__name__ == "SourceFileLoader" and "exec_module" not in vars(torch.__loader__)
 instrumentation.close_open_step()
-assert instrumentation.errors == 0
+assert instrumentation.clock.errors == 0
 assert flight.ring("steps").appended == 5, flight.ring("steps").appended
 instrumentation.uninstall()
 """
@@ -357,7 +357,7 @@ def test_an_optimizer_with_a_scheduler_made_before(tmp_path: Path) -> None:
         scheduler.step()
 
     instrumentation.close_open_step()
-    steps, errors = instrumentation.steps, instrumentation.errors
+    steps, errors = instrumentation.clock.rows, instrumentation.clock.errors
     instrumentation.uninstall()
     flight.close(unlink=True)
     assert (steps, errors) == (8, 0)

@@ -449,7 +449,7 @@ class ActiveRun:
         number = self.store.stream(
             identity, state="running", local_rank=local_rank, boot_id=incarnation.boot, flight=flight
         )
-        stream = Stream(number, rank, attempt, incarnation, local_rank=local_rank, flight=flight)
+        stream = Stream(number, rank, attempt, incarnation, flight=flight)
         self.store.update_stream(number, seen_here=stream.seen_here)
         stream.in_window = attempt >= self.attempt
         stream.is_helper = is_helper
@@ -589,8 +589,7 @@ def _restored_streams(records: list[StreamRecord], reader: StoreReader, store: S
         facts, identity = record.facts, record.identity
         incarnation = Incarnation(identity.host, facts.get("boot_id", ""), identity.pid, identity.start_ticks,
                           identity.recorder)  # fmt: skip
-        stream = Stream(record.id, identity.rank, identity.attempt, incarnation, local_rank=facts.get("local_rank", 0),
-                        flight=facts.get("flight", ""))  # fmt: skip
+        stream = Stream(record.id, identity.rank, identity.attempt, incarnation, flight=facts.get("flight", ""))
         stream.is_helper = bool(facts.get("helps"))
         stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)

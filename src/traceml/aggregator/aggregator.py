@@ -351,7 +351,6 @@ class Aggregator:
         task.add_done_callback(self._tasks.discard)
 
     def _bye(self, peer: Peer, reason: str, failures: dict[str, int]) -> None:
-        peer.said_bye = True
         if peer.context is None:
             peer.close()
             return

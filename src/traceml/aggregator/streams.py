@@ -81,7 +81,6 @@ class Stream:
         "in_window",
         "incarnation",
         "is_helper",
-        "local_rank",
         "names",
         "next",
         "peer",
@@ -100,14 +99,12 @@ class Stream:
         attempt: int,
         incarnation: Incarnation,
         *,
-        local_rank: int,
         flight: str,
     ) -> None:
         self.id = id
         self.rank = rank
         self.attempt = attempt
         self.incarnation = incarnation
-        self.local_rank = local_rank
         self.flight = flight
         self.state = StreamState.RUNNING
         self.exit: dict[str, Any] = {}

@@ -154,9 +154,6 @@ class StoreWriter:
 
             data, seq, n = _without_head(table, bytes(data), known), expected, n - known
 
-        if seq > expected:
-            self._lost[key] = self._lost.get(key, 0) + seq - expected
-
         buffer = self._buffers.get(key)
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
             buffer = self._begin(key, seq)
@@ -173,10 +170,6 @@ class StoreWriter:
     def next_seq(self, stream: int, table: str) -> int:
         """Return the number of the row that is expected next; rows that are only buffered are counted."""
         return self._next.get((stream, table), 0)
-
-    def lost(self, stream: int, table: str) -> int:
-        """Return the number of rows missing before the next expected one."""
-        return self._lost.get((stream, table), 0)
 
     def put_meta(self, key: str, value: Any) -> None:
         """Set a fact of the run, any msgpack value; the next commit writes it."""
@@ -280,11 +273,9 @@ class StoreWriter:
 
             self._ids = {identity: number for number, (identity, _) in self._streams.items()}
             self._next: dict[_Key, int] = {}
-            self._lost: dict[_Key, int] = {}
-            query = "SELECT stream, tbl, max(seq + n), sum(n) FROM frames GROUP BY stream, tbl"
-            for stream, number, after, stored in self._database.execute(query):
+            query = "SELECT stream, tbl, max(seq + n) FROM frames GROUP BY stream, tbl"
+            for stream, number, after in self._database.execute(query):
                 self._next[stream, names[number]] = after
-                self._lost[stream, names[number]] = after - stored
 
 
 def merge_wal(path: Path) -> None:

@@ -134,7 +134,6 @@ class JobFactsBuilder:
         self.hosts: dict[int, str] = {}
         self.exits: dict[int, RankExit] = {}
         self.state = "running"
-        self._cores: dict[str, int] = {}
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}

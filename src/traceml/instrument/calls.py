@@ -52,8 +52,8 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
     return call
 
 
-def patch_collectives(patches: Patches, clock: StepClock) -> list[str]:
-    """Time the collectives called from Python, and `Work.wait`; return their names.
+def patch_collectives(patches: Patches, clock: StepClock) -> None:
+    """Time the collectives called from Python, and `Work.wait`.
 
     Collectives issued from C++ (DDP's buckets) or by internal operators are not included.
     """
@@ -70,8 +70,6 @@ def patch_collectives(patches: Patches, clock: StepClock) -> list[str]:
     work: Any = getattr(c10d, "Work", None)
     if work is not None:
         patches.replace(work, "wait", _timed_method(work.wait, _COMM, clock))
-
-    return names
 
 
 def patch_checkpoint(patches: Patches, clock: StepClock) -> None:

@@ -48,7 +48,6 @@ class Instrumentation:
         self._overhead: Any = None
         self._installed = True
         self._timed: set[tuple[Any, str]] = set()
-        self.collectives: list[str] = []
         self.clock = StepClock(flight, self, thread=thread)
         self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
@@ -115,16 +114,6 @@ class Instrumentation:
             self._patches.wrap(owner, name, timed(vars(owner)[name]))
 
     # ---- called by the recorder ----
-
-    @property
-    def steps(self) -> int:
-        """Number of training steps so far."""
-        return int(self.clock.rows)
-
-    @property
-    def errors(self) -> int:
-        """Number of internal errors; after one, timing is off."""
-        return self.clock.errors
 
     def hook_ns_per_step(self) -> int:
         """Cost of hooks and row per step in ns, measured on this rank (see `overhead`); 0 before the first sample."""
@@ -236,7 +225,7 @@ class Instrumentation:
         if distributed is None or not distributed.is_available():
             return
 
-        self.collectives = calls.patch_collectives(self._patches, self.clock)
+        calls.patch_collectives(self._patches, self.clock)
         c10d = sys.modules["torch.distributed.distributed_c10d"]
         for name, after in (("init_process_group", self._find_group), ("destroy_process_group", self._drop_group)):
             original = getattr(c10d, name)

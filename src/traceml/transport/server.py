@@ -86,7 +86,6 @@ class Peer(asyncio.Protocol):
         "deadline_s",
         "hello",
         "nonce",
-        "said_bye",
         "state",
     )
 
@@ -101,7 +100,6 @@ class Peer(asyncio.Protocol):
         """State of the handler for this peer."""
         self.nonce = b""
         self.deadline_s = 0.0
-        self.said_bye = False
 
     def __repr__(self) -> str:
         role = f"{self.hello.role} {self.hello.rank} of {self.hello.run!r}" if self.hello else "unknown peer"

@@ -49,7 +49,6 @@ class RunState:
         view: the report so far; None before there is one.
         events: events of the run, oldest first.
         logs: ends of the files in its `logs`.
-        ended: whether the run has ended.
         silent_s: seconds without new data of a running run; None for a short silence.
         watched: whether the aggregator that writes it is alive, as far as is known.
         charts: the charts.
@@ -61,7 +60,6 @@ class RunState:
     view: RunView | None = None
     events: tuple[RunEvent, ...] = ()
     logs: tuple[LogTail, ...] = ()
-    ended: bool = False
     silent_s: float | None = None
     watched: bool = True
     charts: ChartCache | None = None
@@ -168,7 +166,7 @@ class RunSource:
             return self._state
 
         problem = "The store of this run is gone; this page shows its report."
-        return self._changed(exists=True, problem=problem, view=view, ended=True, charts=self._charts(view, None))
+        return self._changed(exists=True, problem=problem, view=view, charts=self._charts(view, None))
 
     def _changed(self, **values: Any) -> RunState:
         state = replace(self._state, **values)
@@ -183,7 +181,6 @@ class RunSource:
             charts=self._charts(view, series),
             events=tuple(live.events),
             logs=tuple(_tails(self._path / "logs")),
-            ended=live.ended or report.run.state != "running",
             silent_s=self._silent(live),
             watched=report.run.state != "lost",
         )
