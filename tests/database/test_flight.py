@@ -15,7 +15,7 @@ from tests.database.conftest import ROOT
 from traceml.clock import boot_id, process_start_ticks
 from traceml.database import flight as module
 from traceml.database.flight import FlightFile
-from traceml.database.postmortem import FlightState, is_alive, read_flight
+from traceml.database.postmortem import FlightSnapshot, FlightState, is_alive, read_flight
 from traceml.database.schema import LOGS, PACKED, Phase, Slot
 
 KIB = 1024
@@ -222,10 +222,10 @@ def test_identity_changes_whole(tmp_path: Path) -> None:
     assert flight.path is not None
 
     flight.update_identity(rank=5, run_id="r" * 200)
-    assert read_flight(flight.path, allow_live=True).identity["rank"] == 5
+    assert FlightSnapshot(flight.path, flight.path.read_bytes()).identity["rank"] == 5
     flight.update_identity(command="c" * 10_000, rank=6)
 
-    image = read_flight(flight.path, allow_live=True)
+    image = FlightSnapshot(flight.path, flight.path.read_bytes())
     assert image.identity["rank"] == 6
     assert image.identity["run_id"] == "r" * 200
     assert "command" not in image.identity

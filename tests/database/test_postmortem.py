@@ -13,7 +13,15 @@ from subprocess import Popen
 import pytest
 
 from traceml.database.flight import FlightFile
-from traceml.database.postmortem import MAGIC, FlightState, find_flights, is_alive, read_flight, remove_stale
+from traceml.database.postmortem import (
+    MAGIC,
+    FlightSnapshot,
+    FlightState,
+    find_flights,
+    is_alive,
+    read_flight,
+    remove_stale,
+)
 from traceml.database.schema import STEPS, Phase, Slot
 from traceml.errors import StoreError
 
@@ -82,8 +90,8 @@ def test_forked_child_does_not_make_the_file_look_alive(program: Start, tmp_path
     assert read_flight(path).rows("evals") == (0, struct.pack("@4q", 1, 2, 3, 4))
 
 
-def test_live_file_is_refused_unless_asked_for(program: Start, tmp_path: Path) -> None:
-    """The file of a running process is read only on request; the end of a child changes nothing."""
+def test_live_file_is_refused(program: Start, tmp_path: Path) -> None:
+    """The file of a running process is not read; the end of a child changes nothing."""
     process = program("killed_writers", "hold", tmp_path)
     assert process.stdout is not None
     path = Path(json.loads(process.stdout.readline())["path"])
@@ -91,7 +99,7 @@ def test_live_file_is_refused_unless_asked_for(program: Start, tmp_path: Path) -
     assert is_alive(path)
     with pytest.raises(StoreError, match="belongs to a running process"):
         read_flight(path)
-    assert read_flight(path, allow_live=True).counters("evals").appended == 1
+    assert FlightSnapshot(path, path.read_bytes()).counters("evals").appended == 1
     process.communicate()
 
     assert not is_alive(path)
@@ -104,7 +112,6 @@ def test_looking_at_its_own_file_does_not_drop_the_lock(program: Start, tmp_path
     assert flight.path is not None
 
     assert is_alive(flight.path)
-    assert read_flight(flight.path, allow_live=True).identity["pid"] == os.getpid()
     with pytest.raises(StoreError, match="running process"):
         read_flight(flight.path)
     assert remove_stale(tmp_path, grace_s=-1) == []
@@ -121,14 +128,14 @@ def test_innermost_phase_is_the_one_begun_last(tmp_path: Path) -> None:
     flight.log("names").append({"id": 1, "name": "augment"})
 
     flight.open_slots[Slot.STEP_START] = 900
-    assert read_flight(flight.path, allow_live=True).open_phase == (None, 900)
+    assert FlightSnapshot(flight.path, flight.path.read_bytes()).open_phase == (None, 900)
 
     flight.open_slots[Slot.STEP] = 12
     flight.open_slots[Phase.OPTIMIZER] = 1000
     flight.open_slots[Phase.USER] = 1005
     flight.open_slots[Slot.USER_NAME] = 1
     flight.open_slots[Slot.STATE] = FlightState.RUNNING
-    image = read_flight(flight.path, allow_live=True)
+    image = FlightSnapshot(flight.path, flight.path.read_bytes())
 
     assert image.open_phase == (Phase.USER, 1005)
     assert image.open_user_phase == "augment"

@@ -35,7 +35,6 @@ if pid == 0:
     steps(50)
     with traceml.phase("child"):
         pass
-    recorder.note("warning", text="from the child")
     traceml.shutdown()
     sys.exit(3)
 assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3

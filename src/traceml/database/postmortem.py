@@ -339,26 +339,18 @@ def pending_row_path(folder: Path, number: int) -> Path:
     return folder / f".{number}{_PENDING_SUFFIX}"
 
 
-def read_flight(path: Path, *, allow_live: bool = False) -> FlightSnapshot:
+def read_flight(path: Path) -> FlightSnapshot:
     """Read a dead rank's flight file.
-
-    Args:
-        path: the file.
-        allow_live: also read it while its owner is running; rows being written may be torn.
 
     Raises:
         StoreError: it cannot be read, is damaged, has another version, or its owner is still running.
     """
-    mapping = _own_mapping(path)
-    if mapping is not None:
-        if not allow_live:
-            raise _still_alive(path)
-
-        return FlightSnapshot(path, mapping[:])
+    if _own_mapping(path) is not None:
+        raise _still_alive(path)
 
     try:
         with _open(path) as descriptor:
-            if not allow_live and _is_locked(descriptor):
+            if _is_locked(descriptor):
                 raise _still_alive(path)
 
             return FlightSnapshot(path, _read_all(descriptor))

@@ -94,11 +94,6 @@ class Window:
         """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting."""
         return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
 
-    @property
-    def step_ns(self) -> float:
-        """Mean wall time of a step over ranks and steps."""
-        return float(self.total.mean()) if self.total.size else 0.0
-
     def named_times(self) -> dict[str, Floats]:
         """Return the phases of each step, the user's phases by name; they add up to `total`."""
         times = {name: values for name, values in self.times.items() if name != "user"}

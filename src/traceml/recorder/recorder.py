@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.errors import RunNotFoundError
 from traceml.fail_open import fail_open
@@ -220,17 +220,6 @@ class Recorder:
             timeout_s: longest wait.
         """
         return self._recording is None or self._recording.files_done(timeout_s)
-
-    def note(self, kind: str, *, urgent: bool = False, **facts: Any) -> None:
-        """Append a row of information.
-
-        Args:
-            kind: its kind; see `database.schema.INFO`.
-            urgent: may use the space that is reserved for the end.
-            facts: its other fields.
-        """
-        if self._recording is not None and self.pid == os.getpid():
-            self._recording.note(kind, urgent=urgent, **facts)
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; only the first call counts."""

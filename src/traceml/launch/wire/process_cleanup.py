@@ -32,7 +32,6 @@ class ProcessInfo:
 
     pid: int
     parent: int
-    session: int
     state: str
 
 
@@ -68,8 +67,8 @@ def process_info(pid: int | str) -> ProcessInfo | None:
         return None
 
     # the name, in brackets, may hold anything
-    state, parent, _, session = text[text.rindex(b")") + 2 :].split(None, 4)[:4]
-    return ProcessInfo(int(pid), int(parent), int(session), state.decode())
+    state, parent = text[text.rindex(b")") + 2 :].split(None, 2)[:2]
+    return ProcessInfo(int(pid), int(parent), state.decode())
 
 
 def find_leftovers(roots: Iterable[int], *, mark: str | None, spare: Iterable[int] = ()) -> set[int]:

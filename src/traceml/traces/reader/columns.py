@@ -63,10 +63,6 @@ class StringTable:
         with self._lock:
             return [self._intern(value) for value in values]
 
-    def find(self, value: str | int) -> int | None:
-        """Return the number of a known value, None for others."""
-        return self._ids.get(value)
-
     def __getitem__(self, number: int) -> str | int | None:
         return None if number < 0 else self._values[number]
 
