@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_rooms import LEAVES, NARROW, ROOMS, SUBROOMS
 from traceml.cli import COMMANDS
 from traceml.diagnosis.kinds import Kind
 
@@ -40,6 +41,18 @@ def test_every_command_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
 
     assert [name for name in COMMANDS if f"`traceml {name}" not in readme] == []
+
+
+def test_tables_of_rooms_are_those_of_the_test() -> None:
+    """docs/architecture.md lists every room and divided folder, with what it may import."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `([a-z/]+)/` \|.*\| ([^|]+) \|$", page, re.MULTILINE)
+    tables = {name.replace("/", "."): set(re.findall(r"`([a-z_.]+)`", allowed)) for name, allowed in rows}
+
+    below = {"cli": set(), "launch": set(), "database": set()}  # in words: all rooms below, nothing
+    assert tables == {**below, **NARROW, **SUBROOMS}
+    assert [name for name, _ in rows if name in ROOMS] == list(ROOMS)
+    assert [leaf for leaf in LEAVES if f"`{leaf}.py`" not in page and f"`{leaf}/`" not in page] == []
 
 
 def test_every_kind_is_explained() -> None:
