@@ -34,7 +34,8 @@ class Traced:
         ring = self.flight.ring(name)
         names = [column.name for column in table.columns]
         return [
-            dict(zip(names, values, strict=True)) for values in table.struct.iter_unpack(ring.read(0, ring.appended))
+            dict(zip(names, values, strict=True))
+            for values in table.struct.iter_unpack(ring.take(0, ring.appended).data)
         ]
 
     def steps(self) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ def traced(kind: str, rank: int, store: str, folder: Path) -> dict[str, Any]:
     losses = train(kind, rank)
     instrumentation.close_open_step()
     ring = flight.ring("steps")
-    rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.read(0, ring.appended))]
+    rows = [rows_of(values) for values in STEPS.struct.iter_unpack(ring.take(0, ring.appended).data)]
     instrumentation.uninstall()
     flight.close(unlink=True)
     return {"rows": rows, "groups": groups, "same": losses == train(kind, rank), "errors": instrumentation.clock.errors}

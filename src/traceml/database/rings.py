@@ -149,21 +149,6 @@ class Ring(_CountedTable):
         """
         return max(0, self.appended - self.capacity + 1)
 
-    def read(self, start: int, stop: int) -> bytes:
-        """Return a copy of rows [start, stop).
-
-        Raises:
-            IndexError: some rows are outside [oldest, appended), or were overwritten during the copy.
-        """
-        if stop > self.appended or stop < start:
-            raise IndexError(f"{self.name}: rows [{start}, {stop}) asked for, {self.appended} appended")
-
-        data = self._copy(start, stop) if start >= self.oldest() else b""
-        if start < stop and start < self.oldest():
-            raise IndexError(f"{self.name}: row {start} is overwritten; the oldest is {self.oldest()}")
-
-        return data
-
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
         """Return at most `limit` rows at or after `cursor`; overwritten rows are skipped, none is torn."""
         appended = self.appended
