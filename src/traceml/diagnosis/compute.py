@@ -102,7 +102,9 @@ def _healthy(step: float, shares: dict[str, float], saving: float, facts: JobFac
 
 def _largest(shares: dict[str, float]) -> str:
     largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
-    return ", ".join(f"{percent_text(share)} {phase_words(part)}" for part, share in largest)
+    return ", ".join(
+        f"{percent_text(share)} {part if part == _WAITING else phase_words(part)}" for part, share in largest
+    )
 
 
 def _when_healthy(facts: JobFacts, shares: dict[str, float], saving: float) -> str:
