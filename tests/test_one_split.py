@@ -16,8 +16,8 @@ from traceml.database.reader import StoreReader
 from traceml.database.schema import DEVICE_STEPS, PHASE_LABELS, STEPS, StepFlag, pack_bits
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.phases import DEVICE_LABELS
 from traceml.diagnosis.segments import segments_of
+from traceml.diagnosis.step_split import DEVICE_LABELS
 from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report import build_report, read_digest

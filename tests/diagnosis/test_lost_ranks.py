@@ -104,10 +104,10 @@ def test_exits_are_read_from_what_streams_hold():
         "step": 7,
     }
 
-    ended = RankExit.of(2, "failed", told, "node1")
+    ended = RankExit.from_facts(2, "failed", told, "node1")
 
     assert (ended.exception, ended.open_step, ended.stack, ended.host) == ("OSError: no space", 7, "Traceback", "node1")
-    assert RankExit.of(0, "lost", {"last_step": -1}).last_step is None
+    assert RankExit.from_facts(0, "lost", {"last_step": -1}).last_step is None
 
 
 def test_facts_are_gathered_from_info_rows():
@@ -135,7 +135,7 @@ def test_what_a_rank_tells_of_its_exception_is_understood():
     except ValueError as error:
         told = {"code": 1, **describe(error)}
 
-    ended = RankExit.of(0, "failed", told)
+    ended = RankExit.from_facts(0, "failed", told)
 
     assert ended.exception == "ValueError: no such shard"
     assert (ended.file, ended.code) == (__file__, 1)
@@ -147,7 +147,7 @@ def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
     builder = JobFactsBuilder(2)
     told = {"code": 1, "exception": "RuntimeError", "message": "Connection closed by peer"}
     builder.info(0, {"kind": "exit", **told})
-    builder.exit(RankExit.of(0, "killed", {**told, "signal": 15}))
+    builder.exit(RankExit.from_facts(0, "killed", {**told, "signal": 15}))
 
     ended = builder.build().exits[0]
 
@@ -168,7 +168,7 @@ def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
 
 def test_a_process_that_is_gone_is_no_silent_host():
     """If the process is known to have ended, the advice does not mention the network."""
-    gone = RankExit.of(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
+    gone = RankExit.from_facts(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
 
     finding = rank_lost(JobFacts(exits=(gone,)))[0]
 

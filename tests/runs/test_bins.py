@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.phases import PHASES
+from traceml.diagnosis.step_split import PHASES
 from traceml.diagnosis.window import Window
 from traceml.runs.bins import StepBins
 

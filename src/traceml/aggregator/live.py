@@ -48,7 +48,7 @@ class LiveRows:
 
     def end(self, stream: Stream) -> None:
         """Record how a rank ended."""
-        self.intake.end(RankExit.of(stream.rank, str(stream.state), stream.exit, stream.incarnation.host))
+        self.intake.end(RankExit.from_facts(stream.rank, str(stream.state), stream.exit, stream.incarnation.host))
         self.fresh = True
 
     def take(self, stream: Stream, table: str, data: bytes) -> None:

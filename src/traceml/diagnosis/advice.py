@@ -95,9 +95,7 @@ def for_comm(facts: JobFacts, grad_phase: str) -> str:
     if grad_phase == "comm":
         return "Call collectives less often, on one flattened tensor, or beside computation (async_op=True)."
 
-    last = (
-        "a faster back end than gloo between hosts" if facts.backend == "gloo" else "a compressing communication hook"
-    )
+    last = "a faster backend than gloo between hosts" if facts.backend == "gloo" else "a compressing communication hook"
     return (
         "Synchronize less per sample: larger batches or gradient accumulation under model.no_sync(), gradients in "
         f"16 bits (DDP's bf16_compress_hook), or {last}."

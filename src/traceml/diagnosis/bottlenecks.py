@@ -10,9 +10,9 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
-from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.segments import COMPUTE, Segments
+from traceml.diagnosis.step_split import Floats
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["FLOOR_NS", "input_bound", "residual", "transfers"]

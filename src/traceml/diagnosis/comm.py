@@ -1,4 +1,4 @@
-"""Communication: waiting that the own work of no rank explains."""
+"""Communication: waiting that is not caused by a slow rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from traceml.diagnosis.segments import Segments
 from traceml.diagnosis.window import Window
 from traceml.formatting import factor_text, ns_text, percent_text
 
-__all__ = ["comm_bound", "least_wait_ns"]
+__all__ = ["comm_bound", "min_wait_ns"]
 
 SHARE = 0.30
-"""The least waiting over ranks is this share of the median step; healthy small models reach 0.2."""
+"""The median of the minimum wait over ranks is this share of the median step; healthy small models reach 0.2."""
 CROWDED_SHARE = 0.60
 """The same when the ranks have too few cores: then half of a step may be waiting for another rank to be scheduled."""
 FLOOR_NS = 3e6
@@ -24,14 +24,14 @@ DEVICE_FLOOR_NS = 1e6
 """The same for device times, which include no scheduling."""
 
 
-def least_wait_ns(segments: Segments) -> float:
-    """Return the communication that is left when no rank is late: the median of the least waiting over ranks."""
+def min_wait_ns(segments: Segments) -> float:
+    """Return the communication left when no rank is late: the median over steps of the minimum wait over ranks."""
     return float(np.median(segments.wait)) if segments.wait.size else 0.0
 
 
 def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     """Find communication that costs much while no rank is late, which the caller has checked."""
-    cost = least_wait_ns(segments)
+    cost = min_wait_ns(segments)
     step = float(np.median(segments.step))
     share = cost / max(step, 1.0)
     floor = DEVICE_FLOOR_NS if segments.device else FLOOR_NS

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
-from traceml.diagnosis.comm import least_wait_ns
+from traceml.diagnosis.comm import min_wait_ns
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
@@ -60,7 +60,7 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
 def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
     evidence: dict[str, object] = {"step_ms": step / 1e6, "share_by_phase": shares, "steps": len(segments.step)}
     if segments.grouped and segments.backward_known:
-        evidence["exposed_comm_ms"] = least_wait_ns(segments) / 1e6
+        evidence["exposed_comm_ms"] = min_wait_ns(segments) / 1e6
 
     if facts.main_wait:
         evidence["cpu_wait_share"] = facts.wait_share

@@ -74,8 +74,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings with the verdict first: a lost rank outranks timing, then the largest cost."""
-    return sorted(findings, key=lambda finding: (not finding.kind.rule.outranks, -finding.cost_share))
+    """Return the findings with the verdict first: a lost rank, then the largest cost."""
+    return sorted(findings, key=lambda finding: (not finding.kind.rule.sorts_first, -finding.cost_share))
 
 
 def significant(value: float | np.floating[Any]) -> float | None:

@@ -11,9 +11,9 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
-from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
+from traceml.diagnosis.step_split import Floats
 from traceml.diagnosis.stragglers import straggler_kind
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
@@ -24,19 +24,19 @@ FLOOR_NS = 1e6
 LONG_NS = 20e6
 """A long step is at least this much longer than usual: other processes on a busy host usually take less."""
 DEVICE_LONG_NS = 2e6
-"""The same for device times."""
+"""By device times, a long step is at least this much longer than usual."""
 CROWDED_LONG_NS = 100e6
-"""With too few cores, long steps must be this much longer on average ..."""
+"""With too few cores, long steps are reported only if they are this much longer on average."""
 CROWDED_DOMINANCE = 0.8
-"""... and this share of the excess must be in one part, to be more than the lack of cores."""
+"""With too few cores, long steps are reported only if this share of the excess is in one part."""
 TURNS_SHARE = 0.35
-"""Ranks that are late in turns are late in at least this share of the steps ..."""
+"""Ranks that are late in turns are late in at least this share of the steps."""
 TURNS_NS = 10e6
-"""... by at least this much on the CPU, where ranks that share cores disturb each other ..."""
+"""By CPU times, ranks are late in turns by at least this much: ranks that share cores disturb each other."""
 TURNS_DOMINANCE = 0.7
-"""... in one part, which has this share of the difference between ranks from step to step ..."""
+"""One part has this share of the difference between ranks from step to step."""
 TURNS_WAIT = 0.10
-"""... and their main threads waited for a core for less than this share of their ready time."""
+"""Main threads waited for a core for less than this share of their ready time."""
 RARE = 0.25
 """At most this share of steps is long; more are a property of the run."""
 MIN_EVENTS = 3
@@ -84,13 +84,13 @@ def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]
     if cost < max(FLOOR_NS, WARNING_SHARE * step_ns):
         return []
 
-    if facts.oversubscribed and not _beyond_lack_of_cores(segments, events):
+    if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
         return []
 
     return [_jitter(segments, events, cost, step_ns)]
 
 
-def _beyond_lack_of_cores(segments: Segments, events: _LongSteps) -> bool:
+def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
     """Return whether the steps are too long for a lack of cores alone."""
     sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
     excess = float(segments.step[events.columns].mean()) - events.usual_ns
@@ -186,7 +186,7 @@ def _late_in_turns(segments: Segments, part: str, values: Floats, step_ns: float
     outliers = _outliers(values, segments.measured if part == "backward" else None, step_ns)
     late = outliers.any(axis=0)
     turns = outliers[:, late]
-    # A step that is long on most ranks is no rank's turn.
+    # A step that is long on most ranks is not attributed to one rank.
     if late.mean() < TURNS_SHARE or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
         return None
 

@@ -61,7 +61,7 @@ class RankExit:
     process_gone: bool | None = None
 
     @classmethod
-    def of(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
+    def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
         """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""
         known = {name: reported[name] for name in _COPIED if reported.get(name) is not None}
         if known.get("exception") and reported.get("message"):
@@ -84,7 +84,7 @@ class JobFacts:
     Attributes:
         world_size: ranks of the run.
         group: whether the ranks share a process group; None if only the rows can tell.
-        backend: the group's back end (gloo, nccl).
+        backend: the group's backend (gloo, nccl).
         hosts: rank -> host.
         cores: host -> cores that the job may use there.
         threads: torch threads per rank.
@@ -152,7 +152,9 @@ class JobFactsBuilder:
             self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
             del self._loaders[_MAX_LOADERS:]
         elif kind == "exit":
-            reported = RankExit.of(rank, "failed" if row.get("code") or row.get("exception") else "finished", row)
+            reported = RankExit.from_facts(
+                rank, "failed" if row.get("code") or row.get("exception") else "finished", row
+            )
             # A rank reports how it is about to end; the fate of its process, where known, has priority.
             self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
         elif kind in ("process", "model", "group"):

@@ -70,17 +70,17 @@ class KindRule:
     Attributes:
         headline: a template with {share}, {phase} and {ranks_are}, or a function of the finding.
         severity: of each finding of the kind; None where the cost decides.
-        slow_ranks: whether it blames ranks that the others wait for.
-        outranks: whether it comes before the kinds that are ordered by cost.
+        is_straggler: whether it blames ranks that the others wait for.
+        sorts_first: whether it comes before the kinds that are ordered by cost.
     """
 
     headline: str | Callable[[_FindingFacts], str]
     severity: Severity | None = None
-    slow_ranks: bool = False
-    outranks: bool = False
+    is_straggler: bool = False
+    sorts_first: bool = False
 
 
-_SLOW = KindRule("{ranks_are} slow in {phase}: the others wait, {share}", slow_ranks=True)
+_SLOW = KindRule("{ranks_are} slow in {phase}: the others wait, {share}", is_straggler=True)
 
 
 class Kind(StrEnum):
@@ -102,7 +102,7 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
-    RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, outranks=True)
+    RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
 
     def __new__(cls, value: str, rule: KindRule) -> Kind:

@@ -28,7 +28,7 @@ _PEER_GONE = (
     "process group",
     "store->get",
 )
-_STOPPED_BY_HAND = ("KeyboardInterrupt",)
+_USER_INTERRUPTS = ("KeyboardInterrupt",)
 
 
 def rank_lost(facts: JobFacts) -> list[Finding]:
@@ -62,10 +62,10 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     """
     own = [ended for ended in bad if not _follows(ended)]
     unforced = [ended for ended in bad if not ended.stopped]
-    if not own and (not unforced or any(_by_hand(ended) for ended in bad)):
+    if not own and (not unforced or any(_interrupted_by_user(ended) for ended in bad)):
         return []
 
-    causes = own or [ended for ended in unforced if not _missed_a_peer(ended)] or unforced
+    causes = own or [ended for ended in unforced if not _failed_because_of_peer(ended)] or unforced
     causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
     # Ranks with the same cause ended together; another cause later is a consequence.
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
@@ -90,19 +90,19 @@ def _follows(ended: RankExit) -> bool:
     if ended.signal is not None:
         return signal_name(ended.signal) in _SWEPT_AWAY
 
-    return _by_hand(ended) or _missed_a_peer(ended)
+    return _interrupted_by_user(ended) or _failed_because_of_peer(ended)
 
 
-def _missed_a_peer(ended: RankExit) -> bool:
+def _failed_because_of_peer(ended: RankExit) -> bool:
     text = (ended.exception or "").lower()
     return any(word in text for word in _PEER_GONE)
 
 
-def _by_hand(ended: RankExit) -> bool:
+def _interrupted_by_user(ended: RankExit) -> bool:
     if ended.signal == signals.SIGINT or ended.code == 128 + signals.SIGINT:
         return True
 
-    return (ended.exception or "").startswith(_STOPPED_BY_HAND)
+    return (ended.exception or "").startswith(_USER_INTERRUPTS)
 
 
 def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:

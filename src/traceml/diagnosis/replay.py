@@ -1,4 +1,4 @@
-"""Gain of a fix: the window replayed without the blamed work.
+"""Estimated speedup: recompute step times without the work that a finding is about.
 
 A step takes as long as the own work of the slowest rank, plus time that no rank's work explains. Replacing own work
 therefore shortens a step by the gain of the slowest rank, not by the gain of one rank.
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.phases import Floats
 from traceml.diagnosis.segments import Segments
+from traceml.diagnosis.step_split import Floats
 
-__all__ = ["lifted", "new_step_times", "saved_ns", "speedup", "without_rare"]
+__all__ = ["new_step_times", "saved_ns", "speedup", "with_typical_work", "without_rare"]
 
 
 def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
@@ -39,10 +39,10 @@ def speedup(segments: Segments, saved: float) -> float:
     return segments.step_ns / max(segments.step_ns - max(saved, 0.0), 1.0)
 
 
-def lifted(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
+def with_typical_work(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
     """Return a part's own work with that of the late ranks replaced by that of a typical other rank.
 
-    It is the work of a real rank one step later, as a median would have less noise than any rank.
+    Use a typical rank's work, shifted by one step: a median over ranks would be less noisy than a real rank.
     """
     means = values[others].mean(axis=1)
     typical = others[int(np.argsort(means)[len(means) // 2])]

@@ -44,16 +44,21 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
 
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
     step_ns = segments.step_ns
-    found, fixed = stragglers(segments, facts)
+    found, without_stragglers = stragglers(segments, facts)
     # The cost of late ranks is reported; the other rules judge the run as it would be without them.
-    rest = segments.changed(fixed, new_step_times(segments, fixed)) if fixed else segments
-    turns = [] if found else late_in_turns(rest, facts, step_ns)
-    found += turns
-    found += input_bound(rest, facts, step_ns) + transfers(rest, facts, step_ns) + residual(rest, facts, step_ns)
-    if not turns:
-        found += jitter(rest, facts, step_ns)
+    remaining = segments
+    if without_stragglers:
+        remaining = segments.changed(without_stragglers, new_step_times(segments, without_stragglers))
 
-    if not any(finding.kind.rule.slow_ranks for finding in found):
+    alternating = [] if found else late_in_turns(remaining, facts, step_ns)
+    found += alternating
+    for rule in (input_bound, transfers, residual):
+        found += rule(remaining, facts, step_ns)
+
+    if not alternating:
+        found += jitter(remaining, facts, step_ns)
+
+    if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
 
     return found

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.job_facts import JobFacts
-from traceml.diagnosis.phases import PHASES, Floats, has_group
+from traceml.diagnosis.step_split import PHASES, Floats, has_group
 from traceml.diagnosis.window import Window
 
 __all__ = ["COMPUTE", "LateRanks", "Segments", "median_over_ranks", "segments_of"]

@@ -1,8 +1,8 @@
 """Stragglers: ranks whose own work makes the others wait.
 
 A rank is late when its own work, summed over the window, is persistently above the others', and in one part of the
-step. Sums find a fault in every fifth step, which medians cannot. One dominant part separates a fault from a core or a
-host that is slower in everything.
+step. A fault that occurs in every fifth step changes the sum but not the median. One dominant part separates a fault
+from a core or a host that is slower in everything.
 """
 
 from __future__ import annotations
@@ -17,39 +17,39 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.phases import Floats
-from traceml.diagnosis.replay import lifted, saved_ns, speedup
+from traceml.diagnosis.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.segments import COMPUTE, LateRanks, Segments
+from traceml.diagnosis.step_split import Floats
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["straggler_kind", "stragglers"]
 
 EXCESS_SHARE = 0.08
-"""A late rank's excess over the others is at least this share of the step ..."""
+"""A late rank's excess over the others is at least this share of the step."""
 EXCESS_NS = 1e6
-"""... and at least this long."""
+"""A late rank's excess over the others is at least this long."""
 DOMINANCE = 0.7
-"""The blamed part has at least this share of the excess; with less the rank is slower in everything."""
+"""If no part has this share of the excess, the rank is slower in everything."""
 EVERYWHERE_SHARE = 0.30
-"""From this excess, a rank that is slower in everything is reported too."""
-RUNNER_UP = 1 / 3
-"""Ranks with at least this share of the largest excess are late together."""
+"""A rank that is slower in everything is reported if its excess is at least this share of the step."""
+SAME_GROUP_SHARE = 1 / 3
+"""Ranks with more than this share of the largest excess form one group of late ranks."""
 GAIN_SHARE = 0.05
-"""Without the late ranks a step would be at least this much shorter, unless they are very late."""
-CLEARLY = 1.5
-"""The smallest excess of a late rank is this many times that of any other rank."""
-CERTAINTY = 3.5
-"""The excess is this many standard errors above 0, one more for each tenth of a step that it is below a fifth ..."""
-CHANCE = 0.001
-"""... or the probability that its long steps hit that rank by chance is below this."""
+"""Without the late ranks a step would be shorter by at least this share, unless they are very late."""
+MIN_EXCESS_RATIO = 1.5
+"""The smallest excess of a late rank is at least this many times that of any other rank."""
+MIN_Z_SCORE = 3.5
+"""The excess is this many standard errors above 0, plus one for each tenth of a step that it is below a fifth."""
+MAX_P_VALUE = 0.001
+"""With a smaller z-score, the probability that the long steps hit that rank by chance must be below this."""
 LONG_STEP_SHARE = 0.25
-"""Long steps, for this probability, are above the others' usual own work by this share of a mean step."""
+"""A long step exceeds the others' usual own work by at least this share of a mean step."""
 MAX_TRIALS = 1000
-SIMILAR = 0.25
-"""With a second computing part slower by this share of the first one's factor, the rank is slower, not one part ..."""
-
-SIMILAR_CERTAINTY = 2.0
-"""... if that is this many standard errors above 0."""
+"""With more long steps than this, the probability is not computed: twice the expected number is enough."""
+SIMILAR_SLOWDOWN_SHARE = 0.25
+"""If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
+SIMILAR_MIN_Z_SCORE = 2.0
+"""The excess of that second part must be this many standard errors above 0."""
 LACKING_SHARE = 0.15
 """A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
 
@@ -63,22 +63,24 @@ def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict
         return [], {}
 
     late = find_late(segments, facts)
-    fixed = _fixed(segments, late)
-    if late and saved_ns(segments, fixed) < GAIN_SHARE * segments.step_ns:
+    without_stragglers = _without_stragglers(segments, late)
+    if late and saved_ns(segments, without_stragglers) < GAIN_SHARE * segments.step_ns:
         # Other ranks are late as often; a small difference on average is no fault.
         late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
-        fixed = _fixed(segments, late)
+        without_stragglers = _without_stragglers(segments, late)
 
-    return [_finding(segments, facts, one) for one in late], fixed
+    return [_finding(segments, facts, one) for one in late], without_stragglers
 
 
-def _fixed(segments: Segments, late: list[LateRanks]) -> dict[str, Floats]:
-    fixed: dict[str, Floats] = {}
+def _without_stragglers(segments: Segments, late: list[LateRanks]) -> dict[str, Floats]:
+    without_stragglers: dict[str, Floats] = {}
     for one in late:
         for part in one.by_part_ns if one.everywhere else (one.part,):
-            fixed[part] = lifted(fixed.get(part, segments.parts[part]), one.rows, one.others)
+            without_stragglers[part] = with_typical_work(
+                without_stragglers.get(part, segments.parts[part]), one.rows, one.others
+            )
 
-    return fixed
+    return without_stragglers
 
 
 def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
@@ -105,7 +107,7 @@ def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Divide the ranks by mean own work: (those with a third of the largest excess or more, the others)."""
     base, late = float(means.min()), np.zeros(len(means), bool)
     for _ in range(3):
-        late = means - base > RUNNER_UP * (float(means.max()) - base)
+        late = means - base > SAME_GROUP_SHARE * (float(means.max()) - base)
         base = float(np.median(means[~late]))
 
     return np.flatnonzero(late), np.flatnonzero(~late)
@@ -127,7 +129,7 @@ def _late_groups(
     excess = (segments.own[rows] - own).mean(axis=1)
     spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
     # All other ranks must be clearly apart from the late ones.
-    if not len(rows) or float(excess.min()) < CLEARLY * max(spread, 0.0):
+    if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
         return []
 
     groups: dict[tuple[str, bool], list[int]] = {}
@@ -169,9 +171,9 @@ def _is_slower_overall(segments: Segments, row: int, reference: Mapping[str, Flo
 
     base = {name: max(float(reference[name].mean()), 1.0) for name in COMPUTE if name in reference}
     excess = {name: _measured_steps(segments, name, segments.parts[name][row] - reference[name]) for name in base}
-    least = SIMILAR * float(excess[part].mean()) / base[part]
+    least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
     return any(
-        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_CERTAINTY
+        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_MIN_Z_SCORE
         for name in base
         if name != part and base[name] >= 0.01 * sum(base.values())
     )
@@ -191,14 +193,14 @@ def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], refe
     steady = [np.sum(list(excess.values()), axis=0), _measured_steps(segments, "backward", backward)]
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
     share = (mean + mean_backward) / segments.step_ns
-    needed = CERTAINTY + 10 * max(0.0, 0.2 - share)
+    needed = MIN_Z_SCORE + 10 * max(0.0, 0.2 - share)
     if mean + mean_backward >= needed * hypot(error, error_backward):
         return True
 
     backward = segments.parts.get("backward", np.zeros_like(segments.own))
     counts = _long(segments, segments.own - backward, others) + _long(segments, backward[:, segments.measured], others)
     hits = int(counts[row])
-    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < CHANCE
+    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < MAX_P_VALUE
 
 
 def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
@@ -273,7 +275,9 @@ def straggler_kind(part: str) -> Kind:
 
 def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
-    saved = saved_ns(segments, {part: lifted(segments.parts[part], late.rows, late.others) for part in blamed})
+    saved = saved_ns(
+        segments, {part: with_typical_work(segments.parts[part], late.rows, late.others) for part in blamed}
+    )
     # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
     share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
-from traceml.diagnosis.phases import DEVICE_LABELS, Floats, put_device_times, split_backward
+from traceml.diagnosis.step_split import DEVICE_LABELS, Floats, put_device_times, split_backward
 
 __all__ = ["StepWindow", "Window", "slots_for"]
 
@@ -52,7 +52,7 @@ class Window:
         total: wall time of each step in nanoseconds.
         backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
         user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
-        behind: ranks with rows, but with none of these steps.
+        missing_ranks: ranks with rows, but with none of these steps.
         device: whether device times replace the CPU times of the device's phases.
     """
 
@@ -62,7 +62,7 @@ class Window:
     total: Floats
     backward_own: Floats
     user: Mapping[str, Floats] = field(default_factory=dict)
-    behind: tuple[int, ...] = ()
+    missing_ranks: tuple[int, ...] = ()
     device: bool = False
 
     def __len__(self) -> int:
@@ -123,7 +123,7 @@ class Window:
             self.total[:, columns],
             self.backward_own[:, columns],
             {name: values[:, columns] for name, values in self.user.items()},
-            self.behind,
+            self.missing_ranks,
             self.device,
         )
 
@@ -247,9 +247,9 @@ class StepWindow:
             skip_first: number of first steps to leave out, as they include set-up. Fewer are left out if less than 20
                 steps would remain, but never less than 3.
         """
-        chosen, behind = self._candidates()
+        chosen, missing_ranks = self._candidates()
         if not len(chosen):
-            return self._window(chosen, np.empty(0, np.int64), behind)
+            return self._window(chosen, np.empty(0, np.int64), missing_ranks)
 
         newest = int(self._latest[chosen].min())
         last = min(last, self.slots, max(_MIN_STEPS, _MAX_CELLS // len(chosen)))
@@ -259,8 +259,8 @@ class StepWindow:
         # A rank that lost many rows must not remove the steps of all others.
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
         kept = coverage >= 0.5 * coverage.max()
-        behind = (*behind, *chosen[~kept].tolist())
-        return self._window(chosen[kept], steps[found[kept].all(axis=0)], behind)
+        missing_ranks = (*missing_ranks, *chosen[~kept].tolist())
+        return self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks)
 
     def held(self, rank_index: int) -> Window:
         """Return all steps kept of one rank, in order."""
@@ -282,7 +282,7 @@ class StepWindow:
         near = live & (self._latest > self._latest[live].max() - max(self.slots // 2, 1))
         return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
 
-    def _window(self, ranks: Ints, steps: Ints, behind: tuple[int, ...]) -> Window:
+    def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> Window:
         at = ranks[:, None] * self.slots + steps % self.slots
         values = np.ascontiguousarray(np.moveaxis(self._values[at], -1, 0))
         total, own = values[_POSITION["total_ns"]], values[_POSITION["backward_own_ns"]]
@@ -297,7 +297,7 @@ class StepWindow:
             kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
             user = {name: values * kept for name, values in user.items()}
 
-        return Window(ranks, steps, times, total, own, user, behind, device)
+        return Window(ranks, steps, times, total, own, user, missing_ranks, device)
 
     def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
         if self._device is None or not at.size:

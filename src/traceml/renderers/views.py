@@ -178,7 +178,7 @@ def _phases_by_rank(report: Report) -> dict[int, tuple[tuple[str, float], ...]]:
 
 def _slowest(rows: Sequence[RankRow], verdict: Finding) -> frozenset[int]:
     """Return the ranks to mark: those that the verdict calls slow, else one whose own work stands out."""
-    if verdict.kind.rule.slow_ranks:
+    if verdict.kind.rule.is_straggler:
         return frozenset(verdict.ranks)
 
     if len(rows) < 2:

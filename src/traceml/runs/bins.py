@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.diagnosis.phases import split_backward
+from traceml.diagnosis.step_split import split_backward
 from traceml.diagnosis.window import Window
 
 __all__ = ["StepBins"]

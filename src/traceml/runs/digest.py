@@ -25,8 +25,8 @@ from traceml.database.schema import (
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.job_facts import RankExit
-from traceml.diagnosis.phases import has_group
 from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.step_split import has_group
 from traceml.runs.metrics import MetricSummary
 from traceml.runs.samples import Samples
 
@@ -148,7 +148,7 @@ class Digest:
 
         self.facts.host(rank, record.host)
         if record.state != "running" and (current is None or record.id >= current.id):
-            self._intake.end(RankExit.of(rank, record.state, record.facts.get("exit", {}), record.host))
+            self._intake.end(RankExit.from_facts(rank, record.state, record.facts.get("exit", {}), record.host))
 
     def _rank_of(self, stream: int) -> int:
         return self.streams[stream].rank

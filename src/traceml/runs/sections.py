@@ -11,7 +11,7 @@ from traceml.database.reader import StoreReader, StreamRecord
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.job_facts import RankExit
-from traceml.diagnosis.phases import PHASES
+from traceml.diagnosis.step_split import PHASES
 from traceml.diagnosis.window import Window
 from traceml.runs.digest import Digest
 from traceml.runs.report_types import (
@@ -128,7 +128,7 @@ def ranks(digest: Digest) -> list[RankSection]:
 def _exit(digest: Digest, stream: StreamRecord) -> ExitSection:
     ended = digest.facts.exits.get(stream.rank)
     if ended is None:
-        ended = RankExit.of(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
+        ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
 
     latest = digest.window.latest
     last_step = ended.last_step

@@ -27,7 +27,7 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.schema import STEPS as STEP_ROWS
-from traceml.diagnosis.phases import has_group, own_backward
+from traceml.diagnosis.step_split import has_group, own_backward
 from traceml.errors import StoreError
 from traceml.runs.clocks import RunClocks
 from traceml.runs.export import trace_tracks as tracks

@@ -5,7 +5,7 @@ a frame that is read again gives the same values again, and every backend gets t
 
 - `traceml/step_ms`: mean wall time of a step, over all ranks and the interval.
 - `traceml/steps_per_s`: of the lowest rank.
-- `traceml/share/<phase>`: share of step time, split as in the report (`diagnosis.phases`). A step with device times
+- `traceml/share/<phase>`: share of step time, split as in the report (`diagnosis.step_split`). A step with device times
   counts in the interval in which they arrive, some steps after it.
 - `traceml/goodput`: share of all wall time since the run began that the lowest rank spent in productive steps, without
   waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats are not
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from traceml.database.reader import Frame, StreamRecord
 from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PHASE_LABELS, PROCESS, STEPS, StepFlag, unpack_bits
-from traceml.diagnosis.phases import DEVICE_LABELS, PHASES, has_group, put_device_times, split_backward
+from traceml.diagnosis.step_split import DEVICE_LABELS, PHASES, has_group, put_device_times, split_backward
 from traceml.track.plugins.metric import Metric
 
 __all__ = ["FOLLOWED", "KIND_DERIVED", "DerivedMetrics"]
