@@ -38,15 +38,15 @@ def test_run_is_over_a_moment_after_the_last_bye(registry, clock):  # noqa: F811
     run, first = join(registry, hello(0))
     _, second = join(registry, hello(1))
     leave(run, first)
-    assert not run.is_over(held=False)
+    assert not run.is_over(has_launcher=False)
     leave(run, second)
     run.commit()
-    assert not run.is_over(held=False)
+    assert not run.is_over(has_launcher=False)
 
     clock.now_s += run_module.SETTLE_S + 0.1
 
-    assert run.is_over(held=False)
-    assert not run.is_over(held=True)
+    assert run.is_over(has_launcher=False)
+    assert not run.is_over(has_launcher=True)
     assert run.end()
     assert run.state == "finished"
 
@@ -65,7 +65,7 @@ def test_silent_rank_of_another_host_is_lost_after_a_while(registry, clock):  # 
     clock.now_s += 1
 
     assert stream.state is StreamState.LOST
-    assert run.is_over(held=False)
+    assert run.is_over(has_launcher=False)
     assert run.end()
     assert run.state == "lost"
 
@@ -87,11 +87,11 @@ def test_failed_job_that_may_be_restarted_is_waited_for(registry, clock):  # noq
     leave(run, stream, "failed")
     run.commit()
     clock.now_s += run_module.RESTART_S - 1
-    assert not run.is_over(held=False)
+    assert not run.is_over(has_launcher=False)
 
     clock.now_s += 2
 
-    assert run.is_over(held=False)
+    assert run.is_over(has_launcher=False)
     assert run.end()
     assert run.state == "failed"
 
@@ -102,11 +102,11 @@ def test_ranks_that_never_come_are_not_waited_for_for_ever(registry, clock):  # 
     leave(run, stream)
     run.commit()
     clock.now_s += run_module.ABANDONED_S - 1
-    assert not run.is_over(held=False)
+    assert not run.is_over(has_launcher=False)
 
     clock.now_s += 2
 
-    assert run.is_over(held=False)
+    assert run.is_over(has_launcher=False)
 
 
 @pytest.mark.parametrize(

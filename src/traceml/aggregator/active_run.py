@@ -38,7 +38,7 @@ RESTART_S = 120.0
 # For a run without connections whose missing ranks never came.
 ABANDONED_S = 60.0
 # The launcher reports the end of the run; this is the longest wait for it.
-HELD_S = 3600.0
+LAUNCHER_WAIT_S = 3600.0
 
 _log = logging.getLogger("traceml")
 
@@ -72,7 +72,7 @@ class ActiveRun:
         self._away: dict[Stream, None] = {}
         self.store = StoreWriter(path / STORE_NAME)
         self.live = LiveRows(1)
-        self.ingest = Ingest(self.store, self.live, self._hold_back)
+        self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self._resume()
         self._write_facts()
 
@@ -139,13 +139,13 @@ class ActiveRun:
 
         return self.attempt + 1 if self.named else None
 
-    def is_followed_by(self, hello: Hello) -> bool:
+    def starts_next_run(self, hello: Hello) -> bool:
         """Whether a rank that has ended here trains again in the same process: that is the job's next run."""
         current = self._current.get((hello.attempt + int(self._facts["attempt_base"]), hello.rank))
         return (
             current is not None
             and current.ended
-            and replace(current.incarnation, recorder=hello.recorder) == Incarnation.of(hello)
+            and replace(current.incarnation, recorder=hello.recorder) == Incarnation.from_hello(hello)
         )
 
     def stream_of(self, incarnation: Incarnation, rank: int) -> Stream | None:
@@ -161,12 +161,12 @@ class ActiveRun:
         self._reopen()
         if hello.parent:
             stream = self._add_stream(
-                attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight, is_helper=True
+                attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight, is_helper=True
             )
             self.connect(stream, hello, peer)
             return stream
 
-        stream = self._add_stream(attempt, hello.rank, Incarnation.of(hello), hello.local_rank, hello.flight)
+        stream = self._add_stream(attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight)
         self.store.update_stream(
             stream.id, world_size=hello.world_size, started=time.time(), command=hello.command[:1000]
         )
@@ -296,14 +296,14 @@ class ActiveRun:
             elif not stream.seen_here and time.monotonic() - stream.disconnected_s > LOST_AFTER_S:
                 self._end_stream(stream, StreamState.LOST)
 
-    def is_over(self, *, held: bool) -> bool:
+    def is_over(self, *, has_launcher: bool) -> bool:
         """Return whether the run can be closed.
 
         Args:
-            held: a launcher will report the end of this run.
+            has_launcher: whether a launcher will report the end of this run.
         """
         quiet_s = time.monotonic() - self._touched_s
-        if self.ended or self.ingest.waiting or self.is_connected or (held and quiet_s < HELD_S):
+        if self.ended or self.ingest.waiting or self.is_connected or (has_launcher and quiet_s < LAUNCHER_WAIT_S):
             return False
 
         members = [stream for (attempt, _), stream in self._current.items() if attempt == self.attempt]
@@ -389,10 +389,10 @@ class ActiveRun:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _hold_back(self, held: bool) -> None:
+    def _pause_senders(self, pause: bool) -> None:
         for stream in self.connected:
             if stream.peer is not None:
-                stream.peer.pause(held)
+                stream.peer.pause(pause)
 
     def _stream_of_exit(self, report: dict[str, Any]) -> Stream | None:
         """Return the stream of an exit report: by its process, else by the rank, if that has not ended yet."""
@@ -527,7 +527,7 @@ class ActiveRun:
             return
 
         self.store = StoreWriter(self.path / STORE_NAME)
-        self.ingest = Ingest(self.store, self.live, self._hold_back)
+        self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self._facts |= {"state": "running", "ended": None}
         self._touched_s = time.monotonic()
         self._write_facts()

@@ -309,7 +309,7 @@ class Aggregator:
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
 
-        if run.is_over(held=self._has_launcher(run)):
+        if run.is_over(has_launcher=self._has_launcher(run)):
             await self.end(run)
 
     def _has_launcher(self, run: ActiveRun) -> bool:

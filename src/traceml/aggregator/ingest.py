@@ -63,16 +63,20 @@ class Ingest:
         store: the run's store.
         live: the live windows.
         artifacts: takes the chunks of files; by default into the store's folder.
-        hold_back: pauses (True) or resumes the run's ranks while the store cannot be written.
+        pause_senders: pauses (True) or resumes the run's ranks while the store cannot be written.
     """
 
     def __init__(
-        self, store: StoreWriter, live: LiveRows, hold_back: Callable[[bool], None], artifacts: Artifacts | None = None
+        self,
+        store: StoreWriter,
+        live: LiveRows,
+        pause_senders: Callable[[bool], None],
+        artifacts: Artifacts | None = None,
     ) -> None:
         self.artifacts = artifacts or Artifacts(store.path.parent)
         self._store = store
         self._live = live
-        self._hold_back = hold_back
+        self._pause_senders = pause_senders
         self._touched: dict[Stream, None] = {}
         self._rows = self._repeated = self._commits = self._failed = 0
         self._failing_since_s: float | None = None
@@ -184,7 +188,7 @@ class Ingest:
         self._retry_at_s = now_s + _RETRY_S
         if self._failing_since_s is None:
             self._failing_since_s, self._remind_at_s = now_s, now_s
-            self._hold_back(True)
+            self._pause_senders(True)
 
         if now_s >= self._remind_at_s:
             self._remind_at_s = now_s + _REMIND_S
@@ -194,7 +198,7 @@ class Ingest:
         assert self._failing_since_s is not None
         _log.warning("the store can be written again after %.1f s", time.monotonic() - self._failing_since_s)
         self._failing_since_s = None
-        self._hold_back(False)
+        self._pause_senders(False)
 
 
 def _skip_maps(data: bytes, count: int) -> bytes:

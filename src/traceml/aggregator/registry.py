@@ -93,7 +93,7 @@ class Registry:
 
     def find_stream(self, hello: Hello) -> tuple[ActiveRun, Stream] | None:
         """Return the run and stream of a recorder that was connected before, to this aggregator or an earlier one."""
-        incarnation, key = Incarnation.of(hello), _key(hello)
+        incarnation, key = Incarnation.from_hello(hello), _key(hello)
         for run in reversed(self._runs):
             stream = run.stream_of(incarnation, hello.rank)
             if stream is not None and (run.key == key or run.key.startswith(f"{key}#")):
@@ -123,7 +123,7 @@ class Registry:
         # While the run of that key goes on, this one is found by its recorder alone.
         key = f"{_key(hello)}#{run_id}" if taken else _key(hello)
         run = self.begin(run_id, key, named=bool(hello.run_id) and not taken)
-        if taken and other is not None and other.is_followed_by(hello):
+        if taken and other is not None and other.starts_next_run(hello):
             self._by_key[_key(hello)] = run  # the job's other ranks join its next training too
 
         return run, run.attempt_for(hello) or hello.attempt

@@ -46,7 +46,10 @@ class StreamState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Incarnation:
-    """Unique identity of a recorder: a process of a boot of a host, and the recorder in it."""
+    """Unique identity of a recorder: host, boot, process and the recorder in that process.
+
+    A rank that is restarted has a new incarnation, even with the same process id after a reboot.
+    """
 
     host: str
     boot: str
@@ -55,13 +58,15 @@ class Incarnation:
     recorder: str
 
     @classmethod
-    def of(cls, hello: Hello) -> Incarnation:
+    def from_hello(cls, hello: Hello) -> Incarnation:
         """Return the identity of a hello's sender."""
         return cls(hello.host, hello.boot_id, hello.pid, hello.start_ticks, hello.recorder)
 
 
 class Stream:
-    """One incarnation of a rank: its rows are numbered from 0, per table.
+    """Rows and state of one incarnation of a rank.
+
+    The rows of each table are numbered from 0. A rank that is restarted gets a new stream.
 
     Args:
         id: its number in the store.
