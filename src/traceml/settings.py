@@ -86,7 +86,7 @@ class Config:
     port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 means any free one.", low=0, high=65535)
     token: str | None = _set(
         None,
-        "Secret that this process proves to the aggregator. Found automatically on one host; between hosts set it in "
+        "Secret shared with the aggregator. Found automatically on one host; between hosts set it in "
         "the environment or in a file, never in a command line.",
         secret=True,
     )
@@ -94,15 +94,15 @@ class Config:
     on_missing: Literal["raise", "warn"] = _set(
         "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
     )
-    connect_timeout: float = _set(5.0, "Longest time in seconds that `init` tries to reach the aggregator.", low=0)
+    connect_timeout: float = _set(5.0, "Longest time in seconds that `init` tries to connect to the aggregator.", low=0)
     runs_dir: Path = _set(Path("traceml_runs"), "Folder of the runs, relative to the working directory.")
     log_dir: Path = _set(Path("traceml_logs"), "Folder of the launcher's log files.")
     run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
-    run_name: str | None = _set(None, "Name of the run; by default the script's.")
+    run_name: str | None = _set(None, "Name of the run; by default the name of the script.")
     project: str = _set("default", "Project of the run at trackers.")
     backend: tuple[str, ...] = _set((), "Trackers to deliver to: built-in names or `package:Class`.")
     backend_options: dict[str, dict[str, Any]] = _set(
-        {}, "Options per tracker; in a file, one table `backends.<name>` each."
+        {}, "Options per tracker; in a file, one table `backends.<name>` per tracker."
     )
     collectors: tuple[str, ...] = _set((), "Additional collectors: registered names or `package:Class`.")
     frameworks: tuple[str, ...] = _set(
@@ -112,21 +112,21 @@ class Config:
     track_git: bool = _set(True, "Send the state of the git repository to the trackers.")
     track_env: bool = _set(True, "Send the environment (versions, hardware, variables) to the trackers.")
     sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
-    sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, per sampler's name.", low=0.01)
+    sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
     metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)
     flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)
     ring_rows: int = _set(
         65536,
-        "Step rows kept in the rank until acknowledged; rounded up to a power of two, fewer where memory is short.",
+        "Step rows kept in the rank until acknowledged; rounded up to a power of two, fewer if memory is short.",
         low=64,
         high=1 << 24,
     )
     max_queue_size: int = _set(
         10_000, "Logged rows kept in memory until acknowledged; further rows go to a journal on disk.", low=1
     )
-    max_retries: int = _set(3, "Tries before a tracker's circuit breaker opens.", low=0)
-    backoff_factor: float = _set(2.0, "Growth of the wait between tries.", low=1)
-    max_backoff: float = _set(60.0, "Longest wait in seconds between tries; rows are never given up.", above=0)
+    max_retries: int = _set(3, "Failed tries in a row before a tracker's circuit breaker opens.", low=0)
+    backoff_factor: float = _set(2.0, "Factor by which the wait between tries grows.", low=1)
+    max_backoff: float = _set(60.0, "Longest wait in seconds between tries; rows are never discarded.", above=0)
     max_image_bytes: int = _set(8 << 20, "Largest image that is logged, in bytes.", low=1)
     max_artifact_bytes: int = _set(1 << 30, "Largest artifact that is logged, in bytes.", low=1)
     include: tuple[str, ...] = _set((), "Names (patterns) that are delivered to trackers; empty means all.")

@@ -23,12 +23,15 @@ __all__ = ["COMMANDS", "main"]
 # Command -> its module and its help in one line. The help lists them in this order.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("traceml.cli.demo", "train on two ranks, one of them slow, and find the cause"),
-    "run": ("traceml.cli.run", "run an unchanged training script with tracing: traceml run train.py"),
-    "launch": ("traceml.cli.launch", "the same on many hosts, through ssh or srun: --hostnames a b train.py"),
+    "run": ("traceml.cli.run", "run an unmodified script with tracing: traceml run train.py"),
+    "launch": (
+        "traceml.cli.launch",
+        "the same on many hosts, through ssh or srun: --hostnames a b train.py",
+    ),
     "serve": ("traceml.cli.serve", "start an aggregator for scripts that call traceml.init()"),
     "top": ("traceml.cli.top", "watch a running job"),
     "report": ("traceml.cli.report", "show what limits a run"),
-    "compare": ("traceml.cli.compare", "compare two runs: what got slower, by how much, and is it significant"),
+    "compare": ("traceml.cli.compare", "show what got slower from run A to run B, and if it is significant"),
     "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
     "analyze": ("traceml.cli.analyze", "summarize traces of dftracer, torch.profiler, Perfetto or traceml"),
     "sync": ("traceml.cli.sync", "upload what a tracker is still missing"),

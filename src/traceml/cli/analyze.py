@@ -54,8 +54,8 @@ class Options:
     by: Annotated[str | None, tyro.conf.arg(metavar="FIELD,...", help_behavior_hint="")] = None
     """Group by these: name, cat, pid, tid, rank, host, file, source, ph, args.KEY (default: name)."""
     where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = ""
-    """Only events that pass all of these: 'cat=POSIX,dur>100,name~read'. = != < <= > >= and ~ for a pattern; ts and
-    dur are in microseconds where no unit is given (2.5ms, 4KiB)."""
+    """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern). Units
+    are optional (2.5ms, 4KiB); without one, ts and dur are in microseconds."""
     top: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Number of groups (default: 20, all with --json)."""
     overlap: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False

@@ -118,18 +118,25 @@ def _parser() -> argparse.ArgumentParser:
         "--hostnames",
         metavar="HOST ...",
         default="auto",
-        help="names for ssh; slurm: the allocation's; auto: that, else this one",
+        help="names for ssh; slurm: the nodes of the allocation; auto: these, else this host",
     )
     hosts.add_argument(
-        "--workers-per-host", metavar="N ...", default="auto", help="for all, or for each; auto: GPUs, else CPU cores"
+        "--workers-per-host",
+        metavar="N ...",
+        default="auto",
+        help="a number for all hosts, or one per host; auto: GPUs, else CPU cores",
     )
-    hosts.add_argument("--ssh-config-file", type=Path, metavar="FILE", help="configuration for ssh instead of yours")
-    hosts.add_argument("--python", metavar="PATH", help="the interpreter there (default: this one's path)")
-    hosts.add_argument("--timeout", type=_seconds, default=600, metavar="S", help="time to start up (default: 600)")
+    hosts.add_argument(
+        "--ssh-config-file", type=Path, metavar="FILE", help="configuration file for ssh, instead of your own"
+    )
+    hosts.add_argument("--python", metavar="PATH", help="the interpreter on the hosts (default: the path of this one)")
+    hosts.add_argument(
+        "--timeout", type=_seconds, default=600, metavar="S", help="seconds for starting the workers (default: 600)"
+    )
 
     workers = parser.add_argument_group("environment of the workers")
     workers.add_argument("--default-env-vars", metavar="PATTERN ...", help="variables from this environment")
-    workers.add_argument("--extra-env-vars", metavar="PATTERN ...", help="additional ones")
+    workers.add_argument("--extra-env-vars", metavar="PATTERN ...", help="additional variables")
     workers.add_argument("--env-file", type=Path, metavar="FILE", help="sourced by bash on each host")
     workers.add_argument("--no-cpu-affinity", action="store_true", help="do not distribute the cores over the workers")
     add_run_options(parser)

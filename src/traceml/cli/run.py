@@ -1,4 +1,4 @@
-"""`traceml run`: trace an unchanged script, alone or under torchrun."""
+"""`traceml run`: trace an unmodified script, alone or under torchrun."""
 
 from __future__ import annotations
 

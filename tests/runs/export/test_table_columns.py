@@ -21,7 +21,7 @@ def page() -> str:
     ]
     for table in TABLES.values():
         lines += ["", f"## {table.name}", "", f"{table.doc[0].upper()}{table.doc[1:]}.", ""]
-        lines += ["| column | type | is |", "|---|---|---|"]
+        lines += ["| column | type | meaning |", "|---|---|---|"]
         lines += [f"| `{column.name}` | {column.kind} | {column.doc} |" for column in table.columns]
 
     return "\n".join(lines) + "\n"

@@ -98,7 +98,7 @@ class LaunchOptions:
     trace: bool = False
     """Trace the job: live view, verdict, report."""
     python: str | None = None
-    """The interpreter on the hosts; by default this one's path."""
+    """The interpreter on the hosts; by default the path of this one."""
     cpu_affinity: bool = True
     """Give each worker of a host its own share of the CPU cores."""
 

@@ -78,14 +78,14 @@ def launch(
         timeout: seconds for start-up, and for the group's collectives; never for the function.
         default_env_vars: patterns of variables that workers of other hosts get from this environment; workers of
             this host inherit all.
-        extra_env_vars: additional ones.
+        extra_env_vars: additional variables.
         env_file: a script that bash sources on each host before its workers start; they get its exported variables.
         log_handlers: `auto` prints the output of the first host's agent and first worker, and writes files for all;
             or a list of logging handlers.
         keep_agents: leave an idle agent with torch imported on each host; it makes the next launch of this process
             fast, and ends with this process.
         trace: trace the job: live view, verdict, report.
-        python: the interpreter on the hosts; by default this one's path.
+        python: the interpreter on the hosts; by default the path of this one.
         cpu_affinity: give each worker of a host its own share of the CPU cores.
 
     Raises:

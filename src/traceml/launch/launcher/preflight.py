@@ -85,7 +85,7 @@ def preflight(
     Args:
         hostnames: as for `launch`.
         ssh_config_file: configuration that ssh reads instead of the user's.
-        python: the interpreter on the hosts; by default this one's path.
+        python: the interpreter on the hosts; by default the path of this one.
     """
     from traceml.launch.launcher.hosts import resolve_hosts
 

@@ -105,11 +105,11 @@ TABLES: dict[str, ExportTable] = {
     "info": ExportTable("info", "facts that ranks reported: loader, model, warnings, exit, …", _LOG_COLUMNS),
     "ranks": ExportTable(
         "ranks",
-        "one row per process that was a rank, or that logged for one",
+        "one row per rank process, and per child process that logged for a rank",
         (
             *_STREAM_COLUMNS,
-            ExportColumn("pid", "int64", "its process"),
-            ExportColumn("state", "string", "its state or its end"),
+            ExportColumn("pid", "int64", "its process id"),
+            ExportColumn("state", "string", "its state, or how it ended"),
             _JSON,
         ),
     ),
