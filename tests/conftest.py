@@ -61,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by folder and fixture, and give each file's tests to one worker; those that share hosts also."""
     for item in items:
