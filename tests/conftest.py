@@ -37,6 +37,7 @@ _PROCESS_PATHS = (
     "track/rank/test_collectors.py",
     "track/test_everywhere.py",
 )
+_ALONE_PATHS = ("end_to_end/test_verdicts.py",)
 _PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}
 _NEEDS_OF_FIXTURES = {
     "browser": ("chromium",),
@@ -71,6 +72,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
         if _lies_in(item, _PROCESS_PATHS) is not None or fixtures & _PROCESS_FIXTURES:
             item.add_marker(pytest.mark.process)
+
+        if _lies_in(item, _ALONE_PATHS) is not None:
+            item.add_marker(pytest.mark.alone)
 
         item.add_marker(pytest.mark.xdist_group("hosts" if "hosts" in fixtures else str(item.path)))
 
