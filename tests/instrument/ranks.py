@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -121,6 +122,8 @@ def main(rank: int, store: str, out: str, kinds: list[str]) -> None:
     dist.barrier()
     dist.destroy_process_group()
     Path(out).write_text(json.dumps(found))
+    # Gloo's threads abort about one in 25 interpreters that end in the usual way, also without traceml.
+    os._exit(0)
 
 
 if __name__ == "__main__":
