@@ -35,6 +35,19 @@ def test_no_traceback_for_errors_of_the_system(caplog: pytest.LogCaptureFixture)
     assert (record.getMessage(), record.exc_info) == ("the file could not be read: gone", None)
 
 
+def test_an_error_without_a_text_is_logged_too(caplog: pytest.LogCaptureFixture) -> None:
+    """A third party's error whose text raises does not come out."""
+
+    class Broken(OSError):
+        def __str__(self) -> str:
+            raise KeyError("no text")
+
+    with fail_open(_log, "attic", "the roof could not be mended"):
+        raise Broken
+
+    assert "Broken, whose text failed with KeyError" in caplog.text
+
+
 def test_repeats_are_quiet(caplog: pytest.LogCaptureFixture) -> None:
     """With `once` a text is a warning the first time only, and every failure counts."""
     caplog.set_level(logging.DEBUG, logger="traceml.test")

@@ -56,14 +56,20 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         _failures[self._room] = _failures.get(self._room, 0) + 1
         level = logging.DEBUG if self._once and _is_repeat(self._room, self._what) else self._level
         is_clear = isinstance(error, OSError | TraceMLError)
-        text = (is_clear and str(error)) or repr(error)
-        self._log.log(level, "%s: %s", self._what, text, exc_info=None if is_clear else error)
+        self._log.log(level, "%s: %s", self._what, _text_of(error, is_clear), exc_info=None if is_clear else error)
         return True
 
 
 def failures() -> dict[str, int]:
     """Return the number of handled failures of this process, by room."""
     return dict(_failures)
+
+
+def _text_of(error: Exception, is_clear: bool) -> str:
+    try:
+        return (is_clear and str(error)) or repr(error)
+    except Exception as broken:  # noqa: BLE001 - a third party's __str__ may raise anything
+        return f"{type(error).__name__}, whose text failed with {type(broken).__name__}"
 
 
 def _is_repeat(room: str, what: str) -> bool:
