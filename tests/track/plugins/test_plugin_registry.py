@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,6 +48,20 @@ class Mine(BackendPlugin):
 
 class Bare(JsonlBackend):
     """A backend without a plugin."""
+
+
+class OtherMetadata(JsonlBackend):
+    """A backend whose `metadata` means something else."""
+
+    metadata = {"owner": "team"}  # type: ignore[assignment]  # noqa: RUF012
+
+
+class OldMetadata(Mine):
+    """A plugin that describes itself by an object of its own, with some of the fields."""
+
+    @classmethod
+    def get_metadata(cls) -> Any:
+        return SimpleNamespace(name="old", version="1", description="", dependencies=())
 
 
 class Remote(JsonlBackend):
@@ -108,6 +123,8 @@ def test_import_paths_name_plugins_and_bare_classes(tmp_path: Path) -> None:
     """A class that implements an interface is as good as a plugin."""
     assert isinstance(create_backend(f"{__name__}:Mine", _config(tmp_path)), JsonlBackend)
     assert isinstance(create_backend(f"{__name__}:Bare", _config(tmp_path)), Bare)
+    assert isinstance(create_backend(f"{__name__}:OtherMetadata", _config(tmp_path)), OtherMetadata)
+    assert isinstance(create_backend(f"{__name__}:OldMetadata", _config(tmp_path)), JsonlBackend)
     collector = load(PluginType.COLLECTOR, f"{__name__}:Reading")
     assert isinstance(collector, CollectorPlugin)
     assert isinstance(collector.create_collector({}), Reading)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from traceml.errors import PluginError
@@ -51,6 +51,15 @@ class PluginMetadata:
     address_option: str | None = None
     key_variable: str | None = None
     environment: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_declared(cls, declared: object, name: str, kind: PluginType | None) -> PluginMetadata:
+        """Return what a plugin declares about itself: ours, or the fields of the same names of any other object."""
+        if isinstance(declared, cls):
+            return declared
+
+        given = {each.name: getattr(declared, each.name) for each in fields(cls) if hasattr(declared, each.name)}
+        return cls(**{"name": name, "version": "", "type": kind, **given})
 
     def missing(self) -> str | None:
         """Return which dependency is not installed and how to install it, or None; imports nothing."""

@@ -183,7 +183,7 @@ def create_backend(name: str, config: Mapping[str, Any], known: Mapping[str, str
     """
     plugin = load(PluginType.BACKEND, name, known)
     assert isinstance(plugin, BackendPlugin)
-    metadata = plugin.get_metadata()
+    metadata = _metadata_of(type(plugin))
     if (missing := metadata.missing()) is not None:
         raise ImportError(missing)
 
@@ -210,15 +210,15 @@ def _kind_of(found: Any) -> PluginType | None:
             kind
             for kind in PluginType
             if issubclass(found, _BASES[kind])
-            or (issubclass(found, _INTERFACES[kind]) and vars(found).get("metadata") is not None)
+            or (issubclass(found, _INTERFACES[kind]) and isinstance(vars(found).get("metadata"), PluginMetadata))
         ),
         None,
     )
 
 
 def _metadata_of(found: Any) -> PluginMetadata:
-    metadata: PluginMetadata = found.get_metadata() if issubclass(found, PluginInterface) else found.metadata
-    return metadata
+    declared = found.get_metadata() if issubclass(found, PluginInterface) else found.metadata
+    return PluginMetadata.from_declared(declared, found.__name__, None)
 
 
 def _unknown(kind: PluginType, name: str) -> str:
@@ -252,8 +252,10 @@ def _entry_points(kind: PluginType) -> dict[str, str]:
 
 def _plugin_of(found: type, kind: PluginType, name: str) -> PluginInterface:
     """Return a plugin for a class that implements an interface directly."""
-    own: PluginMetadata = getattr(found, "metadata", None) or PluginMetadata(name=name, version="", type=kind)
-    metadata = replace(own, name=name)
+    # A third party's class may have a `metadata` of its own that means something else.
+    own = vars(found).get("metadata")
+    declared = own if isinstance(own, PluginMetadata) else None
+    metadata = replace(PluginMetadata.from_declared(declared, name, kind), name=name)
     body: dict[str, Any] = {"get_metadata": classmethod(lambda _cls: metadata)}
     if kind is PluginType.BACKEND:
         body["create_backend"] = lambda _self, config: _create(found, config)
