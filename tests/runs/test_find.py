@@ -101,6 +101,17 @@ def test_a_list_has_the_severity_of_the_verdict(tmp_path):
     assert infos == {"ended": ("INPUT_BOUND", "critical"), "running": ("INPUT_BOUND", "warning")}
 
 
+def test_a_verdict_of_another_version_spoils_no_list(tmp_path):
+    """A run whose verdict cannot be read is listed without one."""
+    with_later_words = tmp_path / "later"
+    with_later_words.mkdir()
+    with StoreWriter(with_later_words / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(state="running", ended=None))
+        writer.event("verdict", {"findings": [finding("INPUT_BOUND").to_dict() | {"severity": "fatal"}]})
+
+    assert [(info.id, info.verdict) for info in list_runs(tmp_path)] == [("later", None)]
+
+
 def test_pruning_keeps_the_newest_and_the_running(runs):
     """Old runs are removed, except running ones."""
     (runs / "latest").symlink_to("20260100-000000-train-0000")

@@ -53,12 +53,13 @@ def test_keys_of_later_versions_may_be_absent():
         ("[]", r"Expected `object`, got `array`"),
         ('{"schema": "traceml.report/2"}', r"Invalid enum value 'traceml.report/2' - at `\$\.schema`"),
         ('{"schema": "traceml.report/1"}', r"missing required field `run`"),
+        (b'{"schema": "traceml.report/1", "x": "\xff"}', r"report\.json is not a report: "),
     ],
 )
 def test_a_damaged_report_names_file_and_key(tmp_path, text, message):
     """The error says which file, and what is wrong with it."""
     path = tmp_path / "report.json"
-    path.write_text(text)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
     with pytest.raises(StoreError, match=message):
         read_report(path)

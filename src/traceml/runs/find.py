@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
@@ -193,7 +195,11 @@ def _stored(path: Path) -> _StoredFacts:
         return _StoredFacts({}, {}, None, damaged=True)
 
     findings = event.data.get("findings") if event is not None else None
-    verdict = Finding.from_dict(findings[0]) if findings else None
+    try:
+        verdict = Finding.from_dict(findings[0]) if findings else None
+    except msgspec.ValidationError:  # another version's verdict: the run is listed without it
+        verdict = None
+
     return _StoredFacts(meta.get("run", {}), meta.get("aggregator", {}), verdict)
 
 

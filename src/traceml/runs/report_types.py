@@ -237,7 +237,7 @@ def read_report(path: Path) -> Report:
     """
     try:
         return msgspec.json.decode(path.read_bytes(), type=Report)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is not a report: {error}") from error
 
 
