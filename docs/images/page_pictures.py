@@ -1,0 +1,46 @@
+"""Draw web-run.png, web-run-dark.png, web-phone.png and web-compare.png: photograph the page of two runs in Chromium.
+
+Needs the test dependencies, and two runs: `.venv/bin/python docs/images/page_pictures.py RUNS_DIR RUN_A RUN_B`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from traceml.supervise.page_process import PageProcess
+
+FOLDER = Path(__file__).resolve().parent
+DESK, SHORT_DESK, PHONE = (
+    {"width": width, "height": height} for width, height in ((1280, 1130), (1280, 900), (390, 844))
+)
+
+
+def main(runs_dir: str, run_a: str, run_b: str) -> None:
+    """Write the four pictures."""
+    pictures = (
+        ("web-run.png", f"run/{run_a}", DESK, "light"),
+        ("web-run-dark.png", f"run/{run_a}", DESK, "dark"),
+        ("web-phone.png", f"run/{run_a}", PHONE, "light"),
+        ("web-compare.png", f"compare/{run_a}/{run_b}", SHORT_DESK, "light"),
+    )
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with PageProcess(Path(runs_dir), 0) as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        for name, path, size, scheme in pictures:
+            page = browser.new_context(viewport=size, color_scheme=scheme).new_page()
+            page.goto(server.address(run_a))  # with the token, for the cookie
+            page.goto(f"http://127.0.0.1:{server.port}/{path}")
+            page.wait_for_selector("canvas")
+            page.wait_for_timeout(3_000)  # the charts' animation
+            page.screenshot(path=FOLDER / name)
+            page.context.close()
+
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
