@@ -22,7 +22,7 @@ from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
 from traceml.runs.report import build_report, read_digest
 from traceml.runs.series import read_series
-from traceml.track.delivery.derived import FOLLOWED, DerivedMetrics
+from traceml.track.delivery.derived import INPUT_TABLES, DerivedMetrics
 
 N, PERIOD, MS = 210, 5, 1_000_000
 SHARES = Callable[[Path], dict[str, float]]
@@ -105,7 +105,9 @@ def of_tracker(run: Path) -> dict[str, float]:
     derived = DerivedMetrics(memory, 10_000.0, STARTED)
     with closing(StoreReader(run / STORE_NAME)) as reader:
         streams = {stream.id: stream for stream in reader.streams()}
-        metrics = [row for frame in reader.frames_of(FOLLOWED, 0) for row in derived.take(frame, streams[frame.stream])]
+        metrics = [
+            row for frame in reader.frames_of(INPUT_TABLES, 0) for row in derived.take(frame, streams[frame.stream])
+        ]
 
     metrics += derived.finish()
     return {row.name.removeprefix("traceml/share/"): row.value for row in metrics if "/share/" in row.name}

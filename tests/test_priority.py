@@ -11,8 +11,8 @@ import pytest
 CODE = """
 import os
 from pathlib import Path
-from traceml.priority import step_back
-step_back()
+from traceml.priority import lower_priority
+lower_priority()
 group = Path("/proc/self/autogroup")
 # empty where the process is in no group, as in the system's root group
 words = group.read_text().split() if group.exists() else []

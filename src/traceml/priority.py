@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["step_back"]
+__all__ = ["lower_priority"]
 
 _LOWEST = 19
 
 
-def step_back(nice: int = _LOWEST) -> None:
+def lower_priority(nice: int = _LOWEST) -> None:
     """Lower the CPU priority of this process; do nothing where the system refuses that.
 
     Linux groups processes by session (autogroup), and `nice` counts only among the processes of one session. So a

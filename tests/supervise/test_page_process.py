@@ -42,7 +42,7 @@ def test_a_page_is_served_replaced_when_killed_and_gone_at_the_end(tmp_path):
         assert keeper.address("a b") == f"http://127.0.0.1:{port}/run/a%20b?token={token}"
         os.kill(first, signal.SIGKILL)
         while keeper.pid == first:
-            keeper.keep()
+            keeper.restart_if_dead()
             time.sleep(0.02)
 
         assert status_of(keeper, f"/?token={token}") == 303

@@ -15,7 +15,7 @@ from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.supervise.aggregator_process import choose_run_id
-from traceml.supervise.conclusion import conclude
+from traceml.supervise.final_report import print_final_report
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.supervisor import LocalJob, Screen, Supervisor
 
@@ -103,7 +103,9 @@ def run_job(job: LocalJob, *, live: str = "auto", report: Path | None = None) ->
         make_screen = _screen_maker(job, live)
         with Supervisor(job, make_screen=make_screen, on_delivery=_print_delivery, on_tick=keep_page) as supervisor:
             outcome = supervisor.run()
-            conclude(job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr)
+            print_final_report(
+                job.run_dir, finished=outcome.finished, program="traceml run", report=report, file=sys.stderr
+            )
 
     return outcome.status
 

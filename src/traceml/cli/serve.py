@@ -211,7 +211,7 @@ def _page(runs_dir: Path, port: int | None) -> Iterator[None]:
 
 def _keep_page(page: PageProcess, ended: Callable[[float], bool]) -> None:
     while not ended(0.3):
-        page.keep()
+        page.restart_if_dead()
 
 
 @contextlib.contextmanager

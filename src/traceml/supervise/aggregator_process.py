@@ -1,4 +1,4 @@
-"""The aggregator process of a launched job.
+"""Handle of the aggregator process in its parent, the launching process.
 
 The launching process holds the listening socket: ranks can connect before the aggregator is up, and a new aggregator
 takes over the port if one dies. The aggregator ends with the launching process.
@@ -22,8 +22,8 @@ from typing import Any
 
 from traceml.errors import TraceMLError, UsageError
 from traceml.ids import new_run_id, safe_run_id
-from traceml.supervise.kept_process import KeptProcess
 from traceml.supervise.processes import spawn
+from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 
@@ -37,7 +37,7 @@ _STOP_TIMEOUT_S = 10.0  # its delivery processes save their position first
 _log = logging.getLogger("traceml")
 
 
-class AggregatorProcess(KeptProcess):
+class AggregatorProcess(RestartingProcess):
     """The aggregator of one run. A context manager: its exit ends the aggregator.
 
     Args:

@@ -1,4 +1,4 @@
-"""The web page process beside a job or an aggregator.
+"""Handle of the web page process in its parent, a job's or the aggregator's process.
 
 The parent holds the listening socket, so a page that dies is replaced at the same address. The token stays with the
 port: browsers reconnect by themselves, also after a restart of the parent.
@@ -24,9 +24,9 @@ from typing import Self
 from urllib.parse import quote
 
 from traceml.errors import TraceMLError
-from traceml.supervise.kept_process import KeptProcess
 from traceml.supervise.output import PassThroughScreen
 from traceml.supervise.processes import spawn
+from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport import auth
 
 __all__ = ["DEFAULT_PORT", "PageProcess", "PageScreen", "page_address", "page_beside"]
@@ -40,7 +40,7 @@ _STOP_TIMEOUT_S = 5.0
 _log = logging.getLogger("traceml")
 
 
-class PageProcess(KeptProcess):
+class PageProcess(RestartingProcess):
     """The page of one folder of runs. A context manager: its entry starts the page, its exit ends it.
 
     Args:
@@ -160,7 +160,7 @@ def page_beside(run_dir: Path) -> Iterator[Callable[[], None]]:
 
     with PageProcess(run_dir.parent, any_port=True) as page:
         _print_address(page.address(run_dir.name))
-        yield page.keep
+        yield page.restart_if_dead
 
 
 def _print_address(address: str) -> None:

@@ -13,10 +13,12 @@ import termios
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any
 
-__all__ = ["PASSED_ON", "PseudoTerminal", "ScriptPipe", "spawn"]
+__all__ = ["FORWARDED_SIGNALS", "PseudoTerminal", "ScriptPipe", "spawn"]
 
 # Signals that a supervisor blocks for itself and forwards to the job.
-PASSED_ON = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2})
+FORWARDED_SIGNALS = frozenset(
+    {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,7 +63,7 @@ def _before_exec(death_signal: signal.Signals | None) -> Callable[[], None]:
     parent = os.getpid()
 
     def prepare() -> None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
         if death_signal is None:
             return
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol, Self
 from traceml.supervise.aggregator_process import AggregatorProcess
 from traceml.supervise.elastic import status_of
 from traceml.supervise.output import OutputCopy
-from traceml.supervise.processes import PASSED_ON, PseudoTerminal, ScriptPipe, spawn
+from traceml.supervise.processes import FORWARDED_SIGNALS, PseudoTerminal, ScriptPipe, spawn
 
 __all__ = ["JobOutcome", "LocalJob", "Screen", "Supervisor"]
 
@@ -104,13 +104,13 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
-        signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED_SIGNALS)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._aggregator.close()
         self._selector.close()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED_SIGNALS)
 
     def run(self) -> JobOutcome:
         """Run the job; return when all its processes have ended and the run is stored."""
@@ -190,7 +190,7 @@ class Supervisor:
                     self._read_failures(ready["failures"].fd)
 
                 _pass_signals(process)
-                self._aggregator.keep()
+                self._aggregator.restart_if_dead()
                 if self._screen is not None:
                     self._screen.tick()
 
@@ -251,6 +251,6 @@ def _output_pipe() -> ScriptPipe:
 
 def _pass_signals(process: subprocess.Popen[bytes]) -> None:
     """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
-    while (info := signal.sigtimedwait(PASSED_ON, 0)) is not None:
+    while (info := signal.sigtimedwait(FORWARDED_SIGNALS, 0)) is not None:
         if info.si_code != _SI_KERNEL and process.poll() is None:
             process.send_signal(info.si_signo)

@@ -201,7 +201,7 @@ def test_a_page_that_is_killed_comes_back_with_what_it_missed(
     live_job.train(60)
     deadline = time.monotonic() + 30
     while "120" not in (steps.text_content() or "") and time.monotonic() < deadline:
-        page_process.keep()  # type: ignore[attr-defined]
+        page_process.restart_if_dead()  # type: ignore[attr-defined]
         page.wait_for_timeout(200)
 
     expect(steps).to_contain_text("120")

@@ -7,16 +7,16 @@ from traceml.runs.export.flow_arrows import _MOST_HELD, FlowArrows, SyncArrival
 US = 1_000
 
 
-def meeting(rank, began, arrived, left):
+def arrival(rank, began, arrived, left):
     return SyncArrival(rank + 1, 10 * (rank + 1), began * US, arrived * US, left * US)
 
 
 def test_the_last_to_come_releases_the_others():
     """Who waited least came last; each of the others gets an arrow that ends within its wait."""
     arrows = FlowArrows()
-    assert arrows.meet(5, 0, meeting(0, 0, 10, 100), 3) == []
-    assert arrows.meet(5, 2, meeting(2, 0, 50, 101), 3) == []
-    found = arrows.meet(5, 1, meeting(1, 0, 98, 99), 3)
+    assert arrows.add_arrival(5, 0, arrival(0, 0, 10, 100), 3) == []
+    assert arrows.add_arrival(5, 2, arrival(2, 0, 50, 101), 3) == []
+    found = arrows.add_arrival(5, 1, arrival(1, 0, 98, 99), 3)
 
     assert [(arrow.source.pid, arrow.target.pid) for arrow in found] == [(2, 1), (2, 3)]
     for arrow in found:
@@ -27,17 +27,17 @@ def test_the_last_to_come_releases_the_others():
 def test_no_arrow_back_in_time():
     """There is no arrow if the clocks differ by more than the wait."""
     arrows = FlowArrows()
-    arrows.meet(1, 0, meeting(0, 0, 10, 20), 2)
+    arrows.add_arrival(1, 0, arrival(0, 0, 10, 20), 2)
 
-    assert arrows.meet(1, 1, meeting(1, 500, 590, 591), 2) == []
+    assert arrows.add_arrival(1, 1, arrival(1, 500, 590, 591), 2) == []
 
 
 def test_unfinished_meetings_are_given_up():
     """A rank that is lost does not make the others' meetings pile up."""
     arrows = FlowArrows()
     for step in range(_MOST_HELD + 10):
-        arrows.meet(step, 0, meeting(0, 0, 10, 20), 2)
+        arrows.add_arrival(step, 0, arrival(0, 0, 10, 20), 2)
 
     assert arrows._held == _MOST_HELD
-    assert arrows.meet(5, 1, meeting(1, 0, 19, 20), 2) == []
-    assert len(arrows.meet(_MOST_HELD, 1, meeting(1, 0, 19, 20), 2)) == 1
+    assert arrows.add_arrival(5, 1, arrival(1, 0, 19, 20), 2) == []
+    assert len(arrows.add_arrival(_MOST_HELD, 1, arrival(1, 0, 19, 20), 2)) == 1

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 from traceml.display.web.page_server import PageConfig, serve
-from traceml.priority import step_back
+from traceml.priority import lower_priority
 
 
 def main() -> None:
     """Serve the page on the inherited socket."""
     config = json.loads(sys.stdin.readline())
-    step_back(config["nice"])
+    lower_priority(config["nice"])
     serve(PageConfig(config["token"], Path(config["runs_dir"])), socket.socket(fileno=int(sys.argv[1])))
 
 

@@ -185,14 +185,14 @@ class AgentConnection:
         Args:
             wait_s: how long the program that carries the channel may take before it is killed, in seconds.
         """
-        self.hang_up()
+        self.close_now()
         try:
             self._process.wait(wait_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
 
-    def hang_up(self) -> None:
+    def close_now(self) -> None:
         """Close the channel without waiting for the agent's end."""
         if not self.channel.closed:
             self.channel.close()
@@ -203,7 +203,7 @@ class AgentConnection:
 
         A child that held the channel open would keep the agent from noticing the parent's end.
         """
-        self.hang_up()
+        self.close_now()
         self._process.returncode = 0
 
     def _explain(self, status: int | None, output: str, reason: str) -> tuple[str, str]:

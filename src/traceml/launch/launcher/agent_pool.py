@@ -50,7 +50,7 @@ class AgentPool:
             connections, self._connections = list(self._connections.values()), {}
 
         for connection in connections:
-            connection.hang_up()
+            connection.close_now()
 
         for connection in connections:
             connection.close()

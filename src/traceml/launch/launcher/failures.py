@@ -15,7 +15,7 @@ from traceml.launch.wire.payload_buffer import PayloadBuffer
 __all__ = ["JobFailure", "first_cause", "note_stacks", "preparation_failed", "worker_died", "worker_raised"]
 
 # Errors of a collective when another worker is gone or late.
-_COLLATERAL = re.compile(
+_SECONDARY = re.compile(
     r"[Cc]onnection (was )?(closed|reset) by|Broken pipe|connectFullMesh|DistBackendError|DistNetworkError"
     r"|ncclRemoteError|[Ss]ocket [Tt]imeout|[Tt]imed out waiting|recvValue failed|TCPStore|wait timeout|failed to recv"
 )
@@ -40,17 +40,17 @@ class JobFailure:
     Args:
         error: the exception to raise, or a function that makes it: loading one may import torch, and only one of all
             is raised.
-        collateral: whether it looks like the consequence of another worker's failure.
+        secondary: whether it looks like the consequence of another worker's failure.
         rank: the worker's; None for a host's failure.
     """
 
     def __init__(
         self,
         error: BaseException | Callable[[], BaseException],
-        collateral: bool = False,
+        secondary: bool = False,
         rank: int | None = None,
     ) -> None:
-        self.collateral, self.rank = collateral, rank
+        self.secondary, self.rank = secondary, rank
         self._error = error
 
     @property
@@ -63,14 +63,14 @@ class JobFailure:
 
     def explains(self, error: BaseException) -> bool:
         """Return whether `error` was raised for it and is no consequence of another failure."""
-        return self._error is error and not self.collateral
+        return self._error is error and not self.secondary
 
 
 def first_cause(failures: Iterable[JobFailure]) -> BaseException:
     """Return the error of the first failure that is not the consequence of another."""
     found = list(failures)
     for failure in found:
-        if not failure.collateral:
+        if not failure.secondary:
             return failure.error
 
     return found[0].error
@@ -94,13 +94,13 @@ def worker_raised(worker: Worker, message: Mapping[str, Any], received: PayloadB
                 worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
             )
         else:
-            found = _loaded(received) or _stand_in(kind, text, bases, message.get("notes") or ())
+            found = _loaded(received) or _substitute_exception(kind, text, bases, message.get("notes") or ())
 
         found.__cause__ = RemoteTracebackError(trace) if trace else None
         found.add_note(f"Raised on {worker}, pid {worker.pid}.")
         return found
 
-    return JobFailure(error, bool(_COLLATERAL.search(f"{kind}: {text}")), worker.rank)
+    return JobFailure(error, bool(_SECONDARY.search(f"{kind}: {text}")), worker.rank)
 
 
 def worker_died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
@@ -116,8 +116,8 @@ def worker_died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
         oom=bool(message.get("oom")),
     )
     # a script's exception is in its last lines of output
-    collateral = not signal and bool(_COLLATERAL.search("\n".join(_tail(message)[-_LAST_LINES:])))
-    return JobFailure(error, collateral, worker.rank)
+    secondary = not signal and bool(_SECONDARY.search("\n".join(_tail(message)[-_LAST_LINES:])))
+    return JobFailure(error, secondary, worker.rank)
 
 
 def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:
@@ -205,7 +205,7 @@ def _loaded(received: PayloadBuffer | None) -> BaseException | None:
     return error if isinstance(error, BaseException) else None
 
 
-def _stand_in(kind: str, text: str, bases: Iterable[str], notes: Iterable[str]) -> BaseException:
+def _substitute_exception(kind: str, text: str, bases: Iterable[str], notes: Iterable[str]) -> BaseException:
     """Return an exception of the nearest built-in class, for one that cannot be loaded here."""
     error = _nearest(kind, text, bases)
     for note in notes:

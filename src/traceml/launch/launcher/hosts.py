@@ -28,14 +28,14 @@ class HostSpec:
     Attributes:
         name: as the user or Slurm wrote it.
         transport: how its agent is started: as a child process, by ssh, or as a step of the Slurm job.
-        workers: number of workers; None: one per GPU of the host, else `without_gpus`.
-        without_gpus: number of workers without GPUs; None: one per CPU core.
+        workers: number of workers; None: one per GPU of the host, else `cpu_workers`.
+        cpu_workers: number of workers without GPUs; None: one per CPU core.
     """
 
     name: str
     transport: Transport
     workers: int | None = None
-    without_gpus: int | None = None
+    cpu_workers: int | None = None
 
 
 def resolve_hosts(

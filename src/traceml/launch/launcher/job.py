@@ -24,7 +24,7 @@ from traceml.launch.launcher.job_host import JobHost, Worker, rendezvous_address
 from traceml.launch.launcher.job_spec import JobSpec
 from traceml.launch.launcher.job_state import JobState, MakeLogs
 from traceml.launch.launcher.log_handlers import log_level
-from traceml.launch.launcher.payload_sender import PayloadSender, is_near
+from traceml.launch.launcher.payload_sender import PayloadSender, shares_memory_with
 from traceml.launch.wire import payload
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _GRACE_S = 0.5
 # Where all failures look like consequences of another: the additional time for that one to arrive.
 _CAUSE_S = 1.0
 # After the first unusable host: the time for others to report too.
-_BAD_HOSTS_S = 1.0
+_HOST_ERROR_GRACE_S = 1.0
 _STACKS_S = 2.0
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
@@ -95,11 +95,11 @@ class LaunchJob:
                     self._abort(error)
                     raise
         except BaseException as error:
-            self._leave()
+            self._release_agents()
             self._end_tracing(error)
             raise
 
-        self._leave()
+        self._release_agents()
         self._end_tracing(None)
         return [[self._load(worker) for worker in host.workers] for host in self._hosts]
 
@@ -116,8 +116,10 @@ class LaunchJob:
         hosts, bad = self._hosts, self._state.bad
         done = self._loop.run_until(lambda: bad or all(map(self._is_prepared, hosts)), self._left_s())
         if bad:
-            self._loop.run_until(lambda: all(h.lost or h.hello for h in hosts), min(_BAD_HOSTS_S, self._left_s()))
-            self._raise_bad()
+            self._loop.run_until(
+                lambda: all(h.lost or h.hello for h in hosts), min(_HOST_ERROR_GRACE_S, self._left_s())
+            )
+            self._raise_host_errors()
 
         if not done:
             late = [f"host {h.name}" for h in hosts if not h.hello]
@@ -140,7 +142,7 @@ class LaunchJob:
                 "start",
                 job=self._id,
                 payload=payload_id,
-                near=is_near(host),
+                near=shares_memory_with(host),
                 script=None if self._spec.script is None else dict(self._spec.script),
                 workers=[{"rank": worker.rank, "local_rank": worker.local_rank} for worker in host.workers],
                 world_size=len(workers),
@@ -185,7 +187,7 @@ class LaunchJob:
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
-    def _raise_bad(self) -> None:
+    def _raise_host_errors(self) -> None:
         first, *others = self._state.bad
         for other in others:
             first.add_note(str(other))
@@ -202,8 +204,8 @@ class LaunchJob:
             return all(w.done or w.ended or w.host.lost or w.rank in failed for w in state.workers)
 
         self._loop.run_until(all_reported, _GRACE_S)
-        if all(failure.collateral for failure in state.failures):  # then the cause may still arrive
-            self._loop.run_until(lambda: not all(failure.collateral for failure in state.failures), _CAUSE_S)
+        if all(failure.secondary for failure in state.failures):  # then the cause may still arrive
+            self._loop.run_until(lambda: not all(failure.secondary for failure in state.failures), _CAUSE_S)
 
         raise first_cause(state.failures)
 
@@ -228,7 +230,7 @@ class LaunchJob:
         running = [w for w in state.workers if w.pid is not None and not (w.done or w.ended or w.rank in failed)]
         if running and not explained:
             self._collect_stacks(running)
-            timed_out = [f.rank for f in state.failures if f.collateral and f.rank is not None]
+            timed_out = [f.rank for f in state.failures if f.secondary and f.rank is not None]
             note_stacks(error, running, state.stacks, timed_out)
 
         self._stop()
@@ -261,7 +263,7 @@ class LaunchJob:
             names = ", ".join(h.name for h in self._hosts if not (h.idle or h.lost))
             _log.warning("%s did not confirm within %g s that the workers there have ended", names, _STOP_S)
 
-    def _leave(self) -> None:
+    def _release_agents(self) -> None:
         """Keep idle agents for the next launch, and end the others."""
         self._sender.close()
         for host in self._hosts:
@@ -271,7 +273,7 @@ class LaunchJob:
             if host.idle and not host.lost and self._spec.keep_agents:
                 AGENT_POOL.give(host.key, host.connection)
             else:
-                host.connection.hang_up()
+                host.connection.close_now()
 
         for host in self._hosts:
             if host.connection.channel.closed:

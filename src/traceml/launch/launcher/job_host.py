@@ -80,9 +80,7 @@ class JobHost:
     @property
     def size(self) -> int:
         """The number of workers on the host; known once its agent has answered."""
-        return int(
-            self.spec.workers or self.hello.get("gpus") or self.spec.without_gpus or self.hello.get("cores") or 1
-        )
+        return int(self.spec.workers or self.hello.get("gpus") or self.spec.cpu_workers or self.hello.get("cores") or 1)
 
     @property
     def phase(self) -> str:

@@ -9,7 +9,7 @@ from traceml.launch.wire.channel import OutgoingStream
 from traceml.launch.wire.payload import SerializedValue
 from traceml.launch.wire.payload_buffer import LARGE_BYTES, PayloadBuffer, can_reach
 
-__all__ = ["PayloadSender", "is_near"]
+__all__ = ["PayloadSender", "shares_memory_with"]
 
 _PIECE_BYTES = 32 << 20  # copied between two turns of the loop
 
@@ -33,7 +33,7 @@ class PayloadSender:
             return None
 
         channel, size_bytes = host.connection.channel, self._call.size_bytes
-        if size_bytes >= LARGE_BYTES and is_near(host):
+        if size_bytes >= LARGE_BYTES and shares_memory_with(host):
             if self._shared is None:
                 self._shared = PayloadBuffer(size_bytes, shared=True)
 
@@ -72,6 +72,6 @@ class PayloadSender:
             self._shared = None
 
 
-def is_near(host: JobHost) -> bool:
+def shares_memory_with(host: JobHost) -> bool:
     """Return whether a host's agent and this process can open each other's memory files."""
     return host.spec.transport == "local" and bool(host.hello.get("near")) and can_reach(int(host.hello["pid"]))

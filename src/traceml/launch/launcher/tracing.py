@@ -22,7 +22,7 @@ from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector
 from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
-from traceml.supervise.conclusion import conclude
+from traceml.supervise.final_report import print_final_report
 from traceml.supervise.screens import MakeScreen, Output, terminal_screen
 from traceml.supervise.supervisor import Screen
 
@@ -124,7 +124,7 @@ class Tracing:
         if not self._begun:
             return
 
-        self._aggregator.keep()
+        self._aggregator.restart_if_dead()
         if self._screen is not None:
             self._show_output()
             self._screen.tick()
@@ -275,7 +275,9 @@ class Tracing:
         self._aggregator.close()
         if self._begun and self._finished is not None:
             finished, self._finished = self._finished, None
-            conclude(self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr)
+            print_final_report(
+                self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr
+            )
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

@@ -55,11 +55,11 @@ class FlowArrows:
         self._open: OrderedDict[Hashable, dict[int, SyncArrival]] = OrderedDict()
         self._held = 0
 
-    def meet(self, point: Hashable, rank: int, meeting: SyncArrival, ranks: int) -> list[FlowArrow]:
+    def add_arrival(self, point: Hashable, rank: int, arrival: SyncArrival, ranks: int) -> list[FlowArrow]:
         """Take an arrival; return the arrows of the sync point once all `ranks` ranks have arrived."""
         arrived = self._open.setdefault(point, {})
         self._held += rank not in arrived
-        arrived[rank] = meeting
+        arrived[rank] = arrival
         if len(arrived) == ranks:
             del self._open[point]
             self._held -= ranks
@@ -71,16 +71,16 @@ class FlowArrows:
         return []
 
 
-def _arrows(meetings: list[SyncArrival]) -> list[FlowArrow]:
-    last = min(meetings, key=lambda meeting: meeting.waited_ns)
+def _arrows(arrivals: list[SyncArrival]) -> list[FlowArrow]:
+    last = min(arrivals, key=lambda arrival: arrival.waited_ns)
     arrows = []
-    for meeting in meetings:
-        if meeting is last or meeting.waited_ns <= 0:
+    for arrival in arrivals:
+        if arrival is last or arrival.waited_ns <= 0:
             continue
 
-        to_ns = meeting.left_ns - min(1_000, (meeting.waited_ns + 1) // 2)
+        to_ns = arrival.left_ns - min(1_000, (arrival.waited_ns + 1) // 2)
         from_ns = min(last.arrived_ns - 1 + last.waited_ns // 2, to_ns)
         if from_ns > last.began_ns:  # else the clocks differ by more than the wait
-            arrows.append(FlowArrow(last, from_ns, meeting, to_ns))
+            arrows.append(FlowArrow(last, from_ns, arrival, to_ns))
 
     return arrows

@@ -226,17 +226,17 @@ class TimelineExporter:
                 self._writer.write_span(name, at_ns, until_ns, pid=pid, tid=tid, cat=category)
 
             if name == "wait" or (name == "comm" and until_ns > at_ns):
-                self._meet(lane, (row["step"], name), SyncArrival(pid, tid, began_ns, at_ns, until_ns))
+                self._add_arrival(lane, (row["step"], name), SyncArrival(pid, tid, began_ns, at_ns, until_ns))
 
             began_ns, at_ns = at_ns, until_ns
 
-    def _meet(self, lane: _Lane, point: tuple[int, str], meeting: SyncArrival) -> None:
+    def _add_arrival(self, lane: _Lane, point: tuple[int, str], arrival: SyncArrival) -> None:
         stream = lane.stream
         ranks = self._world.get(stream.attempt, 1)
         if ranks < 2:
             return
 
-        for arrow in self._arrows.meet((stream.attempt, *point), stream.rank, meeting, ranks):
+        for arrow in self._arrows.add_arrival((stream.attempt, *point), stream.rank, arrival, ranks):
             self._flows += 1
             source, target = arrow.source, arrow.target
             write = self._writer.write_flow

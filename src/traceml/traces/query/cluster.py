@@ -18,7 +18,15 @@ from traceml.traces.aggregate.sorting import ExternalSorter
 from traceml.traces.query.allocator import keep_freed_memory
 from traceml.traces.query.analysis import Analysis, TraceQuery
 from traceml.traces.query.fields import FieldContext
-from traceml.traces.query.file_parts import FilePart, IndivisibleError, PartSeams, facts_of, mend, read_part, split
+from traceml.traces.query.file_parts import (
+    FilePart,
+    IndivisibleError,
+    PartBoundaries,
+    facts_of,
+    join_parts,
+    read_part,
+    split,
+)
 from traceml.traces.query.labels import Labels
 from traceml.traces.query.partial import PartialAnalysis, absorb, partial_of
 from traceml.traces.reader.columns import EventBatch, StringTable, TraceFileFacts
@@ -29,7 +37,7 @@ _PER_THREAD = 3  # parts that run or wait per thread of the cluster
 _CONNECT_S = 10
 _ALL = 2**62
 
-PartResult = tuple[PartialAnalysis, PartSeams | TraceFileFacts]
+PartResult = tuple[PartialAnalysis, PartBoundaries | TraceFileFacts]
 
 
 def run_on(
@@ -94,11 +102,11 @@ def _analyzed(query: TraceQuery, part: FilePart, paths: list[str], labels: Label
         return _whole(analysis, part)
 
     try:
-        seams = read_part(part, query.args, strings, analysis.feed)
+        boundaries = read_part(part, query.args, strings, analysis.feed)
     except IndivisibleError as error:
         return str(error)
 
-    return partial_of(analysis), seams
+    return partial_of(analysis), boundaries
 
 
 def _whole(analysis: Analysis, part: FilePart) -> PartResult:
@@ -186,29 +194,29 @@ def _all_of(parts: list[FilePart]) -> FilePart:
 def _add_parts(analysis: Analysis, parts: list[FilePart], results: Iterator[PartResult]) -> TraceFileFacts:
     """Add the parts of a file, each once the part after it is known to fit."""
     source, path = parts[0].source, analysis.context.paths[parts[0].source]
-    seams: list[PartSeams] = []
+    boundaries: list[PartBoundaries] = []
     earlier: PartialAnalysis | None = None
-    for partial, seam in results:
-        if isinstance(seam, TraceFileFacts):
+    for partial, boundary in results:
+        if isinstance(boundary, TraceFileFacts):
             absorb(analysis, partial, source)
-            seam.path = path
-            return seam
+            boundary.path = path
+            return boundary
 
         if earlier is not None:
-            _absorb_fitting(analysis, earlier, parts[len(seams) - 1], seams[-1], seam)
+            _absorb_fitting(analysis, earlier, parts[len(boundaries) - 1], boundaries[-1], boundary)
 
         earlier = partial
-        seams.append(seam)
+        boundaries.append(boundary)
 
     assert earlier is not None
-    _absorb_fitting(analysis, earlier, parts[-1], seams[-1], None)
-    return facts_of(path, seams, wrapped=parts[0].wrapped)
+    _absorb_fitting(analysis, earlier, parts[-1], boundaries[-1], None)
+    return facts_of(path, boundaries, wrapped=parts[0].wrapped)
 
 
 def _absorb_fitting(
-    analysis: Analysis, partial: PartialAnalysis, part: FilePart, left: PartSeams, right: PartSeams | None
+    analysis: Analysis, partial: PartialAnalysis, part: FilePart, left: PartBoundaries, right: PartBoundaries | None
 ) -> None:
-    between = mend(left, right, part, analysis.query.args, analysis.context.strings)
+    between = join_parts(left, right, part, analysis.query.args, analysis.context.strings)
     absorb(analysis, partial, part.source)
     if between is not None:
         analysis.feed(between)

@@ -23,7 +23,7 @@ from traceml.traces.reader.native_scanner import new_scanner
 from traceml.traces.reader.salvage import MAGIC
 from traceml.traces.reader.trace_files import GZIP_MAGIC
 
-__all__ = ["FilePart", "IndivisibleError", "PartSeams", "facts_of", "mend", "read_part", "split"]
+__all__ = ["FilePart", "IndivisibleError", "PartBoundaries", "facts_of", "join_parts", "read_part", "split"]
 
 _PLAIN_BYTES = 64 * 1024 * 1024
 _ZIPPED_BYTES = 8 * 1024 * 1024
@@ -57,7 +57,7 @@ class FilePart:
 
 
 @dataclass(slots=True)
-class PartSeams:
+class PartBoundaries:
     """Facts about a part that are needed to join it to its neighbors.
 
     Args:
@@ -102,23 +102,23 @@ def split(source: int, path: Path, *, least: int = 1) -> list[FilePart]:
 
 def read_part(
     part: FilePart, keys: Sequence[str], strings: StringTable, take: Callable[[EventBatch], None]
-) -> PartSeams:
+) -> PartBoundaries:
     """Read a part, and pass each batch to `take`.
 
     Raises:
         IndivisibleError: the file has to be read in one go.
     """
-    scanner, seams, text = new_scanner(tuple(keys), strings), PartSeams(end=part.begin), b""
+    scanner, boundaries, text = new_scanner(tuple(keys), strings), PartBoundaries(end=part.begin), b""
     scanner.rows.decimals = part.decimals
     begun = False
-    for chunk in _chunks(part, seams):
+    for chunk in _chunks(part, boundaries):
         text += chunk
-        start = _start(part, text, seams) if not begun else 0
+        start = _start(part, text, boundaries) if not begun else 0
         if start is None:
             continue
 
         begun = True
-        if seams.closed:
+        if boundaries.closed:
             continue
 
         result = scanner.scan(text, start, wrapped=part.wrapped, final=False)
@@ -126,25 +126,25 @@ def read_part(
         if findings.damage or findings.searching:
             raise IndivisibleError(f"{part.path}: damage in a part")
 
-        text, seams.closed = text[findings.stop :], findings.closed
-        seams.events += result.events
+        text, boundaries.closed = text[findings.stop :], findings.closed
+        boundaries.events += result.events
         take(result.batch(part.source))
 
     if not begun:
         raise IndivisibleError(f"{part.path}: a part without a whole event")
 
-    seams.tail = text
-    return seams
+    boundaries.tail = text
+    return boundaries
 
 
-def mend(
-    left: PartSeams, right: PartSeams | None, part: FilePart, keys: Sequence[str], strings: StringTable
+def join_parts(
+    left: PartBoundaries, right: PartBoundaries | None, part: FilePart, keys: Sequence[str], strings: StringTable
 ) -> EventBatch | None:
     """Return the events between a part and the next one, None when there are none.
 
     Args:
-        left: seams of the part.
-        right: seams of the next part; None after the last.
+        left: boundaries of the part.
+        right: boundaries of the next part; None after the last.
         part: the part.
         keys: the requested keys of `args`.
         strings: numbers of names.
@@ -170,7 +170,7 @@ def mend(
     return result.batch(part.source)
 
 
-def facts_of(path: Path, parts: Sequence[PartSeams], *, wrapped: bool) -> TraceFileFacts:
+def facts_of(path: Path, parts: Sequence[PartBoundaries], *, wrapped: bool) -> TraceFileFacts:
     """Return the facts about a file whose parts fit."""
     facts = TraceFileFacts(path, path.stat().st_size, sum(part.events for part in parts))
     facts.raw_bytes = sum(part.raw_bytes for part in parts)
@@ -184,32 +184,32 @@ def facts_of(path: Path, parts: Sequence[PartSeams], *, wrapped: bool) -> TraceF
     return facts
 
 
-def _chunks(part: FilePart, seams: PartSeams) -> Iterator[bytes]:
+def _chunks(part: FilePart, boundaries: PartBoundaries) -> Iterator[bytes]:
     source, buffer = open_source(Path(part.path), part.begin, part.end), TextBuffer()
     try:
         while (load := source.take(buffer)) is not None:
             chunk = load()
-            if chunk.damage or chunk.too_long or chunk.begin != seams.end:
+            if chunk.damage or chunk.too_long or chunk.begin != boundaries.end:
                 raise IndivisibleError(f"{part.path}: its members cannot be distinguished")
 
-            seams.end = chunk.end
-            seams.raw_bytes += len(chunk.text)
+            boundaries.end = chunk.end
+            boundaries.raw_bytes += len(chunk.text)
             yield bytes(chunk.text)
     finally:
         source.close()
 
 
-def _start(part: FilePart, text: bytes, seams: PartSeams) -> int | None:
+def _start(part: FilePart, text: bytes, boundaries: PartBoundaries) -> int | None:
     """Return where the first whole event of a part begins; None when more text is needed."""
     if part.begin == 0:
         header = HeaderParser()
         start = header.find(text, final=False)
-        seams.header = header.header if header.wrapped else {}
+        boundaries.header = header.header if header.wrapped else {}
         return start
 
     start = find_start(text)
     if start is not None:
-        seams.head = text[:start]
+        boundaries.head = text[:start]
 
     return start
 

@@ -41,7 +41,7 @@ class ResultCache:
 
     Args:
         files: the files, as returned by `discover`.
-        key: the query: everything unfinisheds the files that the result depends on.
+        key: the query: everything the result depends on other than the files.
     """
 
     def __init__(self, files: Sequence[Path], key: str) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from traceml.errors import TraceMLError
-from traceml.priority import step_back
+from traceml.priority import lower_priority
 from traceml.track.delivery.delivery_loop import DeliveryLoop
 from traceml.track.tracker_state import EXIT_AGAIN, EXIT_TAKEN, TrackerState, locked
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parent", type=int, help="process id; end when that process ends")
     arguments = parser.parse_args(argv)
     _tie_to(arguments.parent)
-    step_back(arguments.nice)
+    lower_priority(arguments.nice)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("traceml").setLevel(logging.INFO)
     with locked(arguments.run_dir, arguments.backend) as is_locked:

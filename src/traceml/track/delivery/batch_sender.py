@@ -122,7 +122,7 @@ class BatchSender:
     def end(self, run_state: str) -> None:
         """End every open experiment, the inner ones first, in its own state or else in that of the run."""
         for experiment in reversed(self._wanted()):
-            own_state, _ = self._to_end.pop(experiment.key, (run_state, 0.0))
+            own_state, _ = self._experiments_to_close.pop(experiment.key, (run_state, 0.0))
             self._session.end(experiment, own_state)
 
     # --- experiments --------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class BatchSender:
         )
 
     @property
-    def _to_end(self) -> dict[str, list[Any]]:
+    def _experiments_to_close(self) -> dict[str, list[Any]]:
         """Experiments to end: the state of each, and the epoch seconds at which all ranks had left it."""
         to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
         return to_end
@@ -369,12 +369,12 @@ class BatchSender:
         behind = self._memory.setdefault("behind", {}).setdefault(experiment.key, {})
         behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
-            self._to_end[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
+            self._experiments_to_close[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
 
     @property
-    def has_to_end(self) -> bool:
+    def has_pending_closes(self) -> bool:
         """Whether there are experiments that `end_finished` has to end, now or later."""
-        return bool(self._to_end)
+        return bool(self._experiments_to_close)
 
     def end_finished(self) -> None:
         """End the experiments that all their ranks have left; call it after each confirmed batch, and when idle.
@@ -382,7 +382,7 @@ class BatchSender:
         The last experiment stays open for 10 s: usually the run ends with it, and the run's last step times and its
         verdict are still to come.
         """
-        for key, (own_state, noted) in list(self._to_end.items()):
+        for key, (own_state, noted) in list(self._experiments_to_close.items()):
             experiment = self._plan.experiments.get(key)
             if experiment is not None:
                 passed_s = time.time() - noted
@@ -398,7 +398,7 @@ class BatchSender:
 
                 self._session.end(experiment, own_state)
 
-            del self._to_end[key]
+            del self._experiments_to_close[key]
 
     def _has_all(self, key: str) -> bool:
         """Whether all values logged before an experiment's end have arrived; they are in another table than the end."""
@@ -408,7 +408,9 @@ class BatchSender:
 
     def _is_last(self, key: str) -> bool:
         """Whether an experiment was the last to end, with no other open."""
-        return {each.key for each in self._open()} <= self._to_end.keys() and key == next(reversed(self._to_end))
+        return {each.key for each in self._open()} <= self._experiments_to_close.keys() and key == next(
+            reversed(self._experiments_to_close)
+        )
 
 
 def _report_verdict(run_dir: Path) -> dict[str, Any] | None:

@@ -25,7 +25,7 @@ from traceml.track.delivery.audit import AuditLog
 from traceml.track.delivery.batch_sender import BatchSender
 from traceml.track.delivery.call_watchdog import CallWatchdog
 from traceml.track.delivery.credentials import read_key_file
-from traceml.track.delivery.derived import FOLLOWED
+from traceml.track.delivery.derived import INPUT_TABLES
 from traceml.track.delivery.plan import DeliveryPlan, PlannedExperiment, restricted, settings_of
 from traceml.track.delivery.record_reader import RecordBatch, RecordReader, position
 from traceml.track.delivery.refusals import RefusalOutcome, RefusalSearch
@@ -131,7 +131,7 @@ class DeliveryLoop:
             os.chdir(str(first.get("folder") or "."))
 
         _read_key(self._state.backend, self._options, first.get("registered"))
-        self._records = RecordReader(self._reader, FOLLOWED)
+        self._records = RecordReader(self._reader, INPUT_TABLES)
         self._session = self._make_session()
         self._audit = AuditLog(self._run_dir, self._state)
         self._sender = BatchSender(
@@ -193,7 +193,7 @@ class DeliveryLoop:
                 return EXIT_AGAIN  # to probe the backend that failed
             if is_empty:
                 self._note_idle()
-                if self._sender.has_to_end:
+                if self._sender.has_pending_closes:
                     self._end_finished()
 
                 self._stop.wait(_POLL_S)

@@ -1,4 +1,4 @@
-"""Supervision of one delivery process: start, restart after a death, and detection of a stuck one.
+"""Handle of a delivery process in its parent: start, restart after a death, and detection of a stuck one.
 
 Its state file reports what it does; it is controlled by SIGTERM alone.
 """

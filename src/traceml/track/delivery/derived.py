@@ -28,9 +28,9 @@ from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PHASE_LABELS, PROCE
 from traceml.diagnosis.step_split import DEVICE_LABELS, PHASES, has_group, put_device_times, split_backward
 from traceml.track.plugins.metric import Metric
 
-__all__ = ["FOLLOWED", "KIND_DERIVED", "DerivedMetrics"]
+__all__ = ["INPUT_TABLES", "KIND_DERIVED", "DerivedMetrics"]
 
-FOLLOWED = (STEPS.name, DEVICE_STEPS.name, HOST.name, PROCESS.name, GPU.name)
+INPUT_TABLES = (STEPS.name, DEVICE_STEPS.name, HOST.name, PROCESS.name, GPU.name)
 KIND_DERIVED = 100
 _MS, _S = 1e6, 1e9
 # Device times arrive a few steps after their step; after this many steps they are lost.
@@ -85,7 +85,7 @@ class DerivedMetrics:
         self._system = system
 
     def take(self, frame: Frame, stream: StreamRecord) -> list[Metric]:
-        """Take a frame of one of the tables `FOLLOWED`; return the values of completed intervals."""
+        """Take a frame of one of the tables `INPUT_TABLES`; return the values of completed intervals."""
         rows = np.frombuffer(frame.data, _DTYPES[frame.table])
         offset_ns = _epoch_offset_ns(stream)
         if frame.table == STEPS.name:

@@ -19,7 +19,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.priority import step_back
+from traceml.priority import lower_priority
 from traceml.privacy import Masker
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.plugin_metadata import PluginType
@@ -109,7 +109,7 @@ class _CollectorThreads:
         # A single reading is little work, and a short run waits for it; repeated readings yield to the training.
         if collector.interval is not None:
             self._first_readings.wait(_FIRST_READING_S)
-            step_back()
+            lower_priority()
 
         for rows in readings(collector, lambda error: self._warn(name, error)):
             for row in rows:

@@ -1,4 +1,4 @@
-"""Rank's side of the collector process: start, rows, end.
+"""Handle of the collector process in its parent, the rank: start, rows, end.
 
 Collectors run in a process of their own because reading holds the interpreter's lock for long: listing the installed
 packages alone stalls a training for 100 ms. It is a child of the rank, not of the aggregator, because it reads facts

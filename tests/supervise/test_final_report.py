@@ -11,7 +11,7 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run
 from traceml.database.store_file import STORE_NAME
-from traceml.supervise.conclusion import conclude
+from traceml.supervise.final_report import print_final_report
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def run_dir(tmp_path: Path) -> Path:
 def test_the_name_tells_what_a_report_is(run_dir: Path, tmp_path: Path) -> None:
     """A name that ends in .html takes the page, any other the JSON."""
     for name in ("mine.html", "MINE.HTML", "mine.json", "mine"):
-        conclude(run_dir, finished=True, program="traceml run", report=tmp_path / name, file=io.StringIO())
+        print_final_report(run_dir, finished=True, program="traceml run", report=tmp_path / name, file=io.StringIO())
 
     kind = json.loads((tmp_path / "mine.json").read_text())["verdict"]["kind"]
     assert json.loads((tmp_path / "mine").read_text())["verdict"]["kind"] == kind
@@ -36,7 +36,7 @@ def test_a_report_that_cannot_be_put_there_is_told(run_dir: Path, tmp_path: Path
     """The verdict is printed all the same, and nothing is raised."""
     for name in ("gone/mine.html", "gone/mine.json"):
         told = io.StringIO()
-        conclude(run_dir, finished=True, program="traceml run", report=tmp_path / name, file=told)
+        print_final_report(run_dir, finished=True, program="traceml run", report=tmp_path / name, file=told)
 
         assert "HEALTHY" in told.getvalue()
         assert f"traceml run: cannot write {tmp_path / name}: " in told.getvalue()
@@ -47,7 +47,7 @@ def test_a_store_that_cannot_be_read_is_told(run_dir: Path, tmp_path: Path) -> N
     (run_dir / STORE_NAME).write_bytes(b"garbage" * 999)
     told = io.StringIO()
 
-    conclude(run_dir, finished=False, program="traceml run", report=tmp_path / "mine.html", file=told)
+    print_final_report(run_dir, finished=False, program="traceml run", report=tmp_path / "mine.html", file=told)
 
     assert "traceml run: no report of this run: " in told.getvalue()
     assert "aggregator.log may give the reason" in told.getvalue()

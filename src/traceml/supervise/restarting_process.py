@@ -10,7 +10,7 @@ from typing import Self
 
 from traceml.errors import TraceMLError
 
-__all__ = ["KeptProcess", "RestartPolicy"]
+__all__ = ["RestartPolicy", "RestartingProcess"]
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STABLE_S = 0.5, 30.0, 60.0
 
@@ -47,7 +47,7 @@ class RestartPolicy:
         return True
 
 
-class KeptProcess:
+class RestartingProcess:
     """A process that is started, restarted when it dies, and ended. A context manager: its exit ends it.
 
     Subclasses implement `spawn_process`.
@@ -85,7 +85,7 @@ class KeptProcess:
         self._restarts.started()
         self.process = self.spawn_process()
 
-    def keep(self) -> None:
+    def restart_if_dead(self) -> None:
         """Start the process again if it died. Call it often."""
         if self.process is None or self.running or not self._restarts.due():
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.supervise.kept_process import RestartPolicy
+from traceml.supervise.restarting_process import RestartPolicy
 
 
 def test_pauses_grow_up_to_a_bound():

@@ -8,7 +8,7 @@ from typing import TextIO
 
 from traceml.errors import TraceMLError
 
-__all__ = ["conclude"]
+__all__ = ["print_final_report"]
 
 _UNFINISHED = """\
 {program}: this run is not stored completely; {log} may give the reason.
@@ -16,7 +16,9 @@ The rest stays in memory files for an hour: `traceml serve --runs-dir {runs}` st
 """
 
 
-def conclude(run_dir: Path, *, finished: bool, program: str, report: Path | None = None, file: TextIO) -> None:
+def print_final_report(
+    run_dir: Path, *, finished: bool, program: str, report: Path | None = None, file: TextIO
+) -> None:
     """Print the verdict card of a finished run. If the report cannot be made, print why; raise nothing.
 
     Args:
