@@ -1,6 +1,6 @@
 """Traces: writing (`writer`), reading in columns (`reader`), and answering questions about them (`query`).
 
-Runs in any Python program. A part is imported when one of its names is used first; it imports `tasks` and leaves only.
+Runs in any Python program. A part is imported when one of its names is used first; it imports leaves only.
 """
 
 from __future__ import annotations
