@@ -20,9 +20,9 @@ from traceml.instrument.closure_cells import CellField, ClosureCells
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
 __all__ = [
-    "ASK",
+    "CHECK_FORWARD",
     "FIRST_USER",
-    "NOWHERE",
+    "NOT_READY",
     "ON_FORWARD",
     "OTHER",
     "StepAccumulator",
@@ -63,9 +63,9 @@ class _Sentinel:
         return self._name
 
 
-NOWHERE = _Sentinel("NOWHERE")  # nothing closes the step yet
+NOT_READY = _Sentinel("NOT_READY")  # nothing closes the step yet
 ON_FORWARD = _Sentinel("ON_FORWARD")  # the next training forward closes it
-ASK = _Sentinel("ASK")  # each forward must check whether it trains
+CHECK_FORWARD = _Sentinel("CHECK_FORWARD")  # each forward must check whether it trains
 
 
 class StepListener(Protocol):
@@ -109,25 +109,26 @@ class StepAccumulator:
     It runs on the training thread only; hooks compare `thread` with their own and do nothing on another thread. Hooks
     read and write the `CellField`s directly (see `closure_cells`).
 
-    A step may be cut into segments (see `StepClock`). Fields named `base*`, `micro` and `snap*` describe the part
-    before the last cut; `backwards`, `batches`, `batch`, `trained`, `evaluated`, `own` and `flags` the part after it;
-    the buckets cover both.
+    A step may be cut into segments (see `StepClock`). Fields named `committed_*` and `*_at_cut`, `cut_ns` and
+    `micro_batches` describe the part before the last cut. `backwards`, `batches`, `batch`, `trained`, `evaluated`,
+    `own` and `flags` describe the part after it. The buckets cover both.
     """
 
     thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
     current = CellField()  # the phase that time belongs to now
-    input_ns = CellField()  # the accounts of the phases that every loop has; all others are in `rare_times`
+    # Time of the phases present in every loop, in nanoseconds; the other phases are in `rare_times`.
+    input_ns = CellField()
     forward_ns = CellField()
     backward_ns = CellField()
     optimizer_ns = CellField()
     rows = CellField()  # number of rows so far: the number of the open step
     seg_start = CellField()  # start of the segment
     closes_at = CellField()  # the loader whose next request closes the step, or a sentinel
-    attempt = CellField()  # id of the optimizer that made the step's first attempt, 0 before one
+    attempt = CellField()  # id of the optimizer of the step's first optimizer step call, 0 before one
     backwards = CellField()
     batches = CellField()
     batch = CellField()  # the first loader that gave a batch in this segment
-    first_loader = CellField()  # ... in this step
+    first_loader = CellField()  # the first loader that gave a batch in this step
     dirty = CellField()  # closing this step takes `commit_slow`
     detail = CellField()  # backward passes take the slow path: see `StepClock.plan_detail`
 
@@ -146,7 +147,7 @@ class StepAccumulator:
         self.group: Any = None  # the default process group once there is one
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
         self.extras = False  # there is a device, or a group with several ranks
-        self.slow_commits = False  # ... or user phases: every step is `dirty`
+        self.slow_commits = False  # there are `extras` or user phases: every step is `dirty`
         self.mean_ns = 0
 
         self.rows = self.ring.appended
@@ -232,17 +233,17 @@ class StepAccumulator:
     def commit_slow(self, t: int) -> None:
         """Close a step that has segments, rare or user phases, flags, a group or a device."""
         self.book_user_phases(t)
-        flags = self.flags | self.base_flags | (_NO_LOADER if self.first_loader is None else 0)
-        micro = self.micro + (min(self.backwards, self.batches) if self.batches else self.backwards)
+        flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
+        micro_batches = self.micro_batches + (min(self.backwards, self.batches) if self.batches else self.backwards)
         if self.eval_ns:
             self._flush_evals(self.rows)
 
-        total = self.base + t - self.seg_start
+        total = self.committed_ns + t - self.seg_start
         self.note_total(total)
         if self.device is not None and self.device.close(self.rows):
             flags |= _DEVICE
 
-        self.append_step(self.times, t, total, micro, flags, self.own + self.base_own)
+        self.append_step(self.times, t, total, micro_batches, flags, self.own + self.committed_own_ns)
         self._clear(t)
         self.plan_detail()
 
@@ -254,17 +255,17 @@ class StepAccumulator:
     def plan_detail(self) -> None:
         """Decide what the next step measures."""
 
-    def append_step(self, times: list[int], t: int, total: int, micro: int, flags: int, own: int) -> None:
+    def append_step(self, times: list[int], t: int, total: int, micro_batches: int, flags: int, own: int) -> None:
         """Append the row of a step and the rows of its user phases."""
         n = self.rows
         columns = times[:OTHER]
         columns[_USER] = self._append_users(times) if self.users else 0
         sequence = self.sequence() if self.sequence is not None and self.extras else 0
         own = own if flags & _CALLBACK else -1
-        self._append_step(n, t, total, *columns, own, pack_bits(micro, flags, sequence))
+        self._append_step(n, t, total, *columns, own, pack_bits(micro_batches, flags, sequence))
         self.rows = n + 1
         if not n & UPKEEP_MASK:
-            self.listener.upkeep(times[_FORWARD], micro)
+            self.listener.upkeep(times[_FORWARD], micro_batches)
 
     def use_device(self, device: StepDeviceTimer, slots: Any) -> None:
         """Measure device time too. Call it before the hooks are made: they bind `open_slots`.
@@ -293,23 +294,23 @@ class StepAccumulator:
         """Begin an empty step at `t`."""
         self.times = self.zeros.copy()
         self.seg_start = t
-        self.closes_at = ASK
+        self.closes_at = CHECK_FORWARD
         self.attempt = self.backwards = self.batches = self.flags = self.own = 0
         self.batch = self.first_loader = None
         self.trained: Any = None  # a weak reference to a module whose forward was called with gradients
         self.evaluated = False  # a module was called without gradients
         self.evaluating = False  # the previous segment was evaluation
         self.fused = False  # an optimizer stepped inside backward
-        self.attempts: set[int] = set()  # ids of optimizers with further attempts
+        self.attempts: set[int] = set()  # ids of the optimizers of further step calls
         self._drop_prefix()
         self.dirty = self.slow_commits
         self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.rows
 
     def _drop_prefix(self) -> None:
-        self.snap: list[int] | None = None  # the buckets at the cut
-        self.snap_first: Any = None  # `first_loader` at the cut
+        self.times_at_cut: list[int] | None = None  # the buckets at the cut
+        self.loader_at_cut: Any = None  # `first_loader` at the cut
         self.pending = False  # the part before the cut has stepped: it may be a whole step
-        self.snap_end = self.base = self.base_flags = self.base_own = self.micro = 0
+        self.cut_ns = self.committed_ns = self.committed_flags = self.committed_own_ns = self.micro_batches = 0
 
     def _flush_evals(self, step: int) -> None:
         self._append_eval(step, self.eval_end, self.eval_ns, self.eval_batches)
@@ -342,7 +343,7 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
     dirty = False
     batch: Any = None
     first_loader: Any = None
-    closes_at: Any = NOWHERE
+    closes_at: Any = NOT_READY
 
     def commit(t: int) -> None:
         nonlocal input_ns, forward_ns, backward_ns, optimizer_ns
@@ -365,7 +366,7 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
         count[slot] = rows = n + 1  # the row first, the counter afterwards
         seg_start = slots[_STEP_START] = t
         slots[_STEP] = n + 1
-        closes_at = NOWHERE
+        closes_at = NOT_READY
         attempt = 0
         if not n & UPKEEP_MASK:
             upkeep(forward_ns, backwards)

@@ -19,7 +19,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
-from traceml.instrument.accumulator import NOWHERE
+from traceml.instrument.accumulator import NOT_READY
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
 from traceml.instrument.optimizer import is_wrapper
 from traceml.instrument.step_clock import StepClock
@@ -84,7 +84,7 @@ class ModuleDiscovery:
 
         trained = {id(parameter) for module in roots for parameter in module.parameters()}
         self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
-        self._clock.usual_loader = NOWHERE
+        self._clock.usual_loader = NOT_READY
         self._scan_ns += monotonic_ns() - start
         return self._clock.optimizers_alive
 

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import ASK, NOWHERE, ON_FORWARD, OTHER, on_training_thread
+from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -81,7 +81,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
     slots, commit, begins, fail = clock.open_slots, clock.commit, clock.forward_begins, clock.fail
     # Cells of the clock.
     current = forward_ns = 0
-    closes_at: Any = NOWHERE
+    closes_at: Any = NOT_READY
 
     def make(timed: TimedModule) -> Callable[..., Any]:
         impl, module = timed.impl, timed.module
@@ -98,7 +98,7 @@ def timer_maker(clock: StepClock) -> TimerMaker:
             try:
                 if closes_at is ON_FORWARD:
                     commit(t)
-                elif closes_at is ASK:
+                elif closes_at is CHECK_FORWARD:
                     begins(t, module, trains=is_grad_enabled())
 
                 current = _FORWARD
@@ -153,7 +153,7 @@ def timed_forward(
     slots, begins = clock.open_slots, clock.forward_begins
     # Cells of the clock.
     current = forward_ns = optimizer_ns = 0
-    closes_at: Any = NOWHERE
+    closes_at: Any = NOT_READY
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal current, forward_ns, optimizer_ns
@@ -167,7 +167,7 @@ def timed_forward(
 
         t = monotonic_ns()
         try:
-            if closes_at is ASK or closes_at is ON_FORWARD:
+            if closes_at is CHECK_FORWARD or closes_at is ON_FORWARD:
                 begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())
 
             current = _FORWARD

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import NOWHERE, OTHER, on_training_thread
+from traceml.instrument.accumulator import NOT_READY, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -40,7 +40,7 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
     slots, fail, commit, boundary = clock.open_slots, clock.fail, clock.commit, clock.boundary
     # Cells of the clock.
     current = input_ns = batches = 0
-    closes_at: Any = NOWHERE
+    closes_at: Any = NOT_READY
     batch: Any = None
     first_loader: Any = None
 

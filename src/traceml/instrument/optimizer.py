@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accumulator import NOWHERE, OTHER, on_training_thread
+from traceml.instrument.accumulator import NOT_READY, OTHER, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -86,9 +86,9 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
     # Cells of the clock.
     current = optimizer_ns = attempt = last_optimizer = 0
     first_loader: Any = None
-    closes_at: Any = NOWHERE
-    usual: Any = NOWHERE
-    usual_loader: Any = NOWHERE
+    closes_at: Any = NOT_READY
+    usual: Any = NOT_READY
+    usual_loader: Any = NOT_READY
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal current, optimizer_ns, attempt, closes_at

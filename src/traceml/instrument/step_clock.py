@@ -1,10 +1,11 @@
-"""State machine behind all hooks: it decides where a step ends and the next begins.
+"""State machine that detects training steps from the calls that the hooks report.
 
 A step is cut into *segments*, which begin at each request to a data loader. The kind of a segment (training,
-evaluation, or already the next step) is often known only later. So the clock keeps the buckets of the last cut
-(`snap`), and can still assign the time after it to the right step.
+evaluation, or already the next step) is often known only later. So the clock saves the buckets at each cut
+(`times_at_cut`), and can still assign the time after it to the right step.
 
-`docs/steps.md` has the rules.
+Terms: an *attempt* is an outermost optimizer step call; the *anchor* is the training loader, whose next batch request
+closes a step after an attempt. `docs/steps.md` has the rules.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.accumulator import ASK, NOWHERE, ON_FORWARD, OTHER, StepAccumulator, StepListener
+from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, StepAccumulator, StepListener
 from traceml.instrument.closure_cells import CellField
 
 if TYPE_CHECKING:
@@ -28,16 +29,16 @@ _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED
 _DEVICE = int(StepFlag.DEVICE)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _SAMPLED_MASK = 3  # expensive measurements run on every 4th step
-_SLOW_STEP_NS = 2_000_000  # ... and on every step when steps are this long
+_SLOW_STEP_NS = 2_000_000  # expensive measurements run on every step if steps take longer
 _HELD_BATCHES = 64  # without an optimizer step in this many backward passes, there is no optimizer
 
 
 class StepClock(StepAccumulator):
-    """Accumulator that decides where a step ends."""
+    """State machine that detects steps: it adds the rules for the end of a step to the accumulator."""
 
     last_optimizer = CellField()  # id of the optimizer that stepped last
-    usual = CellField()  # `closes_at` after the optimizer step ...
-    usual_loader = CellField()  # ... of a step whose first loader is this one, and that has nothing unusual
+    usual = CellField()  # `closes_at` after the optimizer step of a usual step
+    usual_loader = CellField()  # the first loader of a usual step
 
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
@@ -46,7 +47,7 @@ class StepClock(StepAccumulator):
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
         self.cut_on_step = True  # without a loader: cut when an optimizer step ends
-        self.anchor: Any = None  # the loader whose batches are trained on
+        self.anchor: Any = None  # the training loader: the loader whose batches are trained on
         self.segment_loader: Any = None  # the loader whose request began this segment
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.fetched_ahead = False  # this step's batch came before the end of its loader
@@ -58,8 +59,8 @@ class StepClock(StepAccumulator):
         self.inner_steps = 0  # optimizer steps inside the outermost one
         self.unmatched_batches: list[tuple[int, list[int], int]] = []  # ends of batches before any optimizer step
         self.last_optimizer = 0
-        self.usual = self.usual_loader = NOWHERE
-        self.closes_at = ASK  # a training forward may open the first step
+        self.usual = self.usual_loader = NOT_READY
+        self.closes_at = CHECK_FORWARD  # a training forward may open the first step
 
     def boundary(self, t: int, loader: Any) -> None:
         """Handle a request to a loader: decide what kind of segment ends here.
@@ -125,7 +126,7 @@ class StepClock(StepAccumulator):
             self.batches += 1
 
         if self.evaluating:
-            self.closes_at = ASK
+            self.closes_at = CHECK_FORWARD
 
     def forward_begins(self, t: int, module: Any, *, trains: bool) -> None:
         """Handle a forward inside another phase, or in a segment of unknown kind.
@@ -138,7 +139,7 @@ class StepClock(StepAccumulator):
         in_closure = self.depth or self.current == _OPTIMIZER  # inside an optimizer step: no step begins here
         if self.closes_at is ON_FORWARD and not in_closure:
             self.commit(t)
-        elif self.closes_at is ASK:
+        elif self.closes_at is CHECK_FORWARD:
             if not trains:
                 self.evaluated = True
                 return
@@ -149,7 +150,7 @@ class StepClock(StepAccumulator):
             self.trained = module
 
     def begin_attempt(self, optimizer: Any, t: int) -> int:
-        """Begin an outermost optimizer attempt; return the enclosing phase."""
+        """Begin an outermost optimizer step call; return the enclosing phase."""
         previous: int = self.current
         ident = id(optimizer)
         if not self.open:
@@ -158,7 +159,7 @@ class StepClock(StepAccumulator):
         if ident != self.last_optimizer:
             self.register_optimizer(optimizer)
 
-        if previous == _BACKWARD:  # all attempts inside one backward pass count as one, after it
+        if previous == _BACKWARD:  # all step calls inside one backward pass count as one, after it
             self.fused = self.fuses = self.dirty = self.detail = True
         elif self.attempt:
             self.repeat_attempt(ident, t)
@@ -170,15 +171,15 @@ class StepClock(StepAccumulator):
         return previous
 
     def end_attempt(self, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
-        """End an attempt; one that raised does not count."""
+        """End an optimizer step call; one that raised does not count."""
         self.depth = 0
         self.leave(_OPTIMIZER, previous, start)
         if previous != _BACKWARD and not failed:
             self.after_step(monotonic_ns(), id(optimizer))
 
     def repeat_attempt(self, ident: int, t: int) -> None:
-        """Handle an attempt in a step that has one already: it may begin another step."""
-        self.closes_at = NOWHERE  # and no forward in the optimizer's closure closes a step
+        """Handle an optimizer step call in a step that has one already: it may begin another step."""
+        self.closes_at = NOT_READY  # and no forward in the optimizer's closure closes a step
         known = ident == self.attempt or ident in self.attempts
         if self.pending:
             if known:
@@ -190,11 +191,11 @@ class StepClock(StepAccumulator):
                 self._merge()
         elif known and self.first_loader is None and not self.explicit and ident != FUSED:
             self.cut_on_step = True
-            self.usual_loader = NOWHERE
+            self.usual_loader = NOT_READY
             self.commit(t)
 
     def after_step(self, t: int, ident: int) -> None:
-        """Handle the end of an attempt: the step may close from here on."""
+        """Handle the end of an optimizer step call: the step may close from here on."""
         if not self.open:
             self._begin(t)
 
@@ -223,25 +224,25 @@ class StepClock(StepAccumulator):
         self.usual_loader = self.first_loader
 
     def _expect_forward(self, t: int, ident: int) -> None:
-        """Wait, without a loader, for the next training forward or a repeated attempt to close the step."""
+        """Wait, without a loader, for the next training forward or a repeated optimizer step call to close the step."""
         several = self._may_step_again(ident)
         if several or self.cut_on_step:
             self._cut(t)
 
         if several:
-            self.closes_at = NOWHERE if self.anchor is None else self.anchor
+            self.closes_at = NOT_READY if self.anchor is None else self.anchor
         elif self.cut_on_step:
-            self.closes_at = ASK
+            self.closes_at = CHECK_FORWARD
         else:
             self.closes_at = self.usual = ON_FORWARD
             self.usual_loader = None
 
     def _was_fetched_ahead(self, ident: int) -> None:
-        """Handle a step on a prefetched batch after the end of the anchor, as accelerate's loaders do."""
+        """Handle a step on a prefetched batch after the end of the training loader, as with accelerate's loaders."""
         self.first_loader = self.anchor
         self.dirty = True
         self.fetched_ahead = not self._may_step_again(ident)
-        self.closes_at = ASK if self.fetched_ahead else self.anchor
+        self.closes_at = CHECK_FORWARD if self.fetched_ahead else self.anchor
 
     def _may_step_again(self, ident: int) -> bool:
         """Whether another optimizer may follow in this step."""
@@ -249,7 +250,7 @@ class StepClock(StepAccumulator):
 
     def _anchor_at(self, loader: Any) -> None:
         self.anchor = loader
-        self.usual_loader = NOWHERE
+        self.usual_loader = NOT_READY
 
     def after_backward(self, t: int) -> None:
         """Handle the end of a backward pass on the slow path: it may be a step by itself."""
@@ -286,7 +287,7 @@ class StepClock(StepAccumulator):
 
         self.optimizers.add(ident)
         self.inferred = False
-        self.usual_loader = NOWHERE
+        self.usual_loader = NOT_READY
         self.unmatched_batches.clear()
         self.plan_detail()
         self.listener.new_optimizer(optimizer)
@@ -325,7 +326,7 @@ class StepClock(StepAccumulator):
                 self.commit(t)
 
             self.explicit = True
-            self.usual_loader = NOWHERE
+            self.usual_loader = NOT_READY
             self._begin(t)
         elif self.evaluating and self._is_idle():
             self._discard(t, batches=0, evaluating=False)
@@ -346,7 +347,7 @@ class StepClock(StepAccumulator):
         self.commit(t)
 
     def finish(self) -> None:
-        """End training: the open step becomes a row if it has an optimizer attempt, else it is dropped."""
+        """End training: the open step becomes a row if an optimizer stepped in it, else it is dropped."""
         t = monotonic_ns()
         self.book_user_phases(t)
         if self.open and not self.explicit:
@@ -374,22 +375,22 @@ class StepClock(StepAccumulator):
 
     def _close_prefix(self) -> None:
         """Append the row of the part before the cut; the part after it becomes the next step."""
-        times, snap = self.times, self.snap or self.zeros
-        snap = snap + [0] * (len(times) - len(snap))
-        flags = self.base_flags | (_NO_LOADER if self.snap_first is None else 0)
-        self.note_total(self.base)
+        times, times_at_cut = self.times, self.times_at_cut or self.zeros
+        times_at_cut = times_at_cut + [0] * (len(times) - len(times_at_cut))
+        flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
+        self.note_total(self.committed_ns)
         if self.device is not None and self.device.close_prefix(self.rows):
             flags |= _DEVICE
 
-        self.append_step(snap, self.snap_end, self.base, self.micro, flags, self.base_own)
+        self.append_step(times_at_cut, self.cut_ns, self.committed_ns, self.micro_batches, flags, self.committed_own_ns)
         if self.eval_ns:
             self._flush_evals(self.rows)
 
-        self.times = [after - before for after, before in zip(times, snap, strict=True)]
+        self.times = [after - before for after, before in zip(times, times_at_cut, strict=True)]
         self.first_loader = self.batch
         self.attempt = 0
         self.attempts.clear()
-        self.closes_at = ASK
+        self.closes_at = CHECK_FORWARD
         self._drop_prefix()
         self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.rows
 
@@ -403,7 +404,7 @@ class StepClock(StepAccumulator):
         if self.trained is not None or self.evaluated or self.backwards:
             return False
 
-        return self.snap is not None or not self.forward_ns
+        return self.times_at_cut is not None or not self.forward_ns
 
     def _is_evaluation(self) -> bool:
         """Whether a model ran on the batch without gradients (or in `eval()`), and nothing was trained on it."""
@@ -422,15 +423,15 @@ class StepClock(StepAccumulator):
     def _cut(self, t: int) -> None:
         """End a segment of this step and save its buckets."""
         self.book_user_phases(t)
-        self.snap = self.times
-        self.snap_first = self.first_loader
-        self.base += t - self.seg_start
-        self.snap_end = self.seg_start = t
+        self.times_at_cut = self.times
+        self.loader_at_cut = self.first_loader
+        self.committed_ns += t - self.seg_start
+        self.cut_ns = self.seg_start = t
         self.pending = bool(self.attempt) and not self.explicit
-        self.closes_at = ASK
-        self.micro += min(self.backwards, self.batches) if self.batches else self.backwards
-        self.base_flags |= self.flags
-        self.base_own += self.own
+        self.closes_at = CHECK_FORWARD
+        self.micro_batches += min(self.backwards, self.batches) if self.batches else self.backwards
+        self.committed_flags |= self.flags
+        self.committed_own_ns += self.own
         self.own = self.flags = 0
         unused = max(self.batches - self.backwards, 0)
         self._clear_segment()
@@ -446,21 +447,21 @@ class StepClock(StepAccumulator):
 
     def _discard(self, t: int, *, batches: int, evaluating: bool) -> None:
         """Move the segment from the step to evaluation; its checkpoint time stays in the step."""
-        snap = [] if self.snap is None else self.snap
-        kept = snap + [0] * (len(self.zeros) - len(snap))
+        times_at_cut = [] if self.times_at_cut is None else self.times_at_cut
+        kept = times_at_cut + [0] * (len(self.zeros) - len(times_at_cut))
         saving = self.times[_CHECKPOINT] - kept[_CHECKPOINT]
         kept[_CHECKPOINT] += saving
-        self.base += saving
+        self.committed_ns += saving
         self.times = kept
-        if self.snap is not None:
-            self.snap = kept.copy()
+        if self.times_at_cut is not None:
+            self.times_at_cut = kept.copy()
 
         self.eval_ns += t - self.seg_start - saving
         self.eval_batches += batches
         self.eval_end = self.seg_start = t
         self.exhausted_loader = None
-        self.closes_at = ASK
-        self.first_loader = None if self.snap is None else self.snap_first
+        self.closes_at = CHECK_FORWARD
+        self.first_loader = None if self.times_at_cut is None else self.loader_at_cut
         self.evaluating = evaluating
         self._clear_segment()
         if self.device is not None:
@@ -468,12 +469,12 @@ class StepClock(StepAccumulator):
 
     def _merge(self) -> None:
         """Join the part after the cut with the step."""
-        self.snap = None
+        self.times_at_cut = None
         self.pending = False
 
     def _hold_batch(self, t: int) -> None:
         """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
-        self.unmatched_batches.append((t, self.times, self.base + t - self.seg_start))
+        self.unmatched_batches.append((t, self.times, self.committed_ns + t - self.seg_start))
         if len(self.unmatched_batches) < _HELD_BATCHES:
             return
 
