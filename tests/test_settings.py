@@ -122,9 +122,9 @@ def test_backend_tables(tmp_path: Path) -> None:
         ({"max_backoff": 0}, "a number above 0"),
         ({"hang_timeout": 60}, "hangs are not detected yet"),
         ({"sampler_intervals": {"host": -1}}, "a map (JSON) of names to a number"),
-        ({"backend": [1]}, "a list of texts"),
+        ({"backend": [1]}, "a list of strings"),
         ({"tls": True}, "connections cannot be encrypted yet"),
-        ({"host": " "}, "a text that is not empty"),
+        ({"host": " "}, "a non-empty string"),
         ({"enabled": "perhaps"}, "true or false"),
     ],
 )

@@ -127,13 +127,13 @@ def allowed(kind: Any, limits: Limits) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(inner)
     if get_origin(kind) is tuple:
-        return "a list of texts (comma-separated or JSON)"
+        return "a list of strings (comma-separated or JSON)"
     if get_origin(kind) is dict:
         return f"a map (JSON) of names to {'tables' if inner[1] is not float else allowed(float, limits)}"
     if kind in (int, float):
         return _range("an integer" if kind is int else "a number", limits)
 
-    return {bool: "true or false", Path: "a path"}.get(kind, "a text that is not empty")
+    return {bool: "true or false", Path: "a path"}.get(kind, "a non-empty string")
 
 
 def _range(noun: str, limits: Limits) -> str:

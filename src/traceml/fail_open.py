@@ -22,26 +22,26 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
 
     Args:
         log: where the warning goes.
-        room: package folder whose count goes up: `recorder`, `aggregator`, ….
+        package: package whose count goes up: `recorder`, `aggregator`, ….
         what: what failed, as the first words of the warning: `tracing could not be started`.
         once: warn for the first failure with this text only; repeats are logged at debug level.
         reraise: exceptions that are not handled here.
         level: of the warning.
     """
 
-    __slots__ = ("_level", "_log", "_once", "_reraise", "_room", "_what")
+    __slots__ = ("_level", "_log", "_once", "_package", "_reraise", "_what")
 
     def __init__(
         self,
         log: logging.Logger,
-        room: str,
+        package: str,
         what: str,
         *,
         once: bool = False,
         reraise: type[Exception] | tuple[type[Exception], ...] = (),
         level: int = logging.WARNING,
     ) -> None:
-        self._log, self._room, self._what = log, room, what
+        self._log, self._package, self._what = log, package, what
         self._once, self._reraise, self._level = once, reraise, level
 
     def __enter__(self) -> None:
@@ -53,15 +53,15 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         if not isinstance(error, Exception) or isinstance(error, self._reraise):
             return False
 
-        _failures[self._room] = _failures.get(self._room, 0) + 1
-        level = logging.DEBUG if self._once and _is_repeat(self._room, self._what) else self._level
+        _failures[self._package] = _failures.get(self._package, 0) + 1
+        level = logging.DEBUG if self._once and _is_repeat(self._package, self._what) else self._level
         is_clear = isinstance(error, OSError | TraceMLError)
         self._log.log(level, "%s: %s", self._what, _text_of(error, is_clear), exc_info=None if is_clear else error)
         return True
 
 
 def failures() -> dict[str, int]:
-    """Return the number of handled failures of this process, by room."""
+    """Return the number of handled failures of this process, by package."""
     return dict(_failures)
 
 
@@ -72,9 +72,9 @@ def _text_of(error: Exception, is_clear: bool) -> str:
         return f"{type(error).__name__}, whose text failed with {type(broken).__name__}"
 
 
-def _is_repeat(room: str, what: str) -> bool:
-    if (room, what) in _logged or len(_logged) >= _MOST_TEXTS:
+def _is_repeat(package: str, what: str) -> bool:
+    if (package, what) in _logged or len(_logged) >= _MOST_TEXTS:
         return True
 
-    _logged.add((room, what))
+    _logged.add((package, what))
     return False

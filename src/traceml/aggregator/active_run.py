@@ -218,7 +218,7 @@ class ActiveRun:
             stream: the rank's.
             reason: `finished` or `failed`.
             peer: its connection.
-            handled: failures that the rank's process has handled, by room.
+            handled: failures that the rank's process has handled, by package.
         """
         self._leaving.append(peer)
         if handled:

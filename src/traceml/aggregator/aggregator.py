@@ -376,12 +376,12 @@ def _call(listener: Callable[[Path], object], path: Path) -> None:
 
 
 def _failures_of(bye: dict[str, Any]) -> dict[str, int]:
-    """Return the handled failures that a rank reports with its bye, by room."""
+    """Return the handled failures that a rank reports with its bye, by package."""
     counts = bye.get("failures")
     if not isinstance(counts, dict):
         return {}
 
-    return {str(room)[:50]: count for room, count in list(counts.items())[:50] if type(count) is int}
+    return {str(package)[:50]: count for package, count in list(counts.items())[:50] if type(count) is int}
 
 
 def _folder_id(path: Path) -> list[Any]:

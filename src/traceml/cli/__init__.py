@@ -1,6 +1,6 @@
 """The command line: `traceml COMMAND …`.
 
-The room runs in the process that the user starts, and may import every room below it. One module per command, each with
+Runs in the process that the user starts. May import every package below it. One module per command, each with
 `main(argv) -> int`; only the module of the given command is imported, as `traceml run` must not pay for the screens of
 the others. Errors are printed here only.
 

@@ -1,9 +1,9 @@
 """Detect the end of a process: an exception, a status, or a normal end.
 
-An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls the one before it. A SystemExit
-passes no hook, and it may be caught, so a call of `sys.exit` alone proves nothing. But the interpreter deletes the
-exception after it has taken the status from it, when the main thread has no Python frame left: a finalizer on an
-attribute of the exception detects that.
+An unhandled exception passes `sys.excepthook`, which is wrapped here and still calls the one before it. SystemExit
+does not trigger `sys.excepthook`, and it may be caught, so a call of `sys.exit` alone proves nothing. But the
+interpreter deletes the exception after it has taken the status from it, when the main thread has no Python frame left:
+a finalizer on an attribute of the exception detects that.
 """
 
 from __future__ import annotations

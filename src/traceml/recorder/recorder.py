@@ -43,7 +43,7 @@ class Recorder:
         self.spawned = spawned
         self.pid = os.getpid()
         self.viewer: Callable[[Path], None] | None = None
-        """Shows a run's folder; set by the room that may read runs."""
+        """Shows a run's folder; set by the package that may read runs."""
         self._parent = parent if parent is not None else spawned.identity if spawned is not None else None
         self._recording: Recording | None = None
         self._state = "disabled"

@@ -200,7 +200,7 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     overhead_share: float | None = None
     bytes_sent: int | None = None
     failures: dict[str, int] = {}
-    """Failures of tracing itself that were logged and passed over, by room."""
+    """Failures of tracing itself that were logged and passed over, by package."""
 
 
 class Report(JsonDocument, msgspec.Struct, kw_only=True):

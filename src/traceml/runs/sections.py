@@ -219,7 +219,7 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> Tel
 
 
 def _failures(digest: Digest, reader: StoreReader) -> dict[str, int]:
-    """Return the failures that ranks and aggregator have handled, by room."""
+    """Return the failures that ranks and aggregator have handled, by package."""
     total: Counter[str] = Counter(reader.meta().get("failures", {}))
     for record in digest.ranks.values():
         total.update(record.facts.get("failures", {}))

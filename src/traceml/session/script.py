@@ -205,7 +205,7 @@ def _quit(text: str, status: int) -> NoReturn:
 
 
 def _note_exit(leaving: SystemExit) -> None:
-    """Report a status to the recorder that passes no hook."""
+    """Report an exit status that no hook sees."""
     from traceml.recorder.exits import status_of
     from traceml.recorder.lifecycle import note_exit
 

@@ -1,4 +1,4 @@
 """Tasks on threads and an event loop, in the process that submits them: waits without deadlock, timeouts, counters.
 
-The room imports no other room, only the leaf modules.
+Imports no other package of traceml, only the leaf modules.
 """

@@ -20,8 +20,8 @@ __all__ = ["bundle", "import_code", "local_command", "remote_command"]
 
 _PACKAGE = str(Path(__file__).parents[2])  # a folder, or one inside a zip file
 _LENGTH = struct.Struct(">Q")
-# Rooms that an agent, a zygote or a traced worker may need.
-_ROOMS = ("launch", "session", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
+# Packages that an agent, a zygote or a traced worker may need.
+_PACKAGES = ("launch", "session", "track", "recorder", "instrument", "samplers", "transport", "database", "privacy")
 _FIRST = ("cloudpickle",)  # only the same version surely unpacks what it packs
 _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
@@ -118,7 +118,7 @@ def _archive() -> str:
 def _packed(root: Path) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        sources = [*root.glob("*.py"), *(path for room in _ROOMS for path in (root / room).rglob("*.py"))]
+        sources = [*root.glob("*.py"), *(path for package in _PACKAGES for path in (root / package).rglob("*.py"))]
         for source in sources:
             _add(archive, source, str(source.relative_to(root.parent)))
 
