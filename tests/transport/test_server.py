@@ -89,7 +89,7 @@ def test_unknown_or_different_tables_are_refused(serving, schemas, why):
         (struct.pack(">I", MAX_HELLO_BYTES + 1), "above the cap"),
         (encode({"t": "rows", "table": "steps", "seq": 0, "n": 1, "data": b""}), "before the hello"),
         (encode({"t": "hello", "v": 1}), "lacks"),
-        (struct.pack(">I", 3) + msgpack.packb([1, 2]), "no map"),
+        (struct.pack(">I", 3) + msgpack.packb([1, 2]), "not a map"),
     ],
 )
 def test_garbage_before_the_hello_is_refused(serving, garbage, why):

@@ -175,7 +175,7 @@ class Masker:
                 self._texts.append(shell_pattern(rest, words=True))
         except (re.error, ValueError) as error:
             raise SettingsError(
-                "mask", f"{pattern!r} is no pattern: {error}", source=self._source, allowed=_ALLOWED
+                "mask", f"{pattern!r} is not a pattern: {error}", source=self._source, allowed=_ALLOWED
             ) from error
 
     def _mask(self, kind: str) -> str:

@@ -34,18 +34,18 @@ def _first_line(text: str) -> str:
 
 
 def tracker_text(tracker: TrackerSection) -> str:
-    """Return the state of a tracker: `mlflow 12,340 delivered, 20 wait: refused the connection`."""
+    """Return the state of a tracker: `mlflow 12,340 delivered, 20 pending: refused the connection`."""
     parts = [f"{count_text(tracker.delivered)} delivered"]
     if tracker.fallback:
         parts.append(f"{count_text(min(tracker.fallback, tracker.delivered))} of them to its fallback")
 
     if tracker.pending:
-        parts.append(f"{count_text(tracker.pending)} wait{'s' if tracker.pending == 1 else ''}")
+        parts.append(f"{count_text(tracker.pending)} pending")
 
     if tracker.failed:
         parts.append(f"{count_text(tracker.failed)} refused")
 
     error = tracker.error if len(tracker.error) <= _ERROR_CHARS else f"{tracker.error[:_ERROR_CHARS]}..."
-    what = {"unauthorized": "not let in", "broken": "cannot work"}.get(tracker.state, "")
+    what = tracker.state if tracker.state in ("unauthorized", "broken") else ""
     why = ": ".join(text for text in (what, error) if text)
     return f"{tracker.backend} {', '.join(parts)}" + (f" ({why})" if why else "")

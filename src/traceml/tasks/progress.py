@@ -38,7 +38,7 @@ def progress(pct: float) -> None:
         valid = False
 
     if not valid:
-        raise UsageError(f"progress({pct!r}): it takes per cent, from 0 to 100")
+        raise UsageError(f"progress() expects a percentage from 0 to 100, got {pct!r}")
 
     task = current_task()
     if task is None:

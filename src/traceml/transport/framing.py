@@ -141,6 +141,6 @@ def _decode(payload: bytes) -> dict[str, Any]:
         raise ProtocolError(f"a frame of {len(payload)} bytes is not msgpack: {error!r}") from error
 
     if type(message) is not dict or type(message.get("t")) is not str:
-        raise ProtocolError("a frame is no map with a text `t`")
+        raise ProtocolError("a frame is not a map with a text `t`")
 
     return message

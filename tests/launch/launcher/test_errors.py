@@ -116,13 +116,13 @@ def test_an_argument_that_cannot_be_sent_is_named_before_anything_starts() -> No
 
 
 def test_who_misses_a_collective_is_named() -> None:
-    """The time-out of a collective names the rank that did not come, with the line at which it is."""
+    """The timeout of a collective names the rank that did not come, with the line at which it is."""
     launched(jobs.nothing)  # torch is imported now
     with pytest.raises(RuntimeError, match=r"[Tt]imed out|timeout") as caught:
         launched(jobs.miss_the_barrier, timeout=6)
 
     notes = "\n".join(caught.value.__notes__)
-    assert "rank 0" in notes
+    assert "Rank 0 was waiting in a collective" in notes
     assert "rank 1 (local rank 1 on localhost)" in notes
     assert "in dawdle" in notes
     assert "worker.py" not in notes
@@ -143,9 +143,9 @@ def test_start_up_has_a_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"backend": "gluu"}, "backend='gluu'"),
-        ({"timeout": 0}, "timeout=0"),
-        ({"timeout": "5"}, "timeout='5'"),
+        ({"backend": "gluu"}, "got 'gluu'"),
+        ({"timeout": 0}, "timeout must be a number of seconds greater than 0, got 0"),
+        ({"timeout": "5"}, "got '5'"),
         ({"workers_per_host": 1.5}, "workers_per_host has 1.5"),
         ({"log_handlers": "file"}, "log_handlers='file'"),
         ({"log_handlers": [7]}, "log_handlers has 7"),

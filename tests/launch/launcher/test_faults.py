@@ -229,7 +229,10 @@ def test_ctrl_c_tells_who_was_absent(hosts: Hosts, script: Script, tmp_path: Pat
 
     assert told["type"] == "KeyboardInterrupt"
     notes = "\n".join(told["notes"])
-    assert "Absent from the collective that ranks 0, 1, 3 waited in: rank 2 (local rank 0 on node2)" in notes
+    assert (
+        "Ranks 0, 1, 3 were waiting in a collective that these ranks had not entered: rank 2 (local rank 0 on node2)"
+        in notes
+    )
     assert notes.count("in never_returns") == 2  # where the three wait, and where the one is
     assert_clean(hosts)
 

@@ -356,5 +356,5 @@ def test_the_level_of_workers_comes_from_the_environment(monkeypatch: pytest.Mon
     assert log_level({"TRACEML_LOG_LEVEL": "warning", "TORCHRUNX_LOG_LEVEL": "15"}) == logging.WARNING
     monkeypatch.setattr(logging.getLogger(), "level", 5)
     assert log_level({}) == 5
-    with pytest.raises(SettingsError, match="'LOUD' is no level"):
+    with pytest.raises(SettingsError, match="'LOUD' is not a level"):
         log_level({"TRACEML_LOG_LEVEL": "loud"})

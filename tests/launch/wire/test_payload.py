@@ -181,7 +181,7 @@ import os, sys
 from traceml.launch.wire.payload import load
 from traceml.launch.wire.payload_buffer import PayloadBuffer, can_reach
 assert can_reach(os.getppid()) and not can_reach(2**22 + 1)
-load(PayloadBuffer.of(sys.argv[1]).memory()).add_(1)
+load(PayloadBuffer.open_path(sys.argv[1]).memory()).add_(1)
 """
     subprocess.run([sys.executable, "-c", code, receiver.path], check=True)
     arrived = load(receiver.memory())

@@ -132,8 +132,8 @@ def test_trackers_are_told_and_what_to_do_when_rows_wait():
     shown = text_of(made)
 
     assert "Sent    mlflow 12,340 delivered\n" in shown
-    assert "wandb 0 delivered, 20 wait (ConnectionError: refused)" in shown
-    assert "aim 12,340 delivered, 1 waits, 3 refused (cannot work: ImportError" in shown
+    assert "wandb 0 delivered, 20 pending (ConnectionError: refused)" in shown
+    assert "aim 12,340 delivered, 1 pending, 3 refused (broken: ImportError" in shown
     assert "traceml sync delivers the pending rows" in shown
 
 

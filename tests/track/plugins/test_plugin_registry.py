@@ -133,12 +133,12 @@ def test_import_paths_name_plugins_and_bare_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mlfow", "no plugin 'mlfow' among the backends; did you mean 'mlflow'"),
-        ("nothing_like_it", "There are: .*jsonl.*package:Class"),
+        ("mlfow", "unknown plugin 'mlfow' among the backends; did you mean 'mlflow'"),
+        ("nothing_like_it", "available: .*jsonl.*package:Class"),
         ("no_such_module:Thing", "cannot be loaded from no_such_module:Thing: ModuleNotFoundError"),
         (f"{__name__}:Nothing", "AttributeError"),
-        (f"{__name__}:EXAMPLES", "is no BackendPlugin nor BackendInterface"),
-        (f"{__name__}:Reading", "is no BackendPlugin nor BackendInterface"),
+        (f"{__name__}:EXAMPLES", "must be a BackendPlugin or a BackendInterface"),
+        (f"{__name__}:Reading", "must be a BackendPlugin or a BackendInterface"),
         (f"{__name__}:Incomplete", "does not define create_backend"),
     ],
 )
@@ -157,13 +157,13 @@ def test_registering_nonsense_is_refused() -> None:
     class Taken(JsonlBackend):
         metadata = JsonlBackend.metadata
 
-    with pytest.raises(PluginError, match="is no plugin"):
+    with pytest.raises(PluginError, match="is not a plugin"):
         traceml.register(Bare)  # type: ignore[type-var]
     with pytest.raises(PluginError, match="defined in a function"):
         traceml.register(Local)
 
     Taken.__qualname__ = "Taken"
-    with pytest.raises(PluginError, match="'jsonl' is already there"):
+    with pytest.raises(PluginError, match="'jsonl' is already registered"):
         traceml.register(Taken)
 
 

@@ -214,7 +214,7 @@ class Agent:
     def _payload_ended(self, number: int, path: str | None, error: dict[str, Any] | None) -> None:
         if path is not None and error is None:
             try:
-                self._payloads[number] = PayloadBuffer.of(path)
+                self._payloads[number] = PayloadBuffer.open_path(path)
             except OSError:  # the launcher has abandoned the job
                 return
 

@@ -36,7 +36,7 @@ class AgentPool:
 
         return connection
 
-    def give(self, key: Hashable, connection: AgentConnection) -> None:
+    def put(self, key: Hashable, connection: AgentConnection) -> None:
         """Keep an idle agent."""
         with self._lock:
             before, self._connections[key] = self._connections.get(key), connection

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
+from traceml.formatting import capitalized
 from traceml.launch.launcher.job_host import JobHost, Worker
 from traceml.launch.wire import payload
 from traceml.launch.wire.payload_buffer import PayloadBuffer
@@ -162,8 +163,10 @@ def note_stacks(
     absent = [worker for worker in workers if worker.rank not in inside]
     inside.update(timed_out)
     if inside and absent:
-        who = "; ".join(map(str, absent))
-        lines.append(f"Absent from the collective that {_ranks(inside)} waited in: {who}.")
+        who, verb = "; ".join(map(str, absent)), "was" if len(inside) == 1 else "were"
+        lines.append(
+            f"{capitalized(_ranks(inside))} {verb} waiting in a collective that these ranks had not entered: {who}."
+        )
 
     together: dict[str, list[Worker]] = {}
     for worker in workers:

@@ -113,9 +113,9 @@ class LaunchJob:
             if host.connection.hello:
                 self._prepare(host)
 
-        hosts, bad = self._hosts, self._state.bad
-        done = self._loop.run_until(lambda: bad or all(map(self._is_prepared, hosts)), self._left_s())
-        if bad:
+        hosts, errors = self._hosts, self._state.host_errors
+        done = self._loop.run_until(lambda: errors or all(map(self._is_prepared, hosts)), self._left_s())
+        if errors:
             self._loop.run_until(
                 lambda: all(h.lost or h.hello for h in hosts), min(_HOST_ERROR_GRACE_S, self._left_s())
             )
@@ -188,7 +188,7 @@ class LaunchJob:
     # --- failures ----------------------------------------------------------------------------------------------------
 
     def _raise_host_errors(self) -> None:
-        first, *others = self._state.bad
+        first, *others = self._state.host_errors
         for other in others:
             first.add_note(str(other))
 
@@ -271,7 +271,7 @@ class LaunchJob:
                 self._state.on_stderr(host, data)
 
             if host.idle and not host.lost and self._spec.keep_agents:
-                AGENT_POOL.give(host.key, host.connection)
+                AGENT_POOL.put(host.key, host.connection)
             else:
                 host.connection.close_now()
 
@@ -297,7 +297,7 @@ class LaunchJob:
             ours = platform.python_version()
             reason = f"its Python is {theirs}, ours {ours}: a function's code needs the same minor version"
             advice = "Give the path of a matching one by `python=`; a script (`traceml launch`) may use any."
-            self._state.bad.append(AgentFailedError(host.name, reason, advice=advice))
+            self._state.host_errors.append(AgentFailedError(host.name, reason, advice=advice))
             return
 
         local = host.spec.transport == "local"
@@ -331,7 +331,7 @@ class LaunchJob:
         now_s = time.monotonic()
         if now_s - self._wait_logged_s >= _WAIT_LOG_S:
             self._wait_logged_s = now_s
-            phases = ", ".join(f"{host.name} ({host.phase})" for host in self._hosts)
+            phases = ", ".join(f"{host.name} ({host.activity})" for host in self._hosts)
             _log.debug("waiting for %s: %s", self._waiting_for, phases)
 
     # --- helpers -----------------------------------------------------------------------------------------------------

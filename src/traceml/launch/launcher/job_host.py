@@ -83,7 +83,7 @@ class JobHost:
         return int(self.spec.workers or self.hello.get("gpus") or self.spec.cpu_workers or self.hello.get("cores") or 1)
 
     @property
-    def phase(self) -> str:
+    def activity(self) -> str:
         """The host's current activity, for logs."""
         if self.lost or self.idle:
             return "lost" if self.lost else "idle"

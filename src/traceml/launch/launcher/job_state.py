@@ -38,7 +38,7 @@ class JobState:
 
     Attributes:
         workers: by rank, once ranks are assigned.
-        bad: errors of hosts that cannot be used.
+        host_errors: errors of hosts that cannot be used.
         failures: of workers, and of hosts that were lost while workers ran; in order of arrival.
         rendezvous: address and port at which the workers meet.
         stacks: stacks of workers, by rank.
@@ -57,7 +57,7 @@ class JobState:
         tracing: Tracing | None,
     ) -> None:
         self.workers: list[Worker] = []
-        self.bad: list[AgentFailedError] = []
+        self.host_errors: list[AgentFailedError] = []
         self.failures: list[JobFailure] = []
         self.rendezvous: tuple[str, int] | None = None
         self.stacks: dict[int, dict[str, Any]] = {}
@@ -102,14 +102,14 @@ class JobState:
         if name != "hello" and message.get("job", self._job) != self._job:
             return  # of an earlier job
 
-        before = host.phase if _log.isEnabledFor(logging.DEBUG) else None
+        before = host.activity if _log.isEnabledFor(logging.DEBUG) else None
         host.warm = False
         handler = _HANDLERS.get(name)
         if handler is not None:
             handler(self, host, message)
 
-        if before is not None and host.phase != before:
-            _log.debug("%s: %s, was %s", host.name, host.phase, before)
+        if before is not None and host.activity != before:
+            _log.debug("%s: %s, was %s", host.name, host.activity, before)
 
     def _on_hello(self, host: JobHost, message: dict[str, Any]) -> None:
         host.connection.hello = message
@@ -118,7 +118,7 @@ class JobState:
     def _on_prepared(self, host: JobHost, message: dict[str, Any]) -> None:
         host.prepared = message
         if error := message.get("error"):
-            self.bad.append(preparation_failed(host, error))
+            self.host_errors.append(preparation_failed(host, error))
 
     def _on_reserved(self, host: JobHost, message: dict[str, Any]) -> None:
         if message.get("error"):
@@ -154,7 +154,7 @@ class JobState:
 
     def _accept_result(self, host: JobHost, worker: Worker, message: dict[str, Any]) -> None:
         path = message.get("path")
-        buffer = worker.result = PayloadBuffer.of(path) if path else PayloadBuffer(int(message["size"]))
+        buffer = worker.result = PayloadBuffer.open_path(path) if path else PayloadBuffer(int(message["size"]))
 
         def ended(error: dict[str, Any] | None) -> None:
             if message["kind"] == "result" and error is None:
@@ -219,7 +219,7 @@ class JobState:
             self._tracing.host_lost(host.name, ranks, error.reason)
 
         if not self.workers:
-            self.bad.append(error)
+            self.host_errors.append(error)
         elif all(worker.done for worker in self.workers):
             _log.warning("%s", error)
         elif not self.stopping:

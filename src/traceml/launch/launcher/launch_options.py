@@ -110,10 +110,10 @@ class LaunchOptions:
         """
         if self.backend not in _BACKENDS:
             names = ", ".join(map(repr, _BACKENDS))
-            raise UsageError(f"backend={self.backend!r}: it is one of {names}")
+            raise UsageError(f"backend must be one of {names}, got {self.backend!r}")
 
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or not self.timeout > 0:
-            raise UsageError(f"timeout={self.timeout!r}: it is a number of seconds above 0")
+            raise UsageError(f"timeout must be a number of seconds greater than 0, got {self.timeout!r}")
 
         for name in ("default_env_vars", "extra_env_vars"):
             patterns = getattr(self, name)

@@ -138,7 +138,7 @@ def level_of(environ: Mapping[str, str]) -> int | None:
             return int(value)
 
         if value and value not in names:
-            raise SettingsError("log_level", f"{value!r} is no level", source=variable, allowed=", ".join(names))
+            raise SettingsError("log_level", f"{value!r} is not a level", source=variable, allowed=", ".join(names))
 
         if value:
             return names[value]

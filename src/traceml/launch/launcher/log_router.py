@@ -110,7 +110,7 @@ def _checked(handlers: Any) -> list[logging.Handler]:
     found = list(handlers)
     for handler in found:
         if not isinstance(handler, logging.Handler):
-            raise UsageError(f"log_handlers has {handler!r}, which is no handler of logging")
+            raise UsageError(f"log_handlers has {handler!r}, which is not a logging.Handler")
 
     return found
 

@@ -32,7 +32,7 @@ class FdSocket:
         return cls(ours), cls(theirs)
 
     @classmethod
-    def of(cls, fd: int) -> FdSocket:
+    def from_fd(cls, fd: int) -> FdSocket:
         """Return the end with the descriptor `fd`."""
         return cls(socket.socket(fileno=fd))
 

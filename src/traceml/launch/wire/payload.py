@@ -228,7 +228,7 @@ def _split(view: memoryview, what: str) -> tuple[memoryview, list[memoryview]]:
     start = _HEAD.size + count * _LENGTH.size
     offsets, end = _offsets(start + pickle_bytes, sizes)
     if magic != _MAGIC or len(sizes) != count or end > len(view):
-        raise PayloadError(f"{what} is no serialized value of this version: it begins with {bytes(view[:8])!r}")
+        raise PayloadError(f"{what} is not a serialized value of this version: it begins with {bytes(view[:8])!r}")
 
     buffers = [view[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]
     return view[start : start + pickle_bytes], buffers

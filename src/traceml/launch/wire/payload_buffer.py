@@ -42,7 +42,7 @@ class PayloadBuffer:
             self._memory.madvise(mmap.MADV_HUGEPAGE)  # 500 MB in 4 KiB pages are 122,000 faults
 
     @classmethod
-    def of(cls, path: str) -> PayloadBuffer:
+    def open_path(cls, path: str) -> PayloadBuffer:
         """Open the shared buffer of another process of this host, see `path`; it is complete.
 
         Raises:

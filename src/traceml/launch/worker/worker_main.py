@@ -43,7 +43,7 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
         fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and on rank 0 the listener.
     """
     socket_fd, out, err, records_fd, stacks, *listener = fds
-    agent = FdSocket.of(socket_fd)
+    agent = FdSocket.from_fd(socket_fd)
     status = 1
     try:
         _set_up_process(request, out, err, stacks)

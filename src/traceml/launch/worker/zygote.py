@@ -32,7 +32,7 @@ _WARM_TORCH = ("torch", "torch.distributed", "torch.nn.parallel", "torch.utils.d
 
 def main(fd: int) -> NoReturn:
     """Serve the agent at the other end of `fd`; in each forked child, become a worker."""
-    agent = FdSocket.of(fd)
+    agent = FdSocket.from_fd(fd)
     os.set_inheritable(fd, False)
     request = None
     try:

@@ -78,12 +78,12 @@ def register(plugin: _Plugin) -> _Plugin:
         the class, unchanged.
 
     Raises:
-        PluginError: the class is no plugin, its name is taken, or no other process could import it.
+        PluginError: the class is not a plugin, its name is taken, or no other process could import it.
     """
     kind = _kind_of(plugin)
     if kind is None:
         raise PluginError(
-            f"{plugin!r} is no plugin: derive a class from BackendPlugin, FrameworkPlugin or CollectorPlugin"
+            f"{plugin!r} is not a plugin: derive a class from BackendPlugin, FrameworkPlugin or CollectorPlugin"
         )
 
     name = _metadata_of(plugin).name
@@ -97,7 +97,7 @@ def register(plugin: _Plugin) -> _Plugin:
 
     taken = _registered[kind].get(name) or BUILT_IN[kind].get(name)
     if taken not in {None, path}:
-        raise PluginError(f"a plugin named {name!r} is already there ({taken}): choose another name for {path}")
+        raise PluginError(f"a plugin named {name!r} is already registered ({taken}): choose another name for {path}")
 
     _registered[kind][name] = path
     _classes[path] = plugin
@@ -160,7 +160,7 @@ def load(kind: PluginType, name: str, known: Mapping[str, str] | None = None) ->
     if isinstance(found, type) and issubclass(found, interface) and not inspect.isabstract(found):
         return _plugin_of(found, kind, name)
     if not (isinstance(found, type) and issubclass(found, base)):
-        raise PluginError(f"{path} is no {base.__name__} nor {interface.__name__}, but {found!r:.100}")
+        raise PluginError(f"{path} must be a {base.__name__} or a {interface.__name__}, got {found!r:.100}")
     if inspect.isabstract(found):
         missing = ", ".join(sorted(getattr(found, "__abstractmethods__", ())))
         raise PluginError(f"{path} cannot be used as {base.__name__}: it does not define {missing}")
@@ -227,7 +227,7 @@ def _unknown(kind: PluginType, name: str) -> str:
     names = sorted(available(kind))
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"there is no plugin {name!r} among the {kind.value}; {hint}There are: {', '.join(names)}, or package:Class"
+    return f"unknown plugin {name!r} among the {kind.value}; {hint}available: {', '.join(names)}, or package:Class"
 
 
 def _import(path: str, name: str) -> Any:

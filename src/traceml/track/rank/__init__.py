@@ -24,9 +24,9 @@ def _start_tracking(recorder: Recorder) -> None:
         return
 
     with fail_open(_log, "track", "tracking could not be started"):
-        from traceml.track.rank.capturing import begin
+        from traceml.track.rank.capturing import on_recorder_start
 
-        begin(recorder)
+        on_recorder_start(recorder)
 
 
 on_start(_start_tracking)

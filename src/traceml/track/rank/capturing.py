@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.track.rank.autocapture import AutoCapture
 
-__all__ = ["begin", "pause", "start"]
+__all__ = ["on_recorder_start", "pause", "start"]
 
 _log = logging.getLogger("traceml")
 _WARN_AFTER_S = 20.0
@@ -24,7 +24,7 @@ _capture: AutoCapture | None = None
 _capturing_recorder: Recorder | None = None
 
 
-def begin(recorder: Recorder) -> None:
+def on_recorder_start(recorder: Recorder) -> None:
     """Start with a recorder whose settings name trackers or collectors."""
     try:
         check_backends(recorder.config.backend, recorder.config.backend_options)

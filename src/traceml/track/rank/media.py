@@ -71,7 +71,7 @@ def artifact(logger: Logger, path: str | os.PathLike[str], name: str | None = No
     """Log a file, or the files of a folder; they are opened now.
 
     Raises:
-        OSError: the path cannot be opened, or is no file.
+        OSError: the path cannot be opened, or is not a file.
     """
     if _recorder(logger) is None:
         return
@@ -107,7 +107,7 @@ def _log_file(logger: Logger, path: Path, name: str) -> None:
     job = FileUpload(logger.experiment, "artifact", str(name), None, time.time_ns(), descriptor, limit, path.suffix)
     if not stat.S_ISREG(status.st_mode):
         job.close()
-        raise OSError(f"{path} is no regular file: only files and folders can be logged")
+        raise OSError(f"{path} is not a regular file: only files and folders can be logged")
 
     if status.st_size > limit:
         job.close()
