@@ -61,10 +61,10 @@ def test_keys_switch_tables(tmp_path, show):
     assert seen == {
         "p": "phase mean share min max",
         "r": "rank host steps step own work waiting state",
-        "m": "rank resident peak growth per step device peak",
+        "m": "rank peak RSS growth per step device peak",
         "t": "metric last min max values over its steps",
-        "l": "time rank what",
-        "s": "host busy memory heat power",
+        "l": "time rank kind",
+        "s": "host util memory temp power",
     }
     lines = shown.press("r")
     assert lines[0].startswith("─ traceml ─ train")

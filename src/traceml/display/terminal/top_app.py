@@ -24,6 +24,7 @@ TABS = (
     Tab("l", "logs"),
     Tab("s", "system"),
 )
+_KEYS = " ".join(tab.key for tab in TABS)
 _FOOTER = "q quits; the job continues"
 
 
@@ -41,8 +42,8 @@ class TopApp:
         self._shown = 0
         self._first = 0
         self._help_open = False
-        self._made: top_tables.TableView | None = None
-        self._makers: dict[str, Callable[[], top_tables.TableView]] = {
+        self._cached_table: top_tables.TableView | None = None
+        self._factories: dict[str, Callable[[], top_tables.TableView]] = {
             "p": lambda: top_tables.phases_table(self._report),
             "r": lambda: top_tables.ranks_table(self._view.now),
             "m": lambda: top_tables.memory_table(self._report),
@@ -60,7 +61,7 @@ class TopApp:
         self._live.refresh()
         self._report = self._live.report()
         self._view = live_view(self._report, self._live.rates)
-        self._made = None
+        self._cached_table = None
 
     def draw(self, screen: FullScreen) -> None:
         """Draw the chosen table."""
@@ -69,10 +70,10 @@ class TopApp:
             screen.show(
                 lambda viewport: help_lines(self._view, TABS, viewport), footer="any key: back", least=MIN_HEIGHT
             )
-        elif tab.key not in self._makers:
-            screen.draw(self._view, footer=f"{_FOOTER}   Tab or p r m t l s: tables   ?: keys")
+        elif tab.key not in self._factories:
+            screen.draw(self._view, footer=f"{_FOOTER}   Tab or {_KEYS[2:]}: tables   ?: keys")
         else:
-            screen.show(self._lines, footer=f"{_FOOTER}   Tab, o p r m t l s: tables   PgUp PgDn   ?: keys",
+            screen.show(self._lines, footer=f"{_FOOTER}   Tab, {_KEYS}: tables   PgUp PgDn   ?: keys",
                         least=MIN_HEIGHT)  # fmt: skip
 
     def press(self, key: str, screen: FullScreen) -> None:
@@ -89,7 +90,7 @@ class TopApp:
             found = (self._shown + (1 if key in ("tab", "right") else -1)) % len(TABS)
 
         if found is not None:
-            self._shown, self._first, self._made = found, 0, None
+            self._shown, self._first, self._cached_table = found, 0, None
         else:
             self._move(key, page_rows(screen.viewport))
 
@@ -100,12 +101,12 @@ class TopApp:
         self._first += by
 
     def _lines(self, viewport: Viewport) -> list[Text]:
-        if self._made is None:
-            self._made = self._makers[TABS[self._shown].key]()
+        if self._cached_table is None:
+            self._cached_table = self._factories[TABS[self._shown].key]()
 
-        most = max(len(self._made.rows) - page_rows(viewport), 0)
+        most = max(len(self._cached_table.rows) - page_rows(viewport), 0)
         self._first = min(max(self._first, 0), most)
-        return table_lines(self._view, TABS, self._made, self._first, viewport)
+        return table_lines(self._view, TABS, self._cached_table, self._first, viewport)
 
     def _metrics(self) -> top_tables.TableView:
         series = self._live.series()

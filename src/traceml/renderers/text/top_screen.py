@@ -19,7 +19,7 @@ __all__ = ["KEYS", "MIN_HEIGHT", "Tab", "help_lines", "page_rows", "table_lines"
 
 MIN_HEIGHT = 8
 _FRAME_ROWS = 6  # rule, speed, tabs, heads, verdict, position in the table
-_MOST = 32  # columns of a text, unless it fills the rest
+_MAX_CELL_WIDTH = 32  # columns of a text, unless it fills the rest
 _LEAST_FILL = 8
 
 
@@ -32,7 +32,6 @@ class Tab:
 
 
 KEYS = (
-    ("o p r m t l s", "overview, phases, ranks, memory, metrics, logs, system"),
     ("Tab, left and right arrows", "next table, previous table"),
     ("up and down arrows, j k", "one row down or up"),
     ("PgDn PgUp, space b", "one page down or up"),
@@ -40,7 +39,7 @@ KEYS = (
     ("? or h", "this help"),
     ("q, Escape, Ctrl-C", "quit; the job continues"),
 )
-"""Keys and their effect."""
+"""Keys and their effect, besides the keys of the tables."""
 
 
 def page_rows(viewport: Viewport) -> int:
@@ -72,7 +71,8 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
 def help_lines(view: LiveView, tabs: Sequence[Tab], viewport: Viewport) -> list[Text]:
     """Return the help on the keys, exactly `viewport.height` lines."""
     lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, ""), Text()]
-    for keys, does in KEYS:
+    keys_of_tables = (" ".join(tab.key for tab in tabs), ", ".join(tab.name for tab in tabs))
+    for keys, does in (keys_of_tables, *KEYS):
         lines.append(Text(f"  {keys:<28}", style="bold").append(does, style="not bold"))
 
     lines += [Text() for _ in range(viewport.height - len(lines))]
@@ -118,7 +118,7 @@ def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int
     for row in rows:
         for at, cell in enumerate(row.cells):
             if isinstance(cell, str) and not columns[at].fills:
-                widths[at] = max(widths[at], min(cell_len(_plain(cell)), _MOST))
+                widths[at] = max(widths[at], min(cell_len(_plain(cell)), _MAX_CELL_WIDTH))
 
     fills = [at for at, column in enumerate(columns) if column.fills]
     left = width - sum(widths) - 2 * len(columns)

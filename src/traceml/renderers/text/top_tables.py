@@ -121,7 +121,7 @@ def _rank(row: RankRow) -> TableRow:
 
 
 def memory_table(report: Report) -> TableView:
-    """Return memory by rank: resident peak, its growth per step, device peak."""
+    """Return memory by rank: peak RSS, its growth per step, device peak."""
     entries = report.memory.by_rank
     most = max((entry.rss_peak_bytes or 0 for entry in entries), default=0) or 1
     rows = [
@@ -136,7 +136,7 @@ def memory_table(report: Report) -> TableView:
         )
         for entry in entries
     ]
-    columns = (_right("rank"), _right("resident peak"), _right("growth per step"), _right("device peak"), _wide())
+    columns = (_right("rank"), _right("peak RSS"), _right("growth per step"), _right("device peak"), _wide())
     return TableView("memory", columns, tuple(rows), "no sample yet")
 
 
@@ -191,7 +191,7 @@ def logs_table(notes: Sequence[Note]) -> TableView:
         )
         for note in notes
     ]
-    columns = (_left("time"), _right("rank"), _left("what"), _wide())
+    columns = (_left("time"), _right("rank"), _left("kind"), _wide())
     return TableView("logs", columns, tuple(rows), "no messages yet")
 
 
@@ -206,14 +206,14 @@ def system_table(report: Report) -> TableView:
             degrees, watts = _number(gpu.temperature_c, "C"), _number(gpu.power_w, "W")
             rows.append(_device(f"  gpu {gpu.index}", gpu.utilization_pct, share, degrees, watts))
 
-    columns = (_left("host"), _right("busy"), _wide(), _right("memory"), _wide(), _right("heat"), _right("power"))
+    columns = (_left("host"), _right("util"), _wide(), _right("memory"), _wide(), _right("temp"), _right("power"))
     return TableView("system", columns, tuple(rows), "no sample yet")
 
 
-def _device(name: str, busy_pct: float | None, memory_pct: float | None, heat: str, power: str) -> TableRow:
+def _device(name: str, busy_pct: float | None, memory_pct: float | None, temperature: str, power: str) -> TableRow:
     busy, memory = (None if value is None else value / 100 for value in (busy_pct, memory_pct))
     bars = (BarCell(busy or 0.0, "green"), BarCell(memory or 0.0, "cyan"))
-    return TableRow((name, percent_text(busy), bars[0], percent_text(memory), bars[1], heat, power))
+    return TableRow((name, percent_text(busy), bars[0], percent_text(memory), bars[1], temperature, power))
 
 
 def _number(value: float | None, unit: str) -> str:
