@@ -30,6 +30,8 @@ _PRIVATE = {
     "buried": "finalized",
     "tunnel mouth": "tunnel listener",
     "stand-in": "compensating thread",
+    "stand_in": "substitute",
+    "time-out": "timeout",
     "for ever": "forever, or a bound",
     "whatever becomes of": "(say what happens)",
     "holds the others up": "slows the others down",
