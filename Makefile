@@ -35,7 +35,7 @@ check: $(VENV)/.test $(VENV)/.lint
 	@$(MAKE) --no-print-directory -j2 --output-sync=target lint unit
 
 unit: $(VENV)/.test
-	$(PYTEST) -q -m "not process" $(ARGS)
+	$(PYTEST) -q -n $$(nproc) --dist loadgroup -m "not process" $(ARGS)
 
 # Everything, after the system packages that the tests need (tests/system.py).
 test: system $(VENV)/.test
