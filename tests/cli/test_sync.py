@@ -206,7 +206,7 @@ def test_a_tracker_that_is_always_busy_holds_nobody_up(runs_dir, monkeypatch, ca
     monkeypatch.setattr(sync, "STALL_LIMIT_S", 1.0)
 
     assert cli.main(["sync", "a"]) == 3
-    assert "1 wait" in capsys.readouterr().out
+    assert "1 pending" in capsys.readouterr().out
 
 
 def test_an_option_that_holds_a_secret_is_refused(runs_dir, capsys):

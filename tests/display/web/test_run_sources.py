@@ -50,7 +50,7 @@ def test_a_finished_run_is_read_once_and_told_once(run_dir, follow):
     state = source.read()
 
     assert state.view.verdict.summary == "as it was written"
-    assert state.ended
+    assert state.view.run.state == "finished"
     assert {"steps", "phases", "heat", "ranks"} <= set(state.charts.of("light"))
     assert [source.read() for _ in range(3)].count(None) >= 2
 

@@ -130,7 +130,7 @@ def test_what_is_too_large_or_no_file(script: Script, tmp_path: Path) -> None:
 
     assert process.returncode == 0, err
     assert "nowhere" in out
-    assert "no regular file" in out
+    assert "is not a regular file" in out
     assert err.count("is not logged") == 3
     stored = ended_run(tmp_path / "traceml_runs")
     assert [row["name"] for row in stored.of("image")] == ["small"]
