@@ -5,13 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgpack
 import pytest
 
 from tests.aggregator.conftest import ROOT, TOKEN, eventually, step_rows, wait_for_acks
+from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
+from traceml.database.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, TraceMLError
 from traceml.transport.client import connect
 from traceml.transport.hello import Hello
@@ -348,6 +351,54 @@ def test_report_is_written_when_the_run_is_over(serving):
     aggregator.ask("finish", {"status": 0}, run="job")
 
     assert (aggregator.folder / "job" / "report.json").is_file(), aggregator.log.read_text()
+
+
+def test_a_report_that_cannot_be_made_concerns_no_other_run(serving):
+    """While one run's report hangs, another run is stored and diagnosed; a killed one is told in one line."""
+    aggregator = serving("--exit-when-idle")
+    first, second = (aggregator.rank(run=name) for name in "ab")
+    making = eventually(lambda: report_process(aggregator))
+    os.kill(making, signal.SIGSTOP)
+    end_of(first)
+    with ThreadPoolExecutor(1) as pool:
+        finished = pool.submit(aggregator.ask, "finish", {"status": 0}, run="a")
+        run_a, run_b = eventually(lambda: ended_first(aggregator))
+        second.send_rows("steps", 0, 100, step_rows(0, 100))
+        wait_for_acks(second, "steps", 100)
+        with StoreReader(run_b / STORE_NAME) as store:
+            eventually(lambda: store.last_event("verdict"))
+
+        assert not finished.done()
+        os.kill(making, signal.SIGKILL)
+        assert finished.result()["state"] == "finished"
+
+    end_of(second)
+    aggregator.ask("finish", {"status": 0}, run="b")
+    assert (run_b / "report.json").is_file()
+    told = [line for line in aggregator.log.read_text().splitlines() if "no report" in line]
+    assert len(told) == 1
+    assert "SIGKILL" in told[0]
+    assert f"`traceml report {run_a}`" in told[0]
+
+
+def report_process(aggregator) -> int | None:
+    """Return the id of the process that waits to write a report."""
+    pid = aggregator.process.pid
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        if "report_main" in Path(f"/proc/{child}/cmdline").read_text():
+            return int(child)
+
+    return None
+
+
+def ended_first(aggregator) -> list[Path] | None:
+    """Return the folders of two runs, once the first one is over."""
+    for run in aggregator.run_dirs:
+        with StoreReader(run / STORE_NAME) as store:
+            if store.meta().get("run", {}).get("state") == "finished":
+                return [run, *(other for other in aggregator.run_dirs if other != run)]
+
+    return None
 
 
 def test_local_aggregator_ends_after_the_last_rank(serving):

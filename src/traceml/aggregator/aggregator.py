@@ -49,6 +49,7 @@ class Aggregator:
         token: the secret that peers prove to know.
         run_id: the run that a launcher started this aggregator for; the launcher reports its end.
         exit_when_idle: end when no run is left.
+        on_rank: called when a rank has joined.
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         delivery_nice: nice value of delivery processes.
@@ -64,6 +65,7 @@ class Aggregator:
         *,
         run_id: str | None = None,
         exit_when_idle: bool = False,
+        on_rank: Callable[[], object] | None = None,
         on_run_finished: Callable[[Path], object] | None = None,
         on_run_settled: Callable[[Path], object] | None = None,
         delivery_nice: int = 19,
@@ -74,6 +76,7 @@ class Aggregator:
         self._commands = Commands(self)
         self._run_id = run_id
         self._exit_when_idle = exit_when_idle
+        self._on_rank = on_rank
         self._on_run_finished = on_run_finished
         self._on_run_settled = on_run_settled
         # An aggregator that ends when idle does not wait for a tracker that is down; one that serves on does.
@@ -82,7 +85,7 @@ class Aggregator:
         self._parent = os.getppid()
         self._verdicts: dict[ActiveRun, LiveVerdict] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._ending: set[ActiveRun] = set()
+        self._ending: dict[ActiveRun, asyncio.Task[bool]] = {}
         self._tick_due = False
         self._idle_since_s = time.monotonic()
         self._seen_any = False
@@ -161,6 +164,10 @@ class Aggregator:
         self._seen_any = True
         peer.context = (run, stream)
         self._schedule()
+        if self._on_rank is not None:
+            with fail_open(_log, "aggregator", "the report cannot be prepared", once=True):
+                self._on_rank()
+
         return {
             "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": _folder_id(run.path),
             "stream": stream.id,
@@ -205,31 +212,32 @@ class Aggregator:
 
     async def end(self, run: ActiveRun, status: int | None = None) -> bool:
         """Close a run and write its report; return False while its rows cannot be stored."""
-        if run in self._ending:
-            await asyncio.sleep(0.05)
-            return run.ended
-
-        self._ending.add(run)
-        try:
-            self._recover_flights(run)
-            run.settle_exits()
-            if not run.end(status):
-                return False
-
-            self._verdicts.pop(run, None)
-            if not run.streams and run.id != self._run_id:
-                self._deliveries.forget(run.path)
-                self.registry.discard(run)
+        if run not in self._ending:
+            if run.ended:
                 return True
 
-            self.registry.mark_ended(run)
-            if self._on_run_finished is not None:
-                await asyncio.to_thread(_call, self._on_run_finished, run.path)
+            self._ending[run] = task = asyncio.create_task(self._end(run, status))
+            task.add_done_callback(lambda _: self._ending.pop(run, None))
 
-            self._deliveries.poll(run.path, ended=True)
-        finally:
-            self._ending.discard(run)
+        return await asyncio.shield(self._ending[run]) and run.ended  # a rank may have opened it again
 
+    async def _end(self, run: ActiveRun, status: int | None) -> bool:
+        self._recover_flights(run)
+        run.settle_exits()
+        if not run.end(status):
+            return False
+
+        self._verdicts.pop(run, None)
+        if not run.streams and run.id != self._run_id:
+            self._deliveries.forget(run.path)
+            self.registry.discard(run)
+            return True
+
+        self.registry.mark_ended(run)
+        if self._on_run_finished is not None:
+            await asyncio.to_thread(_call, self._on_run_finished, run.path)
+
+        self._deliveries.poll(run.path, ended=True)
         return True
 
     def is_delivering(self, path: Path) -> bool:
@@ -250,6 +258,7 @@ class Aggregator:
 
             run.close()
 
+        await asyncio.gather(*self._ending.values(), return_exceptions=True)
         await asyncio.to_thread(self._deliveries.stop)
         await self.server.stop()
 
@@ -276,8 +285,8 @@ class Aggregator:
                 verdict_at_s = max(verdict_at_s + _VERDICT_S, now_s)
 
             for run in self.registry.open_runs:
-                with fail_open(_log, "aggregator", f"run {run.id} could not be checked", level=logging.ERROR):
-                    await self._watch_run(run, diagnose=diagnose)
+                with _checking(run):
+                    self._watch_run(run, diagnose=diagnose)
 
             self._manage_deliveries()
             self._stop_if_idle()
@@ -303,13 +312,17 @@ class Aggregator:
         finally:
             self._settling.discard(run.run_dir)
 
-    async def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
+    def _watch_run(self, run: ActiveRun, *, diagnose: bool) -> None:
         run.check_absent()
         if diagnose:
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
 
-        if run.is_over(has_launcher=self._has_launcher(run)):
+        if run not in self._ending and run.is_over(has_launcher=self._has_launcher(run)):
+            self._start(self._end_checked(run))  # the other runs are not kept waiting for its report
+
+    async def _end_checked(self, run: ActiveRun) -> None:
+        with _checking(run):
             await self.end(run)
 
     def _has_launcher(self, run: ActiveRun) -> bool:
@@ -370,8 +383,12 @@ class Aggregator:
         run.store.update_stream(stream.id, clock_offset_ns=offset, clock_rtt_ns=rtt)
 
 
+def _checking(run: ActiveRun) -> fail_open:
+    return fail_open(_log, "aggregator", f"run {run.id} could not be checked", level=logging.ERROR)
+
+
 def _call(listener: Callable[[Path], object], path: Path) -> None:
-    with fail_open(_log, "aggregator", f"no report for {path}", level=logging.ERROR):  # `traceml report` can write it
+    with fail_open(_log, "aggregator", f"no report for {path}", level=logging.ERROR):
         listener(path)
 
 

@@ -35,7 +35,7 @@ class CommandTarget(Protocol):
         """Return counters of the server and of each open run."""
 
     async def end(self, run: ActiveRun, status: int | None = None) -> bool:
-        """Close a run; return False while its rows cannot be stored."""
+        """Close a run and write its report; return False while its rows cannot be stored."""
 
     def is_delivering(self, path: Path) -> bool:
         """Whether rows of an ended run are still being delivered to trackers."""
@@ -126,7 +126,7 @@ class Commands:
 
         run.end_remaining(status)
         for _ in range(_END_TRIES):
-            if run.ended or await self._aggregator.end(run, status):
+            if await self._aggregator.end(run, status):
                 break
 
             await asyncio.sleep(_END_PAUSE_S)

@@ -22,6 +22,7 @@ from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
+from traceml.supervise.report_maker import ReportMaker
 from traceml.transport import auth
 from traceml.transport.server import BACKLOG
 
@@ -48,16 +49,19 @@ def main(argv: list[str]) -> int:
     with _log_to_stderr(level), _listener(options.fd, config.host, config.port) as sock:
         host, port = sock.getsockname()[:2]
         token = config.token or _previous_token(port)
+        reports = ReportMaker()
         aggregator = Aggregator(
             Path(config.runs_dir),
             token,
             run_id=options.run_id,
             exit_when_idle=options.exit_when_idle,
-            on_run_finished=_write_report,
-            on_run_settled=partial(_clean_up, keep=config.keep_runs),
+            on_rank=reports.prepare if options.exit_when_idle else None,  # somebody waits for this job's verdict
+            on_run_finished=partial(_write_report, reports),
+            on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
         )
         with (
+            contextlib.closing(reports),
             _page(config.runs_dir, options.web),
             _published(host, port, token, aggregator),
             _screen(aggregator, wanted=options.terminal),
@@ -143,18 +147,19 @@ def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregato
         print(f"traceml aggregator at {host}:{port}, runs go to {aggregator.registry.runs_dir}", flush=True)
 
 
-def _write_report(run_dir: Path) -> None:
-    from traceml.display.report_files import write_reports
-
-    _log.info("report: %s", write_reports(run_dir))
+def _write_report(reports: ReportMaker, run_dir: Path) -> None:
+    _log.info("report: %s", reports.write(run_dir))
 
 
-def _clean_up(run_dir: Path, *, keep: int | None) -> None:
+def _clean_up(reports: ReportMaker, run_dir: Path, *, keep: int | None) -> None:
     """Update the report, and remove old runs if `keep_runs` is set."""
-    from traceml.display.report_files import refresh_reports
     from traceml.runs.find import prune
+    from traceml.runs.report import update_trackers
+    from traceml.runs.report_types import PAGE_NAME
 
-    refresh_reports(run_dir)
+    if update_trackers(run_dir) and (run_dir / PAGE_NAME).exists():
+        reports.write(run_dir, run_dir / PAGE_NAME)
+
     if keep is not None:
         for removed in prune(run_dir.parent, keep):
             _log.info("removed the old run %s", removed.id)

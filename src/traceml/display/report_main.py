@@ -1,0 +1,61 @@
+"""Entry point of the process that writes a run's reports: `python -m traceml.display.report_main`.
+
+It loads its modules, then waits on standard input for one request, and answers it on standard output, both JSON. It is
+a process of its own because a report needs memory and time: neither its end nor its memory concerns other runs.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from traceml.errors import TraceMLError
+from traceml.priority import lower_priority
+
+__all__ = ["main"]
+
+# Below the training, but not at 19: where the training uses every core, the reader of the report would wait too long.
+_NICE = 5
+_KILLED_FIRST = "1000"
+
+
+def main() -> int:
+    """Write what is asked for; return the exit status."""
+    lower_priority(_NICE)
+    _be_killed_first()
+    from traceml.display import report_files
+
+    request = sys.stdin.readline()
+    if not request:
+        return 0  # the aggregator has ended, and wants nothing
+
+    run_dir, page = Path(json.loads(request)["run_dir"]), json.loads(request)["page"]
+    try:
+        if page is None:
+            _answer(path=str(report_files.write_reports(run_dir)))
+        else:
+            report_files.write_page(run_dir, Path(page))
+            _answer(path=page)
+    except (TraceMLError, OSError) as error:
+        _answer(error=str(error))
+
+    return 0
+
+
+def _be_killed_first() -> None:
+    """Offer this process to the system when memory runs out: a report can be made again, a training cannot."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text(_KILLED_FIRST)
+    except OSError:  # not allowed here
+        pass
+
+
+def _answer(**values: Any) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

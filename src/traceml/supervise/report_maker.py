@@ -1,0 +1,106 @@
+"""Handle of the processes that write the reports of ended runs, in their parent, the aggregator's process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from traceml.errors import TraceMLError
+from traceml.formatting import signal_name
+from traceml.supervise.processes import spawn
+
+__all__ = ["ReportMaker"]
+
+_LIMIT_S = 120.0
+
+
+class ReportMaker:
+    """Makes the reports of ended runs, one at a time, each in a process of its own.
+
+    Such a process may die, hang or use much memory: the aggregator and its other runs do not notice.
+    """
+
+    def __init__(self) -> None:
+        self._prepared: subprocess.Popen[bytes] | None = None
+        self._one_at_a_time = threading.Lock()
+
+    @property
+    def waiting_pid(self) -> int | None:
+        """Id of the process that was prepared; None where there is none."""
+        return None if self._prepared is None else self._prepared.pid
+
+    def prepare(self) -> None:
+        """Start the process of the next report now: it loads its modules, and waits. This shortens the end of a run.
+
+        Raises:
+            OSError: the system is out of processes or memory.
+        """
+        if self._prepared is None:
+            self._prepared = _start()
+
+    def write(self, run_dir: Path, page: Path | None = None) -> Path:
+        """Write `report.json` and `report.html` of a run, or its page alone; return the path.
+
+        Args:
+            run_dir: the run's folder.
+            page: where only the page is to be written.
+
+        Raises:
+            TraceMLError: there is no report; the text says why, and what to do.
+            OSError: the process cannot be started.
+        """
+        with self._one_at_a_time:
+            process, self._prepared = self._prepared or _start(), None
+            request = json.dumps({"run_dir": str(run_dir), "page": None if page is None else str(page)})
+            with process:
+                answer = _answer(process, f"{request}\n".encode())
+
+        if (path := answer.get("path")) is None:
+            raise TraceMLError(f"{answer['error'].rstrip('.')}. `traceml report {run_dir}` makes it again.")
+
+        return Path(path)
+
+    def close(self) -> None:
+        """End the process that waits, if there is one; one that works finishes."""
+        process, self._prepared = self._prepared, None
+        if process is not None:
+            with process:
+                process.communicate()
+
+
+def _start() -> subprocess.Popen[bytes]:
+    return spawn(
+        [sys.executable, "-m", "traceml.display.report_main"],
+        environ=os.environ,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        own_session=True,  # an interrupt at the terminal ends the runs, whose reports are then to be written
+    )
+
+
+def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
+    """Return the answer of a process, or why there is none."""
+    try:
+        answer, _ = process.communicate(request, _LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return {"error": f"its process took more than {_LIMIT_S:.0f} seconds"}
+
+    try:
+        return dict(json.loads(answer))
+    except ValueError:
+        return {"error": f"its process {_end_of(process)} (details are in the log)"}
+
+
+def _end_of(process: subprocess.Popen[bytes]) -> str:
+    status = process.wait()
+    if status >= 0:
+        return f"ended with status {status}"
+
+    why = ", as the system does when memory runs out" if -status == signal.SIGKILL else ""
+    return f"was killed by signal {-status} ({signal_name(-status)}){why}"

@@ -1,0 +1,79 @@
+"""The process that writes the reports of an ended run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.diagnosis.fabricated import Job
+from tests.runs.fabricated_store import store_run, wait_for
+from traceml.database.store_file import STORE_NAME
+from traceml.errors import TraceMLError
+from traceml.supervise.report_maker import ReportMaker
+
+
+@pytest.fixture
+def run(tmp_path):
+    return store_run(tmp_path / "run", Job(steps=60))
+
+
+@pytest.fixture
+def maker():
+    maker = ReportMaker()
+    yield maker
+    maker.close()
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_both_reports_are_written_by_another_process(run, maker, prepared):
+    """Prepared or not, `report.json` and `report.html` are there when the call returns; so for the next run."""
+    for _ in range(2):
+        if prepared:
+            maker.prepare()
+
+        assert maker.write(run) == run / "report.json"
+        assert json.loads((run / "report.json").read_text())["verdict"]["kind"] in (run / "report.html").read_text()
+        (run / "report.json").unlink()
+
+
+def test_the_page_alone(run, maker):
+    """The page is written where it is wanted, and no report beside it."""
+    assert maker.write(run, run / "mine.html") == run / "mine.html"
+
+    assert (run / "mine.html").read_text().startswith("<!doctype html>")
+    assert not (run / "report.json").exists()
+
+
+def test_a_killed_process_is_told_with_what_to_do(run, maker):
+    """The error has the signal and the command that makes the report; the next report is made."""
+    maker.prepare()
+    os.kill(maker.waiting_pid, signal.SIGKILL)
+
+    with pytest.raises(TraceMLError, match=r"killed by signal 9 \(SIGKILL\).*`traceml report .*run` makes it again"):
+        maker.write(run)
+
+    assert maker.write(run).is_file()
+
+
+def test_a_store_that_cannot_be_read_is_told_with_its_reason(run, maker):
+    """The error of the other process arrives here."""
+    (run / STORE_NAME).write_bytes(b"garbage" * 999)
+
+    with pytest.raises(TraceMLError, match=f"{STORE_NAME}.*`traceml report"):
+        maker.write(run)
+
+
+def test_the_waiting_process_yields_to_others_and_ends_with_its_parent(maker):
+    """It is killed first when memory runs out, has a lower priority, and ends when nobody can ask it any more."""
+    maker.prepare()
+    pid = maker.waiting_pid
+    with Path(f"/proc/{pid}/oom_score_adj").open() as score:
+        wait_for(lambda: (score.seek(0), score.read().strip() == "1000")[1])
+
+    assert os.getpriority(os.PRIO_PROCESS, pid) > os.getpriority(os.PRIO_PROCESS, 0)
+    maker.close()
+    assert not Path(f"/proc/{pid}").exists()
