@@ -70,8 +70,8 @@ def test_open_folder_is_not_trusted(folder, mode, caplog):
     folder.chmod(mode)
 
     assert auth.discover(4711) is None
-    assert "mode 0700" in caplog.text
-    with pytest.raises(PermissionError, match="must be a folder of this user"):
+    assert f"its mode is {mode:04o}, not 0700" in caplog.text
+    with pytest.raises(PermissionError, match="Correct one of these folders, or set XDG_RUNTIME_DIR"):
         auth.publish("127.0.0.1", 4711, "secret")
 
 
@@ -82,6 +82,44 @@ def test_folder_of_another_user_is_not_trusted(folder):
     os.chown(folder, 12345, -1)
 
     assert auth.discover(4711) is None
+
+
+@pytest.mark.needs("root")
+def test_a_place_that_another_user_has_taken_is_replaced_by_the_next(tmp_path, monkeypatch, caplog):
+    """An aggregator still publishes its token, ranks still find it, and one line says what is wrong."""
+    taken, spare = tmp_path / "taken", tmp_path / "home" / "spare"
+    monkeypatch.setattr(auth, "_candidates", lambda: [taken, spare])
+    taken.mkdir(mode=0o700)
+    (taken / "aggregator-4711.json").write_text("planted")
+    os.chown(taken, 12345, -1)
+
+    path = auth.publish("127.0.0.1", 4711, "secret")
+
+    assert path.parent == spare
+    assert spare.stat().st_mode & 0o777 == 0o700
+    entry = auth.discover(4711)
+    assert entry is not None
+    assert entry.token == "secret"
+    auth.withdraw(4711)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{taken} cannot keep an aggregator's token: it belongs to another user (uid 12345). The next folder is used"
+    ]
+
+
+def test_the_last_place_is_in_the_home_folder_of_this_host(tmp_path, monkeypatch):
+    """Names under /tmp can be taken by anyone; a home may be shared by hosts, so each has a folder of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    assert auth._candidates()[-1] == tmp_path / "cache" / "traceml" / os.uname().nodename
+
+
+@pytest.mark.needs("root")
+def test_a_runtime_folder_of_another_user_is_no_candidate(tmp_path, monkeypatch):
+    """`sudo -E` keeps the variable: root must not make a folder there that the user cannot use afterwards."""
+    os.chown(tmp_path, 12345, -1)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    assert tmp_path / "traceml" not in auth._candidates()
 
 
 def test_links_and_damaged_files_are_not_followed(folder, tmp_path, caplog):

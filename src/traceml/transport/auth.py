@@ -13,12 +13,12 @@ import json
 import logging
 import os
 import secrets
-import stat
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from traceml.clock import boot_id, process_start_ticks
+from traceml.own_files import check_own_folder, make_own_folder, open_own
 
 __all__ = [
     "AGGREGATOR",
@@ -47,6 +47,7 @@ AGGREGATOR, PAGE = "aggregator", "page"
 _KEPT_S = 24 * 3600.0
 
 _log = logging.getLogger("traceml")
+_warned: set[str] = set()
 
 
 def new_token() -> str:
@@ -108,13 +109,24 @@ class PublishedServer:
 def runtime_folder() -> Path:
     """Return this user's 0700 folder for sockets and tokens; create it if necessary.
 
+    The names of the usual places are known to everyone, so another user may have taken one: then the next is used.
+
     Raises:
-        PermissionError: the folder belongs to another user or is open to others: its contents cannot be trusted.
+        PermissionError: no place can be trusted; the text has each with its reason.
     """
-    folder = _candidates()[0]
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_private(folder)
-    return folder
+    refusals = []
+    for folder in _candidates():
+        try:
+            make_own_folder(folder, private=True)
+        except OSError as error:
+            refusals.append(_refuse(folder, error))
+            continue
+
+        return folder
+
+    raise PermissionError(
+        f"{'; '.join(refusals)}. Correct one of these folders, or set XDG_RUNTIME_DIR to a folder of this user."
+    )
 
 
 def publish(host: str, port: int, token: str, *, runs_dir: str = "", kind: str = AGGREGATOR) -> Path:
@@ -173,40 +185,53 @@ def _name(port: int, kind: str) -> str:
 
 
 def _candidates() -> list[Path]:
-    """Return the folders to read, with the one to write first.
+    """Return the folders to read, in the order of writing.
 
     A shell under ssh or cron may lack XDG_RUNTIME_DIR where another one has it, so all folders are read.
     """
     uid = os.getuid()
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    parents = (os.environ.get("XDG_RUNTIME_DIR"), f"/run/user/{uid}")
+    folders = [Path(parent, "traceml") for parent in parents if parent and _is_own(Path(parent))]
     # The name under /tmp is predictable, so owner and mode are checked before anything there is used.
-    folders = [Path(f"/tmp/traceml-{uid}")]  # noqa: S108
-    for parent in (Path(f"/run/user/{uid}"), Path(runtime) if runtime else None):
-        if parent is not None and parent.is_dir() and os.access(parent, os.W_OK):
-            folders.insert(0, parent / "traceml")
+    folders.append(Path(f"/tmp/traceml-{uid}"))  # noqa: S108
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111 - raises nothing
+    if cache.is_absolute():
+        folders.append(cache / "traceml" / os.uname().nodename)  # several hosts may share a home
 
     return list(dict.fromkeys(folders))
 
 
-def _check_private(folder: Path) -> None:
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
-        raise PermissionError(
-            f"{folder} must be a folder of this user with mode 0700, as aggregators' tokens are kept in it; "
-            f"its owner is uid {status.st_uid}, its mode {stat.S_IMODE(status.st_mode):04o}. Remove or correct it."
-        )
+def _is_own(folder: Path) -> bool:
+    try:
+        return folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK)
+    except OSError:
+        return False
 
 
 def _read(path: Path) -> PublishedServer | None:
     try:
-        _check_private(path.parent)
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)) as file:
-            if os.fstat(file.fileno()).st_uid != os.getuid():
-                raise PermissionError(f"{path} belongs to another user")
+        check_own_folder(path.parent, private=True)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _refuse(path.parent, error)
+        return None
 
+    try:
+        with open(open_own(path)) as file:
             return PublishedServer(**json.load(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
         _log.warning("ignoring %s: %s", path, error)
         return None
+
+
+def _refuse(folder: Path, error: OSError) -> str:
+    """Return why a folder is not used, and tell the user once."""
+    why = f"{folder} cannot keep an aggregator's token: {error.strerror or error}"
+    if why not in _warned:
+        _warned.add(why)
+        _log.warning("%s. The next folder is used", why)
+
+    return why

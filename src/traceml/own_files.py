@@ -1,0 +1,88 @@
+"""Files and folders of this user alone: what another user may have planted under a known name is refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+__all__ = ["check_own_folder", "create_own", "make_own_folder", "open_own"]
+
+_OTHERS_WRITE = 0o022
+_OTHERS_ANY = 0o077
+
+
+def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file of this user and return its descriptor; it never waits.
+
+    A name alone proves nothing, so the opened file is checked: a pipe would stop its reader for good, and a file of
+    another user may say anything.
+
+    Raises:
+        PermissionError: it is a pipe, a device or a folder, or belongs to another user.
+        OSError: it cannot be opened; a symbolic link is not followed.
+    """
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise PermissionError(errno.EPERM, "it is no regular file", str(path))
+
+        _check_owner(status, path)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+    return descriptor
+
+
+def create_own(path: Path) -> int:
+    """Create a file that only this user may read; return its descriptor.
+
+    Raises:
+        FileExistsError: there is one of that name.
+        PermissionError: the filesystem gives it to another user, as NFS does for root: nobody would trust it later.
+        OSError: it cannot be created.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        _check_owner(os.fstat(descriptor), path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+        raise
+
+    return descriptor
+
+
+def make_own_folder(folder: Path, *, private: bool = False) -> None:
+    """Create a folder if it is missing, and check it as `check_own_folder` does."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_own_folder(folder, private=private)
+
+
+def check_own_folder(folder: Path, *, private: bool = False) -> None:
+    """Check that a folder is this user's own, no link, and that nobody else may write into it.
+
+    Args:
+        folder: the folder.
+        private: whether nobody else may read it either.
+
+    Raises:
+        FileNotFoundError: there is none.
+        PermissionError: it is not; the text says why.
+    """
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise PermissionError(errno.EPERM, "it is no folder", str(folder))
+
+    _check_owner(status, folder)
+    if status.st_mode & (_OTHERS_ANY if private else _OTHERS_WRITE):
+        mode = stat.S_IMODE(status.st_mode)
+        raise PermissionError(errno.EPERM, f"others may use it, its mode is {mode:04o}, not 0700", str(folder))
+
+
+def _check_owner(status: os.stat_result, path: Path) -> None:
+    if status.st_uid != os.geteuid():
+        raise PermissionError(errno.EPERM, f"it belongs to another user (uid {status.st_uid})", str(path))

@@ -1,0 +1,69 @@
+"""Only regular files of this user are opened, and nothing planted under their names makes a reader wait."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from traceml.own_files import check_own_folder, create_own, make_own_folder, open_own
+
+
+def test_a_file_of_this_user_is_opened(tmp_path: Path) -> None:
+    """The descriptor reads the file; a new file is for this user alone."""
+    os.close(create_own(tmp_path / "own"))
+    (tmp_path / "own").write_text("text")
+
+    descriptor = open_own(tmp_path / "own")
+
+    assert os.read(descriptor, 10) == b"text"
+    os.close(descriptor)
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(FileExistsError):
+        create_own(tmp_path / "own")
+
+
+def test_pipes_links_and_folders_are_refused_at_once(tmp_path: Path) -> None:
+    """A FIFO without a writer would stop its reader for good."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+
+    for name, why in (("pipe", "no regular file"), ("link", "symbolic link"), (".", "no regular file")):
+        with pytest.raises(OSError, match=why):
+            open_own(tmp_path / name)
+
+    with pytest.raises(OSError, match="no regular file"):
+        open_own(tmp_path / "pipe", os.O_RDWR)
+
+
+@pytest.mark.needs("root")
+def test_files_and_folders_of_another_user_are_refused(tmp_path: Path) -> None:
+    """Root too reads only its own: a file that somebody else wrote may say anything."""
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "folder").mkdir(mode=0o700)
+    for name in ("file", "folder"):
+        os.chown(tmp_path / name, 12345, -1)
+
+    with pytest.raises(PermissionError, match="uid 12345"):
+        open_own(tmp_path / "file")
+    with pytest.raises(PermissionError, match="uid 12345"):
+        make_own_folder(tmp_path / "folder")
+
+
+def test_folders_that_others_may_use_are_refused(tmp_path: Path) -> None:
+    """Others must not write into it; into a private one they must not even look."""
+    make_own_folder(tmp_path / "new" / "folder", private=True)
+    (tmp_path / "new" / "folder").chmod(0o755)
+    check_own_folder(tmp_path / "new" / "folder")
+    with pytest.raises(PermissionError, match="mode is 0755"):
+        check_own_folder(tmp_path / "new" / "folder", private=True)
+
+    (tmp_path / "new" / "folder").chmod(0o775)
+    with pytest.raises(PermissionError, match="mode is 0775"):
+        check_own_folder(tmp_path / "new" / "folder")
+
+    (tmp_path / "link").symlink_to(tmp_path / "new")
+    with pytest.raises(PermissionError, match="no folder"):
+        check_own_folder(tmp_path / "link")
