@@ -178,9 +178,13 @@ class Generator:
                 member = Rank(rank, sock)
                 welcome = wait_for(sock, member.decoder)
                 assert welcome["t"] == "welcome", welcome
-                sock.setblocking(False)
-                self.selector.register(sock, selectors.EVENT_READ, member)
-                self.ranks.append(member)
+                self.add(member)
+
+    def add(self, member: Rank) -> None:
+        """Take a rank whose handshake is over."""
+        member.sock.setblocking(False)
+        self.selector.register(member.sock, selectors.EVENT_READ, member)
+        self.ranks.append(member)
 
     def greet(self, sock: socket.socket, rank: int) -> None:
         """Prove the token as a rank does."""

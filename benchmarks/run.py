@@ -17,6 +17,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "compile_overhead": [],
     "startup": ["--peer"],
     "ingest": [],
+    "worlds": [],
     "store_bytes": [],
     "tracking": [],
     "diagnosis_accuracy": ["--runs", "150"],

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
+import msgpack
 import pytest
 
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams import StreamState
+from traceml.database.reader import StoreReader
 
 
 @pytest.fixture
@@ -214,3 +218,98 @@ def test_exit_of_an_earlier_attempt_is_not_the_later_ones(registry):  # noqa: F8
 
     assert [str(each.state) for each in run.streams] == ["finished"]
     assert stream.exit == {}
+
+
+def test_last_rank_of_a_large_job_may_connect_first(registry):  # noqa: F811
+    """The window is sized by the world before the rank joins it: 4,096 steps of 1,024 ranks would take 230 MB."""
+    tracemalloc.start()
+    try:
+        run, _ = join(registry, hello(1023, 1024))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 16e6
+    assert run.world_size == len(run.live.intake.window.latest) == 1024
+
+
+def test_late_rank_of_an_earlier_attempt_does_not_resize_the_job(registry):  # noqa: F811
+    """The job was restarted with fewer ranks; one of the first start connects after that."""
+    run, _ = join(registry, hello(0, 2, attempt=1, recorder="new"))
+    join(registry, hello(7, 8, recorder="old"))
+
+    assert run.world_size == len(run.live.intake.window.latest) == 2
+
+
+def test_run_that_is_over_keeps_no_window(registry):  # noqa: F811
+    """An aggregator remembers a hundred of them; the windows come back with a rank that reconnects."""
+    run, stream = join(registry, hello(0, 1))
+    run.ingest.take(stream, "names", 0, 1, msgpack.packb({"id": 0, "name": "augment"}))
+    leave(run, stream)
+    assert run.end()
+
+    assert run.live.intake.window.nbytes == 0
+
+    assert join(registry, hello(0, 1)) == (run, stream)
+    assert len(run.live.intake.window.latest) == 1
+    assert run.live.intake.names[0] == {0: "augment"}
+
+
+def test_many_ranks_of_ended_runs_are_not_remembered(registry, monkeypatch):  # noqa: F811
+    """The bound is on ranks too, as each costs some kilobytes; the newest run stays."""
+    monkeypatch.setattr("traceml.aggregator.registry._REMEMBERED_STREAMS", 3)
+    runs = []
+    for job in ("a", "b", "c"):
+        for rank in range(2):
+            run, stream = join(registry, hello(rank, run=job))
+            leave(run, stream)
+
+        assert run.end()
+        registry.mark_ended(run)
+        runs.append(run)
+
+    assert [registry.find(run.key) for run in runs] == [None, None, runs[2]]
+
+
+class CountedRows(list):
+    """Rows that count how often they are walked."""
+
+    walks = 0
+
+    def __iter__(self):
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_reopened_run_reads_its_logs_once(registry, monkeypatch):  # noqa: F811
+    """However many ranks it has; each gets its own names and its own exit."""
+    streams = []
+    for rank in range(4):
+        run, stream = join(registry, hello(rank, 4))
+        run.ingest.take(stream, "names", 0, 1, msgpack.packb({"id": 0, "name": f"phase {rank}"}))
+        run.ingest.take(stream, "info", 0, 1, msgpack.packb({"kind": "exit", "t_ns": 1, "code": rank}))
+        streams.append(stream)
+
+    run.close()
+    walked = []
+
+    def counted(reader, name, _read=StoreReader.log_rows):
+        walked.append(CountedRows(_read(reader, name)))
+        return walked[-1]
+
+    monkeypatch.setattr(StoreReader, "log_rows", counted)
+    again = run_module.ActiveRun(run.path, run.key, named=False)
+
+    assert [stream.names for stream in again.streams] == [stream.names for stream in streams]
+    assert [stream.exit for stream in again.streams] == [{"code": rank} for rank in range(4)]
+    assert [rows.walks for rows in walked] == [1, 1]
+    again.close()
+
+
+def test_exit_of_a_rank_beyond_any_world_is_ignored(registry):  # noqa: F811
+    """The number in a report must not size the windows."""
+    run, _ = join(registry, hello(0, 1))
+    run.take_exit({"rank": 2**40, "local_rank": 0, "pid": 99, "exitcode": 1})
+    run.settle_exits()
+
+    assert run.world_size == len(run.streams) == 1

@@ -142,3 +142,15 @@ def test_rule_that_fails_costs_only_the_verdict(live, monkeypatch, caplog):
 
     assert caplog.text.count("the live verdict failed: ZeroDivisionError") == 1
     assert store.events == []
+
+
+def test_rank_of_another_attempt_clears_nothing(live):
+    """A rank of an earlier start that comes late leaves the newest steps of its successor, and adds no ranks."""
+    take_steps(live, stream_of(1), 0, 50)
+    live.scatter()
+    for rank in (1, 5):
+        late = stream_of(rank)
+        late.in_window = False
+        live.join(late)
+
+    assert live.intake.window.latest.tolist() == [-1, 49]

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.fail_open import failures
-from traceml.transport.hello import Hello
+from traceml.transport.hello import WORLD_LIMIT, Hello
 from traceml.transport.server import Peer
 
 __all__ = ["ActiveRun"]
@@ -166,11 +166,11 @@ class ActiveRun:
             self.connect(stream, hello, peer)
             return stream
 
+        self._update_facts(hello, attempt)  # first: the windows that the stream joins are sized by the world
         stream = self._add_stream(attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight)
         self.store.update_stream(
             stream.id, world_size=hello.world_size, started=time.time(), command=hello.command[:1000]
         )
-        self._update_facts(hello, attempt)
         self.connect(stream, hello, peer)
         return stream
 
@@ -193,7 +193,8 @@ class ActiveRun:
         stream = self.stream_of(flight.incarnation, flight.rank)
         if stream is None:
             if not self.streams:
-                self._facts |= {"name": flight.name, "project": flight.project, "world_size": flight.world_size}
+                self._facts |= {"name": flight.name, "project": flight.project}
+                self._resize(flight.world_size)
                 self._write_facts()
 
             attempt = flight.attempt + int(self._facts["attempt_base"])
@@ -269,13 +270,14 @@ class ActiveRun:
             rank, pid, local_rank = report.get("rank"), report.get("pid") or 0, report.get("local_rank", 0)
             if not (isinstance(rank, int) and isinstance(pid, int) and isinstance(local_rank, int)):
                 continue
+            if not 0 <= rank < WORLD_LIMIT:
+                continue
             if not (report.get("exitcode") or report.get("lost")) or (self.attempt, rank) in self._current:
                 _log.info("no rank of run %s matches the exit %s", self.id, report)
                 continue
 
             if rank >= self.world_size:
-                self._facts["world_size"] = rank + 1
-                self.live.resize(rank + 1)
+                self._resize(rank + 1)
 
             incarnation = Incarnation(str(report.get("host") or socket.gethostname()), boot_id(), pid, 0, "")
             stream = self._add_stream(self.attempt, rank, incarnation, local_rank, "")
@@ -363,6 +365,7 @@ class ActiveRun:
 
         self.store.event("end", {"state": self.state, "status": status})
         self.store.close()
+        self.live.resize(0)  # an aggregator remembers many runs that are over
         for stream in self.connected:  # a rank with more rows comes back, and opens the run again
             if stream.peer is not None:
                 stream.peer.abort()
@@ -413,25 +416,29 @@ class ActiveRun:
 
     def _update_facts(self, hello: Hello, attempt: int) -> None:
         """Update the run's facts from a rank's hello."""
-        facts = self._facts
+        facts, before = self._facts, dict(self._facts)
         if attempt > self.attempt:
             facts |= {"attempt": attempt, "attempt_base": attempt - hello.attempt}
             self.store.event("attempt", {"attempt": attempt})
             for stream in self.streams:
                 stream.in_window = stream.attempt >= attempt and not stream.is_helper
 
-        if hello.world_size != self.world_size:
-            facts["world_size"] = hello.world_size
-            self.live.resize(hello.world_size)
+        if attempt >= self.attempt and hello.world_size != self.world_size:
+            self._resize(hello.world_size)
 
-        if len(self.streams) == 1:
+        if not self.streams:
             facts |= {"name": hello.name or self.id, "project": hello.project, "command": hello.command}
 
         if hello.host not in facts["hosts"]:
             facts["hosts"] = sorted({*facts["hosts"], hello.host})
 
         facts["restarts_left"] = hello.restarts_left
-        self._write_facts()
+        if facts != before:  # most of ten thousand ranks change nothing
+            self._write_facts()
+
+    def _resize(self, world_size: int) -> None:
+        self._facts["world_size"] = world_size
+        self.live.resize(world_size)
 
     def _add_stream(
         self,
@@ -527,6 +534,7 @@ class ActiveRun:
             return
 
         self.store = StoreWriter(self.path / STORE_NAME)
+        self.live.resize(self.world_size)
         self.ingest = Ingest(self.store, self.live, self._pause_senders)
         self._facts |= {"state": "running", "ended": None}
         self._touched_s = time.monotonic()
@@ -584,7 +592,15 @@ def _state_of_dead(stream: Stream, image: FlightSnapshot | None) -> StreamState:
 
 
 def _restored_streams(records: list[StreamRecord], reader: StoreReader, store: StoreWriter) -> Iterator[Stream]:
-    names, ends = reader.log_rows("names"), reader.log_rows("info")
+    names: defaultdict[int, dict[int, str]] = defaultdict(dict)
+    for number, row in reader.log_rows("names"):
+        names[number][row["id"]] = row["name"]
+
+    exits: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for number, row in reader.log_rows("info"):
+        if row.get("kind") == "exit":
+            exits[number] |= {key: value for key, value in row.items() if key not in ("kind", "t_ns")}
+
     for record in records:
         facts, identity = record.facts, record.identity
         incarnation = Incarnation(identity.host, facts.get("boot_id", ""), identity.pid, identity.start_ticks,
@@ -593,12 +609,8 @@ def _restored_streams(records: list[StreamRecord], reader: StoreReader, store: S
         stream.is_helper = bool(facts.get("helps"))
         stream.seen_here = bool(facts.get("seen_here")) and stream.on_this_boot
         stream.state = StreamState(record.state)
-        stream.exit = dict(facts.get("exit", {}))
+        stream.exit = facts.get("exit", {}) | exits[record.id]
         stream.disconnected_s = time.monotonic()
         stream.next = {table: store.next_seq(record.id, table) for table in reader.tables}
-        stream.names = {row["id"]: row["name"] for number, row in names if number == record.id}
-        for number, row in ends:
-            if number == record.id and row.get("kind") == "exit":
-                stream.exit |= {key: value for key, value in row.items() if key not in ("kind", "t_ns")}
-
+        stream.names = names[record.id]
         yield stream

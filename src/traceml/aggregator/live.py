@@ -14,7 +14,6 @@ from traceml.transport.framing import decode_log
 __all__ = ["LiveRows"]
 
 _LOGS = {NAMES.name, INFO.name}
-_ROOM_FOR_RANKS = 16384  # allocated at once; a larger run grows as its ranks arrive
 
 
 class LiveRows:
@@ -25,20 +24,21 @@ class LiveRows:
     """
 
     def __init__(self, world_size: int) -> None:
-        self.intake = RowIntake(slots_for(world_size), min(world_size, _ROOM_FOR_RANKS))
+        self.intake = RowIntake(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
         self.fresh = False
         """Whether something arrived since the last diagnosis."""
 
     def resize(self, world_size: int) -> None:
         """Start an empty window for another number of ranks: how many steps are kept depends on it."""
-        self.intake.resize(slots_for(world_size), min(world_size, _ROOM_FOR_RANKS))
+        self.intake.resize(slots_for(world_size), world_size)
         self.intake.facts.world_size = world_size
 
     def join(self, stream: Stream) -> None:
         """Add a rank; steps of an earlier incarnation are forgotten."""
         self.resume(stream)
-        self.intake.window.clear(stream.rank)
+        if stream.in_window:
+            self.intake.window.clear(stream.rank)
 
     def resume(self, stream: Stream) -> None:
         """Add a rank as an earlier aggregator left it."""

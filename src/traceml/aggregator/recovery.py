@@ -15,6 +15,7 @@ from traceml.database.flight import default_folder
 from traceml.database.postmortem import FlightSnapshot, FlightState, find_flights, is_alive, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
+from traceml.transport.hello import check_rank
 
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
 
@@ -43,6 +44,7 @@ class DeadFlight:
         self.run_dir = Path(str(facts["run_dir"])) if facts.get("run_dir") else None
         """Its run's folder, if it ever learned it."""
         self.world_size = int(facts.get("world_size", 1))
+        check_rank(self.rank, self.world_size)
         self.incarnation = Incarnation(
             str(facts.get("host", "")),
             str(facts.get("boot_id", "")),

@@ -28,7 +28,8 @@ __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
 # In the runs folder: one small file per open run, from which a later aggregator learns the run's folder. Its name is
 # the hash of the job key, which may hold any characters.
 _OPEN = ".open"
-_REMEMBERED = 100
+# Runs that are over are remembered for a rank that comes back: so many, and with so many ranks together.
+_REMEMBERED, _REMEMBERED_STREAMS = 100, 20_000
 
 _log = logging.getLogger("traceml")
 
@@ -168,7 +169,11 @@ class Registry:
     def mark_ended(self, run: ActiveRun) -> None:
         """Record that a run has been closed."""
         self._unmark(run.key)
-        for old in [each for each in self._runs if each.ended][:-_REMEMBERED]:
+        ended = [each for each in self._runs if each.ended]
+        streams = sum(len(each.streams) for each in ended)
+        while len(ended) > _REMEMBERED or (streams > _REMEMBERED_STREAMS and len(ended) > 1):
+            old = ended.pop(0)
+            streams -= len(old.streams)
             self._runs.remove(old)
             self._by_key = {key: each for key, each in self._by_key.items() if each is not old}
 

@@ -327,19 +327,26 @@ class StepWindow:
             return
 
         # At least by half, so that ranks that arrive one by one do not copy everything each time.
-        more = max(ranks, self._capacity * 3 // 2 if self._capacity else 0) - self._capacity
-        cells = more * self.slots
-        self._latest = np.concatenate([self._latest, np.full(more, -1, np.int64)])
-        self._ended = np.concatenate([self._ended, np.zeros(more, bool)])
-        self._end_ns = np.concatenate([self._end_ns, np.zeros(more, np.int64)])
-        self._step = np.concatenate([self._step, np.full(cells, -1, np.int64)])
-        self._values = np.concatenate([self._values, np.zeros((cells, len(_POSITION)), np.float32)])
-        self._user = {name: _longer(pair, cells) for name, pair in self._user.items()}
-        self._device = _longer(self._device, cells) if self._device else None
-        self._capacity += more
+        self._capacity = max(ranks, self._capacity * 3 // 2)
+        cells = self._capacity * self.slots
+        self._latest = _longer(self._latest, self._capacity, fill=-1)
+        self._ended = _longer(self._ended, self._capacity)
+        self._end_ns = _longer(self._end_ns, self._capacity)
+        self._step = _longer(self._step, cells, fill=-1)
+        self._values = _longer(self._values, cells)
+        self._user = {name: _longer_pair(pair, cells) for name, pair in self._user.items()}
+        self._device = _longer_pair(self._device, cells) if self._device else None
 
 
-def _longer(pair: tuple[Any, Any], cells: int) -> tuple[Any, Any]:
-    steps, values = pair
-    padding = np.zeros((cells, *values.shape[1:]), values.dtype)
-    return np.concatenate([steps, np.full(cells, -1, steps.dtype)]), np.concatenate([values, padding])
+def _longer(array: Any, length: int, *, fill: int = 0) -> Any:
+    """Return a longer copy. Added zeros take no memory until they are written, so a rank costs it when it has rows."""
+    longer = np.zeros((length, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    if fill:
+        longer[len(array) :] = fill
+
+    return longer
+
+
+def _longer_pair(pair: tuple[Any, Any], cells: int) -> tuple[Any, Any]:
+    return _longer(pair[0], cells, fill=-1), _longer(pair[1], cells)

@@ -13,12 +13,13 @@ from traceml.clock import boot_id, clock_pair, process_start_ticks
 from traceml.database import schema
 from traceml.errors import ProtocolError
 
-__all__ = ["Hello", "Role", "schemas"]
+__all__ = ["WORLD_LIMIT", "Hello", "Role", "check_rank", "schemas"]
 
 Role = Literal["rank", "agent", "client"]
 
 _TEXT_LIMIT = 4096
-_WORLD_LIMIT = 1 << 20  # arrays are allocated per rank: a wrong number must not exhaust the memory
+# Twice what one aggregator serves at a frame per rank and second. Its windows take 400 MB for so many ranks.
+WORLD_LIMIT = 65_536
 
 
 def schemas() -> dict[str, Any]:
@@ -101,10 +102,24 @@ class Hello:
         facts.setdefault("boot_id", "")
         facts.setdefault("command", "")
         facts.setdefault("restarts_left", 0)
-        if facts["rank"] >= facts["world_size"] or facts["world_size"] > _WORLD_LIMIT:
-            raise ProtocolError(f"rank {facts['rank']} of {facts['world_size']} is not possible")
-
+        check_rank(facts["rank"], facts["world_size"])
         return cls(**facts)
+
+
+def check_rank(rank: int, world_size: int) -> None:
+    """Check a rank before memory is taken for its world.
+
+    Raises:
+        ProtocolError: it is none of its world's, or the world has more ranks than one aggregator takes.
+    """
+    if world_size > WORLD_LIMIT:
+        raise ProtocolError(
+            f"a job of {world_size:,} ranks is above the limit of {WORLD_LIMIT:,} of an aggregator: it cannot be "
+            "traced. Turn tracing off by TRACEML_ENABLED=0"
+        )
+
+    if not 0 <= rank < world_size:
+        raise ProtocolError(f"rank {rank} of {world_size} is not possible")
 
 
 def _restarts_left(environ: Mapping[str, str]) -> int:
