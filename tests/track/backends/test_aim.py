@@ -134,6 +134,20 @@ def test_a_replay_doubles_nothing(make: Maker, tmp_path: Path) -> None:
     assert [row[:2] for row in _values(read, "more")] == [[0, 1.0]]
 
 
+def test_a_relative_repository(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts at the folder of the script, for the artifacts too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("content")
+    backend = make("aim", repo="./mine")
+    run = backend.start_experiment("first", "tests")
+    backend.log_artifact("file.txt")
+    backend.end_experiment()
+
+    (uri,) = _read(tmp_path / "mine", run)["artifacts"].values()
+    assert Path(uri.removeprefix("file://")).read_text() == "content"
+    assert Path(uri.removeprefix("file://")).is_relative_to(tmp_path / "mine")
+
+
 def test_where_it_goes(make: Maker, tmp_path: Path) -> None:
     """By default a folder beside the runs."""
     assert make("aim", local_only=True).target == str(tmp_path)

@@ -51,7 +51,8 @@ class AimBackend(BackendInterface):
             raise ImportError(f"aim {installed} writes runs that cannot be read back: pip install 'aim==3.28.0'")
 
         options, self._experiment = config.get("options") or {}, config["experiment"]
-        self._repo = str(options.get("repo") or Path(config["run_dir"]).absolute().parent)
+        given = str(options.get("repo") or Path(config["run_dir"]).parent)
+        self._repo = given if given.startswith("aim://") else str(Path(given).expanduser().absolute())
         self._traceml_run = str(config.get("run_id", ""))
         self._hash: str | None = config.get("continue_run")
         self._run: Any = None
@@ -138,14 +139,15 @@ class AimBackend(BackendInterface):
         from aim import Text
 
         clean = text.encode("utf-8", "backslashreplace").decode()
-        self._object(Text(clean), name, step, lambda stored: stored.data == clean)
+        self._object(Text(clean), "texts", name, step, lambda stored: stored.data == clean)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Send an image's bytes unchanged."""
         from aim import Image
 
         image = Image(str(path))
-        self._object(image, name, step, lambda stored: stored.storage["data"].load() == image.storage["data"].load())
+        data = image.storage["data"].load()
+        self._object(image, "images", name, step, lambda stored: stored.storage["data"].load() == data)
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram: as a distribution if Aim can hold it (even buckets, at most 512), else as a text."""
@@ -158,7 +160,11 @@ class AimBackend(BackendInterface):
             return
 
         made = Distribution.from_histogram(list(counts), (edges[0], edges[-1]))
-        self._object(made, name, step, lambda stored: stored.json() == made.json())
+
+        def same(stored: Any) -> bool:
+            return bool(stored.range == made.range and stored.weights.tolist() == made.weights.tolist())
+
+        self._object(made, "distributions", name, step, same)
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Copy a file to the artifacts of the repository."""
@@ -186,19 +192,20 @@ class AimBackend(BackendInterface):
 
     def _sequence(self, name: str, rows: Sequence[Metric]) -> None:
         """Write the rows of one name: rising steps directly, others after a comparison with the stored rows."""
-        info = self._info(name, 0)
+        first_slot = self._next_slot(name, 0, "metric")
+        info = self._info(name, first_slot)
         unused = info.count if info.initialized else 0  # the first step without a value
-        slots: dict[int, dict[int, tuple[float, float]]] = {0: {}}
+        slots: dict[int, dict[int, tuple[float, float]]] = {first_slot: {}}
         for row in rows:
             step, value = row.step or 0, (float(row.value), row.timestamp)
             if step >= unused:
-                slots[0][step] = value
+                slots[first_slot][step] = value
                 unused = step + 1
                 continue
 
-            slot = 0
+            slot = first_slot
             while (old := slots.get(slot, {}).get(step) or self._stored_at(name, slot, step)) and not _same(old, value):
-                slot += 1
+                slot = self._next_slot(name, slot + 1, "metric")
 
             slots.setdefault(slot, {})[step] = value
 
@@ -208,6 +215,15 @@ class AimBackend(BackendInterface):
 
     def _info(self, name: str, slot: int) -> Any:
         return self._run._tracker.sequence_infos[_context(slot).idx, name]
+
+    def _next_slot(self, name: str, slot: int, sequence_type: str) -> int:
+        """Return the first slot from `slot` on that is empty or holds this type; Aim mixes no types in a sequence."""
+        from aim.sdk.sequences.sequence_type_map import SEQUENCE_TYPE_MAP
+
+        while (info := self._info(name, slot)).initialized and SEQUENCE_TYPE_MAP.get(info.dtype) != sequence_type:
+            slot += 1
+
+        return slot
 
     def _stored_at(self, name: str, slot: int, step: int) -> tuple[float, float] | None:
         """Return the stored value and time of a step, or None."""
@@ -238,20 +254,30 @@ class AimBackend(BackendInterface):
         for step, value in [*notable, (last_step, values[last_step][0])]:
             tracker._update_sequence_info(context.idx, name, value, step)
 
-    def _object(self, made: Any, name: str, step: int, same: Callable[[Any], bool]) -> None:
+    def _object(self, made: Any, sequence_type: str, name: str, step: int, same: Callable[[Any], bool]) -> None:
         """Write an object to a free slot, or over an equal one."""
-        key, slot = safe_name(name, _REFUSED, _LONGEST_NAME), 0
-        while True:
-            info = self._info(key, slot)
-            try:
-                if not info.initialized or same(info.val_view.tree.view(info.step_hash_fn(step), resolve=True)):
-                    break
-            except KeyError:
-                break
-
-            slot += 1
+        key = safe_name(name, _REFUSED, _LONGEST_NAME)
+        slot = self._next_slot(key, 0, sequence_type)
+        while (stored := self._object_at(key, slot, step)) is not None and not same(stored):
+            slot = self._next_slot(key, slot + 1, sequence_type)
 
         self._run.track(made, key, step, context=_context(slot).to_dict())
+
+    def _object_at(self, name: str, slot: int, step: int) -> Any:
+        """Return the stored object of a step, or None."""
+        from aim.storage.object import CustomObject
+
+        info = self._info(name, slot)
+        if not info.initialized:
+            return None
+
+        try:
+            stored = info.val_view.tree.view(info.step_hash_fn(step), resolve=True)
+        except KeyError:
+            return None
+
+        # A folder answers for a missing step with an empty view of it.
+        return stored if isinstance(stored, CustomObject) else None
 
 
 _UNCLEAN = re.compile(_REFUSED.pattern + r"|^/|/$|//|(?<![^/])\.{1,2}(?![^/])")

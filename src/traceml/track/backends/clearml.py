@@ -12,6 +12,7 @@ ClearML has no NaN and no infinities (its SDK writes 0 instead). Here such a val
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -198,10 +199,11 @@ class ClearMLBackend(BackendInterface):
         self._add([{**event, "variant": series, "iter": step, "plot_str": json.dumps(plot)}])
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Send an image as a debug sample, under a name that a replay reuses."""
+        """Send an image as a debug sample, in a file that a replay reuses and another image does not."""
         from clearml.backend_interface.metrics.events import ImageEvent
 
         title, series = _title_and_series(name)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         with _errors():
             event = ImageEvent(
                 title,
@@ -209,7 +211,7 @@ class ClearMLBackend(BackendInterface):
                 image_data=None,
                 local_image_path=str(path),
                 iter=step,
-                override_filename=f"{title}_{series}_{step}",
+                override_filename=f"{title}_{series}_{step}_{digest}",
             )
             manager = self._task._get_metrics_manager(self._task._get_default_report_storage_uri())
             manager._do_write_events([event])
