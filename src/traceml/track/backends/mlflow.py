@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
+from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, insert, is_insertable
 from traceml.track.backends.safe_names import is_this_machine, nonfinite_text, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
@@ -60,7 +61,7 @@ class MLflowBackend(BackendInterface):
         self._uri: str = given or _default_uri(config)
         self._is_default = not given
         previous = str((config.get("mark") or {}).get("database") or "")
-        if self._is_default and previous and Path(previous.removeprefix("sqlite:///")).exists():
+        if self._is_default and (database := _database(previous)) is not None and database.exists():
             self._uri = previous  # the run's folder has been moved since
 
         self._experiment: Mapping[str, Any] = config["experiment"]
@@ -220,8 +221,8 @@ class MLflowBackend(BackendInterface):
         os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        if self._uri.startswith("sqlite:///"):
-            Path(self._uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        if (database := _database(self._uri)) is not None:
+            prepare_database(database, is_ours=self._is_default)
 
         from mlflow import MlflowClient
 
@@ -247,10 +248,8 @@ class MLflowBackend(BackendInterface):
 
     def _artifacts(self) -> str | None:
         """Return the place for artifacts beside a database file; a server has its own."""
-        if not self._uri.startswith("sqlite:///"):
-            return None
-
-        return Path(self._uri.removeprefix("sqlite:///")).with_name("mlartifacts").as_uri()
+        database = _database(self._uri)
+        return None if database is None else database.with_name("mlartifacts").as_uri()
 
     def _existing_run(self) -> Any:
         """Return the run that an earlier delivery of this experiment created, or None."""
@@ -310,6 +309,12 @@ class MLflowBackend(BackendInterface):
 
 def _default_uri(config: Mapping[str, Any]) -> str:
     return f"sqlite:///{Path(config['run_dir']).absolute().parent / 'mlflow.db'}"
+
+
+def _database(uri: str) -> Path | None:
+    """Return the database file of a tracking URI; None for a server or any other."""
+    file = uri.removeprefix("sqlite:///").partition("?")[0]
+    return Path(file).absolute() if uri.startswith("sqlite:///") and file not in {"", ":memory:"} else None
 
 
 def _file(name: str) -> str:

@@ -1,0 +1,151 @@
+"""MLflow's database file: whenever a process is killed, the next delivery works, and no run is lost."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.track.backends.conftest import Maker
+from tests.track.fabricated import eventually
+from traceml.errors import BackendError
+from traceml.track.backends.mlflow_database import prepare_database
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning"),
+    pytest.mark.timeout(240),
+]
+
+CREATE = """
+import sys
+from pathlib import Path
+from traceml.track.backends.mlflow_database import prepare_database
+prepare_database(Path(sys.argv[1]), is_ours=True)
+"""
+# A step was done and not recorded, as after a kill between the two: MLflow's own upgrade fails at it.
+INTERRUPT = "UPDATE alembic_version SET version_num = '7ac759974ad8'"
+
+
+@pytest.fixture(scope="module")
+def created(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete database, to copy."""
+    path = tmp_path_factory.mktemp("created") / "mlflow.db"
+    prepare_database(path, is_ours=True)
+    return path
+
+
+def _copy(created: Path, folder: Path, *statements: str) -> Path:
+    path = folder / "mlflow.db"
+    path.write_bytes(created.read_bytes())
+    with closing(sqlite3.connect(path)) as database, database:
+        for statement in statements:
+            database.execute(statement)
+
+    return path
+
+
+def _version(path: Path) -> str:
+    with closing(sqlite3.connect(path)) as database:
+        return str(database.execute("SELECT version_num FROM alembic_version").fetchone()[0])
+
+
+def _add_run(make: Maker, path: Path) -> None:
+    backend = make("mlflow", tracking_uri=f"sqlite:///{path}")
+    backend.start_experiment("first", "tests")
+    backend.log_metric("loss", 1.0, 1)
+    backend.end_experiment()
+
+
+def test_a_killed_creation_leaves_no_database(tmp_path: Path, created: Path) -> None:
+    """The file appears complete or not at all, also beside what an earlier try left."""
+    path, draft = tmp_path / "mlflow.db", tmp_path / ".mlflow.db.new"
+    process = subprocess.Popen([sys.executable, "-c", CREATE, str(path)], stderr=subprocess.DEVNULL)
+    eventually(lambda: draft.exists() and draft.stat().st_size > 20_000)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert draft.exists()
+    assert not path.exists()
+
+    prepare_database(path, is_ours=True)
+    assert _version(path) == _version(created)
+    assert not draft.exists()
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_interrupted_creation_is_repaired(make: Maker, tmp_path: Path, created: Path, is_ours: bool) -> None:
+    """What an earlier version of traceml, or MLflow itself, left incomplete holds no run and is created anew."""
+    path = _copy(created, tmp_path, INTERRUPT)
+    prepare_database(path, is_ours=is_ours)
+
+    assert _version(path) == _version(created)
+    assert _version(tmp_path / "mlflow.db.before-1") == "7ac759974ad8"
+    _add_run(make, path)
+
+
+def test_a_database_with_runs_is_never_replaced(make: Maker, tmp_path: Path, created: Path) -> None:
+    """Its upgrade fails: the error names the file and what to do, and the file stays."""
+    path = _copy(created, tmp_path)
+    _add_run(make, path)
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(INTERRUPT)
+
+    before = path.read_bytes()
+    for is_ours, words in ((True, "cannot be upgraded"), (False, "^run `mlflow db upgrade sqlite:///")):
+        with pytest.raises(BackendError, match=words) as caught:
+            prepare_database(path, is_ours=is_ours)
+
+        assert str(path) in str(caught.value)
+
+    assert path.read_bytes() == before
+
+
+def test_a_database_of_a_newer_mlflow_is_refused(tmp_path: Path, created: Path) -> None:
+    path = _copy(created, tmp_path, "UPDATE alembic_version SET version_num = 'ffffffffffff'")
+
+    with pytest.raises(BackendError, match="install the version that wrote it"):
+        prepare_database(path, is_ours=True)
+
+
+def test_a_database_of_an_older_mlflow_is_upgraded(make: Maker, tmp_path: Path) -> None:
+    """Only where traceml chose the file; its runs stay, and so does the earlier file."""
+    from alembic import command
+    from mlflow.store.db import utils
+
+    path = tmp_path / "mlflow.db"
+    engine = utils.create_sqlalchemy_engine_with_retry(f"sqlite:///{path}")
+    utils.InitialBase.metadata.create_all(engine)
+    config = utils._get_alembic_config(f"sqlite:///{path}")
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "7ac759974ad8")
+
+    engine.dispose()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("INSERT INTO experiments (experiment_id, name, lifecycle_stage) VALUES (7, 'old', 'active')")
+        database.execute(
+            "INSERT INTO runs (run_uuid, name, experiment_id, status, lifecycle_stage, source_type, user_id, "
+            "start_time) VALUES ('abc', 'old', 7, 'FINISHED', 'active', 'LOCAL', 'me', 1)"
+        )
+
+    prepare_database(path, is_ours=True)
+    from mlflow import MlflowClient
+
+    assert MlflowClient(f"sqlite:///{path}").get_run("abc").info.run_name == "old"
+    assert (tmp_path / "mlflow.db.before-1").exists()
+    _add_run(make, path)
+
+
+def test_a_relative_path(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts at the folder of the script, for the artifacts too."""
+    monkeypatch.chdir(tmp_path)
+    backend = make("mlflow", tracking_uri="sqlite:///here.db")
+    backend.start_experiment("first", "tests")
+    backend.log_text("note", "hello", 1)
+    backend.end_experiment()
+
+    assert next(tmp_path.glob("mlartifacts/*/artifacts/text/note/1.txt")).read_text() == "hello"
