@@ -214,6 +214,8 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import time, traceml\n"
+        f"log = open({str(tmp_path / 'log')!r}, 'w')\n"
+        "log.write('unflushed')\n"
         "for _ in range(3):\n"
         "    with traceml.trace_step():\n"
         "        pass\n"
@@ -238,5 +240,6 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
     assert process.returncode == -signal.SIGINT
     assert out == "cleaned up\n"
     assert err.endswith("KeyboardInterrupt\n")
+    assert (tmp_path / "log").read_text() == "unflushed"
     eventually(lambda: stored_steps(serving) == [0, 1, 2])
     assert exit_rows(serving)[0]["exception"] == "KeyboardInterrupt"

@@ -6,7 +6,6 @@ The script's module is `sys.modules["__main__"]`, so that pickling, multiprocess
 
 from __future__ import annotations
 
-import atexit
 import builtins
 import importlib.util
 import io
@@ -40,17 +39,20 @@ class _Program:
 
 
 def main(argv: list[str]) -> NoReturn:
-    """Run the script of `argv`, and exit with its status or signal."""
-    # The first registered handler runs last, after those of the script and the recorder.
-    interrupted: list[bool] = []
-    atexit.register(_die_of_sigint, interrupted)
+    """Run the script of `argv`, and exit with its status.
+
+    Raises:
+        SystemExit: always, except:
+        KeyboardInterrupt: the script's, which is already shown: the interpreter ends by the signal.
+    """
     error = _run(argv)
     if error is None:
         sys.exit(0)
 
     _show(error)
     if isinstance(error, KeyboardInterrupt):
-        interrupted.append(True)
+        sys.excepthook = lambda *_: None
+        raise error
 
     sys.exit(1)
 
@@ -239,18 +241,3 @@ def _without_ours(trace: TracebackType | None) -> TracebackType | None:
         trace = trace.tb_next
 
     return trace
-
-
-def _die_of_sigint(interrupted: list[bool]) -> None:
-    """End by the signal, as `python` does after an unhandled KeyboardInterrupt: shells and launchers check that."""
-    if not interrupted:
-        return
-
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):
-            pass  # its reader is gone
-
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    os.kill(os.getpid(), signal.SIGINT)
