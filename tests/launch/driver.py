@@ -191,9 +191,9 @@ class Driver:
         self.channel.send("release", job=self.job)
         self.wait("idle")
 
-    def stop(self, grace_s: float = 0.5) -> None:
+    def stop(self, grace_s: float = 0.5, exit_s: float = 0) -> None:
         """End the workers; return when nothing is left of them."""
-        self.channel.send("stop", job=self.job, grace_s=grace_s)
+        self.channel.send("stop", job=self.job, grace_s=grace_s, exit_s=exit_s)
         self.wait("idle")
 
     def result(self, rank: int) -> Any:

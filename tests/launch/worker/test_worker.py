@@ -6,7 +6,6 @@ import logging
 import os
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,6 @@ import pytest
 
 from tests.launch.driver import Driver
 from traceml.launch.wire.log_records import RecordDecoder
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[Driver]:
-    """An agent that serves all tests of this module, as it serves all launches of a script."""
-    with Driver() as made:
-        made.prepare(need_torch=True)
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def _new_job(driver: Driver) -> Iterator[None]:
-    """Each test has a job of its own, and leaves none behind."""
-    driver.prepare(need_torch=True)
-    driver.said.clear()
-    yield
-    if driver.of("started") and not driver.of("idle"):
-        driver.stop(grace_s=0)
 
 
 def test_the_zygote_stays_and_has_one_thread(driver: Driver) -> None:
@@ -185,22 +166,6 @@ def test_everything_that_is_written_arrives(driver: Driver) -> None:
     assert [line for line in out.splitlines() if line.startswith("line ")] == [f"line {i}" for i in range(20_000)]
     assert "from stderr" in err
     assert records == ["from logging"]
-
-
-def test_handlers_at_exit_run_and_threads_are_waited_for(driver: Driver) -> None:
-    """A worker ends as a process does."""
-
-    def register() -> None:
-        import atexit
-        import threading
-        import time
-
-        atexit.register(print, "at exit")
-        threading.Thread(target=lambda: (time.sleep(0.3), print("a thread's last words"))).start()
-
-    driver.run(register)
-
-    assert driver.text(0) == "a thread's last words\nat exit\n"
 
 
 def test_an_exception_travels_with_its_words(driver: Driver) -> None:

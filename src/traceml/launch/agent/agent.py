@@ -260,7 +260,7 @@ class Agent:
 
     def _on_stop(self, message: dict[str, Any]) -> None:
         if self._group is not None and self._group.job == message["job"]:
-            self._group.stop(float(message.get("grace_s", 0)))
+            self._group.stop(float(message.get("grace_s", 0)), float(message.get("exit_s", 0)))
         else:
             self._drop_leftovers()
             self._channel.send("idle", job=message["job"])

@@ -8,13 +8,14 @@ import os
 import selectors
 import signal
 import socket
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from traceml.launch.agent.machine import core_slices, interface_towards, oom_kills
 from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
 from traceml.launch.agent.stack_reader import StackReader
+from traceml.launch.agent.worker_state import WorkerState
 from traceml.launch.agent.zygote_client import ZygoteClient
 from traceml.launch.wire.channel import Channel, OutgoingStream
 from traceml.launch.wire.fd_socket import FdSocket
@@ -26,27 +27,6 @@ __all__ = ["WorkerGroup"]
 # Time for processes that workers leave behind to end by themselves, once all workers have ended well.
 _LEFTOVER_GRACE_S = 1.0
 _log = logging.getLogger("traceml")
-
-
-@dataclass
-class WorkerState:
-    """One worker."""
-
-    rank: int
-    local_rank: int
-    socket: FdSocket
-    worker_end: FdSocket
-    readers: list[PipeReader]
-    tail: OutputTail
-    stacks: StackReader
-    pid: int | None = None
-    status: int | None = None
-    end_sent: bool = False
-    streams: list[OutgoingStream] = field(default_factory=list)
-
-    @property
-    def running(self) -> bool:
-        return self.pid is not None and self.status is None
 
 
 class WorkerGroup:
@@ -85,7 +65,8 @@ class WorkerGroup:
         self._near = bool(message.get("near"))
         self._shared_fds: list[int] = []
         self._ending: ProcessTermination | None = None
-        self._stopping = False
+        self._stopping = self._exiting = False
+        self._grace_s = self._exit_deadline_s = 0.0
         self._stack_requests: list[WorkerState] | None = None
         self.payload: int | None = message.get("payload")
         self._oom_kills = oom_kills()
@@ -176,7 +157,7 @@ class WorkerGroup:
         """Pass the function and its arguments to all workers: they share the memory."""
         assert receiver.fd is not None
         for each in self._ranks.values():
-            self._send(each, "payload", [receiver.fd])
+            each.send("payload", [receiver.fd])
 
         receiver.close()
 
@@ -187,7 +168,7 @@ class WorkerGroup:
         self._ranks[rank].pid = pid
         self._channel.send("started", job=self.job, rank=rank, pid=pid)
         if self._stopping:
-            self._signal(self._ranks[rank], signal.SIGKILL)
+            self._ranks[rank].kill()
 
     def fork_failed(self, rank: int, text: str) -> None:
         """Record that a worker could not be forked."""
@@ -232,6 +213,7 @@ class WorkerGroup:
             self._channel.send("group_ready", job=self.job, rank=each.rank)
             return
 
+        each.reported = True
         send, about = self._channel.send, {"job": self.job, "rank": each.rank}
         if name == "done":
             stream = self._send_memory(each, "result", fds[0])
@@ -267,17 +249,26 @@ class WorkerGroup:
     def release(self) -> None:
         """Let the workers end."""
         for each in self._ranks.values():
-            self._send(each, "release")
+            each.send("release")
 
-    def stop(self, grace_s: float) -> None:
-        """End the workers and everything they have started: by SIGTERM, after the grace period by SIGKILL."""
+    def stop(self, grace_s: float, exit_s: float = 0) -> None:
+        """End the workers and everything that they have started: by SIGTERM, after the grace period by SIGKILL.
+
+        Args:
+            grace_s: the grace period, in seconds.
+            exit_s: time for the exit handlers of workers that have returned or raised, before the same is done to them.
+        """
         if self._stopping:
             return
 
-        self._stopping = True
+        self._stopping = self._exiting = True
+        self._grace_s, self._exit_deadline_s = grace_s, time.monotonic() + exit_s
         for each in self._ranks.values():
             for stream in each.streams[3:]:
                 stream.abort({"text": "stopped"})
+
+            if each.reported:
+                each.send("release")
 
         self._ending = ProcessTermination(self._find, grace_s=grace_s)
         self.tick()
@@ -333,6 +324,10 @@ class WorkerGroup:
         if self._ending is None:
             return
 
+        if self._exiting and not self._exiting_pids():
+            self._exiting = False
+            self._ending = ProcessTermination(self._find, grace_s=self._grace_s)
+
         over = self._ending.step()
         if not over or not all(
             each.end_sent and all(stream.ended for stream in each.streams) for each in self._ranks.values()
@@ -361,20 +356,16 @@ class WorkerGroup:
 
     def _find(self) -> set[int]:
         """Return the job's processes: descendants of the zygote, orphans below us, and those with the mark."""
-        return find_leftovers([os.getpid()], mark=self._zygote.mark, spare=[self._zygote.pid])
+        found = find_leftovers([os.getpid()], mark=self._zygote.mark, spare=[self._zygote.pid])
+        exiting = self._exiting_pids() if self._exiting else set()
+        return found - exiting - find_leftovers(exiting, mark=None) if exiting else found
 
-    def _send(self, each: WorkerState, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
-        try:
-            each.socket.send(name, fds)
-        except OSError:  # it has ended, which is reported elsewhere
-            return
+    def _exiting_pids(self) -> set[int]:
+        """Return the stopped workers whose exit handlers may still run."""
+        if time.monotonic() > self._exit_deadline_s:
+            return set()
 
-    def _signal(self, each: WorkerState, how: signal.Signals) -> None:
-        if each.running and each.pid is not None:
-            try:
-                os.killpg(each.pid, how)
-            except ProcessLookupError:
-                return
+        return {each.pid for each in self._ranks.values() if each.reported and each.running and each.pid is not None}
 
     def _send_end(self, each: WorkerState) -> None:
         each.end_sent = True

@@ -42,6 +42,8 @@ _STACKS_S = 2.0
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
+# After a failure: the time for threads and exit handlers of the workers that have raised or returned.
+_EXIT_S = 10.0
 
 _log = logging.getLogger("traceml.launch")
 
@@ -183,7 +185,7 @@ class LaunchJob:
                 ", ".join(h.name for h in self._hosts if not h.idle),
                 self._spec.timeout_s,
             )
-            self._stop()
+            self._stop(exit_s=0)
 
     # --- failures ----------------------------------------------------------------------------------------------------
 
@@ -244,14 +246,14 @@ class LaunchJob:
             lambda: all(h.lost or h.name in self._state.stacks_received for h in asked.values()), _STACKS_S
         )
 
-    def _stop(self) -> None:
+    def _stop(self, exit_s: float = _EXIT_S) -> None:
         self._state.stopping = True
         for host in self._hosts:
             if host.lost or host.idle:
                 continue
 
             if host.started:
-                host.connection.channel.send("stop", job=self._id, grace_s=_STOP_GRACE_S)
+                host.connection.channel.send("stop", job=self._id, grace_s=_STOP_GRACE_S, exit_s=exit_s)
             elif self._is_prepared(host):
                 host.idle = True
             else:  # preparing: that ends with its agent
@@ -259,9 +261,9 @@ class LaunchJob:
                 host.lost = True
                 host.connection.close(wait_s=0.2)
 
-        if not self._loop.run_until(lambda: all(h.idle or h.lost for h in self._hosts), _STOP_S):
+        if not self._loop.run_until(lambda: all(h.idle or h.lost for h in self._hosts), exit_s + _STOP_S):
             names = ", ".join(h.name for h in self._hosts if not (h.idle or h.lost))
-            _log.warning("%s did not confirm within %g s that the workers there have ended", names, _STOP_S)
+            _log.warning("%s did not confirm within %g s that the workers there have ended", names, exit_s + _STOP_S)
 
     def _release_agents(self) -> None:
         """Keep idle agents for the next launch, and end the others."""

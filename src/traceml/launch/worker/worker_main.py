@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import faulthandler
 import io
@@ -13,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -23,6 +22,7 @@ from traceml.launch.wire.payload_buffer import map_private
 from traceml.launch.wire.signals import STACK_SIGNAL
 from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
+from traceml.launch.worker.process_end import end_process, exit_status
 
 __all__ = ["main"]
 
@@ -44,7 +44,7 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     """
     socket_fd, out, err, records_fd, stacks, *listener = fds
     agent = FdSocket.from_fd(socket_fd)
-    status = 1
+    status, inherited = 1, dict(sys.modules)
     try:
         _set_up_process(request, out, err, stacks)
         if request["script"]:  # as under `python`: the script configures logging itself
@@ -63,7 +63,10 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
     except BaseException:  # noqa: BLE001 - our own error: make it visible
         traceback.print_exc()
 
-    _end(status)
+    if status:  # nobody else limits the end of a worker that failed
+        faulthandler.dump_traceback_later(request["timeout_s"], exit=True)
+
+    end_process(status, inherited)
 
 
 def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> int:
@@ -78,7 +81,7 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
         _send(agent, "ready")
         result = _run_script(request) if request["script"] else _run_function(agent, request)
     except SystemExit as leaving:
-        status = _status_of(leaving)
+        status = exit_status(leaving)
         _note_end(request, None, status)
         if status:
             return status
@@ -87,6 +90,9 @@ def _work(agent: FdSocket, request: Mapping[str, Any], listener: int | None) -> 
     except _Stopped:
         raise
     except BaseException as error:  # noqa: BLE001 - the user's error is sent
+        if request["script"] and isinstance(error, KeyboardInterrupt):  # it is shown already
+            return -signal.SIGINT
+
         _note_end(request, error, 1)
         _report_error(agent, error)
         _await_release(agent)
@@ -358,43 +364,3 @@ def _in_memory(chunks: Any) -> int:
             view = view[os.write(memory, view) :]
 
     return memory
-
-
-# --- the end ---------------------------------------------------------------------------------------------------------
-
-
-def _status_of(leaving: SystemExit) -> int:
-    code = leaving.code
-    if code is None:
-        return 0
-
-    if isinstance(code, int):
-        return code & 0xFF
-
-    print(code, file=sys.stderr)  # noqa: T201 - as the interpreter does
-    return 1
-
-
-def _end(status: int) -> NoReturn:
-    """End as the interpreter does, but leave memory to the kernel: freeing shared pages would copy them."""
-    steps: list[Callable[[], object]] = [
-        threading._shutdown,  # type: ignore[attr-defined]  # waits for non-daemon threads
-        atexit._run_exitfuncs,
-        sys.stdout.flush,
-        sys.stderr.flush,
-        _flush_c,
-    ]
-    for step in steps:
-        try:
-            step()
-        except BaseException:  # noqa: BLE001 - the other steps must run
-            with contextlib.suppress(Exception):
-                traceback.print_exc()
-
-    os._exit(status)
-
-
-def _flush_c() -> None:
-    import ctypes
-
-    ctypes.CDLL(None).fflush(None)

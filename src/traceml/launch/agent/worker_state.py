@@ -1,0 +1,59 @@
+"""State of one worker, as its agent knows it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, field
+
+from traceml.launch.agent.pipe_reader import OutputTail, PipeReader
+from traceml.launch.agent.stack_reader import StackReader
+from traceml.launch.wire.channel import OutgoingStream
+from traceml.launch.wire.fd_socket import FdSocket
+
+__all__ = ["WorkerState"]
+
+
+@dataclass
+class WorkerState:
+    """One worker.
+
+    Attributes:
+        socket: to the worker; `worker_end` is its other end, until the fork.
+        status: as `waitpid` returns it.
+        reported: whether its function has returned or raised; it then waits to be released.
+        end_sent: whether the launcher was told of its end.
+    """
+
+    rank: int
+    local_rank: int
+    socket: FdSocket
+    worker_end: FdSocket
+    readers: list[PipeReader]
+    tail: OutputTail
+    stacks: StackReader
+    pid: int | None = None
+    status: int | None = None
+    reported: bool = False
+    end_sent: bool = False
+    streams: list[OutgoingStream] = field(default_factory=list)
+
+    @property
+    def running(self) -> bool:
+        """Whether its process was forked and has not ended."""
+        return self.pid is not None and self.status is None
+
+    def send(self, name: str, fds: tuple[int, ...] | list[int] = ()) -> None:
+        """Send the worker a message."""
+        try:
+            self.socket.send(name, fds)
+        except OSError:  # it has ended, which is reported elsewhere
+            return
+
+    def kill(self) -> None:
+        """Send SIGKILL to the worker's process group."""
+        if self.running and self.pid is not None:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
