@@ -16,14 +16,18 @@ from traceml.errors import StoreError
 __all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_for_writing", "translate_errors"]
 
 STORE_NAME = "store.db"
-STORE_VERSION = 1
+STORE_VERSION = 2
+# Version 1 has neither merged frames nor summaries: both tables are empty then.
+_OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
 _BUSY_MS = 5000
 # With 4 kB pages a frame over 1 kB spills into overflow pages and wastes up to 43 %.
 _PAGE_BYTES = 32768
 
-# Frames of one (stream, table) never overlap and are inserted in order of seq, from 0. So sum(n) rows are stored,
-# max(seq + n) is the next one, and the difference is lost: no separate count can go wrong.
+# Frames of one (stream, table) never overlap and are inserted in order of seq, from 0. So sum(n + thinned) rows were
+# stored, max(seq + n + thinned) is the next one, and the difference is lost: no separate count can go wrong.
+# `merges` has a row for each frame that was merged of smaller ones: how many rows were thinned, and its parts.
+# `summaries` has the sums of the rows below `next_seq`, which are those in frames up to `after_id`.
 _DDL = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE tables (id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, layout BLOB NOT NULL);
@@ -38,6 +42,13 @@ CREATE TABLE frames (
 );
 CREATE INDEX frames_by_table ON frames (tbl);
 CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL);
+"""
+_SINCE_2 = """
+CREATE {temporary} TABLE IF NOT EXISTS merges (id INTEGER PRIMARY KEY, thinned INTEGER NOT NULL, parts BLOB NOT NULL);
+CREATE {temporary} TABLE IF NOT EXISTS summaries (
+    tbl INTEGER NOT NULL, stream INTEGER NOT NULL, next_seq INTEGER NOT NULL, after_id INTEGER NOT NULL,
+    data BLOB NOT NULL, UNIQUE (tbl, stream)
+);
 """
 
 
@@ -100,6 +111,9 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
             database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
             database.execute("PRAGMA journal_mode=WAL")
             database.execute("PRAGMA synchronous=NORMAL")
+            if _version(database) < STORE_VERSION:
+                database.executescript(f"BEGIN; {_SINCE_2.format(temporary='')}; "
+                                       f"PRAGMA user_version={STORE_VERSION}; COMMIT")  # fmt: skip
         except BaseException:
             database.close()
             raise
@@ -133,6 +147,8 @@ def _connect_reader(path: Path, mode: str) -> sqlite3.Connection:
     try:
         database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
         _check(database, path)
+        if _version(database) < STORE_VERSION:
+            database.executescript(_SINCE_2.format(temporary="TEMPORARY"))
     except BaseException:
         database.close()
         raise
@@ -146,7 +162,7 @@ def _build(path: Path) -> None:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         database.execute(f"PRAGMA user_version={STORE_VERSION}")
-        database.executescript(_DDL)
+        database.executescript(_DDL + _SINCE_2.format(temporary=""))
         layouts = [(name, msgpack.packb(table.layout)) for name, table in TABLES.items()]
         database.executemany("INSERT INTO tables (name, layout) VALUES (?, ?)", layouts)
 
@@ -156,12 +172,16 @@ def _check(database: sqlite3.Connection, path: Path) -> None:
     if application != _APPLICATION_ID:
         raise StoreError(f"{path} is a database, but not a traceml store. Move it away, or choose another folder.")
 
-    version = database.execute("PRAGMA user_version").fetchone()[0]
-    if version != STORE_VERSION:
+    version = _version(database)
+    if not _OLDEST_VERSION <= version <= STORE_VERSION:
         raise StoreError(
             f"the run's store {path} has format {version}, this traceml reads {STORE_VERSION}. "
             f"Use {'a newer' if version > STORE_VERSION else 'the older'} traceml for this run."
         )
+
+
+def _version(database: sqlite3.Connection) -> int:
+    return int(database.execute("PRAGMA user_version").fetchone()[0])
 
 
 def _check_layouts(database: sqlite3.Connection, path: Path) -> None:

@@ -1,0 +1,254 @@
+"""Reader of the frames of a run's store, also while it is being written, by cursor or by steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.codec import decode
+from traceml.database.records import Frame, FrameParts, dtype_of, in_ranges, step_offset
+from traceml.database.store_file import open_for_reading, translate_errors
+from traceml.errors import StoreError
+
+__all__ = ["FRAME_COLUMNS", "FRAME_ROWS", "META_BATCH", "FrameReader"]
+
+# A read transaction ends with each batch, so a slow reader never keeps the writer from reusing its log.
+_BATCH = 256
+META_BATCH = 8192
+"""Frames per statement where only their numbers are read."""
+
+FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, thinned, parts"
+FRAME_ROWS = "frames LEFT JOIN merges ON merges.id = frames.id"
+
+
+class FrameReader:
+    """Reads frames of rows. One thread at a time; open it after any fork.
+
+    Args:
+        path: the file.
+        on_damage: called with a message for each damaged frame, which is then skipped; without it, they raise.
+
+    Raises:
+        StoreError: the store is missing, damaged, or has another version. All methods may raise it.
+    """
+
+    def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
+        self.path = Path(path)
+        self._on_damage = on_damage
+        self._database = open_for_reading(self.path)
+        with translate_errors(self.path, "read"):
+            rows = self._database.execute("SELECT id, name, layout FROM tables").fetchall()
+
+        self._ids: dict[str, int] = {name: number for number, name, _ in rows}
+        self._names: dict[int, str] = {number: name for number, name, _ in rows}
+        try:
+            self._dtypes = {name: dtype_of(msgpack.unpackb(layout)) for _, name, layout in rows}
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            self._database.close()
+            raise self._damaged(f"the layout of a table: {error}") from error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r})"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables and logs."""
+        return list(self._ids)
+
+    def dtype(self, table: str) -> np.dtype[Any] | None:
+        """Return a packed table's layout in this store, which may be an older version's; None for a log."""
+        self._id(table)
+        return self._dtypes[table]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def frames(
+        self, table: str, after_id: int = 0, stream: int | None = None, limit: int | None = None
+    ) -> Iterator[Frame]:
+        """Yield a table's frames after a cursor in commit order, which is the order of `seq` within a stream.
+
+        Args:
+            table: the table.
+            after_id: id of the last frame seen.
+            stream: only this stream.
+            limit: maximum number of frames.
+        """
+        query = (
+            f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} "  # noqa: S608 - no values
+            "WHERE tbl = ? AND frames.id > ? AND stream = coalesce(?, stream) ORDER BY frames.id LIMIT ?"
+        )
+        left = limit
+        while left is None or left > 0:
+            batch = _BATCH if left is None else min(_BATCH, left)
+            rows = self._fetch(query, self._id(table), after_id, stream, batch)
+            yield from self._intact_frames(((table, row) for row in rows), after_id)
+
+            if len(rows) < batch:
+                return
+
+            after_id = rows[-1][0]
+            left = None if left is None else left - batch
+
+    def frames_of(self, tables: Collection[str], after_id: int = 0, limit: int = _BATCH) -> list[Frame]:
+        """Return the next frames of several tables after a cursor, in commit order; within a commit, names come first.
+
+        Args:
+            tables: names of tables; those missing in this store are ignored.
+            after_id: id of the last frame seen.
+            limit: maximum number of frames.
+        """
+        numbers = [self._ids[table] for table in tables if table in self._ids]
+        # One statement, so all tables are read in one snapshot; each part uses its own index.
+        part = "SELECT * FROM (SELECT id, tbl FROM frames WHERE tbl = ? AND id > ? ORDER BY id LIMIT ?)"
+        parts = " UNION ALL ".join([part] * len(numbers))
+        query = (
+            f"SELECT {FRAME_COLUMNS}, tbl FROM {FRAME_ROWS} "  # noqa: S608 - no values
+            f"WHERE frames.id IN (SELECT id FROM ({parts}) ORDER BY id LIMIT ?) ORDER BY frames.id"
+        )
+        if not numbers:
+            return []
+
+        values = [value for number in numbers for value in (number, after_id, limit)]
+        found = self._fetch(query, *values, limit)
+        known = ((self._names[row[-1]], row[:-1]) for row in found if row[-1] in self._names)
+        frames = self._intact_frames(known, after_id)
+        return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
+
+    def step_frames(
+        self, table: str, steps: Sequence[tuple[int, int]], streams: Collection[int] | None = None
+    ) -> Iterator[Frame]:
+        """Yield the frames that have rows in ranges of steps, cut to these rows, one at a time in memory.
+
+        Frames elsewhere are not read. For a sample of a long run take the ranges of `thinning.sample_blocks`, which
+        thinning keeps.
+
+        Args:
+            table: a packed table with steps.
+            steps: ranges (first, last), both included, in order and disjoint.
+            streams: only these streams.
+        """
+        dtype = self._dtype(table)
+        ranges = np.array(steps, np.int64).reshape(-1, 2)
+        wanted = None if streams is None else np.array(sorted(streams), np.int64)
+
+        def choose(found: NDArray[np.int64]) -> NDArray[np.bool_]:
+            _, stream, first, last = found.T
+            begun, ended = np.searchsorted(ranges[:, 0], last, side="right"), np.searchsorted(ranges[:, 1], first)
+            chosen: NDArray[np.bool_] = ended < begun
+            return chosen if wanted is None else chosen & np.isin(stream, wanted)
+
+        for frame in self._chosen_frames(table, choose):
+            yield from in_ranges(frame, ranges, dtype)
+
+    def last_id(self) -> int:
+        """Return the cursor of the newest frame of any table."""
+        return int(self._fetch("SELECT coalesce(max(id), 0) FROM frames")[0][0])
+
+    def _chosen_frames(
+        self, table: str, choose: Callable[[NDArray[np.int64]], NDArray[np.bool_]], after_id: int = 0
+    ) -> Iterator[Frame]:
+        """Yield the frames after a cursor that are chosen by their (id, stream, first step, last step)."""
+        query = "SELECT id, stream, first_step, last_step FROM frames WHERE tbl = ? AND id > ? ORDER BY id LIMIT ?"
+        one = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id = ?"  # noqa: S608 - no values
+        is_last = False
+        while not is_last:
+            with self._snapshot():  # the writer merges frames
+                rows = self._fetch(query, self._id(table), after_id, META_BATCH)
+                found = np.array(rows, np.int64).reshape(-1, 4)
+                for number in found[choose(found), 0].tolist():
+                    yield self._frame(table, self._fetch(one, number)[0], after_id)
+
+            is_last = len(rows) < META_BATCH
+            after_id = rows[-1][0] if rows else after_id
+
+    def _intact_frames(self, rows: Iterable[tuple[str, tuple[Any, ...]]], after_id: int) -> Iterator[Frame]:
+        for table, row in rows:
+            try:
+                frame = self._decoded(table, row, after_id)
+            except ValueError as error:
+                if self._on_damage is None:
+                    raise self._damaged(str(error)) from error
+
+                self._on_damage(str(error))
+                continue
+
+            if frame.n:
+                yield frame
+
+    def _frame(self, table: str, row: tuple[Any, ...], after_id: int) -> Frame:
+        try:
+            return self._decoded(table, row, after_id)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+
+    def _decoded(self, table: str, row: tuple[Any, ...], after_id: int) -> Frame:
+        """Return a frame, of a merged one only the rows after the cursor."""
+        number, stream, seq, n, first, last, codec, data, thinned, parts = row
+        dtype = self._dtypes[table]
+        try:
+            decoded = decode(codec, data, dtype.itemsize if dtype is not None else 1)
+        except ValueError as error:
+            raise ValueError(f"frame {number} of {table}: {error}") from error
+
+        if dtype is not None and len(decoded) != n * dtype.itemsize:
+            raise ValueError(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
+
+        frame = Frame(number, stream, table, seq, n, first, last, decoded, thinned or 0)
+        if parts is None or not (done := FrameParts.decoded(parts).rows_up_to(after_id)):
+            return frame
+
+        return frame.without_head(done, step_offset(dtype))
+
+    def _id(self, table: str) -> int:
+        try:
+            return self._ids[table]
+        except KeyError:
+            raise StoreError(f"no table {table!r} in {self.path}; there are {', '.join(self._ids)}.") from None
+
+    def _dtype(self, table: str) -> np.dtype[Any]:
+        self._id(table)
+        dtype = self._dtypes[table]
+        if dtype is None:
+            raise StoreError(f"{table!r} in {self.path} is a log of maps: read it with log_rows().")
+
+        return dtype
+
+    def _unpacked(self, data: bytes, what: str) -> Any:
+        try:
+            return msgpack.unpackb(data, strict_map_key=False)
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise self._damaged(f"{what}: {error}") from error
+
+    def _damaged(self, what: str) -> StoreError:
+        return StoreError(f"the run's store {self.path} is damaged: {what}. Move it away; the run cannot be read.")
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[None]:
+        """Read one state of the store in several statements."""
+        if self._database.in_transaction:
+            yield
+            return
+
+        self._fetch("BEGIN")
+        try:
+            yield
+        finally:
+            self._fetch("COMMIT")
+
+    def _fetch(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
+        with translate_errors(self.path, "read"):
+            return self._database.execute(query, values).fetchall()

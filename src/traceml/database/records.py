@@ -1,0 +1,219 @@
+"""Records of a run's store: streams, frames of rows, events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from struct import Struct
+from typing import Any, NamedTuple, Self
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.codec import decode, encode
+from traceml.database.schema import Column, Table
+from traceml.errors import StoreError
+
+__all__ = [
+    "Frame",
+    "FrameParts",
+    "RunEvent",
+    "StreamIdentity",
+    "StreamRecord",
+    "assembled",
+    "dtype_of",
+    "in_ranges",
+    "step_offset",
+]
+
+
+class StreamIdentity(NamedTuple):
+    """One process of a rank. Its rows are numbered from 0 in each table.
+
+    `recorder` distinguishes consecutive recorders of one process; "" where there is only one.
+    """
+
+    rank: int
+    attempt: int
+    host: str
+    pid: int
+    start_ticks: int
+    recorder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRecord:
+    """A stored stream.
+
+    Attributes:
+        id: its number in this store.
+        identity: its rank and process.
+        facts: facts from the aggregator: world size, local rank, clock, state, exit, …
+    """
+
+    id: int
+    identity: StreamIdentity
+    facts: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        """The rank."""
+        return self.identity.rank
+
+    @property
+    def attempt(self) -> int:
+        """Number of restarts of the job so far."""
+        return self.identity.attempt
+
+    @property
+    def host(self) -> str:
+        """The host's name."""
+        return self.identity.host
+
+    @property
+    def state(self) -> str:
+        """The last state from the aggregator; `running` before any."""
+        return str(self.facts.get("state", "running"))
+
+
+@dataclass(frozen=True, slots=True)
+class RunEvent:
+    """An event of the run; `id` is the cursor."""
+
+    id: int
+    epoch_ns: int
+    kind: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Consecutive rows of one table of a stream; `id` is the cursor.
+
+    `thinned` rows of them were removed because of their age; `n` are left, the first of them not always number `seq`.
+    """
+
+    id: int
+    stream: int
+    table: str
+    seq: int
+    n: int
+    first_step: int
+    last_step: int
+    data: bytes
+    thinned: int = 0
+
+    def without_head(self, rows: int, step_at: int | None) -> Frame:
+        """Return the frame of a packed table without its first rows.
+
+        Args:
+            rows: how many.
+            step_at: offset of the step in a row, None for a table without steps.
+        """
+        data = self.data[rows * (len(self.data) // self.n) :] if rows < self.n else b""
+        first = self.first_step if step_at is None or not data else _INT.unpack_from(data, step_at)[0]
+        return replace(self, seq=self.seq + rows, n=self.n - rows, first_step=first, data=data)
+
+    def maps(self) -> list[dict[str, Any]]:
+        """Return a log's rows.
+
+        Raises:
+            StoreError: the bytes are damaged.
+        """
+        unpacker = msgpack.Unpacker(strict_map_key=False, max_buffer_size=0)
+        unpacker.feed(self.data)
+        try:
+            rows = list(unpacker)
+        except (ValueError, TypeError, msgpack.UnpackException) as error:
+            raise StoreError(f"frame {self.id} of {self.table} is damaged: {error}") from error
+
+        if not all(isinstance(row, dict) for row in rows):
+            raise StoreError(f"frame {self.id} of {self.table} is damaged: it holds values that are not maps")
+
+        return rows
+
+
+_INT = Struct("<q")
+_PART = Table("parts", (Column("id", "q", "difference to the part before"), Column("rows", "q", "rows")), 0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrameParts:
+    """The frames that were merged into one: their ids, ascending, and how many of its rows are theirs.
+
+    A reader whose cursor stands between two parts gets only the rows of the later ones.
+    """
+
+    ids: NDArray[np.int64]
+    rows: NDArray[np.int64]
+
+    @classmethod
+    def decoded(cls, data: bytes) -> Self:
+        """Reverse `encoded`.
+
+        Raises:
+            ValueError: the bytes are damaged.
+        """
+        parts = np.frombuffer(decode(data[0], data[1:], _PART.row_bytes), _PART.dtype)
+        return cls(np.cumsum(parts["id"]), parts["rows"])
+
+    def encoded(self) -> bytes:
+        """Return the form in the store, about two bytes per part."""
+        parts = np.empty(len(self.ids), _PART.dtype)
+        parts["id"], parts["rows"] = np.diff(self.ids, prepend=0), self.rows
+        codec, data = encode(_PART, parts.tobytes())
+        return bytes([codec]) + data
+
+    def rows_up_to(self, frame: int) -> int:
+        """Return the number of rows of the parts up to a cursor."""
+        return int(self.rows[: np.searchsorted(self.ids, frame, side="right")].sum())
+
+
+def dtype_of(layout: Any) -> np.dtype[Any] | None:
+    """Return a stored layout as a numpy dtype, None for a log."""
+    if isinstance(layout, str):
+        return None
+
+    return np.dtype([(name, "<i8" if code == "q" else "<f8") for name, code in layout])
+
+
+def step_offset(dtype: np.dtype[Any] | None) -> int | None:
+    """Return the offset of the step in a row, None for a table without steps."""
+    if dtype is None or dtype.fields is None or "step" not in dtype.fields:
+        return None
+
+    return dtype.fields["step"][1]
+
+
+def in_ranges(frame: Frame, ranges: NDArray[np.int64], dtype: np.dtype[Any]) -> Iterator[Frame]:
+    """Yield a frame cut to the rows of ranges of steps, (first, last) in order; nothing if it has none."""
+    rows = np.frombuffer(frame.data, dtype)
+    steps = rows["step"]
+    at = np.searchsorted(ranges[:, 1], steps)
+    inside = at < len(ranges)
+    inside[inside] = ranges[at[inside], 0] <= steps[inside]
+    if inside.all():
+        yield frame
+    elif inside.any():
+        chosen = rows[inside]
+        first, last = int(chosen["step"][0]), int(chosen["step"][-1])
+        yield replace(frame, n=len(chosen), first_step=first, last_step=last, data=chosen.tobytes())
+
+
+def assembled(frames: list[Frame], dtype: np.dtype[Any], last: int | None) -> NDArray[np.void]:
+    """Join frames into one array, the stream id as first column; sorted by stream where `last` is given."""
+    source = np.frombuffer(b"".join(frame.data for frame in frames), dtype)
+    joined = np.empty(len(source), np.dtype([("stream", "<i8"), *dtype.descr]))
+    joined["stream"] = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+    for name in dtype.names or ():
+        joined[name] = source[name]
+
+    if last is None or not len(joined):
+        return joined
+
+    joined = joined[np.argsort(joined["stream"], kind="stable")]
+    _, counts = np.unique(joined["stream"], return_counts=True)
+    keep = np.concatenate([np.arange(count) >= count - last for count in counts])
+    kept: NDArray[np.void] = joined[keep]
+    return kept

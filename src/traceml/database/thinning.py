@@ -1,0 +1,60 @@
+"""Choice of the rows that stay of an old part of a run, the same for every rank.
+
+Steps are numbered in blocks of 64. Each block has a fixed position in an even spread over all blocks (multiples of the
+golden ratio), and at level `n` those stay whose position is among the first 2**-n: about every 2**n-th block, never in
+step with a period of the training, and each level is a part of the one before. Samples are chosen in the same way by
+the second in which they were taken.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["BLOCK_STEPS", "kept", "sample_blocks"]
+
+BLOCK_STEPS = 64
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
+_MOST_BLOCKS = 1 << 22
+
+
+def kept(numbers: NDArray[np.int64], level: int) -> NDArray[np.bool_]:
+    """Return which blocks or seconds stay at a level; at level 0 all do."""
+    chosen: NDArray[np.bool_] = (
+        _positions(numbers) < np.uint64(1 << 64 - level) if level else np.ones(len(numbers), bool)
+    )
+    return chosen
+
+
+def sample_blocks(first: int, last: int, steps: int) -> list[tuple[int, int]]:
+    """Return ranges of whole blocks spread over a range of steps, as many as fit into a number of steps.
+
+    The blocks of a smaller sample are among those of a larger one, and stay when old rows are thinned.
+
+    Args:
+        first: first step.
+        last: last step.
+        steps: how many steps the ranges may have together; at least one block is returned.
+
+    Returns:
+        (first, last) of each range, both included, in order; neighboring blocks are one range.
+    """
+    count = last // BLOCK_STEPS - first // BLOCK_STEPS + 1
+    wanted = max(steps // BLOCK_STEPS, 1)
+    # A step counter that jumped by billions is sampled more coarsely.
+    stride = -(-count // _MOST_BLOCKS)
+    numbers = np.arange(0, count, stride, dtype=np.int64) + first // BLOCK_STEPS
+    if len(numbers) > wanted:
+        nearest = np.argpartition(_positions(numbers), wanted)[:wanted]
+        numbers = np.sort(numbers[nearest])
+
+    gaps = np.flatnonzero(np.diff(numbers) > 1)
+    begins, ends = np.append(0, gaps + 1), np.append(gaps, len(numbers) - 1)
+    return [
+        (max(int(begin) * BLOCK_STEPS, first), min((int(end) + 1) * BLOCK_STEPS - 1, last))
+        for begin, end in zip(numbers[begins], numbers[ends], strict=True)
+    ]
+
+
+def _positions(numbers: NDArray[np.int64]) -> NDArray[np.uint64]:
+    return numbers.astype(np.uint64) * _GOLDEN
