@@ -11,6 +11,7 @@ __all__ = [
     "count_text",
     "duration_text",
     "factor_text",
+    "line_text",
     "ms_text",
     "ns_text",
     "overhead_text",
@@ -186,6 +187,12 @@ def short_label(phase: str) -> str:
 def phase_words(phase: str) -> str:
     """Return a phase's name for a sentence; a user's phase in quotes."""
     return _PHASES[phase][1] if phase in _PHASES else f"phase '{phase}'"
+
+
+def line_text(file: str, line: int, function: str) -> str:
+    """Return a line of code in words: `train.py:23 update_metric`."""
+    name = file.rpartition("/")[2]
+    return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function}"
 
 
 def signal_name(number: int) -> str:

@@ -113,6 +113,9 @@ class Config:
     track_env: bool = _set(True, "Send the environment (versions, hardware, variables) to the trackers.")
     sample_interval: float = _set(1.0, "Seconds between samples of process, host and devices.", low=0.01)
     sampler_intervals: dict[str, float] = _set({}, "Seconds between samples, by sampler name.", low=0.01)
+    stack_interval: float = _set(
+        0.1, "Seconds between samples of the line that the training thread runs; 0 turns them off.", low=0
+    )
     metrics_interval: float = _set(30.0, "Seconds between system metrics sent to trackers.", above=0)
     flush_interval: float = _set(1.0, "Longest time in seconds that a row waits in the rank.", low=0.01)
     ring_rows: int = _set(

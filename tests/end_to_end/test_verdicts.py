@@ -92,6 +92,38 @@ def test_what_one_process_waits_for_is_named(
     assert (verdict["kind"], verdict["ranks"], verdict["phase"]) == (kind, [], phase)
 
 
+BESIDE = """
+import time, torch
+
+def update_metric():
+    until = time.perf_counter() + 0.03
+    while time.perf_counter() < until: sum(range(100))
+
+model = torch.nn.Linear(64, 64)
+opt = torch.optim.SGD(model.parameters(), lr=0.01)
+for _ in range(200):
+    model(torch.randn(8, 64)).sum().backward()
+    opt.step(); opt.zero_grad()
+    update_metric()
+"""
+
+
+def test_the_line_that_takes_the_time_is_named(traceml: Traceml, tmp_path: Path) -> None:
+    """Python code that holds the interpreter's lock, in one process."""
+    script = tmp_path / "beside.py"
+    script.write_text(BESIDE)
+
+    ended = traceml("run", script)
+
+    assert ended.status == 0, ended.stderr
+    verdict = ended.report["verdict"]
+    evidence = verdict["evidence"]
+    assert verdict["kind"] == "RESIDUAL_HEAVY"
+    assert (evidence["file"], evidence["line"], evidence["function"]) == (str(script), 6, "update_metric")
+    assert evidence["line_share"] > 0.8
+    assert "beside.py:6 update_metric" in verdict["summary"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_an_example_as_pytorch_writes_them(traceml: Traceml, ranks: int) -> None:
     """Unmodified, with evaluation between epochs: every training step is counted, nobody is blamed."""

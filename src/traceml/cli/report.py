@@ -17,6 +17,8 @@ from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
+from traceml.renderers.text.line_table import print_lines
+from traceml.renderers.views import run_view
 from traceml.runs.find import find_run
 from traceml.runs.report import build_report
 from traceml.runs.report_types import REPORT_NAME, Report, TrackerSection, read_report
@@ -41,7 +43,9 @@ class ReportOptions:
     """Print the report as JSON and nothing else."""
     html: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
     """Write the report with its charts as one HTML file, and print nothing."""
-    fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND ...", help_behavior_hint="")] = ()
+    lines: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Show in which lines of the code the time was spent, by phase, from samples of the training threads."""
+    fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND", help_behavior_hint="")] = ()
     """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Where the runs are (default: the setting runs_dir)."""
@@ -51,8 +55,8 @@ def main(argv: list[str]) -> int:
     """Print a report; return 0, or 1 if there is an unwanted finding."""
     options = parse(ReportOptions, argv, prog="traceml report")
     unwanted = _kinds(options.fail_on)
-    if options.json and options.html is not None:
-        raise UsageError("--json and --html cannot be combined")
+    if sum((options.json, options.html is not None, options.lines)) > 1:
+        raise UsageError("--json, --html and --lines cannot be combined")
 
     run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
     report = current_report(run_dir)
@@ -60,6 +64,8 @@ def main(argv: list[str]) -> int:
         _write_page(run_dir, Path(options.html))
     elif options.json:
         print(report.to_json())
+    elif options.lines:
+        print_lines(run_view(report), console=Console(highlight=False))
     else:
         print_report(report, run_dir, console=Console(highlight=False))
 

@@ -26,6 +26,11 @@ __all__ = [
     "HOST",
     "INFO",
     "JOURNALED",
+    "LINES",
+    "LINE_OTHER",
+    "LINE_OUTSIDE",
+    "LINE_PHASES",
+    "LINE_STARTUP",
     "LOGGED",
     "LOGS",
     "METRICS",
@@ -363,6 +368,27 @@ TELEMETRY = Table(
     ),
     capacity=1024,
 )
+# Values of `phase` in `LINES` besides those of Phase.
+LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP = -1, -2, -3
+LINE_PHASES = {
+    **{int(phase): phase.label for phase in Phase},
+    LINE_OTHER: "other",
+    LINE_OUTSIDE: "outside",
+    LINE_STARTUP: "startup",
+}
+"""Names of the values of `phase` in `LINES`."""
+LINES = Table(
+    "lines",
+    (
+        _q("t_ns", "monotonic timestamp of the last sample"),
+        _q("step", "open training step, -1 without one"),
+        _q("phase", "Phase that was open; -1: other code in a step, -2: between steps, -3: before the first step"),
+        _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
+        _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),
+        _q("samples", "number of samples since the last row of this phase and line"),
+    ),
+    capacity=1024,
+)
 METRICS = Table(
     "metrics",
     (
@@ -397,6 +423,7 @@ PACKED: tuple[Table, ...] = (
     TORCH_MEMORY,
     TELEMETRY,
     METRICS,
+    LINES,
 )
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.

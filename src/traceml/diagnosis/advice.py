@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.sampled_lines import BlamedLine
 from traceml.formatting import ranks_text
 
 __all__ = [
@@ -77,16 +78,27 @@ def for_copies(facts: JobFacts) -> str:
     )
 
 
-def for_residual(part: str) -> str:
-    """Return advice on time in the user's own code."""
+def for_residual(part: str, line: BlamedLine | None) -> str:
+    """Return advice on time in the user's own code.
+
+    Args:
+        part: a phase of the user, `other` or `user`.
+        line: the line that most of it is spent in, where it is known.
+    """
+    if line is not None:
+        return (
+            f"Make {line.place} cheaper, call it every n-th step only, or take it out of the training loop. `traceml "
+            "report --lines` shows the other lines."
+        )
+
     if part not in ("other", "user"):
         return (
             f"Profile what runs inside traceml.phase('{part}'), or take it out of the step (every n-th step, a thread)."
         )
 
     return (
-        "Wrap candidates in the training loop (loss function, metrics, logging, .item()) in traceml.phase('name') to "
-        "find the expensive one."
+        "Look at what the training loop does besides the model (loss function, metrics, logging, .item()); `traceml "
+        "report --lines` shows the lines in which it was seen."
     )
 
 
@@ -133,13 +145,14 @@ def for_jitter(part: str | None, rank: int | None) -> str:
     )
 
 
-def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts) -> str:
+def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, line: BlamedLine | None = None) -> str:
     """Return advice on ranks that slow the others down.
 
     Args:
         part: the slow part of their step; None for all parts.
         ranks: the slow ranks.
         facts: about the job.
+        line: where the excess is, if it is known.
     """
     names = ranks_text(ranks)
     hosts = sorted({facts.hosts[rank] for rank in ranks if rank in facts.hosts})
@@ -164,6 +177,9 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts) -> 
             f"Compare what {names}{at} does in its {part} with the others: code that runs on that rank only, longer "
             "or larger batches, a slower device."
         )
+
+    if part == "other" and line is not None:
+        return f"Look at why {names}{at} runs {line.place} that long: the other ranks do not."
 
     if part == "other":
         return (

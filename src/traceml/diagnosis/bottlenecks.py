@@ -11,6 +11,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.replay import saved_ns, speedup, without_rare
+from traceml.diagnosis.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.step_split import Floats
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
@@ -55,10 +56,29 @@ class _PhaseCost:
         """The gain in words: `2.9x faster`."""
         return f"{factor_text(speedup(self.segments, self.saved_ns))} faster"
 
-    def finding(self, kind: Kind, summary: str, action: str, loader: JobFacts | None = None) -> Finding:
-        """Return the finding; with the facts, its evidence describes the data loader."""
+    def line(self, facts: JobFacts) -> BlamedLine | None:
+        """Return the line of the user's code that most of it is spent in, where the samples tell."""
+        return blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+
+    @property
+    def _phase_share(self) -> float:
+        return float(self.segments.parts[self.part].mean()) / self.step_ns
+
+    def finding(
+        self, kind: Kind, summary: str, action: str, *, loader: JobFacts | None = None, line: BlamedLine | None = None
+    ) -> Finding:
+        """Return the finding.
+
+        Args:
+            kind: its kind.
+            summary: the cause.
+            action: what to do.
+            loader: the facts, if its evidence is to describe the data loader.
+            line: the line that most of it is spent in.
+        """
         share = self.saved_ns / self.step_ns
         evidence = _evidence(self.segments, self.part, self.step_ns)
+        evidence |= line.evidence(self._phase_share) if line else {}
         return Finding(
             kind=kind,
             severity=kind.severity_for(share),
@@ -82,8 +102,10 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     rare = _mostly_rare(segments.parts["input_wait"])
     where = "" if rare is None else f" (most of the waiting is in {percent_text(rare)} of the steps)"
     gain = f"with data always ready the run would be {cost.faster}{where}"
-    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}; {gain}."
-    return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), facts)]
+    # With workers, the line is the loop's own: the work is in their processes.
+    line = None if facts.loader is not None and facts.loader.num_workers else cost.line(facts)
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{_in_line(line)}; {gain}."
+    return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), loader=facts, line=line)]
 
 
 def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -95,7 +117,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
     summary = (
         f"Copies to the device take {cost.of_step}; hidden behind computation they would make the run {cost.faster}."
     )
-    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), facts)]
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), loader=facts)]
 
 
 def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -111,8 +133,10 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
-            summary = f"{cost.of_step} is spent in {phase_words(part)}; without it the run would be {cost.faster}."
-            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part)))
+            line = cost.line(facts)
+            where = f"{phase_words(part)}{_in_line(line)}"
+            summary = f"{cost.of_step} is spent in {where}; without it the run would be {cost.faster}."
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), line=line))
 
     return found
 
@@ -132,6 +156,10 @@ def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -
     saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
     ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
     return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
+
+
+def _in_line(line: BlamedLine | None) -> str:
+    return "" if line is None else f", {line.share_text} of it in {line.place}"
 
 
 def _mostly_rare(values: Floats) -> float | None:

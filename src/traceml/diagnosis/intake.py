@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_STEPS, HOST, PROCESS, STEPS, USER_PHASES, Table
+from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS, STEPS, USER_PHASES, Table
 from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.window import StepWindow, Window
 
@@ -37,6 +37,7 @@ class RowIntake:
             USER_PHASES.name: self._take_user_phases,
             PROCESS.name: self.facts.process_rows,
             HOST.name: self.facts.host_rows,
+            LINES.name: self.facts.lines.add,
         }
 
     def resize(self, slots: int, ranks: int) -> None:
@@ -71,7 +72,7 @@ class RowIntake:
 
     def snapshot(self, last: int) -> tuple[Window, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
-        return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist())
+        return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist(), self.names)
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
         if added := self._added[table.name]:
@@ -85,4 +86,4 @@ class RowIntake:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST)}
+_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, LINES)}

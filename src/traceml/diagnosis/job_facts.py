@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.sampled_lines import LineCounts, SampledLine
+
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
 
 OVERSUBSCRIBED = 0.25
@@ -91,6 +93,7 @@ class JobFacts:
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         loader: the training data loader.
         exits: ends of ranks.
+        lines: lines in which the training threads were seen.
         state: the run's state, as in the report.
     """
 
@@ -103,6 +106,7 @@ class JobFacts:
     main_wait: Mapping[int, float] = field(default_factory=dict)
     loader: LoaderFacts | None = None
     exits: tuple[RankExit, ...] = ()
+    lines: tuple[SampledLine, ...] = ()
     state: str = "running"
 
     @property
@@ -126,6 +130,9 @@ class JobFacts:
         return max(1, min(shares)) if shares else None
 
 
+_NO_NAMES: Mapping[int, Mapping[int, str]] = {}
+
+
 class JobFactsBuilder:
     """Collects facts from rows as they arrive."""
 
@@ -134,6 +141,7 @@ class JobFactsBuilder:
         self.hosts: dict[int, str] = {}
         self.exits: dict[int, RankExit] = {}
         self.state = "running"
+        self.lines = LineCounts()
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}
@@ -178,11 +186,12 @@ class JobFactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = _merge(before, ended) if before else ended
 
-    def build(self, latest: Sequence[int] = ()) -> JobFacts:
+    def build(self, latest: Sequence[int] = (), names: Mapping[int, Mapping[int, str]] = _NO_NAMES) -> JobFacts:
         """Return the facts as they are now.
 
         Args:
             latest: last step of each rank (-1: none), for ranks that could not report theirs.
+            names: texts of each rank by id, for the sampled lines.
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
@@ -195,6 +204,7 @@ class JobFactsBuilder:
             threads=known.get("torch_threads"),
             main_wait=self._main_wait(),
             loader=self._loaders[0] if self._loaders else None,
+            lines=self.lines.lines(names),
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from traceml.formatting import capitalized, count_text, percent_text, phase_words, ranks_text, signal_name
+from traceml.formatting import capitalized, count_text, line_text, percent_text, phase_words, ranks_text, signal_name
 
 __all__ = ["CRITICAL_SHARE", "WARNING_SHARE", "Kind", "KindRule", "Severity"]
 
@@ -15,6 +15,9 @@ WARNING_SHARE = 0.10
 """A timing finding costs at least this share of step time."""
 CRITICAL_SHARE = 0.25
 """From this share on a timing finding is critical."""
+
+# A line with this share of a finding's cost stands in its headline.
+_MOST = 0.75
 
 
 class Severity(StrEnum):
@@ -57,6 +60,17 @@ def _lost_ranks(finding: _FindingFacts) -> str:
     return f"{capitalized(ranks_text(finding.ranks))} ended{how}{when}{where}"
 
 
+def _user_code(finding: _FindingFacts) -> str:
+    """Return `94 % of step time is spent in train.py:23 update_metric`."""
+    evidence = finding.evidence
+    share, where = finding.cost_share, phase_words(finding.phase or "other")
+    line_share = evidence.get("line_share") or 0.0
+    if line_share >= _MOST * share:
+        share, where = line_share, line_text(evidence["file"], evidence["line"], evidence["function"])
+
+    return f"{percent_text(share)} of step time is spent in {where}"
+
+
 def _unknown(finding: _FindingFacts) -> str:
     words = capitalized(finding.kind.lower().replace("_", " "))
     where = f", in {phase_words(finding.phase)}" if finding.phase else ""
@@ -96,7 +110,7 @@ class Kind(StrEnum):
     INPUT_BOUND = "INPUT_BOUND", KindRule("Training waits for data: {share}")
     H2D_BOUND = "H2D_BOUND", KindRule("Copies to the device slow training down: {share}")
     COMM_BOUND = "COMM_BOUND", KindRule("Communication between ranks slows training down: {share}")
-    RESIDUAL_HEAVY = "RESIDUAL_HEAVY", KindRule("{share} is spent in {phase}")
+    RESIDUAL_HEAVY = "RESIDUAL_HEAVY", KindRule(_user_code)
     INPUT_STRAGGLER = "INPUT_STRAGGLER", _SLOW
     COMPUTE_STRAGGLER = "COMPUTE_STRAGGLER", _SLOW
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW

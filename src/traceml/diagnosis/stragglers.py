@@ -18,6 +18,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.replay import saved_ns, speedup, with_typical_work
+from traceml.diagnosis.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.segments import COMPUTE, LateRanks, Segments
 from traceml.diagnosis.step_split import Floats
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
@@ -283,20 +284,30 @@ def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
     ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
     gain = speedup(segments, saved)
     kind = straggler_kind(late.part)
+    mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
+    others = [int(rank) for rank in segments.ranks[late.others]]
+    line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
     return Finding(
         kind=kind,
         severity=kind.severity_for(share),
         ranks=ranks,
         phase=late.part,
-        summary=_summary(segments, late, ranks, share, gain),
-        next=advice.for_straggler(None if late.everywhere else late.part, ranks, facts),
-        evidence=_evidence(segments, facts, late, ranks),
+        summary=_summary(segments, late, ranks, share, gain, line),
+        next=advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line),
+        evidence=_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
         cost_share=share,
         speedup_if_fixed=gain,
     )
 
 
-def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share: float, gain: float) -> str:
+def _summary(
+    segments: Segments,
+    late: LateRanks,
+    ranks: tuple[int, ...],
+    share: float,
+    gain: float,
+    line: BlamedLine | None,
+) -> str:
     subject = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
     own = segments.parts[late.part]
     mine, others = float(own[late.rows].mean()), float(_mean_of_others(own[late.others]).mean())
@@ -306,11 +317,12 @@ def _summary(segments: Segments, late: LateRanks, ranks: tuple[int, ...], share:
             f"others (most of it in {phase_words(late.part)}); without it the run would be {factor_text(gain)} faster."
         )
 
+    where = "" if line is None else f", {line.share_text} of it in {line.place}"
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
-        f"others' ({ns_text(others)}); that costs {percent_text(share)} of step time, and without it the run would be "
-        f"{factor_text(gain)} faster."
+        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it the run "
+        f"would be {factor_text(gain)} faster."
     )
 
 

@@ -12,6 +12,7 @@ from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
+from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import SamplerScheduler
@@ -58,6 +59,9 @@ class RecorderThread:
         self._sender, self._hook_ns, self._files = sender, hook_ns, files
         self._delayed: list[tuple[int, Callable[[], None]]] = []
         self._every_turn: list[Callable[[bool], None]] = []
+        self._lines: LineSampler | None = None
+        self._line_interval_s = 0.0
+        self._line_due_s = 0.0
         self._slots = flight.open_slots
         self._telemetry = flight.ring("telemetry")
         # Rings of megabytes: their stored rows need not stay resident in the user's process.
@@ -80,6 +84,15 @@ class RecorderThread:
     def use(self, scheduler: SamplerScheduler) -> None:
         """Replace the scheduler; before the start, or on the thread."""
         self.scheduler = scheduler
+
+    def sample_lines(self, lines: LineSampler, interval_s: float) -> None:
+        """Sample the line of the training thread between turns; before the start, or on the thread.
+
+        Args:
+            lines: counts the samples.
+            interval_s: time between two.
+        """
+        self._lines, self._line_interval_s = lines, interval_s
 
     def call(self, function: Callable[[], None]) -> None:
         """Run `function` on the thread, in its next turn."""
@@ -122,9 +135,28 @@ class RecorderThread:
             self._wake.clear()
             self._guarded(self._turn)
             if self._end is None:
-                self._wake.wait(self._pause_s())
+                self._pause(self._pause_s())
 
         self._guarded(self._last_turn)
+
+    def _pause(self, pause_s: float) -> None:
+        """Sleep until the next turn, and sample lines meanwhile."""
+        end_s = time.monotonic() + pause_s
+        while self._lines is not None and self._line_due_s < end_s:
+            if self._wake.wait(max(0.0, self._line_due_s - time.monotonic())):
+                return
+
+            self._line_due_s = time.monotonic() + self._line_interval_s
+            self._sample_line(self._lines)
+
+        self._wake.wait(max(0.0, end_s - time.monotonic()))
+
+    def _sample_line(self, lines: LineSampler) -> None:
+        with fail_open(_log, "recorder", "lines are no longer sampled"):
+            lines.sample(self._wake.wait)
+            return
+
+        self._lines = None
 
     def _turn(self) -> None:
         now = monotonic_ns()
@@ -190,6 +222,9 @@ class RecorderThread:
 
     def _append_telemetry(self, now: int) -> None:
         sender, scheduler = self._sender, self.scheduler
+        if self._lines is not None:
+            self._lines.flush()
+
         self.cpu_ns = time.thread_time_ns()
         self._telemetry.append(
             now,

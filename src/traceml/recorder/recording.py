@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from traceml.fail_open import fail_open
 from traceml.privacy import secrets_only
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
+from traceml.recorder.line_sampler import LineSampler
 from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
@@ -139,6 +141,7 @@ class Recording:
         if tracing:
             self.thread.use(self._sampling(self._samplers()))
             self._instrument()
+            self._sample_lines()
         if not self._is_child:
             self.note("process", **_process_facts(self.identity))
 
@@ -151,6 +154,7 @@ class Recording:
         scheduler = self._sampling(self._samplers())
         self.thread.call(lambda: self.thread.use(scheduler))
         self._instrument()
+        self.thread.call(self._sample_lines)
 
     def finish(self, reason: str, timeout_s: float) -> bool:
         """Remove the hooks, send the remaining rows, say bye; return whether everything is stored.
@@ -291,6 +295,15 @@ class Recording:
         self.tracing = True
         with fail_open(_log, "recorder", "steps cannot be traced"):  # samples and trace_step still work
             self.instrumentation = install(self.flight, on_info=self._append_info, on_group=self._group_initialized)
+
+    def _sample_lines(self) -> None:
+        interval_s = self._config.stack_interval
+        if interval_s:
+            self.thread.sample_lines(LineSampler(self.flight, self._training_thread), interval_s)
+
+    def _training_thread(self) -> int:
+        clock = self.instrumentation.clock if self.instrumentation is not None else None
+        return clock.thread if clock is not None and clock.thread else threading.main_thread().ident or 0
 
     def _uninstrument(self) -> None:
         if self.instrumentation is None:

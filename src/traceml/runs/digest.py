@@ -14,6 +14,7 @@ from traceml.database.schema import (
     GPU,
     HOST,
     INFO,
+    LINES,
     NAMES,
     PROCESS,
     STEPS,
@@ -82,6 +83,11 @@ class Digest:
     def grouped(self) -> bool:
         """Whether the ranks may wait for each other."""
         return has_group(max(self.world_size, len(self.ranks)))
+
+    @property
+    def names(self) -> dict[int, dict[int, str]]:
+        """Texts of each rank by id."""
+        return self._intake.names
 
     def start_at(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
         """Skip all but the last `rows` step rows, and their user phases."""
@@ -203,7 +209,7 @@ class Digest:
 
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
-_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, *_SAMPLED)
+_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, LINES, *_SAMPLED)
 
 
 def _by_stream(rows: NDArray[np.void], table: Table) -> Iterator[tuple[int, bytes]]:

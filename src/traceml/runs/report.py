@@ -156,6 +156,7 @@ def make_report(
         steps=steps,
         phases=sections.phases(digest, window),
         ranks=sections.ranks(digest),
+        lines=sections.lines(digest),
         memory=sections.memory(digest),
         system=sections.system(digest),
         metrics=digest.metrics.section(),

@@ -19,6 +19,7 @@ __all__ = [
     "ExitSection",
     "GpuSection",
     "HostSection",
+    "LineSection",
     "MemorySection",
     "MetricSection",
     "PhaseSection",
@@ -87,6 +88,24 @@ class PhaseSection(msgspec.Struct, kw_only=True):
     mean_ms: float = 0.0
     share: float = 0.0
     by_rank: list[RankMean] = []
+
+
+class LineSection(msgspec.Struct, kw_only=True):
+    """A line of the user's code in which training threads were seen, over all ranks.
+
+    `phase` may also be `startup` (before the first step) and `outside` (between steps). `share` is the share of the
+    phase's samples, 0..1. `library` is the innermost library function that it had called. Without the user's code on
+    the stack, `file`, `line` and `function` are None.
+    """
+
+    phase: str
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+    library: str | None = None
+    samples: int = 0
+    share: float = 0.0
+    ranks: list[int] = []
 
 
 class ExitSection(msgspec.Struct, kw_only=True):
@@ -214,6 +233,7 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
     steps: StepsSection = msgspec.field(default_factory=StepsSection)
     phases: list[PhaseSection] = []
     ranks: list[RankSection] = []
+    lines: list[LineSection] = []
     memory: MemorySection = msgspec.field(default_factory=MemorySection)
     system: SystemSection = msgspec.field(default_factory=SystemSection)
     metrics: dict[str, MetricSection] = {}

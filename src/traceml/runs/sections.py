@@ -11,6 +11,7 @@ from traceml.database.reader import StoreReader, StreamRecord
 from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
 from traceml.diagnosis.findings import significant
 from traceml.diagnosis.job_facts import RankExit
+from traceml.diagnosis.sampled_lines import SampledLine
 from traceml.diagnosis.step_split import PHASES
 from traceml.diagnosis.window import Window
 from traceml.runs.digest import Digest
@@ -18,6 +19,7 @@ from traceml.runs.report_types import (
     ExitSection,
     GpuSection,
     HostSection,
+    LineSection,
     MemorySection,
     PhaseSection,
     RankMean,
@@ -29,9 +31,10 @@ from traceml.runs.report_types import (
 )
 from traceml.runs.samples import slope_per_step
 
-__all__ = ["memory", "phases", "ranks", "steps", "system", "telemetry"]
+__all__ = ["lines", "memory", "phases", "ranks", "steps", "system", "telemetry"]
 
 _MS = 1e6
+_MAX_LINES = 200
 _ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
 
 
@@ -144,6 +147,27 @@ def _exit(digest: Digest, stream: StreamRecord) -> ExitSection:
         open_phase=ended.open_phase,
         stack=ended.stack,
     )
+
+
+def lines(digest: Digest) -> list[LineSection]:
+    """Return the most frequent lines of the user's code, over all ranks."""
+    found: dict[tuple[Any, ...], LineSection] = {}
+    of_phase: Counter[str] = Counter()
+    for each in digest.facts.lines.lines(digest.names):
+        of_phase[each.part] += each.samples
+        key = (each.part, each.file, each.line, each.function, each.library)
+        section = found.setdefault(key, _line(each))
+        section.samples += each.samples
+        section.ranks.append(each.rank)
+
+    for section in found.values():
+        section.share = _number(section.samples / of_phase[section.phase])
+
+    return sorted(found.values(), key=lambda section: -section.samples)[:_MAX_LINES]
+
+
+def _line(of: SampledLine) -> LineSection:
+    return LineSection(phase=of.part, file=of.file, line=of.line, function=of.function, library=of.library)
 
 
 def memory(digest: Digest) -> MemorySection:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from traceml.database.reader import StreamRecord
 from traceml.database.schema import (
     INFO,
+    LINE_PHASES,
     LOGGED,
     METRICS,
     PACKED,
@@ -66,6 +67,7 @@ _DOCS = {
     "torch_memory": "samples of torch's allocator on a device",
     "telemetry": "activity and cost of tracing itself",
     "metrics": "all logged values",
+    "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
 }
 _TIME = ExportColumn("time_epoch_ns", "int64", "time in nanoseconds since 1970 by the aggregator's clock")
 _JSON = ExportColumn("data_json", "string", "everything else, as a JSON object")
@@ -76,6 +78,11 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "t_ns": (_TIME,),
     "t_end_ns": (ExportColumn("end_epoch_ns", "int64", "its end in nanoseconds since 1970 by the aggregator's clock"),),
     "name_id": (ExportColumn("name", "string", "its name"),),
+    "phase": (ExportColumn("phase", "string", "the phase that was open: " + ", ".join(LINE_PHASES.values())),),
+    "line_id": (ExportColumn("line", "string", "the user's line, `FILE:LINE FUNCTION`; null without one"),),
+    "library_id": (
+        ExportColumn("library", "string", "innermost library function that it had called, null without one"),
+    ),
     "kind": (ExportColumn("source", "string", "its source: " + ", ".join(kind.name.lower() for kind in MetricKind)),),
     "bits": (
         ExportColumn("other_ns", "int64", "rest of total_ns: code outside the known phases"),
@@ -84,6 +91,7 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
         ExportColumn("sequence", "int64", "collectives issued so far"),
     ),
 }
+_NAMES = {"name_id": "name", "line_id": "line", "library_id": "library"}
 _NULLED = "backward_own_ns"
 
 
@@ -161,8 +169,11 @@ def _columns_of(
         date = clocks.of_date if table == METRICS.name else clocks.of_stamp
         return {"time_epoch_ns": date(stream.id, values)}
 
-    if name == "name_id":
-        return {"name": [name_of(number) for number in values.tolist()]}
+    if name in _NAMES:
+        return {_NAMES[name]: [name_of(number) if number >= 0 else None for number in values.tolist()]}
+
+    if name == "phase":
+        return {"phase": [LINE_PHASES.get(number, str(number)) for number in values.tolist()]}
 
     if name == "kind":
         return {"source": [_source(number) for number in values.tolist()]}

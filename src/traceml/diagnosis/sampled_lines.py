@@ -1,0 +1,183 @@
+"""Lines of the user's code that the training thread was seen in, by phase.
+
+Shares of phases come from the hooks; samples only divide a phase by line. A line is named where there are enough
+samples, and where the phase has the same share of the samples as of the hooks' time: a sampler is blind to code that
+never lets it look.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
+from traceml.formatting import line_text, percent_text
+
+__all__ = ["OUTSIDE_STEPS", "BlamedLine", "LineCounts", "SampledLine", "blamed_line"]
+
+MIN_SAMPLES = 35
+"""Fewer samples of a phase do not name a line: with 35, a share of 0.9 is accurate to a tenth."""
+MAX_DISAGREEMENT = 0.15
+"""The phase's share of the samples and of the hooks' time may differ by this much."""
+NAMED_SHARE = 0.3
+"""A function with a smaller share of the phase is not named."""
+
+OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
+"""Names of the time before the first step and between steps, beside those of the phases."""
+
+_USER = Phase.USER.label
+
+
+@dataclass(frozen=True, slots=True)
+class SampledLine:
+    """A line of the user's code, and how often it was seen.
+
+    Attributes:
+        rank: the rank.
+        part: a phase, `other`, or a name of `OUTSIDE_STEPS`.
+        file, line, function: the innermost code of the user; None where only libraries ran.
+        library: innermost library function that it had called, `FILE:LINE FUNCTION`.
+        samples: number of samples.
+    """
+
+    rank: int
+    part: str
+    file: str | None
+    line: int | None
+    function: str | None
+    library: str | None
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlamedLine:
+    """The function that holds most of a phase, with its most frequent line.
+
+    Attributes:
+        file, line, function: where it is.
+        share: share of the phase's samples, 0..1.
+        samples: samples of the phase.
+    """
+
+    file: str
+    line: int
+    function: str
+    share: float
+    samples: int
+
+    @property
+    def place(self) -> str:
+        """The line in words: `train.py:23 update_metric`."""
+        return line_text(self.file, self.line, self.function)
+
+    @property
+    def share_text(self) -> str:
+        """The share of the phase in words: `all`, `94 %`."""
+        return "all" if self.share > 0.99 else percent_text(self.share)
+
+    def evidence(self, phase_share: float) -> dict[str, Any]:
+        """Return the line as a finding's evidence.
+
+        Args:
+            phase_share: share of the step that the phase has.
+        """
+        share = self.share * phase_share
+        return {"file": self.file, "line": self.line, "function": self.function, "line_share": share}
+
+
+class LineCounts:
+    """Sums the rows of `schema.LINES` by rank, phase and line."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, Counter[tuple[int, int, int]]] = {}
+
+    def add(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of a rank."""
+        counts = self._samples.setdefault(rank, Counter())
+        for row in rows:
+            counts[int(row["phase"]), int(row["line_id"]), int(row["library_id"])] += int(row["samples"])
+
+    def lines(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
+        """Return the lines of all ranks, the most frequent of each rank first.
+
+        Args:
+            names: texts of each rank by id.
+        """
+        return tuple(
+            SampledLine(rank, LINE_PHASES.get(phase, "other"), *_place(names.get(rank, {}).get(line)), library, samples)
+            for rank, counts in sorted(self._samples.items())
+            for (phase, line, called), samples in counts.most_common()
+            for library in (names.get(rank, {}).get(called),)
+        )
+
+
+def blamed_line(
+    lines: Sequence[SampledLine],
+    part: str,
+    phase_share: float,
+    ranks: Collection[int] = (),
+    others: Collection[int] = (),
+) -> BlamedLine | None:
+    """Return the function that most of a phase is spent in; None where the samples do not tell.
+
+    Args:
+        lines: the sampled lines of a run.
+        part: a phase, `other`, or a user's phase by its name.
+        phase_share: the phase's share of the step, as measured by the hooks.
+        ranks: the ranks to look at; empty for all.
+        others: ranks to compare with: what they do too is not to blame.
+    """
+    code = part if part in PHASE_LABELS or part == "other" else _USER
+    functions, total, in_steps = _by_function(lines, code, ranks)
+    if total < MIN_SAMPLES or abs(total / in_steps - phase_share) > MAX_DISAGREEMENT:
+        return None
+
+    usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
+    excess = {
+        place: samples - usual[place] * in_steps / max(in_steps_of_others, 1) for place, samples in functions.items()
+    }
+    place = max(excess, key=lambda name: excess[name], default=None)
+    if place is None or excess[place] < NAMED_SHARE * total:
+        return None
+
+    counts: Counter[int] = Counter()
+    for each in _seen_on(lines, ranks):
+        if each.part == code and (each.file, each.function) == place and each.line is not None:
+            counts[each.line] += each.samples
+
+    return BlamedLine(place[0], counts.most_common(1)[0][0], place[1], functions[place] / total, total)
+
+
+def _by_function(
+    lines: Sequence[SampledLine], part: str, ranks: Collection[int]
+) -> tuple[Counter[tuple[str, str]], int, int]:
+    """Return (samples of a phase by file and function, samples of the phase, samples in steps)."""
+    functions: Counter[tuple[str, str]] = Counter()
+    total = in_steps = 0
+    for each in _seen_on(lines, ranks):
+        in_steps += each.samples if each.part not in OUTSIDE_STEPS else 0
+        if each.part == part:
+            total += each.samples
+            if each.file is not None and each.function is not None:
+                functions[each.file, each.function] += each.samples
+
+    return functions, total, in_steps
+
+
+def _seen_on(lines: Sequence[SampledLine], ranks: Collection[int]) -> Iterator[SampledLine]:
+    return (each for each in lines if not ranks or each.rank in ranks)
+
+
+def _place(text: str | None) -> tuple[str | None, int | None, str | None]:
+    """Return (file, line, function) of `FILE:LINE FUNCTION`."""
+    if not text:
+        return None, None, None
+
+    place, _, function = text.rpartition(" ")
+    file, _, line = place.rpartition(":")
+    return (file, int(line), function) if line.isdecimal() else (None, None, None)

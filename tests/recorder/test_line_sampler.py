@@ -1,0 +1,221 @@
+"""Samples of the training thread's line: where it is, in which phase, and what the script's own settings become."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from traceml.database.flight import FlightFile
+from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
+from traceml.recorder.line_sampler import LineSampler, UserCode
+
+SAMPLES = 40
+
+
+@pytest.fixture
+def flight(tmp_path: Path) -> Iterator[FlightFile]:
+    """A flight file in a folder of its own."""
+    made = FlightFile.create(tmp_path, {"rank": 0})
+    yield made
+    made.close(unlink=True)
+
+
+class Training:
+    """A thread that runs a function until it is told to end."""
+
+    def __init__(self, work: collections.abc.Callable[[], object]) -> None:
+        self._ends, self._work = threading.Event(), work
+        self._begun = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self._begun.set()
+        while not self._ends.is_set():
+            self._work()
+
+    def __enter__(self) -> Training:
+        self._thread.start()
+        self._begun.wait()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def ident(self) -> int:
+        return self._thread.ident or 0
+
+
+def holds_the_lock() -> int:
+    return sum(number * number for number in range(50_000))
+
+
+def releases_the_lock() -> None:
+    time.sleep(0.002)
+
+
+def alternates() -> None:
+    holds_the_lock()
+    releases_the_lock()
+
+
+def dumps() -> None:
+    json.dumps(list(range(20_000)), indent=1)
+
+
+def rows_of(flight: FlightFile) -> list[tuple[int, str, str, int]]:
+    """Return (phase, line, library function, samples) of each row."""
+    names = {number: name for name, number in flight.names._ids.items()}
+    taken = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    return [
+        (int(row["phase"]), names.get(int(row["line_id"]), ""), names.get(int(row["library_id"]), ""), row["samples"])
+        for row in taken
+    ]
+
+
+def sampled(flight: FlightFile, training: Training, samples: int = SAMPLES) -> list[tuple[int, str, str, int]]:
+    sampler = LineSampler(flight, training.ident)
+    for _ in range(samples):
+        sampler.sample(time.sleep)
+
+    sampler.flush()
+    return rows_of(flight)
+
+
+def test_code_that_holds_the_lock_is_seen(flight: FlightFile) -> None:
+    """Blocks of some milliseconds that hold the interpreter's lock, between sleeps that release it."""
+    with Training(alternates) as training:
+        rows = sampled(flight, training)
+
+    functions = collections.Counter[str]()
+    for _, line, _, samples in rows:
+        functions[line.rpartition(" ")[2].split(".")[0]] += samples
+
+    assert functions["holds_the_lock"] >= 2
+    assert functions["releases_the_lock"] >= 2
+    assert sum(functions.values()) == SAMPLES
+    assert all(line.startswith(__file__ + ":") for _, line, _, _ in rows)
+
+
+def test_library_frames_are_skipped_and_told(flight: FlightFile) -> None:
+    """The line is the user's; the library's function is beside it."""
+    with Training(dumps) as training:
+        rows = sampled(flight, training)
+
+    line = dumps.__code__.co_firstlineno + 1
+    of_line = [row for row in rows if row[1] == f"{__file__}:{line} dumps"]
+    assert sum(row[3] for row in of_line) >= SAMPLES // 2
+    assert any("json/encoder.py" in row[2] for row in of_line)
+
+
+@pytest.mark.parametrize(
+    ("slots", "phase"),
+    [
+        ({}, LINE_STARTUP),
+        ({Slot.STEP_START: 5, Slot.STEP: 0}, LINE_OTHER),
+        ({Slot.STEP_START: 5, Slot.STEP: 0, Phase.FORWARD: 6}, Phase.FORWARD),
+        ({Slot.STEP_START: 5, Slot.STEP: 0, Phase.OPTIMIZER: 6, Phase.FORWARD: 7}, Phase.FORWARD),  # LBFGS
+    ],
+)
+def test_the_innermost_open_phase_counts(flight: FlightFile, slots: dict[int, int], phase: int) -> None:
+    """Startup before the first step; other code in a step without an open phase."""
+    for slot, value in slots.items():
+        flight.open_slots[slot] = value
+
+    with Training(releases_the_lock) as training:
+        rows = sampled(flight, training, samples=2)
+
+    assert {row[0] for row in rows} == {phase}
+
+
+def test_between_steps_is_not_startup(flight: FlightFile) -> None:
+    """Once a step was recorded."""
+    flight.ring("steps").append(*range(len(flight.ring("steps")._table.columns)))
+
+    with Training(releases_the_lock) as training:
+        assert {row[0] for row in sampled(flight, training, samples=2)} == {LINE_OUTSIDE}
+
+
+def test_counts_are_appended_once(flight: FlightFile) -> None:
+    """A flush takes the samples since the last one."""
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        for samples in (3, 2):
+            for _ in range(samples):
+                sampler.sample(time.sleep)
+
+            sampler.flush()
+
+    sampler.flush()
+    assert sum(row[3] for row in rows_of(flight)) == 5 == sampler.samples
+
+
+def test_the_switch_interval_is_the_users(flight: FlightFile) -> None:
+    """It is restored, also after an error; one that the script sets during a sample stays."""
+    usual = sys.getswitchinterval()
+    sampler = LineSampler(flight, lambda: 0)
+
+    def fails(_seconds: float) -> None:
+        raise OSError("the sleep failed")
+
+    try:
+        sampler.sample(time.sleep)
+        assert sys.getswitchinterval() == usual
+        with pytest.raises(OSError, match="the sleep"):
+            sampler.sample(fails)
+
+        assert sys.getswitchinterval() == usual
+        sampler.sample(lambda _seconds: sys.setswitchinterval(0.001))
+        assert sys.getswitchinterval() == pytest.approx(0.001)
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def test_a_thread_that_is_gone_is_no_sample(flight: FlightFile) -> None:
+    """The training thread may have ended."""
+    sampler = LineSampler(flight, lambda: 0)
+
+    sampler.sample(time.sleep)
+    sampler.flush()
+
+    assert (sampler.samples, rows_of(flight)) == (0, [])
+
+
+def frame_of(path: str, **values: object) -> object:
+    """Return a frame of code in a file of that name."""
+    namespace: dict[str, object] = {"sys": sys, "__name__": "module", **values}
+    exec(compile("frame = sys._getframe()", path, "exec"), namespace)
+    return namespace["frame"]
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "is_of_user"),
+    [
+        ("/home/me/train.py", {}, True),
+        ("/tmp/ipykernel_77/1234.py", {}, True),
+        ("<ipython-input-3-abc>", {}, True),
+        ("/home/me/.venv/lib/python3.11/site-packages/timm/models.py", {}, False),
+        ("/usr/lib/python3/dist-packages/numpy/core.py", {}, False),
+        (collections.__file__, {}, False),
+        ("<frozen importlib._bootstrap>", {}, False),
+        (sys.modules["traceml.recorder"].__file__, {}, False),
+        ("/opt/pytorch/torch/nn/linear.py", {}, False),
+        # a script wherever it lies, as `python /usr/lib/python3/dist-packages/x/train.py`
+        ("/usr/lib/python3/dist-packages/x/train.py", {"__name__": "__main__", "__spec__": None}, True),
+    ],
+)
+def test_what_the_user_wrote(path: str, values: dict[str, object], *, is_of_user: bool) -> None:
+    """Everything but the standard library, installed packages, torch and traceml."""
+
+    class Torch:
+        __file__ = "/opt/pytorch/torch/__init__.py"
+
+    assert UserCode({"torch": Torch}).contains(frame_of(path, **values)) is is_of_user

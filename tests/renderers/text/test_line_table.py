@@ -1,0 +1,47 @@
+"""Table of sampled lines: by phase, the most frequent first."""
+
+from __future__ import annotations
+
+from traceml.renderers.text.line_table import line_table
+from traceml.renderers.views import run_view
+from traceml.runs.report_types import LineSection, Report
+
+
+def table(*lines: LineSection) -> list[str]:
+    report = Report.empty("run")
+    report.lines = list(lines)
+    return [line.plain for line in line_table(run_view(report))]
+
+
+def line(phase: str, function: str | None, samples: int, share: float, library: str | None = None) -> LineSection:
+    place = {"file": "/home/me/train.py", "line": 7, "function": function} if function else {}
+    return LineSection(phase=phase, samples=samples, share=share, library=library, **place)
+
+
+def test_phases_and_lines_are_in_order_of_time():
+    """Lines with the same place are one, with their most frequent library function; tiny ones are left out."""
+    shown = table(
+        line("forward", "forward", 20, 1.0, "/venv/lib/python3.11/site-packages/torch/nn/linear.py:9 Linear.forward"),
+        line("other", "update", 50, 0.625),
+        line("other", "load", 20, 0.25, "/usr/lib/python3.11/json/decoder.py:3 decode"),
+        line("other", "load", 9, 0.1125),
+        line("other", "tiny", 1, 0.005),
+        line("startup", None, 10, 1.0),
+    )
+
+    assert shown == [
+        "other: 73 % of 110 samples",
+        "    62 %  /home/me/train.py:7 update",
+        "    36 %  /home/me/train.py:7 load",
+        "          in /usr/lib/python3.11/json/decoder.py:3 decode",
+        "forward: 18 % of 110 samples",
+        "   100 %  /home/me/train.py:7 forward",
+        "          in torch/nn/linear.py:9 Linear.forward",
+        "before the first step: 9.1 % of 110 samples",
+        "   100 %  libraries only",
+    ]
+
+
+def test_a_run_without_samples_says_why():
+    """Instead of an empty screen."""
+    assert table() == ["No lines were sampled: the run was too short, or `stack_interval` is 0."]
