@@ -37,7 +37,7 @@ def test_phases_and_lines_are_in_order_of_time():
         "forward: 18 % of 110 samples",
         "   100 %  /home/me/train.py:7 forward",
         "          in torch/nn/linear.py:9 Linear.forward",
-        "before the first step: 9.1 % of 110 samples",
+        "before the first step: 9 % of 110 samples",
         "   100 %  libraries only",
     ]
 
