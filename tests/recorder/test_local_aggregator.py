@@ -79,6 +79,29 @@ def test_ranks_share_one_aggregator_that_ends_with_them(tmp_path: Path) -> None:
     assert (runs[0] / "report.json").exists()
 
 
+@pytest.mark.process
+def test_it_is_nobodys_child(tmp_path: Path) -> None:
+    """A scheduler that kills a process with its children, as Ray does, leaves the aggregator to store the rows."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, psutil, traceml\n"
+        "traceml.init(local=True)\n"
+        "for _ in range(5):\n"
+        "    with traceml.trace_step():\n"
+        "        pass\n"
+        "for child in psutil.Process().children(recursive=True):\n"
+        "    child.kill()\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    own = environ(tmp_path, TRACEML_PORT=str(free_port()))
+    assert subprocess.run([sys.executable, str(script)], env=own, cwd=tmp_path, check=False).returncode == -9
+
+    (run_dir,) = (tmp_path / "traceml_runs").glob("2*")
+    eventually((run_dir / "report.json").exists)
+    with StoreReader(run_dir / STORE_NAME) as store:
+        assert store.stored("steps") == 5
+
+
 def test_a_foreign_host_is_no_place_for_it(quiet_process: None) -> None:
     """An address that is not this host's cannot be served from here; the error says so."""
     with pytest.raises(AggregatorUnavailableError, match="none can be started"):
@@ -135,5 +158,5 @@ def test_a_stopping_aggregator_is_not_another_users(quiet_process: None, tmp_pat
 def test_an_aggregator_that_cannot_start_is_explained(quiet_process: None, tmp_path: Path) -> None:
     """The error names its log."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(AggregatorUnavailableError, match=r"the one started here ended with \d+: .*local-"):
+    with pytest.raises(AggregatorUnavailableError, match=r"the one started here has ended: .*local-"):
         traceml.init(local=True, port=free_port(), runs_dir=tmp_path / "file" / "runs")

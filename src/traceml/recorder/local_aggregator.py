@@ -6,11 +6,11 @@ the other ranks can connect at once, and their handshake waits until the aggrega
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import socket
-import subprocess
 import sys
 import time
 import zlib
@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from traceml.errors import AggregatorForeignError, AggregatorUnavailableError
+from traceml.recorder.detached_process import DetachedProcess
 from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
 from traceml.transport.client import Connection, connect
@@ -37,13 +38,6 @@ _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
 class _PortOccupiedError(AggregatorUnavailableError):
     """A program that is no aggregator has the port."""
-
-
-class _DetachedProcess(subprocess.Popen[bytes]):
-    """A process that outlives this one on purpose: it ends by itself after the last rank."""
-
-    def __del__(self) -> None:
-        """Leave the process running, without a ResourceWarning."""
 
 
 def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool] = lambda: False) -> Connection:
@@ -82,8 +76,8 @@ def _connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool
     began = time.monotonic()
     try:
         return connect(config.host, config.port, hello, config.token, timeout_s=_PROBE_S, tries=1)
-    except AggregatorUnavailableError as error:
-        missing = error
+    except AggregatorUnavailableError:
+        pass
 
     listener = _claim(config)
     timeout_s = max(config.connect_timeout, _START_S)
@@ -97,19 +91,24 @@ def _connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool
             reason = f"none runs there, and none can be started: {error}"
             raise AggregatorUnavailableError(config.host, config.port, time.monotonic() - began, reason) from error
 
+    with contextlib.closing(process):
+        return _await_own(config, hello, process, log, began, timeout_s)
+
+
+def _await_own(
+    config: Config, hello: Hello, process: DetachedProcess, log: str, began_s: float, timeout_s: float
+) -> Connection:
+    """Connect to the aggregator that was started here."""
     while True:
         try:
             return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1)
         except AggregatorUnavailableError as error:
             missing = error
 
-        waited_s = time.monotonic() - began
-        if process.poll() is not None:
+        waited_s = time.monotonic() - began_s
+        if process.has_ended():
             raise AggregatorUnavailableError(
-                config.host,
-                config.port,
-                waited_s,
-                f"the one started here ended with {process.returncode}: {_last_line(Path(log))}",
+                config.host, config.port, waited_s, f"the one started here has ended: {_last_line(Path(log))}"
             ) from missing
         if waited_s > timeout_s:
             raise AggregatorUnavailableError(config.host, config.port, waited_s, missing.reason) from missing
@@ -143,7 +142,7 @@ def _claim(config: Config) -> socket.socket | None:
         raise AggregatorUnavailableError(config.host, config.port, 0.0, reason) from error
 
 
-def _start(config: Config, listener: socket.socket) -> tuple[_DetachedProcess, str]:
+def _start(config: Config, listener: socket.socket) -> tuple[DetachedProcess, str]:
     """Start an aggregator on the socket; return its process and the path of its log."""
     fd = listener.fileno()
     command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--exit-when-idle"]
@@ -160,16 +159,7 @@ def _start(config: Config, listener: socket.socket) -> tuple[_DetachedProcess, s
 
     log = runtime_folder() / f"local-{config.port}.log"
     with log.open("wb") as output:
-        process = _DetachedProcess(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environ,
-            pass_fds=(fd,),
-            start_new_session=True,  # Ctrl-C at the terminal ends the job, whose end the aggregator must store
-            cwd=Path.cwd(),
-        )
+        process = DetachedProcess(command, output=output, environ=environ, fd=fd)
 
     _log.info("started an aggregator for this job (pid %d), which logs to %s", process.pid, log)
     return process, str(log)
