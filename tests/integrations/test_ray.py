@@ -23,3 +23,19 @@ def test_workers_are_the_ranks_of_one_run(job: Job) -> None:
         assert run.id.split("-", 2)[2].startswith("ray_job")
 
     assert (ended.folder / "traceml_runs").is_dir()
+
+
+def test_a_failed_training_keeps_all_rows_and_shows_the_verdict(job: Job) -> None:
+    """Ray kills the other ranks and their children: their rows, the report and the driver's verdict remain."""
+    ended = job("ray_failing_job.py", RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
+
+    assert all(ended.said["errors"])
+    assert len(ended.runs) == 2
+    for run, failing in zip(ended.runs, (1, 0), strict=True):
+        steps = Counter(run.steps()["rank"].tolist())
+        assert steps[failing] == 51
+        assert steps[1 - failing] in (50, 51)
+        assert run.state == "failed"
+        assert run.report["verdict"]["kind"] == "RANK_LOST"
+        assert ended.stderr.count(f"RuntimeError: rank {failing} is bad") == 1
+        assert ended.stderr.count(f"traceml report {run.id}") == 1

@@ -1,7 +1,8 @@
 """Ray Train: `TorchTrainer(trace(train_loop), ...)`: all workers are the ranks of one run, in the driver's folder.
 
 Ray starts workers in folders of its own, on any host, and runs their training in a thread. They find each other by
-settings from the driver, and through the process group that Ray has created.
+settings from the driver, and through the process group that Ray has created. When one fails, Ray kills the others at
+once, so the driver shows the verdict.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
-from traceml.integrations.training_session import TrainingSession
+from traceml.integrations.training_session import TrainingSession, show_verdict
 from traceml.recorder.identity import script_name
 from traceml.settings import load
 
@@ -35,7 +37,7 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
 
     Args:
         train_loop: as for `TorchTrainer`.
-        report: have rank 0 show the verdict.
+        report: show the verdict: on rank 0, or on the driver when `fit()` raises.
         settings: as for `traceml.init`; those of the driver's environment and files apply in the workers too.
 
     Raises:
@@ -45,6 +47,8 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
     given = {name: getattr(config, name) for name, source in config.sources.items() if source != "default"}
     given |= {"runs_dir": config.runs_dir.absolute(), "run_name": config.run_name or script_name()}
     token = config.token or secrets.token_hex(16)
+    if report and config.enabled:
+        _show_failures(given["runs_dir"], given["run_name"])
 
     @functools.wraps(train_loop)
     def traced(*args: Any) -> Any:
@@ -53,7 +57,7 @@ def trace(train_loop: F, *, report: bool = True, **settings: Any) -> F:
         try:
             result = train_loop(*args)
         except BaseException as error:
-            session.end(error)
+            session.end(error, show=False)
             raise
 
         session.end()
@@ -92,3 +96,47 @@ def _free_address() -> tuple[str, int]:
     host = str(get_node_ip_address())
     with socket.create_server((host, 0)) as listener:
         return host, int(listener.getsockname()[1])
+
+
+# --- the driver ------------------------------------------------------------------------------------------------------
+
+_shown: set[tuple[Path, str]] = set()  # runs_dir and name of the runs whose failures the driver shows
+
+
+def _show_failures(runs_dir: Path, name: str) -> None:
+    """Have `fit()` show the verdicts of runs that began in it when it raises."""
+    from ray.train.torch import TorchTrainer
+
+    if not _shown:
+        owner = next(base for base in TorchTrainer.__mro__ if "fit" in vars(base))
+        owner.fit = _showing_failures(owner.fit)
+
+    _shown.add((runs_dir, name))
+
+
+def _showing_failures(original: Any) -> Any:
+    @functools.wraps(original)
+    def fit(self: Any) -> Any:
+        before = _run_folders()
+        try:
+            return original(self)
+        except Exception:
+            for run_dir in _new_runs(before)[-1:]:  # of the last attempt
+                show_verdict(run_dir)
+
+            raise
+
+    return fit
+
+
+def _new_runs(before: set[Path]) -> list[Path]:
+    """Return the runs of traced loops that were not there before, the oldest first."""
+    from traceml.runs.find import describe_run
+
+    return sorted(path for path in _run_folders() - before if (path.parent, describe_run(path).name) in _shown)
+
+
+def _run_folders() -> set[Path]:
+    from traceml.runs.find import run_folders
+
+    return {path for folder in {folder for folder, _ in _shown} for path in run_folders(folder)}

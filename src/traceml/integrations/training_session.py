@@ -21,7 +21,7 @@ from traceml.recorder.lifecycle import note_exit, shutdown
 from traceml.session.startup import init
 from traceml.track.rank import capturing
 
-__all__ = ["TrainingSession"]
+__all__ = ["TrainingSession", "show_verdict"]
 
 _log = logging.getLogger("traceml")
 
@@ -72,11 +72,12 @@ class TrainingSession:
         capturing.start(collect=False)
         return recorder_now.instrumentation
 
-    def end(self, error: BaseException | None = None) -> None:
+    def end(self, error: BaseException | None = None, *, show: bool = True) -> None:
         """Stop the recorder that was started here: remove all hooks, send all rows, show the verdict on rank 0.
 
         Args:
             error: the exception that ended the training.
+            show: False where another process shows the verdict.
         """
         recorder, own, self._own = current_recorder(), self._own, 0
         if recorder is None or id(recorder) != own or not recorder.enabled:
@@ -88,16 +89,16 @@ class TrainingSession:
         rank = recorder.rank_identity.rank
         run_dir = recorder.run_dir
         shutdown()
-        if self._report and rank == 0 and run_dir and not isinstance(error, KeyboardInterrupt):
-            _show(run_dir)
+        if show and self._report and rank == 0 and run_dir and not isinstance(error, KeyboardInterrupt):
+            show_verdict(run_dir)
 
     def _wanted(self) -> dict[str, Any]:
         sources = settings.load(**self._arguments).sources
         return {name: value for name, value in _DEFAULTS.items() if sources[name] == "default"} | self._arguments
 
 
-def _show(run_dir: Path) -> None:
-    """Write the verdict to standard error; another process creates it, to load nothing into this one."""
+def show_verdict(run_dir: Path) -> None:
+    """Write the verdict of an ended run to standard error; another process creates it, so this one loads nothing."""
     if not run_dir.is_dir():  # the aggregator runs on another host
         _log.info("the report will be in %s on the host of the aggregator", run_dir)
         return
