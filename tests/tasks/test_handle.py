@@ -23,6 +23,15 @@ def test_states_follow_the_task(single: Runtime) -> None:
     assert second.exception is None
 
 
+def test_handles_are_numbered_as_submitted(rt: Runtime) -> None:
+    async def coroutine() -> None:
+        pass
+
+    handles = [rt.submit(len, "a"), rt.submit(coroutine), rt.submit(len, 1, io=True)]
+    assert [handle.task_id for handle in handles] == [0, 1, 2]
+    rt.wait_all()
+
+
 @pytest.mark.parametrize("method", ["get", "wait"])
 def test_a_wait_can_run_out_of_time(single: Runtime, method: str) -> None:
     """A wait with a limit runs neither a running nor a queued task in place, as it could not leave it."""
@@ -129,11 +138,13 @@ async def _forever(handle: object) -> None:
 
 
 def test_a_handle_of_another_runtime_can_be_waited_for(rt: Runtime, single: Runtime) -> None:
-    """A queued task runs in place of the wait, and is counted in its own Runtime."""
+    """It runs on a thread of its own Runtime, and is counted there."""
 
     def task() -> int:
-        return rt.submit(len, "abcd").get() + rt.submit(len, "ab").get(timeout=10)
+        here = threading.get_ident()
+        assert rt.submit(threading.get_ident).get() != here
+        return rt.submit(len, "ab").get(timeout=10)
 
-    assert single.submit(task).get() == 6
+    assert single.submit(task).get() == 2
     assert single.get_progress()["total"] == 1
     assert rt.get_progress()["completed"] == 2

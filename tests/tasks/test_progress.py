@@ -47,7 +47,7 @@ def test_workers_tell_what_they_do(single: Runtime) -> None:
 
     single.submit(outer)
     until(lambda: single.get_progress()["workers"][0]["task"] == "inner")
-    compute, io = single.get_progress()["workers"]
+    (compute,), (io,) = single.get_progress()["workers"], single.get_progress()["io_workers"]
     assert compute == {"id": 0, "idle": False, "task": "inner", "queue_depth": 1, "pool": "compute"}
     assert io == {"id": 1, "idle": True, "task": "", "queue_depth": 0, "pool": "io"}
     assert single.get_progress()["running"] == 2

@@ -7,12 +7,18 @@ import gc
 import threading
 import time
 import weakref
+from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
-from traceml import Runtime, TaskTimeoutError
+from traceml import Runtime, TaskTimeoutError, WaitTimeoutError
 from traceml.tasks.task_watchdog import location_of_thread
+
+
+def _name(function: Callable[..., object]) -> str:
+    return function.__code__.co_qualname
 
 
 def linger(release: threading.Event) -> str:
@@ -170,6 +176,75 @@ def test_a_stalled_task_is_named_with_its_line(caplog: pytest.LogCaptureFixture)
     assert stalled["awaiting"]["function"].endswith("awaiting")
     assert f"test_task_watchdog.py:{first + 1} in linger" in caplog.text
     assert rt.get_progress()["stalled"] == []
+
+
+def test_a_lock_held_across_a_wait_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The line that holds it, of a task on the same stack, of a task on another thread, and of the program."""
+    table = threading.Lock()
+
+    def needs_it() -> None:
+        with table:
+            pass
+
+    def holds_it(rt: Runtime) -> None:
+        with table:
+            rt.submit(needs_it, name="needs").get()
+
+    for threads in (1, 2):
+        with Runtime(threads=threads, stall_after=0.1) as rt:
+            handle = rt.submit(holds_it, rt, name="holds")
+            until(lambda rt=rt: any(one["task"] == "needs" for one in rt.get_progress()["stalled"]))
+            waiters = [one["waiters"] for one in rt.get_progress()["stalled"] if one["task"] == "needs"]
+            line = holds_it.__code__.co_firstlineno + 2
+            assert waiters == [[{"task": "holds", "file": __file__, "line": line, "function": _name(holds_it)}]]
+            table.release()  # what `needs` waits for
+            with suppress(RuntimeError):
+                handle.get()  # its `with` finds the lock released already
+
+    assert "in test_a_lock_held_across_a_wait_is_named.<locals>.needs_it, `with table:`" in caplog.text
+    assert f"Waiting for it: task 'holds' at {__file__}:{line} in" in caplog.text
+    assert "If that code holds a lock that 'needs' needs, release the lock before the wait" in caplog.text
+
+
+def test_a_lock_that_the_program_holds_across_a_wait_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    table = threading.Lock()
+
+    def needs_it() -> None:
+        with table:
+            pass
+
+    with Runtime(threads=1, stall_after=0.1) as rt:
+        with table, pytest.raises(WaitTimeoutError):
+            rt.submit(needs_it, name="needs").get(timeout=0.5)
+
+        rt.wait_all()
+
+    assert f"Waiting for it: the program at {__file__}:" in caplog.text
+    assert "in test_a_lock_that_the_program_holds_across_a_wait_is_named, `rt.submit(needs_it" in caplog.text
+
+
+def test_a_runtime_whose_threads_are_all_stalled_is_not_responsive(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+
+    async def blocks_the_loop() -> None:
+        release.wait()
+
+    with Runtime(threads=2, io_threads=1, stall_after=0.1) as rt:
+        assert rt.is_responsive()
+        rt.submit(linger, release)
+        until(lambda: len(rt.get_progress()["stalled"]) == 1)
+        assert rt.is_responsive()
+        rt.submit(linger, release)
+        until(lambda: not rt.is_responsive())
+        release.set()
+        until(rt.is_responsive)
+
+        release.clear()
+        rt.submit(blocks_the_loop)
+        until(lambda: not rt.is_responsive())
+        release.set()
+
+    assert not rt.is_responsive()
 
 
 def test_a_task_that_reports_is_not_stalled(caplog: pytest.LogCaptureFixture) -> None:

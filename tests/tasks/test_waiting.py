@@ -13,6 +13,8 @@ import pytest
 
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import Runtime, TaskDeadlockError, TaskError, TaskHandle, TaskTimeoutError, WaitTimeoutError
+from traceml.tasks.task_record import awaiting_thread
+from traceml.tasks.thread_pool import ThreadPool
 from traceml.tasks.waiting import blocked_tasks
 
 
@@ -21,10 +23,7 @@ def test_a_chain_of_waits_needs_one_worker(single: Runtime, length: int) -> None
     def link(left: int) -> int:
         return 1 + single.submit(link, left - 1).get() if left else 0
 
-    handle = single.submit(link, length)
-    until(handle.done, 60)
-    assert handle.get() == length
-    assert single.submit(link, length).get() == length  # the same, beginning on this thread
+    assert single.submit(link, length).get() == length
 
 
 def test_a_chain_of_deep_functions_keeps_off_the_recursion_limit(single: Runtime) -> None:
@@ -138,6 +137,80 @@ def test_wait_all_runs_what_is_submitted_meanwhile(single: Runtime) -> None:
     assert later.get() == 3
 
 
+def test_nothing_runs_on_the_thread_of_a_caller_that_is_no_task(rt: Runtime) -> None:
+    """The task finds neither the caller's event loop nor its thread-locals, nor a lock that the caller may re-enter."""
+    local, lock = threading.local(), threading.RLock()
+    local.value = "the caller's"
+
+    def task() -> tuple[int, bool, str]:
+        asyncio.run(asyncio.sleep(0))
+        return threading.get_ident(), lock.acquire(blocking=False), getattr(local, "value", "none")
+
+    async def main() -> None:
+        for _ in range(200):
+            with lock:
+                thread, locked, value = rt.submit(task).get()
+
+            assert (thread != threading.get_ident(), locked, value) == (True, False, "none")
+
+    asyncio.run(main())
+
+
+def test_a_task_leaves_a_queued_one_to_a_free_thread(rt: Runtime) -> None:
+    """The other thread takes it, at the first wait and after it has ended a task."""
+
+    def task() -> tuple[set[int], int]:
+        here = threading.get_ident()
+        return {rt.submit(threading.get_ident).get() for _ in range(200)}, here
+
+    others, here = rt.submit(task).get()
+    assert len(others) == 1
+    assert here not in others
+
+
+def test_a_task_runs_a_queued_one_in_place_if_no_thread_is_free(rt: Runtime) -> None:
+    release = threading.Event()
+    busy = rt.submit(release.wait)
+    until(lambda: busy.state == "running")
+    here, there = rt.submit(lambda: (threading.get_ident(), rt.submit(threading.get_ident).get())).get()
+    release.set()
+    assert here == there
+
+
+def test_a_task_under_an_event_loop_of_its_own_runs_nothing_in_place(single: Runtime) -> None:
+    """A task may use `asyncio.run`, also if a task waits for it inside of `asyncio.run` without a free thread."""
+
+    def inner() -> int:
+        asyncio.run(asyncio.sleep(0))
+        return threading.get_ident()
+
+    async def main() -> tuple[int, int]:
+        handle = single.submit(inner)
+        single.wait_all()
+        return handle.get(), single.submit(inner).get()
+
+    def outer() -> tuple[int, tuple[int, int]]:
+        return threading.get_ident(), asyncio.run(main())
+
+    here, there = single.submit(outer).get()
+    assert here not in there
+
+
+def test_a_thread_that_begins_a_task_looks_for_waits_that_relied_on_it(
+    single: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait that found a thread free, which took another task at that moment, is compensated."""
+    with monkeypatch.context() as patched:
+        patched.setattr(ThreadPool, "has_free_thread", lambda pool: True)
+        handle = single.submit(lambda: single.submit(len, "abc").get())
+        until(lambda: handle in awaiting_thread)
+
+    assert not handle.done()
+    single.submit(len, "", io=True)
+    assert handle.get() == 3
+    assert not awaiting_thread
+
+
 def test_many_tasks_may_wait_for_one(rt: Runtime) -> None:
     """Waiting tasks do not start threads."""
     release = threading.Event()
@@ -227,13 +300,14 @@ def test_a_child_that_waits_for_its_parent_raises(single: Runtime) -> None:
 
 def test_waiting_in_place_keeps_the_order_of_states(single: Runtime) -> None:
     """A worker that finds the entry of a task that ran in place does not run it again."""
-    release, ran = threading.Event(), []
-    single.submit(release.wait)
-    handles = [single.submit(ran.append, i) for i in range(100)]
-    for handle in reversed(handles):
-        handle.get()
+    ran: list[int] = []
 
-    release.set()
+    def parent() -> None:
+        handles = [single.submit(ran.append, i) for i in range(100)]
+        for handle in reversed(handles):
+            handle.get()
+
+    single.submit(parent).get()
     single.wait_all()
     assert ran == list(reversed(range(100)))
     assert single.get_progress()["completed"] == 101

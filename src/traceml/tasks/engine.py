@@ -19,7 +19,7 @@ from traceml.tasks.task_record import TaskRecord, ThreadState, Waker, current_ta
 from traceml.tasks.task_statistics import FAILED, QUEUED, RECORDS, RUNNING, TIMED_OUT, TaskStatistics
 from traceml.tasks.task_watchdog import TaskWatchdog
 from traceml.tasks.thread_pool import ThreadPool
-from traceml.tasks.waiting import blocked_set, forget_waits, wait_for_all, waiting_tasks
+from traceml.tasks.waiting import blocked_set, compensate_all, forget_waits, wait_for_all, waiting_tasks
 
 __all__ = ["Engine"]
 
@@ -44,6 +44,7 @@ class Engine:
         self.loop = EventLoop(self, self.watchdog.start)
         self.watch = self.watchdog.watch
         self.run_coroutine, self.interrupt = self.loop.run_coroutine, self.loop.interrupt
+        self.compensate_waits = compensate_all
         self.error_callback: Callable[[Any, BaseException], object] | None = None
         self.failures: list[TaskRecord] = []
         self.callback_errors: deque[tuple[str, str]] = deque(maxlen=RECORDS)
@@ -58,6 +59,12 @@ class Engine:
         """Make a thread known that runs tasks; return its slot in the statistics."""
         self._threads[thread.ident] = thread  # idents are used again, and so are their slots
         return self.statistics.slot_of(thread.ident)
+
+    def is_responsive(self) -> bool:
+        """Whether a task that is submitted now would run: no pool, nor the event loop, is held by stalled tasks."""
+        stalled = self.watchdog.stalled_tasks()
+        stuck = any(pool.is_stuck(stalled) for pool in self.pools) or self.loop.current() in stalled
+        return not self._closing and not stuck
 
     def next_queued(self) -> list[TaskRecord]:
         """Return the first task of each queue."""
@@ -81,9 +88,9 @@ class Engine:
         return counts[RUNNING] + counts[QUEUED] + reporting - sum(not task.done() for task in exempt)
 
     def add_waker(self, waker: Waker) -> None:
-        """Wake a thread when a task is submitted."""
+        """Wake a thread when a task is submitted that no worker is free for."""
         for pool in self.pools:
-            pool.parked.append(waker)
+            pool.parked.insert(0, waker)
 
     def remove_waker(self, waker: Waker) -> None:
         """Undo `add_waker`."""
@@ -160,7 +167,7 @@ class Engine:
                 if thread.current in blocked or (thread.current is not None and thread.current.state is TIMED_OUT)
             }
             for worker in pool.threads.copy():
-                if worker.ident not in stuck and worker is not threading.current_thread():
+                if worker.ident not in stuck and worker is not threading.current_thread() and worker.is_alive():
                     worker.join()
 
     def _count_while_closing(self) -> int:

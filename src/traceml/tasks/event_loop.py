@@ -72,6 +72,14 @@ class EventLoop(LoopState):
         except RuntimeError:  # the loop has ended meanwhile, and the coroutine with it
             pass
 
+    def current(self) -> TaskRecord | None:
+        """Return the task whose coroutine has the loop's thread now, between two `await`s."""
+        if self.thread is None or not self.thread.is_alive():
+            return None
+
+        running = asyncio.current_task(self._loop)
+        return next((task for task, one in list(self.tasks.items()) if one is running and one is not None), None)
+
     def close(self, *, wait: bool) -> None:
         """End the loop after its last task; `wait` for that, unless a task that has timed out blocks it."""
         with self._lock:

@@ -10,7 +10,14 @@ from types import CoroutineType, TracebackType
 from typing import Any
 
 from traceml.errors import TaskCancelledError, TaskTimeoutError
-from traceml.tasks.task_record import TaskRecord, ThreadState, name_of, shorten, wake_idle_waiters
+from traceml.tasks.task_record import (
+    TaskRecord,
+    ThreadState,
+    awaiting_thread,
+    name_of,
+    shorten,
+    wake_idle_waiters,
+)
 from traceml.tasks.task_statistics import CANCELLED, COMPLETED, FAILED, FINAL, RUNNING, TIMED_OUT, EndedTask
 
 __all__ = ["WorkerReplaced", "cancel", "end", "expire", "fail", "run", "run_claimed"]
@@ -44,6 +51,9 @@ def run(
         the time at its end.
     """
     thread.current = task
+    if awaiting_thread:
+        task.engine.compensate_waits()
+
     task.started_s = now
     task.state = RUNNING
     counts[slot] += 1

@@ -53,7 +53,8 @@ def snapshot(engine: Engine, *, details: bool) -> dict[str, Any]:
     failures = [(task.name, task.outcome[0]) for task in engine.failures[-RECORDS:]]
     return {
         **counts,
-        "workers": [worker for pool in engine.pools for worker in _workers(pool)],
+        "workers": _workers(engine.compute),
+        "io_workers": _workers(engine.io),
         "tasks": _tasks(engine) if details else [],
         "errors": [
             *({"task": name, "error": f"{type(error).__name__}: {error}"} for name, error in failures),

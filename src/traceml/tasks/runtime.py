@@ -122,17 +122,17 @@ class Runtime:
         handle.timeout_s = timeout
         handle.state = QUEUED
         handle.outcome = handle.last_progress = handle.callbacks = None
-        engine.count_submission()
+        handle.task_id = engine.count_submission()
         handle.submitted_s = perf_counter()
         try:
             if awaited:
-                handle.entry = []
+                handle.pool, handle.entry = None, []
                 engine.loop.submit(handle)
                 return handle
 
             entry: list[TaskRecord] = [handle]
             handle.entry = entry
-            pool = engine.io if io else engine.compute
+            handle.pool = pool = engine.io if io else engine.compute
             pool.queue.append(entry)
             if pool.parked:
                 pool.wake()
@@ -190,6 +190,14 @@ class Runtime:
             tasks: whether to list the running tasks and those that ended last (1,000 at most).
         """
         return snapshot(self._engine, details=tasks)
+
+    def is_responsive(self) -> bool:
+        """Whether a task that is submitted now would run.
+
+        False after `shutdown()`, and while all threads of a pool, or the event loop, are held by tasks that have
+        stalled (`stall_after`).
+        """
+        return self._engine.is_responsive()
 
     @staticmethod
     def progress(pct: float) -> None:

@@ -16,9 +16,11 @@ from traceml.tasks.task_statistics import FINAL, TaskStatistics
 __all__ = [
     "LoopState",
     "TaskEngine",
+    "TaskPool",
     "TaskRecord",
     "ThreadState",
     "Waker",
+    "awaiting_thread",
     "coroutine_task",
     "current_task",
     "idle_waiters",
@@ -89,9 +91,11 @@ class TaskRecord:
         "kwargs",
         "last_progress",
         "outcome",
+        "pool",
         "started_s",
         "state",
         "submitted_s",
+        "task_id",
         "timeout_s",
     )
 
@@ -105,9 +109,11 @@ class TaskRecord:
     kwargs: Mapping[str, Any] | None
     last_progress: float | None
     outcome: Any  # the result; (exception, its traceback) when there is none
+    pool: TaskPool | None  # None for a coroutine function
     started_s: float
     state: str
     submitted_s: float
+    task_id: int
     timeout_s: float | None
 
     @property
@@ -246,6 +252,9 @@ class Waker:
         return self._lock.acquire(timeout=timeout_s)
 
 
+# Tasks that wait for a queued one and leave it to a free thread; a thread that begins a task checks that one is left.
+awaiting_thread: set[TaskRecord] = set()
+
 # Threads in wait_all, of every Runtime: a task of one may wait for tasks of another.
 idle_waiters: list[Waker] = []
 
@@ -259,10 +268,20 @@ def wake_idle_waiters() -> None:
             return
 
 
+class TaskPool(Protocol):
+    """The pool that a task is queued in."""
+
+    def has_free_thread(self) -> bool:
+        """Whether a thread without work is there for each queued task."""
+
+
 class TaskEngine(Protocol):
     """Services of a Runtime's engine to its tasks."""
 
     statistics: TaskStatistics
+
+    def compensate_waits(self) -> None:
+        """Start threads for the tasks that waiting ones need, where none is free any more."""
 
     @property
     def loop(self) -> LoopState:
@@ -296,7 +315,7 @@ class TaskEngine(Protocol):
         """Count the other tasks that have not ended, or whose error callback has not returned."""
 
     def add_waker(self, waker: Waker) -> None:
-        """Wake a thread when a task is submitted."""
+        """Wake a thread when a task is submitted that no worker is free for."""
 
     def remove_waker(self, waker: Waker) -> None:
         """Undo `add_waker`."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import linecache
 import logging
 import sys
 import sysconfig
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from typing import Any
 from traceml.tasks.execution import expire
 from traceml.tasks.task_record import TaskRecord, ThreadState
 from traceml.tasks.task_statistics import FINAL, RUNNING
+from traceml.tasks.waiting import wait_for
 
 __all__ = ["TaskWatchdog", "location_of_thread"]
 
@@ -43,7 +45,19 @@ class _CodeLocation:
     function: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} in {self.function}" if self.file else f"inside {self.function}, no Python code"
+        if not self.file:
+            return f"inside {self.function}, no Python code"
+
+        source = linecache.getline(self.file, self.line).strip()
+        return f"{self.file}:{self.line} in {self.function}" + (f", `{source}`" if source else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiter:
+    """A thread that waits for a task in `get` or `wait`; the task is empty for a thread that runs none."""
+
+    task: str
+    location: _CodeLocation
 
 
 @dataclass(slots=True)
@@ -55,6 +69,7 @@ class _Observation:
     progress: float | None
     since_s: float
     warned: bool = False
+    waiters: tuple[_Waiter, ...] = ()
 
 
 class TaskWatchdog:
@@ -104,13 +119,21 @@ class TaskWatchdog:
             {
                 "task": task.name,
                 "seconds": now - one.since_s,
-                "file": one.location.file,
-                "line": one.location.line,
-                "function": one.location.function,
+                **_fields(one.location),
+                "waiters": [{"task": waiter.task, **_fields(waiter.location)} for waiter in one.waiters],
             }
-            for one in list(self._observations.values())
-            if one.warned and (task := one.task()) is not None and task.state is RUNNING
+            for task, one in self._stalled()
         ]
+
+    def stalled_tasks(self) -> set[TaskRecord]:
+        """Return the tasks that are stalled now."""
+        return {task for task, _ in self._stalled()}
+
+    def _stalled(self) -> Iterator[tuple[TaskRecord, _Observation]]:
+        for one in list(self._observations.values()):
+            task = one.task()
+            if one.warned and task is not None and task.state is RUNNING:
+                yield task, one
 
     def close(self) -> None:
         """End the thread."""
@@ -171,10 +194,46 @@ class TaskWatchdog:
 
         seconds = now - before.since_s
         if not before.warned and seconds >= (self._stall_s or 0.0) * (1 - 1 / _CHECKS / 2):
-            before.warned = True
-            _log.warning("task %r has been on one line for %.1f s: %s", task.name, seconds, location)
+            before.warned, before.waiters = True, tuple(_waiters_of(task))
+            _log.warning(
+                "task %r has been on one line for %.1f s: %s%s",
+                task.name,
+                seconds,
+                location,
+                _advice(task.name, before.waiters),
+            )
 
         return before
+
+
+def _advice(name: str, waiters: tuple[_Waiter, ...]) -> str:
+    """Name the threads that wait for a stalled task: one that holds a lock meanwhile may be the cause."""
+    lines = "; ".join(f"{f'task {one.task!r}' if one.task else 'the program'} at {one.location}" for one in waiters)
+    if not lines:
+        return ""
+
+    return f". Waiting for it: {lines}. If that code holds a lock that {name!r} needs, release the lock before the wait"
+
+
+def _waiters_of(task: TaskRecord) -> Iterator[_Waiter]:
+    """Find the threads that wait for a task by their frames, also below a task that runs in place."""
+    for ident, frame in sys._current_frames().items():
+        for waiting in _callers(frame):
+            if waiting.f_code is wait_for.__code__ and waiting.f_locals.get("task") is task:
+                me = waiting.f_locals.get("me")
+                location = next((_location(one) for one in _callers(waiting) if not _is_foreign(one)), None)
+                yield _Waiter("" if me is None else me.name, location or _CodeLocation("", 0, f"thread {ident}"))
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _fields(location: _CodeLocation) -> dict[str, Any]:
+    return {"file": location.file, "line": location.line, "function": location.function}
 
 
 def _time_out(task: TaskRecord, thread: ThreadState | None) -> None:

@@ -14,7 +14,7 @@ from time import perf_counter
 
 from traceml.tasks.execution import WorkerReplaced, fail, run
 from traceml.tasks.task_record import TaskEngine, TaskRecord, ThreadState, Waker, set_thread_state, wake_idle_waiters
-from traceml.tasks.task_statistics import RUNNING
+from traceml.tasks.task_statistics import COMPLETED, RUNNING
 
 __all__ = ["ThreadPool"]
 
@@ -60,11 +60,7 @@ class ThreadPool:
 
     def discard(self, waker: Waker) -> None:
         """Remove a waker from `parked`, and pass its wake-up on if it was used."""
-        try:
-            self.parked.remove(waker)
-        except ValueError:
-            pass
-
+        self._unpark(waker)
         if self.queue:
             self.wake()
 
@@ -75,17 +71,26 @@ class ThreadPool:
             RuntimeError: the system gives no thread, and the pool has none that could do the work instead.
         """
         thread = threading.Thread(target=self._work, args=(index,), name=f"traceml-{self.name}-{index}", daemon=True)
+        self.threads.append(thread)  # before it can have a task
         try:
             thread.start()
         except RuntimeError as error:
+            self.threads.remove(thread)
             self.parked.insert(0, index)
             if not self.threads:
                 raise
 
             _log.warning("the pool %s stays at %d threads: %s", self.name, len(self.threads), error)
         else:
-            self.threads.append(thread)
             self._on_start()
+
+    def has_free_thread(self) -> bool:
+        """Whether a thread without work is there for each queued task."""
+        return len(self.threads) - sum(map(_is_busy, list(self.workers.values()))) >= len(self.queue)
+
+    def is_stuck(self, stalled: set[TaskRecord]) -> bool:
+        """Whether all its threads are in stalled tasks."""
+        return sum(one.current in stalled for one in list(self.workers.values()) if not one.replaced) >= self.size
 
     def first_queued(self) -> TaskRecord | None:
         """Return the first task in the queue that has not been claimed."""
@@ -104,12 +109,12 @@ class ThreadPool:
                 pass
 
     def close(self) -> None:
-        """End the workers as soon as the queue is empty."""
+        """End the workers as soon as the queue is empty; a task that is still being submitted gets a new one."""
         self._closed = True
-        parked, self.parked[:] = self.parked.copy(), []
-        for one in parked:
-            if isinstance(one, Waker):
-                one.wake()
+        sleeping = [one for one in self.parked if isinstance(one, Waker)]
+        self.parked[:] = [*range(self.first, self.first + self.size)]
+        for one in sleeping:
+            one.wake()
 
     def _replace(self, thread: ThreadState) -> None:
         """Let a new thread work in place of a blocked one."""
@@ -124,12 +129,12 @@ class ThreadPool:
             while not self._run_until_closed(thread):
                 pass
         finally:
-            self.workers.pop(thread.ident, None)
             try:
-                self.threads.remove(threading.current_thread())
+                self.threads.remove(threading.current_thread())  # first: until then it counts as free
             except ValueError:  # removed by a fork
                 pass
 
+            self.workers.pop(thread.ident, None)
             thread.current = None
             wake_idle_waiters()
 
@@ -175,14 +180,25 @@ class ThreadPool:
         self.parked.append(waker)
         wake_idle_waiters()
         if self._closed or thread.ident not in self.workers:  # closed, or this is the child of a fork
+            self._unpark(waker)
             return bool(self.queue)
 
-        if self.queue:
-            try:
-                self.parked.remove(waker)
-                return True
-            except ValueError:  # it is being woken: that must not be left for the next time
-                pass
+        if not self.queue or not self._unpark(waker):  # a wake-up on its way must not be left for the next time
+            waker.sleep()
 
-        waker.sleep()
         return True
+
+    def _unpark(self, waker: Waker) -> bool:
+        """Remove a waker from `parked`; False when it is being woken."""
+        try:
+            self.parked.remove(waker)
+        except ValueError:
+            return False
+
+        return True
+
+
+def _is_busy(thread: ThreadState) -> bool:
+    """Whether a worker has a task, or tasks below the one that has ended."""
+    task = thread.current
+    return task is not None and (task.state is not COMPLETED or thread.depth > 0)

@@ -1,8 +1,9 @@
 """Waits for tasks, without deadlock, and the dependencies that they create over all Runtimes of the process.
 
-A task that is still queued runs in place of the wait. Where it cannot, because the wait has a limit, the task has a
-timeout, or the stack is deep, a compensating thread runs the tasks that the waiting one needs: at most one thread per
-waiting task, for as long as it waits. A wait that can never end raises an error at once.
+A thread that runs no task waits as for any pool. A task leaves a queued one to a free thread of its pool. Without one,
+it runs the queued task in place of the wait, or a compensating thread does: where the wait has a limit, the task has a
+timeout or belongs to another Runtime, the stack is deep, or an event loop runs on the thread. At most one such thread
+exists per waiting task, for as long as it waits. A wait that can never end raises an error at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from traceml.tasks.task_record import (
     TaskRecord,
     ThreadState,
     Waker,
+    awaiting_thread,
     current_task,
     idle_waiters,
     set_thread_state,
@@ -35,6 +37,7 @@ __all__ = [
     "await_for",
     "blocked_set",
     "blocked_tasks",
+    "compensate_all",
     "depends_on",
     "forget_waits",
     "wait_for",
@@ -101,13 +104,9 @@ def depends_on(task: TaskRecord, other: TaskRecord) -> bool:
     return any(one is other for one in _dependencies(task))
 
 
-def _queued_dependency(task: TaskRecord) -> TaskRecord | None:
-    """Find a queued task that a task waits for, directly or through others."""
-    for one in _dependencies(task, through_all=True):
-        if one.state is QUEUED and one.entry:
-            return one
-
-    return None
+def _queued_dependencies(task: TaskRecord) -> Iterator[TaskRecord]:
+    """Yield the queued tasks that a task waits for, directly or through others."""
+    return (one for one in _dependencies(task, through_all=True) if one.state is QUEUED and one.entry)
 
 
 def _dependencies(task: TaskRecord, *, through_all: bool = False) -> Iterator[TaskRecord]:
@@ -138,12 +137,26 @@ def wait_for(task: TaskRecord, timeout: float | None) -> None:
         WaitTimeoutError: `timeout` seconds have passed.
         TaskDeadlockError: the task cannot end before the one that waits.
     """
-    thread = thread_state()
-    if timeout is None and task.timeout_s is None and not _is_deep(thread) and task.claim():
+    thread, me = thread_state(), current_task()
+    if timeout is None and _runs_in_place(task, thread) and task.claim():
         _run_in_place(task, thread)
 
     if task.state not in FINAL:  # also where it has returned a coroutine, which goes on elsewhere
-        _block(task, timeout)
+        _block(task, me, timeout)
+
+
+def _runs_in_place(task: TaskRecord, thread: ThreadState) -> bool:
+    """Whether a thread runs a queued task in place of its wait: no other thread of the pool would."""
+    if task.timeout_s is not None or not _may_run_tasks(thread, task.engine):
+        return False
+
+    return task.pool is not None and not task.pool.has_free_thread()
+
+
+def _may_run_tasks(thread: ThreadState, engine: TaskEngine) -> bool:
+    """Whether queued tasks of an engine may run on this thread: it runs one already, without an event loop."""
+    inside = thread.current is not None and thread.current.engine is engine
+    return inside and not _is_deep(thread) and asyncio._get_running_loop() is None
 
 
 def _is_deep(thread: ThreadState) -> bool:
@@ -174,17 +187,20 @@ def _run_in_place(task: TaskRecord, thread: ThreadState) -> None:
         wake_idle_waiters()
 
 
-def _block(task: TaskRecord, timeout: float | None) -> None:
+def _block(task: TaskRecord, me: TaskRecord | None, timeout: float | None) -> None:
     """Sleep until a task has ended that other threads run."""
-    me, waker = current_task(), Waker()
+    waker = Waker()
     _refuse_deadlock(me, task)
     if not task.add_callback(waker.wake):
         return
 
-    with _waiting(me, task), _blocked(me):
-        wake_idle_waiters()  # wait_all leaves out the tasks that wait for its own
-        _refuse_deadlock(me, task)  # of two that close a circle at once, one sees the other here
-        woken = _sleep(waker, me, timeout)
+    if me is None:
+        woken = waker.sleep(_limit(timeout))
+    else:
+        with _waiting(me, task), _blocked(me):
+            wake_idle_waiters()  # wait_all leaves out the tasks that wait for its own
+            _refuse_deadlock(me, task)  # of two that close a circle at once, one sees the other here
+            woken = _sleep(waker, me, timeout)
 
     if not woken:
         task.remove_callback(waker.wake)
@@ -214,7 +230,11 @@ def _sleep(waker: Waker, me: TaskRecord | None, timeout: float | None) -> bool:
     if thread.compensates is not None and thread.replace is not None:
         thread.replace(thread)  # this thread does nothing for its task while it sleeps
 
-    return waker.sleep(-1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX))
+    return waker.sleep(_limit(timeout))
+
+
+def _limit(timeout: float | None) -> float:
+    return -1 if timeout is None else min(max(0.0, timeout), threading.TIMEOUT_MAX)
 
 
 @contextmanager
@@ -230,6 +250,7 @@ def _blocked(me: TaskRecord | None) -> Iterator[None]:
             yield
     finally:
         blocked_tasks.discard(me)
+        awaiting_thread.discard(me)
 
 
 def _blocking_loop(me: TaskRecord | None) -> AbstractContextManager[None]:
@@ -239,10 +260,24 @@ def _blocking_loop(me: TaskRecord | None) -> AbstractContextManager[None]:
 
 
 def _compensate(me: TaskRecord) -> None:
-    """Start a thread for the queued tasks that a waiting task needs, unless it has one."""
-    if _queued_dependency(me) is None or me in _compensated:
+    """Start a thread for the queued tasks that a waiting task needs, unless free threads take them."""
+    awaiting_thread.add(me)  # first: a thread that begins a task from here on calls this again
+    queued = [] if me in _compensated else list(_queued_dependencies(me))
+    if queued and all(one.pool is not None and one.pool.has_free_thread() for one in queued):
         return
 
+    awaiting_thread.discard(me)
+    if queued:
+        _start_compensating(me)
+
+
+def compensate_all() -> None:
+    """Repeat the check for the tasks that wait for a queued one: a thread that was free has begun a task."""
+    for me in tuple(awaiting_thread):
+        _compensate(me)
+
+
+def _start_compensating(me: TaskRecord) -> None:
     thread = threading.Thread(target=_run_dependencies, args=(me,), name="traceml-compensating", daemon=True)
     _compensated.add(me)
     try:
@@ -255,7 +290,7 @@ def _compensate(me: TaskRecord) -> None:
 def _run_dependencies(me: TaskRecord) -> None:
     thread = set_thread_state(ThreadState(replace=_replace_compensating, compensates=me))
     try:
-        while task := _queued_dependency(me):
+        while task := next(_queued_dependencies(me), None):
             if task.claim():
                 run_claimed(task, thread)
                 thread.current = None
@@ -279,6 +314,7 @@ def forget_waits() -> None:
     _targets.clear()
     blocked_tasks.clear()
     _compensated.clear()
+    awaiting_thread.clear()
     idle_waiters.clear()
 
 
@@ -293,7 +329,7 @@ async def await_for(task: TaskRecord) -> None:
 
     with _waiting(me, task):
         wake_idle_waiters()
-        if blocked_tasks and _queued_dependency(task) is not None:
+        if blocked_tasks and any(_queued_dependencies(task)):
             for blocked in tuple(blocked_tasks):  # they may hold all workers, and wait for this one
                 _compensate(blocked)
 
@@ -318,7 +354,7 @@ def wait_for_all(engine: TaskEngine, timeout: float | None) -> None:
         raise TaskDeadlockError("wait_all() would block the event loop; await the handles, or asyncio.gather(*handles)")
 
     me, ends_s = current_task(), None if timeout is None else perf_counter() + timeout
-    in_place = me is not None and timeout is None and not _is_deep(thread_state())
+    in_place = timeout is None and _may_run_tasks(thread_state(), engine)
     with _waiting(me, engine), _blocking_loop(me):
         wake_idle_waiters()
         while left := _unfinished(engine, me):
@@ -338,12 +374,9 @@ def _unfinished(engine: TaskEngine, me: TaskRecord | None) -> int:
 
 
 def _runnable(engine: TaskEngine) -> TaskRecord | None:
-    """Return a queued task that may run in place of the wait."""
-    for task in engine.next_queued():
-        if task.timeout_s is None:
-            return task
-
-    return None
+    """Return a queued task that this thread runs in place of its wait."""
+    thread = thread_state()
+    return next((task for task in engine.next_queued() if _runs_in_place(task, thread)), None)
 
 
 def _park(engine: TaskEngine, me: TaskRecord | None, ends_s: float | None, *, in_place: bool) -> bool:
