@@ -6,10 +6,11 @@ Every duration and every stamp in a row is CLOCK_MONOTONIC in nanoseconds, which
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
-__all__ = ["boot_id", "clock_pair", "monotonic_ns", "process_start_ticks"]
+__all__ = ["boot_id", "boot_time_s", "clock_pair", "machine_name", "monotonic_ns", "process_start_ticks"]
 
 # On Linux perf_counter_ns is CLOCK_MONOTONIC too. The hooks use it, and one name keeps stamps comparable.
 monotonic_ns = time.perf_counter_ns
@@ -26,6 +27,26 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
+
+
+def boot_time_s() -> float:
+    """Return the epoch second at which this machine was booted, 0 where that is unknown."""
+    try:
+        lines = Path("/proc/stat").read_text().splitlines()
+    except OSError:
+        return 0.0
+
+    return next((float(line.split()[1]) for line in lines if line.startswith("btime ")), 0.0)
+
+
+def machine_name() -> str:
+    """Return a name that this machine keeps over a reboot: its host name and machine id."""
+    try:
+        machine = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        machine = ""
+
+    return f"{os.uname().nodename}/{machine}"
 
 
 def process_start_ticks(pid: int) -> int | None:

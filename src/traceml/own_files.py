@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["check_own_folder", "create_own", "make_own_folder", "open_own"]
+__all__ = ["check_own_folder", "create_own", "make_own_folder", "open_own", "opened_own"]
 
 _OTHERS_WRITE = 0o022
 _OTHERS_ANY = 0o077
@@ -35,6 +37,16 @@ def open_own(path: Path, flags: int = os.O_RDONLY) -> int:
         raise
 
     return descriptor
+
+
+@contextmanager
+def opened_own(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
+    """Open a file as `open_own` does, for a `with` block."""
+    descriptor = open_own(path, flags)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def create_own(path: Path) -> int:

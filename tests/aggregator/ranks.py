@@ -12,7 +12,7 @@ import time
 from tests.aggregator.conftest import TOKEN, step_row, wait_for_acks
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
-from traceml.database.postmortem import FlightState
+from traceml.database.flight_header import FlightState
 from traceml.database.schema import STEPS, Phase, Slot
 from traceml.transport.client import connect
 from traceml.transport.hello import Hello

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from traceml.database.postmortem import is_alive, remove_stale
+from traceml.database.flight_owner import is_alive, remove_stale
 
 if __name__ == "__main__":
     target = Path(sys.argv[1])

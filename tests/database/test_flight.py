@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from tests.database.conftest import ROOT
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import boot_id, machine_name, process_start_ticks
 from traceml.database import flight as module
 from traceml.database.flight import FlightFile
-from traceml.database.postmortem import FlightSnapshot, FlightState, is_alive, read_flight
+from traceml.database.flight_folders import FALLBACK_FOLDER
+from traceml.database.flight_header import FlightState
+from traceml.database.flight_owner import is_alive
+from traceml.database.postmortem import FlightSnapshot, read_flight
 from traceml.database.schema import LOGS, PACKED, Phase, Slot
 
 KIB = 1024
@@ -42,7 +45,7 @@ def test_holds_every_table_and_says_who_writes(tmp_path: Path) -> None:
         "boot_id": boot_id(),
         "rank": 2,
         "job": "j",
-        "journal": flight.identity["journal"],
+        "machine": machine_name(),
     }
     assert flight.path.stat().st_mode & 0o777 == 0o600
     flight.close(unlink=True)
@@ -115,9 +118,9 @@ def test_falls_back_to_the_run_folder_and_says_so_once(
     run_folder = tmp_path / "run"
 
     with caplog.at_level(logging.WARNING, "traceml"):
-        flights = [FlightFile.create(full, {}, fallback=run_folder) for _ in range(2)]
+        flights = [FlightFile.create(full, {}, runs_dir=run_folder) for _ in range(2)]
 
-    assert all(flight.path is not None and flight.path.parent == run_folder for flight in flights)
+    assert all(flight.path is not None and flight.path.parent == run_folder / FALLBACK_FOLDER for flight in flights)
     assert len(caplog.records) == 1
     assert str(full) in caplog.text
     assert str(run_folder) in caplog.text
@@ -132,7 +135,7 @@ def test_falls_back_to_memory_when_no_folder_will_do(tmp_path: Path, caplog: pyt
     blocked.write_text("no folder")
 
     with caplog.at_level(logging.WARNING, "traceml"):
-        flight = FlightFile.create(blocked, {}, fallback=blocked)
+        flight = FlightFile.create(blocked, {}, runs_dir=blocked)
 
     flight.ring("evals").append(1, 2, 3, 4)
     assert flight.path is None
@@ -153,7 +156,7 @@ from traceml.database import flight
 real = flight._free_bytes
 flight._free_bytes = lambda folder: 1 << 40 if str(folder) == sys.argv[1] else real(folder)
 (Path(sys.argv[1]) / "filler").write_bytes(bytes(60 * 1024 * 1024))
-made = flight.FlightFile.create(Path(sys.argv[1]), {}, fallback=Path(sys.argv[2]))
+made = flight.FlightFile.create(Path(sys.argv[1]), {}, runs_dir=Path(sys.argv[2]))
 for n in range(made.ring("steps").capacity):
     made.ring("steps").appender("step")(n)
 print(made.path.parent)
@@ -163,7 +166,7 @@ made.close(unlink=True)
         [sys.executable, "-c", script, folder, tmp_path / "run"], cwd=ROOT, capture_output=True, text=True, check=True
     )
 
-    assert done.stdout.strip() == str(tmp_path / "run")
+    assert done.stdout.strip() == str(tmp_path / "run" / FALLBACK_FOLDER)
     assert [path.name for path in folder.iterdir()] == ["filler"]
 
 
@@ -175,7 +178,7 @@ import resource, sys
 from pathlib import Path
 from traceml.database.flight import FlightFile
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-made = FlightFile.create(Path(sys.argv[1]), {}, fallback=Path(sys.argv[2]))
+made = FlightFile.create(Path(sys.argv[1]), {}, runs_dir=Path(sys.argv[2]))
 for n in range(made.ring("steps").capacity):
     made.ring("steps").appender("step")(n)
 print(made.path, made.ring("steps").appended)
@@ -190,7 +193,7 @@ print(made.path, made.ring("steps").appended)
 
     assert done.stdout.split() == ["None", "65536"]
     assert list((tmp_path / "a").iterdir()) == []
-    assert list((tmp_path / "b").iterdir()) == []
+    assert list((tmp_path / "b" / FALLBACK_FOLDER).iterdir()) == []
 
 
 def test_does_not_use_a_folder_into_which_others_may_write(tmp_path: Path) -> None:
@@ -199,10 +202,10 @@ def test_does_not_use_a_folder_into_which_others_may_write(tmp_path: Path) -> No
     shared.mkdir()
     shared.chmod(0o777)
 
-    flight = FlightFile.create(shared, {}, fallback=tmp_path / "run")
+    flight = FlightFile.create(shared, {}, runs_dir=tmp_path / "run")
 
     assert flight.path is not None
-    assert flight.path.parent == tmp_path / "run"
+    assert flight.path.parent == tmp_path / "run" / FALLBACK_FOLDER
     flight.close(unlink=True)
 
 

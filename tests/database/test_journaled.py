@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from traceml.database.flight import FlightFile
+from traceml.database.flight_folders import FALLBACK_FOLDER, find_flights
 from traceml.database.journal import Journal, journal_path, read_journal
 from traceml.database.journaled import JournaledLog, JournaledRing
 from traceml.database.postmortem import read_flight
 
 
 def make_flight(folder: Path, rows: int = 8) -> FlightFile:
-    return FlightFile.create(folder / "memory", {"rank": 0}, capacities={"metrics": rows}, fallback=folder / "disk")
+    return FlightFile.create(folder / "memory", {"rank": 0}, capacities={"metrics": rows}, runs_dir=folder / "disk")
 
 
 def ring_of(flight: FlightFile, appended: int) -> JournaledRing:
@@ -89,7 +90,7 @@ def test_maps_go_to_the_journal_when_memory_is_full(tmp_path: Path) -> None:
     log.trim()
     assert journal.stat().st_size == 0
     flight.close(unlink=True)
-    assert list((tmp_path / "disk").iterdir()) == []
+    assert list((tmp_path / "disk" / FALLBACK_FOLDER).iterdir()) == []
 
 
 def test_names_can_be_sent_again_to_a_new_store(tmp_path: Path) -> None:
@@ -107,6 +108,52 @@ def test_names_can_be_sent_again_to_a_new_store(tmp_path: Path) -> None:
     flight.close(unlink=True)
 
 
+def test_names_are_on_disk_before_the_rows_that_use_them(tmp_path: Path) -> None:
+    """Whenever memory is lost, each row in the journal has its name there, and each name is there once."""
+    flight = make_flight(tmp_path)
+    for number in range(200):
+        name_id = flight.names.id_of(f"name {number // 3}")
+        flight.metrics.append(name_id, number, 0, 0.0, 0, 0)
+        in_journal = [
+            row
+            for taken in read_journal(journal_path(flight.journal_stems[0], "names"))
+            for row in msgpack.Unpacker(_file(taken.data), max_buffer_size=0)
+        ]
+        assert [row["id"] for row in in_journal] == list(range(len(in_journal)))
+        rows = b"".join(taken.data for taken in read_journal(journal_path(flight.journal_stems[0], "metrics")))
+        assert all(name_id < len(in_journal) for name_id in numbers(rows))
+
+    flight.close(unlink=False)
+    assert flight.path is not None
+    image = read_flight(flight.path, tmp_path / "disk")
+    assert [row["name"] for row in image.all_maps("names")] == [f"name {number}" for number in range(67)]
+    image.unlink()
+
+
+def test_a_journal_alone_tells_whose_it_is(tmp_path: Path) -> None:
+    """Without the file in memory, rows and later facts about the writer are read from the disk; all of it goes."""
+    flight = make_flight(tmp_path)
+    ring_of(flight, 100)
+    flight.update_identity(run_dir="/runs/a")
+    flight.beat(7)
+    flight.close(unlink=False)
+    assert flight.path is not None
+    flight.path.unlink()
+
+    (claim,) = find_flights(tmp_path / "disk" / FALLBACK_FOLDER)
+    image = read_flight(claim)
+
+    assert (image.identity["rank"], image.identity["run_dir"]) == (0, "/runs/a")
+    assert image.tables == ["metrics"]
+    assert image.holds_user_rows
+    assert image.open_step is None
+    rows = numbers(b"".join(taken.data for taken in image.take_all("metrics")))
+    assert rows == list(range(image.counters("metrics").appended))
+    assert len(rows) > 90
+    image.unlink()
+    assert list((tmp_path / "disk" / FALLBACK_FOLDER).iterdir()) == []
+
+
 def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
     """A reader of the flight file gets the journal's rows first, none twice, and no truncated record."""
     flight = make_flight(tmp_path)
@@ -120,7 +167,7 @@ def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
     with journal.open("ab") as file:
         file.write(journal.read_bytes()[:50])  # a record that the end cut off
 
-    image = read_flight(flight.path)
+    image = read_flight(flight.path, tmp_path / "disk")
     assert image.holds_user_rows
     for start in (0, 3, 50, 97, 100):
         takes = list(image.take_all("metrics", start))
@@ -130,7 +177,7 @@ def test_a_dead_process_leaves_memory_and_journal(tmp_path: Path) -> None:
     maps = b"".join(taken.data for taken in image.take_all("logged"))
     assert [row["n"] for row in msgpack.Unpacker(_file(maps), max_buffer_size=0)] == list(range(400))
     image.unlink()
-    assert list((tmp_path / "disk").iterdir()) == list((tmp_path / "memory").iterdir()) == []
+    assert list((tmp_path / "disk" / FALLBACK_FOLDER).iterdir()) == list((tmp_path / "memory").iterdir()) == []
 
 
 def test_a_full_disk_loses_the_oldest_rows_and_says_so_once(

@@ -13,15 +13,10 @@ from subprocess import Popen
 import pytest
 
 from traceml.database.flight import FlightFile
-from traceml.database.postmortem import (
-    MAGIC,
-    FlightSnapshot,
-    FlightState,
-    find_flights,
-    is_alive,
-    read_flight,
-    remove_stale,
-)
+from traceml.database.flight_folders import find_flights, pending_row_path
+from traceml.database.flight_header import FlightState
+from traceml.database.flight_owner import is_alive
+from traceml.database.postmortem import FlightSnapshot, read_flight
 from traceml.database.schema import STEPS, Phase, Slot
 from traceml.errors import StoreError
 
@@ -104,20 +99,6 @@ def test_live_file_is_refused(program: Start, tmp_path: Path) -> None:
 
     assert not is_alive(path)
     assert read_flight(path).counters("evals").appended == 1
-
-
-def test_looking_at_its_own_file_does_not_drop_the_lock(program: Start, tmp_path: Path) -> None:
-    """Every way of looking leaves a rank's own file locked for others: no second descriptor is ever closed."""
-    flight = FlightFile.create(tmp_path, {})
-    assert flight.path is not None
-
-    assert is_alive(flight.path)
-    with pytest.raises(StoreError, match="running process"):
-        read_flight(flight.path)
-    assert remove_stale(tmp_path, grace_s=-1) == []
-
-    assert json.loads(program("lock_readers", flight.path).communicate()[0]) == {"alive": True, "removed": []}
-    flight.close(unlink=True)
 
 
 def test_innermost_phase_is_the_one_begun_last(tmp_path: Path) -> None:
@@ -207,47 +188,73 @@ def test_missing_file_is_an_error_with_its_name(tmp_path: Path) -> None:
     assert not is_alive(tmp_path / "gone.flight")
 
 
-def test_dead_file_stays_for_a_grace_after_it_was_found(tmp_path: Path) -> None:
-    """The first cleaner only notes that the owner is dead; once the grace is over the file goes."""
+@pytest.mark.parametrize("kind", ["fifo", "link", "foreign"])
+@pytest.mark.needs("root")
+def test_only_a_regular_file_of_this_user_is_read(tmp_path: Path, kind: str) -> None:
+    """A FIFO would stop its reader for good, and another user's file may say anything."""
     path = left_behind(tmp_path).path
     assert path is not None
-    os.utime(path, (0, 0))  # its own date tells nothing: mapped writes do not change it
+    if kind == "foreign":
+        os.chown(path, 12345, -1)
+    else:
+        moved = path.rename(tmp_path / "moved")
+        os.mkfifo(path) if kind == "fifo" else path.symlink_to(moved)
 
-    assert remove_stale(tmp_path, grace_s=60) == []
-    assert read_flight(path).identity["rank"] == 1
-    rewrite(path, 72, struct.pack("@q", int(time.time()) - 61))
-
-    assert remove_stale(tmp_path, grace_s=60) == [path]
-    assert find_flights(tmp_path) == []
+    assert not is_alive(path)
+    with pytest.raises(StoreError, match="cannot be read"):
+        read_flight(path)
 
 
-def test_file_of_another_boot_goes_at_once(tmp_path: Path) -> None:
-    """Nobody can come for a file in a folder on disk after the machine went down."""
-    flight = FlightFile.create(tmp_path, {})
-    flight.update_identity(boot_id="00000000-0000-0000-0000-000000000000")
+def test_folders_that_the_file_names_are_not_touched(tmp_path: Path) -> None:
+    """Files on disk are looked for in known folders under the file's own name: what it says of others is no path."""
+    precious = tmp_path / "precious.files"
+    precious.mkdir(mode=0o700)
+    (precious / "thesis").write_text("text")
+    (tmp_path / "precious.logged.journal").write_text("text")
+    flight = FlightFile.create(tmp_path / "flights", {"journal": [str(tmp_path / "precious")]})
+    flight.log("logged").append({"kind": "text"})
     flight.close(unlink=False)
+    assert flight.path is not None
 
-    assert remove_stale(tmp_path) == [flight.path]
+    image = read_flight(flight.path, tmp_path)
 
-
-def test_live_file_is_never_removed(program: Start, tmp_path: Path) -> None:
-    """A file whose lock is held stays, whatever the grace."""
-    process = program("killed_writers", "hold", tmp_path)
-    assert process.stdout is not None
-    path = Path(json.loads(process.stdout.readline())["path"])
-
-    assert remove_stale(tmp_path, grace_s=-1) == []
-
-    process.kill()
-    process.wait()
-    assert remove_stale(tmp_path, grace_s=-1) == [path]
+    assert image.spooled_files == []
+    assert image.journals == {}
+    image.unlink()
+    assert (precious / "thesis").read_text() == "text"
+    assert (tmp_path / "precious.logged.journal").exists()
+    assert not flight.path.exists()
 
 
-def test_half_made_file_goes_when_it_is_old(tmp_path: Path) -> None:
-    """A file whose writer died while making it has no header; its date decides."""
-    half = tmp_path / "1-2-0.flight"
-    half.write_bytes(b"\0" * len(MAGIC))
+@pytest.mark.needs("root")
+def test_a_spool_that_somebody_else_put_beside_it_is_not_touched(tmp_path: Path) -> None:
+    """Neither its files nor its rows are taken, and it is not removed."""
+    path = left_behind(tmp_path).path
+    assert path is not None
+    spool = path.with_suffix(".files")
+    spool.mkdir(mode=0o700)
+    (spool / "00.bin").write_text("planted")
+    pending_row_path(spool, 1).write_bytes(b"\x81\xa4name\xa1x")
+    os.chown(spool, 12345, -1)
 
-    assert remove_stale(tmp_path, grace_s=60) == []
-    os.utime(half, (0, 0))
-    assert remove_stale(tmp_path, grace_s=60) == [half]
+    image = read_flight(path)
+
+    assert image.spooled_files == []
+    assert image.pending_rows == []
+    image.unlink()
+    assert spool.exists()
+
+
+def test_a_pipe_in_the_spool_stops_nobody(tmp_path: Path) -> None:
+    """An unpacked archive may hold one: only regular files are taken."""
+    path = left_behind(tmp_path).path
+    assert path is not None
+    spool = path.with_suffix(".files")
+    spool.mkdir(mode=0o700)
+    os.mkfifo(spool / "pipe")
+    os.mkfifo(pending_row_path(spool, 1))
+
+    image = read_flight(path)
+
+    assert image.spooled_files == []
+    assert image.pending_rows == []

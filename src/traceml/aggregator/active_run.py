@@ -18,7 +18,8 @@ from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import boot_id, process_start_ticks
-from traceml.database.postmortem import FlightSnapshot, FlightState
+from traceml.database.flight_header import FlightState
+from traceml.database.postmortem import FlightSnapshot
 from traceml.database.reader import StoreReader, StreamIdentity, StreamRecord
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
@@ -206,6 +207,7 @@ class ActiveRun:
                 str(flight.path),
                 is_helper=flight.is_helper,
             )
+            self.store.update_stream(stream.id, clock=list(flight.image.clock))
             for report in [report for report in self._unmatched_exits if report.get("pid") == flight.incarnation.pid]:
                 self._unmatched_exits.remove(report)
                 _note_exit(stream, report)
@@ -480,7 +482,7 @@ class ActiveRun:
 
     def _finalize_dead(self, stream: Stream, image: FlightSnapshot | None = None) -> None:
         """Recover the rows of a dead rank and set its final state."""
-        image = recover(stream, self.ingest, image)
+        image = recover(stream, self.ingest, self.path.parent, image)
         if image is not None:
             self._recovered.append(image)
             self.store.update_stream(stream.id, appended=appended_rows(image))

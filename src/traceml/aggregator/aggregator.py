@@ -21,7 +21,7 @@ from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
 from traceml.clock import boot_id
-from traceml.database.flight import COPIES_FOLDER, FALLBACK_FOLDER
+from traceml.database.flight_folders import COPIES_FOLDER
 from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
@@ -246,8 +246,7 @@ class Aggregator:
 
     def _recover_flights(self, run: ActiveRun) -> None:
         """Recover the rows of ranks of this run that were never connected here."""
-        folders = (run.path.parent / FALLBACK_FOLDER, run.path / COPIES_FOLDER)
-        for flight in dead_flights(run.key, *folders, but=run.recovered):
+        for flight in dead_flights(run.key, run.path.parent, copies=run.path / COPIES_FOLDER, but=run.recovered):
             run.recover_flight(flight)
 
     async def _close_all(self) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry
-from traceml.database.flight import FALLBACK_FOLDER
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 
@@ -44,7 +43,7 @@ def finish_flights(runs_dir: Path) -> list[Path]:
 
 
 def _finish(run: ActiveRun, registry: Registry) -> bool:
-    for flight in dead_flights(run.key, run.path.parent / FALLBACK_FOLDER, but=run.recovered):
+    for flight in dead_flights(run.key, run.path.parent, but=run.recovered):
         run.recover_flight(flight)
 
     run.check_absent()

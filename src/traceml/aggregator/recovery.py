@@ -11,10 +11,13 @@ import msgpack
 
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams import Incarnation, Stream
-from traceml.database.flight import default_folder
-from traceml.database.postmortem import FlightSnapshot, FlightState, find_flights, is_alive, read_flight
+from traceml.database.flight_folders import default_folder, disk_folders, find_flights
+from traceml.database.flight_header import FlightState
+from traceml.database.flight_owner import find_unclaimed, is_alive
+from traceml.database.postmortem import FlightSnapshot, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
+from traceml.ids import safe_run_id
 from traceml.transport.hello import check_rank
 
 __all__ = ["DeadFlight", "appended_rows", "dead_flights", "recover"]
@@ -25,7 +28,11 @@ _log = logging.getLogger("traceml")
 
 
 class DeadFlight:
-    """A dead rank's flight file and the identity of its writer."""
+    """A dead rank's flight file and the identity of its writer.
+
+    Raises:
+        ValueError: the identity cannot be one.
+    """
 
     def __init__(self, path: Path, image: FlightSnapshot) -> None:
         self.path = path
@@ -39,10 +46,13 @@ class DeadFlight:
         self.name = str(facts.get("name") or "run")
         self.project = str(facts.get("project") or "default")
         self.run_id = str(facts.get("run_id") or "")
-        self.runs_dir = Path(str(facts.get("runs_dir") or ""))
-        """Runs folder of the rank's settings."""
         self.run_dir = Path(str(facts["run_dir"])) if facts.get("run_dir") else None
         """Its run's folder, if it ever learned it."""
+        if self.run_dir is not None and safe_run_id(self.run_dir.name) != self.run_dir.name:
+            raise ValueError(f"{path} names a folder that cannot be a run's: {str(self.run_dir)!r:.200}")
+
+        self.folder = self.run_dir.parent if self.run_dir is not None else Path(str(facts.get("runs_dir") or ""))
+        """Runs folder of its run, else of the rank's settings."""
         self.world_size = int(facts.get("world_size", 1))
         check_rank(self.rank, self.world_size)
         self.incarnation = Incarnation(
@@ -54,35 +64,39 @@ class DeadFlight:
         )
 
 
-def dead_flights(job: str | None, *folders: Path, but: Collection[Path] = ()) -> list[DeadFlight]:
-    """Return the flight files that dead ranks of a job left in the default folder and in others.
+def dead_flights(
+    job: str | None, runs_dir: Path, *, copies: Path | None = None, but: Collection[Path] = ()
+) -> list[DeadFlight]:
+    """Return the flight files that dead ranks of a job left on this host and in a runs folder.
 
     Args:
         job: its key; None for those of all jobs.
-        folders: other folders to search.
+        runs_dir: the runs folder.
+        copies: a folder with copies from other hosts, whose ranks are dead.
         but: files to leave out.
     """
+    here = find_unclaimed((default_folder(), *disk_folders(runs_dir)))
+    dead = [path for path in here if path not in but and not is_alive(path)]
+    dead += [path for path in (find_flights(copies) if copies is not None else ()) if path not in but]
     found = []
-    for folder in (default_folder(), *folders):
-        for path in find_flights(folder):
-            if path in but or is_alive(path):
-                continue
+    for path in dead:
+        try:
+            flight = DeadFlight(path, read_flight(path, runs_dir))
+        except (StoreError, ValueError, TypeError) as error:
+            if path.exists():  # else another process has just stored it
+                _log.warning("cannot use a flight file: %s", error)
 
-            try:
-                flight = DeadFlight(path, read_flight(path))
-            except (StoreError, ValueError, TypeError) as error:
-                if path.exists():  # else another process has just stored it
-                    _log.warning("cannot use a flight file: %s", error)
+            continue
 
-                continue
-
-            if job in (None, flight.job):
-                found.append(flight)
+        if job in (None, flight.job):
+            found.append(flight)
 
     return found
 
 
-def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None) -> FlightSnapshot | None:
+def recover(
+    stream: Stream, ingest: Ingest, runs_dir: Path, image: FlightSnapshot | None = None
+) -> FlightSnapshot | None:
     """Store the missing rows of a dead stream from its flight file; return its snapshot, None without a file.
 
     The file must stay until the rows are committed.
@@ -92,7 +106,7 @@ def recover(stream: Stream, ingest: Ingest, image: FlightSnapshot | None = None)
         return None
 
     try:
-        image = image or read_flight(path)  # type: ignore[arg-type]
+        image = image or read_flight(path, runs_dir)  # type: ignore[arg-type]
     except StoreError as error:
         if path is not None and path.exists():  # a rank whose rows had all arrived removes the file itself
             _log.warning("the last rows of %r are lost: %s", stream, error)
@@ -140,10 +154,7 @@ def _take(stream: Stream, ingest: Ingest, table: str, image: FlightSnapshot) -> 
 
 def _recover_file_rows(stream: Stream, ingest: Ingest, image: FlightSnapshot) -> int:
     """Append the rows of files that were copied before their rank was killed."""
-    if LOGGED.name not in image.tables:
-        return 0
-
-    said = {(row.get("t_ns"), row.get("name")) for row in image.log_rows(LOGGED.name)}
+    said = {(row.get("t_ns"), row.get("name")) for row in image.all_maps(LOGGED.name)}
     rows = [
         row
         for row in image.pending_rows

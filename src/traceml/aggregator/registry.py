@@ -16,7 +16,6 @@ from traceml import ids
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
 from traceml.aggregator.streams import Incarnation, Stream
-from traceml.database.flight import FALLBACK_FOLDER
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
@@ -223,9 +222,8 @@ class Registry:
         """Return the flight files of dead ranks with logged rows whose run is, or would have been, in this folder."""
         return [
             flight
-            for flight in dead_flights(None, self.runs_dir / FALLBACK_FOLDER)
-            if flight.image.holds_user_rows
-            and (flight.run_dir.parent if flight.run_dir is not None else flight.runs_dir) == self.runs_dir
+            for flight in dead_flights(None, self.runs_dir)
+            if flight.image.holds_user_rows and flight.folder == self.runs_dir
         ]
 
     @contextlib.contextmanager

@@ -6,57 +6,31 @@ reads the last rows, and the step and phase that were open.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
-import itertools
 import logging
 import mmap
 import os
-import stat
-import time
 from pathlib import Path
 from typing import Any
 
-import msgpack
-
-from traceml.clock import boot_id, monotonic_ns, process_start_ticks
-from traceml.database.journal import journal_path
+from traceml.clock import boot_id, machine_name, process_start_ticks
+from traceml.database.flight_folders import FLIGHT_SUFFIX, default_folder, disk_folders
+from traceml.database.flight_header import COUNTERS_AT, DATA_AT, FlightHeader, FolderClaim, MappedFile
+from traceml.database.journal import Journal, journal_path
 from traceml.database.journaled import JournaledLog, JournaledRing, NameTable
-from traceml.database.postmortem import (
-    COUNTERS_AT,
-    DATA_AT,
-    FLIGHT_SUFFIX,
-    IDENTITY_AT,
-    IDENTITY_BYTES,
-    LAYOUT_AT,
-    LAYOUT_BYTES,
-    MAGIC,
-    OPEN_SLOTS_AT,
-    OWN_FILES,
-    PROLOGUE,
-    VERSION,
-)
-from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring, pack_map
+from traceml.database.rings import COUNTERS_PER_TABLE, ByteLog, Ring
 from traceml.database.schema import JOURNALED, LOGS, METRICS, NAMES, PACKED, STEPS, USER_TABLES, Log, Slot, Table
+from traceml.own_files import make_own_folder
 
-__all__ = ["COPIES_FOLDER", "FALLBACK_FOLDER", "FlightFile", "default_folder"]
+__all__ = ["FlightFile"]
 
-# In the runs folder: flight files of ranks without room in memory.
-FALLBACK_FOLDER = ".flights"
-# In a run's folder: copies of flight files from other hosts.
-COPIES_FOLDER = "flights"
 _FREE_SHARE = 16
 _FLOOR_ROWS = {STEPS.name: 4096}
 _OTHER_FLOOR_ROWS = 256
 _ALIGN = 64
-_serial = itertools.count()
 _log = logging.getLogger("traceml")
 _warned: set[str] = set()
-
-
-def default_folder() -> Path:
-    """Return the memory-backed folder of this user's flight files on this host."""
-    return Path(f"/dev/shm/traceml-{os.geteuid()}")  # noqa: S108 - ownership and mode are checked before use
 
 
 class FlightFile:
@@ -66,6 +40,7 @@ class FlightFile:
         path: the file, None when it is anonymous memory.
         identity: facts about the writer.
         open_slots: int64 words for what is open now: one per `Phase`, then one per `Slot`.
+        journal_stems: paths without suffix for files on disk; the first whose folder is writable is used.
         rings, logs: the tables by name.
         metrics: the ring of logged values.
         names: ids of the names that rows use.
@@ -76,30 +51,24 @@ class FlightFile:
         memory: mmap.mmap,
         capacities: dict[str, int],
         identity: dict[str, Any],
-        path: Path | None,
-        lock: int,
-        journal: tuple[Path, ...] = (),
+        file: MappedFile | None = None,
+        stems: tuple[Path, ...] = (),
     ) -> None:
-        self.path = path
-        self._journal = journal
-        self._memory, self._lock_descriptor, self._pid = memory, lock, os.getpid()
-        view = memoryview(memory)
-        self._words = view[: IDENTITY_AT[0]].cast("q")
-        self.open_slots = view[OPEN_SLOTS_AT:COUNTERS_AT].cast("q")
-        self.open_slots[Slot.STEP] = -1
+        self.path = file.path if file is not None else None
+        self.journal_stems = stems
+        self._file, self._memory, self._pid = file, memory, os.getpid()
+        self._claims: dict[Path, FolderClaim] = {}
+        self._header = FlightHeader(memory)
+        self._words, self.open_slots = self._header.words, self._header.open_slots
         self.rings: dict[str, Ring] = {}
         self.logs: dict[str, ByteLog] = {}
         layout = self._lay_out_tables(capacities)
-        names = self.logs[NAMES.name]
+        names, metrics = self.logs[NAMES.name], self.rings[METRICS.name]
         assert isinstance(names, JournaledLog)
-        self.names = NameTable(names)
-        metrics = self.rings[METRICS.name]
         assert isinstance(metrics, JournaledRing)
-        self.metrics = metrics
-        self.identity: dict[str, Any] = {}
-        self._write_header(layout, len(memory))
-        self.update_identity(**identity)
-        memory[: len(MAGIC)] = MAGIC  # last: a file without it is incomplete
+        self.names, self.metrics = NameTable(names), metrics
+        metrics.before_spill = names.save
+        self._header.begin(layout, identity)
 
     def __repr__(self) -> str:
         where = str(self.path) if self.path else "memory"
@@ -112,7 +81,7 @@ class FlightFile:
         identity: dict[str, Any],
         *,
         capacities: dict[str, int] | None = None,
-        fallback: Path | None = None,
+        runs_dir: Path | None = None,
     ) -> FlightFile:
         """Create this process's flight file, or plain memory where no folder has room for it.
 
@@ -124,26 +93,23 @@ class FlightFile:
             folder: its folder, `default_folder()` when None; created if missing, must belong to this user alone.
             identity: further facts about the writer (rank, attempt, job, host); pid, start and boot are added.
             capacities: rows per table where they differ from the schema's; rounded up to a power of two.
-            fallback: a folder on disk to try next, usually the runs folder; journals go there too.
+            runs_dir: the runs folder, where it is tried next; journals go there too.
 
         Raises:
             OSError: plain memory cannot be allocated either.
             ValueError: `capacities` names a table that does not exist.
         """
         wanted = _table_capacities(capacities or {})
-        full = {"pid": os.getpid(), "start_ticks": process_start_ticks(os.getpid()), "boot_id": boot_id()} | identity
-        stem = f"{full['pid']}-{full['start_ticks']}-{next(_serial)}"
-        # On disk: a journal takes what memory has no room for.
-        temporary = Path(os.environ.get("TMPDIR") or "/tmp", f"traceml-{os.geteuid()}")  # noqa: S108 - see journal
-        journal = tuple(folder.absolute() / stem for folder in (fallback, temporary) if folder is not None)
-        full["journal"] = [str(place) for place in journal]
+        pid = os.getpid()
+        full = {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "machine": machine_name()}
+        # `os.execv` keeps pid and start time, so the name has a random part.
+        stem = f"{pid}-{full['start_ticks']}-{os.urandom(4).hex()}"
+        stems = tuple(place / stem for place in disk_folders(runs_dir))
+        places = [folder or default_folder(), *([stems[0].parent] if runs_dir is not None else [])]
         refusals: list[str] = []
-        for place, private in ((folder or default_folder(), True), (fallback, False)):
-            if place is None:
-                continue
-
+        for place in places:
             try:
-                flight = cls._in_folder(place, private, wanted, full, journal)
+                flight = cls._in_folder(place, wanted, full | identity, stems)
             except OSError as error:
                 refusals.append(f"{place}: {error.strerror or error}")
                 continue
@@ -152,7 +118,7 @@ class FlightFile:
             return flight
 
         _warn_once(refusals, None)
-        return cls(mmap.mmap(-1, _file_bytes(wanted)), wanted, full, None, -1, journal)
+        return cls(mmap.mmap(-1, _file_bytes(wanted)), wanted, full | identity, None, stems)
 
     def ring(self, name: str) -> Ring:
         """Return the ring of a packed table."""
@@ -162,15 +128,31 @@ class FlightFile:
         """Return a log."""
         return self.logs[name]
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Facts about the writer."""
+        return self._header.identity
+
     def update_identity(self, **fields: Any) -> None:
-        """Change the facts about the writer. The old copy stays valid until the switch is complete."""
-        self.identity = self.identity | fields
-        packed = _pack_to_fit(self.identity, IDENTITY_BYTES)
-        spare = 1 - (self._words[5] & 1)
-        start = IDENTITY_AT[spare]
-        self._memory[start : start + len(packed)] = packed
-        self._words[6 + spare] = len(packed)
-        self._words[5] = spare
+        """Change the facts about the writer."""
+        self._header.update_identity(**fields)
+        for claim in self._claims.values():
+            claim.update_identity(**fields)
+
+    def beat(self, now_ns: int) -> None:
+        """Note that this process lives."""
+        self.open_slots[Slot.HEARTBEAT] = now_ns
+        for claim in self._claims.values():
+            claim.beat(now_ns)
+
+    def claim(self, folder: Path) -> None:
+        """Leave the writer's identity in a folder on disk that gets files of this process: a reboot empties memory."""
+        if folder in self._claims or (self.path is not None and self.path.parent == folder):
+            return
+
+        with contextlib.suppress(OSError):  # without it the files are found by the flight file only
+            path = folder / f"{self.journal_stems[0].name}{FLIGHT_SUFFIX}"
+            self._claims = self._claims | {folder: FolderClaim(path, self.identity)}
 
     @property
     def journaled(self) -> list[JournaledRing | JournaledLog]:
@@ -180,11 +162,6 @@ class FlightFile:
             for table in (*self.rings.values(), *self.logs.values())
             if isinstance(table, JournaledRing | JournaledLog)
         ]
-
-    @property
-    def journal_stems(self) -> tuple[Path, ...]:
-        """Paths without suffix for files on disk that belong to this one; the first writable folder is used."""
-        return self._journal
 
     @property
     def holds_user_rows(self) -> bool:
@@ -205,40 +182,24 @@ class FlightFile:
         for table in self.journaled:
             table.journal.close(unlink=unlink)
 
-        if self.path is None or self._lock_descriptor < 0:
-            return
+        for claim in self._claims.values():
+            claim.close(unlink=unlink)
 
-        if unlink:
-            self.path.unlink(missing_ok=True)
-
-        status = os.fstat(self._lock_descriptor)
-        OWN_FILES.pop((os.getpid(), status.st_dev, status.st_ino), None)
-        os.close(self._lock_descriptor)  # drops the lock
-        self._lock_descriptor = -1
+        if self._file is not None:
+            self._file.close(unlink=unlink)
 
     @classmethod
     def _in_folder(
-        cls, folder: Path, private: bool, wanted: dict[str, int], identity: dict[str, Any], journal: tuple[Path, ...]
+        cls, folder: Path, wanted: dict[str, int], identity: dict[str, Any], stems: tuple[Path, ...]
     ) -> FlightFile:
-        _prepare_folder(folder, private)
+        make_own_folder(folder)
         capacities = _shrink_to_fit(wanted, _free_bytes(folder) // _FREE_SHARE)
-        path = folder / f"{journal[0].name}{FLIGHT_SUFFIX}"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        file = MappedFile(folder / f"{stems[0].name}{FLIGHT_SUFFIX}", _file_bytes(capacities))
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            size = _file_bytes(capacities)
-            os.posix_fallocate(descriptor, 0, size)
-            # mmap duplicates the descriptor. It must live as long as the lock, which closing any descriptor would drop.
-            memory = mmap.mmap(descriptor, size)
-            flight = cls(memory, capacities, identity, path, descriptor, journal)
+            return cls(file.memory, capacities, identity, file, stems)
         except BaseException:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
+            file.close(unlink=True)
             raise
-
-        status = os.fstat(descriptor)
-        OWN_FILES[(os.getpid(), status.st_dev, status.st_ino)] = memory
-        return flight
 
     def _lay_out_tables(self, capacities: dict[str, int]) -> list[list[Any]]:
         layout: list[list[Any]] = []
@@ -249,12 +210,13 @@ class FlightFile:
             slot = COUNTERS_AT // 8 + index * COUNTERS_PER_TABLE
             row_bytes = table.row_bytes if isinstance(table, Table) else 1
             where = (self._memory, offset, capacity, self._words, slot)
-            journals = tuple(journal_path(stem, table.name) for stem in self._journal)
             if isinstance(table, Table):
                 kept = table.name in JOURNALED
-                self.rings[table.name] = JournaledRing(table, *where, journals) if kept else Ring(table, *where)
+                self.rings[table.name] = (
+                    JournaledRing(table, *where, self._journal(table)) if kept else Ring(table, *where)
+                )
             elif table.name in JOURNALED:
-                self.logs[table.name] = JournaledLog(table, *where, journals, keep=table is NAMES)
+                self.logs[table.name] = JournaledLog(table, *where, self._journal(table))
             else:
                 self.logs[table.name] = ByteLog(table, *where)
 
@@ -263,14 +225,9 @@ class FlightFile:
 
         return layout
 
-    def _write_header(self, layout: list[list[Any]], size: int) -> None:
-        packed = msgpack.packb(layout)
-        if len(packed) > LAYOUT_BYTES:
-            raise ValueError(f"the layout of the tables takes {len(packed)} bytes, {LAYOUT_BYTES} are reserved")
-
-        self._memory[LAYOUT_AT : LAYOUT_AT + len(packed)] = packed
-        now_ns, epoch_ns = monotonic_ns(), time.time_ns()
-        PROLOGUE.pack_into(self._memory, 0, bytes(8), VERSION, size, now_ns, epoch_ns, 0, 0, 0, len(packed), 0)
+    def _journal(self, table: Table | Log) -> Journal:
+        places = [journal_path(stem, table.name) for stem in self.journal_stems]
+        return Journal(*places, keep=table is NAMES, on_create=self.claim)
 
 
 def _table_capacities(overrides: dict[str, int]) -> dict[str, int]:
@@ -313,28 +270,6 @@ def _free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _prepare_folder(folder: Path, private: bool) -> None:
-    """Create the folder; a private one must be a real folder of this user that nobody else can write."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.lstat() if private else folder.stat()
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
-
-    if private and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-        raise PermissionError(
-            errno.EPERM, "the folder belongs to another user, or others may write into it", str(folder)
-        )
-
-
-def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:
-    """Pack a map; leave out its longest value while it is too long."""
-    kept = dict(fields)
-    while len(packed := pack_map(kept)) > limit:
-        del kept[max(kept, key=lambda key: len(pack_map({key: kept[key]})))]
-
-    return packed
-
-
 def _warn_once(refusals: list[str], place: Path | None) -> None:
     if not refusals:
         return
@@ -342,7 +277,8 @@ def _warn_once(refusals: list[str], place: Path | None) -> None:
     text = f"no flight file in {'; '.join(refusals)}. " + (
         f"Using {place}: the last rows survive a killed process, a step may stall for a millisecond occasionally."
         if place
-        else "Using plain memory: the last rows of a killed process will be lost. Free some space there to keep them."
+        else "Using plain memory: the last rows of a killed process will be lost. "
+        "To keep them, give one of these folders to this user, with some space."
     )
     if text not in _warned:
         _warned.add(text)

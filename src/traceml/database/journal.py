@@ -12,10 +12,11 @@ import os
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from traceml.database.rings import RowSlice
+from traceml.own_files import create_own, make_own_folder, opened_own
 
 __all__ = ["JOURNAL_SUFFIX", "Journal", "journal_path", "read_journal"]
 
@@ -41,17 +42,21 @@ class Journal:
     Not thread-safe: the lock of its table guards it.
 
     Args:
-        places: candidate paths; the first whose folder is writable is used.
+        places: candidate paths; the first whose folder is this user's alone and writable is used.
         keep: keep rows after they are stored, for a store that starts again.
+        on_create: called with the folder of a file that was created.
     """
 
-    def __init__(self, *places: Path, keep: bool = False) -> None:
+    def __init__(
+        self, *places: Path, keep: bool = False, on_create: Callable[[Path], object] = lambda _folder: None
+    ) -> None:
         self.path = places[0] if places else Path(os.devnull)
         """The file."""
         self._places = places
         self.end = 0
         """Number after the last row in the file."""
-        self._keep = keep
+        self.keep = keep
+        self._on_create = on_create
         self._descriptor = -1
         self._pid = os.getpid()
         self._size = 0
@@ -105,21 +110,21 @@ class Journal:
         refused: OSError | None = None
         for path in self._places:
             try:
-                path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-                self._descriptor = os.open(path, flags, 0o600)
+                make_own_folder(path.parent)
+                self._descriptor = create_own(path)
             except OSError as error:
                 refused = refused or error
                 continue
 
             self.path = path
+            self._on_create(path.parent)
             return
 
         raise refused or OSError(errno.ENOENT, "it has no folder", str(self.path))
 
     def trim(self, acked: int) -> None:
         """Empty the file when all its rows are stored."""
-        if self._records and acked >= self.end and not self._keep:
+        if self._records and acked >= self.end and not self.keep:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, 0)
                 self._firsts.clear()
@@ -142,25 +147,29 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[RowSlice]:
-    """Yield the records of a dead writer's journal, up to the first incomplete one."""
+    """Yield the records of a dead writer's journal, up to the first incomplete one.
+
+    Raises:
+        OSError: it cannot be read, or is no file of this user.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        with opened_own(path) as descriptor:
+            yield from _records(descriptor)
     except FileNotFoundError:
         return
 
-    try:
-        offset = 0
-        while len(head := os.pread(descriptor, _RECORD.size, offset)) == _RECORD.size:
-            magic, first, n, size, checksum = _RECORD.unpack(head)
-            left = os.fstat(descriptor).st_size - offset - _RECORD.size
-            data = os.pread(descriptor, size, offset + _RECORD.size) if magic == _MAGIC and 0 <= size <= left else b""
-            if magic != _MAGIC or len(data) != size or zlib.crc32(data) != checksum:
-                return
 
-            yield RowSlice(first, n, data)
-            offset += _RECORD.size + size
-    finally:
-        os.close(descriptor)
+def _records(descriptor: int) -> Iterator[RowSlice]:
+    offset = 0
+    while len(head := os.pread(descriptor, _RECORD.size, offset)) == _RECORD.size:
+        magic, first, n, size, checksum = _RECORD.unpack(head)
+        left = os.fstat(descriptor).st_size - offset - _RECORD.size
+        data = os.pread(descriptor, size, offset + _RECORD.size) if magic == _MAGIC and 0 <= size <= left else b""
+        if magic != _MAGIC or len(data) != size or zlib.crc32(data) != checksum:
+            return
+
+        yield RowSlice(first, n, data)
+        offset += _RECORD.size + size
 
 
 def _write_all(descriptor: int, data: bytes, offset: int) -> None:

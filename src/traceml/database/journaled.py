@@ -10,10 +10,11 @@ import itertools
 import logging
 import mmap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from traceml.database.journal import Journal
-from traceml.database.rings import BASE, MAX_TAKE_BYTES, ByteLog, Ring, RowSlice, map_ends
+from traceml.database.rings import BASE, LOCK_TIMEOUT_S, MAX_TAKE_BYTES, ByteLog, Ring, RowSlice, map_ends
 from traceml.database.schema import Log, Table
 
 __all__ = ["JournaledLog", "JournaledRing", "NameTable"]
@@ -30,18 +31,20 @@ class JournaledRing(Ring):
         lock: held while a row is appended. Reentrant: a signal handler may log too.
         limit: name_id of the first row that needs `make_room()` first.
         journal: the rows that left memory.
+        before_spill: called before rows are written to the journal: what they refer to goes to disk first.
     """
 
-    __slots__ = ("_making_room", "_warned", "journal", "limit", "lock")
+    __slots__ = ("_making_room", "_warned", "before_spill", "journal", "limit", "lock")
 
     def __init__(
         self, table: Table, buffer: mmap.mmap, offset: int, capacity: int, count: memoryview[int], slot: int,
-        journals: tuple[Path, ...],
+        journal: Journal,
     ) -> None:  # fmt: skip
         super().__init__(table, buffer, offset, capacity, count, slot)
         self.lock = threading.RLock()
         self.limit = capacity - 1
-        self.journal = Journal(*journals)
+        self.journal = journal
+        self.before_spill: Callable[[], object] = lambda: None
         self._warned = self._making_room = False
 
     def append(self, *values: float) -> bool:  # type: ignore[override]
@@ -81,6 +84,7 @@ class JournaledRing(Ring):
         if n >= safe + self.capacity - 1:
             first = max(safe, self.oldest())
             stop = first + max(1, self.capacity // 2)
+            self.before_spill()
             try:
                 self.journal.append(first, stop - first, self._copy(first, stop))
             except OSError as error:
@@ -121,15 +125,14 @@ class JournaledLog(ByteLog):
         journal: the maps that left memory.
     """
 
-    __slots__ = ("_keep", "_warned", "journal")
+    __slots__ = ("_warned", "journal")
 
     def __init__(
         self, log: Log, buffer: mmap.mmap, offset: int, capacity_bytes: int, count: memoryview[int], slot: int,
-        journals: tuple[Path, ...], *, keep: bool = False,
+        journal: Journal,
     ) -> None:  # fmt: skip
         super().__init__(log, buffer, offset, capacity_bytes, count, slot)
-        self.journal = Journal(*journals, keep=keep)
-        self._keep = keep
+        self.journal = journal
         self._warned = False
 
     def take(self, cursor: int, limit: int = 2048) -> RowSlice:
@@ -151,6 +154,23 @@ class JournaledLog(ByteLog):
 
         return RowSlice(start, stop - start, data[ends[start - first] : ends[stop - first]])
 
+    def save(self) -> None:
+        """Copy the maps that are only in memory to the journal, which a reboot does not empty.
+
+        Without space on the disk, or in a signal handler that interrupted an append, they stay in memory alone.
+        """
+        if not self._lock.acquire(timeout=LOCK_TIMEOUT_S):
+            return
+
+        try:
+            first, n = max(self.base, self.journal.end), self.appended
+            if first < n:
+                self.journal.append(first, n - first, self.read(first, n))
+        except OSError as error:
+            self._warned = self._warned or _warn(self.journal.path, error)
+        finally:
+            self._lock.release()
+
     def trim(self) -> None:
         """Free the disk space of stored rows."""
         if self.journal.begin < self.journal.end:
@@ -167,7 +187,7 @@ class JournaledLog(ByteLog):
     def _restart(self, data: bytes) -> bool:
         """Move all maps from memory to the journal, and a map that is larger than memory too."""
         n = self.appended
-        first = self.base if self._keep else max(self.base, min(self.acked, n))
+        first = max(self.base, self.journal.end if self.journal.keep else min(self.acked, n))
         try:
             if first < n:
                 self.journal.append(first, n - first, self.read(first, n))

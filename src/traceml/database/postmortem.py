@@ -6,90 +6,43 @@ forked children are still running.
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import logging
-import mmap
 import os
 import shutil
+import stat
 import struct
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from traceml.clock import boot_id
+from traceml.database.flight_folders import FLIGHT_SUFFIX, PENDING_SUFFIX, disk_folders, spool_folder
+from traceml.database.flight_header import (
+    COUNTERS_AT,
+    DATA_AT,
+    IDENTITY_AT,
+    LAYOUT_AT,
+    MAGIC,
+    OPEN_SLOTS_AT,
+    PROLOGUE,
+    VERSION,
+    FlightState,
+    is_locked,
+    own_mapping,
+)
 from traceml.database.journal import JOURNAL_SUFFIX, read_journal
 from traceml.database.rings import COUNTERS_PER_TABLE, RowSlice
 from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
 from traceml.errors import StoreError
+from traceml.own_files import check_own_folder, opened_own
 
-__all__ = [
-    "ARTIFACTS",
-    "COUNTERS_AT",
-    "DATA_AT",
-    "FLIGHT_SUFFIX",
-    "IDENTITY_AT",
-    "IDENTITY_BYTES",
-    "LAYOUT_AT",
-    "LAYOUT_BYTES",
-    "MAGIC",
-    "OPEN_SLOTS_AT",
-    "OWN_FILES",
-    "PROLOGUE",
-    "VERSION",
-    "FlightSnapshot",
-    "FlightState",
-    "TableCounters",
-    "find_flights",
-    "is_alive",
-    "pending_row_path",
-    "read_flight",
-    "remove_stale",
-    "spool_folder",
-]
-
-# The file: a header page of int64 words (prologue, open slots, counters), the identity twice (one is current while the
-# other is rewritten), the layout of the tables, and the tables themselves.
-MAGIC = b"TRACEMLF"
-VERSION = 3
-# magic, version, file size, monotonic and epoch timestamps of its creation, current identity (0 or 1), lengths of both
-# identities, length of the layout, epoch second at which a cleanup first found the owner dead
-PROLOGUE = struct.Struct("@8s9q")
-DEAD_SINCE_AT = 72
-OPEN_SLOTS_AT = 128
-COUNTERS_AT = OPEN_SLOTS_AT + 8 * OPEN_SLOTS
-IDENTITY_AT = (4096, 8192)
-IDENTITY_BYTES = 4096
-LAYOUT_AT = 12288
-LAYOUT_BYTES = 4096
-DATA_AT = 16384
-FLIGHT_SUFFIX = ".flight"
-ARTIFACTS = "artifacts"  # in a run's folder: logged files
-_PENDING_SUFFIX = ".row"
-_USER_ROWS_GRACE_S = 7 * 86400.0
-
-_FLOCK = struct.Struct("@hhqqi4x")
-_WORD = struct.Struct("@q")
-
-# Files of this process by (pid, device, inode). Closing any descriptor of such a file would drop its lock, so it is
-# never opened a second time.
-OWN_FILES: dict[tuple[int, int, int], mmap.mmap] = {}
+__all__ = ["FlightSnapshot", "TableCounters", "read_flight"]
 
 _log = logging.getLogger("traceml")
-
-
-class FlightState(IntEnum):
-    """Progress of a rank as it reported itself (slot STATE)."""
-
-    STARTING = 0
-    RUNNING = 1
-    FINISHED = 2
-    FAILED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +72,23 @@ class _TableExtent:
 class FlightSnapshot:
     """Copy of a flight file: its writer, its rows, and the step and phase that were open at the end.
 
+    Args:
+        path: the file it was read from.
+        data: its bytes, or its header pages alone.
+        runs_dir: the runs folder of its rank, if it is known: some of its files may be there. The file itself is not
+            asked for folders, as what it names would be read and removed.
+
     Attributes:
         path: the file it was read from.
-        identity: pid, start_ticks, boot_id, and the recorder's facts (rank, attempt, job, host).
+        identity: pid, start_ticks, boot_id, machine, and the recorder's facts (rank, attempt, job, host).
     """
 
-    def __init__(self, path: Path, data: bytes) -> None:
+    def __init__(self, path: Path, data: bytes, runs_dir: Path | None = None) -> None:
         self.path = path
         self._data = data
-        prologue = _prologue(path, data)
+        folders = dict.fromkeys((path.parent, *disk_folders(runs_dir)))
+        self._stems = [folder / path.stem for folder in folders if _is_own_folder(folder)]
+        self._prologue = prologue = _prologue(path, data)
         self.identity: dict[str, Any] = self._unpack(IDENTITY_AT[prologue[5] & 1], prologue[6 + (prologue[5] & 1)])
         self._tables: dict[str, tuple[int, _TableExtent]] = {}
         for index, (name, offset, capacity, row_bytes, layout) in enumerate(self._unpack(LAYOUT_AT, prologue[8])):
@@ -142,8 +103,24 @@ class FlightSnapshot:
 
     @property
     def tables(self) -> list[str]:
-        """Names of the tables and logs in the file."""
-        return list(self._tables)
+        """Names of the tables and logs in the file and in journals."""
+        return list(dict.fromkeys([*self._tables, *self.journals]))
+
+    @property
+    def clock(self) -> tuple[int, int]:
+        """Monotonic and epoch timestamps of the creation of the file, read together."""
+        return self._prologue[3], self._prologue[4]
+
+    @property
+    def last_beat_s(self) -> float:
+        """Epoch second of the last sign of life."""
+        monotonic_ns, epoch_ns = self.clock
+        return (epoch_ns + max(self.slot(Slot.HEARTBEAT) - monotonic_ns, 0)) / 1e9
+
+    @property
+    def dead_since_s(self) -> int:
+        """Epoch second at which a cleanup first found the owner dead, 0 before."""
+        return int(self._prologue[9])
 
     @property
     def state(self) -> FlightState:
@@ -182,7 +159,10 @@ class FlightSnapshot:
         return self._slots[slot]
 
     def counters(self, name: str) -> TableCounters:
-        """Return a table's counters."""
+        """Return a table's counters; of one that is only in its journal, as far as that goes."""
+        if name not in self._tables:
+            return TableCounters(max((taken.first + taken.n for taken in self._journaled(name)), default=0), 0, 0, 0, 0)
+
         index, _ = self._tables[name]
         return TableCounters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
 
@@ -212,19 +192,17 @@ class FlightSnapshot:
         if self.pending_rows:
             return True
 
-        kept = (self.counters(name) for name in self._tables if name in USER_TABLES)
-        return any(counters.acked < counters.appended for counters in kept)
-
-    @property
-    def _stems(self) -> list[Path]:
-        places = self.identity.get("journal") or []
-        return [self.path.with_suffix(""), *(Path(str(place)) for place in places)]
+        counters = [self.counters(name) for name in self.tables if name in USER_TABLES]
+        return any(each.acked < each.appended for each in counters)
 
     @property
     def spooled_files(self) -> list[Path]:
         """Copied files that have not been uploaded to the run's folder."""
-        folders = [spool_folder(stem) for stem in self._stems]
-        return [path for folder in folders for path in sorted(folder.glob("[!.]*"))]
+        return [path for folder in self._spools for path in sorted(folder.glob("[!.]*")) if _is_regular(path)]
+
+    @property
+    def _spools(self) -> list[Path]:
+        return [folder for folder in map(spool_folder, self._stems) if _is_own_folder(folder)]
 
     @property
     def pending_rows(self) -> list[dict[str, Any]]:
@@ -232,7 +210,8 @@ class FlightSnapshot:
         found = []
         for path in self.pending_row_paths:
             try:
-                row = msgpack.unpackb(path.read_bytes())
+                with opened_own(path) as descriptor:
+                    row = msgpack.unpackb(_read_all(descriptor))
             except (OSError, ValueError, msgpack.UnpackException) as error:
                 _log.debug("%s cannot be used: %r", path, error)
                 continue
@@ -245,12 +224,12 @@ class FlightSnapshot:
     @property
     def pending_row_paths(self) -> list[Path]:
         """Files of `pending_rows`, in the order of the calls."""
-        paths = [path for stem in self._stems for path in spool_folder(stem).glob(f".*{_PENDING_SUFFIX}")]
+        paths = [path for folder in self._spools for path in folder.glob(f".*{PENDING_SUFFIX}")]
         return sorted(paths, key=lambda path: (len(path.name), path.name))
 
     @property
     def journals(self) -> dict[str, Path]:
-        """Journals by table: next to the file, or in the folder that its writer chose."""
+        """Journals by table: next to the file, or in the folders of journals."""
         found: dict[str, Path] = {}
         for stem in self._stems:
             for path in stem.parent.glob(f"{stem.name}.*{JOURNAL_SUFFIX}"):
@@ -260,8 +239,7 @@ class FlightSnapshot:
 
     def take_all(self, name: str, start: int = 0) -> Iterator[RowSlice]:
         """Yield the rows of a table or log from `start` on: first those in its journal, then those in memory."""
-        journal = self.journals.get(name)
-        for taken in read_journal(journal) if journal is not None else ():
+        for taken in self._journaled(name):
             if taken.first + taken.n > start:
                 yield taken
                 start = taken.first + taken.n
@@ -270,16 +248,31 @@ class FlightSnapshot:
         if taken.n:
             yield taken
 
+    def all_maps(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield the maps of a log in its journal and in memory."""
+        for taken in self.take_all(name):
+            unpacker = msgpack.Unpacker(max_buffer_size=max(len(taken.data), 1), strict_map_key=False)
+            unpacker.feed(taken.data)
+            yield from unpacker
+
     def unlink(self) -> None:
-        """Remove the file and its journals, as all rows are stored."""
-        for path in (*self.journals.values(), self.path):
+        """Remove the file, its journals and its spool, as all rows are stored."""
+        claims = [stem.with_name(f"{stem.name}{FLIGHT_SUFFIX}") for stem in self._stems]
+        for path in (*self.journals.values(), *claims, self.path):
             path.unlink(missing_ok=True)
 
-        for stem in self._stems:
-            shutil.rmtree(spool_folder(stem), ignore_errors=True)
+        for folder in self._spools:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _journaled(self, name: str) -> Iterator[RowSlice]:
+        path = self.journals.get(name)
+        return read_journal(path) if path is not None else iter(())
 
     def take(self, name: str, start: int = 0) -> RowSlice:
         """Return the rows of a table or log in memory from `start` on, as bytes for a frame."""
+        if name not in self._tables:
+            return RowSlice(start, 0, b"")
+
         if isinstance(TABLES.get(name), Table):
             first, data = self.rows(name, start)
             return RowSlice(first, len(data) // self._tables[name][1].row_bytes, data)
@@ -329,130 +322,44 @@ class FlightSnapshot:
             )
 
 
-def spool_folder(stem: Path) -> Path:
-    """Return the folder of files that wait for upload, by the path stem of their rank's journals."""
-    return stem.with_name(f"{stem.name}.files")
-
-
-def pending_row_path(folder: Path, number: int) -> Path:
-    """Return the path of a row that is appended after the upload of its file from this folder."""
-    return folder / f".{number}{_PENDING_SUFFIX}"
-
-
-def read_flight(path: Path) -> FlightSnapshot:
+def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
     """Read a dead rank's flight file.
+
+    Args:
+        path: the file.
+        runs_dir: the runs folder of its rank, if it is known.
 
     Raises:
         StoreError: it cannot be read, is damaged, has another version, or its owner is still running.
     """
-    if _own_mapping(path) is not None:
+    if own_mapping(path) is not None:
         raise _still_alive(path)
 
     try:
-        with _open(path) as descriptor:
-            if _is_locked(descriptor):
+        with opened_own(path) as descriptor:
+            if is_locked(descriptor):
                 raise _still_alive(path)
 
-            return FlightSnapshot(path, _read_all(descriptor))
+            return FlightSnapshot(path, _read_all(descriptor), runs_dir)
     except StoreError:
         raise
     except OSError as error:
         raise StoreError(f"flight file {path} cannot be read: {error.strerror}") from error
 
 
-def find_flights(folder: Path, *, pid: int | None = None) -> list[Path]:
-    """Return the flight files in a folder by name, of one process when `pid` is given."""
-    pattern = f"{pid}-*{FLIGHT_SUFFIX}" if pid is not None else f"*{FLIGHT_SUFFIX}"
-    return sorted(folder.glob(pattern))
-
-
-def is_alive(path: Path) -> bool:
-    """Whether the writer of this flight file is running; False also when the file does not exist."""
-    if _own_mapping(path) is not None:
+def _is_own_folder(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        check_own_folder(folder)
         return True
 
-    try:
-        with _open(path) as descriptor:
-            return _is_locked(descriptor)
-    except OSError:
-        return False
+    return False
 
 
-def remove_stale(folder: Path, *, grace_s: float = 3600.0) -> list[Path]:
-    """Remove old flight files of dead processes; return the removed ones.
+def _is_regular(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
 
-    A file is removed when its owner is dead and it is from another boot, or was first found dead more than `grace_s`
-    ago: a restarted aggregator has that long to read it. A file with unstored rows of the user stays for a week.
-    """
-    removed = []
-    for path in find_flights(folder):
-        try:
-            if _own_mapping(path) is None and _is_stale(path, grace_s):
-                for leftover in (*_journals_of(path), path):
-                    leftover.unlink(missing_ok=True)
-
-                removed.append(path)
-        except OSError as error:
-            _log.debug("stale flight file %s stays: %s", path, error)
-
-    return removed
-
-
-def _is_stale(path: Path, grace_s: float) -> bool:
-    now = int(time.time())
-    with _open(path, os.O_RDWR) as descriptor:
-        if _is_locked(descriptor):
-            return False
-
-        try:
-            snapshot = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
-        except StoreError:
-            # Incomplete, damaged or of another version: use the file's modification time.
-            return now - os.fstat(descriptor).st_mtime > grace_s
-
-        if not snapshot.same_boot:
-            return True
-
-        dead_since = _WORD.unpack(os.pread(descriptor, 8, DEAD_SINCE_AT))[0]
-        if not dead_since:
-            os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
-            dead_since = now
-
-        return bool(now - dead_since > (max(grace_s, _USER_ROWS_GRACE_S) if snapshot.holds_user_rows else grace_s))
-
-
-def _journals_of(path: Path) -> list[Path]:
-    try:
-        with _open(path) as descriptor:
-            snapshot = FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0))
-            return [*snapshot.journals.values(), *snapshot.spooled_files, *snapshot.pending_row_paths]
-    except (OSError, StoreError):  # incomplete or damaged: its journals are unknown
-        return []
-
-
-def _own_mapping(path: Path) -> mmap.mmap | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-
-    return OWN_FILES.get((os.getpid(), status.st_dev, status.st_ino))
-
-
-@contextmanager
-def _open(path: Path, flags: int = os.O_RDONLY) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _is_locked(descriptor: int) -> bool:
-    # Query the lock, do not take it: two readers must not mistake each other for the owner.
-    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, request)
-    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+    return False
 
 
 def _read_all(descriptor: int) -> bytes:

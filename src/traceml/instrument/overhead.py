@@ -82,4 +82,4 @@ def _scratch_flight() -> FlightFile:
 
     capacities = {table.name: _ROWS for table in PACKED} | {log.name: 1024 for log in LOGS}
     size = 1 << 20
-    return FlightFile(mmap.mmap(-1, size), capacities, {}, None, -1)
+    return FlightFile(mmap.mmap(-1, size), capacities, {})

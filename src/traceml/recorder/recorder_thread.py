@@ -62,7 +62,7 @@ class RecorderThread:
         self._lines: LineSampler | None = None
         self._line_interval_s = 0.0
         self._line_due_s = 0.0
-        self._slots = flight.open_slots
+        self._flight, self._slots = flight, flight.open_slots
         self._telemetry = flight.ring("telemetry")
         # Rings of megabytes: their stored rows need not stay resident in the user's process.
         self._large = [ring for ring in flight.rings.values() if ring.capacity * ring.row_bytes > _LARGE_BYTES]
@@ -160,7 +160,7 @@ class RecorderThread:
 
     def _turn(self) -> None:
         now = monotonic_ns()
-        self._slots[Slot.HEARTBEAT] = now
+        self._flight.beat(now)
         while self._calls:
             self._calls.popleft()()
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FALLBACK_FOLDER, FlightFile
-from traceml.database.postmortem import FlightState, remove_stale
+from traceml.database.flight import FlightFile
+from traceml.database.flight_folders import default_folder, disk_folders
+from traceml.database.flight_header import FlightState
+from traceml.database.flight_owner import remove_stale
 from traceml.database.schema import PACKED, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
@@ -103,9 +105,9 @@ class Recording:
             None,
             identity.facts(config),
             capacities=_child_capacities(config) if is_child else _capacities(config),
-            fallback=config.runs_dir / FALLBACK_FOLDER,
+            runs_dir=config.runs_dir,
         )
-        self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake)
+        self.files = FileUploader(self.flight.journal_stems, self._append_logged, self._wake, self.flight.claim)
         self.sender = RowSender(
             self.flight,
             self._dial,
@@ -326,8 +328,8 @@ class Recording:
         self.thread.wake()
 
     def _remove_stale_flights(self) -> None:
-        if self.flight.path is not None:
-            remove_stale(self.flight.path.parent)
+        runs_dir = self._config.runs_dir
+        remove_stale(default_folder(), *disk_folders(runs_dir), runs_dir=runs_dir)
 
     # --- connecting --------------------------------------------------------------------------------------------------
 

@@ -30,10 +30,11 @@ from typing import Any, Literal
 import msgpack
 
 from traceml.clock import boot_id
-from traceml.database.postmortem import ARTIFACTS, pending_row_path, spool_folder
+from traceml.database.flight_folders import ARTIFACTS, pending_row_path, spool_folder
 from traceml.database.rings import RowSlice
 from traceml.database.schema import BLOBS
 from traceml.fail_open import fail_open
+from traceml.own_files import make_own_folder
 
 __all__ = ["BlobTable", "FileUpload", "FileUploader", "RefusedFileError"]
 
@@ -136,15 +137,20 @@ class FileUploader:
         stems: candidate places of the spool: the flight file's stems, as for journals.
         append: appends a row to `logged`.
         on_work: called when there is work for the recorder's thread.
+        on_spool: called with the folder in which the spool was created.
     """
 
     def __init__(
-        self, stems: tuple[Path, ...], append: Callable[[dict[str, Any]], object], on_work: Callable[[], None]
+        self,
+        stems: tuple[Path, ...],
+        append: Callable[[dict[str, Any]], object],
+        on_work: Callable[[], None],
+        on_spool: Callable[[Path], object],
     ) -> None:
         self.blobs = BlobTable()
         self.moved_bytes = 0
         """Bytes copied so far: grows while there is progress."""
-        self._stems, self._append, self._on_work = stems, append, on_work
+        self._stems, self._append, self._on_work, self._on_spool = stems, append, on_work, on_spool
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._unfinished = 0
         self._notes = itertools.count()
@@ -306,12 +312,14 @@ class FileUploader:
         for stem in self._stems:
             folder = spool_folder(stem)
             try:
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_own_folder(stem.parent)
+                make_own_folder(folder, private=True)
             except OSError as error:
                 refused = refused or error
                 continue
 
             self._spool = folder
+            self._on_spool(stem.parent)
             return folder
 
         raise refused or OSError(errno.ENOENT, "there is no folder for its copy")

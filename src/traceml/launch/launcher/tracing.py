@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from traceml import settings
-from traceml.database.flight import COPIES_FOLDER
+from traceml.database.flight_folders import COPIES_FOLDER
 from traceml.launch.wire.channel import Channel
 from traceml.launch.wire.flight_archive import unpack_flight
 from traceml.launch.wire.tunnel import TunnelConnector

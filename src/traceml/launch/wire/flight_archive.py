@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from traceml.database.flight import FALLBACK_FOLDER, default_folder
+from traceml.database.flight_folders import FLIGHT_SUFFIX, default_folder, disk_folders, find_flights, spool_folder
+from traceml.database.flight_owner import is_alive
 from traceml.database.journal import journal_path
-from traceml.database.postmortem import FLIGHT_SUFFIX, FlightSnapshot, find_flights, is_alive, read_flight, spool_folder
+from traceml.database.postmortem import FlightSnapshot, read_flight
 from traceml.errors import StoreError
 
 __all__ = ["pack_flight", "unpack_flight"]
@@ -41,13 +42,13 @@ def pack_flight(pid: int, run_id: str, *, runs_dir: str | None = None) -> bytes 
         run_id: the run, as process ids are reused.
         runs_dir: folder for the files of ranks that have no folder in memory.
     """
-    folders = [default_folder(), *([Path(runs_dir) / FALLBACK_FOLDER] if runs_dir else [])]
-    for path in (path for folder in folders for path in find_flights(folder, pid=pid)):
+    place = Path(runs_dir) if runs_dir else None
+    for path in (path for folder in (default_folder(), *disk_folders(place)) for path in find_flights(folder, pid=pid)):
         if is_alive(path):
             continue
 
         try:
-            image = read_flight(path)
+            image = read_flight(path, place)
             facts = image.identity
             if (facts.get("job"), facts.get("host")) != (run_id, socket.gethostname()):
                 continue

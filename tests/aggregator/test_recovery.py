@@ -1,0 +1,144 @@
+"""What dead ranks leave is found and stored, wherever it lies; what others planted is not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.track.conftest import Script, Stored, finish, runs_in, script  # noqa: F401 - a fixture
+from traceml.aggregator.orphans import finish_flights
+from traceml.aggregator.recovery import dead_flights
+from traceml.clock import boot_time_s, monotonic_ns
+from traceml.database.flight import FlightFile
+from traceml.database.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
+from traceml.runs.clocks import RunClocks
+
+KILLED = """
+    import os, pathlib, time, traceml
+    traceml.init(on_missing="warn", connect_timeout=0.1)
+    for i in range(60_000):
+        traceml.log_metric("loss", float(i), i)
+        if i == 30_000:
+            traceml.log_metric("late", 1.0, 0)
+    pathlib.Path("model.bin").write_bytes(b"weights" * 1000)
+    traceml.log_artifact("model.bin", "best")
+    while not list(pathlib.Path("traceml_runs").glob(".flights/*.files/.*.row")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+"""
+# Each life of the process traces some steps and becomes the next one.
+LIVES = """
+    import os, sys, traceml
+    recorder = traceml.init(on_missing="warn", connect_timeout=0.1)
+    traceml.log_metric("life", float(sys.argv[1]))
+    if sys.argv[1] < "3":
+        os.execv(sys.executable, [sys.executable, *sys.argv[:-1], str(int(sys.argv[1]) + 1)])
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_rows_on_disk_are_stored_after_a_reboot(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Memory is empty then: values that had left it, with their names, and a copied file become a run."""
+    process = script(KILLED)
+    finish(process, -signal.SIGKILL)
+    runs_dir = tmp_path / "traceml_runs"
+    (in_memory,) = find_flights(default_folder(), pid=process.pid)
+    (claim,) = find_flights(runs_dir / FALLBACK_FOLDER)
+    in_memory.unlink()
+    rewrite_boot(claim)
+
+    (run_dir,) = finish_flights(runs_dir)
+
+    stored = Stored(run_dir)
+    values = stored.values("loss")
+    assert values == [float(i) for i in range(len(values))]
+    assert len(values) > 40_000  # the rest was in memory
+    assert stored.values("late") == [1.0]
+    (artifact,) = stored.of("artifact")
+    assert (run_dir / artifact["path"]).read_bytes() == b"weights" * 1000
+    assert list((runs_dir / FALLBACK_FOLDER).iterdir()) == []
+    assert finish_flights(runs_dir) == []
+
+
+def test_dates_of_a_rank_that_never_connected_are_right(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Its rows have stamps of a clock, perhaps of another boot, whose relation to the date the file tells."""
+    process = script(KILLED)
+    finish(process, -signal.SIGKILL)
+    (in_memory,) = find_flights(default_folder(), pid=process.pid)
+    in_memory.unlink()
+
+    (run_dir,) = finish_flights(tmp_path / "traceml_runs")
+
+    (stream,) = Stored(run_dir).streams
+    now_ns = RunClocks([stream]).of_stamp(stream.id, monotonic_ns())
+    assert abs(now_ns - time.time_ns()) < 60e9
+
+
+def test_each_life_of_a_process_that_calls_exec_has_its_own_file(script: Script, tmp_path: Path) -> None:  # noqa: F811
+    """Pid and start time stay the same; every file is in memory, and nothing is said about space."""
+    process = script(LIVES, 1)
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == -signal.SIGKILL
+    assert len(find_flights(default_folder(), pid=process.pid)) == 3
+    assert "flight file" not in errors
+    finish_flights(tmp_path / "traceml_runs")
+    lives = sorted(value for run_dir in runs_in(tmp_path / "traceml_runs") for value in Stored(run_dir).values("life"))
+    assert lives == [1.0, 2.0, 3.0]
+    assert find_flights(default_folder(), pid=process.pid) == []
+
+
+@pytest.mark.needs("root")
+def test_what_another_user_planted_in_a_shared_folder_is_left_alone(tmp_path: Path) -> None:
+    """A pipe, a flight file that names the victim's folders, and its journals: nothing is read, run or removed."""
+    runs_dir, precious = tmp_path / "shared", tmp_path / "precious.files"
+    precious.mkdir(mode=0o700)
+    (precious / "thesis").write_text("text")
+    planted = runs_dir / FALLBACK_FOLDER
+    facts = {"journal": [str(tmp_path / "precious")], "runs_dir": str(runs_dir), "job": "j", "recorder": "r"}
+    flight = FlightFile.create(planted, facts)
+    flight.log("logged").append({"kind": "text"})
+    flight.close(unlink=False)
+    os.mkfifo(planted / "77-77-0.flight")
+    for path in (planted, *planted.iterdir()):
+        os.chown(path, 12345, -1)
+
+    assert finish_flights(runs_dir) == []
+
+    assert (precious / "thesis").read_text() == "text"
+    assert len(list(planted.iterdir())) == 2
+    assert runs_in(runs_dir) == []
+
+
+@pytest.mark.parametrize("run_dir", ["..", "a/../..", "x y"])
+def test_a_run_folder_outside_of_the_runs_folder_is_not_believed(tmp_path: Path, run_dir: str) -> None:
+    """The name of a run's folder is a plain name: an unpacked archive cannot make us write elsewhere."""
+    folder = tmp_path / "runs" / FALLBACK_FOLDER
+    flight = FlightFile.create(folder, {"run_dir": str(tmp_path / "runs") + "/" + run_dir, "job": "j"})
+    flight.log("logged").append({"kind": "text"})
+    flight.close(unlink=False)
+
+    assert dead_flights("j", tmp_path / "runs") == []
+    assert finish_flights(tmp_path / "runs") == []
+    assert flight.path is not None
+    assert flight.path.exists()
+
+
+def rewrite_boot(path: Path) -> None:
+    """Make a file look as if an earlier boot of this machine had written it."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip().encode()
+    data = path.read_bytes()
+    assert data.count(boot) == 1
+    path.write_bytes(data.replace(boot, b"0" * len(boot)))
+    then_s = boot_time_s() - 60
+    with path.open("r+b") as file:
+        file.seek(24)
+        file.write((1).to_bytes(8, "little") + int(then_s * 1e9).to_bytes(8, "little"))
+        file.seek(128 + 21 * 8)
+        file.write((2).to_bytes(8, "little"))
+
+    os.utime(path, (then_s, then_s))
