@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from traceml.track.plugins.plugin_base import BackendPlugin, CollectorPlugin, FrameworkPlugin, PluginInterface
     from traceml.track.plugins.plugin_metadata import PluginMetadata
     from traceml.track.plugins.plugin_registry import register
+    from traceml.track.rank.delivery_wait import flush, sync
     from traceml.track.rank.experiment import (
         Experiment,
         get_active_experiment,
@@ -66,10 +67,9 @@ if TYPE_CHECKING:
         log_metrics,
         log_params,
         log_text,
-        start_logging,
-        stop_logging,
     )
     from traceml.track.rank.orchestrator import Orchestrator
+    from traceml.track.rank.tracelet import start_logging, stop_logging
     from traceml.version import __version__ as __version__
 
 # Public names by module, imported on first use: `import traceml` costs a training script nothing.
@@ -99,11 +99,13 @@ _NAMES = {
     "traceml.track.plugins.plugin_base": "BackendPlugin CollectorPlugin FrameworkPlugin PluginInterface",
     "traceml.track.plugins.plugin_metadata": "PluginMetadata",
     "traceml.track.plugins.plugin_registry": "register",
+    "traceml.track.rank.delivery_wait": "flush sync",
     "traceml.track.rank.experiment": (
         "Experiment get_active_experiment log_artifact log_histogram log_image log_metric log_metrics log_params "
-        "log_text start_logging stop_logging"
+        "log_text"
     ),
     "traceml.track.rank.orchestrator": "Orchestrator",
+    "traceml.track.rank.tracelet": "start_logging stop_logging",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
@@ -159,6 +161,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "WorkerFailedError",
     "add_filter_to_handler",
     "file_handler",
+    "flush",
     "get_active_experiment",
     "get_default_runtime",
     "init",
@@ -179,6 +182,7 @@ __all__ = [  # noqa: RUF022 - in the plain order of sorted(), which a test holds
     "start_logging",
     "stop_logging",
     "stream_handler",
+    "sync",
     "trace",
     "trace_data",
     "trace_step",

@@ -18,7 +18,7 @@ TraceMLError
 ├── RemoteTracebackError                           cause of a worker's exception: its remote traceback
 ├── TraceNotFoundError            (LookupError)    no trace file of the given name
 ├── TraceEmptyError               (ValueError)     a trace without a readable event
-├── PluginError                   (LookupError)    a plugin is missing, broken, or configured wrongly
+├── PluginError                   (LookupError, ValueError) a plugin is missing, broken, or configured wrongly
 ├── TaskError                     (RuntimeError)   a task cannot run, or will never have a result
 │   ├── RuntimeClosedError                         its Runtime is shut down
 │   ├── TaskCancelledError                         it was cancelled before it started
@@ -268,7 +268,7 @@ def _signal_name(number: int | None) -> str:
         return f"signal {number}"
 
 
-class PluginError(TraceMLError, LookupError):
+class PluginError(TraceMLError, LookupError, ValueError):
     """A plugin is missing, cannot be loaded, or is configured wrongly."""
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_origin, get_type_hints
@@ -157,6 +157,16 @@ class Config:
     log_level: Literal["debug", "info", "warning", "error"] = _set("warning", "Level of the `traceml` logger.")
 
     sources: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def over(self, **arguments: Any) -> Config:
+        """Return these settings with some replaced by arguments; see `load`.
+
+        Raises:
+            SettingsError: an unknown name or a bad value.
+        """
+        given = list(_arguments(arguments))
+        sources = {**self.sources, **{name: source for source, name, _ in given}}
+        return replace(self, **{name: value for _, name, value in given}, sources=sources)
 
     @property
     def supervised(self) -> bool:

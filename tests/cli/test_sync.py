@@ -18,6 +18,8 @@ from tests.track.readers import jsonl
 from traceml import cli
 from traceml.cli import sync
 from traceml.clock import boot_id, process_start_ticks
+from traceml.database.store import StoreWriter
+from traceml.database.store_file import STORE_NAME
 from traceml.track.tracker_state import TrackerState, states_of
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"
@@ -104,6 +106,22 @@ def test_a_run_that_goes_on_is_left_to_its_aggregator(runs_dir, capsys):
 
     assert cli.main(["sync", "a"]) == 3
     assert "still runs: its aggregator delivers" in capsys.readouterr().err
+
+
+def test_wait_delivers_a_run_when_it_is_over(runs_dir):
+    """Also where no run is named: runs that are recorded are not left out."""
+    pid = os.getpid()
+    me = {"pid": pid, "start_ticks": process_start_ticks(pid), "boot_id": boot_id(), "host": socket.gethostname()}
+    run = logged(runs_dir, "a", "jsonl", **me)
+    waiting = start(runs_dir.parent, "sync", "--wait")
+    with pytest.raises(subprocess.TimeoutExpired):
+        waiting.wait(1.0)
+
+    with StoreWriter(run.path / STORE_NAME) as writer:
+        writer.put_meta("run", {"id": "a", "started": 0.0, "ended": 1.0, "state": "finished", "job": "a"})
+
+    assert waiting.communicate(timeout=60)[0].splitlines() == ["a: jsonl 3 delivered"]
+    assert values(run.path) == THREE
     assert cli.main(["sync"]) == 0
 
 

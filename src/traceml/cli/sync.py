@@ -59,6 +59,8 @@ class SyncOptions:
     """Only these trackers, also ones that the run did not use, with their options from the settings."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the result as JSON and nothing else."""
+    wait: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Wait for runs that are still recorded, instead of leaving them to their aggregator."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Folder of the runs (default: the setting runs_dir)."""
 
@@ -125,13 +127,13 @@ def _wanted(options: SyncOptions, config: Config) -> Iterator[Path]:
         write_reports(run_dir)
 
     for info in reversed(list_runs(runs_dir)):
-        if info.state not in {"running", "damaged"}:
+        if info.state != "damaged" and (options.wait or info.state != "running"):
             yield info.path.resolve()
 
 
 def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console) -> list[_DeliveryOutcome]:
     """Deliver one run to all its trackers at once."""
-    _finish(run_dir)
+    _finish(run_dir, wait=options.wait)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         processes = [process for process in _processes(run_dir, reader, options, config) if _is_due(process)]
         if processes:
@@ -145,16 +147,23 @@ def _sync(run_dir: Path, options: SyncOptions, config: Config, console: Console)
     return [_outcome(process, logged) for process in processes]
 
 
-def _finish(run_dir: Path) -> None:
-    """Check that a run is over, and add the rows that its dead ranks left."""
-    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
-        meta = reader.meta()
+def _finish(run_dir: Path, *, wait: bool) -> None:
+    """Check that a run is over, or wait for that, and add the rows that its dead ranks left."""
+    while True:
+        with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+            meta = reader.meta()
 
-    if meta.get("run", {}).get("ended") is not None:
-        return
+        if meta.get("run", {}).get("ended") is not None:
+            return
+        if not is_watched(meta.get("aggregator", {})):
+            break
+        if not wait:
+            raise TraceMLError(
+                f"run {run_dir.name} still runs: its aggregator delivers what it logs (--wait waits for its end)"
+            )
 
-    if is_watched(meta.get("aggregator", {})):
-        raise TraceMLError(f"run {run_dir.name} still runs: its aggregator delivers what it logs")
+        time.sleep(_POLL_S)
+
     if not finish_orphan(run_dir):
         raise TraceMLError(f"run {run_dir.name} has no aggregator anymore, but its ranks still run: end them first")
 

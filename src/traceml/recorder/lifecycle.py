@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import TraceMLError
@@ -82,13 +83,14 @@ def _set_log_level(config: Config) -> None:
         _log.addHandler(handler)
 
 
-def recorder_for_logging(*, again: bool = False) -> Recorder | None:
+def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | None = None) -> Recorder | None:
     """Return the running recorder; before any `init`, start one that only logs. None while nothing is recorded.
 
     In a forked child of a recorded process it belongs to the same run.
 
     Args:
         again: start one also after a `shutdown`, because an experiment begins.
+        arguments: settings of a recorder that is started.
 
     Raises:
         SettingsError: the settings are wrong and `again` is set; else that is a warning.
@@ -105,7 +107,12 @@ def recorder_for_logging(*, again: bool = False) -> Recorder | None:
     _log.debug("a logging call starts a recorder without tracing")
     try:
         known = recorder or state.parent
-        config = known.config if known is not None else settings.load(local=True, **_settings_of_parent())
+        given = dict(arguments or {})
+        if known is not None:
+            config = known.config.over(**given)
+        else:
+            config = settings.load(**{"local": True, **_settings_of_parent(), **given})
+
         recorder = start(config, wait=False, tracing=False)
     except TraceMLError as error:
         if again:

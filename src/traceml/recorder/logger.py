@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
     from traceml.settings import Config
 
-__all__ = ["Logger"]
+__all__ = ["Logger", "deferred_values"]
 
 _time_ns = time.time_ns
 _STEP, _ROW_BYTES = int(Slot.STEP), METRICS.row_bytes
@@ -251,6 +251,11 @@ class Logger:
             return
 
         self.row("value", step=step_of(step), t_ns=t_ns, name=name, value=value, source=kind)
+
+
+def deferred_values() -> int:
+    """Return the number of values that wait for their device."""
+    return sum(len(logger._deferred) for logger in list(_loggers))
 
 
 def _flush_all(wait: bool) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from traceml.database.schema import LOGGED, METRICS
 from traceml.errors import RunNotFoundError
 from traceml.fail_open import fail_open
 from traceml.ids import RankIdentity
@@ -220,6 +221,28 @@ class Recorder:
             timeout_s: longest wait.
         """
         return self._recording is None or self._recording.files_done(timeout_s)
+
+    def wait_until_stored(self, timeout_s: float) -> bool:
+        """Wait until the rows appended before this call are stored; return whether they are.
+
+        Args:
+            timeout_s: longest wait.
+        """
+        return self._recording is None or self._recording.wait_until_stored(timeout_s)
+
+    @property
+    def logged_rows(self) -> dict[str, int]:
+        """Number of rows appended so far to each table of logged values."""
+        flight = self.flight
+        if flight is None:
+            return {}
+
+        return {METRICS.name: flight.metrics.appended, LOGGED.name: flight.log(LOGGED.name).appended}
+
+    @property
+    def stream(self) -> int | None:
+        """Number of this recorder's rows in the run's store; None before a connection."""
+        return self._recording.stream if self._recording is not None else None
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; only the first call counts."""

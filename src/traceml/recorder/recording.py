@@ -98,6 +98,8 @@ class Recording:
         self.instrumentation: Instrumentation | None = None
         self.tracing = False
         self.exit_noted = False
+        self.stream: int | None = None
+        """Number of this recorder's rows in the run's store; None before a connection."""
         self._config, self._is_child = config, is_child
         self._ending = False
         self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9) if identity.provisional else 0
@@ -245,12 +247,14 @@ class Recording:
 
         return files.wait(advance, timeout_s=timeout_s, stuck_s=_FILES_STUCK_S) == "done"
 
-    def wait_until_stored(self, timeout_s: float) -> None:
-        """Wait until the rows appended before this call are stored."""
+    def wait_until_stored(self, timeout_s: float) -> bool:
+        """Wait until the rows appended before this call are stored; return whether they are."""
         appended, deadline = self.sender.rows_appended, time.monotonic() + timeout_s
-        while self.sender.rows_acked < appended and time.monotonic() < deadline:
+        while (is_missing := self.sender.rows_acked < appended) and time.monotonic() < deadline:
             self.thread.wake()
             time.sleep(0.02)
+
+        return not is_missing
 
     def statistics(self, state: str, address: str) -> RecorderStatistics:
         """Return counts and costs so far."""
@@ -366,6 +370,7 @@ class Recording:
 
     def _welcomed(self, welcome: Mapping[str, Any]) -> None:
         """Note the run's folder in the flight file: after a crash it says where the rows belong."""
+        self.stream = int(welcome.get("stream") or 0)
         if welcome.get("run_dir") and welcome["run_dir"] != self.flight.identity.get("run_dir"):
             self.flight.update_identity(run_dir=welcome["run_dir"])
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
@@ -67,6 +67,7 @@ class TrackerState:
         phase: phase of the delivery.
         cursor: position in the store after which the next rows are read; see `record_reader`.
         passed: logged rows before the cursor.
+        reached: per stream and table, the number of its rows before the cursor, lost ones included.
         delivered: values and other logged rows that the backend has confirmed.
         derived: values computed from the run (step time, verdict, system), delivered beside them.
         filtered: logged rows that filters kept back.
@@ -91,6 +92,7 @@ class TrackerState:
     phase: DeliveryPhase = DeliveryPhase.STARTING
     cursor: dict[str, Any] = field(default_factory=dict)
     passed: int = 0
+    reached: dict[str, dict[str, int]] = field(default_factory=dict)
     delivered: int = 0
     derived: int = 0
     filtered: int = 0
@@ -153,6 +155,11 @@ class TrackerState:
     def is_in_slow_call(self) -> bool:
         """Whether a call is running that may still take its announced time."""
         return time.time() < self.busy_until
+
+    def reach(self, rows: Mapping[tuple[int, str], int]) -> None:
+        """Record how many rows of each stream and table are before the cursor."""
+        for (stream, table), count in rows.items():
+            self.reached.setdefault(str(stream), {})[table] = count
 
     def pending(self, logged: int) -> int:
         """Return the number of rows that wait for delivery.

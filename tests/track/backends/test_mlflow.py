@@ -240,7 +240,7 @@ def test_a_row_that_is_refused_is_told_apart(make: Maker, server: MLflowServer) 
         backend.log_metrics([Metric("loss", 1.0, 0, -5.0)])
 
 
-def test_where_it_goes(make: Maker, tmp_path: Path) -> None:
+def test_where_it_goes(make: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets hide credentials, and `local_only` takes this machine only."""
     remote = make("mlflow", tracking_uri="https://user:secret@example.com:5000/x")
 
@@ -249,3 +249,7 @@ def test_where_it_goes(make: Maker, tmp_path: Path) -> None:
     assert make("mlflow", local_only=True).target == f"sqlite:///{tmp_path}/mlflow.db"
     with pytest.raises(PluginError, match="not on this machine"):
         make("mlflow", tracking_uri="http://10.0.0.1:5000", local_only=True)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.0.1:5000")
+    assert make("mlflow").target == "http://10.0.0.1:5000"
+    assert make("mlflow", tracking_uri="local").target == f"sqlite:///{tmp_path}/mlflow.db"

@@ -67,6 +67,77 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
     assert [row["tags"] for row in stored.of("tags")] == [{"stage": "2"}]
 
 
+def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) -> None:
+    """As with other trackers; two of them stand side by side, and inside a `with` one is a child."""
+    finish(
+        script("""
+        import traceml
+        first = traceml.Experiment("first", backend="jsonl", config={"lr": 1})
+        assert traceml.get_active_experiment() is None
+        first.log_metric("x", 1)
+        assert traceml.get_active_experiment() is first
+        second = traceml.Experiment("second", backend="jsonl")
+        second.log_text("note", "hello")
+        first.log_metric("x", 2)
+        second.end()
+        second.log_metric("late", 1)
+        with traceml.Experiment("block", backend="jsonl"):
+            traceml.Experiment("inner", backend="jsonl").log_params({"depth": 3})
+        traceml.Experiment("never", backend="jsonl")
+        """)
+    )
+
+    stored = ended_run(tmp_path / "traceml_runs")
+    rows = {row["name"]: row for row in stored.of("experiment")}
+    assert list(rows) == ["first", "second", "block", "inner"]
+    assert {name: row["parent"] for name, row in rows.items()} == {
+        "first": None, "second": None, "block": None, "inner": rows["block"]["id"],
+    }  # fmt: skip
+    of = {name: row["experiment"] for name, row in rows.items()}
+    assert [(number, metric.name) for number, metric in stored.metrics] == [
+        (of["first"], "x"), (of["first"], "x"), (of["second"], "late"),
+    ]  # fmt: skip
+    assert [(row["experiment"], row["params"]) for row in stored.of("params")] == [
+        (of["first"], {"lr": 1}), (of["inner"], {"depth": 3}),
+    ]  # fmt: skip
+    assert [row["experiment"] for row in stored.of("text")] == [of["second"]]
+    assert {row["experiment"] for row in stored.of("end")} == {of["second"], of["block"]}
+
+
+@pytest.mark.parametrize(
+    ("uri", "said", "announced"),
+    [
+        (None, "to the file mlflow.db beside the runs", "local"),
+        ("http://mlflow.company:5000", "to the MLflow server http://mlflow.company:5000", "http://mlflow.company:5000"),
+        ("https://me:hunter2@mlflow.company", "to the MLflow server https://[masked:secret]@mlflow.company", None),
+    ],
+)
+def test_the_choice_of_a_tracker_is_said(
+    script: Script, tmp_path: Path, uri: str | None, said: str, announced: str | None
+) -> None:
+    """Once, with the address, which is where it then goes; an empty list is none, and says nothing."""
+    process = script(
+        """
+        import traceml
+        for name in ("first", "second"):
+            with traceml.Experiment(name):
+                pass
+        with traceml.Experiment("none", backend=[]):
+            traceml.log_metric("x", 1)
+        """,
+        **({"MLFLOW_TRACKING_URI": uri} if uri else {}),
+    )
+    _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 0, err
+    assert err.count("no backend was named") == err.count(said) == 1, err
+    assert "hunter2" not in err
+    rows = {row["name"]: row for row in ended_run(tmp_path / "traceml_runs").of("experiment")}
+    assert [rows[name]["backends"] for name in ("first", "second", "none")] == [["mlflow"], ["mlflow"], []]
+    assert rows["first"]["options"].get("mlflow", {}).get("tracking_uri") == announced
+    assert "hunter2" not in str(rows)
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 def test_the_runs_own_experiment(script: Script, tmp_path: Path, explicit: bool) -> None:
     """Trackers of the settings get the run itself, unless the script begins an experiment in its place."""
@@ -203,47 +274,13 @@ def test_options_are_checked_at_once_and_add_to_those_of_the_settings(script: Sc
     assert row["options"] == {"jsonl": {"path": "elsewhere", "sample": 10}}
 
 
-def test_tracelets_functions(script: Script, tmp_path: Path) -> None:
-    """start_logging and stop_logging; what is not stopped ends with the script."""
-    finish(
-        script("""
-        import traceml
-        experiment = traceml.start_logging("old", "q", "jsonl", backend_url="elsewhere", config={"a": 1})
-        traceml.log_metric("x", 1)
-        open("file.txt", "w").write("f")
-        experiment.log_file_artifact("file.txt", "folder")
-        traceml.stop_logging()
-        traceml.start_logging("open", backend="jsonl")
-        traceml.log_metric("x", 2)
-        """)
-    )
-
-    stored = ended_run(tmp_path / "traceml_runs")
-    old, left_open = stored.of("experiment")
-    assert old["options"] == {"jsonl": {"path": "elsewhere"}}
-    assert left_open["name"] == "open"
-    assert [row["name"] for row in stored.of("artifact")] == ["folder/file.txt"]
-    assert [row["experiment"] for row in stored.of("end")] == [old["experiment"]]
-    assert stored.values("x") == [1.0, 2.0]
-
-
 def test_secrets_are_refused_where_they_would_be_stored() -> None:
     """Keys in arguments and options are errors which say where they belong, without repeating them."""
-    with pytest.raises(UsageError, match=r"WANDB_API_KEY in the environment.*0600") as caught:
-        traceml.start_logging("e", backend="wandb", api_key="hunter2")
-    assert "hunter2" not in str(caught.value)
-
     with pytest.raises(UsageError, match=r"'api_key' of backend 'wandb'.*WANDB_API_KEY") as caught:
         traceml.Experiment("e", options={"wandb": {"api_key": "hunter2"}})
     assert "hunter2" not in str(caught.value)
 
     traceml.Experiment("e", options={"wandb": {"api_key_file": "/run/key"}})
-
-
-def test_an_address_goes_with_one_tracker() -> None:
-    """Otherwise nobody could tell whose it is."""
-    with pytest.raises(UsageError, match="one backend of aim, clearml"):
-        traceml.start_logging("e", backend="mlflow,aim", backend_url="http://x")
 
 
 def test_a_sweeps_parameters(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ _LONGEST_PATH = 400
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
 _BATCH = 1000
+_LOCAL = "local"  # the tracking URI of the database beside the runs
 _TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "lost": "KILLED"}
 
 
@@ -57,9 +58,9 @@ class MLflowBackend(BackendInterface):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         options = config.get("options") or {}
-        given = options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI")
-        self._uri: str = given or _default_uri(config)
-        self._is_default = not given
+        given = str(options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or _LOCAL)
+        self._is_default = given == _LOCAL
+        self._uri = _default_uri(config) if self._is_default else given
         previous = str((config.get("mark") or {}).get("database") or "")
         if self._is_default and (database := _database(previous)) is not None and database.exists():
             self._uri = previous  # the run's folder has been moved since

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.database.reader import RunEvent, StoreReader
+from traceml.database.schema import METRICS
 from traceml.errors import BackendRefusedError
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog
@@ -91,7 +92,6 @@ class BatchSender:
                 self._session.connect(experiment)
 
         for (stream, number), rows in batch.metrics.items():
-            self._values[str(stream)] = self._values.get(str(stream), 0) + len(rows)
             experiment = self._experiment(stream, number)
             if experiment is None:
                 self._state.filtered += len(rows)
@@ -171,12 +171,6 @@ class BatchSender:
         """Experiments to end: the state of each, and the epoch seconds at which all ranks had left it."""
         to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
         return to_end
-
-    @property
-    def _values(self) -> dict[str, int]:
-        """Number of values read from each stream."""
-        values: dict[str, int] = self._memory.setdefault("values", {})
-        return values
 
     def _windows(self) -> dict[str, Any]:
         windows: dict[str, Any] = self._memory.setdefault("windows", {})
@@ -402,9 +396,8 @@ class BatchSender:
 
     def _has_all(self, key: str) -> bool:
         """Whether all values logged before an experiment's end have arrived; they are in another table than the end."""
-        failed = self._state.failed  # refused values are not counted as read
-        behind = self._memory.get("behind", {}).get(key, {})
-        return all(self._values.get(stream, 0) + failed >= count for stream, count in behind.items())
+        behind, reached = self._memory.get("behind", {}).get(key, {}), self._state.reached
+        return all(reached.get(stream, {}).get(METRICS.name, 0) >= count for stream, count in behind.items())
 
     def _is_last(self, key: str) -> bool:
         """Whether an experiment was the last to end, with no other open."""

@@ -259,6 +259,7 @@ class DeliveryLoop:
         """Move the cursor past a confirmed batch."""
         state = self._state
         state.cursor, state.passed = dict(batch.cursor), state.passed + batch.rows
+        state.reach(batch.reached)
         took_ms = 1e3 * took_s
         state.latency_ms = took_ms if state.latency_ms is None else 0.8 * state.latency_ms + 0.2 * took_ms
         self._refusals.passed()

@@ -46,6 +46,7 @@ class RecordBatch:
         metrics: values by stream and number of the experiment.
         logged: all other logged rows.
         frames: frames of the tables requested in addition.
+        reached: number of rows of each stream and table up to the end of the batch.
         is_last: whether the store had nothing after it.
     """
 
@@ -54,6 +55,7 @@ class RecordBatch:
     metrics: dict[tuple[int, int], list[Metric]] = field(default_factory=dict)
     logged: list[LoggedRecord] = field(default_factory=list)
     frames: list[Frame] = field(default_factory=list)
+    reached: dict[tuple[int, str], int] = field(default_factory=dict)
     is_last: bool = True
 
 
@@ -137,6 +139,7 @@ class RecordReader:
             batch.logged += [LoggedRecord(stream, row) for row in frame.maps()[done:stop]]
 
         batch.rows += stop - done
+        batch.reached[frame.stream, frame.table] = frame.seq + stop
         return stop if stop < frame.n else None
 
     def _read_names_up_to(self, last: int) -> None:

@@ -111,6 +111,7 @@ class RefusalSearch:
     def _skip(self, batch: RecordBatch, why: str) -> None:
         state = self._state
         state.passed += batch.rows
+        state.reach(batch.reached)
         state.cursor = dict(batch.cursor)
         if batch.rows:
             count_refused(state, why)
@@ -120,6 +121,7 @@ class RefusalSearch:
         state.cursor = search["found"][-n]["from"]
         state.failed -= n - 1
         state.passed -= n - 1
+        state.reached.clear()
         state.reasons.clear()
         del search["found"][-n:]
         search["in_a_row"] = 0

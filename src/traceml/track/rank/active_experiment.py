@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from traceml import settings
@@ -29,6 +29,8 @@ class ExperimentLoggers:
         self.root = Logger(0, self._root_row)
         self.active = self.root
         self._open: list[Logger] = []
+        self._backends: dict[int, tuple[str, ...]] = {}  # by number of the experiment, of `_announced_to`
+        self._announced_to: object = None
         self._first: Logger | None = None  # of the first experiment that the script began with the current recorder
         self._undecided: deque[Callable[[Logger], object]] = deque(maxlen=_UNDECIDED)
 
@@ -49,6 +51,27 @@ class ExperimentLoggers:
             self.root.begin()
 
         self.settle()
+
+    def note_backends(self, number: int, backends: Sequence[str]) -> None:
+        """Record the trackers of an experiment that was announced to the current recorder."""
+        recorder = current_recorder()
+        if recorder is not self._announced_to:
+            self._announced_to = recorder
+            self._backends.clear()
+
+        self._backends[number] = tuple(backends)
+
+    def backends(self, number: int | None = None) -> set[str]:
+        """Return the trackers of an experiment; by default of all that were announced to the current recorder.
+
+        Also after its stop.
+        """
+        if self._announced_to is not current_recorder():
+            return set()
+        if number is not None:
+            return set(self._backends.get(number, ()))
+
+        return {name for names in self._backends.values() for name in names}
 
     def when_decided(self, action: Callable[[Logger], object]) -> None:
         """Log something about the whole run as soon as it is known which experiment represents the run.
@@ -97,6 +120,7 @@ class ExperimentLoggers:
         if not config.backend or self.root.experiment:
             return None
 
+        self.note_backends(self.root.experiment, config.backend)
         name = config.run_name or config.run_id or script_name()
         about = {"id": config.run_id or "", "name": name, "project": config.project, "tags": {}}
         return about | announcement(config, config.backend, config.backend_options)

@@ -6,8 +6,10 @@ Functions import the registry of plugins when they need it: a script that only l
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,17 @@ from traceml.errors import UsageError
 from traceml.privacy import secrets_only
 from traceml.track.wandb_sweep import variables
 
-__all__ = ["announcement", "check_backends", "default_backends", "refuse_secrets"]
+__all__ = ["PER_EXPERIMENT", "ChosenTrackers", "announcement", "check_backends", "choose_trackers", "refuse_secrets"]
 
 _log = logging.getLogger("traceml")
 _warned: set[str] = set()
+
+PER_EXPERIMENT = frozenset({
+    "backend", "backend_options", "backoff_factor", "collectors", "exclude", "frameworks", "include", "local_only",
+    "mask", "max_backoff", "max_retries", "metrics_interval", "project", "run_name", "track_env", "track_git",
+    "track_system",
+})  # fmt: skip
+"""Settings that may differ from experiment to experiment; the others are taken when recording starts."""
 
 
 def announcement(
@@ -54,20 +63,65 @@ def announcement(
     }
 
 
-def default_backends(config: settings.Config) -> tuple[str, ...]:
-    """Return the trackers of the settings, else MLflow where its library is installed; warns once about the choice."""
-    if config.backend:
-        return config.backend
+@dataclass(frozen=True, slots=True)
+class ChosenTrackers:
+    """Trackers of an experiment.
 
-    has_mlflow = find_spec("mlflow") is not None
-    where = "to MLflow, which is installed" if has_mlflow else "to the run's store alone"
+    Attributes:
+        backends: their names.
+        options: options by name.
+    """
+
+    backends: tuple[str, ...]
+    options: dict[str, dict[str, Any]]
+
+
+def choose_trackers(
+    config: settings.Config, named: Sequence[str] | None, options: Mapping[str, Mapping[str, Any]]
+) -> ChosenTrackers:
+    """Return the trackers of an experiment and their options.
+
+    Without a name these are the trackers of the settings, else MLflow where its library is installed. That choice is
+    logged once, with the address, which delivery then uses whatever its own environment says.
+
+    Args:
+        config: the settings in force.
+        named: the trackers that the experiment names; none where empty, the default where None.
+        options: the experiment's own options, over those of the settings.
+    """
+    configured = config.backend_options
+    merged = {name: {**configured.get(name, {}), **options.get(name, {})} for name in {*configured, *options}}
+    if named is not None or config.backend:
+        return ChosenTrackers(tuple(config.backend if named is None else named), merged)
+    if find_spec("mlflow") is None:
+        _say_once("to the run's store alone")
+        return ChosenTrackers((), merged)
+
+    mlflow = merged.setdefault("mlflow", {})
+    uri = str(mlflow.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or "local")
+    if secrets_only().mask_text(uri) == uri:  # else only the environment may hold it
+        mlflow["tracking_uri"] = uri
+
+    _say_once(_place_of(uri))
+    return ChosenTrackers(("mlflow",), merged)
+
+
+def _place_of(uri: str) -> str:
+    """Return the words for an MLflow tracking URI, without credentials."""
+    if uri == "local":
+        return "to MLflow, which is installed: to the file mlflow.db beside the runs"
+
+    kind = "server" if uri.startswith(("http:", "https:", "databricks")) else "store"
+    return f"to the MLflow {kind} {secrets_only().mask_text(uri)}"
+
+
+def _say_once(where: str) -> None:
     if "backend" not in _warned:
         _warned.add("backend")
         _log.warning(
-            'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND.', where
-        )
-
-    return ("mlflow",) if has_mlflow else ()
+            'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND; backend=[] '
+            "is none.", where,
+        )  # fmt: skip
 
 
 def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:

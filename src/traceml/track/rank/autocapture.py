@@ -50,15 +50,20 @@ class AutoCapture:
         self._collects = False
         self._pid = os.getpid()
 
-    def start(self, *, collect: bool = True) -> None:
-        """Patch the frameworks that are not patched yet, and start the collectors once.
+    def start(self, config: Config, *, collect: bool = True) -> None:
+        """Patch the frameworks of the settings, restore others, and start the collectors once.
 
         A plugin that fails is reported and left out.
 
         Args:
+            config: the settings now in force.
             collect: start the collectors, unless they run.
         """
-        for name in dict.fromkeys(self._config.frameworks):
+        self._config = config
+        for name in self._plugins.keys() - set(config.frameworks):
+            self._restore(name)
+
+        for name in dict.fromkeys(config.frameworks):
             if name not in self._plugins:
                 self._patch(name)
 
@@ -76,11 +81,8 @@ class AutoCapture:
 
     def unpatch(self) -> None:
         """Restore the frameworks."""
-        while self._plugins:
-            name, plugin = self._plugins.popitem()
-            with fail_open(_log, "track", f"framework {name!r} could not be restored"):
-                plugin.unpatch_framework()
-                plugin.cleanup()
+        for name in reversed(list(self._plugins)):
+            self._restore(name)
 
     def stop(self) -> None:
         """Restore the frameworks, let collectors that read once finish (at most 3 s), and end them all."""
@@ -95,6 +97,12 @@ class AutoCapture:
 
         for thread in self._threads:
             thread.join(1.0)
+
+    def _restore(self, name: str) -> None:
+        plugin = self._plugins.pop(name)
+        with fail_open(_log, "track", f"framework {name!r} could not be restored"):
+            plugin.unpatch_framework()
+            plugin.cleanup()
 
     def _patch(self, name: str) -> None:
         with fail_open(_log, "track", f"framework {name!r} is not captured"):

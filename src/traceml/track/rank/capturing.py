@@ -14,6 +14,7 @@ from traceml.track.rank.tracker_warnings import TrackerWarnings
 
 if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
+    from traceml.settings import Config
     from traceml.track.rank.autocapture import AutoCapture
 
 __all__ = ["on_recorder_start", "pause", "start"]
@@ -36,10 +37,11 @@ def on_recorder_start(recorder: Recorder) -> None:
     recorder.after(10.0, loggers.announce_run)
 
 
-def start(*, collect: bool = True) -> None:
+def start(config: Config | None = None, *, collect: bool = True) -> None:
     """Start capturing for the current recorder, or continue with it.
 
     Args:
+        config: the settings in force; by default the recorder's.
         collect: start the collectors too.
     """
     global _capture, _capturing_recorder
@@ -47,9 +49,10 @@ def start(*, collect: bool = True) -> None:
     if recorder is None or not recorder.enabled or recorder.is_child:
         return
 
+    config = config or recorder.config
     if recorder is _capturing_recorder:
         if _capture is not None:
-            _capture.start(collect=collect)
+            _capture.start(config, collect=collect)
 
         return
 
@@ -63,18 +66,20 @@ def start(*, collect: bool = True) -> None:
         recorder.after(_WARN_AFTER_S, warn)
         recorder.before_stop(warn)
 
-    _capture = AutoCapture(recorder.config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
+    _capture = AutoCapture(config, Orchestrator(), rank=own.rank, local_rank=own.local_rank)
     recorder.before_stop(_stop)
-    _capture.start(collect=collect)
+    _capture.start(config, collect=collect)
 
 
 def pause() -> None:
-    """Stop capturing frameworks until the next `start`, unless the settings name a tracker."""
+    """Stop capturing frameworks until the next `start`; where the settings name a tracker, capture what they say."""
     recorder = current_recorder()
-    if recorder is None or recorder is not _capturing_recorder or recorder.config.backend:
+    if recorder is None or recorder is not _capturing_recorder or _capture is None:
         return
 
-    if _capture is not None:
+    if recorder.config.backend:
+        _capture.start(recorder.config, collect=False)
+    else:
         _capture.unpatch()
 
 

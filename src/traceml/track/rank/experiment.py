@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from traceml import settings
-from traceml.errors import UsageError
+from traceml.recorder.current import current_recorder
 from traceml.recorder.identity import script_name
 from traceml.recorder.lifecycle import recorder_for_logging
 from traceml.recorder.logger import Logger
+from traceml.settings import Config
 from traceml.track import wandb_sweep
-from traceml.track.rank import capturing, media
+from traceml.track.rank import capturing, delivery_wait, media
 from traceml.track.rank.active_experiment import loggers
-from traceml.track.rank.announcement import announcement, check_backends, default_backends, refuse_secrets
+from traceml.track.rank.announcement import (
+    PER_EXPERIMENT,
+    announcement,
+    check_backends,
+    choose_trackers,
+    refuse_secrets,
+)
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -32,28 +38,29 @@ __all__ = [
     "log_metrics",
     "log_params",
     "log_text",
-    "start_logging",
-    "stop_logging",
+    "names_of",
+    "open_experiments",
 ]
-
-_log = logging.getLogger("traceml")
 
 
 class Experiment:
     """One experiment at the trackers: values logged inside `with` belong to it. All ranks of a job share it.
 
-    An experiment that begins inside another one is its child. Logging never waits for a tracker, and never raises
+    Without `with` it begins at its first `log_*` call, and lasts until `end` or the end of the process. An experiment
+    that begins inside the `with` of another one is its child. Logging never waits for a tracker, and never raises
     because a tracker fails.
 
     Args:
         name: its name; by default the run's name.
         project: the project at the trackers; by default the setting `project`.
-        backend: the tracker or trackers; by default the setting `backend`, else `mlflow` where it is installed.
+        backend: the tracker or trackers, none where empty; by default the setting `backend`, else `mlflow` where it
+            is installed.
         tags: names with values, or names alone.
         parent: id of the parent experiment; by default the active one.
         resume: id of an experiment or a run to continue, at the trackers that have it.
         config: parameters, logged at the start.
         options: options per tracker; they override those of the settings.
+        settings: settings of tracking for this experiment, over those in force.
 
     Raises:
         PluginError: there is no such tracker, or it has no such option; raised when the experiment begins.
@@ -72,10 +79,11 @@ class Experiment:
         config: Mapping[str, Any] | None = None,
         *,
         options: Mapping[str, Mapping[str, Any]] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.name = name
         self.project = project
-        self.backends = _names(backend)
+        self.backends = names_of(backend)
         self.tags = dict(tags) if isinstance(tags, Mapping) else dict.fromkeys(tags or (), "")
         self.config: dict[str, Any] = dict(config or {})
         """Parameters at the start; under a sweep agent, those that the sweep chose."""
@@ -87,13 +95,16 @@ class Experiment:
         """Id by which others refer to it; set when it begins."""
         self._options = {backend: dict(values) for backend, values in (options or {}).items()}
         refuse_secrets(self._options)
-        self._logger = Logger()
+        self._settings = dict(settings or {})
+        self._logger: Logger | None = None  # from its first begin on, also after its end
         self._is_active = False
+        self._has_block = False
 
     def __repr__(self) -> str:
         return f"Experiment({self.name!r}, id={self.id!r})"
 
     def __enter__(self) -> Self:
+        self._has_block = True
         return self.start()
 
     def __exit__(
@@ -102,19 +113,25 @@ class Experiment:
         self.end("finished" if kind is None else "failed")
 
     def start(self) -> Self:
-        """Begin: announce it to the trackers and make it the active experiment. `with` does this too."""
-        if self._is_active:
-            return self
+        """Begin: announce it to the trackers and make it the active experiment. `with` and `log_*` do this too."""
+        with _lock:
+            if not self._is_active:
+                self._begin()
 
+        return self
+
+    def _begin(self) -> None:
         self.config |= wandb_sweep.parameters()
-        recorder = recorder_for_logging(again=True)
+        of_recorder = {name: value for name, value in self._settings.items() if name not in PER_EXPERIMENT}
+        recorder = recorder_for_logging(again=True, arguments=of_recorder)
+        config = self._config_over(recorder.config if recorder is not None else Config(enabled=False))
         if recorder is not None:
-            check_backends(self.backends or tuple(self._options), self._options_over(recorder.config))
+            options = choose_trackers(config, self.backends, self._options).options
+            check_backends(self.backends or tuple(self._options), options)
 
-        config = recorder.config if recorder is not None else settings.Config(enabled=False)
         self.name = self.name or config.run_name or script_name()
-        if self.parent is None and _open:
-            self.parent = _open[-1].id
+        if self.parent is None:
+            self.parent = next((each.id for each in reversed(open_experiments) if each._has_block), None)
 
         ordinal = _begun.get(self.name, 0)
         _begun[self.name] = ordinal + 1
@@ -124,15 +141,14 @@ class Experiment:
         key = hashlib.blake2b(f"{self.name}\n{ordinal}".encode(errors="replace"), digest_size=7).digest()
         self._logger = Logger(int.from_bytes(key) | 1, self._row)
         self._is_active = True
-        _open.append(self)
+        open_experiments.append(self)
         loggers.activate(self._logger)
         self._logger.begin()
         loggers.settle()
         if self.config:
             self.log_params(self.config)
 
-        capturing.start()
-        return self
+        capturing.start(config if recorder is not None else None)
 
     def end(self, state: str = "finished") -> None:
         """End it: trackers close their run when all is delivered. `with` does this too.
@@ -144,20 +160,41 @@ class Experiment:
             return
 
         self._is_active = False
-        media.wait(self._logger)
-        self._logger.row("end", state=state, values=self._logger.values)
-        _open.remove(self)
-        loggers.deactivate(self._logger)
-        if not _open:
+        logger = self._log_to
+        media.wait(logger)
+        logger.row("end", state=state, values=logger.values)
+        open_experiments.remove(self)
+        loggers.deactivate(logger)
+        recorder = current_recorder()
+        if not open_experiments or recorder is None:
             capturing.pause()
+        else:
+            capturing.start(open_experiments[-1]._config_over(recorder.config))
 
     def stop(self) -> None:
         """End it; Tracelet's name for `end`."""
         self.end()
 
+    def flush(self, timeout: float | None = 30.0) -> bool:
+        """Wait until its trackers have confirmed what this process has logged; return whether they have.
+
+        Args:
+            timeout: longest wait in seconds; None waits until all is delivered, or a tracker is broken.
+        """
+        return self._logger is None or delivery_wait.flush(timeout, self._logger.experiment)
+
+    @property
+    def _log_to(self) -> Logger:
+        """Its logger; begins the experiment if it never has."""
+        if self._logger is None:
+            self.start()
+
+        assert self._logger is not None
+        return self._logger
+
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value; see `traceml.log_metric`."""
-        self._logger.metric(name, value, self.iteration if step is None else step)
+        (self._logger or self._log_to).metric(name, value, self.iteration if step is None else step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log several values at one step."""
@@ -166,7 +203,7 @@ class Experiment:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters."""
-        self._logger.row("params", params=dict(params))
+        self._log_to.row("params", params=dict(params))
 
     def log_hyperparameter(self, name: str, value: Any) -> None:
         """Log one parameter."""
@@ -174,11 +211,11 @@ class Experiment:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags."""
-        self._logger.row("tags", tags={str(key): str(value) for key, value in tags.items()})
+        self._log_to.row("tags", tags={str(key): str(value) for key, value in tags.items()})
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Log a file, or the files of a folder; see `traceml.log_artifact`."""
-        media.artifact(self._logger, path, name)
+        media.artifact(self._log_to, path, name)
 
     def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
         """Log a file under a folder at the tracker; Tracelet's form of `log_artifact`."""
@@ -186,44 +223,46 @@ class Experiment:
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
         """Log a text."""
-        media.text(self._logger, name, text, self.iteration if step is None else step)
+        media.text(self._log_to, name, text, self.iteration if step is None else step)
 
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
         """Log an image; see `traceml.log_image`."""
-        media.image(self._logger, name, image, self.iteration if step is None else step)
+        media.image(self._log_to, name, image, self.iteration if step is None else step)
 
     def log_histogram(self, name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
         """Log the distribution of values; see `traceml.log_histogram`."""
-        media.histogram(self._logger, name, values, self.iteration if step is None else step, bins=bins)
+        media.histogram(self._log_to, name, values, self.iteration if step is None else step, bins=bins)
 
     def set_iteration(self, iteration: int | None) -> None:
         """Set the step of values that are logged without one."""
         self.iteration = iteration
 
-    def _row(self, config: settings.Config) -> dict[str, Any]:
+    def _row(self, config: Config) -> dict[str, Any]:
         """Return the announcement for delivery, with the settings of the current recorder."""
+        config = self._config_over(config)
+        chosen = choose_trackers(config, self.backends, self._options)
+        assert self._logger is not None
+        loggers.note_backends(self._logger.experiment, chosen.backends)
         return {
             "id": self.id, "name": self.name, "project": self.project or config.project,
             "tags": {str(key): str(value) for key, value in self.tags.items()}, "parent": self.parent,
             "resume": self.resume, "params": self.config,
-        } | announcement(
-            config, self.backends or default_backends(config), self._options_over(config)
-        )  # fmt: skip
+        } | announcement(config, chosen.backends, chosen.options)  # fmt: skip
 
-    def _options_over(self, config: settings.Config) -> dict[str, dict[str, Any]]:
-        """Return the options of each tracker: those of the settings, overridden by this experiment's."""
-        configured, own = config.backend_options, self._options
-        return {name: {**configured.get(name, {}), **own.get(name, {})} for name in {*configured, *own}}
+    def _config_over(self, config: Config) -> Config:
+        """Return the settings in force with those of this experiment over them."""
+        return config.over(**self._settings) if self._settings else config
 
 
-# Experiments that have begun and not ended, the innermost last.
-_open: list[Experiment] = []
+open_experiments: list[Experiment] = []
+"""Experiments that have begun and not ended, the innermost last."""
+_lock = threading.RLock()
 _begun: dict[str, int] = {}  # how many experiments of a name have begun
 
 
 def get_active_experiment() -> Experiment | None:
     """Return the innermost experiment that has begun and not ended; None where there is none."""
-    return _open[-1] if _open else None
+    return open_experiments[-1] if open_experiments else None
 
 
 def log_metric(name: str, value: Any, step: int | None = None) -> None:
@@ -306,59 +345,9 @@ def log_histogram(name: str, values: Any, step: int | None = None, *, bins: int 
     media.histogram(loggers.active, name, values, step, bins=bins)
 
 
-def start_logging(
-    exp_name: str | None = None,
-    project: str | None = None,
-    backend: str | Sequence[str] | None = None,
-    api_key: str | None = None,
-    backend_url: str | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> Experiment:
-    """Begin an experiment that lasts until `stop_logging` or the end of the process.
-
-    Args:
-        exp_name: name of the experiment.
-        project: the project at the trackers.
-        backend: the tracker or trackers.
-        api_key: refused: keys come from the environment or a file, never from a script.
-        backend_url: the tracker's address, or the path that it writes to.
-        config: parameters.
-
-    Raises:
-        UsageError: a key was given, or an address without a tracker; the text says what to do.
-    """
-    from traceml.track.plugins.plugin_registry import backend_metadata, known_backends
-
-    names = _names(backend)
-    if api_key is not None:
-        known = [metadata.key_variable for name in names if (metadata := backend_metadata(name)) is not None]
-        variable = next(filter(None, known), "the tracker's own variable")
-        raise UsageError(
-            f"api_key: keys are not taken from scripts. Set {variable} in the environment, or name a file of mode 0600 "
-            "by `api_key_file` under [tool.traceml.backends.<name>]"
-        )
-
-    options = {}
-    if backend_url is not None:
-        addresses = {name: metadata.address_option for name, metadata in known_backends().items()}
-        option = addresses.get(names[0]) if len(names) == 1 else None
-        if option is None:
-            able = ", ".join(name for name, address in addresses.items() if address)
-            raise UsageError(f"backend_url goes with one backend of {able}, not with {', '.join(names) or 'none'}")
-
-        options = {names[0]: {option: backend_url}}
-
-    return Experiment(exp_name, project, names or None, config=config, options=options).start()
-
-
-def stop_logging() -> None:
-    """End every open experiment, the inner ones first."""
-    while _open:
-        _open[-1].end()
-
-
-def _names(backend: str | Sequence[str] | None) -> tuple[str, ...]:
+def names_of(backend: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return the trackers in an argument: a list, or a text with commas; None where none was given."""
     if backend is None:
-        return ()
+        return None
 
     return tuple(name.strip() for name in backend.split(",")) if isinstance(backend, str) else tuple(backend)

@@ -1,0 +1,123 @@
+"""Wait until trackers have what was logged: `traceml.flush` and `traceml.sync`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from traceml.recorder.current import current_recorder
+from traceml.recorder.logger import deferred_values
+from traceml.track.rank.active_experiment import loggers
+from traceml.track.tracker_state import DeliveryPhase, TrackerState
+
+if TYPE_CHECKING:
+    from traceml.recorder.recorder import Recorder
+
+__all__ = ["flush", "sync"]
+
+_POLL_S = 0.05
+
+_log = logging.getLogger("traceml")
+
+
+def flush(timeout: float | None = 30.0, experiment: int | None = None) -> bool:
+    """Wait until the trackers have confirmed what this process has logged; return whether they have.
+
+    Without a tracker, until it is stored. After `traceml.shutdown()`, until the trackers' runs have ended too. Rows
+    that a tracker refuses are not waited for; the report counts them.
+
+    Args:
+        timeout: longest wait in seconds; None waits until all is delivered, or a tracker is broken.
+        experiment: number of the experiment whose trackers count; by default all that this process logs to.
+    """
+    recorder = current_recorder()
+    if recorder is None or not (recorder.enabled or recorder.is_over):
+        return True
+
+    until_s = None if timeout is None else time.monotonic() + timeout
+    if recorder.enabled and not _is_stored(recorder, until_s):
+        return False
+
+    backends = loggers.backends(experiment)
+    if not backends:
+        return True
+    if recorder.run_dir is None or not recorder.run_dir.is_dir():
+        _log.warning("flush: the run is stored on another host, so it is not known here what its trackers have")
+        return False
+
+    return _await_trackers(recorder, recorder.run_dir, backends, until_s)
+
+
+def sync(run: str | os.PathLike[str] | None = None, timeout: float | None = None) -> bool:
+    """Upload what trackers are still missing, as the command `traceml sync` does; return whether they have everything.
+
+    Args:
+        run: folder or id of a run; it waits while the run is recorded. By default the run of this process, and without
+            one all that have ended in the runs folder.
+        timeout: longest wait in seconds; what is left then stays in the run, for another call.
+    """
+    recorder = current_recorder()
+    if run is None and recorder is not None and recorder.enabled:
+        return flush(timeout)
+    if run is None and recorder is not None:
+        run = recorder.run_dir
+
+    command = [sys.executable, "-m", "traceml", "sync", *([] if run is None else [os.fspath(run), "--wait"])]
+    if recorder is not None:
+        command += ["--runs-dir", str(recorder.config.runs_dir)]
+
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+
+    if done.returncode:
+        _log.warning("traceml sync: %s", " ".join((done.stderr or done.stdout).split()))
+
+    return done.returncode == 0
+
+
+def _is_stored(recorder: Recorder, until_s: float | None) -> bool:
+    """Wait until everything logged so far is in the run's store; return whether it is."""
+    while deferred_values():
+        if _left_s(until_s) <= 0:
+            return False
+
+        time.sleep(_POLL_S)
+
+    return recorder.files_done(_left_s(until_s)) and recorder.wait_until_stored(_left_s(until_s))
+
+
+def _await_trackers(recorder: Recorder, run_dir: Path, backends: Collection[str], until_s: float | None) -> bool:
+    """Wait until every tracker has the rows logged so far; give up on one that is broken."""
+    # A stopped recorder has no tables to count in; its trackers are done when they have ended their runs.
+    wanted = recorder.logged_rows if recorder.enabled else None
+    while True:
+        states = [TrackerState.load(run_dir, backend) for backend in backends]
+        if all(_has(state, recorder.stream, wanted) for state in states):
+            return True
+        if any(state.phase is DeliveryPhase.BROKEN for state in states) or _left_s(until_s) <= 0:
+            return False
+
+        time.sleep(_POLL_S)
+
+
+def _has(state: TrackerState, stream: int | None, wanted: dict[str, int] | None) -> bool:
+    if wanted is None:
+        return state.phase is DeliveryPhase.DONE
+
+    reached = state.reached.get(str(stream), {})
+    return all(reached.get(table, 0) >= rows for table, rows in wanted.items())
+
+
+def _left_s(until_s: float | None) -> float:
+    return math.inf if until_s is None else until_s - time.monotonic()

@@ -1,0 +1,94 @@
+"""`flush` and `sync`: what they return is true."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.track.conftest import Script, finish
+from tests.track.fabricated import LoggedRun
+
+ROOT = str(Path(__file__).parents[3])
+QUICK = {"TRACEML_DELIVERY_NICE": "0", "PYTHONPATH": ROOT}
+
+
+def test_flush_returns_when_trackers_have_everything(script: Script) -> None:
+    """Values, texts, files and the end; the next line of the script reads them at the tracker."""
+    out = finish(
+        script(
+            """
+        import json, pathlib, traceml
+        assert traceml.flush()  # nothing was logged
+        pathlib.Path("weights.bin").write_bytes(b"w" * 1000)
+        experiment = traceml.Experiment("e", backend=["jsonl"], options={"jsonl": {"path": "out"}})
+        assert experiment.flush()  # it has not begun
+
+        def lines():
+            (path,) = pathlib.Path("out").glob("*.jsonl")
+            return [json.loads(line) for line in path.read_text().splitlines()]
+
+        for i in range(5000):
+            experiment.log_metric("loss", i, i)
+        experiment.log_artifact("weights.bin")
+        print(experiment.flush(None), sum(line["type"] == "metric" for line in lines()), lines()[-1]["type"])
+        with traceml.Experiment("inner", backend=[]) as inner:
+            inner.log_metric("alone", 1)
+            print(inner.flush(None))
+        experiment.log_text("note", "last")
+        experiment.end()
+        print(traceml.flush(None), lines()[-1]["text"])
+        traceml.shutdown()
+        print(traceml.flush(None), lines()[-1]["type"])
+        """,
+            **QUICK,
+        )
+    )
+    assert out.splitlines() == ["True 5000 artifact", "True", "True last", "True end"]
+
+
+def test_flush_tells_of_a_tracker_that_has_not(script: Script) -> None:
+    """A broken tracker at once, one that is down after the timeout; others do not make it true."""
+    out = finish(
+        script(
+            """
+        import pathlib, traceml
+        traceml.start_logging("a", backend=["jsonl", "no_such_package:Backend"])
+        traceml.log_metric("x", 1)
+        print(traceml.flush(None))
+        down = traceml.Experiment("b", backend="mlflow", options={"mlflow": {"tracking_uri": "http://127.0.0.1:9"}})
+        down.log_metric("x", 1)
+        print(down.flush(1.0))
+        up = traceml.Experiment("c", backend="jsonl")
+        up.log_metric("x", 1)
+        print(up.flush(None))
+        """,
+            **QUICK,
+        )
+    )
+    assert out.split() == ["False", "False", "True"]
+
+
+def test_sync_delivers_what_is_left(script: Script, tmp_path: Path) -> None:
+    """Of this process's run after its end, of a run by its name, and of all; a tracker that fails makes it false."""
+    earlier = LoggedRun(tmp_path / "traceml_runs" / "20260101-000000-earlier-abcd")
+    earlier.experiment(["jsonl"], id="x")
+    earlier.metrics({"loss": [1.0, 2.0]})
+    earlier.end()
+    out = finish(
+        script(
+            """
+        import pathlib, traceml
+        print(traceml.sync("20260101-000000-earlier-abcd"))
+        experiment = traceml.start_logging("a", backend="jsonl")
+        experiment.log_metric("x", 1)
+        print(traceml.sync())
+        traceml.shutdown()
+        print(traceml.sync())
+        (path,) = pathlib.Path("traceml_runs/latest/").resolve().glob("jsonl/*.jsonl")
+        print('"end"' in path.read_text())
+        print(traceml.sync("nosuchrun"))
+        """,
+            **QUICK,
+        )
+    )
+    assert out.split() == ["True"] * 4 + ["False"]
+    assert (earlier.path / "jsonl" / "x.jsonl").read_text().count('"loss"') == 2
