@@ -1,4 +1,4 @@
-# One command each: demo, check, test, lint, bench. Every target prepares what it needs.
+# One command each: demo, check, test, lint, bench, accuracy. Every target prepares what it needs.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest
 # Workers wait for processes more than they compute.
 JOBS   ?= $(shell expr $$(nproc) + 1)
 
-.PHONY: demo check test lint types style unit system bench clean
+.PHONY: demo check test lint types style unit system bench accuracy clean
 
 $(VENV)/.base: pyproject.toml constraints.txt hatch_build.py $(wildcard $(NATIVE)/*.c)
 	@test -x $(BIN)/python || $(PYTHON) tests/system.py install venv
@@ -56,6 +56,10 @@ types: $(VENV)/.lint
 
 bench: $(VENV)/.base
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# 80 real trainings, judged; writes docs/accuracy.md. Needs a quiet machine and a quarter of an hour.
+accuracy: $(VENV)/.test
+	$(BIN)/python benchmarks/accuracy/judge.py --output docs/accuracy.md $(ARGS)
 
 clean:
 	rm -rf $(VENV) .bench build dist

@@ -42,7 +42,8 @@ def test_the_line_of_other_code_is_named():
     [
         [],
         [line("other", "update_metric", 15), line("forward", "forward", 20)],  # too few
-        [line("other", "update_metric", 90), line("forward", "forward", 10)],  # not the share that the hooks measured
+        [line("other", "update_metric", 90), line("forward", "forward", 10)],  # more than the hooks measured
+        [line("other", "update_metric", 40), line("forward", "forward", 160)],  # less than half of what they measured
         [*(line("other", f"part_{n}", 5) for n in range(9)), line("forward", "forward", 60)],  # none stands out
         [SampledLine(0, "other", None, None, None, None, 43), line("forward", "forward", 57)],  # not the user's code
     ],
@@ -64,6 +65,13 @@ def test_the_most_frequent_line_of_the_function_is_named():
 
     assert (blamed.function, blamed.line) == ("f", 4)
     assert blamed.share == pytest.approx(40 / 60)
+
+
+def test_a_share_is_what_the_function_has_at_least():
+    """Half of the step is in the phase, but only 40 of 100 samples: the rest of it was not seen."""
+    blamed = blamed_line([line("other", "f", 40), line("forward", "forward", 60)], "other", 0.5)
+
+    assert blamed.share == pytest.approx(0.8)
 
 
 def test_a_dataset_in_the_training_process_has_a_line_and_workers_have_none():

@@ -17,7 +17,7 @@ CRITICAL_SHARE = 0.25
 """From this share on a timing finding is critical."""
 
 # A line with this share of a finding's cost stands in its headline.
-_MOST = 0.75
+_MOST = 0.6
 
 
 class Severity(StrEnum):

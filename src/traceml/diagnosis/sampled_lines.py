@@ -1,8 +1,8 @@
 """Lines of the user's code that the training thread was seen in, by phase.
 
-Shares of phases come from the hooks; samples only divide a phase by line. A line is named where there are enough
-samples, and where the phase has the same share of the samples as of the hooks' time: a sampler is blind to code that
-never lets it look.
+Shares of phases come from the hooks; samples only divide a phase by line. A sampler sees code that never lets it look
+less often than it runs. So a function is named if its share of all samples explains half of the phase's measured share,
+and if the phase is not in more samples than its share: then other phases hide code, and this one may too.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ __all__ = ["OUTSIDE_STEPS", "BlamedLine", "LineCounts", "SampledLine", "blamed_l
 
 MIN_SAMPLES = 35
 """Fewer samples of a phase do not name a line: with 35, a share of 0.9 is accurate to a tenth."""
-MAX_DISAGREEMENT = 0.15
-"""The phase's share of the samples and of the hooks' time may differ by this much."""
-NAMED_SHARE = 0.3
+MAX_EXCESS = 0.15
+"""The phase's share of the samples may exceed its share of the hooks' time by this much."""
+NAMED_SHARE = 0.5
 """A function with a smaller share of the phase is not named."""
+NAMED_OF_EXCESS = 0.3
+"""The same for late ranks, beyond what the others do: the phase has other work on all ranks."""
 
 OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names of the time before the first step and between steps, beside those of the phases."""
@@ -60,7 +62,7 @@ class BlamedLine:
 
     Attributes:
         file, line, function: where it is.
-        share: share of the phase's samples, 0..1.
+        share: share of the phase that it has at least, 0..1.
         samples: samples of the phase.
     """
 
@@ -134,7 +136,7 @@ def blamed_line(
     """
     code = part if part in PHASE_LABELS or part == "other" else _USER
     functions, total, in_steps = _by_function(lines, code, ranks)
-    if total < MIN_SAMPLES or abs(total / in_steps - phase_share) > MAX_DISAGREEMENT:
+    if total < MIN_SAMPLES or total / in_steps > phase_share + MAX_EXCESS:
         return None
 
     usual, _, in_steps_of_others = _by_function(lines, code, others) if others else (Counter(), 0, 1)
@@ -142,7 +144,8 @@ def blamed_line(
         place: samples - usual[place] * in_steps / max(in_steps_of_others, 1) for place, samples in functions.items()
     }
     place = max(excess, key=lambda name: excess[name], default=None)
-    if place is None or excess[place] < NAMED_SHARE * total:
+    whole = max(total, phase_share * in_steps)
+    if place is None or excess[place] < (NAMED_OF_EXCESS if others else NAMED_SHARE) * whole:
         return None
 
     counts: Counter[int] = Counter()
@@ -150,7 +153,7 @@ def blamed_line(
         if each.part == code and (each.file, each.function) == place and each.line is not None:
             counts[each.line] += each.samples
 
-    return BlamedLine(place[0], counts.most_common(1)[0][0], place[1], functions[place] / total, total)
+    return BlamedLine(place[0], counts.most_common(1)[0][0], place[1], functions[place] / whole, total)
 
 
 def _by_function(

@@ -29,6 +29,7 @@ _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
 _MAX_CODES = 4096
 _MAX_DEPTH = 200
+_COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
 _PHASES = len(Phase)
 _STEP_START = int(Slot.STEP_START)
 
@@ -171,8 +172,17 @@ class LineSampler:
         return user, self._id(library, library.co_firstlineno) if library is not None else -1
 
     def _id(self, code: CodeType, line: int) -> int:
-        known = self._name_id(f"{code.co_filename}:{line} {code.co_qualname}")
+        known = self._name_id(f"{code.co_filename}:{line} {_function(code)}")
         return -1 if known is None else known
+
+
+def _function(code: CodeType) -> str:
+    """Return the name of the function, also for a comprehension inside it."""
+    name = code.co_qualname
+    while name.endswith(_COMPREHENSIONS):
+        name = name.rpartition(".<locals>.")[0]
+
+    return name
 
 
 def _is_script(frame: FrameType) -> bool:

@@ -1,0 +1,180 @@
+"""Cases of `judge.py`: a script, its arguments, and what is true of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+__all__ = ["CASES", "QUIET", "Case"]
+
+QUIET = frozenset({"HEALTHY", "COMPUTE_BOUND"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A real run and what its report must and must not say.
+
+    Attributes:
+        name: short, unique.
+        script: file in `benchmarks/accuracy/shapes`.
+        args: its arguments.
+        ranks: number of processes.
+        kinds: verdicts that are true; with a kind of `QUIET`, no finding may be a warning.
+        blamed: ranks of the verdict.
+        phase: phase of the verdict; None: any.
+        function: function that the verdict's evidence names; None: any or none.
+        steps: steps of each rank; None: any.
+        since_step: step at which a slow-down began, within a tenth.
+        also: kinds that must be among the findings.
+        never: kinds that must not be among the findings.
+        beside: whether another program takes a core meanwhile.
+        fails: whether the script fails.
+    """
+
+    name: str
+    script: str
+    args: tuple[str, ...] = ()
+    ranks: int = 1
+    kinds: frozenset[str] = QUIET
+    blamed: tuple[int, ...] = ()
+    phase: str | None = None
+    function: str | None = None
+    steps: int | None = None
+    since_step: int | None = None
+    also: frozenset[str] = frozenset()
+    never: frozenset[str] = frozenset()
+    beside: bool = False
+    fails: bool = False
+
+
+def _case(name: str, command: str, *kinds: str, **facts: object) -> Case:
+    script, *args = command.split()
+    case = Case(name=name, script=f"{script}.py", args=tuple(args))
+    return replace(case, **({"kinds": frozenset(kinds)} if kinds else {}), **facts)  # type: ignore[arg-type]
+
+
+def _ddp(fault: str, *kinds: str, ranks: int = 2, more: str = "", **facts: object) -> Case:
+    usual = " ".join(filter(None, [f"ddp {fault} x{ranks}", more.replace("--", "")]))
+    epochs = 2 * 80 // (4 if "--accumulate 4" in more else 1)
+    return replace(
+        _case(usual, f"ddp --fault {fault} {more}", *kinds, ranks=ranks),
+        **{"steps": epochs, **facts},  # type: ignore[arg-type]
+    )
+
+
+def _loop(name: str, *kinds: str, **facts: object) -> Case:
+    return _case(name.replace("_", " "), f"loops {name}", *kinds, **facts)
+
+
+_STRAGGLERS = frozenset({"STRAGGLER", "INPUT_STRAGGLER", "COMPUTE_STRAGGLER", "H2D_STRAGGLER"})
+_LOUD = frozenset({"JITTER", "RESIDUAL_HEAVY", "INPUT_BOUND"})
+
+_CLASSIFIER = (
+    _case("classifier", "classifier", steps=180),
+    _case("classifier, workers", "classifier --workers 2", steps=180),
+    _case("classifier beside a program", "classifier", steps=180, beside=True),
+    _case("metrics in Python", "classifier --fault metrics --epochs 2", "RESIDUAL_HEAVY", phase="other",
+          function="update_metrics", steps=120),
+    _case("metrics in Python, workers", "classifier --fault metrics --epochs 2 --workers 1", "RESIDUAL_HEAVY",
+          phase="other", function="update_metrics", steps=120),
+    _case("dataset decodes", "classifier --fault decode --epochs 2", "INPUT_BOUND", phase="input_wait",
+          function="decode", steps=120),
+    _case("dataset reads", "classifier --fault read --epochs 2", "INPUT_BOUND", phase="input_wait", function="read",
+          steps=120),
+    _case("dataset decodes, one worker", "classifier --fault decode --epochs 2 --workers 1", "INPUT_BOUND",
+          phase="input_wait", steps=120),
+    _case("forward copies to numpy", "classifier --fault forward --epochs 2", "COMPUTE_BOUND", "HEALTHY",
+          phase="forward", steps=120),
+    _case("history grows", "classifier --fault history --epochs 12 --batches 80", "SLOWDOWN", function="smooth_history",
+          steps=960),
+    _case("logs every 25th step", "classifier --fault periodic --epochs 4", "RESIDUAL_HEAVY", "JITTER",
+          function="log_images", steps=240),
+    _case("collects garbage", "classifier --fault gc --epochs 2", "GC_PAUSES", "RESIDUAL_HEAVY", steps=120),
+    _case("saves often", "classifier --fault save --epochs 2", "CHECKPOINT_STALLS", steps=120),
+    _case("start-up of 8 s", "classifier --fault startup", "STARTUP", steps=180),
+    _case("evaluates long", "classifier --fault evaluation", "EVAL_HEAVY", steps=180),
+)  # fmt: skip
+
+_GPT = (
+    _case("gpt", "gpt", steps=150),
+    _case("gpt, accumulation of 4", "gpt --accumulate 4 --steps 60", steps=60),
+    _case("gpt beside a program", "gpt", steps=150, beside=True),
+    _case("gpt evaluates often", "gpt --evaluate-every 10 --evaluate-batches 30 --steps 100", "EVAL_HEAVY", steps=100,
+          never=frozenset({"JITTER", "INPUT_BOUND"})),
+    _case("gpt tokenizes", "gpt --fault tokenize --steps 300", "RESIDUAL_HEAVY", "INPUT_BOUND", function="tokenize",
+          steps=300),
+    _case("gpt waits", "gpt --fault sync --steps 120", "RESIDUAL_HEAVY", phase="other", steps=120),
+)  # fmt: skip
+
+_DDP = (
+    *(_ddp("none", ranks=ranks) for ranks in (2, 3, 4)),
+    _ddp("none", more="--accumulate 4"),
+    _ddp("none", name="ddp none x2 beside a program", beside=True, never=_STRAGGLERS),
+    *(_ddp("input", "INPUT_STRAGGLER", ranks=ranks, blamed=(1,), phase="input_wait", function="stall")
+      for ranks in (2, 3, 4)),
+    *(_ddp("forward", "COMPUTE_STRAGGLER", ranks=ranks, blamed=(1,), phase="forward", function="stall")
+      for ranks in (2, 3, 4)),
+    *(_ddp("backward", "COMPUTE_STRAGGLER", ranks=ranks, blamed=(1,), phase="backward") for ranks in (2, 4)),
+    *(_ddp("optimizer", "COMPUTE_STRAGGLER", ranks=ranks, blamed=(1,), phase="optimizer") for ranks in (2, 4)),
+    *(_ddp("other", "STRAGGLER", ranks=ranks, blamed=(1,), phase="other", function="stall") for ranks in (2, 3, 4)),
+    _ddp("other", "STRAGGLER", more="--slow-rank 0", blamed=(0,), phase="other", function="stall"),
+    _ddp("forward", "COMPUTE_STRAGGLER", more="--ms 5", blamed=(1,), phase="forward"),
+    _ddp("other", "STRAGGLER", more="--ms 40 --accumulate 4", blamed=(1,), phase="other"),
+    _ddp("everywhere", "RESIDUAL_HEAVY", phase="other", function="stall", never=_STRAGGLERS),
+    _ddp("dataset", "INPUT_BOUND", more="--ms 40", phase="input_wait", function="Rows.__getitem__", never=_STRAGGLERS),
+    _ddp("turns", "STRAGGLER", more="--ms 30", phase="other"),
+    _ddp("none", "COMM_BOUND", more="--width 3000", never=_STRAGGLERS),
+    _ddp("killed", "RANK_LOST", blamed=(1,), steps=None, fails=True),
+    _ddp("raises", "RANK_LOST", blamed=(1,), steps=None, fails=True),
+)  # fmt: skip
+
+_FILES = (
+    _case("photos", "files", "INPUT_BOUND", phase="input_wait", function="Photos.__getitem__", steps=60),
+    _case("photos, one worker", "files --workers 1", "INPUT_BOUND", phase="input_wait", steps=60),
+    _case("photos, workers restart each epoch", "files --workers 1 --epochs 3", "INPUT_BOUND", phase="input_wait",
+          steps=180),
+)  # fmt: skip
+
+_LOOPS = (
+    _loop("gan", steps=200),
+    _loop("folds", steps=360),
+    _loop("distill", steps=200, never=_LOUD),
+    _loop("one_batch", steps=200),
+    _loop("ppo", "RESIDUAL_HEAVY", steps=192, never=frozenset({"JITTER"})),
+    _loop("lbfgs", steps=60),
+    _loop("own_update", steps=200),
+    _loop("new_optimizer_each_step", steps=200),
+    _loop("autograd_grad", steps=200),
+    _loop("generator_data", steps=200),
+    _loop("slow_generator", "INPUT_BOUND", function="read_shard", steps=200),
+    _loop("stream", steps=200),
+    _loop("amp", steps=200),
+    _loop("scaler_skips", "STEPS_SKIPPED", steps=200),
+    _loop("not_finite", "NUMERIC", steps=200),
+    _loop("ema", steps=200),
+    _loop("siamese", steps=200),
+    _loop("autoencoder", steps=200),
+    _loop("recurrent", steps=150, never=frozenset({"JITTER"})),
+    _loop("slower_with_time", "SLOWDOWN", function="replay", steps=300),
+    _loop("jump", "SLOWDOWN", function="check_gradients", steps=300, since_step=150),
+)
+
+_FRAMEWORKS = (
+    _case("Hugging Face", "frameworks hf", steps=120),
+    _case("Lightning", "frameworks lightning", steps=120),
+    _case("Accelerate", "frameworks accelerate", steps=120),
+    _case("Hugging Face, slow data", "frameworks hf input", "INPUT_BOUND", phase="input_wait", function="augment",
+          steps=120),
+    _case("Lightning, slow data", "frameworks lightning input", "INPUT_BOUND", phase="input_wait", function="augment",
+          steps=120),
+    _case("Accelerate, slow data", "frameworks accelerate input", "INPUT_BOUND", phase="input_wait", function="augment",
+          steps=120),
+)  # fmt: skip
+
+_SHARDED = (
+    _case("FSDP2 x2", "sharded fsdp", "HEALTHY", "COMPUTE_BOUND", "COMM_BOUND", ranks=2, steps=120, never=_STRAGGLERS),
+    _case("tensor parallel x2", "sharded tensor_parallel", "HEALTHY", "COMPUTE_BOUND", "COMM_BOUND", ranks=2,
+          steps=200, never=_STRAGGLERS | {"RESIDUAL_HEAVY"}),
+    _case("spawned by the script", "sharded spawned", "HEALTHY", "COMPUTE_BOUND", "COMM_BOUND", steps=150),
+)  # fmt: skip
+
+CASES: tuple[Case, ...] = (*_CLASSIFIER, *_GPT, *_DDP, *_FILES, *_LOOPS, *_FRAMEWORKS, *_SHARDED)

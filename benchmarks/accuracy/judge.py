@@ -1,0 +1,217 @@
+"""Accuracy of the verdict on real runs: kind, ranks, phase, function, steps, and what must not be said.
+
+    python benchmarks/accuracy/judge.py [--only TEXT] [--output docs/accuracy.md] [--json FILE]
+
+Runs each script of `benchmarks/accuracy/shapes` as a user does, under `traceml run`, one after another. The truth about each is
+in `cases.py`. Exits with 1 if a sentence is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from cases import CASES, QUIET, Case
+
+SHAPES = Path(__file__).resolve().parent / "shapes"
+TRACEML = Path(sys.executable).with_name("traceml")
+LIMIT_S = 240
+_BUSY = "while True: sum(range(10**6))"
+
+
+@dataclass
+class Judged:
+    """A run beside the truth.
+
+    Attributes:
+        case: the run.
+        report: its report; empty where there is none.
+        wrong: what is not true, in words.
+        seconds: wall time.
+    """
+
+    case: Case
+    report: dict[str, Any] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """The verdict in short: kind, ranks, phase and function."""
+        if not self.report:
+            return "no report"
+
+        found = self.report["verdict"]
+        ranks = f" rank {', '.join(map(str, found['ranks']))}" if found["ranks"] else ""
+        phase = f" in {found['phase']}" if found["phase"] else ""
+        line = f", {found['evidence']['function']}" if found["evidence"].get("function") else ""
+        return f"{found['kind']}{ranks}{phase}{line}"
+
+
+@contextlib.contextmanager
+def busy_core(*, wanted: bool) -> Iterator[None]:
+    """Run a program that takes a core, if wanted."""
+    program = subprocess.Popen([sys.executable, "-c", _BUSY]) if wanted else None
+    try:
+        yield
+    finally:
+        if program is not None:
+            program.kill()
+            program.wait()
+
+
+def run(case: Case, folder: Path) -> Judged:
+    """Run a case in a folder of its own, and judge it."""
+    many = ["--nproc-per-node", str(case.ranks)] if case.ranks > 1 else []
+    command = [TRACEML, "run", "--runs-dir", folder / "runs", *many, SHAPES / case.script, *case.args]
+    environ = {key: value for key, value in os.environ.items() if not key.startswith("TRACEML_")}
+    began = time.monotonic()
+    with busy_core(wanted=case.beside):
+        ended = subprocess.run(
+            [str(part) for part in command], cwd=folder, env=environ | {"OMP_NUM_THREADS": "1"}, timeout=LIMIT_S,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    judged = Judged(case, seconds=time.monotonic() - began)
+    if bool(ended.returncode) != case.fails:
+        judged.wrong.append(f"exit status {ended.returncode}: {ended.stderr[-300:]}")
+
+    path = folder / "runs" / "latest" / "report.json"
+    if path.exists():
+        judged.report = json.loads(path.read_text())
+        judged.wrong += list(differences(case, judged.report))
+    else:
+        judged.wrong.append("no report")
+
+    return judged
+
+
+def differences(case: Case, report: dict[str, Any]) -> Iterator[str]:
+    """Yield what a report says that is not true of a case, and what it leaves out."""
+    verdict, findings = report["verdict"], report["findings"]
+    kinds = {finding["kind"] for finding in findings}
+    if verdict["kind"] not in case.kinds:
+        yield f"{verdict['kind']} instead of {' or '.join(sorted(case.kinds))}"
+    elif case.kinds <= QUIET and any(finding["severity"] != "info" for finding in findings):
+        yield f"warnings of a healthy run: {', '.join(sorted(kinds))}"
+    else:
+        yield from _place_differences(case, verdict)
+
+    if case.steps is not None and {rank["steps"] for rank in report["ranks"]} != {case.steps}:
+        yield f"{[rank['steps'] for rank in report['ranks']]} steps instead of {case.steps}"
+
+    yield from (f"{kind} is false" for kind in sorted(case.never & kinds))
+    yield from (f"{kind} is missing" for kind in sorted(case.also - kinds))
+    if "time" in report:
+        total = sum(part["seconds"] for part in report["time"]["parts"])
+        wall = report["time"]["wall_s"]
+        if abs(total - wall) > 0.01 * wall:
+            yield f"the parts of the wall time add up to {total:.2f} of {wall:.2f} s"
+
+
+def _place_differences(case: Case, verdict: dict[str, Any]) -> Iterator[str]:
+    evidence = verdict["evidence"]
+    if tuple(verdict["ranks"]) != case.blamed:
+        yield f"ranks {verdict['ranks']} instead of {list(case.blamed)}"
+
+    if case.phase is not None and verdict["phase"] != case.phase:
+        yield f"phase {verdict['phase']} instead of {case.phase}"
+
+    if case.function is not None:
+        yield from _line_differences(case, evidence)
+
+    if case.since_step is not None:
+        since = evidence.get("since_step")
+        if since is None or abs(since - case.since_step) > 0.1 * case.since_step:
+            yield f"since step {since} instead of {case.since_step}"
+
+
+def _line_differences(case: Case, evidence: dict[str, Any]) -> Iterator[str]:
+    function = str(evidence.get("function"))
+    if function.rpartition(".")[2] != str(case.function).rpartition(".")[2]:
+        yield f"function {evidence.get('function')} instead of {case.function}"
+        return
+
+    first, last = _span(SHAPES / case.script, function.rpartition(".")[2])
+    if not str(evidence.get("file", "")).endswith(case.script) or not first <= evidence.get("line", 0) <= last:
+        yield f"{evidence.get('file')}:{evidence.get('line')} is not in {function}"
+
+
+def _span(path: Path, function: str) -> tuple[int, int]:
+    """Return the first and last line of a function."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            return node.lineno, node.end_lineno or node.lineno
+
+    return 0, 0
+
+
+def page(results: list[Judged]) -> str:
+    """Return `docs/accuracy.md`."""
+    right = sum(not each.wrong for each in results)
+    healthy = [each for each in results if each.case.kinds <= QUIET]
+    false = sum(bool(each.wrong) for each in healthy)
+    lines = [
+        "# Accuracy of the verdict",
+        "",
+        "Generated by `make accuracy`: real runs of the scripts in [`benchmarks/accuracy/shapes`](../benchmarks/accuracy/shapes), under",
+        "`traceml run`, one after another, judged for kind, ranks, phase, function and line, number of steps, and what",
+        "must not be said. The truth about each is in [`cases.py`](../benchmarks/accuracy/cases.py).",
+        "",
+        f"**{right} of {len(results)} right.** Of {len(healthy)} healthy runs, {false} have a sentence that is wrong.",
+        "",
+        "| run | ranks | verdict | wrong |",
+        "|---|---|---|---|",
+        *(f"| {each.case.name} | {each.case.ranks} | {each.verdict} | {_cell(each.wrong)} |" for each in results),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(wrong: list[str]) -> str:
+    return "; ".join(text.replace("|", "/").replace("\n", " ") for text in wrong) or "-"
+
+
+def main() -> int:
+    """Run the cases, print them, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="run the cases whose name contains this")
+    parser.add_argument("--output", type=Path, help="write the table as Markdown")
+    parser.add_argument("--json", type=Path, help="write the results as JSON")
+    options = parser.parse_args()
+    results = []
+    for case in (case for case in CASES if options.only in case.name):
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(judged := run(case, Path(folder)))
+
+        mark = "ok   " if not judged.wrong else "WRONG"
+        print(f"{mark} {case.name}: {judged.verdict} ({judged.seconds:.0f} s) {'; '.join(judged.wrong)}", flush=True)
+
+    right = sum(not each.wrong for each in results)
+    print(f"{right} of {len(results)} right")
+    if options.output:
+        options.output.write_text(page(results))
+
+    if options.json:
+        options.json.write_text(
+            json.dumps([{"name": r.case.name, "wrong": r.wrong, "report": r.report} for r in results])
+        )
+
+    return int(right < len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

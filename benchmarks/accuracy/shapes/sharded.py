@@ -1,0 +1,60 @@
+"""FSDP2, tensor parallelism and processes that a script spawns by itself."""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def fsdp():
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo")
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(4)))
+    for layer in model:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(120):
+        model(torch.randn(32, 256)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.destroy_process_group()
+
+
+def tensor_parallel():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
+    for step in range(200):
+        torch.manual_seed(step)
+        model(torch.randn(32, 64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.destroy_process_group()
+
+
+def work(rank, world):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29781")
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(256, 256))
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(150):
+        model(torch.randn(64, 256)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    dist.destroy_process_group()
+
+
+def spawned():
+    torch.multiprocessing.spawn(work, args=(2,), nprocs=2)
+
+
+if __name__ == "__main__":
+    {"fsdp": fsdp, "tensor_parallel": tensor_parallel, "spawned": spawned}[sys.argv[1]]()
