@@ -250,6 +250,32 @@ def test_a_host_that_is_cut_off_is_named_in_time(hosts: Hosts, script: Script, t
         eventually(lambda: hosts["node2"].processes() == [], "the agent to notice that nobody talks to it")
 
 
+@pytest.mark.parametrize(
+    ("obstacle", "cause"),
+    [
+        ("route add unreachable 10.77.0.11", "No route to host"),
+        ("neigh replace 10.77.0.11 lladdr 02:00:00:00:00:01 dev eth0 nud permanent", "Connection timed out"),
+    ],
+)
+def test_a_host_that_cannot_reach_the_first_one_is_named(
+    hosts: Hosts, script: Script, obstacle: str, cause: str
+) -> None:
+    """Address and cause are told long before the timeout of 600 s, and the command that tests the network."""
+    hosts["node2"].run("ip", *obstacle.split())
+    try:
+        told = script.launch("fine")
+    finally:
+        kind, _, rest = obstacle.partition(" ")
+        hosts["node2"].run("ip", kind, "del", *rest.split()[1:])
+
+    assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
+    assert "it cannot connect to node1 at 10.77.0.11:" in told["text"]
+    assert f"where the ranks meet: {cause}." in told["text"]
+    assert "`traceml doctor --hostnames node1 node2`" in told["text"]
+    assert_clean(hosts)
+    assert script.launch("fine")["results"] == {"node1": [0, 1], "node2": [2, 3]}
+
+
 def test_a_function_that_the_host_does_not_have_is_named(hosts: Hosts, script: Script) -> None:
     """A module that only the launcher's host has cannot be imported there; the error says which."""
     code = "def function():\n    return 1\n"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import selectors
 import signal
 import socket
@@ -18,19 +17,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from traceml.clock import boot_id
-from traceml.launch.agent.machine import addresses, count_gpus
+from traceml.launch.agent.address_probe import AddressProbe
+from traceml.launch.agent.hello import hello
+from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
 from traceml.launch.wire.channel import GREETING, Channel, ChannelClosedError
-from traceml.launch.wire.payload_buffer import PayloadBuffer, can_reach
-from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, process_info, terminate_all
+from traceml.launch.wire.payload_buffer import PayloadBuffer
+from traceml.launch.wire.process_cleanup import become_subreaper, find_leftovers, terminate_all
 from traceml.launch.wire.tunnel import TunnelListener
-from traceml.version import __version__
 
 __all__ = ["Agent", "main"]
 
-VERSION = 1
 # A launcher whose loop runs sends something every few seconds.
 _SILENCE_S = 20.0
 # An agent without work ends after this time: it holds the memory of torch.
@@ -60,6 +58,7 @@ class Agent:
         self._wanted: tuple[str, ZygoteSpec, dict[str, Any]] | None = None  # job, spec, workers' context
         self._preparing = False
         self._listener: socket.socket | None = None
+        self._probe: AddressProbe | None = None
         self._payloads: dict[int, PayloadBuffer] = {}
         self._listeners: dict[str, Any] = {}
         self._signals: set[int] = set()
@@ -78,7 +77,7 @@ class Agent:
 
         self._selector.register(wakeup, selectors.EVENT_READ, lambda _: os.read(wakeup, 4096))
         self._selector.register(self._channel.read_fd, selectors.EVENT_READ, self._receive)
-        self._channel.send("hello", mark=self._mark, **_hello())
+        self._channel.send("hello", mark=self._mark, **hello())
         try:
             while True:
                 self._turn()
@@ -98,6 +97,9 @@ class Agent:
                 key.data(events)
 
         self._handle_signals()
+        if self._probe is not None:
+            self._probe.tick()
+
         now_s = time.monotonic()
         if self._group is not None and self._group.idle:
             self._group = None
@@ -236,11 +238,21 @@ class Agent:
 
         self._channel.send("reserved", job=job, address=address, port=self._listener.getsockname()[1])
 
+    def _on_probe(self, message: dict[str, Any]) -> None:
+        """Check that the ranks' port can be reached from here."""
+        job, address, port = message["job"], message["address"], int(message["port"])
+        self._probe = AddressProbe(
+            self._selector, address, port, lambda error: self._channel.send("probed", job=job, error=error)
+        )
+
     def _on_start(self, message: dict[str, Any]) -> None:
         assert self._wanted is not None
         assert self._zygote is not None
         _, spec, context = self._wanted
         listener, self._listener = self._listener, None
+        if listener is not None:
+            _drop_connections(listener)
+
         self._group = WorkerGroup(
             self._selector,
             self._channel,
@@ -386,29 +398,14 @@ def main(*, local: bool = False) -> NoReturn:
     os._exit(status)
 
 
-def _hello() -> dict[str, Any]:
-    connection = os.environ.get("SSH_CONNECTION", "").split()
-    try:
-        netns = str(Path("/proc/self/ns/net").readlink())
-    except OSError:
-        netns = ""
+def _drop_connections(listener: socket.socket) -> None:
+    """Accept and close what has connected so far: the probes of other hosts."""
+    listener.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            listener.accept()[0].close()
 
-    return {
-        "v": VERSION,
-        "pid": os.getpid(),
-        "hostname": socket.gethostname(),
-        "python": platform.python_version(),
-        "executable": sys.executable,
-        "cores": len(os.sched_getaffinity(0)),
-        "address": connection[2] if len(connection) == 4 else None,
-        "peer": connection[0] if len(connection) == 4 else None,
-        "boot_id": boot_id(),
-        "netns": netns,
-        "addresses": list(addresses().values()),
-        "gpus": count_gpus(os.environ),
-        "near": (guard := process_info(os.getppid())) is not None and can_reach(guard.parent),
-        "traceml": __version__,
-    }
+    listener.setblocking(True)
 
 
 def _folder_error(folder: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
@@ -13,7 +13,15 @@ from traceml.launch.launcher.job_host import JobHost, Worker
 from traceml.launch.wire import payload
 from traceml.launch.wire.payload_buffer import PayloadBuffer
 
-__all__ = ["JobFailure", "first_cause", "note_stacks", "preparation_failed", "worker_died", "worker_raised"]
+__all__ = [
+    "JobFailure",
+    "first_cause",
+    "note_stacks",
+    "preparation_failed",
+    "unreachable",
+    "worker_died",
+    "worker_raised",
+]
 
 # Errors of a collective when another worker is gone or late.
 _SECONDARY = re.compile(
@@ -138,6 +146,18 @@ def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedEr
         "died": ("the process that imports torch died there", ""),
     }.get(str(error.get("kind")), ("it cannot be prepared", ""))
     return AgentFailedError(host.name, what, advice=advice, words=str(error.get("text") or "").splitlines())
+
+
+def unreachable(host: JobHost, hosts: Sequence[JobHost], rendezvous: tuple[str, int], error: str) -> AgentFailedError:
+    """Return the error for a host from which the address where the ranks meet cannot be reached."""
+    address, port = rendezvous
+    names = " ".join(each.name for each in hosts)
+    return AgentFailedError(
+        host.name,
+        f"it cannot connect to {hosts[0].name} at {address}:{port}, where the ranks meet: {error}",
+        advice="All hosts must reach the first one, at any port: check routes and firewalls. "
+        f"`traceml doctor --hostnames {names}` tests the network.",
+    )
 
 
 def note_stacks(

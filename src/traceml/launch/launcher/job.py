@@ -42,6 +42,7 @@ _STACKS_S = 2.0
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
+_LOOPBACK = "127.0.0.1"
 # After a failure: the time for threads and exit handlers of the workers that have raised or returned.
 _EXIT_S = 10.0
 
@@ -138,6 +139,9 @@ class LaunchJob:
         self._await(lambda: self._state.rendezvous, "finding a port for the workers to meet at", [f"host {first.name}"])
         assert self._state.rendezvous is not None
         address, port = self._state.rendezvous
+        if backend is not None and address != _LOOPBACK:
+            self._check_paths(address, port)
+
         for host in self._hosts:
             payload_id = self._sender.send(host)
             host.connection.channel.send(
@@ -164,6 +168,18 @@ class LaunchJob:
         self._sender.fill(self._loop.run_once)
         doing = "starting the workers" + (f" and their process group ({backend})" if backend else "")
         self._await(lambda: all(w.ready for w in workers), doing, None)
+
+    def _check_paths(self, address: str, port: int) -> None:
+        """Have every other host connect to where the ranks meet: workers would try until the timeout."""
+        others, state = self._hosts[1:], self._state
+        for host in others:
+            host.connection.channel.send("probe", job=self._id, address=address, port=port)
+
+        names = [host.name for host in others]
+        doing = f"connecting from the other hosts to {address}:{port}"
+        self._await(lambda: state.probed.issuperset(names), doing, [f"host {name}" for name in names])
+        if state.host_errors:
+            self._raise_host_errors()
 
     def _watch(self) -> None:
         """Wait for the results, without a time limit."""

@@ -8,7 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from traceml.errors import AgentFailedError
-from traceml.launch.launcher.failures import JobFailure, preparation_failed, worker_died, worker_raised
+from traceml.launch.launcher.failures import (
+    JobFailure,
+    preparation_failed,
+    unreachable,
+    worker_died,
+    worker_raised,
+)
 from traceml.launch.launcher.job_host import JobHost, Worker
 from traceml.launch.launcher.log_router import LogRouter, LogStream
 from traceml.launch.wire.payload_buffer import PayloadBuffer
@@ -41,6 +47,7 @@ class JobState:
         host_errors: errors of hosts that cannot be used.
         failures: of workers, and of hosts that were lost while workers ran; in order of arrival.
         rendezvous: address and port at which the workers meet.
+        probed: names of the hosts that have tried to connect there.
         stacks: stacks of workers, by rank.
         stacks_received: the hosts that have sent them.
         stopping: whether workers are being ended, so that their end is no failure.
@@ -60,6 +67,7 @@ class JobState:
         self.host_errors: list[AgentFailedError] = []
         self.failures: list[JobFailure] = []
         self.rendezvous: tuple[str, int] | None = None
+        self.probed: set[str] = set()
         self.stacks: dict[int, dict[str, Any]] = {}
         self.stacks_received: set[str] = set()
         self.stopping = self.released = False
@@ -127,6 +135,12 @@ class JobState:
             return
 
         self.rendezvous = str(message["address"]), int(message["port"])
+
+    def _on_probed(self, host: JobHost, message: dict[str, Any]) -> None:
+        self.probed.add(host.name)
+        if message["error"]:
+            assert self.rendezvous is not None
+            self.host_errors.append(unreachable(host, self._hosts, self.rendezvous, message["error"]))
 
     def _on_started(self, _host: JobHost, message: dict[str, Any]) -> None:
         self.workers[message["rank"]].pid = message["pid"]

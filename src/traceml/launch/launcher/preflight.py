@@ -169,6 +169,9 @@ class _ProbeLauncher:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, AgentFailedError):
+        return f"host {error.host}: {error.reason}"  # the advice may be to run this check
+
     text = str(error).strip() or type(error).__name__
     return text if isinstance(error, TraceMLError) else f"{type(error).__name__}: {text}"
 
