@@ -91,14 +91,25 @@ def test_an_allocation_that_cannot_be_read_is_told() -> None:
     ("options", "asked", "expected"),
     [
         # CPUs of the allocation; tasks where the user asked for tasks; names beside the allocation; own numbers
-        (["-N2", "-c3"], ["auto", "auto"], [["node1", "srun", None, 3], ["node2", "srun", None, 3]]),
-        (["-N2", "-n3"], ["slurm", "slurm"], [["node1", "srun", None, 2], ["node2", "srun", None, 1]]),
+        (["-N2", "-c3"], ["auto", "auto"], [["node1", "srun", None, 3, None], ["node2", "srun", None, 3, None]]),
+        (["-N2", "-n3"], ["slurm", "slurm"], [["node1", "srun", None, 2, None], ["node2", "srun", None, 1, None]]),
         (
             ["-N2", "--ntasks-per-node=2", "-c2"],
             [["node2", "localhost"], "auto"],
-            [["node2", "srun", None, 2], ["localhost", "local", None, None]],
+            [["node2", "srun", None, 2, None], ["localhost", "local", None, None, None]],
         ),
-        (["-N1", "--nodelist=node2"], ["auto", 2], [["node2", "srun", 2, 1]]),
+        (["-N1", "--nodelist=node2"], ["auto", 2], [["node2", "srun", 2, 1, None]]),
+        # the components of a heterogeneous job, by tasks and by CPUs
+        (
+            ["-N1", "-n1", ":", "-N1", "-n2"],
+            ["auto", "auto"],
+            [["node1", "srun", None, 1, 0], ["node2", "srun", None, 2, 1]],
+        ),
+        (
+            ["-N1", "-c3", ":", "-N1", "-c2"],
+            ["slurm", "slurm"],
+            [["node1", "srun", None, 3, 0], ["node2", "srun", None, 2, 1]],
+        ),
     ],
 )
 def test_the_allocation_tells_hosts_and_workers(
@@ -111,6 +122,28 @@ def test_the_allocation_tells_hosts_and_workers(
     told = slurm.run("salloc", "--quiet", *options, python, script, json.dumps(asked)).stdout
 
     assert json.loads(told) == expected
+
+
+def test_a_step_does_not_hide_the_jobs_numbers(slurm: Slurm, hosts: Hosts) -> None:
+    """Within a step of one task on one node, hosts and workers are those of the job."""
+    step = ["srun", "-N1", "-n1", "--overlap"]
+    script = [hosts.launcher.command()[0], hosts.launcher.script(_SHOW), json.dumps(["auto", "auto"])]
+
+    told = slurm.run("salloc", "--quiet", "-N2", "-n4", "-c1", *step, *script).stdout
+
+    assert json.loads(told) == [["node1", "srun", None, 3, None], ["node2", "srun", None, 1, None]]
+
+
+def test_a_step_of_several_tasks_does_not_launch_several_times(slurm: Slurm, hosts: Hosts) -> None:
+    """Each task would launch the whole job; the error says how to start the script once."""
+    script = [hosts.launcher.command()[0], hosts.launcher.script(_SHOW), json.dumps(["auto", "auto"])]
+
+    done = slurm.run("srun", "-n2", *script, check=False)
+
+    assert done.returncode
+    assert done.stdout == ""
+    assert "one of 2 tasks of a step of Slurm's job" in done.stderr
+    assert "`srun --ntasks=1`" in done.stderr
 
 
 def test_a_host_beside_the_allocation_has_no_number_from_slurm(slurm: Slurm, hosts: Hosts) -> None:

@@ -159,8 +159,15 @@ def test_two_functions_on_hosts_and_here(hosts: Hosts) -> None:
         eventually(lambda host=host: not host.processes(), f"{host.name} to be as before")
 
 
-def test_a_slurm_allocation_is_used(slurm: Any, hosts: Hosts) -> None:
-    """Within an allocation nothing has to be said: srun starts the agents on its nodes."""
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["-N2", "--ntasks-per-node=2"], {node: [(node, 10.0)] * 2 for node in ("node1", "node2")}),
+        (["-N1", "-n1", ":", "-N1", "-n2"], {"node1": [("node1", 6.0)], "node2": [("node2", 6.0)] * 2}),
+    ],
+)
+def test_a_slurm_allocation_is_used(slurm: Any, hosts: Hosts, options: list[str], expected: Any) -> None:
+    """Within an allocation nothing has to be said: srun starts the agents on its nodes, also of several components."""
     code = """
         import os, traceml
         from tests.launch import jobs
@@ -172,11 +179,10 @@ def test_a_slurm_allocation_is_used(slurm: Any, hosts: Hosts) -> None:
             print(traceml.launch(place, log_handlers=None).results)
     """
     python, path = hosts.launcher.command()[0], hosts.launcher.script(textwrap.dedent(code))
-    options = ["--quiet", "-N2", "--ntasks-per-node=2"]
 
-    done = slurm.run("salloc", *options, python, path, env={"PYTHONPATH": PYTHONPATH})
+    done = slurm.run("salloc", "--quiet", *options, python, path, env={"PYTHONPATH": PYTHONPATH})
 
-    assert eval(done.stdout) == {node: [(node, 10.0)] * 2 for node in ("node1", "node2")}
+    assert eval(done.stdout) == expected
 
 
 def test_options_come_from_the_command_line(tmp_path: Path) -> None:

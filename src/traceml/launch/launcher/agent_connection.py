@@ -252,7 +252,7 @@ def _command(
         return bootstrap.remote_command(python) if bundled else bootstrap.local_command(python)
 
     if spec.transport == "srun":
-        return [*step_command(spec.name), *bootstrap.remote_command(python)]
+        return [*step_command(spec.name, spec.het_group), *bootstrap.remote_command(python)]
 
     config = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
     command = "exec " + shlex.join(bootstrap.remote_command(python))

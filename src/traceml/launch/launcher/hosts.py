@@ -30,12 +30,14 @@ class HostSpec:
         transport: how its agent is started: as a child process, by ssh, or as a step of the Slurm job.
         workers: number of workers; None: one per GPU of the host, else `cpu_workers`.
         cpu_workers: number of workers without GPUs; None: one per CPU core.
+        het_group: its component of a heterogeneous Slurm job; None: of another job.
     """
 
     name: str
     transport: Transport
     workers: int | None = None
     cpu_workers: int | None = None
+    het_group: int | None = None
 
 
 def resolve_hosts(
@@ -77,7 +79,8 @@ def resolve_hosts(
         if workers_per_host == "slurm" and found and name not in found.workers:
             raise SlurmError(f"workers_per_host='slurm', but host {name} is not part of Slurm's job {found.job_id}")
 
-        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, default))
+        group = found.groups.get(name) if found else None
+        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, default, group))
 
     return specs
 

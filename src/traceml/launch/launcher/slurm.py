@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from traceml.errors import SlurmError
 
 __all__ = ["Allocation", "allocation", "step_command"]
 
 _SCONTROL_TIMEOUT_S = 30
+
+_log = logging.getLogger("traceml.launch")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,39 +25,85 @@ class Allocation:
         job_id: Slurm's id of the job.
         workers: number of workers without GPUs by node: the requested tasks, else the allocated CPUs; None if Slurm
             does not report it.
+        groups: number of the component of a heterogeneous job by node; empty for other jobs.
     """
 
     job_id: str
     workers: Mapping[str, int | None]
+    groups: Mapping[str, int] = field(default_factory=dict)
 
 
 def allocation(environ: Mapping[str, str]) -> Allocation | None:
     """Read the allocation from the environment; None outside of one.
 
     Raises:
-        SlurmError: it cannot be read.
+        SlurmError: it cannot be read, or this process is one of several tasks, which would all launch.
     """
     job_id = environ.get("SLURM_JOB_ID") or environ.get("SLURM_JOBID")
     if not job_id:
         return None
 
-    listed = environ.get("SLURM_JOB_NODELIST") or environ.get("SLURM_NODELIST")
+    tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1":
+        raise SlurmError(
+            f"this process is one of {tasks} tasks of a step of Slurm's job {job_id}; each would launch all workers. "
+            "Start the script once: by sbatch, under salloc, or by `srun --ntasks=1`. "
+            "If only one of the tasks launches, unset SLURM_STEP_NUM_TASKS in it."
+        )
+
+    workers: dict[str, int | None] = {}
+    groups: dict[str, int] = {}
+    for group in range(int(environ.get("SLURM_HET_SIZE", 0))):
+        for node, count in _workers(environ, job_id, f"_HET_GROUP_{group}").items():
+            if node in groups:
+                _log.warning(
+                    "%s is in components %d and %d of job %s: used in the first", node, groups[node], group, job_id
+                )
+                continue
+
+            workers[node], groups[node] = count, group
+
+    return Allocation(job_id, workers or _workers(environ, job_id), groups)
+
+
+def _workers(environ: Mapping[str, str], job_id: str, group: str = "") -> dict[str, int | None]:
+    """Return the number of workers by node, of a whole job or of one of its components.
+
+    Args:
+        environ: environment with Slurm's variables.
+        job_id: for errors.
+        group: suffix of the variables of a component.
+    """
+    listed = environ.get(f"SLURM_JOB_NODELIST{group}") or environ.get(f"SLURM_NODELIST{group}")
     if not listed:
-        raise SlurmError(f"job {job_id} of Slurm has no SLURM_JOB_NODELIST: its nodes are unknown")
+        raise SlurmError(f"job {job_id} of Slurm has no SLURM_JOB_NODELIST{group}: its nodes are unknown")
 
     nodes = _expand(listed, environ)
-    # Slurm always sets the tasks per node, by default 1: use them only if the user asked for tasks
-    asked = "SLURM_NTASKS" in environ or "SLURM_NTASKS_PER_NODE" in environ
-    per_node = environ.get("SLURM_TASKS_PER_NODE") if asked else environ.get("SLURM_JOB_CPUS_PER_NODE")
-    counts = _counts(per_node or "")
-    if len(counts) != len(nodes):  # in a step, which may have fewer nodes than the job
+    counts = _counts(environ, group)
+    if len(counts) != len(nodes):
         counts = [None] * len(nodes)
 
-    return Allocation(job_id, dict(zip(nodes, counts, strict=True)))
+    return dict(zip(nodes, counts, strict=True))
 
 
-def step_command(node: str) -> list[str]:
+def _counts(environ: Mapping[str, str], group: str) -> Sequence[int | None]:
+    """Return the number of workers of each node, in the order of nodes."""
+    cpus = _read_counts(environ.get(f"SLURM_JOB_CPUS_PER_NODE{group}", ""))
+    if "SLURM_STEP_NUM_TASKS" in environ:  # in a step, variables of tasks are the step's
+        per_task = int(environ.get("SLURM_CPUS_PER_TASK", 1))
+        return [max(1, count // per_task) for count in cpus]
+
+    # Slurm always sets the tasks per node, by default 1: use them only if the user asked for tasks
+    asked = f"SLURM_NTASKS{group}" in environ or f"SLURM_NTASKS_PER_NODE{group}" in environ
+    return _read_counts(environ.get(f"SLURM_TASKS_PER_NODE{group}", "")) if asked else cpus
+
+
+def step_command(node: str, group: int | None = None) -> list[str]:
     """Return the command prefix for a step of one task on a node, with all of the job's resources there.
+
+    Args:
+        node: the node.
+        group: its component of a heterogeneous job.
 
     Standard streams are passed through unchanged; `--overlap` lets it start beside other steps.
     """
@@ -64,6 +113,7 @@ def step_command(node: str) -> list[str]:
         "--nodes=1",
         "--ntasks=1",
         "--ntasks-per-node=1",
+        *([] if group is None else [f"--het-group={group}"]),
         f"--nodelist={node}",
         "--unbuffered",
         "--cpu-bind=none",
@@ -88,9 +138,9 @@ def _expand(listed: str, environ: Mapping[str, str]) -> list[str]:
     return done.stdout.split()
 
 
-def _counts(text: str) -> Sequence[int | None]:
+def _read_counts(text: str) -> list[int]:
     """Read `4(x2),2` as 4, 4, 2."""
-    found: list[int | None] = []
+    found: list[int] = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         found += [int(number)] * int(times or 1)
 
