@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from traceml.launch.agent.address_probe import AddressProbe
-from traceml.launch.agent.hello import hello
+from traceml.launch.agent.agent_hello import hello
 from traceml.launch.agent.machine import count_gpus
 from traceml.launch.agent.worker_group import WorkerGroup
 from traceml.launch.agent.zygote_client import ZygoteClient, ZygoteSpec
