@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from types import TracebackType
 
 from traceml.errors import TraceMLError
@@ -56,7 +57,9 @@ class fail_open:  # noqa: N801 - used like `contextlib.suppress`
         _failures[self._package] = _failures.get(self._package, 0) + 1
         level = logging.DEBUG if self._once and _is_repeat(self._package, self._what) else self._level
         is_clear = isinstance(error, OSError | TraceMLError)
-        self._log.log(level, "%s: %s", self._what, _text_of(error, is_clear), exc_info=None if is_clear else error)
+        with suppress(Exception):  # a handler or filter of the user may raise: the failure is counted all the same
+            self._log.log(level, "%s: %s", self._what, _text_of(error, is_clear), exc_info=None if is_clear else error)
+
         return True
 
 

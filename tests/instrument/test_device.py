@@ -1,84 +1,133 @@
-"""Device times from events, with a device that is a list: an event is complete when the test says so."""
+"""Device times from events, on devices whose streams are clocks: see `fake_cuda`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from tests.instrument.conftest import Traced
+from tests.instrument.fake_cuda import FakeCuda, FakeEvent
 from traceml.database.flight import FlightFile
-from traceml.database.schema import StepFlag
-from traceml.instrument import device, install
+from traceml.database.schema import DEVICE_STEPS, STEPS, StepFlag
+from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+from traceml.fail_open import failures
+from traceml.instrument import accumulator, backward, device, forward, install, loader, optimizer, step_clock
+
+_CLOCKED = (accumulator, backward, forward, loader, optimizer, step_clock)
+_MS = 1_000_000
+_FIRST = 5  # by then steps are known to be long; from here on all are measured
 
 
-class Device:
-    """A stream on which each event takes its place one millisecond after the one before."""
+class Training:
+    """A loop of one linear layer whose phases take device time: 5 ms forward, 5 ms backward, 1 ms optimizer.
 
-    def __init__(self) -> None:
-        self.now_ms = 0.0
-        self.made = 0
-        self.finished = True
-        self.capturing = False
+    The CPU launches each phase in 10 us and waits for the device at the end of a step, as `loss.item()` does.
+    """
 
-    def event(self) -> FakeEvent:
-        self.made += 1
-        return FakeEvent(self)
+    def __init__(self, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cuda = cuda
+        cuda.tick_ms, cuda.cpu_ms = 0.0, 1.0
+        for module in _CLOCKED:
+            monkeypatch.setattr(module, "monotonic_ns", lambda: round(cuda.cpu_ms * _MS))
+
+        self.model = nn.Linear(4, 1)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.x = torch.randn(2, 4)
+        self.model.register_forward_hook(lambda *_: self._launch(5))
+        self.optimizer.register_step_post_hook(lambda *_: self._launch(1))
+
+    def step(self) -> None:
+        self.forward().backward()
+        self.optimizer.step()
+        self.wait()
+
+    def forward(self) -> torch.Tensor:
+        loss = self.model(self.x).sum()
+        loss.register_hook(lambda _: self._launch(5))
+        return loss
+
+    def wait(self) -> None:
+        self.cuda.cpu_ms = max(self.cuda.cpu_ms, self.cuda.stream().now_ms)
+
+    def copy(self, ms: float) -> None:
+        """Copy a batch to the device on the current stream."""
+        batch: Any = torch.zeros(1).as_subclass(Batch)
+        batch.launch = lambda: self._launch(ms)
+        batch.to("meta")
+
+    def _launch(self, ms: float) -> None:
+        self.cuda.cpu_ms += 0.01
+        self.cuda.launch(ms)
 
 
-class FakeEvent:
-    """torch.cuda.Event without a GPU."""
+class Batch(torch.Tensor):
+    """Tensor that queues work where it is copied to a device; the meta device does not."""
 
-    def __init__(self, on: Device) -> None:
-        self.on = on
-        self.at_ms = -1.0
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "to":
+            args[0].launch()
 
-    def record(self) -> None:
-        self.on.now_ms += 1
-        self.at_ms = self.on.now_ms
-
-    def query(self) -> bool:
-        return self.on.finished
-
-    def elapsed_time(self, end_event: FakeEvent) -> float:
-        assert self.on.finished, "read before it was complete: this would wait"
-        return end_event.at_ms - self.at_ms
+        return super().__torch_function__(function, types, args, kwargs or {})
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[Device, Traced]]:
-    """Hooks with a device that is a list."""
-    fake_device = Device()
-    monkeypatch.setattr(device, "cuda_events", lambda: (fake_device.event, lambda: fake_device.capturing))
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Devices in place of torch.cuda."""
+    fake = FakeCuda()
+    monkeypatch.setattr(device, "CudaDevice", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def traced(cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
+    """Hooks on these devices."""
+    gc.collect()  # models and optimizers of the test before are garbage, and found otherwise
     flight = FlightFile.create(tmp_path, {})
-    instrumentation = install(flight, device_types=frozenset({"cuda"}))
-    yield fake_device, Traced(flight, instrumentation)
+    instrumentation = install(flight, device_types=frozenset({"cuda", "meta"}))
+    yield Traced(flight, instrumentation)
 
     instrumentation.uninstall()
     flight.close(unlink=True)
 
 
-def train(steps: int) -> None:
+def train(steps: int, *, optimizer_on: Callable[[], Any] = ExitStack) -> None:
     model = nn.Linear(4, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x = torch.randn(2, 4)
     for _ in range(steps):
         optimizer.zero_grad()
         model(x).sum().backward()
-        optimizer.step()
+        with optimizer_on():
+            optimizer.step()
 
 
-def test_phases_have_device_time(fake: tuple[Device, Traced]) -> None:
-    """Between two events the time is the first one's phase; own backward ends at the engine's callback."""
-    _, traced = fake
-    train(9)
+def rows_of(traced: Traced) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the step rows and the device rows; each announced device row must have come."""
     rows = traced.finish()
-
     device_rows = traced.table("device_steps")
     assert [row["step"] for row in device_rows] == [row["step"] for row in rows if row["flags"] & StepFlag.DEVICE]
+    return rows, device_rows
+
+
+def measured(device_rows: list[dict[str, Any]]) -> list[int]:
+    return [row["step"] for row in device_rows if row["step"] >= _FIRST]
+
+
+def test_phases_have_device_time(traced: Traced) -> None:
+    """Between two events the time is the first one's phase; own backward ends at the engine's callback."""
+    train(9)
+    _, device_rows = rows_of(traced)
+
     assert len(device_rows) >= 2
     for row in device_rows[1:]:
         assert row["forward_ns"] == row["optimizer_ns"] == 1_000_000
@@ -87,33 +136,201 @@ def test_phases_have_device_time(fake: tuple[Device, Traced]) -> None:
         assert parts <= row["total_ns"]
 
 
-def test_nothing_is_read_before_it_is_complete(fake: tuple[Device, Traced]) -> None:
+def test_nothing_is_read_before_it_is_complete(cuda: FakeCuda, traced: Traced) -> None:
     """While the device lags no row comes, and the events in flight are bounded."""
-    fake_device, traced = fake
-    fake_device.finished = False
+    cuda.reached_ms = 0.0
     train(600)
     assert traced.table("device_steps") == []
-    assert fake_device.made < 64 * 12
+    assert cuda.made < 64 * 12
 
-    fake_device.finished = True
+    cuda.reached_ms = 1e9
     traced.instrumentation.close_open_step()
     assert len(traced.table("device_steps")) == 64
 
 
-def test_events_are_used_again(fake: tuple[Device, Traced]) -> None:
+def test_events_are_used_again(cuda: FakeCuda, traced: Traced) -> None:
     """A device that keeps up needs a handful of events for ever."""
-    fake_device, _ = fake
     train(400)
 
-    assert fake_device.made < 40
+    assert len(traced.table("device_steps")) >= 98
+    assert cuda.made < 40
 
 
-def test_a_graph_that_is_captured_is_left_alone(fake: tuple[Device, Traced]) -> None:
+def test_a_graph_that_is_captured_is_left_alone(cuda: FakeCuda, traced: Traced) -> None:
     """During CUDA graph capture no event is recorded or asked."""
-    fake_device, traced = fake
-    fake_device.capturing = True
+    train(8)
+    before = cuda.made
+    cuda.capturing = True
     train(8)
 
-    assert fake_device.made <= 1
-    assert traced.table("device_steps") == []
-    assert len(traced.finish()) == 8
+    assert cuda.made == before
+    assert len(traced.finish()) == 16
+
+
+def test_a_job_on_the_cpu_never_touches_cuda(cuda: FakeCuda, traced: Traced) -> None:
+    """Until the script has initialized CUDA nothing is called; afterwards steps have device times."""
+    cuda.initialized = False
+    train(70)
+    assert cuda.calls == 0
+    assert traced.instrumentation.clock.device is None
+
+    cuda.initialized = True
+    train(70)
+    _, device_rows = rows_of(traced)
+
+    assert [row["step"] for row in device_rows] == [132, 136]
+
+
+def test_a_prefetch_on_another_stream(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy on a stream of its own, slower than the step, costs no row and has no device time."""
+    training = Training(cuda, monkeypatch)
+    copies = cuda.new_stream()
+    for _ in range(40):
+        with cuda.on_stream(copies):
+            training.copy(30)
+
+        training.step()
+
+    rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 40
+    assert measured(device_rows) == list(range(_FIRST, 40))
+    assert {(row["h2d_ns"], row["forward_ns"]) for row in device_rows} == {(0, 5.01 * _MS)}
+
+
+def test_steps_that_end_on_another_stream(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prefetcher that asks the loader while its own stream is current: steps end on the training's stream."""
+    training = Training(cuda, monkeypatch)
+    copies = cuda.new_stream()
+    batches = iter(traced.instrumentation.trace_data(range(40)))
+    for _ in range(40):
+        with cuda.on_stream(copies):
+            next(batches)
+
+        training.step()
+
+    rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 40
+    assert measured(device_rows) == list(range(_FIRST, 40))
+    assert all(row["total_ns"] == pytest.approx(11 * _MS, rel=0.01) for row in device_rows)
+
+
+@pytest.mark.parametrize("where", ["device", "stream"])
+def test_an_optimizer_elsewhere(cuda: FakeCuda, traced: Traced, where: str) -> None:
+    """A phase on another device or stream has no device time; the step and its other phases have."""
+    failed = failures()
+    stream = cuda.new_stream()
+    train(60, optimizer_on=lambda: cuda.on_device(1) if where == "device" else cuda.on_stream(stream))
+    rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 60
+    assert len(device_rows) >= 13
+    assert all(row["optimizer_ns"] == 0 and row["forward_ns"] == 1_000_000 for row in device_rows[1:])
+    assert failures() == failed
+
+
+def test_a_teacher_on_another_device(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that runs on a second device now and then costs no device row."""
+    training = Training(cuda, monkeypatch)
+    teacher = nn.Linear(4, 1)
+    for step in range(60):
+        if step % 10 == 9:
+            with cuda.on_device(1), torch.no_grad():
+                teacher(training.x)
+
+        training.step()
+
+    rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 60
+    assert measured(device_rows) == list(range(_FIRST, 60))
+
+
+@pytest.mark.parametrize("where", ["device", "stream"])
+def test_training_that_moves(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """When training goes on elsewhere, one step loses its device times, and those after it have theirs."""
+    training = Training(cuda, monkeypatch)
+    for _ in range(20):
+        training.step()
+
+    with cuda.on_device(1) if where == "device" else cuda.on_stream(cuda.new_stream()):
+        for _ in range(20):
+            training.step()
+
+        rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 40
+    assert measured(device_rows) == [step for step in range(_FIRST, 40) if step != 20]
+
+
+@pytest.mark.parametrize("method", ["record", "query", "elapsed_time"])
+def test_an_event_that_fails(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """It costs its step the device row, it is counted, and the next step is measured."""
+    training = Training(cuda, monkeypatch)
+    before = failures().get("instrument", 0)
+    for _ in range(10):
+        training.step()
+
+    with monkeypatch.context() as broken:
+        broken.setattr(FakeEvent, method, _raise)
+        training.step()
+
+    for _ in range(10):
+        training.step()
+
+    rows = traced.finish()
+    lost = 21 - _FIRST - len(measured(traced.table("device_steps")))
+    assert len(rows) == 21
+    assert 1 <= lost <= 2
+    assert failures()["instrument"] > before
+
+
+def _raise(*_: Any) -> Any:
+    raise RuntimeError("CUDA error: unspecified launch failure")
+
+
+def verdict_of(traced: Traced) -> tuple[list[Kind], float]:
+    """Return the kinds of the findings, and the mean device time of copies as a share of the step."""
+    _, device_rows = rows_of(traced)
+    intake = RowIntake(128, 1)
+    for table in (STEPS.name, DEVICE_STEPS.name):
+        ring = traced.flight.ring(table)
+        intake.add(table, 0, ring.take(0, ring.appended).data)
+
+    intake.flush()
+    window, facts = intake.snapshot(100)
+    assert window.device
+    share = sum(row["h2d_ns"] for row in device_rows) / sum(row["total_ns"] for row in device_rows)
+    return [finding.kind for finding in diagnose(window, facts)], share
+
+
+def test_hidden_copies_are_no_bottleneck(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3 ms of copies behind 10 ms of computing cost nothing."""
+    training = Training(cuda, monkeypatch)
+    copies = cuda.new_stream()
+    for _ in range(60):
+        with cuda.on_stream(copies):
+            training.copy(3)
+
+        training.step()
+
+    kinds, share = verdict_of(traced)
+
+    assert Kind.H2D_BOUND not in kinds
+    assert share == 0
+
+
+def test_copies_on_the_training_stream_are_a_bottleneck(
+    cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that computing waits for, a quarter of the step, are reported."""
+    training = Training(cuda, monkeypatch)
+    for _ in range(60):
+        training.copy(11 / 3)
+        training.step()
+
+    kinds, share = verdict_of(traced)
+
+    assert kinds[0] is Kind.H2D_BOUND
+    assert share == pytest.approx(0.25, abs=0.01)

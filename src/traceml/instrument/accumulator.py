@@ -10,11 +10,12 @@ from __future__ import annotations
 import contextvars
 import logging
 from _thread import get_ident
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import MICRO_BATCHES_MASK, PHASE_COLUMNS, STEPS, Phase, Slot, StepFlag, pack_bits
+from traceml.fail_open import fail_open
 from traceml.instrument.closure_cells import CellField, ClosureCells
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "NOT_READY",
     "ON_FORWARD",
     "OTHER",
+    "Began",
     "StepAccumulator",
     "StepListener",
     "on_training_thread",
@@ -46,9 +48,13 @@ UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
 
 
-# Whether this is the training thread. Reading it costs a tenth of `get_ident`; in other threads it is False.
-_is_training: contextvars.ContextVar[bool] = contextvars.ContextVar("traceml_training_thread", default=False)
-on_training_thread = _is_training.get
+# Whether this is the training thread: the clock's token, which is empty once its hooks are off; in other threads it is
+# empty too. Reading it costs a third of `get_ident`.
+_NO_TOKEN: Sequence[bool] = ()
+_training: contextvars.ContextVar[Sequence[bool]] = contextvars.ContextVar("traceml_training", default=_NO_TOKEN)
+on_training_thread = _training.get
+Began = tuple[int, int]
+"""The enclosing phase, and the start of a phase."""
 
 
 class _Sentinel:
@@ -116,6 +122,7 @@ class StepAccumulator:
 
     thread = CellField()  # the training thread; no thread has the number 0, which switches all hooks off
     current = CellField()  # the phase that time belongs to now
+    open_slots = CellField()  # the flight file's words, or a `DeviceMarkingSlots`
     # Time of the phases present in every loop, in nanoseconds; the other phases are in `rare_times`.
     input_ns = CellField()
     forward_ns = CellField()
@@ -138,11 +145,12 @@ class StepAccumulator:
         )
         self.cells, self.bind = hot.by_name, hot.bind
         self.listener, self.thread, self.errors = listener, thread, 0
+        self.token = [True]
         self.ring = flight.ring("steps")
         self._append_step = self.ring.appender(*_COLUMNS)
         self._append_eval = flight.ring("evals").appender("step", "t_end_ns", "ns", "batches")
         self._append_user = flight.ring("user_phases").appender("step", "name_id", "ns", "count")
-        self.open_slots: Any = flight.open_slots  # the flight file's words, or a `DeviceMarkingSlots`
+        self.open_slots = flight.open_slots
         self.device: StepDeviceTimer | None = None
         self.group: Any = None  # the default process group once there is one
         self.sequence: Callable[[], int] | None = None  # returns its number of issued collectives
@@ -195,30 +203,47 @@ class StepAccumulator:
         if self.thread != get_ident():
             return False
 
-        _is_training.set(True)
+        _training.set(self.token)
         return True
 
-    def enter(self, phase: int) -> int:
-        """Begin a phase; return the enclosing phase, or -1 where the phase does not count."""
-        previous: int = self.current
-        if previous in (_INPUT_WAIT, phase) or self.thread != get_ident():
-            return -1
+    def is_training_context(self) -> bool:
+        """Whether this thread runs in a copy of the training thread's context, as with `asyncio.to_thread`."""
+        return _training.get() is self.token
 
-        self.current = phase
-        return previous
+    def enter(self, phase: int) -> Began | None:
+        """Begin a phase; return a value for `leave`, or None where the phase does not count."""
+        try:
+            previous: int = self.current
+            if previous in (_INPUT_WAIT, phase) or self.thread != get_ident():
+                return None
 
-    def leave(self, phase: int, previous: int, start: int) -> None:
-        """End a phase that began at `start`; move its time from the enclosing phase."""
-        spent = monotonic_ns() - start
-        self.add(phase, spent)
-        self.add(previous, -spent)
-        self.current = previous
-        self.open_slots[phase] = 0
+            start = monotonic_ns()
+            self.current = phase
+            self.open_slots[phase] = start
+            return previous, start
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+            return None
 
-    def cancel(self, phase: int, previous: int) -> None:
+    def leave(self, phase: int, began: Began) -> None:
+        """End a phase; move its time from the enclosing phase."""
+        try:
+            previous, start = began
+            spent = monotonic_ns() - start
+            self.add(phase, spent)
+            self.add(previous, -spent)
+            self.current = previous
+            self.open_slots[phase] = 0
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+
+    def cancel(self, phase: int, began: Began) -> None:
         """Undo `enter`: the time stays in the enclosing phase."""
-        self.current = previous
-        self.open_slots[phase] = 0
+        try:
+            self.current = began[0]
+            self.open_slots[phase] = 0
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
 
     def book_user_phases(self, t: int) -> None:
         """Add the time until `t` of the open user phases, as a step ends inside them."""
@@ -268,7 +293,7 @@ class StepAccumulator:
             self.listener.upkeep(times[_FORWARD], micro_batches)
 
     def use_device(self, device: StepDeviceTimer, slots: Any) -> None:
-        """Measure device time too. Call it before the hooks are made: they bind `open_slots`.
+        """Measure device time too, from the next step.
 
         Args:
             device: the timer.
@@ -278,17 +303,20 @@ class StepAccumulator:
         self.extras = self.slow_commits = self.dirty = True
 
     def stop(self) -> None:
-        """Switch all hooks off permanently."""
+        """Switch all hooks off permanently, in every thread and context."""
         self.thread = 0
         self.current = _INPUT_WAIT  # a hook that begins a phase then finds itself inside another one
-        _is_training.set(False)
+        self.token.clear()
 
-    def fail(self, error: BaseException) -> None:
-        """Switch all hooks off after an error in one of them, and log the first one. Training continues."""
+    def fail(self, error: Exception) -> None:
+        """Switch all hooks off after an error in one of them; log and count it. Training continues."""
+        if not self.thread:
+            return  # a hook that was running when they were switched off
+
         self.errors += 1
         self.stop()
-        if self.errors == 1:
-            _log.warning("step timing is switched off after an internal error: %r", error, exc_info=error)
+        with fail_open(_log, "instrument", "step timing is switched off after an internal error"):
+            raise error
 
     def _clear(self, t: int) -> None:
         """Begin an empty step at `t`."""
@@ -333,7 +361,7 @@ def _is_cell(value: Any) -> bool:
 
 def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
     """Return the function that closes the open step at a given time: it appends the row and begins the next step."""
-    ring, slots = accumulator.ring, accumulator.open_slots
+    ring = accumulator.ring
     commit_slow, upkeep = accumulator.commit_slow, accumulator.listener.upkeep
     pack_into = STEPS.partial_struct(*_USUAL_COLUMNS).pack_into
     buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
@@ -341,6 +369,7 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
     # Cells of the clock.
     input_ns = forward_ns = backward_ns = optimizer_ns = rows = seg_start = attempt = backwards = batches = 0
     dirty = False
+    open_slots: Any = None
     batch: Any = None
     first_loader: Any = None
     closes_at: Any = NOT_READY
@@ -364,8 +393,8 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
         total = t - seg_start
         pack_into(buffer, row, n, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, bits)
         count[slot] = rows = n + 1  # the row first, the counter afterwards
-        seg_start = slots[_STEP_START] = t
-        slots[_STEP] = n + 1
+        seg_start = open_slots[_STEP_START] = t
+        open_slots[_STEP] = n + 1
         closes_at = NOT_READY
         attempt = 0
         if not n & UPKEEP_MASK:

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accumulator import OTHER, on_training_thread
+from traceml.instrument.accumulator import OTHER, Began, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -33,9 +33,10 @@ def patch_backward(patches: Patches, clock: StepClock) -> None:
 
 def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[..., None]:
     """Return a function that calls `original` and times it as a backward pass."""
-    slots = clock.open_slots
+    fail = clock.fail
     # Cells of the clock.
     current = backward_ns = backwards = 0
+    open_slots: Any = None
     detail = False
 
     def backward(tensors: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,52 +47,69 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
         if current != OTHER or detail or not on_training_thread():
             return _slow_path(original, clock, tensors, args, kwargs)
 
-        t = monotonic_ns()
-        current = _BACKWARD
-        slots[_BACKWARD] = t
+        try:
+            t = monotonic_ns()
+            current = _BACKWARD
+            open_slots[_BACKWARD] = t
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            fail(error)
+
         try:
             return original(tensors, *args, **kwargs)
         finally:
-            backward_ns += monotonic_ns() - t
-            current = OTHER
-            slots[_BACKWARD] = 0
-            backwards += 1
+            try:
+                backward_ns += monotonic_ns() - t
+                current = OTHER
+                open_slots[_BACKWARD] = 0
+                backwards += 1
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                fail(error)
 
     return clock.bind(backward)
 
 
 def _slow_path(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:
     """Run a backward pass inside another phase, on another thread, or with detailed measurement."""
-    previous = clock.current
-    if previous in (_INPUT_WAIT, _BACKWARD) or not (clock.is_training_thread() or clock.claim_thread()):
+    began = _begin(clock, tensors)
+    if began is None:
         return original(tensors, *args, **kwargs)
-
-    handle = None
-    t = 0
-    try:
-        if clock.awaits_backward:
-            clock.first_backward_begins()
-
-        t = monotonic_ns()
-        clock.current = _BACKWARD
-        clock.open_slots[_BACKWARD] = t
-        if clock.is_detailed(clock.rows):
-            handle = _measure_own(clock, tensors, t)
-    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-        clock.fail(error)
 
     try:
         return original(tensors, *args, **kwargs)
     finally:
-        try:
-            clock.leave(_BACKWARD, previous, t)
-            clock.backwards += 1
-            clock.after_backward(monotonic_ns())
-            clock.plan_detail()
-            if handle is not None:
-                handle.remove()
-        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(error)
+        _end(clock, *began)
+
+
+def _begin(clock: StepClock, tensors: Any) -> tuple[Began, Any] | None:
+    """Begin a backward pass; return its phase and the hook of the loss, or None where it does not count."""
+    try:
+        previous = clock.current
+        if previous in (_INPUT_WAIT, _BACKWARD) or not (clock.is_training_thread() or clock.claim_thread()):
+            return None
+
+        if clock.awaits_backward:
+            clock.first_backward_begins()
+
+        began = clock.enter(_BACKWARD)
+        if began is None:
+            return None
+
+        return began, _measure_own(clock, tensors, began[1]) if clock.is_detailed(clock.rows) else None
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+        return None
+
+
+def _end(clock: StepClock, began: Began, handle: Any) -> None:
+    try:
+        clock.leave(_BACKWARD, began)
+        clock.backwards += 1
+        clock.after_backward(monotonic_ns())
+        clock.plan_detail()
+        if handle is not None:
+            handle.remove()
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
 
 
 def _measure_own(clock: StepClock, tensors: Any, start: int) -> Any:

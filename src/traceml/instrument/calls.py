@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.compiler import is_dynamo_compiling
 
-from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
@@ -39,15 +38,14 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
         if is_dynamo_compiling():
             return original(*args, **kwargs)
 
-        previous = clock.enter(phase)
-        if previous < 0:
+        began = clock.enter(phase)
+        if began is None:
             return original(*args, **kwargs)
 
-        start = clock.open_slots[phase] = monotonic_ns()
         try:
             return original(*args, **kwargs)
         finally:
-            clock.leave(phase, previous, start)
+            clock.leave(phase, began)
 
     return call
 
@@ -121,11 +119,10 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
         if is_dynamo_compiling() or self.device.type != "cpu":
             return original(self, *args, **kwargs)
 
-        previous = clock.enter(_H2D)
-        if previous < 0:
+        began = clock.enter(_H2D)
+        if began is None:
             return original(self, *args, **kwargs)
 
-        start = clock.open_slots[_H2D] = monotonic_ns()
         copied = False
         try:
             result = original(self, *args, **kwargs)
@@ -133,9 +130,9 @@ def _timed_copy(original: Any, clock: StepClock, device_types: frozenset[str]) -
             return result
         finally:
             if copied:
-                clock.leave(_H2D, previous, start)
+                clock.leave(_H2D, began)
             else:
-                clock.cancel(_H2D, previous)  # only another dtype
+                clock.cancel(_H2D, began)  # only another dtype
 
     return copy
 

@@ -1,23 +1,31 @@
-"""Device time per phase: events on the device's stream, read once they are complete, without synchronizing.
+"""Device time per phase: events on the training's stream, read once they are complete, without synchronizing.
 
 The CPU only launches work on an accelerator, so CPU time says little about it. Each change of phase on the CPU records
-an event, which the device reaches after all work launched before it. The time between two events belongs to the phase
-that began at the first one: exclusive, as on the CPU, and in the same order.
+an event, which the stream reaches after all work launched on it before. The time between two events belongs to the
+phase that began at the first one: exclusive, as on the CPU, and in the same order.
+
+All events of a step are on one stream, that of its backward passes. So an event that is complete means that all before
+it are, and times of streams that run side by side are never added up. A phase that begins while another stream or
+device is current has no device time.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from traceml.database.rings import Ring
 from traceml.database.schema import DEVICE_PHASES, DEVICE_STEPS, PHASE_COLUMNS, Phase
+from traceml.fail_open import fail_open
 from traceml.instrument.accumulator import OTHER
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "cuda_events"]
+__all__ = ["CudaDevice", "DeviceEvent", "DeviceMarkingSlots", "DeviceTimes", "StreamDevice", "built_devices"]
 
+F = TypeVar("F", bound=Callable[..., Any])
 _BACKWARD = int(Phase.BACKWARD)
 _WAITING = -1  # after the last local gradient: backward that waits for other ranks
 _OWN = -2  # backward until that gradient, where it was measured
@@ -28,13 +36,15 @@ _SOURCES = tuple(PHASE_COLUMNS.index(name) if name in PHASE_COLUMNS else _OWN fo
 _MAX_PENDING_STEPS = 64
 _MAX_MARKS = 4096
 _READ_PER_STEP = 2
+_LOST = "the device time of a step is lost"
+_log = logging.getLogger("traceml")
 
 
 class DeviceEvent(Protocol):
     """The part of `torch.cuda.Event` that is used."""
 
-    def record(self) -> None:
-        """Put the event on the current stream."""
+    def record(self, stream: Any) -> None:
+        """Put the event on a stream, whichever is current."""
 
     def query(self) -> bool:
         """Whether the device has reached it."""
@@ -43,7 +53,40 @@ class DeviceEvent(Protocol):
         """Milliseconds from this event to another one; both must be complete."""
 
 
+class StreamDevice(Protocol):
+    """The part of `torch.cuda` that is used; all but the first method only once the script has initialized it."""
+
+    def is_initialized(self) -> bool:
+        """Whether the script uses the device."""
+
+    def is_capturing(self) -> bool:
+        """Whether the current stream captures a graph; then no event may be recorded or asked."""
+
+    def current(self) -> tuple[int, int]:
+        """Index of the current device, and handle of its current stream."""
+
+    def stream(self) -> Any:
+        """The current stream, for `DeviceEvent.record`."""
+
+    def event(self) -> DeviceEvent:
+        """Create an event. It belongs to the device on which it is first recorded."""
+
+
+class _TrainingStream(NamedTuple):
+    key: tuple[int, int]
+    stream: Any
+    pool: list[DeviceEvent]  # free events of its device
+
+
 Marks = list[tuple[Any, int]]
+
+
+class _PendingStep(NamedTuple):
+    step: int
+    marks: Marks
+    end: DeviceEvent
+    is_shared: bool  # the end is also the start of the next step
+    pool: list[DeviceEvent]
 
 
 class DeviceMarkingSlots:
@@ -67,31 +110,53 @@ class DeviceMarkingSlots:
     def __setitem__(self, index: int, value: int) -> None:
         self._slots[index] = value
         if index < OTHER:  # the slot of a phase
-            self._device.mark(self._clock.current)
+            self._device.mark(self._clock.current, begins=value != 0)
+
+
+def _fail_open(method: F) -> F:
+    """Return a method of `DeviceTimes` that on an error drops the open step's measurement and returns False."""
+
+    @functools.wraps(method)
+    def call(self: DeviceTimes, *args: Any, **kwargs: Any) -> Any:
+        with fail_open(_log, "instrument", _LOST, once=True):
+            return method(self, *args, **kwargs)
+
+        self.forget()
+        return False
+
+    return cast("F", call)
 
 
 class DeviceTimes:
     """Events of the open step, and of closed ones that the device has not finished.
 
+    No method raises: a step that cannot be marked or read has no device row, the failure is counted, and the next step
+    is measured again.
+
     Args:
         clock: decides by `is_detailed` which steps are measured.
         ring: the ring for the rows.
-        make_event: creates an event; called when the pool is empty.
-        is_capturing: whether the current stream captures a graph; then no event may be recorded.
+        device: creates events, and knows the current stream.
     """
 
-    def __init__(
-        self, clock: StepClock, ring: Ring, make_event: Callable[[], DeviceEvent], is_capturing: Callable[[], bool]
-    ) -> None:
-        self._clock, self._ring = clock, ring
-        self._make_event, self._is_capturing = make_event, is_capturing
-        self._pool: list[DeviceEvent] = []
+    def __init__(self, clock: StepClock, ring: Ring, device: StreamDevice) -> None:
+        self._clock, self._ring, self._device = clock, ring, device
+        self._pools: dict[int, list[DeviceEvent]] = {}  # by device
+        self._home: _TrainingStream | None = None
+        self._next_home: _TrainingStream | None = None  # where a backward pass of this step ran instead
         self._marks: Marks = []
-        self._cut = 0  # number of marks before the cut
-        self._pending: deque[tuple[int, Marks, DeviceEvent, bool]] = deque()
+        self._cut: int | None = None  # number of marks before the cut
+        self._is_whole = True  # the marks begin with the step, not at a cut in it
+        self._pending: deque[_PendingStep] = deque()
 
-    def mark(self, phase: int) -> None:
-        """Mark a change of phase."""
+    @_fail_open
+    def mark(self, phase: int, *, begins: bool) -> None:
+        """Mark a change of phase.
+
+        Args:
+            phase: the phase that time belongs to from now on.
+            begins: whether it begins here; else an inner phase has ended.
+        """
         marks = self._marks
         if not marks:
             return  # this step is not measured
@@ -102,90 +167,151 @@ class DeviceTimes:
         if phase == marks[-1][1]:
             return
 
-        if len(marks) >= _MAX_MARKS or self._is_capturing():
+        if len(marks) >= _MAX_MARKS or self._device.is_capturing():
             self._drop(marks)
-            return
-
-        marks.append((self._recorded(), phase))
+        elif not begins or phase == OTHER or self._training().key == self._device.current():
+            marks.append((self._recorded(), phase))
+        elif phase == _BACKWARD:
+            self._next_home = self._here()
 
     def mark_own(self) -> None:
         """Mark the last local gradient; the autograd engine calls it on any of its threads."""
         if self._marks and self._marks[-1][1] == _BACKWARD:
-            self.mark(_WAITING)
+            self.mark(_WAITING, begins=False)
 
+    @_fail_open
     def cut(self) -> None:
         """Mark a cut: what follows may belong to another step."""
-        if self._marks and not self._is_capturing():
-            self._cut = len(self._marks)
-            self._marks.append((self._recorded(), self._marks[-1][1]))
+        starts = not self._marks and self._clock.is_detailed(self._clock.rows + 1)
+        if not (self._marks or starts) or self._device.is_capturing():
+            return
 
+        phase = OTHER if starts else self._marks[-1][1]
+        self._cut, self._is_whole = len(self._marks), self._is_whole and not starts
+        self._marks.append((self._recorded(), phase))
+
+    @_fail_open
     def discard(self) -> None:
         """Drop the measurement of this step: what followed the cut was evaluation."""
         self._drop(self._marks)
 
+    @_fail_open
     def close(self, step: int) -> bool:
         """End the step (-1: without a row) and begin the next; return whether a device row will follow."""
-        marks, self._marks, self._cut = self._marks, [], 0
-        if self._is_capturing():
+        marks, is_whole = self._marks, self._is_whole and step >= 0
+        self._begin([])
+        if self._device.is_capturing():
             self._drop(marks)
             return False
 
-        self._read()
-        measured = bool(marks) and step >= 0 and len(self._pending) < _MAX_PENDING_STEPS
-        detailed = self._clock.is_detailed(step + 1)
-        end = self._recorded() if measured or detailed else None
-        shared = detailed and end is not None
-        if measured and end is not None:
-            self._pending.append((step, marks, end, shared))
-        else:
-            self._drop(marks)
+        measured, detailed = self._may_end(marks, is_whole=is_whole), self._clock.is_detailed(step + 1)
+        if not (measured or detailed):
+            return False
 
-        if shared:
+        end = self._recorded()
+        if measured:
+            self._pending.append(_PendingStep(step, marks, end, detailed, self._training().pool))
+
+        if detailed:
             # The end of one step is the start of the next: both share the event, and the later one returns it.
             self._marks.append((end, OTHER))
 
         return measured
 
+    @_fail_open
     def close_prefix(self, step: int) -> bool:
         """End the step at the cut, where the next one began; return whether a device row will follow."""
-        if not self._cut:
+        if self._cut is None:
             self._drop(self._marks)
             return False
 
-        marks, rest = self._marks[: self._cut], self._marks[self._cut :]
-        self._marks, self._cut = rest, 0
-        if len(self._pending) >= _MAX_PENDING_STEPS:
-            self._pool.extend(event for event, _ in marks[1:])
+        marks, rest, is_whole = self._marks[: self._cut], self._marks[self._cut :], self._is_whole
+        self._begin(rest)
+        if self._device.is_capturing():
+            self._drop(rest)
             return False
 
-        self._pending.append((step, marks, rest[0][0], True))
-        return True
+        stays, detailed = self._home, self._clock.is_detailed(step + 1)
+        measured = self._may_end(marks, is_whole=is_whole)
+        if measured:
+            self._pending.append(_PendingStep(step, marks, rest[0][0], detailed, self._training().pool))
+
+        if not detailed or self._home is not stays:
+            self._drop(rest)
+
+        return measured
+
+    def _may_end(self, marks: Marks, *, is_whole: bool) -> bool:
+        """Return whether a step with these marks can be measured; drop them if not."""
+        self._read()
+        moved, self._next_home = self._next_home, None
+        # Training that has moved to another stream: the step in which it did is not measured.
+        moves = moved is not None and all(phase != _BACKWARD for _, phase in marks)
+        measured = bool(marks) and is_whole and not moves and len(self._pending) < _MAX_PENDING_STEPS
+        if not measured:
+            self._drop(marks)
+
+        if moves:
+            self._home = moved
+
+        return measured
 
     def drain(self) -> None:
         """Read all complete steps, at the end of the run."""
         self._read(len(self._pending))
 
+    def forget(self) -> None:
+        """Drop the measurement of the open step, and its events: one of them has failed."""
+        self._begin([])
+
+    def _begin(self, marks: Marks) -> None:
+        self._marks, self._cut, self._is_whole = marks, None, True
+
+    # ---- streams ----
+
+    def _here(self) -> _TrainingStream:
+        key = self._device.current()
+        return _TrainingStream(key, self._device.stream(), self._pools.setdefault(key[0], []))
+
+    def _training(self) -> _TrainingStream:
+        if self._home is None:
+            self._home = self._here()
+
+        return self._home
+
+    # ---- events ----
+
     def _read(self, limit: int = _READ_PER_STEP) -> None:
         for _ in range(limit):
-            if not self._pending or not self._pending[0][2].query():
+            if not self._pending or not self._has_read(self._pending[0]):
                 return
 
-            step, marks, end, shared = self._pending.popleft()
-            self._ring.append(step, *_durations(marks, end))
-            self._pool.extend(event for event, _ in marks)
-            if not shared:
-                self._pool.append(end)
+            self._pending.popleft()
+
+    def _has_read(self, pending: _PendingStep) -> bool:
+        """Append the row of a step; return False if the device has not finished it. One that fails counts as read."""
+        with fail_open(_log, "instrument", _LOST, once=True):
+            if not pending.end.query():
+                return False
+
+            self._ring.append(pending.step, *_durations(pending.marks, pending.end))
+            pending.pool.extend(event for event, _ in pending.marks)
+            if not pending.is_shared:
+                pending.pool.append(pending.end)
+
+        return True
 
     def _recorded(self) -> DeviceEvent:
-        event = self._pool.pop() if self._pool else self._make_event()
-        event.record()
+        home = self._training()
+        event = home.pool.pop() if home.pool else self._device.event()
+        event.record(home.stream)
         return event
 
     def _drop(self, marks: Marks) -> None:
         # The first mark may also be the end of a pending step: leave it to the garbage collector.
-        self._pool.extend(event for event, _ in marks[1:])
+        self._training().pool.extend(event for event, _ in marks[1:])
         marks.clear()
-        self._cut = 0
+        self._cut, self._is_whole = None, True
 
 
 def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
@@ -200,11 +326,41 @@ def _durations(marks: Marks, end: DeviceEvent) -> list[int]:
     return [total, *(spent[phase] for phase in _SOURCES)]
 
 
-def cuda_events() -> tuple[Callable[[], DeviceEvent], Callable[[], bool]] | None:
-    """Return functions that create a CUDA event and detect graph capture; None without a CUDA device."""
+class CudaDevice:
+    """torch.cuda, also on ROCm."""
+
+    def __init__(self) -> None:
+        import torch
+
+        # Whether the script uses CUDA. It asks no driver: that would break later forks and `CUDA_VISIBLE_DEVICES`.
+        self.is_initialized: Callable[[], bool] = torch.cuda.is_initialized
+        self._event: Callable[..., DeviceEvent] = torch.cuda.Event
+        self.is_capturing: Callable[[], bool] = torch.cuda.is_current_stream_capturing
+        self.stream: Callable[[], Any] = torch.cuda.current_stream
+        # Private, so optional: they take a tenth of the time.
+        self._index: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+        self._handle: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+
+    def current(self) -> tuple[int, int]:
+        """Index of the current device, and handle of its current stream."""
+        index = self._index()
+        return index, self.stream().cuda_stream if self._handle is None else self._handle(index)
+
+    def event(self) -> DeviceEvent:
+        """Create an event."""
+        return self._event(enable_timing=True)
+
+
+def built_devices() -> frozenset[str]:
+    """Return the types of accelerators that this torch supports. It asks no driver whether there are any."""
     import torch
 
-    if not torch.cuda.is_available():
-        return None
-
-    return lambda: torch.cuda.Event(enable_timing=True), torch.cuda.is_current_stream_capturing
+    own = torch._C._get_privateuse1_backend_name()
+    built = {
+        "cuda": torch.backends.cuda.is_built(),  # also ROCm
+        "mps": torch.backends.mps.is_built(),
+        "xpu": bool(getattr(torch._C, "_has_xpu", False)),
+        "hpu": hasattr(torch, "hpu"),
+        own: own != "privateuseone",
+    }
+    return frozenset(name for name, is_built in built.items() if is_built)

@@ -10,6 +10,7 @@ first backward pass, and for new optimizers while all searches together took les
 from __future__ import annotations
 
 import gc
+import logging
 import weakref
 from collections.abc import Callable, Iterable
 from itertools import compress
@@ -19,6 +20,7 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
+from traceml.fail_open import fail_open
 from traceml.instrument.accumulator import NOT_READY
 from traceml.instrument.forward import TimerMaker, instrument_module, restore_module
 from traceml.instrument.optimizer import is_wrapper
@@ -30,6 +32,7 @@ _FREE_SCANS = 4
 _SHARE = 100  # further searches run while all of them took less than this fraction of the time
 _MAX_PENDING = 100_000
 _MAX_DESCENTS = 3
+_log = logging.getLogger("traceml")
 
 
 class ModuleDiscovery:
@@ -58,7 +61,8 @@ class ModuleDiscovery:
 
         def on_registration(module: Any, _name: str, _part: Any) -> None:
             if not is_dynamo_compiling() and len(self._pending) < _MAX_PENDING:
-                self._pending.append(weakref.ref(module))
+                with fail_open(_log, "instrument", "a module is not searched for models", once=True):
+                    self._pending.append(weakref.ref(module))
 
         return [
             torch.nn.modules.module.register_module_parameter_registration_hook(on_registration),

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, on_training_thread
+from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, Began, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -78,9 +78,10 @@ class ForwardTimer:
 
 def timer_maker(clock: StepClock) -> TimerMaker:
     """Return a function that makes timers of modules for a clock."""
-    slots, commit, begins, fail = clock.open_slots, clock.commit, clock.forward_begins, clock.fail
+    commit, begins, fail = clock.commit, clock.forward_begins, clock.fail
     # Cells of the clock.
     current = forward_ns = 0
+    open_slots: Any = None
     closes_at: Any = NOT_READY
 
     def make(timed: TimedModule) -> Callable[..., Any]:
@@ -94,24 +95,27 @@ def timer_maker(clock: StepClock) -> TimerMaker:
             if current != OTHER or not on_training_thread():
                 return _nested_call(timed, clock, args, kwargs)
 
-            t = monotonic_ns()
             try:
+                t = monotonic_ns()
                 if closes_at is ON_FORWARD:
                     commit(t)
                 elif closes_at is CHECK_FORWARD:
                     begins(t, module, trains=is_grad_enabled())
 
                 current = _FORWARD
-                slots[_FORWARD] = t
+                open_slots[_FORWARD] = t
             except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
                 fail(error)
 
             try:
                 return impl(module(), *args, **kwargs)
             finally:
-                forward_ns += monotonic_ns() - t
-                current = OTHER
-                slots[_FORWARD] = 0
+                try:
+                    forward_ns += monotonic_ns() - t
+                    current = OTHER
+                    open_slots[_FORWARD] = 0
+                except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                    fail(error)
 
         bound = clock.bind(call)
         bound.timed = timed  # type: ignore[attr-defined]
@@ -122,22 +126,25 @@ def timer_maker(clock: StepClock) -> TimerMaker:
 
 def _nested_call(timed: TimedModule, clock: StepClock, args: Any, kwargs: Any) -> Any:
     """Call the module inside another phase, or on another thread."""
-    previous = clock.current
-    if previous in _NO_FORWARD or not clock.is_training_thread():
-        return timed.impl(timed.module(), *args, **kwargs)
-
-    t = monotonic_ns()
-    try:
-        clock.forward_begins(t, timed.module, trains=is_grad_enabled())
-        clock.current = _FORWARD
-        clock.open_slots[_FORWARD] = t
-    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-        clock.fail(error)
-
+    began = _begin(timed, clock)
     try:
         return timed.impl(timed.module(), *args, **kwargs)
     finally:
-        clock.leave(_FORWARD, previous, t)
+        if began is not None:
+            clock.leave(_FORWARD, began)
+
+
+def _begin(timed: TimedModule, clock: StepClock) -> Began | None:
+    """Begin a forward; return None where it does not count."""
+    try:
+        if clock.current in _NO_FORWARD or not clock.is_training_thread():
+            return None
+
+        clock.forward_begins(monotonic_ns(), timed.module, trains=is_grad_enabled())
+        return clock.enter(_FORWARD)
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+        return None
 
 
 def timed_forward(
@@ -150,9 +157,10 @@ def timed_forward(
         clock: the clock to use.
         module_of: returns the model of the method's object.
     """
-    slots, begins = clock.open_slots, clock.forward_begins
+    begins, fail = clock.forward_begins, clock.fail
     # Cells of the clock.
     current = forward_ns = optimizer_ns = 0
+    open_slots: Any = None
     closes_at: Any = NOT_READY
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,26 +173,29 @@ def timed_forward(
         ):
             return original(self, *args, **kwargs)
 
-        t = monotonic_ns()
         try:
+            t = monotonic_ns()
             if closes_at is CHECK_FORWARD or closes_at is ON_FORWARD:
                 begins(t, weakref.ref(module_of(self)), trains=is_grad_enabled())
 
             current = _FORWARD
-            slots[_FORWARD] = t
+            open_slots[_FORWARD] = t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-            clock.fail(error)
+            fail(error)
 
         try:
             return original(self, *args, **kwargs)
         finally:
-            spent = monotonic_ns() - t
-            forward_ns += spent
-            if previous == _OPTIMIZER:  # Lightning trains in the optimizer's closure
-                optimizer_ns -= spent
+            try:
+                spent = monotonic_ns() - t
+                forward_ns += spent
+                if previous == _OPTIMIZER:  # Lightning trains in the optimizer's closure
+                    optimizer_ns -= spent
 
-            current = previous
-            slots[_FORWARD] = 0
+                current = previous
+                open_slots[_FORWARD] = 0
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                fail(error)
 
     return clock.bind(call)
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from _thread import get_ident
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from traceml.clock import monotonic_ns
@@ -46,6 +46,7 @@ class Instrumentation:
         self._patches = Patches()
         self._discovery: Any = None
         self._overhead: Any = None
+        self._device: Any = None
         self._installed = True
         self._timed: set[tuple[Any, str]] = set()
         self.clock = StepClock(flight, self, thread=thread)
@@ -62,7 +63,10 @@ class Instrumentation:
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Return a context manager for a user phase."""
-        return self._user_phases.get(name)
+        with fail_open(_log, "instrument", "a phase is not timed", once=True):
+            return self._user_phases.get(name)
+
+        return nullcontext()
 
     def trace_step(self, model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:  # noqa: ARG002
         """Return a context manager for one training step; the first use turns step detection off.
@@ -144,23 +148,26 @@ class Instrumentation:
 
     def first_backward(self) -> bool:
         """Search for models and optimizers, all of which exist at the first backward pass."""
-        return self._discovery is None or self._discovery.search_all() > 0
+        self._look_for_device()
+        if self._discovery is not None:
+            self._guarded(self._discovery.search_all)
+
+        return self._discovery is None or self.clock.optimizers_alive > 0
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""
-        from traceml.instrument.facts import optimizer_facts
-
         if len(self.clock.optimizers) > 1:
-            self._discovery.search_all()
+            self._guarded(self._discovery.search_all)
 
-        self._report(optimizer_facts(optimizer))
+        self._guarded(lambda: self._report_optimizer(optimizer))
 
     def upkeep(self, forward_ns: int, backwards: int) -> None:
-        """Measure the overhead, look for a process group, and for models if none has been called; every 64 steps."""
+        """Measure the overhead, look for a device, a process group, and models if none was called; every 64 steps."""
         clock = self.clock
         if self._overhead is not None:
-            self._overhead.measure(3 + max(1, backwards))
+            self._guarded(lambda: self._overhead.measure(3 + max(1, backwards)))
 
+        self._look_for_device()
         if clock.group is None:
             self._guarded(self._find_group)
 
@@ -188,6 +195,7 @@ class Instrumentation:
     def _patch_torch(self) -> None:
         from traceml.instrument import calls, facts  # noqa: F401 - loaded now, for `skip_own_code`
         from traceml.instrument.backward import patch_backward
+        from traceml.instrument.device import CudaDevice, built_devices
         from traceml.instrument.discovery import ModuleDiscovery
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
@@ -195,7 +203,6 @@ class Instrumentation:
         from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer, patch_optimizer_type
 
         clock, patches = self.clock, self._patches
-        self._patch_device()  # first: hooks bind `open_slots`
         timer = timer_maker(clock)
 
         def on_optimizer_type(kind: type[Any]) -> None:
@@ -209,6 +216,9 @@ class Instrumentation:
         patch_grad_scaler(patches, clock)
         patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._discovery.search_recent))
         calls.patch_checkpoint(patches, clock)
+        types = built_devices() if self._device_types is None else self._device_types
+        calls.patch_copies(patches, clock, types)
+        self._device = CudaDevice() if "cuda" in types else None
         self._patch_distributed()
         self._watch_constructors(on_optimizer_type)
         for handle in self._discovery.watch():
@@ -236,21 +246,16 @@ class Instrumentation:
 
         self._find_group()
 
-    def _patch_device(self) -> None:
-        from traceml.instrument import calls
-        from traceml.instrument.device import DeviceMarkingSlots, DeviceTimes, cuda_events
+    def _look_for_device(self) -> None:
+        """Measure device times from now on if the script uses CUDA; a job on the CPU pays nothing."""
+        if self._device is not None and self.clock.device is None:
+            self._guarded(lambda: self._measure_device() if self._device.is_initialized() else None)
 
-        torch: Any = sys.modules["torch"]
-        types = self._device_types
-        if types is None:
-            accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-            types = frozenset({accelerator.type} if accelerator is not None else ())
+    def _measure_device(self) -> None:
+        from traceml.instrument.device import DeviceMarkingSlots, DeviceTimes
 
-        calls.patch_copies(self._patches, self.clock, types)
-        events = cuda_events() if "cuda" in types else None
-        if events is not None:
-            device = DeviceTimes(self.clock, self._flight.ring("device_steps"), *events)
-            self.clock.use_device(device, DeviceMarkingSlots(self.clock, device))
+        device = DeviceTimes(self.clock, self._flight.ring("device_steps"), self._device)
+        self.clock.use_device(device, DeviceMarkingSlots(self.clock, device))
 
     def _watch_constructors(self, on_optimizer_type: Callable[[type[Any]], None]) -> None:
         """Search for models when an optimizer is created: the model exists then, and has not been called."""
@@ -332,6 +337,11 @@ class Instrumentation:
 
         self._report(model_facts(module))
 
+    def _report_optimizer(self, optimizer: Any) -> None:
+        from traceml.instrument.facts import optimizer_facts
+
+        self._report(optimizer_facts(optimizer))
+
     def _report(self, info: Info) -> None:
         if self._on_info is not None:
             self._on_info(info | {"t_ns": monotonic_ns()})
@@ -371,7 +381,7 @@ def install(
         flight: receives rows and open phases.
         on_info: called with facts about each loader, model and optimizer: maps with `kind` and `t_ns`.
         on_group: called on the training thread when a process group exists.
-        device_types: copies to these devices are `h2d`; None: this machine's accelerator.
+        device_types: copies to these devices are `h2d`; None: every accelerator that torch was built for.
 
     Returns:
         The handle for using and removing the hooks.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import NOT_READY, OTHER, on_training_thread
+from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -25,7 +26,6 @@ class LoaderToken:
     __slots__ = ()
 
 
-Began = tuple[int, int]  # the enclosing phase, and the start of the wait
 Begin = Callable[[Any], Began | None]
 End = Callable[[Began, Any, bool | None], None]
 
@@ -37,9 +37,10 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
     The second takes that value, the token, and the result: a batch (True), no batch left (False), or only the iterator
     was created (None).
     """
-    slots, fail, commit, boundary = clock.open_slots, clock.fail, clock.commit, clock.boundary
+    fail, commit, boundary = clock.fail, clock.commit, clock.boundary
     # Cells of the clock.
     current = input_ns = batches = 0
+    open_slots: Any = None
     closes_at: Any = NOT_READY
     batch: Any = None
     first_loader: Any = None
@@ -58,28 +59,24 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
                 boundary(t, loader)
 
             current = _INPUT_WAIT
-            slots[_INPUT_WAIT] = t
+            open_slots[_INPUT_WAIT] = t
+            return previous, t
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             fail(error)
-
-        return previous, t
+            return None
 
     def nested() -> Began | None:
         """Begin a wait inside another phase, which does not end a step."""
-        if not clock.is_training_thread():
-            return None
-
-        previous = clock.enter(_INPUT_WAIT)
-        return None if previous < 0 else (previous, monotonic_ns())
+        return clock.enter(_INPUT_WAIT) if clock.is_training_thread() else None
 
     def end(began: Began, loader: Any, got: bool | None) -> None:
         nonlocal current, input_ns, batches, batch, first_loader
-        previous, start = began
-        spent = monotonic_ns() - start
-        input_ns += spent
-        current = previous
-        slots[_INPUT_WAIT] = 0
         try:
+            previous, start = began
+            spent = monotonic_ns() - start
+            input_ns += spent
+            current = previous
+            open_slots[_INPUT_WAIT] = 0
             if previous != OTHER:
                 clock.add(previous, -spent)
 
@@ -130,10 +127,10 @@ def patch_loaders(
             end(began, loader, got)
 
     def __iter__(self: Any) -> Any:  # noqa: N807 - name of the replaced method
-        if not clock.is_training_thread() or clock.current == _INPUT_WAIT:
+        loader = token_of(self)
+        if loader is None:
             return original_iter(self)
 
-        loader = tokens.of(self)
         began = begin(loader)
         try:
             iterator = original_iter(self)
@@ -142,12 +139,18 @@ def patch_loaders(
                 end(began, loader, None)
 
         on_iterator()
-        try:
+        with suppress(Exception):  # the iterator of a subclass may allow no such attribute: it has the common token
             setattr(iterator, _TAG, loader)
-        except AttributeError:
-            pass  # the iterator of a subclass has no such attribute: it is not timed
 
         return iterator
+
+    def token_of(loader: Any) -> LoaderToken | None:
+        try:
+            trains = clock.is_training_thread() and clock.current != _INPUT_WAIT
+            return tokens.of(loader) if trains else None
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
+            return None
 
     patches.replace(iterator_type, _TAG, LoaderToken())
     patches.wrap(iterator_type, "__next__", __next__)
@@ -168,7 +171,7 @@ class _LoaderTokens:
             if token is None:
                 token = self._tokens[loader] = LoaderToken()
                 self._on_loader(loader)
-        except TypeError:  # unhashable subclass: each iterator counts as another loader
+        except Exception:  # noqa: BLE001 - the hash of a subclass raises: each iterator counts as another loader
             token = LoaderToken()
 
         return token

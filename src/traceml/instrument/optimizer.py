@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, StepFlag
-from traceml.instrument.accumulator import NOT_READY, OTHER, on_training_thread
+from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_thread
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
@@ -82,9 +82,10 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
 
 def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a method that calls `original` and times it as an optimizer attempt."""
-    slots = clock.open_slots
+    fail = clock.fail
     # Cells of the clock.
     current = optimizer_ns = attempt = last_optimizer = 0
+    open_slots: Any = None
     first_loader: Any = None
     closes_at: Any = NOT_READY
     usual: Any = NOT_READY
@@ -105,63 +106,73 @@ def timed_step(original: Callable[..., Any], clock: StepClock) -> Callable[..., 
         ):
             return _slow_path(original, clock, self, args, kwargs)
 
-        t = monotonic_ns()
-        current = _OPTIMIZER
-        slots[_OPTIMIZER] = t
+        try:
+            t = monotonic_ns()
+            current = _OPTIMIZER
+            open_slots[_OPTIMIZER] = t
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            fail(error)
+
         try:
             result = original(self, *args, **kwargs)
             attempt, closes_at = ident, usual
             return result
         finally:
-            optimizer_ns += monotonic_ns() - t
-            current = OTHER
-            slots[_OPTIMIZER] = 0
+            try:
+                optimizer_ns += monotonic_ns() - t
+                current = OTHER
+                open_slots[_OPTIMIZER] = 0
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                fail(error)
 
     return clock.bind(step)
 
 
 def timed_update(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
     """Return a function that calls `original` and times it as optimizer work without an attempt, such as clipping."""
-    slots = clock.open_slots
+    fail = clock.fail
     # Cells of the clock.
     current = optimizer_ns = 0
+    open_slots: Any = None
 
     def call(*args: Any, **kwargs: Any) -> Any:
         nonlocal current, optimizer_ns
         if current != OTHER or is_dynamo_compiling() or not (on_training_thread() or clock.is_training_thread()):
             return original(*args, **kwargs)
 
-        t = monotonic_ns()
-        current = _OPTIMIZER
-        slots[_OPTIMIZER] = t
+        try:
+            t = monotonic_ns()
+            current = _OPTIMIZER
+            open_slots[_OPTIMIZER] = t
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            fail(error)
+
         try:
             return original(*args, **kwargs)
         finally:
-            optimizer_ns += monotonic_ns() - t
-            current = OTHER
-            slots[_OPTIMIZER] = 0
+            try:
+                optimizer_ns += monotonic_ns() - t
+                current = OTHER
+                open_slots[_OPTIMIZER] = 0
+            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+                fail(error)
 
     return clock.bind(call)
 
 
 def _slow_path(original: Callable[..., Any], clock: StepClock, optimizer: Any, args: Any, kwargs: Any) -> Any:
     """Run an optimizer step that differs from the usual loop."""
-    if clock.current == _INPUT_WAIT or not clock.is_training_thread():
+    began = _begin(clock, optimizer)
+    if began is None:
         return original(optimizer, *args, **kwargs)
 
-    if clock.depth or clock.current == _OPTIMIZER:
-        clock.inner_steps += 1
-        return original(optimizer, *args, **kwargs)
-
-    start = monotonic_ns()
-    previous = _begin(clock, optimizer, start)
     failed = True
     try:
         result = original(optimizer, *args, **kwargs)
         failed = False
         return result
     finally:
-        _end(clock, optimizer, previous, start, failed=failed)
+        _end(clock, optimizer, began, failed=failed)
 
 
 def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
@@ -171,11 +182,10 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
     original = GradScaler.step
 
     def step(self: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling() or not clock.is_training_thread() or clock.current == _INPUT_WAIT or clock.depth:
+        began = None if is_dynamo_compiling() or clock.depth else _begin(clock, optimizer)
+        if began is None:
             return original(self, optimizer, *args, **kwargs)
 
-        start = monotonic_ns()
-        previous = _begin(clock, optimizer, start)
         failed = True
         try:
             result = original(self, optimizer, *args, **kwargs)
@@ -186,21 +196,29 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
                 clock.flags |= _SKIPPED
                 clock.dirty = True
 
-            _end(clock, optimizer, previous, start, failed=failed)
+            _end(clock, optimizer, began, failed=failed)
 
     patches.wrap(GradScaler, "step", step)
 
 
-def _begin(clock: StepClock, optimizer: Any, start: int) -> int:
+def _begin(clock: StepClock, optimizer: Any) -> Began | None:
+    """Begin an optimizer step call; return None where it is not an attempt of its own."""
     try:
-        return clock.begin_attempt(optimizer, start)
+        if clock.current == _INPUT_WAIT or not (clock.is_training_thread() or clock.claim_thread()):
+            return None
+
+        if clock.depth or clock.current == _OPTIMIZER:
+            clock.inner_steps += 1
+            return None
+
+        return clock.begin_attempt(optimizer, monotonic_ns())
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)
-        return OTHER
+        return None
 
 
-def _end(clock: StepClock, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
+def _end(clock: StepClock, optimizer: Any, began: Began, *, failed: bool) -> None:
     try:
-        clock.end_attempt(optimizer, previous, start, failed=failed)
+        clock.end_attempt(optimizer, began, failed=failed)
     except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
         clock.fail(error)

@@ -10,12 +10,21 @@ closes a step after an attempt. `docs/steps.md` has the rules.
 
 from __future__ import annotations
 
+import threading
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import Phase, Slot, StepFlag
-from traceml.instrument.accumulator import CHECK_FORWARD, NOT_READY, ON_FORWARD, OTHER, StepAccumulator, StepListener
+from traceml.instrument.accumulator import (
+    CHECK_FORWARD,
+    NOT_READY,
+    ON_FORWARD,
+    OTHER,
+    Began,
+    StepAccumulator,
+    StepListener,
+)
 from traceml.instrument.closure_cells import CellField
 
 if TYPE_CHECKING:
@@ -149,8 +158,8 @@ class StepClock(StepAccumulator):
 
             self.trained = module
 
-    def begin_attempt(self, optimizer: Any, t: int) -> int:
-        """Begin an outermost optimizer step call; return the enclosing phase."""
+    def begin_attempt(self, optimizer: Any, t: int) -> Began:
+        """Begin an outermost optimizer step call; return a value for `end_attempt`."""
         previous: int = self.current
         ident = id(optimizer)
         if not self.open:
@@ -168,13 +177,13 @@ class StepClock(StepAccumulator):
         self.depth = 1
         self.current = _OPTIMIZER
         self.open_slots[_OPTIMIZER] = t
-        return previous
+        return previous, t
 
-    def end_attempt(self, optimizer: Any, previous: int, start: int, *, failed: bool) -> None:
+    def end_attempt(self, optimizer: Any, began: Began, *, failed: bool) -> None:
         """End an optimizer step call; one that raised does not count."""
         self.depth = 0
-        self.leave(_OPTIMIZER, previous, start)
-        if previous != _BACKWARD and not failed:
+        self.leave(_OPTIMIZER, began)
+        if began[0] != _BACKWARD and not failed:
             self.after_step(monotonic_ns(), id(optimizer))
 
     def repeat_attempt(self, ident: int, t: int) -> None:
@@ -303,13 +312,24 @@ class StepClock(StepAccumulator):
             self._begin(monotonic_ns())
 
     def claim_thread(self) -> bool:
-        """Make the current thread, which runs a backward pass, the training thread, unless another one has trained."""
-        if not self.awaits_backward or not self.thread:
+        """Make the current thread, which trains, the training thread; return whether it may be.
+
+        It may if no other thread has trained, if the training moved here with its context, as in `asyncio.to_thread`,
+        or if the thread that trained has ended.
+        """
+        if not self.thread:
+            return False
+
+        if self.awaits_backward:
+            self.current = OTHER
+        elif self.current < OTHER or not (self.is_training_context() or self._has_thread_ended()):
             return False
 
         self.thread = get_ident()
-        self.current = OTHER
         return self.is_training_thread()
+
+    def _has_thread_ended(self) -> bool:
+        return all(thread.ident != self.thread for thread in threading.enumerate())
 
     def begin_block(self) -> None:
         """Begin a trace_step() block; the first one turns step detection off."""

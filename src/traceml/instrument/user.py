@@ -35,11 +35,11 @@ class UserPhase:
 
     def __enter__(self) -> UserPhase:
         clock = self._clock
-        previous = clock.current
-        if previous == _INPUT_WAIT or clock.thread != get_ident():
-            return self
-
         try:
+            previous = clock.current
+            if previous == _INPUT_WAIT or clock.thread != get_ident():
+                return self
+
             t = monotonic_ns()
             clock.open_user_phases.append([self, previous, t])
             clock.current = self.bucket
@@ -56,11 +56,11 @@ class UserPhase:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         clock = self._clock
-        stack = clock.open_user_phases
-        if clock.thread != get_ident() or not any(entry[0] is self for entry in stack):
-            return
-
         try:
+            stack = clock.open_user_phases
+            if clock.thread != get_ident() or not any(entry[0] is self for entry in stack):
+                return
+
             t = monotonic_ns()
             while True:  # phases of generators and coroutines may end in any order
                 phase, previous, start = stack.pop()
@@ -123,12 +123,12 @@ class StepBlock:
 
     def __enter__(self) -> StepBlock:
         clock = self._clock
-        if clock.thread == get_ident() or clock.claim_thread():
-            self._counts = True
-            try:
+        try:
+            if clock.thread == get_ident() or clock.claim_thread():
+                self._counts = True
                 clock.begin_block()
-            except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
-                clock.fail(error)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
 
         return self
 

@@ -1,0 +1,268 @@
+"""Nothing of ours comes through into training: whatever raises, the losses are the same to the last bit."""
+
+from __future__ import annotations
+
+import gc
+import io
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import traceml.instrument
+from tests.instrument.fake_cuda import FakeCuda, FakeEvent
+from traceml.database.flight import FlightFile
+from traceml.fail_open import failures
+from traceml.instrument import (
+    Instrumentation,
+    accumulator,
+    backward,
+    device,
+    discovery,
+    forward,
+    install,
+    loader,
+    optimizer,
+    overhead,
+    step_clock,
+    user,
+)
+
+_CLOCKED = (accumulator, backward, discovery, forward, loader, optimizer, overhead, step_clock, user)
+_FOLDER = str(Path(traceml.instrument.__file__).parent)
+_SEEDS = 24
+# Functions that call the user's code, or that user and torch call: they catch what the others raise.
+_GUARDS = frozenset(
+    {
+        "DeviceTimes.drain",
+        "ForwardTimer.__call__",
+        "ModuleDiscovery.watch.<locals>.on_registration",
+        "Instrumentation._guarded",
+        "Instrumentation._look_for_device",
+        "Instrumentation._new_loader",
+        "Instrumentation.phase",
+        "StepAccumulator.cancel",
+        "StepAccumulator.enter",
+        "StepAccumulator.fail",
+        "StepAccumulator.leave",
+        "StepAccumulator.stop",
+        "StepBlock.__enter__",
+        "StepBlock.__exit__",
+        "UserPhase.__enter__",
+        "UserPhase.__exit__",
+        "_TracedIterator.__next__",
+        "_fail_open.<locals>.call",
+        "_measure_own.<locals>.finished",
+        "_measure_own.<locals>.queue",
+        "patch_loaders.<locals>.token_of",
+        "timed_wait.<locals>.begin",
+        "timed_wait.<locals>.end",
+    }
+)
+_GUARD_NAMES = frozenset({"_begin", "_end", "_nested_call", "_slow_path", "<genexpr>", "<lambda>"})
+_OUTER = frozenset({"compile_in_place", "impl", "original", "original_iter", "original_next", "replicate", "timed"})
+
+
+class Injected(Exception):
+    """An error of ours."""
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Devices in place of torch.cuda."""
+    fake = FakeCuda()
+    monkeypatch.setattr(device, "CudaDevice", lambda: fake)
+    return fake
+
+
+@pytest.fixture
+def plain() -> Iterator[list[float]]:
+    """Losses without tracing, on one compute thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    expected = losses(None)
+    gc.collect()
+    gc.freeze()  # searches for models are fast then
+    yield expected
+
+    gc.unfreeze()
+    torch.set_num_threads(threads)
+
+
+def losses(traced: Instrumentation | None) -> list[float]:
+    """Train in a loop that meets most hooks; return the losses."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scaler = torch.amp.GradScaler("cpu")
+    found = []
+    for epoch in range(2):
+        for index, (x,) in enumerate(DataLoader(TensorDataset(torch.randn(24, 4)), batch_size=2, shuffle=True)):
+            x.to("meta")
+            loss = model(x).square().mean()
+            if epoch:
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            elif index % 2:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            else:
+                (loss / 2).backward()
+
+            if traced is not None:
+                with traced.phase("log"):
+                    torch.save(model.state_dict(), io.BytesIO())
+
+            found.append(loss.item())
+
+        model.eval()
+        with torch.no_grad():
+            found += [model(x).sum().item() for (x,) in DataLoader(TensorDataset(torch.randn(4, 4)))]
+
+        model.train()
+
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(70):
+        optimizer.zero_grad()
+        loss = model(torch.randn(2, 4)).square().mean()
+        loss.backward()
+        optimizer.step()
+        found.append(loss.item())
+
+    return found
+
+
+@contextmanager
+def installed(folder: Path) -> Iterator[Instrumentation]:
+    """Install the hooks, and remove them at the end."""
+    gc.collect()  # models and optimizers of the training before are garbage, and found otherwise
+    flight = FlightFile.create(folder, {})
+    instrumentation = install(flight, device_types=frozenset({"cuda", "meta"}))
+    try:
+        yield instrumentation
+        instrumentation.close_open_step()
+    finally:
+        instrumentation.uninstall()
+        flight.close(unlink=True)
+
+
+def name_of(code: CodeType) -> str | None:
+    """Return the name of a function of ours that may raise."""
+    if not code.co_filename.startswith(_FOLDER) or code.co_qualname in _GUARDS or code.co_name in _GUARD_NAMES:
+        return None
+
+    mine = {*code.co_freevars, *code.co_varnames[: code.co_argcount]}
+    return None if mine & _OUTER else f"{Path(code.co_filename).stem}.{code.co_qualname}"
+
+
+@contextmanager
+def watched(on_call: Callable[[str], None]) -> Iterator[None]:
+    """Call a function at the start of each of ours that may raise."""
+    names: dict[CodeType, str | None] = {}
+
+    def on_event(frame: FrameType, event: str, _argument: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(_FOLDER):
+            if code not in names:
+                names[code] = name_of(code)
+
+            if (name := names[code]) is not None:
+                on_call(name)
+
+    sys.setprofile(on_event)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def test_each_function_of_ours_may_raise(cuda: FakeCuda, plain: list[float], tmp_path: Path) -> None:
+    """An error in one call of any function during training is counted, and the losses are those without tracing."""
+    calls: Counter[str] = Counter()
+    with installed(tmp_path) as traced, watched(lambda name: calls.update([name])):
+        assert losses(traced) == plain
+
+    chosen = random.Random(0)
+    came_through, not_counted = [], []
+    assert len(calls) > 80
+    for name, count in sorted(calls.items()):
+        at, before = chosen.randint(1, count), failures().get("instrument", 0)
+        left = [at]
+
+        def raise_once(called: str, name: str = name, left: list[int] = left) -> None:
+            left[0] -= called == name
+            if left[0] == 0 and called == name:
+                raise Injected(name)
+
+        try:
+            with installed(tmp_path) as traced, watched(raise_once):
+                assert losses(traced) == plain
+        except Injected:
+            came_through.append(f"{name}, call {at}")
+
+        if left[0] <= 0 and failures().get("instrument", 0) == before:
+            not_counted.append(f"{name}, call {at}")
+
+    assert came_through == not_counted == []
+
+
+class FailingSlots:
+    """Words of the flight file that cannot always be written."""
+
+    def __init__(self, slots: Any, failing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._set = failing(slots.__setitem__)
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._set(index, value)
+
+
+@pytest.mark.parametrize("seed", range(_SEEDS))
+def test_clocks_slots_and_events_may_raise(
+    cuda: FakeCuda, plain: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """At random moments a clock, a word of the flight file, or an event raises."""
+    chance = random.Random(seed)
+    share = 10 ** chance.uniform(-3.5, -1.5)
+    raised, before = [], failures().get("instrument", 0)
+
+    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if chance.random() < share:
+                raised.append(function)
+                raise Injected(function)
+
+            return function(*args, **kwargs)
+
+        return call
+
+    kinds = chance.choice([("clock",), ("slots",), ("device",), ("clock", "slots", "device")])
+    if "clock" in kinds:
+        for module in _CLOCKED:
+            monkeypatch.setattr(module, "monotonic_ns", failing(accumulator.monotonic_ns))
+
+    if "device" in kinds:
+        for name in ("record", "query", "elapsed_time"):
+            monkeypatch.setattr(FakeEvent, name, failing(getattr(FakeEvent, name)))
+
+        for name in ("is_capturing", "current", "stream", "event"):
+            monkeypatch.setattr(FakeCuda, name, failing(getattr(FakeCuda, name)))
+
+    with installed(tmp_path) as traced:
+        clock = traced.clock
+        if "slots" in kinds:
+            clock.open_slots = FailingSlots(clock.open_slots, failing)
+
+        assert losses(traced) == plain
+
+    assert (failures().get("instrument", 0) > before) == bool(raised)
