@@ -26,6 +26,7 @@ __all__ = [
     "HOST",
     "INFO",
     "JOURNALED",
+    "LIMITS",
     "LINES",
     "LINE_OTHER",
     "LINE_OUTSIDE",
@@ -51,6 +52,7 @@ __all__ = [
     "Log",
     "MetricKind",
     "Phase",
+    "Resource",
     "Slot",
     "StepBits",
     "StepFlag",
@@ -237,6 +239,17 @@ class MetricKind(IntEnum):
     PLUGIN = 5  # a third party's framework plugin
 
 
+class Resource(IntEnum):
+    """A resource with a limit, of the rank's process or of its host."""
+
+    OPEN_FILES = 0  # descriptors of the process, of RLIMIT_NOFILE
+    SHARED_MEMORY = 1  # bytes of /dev/shm
+    DISK = 2  # bytes of the working directory's file system
+    PROCESSES = 3  # processes and threads of the control group
+    MEMORY = 4  # bytes of the control group's memory, without file cache
+    CPU_QUOTA = 5  # scheduling periods in which the control group was throttled, of all since the start
+
+
 def _q(name: str, doc: str) -> Column:
     return Column(name, "q", doc)
 
@@ -353,6 +366,17 @@ TORCH_MEMORY = Table(
     ),
     capacity=4096,
 )
+LIMITS = Table(
+    "limits",
+    (
+        _q("t_ns", "monotonic timestamp"),
+        _q("step", "open training step"),
+        _q("resource", "the resource: Resource"),
+        _q("used", "units in use"),
+        _q("limit", "units that there are"),
+    ),
+    capacity=1024,
+)
 TELEMETRY = Table(
     "telemetry",
     (
@@ -424,6 +448,7 @@ PACKED: tuple[Table, ...] = (
     TELEMETRY,
     METRICS,
     LINES,
+    LIMITS,
 )
 LOGS: tuple[Log, ...] = (NAMES, INFO, LOGGED)
 # Rows that the user logged are never evicted: beyond the memory limit they go to a journal on disk.

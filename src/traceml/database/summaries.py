@@ -12,7 +12,7 @@ monotonic time it covers), in tables of steps `first_step` and `last_step`, and
 - of sampled tables `<column>_min` and `<column>_max`; of `steps` `total_ns_min` and `total_ns_max`.
 
 `group` separates rows that must not be mixed: in `steps` 1 for rows whose device times follow in `device_steps`, else
-0; in `user_phases` the `name_id`; in `gpu` and `torch_memory` the device.
+0; in `user_phases` the `name_id`; in `gpu` and `torch_memory` the device; in `limits` the resource.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from traceml.database.schema import (
     EVALS,
     GPU,
     HOST,
+    LIMITS,
     PROCESS,
     STEPS,
     TELEMETRY,
@@ -48,7 +49,7 @@ __all__ = ["LEVEL_RATIO", "MAX_BINS", "SAMPLE_TABLES", "STEP_TABLES", "StepSums"
 MAX_BINS = 64
 STEP_TABLES = (STEPS, DEVICE_STEPS, USER_PHASES, EVALS)
 """Tables that are summed by step."""
-SAMPLE_TABLES = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
+SAMPLE_TABLES = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY, LIMITS)
 """Tables that are summed over the whole run."""
 
 LEVEL_RATIO = 1.015
@@ -56,7 +57,7 @@ LEVEL_RATIO = 1.015
 _LEAST_NS = 1e3
 _LEVELS = 1480  # the last one begins after more than an hour
 
-_GROUPS = {USER_PHASES.name: "name_id", GPU.name: "index", TORCH_MEMORY.name: "device"}
+_GROUPS = {USER_PHASES.name: "name_id", GPU.name: "index", TORCH_MEMORY.name: "device", LIMITS.name: "resource"}
 _NEGATIVE_IS_MISSING = frozenset({"backward_own_ns"})
 _NOT_SUMMED = frozenset({"step", "t_end_ns", "t_ns", "bits"})
 _KEYS = ("bin", "group")

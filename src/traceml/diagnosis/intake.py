@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS, STEPS, USER_PHASES, Table
+from traceml.database.schema import DEVICE_STEPS, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
 from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.window import StepWindow, Window
 
@@ -37,6 +37,7 @@ class RowIntake:
             USER_PHASES.name: self._take_user_phases,
             PROCESS.name: self.facts.process_rows,
             HOST.name: self.facts.host_rows,
+            LIMITS.name: self.facts.limits.add,
             LINES.name: self.facts.lines.add,
         }
 
@@ -86,4 +87,4 @@ class RowIntake:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, LINES)}
+_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, LIMITS, LINES)}

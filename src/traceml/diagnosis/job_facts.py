@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.diagnosis.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.sampled_lines import LineCounts, SampledLine
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
@@ -93,6 +94,7 @@ class JobFacts:
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
         loader: the training data loader.
         exits: ends of ranks.
+        limits: use of resources that have a limit.
         lines: lines in which the training threads were seen.
         state: the run's state, as in the report.
     """
@@ -106,6 +108,7 @@ class JobFacts:
     main_wait: Mapping[int, float] = field(default_factory=dict)
     loader: LoaderFacts | None = None
     exits: tuple[RankExit, ...] = ()
+    limits: tuple[ResourceUse, ...] = ()
     lines: tuple[SampledLine, ...] = ()
     state: str = "running"
 
@@ -141,7 +144,7 @@ class JobFactsBuilder:
         self.hosts: dict[int, str] = {}
         self.exits: dict[int, RankExit] = {}
         self.state = "running"
-        self.lines = LineCounts()
+        self.limits, self.lines = UseHistory(), LineCounts()
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}
@@ -204,6 +207,7 @@ class JobFactsBuilder:
             threads=known.get("torch_threads"),
             main_wait=self._main_wait(),
             loader=self._loaders[0] if self._loaders else None,
+            limits=self.limits.uses(),
             lines=self.lines.lines(names),
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,

@@ -71,6 +71,17 @@ def _user_code(finding: _FindingFacts) -> str:
     return f"{percent_text(share)} of step time is spent in {where}"
 
 
+def _limit(finding: _FindingFacts) -> str:
+    """Return `Open files: 92 % of the limit in use`."""
+    evidence = finding.evidence
+    resource = str(evidence.get("resource", "resource")).replace("_", " ")
+    share = percent_text(evidence.get("used", 0) / max(evidence.get("limit", 1), 1))
+    if resource == "cpu quota":
+        return f"The CPU quota stops this run in {share} of the time"
+
+    return f"{capitalized(resource)}: {share} of the limit in use"
+
+
 def _unknown(finding: _FindingFacts) -> str:
     words = capitalized(finding.kind.lower().replace("_", " "))
     where = f", in {phase_words(finding.phase)}" if finding.phase else ""
@@ -116,6 +127,7 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
+    LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)
 

@@ -11,6 +11,7 @@ from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.lost_ranks import rank_lost
 from traceml.diagnosis.replay import new_step_times
+from traceml.diagnosis.resource_use import limits_near
 from traceml.diagnosis.segments import Segments, segments_of
 from traceml.diagnosis.stragglers import stragglers
 from traceml.diagnosis.window import Window
@@ -30,7 +31,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
         facts: facts besides the window.
     """
-    lost = rank_lost(facts)
+    lost = [*rank_lost(facts), *limits_near(facts.limits)]
     if len(window) < MIN_STEPS:
         return lost or [_too_few(window, facts)]
 

@@ -14,6 +14,7 @@ from traceml.database.schema import (
     GPU,
     HOST,
     INFO,
+    LIMITS,
     LINES,
     NAMES,
     PROCESS,
@@ -209,7 +210,7 @@ class Digest:
 
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
-_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, LINES, *_SAMPLED)
+_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, LIMITS, LINES, *_SAMPLED)
 
 
 def _by_stream(rows: NDArray[np.void], table: Table) -> Iterator[tuple[int, bytes]]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from traceml.samplers.base import Sampler
 from traceml.samplers.gpu import GpuSampler
 from traceml.samplers.host import HostSampler
+from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
 from traceml.samplers.process import ProcessSampler
 from traceml.samplers.torch_memory import TorchMemorySampler
 
@@ -23,9 +24,9 @@ def open_samplers(*, local_rank: int) -> list[Sampler]:
     Args:
         local_rank: the number of this rank on its host.
     """
-    factories: list[_Factory] = [ProcessSampler, TorchMemorySampler]
+    factories: list[_Factory] = [ProcessSampler, TorchMemorySampler, LimitsSampler]
     if local_rank == 0:
-        factories += [HostSampler, GpuSampler]
+        factories += [HostSampler, GpuSampler, HostLimitsSampler]
 
     opened: list[Sampler] = []
     for factory in factories:

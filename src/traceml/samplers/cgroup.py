@@ -7,7 +7,7 @@ import os
 
 from traceml.samplers.procfs import ProcFile, read_text
 
-__all__ = ["CgroupMemory", "cores", "limited_memory"]
+__all__ = ["CgroupMemory", "cores", "limited_memory", "limited_processes", "throttling"]
 
 _ROOT = "/sys/fs/cgroup"
 _NO_LIMIT = 1 << 60  # cgroup v1 writes "no limit" as a number of this size
@@ -63,6 +63,38 @@ def cores(root: str = _ROOT, membership: str | None = None) -> int:
     allowed = len(os.sched_getaffinity(0))
     quota = _quota(root, _membership(membership))
     return min(allowed, max(1, math.ceil(quota))) if quota is not None else allowed
+
+
+def limited_processes(root: str = _ROOT, membership: str | None = None) -> tuple[str, int] | None:
+    """Return (file with the number of processes and threads, limit) of the innermost group that limits them.
+
+    Args:
+        root: where the control groups are mounted.
+        membership: text of /proc/self/cgroup.
+    """
+    for folder in _folders("pids", root, membership):
+        limit = read_text(f"{folder}/pids.max")
+        if limit is not None and limit.strip().isdigit() and read_text(f"{folder}/pids.current") is not None:
+            return f"{folder}/pids.current", int(limit)
+
+    return None
+
+
+def throttling(root: str = _ROOT, membership: str | None = None) -> str | None:
+    """Return the file that counts the periods in which the innermost group with a CPU quota was throttled.
+
+    Args:
+        root: where the control groups are mounted.
+        membership: text of /proc/self/cgroup.
+    """
+    paths = (f"{folder}/cpu.stat" for folder in _folders("cpu", root, membership))
+    return next((path for path in paths if "nr_periods" in (read_text(path) or "")), None)
+
+
+def _folders(controller: str, root: str, membership: str | None) -> list[str]:
+    groups = _membership(membership)
+    second, first = groups.get("", "/"), groups.get(controller, "/")
+    return [*_upwards(root, second), *_upwards(f"{root}/{controller}", first)]
 
 
 def _quota(root: str, groups: dict[str, str]) -> float | None:

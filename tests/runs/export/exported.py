@@ -14,7 +14,7 @@ import numpy as np
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_samples, add_user_phase, run_facts
 from traceml.database.reader import StreamIdentity
-from traceml.database.schema import DEVICE_STEPS, EVALS, GPU, LINES, METRICS, TORCH_MEMORY, StepFlag
+from traceml.database.schema import DEVICE_STEPS, EVALS, GPU, LIMITS, LINES, METRICS, TORCH_MEMORY, StepFlag
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 
@@ -64,6 +64,7 @@ def _fill(writer: StoreWriter, stream: int, rows: Any, wall_ns: int, user_ms: fl
     at_ns = int(rows["t_end_ns"][0])
     _append(writer, stream, GPU.name, GPU.dtype, t_ns=at_ns, utilization_pct=50.0, memory_used_bytes=7)
     _append(writer, stream, TORCH_MEMORY.name, TORCH_MEMORY.dtype, t_ns=at_ns, allocated_bytes=5, reserved_bytes=6)
+    _append(writer, stream, LIMITS.name, LIMITS.dtype, t_ns=at_ns, resource=0, used=30, limit=1024)
     _append(writer, stream, LINES.name, LINES.dtype, t_ns=at_ns, phase=-1, line_id=12, library_id=-1, samples=9)
     for number, name in ((10, "loss"), (11, "grad"), (12, "/x/train.py:3 main")):
         named = msgpack.packb({"id": number, "name": name})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, Literal
 
 import msgspec
@@ -19,6 +20,7 @@ from traceml.database.schema import (
     PACKED,
     PHASE_COLUMNS,
     MetricKind,
+    Resource,
     StepFlag,
     Table,
     unpack_bits,
@@ -65,6 +67,7 @@ _DOCS = {
     "host": "samples of each host",
     "gpu": "samples of each GPU",
     "torch_memory": "samples of torch's allocator on a device",
+    "limits": "use of resources that have a limit, when it has changed",
     "telemetry": "activity and cost of tracing itself",
     "metrics": "all logged values",
     "lines": "samples of the line that the training thread ran, by phase; one row per line and five seconds",
@@ -78,6 +81,9 @@ _REPLACED: dict[str, tuple[ExportColumn, ...]] = {
     "t_ns": (_TIME,),
     "t_end_ns": (ExportColumn("end_epoch_ns", "int64", "its end in nanoseconds since 1970 by the aggregator's clock"),),
     "name_id": (ExportColumn("name", "string", "its name"),),
+    "resource": (
+        ExportColumn("resource", "string", "the resource: " + ", ".join(each.name.lower() for each in Resource)),
+    ),
     "phase": (ExportColumn("phase", "string", "the phase that was open: " + ", ".join(LINE_PHASES.values())),),
     "line_id": (ExportColumn("line", "string", "the user's line, `FILE:LINE FUNCTION`; null without one"),),
     "library_id": (
@@ -172,11 +178,14 @@ def _columns_of(
     if name in _NAMES:
         return {_NAMES[name]: [name_of(number) if number >= 0 else None for number in values.tolist()]}
 
+    if name == "resource":
+        return {"resource": [_name_in(Resource, number) for number in values.tolist()]}
+
     if name == "phase":
         return {"phase": [LINE_PHASES.get(number, str(number)) for number in values.tolist()]}
 
     if name == "kind":
-        return {"source": [_source(number) for number in values.tolist()]}
+        return {"source": [_name_in(MetricKind, number) for number in values.tolist()]}
 
     if name == "bits":
         return _bits(rows)
@@ -216,8 +225,8 @@ def _stream_columns(stream: StreamRecord) -> Part:
     return {"attempt": stream.attempt, "rank": stream.rank, "host": stream.host}
 
 
-def _source(number: int) -> str:
+def _name_in(kinds: type[IntEnum], number: int) -> str:
     try:
-        return MetricKind(number).name.lower()
+        return kinds(number).name.lower()
     except ValueError:
         return str(number)

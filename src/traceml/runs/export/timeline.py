@@ -17,6 +17,7 @@ from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import (
     DEVICE_STEPS,
     EVALS,
+    LIMITS,
     LINES,
     LOGS,
     NAMES,
@@ -45,7 +46,7 @@ _CATEGORIES = {"input_wait": "input", "h2d": "transfer", "comm": "comm", "checkp
 _FLAGS = {int(StepFlag.SKIPPED): "skipped", int(StepFlag.INFERRED): "inferred", int(StepFlag.EXPLICIT): "explicit"}
 _DEVICE_FLAG = int(StepFlag.DEVICE)
 _HELD_ROWS = 4096  # step rows per stream that may wait for their user phases
-_TABLES = (*(table.name for table in PACKED if table not in (TELEMETRY, LINES)), *(log.name for log in LOGS))
+_TABLES = (*(table.name for table in PACKED if table not in (TELEMETRY, LIMITS, LINES)), *(log.name for log in LOGS))
 
 
 @dataclass(slots=True)

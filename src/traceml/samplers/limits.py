@@ -1,0 +1,123 @@
+"""Samples of resources that have a limit: open files, shared memory, disk, processes, memory, CPU quota."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+from traceml.database.schema import LIMITS, Resource, Table
+from traceml.samplers import cgroup
+from traceml.samplers.base import SampleRow
+from traceml.samplers.procfs import read_text
+
+__all__ = ["HostLimitsSampler", "LimitsSampler"]
+
+_Usage = tuple[int, int] | None
+# A row is kept when the use has changed by this share of the limit, or is this old.
+_CHANGE = 0.01
+_OLD_NS = 60 * 10**9
+
+
+class LimitsSampler:
+    """Samples the limits of this process: open files.
+
+    A row is returned when the use has changed by a hundredth of the limit, and once a minute.
+    """
+
+    name: ClassVar[str] = "limits"
+    table: ClassVar[Table] = LIMITS
+    start_interval_s: ClassVar[float | None] = None
+    cost_us: ClassVar[float] = 12.0
+
+    def __init__(self) -> None:
+        self._kept: dict[Resource, tuple[int, int]] = {}
+
+    def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:
+        """Yield a row for each resource that has a limit and has changed."""
+        for kind, read in self._resources():
+            usage = read()
+            if usage is not None and usage[1] > 0 and self._is_new(kind, t_ns, *usage):
+                yield t_ns, step, int(kind), *usage
+
+    def close(self) -> None:
+        """Do nothing: there are no resources."""
+
+    def _resources(self) -> tuple[tuple[Resource, Callable[[], _Usage]], ...]:
+        return ((Resource.OPEN_FILES, open_files),)
+
+    def _is_new(self, kind: Resource, t_ns: int, used: int, limit: int) -> bool:
+        before = self._kept.get(kind)
+        if before is not None and t_ns - before[0] < _OLD_NS and abs(used - before[1]) < _CHANGE * limit:
+            return False
+
+        self._kept[kind] = (t_ns, used)
+        return True
+
+
+class HostLimitsSampler(LimitsSampler):
+    """Samples the limits that all processes of a host or container share; local rank 0 takes them."""
+
+    name: ClassVar[str] = "host_limits"
+    cost_us: ClassVar[float] = 60.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._group = cgroup.limited_memory()
+        self._processes = cgroup.limited_processes()
+        self._cpu = cgroup.throttling()
+        self._first = self._throttled()
+
+    def close(self) -> None:
+        """Close the open files."""
+        if self._group is not None:
+            self._group.close()
+
+    def _resources(self) -> tuple[tuple[Resource, Callable[[], _Usage]], ...]:
+        return (
+            (Resource.SHARED_MEMORY, lambda: file_system("/dev/shm")),  # noqa: S108 - it is only measured
+            (Resource.DISK, lambda: file_system(".")),
+            (Resource.PROCESSES, self._process_count),
+            (Resource.MEMORY, self._memory),
+            (Resource.CPU_QUOTA, self._throttled_since_start),
+        )
+
+    def _process_count(self) -> _Usage:
+        if self._processes is None:
+            return None
+
+        path, limit = self._processes
+        return int(read_text(path) or 0), limit
+
+    def _memory(self) -> _Usage:
+        return None if self._group is None else (self._group.used_bytes(), self._group.limit_bytes)
+
+    def _throttled(self) -> _Usage:
+        text = (read_text(self._cpu) or "") if self._cpu else ""
+        fields = dict(line.split(None, 1) for line in text.splitlines() if " " in line)
+        if "nr_periods" not in fields:
+            return None
+
+        return int(fields.get("nr_throttled", 0)), int(fields["nr_periods"])
+
+    def _throttled_since_start(self) -> _Usage:
+        now = self._throttled()
+        return None if now is None or self._first is None else (now[0] - self._first[0], now[1] - self._first[1])
+
+
+def open_files() -> _Usage:
+    """Return (open descriptors of this process, its soft limit); None without a limit."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return None if limit == resource.RLIM_INFINITY else (len(os.listdir("/proc/self/fd")) - 1, limit)  # noqa: PTH208
+
+
+def file_system(path: str) -> _Usage:
+    """Return (bytes in use, bytes that a user may use) of the file system of a path; None where it cannot be read."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return None
+
+    used = (found.f_blocks - found.f_bfree) * found.f_frsize
+    return used, used + found.f_bavail * found.f_frsize

@@ -1,0 +1,59 @@
+"""Limits of this process, its host, and of fake control groups."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+from traceml.database.schema import Resource
+from traceml.samplers import cgroup
+from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
+
+SECOND = 10**9
+
+
+def test_open_files_are_counted_when_they_change() -> None:
+    """A row at first, none while nothing changes, one after a hundredth of the limit, one a minute."""
+    sampler = LimitsSampler()
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    (first,) = sampler.sample(SECOND, 3)
+    unchanged = list(sampler.sample(2 * SECOND, 4))
+    more = [os.open("/dev/null", os.O_RDONLY) for _ in range(limit // 100 + 1)]
+    (changed,) = sampler.sample(3 * SECOND, 5)
+    for descriptor in more:
+        os.close(descriptor)
+
+    assert first == (SECOND, 3, Resource.OPEN_FILES, len(list(Path("/proc/self/fd").iterdir())) - 1, limit)
+    assert unchanged == []
+    assert changed[3] - first[3] == len(more)
+    assert len(list(sampler.sample(70 * SECOND, 6))) == 1
+
+
+def test_file_systems_are_those_of_the_host() -> None:
+    """Shared memory and the working directory's disk, in bytes."""
+    sampler = HostLimitsSampler()
+    rows = {row[2]: row for row in sampler.sample(1, 0)}
+    sampler.close()
+    disk = shutil.disk_usage(".")
+
+    assert abs(rows[Resource.DISK][3] - disk.used) < 1 << 30
+    assert abs(rows[Resource.DISK][4] - (disk.used + disk.free)) < 1 << 30
+    assert rows[Resource.SHARED_MEMORY][4] > 0
+
+
+def test_limits_of_the_innermost_control_group(tmp_path: Path) -> None:
+    """`max` is no limit; the group above has one."""
+    job = tmp_path / "pod" / "job"
+    job.mkdir(parents=True)
+    (job / "pids.max").write_text("max\n")
+    (job / "pids.current").write_text("12\n")
+    (job.parent / "pids.max").write_text("100\n")
+    (job.parent / "pids.current").write_text("40\n")
+    (job / "cpu.stat").write_text("usage_usec 5\n")
+    (job.parent / "cpu.stat").write_text("usage_usec 5\nnr_periods 10\nnr_throttled 4\n")
+
+    assert cgroup.limited_processes(str(tmp_path), "0::/pod/job\n") == (str(job.parent / "pids.current"), 100)
+    assert cgroup.throttling(str(tmp_path), "0::/pod/job\n") == str(job.parent / "cpu.stat")
+    assert cgroup.limited_processes(str(tmp_path), "0::/other\n") is None
