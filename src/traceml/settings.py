@@ -82,7 +82,11 @@ class Config:
     """
 
     enabled: bool = _set(True, "Trace this process. When off, every call is a no-op: no thread, no connection.")
-    host: str = _set("127.0.0.1", "The aggregator's address.")
+    host: str = _set(
+        "127.0.0.1",
+        "The aggregator's address. With `host` or `port` set, the run is stored by that aggregator, wherever its runs "
+        "are; else by the one that serves `runs_dir`, which tells its address in a file there.",
+    )
     port: int = _set(29765, "The aggregator's TCP port; for `serve`, 0 means any free one.", low=0, high=65535)
     token: str | None = _set(
         None,
@@ -90,7 +94,9 @@ class Config:
         "the environment or in a file, never in a command line.",
         secret=True,
     )
-    local: bool = _set(False, "Start an aggregator for this job on this host when none answers.")
+    local: bool = _set(
+        False, "Start an aggregator for this job on this host when none answers; on a free port if `port` is in use."
+    )
     on_missing: Literal["raise", "warn"] = _set(
         "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
     )
@@ -172,6 +178,11 @@ class Config:
     def supervised(self) -> bool:
         """Whether `traceml run` or `launch` started this process and gave it its aggregator."""
         return self.sources.get("host") == "TRACEML_ADDRESS"
+
+    @property
+    def address_given(self) -> bool:
+        """Whether the aggregator's address was set; else it is that of the runs folder's aggregator."""
+        return any(self.sources.get(name, "default") != "default" for name in ("host", "port"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_newcomer_to_a_full_disk_may_come_again(serving, tiny_disk):
 def test_folder_that_cannot_be_written_is_a_reason(serving, tmp_path):
     """Where no run can be created, `init` is refused with the folder's name and the reason."""
     aggregator = serving()
-    aggregator.folder.rmdir()
+    shutil.rmtree(aggregator.folder)
     aggregator.folder.write_text("a file where the folder was")
 
     with pytest.raises(AggregatorRefusedError, match=f"{aggregator.folder}.*Not a directory"):

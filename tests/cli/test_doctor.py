@@ -12,6 +12,8 @@ import pytest
 from traceml import cli
 from traceml.cli import checks
 from traceml.settings import declarations, load
+from traceml.transport import auth
+from traceml.transport.runs_folder import AggregatorAddress, FolderLock
 
 
 @pytest.fixture
@@ -98,6 +100,23 @@ def test_port_taken_by_a_stranger():
 
     assert check.state == "broken"
     assert "TRACEML_PORT" in check.hint
+
+
+def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch):
+    """Jobs of this folder start their own beside it; one that serves this folder is found on any port."""
+    (tmp_path / "runtime").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    auth.publish("127.0.0.1", 29765, "secret", runs_dir=str(tmp_path / "other"))
+    config = load({}, tmp_path, runs_dir=tmp_path / "runs")
+
+    check = checks._aggregator(config)
+
+    assert check.state == "note"
+    assert f"serves another runs folder, {tmp_path / 'other'}" in check.text
+    assert "--port 0" in check.hint
+    with socket.create_server(("127.0.0.1", 0)) as stranger, FolderLock.take(tmp_path / "runs") as lock:
+        lock.publish(AggregatorAddress(*stranger.getsockname()))
+        assert str(stranger.getsockname()[1]) in checks._aggregator(config).text
 
 
 @pytest.mark.parametrize(

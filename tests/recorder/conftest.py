@@ -49,7 +49,9 @@ def run_script(tmp_path: Path, serving: Serving) -> Run:
         script = tmp_path / "script.py"
         script.write_text(textwrap.dedent(code))
         by = ["-m", "traceml.session.entry"] if entry else []
-        aggregator = {"TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN}
+        aggregator = {
+            "TRACEML_PORT": str(serving.port), "TRACEML_TOKEN": TOKEN, "TRACEML_RUNS_DIR": str(serving.folder),
+        }  # fmt: skip
         return subprocess.run(
             [sys.executable, *by, str(script), *arguments],
             env=environ(tmp_path, **(aggregator | values)),

@@ -227,7 +227,9 @@ def test_ctrl_c_is_the_scripts(serving: Serving, tmp_path: Path) -> None:
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "traceml.session.entry", str(script)],
-        env=environ(tmp_path, TRACEML_PORT=str(serving.port), TRACEML_TOKEN=TOKEN),
+        env=environ(
+            tmp_path, TRACEML_PORT=str(serving.port), TRACEML_TOKEN=TOKEN, TRACEML_RUNS_DIR=str(serving.folder)
+        ),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

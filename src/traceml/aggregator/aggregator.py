@@ -20,13 +20,14 @@ from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
-from traceml.clock import boot_id
 from traceml.database.flight_folders import COPIES_FOLDER
 from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
 from traceml.track.delivery.manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries
+from traceml.transport.hello import Hello
+from traceml.transport.runs_folder import folder_id
 from traceml.transport.server import Peer, RefusedError, Server
 
 __all__ = ["Aggregator"]
@@ -142,6 +143,9 @@ class Aggregator:
         if self._done.is_set():
             raise RefusedError("this aggregator is stopping", retry=True)
 
+        if hello.runs_dir and list(hello.runs_dir_id) != folder_id(self.registry.runs_dir):
+            raise RefusedError(_elsewhere(hello, self.registry.runs_dir))
+
         if hello.role != "rank":
             return {"acked": {}, "run_id": "", "run_dir": "", "run_dir_id": [], "stream": 0}
 
@@ -169,7 +173,7 @@ class Aggregator:
                 self._on_rank()
 
         return {
-            "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": _folder_id(run.path),
+            "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": folder_id(run.path),
             "stream": stream.id,
         }  # fmt: skip
 
@@ -400,7 +404,9 @@ def _failures_of(bye: dict[str, Any]) -> dict[str, int]:
     return {str(package)[:50]: count for package, count in list(counts.items())[:50] if type(count) is int}
 
 
-def _folder_id(path: Path) -> list[Any]:
-    """Return the identity of a folder, by which a rank recognizes that it sees the same one."""
-    status = path.stat()
-    return [boot_id(), status.st_dev, status.st_ino]
+def _elsewhere(hello: Hello, runs_dir: Path) -> str:
+    return (
+        f"it serves the runs folder {runs_dir}, and this job's is {hello.runs_dir}. Start `traceml serve` for that one "
+        "(with --port 0 beside this one) or let the job do it by traceml.init(local=True); "
+        f"or set TRACEML_RUNS_DIR={runs_dir}, or the address (TRACEML_PORT), to store the run there"
+    )

@@ -188,16 +188,26 @@ def _flight_folder(folder: Path) -> Check:
 
 
 def _aggregator(config: Config) -> Check:
+    from traceml.transport import auth
     from traceml.transport.client import connect
     from traceml.transport.hello import Hello
+    from traceml.transport.runs_folder import AggregatorAddress, address_of
 
-    where = f"{config.host}:{config.port}"
-    if _is_free(config.host, config.port):
+    found = None if config.address_given else address_of(config.runs_dir, config.port)
+    address = found or AggregatorAddress(config.host, config.port)
+    where = f"{address.host}:{address.port}"
+    other = auth.discover(config.port)
+    if found is None and not config.address_given and other is not None:
+        hint = "for this folder, `traceml serve --port 0` or traceml.init(local=True) starts one beside it"
+        return Check("aggregator", "note", f"the one at {where} serves another runs folder, {other.runs_dir}", hint)
+
+    if found is None and _is_free(config.host, config.port):
         return Check("aggregator", "ok", f"{where} is free: no aggregator is running, `traceml serve` can start there")
 
     try:
         hello = Hello(role="client")
-        connect(config.host, config.port, hello, config.token, timeout_s=_ANSWER_TIMEOUT_S, tries=1).close("doctor")
+        token = config.token or address.token
+        connect(address.host, address.port, hello, token, timeout_s=_ANSWER_TIMEOUT_S, tries=1).close("doctor")
     except AggregatorRefusedError as error:
         return Check("aggregator", "broken", str(error), "choose another port with TRACEML_PORT, or set TRACEML_TOKEN")
     except AggregatorUnavailableError as error:

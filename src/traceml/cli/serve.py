@@ -24,14 +24,16 @@ from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
 from traceml.supervise.report_maker import ReportMaker
 from traceml.transport import auth
+from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
 from traceml.transport.server import BACKLOG
 
 __all__ = ["main"]
 
 _EPILOG = """\
-Training scripts with traceml.init() on this host find it automatically.
+Training scripts with traceml.init() and the same runs folder on this host find it automatically.
 Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TOKEN there.
 --web prints the address of a page with all runs, running and ended.
+Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.
 Reports are written to the runs folder when runs end; `traceml report` prints them."""
 
 _LAST_PORT = 65535
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
     config = settings.load(**{name: value for name, value in given.items() if value is not None})
     usual = "warning" if options.terminal else "info"  # log lines would disturb the screen
     level = config.log_level if config.sources["log_level"] != "default" else usual
-    with _log_to_stderr(level), _listener(options.fd, config.host, config.port) as sock:
+    with _log_to_stderr(level), _listener(options.fd, config.host, config.port, config.runs_dir) as sock:
         host, port = sock.getsockname()[:2]
         token = config.token or _previous_token(port)
         reports = ReportMaker()
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
         with (
             contextlib.closing(reports),
             _page(config.runs_dir, options.web),
-            _published(host, port, token, aggregator),
+            _published(host, port, token, aggregator, _folder_lock(options, Path(config.runs_dir))),
             _screen(aggregator, wanted=options.terminal),
         ):
             asyncio.run(aggregator.serve(sock, lambda: _announce_ready(options, host, port, aggregator)))
@@ -87,13 +89,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
     parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
     parser.add_argument("--exit-when-idle", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def _listener(fd: int | None, host: str, port: int) -> socket.socket:
+def _listener(fd: int | None, host: str, port: int, runs_dir: Path) -> socket.socket:
     if fd is not None:
         return socket.socket(fileno=fd)
 
@@ -101,10 +104,10 @@ def _listener(fd: int | None, host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise TraceMLError(_cannot_listen(host, port, error)) from error
+        raise TraceMLError(_cannot_listen(host, port, error, runs_dir)) from error
 
 
-def _cannot_listen(host: str, port: int, error: OSError) -> str:
+def _cannot_listen(host: str, port: int, error: OSError, runs_dir: Path) -> str:
     if error.errno != errno.EADDRINUSE:
         return (
             f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another address with --host or --port."
@@ -112,9 +115,11 @@ def _cannot_listen(host: str, port: int, error: OSError) -> str:
 
     other = auth.discover(port)
     who = f"by another aggregator (pid {other.pid}, runs in {other.runs_dir})" if other else "by another program"
-    use = "Scripts can use that one, or choose" if other else "Choose"
+    is_ours = other is not None and folder_id(Path(other.runs_dir)) == folder_id(runs_dir) != []
+    use = "Scripts of this folder use that one; to have two, choose" if is_ours else "Choose"
     return (
-        f"port {port} on {host} is in use {who}. {use} another port: --port N here and TRACEML_PORT=N for the scripts."
+        f"port {port} on {host} is in use {who}. {use} another port: --port 0 takes a free one, which scripts with the "
+        "same runs_dir on this host find; others need TRACEML_PORT."
     )
 
 
@@ -124,18 +129,53 @@ def _previous_token(port: int) -> str:
     return before.token if before is not None and not before.alive else auth.new_token()
 
 
+def _folder_lock(options: argparse.Namespace, runs_dir: Path) -> FolderLock | None:
+    """Return the right to be the runs folder's aggregator, None without it; that of one run never has it."""
+    if options.folder_fd is not None:
+        return FolderLock(options.folder_fd)
+    if options.run_id is not None:
+        return None
+
+    try:
+        lock = FolderLock.take(runs_dir)
+    except OSError as error:
+        _log.warning("the address cannot be written into %s; scripts need TRACEML_PORT: %s", runs_dir, error)
+        return None
+
+    if lock is None and options.fd is None:
+        other = address_of(runs_dir, 0)
+        where = f"at {other.host}:{other.port}" if other is not None else "that is starting"
+        _log.warning(
+            "%s has an aggregator already, %s: jobs of this folder go there while it runs, and come here by "
+            "TRACEML_PORT", runs_dir.absolute(), where,
+        )  # fmt: skip
+
+    return lock
+
+
 @contextlib.contextmanager
-def _published(host: str, port: int, token: str, aggregator: Aggregator) -> Iterator[None]:
+def _published(host: str, port: int, token: str, aggregator: Aggregator, lock: FolderLock | None) -> Iterator[None]:
+    path: Path | str = ""
     try:
         path = auth.publish(host, port, token, runs_dir=str(aggregator.registry.runs_dir))
         _log.debug("the token is in %s", path)
     except OSError as error:
         _log.warning("the token file cannot be written; scripts need TRACEML_TOKEN: %s", error)
 
+    if lock is not None:
+        lock.publish(AggregatorAddress(_reachable(host), port, str(path)))
+
     try:
         yield
     finally:
         auth.withdraw(port)
+        if lock is not None:  # it is kept until the end of this process: the next one could not open our stores
+            lock.publish(None)
+
+
+def _reachable(host: str) -> str:
+    """Return the address by which this host's scripts reach a listener."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - compared only
 
 
 def _announce_ready(options: argparse.Namespace, host: str, port: int, aggregator: Aggregator) -> None:

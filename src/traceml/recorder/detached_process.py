@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import IO
 
 __all__ = ["DetachedProcess"]
@@ -30,7 +30,7 @@ class DetachedProcess:
         command: the program's path and arguments.
         output: file for its standard output and error.
         environ: its environment.
-        fd: a descriptor that it inherits.
+        fds: descriptors that it inherits.
 
     Attributes:
         pid: its process id.
@@ -39,7 +39,9 @@ class DetachedProcess:
         OSError: it cannot be started.
     """
 
-    def __init__(self, command: Sequence[str], *, output: IO[bytes], environ: Mapping[str, str], fd: int) -> None:
+    def __init__(
+        self, command: Sequence[str], *, output: IO[bytes], environ: Mapping[str, str], fds: Collection[int]
+    ) -> None:
         self._alive_fd, theirs = os.pipe()  # reads as ended when no process has the other end
         try:
             done = subprocess.run(
@@ -48,7 +50,7 @@ class DetachedProcess:
                 stdout=output,
                 stderr=output,
                 env=dict(environ),
-                pass_fds=(fd, theirs),
+                pass_fds=(*fds, theirs),
                 start_new_session=True,  # Ctrl-C at the terminal is not for it
                 check=False,
             )

@@ -59,6 +59,7 @@ class Identity:
             project=config.project,
             command=_command()[:4000],
             flight=str(flight or ""),
+            runs_dir=_wanted_folder(config),
         )
 
     def of_child(self, *, provisional: bool = False) -> Identity:
@@ -71,9 +72,9 @@ class Identity:
             self, recorder=secrets.token_hex(8), provisional=provisional, parent=self.parent or self.recorder
         )
 
-    def probe(self) -> Hello:
+    def probe(self, config: Config) -> Hello:
         """Return the hello of a client that only checks whether an aggregator answers."""
-        return Hello(role="client", run=self.job)
+        return Hello(role="client", run=self.job, runs_dir=_wanted_folder(config))
 
     def facts(self, config: Config) -> dict[str, Any]:
         """Return the identity fields of the flight file."""
@@ -116,10 +117,16 @@ def export_to_children(identity: Identity, config: Config, experiment: int = 0) 
         "pid": os.getpid(),
         "identity": [identity.recorder, identity.job, identity.parent],
         "rank": [own.rank, own.world_size, own.local_rank, own.attempt],
-        "settings": {"host": config.host, "port": config.port, "runs_dir": str(config.runs_dir.absolute())},
+        "settings": _settings_of(config),
         "experiment": experiment,
     }
     os.environ[_PARENT] = json.dumps(facts)
+
+
+def _settings_of(config: Config) -> dict[str, Any]:
+    """Return the settings with which a child finds the aggregator of this process."""
+    address = {"host": config.host, "port": config.port} if config.address_given else {}
+    return {**address, "runs_dir": str(config.runs_dir.absolute())}
 
 
 def stop_export() -> None:
@@ -173,6 +180,11 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
 
     provisional = own.source == "single process" and parent is not None
     return Identity(secrets.token_hex(8), job, own, provisional)
+
+
+def _wanted_folder(config: Config) -> str:
+    """Return the runs folder that the aggregator must serve; "" for any, as its address was given."""
+    return "" if config.address_given else str(config.runs_dir.absolute())
 
 
 def _command() -> str:

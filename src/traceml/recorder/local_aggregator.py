@@ -1,7 +1,8 @@
 """Start an aggregator for this job on this host, by the first local rank.
 
-Binding the port is the lock: only one process gets it. That process passes the listening socket to the aggregator, so
-the other ranks can connect at once, and their handshake waits until the aggregator is up.
+A lock lets only one process start it: that of the runs folder, or where an address was given, binding its port. That
+process passes the listening socket to the aggregator, so the other ranks can connect at once, and their handshake waits
+until the aggregator is up.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import os
 import socket
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from traceml.settings import Config
 from traceml.transport.auth import runtime_folder
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
+from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of
 
 __all__ = ["connect_or_start"]
 
@@ -32,6 +33,7 @@ _log = logging.getLogger("traceml")
 _BACKLOG = 4096
 _PROBE_S = 0.25
 _TRY_S = 1.0
+_LOCK_POLL_S = 0.05
 _ENDING_S = 4.0
 _START_S = 20.0  # a cold start on a slow disk; usually it is half a second
 
@@ -43,7 +45,8 @@ class _PortOccupiedError(AggregatorUnavailableError):
 def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool] = lambda: False) -> Connection:
     """Connect to the running aggregator, or start one and connect to it.
 
-    Where another user's aggregator has the port, this one starts on another port, the same for all ranks of this user.
+    Where an address was given, it is the job's aggregator, whatever its folder; if another user has that port, or none
+    was given, it is the runs folder's.
 
     Args:
         config: `host`, `port`, `token`, `runs_dir`, `connect_timeout`.
@@ -54,45 +57,100 @@ def connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]
         AggregatorUnavailableError: none answers and none could be started; the text says why.
         AggregatorRefusedError: one answers and refuses.
     """
+    if not config.address_given:
+        return _of_folder(config, hello, is_ending)
+
     try:
         try:
-            return _connect_or_start(config, hello, is_ending)
+            return _at_given_address(config, hello, is_ending)
         except AggregatorForeignError:
             # This user's aggregator, while it stops, looks like another user's: its token is removed before its
             # connections close. A second try keeps the job's ranks from using two aggregators.
-            return _connect_or_start(config, hello, is_ending)
-    except (AggregatorForeignError, _PortOccupiedError):
-        own = replace(config, port=_own_port(config.port))
-        _log.info("port %d belongs to another user: this user's aggregator is at port %d", config.port, own.port)
-        return _connect_or_start(own, hello, is_ending)
+            return _at_given_address(config, hello, is_ending)
+    except (AggregatorForeignError, _PortOccupiedError) as error:
+        _log.info("port %d belongs to another user, so the runs folder's aggregator is used: %s", config.port, error)
+        return _of_folder(config, hello, is_ending)
 
 
-def _own_port(port: int) -> int:
-    """Return the other port for aggregators of this user, below the system's ephemeral ports."""
-    return 10_000 + zlib.crc32(f"{os.getuid()}/{port}".encode()) % 20_000
+def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
+    """Connect to the aggregator that serves the runs folder, or become the one process that starts it."""
+    began_s = time.monotonic()
+    timeout_s = max(config.connect_timeout, _START_S)
+    missing: AggregatorUnavailableError | AggregatorForeignError | None = None
+    while True:
+        found = address_of(config.runs_dir, config.port)
+        if found is not None:
+            try:
+                token = config.token or found.token
+                return connect(found.host, found.port, hello, token, timeout_s=_TRY_S, tries=1)
+            except (AggregatorUnavailableError, AggregatorForeignError) as error:
+                missing = error  # it starts, or stops
+        elif (lock := _take_lock(config)) is not None:
+            with lock:
+                return _start_in_folder(config, hello, lock, began_s, timeout_s)
+
+        waited_s = time.monotonic() - began_s
+        if waited_s > timeout_s or (waited_s > _ENDING_S and is_ending()):
+            reason = f"another process has the runs folder {config.runs_dir}, and does not answer"
+            raise missing or AggregatorUnavailableError(config.host, config.port, waited_s, reason)
+
+        time.sleep(_LOCK_POLL_S)
 
 
-def _connect_or_start(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
-    began = time.monotonic()
+def _take_lock(config: Config) -> FolderLock | None:
+    try:
+        return FolderLock.take(config.runs_dir)
+    except OSError as error:
+        reason = f"none runs there, and none can be started: the runs folder cannot be locked: {error}"
+        raise AggregatorUnavailableError(config.host, config.port, 0.0, reason) from error
+
+
+def _start_in_folder(config: Config, hello: Hello, lock: FolderLock, began_s: float, timeout_s: float) -> Connection:
+    """Start the folder's aggregator, on the usual port if that is free; it inherits the lock."""
+    listener = _listen(config) or _listen(replace(config, port=0))
+    assert listener is not None, "a free port cannot be in use"
+    with listener:
+        lock.publish(AggregatorAddress(*listener.getsockname()[:2]))
+        return _start_and_connect(config, hello, listener, began_s, timeout_s, lock)
+
+
+def _at_given_address(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
+    began_s = time.monotonic()
     try:
         return connect(config.host, config.port, hello, config.token, timeout_s=_PROBE_S, tries=1)
     except AggregatorUnavailableError:
         pass
 
-    listener = _claim(config)
+    listener = _listen(config)
     timeout_s = max(config.connect_timeout, _START_S)
     if listener is None:  # another rank is starting it, or another program has the port
-        return _await(config, hello, began, timeout_s, is_ending)
+        return _await(config, hello, began_s, timeout_s, is_ending)
 
     with listener:
-        try:
-            process, log = _start(config, listener)
-        except OSError as error:
-            reason = f"none runs there, and none can be started: {error}"
-            raise AggregatorUnavailableError(config.host, config.port, time.monotonic() - began, reason) from error
+        return _start_and_connect(config, hello, listener, began_s, timeout_s)
+
+
+def _start_and_connect(
+    config: Config,
+    hello: Hello,
+    listener: socket.socket,
+    began_s: float,
+    timeout_s: float,
+    lock: FolderLock | None = None,
+) -> Connection:
+    config = replace(config, port=listener.getsockname()[1])
+    try:
+        process, log = _start(config, listener, lock)
+    except OSError as error:
+        reason = f"none runs there, and none can be started: {error}"
+        raise AggregatorUnavailableError(config.host, config.port, time.monotonic() - began_s, reason) from error
+
+    listener.close()  # else a rank would keep connecting to a dead aggregator's port
+    if lock is not None:
+        lock.close()
 
     with contextlib.closing(process):
-        return _await_own(config, hello, process, log, began, timeout_s)
+        return _await_own(config, hello, process, log, began_s, timeout_s)
 
 
 def _await_own(
@@ -129,7 +187,7 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
             time.sleep(_PROBE_S)
 
 
-def _claim(config: Config) -> socket.socket | None:
+def _listen(config: Config) -> socket.socket | None:
     """Listen on the aggregator's address; return None when another process does."""
     family, _, _, _, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
     try:
@@ -142,11 +200,15 @@ def _claim(config: Config) -> socket.socket | None:
         raise AggregatorUnavailableError(config.host, config.port, 0.0, reason) from error
 
 
-def _start(config: Config, listener: socket.socket) -> tuple[DetachedProcess, str]:
+def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> tuple[DetachedProcess, str]:
     """Start an aggregator on the socket; return its process and the path of its log."""
-    fd = listener.fileno()
-    command = [sys.executable, "-m", "traceml", "serve", "--fd", str(fd), "--exit-when-idle"]
+    fds = [listener.fileno()]
+    command = [sys.executable, "-m", "traceml", "serve", "--fd", str(listener.fileno()), "--exit-when-idle"]
     command += ["--runs-dir", str(config.runs_dir.absolute())]
+    if lock is not None:
+        fds.append(lock.fileno())
+        command += ["--folder-fd", str(lock.fileno())]
+
     environ = {key: value for key, value in os.environ.items() if not key.upper().startswith("TRACEML_")}
     if config.token:
         environ["TRACEML_TOKEN"] = config.token
@@ -159,7 +221,7 @@ def _start(config: Config, listener: socket.socket) -> tuple[DetachedProcess, st
 
     log = runtime_folder() / f"local-{config.port}.log"
     with log.open("wb") as output:
-        process = DetachedProcess(command, output=output, environ=environ, fd=fd)
+        process = DetachedProcess(command, output=output, environ=environ, fds=fds)
 
     _log.info("started an aggregator for this job (pid %d), which logs to %s", process.pid, log)
     return process, str(log)

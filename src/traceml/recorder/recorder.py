@@ -110,8 +110,9 @@ class Recorder:
 
     @property
     def address(self) -> str:
-        """The aggregator's address."""
-        return f"{self.config.host}:{self.config.port}"
+        """The aggregator's address; before the first connection that of the settings."""
+        connected = self._recording.address if self._recording is not None else ""
+        return connected or f"{self.config.host}:{self.config.port}"
 
     @property
     def run_dir(self) -> Path | None:

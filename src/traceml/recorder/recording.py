@@ -22,6 +22,7 @@ from traceml.database.schema import PACKED, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
 from traceml.privacy import secrets_only
+from traceml.recorder.dialing import dial, stored_elsewhere
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
@@ -29,7 +30,7 @@ from traceml.recorder.recorder_thread import RecorderThread
 from traceml.recorder.row_sender import RowSender
 from traceml.recorder.uploads import FileUploader
 from traceml.samplers.base import Sampler, SamplerScheduler, SamplerStatistics
-from traceml.transport.client import Connection, connect
+from traceml.transport.client import Connection
 from traceml.version import __version__
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class Recording:
         self.exit_noted = False
         self.stream: int | None = None
         """Number of this recorder's rows in the run's store; None before a connection."""
+        self.address = ""
+        """Address of the aggregator that answered last, as host:port."""
         self._config, self._is_child = config, is_child
         self._ending = False
         self._hold_until_ns = monotonic_ns() + int(_PROVISIONAL_S * 1e9) if identity.provisional else 0
@@ -340,14 +343,9 @@ class Recording:
     def _reach(self) -> Connection | None:
         """Return a connection; None where only the aggregator's presence was checked."""
         config, identity = self._config, self.identity
-        hello = identity.probe() if identity.provisional else identity.hello(config, self.flight.path)
-        if config.local and not config.supervised:
-            from traceml.recorder.local_aggregator import connect_or_start
-
-            connection = connect_or_start(config, hello)
-        else:
-            connection = connect(config.host, config.port, hello, config.token, timeout_s=config.connect_timeout)
-
+        hello = identity.probe(config) if identity.provisional else identity.hello(config, self.flight.path)
+        connection = dial(config, hello, timeout_s=config.connect_timeout)
+        self.address = connection.address
         if not identity.provisional:
             return connection
 
@@ -361,18 +359,21 @@ class Recording:
             raise AggregatorUnavailableError(config.host, config.port, 0.0, "the rank is not known yet")
 
         hello = self.identity.hello(config, self.flight.path)
-        if config.local and not config.supervised:
-            from traceml.recorder.local_aggregator import connect_or_start
-
-            return connect_or_start(config, hello, lambda: self._ending)
-
-        return Connection.connect(config.host, config.port, hello, config.token, timeout_s=timeout_s)
+        connection = dial(config, hello, timeout_s=timeout_s, tries=1, is_ending=lambda: self._ending)
+        self.address = connection.address
+        return connection
 
     def _welcomed(self, welcome: Mapping[str, Any]) -> None:
         """Note the run's folder in the flight file: after a crash it says where the rows belong."""
         self.stream = int(welcome.get("stream") or 0)
         if welcome.get("run_dir") and welcome["run_dir"] != self.flight.identity.get("run_dir"):
             self.flight.update_identity(run_dir=welcome["run_dir"])
+            place = stored_elsewhere(self._config, welcome)
+            if place and not self._is_child and self.identity.rank_identity.rank == 0:
+                _log.warning(
+                    "this run is stored in %s, as the aggregator at %s was asked for, not in the runs_dir %s",
+                    place, self.address, self._config.runs_dir.absolute(),
+                )  # fmt: skip
 
     def _group_initialized(self) -> None:
         if not self._ending:

@@ -30,6 +30,7 @@ __all__ = [
     "mac",
     "new_token",
     "publish",
+    "read_token",
     "runtime_folder",
     "same_mac",
     "server_nonce",
@@ -157,6 +158,12 @@ def discover(port: int, *, include_dead: bool = False, kind: str = AGGREGATOR) -
             return entry
 
     return None
+
+
+def read_token(path: Path) -> str | None:
+    """Return the token in a file that `publish` has written; None without one."""
+    entry = _read(path)
+    return entry.token if entry is not None else None
 
 
 def withdraw(port: int) -> None:

@@ -145,6 +145,11 @@ class Connection:
         return cls(sock, shake.decoder, welcome, (host, port), shake.early)
 
     @property
+    def address(self) -> str:
+        """The aggregator's address, as host:port."""
+        return f"{self._peer[0]}:{self._peer[1]}"
+
+    @property
     def unsent_bytes(self) -> int:
         """Bytes that the socket has not taken yet. While there are some, send no more rows: the peer is behind."""
         return len(self._unsent)

@@ -7,11 +7,13 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from traceml.clock import boot_id, clock_pair, process_start_ticks
 from traceml.database import schema
 from traceml.errors import ProtocolError
+from traceml.transport.runs_folder import folder_id
 
 __all__ = ["WORLD_LIMIT", "Hello", "Role", "check_rank", "schemas"]
 
@@ -49,6 +51,8 @@ class Hello:
         project: the project that it belongs to.
         command: the command line of the job.
         flight: path of this rank's flight file, "" when it is not on a file system.
+        runs_dir: runs folder of this job, if only an aggregator of that folder may take it in.
+        runs_dir_id: that folder's identity (`runs_folder.folder_id`), by default as it is when the hello is sent.
         restarts_left: number of restarts that the job's launcher has left.
         schemas: see `schemas()`.
         clock: (monotonic_ns, epoch_ns) read together; (0, 0) if the peer sent anything else.
@@ -71,6 +75,8 @@ class Hello:
     project: str = "default"
     command: str = field(default_factory=lambda: " ".join(sys.argv))
     flight: str = ""
+    runs_dir: str = ""
+    runs_dir_id: list[Any] = field(default_factory=list)
     restarts_left: int = field(default_factory=lambda: _restarts_left(os.environ))
     schemas: dict[str, Any] = field(default_factory=schemas)
     clock: tuple[int, int] = field(default_factory=clock_pair)
@@ -79,6 +85,9 @@ class Hello:
         """Return the message `hello`."""
         facts = asdict(self)
         facts["command"] = self.command[:_TEXT_LIMIT]
+        if self.runs_dir and not self.runs_dir_id:
+            facts["runs_dir_id"] = folder_id(Path(self.runs_dir))
+
         return {"t": "hello", "v": version, "nonce": nonce, "mac": proof, **facts}
 
     @classmethod
@@ -160,5 +169,6 @@ _TYPES: dict[str, Any] = {
     "start_ticks": int,
     "restarts_left": int,
     "schemas": dict,
+    "runs_dir_id": (list, tuple),
     "clock": (list, tuple),
 }

@@ -1,0 +1,77 @@
+"""Connect a rank to its aggregator: the one at the given address, else the one that serves its runs folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from traceml.clock import boot_id
+from traceml.errors import AggregatorUnavailableError
+from traceml.settings import Config
+from traceml.transport.client import Connection, connect
+from traceml.transport.hello import Hello
+from traceml.transport.runs_folder import AggregatorAddress, address_of, folder_id
+
+__all__ = ["dial", "stored_elsewhere"]
+
+_LOOK_AGAIN_S = 1.0
+
+
+def dial(
+    config: Config,
+    hello: Hello,
+    *,
+    timeout_s: float,
+    tries: int | None = None,
+    is_ending: Callable[[], bool] = lambda: False,
+) -> Connection:
+    """Connect; with `local`, start an aggregator where none answers.
+
+    Args:
+        config: the settings.
+        hello: the rank's.
+        timeout_s: time for all tries together; an aggregator that is started here has more.
+        tries: give up after this many.
+        is_ending: polled; a process that ends does not wait for an aggregator that another process starts.
+
+    Raises:
+        AggregatorRefusedError: it answered and refused; trying again would not help.
+        AggregatorUnavailableError: none answered in time.
+    """
+    if config.local and not config.supervised:
+        from traceml.recorder.local_aggregator import connect_or_start
+
+        return connect_or_start(config, hello, is_ending)
+
+    if config.address_given:
+        return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries)
+
+    return _dial_folder(config, hello, timeout_s, tries)
+
+
+def stored_elsewhere(config: Config, welcome: Mapping[str, Any]) -> str:
+    """Return where a welcome says that the run is stored, if not in the runs folder of the settings; else ""."""
+    run_dir = Path(str(welcome.get("run_dir") or config.runs_dir / "run"))
+    here = config.runs_dir.absolute()
+    if config.supervised or run_dir.parent == here or (folder_id(run_dir.parent) == folder_id(here) != []):
+        return ""
+
+    host = "" if folder_id(run_dir)[:1] == [boot_id()] else ", on the host of that aggregator"
+    return f"{run_dir}{host}"
+
+
+def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | None) -> Connection:
+    """Connect to the folder's aggregator; an aggregator that starts meanwhile may have any port."""
+    began_s = time.monotonic()
+    while True:
+        found = address_of(config.runs_dir, config.port) or AggregatorAddress(config.host, config.port)
+        left_s = timeout_s - (time.monotonic() - began_s)
+        try:
+            token = config.token or found.token
+            return connect(found.host, found.port, hello, token, timeout_s=min(left_s, _LOOK_AGAIN_S), tries=tries)
+        except AggregatorUnavailableError as error:
+            waited_s = time.monotonic() - began_s
+            if waited_s >= timeout_s or tries is not None:
+                raise AggregatorUnavailableError(found.host, found.port, waited_s, error.reason) from error
