@@ -52,9 +52,12 @@ def _without_pauses(segments: Segments) -> NDArray[np.intp]:
         return np.arange(count)
 
     longest = np.argsort(segments.step)[-2:]
-    # In a group the optimizer's work counts after the sync point: in the segment after its step.
-    left_out = np.union1d(longest, longest + 1) if segments.grouped else longest
-    return np.setdiff1d(np.arange(count), left_out)
+    if segments.grouped:
+        # The optimizer's work counts after the sync point: in the segment after its step.
+        after = longest[longest < count - 1] + 1
+        longest = np.union1d(longest, after[~segments.begins[after]])
+
+    return np.setdiff1d(np.arange(count), longest)
 
 
 def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:

@@ -42,6 +42,7 @@ class Segments:
         backward_known: whether own backward is separated from waiting.
         measured: steps in which it was measured; in the others `backward` is the rank's mean.
         device: whether these are device times.
+        begins: steps whose predecessor is not in the window.
     """
 
     ranks: NDArray[np.int64]
@@ -53,6 +54,7 @@ class Segments:
     backward_known: bool
     measured: NDArray[np.bool_]
     device: bool
+    begins: NDArray[np.bool_]
 
     @property
     def step_ns(self) -> float:
@@ -89,7 +91,7 @@ def segments_of(window: Window, facts: JobFacts) -> Segments:
     grouped = _grouped(window, facts)
     parts = _user_parts(window)
     parts.update({name: window.times[name] for name in PHASES if name not in _SPLIT})
-    parts["optimizer"] = _behind_sync(window.times["optimizer"]) if grouped else window.times["optimizer"]
+    parts["optimizer"] = _behind_sync(window) if grouped else window.times["optimizer"]
     measured = window.measured
     known = not grouped or int(measured.sum()) >= _MIN_MEASURED
     if not grouped:
@@ -101,7 +103,7 @@ def segments_of(window: Window, facts: JobFacts) -> Segments:
     own = sum(parts.values(), np.zeros_like(window.total))
     wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
     step = window.total.mean(axis=0)
-    return Segments(window.ranks, parts, own, step, wait, grouped, known, measured, window.device)
+    return Segments(window.ranks, parts, own, step, wait, grouped, known, measured, window.device, window.begins)
 
 
 def median_over_ranks(values: Floats) -> Floats:
@@ -127,8 +129,10 @@ def _user_parts(window: Window) -> dict[str, Floats]:
     return {**parts, "user": rest} if rest.mean() > 0.01 * max(window.times["user"].mean(), 1.0) else parts
 
 
-def _behind_sync(optimizer: Floats) -> Floats:
-    return np.concatenate([optimizer[:, :1], optimizer[:, :-1]], axis=1)
+def _behind_sync(window: Window) -> Floats:
+    """Return the optimizer's work in the segment after its step; where that is unknown, the step's own."""
+    optimizer = window.times["optimizer"]
+    return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))
 
 
 def _least(wait: Floats) -> Floats:

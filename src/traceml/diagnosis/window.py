@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
 from traceml.diagnosis.step_split import DEVICE_LABELS, Floats, put_device_times, split_backward
 
-__all__ = ["StepWindow", "Window", "slots_for"]
+__all__ = ["Ints", "Rows", "StepWindow", "Window", "slots_for"]
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
@@ -67,6 +67,11 @@ class Window:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    @cached_property
+    def begins(self) -> NDArray[np.bool_]:
+        """Steps whose predecessor is not in the window: the first step of each block of consecutive ones."""
+        return np.asarray(np.diff(self.steps, prepend=-2) != 1)
 
     @cached_property
     def wait(self) -> Floats:
@@ -180,7 +185,7 @@ class StepWindow:
         matrix = np.ascontiguousarray(rows).view(np.int64).reshape(len(rows), -1)
         self._grow(int(rank_indices.max()) + 1)
         steps = matrix[:, STEPS.index["step"]]
-        at = rank_indices * self.slots + steps % self.slots
+        at = self._cells(rank_indices, steps)
         self._step[at] = steps
         self._values[at] = matrix[:, _DURATIONS]
         # Of a repeated index the last value stays, which is the rank's newest row.
@@ -205,7 +210,7 @@ class StepWindow:
 
             of_name = rows[rows["name_id"] == name_id]
             steps, values = self._user_ring(name)
-            at = rank_index * self.slots + of_name["step"] % self.slots
+            at = self._cells(rank_index, of_name["step"])
             steps[at] = of_name["step"]
             values[at] = of_name["ns"]
 
@@ -220,7 +225,7 @@ class StepWindow:
             self._device = np.full(cells, -1, np.int64), np.zeros((cells, len(_DEVICE_VALUES)), np.float32)
 
         steps, values = self._device
-        at = rank_indices * self.slots + rows["step"] % self.slots
+        at = self._cells(rank_indices, rows["step"])
         steps[at] = rows["step"]
         for column, name in enumerate(_DEVICE_VALUES):
             values[at, column] = rows[f"{name}_ns"]
@@ -254,8 +259,9 @@ class StepWindow:
         newest = int(self._latest[chosen].min())
         last = min(last, self.slots, max(_MIN_STEPS, _MAX_CELLS // len(chosen)))
         skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
-        steps = np.arange(max(newest - last + 1, skip, 0), newest + 1, dtype=np.int64)
-        found = self._step[chosen[:, None] * self.slots + steps % self.slots] == steps
+        steps = self._steps_until(newest, last)
+        steps = steps[steps >= skip]
+        found = self._step[self._cells(chosen[:, None], steps)] == steps
         # A rank that lost many rows must not remove the steps of all others.
         coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
         kept = coverage >= 0.5 * coverage.max()
@@ -267,8 +273,21 @@ class StepWindow:
         mine = self._step[rank_index * self.slots : (rank_index + 1) * self.slots]
         latest = int(self._latest[rank_index])
         # Rows from before a restart at step 0 are above the latest step.
-        steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self.slots)])
+        steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self._reach)])
         return self._window(np.array([rank_index], np.int64), steps, ())
+
+    @property
+    def _reach(self) -> int:
+        """Number of steps from the oldest one that may be kept to the newest."""
+        return self.slots
+
+    def _cells(self, ranks: Ints | int, steps: Ints) -> Ints:
+        """Return the indices at which steps of ranks are kept."""
+        return np.asarray(ranks * self.slots + steps % self.slots)
+
+    def _steps_until(self, newest: int, last: int) -> Ints:
+        """Return the steps that may be kept up to the newest, at most `last`, in order."""
+        return np.arange(max(newest - last + 1, 0), newest + 1, dtype=np.int64)
 
     def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
         seen = self._latest >= 0
@@ -279,11 +298,11 @@ class StepWindow:
         if not live.any():
             return np.empty(0, np.int64), ()
 
-        near = live & (self._latest > self._latest[live].max() - max(self.slots // 2, 1))
+        near = live & (self._latest > self._latest[live].max() - max(self._reach // 2, 1))
         return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
 
     def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> Window:
-        at = ranks[:, None] * self.slots + steps % self.slots
+        at = self._cells(ranks[:, None], steps)
         values = np.ascontiguousarray(np.moveaxis(self._values[at], -1, 0))
         total, own = values[_POSITION["total_ns"]], values[_POSITION["backward_own_ns"]]
         own[own < 0] = np.nan
