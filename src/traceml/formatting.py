@@ -20,6 +20,7 @@ __all__ = [
     "phase_words",
     "ranks_text",
     "rate_text",
+    "sample_text",
     "short_label",
     "signal_name",
 ]
@@ -193,6 +194,12 @@ def line_text(file: str, line: int, function: str) -> str:
     """Return a line of code in words: `train.py:23 update_metric`."""
     name = file.rpartition("/")[2]
     return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function}"
+
+
+def sample_text(diagnosed: int, count: int) -> str:
+    """Return the steps that a long run's figures cover: `verdict from 12,800 of 1,000,000 steps, spread ...`."""
+    steps = f"{count_text(diagnosed)} of {count_text(count)} steps"
+    return f"verdict from {steps}, spread over the run; means are of all steps"
 
 
 def signal_name(number: int) -> str:

@@ -20,10 +20,12 @@ from tests.runs.fabricated_store import (
     run_facts,
     store_run,
 )
+from traceml.database.schema import HOST, PROCESS
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.report import build_report, save_report
+from traceml.runs.series import read_series
 
 KEYS = {
     "": ["schema", "traceml_version", "run", "verdict", "findings", "steps", "phases", "ranks", "memory", "system",
@@ -208,16 +210,83 @@ def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
     assert "waited for a CPU core" in verdict["next"]
 
 
-def test_a_long_run_is_described_by_its_end(tmp_path):
-    """Beyond the bound the last rows count, and the report says so."""
-    folder = store_run(tmp_path / "run", Job(steps=2000), seed=1)
+def test_a_long_run_is_judged_by_a_sample_and_described_by_all_steps(tmp_path):
+    """Beyond the bound the verdict rests on blocks of steps, and the report says so; all figures are of all steps."""
+    folder = store_run(tmp_path / "run", Job(steps=2000, callback_every=3), adds("forward", 20, (1,)), seed=1)
 
     whole, cut = report_on(folder), report_on(folder, max_step_rows=1000)
 
     assert (whole["steps"]["cut"], cut["steps"]["cut"]) == (False, True)
+    assert 300 < cut["steps"]["diagnosed"] <= 500
+    assert cut["verdict"]["evidence"]["steps"] == cut["steps"]["diagnosed"]
+    assert (cut["verdict"]["kind"], cut["verdict"]["ranks"]) == ("COMPUTE_STRAGGLER", [1])
+    assert cut["telemetry"] == whole["telemetry"]
+    assert cut["ranks"] == whole["ranks"]
     assert cut["steps"]["count"] == 2000
-    assert cut["verdict"]["evidence"]["steps"] <= 500
-    assert cut["telemetry"]["rows_stored"] == 4000
+    assert cut["steps"]["mean_ms"] == pytest.approx(whole["steps"]["mean_ms"], rel=1e-6)
+    assert cut["steps"]["per_second"] == whole["steps"]["per_second"]
+    for name in ("p50_ms", "p95_ms", "p99_ms"):
+        assert cut["steps"][name] == pytest.approx(whole["steps"][name], rel=0.011)
+
+    for mine, expected in zip(cut["phases"], whole["phases"], strict=True):
+        assert mine["phase"] == expected["phase"]
+        assert mine["mean_ms"] == pytest.approx(expected["mean_ms"], rel=1e-5)
+        assert mine["by_rank"][1]["mean_ms"] == pytest.approx(expected["by_rank"][1]["mean_ms"], rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "steps", "bound"), [(1, 20_000, 4_000), (1024, 400, 131_072)])
+def test_a_cause_in_the_first_third_is_found(tmp_path, ranks, steps, bound):
+    """Waiting for data in the first 35 % of the steps, not in the last ones: INPUT_BOUND, with true means."""
+    usual = {"input_wait": 1.5, "forward": 20, "backward": 27.5}
+    rows = rows_of(Job(ranks=1, steps=steps, grouped=False, own=usual))[0]
+    late = rows["step"] < 0.35 * steps
+    for name in ("input_wait_ns", "total_ns"):
+        rows[name] += np.where(late, 150_000_000, 0)
+
+    rows["t_end_ns"] = np.cumsum(rows["total_ns"])
+    writer = open_store(tmp_path / "run", world_size=ranks)
+    for rank in range(ranks):
+        add_rank(writer, rank, rows)
+
+    writer.close()
+    report = report_on(tmp_path / "run", max_step_rows=bound)
+    share = {phase["phase"]: phase["share"] for phase in report["phases"]}["input_wait"]
+    cost = report["verdict"]["cost_share"]
+
+    assert (report["verdict"]["kind"], report["steps"]["cut"]) == ("INPUT_BOUND", True)
+    assert report["steps"]["diagnosed"] * ranks <= bound
+    # The first ten steps are left out.
+    assert report["steps"]["mean_ms"] == pytest.approx(rows["total_ns"][10:].mean() / 1e6, rel=1e-5)
+    assert report["steps"]["mean_ms"] == pytest.approx(102, rel=0.04)
+    assert share == pytest.approx(0.53, abs=0.02)
+    assert cost == pytest.approx(0.53, abs=0.05)
+
+
+def test_samples_of_a_long_run_are_thinned_and_their_extremes_exact(tmp_path, monkeypatch):
+    """Of many frames of samples some are read; peaks and means are of all."""
+    monkeypatch.setattr("traceml.runs.digest._SAMPLE_FRAMES", 64)
+    writer = open_store(tmp_path / "run", world_size=1)
+    stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=100, grouped=False))[0])
+    rows, host = np.zeros(500, PROCESS.dtype), np.zeros(500, HOST.dtype)
+    rows["t_ns"] = host["t_ns"] = np.arange(500) * 10**9
+    rows["rss_bytes"], rows["step"] = 10**6 + np.arange(500) * 100, np.arange(500)
+    rows["rss_bytes"][333], rows["main_run_ns"], rows["main_wait_ns"] = 10**9, rows["t_ns"], rows["t_ns"] // 4
+    host["cpu_pct"], host["memory_used_bytes"], host["memory_total_bytes"] = np.arange(500) % 2 * 50, 1, 4
+    for at in range(500):
+        writer.append(stream, "process", at, 1, rows[at : at + 1].tobytes())
+        writer.append(stream, "host", at, 1, host[at : at + 1].tobytes())
+        writer.commit()
+
+    writer.close()
+    report, series = report_on(tmp_path / "run"), read_series(tmp_path / "run")
+    memory, found = report["memory"]["by_rank"][0], report["system"]["hosts"][0]
+
+    assert memory["rss_peak_bytes"] == 10**9
+    assert memory["rss_slope_bytes_per_step"] == pytest.approx(100)
+    assert (found["cpu_pct"], found["memory_pct"]) == (25.0, 25.0)
+    assert report["verdict"]["evidence"]["cpu_wait_share"] == pytest.approx(0.2)
+    assert len(series.memory[0].values) == pytest.approx(64, abs=3)
+    assert series.memory[0].seconds[-1] - series.memory[0].seconds[0] == 499
 
 
 def test_a_running_run_can_be_reported(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ _NO_CURSOR = np.iinfo(np.int64).max
 
 @dataclass(slots=True)
 class _Progress:
-    """Progress of a (stream, table): its first frame, number of stored rows, and the number of the next row."""
+    """Progress of a (stream, table): its frames, number of stored rows, and the number of the next row."""
 
     first_id: int
+    last_id: int = 0
+    frames: int = 0
     stored: int = 0
     next_seq: int = 0
 
@@ -98,9 +100,47 @@ class StoreReader(FrameReader):
 
         return assembled(frames, dtype, last)
 
+    def spread_frames(self, table: str, streams: Collection[int], most: int) -> Iterator[Frame]:
+        """Yield frames of streams that are spread evenly over each stream, one at a time in memory.
+
+        Args:
+            table: the table.
+            streams: the streams.
+            most: about how many frames to read of all streams together; the first and the last of each are always read.
+        """
+        self._update_progress()
+        known = {stream: total for stream in streams if (total := self._progress.get((table, stream))) is not None}
+        each = max(most // max(len(known), 1), 1)
+        size = max(known, default=0) + 1
+        every, last, seen = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64)
+        for stream, total in known.items():
+            every[stream], last[stream] = -(-total.frames // each), total.last_id
+
+        def choose(found: NDArray[np.int64]) -> NDArray[np.bool_]:
+            stream = np.where(found[:, 1] < size, found[:, 1], 0)
+            order = np.argsort(stream, kind="stable")
+            _, starts, counts = np.unique(stream[order], return_index=True, return_counts=True)
+            number = np.empty(len(stream), np.int64)
+            number[order] = np.arange(len(stream)) - np.repeat(starts, counts)
+            number += seen[stream]
+            np.add.at(seen, stream, 1)
+            chosen: NDArray[np.bool_] = (number % np.maximum(every[stream], 1) == 0) | (found[:, 0] == last[stream])
+            return chosen & (every[stream] > 0)
+
+        yield from self._chosen_frames(table, choose)
+
     def log_rows(self, name: str, stream: int | None = None, after_id: int = 0) -> list[tuple[int, dict[str, Any]]]:
         """Return (stream, map) for each map of a log, in append order within a stream."""
         return [(frame.stream, row) for frame in self.frames(name, after_id, stream) for row in frame.maps()]
+
+    def is_thinned(self, table: str) -> bool:
+        """Return whether rows of a table were removed because of their age."""
+        query = "SELECT 1 FROM merges JOIN frames ON frames.id = merges.id WHERE merges.thinned > 0 AND tbl = ? LIMIT 1"
+        return table in self._ids and bool(self._fetch(query, self._ids[table]))
+
+    def frame_count(self, table: str) -> int:
+        """Return the number of frames of a table."""
+        return int(self._fetch("SELECT count(*) FROM frames WHERE tbl = ?", self._id(table))[0][0])
 
     def stored(self, table: str, stream: int | None = None) -> int:
         """Return the number of stored rows of a table, of all streams or of one."""
@@ -129,7 +169,7 @@ class StoreReader(FrameReader):
 
         Reads the stored summaries and the rows after them. Of a store without summaries it reads all rows.
         """
-        by_table = {table.name: self._sums(table.name) for table in STEP_TABLES if table.name in self._ids}
+        by_table = {table.name: self.table_sums(table.name) for table in STEP_TABLES if table.name in self._ids}
         streams = sorted({stream for sums in by_table.values() for stream in sums})
         return {
             stream: StepSums.of({name: sums[stream] for name, sums in by_table.items() if stream in sums})
@@ -138,10 +178,10 @@ class StoreReader(FrameReader):
 
     def sample_sums(self) -> dict[str, dict[int, TableSums]]:
         """Return the exact sums of all samples of the run, by sampled table and stream; see `step_sums`."""
-        return {table.name: self._sums(table.name) for table in SAMPLE_TABLES if table.name in self._ids}
+        return {table.name: self.table_sums(table.name) for table in SAMPLE_TABLES if table.name in self._ids}
 
-    def _sums(self, table: str) -> dict[int, TableSums]:
-        """Return a table's sums by stream: its summaries, and the rows after them."""
+    def table_sums(self, table: str) -> dict[int, TableSums]:
+        """Return the exact sums of a table by stream: its summaries, and the rows after them."""
         self._update_progress()
         after = {stream: total.first_id - 1 for (name, stream), total in self._progress.items() if name == table}
         sums: dict[int, TableSums] = {}
@@ -222,6 +262,7 @@ class StoreReader(FrameReader):
                 total = self._progress.setdefault((self._names[number], stream), _Progress(frame))
                 total.stored += max(seq + n - max(seq, total.next_seq), 0)
                 total.next_seq = max(seq + n, total.next_seq)
+                total.last_id, total.frames = frame, total.frames + 1
 
             self._progress_after = rows[-1][0]
 

@@ -78,9 +78,9 @@ def in_order(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (not finding.kind.rule.sorts_first, -finding.cost_share))
 
 
-def significant(value: float | np.floating[Any]) -> float | None:
-    """Return a number to 6 digits; None for NaN and infinity."""
-    return float(f"{float(value):.6g}") if math.isfinite(value) else None
+def significant(value: float | np.floating[Any] | None) -> float | None:
+    """Return a number to 6 digits; None for None, NaN and infinity."""
+    return float(f"{float(value):.6g}") if value is not None and math.isfinite(value) else None
 
 
 def plain(value: Any) -> Any:

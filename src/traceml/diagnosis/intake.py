@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import DEVICE_STEPS, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
 from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
-from traceml.diagnosis.window import StepWindow, Window
+from traceml.diagnosis.step_sample import SampledWindow
+from traceml.diagnosis.window import Ints, Rows, StepWindow, Window
 
 __all__ = ["RowIntake"]
-
-Rows = NDArray[np.void]
 
 
 class RowIntake:
@@ -44,6 +43,11 @@ class RowIntake:
     def resize(self, slots: int, ranks: int) -> None:
         """Start an empty window for another number of ranks."""
         self.window = StepWindow(slots, ranks)
+
+    def sample(self, steps: Ints, ranks: int) -> SampledWindow:
+        """Start an empty window that keeps only these steps, ascending, and return it."""
+        self.window = window = SampledWindow(steps, ranks)
+        return window
 
     def end(self, ended: RankExit) -> None:
         """Record how a rank ended; the others are no longer aligned with it."""

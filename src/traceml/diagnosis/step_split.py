@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import DEVICE_PHASES, PHASE_LABELS
 
-__all__ = ["DEVICE_LABELS", "PHASES", "Floats", "has_group", "own_backward", "put_device_times", "split_backward"]
+__all__ = [
+    "DEVICE_LABELS",
+    "PHASES",
+    "Floats",
+    "has_group",
+    "named_times",
+    "own_backward",
+    "put_device_times",
+    "split_backward",
+]
 
 Floats = NDArray[np.floating[Any]]
 
@@ -62,6 +71,22 @@ def put_device_times(
     for phase in _HOST_LABELS:
         np.copyto(times[phase], np.minimum(times[phase], idle), where=found)
         idle = idle - times[phase]
+
+
+def named_times(times: Mapping[str, Floats], user: Mapping[str, Floats]) -> dict[str, Floats]:
+    """Return times by phase with the user's phases by name in place of their sum.
+
+    Args:
+        times: phase -> nanoseconds, all of `PHASES`.
+        user: the user's phases by name; what they lack of `times["user"]` counts as `other`.
+    """
+    named = {name: values for name, values in times.items() if name != "user"}
+    unnamed = times["user"] - sum(user.values(), np.float32(0))
+    named["other"] = named["other"] + np.maximum(unnamed, 0)
+    for name, values in user.items():
+        named[name] = named[name] + values if name in named else values
+
+    return named
 
 
 def own_backward(backward: Floats, own_mean: Floats, steps: Floats | int = 1) -> Floats:

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
-from traceml.diagnosis.step_split import DEVICE_LABELS, Floats, put_device_times, split_backward
+from traceml.diagnosis.step_split import DEVICE_LABELS, Floats, named_times, put_device_times, split_backward
 
-__all__ = ["Ints", "Rows", "StepWindow", "Window", "slots_for"]
+__all__ = ["MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
@@ -29,7 +29,10 @@ _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 # A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
 _MAX_CELLS = 640_000
 _MIN_STEPS = 20
-_MAX_USER_PHASES = 32
+SET_UP_STEPS = 10
+"""First steps of a run that a diagnosis leaves out, as they include set-up."""
+MAX_USER_PHASES = 32
+"""Names of user phases beyond these count as `other`."""
 
 
 def slots_for(ranks: int) -> int:
@@ -101,13 +104,7 @@ class Window:
 
     def named_times(self) -> dict[str, Floats]:
         """Return the phases of each step, the user's phases by name; they add up to `total`."""
-        times = {name: values for name, values in self.times.items() if name != "user"}
-        unnamed = self.times["user"] - sum(self.user.values(), np.float32(0))
-        times["other"] = times["other"] + np.maximum(unnamed, 0)
-        for name, values in self.user.items():
-            times[name] = times[name] + values if name in times else values
-
-        return times
+        return named_times(self.times, self.user)
 
     def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
         """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
@@ -205,7 +202,7 @@ class StepWindow:
         self._grow(rank_index + 1)
         for name_id in np.unique(rows["name_id"]).tolist():
             name = names.get(name_id, f"phase {name_id}")
-            if name not in self._user and len(self._user) >= _MAX_USER_PHASES:
+            if name not in self._user and len(self._user) >= MAX_USER_PHASES:
                 continue
 
             of_name = rows[rows["name_id"] == name_id]
@@ -241,7 +238,7 @@ class StepWindow:
         self._ended[rank_index], self._latest[rank_index] = False, -1
         self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
 
-    def aligned(self, last: int = 200, skip_first: int = 10) -> Window:
+    def aligned(self, last: int = 200, skip_first: int = SET_UP_STEPS) -> Window:
         """Return the newest steps that all live ranks have.
 
         Ranks that ended, or that are behind by more than half the ring, are left out. When all ranks have ended, the

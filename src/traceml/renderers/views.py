@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import count_text, ranks_text
+from traceml.formatting import count_text, ranks_text, sample_text
 from traceml.renderers.words import end_of_rank
 from traceml.runs.report_types import (
     PhaseSection,
@@ -99,6 +99,11 @@ class RunView:
     def trackers(self) -> list[TrackerSection]:
         """Delivery by tracker."""
         return self.report.trackers
+
+    @property
+    def sample(self) -> str | None:
+        """Steps that the verdict of a long run rests on, in words; None where it rests on all."""
+        return sample_text(self.steps.diagnosed, self.steps.count) if self.steps.cut else None
 
     @property
     def absent(self) -> str | None:

@@ -1,7 +1,7 @@
 """Steps of a run in a bounded number of bins of equal width, for charts of the whole run.
 
-Bins start one step wide; when a run has more steps than bins, neighbors are joined. Step times are kept as histograms,
-whose percentiles are accurate to one percent for any number of steps.
+Bins are those of `database.summaries`: bin = step // width, and the width is a power of two that doubles when a step
+does not fit. Step times are kept as histograms, whose percentiles are accurate to one percent for any number of steps.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.summaries import LEVEL_RATIO
 from traceml.diagnosis.step_split import split_backward
 from traceml.diagnosis.window import Window
+from traceml.runs.step_totals import StepTotals
 
 __all__ = ["StepBins"]
 
@@ -22,8 +24,8 @@ Ints = NDArray[np.int64]
 _BINS = 256
 _BINS_OF_MANY = 64
 _MANY_RANKS = 1024
-# Levels of the histogram: each 1.5 % above the last, from a microsecond to more than an hour.
-_RATIO = np.log(1.015)
+# Levels of the histogram, from a microsecond to more than an hour.
+_RATIO = np.log(LEVEL_RATIO)
 _LEAST_NS = 1e3
 _LEVELS = 1480
 _PER_RANK = ("total", "comm", "backward", "own", "measured", "count")
@@ -45,6 +47,8 @@ class StepBins:
         """First step of the first bin."""
         self.latest = -1
         """Last step taken."""
+        self.sampled = False
+        """Whether percentiles are of a sample of the steps."""
         self.ranks: Ints = np.empty(0, np.int64)
         """Rank of each row of the sums per rank."""
         self._times: dict[str, Floats] = {}
@@ -64,17 +68,32 @@ class StepBins:
         if not len(new) or not len(new.ranks):
             return False
 
-        if self.latest < 0:
-            self.first = int(new.steps[0])
-
-        self.latest = int(new.steps[-1])
-        while self.used > self.bins:
-            self._join()
-
-        self._take_totals(new)
+        self._cover(int(new.steps[0]), int(new.steps[-1]))
+        self._take_histogram(new)
         self._take_ranks(new)
         self._take_times(new)
         return True
+
+    def take_totals(self, totals: StepTotals, sample: Window) -> None:
+        """Take all steps of a long run, as the first ones: means and extremes of all, percentiles of a sample.
+
+        Args:
+            totals: their exact sums.
+            sample: some of them.
+        """
+        self.sampled, self.width = True, totals.width
+        self._cover(totals.first, int(totals.latest.max()))
+        self._take_histogram(sample)
+        rows, bins = self._rows_of(totals.ranks), self._bins_of(totals.starts)
+        summed = {"total": totals.total, "own": totals.own, "measured": totals.measured, "count": totals.count}
+        for name, values in (summed | {name: totals.times[name] for name in ("comm", "backward")}).items():
+            np.add.at(self._by_rank[name], np.ix_(rows, bins), values)
+
+        for name, values in totals.times.items():
+            np.add.at(self._times.setdefault(name, np.zeros(self.bins)), bins, values.sum(axis=0))
+
+        np.minimum.at(self._least, bins, totals.least_ns)
+        np.maximum.at(self._most, bins, totals.most_ns)
 
     def steps(self, joined: int) -> Ints:
         """Return the first step of each bin, with `joined` bins as one."""
@@ -136,19 +155,31 @@ class StepBins:
         found: Floats = by.reduceat(values[:used], np.arange(0, used, joined), axis=0) if used else values[:0]
         return found
 
+    def _cover(self, first: int, last: int) -> None:
+        """Make room for steps up to the last; the first ones decide where the bins begin."""
+        if self.latest < 0:
+            self.first = first // self.width * self.width
+
+        self.latest = last
+        while self.used > self.bins:
+            self._join()
+
     def _join(self) -> None:
         """Make each bin twice as wide."""
+        # A bin with an odd number is the second half of the wider one.
+        odd = self.first // self.width % 2
+        self.first -= odd * self.width
         self.width *= 2
-        self._histogram = _halved(self._histogram, 0)
-        self._least = _halved(self._least, np.inf, np.minimum)
-        self._most = _halved(self._most, 0, np.maximum)
-        self._times = {name: _halved(values, 0) for name, values in self._times.items()}
-        self._by_rank = {name: _halved(values.T, 0).T.copy() for name, values in self._by_rank.items()}
+        self._histogram = _halved(self._histogram, 0, odd)
+        self._least = _halved(self._least, np.inf, odd, np.minimum)
+        self._most = _halved(self._most, 0, odd, np.maximum)
+        self._times = {name: _halved(values, 0, odd) for name, values in self._times.items()}
+        self._by_rank = {name: _halved(values.T, 0, odd).T.copy() for name, values in self._by_rank.items()}
 
     def _bins_of(self, steps: Ints) -> Ints:
         return (steps - self.first) // self.width
 
-    def _take_totals(self, new: Window) -> None:
+    def _take_histogram(self, new: Window) -> None:
         bins = self._bins_of(new.steps)
         total = np.maximum(new.total.astype(np.float64), 1.0)
         levels = np.clip(np.log(total / _LEAST_NS) / _RATIO, 0, _LEVELS - 1).astype(np.int64)
@@ -187,10 +218,12 @@ class StepBins:
         return order[np.searchsorted(self.ranks, ranks, sorter=order)]
 
 
-def _halved(values: NDArray[Any], empty: float, by: np.ufunc = np.add) -> NDArray[Any]:
-    joined = by(values[::2], values[1::2])
-    rest = np.full_like(joined, empty)
-    return np.concatenate([joined, rest])
+def _halved(values: NDArray[Any], empty: float, odd: int, by: np.ufunc = np.add) -> NDArray[Any]:
+    """Join pairs of bins; the first one is alone if its number is odd."""
+    room = np.full_like(values, empty)
+    shifted = np.concatenate([room[:odd], values, room[:odd]])
+    joined = by(shifted[::2], shifted[1::2])
+    return np.concatenate([joined, room])[: len(values)]
 
 
 def _ratio(above: Floats, below: Floats) -> Floats:

@@ -239,7 +239,8 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
             remarks.append(f"{which} is {side.report.run.state}, not finished")
 
         if side.report.steps.cut:
-            remarks.append(f"{which} is long: only its last {len(side.times_ms):,} steps are compared")
+            steps = f"{len(side.times_ms):,} of its {side.report.steps.count:,} steps"
+            remarks.append(f"{which} is long: {steps}, spread over the run, are compared")
 
     return remarks
 

@@ -1,8 +1,11 @@
-"""Digest of a run's rows, for the live view and the report: followed by cursor, bounded in memory."""
+"""Digest of a run's rows, for the live view and the report: followed by cursor, bounded in memory.
+
+Of a long run, the report reads exact sums of all steps and the rows of some of them, in blocks spread over the run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,12 +33,19 @@ from traceml.diagnosis.job_facts import RankExit
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.step_split import has_group
 from traceml.runs.metrics import MetricSummary
-from traceml.runs.samples import Samples
+from traceml.runs.sample_totals import SampleTotals
+from traceml.runs.samples import Samples, rows_for
+from traceml.runs.step_ranges import step_ranges
+from traceml.runs.step_totals import SetUpSums, StepTotals, step_totals
 
 __all__ = ["Digest"]
 
 # Maximum of step rows that are read of a whole run: 64 MB as stored.
 MAX_STEP_ROWS = 64 * 2**20 // STEPS.row_bytes
+# Of sampled tables with more frames than this, as many are read of each.
+_SAMPLE_FRAMES = 4096
+# Rows are taken in batches of this size, whatever the number of frames.
+_BATCH_BYTES = 4 << 20
 
 
 class Digest:
@@ -56,8 +66,6 @@ class Digest:
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
         self._ranks: dict[int, StreamRecord] = {}
-        self.cut = False
-        """Whether the first steps of the run were left out, as there are too many."""
         self._start_over()
 
     @property
@@ -90,21 +98,34 @@ class Digest:
         """Texts of each rank by id."""
         return self._intake.names
 
-    def start_at(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
+    def read(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
+        """Take a whole run; if it has more than `rows` step rows, its exact sums, and as many rows spread over it."""
+        self._read_streams(reader)
+        if self.streams and (reader.stored(STEPS.name) > rows or reader.is_thinned(STEPS.name)):
+            self._read_sample(reader, rows)
+
+        self._start_samples(reader)
+        self.update(reader)
+
+    def start_at_end(self, reader: StoreReader, rows: int) -> None:
         """Skip all but the last `rows` step rows, and their user phases."""
         self._read_streams(reader)
+        self._start_samples(reader)
         if not self.streams or reader.stored(STEPS.name) <= rows:
             return
 
-        self.cut = True
         each = max(1, rows // len(self.streams))
         self._follow_log(reader, NAMES.name)
-        streams = self._newest()
-        for table in (each for each in (STEPS, DEVICE_STEPS, USER_PHASES) if each.name in reader.tables):
+        for table in _of_steps(reader):
             newest = reader.last_id()
-            read = reader.rows(table.name, streams, last=each)
+            read = reader.rows(table.name, self._newest(), last=each)
             self._take(table, {self._rank_of(stream): data for stream, data in _by_stream(read, table)})
             self._cursors[table.name] = newest
+
+    @property
+    def cut(self) -> bool:
+        """Whether the window has a sample of the run's steps: then the exact sums of all are in `totals`."""
+        return self.totals is not None
 
     def update(self, reader: StoreReader) -> bool:
         """Take what arrived since the last call; return whether there was anything."""
@@ -124,6 +145,11 @@ class Digest:
         self._intake = RowIntake(self._slots)
         self.window, self.facts = self._intake.window, self._intake.facts
         self.samples = Samples()
+        self.sample_totals = SampleTotals()
+        self.totals: StepTotals | None = None
+        """Exact sums of all steps, where the window has only some of them."""
+        self.set_up: StepTotals | None = None
+        """The sums of the first steps, which include set-up; like `totals`."""
         self.first: dict[int, tuple[int, int]] = {}
         """Step and monotonic end of the first row of each rank."""
 
@@ -140,6 +166,8 @@ class Digest:
         for record in records:
             if record.attempt == attempt and not record.facts.get("helps"):  # a child that logs is no rank
                 self._take_stream(record)
+
+        self.samples.most = rows_for(len(self._ranks))
 
     def _take_stream(self, record: StreamRecord) -> None:
         rank = record.rank
@@ -163,25 +191,88 @@ class Digest:
     def _newest(self) -> Collection[int]:
         return {record.id for record in self.ranks.values()}
 
-    def _new_frames(self, reader: StoreReader, name: str) -> list[Frame]:
-        """Return the frames of a table since the last call, of each rank's newest stream."""
-        if name not in reader.tables:
-            return []  # a store that is older than the table
+    def _read_sample(self, reader: StoreReader, rows: int) -> None:
+        """Take the sums of all steps, and the rows of blocks of steps spread over the run."""
+        self._follow_log(reader, NAMES.name)
+        newest = reader.last_id()
+        found = reader.step_sums()
+        sums = {self._rank_of(stream): found[stream] for stream in self._newest() if stream in found}
+        if not any(each.count for each in sums.values()):
+            return
 
-        frames = list(reader.frames(name, self._cursors.get(name, 0)))
-        if frames:
-            self._cursors[name] = frames[-1].id
+        self.totals = totals = step_totals(sums, self._intake.names)
+        steps = [each.steps.bins for each in sums.values() if each.count]
+        first, last = min(int(bins["first_step"].min()) for bins in steps), int(totals.latest.max())
+        tables = _of_steps(reader)
+        ranges = step_ranges(reader, tables, len(totals.ranks), first, last, rows)
+        chosen = np.concatenate([np.arange(begin, end + 1) for begin, end in ranges])
+        self.window = window = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
+        set_up = SetUpSums()
+        for table in tables:
+            for by_rank in self._batches(reader.step_frames(table.name, ranges, self._newest())):
+                self._take(table, by_rank)
+                set_up.take(table, by_rank)
+
+            self._cursors[table.name] = newest
+
+        self.set_up = set_up.totals(self._intake.names)
+
+        ends = {rank: int(each.steps.bins["end_ns"].max()) for rank, each in sums.items() if each.count}
+        window.advance(totals.ranks, totals.latest, np.array([ends[rank] for rank in totals.ranks.tolist()]))
+
+    def _start_samples(self, reader: StoreReader) -> None:
+        """Take sampled tables of a long run: exact totals, and rows of frames that are spread over it."""
+        newest, streams = reader.last_id(), self._newest()
+        for table in (*_SAMPLED, *_BY_RULES):
+            if table.name not in reader.tables or reader.frame_count(table.name) <= _SAMPLE_FRAMES:
+                continue
+
+            if table.name in SampleTotals.tables:
+                for stream, sums in reader.table_sums(table.name).items():
+                    if stream in streams:
+                        self.sample_totals.start(table, self._rank_of(stream), sums)
+
+            each = max(2 * self.samples.most * len(streams) // _SAMPLE_FRAMES, 1)
+            for frame in reader.spread_frames(table.name, streams, _SAMPLE_FRAMES):
+                rank, rows = self._rank_of(frame.stream), np.frombuffer(frame.data, table.dtype)
+                self._intake.add(table.name, rank, frame.data)
+                if table in _SAMPLED:
+                    self.samples.add(table.name, rank, rows[:: -(-len(rows) // each)].copy())
+
+            self._cursors[table.name] = newest
+
+    def _frames(self, reader: StoreReader, name: str) -> Iterator[Frame]:
+        """Yield the frames of a table since the last call, of each rank's newest stream."""
+        if name not in reader.tables:
+            return  # a store that is older than the table
 
         newest = self._newest()
-        return [frame for frame in frames if frame.stream in newest]
+        for frame in reader.frames(name, self._cursors.get(name, 0)):
+            self._cursors[name] = frame.id
+            if frame.stream in newest:
+                yield frame
+
+    def _batches(self, frames: Iterable[Frame]) -> Iterator[dict[int, bytes]]:
+        """Yield the rows of frames by rank, a bounded number of bytes at a time."""
+        parts: dict[int, list[bytes]] = {}
+        size = 0
+        for frame in frames:
+            parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
+            size += len(frame.data)
+            if size > _BATCH_BYTES:
+                yield {rank: b"".join(of_rank) for rank, of_rank in parts.items()}
+                parts, size = {}, 0
+
+        if parts:
+            yield {rank: b"".join(of_rank) for rank, of_rank in parts.items()}
 
     def _follow(self, reader: StoreReader, table: Table) -> bool:
-        parts: dict[int, list[bytes]] = {}
-        for frame in self._new_frames(reader, table.name):
-            parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
+        found = False
+        for by_rank in self._batches(self._frames(reader, table.name)):
+            self._take(table, by_rank)
+            found = True
 
-        self._take(table, {rank: b"".join(of_rank) for rank, of_rank in parts.items()})
-        return bool(parts)
+        return found
 
     def _take(self, table: Table, by_rank: dict[int, bytes]) -> None:
         is_sampled = table in _SAMPLED
@@ -194,23 +285,37 @@ class Digest:
 
             self._intake.add(table.name, rank, data)
 
+        if is_sampled:
+            self._add_totals(table, by_rank)
+
         self._intake.flush()
 
+    def _add_totals(self, table: Table, by_rank: dict[int, bytes]) -> None:
+        rows = np.frombuffer(b"".join(by_rank.values()), table.dtype)
+        counts = [len(data) // table.row_bytes for data in by_rank.values()]
+        self.sample_totals.take(table, np.repeat(list(by_rank), counts), rows)
+
     def _follow_log(self, reader: StoreReader, name: str) -> bool:
-        frames = self._new_frames(reader, name)
-        for frame in frames:
-            rank = self._rank_of(frame.stream)
+        found = False
+        for frame in self._frames(reader, name):
+            found, rank = True, self._rank_of(frame.stream)
             for row in frame.maps():
                 if name == NAMES.name:
                     self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
                 else:
                     self.facts.info(rank, row)
 
-        return bool(frames)
+        return found
 
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
-_FOLLOWED = (STEPS, DEVICE_STEPS, USER_PHASES, LIMITS, LINES, *_SAMPLED)
+_OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
+_BY_RULES = (LIMITS, LINES)
+_FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
+
+
+def _of_steps(reader: StoreReader) -> list[Table]:
+    return [table for table in _OF_STEPS if table.name in reader.tables]
 
 
 def _by_stream(rows: NDArray[np.void], table: Table) -> Iterator[tuple[int, bytes]]:

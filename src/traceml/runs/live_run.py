@@ -150,7 +150,7 @@ class LiveRun:
         run = reader.meta().get("run", {})
         ranks = max(int(run.get("world_size", 1)), 1)
         self.digest = Digest(slots_for(ranks))
-        self.digest.start_at(reader, slots_for(ranks) * ranks)
+        self.digest.start_at_end(reader, slots_for(ranks) * ranks)
         return reader
 
     def _take_events(self, reader: StoreReader) -> None:

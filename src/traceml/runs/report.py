@@ -38,7 +38,7 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
 
     Args:
         run_dir: its folder.
-        max_step_rows: largest number of step rows, of all ranks together; the report of a longer run has `cut`.
+        max_step_rows: largest number of step rows, of all ranks together, that the verdict of a long run rests on.
 
     Raises:
         StoreError: the store is missing, damaged, or of another version.
@@ -49,14 +49,13 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
 
 
 def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
-    """Return the digest of a whole run, or of its last `max_step_rows` step rows.
+    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it.
 
     Raises:
         StoreError: the store is damaged.
     """
     digest = Digest(_slots(reader, max_step_rows))
-    digest.start_at(reader, max_step_rows)
-    digest.update(reader)
+    digest.read(reader, max_step_rows)
     return digest
 
 

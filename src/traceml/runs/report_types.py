@@ -63,7 +63,10 @@ class RunSection(msgspec.Struct, kw_only=True):
 
 
 class StepsSection(msgspec.Struct, kw_only=True):
-    """Number and duration of steps; `cut` where the first steps of a very long run are left out."""
+    """Number and duration of steps.
+
+    The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
+    """
 
     count: int = 0
     mean_ms: float | None = None
@@ -72,6 +75,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
     p99_ms: float | None = None
     per_second: float | None = None
     cut: bool = False
+    diagnosed: int = 0
 
 
 class RankMean(msgspec.Struct):

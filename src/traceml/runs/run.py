@@ -16,6 +16,7 @@ from traceml.database.reader import StoreReader
 from traceml.database.schema import PHASE_COLUMNS, STEPS, unpack_bits
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
+from traceml.formatting import capitalized, sample_text
 from traceml.runs.find import find_run
 from traceml.runs.report import build_report
 from traceml.runs.report_types import Report
@@ -184,6 +185,9 @@ def _lines(report: Report) -> list[str]:
     lines += [verdict.summary, f"Next: {verdict.next}"]
     if steps.mean_ms is not None:
         lines.append(f"{steps.count} steps, mean {steps.mean_ms:.4g} ms, p99 {steps.p99_ms:.4g} ms")
+
+    if steps.cut:
+        lines.append(capitalized(sample_text(steps.diagnosed, steps.count)))
 
     parts = [f"{phase.phase} {100 * phase.share:.0f} %" for phase in report.phases if phase.share >= 0.005]
     return [*lines, ", ".join(parts)] if parts else lines

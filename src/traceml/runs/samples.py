@@ -1,4 +1,4 @@
-"""Samples of processes, hosts and devices, bounded per rank."""
+"""Samples of processes, hosts and devices over time, bounded per rank."""
 
 from __future__ import annotations
 
@@ -7,29 +7,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Samples", "slope_per_step"]
+__all__ = ["Samples", "rows_for", "slope_per_step"]
 
 _MAX_ROWS = 4096
+_LEAST_ROWS = 256
+# 23 MB of the largest table.
+_MAX_ROWS_OF_ALL = 1 << 18
 _PARTS = 24
 _MIN_SAMPLES = 8
 _WARM_UP_STEPS = 20
 
 
+def rows_for(ranks: int) -> int:
+    """Return the number of samples to keep of each rank: 4,096 of a few ranks, 256 of a thousand."""
+    return max(_LEAST_ROWS, min(_MAX_ROWS, _MAX_ROWS_OF_ALL // max(ranks, 1)))
+
+
 class Samples:
-    """Rows of sampled tables by rank, at most 4,096 each.
+    """Rows of sampled tables by rank, a bounded number of each.
 
     Beyond that, every second row of the older half is dropped, so that a long run is covered from its beginning.
+
+    Args:
+        most: rows kept of each rank and table; see `rows_for`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _MAX_ROWS) -> None:
+        self.most = most
         self._rows: dict[tuple[str, int], NDArray[np.void]] = {}
         self._new: dict[tuple[str, int], list[NDArray[np.void]]] = {}
+        self._waiting: dict[tuple[str, int], int] = {}
 
     def add(self, table: str, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank, in order."""
-        waiting = self._new.setdefault((table, rank), [])
-        waiting.append(rows)
-        if sum(len(part) for part in waiting) > _MAX_ROWS:
+        key = (table, rank)
+        self._new.setdefault(key, []).append(rows)
+        self._waiting[key] = self._waiting.get(key, 0) + len(rows)
+        if self._waiting[key] > self.most:
             self.of(table, rank)
 
     def of(self, table: str, rank: int) -> NDArray[np.void] | None:
@@ -37,7 +51,8 @@ class Samples:
         key = (table, rank)
         if waiting := self._new.pop(key, None):
             parts = [self._rows[key], *waiting] if key in self._rows else waiting
-            self._rows[key] = _thinned(np.concatenate(parts))
+            self._rows[key] = self._thinned(np.concatenate(parts))
+            self._waiting[key] = 0
 
         return self._rows.get(key)
 
@@ -50,13 +65,12 @@ class Samples:
         """Return the ranks that have rows of a table."""
         return sorted({rank for name, rank in (*self._rows, *self._new) if name == table})
 
+    def _thinned(self, rows: NDArray[np.void]) -> NDArray[np.void]:
+        while len(rows) > self.most:
+            older = len(rows) // 2
+            rows = np.concatenate([rows[:older:2], rows[older:]])
 
-def _thinned(rows: NDArray[np.void]) -> NDArray[np.void]:
-    while len(rows) > _MAX_ROWS:
-        older = len(rows) // 2
-        rows = np.concatenate([rows[:older:2], rows[older:]])
-
-    return rows
+        return rows
 
 
 def slope_per_step(steps: NDArray[np.int64], values: NDArray[np.int64]) -> float | None:

@@ -29,12 +29,15 @@ from traceml.runs.report_types import (
     SystemSection,
     TelemetrySection,
 )
+from traceml.runs.sample_totals import SampleTotals
 from traceml.runs.samples import slope_per_step
+from traceml.runs.step_totals import StepTotals
 
 __all__ = ["lines", "memory", "phases", "ranks", "steps", "system", "telemetry"]
 
 _MS = 1e6
 _MAX_LINES = 200
+_QUANTILES = (0.5, 0.95, 0.99)
 _ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
 
 
@@ -43,24 +46,32 @@ def steps(digest: Digest, window: Window) -> StepsSection:
 
     Args:
         digest: the run.
-        window: the steps to describe.
+        window: the steps to describe; of a long run a sample.
     """
     latest = digest.window.latest
-    total = window.total.ravel() / _MS
-    count = int(latest.max()) + 1 if latest.size else 0
-    if not total.size:
-        return StepsSection(count=count, per_second=_per_second(digest), cut=digest.cut)
-
-    p50, p95, p99 = (significant(value) for value in np.quantile(total, (0.5, 0.95, 0.99)))
-    return StepsSection(
-        count=count,
-        mean_ms=significant(total.mean()),
-        p50_ms=p50,
-        p95_ms=p95,
-        p99_ms=p99,
+    section = StepsSection(
+        count=int(latest.max()) + 1 if latest.size else 0,
         per_second=_per_second(digest),
         cut=digest.cut,
+        diagnosed=len(window),
     )
+    totals, times = _totals(digest), window.total.ravel()
+    if totals is not None:
+        mean, quantiles = totals.mean_ns, totals.quantiles_ns(_QUANTILES)
+    elif times.size:
+        mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
+    else:
+        return section
+
+    section.mean_ms = significant(mean / _MS)
+    section.p50_ms, section.p95_ms, section.p99_ms = (significant(value / _MS) for value in quantiles)
+    return section
+
+
+def _totals(digest: Digest) -> StepTotals | None:
+    """Return the sums of all steps of a long run, without those of its set-up."""
+    totals, set_up = digest.totals, digest.set_up
+    return totals if totals is None or set_up is None else totals.without(set_up)
 
 
 def _per_second(digest: Digest) -> float | None:
@@ -77,19 +88,27 @@ def _per_second(digest: Digest) -> float | None:
 
 def phases(digest: Digest, window: Window) -> list[PhaseSection]:
     """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
+    by_rank = _means_by_rank(digest, window)
+    whole = sum(sum(means.values()) for means in by_rank.values())
+    return [_phase(name, by_rank, whole) for name in _names(by_rank)]
+
+
+def _means_by_rank(digest: Digest, window: Window) -> dict[int, dict[str, float]]:
+    if (totals := _totals(digest)) is not None:
+        return _means(totals, digest.grouped)
+
     by_rank = _means(window, digest.grouped)
     for rank in sorted(set(digest.ranks) - set(by_rank)):
         if rank < len(digest.window.latest) and digest.window.latest[rank] >= 0:
             by_rank |= _means(digest.window.held(rank), digest.grouped)
 
-    whole = sum(sum(means.values()) for means in by_rank.values())
-    return [_phase(name, by_rank, whole) for name in _names(by_rank)]
+    return by_rank
 
 
-def _means(window: Window, grouped: bool) -> dict[int, dict[str, float]]:
+def _means(steps: Window | StepTotals, grouped: bool) -> dict[int, dict[str, float]]:
     """Return each rank's mean milliseconds by phase; they add up to its mean step."""
-    split = {name: (means / _MS).tolist() for name, means in window.mean_split(grouped=grouped).items()}
-    return {rank: {name: means[row] for name, means in split.items()} for row, rank in enumerate(window.ranks.tolist())}
+    split = {name: (means / _MS).tolist() for name, means in steps.mean_split(grouped=grouped).items()}
+    return {rank: {name: means[row] for name, means in split.items()} for row, rank in enumerate(steps.ranks.tolist())}
 
 
 def _names(by_rank: dict[int, dict[str, float]]) -> list[str]:
@@ -176,47 +195,45 @@ def memory(digest: Digest) -> MemorySection:
 
 
 def _memory_of(digest: Digest, rank: int) -> RankMemory:
-    memory = RankMemory(rank=rank)
+    totals, memory = digest.sample_totals, RankMemory(rank=rank)
+    memory.rss_peak_bytes = _whole(totals.most(PROCESS, rank, "rss_bytes"))
+    memory.cuda_peak_bytes = _whole(totals.most(TORCH_MEMORY, rank, "peak_allocated_bytes"))
     process = digest.samples.of(PROCESS.name, rank)
-    device = digest.samples.of(TORCH_MEMORY.name, rank)
-    if process is not None and len(process):
+    if process is not None:
         slope = slope_per_step(process["step"], process["rss_bytes"])
-        memory.rss_peak_bytes = int(process["rss_bytes"].max())
         memory.rss_slope_bytes_per_step = None if slope is None else significant(slope)
-
-    if device is not None:
-        memory.cuda_peak_bytes = int(device["peak_allocated_bytes"].max())
 
     return memory
 
 
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
 def system(digest: Digest) -> SystemSection:
     """Return the utilization of hosts and devices."""
+    totals = digest.sample_totals
     hosts = {stream.host: HostSection(host=stream.host) for stream in digest.ranks.values()}
-    for rank in digest.samples.ranks(HOST.name):
-        rows = digest.samples.of(HOST.name, rank)
-        if rows is not None and len(rows) and rank in digest.ranks:
-            used = rows["memory_used_bytes"] / np.maximum(rows["memory_total_bytes"], 1)
-            host = hosts[digest.ranks[rank].host]
-            host.cpu_pct = significant(rows["cpu_pct"].mean())
-            host.memory_pct = significant(100 * used.max())
+    for rank in (rank for rank in totals.ranks(HOST) if rank in digest.ranks):
+        used, size = (totals.most(HOST, rank, f"memory_{what}_bytes") for what in ("used", "total"))
+        host = hosts[digest.ranks[rank].host]
+        host.cpu_pct = significant(totals.mean(HOST, rank, "cpu_pct"))
+        host.memory_pct = significant(100 * used / max(size, 1)) if used is not None and size is not None else None
 
-    for rank in digest.samples.ranks(GPU.name):
-        rows = digest.samples.of(GPU.name, rank)
-        if rows is not None and rank in digest.ranks:
-            hosts[digest.ranks[rank].host].gpus = [_gpu(rows[rows["index"] == i], i) for i in np.unique(rows["index"])]
+    for rank in (rank for rank in totals.ranks(GPU) if rank in digest.ranks):
+        hosts[digest.ranks[rank].host].gpus = [_gpu(totals, rank, index) for index in totals.devices(GPU, rank)]
 
     return SystemSection(list(hosts.values()))
 
 
-def _gpu(rows: Any, index: int) -> GpuSection:
+def _gpu(totals: SampleTotals, rank: int, index: int) -> GpuSection:
     return GpuSection(
-        index=int(index),
-        utilization_pct=significant(rows["utilization_pct"].mean()),
-        memory_used_bytes=int(rows["memory_used_bytes"].max()),
-        memory_total_bytes=int(rows["memory_total_bytes"].max()),
-        temperature_c=significant(rows["temperature_c"].max()),
-        power_w=significant(rows["power_w"].mean()),
+        index=index,
+        utilization_pct=significant(totals.mean(GPU, rank, "utilization_pct", index)),
+        memory_used_bytes=_whole(totals.most(GPU, rank, "memory_used_bytes", index)),
+        memory_total_bytes=_whole(totals.most(GPU, rank, "memory_total_bytes", index)),
+        temperature_c=significant(totals.most(GPU, rank, "temperature_c", index)),
+        power_w=significant(totals.mean(GPU, rank, "power_w", index)),
     )
 
 

@@ -49,6 +49,16 @@ def test_a_missing_rank_is_told():
     assert " Absent  no data from rank 2 (of 3)" in text_of(made)
 
 
+def test_what_a_long_runs_verdict_rests_on_is_told():
+    """Where the verdict is of a sample of the steps, the card says of how many, and of what the means are."""
+    made = slow_rank()
+    assert "Sample" not in text_of(made)
+
+    made.steps.cut, made.steps.count, made.steps.diagnosed = True, 1_000_000, 12_800
+    said = " ".join(text_of(made).split())
+    assert "Sample verdict from 12,800 of 1,000,000 steps, spread over the run; means are of all steps" in said
+
+
 def test_print_card_of_a_damaged_report(tmp_path):
     """A damaged report is an error that names the file."""
     path = tmp_path / "report.json"

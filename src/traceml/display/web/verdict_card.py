@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
 from traceml.display.web.elements import Container, FactList, TextNode, set_visible
-from traceml.formatting import count_text, duration_text, ms_text, percent_text, rate_text
+from traceml.formatting import capitalized, count_text, duration_text, ms_text, percent_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
 
@@ -30,6 +30,7 @@ class VerdictCard:
                     self._next = TextNode("span")
 
                 self._figures = FactList("figures")
+                self._sample = TextNode("p", "", "note")
 
             with Container("div", "evidence"):
                 TextNode("h3", "Evidence")
@@ -49,6 +50,8 @@ class VerdictCard:
         set_visible(self._next_block, bool(verdict.next))
         self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
+        self._sample.set_text(f"{capitalized(view.sample)}." if view.sample else "")
+        set_visible(self._sample, bool(view.sample))
 
 
 class FindingsPanel:

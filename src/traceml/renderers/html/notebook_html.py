@@ -7,7 +7,7 @@ from pathlib import Path
 
 from traceml.renderers.charts.figures import figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
-from traceml.renderers.html.report_page import PAGE_COLORS, chart_grid, run_line, verdict_card
+from traceml.renderers.html.report_page import PAGE_COLORS, chart_grid, run_line, sample_line, verdict_card
 from traceml.renderers.views import run_view
 from traceml.runs.report_types import Report
 from traceml.runs.series import RunSeries
@@ -30,6 +30,7 @@ def inline_html(report: Report, series: RunSeries) -> str:
         [
             *run_line(view),
             verdict_card(view.verdict, with_evidence=False),
+            f'<p class="sub">{sample_line(view)}</p>' if view.sample else "",
             *chart_grid(figures(view, series)),
         ]
     )

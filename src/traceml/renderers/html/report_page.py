@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import count_text, duration_text, ms_text, overhead_text, rate_text
+from traceml.formatting import capitalized, count_text, duration_text, ms_text, overhead_text, rate_text
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
@@ -22,7 +22,7 @@ from traceml.runs.about import About
 from traceml.runs.report_types import Report
 from traceml.runs.series import RunSeries
 
-__all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "verdict_card"]
+__all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "sample_line", "verdict_card"]
 
 PAGE_COLORS = {"light": "#f5f7f9", "dark": "#0d131b"}
 """Background of a page by theme."""
@@ -128,7 +128,12 @@ def _tiles(view: RunView) -> Iterator[str]:
     )
     yield '<div class="tiles">'
     yield from (f'<div class="tile"><b>{escaped(value)}</b><span>{name}</span></div>' for name, value in tiles)
-    yield f'</div><p class="more">Overhead of tracing: {escaped(overhead)}.</p>'
+    yield f'</div><p class="more">{sample_line(view)}Overhead of tracing: {escaped(overhead)}.</p>'
+
+
+def sample_line(view: RunView) -> str:
+    """Return the sentence on what the verdict of a long run rests on; empty where that is all steps."""
+    return f"{escaped(capitalized(view.sample))}. " if view.sample else ""
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:

@@ -88,6 +88,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_verdict_lines(view, width),
         Text(),
         _steps_line(view, viewport),
+        *_labeled("Sample", view.sample or "", width),
         *_phase_lines(view, width, viewport),
         *_rank_lines(view, viewport),
         Text(),

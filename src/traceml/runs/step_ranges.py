@@ -1,0 +1,87 @@
+"""Choice of the steps of a long run whose rows are read: blocks of consecutive steps, spread over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from traceml.database.reader import StoreReader
+from traceml.database.schema import Table
+from traceml.database.thinning import BLOCK_STEPS, sample_blocks
+
+__all__ = ["spread_ranges", "step_ranges"]
+
+# A part of a block stands for it where few rows of each rank are read: rather more places than longer ones.
+_LEAST_STEPS = 16
+_USUAL_BLOCKS = 32
+# Reading a frame takes so long, and each of its rows besides (measured); a report should not take seconds.
+_FRAME_S, _ROW_S = 15e-6, 75e-9
+_BUDGET_S = 1.2
+_LEAST_PLACES = 4
+# Of the frames of all ranks, which do not begin with the same step, most are cut once by a range of this share.
+_SHARE_OF_FRAME = 1 / 4
+
+
+def step_ranges(
+    reader: StoreReader, tables: Sequence[Table], ranks: int, first: int, last: int, rows: int
+) -> list[tuple[int, int]]:
+    """Return ranges of steps, (first, last), that are spread over a run and read in a second or two.
+
+    Args:
+        reader: the run's store.
+        tables: the tables whose rows of these steps will be read.
+        ranks: number of ranks.
+        first: first step of the run.
+        last: last step.
+        rows: how many step rows to read of all ranks together.
+    """
+    steps, frames = max(rows // ranks, _LEAST_STEPS), sum(reader.frame_count(table.name) for table in tables)
+    per_frame = max((last - first + 1) * ranks * len(tables) / max(frames, 1), 1.0)
+    frame_s = _FRAME_S + per_frame * _ROW_S
+    if frames * frame_s <= _BUDGET_S:
+        return spread_ranges(first, last, steps)
+
+    place_s = (1 + _block_steps(steps) / per_frame) * frame_s * ranks * len(tables)
+    places = max(int(_BUDGET_S / place_s), _LEAST_PLACES)
+    return spread_ranges(first, last, steps, places, int(per_frame * _SHARE_OF_FRAME))
+
+
+def spread_ranges(
+    first: int, last: int, steps: int, places: int | None = None, reach: int = 0
+) -> list[tuple[int, int]]:
+    """Return ranges of steps, (first, last), that are spread over a run, in order.
+
+    Args:
+        first: first step of the run.
+        last: last step.
+        steps: about how many steps the ranges have together.
+        places: at most this many places of the run; in each there may be several ranges.
+        reach: steps from the begin of a place to its end.
+    """
+    each = _block_steps(steps)
+    if places is None or places >= steps // each:
+        return list(_cut(sample_blocks(first, last, steps // each * BLOCK_STEPS), each))
+
+    width = max((last - first + 1) // places, 1)
+    ranges: list[tuple[int, int]] = []
+    for begin in range(first, last + 1, width)[:places]:
+        block = max(begin // BLOCK_STEPS * BLOCK_STEPS, first)
+        end = min(block + max(min(reach, width), BLOCK_STEPS), last + 1) - 1
+        ranges += _cut(sample_blocks(block, end, max(steps // places // each, 1) * BLOCK_STEPS), each)
+
+    return ranges
+
+
+def _block_steps(steps: int) -> int:
+    """Return how many steps of a block to read."""
+    return min(max(steps // _USUAL_BLOCKS, _LEAST_STEPS), BLOCK_STEPS)
+
+
+def _cut(ranges: Sequence[tuple[int, int]], each: int) -> Iterator[tuple[int, int]]:
+    """Yield the first steps of each block in ranges of whole blocks."""
+    for first, last in ranges:
+        if each == BLOCK_STEPS:
+            yield first, last
+            continue
+
+        begins = [first, *range((first // BLOCK_STEPS + 1) * BLOCK_STEPS, last + 1, BLOCK_STEPS)]
+        yield from ((begin, min(begin + each - 1, last)) for begin in begins)
