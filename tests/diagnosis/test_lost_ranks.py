@@ -32,6 +32,24 @@ def test_an_exception_is_told_with_its_line():
     assert (finding.evidence["file"], finding.evidence["line"], finding.evidence["step"]) == ("train.py", 17, 8)
 
 
+@pytest.mark.parametrize(
+    ("ended", "advice"),
+    [
+        ({"signal": 1, "state": "killed"}, "tmux"),
+        ({"signal": 7, "state": "killed"}, "--shm-size"),
+        ({"exception": "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                       "dataloader's workers are out of shared memory."}, "--shm-size"),
+        ({"exception": "OSError: [Errno 24] Too many open files: 'a.jpg'", "file": "a.py", "line": 3}, "ulimit -n"),
+        ({"exception": "ValueError: no", "file": "a.py", "line": 3}, "Read a.py:3"),
+    ],
+)  # fmt: skip
+def test_the_advice_is_for_the_cause(ended, advice):
+    """A closed terminal, shared memory, descriptors; else the line."""
+    finding = rank_lost(JobFacts(exits=(RankExit(**{"rank": 0, "state": "failed", "code": 1, **ended}),)))[0]
+
+    assert advice in finding.next
+
+
 def test_an_exit_code_is_told():
     """sys.exit(3) is a lost rank too."""
     finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]

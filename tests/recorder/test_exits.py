@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch._utils import ExceptionWrapper
 
 from tests.aggregator.conftest import Serving
 from tests.recorder.conftest import Run, exit_rows, stored_steps
@@ -126,6 +127,43 @@ def test_describe_names_the_users_own_line() -> None:
     assert facts["exception"] == "json.decoder.JSONDecodeError"
     assert facts["file"] == __file__
     assert "decoder.py" in facts["stack"]
+
+
+def raised_again(error: Exception, where: str) -> dict[str, object]:
+    """Return what is described of an error that torch has carried here from another process."""
+    try:
+        raise error
+    except Exception:
+        carried = ExceptionWrapper(where=where)
+
+    try:
+        carried.reraise()
+    except Exception as again:
+        return describe(again)
+
+
+def test_an_error_of_a_loaders_worker_is_the_datasets_own() -> None:
+    """Its message and line, not those of the loop that asked for the batch."""
+    facts = raised_again(ValueError("sample 1777\nis damaged"), "in DataLoader worker process 0")
+
+    assert facts["exception"] == "ValueError"
+    assert facts["message"] == "sample 1777\nis damaged (in DataLoader worker process 0)"
+    assert facts["file"] == __file__
+    assert facts["function"] == "raised_again"
+    assert facts["line"] == raised_again.__code__.co_firstlineno + 3
+
+
+def test_an_error_of_a_worker_without_text_has_its_place() -> None:
+    """`raise KeyError` alone."""
+    facts = raised_again(KeyError(), "in pin memory thread for device 0")
+
+    assert (facts["exception"], facts["message"]) == ("KeyError", "(in pin memory thread for device 0)")
+    assert facts["function"] == "raised_again"
+
+
+def test_a_text_that_looks_so_stays() -> None:
+    """Only torch's own form is read."""
+    assert describe(ValueError("Caught cold in winter."))["message"] == "Caught cold in winter."
 
 
 def test_a_message_that_fails_is_said() -> None:

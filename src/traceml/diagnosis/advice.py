@@ -190,6 +190,11 @@ def for_straggler(part: str | None, ranks: tuple[int, ...], facts: JobFacts, lin
     return f"Look at what {names}{at} does in its {part} phase that the others do not."
 
 
+def _lacks_shared_memory(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    return "shared memory" in text or "bus error" in text or "/dev/shm" in text  # noqa: S108 - part of a message
+
+
 def for_exit(ended: RankExit) -> str:
     """Return advice on a lost rank."""
     if ended.signal == 9:
@@ -198,7 +203,26 @@ def for_exit(ended: RankExit) -> str:
             "the job's memory limit, or a kill command."
         )
 
-    if ended.signal in (6, 7, 8, 11):
+    if ended.signal == 1:
+        return (
+            "The terminal or the ssh session was closed: start the run in tmux or screen, or with setsid; nohup does "
+            "not protect the ranks of torchrun."
+        )
+
+    if ended.signal == 7 or _lacks_shared_memory(ended):
+        return (
+            "Shared memory ran out: give /dev/shm more room (docker run --shm-size=8g or --ipc=host; in Kubernetes an "
+            "emptyDir with medium Memory), or use fewer loader workers or a smaller prefetch_factor."
+        )
+
+    if ended.exception and "too many open files" in ended.exception.lower():
+        return (
+            "Close what the script opens (files in a Dataset, loggers), call "
+            "torch.multiprocessing.set_sharing_strategy('file_system') before loaders with workers, or raise the "
+            "limit: ulimit -n."
+        )
+
+    if ended.signal in (6, 8, 11):
         return "Run that rank with faulthandler (python -X faulthandler) to see the line in native code that crashed."
 
     if ended.signal is not None:

@@ -40,7 +40,8 @@ class RankExit:
         rank: the rank.
         state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
         code: exit code, signal: its number.
-        exception: `Type: message` of the exception that ended the script, with the file and line that raised it.
+        exception: `Type: message` of the exception that ended the script.
+        file, line, function: the user's code that raised it.
         last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
         at_s: epoch seconds of the end, to separate the first from those that followed.
         stopped: whether its launcher ended it, because of others.
@@ -54,6 +55,7 @@ class RankExit:
     exception: str | None = None
     file: str | None = None
     line: int | None = None
+    function: str | None = None
     last_step: int | None = None
     open_phase: str | None = None
     open_step: int | None = None

@@ -154,6 +154,7 @@ def _evidence(ended: RankExit, followed: Sequence[int]) -> dict[str, object]:
         "exception": ended.exception,
         "file": ended.file,
         "line": ended.line,
+        "function": ended.function,
         "step": ended.open_step if ended.open_step is not None else ended.last_step,
         "last_step": ended.last_step,
         "host": ended.host,

@@ -8,7 +8,7 @@ a finalizer on an attribute of the exception detects that.
 
 from __future__ import annotations
 
-import os
+import re
 import sys
 import threading
 import traceback
@@ -19,15 +19,19 @@ from typing import Any, NoReturn
 
 from traceml.database.schema import Phase
 from traceml.privacy import secrets_only
+from traceml.recorder.user_code import is_ours, is_user_file
 
 __all__ = ["ExitWatch", "describe", "status_of"]
 
 _ATTRIBUTE = "_traceml"  # of a SystemExit: our finalizer
 _MESSAGE_CHARS, _STACK_CHARS, _STACK_FRAMES = 500, 4000, 20
-_OURS = str(Path(__file__).parents[1]) + os.sep
+_MAX_TEXT = 20_000
+_CAUGHT = re.compile(r"Caught (?P<kind>\S+) in (?P<where>[^\n]+?)\.\nOriginal Traceback")
+_FRAME = re.compile(r'^ *File "(?P<file>[^"\n]+)", line (?P<line>\d+), in (?P<function>\S+)$', re.MULTILINE)
+_PACKAGE = Path(__file__).parents[1]
 # An exception closes the phases that it passes through, but its traceback contains their wrappers.
 _PHASE_OF = {
-    f"{_OURS}instrument{os.sep}{module}.py": phase.name.lower()
+    f"{_PACKAGE}/instrument/{module}.py": phase.name.lower()
     for module, phase in (
         ("loader", Phase.INPUT_WAIT),
         ("forward", Phase.FORWARD),
@@ -127,12 +131,13 @@ def describe(error: BaseException | None) -> dict[str, Any]:
     name = (
         kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
     )
-    facts: dict[str, Any] = {"exception": name, "message": secrets_only().mask_text(_text_of(error))}
+    text = _text_of(error)
+    facts: dict[str, Any] = {"exception": name, "message": secrets_only().mask_text(text[:_MESSAGE_CHARS])}
     frames = traceback.extract_tb(error.__traceback__)
-    shown = [frame for frame in frames if not frame.filename.startswith(_OURS)] or frames
+    shown = [frame for frame in frames if not is_ours(frame.filename)] or frames
     if shown:
         # The innermost line may be deep in a library; the user needs the line of their own code that led there.
-        own = [frame for frame in shown if not _is_library(frame.filename)]
+        own = [frame for frame in shown if is_user_file(frame.filename)]
         frame = (own or shown)[-1]
         facts |= {"file": frame.filename, "line": frame.lineno or 0, "function": frame.name}
 
@@ -142,15 +147,32 @@ def describe(error: BaseException | None) -> dict[str, Any]:
 
     stack = "".join(traceback.format_list(shown[-_STACK_FRAMES:]))
     facts["stack"] = secrets_only().mask_text(stack)[-_STACK_CHARS:]  # it contains lines of the user's code
+    return facts | _in_worker(text)
+
+
+def _in_worker(text: str) -> dict[str, Any]:
+    """Return message and line of an exception that a loader's worker process has raised.
+
+    torch raises it again in the training process, with the worker's traceback in its text
+    (`torch._utils.ExceptionWrapper`).
+    """
+    caught = _CAUGHT.match(text)
+    if caught is None:
+        return {}
+
+    trace, kind, message = text[caught.end() :].rpartition(f"\n{caught['kind']}")
+    frames = [match for match in _FRAME.finditer(trace) if is_user_file(match["file"])]
+    worker = f"{message.removeprefix(':').strip()[:_MESSAGE_CHARS]} (in {caught['where']})"
+    facts: dict[str, Any] = {"message": secrets_only().mask_text(worker.strip())} if kind else {}
+    if frames:
+        file, line, function = frames[-1].group("file", "line", "function")
+        facts |= {"file": file, "line": int(line), "function": function}
+
     return facts
 
 
 def _text_of(error: BaseException) -> str:
     try:
-        return str(error)[:_MESSAGE_CHARS]
+        return str(error)[:_MAX_TEXT]
     except Exception as broken:  # noqa: BLE001 - a user's __str__ may raise anything
         return f"<its text failed: {type(broken).__name__}>"
-
-
-def _is_library(path: str) -> bool:
-    return "site-packages" in path or "dist-packages" in path or path.startswith(("<frozen", sys.base_prefix + "/lib"))

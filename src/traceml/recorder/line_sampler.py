@@ -12,76 +12,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
+from traceml.recorder.user_code import UserCode, is_ours
 
 if TYPE_CHECKING:
     from traceml.database.flight import FlightFile
 
-__all__ = ["LineSampler", "UserCode"]
+__all__ = ["LineSampler"]
 
 _ARMED_S = 20e-6
 _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
-_MAX_CODES = 4096
 _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
 _PHASES = len(Phase)
 _STEP_START = int(Slot.STEP_START)
 
 _Key = tuple[int, CodeType | None, int, CodeType | None]
-
-
-class UserCode:
-    """Tells the user's code from libraries: the standard library, installed packages, torch and traceml.
-
-    A script is the user's wherever it lies.
-
-    Args:
-        modules: the loaded modules; None: `sys.modules`.
-    """
-
-    def __init__(self, modules: Any = None) -> None:
-        self._modules = sys.modules if modules is None else modules
-        self._known: dict[CodeType, bool] = {}
-        self._folders = (f"{Path(os.__file__).parent}/", f"{Path(__file__).parent.parent}/")
-        self._torch = ""
-
-    def contains(self, frame: FrameType) -> bool:
-        """Return whether the user wrote the code of a frame."""
-        code = frame.f_code
-        known = self._known.get(code)
-        if known is None:
-            if len(self._known) >= _MAX_CODES:  # code that is made anew for each call
-                self._known.clear()
-
-            known = self._known[code] = _is_script(frame) or self._is_of_user(code.co_filename)
-
-        return known
-
-    def is_hidden(self, code: CodeType) -> bool:
-        """Return whether naming a library function tells nobody anything: imports, generated code, and traceml."""
-        return code.co_filename.startswith(("<", self._folders[1]))
-
-    def _is_of_user(self, path: str) -> bool:
-        if path.startswith("<"):
-            return path.startswith("<ipython-input-")
-
-        if "/site-packages/" in path or "/dist-packages/" in path or path.startswith(self._folders):
-            return False
-
-        return not (self._torch_folder() and path.startswith(self._torch))
-
-    def _torch_folder(self) -> str:
-        file = getattr(self._modules.get("torch"), "__file__", None)
-        if not self._torch and file:
-            self._torch = f"{Path(file).parent}/"
-
-        return self._torch
 
 
 class LineSampler:
@@ -149,7 +100,7 @@ class LineSampler:
             if self._user.contains(found):
                 return phase, code, found.f_lineno, library
 
-            library = library or (None if self._user.is_hidden(code) else code)
+            library = library or (None if _is_hidden(code) else code)
             found = found.f_back
 
         return phase, None, 0, library
@@ -185,6 +136,6 @@ def _function(code: CodeType) -> str:
     return name
 
 
-def _is_script(frame: FrameType) -> bool:
-    values = frame.f_globals
-    return values.get("__name__") == "__main__" and values.get("__spec__") is None
+def _is_hidden(code: CodeType) -> bool:
+    """Return whether naming a library function tells nobody anything: imports, generated code, and traceml."""
+    return code.co_filename.startswith("<") or is_ours(code.co_filename)

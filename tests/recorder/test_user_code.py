@@ -1,0 +1,42 @@
+"""What is the user's code."""
+
+from __future__ import annotations
+
+import collections
+import sys
+
+import pytest
+
+from traceml.recorder.user_code import UserCode
+
+
+def frame_of(path: str, **values: object) -> object:
+    """Return a frame of code in a file of that name."""
+    namespace: dict[str, object] = {"sys": sys, "__name__": "module", **values}
+    exec(compile("frame = sys._getframe()", path, "exec"), namespace)
+    return namespace["frame"]
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "is_of_user"),
+    [
+        ("/home/me/train.py", {}, True),
+        ("/tmp/ipykernel_77/1234.py", {}, True),
+        ("<ipython-input-3-abc>", {}, True),
+        ("/home/me/.venv/lib/python3.11/site-packages/timm/models.py", {}, False),
+        ("/usr/lib/python3/dist-packages/numpy/core.py", {}, False),
+        (collections.__file__, {}, False),
+        ("<frozen importlib._bootstrap>", {}, False),
+        (sys.modules["traceml.recorder"].__file__, {}, False),
+        ("/opt/pytorch/torch/nn/linear.py", {}, False),
+        # a script wherever it lies, as `python /usr/lib/python3/dist-packages/x/train.py`
+        ("/usr/lib/python3/dist-packages/x/train.py", {"__name__": "__main__", "__spec__": None}, True),
+    ],
+)
+def test_what_the_user_wrote(path: str, values: dict[str, object], *, is_of_user: bool) -> None:
+    """Everything but the standard library, installed packages, torch and traceml."""
+
+    class Torch:
+        __file__ = "/opt/pytorch/torch/__init__.py"
+
+    assert UserCode({"torch": Torch}).contains(frame_of(path, **values)) is is_of_user
