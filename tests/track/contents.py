@@ -29,6 +29,9 @@ class Contents:
         histograms: sorted (name, step, counts).
         artifacts: name -> newest content.
         params: name -> value, in the tracker's own form.
+        facts: name -> value of what collectors read, where it is not among the parameters.
+        system: fields that the tracker shows itself.
+        started, ended: epoch seconds of the training, where the tracker has them.
         tags: the tags that people filter by.
         state: how it ended, in the tracker's own word.
     """
@@ -40,6 +43,10 @@ class Contents:
     artifacts: dict[str, bytes] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    system: dict[str, Any] = field(default_factory=dict)
+    started: float | None = None
+    ended: float | None = None
     state: str = ""
 
     def sorted(self) -> Contents:
@@ -77,10 +84,15 @@ def jsonl(run_dir: Path, number: str) -> Contents:
             found.artifacts[row["name"]] = Path(row["path"]).read_bytes()
         elif kind == "params":
             found.params |= row["params"]
+        elif kind == "facts":
+            found.facts |= row["facts"]
         elif kind in {"tags", "start"}:
             tags |= row["tags"]
         elif kind == "end":
-            found.state = row["state"]
+            found.state, found.ended = row["state"], row["timestamp"]
+
+        if kind == "start":
+            found.started = row["timestamp"]
 
     found.tags = [f"{key}: {value}" for key, value in tags.items()]
     return found.sorted()
@@ -93,7 +105,13 @@ def mlflow(run_dir: Path, number: str) -> Contents:
     client = MlflowClient(f"sqlite:///{run_dir.parent}/mlflow.db")
     run = client.get_run(number)
     found = Contents(READERS["mlflow"](run_dir, number), params=dict(run.data.params), state=run.info.status)
-    found.tags = [f"{key}: {value}" for key, value in run.data.tags.items() if not key.startswith("mlflow.")]
+    found.started, found.ended = run.info.start_time / 1000, run.info.end_time / 1000
+    for key, value in run.data.tags.items():
+        if key.startswith("mlflow."):
+            found.system[key] = value
+        elif not key.startswith("traceml."):
+            found.tags.append(f"{key}: {value}")
+
     root = Path(str(run.info.artifact_uri).removeprefix("file://"))
     for path in (each for each in sorted(root.rglob("*")) if each.is_file()):
         kind, _, rest = path.relative_to(root).as_posix().partition("/")
@@ -113,23 +131,34 @@ def mlflow(run_dir: Path, number: str) -> Contents:
 def tensorboard(run_dir: Path, number: str) -> Contents:
     """Read with TensorBoard's own accumulator."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
     from tensorboard.util.tensor_util import make_ndarray
 
+    tags: dict[str, str] = {}
     found = Contents(READERS["tensorboard"](run_dir, number))
     read = EventAccumulator(number, size_guidance={"tensors": 0, "images": 0}).Reload()
+    plugin = read.PluginTagToContent("hparams")
+    start = HParamsPluginData.FromString(plugin["_hparams_/session_start_info"]).session_start_info
+    end = HParamsPluginData.FromString(plugin["_hparams_/session_end_info"]).session_end_info
+    found.started, found.ended = start.start_time_secs, end.end_time_secs
+    found.params = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in start.hparams.items()}
+    found.system = {"folder": Path(number).name, "status": end.status}
     for name in read.Tags()["images"]:
         found.images += [(name, each.step, color_of(each.encoded_image_string)) for each in read.Images(name)]
 
     for name in read.Tags()["tensors"]:
         for each in read.Tensors(name):
             value = make_ndarray(each.tensor_proto)
+            if name.startswith("_hparams_/"):
+                continue
             if value.ndim:
                 found.histograms.append((name, each.step, value[:, 2].tolist()))
-            elif name.startswith("params/tags/"):
-                found.tags = [tag for tag in found.tags if not tag.startswith(f"{name[12:]}: ")]
-                found.tags.append(f"{name[12:]}: {value.item().decode()}")
-            elif name.startswith("params/"):
-                found.params[name[7:]] = value.item().decode()
+            elif name == "tags":
+                tags |= _rows(value.item().decode())
+            elif name.startswith("facts/"):
+                found.facts |= _rows(value.item().decode())
+            elif name in {"params", "run"}:
+                continue
             elif name.startswith("artifacts/"):
                 found.artifacts[name[10:]] = Path(json.loads(value.item())["path"]).read_bytes()
             elif name == "state":
@@ -137,7 +166,13 @@ def tensorboard(run_dir: Path, number: str) -> Contents:
             else:
                 found.texts.append((name, each.step, value.item().decode()))
 
+    found.tags = [f"{key}: {value}" for key, value in tags.items()]
     return found.sorted()
+
+
+def _rows(table: str) -> dict[str, str]:
+    """Return the rows of a Markdown table of two columns."""
+    return {name: value for _, name, value, _ in (map(str.strip, line.split("|")) for line in table.splitlines()[2:])}
 
 
 def wandb(run_dir: Path, number: str) -> Contents:
@@ -230,6 +265,8 @@ for name, artifact in run.artifacts.items():
     out["artifacts"][name] = artifact.uri if hasattr(artifact, "uri") else artifact["uri"]
 out["params"] = run["hparams"] if run.get("hparams") else {}
 out["tags"], out["state"] = list(run.tags), run.get("state")
+out["facts"] = {name: run.get(name) for name in ("git", "system")}
+out["times"] = run.creation_time, run.end_time
 print(json.dumps(out, default=str))
 """
 
@@ -248,6 +285,9 @@ def aim(run_dir: Path, number: str) -> Contents:
         artifacts={name: Path(uri.removeprefix("file://")).read_bytes() for name, uri in read["artifacts"].items()},
         params=read["params"],
         tags=read["tags"],
+        facts=read["facts"],
+        started=read["times"][0],
+        ended=read["times"][1],
         state=read["state"],
     ).sorted()
 

@@ -20,7 +20,7 @@ def make(tmp_path: Path) -> Iterator[Maker]:
     made: list[BackendInterface] = []
 
     def maker(name: str, *, experiment: dict[str, Any] | None = None, **options: Any) -> BackendInterface:
-        more = {key: options.pop(key) for key in ("continue_run", "local_only") if key in options}
+        more = {key: options.pop(key) for key in ("continue_run", "local_only", "mark") if key in options}
         about = {"id": "exp-1", "name": "first", "project": "tests", "tags": {}, "parent": None, "params": {}}
         config = {
             "options": options,

@@ -7,12 +7,11 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.track.contents import CONTENTS, Contents
-from tests.track.fabricated import LoggedRun, deliver, eventually, state_of
+from tests.track.fabricated import START_NS, LoggedRun, deliver, eventually, state_of
 from traceml.track.tracker_state import EXIT_AGAIN
 
 pytestmark = [
@@ -21,6 +20,10 @@ pytestmark = [
 ]
 
 VERDICTS = ("INSUFFICIENT_DATA", "RESIDUAL_HEAVY", "INPUT_BOUND")
+SYSTEM = {"host": "node1", "cores": 8}
+GIT = {"commit": "0123abcd", "branch": "main", "remote": "https://example.com/x.git", "dirty": False}
+STARTED, ENDED = START_NS / 1e9, START_NS / 1e9 + 0.006  # a millisecond for each value
+FACTS = {f"system/{key}": value for key, value in SYSTEM.items()} | {f"git/{key}": each for key, each in GIT.items()}
 # What a tracker cannot hold: it keeps the newest under a name and step, or one of each name.
 KEEPS_NEWEST = {"mlflow"}
 
@@ -45,7 +48,7 @@ def _log(run: LoggedRun, part: int) -> None:
         run.row("histogram", name="h", counts=[1.0, part], edges=[0.0, 0.5, 1.0], step=step)
 
     run.row("artifact", name="model/weights.bin", path=f"artifacts/weights{part}.bin")
-    run.row("params", params={"lr": 0.1 * part, "model": {"depth": part, "name": "x"}})
+    run.row("params", params={"lr": 0.125 * part, "model": {"depth": part, "name": "x"}})
     run.row("tags", tags={"team": f"vision {part}"})
     run.writer.event("verdict", {"verdict": _verdict(VERDICTS[part - 1]), "step": part})
     run.writer.commit()
@@ -69,19 +72,22 @@ def _deliver_until(run: LoggedRun, backend: str, rows: int, ending: signal.Signa
         process.communicate()
 
 
-@pytest.fixture(params=sorted(CONTENTS))
-def delivered(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Contents]:
+@pytest.fixture(params=sorted(CONTENTS), scope="module")
+def delivered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Contents]:
     """Log in three parts, with a killed and an ended delivery between them; return the tracker and what it holds."""
     backend: str = request.param
     if backend == "aim" and sys.version_info >= (3, 13):
         pytest.skip("there is no Aim for this Python")
 
-    run = LoggedRun(tmp_path / "runs" / "20260101-000000-round-abcd", ended=None, state="running")
-    run.experiment([backend], id="x", metrics_interval=1e6)
+    folder = tmp_path_factory.mktemp(backend)
+    run = LoggedRun(folder / "runs" / "20260101-000000-round-abcd", ended=None, state="running")
+    run.experiment([backend], id="x", metrics_interval=1e6, user="ada", source="train.py", tags={"team": "vision 0"})
+    run.row("collected", name="system", facts=SYSTEM)
+    run.row("collected", name="git", facts=GIT)
     ends = (signal.SIGKILL, signal.SIGTERM)
     for part, ending in enumerate(ends, 1):
         _log(run, part)
-        _deliver_until(run, backend, 12 * part + 1, ending)
+        _deliver_until(run, backend, 12 * part + 3, ending)
 
     _log(run, 3)
     run.row("end", state="failed", values=6)
@@ -117,3 +123,76 @@ def test_everything_twice_under_one_name(delivered: tuple[str, Contents]) -> Non
     assert found.images == sorted(("cat", step, (80 * part, 0, 0)) for step, part in where)
     assert found.histograms == sorted(("h", step, [1.0, part]) for step, part in where)
     assert found.artifacts == {"model/weights.bin": bytes([3]) * 1000}
+
+
+PARAMS = {
+    "aim": {"lr": 0.375, "model": {"depth": 3, "name": "x"}},
+    "clearml": {"lr": ("float", "0.375"), "model/depth": ("int", "3"), "model/name": ("str", "x")},
+    "jsonl": {"lr": 0.375, "model": {"depth": 3, "name": "x"}},
+    "mlflow": {"lr": "0.125", "model.depth": "1", "model.name": "x"},  # the newest are tags
+    "tensorboard": {"lr": 0.375, "model/depth": 3.0, "model/name": "x"},
+    "wandb": {"lr": 0.375, "model": {"depth": 3, "name": "x"}},
+}
+
+
+def test_parameters_are_found_as_the_trackers_users_search_them(delivered: tuple[str, Contents]) -> None:
+    """Nested ones under that tracker's names, numbers as numbers, and the newest where a tracker replaces values."""
+    backend, found = delivered
+    assert {name: found.params.get(name) for name in PARAMS[backend]} == PARAMS[backend]
+    if backend == "mlflow":
+        assert {"param.lr: 0.375", "param.model.depth: 3"} <= set(found.tags)
+
+
+def test_tags_are_peoples_and_the_newest(delivered: tuple[str, Contents]) -> None:
+    """A tag has its last value alone, the verdict's too; facts about the machine are no tags."""
+    _, found = delivered
+    tags = [tag.replace(": ", ":") for tag in found.tags if not tag.startswith("param.")]
+    assert tags == ["team:vision 3", "traceml/verdict:COMM_BOUND"]
+
+
+def test_facts_stand_apart_from_tags(delivered: tuple[str, Contents]) -> None:
+    """Facts of collectors are parameters, or have a place of their own; the verdict's words too."""
+    backend, found = delivered
+    if backend == "aim":
+        assert found.facts == {"system": SYSTEM, "git": GIT}
+    elif backend == "clearml":
+        typed = {name: (type(value).__name__, str(value)) for name, value in FACTS.items()}
+        assert {name: found.params[name] for name in FACTS} == typed
+    elif backend == "tensorboard":
+        assert {name: found.facts[name] for name in FACTS} == {name: str(value) for name, value in FACTS.items()}
+        assert found.facts["traceml/verdict_next"] == "look"
+    elif backend == "mlflow":
+        assert {name: found.params[name] for name in FACTS} == {name: str(value) for name, value in FACTS.items()}
+        assert found.params["traceml/verdict_summary"] == "it is COMM_BOUND"
+    else:
+        among = found.facts if backend == "jsonl" else found.params
+        assert {name: among[name] for name in FACTS} == FACTS
+
+
+def test_a_run_has_the_times_of_the_training(delivered: tuple[str, Contents]) -> None:
+    """Not those of the delivery, which may come a night later."""
+    backend, found = delivered
+    if backend in {"clearml", "wandb"}:
+        assert (found.started, found.ended) == (None, None)  # they take none
+    else:
+        assert (found.started, found.ended) == (pytest.approx(STARTED, abs=1e-3), pytest.approx(ENDED, abs=1e-3))
+
+    ended = {"mlflow": "FAILED", "wandb": "1"}
+    assert found.state == ended.get(backend, "failed")
+
+
+def test_fields_that_trackers_show_themselves(delivered: tuple[str, Contents]) -> None:
+    """MLflow's columns of user and source; TensorBoard's name of the run."""
+    backend, found = delivered
+    if backend == "mlflow":
+        assert found.system == found.system | {
+            "mlflow.user": "ada",
+            "mlflow.source.name": "train.py",
+            "mlflow.source.type": "LOCAL",
+            "mlflow.source.git.commit": "0123abcd",
+            "mlflow.source.git.branch": "main",
+            "mlflow.source.git.repoURL": "https://example.com/x.git",
+        }
+    elif backend == "tensorboard":
+        assert found.system["folder"].startswith("exp-")
+        assert found.system["status"] == 2

@@ -54,7 +54,7 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     values = [0.1, math.nan, math.inf, -math.inf, *(float(i) for i in range(20_000))]
     names = ["loss", "größe % [x]/y", "half \ud800"]
     backend.log_metrics([Metric(names[i % 3], value, 20_004 - i, 1.7e9 + i) for i, value in enumerate(values)])
-    backend.log_params({"lr": 1e-3, "name": "x"})
+    backend.log_params({"lr": 1e-3, "a": {"b": "x | y"}})
     backend.log_text("note", "zwei\nZeilen", 4)
     backend.log_histogram("h", [1, 2], [0.0, 0.5, 1.0], 5)
     backend.log_image("cat", image, 6)
@@ -72,8 +72,8 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     assert by_time[7][0] == 1.7e9 + 7
     texts = {tag: make_ndarray(read.Tensors(tag)[0].tensor_proto) for tag in read.Tags()["tensors"]}
     assert texts["note"].item() == b"zwei\nZeilen"
-    assert texts["params/lr"].item() == b"0.001"
-    assert texts["params/tags/team"].item() == "ü".encode()
+    assert texts["params"].item() == b"| name | value |\n|---|---|\n| lr | 0.001 |\n| a/b | x \\| y |"
+    assert texts["tags"].item().decode().endswith("| team | ü |")
     assert json.loads(texts["artifacts/red.png"].item())["path"] == str(image)
     assert texts["h"].tolist() == [[0.0, 0.5, 1.0], [0.5, 1.0, 2.0]]
     (cat,) = read.Images("cat")
@@ -166,4 +166,49 @@ def test_a_full_disk_leaves_no_half_event(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", FULL, tmp_path], capture_output=True, text=True, check=True)
 
     assert ran.stdout.split() == ["1"]
-    assert _steps(tmp_path / "tensorboard" / "e", "loss") == list(range(50))
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    assert _steps(folder, "loss") == list(range(50))
+
+
+def test_the_hparams_page_has_the_run(make: Maker, tmp_path: Path) -> None:
+    """TensorBoard's own page shows parameters with their types, values, status and times; also after a restart."""
+    from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+    from tensorboard.context import RequestContext
+    from tensorboard.plugins.base_plugin import TBContext
+    from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+
+    about = {"started": 1000.0, "name": "a / run"}
+    first = make("tensorboard", log_dir=str(tmp_path / "tb"), experiment=about)
+    folder = Path(first.start_experiment("a / run", "tests"))
+    first.log_params({"lr": 0.25, "deep": {"on": True}})
+    mark = json.loads(json.dumps(first.mark()))
+    second = make("tensorboard", log_dir=str(tmp_path / "tb"), experiment=about, mark=mark)
+    second.resume(mark)
+    second.start_experiment("a / run", "tests")
+    second.log_params({"lr": 0.5, "words": "x"})
+    second.log_metric("loss", 0.125, 7)
+    second.end_time(1060.0)
+    second.end_state("failed")
+    second.end_experiment()
+
+    assert folder.name.startswith("a_run-")
+    multiplexer = plugin_event_multiplexer.EventMultiplexer()
+    multiplexer.AddRunsFromDirectory(str(tmp_path / "tb"))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path / "tb"))
+    context = backend_context.Context(TBContext(data_provider=provider, logdir=str(tmp_path / "tb")))
+    request = RequestContext()
+    shown = context.experiment_from_metadata(
+        request, "", True, context.hparams_metadata(request, ""), context.hparams_from_data_provider(request, "", None)
+    )
+    columns = [api_pb2.ColParams(metric=each.name) for each in shown.metric_infos]
+    columns += [api_pb2.ColParams(hparam=each.name) for each in shown.hparam_infos]
+    wanted = api_pb2.ListSessionGroupsRequest(start_index=0, slice_size=9, col_params=columns)
+    wanted.allowed_statuses.extend([api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE])
+    handler = list_session_groups.Handler(request, context, "", wanted)
+    (group,) = handler.run().session_groups
+    hparams = {name: getattr(value, str(value.WhichOneof("kind"))) for name, value in group.hparams.items()}
+    assert hparams == {"lr": 0.5, "deep/on": True, "words": "x"}
+    (session,) = group.sessions
+    assert (session.start_time_secs, session.end_time_secs) == (1000.0, 1060.0)
+    assert (session.status, [value.value for value in session.metric_values]) == (api_pb2.STATUS_FAILURE, [0.125])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,7 @@ def test_calls_belong_to_the_innermost_experiment(script: Script, tmp_path: Path
     outer, inner, again = stored.of("experiment")
     assert (outer["name"], outer["project"], outer["backends"]) == ("outer", "p", ["jsonl", "tensorboard"])
     assert (outer["tags"], outer["params"], outer["parent"]) == ({"a": ""}, {"lr": 1}, None)
+    assert (Path(outer["source"]).name, outer["user"]) == ("script0.py", getpass.getuser())
     assert (inner["parent"], inner["resume"], inner["project"]) == (outer["id"], "earlier", "default")
     assert len({outer["experiment"], inner["experiment"], again["experiment"], 0}) == 4
     values = {(experiment, metric.name): [] for experiment, metric in stored.metrics}

@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ __all__ = ["AimBackend"]
 _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
 _MOST_BUCKETS = 512  # of a distribution in Aim
+_TAKEN = {"hparams", "tags", "traceml", "state"}  # keys of this backend
 
 
 class AimBackend(BackendInterface):
@@ -56,6 +58,7 @@ class AimBackend(BackendInterface):
         self._traceml_run = str(config.get("run_id", ""))
         self._hash: str | None = config.get("continue_run")
         self._run: Any = None
+        self._ended: float | None = None
 
     @property
     def target(self) -> str:
@@ -100,6 +103,7 @@ class AimBackend(BackendInterface):
             about["parent"] = str(self._experiment["parent"])
 
         self._run["traceml"] = about
+        self._set_created()
         if not self._repo.startswith("aim://"):
             self._run.set_artifacts_uri(Path(self._repo, ".aim_artifacts").as_uri())
 
@@ -125,14 +129,26 @@ class AimBackend(BackendInterface):
             self._run["hparams", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Send tags as `key` or `key: value`, and below `tags` for queries."""
+        """Send tags as `key` or `key: value`, in place of earlier values, and below `tags` for queries."""
         existing = set(self._run.tags)
         for key, value in tags.items():
             text = safe_name(str(key) if value in {"", "true"} else f"{key}: {value}", _REFUSED, _LONGEST_NAME)
+            for stale in existing - {text}:
+                if stale == str(key) or stale.startswith(f"{key}: "):
+                    self._run.remove_tag(stale)
+
             if text not in existing:
                 self._run.add_tag(text)
 
             self._run["tags", safe_name(str(key), _REFUSED, _LONGEST_NAME)] = _plain(value)
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Send facts below their collector: `system.host`."""
+        for key, value in facts.items():
+            collector, _, name = key.partition("/")
+            names = [safe_name(part, _REFUSED, _LONGEST_NAME) for part in (collector, name) if part]
+            # `traceml` has the ids of the run already.
+            self._run[tuple(["facts", *names] if collector in _TAKEN else names)] = _plain(value)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text."""
@@ -171,6 +187,10 @@ class AimBackend(BackendInterface):
         name = safe_name(artifact_name or Path(artifact_path).name, _UNCLEAN, _LONGEST_NAME)
         self._run.log_artifact(artifact_path, name, block=True)
 
+    def end_time(self, timestamp: float) -> None:
+        """Keep the time for the run's end."""
+        self._ended = timestamp
+
     def end_state(self, state: str) -> None:
         """Record the state in which the training ended."""
         self._run["state"] = state
@@ -180,6 +200,11 @@ class AimBackend(BackendInterface):
         if self._run is None:
             return
 
+        if (ended := self._ended) is not None:
+            tree = self._run.meta_run_tree
+            # What `close` calls as well; its own takes the time of the call.
+            self._run._resources.finalize_run = lambda: tree.__setitem__("end_time", ended)
+
         self._run.finalize()
         self._run.close()
         self._run = None
@@ -187,6 +212,15 @@ class AimBackend(BackendInterface):
     def mark(self) -> dict[str, Any]:
         """Return the run."""
         return {"hash": self._hash}
+
+    def _set_created(self) -> None:
+        """Set the time at which the training began; Aim has no call for it, and none at all for a server."""
+        started, props = self._experiment.get("started"), self._run.props
+        model, session = getattr(props, "_model", None), getattr(props, "_session", None)
+        if started and model is not None and session is not None:
+            model.created_at = datetime.fromtimestamp(started, UTC).replace(tzinfo=None)
+            session.add(model)
+            session.commit()
 
     # --- rows ------------------------------------------------------------------------------------------------------
 

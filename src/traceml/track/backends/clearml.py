@@ -27,7 +27,7 @@ from typing import Any
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.append_file import AppendFile, cut_back
-from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -154,20 +154,23 @@ class ClearMLBackend(BackendInterface):
         self._add(events)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Send parameters; a new value replaces the old one."""
-        named = {
-            f"General/{safe_name(str(key), _REFUSED, _LONGEST_NAME)}": _plain(each) for key, each in params.items()
-        }
-        with _errors():
-            self._task.update_parameters(named)
+        """Send parameters, nested ones as `model/depth`; a new value replaces the old one. Numbers keep their type."""
+        self._send_params({f"General/{key}": value for key, value in flattened(params, "/").items()})
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Send facts as parameters in a section of their collector."""
+        self._send_params(flattened(facts, "/"))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Send tags as `key` or `key: value`."""
-        if tags:
-            with _errors():
-                self._task.add_tags(
-                    [_plain(key if value in {"", "true"} else f"{key}: {value}") for key, value in tags.items()]
-                )
+        """Send tags as `key` or `key: value`, in place of earlier values."""
+        if not tags:
+            return
+
+        fresh = [_plain(key if value in {"", "true"} else f"{key}: {value}") for key, value in tags.items()]
+        stale = tuple(_plain(f"{key}: ") for key in tags)
+        with _errors():
+            kept = [tag for tag in self._task.get_tags() or () if tag not in tags and not tag.startswith(stale)]
+            self._task.set_tags([*kept, *fresh])
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text to the task's console."""
@@ -254,6 +257,11 @@ class ClearMLBackend(BackendInterface):
         offset = self._events.stat().st_size if self._events.exists() else 0
         return {"id": self._id, "events": str(self._events), "offset": offset}
 
+    def _send_params(self, params: Mapping[str, Any]) -> None:
+        named = {safe_name(key, _REFUSED, _LONGEST_NAME): _typed(value) for key, value in params.items()}
+        with _errors():
+            self._task.update_parameters(named)
+
     def _set_environment(self) -> None:
         """Set whether the SDK works offline, which it reads when it is imported and holds for the whole process."""
         os.environ["CLEARML_OFFLINE_MODE"] = "1" if self._offline else "0"
@@ -325,6 +333,14 @@ def _title_and_series(name: str) -> tuple[str, str]:
     name = safe_name(name, _REFUSED, _LONGEST_NAME)
     title, _, series = name.partition("/")
     return (title, series) if title and series and title != series else (name, name)
+
+
+def _typed(value: Any) -> Any:
+    """Return a value of a type that ClearML has for parameters; any other becomes a text."""
+    if isinstance(value, list | tuple):
+        return [_typed(each) for each in value]
+
+    return value if isinstance(value, bool | int | float) else _plain(value)
 
 
 def _plain(value: Any) -> str:

@@ -39,6 +39,7 @@ class JsonlBackend(FileBackend):
         super().__init__(folder, path, keep=bool(config.get("continue_run")))
         self._copies = "path" in options  # else files stay in the run's artifacts folder
         self._experiment = experiment
+        self._ended: float | None = None
 
     @property
     def url(self) -> str:
@@ -49,7 +50,8 @@ class JsonlBackend(FileBackend):
         """Open the file and, when it is new, say what it is about."""
         if not self._open().size:
             about = {key: self._experiment.get(key) for key in ("id", "parent", "tags")}
-            self._write([{"type": "start", "name": name, "project": project, **about, "timestamp": time.time()}])
+            started = self._experiment.get("started") or time.time()
+            self._write([{"type": "start", "name": name, "project": project, **about, "timestamp": started}])
 
         return str(self._path)
 
@@ -70,6 +72,10 @@ class JsonlBackend(FileBackend):
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Write parameters in one line."""
         self._write([{"type": "params", "params": _strict(params)}])
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write facts in one line."""
+        self._write([{"type": "facts", "facts": _strict(facts)}])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Write tags in one line."""
@@ -94,9 +100,13 @@ class JsonlBackend(FileBackend):
         name = artifact_name or Path(artifact_path).name
         self._write([{"type": "artifact", "name": name, "path": self._stored_path(Path(artifact_path), name)}])
 
+    def end_time(self, timestamp: float) -> None:
+        """Keep the time for the last line."""
+        self._ended = timestamp
+
     def end_state(self, state: str) -> None:
-        """Write the state in which the training ended."""
-        self._write([{"type": "end", "state": state, "timestamp": time.time()}])
+        """Write the state and the time in which the training ended."""
+        self._write([{"type": "end", "state": state, "timestamp": self._ended or time.time()}])
 
     def _write(self, lines: Any) -> None:
         """Append lines."""

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.mlflow_database import prepare_database
 from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, insert, is_insertable
-from traceml.track.backends.safe_names import is_this_machine, nonfinite_text, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, nonfinite_text, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -34,6 +35,12 @@ _LONGEST_PATH = 400
 _LONGEST_PARAM = 6000
 _LONGEST_TAG = 8000
 _BATCH = 1000
+# Facts of collectors that MLflow shows under names of its own.
+_SYSTEM_TAGS = {
+    "git/commit": "mlflow.source.git.commit",
+    "git/branch": "mlflow.source.git.branch",
+    "git/remote": "mlflow.source.git.repoURL",
+}
 _LOCAL = "local"  # the tracking URI of the database beside the runs
 _TERMINAL = {"finished": "FINISHED", "failed": "FAILED", "lost": "KILLED"}
 
@@ -72,6 +79,7 @@ class MLflowBackend(BackendInterface):
         self._params: dict[str, str] = {}
         self._duplicates = DuplicateShifter()
         self._client: Any = None
+        self._ended_ms: int | None = None  # None: the time of the call
 
     @property
     def target(self) -> str:
@@ -105,11 +113,9 @@ class MLflowBackend(BackendInterface):
             self._experiment_id = self._project(project)
             run = self._client.get_run(self._run_id) if self._run_id else self._existing_run()
             if run is None:
-                tags = {"traceml.experiment": str(self._experiment["id"]), "traceml.run": self._traceml_run}
-                if self._experiment.get("parent"):
-                    tags["mlflow.parentRunId"] = str(self._experiment["parent"])
-
-                run = self._client.create_run(self._experiment_id, run_name=name, tags=tags)
+                started_ms = round(1000 * (self._experiment.get("started") or time.time()))
+                tags = self._own_tags()
+                run = self._client.create_run(self._experiment_id, started_ms, tags, run_name=name)
             elif run.info.status != "RUNNING":
                 self._client.update_run(run.info.run_id, status="RUNNING")
 
@@ -139,11 +145,14 @@ class MLflowBackend(BackendInterface):
         self._duplicates.commit()  # only after all are sent: a batch that failed is shifted again, the same way
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Send parameters; one that changes keeps its first value in MLflow, and the newest becomes a tag."""
+        """Send parameters, nested ones as `model.depth`.
+
+        One that changes keeps its first value in MLflow, and the newest becomes a tag.
+        """
         from mlflow.entities import Param
 
         fresh, changed, long = [], {}, {}
-        for name, value in params.items():
+        for name, value in flattened(params, ".").items():
             key, text = safe_name(name, _REFUSED, _LONGEST_NAME), value if isinstance(value, str) else repr(value)
             if len(text) > _LONGEST_PARAM:
                 long[key], text = text, text[: _LONGEST_PARAM - 3] + "..."
@@ -159,6 +168,11 @@ class MLflowBackend(BackendInterface):
                 self._client.log_text(self._run_id, text, f"params/{key}.txt")
 
         self.set_tags(changed)
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Send facts as parameters, and those that MLflow shows itself as its own tags."""
+        self.log_params(facts)
+        self.set_tags({_SYSTEM_TAGS[key]: str(value) for key, value in facts.items() if key in _SYSTEM_TAGS and value})
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Send tags, cut to the length that MLflow accepts."""
@@ -195,10 +209,14 @@ class MLflowBackend(BackendInterface):
             link.symlink_to(Path(artifact_path).absolute())
             self._client.log_artifact(self._run_id, str(link), folder or None)
 
+    def end_time(self, timestamp: float) -> None:
+        """Keep the time for the run's end."""
+        self._ended_ms = round(1000 * timestamp)
+
     def end_state(self, state: str) -> None:
-        """Record the state in which the training ended."""
+        """Record the state and the time in which the training ended."""
         with _errors():
-            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"))
+            self._client.set_terminated(self._run_id, _TERMINAL.get(state, "FINISHED"), self._ended_ms)
 
     def end_experiment(self) -> None:
         """Finish the run unless `end_state` did."""
@@ -207,7 +225,7 @@ class MLflowBackend(BackendInterface):
 
         with _errors():
             if self._client.get_run(self._run_id).info.status == "RUNNING":
-                self._client.set_terminated(self._run_id)
+                self._client.set_terminated(self._run_id, end_time=self._ended_ms)
 
         self._client = None
 
@@ -215,6 +233,19 @@ class MLflowBackend(BackendInterface):
         """Return the run, and the rows of its last millisecond."""
         mark = {"run_id": self._run_id, "last": self._duplicates.recent()}
         return mark | ({"database": self._uri} if self._is_default else {})
+
+    def _own_tags(self) -> dict[str, str]:
+        """Return the tags of a new run: those by which it is found again, and those that MLflow's client sets."""
+        about = self._experiment
+        tags = {
+            "traceml.experiment": str(about["id"]),
+            "traceml.run": self._traceml_run,
+            "mlflow.parentRunId": str(about.get("parent") or ""),
+            "mlflow.user": str(about.get("user") or ""),
+            "mlflow.source.name": str(about.get("source") or ""),
+            "mlflow.source.type": "LOCAL",
+        }
+        return {key: value for key, value in tags.items() if value}
 
     def _connect(self) -> None:
         """Create a client whose requests share connections; it does not retry, since delivery does."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
-__all__ = ["is_this_machine", "nonfinite_text", "safe_name"]
+__all__ = ["flattened", "is_this_machine", "nonfinite_text", "safe_name"]
 
 
 @lru_cache(maxsize=1 << 17)  # a run may have 100,000 names, one per row
@@ -29,6 +31,18 @@ def safe_name(name: str, refused: re.Pattern[str], longest: int) -> str:
     kept = refused.sub("_", name)[: longest - 9]
     # A cut may create something that is refused (`..`, a trailing slash).
     return refused.sub("_", f"{kept}~{digits}") if not refused.search("~") else refused.sub("_", f"{kept}_{digits}")
+
+
+def flattened(params: Mapping[str, Any], separator: str) -> dict[str, Any]:
+    """Return nested maps as one, with keys joined by `separator`; an empty map stays a value."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        if isinstance(value, Mapping) and value:
+            flat |= {f"{key}{separator}{inner}": each for inner, each in flattened(value, separator).items()}
+        else:
+            flat[str(key)] = value
+
+    return flat
 
 
 def nonfinite_text(value: float) -> str:

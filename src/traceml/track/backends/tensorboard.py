@@ -5,7 +5,9 @@ Exact: an event file only grows, and `resume` cuts off events after the mark. Va
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import re
 import struct
 import time
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.track.backends.append_file import FileBackend
-from traceml.track.backends.safe_names import safe_name
+from traceml.track.backends.safe_names import flattened, nonfinite_text, safe_name
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
 
@@ -22,6 +24,9 @@ __all__ = ["TensorBoardBackend"]
 
 _REFUSED = re.compile("[\ud800-\udfff]")  # a tag is UTF-8, which has no lone surrogates
 _LONGEST_NAME = 4000
+_NOT_IN_FOLDERS = re.compile(r"[^\w.\-]+|^\.+")
+_MOST_HPARAMS = 1000  # they are kept with the position, and the page shows no more
+_LONGEST_HPARAM = 1000
 
 
 class TensorBoardBackend(FileBackend):
@@ -40,8 +45,11 @@ class TensorBoardBackend(FileBackend):
     def __init__(self, config: Mapping[str, Any]) -> None:
         options, self._experiment = config.get("options") or {}, config["experiment"]
         folder = Path(options.get("log_dir") or Path(config["run_dir"], "tensorboard")).expanduser().absolute()
-        run_folder = Path(config.get("continue_run") or folder / str(self._experiment["id"]))
+        run_folder = Path(config.get("continue_run") or folder / _folder_name(self._experiment))
         super().__init__(folder, run_folder / f"events.out.tfevents.traceml.{self._experiment['id']}")
+        # TensorBoard keeps the first hyperparameters of a run, so they are written once, at its end.
+        self._hparams: dict[str, Any] = dict((config.get("mark") or {}).get("hparams") or {})
+        self._ended: float | None = None
         self._event: Any = None
         self._summary: Any = None
 
@@ -59,9 +67,9 @@ class TensorBoardBackend(FileBackend):
         self._open()
         if not self._keep:
             self._write([Event(wall_time=time.time(), file_version="brain.Event:2")])
-            about = {"name": name, "project": project, "id": self._experiment["id"]}
-            tags = self._experiment.get("tags") or {}
-            self.log_params({**about, **{f"tags/{key}": value for key, value in tags.items()}})
+            self.log_text("run", _table({"name": name, "project": project, "id": self._experiment["id"]}), 0)
+            if tags := self._experiment.get("tags"):
+                self.set_tags(tags)
 
         return str(self._path.parent)
 
@@ -76,9 +84,21 @@ class TensorBoardBackend(FileBackend):
         self._write(made)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Write each parameter as a text, for the Text tab."""
-        for name, value in params.items():
-            self.log_text(f"params/{name}", value if isinstance(value, str) else repr(value), 0)
+        """Write parameters as a table of the Text tab, nested ones as `model/depth`; keep them for the HParams tab."""
+        flat = flattened(params, "/")
+        self.log_text("params", _table(flat), 0)
+        self._hparams |= {name: _hparam(value) for name, value in flat.items()}
+        self._hparams = dict(list(self._hparams.items())[:_MOST_HPARAMS])
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Write the facts of each collector as a table of the Text tab."""
+        for collector in dict.fromkeys(key.partition("/")[0] for key in facts):
+            part = {key: value for key, value in facts.items() if key.partition("/")[0] == collector}
+            self.log_text(f"facts/{collector}", _table(part), 0)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Write tags as a table of the Text tab."""
+        self.log_text("tags", _table(tags), 0)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Write a text."""
@@ -109,9 +129,41 @@ class TensorBoardBackend(FileBackend):
         name = artifact_name or Path(artifact_path).name
         self.log_text(f"artifacts/{name}", json.dumps({"path": artifact_path}), 0)
 
+    def end_time(self, timestamp: float) -> None:
+        """Keep the time for the session's end."""
+        self._ended = timestamp
+
     def end_state(self, state: str) -> None:
-        """Write the state in which the training ended."""
+        """Write the state in which the training ended, and the hyperparameters with the run's times."""
+        from tensorboard.plugins.hparams.api_pb2 import Status
+        from tensorboard.plugins.hparams.metadata import SESSION_END_INFO_TAG, SESSION_START_INFO_TAG
+        from tensorboard.plugins.hparams.plugin_data_pb2 import SessionEndInfo, SessionStartInfo
+
         self.log_text("state", state, 0)
+        start = SessionStartInfo(start_time_secs=self._experiment.get("started") or time.time())
+        for name, value in self._hparams.items():
+            kind = "bool" if isinstance(value, bool) else "number" if isinstance(value, int | float) else "string"
+            setattr(start.hparams[name], f"{kind}_value", value)
+
+        status = Status.STATUS_SUCCESS if state == "finished" else Status.STATUS_FAILURE
+        end = SessionEndInfo(status=status, end_time_secs=self._ended or time.time())
+        self._session(SESSION_START_INFO_TAG, session_start_info=start)
+        self._session(SESSION_END_INFO_TAG, session_end_info=end)
+
+    def mark(self) -> dict[str, Any]:
+        """Return the file, its length, and the hyperparameters so far."""
+        return {**super().mark(), "hparams": self._hparams}
+
+    def _session(self, tag: str, **content: Any) -> None:
+        """Write a record of the HParams plugin."""
+        from tensorboard.compat.proto.summary_pb2 import SummaryMetadata
+        from tensorboard.plugins.hparams.metadata import NULL_TENSOR, PLUGIN_DATA_VERSION, PLUGIN_NAME
+        from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+        data = HParamsPluginData(version=PLUGIN_DATA_VERSION, **content)
+        plugin = SummaryMetadata.PluginData(plugin_name=PLUGIN_NAME, content=data.SerializeToString())
+        metadata = SummaryMetadata(plugin_data=plugin)
+        self._value(self._summary.Value(tag=tag, metadata=metadata, tensor=NULL_TENSOR), 0)
 
     def _tensor(self, name: str, metadata: Any, step: int, *, shape: Sequence[int], **content: Any) -> None:
         from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -141,6 +193,30 @@ class TensorBoardBackend(FileBackend):
             ]
 
         self._append(b"".join(parts))
+
+
+def _folder_name(experiment: Mapping[str, Any]) -> str:
+    """Return the folder of a run, which TensorBoard shows as its name: readable, and different for each experiment."""
+    digest = hashlib.sha256(str(experiment["id"]).encode()).hexdigest()[:6]
+    return f"{_NOT_IN_FOLDERS.sub('_', str(experiment.get('name') or 'run'))[:100]}-{digest}"
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    """Return a Markdown table of names and values."""
+    cells = [(_cell(name), _cell(value)) for name, value in values.items()]
+    return "\n".join(("| name | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)))
+
+
+def _cell(value: Any) -> str:
+    return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _hparam(value: Any) -> bool | float | str:
+    """Return a value that the HParams tab can hold."""
+    if isinstance(value, bool | int | float):
+        return value if math.isfinite(value) else nonfinite_text(value)
+
+    return str(value).encode("utf-8", "backslashreplace").decode()[:_LONGEST_HPARAM]
 
 
 def _png_size(content: bytes) -> tuple[int, int]:

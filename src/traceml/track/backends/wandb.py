@@ -179,18 +179,26 @@ class WandbBackend(BackendInterface):
             )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Send tags as `key` or `key:value`, cut at W&B's 64 characters, and in full in the config."""
+        """Send tags as `key` or `key:value`, in place of earlier values, cut at W&B's 64 characters.
+
+        In full they are in the config.
+        """
         if not tags:
             return
 
         short = [_plain(key if value in {"", "true"} else f"{key}:{value}") for key, value in tags.items()]
         with _errors():
-            existing = self._run.tags or ()
+            stale = tuple(_plain(f"{key}:")[:_LONGEST_TAG] for key in tags)
+            existing = [tag for tag in self._run.tags or () if tag not in tags and not tag.startswith(stale)]
             self._run.tags = (
                 *existing,
                 *(tag[:_LONGEST_TAG] for tag in short if tag and tag[:_LONGEST_TAG] not in existing),
             )
             self._run.config.update({f"tags/{key}": value for key, value in tags.items()}, allow_val_change=True)
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Send facts as values of the config."""
+        self.log_params(facts)
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text as a value of the history."""

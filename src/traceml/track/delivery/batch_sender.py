@@ -28,7 +28,7 @@ from traceml.track.tracker_state import TrackerState
 __all__ = ["BatchSender"]
 
 _PARAMS_REMEMBERED = 10_000
-_TAG_CHARS = 250
+_FACT_CHARS = 250
 _LINGER_S = 10.0  # the last experiment stays open for this long
 _BEHIND_S = 600.0  # longest wait for values that were logged before an end
 
@@ -119,11 +119,11 @@ class BatchSender:
         self._send_derived_values(main, self._derived().finish())
         self._send_verdict(main)
 
-    def end(self, run_state: str) -> None:
-        """End every open experiment, the inner ones first, in its own state or else in that of the run."""
+    def end(self, run_state: str, run_ended: float | None) -> None:
+        """End every open experiment, the inner ones first, in its own state and time or else in those of the run."""
         for experiment in reversed(self._wanted()):
-            own_state, _ = self._experiments_to_close.pop(experiment.key, (run_state, 0.0))
-            self._session.end(experiment, own_state)
+            own_state, _, ended = self._experiments_to_close.pop(experiment.key, (run_state, 0.0, run_ended))
+            self._session.end(experiment, own_state, ended)
 
     # --- experiments --------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class BatchSender:
 
     @property
     def _experiments_to_close(self) -> dict[str, list[Any]]:
-        """Experiments to end: the state of each, and the epoch seconds at which all ranks had left it."""
+        """Experiments to end: the state of each, the epoch seconds at which that was read, and at which it ended."""
         to_end: dict[str, list[Any]] = self._memory.setdefault("to_end", {})
         return to_end
 
@@ -246,9 +246,12 @@ class BatchSender:
             verdict = (last.data.get("verdict") or {}) if last is not None else {}
 
         if verdict.get("kind") and not _has_no_step(verdict):
-            summary = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
-            self._session.tags(main, {"traceml/verdict": verdict["kind"], **summary})
-            self._audit.note("tags", ["traceml/verdict", *summary], 1)
+            facts = {f"traceml/verdict_{name}": verdict[name] for name in ("summary", "next") if verdict.get(name)}
+            self._session.tags(main, {"traceml/verdict": verdict["kind"]})
+            if facts:
+                self._session.facts(main, facts)
+
+            self._audit.note("tags", ["traceml/verdict", *facts], 1)
 
     # --- everything else ---------------------------------------------------------------------------------------------
 
@@ -324,13 +327,13 @@ class BatchSender:
             _log.warning("a row of kind %r is unknown", kind)
 
     def _collected(self, experiment: PlannedExperiment, row: dict[str, Any], rank: int) -> Iterator[int]:
-        """Send the facts of a collector: short ones as tags, long ones as texts."""
+        """Send the facts of a collector, long ones as texts."""
         facts = {f"{row.get('name')}/{key}": value for key, value in (row.get("facts") or {}).items()}
         passing = self._params_of(experiment, facts, rank, "tags")
         shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in passing.items()}
-        short = {key: value for key, value in shown.items() if len(value) <= _TAG_CHARS and "\n" not in value}
+        short = {key: passing[key] for key, text in shown.items() if len(text) <= _FACT_CHARS and "\n" not in text}
         if short:
-            self._session.tags(experiment, short)
+            self._session.facts(experiment, short)
             yield 0
 
         for key in shown.keys() - short.keys():
@@ -363,7 +366,8 @@ class BatchSender:
         behind = self._memory.setdefault("behind", {}).setdefault(experiment.key, {})
         behind[str(logged.stream.id)] = int(logged.row.get("values") or 0)
         if all(not open_on.get(str(stream), True) for stream in experiment.begun_on):
-            self._experiments_to_close[experiment.key] = [str(logged.row.get("state") or "finished"), time.time()]
+            state, ended = str(logged.row.get("state") or "finished"), int(logged.row.get("t_ns") or 0) / 1e9
+            self._experiments_to_close[experiment.key] = [state, time.time(), ended or None]
 
     @property
     def has_pending_closes(self) -> bool:
@@ -376,7 +380,7 @@ class BatchSender:
         The last experiment stays open for 10 s: usually the run ends with it, and the run's last step times and its
         verdict are still to come.
         """
-        for key, (own_state, noted) in list(self._experiments_to_close.items()):
+        for key, (own_state, noted, ended) in list(self._experiments_to_close.items()):
             experiment = self._plan.experiments.get(key)
             if experiment is not None:
                 passed_s = time.time() - noted
@@ -390,7 +394,7 @@ class BatchSender:
                 if main is not None and main.key == key:
                     self._send_derived_values(main, self._derived().finish())
 
-                self._session.end(experiment, own_state)
+                self._session.end(experiment, own_state, ended)
 
             del self._experiments_to_close[key]
 

@@ -283,7 +283,8 @@ class DeliveryLoop:
                 self._session.confirm()
 
             self._save()
-            self._sender.end(str(self._reader.meta().get("run", {}).get("state") or "finished"))
+            run = self._reader.meta().get("run", {})
+            self._sender.end(str(run.get("state") or "finished"), run.get("ended"))
         except RewindError:
             raise
         except Exception as error:  # noqa: BLE001 - see run()

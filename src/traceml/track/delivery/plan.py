@@ -29,12 +29,14 @@ class PlannedExperiment:
         key: key of its state: the number and the name.
         row: the newest row that announced it.
         begun_on: streams that have begun it.
+        started: epoch seconds at which the first of them did; 0 where that is not known.
     """
 
     key: str
     number: int
     row: dict[str, Any]
     begun_on: set[int] = field(default_factory=set)
+    started: float = 0.0
 
     @property
     def name(self) -> str:
@@ -133,7 +135,7 @@ class DeliveryPlan:
             "experiment": 0, "id": self._run_dir.name, "name": meta.get("name") or self._run_dir.name,
             "project": meta.get("project") or "default", "run_dir": os.fspath(self._run_dir),
         }  # fmt: skip
-        return PlannedExperiment(_key(row), 0, row)
+        return PlannedExperiment(_key(row), 0, row, started=float(meta.get("started") or 0.0))
 
     def assign(self, stream: int, experiment: PlannedExperiment) -> PlannedExperiment:
         """Assign an experiment that was not announced to a stream's number 0."""
@@ -146,6 +148,11 @@ class DeliveryPlan:
         experiment = self.experiments.setdefault(_key(row), PlannedExperiment(_key(row), number, row))
         experiment.row = {**experiment.row, **row} if stream in experiment.begun_on else {**row, **experiment.row}
         experiment.begun_on.add(stream)
+        began = int(row.get("t_ns") or 0) / 1e9
+        if number == 0:  # the run's own is announced some time after the run began
+            began = float(self._reader.meta().get("run", {}).get("started") or began)
+
+        experiment.started = min(experiment.started or began, began)
         self._by_number[stream, number] = experiment
         self._numbered.setdefault(number, experiment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,13 @@ class TrackerSession:
         with self._watched("set_tags"):
             backend.set_tags(masked)
 
+    def facts(self, experiment: PlannedExperiment, facts: Mapping[str, Any]) -> None:
+        """Send facts about the run, masked."""
+        masked = self._masker.mask_mapping(facts)
+        backend = self._opened(experiment)
+        with self._watched("log_facts"):
+            backend.log_facts(masked)
+
     def text(self, experiment: PlannedExperiment, name: str, text: str, step: int) -> None:
         """Send a text, masked by its content and its name."""
         masked = _text(self._masker.mask_value(name, text))
@@ -208,12 +216,13 @@ class TrackerSession:
 
         self._unconfirmed.clear()
 
-    def end(self, experiment: PlannedExperiment, state: str) -> None:
+    def end(self, experiment: PlannedExperiment, state: str, ended: float | None = None) -> None:
         """End an experiment at the tracker, unless it has ended or never started.
 
         Args:
             experiment: the experiment.
             state: state in which the training ended: finished, failed or lost.
+            ended: epoch seconds at which it did, where that is known.
         """
         stored = self.state_of(experiment)
         if not stored or stored.get("ended"):
@@ -221,6 +230,9 @@ class TrackerSession:
 
         backend = self.connect(experiment)
         with self._watched("end_experiment", _SLOW_S):
+            if ended is not None:
+                backend.end_time(ended)
+
             backend.end_state(state)
             backend.end_experiment()
             # The cursor separates the rows that it has from rows that come after all.
@@ -265,6 +277,10 @@ class TrackerSession:
                 "tags": self._masker.mask_mapping(row.get("tags") or {}),
                 "parent": self._id_at_tracker(str(parent)) if parent else None,
                 "params": self._masker.mask_mapping(row.get("params") or {}),
+                "started": experiment.started or time.time(),
+                # By its text alone: by its name it would be masked, and trackers file runs under their user.
+                "user": self._masker.mask_text(str(row.get("user") or "")),
+                "source": self._masker.mask_text(str(row.get("source") or "")),
             },
             "continue_run": stored["id"] if stored.get("ended") else self._resumed(row.get("resume")),
             "mark": stored.get("mark"),

@@ -140,8 +140,18 @@ class BackendInterface(ABC):
         self.log_text(name, json.dumps({"counts": list(counts), "edges": list(edges)}), step)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Send tags; by default as parameters `tags/…`."""
+        """Send tags, each in place of its earlier value; by default as parameters `tags/…`."""
         self.log_params({f"tags/{key}": value for key, value in tags.items()})
+
+    def log_facts(self, facts: Mapping[str, Any]) -> None:
+        """Send facts that collectors read, such as `system/host` and `git/commit`; by default as parameters.
+
+        They are no tags: people filter by those.
+        """
+        self.log_params(facts)
+
+    def end_time(self, timestamp: float) -> None:  # noqa: B027 - most trackers take the time of the call
+        """Send the time at which the training ended, in epoch seconds, before `end_state`."""
 
     def end_state(self, state: str) -> None:  # noqa: B027 - a tracker without states has nothing to do
         """Send the state in which the training ended, before `end_experiment`: finished, failed or lost."""

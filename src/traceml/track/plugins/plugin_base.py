@@ -41,7 +41,8 @@ class BackendPlugin(PluginInterface):
 
         Args:
             config: `options` (of this backend), `run_id`, `run_dir` (of the traceml run), `experiment` (`id`, `name`,
-                `project`, `tags`, `parent` as the tracker's own run id or None, `params`), `continue_run` (the
+                `project`, `tags`, `parent` as the tracker's own run id or None, `params`, `started` in epoch seconds,
+                `user` and `source`, the script; both may be empty), `continue_run` (the
                 tracker's own id of a run to continue, or None), `mark` (what `mark` returned last, of a run that was
                 started before, else None), `local_only`.
         """

@@ -60,7 +60,19 @@ def announcement(
         "sys_path": [entry or str(Path.cwd()) for entry in sys.path],
         "folder": str(Path.cwd()),
         "environ": variables(),
+        "source": sys.argv[0] if sys.argv else "",
+        "user": _user() if config.track_env else "",
     }
+
+
+def _user() -> str:
+    """Return the login name, as trackers' own clients send it; empty where the system knows none."""
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
