@@ -49,6 +49,7 @@ class Instrumentation:
         self._device: Any = None
         self._installed = True
         self._timed: set[tuple[Any, str]] = set()
+        self._reported: dict[str, Info] = {}  # the last facts by kind
         self.clock = StepClock(flight, self, thread=thread)
         self._user_phases = UserPhases(self.clock, flight.names)
         self._watch = PostImportHook(
@@ -156,7 +157,7 @@ class Instrumentation:
 
     def new_optimizer(self, optimizer: Any) -> None:
         """Report an optimizer at its first step."""
-        if len(self.clock.optimizers) > 1:
+        if self.clock.optimizers_seen > 1:
             self._guarded(self._discovery.search_all)
 
         self._guarded(lambda: self._report_optimizer(optimizer))
@@ -343,8 +344,11 @@ class Instrumentation:
         self._report(optimizer_facts(optimizer))
 
     def _report(self, info: Info) -> None:
-        if self._on_info is not None:
-            self._on_info(info | {"t_ns": monotonic_ns()})
+        if self._on_info is None or self._reported.get(info["kind"]) == info:
+            return  # the script makes the same again for each step or epoch
+
+        self._reported[info["kind"]] = info
+        self._on_info(info | {"t_ns": monotonic_ns()})
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """Run a rare action; on failure log and count it, and continue without it."""

@@ -11,6 +11,7 @@ closes a step after an attempt. `docs/steps.md` has the rules.
 from __future__ import annotations
 
 import threading
+import weakref
 from _thread import get_ident
 from typing import TYPE_CHECKING, Any
 
@@ -61,8 +62,9 @@ class StepClock(StepAccumulator):
         self.exhausted_loader: Any = None  # its last batch may have been prefetched
         self.fetched_ahead = False  # this step's batch came before the end of its loader
         self.inferred = False  # there is no optimizer: batches are the steps
-        self.optimizers: set[int] = set()  # ids of all that have stepped
-        self.optimizers_alive = 0
+        self.optimizers: dict[int, Any] = {}  # by id, weak references to those that have stepped and are alive
+        self.optimizers_seen = 0  # number of all that have stepped
+        self.optimizers_alive = 0  # number of all with parameters of a model, at the last search
         self.fuses = False  # optimizers step inside backward
         self.depth = 0  # 1 inside an optimizer step on the slow path
         self.inner_steps = 0  # optimizer steps inside the outermost one
@@ -109,7 +111,7 @@ class StepClock(StepAccumulator):
 
             self._close_prefix()
 
-        if not self.optimizers and self.backwards and not self.inferred:
+        if not self.optimizers_seen and self.backwards and not self.inferred:
             self._hold_batch(t)
 
         if self.seg_start != t:
@@ -189,7 +191,7 @@ class StepClock(StepAccumulator):
     def repeat_attempt(self, ident: int, t: int) -> None:
         """Handle an optimizer step call in a step that has one already: it may begin another step."""
         self.closes_at = NOT_READY  # and no forward in the optimizer's closure closes a step
-        known = ident == self.attempt or ident in self.attempts
+        known = ident == self.attempt or ident in self.attempts or self._are_attempts_gone()
         if self.pending:
             if known:
                 if self.batch is not None:
@@ -202,6 +204,10 @@ class StepClock(StepAccumulator):
             self.cut_on_step = True
             self.usual_loader = NOT_READY
             self.commit(t)
+
+    def _are_attempts_gone(self) -> bool:
+        """Whether no optimizer of this step is alive, as where the script makes one for each step."""
+        return not any(ident == FUSED or ident in self.optimizers for ident in (self.attempt, *self.attempts))
 
     def after_step(self, t: int, ident: int) -> None:
         """Handle the end of an optimizer step call: the step may close from here on."""
@@ -270,10 +276,13 @@ class StepClock(StepAccumulator):
 
             self.after_step(t, FUSED)
         elif self.inferred:
+            if self.attempt:
+                self.repeat_attempt(FUSED, t)
+
             self.flags |= _INFERRED
             self.dirty = True
             self.after_step(t, FUSED)
-        elif not self.optimizers and self.first_loader is None and self.open and not self.explicit:
+        elif not self.optimizers_seen and self.first_loader is None and self.open and not self.explicit:
             self._hold_batch(t)
 
     def is_detailed(self, step: int) -> bool:
@@ -285,7 +294,7 @@ class StepClock(StepAccumulator):
 
     def plan_detail(self) -> None:
         """Decide whether backward passes take the slow path."""
-        self.detail = self.awaits_backward or self.fuses or not self.optimizers or self.is_detailed(self.rows)
+        self.detail = self.awaits_backward or self.fuses or not self.optimizers_seen or self.is_detailed(self.rows)
 
     def register_optimizer(self, optimizer: Any) -> None:
         """Note an optimizer that is not the one of the last step."""
@@ -294,18 +303,26 @@ class StepClock(StepAccumulator):
         if ident in self.optimizers:
             return
 
-        self.optimizers.add(ident)
+        self.optimizers[ident] = self._reference(optimizer)
+        self.optimizers_seen += 1
         self.inferred = False
         self.usual_loader = NOT_READY
         self.unmatched_batches.clear()
         self.plan_detail()
         self.listener.new_optimizer(optimizer)
 
+    def _reference(self, optimizer: Any) -> Any:
+        ident, alive = id(optimizer), self.optimizers
+        try:
+            return weakref.ref(optimizer, lambda _: alive.pop(ident, None))
+        except TypeError:  # its class allows no weak references: it counts as alive
+            return None
+
     def first_backward_begins(self) -> None:
         """Find models and optimizers before the first gradients exist."""
         self.awaits_backward = False
         alive = self.listener.first_backward()
-        if not alive and not self.optimizers:
+        if not alive and not self.optimizers_seen:
             self.inferred = True
 
         if not self.open:

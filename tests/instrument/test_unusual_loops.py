@@ -1,0 +1,234 @@
+"""Loops whose optimizers, loaders or threads change while they train: no step is missed, none is counted twice."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, evaluate, net, sgd, train
+from traceml.database.schema import StepFlag
+
+N = 600
+X = torch.randn(2, 4)
+
+
+def optimizer_for_each_step() -> None:
+    model = net()
+    for _ in range(N):
+        optimizer = sgd(model)
+        train(model, optimizer, X)
+
+
+def optimizer_and_scheduler_for_each_step() -> None:
+    model = net()
+    for _ in range(N):
+        optimizer = torch.optim.Adam(model.parameters())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+        train(model, optimizer, X)
+        scheduler.step()
+
+
+def optimizer_for_five_steps() -> None:
+    """Test-time training: a few steps on each sample."""
+    model = net()
+    for _ in range(N // 5):
+        optimizer = sgd(model)
+        for _ in range(5):
+            train(model, optimizer, X)
+
+
+def model_for_each_step() -> None:
+    for _ in range(N):
+        model = net()
+        train(model, sgd(model), X)
+
+
+def optimizer_after_each_forward() -> None:
+    for _ in range(N):
+        model = net()
+        loss = model(X).square().mean()
+        optimizer = sgd(model)
+        loss.backward()
+        optimizer.step()
+
+
+def gan_with_optimizers_for_each_step() -> None:
+    generator, critic = net(), net()
+    for _ in range(N):
+        of_critic, of_generator = sgd(critic), sgd(generator)
+        critic(X).mean().backward()
+        of_critic.step()
+        critic(generator(X).expand(2, 4)).mean().backward()
+        of_generator.step()
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        optimizer_for_each_step,
+        optimizer_and_scheduler_for_each_step,
+        optimizer_for_five_steps,
+        model_for_each_step,
+        optimizer_after_each_forward,
+        gan_with_optimizers_for_each_step,
+    ],
+)
+def test_optimizers_that_are_made_anew(traced: Traced, loop: Callable[[], None]) -> None:
+    """An optimizer that is gone does not make the step wait for it, and its facts are sent once."""
+    loop()
+
+    rows = traced.finish()
+    assert len(rows) == N
+    assert all(row["optimizer_ns"] > 0 and row["backward_ns"] > 0 for row in rows)
+    assert len([info for info in traced.info if info["kind"] == "optimizer"]) == 1
+
+
+def test_an_optimizer_without_weak_references(traced: Traced) -> None:
+    """It counts as alive; training goes on."""
+    model = net()
+    optimizer = sgd(model)
+
+    class Handle:
+        """As a wrapper with slots, which a scaler steps."""
+
+        __slots__ = ("param_groups", "step")
+
+        def __init__(self) -> None:
+            self.param_groups, self.step = optimizer.param_groups, optimizer.step
+
+    handle: Any = Handle()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(20):
+        model(X).square().mean().backward()
+        scaler.step(handle)
+
+    assert len(traced.finish()) == 20
+
+
+B = 128
+
+
+def update(parameters: Iterable[torch.Tensor]) -> None:
+    """Update as scripts do that have no optimizer."""
+    with torch.no_grad():
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter -= 0.01 * parameter.grad
+            parameter.grad = None
+
+
+def own_update() -> None:
+    model = net()
+    for (x,) in data(B):
+        model(x).square().mean().backward()
+        update(model.parameters())
+
+
+def own_update_in_epochs() -> None:
+    model = net()
+    for _ in range(4):
+        for (x,) in data(B // 4):
+            model(x).square().mean().backward()
+            update(model.parameters())
+
+        evaluate(model, 3)
+
+
+def own_update_of_tensors() -> None:
+    weight = torch.randn(4, 1, requires_grad=True)
+    for (x,) in data(B):
+        (x @ weight).square().mean().backward()
+        update([weight])
+
+
+def own_update_of_tensors_without_loader() -> None:
+    weight = torch.randn(4, 1, requires_grad=True)
+    for _ in range(B):
+        (X @ weight).square().mean().backward()
+        update([weight])
+
+
+@pytest.mark.parametrize(
+    ("loop", "evaluations"),
+    [
+        (own_update, 0),
+        (own_update_in_epochs, 12),
+        (own_update_of_tensors, 0),
+        (own_update_of_tensors_without_loader, 0),
+    ],
+)
+def test_training_without_an_optimizer(traced: Traced, loop: Callable[[], None], evaluations: int) -> None:
+    """Each batch is a step; without a loader, each backward pass."""
+    loop()
+
+    rows = traced.finish()
+    assert len(rows) == B
+    assert all(row["backward_ns"] > 0 and row["flags"] & StepFlag.INFERRED for row in rows)
+    assert sum(row["batches"] for row in traced.table("evals")) == evaluations
+
+
+def train_all(steps: int, *, with_loader: bool) -> None:
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(steps) if with_loader else [(X,)] * steps:
+        train(model, optimizer, x)
+
+
+def in_thread(function: Callable[[], None]) -> None:
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("with_loader", [True, False])
+def test_training_that_moves_with_its_context(traced: Traced, with_loader: bool) -> None:
+    """After training on the main thread, training in `asyncio.to_thread` is seen, and again on the main thread."""
+    train_all(100, with_loader=with_loader)
+    asyncio.run(asyncio.to_thread(train_all, 100, with_loader=with_loader))
+    train_all(100, with_loader=with_loader)
+
+    assert len(traced.finish()) == 300
+
+
+def test_steps_that_move_between_threads(traced: Traced) -> None:
+    """Each step in a call of `asyncio.to_thread`."""
+    model = net()
+    optimizer = sgd(model)
+
+    async def steps() -> None:
+        for _ in range(100):
+            await asyncio.to_thread(train, model, optimizer, X)
+
+    train(model, optimizer, X)
+    asyncio.run(steps())
+
+    assert len(traced.finish()) == 101
+
+
+def test_training_in_one_thread_after_another(traced: Traced) -> None:
+    """A thread that trains takes over from one that has ended."""
+    for _ in range(3):
+        in_thread(lambda: train_all(50, with_loader=True))
+
+    assert len(traced.finish()) == 150
+
+
+def test_a_second_training_at_the_same_time(traced: Traced) -> None:
+    """While the training thread is alive, another thread's training is not counted."""
+    model: nn.Module = net()
+    optimizer = sgd(model)
+    for _ in range(20):
+        train(model, optimizer, X)
+
+    in_thread(lambda: train_all(50, with_loader=False))
+    for _ in range(20):
+        train(model, optimizer, X)
+
+    assert len(traced.finish()) == 40
