@@ -212,6 +212,18 @@ def test_markers_and_latest(registry):
     assert list((registry.runs_dir / ".open").iterdir()) == []
 
 
+def test_a_folder_named_latest_stays_as_it_is(registry, caplog):
+    """It is told, and nothing is left beside it."""
+    (registry.runs_dir / "latest").mkdir(parents=True)
+
+    registry.begin("first", "job", named=False)
+
+    assert (registry.runs_dir / "latest").is_dir()
+    assert not (registry.runs_dir / "latest").is_symlink()
+    assert list(registry.runs_dir.glob(".latest-*")) == []
+    assert "latest does not point at run first: it is a folder of its own" in caplog.text
+
+
 def test_run_without_ranks_leaves_no_folder(registry):
     """The folder of a run that a killed aggregator only began is removed, but no other files."""
     run = registry.begin("empty", "job", named=False)

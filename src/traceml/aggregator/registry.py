@@ -314,7 +314,10 @@ class Registry:
             draft.symlink_to(run.id)
             draft.replace(latest)
         except OSError as error:
-            _log.warning("%s does not point at run %s: %s", latest, run.id, error)
+            why = "it is a folder of its own" if latest.is_dir() and not latest.is_symlink() else error
+            _log.warning("%s does not point at run %s: %s", latest, run.id, why)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def _key(hello: Hello) -> str:
