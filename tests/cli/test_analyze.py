@@ -86,7 +86,7 @@ def test_nothing_passes(capsys, trace):
     ("words", "status", "said"),
     [
         ([], 2, "name a trace"),
-        (["TRACE", "--top", "0"], 2, "--top: at least 1"),
+        (["TRACE", "--top", "0"], 2, "--top takes a whole number of at least 1"),
         (["TRACE", "--by", "nam"], 2, "Did you mean name?"),
         (["TRACE", "--where", "cat POSIX"], 2, "HERE -> POSIX"),
         (["TRACE", "--where", "args.x=1"], 2, "There are no args"),

@@ -79,8 +79,8 @@ def test_json_and_nothing_else(compare):
     ("words", "what"),
     [
         (["first"], "missing from traceml compare: b"),
-        (["first", "slow", "--fail-over", "-1"], "from 0 on"),
-        (["first", "slow", "--fail-over", "nan"], "from 0 on"),
+        (["first", "slow", "--fail-over", "-1"], "of at least 0"),
+        (["first", "slow", "--fail-over", "nan"], "of at least 0"),
         (["first", "first"], "the same run"),
     ],
 )

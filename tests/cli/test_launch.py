@@ -38,7 +38,7 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
         (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is not a number of workers"),
         (["--workers-per-host", "2", "3", "x.py"], "workers_per_host has 2 numbers for 1 hosts"),
         (["--hostnames", "a", "a", "x.py"], "hostnames has a more than once"),
-        (["--timeout", "-1", "x.py"], "'-1' is not a time in seconds"),
+        (["--timeout", "-1", "x.py"], "--timeout takes a number above 0, not '-1'"),
         (["--hostnames", "slurm", "x.py"], "Slurm"),
         (["--nodes", "2", "x.py"], "--nodes"),
         (["--live", "terminal", "x.py"], "standard output is not one"),

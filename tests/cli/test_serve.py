@@ -168,4 +168,4 @@ def test_the_page_is_served_beside_the_aggregator(serve):
 @pytest.mark.parametrize("port", ["99999", "-1", "x"])
 def test_a_port_that_is_none_is_called_so(port, capsys):
     assert main(["serve", f"--web={port}"]) == 2
-    assert "is not a port" in capsys.readouterr().err
+    assert "takes a whole number from 0 to 65535" in capsys.readouterr().err

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import TraceNotFoundError, UsageError
 from traceml.traces.query.summary import summarize
@@ -56,7 +57,7 @@ class Options:
     where: Annotated[str, tyro.conf.arg(metavar="CONDITIONS", help_behavior_hint="")] = ""
     """Only events that match all of these: 'cat=POSIX,dur>100,name~read'. Operators: = != < <= > >= ~ (pattern). Units
     are optional (2.5ms, 4KiB); without one, ts and dur are in microseconds."""
-    top: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    top: Annotated[int | None, NumberRange(), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """Number of groups (default: 20, all with --json)."""
     overlap: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """With --by: show the overlap of computing, I/O and communication too."""
@@ -75,9 +76,6 @@ def main(argv: list[str]) -> int:
     options = parse(Options, argv, prog="traceml analyze")
     if not options.paths:
         raise UsageError("name a trace, a folder of traces, or a pattern: traceml analyze PATH")
-
-    if options.top is not None and options.top < 1:
-        raise UsageError("--top: at least 1")
 
     result = _summary(options)
     if options.json:

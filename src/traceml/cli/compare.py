@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.cli.report import runs_dir_of
 from traceml.errors import StoreError, UsageError
@@ -38,7 +39,9 @@ class CompareOptions:
     """The run to compare with it."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the comparison as JSON and nothing else."""
-    fail_over: Annotated[float | None, tyro.conf.arg(metavar="PCT", help_behavior_hint="")] = None
+    fail_over: Annotated[
+        float | None, NumberRange(float, least=0), tyro.conf.arg(metavar="PCT", help_behavior_hint="")
+    ] = None
     """Exit with 1 when steps of B take more than PCT percent longer and the change is significant."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
     """Where the runs are (default: the setting runs_dir)."""
@@ -47,9 +50,6 @@ class CompareOptions:
 def main(argv: list[str]) -> int:
     """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that is unknown."""
     options = parse(CompareOptions, argv, prog="traceml compare")
-    if options.fail_over is not None and not 0 <= options.fail_over < float("inf"):
-        raise UsageError(f"--fail-over takes percent from 0 on, not {options.fail_over}")
-
     comparison = _compared(*(find_run(run, runs_dir_of(options.runs_dir)) for run in (options.a, options.b)))
     if options.json:
         print(comparison.to_json())

@@ -8,10 +8,11 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
-from traceml.errors import TraceMLError
+from traceml.errors import TraceMLError, UsageError
 
 __all__ = ["main"]
 
@@ -28,13 +29,13 @@ class DemoOptions:
 
     fault: Literal["forward", "input", "backward", "optimizer", "other", "none"] = "forward"
     """The slow part of the step."""
-    rank: int = 1
+    rank: Annotated[int, NumberRange(least=0)] = 1
     """The slow rank."""
-    ms: float = 15.0
+    ms: Annotated[float, NumberRange(float, least=0)] = 15.0
     """Delay of its step in milliseconds."""
-    steps: int = 400
+    steps: Annotated[int, NumberRange()] = 400
     """Training steps."""
-    ranks: int = 2
+    ranks: Annotated[int, NumberRange()] = 2
     """Number of ranks."""
     live: Literal["auto", "terminal", "web", "none"] = "auto"
     """The live view: auto shows it on a terminal; web serves a page and prints its address."""
@@ -43,6 +44,7 @@ class DemoOptions:
 def main(argv: list[str]) -> int:
     """Run the demonstration through `traceml run`; return its exit status."""
     options = parse(DemoOptions, argv, prog="traceml demo")
+    _check_rank(options)
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
     if missing:
         raise TraceMLError(
@@ -58,6 +60,12 @@ def main(argv: list[str]) -> int:
         print(_introduction(options, args), file=sys.stderr, flush=True)
 
     return run.main(args)
+
+
+def _check_rank(options: DemoOptions) -> None:
+    if options.fault != "none" and options.rank >= options.ranks:
+        ranks = "there is only rank 0" if options.ranks == 1 else f"the ranks are 0 to {options.ranks - 1}"
+        raise UsageError(f"--rank {options.rank} does not exist: {ranks}; --ranks N makes more")
 
 
 def _run_args(options: DemoOptions) -> list[str]:

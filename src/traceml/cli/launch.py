@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml import settings
+from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
@@ -131,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     hosts.add_argument("--python", metavar="PATH", help="the interpreter on the hosts (default: the path of this one)")
     hosts.add_argument(
-        "--timeout", type=_seconds, default=600, metavar="S", help="seconds for starting the workers (default: 600)"
+        "--timeout",
+        type=NumberRange(float, least=0, above=True),
+        default=600,
+        metavar="S",
+        help="seconds for starting the workers (default: 600)",
     )
 
     workers = parser.add_argument_group("environment of the workers")
@@ -228,18 +233,6 @@ def _numbers(text: str) -> str | int | list[int]:
 
 def _split(text: str) -> list[str]:
     return [word for word in text.split(",") if word]
-
-
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
-
-    return value
 
 
 def _no_screen(run_dir: Path) -> Screen | None:  # noqa: ARG001 - the form is given

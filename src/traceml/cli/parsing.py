@@ -9,6 +9,7 @@ import re
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from traceml.cli.number_range import check_ranges
 from traceml.errors import UsageError
 
 __all__ = ["CommandParser", "parse"]
@@ -16,10 +17,13 @@ __all__ = ["CommandParser", "parse"]
 T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_WRONG_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: takes")  # an option and its aliases
 _MISSING = re.compile(r"^[│|]? {5,6}(\S+)", re.MULTILINE)  # their explanations are indented further
 _NOT_A_NUMBER = re.compile(
     r"error parsing (\S+): no type matching \{None\}\|(FLOAT|INT) could be instantiated from \[(.*)\]"
 )
+_NOT_INT = re.compile(r"error parsing (\S+): invalid literal for int\(\) with base 10: (.*)")
+_NOT_FLOAT = re.compile(r"error parsing (\S+): could not convert string to float: (.*)")
 _FRAME = re.compile(r"[─-╿]|^\s*\|\s|\s\|\s*$|^\s*[+-]{3,}.*$")
 
 
@@ -28,7 +32,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise an error instead of printing it."""
-        raise UsageError(message)
+        raise UsageError(_WRONG_VALUE.sub(r"\1 takes", message))
 
 
 def parse(options: type[T], argv: list[str], *, prog: str) -> T:
@@ -45,12 +49,15 @@ def parse(options: type[T], argv: list[str], *, prog: str) -> T:
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            return tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
+            parsed = tyro.cli(options, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit as error:
         if not error.code:
             raise
 
         raise UsageError(_one_line(output.getvalue())) from None
+
+    check_ranges(parsed)
+    return parsed
 
 
 def _without_union_type(hint: Any) -> Any:
@@ -80,6 +87,8 @@ def _one_line(box: str) -> str:
         return f"{message.partition(':')[0]}: {', '.join(names)}"
 
     message = _NOT_A_NUMBER.sub(r"\1 takes a number, not \3", message)
+    message = _NOT_INT.sub(r"\1 takes a whole number, not \2", message)
+    message = _NOT_FLOAT.sub(r"\1 takes a number, not \2", message)
     suggestion = next((part[1] for part in parts if part[0].startswith("Perhaps you meant") and len(part) > 1), None)
     return f"{message}; did you mean {suggestion}?" if suggestion else message
 

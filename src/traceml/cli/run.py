@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml import settings
+from traceml.cli.number_range import PORT, NumberRange, node_count
 from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
@@ -53,6 +54,15 @@ _TORCHRUN_WITH_VALUE = (
     "--shutdown-timeout",
 )
 _TORCHRUN_FLAGS = ("--standalone", "--virtual-local-rank")
+_NUMBERS: dict[str, Callable[[str], object]] = {
+    "--nnodes": node_count,
+    "--max-restarts": NumberRange(least=0),
+    "--monitor-interval": NumberRange(float, least=0, above=True),
+    "--node-rank": NumberRange(least=0),
+    "--master-port": PORT,
+    "--shutdown-timeout": NumberRange(least=0),
+}
+_DEVICES = ("cpu", "gpu", "auto", "xpu", "hpu", "npu", "mlu", "musa")  # whose number torchrun finds, also of extensions
 _SHORT = {"--redirects": "-r", "--tee": "-t"}
 
 _EPILOG = """\
@@ -130,11 +140,16 @@ def _parser() -> argparse.ArgumentParser:
     add_run_options(parser)
     torchrun = parser.add_argument_group("torchrun's options")
     torchrun.add_argument(
-        "--nproc-per-node", "--nproc_per_node", metavar="N", help="ranks on this host: a number, cpu, gpu or auto"
+        "--nproc-per-node",
+        "--nproc_per_node",
+        type=NumberRange(words=_DEVICES),
+        metavar="N",
+        help="ranks on this host: a number, cpu, gpu or auto",
     )
     for name in _TORCHRUN_WITH_VALUE:
         names = [_SHORT[name]] if name in _SHORT else []
-        torchrun.add_argument(*names, name, name.replace("-", "_").replace("__", "--", 1), help=argparse.SUPPRESS)
+        alias = name.replace("-", "_").replace("__", "--", 1)
+        torchrun.add_argument(*names, name, alias, type=_NUMBERS.get(name, str), help=argparse.SUPPRESS)
 
     for name in _TORCHRUN_FLAGS:
         torchrun.add_argument(
@@ -148,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _elastic(options: argparse.Namespace) -> bool:
     """Return whether torchrun is needed: for several processes, or if one of its options was given."""
-    return options.nproc_per_node not in (None, "1") or bool(_torchrun_arguments(options))
+    return options.nproc_per_node not in (None, 1) or bool(_torchrun_arguments(options))
 
 
 def _torchrun_arguments(options: argparse.Namespace) -> list[str]:

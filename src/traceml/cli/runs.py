@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
 from traceml.formatting import bytes_text, duration_text
@@ -27,7 +28,7 @@ class RunsOptions:
 
     prune: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Remove all but the newest runs, except running ones. --keep, or the setting keep_runs, is the number to keep."""
-    keep: Annotated[int | None, tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
+    keep: Annotated[int | None, NumberRange(least=0), tyro.conf.arg(metavar="N", help_behavior_hint="")] = None
     """With --prune: the number of runs to keep."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the list as JSON and nothing else."""
@@ -60,9 +61,6 @@ def _keep(options: RunsOptions, setting: int | None) -> int:
     keep = options.keep if options.keep is not None else setting
     if keep is None:
         raise UsageError("--prune needs the number of runs to keep: --keep N, or TRACEML_KEEP_RUNS=N")
-
-    if keep < 0:
-        raise UsageError("--keep: at least 0")
 
     return keep
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
+from traceml.cli.number_range import PORT, NumberRange
 from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
@@ -35,8 +36,6 @@ Scripts on other hosts need --host 0.0.0.0 here, and TRACEML_HOST and TRACEML_TO
 --web prints the address of a page with all runs, running and ended.
 Scripts with another runs folder need TRACEML_PORT: their runs are stored here then.
 Reports are written to the runs folder when runs end; `traceml report` prints them."""
-
-_LAST_PORT = 65535
 
 _log = logging.getLogger("traceml")
 
@@ -81,16 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
-    parser.add_argument("--port", type=int, help="port to listen on (29765; 0: a free one)")
+    parser.add_argument("--port", type=PORT, help="port to listen on (29765; 0: a free one)")
     parser.add_argument("--runs-dir", help="folder of the runs (traceml_runs)")
     parser.add_argument(
-        "--web", nargs="?", type=_port, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
+        "--web", nargs="?", type=PORT, const=PAGE_PORT, metavar="PORT", help="also serve the web page (29766)"
     )
     parser.add_argument("--terminal", action="store_true", help="show the running job on this terminal")
     # For `traceml run` and `init(local=True)`, which start an aggregator with a bound socket.
-    parser.add_argument("--fd", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder-fd", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)
+    for descriptor in ("--fd", "--folder-fd", "--ready-fd"):
+        parser.add_argument(descriptor, type=NumberRange(least=0), help=argparse.SUPPRESS)
+
     parser.add_argument("--run-id", help=argparse.SUPPRESS)
     parser.add_argument("--exit-when-idle", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -219,13 +218,6 @@ def _log_to_stderr(level: str) -> Iterator[None]:
         _log.removeHandler(handler)
         _log.setLevel(before[0])
         _log.propagate = before[1]
-
-
-def _port(text: str) -> int:
-    if text.isdigit() and int(text) <= _LAST_PORT:
-        return int(text)
-
-    raise argparse.ArgumentTypeError(f"{text!r} is not a port; 0 means a free one")
 
 
 @contextlib.contextmanager

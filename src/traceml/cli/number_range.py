@@ -1,0 +1,93 @@
+"""Ranges of numeric options, checked the same way for every command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from traceml.errors import UsageError
+
+__all__ = ["PORT", "NumberRange", "check_ranges", "node_count"]
+
+
+@dataclass(frozen=True, slots=True)
+class NumberRange:
+    """Numbers that an option takes: the `type` of an argparse option, or a note in `Annotated` on a field of options.
+
+    Args:
+        kind: int or float.
+        least: the smallest one; not itself with `above`.
+        most: the largest one.
+        above: whether numbers must be above `least`.
+        words: words that the option takes too.
+    """
+
+    kind: type[int] | type[float] = int
+    least: float = 1
+    most: float = math.inf
+    above: bool = False
+    words: tuple[str, ...] = ()
+
+    def __call__(self, text: str) -> float | str:
+        """Return the value of a text, as argparse calls it.
+
+        Raises:
+            argparse.ArgumentTypeError: it is not in the range.
+        """
+        if text in self.words:
+            return text
+
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+
+        if not self.contains(value):
+            raise argparse.ArgumentTypeError(f"takes {self}, not {text!r}")
+
+        return value
+
+    def contains(self, value: float) -> bool:
+        """Whether a number is in the range; never for one that is not finite."""
+        return math.isfinite(value) and self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        what = "a whole number" if self.kind is int else "a number"
+        bounds = f"above {self.least:g}" if self.above else f"of at least {self.least:g}"
+        if self.most < math.inf:
+            bounds = f"from {self.least:g} to {self.most:g}"
+
+        words = f", or {', '.join(self.words)}" if self.words else ""
+        return f"{what} {bounds}{words}"
+
+
+PORT = NumberRange(least=0, most=65535)
+
+
+def check_ranges(options: Any) -> None:
+    """Check the numbers of an options dataclass.
+
+    Raises:
+        UsageError: one is not in the range that its field names.
+    """
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value = getattr(options, name)
+        for note in getattr(hint, "__metadata__", ()):
+            if isinstance(note, NumberRange) and value is not None and not note.contains(value):
+                raise UsageError(f"--{name.replace('_', '-')} takes {note}, not {value}")
+
+
+def node_count(text: str) -> str:
+    """Return torchrun's number of nodes, N or MIN:MAX, as argparse calls it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2] or match[1]):
+        raise argparse.ArgumentTypeError(f"takes a whole number of at least 1, or MIN:MAX, not {text!r}")
+
+    return text
