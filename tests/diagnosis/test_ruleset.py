@@ -319,6 +319,17 @@ def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
     assert "trace_step" not in found.next
 
 
+@pytest.mark.parametrize("end", [{"signal": 2}, {"code": 130}, {"exception": "KeyboardInterrupt"}])
+def test_a_job_that_was_interrupted_before_it_trained_was_stopped(end):
+    """Ctrl-C is no failure to look into."""
+    ended = RankExit(rank=0, state="killed", **end)
+    found = diagnose(StepWindow(128).aligned(), JobFacts(state="failed", exits=(ended,)))[0]
+
+    assert found.kind is Kind.INSUFFICIENT_DATA
+    assert "the run was stopped before its first step" in found.summary
+    assert "output" not in found.next
+
+
 def test_a_lost_rank_outranks_timing():
     """A rank killed by a signal is the verdict; the timing finding comes after it."""
     lost = RankExit(rank=1, state="killed", signal=9, last_step=99, open_step=100, open_phase="backward")

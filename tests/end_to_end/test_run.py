@@ -141,16 +141,52 @@ def test_a_restart_by_torchrun_is_a_second_attempt(traceml: Traceml) -> None:
 
 
 def test_a_script_raises_before_its_first_step(traceml: Traceml, tmp_path: Path) -> None:
-    """There is nothing to diagnose but the exception itself."""
+    """There is nothing to diagnose but the exception itself: its traceback, and one line."""
     script = tmp_path / "broken.py"
     script.write_text("import json\n\njson.loads('no')\n")
 
     ended = traceml("run", script)
 
     assert ended.status == 1
-    assert "JSONDecodeError" in ended.stderr
+    traceback, _, ours = ended.stderr.partition("traceml: ")
+    assert traceback.startswith("Traceback")
+    assert traceback.rstrip().splitlines()[-1].startswith("json.decoder.JSONDecodeError")
+    assert ours.startswith("Rank 0 ended with json.decoder.JSONDecodeError")
+    assert ours.endswith(f"before the first step. More: traceml report {ended.run_dir.name}\n")
+    assert ours.count("\n") == 1
     assert ended.report["verdict"]["kind"] == "RANK_LOST"
     assert ended.report["verdict"]["evidence"]["line"] == 3
+
+
+def test_ctrl_c_before_the_first_step_is_a_stop(traceml: Traceml, tmp_path: Path) -> None:
+    """It is told in one line, and is no failure to look into."""
+    script = tmp_path / "starts.py"
+    script.write_text(
+        "import pathlib, os, signal\npathlib.Path('marker.0').write_text(str(os.getpid()))\nsignal.pause()\n"
+    )
+    running = traceml.start("run", script)
+    running.pid_of(0)
+    running.process.send_signal(signal.SIGINT)
+
+    ended = running.end()
+
+    assert ended.status == 130
+    line = f"traceml: Stopped before the first step. More: traceml report {ended.run_dir.name}"
+    assert ended.stderr.splitlines()[-2:] == ["KeyboardInterrupt", line]
+    assert "stopped" in ended.report["verdict"]["summary"]
+    shown = traceml("report")
+    assert "1 rank, stopped after" in shown.stdout
+    assert "failed" not in shown.stdout
+
+
+def test_ranks_per_gpu_without_one_are_one_line(traceml: Traceml) -> None:
+    """torchrun's own check fails before any rank is started."""
+    ended = traceml("run", "--nproc-per-node", "xpu", TINY, CUDA_VISIBLE_DEVICES="")
+
+    assert ended.status == 2
+    assert "Traceback" not in ended.stderr
+    assert "torchrun: --nproc-per-node xpu: Xpu is not available." in ended.stderr.splitlines()
+    assert "traceml: The job failed before its first step; its output says why." in ended.stderr
 
 
 def test_a_script_without_training(traceml: Traceml, tmp_path: Path) -> None:
@@ -269,6 +305,7 @@ def test_a_killed_command_leaves_no_process(traceml: Traceml, ranks: int) -> Non
     running.wait_for(lambda: (ended.run_dir / "report.json").exists(), "the report")
     assert ended.report["steps"]["count"] > 0
     assert ended.report["run"]["state"] in {"failed", "lost"}
+    assert "BrokenPipeError" not in ended.stderr
 
 
 def test_a_rank_killed_from_outside_loses_no_row(traceml: Traceml) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from signal import SIGINT
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from traceml.diagnosis.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.sampled_lines import LineCounts, SampledLine
 
-__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
+__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly", "was_interrupted"]
 
 OVERSUBSCRIBED = 0.25
 """From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
@@ -80,6 +81,11 @@ class RankExit:
 
         known.setdefault("open_step", reported.get("step"))
         return cls(rank=rank, state=state, host=host, **known)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user ended it by Ctrl-C."""
+        return was_interrupted(self.signal, self.code, self.exception)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +260,11 @@ def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
 
 def _run_and_wait(row: Any) -> tuple[int, int]:
     return int(row["main_run_ns"]), int(row["main_wait_ns"])
+
+
+def was_interrupted(signal: int | None, code: int | None, exception: str | None) -> bool:
+    """Whether a process ended by Ctrl-C: by its signal, by the exit code of a shell for it, or by the exception."""
+    return SIGINT in (signal, (code or 0) - 128) or (exception or "").startswith("KeyboardInterrupt")
 
 
 def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:

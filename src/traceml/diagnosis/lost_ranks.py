@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal as signals
 from collections.abc import Sequence
 
 from traceml.diagnosis import advice
@@ -28,7 +27,6 @@ _PEER_GONE = (
     "process group",
     "store->get",
 )
-_USER_INTERRUPTS = ("KeyboardInterrupt",)
 
 
 def rank_lost(facts: JobFacts) -> list[Finding]:
@@ -62,7 +60,7 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     """
     own = [ended for ended in bad if not _follows(ended)]
     unforced = [ended for ended in bad if not ended.stopped]
-    if not own and (not unforced or any(_interrupted_by_user(ended) for ended in bad)):
+    if not own and (not unforced or any(ended.interrupted for ended in bad)):
         return []
 
     causes = own or [ended for ended in unforced if not _failed_because_of_peer(ended)] or unforced
@@ -90,19 +88,12 @@ def _follows(ended: RankExit) -> bool:
     if ended.signal is not None:
         return signal_name(ended.signal) in _SWEPT_AWAY
 
-    return _interrupted_by_user(ended) or _failed_because_of_peer(ended)
+    return ended.interrupted or _failed_because_of_peer(ended)
 
 
 def _failed_because_of_peer(ended: RankExit) -> bool:
     text = (ended.exception or "").lower()
     return any(word in text for word in _PEER_GONE)
-
-
-def _interrupted_by_user(ended: RankExit) -> bool:
-    if ended.signal == signals.SIGINT or ended.code == 128 + signals.SIGINT:
-        return True
-
-    return (ended.exception or "").startswith(_USER_INTERRUPTS)
 
 
 def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:

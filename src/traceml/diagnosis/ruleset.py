@@ -73,6 +73,8 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
 
     ended = facts.state != "running"
     failed = not seen and facts.state == "failed"
+    if failed and any(each.interrupted for each in facts.exits):
+        why, failed = "the run was stopped before its first step", False
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
 from traceml.formatting import count_text, ranks_text, sample_text
 from traceml.renderers.words import end_of_rank
 from traceml.runs.report_types import (
@@ -104,6 +105,32 @@ class RunView:
     def sample(self) -> str | None:
         """Steps that the verdict of a long run rests on, in words; None where it rests on all."""
         return sample_text(self.steps.diagnosed, self.steps.count) if self.steps.cut else None
+
+    @property
+    def state(self) -> str:
+        """The run's state in a word; `stopped` where the user ended it by Ctrl-C."""
+        interrupted = any(rank.exit.interrupted for rank in self.report.ranks)
+        is_stopped = self.run.state == "failed" and interrupted and self.verdict.kind is not Kind.RANK_LOST
+        return "stopped" if is_stopped else self.run.state
+
+    @property
+    def ended_before_training(self) -> str | None:
+        """End of a run that failed before its first step, in a sentence; None where a card says more.
+
+        After a signal the card has advice; what was logged for trackers is on it.
+        """
+        signaled = any(rank.exit.signal and not rank.exit.interrupted for rank in self.report.ranks)
+        if self.run.state != "failed" or self.steps.count or self.trackers or signaled:
+            return None
+
+        if self.state == "stopped":
+            return "Stopped before the first step."
+
+        if self.verdict.kind is Kind.RANK_LOST:
+            return self.verdict.summary
+
+        unknown = self.verdict.kind is Kind.INSUFFICIENT_DATA
+        return "The job failed before its first step; its output says why." if unknown else None
 
     @property
     def absent(self) -> str | None:

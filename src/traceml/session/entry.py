@@ -10,6 +10,12 @@ import sys
 __all__: list[str] = []
 
 if __name__ == "__main__":
+    import signal
+
+    # Until the script begins, Ctrl-C ends the process without a traceback of our own start.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     # `-m` has put the working directory first on the path; our own imports must not find the user's modules there.
     if not sys.flags.safe_path:
         del sys.path[0]

@@ -66,6 +66,7 @@ def _run(argv: list[str]) -> BaseException | None:
     sys.argv = list(words)
     _end_with_torchrun()
     start_for_script()
+    _raise_interrupts()
     try:
         program = _find_module(words[0]) if module else _find_script(words[0])
         sys.argv[0] = program.argv0
@@ -101,6 +102,12 @@ def _execute(program: _Program) -> None:
 
 
 _stage: list[ModuleType] = []  # the previous `__main__`: still running, so it must not be cleared
+
+
+def _raise_interrupts() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt from here on, as the interpreter does; `entry` has suspended that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _end_with_torchrun() -> None:

@@ -7,6 +7,7 @@ that failed first: its exit code, or 128 + n for signal n. torchrun itself alway
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -21,12 +22,19 @@ def main(argv: Sequence[str]) -> int:
     """Run torchrun with `argv`; return the status of the first rank that failed, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import determine_local_world_size, parse_args, run
 
     report = _reporter(os.environ.pop("TRACEML_FAILURES_FD", None))
     reported, agents = _watch_agent(report)
+    options = parse_args(list(argv))
     try:
-        run(parse_args(list(argv)))
+        determine_local_world_size(options.nproc_per_node)
+    except ValueError as error:  # `gpu` without one: a line instead of torch's traceback
+        print(f"torchrun: --nproc-per-node {options.nproc_per_node}: {error}", file=sys.stderr)  # noqa: T201 - as below
+        return 2
+
+    try:
+        run(options)
     except ChildFailedError as error:
         if not reported:
             report(error.failures.items())
@@ -66,7 +74,8 @@ def _reporter(fd_text: str | None) -> Any:
                 "exitcode": failure.exitcode,
                 "time": failure.timestamp,
             }
-            os.write(fd, json.dumps(line).encode() + b"\n")
+            with contextlib.suppress(BrokenPipeError):  # `traceml run` was killed: nobody reads it
+                os.write(fd, json.dumps(line).encode() + b"\n")
 
     return report
 

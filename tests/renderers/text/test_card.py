@@ -7,11 +7,12 @@ import io
 import pytest
 
 from tests.renderers.reports import REPORTS, finding, healthy, report, slow_rank
+from traceml.diagnosis.findings import Finding
 from traceml.errors import StoreError
 from traceml.renderers.text.card import card, print_card, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import run_view
-from traceml.runs.report_types import SCHEMA, Report, RunSection, TrackerSection
+from traceml.runs.report_types import SCHEMA, Report, RunSection, StepsSection, TrackerSection
 
 
 def text_of(made: Report, **over) -> str:
@@ -156,3 +157,39 @@ def test_what_a_fallback_took_is_told():
     """The rows are at the fallback, not at the tracker."""
     shown = text_of(tracked(tracker("mlflow", fallback=12_000)))
     assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown
+
+
+def unstarted(verdict: Finding, **end) -> Report:
+    made = report([{"forward": 1.0}], verdict, state="failed", exits={0: {"exit": end}})
+    made.steps = StepsSection()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "says"),
+    [
+        ("INSUFFICIENT_DATA", {"signal": 2}, "Stopped before the first step."),
+        ("INSUFFICIENT_DATA", {"exception": "KeyboardInterrupt"}, "Stopped before the first step."),
+        ("INSUFFICIENT_DATA", {"code": 2}, "The job failed before its first step; its output says why."),
+        ("RANK_LOST", {"exception": "ImportError: no"}, "Rank 0 ended with ImportError: no at x.py:1."),
+    ],
+)
+def test_a_run_that_failed_before_its_first_step_is_one_line(tmp_path, kind, end, says):
+    path = tmp_path / "report.json"
+    path.write_text(unstarted(finding(kind, summary="Rank 0 ended with ImportError: no at x.py:1."), **end).to_json())
+
+    assert printed(path) == [f"traceml: {says} More: traceml report {tmp_path}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "end"), [("RANK_LOST", {"signal": 9}), ("HANG", {"code": 1}), ("RANK_LOST", {"code": 1, "trackers": True})]
+)
+def test_a_run_that_failed_early_gets_a_card_where_that_says_more(tmp_path, kind, end):
+    """After a signal, for another verdict than the failure, and where logged values may wait."""
+    trackers = [TrackerSection(backend="jsonl")] if end.pop("trackers", False) else []
+    made = unstarted(finding(kind), **end)
+    made.trackers = trackers
+    path = tmp_path / "report.json"
+    path.write_text(made.to_json())
+
+    assert kind in printed(path)[0]

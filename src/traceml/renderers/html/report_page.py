@@ -101,7 +101,7 @@ def run_line(view: RunView) -> Iterator[str]:
     """Yield one line about the run: id, ranks, hosts, state, date."""
     run = view.run
     facts = [f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}", ", ".join(run.hosts[:4])]
-    facts.append(f"{run.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else run.state)
+    facts.append(f"{view.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else view.state)
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
 

@@ -41,6 +41,8 @@ _CELL = 10
 def print_card(report_path: Path, *, file: IO[str]) -> None:
     """Print the card of a report on disk, with its path and the command that shows it again.
 
+    A run that failed before its first step gets one line: its own output says why.
+
     Args:
         report_path: the run's `report.json`.
         file: the output; colors and characters depend on it.
@@ -48,7 +50,13 @@ def print_card(report_path: Path, *, file: IO[str]) -> None:
     Raises:
         StoreError: the file is not a report.
     """
-    print_report(read_report(report_path), report_path.parent, console=Console(file=file, highlight=False))
+    report = read_report(report_path)
+    console = Console(file=file, highlight=False)
+    if (line := run_view(report).ended_before_training) is None:
+        print_report(report, report_path.parent, console=console)
+    else:
+        again = f"More: traceml report {_name_of(report_path.parent.resolve())}"
+        console.print(Text(f"traceml: {line} {again}"), soft_wrap=True)
 
 
 def print_report(report: Report, run_dir: Path, *, console: Console) -> None:
@@ -125,7 +133,7 @@ def _top(view: RunView, width: int, viewport: Viewport) -> Text:
         facts.append(f"{count_text(view.steps.count)} steps")
 
     after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
-    right = f" {', '.join(facts)}, {view.run.state}{after} {rule}"
+    right = f" {', '.join(facts)}, {view.state}{after} {rule}"
     left = Text(f"{rule} ").append("traceml", style="bold").append(f" {rule} ")
     left.append(view.verdict.kind, style=_style(view.verdict.severity)).append(" ")
     fill = max(width - left.cell_len - len(right), 1)
