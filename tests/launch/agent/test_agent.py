@@ -376,6 +376,76 @@ def test_stacks_of_all_ranks(driver: Driver) -> None:
     driver.stop(grace_s=0)
 
 
+def test_a_worker_whose_threads_run_python_survives_any_number_of_requests(driver: Driver, tmp_path: Path) -> None:
+    """Its own thread answers: a signal handler that reads changing frames without the GIL crashes the process."""
+
+    def busy(enough: Path) -> str:
+        import threading
+        import time
+
+        over = threading.Event()
+
+        def descend(depth: int) -> int:
+            return depth and 1 + descend(depth - 1)
+
+        def spin() -> None:
+            while not over.is_set():
+                descend(20)
+
+        threads = [threading.Thread(target=spin) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+
+        print("ready", flush=True)
+        while not enough.exists():
+            time.sleep(0.001)
+
+        over.set()
+        return "alive"
+
+    enough = tmp_path / "enough"
+    driver.prepare()
+    driver.start(busy, enough)
+    driver.until(lambda: driver.text(0) == "ready\n")
+    for count in range(1, 301):
+        driver.channel.send("stacks", job=driver.job)
+        stack = driver.wait("stacks", count)["ranks"][0]["stack"]
+        assert stack.startswith("Thread 0x")
+        assert " in busy" in stack.split("\n\n")[0]
+        assert stack.count(" in spin") == 3
+        assert "stack_thread" not in stack
+
+    enough.touch()
+    driver.wait("done")
+    driver.release()
+    assert driver.result(0) == "alive"
+
+
+@pytest.mark.parametrize("holds_gil", [False, True])
+def test_a_wait_in_c_code_is_not_ended_by_a_request(driver: Driver, holds_gil: bool) -> None:
+    """Neither of a worker that answers, nor of one that must be sent a signal as it holds the GIL."""
+
+    def wait_in_c() -> int:
+        import ctypes
+
+        libc = ctypes.PyDLL(None) if holds_gil else ctypes.CDLL(None)
+        print("ready", flush=True)
+        return int(libc.poll(None, 0, 4000))
+
+    driver.prepare()
+    driver.start(wait_in_c)
+    driver.until(lambda: driver.text(0) == "ready\n")
+    driver.channel.send("stacks", job=driver.job)
+
+    told = driver.wait("stacks")["ranks"][0]
+
+    assert not driver.of("done")
+    assert " in wait_in_c" in told["stack"].split("\n\n")[0]
+    driver.wait("done")
+    driver.release()
+    assert driver.result(0) == 0  # the time has passed; -1 after a signal
+
+
 def test_a_chatty_worker_slows_nobody(driver: Driver) -> None:
     """While the launcher takes nothing of one worker's output, the other works and the agent answers."""
 

@@ -94,7 +94,7 @@ def test_matrix_products_of_numpy_use_the_cores_of_their_worker(driver: Driver, 
         return len(list(Path("/proc/self/task").iterdir())), len(os.sched_getaffinity(0))
 
     for threads, cores in driver.run(multiply, workers=workers):
-        assert threads == min(cores, 64 // workers)
+        assert threads - 1 == min(cores, 64 // workers)  # one more reports stacks
 
 
 def test_a_worker_computes_as_a_new_process_does(driver: Driver) -> None:

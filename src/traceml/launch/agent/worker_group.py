@@ -139,7 +139,7 @@ class WorkerGroup:
 
     def _fork(self, each: WorkerState, request: Mapping[str, Any], listener: socket.socket | None) -> None:
         """Request a worker from the zygote, and close its descriptors here."""
-        fds = [each.worker_end.fileno(), *(reader.write_fd for reader in each.readers), each.stacks.write_fd]
+        fds = [each.worker_end.fileno(), *(reader.write_fd for reader in each.readers), *each.stacks.worker_fds]
         if listener is not None:
             fds.append(listener.fileno())
 

@@ -23,6 +23,7 @@ from traceml.launch.wire.signals import STACK_SIGNAL
 from traceml.launch.worker import main_module
 from traceml.launch.worker.blas import set_blas_threads
 from traceml.launch.worker.process_end import end_process, exit_status
+from traceml.launch.worker.stack_thread import serve_stacks
 
 __all__ = ["main"]
 
@@ -40,13 +41,15 @@ def main(request: Mapping[str, Any], fds: list[int]) -> NoReturn:
 
     Args:
         request: the agent's request.
-        fds: its descriptors: agent's socket, stdout, stderr, log records, stacks, and on rank 0 the listener.
+        fds: its descriptors: agent's socket, stdout, stderr, log records, socket and file for stacks, and on rank 0 the
+            listener.
     """
-    socket_fd, out, err, records_fd, stacks, *listener = fds
+    socket_fd, out, err, records_fd, stacks, stacks_file, *listener = fds
     agent = FdSocket.from_fd(socket_fd)
     status, inherited = 1, dict(sys.modules)
     try:
-        _set_up_process(request, out, err, stacks)
+        _set_up_process(request, out, err, stacks_file)
+        serve_stacks(stacks)
         if request["script"]:  # as under `python`: the script configures logging itself
             os.close(records_fd)
         else:
@@ -119,7 +122,7 @@ def _note_end(request: Mapping[str, Any], error: BaseException | None, status: i
 # --- set-up of the process -------------------------------------------------------------------------------------------
 
 
-def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks: int) -> None:
+def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks_file: int) -> None:
     """Set up streams, signals, variables, cores and random numbers, as in a new process."""
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (out, 1), (err, 2)):
@@ -133,9 +136,9 @@ def _set_up_process(request: Mapping[str, Any], out: int, err: int, stacks: int)
         setattr(sys, f"__{name}__", stream)
 
     _line_buffer_c()
-    os.set_inheritable(stacks, False)
+    os.set_inheritable(stacks_file, False)
     faulthandler.enable(2)
-    faulthandler.register(STACK_SIGNAL, file=stacks, all_threads=True, chain=False)
+    faulthandler.register(STACK_SIGNAL, file=stacks_file, all_threads=True, chain=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in request["unset"]:
         os.environ.pop(name, None)

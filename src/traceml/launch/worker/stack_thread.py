@@ -1,0 +1,53 @@
+"""A thread of the worker that reports the Python stacks of all others, in faulthandler's format."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from types import FrameType
+
+from traceml.launch.wire.fd_socket import FdSocket
+
+__all__ = ["serve_stacks"]
+
+_MAX_FRAMES = 100
+
+
+def serve_stacks(fd: int) -> None:
+    """Start the thread.
+
+    It holds the GIL while it reads the frames, so they are whole. A signal handler does not: where other threads run
+    Python, it reads frames that are changing, and the process may crash.
+
+    Args:
+        fd: socket to the agent.
+    """
+    agent = FdSocket.from_fd(fd)
+    threading.Thread(target=_serve, args=(agent,), name="traceml-stacks", daemon=True).start()
+
+
+def _serve(agent: FdSocket) -> None:
+    with contextlib.suppress(OSError, EOFError):  # the agent is gone
+        agent.send("thread", tid=threading.get_native_id())
+        while True:
+            agent.receive()
+            agent.send("stacks", text=_stacks())
+
+
+def _stacks() -> str:
+    """Return the stacks of all threads but this one, the main thread first."""
+    frames = sys._current_frames()
+    del frames[threading.get_ident()]
+    main = threading.main_thread().ident
+    threads = sorted(frames, key=lambda ident: ident != main)
+    return "\n".join(f"Thread 0x{ident:016x} (most recent call first):\n{_lines(frames[ident])}" for ident in threads)
+
+
+def _lines(frame: FrameType | None) -> str:
+    lines: list[str] = []
+    while frame is not None and len(lines) < _MAX_FRAMES:
+        lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno} in {frame.f_code.co_name}\n')
+        frame = frame.f_back
+
+    return "".join(lines)
