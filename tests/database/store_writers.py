@@ -48,6 +48,7 @@ def write(path: Path, rows_per_frame: int, rows: int, wait: int = 0) -> None:
             writer.append(stream, "info", writer.next_seq(stream, "info"), 1, msgpack.packb({"seq": seq}))
 
         writer.commit()
+        writer.maintain(0.01)
         seq += rows_per_frame
         print("ACKED", seq, flush=True)
         if seq == wait:

@@ -227,6 +227,9 @@ def test_kill_9_of_the_writer_keeps_every_row_once(program: Start, tmp_path: Pat
         assert reader.lost("evals") == 0
         for got in reader.rows("evals").tolist():
             assert got[1:] == row(got[0] - 1, got[1])
+        for sums in reader.step_sums().values():
+            assert sums.evals.rows == reached
+            assert sums.evals.bins["batches"].sum() == 7 * sum(range(reached))
 
 
 @pytest.mark.process

@@ -14,6 +14,7 @@ from traceml.database.schema import (
     PROCESS,
     STEPS,
     USER_PHASES,
+    Log,
     StepFlag,
     Table,
     pack_bits,
@@ -23,8 +24,9 @@ from traceml.database.summaries import MAX_BINS, SAMPLE_TABLES, STEP_TABLES, Ste
 RANDOM = np.random.default_rng(7)
 
 
-def random_rows(table: Table, count: int, first: int = 0) -> NDArray[np.void]:
+def random_rows(table: Table | Log, count: int, first: int = 0) -> NDArray[np.void]:
     """Return rows as a rank appends them: steps grow, some values are missing."""
+    assert isinstance(table, Table)
     rows = np.zeros(count, table.dtype)
     for name in table.names:
         rows[name] = RANDOM.integers(0, 10**9, count)

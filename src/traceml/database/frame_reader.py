@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,19 +13,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.codec import decode
-from traceml.database.records import Frame, FrameParts, dtype_of, in_ranges, step_offset
+from traceml.database.records import Frame, dtype_of, in_ranges, step_offset
 from traceml.database.store_file import open_for_reading, translate_errors
 from traceml.errors import StoreError
 
 __all__ = ["FRAME_COLUMNS", "FRAME_ROWS", "META_BATCH", "FrameReader"]
 
 # A read transaction ends with each batch, so a slow reader never keeps the writer from reusing its log.
-_BATCH = 256
+_BATCH = 64
 META_BATCH = 8192
 """Frames per statement where only their numbers are read."""
 
-FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, thinned, parts"
-FRAME_ROWS = "frames LEFT JOIN merges ON merges.id = frames.id"
+FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
+FRAME_ROWS = "frames LEFT JOIN thinnings ON thinnings.id = frames.id"
+
+
+@dataclass(slots=True)
+class _Following:
+    """One pass over frames: the cursor after it, and per (table, stream) the number of the next row.
+
+    While it goes on, the writer may merge frames that were read with ones that were not.
+    """
+
+    cursor: int
+    next_seq: dict[tuple[str, int], int] = field(default_factory=dict)
 
 
 class FrameReader:
@@ -52,6 +64,8 @@ class FrameReader:
         except (ValueError, TypeError, msgpack.UnpackException) as error:
             self._database.close()
             raise self._damaged(f"the layout of a table: {error}") from error
+
+        self._followed: dict[tuple[str | int | None, ...], _Following] = {}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.path)!r})"
@@ -95,7 +109,7 @@ class FrameReader:
         while left is None or left > 0:
             batch = _BATCH if left is None else min(_BATCH, left)
             rows = self._fetch(query, self._id(table), after_id, stream, batch)
-            yield from self._intact_frames(((table, row) for row in rows), after_id)
+            yield from self._new_frames((table, stream), ((table, row) for row in rows), after_id)
 
             if len(rows) < batch:
                 return
@@ -125,7 +139,7 @@ class FrameReader:
         values = [value for number in numbers for value in (number, after_id, limit)]
         found = self._fetch(query, *values, limit)
         known = ((self._names[row[-1]], row[:-1]) for row in found if row[-1] in self._names)
-        frames = self._intact_frames(known, after_id)
+        frames = self._new_frames((*tables, None), known, after_id)
         return list(frames) or (self.frames_of(tables, found[-1][0], limit) if found else [])
 
     def step_frames(
@@ -162,6 +176,7 @@ class FrameReader:
         self, table: str, choose: Callable[[NDArray[np.int64]], NDArray[np.bool_]], after_id: int = 0
     ) -> Iterator[Frame]:
         """Yield the frames after a cursor that are chosen by their (id, stream, first step, last step)."""
+        ended: dict[int, int] = {}
         query = "SELECT id, stream, first_step, last_step FROM frames WHERE tbl = ? AND id > ? ORDER BY id LIMIT ?"
         one = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id = ?"  # noqa: S608 - no values
         is_last = False
@@ -170,15 +185,27 @@ class FrameReader:
                 rows = self._fetch(query, self._id(table), after_id, META_BATCH)
                 found = np.array(rows, np.int64).reshape(-1, 4)
                 for number in found[choose(found), 0].tolist():
-                    yield self._frame(table, self._fetch(one, number)[0], after_id)
+                    found_frame = self._frame(table, self._fetch(one, number)[0])
+                    frame = found_frame.after(ended.get(found_frame.stream, 0))
+                    ended[frame.stream] = frame.end
+                    if frame.n:
+                        yield frame
 
             is_last = len(rows) < META_BATCH
             after_id = rows[-1][0] if rows else after_id
 
-    def _intact_frames(self, rows: Iterable[tuple[str, tuple[Any, ...]]], after_id: int) -> Iterator[Frame]:
+    def _new_frames(
+        self, what: tuple[str | int | None, ...], rows: Iterable[tuple[str, tuple[Any, ...]]], after_id: int
+    ) -> Iterator[Frame]:
+        """Yield frames without the rows that the same pass has read before they were merged."""
+        following = self._followed.get(what)
+        if following is None or following.cursor != after_id:
+            following = self._followed[what] = _Following(after_id)
+
         for table, row in rows:
+            following.cursor = row[0]
             try:
-                frame = self._decoded(table, row, after_id)
+                whole = self._decoded(table, row)
             except ValueError as error:
                 if self._on_damage is None:
                     raise self._damaged(str(error)) from error
@@ -186,18 +213,20 @@ class FrameReader:
                 self._on_damage(str(error))
                 continue
 
+            key = (table, whole.stream)
+            frame = whole.after(following.next_seq.get(key, 0), step_offset(self._dtypes[table]))
+            following.next_seq[key] = whole.end
             if frame.n:
                 yield frame
 
-    def _frame(self, table: str, row: tuple[Any, ...], after_id: int) -> Frame:
+    def _frame(self, table: str, row: tuple[Any, ...]) -> Frame:
         try:
-            return self._decoded(table, row, after_id)
+            return self._decoded(table, row)
         except ValueError as error:
             raise self._damaged(str(error)) from error
 
-    def _decoded(self, table: str, row: tuple[Any, ...], after_id: int) -> Frame:
-        """Return a frame, of a merged one only the rows after the cursor."""
-        number, stream, seq, n, first, last, codec, data, thinned, parts = row
+    def _decoded(self, table: str, row: tuple[Any, ...]) -> Frame:
+        number, stream, seq, n, first, last, codec, data, thinned = row
         dtype = self._dtypes[table]
         try:
             decoded = decode(codec, data, dtype.itemsize if dtype is not None else 1)
@@ -207,11 +236,7 @@ class FrameReader:
         if dtype is not None and len(decoded) != n * dtype.itemsize:
             raise ValueError(f"frame {number} of {table} has {len(decoded)} bytes for {n} rows")
 
-        frame = Frame(number, stream, table, seq, n, first, last, decoded, thinned or 0)
-        if parts is None or not (done := FrameParts.decoded(parts).rows_up_to(after_id)):
-            return frame
-
-        return frame.without_head(done, step_offset(dtype))
+        return Frame(number, stream, table, seq, n, first, last, decoded, thinned)
 
     def _id(self, table: str) -> int:
         try:

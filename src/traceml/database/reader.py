@@ -147,6 +147,11 @@ class StoreReader(FrameReader):
         self._update_progress()
         return sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
 
+    def thinned(self, table: str) -> int:
+        """Return how many of a table's stored rows were removed because of their age; the run's sums have them."""
+        query = "SELECT coalesce(sum(thinned), 0) FROM frames JOIN thinnings ON thinnings.id = frames.id WHERE tbl = ?"
+        return int(self._fetch(query, self._id(table))[0][0])
+
     def lost(self, table: str, stream: int | None = None) -> int:
         """Return the exact number of rows of a table that were appended but never arrived.
 
@@ -194,13 +199,13 @@ class StoreReader(FrameReader):
         cursors[list(after)] = list(after.values())
         waiting: list[Frame] = []
         size = 0
-        for frame in self._chosen_frames(table, lambda found: found[:, 0] > cursors[found[:, 1]], int(cursors.min())):
-            done = min(max(summed.get(frame.stream, 0) - frame.seq, 0), frame.n)
-            if done == frame.n:
+        for each in self._chosen_frames(table, lambda found: found[:, 0] > cursors[found[:, 1]], int(cursors.min())):
+            frame = each.after(summed.get(each.stream, 0))
+            if not frame.n:
                 continue
 
-            waiting.append(frame.without_head(done, None))
-            size += len(waiting[-1].data)
+            waiting.append(frame)
+            size += len(frame.data)
             if size > _SUMMED_BYTES:
                 self._add_to(sums, table, waiting)
                 size = 0
@@ -245,7 +250,7 @@ class StoreReader(FrameReader):
                         missing.discard(stream)
 
         one = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id = ?"  # noqa: S608 - no values
-        return [self._frame(table, self._fetch(one, number)[0], after_id) for number in sorted(chosen)]
+        return [self._frame(table, self._fetch(one, number)[0]) for number in sorted(chosen)]
 
     def _update_progress(self) -> None:
         """Add the frames since the last call to the progress.

@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from struct import Struct
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.codec import decode, encode
-from traceml.database.schema import Column, Table
 from traceml.errors import StoreError
 
 __all__ = [
     "Frame",
-    "FrameParts",
     "RunEvent",
     "StreamIdentity",
     "StreamRecord",
@@ -104,13 +101,24 @@ class Frame:
     data: bytes
     thinned: int = 0
 
-    def without_head(self, rows: int, step_at: int | None) -> Frame:
-        """Return the frame of a packed table without its first rows.
+    @property
+    def end(self) -> int:
+        """Number of the row after it."""
+        return self.seq + self.n + self.thinned
+
+    def after(self, seq: int, step_at: int | None = None) -> Frame:
+        """Return the frame of a packed table without the rows before number `seq`.
+
+        Of a frame with thinned rows, whose numbers are not known, none are left.
 
         Args:
-            rows: how many.
+            seq: number of the first row.
             step_at: offset of the step in a row, None for a table without steps.
         """
+        if seq <= self.seq:
+            return self
+
+        rows = min(seq - self.seq, self.n) if not self.thinned else self.n
         data = self.data[rows * (len(self.data) // self.n) :] if rows < self.n else b""
         first = self.first_step if step_at is None or not data else _INT.unpack_from(data, step_at)[0]
         return replace(self, seq=self.seq + rows, n=self.n - rows, first_step=first, data=data)
@@ -135,39 +143,6 @@ class Frame:
 
 
 _INT = Struct("<q")
-_PART = Table("parts", (Column("id", "q", "difference to the part before"), Column("rows", "q", "rows")), 0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class FrameParts:
-    """The frames that were merged into one: their ids, ascending, and how many of its rows are theirs.
-
-    A reader whose cursor stands between two parts gets only the rows of the later ones.
-    """
-
-    ids: NDArray[np.int64]
-    rows: NDArray[np.int64]
-
-    @classmethod
-    def decoded(cls, data: bytes) -> Self:
-        """Reverse `encoded`.
-
-        Raises:
-            ValueError: the bytes are damaged.
-        """
-        parts = np.frombuffer(decode(data[0], data[1:], _PART.row_bytes), _PART.dtype)
-        return cls(np.cumsum(parts["id"]), parts["rows"])
-
-    def encoded(self) -> bytes:
-        """Return the form in the store, about two bytes per part."""
-        parts = np.empty(len(self.ids), _PART.dtype)
-        parts["id"], parts["rows"] = np.diff(self.ids, prepend=0), self.rows
-        codec, data = encode(_PART, parts.tobytes())
-        return bytes([codec]) + data
-
-    def rows_up_to(self, frame: int) -> int:
-        """Return the number of rows of the parts up to a cursor."""
-        return int(self.rows[: np.searchsorted(self.ids, frame, side="right")].sum())
 
 
 def dtype_of(layout: Any) -> np.dtype[Any] | None:

@@ -11,6 +11,7 @@ import os
 import sqlite3
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from traceml.database.codec import encode
 from traceml.database.reader import StreamIdentity
 from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store_file import open_for_writing, translate_errors
+from traceml.database.upkeep import Upkeep
 from traceml.errors import StoreError
 
 __all__ = ["StoreWriter", "merge_wal"]
@@ -28,7 +30,7 @@ __all__ = ["StoreWriter", "merge_wal"]
 # Frames of one table within a tick are merged into one, up to this size.
 _MERGE_ROWS = 4096
 _NO_STEP = -1
-_INSERT = "INSERT INTO frames (stream, tbl, seq, n, first_step, last_step, codec, data) VALUES (?,?,?,?,?,?,?,?)"
+_INSERT = "INSERT INTO frames (id, stream, tbl, seq, n, first_step, last_step, codec, data) VALUES (?,?,?,?,?,?,?,?,?)"
 _UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_ticks, recorder, facts)
     VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
 
@@ -53,12 +55,13 @@ class StoreWriter:
 
     Args:
         path: the file; created if missing, else continued.
+        limit_bytes: most bytes that steps and samples take: `maintain` thins the old ones. None keeps all.
 
     Raises:
         StoreError: it cannot be created or opened; the message says why and what to do.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
         self.path = Path(path)
         with translate_errors(self.path, "create"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +70,8 @@ class StoreWriter:
         try:
             self._database = open_for_writing(self.path)
             self._load()
+            with translate_errors(self.path, "read"):
+                self._upkeep = Upkeep(self.path, self._database, self._table_ids, limit_bytes)
         except BaseException:
             self._unlock()
             raise
@@ -153,6 +158,7 @@ class StoreWriter:
                 return 0
 
             data, seq, n = _without_head(table, bytes(data), known), expected, n - known
+            first_step = _first_step(table, data)
 
         buffer = self._buffers.get(key)
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
@@ -179,8 +185,11 @@ class StoreWriter:
         """Record an event with the current time; the next commit writes it."""
         self._events.append((time.time_ns(), kind, msgpack.packb(data)))
 
-    def commit(self) -> dict[tuple[int, str], int]:
+    def commit(self, now_s: float | None = None) -> dict[tuple[int, str], int]:
         """Write all buffered rows in one transaction.
+
+        Args:
+            now_s: monotonic time, by default now.
 
         Returns:
             What to acknowledge: the number of the next expected row, per (stream, table) that got rows.
@@ -198,13 +207,31 @@ class StoreWriter:
             return {}
 
         with translate_errors(self.path, "write"):
-            self._write()
+            frames = self._write()
+
+        now_s = time.monotonic() if now_s is None else now_s
+        for frame, stream, number, _, n, _, _, _, data in frames:
+            self._upkeep.note(stream, self._table_names[number], frame, n, len(data), now_s)
 
         done = {key: self._next[key] for key in self._touched}
         for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
             waiting.clear()
 
         return done
+
+    def maintain(self, budget_s: float, cursors: Sequence[int] = (), now_s: float | None = None) -> bool:
+        """Sum rows, merge small frames and thin old rows for a while; return whether something is left to do.
+
+        Args:
+            budget_s: seconds after which nothing further is begun; a transaction takes a few milliseconds.
+            cursors: id of the last frame that each delivery has read; what they have not read stays, for a while.
+            now_s: monotonic time, by default now.
+
+        Raises:
+            StoreError: nothing was written by the last transaction; rows are complete and in order.
+        """
+        with translate_errors(self.path, "write"):
+            return self._upkeep.run(budget_s, time.monotonic() if now_s is None else now_s, cursors)
 
     def close(self) -> None:
         """Commit, merge the write-ahead log into the file, and close.
@@ -241,12 +268,14 @@ class StoreWriter:
         self._encoded.append((stream, self._table_ids[table], buffer.seq, buffer.n, *steps, int(codec), data))
         self._touched.add(key)
 
-    def _write(self) -> None:
+    def _write(self) -> list[tuple[Any, ...]]:
+        """Write all that waits; return the frames with their ids."""
         database = self._database
+        frames = [(number, *frame) for number, frame in enumerate(self._encoded, self._next_id)]
         database.execute("BEGIN IMMEDIATE")
         try:
             database.executemany(_UPSERT_STREAM, [self._stream_row(stream) for stream in sorted(self._dirty_streams)])
-            database.executemany(_INSERT, self._encoded)
+            database.executemany(_INSERT, frames)
             database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta.items())
             database.executemany("INSERT INTO events (epoch_ns, kind, data) VALUES (?, ?, ?)", self._events)
             database.execute("COMMIT")
@@ -257,6 +286,9 @@ class StoreWriter:
 
             raise
 
+        self._next_id += len(frames)
+        return frames
+
     def _stream_row(self, stream: int) -> tuple[Any, ...]:
         identity, facts = self._streams[stream]
         return (stream, *identity, msgpack.packb(facts))
@@ -265,7 +297,9 @@ class StoreWriter:
         """Load the streams and positions of a store that is continued."""
         with translate_errors(self.path, "read"):
             names: dict[int, str] = dict(self._database.execute("SELECT id, name FROM tables"))
+            self._table_names = names
             self._table_ids = {name: number for number, name in names.items()}
+            self._next_id = 1 + self._database.execute("SELECT coalesce(max(id), 0) FROM frames").fetchone()[0]
             self._streams: dict[int, tuple[StreamIdentity, dict[str, Any]]] = {}
             query = "SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams"
             for row in self._database.execute(query):
@@ -273,7 +307,10 @@ class StoreWriter:
 
             self._ids = {identity: number for number, (identity, _) in self._streams.items()}
             self._next: dict[_Key, int] = {}
-            query = "SELECT stream, tbl, max(seq + n) FROM frames GROUP BY stream, tbl"
+            query = (
+                "SELECT stream, tbl, max(seq + n + coalesce(thinned, 0)) FROM frames "
+                "LEFT JOIN thinnings ON thinnings.id = frames.id GROUP BY stream, tbl"
+            )
             for stream, number, after in self._database.execute(query):
                 self._next[stream, names[number]] = after
 
@@ -310,6 +347,12 @@ def _validate(table: str, n: int, data: bytes | memoryview) -> None:
 
     if n < 1 or (isinstance(schema, Table) and len(data) != n * schema.row_bytes):
         raise ValueError(f"{table}: {len(data)} bytes are not {n} rows")
+
+
+def _first_step(table: str, data: bytes) -> int:
+    schema = TABLES[table]
+    at = schema.index.get("step") if isinstance(schema, Table) else None
+    return _NO_STEP if at is None else int.from_bytes(data[8 * at : 8 * at + 8], "little", signed=True)
 
 
 def _without_head(table: str, data: bytes, rows: int) -> bytes:

@@ -17,7 +17,7 @@ __all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_fo
 
 STORE_NAME = "store.db"
 STORE_VERSION = 2
-# Version 1 has neither merged frames nor summaries: both tables are empty then.
+# Version 1 has neither thinned frames nor summaries: both tables are empty then.
 _OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
 _BUSY_MS = 5000
@@ -26,7 +26,7 @@ _PAGE_BYTES = 32768
 
 # Frames of one (stream, table) never overlap and are inserted in order of seq, from 0. So sum(n + thinned) rows were
 # stored, max(seq + n + thinned) is the next one, and the difference is lost: no separate count can go wrong.
-# `merges` has a row for each frame that was merged of smaller ones: how many rows were thinned, and its parts.
+# Frames may be merged into the last of them. `thinnings` has how many old rows were removed of a frame.
 # `summaries` has the sums of the rows below `next_seq`, which are those in frames up to `after_id`.
 _DDL = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -44,7 +44,7 @@ CREATE INDEX frames_by_table ON frames (tbl);
 CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL);
 """
 _SINCE_2 = """
-CREATE {temporary} TABLE IF NOT EXISTS merges (id INTEGER PRIMARY KEY, thinned INTEGER NOT NULL, parts BLOB NOT NULL);
+CREATE {temporary} TABLE IF NOT EXISTS thinnings (id INTEGER PRIMARY KEY, thinned INTEGER NOT NULL);
 CREATE {temporary} TABLE IF NOT EXISTS summaries (
     tbl INTEGER NOT NULL, stream INTEGER NOT NULL, next_seq INTEGER NOT NULL, after_id INTEGER NOT NULL,
     data BLOB NOT NULL, UNIQUE (tbl, stream)

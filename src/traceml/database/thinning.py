@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_STEPS", "kept", "sample_blocks"]
+__all__ = ["BLOCK_STEPS", "kept", "kept_rows", "sample_blocks"]
 
 BLOCK_STEPS = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
+_SECOND_NS = 1_000_000_000
 _MOST_BLOCKS = 1 << 22
 
 
@@ -24,6 +25,14 @@ def kept(numbers: NDArray[np.int64], level: int) -> NDArray[np.bool_]:
         _positions(numbers) < np.uint64(1 << 64 - level) if level else np.ones(len(numbers), bool)
     )
     return chosen
+
+
+def kept_rows(rows: NDArray[np.void], level: int) -> NDArray[np.bool_]:
+    """Return which rows of a table with steps, or else with times, stay at a level."""
+    if "t_ns" in (rows.dtype.names or ()):
+        return kept(rows["t_ns"] // _SECOND_NS, level)
+
+    return kept(rows["step"] // BLOCK_STEPS, level)
 
 
 def sample_blocks(first: int, last: int, steps: int) -> list[tuple[int, int]]:

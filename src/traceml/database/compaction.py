@@ -1,0 +1,227 @@
+"""Merging of small frames, and summing of their rows, while the store is written.
+
+A rank sends a frame a second, often of one row. About 60 of them are merged into one, and 60 of these again, up to
+4,096 rows, so that a run of a month has few frames, which also compress better. Rows are summed when their frames are
+first merged.
+
+A merged frame has the id of its last part. A reader that has read some of the parts would read them again, and so
+frames are never merged across the cursor of a delivery; a reader that lives on knows what it has read.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from traceml.database.frame_editor import SUMMED, EditedFrame, FrameEditor
+from traceml.database.schema import LOGGED, METRICS, TABLES, Table
+
+__all__ = ["FANOUT", "FULL_ROWS", "Compaction"]
+
+FANOUT = 60
+"""Number of frames that are merged into one."""
+FULL_ROWS = 4096
+"""Most rows of a merged frame."""
+_LEVELS = 4
+_MOST_FRAMES = 256
+# Rows of a table that gets few of them are summed after this long.
+_STALE_S = 300.0
+
+_Key = tuple[int, str]
+
+
+@dataclass(slots=True)
+class _Tail:
+    """Frames of one (stream, table) that are not large yet: ids by level, in order, and their rows.
+
+    The last `unsummed` frames of level 0 are new: not in the sums yet, the first of them since `since_s`.
+    """
+
+    ids: list[array[int]] = field(default_factory=lambda: [array("q") for _ in range(_LEVELS)])
+    rows: list[int] = field(default_factory=lambda: [0] * _LEVELS)
+    unsummed: int = 0
+    unsummed_rows: int = 0
+    since_s: float = 0.0
+
+
+class Compaction:
+    """Merges and sums the frames that it is told of, one (stream, table) at a time.
+
+    Args:
+        editor: changes the store.
+        on_resized: called with the change of the store's size in bytes by each merge, and the frame's id.
+    """
+
+    def __init__(self, editor: FrameEditor, on_resized: Callable[[int, int], None]) -> None:
+        self._editor = editor
+        self._on_resized = on_resized
+        self._tails: dict[_Key, _Tail] = {}
+        self._due: deque[tuple[_Key, int]] = deque()
+        self._waiting: set[tuple[_Key, int]] = set()
+        self._by_age: deque[tuple[float, _Key]] = deque()
+        self._damaged: set[_Key] = set()
+
+    @property
+    def backlog(self) -> int:
+        """Number of merges that are due."""
+        return len(self._due)
+
+    def note(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
+        """Take a new frame, after its commit and in the order of ids."""
+        if table == LOGGED.name:
+            # Values and texts of a process are delivered in the order of the calls: values are not moved past a text.
+            self._tails.pop((stream, METRICS.name), None)
+
+        key = (stream, table)
+        if table not in _MERGED or key in self._damaged:
+            return
+
+        tail = self._tails.get(key) or self._tails.setdefault(key, _Tail())
+        tail.ids[0].append(frame)
+        tail.rows[0] += rows
+        if tail.unsummed == 0:
+            tail.since_s = now_s
+            self._by_age.append((now_s, key))
+
+        tail.unsummed += 1
+        tail.unsummed_rows += rows
+        if tail.unsummed >= FANOUT or tail.unsummed_rows >= FULL_ROWS:
+            self._queue(key, 0)
+
+    def resume(self, stream: int, table: str, frame: int, rows: int, *, level: int, now_s: float) -> None:
+        """Take a frame that a store had when it was opened.
+
+        Args:
+            stream: its stream.
+            table: its table.
+            frame: its id.
+            rows: number of its rows.
+            level: 0 if its rows are not in the sums, else 1 or higher.
+            now_s: monotonic time.
+        """
+        if level == 0 or table not in _MERGED:
+            self.note(stream, table, frame, rows, now_s)
+        elif rows < FULL_ROWS // 2:
+            key = (stream, table)
+            self._append(key, self._tails.get(key) or self._tails.setdefault(key, _Tail()), level, frame, rows)
+
+    def take_thinned(self, stream: int, table: str, frame: int, rows: int) -> None:
+        """Take a frame that was thinned, in the order of ids since `forget_thinned`."""
+        key = (stream, table)
+        self._append(key, self._tails.get(key) or self._tails.setdefault(key, _Tail()), _LEVELS - 1, frame, rows)
+
+    def forget_thinned(self) -> None:
+        """Forget the thinned frames that were taken, before they are visited again."""
+        for tail in self._tails.values():
+            tail.ids[-1], tail.rows[-1] = array("q"), 0
+
+    def next_due(self, now_s: float) -> tuple[_Key, int] | None:
+        """Return the next (stream, table) and level with work, None if there is nothing to do."""
+        while self._by_age and now_s - self._by_age[0][0] > _STALE_S:
+            since_s, key = self._by_age.popleft()
+            tail = self._tails.get(key)
+            if tail is not None and tail.unsummed and tail.since_s == since_s:
+                self._queue(key, 0)
+
+        if not self._due:
+            return None
+
+        found = self._due.popleft()
+        self._waiting.discard(found)
+        return found
+
+    def run(self, key: _Key, level: int, up_to: int, cursors: Sequence[int] = ()) -> None:
+        """Sum and merge frames of one (stream, table) at a level.
+
+        Args:
+            key: stream and table.
+            level: from `next_due`.
+            up_to: frames after this id are not merged.
+            cursors: ids at which a delivery stands.
+
+        Raises:
+            ValueError: a frame is damaged; frames of this stream and table are left as they are from now on.
+        """
+        tail, table = self._tails.get(key), TABLES[key[1]]
+        if tail is None or not isinstance(table, Table):
+            return
+
+        ids = tail.ids[level]
+        merging = [number for number in ids[:_MOST_FRAMES] if number <= up_to]
+        summing = ids[-tail.unsummed :][:_MOST_FRAMES] if level == 0 and tail.unsummed else array("q")
+        try:
+            frames = self._editor.load(table, sorted({*merging, *summing}))
+            new = [frame for frame in frames if summing and frame.id >= summing[0]]
+            if new and key[1] in SUMMED:
+                self._editor.add_sums(table, new)
+        except ValueError:
+            # Readers find the damage among the rows that are not summed, instead of sums without them.
+            self._damaged.add(key)
+            del self._tails[key]
+            raise
+
+        tail.unsummed -= len(summing)
+        tail.unsummed_rows = tail.unsummed_rows - sum(frame.n for frame in new) if tail.unsummed else 0
+        chosen = [frame for frame in frames if merging and frame.id <= merging[-1]]
+        self._merge(key, tail, level, len(merging), _runs(chosen, cursors))
+        if level == 0 and tail.unsummed >= FANOUT:
+            self._queue(key, 0)
+
+    def _merge(self, key: _Key, tail: _Tail, level: int, taken: int, runs: list[list[EditedFrame]]) -> None:
+        """Merge the first frames of a level, and move what is still small to the next one."""
+        table = TABLES[key[1]]
+        is_rest = len(runs) > 0 and len(runs[-1]) == 1 and runs[-1][0].n < FULL_ROWS // 2
+        rest = runs.pop() if is_rest and runs[-1][0].id == tail.ids[level][taken - 1] else []
+        merged = [self._merged(table, run) for run in runs if isinstance(table, Table)]
+        del tail.ids[level][: taken - len(rest)]
+        tail.rows[level] = tail.rows[level] - sum(frame.n for run in runs for frame in run) if tail.ids[level] else 0
+        for frame in merged:
+            if frame.n < FULL_ROWS // 2:
+                self._append(key, tail, min(level + 1, _LEVELS - 1), frame.id, frame.n)
+
+        if merged and self._is_due(tail, level):
+            self._queue(key, level)
+
+    def _merged(self, table: Table, frames: Sequence[EditedFrame]) -> EditedFrame:
+        if len(frames) == 1:
+            return frames[0]
+
+        merged = self._editor.merge(table, frames)
+        self._on_resized(merged.size - sum(frame.size for frame in frames), merged.id)
+        return merged
+
+    def _append(self, key: _Key, tail: _Tail, level: int, frame: int, rows: int) -> None:
+        tail.ids[level].append(frame)
+        tail.rows[level] += rows
+        if self._is_due(tail, level):
+            self._queue(key, level)
+
+    def _is_due(self, tail: _Tail, level: int) -> bool:
+        return len(tail.ids[level]) >= FANOUT or tail.rows[level] >= FULL_ROWS
+
+    def _queue(self, key: _Key, level: int) -> None:
+        if (key, level) not in self._waiting:
+            self._waiting.add((key, level))
+            self._due.append((key, level))
+
+
+def _runs(frames: Sequence[EditedFrame], cursors: Sequence[int]) -> list[list[EditedFrame]]:
+    """Return runs of frames that can be merged: no rows are lost and no cursor is between them, and they are few."""
+    runs: list[list[EditedFrame]] = []
+    rows = 0
+    for frame in frames:
+        last = runs[-1][-1] if runs else frame
+        is_split = any(last.id <= cursor < frame.id for cursor in cursors)
+        if runs and frame.seq == last.end and rows + frame.n <= FULL_ROWS and not is_split:
+            runs[-1].append(frame)
+            rows += frame.n
+        else:
+            runs.append([frame])
+            rows = frame.n
+
+    return runs
+
+
+_MERGED = SUMMED | {METRICS.name}

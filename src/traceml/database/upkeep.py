@@ -1,0 +1,194 @@
+"""Upkeep of a store beside its writing: summing, merging and thinning, one short transaction at a time."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from traceml.database.compaction import FANOUT, Compaction
+from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, FrameEditor
+from traceml.database.retention import Retention
+from traceml.database.schema import METRICS
+from traceml.errors import StoreError
+from traceml.fail_open import fail_open
+
+__all__ = ["Upkeep"]
+
+# Behind a reader that delivers, frames stay as they are, so that a batch that is read again is the same. After this
+# long, steps and samples are merged, and thinned, anyway; logged values never are.
+_MERGE_ANYWAY_S = 3600.0
+_THIN_ANYWAY_S = 24 * 3600.0
+# Rows that live views may still read stay complete.
+_RECENT_S = 600.0
+_CLOCK_S = 60.0
+# After a failure, typically of a full disk.
+_PAUSE_S = 60.0
+_MANY_ROWS = 1024
+_ALL = 1 << 62
+
+_log = logging.getLogger("traceml")
+
+
+class _IdClock:
+    """Times at which frames were written, to a minute."""
+
+    def __init__(self) -> None:
+        self._times_s: list[float] = []
+        self._frames: list[int] = []
+
+    def note(self, now_s: float, frame: int) -> None:
+        """Record the newest frame."""
+        if self._times_s and now_s - self._times_s[-1] < _CLOCK_S:
+            return
+
+        self._times_s.append(now_s)
+        self._frames.append(frame)
+        old = bisect_right(self._times_s, now_s - 2 * _THIN_ANYWAY_S)
+        del self._times_s[:old], self._frames[:old]
+
+    def before(self, time_s: float) -> int:
+        """Return the newest frame known to have been written before a time, 0 if none is."""
+        at = bisect_right(self._times_s, time_s)
+        return self._frames[at - 1] if at else 0
+
+
+class Upkeep:
+    """Upkeep of one store.
+
+    Args:
+        path: the store.
+        database: the writer's connection.
+        tables: number of each table.
+        limit_bytes: most bytes of steps and samples; None keeps all.
+    """
+
+    def __init__(
+        self, path: Path, database: sqlite3.Connection, tables: dict[str, int], limit_bytes: int | None = None
+    ) -> None:
+        self._path = path
+        self._database = database
+        self._tables = tables
+        self._limit_bytes = limit_bytes
+        self._clock = _IdClock()
+        self._last_id = 0
+        self._broken_s: float | None = None
+        self._resume()
+
+    def note(self, stream: int, table: str, frame: int, rows: int, size: int, now_s: float) -> None:
+        """Take a frame that was committed, in the order of ids.
+
+        Args:
+            stream: its stream.
+            table: its table.
+            frame: its id.
+            rows: number of its rows.
+            size: bytes of its data.
+            now_s: monotonic time.
+        """
+        self._last_id = frame
+        if self._broken_s is not None:
+            return
+
+        self.compaction.note(stream, table, frame, rows, now_s)
+        if table in SUMMED:
+            self.retention.resized(size + FRAME_OVERHEAD_BYTES, frame)
+
+    def run(self, budget_s: float, now_s: float, cursors: Sequence[int] = ()) -> bool:
+        """Work for a while; return whether something is left to do.
+
+        Args:
+            budget_s: seconds after which no further transaction is begun.
+            now_s: monotonic time.
+            cursors: id of the last frame that each delivery has read.
+
+        Raises:
+            sqlite3.Error: nothing of the last transaction was written; typically the disk is full.
+        """
+        if self._broken_s is not None:
+            if now_s - self._broken_s < _PAUSE_S:
+                return False
+
+            self._resume()
+
+        self._clock.note(now_s, self._last_id)
+        until_s = time.perf_counter() + budget_s
+        while time.perf_counter() < until_s:
+            work = self._compact(now_s, cursors) or self._thin(now_s, cursors)
+            if work is None:
+                return False
+
+            with fail_open(
+                _log, "database", f"damage in the run's store {self._path}", once=True, reraise=sqlite3.Error
+            ):
+                self._transact(work, now_s)
+
+            if self._broken_s is not None:
+                return False
+
+        return True
+
+    def _compact(self, now_s: float, cursors: Sequence[int]) -> Callable[[], None] | None:
+        due = self.compaction.next_due(now_s)
+        if due is None:
+            return None
+
+        key, level = due
+        up_to = min(cursors, default=_ALL)
+        if key[1] != METRICS.name:
+            up_to = max(up_to, self._clock.before(now_s - _MERGE_ANYWAY_S))
+
+        return lambda: self.compaction.run(key, level, up_to, cursors)
+
+    def _thin(self, now_s: float, cursors: Sequence[int]) -> Callable[[], None] | None:
+        up_to = self._clock.before(now_s - _RECENT_S)
+        if cursors:
+            up_to = max(min(*cursors, up_to), self._clock.before(now_s - _THIN_ANYWAY_S))
+
+        if not self.retention.is_thinning:
+            if not self.retention.begin(self._last_id, up_to):
+                return None
+
+            self.compaction.forget_thinned()
+
+        return self._thin_some
+
+    def _thin_some(self) -> None:
+        for frame in self.retention.run():
+            self.compaction.take_thinned(*frame)
+
+    def _transact(self, work: Callable[[], None], now_s: float) -> None:
+        """Do work in a transaction. After a failure, unless a frame is damaged, all starts over from the store."""
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            work()
+            self._database.execute("COMMIT")
+        except ValueError as error:
+            self._database.execute("ROLLBACK")
+            raise StoreError(f"{error}; the frames beside it stay as they are.") from error
+        except BaseException:
+            self._broken_s = now_s
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+
+            raise
+
+    def _resume(self) -> None:
+        """Take the small frames that the store has."""
+        editor = FrameEditor(self._database, self._tables)
+        self.retention = Retention(self._database, editor, self._tables, self._limit_bytes)
+        self.compaction = Compaction(editor, self.retention.resized)
+        self._broken_s = None
+        names = {number: name for name, number in self._tables.items()}
+        query = "SELECT tbl, stream, after_id FROM summaries"
+        summed = {(number, stream): after for number, stream, after in self._database.execute(query)}
+        now_s = time.monotonic()
+        for frame, stream, number, rows in self._database.execute("SELECT id, stream, tbl, n FROM frames ORDER BY id"):
+            table = names.get(number, "")
+            is_new = frame > summed.get((number, stream), 0) if table in SUMMED else rows < FANOUT
+            level = 0 if is_new else 1 if rows < _MANY_ROWS else 2
+            self.compaction.resume(stream, table, frame, rows, level=level, now_s=now_s)
+            self._last_id = frame
