@@ -22,7 +22,8 @@ def coerce(kind: Any, value: Any, limits: Limits) -> Any:
     """Return `value` as `kind`, or BAD when it is not allowed.
 
     Args:
-        kind: a type as in an annotation: bool, int, float, str, Path, Literal, tuple of texts, dict, or with None.
+        kind: a type as in an annotation: bool, int, float, str, Path, Literal, tuple of texts, dict, or with None or
+            a Literal.
         value: the given value; texts such as `yes` or `1e-3` are converted.
         limits: bounds of numbers.
     """
@@ -33,7 +34,12 @@ def coerce(kind: Any, value: Any, limits: Limits) -> Any:
 
 
 def _convert(kind: Any, value: Any, limits: Limits) -> Any:
-    if type(None) in get_args(kind):
+    if words := next((each for each in get_args(kind) if get_origin(each) is Literal), None):  # a word, or a value
+        if isinstance(value, str) and value.strip().lower() in get_args(words):
+            return value.strip().lower()
+
+        kind = next(each for each in get_args(kind) if each is not words)
+    elif type(None) in get_args(kind):
         if value is None or (isinstance(value, str) and value.strip().lower() in {"", "none"}):
             return None
 
@@ -122,6 +128,8 @@ def _json(text: str) -> Any:
 def allowed(kind: Any, limits: Limits) -> str:
     """Return what `coerce` accepts, in words."""
     inner = get_args(kind)
+    if words := next((each for each in inner if get_origin(each) is Literal), None):
+        return f"{allowed(next(each for each in inner if each is not words), limits)}, or {allowed(words, limits)}"
     if type(None) in inner:
         return f"{allowed(next(each for each in inner if each is not type(None)), limits)}, or none"
     if get_origin(kind) is Literal:

@@ -152,6 +152,13 @@ class Config:
         "all runs stay.",
         low=1,
     )
+    retention: float | Literal["off"] = _set(
+        1.0,
+        "Gigabytes of steps and samples that a run keeps, at least 0.001 per rank. Beyond them, old rows are thinned "
+        "to blocks of steps spread over the run. Sums of the whole run stay exact, and logged values are never "
+        "removed.",
+        above=0,
+    )
     delivery_nice: int = _set(
         19,
         "Nice value of delivery processes. At 19 they use idle CPU time only, which is little beside a training that "

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ RESTART_S = 120.0
 ABANDONED_S = 60.0
 # The launcher reports the end of the run; this is the longest wait for it.
 LAUNCHER_WAIT_S = 3600.0
+# Of each process, steps and samples of at least an hour stay complete, however many ranks there are.
+LEAST_RETAINED_BYTES = 1_000_000
 
 _log = logging.getLogger("traceml")
 
@@ -51,12 +53,14 @@ class ActiveRun:
         path: its folder.
         key: the job key by which its ranks find it.
         named: whether the user chose its id: then a job that comes again under this id is its next attempt.
+        retention_gb: gigabytes of steps and samples that it keeps; None keeps all.
     """
 
-    def __init__(self, path: Path, key: str, *, named: bool) -> None:
+    def __init__(self, path: Path, key: str, *, named: bool, retention_gb: float | None = None) -> None:
         self.path = path
         self.key = key
         self.named = named
+        self._retention_gb = retention_gb
         self.streams: list[Stream] = []
         self._current: dict[tuple[int, int], Stream] = {}
         self._touched_s = time.monotonic()
@@ -345,6 +349,22 @@ class ActiveRun:
         self._recovered.clear()
         self._leaving.clear()
         return True
+
+    def maintain(self, budget_s: float, cursors: Sequence[int]) -> None:
+        """Sum, merge and thin rows of the store for a while.
+
+        Args:
+            budget_s: seconds that it may take.
+            cursors: id of the last frame that each delivery has read.
+        """
+        limit_bytes = None
+        if self._retention_gb is not None:
+            limit_bytes = max(int(self._retention_gb * 1e9), LEAST_RETAINED_BYTES * len(self.streams))
+
+        try:
+            self.store.maintain(budget_s, cursors, limit_bytes)
+        except StoreError as error:  # the next commit reports a disk that is full
+            _log.debug("run %s: %s", self.id, error)
 
     def end(self, status: int | None = None) -> bool:
         """Close the run; return False while rows cannot be stored.

@@ -36,6 +36,8 @@ __all__ = ["Aggregator"]
 TICK_S = 0.1
 _WATCH_S = 0.25
 _VERDICT_S = 1.0
+# Of each `_WATCH_S`, for summing, merging and thinning what a run has stored.
+_MAINTAIN_S = 0.025
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
 
@@ -54,6 +56,7 @@ class Aggregator:
         on_run_finished: called with a run's folder after its end, in a thread of its own.
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         delivery_nice: nice value of delivery processes.
+        retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
 
     Raises:
         StoreError: the runs folder cannot be written.
@@ -70,9 +73,10 @@ class Aggregator:
         on_run_finished: Callable[[Path], object] | None = None,
         on_run_settled: Callable[[Path], object] | None = None,
         delivery_nice: int = 19,
+        retention_gb: float | None = None,
     ) -> None:
         prepare_runs_dir(runs_dir)
-        self.registry = Registry(runs_dir)
+        self.registry = Registry(runs_dir, retention_gb)
         self.server = Server(self, token)
         self._commands = Commands(self)
         self._run_id = run_id
@@ -320,6 +324,9 @@ class Aggregator:
         if diagnose:
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
+
+        if not run.ended:
+            run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
 
         if run not in self._ending and run.is_over(has_launcher=self._has_launcher(run)):
             self._start(self._end_checked(run))  # the other runs are not kept waiting for its report

@@ -71,10 +71,12 @@ class Registry:
 
     Args:
         runs_dir: folder of the runs.
+        retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
     """
 
-    def __init__(self, runs_dir: Path) -> None:
+    def __init__(self, runs_dir: Path, retention_gb: float | None = None) -> None:
         self.runs_dir = runs_dir.absolute()
+        self._retention_gb = retention_gb
         self._runs: list[ActiveRun] = []
         self._by_key: dict[str, ActiveRun] = {}
 
@@ -151,7 +153,7 @@ class Registry:
         was_marked = _read_marker(_marker(self.runs_dir, key)) is not None
         self._mark(key, run_id, named=named)
         try:
-            run = ActiveRun(self.runs_dir / run_id, key, named=named)
+            run = ActiveRun(self.runs_dir / run_id, key, named=named, retention_gb=self._retention_gb)
         except StoreError as error:
             if not was_marked:  # else it may be the mark of a live aggregator
                 self._unmark(key)

@@ -60,6 +60,7 @@ def main(argv: list[str]) -> int:
             on_run_finished=partial(_write_report, reports),
             on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
+            retention_gb=None if config.retention == "off" else config.retention,
         )
         with (
             contextlib.closing(reports),

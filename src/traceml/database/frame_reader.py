@@ -178,21 +178,27 @@ class FrameReader:
         """Yield the frames after a cursor that are chosen by their (id, stream, first step, last step)."""
         ended: dict[int, int] = {}
         query = "SELECT id, stream, first_step, last_step FROM frames WHERE tbl = ? AND id > ? ORDER BY id LIMIT ?"
-        one = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id = ?"  # noqa: S608 - no values
         is_last = False
         while not is_last:
             with self._snapshot():  # the writer merges frames
                 rows = self._fetch(query, self._id(table), after_id, META_BATCH)
                 found = np.array(rows, np.int64).reshape(-1, 4)
-                for number in found[choose(found), 0].tolist():
-                    found_frame = self._frame(table, self._fetch(one, number)[0])
-                    frame = found_frame.after(ended.get(found_frame.stream, 0))
-                    ended[frame.stream] = frame.end
+                for whole in self._frames_by_id(table, found[choose(found), 0].tolist()):
+                    frame = whole.after(ended.get(whole.stream, 0), step_offset(self._dtypes[table]))
+                    ended[frame.stream] = whole.end
                     if frame.n:
                         yield frame
 
             is_last = len(rows) < META_BATCH
             after_id = rows[-1][0] if rows else after_id
+
+    def _frames_by_id(self, table: str, numbers: list[int]) -> Iterator[Frame]:
+        for first in range(0, len(numbers), _BATCH):
+            batch = numbers[first : first + _BATCH]
+            marks = ",".join("?" * len(batch))
+            query = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id IN ({marks}) ORDER BY frames.id"  # noqa: S608
+            for row in self._fetch(query, *batch):
+                yield self._frame(table, row)
 
     def _new_frames(
         self, what: tuple[str | int | None, ...], rows: Iterable[tuple[str, tuple[Any, ...]]], after_id: int

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.frame_reader import FRAME_COLUMNS, FRAME_ROWS, META_BATCH, FrameReader
+from traceml.database.frame_reader import FRAME_ROWS, META_BATCH, FrameReader
 from traceml.database.records import Frame, RunEvent, StreamIdentity, StreamRecord, assembled
 from traceml.database.summaries import SAMPLE_TABLES, STEP_TABLES, StepSums, TableSums, sum_rows
 
@@ -249,8 +249,7 @@ class StoreReader(FrameReader):
                     if have[stream] >= last:
                         missing.discard(stream)
 
-        one = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id = ?"  # noqa: S608 - no values
-        return [self._frame(table, self._fetch(one, number)[0]) for number in sorted(chosen)]
+        return list(self._frames_by_id(table, sorted(chosen)))
 
     def _update_progress(self) -> None:
         """Add the frames since the last call to the progress.

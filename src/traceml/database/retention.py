@@ -45,13 +45,12 @@ class ThinnedFrame(NamedTuple):
 
 
 class Retention:
-    """Keeps the rows of summed tables within a number of bytes.
+    """Thins the rows of summed tables.
 
     Args:
         database: the writer's connection.
         editor: changes the store.
         tables: number of each table.
-        limit_bytes: most bytes of rows; None keeps all.
     """
 
     def __init__(
@@ -59,9 +58,7 @@ class Retention:
         database: sqlite3.Connection,
         editor: FrameEditor,
         tables: dict[str, int],
-        limit_bytes: int | None,
     ) -> None:
-        self.limit_bytes = limit_bytes
         self._database = database
         self._editor = editor
         self._tables = {name: tables[name] for name in SUMMED}
@@ -91,14 +88,17 @@ class Retention:
         """Whether a pass over the old frames has begun and not ended."""
         return self._pass is not None
 
-    def begin(self, last_id: int, up_to: int) -> bool:
+    def begin(self, limit_bytes: int | None, last_id: int, up_to: int) -> bool:
         """Begin a pass if the rows take too much; return whether it has begun.
 
         Args:
+            limit_bytes: most bytes of rows; None keeps all.
             last_id: id of the newest frame.
             up_to: rows of frames after this id stay complete.
         """
-        self._pass = self._plan(last_id, up_to)
+        if limit_bytes is not None and self.stored_bytes > limit_bytes:
+            self._pass = self._plan(limit_bytes, last_id, up_to)
+
         return self.is_thinning
 
     def run(self) -> list[ThinnedFrame]:
@@ -119,12 +119,8 @@ class Retention:
         thinned = [self._thin(name, frame, walk.level) for frame in frames]
         return [ThinnedFrame(frame.stream, name, frame.id, frame.n) for frame in thinned if frame.n < FULL_ROWS // 2]
 
-    def _plan(self, last_id: int, up_to: int) -> _ThinningPass | None:
-        limit = self.limit_bytes
-        if limit is None or self.stored_bytes <= limit:
-            return None
-
-        if self._old_bytes > limit // 2:
+    def _plan(self, limit_bytes: int, last_id: int, up_to: int) -> _ThinningPass | None:
+        if self._old_bytes > limit_bytes // 2:
             return _ThinningPass(0, self.up_to, self.level + 1)
 
         middle = min(self.up_to + (last_id - self.up_to) // 2, up_to)

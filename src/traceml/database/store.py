@@ -55,13 +55,12 @@ class StoreWriter:
 
     Args:
         path: the file; created if missing, else continued.
-        limit_bytes: most bytes that steps and samples take: `maintain` thins the old ones. None keeps all.
 
     Raises:
         StoreError: it cannot be created or opened; the message says why and what to do.
     """
 
-    def __init__(self, path: Path, limit_bytes: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = Path(path)
         with translate_errors(self.path, "create"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +70,7 @@ class StoreWriter:
             self._database = open_for_writing(self.path)
             self._load()
             with translate_errors(self.path, "read"):
-                self._upkeep = Upkeep(self.path, self._database, self._table_ids, limit_bytes)
+                self._upkeep = Upkeep(self.path, self._database, self._table_ids)
         except BaseException:
             self._unlock()
             raise
@@ -219,19 +218,26 @@ class StoreWriter:
 
         return done
 
-    def maintain(self, budget_s: float, cursors: Sequence[int] = (), now_s: float | None = None) -> bool:
+    def maintain(
+        self,
+        budget_s: float,
+        cursors: Sequence[int] = (),
+        limit_bytes: int | None = None,
+        now_s: float | None = None,
+    ) -> bool:
         """Sum rows, merge small frames and thin old rows for a while; return whether something is left to do.
 
         Args:
             budget_s: seconds after which nothing further is begun; a transaction takes a few milliseconds.
             cursors: id of the last frame that each delivery has read; what they have not read stays, for a while.
+            limit_bytes: most bytes that steps and samples take: beyond them, old ones are thinned. None keeps all.
             now_s: monotonic time, by default now.
 
         Raises:
             StoreError: nothing was written by the last transaction; rows are complete and in order.
         """
         with translate_errors(self.path, "write"):
-            return self._upkeep.run(budget_s, time.monotonic() if now_s is None else now_s, cursors)
+            return self._upkeep.run(budget_s, time.monotonic() if now_s is None else now_s, cursors, limit_bytes)
 
     def close(self) -> None:
         """Commit, merge the write-ahead log into the file, and close.

@@ -159,12 +159,14 @@ def _connect_reader(path: Path, mode: str) -> sqlite3.Connection:
 def _build(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as database:
         database.execute(f"PRAGMA page_size={_PAGE_BYTES}")
-        database.execute("PRAGMA journal_mode=WAL")
+        # In one transaction, and without a log: one that cannot be merged on a full disk would be left under its name.
+        database.execute("PRAGMA journal_mode=MEMORY")
+        database.executescript(f"BEGIN; {_DDL} {_SINCE_2.format(temporary='')}")
         database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         database.execute(f"PRAGMA user_version={STORE_VERSION}")
-        database.executescript(_DDL + _SINCE_2.format(temporary=""))
         layouts = [(name, msgpack.packb(table.layout)) for name, table in TABLES.items()]
         database.executemany("INSERT INTO tables (name, layout) VALUES (?, ?)", layouts)
+        database.execute("COMMIT")
 
 
 def _check(database: sqlite3.Connection, path: Path) -> None:

@@ -18,8 +18,8 @@ from traceml.fail_open import fail_open
 
 __all__ = ["Upkeep"]
 
-# Behind a reader that delivers, frames stay as they are, so that a batch that is read again is the same. After this
-# long, steps and samples are merged, and thinned, anyway; logged values never are.
+# Frames that a delivery has not read stay as they are, so that a batch that is read again is the same. After this long,
+# steps and samples are merged, and thinned, anyway.
 _MERGE_ANYWAY_S = 3600.0
 _THIN_ANYWAY_S = 24 * 3600.0
 # Rows that live views may still read stay complete.
@@ -63,16 +63,12 @@ class Upkeep:
         path: the store.
         database: the writer's connection.
         tables: number of each table.
-        limit_bytes: most bytes of steps and samples; None keeps all.
     """
 
-    def __init__(
-        self, path: Path, database: sqlite3.Connection, tables: dict[str, int], limit_bytes: int | None = None
-    ) -> None:
+    def __init__(self, path: Path, database: sqlite3.Connection, tables: dict[str, int]) -> None:
         self._path = path
         self._database = database
         self._tables = tables
-        self._limit_bytes = limit_bytes
         self._clock = _IdClock()
         self._last_id = 0
         self._broken_s: float | None = None
@@ -97,13 +93,14 @@ class Upkeep:
         if table in SUMMED:
             self.retention.resized(size + FRAME_OVERHEAD_BYTES, frame)
 
-    def run(self, budget_s: float, now_s: float, cursors: Sequence[int] = ()) -> bool:
+    def run(self, budget_s: float, now_s: float, cursors: Sequence[int] = (), limit_bytes: int | None = None) -> bool:
         """Work for a while; return whether something is left to do.
 
         Args:
             budget_s: seconds after which no further transaction is begun.
             now_s: monotonic time.
             cursors: id of the last frame that each delivery has read.
+            limit_bytes: most bytes of steps and samples; None keeps all.
 
         Raises:
             sqlite3.Error: nothing of the last transaction was written; typically the disk is full.
@@ -117,7 +114,7 @@ class Upkeep:
         self._clock.note(now_s, self._last_id)
         until_s = time.perf_counter() + budget_s
         while time.perf_counter() < until_s:
-            work = self._compact(now_s, cursors) or self._thin(now_s, cursors)
+            work = self._compact(now_s, cursors) or self._thin(now_s, cursors, limit_bytes)
             if work is None:
                 return False
 
@@ -140,16 +137,18 @@ class Upkeep:
         up_to = min(cursors, default=_ALL)
         if key[1] != METRICS.name:
             up_to = max(up_to, self._clock.before(now_s - _MERGE_ANYWAY_S))
+        elif cursors:
+            up_to = 0  # trackers know logged values by frame and row
 
         return lambda: self.compaction.run(key, level, up_to, cursors)
 
-    def _thin(self, now_s: float, cursors: Sequence[int]) -> Callable[[], None] | None:
+    def _thin(self, now_s: float, cursors: Sequence[int], limit_bytes: int | None) -> Callable[[], None] | None:
         up_to = self._clock.before(now_s - _RECENT_S)
         if cursors:
             up_to = max(min(*cursors, up_to), self._clock.before(now_s - _THIN_ANYWAY_S))
 
         if not self.retention.is_thinning:
-            if not self.retention.begin(self._last_id, up_to):
+            if not self.retention.begin(limit_bytes, self._last_id, up_to):
                 return None
 
             self.compaction.forget_thinned()
@@ -179,7 +178,7 @@ class Upkeep:
     def _resume(self) -> None:
         """Take the small frames that the store has."""
         editor = FrameEditor(self._database, self._tables)
-        self.retention = Retention(self._database, editor, self._tables, self._limit_bytes)
+        self.retention = Retention(self._database, editor, self._tables)
         self.compaction = Compaction(editor, self.retention.resized)
         self._broken_s = None
         names = {number: name for name, number in self._tables.items()}

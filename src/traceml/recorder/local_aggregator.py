@@ -214,6 +214,7 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
         environ["TRACEML_TOKEN"] = config.token
     environ["TRACEML_OUTLIVES"] = "1"  # it outlives a launch's worker, to deliver the worker's rows
     environ["TRACEML_DELIVERY_NICE"] = str(config.delivery_nice)
+    environ["TRACEML_RETENTION"] = str(config.retention)
     if config.keep_runs is not None:
         environ["TRACEML_KEEP_RUNS"] = str(config.keep_runs)
     if config.debug:

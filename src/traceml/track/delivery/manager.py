@@ -11,11 +11,15 @@ from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.track.delivery.delivery_process import STOP_S, DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan
+from traceml.track.tracker_state import states_of
 
 __all__ = ["STALL_LIMIT_S", "DeliveryManager", "RunDeliveries"]
 
 # A tracker that accepts nothing for this long does not delay the end of a run or of the aggregator.
 STALL_LIMIT_S = 10.0
+
+# Reading the states of deliveries takes longer than what they are read for.
+_CURSORS_S = 5.0
 
 _log = logging.getLogger("traceml")
 
@@ -35,6 +39,8 @@ class RunDeliveries:
         self.ended = False
         self._reader: StoreReader | None = None
         self._plan: DeliveryPlan | None = None
+        self._cursors: list[int] = []
+        self._cursors_until_s = 0.0
 
     def poll(self, *, ended: bool) -> None:
         """Start the requested deliveries, and supervise those that run.
@@ -58,6 +64,16 @@ class RunDeliveries:
     def unfinished(self) -> list[DeliveryProcess]:
         """Deliveries that have something left to do."""
         return [process for process in self.processes.values() if not process.over]
+
+    @property
+    def cursors(self) -> list[int]:
+        """Id of the last frame of the store that each delivery has done, as of the last seconds; they only grow."""
+        if time.monotonic() >= self._cursors_until_s:
+            self._cursors_until_s = time.monotonic() + _CURSORS_S
+            done = {state.backend: int(state.cursor.get("frame", 0)) for state in states_of(self.run_dir)}
+            self._cursors = list((dict.fromkeys(self.processes, 0) | done).values())
+
+        return self._cursors
 
     def close(self) -> None:
         """End the processes, which save their progress first, and close the store. Takes at most a few seconds."""
@@ -87,6 +103,7 @@ class RunDeliveries:
 
         for backend, experiment in self._plan.backends().items():
             if backend not in self.processes:
+                self._cursors_until_s = 0.0
                 self.processes[backend] = DeliveryProcess(
                     self.run_dir, backend, experiment.options(backend), nice=self._nice
                 )
@@ -111,6 +128,10 @@ class DeliveryManager:
             self._runs[run_dir] = RunDeliveries(run_dir, self._nice)
 
         self._runs[run_dir].poll(ended=ended)
+
+    def cursors(self, run_dir: Path) -> list[int]:
+        """Return the id of the last frame of a run's store that each of its deliveries has done."""
+        return self._runs[run_dir].cursors if run_dir in self._runs else []
 
     def settled(self) -> list[RunDeliveries]:
         """Remove and return the runs that are over and whose deliveries have ended or stall; the caller closes them."""
