@@ -77,6 +77,23 @@ def test_everything_goes_to_a_file_per_worker_and_the_first_to_the_screen(
     ]
 
 
+def test_a_warning_of_torch_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines of its C++ libraries have the level that they name, between others, in whole and in pieces."""
+    warning = b"[W1120 23:59:04.123 socket.cpp:207] [c10d] The hostname cannot be retrieved\n"
+    pieces = [
+        b"bad\n" + warning + b"worse\n[rank0]:" + warning[:9],
+        warning[9:],
+        b"[E1120 23:59:04.1 a.cpp:1] it fails",
+    ]
+    routed([stream_handler("node1", 0)], *((0, "err", piece) for piece in pieces))
+
+    told = without_time(capsys.readouterr().out)
+    assert [line.partition(":")[0] for line in told] == ["ERROR", "WARNING", "ERROR", "WARNING", "ERROR"]
+
+    routed(make_handlers("auto", {"node1": 1}, lambda: None, plain=True), (0, "err", warning))
+    assert capsys.readouterr() == ("", warning.decode())
+
+
 def test_each_launch_has_a_folder_of_its_own(tmp_path: Path) -> None:
     """Two within one second do not share one; nothing is made before it begins."""
     environ = {"TORCHRUNX_LOG_DIR": str(tmp_path / "logs")}

@@ -35,6 +35,8 @@ _NOT_RAISED = frozenset(
     {"builtins.KeyboardInterrupt", "builtins.GeneratorExit", "builtins.SystemExit", "asyncio.exceptions.CancelledError"}
 )
 _LAST_LINES = 5
+# A harmless warning of torch, the first output of each worker where addresses have no names.
+_NO_REVERSE_DNS = "[c10d] The hostname of the client socket cannot be retrieved"
 _THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
 # A thread of the recorder: the frame next to the thread's own is ours.
 _OUR_THREAD = re.compile(
@@ -252,7 +254,7 @@ def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
 
 
 def _tail(message: Mapping[str, Any]) -> list[str]:
-    return [str(line) for line in message.get("tail") or ()]
+    return [str(line) for line in message.get("tail") or () if _NO_REVERSE_DNS not in str(line)]
 
 
 def _in_collective(stack: str) -> bool:

@@ -185,8 +185,14 @@ class LineHandler(logging.Handler):
         """Write a record."""
         self._write_safely(self.format(record) + "\n")
 
-    def write_lines(self, text: str, level: int) -> None:
-        """Write whole lines, all of one level."""
+    def write_lines(self, text: str, level: int, kind: str) -> None:  # noqa: ARG002 - one needs the level, one the kind
+        """Write whole lines.
+
+        Args:
+            text: the lines, each ended by a newline.
+            level: the level of all of them.
+            kind: the stream that they come from, `out` or `err`.
+        """
         now = (int(time.time()), level)
         if now != self._head_of:
             record = logging.LogRecord("", level, "", 0, "", None, None)
@@ -324,8 +330,8 @@ class _PlainHandler(_StreamHandler):
         self._stream = self._err or sys.stderr
         super().emit(record)
 
-    def write_lines(self, text: str, level: int) -> None:
-        stream = (self._err or sys.stderr) if level >= logging.ERROR else (self._out or sys.stdout)
+    def write_lines(self, text: str, level: int, kind: str) -> None:  # noqa: ARG002 - one needs the level, one the kind
+        stream = (self._err or sys.stderr) if kind == "err" else (self._out or sys.stdout)
         if stream is not self._stream:
             self.flush_lines()  # keep the order of arrival
             self._stream = stream

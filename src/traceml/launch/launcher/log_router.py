@@ -1,8 +1,9 @@
 """Routing of workers' and agents' output to files, the screen and the user's handlers.
 
 Each worker and each host's agent is a source with a logger name: `traceml.launch.<host>.<local rank>`, or
-`traceml.launch.<host>`. Lines of stdout are records of level INFO, lines of stderr of level ERROR, and records of
-`logging` keep their level; all have the attributes `hostname`, `local_rank` (None for an agent) and `rank`.
+`traceml.launch.<host>`. Lines of stdout are records of level INFO, lines of stderr of level ERROR, but torch's C++
+libraries name the level in theirs; records of `logging` keep their level. All have the attributes `hostname`,
+`local_rank` (None for an agent) and `rank`.
 
 One thread writes everything, so a slow disk or a stopped terminal never blocks the launcher's loop. It reports the
 written bytes, and only then may a worker send more: a chatty worker waits for its own lines.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +41,9 @@ Handlers = (
 _MAX_LINE_BYTES = 1024 * 1024
 _log = logging.getLogger("traceml")
 _LEVELS = {"out": logging.INFO, "err": logging.ERROR}
+# A line of torch's C++ libraries: `[W1120 23:59:04.123 socket.cpp:207] …`, under torchrun after `[rank0]:`.
+_NATIVE_LINE = re.compile(rb"(?:\[rank\d+\]:)?\[([IWEF])\d{4} \d\d:\d\d:\d\d")
+_NATIVE_LEVELS = {b"I": logging.INFO, b"W": logging.WARNING, b"E": logging.ERROR, b"F": logging.CRITICAL}
 
 
 def make_handlers(
@@ -144,8 +149,8 @@ class LogStream:
             return
 
         lines, self._partial = _whole_lines(self._partial + data, last=last)
-        if lines:
-            self.source.lines(lines, _LEVELS[self.kind])
+        for level, part in _by_level(lines, _LEVELS[self.kind]):
+            self.source.lines(part, level, self.kind)
 
 
 class LogRouter:
@@ -263,12 +268,12 @@ class LogSource:
         self._fast = [h for h in self._lined if h.is_plain]
         self._slow = [h for h in wanting if h not in self._fast]
 
-    def lines(self, lines: bytes, level: int) -> None:
+    def lines(self, lines: bytes, level: int, kind: str) -> None:
         """Handle whole lines, each ended by a newline."""
         text = lines.decode("utf-8", "replace")
         for handler in self._fast:
             if level >= handler.level:
-                handler.write_lines(text, level)
+                handler.write_lines(text, level, kind)
 
         if not self._slow:
             return
@@ -307,6 +312,23 @@ class LogSource:
 def _may_want(handler: logging.Handler, hostname: str, local_rank: int | None) -> bool:
     ours = [found for found in handler.filters if isinstance(found, SourceFilter)]
     return all(found.matches(hostname, local_rank) for found in ours)
+
+
+def _by_level(lines: bytes, default: int) -> list[tuple[int, bytes]]:
+    """Split lines where their level changes."""
+    if default == logging.INFO or not _NATIVE_LINE.search(lines):
+        return [(default, lines)] if lines else []
+
+    found: list[tuple[int, bytes]] = []
+    for line in lines.splitlines(keepends=True):
+        match = _NATIVE_LINE.match(line)
+        level = default if match is None else _NATIVE_LEVELS[match[1]]
+        if found and found[-1][0] == level:
+            found[-1] = level, found[-1][1] + line
+        else:
+            found.append((level, line))
+
+    return found
 
 
 def _whole_lines(data: bytes, *, last: bool) -> tuple[bytes, bytes]:
