@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import subprocess
 import sys
 from itertools import pairwise
@@ -157,6 +158,24 @@ def test_nobody_answers(monkeypatch):
     monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
     with pytest.raises(UsageError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
         summarize([Path(__file__)], cached=False, dask="tcp://127.0.0.1:1")
+
+
+@pytest.mark.parametrize("given", ["foo", "", "tcp://foo", "bad.json", "no_address.json"])
+def test_what_is_no_address_is_told_at_once(tmp_path, monkeypatch, given):
+    """A name without a port, or a file that no scheduler has written, is an error that shows an address."""
+    monkeypatch.chdir(tmp_path)
+    Path("bad.json").write_text("{")
+    Path("no_address.json").write_text("{}")
+    with pytest.raises(UsageError, match=re.escape(f"dask={given!r} is ") + ".* give HOST:PORT"):
+        summarize([Path(__file__)], cached=False, dask=given)
+
+
+def test_a_schedulers_file_is_taken(tmp_path, monkeypatch):
+    """The file of `dask scheduler --scheduler-file` stands for the address in it."""
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
+    (tmp_path / "scheduler.json").write_text('{"address": "tcp://127.0.0.1:1"}')
+    with pytest.raises(UsageError, match=r"no Dask scheduler answers at tcp://127\.0\.0\.1:1"):
+        summarize([Path(__file__)], cached=False, dask=str(tmp_path / "scheduler.json"))
 
 
 @pytest.mark.process

@@ -6,6 +6,7 @@ paths, and have traceml installed.
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -230,6 +231,7 @@ def _client(cluster: Any) -> Iterator[Any]:
 
     from distributed import Client
 
+    cluster = _checked_address(cluster) if isinstance(cluster, str) else cluster
     try:
         client = Client(cluster, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -240,6 +242,28 @@ def _client(cluster: Any) -> Iterator[Any]:
             raise UsageError(f"the Dask scheduler at {cluster} has no workers")
 
         yield client
+
+
+def _checked_address(given: str) -> str:
+    """Return a scheduler's address, also from the file that `dask scheduler --scheduler-file` writes.
+
+    `Client` needs 20 s to fail without a port.
+    """
+    from distributed.comm import parse_address, parse_host_port
+
+    address = given
+    try:
+        if Path(given).is_file():
+            address = str(json.loads(Path(given).read_text(encoding="utf-8"))["address"])
+
+        scheme, location = parse_address(address)
+        if scheme in ("tcp", "tls"):
+            parse_host_port(location)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "not a scheduler's file" if Path(given).is_file() else "neither an address nor a scheduler's file"
+        raise UsageError(f"dask={given!r} is {what} ({error}): give HOST:PORT, as in tcp://10.0.0.1:8786") from error
+
+    return address
 
 
 def _is_client(cluster: Any) -> bool:
