@@ -30,11 +30,11 @@ class Driver:
         closed: why the channel has ended, or None.
     """
 
-    def __init__(self, command: list[str] | None = None, *, local: bool = False, **popen: Any) -> None:
-        local = local or command is None
+    def __init__(self, command: list[str] | None = None, *, program: bytes = b"", **popen: Any) -> None:
+        program = program if command else bootstrap.local_program()
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the driver
         self.process = subprocess.Popen(
-            command or bootstrap.local_command(sys.executable),
+            command or bootstrap.agent_command(sys.executable),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -47,8 +47,8 @@ class Driver:
         self.channel = Channel(os.dup(stdout.fileno()), os.dup(stdin.fileno()), side="launcher", greeting=True)
         stdin.close()
         stdout.close()
-        if not local:
-            self.channel.send_raw(bootstrap.bundle())
+        if program:
+            self.channel.send_raw(program)
 
         self.messages: list[dict[str, Any]] = []
         self.said: dict[tuple[int, str], bytearray] = {}

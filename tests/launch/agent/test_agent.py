@@ -91,9 +91,10 @@ def test_an_agent_tells_of_itself_at_once(driver: Driver) -> None:
 
 def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:
     """The package comes through the channel, also for the zygote and its workers; nothing is written to a disk."""
-    command = bootstrap.remote_command(sys.executable)
     # -S: no site-packages, so neither traceml nor msgpack nor cloudpickle are there
-    with Driver([command[0], "-S", *command[1:]], env={"PATH": os.environ["PATH"]}, cwd=tmp_path) as driver:
+    command = [sys.executable, "-S", *bootstrap.agent_command(sys.executable)[1:]]
+    program = bootstrap.remote_program()
+    with Driver(command, program=program, env={"PATH": os.environ["PATH"]}, cwd=tmp_path) as driver:
         driver.prepare(env={"PYTHONNOUSERSITE": "1"}, sys_path=[], cwd=str(tmp_path))
 
         def where() -> str:
@@ -109,12 +110,24 @@ def test_an_agent_from_a_bundle_needs_nothing_installed(tmp_path: Path) -> None:
 
 def test_an_old_python_says_so(tmp_path: Path) -> None:
     """The code that an agent boots from is understood by Pythons that are too old for it."""
-    code = bootstrap.remote_command(sys.executable)[2].replace("sys.version_info < (3, 11)", "True")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, stdin=subprocess.DEVNULL, check=False)
+    program = bootstrap.remote_program().replace(b"sys.version_info < (3, 11)", b"True")
+    done = subprocess.run(bootstrap.agent_command(sys.executable), input=program, capture_output=True, check=False)
 
     assert done.returncode == 78
     assert b"is too old: 3.11 or newer is needed" in done.stderr
     assert done.stdout == b""
+
+
+def test_processes_have_short_names() -> None:
+    """What process lists show of agent, reaper, zygote and workers is one line with a name, not their programs."""
+    with Driver() as driver:
+        driver.prepare()
+        kin = driver.run(lambda: [os.getpid(), os.getppid(), psutil.Process(os.getppid()).ppid()])[0]
+        pids = [driver.process.pid, kin[2], kin[1]]
+        lines = [" ".join(psutil.Process(pid).cmdline()) for pid in pids]
+
+    assert [line.rpartition(" ")[2] for line in lines] == ["traceml-agent", "traceml-agent", "traceml-workers"]
+    assert all(len(line) < 200 and "\n" not in line for line in lines)
 
 
 def test_a_script_may_be_called_as_a_module_is(tmp_path: Path) -> None:
@@ -306,7 +319,7 @@ def test_a_zygote_that_was_killed_is_replaced(driver: Driver) -> None:
 def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
     """An agent whose launcher says nothing while a job runs ends the job; nothing else tells it of a cut network."""
     code = _REMOTE.format(silence_s=2)
-    with Driver([sys.executable, "-c", code], local=True) as driver:
+    with Driver([sys.executable, "-c", code]) as driver:
         driver.prepare()
         driver.start(_spawn_kin)
         pids = _kin(driver)
@@ -318,7 +331,7 @@ def test_a_silent_launcher_is_a_lost_one(tmp_path: Path) -> None:
 def test_an_idle_agent_waits_for_a_launcher_that_says_nothing(tmp_path: Path) -> None:
     """Between two launches nobody runs the launcher's loop: that is no silence."""
     code = _REMOTE.format(silence_s=1.5)
-    with Driver([sys.executable, "-c", code], local=True) as driver:
+    with Driver([sys.executable, "-c", code]) as driver:
         driver.prepare()
         driver.run(os.getpid)
         time.sleep(2.5)

@@ -53,12 +53,17 @@ def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, 
     fake = tmp_path / "python"
     fake.write_text("#!/bin/sh\necho 'Segfault in the sky' >&2; exit 9\n")
     fake.chmod(0o755)
+    prose = tmp_path / "prose"  # a shell interprets it
+    prose.write_text("prose is no program\n")
+    prose.chmod(0o755)
     options: dict[str, Any] = {
         "unknown": {},
         "refused": {},
         "wrongkey": {},
         "badhostkey": {},
         "node1": {"python": "/no/such/python"},
+        "root@node1": {"python": str(prose)},
+        "root@node2": {"python": str(tmp_path)},
         "alias1": {"python": str(bare_python)},
         "node2": {"python": str(fake)},
         "alias2": {"hostnames": ["alias2", "refused", "unknown"], "python": str(bare_python)},
@@ -74,6 +79,8 @@ def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, 
     assert "host key" in reasons["badhostkey"]
     assert reasons["node1"] == "command not found there: /no/such/python"
     assert "python=" in told["node1"][2]
+    assert reasons["root@node1"] == f"the command is not executable there: {prose}"
+    assert reasons["root@node2"] == f"the command is not executable there: {tmp_path}"
     assert reasons["alias1"] == "torch is not installed there"
     assert str(bare_python) in told["alias1"][2]
     assert "did not start" in reasons["node2"]

@@ -215,6 +215,7 @@ def test_an_agent_that_is_killed_takes_its_workers_along(hosts: Hosts, script: S
     told = script.launch(func)
 
     assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
+    assert "The connection worked to the end: the agent was killed" in told["text"]
     eventually(lambda: hosts["node2"].processes() == [], "node2 to be clean: nobody is there to wait for it")
     assert left_on(hosts, "node1") == []
     assert script.launch("fine")["results"] == {"node1": [0, 1], "node2": [2, 3]}
@@ -246,6 +247,7 @@ def test_a_host_that_is_cut_off_is_named_in_time(hosts: Hosts, script: Script, t
         told = script.end()
         assert time.monotonic() - began < 30  # what is promised: silence is all that tells of it
         assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
+        assert "the host or the network is down" in told["text"]
         assert left_on(hosts, "node1") == []
         eventually(lambda: hosts["node2"].processes() == [], "the agent to notice that nobody talks to it")
 

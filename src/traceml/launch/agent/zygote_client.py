@@ -154,7 +154,8 @@ class ZygoteClient:
         fd = theirs.fileno()
         os.set_inheritable(fd, True)
         code = import_code() + f"from traceml.launch.worker.zygote import main\nmain({fd})\n"
-        command = [sys.executable, "-c", code]
+        code_fd = _pipe_with(code.encode())
+        command = [sys.executable, "-c", f"exec(open({code_fd}).read())", "traceml-workers"]  # as process lists show it
         if self.spec.env_file is not None:
             bash = shutil.which("bash") or "/bin/bash"
             command = [bash, "-c", _SOURCE, "bash", self.spec.folder, self.spec.env_file, *command]
@@ -164,7 +165,10 @@ class ZygoteClient:
             (os.POSIX_SPAWN_DUP2, write_fd, 1),
             (os.POSIX_SPAWN_DUP2, write_fd, 2),
         ]
-        return os.posix_spawn(command[0], command, {**os.environ, **self.spec.env}, file_actions=actions)
+        try:
+            return os.posix_spawn(command[0], command, {**os.environ, **self.spec.env}, file_actions=actions)
+        finally:
+            os.close(code_fd)
 
     def _receive(self, _events: int) -> None:
         try:
@@ -208,6 +212,15 @@ class ZygoteClient:
             self._selector.unregister(self._read_fd)
             os.close(self._read_fd)
             self._read_fd = -1
+
+
+def _pipe_with(data: bytes) -> int:
+    """Return the read end of a pipe that holds some kilobytes; a child process inherits it."""
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, data)
+    os.close(write_fd)
+    os.set_inheritable(read_fd, True)
+    return read_fd
 
 
 def _startup_variables(env: Mapping[str, str]) -> dict[str, str]:

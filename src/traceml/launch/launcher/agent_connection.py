@@ -35,6 +35,7 @@ exec ssh "$@" -- "$host" "$command"
 _KEPT_LINES = 20
 _READ_BYTES = 65536
 _TOO_OLD = 78  # exit status of the bootstrap program
+_SILENT_S = 6.0  # longer than any pause of a connection that works: both sides send something every few seconds
 _END_WAIT_S = 1.0  # a program that has closed its output exits soon; its status is known only then
 
 _log = logging.getLogger("traceml.launch")
@@ -110,7 +111,7 @@ class AgentConnection:
         self.errors_fd, inner_err = os.pipe()
         os.set_blocking(self.errors_fd, False)
         bundled = spec.transport != "local" or python != sys.executable  # another Python may lack our package
-        command = _command(spec, python, ssh_config_file, bundled=bundled)
+        command = _command(spec, python, ssh_config_file)
         try:
             # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
             self._process = subprocess.Popen(
@@ -131,8 +132,7 @@ class AgentConnection:
         _connections.add(self)
         self.channel = Channel(outer_out, outer_in, side="launcher", name=spec.name, greeting=True)
         _log.debug("%s: agent started by %s, pid %d", spec.name, spec.transport, self._process.pid)
-        if bundled:
-            self.channel.send_raw(bootstrap.bundle())
+        self.channel.send_raw(bootstrap.remote_program() if bundled else bootstrap.local_program())
 
     def __repr__(self) -> str:
         pid = self._process.pid
@@ -160,6 +160,7 @@ class AgentConnection:
         Args:
             reason: the channel's reason.
         """
+        silence_s = self.channel.silence_s
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_WAIT_S)
 
@@ -175,7 +176,7 @@ class AgentConnection:
             # agent and zygote clean up for each other; if both were killed at once, we do it
             terminate_all(lambda: find_leftovers([], mark=mark), grace_s=0)
 
-        what, advice = self._explain(status, "\n".join(output), reason)
+        what, advice = self._explain(status, "\n".join(output), reason, silence_s)
         _log.debug("%s: agent lost: %s (%s, status %s)", self.spec.name, what, reason, status)
         return AgentFailedError(self.spec.name, what, advice=advice, words=output)
 
@@ -206,21 +207,21 @@ class AgentConnection:
         self.close_now()
         self._process.returncode = 0
 
-    def _explain(self, status: int | None, output: str, reason: str) -> tuple[str, str]:
+    def _explain(self, status: int | None, output: str, reason: str, silence_s: float) -> tuple[str, str]:
         """Return what happened, and advice."""
         host, carrier = self.spec.name, {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
         ended = f"{carrier} {_describe_exit(status)}"
         if self.hello is not None:
-            return f"its agent was lost while the job ran ({reason}; {ended})", (
-                "The host or the network may be down, or its agent was killed." if carrier != "the agent" else ""
-            )
+            what = f"its agent was lost while the job ran ({reason}; {ended})"
+            return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
 
         advice = "The launcher starts the Python at its own path; give that host's path by `python=`."
+        program = re.escape(self._python)
+        if status == 126 or re.search(rf"execve\(\).*Permission denied|{program}: (line )?\d+: ", output):
+            return f"the command is not executable there: {self._python}", advice  # or a shell interprets it
+
         if status == 127 or re.search(r"execve\(\).*No such file", output):
             return f"command not found there: {self._python}", advice
-
-        if status == 126 or re.search(r"execve\(\).*Permission denied", output):
-            return f"command cannot be executed there: {self._python}", advice
 
         if status == _TOO_OLD:
             return "its Python is too old", "Give the path of a newer one by `python=`."
@@ -231,6 +232,17 @@ class AgentConnection:
 
         hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
         return f"its agent did not start ({reason}; {ended})", hand.strip()
+
+
+def _explain_loss(output: str, silence_s: float) -> str:
+    """Return why a connection that worked may have broken."""
+    if silence_s >= _SILENT_S or re.search(r"Timeout, server|timed out|Broken pipe|No route|unreachable", output):
+        return f"Nothing was received from it for {silence_s:.0f} s: the host or the network is down."
+
+    if re.search(r"closed by remote host|[Cc]onnection (closed|reset)", output):
+        return "Its sshd closed the connection: the host shuts down, or the session was ended."
+
+    return "The connection worked to the end: the agent was killed, by a user or for lack of memory."
 
 
 _connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all of them, in the pool or in a launch
@@ -244,18 +256,17 @@ def _release_all() -> None:
 os.register_at_fork(after_in_child=_release_all)
 
 
-def _command(
-    spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None, *, bundled: bool
-) -> list[str]:
+def _command(spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> list[str]:
     """Return the command that starts a host's agent."""
+    agent = bootstrap.agent_command(python)
     if spec.transport == "local":
-        return bootstrap.remote_command(python) if bundled else bootstrap.local_command(python)
+        return agent
 
     if spec.transport == "srun":
-        return [*step_command(spec.name, spec.het_group), *bootstrap.remote_command(python)]
+        return [*step_command(spec.name, spec.het_group), *agent]
 
     config = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
-    command = "exec " + shlex.join(bootstrap.remote_command(python))
+    command = "exec " + shlex.join(agent)
     return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", spec.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
 
 

@@ -1,8 +1,8 @@
 """Commands that start agents, also on hosts where the package is not installed.
 
-On this machine and with the same Python, the command line contains the package's path. Elsewhere the command is a small
-program that writes the greeting, reads the package (a zip file) from its standard input into a memory file, and imports
-it from there: nothing is written to a disk.
+The command is one line, which process lists show; it reads the program from its standard input. On this machine and
+with the same Python, the program contains the package's path. Elsewhere it writes the greeting, reads the package (a
+zip file) from its standard input into a memory file, and imports it from there: nothing is written to a disk.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from traceml.launch.wire.channel import GREETING
 
-__all__ = ["bundle", "import_code", "local_command", "remote_command"]
+__all__ = ["agent_command", "import_code", "local_program", "remote_program"]
 
 _PACKAGE = str(Path(__file__).parents[2])  # a folder, or one inside a zip file
 _LENGTH = struct.Struct(">Q")
@@ -25,6 +25,8 @@ _PACKAGES = ("launch", "session", "track", "recorder", "instrument", "samplers",
 _FIRST = ("cloudpickle",)  # only the same version surely unpacks what it packs
 _EXTRA = ("msgpack",)  # for hosts that have torch and nothing else
 
+# Without a buffer: what follows the line is for the program.
+_READ_LINE = 'import io;exec(io.open(0,"rb",0,closefd=False).readline())'
 # Valid syntax for old Pythons too, so that they can report their version.
 _REMOTE = """
 import os, sys
@@ -75,18 +77,26 @@ from traceml.launch.agent.agent import main
 """
 
 
-def local_command(python: str) -> list[str]:
-    """Return the command of an agent that is a child of this process; it reads no bundle."""
-    return [python, "-c", import_code() + _FORK_AND_RUN + "main(local=True)\n"]
+def agent_command(python: str) -> list[str]:
+    """Return the command of an agent; its standard input starts with a program of this module."""
+    return [python, "-c", _READ_LINE, "traceml-agent"]
 
 
-def remote_command(python: str) -> list[str]:
-    """Return the command of an agent elsewhere; it writes the greeting and reads `bundle()` before any frame."""
+def local_program() -> bytes:
+    """Return the program of an agent that is a child of this process."""
+    return _line(import_code() + _FORK_AND_RUN + "main(local=True)\n")
+
+
+def remote_program() -> bytes:
+    """Return the program of an agent elsewhere, followed by the package; it writes the greeting."""
     code = _REMOTE.replace("{greeting!r}", repr(GREETING)) + _IMPORT
     # the path of the reaper, which outlives all others: programs that workers start find it too
     code += _FROM_ZIP.replace("{path}", '"/proc/%d/fd/%d" % (os.getpid(), fd)')
-    code += _LOAD + _FORK_AND_RUN + "main()\n"
-    return [python, "-c", code]
+    return _line(code + _LOAD + _FORK_AND_RUN + "main()\n") + _bundle()
+
+
+def _line(code: str) -> bytes:
+    return f"exec({code!r})\n".encode()
 
 
 def import_code() -> str:
@@ -103,8 +113,8 @@ def import_code() -> str:
 
 
 @functools.cache
-def bundle() -> bytes:
-    """Return the package for an agent: 8 bytes of length, then a zip file."""
+def _bundle() -> bytes:
+    """Return the package: 8 bytes of length, then a zip file."""
     root = Path(_PACKAGE)
     data = _packed(root) if root.is_dir() else Path(_archive()).read_bytes()
     return _LENGTH.pack(len(data)) + data

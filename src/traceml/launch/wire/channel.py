@@ -557,6 +557,11 @@ class Channel:
             self._asked_s = self._quiet_s
             self.send("ping")
 
+    @property
+    def silence_s(self) -> float:
+        """Seconds since anything was received, while the loop ran."""
+        return self._quiet_s + min(time.monotonic() - self._checked_s, _LONGEST_TICK_S)
+
     def forget_silence(self) -> None:
         """Count silence from now on: until now the peer had no reason to send."""
         self._checked_s = time.monotonic()
