@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import msgpack
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traceml.errors import ProtocolError
-from traceml.transport.framing import MAX_FRAME_BYTES, Decoder, decode_log, encode, rows_frame
+from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, Decoder, decode_log, encode, rows_frame
 
 
 def test_round_trip_in_any_pieces():
@@ -88,3 +89,25 @@ def test_decode_log():
     for damaged in (data[:-1], data + b"\x05", b"\xc1"):
         with pytest.raises(ProtocolError):
             decode_log(damaged)
+
+
+def test_lists_of_lists_take_no_memory_before_the_welcome():
+    """A thousand nested headers in 64 kB announce gigabytes; none is allocated."""
+    nested = b"".join([b"\xdd" + struct.pack(">I", 60_000)] * 1000)
+    payload = b"\x82\xa1t\xa5hello\xa1x" + nested + bytes(60_000 - len(nested))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError, match="not msgpack"):
+            Decoder(MAX_HELLO_BYTES).feed(struct.pack(">I", len(payload)) + payload)
+
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_pending_bytes_are_those_of_a_message_in_parts():
+    decoder = Decoder()
+    decoder.feed(encode({"t": "x"}) + b"\x00\x00")
+    assert decoder.pending_bytes == 2
+    decoder.clear()
+    assert decoder.pending_bytes == 0

@@ -8,7 +8,8 @@ import pytest
 
 from tests.transport.conftest import TOKEN, eventually
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.transport import auth
+from traceml.transport import auth, handshakes
+from traceml.transport.client import connect
 from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, encode
 from traceml.transport.hello import Hello
 
@@ -152,6 +153,50 @@ def test_full_descriptor_table_is_a_reason_that_passes(serving):
 
     with pytest.raises(AggregatorUnavailableError, match="descriptor limit"):
         serving.connect()
+
+
+def test_few_descriptors_leave_room_for_a_launcher(serving):
+    """Half of them serve connections, and the last four no ranks: `traceml run` must reach its aggregator."""
+    serving.server._limit = 16
+    ranks = [serving.connect(rank) for rank in range(4)]
+    with pytest.raises(AggregatorUnavailableError, match="descriptor limit of 16"):
+        serving.connect(4)
+
+    eventually(lambda: len(serving.server.peers) == 4)
+    clients = [connect("127.0.0.1", serving.port, Hello(role="client"), TOKEN) for _ in range(4)]
+    with pytest.raises(AggregatorUnavailableError, match="descriptor limit of 16"):
+        connect("127.0.0.1", serving.port, Hello(role="client"), TOKEN, tries=1)
+
+    for connection in (*ranks, *clients):
+        connection.close()
+
+
+def test_a_refusal_that_comes_again_is_warned_about_once(serving, caplog):
+    """A peer that may try again does so for minutes."""
+    serving.server._limit = 0
+    for _ in range(5):
+        with pytest.raises(AggregatorUnavailableError):
+            serving.connect()
+
+    assert caplog.text.count("refused this peer") == 1
+
+
+def test_unproved_peers_hold_few_bytes_together(serving, monkeypatch):
+    """Each may send a hello in parts, but many that leave it at that are cut; a rank is welcome meanwhile."""
+    monkeypatch.setattr(handshakes, "MAX_UNPROVED_BYTES", 500_000)
+    parked = []
+    for _ in range(100):
+        parked.append(serving.raw())
+        parked[-1].sendall(struct.pack(">I", 60_000) + bytes(50_000))
+
+    eventually(lambda: serving.server.handshakes.cut >= 90)
+    assert 0 < serving.server.handshakes.held_bytes <= 500_000
+    serving.connect().close()
+    for sock in parked:
+        sock.close()
+
+    eventually(lambda: not serving.server.peers)
+    assert serving.server.handshakes.held_bytes == 0
 
 
 def test_vanishing_in_the_middle_of_a_frame_is_noticed(serving):

@@ -12,6 +12,7 @@ import random
 import select
 import socket
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -32,6 +33,7 @@ __all__ = ["ClockOffset", "Connection", "connect", "keep_alive", "refusal"]
 
 _RECEIVE_BYTES = 65536
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
+_refusals: deque[tuple[str, int, str]] = deque(maxlen=20)
 
 _log = logging.getLogger("traceml")
 
@@ -454,9 +456,16 @@ def _open(host: str, port: int, timeout_s: float) -> socket.socket:
 
 
 def refusal(message: dict[str, Any], host: str, port: int) -> ConnectionError:
-    """Log a `refused` message and return its error: a temporary one (`retry`) counts as a lost connection."""
+    """Log a `refused` message and return its error: a temporary one (`retry`) counts as a lost connection.
+
+    The same reason is a warning once: a peer that may try again does so many times.
+    """
     why = str(message.get("why"))
-    _log.warning("the aggregator at %s:%d refused this peer: %s", host, port, why)
+    known = (host, port, why) in _refusals
+    _refusals.append((host, port, why))
+    _log.log(
+        logging.DEBUG if known else logging.WARNING, "the aggregator at %s:%d refused this peer: %s", host, port, why
+    )
     return ConnectionResetError(why) if message.get("retry") else AggregatorRefusedError(host, port, why)
 
 

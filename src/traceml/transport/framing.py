@@ -13,8 +13,12 @@ __all__ = ["MAX_FRAME_BYTES", "MAX_HELLO_BYTES", "WIRE_VERSION", "Decoder", "dec
 
 WIRE_VERSION = 1
 MAX_FRAME_BYTES = 8 * 1024 * 1024
-# A peer without a proved token must not make the other side buffer megabytes.
-MAX_HELLO_BYTES = 256 * 1024
+# A peer without a proved token must not make the other side buffer much, nor decode lists of lists that take far more
+# memory than their bytes. A hello takes 2 to 6 kB; its lists are the columns of a table.
+MAX_HELLO_BYTES = 64 * 1024
+_HELLO_ITEMS = 1024
+# The longest list in a message has an entry per rank.
+_MESSAGE_ITEMS = 1 << 17
 
 _LENGTH = struct.Struct(">I")
 # The numbers of a rows frame have a fixed width, so that its head is one `pack` and a few constants.
@@ -74,6 +78,11 @@ class Decoder:
         self.limit_bytes = limit_bytes
         self._rest = bytearray()
 
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes of a message that has arrived in part."""
+        return len(self._rest)
+
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """Return the messages that `data` completes.
 
@@ -91,19 +100,24 @@ class Decoder:
             rest.clear()
 
         messages = []
+        items = _HELLO_ITEMS if self.limit_bytes <= MAX_HELLO_BYTES else _MESSAGE_ITEMS
         start, end = 0, len(data)
         while end - start >= 4:
             stop = start + 4 + self._length(data, start)
             if stop > end:
                 break
 
-            messages.append(_decode(data[start + 4 : stop]))
+            messages.append(_decode(data[start + 4 : stop], items))
             start = stop
 
         if start < end:
             rest += data[start:]
 
         return messages
+
+    def clear(self) -> None:
+        """Forget the bytes of a message that has arrived in part."""
+        self._rest = bytearray()
 
     def _length(self, data: bytes | bytearray, start: int) -> int:
         length: int = _LENGTH.unpack_from(data, start)[0]
@@ -125,7 +139,7 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
     try:
         while unpacker.tell() < len(data):
             rows.append(unpacker.unpack())  # raises where a map is cut off; iterating would only stop
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+    except (ValueError, TypeError, MemoryError, msgpack.UnpackException) as error:
         raise ProtocolError(f"rows of a log are not msgpack: {error!r}") from error
 
     if not all(isinstance(row, dict) for row in rows):
@@ -134,10 +148,10 @@ def decode_log(data: bytes) -> list[dict[str, Any]]:
     return rows
 
 
-def _decode(payload: bytes) -> dict[str, Any]:
+def _decode(payload: bytes, items: int) -> dict[str, Any]:
     try:
-        message = msgpack.unpackb(payload, strict_map_key=False)
-    except (ValueError, TypeError, msgpack.UnpackException) as error:
+        message = msgpack.unpackb(payload, strict_map_key=False, max_array_len=items, max_map_len=items)
+    except (ValueError, TypeError, MemoryError, msgpack.UnpackException) as error:
         raise ProtocolError(f"a frame of {len(payload)} bytes is not msgpack: {error!r}") from error
 
     if type(message) is not dict or type(message.get("t")) is not str:

@@ -84,7 +84,9 @@ class Hello:
     def to_message(self, version: int, nonce: bytes, proof: bytes) -> dict[str, Any]:
         """Return the message `hello`."""
         facts = asdict(self)
-        facts["command"] = self.command[:_TEXT_LIMIT]
+        for name in ("command", "name", "project"):
+            facts[name] = facts[name][:_TEXT_LIMIT]
+
         if self.runs_dir and not self.runs_dir_id:
             facts["runs_dir_id"] = folder_id(Path(self.runs_dir))
 

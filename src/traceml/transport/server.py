@@ -19,6 +19,7 @@ from traceml.errors import ProtocolError
 from traceml.transport import auth
 from traceml.transport.client import keep_alive
 from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
+from traceml.transport.handshakes import OpenHandshakes, RefusalLog
 from traceml.transport.hello import Hello, schemas
 
 __all__ = ["BACKLOG", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics", "raise_descriptor_limit"]
@@ -28,7 +29,10 @@ BACKLOG = 4096
 HANDSHAKE_S = 5.0
 # Time for a refused peer to read the reason before its connection is cut.
 _LINGER_S = 2.0
+# Left for stores, reports and deliveries; of few descriptors half.
 _RESERVED_DESCRIPTORS = 64
+# Some of these are for clients: a launcher must reach its aggregator when ranks have taken all others.
+_RESERVED_FOR_CLIENTS = 4
 _SCHEMAS = schemas()
 
 _log = logging.getLogger("traceml")
@@ -124,7 +128,11 @@ class Peer(asyncio.Protocol):
 
         try:
             handler = self._server.handler
-            for message in self._decoder.feed(data):
+            messages = self._decoder.feed(data)
+            if self.state == "new":
+                self._server.handshakes.hold(self, self._decoder.pending_bytes)
+
+            for message in messages:
                 if self.state == "open":
                     if message["t"] == "rows":
                         handler.rows(self, message)
@@ -173,7 +181,8 @@ class Peer(asyncio.Protocol):
         if self._transport is None or self.state in ("refused", "closed"):
             return
 
-        _log.warning("refused %s %s: %s", self.hello.role if self.hello else "peer", self.address, why)
+        self._server.refusals.note(f"{self.hello.role if self.hello else 'peer'} {self.address}", why)
+        self._decoder.clear()
         self.send({"t": "refused", "why": why, **({"retry": True} if retry else {})})
         was_open, self.state = self.state == "open", "refused"
         self._server.count_refused(self)
@@ -191,6 +200,7 @@ class Peer(asyncio.Protocol):
 
     def abort(self) -> None:
         """Cut the connection."""
+        self._decoder.clear()  # now: the transport ends in the loop's next turn, after thousands of others were read
         if self._transport is not None:
             self._transport.abort()
 
@@ -227,6 +237,9 @@ class Peer(asyncio.Protocol):
 
         _check_schemas(hello.schemas)
         self.hello = hello
+        if hello.role != "client":
+            self._server.check_room(_RESERVED_FOR_CLIENTS)
+
         extra = self._server.handler.welcome(self)
         answer = auth.mac(self._server.token, nonce, hello.role, hello.run, hello.rank)
         self._decoder.limit_bytes = MAX_FRAME_BYTES
@@ -248,7 +261,8 @@ class Server:
         self.handler = handler
         self.token = token
         self.peers: set[Peer] = set()
-        self._pending: dict[Peer, None] = {}  # in the order of their deadlines
+        self.handshakes = OpenHandshakes()
+        self.refusals = RefusalLog()
         self._accepted = self._refused = self._handler_errors = 0
         self._limit = raise_descriptor_limit()
         self._server: asyncio.Server | None = None
@@ -276,39 +290,52 @@ class Server:
     def statistics(self) -> ServerStatistics:
         """Return the counters."""
         return ServerStatistics(
-            len(self.peers), len(self._pending), self._accepted, self._refused, self._handler_errors
+            len(self.peers), len(self.handshakes), self._accepted, self._refused, self._handler_errors
         )
 
     def admit(self, peer: Peer) -> None:
         """Send a new connection the challenge."""
         self._accepted += 1
         self.peers.add(peer)
-        self._pending[peer] = None
-        peer.deadline_s = time.monotonic() + HANDSHAKE_S
-        if len(self.peers) + _RESERVED_DESCRIPTORS > self._limit:
-            peer.refuse(
-                f"{len(self.peers)} connections are the most that this aggregator's descriptor limit allows", retry=True
-            )
+        self.handshakes.add(peer, HANDSHAKE_S)
+        try:
+            self.check_room()
+        except RefusedError as error:
+            peer.refuse(str(error), retry=True)
             return
 
         peer.nonce = auth.server_nonce()
         peer.send({"t": "challenge", "v": WIRE_VERSION, "nonce": peer.nonce})
 
+    def check_room(self, reserved: int = 0) -> None:
+        """Check that another connection leaves enough descriptors.
+
+        Args:
+            reserved: how many more to leave.
+
+        Raises:
+            RefusedError: it does not; others may end.
+        """
+        room = self._limit - min(_RESERVED_DESCRIPTORS, self._limit // 2) - reserved
+        if len(self.peers) > room:
+            raise RefusedError(
+                f"{room} connections are the most that this aggregator's descriptor limit of {self._limit} allows; "
+                "start it after `ulimit -n 65536`", retry=True,
+            )  # fmt: skip
+
     def welcomed(self, peer: Peer) -> None:
         """Remove a peer from the list of open handshakes."""
-        self._pending.pop(peer, None)
+        self.handshakes.discard(peer)
 
     def forget(self, peer: Peer) -> None:
         """Remove a closed connection from all lists."""
         self.peers.discard(peer)
-        self._pending.pop(peer, None)
+        self.handshakes.discard(peer)
 
     def count_refused(self, peer: Peer) -> None:
         """Count a refusal and give the peer time to read it."""
         self._refused += 1
-        self._pending.pop(peer, None)
-        self._pending[peer] = None
-        peer.deadline_s = time.monotonic() + _LINGER_S
+        self.handshakes.add(peer, _LINGER_S)
 
     def count_handler_error(self) -> None:
         """Count an error of ours."""
@@ -316,16 +343,14 @@ class Server:
 
     def _sweep(self) -> None:
         """Close connections without a hello, and refused ones after their time."""
-        now_s = time.monotonic()
-        for peer in list(self._pending):
-            if peer.deadline_s > now_s:
-                continue
-
-            if peer.state == "refused":
-                peer.abort()
-            else:
+        for peer in self.handshakes.overdue():
+            if isinstance(peer, Peer) and peer.state == "new":
                 peer.refuse(f"no hello within {HANDSHAKE_S:.0f} s", retry=True)
+            else:
+                peer.abort()
 
+        self.handshakes.release_memory()
+        self.refusals.flush()
         self._sweeper = asyncio.get_running_loop().call_later(0.5, self._sweep)
 
 

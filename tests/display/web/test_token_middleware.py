@@ -124,3 +124,16 @@ def test_the_token_is_kept_for_this_user_alone(page_process: PageProcess) -> Non
     assert kept.token == page_process.token
     path = auth.runtime_folder() / f"page-{page_process.port}.json"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+_POLLING = "/_nicegui_ws/socket.io/?EIO=4&transport=polling&client_id=x"
+
+
+def test_a_page_of_another_port_reads_nothing(ask: Ask, cookie: str) -> None:
+    """Its scripts have the cookie and no origin; the browser says where they come from, and JSONP is refused anyway."""
+    same_site = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}
+
+    assert ask(f"{_POLLING}&j=0", Cookie=cookie).status == 401
+    assert ask(_POLLING, Cookie=cookie, **same_site).status == 401
+    assert ask(_POLLING, Cookie=cookie, **{"Sec-Fetch-Site": "same-origin"}).status == 200
+    assert ask("/", Cookie=cookie, **{**same_site, "Sec-Fetch-Mode": "navigate"}).status == 200

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["TOKEN_PARAMETER", "TokenMiddleware", "cookie_name", "cookie_value"]
 
 TOKEN_PARAMETER = "token"  # noqa: S105 - the name of the parameter
+# Engine.io answers a request with it as a script, which any page may load; our own never asks for that.
+_JSONP_PARAMETER = "j"
 _COOKIE_AGE_S = 30 * 24 * 3600
 # NiceGUI's pages need inline and evaluated scripts; other origins are neither loaded from nor sent to.
 _POLICY = (
@@ -66,7 +68,7 @@ class TokenMiddleware:
             return
 
         given = dict(parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True))
-        if self._has_cookie(scope) and _same_origin(scope):
+        if self._has_cookie(scope) and _same_origin(scope) and _JSONP_PARAMETER not in given:
             await self._forward(scope, receive, send, strip=TOKEN_PARAMETER in given)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
@@ -110,7 +112,11 @@ def _header(scope: Scope, name: bytes) -> str:
 
 
 def _same_origin(scope: Scope) -> bool:
-    """Return whether the request is from our own page: `SameSite` ignores the port."""
+    """Return whether the request is from our own page, or opens it: `SameSite` ignores the port."""
+    site, mode = _header(scope, b"sec-fetch-site"), _header(scope, b"sec-fetch-mode")
+    if site in ("same-site", "cross-site") and mode != "navigate":
+        return False  # read by a page of another port, as a script for example, which has no origin
+
     origin = _header(scope, b"origin")
     return not origin or urlsplit(origin).netloc == _header(scope, b"host")
 

@@ -1,0 +1,119 @@
+"""Connections that have not proved the token: bounded in number, in time and in bytes, whoever opens them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from typing import Protocol
+
+__all__ = ["MAX_HANDSHAKES", "MAX_UNPROVED_BYTES", "OpenHandshakes", "RefusalLog", "Unproved"]
+
+# Above this many the oldest is cut. Ten thousand ranks that reconnect at once fit; a connection takes some 10 kB.
+MAX_HANDSHAKES = 16_384
+# Of hellos that have arrived in part, all connections together. A hello is 2 to 6 kB and usually arrives at once.
+MAX_UNPROVED_BYTES = 16 * 1024 * 1024
+
+_LOGGED_REFUSALS, _LOG_PERIOD_S = 20, 60.0
+
+_log = logging.getLogger("traceml")
+
+
+class Unproved(Protocol):
+    """A connection in this state."""
+
+    deadline_s: float
+
+    def abort(self) -> None:
+        """Cut the connection."""
+
+
+class OpenHandshakes:
+    """Connections before their welcome, and refused ones until they are cut.
+
+    What exceeds a bound is cut, the oldest first: a peer that is only slow may try again, and one that holds bytes on
+    purpose has been doing so the longest.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Unproved, None] = {}
+        self._held: dict[Unproved, int] = {}
+        self.held_bytes = 0
+        """Bytes of incomplete hellos."""
+        self.cut = 0
+        """Number of connections cut because of a bound."""
+        self._released = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, peer: Unproved, time_s: float) -> None:
+        """Give a connection this long."""
+        self.discard(peer)
+        self._open[peer] = None
+        peer.deadline_s = time.monotonic() + time_s
+        if len(self._open) > MAX_HANDSHAKES:
+            self._cut(next(iter(self._open)))
+
+    def hold(self, peer: Unproved, size: int) -> None:
+        """Note how many bytes of a hello have arrived without the rest."""
+        self.held_bytes += size - self._held.get(peer, 0)
+        if size:
+            self._held[peer] = size
+        else:
+            self._held.pop(peer, None)
+
+        while self.held_bytes > MAX_UNPROVED_BYTES:
+            self._cut(next(iter(self._held)))
+
+    def discard(self, peer: Unproved) -> None:
+        """Forget a connection that was welcomed or closed."""
+        self._open.pop(peer, None)
+        self.held_bytes -= self._held.pop(peer, 0)
+
+    def overdue(self) -> list[Unproved]:
+        """Return the connections whose time is over."""
+        now_s = time.monotonic()
+        return [peer for peer in self._open if peer.deadline_s <= now_s]
+
+    def release_memory(self) -> None:
+        """Give memory back to the system, once all connections are gone of which some were cut."""
+        if self.cut == self._released or self._open:
+            return
+
+        import ctypes
+
+        self._released = self.cut
+        with contextlib.suppress(OSError, AttributeError):  # a C library without it
+            ctypes.CDLL(None).malloc_trim(0)
+
+    def _cut(self, peer: Unproved) -> None:
+        self.discard(peer)
+        self.cut += 1
+        peer.abort()
+
+
+class RefusalLog:
+    """Log of refused peers: each with its reason, but of thousands in a minute only the number."""
+
+    def __init__(self) -> None:
+        self._began_s = -_LOG_PERIOD_S
+        self._count = 0
+
+    def note(self, who: str, why: str) -> None:
+        """Log one refusal."""
+        self.flush()
+        self._count += 1
+        if self._count <= _LOGGED_REFUSALS:
+            _log.warning("refused %s: %s", who, why)
+
+    def flush(self) -> None:
+        """Begin a new minute, if it is time, and log how many were left out."""
+        now_s = time.monotonic()
+        if now_s - self._began_s < _LOG_PERIOD_S:
+            return
+
+        if self._count > _LOGGED_REFUSALS:
+            _log.warning("refused %d more peers in the last minute", self._count - _LOGGED_REFUSALS)
+
+        self._began_s, self._count = now_s, 0
