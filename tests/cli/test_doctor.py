@@ -93,6 +93,16 @@ def test_runs_dir_that_is_not_there_yet(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_runs_dir_on_a_network_filesystem(tmp_path, monkeypatch):
+    """A folder on NFS works, and the check says what it costs."""
+    monkeypatch.setattr(checks, "network_filesystem", lambda path: "nfs4" if path == tmp_path else None)
+    check = checks._runs_dir(tmp_path)
+
+    assert check.state == "note"
+    assert "on a network filesystem (nfs4)" in check.text
+    assert "local disk" in check.hint
+
+
 def test_port_taken_by_a_stranger():
     """A foreign server on the port is broken, as `serve` could not start there."""
     with socket.create_server(("127.0.0.1", 0)) as stranger:

@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from traceml.database.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
 from traceml.settings import Config, declarations, load
 from traceml.version import __version__
@@ -170,6 +171,9 @@ def _runs_dir(folder: Path) -> Check:
     text = f"{place}{'' if existing == place else ' (will be created)'}, {_size(free)} free"
     if free < _RUNS_FREE_BYTES:
         return Check("runs_dir", "note", text, "free some space: `traceml runs --prune` removes old runs")
+    if network := network_filesystem(place):
+        hint = "stores are written without a write-ahead log there, which takes longer; a local disk is faster"
+        return Check("runs_dir", "note", f"{text}, on a network filesystem ({network})", hint)
 
     return Check("runs_dir", "ok", text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import msgpack
 
+from traceml.database.filesystem import network_filesystem
 from traceml.database.schema import TABLES
 from traceml.errors import StoreError
 
@@ -21,6 +23,7 @@ STORE_VERSION = 2
 _OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
 _BUSY_MS = 5000
+_log = logging.getLogger("traceml")
 # With 4 kB pages a frame over 1 kB spills into overflow pages and wastes up to 43 %.
 _PAGE_BYTES = 32768
 
@@ -109,7 +112,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
             _check(database, path)
             _check_layouts(database, path)
             database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
-            database.execute("PRAGMA journal_mode=WAL")
+            _choose_journal(database, path)
             database.execute("PRAGMA synchronous=NORMAL")
             if _version(database) < STORE_VERSION:
                 database.executescript(f"BEGIN; {_SINCE_2.format(temporary='')}; "
@@ -119,6 +122,26 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
             raise
 
     return database
+
+
+def _choose_journal(database: sqlite3.Connection, path: Path) -> None:
+    """Use a write-ahead log, except on a network filesystem, where readers on other hosts would read damaged pages."""
+    network = network_filesystem(path)
+    if network is None:
+        database.execute("PRAGMA journal_mode=WAL")
+        return
+
+    _log.warning(
+        "%s is on a network filesystem (%s): its store is written without a write-ahead log, which takes longer. "
+        "A runs_dir on a local disk avoids that",
+        path.parent,
+        network,
+    )
+    try:
+        database.execute("PRAGMA journal_mode=PERSIST")
+    except sqlite3.OperationalError as error:
+        if "locked" not in str(error):  # its log is in use: it stays until the next start
+            raise
 
 
 def open_for_reading(path: Path) -> sqlite3.Connection:
