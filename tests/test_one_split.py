@@ -37,7 +37,7 @@ def pattern(rank: int, most: int) -> np.ndarray[Any, Any]:
     return np.tile(np.random.default_rng(rank).integers(0, most + 1, PERIOD), N // PERIOD) * MS
 
 
-def step_rows(rank: int, *, device: bool, measured_every: int) -> np.ndarray[Any, Any]:
+def step_rows(rank: int, *, device: bool, measured_every: int, timed_every: int) -> np.ndarray[Any, Any]:
     """Return step rows of 110 ms; the pattern adds to waiting for data and to waiting for others."""
     rows = np.zeros(N, STEPS.dtype)
     rows["step"], rows["total_ns"] = np.arange(N), 110 * MS
@@ -49,7 +49,8 @@ def step_rows(rank: int, *, device: bool, measured_every: int) -> np.ndarray[Any
     measured = np.arange(N) % measured_every == 0
     rows["backward_own_ns"] = np.where(measured & (not device), 28 * MS, -1)
     rows["t_end_ns"] = np.cumsum(rows["total_ns"])
-    rows["bits"] = pack_bits(1, int(StepFlag.DEVICE) if device else 0, 0)
+    timed = np.arange(N) % timed_every == 0
+    rows["bits"] = np.where(timed & device, pack_bits(1, int(StepFlag.DEVICE), 0), pack_bits(1, 0, 0))
     return rows
 
 
@@ -64,16 +65,17 @@ def device_rows(rank: int) -> np.ndarray[Any, Any]:
     return rows
 
 
-def run_of(folder: Path, *, ranks: int, device: bool, measured_every: int = 1) -> Path:
-    """Write a store; device rows come a frame after the rows of their steps."""
+def run_of(folder: Path, *, ranks: int, device: bool, measured_every: int = 1, timed_every: int = 1) -> Path:
+    """Write a store; device rows, of some steps, come a frame after the rows of their steps."""
     folder.mkdir()
     with StoreWriter(folder / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id=folder.name, world_size=ranks))
         for rank in range(ranks):
-            rows = step_rows(rank, device=device, measured_every=measured_every)
+            rows = step_rows(rank, device=device, measured_every=measured_every, timed_every=timed_every)
             stream = add_rank(writer, rank, rows, clock=[0, int(STARTED * 1e9)], world_size=ranks)
-            for start in range(0, N, 64) if device else ():
-                part = device_rows(rank)[start : start + 64]
+            timed = device_rows(rank)[::timed_every]
+            for start in range(0, len(timed), 64) if device else ():
+                part = timed[start : start + 64]
                 writer.append(stream, DEVICE_STEPS.name, start, len(part), part.tobytes())
 
     return folder
@@ -172,6 +174,19 @@ def test_own_backward_measured_now_and_then_stands_for_all_steps(tmp_path: Path,
 
     assert of_report(run)["backward"] == pytest.approx(28 / 110, rel=1e-3)
     assert outlet(run)["backward"] == pytest.approx(28 / 110, rel=1e-3)
+
+
+@pytest.mark.parametrize("outlet", [of_live_view, of_charts, of_tracker, of_verdict])
+def test_device_times_measured_now_and_then_stand_for_all_steps(tmp_path: Path, outlet: SHARES) -> None:
+    """If every third step has device times, their mean counts for the others, whose CPU times are only launches."""
+    run = run_of(tmp_path / "run", ranks=2, device=True, timed_every=3)
+    expected, found = of_report(run), outlet(run)
+
+    for shares in (expected, found):
+        assert {name: shares[name] for name in ("h2d", "forward", "optimizer", "backward")} == pytest.approx(
+            {"h2d": 5 / 110, "forward": 25 / 110, "optimizer": 5 / 110, "backward": 21 / 110}, rel=1e-3
+        )
+        assert shares["input_wait"] == pytest.approx(expected["input_wait"], rel=0.03)
 
 
 def test_phases_of_the_schema_are_those_of_the_report(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.diagnosis.fabricated import Job, rows_of, window_of
+from tests.diagnosis.fabricated import MS, Job, rows_of, window_of
 from traceml.database.schema import DEVICE_STEPS, STEPS, USER_PHASES, pack_bits
 from traceml.diagnosis.window import StepWindow, slots_for
 
@@ -182,6 +182,53 @@ def test_device_times_take_the_place_of_what_the_cpu_saw():
     assert aligned.times["forward"].mean() == pytest.approx(5e6)
     assert aligned.times["input_wait"].mean() == pytest.approx(5e6)
     assert np.sum(list(aligned.times.values()), axis=0).mean() == pytest.approx(20e6, rel=1e-5)
+
+
+def device_rows(steps: np.ndarray, forward_ns: int) -> np.ndarray:
+    rows = np.zeros(len(steps), DEVICE_STEPS.dtype)
+    rows["step"], rows["forward_ns"], rows["backward_ns"], rows["backward_own_ns"] = steps, forward_ns, MS, MS // 2
+    return rows
+
+
+def test_steps_without_device_times_have_the_mean_of_the_others():
+    """Short steps are timed on every fourth step: no mean is of both clocks, and a short step is not overfull."""
+    window = StepWindow(128)
+    rows = some_rows(0, 80, total=2 * MS)
+    rows["forward_ns"], rows["h2d_ns"], rows["input_wait_ns"] = MS // 10, MS // 10, 2 * MS
+    rows["total_ns"][41] = MS // 2
+    put(window, 0, rows)
+    timed = np.arange(0, 80, 4)
+    device = device_rows(timed, MS)
+    device["forward_ns"] = np.where(timed % 8 == 0, MS // 2, 3 * MS // 2)  # 1 ms on average
+    device["backward_ns"], device["backward_own_ns"] = MS // 2, MS // 4
+    window.scatter_device(np.zeros(len(device), np.int64), device)
+
+    aligned = window.aligned(skip_first=8)
+    usual = aligned.select(aligned.steps != 41)
+
+    assert aligned.device
+    assert usual.times["forward"].mean() == pytest.approx(MS, rel=0.02)
+    assert usual.times["h2d"].max() == 0
+    assert usual.times["backward"].mean() == pytest.approx(MS // 2)
+    assert aligned.own_mean[0] == pytest.approx(MS // 4)
+    assert np.sum(list(aligned.times.values()), axis=0) == pytest.approx(aligned.total, rel=1e-5)
+
+
+def test_device_times_are_used_if_every_rank_has_some():
+    """If one rank has none, all ranks are compared by the CPU's times."""
+    window = StepWindow(128, 2)
+    for rank in range(2):
+        put(window, rank, some_rows(0, 40))
+
+    window.scatter_device(np.zeros(40, np.int64), device_rows(np.arange(40), MS))
+    one = window.aligned()
+    window.scatter_device(np.ones(1, np.int64), device_rows(np.array([33]), 2 * MS))
+    both = window.aligned()
+
+    assert not one.device
+    assert one.times["forward"].mean() == pytest.approx(5 * MS)
+    assert both.device
+    assert both.times["forward"].mean(axis=1) == pytest.approx([MS, 2 * MS])
 
 
 def test_one_ranks_steps_can_be_asked_for():

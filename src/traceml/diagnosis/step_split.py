@@ -4,6 +4,8 @@ One rule for report, verdict, charts, live view, exports and trackers:
 
 - Device times replace what the CPU measured of the device's phases, which on CUDA is only the launch. The other phases
   count for as long as the device is idle.
+- Device times are measured on some steps. On the others they are the mean of the measured ones, so that no mean is of
+  both clocks. They are used if every rank has some.
 - Backward is own work until the last local gradient. The rest of it is waiting for other ranks, which counts as `comm`.
   A rank without others waits for nobody.
 - Own backward is measured on some steps. On the others it is the mean of the measured ones.
@@ -28,6 +30,7 @@ __all__ = [
     "own_backward",
     "put_device_times",
     "split_backward",
+    "spread_device_times",
 ]
 
 Floats = NDArray[np.floating[Any]]
@@ -71,6 +74,30 @@ def put_device_times(
     for phase in _HOST_LABELS:
         np.copyto(times[phase], np.minimum(times[phase], idle), where=found)
         idle = idle - times[phase]
+
+
+def spread_device_times(
+    device: Mapping[str, Floats], total: Floats, steps: Floats | int, found: Floats
+) -> dict[str, Floats]:
+    """Return the device times of all steps in cells of which some steps have them.
+
+    The other steps have the mean of the cell; where it has none, the mean of the rank, which is the last axis. They are
+    not longer than the cell.
+
+    Args:
+        device: phase -> device nanoseconds of the steps that have them, 0 in a cell without any.
+        total: wall time of all steps of the cell.
+        steps: number of steps in the cell.
+        found: number of them that have device times; not zero for a whole rank.
+    """
+    of_rank = np.maximum(found.sum(axis=-1, keepdims=True, dtype=np.float64), 1)
+    values = {}
+    for phase in DEVICE_LABELS:
+        mean = device[phase].sum(axis=-1, keepdims=True, dtype=np.float64) / of_rank
+        values[phase] = np.where(found > 0, device[phase] / np.maximum(found, 1), mean) * steps
+
+    fits = np.minimum(total / np.maximum(sum(values.values()), 1), 1)
+    return {phase: np.where(found < steps, value * fits, value) for phase, value in values.items()}
 
 
 def named_times(times: Mapping[str, Floats], user: Mapping[str, Floats]) -> dict[str, Floats]:

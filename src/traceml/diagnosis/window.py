@@ -14,7 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
-from traceml.diagnosis.step_split import DEVICE_LABELS, Floats, named_times, put_device_times, split_backward
+from traceml.diagnosis.step_split import (
+    DEVICE_LABELS,
+    Floats,
+    named_times,
+    put_device_times,
+    split_backward,
+    spread_device_times,
+)
 
 __all__ = ["MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
 
@@ -56,7 +63,7 @@ class Window:
         backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
         user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
         missing_ranks: ranks with rows, but with none of these steps.
-        device: whether device times replace the CPU times of the device's phases.
+        device: whether device times replace the CPU times of the device's phases; see `step_split`.
     """
 
     ranks: Ints
@@ -320,11 +327,14 @@ class StepWindow:
             return False
 
         found = self._device[0][at] == steps
-        if not found.all(axis=0).any():
+        if not found.any(axis=1).all():
             return False
 
-        values = np.moveaxis(self._device[1][at], -1, 0)
-        put_device_times(times, own, total, dict(zip(_DEVICE_VALUES, values, strict=True)), found)
+        values = dict(zip(_DEVICE_VALUES, np.moveaxis(self._device[1][at], -1, 0), strict=True))
+        measured = {name: np.where(found, values[name], 0) for name in DEVICE_LABELS}
+        device = spread_device_times(measured, total, 1, found)
+        device["backward_own"] = np.where(found, values["backward_own"], -1)
+        put_device_times(times, own, total, device, np.ones_like(found))
         return True
 
     def _user_values(self, name: str, at: Ints, steps: Ints) -> Floats:

@@ -10,7 +10,14 @@ from numpy.typing import NDArray
 
 from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS, Table
 from traceml.database.summaries import StepSums, TableSums, sum_rows
-from traceml.diagnosis.step_split import DEVICE_LABELS, Floats, named_times, put_device_times, split_backward
+from traceml.diagnosis.step_split import (
+    DEVICE_LABELS,
+    Floats,
+    named_times,
+    put_device_times,
+    split_backward,
+    spread_device_times,
+)
 from traceml.diagnosis.window import MAX_USER_PHASES, SET_UP_STEPS
 
 __all__ = ["SetUpSums", "StepTotals", "step_totals"]
@@ -31,6 +38,7 @@ class StepTotals:
         total: wall time of the steps.
         times: phase -> time, the user's phases by name; they add up to `total`. Where a device took part, its times
             replace the CPU's, which are cut to the time in which the device was idle in the whole bin.
+        device: whether the device's times replace the CPU's; see `step_split`.
         own: own backward of the steps that measured it, `measured`: how many did.
         least_ns, most_ns: shortest and longest step of each bin; infinite and zero where there is none.
         all_steps: the sums of all ranks together, for quantiles.
@@ -43,6 +51,7 @@ class StepTotals:
     count: Floats
     total: Floats
     times: Mapping[str, Floats]
+    device: bool
     own: Floats
     measured: Floats
     least_ns: Floats
@@ -83,7 +92,13 @@ class StepTotals:
             np.subtract.at(left, cells, by)
             return np.maximum(left, 0)
 
-        times = {name: less(self.times[name], some.times[name]) for name in self.times if name in some.times}
+        share = some.count / np.maximum(self.count[cells], 1)
+        same_clock = self.device == some.device
+        times = {
+            name: less(values, some.times[name] if same_clock else values[cells] * share)
+            for name, values in self.times.items()
+            if name in some.times or not same_clock
+        }
         return replace(
             self,
             count=less(self.count, some.count),
@@ -111,9 +126,9 @@ def step_totals(sums: Mapping[int, StepSums], names: Mapping[int, Mapping[int, s
     )
     total, own, measured = (steps.matrix(name) for name in ("total_ns", "backward_own_ns", "backward_own_ns_rows"))
     times = {label: steps.matrix(name) for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
-    has_device = bool(device.matrix("rows").any())
+    has_device = bool(ranks and device.matrix("rows").any(axis=1).all())
     if has_device:
-        own, measured = _put_device_times(times, steps, device)
+        own, measured = _put_device_times(times, total, steps.matrix("rows"), device)
 
     times["other"] = np.maximum(total - sum(times.values()), 0)
     by_name = _user_times(user, [names.get(rank, {}) for rank in ranks])
@@ -129,6 +144,7 @@ def step_totals(sums: Mapping[int, StepSums], names: Mapping[int, Mapping[int, s
         count=steps.matrix("rows"),
         total=total,
         times=named_times(times, by_name),
+        device=has_device,
         own=own,
         measured=measured,
         least_ns=steps.extreme("total_ns_min", np.minimum, np.inf),
@@ -222,22 +238,14 @@ class _Cells:
         return np.concatenate([*fields, np.empty(0)])
 
 
-def _put_device_times(times: dict[str, Floats], steps: _Cells, device: _Cells) -> tuple[Floats, Floats]:
+def _put_device_times(times: dict[str, Floats], total: Floats, steps: Floats, device: _Cells) -> tuple[Floats, Floats]:
     """Replace CPU times by device times, in place; return own backward, and the number of steps that measured it."""
-    timed, found = steps.group == 1, device.matrix("rows")
-    expected = steps.matrix("rows", timed)
-    # Rows of the device arrive later than those of the steps, so the newest may be missing.
-    scale = np.where(found > 0, expected / np.maximum(found, 1), 0.0)
-    cpu = {label: steps.matrix(name, timed) for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
-    split = {label: values.copy() for label, values in cpu.items()}
-    times_of_device = {label: device.matrix(f"{label}_ns") * scale for label in (*DEVICE_LABELS, "backward_own")}
-    put_device_times(split, np.zeros_like(scale), steps.matrix("total_ns", timed), times_of_device, found > 0)
-    for label, values in split.items():
-        times[label] += values - cpu[label]
-
-    others = steps.group == 0
-    own = steps.matrix("backward_own_ns", others) + device.matrix("backward_own_ns")
-    return own, steps.matrix("backward_own_ns_rows", others) + device.matrix("backward_own_ns_rows")
+    own, measured = device.matrix("backward_own_ns"), device.matrix("backward_own_ns_rows")
+    by_phase = {label: device.matrix(f"{label}_ns") for label in DEVICE_LABELS}
+    found = np.minimum(device.matrix("rows"), steps)
+    spread = spread_device_times(by_phase, total, steps, found)
+    put_device_times(times, own.copy(), total, {**spread, "backward_own": own}, np.ones(total.shape, bool))
+    return own, measured
 
 
 def _user_times(user: _Cells, names: Sequence[Mapping[int, str]]) -> dict[str, Floats]:

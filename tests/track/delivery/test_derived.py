@@ -168,11 +168,25 @@ def test_device_times_are_joined_to_their_steps_however_late(size: int) -> None:
     assert named(found, "traceml/share/forward") == [pytest.approx(0.6)]
 
 
-def test_steps_whose_device_times_are_lost_have_those_of_the_cpu() -> None:
+@pytest.mark.parametrize("announced", [True, False])
+def test_steps_without_device_times_have_the_mean_of_the_others(announced: bool) -> None:
+    """Lost, or measured on every second step only: no share is of both clocks."""
     rows, device = device_run()
+    rows["input_wait_ns"] = 9_000_000
+    if not announced:
+        rows["bits"][1::2] = pack_bits(1, 0, 0)
+
     found = derive([*frames(STEPS, rows, 40), *frames(DEVICE_STEPS, device[::2], 10)], interval_s=1000)
 
-    assert named(found, "traceml/share/forward") == [pytest.approx((0.6 + 0.1) / 2)]
+    assert named(found, "traceml/share/forward") == [pytest.approx(0.6)]
+    assert named(found, "traceml/share/input_wait") == [pytest.approx(0.4)]
+
+
+def test_without_any_device_times_the_shares_are_those_of_the_cpu() -> None:
+    rows, _ = device_run()
+    found = derive(frames(STEPS, rows, 40), interval_s=1000)
+
+    assert named(found, "traceml/share/forward") == [pytest.approx(0.1)]
 
 
 def test_shares_of_an_interval_are_of_the_steps_whose_device_times_came_in_it() -> None:

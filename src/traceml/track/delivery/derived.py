@@ -25,7 +25,15 @@ from numpy.typing import NDArray
 
 from traceml.database.reader import Frame, StreamRecord
 from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PHASE_LABELS, PROCESS, STEPS, StepFlag, unpack_bits
-from traceml.diagnosis.step_split import DEVICE_LABELS, PHASES, has_group, put_device_times, split_backward
+from traceml.diagnosis.step_split import (
+    DEVICE_LABELS,
+    PHASES,
+    Floats,
+    has_group,
+    put_device_times,
+    split_backward,
+    spread_device_times,
+)
 from traceml.track.plugins.metric import Metric
 
 __all__ = ["INPUT_TABLES", "KIND_DERIVED", "DerivedMetrics"]
@@ -158,7 +166,10 @@ class DerivedMetrics:
             values["traceml/steps_per_s"] = steps["lead"] / ((at_ns - lead["t"]) / _S)
 
         grouped = has_group(self._memory["ranks"])
-        values |= {f"traceml/share/{name}": share for name, share in _shares(steps["split"], grouped).items()}
+        values |= {
+            f"traceml/share/{name}": share
+            for name, share in _shares(steps["split"], steps.get("device_split", {}), grouped).items()
+        }
         if at_ns > lead["began"]:
             values["traceml/goodput"] = min(lead["productive"] / (at_ns - lead["began"]), 1.0)
 
@@ -200,9 +211,15 @@ class DerivedMetrics:
 
         times["other"] = np.maximum(rows["total_ns"] - sum(times.values()), 0)
         own = np.minimum(own, times["backward"])[~np.isnan(own)]
-        new = {"steps": len(rows), "measured": len(own), "own": float(own.sum())}
+        new = {
+            "steps": len(rows),
+            "measured": len(own),
+            "own": float(own.sum()),
+            "total": float(rows["total_ns"].sum()),
+        }
         new |= {name: float(values.sum()) for name, values in times.items()}
-        steps["split"] = {name: steps["split"].get(name, 0) + value for name, value in new.items()}
+        clock = "split" if device is None else "device_split"
+        steps[clock] = {name: steps.get(clock, {}).get(name, 0) + value for name, value in new.items()}
 
     # --- samples -----------------------------------------------------------------------------------------------------
 
@@ -246,16 +263,38 @@ class DerivedMetrics:
             yield Metric(f"{prefix}/{column.name}", value * column.scale, step, t_ns / _S, int(rank), KIND_DERIVED)
 
 
-def _shares(sums: dict[str, float], grouped: bool) -> dict[str, float]:
-    """Return the shares of step time of the phases that occur."""
-    if not sums:
+def _shares(cpu: dict[str, float], device: dict[str, float], grouped: bool) -> dict[str, float]:
+    """Return the shares of step time of the phases that occur.
+
+    Args:
+        cpu: sums of the steps without device times.
+        device: sums of the steps with device times.
+        grouped: whether the ranks wait for each other.
+    """
+    known = device or cpu
+    if not known:
         return {}
 
-    own_mean = np.array(sums["own"] / sums["measured"] if sums["measured"] else np.nan)
-    times = {name: np.array(sums[name], float) for name in PHASES}
-    split = split_backward(times, own_mean, int(sums["steps"]), grouped=grouped)
-    whole = float(sum(split.values()))
-    return {name: float(time) / whole for name, time in split.items() if time > 0}
+    times = {name: np.array([device.get(name, 0.0), cpu.get(name, 0.0)]) for name in PHASES}
+    if device and cpu:
+        _put_device_means(times, cpu, device)
+
+    own_mean = np.array(known["own"] / known["measured"] if known["measured"] else np.nan)
+    whole = {name: values.sum() for name, values in times.items()}
+    count = int(cpu.get("steps", 0) + device.get("steps", 0))
+    split = split_backward(whole, own_mean, count, grouped=grouped)
+    total = float(sum(split.values()))
+    return {name: float(time) / total for name, time in split.items() if time > 0}
+
+
+def _put_device_means(times: dict[str, Floats], cpu: dict[str, float], device: dict[str, float]) -> None:
+    """Give the steps without device times, the second cell, the means of those with, the first cell."""
+    total, steps = (np.array([device[name], cpu[name]]) for name in ("total", "steps"))
+    measured = {name: times[name] * [1, 0] for name in DEVICE_LABELS}
+    spread = spread_device_times(measured, total, steps, steps * [1, 0])
+    host = {name: times[name] for name in PHASE_LABELS}
+    put_device_times(host, np.zeros(2), total, {**spread, "backward_own": np.zeros(2)}, np.array([False, True]))
+    times["other"][1] = max(cpu["total"] - sum(values[1] for values in host.values()), 0)
 
 
 def _decoded(rows: str) -> NDArray[np.void]:
