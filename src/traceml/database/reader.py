@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from traceml.database.frame_reader import FRAME_ROWS, META_BATCH, FrameReader
 from traceml.database.records import Frame, RunEvent, StreamIdentity, StreamRecord, assembled
 from traceml.database.summaries import SAMPLE_TABLES, STEP_TABLES, StepSums, TableSums, sum_rows
+from traceml.database.thinning import STATE_KEY
 
 __all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
 
@@ -133,11 +134,6 @@ class StoreReader(FrameReader):
         """Return (stream, map) for each map of a log, in append order within a stream."""
         return [(frame.stream, row) for frame in self.frames(name, after_id, stream) for row in frame.maps()]
 
-    def is_thinned(self, table: str) -> bool:
-        """Return whether rows of a table were removed because of their age."""
-        query = "SELECT 1 FROM merges JOIN frames ON frames.id = merges.id WHERE merges.thinned > 0 AND tbl = ? LIMIT 1"
-        return table in self._ids and bool(self._fetch(query, self._ids[table]))
-
     def frame_count(self, table: str) -> int:
         """Return the number of frames of a table."""
         return int(self._fetch("SELECT count(*) FROM frames WHERE tbl = ?", self._id(table))[0][0])
@@ -151,6 +147,10 @@ class StoreReader(FrameReader):
         """Return how many of a table's stored rows were removed because of their age; the run's sums have them."""
         query = "SELECT coalesce(sum(thinned), 0) FROM frames JOIN thinnings ON thinnings.id = frames.id WHERE tbl = ?"
         return int(self._fetch(query, self._id(table))[0][0])
+
+    def thinning_level(self) -> int:
+        """Return the level to which old rows are thinned; 0 where none are."""
+        return int(self.meta().get(STATE_KEY, {}).get("level", 0))
 
     def lost(self, table: str, stream: int | None = None) -> int:
         """Return the exact number of rows of a table that were appended but never arrived.

@@ -16,10 +16,10 @@ import msgpack
 from traceml.database.compaction import FULL_ROWS
 from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, EditedFrame, FrameEditor
 from traceml.database.schema import TABLES, Table
+from traceml.database.thinning import STATE_KEY
 
 __all__ = ["Retention", "ThinnedFrame"]
 
-_META_KEY = "thinning"
 _BATCH = 16
 
 
@@ -63,7 +63,7 @@ class Retention:
         self._editor = editor
         self._tables = {name: tables[name] for name in SUMMED}
         self._pass: _ThinningPass | None = None
-        found = database.execute("SELECT value FROM meta WHERE key = ?", (_META_KEY,)).fetchone()
+        found = database.execute("SELECT value FROM meta WHERE key = ?", (STATE_KEY,)).fetchone()
         state = msgpack.unpackb(found[0]) if found else {}
         self.level: int = state.get("level", 0)
         """Level to which old rows are thinned; 0 before any were."""
@@ -154,7 +154,7 @@ class Retention:
     def _finish(self, walk: _ThinningPass) -> None:
         self.level, self.up_to = walk.level, max(walk.last, self.up_to)
         state = msgpack.packb({"level": self.level, "frame": self.up_to})
-        self._database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (_META_KEY, state))
+        self._database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (STATE_KEY, state))
         self._pass = None
 
     def _measure(self) -> tuple[int, int]:

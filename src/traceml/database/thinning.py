@@ -11,7 +11,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_STEPS", "kept", "kept_rows", "sample_blocks"]
+__all__ = ["BLOCK_STEPS", "STATE_KEY", "kept", "kept_rows", "sample_blocks"]
+
+STATE_KEY = "thinning"
+"""Fact of a run that has the level to which its old rows are thinned."""
 
 BLOCK_STEPS = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio

@@ -28,7 +28,7 @@ from traceml.runs.comparison_types import (
     VerdictChange,
 )
 from traceml.runs.digest import Digest
-from traceml.runs.report import full_report, read_digest, report_window
+from traceml.runs.report import full_report, read_digest
 from traceml.runs.report_types import Report
 from traceml.runs.significance import Difference, difference
 
@@ -93,7 +93,7 @@ def _side(run_dir: Path) -> _ComparedRun:
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         digest = read_digest(reader)
         report = full_report(digest, reader, run_dir)
-        window = report_window(digest, digest.window.slots)
+        window = digest.whole_window()
         model, batch_size = _facts(reader)
         core_wait = _core_wait(digest)
 

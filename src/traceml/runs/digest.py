@@ -32,6 +32,7 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.job_facts import RankExit
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.step_split import has_group
+from traceml.diagnosis.window import Window, slots_for
 from traceml.runs.metrics import MetricSummary
 from traceml.runs.sample_totals import SampleTotals
 from traceml.runs.samples import Samples, rows_for
@@ -52,10 +53,10 @@ class Digest:
     """Last attempt of a run, as far as its rows have been read.
 
     Args:
-        slots: steps kept per rank; see `diagnosis.slots_for`.
+        slots: steps kept per rank of a run that is followed; see `diagnosis.slots_for`.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int = 1) -> None:
         self._slots = slots
         self._cursors: dict[str, int] = {}
         self._attempt = -1
@@ -66,6 +67,7 @@ class Digest:
         self.streams: dict[int, StreamRecord] = {}
         """The streams of the last attempt, by id."""
         self._ranks: dict[int, StreamRecord] = {}
+        self._kept_steps: Window | None = None
         self._start_over()
 
     @property
@@ -101,8 +103,11 @@ class Digest:
     def read(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
         """Take a whole run; if it has more than `rows` step rows, its exact sums, and as many rows spread over it."""
         self._read_streams(reader)
-        if self.streams and (reader.stored(STEPS.name) > rows or reader.is_thinned(STEPS.name)):
+        if self.streams and (reader.stored(STEPS.name) > rows or reader.thinned(STEPS.name) > 0):
             self._read_sample(reader, rows)
+        else:
+            self._intake.resize(_slots(reader.stored(STEPS.name), len(self._ranks)), max(self._ranks, default=0) + 1)
+            self._use_window()
 
         self._start_samples(reader)
         self.update(reader)
@@ -136,14 +141,23 @@ class Digest:
         taken.append(self.metrics.update(reader))
         return any(taken)
 
-    def diagnose(self, last: int = 200) -> list[Finding]:
-        """Return the findings for the newest steps."""
+    def whole_window(self) -> Window:
+        """Return all steps that were kept, without those of the set-up."""
+        if self._kept_steps is None:
+            self._kept_steps = self.window.aligned(last=self.window.slots)
+
+        return self._kept_steps
+
+    def diagnose(self, window: Window | None = None) -> list[Finding]:
+        """Return the findings for a window of this run, by default of its newest steps."""
         self.facts.state, self.facts.world_size = self.state, self.world_size
-        return diagnose(*self._intake.snapshot(last))
+        facts = self.facts.build(self.window.latest.tolist())
+        return diagnose(self.window.aligned() if window is None else window, facts)
 
     def _start_over(self) -> None:
         self._intake = RowIntake(self._slots)
         self.window, self.facts = self._intake.window, self._intake.facts
+        self._kept_steps = None
         self.samples = Samples()
         self.sample_totals = SampleTotals()
         self.totals: StepTotals | None = None
@@ -206,7 +220,8 @@ class Digest:
         tables = _of_steps(reader)
         ranges = step_ranges(reader, tables, len(totals.ranks), first, last, rows)
         chosen = np.concatenate([np.arange(begin, end + 1) for begin, end in ranges])
-        self.window = window = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
+        window = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
+        self._use_window()
         set_up = SetUpSums()
         for table in tables:
             for by_rank in self._batches(reader.step_frames(table.name, ranges, self._newest())):
@@ -220,11 +235,18 @@ class Digest:
         ends = {rank: int(each.steps.bins["end_ns"].max()) for rank, each in sums.items() if each.count}
         window.advance(totals.ranks, totals.latest, np.array([ends[rank] for rank in totals.ranks.tolist()]))
 
+    def _use_window(self) -> None:
+        """Follow the intake's window, which was replaced before it had rows."""
+        self.window = self._intake.window
+        for rank, record in self._ranks.items():
+            if record.state != "running":
+                self.window.end(rank)
+
     def _start_samples(self, reader: StoreReader) -> None:
         """Take sampled tables of a long run: exact totals, and rows of frames that are spread over it."""
         newest, streams = reader.last_id(), self._newest()
         for table in (*_SAMPLED, *_BY_RULES):
-            if table.name not in reader.tables or reader.frame_count(table.name) <= _SAMPLE_FRAMES:
+            if table.name not in reader.tables or not self._is_large(reader, table):
                 continue
 
             if table.name in SampleTotals.tables:
@@ -240,6 +262,10 @@ class Digest:
                     self.samples.add(table.name, rank, rows[:: -(-len(rows) // each)].copy())
 
             self._cursors[table.name] = newest
+
+    def _is_large(self, reader: StoreReader, table: Table) -> bool:
+        rows = 2 * self.samples.most * len(self._ranks)
+        return reader.frame_count(table.name) > _SAMPLE_FRAMES or reader.stored(table.name) > rows
 
     def _frames(self, reader: StoreReader, name: str) -> Iterator[Frame]:
         """Yield the frames of a table since the last call, of each rank's newest stream."""
@@ -285,6 +311,7 @@ class Digest:
 
             self._intake.add(table.name, rank, data)
 
+        self._kept_steps = None
         if is_sampled:
             self._add_totals(table, by_rank)
 
@@ -312,6 +339,16 @@ _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
 _OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
 _BY_RULES = (LIMITS, LINES)
 _FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
+
+
+def _slots(rows: int, ranks: int) -> int:
+    """Return the number of steps per rank that holds a whole run."""
+    # Ranks may be uneven: the longest one may have most of the rows.
+    slots, wanted = 128, 2 * (rows // max(ranks, 1) + 1)
+    while slots < wanted and slots * ranks < 2 * rows:
+        slots *= 2
+
+    return max(slots, slots_for(ranks))
 
 
 def _of_steps(reader: StoreReader) -> list[Table]:

@@ -9,10 +9,9 @@ from contextlib import closing
 from pathlib import Path
 
 from traceml.database.reader import StoreReader
-from traceml.database.schema import STEPS
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.window import Window, slots_for
+from traceml.diagnosis.window import Window
 from traceml.errors import StoreError
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
@@ -54,7 +53,7 @@ def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Dige
     Raises:
         StoreError: the store is damaged.
     """
-    digest = Digest(_slots(reader, max_step_rows))
+    digest = Digest()
     digest.read(reader, max_step_rows)
     return digest
 
@@ -67,14 +66,19 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
         reader: its store.
         run_dir: its folder.
     """
-    findings = digest.diagnose(last=digest.window.slots)
-    return make_report(digest, reader, report_window(digest, digest.window.slots), findings, run_dir)
+    window = digest.whole_window()
+    findings = digest.diagnose(window)
+    return make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
 
 
 def report_window(digest: Digest, last: int = 200) -> Window:
     """Return the steps that a report describes: those of the diagnosis, or the first ones of a very short run."""
     window = digest.window.aligned(last=last)
-    return window if len(window) else digest.window.aligned(last=last, skip_first=0)
+    return window if len(window) else _first_steps(digest)
+
+
+def _first_steps(digest: Digest) -> Window:
+    return digest.window.aligned(skip_first=0)
 
 
 def save_report(run_dir: Path, report: Report) -> Path:
@@ -192,15 +196,3 @@ def _last_written_s(run_dir: Path) -> float | None:
     """Return the time of the last write to the store, in epoch seconds."""
     files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal"]
     return max((path.stat().st_mtime for path in files if path.exists()), default=None)
-
-
-def _slots(reader: StoreReader, max_step_rows: int) -> int:
-    """Return the number of steps per rank that holds the whole run, within the bound."""
-    ranks = max(len({stream.rank for stream in reader.streams()}), 1)
-    wanted = min(reader.stored(STEPS.name), max_step_rows) // ranks + 1
-    slots = 128
-    # Ranks may be uneven: the longest one may have most of the rows.
-    while slots < 2 * wanted and slots * ranks < 2 * max_step_rows:
-        slots *= 2
-
-    return max(slots, slots_for(ranks))

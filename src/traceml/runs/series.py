@@ -146,7 +146,7 @@ class SeriesFollower:
             self._attempt = digest.attempt
             self._bins = StepBins(len(digest.ranks))
             if digest.totals is not None:
-                self._bins.take_totals(digest.totals, digest.window.aligned(last=digest.window.slots, skip_first=0))
+                self._bins.take_totals(digest.totals, digest.whole_window())
 
         self._bins.grouped = digest.grouped
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from traceml.database.compaction import FULL_ROWS
 from traceml.database.reader import StoreReader
 from traceml.database.schema import Table
 from traceml.database.thinning import BLOCK_STEPS, sample_blocks
@@ -34,15 +35,17 @@ def step_ranges(
         last: last step.
         rows: how many step rows to read of all ranks together.
     """
-    steps, frames = max(rows // ranks, _LEAST_STEPS), sum(reader.frame_count(table.name) for table in tables)
-    per_frame = max((last - first + 1) * ranks * len(tables) / max(frames, 1), 1.0)
-    frame_s = _FRAME_S + per_frame * _ROW_S
+    counts = [count for table in tables if (count := reader.frame_count(table.name))]
+    frames, level = sum(counts), reader.thinning_level()
+    steps = max(min(rows // ranks, (last - first + 1) >> level), _LEAST_STEPS)
+    span = max((last - first + 1) * ranks * len(counts) / max(frames, 1), 1.0)
+    frame_s = _FRAME_S + min(span, FULL_ROWS) * _ROW_S
     if frames * frame_s <= _BUDGET_S:
         return spread_ranges(first, last, steps)
 
-    place_s = (1 + _block_steps(steps) / per_frame) * frame_s * ranks * len(tables)
-    places = max(int(_BUDGET_S / place_s), _LEAST_PLACES)
-    return spread_ranges(first, last, steps, places, int(per_frame * _SHARE_OF_FRAME))
+    place_s = (1 + _block_steps(steps) / span) * frame_s * ranks * len(counts)
+    places, reach = max(int(_BUDGET_S / place_s), _LEAST_PLACES), int(span * _SHARE_OF_FRAME)
+    return spread_ranges(first, last, min(steps, places * max(reach >> level, BLOCK_STEPS)), places, reach)
 
 
 def spread_ranges(
