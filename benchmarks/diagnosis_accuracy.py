@@ -171,7 +171,9 @@ def tiny(random: np.random.Generator) -> Case:
 
 
 def skewed(random: np.random.Generator) -> Case:
-    return Case(any_job(random, skew=float(random.uniform(1.1, 1.35)), skew_from=float(random.choice([0, 0.3, 0.6]))))
+    begins = float(random.choice([0, 0.3, 0.6]))
+    kinds = (*QUIET, "SLOWDOWN") if begins else QUIET  # from then on steps do take longer
+    return Case(any_job(random, skew=float(random.uniform(1.1, 1.35)), skew_from=begins), kinds=kinds)
 
 
 CASES: dict[str, Make] = {

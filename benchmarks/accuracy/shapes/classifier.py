@@ -75,7 +75,7 @@ def update_metrics(loss):
 
 def smooth_history(loss):
     history.append(loss.item())
-    return [sum(history[:i]) for i in range(0, len(history), 2)]
+    return [sum(history[:i]) for i in range(len(history))]
 
 
 def log_images(step):

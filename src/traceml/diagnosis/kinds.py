@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
-from traceml.formatting import capitalized, count_text, line_text, percent_text, phase_words, ranks_text, signal_name
+from traceml.formatting import (
+    capitalized,
+    count_text,
+    factor_text,
+    line_text,
+    percent_text,
+    phase_words,
+    ranks_text,
+    signal_name,
+)
 
 __all__ = ["CRITICAL_SHARE", "WARNING_SHARE", "Kind", "KindRule", "Severity"]
 
@@ -71,6 +80,22 @@ def _user_code(finding: _FindingFacts) -> str:
     return f"{percent_text(share)} of step time is spent in {where}"
 
 
+def _slowdown(finding: _FindingFacts) -> str:
+    """Return `Steps take 2.1x as long since step 200`."""
+    evidence = finding.evidence
+    if not evidence.get("factor"):
+        return "Steps become slower"
+
+    factor = factor_text(float(evidence["factor"]))
+    since, until = (count_text(evidence.get(name)) for name in ("since_step", "until_step"))
+    shape = evidence.get("shape")
+    if shape == "growth":
+        return f"Steps become slower: at the end they take {factor} as long"
+
+    when = f"until step {until}" if shape == "first" else f"since step {since}"
+    return f"Steps take {factor} as long {when}" + (f", until step {until}" if shape == "recovers" else "")
+
+
 def _limit(finding: _FindingFacts) -> str:
     """Return `Open files: 92 % of the limit in use`."""
     evidence = finding.evidence
@@ -127,6 +152,7 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
+    SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)
     INSUFFICIENT_DATA = "INSUFFICIENT_DATA", KindRule("Not enough data for a verdict", Severity.INFO)

@@ -13,6 +13,7 @@ from traceml.diagnosis.lost_ranks import rank_lost
 from traceml.diagnosis.replay import new_step_times
 from traceml.diagnosis.resource_use import limits_near
 from traceml.diagnosis.segments import Segments, segments_of
+from traceml.diagnosis.slowdown import StepHistory, slowdown
 from traceml.diagnosis.stragglers import stragglers
 from traceml.diagnosis.window import Window
 from traceml.formatting import ns_text, percent_text
@@ -22,6 +23,8 @@ __all__ = ["MIN_STEPS", "diagnose"]
 MIN_STEPS = 20
 """Fewer steps than this, after the first ones, are too few for a diagnosis."""
 _UNKNOWN_SHARE = 0.30
+_FIRST_STEPS = 64
+_EXPLAINED_SHARE = 0.6
 
 
 def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
@@ -62,7 +65,18 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if not any(finding.kind.rule.is_straggler for finding in found):
         found += comm_bound(window, segments, facts)
 
-    return found
+    # Live, the window is only the newest part of a longer run.
+    slower = slowdown(StepHistory.of(window, segments), facts) if window.steps[0] <= _FIRST_STEPS else []
+    return [*slower, *(finding for finding in found if not any(_explains(one, finding) for one in slower))]
+
+
+def _explains(slower: Finding, other: Finding) -> bool:
+    """Return whether another finding is only about the steps that became slower."""
+    if other.kind.rule.is_straggler:
+        return False
+
+    same = other.phase is None or other.phase == slower.phase
+    return same and slower.cost_share >= _EXPLAINED_SHARE * other.cost_share
 
 
 def _too_few(window: Window, facts: JobFacts) -> Finding:
