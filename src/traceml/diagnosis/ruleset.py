@@ -71,8 +71,8 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
 
 
 def _explains(slower: Finding, other: Finding) -> bool:
-    """Return whether another finding is only about the steps that became slower."""
-    if other.kind.rule.is_straggler:
+    """Return whether another finding is only about the steps that became slower, and says less."""
+    if other.kind not in (Kind.RESIDUAL_HEAVY, Kind.JITTER):
         return False
 
     same = other.phase is None or other.phase == slower.phase
