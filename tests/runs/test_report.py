@@ -20,7 +20,7 @@ from tests.runs.fabricated_store import (
     run_facts,
     store_run,
 )
-from traceml.database.schema import HOST, PROCESS
+from traceml.database.schema import DEVICE_STEPS, HOST, PROCESS
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
@@ -208,6 +208,35 @@ def test_a_crowded_host_is_seen_from_the_samples(tmp_path):
     assert verdict["kind"] == "HEALTHY"
     assert verdict["evidence"]["cpu_wait_share"] == pytest.approx(0.4)
     assert "waited for a CPU core" in verdict["next"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "timed", "expected"),
+    [
+        (["cpu"], False, None),
+        (["mps:0"], False, "mps"),
+        (["xpu:1", "cpu"], False, "xpu"),
+        (["cuda:0"], False, "cuda"),
+        (["cuda:0"], True, None),
+        (["meta"], False, None),
+    ],
+)
+def test_an_accelerator_whose_time_is_not_measured_is_named(tmp_path, devices, timed, expected):
+    """Phases have CPU time where models are on a device without device times: it is in the report."""
+    (tmp_path / "run").mkdir()
+    rows = rows_of(Job(ranks=1, steps=60))[0]
+    with StoreWriter(tmp_path / "run" / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(world_size=1))
+        stream = add_rank(writer, 0, rows)
+        for device in devices:
+            add_info(writer, stream, kind="model", model="Net", device=device)
+
+        if timed:
+            device_rows = np.zeros(60, DEVICE_STEPS.dtype)
+            device_rows["step"] = np.arange(60)
+            writer.append(stream, DEVICE_STEPS.name, 0, 60, device_rows.tobytes())
+
+    assert report_on(tmp_path / "run")["steps"]["untimed_device"] == expected
 
 
 def test_a_long_run_is_judged_by_a_sample_and_described_by_all_steps(tmp_path):

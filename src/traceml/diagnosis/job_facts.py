@@ -145,10 +145,15 @@ _NO_NAMES: Mapping[int, Mapping[int, str]] = {}
 
 
 class JobFactsBuilder:
-    """Collects facts from rows as they arrive."""
+    """Collects facts from rows as they arrive.
+
+    Attributes:
+        accelerator: type of device of the models (cuda, mps), None where they are on the CPU.
+    """
 
     def __init__(self, world_size: int = 1) -> None:
         self.world_size = world_size
+        self.accelerator: str | None = None
         self.hosts: dict[int, str] = {}
         self.exits: dict[int, RankExit] = {}
         self.state = "running"
@@ -178,6 +183,8 @@ class JobFactsBuilder:
             self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
         elif kind in ("process", "model", "group"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+            device = str(row.get("device") or "cpu").partition(":")[0]
+            self.accelerator = device if kind == "model" and device not in _NO_ACCELERATOR else self.accelerator
             if isinstance(row.get("cores"), int):
                 self._core_rows.setdefault(rank, row["cores"])
 
@@ -232,6 +239,7 @@ class JobFactsBuilder:
 
 
 _KEPT = ("backend", "torch_threads")
+_NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = 64
 _LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
 _COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))

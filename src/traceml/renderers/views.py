@@ -107,6 +107,12 @@ class RunView:
         return sample_text(self.steps.diagnosed, self.steps.count) if self.steps.cut else None
 
     @property
+    def untimed(self) -> str | None:
+        """The accelerator whose time is not known, in words; None where there is none."""
+        device = self.steps.untimed_device
+        return f"device times: not measured on {device}; phases show CPU time" if device else None
+
+    @property
     def state(self) -> str:
         """The run's state in a word; `stopped` where the user ended it by Ctrl-C."""
         interrupted = any(rank.exit.interrupted for rank in self.report.ranks)

@@ -67,6 +67,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
     """Number and duration of steps.
 
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
+    `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
     """
 
     count: int = 0
@@ -77,6 +78,7 @@ class StepsSection(msgspec.Struct, kw_only=True):
     per_second: float | None = None
     cut: bool = False
     diagnosed: int = 0
+    untimed_device: str | None = None
 
 
 class RankMean(msgspec.Struct):

@@ -56,6 +56,9 @@ def steps(digest: Digest, window: Window) -> StepsSection:
         diagnosed=len(window),
     )
     totals, times = _totals(digest), window.total.ravel()
+    if times.size and not (window if totals is None else totals).device:
+        section.untimed_device = digest.facts.accelerator
+
     if totals is not None:
         mean, quantiles = totals.mean_ns, totals.quantiles_ns(_QUANTILES)
     elif times.size:

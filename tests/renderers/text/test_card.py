@@ -60,6 +60,15 @@ def test_what_a_long_runs_verdict_rests_on_is_told():
     assert "Sample verdict from 12,800 of 1,000,000 steps, spread over the run; means are of all steps" in said
 
 
+def test_an_accelerator_without_device_times_is_told():
+    """Where the device's time is not known, the card says whose time the phases show."""
+    made = slow_rank()
+    assert "Clock" not in text_of(made)
+
+    made.steps.untimed_device = "mps"
+    assert " Clock   device times: not measured on mps; phases show CPU time" in text_of(made)
+
+
 def test_print_card_of_a_damaged_report(tmp_path):
     """A damaged report is an error that names the file."""
     path = tmp_path / "report.json"

@@ -30,7 +30,7 @@ def inline_html(report: Report, series: RunSeries) -> str:
         [
             *run_line(view),
             verdict_card(view.verdict, with_evidence=False),
-            f'<p class="sub">{sample_line(view)}</p>' if view.sample else "",
+            f'<p class="sub">{line}</p>' if (line := sample_line(view)) else "",
             *chart_grid(figures(view, series)),
         ]
     )

@@ -132,8 +132,8 @@ def _tiles(view: RunView) -> Iterator[str]:
 
 
 def sample_line(view: RunView) -> str:
-    """Return the sentence on what the verdict of a long run rests on; empty where that is all steps."""
-    return f"{escaped(capitalized(view.sample))}. " if view.sample else ""
+    """Return sentences on what the verdict of a long run rests on, and on missing device times; empty without."""
+    return "".join(f"{escaped(capitalized(text))}. " for text in (view.sample, view.untimed) if text)
 
 
 def chart_grid(shown: list[Figure]) -> Iterator[str]:

@@ -97,6 +97,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         Text(),
         _steps_line(view, viewport),
         *_labeled("Sample", view.sample or "", width),
+        *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
         *_rank_lines(view, viewport),
         Text(),
