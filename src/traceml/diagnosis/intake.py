@@ -71,7 +71,7 @@ class RowIntake:
     def flush(self) -> bool:
         """Put the added step rows of all ranks into the window at once; return whether there were any."""
         found = bool(self._added[STEPS.name])
-        self._scatter(STEPS, self.window.scatter)
+        self._scatter(STEPS, self._take_steps)
         self._scatter(DEVICE_STEPS, self.window.scatter_device)
         return found
 
@@ -86,6 +86,10 @@ class RowIntake:
             counts = np.array([len(data) for data in parts]) // table.row_bytes
             scatter(np.repeat(ranks, counts), np.frombuffer(b"".join(parts), table.dtype))
             added.clear()
+
+    def _take_steps(self, ranks: NDArray[np.int64], rows: Rows) -> None:
+        self.window.scatter(ranks, rows)
+        self.facts.skipped.add(ranks, rows)
 
     def _take_user_phases(self, rank: int, rows: Rows) -> None:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))

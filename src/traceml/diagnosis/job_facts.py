@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.sampled_lines import LineCounts, SampledLine
+from traceml.diagnosis.skipped_steps import SkippedSteps
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly", "was_interrupted"]
 
@@ -104,6 +105,7 @@ class JobFacts:
         exits: ends of ranks.
         limits: use of resources that have a limit.
         lines: lines in which the training threads were seen.
+        skipped: steps without an update.
         state: the run's state, as in the report.
     """
 
@@ -118,6 +120,7 @@ class JobFacts:
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
     lines: tuple[SampledLine, ...] = ()
+    skipped: SkippedSteps | None = None
     state: str = "running"
 
     @property
@@ -158,6 +161,7 @@ class JobFactsBuilder:
         self.exits: dict[int, RankExit] = {}
         self.state = "running"
         self.limits, self.lines = UseHistory(), LineCounts()
+        self.skipped = SkippedSteps()
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}
@@ -224,6 +228,7 @@ class JobFactsBuilder:
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
             lines=self.lines.lines(names),
+            skipped=self.skipped,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
         )

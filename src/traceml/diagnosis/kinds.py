@@ -152,6 +152,10 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
+    STEPS_SKIPPED = (
+        "STEPS_SKIPPED",
+        KindRule("Steps are skipped because gradients are not finite: {share}"),
+    )
     SLOWDOWN = "SLOWDOWN", KindRule(_slowdown)
     LIMIT_NEAR = "LIMIT_NEAR", KindRule(_limit)
     RANK_LOST = "RANK_LOST", KindRule(_lost_ranks, Severity.CRITICAL, sorts_first=True)

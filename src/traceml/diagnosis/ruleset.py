@@ -13,6 +13,7 @@ from traceml.diagnosis.lost_ranks import rank_lost
 from traceml.diagnosis.replay import new_step_times
 from traceml.diagnosis.resource_use import limits_near
 from traceml.diagnosis.segments import Segments, segments_of
+from traceml.diagnosis.skipped_steps import steps_skipped
 from traceml.diagnosis.slowdown import StepHistory, slowdown
 from traceml.diagnosis.stragglers import stragglers
 from traceml.diagnosis.window import Window
@@ -34,7 +35,7 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         window: aligned steps: live the last few hundred, at the end of a run all of them.
         facts: facts besides the window.
     """
-    lost = [*rank_lost(facts), *limits_near(facts.limits)]
+    lost = [*rank_lost(facts), *steps_skipped(facts.skipped), *limits_near(facts.limits)]
     if len(window) < MIN_STEPS:
         return lost or [_too_few(window, facts)]
 
