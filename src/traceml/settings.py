@@ -47,10 +47,9 @@ INTERNAL_ENV: dict[str, str] = {
     "TRACEML_RUN_DIR": "the run's folder, for processes that write into it",
     "TRACEML_SUPERVISED": "process that reports this rank's exit to the aggregator",
 }
-# Reserved names of settings that nothing reads yet: setting one is an error, except to the only possible value.
+# Reserved names of settings that nothing reads yet: setting one is an error.
 _RESERVED: dict[str, tuple[str, str]] = {
     "hang_timeout": ("hangs are not detected yet", "nothing (remove this setting)"),
-    "tls": ("connections cannot be encrypted yet", "false"),
 }
 # Other spellings that files accept, known from similar tools.
 _ALIASES = {"backends": "backend"}
@@ -93,6 +92,11 @@ class Config:
         "Secret shared with the aggregator. Found automatically on one host; between hosts set it in "
         "the environment or in a file, never in a command line.",
         secret=True,
+    )
+    tls: bool = _set(
+        False,
+        "Encrypt the connection to the aggregator, which must have it set too. The token's proof includes the "
+        "aggregator's certificate. Connections of `traceml run` and `launch` stay on one host or go through ssh.",
     )
     local: bool = _set(
         False, "Start an aggregator for this job on this host when none answers; on a free port if `port` is in use."
@@ -298,7 +302,7 @@ def _supervisor(environ: Mapping[str, str]) -> dict[str, Any]:
         if value := environ.get(declarations()[name].env):
             chosen[name] = value
 
-    return chosen
+    return chosen | {"tls": False}
 
 
 def _project_file(folder: Path | None) -> Iterator[_Entry]:
@@ -383,9 +387,6 @@ def _checked(key: str, value: Any, source: str, written: str) -> Iterator[_Entry
     """Yield (source, setting, value in its own type); `written` is the key as the user wrote it."""
     if key in _RESERVED:
         problem, permitted = _RESERVED[key]
-        if permitted == "false" and coerce(bool, value, {}) is False:
-            return
-
         raise SettingsError(written, problem, source=source, allowed=permitted)
 
     name = _known(key, value, source, written)

@@ -17,9 +17,11 @@ from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import environ
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
-from traceml.errors import AggregatorRefusedError
+from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder.dialing import stored_elsewhere
 from traceml.settings import load
+from traceml.transport.client import Connection
+from traceml.transport.hello import Hello
 from traceml.transport.runs_folder import address_of
 
 pytestmark = pytest.mark.process
@@ -223,6 +225,26 @@ def test_given_address_may_have_another_folder_and_is_told(tmp_path: Path, scrip
     (line,) = err.splitlines()
     assert line.startswith(f"this run is stored in {job.run_dir}, as the aggregator at 127.0.0.1:{server.port} was")
     assert line.endswith(f"not in the runs_dir {tmp_path / 'a' / 'traceml_runs'}")
+
+
+def test_encrypted_jobs_find_an_encrypting_aggregator(
+    tmp_path: Path, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `tls` on both sides; the one that a job starts encrypts too. Without it on one side the reason is told."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TRACEML_TLS", "1")
+        server = Serving(tmp_path / "served" / "traceml_runs", tmp_path / "log")
+
+    try:
+        for job in (script(tmp_path / "served", tls=True), script(tmp_path / "alone", tls=True, local=True)):
+            host, port = job.where["address"].split(":")
+            with pytest.raises(AggregatorUnavailableError, match="TRACEML_TLS"):
+                Connection.connect(host, int(port), Hello(), TOKEN, timeout_s=0.5)
+
+            assert job.end() == ""
+            assert report_of(job.run_dir)["steps"]["count"] == 20
+    finally:
+        server.close()
 
 
 def test_aggregator_refuses_a_job_of_another_folder(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from traceml.track.delivery.manager import STALL_LIMIT_S, DeliveryManager, RunDe
 from traceml.transport.hello import Hello
 from traceml.transport.runs_folder import folder_id
 from traceml.transport.server import Peer, RefusedError, Server
+from traceml.transport.tls import ServerIdentity
 
 __all__ = ["Aggregator"]
 
@@ -57,6 +58,7 @@ class Aggregator:
         on_run_settled: likewise when its logged rows are delivered, or are left for `traceml sync`.
         delivery_nice: nice value of delivery processes.
         retention_gb: gigabytes of steps and samples that a run keeps; None keeps all.
+        tls: encrypt connections, with this certificate.
 
     Raises:
         StoreError: the runs folder cannot be written.
@@ -74,10 +76,11 @@ class Aggregator:
         on_run_settled: Callable[[Path], object] | None = None,
         delivery_nice: int = 19,
         retention_gb: float | None = None,
+        tls: ServerIdentity | None = None,
     ) -> None:
         prepare_runs_dir(runs_dir)
         self.registry = Registry(runs_dir, retention_gb)
-        self.server = Server(self, token)
+        self.server = Server(self, token, tls)
         self._commands = Commands(self)
         self._run_id = run_id
         self._exit_when_idle = exit_when_idle

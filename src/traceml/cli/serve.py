@@ -27,6 +27,7 @@ from traceml.supervise.report_maker import ReportMaker
 from traceml.transport import auth
 from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
 from traceml.transport.server import BACKLOG
+from traceml.transport.tls import make_identity
 
 __all__ = ["main"]
 
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> int:
             on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,
             retention_gb=None if config.retention == "off" else config.retention,
+            # The ranks of a launched run are on this host, or come through ssh.
+            tls=make_identity() if config.tls and options.run_id is None else None,
         )
         with (
             contextlib.closing(reports),

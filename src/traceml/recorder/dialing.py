@@ -46,7 +46,7 @@ def dial(
         return connect_or_start(config, hello, is_ending)
 
     if config.address_given:
-        return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries)
+        return connect(config.host, config.port, hello, config.token, timeout_s=timeout_s, tries=tries, tls=config.tls)
 
     return _dial_folder(config, hello, timeout_s, tries)
 
@@ -70,7 +70,9 @@ def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | No
         left_s = timeout_s - (time.monotonic() - began_s)
         try:
             token = config.token or found.token
-            return connect(found.host, found.port, hello, token, timeout_s=min(left_s, _LOOK_AGAIN_S), tries=tries)
+            return connect(
+                found.host, found.port, hello, token, timeout_s=min(left_s, _LOOK_AGAIN_S), tries=tries, tls=config.tls
+            )
         except AggregatorUnavailableError as error:
             waited_s = time.monotonic() - began_s
             if waited_s >= timeout_s or tries is not None:

@@ -82,7 +82,7 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
         if found is not None:
             try:
                 token = config.token or found.token
-                return connect(found.host, found.port, hello, token, timeout_s=_TRY_S, tries=1)
+                return connect(found.host, found.port, hello, token, timeout_s=_TRY_S, tries=1, tls=config.tls)
             except (AggregatorUnavailableError, AggregatorForeignError) as error:
                 missing = error  # it starts, or stops
         elif (lock := _take_lock(config)) is not None:
@@ -117,7 +117,7 @@ def _start_in_folder(config: Config, hello: Hello, lock: FolderLock, began_s: fl
 def _at_given_address(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> Connection:
     began_s = time.monotonic()
     try:
-        return connect(config.host, config.port, hello, config.token, timeout_s=_PROBE_S, tries=1)
+        return connect(config.host, config.port, hello, config.token, timeout_s=_PROBE_S, tries=1, tls=config.tls)
     except AggregatorUnavailableError:
         pass
 
@@ -159,7 +159,7 @@ def _await_own(
     """Connect to the aggregator that was started here."""
     while True:
         try:
-            return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1)
+            return connect(config.host, config.port, hello, config.token, timeout_s=0.5, tries=1, tls=config.tls)
         except AggregatorUnavailableError as error:
             missing = error
 
@@ -176,7 +176,7 @@ def _await(config: Config, hello: Hello, began_s: float, timeout_s: float, is_en
     """Connect to an aggregator that another rank starts."""
     while True:
         try:
-            return connect(config.host, config.port, hello, config.token, timeout_s=_TRY_S, tries=1)
+            return connect(config.host, config.port, hello, config.token, timeout_s=_TRY_S, tries=1, tls=config.tls)
         except AggregatorUnavailableError as error:
             waited_s = time.monotonic() - began_s
             if waited_s > timeout_s:
@@ -212,6 +212,8 @@ def _start(config: Config, listener: socket.socket, lock: FolderLock | None) -> 
     environ = {key: value for key, value in os.environ.items() if not key.upper().startswith("TRACEML_")}
     if config.token:
         environ["TRACEML_TOKEN"] = config.token
+    if config.tls:
+        environ["TRACEML_TLS"] = "1"
     environ["TRACEML_OUTLIVES"] = "1"  # it outlives a launch's worker, to deliver the worker's rows
     environ["TRACEML_DELIVERY_NICE"] = str(config.delivery_nice)
     environ["TRACEML_RETENTION"] = str(config.retention)

@@ -66,12 +66,13 @@ def client_nonce() -> bytes:
     return CLIENT_NONCE_TAG + secrets.token_bytes(24)
 
 
-def mac(token: str, nonce: bytes, role: str, run: str, rank: int) -> bytes:
+def mac(token: str, nonce: bytes, role: str, run: str, rank: int, binding: bytes = b"") -> bytes:
     """Return the proof of `token`: HMAC-SHA256 over the other side's nonce, role, run and rank.
 
-    The texts are UTF-8, the rank is decimal ASCII, without separators.
+    The texts are UTF-8, the rank is decimal ASCII, without separators. With TLS the fingerprint of the server's
+    certificate follows (`binding`): a relay has another one.
     """
-    return hmac.digest(token.encode(), nonce + f"{role}{run}{rank}".encode(), hashlib.sha256)
+    return hmac.digest(token.encode(), nonce + f"{role}{run}{rank}".encode() + binding, hashlib.sha256)
 
 
 def same_mac(left: bytes, right: bytes) -> bool:

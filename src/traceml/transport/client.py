@@ -14,7 +14,7 @@ import socket
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from traceml.clock import clock_pair, monotonic_ns
 from traceml.errors import (
@@ -28,6 +28,9 @@ from traceml.fail_open import failures
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame
 from traceml.transport.hello import Hello
+
+if TYPE_CHECKING:
+    from traceml.transport.tls import TlsLayer
 
 __all__ = ["ClockOffset", "Connection", "connect", "keep_alive", "refusal"]
 
@@ -52,7 +55,14 @@ class ClockOffset:
 
 
 def connect(
-    host: str, port: int, hello: Hello, token: str | None = None, *, timeout_s: float = 5.0, tries: int | None = None
+    host: str,
+    port: int,
+    hello: Hello,
+    token: str | None = None,
+    *,
+    timeout_s: float = 5.0,
+    tries: int | None = None,
+    tls: bool = False,
 ) -> Connection:
     """Connect, trying again until `timeout_s` has passed.
 
@@ -63,6 +73,7 @@ def connect(
         token: the secret to prove; by default the one that this user's aggregator on that port has published.
         timeout_s: time for all tries together.
         tries: give up after this many, even if time is left.
+        tls: encrypt the connection.
 
     Raises:
         AggregatorRefusedError: it answered and refused; trying again would not help.
@@ -74,7 +85,7 @@ def connect(
         left_s = timeout_s - (time.monotonic() - began)
         number += 1
         try:
-            return Connection.connect(host, port, hello, token, timeout_s=max(left_s, 0.05))
+            return Connection.connect(host, port, hello, token, timeout_s=max(left_s, 0.05), tls=tls)
         except AggregatorUnavailableError as error:
             last = error
 
@@ -96,6 +107,7 @@ class Connection:
         welcome: the aggregator's answer to the hello.
         peer: (host, port) for messages.
         early: messages that came right behind the welcome.
+        tls: encryption of the connection, if any.
     """
 
     def __init__(
@@ -105,6 +117,7 @@ class Connection:
         welcome: dict[str, Any],
         peer: tuple[str, int],
         early: list[dict[str, Any]],
+        tls: TlsLayer | None = None,
     ) -> None:
         _log.debug("connected to the aggregator at %s:%d, which has stored %s", *peer, welcome.get("acked"))
         self.welcome = welcome
@@ -113,6 +126,7 @@ class Connection:
         self.bytes_sent = 0
         self._sock = sock
         self._decoder = decoder
+        self._tls = tls
         self._peer = peer
         self._unsent = bytearray()
         self._inbox = early
@@ -121,7 +135,16 @@ class Connection:
         sock.setblocking(False)
 
     @classmethod
-    def connect(cls, host: str, port: int, hello: Hello, token: str | None = None, *, timeout_s: float = 5.0) -> Self:
+    def connect(
+        cls,
+        host: str,
+        port: int,
+        hello: Hello,
+        token: str | None = None,
+        *,
+        timeout_s: float = 5.0,
+        tls: bool = False,
+    ) -> Self:
         """Connect by one try.
 
         Raises:
@@ -132,7 +155,7 @@ class Connection:
         try:
             sock = _open(host, port, timeout_s)
             try:
-                shake = _Handshake(sock, host, port, began + timeout_s)
+                shake = _Handshake(sock, host, port, began + timeout_s, _tls_layer() if tls else None)
                 welcome = shake.run(hello, token)
             except BaseException:
                 sock.close()
@@ -144,7 +167,7 @@ class Connection:
             reason = str(error) or type(error).__name__
             raise AggregatorUnavailableError(host, port, time.monotonic() - began, reason) from error
 
-        return cls(sock, shake.decoder, welcome, (host, port), shake.early)
+        return cls(sock, shake.decoder, welcome, (host, port), shake.early, shake.tls)
 
     @property
     def address(self) -> str:
@@ -316,6 +339,9 @@ class Connection:
         return None
 
     def _send(self, frame: bytes) -> int:
+        if self._tls is not None:
+            frame = self._tls.encrypt(frame)
+
         self.bytes_sent += len(frame)
         if self._unsent:
             self._unsent += frame
@@ -356,6 +382,9 @@ class Connection:
         if not data:
             raise ConnectionResetError(f"the aggregator at {self._peer[0]}:{self._peer[1]} closed the connection")
 
+        if self._tls is not None:
+            data, _ = self._tls.receive(data)  # answers to keys of TLS go out with the next frame
+
         messages = self._decoder.feed(data)
         for message in messages:
             kind = message["t"]
@@ -372,12 +401,16 @@ class Connection:
 class _Handshake:
     """Handshake challenge -> hello -> welcome, over a socket that is not trusted yet."""
 
-    def __init__(self, sock: socket.socket, host: str, port: int, deadline: float) -> None:
+    def __init__(self, sock: socket.socket, host: str, port: int, deadline: float, tls: TlsLayer | None) -> None:
         self.decoder = Decoder()
+        self.tls = tls
         self.early: list[dict[str, Any]] = []
         self._sock, self._host, self._port, self._deadline = sock, host, port, deadline
 
     def run(self, hello: Hello, token: str | None) -> dict[str, Any]:
+        if self.tls is not None:
+            self._sock.sendall(self.tls.start())
+
         challenge = self._expect("challenge")
         if challenge.get("v") != WIRE_VERSION:
             raise self._reject(f"it speaks wire version {challenge.get('v')}, this traceml {WIRE_VERSION}")
@@ -388,10 +421,11 @@ class _Handshake:
 
         token = token or self._published_token()
         mine = auth.client_nonce()
-        proof = auth.mac(token, nonce, hello.role, hello.run, hello.rank)
-        self._sock.sendall(encode(hello.to_message(WIRE_VERSION, mine, proof)))
+        binding = self.tls.peer_fingerprint if self.tls is not None else b""
+        proof = auth.mac(token, nonce, hello.role, hello.run, hello.rank, binding)
+        self._send(hello.to_message(WIRE_VERSION, mine, proof))
         welcome = self._expect("welcome")
-        expected = auth.mac(token, mine, hello.role, hello.run, hello.rank)
+        expected = auth.mac(token, mine, hello.role, hello.run, hello.rank, binding)
         if not isinstance(welcome.get("mac"), bytes) or not auth.same_mac(welcome["mac"], expected):
             raise self._reject("it does not know the token")
 
@@ -412,18 +446,18 @@ class _Handshake:
         while not self.early:
             left_s = self._deadline - time.monotonic()
             if left_s <= 0:
-                raise TimeoutError(f"a program listens there, but sent no {kind}")
+                raise TimeoutError(f"a program listens there, but sent no {kind}{self._tls_hint(kind)}")
 
             self._sock.settimeout(left_s)
             try:
                 data = self._sock.recv(_RECEIVE_BYTES)
             except TimeoutError:
-                raise TimeoutError(f"a program listens there, but sent no {kind}") from None
+                raise TimeoutError(f"a program listens there, but sent no {kind}{self._tls_hint(kind)}") from None
 
             if not data:
-                raise ConnectionResetError(f"it closed the connection before its {kind}")
+                raise ConnectionResetError(f"it closed the connection before its {kind}{self._tls_hint(kind)}")
 
-            self.early = self.decoder.feed(data)
+            self.early = self.decoder.feed(data if self.tls is None else self._decrypt(self.tls, data))
 
         message = self.early.pop(0)
         if message["t"] == "refused":
@@ -434,14 +468,34 @@ class _Handshake:
 
         return message
 
+    def _send(self, message: dict[str, Any]) -> None:
+        frame = encode(message)
+        self._sock.sendall(frame if self.tls is None else self.tls.encrypt(frame))
+
+    def _decrypt(self, tls: TlsLayer, data: bytes) -> bytes:
+        plain, reply = tls.receive(data)
+        if reply:
+            self._sock.sendall(reply)
+
+        return plain
+
+    def _tls_hint(self, kind: str) -> str:
+        return " (if it uses TLS, set TRACEML_TLS=1 here too)" if self.tls is None and kind == "challenge" else ""
+
     def _reject(self, why: str, kind: type[AggregatorRefusedError] = AggregatorRefusedError) -> AggregatorRefusedError:
         """Send the reason for ending the handshake, so that both logs have it; return the error."""
         level = logging.INFO if kind is AggregatorForeignError else logging.WARNING  # often of no interest
         _log.log(level, "leaving the aggregator at %s:%d: %s", self._host, self._port, why)
         with contextlib.suppress(OSError):
-            self._sock.sendall(encode({"t": "refused", "why": f"the client left: {why}"}))
+            self._send({"t": "refused", "why": f"the client left: {why}"})
 
         return kind(self._host, self._port, why)
+
+
+def _tls_layer() -> TlsLayer:
+    from traceml.transport.tls import TlsLayer, client_context  # 10 ms, for nothing where connections are plain
+
+    return TlsLayer(client_context(), server_side=False)
 
 
 def _open(host: str, port: int, timeout_s: float) -> socket.socket:

@@ -21,6 +21,7 @@ from traceml.transport.client import keep_alive
 from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
 from traceml.transport.handshakes import OpenHandshakes, RefusalLog
 from traceml.transport.hello import Hello, schemas
+from traceml.transport.tls import ServerIdentity, TlsLayer
 
 __all__ = ["BACKLOG", "Handler", "Peer", "RefusedError", "Server", "ServerStatistics", "raise_descriptor_limit"]
 
@@ -84,6 +85,7 @@ class Peer(asyncio.Protocol):
     __slots__ = (
         "_decoder",
         "_server",
+        "_tls",
         "_transport",
         "address",
         "context",
@@ -96,6 +98,7 @@ class Peer(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._decoder = Decoder(MAX_HELLO_BYTES)
+        self._tls = TlsLayer(server.tls.context, server_side=True) if server.tls is not None else None
         self._transport: asyncio.Transport | None = None
         self.address = "?"
         self.state = "new"  # new -> open -> closed, or -> refused -> closed
@@ -128,9 +131,10 @@ class Peer(asyncio.Protocol):
 
         try:
             handler = self._server.handler
-            messages = self._decoder.feed(data)
+            messages = self._decoder.feed(data if self._tls is None else self._decrypt(self._tls, data))
             if self.state == "new":
-                self._server.handshakes.hold(self, self._decoder.pending_bytes)
+                in_tls = self._tls.pending_bytes if self._tls is not None else 0
+                self._server.handshakes.hold(self, self._decoder.pending_bytes + in_tls)
 
             for message in messages:
                 if self.state == "open":
@@ -163,8 +167,13 @@ class Peer(asyncio.Protocol):
 
     def write(self, frames: bytes) -> None:
         """Send frames that are already encoded."""
-        if self._transport is not None and self.state in ("new", "open"):
+        if self._transport is None or self.state not in ("new", "open"):
+            return
+
+        if self._tls is None:
             self._transport.write(frames)
+        elif self._tls.ready:  # a peer that does not speak TLS gets no reason
+            self._transport.write(self._tls.encrypt(frames))
 
     def pause(self, paused: bool) -> None:
         """Stop or resume reading: TCP then slows the peer, which keeps its rows."""
@@ -204,6 +213,17 @@ class Peer(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    def _decrypt(self, tls: TlsLayer, data: bytes) -> bytes:
+        was_ready = tls.ready
+        plain, reply = tls.receive(data)
+        if reply and self._transport is not None:
+            self._transport.write(reply)
+
+        if tls.ready and not was_ready:
+            self._server.challenge(self)
+
+        return plain
+
     def _message(self, message: dict[str, Any]) -> None:
         kind = message["t"]
         if kind == "ping":
@@ -228,7 +248,8 @@ class Peer(asyncio.Protocol):
 
         hello = Hello.from_message(message)
         proof, nonce = message.get("mac"), message.get("nonce")
-        expected = auth.mac(self._server.token, self.nonce, hello.role, hello.run, hello.rank)
+        binding = self._server.tls.fingerprint if self._server.tls is not None else b""
+        expected = auth.mac(self._server.token, self.nonce, hello.role, hello.run, hello.rank, binding)
         if not isinstance(proof, bytes) or not auth.same_mac(proof, expected):
             raise RefusedError("wrong token")
 
@@ -241,7 +262,7 @@ class Peer(asyncio.Protocol):
             self._server.check_room(_RESERVED_FOR_CLIENTS)
 
         extra = self._server.handler.welcome(self)
-        answer = auth.mac(self._server.token, nonce, hello.role, hello.run, hello.rank)
+        answer = auth.mac(self._server.token, nonce, hello.role, hello.run, hello.rank, binding)
         self._decoder.limit_bytes = MAX_FRAME_BYTES
         self.send({"t": "welcome", "v": WIRE_VERSION, "mac": answer, **extra})
         self.state = "open"
@@ -255,11 +276,13 @@ class Server:
     Args:
         handler: processes the messages.
         token: the secret that peers prove to know.
+        tls: encrypt connections, with this certificate.
     """
 
-    def __init__(self, handler: Handler, token: str) -> None:
+    def __init__(self, handler: Handler, token: str, tls: ServerIdentity | None = None) -> None:
         self.handler = handler
         self.token = token
+        self.tls = tls
         self.peers: set[Peer] = set()
         self.handshakes = OpenHandshakes()
         self.refusals = RefusalLog()
@@ -294,7 +317,7 @@ class Server:
         )
 
     def admit(self, peer: Peer) -> None:
-        """Send a new connection the challenge."""
+        """Send a new connection the challenge; with TLS after its handshake."""
         self._accepted += 1
         self.peers.add(peer)
         self.handshakes.add(peer, HANDSHAKE_S)
@@ -304,6 +327,11 @@ class Server:
             peer.refuse(str(error), retry=True)
             return
 
+        if self.tls is None:
+            self.challenge(peer)
+
+    def challenge(self, peer: Peer) -> None:
+        """Send the challenge."""
         peer.nonce = auth.server_nonce()
         peer.send({"t": "challenge", "v": WIRE_VERSION, "nonce": peer.nonce})
 
