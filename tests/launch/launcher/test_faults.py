@@ -83,6 +83,20 @@ def agent_killed(*, zygote_too=False):
 def both_killed():
     agent_killed(zygote_too=True)
 
+def parent(pid):
+    return int(open(f"/proc/{pid}/stat").read().rpartition(")")[2].split()[1])
+
+def all_signaled(*numbers):
+    who = rank()
+    if who == 2:
+        zygote = os.getppid()
+        agent = parent(zygote)
+        for number in numbers:
+            for pid in (parent(agent), agent, zygote):
+                os.kill(pid, number)
+
+    wait(None, who)
+
 def never_returns(folder):
     import threading, traceback
     import torch.distributed as dist
@@ -219,6 +233,16 @@ def test_an_agent_that_is_killed_takes_its_workers_along(hosts: Hosts, script: S
     eventually(lambda: hosts["node2"].processes() == [], "node2 to be clean: nobody is there to wait for it")
     assert left_on(hosts, "node1") == []
     assert script.launch("fine")["results"] == {"node1": [0, 1], "node2": [2, 3]}
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGSTOP, signal.SIGKILL), (signal.SIGSTOP,)])
+def test_a_host_is_clean_without_all_that_guard_it(hosts: Hosts, script: Script, numbers: tuple[int, ...]) -> None:
+    """Agent, its reaper and the zygote are killed or stopped at once: the launcher connects again and cleans up."""
+    told = script.launch("all_signaled", *map(int, numbers))
+
+    assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
+    assert {name: left_on(hosts, name) for name in hosts.names} == {"node1": [], "node2": []}
+    assert hosts["node2"].processes() == []
 
 
 def test_ctrl_c_tells_who_was_absent(hosts: Hosts, script: Script, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from traceml.launch.wire.bootstrap import import_code
 from traceml.launch.wire.fd_socket import FdSocket
+from traceml.launch.wire.process_cleanup import MARK
 
 __all__ = ["ZygoteClient", "ZygoteSpec"]
 
@@ -166,7 +167,8 @@ class ZygoteClient:
             (os.POSIX_SPAWN_DUP2, write_fd, 2),
         ]
         try:
-            return os.posix_spawn(command[0], command, {**os.environ, **self.spec.env}, file_actions=actions)
+            environ = {**os.environ, **self.spec.env, MARK: self.mark}
+            return os.posix_spawn(command[0], command, environ, file_actions=actions)
         finally:
             os.close(code_fd)
 

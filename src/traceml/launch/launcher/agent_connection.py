@@ -19,7 +19,7 @@ from traceml.launch.launcher.hosts import HostSpec
 from traceml.launch.launcher.slurm import step_command
 from traceml.launch.wire import bootstrap
 from traceml.launch.wire.channel import Channel
-from traceml.launch.wire.process_cleanup import find_leftovers, terminate_all
+from traceml.launch.wire.process_cleanup import end_job
 
 __all__ = ["AgentConnection"]
 
@@ -111,7 +111,8 @@ class AgentConnection:
         self.errors_fd, inner_err = os.pipe()
         os.set_blocking(self.errors_fd, False)
         bundled = spec.transport != "local" or python != sys.executable  # another Python may lack our package
-        command = _command(spec, python, ssh_config_file)
+        self._command = command = _command(spec, python, ssh_config_file)
+        self._cleanup: subprocess.Popen[bytes] | None = None
         try:
             # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
             self._process = subprocess.Popen(
@@ -172,9 +173,8 @@ class AgentConnection:
         rest = [self._partial_line.decode(errors="replace")] if self._partial_line.strip() else []
         output = [*noise[-_KEPT_LINES:], *self._lines, *rest]
         self.close()
-        if self.spec.transport == "local" and self.hello and (mark := self.hello.get("mark")):
-            # agent and zygote clean up for each other; if both were killed at once, we do it
-            terminate_all(lambda: find_leftovers([], mark=mark), grace_s=0)
+        if self.hello is not None:
+            self._clean_up(str(self.hello["mark"]), int(self.hello["pid"]))
 
         what, advice = self._explain(status, "\n".join(output), reason, silence_s)
         _log.debug("%s: agent lost: %s (%s, status %s)", self.spec.name, what, reason, status)
@@ -193,6 +193,17 @@ class AgentConnection:
             self._process.kill()
             self._process.wait()
 
+    def await_cleanup(self, limit_s: float) -> None:
+        """After `failure`, wait until nothing of the job is left on the host, or the host does not answer in time."""
+        if self._cleanup is None:
+            return
+
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._cleanup.wait(max(0.0, limit_s))
+
+        self._cleanup.kill()
+        self._cleanup.wait()
+
     def close_now(self) -> None:
         """Close the channel without waiting for the agent's end."""
         if not self.channel.closed:
@@ -206,6 +217,21 @@ class AgentConnection:
         """
         self.close_now()
         self._process.returncode = 0
+
+    def _clean_up(self, mark: str, agent: int) -> None:
+        """End what a lost agent has left. Agent, zygote and reaper do that for each other, unless all were killed."""
+        if self.spec.transport == "local":
+            end_job(mark, agent)
+            return
+
+        with contextlib.suppress(OSError):  # also if the program ends at once, and its standard input is closed
+            null = subprocess.DEVNULL
+            self._cleanup = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+            )
+            assert self._cleanup.stdin is not None
+            with self._cleanup.stdin as stdin:
+                stdin.write(bootstrap.cleanup_program(mark, agent))
 
     def _explain(self, status: int | None, output: str, reason: str, silence_s: float) -> tuple[str, str]:
         """Return what happened, and advice."""

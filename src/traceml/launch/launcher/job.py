@@ -42,6 +42,7 @@ _STACKS_S = 2.0
 _WAIT_LOG_S = 5.0  # interval of the debug log's lines on what is waited for
 _STOP_GRACE_S = 0.5  # between SIGTERM and SIGKILL
 _STOP_S = 6.0
+_CLEANUP_S = 4.0  # for new connections to hosts whose agents were lost
 _LOOPBACK = "127.0.0.1"
 # After a failure: the time for threads and exit handlers of the workers that have raised or returned.
 _EXIT_S = 10.0
@@ -293,9 +294,12 @@ class LaunchJob:
             else:
                 host.connection.close_now()
 
+        cleaned_s = time.monotonic() + _CLEANUP_S
         for host in self._hosts:
             if host.connection.channel.closed:
                 host.connection.close()
+
+            host.connection.await_cleanup(cleaned_s - time.monotonic())
 
         self._state.close()
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import io
 import struct
 import zipfile
 from pathlib import Path
 
+from traceml.launch.wire import process_cleanup
 from traceml.launch.wire.channel import GREETING
+from traceml.launch.wire.process_cleanup import AGENT_NAME
 
-__all__ = ["agent_command", "import_code", "local_program", "remote_program"]
+__all__ = ["agent_command", "cleanup_program", "import_code", "local_program", "remote_program"]
 
 _PACKAGE = str(Path(__file__).parents[2])  # a folder, or one inside a zip file
 _LENGTH = struct.Struct(">Q")
@@ -79,7 +82,7 @@ from traceml.launch.agent.agent import main
 
 def agent_command(python: str) -> list[str]:
     """Return the command of an agent; its standard input starts with a program of this module."""
-    return [python, "-c", _READ_LINE, "traceml-agent"]
+    return [python, "-c", _READ_LINE, AGENT_NAME]
 
 
 def local_program() -> bytes:
@@ -93,6 +96,11 @@ def remote_program() -> bytes:
     # the path of the reaper, which outlives all others: programs that workers start find it too
     code += _FROM_ZIP.replace("{path}", '"/proc/%d/fd/%d" % (os.getpid(), fd)')
     return _line(code + _LOAD + _FORK_AND_RUN + "main()\n") + _bundle()
+
+
+def cleanup_program(mark: str, agent: int) -> bytes:
+    """Return a program that ends what a lost agent has left on its host; see `process_cleanup.end_job`."""
+    return _line(f"{inspect.getsource(process_cleanup)}\nend_job({mark!r}, {agent})\n")
 
 
 def _line(code: str) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -9,15 +10,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 __all__ = [
+    "AGENT_NAME",
     "MARK",
     "ProcessInfo",
     "ProcessTermination",
     "become_subreaper",
     "die_with_parent",
+    "end_job",
     "find_leftovers",
     "process_info",
     "terminate_all",
 ]
+
+AGENT_NAME = "traceml-agent"
+"""Last argument of the command line of an agent and its reaper."""
 
 # Environment variable of all processes of a job, also of those that left its session.
 MARK = "TRACEML_LAUNCH_MARK"
@@ -144,6 +150,29 @@ def terminate_all(find: Callable[[], set[int]], *, grace_s: float) -> set[int]:
         _reap()
 
     return ending.left
+
+
+def end_job(mark: str, agent: int) -> None:
+    """End an agent that was lost, its reaper, and all processes that have the mark of its job.
+
+    Args:
+        mark: the value of `TRACEML_LAUNCH_MARK`.
+        agent: the agent's process id; a process without the agent's name is left alone.
+    """
+    known = process_info(agent)
+    agents = {agent} if known is None else {agent, known.parent}
+    terminate_all(lambda: {*filter(_is_agent, agents), *find_leftovers([], mark=mark)}, grace_s=0)
+
+
+def _is_agent(pid: int) -> bool:
+    known = process_info(pid)
+    if known is None or known.state in "ZX":
+        return False
+
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read().split(b"\0")[-2:-1] == [AGENT_NAME.encode()]
+
+    return False
 
 
 def _signal(pids: Iterable[int], how: signal.Signals) -> None:
