@@ -38,7 +38,7 @@ TICK_S = 0.1
 _WATCH_S = 0.25
 _VERDICT_S = 1.0
 # Of each `_WATCH_S`, for summing, merging and thinning what a run has stored.
-_MAINTAIN_S = 0.025
+_MAINTAIN_S = 0.05
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
 

@@ -47,7 +47,7 @@ class _Tail:
 
 
 class Compaction:
-    """Merges and sums the frames that it is told of, one (stream, table) at a time.
+    """Merges and sums the frames that it is told of, in rounds: about once a minute, those of all ranks together.
 
     Args:
         editor: changes the store.
@@ -59,14 +59,12 @@ class Compaction:
         self._on_resized = on_resized
         self._tails: dict[_Key, _Tail] = {}
         self._due: deque[tuple[_Key, int]] = deque()
-        self._waiting: set[tuple[_Key, int]] = set()
+        self._next: dict[tuple[_Key, int], None] = {}
+        self._settling: list[Callable[[], None]] = []
+        self.is_ripe = False
+        """Whether there is enough to do for a round."""
         self._by_age: deque[tuple[float, _Key]] = deque()
         self._damaged: set[_Key] = set()
-
-    @property
-    def backlog(self) -> int:
-        """Number of merges that are due."""
-        return len(self._due)
 
     def note(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
         """Take a new frame, after its commit and in the order of ids."""
@@ -87,8 +85,7 @@ class Compaction:
 
         tail.unsummed += 1
         tail.unsummed_rows += rows
-        if tail.unsummed >= FANOUT or tail.unsummed_rows >= FULL_ROWS:
-            self._queue(key, 0)
+        self._plan(key, tail)
 
     def resume(self, stream: int, table: str, frame: int, rows: int, *, level: int, now_s: float) -> None:
         """Take a frame that a store had when it was opened.
@@ -117,23 +114,40 @@ class Compaction:
         for tail in self._tails.values():
             tail.ids[-1], tail.rows[-1] = array("q"), 0
 
-    def next_due(self, now_s: float) -> tuple[_Key, int] | None:
-        """Return the next (stream, table) and level with work, None if there is nothing to do."""
+    def begin_round(self, now_s: float) -> bool:
+        """Begin a round if there is enough to do; return whether it has begun."""
         while self._by_age and now_s - self._by_age[0][0] > _STALE_S:
             since_s, key = self._by_age.popleft()
             tail = self._tails.get(key)
             if tail is not None and tail.unsummed and tail.since_s == since_s:
-                self._queue(key, 0)
+                self._next[key, 0] = None
+                self.is_ripe = True
 
-        if not self._due:
-            return None
+        if not self.is_ripe:
+            return False
 
-        found = self._due.popleft()
-        self._waiting.discard(found)
-        return found
+        # A thinned frame may be in two levels: of each (stream, table) only one takes part.
+        chosen = {key: (key, level) for key, level in reversed(self._next)}
+        self._due.extend(chosen.values())
+        for each in self._due:
+            del self._next[each]
+
+        self.is_ripe = bool(self._next)
+        return True
+
+    def next_due(self) -> tuple[_Key, int] | None:
+        """Return the next (stream, table) and level of the round, None at its end."""
+        return self._due.popleft() if self._due else None
+
+    def settle(self) -> None:
+        """Take over what was merged, after it was written."""
+        for work in self._settling:
+            work()
+
+        self._settling.clear()
 
     def run(self, key: _Key, level: int, up_to: int, cursors: Sequence[int] = ()) -> None:
-        """Sum and merge frames of one (stream, table) at a level.
+        """Sum and merge frames of one (stream, table) at a level; `settle` follows when the changes are written.
 
         Args:
             key: stream and table.
@@ -162,27 +176,23 @@ class Compaction:
             del self._tails[key]
             raise
 
-        tail.unsummed -= len(summing)
-        tail.unsummed_rows = tail.unsummed_rows - sum(frame.n for frame in new) if tail.unsummed else 0
-        chosen = [frame for frame in frames if merging and frame.id <= merging[-1]]
-        self._merge(key, tail, level, len(merging), _runs(chosen, cursors))
-        if level == 0 and tail.unsummed >= FANOUT:
-            self._queue(key, 0)
-
-    def _merge(self, key: _Key, tail: _Tail, level: int, taken: int, runs: list[list[EditedFrame]]) -> None:
-        """Merge the first frames of a level, and move what is still small to the next one."""
-        table = TABLES[key[1]]
+        runs = _runs([frame for frame in frames if merging and frame.id <= merging[-1]], cursors)
         is_rest = len(runs) > 0 and len(runs[-1]) == 1 and runs[-1][0].n < FULL_ROWS // 2
-        rest = runs.pop() if is_rest and runs[-1][0].id == tail.ids[level][taken - 1] else []
-        merged = [self._merged(table, run) for run in runs if isinstance(table, Table)]
-        del tail.ids[level][: taken - len(rest)]
-        tail.rows[level] = tail.rows[level] - sum(frame.n for run in runs for frame in run) if tail.ids[level] else 0
-        for frame in merged:
-            if frame.n < FULL_ROWS // 2:
+        rest = runs.pop() if is_rest and runs[-1][0].id == merging[-1] else []
+        done = sum(frame.n for run in runs for frame in run)
+        small = [frame for frame in (self._merged(table, run) for run in runs) if frame.n < FULL_ROWS // 2]
+        new_rows = sum(frame.n for frame in new)
+
+        def settle() -> None:
+            del ids[: len(merging) - len(rest)]
+            tail.rows[level] = tail.rows[level] - done if ids else 0
+            tail.unsummed -= len(summing)
+            tail.unsummed_rows = tail.unsummed_rows - new_rows if tail.unsummed else 0
+            self._plan(key, tail)
+            for frame in small:
                 self._append(key, tail, min(level + 1, _LEVELS - 1), frame.id, frame.n)
 
-        if merged and self._is_due(tail, level):
-            self._queue(key, level)
+        self._settling.append(settle)
 
     def _merged(self, table: Table, frames: Sequence[EditedFrame]) -> EditedFrame:
         if len(frames) == 1:
@@ -195,16 +205,16 @@ class Compaction:
     def _append(self, key: _Key, tail: _Tail, level: int, frame: int, rows: int) -> None:
         tail.ids[level].append(frame)
         tail.rows[level] += rows
-        if self._is_due(tail, level):
-            self._queue(key, level)
+        if len(tail.ids[level]) >= FANOUT or tail.rows[level] >= FULL_ROWS:
+            self._next[key, level] = None
+            self.is_ripe = True
 
-    def _is_due(self, tail: _Tail, level: int) -> bool:
-        return len(tail.ids[level]) >= FANOUT or tail.rows[level] >= FULL_ROWS
-
-    def _queue(self, key: _Key, level: int) -> None:
-        if (key, level) not in self._waiting:
-            self._waiting.add((key, level))
-            self._due.append((key, level))
+    def _plan(self, key: _Key, tail: _Tail) -> None:
+        """Add new frames to the next round if there are many; a full one begins it, and half-full ones take part."""
+        is_full = tail.unsummed >= FANOUT or tail.unsummed_rows >= FULL_ROWS
+        if is_full or tail.unsummed >= FANOUT // 2:
+            self._next[key, 0] = None
+            self.is_ripe |= is_full
 
 
 def _runs(frames: Sequence[EditedFrame], cursors: Sequence[int]) -> list[list[EditedFrame]]:

@@ -1,11 +1,18 @@
-"""Changes to stored frames: merged into larger ones, thinned, summed. Each is part of the caller's transaction."""
+"""Changes to stored frames: merged into larger ones, thinned, summed.
+
+Changes are computed at any time, and written together. A minute's frames of all ranks lie beside each other in the
+file, so that each page of it is written once, not once per rank.
+"""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
 
+import msgpack
 import numpy as np
 
 from traceml.database.codec import decode, encode
@@ -21,6 +28,15 @@ SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
 FRAME_OVERHEAD_BYTES = 40
 """Bytes of a frame in the store beside its rows: header and index, measured."""
 
+# A transaction of so many takes some 50 ms.
+_MOST_FRAMES = 20_000
+_MOST_BYTES = 16 << 20
+
+_UPDATE = "UPDATE frames SET seq = ?, n = ?, first_step = ?, last_step = ?, codec = ?, data = ? WHERE id = ?"
+_UPSERT_SUMS = (
+    "INSERT INTO summaries (tbl, stream, next_seq, after_id, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (tbl, stream) "
+    "DO UPDATE SET next_seq = excluded.next_seq, after_id = excluded.after_id, data = excluded.data"
+)
 _QUERY = (
     "SELECT frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0) FROM frames "
     "LEFT JOIN thinnings ON thinnings.id = frames.id WHERE frames.id IN ({}) ORDER BY frames.id"
@@ -48,7 +64,7 @@ class EditedFrame:
 
 
 class FrameEditor:
-    """Reads and rewrites frames of packed tables.
+    """Reads frames of packed tables, and collects changes to them. A frame is changed once before they are written.
 
     Args:
         database: the writer's connection.
@@ -58,6 +74,43 @@ class FrameEditor:
     def __init__(self, database: sqlite3.Connection, tables: dict[str, int]) -> None:
         self._database = database
         self._tables = tables
+        self._gone: list[int] = []
+        self._rows: list[tuple[Any, ...]] = []
+        self._thinned: list[tuple[int, int]] = []
+        self._sums: list[tuple[Any, ...]] = []
+        self._meta: list[tuple[str, bytes]] = []
+        self._bytes = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no changes wait."""
+        return not (self._rows or self._sums or self._meta)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether so many changes wait that they have to be written now."""
+        return len(self._gone) >= _MOST_FRAMES or self._bytes >= _MOST_BYTES
+
+    def write(self) -> None:
+        """Write all changes, in the caller's transaction."""
+        database = self._database
+        database.executemany("DELETE FROM frames WHERE id = ?", [(number,) for number in sorted(self._gone)])
+        database.executemany("DELETE FROM thinnings WHERE id = ?", [(number,) for number in sorted(self._gone)])
+        database.executemany(_UPDATE, sorted(self._rows, key=itemgetter(-1)))
+        database.executemany("INSERT OR REPLACE INTO thinnings (id, thinned) VALUES (?, ?)", self._thinned)
+        database.executemany(_UPSERT_SUMS, self._sums)
+        database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta)
+
+    def clear(self) -> None:
+        """Forget the changes, after they were written."""
+        for waiting in (self._gone, self._rows, self._thinned, self._sums, self._meta):
+            waiting.clear()
+
+        self._bytes = 0
+
+    def put_meta(self, key: str, value: Any) -> None:
+        """Set a fact of the run."""
+        self._meta.append((key, msgpack.packb(value)))
 
     def load(self, table: Table, numbers: Sequence[int]) -> list[EditedFrame]:
         """Return frames by id, in order; those that are gone are missing.
@@ -83,9 +136,7 @@ class FrameEditor:
             thinned=sum(frame.thinned for frame in frames),
             size=0,
         )
-        gone = [(frame.id,) for frame in frames[:-1]]
-        self._database.executemany("DELETE FROM frames WHERE id = ?", gone)
-        self._database.executemany("DELETE FROM thinnings WHERE id = ?", gone)
+        self._gone += [frame.id for frame in frames[:-1]]
         return self._replace(table, merged)
 
     def thin(self, table: Table, frame: EditedFrame, level: int) -> EditedFrame:
@@ -122,21 +173,16 @@ class FrameEditor:
         if found:
             sums = TableSums.decoded(table.name, found[1]).join(sums)
 
-        self._database.execute(
-            "INSERT INTO summaries (tbl, stream, next_seq, after_id, data) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT (tbl, stream) DO UPDATE "
-            "SET next_seq = excluded.next_seq, after_id = excluded.after_id, data = excluded.data",
-            (number, stream, max(frames[-1].end, next_seq), frames[-1].id, sums.encoded()),
-        )
+        encoded = sums.encoded()
+        self._bytes += len(encoded)
+        self._sums.append((number, stream, max(frames[-1].end, next_seq), frames[-1].id, encoded))
 
     def _replace(self, table: Table, frame: EditedFrame) -> EditedFrame:
         codec, data = encode(table, frame.data)
-        self._database.execute(
-            "UPDATE frames SET seq = ?, n = ?, first_step = ?, last_step = ?, codec = ?, data = ? WHERE id = ?",
-            (frame.seq, frame.n, frame.first_step, frame.last_step, int(codec), data, frame.id),
-        )
+        self._rows.append((frame.seq, frame.n, frame.first_step, frame.last_step, int(codec), data, frame.id))
+        self._bytes += len(data)
         if frame.thinned:
-            self._database.execute("INSERT OR REPLACE INTO thinnings VALUES (?, ?)", (frame.id, frame.thinned))
+            self._thinned.append((frame.id, frame.thinned))
 
         frame.size = len(data) + FRAME_OVERHEAD_BYTES
         return frame

@@ -99,10 +99,15 @@ class Retention:
         if limit_bytes is not None and self.stored_bytes > limit_bytes:
             self._pass = self._plan(limit_bytes, last_id, up_to)
 
+        if self._pass is not None:
+            # Saved before the first frame is thinned: readers take only what stays at this level.
+            self.level = self._pass.level
+            self._save()
+
         return self.is_thinning
 
     def run(self) -> list[ThinnedFrame]:
-        """Thin the next frames of the pass, in the caller's transaction; return those that are small now.
+        """Thin the next frames of the pass; return those that are small now, for when the changes are written.
 
         Raises:
             ValueError: one of them is damaged; they stay as they are.
@@ -152,10 +157,12 @@ class Retention:
         return thinned
 
     def _finish(self, walk: _ThinningPass) -> None:
-        self.level, self.up_to = walk.level, max(walk.last, self.up_to)
-        state = msgpack.packb({"level": self.level, "frame": self.up_to})
-        self._database.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (STATE_KEY, state))
+        self.up_to = max(walk.last, self.up_to)
+        self._save()
         self._pass = None
+
+    def _save(self) -> None:
+        self._editor.put_meta(STATE_KEY, {"level": self.level, "frame": self.up_to})
 
     def _measure(self) -> tuple[int, int]:
         """Return the bytes of frames up to `up_to`, and of those after it."""

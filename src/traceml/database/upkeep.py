@@ -1,4 +1,4 @@
-"""Upkeep of a store beside its writing: summing, merging and thinning, one short transaction at a time."""
+"""Upkeep of a store beside its writing: summing, merging and thinning, a few milliseconds at a time."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import logging
 import sqlite3
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from traceml.database.compaction import FANOUT, Compaction
 from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, FrameEditor
-from traceml.database.retention import Retention
+from traceml.database.retention import Retention, ThinnedFrame
 from traceml.database.schema import METRICS
 from traceml.errors import StoreError
 from traceml.fail_open import fail_open
@@ -114,60 +115,62 @@ class Upkeep:
         self._clock.note(now_s, self._last_id)
         until_s = time.perf_counter() + budget_s
         while time.perf_counter() < until_s:
-            work = self._compact(now_s, cursors) or self._thin(now_s, cursors, limit_bytes)
-            if work is None:
-                return False
-
             with fail_open(
                 _log, "database", f"damage in the run's store {self._path}", once=True, reraise=sqlite3.Error
             ):
-                self._transact(work, now_s)
+                if not self._step(now_s, cursors, limit_bytes):
+                    return False
 
             if self._broken_s is not None:
                 return False
 
         return True
 
-    def _compact(self, now_s: float, cursors: Sequence[int]) -> Callable[[], None] | None:
-        due = self.compaction.next_due(now_s)
-        if due is None:
-            return None
+    def _step(self, now_s: float, cursors: Sequence[int], limit_bytes: int | None) -> bool:
+        """Do a few milliseconds of work; return whether there was any. Changes of a round are written together."""
+        if self._editor.is_large:
+            self._write(now_s)
+        elif (due := self.compaction.next_due()) is not None:
+            self._compact(*due, now_s, cursors)
+        elif not self._editor.is_empty and (not self.retention.is_thinning or self.compaction.is_ripe):
+            self._write(now_s)
+        elif not self.compaction.begin_round(now_s):
+            return self._thin(now_s, cursors, limit_bytes)
 
-        key, level = due
+        return True
+
+    def _compact(self, key: tuple[int, str], level: int, now_s: float, cursors: Sequence[int]) -> None:
         up_to = min(cursors, default=_ALL)
         if key[1] != METRICS.name:
             up_to = max(up_to, self._clock.before(now_s - _MERGE_ANYWAY_S))
         elif cursors:
             up_to = 0  # trackers know logged values by frame and row
 
-        return lambda: self.compaction.run(key, level, up_to, cursors)
+        with self._reporting_damage():
+            self.compaction.run(key, level, up_to, cursors)
 
-    def _thin(self, now_s: float, cursors: Sequence[int], limit_bytes: int | None) -> Callable[[], None] | None:
+    def _thin(self, now_s: float, cursors: Sequence[int], limit_bytes: int | None) -> bool:
         up_to = self._clock.before(now_s - _RECENT_S)
         if cursors:
             up_to = max(min(*cursors, up_to), self._clock.before(now_s - _THIN_ANYWAY_S))
 
         if not self.retention.is_thinning:
             if not self.retention.begin(limit_bytes, self._last_id, up_to):
-                return None
+                return False
 
             self.compaction.forget_thinned()
 
-        return self._thin_some
+        with self._reporting_damage():
+            self._thinned += self.retention.run()
 
-    def _thin_some(self) -> None:
-        for frame in self.retention.run():
-            self.compaction.take_thinned(*frame)
+        return True
 
-    def _transact(self, work: Callable[[], None], now_s: float) -> None:
-        """Do work in a transaction. After a failure, unless a frame is damaged, all starts over from the store."""
+    def _write(self, now_s: float) -> None:
+        """Write the changes in a transaction. After a failure all starts over from the store."""
         try:
             self._database.execute("BEGIN IMMEDIATE")
-            work()
+            self._editor.write()
             self._database.execute("COMMIT")
-        except ValueError as error:
-            self._database.execute("ROLLBACK")
-            raise StoreError(f"{error}; the frames beside it stay as they are.") from error
         except BaseException:
             self._broken_s = now_s
             if self._database.in_transaction:
@@ -175,11 +178,26 @@ class Upkeep:
 
             raise
 
+        self._editor.clear()
+        self.compaction.settle()
+        for frame in self._thinned:
+            self.compaction.take_thinned(*frame)
+
+        self._thinned.clear()
+
+    @contextmanager
+    def _reporting_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            raise StoreError(f"{error}; the frames beside it stay as they are.") from error
+
     def _resume(self) -> None:
         """Take the small frames that the store has."""
-        editor = FrameEditor(self._database, self._tables)
-        self.retention = Retention(self._database, editor, self._tables)
-        self.compaction = Compaction(editor, self.retention.resized)
+        self._editor = FrameEditor(self._database, self._tables)
+        self._thinned: list[ThinnedFrame] = []
+        self.retention = Retention(self._database, self._editor, self._tables)
+        self.compaction = Compaction(self._editor, self.retention.resized)
         self._broken_s = None
         names = {number: name for name, number in self._tables.items()}
         query = "SELECT tbl, stream, after_id FROM summaries"
