@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ from tests.runs.fabricated_store import (
     run_facts,
     store_run,
 )
-from traceml.database.schema import DEVICE_STEPS, HOST, PROCESS
+from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
@@ -383,3 +384,23 @@ def test_steps_are_counted_from_the_rows_of_the_rank_that_got_furthest(tmp_path)
     assert report["steps"]["count"] == 300
     assert [rank["steps"] for rank in report["ranks"]] == [300, 120]
     assert np.allclose([len(phase["by_rank"]) for phase in report["phases"]], 2)
+
+
+def test_a_finding_names_the_line(tmp_path):
+    """From the store's rows and names: file, line and function are in the report."""
+    writer = open_store(tmp_path / "run", world_size=1)
+    stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=100, grouped=False), adds("other", 30))[0])
+    for number, text in ((7, "/home/me/train.py:23 update_metric"), (8, "/home/me/train.py:9 forward")):
+        writer.append(stream, "names", writer.next_seq(stream, "names"), 1, msgpack.packb({"id": number, "name": text}))
+
+    rows = np.zeros(2, LINES.dtype)
+    rows["phase"], rows["line_id"], rows["library_id"], rows["samples"] = [-1, 2], [7, 8], -1, [70, 30]
+    writer.append(stream, "lines", 0, 2, rows.tobytes())
+    writer.close()
+
+    report = report_on(tmp_path / "run")
+
+    assert report["verdict"]["evidence"]["function"] == "update_metric"
+    assert [(line["phase"], line["line"], line["samples"]) for line in report["lines"]] == [
+        ("other", 23, 70), ("forward", 9, 30),
+    ]  # fmt: skip

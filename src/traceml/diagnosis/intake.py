@@ -29,8 +29,7 @@ class RowIntake:
     def __init__(self, slots: int, ranks: int = 0) -> None:
         self.facts = JobFactsBuilder(max(ranks, 1))
         self.window = StepWindow(slots, ranks)
-        self.names: dict[int, dict[int, str]] = {}
-        """Names of user phases by id, for each rank."""
+        self.names = self.facts.names
         self._added: dict[str, list[tuple[int, bytes]]] = {STEPS.name: [], DEVICE_STEPS.name: []}
         self._takers: dict[str, Callable[[int, Rows], None]] = {
             USER_PHASES.name: self._take_user_phases,
@@ -77,7 +76,7 @@ class RowIntake:
 
     def snapshot(self, last: int) -> tuple[Window, JobFacts]:
         """Return the input of the rules: the newest aligned steps, at most `last`, and the facts."""
-        return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist(), self.names)
+        return self.window.aligned(last=last), self.facts.build(self.window.latest.tolist())
 
     def _scatter(self, table: Table, scatter: Callable[[NDArray[np.int64], Rows], None]) -> None:
         if added := self._added[table.name]:

@@ -144,9 +144,6 @@ class JobFacts:
         return max(1, min(shares)) if shares else None
 
 
-_NO_NAMES: Mapping[int, Mapping[int, str]] = {}
-
-
 class JobFactsBuilder:
     """Collects facts from rows as they arrive.
 
@@ -159,6 +156,8 @@ class JobFactsBuilder:
         self.accelerator: str | None = None
         self.hosts: dict[int, str] = {}
         self.exits: dict[int, RankExit] = {}
+        self.names: dict[int, dict[int, str]] = {}
+        """Texts of each rank by id: names of user phases, sampled lines."""
         self.state = "running"
         self.limits, self.lines = UseHistory(), LineCounts()
         self.skipped = SkippedSteps()
@@ -208,12 +207,11 @@ class JobFactsBuilder:
         before = self.exits.get(ended.rank)
         self.exits[ended.rank] = _merge(before, ended) if before else ended
 
-    def build(self, latest: Sequence[int] = (), names: Mapping[int, Mapping[int, str]] = _NO_NAMES) -> JobFacts:
+    def build(self, latest: Sequence[int] = ()) -> JobFacts:
         """Return the facts as they are now.
 
         Args:
             latest: last step of each rank (-1: none), for ranks that could not report theirs.
-            names: texts of each rank by id, for the sampled lines.
         """
         cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
         known = self._facts
@@ -227,7 +225,7 @@ class JobFactsBuilder:
             main_wait=self._main_wait(),
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
-            lines=self.lines.lines(names),
+            lines=self.lines.lines(self.names),
             skipped=self.skipped,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
