@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 BENCHMARKS: dict[str, list[str]] = {
     "step_overhead": [],
     "compile_overhead": [],
+    "device_times": [],
     "startup": ["--peer"],
     "ingest": [],
     "worlds": [],
