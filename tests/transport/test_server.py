@@ -8,7 +8,7 @@ import pytest
 
 from tests.transport.conftest import TOKEN, eventually
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
-from traceml.transport import auth, handshakes
+from traceml.transport import auth
 from traceml.transport.client import connect
 from traceml.transport.framing import MAX_HELLO_BYTES, Decoder, encode
 from traceml.transport.hello import Hello
@@ -183,7 +183,7 @@ def test_a_refusal_that_comes_again_is_warned_about_once(serving, caplog):
 
 def test_unproved_peers_hold_few_bytes_together(serving, monkeypatch):
     """Each may send a hello in parts, but many that leave it at that are cut; a rank is welcome meanwhile."""
-    monkeypatch.setattr(handshakes, "MAX_UNPROVED_BYTES", 500_000)
+    monkeypatch.setattr(serving.server.handshakes, "_limit_bytes", 500_000)
     parked = []
     for _ in range(100):
         parked.append(serving.raw())

@@ -158,6 +158,21 @@ def test_garbage_is_refused(encrypted: Serving) -> None:
     other.close()
 
 
+def test_unproved_peers_hold_little_state_together(encrypted: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS takes memory for each peer that begins a handshake: those that leave it at that are cut."""
+    monkeypatch.setattr(encrypted.server.handshakes, "_limit_bytes", 500_000)
+    begun = []
+    for _ in range(50):
+        begun.append(encrypted.raw())
+        begun[-1].sendall(TlsLayer(client_context(), server_side=False).start())
+
+    eventually(lambda: encrypted.server.handshakes.cut >= 40)
+    assert 0 < encrypted.server.handshakes.held_bytes <= 500_000
+    dial(encrypted.port).close()
+    for sock in begun:
+        sock.close()
+
+
 def test_changed_bytes_are_an_error(identity: ServerIdentity) -> None:
     """An encrypted byte that was changed on the way is not taken for another."""
     client, server = TlsLayer(client_context(), server_side=False), TlsLayer(identity.context, server_side=True)

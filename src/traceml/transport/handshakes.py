@@ -7,12 +7,18 @@ import logging
 import time
 from typing import Protocol
 
-__all__ = ["MAX_HANDSHAKES", "MAX_UNPROVED_BYTES", "OpenHandshakes", "RefusalLog", "Unproved"]
+__all__ = ["MAX_HANDSHAKES", "MAX_UNPROVED_BYTES", "TLS_STATE_BYTES", "OpenHandshakes", "RefusalLog", "Unproved"]
 
-# Above this many the oldest is cut. Ten thousand ranks that reconnect at once fit; a connection takes some 10 kB.
+# Above this many the oldest is cut. Ten thousand ranks that reconnect at once fit.
 MAX_HANDSHAKES = 16_384
 # Of hellos that have arrived in part, all connections together. A hello is 2 to 6 kB and usually arrives at once.
 MAX_UNPROVED_BYTES = 16 * 1024 * 1024
+# The same with TLS, whose state counts too (measured): 2,700 handshakes at a time.
+MAX_UNPROVED_TLS_BYTES = 128 * 1024 * 1024
+TLS_STATE_BYTES = 48 * 1024
+
+_CONNECTION_BYTES = 10_000
+_KEPT_BYTES = 4 * 1024 * 1024  # less need not be given back
 
 _LOGGED_REFUSALS, _LOG_PERIOD_S = 20, 60.0
 
@@ -33,16 +39,20 @@ class OpenHandshakes:
 
     What exceeds a bound is cut, the oldest first: a peer that is only slow may try again, and one that holds bytes on
     purpose has been doing so the longest.
+
+    Args:
+        tls: whether connections are encrypted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, tls: bool = False) -> None:
+        self._limit_bytes = MAX_UNPROVED_TLS_BYTES if tls else MAX_UNPROVED_BYTES
         self._open: dict[Unproved, None] = {}
         self._held: dict[Unproved, int] = {}
         self.held_bytes = 0
         """Bytes of incomplete hellos."""
         self.cut = 0
         """Number of connections cut because of a bound."""
-        self._released = 0
+        self._peak_bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -52,18 +62,20 @@ class OpenHandshakes:
         self.discard(peer)
         self._open[peer] = None
         peer.deadline_s = time.monotonic() + time_s
+        self._note_peak()
         if len(self._open) > MAX_HANDSHAKES:
             self._cut(next(iter(self._open)))
 
     def hold(self, peer: Unproved, size: int) -> None:
-        """Note how many bytes of a hello have arrived without the rest."""
+        """Note how many bytes a connection takes: those of a hello without the rest, and the state of TLS."""
         self.held_bytes += size - self._held.get(peer, 0)
         if size:
             self._held[peer] = size
         else:
             self._held.pop(peer, None)
 
-        while self.held_bytes > MAX_UNPROVED_BYTES:
+        self._note_peak()
+        while self.held_bytes > self._limit_bytes:
             self._cut(next(iter(self._held)))
 
     def discard(self, peer: Unproved) -> None:
@@ -77,15 +89,18 @@ class OpenHandshakes:
         return [peer for peer in self._open if peer.deadline_s <= now_s]
 
     def release_memory(self) -> None:
-        """Give memory back to the system, once all connections are gone of which some were cut."""
-        if self.cut == self._released or self._open:
+        """Give memory back to the system, once all connections are gone and if they had much."""
+        if self._open or self._peak_bytes < _KEPT_BYTES:
             return
 
         import ctypes
 
-        self._released = self.cut
+        self._peak_bytes = 0
         with contextlib.suppress(OSError, AttributeError):  # a C library without it
             ctypes.CDLL(None).malloc_trim(0)
+
+    def _note_peak(self) -> None:
+        self._peak_bytes = max(self._peak_bytes, self.held_bytes + _CONNECTION_BYTES * len(self._open))
 
     def _cut(self, peer: Unproved) -> None:
         self.discard(peer)

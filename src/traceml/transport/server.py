@@ -19,7 +19,7 @@ from traceml.errors import ProtocolError
 from traceml.transport import auth
 from traceml.transport.client import keep_alive
 from traceml.transport.framing import MAX_FRAME_BYTES, MAX_HELLO_BYTES, WIRE_VERSION, Decoder, encode
-from traceml.transport.handshakes import OpenHandshakes, RefusalLog
+from traceml.transport.handshakes import TLS_STATE_BYTES, OpenHandshakes, RefusalLog
 from traceml.transport.hello import Hello, schemas
 from traceml.transport.tls import ServerIdentity, TlsLayer
 
@@ -133,7 +133,7 @@ class Peer(asyncio.Protocol):
             handler = self._server.handler
             messages = self._decoder.feed(data if self._tls is None else self._decrypt(self._tls, data))
             if self.state == "new":
-                in_tls = self._tls.pending_bytes if self._tls is not None else 0
+                in_tls = self._tls.pending_bytes + TLS_STATE_BYTES if self._tls is not None else 0
                 self._server.handshakes.hold(self, self._decoder.pending_bytes + in_tls)
 
             for message in messages:
@@ -284,7 +284,7 @@ class Server:
         self.token = token
         self.tls = tls
         self.peers: set[Peer] = set()
-        self.handshakes = OpenHandshakes()
+        self.handshakes = OpenHandshakes(tls=tls is not None)
         self.refusals = RefusalLog()
         self._accepted = self._refused = self._handler_errors = 0
         self._limit = raise_descriptor_limit()
