@@ -120,6 +120,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     monkeypatch.setenv("SHELL_HISTORY_OF_ALICE", "x")
+    monkeypatch.setenv("TRACEML_PARENT", "{}")
     argv = ["train.py", "--lr", "0.1", "--api-key", PASSWORD, f"--db.password={PASSWORD} and more", "data.secret=x y"]
     facts = facts_of(EnvironmentCollector({"argv": argv, "path": sys.path, "executable": "/bin/python"}))
 
@@ -128,6 +129,7 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["python"].startswith("3.")
     assert facts["variables"]["OMP_NUM_THREADS"] == "3"
     assert "SHELL_HISTORY_OF_ALICE" not in facts["variables"]
+    assert "TRACEML_PARENT" not in facts["variables"]
     assert PASSWORD not in facts["command"]
     assert "and more" not in facts["command"]
     assert "x y" not in facts["command"]

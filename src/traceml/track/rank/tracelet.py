@@ -79,6 +79,7 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     switches = {_SWITCHES[key]: bool(value) for key, value in config.items() if key in _SWITCHES}
     recorder = current_recorder()
     running = recorder.config if recorder is not None and recorder.enabled else None
+    given = _changed_since(running) | given
     base = (running or settings.load()).over(**given)  # checks names and values
     if running is not None:
         _refuse_late(running, base)
@@ -88,6 +89,21 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         given["frameworks"] = [*kept, *(name for name, is_on in switches.items() if is_on and name not in kept)]
 
     return given, arguments
+
+
+def _changed_since(running: settings.Config | None) -> dict[str, Any]:
+    """Return what the environment and files say differently now: as in Tracelet, each start reads them anew."""
+    if running is None:
+        return {}
+
+    now = settings.load()
+    return {
+        name: getattr(now, name)
+        for name in PER_EXPERIMENT
+        if now.sources[name] != "default"
+        and running.sources[name] != "argument"
+        and getattr(now, name) != getattr(running, name)
+    }
 
 
 def _check_names(config: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.privacy import Masker
+from traceml.settings import INTERNAL_ENV
 from traceml.track.plugins.interfaces import CollectorInterface
 from traceml.track.plugins.metric import Metric
 from traceml.track.plugins.plugin_metadata import PluginMetadata
@@ -57,7 +58,7 @@ class EnvironmentCollector(CollectorInterface):
             "traceml": __version__,
             "folder": config.get("folder") or "",
             "command": shlex.join(argv),
-            "variables": {name: os.environ[name] for name in sorted(os.environ) if _VARIABLES.fullmatch(name)},
+            "variables": {name: os.environ[name] for name in sorted(os.environ) if _is_relevant(name)},
             "packages": "\n".join(sorted(_packages(path), key=str.lower)),
         }
         facts |= _torch(path)
@@ -88,6 +89,11 @@ class SystemCollector(CollectorInterface):
             }
 
         return [facts]
+
+
+def _is_relevant(name: str) -> bool:
+    """Whether a variable may change the training; what our own processes tell each other does not."""
+    return _VARIABLES.fullmatch(name) is not None and name not in INTERNAL_ENV
 
 
 def _packages(path: list[str]) -> Iterator[str]:
