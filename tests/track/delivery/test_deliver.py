@@ -52,6 +52,25 @@ def faulty(run: LoggedRun, backend: str = FAULTY, max_backoff: float = 0.3, **op
     return folder
 
 
+def test_experiments_have_the_times_of_the_training(run: LoggedRun) -> None:
+    """The run's own starts with the run, though it is announced later; each ends with its last rank."""
+    run.metrics({"warm-up": [0.0] * 2000})  # 2 s
+    run.experiment(["jsonl"], id="own")
+    run.experiment(["jsonl"], 7, id="other", name="other")
+    run.metrics({"loss": [0.0] * 500}, 7)
+    run.row("end", 7, values=2500)
+    run.end()
+
+    assert deliver(run.path, "jsonl").returncode == 0
+    times = {
+        path.stem: [
+            line["timestamp"] for line in lines_of(run.path, f"jsonl/{path.name}") if line["type"] in {"start", "end"}
+        ]
+        for path in run.path.glob("jsonl/*.jsonl")
+    }
+    assert times == {"own": [1.7e9, 1.7e9 + 10], "other": [1.7e9 + 2, 1.7e9 + 2.5]}
+
+
 def test_all_that_was_logged_arrives_under_its_ranks_names(run: LoggedRun) -> None:
     numbers = [0.5, math.nan, math.inf, -math.inf, 5e-324]
     for rank in range(2):

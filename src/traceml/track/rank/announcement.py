@@ -82,10 +82,21 @@ class ChosenTrackers:
     Attributes:
         backends: their names.
         options: options by name.
+        where: where values go, in words, if nobody named a tracker; else empty.
     """
 
     backends: tuple[str, ...]
     options: dict[str, dict[str, Any]]
+    where: str = ""
+
+    def say(self) -> None:
+        """Log once where values go, if nobody named a tracker."""
+        if self.where and "backend" not in _warned:
+            _warned.add("backend")
+            _log.warning(
+                'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND; '
+                "backend=[] is none.", self.where,
+            )  # fmt: skip
 
 
 def choose_trackers(
@@ -93,8 +104,8 @@ def choose_trackers(
 ) -> ChosenTrackers:
     """Return the trackers of an experiment and their options.
 
-    Without a name these are the trackers of the settings, else MLflow where its library is installed. That choice is
-    logged once, with the address, which delivery then uses whatever its own environment says.
+    Without a name these are the trackers of the settings, else MLflow where its library is installed. Its address is
+    then an option, so that delivery uses it whatever its own environment says.
 
     Args:
         config: the settings in force.
@@ -106,16 +117,14 @@ def choose_trackers(
     if named is not None or config.backend:
         return ChosenTrackers(tuple(config.backend if named is None else named), merged)
     if find_spec("mlflow") is None:
-        _say_once("to the run's store alone")
-        return ChosenTrackers((), merged)
+        return ChosenTrackers((), merged, "to the run's store alone")
 
     mlflow = merged.setdefault("mlflow", {})
     uri = str(mlflow.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI") or "local")
     if secrets_only().mask_text(uri) == uri:  # else only the environment may hold it
         mlflow["tracking_uri"] = uri
 
-    _say_once(_place_of(uri))
-    return ChosenTrackers(("mlflow",), merged)
+    return ChosenTrackers(("mlflow",), merged, _place_of(uri))
 
 
 def _place_of(uri: str) -> str:
@@ -125,15 +134,6 @@ def _place_of(uri: str) -> str:
 
     kind = "server" if uri.startswith(("http:", "https:", "databricks")) else "store"
     return f"to the MLflow {kind} {secrets_only().mask_text(uri)}"
-
-
-def _say_once(where: str) -> None:
-    if "backend" not in _warned:
-        _warned.add("backend")
-        _log.warning(
-            'no backend was named: values go %s. Name one by Experiment(backend="…") or TRACEML_BACKEND; backend=[] '
-            "is none.", where,
-        )  # fmt: skip
 
 
 def check_backends(backends: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> None:

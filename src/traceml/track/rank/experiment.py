@@ -126,8 +126,10 @@ class Experiment:
         recorder = recorder_for_logging(again=True, arguments=of_recorder)
         config = self._config_over(recorder.config if recorder is not None else Config(enabled=False))
         if recorder is not None:
-            options = choose_trackers(config, self.backends, self._options).options
-            check_backends(self.backends or tuple(self._options), options)
+            chosen = choose_trackers(config, self.backends, self._options)
+            check_backends(self.backends or tuple(self._options), chosen.options)
+            if recorder.rank_identity.rank == 0:
+                chosen.say()
 
         self.name = self.name or config.run_name or script_name()
         if self.parent is None:
