@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
-__all__ = ["boot_id", "boot_time_s", "clock_pair", "machine_name", "monotonic_ns", "process_start_ticks"]
+__all__ = ["SteadyClock", "boot_id", "boot_time_s", "clock_pair", "machine_name", "monotonic_ns", "process_start_ticks"]
 
 # On Linux perf_counter_ns is CLOCK_MONOTONIC too. The hooks use it, and one name keeps stamps comparable.
 monotonic_ns = time.perf_counter_ns
@@ -27,6 +29,50 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyClock:
+    """Dates of one activity: the wall clock at its start, and the monotonic clock since, which nothing sets.
+
+    Attributes:
+        mono_ns, epoch_ns: both clocks at the start.
+        boot: the boot of the machine, in which alone the monotonic clock goes on.
+    """
+
+    mono_ns: int
+    epoch_ns: int
+    boot: str
+
+    @classmethod
+    def start(cls) -> Self:
+        """Return a clock that starts now."""
+        return cls(*clock_pair(), boot_id())
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> Self | None:
+        """Return the clock of `facts`, None where there is none of this form."""
+        try:
+            mono_ns, epoch_ns, boot = facts
+            return cls(int(mono_ns), int(epoch_ns), str(boot))
+        except (TypeError, ValueError):
+            return None
+
+    @property
+    def facts(self) -> list[Any]:
+        """The clock as it is stored."""
+        return [self.mono_ns, self.epoch_ns, self.boot]
+
+    def epoch_s(self, mono_ns: int) -> float:
+        """Return the epoch seconds of a stamp of the same boot."""
+        return (self.epoch_ns + mono_ns - self.mono_ns) / 1e9
+
+    def now_s(self) -> float:
+        """Return the epoch seconds of this moment; by the wall clock after another boot, and never before the start."""
+        if self.boot == boot_id():
+            return self.epoch_s(monotonic_ns())
+
+        return max(time.time(), self.epoch_ns / 1e9)
 
 
 def boot_time_s() -> float:

@@ -138,6 +138,11 @@ def test_a_restart_by_torchrun_is_a_second_attempt(traceml: Traceml) -> None:
     assert report["run"]["attempt"] == 1
     assert report["run"]["state"] == "finished"
     assert report["steps"]["count"] == 50
+    [restart] = report["run"]["restarts"]
+    assert (restart["ranks"], restart["reason"], restart["step"]) == ([0], "SIGKILL", 20)
+    assert restart["lost_s"] > 0
+    assert "Restarted once: rank 0, SIGKILL at step 20 (lost " in ended.stderr
+    assert "Restarted once: rank 0, SIGKILL at step 20 (lost " in (ended.run_dir / "report.html").read_text()
 
 
 def test_a_script_raises_before_its_first_step(traceml: Traceml, tmp_path: Path) -> None:

@@ -285,7 +285,7 @@ def test_a_refusal_is_said_once(flight: FlightFile, caplog: pytest.LogCaptureFix
 
     assert [record.getMessage() for record in caplog.records].count(
         "the traceml aggregator at h:1 refused the connection: wrong token; "
-        "rows are kept, and the connection is retried every minute"
+        "the last 4,096 steps and all logged values are kept, and the connection is retried every minute"
     ) == 1
 
 

@@ -17,7 +17,7 @@ from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
-from traceml.clock import boot_id, process_start_ticks
+from traceml.clock import SteadyClock, boot_id, process_start_ticks
 from traceml.database.flight_header import FlightState
 from traceml.database.postmortem import FlightSnapshot
 from traceml.database.reader import StoreReader, StreamIdentity, StreamRecord
@@ -66,10 +66,11 @@ class ActiveRun:
         self._touched_s = time.monotonic()
         self._failures_before = Counter(failures())
         self._recovered: list[FlightSnapshot] = []
+        clock = SteadyClock.start()
         self._facts: dict[str, Any] = {
             "id": path.name, "name": path.name, "project": "default", "job": key, "named": named, "command": "",
-            "world_size": 1, "attempt": 0, "attempt_base": 0, "started": time.time(), "ended": None,
-            "state": "running", "hosts": [],
+            "world_size": 1, "attempt": 0, "attempt_base": 0, "started": clock.epoch_ns / 1e9, "clock": clock.facts,
+            "ended": None, "state": "running", "hosts": [],
         }  # fmt: skip
         self._by_incarnation: dict[tuple[Incarnation, int], Stream] = {}
         self._leaving: list[Peer] = []
@@ -174,7 +175,7 @@ class ActiveRun:
         self._update_facts(hello, attempt)  # first: the windows that the stream joins are sized by the world
         stream = self._add_stream(attempt, hello.rank, Incarnation.from_hello(hello), hello.local_rank, hello.flight)
         self.store.update_stream(
-            stream.id, world_size=hello.world_size, started=time.time(), command=hello.command[:1000]
+            stream.id, world_size=hello.world_size, started=self._now_s(), command=hello.command[:1000]
         )
         self.connect(stream, hello, peer)
         return stream
@@ -376,7 +377,7 @@ class ActiveRun:
             return False
 
         before = dict(self._facts)
-        self._facts |= {"state": self._final_state(status), "ended": time.time()}
+        self._facts |= {"state": self._final_state(status), "ended": self._now_s()}
         self._write_facts()
         if handled := Counter(failures()) - self._failures_before:
             self.store.put_meta("failures", dict(handled))
@@ -518,13 +519,18 @@ class ActiveRun:
         self._away.pop(stream, None)
         self._touched_s = time.monotonic()
         if state is not StreamState.FINISHED:
-            stream.exit.setdefault("at_s", time.time())
+            stream.exit.setdefault("at_s", self._now_s())
 
-        self.store.update_stream(stream.id, state=str(state), ended=time.time(), exit=stream.exit)
+        self.store.update_stream(stream.id, state=str(state), ended=self._now_s(), exit=stream.exit)
         self.store.event("rank", {"rank": stream.rank, "attempt": stream.attempt, "state": str(state),
                                   "exit": stream.exit})  # fmt: skip
         if stream.in_window:
             self.live.end(stream)
+
+    def _now_s(self) -> float:
+        """Return the epoch seconds of this moment; a wall clock that is set does not change the run's durations."""
+        clock = SteadyClock.from_facts(self._facts.get("clock"))
+        return time.time() if clock is None else clock.now_s()
 
     def _final_state(self, status: int | None) -> str:
         states = {stream.state for (attempt, _), stream in self._current.items() if attempt == self.attempt}

@@ -12,6 +12,7 @@ import tyro
 from rich.console import Console
 
 from traceml.cli.parsing import parse
+from traceml.database.flight_owner import waiting_steps
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind
@@ -101,6 +102,9 @@ def current_report(run_dir: Path) -> Report:
         report = read_report(run_dir / REPORT_NAME)
         if report.run.state != "running":
             report.trackers = _trackers_now(run_dir)  # deliveries may continue after the end
+            if report.run.state == "lost":  # and so may its ranks
+                report.run.steps_waiting = waiting_steps(run_dir)
+
             return report
     except (OSError, StoreError):
         pass  # not written yet, or damaged: the store has everything

@@ -168,6 +168,7 @@ def _finish(run_dir: Path, *, wait: bool) -> None:
         raise TraceMLError(f"run {run_dir.name} has no aggregator anymore, but its ranks still run: end them first")
 
     write_reports(run_dir)
+    print(f"{run_dir.name}: stored what its ranks left in memory", file=sys.stderr, flush=True)
 
 
 def _processes(run_dir: Path, reader: StoreReader, options: SyncOptions, config: Config) -> Iterator[DeliveryProcess]:

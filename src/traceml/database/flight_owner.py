@@ -14,15 +14,19 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from traceml.clock import boot_time_s, machine_name
-from traceml.database.flight_folders import default_folder, find_flights
+from traceml.database.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
 from traceml.database.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, own_mapping
 from traceml.database.postmortem import FlightSnapshot
+from traceml.database.schema import STEPS
 from traceml.errors import StoreError
 from traceml.own_files import opened_own
 
-__all__ = ["find_unclaimed", "is_alive", "remove_stale"]
+__all__ = ["ROWS_KEPT_S", "USER_ROWS_KEPT_S", "find_unclaimed", "is_alive", "remove_stale", "waiting_steps"]
 
-_USER_ROWS_GRACE_S = 7 * 86400.0
+ROWS_KEPT_S = 3600.0
+"""How long the files of dead ranks stay at least."""
+USER_ROWS_KEPT_S = 7 * 86400.0
+"""The same of files with rows that the user logged."""
 # A rank on another host counts as dead after this long without a sign of life: its recorder wakes every second.
 _SILENCE_S = 86400.0
 _WORD = struct.Struct("@q")
@@ -54,7 +58,7 @@ def find_unclaimed(folders: Iterable[Path]) -> list[Path]:
     ]
 
 
-def remove_stale(*folders: Path, runs_dir: Path | None = None, grace_s: float = 3600.0) -> list[Path]:
+def remove_stale(*folders: Path, runs_dir: Path | None = None, grace_s: float = ROWS_KEPT_S) -> list[Path]:
     """Remove old flight files of dead processes; return the removed ones.
 
     A file is removed when its owner was first found dead more than `grace_s` ago: a restarted aggregator has that long
@@ -76,6 +80,26 @@ def remove_stale(*folders: Path, runs_dir: Path | None = None, grace_s: float = 
     return removed
 
 
+def waiting_steps(run_dir: Path) -> int:
+    """Count the steps of a run that its dead ranks left in flight files of this host."""
+    count = 0
+    for path in find_unclaimed((default_folder(), run_dir.parent / FALLBACK_FOLDER)):
+        try:
+            with opened_own(path) as descriptor:
+                if own_mapping(path) is None and not is_locked(descriptor):
+                    snapshot = _header(path, descriptor, run_dir.parent)
+                    count += snapshot.waiting(STEPS.name) if _is_of(snapshot, run_dir) else 0
+        except (OSError, StoreError) as error:
+            _log.debug("flight file %s is not counted: %s", path, error)
+
+    return count
+
+
+def _is_of(snapshot: FlightSnapshot, run_dir: Path) -> bool:
+    known = snapshot.identity.get("run_dir")
+    return bool(known) and Path(str(known)).resolve() == run_dir.resolve()
+
+
 def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
     now = int(time.time())
     with opened_own(path, os.O_RDWR) as descriptor:
@@ -94,7 +118,7 @@ def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
             os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
 
     age_s = now - (snapshot.dead_since_s or now)
-    if age_s <= (max(grace_s, _USER_ROWS_GRACE_S) if snapshot.holds_user_rows else grace_s):
+    if age_s <= (max(grace_s, USER_ROWS_KEPT_S) if snapshot.holds_user_rows else grace_s):
         return False
 
     snapshot.unlink()

@@ -166,6 +166,11 @@ class FlightSnapshot:
         index, _ = self._tables[name]
         return TableCounters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
 
+    def waiting(self, name: str) -> int:
+        """Count the rows of a packed table that are in memory and not stored."""
+        counters, (_, extent) = self.counters(name), self._tables[name]
+        return min(max(counters.appended - counters.acked, 0), extent.capacity - 1)
+
     def rows(self, name: str, start: int = 0) -> tuple[int, bytes]:
         """Return (number of the first row, rows) of a packed table from `start` on, as far as memory reaches back."""
         _, extent = self._tables[name]

@@ -23,6 +23,7 @@ from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open
 from traceml.privacy import secrets_only
 from traceml.recorder.dialing import dial, stored_elsewhere
+from traceml.recorder.end_warnings import end_warnings
 from traceml.recorder.exits import describe
 from traceml.recorder.identity import Identity, export_to_children, identify, stop_export
 from traceml.recorder.line_sampler import LineSampler
@@ -179,11 +180,8 @@ class Recording:
         stored = self.thread.finish(reason, timeout_s=timeout_s, keep_trying=has_launcher or self._config.local)
         # Without any aggregator so far, only a launcher would look for the file.
         is_useless = self.sender.connections == 0 and not has_launcher and not self.flight.holds_user_rows
-        if not stored and self.flight.holds_user_rows:
-            _log.warning(
-                "some logged rows are not stored yet%s. They are kept in %s: the next script here, or `traceml sync`, "
-                "stores them.", f" ({self.sender.trouble})" if self.sender.trouble else "", self.flight.path,
-            )  # fmt: skip
+        for warning in end_warnings(self.flight, self.sender, stored=stored, supervised=has_launcher):
+            _log.warning("%s", warning)
 
         _log.debug("the recorder ends as %s; all rows stored: %s", reason, stored)
         self.flight.close(unlink=stored or is_useless)

@@ -73,6 +73,12 @@ class _SendCursor:
         # A number beyond the appended rows is not about this table, and would skip rows.
         self.sent = self.table.sent = self.table.acked = min(max(seq, 0), self.table.appended)
 
+    def settle(self) -> None:
+        """Count the rows that the ring has overwritten, where no more are sent."""
+        first = self.table.take(self.table.acked, 1).first
+        if first > self.table.acked:
+            self.losses.add(self.table.acked, first)
+
     def frames(self, limit: int) -> Iterator[tuple[int, int, bytes]]:
         """Yield (first row, rows, data) up to row `limit`, moving on as they are taken."""
         while self.sent < limit:
@@ -128,6 +134,7 @@ class RowSender:
         self._refused = False
         self._warned: set[str] = set()
         self._closed_bytes = 0
+        self._steps = flight.ring("steps")
         self._fast = [flight.ring(name) for name in ("steps", "metrics")]
         self._seen = {ring.name: 0 for ring in self._fast}
         self.connections = 0
@@ -163,6 +170,17 @@ class RowSender:
         return sum(cursor.table.acked for cursor in self._cursors)
 
     @property
+    def steps_lost(self) -> int:
+        """Steps that were overwritten before they were stored, exact after `finish`."""
+        return self._rings[0].losses.rows
+
+    @property
+    def steps_waiting(self) -> int:
+        """Steps in memory that are not stored."""
+        steps = self._steps
+        return steps.appended - steps.take(steps.acked, 1).first if steps.appended > steps.acked else 0
+
+    @property
     def steps_sent(self) -> bool:
         """Whether any step is on the wire or stored."""
         return self._rings[0].sent > 0
@@ -175,6 +193,12 @@ class RowSender:
     @property
     def _cursors(self) -> list[_SendCursor]:
         return self._logs + self._rings + self._blobs
+
+    @property
+    def _kept(self) -> str:
+        """Rows that are kept without an aggregator, in words; a child that only logs has hardly a ring."""
+        steps = f"the last {self._steps.capacity:,} steps and " if self._steps.capacity >= _FRAME_ROWS else ""
+        return f"{steps}all logged values are kept"
 
     def warned_missing(self) -> None:
         """Note that the user was warned already that no aggregator answers."""
@@ -256,6 +280,9 @@ class RowSender:
                 break
 
         self.detach()
+        if not self.all_stored:
+            self._rings[0].settle()
+
         return self.all_stored
 
     def _turn(self, flush: bool) -> None:
@@ -344,7 +371,7 @@ class RowSender:
             self.attach(self._dial(_DIAL_TIMEOUT_S))
         except AggregatorRefusedError as error:
             self._refused, self.trouble = True, str(error)
-            self._warn_once("refused", "%s; rows are kept, and the connection is retried every minute", error)
+            self._warn_once("refused", f"%s; {self._kept}, and the connection is retried every minute", error)
             self._retry_after(_REFUSED_PAUSE_S)
             return False
         except AggregatorUnavailableError as error:
@@ -353,7 +380,7 @@ class RowSender:
             if not self.connections and now - self._started_ns > _MISSING_WARNING_NS:
                 self._warn_once(
                     "missing",
-                    "no aggregator answers yet (%s); rows are kept until one does",
+                    f"no aggregator answers yet (%s); {self._kept} until one does",
                     error.reason,
                 )
             self._retry_after(self._pause_s)
@@ -369,7 +396,7 @@ class RowSender:
         refused = isinstance(error, AggregatorRefusedError)
         self._warn_once(
             "lost",
-            "lost the aggregator (%s); training goes on, rows are kept, and the connection is retried",
+            f"lost the aggregator (%s); training goes on, {self._kept}, and the connection is retried",
             error,
         )
         self.detach()

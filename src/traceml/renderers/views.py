@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import count_text, ranks_text, sample_text
-from traceml.renderers.words import end_of_rank
+from traceml.renderers.words import end_of_rank, restarts_text
 from traceml.runs.report_types import (
     PhaseSection,
     Report,
@@ -126,7 +126,7 @@ class RunView:
         After a signal the card has advice; what was logged for trackers is on it.
         """
         signaled = any(rank.exit.signal and not rank.exit.interrupted for rank in self.report.ranks)
-        if self.run.state != "failed" or self.steps.count or self.trackers or signaled:
+        if self.run.state != "failed" or self.steps.count or self.run.restarts or self.trackers or signaled:
             return None
 
         if self.state == "stopped":
@@ -137,6 +137,19 @@ class RunView:
 
         unknown = self.verdict.kind is Kind.INSUFFICIENT_DATA
         return "The job failed before its first step; its output says why." if unknown else None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about the whole run: its restarts, and the steps that are not stored."""
+        found = []
+        if self.run.restarts:
+            found.append(restarts_text(self.run.restarts))
+
+        if self.run.steps_waiting:
+            count = count_text(self.run.steps_waiting)
+            found.append(f"{count} steps are not stored: they wait in memory of this host; `traceml sync` stores them")
+
+        return tuple(found)
 
     @property
     def absent(self) -> str | None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from traceml.formatting import count_text, phase_words, signal_name
-from traceml.runs.report_types import RankSection, TrackerSection
+from collections.abc import Sequence
 
-__all__ = ["end_of_rank", "tracker_text"]
+from traceml.formatting import count_text, duration_text, phase_words, ranks_text, signal_name
+from traceml.runs.report_types import RankSection, RestartSection, TrackerSection
+
+__all__ = ["end_of_rank", "restarts_text", "tracker_text"]
 
 _ERROR_CHARS = 100
+_SHOWN_RESTARTS = 3
 
 
 def end_of_rank(rank: RankSection) -> str | None:
@@ -27,6 +30,20 @@ def end_of_rank(rank: RankSection) -> str | None:
     when = f", last step {count_text(end.last_step)}" if end.last_step is not None and end.last_step >= 0 else ""
     where = f", in {phase_words(end.open_phase)}" if end.open_phase else ""
     return f"{text}{when}{where}"
+
+
+def restarts_text(restarts: Sequence[RestartSection]) -> str:
+    """Return the restarts of a job: `Restarted once: rank 1, RuntimeError at step 30 (lost 12 s)`."""
+    many = "once" if len(restarts) == 1 else "twice" if len(restarts) == 2 else f"{len(restarts)} times"
+    shown = "; ".join(_restart_text(each) for each in restarts[-_SHOWN_RESTARTS:])
+    first = "last " if len(restarts) > _SHOWN_RESTARTS else ""
+    return f"Restarted {many}: {first}{shown}"
+
+
+def _restart_text(restart: RestartSection) -> str:
+    step = "before the first step" if restart.step is None else f"at step {count_text(restart.step)}"
+    lost = "" if restart.lost_s is None else f" (lost {duration_text(restart.lost_s)})"
+    return f"{ranks_text(restart.ranks)}, {restart.reason} {step}{lost}"
 
 
 def _first_line(text: str) -> str:

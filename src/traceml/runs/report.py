@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from traceml.database.flight_owner import waiting_steps
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
@@ -16,7 +16,9 @@ from traceml.errors import StoreError
 from traceml.runs import sections
 from traceml.runs.digest import MAX_STEP_ROWS, Digest
 from traceml.runs.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
+from traceml.runs.restarts import restarts
 from traceml.runs.run_state import state_of
+from traceml.runs.run_times import run_times
 from traceml.runs.trackers import trackers
 from traceml.version import __version__
 
@@ -153,7 +155,7 @@ def make_report(
     return Report(
         schema=SCHEMA,
         traceml_version=__version__,
-        run=_run(digest, run_dir),
+        run=_run(digest, reader, run_dir),
         verdict=rounded[0],
         findings=rounded,
         steps=steps,
@@ -169,14 +171,10 @@ def make_report(
     )
 
 
-def _run(digest: Digest, run_dir: Path) -> RunSection:
+def _run(digest: Digest, reader: StoreReader, run_dir: Path) -> RunSection:
     run = digest.run
     state = state_of(run, digest.aggregator)
-    started, ended = run.get("started"), run.get("ended")
-    if ended is None and state != "running":
-        ended = _last_written_s(run_dir)  # the process that would have noted it is gone
-
-    until = ended if ended is not None else time.time()
+    started, ended, duration_s = run_times(digest, state, run_dir)
     return RunSection(
         id=str(run.get("id", run_dir.name)),
         name=str(run.get("name", run_dir.name)),
@@ -184,15 +182,11 @@ def _run(digest: Digest, run_dir: Path) -> RunSection:
         attempt=max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
         started=started,
         ended=ended,
-        duration_s=until - started if started is not None else None,
+        duration_s=duration_s,
         state=state,
         world_size=int(run.get("world_size", max(len(digest.ranks), 1))),
         hosts=sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
         command=run.get("command", ""),
+        restarts=restarts(reader) if digest.attempt > 0 else [],
+        steps_waiting=waiting_steps(run_dir) if state == "lost" else 0,
     )
-
-
-def _last_written_s(run_dir: Path) -> float | None:
-    """Return the time of the last write to the store, in epoch seconds."""
-    files = [run_dir / STORE_NAME, run_dir / f"{STORE_NAME}-wal"]
-    return max((path.stat().st_mtime for path in files if path.exists()), default=None)

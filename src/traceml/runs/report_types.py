@@ -28,6 +28,7 @@ __all__ = [
     "RankMemory",
     "RankSection",
     "Report",
+    "RestartSection",
     "RunSection",
     "StepsSection",
     "SystemSection",
@@ -42,8 +43,24 @@ REPORT_NAME = "report.json"
 PAGE_NAME = "report.html"
 
 
+class RestartSection(msgspec.Struct, kw_only=True):
+    """A restart of the job: the attempt that ended, the ranks that ended it, why, and in which step.
+
+    `lost_s` is the time from the last step before to the first step after; None while there is none.
+    """
+
+    attempt: int
+    ranks: list[int] = []
+    reason: str = ""
+    step: int | None = None
+    lost_s: float | None = None
+
+
 class RunSection(msgspec.Struct, kw_only=True):
-    """Identity and outcome of the run; times are epoch seconds, `duration_s` counts up while it runs."""
+    """Identity and outcome of the run; times are epoch seconds, `duration_s` counts up while it runs.
+
+    `steps_waiting` counts the steps that ranks left in flight files of this host when their aggregator was gone.
+    """
 
     id: str
     name: str
@@ -56,6 +73,8 @@ class RunSection(msgspec.Struct, kw_only=True):
     world_size: int = 1
     hosts: list[str] = []
     command: str | list[str] = ""
+    restarts: list[RestartSection] = []
+    steps_waiting: int = 0
 
     @property
     def command_line(self) -> str:

@@ -12,7 +12,7 @@ from traceml.errors import StoreError
 from traceml.renderers.text.card import card, print_card, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import run_view
-from traceml.runs.report_types import SCHEMA, Report, RunSection, StepsSection, TrackerSection
+from traceml.runs.report_types import SCHEMA, Report, RestartSection, RunSection, StepsSection, TrackerSection
 
 
 def text_of(made: Report, **over) -> str:
@@ -202,3 +202,14 @@ def test_a_run_that_failed_early_gets_a_card_where_that_says_more(tmp_path, kind
     path.write_text(made.to_json())
 
     assert kind in printed(path)[0]
+
+
+def test_restarts_and_waiting_steps_are_on_the_card():
+    made = slow_rank()
+    made.run.restarts = [RestartSection(attempt=0, ranks=[1], reason="RuntimeError", step=30, lost_s=12.0)]
+    made.run.steps_waiting = 1234
+
+    text = text_of(made)
+
+    assert " Restarted once: rank 1, RuntimeError at step 30 (lost 12 s)\n" in text
+    assert " 1,234 steps are not stored: they wait in memory of this host; `traceml sync`\n stores them\n" in text

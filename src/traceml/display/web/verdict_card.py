@@ -30,7 +30,7 @@ class VerdictCard:
                     self._next = TextNode("span")
 
                 self._figures = FactList("figures")
-                self._sample = TextNode("p", "", "note")
+                self._notes = TextNode("p", "", "note")
 
             with Container("div", "evidence"):
                 TextNode("h3", "Evidence")
@@ -50,8 +50,9 @@ class VerdictCard:
         set_visible(self._next_block, bool(verdict.next))
         self._facts.show([*_costs(verdict), *evidence_items(verdict.evidence)][:_EVIDENCE])
         self._figures.show(_figures(view))
-        self._sample.set_text(f"{capitalized(view.sample)}." if view.sample else "")
-        set_visible(self._sample, bool(view.sample))
+        notes = [*view.notes, *([capitalized(view.sample)] if view.sample else [])]
+        self._notes.set_text("".join(f"{note}. " for note in notes))
+        set_visible(self._notes, bool(notes))
 
 
 class FindingsPanel:

@@ -157,6 +157,9 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
     if verdict.gain is not None and "faster" not in verdict.summary:
         yield from _labeled("Gain", f"steps are {verdict.gain:.2f}x faster once this is fixed", width)
 
+    for note in view.notes:
+        yield from (Text(f" {line}", style="yellow") for line in wrapped(note, width - 1))
+
 
 def wrapped(text: str, width: int) -> list[str]:
     """Return the text in lines of at most `width` columns, broken between words; a longer word stands alone."""

@@ -1,0 +1,47 @@
+"""Warnings at the end of a rank: rows that are not stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from traceml.database.flight_owner import ROWS_KEPT_S, USER_ROWS_KEPT_S
+
+if TYPE_CHECKING:
+    from traceml.database.flight import FlightFile
+    from traceml.recorder.row_sender import RowSender
+
+__all__ = ["end_warnings"]
+
+
+def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervised: bool) -> Iterator[str]:
+    """Yield warnings about rows that were overwritten, and about rows that wait in the flight file.
+
+    Args:
+        flight: the rank's tables.
+        sender: its sender, which has ended.
+        stored: whether everything is stored.
+        supervised: whether a launcher stores what is left.
+    """
+    steps, lost = flight.ring("steps"), sender.steps_lost
+    if lost:
+        yield (
+            f"{lost:,} of {steps.appended:,} steps are lost: they were overwritten before an aggregator could store "
+            f"them. A rank keeps {steps.capacity:,} steps; TRACEML_RING_ROWS sets the number."
+        )
+
+    # An aggregator that is only slow reads the file itself, when the rank is gone.
+    waiting = 0 if supervised or not sender.trouble else sender.steps_waiting
+    if stored or not ((waiting and sender.connections) or flight.holds_user_rows):
+        return
+
+    what = [f"{waiting:,} steps"] if waiting else []
+    what += ["logged rows"] if flight.holds_user_rows else []
+    until_s = time.time() + (USER_ROWS_KEPT_S if flight.holds_user_rows else ROWS_KEPT_S)
+    until = time.strftime("%Y-%m-%d %H:%M" if flight.holds_user_rows else "%H:%M", time.localtime(until_s))
+    why = f" ({sender.trouble})" if sender.trouble else ""
+    yield (
+        f"{' and '.join(what)} of this rank are not stored yet{why}. They are kept in {flight.path} at least until "
+        f"{until}: `traceml sync`, or `traceml serve` in this folder, stores them."
+    )

@@ -1,0 +1,99 @@
+"""The words of a rank at its end about rows that are not stored, and what becomes of these rows."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import traceml
+from tests.aggregator.conftest import TOKEN, Serving, eventually
+from tests.recorder.conftest import environ, stored_steps
+from tests.recorder.test_recorder import do_steps, my_flights
+from traceml.runs.report import build_report
+
+pytestmark = pytest.mark.usefixtures("quiet_process")
+
+
+def lose_aggregator(serving: Serving) -> None:
+    serving.kill()
+    serving.sock.close()
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "traceml"]
+
+
+def test_steps_whose_aggregator_never_came_back_are_told_and_stored_later(
+    serving: Serving, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """One line says how many, where, until when and what to do; the report counts them; `traceml sync` stores them."""
+    recorder = traceml.init(port=serving.port, token=TOKEN, runs_dir=serving.folder, flush_interval=0.05)
+    do_steps(30)
+    eventually(lambda: stored_steps(serving) == list(range(30)))
+    lose_aggregator(serving)
+    eventually(lambda: not recorder.statistics().connected)
+    do_steps(70)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        traceml.shutdown()
+
+    [path] = my_flights()
+    [line] = [text for text in warnings_of(caplog) if "not stored" in text]
+    assert line.startswith("70 steps of this rank are not stored yet (")
+    assert f"They are kept in {path} at least until " in line
+    assert line.endswith("`traceml sync`, or `traceml serve` in this folder, stores them.")
+    run_dir = (serving.folder / "latest").resolve()
+    assert (build_report(run_dir).run.state, build_report(run_dir).run.steps_waiting) == ("lost", 70)
+
+    words = [sys.executable, "-m", "traceml", "sync", "--runs-dir", str(serving.folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=environ(tmp_path))
+
+    assert f"{run_dir.name}: stored what its ranks left in memory" in done.stderr
+    assert stored_steps(serving) == list(range(100))
+    assert build_report(run_dir).run.steps_waiting == 0
+    assert my_flights() == []
+
+
+def test_steps_that_the_ring_overwrote_are_told_with_numbers(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing says that all rows are kept, and at the end the loss is told, also if an aggregator came back."""
+    recorder = traceml.init(port=serving.port, token=TOKEN, ring_rows=1024)
+    eventually(lambda: recorder.statistics().connected)
+    serving.kill()
+    with caplog.at_level(logging.WARNING, "traceml"):
+        do_steps(5_000)
+        eventually(lambda: not recorder.statistics().connected)
+        serving.start()
+        traceml.shutdown()
+
+    texts = warnings_of(caplog)
+    with serving.store() as store:
+        lost = store.lost("steps")
+    assert lost > 3_000
+    assert [text for text in texts if "lost the aggregator" in text and "the last 1,024 steps" in text]
+    assert not [text for text in texts if "rows are kept" in text]
+    assert texts[-1].startswith(f"{lost:,} of 5,000 steps are lost: they were overwritten before")
+    assert "A rank keeps 1,024 steps; TRACEML_RING_ROWS sets the number." in texts[-1]
+
+
+def test_overwritten_steps_are_counted_without_an_aggregator_too(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost and waiting steps add up to those that were not stored."""
+    recorder = traceml.init(port=serving.port, token=TOKEN, ring_rows=128)
+    eventually(lambda: recorder.statistics().connected)
+    lose_aggregator(serving)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        do_steps(500)
+        eventually(lambda: not recorder.statistics().connected)
+        traceml.shutdown()
+
+    lost, waiting = warnings_of(caplog)[-2:]
+    assert lost.startswith("373 of 500 steps are lost")
+    assert waiting.startswith("127 steps of this rank are not stored yet")
+    for path in my_flights():
+        path.unlink()
