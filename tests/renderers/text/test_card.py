@@ -60,6 +60,15 @@ def test_what_a_long_runs_verdict_rests_on_is_told():
     assert "Sample verdict from 12,800 of 1,000,000 steps, spread over the run; means are of all steps" in said
 
 
+def test_errors_of_tracing_are_told():
+    """A run that lost step timing by an error says so."""
+    made = slow_rank()
+    assert "errors" not in text_of(made)
+
+    made.telemetry.failures = {"recorder": 2, "instrument": 1}
+    assert "errors in instrument: 1; errors in recorder: 2" in " ".join(text_of(made).split())
+
+
 def test_an_accelerator_without_device_times_is_told():
     """Where the device's time is not known, the card says whose time the phases show."""
     made = slow_rank()
