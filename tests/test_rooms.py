@@ -95,7 +95,7 @@ LEAVES = {
 # Classes that have their name more than once: each a callback that its framework's users look for under this name.
 SHARED_CLASSES = {"TraceMLCallback"}
 # Plugins are named after the library that they serve, in each family of plugins.
-SHARED_FILES = {"huggingface", "lightning", "tensorboard"}
+SHARED_FILES = {"huggingface", "lightning", "ray", "tensorboard"}
 
 
 @cache

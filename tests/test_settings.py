@@ -35,7 +35,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     config = read()
 
     assert (config.enabled, config.host, config.port) == (True, "127.0.0.1", 29765)
-    assert config.frameworks == ("tensorboard", "lightning", "huggingface")
+    assert config.frameworks == ("tensorboard", "lightning", "huggingface", "ray")
     assert (config.on_missing, config.connect_timeout, config.ring_rows) == ("raise", 5.0, 65536)
     assert set(config.sources.values()) == {"default"}
     assert set(config.sources) == set(declarations())

@@ -116,7 +116,7 @@ class Config:
     )
     collectors: tuple[str, ...] = _set((), "Additional collectors: registered names or `package:Class`.")
     frameworks: tuple[str, ...] = _set(
-        ("tensorboard", "lightning", "huggingface"), "Frameworks whose logging calls are captured."
+        ("tensorboard", "lightning", "huggingface", "ray"), "Frameworks whose logging calls are captured."
     )
     track_system: bool = _set(True, "Send system metrics to the trackers.")
     track_git: bool = _set(True, "Send the state of the git repository to the trackers.")

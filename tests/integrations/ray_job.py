@@ -9,6 +9,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train import report
 
 from traceml.integrations.ray import trace
 from traceml.recorder.current import is_enabled
@@ -21,11 +22,13 @@ def train(config: dict[str, Any]) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rows = torch.utils.data.TensorDataset(torch.randn(64, 8))
     loader = ray.train.torch.prepare_data_loader(torch.utils.data.DataLoader(rows, batch_size=4))
-    for _ in range(config["epochs"]):
+    for epoch in range(config["epochs"]):
         for (x,) in loader:
             optimizer.zero_grad()
             model(x).square().mean().backward()
             optimizer.step()
+
+        report({"epoch": epoch, "nested": {"half": epoch / 2}})
 
 
 def both(config: dict[str, Any]) -> None:
@@ -35,7 +38,7 @@ def both(config: dict[str, Any]) -> None:
     type(ray.train.get_context()).get_local_world_size = lambda _self: 1
     assert ray.train.get_context().get_local_world_size() == 1
     once(config)
-    ray.train.report({"running": is_enabled()})
+    report({"running": is_enabled()})
 
 
 once = trace(train, connect_timeout=9.0)

@@ -8,7 +8,10 @@ from tests.integrations.conftest import Job
 
 
 def test_workers_are_the_ranks_of_one_run(job: Job) -> None:
-    """Both workers are in one run in the driver's folder, by the host's aggregator as by one started for hosts."""
+    """Both workers are in one run in the driver's folder, by the host's aggregator as by one started for hosts.
+
+    What they report is captured once.
+    """
     ended = job("ray_job.py", RAY_AUTH_MODE="disabled", RAY_TRAIN_V2_ENABLED="1")
 
     assert ended.said == {"error": "None"}
@@ -21,6 +24,9 @@ def test_workers_are_the_ranks_of_one_run(job: Job) -> None:
         assert run.state == "finished"
         assert run.report["run"]["world_size"] == 2
         assert run.id.split("-", 2)[2].startswith("ray_job")
+        reported = [(name, value) for name, _, value in ended.metrics(run)]
+        expected = [each for epoch in range(3) for each in (("epoch", float(epoch)), ("nested/half", epoch / 2))]
+        assert sorted(reported) == sorted(expected * 2)  # of both ranks, and nothing after the trainings
 
     assert (ended.folder / "traceml_runs").is_dir()
 

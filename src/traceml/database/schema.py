@@ -237,6 +237,7 @@ class MetricKind(IntEnum):
     HUGGINGFACE = 3
     COLLECTOR = 4
     PLUGIN = 5  # a third party's framework plugin
+    RAY = 6  # ray.train.report
 
 
 class Resource(IntEnum):

@@ -53,6 +53,7 @@ BUILT_IN: dict[PluginType, dict[str, str]] = {
     PluginType.FRAMEWORK: {
         "huggingface": "traceml.track.rank.frameworks.huggingface:HuggingFaceCapture",
         "lightning": "traceml.track.rank.frameworks.lightning:LightningCapture",
+        "ray": "traceml.track.rank.frameworks.ray:RayCapture",
         "tensorboard": "traceml.track.rank.frameworks.tensorboard:TensorBoardCapture",
     },
     PluginType.COLLECTOR: {

@@ -1,0 +1,56 @@
+"""Capture of Ray Train: what a worker passes to `ray.train.report`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from traceml.database.schema import MetricKind
+from traceml.track.plugins.interfaces import OrchestratorInterface
+from traceml.track.plugins.plugin_metadata import PluginMetadata
+from traceml.track.rank.frameworks.framework_capture import FrameworkCapture
+
+__all__ = ["RayCapture"]
+
+# Ray's callbacks report values that the framework has logged, which are captured there.
+_CALLBACKS = ("ray.train.lightning.", "ray.train.huggingface.")
+
+
+class RayCapture(FrameworkCapture):
+    """Captures the functions behind `ray.train.report`, which scripts import by name."""
+
+    metadata = PluginMetadata(name="ray", version="1", description="Ray Train's report()")
+    kind = MetricKind.RAY
+
+    def targets(self) -> Mapping[str, Callable[[ModuleType], None]]:
+        """Return the modules of Ray Train's two versions."""
+        return {
+            "ray.train.v2._internal.execution.train_fn_utils": self._patch,
+            "ray.train._internal.session": self._patch_session,
+        }
+
+    def _patch(self, module: ModuleType) -> None:
+        for owner in (module.DistributedTrainFnUtils, module.LocalTrainFnUtils):
+            self.around(owner, "report", _reported, self._record)
+
+    def _patch_session(self, module: ModuleType) -> None:
+        self.around(module._TrainSession, "report", _reported, self._record)
+
+    def _record(self, orchestrator: OrchestratorInterface, values: dict[str, Any]) -> None:
+        self.values(orchestrator, values, None)
+
+
+def _reported(_owner: Any, metrics: Mapping[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
+    return {} if _is_from_callback() else dict(metrics)
+
+
+def _is_from_callback() -> bool:
+    frame = sys._getframe()
+    while (caller := frame.f_back) is not None:
+        frame = caller
+        if str(frame.f_globals.get("__name__")).startswith(_CALLBACKS):
+            return True
+
+    return False
