@@ -95,8 +95,9 @@ class Config:
     )
     tls: bool = _set(
         False,
-        "Encrypt the connection to the aggregator, which must have it set too. The token's proof includes the "
-        "aggregator's certificate. Connections of `traceml run` and `launch` stay on one host or go through ssh.",
+        "Encrypt connections: set it for the aggregator, and for ranks that are given its address. The proofs of the "
+        "token include the aggregator's certificate. Connections of `traceml run` and `launch` stay on one host or go "
+        "through ssh.",
     )
     local: bool = _set(
         False, "Start an aggregator for this job on this host when none answers; on a free port if `port` is in use."

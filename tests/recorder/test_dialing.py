@@ -230,13 +230,13 @@ def test_given_address_may_have_another_folder_and_is_told(tmp_path: Path, scrip
 def test_encrypted_jobs_find_an_encrypting_aggregator(
     tmp_path: Path, script: Callable[..., Script], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With `tls` on both sides; the one that a job starts encrypts too. Without it on one side the reason is told."""
+    """The one that a job starts encrypts too. The folder's file tells that it does; who has only its port is told."""
     with monkeypatch.context() as patch:
         patch.setenv("TRACEML_TLS", "1")
         server = Serving(tmp_path / "served" / "traceml_runs", tmp_path / "log")
 
     try:
-        for job in (script(tmp_path / "served", tls=True), script(tmp_path / "alone", tls=True, local=True)):
+        for job in (script(tmp_path / "served"), script(tmp_path / "alone", tls=True, local=True)):
             host, port = job.where["address"].split(":")
             with pytest.raises(AggregatorUnavailableError, match="TRACEML_TLS"):
                 Connection.connect(host, int(port), Hello(), TOKEN, timeout_s=0.5)

@@ -211,9 +211,15 @@ def _aggregator(config: Config) -> Check:
     try:
         hello = Hello(role="client")
         token = config.token or address.token
-        connect(address.host, address.port, hello, token, timeout_s=_ANSWER_TIMEOUT_S, tries=1, tls=config.tls).close(
-            "doctor"
-        )
+        connect(
+            address.host,
+            address.port,
+            hello,
+            token,
+            timeout_s=_ANSWER_TIMEOUT_S,
+            tries=1,
+            tls=config.tls or address.tls,
+        ).close("doctor")
     except AggregatorRefusedError as error:
         return Check("aggregator", "broken", str(error), "choose another port with TRACEML_PORT, or set TRACEML_TOKEN")
     except AggregatorUnavailableError as error:

@@ -166,7 +166,7 @@ def _published(host: str, port: int, token: str, aggregator: Aggregator, lock: F
         _log.warning("the token file cannot be written; scripts need TRACEML_TOKEN: %s", error)
 
     if lock is not None:
-        lock.publish(AggregatorAddress(_reachable(host), port, str(path)))
+        lock.publish(AggregatorAddress(_reachable(host), port, str(path), aggregator.server.tls is not None))
 
     try:
         yield

@@ -69,10 +69,9 @@ def _dial_folder(config: Config, hello: Hello, timeout_s: float, tries: int | No
         found = address_of(config.runs_dir, config.port) or AggregatorAddress(config.host, config.port)
         left_s = timeout_s - (time.monotonic() - began_s)
         try:
-            token = config.token or found.token
-            return connect(
-                found.host, found.port, hello, token, timeout_s=min(left_s, _LOOK_AGAIN_S), tries=tries, tls=config.tls
-            )
+            token, tls = config.token or found.token, config.tls or found.tls
+            limit_s = min(left_s, _LOOK_AGAIN_S)
+            return connect(found.host, found.port, hello, token, timeout_s=limit_s, tries=tries, tls=tls)
         except AggregatorUnavailableError as error:
             waited_s = time.monotonic() - began_s
             if waited_s >= timeout_s or tries is not None:

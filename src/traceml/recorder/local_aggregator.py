@@ -81,8 +81,8 @@ def _of_folder(config: Config, hello: Hello, is_ending: Callable[[], bool]) -> C
         found = address_of(config.runs_dir, config.port)
         if found is not None:
             try:
-                token = config.token or found.token
-                return connect(found.host, found.port, hello, token, timeout_s=_TRY_S, tries=1, tls=config.tls)
+                token, tls = config.token or found.token, config.tls or found.tls
+                return connect(found.host, found.port, hello, token, timeout_s=_TRY_S, tries=1, tls=tls)
             except (AggregatorUnavailableError, AggregatorForeignError) as error:
                 missing = error  # it starts, or stops
         elif (lock := _take_lock(config)) is not None:
@@ -110,7 +110,8 @@ def _start_in_folder(config: Config, hello: Hello, lock: FolderLock, began_s: fl
     listener = _listen(config) or _listen(replace(config, port=0))
     assert listener is not None, "a free port cannot be in use"
     with listener:
-        lock.publish(AggregatorAddress(*listener.getsockname()[:2]))
+        host, port = listener.getsockname()[:2]
+        lock.publish(AggregatorAddress(host, port, tls=config.tls))
         return _start_and_connect(config, hello, listener, began_s, timeout_s, lock)
 
 

@@ -38,11 +38,13 @@ class AggregatorAddress:
         host: the address that it listens on.
         port: the port that it listens on.
         token_file: file with its token; "" before it has written one.
+        tls: whether it encrypts connections.
     """
 
     host: str
     port: int
     token_file: str = ""
+    tls: bool = False
 
     @property
     def token(self) -> str | None:
@@ -129,8 +131,11 @@ def _told_address(runs_dir: Path) -> AggregatorAddress | None:
         return None
 
     try:
-        facts = None if free else json.loads(os.pread(descriptor, _LONGEST_BYTES, 0))
-        return AggregatorAddress(str(facts["host"]), int(facts["port"]), str(facts["token_file"])) if facts else None
+        if free:
+            return None
+
+        facts = json.loads(os.pread(descriptor, _LONGEST_BYTES, 0))
+        return AggregatorAddress(str(facts["host"]), int(facts["port"]), str(facts["token_file"]), facts["tls"] is True)
     except (ValueError, KeyError, TypeError):  # its address is not written yet
         return None
     finally:
