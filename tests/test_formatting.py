@@ -16,6 +16,7 @@ from traceml.formatting import (
     percent_text,
     phase_label,
     phase_words,
+    printable,
     ranks_text,
     rate_text,
     short_label,
@@ -107,6 +108,26 @@ def test_phases():
         "input", "optim", "host-to-device copying",
     ]  # fmt: skip
     assert [phase_label("augment"), phase_words("augment")] == ["augment", "phase 'augment'"]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("loss/train é 漢字 👩‍💻", "loss/train é 漢字 👩‍💻"),
+        ("\x1b[2J\x9b31m\x00\x7f", r"\x1b[2J\x9b31m\x00\x7f"),
+        ("\u202egnp.exe\u2066\u200b\u2028\ufeff", r"\u202egnp.exe\u2066\u200b\u2028\ufeff"),
+        ("\udce9\U000e0041", r"\udce9\U000e0041"),
+        ("a\tb\nc\r\n", r"a    b\nc\r\n"),
+    ],
+)
+def test_printable(text, shown):
+    """Nothing that a terminal obeys or that reorders text stays; scripts, accents and emoji do."""
+    assert printable(text) == shown
+
+
+def test_printable_keeps_lines_where_they_are_meant():
+    """Ends of lines stay, a line that rewrites itself does not."""
+    assert printable("a\r\n\tb\rc\n", lines=True) == "a\n    b\\rc\n"
 
 
 def test_capitalized():

@@ -178,7 +178,7 @@ class WorkerFailedError(TraceMLError, RuntimeError):
             text += ": its host was out of memory. Use fewer workers per host, or less memory in each"
 
         shown = list(log_tail)[-_SHOWN_LINES:]
-        words = "\n".join(("Its last lines:", *(f"  {line}" for line in shown))) if shown else "It wrote nothing."
+        words = "\n".join(("Its last lines:", *_indented(shown))) if shown else "It wrote nothing."
         super().__init__(f"{text}. {words}")
         self.host, self.rank, self.local_rank = host, rank, local_rank
         self.exit_code, self.signal, self.oom, self.how = exit_code, signal, oom, how
@@ -205,7 +205,7 @@ class AgentFailedError(TraceMLError, RuntimeError):
             text += f" {advice}"
 
         if words:
-            text += "\n" + "\n".join(f"  {line}" for line in words)
+            text += "\n" + "\n".join(_indented(words))
 
         super().__init__(text)
         self.host, self.reason, self.advice, self.words = host, reason, advice, list(words)
@@ -254,6 +254,12 @@ class RemoteTracebackError(TraceMLError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.text,)
+
+
+def _indented(lines: Sequence[str]) -> list[str]:
+    from traceml.formatting import printable  # here, as `import traceml` needs no regular expressions
+
+    return [f"  {printable(line)}" for line in lines]
 
 
 def _rebuild(kind: type[Any], args: tuple[Any, ...], known: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Iterable, Sequence
 
@@ -18,6 +19,7 @@ __all__ = [
     "percent_text",
     "phase_label",
     "phase_words",
+    "printable",
     "ranks_text",
     "rate_text",
     "sample_text",
@@ -26,6 +28,15 @@ __all__ = [
 ]
 
 MISSING = "-"
+
+# Characters that a terminal obeys, or that reorder or hide the text around them: C0 and C1 controls, marks and
+# overrides of direction, zero-width spaces, separators of lines, tags, halves of surrogate pairs. The joiners of
+# scripts and emoji (U+200C, U+200D) stay.
+_UNPRINTABLE = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_UNPRINTABLE_BUT_NEWLINE = re.compile(_UNPRINTABLE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
 
 # Phase -> (label in a table, words in a sentence). Other names are the user's own phases.
 _PHASES = {
@@ -168,6 +179,27 @@ def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
         start = end
 
     return ranges
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""Return a text that can be shown anywhere: what a terminal would obey is shown as its escape, `\x1b`.
+
+    Names, exceptions and log texts are the script's. Whoever looks at a run must not have to trust it.
+
+    Args:
+        text: from a script, a host or a file.
+        lines: whether the text may have several lines.
+    """
+    if text.isprintable():
+        return text
+
+    unprintable = _UNPRINTABLE_BUT_NEWLINE if lines else _UNPRINTABLE
+    text = text.replace("\r\n", "\n") if lines else text
+    return unprintable.sub(_escape, text.replace("\t", "    "))
+
+
+def _escape(found: re.Match[str]) -> str:
+    return found.group().encode("unicode_escape").decode()
 
 
 def capitalized(text: str) -> str:

@@ -151,7 +151,9 @@ def _explain(title: str, error: TraceMLError) -> int:
 
 
 def _print_error(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    from traceml.formatting import printable
+
+    print(printable(text, lines=True), file=sys.stderr, flush=True)
 
 
 def _status_of(error: SystemExit) -> int:

@@ -17,6 +17,7 @@ from traceml.cli.checks import Check, Setting, all_checks, setting_values
 from traceml.cli.host_checks import host_checks
 from traceml.cli.parsing import parse
 from traceml.errors import SettingsError, UsageError
+from traceml.formatting import printable
 from traceml.launch.launcher.preflight import Preflight, preflight
 from traceml.settings import load
 
@@ -103,10 +104,14 @@ def _print_checks(console: Console, options: DoctorOptions) -> list[Check]:
     checks = []
     for check in _checks(options):
         checks.append(check)
-        line = Text().append(f"{check.state:<7}", style=_STYLES[check.state]).append(f"{check.name:<13} {check.text}")
+        line = (
+            Text()
+            .append(f"{check.state:<7}", style=_STYLES[check.state])
+            .append(f"{check.name:<13} {printable(check.text)}")
+        )
         console.print(line, soft_wrap=True)
         if check.hint:
-            console.print(Text(f"{'':<21}{check.hint}", style="dim"), soft_wrap=True)
+            console.print(Text(f"{'':<21}{printable(check.hint)}", style="dim"), soft_wrap=True)
 
     if settings := _settings():
         console.print()

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
-from traceml.formatting import bytes_text, count_text
+from traceml.formatting import bytes_text, count_text, printable
 from traceml.runs.export.exporter import FORMATS, ExportResult, default_path, export_run, format_of
 from traceml.runs.find import find_run
 from traceml.settings import load
@@ -92,7 +92,7 @@ def _summary(exported: ExportResult) -> str:
 def _print_damage(exported: ExportResult) -> None:
     """Report the parts that could not be read."""
     for what in exported.damage[:_SHOWN]:
-        print(f"traceml export: left out: {what}", file=sys.stderr)
+        print(printable(f"traceml export: left out: {what}"), file=sys.stderr)
 
     if len(exported.damage) > _SHOWN:
         print(f"traceml export: and {len(exported.damage) - _SHOWN} more", file=sys.stderr)

@@ -15,6 +15,7 @@ from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import CommandParser
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
+from traceml.formatting import printable
 
 if TYPE_CHECKING:
     from traceml.supervise.screens import MakeScreen
@@ -103,7 +104,7 @@ def _explain(error: BaseException, text: str = "") -> None:
     """Print a text and an error's notes: the stack of each rank, and the absent ones."""
     for line in (text, *getattr(error, "__notes__", ())):
         if line:
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line, lines=True), file=sys.stderr, flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from rich.text import Text
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.errors import UsageError
-from traceml.formatting import bytes_text, duration_text
+from traceml.formatting import bytes_text, duration_text, printable
 from traceml.runs.find import RunInfo, list_runs, prune
 from traceml.settings import load
 
@@ -67,7 +67,7 @@ def _keep(options: RunsOptions, setting: int | None) -> int:
 
 def _print_removed(infos: Sequence[RunInfo]) -> None:
     for info in infos:
-        print(f"removed {info.id}")
+        print(f"removed {printable(info.id)}")
 
     freed = bytes_text(sum(info.size_bytes for info in infos))
     print(f"{len(infos)} run{'' if len(infos) == 1 else 's'} removed, {freed} freed" if infos else "Nothing to remove")
@@ -75,7 +75,7 @@ def _print_removed(infos: Sequence[RunInfo]) -> None:
 
 def _print_list(infos: Sequence[RunInfo]) -> None:
     console = Console(highlight=False)
-    width = max(len(info.id) for info in infos)
+    width = max(len(printable(info.id)) for info in infos)
     head = f"{'run':<{width}}  {'state':<8}  {'verdict':<17}  {'ranks':>5}  {'took':>7}  {'size':>8}"
     console.print(Text(head, style="dim"), soft_wrap=True)
     for info in infos:
@@ -87,7 +87,7 @@ def _line(info: RunInfo, width: int) -> Text:
     if took is None and info.started is not None and info.state == "running":
         took = time.time() - info.started
 
-    line = Text(f"{info.id:<{width}}  ")
-    line.append(f"{info.state:<8}", style="" if info.state in ("finished", "running") else "red")
-    line.append(f"  {info.verdict or '-':<17}  {info.world_size:>5}  {duration_text(took):>7}")
+    line = Text(f"{printable(info.id):<{width}}  ")
+    line.append(f"{printable(info.state):<8}", style="" if info.state in ("finished", "running") else "red")
+    line.append(f"  {printable(info.verdict or '-'):<17}  {info.world_size:>5}  {duration_text(took):>7}")
     return line.append(f"  {bytes_text(info.size_bytes):>8}")

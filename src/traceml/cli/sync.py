@@ -23,6 +23,7 @@ from traceml.database.store import merge_wal
 from traceml.database.store_file import STORE_NAME
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
+from traceml.formatting import printable
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
 from traceml.runs.report_types import TrackerSection
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> int:
             if options.runs:
                 raise
 
-            print(f"traceml sync: {error}", file=sys.stderr)
+            print(printable(f"traceml sync: {error}", lines=True), file=sys.stderr)
             continue
 
         outcomes += found
@@ -262,4 +263,4 @@ def _print(outcomes: Sequence[_DeliveryOutcome]) -> None:
             error=each.error,
             fallback=each.fallback,
         )
-        print(f"{each.run}: {tracker_text(tracker)}", file=sys.stdout, flush=True)
+        print(printable(f"{each.run}: {tracker_text(tracker)}"), file=sys.stdout, flush=True)

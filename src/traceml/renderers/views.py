@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import count_text, ranks_text, sample_text
+from traceml.renderers.printable import printable_copy
 from traceml.renderers.words import end_of_rank, restarts_text
 from traceml.runs.report_types import (
     PhaseSection,
@@ -172,7 +173,8 @@ class LiveView:
 
 
 def run_view(report: Report) -> RunView:
-    """Return the view of a report."""
+    """Return the view of a report, with its texts printable."""
+    report = printable_copy(report)
     return RunView(report, _rank_rows(report))
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TextIO
 
 from traceml.errors import TraceMLError
+from traceml.formatting import printable
 
 __all__ = ["print_final_report"]
 
@@ -39,7 +40,7 @@ def print_final_report(
 
         print_card(path, file=file)
     except (TraceMLError, OSError) as error:  # the job's own result matters more
-        file.write(f"{program}: no report of this run: {error}\n")
+        file.write(printable(f"{program}: no report of this run: {error}", lines=True) + "\n")
     else:
         if report is not None:
             _copy_report(path, report, program, file)

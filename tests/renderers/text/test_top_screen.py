@@ -64,13 +64,13 @@ def test_table_says_which_it_is_without_colors():
 
 
 def test_what_users_named_cannot_steer_the_terminal():
-    """Control characters in names and texts are shown as blanks, and wide ones are counted as wide."""
+    """Control characters in names and texts are shown as escapes, and wide ones are counted as wide."""
     table = TableView(
         "t", (TableColumn("name", right=False), TableColumn("text", fills=True)), (TableRow(("\x1b[2J\n漢字", "x")),)
     )
     lines = shown(slow_rank(), table)
 
-    assert lines[4].startswith("  [2J 漢字")
+    assert lines[4].startswith(r" \x1b[2J\n漢字")
     assert "\x1b" not in "".join(lines)
 
 

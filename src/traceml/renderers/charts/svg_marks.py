@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from traceml.formatting import printable
 from traceml.renderers.charts.scales import CHAR, Scale, rounded, text_of
 
 __all__ = ["Plot", "escaped", "heat_cells", "label", "marks", "rectangle", "stacked", "y_axes"]
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 Points = list[tuple[float, float, float]]
 """(x, from, to): a mark begins at 0, or at the top of the one below it; `to` is NaN where there is none."""
@@ -33,8 +31,8 @@ class Plot:
 
 
 def escaped(text: Any) -> str:
-    """Return text escaped for HTML and attributes; control characters are replaced."""
-    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)))
+    """Return text escaped for HTML and attributes, and printable."""
+    return html.escape(printable(str(text), lines=True))
 
 
 def label(x: float, y: float, text: str, anchor: str, color: str | None = None) -> str:

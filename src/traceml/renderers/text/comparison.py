@@ -8,6 +8,7 @@ from rich.console import Group
 from rich.text import Text
 
 from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words
+from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison_types import Comparison, StatisticChange
@@ -79,6 +80,7 @@ def compared_card(comparison: Comparison, viewport: Viewport) -> Group:
         comparison: of run A with run B.
         viewport: of the terminal; at most 100 columns are used.
     """
+    comparison = printable_copy(comparison)
     width = min(viewport.width, _MAX_WIDTH)
     lines = [
         *_head(comparison, width, viewport),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from rich.cells import cell_len
 from rich.text import Text
 
+from traceml.formatting import printable
 from traceml.renderers.text.bars import bar, sparkline
 from traceml.renderers.text.live_panel import rule_line, speed_line, verdict_line
 from traceml.renderers.text.top_tables import BarCell, TableColumn, TableRow, TableView, TrendCell
@@ -118,7 +119,7 @@ def _widths(columns: Sequence[TableColumn], rows: Sequence[TableRow], width: int
     for row in rows:
         for at, cell in enumerate(row.cells):
             if isinstance(cell, str) and not columns[at].fills:
-                widths[at] = max(widths[at], min(cell_len(_plain(cell)), _MAX_CELL_WIDTH))
+                widths[at] = max(widths[at], min(cell_len(printable(cell)), _MAX_CELL_WIDTH))
 
     fills = [at for at, column in enumerate(columns) if column.fills]
     left = width - sum(widths) - 2 * len(columns)
@@ -151,13 +152,8 @@ def _trend(values: Sequence[float], width: int, viewport: Viewport) -> str:
     return sparkline([value - min(shown) for value in shown], width, viewport).lstrip()
 
 
-def _plain(cell: str) -> str:
-    """Return a text without control characters: names and logs are the user's."""
-    return cell if cell.isprintable() else "".join(char if char.isprintable() else " " for char in cell)
-
-
 def _fitted(cell: str, width: int, right: bool, viewport: Viewport) -> str:
-    text = Text(_plain(cell))
+    text = Text(printable(cell))
     if text.cell_len > width:
         mark = viewport.glyphs.ellipsis[:1]
         text.truncate(max(width - len(mark), 0))

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text, percent_text
+from traceml.formatting import bytes_text, count_text, ms_text, percent_text, printable
 from traceml.renderers.text.bars import bar, sparkline
 from traceml.renderers.text.viewport import Viewport
 
@@ -145,7 +145,7 @@ def _cut(text: str, width: int, viewport: Viewport) -> str:
 
 
 def _label(value: Any) -> str:
-    return "-" if value is None else "".join(letter if letter.isprintable() else "?" for letter in str(value))
+    return "-" if value is None else printable(str(value))
 
 
 def _time(us: float | None) -> str:

@@ -16,8 +16,8 @@ __all__ = [
     "NotAnEventError",
     "as_text",
     "cleaned",
+    "encodable",
     "is_metadata",
-    "printable",
 ]
 
 ASYNC_PHASES = frozenset("bensftNOD")  # phase codes of events that belong together by `id`
@@ -37,7 +37,7 @@ class NotAnEventError(ValueError):
 
 
 def cleaned(event: dict[str, Any]) -> dict[str, Any]:
-    """Return an event as in `EventBatch.metadata`: `ph` a str, times numbers, texts printable.
+    """Return an event as in `EventBatch.metadata`: `ph` a str, times numbers, texts encodable.
 
     Raises:
         NotAnEventError: it has no phase code.
@@ -174,15 +174,15 @@ def _arg(value: Any, strings: StringTable) -> ArgValue:
     return TEXT, 0, float("nan"), strings.intern(known)
 
 
-def printable(text: str) -> str:
+def encodable(text: str) -> str:
     """Return a text that can be encoded: bytes that are not UTF-8, and lone surrogates, are escaped."""
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def _clean(value: Any) -> Any:
-    """Return the value with all texts in it printable."""
+    """Return the value with all texts in it encodable."""
     if isinstance(value, str):
-        return printable(value)
+        return encodable(value)
 
     if isinstance(value, dict):
         return {_clean(key): _clean(known) for key, known in value.items()}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from traceml.traces.native.library import library
 from traceml.traces.reader.columns import ArgColumn, StringTable
-from traceml.traces.reader.event_rows import EventRow, printable
+from traceml.traces.reader.event_rows import EventRow, encodable
 from traceml.traces.reader.python_scanner import PythonScanner, Text, parse
 from traceml.traces.reader.scan_result import ARG_COLUMNS, COLUMNS, ColumnBuilder, EventColumns, ScanFindings
 
@@ -165,4 +165,4 @@ def _value(text: bytes) -> str | int:
 
     written = text[1:].decode("utf-8", "surrogateescape")
     value: str = json.loads(f'"{written}"') if "\\" in written else written
-    return printable(value)
+    return encodable(value)
