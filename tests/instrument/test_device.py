@@ -334,3 +334,44 @@ def test_copies_on_the_training_stream_are_a_bottleneck(
 
     assert kinds[0] is Kind.H2D_BOUND
     assert share == pytest.approx(0.25, abs=0.01)
+
+
+def test_steps_that_are_cut(cuda: FakeCuda, traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two optimizers without a loader: a step ends where the last of them has stepped, and is measured to there."""
+    training = Training(cuda, monkeypatch)
+    critic = torch.optim.SGD(training.model.parameters(), lr=0.1)
+    for _ in range(40):
+        training.step()
+        training.forward().backward()
+        critic.step()
+        training.wait()
+
+    rows, device_rows = rows_of(traced)
+
+    assert len(rows) == 40
+    assert measured(device_rows) == list(range(_FIRST, 40))
+    assert [row["backward_ns"] for row in device_rows] == pytest.approx([10 * _MS] * len(device_rows), rel=0.01)
+
+
+def test_the_current_stream_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Device and stream are read by torch's private functions, and without them by the public ones."""
+
+    class Stream:
+        cuda_stream = 7
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    assert device.CudaDevice().current() == (1, 7)
+
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 2, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 10 * index, raising=False)
+    assert device.CudaDevice().current() == (2, 20)
+
+
+def test_devices_that_torch_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch was built for is known without asking a driver."""
+    monkeypatch.setattr(torch.cuda, "is_available", _raise)
+    monkeypatch.setattr(torch._C, "_has_cuda", True)
+    monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "npu")
+
+    assert {"cuda", "npu"} <= device.built_devices()
