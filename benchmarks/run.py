@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "diagnosis_accuracy": ["--runs", "150"],
     "compare_runs": [],
     "report_page": [],
+    "long_runs": [],
     "integrations": [],
     "tasks": [],
     "launch": [],

@@ -52,4 +52,5 @@ def test_places_are_few_where_reading_takes_long(tmp_path, monkeypatch):
     assert len(usual) == 32
     assert {first // 1600 for first, _ in slow} == {0, 1, 2, 3}
     assert max(last % 1600 for _, last in slow) < 900
-    assert len(of(slow)) == len(of(usual)) == 640
+    assert len(of(usual)) == 640
+    assert 0.75 * 640 < len(of(slow)) <= 640

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import msgpack
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.codec import decode
+from traceml.database.codec import decode, decode_planes
 from traceml.database.records import Frame, dtype_of, in_ranges, step_offset
 from traceml.database.store_file import open_for_reading, translate_errors
 from traceml.errors import StoreError
@@ -26,6 +28,12 @@ META_BATCH = 8192
 
 FRAME_COLUMNS = "frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0)"
 FRAME_ROWS = "frames LEFT JOIN thinnings ON thinnings.id = frames.id"
+
+_THREADS = 4
+_SHARE = 16  # frames per task of a thread
+
+_FrameChoice = Callable[[NDArray[np.int64]], NDArray[np.bool_]]
+_RowChoice = Callable[[NDArray[np.uint8]], NDArray[np.bool_]]
 
 
 @dataclass(slots=True)
@@ -155,7 +163,7 @@ class FrameReader:
             steps: ranges (first, last), both included, in order and disjoint.
             streams: only these streams.
         """
-        dtype = self._dtype(table)
+        offset = step_offset(self._dtype(table))
         ranges = np.array(steps, np.int64).reshape(-1, 2)
         wanted = None if streams is None else np.array(sorted(streams), np.int64)
 
@@ -165,40 +173,65 @@ class FrameReader:
             chosen: NDArray[np.bool_] = ended < begun
             return chosen if wanted is None else chosen & np.isin(stream, wanted)
 
-        for frame in self._chosen_frames(table, choose):
-            yield from in_ranges(frame, ranges, dtype)
+        yield from self._chosen_parts(table, choose, lambda planes: in_ranges(_column(planes, offset or 0), ranges))
 
     def last_id(self) -> int:
         """Return the cursor of the newest frame of any table."""
         return int(self._fetch("SELECT coalesce(max(id), 0) FROM frames")[0][0])
 
-    def _chosen_frames(
-        self, table: str, choose: Callable[[NDArray[np.int64]], NDArray[np.bool_]], after_id: int = 0
-    ) -> Iterator[Frame]:
+    def _chosen_frames(self, table: str, choose: _FrameChoice, after_id: int = 0) -> Iterator[Frame]:
         """Yield the frames after a cursor that are chosen by their (id, stream, first step, last step)."""
         ended: dict[int, int] = {}
+        for numbers in self._chosen_numbers(table, choose, after_id):
+            for whole in self._frames_by_id(table, numbers):
+                frame = whole.after(ended.get(whole.stream, 0), step_offset(self._dtypes[table]))
+                ended[frame.stream] = whole.end
+                if frame.n:
+                    yield frame
+
+    def _chosen_parts(self, table: str, choose: _FrameChoice, rows: _RowChoice) -> Iterator[Frame]:
+        """Yield chosen rows of chosen frames; a few threads decompress.
+
+        Args:
+            table: a packed table.
+            choose: which frames.
+            rows: which rows of a frame, by its bytes (see `decode_planes`).
+        """
+        ended: dict[int, int] = {}
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _THREADS)) as threads:
+            for numbers in self._chosen_numbers(table, choose, 0):
+                for batch in self._rows_by_id(numbers):
+                    # A frame that was merged with one that was read before, since then, is not read again.
+                    new = [row for row in batch if row[2] >= ended.get(row[1], 0)]
+                    ended.update((row[1], row[2] + row[3] + row[8]) for row in new)
+                    shares = [new[first : first + _SHARE] for first in range(0, len(new), _SHARE)]
+                    parts = threads.map(lambda share: [self._part(table, row, rows) for row in share], shares)
+                    yield from (part for share in parts for part in share if part.n)
+
+    def _chosen_numbers(self, table: str, choose: _FrameChoice, after_id: int) -> Iterator[list[int]]:
+        """Yield ids of chosen frames, in a transaction for each batch."""
         query = "SELECT id, stream, first_step, last_step FROM frames WHERE tbl = ? AND id > ? ORDER BY id LIMIT ?"
         is_last = False
         while not is_last:
             with self._snapshot():  # the writer merges frames
                 rows = self._fetch(query, self._id(table), after_id, META_BATCH)
                 found = np.array(rows, np.int64).reshape(-1, 4)
-                for whole in self._frames_by_id(table, found[choose(found), 0].tolist()):
-                    frame = whole.after(ended.get(whole.stream, 0), step_offset(self._dtypes[table]))
-                    ended[frame.stream] = whole.end
-                    if frame.n:
-                        yield frame
+                yield found[choose(found), 0].tolist()
 
             is_last = len(rows) < META_BATCH
             after_id = rows[-1][0] if rows else after_id
 
     def _frames_by_id(self, table: str, numbers: list[int]) -> Iterator[Frame]:
+        for batch in self._rows_by_id(numbers):
+            for row in batch:
+                yield self._frame(table, row)
+
+    def _rows_by_id(self, numbers: list[int]) -> Iterator[list[tuple[Any, ...]]]:
         for first in range(0, len(numbers), _BATCH):
             batch = numbers[first : first + _BATCH]
             marks = ",".join("?" * len(batch))
             query = f"SELECT {FRAME_COLUMNS} FROM {FRAME_ROWS} WHERE frames.id IN ({marks}) ORDER BY frames.id"  # noqa: S608
-            for row in self._fetch(query, *batch):
-                yield self._frame(table, row)
+            yield self._fetch(query, *batch)
 
     def _new_frames(
         self, what: tuple[str | int | None, ...], rows: Iterable[tuple[str, tuple[Any, ...]]], after_id: int
@@ -244,6 +277,23 @@ class FrameReader:
 
         return Frame(number, stream, table, seq, n, first, last, decoded, thinned)
 
+    def _part(self, table: str, row: tuple[Any, ...], rows: _RowChoice) -> Frame:
+        """Return some rows of a frame."""
+        number, stream, seq, n, first, last, codec, data, thinned = row
+        try:
+            planes = decode_planes(codec, data, self._dtype(table).itemsize)
+        except ValueError as error:
+            raise self._damaged(f"frame {number} of {table}: {error}") from error
+
+        if planes.shape[1] != n:
+            raise self._damaged(f"frame {number} of {table} has {planes.size} bytes for {n} rows")
+
+        chosen = planes[:, rows(planes)]
+        if chosen.size and (offset := step_offset(self._dtypes[table])) is not None:
+            first, last = _column(chosen[:, [0, -1]], offset).tolist()
+
+        return Frame(number, stream, table, seq, chosen.shape[1], first, last, chosen.T.tobytes(), thinned)
+
     def _id(self, table: str) -> int:
         try:
             return self._ids[table]
@@ -283,3 +333,8 @@ class FrameReader:
     def _fetch(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with translate_errors(self.path, "read"):
             return self._database.execute(query, values).fetchall()
+
+
+def _column(planes: NDArray[np.uint8], offset: int) -> NDArray[np.int64]:
+    """Return a column of integers from the bytes of rows."""
+    return np.ascontiguousarray(planes[offset : offset + 8].T).view("<i8").reshape(-1)

@@ -101,13 +101,14 @@ class StoreReader(FrameReader):
 
         return assembled(frames, dtype, last)
 
-    def spread_frames(self, table: str, streams: Collection[int], most: int) -> Iterator[Frame]:
-        """Yield frames of streams that are spread evenly over each stream, one at a time in memory.
+    def spread_frames(self, table: str, streams: Collection[int], most: int, rows: int) -> Iterator[Frame]:
+        """Yield rows of frames that are spread evenly over each stream.
 
         Args:
-            table: the table.
+            table: a packed table.
             streams: the streams.
             most: about how many frames to read of all streams together; the first and the last of each are always read.
+            rows: about how many rows of each frame, spread over it.
         """
         self._update_progress()
         known = {stream: total for stream in streams if (total := self._progress.get((table, stream))) is not None}
@@ -128,7 +129,7 @@ class StoreReader(FrameReader):
             chosen: NDArray[np.bool_] = (number % np.maximum(every[stream], 1) == 0) | (found[:, 0] == last[stream])
             return chosen & (every[stream] > 0)
 
-        yield from self._chosen_frames(table, choose)
+        yield from self._chosen_parts(table, choose, lambda planes: _spread(planes.shape[1], rows))
 
     def log_rows(self, name: str, stream: int | None = None, after_id: int = 0) -> list[tuple[int, dict[str, Any]]]:
         """Return (stream, map) for each map of a log, in append order within a stream."""
@@ -279,6 +280,13 @@ class StoreReader(FrameReader):
             raise self._damaged(f"{what} is not a map")
 
         return found
+
+
+def _spread(count: int, most: int) -> NDArray[np.bool_]:
+    """Return which of some rows to take: the last one, and about `most` spread over them."""
+    chosen = np.zeros(count, bool)
+    chosen[:: -(-count // most)] = chosen[-1:] = True
+    return chosen
 
 
 def _matches(key: tuple[str, int], table: str, stream: int | None) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from struct import Struct
 from typing import Any, NamedTuple
@@ -161,19 +160,12 @@ def step_offset(dtype: np.dtype[Any] | None) -> int | None:
     return dtype.fields["step"][1]
 
 
-def in_ranges(frame: Frame, ranges: NDArray[np.int64], dtype: np.dtype[Any]) -> Iterator[Frame]:
-    """Yield a frame cut to the rows of ranges of steps, (first, last) in order; nothing if it has none."""
-    rows = np.frombuffer(frame.data, dtype)
-    steps = rows["step"]
+def in_ranges(steps: NDArray[np.int64], ranges: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return which steps are in ranges, (first, last) in order."""
     at = np.searchsorted(ranges[:, 1], steps)
     inside = at < len(ranges)
     inside[inside] = ranges[at[inside], 0] <= steps[inside]
-    if inside.all():
-        yield frame
-    elif inside.any():
-        chosen = rows[inside]
-        first, last = int(chosen["step"][0]), int(chosen["step"][-1])
-        yield replace(frame, n=len(chosen), first_step=first, last_step=last, data=chosen.tobytes())
+    return inside
 
 
 def assembled(frames: list[Frame], dtype: np.dtype[Any], last: int | None) -> NDArray[np.void]:

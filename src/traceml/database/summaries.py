@@ -147,6 +147,7 @@ class TableSums:
     levels: NDArray[np.int64]
 
     @classmethod
+    @cache
     def empty(cls, table: Table) -> TableSums:
         """Return the sums of no rows."""
         return cls(table.name, 1, _records(table.name, np.empty(0, table.dtype)), _NO_LEVELS)

@@ -6,6 +6,7 @@ a process of its own because a report needs memory and time: neither its end nor
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,7 @@ def main() -> int:
     """Write what is asked for; return the exit status."""
     lower_priority(_NICE)
     _be_killed_first()
+    gc.disable()  # the process ends with the report
     from traceml.display import report_files
 
     request = sys.stdin.readline()

@@ -44,7 +44,7 @@ __all__ = ["Digest"]
 # Maximum of step rows that are read of a whole run: 64 MB as stored.
 MAX_STEP_ROWS = 64 * 2**20 // STEPS.row_bytes
 # Of sampled tables with more frames than this, as many are read of each.
-_SAMPLE_FRAMES = 4096
+_SAMPLE_FRAMES = 2048
 # Rows are taken in batches of this size, whatever the number of frames.
 _BATCH_BYTES = 4 << 20
 
@@ -254,12 +254,12 @@ class Digest:
                     if stream in streams:
                         self.sample_totals.start(table, self._rank_of(stream), sums)
 
-            each = max(2 * self.samples.most * len(streams) // _SAMPLE_FRAMES, 1)
-            for frame in reader.spread_frames(table.name, streams, _SAMPLE_FRAMES):
-                rank, rows = self._rank_of(frame.stream), np.frombuffer(frame.data, table.dtype)
+            each = max(self.samples.most * len(streams) // _SAMPLE_FRAMES, 8)
+            for frame in reader.spread_frames(table.name, streams, _SAMPLE_FRAMES, each):
+                rank = self._rank_of(frame.stream)
                 self._intake.add(table.name, rank, frame.data)
                 if table in _SAMPLED:
-                    self.samples.add(table.name, rank, rows[:: -(-len(rows) // each)].copy())
+                    self.samples.add(table.name, rank, np.frombuffer(frame.data, table.dtype))
 
             self._cursors[table.name] = newest
 

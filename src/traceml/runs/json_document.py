@@ -22,4 +22,6 @@ class JsonDocument:
 
     def to_json(self) -> str:
         """Return the document as indented JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        text = msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+        # Other characters are escaped: the output may go to a terminal or a tool that has no UTF-8.
+        return text if text.isascii() else json.dumps(self.to_dict(), indent=2, allow_nan=False)

@@ -87,8 +87,10 @@ def slope_per_step(steps: NDArray[np.int64], values: NDArray[np.int64]) -> float
     if len(np.unique(steps)) < _MIN_SAMPLES:
         return None
 
-    parts = np.array_split(np.arange(len(steps)), min(_PARTS, len(steps) // 2))
-    least = [part[np.argmin(values[part])] for part in parts]
+    # The least value of each part comes first in it.
+    count = min(_PARTS, len(steps) // 2)
+    part = np.arange(len(steps)) * count // len(steps)
+    least = np.lexsort((values, part))[np.searchsorted(part, np.arange(count))]
     x, y = steps[least].astype(float), values[least].astype(float)
     first, second = np.triu_indices(len(x), 1)
     apart = x[second] > x[first]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from traceml.database.compaction import FULL_ROWS
 from traceml.database.reader import StoreReader
 from traceml.database.schema import Table
 from traceml.database.thinning import BLOCK_STEPS, sample_blocks
@@ -15,8 +14,8 @@ __all__ = ["spread_ranges", "step_ranges"]
 _LEAST_STEPS = 16
 _USUAL_BLOCKS = 32
 # Reading a frame takes so long, and each of its rows besides (measured); a report should not take seconds.
-_FRAME_S, _ROW_S = 15e-6, 75e-9
-_BUDGET_S = 1.2
+_FRAME_S, _ROW_S = 20e-6, 40e-9
+_BUDGET_S = 0.5
 _LEAST_PLACES = 4
 # Of the frames of all ranks, which do not begin with the same step, most are cut once by a range of this share.
 _SHARE_OF_FRAME = 1 / 4
@@ -35,15 +34,17 @@ def step_ranges(
         last: last step.
         rows: how many step rows to read of all ranks together.
     """
-    counts = [count for table in tables if (count := reader.frame_count(table.name))]
-    frames, level = sum(counts), reader.thinning_level()
+    present = [table.name for table in tables if reader.frame_count(table.name)]
+    frames = sum(reader.frame_count(name) for name in present)
+    left = sum(reader.stored(name) - reader.thinned(name) for name in present)
+    level = reader.thinning_level()
     steps = max(min(rows // ranks, (last - first + 1) >> level), _LEAST_STEPS)
-    span = max((last - first + 1) * ranks * len(counts) / max(frames, 1), 1.0)
-    frame_s = _FRAME_S + min(span, FULL_ROWS) * _ROW_S
+    frame_s = _FRAME_S + left / max(frames, 1) * _ROW_S
     if frames * frame_s <= _BUDGET_S:
         return spread_ranges(first, last, steps)
 
-    place_s = (1 + _block_steps(steps) / span) * frame_s * ranks * len(counts)
+    span = max((last - first + 1) * ranks * len(present) / frames, 1.0)
+    place_s = (1 + BLOCK_STEPS / span) * frame_s * ranks * len(present)
     places, reach = max(int(_BUDGET_S / place_s), _LEAST_PLACES), int(span * _SHARE_OF_FRAME)
     return spread_ranges(first, last, min(steps, places * max(reach >> level, BLOCK_STEPS)), places, reach)
 
@@ -64,6 +65,8 @@ def spread_ranges(
     if places is None or places >= steps // each:
         return list(_cut(sample_blocks(first, last, steps // each * BLOCK_STEPS), each))
 
+    # Frames take the time, not rows.
+    each = min(BLOCK_STEPS, max(steps // places, _LEAST_STEPS))
     width = max((last - first + 1) // places, 1)
     ranges: list[tuple[int, int]] = []
     for begin in range(first, last + 1, width)[:places]:
