@@ -224,7 +224,9 @@ def system(digest: Digest) -> SystemSection:
         host.memory_pct = significant(100 * used / max(size, 1)) if used is not None and size is not None else None
 
     for rank in (rank for rank in totals.ranks(GPU) if rank in digest.ranks):
-        hosts[digest.ranks[rank].host].gpus = [_gpu(totals, rank, index) for index in totals.devices(GPU, rank)]
+        gpus = hosts[digest.ranks[rank].host].gpus
+        known = {gpu.index for gpu in gpus}  # ranks with GPUs of their own sample these
+        gpus += [_gpu(totals, rank, index) for index in totals.devices(GPU, rank) if index not in known]
 
     return SystemSection(list(hosts.values()))
 

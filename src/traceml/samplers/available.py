@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 from traceml.samplers.base import Sampler
@@ -11,6 +12,7 @@ from traceml.samplers.host import HostSampler
 from traceml.samplers.limits import HostLimitsSampler, LimitsSampler
 from traceml.samplers.process import ProcessSampler
 from traceml.samplers.torch_memory import TorchMemorySampler
+from traceml.samplers.visible_gpus import VARIABLE, has_own_gpus
 
 __all__ = ["open_samplers"]
 
@@ -21,12 +23,16 @@ _Factory = Callable[[], Sampler]
 def open_samplers(*, local_rank: int) -> list[Sampler]:
     """Open the samplers that work on this machine; local rank 0 also opens those of the host.
 
+    A rank that sees only GPUs of its own samples them too.
+
     Args:
         local_rank: the number of this rank on its host.
     """
     factories: list[_Factory] = [ProcessSampler, TorchMemorySampler, LimitsSampler]
     if local_rank == 0:
         factories += [HostSampler, GpuSampler, HostLimitsSampler]
+    elif has_own_gpus(local_rank, os.environ.get(VARIABLE)):
+        factories += [GpuSampler]
 
     opened: list[Sampler] = []
     for factory in factories:

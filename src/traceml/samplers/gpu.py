@@ -1,25 +1,28 @@
-"""GPU samples through NVML; local rank 0 samples all devices of its host."""
+"""GPU samples through NVML: of the devices that this process may use, by one rank for all that see them."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import ClassVar
 
 from traceml.database.schema import GPU, Table
 from traceml.samplers.base import SampleRow
 from traceml.samplers.nvml import Nvml, NvmlError
+from traceml.samplers.visible_gpus import VARIABLE
 
 __all__ = ["GpuSampler"]
 
 
 class GpuSampler:
-    """Samples every device of the host.
+    """Samples every visible device: others may be another user's.
 
     Args:
         nvml: the driver's interface; None: the installed driver.
 
     Raises:
-        NvmlError: there is no driver or no device.
+        NvmlError: there is no driver, or no device is visible.
     """
 
     name: ClassVar[str] = "gpu"
@@ -29,13 +32,15 @@ class GpuSampler:
 
     def __init__(self, nvml: Nvml | None = None) -> None:
         self._nvml = nvml or Nvml()
-        self._devices = self._nvml.devices()
+        self._visible = os.environ.get(VARIABLE)
+        self._devices = self._nvml.devices(self._visible)
         if not self._devices:
             self._nvml.close()
-            raise NvmlError("the driver reports no device")
+            raise NvmlError("the driver reports no device, or none is visible")
 
     def sample(self, t_ns: int, step: int) -> Iterator[SampleRow]:  # noqa: ARG002 - the protocol's signature
         """Yield one row per device; a lost device does not hide the others."""
+        self._follow_variable()
         lost: NvmlError | None = None
         for device in self._devices:
             try:
@@ -46,6 +51,19 @@ class GpuSampler:
         if lost is not None:
             raise lost
 
+    def _follow_variable(self) -> None:
+        """Use the devices that the script has made visible since, as CUDA does until it is initialized."""
+        visible = os.environ.get(VARIABLE)
+        if visible == self._visible or _is_cuda_initialized():
+            return
+
+        self._visible, self._devices = visible, self._nvml.devices(visible)
+
     def close(self) -> None:
         """Release the driver."""
         self._nvml.close()
+
+
+def _is_cuda_initialized() -> bool:
+    cuda = getattr(sys.modules.get("torch"), "cuda", None)  # None, too, while torch is still being imported
+    return cuda is not None and bool(cuda.is_initialized())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+from traceml.samplers.visible_gpus import visible_gpus
 
 __all__ = ["Nvml", "NvmlDevice", "NvmlError"]
 
 _TEMPERATURE_GPU = 0
 _CLOCK_SM = 1
 _UNKNOWN = -1
+_UUID_BYTES = 96
 
 
 class NvmlError(OSError):
@@ -27,10 +31,17 @@ class _Memory(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class NvmlDevice:
-    """One device by its NVML handle."""
+    """One device by its NVML handle.
+
+    Attributes:
+        index: NVML's number of the GPU.
+        handle: of the GPU.
+        mig: handle of the part of the GPU that is used, if it is a MIG device: its memory is its own.
+    """
 
     index: int
     handle: ctypes.c_void_p
+    mig: ctypes.c_void_p | None = None
 
 
 class Nvml:
@@ -53,8 +64,21 @@ class Nvml:
         self._library = library
         self._check("nvmlInit_v2", library.nvmlInit_v2())
 
-    def devices(self) -> list[NvmlDevice]:
-        """Return every visible device."""
+    def devices(self, visible: str | None = None) -> list[NvmlDevice]:
+        """Return the devices that this process may use.
+
+        Args:
+            visible: value of CUDA_VISIBLE_DEVICES, None where it is not set.
+        """
+        gpus = {device.index: device for device in self._gpus()}
+        if visible is None:
+            return list(gpus.values())
+
+        named = visible_gpus(visible, {index: self._uuid(device) for index, device in gpus.items()})
+        found = [gpus[name] if isinstance(name, int) else self._mig_device(name, gpus) for name in named]
+        return [device for device in found if device is not None]
+
+    def _gpus(self) -> list[NvmlDevice]:
         count = ctypes.c_uint()
         self._check("nvmlDeviceGetCount_v2", self._library.nvmlDeviceGetCount_v2(ctypes.byref(count)))
         found = []
@@ -65,6 +89,27 @@ class Nvml:
                 found.append(NvmlDevice(index, handle))
 
         return found
+
+    def _uuid(self, device: NvmlDevice) -> str:
+        text = ctypes.create_string_buffer(_UUID_BYTES)
+        status = self._library.nvmlDeviceGetUUID(device.handle, text, ctypes.c_uint(_UUID_BYTES))
+        return text.value.decode("ascii", "replace") if status == 0 else ""
+
+    def _mig_device(self, name: str, gpus: Mapping[int, NvmlDevice]) -> NvmlDevice | None:
+        """Return the MIG device of a name; None if there is none, or the driver knows no MIG devices."""
+        mig, parent, index = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_uint()
+        library = self._library
+        try:
+            status = (
+                library.nvmlDeviceGetHandleByUUID(name.encode(), ctypes.byref(mig))
+                or library.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(mig, ctypes.byref(parent))
+                or library.nvmlDeviceGetIndex(parent, ctypes.byref(index))
+            )
+        except AttributeError:
+            return None
+
+        gpu = gpus.get(index.value) if status == 0 else None
+        return replace(gpu, mig=mig) if gpu is not None else None
 
     def figures(self, device: NvmlDevice) -> tuple[float, int, int, float, float, int, int]:
         """Return utilization (%), used, total memory (bytes), temperature (C), power (W), clock (MHz), throttle mask.
@@ -82,7 +127,7 @@ class Nvml:
         )
         answers = (
             library.nvmlDeviceGetUtilizationRates(handle, ctypes.byref(utilization)) == 0,
-            library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)) == 0,
+            library.nvmlDeviceGetMemoryInfo(device.mig or handle, ctypes.byref(memory)) == 0,
             library.nvmlDeviceGetTemperature(handle, ctypes.c_uint(_TEMPERATURE_GPU), ctypes.byref(temperature)) == 0,
             library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)) == 0,
             library.nvmlDeviceGetClockInfo(handle, ctypes.c_uint(_CLOCK_SM), ctypes.byref(clock)) == 0,
