@@ -47,6 +47,7 @@ _GUARDS = frozenset(
         "ForwardTimer.__call__",
         "ModuleDiscovery.watch.<locals>.on_registration",
         "Instrumentation._guarded",
+        "DeviceTimes.fail",
         "Instrumentation._look_for_device",
         "Instrumentation._new_loader",
         "Instrumentation.phase",

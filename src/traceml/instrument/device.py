@@ -109,7 +109,7 @@ class DeviceMarkingSlots:
 
     def __setitem__(self, index: int, value: int) -> None:
         self._slots[index] = value
-        if index < OTHER:  # the slot of a phase
+        if index < OTHER and self._device.marks:  # the slot of a phase, in a step that is measured
             self._device.mark(self._clock.current, begins=value != 0)
 
 
@@ -118,11 +118,11 @@ def _fail_open(method: F) -> F:
 
     @functools.wraps(method)
     def call(self: DeviceTimes, *args: Any, **kwargs: Any) -> Any:
-        with fail_open(_log, "instrument", _LOST, once=True):
+        try:
             return method(self, *args, **kwargs)
-
-        self.forget()
-        return False
+        except Exception as error:  # noqa: BLE001 - fail open
+            self.fail(error)
+            return False
 
     return cast("F", call)
 
@@ -132,6 +132,9 @@ class DeviceTimes:
 
     No method raises: a step that cannot be marked or read has no device row, the failure is counted, and the next step
     is measured again.
+
+    Attributes:
+        marks: events of the open step, each with the phase that begins there; empty if it is not measured.
 
     Args:
         clock: decides by `is_detailed` which steps are measured.
@@ -144,23 +147,20 @@ class DeviceTimes:
         self._pools: dict[int, list[DeviceEvent]] = {}  # by device
         self._home: _TrainingStream | None = None
         self._next_home: _TrainingStream | None = None  # where a backward pass of this step ran instead
-        self._marks: Marks = []
+        self.marks: Marks = []
         self._cut: int | None = None  # number of marks before the cut
         self._is_whole = True  # the marks begin with the step, not at a cut in it
         self._pending: deque[_PendingStep] = deque()
 
     @_fail_open
     def mark(self, phase: int, *, begins: bool) -> None:
-        """Mark a change of phase.
+        """Mark a change of phase in a step that is measured.
 
         Args:
             phase: the phase that time belongs to from now on.
             begins: whether it begins here; else an inner phase has ended.
         """
-        marks = self._marks
-        if not marks:
-            return  # this step is not measured
-
+        marks = self.marks
         if phase not in _MARKED:
             phase = OTHER  # these phases launch no work
 
@@ -176,29 +176,29 @@ class DeviceTimes:
 
     def mark_own(self) -> None:
         """Mark the last local gradient; the autograd engine calls it on any of its threads."""
-        if self._marks and self._marks[-1][1] == _BACKWARD:
+        if self.marks and self.marks[-1][1] == _BACKWARD:
             self.mark(_WAITING, begins=False)
 
     @_fail_open
     def cut(self) -> None:
         """Mark a cut: what follows may belong to another step."""
-        starts = not self._marks and self._clock.is_detailed(self._clock.rows + 1)
-        if not (self._marks or starts) or self._device.is_capturing():
+        starts = not self.marks and self._clock.is_detailed(self._clock.rows + 1)
+        if not (self.marks or starts) or self._device.is_capturing():
             return
 
-        phase = OTHER if starts else self._marks[-1][1]
-        self._cut, self._is_whole = len(self._marks), self._is_whole and not starts
-        self._marks.append((self._recorded(), phase))
+        phase = OTHER if starts else self.marks[-1][1]
+        self._cut, self._is_whole = len(self.marks), self._is_whole and not starts
+        self.marks.append((self._recorded(), phase))
 
     @_fail_open
     def discard(self) -> None:
         """Drop the measurement of this step: what followed the cut was evaluation."""
-        self._drop(self._marks)
+        self._drop(self.marks)
 
     @_fail_open
     def close(self, step: int) -> bool:
         """End the step (-1: without a row) and begin the next; return whether a device row will follow."""
-        marks, is_whole = self._marks, self._is_whole and step >= 0
+        marks, is_whole = self.marks, self._is_whole and step >= 0
         self._begin([])
         if self._device.is_capturing():
             self._drop(marks)
@@ -214,7 +214,7 @@ class DeviceTimes:
 
         if detailed:
             # The end of one step is the start of the next: both share the event, and the later one returns it.
-            self._marks.append((end, OTHER))
+            self.marks.append((end, OTHER))
 
         return measured
 
@@ -222,10 +222,10 @@ class DeviceTimes:
     def close_prefix(self, step: int) -> bool:
         """End the step at the cut, where the next one began; return whether a device row will follow."""
         if self._cut is None:
-            self._drop(self._marks)
+            self._drop(self.marks)
             return False
 
-        marks, rest, is_whole = self._marks[: self._cut], self._marks[self._cut :], self._is_whole
+        marks, rest, is_whole = self.marks[: self._cut], self.marks[self._cut :], self._is_whole
         self._begin(rest)
         if self._device.is_capturing():
             self._drop(rest)
@@ -260,12 +260,14 @@ class DeviceTimes:
         """Read all complete steps, at the end of the run."""
         self._read(len(self._pending))
 
-    def forget(self) -> None:
-        """Drop the measurement of the open step, and its events: one of them has failed."""
+    def fail(self, error: Exception) -> None:
+        """Drop the measurement of the open step, and its events, one of which has failed; log and count it."""
         self._begin([])
+        with fail_open(_log, "instrument", _LOST, once=True):
+            raise error
 
     def _begin(self, marks: Marks) -> None:
-        self._marks, self._cut, self._is_whole = marks, None, True
+        self.marks, self._cut, self._is_whole = marks, None, True
 
     # ---- streams ----
 
