@@ -196,6 +196,18 @@ def test_the_pydantic_form_agrees(monkeypatch: pytest.MonkeyPatch, project: Path
         traceml.Settings(prot=9)
 
 
+def test_settings_over_others() -> None:
+    """Arguments replace some, with their checks and their source; the others stay, and so does the original."""
+    config = read({"TRACEML_PROJECT": "p", "TRACEML_EXCLUDE": "a,b"})
+    changed = config.over(project="q", backends="jsonl")
+
+    assert (changed.project, changed.backend, changed.exclude) == ("q", ("jsonl",), ("a", "b"))
+    assert (changed.sources["project"], changed.sources["exclude"]) == ("argument", "TRACEML_EXCLUDE")
+    assert config.project == "p"
+    with pytest.raises(SettingsError, match="did you mean 'project'"):
+        config.over(projct="q")
+
+
 @pytest.mark.process
 def test_the_loader_needs_the_standard_library_alone() -> None:
     """Loading settings imports neither pydantic nor numpy nor torch."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from traceml.track.backends import clearml, mlflow, wandb
-from traceml.track.backends.safe_names import is_this_machine, safe_name
+from traceml.track.backends.safe_names import flattened, is_this_machine, safe_name
 
 REFUSED = [(mlflow._REFUSED, 250), (wandb._REFUSED, 1000), (wandb._REFUSED_ID, 128), (clearml._REFUSED, 1000)]
 
@@ -34,6 +34,12 @@ def test_names_stay_apart_and_are_accepted(names: list[str], rule: tuple[re.Patt
 def test_plots_and_series_stay_apart(names: list[str]) -> None:
     """ClearML's two parts of a name tell every name from every other."""
     assert len({clearml._title_and_series(name) for name in names}) == len(names)
+
+
+def test_nested_maps_become_one() -> None:
+    """Keys are joined, also those that are no texts; an empty map is a value that stays."""
+    nested = {"model": {"depth": 18, 3: {"x": None}}, "empty": {}, "list": [{"a": 1}]}
+    assert flattened(nested, ".") == {"model.depth": 18, "model.3.x": None, "empty": {}, "list": [{"a": 1}]}
 
 
 def test_this_machine() -> None:
