@@ -117,11 +117,11 @@ def mlflow(run_dir: Path, number: str) -> Contents:
         kind, _, rest = path.relative_to(root).as_posix().partition("/")
         name = rest.rpartition("/")[0]
         if kind == "text":
-            found.texts.append((name, int(path.stem.partition(".")[0]), path.read_text()))
+            found.texts.append((name, int(path.stem.partition("-")[0]), path.read_text()))
         elif kind == "images":
-            found.images.append((name, int(path.stem.partition(".")[0]), color_of(path)))
+            found.images.append((name, int(path.stem.partition("-")[0]), color_of(path)))
         elif kind == "histograms":
-            found.histograms.append((name, int(path.stem.partition(".")[0]), json.loads(path.read_text())["counts"]))
+            found.histograms.append((name, int(path.stem.partition("-")[0]), json.loads(path.read_text())["counts"]))
         else:
             found.artifacts[path.relative_to(root).as_posix()] = path.read_bytes()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from traceml.track.backends.mlflow_rows import (
     TESTED_VERSIONS,
     DuplicateShifter,
     MetricRow,
+    RepeatedPaths,
     insert,
     is_insertable,
 )
@@ -104,3 +106,18 @@ def test_repeated_rows_are_set_apart_also_over_a_restart() -> None:
     shifter.commit()
     after = DuplicateShifter([tuple(each) for each in shifter.recent()])
     assert after.shift([row]) == [MetricRow("loss", 1.0, 101, 0)]
+
+
+def test_another_content_gets_another_path() -> None:
+    """The same content gets its own again, also in a new process; only the newest paths are remembered."""
+    paths = RepeatedPaths()
+    given = [("text/a/1", b"x"), ("text/a/1", b"y"), ("text/a/1", b"x"), ("text/a/2", b"y")]
+    expected = ["text/a/1.txt", "text/a/1-2.txt", "text/a/1.txt", "text/a/2.txt"]
+    assert [paths.path_of(stem, ".txt", content) for stem, content in given] == expected
+
+    later = RepeatedPaths(json.loads(json.dumps(paths.recent())))
+    assert [later.path_of(stem, ".txt", content) for stem, content in given] == expected
+    for step in range(1000):
+        later.path_of(f"text/b/{step}", ".txt", b"x")
+
+    assert len(later.recent()) == 256

@@ -24,8 +24,6 @@ SYSTEM = {"host": "node1", "cores": 8}
 GIT = {"commit": "0123abcd", "branch": "main", "remote": "https://example.com/x.git", "dirty": False}
 STARTED, ENDED = START_NS / 1e9, START_NS / 1e9 + 0.006  # a millisecond for each value
 FACTS = {f"system/{key}": value for key, value in SYSTEM.items()} | {f"git/{key}": each for key, each in GIT.items()}
-# What a tracker cannot hold: it keeps the newest under a name and step, or one of each name.
-KEEPS_NEWEST = {"mlflow"}
 
 
 def _verdict(kind: str) -> dict[str, object]:
@@ -107,13 +105,12 @@ def delivered(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def test_everything_twice_under_one_name(delivered: tuple[str, Contents]) -> None:
     """Nothing is missing, nothing is there twice, and the newest of what can only be once."""
-    backend, found = delivered
+    _, found = delivered
     parts = (1, 2, 3)
     values = [("loss", part + i, part + 0.5 - 0.25 * i) for part in parts for i in (0, 1)]
     assert [row for row in found.metrics if not row[0].startswith("traceml/")] == sorted(values)
 
-    at_once = parts[-1:] if backend in KEEPS_NEWEST else parts
-    where = [(part, part) for part in parts] + [(7, part) for part in at_once]
+    where = [(part, part) for part in parts] + [(7, part) for part in parts]
     texts = [("note", step, f"text {part}") for step, part in where]
     texts += [("loss", part, f"diverged {part}") for part in parts]
     assert [row for row in found.texts if not row[0].startswith("traceml/")] == sorted(texts)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from traceml.errors import BackendBusyError, BackendError, BackendRefusedError, BackendUnauthorizedError
 from traceml.track.backends.mlflow_database import prepare_database
-from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, insert, is_insertable
+from traceml.track.backends.mlflow_rows import DuplicateShifter, MetricRow, RepeatedPaths, insert, is_insertable
 from traceml.track.backends.safe_names import flattened, is_this_machine, nonfinite_text, safe_name
 from traceml.track.plugins.interfaces import BackendInterface
 from traceml.track.plugins.metric import Metric
@@ -78,6 +78,7 @@ class MLflowBackend(BackendInterface):
         self._experiment_id = ""
         self._params: dict[str, str] = {}
         self._duplicates = DuplicateShifter()
+        self._paths = RepeatedPaths((config.get("mark") or {}).get("paths"))
         self._client: Any = None
         self._ended_ms: int | None = None  # None: the time of the call
 
@@ -104,6 +105,7 @@ class MLflowBackend(BackendInterface):
         """Continue the same run."""
         self._run_id = mark["run_id"]
         self._duplicates = DuplicateShifter([tuple(each) for each in mark.get("last", [])])
+        self._paths = RepeatedPaths(mark.get("paths"))
         return True
 
     def start_experiment(self, name: str, project: str) -> str:
@@ -186,18 +188,17 @@ class MLflowBackend(BackendInterface):
 
     def log_text(self, name: str, text: str, step: int) -> None:
         """Send a text as an artifact `text/<name>/<step>.txt`."""
-        with _errors():
-            self._client.log_text(self._run_id, text, f"text/{_file(name)}/{step}.txt")
+        self._text(f"text/{_file(name)}/{step}", ".txt", text)
 
     def log_histogram(self, name: str, counts: Sequence[float], edges: Sequence[float], step: int) -> None:
         """Send a histogram as an artifact `histograms/<name>/<step>.json`."""
         content = json.dumps({"counts": list(counts), "edges": list(edges), "step": step})
-        with _errors():
-            self._client.log_text(self._run_id, content, f"histograms/{_file(name)}/{step}.json")
+        self._text(f"histograms/{_file(name)}/{step}", ".json", content)
 
     def log_image(self, name: str, path: Path, step: int) -> None:
         """Send an image as an artifact `images/<name>/<step>.png`."""
-        self.log_artifact(str(path), f"images/{_file(name)}/{step}{path.suffix}")
+        where = self._paths.path_of(f"images/{_file(name)}/{step}", path.suffix, path.read_bytes())
+        self.log_artifact(str(path), where)
 
     def log_artifact(self, artifact_path: str, artifact_name: str | None = None) -> None:
         """Upload a file; a link gives it another name."""
@@ -230,8 +231,8 @@ class MLflowBackend(BackendInterface):
         self._client = None
 
     def mark(self) -> dict[str, Any]:
-        """Return the run, and the rows of its last millisecond."""
-        mark = {"run_id": self._run_id, "last": self._duplicates.recent()}
+        """Return the run, the rows of its last millisecond, and its newest paths."""
+        mark = {"run_id": self._run_id, "last": self._duplicates.recent(), "paths": self._paths.recent()}
         return mark | ({"database": self._uri} if self._is_default else {})
 
     def _own_tags(self) -> dict[str, str]:
@@ -246,6 +247,11 @@ class MLflowBackend(BackendInterface):
             "mlflow.source.type": "LOCAL",
         }
         return {key: value for key, value in tags.items() if value}
+
+    def _text(self, stem: str, suffix: str, text: str) -> None:
+        content = text.encode("utf-8", "backslashreplace")
+        with _errors():
+            self._client.log_text(self._run_id, content.decode(), self._paths.path_of(stem, suffix, content))
 
     def _connect(self) -> None:
         """Create a client whose requests share connections; it does not retry, since delivery does."""

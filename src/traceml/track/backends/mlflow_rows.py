@@ -1,16 +1,17 @@
-"""Rows in MLflow's form: duplicates shifted apart in time, and a fast insert into a database file."""
+"""Rows in MLflow's form: duplicates shifted apart in time or by path, and a fast insert into a database file."""
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-__all__ = ["TESTED_VERSIONS", "DuplicateShifter", "MetricRow", "insert", "is_insertable"]
+__all__ = ["TESTED_VERSIONS", "DuplicateShifter", "MetricRow", "RepeatedPaths", "insert", "is_insertable"]
 
 # `insert` writes MLflow's tables itself, so it is used only with versions for which a test compares the two.
 TESTED_VERSIONS = frozenset({"3.17"})
-# Rows of the last millisecond that are kept over a restart, to shift their duplicates again.
+# Rows of the last millisecond, and newest paths, that are kept over a restart to tell duplicates again.
 _REMEMBERED = 256
 _COLUMNS = frozenset({"run_uuid", "key", "value", "timestamp", "step", "is_nan"})
 
@@ -78,6 +79,37 @@ class DuplicateShifter:
     def recent(self) -> list[list[Any]]:
         """Return what a new process needs to continue."""
         return [list(each) for each in self._sent]
+
+
+class RepeatedPaths:
+    """Paths of artifacts: another content of the same name and step gets a number, for it would replace the first.
+
+    The same content gets the same path again, so a replay changes nothing.
+
+    Args:
+        recent: what `recent` returned before a restart.
+    """
+
+    def __init__(self, recent: Mapping[str, Sequence[str]] | None = None) -> None:
+        self._contents: dict[str, list[str]] = {path: list(digests) for path, digests in (recent or {}).items()}
+
+    def path_of(self, stem: str, suffix: str, content: bytes) -> str:
+        """Return `stem.suffix` for the first content, `stem-2.suffix` for the second."""
+        path, digest = f"{stem}{suffix}", hashlib.sha256(content).hexdigest()[:12]
+        known = self._contents.pop(path, [])
+        if digest not in known:
+            known.append(digest)
+
+        self._contents[path] = known  # the newest last
+        while len(self._contents) > _REMEMBERED:
+            del self._contents[next(iter(self._contents))]
+
+        number = known.index(digest) + 1
+        return path if number == 1 else f"{stem}-{number}{suffix}"
+
+    def recent(self) -> dict[str, list[str]]:
+        """Return what a new process needs to continue."""
+        return self._contents
 
 
 def is_insertable(store: Any) -> bool:
