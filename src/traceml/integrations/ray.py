@@ -105,7 +105,10 @@ _shown: set[tuple[Path, str]] = set()  # runs_dir and name of the runs whose fai
 
 def _show_failures(runs_dir: Path, name: str) -> None:
     """Have `fit()` show the verdicts of runs that began in it when it raises."""
-    from ray.train.torch import TorchTrainer
+    try:
+        from ray.train.torch import TorchTrainer
+    except ImportError:  # a driver without torch
+        return
 
     if not _shown:
         owner = next(base for base in TorchTrainer.__mro__ if "fit" in vars(base))

@@ -90,6 +90,10 @@ def test_a_warning_of_torch_is_no_error(capsys: pytest.CaptureFixture[str]) -> N
     told = without_time(capsys.readouterr().out)
     assert [line.partition(":")[0] for line in told] == ["ERROR", "WARNING", "ERROR", "WARNING", "ERROR"]
 
+    routed([stream_handler("node1")], (None, "err", b"srun: lacks support for cpu binding\nsrun: error: it fails\n"))
+    told = without_time(capsys.readouterr().out)
+    assert [line.partition(":")[0] for line in told] == ["WARNING", "ERROR"]
+
     routed(make_handlers("auto", {"node1": 1}, lambda: None, plain=True), (0, "err", warning))
     assert capsys.readouterr() == ("", warning.decode())
 

@@ -41,9 +41,12 @@ Handlers = (
 _MAX_LINE_BYTES = 1024 * 1024
 _log = logging.getLogger("traceml")
 _LEVELS = {"out": logging.INFO, "err": logging.ERROR}
-# A line of torch's C++ libraries: `[W1120 23:59:04.123 socket.cpp:207] …`, under torchrun after `[rank0]:`.
-_NATIVE_LINE = re.compile(rb"(?:\[rank\d+\]:)?\[([IWEF])\d{4} \d\d:\d\d:\d\d")
-_NATIVE_LEVELS = {b"I": logging.INFO, b"W": logging.WARNING, b"E": logging.ERROR, b"F": logging.CRITICAL}
+# A line of torch's C++ libraries: `[W1120 23:59:04.123 socket.cpp:207] …`, under torchrun after `[rank0]:`; or of srun,
+# which names errors only.
+_NATIVE_LINE = re.compile(rb"^(?:(?:\[rank\d+\]:)?\[([IWEF])\d{4} \d\d:\d\d:\d\d|srun: (?!error: ))", re.MULTILINE)
+_NATIVE_LEVELS = {
+    b"I": logging.INFO, b"W": logging.WARNING, b"E": logging.ERROR, b"F": logging.CRITICAL, None: logging.WARNING,
+}  # fmt: skip
 
 
 def make_handlers(
