@@ -87,6 +87,7 @@ def test_a_death_is_told(func: Callable[[], None], code: int | None, number: int
         assert (error.host, error.rank, error.local_rank) == ("localhost", 1, 1)
         assert (error.exit_code, error.signal) == (code, number)
         assert words in str(error)
+        assert "in _serve" not in str(error)  # of the thread that answers for stacks
         assert isinstance(error, RuntimeError)
 
     if number == signal.SIGKILL:

@@ -254,7 +254,11 @@ def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
 
 
 def _tail(message: Mapping[str, Any]) -> list[str]:
-    return [str(line) for line in message.get("tail") or () if _NO_REVERSE_DNS not in str(line)]
+    """Return a worker's last lines, without a harmless warning, and in a crash's stacks without our threads."""
+    lines = [str(line) for line in message.get("tail") or () if _NO_REVERSE_DNS not in str(line)]
+    parts = "\n".join(lines).split("\n\n")
+    kept = [part for part in parts if not (_THREAD.match(part) and _OUR_THREAD.search(part))]
+    return "\n\n".join(kept).split("\n") if lines else []
 
 
 def _in_collective(stack: str) -> bool:
