@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from store_bytes import step_rows
 from traceml.database.reader import StreamIdentity
-from traceml.database.schema import PROCESS, STEPS
+from traceml.database.schema import PROCESS, STEPS, pack_bits
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 
@@ -38,7 +38,7 @@ def steps_of_an_hour(random: np.random.Generator) -> NDArray[np.void]:
     """Return a rank's steps of about a second."""
     rows = step_rows(HOUR, 0.1, random)
     rows["forward_ns"] += S - rows["total_ns"]
-    rows["total_ns"] = S
+    rows["total_ns"], rows["bits"] = S, pack_bits(1, 0)
     return rows
 
 

@@ -56,3 +56,18 @@ def test_skips_that_end_or_are_rare_are_no_finding(steps):
 def test_without_rows_there_is_nothing_to_say():
     """A run that has not made a step."""
     assert steps_skipped(None) == steps_skipped(SkippedSteps()) == []
+
+
+def test_a_sample_of_the_steps_tells_the_same():
+    """Of a long run blocks of steps are taken: the share of skipped ones counts, and the step since which."""
+    rows = np.zeros(20_000, STEPS.dtype)
+    rows["step"] = np.arange(20_000)
+    rows["bits"] = np.where(rows["step"] < 9_000, pack_bits(1, 0), pack_bits(1, StepFlag.SKIPPED))
+    sample = rows[rows["step"] // 64 % 8 == 0]
+    facts = SkippedSteps()
+    facts.add(np.zeros(len(sample), np.int64), sample)
+
+    (finding,) = steps_skipped(facts)
+
+    assert finding.cost_share == pytest.approx(0.55, abs=0.02)
+    assert finding.evidence["since_step"] == pytest.approx(9_000, abs=1_000)

@@ -11,7 +11,7 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import build_report
+from traceml.runs.report import build_report, read_digest
 from traceml.runs.series import read_series
 
 
@@ -24,6 +24,22 @@ def test_phases_over_the_run_agree_with_the_report(tmp_path):
     for phase in report["phases"]:
         # The report leaves the first ten steps out.
         assert np.nanmean(series.steps.phases_ms[phase["phase"]]) == pytest.approx(phase["mean_ms"], rel=0.05, abs=0.01)
+
+
+def test_charts_of_a_long_run_are_of_all_steps(tmp_path, monkeypatch):
+    """Means and longest steps are exact, percentiles are of the sample, and no bin is empty."""
+    run = store_run(tmp_path / "run", Job(steps=4000), adds("forward", 20, (1,), every=50))
+    whole = read_series(run)
+    monkeypatch.setattr(read_digest, "__defaults__", (2000,))
+    long = read_series(run)
+
+    assert len(long.steps) < len(whole.steps)
+    assert np.nanmax(long.steps.max_ms) == pytest.approx(np.nanmax(whole.steps.max_ms))
+    assert len(long.steps) >= 4
+    assert not np.isnan(long.steps.p50_ms).any()
+    assert np.nanmean(long.steps.p50_ms) == pytest.approx(np.nanmean(whole.steps.p50_ms), rel=0.05)
+    for name, values in whole.steps.phases_ms.items():
+        assert np.average(long.steps.phases_ms[name]) == pytest.approx(np.average(values), rel=0.02), name
 
 
 def test_the_straggler_stands_out_on_the_heat_map(tmp_path):

@@ -27,7 +27,9 @@ class SkippedSteps:
         self.rank: int | None = None
         """The rank."""
         self.rows = 0
-        """Step rows of the rank."""
+        """Step rows of the rank; of a long run a sample that is spread over it."""
+        self.first = 0
+        """Its first step that was taken."""
         self.latest = -1
         """Its last step."""
         self.steps: NDArray[np.int64] = np.empty(0, np.int64)
@@ -48,6 +50,7 @@ class SkippedSteps:
         if not len(mine):
             return
 
+        self.first = int(mine["step"][0]) if self.rows == 0 else self.first
         self.rows += len(mine)
         self.latest = int(mine["step"][-1])
         skipped = mine["step"][unpack_bits(mine["bits"]).flags & StepFlag.SKIPPED > 0]
@@ -60,11 +63,13 @@ def steps_skipped(skipped: SkippedSteps | None) -> list[Finding]:
         return []
 
     count, last = len(skipped.steps), skipped.latest + 1
-    late = int((skipped.steps >= last - max(last // 4, 1)).sum())
-    if late < LASTING_SHARE * max(last // 4, 1):
+    span = max(last - skipped.first, 1)
+    taken = min(skipped.rows / span, 1.0)  # less than 1 where rows are a sample
+    late = int((skipped.steps >= last - max(span // 4, 1)).sum())
+    if late < LASTING_SHARE * taken * max(span // 4, 1):
         return []
 
-    since = _since(skipped.steps, last)
+    since = _since(skipped.steps, last, taken)
     share = count / max(skipped.rows, count)
     return [
         Finding(
@@ -86,8 +91,8 @@ def steps_skipped(skipped: SkippedSteps | None) -> list[Finding]:
     ]
 
 
-def _since(steps: NDArray[np.int64], end: int) -> int:
+def _since(steps: NDArray[np.int64], end: int, taken: float) -> int:
     """Return the step from which on nearly all steps were skipped; else the first skipped one."""
     left = np.arange(len(steps), 0, -1)
-    dense = left >= _DENSE_SHARE * (end - steps)
+    dense = left >= _DENSE_SHARE * taken * (end - steps)
     return int(steps[np.argmax(dense)]) if dense.any() else int(steps[0])

@@ -23,7 +23,7 @@ from traceml.diagnosis.step_split import (
     spread_device_times,
 )
 
-__all__ = ["MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
+__all__ = ["MAX_CELLS", "MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
 
 Ints = NDArray[np.int64]
 Rows = NDArray[np.void]
@@ -34,7 +34,8 @@ _POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIO
 _DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
 
 # A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
-_MAX_CELLS = 640_000
+MAX_CELLS = 640_000
+"""Most steps of all ranks together that a window has."""
 _MIN_STEPS = 20
 SET_UP_STEPS = 10
 """First steps of a run that a diagnosis leaves out, as they include set-up."""
@@ -261,7 +262,7 @@ class StepWindow:
             return self._window(chosen, np.empty(0, np.int64), missing_ranks)
 
         newest = int(self._latest[chosen].min())
-        last = min(last, self.slots, max(_MIN_STEPS, _MAX_CELLS // len(chosen)))
+        last = min(last, self.slots, max(_MIN_STEPS, MAX_CELLS // len(chosen)))
         skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
         steps = self._steps_until(newest, last)
         steps = steps[steps >= skip]

@@ -32,7 +32,7 @@ from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.job_facts import RankExit
 from traceml.diagnosis.ruleset import diagnose
 from traceml.diagnosis.step_split import has_group
-from traceml.diagnosis.window import Window, slots_for
+from traceml.diagnosis.window import MAX_CELLS, Window, slots_for
 from traceml.runs.metrics import MetricSummary
 from traceml.runs.sample_totals import SampleTotals
 from traceml.runs.samples import Samples, rows_for
@@ -41,8 +41,8 @@ from traceml.runs.step_totals import SetUpSums, StepTotals, step_totals
 
 __all__ = ["Digest"]
 
-# Maximum of step rows that are read of a whole run: 64 MB as stored.
-MAX_STEP_ROWS = 64 * 2**20 // STEPS.row_bytes
+MAX_STEP_ROWS = MAX_CELLS
+"""Maximum of step rows that are read of a whole run."""
 # Of sampled tables with more frames than this, as many are read of each.
 _SAMPLE_FRAMES = 2048
 # Rows are taken in batches of this size, whatever the number of frames.

@@ -15,6 +15,7 @@ from tests.runs.test_metric_series import log
 from traceml.database.reader import StoreReader
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
+from traceml.renderers.html.notebook_html import inline_html
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
 from traceml.runs.report import full_report, read_digest
@@ -48,13 +49,14 @@ class _Page(HTMLParser):
         return " ".join(self.texts)
 
 
-def page_of(run_dir):
+def page_of(run_dir, of=report_page, **bounds):
     """Return the page of a run."""
     with StoreReader(run_dir / STORE_NAME) as reader:
-        digest = read_digest(reader)
+        digest = read_digest(reader, **bounds)
         follower = SeriesFollower()
         follower.take(digest, reader)
-        return report_page(full_report(digest, reader, run_dir), follower.series(digest), about_run(reader))
+        about = (about_run(reader),) if of is report_page else ()
+        return of(full_report(digest, reader, run_dir), follower.series(digest), *about)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,19 @@ def test_a_missing_rank_is_told(tmp_path):
     run = store_run(tmp_path / "run", Job(steps=60), facts={"world_size": 3})
 
     assert "No data from rank 2 (of 3)." in _Page(page_of(run)).texts
+
+
+@pytest.mark.parametrize("of", [report_page, inline_html])
+def test_what_a_long_runs_verdict_rests_on_is_told(tmp_path, of):
+    """Page and notebook say of how many steps the verdict is; charts cover all of them, without gaps."""
+    run = store_run(tmp_path / "run", Job(steps=2000))
+    said = "Verdict from 310 of 2,000 steps, spread over the run; means are of all steps."
+
+    page = page_of(run, of, max_step_rows=640)
+
+    assert said in page
+    assert said not in page_of(run, of)
+    assert _Page(page).tags.count("svg") == _Page(page_of(run, of)).tags.count("svg")
 
 
 def test_what_a_run_calls_itself_is_text(evil):
