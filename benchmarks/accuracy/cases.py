@@ -90,7 +90,7 @@ _CLASSIFIER = (
           function="log_images", steps=240),
     _case("collects garbage", "classifier --fault gc --epochs 2", "GC_PAUSES", "RESIDUAL_HEAVY", steps=120),
     _case("saves often", "classifier --fault save --epochs 2", "CHECKPOINT_STALLS", steps=120),
-    _case("start-up of 8 s", "classifier --fault startup", "STARTUP", steps=180),
+    _case("start-up of 8 s", "classifier --fault startup", steps=180, also=frozenset({"STARTUP"})),
     _case("evaluates long", "classifier --fault evaluation", "EVAL_HEAVY", steps=180),
 )  # fmt: skip
 

@@ -16,6 +16,7 @@ __all__ = [
     "ms_text",
     "ns_text",
     "overhead_text",
+    "part_words",
     "percent_text",
     "phase_label",
     "phase_words",
@@ -38,6 +39,13 @@ _UNPRINTABLE = re.compile(
 )
 _UNPRINTABLE_BUT_NEWLINE = re.compile(_UNPRINTABLE.pattern.replace(r"\x00-\x1f", r"\x00-\x09\x0b-\x1f"))
 
+_PARTS = {
+    "startup": "start-up",
+    "checkpoint": "saving",
+    "between_epochs": "between steps",
+    "idle": "after the last step",
+    "restart": "restarts",
+}
 # Phase -> (label in a table, words in a sentence). Other names are the user's own phases.
 _PHASES = {
     "input_wait": ("input", "data loading"),
@@ -210,6 +218,11 @@ def capitalized(text: str) -> str:
 def phase_label(phase: str) -> str:
     """Return a phase's name for a column or a bar."""
     return _PHASES[phase][0] if phase in _PHASES else phase
+
+
+def part_words(part: str) -> str:
+    """Return a part of a run's wall time in words."""
+    return _PARTS.get(part, part)
 
 
 def short_label(phase: str) -> str:

@@ -192,8 +192,19 @@ def test_rare_long_steps_that_save_are_explained():
     """Saving now and then is no jitter."""
     found = verdict(replace(ALONE, steps=400), at_once("checkpoint", 200, 0.03))
 
-    assert found.kind is Kind.HEALTHY
-    assert "Saving checkpoints takes" in found.summary
+    assert found.kind is Kind.CHECKPOINT_STALLS
+    assert found.evidence["saves"] >= 8
+    assert found.evidence["save_ms"] == pytest.approx(200, rel=0.05)
+
+
+def test_saving_at_the_end_is_no_stall():
+    """One checkpoint, in the last step."""
+
+    def saves(own, random):
+        own["checkpoint"] = np.zeros_like(own["forward"])
+        own["checkpoint"][:, -1] = 2000
+
+    assert verdict(ALONE, saves).kind is Kind.COMPUTE_BOUND
 
 
 def test_one_long_step_is_no_verdict():

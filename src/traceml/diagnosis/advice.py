@@ -14,6 +14,7 @@ __all__ = [
     "for_input",
     "for_jitter",
     "for_residual",
+    "for_saving",
     "for_straggler",
 ]
 
@@ -99,6 +100,14 @@ def for_residual(part: str, line: BlamedLine | None) -> str:
     return (
         "Look at what the training loop does besides the model (loss function, metrics, logging, .item()); `traceml "
         "report --lines` shows the lines in which it was seen."
+    )
+
+
+def for_saving() -> str:
+    """Return advice on saving checkpoints."""
+    return (
+        "Save less often, or beside the training (torch.distributed.checkpoint.async_save), and only what a restart "
+        "needs."
     )
 
 

@@ -16,7 +16,7 @@ from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.step_split import Floats
 from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["FLOOR_NS", "input_bound", "residual", "transfers"]
+__all__ = ["FLOOR_NS", "checkpoints", "input_bound", "residual", "transfers"]
 
 FLOOR_NS = 1e6
 """Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
@@ -139,6 +139,40 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
             found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), line=line))
 
     return found
+
+
+def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:  # noqa: ARG001 - as all rules
+    """Find saving that all ranks spend time on, or wait for."""
+    values = segments.parts.get("checkpoint")
+    if values is None:
+        return []
+
+    # In the window's last step scripts save and end.
+    longest = values[:, :-1].max(axis=0, initial=0)
+    saves = longest > FLOOR_NS
+    kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
+    saved = saved_ns(segments, {"checkpoint": kept})
+    if saves.sum() < 2 or saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return []
+
+    share = saved / step_ns
+    return [
+        Finding(
+            kind=Kind.CHECKPOINT_STALLS,
+            severity=Kind.CHECKPOINT_STALLS.severity_for(share),
+            phase="checkpoint",
+            summary=(
+                f"Saving takes {percent_text(share)} of step time: {int(saves.sum())} of {len(saves)} steps save, for "
+                f"{ns_text(float(longest[saves].mean()))} each; without it the run would be "
+                f"{factor_text(speedup(segments, saved))} faster."
+            ),
+            next=advice.for_saving(),
+            evidence=_evidence(segments, "checkpoint", step_ns)
+            | {"saves": int(saves.sum()), "save_ms": float(longest[saves].mean()) / 1e6},
+            cost_share=share,
+            speedup_if_fixed=speedup(segments, saved),
+        )
+    ]
 
 
 def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:

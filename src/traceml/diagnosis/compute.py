@@ -9,7 +9,8 @@ from traceml.diagnosis import advice
 from traceml.diagnosis.comm import min_wait_ns
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
-from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.run_time import covered
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.formatting import ns_text, percent_text, phase_words
 
@@ -35,12 +36,11 @@ def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
     if compute >= COMPUTE_SHARE and segments.backward_known:
         return _compute_bound(segments, facts, step, means, evidence)
 
-    saving = shares.get("checkpoint", 0.0)
     return Finding(
         kind=Kind.HEALTHY,
         severity=Kind.HEALTHY.severity_for(0.0),
-        summary=_healthy(step, shares, saving, facts),
-        next=_when_healthy(facts, shares, saving),
+        summary=_healthy(step, shares, facts) + covered(facts.time),
+        next=_when_healthy(facts, shares),
         evidence=evidence,
     )
 
@@ -83,16 +83,14 @@ def _compute_bound(
         summary=(
             f"No bottleneck found: {percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
             f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})."
+            f"{covered(facts.time)}"
         ),
         next=advice.for_compute(heaviest, facts, segments.device),
         evidence=evidence,
     )
 
 
-def _healthy(step: float, shares: dict[str, float], saving: float, facts: JobFacts) -> str:
-    if saving >= WARNING_SHARE:
-        return f"Saving checkpoints takes {percent_text(saving)} of step time; nothing else slows the run down."
-
+def _healthy(step: float, shares: dict[str, float], facts: JobFacts) -> str:
     if facts.oversubscribed:
         ranks = "the ranks had" if facts.world_size > 1 else "the process had"
         return (
@@ -110,10 +108,7 @@ def _largest(shares: dict[str, float]) -> str:
     )
 
 
-def _when_healthy(facts: JobFacts, shares: dict[str, float], saving: float) -> str:
-    if saving >= WARNING_SHARE:
-        return "Save less often, or beside training (torch.distributed.checkpoint.async_save)."
-
+def _when_healthy(facts: JobFacts, shares: dict[str, float]) -> str:
     if facts.oversubscribed:
         return (
             f"The ranks waited for a CPU core {percent_text(facts.wait_share)} of the time: try fewer ranks or "

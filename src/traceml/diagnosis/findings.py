@@ -73,9 +73,18 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.convert(data, cls)
 
 
-def in_order(findings: Iterable[Finding]) -> list[Finding]:
-    """Return the findings with the verdict first: a lost rank, then the largest cost."""
-    return sorted(findings, key=lambda finding: (not finding.kind.rule.sorts_first, -finding.cost_share))
+def in_order(findings: Iterable[Finding], in_steps: float = 1.0) -> list[Finding]:
+    """Return the findings with the verdict first: a lost rank, then the largest cost in wall time.
+
+    Args:
+        findings: in any order.
+        in_steps: share of the run's wall time in steps; most costs are shares of step time.
+    """
+
+    def cost(finding: Finding) -> float:
+        return finding.cost_share * (1.0 if finding.kind.rule.of_run else in_steps)
+
+    return sorted(findings, key=lambda finding: (not finding.kind.rule.sorts_first, -cost(finding)))
 
 
 def significant(value: float | np.floating[Any] | None) -> float | None:

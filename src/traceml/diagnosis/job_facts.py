@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.diagnosis.resource_use import ResourceUse, UseHistory
+from traceml.diagnosis.run_time import RunTime
 from traceml.diagnosis.sampled_lines import LineCounts, SampledLine
 from traceml.diagnosis.skipped_steps import SkippedSteps
 
@@ -106,6 +107,7 @@ class JobFacts:
         limits: use of resources that have a limit.
         lines: lines in which the training threads were seen.
         skipped: steps without an update.
+        time: the run's wall time by part; None where it is not known.
         state: the run's state, as in the report.
     """
 
@@ -121,6 +123,7 @@ class JobFacts:
     limits: tuple[ResourceUse, ...] = ()
     lines: tuple[SampledLine, ...] = ()
     skipped: SkippedSteps | None = None
+    time: RunTime | None = None
     state: str = "running"
 
     @property
@@ -161,6 +164,8 @@ class JobFactsBuilder:
         self.state = "running"
         self.limits, self.lines = UseHistory(), LineCounts()
         self.skipped = SkippedSteps()
+        self.time: RunTime | None = None
+        """Wall time by part, which a reader of the whole run sets."""
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}
@@ -227,6 +232,7 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             lines=self.lines.lines(self.names),
             skipped=self.skipped,
+            time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
         )

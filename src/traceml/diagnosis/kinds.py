@@ -122,12 +122,14 @@ class KindRule:
         severity: of each finding of the kind; None where the cost decides.
         is_straggler: whether it blames ranks that the others wait for.
         sorts_first: whether it comes before the kinds that are ordered by cost.
+        of_run: whether its cost is a share of the run's wall time; else of step time.
     """
 
     headline: str | Callable[[_FindingFacts], str]
     severity: Severity | None = None
     is_straggler: bool = False
     sorts_first: bool = False
+    of_run: bool = False
 
 
 _SLOW = KindRule("{ranks_are} slow in {phase}: the others wait, {share}", is_straggler=True)
@@ -152,6 +154,9 @@ class Kind(StrEnum):
     H2D_STRAGGLER = "H2D_STRAGGLER", _SLOW
     STRAGGLER = "STRAGGLER", _SLOW
     JITTER = "JITTER", KindRule("Some steps take far longer than the rest: {share}")
+    STARTUP = "STARTUP", KindRule("{share} is start-up, before the first step", of_run=True)
+    EVAL_HEAVY = "EVAL_HEAVY", KindRule("{share} is evaluation", of_run=True)
+    CHECKPOINT_STALLS = "CHECKPOINT_STALLS", KindRule("Saving checkpoints slows training down: {share}")
     STEPS_SKIPPED = (
         "STEPS_SKIPPED",
         KindRule("Steps are skipped because gradients are not finite: {share}"),
@@ -198,7 +203,8 @@ class Kind(StrEnum):
         if not isinstance(rule, str):
             return rule(finding)
 
-        share = f"{percent_text(finding.cost_share)} of step time" if finding.cost_share else "part of each step"
+        whole = "the run's time" if self.rule.of_run else "step time"
+        share = f"{percent_text(finding.cost_share)} of {whole}" if finding.cost_share else f"part of {whole}"
         ranks = capitalized(ranks_text(finding.ranks))
         are = "is" if len(finding.ranks) == 1 else "are"
         phase = phase_words(finding.phase) if finding.phase else "the step"

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.bottlenecks import input_bound, residual, transfers
+from traceml.diagnosis.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.comm import comm_bound
 from traceml.diagnosis.compute import nothing_found
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.jitter import jitter, late_in_turns
 from traceml.diagnosis.job_facts import JobFacts
-from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.lost_ranks import rank_lost
 from traceml.diagnosis.replay import new_step_times
 from traceml.diagnosis.resource_use import limits_near
+from traceml.diagnosis.run_time import outside_steps
 from traceml.diagnosis.segments import Segments, segments_of
 from traceml.diagnosis.skipped_steps import steps_skipped
 from traceml.diagnosis.slowdown import StepHistory, slowdown
@@ -36,15 +37,19 @@ def diagnose(window: Window, facts: JobFacts) -> list[Finding]:
         facts: facts besides the window.
     """
     lost = [*rank_lost(facts), *steps_skipped(facts.skipped), *limits_near(facts.limits)]
+    outside = outside_steps(facts.time, facts.lines)
+    main = [*lost, *(finding for finding in outside if finding.severity is not Severity.INFO)]
+    remarks = [finding for finding in outside if finding.severity is Severity.INFO]
+    in_steps = 1.0 if facts.time is None else facts.time.in_steps
     if len(window) < MIN_STEPS:
-        return lost or [_too_few(window, facts)]
+        return [*(in_order(main, in_steps) or [_too_few(window, facts)]), *remarks]
 
     segments = segments_of(window, facts)
-    found = _timing(window, segments, facts)
-    if lost or found:
-        return in_order([*lost, *found])
+    main += _timing(window, segments, facts)
+    if main:
+        return [*in_order(main, in_steps), *remarks]
 
-    return [_unknown_backward(window, segments) or nothing_found(segments, facts)]
+    return [_unknown_backward(window, segments) or nothing_found(segments, facts), *remarks]
 
 
 def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
@@ -57,7 +62,7 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
 
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
-    for rule in (input_bound, transfers, residual):
+    for rule in (input_bound, transfers, residual, checkpoints):
         found += rule(remaining, facts, step_ns)
 
     if not alternating:

@@ -8,7 +8,7 @@ and if the phase is not in more samples than its share: then other phases hide c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
 from traceml.formatting import line_text, percent_text
 
-__all__ = ["OUTSIDE_STEPS", "BlamedLine", "LineCounts", "SampledLine", "blamed_line"]
+__all__ = ["OUTSIDE_STEPS", "BlamedLine", "LineCounts", "SampledLine", "blamed_line", "outside_line"]
 
 MIN_SAMPLES = 35
 """Fewer samples of a phase do not name a line: with 35, a share of 0.9 is accurate to a tenth."""
@@ -148,12 +148,40 @@ def blamed_line(
     if place is None or excess[place] < (NAMED_OF_EXCESS if others else NAMED_SHARE) * whole:
         return None
 
+    line = _most_frequent_line(_seen_on(lines, ranks), code, place)
+    return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
+
+
+def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
+    """Return the function that half of the time outside steps is spent in; None where the samples do not tell.
+
+    Args:
+        lines: the sampled lines of a run.
+        part: a name of `OUTSIDE_STEPS`.
+    """
+    total = sum(each.samples for each in lines if each.part == part)
+    functions: Counter[tuple[str, str]] = Counter()
+    for each in lines:
+        if each.part == part and each.file is not None and each.function is not None:
+            functions[each.file, each.function] += each.samples
+
+    if total < MIN_SAMPLES or not functions:
+        return None
+
+    place, samples = functions.most_common(1)[0]
+    if samples < NAMED_SHARE * total:
+        return None
+
+    return BlamedLine(place[0], _most_frequent_line(lines, part, place), place[1], samples / total, total)
+
+
+def _most_frequent_line(lines: Iterable[SampledLine], part: str, place: tuple[str, str]) -> int:
     counts: Counter[int] = Counter()
-    for each in _seen_on(lines, ranks):
-        if each.part == code and (each.file, each.function) == place and each.line is not None:
+    for each in lines:
+        if each.part == part and (each.file, each.function) == place and each.line is not None:
             counts[each.line] += each.samples
 
-    return BlamedLine(place[0], counts.most_common(1)[0][0], place[1], functions[place] / whole, total)
+    return counts.most_common(1)[0][0]
 
 
 def _by_function(

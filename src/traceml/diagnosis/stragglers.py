@@ -271,6 +271,9 @@ def straggler_kind(part: str) -> Kind:
     if part == "h2d":
         return Kind.H2D_STRAGGLER
 
+    if part == "checkpoint":
+        return Kind.CHECKPOINT_STALLS
+
     return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
 
 

@@ -20,6 +20,7 @@ from traceml.runs.restarts import restarts
 from traceml.runs.run_state import state_of
 from traceml.runs.run_times import run_times
 from traceml.runs.trackers import trackers
+from traceml.runs.wall_time import wall_time
 from traceml.version import __version__
 
 __all__ = [
@@ -68,6 +69,10 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
         reader: its store.
         run_dir: its folder.
     """
+    started_s, _, duration_s = run_times(digest, state_of(digest.run, digest.aggregator), run_dir)
+    if started_s is not None and duration_s is not None:
+        digest.facts.time = wall_time(reader, digest.ranks, started_s, started_s + duration_s)
+
     window = digest.whole_window()
     findings = digest.diagnose(window)
     return make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
@@ -157,6 +162,7 @@ def make_report(
         traceml_version=__version__,
         run=_run(digest, reader, run_dir),
         verdict=rounded[0],
+        time=sections.time(digest),
         findings=rounded,
         steps=steps,
         phases=sections.phases(digest, window),

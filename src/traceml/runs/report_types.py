@@ -33,6 +33,8 @@ __all__ = [
     "StepsSection",
     "SystemSection",
     "TelemetrySection",
+    "TimePart",
+    "TimeSection",
     "TrackerSection",
     "read_report",
     "read_verdict",
@@ -98,6 +100,21 @@ class StepsSection(msgspec.Struct, kw_only=True):
     cut: bool = False
     diagnosed: int = 0
     untimed_device: str | None = None
+
+
+class TimePart(msgspec.Struct):
+    """A part of the run's wall time; `share` is 0..1."""
+
+    part: str
+    seconds: float
+    share: float
+
+
+class TimeSection(msgspec.Struct):
+    """Wall time of the run by part, the mean over ranks; the parts add up to `wall_s`."""
+
+    wall_s: float = 0.0
+    parts: list[TimePart] = []
 
 
 class RankMean(msgspec.Struct):
@@ -260,6 +277,7 @@ class Report(JsonDocument, msgspec.Struct, kw_only=True):
     traceml_version: str = ""
     run: RunSection
     verdict: Finding
+    time: TimeSection | None = None
     findings: list[Finding]
     steps: StepsSection = msgspec.field(default_factory=StepsSection)
     phases: list[PhaseSection] = []

@@ -28,12 +28,14 @@ from traceml.runs.report_types import (
     StepsSection,
     SystemSection,
     TelemetrySection,
+    TimePart,
+    TimeSection,
 )
 from traceml.runs.sample_totals import SampleTotals
 from traceml.runs.samples import slope_per_step
 from traceml.runs.step_totals import StepTotals
 
-__all__ = ["lines", "memory", "phases", "ranks", "steps", "system", "telemetry"]
+__all__ = ["lines", "memory", "phases", "ranks", "steps", "system", "telemetry", "time"]
 
 _MS = 1e6
 _MAX_LINES = 200
@@ -190,6 +192,16 @@ def lines(digest: Digest) -> list[LineSection]:
 
 def _line(of: SampledLine) -> LineSection:
     return LineSection(phase=of.part, file=of.file, line=of.line, function=of.function, library=of.library)
+
+
+def time(digest: Digest) -> TimeSection | None:
+    """Return the run's wall time by part, None where it is not known."""
+    found = digest.facts.time
+    if found is None:
+        return None
+
+    parts = [TimePart(part, _number(seconds), _number(found.share(part))) for part, seconds in found.seconds.items()]
+    return TimeSection(_number(found.wall_s), [part for part in parts if part.seconds > 0])
 
 
 def memory(digest: Digest) -> MemorySection:

@@ -16,6 +16,7 @@ from traceml.formatting import (
     duration_text,
     ms_text,
     overhead_text,
+    part_words,
     percent_text,
     phase_label,
     rate_text,
@@ -95,6 +96,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         _top(view, width, viewport),
         *_verdict_lines(view, width),
         Text(),
+        *_time_lines(view, width),
         _steps_line(view, viewport),
         *_labeled("Sample", view.sample or "", width),
         *_labeled("Clock", view.untimed or "", width),
@@ -194,6 +196,16 @@ def _steps_line(view: RunView, viewport: Viewport) -> Text:
         line.append(f"  p95 {ms_text(steps.p95_ms)}  p99 {ms_text(steps.p99_ms)}")
 
     return line
+
+
+def _time_lines(view: RunView, width: int) -> Iterator[Text]:
+    """Yield where the run's wall time went; nothing where nearly all of it was steps."""
+    time = view.report.time
+    if time is None:
+        return
+
+    shown = [f"{part_words(part.part)} {percent_text(part.share)}" for part in time.parts if part.share >= _SMALL_SHARE]
+    yield from _labeled("Time", f"{duration_text(time.wall_s)}: {', '.join(shown)}", width)
 
 
 def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:
