@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
+from tests.runs.test_restarts import FINE, RAISED, attempt, store
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.job_facts import JobFacts
@@ -49,6 +50,10 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _store_odd_runs(folder: Path) -> None:
+    with store(folder / "20260101-000000-again-0009") as writer:
+        attempt(writer, 0, 30, 100, FINE, RAISED)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
     older = store_run(folder / "20260101-000000-older-0005", Job(ranks=1, steps=20, grouped=False))
     rewrite(older / STORE_NAME, "PRAGMA user_version=0")
     damaged = store_run(folder / "20260101-000000-damaged-0006", Job(ranks=2, steps=300))

@@ -93,6 +93,14 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
     expect(page.locator("h1")).to_contain_text("Rank 2 is slow")
 
 
+def test_a_restart_is_told_beside_the_verdict(visit: Visits) -> None:
+    page = visit().open("/run/20260101-000000-again-0009")
+
+    expect(page.locator(".verdict .note")).to_have_text(
+        re.compile("Restarted once: rank 1, RuntimeError at step 30 [(]lost 12 s[)]")
+    )
+
+
 def test_the_heat_map_shows_the_straggler(visit: Visits) -> None:
     """Among a thousand ranks the slow one's row is the brightest; the page loads within about a second."""
     page = visit().open(f"/run/{MANY}")
