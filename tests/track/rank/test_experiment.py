@@ -86,18 +86,21 @@ def test_an_experiment_begins_at_its_first_call(script: Script, tmp_path: Path) 
         with traceml.Experiment("block", backend="jsonl"):
             traceml.Experiment("inner", backend="jsonl").log_params({"depth": 3})
         traceml.Experiment("never", backend="jsonl")
+        late = traceml.Experiment("late", backend="jsonl")
+        traceml.Experiment("below", backend="jsonl", parent=late).log_metric("x", 3)
         """)
     )
 
     stored = ended_run(tmp_path / "traceml_runs")
     rows = {row["name"]: row for row in stored.of("experiment")}
-    assert list(rows) == ["first", "second", "block", "inner"]
+    assert list(rows) == ["first", "second", "block", "inner", "late", "below"]
     assert {name: row["parent"] for name, row in rows.items()} == {
-        "first": None, "second": None, "block": None, "inner": rows["block"]["id"],
+        "first": None, "second": None, "block": None, "inner": rows["block"]["id"], "late": None,
+        "below": rows["late"]["id"],
     }  # fmt: skip
     of = {name: row["experiment"] for name, row in rows.items()}
     assert [(number, metric.name) for number, metric in stored.metrics] == [
-        (of["first"], "x"), (of["first"], "x"), (of["second"], "late"),
+        (of["first"], "x"), (of["first"], "x"), (of["second"], "late"), (of["below"], "x"),
     ]  # fmt: skip
     assert [(row["experiment"], row["params"]) for row in stored.of("params")] == [
         (of["first"], {"lr": 1}), (of["inner"], {"depth": 3}),

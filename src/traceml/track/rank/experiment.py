@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from traceml.recorder.current import current_recorder
+from traceml.recorder.current import current_recorder, on_change
 from traceml.recorder.identity import script_name
 from traceml.recorder.lifecycle import recorder_for_logging
 from traceml.recorder.logger import Logger
@@ -87,7 +87,9 @@ class Experiment:
         self.tags = dict(tags) if isinstance(tags, Mapping) else dict.fromkeys(tags or (), "")
         self.config: dict[str, Any] = dict(config or {})
         """Parameters at the start; under a sweep agent, those that the sweep chose."""
+        self._parent = parent if isinstance(parent, Experiment) else None
         self.parent = parent.id if isinstance(parent, Experiment) else parent
+        """Id of the parent experiment, if there is one; set when it begins."""
         self.resume = resume
         self.iteration: int | None = None
         """Step of values that are logged without one; None for the training step, else a counter per name."""
@@ -132,7 +134,10 @@ class Experiment:
                 chosen.say()
 
         self.name = self.name or config.run_name or script_name()
-        if self.parent is None:
+        if self._parent is not None:
+            self._parent._begun_logger()
+            self.parent = self._parent.id
+        elif self.parent is None:
             self.parent = next((each.id for each in reversed(open_experiments) if each._has_block), None)
 
         ordinal = _begun.get(self.name, 0)
@@ -162,7 +167,7 @@ class Experiment:
             return
 
         self._is_active = False
-        logger = self._log_to
+        logger = self._begun_logger()
         media.wait(logger)
         logger.row("end", state=state, values=logger.values)
         open_experiments.remove(self)
@@ -185,18 +190,18 @@ class Experiment:
         """
         return self._logger is None or delivery_wait.flush(timeout, self._logger.experiment)
 
-    @property
-    def _log_to(self) -> Logger:
-        """Its logger; begins the experiment if it never has."""
-        if self._logger is None:
-            self.start()
+    def _begun_logger(self) -> Logger:
+        """Return its logger; begins the experiment if it never has."""
+        with _lock:
+            if self._logger is None:
+                self._begin()
 
         assert self._logger is not None
         return self._logger
 
     def log_metric(self, name: str, value: Any, step: int | None = None) -> None:
         """Log one value; see `traceml.log_metric`."""
-        (self._logger or self._log_to).metric(name, value, self.iteration if step is None else step)
+        (self._logger or self._begun_logger()).metric(name, value, self.iteration if step is None else step)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log several values at one step."""
@@ -205,7 +210,7 @@ class Experiment:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Log parameters."""
-        self._log_to.row("params", params=dict(params))
+        self._begun_logger().row("params", params=dict(params))
 
     def log_hyperparameter(self, name: str, value: Any) -> None:
         """Log one parameter."""
@@ -213,11 +218,11 @@ class Experiment:
 
     def set_tags(self, tags: Mapping[str, Any]) -> None:
         """Set tags."""
-        self._log_to.row("tags", tags={str(key): str(value) for key, value in tags.items()})
+        self._begun_logger().row("tags", tags={str(key): str(value) for key, value in tags.items()})
 
     def log_artifact(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Log a file, or the files of a folder; see `traceml.log_artifact`."""
-        media.artifact(self._log_to, path, name)
+        media.artifact(self._begun_logger(), path, name)
 
     def log_file_artifact(self, path: str | os.PathLike[str], artifact_path: str | None = None) -> None:
         """Log a file under a folder at the tracker; Tracelet's form of `log_artifact`."""
@@ -225,15 +230,15 @@ class Experiment:
 
     def log_text(self, name: str, text: str, step: int | None = None) -> None:
         """Log a text."""
-        media.text(self._log_to, name, text, self.iteration if step is None else step)
+        media.text(self._begun_logger(), name, text, self.iteration if step is None else step)
 
     def log_image(self, name: str, image: Any, step: int | None = None) -> None:
         """Log an image; see `traceml.log_image`."""
-        media.image(self._log_to, name, image, self.iteration if step is None else step)
+        media.image(self._begun_logger(), name, image, self.iteration if step is None else step)
 
     def log_histogram(self, name: str, values: Any, step: int | None = None, *, bins: int = 64) -> None:
         """Log the distribution of values; see `traceml.log_histogram`."""
-        media.histogram(self._log_to, name, values, self.iteration if step is None else step, bins=bins)
+        media.histogram(self._begun_logger(), name, values, self.iteration if step is None else step, bins=bins)
 
     def set_iteration(self, iteration: int | None) -> None:
         """Set the step of values that are logged without one."""
@@ -258,8 +263,18 @@ class Experiment:
 
 open_experiments: list[Experiment] = []
 """Experiments that have begun and not ended, the innermost last."""
-_lock = threading.RLock()
+_lock = threading.RLock()  # of an experiment's begin
 _begun: dict[str, int] = {}  # how many experiments of a name have begun
+
+
+def _renew_lock(forked: bool) -> None:
+    """Replace the lock in a forked child: another thread of the parent may have held it."""
+    global _lock
+    if forked:
+        _lock = threading.RLock()
+
+
+on_change(_renew_lock)
 
 
 def get_active_experiment() -> Experiment | None:
