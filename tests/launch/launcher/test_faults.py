@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.launch.hosts import Hosts, eventually
@@ -184,6 +185,14 @@ def left_on(hosts: Hosts, name: str) -> list[str]:
     return [line for line in found if "python" not in line] + pythons[3:]
 
 
+def runs(process: psutil.Process) -> bool:
+    """Return whether a process has not ended; the host's first process may still have to reap it."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def assert_clean(hosts: Hosts) -> None:
     """When a launch has returned or raised, all processes have ended already."""
     assert {name: left_on(hosts, name) for name in hosts.names} == {name: [] for name in hosts.names}
@@ -241,8 +250,8 @@ def test_a_host_is_clean_without_all_that_guard_it(hosts: Hosts, script: Script,
     told = script.launch("all_signaled", *map(int, numbers))
 
     assert (told["type"], told["host"]) == ("AgentFailedError", "node2")
-    assert {name: left_on(hosts, name) for name in hosts.names} == {"node1": [], "node2": []}
-    assert hosts["node2"].processes() == []
+    assert left_on(hosts, "node1") == []
+    assert not any(map(runs, hosts["node2"].processes()))
 
 
 def test_ctrl_c_tells_who_was_absent(hosts: Hosts, script: Script, tmp_path: Path) -> None:
