@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "ingest": [],
     "worlds": [],
     "store_bytes": [],
+    "retention": [],
     "tracking": [],
     "diagnosis_accuracy": ["--runs", "150"],
     "compare_runs": [],

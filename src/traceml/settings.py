@@ -159,7 +159,7 @@ class Config:
     )
     retention: float | Literal["off"] = _set(
         1.0,
-        "Gigabytes of steps and samples that a run keeps, at least 0.001 per rank. Beyond them, old rows are thinned "
+        "Gigabytes of steps and samples that a run keeps, at least 0.0005 per rank. Beyond them, old rows are thinned "
         "to blocks of steps spread over the run. Sums of the whole run stay exact, and logged values are never "
         "removed.",
         above=0,

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from traceml.database.thinning import BLOCK_STEPS, kept, sample_blocks
+from traceml.database.schema import LINES
+from traceml.database.thinning import BLOCK_STEPS, kept, sample_blocks, thinned_rows
 
 
 @pytest.mark.parametrize("level", range(8))
@@ -57,3 +58,23 @@ def test_nonsensical_range_is_sampled_too() -> None:
     """A step counter that jumped far needs no memory by its distance."""
     ranges = sample_blocks(0, 2**62, 6_400)
     assert len(ranges) == 100
+
+
+def test_counts_of_lines_are_added_up() -> None:
+    """Sampled lines keep their exact totals by line, phase and library, in the order of their last rows."""
+    random = np.random.default_rng(3)
+    rows = np.zeros(1_000, LINES.dtype)
+    for name in ("phase", "line_id", "library_id"):
+        rows[name] = random.integers(-1, 3, len(rows))
+    rows["samples"] = random.integers(1, 50, len(rows))
+    rows["t_ns"] = rows["step"] = np.arange(len(rows))
+
+    left = thinned_rows("lines", rows, 3)
+    assert len(left) == 4**3
+    assert (np.diff(left["t_ns"]) > 0).all()
+    for each in left:
+        same = np.all([rows[name] == each[name] for name in ("phase", "line_id", "library_id")], axis=0)
+        assert each["samples"] == rows["samples"][same].sum()
+        assert each["t_ns"] == rows["t_ns"][same].max()
+
+    assert thinned_rows("lines", left, 4).tolist() == left.tolist()

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tests.database.test_run_sums import Written, append, assert_sums, identity
 from tests.database.test_summaries import random_rows
+from traceml.database import compaction
 from traceml.database.compaction import FANOUT
 from traceml.database.reader import StoreReader
 from traceml.database.schema import METRICS, PROCESS, STEPS, TABLES, Table
@@ -219,6 +220,28 @@ def test_nothing_is_merged_ahead_of_a_delivery(tmp_path: Path) -> None:
             assert_sums(reader, {(stream, "steps"): rows["steps"]})
             assert [frame.n for frame in reader.frames("metrics")] == [1] * 600
             assert sum(1 for frame in reader.frames("steps") if frame.id > 100) < 250
+
+
+def test_frames_of_very_many_processes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a number of processes nothing is merged any more, and the sums are exact all the same."""
+    monkeypatch.setattr(compaction, "_MOST_TAILS", 8)
+    path = tmp_path / "store.db"
+    rows = random_rows(STEPS, 300)
+    with StoreWriter(path) as writer:
+        for rank in range(10):
+            stream = writer.stream(identity(rank))
+            for seq in range(150 * (rank > 7), 300):
+                append(writer, stream, "steps", seq, rows[seq : seq + 1])
+                writer.commit()
+                writer.maintain(ENOUGH_S)
+
+        assert writer._upkeep.compaction.is_off
+        assert not writer.maintain(ENOUGH_S)
+        with StoreReader(path) as reader:
+            assert len(list(reader.frames("steps", stream=1))) < 100
+            assert len(list(reader.frames("steps", stream=10))) == 150
+            wanted = {(rank + 1, "steps"): rows[150 * (rank > 7) :] for rank in range(10)}
+            assert_sums(reader, wanted)
 
 
 def test_damaged_frame_stays_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

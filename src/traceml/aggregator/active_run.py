@@ -40,8 +40,8 @@ RESTART_S = 120.0
 ABANDONED_S = 60.0
 # The launcher reports the end of the run; this is the longest wait for it.
 LAUNCHER_WAIT_S = 3600.0
-# Of each process, steps and samples of at least an hour stay complete, however many ranks there are.
-LEAST_RETAINED_BYTES = 1_000_000
+# Of each process, steps and samples of about half an hour stay complete, however many ranks there are.
+LEAST_RETAINED_BYTES = 500_000
 
 _log = logging.getLogger("traceml")
 

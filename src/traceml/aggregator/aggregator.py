@@ -37,8 +37,8 @@ __all__ = ["Aggregator"]
 TICK_S = 0.1
 _WATCH_S = 0.25
 _VERDICT_S = 1.0
-# Of each `_WATCH_S`, for summing, merging and thinning what a run has stored.
-_MAINTAIN_S = 0.05
+# After each tick, when the rows are acknowledged, for summing, merging and thinning what a run has stored.
+_MAINTAIN_S = 0.015
 # An aggregator that ends when idle waits this long for its first rank.
 _NEVER_JOINED_S = 60.0
 
@@ -282,7 +282,9 @@ class Aggregator:
     def _tick(self) -> None:
         self._tick_due = False
         for run in self.registry.open_runs:
-            if not run.commit():
+            if run.commit():
+                run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
+            else:
                 self._schedule()
 
     async def _watch(self) -> None:
@@ -328,7 +330,7 @@ class Aggregator:
             self._verdicts.setdefault(run, LiveVerdict(run.live)).update(run.store)
             run.commit()
 
-        if not run.ended:
+        if not run.ended:  # also where no rows arrive
             run.maintain(_MAINTAIN_S, self._deliveries.cursors(run.path))
 
         if run not in self._ending and run.is_over(has_launcher=self._has_launcher(run)):

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from traceml.database.frame_editor import SUMMED, EditedFrame, FrameEditor
-from traceml.database.schema import LOGGED, METRICS, TABLES, Table
+from traceml.database.schema import LOGGED, METRICS, PACKED, TABLES, Table
 
 __all__ = ["FANOUT", "FULL_ROWS", "Compaction"]
 
@@ -24,6 +24,9 @@ FANOUT = 60
 """Number of frames that are merged into one."""
 FULL_ROWS = 4096
 """Most rows of a merged frame."""
+_MOST_TAILS = 8192
+"""Most (stream, table) whose frames are merged: of more, each transaction would write most pages of the last minute."""
+_ROUND_FRAMES = 120_000
 _LEVELS = 4
 _MOST_FRAMES = 256
 # Rows of a table that gets few of them are summed after this long.
@@ -65,6 +68,8 @@ class Compaction:
         """Whether there is enough to do for a round."""
         self._by_age: deque[tuple[float, _Key]] = deque()
         self._damaged: set[_Key] = set()
+        self.is_off = False
+        """Whether there are too many processes: frames stay as they are from now on, and readers sum their rows."""
 
     def note(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
         """Take a new frame, after its commit and in the order of ids."""
@@ -73,10 +78,10 @@ class Compaction:
             self._tails.pop((stream, METRICS.name), None)
 
         key = (stream, table)
-        if table not in _MERGED or key in self._damaged:
+        if table not in _MERGED or key in self._damaged or self.is_off:
             return
 
-        tail = self._tails.get(key) or self._tails.setdefault(key, _Tail())
+        tail = self._tails.get(key) or self._begin(key)
         tail.ids[0].append(frame)
         tail.rows[0] += rows
         if tail.unsummed == 0:
@@ -98,16 +103,19 @@ class Compaction:
             level: 0 if its rows are not in the sums, else 1 or higher.
             now_s: monotonic time.
         """
-        if level == 0 or table not in _MERGED:
+        if level == 0 or table not in _MERGED or self.is_off:
             self.note(stream, table, frame, rows, now_s)
         elif rows < FULL_ROWS // 2:
             key = (stream, table)
-            self._append(key, self._tails.get(key) or self._tails.setdefault(key, _Tail()), level, frame, rows)
+            self._append(key, self._tails.get(key) or self._begin(key), level, frame, rows)
 
     def take_thinned(self, stream: int, table: str, frame: int, rows: int) -> None:
         """Take a frame that was thinned, in the order of ids since `forget_thinned`."""
+        if self.is_off:
+            return
+
         key = (stream, table)
-        self._append(key, self._tails.get(key) or self._tails.setdefault(key, _Tail()), _LEVELS - 1, frame, rows)
+        self._append(key, self._tails.get(key) or self._begin(key), _LEVELS - 1, frame, rows)
 
     def forget_thinned(self) -> None:
         """Forget the thinned frames that were taken, before they are visited again."""
@@ -202,6 +210,14 @@ class Compaction:
         self._on_resized(merged.size - sum(frame.size for frame in frames), merged.id)
         return merged
 
+    def _begin(self, key: _Key) -> _Tail:
+        if len(self._tails) >= _MOST_TAILS:
+            self.is_off = True
+            for held in (self._tails, self._due, self._next, self._by_age):
+                held.clear()
+
+        return self._tails.setdefault(key, _Tail())
+
     def _append(self, key: _Key, tail: _Tail, level: int, frame: int, rows: int) -> None:
         tail.ids[level].append(frame)
         tail.rows[level] += rows
@@ -211,8 +227,10 @@ class Compaction:
 
     def _plan(self, key: _Key, tail: _Tail) -> None:
         """Add new frames to the next round if there are many; a full one begins it, and half-full ones take part."""
-        is_full = tail.unsummed >= FANOUT or tail.unsummed_rows >= FULL_ROWS
-        if is_full or tail.unsummed >= FANOUT // 2:
+        # Of very many processes a shorter time is merged at once, as each transaction touches all pages of it.
+        fanout = min(FANOUT, max(_ROUND_FRAMES // len(self._tails), FANOUT // 4)) if self._tails else FANOUT
+        is_full = tail.unsummed >= fanout or tail.unsummed_rows >= FULL_ROWS
+        if is_full or tail.unsummed >= fanout // 2:
             self._next[key, 0] = None
             self.is_ripe |= is_full
 
@@ -234,4 +252,4 @@ def _runs(frames: Sequence[EditedFrame], cursors: Sequence[int]) -> list[list[Ed
     return runs
 
 
-_MERGED = SUMMED | {METRICS.name}
+_MERGED = frozenset(table.name for table in PACKED)

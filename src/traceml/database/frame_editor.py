@@ -17,19 +17,21 @@ import numpy as np
 
 from traceml.database.codec import decode, encode
 from traceml.database.records import step_offset
-from traceml.database.schema import Table
+from traceml.database.schema import LINES, Table
 from traceml.database.summaries import SAMPLE_TABLES, STEP_TABLES, TableSums, sum_rows
-from traceml.database.thinning import kept_rows
+from traceml.database.thinning import thinned_rows
 
-__all__ = ["FRAME_OVERHEAD_BYTES", "SUMMED", "EditedFrame", "FrameEditor"]
+__all__ = ["FRAME_OVERHEAD_BYTES", "SUMMED", "THINNED", "EditedFrame", "FrameEditor"]
 
 SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
-"""Tables whose rows are summed, and may be thinned."""
+"""Tables whose rows are summed."""
+THINNED = SUMMED | {LINES.name}
+"""Tables whose old rows may be thinned."""
 FRAME_OVERHEAD_BYTES = 40
 """Bytes of a frame in the store beside its rows: header and index, measured."""
 
-# A transaction of so many takes some 50 ms.
-_MOST_FRAMES = 20_000
+# A transaction of so many takes some 30 ms.
+_MOST_FRAMES = 10_000
 _MOST_BYTES = 16 << 20
 
 _UPDATE = "UPDATE frames SET seq = ?, n = ?, first_step = ?, last_step = ?, codec = ?, data = ? WHERE id = ?"
@@ -75,6 +77,7 @@ class FrameEditor:
         self._database = database
         self._tables = tables
         self._gone: list[int] = []
+        self._gone_thinned: list[int] = []
         self._rows: list[tuple[Any, ...]] = []
         self._thinned: list[tuple[int, int]] = []
         self._sums: list[tuple[Any, ...]] = []
@@ -95,7 +98,7 @@ class FrameEditor:
         """Write all changes, in the caller's transaction."""
         database = self._database
         database.executemany("DELETE FROM frames WHERE id = ?", [(number,) for number in sorted(self._gone)])
-        database.executemany("DELETE FROM thinnings WHERE id = ?", [(number,) for number in sorted(self._gone)])
+        database.executemany("DELETE FROM thinnings WHERE id = ?", [(number,) for number in self._gone_thinned])
         database.executemany(_UPDATE, sorted(self._rows, key=itemgetter(-1)))
         database.executemany("INSERT OR REPLACE INTO thinnings (id, thinned) VALUES (?, ?)", self._thinned)
         database.executemany(_UPSERT_SUMS, self._sums)
@@ -103,7 +106,7 @@ class FrameEditor:
 
     def clear(self) -> None:
         """Forget the changes, after they were written."""
-        for waiting in (self._gone, self._rows, self._thinned, self._sums, self._meta):
+        for waiting in (self._gone, self._gone_thinned, self._rows, self._thinned, self._sums, self._meta):
             waiting.clear()
 
         self._bytes = 0
@@ -137,16 +140,15 @@ class FrameEditor:
             size=0,
         )
         self._gone += [frame.id for frame in frames[:-1]]
+        self._gone_thinned += [frame.id for frame in frames[:-1] if frame.thinned]
         return self._replace(table, merged)
 
     def thin(self, table: Table, frame: EditedFrame, level: int) -> EditedFrame:
         """Remove the rows of a frame that do not stay at a level; return what is left."""
-        rows = np.frombuffer(frame.data, table.dtype)
-        stays = kept_rows(rows, level)
-        if stays.all():
+        left = thinned_rows(table.name, np.frombuffer(frame.data, table.dtype), level)
+        if len(left) == frame.n:
             return frame
 
-        left = rows[stays]
         has_steps = len(left) > 0 and step_offset(table.dtype) is not None
         thinned = EditedFrame(
             id=frame.id,

@@ -149,6 +149,10 @@ class StoreReader(FrameReader):
         query = "SELECT coalesce(sum(thinned), 0) FROM frames JOIN thinnings ON thinnings.id = frames.id WHERE tbl = ?"
         return int(self._fetch(query, self._id(table))[0][0])
 
+    def thinned_rows(self) -> int:
+        """Return how many stored rows of all tables were removed because of their age."""
+        return int(self._fetch("SELECT coalesce(sum(thinned), 0) FROM thinnings")[0][0])
+
     def thinning_level(self) -> int:
         """Return the level to which old rows are thinned; 0 where none are."""
         return int(self.meta().get(STATE_KEY, {}).get("level", 0))

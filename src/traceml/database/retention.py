@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgpack
 
 from traceml.database.compaction import FULL_ROWS
-from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, EditedFrame, FrameEditor
+from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, THINNED, EditedFrame, FrameEditor
 from traceml.database.schema import TABLES, Table
 from traceml.database.thinning import STATE_KEY
 
@@ -30,7 +30,7 @@ class _ThinningPass:
     first: int
     last: int
     level: int
-    tables: list[str] = field(default_factory=lambda: sorted(SUMMED))
+    tables: list[str] = field(default_factory=lambda: sorted(THINNED))
     after: int = -1
     summed: dict[int, int] = field(default_factory=dict)
 
@@ -61,7 +61,7 @@ class Retention:
     ) -> None:
         self._database = database
         self._editor = editor
-        self._tables = {name: tables[name] for name in SUMMED}
+        self._tables = {name: tables[name] for name in THINNED}
         self._pass: _ThinningPass | None = None
         found = database.execute("SELECT value FROM meta WHERE key = ?", (STATE_KEY,)).fetchone()
         state = msgpack.unpackb(found[0]) if found else {}
@@ -147,8 +147,8 @@ class Retention:
         else:
             walk.after = found[-1][0]
 
-        summed = [number for number, stream in found if number <= walk.summed.get(stream, 0)]
-        return name, self._editor.load(_table(name), summed)
+        ready = [number for number, stream in found if name not in SUMMED or number <= walk.summed.get(stream, 0)]
+        return name, self._editor.load(_table(name), ready)
 
     def _thin(self, name: str, frame: EditedFrame, level: int) -> EditedFrame:
         self.resized(-frame.size, frame.id)

@@ -11,13 +11,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BLOCK_STEPS", "STATE_KEY", "kept", "kept_rows", "sample_blocks"]
+from traceml.database.schema import LINES
+
+__all__ = ["BLOCK_STEPS", "STATE_KEY", "kept", "kept_rows", "sample_blocks", "thinned_rows"]
 
 STATE_KEY = "thinning"
 """Fact of a run that has the level to which its old rows are thinned."""
 
 BLOCK_STEPS = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
+_LINE_KEYS = ("phase", "line_id", "library_id")
 _SECOND_NS = 1_000_000_000
 _MOST_BLOCKS = 1 << 22
 
@@ -36,6 +39,22 @@ def kept_rows(rows: NDArray[np.void], level: int) -> NDArray[np.bool_]:
         return kept(rows["t_ns"] // _SECOND_NS, level)
 
     return kept(rows["step"] // BLOCK_STEPS, level)
+
+
+def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.void]:
+    """Return what stays of a table's consecutive rows at a level.
+
+    Counts of sampled lines are added up by line instead, so that their totals stay exact.
+    """
+    if table != LINES.name:
+        return rows[kept_rows(rows, level)]
+
+    keys = np.stack([rows[name] for name in _LINE_KEYS], axis=1)
+    _, last, of = np.unique(keys[::-1], axis=0, return_index=True, return_inverse=True)
+    order = np.argsort(-last)  # in the order of the last row of each line
+    left = rows[::-1][last[order]].copy()
+    left["samples"] = np.bincount(of.ravel()[::-1], rows["samples"], len(last)).astype(np.int64)[order]
+    return left
 
 
 def sample_blocks(first: int, last: int, steps: int) -> list[tuple[int, int]]:

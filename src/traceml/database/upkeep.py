@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from traceml.database.compaction import FANOUT, Compaction
-from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, FrameEditor
+from traceml.database.frame_editor import FRAME_OVERHEAD_BYTES, SUMMED, THINNED, FrameEditor
 from traceml.database.retention import Retention, ThinnedFrame
 from traceml.database.schema import METRICS
 from traceml.errors import StoreError
@@ -91,7 +91,7 @@ class Upkeep:
             return
 
         self.compaction.note(stream, table, frame, rows, now_s)
-        if table in SUMMED:
+        if table in THINNED:
             self.retention.resized(size + FRAME_OVERHEAD_BYTES, frame)
 
     def run(self, budget_s: float, now_s: float, cursors: Sequence[int] = (), limit_bytes: int | None = None) -> bool:

@@ -263,6 +263,8 @@ class TelemetrySection(msgspec.Struct, kw_only=True):
     rows_appended: int | None = None
     rows_stored: int | None = None
     rows_lost: int | None = None
+    rows_thinned: int | None = None
+    """Stored rows that were removed because of their age; the figures of the whole run have them."""
     overhead_us_per_step: float | None = None
     overhead_share: float | None = None
     bytes_sent: int | None = None

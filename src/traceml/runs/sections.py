@@ -269,6 +269,7 @@ def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> Tel
         rows_appended=appended,
         rows_stored=stored,
         rows_lost=lost,
+        rows_thinned=reader.thinned_rows(),
         overhead_us_per_step=None if overhead_us is None else significant(overhead_us),
         overhead_share=significant(overhead_us / 1e3 / step_ms) if overhead_us is not None and step_ms else None,
         bytes_sent=sum(int(row["bytes_sent"]) for row in last),

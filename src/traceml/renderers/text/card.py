@@ -311,6 +311,7 @@ def _telemetry_text(view: RunView) -> str:
     lost = telemetry.rows_lost
     rows = f"{count_text(telemetry.rows_stored)} rows stored, "
     rows += "losses unknown" if lost is None else f"{count_text(lost)} lost" if lost else "none lost"
+    rows += f", {count_text(telemetry.rows_thinned)} old ones thinned" if telemetry.rows_thinned else ""
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     failed = "".join(f"; errors in {package}: {count}" for package, count in sorted(telemetry.failures.items()))
     return f"{rows}; overhead {overhead}{failed}"
