@@ -105,7 +105,7 @@ def hour_of(steps: NDArray[np.void], samples: NDArray[np.void], hour: int, hours
 
 def report(run_dir: Path) -> tuple[float, float, float]:
     """Write both reports in a process, as the aggregator does; return seconds, CPU seconds, megabytes at the peak."""
-    command = [sys.executable, "-m", "traceml.display.report_main"]
+    command = [sys.executable, "-m", "traceml.display.report_main", "0"]
     began = time.perf_counter()
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None

@@ -23,7 +23,7 @@ from traceml.cli.parsing import CommandParser
 from traceml.errors import TraceMLError
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
-from traceml.supervise.report_maker import ReportMaker
+from traceml.supervise.report_maker import BESIDE_RUNS, ReportMaker
 from traceml.transport import auth
 from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
 from traceml.transport.server import BACKLOG
@@ -51,13 +51,14 @@ def main(argv: list[str]) -> int:
     with _log_to_stderr(level), _listener(options.fd, config.host, config.port, config.runs_dir) as sock:
         host, port = sock.getsockname()[:2]
         token = config.token or _previous_token(port)
-        reports = ReportMaker()
+        # Where the job is over, somebody waits for its verdict.
+        reports = ReportMaker(0 if options.exit_when_idle else BESIDE_RUNS)
         aggregator = Aggregator(
             Path(config.runs_dir),
             token,
             run_id=options.run_id,
             exit_when_idle=options.exit_when_idle,
-            on_rank=reports.prepare if options.exit_when_idle else None,  # somebody waits for this job's verdict
+            on_rank=reports.prepare if options.exit_when_idle else None,
             on_run_finished=partial(_write_report, reports),
             on_run_settled=partial(_clean_up, reports, keep=config.keep_runs),
             delivery_nice=config.delivery_nice,

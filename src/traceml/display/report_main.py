@@ -1,4 +1,4 @@
-"""Entry point of the process that writes a run's reports: `python -m traceml.display.report_main`.
+"""Entry point of the process that writes a run's reports: `python -m traceml.display.report_main NICE`.
 
 It loads its modules, then waits on standard input for one request, and answers it on standard output, both JSON. It is
 a process of its own because a report needs memory and time: neither its end nor its memory concerns other runs.
@@ -17,14 +17,12 @@ from traceml.priority import lower_priority
 
 __all__ = ["main"]
 
-# Below the training, but not at 19: where the training uses every core, the reader of the report would wait too long.
-_NICE = 5
 _KILLED_FIRST = "1000"
 
 
 def main() -> int:
     """Write what is asked for; return the exit status."""
-    lower_priority(_NICE)
+    lower_priority(int(sys.argv[1]))
     _be_killed_first()
     gc.disable()  # the process ends with the report
     from traceml.display import report_files

@@ -14,8 +14,10 @@ from traceml.errors import TraceMLError
 from traceml.formatting import signal_name
 from traceml.supervise.processes import spawn
 
-__all__ = ["ReportMaker"]
+__all__ = ["BESIDE_RUNS", "ReportMaker"]
 
+BESIDE_RUNS = 5
+"""Nice value beside training that goes on. At 19, where all cores are in use, reports would take minutes."""
 _LIMIT_S = 120.0
 
 
@@ -23,9 +25,13 @@ class ReportMaker:
     """Makes the reports of ended runs, one at a time, each in a process of its own.
 
     Such a process may die, hang or use much memory: the aggregator and its other runs do not notice.
+
+    Args:
+        nice: nice value of the processes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nice: int = BESIDE_RUNS) -> None:
+        self._nice = nice
         self._prepared: subprocess.Popen[bytes] | None = None
         self._one_at_a_time = threading.Lock()
 
@@ -41,7 +47,7 @@ class ReportMaker:
             OSError: the system is out of processes or memory.
         """
         if self._prepared is None:
-            self._prepared = _start()
+            self._prepared = self._start()
 
     def write(self, run_dir: Path, page: Path | None = None) -> Path:
         """Write `report.json` and `report.html` of a run, or its page alone; return the path.
@@ -55,7 +61,7 @@ class ReportMaker:
             OSError: the process cannot be started.
         """
         with self._one_at_a_time:
-            process, self._prepared = self._prepared or _start(), None
+            process, self._prepared = self._prepared or self._start(), None
             request = json.dumps({"run_dir": str(run_dir), "page": None if page is None else str(page)})
             with process:
                 answer = _answer(process, f"{request}\n".encode())
@@ -65,22 +71,21 @@ class ReportMaker:
 
         return Path(path)
 
+    def _start(self) -> subprocess.Popen[bytes]:
+        return spawn(
+            [sys.executable, "-m", "traceml.display.report_main", str(self._nice)],
+            environ=os.environ,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            own_session=True,  # an interrupt at the terminal ends the runs, whose reports are then to be written
+        )
+
     def close(self) -> None:
         """End the process that waits, if there is one; one that works finishes."""
         process, self._prepared = self._prepared, None
         if process is not None:
             with process:
                 process.communicate()
-
-
-def _start() -> subprocess.Popen[bytes]:
-    return spawn(
-        [sys.executable, "-m", "traceml.display.report_main"],
-        environ=os.environ,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        own_session=True,  # an interrupt at the terminal ends the runs, whose reports are then to be written
-    )
 
 
 def _answer(process: subprocess.Popen[bytes], request: bytes) -> dict[str, str]:
