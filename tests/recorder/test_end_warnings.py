@@ -12,7 +12,7 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import environ, stored_steps
-from tests.recorder.test_recorder import do_steps, my_flights
+from tests.recorder.test_recorder import do_steps, free_port, my_flights
 from traceml.runs.report import build_report
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
@@ -97,3 +97,16 @@ def test_overwritten_steps_are_counted_without_an_aggregator_too(
     assert waiting.startswith("127 steps of this rank are not stored yet")
     for path in my_flights():
         path.unlink()
+
+
+def test_steps_that_no_aggregator_ever_took_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is left for a later one: the warning at the start may be thousands of lines above."""
+    traceml.init(port=free_port(), token=TOKEN, on_missing="warn", connect_timeout=0.2)
+    do_steps(5)
+    with caplog.at_level(logging.WARNING, "traceml"):
+        traceml.shutdown()
+
+    last = warnings_of(caplog)[-1]
+    assert last.startswith("5 steps of this rank are not stored, as no aggregator answered (")
+    assert last.endswith("Start one first with `traceml serve`, or call traceml.init(local=True).")
+    assert my_flights() == []

@@ -33,7 +33,14 @@ def end_warnings(flight: FlightFile, sender: RowSender, *, stored: bool, supervi
 
     # An aggregator that is only slow reads the file itself, when the rank is gone.
     waiting = 0 if supervised or not sender.trouble else sender.steps_waiting
-    if stored or not ((waiting and sender.connections) or flight.holds_user_rows):
+    if stored or not (waiting or flight.holds_user_rows):
+        return
+
+    if not sender.connections and not flight.holds_user_rows:
+        yield (
+            f"{waiting:,} steps of this rank are not stored, as no aggregator answered ({sender.trouble}). Start one "
+            "first with `traceml serve`, or call traceml.init(local=True)."
+        )
         return
 
     what = [f"{waiting:,} steps"] if waiting else []
