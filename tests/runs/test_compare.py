@@ -13,6 +13,7 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.compare import compare_runs
+from traceml.runs.report import build_report, read_digest
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,24 @@ def test_a_slower_run_is_named_with_phase_and_rank(healthy, tmp_path):
     assert abs(found["ranks"][0]["change"]) < 0.05
     assert found["verdict"]["b"] == "COMPUTE_STRAGGLER"
     assert found["verdict"]["changed"] is True
+
+
+def test_long_runs_are_compared_by_all_steps(tmp_path, monkeypatch):
+    """The means are those of the reports; which steps the test of significance rests on is said."""
+    runs = [
+        store_run(tmp_path / name, Job(steps=4000), *faults, seed=seed)
+        for seed, (name, faults) in enumerate([("a", []), ("b", [adds("forward", 5, (1,))])])
+    ]
+    monkeypatch.setattr(read_digest, "__defaults__", (2000,))
+
+    found = compare_runs(*runs).to_dict()
+    reports = [build_report(run, 2000).to_dict() for run in runs]
+
+    mean = found["step_time"]["mean"]
+    assert (mean["a_ms"], mean["b_ms"]) == tuple(report["steps"]["mean_ms"] for report in reports)
+    assert mean["low"] < mean["change"] < mean["high"]
+    assert found["outcome"] == "slower"
+    assert "A is long: 982 of its 4,000 steps, spread over the run, are compared" in found["remarks"]
 
 
 def test_a_faster_run_is_faster(healthy, tmp_path):

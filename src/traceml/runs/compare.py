@@ -147,6 +147,12 @@ def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> Statist
     """Return one statistic of both runs and its change, with its confidence interval if `test`."""
     statistic = _STATISTICS[name]
     values = [float(statistic(side.times_ms[None, :])[0]) if len(side.times_ms) else None for side in (a, b)]
+    if name == "mean":  # of a long run, the mean of all steps is known
+        values = [
+            side.report.steps.mean_ms if side.report.steps.cut else value
+            for side, value in zip((a, b), values, strict=True)
+        ]
+
     found = difference(a.times_ms, b.times_ms, statistic) if test else Difference(None, None, None)
     before = values[0]
     return StatisticChange(
