@@ -54,7 +54,7 @@ def test_steps_reach_the_store_once(serving: Serving) -> None:
     assert stored_steps(serving) == list(range(200))
     with serving.store() as store:
         assert len(store.rows("user_phases")) == 200
-        assert [row["name"] for _, row in store.log_rows("names")] == ["work"]
+        assert "work" in {row["name"] for _, row in store.log_rows("names")}
         assert len(store.rows("process")) >= 2
         assert store.rows("telemetry")["rows_lost"][-1] == 0
     assert not traceml.is_enabled()
@@ -279,7 +279,7 @@ def test_traced_functions_and_data(serving: Serving) -> None:
     traceml.shutdown()
 
     with serving.store() as store:
-        assert {row["name"] for _, row in store.log_rows("names")} == {"augment", "other name"}
+        assert {row["name"] for _, row in store.log_rows("names")} >= {"augment", "other name"}
         assert sum(store.rows("steps")["input_wait_ns"] > 0) >= 2
 
 
