@@ -170,7 +170,7 @@ def test_delivery_reads_each_row_once(tmp_path: Path) -> None:
 
 
 def test_values_are_not_moved_past_texts(tmp_path: Path) -> None:
-    """A process's values and texts stay in the order of its calls, though values are merged."""
+    """Values and texts, of whatever process, stay in the order in which they were stored, though values are merged."""
     path = tmp_path / "store.db"
     with StoreWriter(path) as writer:
         stream, other = writer.stream(identity(0)), writer.stream(identity(1))
@@ -187,12 +187,12 @@ def test_values_are_not_moved_past_texts(tmp_path: Path) -> None:
 
         with StoreReader(path) as reader:
             text_ids = [frame.id for frame in reader.frames("logged")]
-            for frame in reader.frames("metrics", stream=stream):
+            for frame in reader.frames("metrics"):
                 for text_id, before in zip(text_ids, (131, 331), strict=True):
                     assert (frame.id < text_id) == (frame.seq + frame.n <= before)
 
             counts = {number: sum(1 for _ in reader.frames("metrics", stream=number)) for number in (stream, other)}
-            assert counts[other] < counts[stream] < 200
+            assert max(counts.values()) < 200
             assert reader.stored("metrics") == 1_000
 
 

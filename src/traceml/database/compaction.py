@@ -11,6 +11,7 @@ frames are never merged across the cursor of a delivery; a reader that lives on 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -68,14 +69,15 @@ class Compaction:
         """Whether there is enough to do for a round."""
         self._by_age: deque[tuple[float, _Key]] = deque()
         self._damaged: set[_Key] = set()
+        self._texts = array("q")
         self.is_off = False
         """Whether there are too many processes: frames stay as they are from now on, and readers sum their rows."""
 
     def note(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
         """Take a new frame, after its commit and in the order of ids."""
         if table == LOGGED.name:
-            # Values and texts of a process are delivered in the order of the calls: values are not moved past a text.
-            self._tails.pop((stream, METRICS.name), None)
+            # Trackers get values and texts in the order of the calls; a text may also end the values' experiment.
+            self._texts.append(frame)
 
         key = (stream, table)
         if table not in _MERGED or key in self._damaged or self.is_off:
@@ -184,7 +186,8 @@ class Compaction:
             del self._tails[key]
             raise
 
-        runs = _runs([frame for frame in frames if merging and frame.id <= merging[-1]], cursors)
+        chosen = [frame for frame in frames if merging and frame.id <= merging[-1]]
+        runs = _runs(chosen, cursors, self._texts if key[1] == METRICS.name else ())
         is_rest = len(runs) > 0 and len(runs[-1]) == 1 and runs[-1][0].n < FULL_ROWS // 2
         rest = runs.pop() if is_rest and runs[-1][0].id == merging[-1] else []
         done = sum(frame.n for run in runs for frame in run)
@@ -235,13 +238,14 @@ class Compaction:
             self.is_ripe |= is_full
 
 
-def _runs(frames: Sequence[EditedFrame], cursors: Sequence[int]) -> list[list[EditedFrame]]:
-    """Return runs of frames that can be merged: no rows are lost and no cursor is between them, and they are few."""
+def _runs(frames: Sequence[EditedFrame], cursors: Sequence[int], texts: Sequence[int]) -> list[list[EditedFrame]]:
+    """Return runs of frames that can be merged: no lost rows, cursor or text is between them, and they are few."""
     runs: list[list[EditedFrame]] = []
     rows = 0
     for frame in frames:
         last = runs[-1][-1] if runs else frame
         is_split = any(last.id <= cursor < frame.id for cursor in cursors)
+        is_split |= bisect_right(texts, frame.id) > bisect_right(texts, last.id)
         if runs and frame.seq == last.end and rows + frame.n <= FULL_ROWS and not is_split:
             runs[-1].append(frame)
             rows += frame.n
