@@ -21,6 +21,7 @@ from tests.runs.fabricated_store import (
     run_facts,
     store_run,
 )
+from traceml.database.reader import StoreReader
 from traceml.database.schema import DEVICE_STEPS, HOST, LINES, PROCESS
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
@@ -290,6 +291,36 @@ def test_a_cause_in_the_first_third_is_found(tmp_path, ranks, steps, bound):
     assert report["steps"]["mean_ms"] == pytest.approx(102, rel=0.04)
     assert share == pytest.approx(0.53, abs=0.02)
     assert cost == pytest.approx(0.53, abs=0.05)
+
+
+def test_a_run_whose_old_rows_were_thinned_is_judged_evenly(tmp_path):
+    """No part of the run counts more because more of its rows are left; all figures are still of all steps."""
+    rows = rows_of(Job(ranks=2, steps=40_000, grouped=False))
+    for of_rank in rows:
+        for name in ("input_wait_ns", "total_ns"):
+            of_rank[name] += np.where(of_rank["step"] < 14_000, 14_000_000, 0)
+
+    writer = open_store(tmp_path / "run")
+    streams = [add_rank(writer, rank, of_rank[:0]) for rank, of_rank in enumerate(rows)]
+    for first in range(0, 40_000, 1000):
+        for stream, of_rank in zip(streams, rows, strict=True):
+            writer.append(stream, "steps", first, 1000, of_rank[first : first + 1000].tobytes(), first, first + 999)
+
+        writer.commit(now_s=first)
+        while writer.maintain(1.0, limit_bytes=800_000, now_s=first):
+            pass
+
+    writer.close()
+    report = report_on(tmp_path / "run")
+    total = np.concatenate([of_rank["total_ns"][10:] for of_rank in rows])
+    with StoreReader(tmp_path / "run" / STORE_NAME) as reader:
+        assert reader.thinned("steps") > 30_000
+
+    assert (report["steps"]["cut"], report["steps"]["count"]) == (True, 40_000)
+    assert report["steps"]["mean_ms"] == pytest.approx(total.mean() / 1e6, rel=1e-5)
+    waiting = next(finding for finding in report["findings"] if finding["kind"] == "INPUT_BOUND")
+    assert waiting["cost_share"] == pytest.approx(14 * 0.35 / (total.mean() / 1e6), abs=0.03)
+    assert report["telemetry"]["rows_stored"] == 80_000
 
 
 def test_samples_of_a_long_run_are_thinned_and_their_extremes_exact(tmp_path, monkeypatch):

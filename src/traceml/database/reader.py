@@ -237,7 +237,7 @@ class StoreReader(FrameReader):
             raise self._damaged(str(error)) from error
 
     def _last_frames(self, table: str, wanted: set[int] | None, last: int, after_id: int) -> list[Frame]:
-        """Read backward from the end until the last rows of every stream are found."""
+        """Read backward from the end until the last rows of every stream are found; of each frame no more rows."""
         self._update_progress()
         totals = {key[1]: total for key, total in self._progress.items() if key[0] == table}
         missing = {stream for stream in totals if wanted is None or stream in wanted}
@@ -254,7 +254,8 @@ class StoreReader(FrameReader):
                     if have[stream] >= last:
                         missing.discard(stream)
 
-        return list(self._frames_by_id(table, sorted(chosen)))
+        newest = (row for batch in self._rows_by_id(sorted(chosen)) for row in batch)
+        return [self._part(table, row, lambda planes: np.arange(-planes.shape[1], 0) >= -last) for row in newest]
 
     def _update_progress(self) -> None:
         """Add the frames since the last call to the progress.

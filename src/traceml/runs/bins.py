@@ -115,7 +115,18 @@ class StepBins:
             value = np.clip(_LEAST_NS * np.exp((level + 0.5) * _RATIO), least, most)
             found.append(np.where(count > 0, value, np.nan))
 
-        return found
+        if not self.sampled or not count.any():
+            return found
+
+        return [np.clip(self._filled(values, joined), least, most) for values in found]
+
+    def _filled(self, values: Floats, joined: int) -> Floats:
+        """Return percentiles in which bins without sampled steps have the nearest one's, in the ratio of the means."""
+        mean = _ratio(*(self._joined(self._by_rank[name].sum(axis=0), joined) for name in ("total", "count")))
+        known = np.flatnonzero(~np.isnan(values))
+        nearest = known[np.abs(np.arange(len(values))[:, None] - known).argmin(axis=1)]
+        filled: Floats = np.where(np.isnan(values), values[nearest] * mean / mean[nearest], values)
+        return filled
 
     def longest_ns(self, joined: int) -> Floats:
         """Return the longest step of each bin."""

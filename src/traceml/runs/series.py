@@ -30,7 +30,6 @@ _MS = 1e6
 _MAX_SHOWN = 128
 _WANTED_PER_BIN = 16
 _LEAST_SHOWN = 32
-_LEAST_SAMPLED = 4
 _HEAT_ROWS = 128
 _SAMPLES = 240
 # Device times arrive some steps after their step, and a step is taken only once.
@@ -204,17 +203,11 @@ def _joined_bins(bins: StepBins) -> int:
     while bins.used // joined > _MAX_SHOWN:
         joined *= 2
 
-    least = _LEAST_SAMPLED if bins.sampled else _LEAST_SHOWN
-    while bins.used // (2 * joined) >= least and _is_sparse(bins, joined):
+    each = max(len(bins.ranks), 1) * bins.width
+    while joined * each < _WANTED_PER_BIN and bins.used // (2 * joined) >= _LEAST_SHOWN:
         joined *= 2
 
     return joined
-
-
-def _is_sparse(bins: StepBins, joined: int) -> bool:
-    """Return whether a bin has too few steps for percentiles."""
-    each = int(bins.counts(joined)[:-1].min()) if bins.sampled else max(len(bins.ranks), 1) * bins.width * joined
-    return each < _WANTED_PER_BIN
 
 
 def _steps(bins: StepBins, joined: int) -> StepSeries:
