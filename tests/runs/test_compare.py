@@ -64,6 +64,19 @@ def test_a_faster_run_is_faster(healthy, tmp_path):
     assert compare_runs(slow, healthy).to_dict()["outcome"] == "faster"
 
 
+def test_no_step_takes_less_than_no_time(tmp_path):
+    """Where few steps vary much, the interval is cut at -100 %: B's steps cannot take less time than none."""
+    first, second = (
+        store_run(tmp_path / name, Job(steps=64), adds("forward", 900, (0,), every=16), seed=seed)
+        for seed, name in enumerate(("a", "b"))
+    )
+
+    times = compare_runs(first, second).step_time
+
+    assert times.mean.low == -1.0
+    assert all(row.low >= -1.0 for _, row in times.items() if row.low is not None)
+
+
 def test_two_runs_of_the_same_job_do_not_differ(healthy, tmp_path):
     """Other noise is no change."""
     again = store_run(tmp_path / "again", Job(steps=300), seed=9)

@@ -159,11 +159,16 @@ def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> Statist
         a_ms=_number(before),
         b_ms=_number(values[1]),
         change=_number(_change(before, values[1])),
-        low=_number(found.low / before if found.low is not None and before else None),
-        high=_number(found.high / before if found.high is not None and before else None),
+        low=_bound(found.low, before),
+        high=_bound(found.high, before),
         p=_number(found.p),
         real=None if found.real is None else bool(found.real),
     )
+
+
+def _bound(bound_ms: float | None, before_ms: float | None) -> float | None:
+    """Return a bound of the change as a share; no less than -1, as a step cannot take less than no time."""
+    return significant(max(bound_ms / before_ms, -1.0)) if bound_ms is not None and before_ms else None
 
 
 def _number(value: float | None) -> float | None:

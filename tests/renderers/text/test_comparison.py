@@ -9,7 +9,13 @@ from rich.console import Console
 
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
-from traceml.renderers.text.comparison import change_text, compared_card, compared_headline, compared_sentences
+from traceml.renderers.text.comparison import (
+    change_text,
+    compared_card,
+    compared_headline,
+    compared_sentences,
+    interval_text,
+)
 from traceml.renderers.text.viewport import ASCII, Viewport
 from traceml.runs.compare import compare_runs
 
@@ -84,3 +90,17 @@ def test_it_fits_the_terminal(compared, pair, width):
 def test_changes_as_text(change, text):
     """Percent up to a doubling, factors beyond."""
     assert change_text(change) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [
+        (-0.03, 0.042, "-3.0 % and +4.2 %"),
+        (-1.0, 1.04, "0x and 2.04x"),
+        (3.8, 4.2, "4.8x and 5.2x"),
+        (None, None, "-"),
+    ],
+)
+def test_both_ends_of_an_interval_have_one_unit(low, high, text):
+    """Percent, or factors where the upper end is a doubling."""
+    assert interval_text(low, high) == text

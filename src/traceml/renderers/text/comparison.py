@@ -13,7 +13,7 @@ from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.runs.comparison_types import Comparison, StatisticChange
 
-__all__ = ["change_text", "compared_card", "compared_headline", "compared_sentences"]
+__all__ = ["change_text", "compared_card", "compared_headline", "compared_sentences", "interval_text"]
 
 _MAX_WIDTH = 100
 _SHOWN_PHASES = 6
@@ -33,6 +33,17 @@ def change_text(change: float | None) -> str:
 
     percent = 100 * change
     return f"{percent:+.1f} %" if abs(percent) < 9.95 else f"{percent:+.0f} %"
+
+
+def interval_text(low: float | None, high: float | None) -> str:
+    """Return an interval of changes, both ends in one unit: `-3.0 % and +4.2 %`, or `0.9x and 3.1x`."""
+    if low is None or high is None:
+        return "-"
+
+    if high >= 1:
+        return f"{low + 1:.3g}x and {high + 1:.3g}x"
+
+    return f"{change_text(low)} and {change_text(high)}"
 
 
 def compared_headline(comparison: Comparison) -> str:
@@ -60,8 +71,8 @@ def compared_sentences(comparison: Comparison) -> list[str]:
     mean = comparison.step_time.mean
     sentences = []
     if mean.p is not None:
-        low, high = change_text(mean.low), change_text(mean.high)
-        sentences.append(f"With 99 % confidence the change is between {low} and {high} (p = {mean.p:.2g}).")
+        between = interval_text(mean.low, mean.high)
+        sentences.append(f"With 99 % confidence the change is between {between} (p = {mean.p:.2g}).")
 
     if comparison.outcome in ("slower", "faster"):
         sentences += list(_rank_sentence(comparison)) or list(_phase_sentence(comparison))
