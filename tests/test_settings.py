@@ -112,7 +112,7 @@ def test_backend_tables(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"prot": 1}, "did you mean 'port'"),
+        ({"prot": 1}, "did you mean 'port'? (from argument). Allowed: the settings that `python -m traceml.settings`"),
         ({"port": "many"}, "'many' is not allowed (from argument). Allowed: an integer from 0 to 65535"),
         ({"port": 65536}, "an integer from 0 to 65535"),
         ({"port": True}, "an integer"),

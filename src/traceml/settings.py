@@ -377,7 +377,9 @@ def _known(key: str, value: Any, source: str, written: str) -> str:
     hidden = any(declarations()[_ALIASES.get(name, name)].secret for name in near) or "token" in key.lower()
     problem = "no such setting" if hidden else f"no such setting, set to {value!r:.100}"
     problem += f"; did you mean {near[0]!r}?" if near else ""
-    raise SettingsError(written, problem, source=source, allowed=", ".join(declarations()))
+    raise SettingsError(
+        written, problem, source=source, allowed="the settings that `python -m traceml.settings` describes"
+    )
 
 
 def _is_list(name: str) -> bool:

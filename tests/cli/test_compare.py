@@ -78,7 +78,7 @@ def test_json_and_nothing_else(compare):
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["first"], "missing from traceml compare: b"),
+        (["first"], "traceml compare: b is missing"),
         (["first", "slow", "--fail-over", "-1"], "of at least 0"),
         (["first", "slow", "--fail-over", "nan"], "of at least 0"),
         (["first", "first"], "the same run"),

@@ -34,7 +34,7 @@ def test_lists_end_where_the_script_begins(words: str, understood: str) -> None:
     [
         ([], "no script given. Try: traceml launch --hostnames node1 node2 train.py"),
         (["--hostnames", "a", "b", "trani.py"], "can't open file 'trani.py'"),
-        (["--hostnames"], "argument --hostnames: expected at least one value"),
+        (["--hostnames"], "--hostnames needs a value"),
         (["--hostnames", "a", "--workers-per-host", "0", "x.py"], "'0' is not a number of workers"),
         (["--workers-per-host", "2", "3", "x.py"], "workers_per_host has 2 numbers for 1 hosts"),
         (["--hostnames", "a", "a", "x.py"], "hostnames has a more than once"),

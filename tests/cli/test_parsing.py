@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from traceml.cli.parsing import parse
+from traceml.cli.parsing import CommandParser, parse
 from traceml.errors import UsageError
 
 
@@ -37,7 +37,7 @@ def test_words_become_options():
         (["--jsn"], "did you mean --json?"),
         (["extra"], "extra"),
         (["--count", "x"], "--count"),
-        (["--count"], "--count"),
+        (["--count"], "--count needs a value"),
         (["--kind", "c"], "'a', 'b'"),
         (["--most", "x"], "--most takes a number, not 'x'"),
     ],
@@ -63,11 +63,22 @@ class Needy:
     """The second."""
 
 
-@pytest.mark.parametrize(("words", "names"), [([], "FIRST, SECOND"), (["x"], "SECOND")])
+@pytest.mark.parametrize(("words", "names"), [([], "FIRST and SECOND are"), (["x"], "SECOND is")])
 def test_what_is_missing_is_named(words, names):
     """Missing options are named, without their help."""
-    with pytest.raises(UsageError, match=f"^missing from traceml thing: {names}$"):
+    with pytest.raises(UsageError, match=f"^{names} missing$"):
         parse(Needy, words, prog="traceml thing")
+
+
+@pytest.mark.parametrize("flag", ["--port", "--hosts"])
+def test_an_option_without_its_value_is_named(flag):
+    """The commands with a parser of their own say it in the same words."""
+    parser = CommandParser(prog="traceml thing")
+    parser.add_argument("--port", metavar="PORT")
+    parser.add_argument("--hosts", metavar="HOST", nargs="+")
+
+    with pytest.raises(UsageError, match=f"^{flag} needs a value$"):
+        parser.parse_args([flag])
 
 
 def test_help_prints_and_leaves(capsys):

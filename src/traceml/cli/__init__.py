@@ -140,7 +140,7 @@ def _title(args: list[str]) -> str:
 def _explain(title: str, error: TraceMLError) -> int:
     _print_error(f"{title}: {error}")
     if isinstance(error, SettingsError):
-        _print_error("hint: `traceml doctor` shows every setting and where it comes from")
+        _print_error("hint: `python -m traceml.settings` describes every setting")
         return EXIT_USAGE
 
     if isinstance(error, UsageError):

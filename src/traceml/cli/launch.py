@@ -171,7 +171,7 @@ def _joined(argv: Sequence[str]) -> Iterator[str]:
             values.append(words.pop(0))
 
         if not values:
-            raise UsageError(f"argument {option}: expected at least one value")
+            raise UsageError(f"{option} needs a value")
 
         yield f"{option}={','.join(values)}"
 

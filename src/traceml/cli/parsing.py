@@ -17,6 +17,8 @@ __all__ = ["CommandParser", "parse"]
 T = TypeVar("T")
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_NO_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: expected (?:one argument|at least one \w+)$")
+_NO_TYRO_VALUE = re.compile(r"^missing value for argument '(\S+)'\. Expected .*$")
 _WRONG_VALUE = re.compile(r"^argument (?:-\w/)?(--[\w-]+)\S*: takes")  # an option and its aliases
 _MISSING = re.compile(r"^[│|]? {5,6}(\S+)", re.MULTILINE)  # their explanations are indented further
 _NOT_A_NUMBER = re.compile(
@@ -32,7 +34,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise an error instead of printing it."""
-        raise UsageError(_WRONG_VALUE.sub(r"\1 takes", message))
+        raise UsageError(_WRONG_VALUE.sub(r"\1 takes", _NO_VALUE.sub(r"\1 needs a value", message)))
 
 
 def parse(options: type[T], argv: list[str], *, prog: str) -> T:
@@ -84,8 +86,9 @@ def _one_line(box: str) -> str:
     message = message[:1].lower() + message[1:]
     if message.startswith("missing from "):
         names = _MISSING.findall(_ANSI.sub("", box).partition("For full help")[0])
-        return f"{message.partition(':')[0]}: {', '.join(names)}"
+        return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
 
+    message = _NO_TYRO_VALUE.sub(r"\1 needs a value", message)
     message = _NOT_A_NUMBER.sub(r"\1 takes a number, not \3", message)
     message = _NOT_INT.sub(r"\1 takes a whole number, not \2", message)
     message = _NOT_FLOAT.sub(r"\1 takes a number, not \2", message)
