@@ -21,10 +21,13 @@ def of(ranges):
 
 
 @pytest.mark.parametrize("first", [0, 900_001])
-@pytest.mark.parametrize(("steps", "places"), [(640, None), (10_000, None), (640, 6), (1000, 9)])
-def test_ranges_are_spread_evenly_over_the_run(first, steps, places):
+@pytest.mark.parametrize(
+    ("steps", "places", "reach"),
+    [(640, None, 0), (10_000, None, 0), (640, 6, 2000), (1000, 9, 2000), (20_000, 150, 5000)],
+)
+def test_ranges_are_spread_evenly_over_the_run(first, steps, places, reach):
     """Each tenth of a run of 100,000 steps has its share of them; the bound is kept."""
-    found = of(spread_ranges(first, first + 99_999, steps, places, 2000))
+    found = of(spread_ranges(first, first + 99_999, steps, places, reach))
 
     assert 0.5 * steps <= len(found) <= steps
     assert found[0] >= first

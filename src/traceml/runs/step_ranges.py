@@ -70,7 +70,7 @@ def spread_ranges(
     width = max((last - first + 1) // places, 1)
     ranges: list[tuple[int, int]] = []
     for begin in range(first, last + 1, width)[:places]:
-        block = max(begin // BLOCK_STEPS * BLOCK_STEPS, first)
+        block = max(begin // BLOCK_STEPS * BLOCK_STEPS, ranges[-1][1] + 1 if ranges else first)
         end = min(block + max(min(reach, width), BLOCK_STEPS), last + 1) - 1
         ranges += _cut(sample_blocks(block, end, max(steps // places // each, 1) * BLOCK_STEPS), each)
 
