@@ -10,7 +10,9 @@ takes a fixed size (nine pages), which is printed apart and contained in the byt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sqlite3
 import statistics
 import tempfile
 import time
@@ -76,9 +78,10 @@ def measure(ranks: int, steps: int, per_frame: int, sigma: float, seed: int) -> 
                     commits.append(timed_commit(writer))
                     waiting = 0
 
-            blobs = writer.statistics().stored_bytes
-
         cpu_s = time.process_time() - started
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            (blobs,) = database.execute("SELECT sum(length(data)) FROM frames").fetchone()
+
         size = path.stat().st_size
 
     total = ranks * steps
