@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from traceml.transport import auth
-from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, folder_id
+from traceml.transport.runs_folder import AggregatorAddress, FolderLock, address_of, create_runs_dir, folder_id
 
 ADDRESS = AggregatorAddress("127.0.0.1", 4321)
 
@@ -29,6 +29,20 @@ def runs_dir(tmp_path: Path) -> Path:
 
 def the_file(runs_dir: Path) -> Path:
     return runs_dir / ".open" / f"aggregator-{socket.gethostname()}-{os.getuid()}"
+
+
+def test_git_ignores_a_runs_folder_of_ours_alone(runs_dir: Path, tmp_path: Path) -> None:
+    """A folder that the user made may hold sources; whoever creates one writes the file once."""
+    assert FolderLock.take(runs_dir) is not None
+    assert (runs_dir / ".gitignore").read_text() == "*\n"
+
+    (runs_dir / ".gitignore").unlink()
+    create_runs_dir(runs_dir)
+    assert not (runs_dir / ".gitignore").exists()
+
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        create_runs_dir(tmp_path / "file")
 
 
 def test_address_is_told_while_the_lock_is_held(runs_dir: Path) -> None:

@@ -20,6 +20,7 @@ from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
 from traceml.transport.hello import Hello
+from traceml.transport.runs_folder import create_runs_dir
 from traceml.transport.server import RefusedError
 
 __all__ = ["Registry", "prepare_runs_dir", "safe_run_id"]
@@ -53,7 +54,7 @@ def prepare_runs_dir(runs_dir: Path) -> None:
     """
     probe = runs_dir / f".probe-{os.getpid()}"
     try:
-        runs_dir.mkdir(parents=True, exist_ok=True)
+        create_runs_dir(runs_dir)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:

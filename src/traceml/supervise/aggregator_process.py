@@ -26,6 +26,7 @@ from traceml.supervise.processes import spawn
 from traceml.supervise.restarting_process import RestartingProcess
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
+from traceml.transport.runs_folder import create_runs_dir
 
 __all__ = ["AggregatorProcess", "choose_run_id"]
 
@@ -90,7 +91,7 @@ class AggregatorProcess(RestartingProcess):
             TraceMLError: it cannot be written.
         """
         try:
-            self.runs_dir.mkdir(parents=True, exist_ok=True)
+            create_runs_dir(self.runs_dir)
             with tempfile.TemporaryFile(dir=self.runs_dir):
                 pass
         except OSError as error:

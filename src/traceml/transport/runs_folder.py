@@ -22,7 +22,7 @@ from traceml.clock import boot_id
 from traceml.own_files import create_own, open_own
 from traceml.transport import auth
 
-__all__ = ["AggregatorAddress", "FolderLock", "address_of", "folder_id"]
+__all__ = ["AggregatorAddress", "FolderLock", "address_of", "create_runs_dir", "folder_id"]
 
 _OPEN = ".open"
 _LONGEST_BYTES = 65536
@@ -52,6 +52,24 @@ class AggregatorAddress:
         return auth.read_token(Path(self.token_file)) if self.token_file else None
 
 
+def create_runs_dir(runs_dir: Path) -> None:
+    """Create a runs folder, with a `.gitignore` of all in it; one that exists is left as it is.
+
+    Raises:
+        OSError: it cannot be created, or is no folder.
+    """
+    try:
+        runs_dir.mkdir(parents=True)
+    except FileExistsError:
+        if not runs_dir.is_dir():
+            raise
+
+        return  # the user's own may hold more than runs
+
+    with contextlib.suppress(OSError):
+        (runs_dir / ".gitignore").write_text("*\n")
+
+
 class FolderLock:
     """The right to be a folder's aggregator, held until the last process that has the descriptor ends or closes it.
 
@@ -76,7 +94,8 @@ class FolderLock:
             OSError: no file can be created or locked.
         """
         with contextlib.suppress(OSError):  # then the file is in the runtime folder
-            (runs_dir / _OPEN).mkdir(parents=True, exist_ok=True)
+            create_runs_dir(runs_dir)
+            (runs_dir / _OPEN).mkdir(exist_ok=True)
 
         descriptor, locked = _lock(runs_dir, create=True)
         if locked:
