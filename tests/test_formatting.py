@@ -10,6 +10,7 @@ from traceml.formatting import (
     count_text,
     duration_text,
     factor_text,
+    gain_text,
     ms_text,
     ns_text,
     overhead_text,
@@ -82,6 +83,12 @@ def test_ns_and_factor_text():
     """A duration in nanoseconds reads as one in milliseconds; a factor has two or three digits."""
     assert (ns_text(20_400_000), ns_text(850_000)) == ("20.4 ms", "850 us")
     assert (factor_text(4.69), factor_text(1.126)) == ("4.7x", "1.13x")
+
+
+def test_a_gain_is_no_promise_beyond_ten():
+    """Where a step is nearly all cost, the quotient is not what anybody reaches."""
+    assert (gain_text(1.126), gain_text(10.0)) == ("1.13x faster", "10.0x faster")
+    assert (gain_text(12.6), gain_text(float("inf"))) == ("more than 10x faster",) * 2
 
 
 @pytest.mark.parametrize(

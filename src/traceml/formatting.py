@@ -12,6 +12,7 @@ __all__ = [
     "count_text",
     "duration_text",
     "factor_text",
+    "gain_text",
     "line_text",
     "ms_text",
     "ns_text",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 MISSING = "-"
+# A step can lose nearly all of its time in the sum, but no run is made that much faster.
+_MOST_GAIN = 10
 
 # Characters that a terminal obeys, or that reorder or hide the text around them: C0 and C1 controls, marks and
 # overrides of direction, zero-width spaces, separators of lines, tags, halves of surrogate pairs. The joiners of
@@ -89,6 +92,11 @@ def ns_text(nanoseconds: float) -> str:
 def factor_text(value: float) -> str:
     """Return a speed-up: `4.7x`, `1.13x`."""
     return f"{value:.1f}x" if value >= 1.995 else f"{value:.2f}x"
+
+
+def gain_text(speedup: float) -> str:
+    """Return how much faster a run would be: `1.13x faster`; no promise beyond `more than 10x faster`."""
+    return f"{factor_text(speedup)} faster" if speedup <= _MOST_GAIN else f"more than {_MOST_GAIN}x faster"
 
 
 def rate_text(per_second: float | None) -> str:

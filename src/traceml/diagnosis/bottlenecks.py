@@ -14,7 +14,7 @@ from traceml.diagnosis.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.segments import COMPUTE, Segments
 from traceml.diagnosis.step_split import Floats
-from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["FLOOR_NS", "checkpoints", "input_bound", "residual", "transfers"]
 
@@ -54,7 +54,7 @@ class _PhaseCost:
     @property
     def faster(self) -> str:
         """The gain in words: `2.9x faster`."""
-        return f"{factor_text(speedup(self.segments, self.saved_ns))} faster"
+        return gain_text(speedup(self.segments, self.saved_ns))
 
     def line(self, facts: JobFacts) -> BlamedLine | None:
         """Return the line of the user's code that most of it is spent in, where the samples tell."""
@@ -164,7 +164,7 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
             summary=(
                 f"Saving takes {percent_text(share)} of step time: {int(saves.sum())} of {len(saves)} steps save, for "
                 f"{ns_text(float(longest[saves].mean()))} each; without it the run would be "
-                f"{factor_text(speedup(segments, saved))} faster."
+                f"{gain_text(speedup(segments, saved))}."
             ),
             next=advice.for_saving(),
             evidence=_evidence(segments, "checkpoint", step_ns)

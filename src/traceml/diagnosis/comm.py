@@ -10,7 +10,7 @@ from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.segments import Segments
 from traceml.diagnosis.window import Window
-from traceml.formatting import factor_text, ns_text, percent_text
+from traceml.formatting import gain_text, ns_text, percent_text
 
 __all__ = ["comm_bound", "min_wait_ns"]
 
@@ -48,7 +48,7 @@ def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Find
             phase=phase,
             summary=(
                 f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), {where}, "
-                f"and no rank is late; hidden behind computation it would make the run {factor_text(gain)} faster."
+                f"and no rank is late; hidden behind computation it would make the run {gain_text(gain)}."
             ),
             next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
             evidence={

@@ -15,7 +15,7 @@ from traceml.diagnosis.replay import saved_ns, speedup
 from traceml.diagnosis.segments import COMPUTE, Segments, median_over_ranks
 from traceml.diagnosis.step_split import Floats
 from traceml.diagnosis.stragglers import straggler_kind
-from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["jitter", "late_in_turns", "usual"]
 
@@ -131,7 +131,7 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
         summary=(
             f"{len(long)} of {len(segments.step)} steps take {ns_text(float(long.mean()))} instead of "
             f"{ns_text(events.usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; without them the run "
-            f"would be {factor_text(gain)} faster."
+            f"would be {gain_text(gain)}."
         ),
         next=advice.for_jitter(phase, rank),
         evidence={
@@ -237,7 +237,7 @@ def _turns_finding(
         summary=(
             f"{capitalized(ranks_text(ranks))} are late in turns: in {percent_text(often)} of the steps "
             f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work "
-            f"the run would be {factor_text(gain)} faster."
+            f"the run would be {gain_text(gain)}."
         ),
         next=(
             "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by "

@@ -21,7 +21,7 @@ from traceml.diagnosis.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.segments import COMPUTE, LateRanks, Segments
 from traceml.diagnosis.step_split import Floats
-from traceml.formatting import capitalized, factor_text, ns_text, percent_text, phase_words, ranks_text
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
 __all__ = ["straggler_kind", "stragglers"]
 
@@ -317,7 +317,7 @@ def _summary(
     if late.everywhere:
         return (
             f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
-            f"others (most of it in {phase_words(late.part)}); without it the run would be {factor_text(gain)} faster."
+            f"others (most of it in {phase_words(late.part)}); without it the run would be {gain_text(gain)}."
         )
 
     where = "" if line is None else f", {line.share_text} of it in {line.place}"
@@ -325,7 +325,7 @@ def _summary(
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
         f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it the run "
-        f"would be {factor_text(gain)} faster."
+        f"would be {gain_text(gain)}."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.diagnosis.findings import Finding
 from traceml.display.web.elements import Container, FactList, TextNode, set_visible
-from traceml.formatting import capitalized, count_text, duration_text, ms_text, percent_text, rate_text
+from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, percent_text, rate_text
 from traceml.renderers.evidence import evidence_items
 from traceml.renderers.views import RunView
 
@@ -94,7 +94,7 @@ def _costs(verdict: Finding) -> list[tuple[str, str]]:
         costs.append(("costs", f"{percent_text(verdict.cost_share)} of step time"))
 
     if verdict.gain is not None:
-        costs.append(("if fixed", f"{verdict.gain:.2f}x faster"))
+        costs.append(("if fixed", gain_text(verdict.gain)))
 
     return costs
 

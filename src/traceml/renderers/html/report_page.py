@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import capitalized, count_text, duration_text, ms_text, overhead_text, rate_text
+from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, overhead_text, rate_text
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
@@ -79,9 +79,7 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
     """
     heading = f'<p class="headline">{escaped(verdict.headline)}</p>'
     gain = (
-        f'<p class="gain"><b>Gain</b>steps are {verdict.gain:.2f}x faster once this is fixed</p>'
-        if verdict.gain
-        else ""
+        f'<p class="gain"><b>Gain</b>steps are {gain_text(verdict.gain)} once this is fixed</p>' if verdict.gain else ""
     )
     to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
     return (

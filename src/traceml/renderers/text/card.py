@@ -14,6 +14,7 @@ from traceml.formatting import (
     bytes_text,
     count_text,
     duration_text,
+    gain_text,
     ms_text,
     overhead_text,
     part_words,
@@ -157,7 +158,7 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
 
     yield from _labeled("Next", verdict.next, width, style="bold")
     if verdict.gain is not None and "faster" not in verdict.summary:
-        yield from _labeled("Gain", f"steps are {verdict.gain:.2f}x faster once this is fixed", width)
+        yield from _labeled("Gain", f"steps are {gain_text(verdict.gain)} once this is fixed", width)
 
     for note in view.notes:
         yield from (Text(f" {line}", style="yellow") for line in wrapped(note, width - 1))
