@@ -68,6 +68,7 @@ def _store_odd_runs(folder: Path) -> None:
     with StoreWriter(empty / STORE_NAME) as writer:
         writer.put_meta("run", run_facts(id=empty.name, name="empty", state="failed"))
 
+    store_run(folder / "20260101-000000-alone-0010", Job(ranks=1, steps=60))
     partial = folder / "20260101-000000-partial-0009"
     partial.mkdir()
     with StoreWriter(partial / STORE_NAME) as writer:

@@ -54,6 +54,7 @@ def test_the_list_has_every_run_the_newest_first(visit: Visits, runs_dir: Path) 
     row = page.locator("tr", has_text=SLOW)
     expect(row).to_contain_text("finished")
     expect(row).to_contain_text("Compute straggler")
+    expect(row).to_contain_text(re.compile("|".join(time.tzname)))  # this machine's, which need not be the reader's
     expect(page.locator("tr", has_text="older-0005")).to_contain_text("damaged")
     page.locator("a.name", has_text="train").first.focus()
     page.keyboard.press("Enter")
@@ -91,6 +92,14 @@ def test_a_run_tells_what_limits_it_first(visit: Visits) -> None:
     expect(page.locator("tr.slow td").first).to_have_text("2")
     mine.open(f"/run/{SLOW}", token=False)
     expect(page.locator("h1")).to_contain_text("Rank 2 is slow")
+
+
+def test_a_single_rank_is_compared_with_no_other(visit: Visits) -> None:
+    """The map of slow ranks has no place on the page of one rank."""
+    page = visit().open("/run/20260101-000000-alone-0010")
+
+    is_drawn(page, "Each rank's step")
+    expect(page.locator('section[aria-label="Slow ranks"]')).to_be_hidden()
 
 
 def test_a_restart_is_told_beside_the_verdict(visit: Visits) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import msgpack
 import pytest
 from playwright.sync_api import sync_playwright
 
@@ -89,6 +90,16 @@ def test_everything_stands_on_the_page(tmp_path):
     assert "train.py --lr 1" in page.text
     assert page.tags.count("svg") >= 4
     assert page.open == []
+
+
+def test_a_parameter_that_is_none_is_shown(tmp_path):
+    """A parameter that was logged as None is a value, unlike a fact that is not known."""
+    run = store_run(tmp_path / "run", Job(steps=60))
+    with StoreWriter(run / STORE_NAME) as writer:
+        row = {"kind": "params", "params": {"note": None, "lr": 0.1}}
+        writer.append(1, "logged", writer.next_seq(1, "logged"), 1, msgpack.packb(row))
+
+    assert "note None, lr 0.1" in _Page(page_of(run)).texts
 
 
 def test_a_missing_rank_is_told(tmp_path):

@@ -31,7 +31,7 @@ class ChartPanel:
                 self._heat = ChartCard(
                     "Slow ranks",
                     "own work above the median rank's, by rank and step",
-                    waiting="Shown for two or more ranks",
+                    waiting=_WAITING,
                     classes="heat wide",
                 )
                 self._ranks = ChartCard("Each rank's step", "mean, by phase", waiting=_WAITING, classes="heat wide")
@@ -60,6 +60,7 @@ class ChartPanel:
 
         made = state.charts.of(theme)
         self._size(state)
+        self._heat.visible(state.view is None or state.view.run.world_size > 1)
         metrics = {name.removeprefix(METRIC): option for name, option in made.items() if name.startswith(METRIC)}
         self._loss.visible("loss" in made)
         set_visible(self._none, not metrics and "loss" not in made)

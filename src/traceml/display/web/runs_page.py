@@ -146,4 +146,4 @@ def _verdict_text(verdict: str | None) -> str:
 
 
 def _when(epoch_s: float | None) -> str:
-    return "-" if epoch_s is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(epoch_s))
+    return "-" if epoch_s is None else time.strftime("%Y-%m-%d %H:%M %Z", time.localtime(epoch_s))

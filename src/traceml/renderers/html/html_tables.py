@@ -110,7 +110,7 @@ def run_facts(view: RunView, about: About) -> Iterator[str]:
         ("ranks", f"{view.run.world_size} on {', '.join(view.run.hosts[:16])}"),
         ("machine", _machine(about.system)),
         *((name, _map_text(facts)) for name, facts in _training(about)),
-        ("parameters", _map_text(about.params)),
+        ("parameters", _map_text({name: str(value) for name, value in about.params.items()})),
     ]
     yield from _facts(rows)
 
