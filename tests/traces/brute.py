@@ -89,8 +89,8 @@ def load(text):
 
 
 def _exact(number):
-    """Return a number as it was written: 0.1 is a tenth."""
-    return number if isinstance(number, int) else Fraction(str(number))
+    """Return a time as it was written, 0.1 is a tenth, rounded to nanoseconds."""
+    return number if isinstance(number, int) else Fraction(round(Fraction(str(number)) * 1000), 1000)
 
 
 def _field(event, field):

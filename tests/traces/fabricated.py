@@ -8,11 +8,11 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from decimal import Decimal, localcontext
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, Time, TraceFileFacts
+from traceml.traces.reader.columns import MISSING, NO_TIME, TEXT, EventBatch, TraceFileFacts
 from traceml.traces.reader.reading import TraceReader, read
 
 __all__ = ["FORMS", "brute_force", "events_of", "make_events", "members", "normalized", "read_all"]
@@ -34,7 +34,8 @@ NAMES = [
     7,
 ]
 KINDS = ["X", "X", "X", "X", 1, "B", "E", "i", "C", "b", "e", "s", "f", "P", "M", 4]
-TIMES = [0, 5, 1795155070260249, 2**62, 2**80, 1.5, 0.001, 0.0005, 12345678.125, -3, None, "17", "1.25", True, 1e300]
+TIMES = [0, 5, 1795155070260249, 2**62, 2**80, 1.5, 0.001, 12345678.125, -3, None, "17", "1.25", True, 1e300]
+FINE_TIMES = [0.0005, 0.0015, 0.0025000000000000001, 1e-05, 9.5367431640625e-07, 1.6e15, 34567890123.456789, -0.0125]
 
 
 def make_events(count: int, seed: int, *, plain: bool = False) -> list[Event]:
@@ -63,7 +64,7 @@ def _any(chance: random.Random, number: int) -> Event:
     event["ph"] = chance.choice(KINDS)
     event["args"]["list"] = [{"a": 1}, {"ph": [1, {"b": None}]}]
     if chance.random() < 0.3:
-        event[chance.choice(["ts", "dur"])] = chance.choice(TIMES)
+        event[chance.choice(["ts", "dur"])] = chance.choice(TIMES + FINE_TIMES)
 
     if chance.random() < 0.2:
         event[chance.choice(["pid", "tid", "id", "cat"])] = chance.choice(["main", 3, -4, None, 2.0, 1.5, True, 10**30])
@@ -139,11 +140,15 @@ def _label(value: Any) -> Any:
 
 
 def _time(value: Any) -> Any:
-    """Return microseconds as an exact text, None where the event has none."""
+    """Return microseconds, rounded to nanoseconds, as a text; None where the event has none."""
     if isinstance(value, str):
         value = Decimal(value)
 
-    return None if value is None or isinstance(value, bool) else str(Decimal(value).normalize())
+    if value is None or isinstance(value, bool):
+        return None
+
+    time_ns = round(Fraction(value) * 1000)
+    return str(Fraction(time_ns, 1000))
 
 
 def _size(args: Event) -> Any:
@@ -174,10 +179,10 @@ def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
     event = {key: strings[int(getattr(batch, key)[row])] for key in ("name", "cat", "pid", "tid", "id")}
     event["ph"] = chr(batch.ph[row])
     ts, dur = int(batch.ts_ns[row]), int(batch.dur_ns[row])
-    event["ts"] = None if ts == NO_TIME else Decimal(ts) / 1000
-    event["dur"] = None if dur == -1 else Decimal(dur) / 1000
+    event["ts"] = None if ts == NO_TIME else Fraction(ts, 1000)
+    event["dur"] = None if dur == -1 else Fraction(dur, 1000)
     if row in batch.exact:
-        event["ts"], event["dur"] = (None if time is None else _microseconds(time) for time in batch.exact[row])
+        event["ts"], event["dur"] = (None if time is None else Fraction(time, 1000) for time in batch.exact[row])
 
     kind = int(size.kinds[row])
     whole, number, text = int(size.integers[row]), float(size.floats[row]), strings[int(size.texts[row])]
@@ -185,12 +190,6 @@ def _row(batch: EventBatch, reading: TraceReader, row: int) -> str:
     assert (kind == TEXT) == (text is not None)
     assert kind != MISSING or math.isnan(number)
     return normalized(event | {"args": {"size": Decimal(number) if kind == 2 else known}})
-
-
-def _microseconds(time_ns: Time) -> Decimal:
-    exact = Fraction(time_ns, 1000)
-    with localcontext(prec=1000):
-        return Decimal(exact.numerator) / Decimal(exact.denominator)
 
 
 def facts_of(reading: TraceReader) -> TraceFileFacts:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import random
-from fractions import Fraction
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -131,7 +130,7 @@ def test_numbers_that_fit_nowhere(tmp_path):
     groups = {group["name"]: group for group in ask(tmp_path, text)["groups"]}
 
     assert groups["a"]["sum_us"] == -5
-    assert groups["b"]["sum_us"] == 0.12345
+    assert groups["b"]["sum_us"] == 0.123
     assert groups["c"]["count"] == 1
     assert groups["d"]["sum_us"] == 7
 
@@ -283,4 +282,4 @@ def test_numbers_that_cannot_be_computed_with(tmp_path, number, key):
 def test_sums_beyond_all_floats():
     """A value too large for a float is an integer, since JSON has no infinity."""
     assert microseconds(10**400, fractional=True) == 10**397
-    assert microseconds(-Fraction(10**400, 3), fractional=True) == -(10**397) // 3
+    assert microseconds(-(10**400) + 1, fractional=True) == -(10**397)

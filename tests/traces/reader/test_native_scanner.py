@@ -6,16 +6,19 @@ import gzip
 import random
 from collections import Counter
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.traces.fabricated import FORMS, brute_force, make_events, members, read_all
 from traceml.errors import TraceEmptyError
 from traceml.traces.native import library as native
-from traceml.traces.reader import chunk_source
+from traceml.traces.reader import chunk_source, native_scanner
 from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, TEXT, FileDamage, StringTable
 from traceml.traces.reader.native_scanner import NativeScanner, new_scanner
 from traceml.traces.reader.python_scanner import PythonScanner
@@ -78,6 +81,46 @@ def test_many_rows_and_many_names_are_kept_apart() -> None:
     names = [strings[number] for number in columns.arrays["name"].tolist()]
     assert names == [f"a name of more than eight bytes {i}" if i % 7 else f"name {i}" for i in range(count)]
     assert columns.arrays["ts_ns"].tolist() == [i * 1000 for i in range(count)]
+
+
+@st.composite
+def written_times(draw: st.DrawFn) -> str:
+    """Return a time as JSON may write it: decimals, zeros, halves of nanoseconds, exponents."""
+    whole = draw(
+        st.sampled_from(["0", "1", "7", "999", "34567890123", "1795155070260249", "9223372036854775", "92" * 9])
+    )
+    finer = st.sampled_from(["5", "50", "500000000001", "4999999999", "6", "", "9" * 17])
+    fraction = draw(st.none() | st.builds("{}{}".format, st.sampled_from(["000", "123", "999", "1", "0"]), finer))
+    exponent = draw(st.sampled_from(["", "", "e-05", "E+3", "e-7", "e0", "e-120", "e16"]))
+    return draw(st.sampled_from(["", "-"])) + whole + (f".{fraction}" if fraction else "") + exponent
+
+
+@given(st.lists(st.tuples(written_times(), written_times()), min_size=1, max_size=30), st.sampled_from([0, 3, 6, 9]))
+def test_times_are_rounded_to_nanoseconds(times: list[tuple[str, str]], decimals: int) -> None:
+    """Both scanners round any time as exact fractions do, half a nanosecond to the even one."""
+    text = "".join(f'{{"ph":"X","ts":{ts},"dur":{dur}}}\n' for ts, dur in times).encode()
+    for kind in (new_scanner, PythonScanner):
+        scanner = kind((), StringTable())
+        scanner.rows.decimals = decimals
+        columns = scanner.scan(text, 0, wrapped=False, final=True).columns
+        for row, written in enumerate(times):
+            found = columns.exact.get(row, (columns.arrays["ts_ns"][row], columns.arrays["dur_ns"][row]))
+            for time_ns, exact in zip(found, map(Fraction, written), strict=True):
+                assert time_ns == round(exact * 10**decimals)
+
+
+def test_the_library_reads_fine_times_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times with many decimals or an exponent are not left to Python, which is fifty times slower."""
+    monkeypatch.setattr(native_scanner, "parse", None)
+    scanner = new_scanner((), StringTable())
+    assert isinstance(scanner, NativeScanner)
+    text = b"""{"ph":"X","ts":1002.1234560000001,"dur":9.5367431640625e-07}
+              {"ph":"X","ts":1.7951550702602492e15,"dur":1e-3}"""
+    columns = scanner.scan(text, 0, wrapped=False, final=True).columns
+
+    assert columns.arrays["ts_ns"].tolist() == [1_002_123, 1_795_155_070_260_249_200]
+    assert columns.arrays["dur_ns"].tolist() == [0, 1]
+    assert not columns.exact
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections import Counter
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +12,7 @@ from numpy.typing import NDArray
 from traceml.traces.aggregate.sketch import CELLS, OCTAVES, bucket
 from traceml.traces.native.library import grown, library, pointer
 
-__all__ = ["GroupStat", "GroupStatTable", "Time"]
-
-Time = int | Fraction  # nanoseconds; fractions only where a trace has finer times
+__all__ = ["GroupStat", "GroupStatTable"]
 
 _GREATEST = 2**63 - 1
 _FEW = 4  # as in kernels.c
@@ -23,7 +20,7 @@ _FEW = 4  # as in kernels.c
 
 @dataclass(slots=True)
 class GroupStat:
-    """Statistics of the spans of one group; times in nanoseconds, fractions only where the trace has finer times.
+    """Statistics of the spans of one group; times in nanoseconds.
 
     Args:
         count: spans.
@@ -34,15 +31,15 @@ class GroupStat:
     """
 
     count: int = 0
-    total: Time = 0
-    least: Time | None = None
-    most: Time | None = None
-    self_ns: Time = 0
+    total: int = 0
+    least: int | None = None
+    most: int | None = None
+    self_ns: int = 0
     counts: dict[int, int] = field(default_factory=dict)
 
-    def add(self, duration: Time) -> None:
+    def add(self, duration: int) -> None:
         """Add one span."""
-        number = bucket(int(duration))
+        number = bucket(duration)
         self._take(1, duration, duration, duration, {number: 1})
 
     def merge(self, other: GroupStat) -> None:
@@ -54,9 +51,9 @@ class GroupStat:
     def _take(
         self,
         count: int,
-        total: Time,
-        least: Time,
-        most: Time,
+        total: int,
+        least: int,
+        most: int,
         counts: dict[int, int],
     ) -> None:
         self.count += count

@@ -15,6 +15,8 @@
 #define MAX_DEPTH 60
 #define MAX_KEYS 32
 #define MAX_DIGITS 18 /* digits of a number that always fits in 64 bits */
+#define MAX_TIME_LENGTH 60 /* of a time as written; a longer one is for the scanner in Python */
+#define MAX_EXPONENT 99
 
 enum status { AT_END, CUT_OFF, BROKEN, CLOSED, FULL, DEEP };
 enum kind { MISSING, INTEGER, FLOAT, TEXT };
@@ -62,8 +64,7 @@ typedef struct {
 typedef struct {
     const uint8_t *p, *end;
     int unsure;
-    int decimals;  /* decimals of a time in the text that make it nanoseconds */
-    int64_t scale; /* ten to that power */
+    int decimals; /* decimals of a time in the text that make it nanoseconds */
 } cursor;
 
 typedef struct {
@@ -228,12 +229,13 @@ static inline int is_digit(uint8_t c) { return (uint8_t)(c - '0') < 10; }
 
 typedef struct {
     const uint8_t *at, *point, *end; /* point: begin of the digits of the fraction, NULL without one */
-    int negative, exponent;
+    const uint8_t *exponent;         /* behind the letter e, NULL without one */
+    int negative;
 } number;
 
 static inline int take_number(cursor *c, number *n) {
     const uint8_t *p = c->p;
-    n->negative = *p == '-', n->exponent = 0, n->point = NULL;
+    n->negative = *p == '-', n->exponent = n->point = NULL;
     p += n->negative;
     n->at = p;
     if (*p == 'I' || *p == 'N') return TOO_DEEP; /* Infinity or NaN: for the scanner in Python */
@@ -250,8 +252,7 @@ static inline int take_number(cursor *c, number *n) {
     }
 
     if ((*p | 32) == 'e') {
-        n->exponent = 1;
-        p++;
+        n->exponent = ++p;
         p += *p == '+' || *p == '-';
         if (!is_digit(*p)) return ended(c, p);
         while (is_digit(*p)) p++;
@@ -329,6 +330,33 @@ static int skip_value(cursor *c) {
 
 /* ---- an event ---- */
 
+/* Value of an exponent; more than MAX_EXPONENT where it is larger or smaller than that allows. */
+static int exponent_of(const number *n) {
+    const uint8_t *p = n->exponent;
+    if (!p) return 0;
+
+    int negative = *p == '-', value = 0;
+    p += *p == '+' || *p == '-';
+    for (; p < n->end; p++)
+        if ((value = value * 10 + (*p - '0')) > MAX_EXPONENT) return MAX_EXPONENT + 1;
+
+    return negative ? -value : value;
+}
+
+/* Nanoseconds of digits whose last `finer` ones are behind the point, rounded: a half to even; -1 beyond 64 bits. */
+static int64_t rounded_ns(const uint8_t *digits, int count, int finer) {
+    int64_t ns = 0;
+    int whole = count - finer, next, rest = 0;
+    for (int i = 0; i < whole; i++) {
+        if (ns >= INT64_MAX / 10) return -1;
+        ns = ns * 10 + (i < count ? digits[i] : 0);
+    }
+
+    next = whole >= 0 && whole < count ? digits[whole] : 0;
+    for (int i = whole < 0 ? 0 : whole + 1; i < count; i++) rest |= digits[i];
+    return ns + (next > 5 || (next == 5 && (rest || ns & 1)));
+}
+
 /* A time as nanoseconds. */
 static int take_time(cursor *c, event *e, int64_t *ns) {
     number n;
@@ -337,23 +365,22 @@ static int take_time(cursor *c, event *e, int64_t *ns) {
     int outcome = take_number(c, &n);
     if (outcome) return outcome;
 
-    const uint8_t *whole_end = n.point ? n.point - 1 : n.end;
-    if (n.exponent || n.negative || whole_end - n.at > MAX_DIGITS) return c->unsure = 1, OK;
+    int exponent = exponent_of(&n), count = 0, finer = -c->decimals - exponent;
+    if (n.negative || exponent > MAX_EXPONENT || n.end - n.at > MAX_TIME_LENGTH) return c->unsure = 1, OK;
 
-    int64_t value = 0;
-    for (const uint8_t *p = n.at; p < whole_end; p++) value = value * 10 + (*p - '0');
-    if (value >= INT64_MAX / c->scale) return c->unsure = 1, OK;
-
-    int64_t fraction = 0;
-    if (n.point) {
-        const uint8_t *p = n.point;
-        for (int i = 0; i < c->decimals; i++) fraction = fraction * 10 + (p < n.end ? *p++ - '0' : 0);
-        for (; p < n.end; p++)
-            if (*p != '0') c->unsure = 1;
-        e->fractional = 1;
+    uint8_t digits[MAX_TIME_LENGTH];
+    const uint8_t *end = n.exponent ? n.exponent - 1 : n.end;
+    for (const uint8_t *p = n.at; p < end; p++) {
+        if (*p == '.') continue;
+        digits[count++] = *p - '0';
+        finer += n.point && p >= n.point;
     }
 
-    *ns = value * c->scale + fraction;
+    int64_t value = rounded_ns(digits, count, finer);
+    if (value < 0) return c->unsure = 1, OK;
+
+    e->fractional |= n.point || n.exponent;
+    *ns = value;
     return OK;
 }
 
@@ -605,8 +632,7 @@ const uint8_t *traceml_scanner_texts(const scanner *s, int32_t first, int64_t *e
 /* Read events from `start` on; append them to the rows of `out`. */
 int32_t traceml_scan(scanner *s, const uint8_t *text, int64_t start, int64_t end, int32_t wrapped, int32_t decimals,
                 columns *out) {
-    cursor c = {text + start, text + end, 0, decimals, 1};
-    for (int i = 0; i < decimals; i++) c.scale *= 10;
+    cursor c = {text + start, text + end, 0, decimals};
     event e;
     for (;;) {
         for (;; c.p++) {

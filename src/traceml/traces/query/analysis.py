@@ -191,20 +191,15 @@ class Analysis:
     def _feed_exact(
         self, exact: Mapping[int, ExactTimes], rows: _BatchRows, chosen: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
-        """Add the chosen spans with exact times, to the nanosecond in nesting; return the other chosen rows."""
-        columns = (rows.start, rows.duration, rows.group, rows.lane, rows.kind)
+        """Add the chosen spans with exact times, which are left out of nesting; return the other chosen rows."""
         for row in [row for row in exact if chosen[row]]:
-            start, duration = exact[row][0], exact[row][1] or 0
+            duration = exact[row][1] or 0
             chosen[row] = False
             self.events += 1
             self.spans += 1
             stat = self.exact_stat(int(rows.group[row]))
             stat.add(duration)
-            if start is not None and -FAR_NS < start < FAR_NS and 0 <= duration < FAR_NS:
-                stat.self_ns += duration - round(duration)
-                self.sorter.add(*(column[row : row + 1] for column in columns))
-            else:
-                stat.self_ns += max(duration, 0)
+            stat.self_ns += max(duration, 0)
 
         return chosen
 

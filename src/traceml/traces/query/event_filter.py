@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from traceml.traces.query.expressions import Condition
 from traceml.traces.query.fields import ArgField, EventField, FieldContext, Ids, field_of
-from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch, ExactTimes, Time
+from traceml.traces.reader.columns import FLOAT, INTEGER, NO_TIME, TEXT, ArgColumn, EventBatch, ExactTimes
 
 __all__ = ["EventFilter", "compare"]
 
@@ -145,7 +145,7 @@ def compare(values: NDArray[Any], operator_: str, number: Fraction) -> Mask:
 
 
 def _times_pass(
-    conditions: Sequence[Condition], times_ns: NDArray[np.int64], known: Mask, exact: Mapping[int, Time | None]
+    conditions: Sequence[Condition], times_ns: NDArray[np.int64], known: Mask, exact: Mapping[int, int | None]
 ) -> Mask:
     """Return which times pass all conditions; `known` is false where a row has none, `exact` overrides some rows."""
     mask = np.ones(len(times_ns), np.bool_)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any
 
 from traceml.traces.aggregate.sketch import RELATIVE_ERROR, quantile
-from traceml.traces.aggregate.stats import GroupStat, Time
+from traceml.traces.aggregate.stats import GroupStat
 from traceml.traces.query.analysis import Analysis
 from traceml.traces.reader.columns import FileDamage, TraceFileFacts
 
@@ -74,20 +73,20 @@ def stat_row(stat: GroupStat, *, fractional: bool) -> dict[str, Any]:
     }
 
 
-def microseconds(time_ns: Time, *, fractional: bool) -> int | float:
+def microseconds(time_ns: int, *, fractional: bool) -> int | float:
     """Return nanoseconds as microseconds: an integer if that is exact and the trace has integers."""
     if not fractional and time_ns % 1000 == 0:
-        return int(time_ns) // 1000
+        return time_ns // 1000
 
     whole = time_ns % 1000 == 0 and not -_EXACT_FLOAT * 1000 < time_ns < _EXACT_FLOAT * 1000
-    return int(time_ns) // 1000 if whole else _ratio(time_ns, 1000)
+    return time_ns // 1000 if whole else _ratio(time_ns, 1000)
 
 
 def _percentile(stat: GroupStat, share: float, fractional: bool) -> int | float:
     assert stat.least is not None
     assert stat.most is not None
     middle = quantile(stat.counts, share, stat.count)
-    value: Time = middle if fractional else (2 * middle + 1000) // 2000 * 1000
+    value: int = middle if fractional else (2 * middle + 1000) // 2000 * 1000
     if value < stat.least:
         value = stat.least
     elif value > stat.most:
@@ -96,11 +95,11 @@ def _percentile(stat: GroupStat, share: float, fractional: bool) -> int | float:
     return microseconds(value, fractional=fractional)
 
 
-def _ratio(value: Time, by: int) -> int | float:
+def _ratio(value: int, by: int) -> int | float:
     try:
-        return float(Fraction(value, by)) if isinstance(value, Fraction) else value / by
+        return value / by
     except OverflowError:
-        return int(value // by)  # no float is that large, and JSON has no infinity
+        return value // by  # no float is that large, and JSON has no infinity
 
 
 def _with_unpaired(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,10 @@ __all__ = [
     "ExactTimes",
     "FileDamage",
     "StringTable",
-    "Time",
     "TraceFileFacts",
 ]
 
-Time = int | Fraction  # nanoseconds; a fraction only where a trace has finer times
-ExactTimes = tuple[Time | None, Time | None]  # begin and duration of an event
+ExactTimes = tuple[int | None, int | None]  # begin and duration of an event, in nanoseconds of any size
 NO_TIME = -(2**63)  # in `ts_ns`: the event has no time
 MISSING, INTEGER, FLOAT, TEXT = range(4)  # kinds in an ArgColumn
 
@@ -105,12 +102,12 @@ class EventBatch:
         ph: `ord` of the event's phase code: X, B, E, i, I, C, b, e, n, s, t, f, P, ... (dftracer's integer 1 is X).
         name, cat, pid, tid: numbers in StringTable, -1 where missing. Processes and threads are integers or texts.
         id: of asynchronous and flow events (b, n, e, s, t, f, N, O, D), else -1.
-        ts_ns: begin in nanoseconds of the file's clock, exact; NO_TIME where missing.
-        dur_ns: nanoseconds, exact; -1 where missing.
+        ts_ns: begin in nanoseconds of the file's clock, finer times rounded; NO_TIME where missing.
+        dur_ns: nanoseconds, finer times rounded; -1 where missing.
         fractional: whether a time may have a fraction of a microsecond; otherwise all are whole microseconds.
         args: the requested keys of `args`.
-        exact: begin and duration (ns, None where missing) of rows whose times are not exact in the columns, by row:
-            finer than nanoseconds, beyond 2^63 ns, or a negative duration. The columns have them rounded, or missing.
+        exact: begin and duration (ns, None where missing) of rows whose times do not fit in the columns, by row:
+            beyond 2^63 ns, or a negative duration. The columns have them missing, or negative.
         metadata: metadata events (M, dftracer's integer 4), as parsed; in no column, and not counted as events.
     """
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, NO_TIME, TEXT, ExactTimes, StringTable, Time
+from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, NO_TIME, TEXT, ExactTimes, StringTable
 
 __all__ = [
     "ASYNC_PHASES",
@@ -75,7 +75,7 @@ class RowBuilder:
         """Return an event, as returned by `cleaned`, as a row."""
         ts, dur = event.get("ts"), event.get("dur")
         exact = _ns(ts, self.decimals), _ns(dur, self.decimals)
-        ts_ns, dur_ns = _rounded(exact[0], NO_TIME), _rounded(exact[1], -1)
+        ts_ns, dur_ns = _fitting(exact[0], NO_TIME), _fitting(exact[1], -1)
         fits = exact == (None if ts is None else ts_ns, None if dur is None else dur_ns) and (
             dur is None or dur_ns >= 0
         )
@@ -138,23 +138,18 @@ def _number(value: Any) -> int | Decimal | None:
     return value if not value or abs(value.adjusted()) <= _TIME_DIGITS else None
 
 
-def _ns(value: int | Decimal | None, decimals: int) -> Time | None:
-    """Return a time as exact nanoseconds."""
+def _ns(value: int | Decimal | None, decimals: int) -> int | None:
+    """Return a time as nanoseconds, finer ones rounded: half a nanosecond to the even one."""
     if value is None:
         return None
 
     scale: int = 10**decimals
-    if isinstance(value, int):
-        return value * scale
-
-    exact = Fraction(value) * scale
-    return exact.numerator if exact.denominator == 1 else exact
+    return value * scale if isinstance(value, int) else round(Fraction(value) * scale)
 
 
-def _rounded(time: Time | None, missing: int) -> int:
-    """Return whole nanoseconds; `missing` when they exceed 64 bits."""
-    value = missing if time is None else round(time)
-    return value if -_LIMIT_NS < value < _LIMIT_NS else missing
+def _fitting(time_ns: int | None, missing: int) -> int:
+    """Return a time; `missing` when it exceeds 64 bits."""
+    return missing if time_ns is None or not -_LIMIT_NS < time_ns < _LIMIT_NS else time_ns
 
 
 def _arg(value: Any, strings: StringTable) -> ArgValue:
