@@ -153,6 +153,7 @@ def test_missing_package_is_broken(monkeypatch):
     (check,) = checks._packages()
 
     assert (check.state, check.text) == ("broken", "not installed: zstandard")
+    assert check.hint == "pip install zstandard"
 
 
 def test_no_shared_memory_is_a_note(tmp_path):

@@ -118,7 +118,7 @@ def _packages() -> Iterator[Check]:
     versions = {name: _version(name) for name in _REQUIRED}
     missing = [name for name, version in versions.items() if version is None]
     if missing:
-        yield Check("packages", "broken", f"not installed: {', '.join(missing)}", "pip install --upgrade traceml")
+        yield Check("packages", "broken", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
         return
 
     yield Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in versions.items()))
