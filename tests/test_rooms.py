@@ -253,6 +253,14 @@ def test_public_names_are_sorted_and_exist() -> None:
         assert getattr(traceml, name) is not None
 
 
+def test_completion_offers_users_names_alone() -> None:
+    """`dir(traceml)` has the public names and the imported folders, and none that the module needs itself."""
+    offered = {name for name in dir(traceml) if not name.startswith("__")}
+
+    assert set(traceml.__all__) <= offered
+    assert all(hasattr(import_module(f"traceml.{name}"), "__file__") for name in offered - {*traceml.__all__})
+
+
 @pytest.mark.process
 def test_every_module_lists_what_it_offers() -> None:
     """Each module with public definitions has an `__all__` whose names exist."""

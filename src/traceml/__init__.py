@@ -201,7 +201,8 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    own = (name for name, value in globals().items() if name[:2] == "__" or isinstance(value, ModuleType))
+    return sorted({*own, *__all__} - {"sys"})
 
 
 class _Package(ModuleType):
