@@ -24,8 +24,13 @@ def init(**arguments: Any) -> Recorder:
 
     A second call returns the running recorder, whatever its arguments; `enabled=False` stops it.
 
+    Example:
+        traceml.init(local=True, run_name="baseline")
+
     Args:
-        arguments: settings by name, over those of environment and files; `docs/settings.md` lists them.
+        arguments: settings by name, over those of environment and files; `python -m traceml.settings` describes all.
+            The most used: `local=True` starts an aggregator where none answers, `on_missing="warn"` trains on without
+            one, `runs_dir`, `run_name`, `project`, `backend=["mlflow"]` for trackers, `enabled=False`.
 
     Returns:
         The recorder; a disabled one when tracing is turned off.
