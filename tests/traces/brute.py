@@ -10,8 +10,8 @@ from itertools import pairwise
 
 
 def spans_of(events):
-    """Return (name, cat, pid, tid, ts, dur, place) of complete events and pairs, and the number of unpaired edges."""
-    spans, lonely = [], 0
+    """Return (event, ts, dur, place) of spans, and the number of unpaired edges and of crossed ends."""
+    spans, lonely, crossed = [], 0, 0
     stacks = defaultdict(list)
     for place, event in enumerate(events):
         if event["ph"] in ("X", 1):
@@ -32,18 +32,17 @@ def spans_of(events):
             lonely += 1
             continue
 
-        begin, at = stack[matching[-1]]
-        lonely += len(stack) - 1 - matching[-1]
-        del stack[matching[-1] :]
+        crossed += matching[-1] < len(stack) - 1
+        begin, at = stack.pop(matching[-1])
         duration = _exact(event["ts"]) - _exact(begin["ts"])
         spans.append((begin, _exact(begin["ts"]), duration, len(events) + at))
 
-    return spans, lonely + sum(len(stack) for stack in stacks.values())
+    return spans, lonely + sum(len(stack) for stack in stacks.values()), crossed
 
 
 def groups_of(events, by=("name",), keep=lambda event, ts, dur: True):
     """Return the groups by label: count, sum, minimum, maximum, self time and all durations, in exact microseconds."""
-    spans, _ = spans_of(events)
+    spans, *_ = spans_of(events)
     chosen = [span for span in spans if keep(span[0], span[1], span[2])]
     own = _self_times(chosen)
     groups = defaultdict(lambda: {"durations": [], "self": 0})

@@ -182,7 +182,7 @@ def test_sorting_says_when_there_is_no_room(monkeypatch):
 def test_matching_is_the_same_without_the_library(monkeypatch):
     """Pairs by lane, with names that do not match and begins that stay open."""
     rng = np.random.default_rng(4)
-    count = 6000
+    count = 12_000
     columns = (
         rng.integers(0, 5000, count),
         rng.integers(0, 2, count, np.uint8),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.traces.brute import check, load, spans_of
 from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.traces.native.library import library
 from traceml.traces.query.result import microseconds
 from traceml.traces.query.summary import summarize
 
@@ -155,10 +156,29 @@ def test_pairs(tmp_path, edges, in_order):
     events = sorted(edges, key=lambda each: each["ts"]) if in_order else edges
     answer = ask(tmp_path, json.dumps(events))
 
-    spans, lonely = spans_of(events)
+    spans, lonely, crossed = spans_of(events)
     check(answer, events)
     assert (answer["events"], answer["spans"]) == (len(events), len(spans))
-    assert bool(answer["files"][0]["damage"]) == bool(lonely)
+    assert bool(answer["files"][0]["damage"]) == bool(lonely + crossed)
+
+
+@pytest.mark.parametrize("later", [0, 5])
+@pytest.mark.parametrize("setting", ["1", "0"])
+def test_spans_that_end_in_another_order_are_kept(tmp_path, monkeypatch, setting, later):
+    """The outer span's end, at the same time or earlier, does not remove the inner one; the order is told."""
+    monkeypatch.setenv("TRACEML_NATIVE", setting)
+    library.cache_clear()
+    rows = [("B", "outer", 1), ("B", "inner", 2), ("E", "outer", 9), ("E", "inner", 9 + later)]
+    answer = ask(
+        tmp_path, json.dumps([{"ph": ph, "name": name, "pid": 1, "tid": 1, "ts": ts} for ph, name, ts in rows])
+    )
+    monkeypatch.undo()
+    library.cache_clear()
+
+    assert {group["name"]: group["sum_us"] for group in answer["groups"]} == {"outer": 8, "inner": 7 + later}
+    assert (answer["events"], answer["spans"]) == (4, 2)
+    (damage,) = answer["files"][0]["damage"]
+    assert damage == {"offset": 0, "what": "1 end events close a span in which another is open", "lost_bytes": 0}
 
 
 def test_five_hundred_pairs(tmp_path):

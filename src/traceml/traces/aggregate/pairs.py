@@ -20,16 +20,18 @@ _Open = tuple[int, int, int, int]  # begin, name, group, mark
 
 @dataclass(slots=True)
 class Unpaired:
-    """Begins without an end, and ends without a begin."""
+    """Begins without an end, ends without a begin, and ends of a span while a later one was still open."""
 
     begins: int = 0
     ends: int = 0
+    crossed: int = 0
 
 
 class SpanMatcher:
     """Matches begin and end events in the order of time; takes them in any order.
 
-    Nested spans of a lane close from the inside. An end with a name closes the innermost begin of that name.
+    An end without a name closes the innermost begin of its lane, an end with one the innermost begin of that name.
+    Begins inside that one stay open, so that spans which end in another order than they began are kept.
 
     Args:
         edges: sorts the events.
@@ -94,7 +96,7 @@ class SpanMatcher:
 
             self._grow()
 
-        self.unpaired.begins += int(tally[1])
+        self.unpaired.crossed += int(tally[1])
         self.unpaired.ends += int(tally[2])
         return tuple(each[: tally[0]] for each in out)
 
@@ -130,10 +132,8 @@ class SpanMatcher:
             self.unpaired.ends += 1
             return None
 
-        self.unpaired.begins += len(stack) - 1 - place
-        begin = stack[place]
-        del stack[place:]
-        return begin
+        self.unpaired.crossed += place < len(stack) - 1
+        return stack.pop(place)
 
     def _left_open(self) -> int:
         left = sum(len(stack) for stack in self._open.values())

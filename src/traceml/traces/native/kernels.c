@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#define VERSION 4  /* raised when arguments or constants of this library change; library.py expects it */
+#define VERSION 5  /* raised when arguments or constants of this library change; library.py expects it */
 #define CELLS 128  /* buckets per power of two: at most 1/128 wide, so their middles are within 0.4 % */
 #define OCTAVES 57 /* 0..127 exactly, then one per power of two up to 2^63 */
 #define FEW 4      /* values stored per group before a histogram is used: with many groups, most have no more */
@@ -164,9 +164,9 @@ void traceml_unnest(int64_t lanes, int32_t *head, int64_t *cursor, const int64_t
 
 /* Pair begins with ends of the same lane, in the order of time; open begins stay in the stacks.
  *
- * An end with a name closes the innermost begin of that name; begins above it are unpaired, as is an end without a
- * begin. Spans go to the `out_` arrays, which have room for one per input row. `tally` counts spans, unpaired begins,
- * and unpaired ends.
+ * An end with a name closes the innermost begin of that name; begins above it stay open for ends that come later. Spans
+ * go to the `out_` arrays, which have room for one per input row. `tally` counts spans, ends of a begin with others above
+ * it, and ends without a begin.
  */
 int64_t traceml_match(int64_t first, int64_t n, const int64_t *ts, const uint8_t *is_end, const int32_t *lane,
                       const int32_t *name, const int32_t *group, const uint8_t *mark, int32_t *head, int64_t *node_ts,
@@ -187,19 +187,18 @@ int64_t traceml_match(int64_t first, int64_t n, const int64_t *ts, const uint8_t
       head[l] = node;
       continue;
     }
-    for (node = head[l]; node >= 0 && name[i] >= 0 && node_name[node] != name[i];) node = node_below[node];
+    int32_t above = -1;
+    for (node = head[l]; node >= 0 && name[i] >= 0 && node_name[node] != name[i]; node = node_below[node]) above = node;
     if (node < 0) {
       tally[2]++;
       continue;
     }
-    while (head[l] != node) {
-      int32_t lost = head[l];
-      head[l] = node_below[lost];
-      node_below[lost] = *free_head;
-      *free_head = lost;
+    if (above >= 0) {
+      node_below[above] = node_below[node];
       tally[1]++;
+    } else {
+      head[l] = node_below[node];
     }
-    head[l] = node_below[node];
     node_below[node] = *free_head;
     *free_head = node;
     int64_t at = tally[0]++;

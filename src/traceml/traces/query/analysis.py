@@ -240,7 +240,7 @@ class Analysis:
                 self._take_pairs(rows)
 
             unpaired = self.matcher.unpaired
-            if unpaired.begins or unpaired.ends:
+            if unpaired != Unpaired():
                 self.unpaired[self._source] = unpaired
                 self.events += 0 if self.filter else unpaired.begins + unpaired.ends
 

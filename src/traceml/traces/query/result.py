@@ -14,6 +14,11 @@ __all__ = ["SCHEMA", "merged_groups", "microseconds", "result_of", "stat_row"]
 
 SCHEMA = "traceml.analysis/1"
 _EXACT_FLOAT = 2**53
+_UNPAIRED = (
+    "{:,} begin events have no end",
+    "{:,} end events have no begin",
+    "{:,} end events close a span in which another is open",
+)
 
 
 def result_of(analysis: Analysis, files: Sequence[TraceFileFacts]) -> dict[str, Any]:
@@ -108,12 +113,10 @@ def _with_unpaired(
     for source, facts in enumerate(files):
         damage = list(facts.damage)
         lost = analysis.unpaired.get(source)
-        if lost is not None and lost.begins:
-            damage.append(FileDamage(0, f"{lost.begins:,} begin events have no end", 0))
-
-        if lost is not None and lost.ends:
-            damage.append(FileDamage(0, f"{lost.ends:,} end events have no begin", 0))
-
+        counts = (lost.begins, lost.ends, lost.crossed) if lost is not None else ()
+        damage += [
+            FileDamage(0, what.format(count), 0) for what, count in zip(_UNPAIRED, counts, strict=False) if count
+        ]
         yield facts, damage
 
 
