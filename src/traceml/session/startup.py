@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.fail_open import fail_open
 from traceml.recorder import lifecycle
 from traceml.recorder.current import current_recorder
 
 if TYPE_CHECKING:
+    from typing import Unpack
+
     from traceml.recorder.recorder import Recorder
+    from traceml.session.init_arguments import InitArguments
     from traceml.settings import Config
 
 __all__ = ["init", "start", "start_for_script"]
@@ -19,7 +22,7 @@ __all__ = ["init", "start", "start_for_script"]
 _log = logging.getLogger("traceml")
 
 
-def init(**arguments: Any) -> Recorder:
+def init(**arguments: Unpack[InitArguments]) -> Recorder:
     """Start tracing in this process: connect to the aggregator and start the recorder's thread.
 
     A second call returns the running recorder, whatever its arguments; `enabled=False` stops it.
