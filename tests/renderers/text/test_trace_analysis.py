@@ -97,6 +97,14 @@ def test_damage_is_on_top():
     assert "3 more in a.pfw.gz" in lines[9]
 
 
+def test_rows_that_are_not_included_are_told():
+    """Aggregated rows of dftracer are counted above the numbers that miss them."""
+    lines = text(answer(letters={"A": 1200, "X": 2})).splitlines()
+
+    assert "not included: 1,200 aggregated rows" in lines[1]
+    assert "not included" not in text(answer(letters={"X": 2}))
+
+
 def test_labels_cannot_harm_the_terminal():
     """Control characters are not printed, markup is text, and a missing label is a dash."""
     shown = text(answer(groups=[group("\x1b[31m[bold]red", 5.0), group(None, 4.0), group(0, 3.0)]), sections=["groups"])

@@ -92,3 +92,14 @@ def test_dftracer_itself():
 
     only = summarize([DFTRACER], where="file~data.bin$,name=read", cached=False)
     assert only["events"] == sum(event["name"] == "read" and event["file"].endswith("data.bin") for event in events)
+
+
+def test_aggregated_rows_of_dftracer(tmp_path):
+    """Both notations are counted as phase A, and are no spans."""
+    row = {"name": "read", "cat": "POSIX", "pid": 1, "tid": 1, "ts": 0, "args": {"dur_sum": 92, "dft_cnt": 20}}
+    path = write(tmp_path / "trace.json", [span(), {**row, "ph": 3}, {**row, "ph": "A"}])
+    answer = summarize([path], cached=False)
+
+    assert answer["letters"] == {"A": 2, "X": 1}
+    assert (answer["events"], answer["spans"]) == (3, 1)
+    assert [group["name"] for group in answer["groups"]] == ["work"]

@@ -39,6 +39,7 @@ _UNIT = (  # the most important first: a narrow screen shows fewer
     ("copies", "copy_us"),
 )
 
+_AGGREGATED = "A"  # phase code of these rows in `letters`
 _Column = tuple[str, int, Sequence[str]]  # title, width, cells
 
 
@@ -77,6 +78,13 @@ def _head(result: Mapping[str, Any], viewport: Viewport) -> Iterator[Text]:
     size = bytes_text(sum(file["bytes"] for file in files))
     facts = f"{count_text(result['events'])} events, {count_text(result['spans'])} spans, {size}"
     yield Text(f"{what}: ", style="bold").append(facts, style="")
+    aggregated = (result.get("letters") or {}).get(_AGGREGATED)
+    if aggregated:
+        yield Text(f"{viewport.glyphs.lost} not included: ", style="bold yellow").append(
+            f"{count_text(aggregated)} aggregated rows of dftracer. Trace with DFTRACER_ENABLE_AGGREGATION=0",
+            style="yellow",
+        )
+
     for file in files:
         for damage in file["damage"][:_ROWS]:
             lost = f", {bytes_text(damage['lost_bytes'])} lost" if damage["lost_bytes"] else ""

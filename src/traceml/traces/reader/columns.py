@@ -99,7 +99,8 @@ class EventBatch:
 
     Args:
         source: the number of the file: its index in `TraceReader.files`.
-        ph: `ord` of the event's phase code: X, B, E, i, I, C, b, e, n, s, t, f, P, ... (dftracer's integer 1 is X).
+        ph: `ord` of the event's phase code: X, B, E, i, I, C, b, e, n, s, t, f, P, ... (dftracer's integers 1
+            and 3 are X and A).
         name, cat, pid, tid: numbers in StringTable, -1 where missing. Processes and threads are integers or texts.
         id: of asynchronous and flow events (b, n, e, s, t, f, N, O, D), else -1.
         ts_ns: begin in nanoseconds of the file's clock, finer times rounded; NO_TIME where missing.

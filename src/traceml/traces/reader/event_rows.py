@@ -10,6 +10,7 @@ from typing import Any
 from traceml.traces.reader.columns import FLOAT, INTEGER, MISSING, NO_TIME, TEXT, ExactTimes, StringTable
 
 __all__ = [
+    "AGGREGATED",
     "ASYNC_PHASES",
     "ArgValue",
     "EventRow",
@@ -20,8 +21,9 @@ __all__ = [
     "is_metadata",
 ]
 
+AGGREGATED = "A"  # dftracer's phase code of a row with the number and the sum of many calls
 ASYNC_PHASES = frozenset("bensftNOD")  # phase codes of events that belong together by `id`
-_INTEGER_PHASES = {1: "X", 4: "M"}  # dftracer writes numbers
+_INTEGER_PHASES = {1: "X", 3: AGGREGATED, 4: "M"}  # dftracer writes numbers
 MICROSECONDS = 3  # decimals of a time in microseconds that make it nanoseconds
 _LIMIT_NS = 2**63
 _MAX_DIGITS = 30  # before or after the point: a longer number is kept as it is, never expanded
