@@ -47,6 +47,31 @@ def test_conditions_that_make_no_sense(text):
         parse_where(text)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cat=POSIX|cat=STDIO",
+        "cat=POSIX || cat=STDIO",
+        "cat=POSIX|STDIO",
+        "name!=a|b",
+        "name~read|name~write",
+        "cat=POSIX and dur>5",
+        "cat=POSIX OR args.size > 5",
+        "cat=a && pid=1",
+    ],
+)
+def test_conditions_joined_by_other_words(text):
+    """Each matched nothing; the error says how several values and conditions are written."""
+    with pytest.raises(UsageError, match=r"several as in cat~'\^\(POSIX\|STDIO\)\$'"):
+        parse_where(text)
+
+
+@pytest.mark.parametrize("text", ["name='a|b'", "name~a|b", "name=this or that", "name=R&D", "cat~'^(POSIX|STDIO)$'"])
+def test_values_that_only_look_joined(text):
+    """Quotes protect a value, alternatives belong to a pattern, and words are words."""
+    assert len(parse_where(text)) == 1
+
+
 def test_by():
     """Fields are separated by commas; duplicates count once."""
     assert parse_by(" name, args.size ,name") == ("name", "args.size")

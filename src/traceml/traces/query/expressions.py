@@ -26,7 +26,10 @@ _FIELD = re.compile(r"\s*([A-Za-z_][\w.:/-]*)\s*")
 _OPERATOR = re.compile("|".join(re.escape(operator) for operator in _OPERATORS))
 _QUOTED = re.compile(r"""\s*(?:"((?:[^"\\]|\\.)*)"|'((?:[^'\\]|\\.)*)')\s*(?=,|$)""")
 _PLAIN = re.compile(r"(?:[^,\\]|\\.)*")
+_NEXT = rf"\s*(?:{'|'.join((*FIELDS, *MEASURES))}|args\.[\w.:/-]+)\s*(?:{_OPERATOR.pattern})"
+_JOINED = re.compile(rf"(?:\||&|\s(?:or|and)\s){_NEXT}", re.IGNORECASE)  # another condition within a value
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)$")
+_NO_OR = "one value is expected (several as in cat~'^(POSIX|STDIO)$', conditions by commas, a value with | in quotes)"
 _TIMES = {"": 1, "us": 1, "ns": Fraction(1, 1000), "ms": 1000, "s": 10**6}
 _SIZES = {"b": 1, "k": 1000, "kb": 1000, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
 _UNITS = {**_TIMES, **_SIZES, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -142,6 +145,10 @@ def _condition(text: str, at: int) -> tuple[Condition, int]:
     value, quoted, end = _value(text, symbol.end())
     if not value and not quoted:
         raise _misread(text, symbol.end(), "a value is expected")
+
+    alternatives = "|" in value and symbol[0] != "~"
+    if not quoted and (alternatives or _JOINED.search(value)):
+        raise _misread(text, symbol.end(), _NO_OR)
 
     number = None if quoted else _number(value)
     if field[1] in MEASURES and (number is None or symbol[0] == "~"):
