@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.run_time import RunTime
-from traceml.diagnosis.sampled_lines import LineCounts, SampledLine
+from traceml.diagnosis.sampled_lines import LazyLines, LineCounts, SampledLine
 from traceml.diagnosis.skipped_steps import SkippedSteps
 
 __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly", "was_interrupted"]
@@ -121,7 +121,7 @@ class JobFacts:
     loader: LoaderFacts | None = None
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
-    lines: tuple[SampledLine, ...] = ()
+    lines: Sequence[SampledLine] = ()
     skipped: SkippedSteps | None = None
     time: RunTime | None = None
     state: str = "running"
@@ -230,7 +230,7 @@ class JobFactsBuilder:
             main_wait=self._main_wait(),
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
-            lines=self.lines.lines(self.names),
+            lines=LazyLines(self.lines, self.names),
             skipped=self.skipped,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),

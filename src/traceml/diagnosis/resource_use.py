@@ -25,6 +25,7 @@ VERY_SOON_S = 600.0
 """From here on the finding is critical."""
 THROTTLED_SHARE = 0.25
 """Share of scheduling periods in which the control group was stopped because its CPU quota was used up."""
+_KNOWN = frozenset(int(each) for each in Resource)
 _MIN_ROWS = 6
 _KEPT_ROWS = 60
 _MIN_PERIODS = 50
@@ -95,21 +96,19 @@ class UseHistory:
 
     def __init__(self) -> None:
         self._rows: dict[tuple[int, int], NDArray[np.void]] = {}
+        self._uses: dict[tuple[int, int], ResourceUse] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.LIMITS`, in order."""
-        for number in np.unique(rows["resource"]).tolist():
-            new = rows[rows["resource"] == number]
-            known = self._rows.get((rank, number))
-            joined = new if known is None else np.concatenate([known, new])
-            self._rows[rank, number] = joined[-_KEPT_ROWS:]
+        for number in set(rows["resource"].tolist()) & _KNOWN:
+            new, key = rows[rows["resource"] == number], (rank, number)
+            joined = np.concatenate([self._rows[key], new]) if key in self._rows else new
+            self._rows[key] = kept = joined[-_KEPT_ROWS:]
+            self._uses[key] = _use(rank, Resource(number), kept)
 
     def uses(self) -> tuple[ResourceUse, ...]:
         """Return the newest use of each resource."""
-        known = {int(each) for each in Resource}
-        return tuple(
-            _use(rank, Resource(number), rows) for (rank, number), rows in sorted(self._rows.items()) if number in known
-        )
+        return tuple(use for _, use in sorted(self._uses.items()))
 
 
 def _use(rank: int, resource: Resource, rows: NDArray[np.void]) -> ResourceUse:

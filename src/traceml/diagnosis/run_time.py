@@ -97,7 +97,7 @@ def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Fi
 
 
 def _startup(time: RunTime, startup_s: float, line: BlamedLine | None) -> Finding:
-    where = "" if line is None else f", {line.share_text} of it in {line.place}"
+    where = line.of_it if line else ""
     return Finding(
         kind=Kind.STARTUP,
         severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
 from traceml.formatting import line_text, percent_text
 
-__all__ = ["OUTSIDE_STEPS", "BlamedLine", "LineCounts", "SampledLine", "blamed_line", "outside_line"]
+__all__ = ["OUTSIDE_STEPS", "BlamedLine", "LazyLines", "LineCounts", "SampledLine", "blamed_line", "outside_line"]
 
 MIN_SAMPLES = 35
 """Fewer samples of a phase do not name a line: with 35, a share of 0.9 is accurate to a tenth."""
@@ -33,6 +34,8 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names of the time before the first step and between steps, beside those of the phases."""
 
 _USER = Phase.USER.label
+_COUNTED = ("phase", "line_id", "library_id", "samples")
+_MAX_PARTS = 32  # rows that wait to be summed, in calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,11 @@ class BlamedLine:
         """The share of the phase in words: `all`, `94 %`."""
         return "all" if self.share > 0.99 else percent_text(self.share)
 
+    @property
+    def of_it(self) -> str:
+        """The line as the end of a clause about the phase: `, 94 % of it in train.py:23 update_metric`."""
+        return f", {self.share_text} of it in {self.place}"
+
     def evidence(self, phase_share: float) -> dict[str, Any]:
         """Return the line as a finding's evidence.
 
@@ -96,13 +104,14 @@ class LineCounts:
     """Sums the rows of `schema.LINES` by rank, phase and line."""
 
     def __init__(self) -> None:
-        self._samples: dict[int, Counter[tuple[int, int, int]]] = {}
+        self._parts: dict[int, list[NDArray[np.int64]]] = {}
 
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
-        counts = self._samples.setdefault(rank, Counter())
-        for row in rows:
-            counts[int(row["phase"]), int(row["line_id"]), int(row["library_id"])] += int(row["samples"])
+        parts = self._parts.setdefault(rank, [])
+        parts.append(np.stack([rows[name] for name in _COUNTED], axis=1))
+        if len(parts) > _MAX_PARTS:
+            self._parts[rank] = [_summed(parts)]
 
     def lines(self, names: Mapping[int, Mapping[int, str]]) -> tuple[SampledLine, ...]:
         """Return the lines of all ranks, the most frequent of each rank first.
@@ -111,11 +120,48 @@ class LineCounts:
             names: texts of each rank by id.
         """
         return tuple(
-            SampledLine(rank, LINE_PHASES.get(phase, "other"), *_place(names.get(rank, {}).get(line)), library, samples)
-            for rank, counts in sorted(self._samples.items())
-            for (phase, line, called), samples in counts.most_common()
-            for library in (names.get(rank, {}).get(called),)
+            SampledLine(rank, LINE_PHASES.get(phase, "other"), *_place(known.get(line)), known.get(called), samples)
+            for rank, parts in sorted(self._parts.items())
+            for known in (names.get(rank, {}),)
+            for phase, line, called, samples in _summed(parts).tolist()
         )
+
+
+class LazyLines(Sequence[SampledLine]):
+    """The lines of a run, made when a rule asks for them: a live verdict seldom does, and has many ranks.
+
+    Args:
+        counts: the samples.
+        names: texts of each rank by id.
+    """
+
+    def __init__(self, counts: LineCounts, names: Mapping[int, Mapping[int, str]]) -> None:
+        self._counts, self._names = counts, names
+
+    @cached_property
+    def _lines(self) -> tuple[SampledLine, ...]:
+        return self._counts.lines(self._names)
+
+    @overload
+    def __getitem__(self, at: int) -> SampledLine: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[SampledLine, ...]: ...
+    def __getitem__(self, at: int | slice) -> SampledLine | tuple[SampledLine, ...]:
+        """Return a line, or some of them."""
+        return self._lines[at]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+
+def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return (phase, line, library function, samples), each once, the most frequent first."""
+    rows = np.concatenate(parts)
+    keys, at = np.unique(rows[:, :-1], axis=0, return_inverse=True)
+    samples = np.zeros(len(keys), np.int64)
+    np.add.at(samples, at.reshape(-1), rows[:, -1])
+    order = np.argsort(-samples, kind="stable")
+    return np.column_stack([keys, samples])[order]
 
 
 def blamed_line(
@@ -159,12 +205,7 @@ def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:
         lines: the sampled lines of a run.
         part: a name of `OUTSIDE_STEPS`.
     """
-    total = sum(each.samples for each in lines if each.part == part)
-    functions: Counter[tuple[str, str]] = Counter()
-    for each in lines:
-        if each.part == part and each.file is not None and each.function is not None:
-            functions[each.file, each.function] += each.samples
-
+    functions, total, _ = _by_function(lines, part, ())
     if total < MIN_SAMPLES or not functions:
         return None
 

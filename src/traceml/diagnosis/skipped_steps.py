@@ -54,7 +54,8 @@ class SkippedSteps:
         self.rows += len(mine)
         self.latest = int(mine["step"][-1])
         skipped = mine["step"][unpack_bits(mine["bits"]).flags & StepFlag.SKIPPED > 0]
-        self.steps = np.concatenate([self.steps, skipped])[-_MAX_KEPT:]
+        if len(skipped):
+            self.steps = np.concatenate([self.steps, skipped])[-_MAX_KEPT:]
 
 
 def steps_skipped(skipped: SkippedSteps | None) -> list[Finding]:

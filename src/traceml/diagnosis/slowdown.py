@@ -101,14 +101,13 @@ class _Change:
         return self.after_ns / max(self.before_ns, 1.0)
 
 
-def slowdown(history: StepHistory, facts: JobFacts) -> list[Finding]:
+def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
     """Return the finding about steps that became slower, or were slow at first.
 
     Args:
-        history: of the whole run.
+        bins: history of the whole run.
         facts: about the job.
     """
-    bins = history
     if len(bins.steps) < MIN_BINS:
         return []
 
@@ -136,8 +135,8 @@ def _growth(values: Floats) -> _Change | None:
     if slope <= 0 or tau < MIN_TAU:
         return None
 
-    jump = _two_levels(values)
-    if jump is not None and _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
+    jump = min(range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1), key=lambda end: _fit(values, 0, end))
+    if _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
         return None
 
     end = level + slope * at[-1]
@@ -146,7 +145,10 @@ def _growth(values: Floats) -> _Change | None:
 
 def _jump(values: Floats) -> _Change | None:
     """Return the slow part of a run with two levels: at its end, at its beginning, or between."""
-    count = len(values)
+    ordered, count = np.sort(values), len(values)
+    if ordered[-2] < MIN_FACTOR * ordered[1]:  # medians of three or more bins are between these
+        return None
+
     simple = [(0, at) for at in range(_MIN_SEGMENT, count)] + [(at, count) for at in range(_MIN_SEGMENT, count - 1)]
     between = [
         (first, last)
@@ -173,12 +175,6 @@ def _fit(values: Floats, first: int, last: int) -> float:
     inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
     deviation = np.abs(inside - np.median(inside)).sum() + np.abs(outside - np.median(outside)).sum()
     return float(deviation)
-
-
-def _two_levels(values: Floats) -> int | None:
-    """Return the bin at which two levels explain the values best."""
-    splits = range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1)
-    return min(splits, key=lambda at: float(np.abs(values - _levels(values, at)).sum()), default=None)
 
 
 def _levels(values: Floats, at: int) -> Floats:
@@ -242,7 +238,7 @@ def _where(part: str | None, line: BlamedLine | None) -> str:
     if part is None:
         return ", in all phases alike"
 
-    return f", in {phase_words(part)}" + ("" if line is None else f", {line.share_text} of it in {line.place}")
+    return f", in {phase_words(part)}" + (line.of_it if line else "")
 
 
 def _summary(change: _Change, since: int, end: int | None, per_step: float, share: float, where: str) -> str:

@@ -320,7 +320,7 @@ def _summary(
             f"others (most of it in {phase_words(late.part)}); without it the run would be {gain_text(gain)}."
         )
 
-    where = "" if line is None else f", {line.share_text} of it in {line.place}"
+    where = line.of_it if line else ""
     whose = "their" if len(ranks) > 1 else "its"
     return (
         f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
