@@ -64,21 +64,20 @@ class _PhaseCost:
     def _phase_share(self) -> float:
         return float(self.segments.parts[self.part].mean()) / self.step_ns
 
-    def finding(
-        self, kind: Kind, summary: str, action: str, *, loader: JobFacts | None = None, line: BlamedLine | None = None
-    ) -> Finding:
+    def line_evidence(self, line: BlamedLine | None) -> dict[str, object]:
+        """Return the evidence about that line."""
+        return line.evidence(self._phase_share) if line else {}
+
+    def finding(self, kind: Kind, summary: str, action: str, **evidence: object) -> Finding:
         """Return the finding.
 
         Args:
             kind: its kind.
             summary: the cause.
             action: what to do.
-            loader: the facts, if its evidence is to describe the data loader.
-            line: the line that most of it is spent in.
+            evidence: what it is based on beside the times of the part.
         """
         share = self.saved_ns / self.step_ns
-        evidence = _evidence(self.segments, self.part, self.step_ns)
-        evidence |= line.evidence(self._phase_share) if line else {}
         return Finding(
             kind=kind,
             severity=kind.severity_for(share),
@@ -86,7 +85,7 @@ class _PhaseCost:
             phase=self.part,
             summary=summary,
             next=action,
-            evidence=evidence | _loader_evidence(loader) if loader else evidence,
+            evidence=_evidence(self.segments, self.part, self.step_ns) | evidence,
             cost_share=share,
             speedup_if_fixed=speedup(self.segments, self.saved_ns),
         )
@@ -104,8 +103,9 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     gain = f"with data always ready the run would be {cost.faster}{where}"
     # With workers, the line is the loop's own: the work is in their processes.
     line = None if facts.loader is not None and facts.loader.num_workers else cost.line(facts)
-    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{_in_line(line)}; {gain}."
-    return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), loader=facts, line=line)]
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}; {gain}."
+    evidence = cost.line_evidence(line) | _loader_evidence(facts)
+    return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), **evidence)]
 
 
 def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -117,7 +117,7 @@ def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findi
     summary = (
         f"Copies to the device take {cost.of_step}; hidden behind computation they would make the run {cost.faster}."
     )
-    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), loader=facts)]
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
 
 
 def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -134,9 +134,10 @@ def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Findin
         crowded = not named and facts.oversubscribed
         if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
             line = cost.line(facts)
-            where = f"{phase_words(part)}{_in_line(line)}"
+            where = phase_words(part) + (line.of_it if line else "")
             summary = f"{cost.of_step} is spent in {where}; without it the run would be {cost.faster}."
-            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), line=line))
+            evidence = cost.line_evidence(line)
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), **evidence))
 
     return found
 
@@ -151,28 +152,16 @@ def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
     longest = values[:, :-1].max(axis=0, initial=0)
     saves = longest > FLOOR_NS
     kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
-    saved = saved_ns(segments, {"checkpoint": kept})
-    if saves.sum() < 2 or saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+    cost = _PhaseCost(segments, "checkpoint", step_ns, (), values - kept, saved_ns(segments, {"checkpoint": kept}))
+    if saves.sum() < 2 or not cost.exceeds():
         return []
 
-    share = saved / step_ns
-    return [
-        Finding(
-            kind=Kind.CHECKPOINT_STALLS,
-            severity=Kind.CHECKPOINT_STALLS.severity_for(share),
-            phase="checkpoint",
-            summary=(
-                f"Saving takes {percent_text(share)} of step time: {int(saves.sum())} of {len(saves)} steps save, for "
-                f"{ns_text(float(longest[saves].mean()))} each; without it the run would be "
-                f"{gain_text(speedup(segments, saved))}."
-            ),
-            next=advice.for_saving(),
-            evidence=_evidence(segments, "checkpoint", step_ns)
-            | {"saves": int(saves.sum()), "save_ms": float(longest[saves].mean()) / 1e6},
-            cost_share=share,
-            speedup_if_fixed=speedup(segments, saved),
-        )
-    ]
+    count, each_ns = int(saves.sum()), float(longest[saves].mean())
+    summary = (
+        f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save, for "
+        f"{ns_text(each_ns)} each; without it the run would be {cost.faster}."
+    )
+    return [cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(), saves=count, save_ms=each_ns / 1e6)]
 
 
 def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
@@ -190,10 +179,6 @@ def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -
     saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
     ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
     return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
-
-
-def _in_line(line: BlamedLine | None) -> str:
-    return "" if line is None else f", {line.share_text} of it in {line.place}"
 
 
 def _mostly_rare(values: Floats) -> float | None:
