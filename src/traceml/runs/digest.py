@@ -27,6 +27,7 @@ from traceml.database.schema import (
     USER_PHASES,
     Table,
 )
+from traceml.database.summaries import StepSums
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.job_facts import RankExit
@@ -162,6 +163,8 @@ class Digest:
         self.sample_totals = SampleTotals()
         self.totals: StepTotals | None = None
         """Exact sums of all steps, where the window has only some of them."""
+        self.step_sums: dict[int, StepSums] = {}
+        """The same by stream, as read for `totals`."""
         self.set_up: StepTotals | None = None
         """The sums of the first steps, which include set-up; like `totals`."""
         self.first: dict[int, tuple[int, int]] = {}
@@ -209,7 +212,7 @@ class Digest:
         """Take the sums of all steps, and the rows of blocks of steps spread over the run."""
         self._follow_log(reader, NAMES.name)
         newest = reader.last_id()
-        found = reader.step_sums()
+        self.step_sums = found = reader.step_sums()
         sums = {self._rank_of(stream): found[stream] for stream in self._newest() if stream in found}
         if not any(each.count for each in sums.values()):
             return

@@ -71,7 +71,8 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
     """
     started_s, _, duration_s = run_times(digest, state_of(digest.run, digest.aggregator), run_dir)
     if started_s is not None and duration_s is not None:
-        digest.facts.time = wall_time(reader, digest.ranks, started_s, started_s + duration_s)
+        sums = digest.step_sums or reader.step_sums()
+        digest.facts.time = wall_time(reader.streams(), sums, digest.ranks, started_s, started_s + duration_s)
 
     window = digest.whole_window()
     findings = digest.diagnose(window)

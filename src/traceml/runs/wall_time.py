@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from traceml.database.reader import StoreReader, StreamRecord
+from traceml.database.reader import StreamRecord
 from traceml.database.summaries import StepSums
 from traceml.diagnosis.run_time import RunTime
 from traceml.runs.clocks import RunClocks
@@ -16,17 +16,23 @@ __all__ = ["wall_time"]
 _S = 1e9
 
 
-def wall_time(reader: StoreReader, ranks: Mapping[int, StreamRecord], started_s: float, ended_s: float) -> RunTime:
+def wall_time(
+    records: Sequence[StreamRecord],
+    sums: Mapping[int, StepSums],
+    ranks: Mapping[int, StreamRecord],
+    started_s: float,
+    ended_s: float,
+) -> RunTime:
     """Return the wall time of a run by part, the mean over ranks.
 
     Args:
-        reader: its store.
+        records: all of its streams.
+        sums: the sums of its steps, by stream.
         ranks: newest stream of each rank of the last attempt.
         started_s: start of the run, epoch seconds.
         ended_s: its end, or now.
     """
-    records = reader.streams()
-    clocks, sums = RunClocks(records), reader.step_sums()
+    clocks = RunClocks(records)
     begin_s = _attempt_start(ranks, clocks, started_s)
     parts = [
         _parts(sums[stream.id], clocks, stream.id, begin_s, ended_s)
