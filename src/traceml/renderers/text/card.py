@@ -200,7 +200,7 @@ def _steps_line(view: RunView, viewport: Viewport) -> Text:
 
 
 def _time_lines(view: RunView, width: int) -> Iterator[Text]:
-    """Yield where the run's wall time went; nothing where nearly all of it was steps."""
+    """Yield where the run's wall time went; nothing where that is not known, as live."""
     time = view.report.time
     if time is None:
         return
