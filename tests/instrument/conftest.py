@@ -12,10 +12,11 @@ import msgpack
 import pytest
 import torch
 
+from tests.instrument.fake_cuda import FakeCuda
 from traceml.clock import monotonic_ns
 from traceml.database.flight import FlightFile
 from traceml.database.schema import TABLES, Phase, StepFlag, Table, unpack_bits
-from traceml.instrument import Instrumentation, install
+from traceml.instrument import Instrumentation, device, install
 
 
 @dataclass
@@ -87,3 +88,11 @@ def traced(tmp_path: Path) -> Iterator[Traced]:
     instrumentation.uninstall()
     flight.close(unlink=True)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Devices in place of torch.cuda."""
+    fake = FakeCuda()
+    monkeypatch.setattr(device, "CudaDevice", lambda: fake)
+    return fake

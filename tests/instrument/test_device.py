@@ -81,14 +81,6 @@ class Batch(torch.Tensor):
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """Devices in place of torch.cuda."""
-    fake = FakeCuda()
-    monkeypatch.setattr(device, "CudaDevice", lambda: fake)
-    return fake
-
-
-@pytest.fixture
 def traced(cuda: FakeCuda, tmp_path: Path) -> Iterator[Traced]:
     """Hooks on these devices."""
     gc.collect()  # models and optimizers of the test before are garbage, and found otherwise

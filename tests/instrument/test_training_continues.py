@@ -26,7 +26,6 @@ from traceml.instrument import (
     Instrumentation,
     accumulator,
     backward,
-    device,
     discovery,
     forward,
     install,
@@ -75,14 +74,6 @@ _OUTER = frozenset({"compile_in_place", "impl", "original", "original_iter", "or
 
 class Injected(Exception):
     """An error of ours."""
-
-
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    """Devices in place of torch.cuda."""
-    fake = FakeCuda()
-    monkeypatch.setattr(device, "CudaDevice", lambda: fake)
-    return fake
 
 
 @pytest.fixture
