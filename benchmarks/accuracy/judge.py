@@ -1,9 +1,10 @@
 """Accuracy of the verdict on real runs: kind, ranks, phase, function, steps, and what must not be said.
 
-    python benchmarks/accuracy/judge.py [--only TEXT] [--output docs/accuracy.md] [--json FILE]
+    python benchmarks/accuracy/judge.py [--only TEXT] [--output docs/accuracy.md] [--json FILE] [--keep FOLDER]
 
 Runs each script of `shapes/` as a user does, under `traceml run`, one after another. The truth about each is in
-`cases.py`. Exits with 1 if a sentence is wrong.
+`cases.py`. Exits with 1 if a sentence is wrong. `--json` takes a judging further that was stopped: the reports in the
+file are judged anew, only the cases without one are run, and the file is written after each.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,14 +42,20 @@ class Judged:
     Attributes:
         case: the run.
         report: its report; empty where there is none.
-        wrong: what is not true, in words.
+        failure: how the command ended, where it should have ended otherwise.
         seconds: wall time.
     """
 
     case: Case
     report: dict[str, Any] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
+    failure: str = ""
     seconds: float = 0.0
+
+    @functools.cached_property
+    def wrong(self) -> list[str]:
+        """What is not true, in words."""
+        failures = [self.failure] if self.failure else []
+        return failures + (list(differences(self.case, self.report)) if self.report else ["no report"])
 
     @property
     def verdict(self) -> str:
@@ -85,18 +94,15 @@ def run(case: Case, folder: Path) -> Judged:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    judged = Judged(case, seconds=time.monotonic() - began)
-    if bool(ended.returncode) != case.fails:
-        judged.wrong.append(f"exit status {ended.returncode}: {ended.stderr[-300:]}")
-
     path = folder / "runs" / "latest" / "report.json"
-    if path.exists():
-        judged.report = json.loads(path.read_text())
-        judged.wrong += list(differences(case, judged.report))
-    else:
-        judged.wrong.append("no report")
-
-    return judged
+    return Judged(
+        case,
+        report=json.loads(path.read_text()) if path.exists() else {},
+        failure=f"exit status {ended.returncode}: {ended.stderr[-300:]}"
+        if bool(ended.returncode) != case.fails
+        else "",
+        seconds=time.monotonic() - began,
+    )
 
 
 def differences(case: Case, report: dict[str, Any]) -> Iterator[str]:
@@ -185,30 +191,81 @@ def _cell(wrong: list[str]) -> str:
     return "; ".join(text.replace("|", "/").replace("\n", " ") for text in wrong) or "-"
 
 
+def stored(path: Path | None) -> dict[str, Judged]:
+    """Return the results of a file by name, without those whose case is gone."""
+    if path is None or not path.exists():
+        return {}
+
+    cases = {case.name: case for case in CASES}
+    results = [result for result in json.loads(path.read_text()) if result["name"] in cases]
+    return {
+        result["name"]: Judged(cases[result["name"]], result["report"], result["failure"], result["seconds"])
+        for result in results
+    }
+
+
+def store(results: dict[str, Judged], path: Path) -> None:
+    """Write results to a file."""
+    rows = [
+        {"name": name, "failure": each.failure, "seconds": each.seconds, "wrong": each.wrong, "report": each.report}
+        for name, each in results.items()
+    ]
+    path.write_text(json.dumps(rows))
+
+
+def tell(judged: Judged) -> None:
+    """Print a result."""
+    mark = "ok   " if not judged.wrong else "WRONG"
+    wrong = "; ".join(judged.wrong)
+    print(f"{mark} {judged.case.name}: {judged.verdict} ({judged.seconds:.0f} s) {wrong}", flush=True)
+
+
+@contextlib.contextmanager
+def place(case: Case, keep: Path | None) -> Iterator[Path]:
+    """Make the folder of a case, which stays only below `keep`."""
+    if keep is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+
+    folder = keep / case.name.replace(" ", "_").replace(",", "")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+
+
+def judge(cases: list[Case], known: dict[str, Judged], keep: Path | None, path: Path | None) -> dict[str, Judged]:
+    """Run the cases that are not known, and return the results of all."""
+    results = {}
+    for case in cases:
+        judged = known.get(case.name)
+        if judged is None:
+            with place(case, keep) as folder:
+                judged = known[case.name] = run(case, folder)
+
+            if path is not None:
+                store(known, path)
+
+        results[case.name] = judged
+        tell(judged)
+
+    return results
+
+
 def main() -> int:
     """Run the cases, print them, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--output", type=Path, help="write the table as Markdown")
-    parser.add_argument("--json", type=Path, help="write the results as JSON")
+    parser.add_argument("--json", type=Path, help="keep the results in this file, and take it further if it exists")
+    parser.add_argument("--keep", type=Path, help="keep the runs below this folder")
     options = parser.parse_args()
-    results = []
-    for case in (case for case in CASES if options.only in case.name):
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(judged := run(case, Path(folder)))
-
-        mark = "ok   " if not judged.wrong else "WRONG"
-        print(f"{mark} {case.name}: {judged.verdict} ({judged.seconds:.0f} s) {'; '.join(judged.wrong)}", flush=True)
-
-    right = sum(not each.wrong for each in results)
+    cases = [case for case in CASES if options.only in case.name]
+    results = judge(cases, stored(options.json), options.keep, options.json)
+    right = sum(not each.wrong for each in results.values())
     print(f"{right} of {len(results)} right")
     if options.output:
-        options.output.write_text(page(results))
-
-    if options.json:
-        options.json.write_text(
-            json.dumps([{"name": r.case.name, "wrong": r.wrong, "report": r.report} for r in results])
-        )
+        options.output.write_text(page(list(results.values())))
 
     return int(right < len(results))
 
