@@ -146,6 +146,39 @@ def test_launcher_reports_how_a_process_ended(registry, exitcode, state, fact): 
     assert fact.items() <= stream.exit.items()
 
 
+@pytest.mark.parametrize(
+    ("exits", "status", "state"),
+    [
+        ([{"exitcode": -2}, {"exitcode": -15, "stopped": True}], 130, "stopped"),
+        ([{"exitcode": 130}, {"exitcode": 130}], 130, "stopped"),
+        ([{"exitcode": -15, "stopped": True}, {"exitcode": -15, "stopped": True}], 143, "stopped"),
+        ([{"exitcode": -9}, {"exitcode": -2}], 137, "failed"),
+        ([{"exitcode": 1}, {"exitcode": -15, "stopped": True}], 1, "failed"),
+    ],
+)
+def test_run_that_was_ended_by_hand_is_stopped(registry, exits, status, state):  # noqa: F811
+    """Ctrl-C, or the launcher's end, is no failure; a rank that failed by itself is."""
+    run, first = join(registry, hello(0, 2))
+    _, second = join(registry, hello(1, 2, pid=first.incarnation.pid + 1))
+    for stream, report in zip((first, second), exits, strict=True):
+        run.disconnected(stream)
+        run.take_exit({"rank": stream.rank, "pid": stream.incarnation.pid, **report})
+
+    run.end_remaining(status)
+
+    assert run.end(status)
+    assert run.state == state
+
+
+def test_job_that_was_interrupted_before_its_ranks_came_is_stopped(registry):  # noqa: F811
+    """The launcher's exit status tells."""
+    run, stream = join(registry, hello(0))
+    leave(run, stream)
+
+    assert run.end(130)
+    assert run.state == "stopped"
+
+
 def test_ranks_of_two_hosts_with_the_same_pid_are_told_apart(registry):  # noqa: F811
     """A launcher over hosts names the host with the pid: containers number their processes alike."""
     run, near = join(registry, hello(0, 2, pid=7, host="near"))

@@ -334,7 +334,7 @@ def test_a_job_that_failed_before_it_trained_is_no_matter_of_steps():
 def test_a_job_that_was_interrupted_before_it_trained_was_stopped(end):
     """Ctrl-C is no failure to look into."""
     ended = RankExit(rank=0, state="killed", **end)
-    found = diagnose(StepWindow(128).aligned(), JobFacts(state="failed", exits=(ended,)))[0]
+    found = diagnose(StepWindow(128).aligned(), JobFacts(state="stopped", exits=(ended,)))[0]
 
     assert found.kind is Kind.INSUFFICIENT_DATA
     assert "the run was stopped before its first step" in found.summary

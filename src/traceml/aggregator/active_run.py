@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
 from collections import Counter, defaultdict
@@ -23,6 +24,8 @@ from traceml.database.postmortem import FlightSnapshot
 from traceml.database.reader import StoreReader, StreamIdentity, StreamRecord
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
+from traceml.diagnosis.job_facts import RankExit, ended_badly
+from traceml.diagnosis.lost_ranks import was_stopped
 from traceml.errors import StoreError
 from traceml.fail_open import failures
 from traceml.transport.hello import WORLD_LIMIT, Hello
@@ -42,6 +45,9 @@ ABANDONED_S = 60.0
 LAUNCHER_WAIT_S = 3600.0
 # Of each process, steps and samples of about half an hour stay complete, however many ranks there are.
 LEAST_RETAINED_BYTES = 500_000
+
+# Exit status of a job that was ended from outside before its ranks had started.
+_STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
 _log = logging.getLogger("traceml")
 
@@ -92,7 +98,7 @@ class ActiveRun:
 
     @property
     def state(self) -> str:
-        """running, finished, failed or lost."""
+        """running, finished, stopped, failed or lost."""
         return str(self._facts["state"])
 
     @property
@@ -533,7 +539,12 @@ class ActiveRun:
         return time.time() if clock is None else clock.now_s()
 
     def _final_state(self, status: int | None) -> str:
-        states = {stream.state for (attempt, _), stream in self._current.items() if attempt == self.attempt}
+        members = [stream for (attempt, _), stream in self._current.items() if attempt == self.attempt]
+        states = {stream.state for stream in members}
+        exits = [RankExit.from_facts(stream.rank, str(stream.state), stream.exit) for stream in members]
+        if was_stopped(exits) or (status in _STOPPED_STATUS and not ended_badly(exits)):
+            return "stopped"
+
         if status or states & {StreamState.FAILED, StreamState.KILLED}:
             return "failed"
 

@@ -15,7 +15,7 @@ from traceml.diagnosis.run_time import RunTime
 from traceml.diagnosis.sampled_lines import LazyLines, LineCounts, SampledLine
 from traceml.diagnosis.skipped_steps import SkippedSteps
 
-__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly", "was_interrupted"]
+__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
 
 OVERSUBSCRIBED = 0.25
 """From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
@@ -86,8 +86,9 @@ class RankExit:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the user ended it by Ctrl-C."""
-        return was_interrupted(self.signal, self.code, self.exception)
+        """Whether the user ended it by Ctrl-C: by its signal, a shell's exit code for it, or the exception."""
+        is_signal = SIGINT in (self.signal, (self.code or 0) - 128)
+        return is_signal or (self.exception or "").startswith("KeyboardInterrupt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,11 +278,6 @@ def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
 
 def _run_and_wait(row: Any) -> tuple[int, int]:
     return int(row["main_run_ns"]), int(row["main_wait_ns"])
-
-
-def was_interrupted(signal: int | None, code: int | None, exception: str | None) -> bool:
-    """Whether a process ended by Ctrl-C: by its signal, by the exit code of a shell for it, or by the exception."""
-    return SIGINT in (signal, (code or 0) - 128) or (exception or "").startswith("KeyboardInterrupt")
 
 
 def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:

@@ -69,6 +69,12 @@ def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
     return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
 
 
+def was_stopped(exits: Sequence[RankExit]) -> bool:
+    """Return whether ranks ended by Ctrl-C or by their launcher alone, which is no failure of the run."""
+    bad = ended_badly(exits)
+    return bool(bad) and not root_causes(bad)
+
+
 def _weight(ended: RankExit) -> int:
     # A lost rank may be a consequence of the others' end, so known causes come first.
     return 1 if ended.state == "lost" else 0

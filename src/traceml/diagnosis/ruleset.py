@@ -93,8 +93,9 @@ def _too_few(window: Window, facts: JobFacts) -> Finding:
 
     ended = facts.state != "running"
     failed = not seen and facts.state == "failed"
-    if failed and any(each.interrupted for each in facts.exits):
-        why, failed = "the run was stopped before its first step", False
+    if not seen and facts.state == "stopped":
+        why = "the run was stopped before its first step"
+
     return Finding(
         kind=Kind.INSUFFICIENT_DATA,
         severity=Kind.INSUFFICIENT_DATA.severity_for(0.0),

@@ -115,23 +115,23 @@ class RunView:
 
     @property
     def state(self) -> str:
-        """The run's state in a word; `stopped` where the user ended it by Ctrl-C."""
-        interrupted = any(rank.exit.interrupted for rank in self.report.ranks)
-        is_stopped = self.run.state == "failed" and interrupted and self.verdict.kind is not Kind.RANK_LOST
-        return "stopped" if is_stopped else self.run.state
+        """The run's state in a word."""
+        return self.run.state
 
     @property
     def ended_before_training(self) -> str | None:
-        """End of a run that failed before its first step, in a sentence; None where a card says more.
+        """End of a run that failed or was stopped before its first step, in a sentence; None where a card says more.
 
         After a signal the card has advice; what was logged for trackers is on it.
         """
-        signaled = any(rank.exit.signal and not rank.exit.interrupted for rank in self.report.ranks)
-        if self.run.state != "failed" or self.steps.count or self.run.restarts or self.trackers or signaled:
+        if self.state not in ("failed", "stopped") or self.steps.count or self.run.restarts or self.trackers:
             return None
 
         if self.state == "stopped":
             return "Stopped before the first step."
+
+        if any(rank.exit.signal for rank in self.report.ranks):
+            return None
 
         if self.verdict.kind is Kind.RANK_LOST:
             return self.verdict.summary

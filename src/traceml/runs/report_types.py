@@ -8,7 +8,6 @@ from typing import Literal
 import msgspec
 
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.job_facts import was_interrupted
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.errors import StoreError
 from traceml.runs.json_document import JsonDocument
@@ -160,11 +159,6 @@ class ExitSection(msgspec.Struct, kw_only=True):
     last_step: int | None = None
     open_phase: str | None = None
     stack: str | list[str] | None = None
-
-    @property
-    def interrupted(self) -> bool:
-        """Whether the user ended the rank by Ctrl-C."""
-        return was_interrupted(self.signal, self.code, self.exception)
 
     @property
     def stack_text(self) -> str:

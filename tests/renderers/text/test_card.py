@@ -177,8 +177,8 @@ def test_what_a_fallback_took_is_told():
     assert "mlflow 12,340 delivered, 12,000 of them to its fallback" in shown
 
 
-def unstarted(verdict: Finding, **end) -> Report:
-    made = report([{"forward": 1.0}], verdict, state="failed", exits={0: {"exit": end}})
+def unstarted(verdict: Finding, state="failed", **end) -> Report:
+    made = report([{"forward": 1.0}], verdict, state=state, exits={0: {"exit": end}})
     made.steps = StepsSection()
     return made
 
@@ -186,8 +186,8 @@ def unstarted(verdict: Finding, **end) -> Report:
 @pytest.mark.parametrize(
     ("kind", "end", "says"),
     [
-        ("INSUFFICIENT_DATA", {"signal": 2}, "Stopped before the first step."),
-        ("INSUFFICIENT_DATA", {"exception": "KeyboardInterrupt"}, "Stopped before the first step."),
+        ("INSUFFICIENT_DATA", {"state": "stopped", "signal": 15}, "Stopped before the first step."),
+        ("INSUFFICIENT_DATA", {"state": "stopped"}, "Stopped before the first step."),
         ("INSUFFICIENT_DATA", {"code": 2}, "The job failed before its first step; its output says why."),
         ("RANK_LOST", {"exception": "ImportError: no"}, "Rank 0 ended with ImportError: no at x.py:1."),
     ],

@@ -82,6 +82,15 @@ def test_everything_is_read_back(make: Maker, tmp_path: Path) -> None:
     assert body.read_bytes() in contents.values()
 
 
+def test_a_stopped_training_is_no_failed_task(make: Maker) -> None:
+    """Ctrl-C ends the task in ClearML's own state for this."""
+    backend = make("clearml", mode="offline", local_only=True)
+    backend.start_experiment("first", "tests")
+    backend.end_state("stopped")
+
+    assert _end(backend)[0]["status"] == "stopped"
+
+
 def test_what_came_after_the_mark_is_cut_off(make: Maker) -> None:
     """A batch that was written and not noted comes once when it comes again; a packed session can go on."""
     first = make("clearml", mode="offline")

@@ -69,6 +69,17 @@ def _history(uri: str, run_id: str, name: str) -> list[tuple[float, int, int]]:
     return [(each.value, each.step, each.timestamp) for each in _client(uri).get_metric_history(run_id, name)]
 
 
+@pytest.mark.parametrize(("state", "status"), [("finished", "FINISHED"), ("stopped", "KILLED"), ("lost", "KILLED")])
+def test_states_are_those_of_mlflow(make: Maker, uri: str, state: str, status: str) -> None:
+    """A training that was stopped by Ctrl-C did not fail."""
+    backend = make("mlflow", tracking_uri=uri)
+    run_id = backend.start_experiment("first", "tests")
+
+    backend.end_state(state)
+
+    assert _client(uri).get_run(run_id).info.status == status
+
+
 def test_everything_is_read_back(make: Maker, uri: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Values, steps, times, parameters, tags, texts, histograms, images and artifacts are what was given."""
     body = tmp_path / "weights.bin"

@@ -38,6 +38,7 @@ _REFUSED = re.compile("[\0\ud800-\udfff]")
 _LONGEST_NAME = 1000
 _BATCH = 1000
 _EVENTS = "metrics.jsonl"  # file of an offline session
+_STATUS = {"finished": "completed", "stopped": "stopped"}  # of all others failed
 
 
 class ClearMLBackend(BackendInterface):
@@ -241,10 +242,12 @@ class ClearMLBackend(BackendInterface):
             if not self._offline:
                 if self._state == "finished":
                     self._task.mark_completed(ignore_errors=False)
+                elif self._state == "stopped":
+                    self._task.stopped(ignore_errors=False)
                 else:
                     self._task.mark_failed(ignore_errors=False, status_reason=self._state)
             else:
-                self._task._edit(status="completed" if self._state == "finished" else "failed")
+                self._task._edit(status=_STATUS.get(self._state, "failed"))
                 _pack(Path(self._task.get_offline_mode_folder()))
 
         self._task = None

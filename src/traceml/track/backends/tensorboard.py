@@ -145,7 +145,8 @@ class TensorBoardBackend(FileBackend):
             kind = "bool" if isinstance(value, bool) else "number" if isinstance(value, int | float) else "string"
             setattr(start.hparams[name], f"{kind}_value", value)
 
-        status = Status.STATUS_SUCCESS if state == "finished" else Status.STATUS_FAILURE
+        known = {"finished": Status.STATUS_SUCCESS, "stopped": Status.STATUS_UNKNOWN}  # it has no word for stopped
+        status = known.get(state, Status.STATUS_FAILURE)
         end = SessionEndInfo(status=status, end_time_secs=self._ended or time.time())
         self._session(SESSION_START_INFO_TAG, session_start_info=start)
         self._session(SESSION_END_INFO_TAG, session_end_info=end)

@@ -41,6 +41,7 @@ _MOST_KEYS = 500  # in one record
 _MOST_BUCKETS = 512  # of a histogram in W&B
 _LONGEST_TAG = 64
 _CLOSED_WITHIN_S = 20.0
+_EXIT_CODES = {"finished": 0, "stopped": 255}  # 255 is what W&B itself reports after Ctrl-C; of all others 1
 _START_S = 30.0  # longest start of an online run; delivery retries it, not the library
 # LevelDB's log: blocks of this size, a header in the first; records in one part (1), or first (2) … last (4).
 _BLOCK, _LOG_HEADER = 32768, 7
@@ -238,7 +239,7 @@ class WandbBackend(BackendInterface):
 
     def end_state(self, state: str) -> None:
         """Record the state in which the training ended."""
-        self._exit_code = 0 if state == "finished" else 1
+        self._exit_code = _EXIT_CODES.get(state, 1)
 
     def end_experiment(self) -> None:
         """Finish the run; only then is all of it on disk, or at the server."""

@@ -221,7 +221,7 @@ class TrackerSession:
 
         Args:
             experiment: the experiment.
-            state: state in which the training ended: finished, failed or lost.
+            state: state in which the training ended: finished, stopped, failed or lost.
             ended: epoch seconds at which it did, where that is known.
         """
         stored = self.state_of(experiment)

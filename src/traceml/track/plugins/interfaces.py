@@ -154,7 +154,7 @@ class BackendInterface(ABC):
         """Send the time at which the training ended, in epoch seconds, before `end_state`."""
 
     def end_state(self, state: str) -> None:  # noqa: B027 - a tracker without states has nothing to do
-        """Send the state in which the training ended, before `end_experiment`: finished, failed or lost."""
+        """Send the state in which the training ended, before `end_experiment`: finished, stopped, failed or lost."""
 
     def flush(self) -> None:  # noqa: B027 - most trackers are done when a call returns
         """Return when everything given so far survives the death of this process."""

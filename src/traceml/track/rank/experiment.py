@@ -112,7 +112,7 @@ class Experiment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.end("finished" if kind is None else "failed")
+        self.end(_state_after(kind))
 
     def start(self) -> Self:
         """Begin: announce it to the trackers and make it the active experiment. `with` and `log_*` do this too."""
@@ -161,7 +161,7 @@ class Experiment:
         """End it: trackers close their run when all is delivered. `with` does this too.
 
         Args:
-            state: `finished` or `failed`.
+            state: `finished`, `stopped` or `failed`.
         """
         if not self._is_active:
             return
@@ -275,6 +275,14 @@ def _renew_lock(forked: bool) -> None:
 
 
 on_change(_renew_lock)
+
+
+def _state_after(kind: type[BaseException] | None) -> str:
+    """Return the state in which an exception, if any, ends an experiment."""
+    if kind is None:
+        return "finished"
+
+    return "stopped" if issubclass(kind, KeyboardInterrupt) else "failed"
 
 
 def get_active_experiment() -> Experiment | None:
