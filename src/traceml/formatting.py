@@ -45,7 +45,7 @@ _UNPRINTABLE_BUT_NEWLINE = re.compile(_UNPRINTABLE.pattern.replace(r"\x00-\x1f",
 _PARTS = {
     "startup": "start-up",
     "checkpoint": "saving",
-    "between_epochs": "between steps",
+    "between_epochs": "between epochs",
     "idle": "after the last step",
     "restart": "restarts",
 }

@@ -452,6 +452,26 @@ def test_batches_that_are_gathered_first(traced: Traced) -> None:
     assert [row["micro"] for row in traced.finish()] == [4, 4, 4]
 
 
+def test_the_first_batch_of_an_epoch_is_told(traced: Traced) -> None:
+    """Each epoch has a row, with the end of the iterator before; evaluation between them has none."""
+    model = net()
+    optimizer = sgd(model)
+    loader = data(5)
+    for _ in range(3):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        evaluate(model, 3)
+
+    steps, epochs = traced.finish(), traced.table("epochs")
+    assert [(row["step"], row["first"]) for row in epochs] == [(0, 1), (5, 0), (10, 0)]
+    assert [row["step"] for row in steps if row["flags"] & StepFlag.EPOCH] == [0, 5, 10]
+    assert [row["drain_ns"] > 0 for row in epochs] == [False, True, True]
+    for row in epochs:
+        assert row["create_ns"] > 0
+        assert row["create_ns"] + row["drain_ns"] < row["ns"] == steps[row["step"]]["input_wait_ns"]
+
+
 def test_what_is_saved_after_an_evaluation(traced: Traced, tmp_path: Path) -> None:
     """Saving the best model belongs to the step that comes after, as it would without the evaluation before it."""
     model = net()

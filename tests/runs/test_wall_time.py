@@ -10,13 +10,14 @@ import pytest
 
 from tests.runs.fabricated_store import run_facts
 from traceml.database.reader import StoreReader, StreamIdentity
-from traceml.database.schema import EVALS, STEPS
+from traceml.database.schema import EPOCHS, EVALS, STEPS
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.report import build_report
 
 S = 10**9
 BOOT_S = 1_700_000_000
+USUAL_WAIT_S = 0.01
 
 
 def store(folder: Path, *, attempts: int = 1, evals: bool = True) -> Path:
@@ -42,6 +43,8 @@ def fill(writer: StoreWriter, stream: int, begin: int, *, evals: bool) -> None:
     rows = np.zeros(60, STEPS.dtype)
     rows["step"] = np.arange(60)
     rows["total_ns"], rows["checkpoint_ns"], rows["forward_ns"] = S // 10, S // 100, S // 20
+    rows["input_wait_ns"] = S // 100
+    rows["input_wait_ns"][[0, 20, 40]] = S // 20
     rows["t_end_ns"] = begin + 4 * S + (np.arange(60) + 1) * S // 10 + np.where(np.arange(60) >= 40, 2 * S, 0)
     writer.append(stream, "steps", 0, 60, rows.tobytes(), 0, 59)
     if evals:
@@ -73,6 +76,23 @@ def test_a_pause_between_steps_is_no_step(tmp_path):
     _, parts = time_of(store(tmp_path / "run", evals=False))
 
     assert parts["between_epochs"] == pytest.approx(2.0)
+
+
+def test_the_start_of_epochs_is_told_apart(tmp_path):
+    """The first batch is start-up; later ones are between epochs, beyond the usual wait of 10 ms."""
+    folder = store(tmp_path / "run")
+    with StoreWriter(folder / STORE_NAME) as writer:
+        for stream in (1, 2):
+            rows = np.zeros(3, EPOCHS.dtype)
+            rows["step"], rows["first"] = [0, 20, 40], [1, 0, 0]
+            rows["ns"], rows["create_ns"] = S // 20, S // 100
+            writer.append(stream, "epochs", 0, 3, rows.tobytes(), 0, 40)
+
+    _, parts = time_of(folder)
+
+    assert parts["startup"] == pytest.approx(4.05)
+    assert parts["between_epochs"] == pytest.approx(2 * (0.05 - USUAL_WAIT_S))
+    assert parts["steps"] == pytest.approx(5.4 - 0.05 - 2 * (0.05 - USUAL_WAIT_S))
 
 
 def test_earlier_attempts_are_a_restart(tmp_path):

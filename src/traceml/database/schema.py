@@ -21,6 +21,7 @@ __all__ = [
     "BLOBS",
     "DEVICE_PHASES",
     "DEVICE_STEPS",
+    "EPOCHS",
     "EVALS",
     "GPU",
     "HOST",
@@ -204,6 +205,7 @@ class StepFlag(IntFlag):
     NO_LOADER = 8  # no data loader took part
     DEVICE = 16  # device times follow in device_steps
     CALLBACK = 32  # backward_own_ns was measured on this step
+    EPOCH = 64  # it waited for the first batch of a new iterator; a row of epochs follows
 
 
 class StepBits(NamedTuple):
@@ -290,6 +292,18 @@ EVALS = Table(
         _q("t_end_ns", "monotonic timestamp at its end"),
         _q("ns", "wall time of evaluation batches, outside every step"),
         _q("batches", "evaluation batches"),
+    ),
+    capacity=4096,
+)
+EPOCHS = Table(
+    "epochs",
+    (
+        _q("step", "training step"),
+        _q("t_end_ns", "monotonic timestamp at which the step closed"),
+        _q("ns", "waiting for data in this step, with the next two"),
+        _q("create_ns", "creating the data loader's iterator, which starts its workers"),
+        _q("drain_ns", "end of the iterator before, which ends its workers"),
+        _q("first", "1 in the first step of the process, else 0"),
     ),
     capacity=4096,
 )
@@ -441,6 +455,7 @@ PACKED: tuple[Table, ...] = (
     STEPS,
     USER_PHASES,
     EVALS,
+    EPOCHS,
     DEVICE_STEPS,
     PROCESS,
     HOST,

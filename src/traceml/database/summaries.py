@@ -12,7 +12,8 @@ monotonic time it covers), in tables of steps `first_step` and `last_step`, and
 - of sampled tables `<column>_min` and `<column>_max`; of `steps` `total_ns_min` and `total_ns_max`.
 
 `group` separates rows that must not be mixed: in `steps` 1 for rows whose device times follow in `device_steps`, else
-0; in `user_phases` the `name_id`; in `gpu` and `torch_memory` the device; in `limits` the resource.
+0; in `user_phases` the `name_id`; in `gpu` and `torch_memory` the device; in `limits` the resource; in `epochs` 1 for
+the first step of the process.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from traceml.database.codec import decode, encode
 from traceml.database.schema import (
     DEVICE_STEPS,
+    EPOCHS,
     EVALS,
     GPU,
     HOST,
@@ -47,7 +49,7 @@ from traceml.database.schema import (
 __all__ = ["LEVEL_RATIO", "MAX_BINS", "SAMPLE_TABLES", "STEP_TABLES", "StepSums", "TableSums", "sum_rows"]
 
 MAX_BINS = 64
-STEP_TABLES = (STEPS, DEVICE_STEPS, USER_PHASES, EVALS)
+STEP_TABLES = (STEPS, DEVICE_STEPS, USER_PHASES, EVALS, EPOCHS)
 """Tables that are summed by step."""
 SAMPLE_TABLES = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY, LIMITS)
 """Tables that are summed over the whole run."""
@@ -57,7 +59,10 @@ LEVEL_RATIO = 1.015
 _LEAST_NS = 1e3
 _LEVELS = 1480  # the last one begins after more than an hour
 
-_GROUPS = {USER_PHASES.name: "name_id", GPU.name: "index", TORCH_MEMORY.name: "device", LIMITS.name: "resource"}
+_GROUPS = {
+    USER_PHASES.name: "name_id", GPU.name: "index", TORCH_MEMORY.name: "device", LIMITS.name: "resource",
+    EPOCHS.name: "first",
+}  # fmt: skip
 _NEGATIVE_IS_MISSING = frozenset({"backward_own_ns"})
 _NOT_SUMMED = frozenset({"step", "t_end_ns", "t_ns", "bits"})
 _KEYS = ("bin", "group")
@@ -220,6 +225,7 @@ class StepSums:
     device_steps: TableSums
     user_phases: TableSums
     evals: TableSums
+    epochs: TableSums
 
     @classmethod
     def of(cls, sums: Mapping[str, TableSums]) -> StepSums:
@@ -238,7 +244,7 @@ class StepSums:
 
     @property
     def _tables(self) -> tuple[TableSums, ...]:
-        return (self.steps, self.device_steps, self.user_phases, self.evals)
+        return (self.steps, self.device_steps, self.user_phases, self.evals, self.epochs)
 
     def join(self, *others: StepSums) -> StepSums:
         """Return the sums of these steps and those of others, for example of all ranks."""

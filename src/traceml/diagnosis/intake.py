@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_STEPS, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
+from traceml.database.schema import DEVICE_STEPS, EPOCHS, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
 from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
 from traceml.diagnosis.step_sample import SampledWindow
 from traceml.diagnosis.window import Ints, Rows, StepWindow, Window
@@ -36,6 +36,7 @@ class RowIntake:
             PROCESS.name: self.facts.process_rows,
             HOST.name: self.facts.host_rows,
             LIMITS.name: self.facts.limits.add,
+            EPOCHS.name: self.facts.epoch_rows,
             LINES.name: self.facts.lines.add,
         }
 
@@ -94,4 +95,4 @@ class RowIntake:
         self.window.scatter_user(rank, rows, self.names.get(rank, {}))
 
 
-_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, LIMITS, LINES)}
+_DTYPES = {table.name: table.dtype for table in (USER_PHASES, PROCESS, HOST, LIMITS, LINES, EPOCHS)}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from traceml.database.schema import EPOCHS
 from traceml.diagnosis.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.run_time import RunTime
 from traceml.diagnosis.sampled_lines import LazyLines, LineCounts, SampledLine
@@ -108,6 +109,7 @@ class JobFacts:
         limits: use of resources that have a limit.
         lines: lines in which the training threads were seen.
         skipped: steps without an update.
+        epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
         time: the run's wall time by part; None where it is not known.
         state: the run's state, as in the report.
     """
@@ -124,6 +126,7 @@ class JobFacts:
     limits: tuple[ResourceUse, ...] = ()
     lines: Sequence[SampledLine] = ()
     skipped: SkippedSteps | None = None
+    epochs: NDArray[np.void] = field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
     time: RunTime | None = None
     state: str = "running"
 
@@ -167,6 +170,8 @@ class JobFactsBuilder:
         self.skipped = SkippedSteps()
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
+        self._epochs = np.empty(0, EPOCHS.dtype)
+        self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}
@@ -202,6 +207,14 @@ class JobFactsBuilder:
         if len(rows):
             self._core_rows[rank] = int(rows["cores"][-1])
 
+    def epoch_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.EPOCHS`; those of the lowest rank are kept, as all ranks begin epochs alike."""
+        if self._epochs_rank is None or rank < self._epochs_rank:
+            self._epochs_rank, self._epochs = rank, self._epochs[:0]
+
+        if rank == self._epochs_rank:
+            self._epochs = np.concatenate([self._epochs, rows])[-_MAX_EPOCHS:]
+
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
         if len(rows):
@@ -233,6 +246,7 @@ class JobFactsBuilder:
             limits=self.limits.uses(),
             lines=LazyLines(self.lines, self.names),
             skipped=self.skipped,
+            epochs=self._epochs,
             time=self.time,
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
@@ -251,6 +265,7 @@ class JobFactsBuilder:
 _KEPT = ("backend", "torch_threads")
 _NO_ACCELERATOR = ("cpu", "meta")
 _MAX_LOADERS = 64
+_MAX_EPOCHS = 65_536
 _LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
 _COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))
 _EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name != "rank")

@@ -80,6 +80,16 @@ def _user_code(finding: _FindingFacts) -> str:
     return f"{percent_text(share)} of step time is spent in {where}"
 
 
+def _input(finding: _FindingFacts) -> str:
+    """Return `Training waits for data: 62 % of step time`, or that for its loader's workers to start."""
+    what = "new loader workers in each epoch" if finding.evidence.get("restart_ms") else "data"
+    return f"Training waits for {what}: {_of_step_time(finding)}"
+
+
+def _of_step_time(finding: _FindingFacts) -> str:
+    return f"{percent_text(finding.cost_share)} of step time" if finding.cost_share else "part of step time"
+
+
 def _slowdown(finding: _FindingFacts) -> str:
     """Return `Steps take 2.1x as long since step 200`."""
     evidence = finding.evidence
@@ -145,7 +155,7 @@ class Kind(StrEnum):
         "COMPUTE_BOUND",
         KindRule("The model's own compute limits this run, most of it in {phase}", Severity.INFO),
     )
-    INPUT_BOUND = "INPUT_BOUND", KindRule("Training waits for data: {share}")
+    INPUT_BOUND = "INPUT_BOUND", KindRule(_input)
     H2D_BOUND = "H2D_BOUND", KindRule("Copies to the device slow training down: {share}")
     COMM_BOUND = "COMM_BOUND", KindRule("Communication between ranks slows training down: {share}")
     RESIDUAL_HEAVY = "RESIDUAL_HEAVY", KindRule(_user_code)

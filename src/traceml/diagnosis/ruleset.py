@@ -5,6 +5,7 @@ from __future__ import annotations
 from traceml.diagnosis.bottlenecks import checkpoints, input_bound, residual, transfers
 from traceml.diagnosis.comm import comm_bound
 from traceml.diagnosis.compute import nothing_found
+from traceml.diagnosis.epoch_starts import workers_restarted
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.jitter import jitter, late_in_turns
 from traceml.diagnosis.job_facts import JobFacts
@@ -62,6 +63,11 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
 
     alternating = [] if found else late_in_turns(remaining, facts, step_ns)
     found += alternating
+    restarted, without_restarts = workers_restarted(window, remaining, facts, step_ns)
+    if restarted:
+        found += restarted
+        remaining = remaining.changed(without_restarts, new_step_times(remaining, without_restarts))
+
     for rule in (input_bound, transfers, residual, checkpoints):
         found += rule(remaining, facts, step_ns)
 

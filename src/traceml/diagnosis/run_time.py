@@ -17,11 +17,12 @@ PARTS = (
 )  # fmt: skip
 """The parts of a run's wall time:
 
-- `startup`: from the run's start, or that of its last attempt, to the first step
-- `steps`: training steps, without saving
+- `startup`: from the run's start, or that of its last attempt, to the first batch
+- `steps`: training steps, without saving and without the start of epochs
 - `evaluation`: evaluation batches, with the time until the next training batch
 - `checkpoint`: saving inside steps
-- `between_epochs`: time between steps that is no evaluation
+- `between_epochs`: ending and starting the data loader's iterator and its workers, and time between steps that is no
+  evaluation
 - `idle`: after the last step or evaluation
 - `stopped`: the process did not run
 - `restart`: all attempts before the last one
@@ -71,8 +72,8 @@ class RunTime:
 
     @property
     def in_steps(self) -> float:
-        """Share of the wall time in training steps, with saving."""
-        return self.share("steps", "checkpoint")
+        """Share of the wall time in training steps, with saving and the start of epochs."""
+        return self.share("steps", "checkpoint", "between_epochs")
 
 
 def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Finding]:
@@ -160,7 +161,8 @@ def covered(time: RunTime | None) -> str:
 
 def _largest(time: RunTime) -> str:
     others: Sequence[str] = sorted(
-        (part for part in time.seconds if part not in ("steps", "checkpoint")), key=lambda part: -time.seconds[part]
+        (part for part in time.seconds if part not in ("steps", "checkpoint", "between_epochs")),
+        key=lambda part: -time.seconds[part],
     )
     shown = [part for part in others[:2] if time.share(part) >= 0.05]
     return ", ".join(f"{part_words(part)} {percent_text(time.share(part))}" for part in shown)

@@ -43,6 +43,7 @@ _USUAL_COLUMNS = ("step", "t_end_ns", "total_ns", "input_wait_ns", "forward_ns",
                   "backward_own_ns", "bits")  # fmt: skip
 # Plain ints: arithmetic on enum members costs a microsecond.
 _NO_LOADER, _DEVICE, _CALLBACK = int(StepFlag.NO_LOADER), int(StepFlag.DEVICE), int(StepFlag.CALLBACK)
+_EPOCH = int(StepFlag.EPOCH)
 _NO_LOADER_BITS = pack_bits(0, _NO_LOADER)
 UPKEEP_MASK = 63
 _log = logging.getLogger("traceml")
@@ -149,6 +150,7 @@ class StepAccumulator:
         self.ring = flight.ring("steps")
         self._append_step = self.ring.appender(*_COLUMNS)
         self._append_eval = flight.ring("evals").appender("step", "t_end_ns", "ns", "batches")
+        self._append_epoch = flight.ring("epochs").appender("step", "t_end_ns", "ns", "create_ns", "drain_ns", "first")
         self._append_user = flight.ring("user_phases").appender("step", "name_id", "ns", "count")
         self.open_slots = flight.open_slots
         self.device: StepDeviceTimer | None = None
@@ -255,6 +257,12 @@ class StepAccumulator:
 
     # ---- rows ----
 
+    def new_iterator(self, create_ns: int) -> None:
+        """Handle a new iterator of a loader: the step that waits for its first batch begins an epoch."""
+        self.create_ns += create_ns
+        self.flags |= _EPOCH
+        self.dirty = True
+
     def commit_slow(self, t: int) -> None:
         """Close a step that has segments, rare or user phases, flags, a group or a device."""
         self.book_user_phases(t)
@@ -264,6 +272,8 @@ class StepAccumulator:
             self._flush_evals(self.rows)
 
         total = self.committed_ns + t - self.seg_start
+        self.committed_create_ns += self.create_ns
+        self.committed_drain_ns += self.drain_ns
         self.note_total(total)
         if self.device is not None and self.device.close(self.rows):
             flags |= _DEVICE
@@ -287,6 +297,10 @@ class StepAccumulator:
         columns[_USER] = self._append_users(times) if self.users else 0
         sequence = self.sequence() if self.sequence is not None and self.extras else 0
         own = own if flags & _CALLBACK else -1
+        if flags & _EPOCH:
+            iterator = self.committed_create_ns, self.committed_drain_ns, int(not self.ring.appended)
+            self._append_epoch(n, t, times[_INPUT_WAIT], *iterator)
+
         self._append_step(n, t, total, *columns, own, pack_bits(micro_batches, flags, sequence))
         self.rows = n + 1
         if not n & UPKEEP_MASK:
@@ -324,6 +338,7 @@ class StepAccumulator:
         self.seg_start = t
         self.closes_at = CHECK_FORWARD
         self.attempt = self.backwards = self.batches = self.flags = self.own = 0
+        self.create_ns = self.drain_ns = 0  # creating iterators, and the ends of others, in this segment
         self.batch = self.first_loader = None
         self.trained: Any = None  # a weak reference to a module whose forward was called with gradients
         self.evaluated = False  # a module was called without gradients
@@ -339,6 +354,7 @@ class StepAccumulator:
         self.loader_at_cut: Any = None  # `first_loader` at the cut
         self.pending = False  # the part before the cut has stepped: it may be a whole step
         self.cut_ns = self.committed_ns = self.committed_flags = self.committed_own_ns = self.micro_batches = 0
+        self.committed_create_ns = self.committed_drain_ns = 0
 
     def _flush_evals(self, step: int) -> None:
         self._append_eval(step, self.eval_end, self.eval_ns, self.eval_batches)

@@ -87,7 +87,9 @@ def timed_wait(clock: StepClock) -> tuple[Begin, End]:
                     if first_loader is None:
                         first_loader = loader
             elif got is False:
-                clock.exhausted(loader)
+                clock.exhausted(loader, spent)
+            else:
+                clock.new_iterator(spent)
         except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
             fail(error)
 

@@ -36,7 +36,7 @@ __all__ = ["FUSED", "StepClock"]
 _BACKWARD, _OPTIMIZER, _CHECKPOINT = int(Phase.BACKWARD), int(Phase.OPTIMIZER), int(Phase.CHECKPOINT)
 FUSED = 1  # id that represents all optimizers inside backward; no object has it
 _EXPLICIT, _INFERRED, _NO_LOADER = int(StepFlag.EXPLICIT), int(StepFlag.INFERRED), int(StepFlag.NO_LOADER)
-_DEVICE = int(StepFlag.DEVICE)
+_DEVICE, _EPOCH = int(StepFlag.DEVICE), int(StepFlag.EPOCH)
 _STEP_START, _STEP = int(Slot.STEP_START), int(Slot.STEP)
 _SAMPLED_MASK = 3  # expensive measurements run on every 4th step
 _SLOW_STEP_NS = 2_000_000  # expensive measurements run on every step if steps take longer
@@ -129,9 +129,15 @@ class StepClock(StepAccumulator):
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
             self.commit(t)
 
-    def exhausted(self, loader: Any) -> None:
-        """Handle the end of a loader: training may continue without it, or on a prefetched batch."""
+    def exhausted(self, loader: Any, drain_ns: int) -> None:
+        """Handle the end of a loader: training may continue without it, or on a prefetched batch.
+
+        Args:
+            loader: its token.
+            drain_ns: time until the loader said so, in which its workers ended.
+        """
         self.exhausted_loader = loader
+        self.drain_ns += drain_ns
         self.evaluated = False
         if self.batches and not self.backwards:
             self.batches += 1
@@ -469,7 +475,9 @@ class StepClock(StepAccumulator):
         self.micro_batches += min(self.backwards, self.batches) if self.batches else self.backwards
         self.committed_flags |= self.flags
         self.committed_own_ns += self.own
-        self.own = self.flags = 0
+        self.committed_create_ns += self.create_ns
+        self.committed_drain_ns += self.drain_ns
+        self.own = self.flags = self.create_ns = self.drain_ns = 0
         unused = max(self.batches - self.backwards, 0)
         self._clear_segment()
         self.batches = unused
@@ -500,6 +508,8 @@ class StepClock(StepAccumulator):
         self.closes_at = CHECK_FORWARD
         self.first_loader = None if self.times_at_cut is None else self.loader_at_cut
         self.evaluating = evaluating
+        self.flags &= ~_EPOCH
+        self.create_ns = self.drain_ns = 0
         self._clear_segment()
         if self.device is not None:
             self.device.discard()

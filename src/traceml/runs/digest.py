@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import (
     DEVICE_STEPS,
+    EPOCHS,
     GPU,
     HOST,
     INFO,
@@ -340,7 +341,7 @@ class Digest:
 
 _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
 _OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
-_BY_RULES = (LIMITS, LINES)
+_BY_RULES = (LIMITS, LINES, EPOCHS)
 _FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
 
 

@@ -66,13 +66,26 @@ def _parts(sums: StepSums, clocks: RunClocks, stream: int, begin_s: float, ended
     if len(evals):
         first_ns, last_ns = min(first_ns, int(evals["begin_ns"].min())), max(last_ns, int(evals["end_ns"].max()))
 
+    first_batch_s, later_starts_s = _epoch_starts(sums)
     first_s, last_s = (clocks.of_stamp(stream, stamp) / _S for stamp in (first_ns, last_ns))
     in_steps, saving = (float(steps[name].sum()) / _S for name in ("total_ns", "checkpoint_ns"))
     return {
-        "startup": first_s - begin_s,
-        "steps": in_steps - saving,
+        "startup": first_s - begin_s + first_batch_s,
+        "steps": in_steps - saving - first_batch_s - later_starts_s,
         "evaluation": in_evals,
         "checkpoint": saving,
-        "between_epochs": last_s - first_s - in_steps - in_evals,
+        "between_epochs": last_s - first_s - in_steps - in_evals + later_starts_s,
         "idle": ended_s - last_s,
     }
+
+
+def _epoch_starts(sums: StepSums) -> tuple[float, float]:
+    """Return seconds of waiting for the run's first batch, and for those of later epochs beyond the usual wait."""
+    steps, epochs = sums.steps.bins, sums.epochs.bins
+    first, later = epochs[epochs["group"] > 0], epochs[epochs["group"] == 0]
+    usual_rows = steps["rows"].sum() - epochs["rows"].sum()
+    usual_ns = max(steps["input_wait_ns"].sum() - epochs["ns"].sum(), 0) / max(usual_rows, 1)
+    # The workers' end and start are no usual wait, also where each step has an iterator of its own.
+    worked_ns = later["create_ns"].sum() + later["drain_ns"].sum()
+    beyond_ns = later["ns"].sum() - usual_ns * later["rows"].sum() if usual_rows > 0 else 0
+    return float(first["ns"].sum()) / _S, float(max(worked_ns, beyond_ns)) / _S

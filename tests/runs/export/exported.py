@@ -14,7 +14,7 @@ import numpy as np
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_samples, add_user_phase, run_facts
 from traceml.database.reader import StreamIdentity
-from traceml.database.schema import DEVICE_STEPS, EVALS, GPU, LIMITS, LINES, METRICS, TORCH_MEMORY, StepFlag
+from traceml.database.schema import DEVICE_STEPS, EPOCHS, EVALS, GPU, LIMITS, LINES, METRICS, TORCH_MEMORY, StepFlag
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 
@@ -57,6 +57,8 @@ def _fill(writer: StoreWriter, stream: int, rows: Any, wall_ns: int, user_ms: fl
     add_info(writer, stream, kind="warning", t_ns=int(rows["t_end_ns"][0]), text="look out")
     add_samples(writer, stream)
     _append(writer, stream, EVALS.name, EVALS.dtype, step=50, t_end_ns=int(rows["t_end_ns"][49]), ns=5_000, batches=2)
+    ends = rows["t_end_ns"].tolist()
+    _append(writer, stream, EPOCHS.name, EPOCHS.dtype, step=40, t_end_ns=ends[40], ns=9_000, create_ns=4)
     device = np.zeros(len(rows), DEVICE_STEPS.dtype)
     device["step"], device["total_ns"], device["forward_ns"] = rows["step"], 9_000_000, 4_000_000
     device["backward_ns"], device["backward_own_ns"] = 5_000_000, -1

@@ -62,6 +62,7 @@ _DOCS = {
     "steps": "one row per rank and training step; phases and `other_ns` add up to `total_ns`",
     "user_phases": "the user's phases, one row per rank, step and name",
     "evals": "evaluation between steps",
+    "epochs": "waiting for the first batch of each new iterator of a data loader",
     "device_steps": "device times of a step, with a GPU",
     "process": "samples of each rank's process",
     "host": "samples of each host",
