@@ -101,6 +101,7 @@ class Supervisor:
         self._aggregator = AggregatorProcess(job.run_id, job.runs_dir, on_delivery=on_delivery)
         self._on_tick = on_tick
         self._failures: list[dict[str, Any]] = []
+        self._signals: set[int] = set()
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
@@ -189,7 +190,7 @@ class Supervisor:
                 if "failures" in ready:
                     self._read_failures(ready["failures"].fd)
 
-                _pass_signals(process)
+                self._signals |= _pass_signals(process)
                 self._aggregator.restart_if_dead()
                 if self._screen is not None:
                     self._screen.tick()
@@ -241,6 +242,9 @@ class Supervisor:
         if not self._job.elastic:
             failures = [{"rank": 0, "local_rank": 0, "pid": process.pid, "exitcode": process.returncode}]
 
+        # Who signals the command ends the job as a whole: no rank is the cause.
+        ends = {-number for number in self._signals} | {128 + number for number in self._signals}
+        failures = [each | {"stopped": True} if each["exitcode"] in ends else each for each in failures]
         return self._aggregator.finish(failures, self._status(process))
 
 
@@ -249,8 +253,16 @@ def _output_pipe() -> ScriptPipe:
     return PseudoTerminal(sys.stdout.fileno()) if sys.stdout.isatty() else ScriptPipe()
 
 
-def _pass_signals(process: subprocess.Popen[bytes]) -> None:
-    """Forward signals that were sent to this process only; the job receives those of the terminal itself."""
+def _pass_signals(process: subprocess.Popen[bytes]) -> set[int]:
+    """Forward signals that were sent to this process only; the job receives those of the terminal itself.
+
+    Returns:
+        The signals that arrived, the terminal's too.
+    """
+    arrived = set()
     while (info := signal.sigtimedwait(FORWARDED_SIGNALS, 0)) is not None:
+        arrived.add(info.si_signo)
         if info.si_code != _SI_KERNEL and process.poll() is None:
             process.send_signal(info.si_signo)
+
+    return arrived
