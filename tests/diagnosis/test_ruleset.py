@@ -361,11 +361,12 @@ def test_findings_are_plain_json():
 @pytest.mark.parametrize(
     ("loader", "says", "never"),
     [
-        (LoaderFacts(dataset="Digits", in_memory=True, num_workers=0, batch_size=16), "index", "num_workers"),
-        (LoaderFacts(dataset="Folder", num_workers=0), "num_workers=3", "cheaper"),
-        (LoaderFacts(dataset="Folder", num_workers=2), "num_workers=4", "in memory"),
-        (LoaderFacts(dataset="Folder", num_workers=8), "already fill", "try num_workers"),
-        (None, "prefetch", "in memory"),
+        (LoaderFacts(dataset="Digits", in_memory=True, num_workers=0, batch_size=256), "index", "num_workers"),
+        (LoaderFacts(dataset="Labels", in_memory=True, num_workers=0, batch_size=16), "num_workers=1", "in memory"),
+        (LoaderFacts(dataset="Folder", num_workers=0), "num_workers=1", "cheaper"),
+        (LoaderFacts(dataset="Folder", num_workers=1), "num_workers=2", "in memory"),
+        (LoaderFacts(dataset="Folder", num_workers=8), "more workers will not help", "set num_workers"),
+        (None, "num_workers=1", "in memory"),
     ],
 )
 def test_advice_on_input_fits_the_loader(loader, says, never):

@@ -187,3 +187,33 @@ def test_a_thread_that_is_gone_is_no_sample(flight: FlightFile) -> None:
     sampler.flush()
 
     assert (sampler.samples, rows_of(flight)) == (0, [])
+
+
+@pytest.mark.parametrize(("work", "least", "most"), [(holds_the_lock, 0.2, 1.1), (lambda: time.sleep(1), 0.0, 0.1)])
+def test_cpu_time_tells_computing_from_waiting(
+    flight: FlightFile, work: collections.abc.Callable[[], object], least: float, most: float
+) -> None:
+    """While one phase stays open, the training thread's CPU time in it is counted."""
+    flight.open_slots[Slot.STEP_START], flight.open_slots[Phase.INPUT_WAIT] = 1, 2
+    with Training(work) as training:
+        sampled(flight, training, 10)
+
+    rows = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    assert rows["watched_ns"].sum() > 10 * 2_000_000
+    assert least <= rows["cpu_ns"].sum() / rows["watched_ns"].sum() <= most
+
+
+def test_a_phase_that_ends_meanwhile_is_not_watched(flight: FlightFile) -> None:
+    """The time would be that of two phases."""
+    flight.open_slots[Slot.STEP_START] = flight.open_slots[Phase.INPUT_WAIT] = 1
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+
+        def next_phase(_seconds: float) -> None:
+            flight.open_slots[Phase.INPUT_WAIT] += 1
+
+        sampler.sample(next_phase)
+        sampler.flush()
+
+    rows = np.frombuffer(flight.ring(LINES.name).take(0).data, LINES.dtype)
+    assert (int(rows["samples"].sum()), int(rows["watched_ns"].sum())) == (1, 0)

@@ -425,6 +425,8 @@ LINES = Table(
         _q("line_id", "the user's line, `FILE:LINE FUNCTION`, by id in `names`; -1 without one"),
         _q("library_id", "innermost library function called from there, `FILE:LINE FUNCTION`; -1 without one"),
         _q("samples", "number of samples since the last row of this phase and line"),
+        _q("watched_ns", "time before these samples in which the phase was watched without a break"),
+        _q("cpu_ns", "CPU time of the training thread in that time"),
     ),
     capacity=1024,
 )

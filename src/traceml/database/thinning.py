@@ -21,6 +21,7 @@ STATE_KEY = "thinning"
 BLOCK_STEPS = 64
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 divided by the golden ratio
 _LINE_KEYS = ("phase", "line_id", "library_id")
+_LINE_SUMS = ("samples", "watched_ns", "cpu_ns")
 _SECOND_NS = 1_000_000_000
 _MOST_BLOCKS = 1 << 22
 
@@ -53,7 +54,9 @@ def thinned_rows(table: str, rows: NDArray[np.void], level: int) -> NDArray[np.v
     _, last, of = np.unique(keys[::-1], axis=0, return_index=True, return_inverse=True)
     order = np.argsort(-last)  # in the order of the last row of each line
     left = rows[::-1][last[order]].copy()
-    left["samples"] = np.bincount(of.ravel()[::-1], rows["samples"], len(last)).astype(np.int64)[order]
+    for name in _LINE_SUMS:
+        left[name] = np.bincount(of.ravel()[::-1], rows[name], len(last)).astype(np.int64)[order]
+
     return left
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.job_facts import JobFacts, RankExit
 from traceml.diagnosis.sampled_lines import BlamedLine
 from traceml.formatting import ranks_text
 
@@ -11,61 +11,11 @@ __all__ = [
     "for_compute",
     "for_copies",
     "for_exit",
-    "for_input",
     "for_jitter",
     "for_residual",
     "for_saving",
     "for_straggler",
 ]
-
-
-def for_input(facts: JobFacts) -> str:
-    """Return advice against waiting for data."""
-    loader = facts.loader
-    if loader is None or (loader.num_workers is None and loader.in_memory is None):
-        return (
-            "Time the data source alone (iterate the loader without training) and prefetch it: with a DataLoader, "
-            "num_workers > 0."
-        )
-
-    data = f"{loader.dataset or 'the dataset'}"
-    if loader.in_memory:
-        return _in_memory(loader, data)
-
-    if not loader.num_workers:
-        workers = _workers(facts)
-        return (
-            f"{data} is read by the training process itself (num_workers=0): set num_workers={workers} and "
-            "persistent_workers=True, so that batches are made while the model computes."
-        )
-
-    cores = facts.cores_per_rank
-    if cores is not None and loader.num_workers >= cores:
-        return (
-            f"{loader.num_workers} workers already fill the {cores} cores of a rank, so more will not help: make "
-            f"{data}'s __getitem__ cheaper (decode once and cache, smaller samples, transforms on the device)."
-        )
-
-    more = min(2 * loader.num_workers, cores or 2 * loader.num_workers)
-    restart = "" if loader.persistent_workers else " and persistent_workers=True"
-    return (
-        f"{loader.num_workers} workers do not keep up: try num_workers={more}{restart}, then make {data}'s "
-        "__getitem__ cheaper."
-    )
-
-
-def _in_memory(loader: LoaderFacts, data: str) -> str:
-    batch = f" (batch_size is {loader.batch_size})" if loader.batch_size else ""
-    return (
-        f"{data} is in memory, so workers would only add copying: take whole batches by indexing the tensors "
-        f"(data[indices]) instead of collating single samples, or use larger batches{batch}."
-    )
-
-
-def _workers(facts: JobFacts) -> int:
-    cores = facts.cores_per_rank
-    # One core is left to the training process; more than eight workers per rank rarely help.
-    return max(1, min(8, cores - 1)) if cores else 4
 
 
 def for_copies(facts: JobFacts) -> str:

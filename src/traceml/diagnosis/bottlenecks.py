@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from msgspec.structs import replace
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.loading import Pipeline, pipeline_of
+from traceml.diagnosis.loading_advice import Advised, for_input
 from traceml.diagnosis.replay import saved_ns, speedup, without_rare
 from traceml.diagnosis.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.segments import COMPUTE, Segments
@@ -99,13 +102,15 @@ def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Fin
         return []
 
     rare = _mostly_rare(segments.parts["input_wait"])
-    where = "" if rare is None else f" (most of the waiting is in {percent_text(rare)} of the steps)"
-    gain = f"with data always ready the run would be {cost.faster}{where}"
+    where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
     # With workers, the line is the loop's own: the work is in their processes.
     line = None if facts.loader is not None and facts.loader.num_workers else cost.line(facts)
-    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}; {gain}."
-    evidence = cost.line_evidence(line) | _loader_evidence(facts)
-    return [cost.finding(Kind.INPUT_BOUND, summary, advice.for_input(facts), **evidence)]
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
+    pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
+    advised = for_input(facts, pipeline)
+    evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
+    found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
+    return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]
 
 
 def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
@@ -208,6 +213,18 @@ def _evidence(segments: Segments, part: str, step_ns: float) -> dict[str, object
         },
         "compute_ms": segments.compute_ns / 1e6,
         "steps": values.shape[1],
+    }
+
+
+def _fetch_evidence(pipeline: Pipeline | None, advised: Advised) -> dict[str, object]:
+    if pipeline is None:
+        return {}
+
+    return {
+        "fetch_ms": pipeline.fetch_ns / 1e6,
+        "fetch_cpu_share": pipeline.fetch_cpu,
+        "speedup_with_data_ready": pipeline.gain_with(0.0, workers=0),
+        **({} if advised.workers is None else {"workers_advised": advised.workers}),
     }
 
 

@@ -22,6 +22,7 @@ OVERSUBSCRIBED = 0.25
 """From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
 
 _MIN_OBSERVED_NS = 2e8
+_MIN_TRAINING_NS = 4e8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,9 @@ class JobFacts:
         cores: host -> cores that the job may use there.
         threads: torch threads per rank.
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
+        busy_cores: rank -> cores that its threads used during the training.
         loader: the training data loader.
+        workers_busy: share of time in which its workers compute; None where it is not known.
         exits: ends of ranks.
         limits: use of resources that have a limit.
         lines: lines in which the training threads were seen.
@@ -121,7 +124,9 @@ class JobFacts:
     cores: Mapping[str, int] = field(default_factory=dict)
     threads: int | None = None
     main_wait: Mapping[int, float] = field(default_factory=dict)
+    busy_cores: Mapping[int, float] = field(default_factory=dict)
     loader: LoaderFacts | None = None
+    workers_busy: float | None = None
     exits: tuple[RankExit, ...] = ()
     limits: tuple[ResourceUse, ...] = ()
     lines: Sequence[SampledLine] = ()
@@ -175,6 +180,7 @@ class JobFactsBuilder:
         self._core_rows: dict[int, int] = {}
         self._first: dict[int, tuple[int, int]] = {}
         self._latest: dict[int, tuple[int, int]] = {}
+        self._training: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
         self._loaders: list[LoaderFacts] = []
         self._facts: dict[str, Any] = {}
 
@@ -221,6 +227,11 @@ class JobFactsBuilder:
             self._first.setdefault(rank, _run_and_wait(rows[0]))
             self._latest[rank] = _run_and_wait(rows[-1])
 
+        training = rows[rows["step"] > 0]
+        if len(training):
+            latest = _time_and_cpu(training[-1])
+            self._training[rank] = self._training.get(rank, (_time_and_cpu(training[0]), latest))[0], latest
+
     def exit(self, ended: RankExit) -> None:
         """Record how a rank ended; facts that are missing here are kept from earlier reports."""
         before = self.exits.get(ended.rank)
@@ -242,6 +253,7 @@ class JobFactsBuilder:
             cores=cores,
             threads=known.get("torch_threads"),
             main_wait=self._main_wait(),
+            busy_cores=self._busy_cores(),
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
             lines=LazyLines(self.lines, self.names),
@@ -260,6 +272,15 @@ class JobFactsBuilder:
                 shares[rank] = wait / (run + wait)
 
         return shares
+
+    def _busy_cores(self) -> dict[int, float]:
+        cores = {}
+        for rank, (first, last) in self._training.items():
+            passed = last[0] - first[0]
+            if passed >= _MIN_TRAINING_NS:
+                cores[rank] = (last[1] - first[1]) / passed
+
+        return cores
 
 
 _KEPT = ("backend", "torch_threads")
@@ -293,6 +314,10 @@ def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
 
 def _run_and_wait(row: Any) -> tuple[int, int]:
     return int(row["main_run_ns"]), int(row["main_wait_ns"])
+
+
+def _time_and_cpu(row: Any) -> tuple[int, int]:
+    return int(row["t_ns"]), int(row["cpu_ns"])
 
 
 def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:

@@ -19,7 +19,16 @@ from numpy.typing import NDArray
 from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, PHASE_LABELS, Phase
 from traceml.formatting import line_text, percent_text
 
-__all__ = ["OUTSIDE_STEPS", "BlamedLine", "LazyLines", "LineCounts", "SampledLine", "blamed_line", "outside_line"]
+__all__ = [
+    "OUTSIDE_STEPS",
+    "BlamedLine",
+    "LazyLines",
+    "LineCounts",
+    "SampledLine",
+    "blamed_line",
+    "busy_share",
+    "outside_line",
+]
 
 MIN_SAMPLES = 35
 """Fewer samples of a phase do not name a line: with 35, a share of 0.9 is accurate to a tenth."""
@@ -34,7 +43,9 @@ OUTSIDE_STEPS = (LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE])
 """Names of the time before the first step and between steps, beside those of the phases."""
 
 _USER = Phase.USER.label
-_COUNTED = ("phase", "line_id", "library_id", "samples")
+_KEYS = ("phase", "line_id", "library_id")
+_SUMS = ("samples", "watched_ns", "cpu_ns")
+_WATCHED_NS = 20e6  # a phase that was watched for less tells nothing about its CPU time
 _MAX_PARTS = 32  # rows that wait to be summed, in calls
 
 
@@ -48,6 +59,8 @@ class SampledLine:
         file, line, function: the innermost code of the user; None where only libraries ran.
         library: innermost library function that it had called, `FILE:LINE FUNCTION`.
         samples: number of samples.
+        watched_ns: time before them in which the phase was watched without a break.
+        cpu_ns: CPU time of the training thread in it.
     """
 
     rank: int
@@ -57,6 +70,8 @@ class SampledLine:
     function: str | None
     library: str | None
     samples: int
+    watched_ns: int = 0
+    cpu_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +124,7 @@ class LineCounts:
     def add(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of a rank."""
         parts = self._parts.setdefault(rank, [])
-        parts.append(np.stack([rows[name] for name in _COUNTED], axis=1))
+        parts.append(np.stack([rows[name] for name in (*_KEYS, *_SUMS)], axis=1))
         if len(parts) > _MAX_PARTS:
             self._parts[rank] = [_summed(parts)]
 
@@ -120,10 +135,10 @@ class LineCounts:
             names: texts of each rank by id.
         """
         return tuple(
-            SampledLine(rank, LINE_PHASES.get(phase, "other"), *_place(known.get(line)), known.get(called), samples)
+            SampledLine(rank, LINE_PHASES.get(phase, "other"), *_place(known.get(line)), known.get(called), *sums)
             for rank, parts in sorted(self._parts.items())
             for known in (names.get(rank, {}),)
-            for phase, line, called, samples in _summed(parts).tolist()
+            for phase, line, called, *sums in _summed(parts).tolist()
         )
 
 
@@ -155,13 +170,13 @@ class LazyLines(Sequence[SampledLine]):
 
 
 def _summed(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Return (phase, line, library function, samples), each once, the most frequent first."""
+    """Return (phase, line, library function, samples, times), each line once, the most frequent first."""
     rows = np.concatenate(parts)
-    keys, at = np.unique(rows[:, :-1], axis=0, return_inverse=True)
-    samples = np.zeros(len(keys), np.int64)
-    np.add.at(samples, at.reshape(-1), rows[:, -1])
-    order = np.argsort(-samples, kind="stable")
-    return np.column_stack([keys, samples])[order]
+    keys, at = np.unique(rows[:, : len(_KEYS)], axis=0, return_inverse=True)
+    sums = np.zeros((len(keys), len(_SUMS)), np.int64)
+    np.add.at(sums, at.reshape(-1), rows[:, len(_KEYS) :])
+    order = np.argsort(-sums[:, 0], kind="stable")
+    return np.column_stack([keys, sums])[order]
 
 
 def blamed_line(
@@ -196,6 +211,19 @@ def blamed_line(
 
     line = _most_frequent_line(_seen_on(lines, ranks), code, place)
     return BlamedLine(place[0], line, place[1], functions[place] / whole, total)
+
+
+def busy_share(lines: Sequence[SampledLine], part: str, ranks: Collection[int] = ()) -> float | None:
+    """Return the share of a phase's time in which the training thread was on a core; None where it is not known.
+
+    Args:
+        lines: the sampled lines of a run.
+        part: a phase, or `other`.
+        ranks: the ranks to look at; empty for all.
+    """
+    seen = [each for each in _seen_on(lines, ranks) if each.part == part]
+    watched = sum(each.watched_ns for each in seen)
+    return min(sum(each.cpu_ns for each in seen) / watched, 1.0) if watched >= _WATCHED_NS else None
 
 
 def outside_line(lines: Sequence[SampledLine], part: str) -> BlamedLine | None:

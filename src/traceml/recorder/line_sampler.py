@@ -5,15 +5,20 @@ thread that wakes from a sleep gets the interpreter's lock where the training th
 sample misses code that holds it (0 % of samples instead of 57 % of the time, with blocks of 2 ms). So a sample is
 *armed*: the switch interval is shortened, the thread sleeps for a random 2 to 12 ms, and looks then. Then it gets the
 lock within 20 us, on the line that was running.
+
+Where one phase was open during the whole sleep, the training thread's CPU time in it is counted too. It tells whether
+the phase computes or waits.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from traceml.clock import monotonic_ns
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phase, Slot
@@ -31,6 +36,15 @@ _MAX_DEPTH = 200
 _COMPREHENSIONS = tuple(f".<locals>.<{name}>" for name in ("listcomp", "genexpr", "dictcomp", "setcomp"))
 _PHASES = len(Phase)
 _STEP_START = int(Slot.STEP_START)
+
+
+class _Look(NamedTuple):
+    """A look at the training thread."""
+
+    t_ns: int
+    cpu_ns: int
+    opened: tuple[int, int]
+
 
 _Key = tuple[int, CodeType | None, int, CodeType | None]
 
@@ -50,7 +64,8 @@ class LineSampler:
         self._slots, self._steps, self._lines = flight.open_slots, flight.ring("steps"), flight.ring("lines")
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
-        self._counts: dict[_Key, int] = {}
+        self._clock_of = self._clock = 0  # training thread, and its CPU clock
+        self._counts: dict[_Key, list[int]] = {}
         self._ids: dict[_Key, tuple[int, int]] = {}
 
     def sample(self, wait: Callable[[float], object]) -> None:
@@ -63,33 +78,57 @@ class LineSampler:
         sys.setswitchinterval(_ARMED_S)
         armed = sys.getswitchinterval()
         try:
+            before = self._look()
             wait(_LEAST_S + (_MOST_S - _LEAST_S) * os.urandom(1)[0] / 255)  # the module `random` costs the rank 2 ms
+            after = self._look()
             frame = sys._current_frames().get(self._thread())
         finally:
             if sys.getswitchinterval() == armed:  # else the script has set its own in the meantime
                 sys.setswitchinterval(usual)
 
         if frame is not None:
-            key = self._key(frame)
-            if key in self._counts or len(self._counts) < _MAX_LINES:
-                self._counts[key] = self._counts.get(key, 0) + 1
-                self.samples += 1
+            self._count(self._key(frame), before, after)
 
     def flush(self) -> None:
         """Append the counts since the last call as rows."""
         now, step = monotonic_ns(), self._slots[Slot.STEP]
-        for key, count in self._counts.items():
+        for key, counts in self._counts.items():
             ids = self._ids.get(key)
             if ids is None and len(self._ids) < _MAX_LINES:
                 ids = self._ids[key] = self._names_of(key)
 
             if ids is not None:
-                self._lines.append(now, step, key[0], *ids, count)
+                self._lines.append(now, step, key[0], *ids, *counts)
 
         self._counts.clear()
 
+    def _count(self, key: _Key, before: _Look, after: _Look) -> None:
+        if key not in self._counts and len(self._counts) >= _MAX_LINES:
+            return
+
+        counts = self._counts.setdefault(key, [0, 0, 0])
+        counts[0] += 1
+        self.samples += 1
+        if before.opened == after.opened and before.opened[0] == key[0]:
+            counts[1] += after.t_ns - before.t_ns
+            counts[2] += after.cpu_ns - before.cpu_ns
+
+    def _look(self) -> _Look:
+        """Return the time, the training thread's CPU time, and the open phase with the time at which it was opened."""
+        return _Look(monotonic_ns(), self._cpu_ns(), self._opened())
+
+    def _cpu_ns(self) -> int:
+        ident = self._thread()
+        if ident != self._clock_of:
+            self._clock_of, self._clock = ident, _cpu_clock(ident)
+
+        try:
+            return time.clock_gettime_ns(self._clock) if self._clock else 0
+        except OSError:  # the thread has ended
+            return 0
+
     def _key(self, frame: FrameType) -> _Key:
-        phase = self._open_phase()
+        phase = self._opened()[0]
         library: CodeType | None = None
         found: FrameType | None = frame
         for _ in range(_MAX_DEPTH):
@@ -105,14 +144,16 @@ class LineSampler:
 
         return phase, None, 0, library
 
-    def _open_phase(self) -> int:
+    def _opened(self) -> tuple[int, int]:
+        """Return the open phase, and the time at which it was opened; for other code that of its step."""
         slots = self._slots
-        latest, phase = 0, LINE_OTHER if slots[_STEP_START] else self._between()
+        began = slots[_STEP_START]
+        latest, phase = 0, LINE_OTHER if began else self._between()
         for number in range(_PHASES):
             if slots[number] > latest:
                 latest, phase = slots[number], number
 
-        return phase
+        return phase, latest or began
 
     def _between(self) -> int:
         return LINE_OUTSIDE if self._steps.appended else LINE_STARTUP
@@ -125,6 +166,16 @@ class LineSampler:
     def _id(self, code: CodeType, line: int) -> int:
         known = self._name_id(f"{code.co_filename}:{line} {_function(code)}")
         return -1 if known is None else known
+
+
+def _cpu_clock(ident: int) -> int:
+    """Return the number of a thread's CPU clock, as Linux makes it of the thread's id; 0 where there is none.
+
+    Unlike `time.pthread_getcpuclockid`, which must not be called for a thread that has ended, it does no harm then.
+    """
+    found = (thread.native_id for thread in threading.enumerate() if thread.ident == ident)
+    native = next(found, None)
+    return 0 if native is None or sys.platform != "linux" else ~native << 3 | 6
 
 
 def _function(code: CodeType) -> str:
