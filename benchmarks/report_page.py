@@ -22,7 +22,8 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.report import full_report, read_digest
+from traceml.runs.digest import read_digest
+from traceml.runs.report import full_report
 from traceml.runs.series import SeriesFollower
 
 JOBS = (Job(ranks=2, steps=400), Job(ranks=8, steps=5_000), Job(ranks=4, steps=50_000), Job(ranks=1_000, steps=600))

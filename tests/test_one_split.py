@@ -18,9 +18,10 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.diagnosis.segments import segments_of
 from traceml.diagnosis.step_split import DEVICE_LABELS
+from traceml.runs.digest import read_digest
 from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import build_report, read_digest
+from traceml.runs.report import build_report
 from traceml.runs.series import read_series
 from traceml.track.delivery.derived import INPUT_TABLES, DerivedMetrics
 

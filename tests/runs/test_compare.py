@@ -13,7 +13,8 @@ from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.runs.compare import compare_runs
-from traceml.runs.report import build_report, read_digest
+from traceml.runs.digest import read_digest
+from traceml.runs.report import build_report
 
 
 @pytest.fixture(scope="module")

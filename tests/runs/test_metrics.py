@@ -12,9 +12,8 @@ from tests.track.fabricated import LoggedRun, deliver
 from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.find import is_delivered, prune
-from traceml.runs.metrics import MetricSummary
+from traceml.runs.metrics import MetricFigures, MetricSummary
 from traceml.runs.report import build_report, save_report, update_trackers
-from traceml.runs.report_types import MetricSection
 from traceml.runs.trackers import trackers
 
 
@@ -46,8 +45,8 @@ def test_values_are_followed_while_they_come(run: LoggedRun) -> None:
         run.metrics({"loss": [2.0], "new": [1.0]}, first_step=2)
         assert metrics.update(reader)
 
-    assert metrics.section()["loss"] == MetricSection(last=2.0, min=1.0, max=3.0, count=3)
-    assert metrics.section()["new"].count == 1
+    assert metrics.figures()["loss"] == MetricFigures(last=2.0, least=1.0, greatest=3.0, number=3)
+    assert metrics.figures()["new"].number == 1
 
 
 def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
@@ -57,7 +56,7 @@ def test_a_report_has_room_for_so_many_names(run: LoggedRun) -> None:
     with StoreReader(run_dir / STORE_NAME) as reader:
         metrics.update(reader)
 
-    assert (len(metrics.section()), metrics.hidden) == (1000, 500)
+    assert (len(metrics.figures()), metrics.hidden) == (1000, 500)
     report = json.loads(save_report(run_dir, build_report(run_dir)).read_text())
     assert (len(report["metrics"]), report["hidden_metrics"]) == (1000, 500)
 

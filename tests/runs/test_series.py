@@ -10,8 +10,9 @@ from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_
 from traceml.database.store import StoreWriter
 from traceml.database.store_file import STORE_NAME
 from traceml.errors import StoreError
+from traceml.runs.digest import read_digest
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import build_report, read_digest
+from traceml.runs.report import build_report
 from traceml.runs.series import read_series
 
 

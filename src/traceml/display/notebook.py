@@ -12,7 +12,8 @@ from traceml.database.reader import StoreReader
 from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.notebook_html import inline_html
 from traceml.runs import run as stored
-from traceml.runs.report import full_report, read_digest
+from traceml.runs.digest import read_digest
+from traceml.runs.report import full_report
 from traceml.runs.series import SeriesFollower
 
 __all__ = ["NotebookRun", "Run", "load_run"]

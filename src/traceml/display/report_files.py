@@ -11,8 +11,8 @@ from traceml.database.store_file import STORE_NAME
 from traceml.fail_open import fail_open
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.digest import Digest
-from traceml.runs.report import full_report, read_digest, save_report, update_trackers, write_atomic
+from traceml.runs.digest import Digest, read_digest
+from traceml.runs.report import full_report, save_report, update_trackers, write_atomic
 from traceml.runs.report_types import PAGE_NAME, Report
 from traceml.runs.series import SeriesFollower
 

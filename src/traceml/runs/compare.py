@@ -27,8 +27,8 @@ from traceml.runs.comparison_types import (
     StepTimeChanges,
     VerdictChange,
 )
-from traceml.runs.digest import Digest
-from traceml.runs.report import full_report, read_digest
+from traceml.runs.digest import Digest, read_digest
+from traceml.runs.report import full_report
 from traceml.runs.report_types import Report
 from traceml.runs.significance import Difference, difference
 

@@ -41,7 +41,7 @@ from traceml.runs.samples import Samples, rows_for
 from traceml.runs.step_ranges import step_ranges
 from traceml.runs.step_totals import SetUpSums, StepTotals, step_totals
 
-__all__ = ["Digest"]
+__all__ = ["MAX_STEP_ROWS", "Digest", "read_digest"]
 
 MAX_STEP_ROWS = MAX_CELLS
 """Maximum of step rows that are read of a whole run."""
@@ -343,6 +343,17 @@ _SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
 _OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
 _BY_RULES = (LIMITS, LINES, EPOCHS)
 _FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
+
+
+def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
+    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it.
+
+    Raises:
+        StoreError: the store is damaged.
+    """
+    digest = Digest()
+    digest.read(reader, max_step_rows)
+    return digest
 
 
 def _slots(rows: int, ranks: int) -> int:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.reader import StoreReader
 from traceml.database.schema import METRICS, NAMES
-from traceml.runs.report_types import MetricSection
 
-__all__ = ["MetricFrame", "MetricReader", "MetricSummary"]
+__all__ = ["MetricFigures", "MetricFrame", "MetricReader", "MetricSummary"]
 
 # A report is read by people and loaded whole; a run may have a hundred thousand names.
 _SHOWN_NAMES = 1000
@@ -78,6 +77,15 @@ class MetricReader:
         return MetricFrame(names, starts, rows)
 
 
+class MetricFigures(NamedTuple):
+    """Figures of one metric over all of its values; NaN if none of them is finite."""
+
+    last: float
+    least: float
+    greatest: float
+    number: int
+
+
 class MetricSummary:
     """Last, least, greatest value and count per name; all attempts and ranks."""
 
@@ -101,10 +109,10 @@ class MetricSummary:
 
         return changed
 
-    def section(self) -> dict[str, MetricSection]:
-        """Return the report's section; a value that is not finite is None there."""
+    def figures(self) -> dict[str, MetricFigures]:
+        """Return the figures of each name."""
         return {
-            name: MetricSection(last=_finite(last), min=_finite(least), max=_finite(greatest), count=int(count))
+            name: MetricFigures(last, least, greatest, int(count))
             for name, (last, _, least, greatest, count) in self._found.items()
         }
 
@@ -128,7 +136,3 @@ class MetricSummary:
             return None
 
         return self._found.setdefault(name, [math.nan, -1.0, math.nan, math.nan, 0])
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -14,7 +14,7 @@ from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.window import Window
 from traceml.errors import StoreError
 from traceml.runs import sections
-from traceml.runs.digest import MAX_STEP_ROWS, Digest
+from traceml.runs.digest import MAX_STEP_ROWS, Digest, read_digest
 from traceml.runs.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
 from traceml.runs.restarts import restarts
 from traceml.runs.run_state import state_of
@@ -27,7 +27,6 @@ __all__ = [
     "build_report",
     "full_report",
     "make_report",
-    "read_digest",
     "report_window",
     "save_report",
     "update_trackers",
@@ -48,17 +47,6 @@ def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
     run_dir = Path(run_dir)
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         return full_report(read_digest(reader, max_step_rows), reader, run_dir)
-
-
-def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
-    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it.
-
-    Raises:
-        StoreError: the store is damaged.
-    """
-    digest = Digest()
-    digest.read(reader, max_step_rows)
-    return digest
 
 
 def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
@@ -171,7 +159,7 @@ def make_report(
         lines=sections.lines(digest),
         memory=sections.memory(digest),
         system=sections.system(digest),
-        metrics=digest.metrics.section(),
+        metrics=sections.metrics(digest.metrics),
         hidden_metrics=digest.metrics.hidden,
         trackers=trackers(run_dir, reader),
         telemetry=telemetry or sections.telemetry(digest, reader, steps.mean_ms),

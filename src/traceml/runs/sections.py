@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -15,12 +16,14 @@ from traceml.diagnosis.sampled_lines import SampledLine
 from traceml.diagnosis.step_split import PHASES
 from traceml.diagnosis.window import Window
 from traceml.runs.digest import Digest
+from traceml.runs.metrics import MetricSummary
 from traceml.runs.report_types import (
     ExitSection,
     GpuSection,
     HostSection,
     LineSection,
     MemorySection,
+    MetricSection,
     PhaseSection,
     RankMean,
     RankMemory,
@@ -35,7 +38,7 @@ from traceml.runs.sample_totals import SampleTotals
 from traceml.runs.samples import slope_per_step
 from traceml.runs.step_totals import StepTotals
 
-__all__ = ["lines", "memory", "phases", "ranks", "steps", "system", "telemetry", "time"]
+__all__ = ["lines", "memory", "metrics", "phases", "ranks", "steps", "system", "telemetry", "time"]
 
 _MS = 1e6
 _MAX_LINES = 200
@@ -252,6 +255,20 @@ def _gpu(totals: SampleTotals, rank: int, index: int) -> GpuSection:
         temperature_c=significant(totals.most(GPU, rank, "temperature_c", index)),
         power_w=significant(totals.mean(GPU, rank, "power_w", index)),
     )
+
+
+def metrics(summary: MetricSummary) -> dict[str, MetricSection]:
+    """Return the figures of each metric; a value that is not finite is None there."""
+    return {
+        name: MetricSection(
+            last=_finite(each.last), min=_finite(each.least), max=_finite(each.greatest), count=each.number
+        )
+        for name, each in summary.figures().items()
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> TelemetrySection:

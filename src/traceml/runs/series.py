@@ -17,9 +17,8 @@ from traceml.database.reader import StoreReader
 from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
 from traceml.database.store_file import STORE_NAME
 from traceml.runs.bins import StepBins
-from traceml.runs.digest import Digest
+from traceml.runs.digest import Digest, read_digest
 from traceml.runs.metric_series import MetricSeries, MetricSeriesSet
-from traceml.runs.report import read_digest
 
 __all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series"]
 

@@ -19,7 +19,8 @@ from traceml.database.store_file import STORE_NAME
 from traceml.renderers.html.notebook_html import inline_html
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.report import full_report, read_digest
+from traceml.runs.digest import read_digest
+from traceml.runs.report import full_report
 from traceml.runs.series import SeriesFollower
 
 _EVIL = "<img src=x onerror=alert(1)>\"'&"
