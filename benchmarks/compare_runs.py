@@ -23,11 +23,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.peers import environment
-from tests.runs.test_significance import step_times
+from tests.runs.comparison.test_significance import step_times
 
-from traceml.runs.compare import compare_runs
+from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.comparison.significance import difference
 from traceml.runs.run import load_run
-from traceml.runs.significance import difference
 
 PEER = "traceml-ai==0.5.0"
 PEER_PCT = 3.0  # the change from which the peer reports one

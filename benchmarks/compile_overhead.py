@@ -19,7 +19,7 @@ LOOP = """
 import json, sys, time
 import torch
 from pathlib import Path
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.instrument import install
 
 torch.set_num_threads(1)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import DEVICE_STEPS
 from traceml.fail_open import failures
 from traceml.instrument import install

@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
 
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
 
 QUIET = ("HEALTHY", "COMPUTE_BOUND")

@@ -26,9 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.transport import auth
 from traceml.transport.client import connect
 from traceml.transport.framing import WIRE_VERSION, Decoder, encode, rows_frame

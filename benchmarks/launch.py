@@ -228,8 +228,8 @@ if __name__ == "__main__":
 # The control channels alone: until each host's agent has answered, before anything is imported there.
 CHANNELS = """
 import json, os, selectors, sys, time
-from traceml.launch.launcher.agent_connection import AgentConnection
-from traceml.launch.launcher.hosts import resolve_hosts
+from traceml.launch.launcher.hosts.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts.hosts import resolve_hosts
 config, hosts = sys.argv[1], sys.argv[2:]
 start = time.perf_counter()
 links = [AgentConnection(spec, sys.executable, config) for spec in resolve_hosts(hosts, 1, config, os.environ)]

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.digest import read_digest
-from traceml.runs.report import full_report
-from traceml.runs.series import SeriesFollower
+from traceml.runs.report.report import full_report
+from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.series import SeriesFollower
 
 JOBS = (Job(ranks=2, steps=400), Job(ranks=8, steps=5_000), Job(ranks=4, steps=50_000), Job(ranks=1_000, steps=600))
 

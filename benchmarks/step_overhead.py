@@ -162,7 +162,7 @@ def measure_ours(kind: str, options: argparse.Namespace, folder: Path, address: 
 
 def measure_rate(options: argparse.Namespace, folder: Path, address: dict[str, str]) -> dict[str, float]:
     """As many steps as there can be: each must be in the store afterwards."""
-    from traceml.database.reader import StoreReader
+    from traceml.database.store.reader import StoreReader
 
     found = _script(RATE, folder, ["sgd", str(options.seconds), "0"], address)
     newest = max((folder / "runs").glob("*/store.db"), key=lambda path: path.stat().st_mtime)

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.reader import StreamIdentity
 from traceml.database.schema import STEPS, pack_bits
-from traceml.database.store import StoreWriter
+from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.store import StoreWriter
 from traceml.transport.framing import rows_frame
 
 MEANS_NS = {

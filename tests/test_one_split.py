@@ -12,17 +12,17 @@ import pytest
 
 from tests.runs.export.exported import events_in
 from tests.runs.fabricated_store import STARTED, add_rank, run_facts
-from traceml.database.reader import StoreReader
 from traceml.database.schema import DEVICE_STEPS, PHASE_LABELS, STEPS, StepFlag, pack_bits
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.segments import segments_of
-from traceml.diagnosis.step_split import DEVICE_LABELS
-from traceml.runs.digest import read_digest
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.steps.segments import segments_of
+from traceml.diagnosis.steps.step_split import DEVICE_LABELS
 from traceml.runs.export.exporter import export_run
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import build_report
-from traceml.runs.series import read_series
+from traceml.runs.report.report import build_report
+from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.series import read_series
 from traceml.track.delivery.derived import INPUT_TABLES, DerivedMetrics
 
 N, PERIOD, MS = 210, 5, 1_000_000

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
@@ -56,9 +56,23 @@ NARROW = {
     "renderers": {"runs", "diagnosis", "database"},
     "display": {"renderers", "runs", "diagnosis", "database"},
 }
-# Folders of a divided room: what each may import beside itself and the leaves, as other folders (a.b) or whole rooms.
+# Folders of a divided room: what each may import beside itself and the leaves, as folders, modules or whole rooms.
 SUBROOMS = {
+    "runs.rows": {"diagnosis", "database"},
+    "runs.report": {"runs.rows", "runs.run_state", "runs.json_document", "diagnosis", "track", "database"},
+    "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
+    "runs.export": {"runs.rows", "diagnosis", "traces", "database"},
+    "diagnosis.facts": {"diagnosis.kinds", "diagnosis.findings", "database"},
+    "diagnosis.steps": {"diagnosis.facts", "database"},
+    "diagnosis.rules": {
+        "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",
+    },
+    "database.flight": {"database.schema"},
+    "database.store": {"database.schema"},
     "launch.launcher": {"launch.wire", "supervise", "database"},
+    "launch.launcher.hosts": {"launch.wire"},
+    "launch.launcher.logs": {"launch.wire"},
+    "launch.launcher.job": {"launch.launcher.hosts", "launch.launcher.logs", "launch.wire", "supervise", "database"},
     "launch.agent": {"launch.wire"},
     "launch.worker": {"launch.wire", "session", "recorder"},
     "launch.wire": {"database"},
@@ -79,6 +93,7 @@ SUBROOMS = {
 }  # fmt: skip
 # Packages that a folder's process must never load.
 FORBIDDEN = {
+    "database.flight": {"torch", "numpy", "sqlite3", "pydantic"},
     "launch.agent": {"torch", "numpy", "asyncio", "threading"},
     "track.rank": {"torch", "numpy", "sqlite3", "pydantic"},
     "track.plugins": {"torch", "numpy", "sqlite3", "pydantic"},
@@ -171,21 +186,44 @@ def test_imports_go_down() -> None:
     assert wrong == {}
 
 
+def _prefixes(name: str) -> list[str]:
+    """Return a dotted name and the names above it, the longest one first."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def _folder_of(path: Path) -> str:
+    return ".".join(path.relative_to(SOURCE).parent.parts)
+
+
 def test_folders_keep_to_their_part_of_a_room() -> None:
-    """A folder of a divided room imports what SUBROOMS lists, and no folder of such a room is missing there."""
-    divided = {name.split(".")[0] for name in SUBROOMS}
+    """A folder of a divided room imports what SUBROOMS lists."""
     for name, path in _files().items():
-        parts = path.relative_to(SOURCE).parts
-        folder = ".".join(parts[:2])
-        if parts[0] not in divided or len(parts) < 3:
+        folder = next((each for each in _prefixes(_folder_of(path)) if each in SUBROOMS), None)
+        if folder is None:
             continue
 
         imported = set(_imports(path))
         assert not {each.split(".")[0] for each in imported} & FORBIDDEN.get(folder, set()), name
         allowed = SUBROOMS[folder] | {folder, *LEAVES, *FACES}
         inside = {each.removeprefix("traceml.") for each in imported if each.startswith("traceml.")}
-        wrong = {each for each in inside if not {each.split(".")[0], ".".join(each.split(".")[:2])} & allowed}
-        assert wrong <= divided, name
+        wrong = {each for each in inside if not allowed.intersection(_prefixes(each))}
+        assert wrong == set(), name
+
+
+def test_folders_of_a_divided_room_are_listed() -> None:
+    """No folder of a divided room is missing in SUBROOMS."""
+    divided = {name.rpartition(".")[0] for name in SUBROOMS}
+    folders = {_folder_of(path) for path in _files().values()}
+
+    assert {each for each in folders if each.rpartition(".")[0] in divided - {""}} == SUBROOMS.keys()
+
+
+def test_folders_are_small() -> None:
+    """A folder has at most 20 modules: a larger one has more than one subject."""
+    sizes = Counter(_folder_of(path) for path in _files().values())
+
+    assert {folder: size for folder, size in sizes.items() if size > 20} == {}
 
 
 def test_rooms_do_not_import_the_package() -> None:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     )
     from traceml.launch.launcher.launch_options import DEFAULT_ENV_VARS, LaunchResult
     from traceml.launch.launcher.launcher import Launcher, launch
-    from traceml.launch.launcher.log_handlers import add_filter_to_handler, file_handler, stream_handler
+    from traceml.launch.launcher.logs.log_handlers import add_filter_to_handler, file_handler, stream_handler
     from traceml.recorder.annotations import phase, trace, trace_data, trace_step
     from traceml.recorder.current import is_enabled
     from traceml.recorder.lifecycle import shutdown
@@ -85,7 +85,7 @@ _NAMES = {
     ),
     "traceml.launch.launcher.launch_options": "DEFAULT_ENV_VARS LaunchResult",
     "traceml.launch.launcher.launcher": "Launcher launch",
-    "traceml.launch.launcher.log_handlers": "add_filter_to_handler file_handler stream_handler",
+    "traceml.launch.launcher.logs.log_handlers": "add_filter_to_handler file_handler stream_handler",
     "traceml.recorder.annotations": "phase trace trace_data trace_step",
     "traceml.recorder.current": "is_enabled",
     "traceml.recorder.lifecycle": "shutdown",

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.transport.client import Connection, connect
 from traceml.transport.hello import Hello
 

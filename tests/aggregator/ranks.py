@@ -11,8 +11,8 @@ import time
 
 from tests.aggregator.conftest import TOKEN, step_row, wait_for_acks
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
-from traceml.database.flight_header import FlightState
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_header import FlightState
 from traceml.database.schema import STEPS, Phase, Slot
 from traceml.transport.client import connect
 from traceml.transport.hello import Hello

@@ -11,8 +11,8 @@ import pytest
 from tests.aggregator.test_registry import Silent, hello, join, leave, registry  # noqa: F401 - a fixture
 from traceml.aggregator import active_run as run_module
 from traceml.aggregator.streams import StreamState
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ import msgpack
 import pytest
 
 from tests.aggregator.conftest import ROOT, TOKEN, eventually, step_rows, wait_for_acks
-from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, TraceMLError
 from traceml.transport.client import connect
 from traceml.transport.hello import Hello
@@ -162,8 +162,8 @@ def test_two_runs_at_once(serving):
 
 
 def _store(folder: Path):
-    from traceml.database.reader import StoreReader
-    from traceml.database.store_file import STORE_NAME
+    from traceml.database.store.reader import StoreReader
+    from traceml.database.store.store_file import STORE_NAME
 
     return StoreReader(folder / STORE_NAME)
 

@@ -7,10 +7,10 @@ from tests.aggregator.conftest import step_rows
 from tests.aggregator.test_live import stream_of
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.live import LiveRows
-from traceml.database.reader import StoreReader, StreamIdentity
 from traceml.database.schema import STEPS
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader, StreamIdentity
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.transport.framing import Decoder
 from traceml.transport.server import RefusedError

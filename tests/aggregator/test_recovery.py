@@ -13,9 +13,9 @@ from tests.track.conftest import Script, Stored, finish, runs_in, script  # noqa
 from traceml.aggregator.orphans import finish_flights
 from traceml.aggregator.recovery import dead_flights
 from traceml.clock import boot_time_s, monotonic_ns
-from traceml.database.flight import FlightFile
-from traceml.database.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
-from traceml.runs.clocks import RunClocks
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
+from traceml.runs.rows.clocks import RunClocks
 
 KILLED = """
     import os, pathlib, time, traceml

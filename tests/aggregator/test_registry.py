@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
-from traceml.database.reader import StoreReader
 from traceml.database.schema import STEPS
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.transport.hello import Hello
 from traceml.transport.server import RefusedError

@@ -12,7 +12,7 @@ import pytest
 
 from tests.traces.brute import check
 from traceml.cli import main
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME
 
 EVENTS = [
     {

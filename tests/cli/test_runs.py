@@ -9,7 +9,7 @@ import pytest
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import STARTED, store_run
 from traceml import cli
-from traceml.runs.report import build_report, save_report
+from traceml.runs.report.report import build_report, save_report
 
 
 @pytest.fixture

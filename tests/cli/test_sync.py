@@ -18,8 +18,8 @@ from tests.track.readers import jsonl
 from traceml import cli
 from traceml.cli import sync
 from traceml.clock import boot_id, process_start_ticks
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.track.tracker_state import TrackerState, states_of
 
 FAULTY = "tests.track.faulty_backends:FaultyBackend"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import traceml
-from traceml.database.rings import Ring
+from traceml.database.flight.rings import Ring
 from traceml.database.schema import OPEN_SLOTS, STEPS, Phase, Slot
 
 _ROOT = Path(traceml.__file__).parent

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from traceml.database.schema import STEPS, StepFlag, pack_bits
-from traceml.diagnosis.window import StepWindow, Window
+from traceml.diagnosis.steps.window import StepWindow, Window
 
 MS = 1e6
 PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "checkpoint", "user", "other")

@@ -6,8 +6,8 @@ import numpy as np
 
 from tests.diagnosis.fabricated import Job, rows_of
 from traceml.database.schema import HOST, STEPS, USER_PHASES
+from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.diagnosis.intake import RowIntake
-from traceml.diagnosis.job_facts import RankExit
 
 
 def test_step_rows_of_all_ranks_reach_the_window_with_a_flush() -> None:

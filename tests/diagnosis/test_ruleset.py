@@ -10,11 +10,11 @@ import pytest
 
 from tests.diagnosis.fabricated import Fault, Job, adds, at_once, takes_turns, window_of
 from traceml.database.schema import STEPS
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.job_facts import JobFacts, LoaderFacts, RankExit
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.window import StepWindow
+from traceml.diagnosis.steps.window import StepWindow
 
 TINY = Job(
     own={"input_wait": 0.15, "forward": 0.1, "backward": 0.15, "optimizer": 0.1, "other": 0.15},

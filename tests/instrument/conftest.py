@@ -14,7 +14,7 @@ import torch
 
 from tests.instrument.fake_cuda import FakeCuda
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import TABLES, Phase, StepFlag, Table, unpack_bits
 from traceml.instrument import Instrumentation, device, install
 

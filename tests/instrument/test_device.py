@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.instrument.conftest import Traced
 from tests.instrument.fake_cuda import FakeCuda, FakeEvent
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import DEVICE_STEPS, STEPS, StepFlag
 from traceml.diagnosis.intake import RowIntake
 from traceml.diagnosis.kinds import Kind

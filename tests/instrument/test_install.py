@@ -22,7 +22,7 @@ from torch.nn.modules import module
 from torch.utils.data import DataLoader, TensorDataset, dataloader
 
 from tests.instrument.conftest import Traced
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.instrument import install
 
 ATTRIBUTES: list[tuple[Any, str]] = [
@@ -254,7 +254,7 @@ def test_copies_to_a_device_are_h2d(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 from pathlib import Path
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.instrument import install
 
 flight = FlightFile.create(Path(sys.argv[1]), {})

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import traceml.instrument
 from tests.instrument.fake_cuda import FakeCuda, FakeEvent
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.fail_open import failures
 from traceml.instrument import (
     Instrumentation,

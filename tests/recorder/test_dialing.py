@@ -15,8 +15,8 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import environ
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder.dialing import stored_elsewhere
 from traceml.settings import load

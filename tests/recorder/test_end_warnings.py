@@ -13,7 +13,7 @@ import traceml
 from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import environ, stored_steps
 from tests.recorder.test_recorder import do_steps, free_port, my_flights
-from traceml.runs.report import build_report
+from traceml.runs.report.report import build_report
 
 pytestmark = pytest.mark.usefixtures("quiet_process")
 

@@ -109,8 +109,8 @@ assert process.exitcode == 0, process.exitcode
     assert len(serving.run_dirs) == 2
     counts = []
     for folder in serving.run_dirs:
-        from traceml.database.reader import StoreReader
-        from traceml.database.store_file import STORE_NAME
+        from traceml.database.store.reader import StoreReader
+        from traceml.database.store.store_file import STORE_NAME
 
         with StoreReader(folder / STORE_NAME) as store:
             counts.append(store.stored("steps"))

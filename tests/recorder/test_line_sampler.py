@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, LINES, Phase, Slot
 from traceml.recorder.line_sampler import LineSampler
 

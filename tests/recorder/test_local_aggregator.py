@@ -13,8 +13,8 @@ import pytest
 import traceml
 from tests.aggregator.conftest import Serving, eventually
 from tests.recorder.conftest import environ
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import AggregatorUnavailableError
 from traceml.transport import auth
 from traceml.transport.framing import WIRE_VERSION, encode

@@ -14,8 +14,8 @@ import pytest
 import traceml
 from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import Run, stored_steps
-from traceml.database.flight_folders import default_folder, find_flights
-from traceml.database.postmortem import read_flight
+from traceml.database.flight.flight_folders import default_folder, find_flights
+from traceml.database.flight.postmortem import read_flight
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 
 pytestmark = pytest.mark.usefixtures("quiet_process")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.recorder import row_sender as module
 from traceml.recorder.row_sender import Losses, RowSender

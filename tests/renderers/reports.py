@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from traceml.diagnosis.findings import Finding
-from traceml.runs.report_types import Report, TelemetrySection
+from traceml.runs.report.report_types import Report, TelemetrySection
 
 PHASES = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "other")
 WAIT = "Profile rank 1's forward pass; compare its input sizes and its host's load with rank 0's."

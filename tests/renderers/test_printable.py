@@ -25,8 +25,8 @@ from traceml.renderers.text.top_tables import TableColumn, TableRow, TableView, 
 from traceml.renderers.text.trace_analysis import analysis_lines
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import live_view, run_view
-from traceml.runs.compare import compare_runs
-from traceml.runs.report_types import Report
+from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.report.report_types import Report
 
 # A title, a cleared screen, a question that the terminal answers by typing, a link, a C1 control, text from right to
 # left, a line that rewrites itself, a separator of lines.

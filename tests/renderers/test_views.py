@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.renderers.reports import finding, killed_rank, report, slow_rank, thousand_ranks
 from traceml.renderers.views import live_view, run_view, visible_ranks
-from traceml.runs.report_types import Report
+from traceml.runs.report.report_types import Report
 
 
 def test_straggler_is_marked():

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from traceml.renderers.words import end_of_rank, restarts_text
-from traceml.runs.report_types import RankSection, RestartSection
+from traceml.runs.report.report_types import RankSection, RestartSection
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds
 from tests.renderers.reports import finding
 from tests.runs.fabricated_store import STARTED, run_facts, store_run
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError
 from traceml.runs.find import find_run, list_runs, prune
-from traceml.runs.report import build_report, save_report
+from traceml.runs.report.report import build_report, save_report
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_rank, run_facts
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.job_facts import JobFacts
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.window import StepWindow
+from traceml.diagnosis.steps.window import StepWindow
 from traceml.errors import StoreError
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report_types import Report
+from traceml.runs.report.report_types import Report
 
 
 def test_it_waits_for_a_store_that_is_not_there_yet(tmp_path):

@@ -12,8 +12,8 @@ import pytest
 import traceml
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, run_facts, store_run
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import RunNotFoundError, StoreError
 from traceml.runs.run import Run, load_run
 

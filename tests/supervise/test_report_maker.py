@@ -11,7 +11,7 @@ import pytest
 
 from tests.diagnosis.fabricated import Job
 from tests.runs.fabricated_store import store_run, wait_for
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import TraceMLError
 from traceml.supervise.report_maker import ReportMaker
 

@@ -14,8 +14,8 @@ import pytest
 
 from tests.aggregator.conftest import TOKEN, Serving, eventually
 from tests.recorder.conftest import environ
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.track.delivery.record_reader import RecordReader
 from traceml.track.plugins.metric import Metric
 

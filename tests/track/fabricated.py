@@ -13,10 +13,10 @@ import msgpack
 import numpy as np
 
 from tests.runs.fabricated_store import run_facts
-from traceml.database.reader import StreamIdentity
 from traceml.database.schema import METRICS
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.track.tracker_state import TrackerState
 
 START_NS = 1_700_000_000 * 10**9

@@ -19,13 +19,13 @@ from traceml.aggregator.live import LiveRows
 from traceml.aggregator.recovery import DeadFlight, appended_rows, recover
 from traceml.aggregator.streams import Incarnation, Stream, StreamState
 from traceml.clock import SteadyClock, boot_id, process_start_ticks
-from traceml.database.flight_header import FlightState
-from traceml.database.postmortem import FlightSnapshot
-from traceml.database.reader import StoreReader, StreamIdentity, StreamRecord
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.job_facts import RankExit, ended_badly
-from traceml.diagnosis.lost_ranks import was_stopped
+from traceml.database.flight.flight_header import FlightState
+from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.database.store.reader import StoreReader, StreamIdentity, StreamRecord
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.facts.job_facts import RankExit, ended_badly
+from traceml.diagnosis.rules.lost_ranks import was_stopped
 from traceml.errors import StoreError
 from traceml.fail_open import failures
 from traceml.transport.hello import WORLD_LIMIT, Hello

@@ -20,9 +20,9 @@ from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry, prepare_runs_dir, safe_run_id
 from traceml.aggregator.streams import Stream
 from traceml.aggregator.verdicts import LiveVerdict
-from traceml.database.flight_folders import COPIES_FOLDER
-from traceml.database.store import merge_wal
-from traceml.database.store_file import STORE_NAME
+from traceml.database.flight.flight_folders import COPIES_FOLDER
+from traceml.database.store.store import merge_wal
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import ProtocolError, StoreError
 from traceml.fail_open import fail_open
 from traceml.track.delivery.manager import STALL_LIMIT_S, DeliveryManager, RunDeliveries

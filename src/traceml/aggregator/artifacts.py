@@ -10,7 +10,7 @@ from typing import Any
 
 import msgpack
 
-from traceml.database.flight_folders import ARTIFACTS
+from traceml.database.flight.flight_folders import ARTIFACTS
 from traceml.errors import ProtocolError
 
 __all__ = ["Artifacts"]

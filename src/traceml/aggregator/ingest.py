@@ -21,7 +21,7 @@ from traceml.transport.server import RefusedError
 
 if TYPE_CHECKING:
     from traceml.aggregator.live import LiveRows
-    from traceml.database.store import StoreWriter
+    from traceml.database.store.store import StoreWriter
 
 __all__ = ["Ingest", "IngestStatistics"]
 

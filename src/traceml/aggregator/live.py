@@ -6,9 +6,9 @@ from typing import Any
 
 from traceml.aggregator.streams import Stream
 from traceml.database.schema import INFO, NAMES
+from traceml.diagnosis.facts.job_facts import RankExit
 from traceml.diagnosis.intake import RowIntake
-from traceml.diagnosis.job_facts import RankExit
-from traceml.diagnosis.window import slots_for
+from traceml.diagnosis.steps.window import slots_for
 from traceml.transport.framing import decode_log
 
 __all__ = ["LiveRows"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import dead_flights
 from traceml.aggregator.registry import Registry
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 
 __all__ = ["finish_flights", "finish_orphan"]
 

@@ -11,10 +11,10 @@ import msgpack
 
 from traceml.aggregator.ingest import Ingest
 from traceml.aggregator.streams import Incarnation, Stream
-from traceml.database.flight_folders import default_folder, disk_folders, find_flights
-from traceml.database.flight_header import FlightState
-from traceml.database.flight_owner import find_unclaimed, is_alive
-from traceml.database.postmortem import FlightSnapshot, read_flight
+from traceml.database.flight.flight_folders import default_folder, disk_folders, find_flights
+from traceml.database.flight.flight_header import FlightState
+from traceml.database.flight.flight_owner import find_unclaimed, is_alive
+from traceml.database.flight.postmortem import FlightSnapshot, read_flight
 from traceml.database.schema import LOGGED, Phase, Slot
 from traceml.errors import StoreError
 from traceml.ids import safe_run_id

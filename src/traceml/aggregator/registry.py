@@ -16,7 +16,7 @@ from traceml import ids
 from traceml.aggregator.active_run import ActiveRun
 from traceml.aggregator.recovery import DeadFlight, dead_flights
 from traceml.aggregator.streams import Incarnation, Stream
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.ids import new_run_id
 from traceml.transport.hello import Hello

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 
 from traceml.clock import boot_id, process_start_ticks
-from traceml.database.flight_owner import is_alive
+from traceml.database.flight.flight_owner import is_alive
 from traceml.database.schema import TABLES
 from traceml.transport.hello import Hello
 

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from traceml.aggregator.live import LiveRows
-from traceml.database.store import StoreWriter
+from traceml.database.store.store import StoreWriter
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.window import Window
+from traceml.diagnosis.steps.window import Window
 from traceml.fail_open import fail_open
 
 __all__ = ["LiveVerdict"]

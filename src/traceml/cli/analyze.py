@@ -105,7 +105,7 @@ def _summary(options: Options) -> dict[str, Any]:
 
 def _with_hint(error: TraceNotFoundError, paths: tuple[str, ...]) -> TraceNotFoundError:
     """Return the error for a run's folder, which contains a store and no trace, with the commands to use."""
-    from traceml.database.store_file import STORE_NAME
+    from traceml.database.store.store_file import STORE_NAME
 
     run = next((path for path in paths if Path(path, STORE_NAME).exists()), None)
     if run is None:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from traceml.cli.checks import Check
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import PluginError, RunNotFoundError, StoreError
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run
-from traceml.runs.trackers import trackers
+from traceml.runs.report.trackers import trackers
 from traceml.settings import Config
 from traceml.track.delivery.credentials import key_variables, read_key_file
 from traceml.track.delivery.probe import ProbeResult, probe

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from traceml.database.filesystem import network_filesystem
+from traceml.database.store.filesystem import network_filesystem
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, SettingsError
 from traceml.settings import Config, declarations, load
 from traceml.version import __version__

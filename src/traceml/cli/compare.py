@@ -16,8 +16,8 @@ from traceml.cli.report import runs_dir_of
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.comparison import change_text, compared_card
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.compare import compare_runs
-from traceml.runs.comparison_types import Comparison
+from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.comparison.comparison_types import Comparison
 from traceml.runs.find import find_run
 
 __all__ = ["main"]

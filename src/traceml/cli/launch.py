@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
         raise UsageError("--live terminal needs a terminal; standard output is not one")
 
     from traceml.launch.launcher.assembly import run_script
-    from traceml.launch.launcher.tracing import Tracing
+    from traceml.launch.launcher.job.tracing import Tracing
     from traceml.supervise.page_process import PageScreen
     from traceml.supervise.screens import terminal_screen
 

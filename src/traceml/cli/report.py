@@ -12,18 +12,18 @@ import tyro
 from rich.console import Console
 
 from traceml.cli.parsing import parse
-from traceml.database.flight_owner import waiting_steps
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.flight.flight_owner import waiting_steps
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.kinds import Kind
 from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.line_table import print_lines
 from traceml.renderers.views import run_view
 from traceml.runs.find import find_run
-from traceml.runs.report import build_report
-from traceml.runs.report_types import REPORT_NAME, Report, TrackerSection, read_report
-from traceml.runs.trackers import trackers
+from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import REPORT_NAME, Report, TrackerSection, read_report
+from traceml.runs.report.trackers import trackers
 from traceml.settings import load
 
 __all__ = ["current_report", "main"]

@@ -198,8 +198,8 @@ def _write_report(reports: ReportMaker, run_dir: Path) -> None:
 def _clean_up(reports: ReportMaker, run_dir: Path, *, keep: int | None) -> None:
     """Update the report, and remove old runs if `keep_runs` is set."""
     from traceml.runs.find import prune
-    from traceml.runs.report import update_trackers
-    from traceml.runs.report_types import PAGE_NAME
+    from traceml.runs.report.report import update_trackers
+    from traceml.runs.report.report_types import PAGE_NAME
 
     if update_trackers(run_dir) and (run_dir / PAGE_NAME).exists():
         reports.write(run_dir, run_dir / PAGE_NAME)

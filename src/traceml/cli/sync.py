@@ -18,15 +18,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from traceml.aggregator.orphans import finish_flights, finish_orphan
 from traceml.cli.parsing import parse
-from traceml.database.reader import StoreReader
-from traceml.database.store import merge_wal
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store import merge_wal
+from traceml.database.store.store_file import STORE_NAME
 from traceml.display.report_files import refresh_reports, write_reports
 from traceml.errors import TraceMLError, UsageError
 from traceml.formatting import printable
 from traceml.renderers.words import tracker_text
 from traceml.runs.find import find_run, list_runs
-from traceml.runs.report_types import TrackerSection
+from traceml.runs.report.report_types import TrackerSection
 from traceml.runs.run_state import is_watched
 from traceml.settings import Config, load
 from traceml.track.delivery.delivery_process import DeliveryProcess

@@ -1,5 +1,5 @@
-"""Tables of rows: the schema, the rank's flight file, and the run's store.
+"""Tables of rows: the schema, the rank's flight file (`flight`), and the run's store (`store`).
 
-`schema`, `rings`, `journal`, `journaled` and `flight` run in the rank; `postmortem` in whoever reads a dead rank's
-file; the other modules in the aggregator and in readers. Imports only leaf modules.
+`schema` and `flight` run in the rank; `flight.postmortem` in whoever reads a dead rank's file; `store` in the
+aggregator and in readers. Imports only leaf modules.
 """

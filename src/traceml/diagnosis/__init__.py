@@ -1,4 +1,5 @@
 """The verdict: pure functions from windows of steps to findings.
 
-Runs in the aggregator, in commands and in notebooks; `phases` also in the delivery processes. Imports only `database`.
+`kinds` declares the verdicts, `rules` holds one module per family, `ruleset` calls them; `steps` and `facts` are input.
+Runs in the aggregator, in commands and in notebooks; `step_split` also in deliveries. Imports only `database`.
 """

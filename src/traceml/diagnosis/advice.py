@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.job_facts import JobFacts, RankExit
-from traceml.diagnosis.sampled_lines import BlamedLine
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit
+from traceml.diagnosis.facts.sampled_lines import BlamedLine
 from traceml.formatting import ranks_text
 
 __all__ = [

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import DEVICE_STEPS, EPOCHS, HOST, LIMITS, LINES, PROCESS, STEPS, USER_PHASES, Table
-from traceml.diagnosis.job_facts import JobFacts, JobFactsBuilder, RankExit
-from traceml.diagnosis.step_sample import SampledWindow
-from traceml.diagnosis.window import Ints, Rows, StepWindow, Window
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.steps.step_sample import SampledWindow
+from traceml.diagnosis.steps.window import Ints, Rows, StepWindow, Window
 
 __all__ = ["RowIntake"]
 

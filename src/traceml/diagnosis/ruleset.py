@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from traceml.diagnosis.bottlenecks import checkpoints, input_bound, residual, transfers
-from traceml.diagnosis.comm import comm_bound
-from traceml.diagnosis.compute import nothing_found
-from traceml.diagnosis.epoch_starts import workers_restarted
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.resource_use import limits_near
+from traceml.diagnosis.facts.run_time import outside_steps
+from traceml.diagnosis.facts.skipped_steps import steps_skipped
 from traceml.diagnosis.findings import Finding, in_order
-from traceml.diagnosis.jitter import jitter, late_in_turns
-from traceml.diagnosis.job_facts import JobFacts
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.diagnosis.lost_ranks import rank_lost
-from traceml.diagnosis.replay import new_step_times
-from traceml.diagnosis.resource_use import limits_near
-from traceml.diagnosis.run_time import outside_steps
-from traceml.diagnosis.segments import Segments, segments_of
-from traceml.diagnosis.skipped_steps import steps_skipped
-from traceml.diagnosis.slowdown import StepHistory, slowdown
-from traceml.diagnosis.stragglers import stragglers
-from traceml.diagnosis.window import Window
+from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
+from traceml.diagnosis.rules.comm import comm_bound
+from traceml.diagnosis.rules.compute import nothing_found
+from traceml.diagnosis.rules.epoch_starts import workers_restarted
+from traceml.diagnosis.rules.jitter import jitter, late_in_turns
+from traceml.diagnosis.rules.lost_ranks import rank_lost
+from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
+from traceml.diagnosis.rules.stragglers import stragglers
+from traceml.diagnosis.steps.replay import new_step_times
+from traceml.diagnosis.steps.segments import Segments, segments_of
+from traceml.diagnosis.steps.window import Window
 from traceml.formatting import ns_text, percent_text
 
 __all__ = ["MIN_STEPS", "diagnose"]

@@ -8,13 +8,13 @@ import sys
 from contextlib import closing
 from typing import Any, TextIO
 
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.renderers.html.notebook_html import inline_html
 from traceml.runs import run as stored
-from traceml.runs.digest import read_digest
-from traceml.runs.report import full_report
-from traceml.runs.series import SeriesFollower
+from traceml.runs.report.report import full_report
+from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.series import SeriesFollower
 
 __all__ = ["NotebookRun", "Run", "load_run"]
 

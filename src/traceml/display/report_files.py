@@ -6,15 +6,15 @@ import logging
 from contextlib import closing
 from pathlib import Path
 
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.fail_open import fail_open
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.digest import Digest, read_digest
-from traceml.runs.report import full_report, save_report, update_trackers, write_atomic
-from traceml.runs.report_types import PAGE_NAME, Report
-from traceml.runs.series import SeriesFollower
+from traceml.runs.report.report import full_report, save_report, update_trackers, write_atomic
+from traceml.runs.report.report_types import PAGE_NAME, Report
+from traceml.runs.rows.digest import Digest, read_digest
+from traceml.runs.rows.series import SeriesFollower
 
 __all__ = ["refresh_reports", "write_page", "write_reports"]
 

@@ -19,7 +19,7 @@ from traceml.fail_open import fail_open
 from traceml.instrument.closure_cells import CellField, ClosureCells
 
 if TYPE_CHECKING:
-    from traceml.database.flight import FlightFile
+    from traceml.database.flight.flight import FlightFile
 __all__ = [
     "CHECK_FORWARD",
     "FIRST_USER",

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Phase
 from traceml.fail_open import fail_open
 from traceml.instrument.import_hook import PostImportHook

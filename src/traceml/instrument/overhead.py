@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import LOGS, PACKED
 from traceml.instrument.step_clock import StepClock
 

@@ -29,7 +29,7 @@ from traceml.instrument.accumulator import (
 from traceml.instrument.closure_cells import CellField
 
 if TYPE_CHECKING:
-    from traceml.database.flight import FlightFile
+    from traceml.database.flight.flight import FlightFile
 
 __all__ = ["FUSED", "StepClock"]
 

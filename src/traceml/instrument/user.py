@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from traceml.clock import monotonic_ns
-from traceml.database.journaled import NameTable
+from traceml.database.flight.journaled import NameTable
 from traceml.database.schema import Phase, Slot
 from traceml.instrument.accumulator import FIRST_USER
 from traceml.instrument.step_clock import StepClock

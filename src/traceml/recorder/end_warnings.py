@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from traceml.database.flight_owner import ROWS_KEPT_S, USER_ROWS_KEPT_S
+from traceml.database.flight.flight_owner import ROWS_KEPT_S, USER_ROWS_KEPT_S
 
 if TYPE_CHECKING:
-    from traceml.database.flight import FlightFile
+    from traceml.database.flight.flight import FlightFile
     from traceml.recorder.row_sender import RowSender
 
 __all__ = ["end_warnings"]

@@ -25,7 +25,7 @@ from traceml.database.schema import LINE_OTHER, LINE_OUTSIDE, LINE_STARTUP, Phas
 from traceml.recorder.user_code import UserCode, is_ours
 
 if TYPE_CHECKING:
-    from traceml.database.flight import FlightFile
+    from traceml.database.flight.flight import FlightFile
 
 __all__ = ["LineSampler"]
 

@@ -20,7 +20,7 @@ from traceml.recorder.lifecycle import recorder_for_logging
 from traceml.recorder.logged_values import DeferredValue, number_of, plain, step_of
 
 if TYPE_CHECKING:
-    from traceml.database.flight import FlightFile
+    from traceml.database.flight.flight import FlightFile
     from traceml.settings import Config
 
 __all__ = ["Logger", "deferred_values"]

@@ -17,7 +17,7 @@ from traceml.recorder.identity import Identity, SpawnedFrom, identify
 from traceml.recorder.recording import RecorderStatistics, Recording
 
 if TYPE_CHECKING:
-    from traceml.database.flight import FlightFile
+    from traceml.database.flight.flight import FlightFile
     from traceml.instrument import Instrumentation
     from traceml.recorder.uploads import FileUploader
     from traceml.settings import Config

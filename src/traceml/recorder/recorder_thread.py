@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
+from traceml.database.flight.flight import FlightFile
 from traceml.database.schema import Slot
 from traceml.fail_open import fail_open
 from traceml.recorder.line_sampler import LineSampler

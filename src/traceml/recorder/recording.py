@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
-from traceml.database.flight_folders import default_folder, disk_folders
-from traceml.database.flight_header import FlightState
-from traceml.database.flight_owner import remove_stale
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.flight_folders import default_folder, disk_folders
+from traceml.database.flight.flight_header import FlightState
+from traceml.database.flight.flight_owner import remove_stale
 from traceml.database.schema import PACKED, Slot
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError
 from traceml.fail_open import fail_open

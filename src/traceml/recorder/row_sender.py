@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from traceml.clock import monotonic_ns
-from traceml.database.flight import FlightFile
-from traceml.database.rings import ByteLog, Ring
+from traceml.database.flight.flight import FlightFile
+from traceml.database.flight.rings import ByteLog, Ring
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
 from traceml.recorder.uploads import BlobTable, FileUploader
 from traceml.transport.client import ClockOffset, Connection

@@ -30,8 +30,8 @@ from typing import Any, Literal
 import msgpack
 
 from traceml.clock import boot_id
-from traceml.database.flight_folders import ARTIFACTS, pending_row_path, spool_folder
-from traceml.database.rings import RowSlice
+from traceml.database.flight.flight_folders import ARTIFACTS, pending_row_path, spool_folder
+from traceml.database.flight.rings import RowSlice
 from traceml.database.schema import BLOBS
 from traceml.fail_open import fail_open
 from traceml.own_files import make_own_folder

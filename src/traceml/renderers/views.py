@@ -14,7 +14,7 @@ from traceml.diagnosis.kinds import Kind
 from traceml.formatting import count_text, ranks_text, sample_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.words import end_of_rank, restarts_text
-from traceml.runs.report_types import (
+from traceml.runs.report.report_types import (
     PhaseSection,
     Report,
     RunSection,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from traceml.formatting import count_text, duration_text, phase_words, ranks_text, signal_name
-from traceml.runs.report_types import RankSection, RestartSection, TrackerSection
+from traceml.runs.report.report_types import RankSection, RestartSection, TrackerSection
 
 __all__ = ["end_of_rank", "restarts_text", "tracker_text"]
 

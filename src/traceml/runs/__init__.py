@@ -1,5 +1,5 @@
 """Runs as objects: find, load, follow, report, compare and export them.
 
-Used in commands, notebooks, the page's process and the process that writes a report. Imports `diagnosis`, `track`,
-`traces` and `database`.
+`rows` reads and sums, `report`, `comparison` and `export` are made of it. Used in commands, notebooks, the page's
+process and the process that writes a report. Imports `diagnosis`, `track`, `traces` and `database`.
 """

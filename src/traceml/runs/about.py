@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from traceml.database.reader import StoreReader
 from traceml.database.schema import INFO, LOGGED
+from traceml.database.store.reader import StoreReader
 from traceml.privacy.masker import Masker
 
 __all__ = ["About", "about_run"]

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.errors import RunNotFoundError, StoreError
-from traceml.runs.report_types import REPORT_NAME, read_verdict
+from traceml.runs.report.report_types import REPORT_NAME, read_verdict
 from traceml.runs.run_state import state_of
 from traceml.track.delivery.plan import DeliveryPlan
 from traceml.track.tracker_state import DeliveryPhase, states_of

@@ -6,16 +6,16 @@ import time
 from collections import deque
 from pathlib import Path
 
-from traceml.database.reader import RunEvent, StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
-from traceml.diagnosis.window import slots_for
+from traceml.diagnosis.steps.window import slots_for
 from traceml.errors import StoreError
-from traceml.runs.digest import Digest
-from traceml.runs.notes import Note, Notes
-from traceml.runs.report import make_report, report_window
-from traceml.runs.report_types import Report, TelemetrySection
-from traceml.runs.series import RunSeries, SeriesFollower
+from traceml.runs.report.report import make_report, report_window
+from traceml.runs.report.report_types import Report, TelemetrySection
+from traceml.runs.rows.digest import Digest
+from traceml.runs.rows.notes import Note, Notes
+from traceml.runs.rows.series import RunSeries, SeriesFollower
 
 __all__ = ["LiveRun"]
 

@@ -12,14 +12,14 @@ from typing import Any, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.reader import StoreReader
 from traceml.database.schema import PHASE_COLUMNS, STEPS, unpack_bits
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.formatting import capitalized, sample_text
 from traceml.runs.find import find_run
-from traceml.runs.report import build_report
-from traceml.runs.report_types import Report
+from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import Report
 
 __all__ = ["RecordArray", "Run", "load_run"]
 

@@ -9,7 +9,7 @@ import pytest
 from tests.renderers.reports import slow_rank
 from traceml.display.terminal.run_screen import RunScreen
 from traceml.errors import StoreError
-from traceml.runs.report_types import Report
+from traceml.runs.report.report_types import Report
 
 
 class FakeRun:

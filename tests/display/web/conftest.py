@@ -17,13 +17,13 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.display.web.runs import NASTY, add_metrics, add_rank_rows, rewrite
 from tests.runs.fabricated_store import add_rank, add_samples, run_facts, store_run
-from tests.runs.test_restarts import FINE, RAISED, attempt, store
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
-from traceml.diagnosis.job_facts import JobFacts
+from tests.runs.report.test_restarts import FINE, RAISED, attempt, store
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.ruleset import diagnose
-from traceml.diagnosis.window import StepWindow
-from traceml.runs.report import build_report, save_report
+from traceml.diagnosis.steps.window import StepWindow
+from traceml.runs.report.report import build_report, save_report
 from traceml.supervise.page_process import PageProcess
 
 expect.set_options(timeout=15_000)  # of patience where the machine is busy; what is there at once is seen at once

@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 
 from traceml.database.schema import METRICS
-from traceml.database.store import StoreWriter
+from traceml.database.store.store import StoreWriter
 
 __all__ = ["NASTY", "add_metrics", "add_rank_rows", "rewrite"]
 

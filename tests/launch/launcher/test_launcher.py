@@ -218,7 +218,7 @@ def test_the_launcher_imports_no_torch(tmp_path: Path) -> None:
     """Neither the import of traceml nor a launch imports torch here; the folder of the same name hides no function."""
     code = """
         import sys, traceml
-        from traceml.launch.launcher.log_handlers import file_handler
+        from traceml.launch.launcher.logs.log_handlers import file_handler
         from tests.launch import jobs
         assert traceml.file_handler is file_handler
         print(traceml.launch(jobs.summed, (1.0,), hostnames=["localhost"], workers_per_host=1).rank(0))

@@ -10,8 +10,8 @@ import pytest
 from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
-from traceml.runs.compare import compare_runs
-from traceml.runs.series import read_series
+from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.rows.series import read_series
 
 
 @pytest.fixture

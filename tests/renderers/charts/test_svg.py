@@ -12,7 +12,7 @@ from traceml.renderers.charts.chart_options import bar_series, blank, category_a
 from traceml.renderers.charts.palette import LIGHT
 from traceml.renderers.charts.svg import draw
 from traceml.renderers.charts.svg_marks import escaped
-from traceml.runs.series import HeatMap
+from traceml.runs.rows.series import HeatMap
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -12,16 +12,16 @@ from playwright.sync_api import sync_playwright
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
-from tests.runs.test_metric_series import log
-from traceml.database.reader import StoreReader
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from tests.runs.rows.test_metric_series import log
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.renderers.html.notebook_html import inline_html
 from traceml.renderers.html.report_page import report_page
 from traceml.runs.about import about_run
-from traceml.runs.digest import read_digest
-from traceml.runs.report import full_report
-from traceml.runs.series import SeriesFollower
+from traceml.runs.report.report import full_report
+from traceml.runs.rows.digest import read_digest
+from traceml.runs.rows.series import SeriesFollower
 
 _EVIL = "<img src=x onerror=alert(1)>\"'&"
 

@@ -12,7 +12,7 @@ from traceml.errors import StoreError
 from traceml.renderers.text.card import card, print_card, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import run_view
-from traceml.runs.report_types import SCHEMA, Report, RestartSection, RunSection, StepsSection, TrackerSection
+from traceml.runs.report.report_types import SCHEMA, Report, RestartSection, RunSection, StepsSection, TrackerSection
 
 
 def text_of(made: Report, **over) -> str:

@@ -17,7 +17,7 @@ from traceml.renderers.text.comparison import (
     interval_text,
 )
 from traceml.renderers.text.viewport import ASCII, Viewport
-from traceml.runs.compare import compare_runs
+from traceml.runs.comparison.compare import compare_runs
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from traceml.renderers.text.line_table import line_table
 from traceml.renderers.views import run_view
-from traceml.runs.report_types import LineSection, Report
+from traceml.runs.report.report_types import LineSection, Report
 
 
 def table(*lines: LineSection) -> list[str]:

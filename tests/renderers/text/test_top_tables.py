@@ -14,8 +14,8 @@ from traceml.renderers.text.top_tables import (
     system_table,
 )
 from traceml.renderers.views import run_view
-from traceml.runs.notes import Note
-from traceml.runs.report_types import GpuSection, HostSection, MetricSection, Report, SystemSection
+from traceml.runs.report.report_types import GpuSection, HostSection, MetricSection, Report, SystemSection
+from traceml.runs.rows.notes import Note
 
 
 def cells(table, row):

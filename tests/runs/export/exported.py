@@ -13,10 +13,10 @@ import numpy as np
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
 from tests.runs.fabricated_store import add_info, add_samples, add_user_phase, run_facts
-from traceml.database.reader import StreamIdentity
 from traceml.database.schema import DEVICE_STEPS, EPOCHS, EVALS, GPU, LIMITS, LINES, METRICS, TORCH_MEMORY, StepFlag
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 
 S = 10**9
 BOOT_NS = 1_700_000_000 * S

@@ -9,8 +9,8 @@ import pytest
 from tests.diagnosis.fabricated import Job, rows_of
 from tests.runs.export.exported import STEPS, events_in, rich_run
 from tests.runs.fabricated_store import add_rank, run_facts, store_run
-from traceml.database.store import StoreWriter
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
 from traceml.runs.export.exporter import FORMATS, default_path, export_run, format_of
 

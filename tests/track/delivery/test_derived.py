@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.diagnosis.fabricated import Job, adds, rows_of
-from traceml.database.reader import Frame, StreamIdentity, StreamRecord
 from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PROCESS, STEPS, StepFlag, pack_bits
+from traceml.database.store.reader import Frame, StreamIdentity, StreamRecord
 from traceml.track.delivery.derived import DerivedMetrics
 from traceml.track.plugins.metric import Metric
 

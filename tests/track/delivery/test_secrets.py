@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tests.recorder.conftest import environ
 from tests.track.fabricated import eventually, state_of
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.track.tracker_state import DeliveryPhase
 
 # Each in its place; cut in two, so that neither this file nor its own diff holds one.

@@ -401,7 +401,7 @@ def test_a_local_aggregator_that_dies_is_replaced(script: Script, tmp_path: Path
         """)
     runs = tmp_path / "traceml_runs"
     eventually(lambda: runs_in(runs) and Stored(runs_in(runs)[0]).values("x"))
-    from traceml.database.reader import StoreReader
+    from traceml.database.store.reader import StoreReader
 
     with StoreReader(runs_in(runs)[0] / "store.db") as reader:
         pid = reader.meta()["aggregator"]["pid"]

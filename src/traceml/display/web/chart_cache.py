@@ -12,7 +12,7 @@ from traceml.renderers.charts.palette import DARK, LIGHT
 
 if TYPE_CHECKING:
     from traceml.renderers.views import RunView
-    from traceml.runs.series import RunSeries
+    from traceml.runs.rows.series import RunSeries
 
 __all__ = ["THEMES", "ChartCache", "as_json"]
 

@@ -15,9 +15,9 @@ from traceml.errors import StoreError
 from traceml.formatting import bytes_text, count_text, ms_text
 from traceml.renderers.charts.comparison_charts import compared_phases_chart, compared_ranks_chart, compared_steps_chart
 from traceml.renderers.text.comparison import change_text, compared_headline, compared_sentences, interval_text
-from traceml.runs.compare import compare_runs
-from traceml.runs.comparison_types import Comparison, StatisticChange
-from traceml.runs.series import StepSeries, read_series
+from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
+from traceml.runs.rows.series import StepSeries, read_series
 
 __all__ = ["ComparePage", "CompareSource", "CompareState"]
 

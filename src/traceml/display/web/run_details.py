@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from traceml.database.reader import RunEvent
+from traceml.database.store.reader import RunEvent
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, set_visible
 from traceml.display.web.run_sources import LogTail, RunState
 from traceml.formatting import bytes_text, count_text, ms_text, overhead_text, phase_label
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import end_of_rank
-from traceml.runs.report_types import RankSection
+from traceml.runs.report.report_types import RankSection
 
 __all__ = ["DeliveryPanel", "LogPanel", "RankTable", "TelemetryPanel"]
 

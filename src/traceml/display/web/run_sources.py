@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from traceml.database.reader import RunEvent
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import RunEvent
+from traceml.database.store.store_file import STORE_NAME
 from traceml.display.web.chart_cache import ChartCache
 from traceml.errors import StoreError
 from traceml.renderers.views import RunView, run_view
 from traceml.runs.find import RunInfo, describe_run, run_folders
 from traceml.runs.live_run import LiveRun
-from traceml.runs.report import build_report
-from traceml.runs.report_types import REPORT_NAME, Report, read_report
+from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import REPORT_NAME, Report, read_report
 
 if TYPE_CHECKING:
-    from traceml.runs.series import RunSeries
+    from traceml.runs.rows.series import RunSeries
 
 __all__ = ["LogTail", "RunFileTimes", "RunSource", "RunState", "RunsSource", "RunsState", "is_run_id"]
 

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 from traceml import settings
 from traceml.errors import UsageError
 from traceml.launch.launcher import main_script
-from traceml.launch.launcher.agent_connection import AgentConnection
-from traceml.launch.launcher.agent_pool import AGENT_POOL
-from traceml.launch.launcher.debug_log import debug_log
-from traceml.launch.launcher.hosts import HostSpec, resolve_hosts
-from traceml.launch.launcher.job import LaunchJob
-from traceml.launch.launcher.job_host import JobHost
-from traceml.launch.launcher.job_spec import JobSpec
+from traceml.launch.launcher.hosts.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts.agent_pool import AGENT_POOL
+from traceml.launch.launcher.hosts.hosts import HostSpec, resolve_hosts
+from traceml.launch.launcher.job.job import LaunchJob
+from traceml.launch.launcher.job.job_host import JobHost
+from traceml.launch.launcher.job.job_spec import JobSpec
 from traceml.launch.launcher.launch_options import LaunchOptions, LaunchResult, matching
-from traceml.launch.launcher.log_handlers import new_log_folder
-from traceml.launch.launcher.log_router import LogRouter, check_handlers, make_handlers
+from traceml.launch.launcher.logs.debug_log import debug_log
+from traceml.launch.launcher.logs.log_handlers import new_log_folder
+from traceml.launch.launcher.logs.log_router import LogRouter, check_handlers, make_handlers
 from traceml.launch.wire import payload
 from traceml.launch.wire.payload import SerializedValue
 
 if TYPE_CHECKING:
-    from traceml.launch.launcher.tracing import Tracing
+    from traceml.launch.launcher.job.tracing import Tracing
 
 __all__ = ["run_function", "run_script"]
 
@@ -49,7 +49,7 @@ def run_function(
     if not options.trace or not settings.load().enabled:
         return _run(options, specs, log_handlers, call=call)
 
-    from traceml.launch.launcher.tracing import Tracing
+    from traceml.launch.launcher.job.tracing import Tracing
 
     tracing = Tracing(getattr(func, "__name__", "launch").strip("<>"), program="traceml.launch")
     return _run(options, specs, log_handlers, call=call, tracing=tracing)

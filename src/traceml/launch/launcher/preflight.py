@@ -87,7 +87,7 @@ def preflight(
         ssh_config_file: configuration that ssh reads instead of the user's.
         python: the interpreter on the hosts; by default the path of this one.
     """
-    from traceml.launch.launcher.hosts import resolve_hosts
+    from traceml.launch.launcher.hosts.hosts import resolve_hosts
 
     places = [place.name for place in resolve_hosts(hostnames, 1, ssh_config_file, os.environ)]
     launcher = _ProbeLauncher(ssh_config_file, python)

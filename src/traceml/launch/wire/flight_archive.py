@@ -16,10 +16,16 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from traceml.database.flight_folders import FLIGHT_SUFFIX, default_folder, disk_folders, find_flights, spool_folder
-from traceml.database.flight_owner import is_alive
-from traceml.database.journal import journal_path
-from traceml.database.postmortem import FlightSnapshot, read_flight
+from traceml.database.flight.flight_folders import (
+    FLIGHT_SUFFIX,
+    default_folder,
+    disk_folders,
+    find_flights,
+    spool_folder,
+)
+from traceml.database.flight.flight_owner import is_alive
+from traceml.database.flight.journal import journal_path
+from traceml.database.flight.postmortem import FlightSnapshot, read_flight
 from traceml.errors import StoreError
 
 __all__ = ["pack_flight", "unpack_flight"]

@@ -17,8 +17,8 @@ from traceml.renderers.charts.chart_options import (
     value_axis,
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
-from traceml.runs.comparison_types import Comparison
-from traceml.runs.series import StepSeries
+from traceml.runs.comparison.comparison_types import Comparison
+from traceml.runs.rows.series import StepSeries
 
 __all__ = ["compared_phases_chart", "compared_ranks_chart", "compared_steps_chart"]
 

@@ -11,7 +11,7 @@ from traceml.renderers.charts.chart_options import Option
 from traceml.renderers.charts.palette import BY_CSS, Theme
 from traceml.renderers.charts.svg import draw
 from traceml.renderers.views import RunView
-from traceml.runs.series import RunSeries
+from traceml.runs.rows.series import RunSeries
 
 __all__ = ["Figure", "figures"]
 

@@ -28,8 +28,8 @@ from traceml.renderers.charts.chart_options import (
 )
 from traceml.renderers.charts.palette import LIGHT, Theme
 from traceml.renderers.views import RunView, visible_ranks
-from traceml.runs.metric_series import MetricSeries
-from traceml.runs.series import HeatMap, RunSeries, SampleSeries, StepSeries
+from traceml.runs.rows.metric_series import MetricSeries
+from traceml.runs.rows.series import HeatMap, RunSeries, SampleSeries, StepSeries
 
 __all__ = [
     "heatmap_chart",

@@ -12,7 +12,7 @@ from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import tracker_text
 from traceml.runs.about import About
-from traceml.runs.series import RunSeries
+from traceml.runs.rows.series import RunSeries
 
 __all__ = ["memory_facts", "phase_table", "rank_table", "run_facts", "stacks"]
 

@@ -9,8 +9,8 @@ from traceml.renderers.charts.figures import figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.html.report_page import PAGE_COLORS, chart_grid, run_line, sample_line, verdict_card
 from traceml.renderers.views import run_view
-from traceml.runs.report_types import Report
-from traceml.runs.series import RunSeries
+from traceml.runs.report.report_types import Report
+from traceml.runs.rows.series import RunSeries
 
 __all__ = ["inline_html"]
 

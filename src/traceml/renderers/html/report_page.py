@@ -19,8 +19,8 @@ from traceml.renderers.evidence import evidence_items
 from traceml.renderers.html.html_tables import memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view
 from traceml.runs.about import About
-from traceml.runs.report_types import Report
-from traceml.runs.series import RunSeries
+from traceml.runs.report.report_types import Report
+from traceml.runs.rows.series import RunSeries
 
 __all__ = ["PAGE_COLORS", "chart_grid", "report_page", "run_line", "sample_line", "verdict_card"]
 

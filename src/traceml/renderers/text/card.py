@@ -26,7 +26,7 @@ from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
 from traceml.renderers.words import tracker_text
-from traceml.runs.report_types import PAGE_NAME, REPORT_NAME, Report, read_report
+from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 

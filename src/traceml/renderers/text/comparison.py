@@ -11,7 +11,7 @@ from traceml.formatting import bytes_text, count_text, ms_text, phase_label, pha
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
-from traceml.runs.comparison_types import Comparison, StatisticChange
+from traceml.runs.comparison.comparison_types import Comparison, StatisticChange
 
 __all__ = ["change_text", "compared_card", "compared_headline", "compared_sentences", "interval_text"]
 

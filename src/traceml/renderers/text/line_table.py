@@ -9,7 +9,7 @@ from rich.text import Text
 
 from traceml.formatting import count_text, percent_text, phase_label
 from traceml.renderers.views import RunView
-from traceml.runs.report_types import LineSection
+from traceml.runs.report.report_types import LineSection
 
 __all__ = ["line_table", "print_lines"]
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from traceml.formatting import bytes_text, count_text, ms_text, percent_text, phase_label
 from traceml.renderers.text.bars import phase_color
 from traceml.renderers.views import RankRow, RunView
-from traceml.runs.notes import Note
-from traceml.runs.report_types import Report
+from traceml.runs.report.report_types import Report
+from traceml.runs.rows.notes import Note
 
 __all__ = [
     "BarCell",

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from traceml.database.reader import RunEvent, StreamRecord
 from traceml.database.schema import GPU, HOST, INFO, LOGGED, METRICS, PROCESS, TORCH_MEMORY
-from traceml.runs.clocks import RunClocks
+from traceml.database.store.reader import RunEvent, StreamRecord
 from traceml.runs.export.trace_tracks import EVENTS, TraceTracks
+from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["CounterExporter"]

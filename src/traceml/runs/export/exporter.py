@@ -8,10 +8,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
-from traceml.runs.clocks import RunClocks
+from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["FORMATS", "ExportResult", "default_path", "export_run", "format_of"]

@@ -11,7 +11,6 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.reader import StreamRecord
 from traceml.database.schema import (
     INFO,
     LINE_PHASES,
@@ -25,7 +24,8 @@ from traceml.database.schema import (
     Table,
     unpack_bits,
 )
-from traceml.runs.clocks import RunClocks
+from traceml.database.store.reader import StreamRecord
+from traceml.runs.rows.clocks import RunClocks
 
 __all__ = ["TABLES", "ExportColumn", "ExportTable", "Part", "log_part", "packed_part"]
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import INFO, LOGGED, NAMES, PACKED
+from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError, UsageError
-from traceml.runs.clocks import RunClocks
 from traceml.runs.export.table_columns import TABLES, ExportTable, Part, log_part, packed_part, to_json
+from traceml.runs.rows.clocks import RunClocks
 
 __all__ = ["export_tables"]
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import (
     DEVICE_STEPS,
     EVALS,
@@ -29,12 +28,13 @@ from traceml.database.schema import (
     unpack_bits,
 )
 from traceml.database.schema import STEPS as STEP_ROWS
-from traceml.diagnosis.step_split import has_group, own_backward
+from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.diagnosis.steps.step_split import has_group, own_backward
 from traceml.errors import StoreError
-from traceml.runs.clocks import RunClocks
 from traceml.runs.export import trace_tracks as tracks
 from traceml.runs.export.counters import CounterExporter
 from traceml.runs.export.flow_arrows import FlowArrows, SyncArrival
+from traceml.runs.rows.clocks import RunClocks
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["TimelineExporter", "origin_of"]

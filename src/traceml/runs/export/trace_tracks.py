@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from traceml.database.reader import StreamRecord
+from traceml.database.store.reader import StreamRecord
 from traceml.traces.writer.writer import Writer
 
 __all__ = ["DEVICE", "EVALS", "EVENTS", "STEPS", "TraceTracks"]

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from traceml.database.reader import RunEvent, StoreReader
 from traceml.database.schema import METRICS
+from traceml.database.store.reader import RunEvent, StoreReader
 from traceml.errors import BackendRefusedError
 from traceml.settings import Config
 from traceml.track.delivery.audit import AuditLog

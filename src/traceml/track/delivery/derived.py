@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.reader import Frame, StreamRecord
 from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PHASE_LABELS, PROCESS, STEPS, StepFlag, unpack_bits
-from traceml.diagnosis.step_split import (
+from traceml.database.store.reader import Frame, StreamRecord
+from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     PHASES,
     Floats,

@@ -6,8 +6,8 @@ import logging
 import time
 from pathlib import Path
 
-from traceml.database.reader import StoreReader
-from traceml.database.store_file import STORE_NAME
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError
 from traceml.track.delivery.delivery_process import STOP_S, DeliveryProcess
 from traceml.track.delivery.plan import DeliveryPlan

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from traceml.database.reader import StoreReader
 from traceml.database.schema import LOGGED
+from traceml.database.store.reader import StoreReader
 from traceml.settings import Config
 
 __all__ = ["DeliveryPlan", "PlannedExperiment", "delivery_settings", "restricted", "settings_of"]

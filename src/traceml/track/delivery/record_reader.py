@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from traceml.database.reader import Frame, StoreReader, StreamRecord
 from traceml.database.schema import LOGGED, METRICS, NAMES
+from traceml.database.store.reader import Frame, StoreReader, StreamRecord
 from traceml.errors import StoreError
 from traceml.track.plugins.metric import Metric
 

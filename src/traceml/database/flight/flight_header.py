@@ -1,0 +1,217 @@
+"""Header pages of a flight file: who writes it, what is open now, and the counters of its tables.
+
+The file: a page of int64 words (prologue, open slots, counters), the identity twice (one is current while the other is
+rewritten), the layout of the tables, and the tables themselves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from traceml.clock import monotonic_ns
+from traceml.database.flight.rings import pack_map
+from traceml.database.schema import OPEN_SLOTS, Slot
+from traceml.own_files import create_own
+
+__all__ = [
+    "COUNTERS_AT",
+    "DATA_AT",
+    "DEAD_SINCE_AT",
+    "IDENTITY_AT",
+    "LAYOUT_AT",
+    "MAGIC",
+    "OPEN_SLOTS_AT",
+    "PROLOGUE",
+    "VERSION",
+    "FlightHeader",
+    "FlightState",
+    "FolderClaim",
+    "MappedFile",
+    "is_locked",
+    "own_mapping",
+]
+
+MAGIC = b"TRACEMLF"
+VERSION = 3
+# magic, version, file size, monotonic and epoch timestamps of its creation, current identity (0 or 1), lengths of both
+# identities, length of the layout, epoch second at which a cleanup first found the owner dead
+PROLOGUE = struct.Struct("@8s9q")
+DEAD_SINCE_AT = 72
+OPEN_SLOTS_AT = 128
+COUNTERS_AT = OPEN_SLOTS_AT + 8 * OPEN_SLOTS
+IDENTITY_AT = (4096, 8192)
+_IDENTITY_BYTES = 4096
+LAYOUT_AT = 12288
+_LAYOUT_BYTES = 4096
+DATA_AT = 16384
+
+_FLOCK = struct.Struct("@hhqqi4x")
+# Files of this process by (pid, device, inode). Closing any descriptor of such a file would drop its lock, so it is
+# never opened a second time.
+_own_mappings: dict[tuple[int, int, int], mmap.mmap] = {}
+
+
+class FlightState(IntEnum):
+    """Progress of a rank as it reported itself (slot STATE)."""
+
+    STARTING = 0
+    RUNNING = 1
+    FINISHED = 2
+    FAILED = 3
+
+
+class MappedFile:
+    """A new file of this process: mapped, all its blocks reserved, and locked until the process ends.
+
+    Args:
+        path: where it is created; the folder exists.
+        size: its bytes.
+
+    Raises:
+        OSError: there is no room, no permission, or a file of that name.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        self._descriptor = create_own(path)
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._descriptor, 0, size)
+            # mmap duplicates the descriptor. It must live as long as the lock, which closing any descriptor would drop.
+            self.memory = mmap.mmap(self._descriptor, size)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            os.close(self._descriptor)
+            raise
+
+        _own_mappings[self._key()] = self.memory
+
+    def close(self, *, unlink: bool) -> None:
+        """Drop the lock, and remove the file if wanted. The mapping stays while something refers to it."""
+        if self._descriptor < 0:
+            return
+
+        if unlink:
+            self.path.unlink(missing_ok=True)
+
+        _own_mappings.pop(self._key(), None)
+        os.close(self._descriptor)  # drops the lock
+        self._descriptor = -1
+
+    def _key(self) -> tuple[int, int, int]:
+        status = os.fstat(self._descriptor)
+        return os.getpid(), status.st_dev, status.st_ino
+
+
+class FlightHeader:
+    """Writer of the header pages.
+
+    Args:
+        memory: the whole mapping.
+
+    Attributes:
+        words: the first page as int64.
+        open_slots: one word per `Phase`, then one per `Slot`.
+        identity: facts about the writer.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        view = memoryview(memory)
+        self.words = view[: IDENTITY_AT[0]].cast("q")
+        self.open_slots = view[OPEN_SLOTS_AT:COUNTERS_AT].cast("q")
+        self.open_slots[Slot.STEP] = -1
+        self.identity: dict[str, Any] = {}
+
+    def begin(self, layout: list[list[Any]], identity: dict[str, Any]) -> None:
+        """Write the prologue, the layout of the tables and the identity.
+
+        Raises:
+            ValueError: the layout is too long.
+        """
+        packed = msgpack.packb(layout)
+        if len(packed) > _LAYOUT_BYTES:
+            raise ValueError(f"the layout of the tables takes {len(packed)} bytes, {_LAYOUT_BYTES} are reserved")
+
+        self._memory[LAYOUT_AT : LAYOUT_AT + len(packed)] = packed
+        stamps = monotonic_ns(), time.time_ns()
+        PROLOGUE.pack_into(self._memory, 0, bytes(8), VERSION, len(self._memory), *stamps, 0, 0, 0, len(packed), 0)
+        self.update_identity(**identity)
+        self._memory[: len(MAGIC)] = MAGIC  # last: a file without it is incomplete
+
+    def update_identity(self, **fields: Any) -> None:
+        """Change the facts about the writer. The old copy stays valid until the switch is complete."""
+        self.identity = self.identity | fields
+        packed = _pack_to_fit(self.identity, _IDENTITY_BYTES)
+        spare = 1 - (self.words[5] & 1)
+        start = IDENTITY_AT[spare]
+        self._memory[start : start + len(packed)] = packed
+        self.words[6 + spare] = len(packed)
+        self.words[5] = spare
+
+
+class FolderClaim:
+    """A flight file without tables, beside files on disk of a rank whose flight file is in memory.
+
+    Memory is empty after a reboot. Then this file tells whose files they are.
+
+    Args:
+        path: its path, with the name of the rank's flight file.
+        identity: facts about the writer.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        self._file = MappedFile(path, DATA_AT)
+        self._header = FlightHeader(self._file.memory)
+        self._header.begin([], identity)
+
+    def update_identity(self, **fields: Any) -> None:
+        """Change the facts about the writer."""
+        self._header.update_identity(**fields)
+
+    def beat(self, now_ns: int) -> None:
+        """Note that the writer lives, for hosts that cannot see its lock."""
+        self._header.open_slots[Slot.HEARTBEAT] = now_ns
+
+    def close(self, *, unlink: bool) -> None:
+        """Drop the lock, and remove the file if wanted."""
+        self._file.close(unlink=unlink)
+
+
+def own_mapping(path: Path) -> mmap.mmap | None:
+    """Return the mapping of a file that this process itself writes, else None."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+
+    return _own_mappings.get((os.getpid(), status.st_dev, status.st_ino))
+
+
+def is_locked(descriptor: int) -> bool:
+    """Whether another process holds the lock of a file."""
+    # Query the lock, do not take it: two readers must not mistake each other for the owner.
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = fcntl.fcntl(descriptor, fcntl.F_GETLK, request)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _pack_to_fit(fields: dict[str, Any], limit: int) -> bytes:
+    """Pack a map; leave out its longest value while it is too long."""
+    kept = dict(fields)
+    while len(packed := pack_map(kept)) > limit:
+        del kept[max(kept, key=lambda key: len(pack_map({key: kept[key]})))]
+
+    return packed

@@ -1,0 +1,151 @@
+"""Owners of flight files: whether the writer lives, and removal of what dead ones left.
+
+A live rank holds a POSIX lock on its file. The kernel drops the lock when the process ends for any reason, even if its
+forked children are still running. Another host may not see the lock: some network filesystems keep locks to a host.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from traceml.clock import boot_time_s, machine_name
+from traceml.database.flight.flight_folders import FALLBACK_FOLDER, default_folder, find_flights
+from traceml.database.flight.flight_header import DATA_AT, DEAD_SINCE_AT, is_locked, own_mapping
+from traceml.database.flight.postmortem import FlightSnapshot
+from traceml.database.schema import STEPS
+from traceml.errors import StoreError
+from traceml.own_files import opened_own
+
+__all__ = ["ROWS_KEPT_S", "USER_ROWS_KEPT_S", "find_unclaimed", "is_alive", "remove_stale", "waiting_steps"]
+
+ROWS_KEPT_S = 3600.0
+"""How long the files of dead ranks stay at least."""
+USER_ROWS_KEPT_S = 7 * 86400.0
+"""The same of files with rows that the user logged."""
+# A rank on another host counts as dead after this long without a sign of life: its recorder wakes every second.
+_SILENCE_S = 86400.0
+_WORD = struct.Struct("@q")
+
+_log = logging.getLogger("traceml")
+
+
+def is_alive(path: Path) -> bool:
+    """Whether the writer of this flight file may be running; False also when this user has no such file."""
+    if own_mapping(path) is not None:
+        return True
+
+    try:
+        with opened_own(path) as descriptor:
+            return is_locked(descriptor) or _may_live_elsewhere(_header(path, descriptor), descriptor)
+    except (OSError, StoreError):
+        return False
+
+
+def find_unclaimed(folders: Iterable[Path]) -> list[Path]:
+    """Return the flight files in some folders, without those whose rank has one in memory of this host too."""
+    memory = default_folder()
+    in_memory = {path.name for path in find_flights(memory)}
+    return [
+        path
+        for folder in dict.fromkeys(folders)
+        for path in find_flights(folder)
+        if folder == memory or path.name not in in_memory
+    ]
+
+
+def remove_stale(*folders: Path, runs_dir: Path | None = None, grace_s: float = ROWS_KEPT_S) -> list[Path]:
+    """Remove old flight files of dead processes; return the removed ones.
+
+    A file is removed when its owner was first found dead more than `grace_s` ago: a restarted aggregator has that long
+    to read it. A file with unstored rows of the user stays for a week.
+
+    Args:
+        folders: where to look.
+        runs_dir: the runs folder of their ranks, if it is known.
+        grace_s: how long the files of a dead process stay.
+    """
+    removed = []
+    for path in find_unclaimed(folders):
+        try:
+            if own_mapping(path) is None and _remove_if_stale(path, runs_dir, grace_s):
+                removed.append(path)
+        except OSError as error:
+            _log.debug("stale flight file %s stays: %s", path, error)
+
+    return removed
+
+
+def waiting_steps(run_dir: Path) -> int:
+    """Count the steps of a run that its dead ranks left in flight files of this host."""
+    count = 0
+    for path in find_unclaimed((default_folder(), run_dir.parent / FALLBACK_FOLDER)):
+        try:
+            with opened_own(path) as descriptor:
+                if own_mapping(path) is None and not is_locked(descriptor):
+                    snapshot = _header(path, descriptor, run_dir.parent)
+                    count += snapshot.waiting(STEPS.name) if _is_of(snapshot, run_dir) else 0
+        except (OSError, StoreError) as error:
+            _log.debug("flight file %s is not counted: %s", path, error)
+
+    return count
+
+
+def _is_of(snapshot: FlightSnapshot, run_dir: Path) -> bool:
+    known = snapshot.identity.get("run_dir")
+    return bool(known) and Path(str(known)).resolve() == run_dir.resolve()
+
+
+def _remove_if_stale(path: Path, runs_dir: Path | None, grace_s: float) -> bool:
+    now = int(time.time())
+    with opened_own(path, os.O_RDWR) as descriptor:
+        if is_locked(descriptor):
+            return False
+
+        try:
+            snapshot = _header(path, descriptor, runs_dir)
+        except StoreError:
+            return _unlink_if_old(path, now - os.fstat(descriptor).st_mtime, grace_s)
+
+        if _may_live_elsewhere(snapshot, descriptor):
+            return False
+
+        if not snapshot.dead_since_s:
+            os.pwrite(descriptor, _WORD.pack(now), DEAD_SINCE_AT)
+
+    age_s = now - (snapshot.dead_since_s or now)
+    if age_s <= (max(grace_s, USER_ROWS_KEPT_S) if snapshot.holds_user_rows else grace_s):
+        return False
+
+    snapshot.unlink()
+    return True
+
+
+def _unlink_if_old(path: Path, age_s: float, grace_s: float) -> bool:
+    """Remove a file that is incomplete, damaged or of another version."""
+    if age_s <= grace_s:
+        return False
+
+    path.unlink(missing_ok=True)
+    return True
+
+
+def _header(path: Path, descriptor: int, runs_dir: Path | None = None) -> FlightSnapshot:
+    return FlightSnapshot(path, os.pread(descriptor, DATA_AT, 0), runs_dir)
+
+
+def _may_live_elsewhere(snapshot: FlightSnapshot, descriptor: int) -> bool:
+    """Whether the writer may run on another host, whose lock this one may not see."""
+    if snapshot.same_boot or snapshot.dead_since_s:
+        return False
+
+    last_s = max(snapshot.last_beat_s, os.fstat(descriptor).st_mtime)
+    # A machine of this name that was last heard of before this boot is this one.
+    if snapshot.identity.get("machine") == machine_name() and last_s < boot_time_s():
+        return False
+
+    return time.time() - last_s < _SILENCE_S

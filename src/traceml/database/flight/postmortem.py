@@ -1,0 +1,403 @@
+"""Post-mortem reading of flight files: the tables and the open step of a dead rank.
+
+A live rank holds a POSIX lock on its file. The kernel drops the lock when the process ends for any reason, even if its
+forked children are still running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from traceml.clock import boot_id
+from traceml.database.flight.flight_folders import FLIGHT_SUFFIX, PENDING_SUFFIX, disk_folders, spool_folder
+from traceml.database.flight.flight_header import (
+    COUNTERS_AT,
+    DATA_AT,
+    IDENTITY_AT,
+    LAYOUT_AT,
+    MAGIC,
+    OPEN_SLOTS_AT,
+    PROLOGUE,
+    VERSION,
+    FlightState,
+    is_locked,
+    own_mapping,
+)
+from traceml.database.flight.journal import JOURNAL_SUFFIX, read_journal
+from traceml.database.flight.rings import COUNTERS_PER_TABLE, RowSlice
+from traceml.database.schema import OPEN_SLOTS, TABLES, USER_TABLES, Phase, Slot, Table
+from traceml.errors import StoreError
+from traceml.own_files import check_own_folder, opened_own
+
+__all__ = ["FlightSnapshot", "TableCounters", "read_flight"]
+
+_log = logging.getLogger("traceml")
+
+
+@dataclass(frozen=True, slots=True)
+class TableCounters:
+    """Counters of one table when the process died, in rows.
+
+    `base` is the number of a log's first map in memory; earlier maps are stored or in the journal.
+    """
+
+    appended: int
+    sent: int
+    acked: int
+    dropped: int
+    base: int
+
+
+@dataclass(frozen=True, slots=True)
+class _TableExtent:
+    """Location of a table in the file."""
+
+    name: str
+    offset: int
+    capacity: int
+    row_bytes: int
+
+
+class FlightSnapshot:
+    """Copy of a flight file: its writer, its rows, and the step and phase that were open at the end.
+
+    Args:
+        path: the file it was read from.
+        data: its bytes, or its header pages alone.
+        runs_dir: the runs folder of its rank, if it is known: some of its files may be there. The file itself is not
+            asked for folders, as what it names would be read and removed.
+
+    Attributes:
+        path: the file it was read from.
+        identity: pid, start_ticks, boot_id, machine, and the recorder's facts (rank, attempt, job, host).
+    """
+
+    def __init__(self, path: Path, data: bytes, runs_dir: Path | None = None) -> None:
+        self.path = path
+        self._data = data
+        folders = dict.fromkeys((path.parent, *disk_folders(runs_dir)))
+        self._stems = [folder / path.stem for folder in folders if _is_own_folder(folder)]
+        self._prologue = prologue = _prologue(path, data)
+        self.identity: dict[str, Any] = self._unpack(IDENTITY_AT[prologue[5] & 1], prologue[6 + (prologue[5] & 1)])
+        self._tables: dict[str, tuple[int, _TableExtent]] = {}
+        for index, (name, offset, capacity, row_bytes, layout) in enumerate(self._unpack(LAYOUT_AT, prologue[8])):
+            self._check_layout(name, layout)
+            self._tables[name] = (index, _TableExtent(name, offset, capacity, row_bytes))
+
+        words = struct.unpack_from(f"@{OPEN_SLOTS}q", data, OPEN_SLOTS_AT)
+        self._slots: tuple[int, ...] = words
+
+    def __repr__(self) -> str:
+        return f"FlightSnapshot({str(self.path)!r}, pid={self.identity.get('pid')}, state={self.state.name})"
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables and logs in the file and in journals."""
+        return list(dict.fromkeys([*self._tables, *self.journals]))
+
+    @property
+    def clock(self) -> tuple[int, int]:
+        """Monotonic and epoch timestamps of the creation of the file, read together."""
+        return self._prologue[3], self._prologue[4]
+
+    @property
+    def last_beat_s(self) -> float:
+        """Epoch second of the last sign of life."""
+        monotonic_ns, epoch_ns = self.clock
+        return (epoch_ns + max(self.slot(Slot.HEARTBEAT) - monotonic_ns, 0)) / 1e9
+
+    @property
+    def dead_since_s(self) -> int:
+        """Epoch second at which a cleanup first found the owner dead, 0 before."""
+        return int(self._prologue[9])
+
+    @property
+    def state(self) -> FlightState:
+        """The last state the rank reported."""
+        return FlightState(self._slots[Slot.STATE])
+
+    @property
+    def same_boot(self) -> bool:
+        """Whether its timestamps are comparable with this machine's clock."""
+        return bool(self.identity.get("boot_id") == boot_id())
+
+    @property
+    def open_phase(self) -> tuple[Phase | None, int]:
+        """The innermost open phase and the timestamp of its start; (None, start of the step) between phases."""
+        stamps = self._slots[: len(Phase)]
+        latest = max(stamps)
+        # Nested phases are open together: the one that began last is the innermost.
+        return (Phase(stamps.index(latest)), latest) if latest else (None, self._slots[Slot.STEP_START])
+
+    @property
+    def open_user_phase(self) -> str | None:
+        """Name of the innermost open user phase, None without one."""
+        if not self._slots[Phase.USER]:
+            return None
+
+        wanted = self._slots[Slot.USER_NAME]
+        return next((row["name"] for row in self.log_rows("names") if row.get("id") == wanted), None)
+
+    @property
+    def open_step(self) -> int | None:
+        """Number of the open step, None without one."""
+        return self._slots[Slot.STEP] if self._slots[Slot.STEP] >= 0 else None
+
+    def slot(self, slot: Slot) -> int:
+        """Return the value of a slot."""
+        return self._slots[slot]
+
+    def counters(self, name: str) -> TableCounters:
+        """Return a table's counters; of one that is only in its journal, as far as that goes."""
+        if name not in self._tables:
+            return TableCounters(max((taken.first + taken.n for taken in self._journaled(name)), default=0), 0, 0, 0, 0)
+
+        index, _ = self._tables[name]
+        return TableCounters(*struct.unpack_from("@5q", self._data, COUNTERS_AT + index * COUNTERS_PER_TABLE * 8))
+
+    def waiting(self, name: str) -> int:
+        """Count the rows of a packed table that are in memory and not stored."""
+        counters, (_, extent) = self.counters(name), self._tables[name]
+        return min(max(counters.appended - counters.acked, 0), extent.capacity - 1)
+
+    def rows(self, name: str, start: int = 0) -> tuple[int, bytes]:
+        """Return (number of the first row, rows) of a packed table from `start` on, as far as memory reaches back."""
+        _, extent = self._tables[name]
+        appended = self.counters(name).appended
+        first = min(max(start, appended - extent.capacity + 1, 0), appended)
+        if first == appended:
+            return first, b""
+
+        begin, end = first & (extent.capacity - 1), appended & (extent.capacity - 1)
+        size = extent.row_bytes
+        ring = memoryview(self._data)[extent.offset : extent.offset + extent.capacity * size]
+        if begin < end:
+            return first, bytes(ring[begin * size : end * size])
+
+        return first, bytes(ring[begin * size :]) + bytes(ring[: end * size])
+
+    def log_rows(self, name: str, start: int = 0) -> list[dict[str, Any]]:
+        """Return a log's maps from number `start` on, as far as memory reaches back."""
+        return self._walk(name)[0][max(start - self.counters(name).base, 0) :]
+
+    @property
+    def holds_user_rows(self) -> bool:
+        """Whether it has rows logged by the user that are not stored yet."""
+        if self.pending_rows:
+            return True
+
+        counters = [self.counters(name) for name in self.tables if name in USER_TABLES]
+        return any(each.acked < each.appended for each in counters)
+
+    @property
+    def spooled_files(self) -> list[Path]:
+        """Copied files that have not been uploaded to the run's folder."""
+        return [path for folder in self._spools for path in sorted(folder.glob("[!.]*")) if _is_regular(path)]
+
+    @property
+    def _spools(self) -> list[Path]:
+        return [folder for folder in map(spool_folder, self._stems) if _is_own_folder(folder)]
+
+    @property
+    def pending_rows(self) -> list[dict[str, Any]]:
+        """Rows that wait for the upload of their files, including `spooled_files`."""
+        found = []
+        for path in self.pending_row_paths:
+            try:
+                with opened_own(path) as descriptor:
+                    row = msgpack.unpackb(_read_all(descriptor))
+            except (OSError, ValueError, msgpack.UnpackException) as error:
+                _log.debug("%s cannot be used: %r", path, error)
+                continue
+
+            if isinstance(row, dict):
+                found.append(row)
+
+        return found
+
+    @property
+    def pending_row_paths(self) -> list[Path]:
+        """Files of `pending_rows`, in the order of the calls."""
+        paths = [path for folder in self._spools for path in folder.glob(f".*{PENDING_SUFFIX}")]
+        return sorted(paths, key=lambda path: (len(path.name), path.name))
+
+    @property
+    def journals(self) -> dict[str, Path]:
+        """Journals by table: next to the file, or in the folders of journals."""
+        found: dict[str, Path] = {}
+        for stem in self._stems:
+            for path in stem.parent.glob(f"{stem.name}.*{JOURNAL_SUFFIX}"):
+                found.setdefault(path.name.removeprefix(f"{stem.name}.").removesuffix(JOURNAL_SUFFIX), path)
+
+        return found
+
+    def take_all(self, name: str, start: int = 0) -> Iterator[RowSlice]:
+        """Yield the rows of a table or log from `start` on: first those in its journal, then those in memory."""
+        for taken in self._journaled(name):
+            if taken.first + taken.n > start:
+                yield taken
+                start = taken.first + taken.n
+
+        taken = self.take(name, start)
+        if taken.n:
+            yield taken
+
+    def all_maps(self, name: str) -> Iterator[dict[str, Any]]:
+        """Yield the maps of a log in its journal and in memory."""
+        for taken in self.take_all(name):
+            unpacker = msgpack.Unpacker(max_buffer_size=max(len(taken.data), 1), strict_map_key=False)
+            unpacker.feed(taken.data)
+            yield from unpacker
+
+    def unlink(self) -> None:
+        """Remove the file, its journals and its spool, as all rows are stored."""
+        claims = [stem.with_name(f"{stem.name}{FLIGHT_SUFFIX}") for stem in self._stems]
+        for path in (*self.journals.values(), *claims, self.path):
+            path.unlink(missing_ok=True)
+
+        for folder in self._spools:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _journaled(self, name: str) -> Iterator[RowSlice]:
+        path = self.journals.get(name)
+        return read_journal(path) if path is not None else iter(())
+
+    def take(self, name: str, start: int = 0) -> RowSlice:
+        """Return the rows of a table or log in memory from `start` on, as bytes for a frame."""
+        if name not in self._tables:
+            return RowSlice(start, 0, b"")
+
+        if isinstance(TABLES.get(name), Table):
+            first, data = self.rows(name, start)
+            return RowSlice(first, len(data) // self._tables[name][1].row_bytes, data)
+
+        rows, ends = self._walk(name)
+        base = self.counters(name).base
+        first = min(max(start - base, 0), len(rows))
+        offset = self._tables[name][1].offset
+        return RowSlice(base + first, len(rows) - first, self._data[offset + ends[first] : offset + ends[-1]])
+
+    def _walk(self, name: str) -> tuple[list[dict[str, Any]], list[int]]:
+        _, extent = self._tables[name]
+        unpacker = msgpack.Unpacker(strict_map_key=False)
+        unpacker.feed(self._data[extent.offset : extent.offset + extent.capacity])
+        rows: list[dict[str, Any]] = []
+        ends = [0]
+        counters = self.counters(name)
+        for _ in range(counters.appended - counters.base):
+            rows.append(self._next_map(unpacker, name))
+            ends.append(unpacker.tell())
+
+        return rows, ends
+
+    def _next_map(self, unpacker: msgpack.Unpacker, name: str) -> dict[str, Any]:
+        try:
+            row = unpacker.unpack()
+        except (ValueError, msgpack.UnpackException) as error:
+            raise _damaged(self.path, f"its log {name!r} cannot be unpacked") from error
+
+        if not isinstance(row, dict):
+            raise _damaged(self.path, f"its log {name!r} holds a value that is not a map")
+
+        return row
+
+    def _unpack(self, offset: int, length: int) -> Any:
+        try:
+            return msgpack.unpackb(self._data[offset : offset + length], strict_map_key=False)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise _damaged(self.path, "its header cannot be unpacked") from error
+
+    def _check_layout(self, name: str, layout: Any) -> None:
+        table = TABLES.get(name)
+        if table is None or table.layout != layout:
+            raise StoreError(
+                f"flight file {self.path}: table {name!r} has columns that this version of traceml does not know. "
+                "Read it with the version that wrote it, or delete it."
+            )
+
+
+def read_flight(path: Path, runs_dir: Path | None = None) -> FlightSnapshot:
+    """Read a dead rank's flight file.
+
+    Args:
+        path: the file.
+        runs_dir: the runs folder of its rank, if it is known.
+
+    Raises:
+        StoreError: it cannot be read, is damaged, has another version, or its owner is still running.
+    """
+    if own_mapping(path) is not None:
+        raise _still_alive(path)
+
+    try:
+        with opened_own(path) as descriptor:
+            if is_locked(descriptor):
+                raise _still_alive(path)
+
+            return FlightSnapshot(path, _read_all(descriptor), runs_dir)
+    except StoreError:
+        raise
+    except OSError as error:
+        raise StoreError(f"flight file {path} cannot be read: {error.strerror}") from error
+
+
+def _is_own_folder(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        check_own_folder(folder)
+        return True
+
+    return False
+
+
+def _is_regular(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(path.lstat().st_mode)
+
+    return False
+
+
+def _read_all(descriptor: int) -> bytes:
+    size = os.fstat(descriptor).st_size
+    parts: list[bytes] = []
+    done = 0
+    while done < size and (part := os.pread(descriptor, size - done, done)):
+        parts.append(part)
+        done += len(part)
+
+    return b"".join(parts)
+
+
+def _prologue(path: Path, data: bytes) -> tuple[Any, ...]:
+    if len(data) < DATA_AT or data[:8] != MAGIC:
+        raise _damaged(path, "its header is incomplete")
+
+    prologue = PROLOGUE.unpack_from(data)
+    if prologue[1] != VERSION:
+        raise StoreError(
+            f"flight file {path} has format {prologue[1]}, this traceml reads {VERSION}. "
+            "Read it with the version that wrote it, or delete it."
+        )
+
+    if len(data) not in (prologue[2], DATA_AT):
+        raise _damaged(path, f"it is truncated: {len(data)} of {prologue[2]} bytes")
+
+    return prologue
+
+
+def _damaged(path: Path, why: str) -> StoreError:
+    return StoreError(f"flight file {path} is damaged: {why}. Delete it.")
+
+
+def _still_alive(path: Path) -> StoreError:
+    return StoreError(f"flight file {path} belongs to a running process; it can be read after the process ends.")

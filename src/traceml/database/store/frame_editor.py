@@ -1,0 +1,214 @@
+"""Changes to stored frames: merged into larger ones, thinned, summed.
+
+Changes are computed at any time, and written together. A minute's frames of all ranks lie beside each other in the
+file, so that each page of it is written once, not once per rank.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from traceml.database.schema import LINES, Table
+from traceml.database.store.codec import decode, encode
+from traceml.database.store.records import step_offset
+from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, TableSums, sum_rows
+from traceml.database.store.thinning import thinned_rows
+
+__all__ = ["FRAME_OVERHEAD_BYTES", "SUMMED", "THINNED", "EditedFrame", "FrameEditor"]
+
+SUMMED = frozenset(table.name for table in (*STEP_TABLES, *SAMPLE_TABLES))
+"""Tables whose rows are summed."""
+THINNED = SUMMED | {LINES.name}
+"""Tables whose old rows may be thinned."""
+FRAME_OVERHEAD_BYTES = 40
+"""Bytes of a frame in the store beside its rows: header and index, measured."""
+
+# A transaction of so many takes some 30 ms.
+_MOST_FRAMES = 10_000
+_MOST_BYTES = 16 << 20
+
+_UPDATE = "UPDATE frames SET seq = ?, n = ?, first_step = ?, last_step = ?, codec = ?, data = ? WHERE id = ?"
+_UPSERT_SUMS = (
+    "INSERT INTO summaries (tbl, stream, next_seq, after_id, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (tbl, stream) "
+    "DO UPDATE SET next_seq = excluded.next_seq, after_id = excluded.after_id, data = excluded.data"
+)
+_QUERY = (
+    "SELECT frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0) FROM frames "
+    "LEFT JOIN thinnings ON thinnings.id = frames.id WHERE frames.id IN ({}) ORDER BY frames.id"
+)
+
+
+@dataclass(slots=True, eq=False)
+class EditedFrame:
+    """A frame of a packed table with its rows decoded; see `records.Frame`. `size` is what it takes in the store."""
+
+    id: int
+    stream: int
+    seq: int
+    n: int
+    first_step: int
+    last_step: int
+    data: bytes
+    thinned: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        """Number of the row after it."""
+        return self.seq + self.n + self.thinned
+
+
+class FrameEditor:
+    """Reads frames of packed tables, and collects changes to them. A frame is changed once before they are written.
+
+    Args:
+        database: the writer's connection.
+        tables: number of each table.
+    """
+
+    def __init__(self, database: sqlite3.Connection, tables: dict[str, int]) -> None:
+        self._database = database
+        self._tables = tables
+        self._gone: list[int] = []
+        self._gone_thinned: list[int] = []
+        self._rows: list[tuple[Any, ...]] = []
+        self._thinned: list[tuple[int, int]] = []
+        self._sums: list[tuple[Any, ...]] = []
+        self._meta: list[tuple[str, bytes]] = []
+        self._bytes = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no changes wait."""
+        return not (self._rows or self._sums or self._meta)
+
+    @property
+    def is_large(self) -> bool:
+        """Whether so many changes wait that they have to be written now."""
+        return len(self._gone) >= _MOST_FRAMES or self._bytes >= _MOST_BYTES
+
+    def write(self) -> None:
+        """Write all changes, in the caller's transaction."""
+        database = self._database
+        database.executemany("DELETE FROM frames WHERE id = ?", [(number,) for number in sorted(self._gone)])
+        database.executemany("DELETE FROM thinnings WHERE id = ?", [(number,) for number in self._gone_thinned])
+        database.executemany(_UPDATE, sorted(self._rows, key=itemgetter(-1)))
+        database.executemany("INSERT OR REPLACE INTO thinnings (id, thinned) VALUES (?, ?)", self._thinned)
+        database.executemany(_UPSERT_SUMS, self._sums)
+        database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta)
+
+    def clear(self) -> None:
+        """Forget the changes, after they were written."""
+        for waiting in (self._gone, self._gone_thinned, self._rows, self._thinned, self._sums, self._meta):
+            waiting.clear()
+
+        self._bytes = 0
+
+    def put_meta(self, key: str, value: Any) -> None:
+        """Set a fact of the run."""
+        self._meta.append((key, msgpack.packb(value)))
+
+    def load(self, table: Table, numbers: Sequence[int]) -> list[EditedFrame]:
+        """Return frames by id, in order; those that are gone are missing.
+
+        Raises:
+            ValueError: one of them is damaged.
+        """
+        query = _QUERY.format(",".join("?" * len(numbers)))
+        return [_decoded(table, *row) for row in self._database.execute(query, list(numbers)).fetchall()]
+
+    def merge(self, table: Table, frames: Sequence[EditedFrame]) -> EditedFrame:
+        """Replace consecutive frames of a stream by one, which has the id of the last."""
+        last = frames[-1]
+        with_steps = [frame for frame in frames if frame.n] or [last]
+        merged = EditedFrame(
+            id=last.id,
+            stream=last.stream,
+            seq=frames[0].seq,
+            n=sum(frame.n for frame in frames),
+            first_step=with_steps[0].first_step,
+            last_step=with_steps[-1].last_step,
+            data=b"".join(frame.data for frame in frames),
+            thinned=sum(frame.thinned for frame in frames),
+            size=0,
+        )
+        self._gone += [frame.id for frame in frames[:-1]]
+        self._gone_thinned += [frame.id for frame in frames[:-1] if frame.thinned]
+        return self._replace(table, merged)
+
+    def thin(self, table: Table, frame: EditedFrame, level: int) -> EditedFrame:
+        """Remove the rows of a frame that do not stay at a level; return what is left."""
+        left = thinned_rows(table.name, np.frombuffer(frame.data, table.dtype), level)
+        if len(left) == frame.n:
+            return frame
+
+        has_steps = len(left) > 0 and step_offset(table.dtype) is not None
+        thinned = EditedFrame(
+            id=frame.id,
+            stream=frame.stream,
+            seq=frame.seq,
+            n=len(left),
+            first_step=int(left["step"][0]) if has_steps else frame.first_step,
+            last_step=int(left["step"][-1]) if has_steps else frame.last_step,
+            data=left.tobytes(),
+            thinned=frame.thinned + frame.n - len(left),
+            size=0,
+        )
+        return self._replace(table, thinned)
+
+    def add_sums(self, table: Table, frames: Sequence[EditedFrame]) -> None:
+        """Add consecutive frames of a stream to the stored sums of its table."""
+        stream, number = frames[0].stream, self._tables[table.name]
+        query = "SELECT next_seq, data FROM summaries WHERE tbl = ? AND stream = ?"
+        found = self._database.execute(query, (number, stream)).fetchone()
+        next_seq = found[0] if found else 0
+        new = [frame for frame in frames if frame.seq >= next_seq]
+        rows = np.frombuffer(b"".join(frame.data for frame in new), table.dtype)
+        sums = sum_rows(table.name, rows).get(0, TableSums.empty(table))
+        if found:
+            sums = TableSums.decoded(table.name, found[1]).join(sums)
+
+        encoded = sums.encoded()
+        self._bytes += len(encoded)
+        self._sums.append((number, stream, max(frames[-1].end, next_seq), frames[-1].id, encoded))
+
+    def _replace(self, table: Table, frame: EditedFrame) -> EditedFrame:
+        codec, data = encode(table, frame.data)
+        self._rows.append((frame.seq, frame.n, frame.first_step, frame.last_step, int(codec), data, frame.id))
+        self._bytes += len(data)
+        if frame.thinned:
+            self._thinned.append((frame.id, frame.thinned))
+
+        frame.size = len(data) + FRAME_OVERHEAD_BYTES
+        return frame
+
+
+def _decoded(
+    table: Table,
+    number: int,
+    stream: int,
+    seq: int,
+    n: int,
+    first_step: int,
+    last_step: int,
+    codec: int,
+    data: bytes,
+    thinned: int,
+) -> EditedFrame:
+    try:
+        rows = decode(codec, data, table.row_bytes)
+    except ValueError as error:
+        raise ValueError(f"frame {number} of {table.name}: {error}") from error
+
+    if len(rows) != n * table.row_bytes:
+        raise ValueError(f"frame {number} of {table.name} has {len(rows)} bytes for {n} rows")
+
+    size = len(data) + FRAME_OVERHEAD_BYTES
+    return EditedFrame(number, stream, seq, n, first_step, last_step, rows, thinned, size)

@@ -1,0 +1,298 @@
+"""Reader of a run's store, also while it is being written. Frames and events are followed by cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.store.frame_reader import FRAME_ROWS, META_BATCH, FrameReader
+from traceml.database.store.records import Frame, RunEvent, StreamIdentity, StreamRecord, assembled
+from traceml.database.store.summaries import SAMPLE_TABLES, STEP_TABLES, StepSums, TableSums, sum_rows
+from traceml.database.store.thinning import STATE_KEY
+
+__all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
+
+_SUMMED_BYTES = 4 << 20
+_NO_CURSOR = np.iinfo(np.int64).max
+
+
+@dataclass(slots=True)
+class _Progress:
+    """Progress of a (stream, table): its frames, number of stored rows, and the number of the next row."""
+
+    first_id: int
+    last_id: int = 0
+    frames: int = 0
+    stored: int = 0
+    next_seq: int = 0
+
+
+class StoreReader(FrameReader):
+    """Reads a run's store. One thread at a time; open it after any fork.
+
+    Args:
+        path: the file.
+        on_damage: called with a message for each damaged frame, which is then skipped; without it, they raise.
+
+    Raises:
+        StoreError: the store is missing, damaged, or has another version. All methods may raise it.
+    """
+
+    def __init__(self, path: Path, on_damage: Callable[[str], None] | None = None) -> None:
+        super().__init__(path, on_damage)
+        self._progress: dict[tuple[str, int], _Progress] = {}
+        self._progress_after = 0
+
+    def meta(self) -> dict[str, Any]:
+        """Return the facts of the run."""
+        return {
+            key: self._unpacked(value, f"the fact {key!r}") for key, value in self._fetch("SELECT key, value FROM meta")
+        }
+
+    def streams(self) -> list[StreamRecord]:
+        """Return all streams, in order of first appearance."""
+        rows = self._fetch("SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams ORDER BY id")
+        return [StreamRecord(row[0], StreamIdentity(*row[1:7]), self._map(row[7], f"stream {row[0]}")) for row in rows]
+
+    def events(self, after: int = 0, kind: str | None = None) -> list[RunEvent]:
+        """Return the events after a cursor (the id of the last one seen), optionally of one kind."""
+        query = "SELECT id, epoch_ns, kind, data FROM events WHERE id > ? AND kind = coalesce(?, kind) ORDER BY id"
+        return [self._event(row) for row in self._fetch(query, after, kind)]
+
+    def last_event(self, kind: str) -> RunEvent | None:
+        """Return the latest event of a kind."""
+        query = "SELECT id, epoch_ns, kind, data FROM events WHERE kind = ? ORDER BY id DESC LIMIT 1"
+        rows = self._fetch(query, kind)
+        return self._event(rows[0]) if rows else None
+
+    def rows(
+        self,
+        table: str,
+        streams: Collection[int] | None = None,
+        last: int | None = None,
+        after_id: int = 0,
+        steps: Sequence[tuple[int, int]] | None = None,
+    ) -> NDArray[np.void]:
+        """Return rows as a structured array: the column `stream` (its id), then the table's columns.
+
+        Of a run that was thinned, only the rows that are left.
+
+        Args:
+            table: a packed table.
+            streams: only these streams.
+            last: only this many last rows of each stream.
+            after_id: only frames after this cursor.
+            steps: only rows of these ranges of steps, (first, last); not with `last` or `after_id`.
+        """
+        dtype = self._dtype(table)
+        wanted = None if streams is None else set(streams)
+        if steps is not None:
+            frames = list(self.step_frames(table, steps, streams))
+        elif last is None:
+            frames = [frame for frame in self.frames(table, after_id) if wanted is None or frame.stream in wanted]
+        else:
+            with self._snapshot():
+                frames = self._last_frames(table, wanted, last, after_id)
+
+        return assembled(frames, dtype, last)
+
+    def spread_frames(self, table: str, streams: Collection[int], most: int, rows: int) -> Iterator[Frame]:
+        """Yield rows of frames that are spread evenly over each stream.
+
+        Args:
+            table: a packed table.
+            streams: the streams.
+            most: about how many frames to read of all streams together; the first and the last of each are always read.
+            rows: about how many rows of each frame, spread over it.
+        """
+        self._update_progress()
+        known = {stream: total for stream in streams if (total := self._progress.get((table, stream))) is not None}
+        each = max(most // max(len(known), 1), 1)
+        size = max(known, default=0) + 1
+        every, last, seen = np.zeros(size, np.int64), np.zeros(size, np.int64), np.zeros(size, np.int64)
+        for stream, total in known.items():
+            every[stream], last[stream] = -(-total.frames // each), total.last_id
+
+        def choose(found: NDArray[np.int64]) -> NDArray[np.bool_]:
+            stream = np.where(found[:, 1] < size, found[:, 1], 0)
+            order = np.argsort(stream, kind="stable")
+            _, starts, counts = np.unique(stream[order], return_index=True, return_counts=True)
+            number = np.empty(len(stream), np.int64)
+            number[order] = np.arange(len(stream)) - np.repeat(starts, counts)
+            number += seen[stream]
+            np.add.at(seen, stream, 1)
+            chosen: NDArray[np.bool_] = (number % np.maximum(every[stream], 1) == 0) | (found[:, 0] == last[stream])
+            return chosen & (every[stream] > 0)
+
+        yield from self._chosen_parts(table, choose, lambda planes: _spread(planes.shape[1], rows))
+
+    def log_rows(self, name: str, stream: int | None = None, after_id: int = 0) -> list[tuple[int, dict[str, Any]]]:
+        """Return (stream, map) for each map of a log, in append order within a stream."""
+        return [(frame.stream, row) for frame in self.frames(name, after_id, stream) for row in frame.maps()]
+
+    def frame_count(self, table: str) -> int:
+        """Return the number of frames of a table."""
+        return int(self._fetch("SELECT count(*) FROM frames WHERE tbl = ?", self._id(table))[0][0])
+
+    def stored(self, table: str, stream: int | None = None) -> int:
+        """Return the number of stored rows of a table, of all streams or of one."""
+        self._update_progress()
+        return sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
+
+    def thinned(self, table: str) -> int:
+        """Return how many of a table's stored rows were removed because of their age; the run's sums have them."""
+        query = "SELECT coalesce(sum(thinned), 0) FROM frames JOIN thinnings ON thinnings.id = frames.id WHERE tbl = ?"
+        return int(self._fetch(query, self._id(table))[0][0])
+
+    def thinned_rows(self) -> int:
+        """Return how many stored rows of all tables were removed because of their age."""
+        return int(self._fetch("SELECT coalesce(sum(thinned), 0) FROM thinnings")[0][0])
+
+    def thinning_level(self) -> int:
+        """Return the level to which old rows are thinned; 0 where none are."""
+        return int(self.meta().get(STATE_KEY, {}).get("level", 0))
+
+    def lost(self, table: str, stream: int | None = None) -> int:
+        """Return the exact number of rows of a table that were appended but never arrived.
+
+        Rows after the last stored one are counted if the stream's facts have the total (`appended`).
+        """
+        self._update_progress()
+        missing = 0
+        for record in self.streams():
+            if stream is not None and record.id != stream:
+                continue
+
+            total = self._progress.get((table, record.id), _Progress(0))
+            appended = max(total.next_seq, int(record.facts.get("appended", {}).get(table, 0)))
+            missing += appended - total.stored
+
+        return missing
+
+    def step_sums(self) -> dict[int, StepSums]:
+        """Return the exact sums of all steps of the run, by stream, also of rows that were thinned.
+
+        Reads the stored summaries and the rows after them. Of a store without summaries it reads all rows.
+        """
+        by_table = {table.name: self.table_sums(table.name) for table in STEP_TABLES if table.name in self._ids}
+        streams = sorted({stream for sums in by_table.values() for stream in sums})
+        return {
+            stream: StepSums.of({name: sums[stream] for name, sums in by_table.items() if stream in sums})
+            for stream in streams
+        }
+
+    def sample_sums(self) -> dict[str, dict[int, TableSums]]:
+        """Return the exact sums of all samples of the run, by sampled table and stream; see `step_sums`."""
+        return {table.name: self.table_sums(table.name) for table in SAMPLE_TABLES if table.name in self._ids}
+
+    def table_sums(self, table: str) -> dict[int, TableSums]:
+        """Return the exact sums of a table by stream: its summaries, and the rows after them."""
+        self._update_progress()
+        after = {stream: total.first_id - 1 for (name, stream), total in self._progress.items() if name == table}
+        sums: dict[int, TableSums] = {}
+        summed: dict[int, int] = {}
+        query = "SELECT stream, next_seq, after_id, data FROM summaries WHERE tbl = ?"
+        for stream, summed[stream], after[stream], data in self._fetch(query, self._id(table)):
+            sums[stream] = self._decoded_sums(table, data)
+
+        cursors = np.full(max(after, default=0) + 1, _NO_CURSOR)
+        cursors[list(after)] = list(after.values())
+        waiting: list[Frame] = []
+        size = 0
+        for each in self._chosen_frames(table, lambda found: found[:, 0] > cursors[found[:, 1]], int(cursors.min())):
+            frame = each.after(summed.get(each.stream, 0))
+            if not frame.n:
+                continue
+
+            waiting.append(frame)
+            size += len(frame.data)
+            if size > _SUMMED_BYTES:
+                self._add_to(sums, table, waiting)
+                size = 0
+
+        self._add_to(sums, table, waiting)
+        return sums
+
+    def _add_to(self, sums: dict[int, TableSums], table: str, frames: list[Frame]) -> None:
+        dtype = self._dtypes[table]
+        if not frames or dtype is None:
+            return
+
+        rows = np.frombuffer(b"".join(frame.data for frame in frames), dtype)
+        streams = np.repeat([frame.stream for frame in frames], [frame.n for frame in frames])
+        for stream, new in sum_rows(table, rows, streams).items():
+            sums[stream] = sums[stream].join(new) if stream in sums else new
+
+        frames.clear()
+
+    def _decoded_sums(self, table: str, data: bytes) -> TableSums:
+        try:
+            return TableSums.decoded(table, data)
+        except ValueError as error:
+            raise self._damaged(str(error)) from error
+
+    def _last_frames(self, table: str, wanted: set[int] | None, last: int, after_id: int) -> list[Frame]:
+        """Read backward from the end until the last rows of every stream are found; of each frame no more rows."""
+        self._update_progress()
+        totals = {key[1]: total for key, total in self._progress.items() if key[0] == table}
+        missing = {stream for stream in totals if wanted is None or stream in wanted}
+        have = dict.fromkeys(missing, 0)
+        chosen: list[int] = []
+        before = 1 << 62
+        query = "SELECT id, stream, n FROM frames WHERE tbl = ? AND id < ? AND id > ? ORDER BY id DESC LIMIT ?"
+        while missing and (rows := self._fetch(query, self._id(table), before, after_id, META_BATCH)):
+            before = rows[-1][0]
+            for number, stream, n in rows:
+                if stream in missing:
+                    chosen.append(number)
+                    have[stream] += n
+                    if have[stream] >= last:
+                        missing.discard(stream)
+
+        newest = (row for batch in self._rows_by_id(sorted(chosen)) for row in batch)
+        return [self._part(table, row, lambda planes: np.arange(-planes.shape[1], 0) >= -last) for row in newest]
+
+    def _update_progress(self) -> None:
+        """Add the frames since the last call to the progress.
+
+        Rows of a frame are consecutive, so those of a merged frame that were counted in its parts are known by number.
+        """
+        columns = "frames.id, stream, tbl, seq, n + coalesce(thinned, 0)"
+        query = f"SELECT {columns} FROM {FRAME_ROWS} WHERE frames.id > ? ORDER BY frames.id LIMIT ?"  # noqa: S608
+        while rows := self._fetch(query, self._progress_after, META_BATCH):
+            for frame, stream, number, seq, n in rows:
+                if number not in self._names or not isinstance(n, int) or not isinstance(seq, int):
+                    continue  # damaged: its table or number of rows is unknown
+
+                total = self._progress.setdefault((self._names[number], stream), _Progress(frame))
+                total.stored += max(seq + n - max(seq, total.next_seq), 0)
+                total.next_seq = max(seq + n, total.next_seq)
+                total.last_id, total.frames = frame, total.frames + 1
+
+            self._progress_after = rows[-1][0]
+
+    def _event(self, row: tuple[Any, ...]) -> RunEvent:
+        return RunEvent(row[0], row[1], row[2], self._map(row[3], f"event {row[0]}"))
+
+    def _map(self, data: bytes, what: str) -> dict[str, Any]:
+        found = self._unpacked(data, what)
+        if not isinstance(found, dict):
+            raise self._damaged(f"{what} is not a map")
+
+        return found
+
+
+def _spread(count: int, most: int) -> NDArray[np.bool_]:
+    """Return which of some rows to take: the last one, and about `most` spread over them."""
+    chosen = np.zeros(count, bool)
+    chosen[:: -(-count // most)] = chosen[-1:] = True
+    return chosen
+
+
+def _matches(key: tuple[str, int], table: str, stream: int | None) -> bool:
+    return key[0] == table and (stream is None or key[1] == stream)

@@ -1,0 +1,374 @@
+"""Writer of a run's store: each row once, in one SQLite file with one writer and any number of readers.
+
+Frames are buffered, compressed and written in one transaction per tick. Rows are durable once `commit` returns them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from traceml.database.schema import NAMES, TABLES, Table
+from traceml.database.store.codec import encode
+from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.store_file import open_for_writing, translate_errors
+from traceml.database.store.upkeep import Upkeep
+from traceml.errors import StoreError
+
+__all__ = ["StoreWriter", "merge_wal"]
+
+# Frames of one table within a tick are merged into one, up to this size.
+_MERGE_ROWS = 4096
+_NO_STEP = -1
+_INSERT = "INSERT INTO frames (id, stream, tbl, seq, n, first_step, last_step, codec, data) VALUES (?,?,?,?,?,?,?,?,?)"
+_UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_ticks, recorder, facts)
+    VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
+
+_Key = tuple[int, str]
+
+
+@dataclass(slots=True)
+class _FrameBuffer:
+    """Consecutive rows of one (stream, table), buffered for the next commit."""
+
+    seq: int
+    n: int = 0
+    parts: list[bytes] = field(default_factory=list)
+    first_step: int = _NO_STEP
+    last_step: int = _NO_STEP
+
+
+class StoreWriter:
+    """Writes a run's store. A second writer of the same store, in any process, is refused.
+
+    Open it after any fork.
+
+    Args:
+        path: the file; created if missing, else continued.
+
+    Raises:
+        StoreError: it cannot be created or opened; the message says why and what to do.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        with translate_errors(self.path, "create"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._unlock = weakref.finalize(self, os.close, _lock_folder(self.path))
+
+        try:
+            self._database = open_for_writing(self.path)
+            self._load()
+            with translate_errors(self.path, "read"):
+                self._upkeep = Upkeep(self.path, self._database, self._table_ids)
+        except BaseException:
+            self._unlock()
+            raise
+
+        self._buffers: dict[_Key, _FrameBuffer] = {}
+        self._encoded: list[tuple[Any, ...]] = []
+        self._dirty_streams: set[int] = set()
+        self._meta: dict[str, bytes] = {}
+        self._events: list[tuple[int, str, bytes]] = []
+        self._touched: set[_Key] = set()
+
+    def __repr__(self) -> str:
+        return f"StoreWriter({str(self.path)!r}, streams={len(self._streams)})"
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def stream(self, identity: StreamIdentity, **facts: Any) -> int:
+        """Return the id of a stream: always the same for one identity, also after the store was reopened.
+
+        Args:
+            identity: its rank and process.
+            facts: further facts, merged into the stored ones.
+        """
+        known = self._ids.get(identity)
+        if known is None:
+            known = len(self._streams) + 1
+            self._ids[identity] = known
+            self._streams[known] = (identity, {})
+            self._dirty_streams.add(known)
+
+        if facts:
+            self.update_stream(known, **facts)
+
+        return known
+
+    def update_stream(self, stream: int, **facts: Any) -> None:
+        """Merge facts (state, exit, clock offset, …) into those of a stream; the next commit writes them.
+
+        `appended={table: rows}` is the total of a rank that ended: rows that are missing then count as lost.
+        """
+        identity, stored = self._streams[stream]
+        self._streams[stream] = (identity, stored | facts)
+        self._dirty_streams.add(stream)
+
+    def append(
+        self,
+        stream: int,
+        table: str,
+        seq: int,
+        n: int,
+        data: bytes | memoryview,
+        first_step: int = _NO_STEP,
+        last_step: int = _NO_STEP,
+    ) -> int:
+        """Buffer a frame for the next commit; return the number of new rows.
+
+        Repeated rows are dropped. Rows missing before `seq` count as lost, because rows never arrive out of order.
+
+        Args:
+            stream: from `stream()`.
+            table: name of the table.
+            seq: number of the first row.
+            n: number of rows.
+            data: the rows as received.
+            first_step: training step of the first row; -1 for rows without steps.
+            last_step: training step of the last row.
+
+        Raises:
+            ValueError: the stream or table is unknown, or the size does not match the number of rows.
+        """
+        _validate(table, n, data)
+        if stream not in self._streams:
+            raise ValueError(f"no stream {stream} in {self.path}")
+
+        key = (stream, table)
+        expected = self._next.get(key, 0)
+        if seq < expected:
+            known = min(n, expected - seq)
+            if known == n:
+                return 0
+
+            data, seq, n = _without_head(table, bytes(data), known), expected, n - known
+            first_step = _first_step(table, data)
+
+        buffer = self._buffers.get(key)
+        if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
+            buffer = self._begin(key, seq)
+
+        buffer.n += n
+        buffer.parts.append(bytes(data))
+        buffer.last_step = last_step
+        if buffer.first_step == _NO_STEP:
+            buffer.first_step = first_step
+
+        self._next[key] = seq + n
+        return n
+
+    def next_seq(self, stream: int, table: str) -> int:
+        """Return the number of the row that is expected next; rows that are only buffered are counted."""
+        return self._next.get((stream, table), 0)
+
+    def put_meta(self, key: str, value: Any) -> None:
+        """Set a fact of the run, any msgpack value; the next commit writes it."""
+        self._meta[key] = msgpack.packb(value)
+
+    def event(self, kind: str, data: dict[str, Any]) -> None:
+        """Record an event with the current time; the next commit writes it."""
+        self._events.append((time.time_ns(), kind, msgpack.packb(data)))
+
+    def commit(self, now_s: float | None = None) -> dict[tuple[int, str], int]:
+        """Write all buffered rows in one transaction.
+
+        Args:
+            now_s: monotonic time, by default now.
+
+        Returns:
+            What to acknowledge: the number of the next expected row, per (stream, table) that got rows.
+
+        Raises:
+            StoreError: nothing was written, usually because the disk is full; all rows stay for the next call.
+        """
+        for key in list(self._buffers):
+            self._finish(key)
+
+        # A reader that follows frames by id finds each name before the rows that use it.
+        names = self._table_ids[NAMES.name]
+        self._encoded.sort(key=lambda frame: frame[1] != names)
+        if not (self._encoded or self._dirty_streams or self._meta or self._events):
+            return {}
+
+        with translate_errors(self.path, "write"):
+            frames = self._write()
+
+        now_s = time.monotonic() if now_s is None else now_s
+        for frame, stream, number, _, n, _, _, _, data in frames:
+            self._upkeep.note(stream, self._table_names[number], frame, n, len(data), now_s)
+
+        done = {key: self._next[key] for key in self._touched}
+        for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
+            waiting.clear()
+
+        return done
+
+    def maintain(
+        self,
+        budget_s: float,
+        cursors: Sequence[int] = (),
+        limit_bytes: int | None = None,
+        now_s: float | None = None,
+    ) -> bool:
+        """Sum rows, merge small frames and thin old rows for a while; return whether something is left to do.
+
+        Args:
+            budget_s: seconds after which nothing further is begun; a transaction takes a few milliseconds.
+            cursors: id of the last frame that each delivery has read; what they have not read stays, for a while.
+            limit_bytes: most bytes that steps and samples take: beyond them, old ones are thinned. None keeps all.
+            now_s: monotonic time, by default now.
+
+        Raises:
+            StoreError: nothing was written by the last transaction; rows are complete and in order.
+        """
+        with translate_errors(self.path, "write"):
+            return self._upkeep.run(budget_s, time.monotonic() if now_s is None else now_s, cursors, limit_bytes)
+
+    def close(self) -> None:
+        """Commit, merge the write-ahead log into the file, and close.
+
+        Raises:
+            StoreError: the last rows could not be written; the file is closed anyway.
+        """
+        if not self._unlock.alive:
+            return
+
+        try:
+            self.commit()
+            with translate_errors(self.path, "close"):
+                self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                with contextlib.suppress(sqlite3.OperationalError):  # a reader has it open: the log stays
+                    # A single file can be copied, and read from read-only media.
+                    self._database.execute("PRAGMA journal_mode=DELETE")
+        finally:
+            self._database.close()
+            self._unlock()
+
+    def _begin(self, key: _Key, seq: int) -> _FrameBuffer:
+        if key in self._buffers:
+            self._finish(key)
+
+        self._buffers[key] = _FrameBuffer(seq)
+        return self._buffers[key]
+
+    def _finish(self, key: _Key) -> None:
+        buffer = self._buffers.pop(key)
+        stream, table = key
+        codec, data = encode(TABLES[table], b"".join(buffer.parts))
+        steps = (buffer.first_step, buffer.last_step)
+        self._encoded.append((stream, self._table_ids[table], buffer.seq, buffer.n, *steps, int(codec), data))
+        self._touched.add(key)
+
+    def _write(self) -> list[tuple[Any, ...]]:
+        """Write all that waits; return the frames with their ids."""
+        database = self._database
+        frames = [(number, *frame) for number, frame in enumerate(self._encoded, self._next_id)]
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            database.executemany(_UPSERT_STREAM, [self._stream_row(stream) for stream in sorted(self._dirty_streams)])
+            database.executemany(_INSERT, frames)
+            database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta.items())
+            database.executemany("INSERT INTO events (epoch_ns, kind, data) VALUES (?, ?, ?)", self._events)
+            database.execute("COMMIT")
+        except BaseException:
+            # A full disk may already have rolled it back.
+            if database.in_transaction:
+                database.execute("ROLLBACK")
+
+            raise
+
+        self._next_id += len(frames)
+        return frames
+
+    def _stream_row(self, stream: int) -> tuple[Any, ...]:
+        identity, facts = self._streams[stream]
+        return (stream, *identity, msgpack.packb(facts))
+
+    def _load(self) -> None:
+        """Load the streams and positions of a store that is continued."""
+        with translate_errors(self.path, "read"):
+            names: dict[int, str] = dict(self._database.execute("SELECT id, name FROM tables"))
+            self._table_names = names
+            self._table_ids = {name: number for number, name in names.items()}
+            self._next_id = 1 + self._database.execute("SELECT coalesce(max(id), 0) FROM frames").fetchone()[0]
+            self._streams: dict[int, tuple[StreamIdentity, dict[str, Any]]] = {}
+            query = "SELECT id, rank, attempt, host, pid, start_ticks, recorder, facts FROM streams"
+            for row in self._database.execute(query):
+                self._streams[row[0]] = (StreamIdentity(*row[1:7]), msgpack.unpackb(row[7], strict_map_key=False))
+
+            self._ids = {identity: number for number, (identity, _) in self._streams.items()}
+            self._next: dict[_Key, int] = {}
+            query = (
+                "SELECT stream, tbl, max(seq + n + coalesce(thinned, 0)) FROM frames "
+                "LEFT JOIN thinnings ON thinnings.id = frames.id GROUP BY stream, tbl"
+            )
+            for stream, number, after in self._database.execute(query):
+                self._next[stream, names[number]] = after
+
+
+def merge_wal(path: Path) -> None:
+    """Merge the write-ahead log of a finished store that readers had open when it was closed."""
+    if not path.with_name(f"{path.name}-wal").exists():
+        return
+
+    with contextlib.suppress(StoreError):  # it has a writer again, or is read-only: it is complete anyway
+        StoreWriter(path).close()
+
+
+def _lock_folder(path: Path) -> int:
+    """Lock the folder of the store against a second writer. The file itself carries SQLite's locks."""
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StoreError(
+            f"another aggregator is writing the run's store {path}. Stop it first, or use another run."
+        ) from None
+    except OSError:
+        pass  # a network filesystem without folder locks: SQLite's locks still protect the file
+
+    return descriptor
+
+
+def _validate(table: str, n: int, data: bytes | memoryview) -> None:
+    schema = TABLES.get(table)
+    if schema is None:
+        raise ValueError(f"no table {table!r}; there are {', '.join(TABLES)}")
+
+    if n < 1 or (isinstance(schema, Table) and len(data) != n * schema.row_bytes):
+        raise ValueError(f"{table}: {len(data)} bytes are not {n} rows")
+
+
+def _first_step(table: str, data: bytes) -> int:
+    schema = TABLES[table]
+    at = schema.index.get("step") if isinstance(schema, Table) else None
+    return _NO_STEP if at is None else int.from_bytes(data[8 * at : 8 * at + 8], "little", signed=True)
+
+
+def _without_head(table: str, data: bytes, rows: int) -> bytes:
+    schema = TABLES[table]
+    if isinstance(schema, Table):
+        return data[rows * schema.row_bytes :]
+
+    unpacker = msgpack.Unpacker()
+    unpacker.feed(data)
+    for _ in range(rows):
+        unpacker.skip()
+
+    return data[unpacker.tell() :]

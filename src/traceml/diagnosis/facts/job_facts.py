@@ -1,0 +1,325 @@
+"""Facts besides the steps: loaders, hosts, exits. Rules use them to avoid false blame and to give advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from signal import SIGINT
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import EPOCHS
+from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
+from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
+from traceml.diagnosis.facts.skipped_steps import SkippedSteps
+
+__all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "RankExit", "ended_badly"]
+
+OVERSUBSCRIBED = 0.25
+"""From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
+
+_MIN_OBSERVED_NS = 2e8
+_MIN_TRAINING_NS = 4e8
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderFacts:
+    """The training data loader, as the rank described it."""
+
+    dataset: str | None = None
+    num_workers: int | None = None
+    in_memory: bool | None = None
+    batch_size: int | None = None
+    pin_memory: bool | None = None
+    persistent_workers: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankExit:
+    """The end of a rank, usually a failure.
+
+    Attributes:
+        rank: the rank.
+        state: finished, failed (exception or exit code), killed (signal), lost (gone without a message).
+        code: exit code, signal: its number.
+        exception: `Type: message` of the exception that ended the script.
+        file, line, function: the user's code that raised it.
+        last_step: last step that ended, open_phase: the phase that was open, open_step: its step.
+        at_s: epoch seconds of the end, to separate the first from those that followed.
+        stopped: whether its launcher ended it, because of others.
+        process_gone: whether the process of a lost rank is known to have ended; else only its connection did.
+    """
+
+    rank: int
+    state: str = "finished"
+    code: int | None = None
+    signal: int | None = None
+    exception: str | None = None
+    file: str | None = None
+    line: int | None = None
+    function: str | None = None
+    last_step: int | None = None
+    open_phase: str | None = None
+    open_step: int | None = None
+    stack: str | None = None
+    at_s: float | None = None
+    host: str | None = None
+    stopped: bool | None = None
+    process_gone: bool | None = None
+
+    @classmethod
+    def from_facts(cls, rank: int, state: str, reported: Mapping[str, Any], host: str | None = None) -> RankExit:
+        """Return an exit from the facts of a stream, which the rank, its launcher and its flight file reported."""
+        known = {name: reported[name] for name in _COPIED if reported.get(name) is not None}
+        if known.get("exception") and reported.get("message"):
+            known["exception"] = f"{known['exception']}: {reported['message']}"
+
+        if known.get("signal"):
+            known.pop("code", None)  # the exit code that the signal replaced
+
+        if known.get("last_step", 0) < 0:
+            del known["last_step"]  # it counts appended rows: there were none
+
+        known.setdefault("open_step", reported.get("step"))
+        return cls(rank=rank, state=state, host=host, **known)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the user ended it by Ctrl-C: by its signal, a shell's exit code for it, or the exception."""
+        is_signal = SIGINT in (self.signal, (self.code or 0) - 128)
+        return is_signal or (self.exception or "").startswith("KeyboardInterrupt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFacts:
+    """Facts for the rules besides the window; each has a value that means "not known".
+
+    Attributes:
+        world_size: ranks of the run.
+        group: whether the ranks share a process group; None if only the rows can tell.
+        backend: the group's backend (gloo, nccl).
+        hosts: rank -> host.
+        cores: host -> cores that the job may use there.
+        threads: torch threads per rank.
+        main_wait: rank -> share of its main thread's ready time in which it waited for a core.
+        busy_cores: rank -> cores that its threads used during the training.
+        loader: the training data loader.
+        workers_busy: share of time in which its workers compute; None where it is not known.
+        exits: ends of ranks.
+        limits: use of resources that have a limit.
+        lines: lines in which the training threads were seen.
+        skipped: steps without an update.
+        epochs: rows of `schema.EPOCHS` of the lowest rank: steps that waited for the first batch of an iterator.
+        time: the run's wall time by part; None where it is not known.
+        state: the run's state, as in the report.
+    """
+
+    world_size: int = 1
+    group: bool | None = None
+    backend: str | None = None
+    hosts: Mapping[int, str] = field(default_factory=dict)
+    cores: Mapping[str, int] = field(default_factory=dict)
+    threads: int | None = None
+    main_wait: Mapping[int, float] = field(default_factory=dict)
+    busy_cores: Mapping[int, float] = field(default_factory=dict)
+    loader: LoaderFacts | None = None
+    workers_busy: float | None = None
+    exits: tuple[RankExit, ...] = ()
+    limits: tuple[ResourceUse, ...] = ()
+    lines: Sequence[SampledLine] = ()
+    skipped: SkippedSteps | None = None
+    epochs: NDArray[np.void] = field(default_factory=lambda: np.empty(0, EPOCHS.dtype))
+    time: RunTime | None = None
+    state: str = "running"
+
+    @property
+    def wait_share(self) -> float:
+        """Share of ready time in which main threads waited for a core: the median over ranks, 0 where not known."""
+        return float(np.median(list(self.main_wait.values()))) if self.main_wait else 0.0
+
+    @property
+    def oversubscribed(self) -> bool:
+        """Whether the ranks had too few cores, so that lateness may be chance."""
+        return self.wait_share >= OVERSUBSCRIBED
+
+    @property
+    def cores_per_rank(self) -> int | None:
+        """Cores per rank of a host (the least over hosts), None where not known."""
+        per_host: dict[str, int] = {}
+        for host in self.hosts.values():
+            per_host[host] = per_host.get(host, 0) + 1
+
+        shares = [self.cores[host] // count for host, count in per_host.items() if host in self.cores]
+        return max(1, min(shares)) if shares else None
+
+
+class JobFactsBuilder:
+    """Collects facts from rows as they arrive.
+
+    Attributes:
+        accelerator: type of device of the models (cuda, mps), None where they are on the CPU.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        self.world_size = world_size
+        self.accelerator: str | None = None
+        self.hosts: dict[int, str] = {}
+        self.exits: dict[int, RankExit] = {}
+        self.names: dict[int, dict[int, str]] = {}
+        """Texts of each rank by id: names of user phases, sampled lines."""
+        self.state = "running"
+        self.limits, self.lines = UseHistory(), LineCounts()
+        self.skipped = SkippedSteps()
+        self.time: RunTime | None = None
+        """Wall time by part, which a reader of the whole run sets."""
+        self._epochs = np.empty(0, EPOCHS.dtype)
+        self._epochs_rank: int | None = None
+        self._core_rows: dict[int, int] = {}
+        self._first: dict[int, tuple[int, int]] = {}
+        self._latest: dict[int, tuple[int, int]] = {}
+        self._training: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
+        self._loaders: list[LoaderFacts] = []
+        self._facts: dict[str, Any] = {}
+
+    def host(self, rank: int, host: str) -> None:
+        """Record the host of a rank."""
+        self.hosts[rank] = host
+
+    def info(self, rank: int, row: Mapping[str, Any]) -> None:
+        """Take a row of the `info` log: loader, model, process and exit rows are used."""
+        kind = row.get("kind")
+        if kind == "loader":
+            # The training loader where it is known, else the first: evaluation comes later.
+            self._loaders.insert(0 if row.get("training") else len(self._loaders), _loader(row))
+            del self._loaders[_MAX_LOADERS:]
+        elif kind == "exit":
+            reported = RankExit.from_facts(
+                rank, "failed" if row.get("code") or row.get("exception") else "finished", row
+            )
+            # A rank reports how it is about to end; the fate of its process, where known, has priority.
+            self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
+        elif kind in ("process", "model", "group"):
+            self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
+            device = str(row.get("device") or "cpu").partition(":")[0]
+            self.accelerator = device if kind == "model" and device not in _NO_ACCELERATOR else self.accelerator
+            if isinstance(row.get("cores"), int):
+                self._core_rows.setdefault(rank, row["cores"])
+
+    def host_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.HOST`, sent by one rank per host."""
+        if len(rows):
+            self._core_rows[rank] = int(rows["cores"][-1])
+
+    def epoch_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.EPOCHS`; those of the lowest rank are kept, as all ranks begin epochs alike."""
+        if self._epochs_rank is None or rank < self._epochs_rank:
+            self._epochs_rank, self._epochs = rank, self._epochs[:0]
+
+        if rank == self._epochs_rank:
+            self._epochs = np.concatenate([self._epochs, rows])[-_MAX_EPOCHS:]
+
+    def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.PROCESS`, in order."""
+        if len(rows):
+            self._first.setdefault(rank, _run_and_wait(rows[0]))
+            self._latest[rank] = _run_and_wait(rows[-1])
+
+        training = rows[rows["step"] > 0]
+        if len(training):
+            latest = _time_and_cpu(training[-1])
+            self._training[rank] = self._training.get(rank, (_time_and_cpu(training[0]), latest))[0], latest
+
+    def exit(self, ended: RankExit) -> None:
+        """Record how a rank ended; facts that are missing here are kept from earlier reports."""
+        before = self.exits.get(ended.rank)
+        self.exits[ended.rank] = _merge(before, ended) if before else ended
+
+    def build(self, latest: Sequence[int] = ()) -> JobFacts:
+        """Return the facts as they are now.
+
+        Args:
+            latest: last step of each rank (-1: none), for ranks that could not report theirs.
+        """
+        cores = {self.hosts[rank]: count for rank, count in self._core_rows.items() if rank in self.hosts}
+        known = self._facts
+        return JobFacts(
+            world_size=self.world_size,
+            group=True if known.get("backend") else None,
+            backend=known.get("backend"),
+            hosts=dict(self.hosts),
+            cores=cores,
+            threads=known.get("torch_threads"),
+            main_wait=self._main_wait(),
+            busy_cores=self._busy_cores(),
+            loader=self._loaders[0] if self._loaders else None,
+            limits=self.limits.uses(),
+            lines=LazyLines(self.lines, self.names),
+            skipped=self.skipped,
+            epochs=self._epochs,
+            time=self.time,
+            exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
+            state=self.state,
+        )
+
+    def _main_wait(self) -> dict[int, float]:
+        shares = {}
+        for rank, latest in self._latest.items():
+            run, wait = latest[0] - self._first[rank][0], latest[1] - self._first[rank][1]
+            if run + wait >= _MIN_OBSERVED_NS:
+                shares[rank] = wait / (run + wait)
+
+        return shares
+
+    def _busy_cores(self) -> dict[int, float]:
+        cores = {}
+        for rank, (first, last) in self._training.items():
+            passed = last[0] - first[0]
+            if passed >= _MIN_TRAINING_NS:
+                cores[rank] = (last[1] - first[1]) / passed
+
+        return cores
+
+
+_KEPT = ("backend", "torch_threads")
+_NO_ACCELERATOR = ("cpu", "meta")
+_MAX_LOADERS = 64
+_MAX_EPOCHS = 65_536
+_LOADER_FIELDS = tuple(LoaderFacts.__dataclass_fields__)
+_COPIED = tuple(name for name in RankExit.__dataclass_fields__ if name not in ("rank", "state", "host"))
+_EXIT_FIELDS = tuple(name for name in RankExit.__dataclass_fields__ if name != "rank")
+
+
+def _loader(row: Mapping[str, Any]) -> LoaderFacts:
+    return LoaderFacts(**{name: row[name] for name in _LOADER_FIELDS if name in row})
+
+
+def _merge(before: RankExit, after: RankExit) -> RankExit:
+    newer = {name: getattr(after, name) for name in _EXIT_FIELDS}
+    known = {name: getattr(before, name) if value is None else value for name, value in newer.items()}
+    if known["signal"]:
+        known["code"] = None
+
+    return RankExit(rank=after.rank, **known)
+
+
+def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
+    if ended.last_step is not None or ended.rank >= len(latest) or latest[ended.rank] < 0:
+        return ended
+
+    return replace(ended, last_step=int(latest[ended.rank]))
+
+
+def _run_and_wait(row: Any) -> tuple[int, int]:
+    return int(row["main_run_ns"]), int(row["main_wait_ns"])
+
+
+def _time_and_cpu(row: Any) -> tuple[int, int]:
+    return int(row["t_ns"]), int(row["cpu_ns"])
+
+
+def ended_badly(exits: Iterable[RankExit]) -> list[RankExit]:
+    """Return the exits that are failures."""
+    return [ended for ended in exits if ended.state in ("failed", "killed", "lost")]

@@ -1,0 +1,4 @@
+"""Rules: pure functions from steps and facts to findings, one module per family of verdicts.
+
+Run in the aggregator, in commands and in notebooks, called by `diagnosis.ruleset`. Import the rest of `diagnosis`.
+"""

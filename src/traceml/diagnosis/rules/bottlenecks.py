@@ -1,0 +1,236 @@
+"""Parts of the step that cost all ranks: waiting for data, copies to the device, code outside the known phases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from msgspec.structs import replace
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.rules.loading_advice import Advised, for_input
+from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
+from traceml.diagnosis.steps.replay import saved_ns, speedup, without_rare
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+
+__all__ = ["FLOOR_NS", "checkpoints", "input_bound", "residual", "transfers"]
+
+FLOOR_NS = 1e6
+"""Costs below a millisecond per step are not reported: a toy's loader, loss function and Python cost that much."""
+CROWDED_SHARE = 0.20
+"""The share from which code outside the phases is reported when the ranks have too few cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class _PhaseCost:
+    """Cost of a part of the step.
+
+    Attributes:
+        ranks: the ranks that have it; empty for all.
+        removed: the work that a run without it would not do, rank x step.
+        saved_ns: time by which the mean step would be shorter.
+    """
+
+    segments: Segments
+    part: str
+    step_ns: float
+    ranks: tuple[int, ...]
+    removed: Floats
+    saved_ns: float
+
+    def exceeds(self, share: float = WARNING_SHARE) -> bool:
+        """Return whether it costs at least this share of the step, and at least `FLOOR_NS`."""
+        return self.saved_ns >= max(FLOOR_NS, share * self.step_ns)
+
+    @property
+    def of_step(self) -> str:
+        """The cost in words: `20.4 ms of each 31 ms step (65 %)`."""
+        share = percent_text(self.saved_ns / self.step_ns)
+        return f"{ns_text(float(self.removed.mean()))} of each {ns_text(self.step_ns)} step ({share})"
+
+    @property
+    def faster(self) -> str:
+        """The gain in words: `2.9x faster`."""
+        return gain_text(speedup(self.segments, self.saved_ns))
+
+    def line(self, facts: JobFacts) -> BlamedLine | None:
+        """Return the line of the user's code that most of it is spent in, where the samples tell."""
+        return blamed_line(facts.lines, self.part, self._phase_share, self.ranks)
+
+    @property
+    def _phase_share(self) -> float:
+        return float(self.segments.parts[self.part].mean()) / self.step_ns
+
+    def line_evidence(self, line: BlamedLine | None) -> dict[str, object]:
+        """Return the evidence about that line."""
+        return line.evidence(self._phase_share) if line else {}
+
+    def finding(self, kind: Kind, summary: str, action: str, **evidence: object) -> Finding:
+        """Return the finding.
+
+        Args:
+            kind: its kind.
+            summary: the cause.
+            action: what to do.
+            evidence: what it is based on beside the times of the part.
+        """
+        share = self.saved_ns / self.step_ns
+        return Finding(
+            kind=kind,
+            severity=kind.severity_for(share),
+            ranks=self.ranks,
+            phase=self.part,
+            summary=summary,
+            next=action,
+            evidence=_evidence(self.segments, self.part, self.step_ns) | evidence,
+            cost_share=share,
+            speedup_if_fixed=speedup(self.segments, self.saved_ns),
+        )
+
+
+def input_bound(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Find waiting for data on all ranks."""
+    # Two steps are left out: the first batch after a pause is slow in any run.
+    cost = _cost(segments, "input_wait", step_ns, rare_share=0)
+    if cost is None or not cost.exceeds():
+        return []
+
+    rare = _mostly_rare(segments.parts["input_wait"])
+    where = "" if rare is None else f"; most of the waiting is in {percent_text(rare)} of the steps"
+    # With workers, the line is the loop's own: the work is in their processes.
+    line = None if facts.loader is not None and facts.loader.num_workers else cost.line(facts)
+    summary = f"{_subject(cost.ranks)} for data: {cost.of_step}{line.of_it if line else ''}{where}."
+    pipeline = pipeline_of(segments, facts, float(cost.removed.mean()))
+    advised = for_input(facts, pipeline)
+    evidence = cost.line_evidence(line) | _loader_evidence(facts) | _fetch_evidence(pipeline, advised)
+    found = cost.finding(Kind.INPUT_BOUND, summary, advised.text, **evidence)
+    return [found if advised.gain is None else replace(found, speedup_if_fixed=advised.gain)]
+
+
+def transfers(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Find copies to the device that all ranks spend time on."""
+    cost = _cost(segments, "h2d", step_ns, rare_share=0)
+    if cost is None or not cost.exceeds():
+        return []
+
+    summary = (
+        f"Copies to the device take {cost.of_step}; hidden behind computation they would make the run {cost.faster}."
+    )
+    return [cost.finding(Kind.H2D_BOUND, summary, advice.for_copies(facts), **_loader_evidence(facts))]
+
+
+def residual(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Find time in the user's own phases, or outside all phases."""
+    known = {*COMPUTE, "input_wait", "h2d", "comm", "checkpoint"}
+    found = []
+    for part in segments.parts:
+        if part in known:
+            continue
+
+        named = part not in ("other", "user")
+        # A named phase explains its rare long steps; those of unnamed code are jitter.
+        cost = _cost(segments, part, step_ns, rare_share=0 if named else 0.05)
+        crowded = not named and facts.oversubscribed
+        if cost is not None and cost.exceeds(CROWDED_SHARE if crowded else WARNING_SHARE):
+            line = cost.line(facts)
+            where = phase_words(part) + (line.of_it if line else "")
+            summary = f"{cost.of_step} is spent in {where}; without it the run would be {cost.faster}."
+            evidence = cost.line_evidence(line)
+            found.append(cost.finding(Kind.RESIDUAL_HEAVY, summary, advice.for_residual(part, line), **evidence))
+
+    return found
+
+
+def checkpoints(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:  # noqa: ARG001 - as all rules
+    """Find saving that all ranks spend time on, or wait for."""
+    values = segments.parts.get("checkpoint")
+    if values is None:
+        return []
+
+    # In the window's last step scripts save and end.
+    longest = values[:, :-1].max(axis=0, initial=0)
+    saves = longest > FLOOR_NS
+    kept = np.concatenate([np.zeros_like(values[:, :-1]), values[:, -1:]], axis=1)
+    cost = _PhaseCost(segments, "checkpoint", step_ns, (), values - kept, saved_ns(segments, {"checkpoint": kept}))
+    if saves.sum() < 2 or not cost.exceeds():
+        return []
+
+    count, each_ns = int(saves.sum()), float(longest[saves].mean())
+    summary = (
+        f"Saving takes {percent_text(cost.saved_ns / step_ns)} of step time: {count} of {len(saves)} steps save, for "
+        f"{ns_text(each_ns)} each; without it the run would be {cost.faster}."
+    )
+    return [cost.finding(Kind.CHECKPOINT_STALLS, summary, advice.for_saving(), saves=count, save_ms=each_ns / 1e6)]
+
+
+def _cost(segments: Segments, part: str, step_ns: float, *, rare_share: float) -> _PhaseCost | None:
+    """Return the cost of a part without its rare long steps; None where there is no such part.
+
+    A part that only half of the ranks or fewer have saves nothing: stragglers are a finding of their own.
+    """
+    values = segments.parts.get(part)
+    if values is None:
+        return None
+
+    removed = without_rare(values, rare_share)
+    means = removed.mean(axis=1)
+    has = means >= 0.5 * float(np.max(means, initial=0))
+    saved = saved_ns(segments, {part: values - removed}) if has.mean() > 0.5 else 0.0
+    ranks = () if has.all() else tuple(int(rank) for rank in segments.ranks[has])
+    return _PhaseCost(segments, part, step_ns, ranks, removed, saved)
+
+
+def _mostly_rare(values: Floats) -> float | None:
+    """Return the share of steps that contain nearly all of the part, if they are few."""
+    per_step = values.mean(axis=0)
+    long = per_step > 3 * float(per_step.mean())
+    held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
+    return float(long.mean()) if held > 0.8 else None
+
+
+def _subject(ranks: tuple[int, ...]) -> str:
+    if not ranks:
+        return "The run waits"
+
+    return f"{capitalized(ranks_text(ranks))} {'waits' if len(ranks) == 1 else 'wait'}"
+
+
+def _evidence(segments: Segments, part: str, step_ns: float) -> dict[str, object]:
+    values = segments.parts[part]
+    means = values[:16].mean(axis=1) / 1e6
+    return {
+        "step_ms": step_ns / 1e6,
+        "phase_ms": float(values.mean()) / 1e6,
+        "phase_p50_ms": float(np.median(values)) / 1e6,
+        "phase_ms_by_rank": {
+            str(rank): float(mean) for rank, mean in zip(segments.ranks[:16].tolist(), means, strict=True)
+        },
+        "compute_ms": segments.compute_ns / 1e6,
+        "steps": values.shape[1],
+    }
+
+
+def _fetch_evidence(pipeline: Pipeline | None, advised: Advised) -> dict[str, object]:
+    if pipeline is None:
+        return {}
+
+    return {
+        "fetch_ms": pipeline.fetch_ns / 1e6,
+        "fetch_cpu_share": pipeline.fetch_cpu,
+        "speedup_with_data_ready": pipeline.gain_with(0.0, workers=0),
+        **({} if advised.workers is None else {"workers_advised": advised.workers}),
+    }
+
+
+def _loader_evidence(facts: JobFacts) -> dict[str, object]:
+    if facts.loader is None:
+        return {}
+
+    described = {name: getattr(facts.loader, name) for name in ("dataset", "num_workers", "in_memory")}
+    return {name: value for name, value in described.items() if value is not None}

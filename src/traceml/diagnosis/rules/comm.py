@@ -1,0 +1,66 @@
+"""Communication: waiting that is not caused by a slow rank."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import gain_text, ns_text, percent_text
+
+__all__ = ["comm_bound", "min_wait_ns"]
+
+SHARE = 0.30
+"""The median of the minimum wait over ranks is this share of the median step; healthy small models reach 0.2."""
+CROWDED_SHARE = 0.60
+"""The same when the ranks have too few cores: then half of a step may be waiting for another rank to be scheduled."""
+FLOOR_NS = 3e6
+"""Shorter waiting is the normal cost of gloo's ring for two ranks on the CPU."""
+DEVICE_FLOOR_NS = 1e6
+"""The same for device times, which include no scheduling."""
+
+
+def min_wait_ns(segments: Segments) -> float:
+    """Return the communication left when no rank is late: the median over steps of the minimum wait over ranks."""
+    return float(np.median(segments.wait)) if segments.wait.size else 0.0
+
+
+def comm_bound(window: Window, segments: Segments, facts: JobFacts) -> list[Finding]:
+    """Find communication that costs much while no rank is late, which the caller has checked."""
+    cost = min_wait_ns(segments)
+    step = float(np.median(segments.step))
+    share = cost / max(step, 1.0)
+    floor = DEVICE_FLOOR_NS if segments.device else FLOOR_NS
+    if share < (CROWDED_SHARE if facts.oversubscribed else SHARE) or cost < floor:
+        return []
+
+    explicit = float(np.median(window.times["comm"].min(axis=0)))
+    phase, where = ("comm", "in collectives") if explicit > cost / 2 else ("comm", "while backward waits for gradients")
+    gain = step / max(step - cost, 1.0)
+    return [
+        Finding(
+            kind=Kind.COMM_BOUND,
+            severity=Kind.COMM_BOUND.severity_for(share),
+            phase=phase,
+            summary=(
+                f"Communication takes {ns_text(cost)} of each {ns_text(step)} step ({percent_text(share)}), {where}, "
+                f"and no rank is late; hidden behind computation it would make the run {gain_text(gain)}."
+            ),
+            next=advice.for_comm(facts, "comm" if explicit > cost / 2 else "backward"),
+            evidence={
+                "step_ms": step / 1e6,
+                "comm_ms": cost / 1e6,
+                "explicit_collectives_ms": explicit / 1e6,
+                "own_work_ms": float(segments.own.mean()) / 1e6,
+                "measured_steps": int(segments.measured.sum()),
+                "backend": facts.backend,
+                "cpu_wait_share": facts.wait_share,
+            },
+            cost_share=share,
+            speedup_if_fixed=gain,
+        )
+    ]

@@ -1,0 +1,121 @@
+"""Verdicts without a bottleneck: HEALTHY, or COMPUTE_BOUND if the step is nearly all computation."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.run_time import covered
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.comm import min_wait_ns
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.formatting import ns_text, percent_text, phase_words
+
+__all__ = ["COMPUTE_SHARE", "nothing_found"]
+
+COMPUTE_SHARE = 0.90
+"""From this share of computation a run is COMPUTE_BOUND."""
+
+_WAITING = "waiting for other ranks"
+
+
+def nothing_found(segments: Segments, facts: JobFacts) -> Finding:
+    """Return COMPUTE_BOUND or HEALTHY, as no rule found a cost."""
+    kept = _without_pauses(segments)
+    step = max(float(segments.step[kept].mean()), 1.0)
+    means = {part: float(values[:, kept].mean()) for part, values in segments.parts.items()}
+    shares = {part: mean / step for part, mean in means.items()}
+    if segments.grouped:
+        shares[_WAITING] = max(0.0, 1.0 - sum(shares.values()))
+
+    evidence = _evidence(segments, facts, step, shares)
+    compute = sum(shares.get(part, 0.0) for part in COMPUTE)
+    if compute >= COMPUTE_SHARE and segments.backward_known:
+        return _compute_bound(segments, facts, step, means, evidence)
+
+    return Finding(
+        kind=Kind.HEALTHY,
+        severity=Kind.HEALTHY.severity_for(0.0),
+        summary=_healthy(step, shares, facts) + covered(facts.time),
+        next=_when_healthy(facts, shares),
+        evidence=evidence,
+    )
+
+
+def _without_pauses(segments: Segments) -> NDArray[np.intp]:
+    """Return the steps without the two longest, which are usually pauses."""
+    count = len(segments.step)
+    if count < 10:
+        return np.arange(count)
+
+    longest = np.argsort(segments.step)[-2:]
+    if segments.grouped:
+        # The optimizer's work counts after the sync point: in the segment after its step.
+        after = longest[longest < count - 1] + 1
+        longest = np.union1d(longest, after[~segments.begins[after]])
+
+    return np.setdiff1d(np.arange(count), longest)
+
+
+def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str, float]) -> dict[str, object]:
+    evidence: dict[str, object] = {"step_ms": step / 1e6, "share_by_phase": shares, "steps": len(segments.step)}
+    if segments.grouped and segments.backward_known:
+        evidence["exposed_comm_ms"] = min_wait_ns(segments) / 1e6
+
+    if facts.main_wait:
+        evidence["cpu_wait_share"] = facts.wait_share
+
+    return evidence
+
+
+def _compute_bound(
+    segments: Segments, facts: JobFacts, step: float, means: dict[str, float], evidence: dict[str, object]
+) -> Finding:
+    heaviest = max((part for part in COMPUTE if part in means), key=lambda part: means[part])
+    compute = sum(means.get(part, 0.0) for part in COMPUTE) / step
+    return Finding(
+        kind=Kind.COMPUTE_BOUND,
+        severity=Kind.COMPUTE_BOUND.severity_for(0.0),
+        phase=heaviest,
+        summary=(
+            f"No bottleneck found: {percent_text(compute)} of each {ns_text(step)} step is computation, most of it "
+            f"{phase_words(heaviest)} ({ns_text(means[heaviest])}, {percent_text(means[heaviest] / step)})."
+            f"{covered(facts.time)}"
+        ),
+        next=advice.for_compute(heaviest, facts, segments.device),
+        evidence=evidence,
+    )
+
+
+def _healthy(step: float, shares: dict[str, float], facts: JobFacts) -> str:
+    if facts.oversubscribed:
+        ranks = "the ranks had" if facts.world_size > 1 else "the process had"
+        return (
+            f"No rank and no part of the step stands out, but {ranks} too few cores: a step takes {ns_text(step)}; "
+            f"{_largest(shares)}."
+        )
+
+    return f"No bottleneck found: a step takes {ns_text(step)}; {_largest(shares)}."
+
+
+def _largest(shares: dict[str, float]) -> str:
+    largest = sorted(shares.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(
+        f"{percent_text(share)} {part if part == _WAITING else phase_words(part)}" for part, share in largest
+    )
+
+
+def _when_healthy(facts: JobFacts, shares: dict[str, float]) -> str:
+    if facts.oversubscribed:
+        return (
+            f"The ranks waited for a CPU core {percent_text(facts.wait_share)} of the time: try fewer ranks or "
+            "threads (OMP_NUM_THREADS) per host."
+        )
+
+    if shares.get(_WAITING, 0.0) >= 0.2:
+        return "Nothing needs fixing; larger batches would leave less of the step to waiting for other ranks."
+
+    return "Nothing needs fixing; larger batches or torch.compile are the usual next gains."

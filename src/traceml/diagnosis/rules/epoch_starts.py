@@ -1,0 +1,94 @@
+"""Loader workers that start anew in each epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.steps.replay import saved_ns, speedup
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import count_text, gain_text, ns_text, percent_text
+
+__all__ = ["workers_restarted"]
+
+FLOOR_NS = 1e6
+"""Costs below a millisecond per step are not reported."""
+_PART = "input_wait"
+
+
+def workers_restarted(
+    window: Window, segments: Segments, facts: JobFacts, step_ns: float
+) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return the finding about workers that each epoch starts anew, and the waiting as it would be without that.
+
+    Args:
+        window: the steps.
+        segments: their own work.
+        facts: the loader, and the starts of epochs.
+        step_ns: mean step, to which the cost is compared.
+    """
+    workers = facts.loader.num_workers if facts.loader else None
+    if not workers or facts.loader is None or facts.loader.persistent_workers or _PART not in segments.parts:
+        return [], {}
+
+    columns, restart_ns = _restarts(window, facts, workers * float(np.median(segments.step)))
+    if len(columns) < 2:
+        return [], {}
+
+    kept = segments.parts[_PART].copy()
+    kept[:, columns] = np.maximum(kept[:, columns] - restart_ns, 0)
+    saved = saved_ns(segments, {_PART: kept})
+    if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return [], {}
+
+    return [_finding(segments, restart_ns, saved, step_ns, workers)], {_PART: kept}
+
+
+def _restarts(window: Window, facts: JobFacts, fetch_ns: float) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Return the steps that waited for new workers, as columns of the window, and how long.
+
+    Workers that stay also fetch the first batch only when it is asked for. As they keep up with the steps otherwise, a
+    batch takes them at most as long as all workers together need for one each.
+    """
+    rows = facts.epochs
+    _, columns, at = np.intersect1d(window.steps, rows["step"], return_indices=True)
+    rows = rows[at]
+    certain = rows["create_ns"] + rows["drain_ns"]
+    return columns, certain + np.maximum(rows["ns"] - certain - fetch_ns, 0)
+
+
+def _finding(
+    segments: Segments, restart_ns: NDArray[np.float64], saved: float, step_ns: float, workers: int
+) -> Finding:
+    count, each_ns, share = len(restart_ns), float(np.mean(restart_ns)), saved / step_ns
+    every_step = count > segments.parts[_PART].shape[1] / 2
+    times = "for each step" if every_step else f"{count_text(count)} times, at the start of an epoch"
+    return Finding(
+        kind=Kind.INPUT_BOUND,
+        severity=Kind.INPUT_BOUND.severity_for(share),
+        phase=_PART,
+        summary=(
+            f"The {workers} workers of the data loader start anew {times}: {ns_text(each_ns)} each, "
+            f"{percent_text(share)} of step time; with workers that stay the run would be "
+            f"{gain_text(speedup(segments, saved))}."
+        ),
+        next=(
+            "Keep one iterator of the loader: iter(loader) in each step starts its workers again."
+            if every_step
+            else "Set persistent_workers=True in the DataLoader, and use the same DataLoader in all epochs."
+        ),
+        evidence={
+            "epochs": count,
+            "restart_ms": each_ns / 1e6,
+            "num_workers": workers,
+            "step_ms": step_ns / 1e6,
+            "steps": segments.parts[_PART].shape[1],
+        },
+        cost_share=share,
+        speedup_if_fixed=speedup(segments, saved),
+    )

@@ -1,0 +1,255 @@
+"""Irregular long steps: rare ones without an explanation, and ranks that are late in turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.rules.stragglers import straggler_kind
+from traceml.diagnosis.steps.replay import saved_ns, speedup
+from traceml.diagnosis.steps.segments import COMPUTE, Segments, median_over_ranks
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+
+__all__ = ["jitter", "late_in_turns", "usual"]
+
+FLOOR_NS = 1e6
+"""Mean cost per step below which nothing is reported."""
+LONG_NS = 20e6
+"""A long step is at least this much longer than usual: other processes on a busy host usually take less."""
+DEVICE_LONG_NS = 2e6
+"""By device times, a long step is at least this much longer than usual."""
+CROWDED_LONG_NS = 100e6
+"""With too few cores, long steps are reported only if they are this much longer on average."""
+CROWDED_DOMINANCE = 0.8
+"""With too few cores, long steps are reported only if this share of the excess is in one part."""
+TURNS_SHARE = 0.35
+"""Ranks that are late in turns are late in at least this share of the steps."""
+TURNS_NS = 10e6
+"""By CPU times, ranks are late in turns by at least this much: ranks that share cores disturb each other."""
+TURNS_DOMINANCE = 0.7
+"""One part has this share of the difference between ranks from step to step."""
+TURNS_WAIT = 0.10
+"""Main threads waited for a core for less than this share of their ready time."""
+RARE = 0.25
+"""At most this share of steps is long; more are a property of the run."""
+MIN_EVENTS = 3
+"""Fewer long steps are single events."""
+_ONE_RANK_EVENTS = 6
+# The other parts (input, checkpoint, a named phase of the user) explain a long step and have findings of their own.
+_UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
+_MAX_CELLS = 100_000
+
+
+def usual(values: Floats, sigmas: float = 4.0) -> tuple[float, float]:
+    """Return (the usual value, the limit above which a value is unusual).
+
+    Both are computed from the lower half, which rare long values do not change: the spread of its logarithms, as one
+    half of a normal distribution. The limit is at least twice the usual value.
+    """
+    flat = values.ravel()
+    low, lower, middle = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.16, 0.5))
+    spread = max(np.log(max(middle, 1) / max(lower, 1)), np.log(max(middle, 1) / max(low, 1)) / 1.645)
+    return float(middle), float(middle * max(2.0, np.exp(sigmas * spread)))
+
+
+@dataclass(frozen=True)
+class _LongSteps:
+    """Long steps without an explanation.
+
+    Attributes:
+        columns: their columns in the window.
+        excess: part -> time of each rank in them beyond its usual.
+        usual_ns: usual duration of a step.
+    """
+
+    columns: NDArray[np.intp]
+    excess: dict[str, Floats]
+    usual_ns: float
+
+
+def jitter(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Find rare long steps that cost much together and that no part explains."""
+    events = _unexplained(segments)
+    if not MIN_EVENTS <= len(events.columns) <= RARE * len(segments.step):
+        return []
+
+    cost = float((segments.step[events.columns] - events.usual_ns).sum()) / len(segments.step)
+    if cost < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return []
+
+    if facts.oversubscribed and not _exceeds_cpu_contention(segments, events):
+        return []
+
+    return [_jitter(segments, events, cost, step_ns)]
+
+
+def _exceeds_cpu_contention(segments: Segments, events: _LongSteps) -> bool:
+    """Return whether the steps are too long for a lack of cores alone."""
+    sums = [float(values.max(axis=0).sum()) for values in events.excess.values()]
+    excess = float(segments.step[events.columns].mean()) - events.usual_ns
+    return excess >= CROWDED_LONG_NS and max(sums) >= CROWDED_DOMINANCE * sum(sums)
+
+
+def _unexplained(segments: Segments) -> _LongSteps:
+    usual_ns, limit = usual(segments.step)
+    least = DEVICE_LONG_NS if segments.device else LONG_NS
+    long = segments.step > max(limit, usual_ns + least)
+    # In the window's last step scripts save and end.
+    long[-1] = False
+    columns = np.flatnonzero(long)
+    excess = {part: _excess(values, columns) for part, values in segments.parts.items()}
+    if not len(columns) or not excess:
+        return _LongSteps(columns[:0], {}, usual_ns)
+
+    largest = np.argmax(np.stack([values.max(axis=0) for values in excess.values()]), axis=0)
+    open_parts = np.array([part in _UNNAMED for part in excess])
+    kept = open_parts[largest]
+    return _LongSteps(columns[kept], {part: values[:, kept] for part, values in excess.items()}, usual_ns)
+
+
+def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float) -> Finding:
+    sums = {part: float(values.max(axis=0).sum()) for part, values in events.excess.items()}
+    part = max(sums, key=lambda name: sums[name])
+    phase = part if sums[part] >= 0.6 * max(sum(sums.values()), 1.0) else None
+    rank = _one_rank(segments, np.sum(list(events.excess.values()), axis=0))
+    share, gain = cost / step_ns, speedup(segments, cost)
+    long = segments.step[events.columns]
+    where = f", mostly in {phase_words(part)}" if phase else ""
+    rank_text = f" on rank {rank}" if rank is not None else ""
+    return Finding(
+        kind=Kind.JITTER,
+        severity=Kind.JITTER.severity_for(share),
+        ranks=() if rank is None else (rank,),
+        phase=phase,
+        summary=(
+            f"{len(long)} of {len(segments.step)} steps take {ns_text(float(long.mean()))} instead of "
+            f"{ns_text(events.usual_ns)}{rank_text}{where}: {percent_text(share)} of step time; without them the run "
+            f"would be {gain_text(gain)}."
+        ),
+        next=advice.for_jitter(phase, rank),
+        evidence={
+            "long_steps": len(long),
+            "steps": len(segments.step),
+            "usual_ms": events.usual_ns / 1e6,
+            "mean_long_ms": float(long.mean()) / 1e6,
+            "p99_ms": float(np.quantile(segments.step, 0.99)) / 1e6,
+            "longest_ms": float(long.max()) / 1e6,
+            "excess_ms_by_phase": {name: value / 1e6 for name, value in sums.items() if value > 0},
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
+
+
+def _excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
+    usual_values = np.median(values[:, :: max(1, values.size // _MAX_CELLS)], axis=1, keepdims=True)
+    return np.asarray(np.maximum(values[:, columns] - usual_values, 0))
+
+
+def _one_rank(segments: Segments, late: Floats) -> int | None:
+    """Return the rank that causes nearly all long steps, if it is a single one and there are enough steps."""
+    if len(segments.ranks) < 2 or late.shape[1] < _ONE_RANK_EVENTS:
+        return None
+
+    counts = np.bincount(np.argmax(late, axis=0), minlength=len(segments.ranks))
+    top = int(np.argmax(counts))
+    return int(segments.ranks[top]) if counts[top] >= 0.9 * late.shape[1] else None
+
+
+def late_in_turns(segments: Segments, facts: JobFacts, step_ns: float) -> list[Finding]:
+    """Find ranks that are late in turns: none is late on average, and all wait."""
+    if not segments.grouped or len(segments.ranks) < 2 or facts.wait_share >= TURNS_WAIT:
+        return []
+
+    uneven = {part: _imbalance(values) for part, values in segments.parts.items()}
+    part = max(uneven, key=lambda name: uneven[name], default=None)
+    if part is None or uneven[part] < TURNS_DOMINANCE * sum(uneven.values()):
+        return []
+
+    finding = _late_in_turns(segments, part, segments.parts[part], step_ns)
+    return [finding] if finding is not None else []
+
+
+def _imbalance(values: Floats) -> float:
+    """Return the mean difference between the slowest rank of a step and the median."""
+    return float((values.max(axis=0) - median_over_ranks(values)).mean())
+
+
+def _late_in_turns(segments: Segments, part: str, values: Floats, step_ns: float) -> Finding | None:
+    outliers = _outliers(values, segments.measured if part == "backward" else None, step_ns)
+    late = outliers.any(axis=0)
+    turns = outliers[:, late]
+    # A step that is long on most ranks is not attributed to one rank.
+    if late.mean() < TURNS_SHARE or late.sum() < 2 * MIN_EVENTS or (turns.mean(axis=0) <= 0.5).mean() < 2 / 3:
+        return None
+
+    base, late_ns = float(np.median(values[~outliers])), float(values[outliers].mean())
+    if late_ns - base < (0.0 if segments.device else TURNS_NS):
+        return None
+
+    saved = saved_ns(segments, {part: np.where(outliers, np.minimum(values, base), values).astype(values.dtype)})
+    if saved < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return None
+
+    counts = turns.sum(axis=1)
+    some = counts >= 0.25 * counts.max()
+    if some.all() and part not in COMPUTE:
+        return None  # all ranks, in a part that has a finding of its own
+
+    ranks = () if some.all() else tuple(int(rank) for rank in segments.ranks[some])
+    return _turns_finding(segments, part, ranks, base, late_ns, float(late.mean()), saved, step_ns)
+
+
+def _outliers(values: Floats, columns: NDArray[np.bool_] | None, step_ns: float) -> NDArray[np.bool_]:
+    """Return which values are far above the usual, which is the lower quartile: half of all may be late."""
+    flat = (values if columns is None or not columns.any() else values[:, columns]).ravel()
+    low, quarter = np.quantile(flat[:: max(1, flat.size // _MAX_CELLS)], (0.05, 0.25))
+    spread = np.log(max(quarter, 1) / max(low, 1)) / 0.97
+    limit = quarter * max(2.0, np.exp(4.7 * spread)) + 0.05 * step_ns
+    outliers = values > limit
+    return np.asarray(outliers if columns is None else outliers & columns)
+
+
+def _turns_finding(
+    segments: Segments,
+    part: str,
+    ranks: tuple[int, ...],
+    base: float,
+    late_ns: float,
+    often: float,
+    saved: float,
+    step_ns: float,
+) -> Finding:
+    kind = straggler_kind(part)
+    share, gain = saved / step_ns, speedup(segments, saved)
+    return Finding(
+        kind=kind,
+        severity=kind.severity_for(share),
+        ranks=ranks,
+        phase=part,
+        summary=(
+            f"{capitalized(ranks_text(ranks))} are late in turns: in {percent_text(often)} of the steps "
+            f"{phase_words(part)} takes {ns_text(late_ns)} on one of them instead of {ns_text(base)}; with even work "
+            f"the run would be {gain_text(gain)}."
+        ),
+        next=(
+            "Balance the work of the ranks in each step: batches of similar size on all ranks (bucket samples by "
+            "length), no work that only one rank does at a time."
+        ),
+        evidence={
+            "step_ms": step_ns / 1e6,
+            "usual_ms": base / 1e6,
+            "late_ms": late_ns / 1e6,
+            "share_of_steps_late": often,
+            "imbalance_ms": float((segments.own.max(axis=0) - median_over_ranks(segments.own)).mean()) / 1e6,
+        },
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )

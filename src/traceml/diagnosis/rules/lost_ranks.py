@@ -1,0 +1,161 @@
+"""Ranks that ended by a signal, an exit code or an exception, or whose connection was lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.job_facts import JobFacts, RankExit, ended_badly
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.formatting import capitalized, phase_words, ranks_text, signal_name
+
+__all__ = ["rank_lost", "root_causes"]
+
+# Ends that another rank's end causes: the launcher's SIGTERM, or a collective whose peer has gone.
+_SWEPT_AWAY = ("SIGTERM", "SIGINT", "SIGHUP")
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "socket closed",
+    "socket timeout",
+    "gloo",
+    "nccl",
+    "distbackenderror",
+    "distnetworkerror",
+    "process group",
+    "store->get",
+)
+
+
+def rank_lost(facts: JobFacts) -> list[Finding]:
+    """Return the finding about lost ranks: the first to end, the cause, the step and the phase."""
+    bad = ended_badly(facts.exits)
+    causes = root_causes(bad)
+    if not causes:
+        return []
+
+    first = causes[0]
+    ranks = tuple(sorted(ended.rank for ended in causes))
+    followed = [ended.rank for ended in bad if ended not in causes]
+    return [
+        Finding(
+            kind=Kind.RANK_LOST,
+            severity=Kind.RANK_LOST.severity_for(0.0),
+            ranks=ranks,
+            phase=first.open_phase,
+            summary=_summary(causes, followed),
+            next=advice.for_exit(first),
+            evidence=_evidence(first, followed),
+            cost_share=1.0,
+        )
+    ]
+
+
+def root_causes(bad: Sequence[RankExit]) -> list[RankExit]:
+    """Return the exits that caused the others, the earliest first.
+
+    A run that was stopped by hand (Ctrl-C), or as a whole by its launcher, has none.
+    """
+    own = [ended for ended in bad if not _follows(ended)]
+    unforced = [ended for ended in bad if not ended.stopped]
+    if not own and (not unforced or any(ended.interrupted for ended in bad)):
+        return []
+
+    causes = own or [ended for ended in unforced if not _failed_because_of_peer(ended)] or unforced
+    causes = sorted(causes, key=lambda ended: (_weight(ended), ended.at_s or 0.0, ended.rank))
+    # Ranks with the same cause ended together; another cause later is a consequence.
+    return [ended for ended in causes if _cause(ended) == _cause(causes[0])] if causes else []
+
+
+def was_stopped(exits: Sequence[RankExit]) -> bool:
+    """Return whether ranks ended by Ctrl-C or by their launcher alone, which is no failure of the run."""
+    bad = ended_badly(exits)
+    return bool(bad) and not root_causes(bad)
+
+
+def _weight(ended: RankExit) -> int:
+    # A lost rank may be a consequence of the others' end, so known causes come first.
+    return 1 if ended.state == "lost" else 0
+
+
+def _cause(ended: RankExit) -> tuple[object, ...]:
+    if ended.exception:
+        return ("exception", ended.exception.partition(":")[0], ended.file, ended.line)
+
+    return (ended.state, ended.signal, ended.code)
+
+
+def _follows(ended: RankExit) -> bool:
+    if ended.stopped:
+        return True
+
+    if ended.signal is not None:
+        return signal_name(ended.signal) in _SWEPT_AWAY
+
+    return ended.interrupted or _failed_because_of_peer(ended)
+
+
+def _failed_because_of_peer(ended: RankExit) -> bool:
+    text = (ended.exception or "").lower()
+    return any(word in text for word in _PEER_GONE)
+
+
+def _summary(causes: Sequence[RankExit], followed: Sequence[int]) -> str:
+    first = causes[0]
+    subject = capitalized(ranks_text(sorted(ended.rank for ended in causes)))
+    text = f"{subject} {_end_text(first, many=len(causes) > 1)}{_step_text(first)}"
+    if followed:
+        text += f"; {ranks_text(followed)} ended because of that"
+
+    return text + "."
+
+
+def _end_text(ended: RankExit, *, many: bool) -> str:
+    was = "were" if many else "was"
+    if ended.signal is not None:
+        return f"{was} killed by signal {ended.signal} ({signal_name(ended.signal)})"
+
+    if ended.exception:
+        at = f" at {ended.file}:{ended.line}" if ended.file else ""
+        return f"ended with {_short(ended.exception)}{at}"
+
+    if ended.state == "lost" and ended.process_gone:
+        return "ended without a report: by a signal or by os._exit"
+
+    if ended.state == "lost":
+        return "lost its connection without a report" if not many else "lost their connections without a report"
+
+    return f"ended with exit code {ended.code}"
+
+
+def _step_text(ended: RankExit) -> str:
+    step = ended.open_step if ended.open_step is not None else ended.last_step
+    if step is None:
+        return ", before the first step"
+
+    inside = f", in {phase_words(ended.open_phase)}" if ended.open_phase else ""
+    return f", {'in' if ended.open_step is not None else 'after'} step {step}{inside}"
+
+
+def _short(exception: str, limit: int = 160) -> str:
+    line = exception.strip().splitlines()[0] if exception.strip() else exception
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def _evidence(ended: RankExit, followed: Sequence[int]) -> dict[str, object]:
+    known = {
+        "signal": ended.signal,
+        "code": ended.code,
+        "exception": ended.exception,
+        "file": ended.file,
+        "line": ended.line,
+        "function": ended.function,
+        "step": ended.open_step if ended.open_step is not None else ended.last_step,
+        "last_step": ended.last_step,
+        "host": ended.host,
+        "stack": ended.stack,
+        "followed": list(followed) or None,
+    }
+    return {key: value for key, value in known.items() if value is not None}

@@ -1,0 +1,279 @@
+"""Change over time: steps that grow, jump and stay, jump and recover, or are slow at first.
+
+The rules look at the usual step in equal bins of the whole run. A run is described by the simplest shape that explains
+it: level, levels with one or two jumps, or a straight line (Theil-Sen, H. Theil 1950; P. K. Sen 1968).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.rules.bottlenecks import FLOOR_NS
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words
+
+__all__ = ["StepHistory", "slowdown"]
+
+MIN_BINS = 12
+"""Fewer bins have no shape."""
+MIN_STEPS_PER_BIN = 4
+"""A bin has so many steps, as single ones are noise."""
+MIN_FACTOR = 1.2
+"""A slow part is slower by this factor."""
+MIN_FACTOR_ALIKE = 1.25
+"""The same where all phases are slower: on shared hosts, speed varies."""
+MIN_Z_SCORE = 6.0
+"""A jump is this many standard errors, by the deviation of bins from their level."""
+MIN_TAU = 0.7
+"""Growth is steady if the bins' order agrees with time by this much (Kendall's tau)."""
+DOMINANT_SHARE = 0.7
+"""The phase that has this share of the difference is blamed."""
+_MAX_BINS = 64
+_MIN_SEGMENT = 3
+_SIMPLER = 0.8  # a slow part between two others has to explain the run better than a jump by this factor
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StepHistory:
+    """Usual step by bin of the whole run: the median over its steps of the mean over all ranks.
+
+    Attributes:
+        first_step: first step of each bin.
+        steps: number of steps in each bin.
+        step_ns: step time of each bin.
+        parts_ns: phase -> the same.
+    """
+
+    first_step: NDArray[np.int64]
+    steps: NDArray[np.int64]
+    step_ns: Floats
+    parts_ns: Mapping[str, Floats]
+
+    @classmethod
+    def of(cls, window: Window, segments: Segments) -> StepHistory:
+        """Return the history of a window, in up to 64 bins of equal width in steps.
+
+        Args:
+            window: aligned steps.
+            segments: its own work; the rest of a step is waiting for other ranks.
+        """
+        first, last = int(window.steps[0]), int(window.steps[-1])
+        width = max(-(-(last - first + 1) // _MAX_BINS), -(-MIN_STEPS_PER_BIN * (last - first + 1) // len(window)))
+        numbers, starts = np.unique((window.steps - first) // width, return_index=True)
+        ends = [*starts[1:].tolist(), len(window.steps)]
+
+        def usual(values: NDArray[np.floating[Any]]) -> Floats:
+            return np.array([np.median(values[at:end]) for at, end in zip(starts.tolist(), ends, strict=True)])
+
+        parts = {name: values.mean(axis=0, dtype=np.float64) for name, values in segments.parts.items()}
+        waiting = np.maximum(segments.step - sum(parts.values()), 0)
+        if len(starts) > 1 and ends[-1] - starts[-1] < MIN_STEPS_PER_BIN:  # of too few steps
+            numbers, starts, ends = numbers[:-1], starts[:-1], ends[:-1]
+
+        by_bin = {name: usual(values) for name, values in {**parts, "comm": waiting + parts.get("comm", 0)}.items()}
+        return cls(first + numbers * width, np.diff([*starts, ends[-1]]), usual(segments.step), by_bin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """A slow part of the run, bins [first, last), and what steps take in it and outside."""
+
+    shape: str
+    first: int
+    last: int
+    before_ns: float
+    after_ns: float
+
+    @property
+    def factor(self) -> float:
+        return self.after_ns / max(self.before_ns, 1.0)
+
+
+def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
+    """Return the finding about steps that became slower, or were slow at first.
+
+    Args:
+        bins: history of the whole run.
+        facts: about the job.
+    """
+    if len(bins.steps) < MIN_BINS:
+        return []
+
+    change = _growth(bins.step_ns) or _jump(bins.step_ns)
+    if change is None or change.factor < (MIN_FACTOR if _part(bins, change) else MIN_FACTOR_ALIKE):
+        return []
+
+    mean = float(np.average(bins.step_ns, weights=bins.steps))
+    inside = slice(change.first, change.last)
+    lost = float(((bins.step_ns[inside] - change.before_ns) * bins.steps[inside]).sum() / bins.steps.sum())
+    if lost < max(FLOOR_NS, WARNING_SHARE * mean):
+        return []
+
+    return [_finding(bins, change, lost, mean, facts)]
+
+
+def _growth(values: Floats) -> _Change | None:
+    """Return a steady growth over the whole run, if a line explains it better than a jump."""
+    at = np.arange(len(values), dtype=float)
+    first, second = np.triu_indices(len(values), 1)
+    differences = values[second] - values[first]
+    slope = float(np.median(differences / (at[second] - at[first])))
+    level = float(np.median(values - slope * at))
+    tau = float(np.sign(differences).mean())
+    if slope <= 0 or tau < MIN_TAU:
+        return None
+
+    jump = min(range(_MIN_SEGMENT, len(values) - _MIN_SEGMENT + 1), key=lambda end: _fit(values, 0, end))
+    if _spread(values - _levels(values, jump)) < _spread(values - level - slope * at):
+        return None
+
+    end = level + slope * at[-1]
+    return _Change("growth", 0, len(values), max(level, 1.0), end)
+
+
+def _jump(values: Floats) -> _Change | None:
+    """Return the slow part of a run with two levels: at its end, at its beginning, or between."""
+    ordered, count = np.sort(values), len(values)
+    if ordered[-2] < MIN_FACTOR * ordered[1]:  # medians of three or more bins are between these
+        return None
+
+    simple = [(0, at) for at in range(_MIN_SEGMENT, count)] + [(at, count) for at in range(_MIN_SEGMENT, count - 1)]
+    between = [
+        (first, last)
+        for first in range(_MIN_SEGMENT, count - _MIN_SEGMENT)
+        for last in range(first + _MIN_SEGMENT, count - _MIN_SEGMENT + 1)
+    ]
+    fits = [min((_fit(values, *part), part) for part in parts) for parts in (simple, between)]
+    first, last = fits[1][1] if fits[1][0] < _SIMPLER * fits[0][0] else fits[0][1]
+    inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
+    slow, usual = float(np.median(inside)), float(np.median(outside))
+    if slow < usual and (first == 0 or last == count):  # the rest is the slow part
+        first, last, slow, usual = (last, count, usual, slow) if first == 0 else (0, first, usual, slow)
+
+    residuals = np.concatenate([inside - np.median(inside), outside - np.median(outside)])
+    spread = max(_spread(residuals), _spread(np.diff(values)) / np.sqrt(2), 1e-3 * usual)
+    if slow - usual < MIN_Z_SCORE * spread * np.sqrt(1 / len(inside) + 1 / len(outside)):
+        return None
+
+    return _Change("stays" if last == count else "first" if first == 0 else "recovers", first, last, usual, slow)
+
+
+def _fit(values: Floats, first: int, last: int) -> float:
+    """Return the absolute deviation of the values from two levels, inside and outside of a part."""
+    inside, outside = values[first:last], np.concatenate([values[:first], values[last:]])
+    deviation = np.abs(inside - np.median(inside)).sum() + np.abs(outside - np.median(outside)).sum()
+    return float(deviation)
+
+
+def _levels(values: Floats, at: int) -> Floats:
+    parts = np.split(values, [at])
+    return np.concatenate([np.full(len(part), np.median(part)) for part in parts])
+
+
+def _spread(values: Floats) -> float:
+    """Return the standard deviation by the median of absolute deviations."""
+    return 1.4826 * float(np.median(np.abs(values - np.median(values))))
+
+
+def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts: JobFacts) -> Finding:
+    part = _part(bins, change)
+    share = lost / mean
+    phase_share = 0.0 if part is None else float(np.average(bins.parts_ns[part], weights=bins.steps)) / mean
+    line = None if part is None else blamed_line(facts.lines, part, phase_share)
+    since = int(bins.first_step[change.first])
+    end = bins.first_step[change.last] if change.last < len(bins.steps) else None
+    per_step = (change.after_ns - change.before_ns) / max(int(bins.first_step[-1] - bins.first_step[0]), 1)
+    evidence = {
+        "shape": change.shape,
+        "since_step": since,
+        **({} if end is None else {"until_step": int(end)}),
+        "factor": change.factor,
+        "before_ms": change.before_ns / 1e6,
+        "after_ms": change.after_ns / 1e6,
+        **({"growth_ms_per_step": per_step / 1e6} if change.shape == "growth" else {}),
+        **(line.evidence(phase_share) if line else {}),
+    }
+    return Finding(
+        kind=Kind.SLOWDOWN,
+        severity=Kind.SLOWDOWN.severity_for(share),
+        phase=part,
+        summary=_summary(change, since, end, per_step, share, _where(part, line)),
+        next=_advice(change, part, line),
+        evidence=evidence,
+        cost_share=share,
+        speedup_if_fixed=1 / max(1 - share, 0.01),
+    )
+
+
+def _part(bins: StepHistory, change: _Change) -> str | None:
+    """Return the phase that has most of the difference; None where all have their part."""
+    differences = {}
+    for name, values in bins.parts_ns.items():
+        if change.shape == "growth":
+            third = len(values) // 3
+            differences[name] = float(np.median(values[-third:]) - np.median(values[:third]))
+        else:
+            inside = np.zeros(len(values), bool)
+            inside[change.first : change.last] = True
+            differences[name] = float(np.median(values[inside]) - np.median(values[~inside]))
+
+    whole = sum(value for value in differences.values() if value > 0)
+    part = max(differences, key=lambda name: differences[name], default=None)
+    return part if part not in (None, "comm") and differences[part] >= DOMINANT_SHARE * whole > 0 else None
+
+
+def _where(part: str | None, line: BlamedLine | None) -> str:
+    if part is None:
+        return ", in all phases alike"
+
+    return f", in {phase_words(part)}" + (line.of_it if line else "")
+
+
+def _summary(change: _Change, since: int, end: int | None, per_step: float, share: float, where: str) -> str:
+    times = f"{ns_text(change.before_ns)} to {ns_text(change.after_ns)}"
+    cost = f"; that costs {percent_text(share)} of step time."
+    if change.shape == "growth":
+        return f"Steps grow by {ns_text(per_step)} each, from {times}{where}{cost}"
+
+    longer = f"a step takes {factor_text(change.factor)} as long ({times}){where}{cost}"
+    if change.shape == "stays":
+        return f"Since step {count_text(since)} {longer}"
+
+    until = count_text(None if end is None else int(end))
+    if change.shape == "first":
+        return f"Until step {until} {longer}"
+
+    return f"From step {count_text(since)} to step {until} {longer}"
+
+
+def _advice(change: _Change, part: str | None, line: BlamedLine | None) -> str:
+    if line is not None and change.shape == "growth":
+        return f"Look at {line.place} for what it keeps or repeats: a list, a history or a graph that grows."
+
+    if line is not None:
+        return f"Look at what {line.place} does then and not otherwise."
+
+    if part is None:
+        return (
+            "All phases are slower, so the code is not the cause: look for other programs on the host, clocks lowered "
+            "by heat or power, and swapping at that time."
+        )
+
+    if part == "input_wait":
+        return "Look at the data from that step on: larger files, another shard, a page cache that no longer holds it."
+
+    return (
+        f"Look at what changes in {phase_words(part)} then: batch size, sequence length, recompilation, a growing list."
+    )

@@ -1,0 +1,349 @@
+"""Stragglers: ranks whose own work makes the others wait.
+
+A rank is late when its own work, summed over the window, is persistently above the others', and in one part of the
+step. A fault that occurs in every fifth step changes the sum but not the median. One dominant part separates a fault
+from a core or a host that is slower in everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import comb, hypot
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis import advice
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
+from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
+
+__all__ = ["straggler_kind", "stragglers"]
+
+EXCESS_SHARE = 0.08
+"""A late rank's excess over the others is at least this share of the step."""
+EXCESS_NS = 1e6
+"""A late rank's excess over the others is at least this long."""
+DOMINANCE = 0.7
+"""If no part has this share of the excess, the rank is slower in everything."""
+EVERYWHERE_SHARE = 0.30
+"""A rank that is slower in everything is reported if its excess is at least this share of the step."""
+SAME_GROUP_SHARE = 1 / 3
+"""Ranks with more than this share of the largest excess form one group of late ranks."""
+GAIN_SHARE = 0.05
+"""Without the late ranks a step would be shorter by at least this share, unless they are very late."""
+MIN_EXCESS_RATIO = 1.5
+"""The smallest excess of a late rank is at least this many times that of any other rank."""
+MIN_Z_SCORE = 3.5
+"""The excess is this many standard errors above 0, plus one for each tenth of a step that it is below a fifth."""
+MAX_P_VALUE = 0.001
+"""With a smaller z-score, the probability that the long steps hit that rank by chance must be below this."""
+LONG_STEP_SHARE = 0.25
+"""A long step exceeds the others' usual own work by at least this share of a mean step."""
+MAX_TRIALS = 1000
+"""With more long steps than this, the probability is not computed: twice the expected number is enough."""
+SIMILAR_SLOWDOWN_SHARE = 0.25
+"""If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
+SIMILAR_MIN_Z_SCORE = 2.0
+"""The excess of that second part must be this many standard errors above 0."""
+LACKING_SHARE = 0.15
+"""A rank whose main thread waited for a core for this share of its ready time, twice the others', lacks a core."""
+
+_BATCHES = 8
+_MIN_MEASURED = 20
+
+
+def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return a finding per group of late ranks, and the parts with their work replaced by that of the others."""
+    if not segments.grouped or len(segments.ranks) < 2:
+        return [], {}
+
+    late = find_late(segments, facts)
+    without_stragglers = _without_stragglers(segments, late)
+    if late and saved_ns(segments, without_stragglers) < GAIN_SHARE * segments.step_ns:
+        # Other ranks are late as often; a small difference on average is no fault.
+        late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
+        without_stragglers = _without_stragglers(segments, late)
+
+    return [_finding(segments, facts, one) for one in late], without_stragglers
+
+
+def _without_stragglers(segments: Segments, late: list[LateRanks]) -> dict[str, Floats]:
+    without_stragglers: dict[str, Floats] = {}
+    for one in late:
+        for part in one.by_part_ns if one.everywhere else (one.part,):
+            without_stragglers[part] = with_typical_work(
+                without_stragglers.get(part, segments.parts[part]), one.rows, one.others
+            )
+
+    return without_stragglers
+
+
+def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
+    """Return the groups of late ranks, the largest excess first."""
+    remaining = np.arange(len(segments.ranks))
+    found: list[LateRanks] = []
+    # One group of late ranks may hide a second one with another cause; a third waits for the next diagnosis.
+    for _ in range(2):
+        if len(remaining) < 2:
+            break
+
+        rows, others = (remaining[part] for part in divide_ranks(segments.own[remaining].mean(axis=1)))
+        groups = _late_groups(segments, facts, rows, others)
+        if not groups:
+            break
+
+        found += groups
+        remaining = others
+
+    return found
+
+
+def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Divide the ranks by mean own work: (those with a third of the largest excess or more, the others)."""
+    base, late = float(means.min()), np.zeros(len(means), bool)
+    for _ in range(3):
+        late = means - base > SAME_GROUP_SHARE * (float(means.max()) - base)
+        base = float(np.median(means[~late]))
+
+    return np.flatnonzero(late), np.flatnonzero(~late)
+
+
+def _mean_of_others(values: Floats) -> Floats:
+    """Return the mean work of the other ranks in each step.
+
+    It is not the median: with skewed noise, the median of several ranks is below the mean of each of them.
+    """
+    return np.asarray(values.mean(axis=0))
+
+
+def _late_groups(
+    segments: Segments, facts: JobFacts, rows: NDArray[np.intp], others: NDArray[np.intp]
+) -> list[LateRanks]:
+    reference = {part: _mean_of_others(values[others]) for part, values in segments.parts.items()}
+    own = _mean_of_others(segments.own[others])
+    excess = (segments.own[rows] - own).mean(axis=1)
+    spread = float((segments.own[others].mean(axis=1) - own.mean()).max())
+    # All other ranks must be clearly apart from the late ones.
+    if not len(rows) or float(excess.min()) < MIN_EXCESS_RATIO * max(spread, 0.0):
+        return []
+
+    groups: dict[tuple[str, bool], list[int]] = {}
+    for row, mean in zip(rows.tolist(), excess.tolist(), strict=True):
+        if mean < max(EXCESS_SHARE * segments.step_ns, EXCESS_NS) or not _is_significant(
+            segments, row, others, reference
+        ):
+            continue
+
+        part, everywhere = _blamed_part(segments, facts, row, reference, mean)
+        if part and not (everywhere and not _persists(segments.own[row] - own, segments)):
+            groups.setdefault((part, everywhere), []).append(row)
+
+    found = [_late(segments, np.array(group), others, *cause) for cause, group in groups.items()]
+    return sorted(found, key=lambda late: -late.excess_ns)
+
+
+def _blamed_part(
+    segments: Segments, facts: JobFacts, row: int, reference: Mapping[str, Floats], excess: float
+) -> tuple[str | None, bool]:
+    """Return (the part to blame or None, whether the rank is slower in everything)."""
+    by_part = {part: float((values[row] - reference[part]).mean()) for part, values in segments.parts.items()}
+    positive = sum(value for value in by_part.values() if value > 0)
+    part = max(by_part, key=lambda name: by_part[name])
+    everywhere = by_part[part] < DOMINANCE * positive or _is_slower_overall(segments, row, reference, part)
+    seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
+    chancy = seldom or facts.oversubscribed or _lacks_core(facts, int(segments.ranks[row]))
+    floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
+    if excess < floor * segments.step_ns or (everywhere and facts.oversubscribed):
+        return None, everywhere
+
+    return part, everywhere
+
+
+def _is_slower_overall(segments: Segments, row: int, reference: Mapping[str, Floats], part: str) -> bool:
+    """Return whether another computing part is slower by a similar factor: then the rank is slower, not that part."""
+    if part not in COMPUTE:
+        return False
+
+    base = {name: max(float(reference[name].mean()), 1.0) for name in COMPUTE if name in reference}
+    excess = {name: _measured_steps(segments, name, segments.parts[name][row] - reference[name]) for name in base}
+    least = SIMILAR_SLOWDOWN_SHARE * float(excess[part].mean()) / base[part]
+    return any(
+        float(excess[name].mean()) / base[name] >= least and _errors(excess[name]) >= SIMILAR_MIN_Z_SCORE
+        for name in base
+        if name != part and base[name] >= 0.01 * sum(base.values())
+    )
+
+
+def _lacks_core(facts: JobFacts, rank: int) -> bool:
+    """Return whether this rank waited for a core, more than the others."""
+    others = [share for other, share in facts.main_wait.items() if other != rank]
+    mine = facts.main_wait.get(rank, 0.0)
+    return bool(others) and mine >= LACKING_SHARE and mine >= 2 * float(np.median(others))
+
+
+def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:
+    """Return whether the excess is not chance: it is steady, or nearly all long steps are of this rank."""
+    excess = {part: values[row] - reference[part] for part, values in segments.parts.items()}
+    backward = excess.pop("backward", np.zeros(1, np.float32))
+    steady = [np.sum(list(excess.values()), axis=0), _measured_steps(segments, "backward", backward)]
+    (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
+    share = (mean + mean_backward) / segments.step_ns
+    needed = MIN_Z_SCORE + 10 * max(0.0, 0.2 - share)
+    if mean + mean_backward >= needed * hypot(error, error_backward):
+        return True
+
+    backward = segments.parts.get("backward", np.zeros_like(segments.own))
+    counts = _long(segments, segments.own - backward, others) + _long(segments, backward[:, segments.measured], others)
+    hits = int(counts[row])
+    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < MAX_P_VALUE
+
+
+def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Return the number of steps per rank with much more work than the others' usual."""
+    if not values.size:
+        return np.zeros(len(values), np.int64)
+
+    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * segments.step_ns, EXCESS_NS)
+    return np.asarray((values > limit).sum(axis=1))
+
+
+def chance_of(hits: int, trials: int, probability: float) -> float:
+    """Return the probability of at least this many hits by chance."""
+    terms = (comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(hits, trials + 1))
+    return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)
+
+
+def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:
+    """Return the steps in which the part was measured; in the others backward is a mean without its noise."""
+    return values[segments.measured] if part == "backward" and segments.measured.size == values.size else values
+
+
+def _mean_and_error(values: Floats) -> tuple[float, float]:
+    """Return the mean and its standard error, from the means of batches of steps, as noise may last some steps."""
+    number = min(max(len(values) // 10, _BATCHES), 2 * _BATCHES, len(values))
+    batches = [float(batch.mean()) for batch in np.array_split(values, number)]
+    error = float(np.std(batches, ddof=1)) / len(batches) ** 0.5 if len(batches) > 1 else 0.0
+    return float(np.mean(batches)), max(error, 1.0)
+
+
+def _errors(values: Floats) -> float:
+    mean, error = _mean_and_error(values)
+    return mean / error
+
+
+def _persists(excess: Floats, segments: Segments) -> bool:
+    halves = np.array_split(excess, 2)
+    return min(float(half.mean()) for half in halves) >= EVERYWHERE_SHARE * segments.step_ns
+
+
+def _late(
+    segments: Segments, rows: NDArray[np.intp], others: NDArray[np.intp], part: str, everywhere: bool
+) -> LateRanks:
+    by_part = {
+        name: float((values[rows].mean(axis=0) - _mean_of_others(values[others])).mean())
+        for name, values in segments.parts.items()
+    }
+    positive = {name: value for name, value in by_part.items() if value > 0}
+    excess = float((segments.own[rows].mean(axis=0) - _mean_of_others(segments.own[others])).mean())
+    dominance = by_part[part] / max(sum(positive.values()), 1.0)
+    return LateRanks(
+        rows=rows,
+        others=others,
+        part=part,
+        excess_ns=excess,
+        dominance=dominance,
+        everywhere=everywhere,
+        by_part_ns=positive,
+    )
+
+
+def straggler_kind(part: str) -> Kind:
+    """Return the kind of finding for ranks that are late in a part of the step."""
+    if part == "input_wait":
+        return Kind.INPUT_STRAGGLER
+
+    if part == "h2d":
+        return Kind.H2D_STRAGGLER
+
+    if part == "checkpoint":
+        return Kind.CHECKPOINT_STALLS
+
+    return Kind.COMPUTE_STRAGGLER if part in COMPUTE else Kind.STRAGGLER
+
+
+def _finding(segments: Segments, facts: JobFacts, late: LateRanks) -> Finding:
+    blamed = tuple(late.by_part_ns) if late.everywhere else (late.part,)
+    saved = saved_ns(
+        segments, {part: with_typical_work(segments.parts[part], late.rows, late.others) for part in blamed}
+    )
+    # Ranks late in turns cost more than the mean of each; with two causes at once, fixing one gains less than its cost.
+    share = min(max(late.excess_ns, saved) / segments.step_ns, 1.0)
+    ranks = tuple(int(rank) for rank in segments.ranks[late.rows])
+    gain = speedup(segments, saved)
+    kind = straggler_kind(late.part)
+    mine = float(segments.parts[late.part][late.rows].mean()) / segments.step_ns
+    others = [int(rank) for rank in segments.ranks[late.others]]
+    line = None if late.everywhere else blamed_line(facts.lines, late.part, mine, ranks, others)
+    return Finding(
+        kind=kind,
+        severity=kind.severity_for(share),
+        ranks=ranks,
+        phase=late.part,
+        summary=_summary(segments, late, ranks, share, gain, line),
+        next=advice.for_straggler(None if late.everywhere else late.part, ranks, facts, line),
+        evidence=_evidence(segments, facts, late, ranks) | (line.evidence(mine) if line else {}),
+        cost_share=share,
+        speedup_if_fixed=gain,
+    )
+
+
+def _summary(
+    segments: Segments,
+    late: LateRanks,
+    ranks: tuple[int, ...],
+    share: float,
+    gain: float,
+    line: BlamedLine | None,
+) -> str:
+    subject = f"{capitalized(ranks_text(ranks))} {'slow' if len(ranks) > 1 else 'slows'} the others down"
+    own = segments.parts[late.part]
+    mine, others = float(own[late.rows].mean()), float(_mean_of_others(own[late.others]).mean())
+    if late.everywhere:
+        return (
+            f"{subject}: slower in every part of the step, {ns_text(late.excess_ns)} more own work per step than the "
+            f"others (most of it in {phase_words(late.part)}); without it the run would be {gain_text(gain)}."
+        )
+
+    where = line.of_it if line else ""
+    whose = "their" if len(ranks) > 1 else "its"
+    return (
+        f"{subject}: {whose} {phase_words(late.part)} takes {ns_text(mine)}, {ns_text(mine - others)} more than the "
+        f"others' ({ns_text(others)}){where}; that costs {percent_text(share)} of step time, and without it the run "
+        f"would be {gain_text(gain)}."
+    )
+
+
+def _evidence(segments: Segments, facts: JobFacts, late: LateRanks, ranks: tuple[int, ...]) -> dict[str, object]:
+    own = segments.parts[late.part]
+    mine = own[late.rows].mean(axis=0)
+    others = _mean_of_others(own[late.others])
+    often = float((mine - others > 0.5 * max((mine - others).max(), 1.0)).mean())
+    evidence: dict[str, object] = {
+        "step_ms": segments.step_ns / 1e6,
+        "own_ms": float(mine.mean()) / 1e6,
+        "others_ms": float(others.mean()) / 1e6,
+        "excess_ms": late.excess_ns / 1e6,
+        "excess_ms_by_phase": {name: value / 1e6 for name, value in late.by_part_ns.items()},
+        "dominance": late.dominance,
+        "share_of_steps_late": often,
+        "steps": segments.own.shape[1],
+    }
+    hosts = {str(rank): facts.hosts[rank] for rank in ranks if rank in facts.hosts}
+    waits = {str(rank): facts.main_wait[rank] for rank in ranks if rank in facts.main_wait}
+    return {**evidence, **({"hosts": hosts} if hosts else {}), **({"cpu_wait_share": waits} if waits else {})}

@@ -1,0 +1,132 @@
+"""Simulated data loading: step times with other numbers of loader workers, on the cores that there are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import busy_share
+from traceml.diagnosis.steps.segments import Segments
+
+__all__ = ["Pipeline", "pipeline_of"]
+
+TAKE_NS = 3e5
+"""Time that the training process takes to receive a batch from a worker."""
+ENOUGH = 0.95
+"""More workers are not advised if they shorten the step by less than this factor."""
+COUNTS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Numbers of workers that are tried."""
+RARE_WAITS = 0.6
+"""With n workers, one step in n waits for all of them; waits in less than this share of such steps are pauses."""
+_LONG_WAIT = 3.0
+_HELD_SHARE = 0.8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """A training step, and the making of its batch in this process or in workers.
+
+    Attributes:
+        fetch_ns: wall time that one process takes for a batch.
+        fetch_cpu: share of it on a CPU core, 0..1; 1 where that is not known.
+        rest_ns: wall time of the step without waiting for data.
+        rest_cores: mean number of cores that the training process uses meanwhile.
+        cores: cores of a rank; None where not known.
+        workers: loader workers now; 0 where the training process fetches by itself.
+    """
+
+    fetch_ns: float
+    fetch_cpu: float
+    rest_ns: float
+    rest_cores: float = 1.0
+    cores: int | None = None
+    workers: int = 0
+
+    def step_ns(self, workers: int) -> float:
+        """Return the step time with so many workers: that of the training, of the workers, or of the cores."""
+        if not workers:
+            return self.rest_ns + self.fetch_ns
+
+        slowest = max(self.rest_ns + TAKE_NS, self.fetch_ns / workers)
+        return max(slowest, self._cpu_ns / self.cores) if self.cores else slowest
+
+    def best_workers(self) -> int:
+        """Return the smallest number of workers that gives nearly the shortest step."""
+        times = {count: self.step_ns(count) for count in COUNTS}
+        return min(count for count, time in times.items() if ENOUGH * time <= min(times.values()))
+
+    def gain(self, workers: int) -> float:
+        """Return old / new step time with so many workers."""
+        return self.step_ns(self.workers) / self.step_ns(workers)
+
+    def gain_with(self, fetch_share: float, workers: int | None = None) -> float:
+        """Return old / new step time if fetching took this share of its time.
+
+        Args:
+            fetch_share: new / old time of a batch.
+            workers: number of workers then; None for that of now.
+        """
+        cheaper = replace(self, fetch_ns=self.fetch_ns * fetch_share)
+        return self.step_ns(self.workers) / cheaper.step_ns(self.workers if workers is None else workers)
+
+    @property
+    def takes_cpu(self) -> bool:
+        """Whether a fetch computes more than it waits."""
+        return self.fetch_cpu >= 0.5
+
+    @property
+    def _cpu_ns(self) -> float:
+        return self.rest_ns * self.rest_cores + self.fetch_ns * self.fetch_cpu
+
+
+def pipeline_of(segments: Segments, facts: JobFacts, wait_ns: float) -> Pipeline | None:
+    """Return the loading of a window; None where the waits are pauses, which tell nothing about a usual batch.
+
+    Args:
+        segments: the window.
+        facts: about the job.
+        wait_ns: mean wait for data per step.
+    """
+    workers = (facts.loader.num_workers if facts.loader else None) or 0
+    if workers and are_pauses(segments, workers):
+        return None
+
+    rest_ns = max(segments.step_ns - wait_ns, 1.0)
+    if workers:  # each makes batches all the time, as the training waits for them
+        fetch_ns, busy = workers * segments.step_ns, facts.workers_busy
+    else:
+        fetch_ns, busy = wait_ns, _fetch_cpu(facts)
+
+    rest_cores = _rest_cores(segments, facts, rest_ns, 0.0 if workers else fetch_ns * (busy or 0.0))
+    fetch_cpu = 1.0 if busy is None else busy
+    cores = facts.cores_per_rank
+    if workers and cores:  # they cannot have used more than there is
+        fetch_cpu = min(fetch_cpu, max(cores * segments.step_ns - rest_ns * rest_cores, 0.0) / fetch_ns)
+
+    return Pipeline(
+        fetch_ns=fetch_ns, fetch_cpu=fetch_cpu, rest_ns=rest_ns, rest_cores=rest_cores, cores=cores, workers=workers
+    )
+
+
+def are_pauses(segments: Segments, workers: int) -> bool:
+    """Return whether nearly all waiting is in few steps: fewer than one in `workers`."""
+    per_step = segments.parts["input_wait"].mean(axis=0)
+    long = per_step > _LONG_WAIT * float(per_step.mean())
+    held = float(per_step[long].sum()) / max(float(per_step.sum()), 1.0)
+    return held >= _HELD_SHARE and float(long.mean()) < RARE_WAITS / workers
+
+
+def _fetch_cpu(facts: JobFacts) -> float | None:
+    """Return the share of a fetch by the training thread in which it computes, or waits for a core to do so."""
+    busy = busy_share(facts.lines, "input_wait")
+    return None if busy is None else min(busy / max(1.0 - facts.wait_share, 0.05), 1.0)
+
+
+def _rest_cores(segments: Segments, facts: JobFacts, rest_ns: float, fetch_cpu_ns: float) -> float:
+    if not facts.busy_cores:
+        return 1.0
+
+    busy_ns = float(np.median(list(facts.busy_cores.values()))) * segments.step_ns
+    return max((busy_ns - fetch_cpu_ns) / rest_ns, 0.0)

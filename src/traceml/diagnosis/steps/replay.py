@@ -1,0 +1,62 @@
+"""Estimated speedup: recompute step times without the work that a finding is about.
+
+A step takes as long as the own work of the slowest rank, plus time that no rank's work explains. Replacing own work
+therefore shortens a step by the gain of the slowest rank, not by the gain of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
+
+__all__ = ["new_step_times", "saved_ns", "speedup", "with_typical_work", "without_rare"]
+
+
+def new_step_times(segments: Segments, changed: Mapping[str, Floats]) -> Floats:
+    """Return the time of each step with the own work of some parts replaced.
+
+    Args:
+        segments: the window.
+        changed: part -> its new own work in nanoseconds, rank x segment.
+    """
+    own = segments.own + sum(values - segments.parts[part] for part, values in changed.items())
+    gained = segments.own.max(axis=0) - own.max(axis=0) if segments.grouped else (segments.own - own).mean(axis=0)
+    return np.asarray(np.maximum(segments.step - gained, 0))
+
+
+def saved_ns(segments: Segments, changed: Mapping[str, Floats]) -> float:
+    """Return the nanoseconds by which the mean step would be shorter."""
+    return segments.step_ns - float(new_step_times(segments, changed).mean())
+
+
+def speedup(segments: Segments, saved: float) -> float:
+    """Return old / new step time if a step saves this many nanoseconds."""
+    return segments.step_ns / max(segments.step_ns - max(saved, 0.0), 1.0)
+
+
+def with_typical_work(values: Floats, late: NDArray[np.intp], others: NDArray[np.intp]) -> Floats:
+    """Return a part's own work with that of the late ranks replaced by that of a typical other rank.
+
+    Use a typical rank's work, shifted by one step: a median over ranks would be less noisy than a real rank.
+    """
+    means = values[others].mean(axis=1)
+    typical = others[int(np.argsort(means)[len(means) // 2])]
+    changed = values.copy()
+    changed[late] = np.roll(values[typical], 1)
+    return changed
+
+
+def without_rare(values: Floats, share: float = 0.05) -> Floats:
+    """Return the values with the largest `share` of each rank's steps cut to the next largest."""
+    steps = values.shape[1]
+    keep = steps - max(2, int(np.ceil(share * steps)))
+    if keep < 1:
+        return values
+
+    ceiling = np.partition(values, keep - 1, axis=1)[:, keep - 1 : keep]
+    return np.minimum(values, ceiling)

@@ -1,0 +1,143 @@
+"""Own work between sync points: the work of each rank, and its waiting for the others.
+
+In data-parallel training all ranks leave backward together, so their wall times are equal; their own work between two
+such points is not. Rules compare the sums of own work over a window, part by part. The optimizer's time in a row comes
+after the row's sync point and delays the next one, so it is counted there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.steps.step_split import PHASES, Floats, has_group
+from traceml.diagnosis.steps.window import Window
+
+__all__ = ["COMPUTE", "LateRanks", "Segments", "median_over_ranks", "segments_of"]
+
+COMPUTE = ("forward", "backward", "optimizer")
+"""The parts that are computation."""
+
+# In a group these are split or shifted; user phases are parts by name.
+_SPLIT = {"backward", "optimizer", "comm", "user"}
+_MIN_MEASURED = 5
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Own work of each rank, by part of the step, between the sync points of a window.
+
+    Attributes:
+        ranks: the ranks, one per row.
+        parts: phase or user phase -> own work in nanoseconds, rank x segment. In a group `backward` is own work only,
+            and collectives are in no part.
+        own: the parts' sum.
+        step: wall time of each step, the mean over ranks.
+        wait: least waiting over ranks, in nanoseconds, of the steps that measured it.
+        grouped: whether the ranks wait for each other.
+        backward_known: whether own backward is separated from waiting.
+        measured: steps in which it was measured; in the others `backward` is the rank's mean.
+        device: whether these are device times.
+        begins: steps whose predecessor is not in the window.
+    """
+
+    ranks: NDArray[np.int64]
+    parts: Mapping[str, Floats]
+    own: Floats
+    step: Floats
+    wait: Floats
+    grouped: bool
+    backward_known: bool
+    measured: NDArray[np.bool_]
+    device: bool
+    begins: NDArray[np.bool_]
+
+    @property
+    def step_ns(self) -> float:
+        """Mean wall time of a step."""
+        return max(float(self.step.mean()), 1.0)
+
+    @property
+    def compute_ns(self) -> float:
+        """Mean own computation of a step, over ranks."""
+        return float(sum(self.parts[part].mean() for part in COMPUTE if part in self.parts))
+
+    def changed(self, parts: Mapping[str, Floats], step: Floats) -> Segments:
+        """Return the window with some parts' own work and the steps' wall time replaced."""
+        merged = {**self.parts, **parts}
+        own = sum(merged.values(), np.zeros_like(self.own))
+        return replace(self, parts=merged, own=own, step=step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateRanks:
+    """Ranks that are late for the same reason; `rows` and `others` are indices of the window's ranks."""
+
+    rows: NDArray[np.intp]
+    others: NDArray[np.intp]
+    part: str
+    excess_ns: float
+    dominance: float
+    everywhere: bool
+    by_part_ns: Mapping[str, float]
+
+
+def segments_of(window: Window, facts: JobFacts) -> Segments:
+    """Return the window's own work, with or without a process group."""
+    grouped = _grouped(window, facts)
+    parts = _user_parts(window)
+    parts.update({name: window.times[name] for name in PHASES if name not in _SPLIT})
+    parts["optimizer"] = _behind_sync(window) if grouped else window.times["optimizer"]
+    measured = window.measured
+    known = not grouped or int(measured.sum()) >= _MIN_MEASURED
+    if not grouped:
+        parts["backward"], parts["comm"] = window.times["backward"], window.times["comm"]
+    elif known:
+        parts["backward"] = window.own_backward
+
+    parts = {name: values for name, values in parts.items() if values.any()}
+    own = sum(parts.values(), np.zeros_like(window.total))
+    wait = _least(window.wait[:, measured]) if grouped and known else np.empty(0, np.float32)
+    step = window.total.mean(axis=0)
+    return Segments(window.ranks, parts, own, step, wait, grouped, known, measured, window.device, window.begins)
+
+
+def median_over_ranks(values: Floats) -> Floats:
+    """Return the median over ranks of each step."""
+    if len(values) <= 2:
+        return np.asarray(values.mean(axis=0))
+
+    return np.asarray(np.median(values, axis=0))
+
+
+def _grouped(window: Window, facts: JobFacts) -> bool:
+    if not has_group(max(facts.world_size, len(window.ranks)), facts.group):
+        return False
+
+    # Ranks that reported no group are in one if they did what only a group does.
+    return facts.group or bool(not np.isnan(window.backward_own).all() or window.times["comm"].any())
+
+
+def _user_parts(window: Window) -> dict[str, Floats]:
+    parts = {name if name not in window.times else f"phase {name}": values for name, values in window.user.items()}
+    rest = np.maximum(window.times["user"] - sum(window.user.values(), np.float32(0)), 0)
+    # Rows of user phases are in a separate table and may be missing for the newest steps.
+    return {**parts, "user": rest} if rest.mean() > 0.01 * max(window.times["user"].mean(), 1.0) else parts
+
+
+def _behind_sync(window: Window) -> Floats:
+    """Return the optimizer's work in the segment after its step; where that is unknown, the step's own."""
+    optimizer = window.times["optimizer"]
+    return np.where(window.begins, optimizer, np.roll(optimizer, 1, axis=1))
+
+
+def _least(wait: Floats) -> Floats:
+    # Of thousands of ranks one always waits least by chance: the 5th percentile is more stable.
+    if len(wait) < 40:
+        return np.asarray(wait.min(axis=0))
+
+    return np.asarray(np.quantile(wait, 0.05, axis=0))

@@ -1,0 +1,379 @@
+"""Aligned steps: the same steps of all ranks, as arrays for the rules.
+
+`StepWindow` takes rows as they arrive, for thousands of ranks at a time; `Window` has the steps that all ranks have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import PHASE_COLUMNS, PHASE_LABELS, STEPS
+from traceml.diagnosis.steps.step_split import (
+    DEVICE_LABELS,
+    Floats,
+    named_times,
+    put_device_times,
+    split_backward,
+    spread_device_times,
+)
+
+__all__ = ["MAX_CELLS", "MAX_USER_PHASES", "SET_UP_STEPS", "Ints", "Rows", "StepWindow", "Window", "slots_for"]
+
+Ints = NDArray[np.int64]
+Rows = NDArray[np.void]
+
+# The durations of a step row are neighbors, so one slice of the row matrix holds them all.
+_DURATIONS = slice(STEPS.index["total_ns"], STEPS.index["backward_own_ns"] + 1)
+_POSITION = {name: position for position, name in enumerate(STEPS.names[_DURATIONS])}
+_DEVICE_VALUES = (*DEVICE_LABELS, "backward_own")
+
+# A live window of 10,000 ranks is cut to 64 steps: the rules' cost grows with ranks x steps.
+MAX_CELLS = 640_000
+"""Most steps of all ranks together that a window has."""
+_MIN_STEPS = 20
+SET_UP_STEPS = 10
+"""First steps of a run that a diagnosis leaves out, as they include set-up."""
+MAX_USER_PHASES = 32
+"""Names of user phases beyond these count as `other`."""
+
+
+def slots_for(ranks: int) -> int:
+    """Return the number of steps to keep per rank: 4,096 for a few ranks, 128 for ten thousand (62 MB)."""
+    slots = 4096
+    while slots > 128 and slots * max(ranks, 1) > 131_072:
+        slots //= 2
+
+    return slots
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps that all ranks have.
+
+    Attributes:
+        ranks: the ranks, one per row of the arrays.
+        steps: the training steps, one per column.
+        times: phase (`PHASES`) -> nanoseconds, rank x step. They add up to `total`.
+        total: wall time of each step in nanoseconds.
+        backward_own: backward until the last local gradient, at most all of it; NaN where not measured.
+        user: the user's phases by name, in nanoseconds; their sum is `times["user"]`.
+        missing_ranks: ranks with rows, but with none of these steps.
+        device: whether device times replace the CPU times of the device's phases; see `step_split`.
+    """
+
+    ranks: Ints
+    steps: Ints
+    times: Mapping[str, Floats]
+    total: Floats
+    backward_own: Floats
+    user: Mapping[str, Floats] = field(default_factory=dict)
+    missing_ranks: tuple[int, ...] = ()
+    device: bool = False
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @cached_property
+    def begins(self) -> NDArray[np.bool_]:
+        """Steps whose predecessor is not in the window: the first step of each block of consecutive ones."""
+        return np.asarray(np.diff(self.steps, prepend=-2) != 1)
+
+    @cached_property
+    def wait(self) -> Floats:
+        """Waiting for other ranks and for the network: inside backward, and in collectives; NaN where unknown."""
+        return self.times["backward"] - self.backward_own + self.times["comm"]
+
+    @cached_property
+    def measured(self) -> NDArray[np.bool_]:
+        """Steps in which every rank measured its own backward."""
+        if not len(self.ranks):
+            return np.zeros(len(self.steps), bool)
+
+        return np.asarray(~np.isnan(self.backward_own).any(axis=0))
+
+    @cached_property
+    def own_mean(self) -> Floats:
+        """Mean own backward of each rank over the steps that measured it; NaN where none did."""
+        known = ~np.isnan(self.backward_own)
+        count = known.sum(axis=1)
+        whole = np.where(known, self.backward_own, 0).sum(axis=1, dtype=np.float64)
+        return np.where(count > 0, whole / np.maximum(count, 1), np.nan)
+
+    @property
+    def own_backward(self) -> Floats:
+        """Own backward of each step. Where it was not measured, it is the rank's mean, without the noise of waiting."""
+        return np.where(np.isnan(self.backward_own), self.own_mean[:, None].astype(np.float32), self.backward_own)
+
+    def named_times(self) -> dict[str, Floats]:
+        """Return the phases of each step, the user's phases by name; they add up to `total`."""
+        return named_times(self.times, self.user)
+
+    def mean_split(self, *, grouped: bool) -> dict[str, Floats]:
+        """Return mean nanoseconds per step by phase and rank: own work, and waiting as `comm`.
+
+        Args:
+            grouped: whether the ranks wait for each other; see `has_group`.
+        """
+        steps = max(len(self), 1)
+        means = {name: values.sum(axis=1, dtype=np.float64) / steps for name, values in self.named_times().items()}
+        return split_backward(means, self.own_mean, grouped=grouped)
+
+    def select(self, columns: slice | NDArray[np.bool_]) -> Window:
+        """Return the same ranks with some of the steps."""
+        return Window(
+            self.ranks,
+            self.steps[columns],
+            {name: values[:, columns] for name, values in self.times.items()},
+            self.total[:, columns],
+            self.backward_own[:, columns],
+            {name: values[:, columns] for name, values in self.user.items()},
+            self.missing_ranks,
+            self.device,
+        )
+
+
+class StepWindow:
+    """The last rows of every rank: a ring of `slots` steps for each, which is added when the rank arrives.
+
+    The rows of a rank must arrive in order. A rank that starts again from step 0 overwrites its earlier rows.
+    Durations are kept as float32 (a step of ten seconds to the microsecond), 48 bytes per rank and step.
+
+    Args:
+        slots: steps kept per rank; see `slots_for`.
+        ranks: ranks to allocate now; more are added as they arrive.
+    """
+
+    def __init__(self, slots: int, ranks: int = 0) -> None:
+        self.slots = slots
+        self._capacity = 0
+        self._latest = np.empty(0, np.int64)
+        self._ended = np.empty(0, bool)
+        self._end_ns = np.empty(0, np.int64)
+        self._step = np.empty(0, np.int64)
+        self._values = np.empty((0, len(_POSITION)), np.float32)
+        self._user: dict[str, tuple[NDArray[np.int32], Floats]] = {}
+        self._device: tuple[Ints, Floats] | None = None
+        self._grow(ranks)
+
+    @property
+    def latest(self) -> Ints:
+        """Last step of each rank by rank index, -1 before the first."""
+        return self._latest[: self._capacity]
+
+    @property
+    def end_ns(self) -> Ints:
+        """Monotonic timestamp at the end of each rank's last step, by rank index."""
+        return self._end_ns[: self._capacity]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the rings."""
+        held = [self._step, self._values, *(array for pair in self._user.values() for array in pair)]
+        return sum(array.nbytes for array in [*held, *(self._device or ())])
+
+    def scatter(self, rank_indices: Ints, rows: Rows) -> None:
+        """Take step rows of many ranks at once.
+
+        Args:
+            rank_indices: the rank of each row; the rows of a rank in order, ranks in any order.
+            rows: rows of `schema.STEPS`.
+        """
+        if not len(rows):
+            return
+
+        matrix = np.ascontiguousarray(rows).view(np.int64).reshape(len(rows), -1)
+        self._grow(int(rank_indices.max()) + 1)
+        steps = matrix[:, STEPS.index["step"]]
+        at = self._cells(rank_indices, steps)
+        self._step[at] = steps
+        self._values[at] = matrix[:, _DURATIONS]
+        # Of a repeated index the last value stays, which is the rank's newest row.
+        self._latest[rank_indices] = steps
+        self._end_ns[rank_indices] = matrix[:, STEPS.index["t_end_ns"]]
+
+    def scatter_user(self, rank_index: int, rows: Rows, names: Mapping[int, str]) -> None:
+        """Take rows of `schema.USER_PHASES` of one rank.
+
+        Phases beyond the first 32 names remain in the step row's sum.
+
+        Args:
+            rank_index: the rank.
+            rows: its rows.
+            names: its names by id.
+        """
+        self._grow(rank_index + 1)
+        for name_id in np.unique(rows["name_id"]).tolist():
+            name = names.get(name_id, f"phase {name_id}")
+            if name not in self._user and len(self._user) >= MAX_USER_PHASES:
+                continue
+
+            of_name = rows[rows["name_id"] == name_id]
+            steps, values = self._user_ring(name)
+            at = self._cells(rank_index, of_name["step"])
+            steps[at] = of_name["step"]
+            values[at] = of_name["ns"]
+
+    def scatter_device(self, rank_indices: Ints, rows: Rows) -> None:
+        """Take rows of `schema.DEVICE_STEPS`; they arrive some steps later than the step rows."""
+        if not len(rows):
+            return
+
+        self._grow(int(rank_indices.max()) + 1)
+        if self._device is None:
+            cells = self._capacity * self.slots
+            self._device = np.full(cells, -1, np.int64), np.zeros((cells, len(_DEVICE_VALUES)), np.float32)
+
+        steps, values = self._device
+        at = self._cells(rank_indices, rows["step"])
+        steps[at] = rows["step"]
+        for column, name in enumerate(_DEVICE_VALUES):
+            values[at, column] = rows[f"{name}_ns"]
+
+    def end(self, rank_index: int) -> None:
+        """Record that this rank has no further steps: the others are no longer aligned with it."""
+        self._grow(rank_index + 1)
+        self._ended[rank_index] = True
+
+    def clear(self, rank_index: int) -> None:
+        """Drop a rank's rows, as it starts again (a new attempt)."""
+        self._grow(rank_index + 1)
+        self._ended[rank_index], self._latest[rank_index] = False, -1
+        self._step[rank_index * self.slots : (rank_index + 1) * self.slots] = -1
+
+    def aligned(self, last: int = 200, skip_first: int = SET_UP_STEPS) -> Window:
+        """Return the newest steps that all live ranks have.
+
+        Ranks that ended, or that are behind by more than half the ring, are left out. When all ranks have ended, the
+        steps they had in common are returned.
+
+        Args:
+            last: maximum number of steps (less for thousands of ranks).
+            skip_first: number of first steps to leave out, as they include set-up. Fewer are left out if less than 20
+                steps would remain, but never less than 3.
+        """
+        chosen, missing_ranks = self._candidates()
+        if not len(chosen):
+            return self._window(chosen, np.empty(0, np.int64), missing_ranks)
+
+        newest = int(self._latest[chosen].min())
+        last = min(last, self.slots, max(_MIN_STEPS, MAX_CELLS // len(chosen)))
+        skip = min(skip_first, max(3, newest + 1 - _MIN_STEPS))
+        steps = self._steps_until(newest, last)
+        steps = steps[steps >= skip]
+        found = self._step[self._cells(chosen[:, None], steps)] == steps
+        # A rank that lost many rows must not remove the steps of all others.
+        coverage = found.mean(axis=1) if len(steps) else np.ones(len(chosen))
+        kept = coverage >= 0.5 * coverage.max()
+        missing_ranks = (*missing_ranks, *chosen[~kept].tolist())
+        return self._window(chosen[kept], steps[found[kept].all(axis=0)], missing_ranks)
+
+    def held(self, rank_index: int) -> Window:
+        """Return all steps kept of one rank, in order."""
+        mine = self._step[rank_index * self.slots : (rank_index + 1) * self.slots]
+        latest = int(self._latest[rank_index])
+        # Rows from before a restart at step 0 are above the latest step.
+        steps = np.sort(mine[(mine >= 0) & (mine <= latest) & (mine > latest - self._reach)])
+        return self._window(np.array([rank_index], np.int64), steps, ())
+
+    @property
+    def _reach(self) -> int:
+        """Number of steps from the oldest one that may be kept to the newest."""
+        return self.slots
+
+    def _cells(self, ranks: Ints | int, steps: Ints) -> Ints:
+        """Return the indices at which steps of ranks are kept."""
+        return np.asarray(ranks * self.slots + steps % self.slots)
+
+    def _steps_until(self, newest: int, last: int) -> Ints:
+        """Return the steps that may be kept up to the newest, at most `last`, in order."""
+        return np.arange(max(newest - last + 1, 0), newest + 1, dtype=np.int64)
+
+    def _candidates(self) -> tuple[Ints, tuple[int, ...]]:
+        seen = self._latest >= 0
+        live = seen & ~self._ended
+        if not live.any():
+            live = seen
+
+        if not live.any():
+            return np.empty(0, np.int64), ()
+
+        near = live & (self._latest > self._latest[live].max() - max(self._reach // 2, 1))
+        return np.flatnonzero(near), tuple(np.flatnonzero(live & ~near).tolist())
+
+    def _window(self, ranks: Ints, steps: Ints, missing_ranks: tuple[int, ...]) -> Window:
+        at = self._cells(ranks[:, None], steps)
+        values = np.ascontiguousarray(np.moveaxis(self._values[at], -1, 0))
+        total, own = values[_POSITION["total_ns"]], values[_POSITION["backward_own_ns"]]
+        own[own < 0] = np.nan
+        times = {label: values[_POSITION[name]] for label, name in zip(PHASE_LABELS, PHASE_COLUMNS, strict=True)}
+        device = self._replace_by_device(times, own, total, at, steps)
+        np.minimum(own, times["backward"], out=own)
+        times["other"] = np.maximum(total - sum(times.values()), 0)
+        user = {name: self._user_values(name, at, steps) for name in self._user}
+        if device and user:
+            # The user's phases were cut to the time in which the device was idle: each by the same share.
+            kept = np.minimum(times["user"] / np.maximum(sum(user.values()), np.float32(1)), np.float32(1))
+            user = {name: values * kept for name, values in user.items()}
+
+        return Window(ranks, steps, times, total, own, user, missing_ranks, device)
+
+    def _replace_by_device(self, times: dict[str, Floats], own: Floats, total: Floats, at: Ints, steps: Ints) -> bool:
+        if self._device is None or not at.size:
+            return False
+
+        found = self._device[0][at] == steps
+        if not found.any(axis=1).all():
+            return False
+
+        values = dict(zip(_DEVICE_VALUES, np.moveaxis(self._device[1][at], -1, 0), strict=True))
+        measured = {name: np.where(found, values[name], 0) for name in DEVICE_LABELS}
+        device = spread_device_times(measured, total, 1, found)
+        device["backward_own"] = np.where(found, values["backward_own"], -1)
+        put_device_times(times, own, total, device, np.ones_like(found))
+        return True
+
+    def _user_values(self, name: str, at: Ints, steps: Ints) -> Floats:
+        stored, values = self._user[name]
+        return np.where(stored[at] == steps, values[at], np.float32(0))
+
+    def _user_ring(self, name: str) -> tuple[NDArray[np.int32], Floats]:
+        if name not in self._user:
+            cells = self._capacity * self.slots
+            self._user[name] = np.full(cells, -1, np.int32), np.zeros(cells, np.float32)
+
+        return self._user[name]
+
+    def _grow(self, ranks: int) -> None:
+        if ranks <= self._capacity:
+            return
+
+        # At least by half, so that ranks that arrive one by one do not copy everything each time.
+        self._capacity = max(ranks, self._capacity * 3 // 2)
+        cells = self._capacity * self.slots
+        self._latest = _longer(self._latest, self._capacity, fill=-1)
+        self._ended = _longer(self._ended, self._capacity)
+        self._end_ns = _longer(self._end_ns, self._capacity)
+        self._step = _longer(self._step, cells, fill=-1)
+        self._values = _longer(self._values, cells)
+        self._user = {name: _longer_pair(pair, cells) for name, pair in self._user.items()}
+        self._device = _longer_pair(self._device, cells) if self._device else None
+
+
+def _longer(array: Any, length: int, *, fill: int = 0) -> Any:
+    """Return a longer copy. Added zeros take no memory until they are written, so a rank costs it when it has rows."""
+    longer = np.zeros((length, *array.shape[1:]), array.dtype)
+    longer[: len(array)] = array
+    if fill:
+        longer[len(array) :] = fill
+
+    return longer
+
+
+def _longer_pair(pair: tuple[Any, Any], cells: int) -> tuple[Any, Any]:
+    return _longer(pair[0], cells, fill=-1), _longer(pair[1], cells)

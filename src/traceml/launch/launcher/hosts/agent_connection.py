@@ -1,0 +1,303 @@
+"""Connection to the agent of one host: started by ssh, srun or as a local process; explains why it failed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from traceml.errors import AgentFailedError
+from traceml.launch.launcher.hosts.hosts import HostSpec
+from traceml.launch.launcher.hosts.slurm import step_command
+from traceml.launch.wire import bootstrap
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.process_cleanup import end_job
+
+__all__ = ["AgentConnection"]
+
+_SSH_OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=3", "-o", "ServerAliveCountMax=3")
+_CONNECT_TIMEOUT_S = 20  # for ssh, unless the user's configuration sets one
+# The command line overrides the configuration, so ask `ssh -G` first whether the configuration sets a timeout.
+_SSH_SCRIPT = """
+host=$1 command=$2 limit=$3; shift 3
+if ssh "$@" -G "$host" 2>/dev/null | grep -q "^connecttimeout none"; then set -- "$@" -o ConnectTimeout="$limit"; fi
+exec ssh "$@" -- "$host" "$command"
+"""
+
+_KEPT_LINES = 20
+_READ_BYTES = 65536
+_TOO_OLD = 78  # exit status of the bootstrap program
+_SILENT_S = 6.0  # longer than any pause of a connection that works: both sides send something every few seconds
+_END_WAIT_S = 1.0  # a program that has closed its output exits soon; its status is known only then
+
+_log = logging.getLogger("traceml.launch")
+
+# Patterns in the output of ssh and srun, with the meaning and the advice. The first match wins.
+_MEANINGS: Sequence[tuple[str, str, str]] = (
+    (
+        r"Could not resolve hostname|Name or service not known|Invalid node name|nodename nor servname",
+        "its name is unknown",
+        "Check the spelling, and that it is in DNS, /etc/hosts or the ssh configuration.",
+    ),
+    (
+        r"REMOTE HOST IDENTIFICATION HAS CHANGED|Host key verification failed|No .*host key is known for",
+        "its host key was not accepted",
+        "Connect once by hand (`ssh {host}`) and check the key; `ssh-keygen -R {host}` removes an old one.",
+    ),
+    (
+        r"Permission denied \(|Too many authentication failures",
+        "permission denied: it accepts none of our keys",
+        "`ssh {host} true` must work without a prompt: check user and key in the ssh configuration, or ssh's agent.",
+    ),
+    (
+        r"Connection refused",
+        "the connection was refused: nothing listens there",
+        "Check that sshd runs on it, and the port in the ssh configuration.",
+    ),
+    (
+        r"timed out|Timeout, server|No route to host|Network is unreachable|Host is down",
+        "it cannot be reached: the connection timed out or there is no route to it",
+        "Check that it is up, and that no firewall blocks the connection.",
+    ),
+    (
+        r"Bad configuration option|Can't open user config file|terminating, \d+ bad configuration",
+        "the ssh configuration cannot be read",
+        "Check the file given as ssh_config_file.",
+    ),
+    (
+        r"Unable to contact slurm controller|Invalid job id|Unable to confirm allocation|Job has expired",
+        "Slurm's allocation is gone, or its controller does not answer",
+        "Check `squeue` and `scontrol ping`.",
+    ),
+    (
+        r"kex_exchange_identification|Connection (closed|reset) by|Broken pipe",
+        "it closed the connection",
+        "Check the log of its sshd.",
+    ),
+)
+
+
+class AgentConnection:
+    """The agent of one host, and the channel to it.
+
+    The agent is started at once and not waited for: `hello` is None until it has answered.
+
+    Attributes:
+        spec: the host.
+        channel: to the agent. It skips what precedes the agent's greeting.
+        errors_fd: stderr of ssh, srun and the agent; to be waited on, and read by `read_errors`.
+        hello: the agent's description of itself and its host.
+
+    Raises:
+        AgentFailedError: the program that connects cannot be started.
+    """
+
+    def __init__(self, spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> None:
+        self.spec = spec
+        self.hello: dict[str, Any] | None = None
+        self._python = python
+        self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self._partial_line = b""
+        inner_in, outer_in = os.pipe()
+        outer_out, inner_out = os.pipe()
+        self.errors_fd, inner_err = os.pipe()
+        os.set_blocking(self.errors_fd, False)
+        bundled = spec.transport != "local" or python != sys.executable  # another Python may lack our package
+        self._command = command = _command(spec, python, ssh_config_file)
+        self._cleanup: subprocess.Popen[bytes] | None = None
+        try:
+            # in a session of its own: only we handle Ctrl-C of the terminal, and ssh cannot prompt there
+            self._process = subprocess.Popen(
+                command, stdin=inner_in, stdout=inner_out, stderr=inner_err, start_new_session=True
+            )
+        except OSError as error:
+            for fd in (outer_in, outer_out, self.errors_fd):
+                os.close(fd)
+
+            advice = "It is needed to reach the host." if command[0] != python else "Check the launcher's `python`."
+            raise AgentFailedError(
+                spec.name, f"{command[0]} cannot be run here: {error.strerror}", advice=advice
+            ) from error
+        finally:
+            for fd in (inner_in, inner_out, inner_err):
+                os.close(fd)
+
+        _connections.add(self)
+        self.channel = Channel(outer_out, outer_in, side="launcher", name=spec.name, greeting=True)
+        _log.debug("%s: agent started by %s, pid %d", spec.name, spec.transport, self._process.pid)
+        self.channel.send_raw(bootstrap.remote_program() if bundled else bootstrap.local_program())
+
+    def __repr__(self) -> str:
+        pid = self._process.pid
+        return f"AgentConnection({self.spec.name!r}, {self.spec.transport}, pid={pid}, channel={self.channel})"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the program that carries the channel still runs."""
+        return not self.channel.closed and self._process.poll() is None
+
+    def read_errors(self) -> bytes | None:
+        """Read stderr and keep its last lines; return the bytes, empty if there is nothing now, None at its end."""
+        try:
+            data = os.read(self.errors_fd, _READ_BYTES)
+        except BlockingIOError:
+            return b""
+
+        *lines, self._partial_line = (self._partial_line + data).split(b"\n")
+        self._lines += [line.decode(errors="replace").rstrip() for line in lines if line.strip()]
+        return data or None
+
+    def failure(self, reason: str) -> AgentFailedError:
+        """Close the connection; return the error that explains why it broke.
+
+        Args:
+            reason: the channel's reason.
+        """
+        silence_s = self.channel.silence_s
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_END_WAIT_S)
+
+        while self.read_errors():
+            pass
+
+        status = self._process.poll()
+        noise = [line.decode(errors="replace") for line in self.channel.noise.splitlines() if line.strip()]
+        rest = [self._partial_line.decode(errors="replace")] if self._partial_line.strip() else []
+        output = [*noise[-_KEPT_LINES:], *self._lines, *rest]
+        self.close()
+        if self.hello is not None:
+            self._clean_up(str(self.hello["mark"]), int(self.hello["pid"]))
+
+        what, advice = self._explain(status, "\n".join(output), reason, silence_s)
+        _log.debug("%s: agent lost: %s (%s, status %s)", self.spec.name, what, reason, status)
+        return AgentFailedError(self.spec.name, what, advice=advice, words=output)
+
+    def close(self, *, wait_s: float = _END_WAIT_S) -> None:
+        """End the agent, which ends its workers when the channel closes.
+
+        Args:
+            wait_s: how long the program that carries the channel may take before it is killed, in seconds.
+        """
+        self.close_now()
+        try:
+            self._process.wait(wait_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def await_cleanup(self, limit_s: float) -> None:
+        """After `failure`, wait until nothing of the job is left on the host, or the host does not answer in time."""
+        if self._cleanup is None:
+            return
+
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._cleanup.wait(max(0.0, limit_s))
+
+        self._cleanup.kill()
+        self._cleanup.wait()
+
+    def close_now(self) -> None:
+        """Close the channel without waiting for the agent's end."""
+        if not self.channel.closed:
+            self.channel.close()
+            os.close(self.errors_fd)
+
+    def release_in_child(self) -> None:
+        """Close it in a forked child: it belongs to the parent, which alone can wait for its processes.
+
+        A child that held the channel open would keep the agent from noticing the parent's end.
+        """
+        self.close_now()
+        self._process.returncode = 0
+
+    def _clean_up(self, mark: str, agent: int) -> None:
+        """End what a lost agent has left. Agent, zygote and reaper do that for each other, unless all were killed."""
+        if self.spec.transport == "local":
+            end_job(mark, agent)
+            return
+
+        with contextlib.suppress(OSError):  # also if the program ends at once, and its standard input is closed
+            null = subprocess.DEVNULL
+            self._cleanup = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+            )
+            assert self._cleanup.stdin is not None
+            with self._cleanup.stdin as stdin:
+                stdin.write(bootstrap.cleanup_program(mark, agent))
+
+    def _explain(self, status: int | None, output: str, reason: str, silence_s: float) -> tuple[str, str]:
+        """Return what happened, and advice."""
+        host, carrier = self.spec.name, {"local": "the agent"}.get(self.spec.transport, self.spec.transport)
+        ended = f"{carrier} {_describe_exit(status)}"
+        if self.hello is not None:
+            what = f"its agent was lost while the job ran ({reason}; {ended})"
+            return what, "" if carrier == "the agent" else _explain_loss(output, silence_s)
+
+        advice = "The launcher starts the Python at its own path; give that host's path by `python=`."
+        program = re.escape(self._python)
+        if status == 126 or re.search(rf"execve\(\).*Permission denied|{program}: (line )?\d+: ", output):
+            return f"the command is not executable there: {self._python}", advice  # or a shell interprets it
+
+        if status == 127 or re.search(r"execve\(\).*No such file", output):
+            return f"command not found there: {self._python}", advice
+
+        if status == _TOO_OLD:
+            return "its Python is too old", "Give the path of a newer one by `python=`."
+
+        for pattern, meaning, advice in _MEANINGS:
+            if carrier != "the agent" and re.search(pattern, output):
+                return meaning, advice.format(host=host)
+
+        hand = {"ssh": f" Try `ssh -v {host} true`.", "srun": f" Try `srun --overlap -w {host} true`."}.get(carrier, "")
+        return f"its agent did not start ({reason}; {ended})", hand.strip()
+
+
+def _explain_loss(output: str, silence_s: float) -> str:
+    """Return why a connection that worked may have broken."""
+    if silence_s >= _SILENT_S or re.search(r"Timeout, server|timed out|Broken pipe|No route|unreachable", output):
+        return f"Nothing was received from it for {silence_s:.0f} s: the host or the network is down."
+
+    if re.search(r"closed by remote host|[Cc]onnection (closed|reset)", output):
+        return "Its sshd closed the connection: the host shuts down, or the session was ended."
+
+    return "The connection worked to the end: the agent was killed, by a user or for lack of memory."
+
+
+_connections: weakref.WeakSet[AgentConnection] = weakref.WeakSet()  # all of them, in the pool or in a launch
+
+
+def _release_all() -> None:
+    for connection in list(_connections):
+        connection.release_in_child()
+
+
+os.register_at_fork(after_in_child=_release_all)
+
+
+def _command(spec: HostSpec, python: str, ssh_config_file: str | os.PathLike[str] | None) -> list[str]:
+    """Return the command that starts a host's agent."""
+    agent = bootstrap.agent_command(python)
+    if spec.transport == "local":
+        return agent
+
+    if spec.transport == "srun":
+        return [*step_command(spec.name, spec.het_group), *agent]
+
+    config = [] if ssh_config_file is None else ["-F", os.fspath(ssh_config_file)]
+    command = "exec " + shlex.join(agent)
+    return ["/bin/sh", "-c", _SSH_SCRIPT, "sh", spec.name, command, str(_CONNECT_TIMEOUT_S), *config, *_SSH_OPTIONS]
+
+
+def _describe_exit(status: int | None) -> str:
+    if status is None:
+        return "still runs"
+
+    return f"was ended by signal {-status}" if status < 0 else f"ended with status {status}"

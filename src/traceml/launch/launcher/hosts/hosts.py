@@ -1,0 +1,191 @@
+"""Hosts of a launch: names, transports and numbers of workers."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from traceml.errors import SlurmError, UsageError
+from traceml.launch.launcher.hosts.slurm import Allocation, allocation
+
+__all__ = ["HostSpec", "Transport", "resolve_hosts"]
+
+Transport = Literal["local", "ssh", "srun"]
+
+_SSH_TIMEOUT_S = 30
+_LOOPBACK = frozenset({"localhost", "localhost.localdomain", "localhost4", "localhost6", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """One host of a launch.
+
+    Attributes:
+        name: as the user or Slurm wrote it.
+        transport: how its agent is started: as a child process, by ssh, or as a step of the Slurm job.
+        workers: number of workers; None: one per GPU of the host, else `cpu_workers`.
+        cpu_workers: number of workers without GPUs; None: one per CPU core.
+        het_group: its component of a heterogeneous Slurm job; None: of another job.
+    """
+
+    name: str
+    transport: Transport
+    workers: int | None = None
+    cpu_workers: int | None = None
+    het_group: int | None = None
+
+
+def resolve_hosts(
+    hostnames: Sequence[str] | str,
+    workers_per_host: int | Sequence[int] | str,
+    ssh_config_file: str | os.PathLike[str] | None,
+    environ: Mapping[str, str],
+) -> list[HostSpec]:
+    """Return the hosts of a launch, in the order of their ranks.
+
+    Args:
+        hostnames: names for ssh (names of this host are started directly), `slurm`, or `auto`: the Slurm allocation,
+            else this host.
+        workers_per_host: for all hosts, or for each; `slurm`, or `auto`: see `HostSpec`.
+        ssh_config_file: configuration that ssh reads instead of the user's.
+        environ: environment with Slurm's variables.
+
+    Raises:
+        UsageError: a name is repeated, there are no hosts, or the numbers do not match them.
+        SlurmError: Slurm is asked for, and there is no allocation.
+    """
+    if not isinstance(hostnames, str) and list(hostnames) in (["auto"], ["slurm"]):
+        hostnames = hostnames[0]  # from a command line, where a list may have one element
+
+    asked = "slurm" in (hostnames, workers_per_host)
+    found = None if not asked and _all_here(hostnames) else allocation(environ)
+    if asked and found is None:
+        which = "hostnames" if hostnames == "slurm" else "workers_per_host"
+        raise SlurmError(
+            f"{which}='slurm', but this process is in no Slurm allocation (SLURM_JOB_ID is not set). "
+            "Start it by sbatch, or under salloc; or name the hosts."
+        )
+
+    names = _names(hostnames, found)
+    numbers = _numbers(workers_per_host, names)
+    specs = []
+    for name, number in zip(names, numbers, strict=True):
+        default = found.workers.get(name) if found else None
+        if workers_per_host == "slurm" and found and name not in found.workers:
+            raise SlurmError(f"workers_per_host='slurm', but host {name} is not part of Slurm's job {found.job_id}")
+
+        group = found.groups.get(name) if found else None
+        specs.append(HostSpec(name, _transport(name, found, ssh_config_file), number, default, group))
+
+    return specs
+
+
+def _names(hostnames: Sequence[str] | str, found: Allocation | None) -> list[str]:
+    if isinstance(hostnames, str):
+        if hostnames not in {"auto", "slurm"}:
+            raise UsageError(
+                f"hostnames={hostnames!r}: give a list of names, 'auto' or 'slurm' (did you mean [{hostnames!r}]?)"
+            )
+
+        return list(found.workers) if found else ["localhost"]
+
+    names = list(hostnames)
+    if not names:
+        raise UsageError("hostnames is empty: name at least one host, for example 'localhost'")
+
+    for name in names:
+        # a name that starts with a dash would be an option of ssh
+        if not isinstance(name, str) or not name or name.startswith("-") or any(c.isspace() for c in name):
+            raise UsageError(f"hostnames has {name!r}, which is not a host name")
+
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"hostnames has {', '.join(repeated)} more than once. "
+            "Name each host once, and give it more workers by workers_per_host."
+        )
+
+    return names
+
+
+def _numbers(workers_per_host: int | Sequence[int] | str, names: Sequence[str]) -> list[int | None]:
+    if isinstance(workers_per_host, str):
+        if workers_per_host not in {"auto", "slurm"}:
+            raise UsageError(
+                f"workers_per_host={workers_per_host!r}: give a number, a list of numbers, 'auto' or 'slurm'"
+            )
+
+        return [None] * len(names)
+
+    numbers: list[Any] = [workers_per_host] * len(names)
+    if isinstance(workers_per_host, Sequence):
+        numbers = list(workers_per_host)
+
+    if len(numbers) != len(names):
+        raise UsageError(f"workers_per_host has {len(numbers)} numbers for {len(names)} hosts ({', '.join(names)})")
+
+    for number in numbers:
+        if type(number) is not int or number < 1:
+            raise UsageError(f"workers_per_host has {number!r}: each host gets at least 1 worker")
+
+    return list(numbers)
+
+
+def _transport(name: str, found: Allocation | None, ssh_config_file: str | os.PathLike[str] | None) -> Transport:
+    if found and name in found.workers:
+        return "srun"
+
+    own = socket.gethostname()
+    if name not in {own, own.partition(".")[0]} and not _is_here(name):
+        return "ssh"
+
+    if ssh_config_file is not None and _is_another_host(name, os.fspath(ssh_config_file)):
+        return "ssh"
+
+    return "local"
+
+
+def _is_another_host(name: str, ssh_config_file: str) -> bool:
+    """Return whether the user's ssh configuration maps a name of this host to another one."""
+    try:
+        output = subprocess.run(
+            ["ssh", "-F", ssh_config_file, "-G", name],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_SSH_TIMEOUT_S,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired):  # no ssh: then it is this host
+        return False
+
+    for line in output.splitlines():
+        key, _, value = line.partition(" ")
+        if key == "hostname":
+            return value != name and not _is_here(value)
+
+    return False
+
+
+def _all_here(hostnames: Sequence[str] | str) -> bool:
+    return not isinstance(hostnames, str) and all(isinstance(name, str) and _is_here(name) for name in hostnames)
+
+
+def _is_here(name: str) -> bool:
+    """Return whether a name or an address surely is this host's; names are not resolved."""
+    if name.lower() in _LOOPBACK:
+        return True
+
+    try:
+        address = ipaddress.ip_address(name)
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((name, 0))  # only addresses of our own interfaces can be bound
+    except (ValueError, OSError):
+        return False
+
+    return True

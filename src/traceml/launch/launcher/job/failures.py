@@ -1,0 +1,270 @@
+"""Failures of workers and hosts, and the exception that `launch` raises for them."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from traceml.errors import AgentFailedError, RemoteTracebackError, WorkerFailedError
+from traceml.formatting import capitalized
+from traceml.launch.launcher.job.job_host import JobHost, Worker
+from traceml.launch.wire import payload
+from traceml.launch.wire.payload_buffer import PayloadBuffer
+
+__all__ = [
+    "JobFailure",
+    "first_cause",
+    "note_stacks",
+    "preparation_failed",
+    "unreachable",
+    "worker_died",
+    "worker_raised",
+]
+
+# Errors of a collective when another worker is gone or late.
+_SECONDARY = re.compile(
+    r"[Cc]onnection (was )?(closed|reset) by|Broken pipe|connectFullMesh|DistBackendError|DistNetworkError"
+    r"|ncclRemoteError|[Ss]ocket [Tt]imeout|[Tt]imed out waiting|recvValue failed|TCPStore|wait timeout|failed to recv"
+)
+_IN_COLLECTIVE = re.compile(r'File "[^"]*torch/distributed/')
+_INNERMOST_FRAMES = 12
+# Exceptions that would end the launcher if they were raised here.
+_NOT_RAISED = frozenset(
+    {"builtins.KeyboardInterrupt", "builtins.GeneratorExit", "builtins.SystemExit", "asyncio.exceptions.CancelledError"}
+)
+_LAST_LINES = 5
+# A harmless warning of torch, the first output of each worker where addresses have no names.
+_NO_REVERSE_DNS = "[c10d] The hostname of the client socket cannot be retrieved"
+_THREAD = re.compile(r"^((?:Current t|T)hread) 0x[0-9a-f]+")
+# A thread of the recorder: the frame next to the thread's own is ours.
+_OUR_THREAD = re.compile(
+    r'File "[^"]*/traceml/[^"]*", line \d+ in \w+\n  File "[^"]*threading\.py", line \d+ in run$', re.MULTILINE
+)
+_OURS = re.compile(r'File "[^"]*traceml/(launch/worker/worker_main|session/script)\.py"')
+
+
+class JobFailure:
+    """The failure of one worker or one host.
+
+    Args:
+        error: the exception to raise, or a function that makes it: loading one may import torch, and only one of all
+            is raised.
+        secondary: whether it looks like the consequence of another worker's failure.
+        rank: the worker's; None for a host's failure.
+    """
+
+    def __init__(
+        self,
+        error: BaseException | Callable[[], BaseException],
+        secondary: bool = False,
+        rank: int | None = None,
+    ) -> None:
+        self.secondary, self.rank = secondary, rank
+        self._error = error
+
+    @property
+    def error(self) -> BaseException:
+        """The exception to raise for it."""
+        if not isinstance(self._error, BaseException):
+            self._error = self._error()
+
+        return self._error
+
+    def explains(self, error: BaseException) -> bool:
+        """Return whether `error` was raised for it and is no consequence of another failure."""
+        return self._error is error and not self.secondary
+
+
+def first_cause(failures: Iterable[JobFailure]) -> BaseException:
+    """Return the error of the first failure that is not the consequence of another."""
+    found = list(failures)
+    for failure in found:
+        if not failure.secondary:
+            return failure.error
+
+    return found[0].error
+
+
+def worker_raised(worker: Worker, message: Mapping[str, Any], received: PayloadBuffer | None) -> JobFailure:
+    """Return the failure for a worker's exception, with its host, rank and traceback.
+
+    Args:
+        worker: the worker that raised it.
+        message: the agent's message: `type`, `message`, `traceback`, `bases`.
+        received: the pickled exception, None if it could not be pickled.
+    """
+    kind, text = str(message.get("type") or "Exception").removeprefix("builtins."), str(message.get("message") or "")
+    trace, bases = str(message.get("traceback") or ""), message.get("bases") or ()
+
+    def error() -> BaseException:
+        if not _NOT_RAISED.isdisjoint(bases):
+            how = f"raised {kind}" + (f": {text}" if text else "")
+            found: BaseException = WorkerFailedError(
+                worker.host.name, worker.rank, worker.local_rank, how=how, exit_code=1, log_tail=_tail(message)
+            )
+        else:
+            found = _loaded(received) or _substitute_exception(kind, text, bases, message.get("notes") or ())
+
+        found.__cause__ = RemoteTracebackError(trace) if trace else None
+        found.add_note(f"Raised on {worker}, pid {worker.pid}.")
+        return found
+
+    return JobFailure(error, bool(_SECONDARY.search(f"{kind}: {text}")), worker.rank)
+
+
+def worker_died(worker: Worker, message: Mapping[str, Any]) -> JobFailure:
+    """Return the failure for a worker that ended without a result."""
+    signal = message.get("signal") or None
+    error = WorkerFailedError(
+        worker.host.name,
+        worker.rank,
+        worker.local_rank,
+        exit_code=None if signal else message.get("code"),
+        signal=signal,
+        log_tail=_tail(message),
+        oom=bool(message.get("oom")),
+    )
+    # a script's exception is in its last lines of output
+    secondary = not signal and bool(_SECONDARY.search("\n".join(_tail(message)[-_LAST_LINES:])))
+    return JobFailure(error, secondary, worker.rank)
+
+
+def preparation_failed(host: JobHost, error: Mapping[str, Any]) -> AgentFailedError:
+    """Return the error for a host whose zygote cannot be started."""
+    python = host.hello.get("executable") or host.hello.get("python")
+    what, advice = {
+        "no_torch": (
+            "torch is not installed there",
+            f"Install it for {python}, or pass backend=None for functions that need no process group.",
+        ),
+        "env_file": ("env_file cannot be sourced there", "It must exist on each host, and be a script for bash."),
+        "cwd": (
+            "the working directory does not exist there",
+            "Workers work where the launcher does: share that folder.",
+        ),
+        "import": ("torch cannot be imported there", ""),
+        "died": ("the process that imports torch died there", ""),
+    }.get(str(error.get("kind")), ("it cannot be prepared", ""))
+    return AgentFailedError(host.name, what, advice=advice, words=str(error.get("text") or "").splitlines())
+
+
+def unreachable(host: JobHost, hosts: Sequence[JobHost], rendezvous: tuple[str, int], error: str) -> AgentFailedError:
+    """Return the error for a host from which the address where the ranks meet cannot be reached."""
+    address, port = rendezvous
+    names = " ".join(each.name for each in hosts)
+    return AgentFailedError(
+        host.name,
+        f"it cannot connect to {hosts[0].name} at {address}:{port}, where the ranks meet: {error}",
+        advice="All hosts must reach the first one, at any port: check routes and firewalls. "
+        f"`traceml doctor --hostnames {names}` tests the network.",
+    )
+
+
+def note_stacks(
+    error: BaseException,
+    waiting: Iterable[Worker],
+    stacks: Mapping[int, Mapping[str, Any]],
+    timed_out: Iterable[int] = (),
+) -> None:
+    """Add a note to an error: the stack of each worker, and the workers that the others waited for.
+
+    Args:
+        error: gets the note.
+        waiting: the workers that had not ended.
+        stacks: stacks by rank, as agents send them: `stack`, `state`.
+        timed_out: ranks that failed because they waited for others.
+    """
+    workers = list(waiting)
+    if not workers:
+        return
+
+    lines = []
+    inside = {worker.rank for worker in workers if _in_collective(stacks.get(worker.rank, {}).get("stack") or "")}
+    absent = [worker for worker in workers if worker.rank not in inside]
+    inside.update(timed_out)
+    if inside and absent:
+        who, verb = "; ".join(map(str, absent)), "was" if len(inside) == 1 else "were"
+        lines.append(
+            f"{capitalized(_ranks(inside))} {verb} waiting in a collective that these ranks had not entered: {who}."
+        )
+
+    together: dict[str, list[Worker]] = {}
+    for worker in workers:
+        together.setdefault(_where(stacks.get(worker.rank)), []).append(worker)
+
+    for where, those in together.items():
+        alone = len(those) == 1
+        who = str(those[0]) if alone else _ranks({worker.rank for worker in those})
+        lines.append(who + (where if alone else where.replace(" was here:", " were here:", 1)))
+
+    error.add_note("\n".join(lines))
+
+
+def _where(stack: Mapping[str, Any] | None) -> str:
+    """Return a worker's stack without the frames that called the user's function."""
+    if stack is None:
+        return " has reported no stack: its host does not answer."
+
+    if not stack.get("stack"):
+        return f" has reported no stack: its process is {stack.get('state') or 'silent'}."
+
+    threads = str(stack["stack"]).strip("\n").split("\n\n")
+    text = "\n\n".join(thread for thread in threads if not _OUR_THREAD.search(thread))
+    lines = [_THREAD.sub(r"\1", line) for line in text.splitlines()]
+    ours = next((i for i, line in enumerate(lines) if _OURS.search(line)), len(lines))
+    rest = next((i for i in range(ours, len(lines)) if not lines[i].startswith("  ")), len(lines))
+    return " was here:\n" + "\n".join(lines[: max(ours, 2)] + lines[rest:])
+
+
+def _loaded(received: PayloadBuffer | None) -> BaseException | None:
+    if received is None or not received.complete:
+        return None
+
+    try:
+        error = payload.load(received.memory(), what="the exception")
+    except Exception:  # noqa: BLE001 - its class may be missing here or fail to be made: then its text is used
+        return None
+
+    return error if isinstance(error, BaseException) else None
+
+
+def _substitute_exception(kind: str, text: str, bases: Iterable[str], notes: Iterable[str]) -> BaseException:
+    """Return an exception of the nearest built-in class, for one that cannot be loaded here."""
+    error = _nearest(kind, text, bases)
+    for note in notes:
+        error.add_note(note)
+
+    return error
+
+
+def _nearest(kind: str, text: str, bases: Iterable[str]) -> BaseException:
+    for base in [kind, *bases]:
+        found = getattr(builtins, base.removeprefix("builtins."), None)
+        if not (isinstance(found, type) and issubclass(found, BaseException)):
+            continue
+
+        try:
+            return found(text if found.__name__ == kind else f"{kind}: {text}")
+        except TypeError:  # it needs more arguments than a text
+            continue
+
+    return RuntimeError(f"{kind}: {text}")
+
+
+def _tail(message: Mapping[str, Any]) -> list[str]:
+    """Return a worker's last lines, without a harmless warning, and in a crash's stacks without our threads."""
+    lines = [str(line) for line in message.get("tail") or () if _NO_REVERSE_DNS not in str(line)]
+    parts = "\n".join(lines).split("\n\n")
+    kept = [part for part in parts if not (_THREAD.match(part) and _OUR_THREAD.search(part))]
+    return "\n\n".join(kept).split("\n") if lines else []
+
+
+def _in_collective(stack: str) -> bool:
+    return bool(_IN_COLLECTIVE.search("\n".join(stack.splitlines()[:_INNERMOST_FRAMES])))
+
+
+def _ranks(ranks: set[int]) -> str:
+    names = ", ".join(map(str, sorted(ranks)))
+    return f"rank {names}" if len(ranks) == 1 else f"ranks {names}"

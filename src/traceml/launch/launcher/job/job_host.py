@@ -1,0 +1,141 @@
+"""State of the hosts and workers of one job, as the launcher knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from traceml.launch.launcher.hosts.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts.hosts import HostSpec
+from traceml.launch.wire.payload_buffer import PayloadBuffer
+
+__all__ = ["JobHost", "Worker", "rendezvous_address"]
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One worker: one rank.
+
+    Attributes:
+        pid: its process on its host, None before it started.
+        ready: whether it has joined the process group, or started where there is none.
+        result: the bytes it sends: its result, or its exception.
+        done: whether it has returned, and its result is complete here.
+        ended: whether its process has ended.
+    """
+
+    rank: int
+    local_rank: int
+    host: JobHost
+    pid: int | None = None
+    ready: bool = False
+    done: bool = False
+    ended: bool = False
+    result: PayloadBuffer | None = None
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (local rank {self.local_rank} on {self.host.name})"
+
+
+@dataclass(slots=True, eq=False)
+class JobHost:
+    """One host of a job.
+
+    Attributes:
+        spec: the host as it was asked for.
+        key: the key under which its agent is kept after the job.
+        start: makes a new connection to it.
+        connection: to its agent.
+        warm: whether its agent was kept from an earlier job and has not answered in this one.
+        prepared: the agent's message that its zygote is ready, or why it is not.
+        started: whether it was told to start workers.
+        idle: whether nothing of the job is left there.
+        lost: whether its agent is out of reach.
+        watches_write: whether the loop waits until its channel can be written.
+    """
+
+    spec: HostSpec
+    key: Hashable
+    start: Callable[[], AgentConnection]
+    connection: AgentConnection
+    warm: bool = False
+    prepared: dict[str, Any] | None = None
+    workers: list[Worker] = field(default_factory=list)
+    started: bool = False
+    idle: bool = False
+    lost: bool = False
+    watches_write: bool = False
+
+    @property
+    def name(self) -> str:
+        """The host's name, as the user wrote it."""
+        return self.spec.name
+
+    @property
+    def hello(self) -> dict[str, Any]:
+        """The agent's description of itself and its host; empty until it has answered."""
+        return self.connection.hello or {}
+
+    @property
+    def size(self) -> int:
+        """The number of workers on the host; known once its agent has answered."""
+        return int(self.spec.workers or self.hello.get("gpus") or self.spec.cpu_workers or self.hello.get("cores") or 1)
+
+    @property
+    def activity(self) -> str:
+        """The host's current activity, for logs."""
+        if self.lost or self.idle:
+            return "lost" if self.lost else "idle"
+
+        if not self.started:
+            return "connecting" if not self.hello else "preparing" if self.prepared is None else "prepared"
+
+        ended, ready, done = (sum(getattr(w, name) for w in self.workers) for name in ("ended", "ready", "done"))
+        count = len(self.workers)
+        if ended:
+            return f"{ended} of {count} workers ended"
+
+        return f"{done} of {count} workers returned" if done else f"{ready} of {count} workers ready"
+
+
+def rendezvous_address(hosts: list[JobHost]) -> str:
+    """Return the IP address of rank 0's host at which all others reach it. A name might resolve differently there."""
+    first, others = hosts[0], hosts[1:]
+    if all(_same_machine(first, other) for other in others):
+        return "127.0.0.1"
+
+    for address in _candidates(first, others):
+        if address and not address.startswith("127.") and address != "::1":
+            return address
+
+    return "127.0.0.1"
+
+
+def _same_machine(one: JobHost, other: JobHost) -> bool:
+    """Return whether two agents share one kernel and one network."""
+    return (one.spec.transport == other.spec.transport == "local") or all(
+        one.hello.get(name) == other.hello.get(name) for name in ("boot_id", "netns", "addresses")
+    )
+
+
+def _candidates(first: JobHost, others: list[JobHost]) -> Iterator[str | None]:
+    yield first.hello.get("address")  # where ssh reached it
+    if first.spec.transport == "local":
+        yield from (other.hello.get("peer") for other in others)  # where ssh came from
+
+    own = [address for address in first.hello.get("addresses", []) if not address.startswith("127.")]
+    theirs = [address for other in others for address in other.hello.get("addresses", [])]
+    yield from sorted(own, key=lambda address: -max((_common_prefix(address, each) for each in theirs), default=0))
+
+
+def _common_prefix(one: str, other: str) -> int:
+    """Return the number of leading parts that two addresses have in common."""
+    count = 0
+    for a, b in zip(one.split("."), other.split("."), strict=False):
+        if a != b:
+            break
+
+        count += 1
+
+    return count

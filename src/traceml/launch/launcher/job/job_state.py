@@ -1,0 +1,243 @@
+"""State of one job, built from the messages of its agents."""
+
+from __future__ import annotations
+
+import logging
+import selectors
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from traceml.errors import AgentFailedError
+from traceml.launch.launcher.job.failures import (
+    JobFailure,
+    preparation_failed,
+    unreachable,
+    worker_died,
+    worker_raised,
+)
+from traceml.launch.launcher.job.job_host import JobHost, Worker
+from traceml.launch.launcher.logs.log_router import LogRouter, LogStream
+from traceml.launch.wire.payload_buffer import PayloadBuffer
+
+if TYPE_CHECKING:
+    from traceml.launch.launcher.job.tracing import Tracing
+
+__all__ = ["JobState", "MakeLogs"]
+
+MakeLogs = Callable[[Mapping[str, int]], LogRouter]
+"""Makes the log router of a job, given the number of workers of each host."""
+
+_RESULT_WINDOW_BYTES = 8 << 20
+
+_log = logging.getLogger("traceml.launch")
+
+
+class JobState:
+    """Handles the messages of agents and keeps the resulting state.
+
+    Args:
+        hosts: in the order of ranks.
+        job: the job's id.
+        make_logs: makes the log router.
+        prepare: called with each host whose agent has answered.
+        tracing: the run that the job is traced as.
+
+    Attributes:
+        workers: by rank, once ranks are assigned.
+        host_errors: errors of hosts that cannot be used.
+        failures: of workers, and of hosts that were lost while workers ran; in order of arrival.
+        rendezvous: address and port at which the workers meet.
+        probed: names of the hosts that have tried to connect there.
+        stacks: stacks of workers, by rank.
+        stacks_received: the hosts that have sent them.
+        stopping: whether workers are being ended, so that their end is no failure.
+        released: whether that is because all had returned.
+    """
+
+    def __init__(
+        self,
+        hosts: Sequence[JobHost],
+        job: str,
+        *,
+        make_logs: MakeLogs,
+        prepare: Callable[[JobHost], None],
+        tracing: Tracing | None,
+    ) -> None:
+        self.workers: list[Worker] = []
+        self.host_errors: list[AgentFailedError] = []
+        self.failures: list[JobFailure] = []
+        self.rendezvous: tuple[str, int] | None = None
+        self.probed: set[str] = set()
+        self.stacks: dict[int, dict[str, Any]] = {}
+        self.stacks_received: set[str] = set()
+        self.stopping = self.released = False
+        self._hosts, self._job, self._make_logs = hosts, job, make_logs
+        self._prepare, self._tracing = prepare, tracing
+        self._logs: LogRouter | None = None
+        self._agent_logs: dict[str, LogStream] = {}
+        self._early_output: list[tuple[JobHost, bytes]] = []
+
+    def assign_ranks(self, selector: selectors.BaseSelector) -> None:
+        """Assign ranks host by host, in the user's order, and open the logs.
+
+        Args:
+            selector: the loop's.
+        """
+        for host in self._hosts:
+            for local_rank in range(host.size):
+                worker = Worker(len(self.workers), local_rank, host)
+                host.workers.append(worker)
+                self.workers.append(worker)
+
+        logs = self._logs = self._make_logs({host.name: host.size for host in self._hosts})
+        selector.register(logs.fd, selectors.EVENT_READ, lambda _: logs.settle())
+        for host, data in self._early_output:
+            self.on_stderr(host, data)
+
+    def close(self) -> None:
+        """Write the rest of the logs."""
+        if self._logs is None:
+            return
+
+        for stream in self._agent_logs.values():
+            stream.end()
+
+        self._logs.close()
+
+    def on_message(self, host: JobHost, message: dict[str, Any]) -> None:
+        """Handle a message of a host's agent."""
+        name = message["t"]
+        if name != "hello" and message.get("job", self._job) != self._job:
+            return  # of an earlier job
+
+        before = host.activity if _log.isEnabledFor(logging.DEBUG) else None
+        host.warm = False
+        handler = _HANDLERS.get(name)
+        if handler is not None:
+            handler(self, host, message)
+
+        if before is not None and host.activity != before:
+            _log.debug("%s: %s, was %s", host.name, host.activity, before)
+
+    def _on_hello(self, host: JobHost, message: dict[str, Any]) -> None:
+        host.connection.hello = message
+        self._prepare(host)
+
+    def _on_prepared(self, host: JobHost, message: dict[str, Any]) -> None:
+        host.prepared = message
+        if error := message.get("error"):
+            self.host_errors.append(preparation_failed(host, error))
+
+    def _on_reserved(self, host: JobHost, message: dict[str, Any]) -> None:
+        if message.get("error"):
+            reason = f"no port for the workers to meet at ({message['error']})"
+            self.failures.append(JobFailure(AgentFailedError(host.name, reason)))
+            return
+
+        self.rendezvous = str(message["address"]), int(message["port"])
+
+    def _on_probed(self, host: JobHost, message: dict[str, Any]) -> None:
+        self.probed.add(host.name)
+        if message["error"]:
+            assert self.rendezvous is not None
+            self.host_errors.append(unreachable(host, self._hosts, self.rendezvous, message["error"]))
+
+    def _on_started(self, _host: JobHost, message: dict[str, Any]) -> None:
+        self.workers[message["rank"]].pid = message["pid"]
+
+    def _on_group_ready(self, _host: JobHost, message: dict[str, Any]) -> None:
+        self.workers[message["rank"]].ready = True
+
+    def _on_stream(self, host: JobHost, message: dict[str, Any]) -> None:
+        kind, channel = message.get("kind"), host.connection.channel
+        if kind == "log":
+            self._accept_log(host, message)
+        elif kind in {"result", "error"}:
+            self._accept_result(host, self.workers[message["rank"]], message)
+        elif kind in {"tunnel", "flight"} and self._tracing is not None:
+            self._tracing.stream_opened(host.name, message, channel)
+
+    def _accept_log(self, host: JobHost, message: dict[str, Any]) -> None:
+        assert self._logs is not None
+        rank = int(message.get("rank", -1))
+        local_rank = None if rank < 0 else int(message["local_rank"])
+        stream = self._logs.open(host.name, local_rank, str(message["fd"]), rank=None if rank < 0 else rank)
+        # credit is granted once files and screen are written: a chatty worker waits, and delays no other
+        channel = host.connection.channel
+        stream.grant = channel.accept(message["id"], stream.feed, stream.end, manual=True).grant
+
+    def _accept_result(self, host: JobHost, worker: Worker, message: dict[str, Any]) -> None:
+        path = message.get("path")
+        buffer = worker.result = PayloadBuffer.open_path(path) if path else PayloadBuffer(int(message["size"]))
+
+        def ended(error: dict[str, Any] | None) -> None:
+            if message["kind"] == "result" and error is None:
+                worker.done = worker.ready = True
+
+        host.connection.channel.accept(message["id"], buffer.feed, ended, window_bytes=_RESULT_WINDOW_BYTES)
+
+    def _on_done(self, _host: JobHost, message: dict[str, Any]) -> None:
+        if message.get("result") is None:
+            worker = self.workers[message["rank"]]
+            worker.done = worker.ready = True
+
+    def _on_raised(self, _host: JobHost, message: dict[str, Any]) -> None:
+        worker = self.workers[message["rank"]]
+        if self._tracing is not None:
+            self._tracing.worker_raised(worker.rank)
+
+        self.failures.append(worker_raised(worker, message, worker.result))
+
+    def _on_exited(self, host: JobHost, message: dict[str, Any]) -> None:
+        worker = self.workers[message["rank"]]
+        worker.ended = True
+        if self._tracing is not None:
+            self._tracing.worker_exited(host.name, message, stopped=self.stopping and not worker.done)
+
+        if worker.done:
+            if message.get("signal") and self.released:
+                _log.warning("%s had returned, and was then ended by signal %s", worker, message["signal"])
+
+            return
+
+        if not self.stopping and not any(f.rank == worker.rank for f in self.failures):
+            self.failures.append(worker_died(worker, message))
+
+    def _on_stacks(self, host: JobHost, message: dict[str, Any]) -> None:
+        self.stacks |= {int(rank): stack for rank, stack in message["ranks"].items()}
+        self.stacks_received.add(host.name)
+
+    def _on_idle(self, host: JobHost, _message: dict[str, Any]) -> None:
+        host.idle = True
+
+    def _on_tunnel_ready(self, host: JobHost, message: dict[str, Any]) -> None:
+        if self._tracing is not None:
+            self._tracing.tunnel_ready(host.name, message)
+
+    def on_stderr(self, host: JobHost, data: bytes) -> None:
+        """Log what ssh, srun or the agent itself wrote to stderr."""
+        if self._logs is None:
+            self._early_output.append((host, data))
+            return
+
+        stream = self._agent_logs.get(host.name)
+        if stream is None:
+            stream = self._agent_logs[host.name] = self._logs.open(host.name, None, "err")
+
+        stream.feed(data)
+
+    def on_lost(self, host: JobHost, error: AgentFailedError) -> None:
+        """Record a lost host."""
+        if self._tracing is not None:
+            ranks = {worker.rank: worker.pid for worker in host.workers if not worker.ended}
+            self._tracing.host_lost(host.name, ranks, error.reason)
+
+        if not self.workers:
+            self.host_errors.append(error)
+        elif all(worker.done for worker in self.workers):
+            _log.warning("%s", error)
+        elif not self.stopping:
+            self.failures.append(JobFailure(error))
+
+
+_HANDLERS = {name.removeprefix("_on_"): handler for name, handler in vars(JobState).items() if name.startswith("_on_")}

@@ -1,0 +1,306 @@
+"""Tracing of a launch: its aggregator, the tunnel to it from each host, and the end of each rank.
+
+The loop of the launch drives it; see `Tracing`.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import shlex
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from traceml import settings
+from traceml.database.flight.flight_folders import COPIES_FOLDER
+from traceml.launch.wire.channel import Channel
+from traceml.launch.wire.flight_archive import unpack_flight
+from traceml.launch.wire.tunnel import TunnelConnector
+from traceml.supervise.aggregator_process import AggregatorProcess, choose_run_id
+from traceml.supervise.final_report import print_final_report
+from traceml.supervise.screens import MakeScreen, Output, terminal_screen
+from traceml.supervise.supervisor import Screen
+
+__all__ = ["Tracing"]
+
+_WINDOW_BYTES = 1 << 20
+
+_log = logging.getLogger("traceml")
+
+
+@dataclass(slots=True)
+class TracedHost:
+    """One host of a traced launch."""
+
+    name: str
+    local: bool
+    tunnel: TunnelConnector | None = None
+    port: int = 0
+    tunnel_error: str = ""
+
+
+@dataclass(slots=True)
+class _FlightTransfer:
+    """A flight file that is being received."""
+
+    data: bytearray = field(default_factory=bytearray)
+    path: str = ""
+
+
+class Tracing:
+    """One traced launch. A context manager: its exit prints the verdict and ends the aggregator.
+
+    The owner calls `start` before it starts agents, `tick` at least twice a second, passes messages of agents to the
+    methods below, and calls `finish` once all hosts are idle. A launch whose workers were never started leaves no run.
+
+    Args:
+        name: name of the run if the user gave none: the function's or the script's.
+        make_screen: makes the live view.
+        report: path for a copy of report.json.
+        program: name of the program in messages.
+        given: settings by name; they override environment and files.
+
+    Raises:
+        SettingsError: a setting is not allowed.
+        UsageError: the run's id cannot be a folder's name.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        make_screen: MakeScreen = terminal_screen,
+        report: Path | None = None,
+        program: str = "traceml launch",
+        **given: Any,
+    ) -> None:
+        config = settings.load(**given)
+        self._aggregator = AggregatorProcess(
+            choose_run_id(config.run_id, config.run_name or name), config.runs_dir.absolute()
+        )
+        self._environ = {
+            "TRACEML_RUN_NAME": config.run_name or name,
+            "TRACEML_PROJECT": config.project,
+            "TRACEML_COMMAND": shlex.join(sys.argv),
+        }
+        self._make_screen, self._report, self._program = make_screen, report, program
+        self._screen: Screen | None = None
+        self._waiting: deque[str] = deque()
+        self._begun = False
+        self._finished: bool | None = None
+        self._hosts: dict[str, TracedHost] = {}
+        self._flights: dict[int, _FlightTransfer] = {}
+        self._exits: list[dict[str, Any]] = []
+        self._raised: set[int] = set()
+        self.output, self.errors = Output("stdout"), Output("stderr")
+        """Streams for the job's output, for any thread: it appears above the live view."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's folder."""
+        return self._aggregator.run_dir
+
+    def start(self) -> None:
+        """Check that a run can be stored.
+
+        Raises:
+            TraceMLError: the folder of the runs cannot be written.
+        """
+        self._aggregator.check()
+
+    def tick(self) -> None:
+        """Restart the aggregator if it died, and draw."""
+        if not self._begun:
+            return
+
+        self._aggregator.restart_if_dead()
+        if self._screen is not None:
+            self._show_output()
+            self._screen.tick()
+
+    # --- hosts -------------------------------------------------------------------------------------------------------
+
+    def add_host(
+        self, host: str, channel: Channel, selector: selectors.BaseSelector, *, job: Any, hostname: str, local: bool
+    ) -> None:
+        """Add a host; ask its agent for a tunnel to the aggregator unless it is this machine.
+
+        Args:
+            host: its name in the launch.
+            channel: to its agent.
+            selector: of the launcher's loop.
+            job: the job's id on the channel.
+            hostname: its own name.
+            local: whether its ranks can reach this machine's loopback.
+        """
+        self._hosts[host] = known = TracedHost(hostname, local)
+        if not local:
+            known.tunnel = TunnelConnector(selector, channel, self._aggregator.port)
+            channel.send("tunnel", job=job)
+
+    def tunnel_ready(self, host: str, message: Mapping[str, Any]) -> None:
+        """Record the port of a host's tunnel, or the reason why there is none."""
+        known = self._hosts[host]
+        known.port = int(message.get("port") or 0)
+        if not known.port:
+            known.tunnel_error = str(message.get("error") or "no port")
+            _log.warning("ranks on %s are not traced live: %s", host, known.tunnel_error)
+
+    def is_ready(self, host: str) -> bool:
+        """Return whether ranks can be started on a host."""
+        known = self._hosts[host]
+        return known.local or bool(known.port) or bool(known.tunnel_error)
+
+    def environ(self, host: str) -> dict[str, str]:
+        """Start the aggregator, and return the variables by which the ranks of a host find it.
+
+        Raises:
+            TraceMLError: the run's folder cannot be written.
+        """
+        self._begin()
+        known = self._hosts[host]
+        address = None if known.local else f"127.0.0.1:{known.port or 9}"  # 9: no listener, rows stay in the rank
+        return {**self._environ, **self._aggregator.environ(address)}
+
+    def agent_settings(self, host: str) -> dict[str, Any]:
+        """Return the agent's settings for flight files; the aggregator itself finds those of this machine."""
+        aggregator = self._aggregator
+        local = self._hosts[host].local
+        return {"run_id": aggregator.run_id, "runs_dir": str(aggregator.runs_dir), "flights": not local}
+
+    # --- messages of agents ------------------------------------------------------------------------------------------
+
+    def stream_opened(self, host: str, message: Mapping[str, Any], channel: Channel) -> None:
+        """Handle a new stream of the kind `tunnel` or `flight`."""
+        known, number = self._hosts[host], int(message["id"])
+        if message["kind"] == "tunnel":
+            if known.tunnel is not None:
+                known.tunnel.accept_connection(dict(message))
+
+            return
+
+        rank = int(message["rank"])
+        flight = self._flights[rank] = _FlightTransfer()
+        label = f"{known.name}-{rank}-{number}"
+        channel.accept(
+            number, flight.data.extend, lambda error: self._arrived(flight, label, error), window_bytes=_WINDOW_BYTES
+        )
+
+    def worker_raised(self, rank: int) -> None:
+        """Record that a function raised: its process is ended later, by us, and that is not the cause of its end."""
+        self._raised.add(rank)
+
+    def worker_exited(self, host: str, message: Mapping[str, Any], *, stopped: bool) -> None:
+        """Record the end of a worker.
+
+        Args:
+            host: its host.
+            message: `{rank, local_rank, pid, code, signal}`.
+            stopped: whether we ended it because of others.
+        """
+        signal = message.get("signal")
+        exited = {
+            "rank": message["rank"],
+            "local_rank": message.get("local_rank", 0),
+            "pid": message.get("pid"),
+            "host": self._hosts[host].name,
+            "exitcode": -signal if signal else message.get("code"),
+            "time": time.time(),
+        }
+        if message["rank"] in self._raised:
+            exited["exitcode"] = 1
+        elif stopped:
+            exited["stopped"] = True
+
+        self._exits.append(exited)
+
+    def host_lost(self, host: str, ranks: Mapping[int, int | None], reason: str) -> None:
+        """Record a lost host.
+
+        Args:
+            host: its name.
+            ranks: its ranks that had not ended, with their process ids where they are known.
+            reason: the cause, as text.
+        """
+        known = self._hosts.get(host)
+        if known is None:
+            return
+
+        if known.tunnel is not None:
+            known.tunnel.close()
+
+        for rank, pid in ranks.items():
+            self._exits.append({"rank": rank, "pid": pid, "host": known.name, "lost": reason, "time": time.time()})
+
+    # --- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self, status: int) -> bool:
+        """Report the end of the job to the aggregator; return whether the run is complete on disk.
+
+        Args:
+            status: the job's exit status, as in a shell.
+        """
+        for exited in self._exits:
+            flight = self._flights.get(exited["rank"])
+            if flight is not None and flight.path:
+                exited["flight"] = flight.path
+
+        self._finished = self._begun and self._aggregator.finish(self._exits, status)
+        return self._finished
+
+    def close(self) -> None:
+        """Restore the terminal, print the verdict, end the aggregator. May be called again."""
+        self._show_output()
+        self.output.redirected = self.errors.redirected = None
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
+
+        for known in self._hosts.values():
+            if known.tunnel is not None:
+                known.tunnel.close()
+                known.tunnel = None
+
+        self._aggregator.close()
+        if self._begun and self._finished is not None:
+            finished, self._finished = self._finished, None
+            print_final_report(
+                self.run_dir, finished=finished, program=self._program, report=self._report, file=sys.stderr
+            )
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _arrived(self, flight: _FlightTransfer, label: str, error: Mapping[str, Any] | None) -> None:
+        if error is not None:
+            _log.warning("the last rows of %s did not arrive: %s", label, error.get("text"))
+            return
+
+        try:
+            flight.path = str(unpack_flight(bytes(flight.data), self.run_dir / COPIES_FOLDER, label))
+        except (OSError, ValueError) as failure:
+            _log.warning("the last rows of %s cannot be kept: %s", label, failure)
+
+        flight.data.clear()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._aggregator.start()
+            self._begun = True
+            self._screen = self._make_screen(self.run_dir)
+            if self._screen is not None:
+                self.output.redirected = self.errors.redirected = self._waiting
+
+    def _show_output(self) -> None:
+        while self._screen is not None and self._waiting:
+            self._screen.write(self._waiting.popleft().encode(errors="replace"))

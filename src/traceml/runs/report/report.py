@@ -1,0 +1,187 @@
+"""Builds the report of a run (`traceml.report/1`) from its store, and writes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from traceml.database.flight.flight_owner import waiting_steps
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.steps.window import Window
+from traceml.errors import StoreError
+from traceml.runs.report import sections
+from traceml.runs.report.report_types import REPORT_NAME, SCHEMA, Report, RunSection, TelemetrySection, read_report
+from traceml.runs.report.restarts import restarts
+from traceml.runs.report.run_times import run_times
+from traceml.runs.report.trackers import trackers
+from traceml.runs.report.wall_time import wall_time
+from traceml.runs.rows.digest import MAX_STEP_ROWS, Digest, read_digest
+from traceml.runs.run_state import state_of
+from traceml.version import __version__
+
+__all__ = [
+    "build_report",
+    "full_report",
+    "make_report",
+    "report_window",
+    "save_report",
+    "update_trackers",
+    "write_atomic",
+]
+
+
+def build_report(run_dir: Path, max_step_rows: int = MAX_STEP_ROWS) -> Report:
+    """Return the report of a run, running or ended.
+
+    Args:
+        run_dir: its folder.
+        max_step_rows: largest number of step rows, of all ranks together, that the verdict of a long run rests on.
+
+    Raises:
+        StoreError: the store is missing, damaged, or of another version.
+    """
+    run_dir = Path(run_dir)
+    with closing(StoreReader(run_dir / STORE_NAME)) as reader:
+        return full_report(read_digest(reader, max_step_rows), reader, run_dir)
+
+
+def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
+    """Return the report on all steps of a digest.
+
+    Args:
+        digest: of the whole run.
+        reader: its store.
+        run_dir: its folder.
+    """
+    started_s, _, duration_s = run_times(digest, state_of(digest.run, digest.aggregator), run_dir)
+    if started_s is not None and duration_s is not None:
+        sums = digest.step_sums or reader.step_sums()
+        digest.facts.time = wall_time(reader.streams(), sums, digest.ranks, started_s, started_s + duration_s)
+
+    window = digest.whole_window()
+    findings = digest.diagnose(window)
+    return make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
+
+
+def report_window(digest: Digest, last: int = 200) -> Window:
+    """Return the steps that a report describes: those of the diagnosis, or the first ones of a very short run."""
+    window = digest.window.aligned(last=last)
+    return window if len(window) else _first_steps(digest)
+
+
+def _first_steps(digest: Digest) -> Window:
+    return digest.window.aligned(skip_first=0)
+
+
+def save_report(run_dir: Path, report: Report) -> Path:
+    """Write a report into the run's folder, atomically, and return its path.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path = Path(run_dir) / REPORT_NAME
+    write_atomic(path, report.to_json() + "\n")
+    return path
+
+
+def update_trackers(run_dir: Path) -> bool:
+    """Bring the section on trackers of a written report up to date; return whether it changed.
+
+    Raises:
+        StoreError: the store cannot be read.
+        OSError: the folder cannot be written.
+    """
+    path = Path(run_dir) / REPORT_NAME
+    try:
+        report = read_report(path)
+    except (FileNotFoundError, StoreError):
+        return False
+
+    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        now = trackers(Path(run_dir), reader)
+
+    if report.trackers == now:
+        return False
+
+    report.trackers = now
+    save_report(run_dir, report)
+    return True
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file so that readers see the old text or all of the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    draft = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        draft.write_text(text, encoding="utf-8", errors="replace")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def make_report(
+    digest: Digest,
+    reader: StoreReader,
+    window: Window,
+    findings: Sequence[Finding],
+    run_dir: Path,
+    telemetry: TelemetrySection | None = None,
+) -> Report:
+    """Return the report on a digest.
+
+    Args:
+        digest: the run, as far as it was read.
+        reader: its store.
+        window: the steps to describe.
+        findings: the diagnosis, the verdict first.
+        run_dir: its folder.
+        telemetry: that section, if it was made a moment ago.
+    """
+    steps = sections.steps(digest, window)
+    rounded = [finding.rounded() for finding in findings]
+    return Report(
+        schema=SCHEMA,
+        traceml_version=__version__,
+        run=_run(digest, reader, run_dir),
+        verdict=rounded[0],
+        time=sections.time(digest),
+        findings=rounded,
+        steps=steps,
+        phases=sections.phases(digest, window),
+        ranks=sections.ranks(digest),
+        lines=sections.lines(digest),
+        memory=sections.memory(digest),
+        system=sections.system(digest),
+        metrics=sections.metrics(digest.metrics),
+        hidden_metrics=digest.metrics.hidden,
+        trackers=trackers(run_dir, reader),
+        telemetry=telemetry or sections.telemetry(digest, reader, steps.mean_ms),
+    )
+
+
+def _run(digest: Digest, reader: StoreReader, run_dir: Path) -> RunSection:
+    run = digest.run
+    state = state_of(run, digest.aggregator)
+    started, ended, duration_s = run_times(digest, state, run_dir)
+    return RunSection(
+        id=str(run.get("id", run_dir.name)),
+        name=str(run.get("name", run_dir.name)),
+        project=str(run.get("project", "default")),
+        attempt=max((stream.attempt for stream in digest.streams.values()), default=int(run.get("attempt", 0))),
+        started=started,
+        ended=ended,
+        duration_s=duration_s,
+        state=state,
+        world_size=int(run.get("world_size", max(len(digest.ranks), 1))),
+        hosts=sorted({stream.host for stream in digest.ranks.values()}) or list(run.get("hosts", [])),
+        command=run.get("command", ""),
+        restarts=restarts(reader) if digest.attempt > 0 else [],
+        steps_waiting=waiting_steps(run_dir) if state == "lost" else 0,
+    )

@@ -1,0 +1,303 @@
+"""Sections of the report, each from a digest: steps, phases, ranks, memory, system, telemetry."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from traceml.database.schema import GPU, HOST, PROCESS, TABLES, TELEMETRY, TORCH_MEMORY
+from traceml.database.store.reader import StoreReader, StreamRecord
+from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.findings import significant
+from traceml.diagnosis.steps.step_split import PHASES
+from traceml.diagnosis.steps.window import Window
+from traceml.runs.report.report_types import (
+    ExitSection,
+    GpuSection,
+    HostSection,
+    LineSection,
+    MemorySection,
+    MetricSection,
+    PhaseSection,
+    RankMean,
+    RankMemory,
+    RankSection,
+    StepsSection,
+    SystemSection,
+    TelemetrySection,
+    TimePart,
+    TimeSection,
+)
+from traceml.runs.rows.digest import Digest
+from traceml.runs.rows.metrics import MetricSummary
+from traceml.runs.rows.sample_totals import SampleTotals
+from traceml.runs.rows.samples import slope_per_step
+from traceml.runs.rows.step_totals import StepTotals
+
+__all__ = ["lines", "memory", "metrics", "phases", "ranks", "steps", "system", "telemetry", "time"]
+
+_MS = 1e6
+_MAX_LINES = 200
+_QUANTILES = (0.5, 0.95, 0.99)
+_ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
+
+
+def steps(digest: Digest, window: Window) -> StepsSection:
+    """Return the number of steps and their durations.
+
+    Args:
+        digest: the run.
+        window: the steps to describe; of a long run a sample.
+    """
+    latest = digest.window.latest
+    section = StepsSection(
+        count=int(latest.max()) + 1 if latest.size else 0,
+        per_second=_per_second(digest),
+        cut=digest.cut,
+        diagnosed=len(window),
+    )
+    totals, times = _totals(digest), window.total.ravel()
+    if times.size and not (window if totals is None else totals).device:
+        section.untimed_device = digest.facts.accelerator
+
+    if totals is not None:
+        mean, quantiles = totals.mean_ns, totals.quantiles_ns(_QUANTILES)
+    elif times.size:
+        mean, quantiles = float(times.mean()), np.quantile(times, _QUANTILES).tolist()
+    else:
+        return section
+
+    section.mean_ms = significant(mean / _MS)
+    section.p50_ms, section.p95_ms, section.p99_ms = (significant(value / _MS) for value in quantiles)
+    return section
+
+
+def _totals(digest: Digest) -> StepTotals | None:
+    """Return the sums of all steps of a long run, without those of its set-up."""
+    totals, set_up = digest.totals, digest.set_up
+    return totals if totals is None or set_up is None else totals.without(set_up)
+
+
+def _per_second(digest: Digest) -> float | None:
+    """Return steps per second of wall time, time between steps included, of the rank with the most steps."""
+    latest, ends = digest.window.latest, digest.window.end_ns
+    if not latest.size or not digest.first:
+        return None
+
+    rank = int(np.argmax(latest))
+    first_step, first_end = digest.first.get(rank, (int(latest[rank]), int(ends[rank])))
+    passed_ns = int(ends[rank]) - first_end
+    return significant((int(latest[rank]) - first_step) / (passed_ns / 1e9)) if passed_ns > 0 else None
+
+
+def phases(digest: Digest, window: Window) -> list[PhaseSection]:
+    """Return mean milliseconds by phase and rank; backward is own work, comm includes the waiting inside it."""
+    by_rank = _means_by_rank(digest, window)
+    whole = sum(sum(means.values()) for means in by_rank.values())
+    return [_phase(name, by_rank, whole) for name in _names(by_rank)]
+
+
+def _means_by_rank(digest: Digest, window: Window) -> dict[int, dict[str, float]]:
+    if (totals := _totals(digest)) is not None:
+        return _means(totals, digest.grouped)
+
+    by_rank = _means(window, digest.grouped)
+    for rank in sorted(set(digest.ranks) - set(by_rank)):
+        if rank < len(digest.window.latest) and digest.window.latest[rank] >= 0:
+            by_rank |= _means(digest.window.held(rank), digest.grouped)
+
+    return by_rank
+
+
+def _means(steps: Window | StepTotals, grouped: bool) -> dict[int, dict[str, float]]:
+    """Return each rank's mean milliseconds by phase; they add up to its mean step."""
+    split = {name: (means / _MS).tolist() for name, means in steps.mean_split(grouped=grouped).items()}
+    return {rank: {name: means[row] for name, means in split.items()} for row, rank in enumerate(steps.ranks.tolist())}
+
+
+def _names(by_rank: dict[int, dict[str, float]]) -> list[str]:
+    seen = {name for means in by_rank.values() for name, value in means.items() if value > 0}
+    return [*(n for n in _ORDER if n in seen), *sorted(seen - {*_ORDER, "other"}), *(["other"] if by_rank else [])]
+
+
+def _phase(name: str, by_rank: dict[int, dict[str, float]], whole: float) -> PhaseSection:
+    means = {rank: of_rank.get(name, 0.0) for rank, of_rank in by_rank.items()}
+    total = sum(means.values())
+    return PhaseSection(
+        phase=name,
+        mean_ms=_number(total / len(means)),
+        share=_number(total / whole) if whole else 0.0,
+        by_rank=[RankMean(rank, _number(mean)) for rank, mean in sorted(means.items())],
+    )
+
+
+def _number(value: float) -> float:
+    return significant(value) or 0.0
+
+
+def ranks(digest: Digest) -> list[RankSection]:
+    """Return the state of each rank of the last attempt, and its end."""
+    latest = digest.window.latest
+    return [
+        RankSection(
+            rank=rank,
+            host=stream.host,
+            pid=stream.identity.pid,
+            steps=int(latest[rank]) + 1 if rank < len(latest) else 0,
+            state=stream.state,
+            exit=_exit(digest, stream),
+        )
+        for rank, stream in sorted(digest.ranks.items())
+    ]
+
+
+def _exit(digest: Digest, stream: StreamRecord) -> ExitSection:
+    ended = digest.facts.exits.get(stream.rank)
+    if ended is None:
+        ended = RankExit.from_facts(stream.rank, stream.state, stream.facts.get("exit", {}), stream.host)
+
+    latest = digest.window.latest
+    last_step = ended.last_step
+    if stream.rank < len(latest) and latest[stream.rank] >= 0:
+        # The rank's last report does not count the step that was still open.
+        last_step = max(int(latest[stream.rank]), -1 if last_step is None else last_step)
+
+    return ExitSection(
+        code=ended.code,
+        signal=ended.signal,
+        exception=ended.exception,
+        last_step=last_step,
+        open_phase=ended.open_phase,
+        stack=ended.stack,
+    )
+
+
+def lines(digest: Digest) -> list[LineSection]:
+    """Return the most frequent lines of the user's code, over all ranks."""
+    found: dict[tuple[Any, ...], LineSection] = {}
+    of_phase: Counter[str] = Counter()
+    for each in digest.facts.lines.lines(digest.names):
+        of_phase[each.part] += each.samples
+        key = (each.part, each.file, each.line, each.function, each.library)
+        section = found.setdefault(key, _line(each))
+        section.samples += each.samples
+        section.ranks.append(each.rank)
+
+    for section in found.values():
+        section.share = _number(section.samples / of_phase[section.phase])
+
+    return sorted(found.values(), key=lambda section: -section.samples)[:_MAX_LINES]
+
+
+def _line(of: SampledLine) -> LineSection:
+    return LineSection(phase=of.part, file=of.file, line=of.line, function=of.function, library=of.library)
+
+
+def time(digest: Digest) -> TimeSection | None:
+    """Return the run's wall time by part, None where it is not known."""
+    found = digest.facts.time
+    if found is None:
+        return None
+
+    parts = [TimePart(part, _number(seconds), _number(found.share(part))) for part, seconds in found.seconds.items()]
+    return TimeSection(_number(found.wall_s), [part for part in parts if part.seconds > 0])
+
+
+def memory(digest: Digest) -> MemorySection:
+    """Return peaks and growth of memory by rank."""
+    return MemorySection([_memory_of(digest, rank) for rank in sorted(digest.ranks)])
+
+
+def _memory_of(digest: Digest, rank: int) -> RankMemory:
+    totals, memory = digest.sample_totals, RankMemory(rank=rank)
+    memory.rss_peak_bytes = _whole(totals.most(PROCESS, rank, "rss_bytes"))
+    memory.cuda_peak_bytes = _whole(totals.most(TORCH_MEMORY, rank, "peak_allocated_bytes"))
+    process = digest.samples.of(PROCESS.name, rank)
+    if process is not None:
+        slope = slope_per_step(process["step"], process["rss_bytes"])
+        memory.rss_slope_bytes_per_step = None if slope is None else significant(slope)
+
+    return memory
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)
+
+
+def system(digest: Digest) -> SystemSection:
+    """Return the utilization of hosts and devices."""
+    totals = digest.sample_totals
+    hosts = {stream.host: HostSection(host=stream.host) for stream in digest.ranks.values()}
+    for rank in (rank for rank in totals.ranks(HOST) if rank in digest.ranks):
+        used, size = (totals.most(HOST, rank, f"memory_{what}_bytes") for what in ("used", "total"))
+        host = hosts[digest.ranks[rank].host]
+        host.cpu_pct = significant(totals.mean(HOST, rank, "cpu_pct"))
+        host.memory_pct = significant(100 * used / max(size, 1)) if used is not None and size is not None else None
+
+    for rank in (rank for rank in totals.ranks(GPU) if rank in digest.ranks):
+        gpus = hosts[digest.ranks[rank].host].gpus
+        known = {gpu.index for gpu in gpus}  # ranks with GPUs of their own sample these
+        gpus += [_gpu(totals, rank, index) for index in totals.devices(GPU, rank) if index not in known]
+
+    return SystemSection(list(hosts.values()))
+
+
+def _gpu(totals: SampleTotals, rank: int, index: int) -> GpuSection:
+    return GpuSection(
+        index=index,
+        utilization_pct=significant(totals.mean(GPU, rank, "utilization_pct", index)),
+        memory_used_bytes=_whole(totals.most(GPU, rank, "memory_used_bytes", index)),
+        memory_total_bytes=_whole(totals.most(GPU, rank, "memory_total_bytes", index)),
+        temperature_c=significant(totals.most(GPU, rank, "temperature_c", index)),
+        power_w=significant(totals.mean(GPU, rank, "power_w", index)),
+    )
+
+
+def metrics(summary: MetricSummary) -> dict[str, MetricSection]:
+    """Return the figures of each metric; a value that is not finite is None there."""
+    return {
+        name: MetricSection(
+            last=_finite(each.last), min=_finite(each.least), max=_finite(each.greatest), count=each.number
+        )
+        for name, each in summary.figures().items()
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def telemetry(digest: Digest, reader: StoreReader, step_ms: float | None) -> TelemetrySection:
+    """Return the rows that tracing stored and lost, and its overhead."""
+    stored = sum(reader.stored(table) for table in TABLES)
+    lost = sum(reader.lost(table) for table in TABLES)
+    last = [row for rank in sorted(digest.ranks) if (row := digest.samples.last(TELEMETRY.name, rank)) is not None]
+    hooks = [int(row["hook_ns_per_step"]) for row in last if row["hook_ns_per_step"] > 0]
+    overhead_us = float(np.mean(hooks)) / 1e3 if hooks else None
+    appended = stored + lost
+    if digest.state == "running":
+        appended = max(appended, sum(int(row["rows_appended"]) for row in last))
+
+    return TelemetrySection(
+        rows_appended=appended,
+        rows_stored=stored,
+        rows_lost=lost,
+        rows_thinned=reader.thinned_rows(),
+        overhead_us_per_step=None if overhead_us is None else significant(overhead_us),
+        overhead_share=significant(overhead_us / 1e3 / step_ms) if overhead_us is not None and step_ms else None,
+        bytes_sent=sum(int(row["bytes_sent"]) for row in last),
+        failures=_failures(digest, reader),
+    )
+
+
+def _failures(digest: Digest, reader: StoreReader) -> dict[str, int]:
+    """Return the failures that ranks and aggregator have handled, by package."""
+    total: Counter[str] = Counter(reader.meta().get("failures", {}))
+    for record in digest.ranks.values():
+        total.update(record.facts.get("failures", {}))
+
+    return dict(sorted(total.items()))

@@ -1,0 +1,45 @@
+"""The report's section on trackers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from traceml.database.schema import LOGGED, METRICS
+from traceml.database.store.reader import StoreReader
+from traceml.runs.report.report_types import TrackerSection
+from traceml.track.tracker_state import FAILING_PHASES, DeliveryPhase, TrackerState, states_of
+
+__all__ = ["trackers"]
+
+
+def trackers(run_dir: Path, reader: StoreReader | None = None) -> list[TrackerSection]:
+    """Return the report's section on trackers.
+
+    Args:
+        run_dir: the run's folder.
+        reader: its store, to count the pending rows; without one they are unknown.
+    """
+    logged = None
+    if reader is not None and METRICS.name in reader.tables:
+        logged = reader.stored(METRICS.name) + reader.stored(LOGGED.name)
+
+    return [_tracker(state, logged) for state in states_of(run_dir)]
+
+
+def _tracker(state: TrackerState, logged: int | None) -> TrackerSection:
+    return TrackerSection(
+        backend=state.backend,
+        state=str(state.phase),
+        delivered=state.delivered,
+        pending=state.pending(logged) if logged is not None else None,
+        failed=state.failed,
+        filtered=state.filtered,
+        fallback=state.fallback,
+        derived=state.derived,
+        masked=state.masked,
+        latency_ms=None if state.latency_ms is None else round(state.latency_ms, 3),
+        target=state.target,
+        urls=[each["url"] for each in state.experiments.values() if each.get("url")],
+        error=state.error if state.phase in FAILING_PHASES | {DeliveryPhase.STOPPED} else "",
+        reasons=dict(state.reasons),
+    )

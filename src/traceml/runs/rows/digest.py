@@ -1,0 +1,385 @@
+"""Digest of a run's rows, for the live view and the report: followed by cursor, bounded in memory.
+
+Of a long run, the report reads exact sums of all steps and the rows of some of them, in blocks spread over the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import (
+    DEVICE_STEPS,
+    EPOCHS,
+    GPU,
+    HOST,
+    INFO,
+    LIMITS,
+    LINES,
+    NAMES,
+    PROCESS,
+    STEPS,
+    TELEMETRY,
+    TORCH_MEMORY,
+    USER_PHASES,
+    Table,
+)
+from traceml.database.store.reader import Frame, StoreReader, StreamRecord
+from traceml.database.store.summaries import StepSums
+from traceml.diagnosis.facts.job_facts import RankExit
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.intake import RowIntake
+from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.step_split import has_group
+from traceml.diagnosis.steps.window import MAX_CELLS, Window, slots_for
+from traceml.runs.rows.metrics import MetricSummary
+from traceml.runs.rows.sample_totals import SampleTotals
+from traceml.runs.rows.samples import Samples, rows_for
+from traceml.runs.rows.step_ranges import step_ranges
+from traceml.runs.rows.step_totals import SetUpSums, StepTotals, step_totals
+
+__all__ = ["MAX_STEP_ROWS", "Digest", "read_digest"]
+
+MAX_STEP_ROWS = MAX_CELLS
+"""Maximum of step rows that are read of a whole run."""
+# Of sampled tables with more frames than this, as many are read of each.
+_SAMPLE_FRAMES = 2048
+# Rows are taken in batches of this size, whatever the number of frames.
+_BATCH_BYTES = 4 << 20
+
+
+class Digest:
+    """Last attempt of a run, as far as its rows have been read.
+
+    Args:
+        slots: steps kept per rank of a run that is followed; see `diagnosis.slots_for`.
+    """
+
+    def __init__(self, slots: int = 1) -> None:
+        self._slots = slots
+        self._cursors: dict[str, int] = {}
+        self._attempt = -1
+        self.metrics = MetricSummary()
+        """Metrics of all attempts."""
+        self.run: dict[str, Any] = {}
+        self.aggregator: dict[str, Any] = {}
+        self.streams: dict[int, StreamRecord] = {}
+        """The streams of the last attempt, by id."""
+        self._ranks: dict[int, StreamRecord] = {}
+        self._kept_steps: Window | None = None
+        self._start_over()
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt; -1 before a store was read."""
+        return self._attempt
+
+    @property
+    def ranks(self) -> dict[int, StreamRecord]:
+        """Newest stream of each rank."""
+        return self._ranks
+
+    @property
+    def state(self) -> str:
+        """State of the run, as the aggregator recorded it."""
+        return str(self.run.get("state", "running"))
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks; if it is not stored, of those seen."""
+        return int(self.run.get("world_size", len(self.ranks) or 1))
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the ranks may wait for each other."""
+        return has_group(max(self.world_size, len(self.ranks)))
+
+    @property
+    def names(self) -> dict[int, dict[int, str]]:
+        """Texts of each rank by id."""
+        return self._intake.names
+
+    def read(self, reader: StoreReader, rows: int = MAX_STEP_ROWS) -> None:
+        """Take a whole run; if it has more than `rows` step rows, its exact sums, and as many rows spread over it."""
+        self._read_streams(reader)
+        if self.streams and (reader.stored(STEPS.name) > rows or reader.thinned(STEPS.name) > 0):
+            self._read_sample(reader, rows)
+        else:
+            self._intake.resize(_slots(reader.stored(STEPS.name), len(self._ranks)), max(self._ranks, default=0) + 1)
+            self._use_window()
+
+        self._start_samples(reader)
+        self.update(reader)
+
+    def start_at_end(self, reader: StoreReader, rows: int) -> None:
+        """Skip all but the last `rows` step rows, and their user phases."""
+        self._read_streams(reader)
+        self._start_samples(reader)
+        if not self.streams or reader.stored(STEPS.name) <= rows:
+            return
+
+        each = max(1, rows // len(self.streams))
+        self._follow_log(reader, NAMES.name)
+        for table in _of_steps(reader):
+            newest = reader.last_id()
+            read = reader.rows(table.name, self._newest(), last=each)
+            self._take(table, {self._rank_of(stream): data for stream, data in _by_stream(read, table)})
+            self._cursors[table.name] = newest
+
+    @property
+    def cut(self) -> bool:
+        """Whether the window has a sample of the run's steps: then the exact sums of all are in `totals`."""
+        return self.totals is not None
+
+    def update(self, reader: StoreReader) -> bool:
+        """Take what arrived since the last call; return whether there was anything."""
+        self._read_streams(reader)
+        # Names come before the rows that use them, so they are read first.
+        taken = [self._follow_log(reader, NAMES.name), self._follow_log(reader, INFO.name)]
+        taken += [self._follow(reader, table) for table in _FOLLOWED]
+        taken.append(self.metrics.update(reader))
+        return any(taken)
+
+    def whole_window(self) -> Window:
+        """Return all steps that were kept, without those of the set-up."""
+        if self._kept_steps is None:
+            self._kept_steps = self.window.aligned(last=self.window.slots)
+
+        return self._kept_steps
+
+    def diagnose(self, window: Window | None = None) -> list[Finding]:
+        """Return the findings for a window of this run, by default of its newest steps."""
+        self.facts.state, self.facts.world_size = self.state, self.world_size
+        facts = self.facts.build(self.window.latest.tolist())
+        return diagnose(self.window.aligned() if window is None else window, facts)
+
+    def _start_over(self) -> None:
+        self._intake = RowIntake(self._slots)
+        self.window, self.facts = self._intake.window, self._intake.facts
+        self._kept_steps = None
+        self.samples = Samples()
+        self.sample_totals = SampleTotals()
+        self.totals: StepTotals | None = None
+        """Exact sums of all steps, where the window has only some of them."""
+        self.step_sums: dict[int, StepSums] = {}
+        """The same by stream, as read for `totals`."""
+        self.set_up: StepTotals | None = None
+        """The sums of the first steps, which include set-up; like `totals`."""
+        self.first: dict[int, tuple[int, int]] = {}
+        """Step and monotonic end of the first row of each rank."""
+
+    def _read_streams(self, reader: StoreReader) -> None:
+        meta = reader.meta()
+        self.run, self.aggregator = dict(meta.get("run", {})), dict(meta.get("aggregator", {}))
+        records = reader.streams()
+        attempt = max((record.attempt for record in records), default=0)
+        if attempt != self._attempt:
+            self._attempt = attempt
+            self._start_over()
+            self.streams, self._ranks = {}, {}
+
+        for record in records:
+            if record.attempt == attempt and not record.facts.get("helps"):  # a child that logs is no rank
+                self._take_stream(record)
+
+        self.samples.most = rows_for(len(self._ranks))
+
+    def _take_stream(self, record: StreamRecord) -> None:
+        rank = record.rank
+        current = self._ranks.get(rank)
+        if record.id not in self.streams and current is not None:
+            # A second recorder of the same rank: its steps count from 0 again.
+            self.window.clear(rank)
+            self.first.pop(rank, None)
+
+        self.streams[record.id] = record
+        if current is None or record.id >= current.id:
+            self._ranks[rank] = record
+
+        self.facts.host(rank, record.host)
+        if record.state != "running" and (current is None or record.id >= current.id):
+            self._intake.end(RankExit.from_facts(rank, record.state, record.facts.get("exit", {}), record.host))
+
+    def _rank_of(self, stream: int) -> int:
+        return self.streams[stream].rank
+
+    def _newest(self) -> Collection[int]:
+        return {record.id for record in self.ranks.values()}
+
+    def _read_sample(self, reader: StoreReader, rows: int) -> None:
+        """Take the sums of all steps, and the rows of blocks of steps spread over the run."""
+        self._follow_log(reader, NAMES.name)
+        newest = reader.last_id()
+        self.step_sums = found = reader.step_sums()
+        sums = {self._rank_of(stream): found[stream] for stream in self._newest() if stream in found}
+        if not any(each.count for each in sums.values()):
+            return
+
+        self.totals = totals = step_totals(sums, self._intake.names)
+        steps = [each.steps.bins for each in sums.values() if each.count]
+        first, last = min(int(bins["first_step"].min()) for bins in steps), int(totals.latest.max())
+        tables = _of_steps(reader)
+        ranges = step_ranges(reader, tables, len(totals.ranks), first, last, rows)
+        chosen = np.concatenate([np.arange(begin, end + 1) for begin, end in ranges])
+        window = self._intake.sample(chosen, int(totals.ranks.max()) + 1)
+        self._use_window()
+        set_up = SetUpSums()
+        for table in tables:
+            for by_rank in self._batches(reader.step_frames(table.name, ranges, self._newest())):
+                self._take(table, by_rank)
+                set_up.take(table, by_rank)
+
+            self._cursors[table.name] = newest
+
+        self.set_up = set_up.totals(self._intake.names)
+
+        ends = {rank: int(each.steps.bins["end_ns"].max()) for rank, each in sums.items() if each.count}
+        window.advance(totals.ranks, totals.latest, np.array([ends[rank] for rank in totals.ranks.tolist()]))
+
+    def _use_window(self) -> None:
+        """Follow the intake's window, which was replaced before it had rows."""
+        self.window = self._intake.window
+        for rank, record in self._ranks.items():
+            if record.state != "running":
+                self.window.end(rank)
+
+    def _start_samples(self, reader: StoreReader) -> None:
+        """Take sampled tables of a long run: exact totals, and rows of frames that are spread over it."""
+        newest, streams = reader.last_id(), self._newest()
+        for table in (*_SAMPLED, *_BY_RULES):
+            if table.name not in reader.tables or not self._is_large(reader, table):
+                continue
+
+            if table.name in SampleTotals.tables:
+                for stream, sums in reader.table_sums(table.name).items():
+                    if stream in streams:
+                        self.sample_totals.start(table, self._rank_of(stream), sums)
+
+            each = max(self.samples.most * len(streams) // _SAMPLE_FRAMES, 8)
+            for frame in reader.spread_frames(table.name, streams, _SAMPLE_FRAMES, each):
+                rank = self._rank_of(frame.stream)
+                self._intake.add(table.name, rank, frame.data)
+                if table in _SAMPLED:
+                    self.samples.add(table.name, rank, np.frombuffer(frame.data, table.dtype))
+
+            self._cursors[table.name] = newest
+
+    def _is_large(self, reader: StoreReader, table: Table) -> bool:
+        rows = 2 * self.samples.most * len(self._ranks)
+        return reader.frame_count(table.name) > _SAMPLE_FRAMES or reader.stored(table.name) > rows
+
+    def _frames(self, reader: StoreReader, name: str) -> Iterator[Frame]:
+        """Yield the frames of a table since the last call, of each rank's newest stream."""
+        if name not in reader.tables:
+            return  # a store that is older than the table
+
+        newest = self._newest()
+        for frame in reader.frames(name, self._cursors.get(name, 0)):
+            self._cursors[name] = frame.id
+            if frame.stream in newest:
+                yield frame
+
+    def _batches(self, frames: Iterable[Frame]) -> Iterator[dict[int, bytes]]:
+        """Yield the rows of frames by rank, a bounded number of bytes at a time."""
+        parts: dict[int, list[bytes]] = {}
+        size = 0
+        for frame in frames:
+            parts.setdefault(self._rank_of(frame.stream), []).append(frame.data)
+            size += len(frame.data)
+            if size > _BATCH_BYTES:
+                yield {rank: b"".join(of_rank) for rank, of_rank in parts.items()}
+                parts, size = {}, 0
+
+        if parts:
+            yield {rank: b"".join(of_rank) for rank, of_rank in parts.items()}
+
+    def _follow(self, reader: StoreReader, table: Table) -> bool:
+        found = False
+        for by_rank in self._batches(self._frames(reader, table.name)):
+            self._take(table, by_rank)
+            found = True
+
+        return found
+
+    def _take(self, table: Table, by_rank: dict[int, bytes]) -> None:
+        is_sampled = table in _SAMPLED
+        for rank, data in by_rank.items():
+            if table is STEPS and rank not in self.first:
+                row = np.frombuffer(data, STEPS.dtype, 1)
+                self.first[rank] = int(row["step"][0]), int(row["t_end_ns"][0])
+            elif is_sampled:
+                self.samples.add(table.name, rank, np.frombuffer(data, table.dtype))
+
+            self._intake.add(table.name, rank, data)
+
+        self._kept_steps = None
+        if is_sampled:
+            self._add_totals(table, by_rank)
+
+        self._intake.flush()
+
+    def _add_totals(self, table: Table, by_rank: dict[int, bytes]) -> None:
+        rows = np.frombuffer(b"".join(by_rank.values()), table.dtype)
+        counts = [len(data) // table.row_bytes for data in by_rank.values()]
+        self.sample_totals.take(table, np.repeat(list(by_rank), counts), rows)
+
+    def _follow_log(self, reader: StoreReader, name: str) -> bool:
+        found = False
+        for frame in self._frames(reader, name):
+            found, rank = True, self._rank_of(frame.stream)
+            for row in frame.maps():
+                if name == NAMES.name:
+                    self._intake.names.setdefault(rank, {})[row["id"]] = row["name"]
+                else:
+                    self.facts.info(rank, row)
+
+        return found
+
+
+_SAMPLED = (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY)
+_OF_STEPS = (STEPS, DEVICE_STEPS, USER_PHASES)
+_BY_RULES = (LIMITS, LINES, EPOCHS)
+_FOLLOWED = (*_OF_STEPS, *_BY_RULES, *_SAMPLED)
+
+
+def read_digest(reader: StoreReader, max_step_rows: int = MAX_STEP_ROWS) -> Digest:
+    """Return the digest of a whole run; of a long one with `max_step_rows` step rows that are spread over it.
+
+    Raises:
+        StoreError: the store is damaged.
+    """
+    digest = Digest()
+    digest.read(reader, max_step_rows)
+    return digest
+
+
+def _slots(rows: int, ranks: int) -> int:
+    """Return the number of steps per rank that holds a whole run."""
+    # Ranks may be uneven: the longest one may have most of the rows.
+    slots, wanted = 128, 2 * (rows // max(ranks, 1) + 1)
+    while slots < wanted and slots * ranks < 2 * rows:
+        slots *= 2
+
+    return max(slots, slots_for(ranks))
+
+
+def _of_steps(reader: StoreReader) -> list[Table]:
+    return [table for table in _OF_STEPS if table.name in reader.tables]
+
+
+def _by_stream(rows: NDArray[np.void], table: Table) -> Iterator[tuple[int, bytes]]:
+    """Return each stream's rows as they are stored."""
+    if not len(rows):
+        return
+
+    rows = rows[np.argsort(rows["stream"], kind="stable")]
+    plain = np.empty(len(rows), table.dtype)
+    for name in table.names:
+        plain[name] = rows[name]
+
+    streams, starts = np.unique(rows["stream"], return_index=True)
+    for stream, part in zip(streams.tolist(), np.split(plain, starts[1:]), strict=True):
+        yield stream, part.tobytes()

@@ -1,0 +1,105 @@
+"""Metrics over steps, at most a few hundred points per name: each with the mean and extremes of its values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.store.reader import StoreReader
+from traceml.runs.rows.metrics import MetricReader
+
+__all__ = ["MetricSeries", "MetricSeriesSet"]
+
+# Between two reads, a name may have twice as many points.
+_MAX_POINTS = 400
+# Charts are for people: further names are only in the store and in the report's table.
+_MAX_NAMES = 500
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSeries:
+    """One metric over steps; joined values have their mean and extremes, NaN is a gap.
+
+    Attributes:
+        name: name of the metric, with `/rank_r` for ranks above 0.
+        steps: the step of each point, ascending.
+        values: means of the finite values; least, most: their extremes.
+        missing: number of values that were not finite.
+    """
+
+    name: str
+    steps: Floats
+    values: Floats
+    least: Floats
+    most: Floats
+    missing: int
+
+
+class MetricSeriesSet:
+    """Series of all metrics of a run; all attempts and ranks."""
+
+    def __init__(self) -> None:
+        self._reader = MetricReader()
+        self._points: dict[str, NDArray[np.float64]] = {}
+        self.hidden: set[str] = set()
+        """Names that are left out, because there are too many."""
+
+    def update(self, reader: StoreReader) -> None:
+        """Take what arrived since the last call."""
+        for frames in self._reader.read(reader):
+            new: dict[str, list[NDArray[np.float64]]] = {}
+            for frame in frames:
+                for name, rows in zip(frame.names, np.split(frame.rows, frame.starts[1:]), strict=True):
+                    new.setdefault(name, []).append(_points(rows))
+
+            for name, parts in new.items():
+                self._add(name, np.concatenate(parts))
+
+    def lines(self) -> list[MetricSeries]:
+        """Return the series, sorted by name."""
+        return [_line(name, points) for name, points in sorted(self._points.items())]
+
+    def _add(self, name: str, points: NDArray[np.float64]) -> None:
+        if name not in self._points and len(self._points) >= _MAX_NAMES:
+            self.hidden.add(name)
+            return
+
+        kept = np.concatenate([self._points[name], points]) if name in self._points else points
+        kept = kept[np.argsort(kept[:, 0], kind="stable")]  # a later attempt counts from an earlier step again
+        while len(kept) > _MAX_POINTS:
+            kept = _joined(kept)
+
+        self._points[name] = kept
+
+
+def _points(rows: NDArray[np.void]) -> NDArray[np.float64]:
+    """Return step, sum, count, least, greatest and number of non-finite values of each row."""
+    values, finite = rows["value"], np.isfinite(rows["value"])
+    points = np.empty((len(rows), 6))
+    points[:, 0], points[:, 1], points[:, 2] = rows["step"], np.where(finite, values, 0), finite
+    points[:, 3], points[:, 4] = np.where(finite, values, np.inf), np.where(finite, values, -np.inf)
+    points[:, 5] = ~finite
+    return points
+
+
+def _joined(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Join pairs of neighbors."""
+    starts = np.arange(0, len(points), 2)
+    joined = np.add.reduceat(points, starts)
+    joined[:, 0] = points[starts, 0]
+    joined[:, 3], joined[:, 4] = (
+        np.minimum.reduceat(points[:, 3], starts),
+        np.maximum.reduceat(points[:, 4], starts),
+    )
+    return joined
+
+
+def _line(name: str, points: NDArray[np.float64]) -> MetricSeries:
+    some = points[:, 2] > 0
+    mean = np.divide(points[:, 1], points[:, 2], out=np.full(len(points), np.nan), where=some)
+    least, most = (np.where(some, points[:, column], np.nan) for column in (3, 4))
+    return MetricSeries(name, points[:, 0], mean, least, most, int(points[:, 5].sum()))

@@ -1,0 +1,113 @@
+"""Messages of a run, the newest ones: events, warnings of ranks, logged texts."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from traceml.database.schema import INFO, LOGGED
+from traceml.database.store.reader import RunEvent, StoreReader
+from traceml.runs.rows.clocks import RunClocks
+
+__all__ = ["Note", "Notes", "note_of_event"]
+
+_KEPT = 500
+_LOOKED_AT = 5_000  # frames at the end of a store that are read at first
+_MOST_CHARS = 500
+_SILENT = {"end", "process", "sampler"}  # kinds of rows without information for people
+_HIDDEN = {"kind", "t_ns", "experiment"}
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Line of a log.
+
+    Attributes:
+        epoch_s: its time.
+        rank: the rank that it is about; None for the run.
+        kind: event, warning, text, …
+        text: the message.
+    """
+
+    epoch_s: float
+    rank: int | None
+    kind: str
+    text: str
+
+
+class Notes:
+    """Follows the messages in a store by cursor, at most the newest 500."""
+
+    def __init__(self) -> None:
+        self._kept: deque[Note] = deque(maxlen=_KEPT)
+        self._after: int | None = None
+        self._clocks = RunClocks(())
+        self._ranks: dict[int, int] = {}
+
+    def update(self, reader: StoreReader) -> None:
+        """Take what arrived since the last call.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if self._after is None:
+            self._after = max(reader.last_id() - _LOOKED_AT, 0)
+
+        while frames := reader.frames_of((INFO.name, LOGGED.name), self._after):
+            self._after = frames[-1].id
+            for frame in frames:
+                if frame.stream not in self._ranks:
+                    streams = reader.streams()
+                    self._clocks, self._ranks = RunClocks(streams), {stream.id: stream.rank for stream in streams}
+
+                for row in frame.maps():
+                    self._take(frame.stream, frame.table, row)
+
+    def lines(self, events: Iterable[RunEvent] = ()) -> list[Note]:
+        """Return the notes, the run's events among them, the newest first."""
+        from_events = [note for note in map(note_of_event, events) if note is not None]
+        joined: list[Note] = []
+        for note in sorted([*self._kept, *from_events], key=lambda note: note.epoch_s):
+            # A verdict is stored each time its numbers change, but shown once.
+            if not joined or replace(joined[-1], epoch_s=note.epoch_s) != note:
+                joined.append(note)
+
+        return joined[::-1]
+
+    def _take(self, stream: int, table: str, row: Mapping[str, Any]) -> None:
+        kind = str(row.get("kind", ""))
+        if kind in _SILENT:
+            return
+
+        date = self._clocks.of_stamp if table == INFO.name else self._clocks.of_date
+        at_s = date(stream, int(row.get("t_ns", 0))) / 1e9
+        self._kept.append(Note(at_s, self._ranks[stream], kind, _words(row)))
+
+
+def note_of_event(event: RunEvent) -> Note | None:
+    """Return an event of the run as a note."""
+    data, at_s = event.data, event.epoch_ns / 1e9
+    if event.kind == "verdict":
+        verdict = data.get("verdict") or (data.get("findings") or [{}])[0]
+        return Note(at_s, None, "verdict", f"{verdict.get('kind', '')}, ranks {verdict.get('ranks') or 'all'}")
+
+    if event.kind == "rank":
+        return Note(at_s, data.get("rank"), "rank", str(data.get("state", "")))
+
+    return Note(at_s, None, event.kind, _words(data))
+
+
+def _words(row: Mapping[str, Any]) -> str:
+    if isinstance(row.get("text"), str):
+        parts = [part for part in (str(row.get("name") or ""), row["text"]) if part]
+    else:
+        shown = {key: value for key, value in row.items() if key not in _HIDDEN and value not in (None, "", {}, [])}
+        parts = [_short(value) if key == row.get("kind") else f"{key} {_short(value)}" for key, value in shown.items()]
+
+    return " ".join(", ".join(parts).split())[:_MOST_CHARS]
+
+
+def _short(value: Any) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)

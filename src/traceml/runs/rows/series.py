@@ -1,0 +1,283 @@
+"""Series of a run over steps and over time, for the charts of page, report and notebook.
+
+A running and an ended run give the same numbers, as both come from a digest of the store.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import GPU, HOST, PROCESS, TORCH_MEMORY, Table
+from traceml.database.store.reader import StoreReader
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.rows.bins import StepBins
+from traceml.runs.rows.digest import Digest, read_digest
+from traceml.runs.rows.metric_series import MetricSeries, MetricSeriesSet
+
+__all__ = ["HeatMap", "RunSeries", "SampleSeries", "SeriesFollower", "StepSeries", "read_series"]
+
+Floats = NDArray[Any]
+Ints = NDArray[np.int64]
+
+_MS = 1e6
+_MAX_SHOWN = 128
+_WANTED_PER_BIN = 16
+_LEAST_SHOWN = 32
+_HEAT_ROWS = 128
+_SAMPLES = 240
+# Device times arrive some steps after their step, and a step is taken only once.
+_DEVICE_LAG = 32
+
+
+@dataclass(frozen=True, slots=True)
+class StepSeries:
+    """Step times and phases over the run, one value per bin of steps; NaN where a bin is empty.
+
+    Attributes:
+        steps: first step of each bin, width: steps per bin.
+        p50_ms, p95_ms, p99_ms, max_ms: of the step times of all ranks; percentiles are accurate to one percent.
+        phases_ms: mean of each phase per rank and step; their sum is the mean step.
+    """
+
+    steps: Ints
+    width: int
+    p50_ms: Floats
+    p95_ms: Floats
+    p99_ms: Floats
+    max_ms: Floats
+    phases_ms: dict[str, Floats]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class HeatMap:
+    """Own work over the run, rank x bin of steps; with very many ranks, the slowest of each group.
+
+    Attributes:
+        ranks: first and last rank of each row.
+        steps: first step of each bin, width: steps per bin.
+        work_ms: own work per step; NaN where a rank has none.
+        excess: work above that of the median rank, as a share of the mean step.
+    """
+
+    ranks: tuple[tuple[int, int], ...]
+    steps: Ints
+    width: int
+    work_ms: Floats
+    excess: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSeries:
+    """Sampled values over time.
+
+    Attributes:
+        label: `rank 3`, a host or a device.
+        seconds: since the start of the run, ascending.
+        values: the samples; the highest value of those that were joined.
+    """
+
+    label: str
+    seconds: Floats
+    values: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class RunSeries:
+    """All series of a run.
+
+    Attributes:
+        memory: resident bytes by rank, device_memory: torch's allocated bytes by rank.
+        cpu, host_memory: percent by host; gpu, gpu_memory: percent by device.
+        metrics: the logged metrics, hidden_metrics: number of further names.
+        attempt: attempt of the steps.
+    """
+
+    steps: StepSeries
+    heat: HeatMap
+    memory: tuple[SampleSeries, ...] = ()
+    device_memory: tuple[SampleSeries, ...] = ()
+    cpu: tuple[SampleSeries, ...] = ()
+    host_memory: tuple[SampleSeries, ...] = ()
+    gpu: tuple[SampleSeries, ...] = ()
+    gpu_memory: tuple[SampleSeries, ...] = ()
+    metrics: tuple[MetricSeries, ...] = ()
+    hidden_metrics: int = 0
+    attempt: int = 0
+
+
+@dataclass(slots=True)
+class SeriesFollower:
+    """Makes the series of a run that a digest follows; bounded in memory, cheap to update.
+
+    Call `take` after each update of the digest, from its beginning or after a `backfill`, and `series` to draw them.
+    """
+
+    _bins: StepBins = field(default_factory=StepBins)
+    _lines: MetricSeriesSet = field(default_factory=MetricSeriesSet)
+    _attempt: int = -1
+
+    def backfill(self, run_dir: Path) -> None:
+        """Take what was stored before the digest began, with the bound of a report.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+            self.take(read_digest(reader), reader)
+
+    def take(self, digest: Digest, reader: StoreReader) -> None:
+        """Take what is new in a digest.
+
+        Raises:
+            StoreError: the store cannot be read.
+        """
+        if digest.attempt != self._attempt:
+            self._attempt = digest.attempt
+            self._bins = StepBins(len(digest.ranks))
+            if digest.totals is not None:
+                self._bins.take_totals(digest.totals, digest.whole_window())
+
+        self._bins.grouped = digest.grouped
+
+        self._lines.update(reader)
+        latest = digest.window.latest
+        new = int(latest.max()) - self._bins.latest if latest.size else 0
+        if new <= 0:
+            return
+
+        window = digest.window.aligned(last=new, skip_first=0)
+        if window.device and digest.state == "running":
+            window = window.select(slice(None, -_DEVICE_LAG))
+
+        self._bins.take(window)
+
+    def series(self, digest: Digest) -> RunSeries:
+        """Return the series so far.
+
+        Args:
+            digest: the digest that was taken.
+        """
+        joined = _joined_bins(self._bins)
+        steps = _steps(self._bins, joined)
+        return RunSeries(
+            steps,
+            _heat(self._bins, joined, steps),
+            memory=_sampled(digest, PROCESS, "rss_bytes"),
+            device_memory=_sampled(digest, TORCH_MEMORY, "allocated_bytes"),
+            cpu=_sampled(digest, HOST, "cpu_pct"),
+            host_memory=_sampled(digest, HOST, "memory_used_bytes", "memory_total_bytes"),
+            gpu=_sampled(digest, GPU, "utilization_pct"),
+            gpu_memory=_sampled(digest, GPU, "memory_used_bytes", "memory_total_bytes"),
+            metrics=tuple(self._lines.lines()),
+            hidden_metrics=len(self._lines.hidden),
+            attempt=max(self._attempt, 0),
+        )
+
+
+def read_series(run_dir: Path) -> RunSeries:
+    """Return the series of a run on disk, ended or still running.
+
+    Raises:
+        StoreError: the store cannot be read.
+    """
+    with closing(StoreReader(Path(run_dir) / STORE_NAME)) as reader:
+        digest = read_digest(reader)
+        follower = SeriesFollower()
+        follower.take(digest, reader)
+        return follower.series(digest)
+
+
+def _joined_bins(bins: StepBins) -> int:
+    """Return the number of bins to show as one, so that each is visible and has enough steps for percentiles."""
+    joined = 1
+    while bins.used // joined > _MAX_SHOWN:
+        joined *= 2
+
+    each = max(len(bins.ranks), 1) * bins.width
+    while joined * each < _WANTED_PER_BIN and bins.used // (2 * joined) >= _LEAST_SHOWN:
+        joined *= 2
+
+    return joined
+
+
+def _steps(bins: StepBins, joined: int) -> StepSeries:
+    p50, p95, p99 = (values / _MS for values in bins.percentiles_ns((0.5, 0.95, 0.99), joined))
+    phases = {name: values / _MS for name, values in bins.phases_ns(joined).items()}
+    return StepSeries(
+        bins.steps(joined), bins.width * joined, p50, p95, p99, bins.longest_ns(joined) / _MS, phases
+    )  # fmt: skip
+
+
+def _heat(bins: StepBins, joined: int, steps: StepSeries) -> HeatMap:
+    order = np.argsort(bins.ranks)
+    ranks, work = bins.ranks[order], bins.work_ns(joined)[order] / _MS
+    if not len(ranks):
+        return HeatMap((), steps.steps, steps.width, np.empty((0, 0)), np.empty((0, 0)))
+
+    each = -(-len(ranks) // _HEAT_ROWS)
+    starts = np.arange(0, len(ranks), each)
+    whole = sum(steps.phases_ms.values(), np.zeros(len(steps)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        excess = (work - _median(work)) / np.where(whole > 0, whole, np.nan)
+
+    ends = [*(starts[1:] - 1).tolist(), len(ranks) - 1]
+    groups = tuple((int(ranks[start]), int(ranks[end])) for start, end in zip(starts.tolist(), ends, strict=True))
+    slowest = [np.fmax.reduceat(values, starts, axis=0) for values in (work, excess)]
+    return HeatMap(groups, steps.steps, steps.width, *slowest)
+
+
+def _median(work: Floats) -> Floats:
+    """Return the median over ranks by bin; of two ranks the faster one, of an even number the lower of both."""
+    ordered = np.sort(work, axis=0)  # NaN last
+    known = (~np.isnan(work)).sum(axis=0)
+    lower = np.maximum(known - 1, 0) // 2
+    median: Floats = np.take_along_axis(ordered, lower[None, :], axis=0)[0]
+    return median
+
+
+def _sampled(digest: Digest, table: Table, column: str, of: str | None = None) -> tuple[SampleSeries, ...]:
+    """Return a sampled column by rank, host or device; with `of`, as a percentage of that column."""
+    found: dict[str, SampleSeries] = {}
+    for rank in digest.samples.ranks(table.name):
+        rows = digest.samples.of(table.name, rank)
+        if rows is None or not len(rows) or rank not in digest.ranks:
+            continue
+
+        for label, mine in _labeled(table, rank, digest.ranks[rank].host, rows):
+            found.setdefault(label, _line(digest, rank, label, mine["t_ns"], _percent(mine, column, of)))
+
+    return tuple(found.values())
+
+
+def _labeled(table: Table, rank: int, host: str, rows: NDArray[np.void]) -> list[tuple[str, NDArray[np.void]]]:
+    if table is HOST:
+        return [(host, rows)]
+
+    if table is GPU:
+        return [(f"{host} gpu {index}", rows[rows["index"] == index]) for index in np.unique(rows["index"]).tolist()]
+
+    return [(f"rank {rank}", rows)]
+
+
+def _percent(rows: NDArray[np.void], column: str, of: str | None) -> Floats:
+    return rows[column] if of is None else 100 * rows[column] / np.maximum(rows[of], 1)
+
+
+def _line(digest: Digest, rank: int, label: str, t_ns: Ints, values: Floats) -> SampleSeries:
+    mono_ns, epoch_ns = digest.ranks[rank].facts.get("clock") or (0, 0)
+    started_ns = float(digest.run.get("started") or 0) * 1e9
+    # Without the rank's clock, its first sample is the start.
+    start_ns = started_ns - (int(epoch_ns) - int(mono_ns)) if mono_ns and started_ns else float(t_ns[0])
+    each = -(-len(t_ns) // _SAMPLES)
+    starts = np.arange(0, len(t_ns), each)
+    peaks = np.maximum.reduceat(np.asarray(values, np.float64), starts)
+    return SampleSeries(label, (t_ns[starts] - start_ns) / 1e9, peaks)

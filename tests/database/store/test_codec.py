@@ -1,0 +1,77 @@
+"""Frames come out of the codec as they went in."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from traceml.database.schema import EVALS, INFO, STEPS
+from traceml.database.store import codec as module
+from traceml.database.store.codec import Codec, decode, encode
+
+
+def step_rows(count: int) -> bytes:
+    return b"".join(STEPS.struct.pack(n, n * 10**6, *[1000 + n % 7] * (len(STEPS.names) - 2)) for n in range(count))
+
+
+@settings(deadline=None)
+@given(rows=st.lists(st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 4), max_size=50))
+def test_packed_rows_come_back(rows: list[tuple[int, int, int, int]]) -> None:
+    """Decoding gives the same bytes for any rows."""
+    data = b"".join(EVALS.struct.pack(*row) for row in rows)
+
+    number, packed = encode(EVALS, data)
+
+    assert decode(number, packed, EVALS.row_bytes) == data
+
+
+@settings(deadline=None)
+@given(data=st.binary(max_size=4000))
+def test_logs_come_back(data: bytes) -> None:
+    """Logs have no columns to shuffle and come back all the same."""
+    number, packed = encode(INFO, data)
+
+    assert decode(number, packed, 1) == data
+
+
+def test_chooses_what_is_smallest() -> None:
+    """Rows are shuffled and compressed; what is tiny or has no pattern is stored as it is."""
+    assert encode(STEPS, step_rows(20))[0] is Codec.SHUFFLE_ZSTD
+    assert encode(STEPS, step_rows(1))[0] is Codec.ZSTD
+    assert encode(INFO, b"a" * 1000)[0] is Codec.ZSTD
+    assert encode(INFO, b"ab") == (Codec.RAW, b"ab")
+    noise = os.urandom(STEPS.row_bytes * 20)
+    assert encode(STEPS, noise) == (Codec.RAW, noise)
+
+
+def test_falls_back_to_zlib_and_both_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without zstandard frames are written by zlib; a store may hold both."""
+    data, text = step_rows(20), b"a" * 1000
+    zstd = encode(STEPS, data)
+    monkeypatch.setattr(module._compressors, "pack", None)
+
+    assert encode(STEPS, data)[0] is Codec.SHUFFLE_ZLIB
+    assert encode(INFO, text)[0] is Codec.ZLIB
+
+    for number, packed in (zstd, encode(STEPS, data)):
+        assert decode(number, packed, STEPS.row_bytes) == data
+    assert decode(*encode(INFO, text), 1) == text
+
+
+def test_tells_that_zstandard_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store written with zstandard, read without it, names the package."""
+    number, packed = encode(STEPS, step_rows(20))
+    monkeypatch.setattr(module._compressors, "unpack", None)
+
+    with pytest.raises(ValueError, match="`zstandard` is not installed"):
+        decode(number, packed, STEPS.row_bytes)
+
+
+@pytest.mark.parametrize("number", [Codec.ZLIB, Codec.ZSTD, Codec.SHUFFLE_ZLIB, Codec.SHUFFLE_ZSTD, 99])
+def test_damaged_bytes_are_a_value_error(number: int) -> None:
+    """Damage and codecs of the future are one kind of error, whatever the library below raises."""
+    with pytest.raises(ValueError, match=r".+"):
+        decode(number, b"this was never compressed", 8)

@@ -1,0 +1,83 @@
+"""Resources near their limit, and those that only look so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.database.schema import LIMITS, Resource
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.resource_use import UseHistory
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+
+def found(resource: Resource, used: list[int], limit: int, *, seconds: float = 1.0, steps: int = 10, rank: int = 0):
+    """Return the findings about samples that are `seconds` and `steps` apart."""
+    rows = np.zeros(len(used), LIMITS.dtype)
+    rows["t_ns"], rows["step"] = np.arange(len(used)) * seconds * 1e9, np.arange(len(used)) * steps
+    rows["resource"], rows["used"], rows["limit"] = resource, used, limit
+    history = UseHistory()
+    for part in np.array_split(rows, 3):
+        history.add(rank, part)
+
+    findings = diagnose(window_of(Job(ranks=1, grouped=False)), JobFacts(limits=history.uses()))
+    return [finding for finding in findings if finding.kind is Kind.LIMIT_NEAR]
+
+
+def test_a_leak_of_open_files_is_told_with_the_time_left():
+    """One more descriptor in each step: 20 steps are left."""
+    (finding,) = found(Resource.OPEN_FILES, list(range(206, 237, 5)), 256, seconds=5.0, steps=5, rank=3)
+
+    assert finding.ranks == (3,)
+    assert finding.severity == "critical"
+    assert finding.evidence["left_steps"] == pytest.approx(20)
+    assert finding.evidence["left_s"] == pytest.approx(20)
+    assert "236 of 256 open files" in finding.summary
+    assert "20 steps" in finding.summary
+
+
+@pytest.mark.parametrize(
+    ("resource", "used", "limit"),
+    [
+        (Resource.OPEN_FILES, [30] * 9, 1024),
+        (Resource.OPEN_FILES, [30, 300, 40, 310, 35, 305, 30, 300, 40], 1024),  # opened and closed
+        (Resource.OPEN_FILES, [30, 60, 90, 120], 1024),  # the start, of too few samples
+        (Resource.DISK, [970] * 9, 1000),  # full, as disks are
+        (Resource.DISK, list(range(100, 190, 10)), 10_000_000),  # it grows, and lasts for years
+        (Resource.CPU_QUOTA, [0, 1, 2, 3, 3, 4, 5, 5, 6], 100),
+        (Resource.CPU_QUOTA, [9] * 9, 10),  # of too few periods
+    ],
+)
+def test_what_does_not_run_out_is_no_finding(resource, used, limit):
+    """Level use, use that comes and goes, a disk that is full and stays so."""
+    assert found(resource, used, limit) == []
+
+
+@pytest.mark.parametrize(
+    ("resource", "used", "limit", "words"),
+    [
+        (Resource.SHARED_MEMORY, [60 << 20] * 3, 64 << 20, "60.0 MiB of 64.0 MiB shared memory"),
+        (Resource.DISK, [n << 30 for n in range(80, 98, 2)], 100 << 30, "96.0 GiB of 100 GiB disk"),
+        (Resource.CPU_QUOTA, [40] * 3, 100, "40 % of its scheduling periods"),
+        (Resource.PROCESSES, [950] * 3, 1000, "950 of 1,000 processes"),
+    ],
+)
+def test_each_resource_has_its_sentence(resource, used, limit, words):
+    """In its unit, with advice."""
+    (finding,) = found(resource, used, limit)
+
+    assert words in finding.summary
+    assert finding.next
+    assert finding.ranks == ()
+
+
+def test_a_resource_of_a_newer_version_is_ignored():
+    """Its number has no name here."""
+    rows = np.zeros(1, LIMITS.dtype)
+    rows["resource"] = 77
+    history = UseHistory()
+    history.add(0, rows)
+
+    assert history.uses() == ()

@@ -1,0 +1,118 @@
+"""Which line a finding names, and when it names none."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, window_of
+from traceml.database.schema import LINE_OTHER, LINES, Phase
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.sampled_lines import LineCounts, SampledLine, blamed_line
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+
+
+def line(part: str, function: str, samples: int, rank: int = 0, number: int = 7) -> SampledLine:
+    return SampledLine(rank, part, "/home/me/train.py", number, function, None, samples)
+
+
+def found(kind: Kind, *lines: SampledLine, part: str = "other", job: Job = ALONE, **facts):
+    window = window_of(job, adds(part, 10))
+    facts = JobFacts(world_size=job.ranks, lines=lines, **facts)
+    return next(each for each in diagnose(window, facts) if each.kind is kind)
+
+
+def test_the_line_of_other_code_is_named():
+    """10.3 of 24.1 ms are other code, so 43 of 100 samples are."""
+    finding = found(Kind.RESIDUAL_HEAVY, line("other", "update_metric", 43), line("forward", "forward", 57))
+
+    evidence = finding.evidence
+    assert (evidence["file"], evidence["line"], evidence["function"]) == ("/home/me/train.py", 7, "update_metric")
+    assert evidence["line_share"] == pytest.approx(0.43, abs=0.03)
+    assert finding.headline == "43 % of step time is spent in train.py:7 update_metric"
+    assert "train.py:7 update_metric" in finding.summary
+    assert "train.py:7 update_metric" in finding.next
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [line("other", "update_metric", 15), line("forward", "forward", 20)],  # too few
+        [line("other", "update_metric", 90), line("forward", "forward", 10)],  # more than the hooks measured
+        [line("other", "update_metric", 40), line("forward", "forward", 160)],  # less than half of what they measured
+        [*(line("other", f"part_{n}", 5) for n in range(9)), line("forward", "forward", 60)],  # none stands out
+        [SampledLine(0, "other", None, None, None, None, 43), line("forward", "forward", 57)],  # not the user's code
+    ],
+)
+def test_no_line_is_named_where_samples_do_not_tell(lines):
+    """The phase is told, without a line."""
+    finding = found(Kind.RESIDUAL_HEAVY, *lines)
+
+    assert "file" not in finding.evidence
+    assert "code outside the known phases" in finding.headline
+    assert "train.py" not in finding.summary + finding.next
+
+
+def test_the_most_frequent_line_of_the_function_is_named():
+    """A function's lines count together."""
+    lines = [line("other", "f", 10, number=3), line("other", "f", 30, number=4), line("other", "g", 20)]
+
+    blamed = blamed_line(lines, "other", 1.0)
+
+    assert (blamed.function, blamed.line) == ("f", 4)
+    assert blamed.share == pytest.approx(40 / 60)
+
+
+def test_a_share_is_what_the_function_has_at_least():
+    """Half of the step is in the phase, but only 40 of 100 samples: the rest of it was not seen."""
+    blamed = blamed_line([line("other", "f", 40), line("forward", "forward", 60)], "other", 0.5)
+
+    assert blamed.share == pytest.approx(0.8)
+
+
+def test_a_dataset_in_the_training_process_has_a_line_and_workers_have_none():
+    """With workers the training thread waits in the loop's own line."""
+    lines = (line("input_wait", "Files.__getitem__", 43), line("forward", "forward", 57))
+
+    without = found(Kind.INPUT_BOUND, *lines, part="input_wait", loader=LoaderFacts(num_workers=0))
+    with_workers = found(Kind.INPUT_BOUND, *lines, part="input_wait", loader=LoaderFacts(num_workers=4))
+
+    assert without.evidence["function"] == "Files.__getitem__"
+    assert "file" not in with_workers.evidence
+
+
+def test_a_straggler_is_blamed_for_what_the_others_do_not_do():
+    """Both ranks run `common`, mostly; rank 1 alone runs `extra`."""
+    window = window_of(Job(), adds("other", 20), adds("other", 15, (1,)))
+    lines = [
+        line("other", "common", 100), line("backward", "step", 100),
+        line("other", "common", 100, rank=1), line("other", "extra", 75, rank=1), line("backward", "step", 70, rank=1),
+    ]  # fmt: skip
+
+    findings = diagnose(window, JobFacts(world_size=2, lines=tuple(lines)))
+    blame = next(each for each in findings if each.kind is Kind.STRAGGLER)
+
+    assert blame.ranks == (1,)
+    assert blame.evidence["function"] == "extra"
+    assert "train.py:7 extra" in blame.summary
+
+
+def test_rows_are_summed_by_line():
+    """Rows of one line and phase are added up; texts come from the rank's names."""
+    rows = np.zeros(3, LINES.dtype)
+    rows["phase"], rows["line_id"], rows["library_id"] = [LINE_OTHER, LINE_OTHER, Phase.FORWARD], [4, 4, 4], [-1, -1, 5]
+    rows["samples"] = [3, 4, 1]
+    counts = LineCounts()
+    counts.add(1, rows)
+
+    names = {1: {4: "/home/my project/train.py:12 Net.forward", 5: "/x/torch/nn/linear.py:3 Linear.forward"}}
+
+    assert counts.lines(names) == (
+        SampledLine(1, "other", "/home/my project/train.py", 12, "Net.forward", None, 7),
+        SampledLine(1, "forward", "/home/my project/train.py", 12, "Net.forward", names[1][5], 1),
+    )
+    assert counts.lines({})[0].file is None  # a name that has not arrived

@@ -1,0 +1,88 @@
+"""Loader workers that start anew in each epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, window_of
+from traceml.database.schema import EPOCHS
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, LoaderFacts
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+
+ALONE = Job(ranks=1, steps=220, grouped=False)
+EPOCH = 20
+LOADER = LoaderFacts(num_workers=2, persistent_workers=False)
+
+
+def waits(ms: float, every: int = EPOCH):
+    """Return a fault: the first step of an epoch waits longer for its batch."""
+
+    def fault(own, _) -> None:
+        own["input_wait"][:, ::every] += ms
+
+    return fault
+
+
+def findings(ms: float, *, every: int = EPOCH, loader: LoaderFacts | None = LOADER, create_ms: float = 0.0):
+    window = window_of(ALONE, waits(ms, every))
+    rows = np.zeros(-(-ALONE.steps // every), EPOCHS.dtype)
+    rows["step"] = np.arange(len(rows)) * every
+    rows["ns"], rows["create_ns"] = (ms + 0.3) * MS, create_ms * MS
+    return diagnose(window, JobFacts(loader=loader, epochs=rows))
+
+
+def restarts(found) -> list:
+    return [each for each in found if each.evidence.get("restart_ms")]
+
+
+def test_workers_that_start_in_each_epoch_are_told():
+    """200 ms before each 20 steps of 14 ms: without them the run would be 1.6x faster."""
+    (found,) = restarts(findings(200, create_ms=150))
+
+    assert (found.kind, found.phase) == (Kind.INPUT_BOUND, "input_wait")
+    assert found.headline.startswith("Training waits for new loader workers in each epoch: ")
+    assert "at the start of an epoch" in found.summary
+    assert "persistent_workers=True" in found.next
+    assert found.speedup_if_fixed == pytest.approx(1.6, rel=0.1)
+
+
+def test_the_same_waiting_is_told_once():
+    """What the workers' start explains is no other finding."""
+    kinds = [each.kind for each in findings(200, create_ms=200)]
+
+    assert kinds == [Kind.INPUT_BOUND]
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [None, LoaderFacts(num_workers=0), LoaderFacts(num_workers=2, persistent_workers=True)],
+)
+def test_a_loader_without_restarts_is_not_blamed(loader):
+    """No workers, or workers that stay."""
+    assert not restarts(findings(200, loader=loader, create_ms=150))
+
+
+def test_a_batch_that_takes_long_is_no_restart():
+    """The first batch is fetched while nothing else runs: two workers may need two steps for it."""
+    assert not restarts(findings(25))
+
+
+def test_an_iterator_in_each_step_gets_its_own_advice():
+    """`next(iter(loader))` starts the workers again and again."""
+    (found,) = restarts(findings(60, every=1, create_ms=50))
+
+    assert "for each step" in found.summary
+    assert "Keep one iterator" in found.next
+
+
+def test_epochs_of_the_lowest_rank_are_kept():
+    """All ranks begin epochs alike."""
+    facts = JobFactsBuilder(2)
+    rows = np.zeros(3, EPOCHS.dtype)
+    for rank, first in ((1, 0), (0, 100), (1, 200)):
+        rows["step"] = first + np.arange(3)
+        facts.epoch_rows(rank, rows)
+
+    assert facts.build().epochs["step"].tolist() == [100, 101, 102]

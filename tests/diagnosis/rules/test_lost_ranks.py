@@ -1,0 +1,225 @@
+"""Ranks that failed: the cause among them, and its report."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.diagnosis.facts.job_facts import JobFacts, JobFactsBuilder, RankExit
+from traceml.diagnosis.rules.lost_ranks import rank_lost, root_causes
+from traceml.recorder.exits import describe
+
+
+def test_a_signal_is_told_with_step_and_phase():
+    """The summary names rank, signal, step and open phase."""
+    ended = RankExit(rank=3, state="killed", signal=9, last_step=41, open_step=42, open_phase="backward")
+
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+
+    assert finding.summary == "Rank 3 was killed by signal 9 (SIGKILL), in step 42, in backward."
+    assert finding.evidence["step"] == 42
+    assert "out-of-memory" in finding.next
+
+
+def test_an_exception_is_told_with_its_line():
+    """Message, file and line are in the evidence."""
+    ended = RankExit(
+        rank=0, state="failed", code=1, exception="ValueError: bad label 11", file="train.py", line=17, last_step=8
+    )
+
+    finding = rank_lost(JobFacts(exits=(ended,)))[0]
+
+    assert "ValueError: bad label 11 at train.py:17" in finding.summary
+    assert (finding.evidence["file"], finding.evidence["line"], finding.evidence["step"]) == ("train.py", 17, 8)
+
+
+@pytest.mark.parametrize(
+    ("ended", "advice"),
+    [
+        ({"signal": 1, "state": "killed"}, "tmux"),
+        ({"signal": 7, "state": "killed"}, "--shm-size"),
+        ({"exception": "RuntimeError: DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that "
+                       "dataloader's workers are out of shared memory."}, "--shm-size"),
+        ({"exception": "OSError: [Errno 24] Too many open files: 'a.jpg'", "file": "a.py", "line": 3}, "ulimit -n"),
+        ({"exception": "ValueError: no", "file": "a.py", "line": 3}, "Read a.py:3"),
+    ],
+)  # fmt: skip
+def test_the_advice_is_for_the_cause(ended, advice):
+    """A closed terminal, shared memory, descriptors; else the line."""
+    finding = rank_lost(JobFacts(exits=(RankExit(**{"rank": 0, "state": "failed", "code": 1, **ended}),)))[0]
+
+    assert advice in finding.next
+
+
+def test_an_exit_code_is_told():
+    """sys.exit(3) is a lost rank too."""
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=1, state="failed", code=3),)))[0]
+
+    assert "exit code 3, before the first step" in finding.summary
+
+
+def test_ranks_that_followed_are_not_the_cause():
+    """The launcher's SIGTERM and a collective whose peer is gone are consequences, in any order."""
+    exits = (
+        RankExit(rank=0, state="failed", code=1, exception="RuntimeError: [gloo] Connection closed by peer", at_s=1.0),
+        RankExit(rank=1, state="killed", signal=11, at_s=2.0),
+        RankExit(rank=2, state="killed", signal=15, at_s=3.0),
+    )
+
+    finding = rank_lost(JobFacts(exits=exits))[0]
+
+    assert finding.ranks == (1,)
+    assert finding.evidence["followed"] == [0, 2]
+    assert "ranks 0, 2 ended because of that" in finding.summary
+
+
+def test_the_same_exception_on_all_ranks_names_all():
+    """An error in the script affects every rank."""
+    exits = [RankExit(rank=rank, state="failed", exception="KeyError: 'x'", file="a.py", line=3) for rank in range(4)]
+
+    assert [ended.rank for ended in root_causes(exits)] == [0, 1, 2, 3]
+
+
+def test_ranks_that_the_launcher_killed_are_no_cause():
+    """The signal with which a launcher ends the others is no cause."""
+    exits = (
+        RankExit(rank=0, state="killed", signal=9, at_s=1.0, stopped=True),
+        RankExit(rank=1, state="failed", exception="ValueError: x", at_s=2.0),
+    )
+
+    assert [ended.rank for ended in root_causes(exits)] == [1]
+    assert root_causes(exits[:1]) == []
+
+
+@pytest.mark.parametrize(
+    "ended",
+    [
+        RankExit(rank=0, state="failed", code=130, exception="KeyboardInterrupt: "),
+        RankExit(rank=0, state="killed", signal=2),
+        RankExit(rank=0, state="finished", code=0),
+    ],
+)
+def test_a_run_that_was_stopped_by_hand_lost_nobody(ended):
+    """Ctrl-C and a clean end are no findings."""
+    assert rank_lost(JobFacts(exits=(ended,))) == []
+
+
+def test_only_sigterm_is_still_a_loss():
+    """A run whose ranks were all ended from outside reports that."""
+    finding = rank_lost(JobFacts(exits=(RankExit(rank=0, state="killed", signal=15, last_step=5),)))[0]
+
+    assert "SIGTERM" in finding.summary
+
+
+def test_exits_are_read_from_what_streams_hold():
+    """The rank's words, its launcher's and its flight file's become one exit."""
+    told = {
+        "code": 1,
+        "exception": "OSError",
+        "message": "no space",
+        "file": "t.py",
+        "line": 3,
+        "stack": "Traceback",
+        "step": 7,
+    }
+
+    ended = RankExit.from_facts(2, "failed", told, "node1")
+
+    assert (ended.exception, ended.open_step, ended.stack, ended.host) == ("OSError: no space", 7, "Traceback", "node1")
+    assert RankExit.from_facts(0, "lost", {"last_step": -1}).last_step is None
+
+
+def test_facts_are_gathered_from_info_rows():
+    """Loaders, cores and the end of a rank come from its rows; later reports complete them."""
+    builder = JobFactsBuilder(2)
+    builder.host(0, "node1")
+    builder.info(0, {"kind": "process", "cores": 8})
+    builder.info(0, {"kind": "loader", "dataset": "Train", "num_workers": 0})
+    builder.info(0, {"kind": "loader", "dataset": "Validation", "num_workers": 2})
+    builder.info(0, {"kind": "model", "parallel": "fsdp2"})
+    builder.info(0, {"kind": "exit", "code": 1, "exception": "ValueError", "message": "x"})
+    builder.exit(RankExit(rank=0, state="failed", at_s=5.0))
+
+    facts = builder.build()
+
+    assert facts.loader is not None
+    assert (facts.loader.dataset, facts.cores_per_rank) == ("Train", 8)
+    assert (facts.exits[0].exception, facts.exits[0].at_s) == ("ValueError: x", 5.0)
+
+
+def test_what_a_rank_tells_of_its_exception_is_understood():
+    """The words of the recorder's exit row are those that are read here: type with message, file, line and stack."""
+    try:
+        raise ValueError("no such shard")
+    except ValueError as error:
+        told = {"code": 1, **describe(error)}
+
+    ended = RankExit.from_facts(0, "failed", told)
+
+    assert ended.exception == "ValueError: no such shard"
+    assert (ended.file, ended.code) == (__file__, 1)
+    assert "raise ValueError" in (ended.stack or "")
+
+
+def test_a_rank_that_was_killed_while_it_failed_has_no_exit_code():
+    """A signal replaces the exit status that the rank reported before."""
+    builder = JobFactsBuilder(2)
+    told = {"code": 1, "exception": "RuntimeError", "message": "Connection closed by peer"}
+    builder.info(0, {"kind": "exit", **told})
+    builder.exit(RankExit.from_facts(0, "killed", {**told, "signal": 15}))
+
+    ended = builder.build().exits[0]
+
+    assert (ended.signal, ended.code, ended.exception) == (15, None, "RuntimeError: Connection closed by peer")
+
+
+def test_the_last_step_of_a_silent_rank_is_that_of_its_rows():
+    """A rank of another host that lost its connection reports nothing; its rows show its last step."""
+    builder = JobFactsBuilder(2)
+    builder.exit(RankExit(rank=1, state="lost", host="node7"))
+
+    finding = rank_lost(builder.build([120, 99]))[0]
+
+    assert "after step 99" in finding.summary
+    assert finding.evidence["last_step"] == 99
+    assert "before the first step" in rank_lost(builder.build([120, -1]))[0].summary
+
+
+def test_a_process_that_is_gone_is_no_silent_host():
+    """If the process is known to have ended, the advice does not mention the network."""
+    gone = RankExit.from_facts(1, "lost", {"process_gone": True, "open_step": 7, "open_phase": "backward"}, "node7")
+
+    finding = rank_lost(JobFacts(exits=(gone,)))[0]
+
+    assert "ended without a report" in finding.summary
+    assert "in step 7, in backward" in finding.summary
+    assert "out-of-memory" in finding.next
+    assert "network" not in finding.next
+
+
+def test_lost_ranks_are_named_in_order():
+    """Ranks with the same cause are reported together, whichever ended first."""
+    exits = tuple(RankExit(rank=rank, state="failed", code=1, at_s=9.0 - rank) for rank in range(3))
+
+    assert rank_lost(JobFacts(exits=exits))[0].ranks == (0, 1, 2)
+
+
+def test_a_rank_that_missed_its_peer_is_not_the_cause_of_its_end():
+    """Both were ended by signals that end whole jobs; the one whose collective failed is a consequence."""
+    gone = "RuntimeError: Connection closed by peer"
+    exits = [
+        RankExit(rank=0, state="killed", signal=15, exception=gone, at_s=1.0),
+        RankExit(rank=1, state="killed", signal=1, at_s=2.0),
+    ]
+
+    assert [ended.rank for ended in root_causes(exits)] == [1]
+
+
+def test_a_rank_that_was_killed_while_it_ended_well_is_lost():
+    """The rank reported exit status 0 before the signal, in either order of reading."""
+    builder = JobFactsBuilder()
+    builder.exit(RankExit(rank=0, state="killed", signal=9))
+
+    builder.info(0, {"kind": "exit", "code": 0, "last_step": 58})
+
+    [ended] = builder.build().exits
+    assert (ended.state, ended.signal, ended.code, ended.last_step) == ("killed", 9, None, 58)

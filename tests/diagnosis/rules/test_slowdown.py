@@ -1,0 +1,129 @@
+"""Steps that become slower, and runs that only look so."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
+from traceml.diagnosis.ruleset import diagnose
+from traceml.diagnosis.steps.segments import segments_of
+
+MS = 1e6
+BINS, WIDTH = 60, 16
+AT = np.arange(BINS)
+
+
+def history(change, *, noise=0.02, seed=0, part="other", alike=False):
+    """Return a run of 20 ms steps whose bins are longer by `change` milliseconds, in one part or in all alike."""
+    random = np.random.default_rng(seed)
+    usual = {"forward": 6.0, "backward": 10.0, "optimizer": 2.0, "other": 2.0}
+    longer = np.broadcast_to(change, BINS)
+    parts = {}
+    for name, ms in usual.items():
+        values = ms * random.lognormal(0, noise, BINS)
+        values = values * (1 + longer / 20) if alike else values + (longer if name == part else 0)
+        parts[name] = values * MS
+
+    return StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts)
+
+
+def found(change, *lines, **options):
+    return slowdown(history(change, **options), JobFacts(lines=lines))
+
+
+def test_a_jump_that_stays_is_told_with_its_step():
+    """From 20 to 40 ms at bin 20, in one phase."""
+    (finding,) = found(np.where(AT >= 20, 20.0, 0.0))
+
+    evidence = finding.evidence
+    assert (finding.kind, finding.phase, evidence["shape"]) == (Kind.SLOWDOWN, "other", "stays")
+    assert abs(evidence["since_step"] - 20 * WIDTH) <= WIDTH
+    assert evidence["factor"] == pytest.approx(2, rel=0.05)
+    assert finding.cost_share == pytest.approx(0.4, abs=0.03)
+    assert finding.headline == f"Steps take 2.0x as long since step {evidence['since_step']}"
+
+
+def test_a_jump_that_recovers_and_a_slow_start_end():
+    """Both have a last step."""
+    (between,) = found(np.where((AT >= 20) & (AT < 40), 20.0, 0.0))
+    (first,) = found(np.where(AT < 15, 20.0, 0.0))
+
+    assert between.evidence["shape"] == "recovers"
+    assert abs(between.evidence["until_step"] - 40 * WIDTH) <= WIDTH
+    assert first.evidence["shape"] == "first"
+    assert abs(first.evidence["until_step"] - 15 * WIDTH) <= WIDTH
+    assert first.summary.startswith("Until step ")
+
+
+def test_growth_is_told_with_its_rate_and_line():
+    """0.02 ms more in each step: 20 ms in 960."""
+    line = SampledLine(0, "other", "/x/train.py", 23, "smooth", None, 90)
+    rest = SampledLine(0, "forward", "/x/train.py", 5, "forward", None, 110)
+
+    (finding,) = found(AT * WIDTH * 0.02, line, rest)
+
+    assert finding.evidence["shape"] == "growth"
+    assert finding.evidence["growth_ms_per_step"] == pytest.approx(0.02, rel=0.1)
+    assert finding.evidence["function"] == "smooth"
+    assert "train.py:23 smooth" in finding.next
+
+
+def test_a_host_that_is_slower_blames_no_phase():
+    """All phases alike: not the code."""
+    (finding,) = found(np.where(AT >= 30, 15.0, 0.0), alike=True)
+
+    assert finding.phase is None
+    assert "other programs on the host" in finding.next
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize(
+    "change",
+    [
+        np.zeros(BINS),
+        np.where(AT >= 20, 1.0, 0.0),  # 5 %
+        np.where(AT == 30, 30.0, 0.0),  # one bin
+        np.where(AT % 10 == 0, 8.0, 0.0),  # periodic
+    ],
+)
+@pytest.mark.parametrize("noise", [0.02, 0.15])
+def test_a_level_run_is_no_slowdown(change, seed, noise):
+    """Noise, a small change, a single long bin, periodic work."""
+    assert found(change, seed=seed, noise=noise) == []
+
+
+def test_few_bins_have_no_shape():
+    """Also of few steps each: those are joined first."""
+    whole = history(np.where(AT >= 20, 20.0, 0.0))
+
+    assert slowdown(StepHistory(AT[15:24], whole.steps[15:24], whole.step_ns[15:24], {}), JobFacts()) == []
+    assert slowdown(StepHistory(AT[:0], whole.steps[:0], whole.step_ns[:0], {}), JobFacts()) == []
+
+
+def test_a_window_is_divided_in_bins_of_several_steps():
+    """100 steps are 25 bins of 4; their parts are own work, the rest is waiting."""
+    window = window_of(Job(steps=110))
+    segments = segments_of(window, JobFacts(world_size=2))
+
+    made = StepHistory.of(window, segments)
+
+    assert (len(made.steps), set(made.steps.tolist())) == (25, {4})
+    assert made.first_step.tolist() == list(range(10, 110, 4))
+    assert sum(made.parts_ns.values()) == pytest.approx(made.step_ns, rel=0.1)
+
+
+def test_a_slower_phase_of_a_real_window_is_named():
+    """All ranks take 15 ms more in other code from step 150 on."""
+
+    def later(own, _random):
+        own["other"] = own["other"] + np.where(np.arange(own["other"].shape[1]) >= 150, 15.0, 0.0)
+
+    finding = diagnose(window_of(Job(steps=300), later), JobFacts(world_size=2))[0]
+
+    assert (finding.kind, finding.phase) == (Kind.SLOWDOWN, "other")
+    assert abs(finding.evidence["since_step"] - 150) <= 5

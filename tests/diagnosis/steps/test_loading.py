@@ -1,0 +1,121 @@
+"""Simulated loading: what workers gain on the cores that there are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.rules.loading_advice import for_input
+from traceml.diagnosis.steps.loading import Pipeline, pipeline_of
+from traceml.diagnosis.steps.segments import segments_of
+
+ALONE = Job(ranks=1, grouped=False)
+FOLDER = LoaderFacts(dataset="Folder", num_workers=0, batch_size=8)
+
+
+def pipeline(fetch: float, rest: float, cpu: float = 1.0, cores: int | None = 2, workers: int = 0) -> Pipeline:
+    return Pipeline(fetch_ns=fetch * MS, fetch_cpu=cpu, rest_ns=rest * MS, cores=cores, workers=workers)
+
+
+def test_one_worker_cannot_be_faster_than_its_decoding():
+    """One worker for 298 ms of decoding: 393 to 298 ms, and not to 95."""
+    assert pipeline(298, 95).gain(1) == pytest.approx(1.32, abs=0.01)
+
+
+def test_workers_that_compute_share_the_cores():
+    """Two cores have 393 ms of work per step, however many workers there are."""
+    assert pipeline(298, 95).gain(2) == pytest.approx(2.0, abs=0.01)
+    assert pipeline(298, 95).gain(16) == pytest.approx(2.0, abs=0.01)
+    assert pipeline(298, 95).best_workers() == 2
+
+
+def test_workers_that_wait_may_exceed_the_cores():
+    """A fetch that sleeps needs no core."""
+    slow = pipeline(64, 8, cpu=0.0)
+
+    assert slow.best_workers() == 8
+    assert slow.gain(8) == pytest.approx(72 / 8.3, abs=0.01)
+
+
+def test_a_single_core_gains_nothing_by_workers():
+    """The work stays on that core."""
+    assert pipeline(20, 10, cores=1).gain(4) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("loading", "loader", "says", "never"),
+    [
+        (pipeline(298, 95), FOLDER, "num_workers=2", "wait"),
+        (pipeline(298, 95), FOLDER, "made once and cached, at most 4.1x", "more workers than cores"),
+        (pipeline(64, 8, cpu=0.1), FOLDER, "A fetch waits for 90 % of its time", "cached"),
+        (pipeline(20, 10, cores=1), FOLDER, "cheaper", "num_workers="),
+        (pipeline(40, 5, cpu=0.1, cores=None, workers=16), FOLDER, "local disk", "decode"),
+        (
+            pipeline(4, 10),
+            LoaderFacts(dataset="Digits", in_memory=True, num_workers=0, batch_size=256),
+            "data[indices]",
+            "num_workers",
+        ),
+        (
+            pipeline(40, 10),
+            LoaderFacts(dataset="Photos", in_memory=True, num_workers=0, batch_size=8),
+            "num_",
+            "in memo",
+        ),
+        (None, LoaderFacts(num_workers=2, persistent_workers=False), "persistent_workers=True", "num_workers"),
+        (None, LoaderFacts(num_workers=2, persistent_workers=True), "samples of the steps that wait", "persistent"),
+    ],
+)
+def test_advice_fits_the_loading(loading, loader, says, never):
+    """Each advice where it is true, and not where another is."""
+    text = for_input(JobFacts(loader=loader), loading).text
+
+    assert says in text
+    assert never not in text
+
+
+def test_the_fetch_is_what_the_training_waits_for():
+    """Without workers its CPU share is that of the training thread in the wait."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=20_000_000)]
+    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    found = pipeline_of(segments, JobFacts(loader=FOLDER, lines=lines), 30 * MS)
+
+    assert found is not None
+    assert (found.fetch_ns, found.fetch_cpu) == (30 * MS, pytest.approx(0.2))
+    assert found.rest_ns == pytest.approx(14 * MS, rel=0.1)
+
+
+def test_waiting_for_a_core_is_work():
+    """A thread that stood ready for a third of the time would compute more on a core of its own."""
+    lines = [SampledLine(0, "input_wait", "a.py", 1, "read", None, 40, watched_ns=100_000_000, cpu_ns=60_000_000)]
+    segments = segments_of(window_of(ALONE, adds("input_wait", 30)), JobFacts())
+    found = pipeline_of(segments, JobFacts(loader=FOLDER, lines=lines, main_wait={0: 0.4}), 30 * MS)
+
+    assert found is not None
+    assert found.fetch_cpu == pytest.approx(1.0)
+
+
+def test_busy_workers_make_a_batch_per_step_each():
+    """Three workers, each three steps long: with six the step is half as long if they wait."""
+    segments = segments_of(window_of(ALONE, adds("input_wait", 86)), JobFacts())
+    facts = JobFacts(loader=LoaderFacts(num_workers=3), workers_busy=0.05, hosts={0: "h"}, cores={"h": 4})
+    found = pipeline_of(segments, facts, 86 * MS)
+
+    assert found is not None
+    assert found.fetch_ns == pytest.approx(300 * MS, rel=0.05)
+    assert found.gain(6) == pytest.approx(2.0, rel=0.01)
+
+
+def test_waits_at_the_starts_of_epochs_are_pauses():
+    """One long wait in 50 steps tells nothing about a usual batch; one in three is that of three workers."""
+
+    def pauses(own: dict[str, np.ndarray], _random: np.random.Generator) -> None:
+        own["input_wait"][:, ::50] += 500
+
+    facts = JobFacts(loader=LoaderFacts(num_workers=3))
+    assert pipeline_of(segments_of(window_of(ALONE, pauses), facts), facts, 10 * MS) is None
+    every_third = segments_of(window_of(ALONE, adds("input_wait", 60, every=3)), facts)
+    assert pipeline_of(every_third, facts, 20 * MS) is not None

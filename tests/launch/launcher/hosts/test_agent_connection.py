@@ -1,0 +1,142 @@
+"""Hosts that cannot be used, each real: what is wrong with them is told at once, with their names."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch.hosts import Hosts, eventually
+from tests.launch.jobs import PYTHONPATH
+from traceml.errors import AgentFailedError
+from traceml.launch.launcher.hosts.agent_connection import AgentConnection
+from traceml.launch.launcher.hosts.hosts import HostSpec
+from traceml.launch.wire.channel import ChannelClosedError
+
+_LAUNCH = """
+    import json, sys, traceml
+    from tests.launch import jobs
+    found = {}
+    for name, options in json.loads(sys.argv[2]).items():
+        options = {"hostnames": [name], "workers_per_host": 1, "keep_agents": False, **options}
+        try:
+            traceml.launch(jobs.nothing, ssh_config_file=sys.argv[1], log_handlers=None, **options)
+        except traceml.AgentFailedError as error:
+            found[name] = [error.host, error.reason, str(error), getattr(error, "__notes__", [])]
+    print(json.dumps(found))
+"""
+
+
+def launch_each(hosts: Hosts, options: dict[str, Any]) -> dict[str, tuple[str, str, str, list[str]]]:
+    """Launch on one host after another from node0; return host, reason, text and notes of each failure."""
+    script = textwrap.dedent(_LAUNCH)
+    env = {"PYTHONPATH": PYTHONPATH}
+    told = json.loads(hosts.launcher.python(script, hosts.ssh_config, json.dumps(options), env=env).stdout)
+    return {name: tuple(values) for name, values in told.items()}
+
+
+@pytest.fixture(scope="module")
+def bare_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter whose environment has no torch."""
+    folder = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    return folder / "bin" / "python"
+
+
+def test_each_kind_of_bad_host_is_told_as_such(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
+    """Output of ssh, the shell or Python there is recognized, kept, and shown with advice."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'Segfault in the sky' >&2; exit 9\n")
+    fake.chmod(0o755)
+    prose = tmp_path / "prose"  # a shell interprets it
+    prose.write_text("prose is no program\n")
+    prose.chmod(0o755)
+    options: dict[str, Any] = {
+        "unknown": {},
+        "refused": {},
+        "wrongkey": {},
+        "badhostkey": {},
+        "node1": {"python": "/no/such/python"},
+        "root@node1": {"python": str(prose)},
+        "root@node2": {"python": str(tmp_path)},
+        "alias1": {"python": str(bare_python)},
+        "node2": {"python": str(fake)},
+        "alias2": {"hostnames": ["alias2", "refused", "unknown"], "python": str(bare_python)},
+    }
+
+    told = launch_each(hosts, options)
+
+    reasons = {name: told[name][1] for name in options}
+    assert "its name is unknown" in reasons["unknown"]
+    assert "refused" in reasons["refused"]
+    assert "permission denied" in reasons["wrongkey"]
+    assert "Permission denied (publickey)" in told["wrongkey"][2]
+    assert "host key" in reasons["badhostkey"]
+    assert reasons["node1"] == "command not found there: /no/such/python"
+    assert "python=" in told["node1"][2]
+    assert reasons["root@node1"] == f"the command is not executable there: {prose}"
+    assert reasons["root@node2"] == f"the command is not executable there: {tmp_path}"
+    assert reasons["alias1"] == "torch is not installed there"
+    assert str(bare_python) in told["alias1"][2]
+    assert "did not start" in reasons["node2"]
+    assert "status 9" in reasons["node2"]
+    assert "Segfault in the sky" in told["node2"][2]
+    # several bad hosts are told together
+    assert told["alias2"][0] in {"refused", "unknown"}
+    assert len(told["alias2"][3]) >= 1
+    for host in hosts.all:
+        eventually(lambda host=host: not host.processes(), f"{host.name} to be as before")
+
+
+def test_a_host_without_torch_runs_what_needs_none(hosts: Hosts, bare_python: Path) -> None:
+    """On a host with nothing but Python, a function runs when no process group is asked for; also on this one."""
+    options = {"python": str(bare_python), "backend": None}
+    assert launch_each(hosts, {"node1": options, "localhost": options}) == {}
+
+
+def test_a_python_of_another_version_gets_no_function(hosts: Hosts, bare_python: Path, tmp_path: Path) -> None:
+    """Its bytecode would crash there. What travels is unpacked by what packed it, not by what is installed there."""
+    other = tmp_path / "python"
+    code = "import platform, sys; platform.python_version = lambda: '3.99.1'; exec(sys.argv[1])"
+    other.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$2"\n')
+    other.chmod(0o755)
+    library = next((bare_python.parents[1] / "lib").glob("python*/site-packages"))
+    (library / "cloudpickle.py").write_text("raise ImportError('very old')\n")
+
+    told = launch_each(hosts, {"node1": {"python": str(other)}, "node2": {"python": str(bare_python), "backend": None}})
+
+    assert told.keys() == {"node1"}
+    assert told["node1"][1].startswith("its Python is 3.99.1, ours 3.")
+
+
+def test_an_interpreter_that_is_not_here_is_told() -> None:
+    """On this host too, the interpreter's name is in the error."""
+    with pytest.raises(AgentFailedError, match=r"host localhost: /no/such/python cannot be run here"):
+        AgentConnection(HostSpec("localhost", "local", 1), "/no/such/python", None)
+
+
+def test_noise_before_the_agent_is_skipped_and_kept(tmp_path: Path) -> None:
+    """Output of a start-up file does not disturb the channel, and is not lost when the agent fails."""
+    loud = tmp_path / "python"
+    loud.write_text("#!/bin/sh\necho 'Welcome to the machine'\nexit 4\n")
+    loud.chmod(0o755)
+    link = AgentConnection(HostSpec("localhost", "local", 1), str(loud), None)
+
+    def closed() -> str | None:
+        try:
+            link.channel.receive()
+        except ChannelClosedError as error:
+            return error.reason
+
+        return None
+
+    error = link.failure(eventually(closed, "the channel to close"))
+
+    assert "status 4" in error.reason
+    assert error.words == ["Welcome to the machine"]
+    assert not link.alive

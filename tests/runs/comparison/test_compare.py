@@ -1,0 +1,191 @@
+"""Two runs side by side."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, rows_of
+from tests.runs.fabricated_store import add_info, add_rank, add_samples, run_facts, store_run
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.errors import StoreError
+from traceml.runs.comparison.compare import compare_runs
+from traceml.runs.report.report import build_report
+from traceml.runs.rows.digest import read_digest
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    return store_run(tmp_path_factory.mktemp("a") / "healthy", Job(steps=300), seed=1)
+
+
+def test_a_slower_run_is_named_with_phase_and_rank(healthy, tmp_path):
+    """A straggler of 5 ms: the step is slower by that, it is real, and the rank and its phase are there."""
+    slow = store_run(tmp_path / "slow", Job(steps=300), adds("forward", 5, (1,)), seed=2)
+
+    found = compare_runs(healthy, slow).to_dict()
+    mean = found["step_time"]["mean"]
+
+    assert found["outcome"] == "slower"
+    assert found["comparable"] is True
+    assert mean["b_ms"] - mean["a_ms"] == pytest.approx(4.6, abs=0.6)
+    assert mean["low"] < mean["change"] < mean["high"]
+    assert found["ranks"][1]["phase"] == "forward"
+    assert found["ranks"][1]["b_work_ms"] - found["ranks"][1]["a_work_ms"] == pytest.approx(5, rel=0.1)
+    assert abs(found["ranks"][0]["change"]) < 0.05
+    assert found["verdict"]["b"] == "COMPUTE_STRAGGLER"
+    assert found["verdict"]["changed"] is True
+
+
+def test_long_runs_are_compared_by_all_steps(tmp_path, monkeypatch):
+    """The means are those of the reports; which steps the test of significance rests on is said."""
+    runs = [
+        store_run(tmp_path / name, Job(steps=4000), *faults, seed=seed)
+        for seed, (name, faults) in enumerate([("a", []), ("b", [adds("forward", 5, (1,))])])
+    ]
+    monkeypatch.setattr(read_digest, "__defaults__", (2000,))
+
+    found = compare_runs(*runs).to_dict()
+    reports = [build_report(run, 2000).to_dict() for run in runs]
+
+    mean = found["step_time"]["mean"]
+    assert (mean["a_ms"], mean["b_ms"]) == tuple(report["steps"]["mean_ms"] for report in reports)
+    assert mean["low"] < mean["change"] < mean["high"]
+    assert found["outcome"] == "slower"
+    assert "A is long: 982 of its 4,000 steps, spread over the run, are compared" in found["remarks"]
+
+
+def test_a_faster_run_is_faster(healthy, tmp_path):
+    """The same pair the other way round."""
+    slow = store_run(tmp_path / "slow", Job(steps=300), adds("forward", 5, (1,)), seed=2)
+
+    assert compare_runs(slow, healthy).to_dict()["outcome"] == "faster"
+
+
+def test_no_step_takes_less_than_no_time(tmp_path):
+    """Where few steps vary much, the interval is cut at -100 %: B's steps cannot take less time than none."""
+    first, second = (
+        store_run(tmp_path / name, Job(steps=64), adds("forward", 900, (0,), every=16), seed=seed)
+        for seed, name in enumerate(("a", "b"))
+    )
+
+    times = compare_runs(first, second).step_time
+
+    assert times.mean.low == -1.0
+    assert all(row.low >= -1.0 for _, row in times.items() if row.low is not None)
+
+
+def test_two_runs_of_the_same_job_do_not_differ(healthy, tmp_path):
+    """Other noise is no change."""
+    again = store_run(tmp_path / "again", Job(steps=300), seed=9)
+
+    found = compare_runs(healthy, again).to_dict()
+
+    assert found["outcome"] == "same"
+    assert found["step_time"]["mean"]["real"] is False
+    assert found["verdict"]["changed"] is False
+
+
+def test_other_world_sizes_are_no_comparison(healthy, tmp_path):
+    """The numbers are reported, and that they are not comparable."""
+    wide = store_run(tmp_path / "wide", Job(ranks=4, steps=300), seed=2)
+
+    found = compare_runs(healthy, wide).to_dict()
+
+    assert found["comparable"] is False
+    assert found["outcome"] == "unknown"
+    assert found["step_time"]["mean"]["change"] == pytest.approx(0, abs=0.1)
+    assert {found["step_time"][name][what] for name in ("mean", "p99") for what in ("p", "low", "high", "real")} == {
+        None
+    }
+    assert "2 ranks" in found["obstacles"][0]
+    assert found["ranks"][3]["a_work_ms"] is None
+
+
+def test_other_models_are_no_comparison(tmp_path):
+    """Another model is not comparable; another batch size is a remark."""
+    for name, parameters, batch in (("a", 10, 32), ("b", 20, 64)):
+        (tmp_path / name).mkdir()
+        with StoreWriter(tmp_path / name / STORE_NAME) as writer:
+            writer.put_meta("run", run_facts(id=name, world_size=1))
+            stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
+            facts = {"parameters": parameters, "parallel": None if name == "a" else "ddp", "compiled": name == "a"}
+            add_info(writer, stream, kind="model", model="Net", dtype="torch.float32", **facts)
+            add_info(writer, stream, kind="loader", batch_size=batch)
+
+    found = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()
+
+    assert found["obstacles"] == ["the models differ: parameters 10 in A, 20 in B"]
+    assert {"batch size: 32 in A, 64 in B", "parallelism: none in A, ddp in B", "torch.compile: yes in A, no in B"} <= {
+        *found["remarks"]
+    }
+
+
+def test_too_few_steps_are_said(healthy, tmp_path):
+    """With ten steps, or none, there is no result."""
+    short = store_run(tmp_path / "short", Job(steps=12))
+    empty = store_run(tmp_path / "empty", Job(steps=0))
+
+    assert compare_runs(healthy, short).to_dict()["outcome"] == "unknown"
+    found = compare_runs(empty, healthy).to_dict()
+    assert found["outcome"] == "unknown"
+    assert found["comparable"] is False
+    assert "A has no complete steps" in found["obstacles"]
+    assert found["step_time"]["mean"]["a_ms"] is None
+
+
+def test_memory_is_compared_by_its_highest_peak(tmp_path):
+    """Peaks over all ranks, and their change."""
+    for name, growth in (("a", 0), ("b", 2**20)):
+        (tmp_path / name).mkdir()
+        with StoreWriter(tmp_path / name / STORE_NAME) as writer:
+            writer.put_meta("run", run_facts(id=name, world_size=1))
+            stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
+            add_samples(writer, stream, growth=growth)
+
+    memory = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()["memory"]
+
+    assert memory["rss_peak_bytes"] == {"a": 500 * 2**20, "b": 695 * 2**20, "change": pytest.approx(0.39)}
+    assert memory["cuda_peak_bytes"]["change"] is None
+
+
+def test_a_busy_machine_is_said(tmp_path):
+    """Ranks that had to wait for a core in one of the runs alone may have been slow because of others."""
+    for name, wait in (("a", 0.02), ("b", 0.4)):
+        (tmp_path / name).mkdir()
+        with StoreWriter(tmp_path / name / STORE_NAME) as writer:
+            writer.put_meta("run", run_facts(id=name, world_size=1))
+            stream = add_rank(writer, 0, rows_of(Job(ranks=1, steps=200, grouped=False))[0])
+            add_samples(writer, stream, wait=wait)
+
+    found = compare_runs(tmp_path / "a", tmp_path / "b").to_dict()
+
+    assert found["b"]["core_wait_share"] == pytest.approx(0.4)
+    assert any("waited for a CPU core 2% of the time in A, 40% in B" in remark for remark in found["remarks"])
+
+
+def test_a_run_that_goes_on_is_compared_as_far_as_it_is(healthy, tmp_path):
+    """A remark says that it has not finished."""
+    going = store_run(tmp_path / "going", Job(steps=100), facts={"state": "running", "ended": None}, state="running")
+
+    assert any("B is running" in remark for remark in compare_runs(healthy, going).to_dict()["remarks"])
+
+
+def test_it_is_json(healthy, tmp_path):
+    """All numbers are valid JSON, also where values are missing."""
+    empty = store_run(tmp_path / "empty", Job(steps=0))
+
+    text = json.dumps(compare_runs(healthy, empty).to_dict(), allow_nan=False)
+
+    assert json.loads(text)["schema"] == "traceml.compare/1"
+
+
+def test_a_damaged_run_says_which(healthy, tmp_path):
+    """The path of the store that cannot be read is in the error."""
+    (tmp_path / STORE_NAME).write_bytes(np.random.default_rng(0).bytes(5000))
+
+    with pytest.raises(StoreError, match=str(tmp_path)):
+        compare_runs(healthy, tmp_path).to_dict()

@@ -1,0 +1,79 @@
+"""Restarts: the ranks that ended each attempt, and the time until steps went on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.diagnosis.fabricated import Job, rows_of
+from tests.runs.fabricated_store import add_rank, run_facts
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.report.report import build_report
+from traceml.runs.report.report_types import RestartSection
+
+SECOND = 10**9
+
+
+def attempt(writer: StoreWriter, number: int, steps: int, begins_s: int, *ends: dict[str, Any]) -> None:
+    """Add two ranks whose first step ends at a second of the monotonic clock, and later ones each second."""
+    for rank, (rows, end) in enumerate(zip(rows_of(Job(steps=max(steps, 1), ranks=2)), ends, strict=True)):
+        rows["t_end_ns"] = (begins_s + np.arange(len(rows))) * SECOND
+        add_rank(writer, rank, rows[:steps], attempt=number, boot_id="boot", clock=[(begins_s - 1) * SECOND, 0], **end)
+
+
+def store(folder: Path) -> StoreWriter:
+    folder.mkdir()
+    writer = StoreWriter(folder / STORE_NAME)
+    writer.put_meta("run", run_facts(attempt=1))
+    return writer
+
+
+def failed(**facts: Any) -> dict[str, Any]:
+    return {"state": "failed", "exit": facts}
+
+
+RAISED = failed(exception="RuntimeError", message="no", last_step=29, step=30, at_s=1.0)
+SWEPT = {"state": "killed", "exit": {"signal": 15, "last_step": 29, "at_s": 2.0}}
+FINE = {"state": "finished"}
+
+
+def test_a_restart_names_rank_reason_step_and_time(tmp_path: Path) -> None:
+    """The time is that from the last step before to the first step after, by the monotonic clock."""
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, SWEPT, RAISED)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    report = build_report(tmp_path / "run")
+
+    expected = RestartSection(attempt=0, ranks=[1], reason="RuntimeError", step=30, lost_s=12.0)
+    assert report.run.restarts == [expected]
+    assert report.run.attempt == 1
+
+
+def test_each_restart_is_listed(tmp_path: Path) -> None:
+    """An attempt without a step counts from its connection; one that goes on has lost an unknown time so far."""
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, {"state": "killed", "exit": {"signal": 9, "last_step": 29}}, SWEPT)
+        attempt(writer, 1, 0, 200, failed(code=3, at_s=1.0), SWEPT)
+        attempt(writer, 2, 10, 205, {"state": "lost"}, FINE)
+        attempt(writer, 3, 0, 300, FINE, FINE)
+
+    found = build_report(tmp_path / "run").run.restarts
+
+    assert [(each.ranks, each.reason, each.lost_s) for each in found] == [
+        ([0], "SIGKILL", None),
+        ([0], "exit code 3", 6.0),
+        ([0], "lost without a report", None),
+    ]
+
+
+def test_an_attempt_that_ended_well_is_no_restart(tmp_path: Path) -> None:
+    """A run that is continued under its id has attempts, and nothing was lost."""
+    with store(tmp_path / "run") as writer:
+        attempt(writer, 0, 30, 100, FINE, FINE)
+        attempt(writer, 1, 50, 141, FINE, FINE)
+
+    assert build_report(tmp_path / "run").run.restarts == []

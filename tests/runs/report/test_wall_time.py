@@ -1,0 +1,118 @@
+"""Wall time of stored runs."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.runs.fabricated_store import run_facts
+from traceml.database.schema import EPOCHS, EVALS, STEPS
+from traceml.database.store.reader import StoreReader, StreamIdentity
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.report.report import build_report
+
+S = 10**9
+BOOT_S = 1_700_000_000
+USUAL_WAIT_S = 0.01
+
+
+def store(folder: Path, *, attempts: int = 1, evals: bool = True) -> Path:
+    """Write a run of two ranks: start-up of 4 s, 40 steps of 0.1 s, evaluation of 2 s, 20 steps; it ends 3 s later."""
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        ended = 100 + 20 * (attempts - 1) + 15
+        facts = run_facts(id="run", started=BOOT_S + 100.0, ended=BOOT_S + float(ended), attempt=attempts - 1)
+        writer.put_meta("run", facts)
+        for attempt in range(attempts):
+            for rank in range(2):
+                begin = (100 + 20 * attempt) * S
+                stream = writer.stream(
+                    StreamIdentity(rank, attempt, "h0", 100 + rank, attempt, ""), state="finished",
+                    clock=[begin, BOOT_S * S + begin], clock_offset_ns=BOOT_S * S, clock_rtt_ns=1000,
+                )  # fmt: skip
+                fill(writer, stream, begin, evals=evals)
+
+    return folder
+
+
+def fill(writer: StoreWriter, stream: int, begin: int, *, evals: bool) -> None:
+    rows = np.zeros(60, STEPS.dtype)
+    rows["step"] = np.arange(60)
+    rows["total_ns"], rows["checkpoint_ns"], rows["forward_ns"] = S // 10, S // 100, S // 20
+    rows["input_wait_ns"] = S // 100
+    rows["input_wait_ns"][[0, 20, 40]] = S // 20
+    rows["t_end_ns"] = begin + 4 * S + (np.arange(60) + 1) * S // 10 + np.where(np.arange(60) >= 40, 2 * S, 0)
+    writer.append(stream, "steps", 0, 60, rows.tobytes(), 0, 59)
+    if evals:
+        row = np.zeros(1, EVALS.dtype)
+        row["step"], row["t_end_ns"], row["ns"], row["batches"] = 40, begin + 10 * S, 2 * S, 8
+        writer.append(stream, "evals", 0, 1, row.tobytes(), 40, 40)
+
+
+def time_of(folder: Path) -> tuple[float, dict[str, float]]:
+    section = build_report(folder).time
+    assert section is not None
+    assert sum(part.seconds for part in section.parts) == pytest.approx(section.wall_s, rel=1e-6)
+    assert sum(part.share for part in section.parts) == pytest.approx(1, rel=1e-5)
+    return section.wall_s, {part.part: part.seconds for part in section.parts}
+
+
+def test_the_parts_are_those_of_the_run(tmp_path):
+    """Start-up, steps without saving, saving, evaluation, and the time after the last step."""
+    wall_s, parts = time_of(store(tmp_path / "run"))
+
+    assert wall_s == pytest.approx(15)
+    assert parts == pytest.approx(
+        {"startup": 4.0, "steps": 5.4, "checkpoint": 0.6, "evaluation": 2.0, "idle": 3.0}, abs=1e-6
+    )
+
+
+def test_a_pause_between_steps_is_no_step(tmp_path):
+    """The same two seconds, without rows of evaluation."""
+    _, parts = time_of(store(tmp_path / "run", evals=False))
+
+    assert parts["between_epochs"] == pytest.approx(2.0)
+
+
+def test_the_start_of_epochs_is_told_apart(tmp_path):
+    """The first batch is start-up; later ones are between epochs, beyond the usual wait of 10 ms."""
+    folder = store(tmp_path / "run")
+    with StoreWriter(folder / STORE_NAME) as writer:
+        for stream in (1, 2):
+            rows = np.zeros(3, EPOCHS.dtype)
+            rows["step"], rows["first"] = [0, 20, 40], [1, 0, 0]
+            rows["ns"], rows["create_ns"] = S // 20, S // 100
+            writer.append(stream, "epochs", 0, 3, rows.tobytes(), 0, 40)
+
+    _, parts = time_of(folder)
+
+    assert parts["startup"] == pytest.approx(4.05)
+    assert parts["between_epochs"] == pytest.approx(2 * (0.05 - USUAL_WAIT_S))
+    assert parts["steps"] == pytest.approx(5.4 - 0.05 - 2 * (0.05 - USUAL_WAIT_S))
+
+
+def test_earlier_attempts_are_a_restart(tmp_path):
+    """The second attempt began 20 s after the run; its own start-up is counted from there."""
+    wall_s, parts = time_of(store(tmp_path / "run", attempts=2))
+
+    assert wall_s == pytest.approx(35)
+    assert parts["restart"] == pytest.approx(20)
+    assert parts["startup"] == pytest.approx(4)
+
+
+def test_a_run_without_steps_is_start_up(tmp_path):
+    """Nothing else is known of it."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.put_meta("run", run_facts(id="run", world_size=1))
+        writer.stream(StreamIdentity(0, 0, "h0", 1, 1, ""), state="failed")
+
+    with closing(StoreReader(folder / STORE_NAME)) as reader:
+        assert reader.step_sums() == {}
+
+    assert time_of(folder)[1] == {"startup": 10.0}

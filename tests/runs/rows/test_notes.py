@@ -1,0 +1,79 @@
+"""Messages of a run."""
+
+from __future__ import annotations
+
+from tests.renderers.reports import finding
+from tests.runs.export.exported import rich_run
+from tests.runs.fabricated_store import add_info, run_facts
+from tests.track.fabricated import LoggedRun
+from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.store import StoreWriter
+from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.live_run import LiveRun
+
+
+def told(run_dir):
+    live = LiveRun(run_dir)
+    live.refresh()
+    try:
+        return [(note.rank, note.kind, note.text) for note in live.notes()]
+    finally:
+        live.close()
+
+
+def test_events_warnings_and_texts_are_told(tmp_path):
+    """The newest first, each with its rank; rows without words for a person are left out."""
+    notes = told(rich_run(tmp_path / "run"))
+
+    assert notes[0] == (None, "verdict", "COMPUTE_STRAGGLER, ranks all")
+    assert sorted(notes[1:]) == [
+        (0, "text", 'note, hello, "world" ü'), (0, "warning", "look out"),
+        (1, "text", 'note, hello, "world" ü'), (1, "warning", "look out"),
+    ]  # fmt: skip
+
+
+def test_dates_are_on_one_time_line(tmp_path):
+    """A rank's monotonic stamp and another's wrong wall clock are both dates of the aggregator's clock."""
+    live = LiveRun(rich_run(tmp_path / "run"))
+    live.refresh()
+    dates = [note.epoch_s for note in live.notes() if note.kind in ("warning", "text")]
+    live.close()
+
+    assert max(dates) - min(dates) < 1
+
+
+def test_only_what_is_new_is_read(tmp_path):
+    """A second call continues after the first; the same verdict twice in a row is one line."""
+    writer = StoreWriter(tmp_path / STORE_NAME)
+    writer.put_meta("run", run_facts(state="running", ended=None))
+    stream = writer.stream(StreamIdentity(0, 0, "h0", 1, 7, ""), state="running")
+    add_info(writer, stream, kind="warning", t_ns=1, text="first")
+    writer.commit()
+    live = LiveRun(tmp_path)
+    live.refresh()
+    assert [note.text for note in live.notes()] == ["first"]
+
+    add_info(writer, stream, kind="warning", t_ns=2, text="second")
+    for step in (1, 2):
+        writer.event("verdict", {"findings": [finding().to_dict()], "step": step})
+
+    writer.commit()
+    live.refresh()
+
+    assert [note.text for note in live.notes()] == ["HEALTHY, ranks all", "second", "first"]
+    live.close()
+    writer.close()
+
+
+def test_what_is_kept_is_bounded(tmp_path):
+    """Of very many texts the newest 500 are kept, and long ones are cut."""
+    run = LoggedRun(tmp_path / "run")
+    for number in range(600):
+        run.row("text", name="n", text=f"{number} " + "x" * 5000)
+
+    run.end()
+    notes = told(tmp_path / "run")
+
+    assert len(notes) == 500
+    assert notes[0][2].startswith("n, ")
+    assert max(len(text) for _, _, text in notes) == 500
