@@ -13,6 +13,7 @@ from traceml.formatting import (
     gain_text,
     ms_text,
     ns_text,
+    ordinal_text,
     overhead_text,
     percent_text,
     phase_label,
@@ -74,6 +75,7 @@ def test_duration_text(seconds, text):
 def test_other_texts():
     """Counts have separators, rates three digits, overheads both figures."""
     assert (count_text(1204), count_text(None)) == ("1,204", "-")
+    assert [ordinal_text(number) for number in (2, 3, 11, 21, 1000)] == ["2nd", "3rd", "11th", "21st", "1,000th"]
     assert (rate_text(0.213), rate_text(36.61), rate_text(15200.0)) == ("0.21", "36.6", "15,200")
     assert overhead_text(5.13, 0.0002) == "5.1 us per step (0.02 %)"
     assert overhead_text(None, None) == "not measured"

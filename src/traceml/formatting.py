@@ -16,6 +16,7 @@ __all__ = [
     "line_text",
     "ms_text",
     "ns_text",
+    "ordinal_text",
     "overhead_text",
     "part_words",
     "percent_text",
@@ -68,6 +69,12 @@ _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 def count_text(count: int | None) -> str:
     """Return `1,204`."""
     return MISSING if count is None else f"{count:,}"
+
+
+def ordinal_text(number: int) -> str:
+    """Return `2nd`, `11th`, `1,000th`."""
+    suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{suffix}"
 
 
 def ms_text(ms: float | None) -> str:

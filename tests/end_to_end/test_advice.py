@@ -29,6 +29,24 @@ for x, y in DataLoader(Remote(), batch_size=8, num_workers=int(sys.argv[1])):
 """
 
 
+LOGS = """
+import sys, time, torch
+
+def log_images(step):
+    if step % int(sys.argv[1]) == 0:
+        time.sleep(0.4)
+
+torch.set_num_threads(1)
+model = torch.nn.Linear(64, 10)
+opt = torch.optim.SGD(model.parameters(), lr=0.01)
+for step in range(161):
+    model(torch.randn(8, 64)).sum().backward()
+    opt.step(); opt.zero_grad()
+    time.sleep(0.015)
+    log_images(step)
+"""
+
+
 def report(traceml: Traceml, script: Path, *words: str) -> dict[str, Any]:
     ended = traceml("run", script, *words)
     assert ended.status == 0, ended.stderr
@@ -49,4 +67,20 @@ def test_workers_as_advised_give_the_promised_gain(traceml: Traceml, tmp_path: P
     after = report(traceml, script, str(workers))
 
     gain = before["steps"]["p50_ms"] / after["steps"]["p50_ms"]
+    assert gain == pytest.approx(verdict["speedup_if_fixed"], rel=0.3)
+
+
+def test_long_steps_half_as_often_give_the_promised_gain(traceml: Traceml, tmp_path: Path) -> None:
+    """Every 10th step logs: it is named with its line, and is no jitter."""
+    script = tmp_path / "logs.py"
+    script.write_text(LOGS)
+    before = report(traceml, script, "10")
+    verdict = before["verdict"]
+    assert (verdict["kind"], verdict["evidence"]["every_n_steps"]) == ("RESIDUAL_HEAVY", 10)
+    assert verdict["evidence"]["function"] == "log_images"
+    assert "JITTER" not in {finding["kind"] for finding in before["findings"]}
+
+    after = report(traceml, script, "20")
+
+    gain = before["steps"]["mean_ms"] / after["steps"]["mean_ms"]
     assert gain == pytest.approx(verdict["speedup_if_fixed"], rel=0.3)

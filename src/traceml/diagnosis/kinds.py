@@ -12,6 +12,7 @@ from traceml.formatting import (
     count_text,
     factor_text,
     line_text,
+    ordinal_text,
     percent_text,
     phase_words,
     ranks_text,
@@ -70,10 +71,14 @@ def _lost_ranks(finding: _FindingFacts) -> str:
 
 
 def _user_code(finding: _FindingFacts) -> str:
-    """Return `94 % of step time is spent in train.py:23 update_metric`."""
+    """Return `94 % of step time is spent in train.py:23 update_metric`, or `Every 25th step ...`."""
     evidence = finding.evidence
     share, where = finding.cost_share, phase_words(finding.phase or "other")
     line_share = evidence.get("line_share") or 0.0
+    if every := evidence.get("every_n_steps"):
+        at = line_text(evidence["file"], evidence["line"], evidence["function"]) if line_share else where
+        return f"Every {ordinal_text(int(every))} step is long, in {at}: {_of_step_time(finding)}"
+
     if line_share >= _MOST * share:
         share, where = line_share, line_text(evidence["file"], evidence["line"], evidence["function"])
 

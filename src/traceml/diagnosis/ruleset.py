@@ -14,6 +14,7 @@ from traceml.diagnosis.rules.compute import nothing_found
 from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.lost_ranks import rank_lost
+from traceml.diagnosis.rules.periods import periodic_steps
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.steps.replay import new_step_times
@@ -67,6 +68,11 @@ def _timing(window: Window, segments: Segments, facts: JobFacts) -> list[Finding
     if restarted:
         found += restarted
         remaining = remaining.changed(without_restarts, new_step_times(remaining, without_restarts))
+
+    periodic, without_long = periodic_steps(window, remaining, facts, step_ns)
+    if periodic:
+        found += periodic
+        remaining = remaining.changed(without_long, new_step_times(remaining, without_long))
 
     for rule in (input_bound, transfers, residual, checkpoints):
         found += rule(remaining, facts, step_ns)

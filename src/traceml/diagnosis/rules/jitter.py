@@ -17,7 +17,7 @@ from traceml.diagnosis.steps.segments import COMPUTE, Segments, median_over_rank
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
-__all__ = ["jitter", "late_in_turns", "usual"]
+__all__ = ["excess_over_usual", "jitter", "late_in_turns", "usual"]
 
 FLOOR_NS = 1e6
 """Mean cost per step below which nothing is reported."""
@@ -104,7 +104,7 @@ def _unexplained(segments: Segments) -> _LongSteps:
     # In the window's last step scripts save and end.
     long[-1] = False
     columns = np.flatnonzero(long)
-    excess = {part: _excess(values, columns) for part, values in segments.parts.items()}
+    excess = {part: excess_over_usual(values, columns) for part, values in segments.parts.items()}
     if not len(columns) or not excess:
         return _LongSteps(columns[:0], {}, usual_ns)
 
@@ -148,7 +148,8 @@ def _jitter(segments: Segments, events: _LongSteps, cost: float, step_ns: float)
     )
 
 
-def _excess(values: Floats, columns: NDArray[np.intp]) -> Floats:
+def excess_over_usual(values: Floats, columns: NDArray[np.intp]) -> Floats:
+    """Return the time of each rank in some columns beyond its usual."""
     usual_values = np.median(values[:, :: max(1, values.size // _MAX_CELLS)], axis=1, keepdims=True)
     return np.asarray(np.maximum(values[:, columns] - usual_values, 0))
 

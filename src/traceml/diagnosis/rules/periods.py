@@ -1,0 +1,153 @@
+"""Long steps at a fixed distance: every n-th step evaluates, logs, saves or samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import WARNING_SHARE, Kind
+from traceml.diagnosis.rules.jitter import RARE, excess_over_usual, usual
+from traceml.diagnosis.steps.replay import saved_ns, speedup
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
+from traceml.diagnosis.steps.step_split import Floats
+from traceml.diagnosis.steps.window import Window
+from traceml.formatting import capitalized, gain_text, ns_text, ordinal_text, percent_text, phase_words
+
+__all__ = ["MIN_LONG_STEPS", "REGULAR_SHARE", "periodic_steps"]
+
+FLOOR_NS = 1e6
+"""Mean cost per step below which nothing is reported."""
+MIN_LONG_STEPS = 4
+"""Fewer long steps have no period."""
+REGULAR_SHARE = 0.8
+"""Long steps with another one at the same distance have this share of the time beyond the usual."""
+LINE_SHARE = 0.6
+"""The phase's line is named if the long steps have this share of the phase."""
+# Input, checkpoints and a user's named phase have findings of their own.
+_UNNAMED = (*COMPUTE, "h2d", "comm", "other", "user")
+
+
+@dataclass(frozen=True)
+class _Period:
+    """Long steps at a fixed distance.
+
+    Attributes:
+        every: the distance in steps.
+        columns: their columns in the window.
+        part: the part of the step that makes them long.
+        removed: the part as it would be without them.
+        saved_ns: time by which the mean step would be shorter.
+    """
+
+    every: int
+    columns: NDArray[np.intp]
+    part: str
+    removed: Floats
+    saved_ns: float
+
+
+def periodic_steps(
+    window: Window, segments: Segments, facts: JobFacts, step_ns: float
+) -> tuple[list[Finding], dict[str, Floats]]:
+    """Return the finding about long steps at a fixed distance, and the part of the step without them.
+
+    Args:
+        window: the steps.
+        segments: their own work.
+        facts: about the job.
+        step_ns: mean step, to which the cost is compared.
+    """
+    period = _period(window, segments)
+    if period is None or period.saved_ns < max(FLOOR_NS, WARNING_SHARE * step_ns):
+        return [], {}
+
+    return [_finding(segments, facts, period, step_ns)], {period.part: period.removed}
+
+
+def _period(window: Window, segments: Segments) -> _Period | None:
+    usual_ns, limit = usual(segments.step)
+    long = np.flatnonzero(segments.step > limit)
+    if not MIN_LONG_STEPS <= len(long) <= RARE * len(segments.step):
+        return None
+
+    found = regular(window.steps[long], segments.step[long] - usual_ns)
+    if found is None:
+        return None
+
+    every, members = found
+    columns = long[members]
+    excess = {part: excess_over_usual(values, columns).max(axis=0).sum() for part, values in segments.parts.items()}
+    part = max(excess, key=lambda name: excess[name], default=None)
+    if part is None or part not in _UNNAMED:
+        return None
+
+    removed = segments.parts[part].copy()
+    removed[:, columns] = np.minimum(removed[:, columns], np.median(removed, axis=1, keepdims=True))
+    return _Period(every, columns, part, removed, saved_ns(segments, {part: removed}))
+
+
+def regular(steps: NDArray[np.int64], excess: Floats) -> tuple[int, NDArray[np.bool_]] | None:
+    """Return the distance at which long steps follow each other, and which of them do; None without one.
+
+    A counter may begin anew in each epoch, so not all distances need to be equal: a step belongs to the period if there
+    is a long step at that distance before or after it.
+
+    Args:
+        steps: numbers of the long steps, ascending.
+        excess: their time beyond the usual.
+    """
+    for every in np.unique(np.diff(steps)):
+        follows = np.isin(steps, steps + every)
+        members = follows | np.isin(steps, steps - every)
+        regular_ns = float(excess[members].sum())
+        if every > 1 and follows.sum() >= MIN_LONG_STEPS - 1 and regular_ns >= REGULAR_SHARE * float(excess.sum()):
+            return int(every), members
+
+    return None
+
+
+def _finding(segments: Segments, facts: JobFacts, period: _Period, step_ns: float) -> Finding:
+    share = period.saved_ns / step_ns
+    phase_share = float(segments.parts[period.part].mean()) / step_ns
+    held = period.saved_ns >= LINE_SHARE * phase_share * step_ns
+    line = blamed_line(facts.lines, period.part, phase_share) if held else None
+    long_ns, usual_ns = float(segments.step[period.columns].mean()), float(np.median(segments.step))
+    half = speedup(segments, period.saved_ns / 2)
+    return Finding(
+        kind=Kind.RESIDUAL_HEAVY,
+        severity=Kind.RESIDUAL_HEAVY.severity_for(share),
+        phase=period.part,
+        summary=(
+            f"{capitalized(f'every {ordinal_text(period.every)} step')} takes {ns_text(long_ns)} instead of "
+            f"{ns_text(usual_ns)}{_where(period.part, line)}: {percent_text(share)} of step time."
+        ),
+        next=_advice(period, line, half),
+        evidence={
+            "every_n_steps": period.every,
+            "long_steps": len(period.columns),
+            "steps": len(segments.step),
+            "usual_ms": usual_ns / 1e6,
+            "mean_long_ms": long_ns / 1e6,
+            **(line.evidence(phase_share) if line else {}),
+        },
+        cost_share=share,
+        speedup_if_fixed=half,
+    )
+
+
+def _where(part: str, line: BlamedLine | None) -> str:
+    return f", in {phase_words(part)}" if line is None else f", in {line.place}"
+
+
+def _advice(period: _Period, line: BlamedLine | None, half: float) -> str:
+    what = "what these steps do besides" if line is None else line.place
+    see = " `traceml report --lines` shows the lines." if line is None else ""
+    return (
+        f"Run {what} half as often, every {ordinal_text(2 * period.every)} step: {gain_text(half)}. Or run it beside "
+        f"the training, in a thread or another process.{see}"
+    )

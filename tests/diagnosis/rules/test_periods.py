@@ -1,0 +1,67 @@
+"""Long steps at a fixed distance are named with it, and are no jitter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import Job, adds, at_once, window_of
+from traceml.diagnosis.facts.job_facts import JobFacts
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.periods import regular
+from traceml.diagnosis.ruleset import diagnose
+from traceml.formatting import ordinal_text
+
+ALONE = Job(ranks=1, steps=300, grouped=False)
+
+
+def findings(job: Job, *faults, **facts) -> list[Finding]:
+    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, **facts))
+
+
+@pytest.mark.parametrize("job", [ALONE, Job(ranks=2, steps=300)])
+@pytest.mark.parametrize(("part", "every"), [("other", 25), ("other", 10), ("forward", 16)])
+def test_every_nth_step_is_named(job, part, every):
+    """The distance, the phase, what it costs, and what half as often gains; nothing is called jitter."""
+    found = findings(job, adds(part, 150, every=every))
+
+    assert [each.kind for each in found] == [Kind.RESIDUAL_HEAVY]
+    assert (found[0].phase, found[0].evidence["every_n_steps"]) == (part, every)
+    cost = 150 / every / (14.1 + job.comm * job.grouped + 150 / every)
+    assert found[0].cost_share == pytest.approx(cost, rel=0.15)
+    assert found[0].speedup_if_fixed == pytest.approx(1 / (1 - cost / 2), rel=0.1)
+    assert f"every {ordinal_text(2 * every)} step" in found[0].next
+    assert found[0].headline.startswith(f"Every {every}th step is long")
+
+
+def test_what_runs_there_is_named_with_its_line():
+    """Where the samples of the phase tell it."""
+    line = SampledLine(0, "other", "/home/me/train.py", 70, "log_images", None, 80)
+    rest = SampledLine(0, "forward", "/home/me/train.py", 40, "main", None, 120)
+    found = findings(ALONE, adds("other", 200, every=25), lines=(line, rest))[0]
+
+    assert "train.py:70 log_images" in found.headline
+    assert "Run train.py:70 log_images half as often" in found.next
+
+
+def test_a_counter_that_begins_anew_in_each_epoch_has_a_period():
+    """Every 25th step of epochs of 60 steps."""
+    steps = np.array([24, 49, 84, 109, 144, 169])
+
+    assert regular(steps, np.ones(6))[0] == 25
+
+
+@pytest.mark.parametrize("steps", [[3, 50, 90, 137], [5, 17, 60, 100, 133, 190], [7, 8, 9, 10, 11]])
+def test_other_long_steps_have_no_period(steps):
+    """Four by chance, also with one distance twice; and a pause of some steps."""
+    assert regular(np.array(steps), np.ones(len(steps))) is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rare_long_steps_by_chance_stay_jitter(seed):
+    """There is no period in chance."""
+    found = diagnose(window_of(ALONE, at_once("other", 150, 0.04), seed=seed), JobFacts())
+
+    assert [each.kind for each in found] == [Kind.JITTER]
