@@ -41,6 +41,12 @@ def straggler(**over: Any) -> Finding:
     return finding("COMPUTE_STRAGGLER", **{**known, **over})
 
 
+def time_of(wall_s: float, **parts: float) -> dict[str, Any]:
+    """Return the section on a run's wall time."""
+    listed = [{"part": part, "seconds": seconds, "share": seconds / wall_s} for part, seconds in parts.items()]
+    return {"wall_s": wall_s, "parts": listed, "goodput": 0.6}
+
+
 def report(
     rank_times: list[dict[str, float]],
     verdict: Finding | None = None,
@@ -87,6 +93,7 @@ def report(
             "command": "train.py --epochs 3",
         },
         "verdict": verdict.to_dict(),
+        "time": time_of(27.4, startup=6.1, steps=18.3, evaluation=1.4, between_epochs=0.5, idle=1.1),
         "findings": [each.to_dict() for each in (verdict, *others)],
         "steps": {
             "count": 1000 if rank_times else 0,

@@ -20,6 +20,7 @@ from traceml.runs.report.report_types import (
     RunSection,
     StepsSection,
     TelemetrySection,
+    TimePart,
     TrackerSection,
 )
 
@@ -27,6 +28,7 @@ __all__ = ["LiveView", "RankRow", "RunView", "live_view", "run_view", "visible_r
 
 # A rank is marked as the slowest when its own work is this much above the others' median; below, ranks differ by noise.
 _STANDS_OUT = 1.10
+_SMALL_SHARE = 0.005  # of the run's time; smaller parts are only in the report
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,12 @@ class RunView:
     def trackers(self) -> list[TrackerSection]:
         """Delivery by tracker."""
         return self.report.trackers
+
+    @property
+    def time_parts(self) -> list[TimePart]:
+        """Parts of the run's wall time that can be seen; none where it is not known."""
+        time = self.report.time
+        return [] if time is None else [part for part in time.parts if part.share >= _SMALL_SHARE]
 
     @property
     def sample(self) -> str | None:

@@ -11,7 +11,7 @@ from traceml.database.store.store_file import STORE_NAME
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.window import slots_for
 from traceml.errors import StoreError
-from traceml.runs.report.report import make_report, report_window
+from traceml.runs.report.report import make_report, report_window, run_wall_time
 from traceml.runs.report.report_types import Report, TelemetrySection
 from traceml.runs.rows.digest import Digest
 from traceml.runs.rows.notes import Note, Notes
@@ -24,6 +24,8 @@ _RATES = 120
 # Window of the speed: a shorter one shows the flush of frames, a longer one hides changes.
 _RATE_S = 2.0
 _TELEMETRY_S = 2.0
+_TIME_S = 2.0
+_TIME_COST = 50  # the run's time is divided for at most 2 % of the time
 
 
 class LiveRun:
@@ -49,6 +51,7 @@ class LiveRun:
         self._series: SeriesFollower | None = None
         self._notes = Notes()
         self._marks: deque[tuple[float, int, int]] = deque()
+        self._time_due = 0.0
         self._telemetry: tuple[float, TelemetrySection] | None = None
 
     def __repr__(self) -> str:
@@ -88,6 +91,7 @@ class LiveRun:
         if not self.findings:
             self.findings = self.digest.diagnose()
 
+        self._take_time(self._reader)
         known = self._telemetry_so_far()
         report = make_report(self.digest, self._reader, report_window(self.digest), self.findings, self.path, known)
         if known is None:
@@ -181,6 +185,16 @@ class LiveRun:
             self.rates.append(steps / max(by_rows_s, by_clock_s if by_clock_s > 2 * _RATE_S else 0.0))
         elif by_clock_s > 2 * _RATE_S:
             self.rates.append(0.0)
+
+    def _take_time(self, reader: StoreReader) -> None:
+        """Divide the run's wall time anew where that costs little of the time since the last call."""
+        began = time.monotonic()
+        if began < self._time_due:
+            return
+
+        self.digest.facts.time = run_wall_time(self.digest, reader, self.path)
+        ended = time.monotonic()
+        self._time_due = ended + max(_TIME_S, _TIME_COST * (ended - began))
 
     def _telemetry_so_far(self) -> TelemetrySection | None:
         """Return the last telemetry section if it is new enough: counting lost rows costs more than all else."""

@@ -20,7 +20,7 @@ def test_screen_is_entered_and_left(terminal):
 
         assert terminal.screen.alternate
         assert shown[0].startswith("─ traceml ─ train")
-        assert shown[9] == " q quits"
+        assert shown[10] == " q quits"
         assert termios.tcgetattr(keyboard)[3] & termios.ICANON == 0
 
     terminal.visible_lines()
@@ -55,7 +55,7 @@ def test_smaller_view_leaves_nothing_behind(terminal):
         screen.draw(live_view(thousand_ranks()), footer="q quits")
         screen.draw(live_view(slow_rank()), footer="q quits")
 
-        assert [line for line in terminal.visible_lines()[10:] if line] == []
+        assert [line for line in terminal.visible_lines()[11:] if line] == []
 
 
 def test_small_terminal_says_what_it_needs(terminal):
@@ -73,4 +73,4 @@ def test_terminal_without_a_size(terminal):
     with FullScreen(terminal.console(width=80, height=24), keys=terminal.file.fileno()) as screen:
         screen.draw(live_view(slow_rank()), footer="q quits")
 
-        assert terminal.visible_lines()[9] == " q quits"
+        assert terminal.visible_lines()[10] == " q quits"

@@ -11,7 +11,7 @@ from tests.renderers.reports import healthy, slow_rank, thousand_ranks
 from traceml.display.terminal.terminal_driver import TerminalDriver
 from traceml.renderers.views import live_view
 
-PANEL = 9  # two ranks
+PANEL = 10  # two ranks
 
 
 class Clock:

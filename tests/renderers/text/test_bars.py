@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from traceml.renderers.text.bars import bar, sparkline, stacked
+from traceml.renderers.text.bars import bar, sparkline, stacked, stacked_parts
 from traceml.renderers.text.viewport import ASCII, Viewport
 
 
@@ -29,6 +29,8 @@ def test_stacked_has_its_width(color, width):
 
     assert stacked(shares, width, Viewport(color=color)).cell_len == width
     assert stacked([], width, Viewport(color=color)).cell_len == width
+    parts = [("startup", 0.3), ("steps", 0.6), ("idle", 0.1)]
+    assert stacked_parts(parts, width, Viewport(color=color)).cell_len == width
 
 
 def test_sparkline():

@@ -34,9 +34,9 @@ def test_height_does_not_change_while_ranks_arrive():
 
 def test_many_ranks_are_capped_and_counted():
     """Of a thousand ranks sixteen are shown, the slowest among them, and the rest are counted."""
-    lines = [line.plain for line in live_lines(live_view(thousand_ranks()), Viewport(80, 24))]
+    lines = [line.plain for line in live_lines(live_view(thousand_ranks()), Viewport(80, 25))]
 
-    assert len(lines) == 24
+    assert len(lines) == 25
     assert sum(line.startswith(" ▸") for line in lines) == 1
     assert any(line.startswith(" ▸  617") for line in lines)
     assert "   … 984 more, steps of 25.4 ms to 26.0 ms" in lines

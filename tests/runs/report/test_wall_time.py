@@ -96,12 +96,25 @@ def test_the_start_of_epochs_is_told_apart(tmp_path):
 
 
 def test_earlier_attempts_are_a_restart(tmp_path):
-    """The second attempt began 20 s after the run; its own start-up is counted from there."""
+    """Of each attempt steps count; from the last step of one to the first of the next 12 s pass."""
     wall_s, parts = time_of(store(tmp_path / "run", attempts=2))
 
     assert wall_s == pytest.approx(35)
-    assert parts["restart"] == pytest.approx(20)
-    assert parts["startup"] == pytest.approx(4)
+    assert parts == pytest.approx(
+        {"startup": 4, "steps": 10.8, "checkpoint": 1.2, "evaluation": 4, "restart": 12, "idle": 3}
+    )
+
+
+def test_an_attempt_without_a_step_is_a_restart(tmp_path):
+    """It was starting when the run ended."""
+    folder = store(tmp_path / "run")
+    with StoreWriter(folder / STORE_NAME) as writer:
+        writer.stream(StreamIdentity(0, 1, "h0", 300, 1, ""), state="failed")
+
+    _, parts = time_of(folder)
+
+    assert parts["restart"] == pytest.approx(3)
+    assert "idle" not in parts
 
 
 def test_a_run_without_steps_is_start_up(tmp_path):
@@ -116,3 +129,15 @@ def test_a_run_without_steps_is_start_up(tmp_path):
         assert reader.step_sums() == {}
 
     assert time_of(folder)[1] == {"startup": 10.0}
+
+
+@pytest.mark.parametrize(("attempts", "wall_s"), [(1, 15), (2, 35)])
+def test_goodput_counts_each_step_once(tmp_path, attempts, wall_s):
+    """60 steps of 80 ms beside waiting and saving; but for three, 200 ms, which began an epoch.
+
+    A second attempt repeats all steps.
+    """
+    section = build_report(store(tmp_path / "run", attempts=attempts)).time
+
+    assert section is not None
+    assert section.goodput == pytest.approx((60 * 0.08 - 3 * 0.04) / wall_s, rel=1e-3)

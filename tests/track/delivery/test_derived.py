@@ -18,15 +18,16 @@ STARTED_S = 1_700_000_000
 S = 10**9
 
 
-def stream(rank: int = 0) -> StreamRecord:
+def stream(rank: int = 0, attempt: int = 0) -> StreamRecord:
     # Its monotonic clock began when the run did.
-    return StreamRecord(rank + 1, StreamIdentity(rank, 0, "h", 1, 1), {"clock": [0, STARTED_S * S]})
+    number = 1000 * attempt + rank + 1
+    return StreamRecord(number, StreamIdentity(rank, attempt, "h", 1, 1), {"clock": [0, STARTED_S * S]})
 
 
-def frames(table: Any, rows: Any, size: int, rank: int = 0) -> list[tuple[Frame, StreamRecord]]:
-    parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+def frames(table: Any, rows: Any, size: int, rank: int = 0, attempt: int = 0) -> list[tuple[Frame, StreamRecord]]:
+    parts, of = [rows[start : start + size] for start in range(0, len(rows), size)], stream(rank, attempt)
     return [
-        (Frame(number, rank + 1, table.name, 0, len(part), -1, -1, part.tobytes()), stream(rank))
+        (Frame(number, of.id, table.name, 0, len(part), -1, -1, part.tobytes()), of)
         for number, part in enumerate(parts)
     ]
 
@@ -86,6 +87,20 @@ def test_goodput_leaves_out_waiting_for_data_and_saving_and_what_is_not_in_steps
 
     useful = rows["total_ns"] - rows["input_wait_ns"] - rows["checkpoint_ns"]
     assert named(found, "traceml/goodput") == [pytest.approx(useful.sum() / rows["t_end_ns"][-1])]
+
+
+def test_the_wall_time_is_divided_without_remainder() -> None:
+    """The shares of a rank's two attempts, 10 s apart."""
+    (rows,) = rows_of(JOB, adds("checkpoint", 5.0))
+    again = rows.copy()
+    again["t_end_ns"] += rows["t_end_ns"][-1] + 10 * S
+    ended_s = again["t_end_ns"][-1] / S
+    found = derive([*frames(STEPS, rows, 50), *frames(STEPS, again, 50, attempt=1)], interval_s=1000)
+
+    shares = {row.name.removeprefix("traceml/time/"): row.value for row in found if "/time/" in row.name}
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["restart"] == pytest.approx(10 / ended_s, rel=0.01)
+    assert shares["checkpoint"] == pytest.approx(2 * rows["checkpoint_ns"].sum() / S / ended_s, rel=1e-3)
 
 
 def test_steps_that_an_attempt_repeats_do_not_count_twice() -> None:

@@ -17,7 +17,7 @@ PARTS = (
 )  # fmt: skip
 """The parts of a run's wall time:
 
-- `startup`: from the run's start, or that of its last attempt, to the first batch
+- `startup`: from the run's start to the first batch
 - `steps`: training steps, without saving and without the start of epochs
 - `evaluation`: evaluation batches, with the time until the next training batch
 - `checkpoint`: saving inside steps
@@ -25,7 +25,7 @@ PARTS = (
   evaluation
 - `idle`: after the last step or evaluation
 - `stopped`: the process did not run
-- `restart`: all attempts before the last one
+- `restart`: from the last step of an attempt to the first batch of the next one
 - `unexplained`: the rest
 """
 
@@ -45,11 +45,13 @@ class RunTime:
         wall_s: from its start to its end, or until now.
         seconds: by part (`PARTS`), the mean over ranks; the parts add up to `wall_s`.
         evaluations: times that evaluation interrupted the training, on one rank.
+        goodput: share in steps, without waiting for data, saving, and steps that an attempt repeats.
     """
 
     wall_s: float
     seconds: Mapping[str, float] = field(default_factory=dict)
     evaluations: int = 0
+    goodput: float = 0.0
 
     @classmethod
     def of(cls, wall_s: float, known: Mapping[str, float], evaluations: int = 0) -> RunTime:

@@ -43,7 +43,10 @@ class ChartCache:
 
     def _draw(self, name: str) -> dict[str, str]:
         theme, series = THEMES[name], self._series
-        options: dict[str, Option | None] = {"ranks": run_charts.ranks_chart(self._view, theme)}
+        options: dict[str, Option | None] = {
+            "time": run_charts.time_chart(self._view, theme),
+            "ranks": run_charts.ranks_chart(self._view, theme),
+        }
         if series is not None:
             options |= {
                 "steps": run_charts.step_time_chart(series.steps, theme),

@@ -9,6 +9,7 @@ from traceml.display.web.run_sources import RunState
 __all__ = ["ChartPanel"]
 
 _WAITING = "Waiting for the first steps"
+_TIME_PX = 110
 _HEAT_ROW_PX, _HEAT_FRAME_PX, _LEAST_HEAT_PX, _MOST_HEAT_PX = 26, 96, 200, 520
 _RANK_ROW_PX, _RANK_FRAME_PX, _LEAST_RANKS_PX, _MOST_RANKS_PX = 24, 84, 236, 560
 
@@ -22,6 +23,10 @@ class ChartPanel:
         with Container("section", "", id="steps", aria_label="steps"):
             TextNode("h2", "Steps")
             with Container("div", "grid"):
+                self._time = ChartCard(
+                    "Where the run's time went", "wall time, the mean of all ranks", waiting=_WAITING, classes="wide"
+                )
+                self._time.height(_TIME_PX)
                 self._steps = ChartCard("Step time", "percentiles over all ranks, by step", waiting=_WAITING)
                 self._phases = ChartCard("Where a step goes", "mean of all ranks, by step", waiting=_WAITING)
 
@@ -67,6 +72,7 @@ class ChartPanel:
         drawn = [
             chart.show(made.get(name))
             for name, chart in (
+                ("time", self._time),
                 ("steps", self._steps),
                 ("phases", self._phases),
                 ("heat", self._heat),

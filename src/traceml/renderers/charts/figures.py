@@ -49,6 +49,8 @@ def figures(view: RunView, series: RunSeries, theme: Theme = BY_CSS) -> list[Fig
     ranks = run_charts.ranks_chart(view, theme)
     metrics = run_charts.metric_charts(series, theme, _METRICS)
     candidates = [
+        ("Where the run's time went", "Wall time from start to end, the mean of all ranks.",
+         run_charts.time_chart(view, theme), 130),
         ("Step time", f"Percentiles over all ranks, {each}{_longest(series)}.",
          run_charts.step_time_chart(steps, theme), 250),
         ("Where a step goes", f"Mean of each phase, stacked, {each}.", run_charts.phases_chart(steps, theme), 250),

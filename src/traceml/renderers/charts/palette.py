@@ -9,6 +9,7 @@ from types import MappingProxyType
 __all__ = ["BY_CSS", "DARK", "LIGHT", "Theme", "css_variables"]
 
 _FIXED = ("input_wait", "h2d", "forward", "backward", "optimizer", "comm", "checkpoint", "user", "other")
+_PARTS = ("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "stopped", "restart", "unexplained")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,7 @@ class Theme:
         text, muted, rule: text, axis labels, grid lines.
         ground: the background.
         phases: by phase, users: for the user's own phases.
+        parts: by part of the run's time.
         lines: for other series: ranks, hosts, percentiles.
         heat: from zero to the maximum.
         worse, better: of a comparison.
@@ -32,6 +34,7 @@ class Theme:
     ground: str
     phases: Mapping[str, str]
     users: tuple[str, ...]
+    parts: Mapping[str, str]
     lines: tuple[str, ...]
     heat: tuple[str, ...]
     worse: str
@@ -55,6 +58,10 @@ def _phases(*colors: str) -> Mapping[str, str]:
     return MappingProxyType(dict(zip(_FIXED, colors, strict=True)))
 
 
+def _parts(*colors: str) -> Mapping[str, str]:
+    return MappingProxyType(dict(zip(_PARTS, colors, strict=True)))
+
+
 LIGHT = Theme(
     name="light",
     text="#1b2430",
@@ -63,6 +70,7 @@ LIGHT = Theme(
     ground="#ffffff",
     phases=_phases("#e0a100", "#a855c7", "#2f6fde", "#12a5b8", "#2f9e5b", "#dc4c46", "#d56bb3", "#7fb52d", "#a3adba"),
     users=("#7fb52d", "#a58be0", "#c98a4b", "#5bb89a", "#8898c9"),
+    parts=_parts("#e08a00", "#2f6fde", "#12a5b8", "#d56bb3", "#e0c200", "#a3adba", "#6e7f2f", "#dc4c46", "#d3d9e0"),
     lines=("#2f6fde", "#e08a00", "#2f9e5b", "#dc4c46", "#8250df", "#12a5b8", "#b0568f", "#6e7f2f"),
     heat=("#eef2f6", "#fdeecb", "#fbd38a", "#f6ae55", "#ee8434", "#de5a2b", "#c23a2a", "#9c2030", "#701230"),
     worse="#c62828",
@@ -76,6 +84,7 @@ DARK = Theme(
     ground="#151c26",
     phases=_phases("#f2bd3a", "#c58be0", "#6aa0ff", "#3fcbdc", "#5cc98a", "#ff7a70", "#f29ad0", "#a8d85a", "#6d7a8a"),
     users=("#a8d85a", "#bda6f2", "#e0ab72", "#7fd6b9", "#a9b7e4"),
+    parts=_parts("#f5ae45", "#6aa0ff", "#3fcbdc", "#f29ad0", "#e6d34a", "#6d7a8a", "#b5c66a", "#ff7a70", "#4a5666"),
     lines=("#6aa0ff", "#f5ae45", "#5cc98a", "#ff7a70", "#b392f0", "#3fcbdc", "#e08fc0", "#b5c66a"),
     heat=("#1d2632", "#3a2f26", "#5e3f22", "#87501f", "#b2621f", "#d97a2b", "#f09a45", "#f8bd74", "#fde3b0"),
     worse="#ff7a70",
@@ -115,6 +124,7 @@ def _by_css(like: Theme) -> Theme:
         ground=var("ground"),
         phases=MappingProxyType({name: var(f"phases-{name}") for name in like.phases}),
         users=tuple(var(f"users-{number}") for number in range(len(like.users))),
+        parts=MappingProxyType({name: var(f"parts-{name}") for name in like.parts}),
         lines=tuple(var(f"lines-{number}") for number in range(len(like.lines))),
         heat=tuple(var(f"heat-{number}") for number in range(len(like.heat))),
         worse=var("worse"),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from traceml.formatting import phase_label
+from traceml.formatting import duration_text, part_words, percent_text, phase_label
 from traceml.renderers.charts.chart_options import (
     Option,
     bar_series,
@@ -40,6 +40,7 @@ __all__ = [
     "ranks_chart",
     "step_time_chart",
     "system_chart",
+    "time_chart",
 ]
 
 _GIB = 2**30
@@ -48,6 +49,7 @@ _SMALL_SHARE = 0.005
 _LINES = 8
 _LEAST_HEAT_PCT = 25.0
 _METRICS = 24
+_TIME_UNITS = (("h", 3600), ("min", 60), ("s", 1))
 _MARK = "\N{BLACK RIGHT-POINTING SMALL TRIANGLE}"
 
 
@@ -107,6 +109,23 @@ def ranks_chart(view: RunView, theme: Theme = LIGHT, most: int = _RANK_BARS) -> 
     for phase in shown:
         values = [number(dict(row.phases).get(phase, 0.0)) for row in rows]
         option["series"].append(bar_series(phase_label(phase), values, colors[phase], "step"))
+
+    return option
+
+
+def time_chart(view: RunView, theme: Theme = LIGHT) -> Option | None:
+    """Return the parts of the run's wall time side by side."""
+    if not view.time_parts or view.report.time is None:
+        return None
+
+    unit, seconds = next((unit, s) for unit, s in _TIME_UNITS if view.report.time.wall_s >= 2 * s or s == 1)
+    option = blank(theme)
+    option["xAxis"] = {**value_axis(theme, unit), "max": number(view.report.time.wall_s / seconds)}
+    option["yAxis"] = category_axis([""], theme)
+    for part in view.time_parts:
+        name = f"{part_words(part.part)} {duration_text(part.seconds)} ({percent_text(part.share)})"
+        color = theme.parts.get(part.part, theme.rule)
+        option["series"].append(bar_series(name, [number(part.seconds / seconds)], color, "time"))
 
     return option
 

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from traceml.formatting import short_label
+from traceml.formatting import part_words, short_label
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow
 
-__all__ = ["bar", "mark", "phase_color", "sparkline", "stacked"]
+__all__ = ["bar", "mark", "phase_color", "sparkline", "stacked", "stacked_parts"]
 
+_Piece = tuple[str, str, float]  # label, color, share
 _COLORS = {
     "input_wait": "yellow",
     "h2d": "magenta",
@@ -22,6 +23,17 @@ _COLORS = {
     "checkpoint": "bright_magenta",
     "user": "bright_green",
     "other": "bright_black",
+}
+
+
+_PART_COLORS = {
+    "startup": "yellow",
+    "steps": "blue",
+    "evaluation": "cyan",
+    "checkpoint": "bright_magenta",
+    "between_epochs": "bright_yellow",
+    "idle": "bright_black",
+    "restart": "red",
 }
 
 
@@ -56,25 +68,34 @@ def stacked(shares: Sequence[tuple[str, float]], width: int, viewport: Viewport)
         width: columns.
         viewport: with colors each phase has its own; without, phases are separated by bars and filled with dots.
     """
+    return _stacked([(short_label(phase), phase_color(phase), share) for phase, share in shares], width, viewport)
+
+
+def stacked_parts(shares: Sequence[tuple[str, float]], width: int, viewport: Viewport) -> Text:
+    """Return parts of the run's time side by side, as `stacked` does with phases."""
+    parts = [(part_words(part), _PART_COLORS.get(part, "white"), share) for part, share in shares]
+    return _stacked(parts, width, viewport)
+
+
+def _stacked(shares: Sequence[_Piece], width: int, viewport: Viewport) -> Text:
     drawn = Text()
-    for phase, columns in _columns(shares, width):
-        label = short_label(phase)
+    for (label, color, _), columns in _columns(shares, width):
         if viewport.color:
-            drawn.append(_fit(label, columns), style=f"black on {phase_color(phase)}")
+            drawn.append(_fit(label, columns), style=f"black on {color}")
         else:
             drawn.append("|" + _fit(label, columns - 1, fill="."))
 
     return drawn.append(" " * (width - len(drawn.plain)))
 
 
-def _columns(shares: Sequence[tuple[str, float]], width: int) -> list[tuple[str, int]]:
+def _columns(shares: Sequence[_Piece], width: int) -> list[tuple[_Piece, int]]:
     """Divide the columns by running sums, so that rounding errors do not add up."""
     divided, done, total = [], 0, 0.0
-    for phase, share in shares:
-        total += share
+    for each in shares:
+        total += each[2]
         until = min(width, round(total * width))
         if until > done:
-            divided.append((phase, until - done))
+            divided.append((each, until - done))
             done = until
 
     return divided

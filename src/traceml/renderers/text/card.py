@@ -26,7 +26,7 @@ from traceml.renderers.text.bars import bar, mark, phase_color
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import RankRow, RunView, run_view, visible_ranks
 from traceml.renderers.words import tracker_text
-from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, read_report
+from traceml.runs.report.report_types import PAGE_NAME, REPORT_NAME, Report, TimePart, read_report
 
 __all__ = ["SEVERITY_STYLES", "card", "print_card", "print_report", "wrapped"]
 
@@ -103,7 +103,7 @@ def card(view: RunView, viewport: Viewport, *, report_path: str = "", page_path:
         *_labeled("Clock", view.untimed or "", width),
         *_phase_lines(view, width, viewport),
         *_rank_lines(view, viewport),
-        Text(),
+        *([Text()] if len(view.ranks) < 2 else []),  # the card of two ranks fits on 24 rows
         *_closing_lines(view, width),
     ]
     fitted = [_fitted(line, width, viewport) for line in lines]
@@ -205,8 +205,24 @@ def _time_lines(view: RunView, width: int) -> Iterator[Text]:
     if time is None:
         return
 
-    shown = [f"{part_words(part.part)} {percent_text(part.share)}" for part in time.parts if part.share >= _SMALL_SHARE]
-    yield from _labeled("Time", f"{duration_text(time.wall_s)}: {', '.join(shown)}", width)
+    goodput = f"; goodput {percent_text(time.goodput)}" if view.run.restarts else ""
+    whole = f"{duration_text(time.wall_s)}: "
+    shown = _parts_text(view.time_parts, width - _LABEL - 1 - len(whole) - len(goodput))
+    yield from _labeled("Time", f"{whole}{shown}{goodput}", width)
+
+
+def _parts_text(parts: Sequence[TimePart], room: int) -> str:
+    """Return the parts of the run's time in one line; the smallest that find no room are summed as the rest."""
+    for count in range(len(parts), 0, -1):
+        largest = sorted(parts, key=lambda part: -part.share)[:count]
+        texts = [f"{part_words(part.part)} {percent_text(part.share)}" for part in parts if part in largest]
+        if count < len(parts):
+            texts.append(f"rest {percent_text(sum(part.share for part in parts if part not in largest))}")
+
+        if len(text := ", ".join(texts)) <= room or count == 1:
+            return text
+
+    return ""
 
 
 def _phase_lines(view: RunView, width: int, viewport: Viewport) -> Iterator[Text]:

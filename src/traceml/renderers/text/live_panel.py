@@ -6,8 +6,17 @@ from collections.abc import Iterator
 
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, duration_text, ms_text, overhead_text, rate_text, short_label
-from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked
+from traceml.formatting import (
+    bytes_text,
+    count_text,
+    duration_text,
+    ms_text,
+    overhead_text,
+    percent_text,
+    rate_text,
+    short_label,
+)
+from traceml.renderers.text.bars import mark, phase_color, sparkline, stacked, stacked_parts
 from traceml.renderers.text.card import SEVERITY_STYLES, wrapped
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import LiveView, RankRow, RunView, visible_ranks
@@ -28,6 +37,7 @@ MAX_RANK_ROWS = 16
 MIN_WIDTH = 60
 _NEXT_ROWS = 2
 _FRAME_ROWS = 5 + _NEXT_ROWS  # rule, speed, heading, verdict, next, tracing
+_TIME_ROWS = 1  # left out on the smallest screen
 _LABEL = 9
 MIN_HEIGHT = _FRAME_ROWS + 1
 _RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
@@ -36,7 +46,7 @@ _RANK_CELLS = 8 + 11 + 11  # mark and rank, step time, memory
 def panel_height(ranks: int, rows: int) -> int:
     """Return the height of the panel for a number of ranks, at most `rows`."""
     wanted = min(ranks, MAX_RANK_ROWS) + (1 if ranks > MAX_RANK_ROWS else 0)
-    return max(min(_FRAME_ROWS + wanted, rows), MIN_HEIGHT)
+    return max(min(_FRAME_ROWS + _TIME_ROWS + wanted, rows), MIN_HEIGHT)
 
 
 def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
@@ -49,11 +59,13 @@ def live_lines(view: LiveView, viewport: Viewport) -> list[Text]:
     now = view.now
     ranks = max(len(now.ranks), now.run.world_size)
     height = panel_height(ranks, viewport.height)
+    time = [_time_line(now, viewport)] if height > MIN_HEIGHT else []
     lines = [
         rule_line(now, viewport),
         speed_line(view, viewport),
         _heading(now, viewport),
-        *_rank_lines(now, height - _FRAME_ROWS, viewport),
+        *_rank_lines(now, height - _FRAME_ROWS - len(time), viewport),
+        *time,
         verdict_line(now),
         *_next(now, viewport),
         _tracing(now, viewport),
@@ -151,6 +163,19 @@ def _hidden_line(now: RunView, hidden: int, viewport: Viewport) -> Text:
     times = [row.step_ms for row in now.ranks if row.phases]
     between = f", steps of {ms_text(min(times))} to {ms_text(max(times))}" if times else ""
     return Text(f"   {viewport.glyphs.ellipsis} {count_text(hidden)} more{between}", style="dim")
+
+
+def _time_line(now: RunView, viewport: Viewport) -> Text:
+    """Return the line on where the run's time went so far."""
+    line = Text(" time".ljust(_LABEL), style="dim")
+    if not now.time_parts:
+        return line
+
+    shares = [(part.part, part.share) for part in now.time_parts]
+    in_steps = sum(share for part, share in shares if part == "steps")
+    label = f" {percent_text(in_steps):>6} in steps"
+    line.append(stacked_parts(shares, max(viewport.width - _LABEL - len(label), 0), viewport))
+    return line.append(label, style="not dim")
 
 
 def verdict_line(now: RunView) -> Text:

@@ -10,6 +10,7 @@ from pathlib import Path
 from traceml.database.flight.flight_owner import waiting_steps
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
+from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.steps.window import Window
 from traceml.errors import StoreError
@@ -28,6 +29,7 @@ __all__ = [
     "full_report",
     "make_report",
     "report_window",
+    "run_wall_time",
     "save_report",
     "update_trackers",
     "write_atomic",
@@ -57,14 +59,26 @@ def full_report(digest: Digest, reader: StoreReader, run_dir: Path) -> Report:
         reader: its store.
         run_dir: its folder.
     """
-    started_s, _, duration_s = run_times(digest, state_of(digest.run, digest.aggregator), run_dir)
-    if started_s is not None and duration_s is not None:
-        sums = digest.step_sums or reader.step_sums()
-        digest.facts.time = wall_time(reader.streams(), sums, digest.ranks, started_s, started_s + duration_s)
-
+    digest.facts.time = run_wall_time(digest, reader, run_dir)
     window = digest.whole_window()
     findings = digest.diagnose(window)
     return make_report(digest, reader, window if len(window) else _first_steps(digest), findings, run_dir)
+
+
+def run_wall_time(digest: Digest, reader: StoreReader, run_dir: Path) -> RunTime | None:
+    """Return the wall time of a run by part, until now where it runs; None where its start is not known.
+
+    Args:
+        digest: the run, as far as it was read.
+        reader: its store.
+        run_dir: its folder.
+    """
+    started_s, _, duration_s = run_times(digest, state_of(digest.run, digest.aggregator), run_dir)
+    if started_s is None or duration_s is None:
+        return None
+
+    streams = [stream for stream in reader.streams() if not stream.facts.get("helps")]
+    return wall_time(streams, digest.step_sums or reader.step_sums(), started_s, started_s + duration_s)
 
 
 def report_window(digest: Digest, last: int = 200) -> Window:

@@ -110,10 +110,14 @@ class TimePart(msgspec.Struct):
 
 
 class TimeSection(msgspec.Struct):
-    """Wall time of the run by part, the mean over ranks; the parts add up to `wall_s`."""
+    """Wall time of the run by part, the mean over ranks; the parts add up to `wall_s`.
+
+    `goodput` is the share in steps, without waiting for data, saving, and steps that an attempt repeats.
+    """
 
     wall_s: float = 0.0
     parts: list[TimePart] = []
+    goodput: float = 0.0
 
 
 class RankMean(msgspec.Struct):

@@ -204,7 +204,7 @@ def time(digest: Digest) -> TimeSection | None:
         return None
 
     parts = [TimePart(part, _number(seconds), _number(found.share(part))) for part, seconds in found.seconds.items()]
-    return TimeSection(_number(found.wall_s), [part for part in parts if part.seconds > 0])
+    return TimeSection(_number(found.wall_s), [part for part in parts if part.seconds > 0], _number(found.goodput))
 
 
 def memory(digest: Digest) -> MemorySection:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from traceml.database.store.reader import StreamRecord
 from traceml.database.store.summaries import StepSums
 from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.runs.rows.clocks import RunClocks
 
 __all__ = ["wall_time"]
@@ -17,75 +19,70 @@ _S = 1e9
 
 
 def wall_time(
-    records: Sequence[StreamRecord],
-    sums: Mapping[int, StepSums],
-    ranks: Mapping[int, StreamRecord],
-    started_s: float,
-    ended_s: float,
+    records: Sequence[StreamRecord], sums: Mapping[int, StepSums], started_s: float, ended_s: float
 ) -> RunTime:
     """Return the wall time of a run by part, the mean over ranks.
 
     Args:
         records: all of its streams.
         sums: the sums of its steps, by stream.
-        ranks: newest stream of each rank of the last attempt.
         started_s: start of the run, epoch seconds.
         ended_s: its end, or now.
     """
     clocks = RunClocks(records)
-    begin_s = _attempt_start(ranks, clocks, started_s)
-    parts = [
-        _parts(sums[stream.id], clocks, stream.id, begin_s, ended_s)
-        for stream in ranks.values()
-        if stream.id in sums and sums[stream.id].count
-    ]
-    wall_s = max(ended_s - started_s, 0.0)
-    known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]} if parts else {}
-    if not parts:
-        known["startup"] = ended_s - begin_s
-
-    known["restart"] = begin_s - started_s
-    evaluations = max((sums[stream.id].evals.rows for stream in ranks.values() if stream.id in sums), default=0)
-    return RunTime.of(wall_s, known, evaluations)
+    attempt = max((stream.attempt for stream in records), default=0)
+    ranks = _by_rank(records, sums)
+    processes = [[_process(sums[stream.id], clocks, stream) for stream in of_rank] for of_rank in ranks] or [[]]
+    parts = [wall_parts(of_rank, int(started_s * _S), int(ended_s * _S), attempt) for of_rank in processes]
+    known = {part: float(np.mean([each[part] for each in parts])) for part in parts[0]}
+    time = RunTime.of(max(ended_s - started_s, 0.0), known, _most_evaluations(sums.values()))
+    useful_s = [_useful_ns(of_rank, sums) / _S for of_rank in ranks]
+    goodput = float(np.mean(useful_s)) / time.wall_s if useful_s and time.wall_s > 0 else 0.0
+    return replace(time, goodput=min(goodput, 1.0))
 
 
-def _attempt_start(ranks: Mapping[int, StreamRecord], clocks: RunClocks, started_s: float) -> float:
-    """Return when the last attempt began: with the run, or when the first of its ranks connected."""
-    if not any(stream.attempt for stream in ranks.values()):
-        return started_s
+def _by_rank(records: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> list[list[StreamRecord]]:
+    """Return the streams with steps or evaluation of each rank, in the order of the job's attempts."""
+    ranks: dict[int, list[StreamRecord]] = {}
+    for stream in sorted(records, key=lambda stream: (stream.attempt, stream.id)):
+        if stream.id in sums and (sums[stream.id].count or sums[stream.id].evals.rows):
+            ranks.setdefault(stream.rank, []).append(stream)
 
-    pairs = [(stream.id, stream.facts.get("clock")) for stream in ranks.values()]
-    dates = [clocks.of_stamp(number, int(pair[0])) / _S for number, pair in pairs if pair and any(pair)]
-    return max(min(dates, default=started_s), started_s)
-
-
-def _parts(sums: StepSums, clocks: RunClocks, stream: int, begin_s: float, ended_s: float) -> dict[str, float]:
-    steps, evals = sums.steps.bins, sums.evals.bins
-    in_evals = float(evals["ns"].sum()) / _S if len(evals) else 0.0
-    first_ns, last_ns = int(steps["begin_ns"].min()), int(steps["end_ns"].max())
-    if len(evals):
-        first_ns, last_ns = min(first_ns, int(evals["begin_ns"].min())), max(last_ns, int(evals["end_ns"].max()))
-
-    first_batch_s, later_starts_s = _epoch_starts(sums)
-    first_s, last_s = (clocks.of_stamp(stream, stamp) / _S for stamp in (first_ns, last_ns))
-    in_steps, saving = (float(steps[name].sum()) / _S for name in ("total_ns", "checkpoint_ns"))
-    return {
-        "startup": first_s - begin_s + first_batch_s,
-        "steps": in_steps - saving - first_batch_s - later_starts_s,
-        "evaluation": in_evals,
-        "checkpoint": saving,
-        "between_epochs": last_s - first_s - in_steps - in_evals + later_starts_s,
-        "idle": ended_s - last_s,
-    }
+    return list(ranks.values())
 
 
-def _epoch_starts(sums: StepSums) -> tuple[float, float]:
-    """Return seconds of waiting for the run's first batch, and for those of later epochs beyond the usual wait."""
-    steps, epochs = sums.steps.bins, sums.epochs.bins
+def _useful_ns(streams: Sequence[StreamRecord], sums: Mapping[int, StepSums]) -> float:
+    """Return the time of a rank's steps without waiting for data, saving, and steps that an attempt repeats."""
+    seen, useful_ns = -1, 0.0
+    for bins in (sums[stream.id].steps.bins for stream in streams):
+        first, last = bins["first_step"], bins["last_step"]
+        new = np.clip((last - np.maximum(first - 1, seen)) / (last - first + 1), 0, 1)
+        useful_ns += float((new * (bins["total_ns"] - bins["input_wait_ns"] - bins["checkpoint_ns"])).sum())
+        seen = max(seen, int(last.max(initial=-1)))
+
+    return useful_ns
+
+
+def _most_evaluations(sums: Iterable[StepSums]) -> int:
+    return max((each.evals.rows for each in sums), default=0)
+
+
+def _process(sums: StepSums, clocks: RunClocks, stream: StreamRecord) -> ProcessSums:
+    steps, evals, epochs = sums.steps.bins, sums.evals.bins, sums.epochs.bins
+    begins = [*steps["begin_ns"].tolist(), *evals["begin_ns"].tolist()]
+    ends = [*steps["end_ns"].tolist(), *evals["end_ns"].tolist()]
     first, later = epochs[epochs["group"] > 0], epochs[epochs["group"] == 0]
-    usual_rows = steps["rows"].sum() - epochs["rows"].sum()
-    usual_ns = max(steps["input_wait_ns"].sum() - epochs["ns"].sum(), 0) / max(usual_rows, 1)
-    # The workers' end and start are no usual wait, also where each step has an iterator of its own.
-    worked_ns = later["create_ns"].sum() + later["drain_ns"].sum()
-    beyond_ns = later["ns"].sum() - usual_ns * later["rows"].sum() if usual_rows > 0 else 0
-    return float(first["ns"].sum()) / _S, float(max(worked_ns, beyond_ns)) / _S
+    return ProcessSums(
+        attempt=stream.attempt,
+        first_ns=clocks.of_stamp(stream.id, min(begins)),
+        last_ns=clocks.of_stamp(stream.id, max(ends)),
+        steps=sums.count,
+        total_ns=int(steps["total_ns"].sum()),
+        saving_ns=int(steps["checkpoint_ns"].sum()),
+        input_ns=int(steps["input_wait_ns"].sum()),
+        evals_ns=int(evals["ns"].sum()),
+        epochs=int(later["rows"].sum()),
+        epochs_ns=int(later["ns"].sum()),
+        restart_ns=int(later["create_ns"].sum() + later["drain_ns"].sum()),
+        first_batch_ns=int(first["ns"].sum()),
+    )

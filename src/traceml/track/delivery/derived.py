@@ -10,6 +10,7 @@ a frame that is read again gives the same values again, and every backend gets t
 - `traceml/goodput`: share of all wall time since the run began that the lowest rank spent in productive steps, without
   waiting for data and saving. Start-up, evaluation, time between attempts, and steps that an attempt repeats are not
   productive.
+- `traceml/time/<part>`: share of the same wall time by part, as in the report (`diagnosis.facts.wall_parts`).
 - `system/…`: means over the interval (for counters, rates), per rank that samples them.
 """
 
@@ -17,14 +18,26 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from traceml.database.schema import DEVICE_STEPS, GPU, HOST, PHASE_LABELS, PROCESS, STEPS, StepFlag, unpack_bits
+from traceml.database.schema import (
+    DEVICE_STEPS,
+    EPOCHS,
+    EVALS,
+    GPU,
+    HOST,
+    PHASE_LABELS,
+    PROCESS,
+    STEPS,
+    StepFlag,
+    unpack_bits,
+)
 from traceml.database.store.reader import Frame, StreamRecord
+from traceml.diagnosis.facts.wall_parts import ProcessSums, wall_parts
 from traceml.diagnosis.steps.step_split import (
     DEVICE_LABELS,
     PHASES,
@@ -38,7 +51,7 @@ from traceml.track.plugins.metric import Metric
 
 __all__ = ["INPUT_TABLES", "KIND_DERIVED", "DerivedMetrics"]
 
-INPUT_TABLES = (STEPS.name, DEVICE_STEPS.name, HOST.name, PROCESS.name, GPU.name)
+INPUT_TABLES = (STEPS.name, DEVICE_STEPS.name, EVALS.name, EPOCHS.name, HOST.name, PROCESS.name, GPU.name)
 KIND_DERIVED = 100
 _MS, _S = 1e6, 1e9
 # Device times arrive a few steps after their step; after this many steps they are lost.
@@ -73,7 +86,7 @@ _SAMPLED: dict[str, tuple[_SampledColumn, ...]] = {
         _SampledColumn(name, name) for name in ("utilization_pct", "memory_used_bytes", "temperature_c", "power_w")
     ),
 }
-_DTYPES = {table.name: table.dtype for table in (STEPS, DEVICE_STEPS, HOST, PROCESS, GPU)}
+_DTYPES = {table.name: table.dtype for table in (STEPS, DEVICE_STEPS, EVALS, EPOCHS, HOST, PROCESS, GPU)}
 
 
 class DerivedMetrics:
@@ -101,6 +114,9 @@ class DerivedMetrics:
         if frame.table == DEVICE_STEPS.name:
             self._take_device_steps(stream, rows)
             return []
+        if frame.table in (EVALS.name, EPOCHS.name):
+            self._add_time(frame.table, stream, rows, rows["t_end_ns"] + offset_ns)
+            return []
         if not self._system:
             return []
 
@@ -127,6 +143,7 @@ class DerivedMetrics:
                 yield from self._close_steps()
 
             chosen = interval == number
+            self._add_time(STEPS.name, stream, rows[chosen], ends_ns[chosen])
             self._add_steps(int(number), stream, rows[chosen], ends_ns[chosen])
             has_device = unpack_bits(rows["bits"]).flags & StepFlag.DEVICE > 0
             self._add_times(rows[chosen & ~has_device])
@@ -172,10 +189,28 @@ class DerivedMetrics:
         }
         if at_ns > lead["began"]:
             values["traceml/goodput"] = min(lead["productive"] / (at_ns - lead["began"]), 1.0)
+            values |= self._time_shares(lead["began"], at_ns)
 
         lead["t"] = at_ns
         for name, value in values.items():
             yield Metric(name, value, step, timestamp, 0, KIND_DERIVED)
+
+    def _add_time(self, table: str, stream: StreamRecord, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
+        """Add rows to the sums of the lowest rank's process."""
+        time = self._memory.setdefault("time", {"rank": stream.rank, "processes": {}})
+        if stream.rank < time["rank"]:
+            time["rank"], time["processes"] = stream.rank, {}
+
+        if stream.rank == time["rank"] and len(rows):
+            process = ProcessSums(**time["processes"].get(str(stream.id), {"attempt": stream.attempt}))
+            process.add(table, rows, ends_ns)
+            time["processes"][str(stream.id)] = asdict(process)
+
+    def _time_shares(self, began_ns: int, at_ns: int) -> dict[str, float]:
+        processes = [ProcessSums(**sums) for sums in self._memory.get("time", {}).get("processes", {}).values()]
+        parts = wall_parts([each for each in processes if each.steps], began_ns, at_ns)
+        wall_s = (at_ns - began_ns) / _S
+        return {f"traceml/time/{part}": min(seconds / wall_s, 1.0) for part, seconds in parts.items() if seconds > 0}
 
     def _take_device_steps(self, stream: StreamRecord, device: NDArray[np.void]) -> None:
         held = _decoded(self._memory.get("held", {}).pop(str(stream.id), ""))

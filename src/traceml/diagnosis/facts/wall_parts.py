@@ -1,0 +1,110 @@
+"""Parts of the wall time that one rank spent, from the sums of its processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.database.schema import EPOCHS, EVALS, STEPS
+
+__all__ = ["ProcessSums", "wall_parts"]
+
+_S = 1e9
+
+
+@dataclass(slots=True)
+class ProcessSums:
+    """Sums of one process of a rank; plain numbers, so that they can be kept as JSON.
+
+    Attributes:
+        attempt: of its job.
+        first_ns, last_ns: begin of its first step or evaluation, and end of its last one; epoch nanoseconds.
+        steps: number of step rows.
+        total_ns, saving_ns, input_ns: sums over steps: wall time, saving, waiting for data.
+        evals_ns: evaluation.
+        epochs: steps that waited for the first batch of an iterator, without the first one of the process.
+        epochs_ns: waiting for data in these; restart_ns: of it, the creation and the end of iterators.
+        first_batch_ns: waiting for data in the first step of the process.
+    """
+
+    attempt: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
+    steps: int = 0
+    total_ns: int = 0
+    saving_ns: int = 0
+    input_ns: int = 0
+    evals_ns: int = 0
+    epochs: int = 0
+    epochs_ns: int = 0
+    restart_ns: int = 0
+    first_batch_ns: int = 0
+
+    def add(self, table: str, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
+        """Add rows of `schema.STEPS`, `EVALS` or `EPOCHS`, in order, which end at these epoch nanoseconds."""
+        takers = {STEPS.name: self._add_steps, EVALS.name: self._add_evals, EPOCHS.name: self._add_epochs}
+        takers[table](rows, ends_ns)
+
+    def _add_steps(self, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
+        self._cover(int(ends_ns[0] - rows["total_ns"][0]), int(ends_ns[-1]))
+        self.steps += len(rows)
+        self.total_ns += int(rows["total_ns"].sum())
+        self.saving_ns += int(rows["checkpoint_ns"].sum())
+        self.input_ns += int(rows["input_wait_ns"].sum())
+
+    def _add_evals(self, rows: NDArray[np.void], ends_ns: NDArray[np.int64]) -> None:
+        self._cover(int(ends_ns[0] - rows["ns"][0]), int(ends_ns[-1]))
+        self.evals_ns += int(rows["ns"].sum())
+
+    def _add_epochs(self, rows: NDArray[np.void], _: NDArray[np.int64]) -> None:
+        first = rows["first"] > 0
+        self.first_batch_ns += int(rows["ns"][first].sum())
+        self.epochs += int((~first).sum())
+        self.epochs_ns += int(rows["ns"][~first].sum())
+        self.restart_ns += int((rows["create_ns"] + rows["drain_ns"])[~first].sum())
+
+    @property
+    def later_epochs_ns(self) -> int:
+        """Waiting for the first batch of later epochs, beyond the usual wait.
+
+        The end and the start of workers are no usual wait, also where each step has an iterator of its own.
+        """
+        usual_steps = self.steps - self.epochs - (1 if self.first_batch_ns else 0)
+        if usual_steps < 1:
+            return self.restart_ns
+
+        usual_ns = max(self.input_ns - self.epochs_ns - self.first_batch_ns, 0) / usual_steps
+        return max(self.restart_ns, self.epochs_ns - int(usual_ns * self.epochs))
+
+    def _cover(self, begin_ns: int, end_ns: int) -> None:
+        self.first_ns = min(self.first_ns or begin_ns, begin_ns)
+        self.last_ns = max(self.last_ns, end_ns)
+
+
+def wall_parts(processes: Sequence[ProcessSums], begin_ns: int, end_ns: int, attempt: int = 0) -> dict[str, float]:
+    """Return the seconds of each part of the time from `begin_ns` to `end_ns`; see `run_time.PARTS`.
+
+    Args:
+        processes: those of one rank that have steps or evaluation.
+        begin_ns: start of the run, epoch nanoseconds.
+        end_ns: its end, or now.
+        attempt: the job's last attempt, whose start may be under way.
+    """
+    parts = dict.fromkeys(("startup", "steps", "evaluation", "checkpoint", "between_epochs", "idle", "restart"), 0)
+    reached_ns, in_attempt = begin_ns, 0
+    for each in sorted(processes, key=lambda process: (process.attempt, process.first_ns)):
+        before = "restart" if each.attempt > in_attempt else "startup"
+        parts[before] += each.first_ns - reached_ns + each.first_batch_ns
+        parts["steps"] += each.total_ns - each.saving_ns - each.first_batch_ns - each.later_epochs_ns
+        parts["checkpoint"] += each.saving_ns
+        parts["evaluation"] += each.evals_ns
+        gaps_ns = each.last_ns - each.first_ns - each.total_ns - each.evals_ns
+        parts["between_epochs"] += each.later_epochs_ns + gaps_ns
+        reached_ns, in_attempt = each.last_ns, each.attempt
+
+    after = "restart" if attempt > in_attempt else "idle" if processes else "startup"
+    parts[after] += end_ns - reached_ns
+    return {part: ns / _S for part, ns in parts.items()}
