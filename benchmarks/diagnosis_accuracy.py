@@ -176,6 +176,14 @@ def skewed(random: np.random.Generator) -> Case:
     return Case(any_job(random, skew=float(random.uniform(1.1, 1.35)), skew_from=begins), kinds=kinds)
 
 
+def busy_host(random: np.random.Generator) -> Case:
+    """Ranks whose speed wanders, and programs that take their cores for a while: no code is at fault."""
+    steps = int(random.choice([120, 220, 400]))
+    lasting = {"wander_steps": int(random.choice([3, 8, 15])), "wander": float(random.uniform(0.05, 0.25))}
+    stolen = {"stolen": float(random.choice([0, 0.2, 0.5])), "spike_ms": float(random.uniform(3, 12))}
+    return Case(any_job(random, steps=steps, **lasting, **stolen), kinds=(*QUIET, "SLOWDOWN", "JITTER"))
+
+
 CASES: dict[str, Make] = {
     "one rank, 20-40 ms": on_one_rank(lambda random, _job: float(random.uniform(20, 40))),
     "one rank, 50-100 % of a step": on_one_rank(lambda random, job: step_ms(job) * float(random.uniform(0.5, 1))),
@@ -202,6 +210,7 @@ CASES: dict[str, Make] = {
     "healthy, one process": healthy(ranks=1, grouped=False),
     "healthy, skewed by itself": skewed,
     "healthy, tiny": tiny,
+    "healthy, busy host": busy_host,
 }
 
 

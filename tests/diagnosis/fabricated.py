@@ -21,7 +21,12 @@ PARTS = ("input_wait", "h2d", "forward", "backward", "optimizer", "checkpoint", 
 
 @dataclass(frozen=True)
 class Job:
-    """Training with its usual durations in milliseconds: `own` work per step, `comm` exposed communication."""
+    """Training with its usual durations in milliseconds: `own` work per step, `comm` exposed communication.
+
+    Attributes:
+        wander: log deviation of each rank's speed, which wanders over some `wander_steps` steps.
+        stolen: share of the run in which another program takes a rank's core, for `wander_steps` steps each.
+    """
 
     ranks: int = 2
     steps: int = 220
@@ -35,6 +40,9 @@ class Job:
     spike_ms: float = 10.0
     skew: float = 1.0
     skew_from: float = 0.0
+    wander: float = 0.0
+    wander_steps: int = 20
+    stolen: float = 0.0
     callback_every: int = 1
     grouped: bool = True
 
@@ -109,10 +117,17 @@ def _own_work(job: Job, random: np.random.Generator) -> dict[str, np.ndarray[Any
     shape = (job.ranks, job.steps)
     own = {part: ms * random.lognormal(-(job.sigma**2) / 2, job.sigma, shape) for part, ms in job.own.items()}
     own = {part: np.asarray(own.get(part, np.zeros(shape))) for part in PARTS}
-    hits = np.argwhere(random.random(shape) < job.spikes)
+    if job.wander:
+        speed = np.exp(job.wander * _wandering(shape, job.wander_steps, random))
+        own = {part: values * speed for part, values in own.items()}
+
+    hits = random.random(shape) < job.spikes
+    if job.stolen:
+        hits |= _stretches(shape, job.stolen, job.wander_steps, random) & (random.random(shape) < 0.5)
+
     busy = [part for part in PARTS if job.own.get(part, 0) > 0]
     weights = np.array([job.own[part] for part in busy])
-    for rank, step in hits:
+    for rank, step in np.argwhere(hits):
         own[random.choice(busy, p=weights / weights.sum())][rank, step] += random.exponential(job.spike_ms)
 
     if job.skew != 1.0:
@@ -121,6 +136,28 @@ def _own_work(job: Job, random: np.random.Generator) -> dict[str, np.ndarray[Any
             own[part][-1, start:] *= job.skew * random.uniform(0.9, 1.1)
 
     return own
+
+
+def _wandering(shape: tuple[int, int], steps: int, random: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Return noise of deviation 1 in each row that forgets itself over some steps."""
+    kept = np.exp(-1 / steps)
+    noise = random.normal(0, 1, shape)
+    for step in range(1, shape[1]):
+        noise[:, step] = kept * noise[:, step - 1] + (1 - kept**2) ** 0.5 * noise[:, step]
+
+    return noise
+
+
+def _stretches(
+    shape: tuple[int, int], share: float, steps: int, random: np.random.Generator
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Return stretches of steps in which one rank at a time loses its core."""
+    found = np.zeros(shape, bool)
+    for first in range(0, shape[1], steps):
+        if random.random() < share:
+            found[random.integers(shape[0]), first : first + steps] = True
+
+    return found
 
 
 def _waits(job: Job, own: dict[str, np.ndarray[Any, Any]], random: np.random.Generator) -> np.ndarray[Any, Any]:

@@ -69,6 +69,23 @@ def test_a_weak_fault_is_found_in_a_quiet_run(seed):
     assert found.severity is Severity.WARNING
 
 
+@pytest.mark.parametrize("part", ["input_wait", "h2d", "forward", "backward", "optimizer", "other"])
+def test_a_weak_fault_is_found_in_a_noisy_run(part):
+    """A rank that is late by a sixth of a step is named, though seven noisy ranks hide most of the gain."""
+    found = verdict(Job(ranks=8, sigma=0.35, steps=400), adds(part, 3.0, (5,)))
+
+    assert (found.ranks, found.phase) == ((5,), part)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_busy_host_is_not_blamed_on_a_rank(ranks, seed):
+    """Ranks whose speed wanders, and whose cores other programs take for a while, are no stragglers."""
+    job = Job(ranks=ranks, wander=0.2, wander_steps=15, stolen=0.5, sigma=0.2)
+
+    assert not verdict(job, seed=seed).kind.rule.is_straggler
+
+
 def test_two_late_ranks_are_named_together():
     """Two ranks late by the same cause are one finding."""
     found = verdict(Job(ranks=4), adds("input_wait", 30, (1, 3)))

@@ -8,7 +8,7 @@ from a core or a host that is slower in everything.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import comb, hypot
+from math import hypot
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +18,10 @@ from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.long_steps import long_steps_blame
 from traceml.diagnosis.steps.replay import saved_ns, speedup, with_typical_work
 from traceml.diagnosis.steps.segments import COMPUTE, LateRanks, Segments
+from traceml.diagnosis.steps.steady_excess import steady_excess
 from traceml.diagnosis.steps.step_split import Floats
 from traceml.formatting import capitalized, gain_text, ns_text, percent_text, phase_words, ranks_text
 
@@ -37,16 +39,14 @@ SAME_GROUP_SHARE = 1 / 3
 """Ranks with more than this share of the largest excess form one group of late ranks."""
 GAIN_SHARE = 0.05
 """Without the late ranks a step would be shorter by at least this share, unless they are very late."""
+STEADY_GAIN_SHARE = 0.01
+"""The same for a rank that is late steadily, in one part: with many noisy ranks, each costs the others little."""
 MIN_EXCESS_RATIO = 1.5
 """The smallest excess of a late rank is at least this many times that of any other rank."""
 MIN_Z_SCORE = 3.5
 """The excess is this many standard errors above 0, plus one for each tenth of a step that it is below a fifth."""
-MAX_P_VALUE = 0.001
-"""With a smaller z-score, the probability that the long steps hit that rank by chance must be below this."""
-LONG_STEP_SHARE = 0.25
-"""A long step exceeds the others' usual own work by at least this share of a mean step."""
-MAX_TRIALS = 1000
-"""With more long steps than this, the probability is not computed: twice the expected number is enough."""
+MIN_Z_SCORE_OF_LONG = 1.5
+"""With a smaller z-score than that, but not than this, long steps are counted."""
 SIMILAR_SLOWDOWN_SHARE = 0.25
 """If a second computing part is slower by this share of the first one's factor, the rank is slower in everything."""
 SIMILAR_MIN_Z_SCORE = 2.0
@@ -68,6 +68,10 @@ def stragglers(segments: Segments, facts: JobFacts) -> tuple[list[Finding], dict
     if late and saved_ns(segments, without_stragglers) < GAIN_SHARE * segments.step_ns:
         # Other ranks are late as often; a small difference on average is no fault.
         late = [one for one in late if one.excess_ns >= EVERYWHERE_SHARE * segments.step_ns]
+        without_stragglers = _without_stragglers(segments, late)
+
+    if not late:
+        late = late_in_one_part(segments, facts)
         without_stragglers = _without_stragglers(segments, late)
 
     return [_finding(segments, facts, one) for one in late], without_stragglers
@@ -102,6 +106,22 @@ def find_late(segments: Segments, facts: JobFacts) -> list[LateRanks]:
         remaining = others
 
     return found
+
+
+def late_in_one_part(segments: Segments, facts: JobFacts) -> list[LateRanks]:
+    """Return the rank that is late in one part of the step, weakly but steadily; at most one."""
+    steady = steady_excess(segments, max(EXCESS_SHARE * segments.step_ns, EXCESS_NS))
+    if steady is None or steady.dominance < DOMINANCE or facts.oversubscribed:
+        return []
+
+    row, others = steady.row, np.delete(np.arange(len(segments.ranks)), steady.row)
+    reference = {part: _mean_of_others(values[others]) for part, values in segments.parts.items()}
+    if _lacks_core(facts, int(segments.ranks[row])) or _is_slower_overall(segments, row, reference, steady.part):
+        return []
+
+    late = _late(segments, np.array([row]), others, steady.part, everywhere=False)
+    saved = saved_ns(segments, _without_stragglers(segments, [late]))
+    return [late] if saved >= STEADY_GAIN_SHARE * segments.step_ns else []
 
 
 def divide_ranks(means: Floats) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -195,28 +215,11 @@ def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], refe
     (mean, error), (mean_backward, error_backward) = (_mean_and_error(values) for values in steady)
     share = (mean + mean_backward) / segments.step_ns
     needed = MIN_Z_SCORE + 10 * max(0.0, 0.2 - share)
-    if mean + mean_backward >= needed * hypot(error, error_backward):
+    errors = (mean + mean_backward) / hypot(error, error_backward)
+    if errors >= needed:
         return True
 
-    backward = segments.parts.get("backward", np.zeros_like(segments.own))
-    counts = _long(segments, segments.own - backward, others) + _long(segments, backward[:, segments.measured], others)
-    hits = int(counts[row])
-    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < MAX_P_VALUE
-
-
-def _long(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
-    """Return the number of steps per rank with much more work than the others' usual."""
-    if not values.size:
-        return np.zeros(len(values), np.int64)
-
-    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * segments.step_ns, EXCESS_NS)
-    return np.asarray((values > limit).sum(axis=1))
-
-
-def chance_of(hits: int, trials: int, probability: float) -> float:
-    """Return the probability of at least this many hits by chance."""
-    terms = (comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(hits, trials + 1))
-    return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)
+    return errors >= MIN_Z_SCORE_OF_LONG and long_steps_blame(segments, row, others)
 
 
 def _measured_steps(segments: Segments, part: str, values: Floats) -> Floats:

@@ -1,0 +1,54 @@
+"""Long steps of a rank: a fault that comes in few steps, told from chance by whose long steps they are."""
+
+from __future__ import annotations
+
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
+
+__all__ = ["long_steps_blame"]
+
+MAX_P_VALUE = 0.001
+"""The probability that the long steps hit that rank by chance must be below this."""
+LONG_STEP_SHARE = 0.25
+"""A long step exceeds the others' usual own work by at least this share of a mean step."""
+MIN_LONG_NS = 1e6
+"""And by at least this long."""
+SAME_EVENT_STEPS = 3
+"""Long steps at most this far apart are one event, where most are: a program took a core for a while."""
+MAX_TRIALS = 1000
+"""With more long steps than this, the probability is not computed: twice the expected number is enough."""
+
+
+def long_steps_blame(segments: Segments, row: int, others: NDArray[np.intp]) -> bool:
+    """Return whether nearly all long steps are of one rank."""
+    backward = segments.parts.get("backward", np.zeros_like(segments.own))
+    counts = _counts(segments, segments.own - backward, others)
+    counts = counts + _counts(segments, backward[:, segments.measured], others)
+    hits = int(counts[row])
+    return chance_of(hits, hits + int(counts[others].sum()), 1 / (len(others) + 1)) < MAX_P_VALUE
+
+
+def _counts(segments: Segments, values: Floats, others: NDArray[np.intp]) -> NDArray[np.int64]:
+    """Return the number of long steps per rank; if most of them are close together, that of the events."""
+    if not values.size:
+        return np.zeros(len(values), np.int64)
+
+    limit = float(np.median(values[others])) + max(LONG_STEP_SHARE * segments.step_ns, MIN_LONG_NS)
+    long = values > limit
+    began = long.copy()
+    for steps in range(1, min(SAME_EVENT_STEPS, long.shape[1] - 1) + 1):
+        began[:, steps:] &= ~long[:, :-steps]
+
+    count, events = long.sum(axis=1), began.sum(axis=1)
+    return np.asarray(np.where(2 * events >= count, count, events))
+
+
+def chance_of(hits: int, trials: int, probability: float) -> float:
+    """Return the probability of at least this many hits by chance."""
+    terms = (comb(trials, n) * probability**n * (1 - probability) ** (trials - n) for n in range(hits, trials + 1))
+    return sum(terms) if trials <= MAX_TRIALS else float(hits < 2 * probability * trials)

@@ -1,0 +1,105 @@
+"""Steady excess: one part of the step that takes one rank longer than the others, in the whole window.
+
+The sum of a rank's own work hides a weak fault in the noise of its heaviest part. Each part by itself does not: the
+difference between a rank and the others is taken step by step, and compared with its own noise. Noise that lasts many
+steps, as from another program, is recognized by the means of batches and of quarters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.step_split import Floats
+
+__all__ = ["SteadyExcess", "errors_above_0", "steady_excess"]
+
+MIN_Z_SCORE = 5.0
+"""The excess is this many standard errors above 0: by chance less often than once in a million parts and ranks."""
+MIN_QUARTER = 0.25
+"""In each quarter of the window the excess is at least this share of its mean."""
+DISTINCT_RATIO = 1.5
+"""The excess is this many times that of any other rank in the same part."""
+SIDE_Z_SCORE = 2.0
+"""From this on, the excess of another part counts too."""
+
+_MIN_STEPS = 10
+_MAX_BATCHES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyExcess:
+    """A rank's excess in a part of the step.
+
+    Attributes:
+        row: index of the rank.
+        part: the part of the step.
+        mean_ns: mean excess over the other ranks.
+        dominance: its share of the excesses of all parts that are not noise.
+    """
+
+    row: int
+    part: str
+    mean_ns: float
+    dominance: float
+
+
+def steady_excess(segments: Segments, min_ns: float) -> SteadyExcess | None:
+    """Return the largest steady excess of a rank in a part; None where there is none.
+
+    Args:
+        segments: the window's own work of at least two ranks.
+        min_ns: a smaller mean is left out.
+    """
+    found = [each for part in segments.parts for each in _of_part(segments, part, min_ns)]
+    return max(found, key=lambda each: each.mean_ns, default=None)
+
+
+def _of_part(segments: Segments, part: str, min_ns: float) -> Iterator[SteadyExcess]:
+    excess = _excess(segments, part)
+    if excess.shape[1] < _MIN_STEPS:
+        return
+
+    means = excess.mean(axis=1)
+    row = int(means.argmax())
+    second = float(np.delete(means, row).max())
+    if means[row] < max(min_ns, DISTINCT_RATIO * second) or not _is_steady(excess[row]):
+        return
+
+    mean = float(means[row])
+    beside = sum(_side_excess(segments, name, row) for name in segments.parts if name != part)
+    yield SteadyExcess(row, part, mean, mean / (mean + beside))
+
+
+def _excess(segments: Segments, part: str) -> Floats:
+    """Return each rank's work in a part beyond the mean of the others, in the steps that measured it."""
+    values = segments.parts[part]
+    if part == "backward" and segments.measured.size == values.shape[1]:
+        values = values[:, segments.measured]
+
+    others = (values.sum(axis=0) - values) / max(len(values) - 1, 1)
+    return np.asarray(values - others)
+
+
+def _side_excess(segments: Segments, part: str, row: int) -> float:
+    excess = _excess(segments, part)[row]
+    return max(float(excess.mean()), 0.0) if excess.size and errors_above_0(excess) >= SIDE_Z_SCORE else 0.0
+
+
+def _is_steady(excess: Floats) -> bool:
+    least = MIN_QUARTER * float(excess.mean())
+    quarters: list[Floats] = np.array_split(excess, 4)
+    return errors_above_0(excess) >= MIN_Z_SCORE and all(float(each.mean()) >= least for each in quarters)
+
+
+def errors_above_0(excess: Floats) -> float:
+    """Return the mean in standard errors: the larger one of single steps and of batches, as noise may last."""
+    count = len(excess)
+    batches = min(max(count // 5, 8), _MAX_BATCHES, count)
+    means = [float(batch.mean()) for batch in np.array_split(excess, batches)]
+    single = float(excess.std(ddof=1)) / count**0.5 if count > 1 else 0.0
+    lasting = float(np.std(means, ddof=1)) / batches**0.5 if batches > 1 else 0.0
+    return float(excess.mean()) / max(single, lasting, 1.0)
