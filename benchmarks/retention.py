@@ -1,6 +1,6 @@
 """Bytes of the store of a month, and what keeping it small costs the aggregator.
 
-    python benchmarks/retention.py [--days 30] [--ranks 64 1024] [--json FILE]
+    python benchmarks/retention.py [--days 30] [--ranks 64 1024 10000] [--json FILE]
 
 Each rank appends a step, a sample of its process and one of torch's memory a second, and telemetry every five seconds.
 The store is written by the real writer with the time given to it, so that a month passes in minutes, in two parts:
@@ -10,8 +10,11 @@ The store is written by the real writer with the time given to it, so that a mon
 - `month`: 2 ranks, a frame per minute, with the limit of the setting `retention` in their proportion: what stays of the
   large frames. Every step is summed, and the sums are compared with those that were written.
 
+Of a large job (above 8,192 ranks times tables) the aggregator holds rows for ten seconds, the ranks samples for a
+minute; both parts are measured so, the month with a frame of steps per ten seconds.
+
 Bytes are those of the file, at the largest that it was. For a number of ranks both parts are multiplied: of the
-month what the limit allows, and the tail of each rank. The CPU share is of a core, for a frame of each table a second.
+month what the limit allows, and the tail of each rank. The CPU share is of a core, for a step and the samples a second.
 """
 
 from __future__ import annotations
@@ -30,11 +33,14 @@ from store_bytes import step_rows
 from traceml.aggregator.active_run import LEAST_RETAINED_BYTES
 from traceml.database.schema import PROCESS, STEPS, TELEMETRY, TORCH_MEMORY, Table
 from traceml.database.store.reader import StoreReader, StreamIdentity
-from traceml.database.store.store import StoreWriter
+from traceml.database.store.spool import HOLD_S
+from traceml.database.store.store import StoreWriter, compaction
 from traceml.settings import Config
 
 TAIL_RANKS, TAIL_S = 64, 1200
 MONTH_RANKS, FRAME_S, CHUNK_S = 2, 60, 86_400
+SAMPLES_S = 60
+MERGED_TAILS = compaction._MOST_TAILS
 EVERY_S = {STEPS.name: 1, PROCESS.name: 1, TORCH_MEMORY.name: 1, TELEMETRY.name: 5}
 TABLES = {table.name: table for table in (STEPS, PROCESS, TORCH_MEMORY, TELEMETRY)}
 SECOND_NS = 10**9
@@ -65,9 +71,11 @@ def rows_of(table: Table, seconds: NDArray[np.int64], random: np.random.Generato
 
 
 class Run:
-    """A store with ranks, and a clock of its own."""
+    """A store with ranks, and a clock of its own; it may count as one of a large job."""
 
-    def __init__(self, path: Path, ranks: int, frame_s: int, limit_bytes: int | None) -> None:
+    def __init__(self, path: Path, ranks: int, frame_s: int, limit_bytes: int | None, *, is_large: bool) -> None:
+        compaction._MOST_TAILS = 0 if is_large else MERGED_TAILS
+        self.samples_s = max(SAMPLES_S, frame_s) if is_large else frame_s
         self.path, self.frame_s, self.limit_bytes = path, frame_s, limit_bytes
         self.writer = StoreWriter(path)
         self.empty_bytes = path.stat().st_size
@@ -103,11 +111,16 @@ class Run:
         frames = []
         for (stream, table), rows in data.items():
             every_s = EVERY_S[table]
-            part = rows[-(-begin // every_s) : -(-(begin + self.frame_s) // every_s)]
+            width_s = self.frame_s if table == STEPS.name else self.samples_s
+            if (self.now_s + self.frame_s) % width_s:
+                continue
+
+            end, now_s = begin + self.frame_s, self.now_s + self.frame_s
+            part = rows[-(-(end - width_s) // every_s) : -(-end // every_s)]
             if len(part):
                 has_steps = "step" in TABLES[table].index
                 steps = (int(part["step"][0]), int(part["step"][-1])) if has_steps else (-1, -1)
-                frames.append((stream, table, -(-self.now_s // every_s), len(part), part.tobytes(), *steps))
+                frames.append((stream, table, -(-(now_s - width_s) // every_s), len(part), part.tobytes(), *steps))
 
         began_s = time.process_time()
         for frame in frames:
@@ -125,12 +138,13 @@ class Run:
             return reader.stored(STEPS.name), reader.thinned(STEPS.name)
 
 
-def measure_tail(folder: Path) -> dict[str, Any]:
+def measure_tail(folder: Path, *, is_large: bool) -> dict[str, Any]:
     """Return the bytes of small frames per rank, and microseconds of CPU per frame."""
-    run = Run(folder / "store.db", TAIL_RANKS, 1, None)
+    run = Run(folder / "store.db", TAIL_RANKS, 1, None, is_large=is_large)
     for _ in range(TAIL_S // 60):
         run.advance(60)
 
+    run.writer.commit(frames_of_all=True)
     run.check()
     run.writer.close()
     return {
@@ -141,14 +155,16 @@ def measure_tail(folder: Path) -> dict[str, Any]:
     }
 
 
-def measure_month(folder: Path, days: float, limit_per_rank: float) -> dict[str, Any]:
+def measure_month(folder: Path, days: float, limit_per_rank: float, *, is_large: bool) -> dict[str, Any]:
     """Return the bytes per rank of a month, when it had them, and the CPU time of thinning per rank and day."""
-    run = Run(folder / "store.db", MONTH_RANKS, FRAME_S, int(limit_per_rank * MONTH_RANKS))
+    frame_s = round(HOLD_S) if is_large else FRAME_S
+    run = Run(folder / "store.db", MONTH_RANKS, frame_s, int(limit_per_rank * MONTH_RANKS), is_large=is_large)
     sizes = []
     for _ in range(round(days * 86_400 / CHUNK_S)):
         run.advance(CHUNK_S)
         sizes.append((run.path.stat().st_size - run.empty_bytes) / MONTH_RANKS)
 
+    run.writer.commit(frames_of_all=True)
     stored, thinned = run.check()
     run.writer.close()
     return {
@@ -162,28 +178,33 @@ def measure_month(folder: Path, days: float, limit_per_rank: float) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--days", type=float, default=30)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 1024, 10_000])
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     retention_gb = Config().retention
     assert not isinstance(retention_gb, str)
 
-    with tempfile.TemporaryDirectory() as folder:
-        tail = measure_tail(Path(folder))
+    tails, results = {}, []
+    for is_large in sorted({ranks * len(TABLES) > MERGED_TAILS for ranks in options.ranks}):
+        with tempfile.TemporaryDirectory() as folder:
+            tails[is_large] = tail = measure_tail(Path(folder), is_large=is_large)
 
-    results = []
-    print(
-        f"tail: {tail['bytes_per_rank'] / 1e3:.0f} kB per rank; CPU per frame: {tail['store_us']:.0f} us to store, "
-        f"{tail['upkeep_us']:.0f} us to sum and merge"
-    )
+        print(
+            f"{'large job' if is_large else 'tail'}: {tail['bytes_per_rank'] / 1e3:.0f} kB per rank; CPU per frame of "
+            f"a rank: {tail['store_us']:.0f} us to store, {tail['upkeep_us']:.0f} us to sum and merge; "
+            f"{tail['frames_per_rank_s']:.2f} frames per rank and second"
+        )
+
     print("| ranks | days | store GB | steps left, all are summed | CPU of a core |\n|---|---|---|---|---|")
     for ranks in options.ranks:
+        is_large = ranks * len(TABLES) > MERGED_TAILS
+        tail = tails[is_large]
         limit = max(retention_gb * 1e9, ranks * LEAST_RETAINED_BYTES) / ranks
         with tempfile.TemporaryDirectory() as folder:
-            month = measure_month(Path(folder), options.days, limit)
+            month = measure_month(Path(folder), options.days, limit, is_large=is_large)
 
         # What the month has of its own small frames is counted twice.
-        size_gb = ranks * (month["bytes_per_rank"] + tail["bytes_per_rank"]) / 1e9
+        size_gb = ranks * (month["bytes_per_rank"] + (0 if is_large else tail["bytes_per_rank"])) / 1e9
         share = ranks * tail["frames_per_rank_s"] * (tail["store_us"] + tail["upkeep_us"]) / 1e6
         results.append({"ranks": ranks, "days": options.days, "gb": size_gb, "cpu_share": share, **month})
         print(
@@ -192,7 +213,7 @@ def main() -> None:
         )
 
     if options.json:
-        options.json.write_text(json.dumps({"tail": tail, "months": results}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"tails": list(tails.values()), "months": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -284,6 +284,14 @@ def test_last_rank_of_a_large_job_may_connect_first(registry):  # noqa: F811
     assert run.world_size == len(run.live.intake.window.latest) == 1024
 
 
+@pytest.mark.parametrize(("ranks", "interval_s"), [(1, 1.0), (100, 1.0), (1_000, 10.0), (10_000, 60.0)])
+def test_many_ranks_send_their_samples_less_often(registry, ranks, interval_s):  # noqa: F811
+    """All of them together send about as many frames as a hundred do."""
+    run, _ = join(registry, hello(0, ranks))
+
+    assert run.sample_interval_s == interval_s
+
+
 def test_late_rank_of_an_earlier_attempt_does_not_resize_the_job(registry):  # noqa: F811
     """The job was restarted with fewer ranks; one of the first start connects after that."""
     run, _ = join(registry, hello(0, 2, attempt=1, recorder="new"))

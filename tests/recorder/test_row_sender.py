@@ -324,6 +324,30 @@ def test_commands_are_answered(flight: FlightFile) -> None:
     assert "knows no command 'dance'; it knows add, fail" in by_id[3]["error"]
 
 
+def test_samples_of_a_large_job_are_sent_less_often(flight: FlightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The welcome says how often; steps are sent as before, and all at a flush."""
+    now_ns = 10**15
+    monkeypatch.setattr(module, "monotonic_ns", lambda: now_ns)
+    monkeypatch.setattr(module.random, "random", lambda: 0.5)
+    wire = Wire()
+    wire.welcome["sample_interval_s"] = 40.0
+    sender = make(flight, wire, flush_interval_s=1.0)
+    sample = flight.ring("process").appender("t_ns")
+    seconds = []
+    for second in range(70):
+        add_steps(flight, 1)
+        sample(second)
+        before = len(wire.rows_of("process"))
+        sender.pump()
+        seconds += [second] * (len(wire.rows_of("process")) - before)
+        now_ns += 10**9
+
+    assert [n for _, n in wire.rows_of("steps")] == [1] * 70
+    assert seconds == [20, 60]
+    sender.pump(flush=True)
+    assert sum(n for _, n in wire.rows_of("process")) == 70
+
+
 def test_finish_sends_everything_and_says_bye(flight: FlightFile) -> None:
     """The bye follows the last row, with its reason."""
     wire = Wire()

@@ -49,6 +49,10 @@ LEAST_RETAINED_BYTES = 500_000
 # Exit status of a job that was ended from outside before its ranks had started.
 _STOPPED_STATUS = {128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM}
 
+# All ranks together send at most about so many frames of samples per table.
+_SAMPLE_FRAMES_PER_S = 100
+_LONGEST_SAMPLES_S = 60.0
+
 _log = logging.getLogger("traceml")
 
 
@@ -115,6 +119,11 @@ class ActiveRun:
     def world_size(self) -> int:
         """Number of ranks of the newest attempt."""
         return int(self._facts["world_size"])
+
+    @property
+    def sample_interval_s(self) -> float:
+        """Longest time that a rank holds its samples."""
+        return min(max(1.0, self.world_size / _SAMPLE_FRAMES_PER_S), _LONGEST_SAMPLES_S)
 
     @property
     def connected(self) -> list[Stream]:

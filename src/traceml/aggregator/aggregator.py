@@ -181,7 +181,7 @@ class Aggregator:
 
         return {
             "acked": dict(stream.next), "run_id": run.id, "run_dir": str(run.path), "run_dir_id": folder_id(run.path),
-            "stream": stream.id,
+            "stream": stream.id, "sample_interval_s": run.sample_interval_s,
         }  # fmt: skip
 
     def rows(self, peer: Peer, message: dict[str, Any]) -> None:

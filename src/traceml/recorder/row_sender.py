@@ -16,6 +16,7 @@ from typing import Any
 from traceml.clock import monotonic_ns
 from traceml.database.flight.flight import FlightFile
 from traceml.database.flight.rings import ByteLog, Ring
+from traceml.database.schema import GPU, HOST, LIMITS, LINES, PROCESS, TELEMETRY, TORCH_MEMORY
 from traceml.errors import AggregatorRefusedError, AggregatorUnavailableError, ProtocolError
 from traceml.recorder.uploads import BlobTable, FileUploader
 from traceml.transport.client import ClockOffset, Connection
@@ -31,6 +32,9 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _REFUSED_PAUSE_S = 60.0
 _CLOCK_INTERVAL_NS = 60 * 10**9
 _FIRST_SECONDS_NS = 3 * 10**9  # the first rows go out at each wake: users wait for the first output
+_LONGEST_SAMPLE_NS = 60 * 10**9
+# No live verdict waits for these, so in a large job they are sent less often, as the welcome asks.
+_SAMPLED = frozenset(table.name for table in (PROCESS, HOST, GPU, TORCH_MEMORY, TELEMETRY, LIMITS, LINES))
 _MISSING_WARNING_NS = 15 * 10**9  # without an aggregator since the start: longer than one needs to start
 
 Command = Callable[[Mapping[str, Any]], Any]
@@ -119,7 +123,7 @@ class RowSender:
     ) -> None:
         self._dial = dial
         self._commands = commands or {}
-        self._flush_ns = int(flush_interval_s * 1e9)
+        self._flush_ns = self._sample_flush_ns = int(flush_interval_s * 1e9)
         # Names before the rows that use them.
         self._logs = [_SendCursor(log) for log in sorted(flight.logs.values(), key=lambda log: log.name != "names")]
         self._rings = [_SendCursor(ring) for ring in flight.rings.values()]
@@ -127,6 +131,7 @@ class RowSender:
         self._blobs = [_SendCursor(files.blobs)] if files is not None else []
         self._connection: Connection | None = None
         self._started_ns = self._flushed_ns = monotonic_ns()
+        self._samples_flushed_ns = 0
         self._clock_ns = 0
         self._next_try_ns = 0
         self._pause_s = _FIRST_PAUSE_S
@@ -215,6 +220,7 @@ class RowSender:
         for cursor in self._cursors:
             cursor.resume(connection.acked.get(cursor.table.name, 0))
 
+        self._pace_samples(connection.welcome.get("sample_interval_s"))
         self._on_welcome(connection.welcome)
         if self._files is not None:
             self._files.connected(connection.welcome)
@@ -298,18 +304,31 @@ class RowSender:
             return  # the aggregator is behind: rows wait in the ring, not in a second buffer
 
         early = now - self._started_ns < _FIRST_SECONDS_NS
-        if flush or early or now - self._flushed_ns >= self._flush_ns:
+        all_now = flush or early or now - self._flushed_ns >= self._flush_ns
+        samples_now = flush or now - self._samples_flushed_ns >= self._sample_flush_ns
+        samples_now |= all_now and self._sample_flush_ns <= self._flush_ns
+        if all_now:
             self._flushed_ns = now
-            self._send(at_least=1)
-        else:
-            self._send(at_least=_FRAME_ROWS)
 
-    def _send(self, at_least: int) -> None:
-        """Send every table with at least so many waiting rows."""
+        if samples_now:
+            self._samples_flushed_ns = now
+
+        self._send(1 if all_now else _FRAME_ROWS, 1 if samples_now else _FRAME_ROWS)
+
+    def _pace_samples(self, interval_s: Any) -> None:
+        """Send samples as seldom as the aggregator asks, each rank at another time."""
+        asked_ns = int(interval_s * 1e9) if isinstance(interval_s, int | float) else 0
+        self._sample_flush_ns = max(self._flush_ns, min(asked_ns, _LONGEST_SAMPLE_NS))
+        self._samples_flushed_ns = monotonic_ns() - int(random.random() * self._sample_flush_ns)
+
+    def _send(self, at_least: int, samples: int) -> None:
+        """Send every table with at least so many waiting rows, or so many samples."""
         connection = self._connection
         assert connection is not None
+        least = dict.fromkeys(_SAMPLED, samples)
         # The rings' ends are read before the names': the name of each row below its end is already in the log.
-        due = [(cursor, end) for cursor in self._rings if (end := cursor.table.appended) - cursor.sent >= at_least]
+        ends = [(cursor, cursor.table.appended, least.get(cursor.table.name, at_least)) for cursor in self._rings]
+        due = [(cursor, end) for cursor, end, wanted in ends if end - cursor.sent >= wanted]
         logs = [(cursor, cursor.table.appended) for cursor in self._logs] if due or at_least == 1 else []
         blobs = [(cursor, cursor.table.appended) for cursor in self._blobs]
         for cursor, end in logs + due + blobs:

@@ -210,7 +210,7 @@ def test_database_of_someone_else_is_reported(tmp_path: Path, open_store: Callab
 
 
 @pytest.mark.parametrize("open_store", [StoreReader, StoreWriter])
-@pytest.mark.parametrize(("version", "which"), [(0, "the older"), (3, "a newer")])
+@pytest.mark.parametrize(("version", "which"), [(0, "the older"), (4, "a newer")])
 def test_store_of_another_version_is_reported(
     tmp_path: Path, open_store: Callable[[Path], object], version: int, which: str
 ) -> None:
@@ -218,7 +218,7 @@ def test_store_of_another_version_is_reported(
     path = make_store(tmp_path / "store.db")
     rewrite(path, f"PRAGMA user_version={version}")
 
-    with pytest.raises(StoreError, match=f"has format {version}, this traceml reads 2. Use {which} traceml"):
+    with pytest.raises(StoreError, match=f"has format {version}, this traceml reads 3. Use {which} traceml"):
         open_store(path)
 
 

@@ -55,7 +55,9 @@ def assert_sums(reader: StoreReader, written: Written) -> None:
 def downgrade(path: Path) -> None:
     """Make a store one of version 1, as it was before there were summaries."""
     with closing(sqlite3.connect(path)) as database:
-        database.executescript("DROP TABLE thinnings; DROP TABLE summaries; PRAGMA user_version=1")
+        database.executescript(
+            "DROP TABLE thinnings; DROP TABLE summaries; DROP TABLE emptied; DROP TABLE spool; PRAGMA user_version=1"
+        )
 
 
 def test_sums_are_those_of_all_rows(tmp_path: Path) -> None:

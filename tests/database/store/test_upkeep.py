@@ -6,7 +6,7 @@ import contextlib
 import random
 import sqlite3
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -20,12 +20,14 @@ from traceml.database.schema import METRICS, PROCESS, STEPS, TABLES, Table
 from traceml.database.store import compaction
 from traceml.database.store.compaction import FANOUT
 from traceml.database.store.reader import StoreReader
+from traceml.database.store.spool import HOLD_S
 from traceml.database.store.store import StoreWriter
 from traceml.database.store.thinning import sample_blocks
 from traceml.errors import StoreError
 
 ENOUGH_S = 1.0
 HOUR_S = 3600.0
+FIRST_ROW = np.zeros(1, STEPS.dtype)
 
 
 def kill(writer: StoreWriter) -> None:
@@ -58,9 +60,15 @@ class Follower:
             self.cursor = frame.id
 
 
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("seed", range(6))
-def test_exact_through_kills_gaps_resends_and_merges(tmp_path: Path, seed: int) -> None:
-    """Sums, counts and every follower agree with what was written, at any moment."""
+def test_exact_through_kills_gaps_resends_and_merges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, is_large: bool
+) -> None:
+    """Sums, counts and every follower agree with what was written, at any moment; also where rows are held."""
+    if is_large:
+        monkeypatch.setattr(compaction, "_MOST_TAILS", 2)
+
     chance = random.Random(seed)
     path = tmp_path / "store.db"
     ranks = 3
@@ -71,7 +79,7 @@ def test_exact_through_kills_gaps_resends_and_merges(tmp_path: Path, seed: int) 
     streams = [writer.stream(identity(rank)) for rank in range(ranks)]
     writer.commit()
     followers = [Follower(path) for _ in range(3)]
-    for _ in range(400):
+    for now_s in range(400):
         for rank in streams:
             lost = chance.randint(1, 5) if chance.random() < 0.05 else 0
             at[rank] += lost
@@ -83,15 +91,18 @@ def test_exact_through_kills_gaps_resends_and_merges(tmp_path: Path, seed: int) 
             taken[rank].append(new)
             at[rank] += n
 
-        writer.commit()
+        writer.commit(now_s)
         if chance.random() < 0.6:
-            writer.maintain(chance.choice([0.0, 0.001, 0.05]), cursors=chance.choice([(), (), (0,), (50, 900)]))
+            cursors = chance.choice([(), (), (0,), (50, 900)])
+            writer.maintain(chance.choice([0.0, 0.001, 0.05]), cursors=cursors, now_s=now_s)
         if chance.random() < 0.03:
             kill(writer)
             writer = StoreWriter(path)
         if chance.random() < 0.3:
             chance.choice(followers).read(STEPS, chance.choice([1, 7, None]))
 
+    assert writer._upkeep.compaction.is_large == is_large
+    writer.commit(frames_of_all=True)
     written = {(rank, "steps"): np.concatenate(parts) for rank, parts in taken.items()}
     with StoreReader(path) as reader:
         assert_sums(reader, written)
@@ -222,26 +233,83 @@ def test_nothing_is_merged_ahead_of_a_delivery(tmp_path: Path) -> None:
             assert sum(1 for frame in reader.frames("steps") if frame.id > 100) < 250
 
 
-def test_frames_of_very_many_processes_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above a number of processes nothing is merged any more, and the sums are exact all the same."""
+@pytest.fixture
+def large_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoreWriter]:
+    """A store of ten ranks that counts as one of a large job."""
     monkeypatch.setattr(compaction, "_MOST_TAILS", 8)
-    path = tmp_path / "store.db"
-    rows = random_rows(STEPS, 300)
-    with StoreWriter(path) as writer:
+    with StoreWriter(tmp_path / "store.db") as writer:
         for rank in range(10):
-            stream = writer.stream(identity(rank))
-            for seq in range(150 * (rank > 7), 300):
-                append(writer, stream, "steps", seq, rows[seq : seq + 1])
-                writer.commit()
-                writer.maintain(ENOUGH_S)
+            append(writer, writer.stream(identity(rank)), "steps", 0, FIRST_ROW)
 
-        assert writer._upkeep.compaction.is_off
-        assert not writer.maintain(ENOUGH_S)
-        with StoreReader(path) as reader:
-            assert len(list(reader.frames("steps", stream=1))) < 100
-            assert len(list(reader.frames("steps", stream=10))) == 150
-            wanted = {(rank + 1, "steps"): rows[150 * (rank > 7) :] for rank in range(10)}
-            assert_sums(reader, wanted)
+        writer.commit(0.0)
+        yield writer
+
+
+def test_rows_of_very_many_processes_become_frames_together(large_store: StoreWriter) -> None:
+    """Each row is stored at once, and read some seconds later, with others; the sums are exact at any moment."""
+    rows = random_rows(STEPS, 301)
+    with StoreReader(large_store.path) as reader:
+        for seq in range(1, 301):
+            for stream in range(1, 11):
+                append(large_store, stream, "steps", seq, rows[seq : seq + 1])
+
+            assert large_store.commit(float(seq)) == {(stream, "steps"): seq + 1 for stream in range(1, 11)}
+            large_store.maintain(ENOUGH_S, now_s=float(seq))
+            assert seq - HOLD_S <= reader.stored("steps", 3) <= seq + 1
+
+        assert frame_count(reader, "steps") <= 10 * (300 // HOLD_S + 2)
+        large_store.commit(301.0, frames_of_all=True)
+        assert reader.rows("steps", {3})["step"][1:].tolist() == rows["step"][1:301].tolist()
+        assert large_store._database.execute("SELECT count(*) FROM spool").fetchone() == (0,)
+
+
+def test_rows_that_are_no_frames_yet_outlive_the_writer(large_store: StoreWriter) -> None:
+    """The next writer finds what was acknowledged, and knows the next numbers."""
+    rows = random_rows(STEPS, 5)
+    append(large_store, 1, "steps", 1, rows[1:])
+    large_store.commit(1.0)
+    kill(large_store)
+
+    with StoreWriter(large_store.path) as second:
+        assert second.next_seq(1, "steps") == 5
+    with StoreReader(large_store.path) as reader:
+        assert reader.rows("steps", {1})["step"][1:].tolist() == rows["step"][1:].tolist()
+
+
+def test_rows_of_an_idle_job_are_read_too(large_store: StoreWriter) -> None:
+    """The last rows of a job that hangs become frames without any that follow."""
+    append(large_store, 1, "steps", 1, random_rows(STEPS, 2)[1:])
+    large_store.commit(1.0)
+    large_store.commit(1.0 + 2 * HOLD_S)
+    with StoreReader(large_store.path) as reader:
+        assert reader.stored("steps", 1) == 2
+
+
+def test_old_rows_of_very_many_processes_are_thinned(large_store: StoreWriter) -> None:
+    """Frames of which nothing is left are gone, and their rows are counted and summed all the same."""
+    rows = random_rows(STEPS, 20_000)
+    rows["step"] = np.arange(len(rows))
+    with StoreReader(large_store.path) as reader:
+        for seq in range(1, len(rows), 20):
+            for stream in range(1, 11):
+                append(large_store, stream, "steps", seq, rows[seq : seq + 20])
+
+            large_store.commit(float(seq))
+            large_store.maintain(ENOUGH_S, limit_bytes=1_000_000, now_s=float(seq))
+            if seq % 1000 == 1:
+                assert reader.lost("steps") == 0
+
+        large_store.commit(2e4, frames_of_all=True)
+        assert large_store._upkeep.compaction.is_large
+        assert frame_count(reader, "steps") < 5_000
+        assert (reader.stored("steps"), reader.lost("steps")) == (200_000, 0)
+        assert reader.thinned("steps") == reader.stored("steps") - len(reader.rows("steps")) > 100_000
+        assert_sums(reader, {(stream, "steps"): np.concatenate([FIRST_ROW, rows[1:]]) for stream in range(1, 11)})
+
+    kill(large_store)
+    with StoreWriter(large_store.path) as second, StoreReader(large_store.path) as reader:
+        assert second.next_seq(1, "steps") == 20_000
+        assert reader.stored("steps") == 200_000
 
 
 def test_damaged_frame_stays_and_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -31,7 +31,7 @@ _ROUND_FRAMES = 120_000
 _LEVELS = 4
 _MOST_FRAMES = 256
 # Rows of a table that gets few of them are summed after this long.
-_STALE_S = 300.0
+_STALE_S, _STALE_OF_MANY_S = 300.0, 900.0
 
 _Key = tuple[int, str]
 
@@ -48,6 +48,10 @@ class _Tail:
     unsummed: int = 0
     unsummed_rows: int = 0
     since_s: float = 0.0
+
+    def keep_unsummed(self) -> None:
+        """Forget the frames whose rows are in the sums."""
+        self.ids = [self.ids[0][len(self.ids[0]) - self.unsummed :], *(array("q") for _ in range(_LEVELS - 1))]
 
 
 class Compaction:
@@ -70,8 +74,8 @@ class Compaction:
         self._by_age: deque[tuple[float, _Key]] = deque()
         self._damaged: set[_Key] = set()
         self._texts = array("q")
-        self.is_off = False
-        """Whether there are too many processes: frames stay as they are from now on, and readers sum their rows."""
+        self.is_large = False
+        """Whether there are too many processes: frames stay as they are from now on, and are summed alone."""
 
     def note(self, stream: int, table: str, frame: int, rows: int, now_s: float) -> None:
         """Take a new frame, after its commit and in the order of ids."""
@@ -80,7 +84,7 @@ class Compaction:
             self._texts.append(frame)
 
         key = (stream, table)
-        if table not in _MERGED or key in self._damaged or self.is_off:
+        if table not in (SUMMED if self.is_large else _MERGED) or key in self._damaged:
             return
 
         tail = self._tails.get(key) or self._begin(key)
@@ -105,15 +109,15 @@ class Compaction:
             level: 0 if its rows are not in the sums, else 1 or higher.
             now_s: monotonic time.
         """
-        if level == 0 or table not in _MERGED or self.is_off:
+        if level == 0 or table not in _MERGED:
             self.note(stream, table, frame, rows, now_s)
-        elif rows < FULL_ROWS // 2:
+        elif rows < FULL_ROWS // 2 and not self.is_large:
             key = (stream, table)
             self._append(key, self._tails.get(key) or self._begin(key), level, frame, rows)
 
     def take_thinned(self, stream: int, table: str, frame: int, rows: int) -> None:
         """Take a frame that was thinned, in the order of ids since `forget_thinned`."""
-        if self.is_off:
+        if self.is_large:
             return
 
         key = (stream, table)
@@ -126,7 +130,7 @@ class Compaction:
 
     def begin_round(self, now_s: float) -> bool:
         """Begin a round if there is enough to do; return whether it has begun."""
-        while self._by_age and now_s - self._by_age[0][0] > _STALE_S:
+        while self._by_age and now_s - self._by_age[0][0] > (_STALE_OF_MANY_S if self.is_large else _STALE_S):
             since_s, key = self._by_age.popleft()
             tail = self._tails.get(key)
             if tail is not None and tail.unsummed and tail.since_s == since_s:
@@ -173,7 +177,7 @@ class Compaction:
             return
 
         ids = tail.ids[level]
-        merging = [number for number in ids[:_MOST_FRAMES] if number <= up_to]
+        merging = [number for number in ids[:_MOST_FRAMES] if number <= up_to and not self.is_large]
         summing = ids[-tail.unsummed :][:_MOST_FRAMES] if level == 0 and tail.unsummed else array("q")
         try:
             frames = self._editor.load(table, sorted({*merging, *summing}))
@@ -195,10 +199,14 @@ class Compaction:
         new_rows = sum(frame.n for frame in new)
 
         def settle() -> None:
-            del ids[: len(merging) - len(rest)]
-            tail.rows[level] = tail.rows[level] - done if ids else 0
             tail.unsummed -= len(summing)
             tail.unsummed_rows = tail.unsummed_rows - new_rows if tail.unsummed else 0
+            if self.is_large:
+                tail.keep_unsummed()
+            else:
+                del ids[: len(merging) - len(rest)]
+
+            tail.rows[level] = tail.rows[level] - done if ids else 0
             self._plan(key, tail)
             for frame in small:
                 self._append(key, tail, min(level + 1, _LEVELS - 1), frame.id, frame.n)
@@ -214,12 +222,21 @@ class Compaction:
         return merged
 
     def _begin(self, key: _Key) -> _Tail:
-        if len(self._tails) >= _MOST_TAILS:
-            self.is_off = True
-            for held in (self._tails, self._due, self._next, self._by_age):
-                held.clear()
+        if len(self._tails) >= _MOST_TAILS and not self.is_large:
+            self._stop_merging()
 
         return self._tails.setdefault(key, _Tail())
+
+    def _stop_merging(self) -> None:
+        """Keep only the frames that are not in the sums yet."""
+        self.is_large = True
+        for held in (self._due, self._next):
+            held.clear()
+
+        for key, tail in list(self._tails.items()):
+            tail.unsummed *= key[1] in SUMMED
+            tail.keep_unsummed()
+            self._plan(key, tail)
 
     def _append(self, key: _Key, tail: _Tail, level: int, frame: int, rows: int) -> None:
         tail.ids[level].append(frame)
@@ -230,8 +247,9 @@ class Compaction:
 
     def _plan(self, key: _Key, tail: _Tail) -> None:
         """Add new frames to the next round if there are many; a full one begins it, and half-full ones take part."""
-        # Of very many processes a shorter time is merged at once, as each transaction touches all pages of it.
-        fanout = min(FANOUT, max(_ROUND_FRAMES // len(self._tails), FANOUT // 4)) if self._tails else FANOUT
+        # Of many processes a shorter time is merged at once, as each transaction touches all pages of it.
+        many = _ROUND_FRAMES // max(len(self._tails), 1)
+        fanout = FANOUT if self.is_large else min(FANOUT, max(many, FANOUT // 4))
         is_full = tail.unsummed >= fanout or tail.unsummed_rows >= FULL_ROWS
         if is_full or tail.unsummed >= fanout // 2:
             self._next[key, 0] = None

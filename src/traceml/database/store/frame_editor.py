@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
@@ -38,6 +38,10 @@ _UPDATE = "UPDATE frames SET seq = ?, n = ?, first_step = ?, last_step = ?, code
 _UPSERT_SUMS = (
     "INSERT INTO summaries (tbl, stream, next_seq, after_id, data) VALUES (?, ?, ?, ?, ?) ON CONFLICT (tbl, stream) "
     "DO UPDATE SET next_seq = excluded.next_seq, after_id = excluded.after_id, data = excluded.data"
+)
+_ADD_EMPTIED = (
+    "INSERT INTO emptied (tbl, stream, rows, next_seq) VALUES (?, ?, ?, ?) ON CONFLICT (tbl, stream) "
+    "DO UPDATE SET rows = rows + excluded.rows, next_seq = max(next_seq, excluded.next_seq)"
 )
 _QUERY = (
     "SELECT frames.id, stream, seq, n, first_step, last_step, codec, data, coalesce(thinned, 0) FROM frames "
@@ -82,12 +86,13 @@ class FrameEditor:
         self._thinned: list[tuple[int, int]] = []
         self._sums: list[tuple[Any, ...]] = []
         self._meta: list[tuple[str, bytes]] = []
+        self._empty: dict[tuple[int, int], tuple[int, int]] = {}
         self._bytes = 0
 
     @property
     def is_empty(self) -> bool:
         """Whether no changes wait."""
-        return not (self._rows or self._sums or self._meta)
+        return not (self._rows or self._sums or self._meta or self._gone)
 
     @property
     def is_large(self) -> bool:
@@ -102,11 +107,12 @@ class FrameEditor:
         database.executemany(_UPDATE, sorted(self._rows, key=itemgetter(-1)))
         database.executemany("INSERT OR REPLACE INTO thinnings (id, thinned) VALUES (?, ?)", self._thinned)
         database.executemany(_UPSERT_SUMS, self._sums)
+        database.executemany(_ADD_EMPTIED, [(*key, *counts) for key, counts in sorted(self._empty.items())])
         database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta)
 
     def clear(self) -> None:
         """Forget the changes, after they were written."""
-        for waiting in (self._gone, self._gone_thinned, self._rows, self._thinned, self._sums, self._meta):
+        for waiting in (self._gone, self._gone_thinned, self._rows, self._thinned, self._sums, self._meta, self._empty):
             waiting.clear()
 
         self._bytes = 0
@@ -144,12 +150,14 @@ class FrameEditor:
         return self._replace(table, merged)
 
     def thin(self, table: Table, frame: EditedFrame, level: int) -> EditedFrame:
-        """Remove the rows of a frame that do not stay at a level; return what is left."""
+        """Remove the rows of a frame that do not stay at a level, or all of it; return what is left."""
         left = thinned_rows(table.name, np.frombuffer(frame.data, table.dtype), level)
+        if not len(left):
+            return self._emptied(table, frame)
         if len(left) == frame.n:
             return frame
 
-        has_steps = len(left) > 0 and step_offset(table.dtype) is not None
+        has_steps = step_offset(table.dtype) is not None
         thinned = EditedFrame(
             id=frame.id,
             stream=frame.stream,
@@ -178,6 +186,17 @@ class FrameEditor:
         encoded = sums.encoded()
         self._bytes += len(encoded)
         self._sums.append((number, stream, max(frames[-1].end, next_seq), frames[-1].id, encoded))
+
+    def _emptied(self, table: Table, frame: EditedFrame) -> EditedFrame:
+        """Remove a frame. Its rows stay counted: those that are missing otherwise are lost."""
+        self._gone.append(frame.id)
+        if frame.thinned:
+            self._gone_thinned.append(frame.id)
+
+        key = (self._tables[table.name], frame.stream)
+        rows, end = self._empty.get(key, (0, 0))
+        self._empty[key] = (rows + frame.n + frame.thinned, max(frame.end, end))
+        return replace(frame, n=0, data=b"", size=0)
 
     def _replace(self, table: Table, frame: EditedFrame) -> EditedFrame:
         codec, data = encode(table, frame.data)

@@ -18,6 +18,7 @@ from traceml.database.store.thinning import STATE_KEY
 __all__ = ["Frame", "RunEvent", "StoreReader", "StreamIdentity", "StreamRecord"]
 
 _SUMMED_BYTES = 4 << 20
+_TRIES = 5  # the writer removes frames for some seconds, now and then
 _NO_CURSOR = np.iinfo(np.int64).max
 
 
@@ -47,6 +48,7 @@ class StoreReader(FrameReader):
         super().__init__(path, on_damage)
         self._progress: dict[tuple[str, int], _Progress] = {}
         self._progress_after = 0
+        self._emptied: dict[tuple[str, int], tuple[int, int]] = {}
 
     def meta(self) -> dict[str, Any]:
         """Return the facts of the run."""
@@ -142,16 +144,23 @@ class StoreReader(FrameReader):
     def stored(self, table: str, stream: int | None = None) -> int:
         """Return the number of stored rows of a table, of all streams or of one."""
         self._update_progress()
-        return sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
+        emptied = sum(rows for key, (rows, _) in self._emptied.items() if _matches(key, table, stream))
+        return emptied + sum(total.stored for key, total in self._progress.items() if _matches(key, table, stream))
 
     def thinned(self, table: str) -> int:
         """Return how many of a table's stored rows were removed because of their age; the run's sums have them."""
-        query = "SELECT coalesce(sum(thinned), 0) FROM frames JOIN thinnings ON thinnings.id = frames.id WHERE tbl = ?"
-        return int(self._fetch(query, self._id(table))[0][0])
+        query = (
+            "SELECT (SELECT coalesce(sum(thinned), 0) FROM frames JOIN thinnings ON thinnings.id = frames.id "
+            "WHERE tbl = ?) + (SELECT coalesce(sum(rows), 0) FROM emptied WHERE tbl = ?)"
+        )
+        return int(self._fetch(query, self._id(table), self._id(table))[0][0])
 
     def thinned_rows(self) -> int:
         """Return how many stored rows of all tables were removed because of their age."""
-        return int(self._fetch("SELECT coalesce(sum(thinned), 0) FROM thinnings")[0][0])
+        query = (
+            "SELECT (SELECT coalesce(sum(thinned), 0) FROM thinnings) + (SELECT coalesce(sum(rows), 0) FROM emptied)"
+        )
+        return int(self._fetch(query)[0][0])
 
     def thinning_level(self) -> int:
         """Return the level to which old rows are thinned; 0 where none are."""
@@ -169,8 +178,9 @@ class StoreReader(FrameReader):
                 continue
 
             total = self._progress.get((table, record.id), _Progress(0))
-            appended = max(total.next_seq, int(record.facts.get("appended", {}).get(table, 0)))
-            missing += appended - total.stored
+            emptied, next_seq = self._emptied.get((table, record.id), (0, 0))
+            appended = max(total.next_seq, next_seq, int(record.facts.get("appended", {}).get(table, 0)))
+            missing += appended - total.stored - emptied
 
         return missing
 
@@ -261,7 +271,27 @@ class StoreReader(FrameReader):
         """Add the frames since the last call to the progress.
 
         Rows of a frame are consecutive, so those of a merged frame that were counted in its parts are known by number.
+        When frames were removed meanwhile, all are counted anew.
         """
+        for _ in range(_TRIES):
+            emptied = self._emptied_frames()
+            if emptied != self._emptied:
+                self._progress.clear()
+                self._progress_after, self._emptied = 0, emptied
+
+            self._count_new_frames()
+            if self._emptied_frames() == emptied:
+                return
+
+    def _emptied_frames(self) -> dict[tuple[str, int], tuple[int, int]]:
+        query = "SELECT tbl, stream, rows, next_seq FROM emptied"
+        return {
+            (self._names[number], stream): (rows, next_seq)
+            for number, stream, rows, next_seq in self._fetch(query)
+            if number in self._names
+        }
+
+    def _count_new_frames(self) -> None:
         columns = "frames.id, stream, tbl, seq, n + coalesce(thinned, 0)"
         query = f"SELECT {columns} FROM {FRAME_ROWS} WHERE frames.id > ? ORDER BY frames.id LIMIT ?"  # noqa: S608
         while rows := self._fetch(query, self._progress_after, META_BATCH):

@@ -122,7 +122,8 @@ class Retention:
 
         name, frames = self._next_frames(walk)
         thinned = [self._thin(name, frame, walk.level) for frame in frames]
-        return [ThinnedFrame(frame.stream, name, frame.id, frame.n) for frame in thinned if frame.n < FULL_ROWS // 2]
+        small = [frame for frame in thinned if 0 < frame.n < FULL_ROWS // 2]
+        return [ThinnedFrame(frame.stream, name, frame.id, frame.n) for frame in small]
 
     def _plan(self, limit_bytes: int, last_id: int, up_to: int) -> _ThinningPass | None:
         if self._old_bytes > limit_bytes // 2:

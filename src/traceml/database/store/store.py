@@ -12,7 +12,6 @@ import sqlite3
 import time
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ import msgpack
 
 from traceml.database.schema import NAMES, TABLES, Table
 from traceml.database.store.codec import encode
+from traceml.database.store.frame_editor import THINNED
 from traceml.database.store.reader import StreamIdentity
+from traceml.database.store.spool import FrameBuffer, Spool, SpooledRows
 from traceml.database.store.store_file import open_for_writing, translate_errors
 from traceml.database.store.upkeep import Upkeep
 from traceml.errors import StoreError
@@ -35,17 +36,6 @@ _UPSERT_STREAM = """INSERT INTO streams (id, rank, attempt, host, pid, start_tic
     VALUES (?,?,?,?,?,?,?,?) ON CONFLICT (id) DO UPDATE SET facts = excluded.facts"""
 
 _Key = tuple[int, str]
-
-
-@dataclass(slots=True)
-class _FrameBuffer:
-    """Consecutive rows of one (stream, table), buffered for the next commit."""
-
-    seq: int
-    n: int = 0
-    parts: list[bytes] = field(default_factory=list)
-    first_step: int = _NO_STEP
-    last_step: int = _NO_STEP
 
 
 class StoreWriter:
@@ -66,21 +56,22 @@ class StoreWriter:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._unlock = weakref.finalize(self, os.close, _lock_folder(self.path))
 
+        self._buffers: dict[_Key, FrameBuffer] = {}
+        self._encoded: list[tuple[Any, ...]] = []
+        self._dirty_streams: set[int] = set()
+        self._meta: dict[str, bytes] = {}
+        self._events: list[tuple[int, str, bytes]] = []
+        self._touched: set[_Key] = set()
+        self._is_large = False  # for good: rows are never stored in another order than that of their numbers
         try:
             self._database = open_for_writing(self.path)
+            self._spool = Spool(self._database)
             self._load()
             with translate_errors(self.path, "read"):
                 self._upkeep = Upkeep(self.path, self._database, self._table_ids)
         except BaseException:
             self._unlock()
             raise
-
-        self._buffers: dict[_Key, _FrameBuffer] = {}
-        self._encoded: list[tuple[Any, ...]] = []
-        self._dirty_streams: set[int] = set()
-        self._meta: dict[str, bytes] = {}
-        self._events: list[tuple[int, str, bytes]] = []
-        self._touched: set[_Key] = set()
 
     def __repr__(self) -> str:
         return f"StoreWriter({str(self.path)!r}, streams={len(self._streams)})"
@@ -159,17 +150,17 @@ class StoreWriter:
             data, seq, n = _without_head(table, bytes(data), known), expected, n - known
             first_step = _first_step(table, data)
 
+        self._next[key] = seq + n
+        if self._is_large and table in THINNED:
+            self._touched.add(key)
+            self._spool.add(SpooledRows(stream, table, seq, n, bytes(data), first_step, last_step))
+            return n
+
         buffer = self._buffers.get(key)
         if buffer is None or seq != buffer.seq + buffer.n or buffer.n + n > _MERGE_ROWS:
             buffer = self._begin(key, seq)
 
-        buffer.n += n
-        buffer.parts.append(bytes(data))
-        buffer.last_step = last_step
-        if buffer.first_step == _NO_STEP:
-            buffer.first_step = first_step
-
-        self._next[key] = seq + n
+        buffer.add(n, bytes(data), first_step, last_step)
         return n
 
     def next_seq(self, stream: int, table: str) -> int:
@@ -184,11 +175,14 @@ class StoreWriter:
         """Record an event with the current time; the next commit writes it."""
         self._events.append((time.time_ns(), kind, msgpack.packb(data)))
 
-    def commit(self, now_s: float | None = None) -> dict[tuple[int, str], int]:
+    def commit(self, now_s: float | None = None, *, frames_of_all: bool = False) -> dict[tuple[int, str], int]:
         """Write all buffered rows in one transaction.
+
+        In a large job, readers see steps and samples some seconds later; see `spool`.
 
         Args:
             now_s: monotonic time, by default now.
+            frames_of_all: let readers see all rows.
 
         Returns:
             What to acknowledge: the number of the next expected row, per (stream, table) that got rows.
@@ -196,19 +190,23 @@ class StoreWriter:
         Raises:
             StoreError: nothing was written, usually because the disk is full; all rows stay for the next call.
         """
+        now_s = time.monotonic() if now_s is None else now_s
         for key in list(self._buffers):
             self._finish(key)
+
+        for key, rows in self._spool.take(now_s, everything=frames_of_all):
+            self._encode(key, rows)
 
         # A reader that follows frames by id finds each name before the rows that use it.
         names = self._table_ids[NAMES.name]
         self._encoded.sort(key=lambda frame: frame[1] != names)
-        if not (self._encoded or self._dirty_streams or self._meta or self._events):
+        if not (self._encoded or self._dirty_streams or self._meta or self._events or self._spool.has_work):
             return {}
 
         with translate_errors(self.path, "write"):
             frames = self._write()
 
-        now_s = time.monotonic() if now_s is None else now_s
+        self._spool.settle()
         for frame, stream, number, _, n, _, _, _, data in frames:
             self._upkeep.note(stream, self._table_names[number], frame, n, len(data), now_s)
 
@@ -216,6 +214,7 @@ class StoreWriter:
         for waiting in (self._encoded, self._dirty_streams, self._meta, self._events, self._touched):
             waiting.clear()
 
+        self._is_large |= self._upkeep.compaction.is_large
         return done
 
     def maintain(
@@ -249,7 +248,7 @@ class StoreWriter:
             return
 
         try:
-            self.commit()
+            self.commit(frames_of_all=True)
             with translate_errors(self.path, "close"):
                 self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 with contextlib.suppress(sqlite3.OperationalError):  # a reader has it open: the log stays
@@ -259,20 +258,22 @@ class StoreWriter:
             self._database.close()
             self._unlock()
 
-    def _begin(self, key: _Key, seq: int) -> _FrameBuffer:
+    def _begin(self, key: _Key, seq: int) -> FrameBuffer:
         if key in self._buffers:
             self._finish(key)
 
-        self._buffers[key] = _FrameBuffer(seq)
+        self._buffers[key] = FrameBuffer(seq)
         return self._buffers[key]
 
     def _finish(self, key: _Key) -> None:
-        buffer = self._buffers.pop(key)
-        stream, table = key
-        codec, data = encode(TABLES[table], b"".join(buffer.parts))
-        steps = (buffer.first_step, buffer.last_step)
-        self._encoded.append((stream, self._table_ids[table], buffer.seq, buffer.n, *steps, int(codec), data))
+        self._encode(key, self._buffers.pop(key))
         self._touched.add(key)
+
+    def _encode(self, key: _Key, rows: FrameBuffer) -> None:
+        stream, table = key
+        codec, data = encode(TABLES[table], b"".join(rows.parts))
+        steps = (rows.first_step, rows.last_step)
+        self._encoded.append((stream, self._table_ids[table], rows.seq, rows.n, *steps, int(codec), data))
 
     def _write(self) -> list[tuple[Any, ...]]:
         """Write all that waits; return the frames with their ids."""
@@ -282,6 +283,7 @@ class StoreWriter:
         try:
             database.executemany(_UPSERT_STREAM, [self._stream_row(stream) for stream in sorted(self._dirty_streams)])
             database.executemany(_INSERT, frames)
+            self._spool.write()
             database.executemany("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", self._meta.items())
             database.executemany("INSERT INTO events (epoch_ns, kind, data) VALUES (?, ?, ?)", self._events)
             database.execute("COMMIT")
@@ -319,6 +321,22 @@ class StoreWriter:
             )
             for stream, number, after in self._database.execute(query):
                 self._next[stream, names[number]] = after
+
+            query = "SELECT stream, tbl, next_seq FROM emptied"
+            for stream, number, after in self._database.execute(query):
+                key = (stream, names[number])
+                self._next[key] = max(self._next.get(key, 0), after)
+
+            self._load_spool()
+
+    def _load_spool(self) -> None:
+        """Hold the rows that an earlier writer has not written as frames."""
+        for stored in self._spool.stored():
+            self._is_large = True
+            key = (stored.stream, stored.table)
+            if stored.seq >= self._next.get(key, 0):  # else it is in a frame
+                self._spool.add(stored, is_stored=True)
+                self._next[key] = stored.seq + stored.n
 
 
 def merge_wal(path: Path) -> None:

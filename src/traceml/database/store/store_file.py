@@ -18,8 +18,8 @@ from traceml.errors import StoreError
 __all__ = ["STORE_NAME", "STORE_VERSION", "create", "open_for_reading", "open_for_writing", "translate_errors"]
 
 STORE_NAME = "store.db"
-STORE_VERSION = 2
-# Version 1 has neither thinned frames nor summaries: both tables are empty then.
+STORE_VERSION = 3
+# Version 1 has neither thinned frames nor summaries, version 2 no emptied frames and no spool: these are empty then.
 _OLDEST_VERSION = 1
 _APPLICATION_ID = 0x54524D4C  # "TRML"
 _BUSY_MS = 5000
@@ -30,6 +30,8 @@ _PAGE_BYTES = 32768
 # Frames of one (stream, table) never overlap and are inserted in order of seq, from 0. So sum(n + thinned) rows were
 # stored, max(seq + n + thinned) is the next one, and the difference is lost: no separate count can go wrong.
 # Frames may be merged into the last of them. `thinnings` has how many old rows were removed of a frame.
+# Frames of which nothing was left are gone: `emptied` has how many rows they had, and the number after the last.
+# `spool` has rows of a large job that are not frames yet.
 # `summaries` has the sums of the rows below `next_seq`, which are those in frames up to `after_id`.
 _DDL = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -46,12 +48,17 @@ CREATE TABLE frames (
 CREATE INDEX frames_by_table ON frames (tbl);
 CREATE TABLE events (id INTEGER PRIMARY KEY, epoch_ns INTEGER NOT NULL, kind TEXT NOT NULL, data BLOB NOT NULL);
 """
-_SINCE_2 = """
+_SINCE_1 = """
 CREATE {temporary} TABLE IF NOT EXISTS thinnings (id INTEGER PRIMARY KEY, thinned INTEGER NOT NULL);
 CREATE {temporary} TABLE IF NOT EXISTS summaries (
     tbl INTEGER NOT NULL, stream INTEGER NOT NULL, next_seq INTEGER NOT NULL, after_id INTEGER NOT NULL,
     data BLOB NOT NULL, UNIQUE (tbl, stream)
 );
+CREATE {temporary} TABLE IF NOT EXISTS emptied (
+    tbl INTEGER NOT NULL, stream INTEGER NOT NULL, rows INTEGER NOT NULL, next_seq INTEGER NOT NULL,
+    PRIMARY KEY (tbl, stream)
+) WITHOUT ROWID;
+CREATE {temporary} TABLE IF NOT EXISTS spool (id INTEGER PRIMARY KEY, codec INTEGER NOT NULL, data BLOB NOT NULL);
 """
 
 
@@ -115,7 +122,7 @@ def open_for_writing(path: Path) -> sqlite3.Connection:
             _choose_journal(database, path)
             database.execute("PRAGMA synchronous=NORMAL")
             if _version(database) < STORE_VERSION:
-                database.executescript(f"BEGIN; {_SINCE_2.format(temporary='')}; "
+                database.executescript(f"BEGIN; {_SINCE_1.format(temporary='')}; "
                                        f"PRAGMA user_version={STORE_VERSION}; COMMIT")  # fmt: skip
         except BaseException:
             database.close()
@@ -171,7 +178,7 @@ def _connect_reader(path: Path, mode: str) -> sqlite3.Connection:
         database.execute(f"PRAGMA busy_timeout={_BUSY_MS}")
         _check(database, path)
         if _version(database) < STORE_VERSION:
-            database.executescript(_SINCE_2.format(temporary="TEMPORARY"))
+            database.executescript(_SINCE_1.format(temporary="TEMPORARY"))
     except BaseException:
         database.close()
         raise
@@ -184,7 +191,7 @@ def _build(path: Path) -> None:
         database.execute(f"PRAGMA page_size={_PAGE_BYTES}")
         # In one transaction, and without a log: one that cannot be merged on a full disk would be left under its name.
         database.execute("PRAGMA journal_mode=MEMORY")
-        database.executescript(f"BEGIN; {_DDL} {_SINCE_2.format(temporary='')}")
+        database.executescript(f"BEGIN; {_DDL} {_SINCE_1.format(temporary='')}")
         database.execute(f"PRAGMA application_id={_APPLICATION_ID}")
         database.execute(f"PRAGMA user_version={STORE_VERSION}")
         layouts = [(name, msgpack.packb(table.layout)) for name, table in TABLES.items()]
