@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from traceml.track.rank.delivery_wait import flush, sync
     from traceml.track.rank.experiment import (
         Experiment,
+        Orchestrator,
         get_active_experiment,
         log_artifact,
         log_histogram,
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
         log_params,
         log_text,
     )
-    from traceml.track.rank.orchestrator import Orchestrator
     from traceml.track.rank.tracelet import start_logging, stop_logging
     from traceml.version import __version__ as __version__
 
@@ -101,10 +101,9 @@ _NAMES = {
     "traceml.track.plugins.plugin_registry": "register",
     "traceml.track.rank.delivery_wait": "flush sync",
     "traceml.track.rank.experiment": (
-        "Experiment get_active_experiment log_artifact log_histogram log_image log_metric log_metrics log_params "
-        "log_text"
+        "Experiment Orchestrator get_active_experiment log_artifact log_histogram log_image log_metric log_metrics "
+        "log_params log_text"
     ),
-    "traceml.track.rank.orchestrator": "Orchestrator",
     "traceml.track.rank.tracelet": "start_logging stop_logging",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}

@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from traceml.errors import TraceMLError
 from traceml.fail_open import fail_open
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from traceml.recorder.recorder import Recorder
     from traceml.settings import Config
 
-__all__ = ["note_exit", "recorder_for_logging", "shutdown", "start"]
+__all__ = ["is_helper_process", "note_exit", "shutdown", "start"]
 
 _log = logging.getLogger("traceml")
 _lock = threading.Lock()
@@ -58,7 +57,7 @@ def start(config: Config, *, wait: bool = True, tracing: bool = True) -> Recorde
         parent = state.parent.identity if state.parent is not None and not tracing else None
         spawned = spawned_from() if not tracing and parent is None else None
         state.recorder = recorder = Recorder(config, parent=parent, spawned=spawned)
-        if config.enabled and not _is_helper_process():
+        if config.enabled and not is_helper_process():
             with fail_open(_log, "recorder", "tracing could not be started", reraise=TraceMLError):
                 recorder.start(wait=wait, tracing=tracing)
                 state.instrumentation = recorder.instrumentation
@@ -81,50 +80,6 @@ def _set_log_level(config: Config) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         _log.addHandler(handler)
-
-
-def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | None = None) -> Recorder | None:
-    """Return the running recorder; before any `init`, start one that only logs. None while nothing is recorded.
-
-    In a forked child of a recorded process it belongs to the same run.
-
-    Args:
-        again: start one also after a `shutdown`, because an experiment begins.
-        arguments: settings of a recorder that is started.
-
-    Raises:
-        SettingsError: the settings are wrong and `again` is set; else that is a warning.
-    """
-    recorder = state.recorder
-    if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
-        return recorder if recorder.enabled else None
-
-    if _is_helper_process() or sys.is_finalizing():
-        return None
-
-    from traceml import settings
-
-    _log.debug("a logging call starts a recorder without tracing")
-    try:
-        known = recorder or state.parent
-        given = dict(arguments or {})
-        if known is not None:
-            config = known.config.over(**given)
-        else:
-            config = settings.load(**{"local": True, **_settings_of_parent(), **given})
-
-        recorder = start(config, wait=False, tracing=False)
-    except TraceMLError as error:
-        if again:
-            raise
-
-        from traceml.recorder.recorder import Recorder
-
-        _log.warning("nothing is recorded: %s", error)
-        state.recorder = Recorder(settings.Config(enabled=False))
-        return None
-
-    return recorder if recorder.enabled else None
 
 
 def shutdown() -> None:
@@ -155,15 +110,7 @@ def _stop(reason: str) -> None:
             recorder.stop(reason)
 
 
-def _settings_of_parent() -> dict[str, Any]:
-    """Return where the process that spawned this one records, as settings; empty where none has."""
-    from traceml.recorder.identity import spawned_from
-
-    spawned = spawned_from()
-    return spawned.settings if spawned is not None else {}
-
-
-def _is_helper_process() -> bool:
+def is_helper_process() -> bool:
     """Whether this is a spawned child that only imports the main script again, to find the function it has to run.
 
     `multiprocessing` marks that moment; a data-loader worker whose script calls `init` without a guard must not become

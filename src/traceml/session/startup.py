@@ -65,7 +65,9 @@ def start(config: Config, *, wait: bool = True) -> Recorder:
     """
     if config.enabled and (config.backend or config.collectors):  # most jobs do without it
         with fail_open(_log, "track", "tracking could not be started"):
-            import traceml.track.rank  # noqa: F401 - registers its start with the recorder's
+            from traceml.track.rank.capturing import follow_recorder
+
+            follow_recorder()
 
     recorder = lifecycle.start(config, wait=wait)
     recorder.viewer = _show_run

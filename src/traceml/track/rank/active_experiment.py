@@ -9,8 +9,8 @@ from typing import Any
 from traceml import settings
 from traceml.recorder.current import current_recorder, on_change
 from traceml.recorder.identity import script_name
-from traceml.recorder.logger import Logger
 from traceml.track.rank.announcement import announcement
+from traceml.track.rank.logger import Logger
 
 __all__ = ["ExperimentLoggers", "loggers"]
 

@@ -7,7 +7,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from traceml.errors import PluginError
-from traceml.recorder.current import current_recorder
+from traceml.fail_open import fail_open
+from traceml.recorder.current import current_recorder, on_start
 from traceml.track.rank.active_experiment import loggers
 from traceml.track.rank.announcement import check_backends
 from traceml.track.rank.tracker_warnings import TrackerWarnings
@@ -17,24 +18,36 @@ if TYPE_CHECKING:
     from traceml.settings import Config
     from traceml.track.rank.autocapture import AutoCapture
 
-__all__ = ["on_recorder_start", "pause", "start"]
+__all__ = ["follow_recorder", "pause", "start"]
 
 _log = logging.getLogger("traceml")
+_ANNOUNCE_AFTER_S = 10.0
 _WARN_AFTER_S = 20.0
 _capture: AutoCapture | None = None
 _capturing_recorder: Recorder | None = None
 
 
-def on_recorder_start(recorder: Recorder) -> None:
-    """Start with a recorder whose settings name trackers or collectors."""
+def follow_recorder() -> None:
+    """Let tracking start with each recorder whose settings name trackers or collectors, from now on."""
+    on_start(_start_tracking)
+
+
+def _start_tracking(recorder: Recorder) -> None:
+    if recorder.is_child or not (recorder.config.backend or recorder.config.collectors):
+        return
+
+    with fail_open(_log, "track", "tracking could not be started"):
+        _check_backends(recorder.config)
+        start()
+        recorder.before_stop(loggers.announce_run)
+        recorder.after(_ANNOUNCE_AFTER_S, loggers.announce_run)
+
+
+def _check_backends(config: Config) -> None:
     try:
-        check_backends(recorder.config.backend, recorder.config.backend_options)
+        check_backends(config.backend, config.backend_options)
     except PluginError as error:
         _log.warning("%s", error)  # a setting may be meant for another script
-
-    start()
-    recorder.before_stop(loggers.announce_run)
-    recorder.after(10.0, loggers.announce_run)
 
 
 def start(config: Config | None = None, *, collect: bool = True) -> None:

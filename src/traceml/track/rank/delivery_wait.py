@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from traceml.recorder.current import current_recorder
-from traceml.recorder.logger import deferred_values
 from traceml.track.rank.active_experiment import loggers
+from traceml.track.rank.logger import deferred_values
 from traceml.track.tracker_state import DeliveryPhase, TrackerState
 
 if TYPE_CHECKING:

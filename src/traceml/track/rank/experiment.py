@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from traceml.recorder.current import current_recorder, on_change
 from traceml.recorder.identity import script_name
-from traceml.recorder.lifecycle import recorder_for_logging
-from traceml.recorder.logger import Logger
 from traceml.settings import Config
 from traceml.track import wandb_sweep
 from traceml.track.rank import capturing, delivery_wait, media
@@ -24,12 +22,16 @@ from traceml.track.rank.announcement import (
     choose_trackers,
     refuse_secrets,
 )
+from traceml.track.rank.logger import Logger
+from traceml.track.rank.logging_recorder import recorder_for_logging
+from traceml.track.rank.orchestrator import Orchestrator
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = [
     "Experiment",
+    "Orchestrator",
     "get_active_experiment",
     "log_artifact",
     "log_histogram",
@@ -275,6 +277,7 @@ def _renew_lock(forked: bool) -> None:
 
 
 on_change(_renew_lock)
+capturing.follow_recorder()  # a logging call may start the recorder
 
 
 def _state_after(kind: type[BaseException] | None) -> str:

@@ -13,7 +13,7 @@ from traceml.recorder.uploads import FileUpload
 from traceml.track.rank.media_encoding import histogram_of, image_of
 
 if TYPE_CHECKING:
-    from traceml.recorder.logger import Logger
+    from traceml.track.rank.logger import Logger
 
 __all__ = ["artifact", "histogram", "image", "text", "wait"]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 from traceml.database.schema import MetricKind
 from traceml.recorder.current import current_recorder
-from traceml.recorder.lifecycle import recorder_for_logging, shutdown
-from traceml.recorder.logger import Logger
+from traceml.recorder.lifecycle import shutdown
 from traceml.track.plugins.metric import Metric
 from traceml.track.rank import media
 from traceml.track.rank.active_experiment import loggers
+from traceml.track.rank.logger import Logger
+from traceml.track.rank.logging_recorder import recorder_for_logging
 
 __all__ = ["Orchestrator"]
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from traceml.database.schema import METRICS, Slot
 from traceml.privacy import secrets_only
 from traceml.recorder.current import on_change
-from traceml.recorder.lifecycle import recorder_for_logging
-from traceml.recorder.logged_values import DeferredValue, number_of, plain, step_of
+from traceml.track.rank.logged_values import DeferredValue, number_of, plain, step_of
+from traceml.track.rank.logging_recorder import recorder_for_logging
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile

@@ -1,0 +1,65 @@
+"""The recorder that a logging call uses: the running one, or one that only logs."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from traceml import settings
+from traceml.errors import TraceMLError
+from traceml.recorder import lifecycle
+from traceml.recorder.current import state
+from traceml.recorder.identity import spawned_from
+from traceml.recorder.recorder import Recorder
+
+__all__ = ["recorder_for_logging"]
+
+_log = logging.getLogger("traceml")
+
+
+def recorder_for_logging(*, again: bool = False, arguments: Mapping[str, Any] | None = None) -> Recorder | None:
+    """Return the running recorder; before any `init`, start one that only logs. None while nothing is recorded.
+
+    In a forked child of a recorded process it belongs to the same run.
+
+    Args:
+        again: start one also after a `shutdown`, because an experiment begins.
+        arguments: settings of a recorder that is started.
+
+    Raises:
+        SettingsError: the settings are wrong and `again` is set; else that is a warning.
+    """
+    recorder = state.recorder
+    if recorder is not None and (recorder.enabled or not (again and recorder.is_over)):
+        return recorder if recorder.enabled else None
+
+    if lifecycle.is_helper_process() or sys.is_finalizing():
+        return None
+
+    _log.debug("a logging call starts a recorder without tracing")
+    try:
+        known = recorder or state.parent
+        given = dict(arguments or {})
+        if known is not None:
+            config = known.config.over(**given)
+        else:
+            config = settings.load(**{"local": True, **_settings_of_parent(), **given})
+
+        recorder = lifecycle.start(config, wait=False, tracing=False)
+    except TraceMLError as error:
+        if again:
+            raise
+
+        _log.warning("nothing is recorded: %s", error)
+        state.recorder = Recorder(settings.Config(enabled=False))
+        return None
+
+    return recorder if recorder.enabled else None
+
+
+def _settings_of_parent() -> dict[str, Any]:
+    """Return where the process that spawned this one records, as settings; empty where none has."""
+    spawned = spawned_from()
+    return spawned.settings if spawned is not None else {}
