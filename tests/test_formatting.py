@@ -18,6 +18,8 @@ from traceml.formatting import (
     percent_text,
     phase_label,
     phase_words,
+    place_text,
+    plural,
     printable,
     ranks_text,
     rate_text,
@@ -147,3 +149,22 @@ def test_capitalized():
 def test_signal_name():
     """A signal without a name stays a number."""
     assert (signal_name(9), signal_name(250)) == ("SIGKILL", "signal 250")
+
+
+@pytest.mark.parametrize(
+    ("place", "room", "shown"),
+    [
+        ("/home/me/train.py:7 main", 40, "/home/me/train.py:7 main"),
+        ("/home/me/projects/a/very/deep/folder/train.py:7 main", 40, "/home/.../deep/folder/train.py:7 main"),
+        ("/home/me/projects/train.py:7 main", 10, ".../train.py:7 main"),
+        ("train.py:7 a_function_with_a_long_name", 10, "train.py:7 a_function_with_a_long_name"),
+    ],
+)
+def test_the_middle_of_a_path_is_left_out(place, room, shown):
+    """File, line and function always stay."""
+    assert place_text(place, room) == shown
+
+
+def test_one_thing_is_no_plural():
+    """`1 step`, and thousands are grouped."""
+    assert [plural(count, "step") for count in (0, 1, 1204)] == ["0 steps", "1 step", "1,204 steps"]

@@ -61,7 +61,7 @@ SUBROOMS = {
     "runs.rows": {"diagnosis", "database"},
     "runs.report": {"runs.rows", "runs.run_state", "runs.json_document", "diagnosis", "track", "database"},
     "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
-    "runs.export": {"runs.rows", "diagnosis", "traces", "database"},
+    "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
     "diagnosis.facts": {"diagnosis.kinds", "diagnosis.findings", "database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},
     "diagnosis.rules": {

@@ -13,6 +13,7 @@ __all__ = [
     "duration_text",
     "factor_text",
     "gain_text",
+    "library_text",
     "line_text",
     "ms_text",
     "ns_text",
@@ -22,6 +23,8 @@ __all__ = [
     "percent_text",
     "phase_label",
     "phase_words",
+    "place_text",
+    "plural",
     "printable",
     "ranks_text",
     "rate_text",
@@ -61,8 +64,12 @@ _PHASES = {
     "checkpoint": ("checkpoint", "checkpoint saving"),
     "user": ("user", "user phases"),
     "other": ("other", "code outside the known phases"),
+    "startup": ("start-up", "start-up"),
+    "outside": ("outside steps", "code outside steps"),
 }
 _SHORT_LABELS = {"optimizer": "optim", "checkpoint": "ckpt"}
+_PACKAGES_FOLDER = re.compile(r"^.*/(site-packages|dist-packages|python3\.\d+)/")
+_ELIDED = ".../"  # for folders of a path
 _LISTED_RANKS = 4  # ranks, or ranges of ranks, that are listed
 
 
@@ -75,6 +82,11 @@ def ordinal_text(number: int) -> str:
     """Return `2nd`, `11th`, `1,000th`."""
     suffix = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
     return f"{number:,}{suffix}"
+
+
+def plural(count: int, word: str) -> str:
+    """Return `1 step`, `1,204 steps`."""
+    return f"{count_text(count)} {word}" if count == 1 else f"{count_text(count)} {word}s"
 
 
 def ms_text(ms: float | None) -> str:
@@ -254,6 +266,33 @@ def line_text(file: str, line: int, function: str) -> str:
     """Return a line of code in words: `train.py:23 update_metric`."""
     name = file.rpartition("/")[2]
     return f"{name}:{line}" if function == "<module>" else f"{name}:{line} {function}"
+
+
+def place_text(place: str, room: int) -> str:
+    """Return a line of code, `FILE:LINE FUNCTION`, in some columns: the middle of a long path is left out.
+
+    The file's name, the line and the function always stay.
+    """
+    if len(place) <= room or "/" not in place:
+        return place
+
+    folder, _, name = place.rpartition("/")
+    left = room - len(name) - len(_ELIDED)
+    first = folder.split("/")[1] if folder.startswith("/") else folder.split("/")[0]
+    head = f"/{first}" if folder.startswith("/") else first
+    kept = ""
+    for part in reversed(folder.split("/")):
+        if len(head) + 1 + len(part) + 1 + len(kept) > left:
+            break
+
+        kept = f"{part}/{kept}"
+
+    return f"{head}/{_ELIDED}{kept}{name}" if kept or len(head) < left else f"{_ELIDED}{name}"
+
+
+def library_text(text: str) -> str:
+    """Return `torch/nn/functional.py:12 relu` of a library's function, without the folder of packages."""
+    return _PACKAGES_FOLDER.sub("", text, count=1)
 
 
 def sample_text(diagnosed: int, count: int) -> str:

@@ -147,3 +147,11 @@ def test_html_that_cannot_be_written(slow, tmp_path, capsys):
     assert cli.main(["report", str(slow), "--html", str(tmp_path / "no" / "where.html")]) == 3
     assert "where.html" in capsys.readouterr().err
     assert cli.main(["report", str(slow), "--html", "x.html", "--json"]) == 2
+
+
+def test_lines_are_printed_as_a_flame_graph(slow, capsys):
+    """JSON and nothing else on stdout; without --lines the format is refused."""
+    assert cli.main(["report", "--lines", "--format", "speedscope"]) == 0
+    assert json.loads(capsys.readouterr().out)["profiles"][0]["type"] == "sampled"
+    assert cli.main(["report", "--format", "perfetto"]) == 2
+    assert "--lines" in capsys.readouterr().err

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -20,6 +21,7 @@ from traceml.errors import StoreError, TraceMLError, UsageError
 from traceml.renderers.text.card import print_report
 from traceml.renderers.text.line_table import print_lines
 from traceml.renderers.views import run_view
+from traceml.runs.export.flame_graph import FLAME_GRAPHS
 from traceml.runs.find import find_run
 from traceml.runs.report.report import build_report
 from traceml.runs.report.report_types import REPORT_NAME, Report, TrackerSection, read_report
@@ -46,6 +48,10 @@ class ReportOptions:
     """Write the report with its charts as one HTML file, and print nothing."""
     lines: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Show in which lines of the code the time was spent, by phase, from samples of the training threads."""
+    format: Annotated[
+        Literal["speedscope", "perfetto"] | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="")
+    ] = None
+    """With --lines: print them as a flame graph for speedscope.app (speedscope) or ui.perfetto.dev (perfetto)."""
     fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND", help_behavior_hint="")] = ()
     """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
@@ -59,12 +65,17 @@ def main(argv: list[str]) -> int:
     if sum((options.json, options.html is not None, options.lines)) > 1:
         raise UsageError("--json, --html and --lines cannot be combined")
 
+    if options.format and not options.lines:
+        raise UsageError("--format needs --lines: `traceml report --lines --format speedscope > lines.json`")
+
     run_dir = find_run(options.run, runs_dir_of(options.runs_dir))
     report = current_report(run_dir)
     if options.html is not None:
         _write_page(run_dir, Path(options.html))
     elif options.json:
         print(report.to_json())
+    elif options.format:
+        print(json.dumps(FLAME_GRAPHS[options.format](report)))
     elif options.lines:
         print_lines(run_view(report), console=Console(highlight=False))
     else:

@@ -33,11 +33,11 @@ def test_phases_and_lines_are_in_order_of_time():
         "other: 73 % of 110 samples",
         "    62 %  /home/me/train.py:7 update",
         "    36 %  /home/me/train.py:7 load",
-        "          in /usr/lib/python3.11/json/decoder.py:3 decode",
+        "          in json/decoder.py:3 decode",
         "forward: 18 % of 110 samples",
         "   100 %  /home/me/train.py:7 forward",
         "          in torch/nn/linear.py:9 Linear.forward",
-        "before the first step: 9 % of 110 samples",
+        "start-up: 9 % of 110 samples",
         "   100 %  libraries only",
     ]
 

@@ -9,7 +9,7 @@ from traceml.display.web.run_sources import RunState
 __all__ = ["ChartPanel"]
 
 _WAITING = "Waiting for the first steps"
-_TIME_PX = 110
+_TIME_PX = 130
 _HEAT_ROW_PX, _HEAT_FRAME_PX, _LEAST_HEAT_PX, _MOST_HEAT_PX = 26, 96, 200, 520
 _RANK_ROW_PX, _RANK_FRAME_PX, _LEAST_RANKS_PX, _MOST_RANKS_PX = 24, 84, 236, 560
 

@@ -12,14 +12,27 @@ import msgspec
 from traceml.database.store.reader import RunEvent
 from traceml.display.web.elements import Container, DataTable, FactList, TextNode, set_visible
 from traceml.display.web.run_sources import LogTail, RunState
-from traceml.formatting import bytes_text, count_text, ms_text, overhead_text, phase_label
+from traceml.formatting import (
+    bytes_text,
+    capitalized,
+    count_text,
+    duration_text,
+    library_text,
+    ms_text,
+    overhead_text,
+    percent_text,
+    phase_label,
+)
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import end_of_rank
+from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 from traceml.runs.report.report_types import RankSection
 
-__all__ = ["DeliveryPanel", "LogPanel", "RankTable", "TelemetryPanel"]
+__all__ = ["DeliveryPanel", "LinePanel", "LogPanel", "RankTable", "TelemetryPanel"]
 
 _RANKS = 24
+_LINES = 8
+_LEAST_LINE = 0.01
 _PHASES = 7
 _SMALL_SHARE = 0.005
 
@@ -70,6 +83,41 @@ def _rank_cells(row: RankRow, phases: list[str]) -> list[str]:
 
 def _rank_look(row: RankRow) -> str:
     return "ended" if row.end else "slow" if row.slowest else ""
+
+
+class LinePanel:
+    """Lines of the user's code by phase, each with a bar as wide as its share of the phase."""
+
+    def __init__(self) -> None:
+        self._shown: list[PhaseLines] | None = None
+        self._none = TextNode("p", "No lines were sampled: the run is too short, or stack_interval is 0.", "note card")
+        self._grid = Container("div", "grid")
+
+    def show(self, view: RunView) -> None:
+        """Show the current lines."""
+        phases = lines_by_phase(view.report)
+        if phases == self._shown:
+            return
+
+        self._shown = phases
+        set_visible(self._none, not phases)
+        self._grid.clear()
+        with self._grid:
+            for phase in phases:
+                _draw_lines(phase)
+
+
+def _draw_lines(phase: PhaseLines) -> None:
+    took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
+    with Container("div", f"card pad lines phase-{phase.phase}"):
+        TextNode("h3", f"{capitalized(phase_label(phase.phase))}{took}")
+        for each in phase.lines[:_LINES]:
+            if each.share >= _LEAST_LINE:
+                with Container("div", "line").style(f"--w:{100 * each.share:.1f}%"):
+                    TextNode("b", percent_text(each.share))
+                    with Container("span"):
+                        TextNode("span", each.place or "libraries only")
+                        TextNode("small", f"in {library_text(each.library)}" if each.library else "")
 
 
 class LogPanel:

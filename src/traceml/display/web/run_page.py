@@ -7,7 +7,7 @@ from nicegui import Client
 from traceml.display.web.chart_panel import ChartPanel
 from traceml.display.web.elements import Container, TextNode, link, set_visible
 from traceml.display.web.layout import Banner, draw, keys_dialog, top_bar
-from traceml.display.web.run_details import DeliveryPanel, LogPanel, RankTable, TelemetryPanel
+from traceml.display.web.run_details import DeliveryPanel, LinePanel, LogPanel, RankTable, TelemetryPanel
 from traceml.display.web.run_sources import RunState
 from traceml.display.web.verdict_card import FindingsPanel, VerdictCard
 from traceml.formatting import duration_text
@@ -21,6 +21,7 @@ _TABS = (
     ("ranks", "Ranks"),
     ("machine", "Memory and system"),
     ("metrics", "Metrics"),
+    ("lines", "Lines"),
     ("logs", "Logs"),
     ("delivery", "Delivery"),
     ("telemetry", "Telemetry"),
@@ -83,6 +84,10 @@ class RunPage:
         with self._charts.below_ranks:
             self._rank_table = RankTable()
 
+        with Container("section", "", id="lines", aria_label="lines of code"):
+            TextNode("h2", "Lines of code")
+            self._lines = LinePanel()
+
         with Container("section", "", id="logs", aria_label="logs"):
             TextNode("h2", "Logs")
             self._logs = LogPanel()
@@ -102,6 +107,7 @@ class RunPage:
         self._verdict.show(view)
         self._findings.show(view)
         self._rank_table.show(view)
+        self._lines.show(view)
         self._logs.show(state)
         self._delivery.show(view)
         self._telemetry.show(view)

@@ -6,18 +6,30 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from traceml.formatting import bytes_text, capitalized, count_text, ms_text, percent_text, phase_label
+from traceml.formatting import (
+    bytes_text,
+    capitalized,
+    count_text,
+    duration_text,
+    library_text,
+    ms_text,
+    percent_text,
+    phase_label,
+)
 from traceml.renderers.charts.palette import BY_CSS
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.views import RankRow, RunView, visible_ranks
 from traceml.renderers.words import tracker_text
 from traceml.runs.about import About
+from traceml.runs.report.line_shares import LineShare, lines_by_phase
 from traceml.runs.rows.series import RunSeries
 
-__all__ = ["memory_facts", "phase_table", "rank_table", "run_facts", "stacks"]
+__all__ = ["line_list", "memory_facts", "phase_table", "rank_table", "run_facts", "stacks"]
 
 _RANKS = 32
 _STACKS = 4
+_LINES = 8
+_LEAST_LINE = 0.01
 _LONGEST_VALUE = 400
 _PACKAGES = ("torch", "numpy", "lightning", "pytorch-lightning", "transformers", "accelerate", "deepspeed", "ray",
              "mlflow", "wandb", "clearml", "aim", "tensorboard")  # fmt: skip
@@ -68,6 +80,24 @@ def _rank(row: RankRow, phases: Sequence[str]) -> str:
         f'<tr{marked}><td>{row.rank}</td><td class="words">{escaped(row.host)}</td><td>{count_text(row.steps)}</td>'
         f'{numbers}<td class="words">{escaped(state)}</td></tr>'
     )
+
+
+def line_list(view: RunView) -> Iterator[str]:
+    """Yield the lines of the user's code by phase, each with a bar as wide as its share of the phase."""
+    phases = lines_by_phase(view.report)
+    colors = BY_CSS.of_phases(phase.phase for phase in phases)
+    for phase in phases:
+        took = "" if phase.seconds is None else f", {duration_text(phase.seconds)}"
+        head = f"{escaped(capitalized(phase_label(phase.phase)))}{took}"
+        rows = "".join(_line(each) for each in phase.lines[:_LINES] if each.share >= _LEAST_LINE)
+        yield f'<div class="card lines" style="--c:{colors[phase.phase]}"><h3><i></i>{head}</h3>{rows}</div>'
+
+
+def _line(each: LineShare) -> str:
+    library = f"<small>in {escaped(library_text(each.library))}</small>" if each.library else ""
+    place = escaped(each.place or "libraries only")
+    width = f"--w:{100 * each.share:.1f}%"
+    return f'<p style="{width}"><b>{percent_text(each.share)}</b><span>{place}{library}</span></p>'
 
 
 def stacks(view: RunView) -> Iterator[str]:

@@ -16,7 +16,7 @@ from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
 from traceml.renderers.evidence import evidence_items
-from traceml.renderers.html.html_tables import memory_facts, phase_table, rank_table, run_facts, stacks
+from traceml.renderers.html.html_tables import line_list, memory_facts, phase_table, rank_table, run_facts, stacks
 from traceml.renderers.views import RunView, run_view
 from traceml.runs.about import About
 from traceml.runs.report.report_types import Report
@@ -46,6 +46,7 @@ def report_page(report: Report, series: RunSeries, about: About) -> str:
         *_section("Charts", chart_grid(figures(view, series))),
         *_section("Phases", phase_table(view)),
         *_section("Ranks", rank_table(view)),
+        *_section("Lines of code", line_list(view)),
         *_section("Stacks of failed ranks", stacks(view)),
         *_section("Memory, trackers, tracing", memory_facts(view, series)),
         *_section("Environment and how to run it again", run_facts(view, about)),

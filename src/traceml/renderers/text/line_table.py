@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.text import Text
 
-from traceml.formatting import count_text, percent_text, phase_label
+from traceml.formatting import library_text, percent_text, phase_label, place_text, plural
 from traceml.renderers.views import RunView
-from traceml.runs.report.report_types import LineSection
+from traceml.runs.report.line_shares import PhaseLines, lines_by_phase
 
 __all__ = ["line_table", "print_lines"]
 
 _LINES_PER_PHASE = 8
 _LEAST_SHARE = 0.01
-_PHASE_OF = {"startup": "before the first step", "outside": "between steps"}
+_INDENT = 10
 
 
 def print_lines(view: RunView, *, console: Console) -> None:
@@ -25,60 +25,35 @@ def print_lines(view: RunView, *, console: Console) -> None:
         view: the run.
         console: the output.
     """
-    for line in line_table(view):
+    # A line in a file is never cut, so that it can be copied.
+    width = console.width if console.is_terminal else None
+    for line in line_table(view, width):
         console.print(line, soft_wrap=True)
 
 
-def line_table(view: RunView) -> Iterator[Text]:
+def line_table(view: RunView, width: int | None = None) -> Iterator[Text]:
     """Yield the lines of the table: for each phase, its most frequent lines of the user's code.
 
     Args:
         view: the run.
+        width: columns; long paths are shortened in the middle.
     """
-    sampled = view.report.lines
-    if not sampled:
+    phases = lines_by_phase(view.report)
+    if not phases:
         yield Text("No lines were sampled: the run was too short, or `stack_interval` is 0.")
         return
 
-    phases: dict[str, list[LineSection]] = {}
-    for each in sampled:
-        phases.setdefault(each.phase, []).append(each)
-
-    total = sum(each.samples for each in sampled)
-    for phase, lines in sorted(phases.items(), key=lambda item: -_samples(item[1])):
-        share = percent_text(_samples(lines) / total)
-        title = _PHASE_OF.get(phase) or phase_label(phase)
-        yield Text(f"{title}: {share} of {count_text(total)} samples", style="bold")
-        yield from _rows(lines)
+    total = sum(phase.samples for phase in phases)
+    room = 10_000 if width is None else width - _INDENT
+    for phase in phases:
+        share = percent_text(phase.samples / total)
+        yield Text(f"{phase_label(phase.phase)}: {share} of {plural(total, 'sample')}", style="bold")
+        yield from _rows(phase, room)
 
 
-def _samples(lines: list[LineSection]) -> int:
-    return sum(each.samples for each in lines)
-
-
-def _rows(lines: list[LineSection]) -> Iterator[Text]:
-    places: dict[str, list[LineSection]] = {}
-    for each in lines:
-        places.setdefault(_place(each), []).append(each)
-
-    for place, of_place in list(places.items())[:_LINES_PER_PHASE]:
-        share = sum(each.share for each in of_place)
-        if share >= _LEAST_SHARE:
-            yield Text(f"  {percent_text(share):>6}  {place}")
-            if of_place[0].library:
-                yield Text(f"          in {_library(of_place[0].library)}", style="dim")
-
-
-def _place(each: LineSection) -> str:
-    if each.file is None or each.line is None or each.function is None:
-        return "libraries only"
-
-    return f"{each.file}:{each.line} {each.function}"
-
-
-def _library(text: str) -> str:
-    """Return `torch/nn/functional.py:12 relu` of a library's function."""
-    for folder in ("/site-packages/", "/dist-packages/"):
-        text = text.rpartition(folder)[2]
-
-    return text
+def _rows(phase: PhaseLines, room: int) -> Iterator[Text]:
+    for each in phase.lines[:_LINES_PER_PHASE]:
+        if each.share >= _LEAST_SHARE:
+            yield Text(f"  {percent_text(each.share):>6}  {place_text(each.place or 'libraries only', room)}")
+            if each.library:
+                yield Text(f"          in {place_text(library_text(each.library), room - 3)}", style="dim")

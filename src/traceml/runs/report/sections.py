@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,7 @@ from traceml.runs.rows.step_totals import StepTotals
 __all__ = ["lines", "memory", "metrics", "phases", "ranks", "steps", "system", "telemetry", "time"]
 
 _MS = 1e6
-_MAX_LINES = 200
+_MAX_LINES = 60  # of a phase
 _QUANTILES = (0.5, 0.95, 0.99)
 _ORDER = tuple(phase for phase in PHASES if phase not in ("user", "other"))
 
@@ -190,7 +191,13 @@ def lines(digest: Digest) -> list[LineSection]:
     for section in found.values():
         section.share = _number(section.samples / of_phase[section.phase])
 
-    return sorted(found.values(), key=lambda section: -section.samples)[:_MAX_LINES]
+    ordered = sorted(found.values(), key=lambda section: -section.samples)
+    kept = {id(section) for phase in of_phase for section in _of_phase(ordered, phase)[:_MAX_LINES]}
+    return [section for section in ordered if id(section) in kept]
+
+
+def _of_phase(sections: Sequence[LineSection], phase: str) -> list[LineSection]:
+    return [section for section in sections if section.phase == phase]
 
 
 def _line(of: SampledLine) -> LineSection:

@@ -1,0 +1,102 @@
+"""Sampled lines of a report by phase, with the time that each phase took by the hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from traceml.database.schema import LINE_OUTSIDE, LINE_PHASES, LINE_STARTUP, Phase
+from traceml.runs.report.report_types import LineSection, Report
+
+__all__ = ["LineShare", "PhaseLines", "lines_by_phase"]
+
+_USER = Phase.USER.label
+_STARTUP, _OUTSIDE = LINE_PHASES[LINE_STARTUP], LINE_PHASES[LINE_OUTSIDE]
+_OUTSIDE_PARTS = ("evaluation", "between_epochs", "idle", "restart")
+
+
+@dataclass(frozen=True, slots=True)
+class LineShare:
+    """A line of the user's code in a phase.
+
+    Attributes:
+        place: `FILE:LINE FUNCTION`; None where only libraries ran.
+        file, line, function: its parts.
+        library: the library function that it had called most often, `FILE:LINE FUNCTION`.
+        share: share of the phase, 0..1.
+    """
+
+    place: str | None
+    file: str | None
+    line: int | None
+    function: str | None
+    library: str | None
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseLines:
+    """The lines of one phase, the most frequent first.
+
+    Attributes:
+        phase: a phase, `other`, `startup`, or `outside` (between steps).
+        samples: samples of the phase.
+        seconds: time of the phase on one rank, by the hooks; None where it is not known.
+        lines: its lines.
+    """
+
+    phase: str
+    samples: int
+    seconds: float | None
+    lines: tuple[LineShare, ...]
+
+
+def lines_by_phase(report: Report) -> list[PhaseLines]:
+    """Return the sampled lines of a report by phase, the phase with the most samples first."""
+    phases: dict[str, list[LineSection]] = {}
+    for each in report.lines:
+        phases.setdefault(each.phase, []).append(each)
+
+    known = _seconds(report)
+    found = [
+        PhaseLines(phase, sum(each.samples for each in lines), known.get(phase), tuple(_merged(lines)))
+        for phase, lines in phases.items()
+    ]
+    return sorted(found, key=lambda each: -each.samples)
+
+
+def _merged(lines: Iterable[LineSection]) -> list[LineShare]:
+    """Return each line once, with the library function that it had called most often."""
+    places: dict[str | None, list[LineSection]] = {}
+    for each in lines:
+        places.setdefault(_place(each), []).append(each)
+
+    merged = [
+        LineShare(place, first.file, first.line, first.function, first.library, sum(each.share for each in of_place))
+        for place, of_place in places.items()
+        for first in of_place[:1]
+    ]
+    return sorted(merged, key=lambda each: -each.share)
+
+
+def _place(each: LineSection) -> str | None:
+    if each.file is None or each.line is None or each.function is None:
+        return None
+
+    return f"{each.file}:{each.line} {each.function}"
+
+
+def _seconds(report: Report) -> dict[str, float]:
+    """Return the seconds of each phase on one rank; the user's phases together."""
+    labels = {phase.label for phase in Phase} | {"other"}
+    seconds: dict[str, float] = {}
+    for phase in report.phases:
+        name = phase.phase if phase.phase in labels else _USER
+        seconds[name] = seconds.get(name, 0.0) + phase.mean_ms * report.steps.count / 1e3
+
+    if report.time is not None:
+        parts = {part.part: part.seconds for part in report.time.parts}
+        seconds[_STARTUP] = parts.get("startup", 0.0)
+        seconds[_OUTSIDE] = sum(parts.get(part, 0.0) for part in _OUTSIDE_PARTS)
+
+    return seconds

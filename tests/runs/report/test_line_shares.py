@@ -1,0 +1,46 @@
+"""Sampled lines by phase."""
+
+from __future__ import annotations
+
+import pytest
+
+from traceml.runs.report.line_shares import lines_by_phase
+from traceml.runs.report.report_types import LineSection, PhaseSection, Report, TimePart, TimeSection
+
+
+def report_with(*lines: LineSection) -> Report:
+    report = Report.empty("run")
+    report.lines = list(lines)
+    report.steps.count = 1000
+    report.phases = [PhaseSection(phase="forward", mean_ms=4.0), PhaseSection(phase="augment", mean_ms=2.0)]
+    report.time = TimeSection(20.0, [TimePart("startup", 8.0, 0.4), TimePart("evaluation", 1.0, 0.05)])
+    return report
+
+
+def line(phase: str, samples: int, share: float, number: int = 7, library: str | None = None) -> LineSection:
+    return LineSection(
+        phase=phase, samples=samples, share=share, file="/x/train.py", line=number, function="main", library=library
+    )
+
+
+def test_phases_have_the_time_of_the_hooks():
+    """Not of the samples; the user's phases are one, and outside steps is what the run's time says."""
+    lines = [line("forward", 5, 1.0), line("user", 40, 1.0), line("startup", 9, 1.0), line("outside", 3, 1.0)]
+
+    phases = lines_by_phase(report_with(*lines))
+
+    assert [(each.phase, each.seconds) for each in phases] == [
+        ("user", 2.0), ("startup", 8.0), ("forward", 4.0), ("outside", 1.0)
+    ]  # fmt: skip
+
+
+def test_a_line_is_there_once():
+    """With the library function that it had called most often."""
+    (phase,) = lines_by_phase(
+        report_with(line("forward", 30, 0.6, library="a.py:1 f"), line("forward", 15, 0.3, 9), line("forward", 5, 0.1))
+    )
+
+    assert [(each.place, each.library) for each in phase.lines] == [
+        ("/x/train.py:7 main", "a.py:1 f"), ("/x/train.py:9 main", None)
+    ]  # fmt: skip
+    assert phase.lines[0].share == pytest.approx(0.7)
