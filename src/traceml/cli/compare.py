@@ -34,7 +34,7 @@ class CompareOptions:
     """
 
     a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
-    """The baseline run: its folder, its id, or the last four letters of the id."""
+    """The baseline run: its folder, its id, or the last four characters of its id."""
     b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
     """The run to compare with it."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -44,7 +44,7 @@ class CompareOptions:
     ] = None
     """Exit with 1 when steps of B take more than PCT percent longer and the change is significant."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the runs are (default: the setting runs_dir)."""
+    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:

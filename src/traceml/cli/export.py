@@ -36,7 +36,7 @@ class ExportOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
-    """A run's folder, its id or the last four characters of its id (default: the latest run)."""
+    """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
     format: Annotated[str | None, tyro.conf.arg(metavar="FORMAT", help_behavior_hint="")] = None
     """perfetto, pfw, parquet or csv (default: by the extension of the output)."""
     output: Annotated[str | None, tyro.conf.arg(aliases=["-o"], metavar="PATH", help_behavior_hint="")] = None

@@ -41,7 +41,7 @@ class ReportOptions:
     """
 
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")] = None
-    """The run: its folder, its id, or the last four letters of the id; the latest run when left out."""
+    """The run: its folder, its id, or the last four characters of its id (default: the latest run)."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the report as JSON and nothing else."""
     html: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
@@ -55,7 +55,7 @@ class ReportOptions:
     fail_on: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KIND", help_behavior_hint="")] = ()
     """Exit with 1 if there is a finding of one of these kinds, for example RANK_LOST INPUT_BOUND."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the runs are (default: the setting runs_dir)."""
+    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:

@@ -33,7 +33,7 @@ class RunsOptions:
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Print the list as JSON and nothing else."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the runs are (default: the setting runs_dir)."""
+    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:

@@ -40,9 +40,9 @@ class TopOptions:
     run: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[RUN|ADDRESS]", help_behavior_hint="")] = (
         None
     )
-    """A run's folder or id, or host:port of an aggregator on this host; the newest running job when left out."""
+    """A run's folder or id, or host:port of an aggregator on this host (default: the newest running job)."""
     runs_dir: Annotated[str | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="")] = None
-    """Where the runs are (default: the setting runs_dir)."""
+    """Folder of the runs (default: the setting runs_dir)."""
 
 
 def main(argv: list[str]) -> int:
