@@ -315,6 +315,15 @@ def test_a_rank_that_lacks_a_core_is_not_blamed_for_its_code():
     assert found.kind is Kind.HEALTHY
 
 
+@pytest.mark.parametrize(("ms", "share"), [(9.0, 0.3), (2.5, 0.12)])
+def test_time_without_a_core_is_no_work(ms, share):
+    """A rank whose excess is mostly waiting for a core is not late by its code: strongly or weakly."""
+    waits = {0: 0.02, 1: 0.02 + share}
+
+    assert verdict(Job(), adds("backward", ms, (1,)), core_wait=waits).kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
+    assert verdict(Job(), adds("backward", ms, (1,)), core_wait={0: share, 1: share}).ranks == (1,)
+
+
 def test_ranks_without_a_group_do_not_wait_for_each_other():
     """Separate processes are no stragglers."""
     found = verdict(Job(grouped=False, ranks=2), adds("forward", 20, (1,)), group=False)

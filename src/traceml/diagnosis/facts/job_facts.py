@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from traceml.database.schema import EPOCHS
+from traceml.diagnosis.facts.core_waits import CoreWaits
 from traceml.diagnosis.facts.resource_use import ResourceUse, UseHistory
 from traceml.diagnosis.facts.run_time import RunTime
 from traceml.diagnosis.facts.sampled_lines import LazyLines, LineCounts, SampledLine
@@ -21,7 +22,6 @@ __all__ = ["OVERSUBSCRIBED", "JobFacts", "JobFactsBuilder", "LoaderFacts", "Rank
 OVERSUBSCRIBED = 0.25
 """From this share of waiting for a CPU core, rules need stronger evidence to blame a rank or the network."""
 
-_MIN_OBSERVED_NS = 2e8
 _MIN_TRAINING_NS = 4e8
 
 
@@ -105,6 +105,7 @@ class JobFacts:
         cores: host -> cores that the job may use there.
         threads: torch threads per rank.
         main_wait: rank -> share of its main thread's ready time in which it waited for a core.
+        core_wait: rank -> the same as a share of wall time in training.
         busy_cores: rank -> cores that its threads used during the training.
         loader: the training data loader.
         workers_busy: share of time in which its workers compute; None where it is not known.
@@ -124,6 +125,7 @@ class JobFacts:
     cores: Mapping[str, int] = field(default_factory=dict)
     threads: int | None = None
     main_wait: Mapping[int, float] = field(default_factory=dict)
+    core_wait: Mapping[int, float] = field(default_factory=dict)
     busy_cores: Mapping[int, float] = field(default_factory=dict)
     loader: LoaderFacts | None = None
     workers_busy: float | None = None
@@ -178,8 +180,7 @@ class JobFactsBuilder:
         self._epochs = np.empty(0, EPOCHS.dtype)
         self._epochs_rank: int | None = None
         self._core_rows: dict[int, int] = {}
-        self._first: dict[int, tuple[int, int]] = {}
-        self._latest: dict[int, tuple[int, int]] = {}
+        self._waits = CoreWaits()
         self._training: dict[int, tuple[tuple[int, int], tuple[int, int]]] = {}
         self._loaders: list[LoaderFacts] = []
         self._facts: dict[str, Any] = {}
@@ -223,9 +224,7 @@ class JobFactsBuilder:
 
     def process_rows(self, rank: int, rows: NDArray[np.void]) -> None:
         """Take rows of `schema.PROCESS`, in order."""
-        if len(rows):
-            self._first.setdefault(rank, _run_and_wait(rows[0]))
-            self._latest[rank] = _run_and_wait(rows[-1])
+        self._waits.add(rank, rows)
 
         training = rows[rows["step"] > 0]
         if len(training):
@@ -252,7 +251,8 @@ class JobFactsBuilder:
             hosts=dict(self.hosts),
             cores=cores,
             threads=known.get("torch_threads"),
-            main_wait=self._main_wait(),
+            main_wait=self._waits.of_ready_time(),
+            core_wait=self._waits.of_wall_time(),
             busy_cores=self._busy_cores(),
             loader=self._loaders[0] if self._loaders else None,
             limits=self.limits.uses(),
@@ -263,15 +263,6 @@ class JobFactsBuilder:
             exits=tuple(_with_last_step(self.exits[rank], latest) for rank in sorted(self.exits)),
             state=self.state,
         )
-
-    def _main_wait(self) -> dict[int, float]:
-        shares = {}
-        for rank, latest in self._latest.items():
-            run, wait = latest[0] - self._first[rank][0], latest[1] - self._first[rank][1]
-            if run + wait >= _MIN_OBSERVED_NS:
-                shares[rank] = wait / (run + wait)
-
-        return shares
 
     def _busy_cores(self) -> dict[int, float]:
         cores = {}
@@ -310,10 +301,6 @@ def _with_last_step(ended: RankExit, latest: Sequence[int]) -> RankExit:
         return ended
 
     return replace(ended, last_step=int(latest[ended.rank]))
-
-
-def _run_and_wait(row: Any) -> tuple[int, int]:
-    return int(row["main_run_ns"]), int(row["main_wait_ns"])
 
 
 def _time_and_cpu(row: Any) -> tuple[int, int]:

@@ -115,6 +115,9 @@ def late_in_one_part(segments: Segments, facts: JobFacts) -> list[LateRanks]:
         return []
 
     row, others = steady.row, np.delete(np.arange(len(segments.ranks)), steady.row)
+    if steady.mean_ns - _without_core_ns(segments, facts, row) < EXCESS_SHARE * segments.step_ns:
+        return []
+
     reference = {part: _mean_of_others(values[others]) for part, values in segments.parts.items()}
     if _lacks_core(facts, int(segments.ranks[row])) or _is_slower_overall(segments, row, reference, steady.part):
         return []
@@ -179,7 +182,9 @@ def _blamed_part(
     seldom = part == "backward" and int(segments.measured.sum()) < _MIN_MEASURED
     chancy = seldom or facts.oversubscribed or _lacks_core(facts, int(segments.ranks[row]))
     floor = EVERYWHERE_SHARE if everywhere or chancy else EXCESS_SHARE
-    if excess < floor * segments.step_ns or (everywhere and facts.oversubscribed):
+    if excess - _without_core_ns(segments, facts, row) < floor * segments.step_ns or (
+        everywhere and facts.oversubscribed
+    ):
         return None, everywhere
 
     return part, everywhere
@@ -205,6 +210,14 @@ def _lacks_core(facts: JobFacts, rank: int) -> bool:
     others = [share for other, share in facts.main_wait.items() if other != rank]
     mine = facts.main_wait.get(rank, 0.0)
     return bool(others) and mine >= LACKING_SHARE and mine >= 2 * float(np.median(others))
+
+
+def _without_core_ns(segments: Segments, facts: JobFacts, row: int) -> float:
+    """Return the time per step that this rank waited for a core beyond the other ranks; 0 where it is not known."""
+    rank = int(segments.ranks[row])
+    others = [share for other, share in facts.core_wait.items() if other != rank]
+    more = facts.core_wait.get(rank, 0.0) - float(np.median(others)) if others else 0.0
+    return max(more, 0.0) * segments.step_ns
 
 
 def _is_significant(segments: Segments, row: int, others: NDArray[np.intp], reference: Mapping[str, Floats]) -> bool:

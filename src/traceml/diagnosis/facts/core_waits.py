@@ -1,0 +1,61 @@
+"""Waiting of the ranks' main threads for a CPU core while they train.
+
+Ranks that start at the same time import torch on the same cores, so the time before the first step says nothing about
+training. The kernel's counters are exact, and are read once or twice a second: the time between two readings is
+training if a step was open at both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CoreWaits"]
+
+MIN_OBSERVED_NS = 2e8
+"""With less time than this, nothing is known."""
+
+_READ = ("t_ns", "main_run_ns", "main_wait_ns", "step")
+
+
+class CoreWaits:
+    """Sums the readings of each rank."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[int, ...]] = {}
+        self._last: dict[int, tuple[int, ...]] = {}
+        self._training: dict[int, tuple[int, int, int]] = {}
+
+    def add(self, rank: int, rows: NDArray[np.void]) -> None:
+        """Take rows of `schema.PROCESS`, in order."""
+        last, (wall, run, wait) = self._last.get(rank), self._training.get(rank, (0, 0, 0))
+        for row in zip(*(rows[name].tolist() for name in _READ), strict=True):
+            if last is None:
+                self._first[rank] = row
+            elif last[3] >= 0 and row[3] >= 0:
+                wall, run, wait = wall + row[0] - last[0], run + row[1] - last[1], wait + row[2] - last[2]
+
+            last = row
+
+        if last is not None:
+            self._last[rank], self._training[rank] = last, (wall, run, wait)
+
+    def of_ready_time(self) -> dict[int, float]:
+        """Return the share of the time in which a main thread could have run that it waited for a core.
+
+        It is that of training; where that was too short, of the whole run.
+        """
+        observed = {rank: self._run_and_wait(rank) for rank in self._training}
+        return {rank: wait / (run + wait) for rank, (run, wait) in observed.items() if run + wait >= MIN_OBSERVED_NS}
+
+    def _run_and_wait(self, rank: int) -> tuple[int, int]:
+        _, run, wait = self._training[rank]
+        if run + wait >= MIN_OBSERVED_NS:
+            return run, wait
+
+        first, last = self._first[rank], self._last[rank]
+        return last[1] - first[1], last[2] - first[2]
+
+    def of_wall_time(self) -> dict[int, float]:
+        """Return the share of wall time in training that a main thread waited for a core, where that is known."""
+        return {rank: wait / wall for rank, (wall, _, wait) in self._training.items() if wall >= MIN_OBSERVED_NS}

@@ -1,0 +1,51 @@
+"""Waiting of main threads for a core, in training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from traceml.database.schema import PROCESS
+from traceml.diagnosis.facts.core_waits import CoreWaits
+
+MS = 10**6
+
+
+def rows(*readings):
+    """Return rows of (time, run, wait) in milliseconds and the open step."""
+    made = np.zeros(len(readings), PROCESS.dtype)
+    for row, (t_ms, run_ms, wait_ms, step) in zip(made, readings, strict=True):
+        row["t_ns"], row["main_run_ns"], row["main_wait_ns"], row["step"] = t_ms * MS, run_ms * MS, wait_ms * MS, step
+
+    return made
+
+
+def test_the_start_of_the_ranks_is_left_out():
+    """Waiting while all ranks import torch is no property of training; rows may come in any number of frames."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 0, -1), (1000, 500, 500, -1), (2000, 1000, 900, 0)))
+    waits.add(0, rows((2500, 1300, 1000, 30), (3000, 1600, 1100, 60)))
+    waits.add(0, rows((3500, 1700, 1500, -1)))
+
+    assert waits.of_wall_time() == {0: pytest.approx(0.2)}
+    assert waits.of_ready_time() == {0: pytest.approx(0.25)}
+
+
+def test_a_short_training_falls_back_to_the_whole_run():
+    """Without two readings in training, the share of ready time is that of the run, and that of wall time not known."""
+    waits = CoreWaits()
+    waits.add(3, rows((0, 0, 0, -1), (1000, 600, 200, 5)))
+
+    assert waits.of_ready_time() == {3: pytest.approx(0.25)}
+    assert waits.of_wall_time() == {}
+
+
+def test_too_little_is_not_known():
+    """A single reading has no share, and neither has a short time."""
+    waits = CoreWaits()
+    waits.add(0, rows((0, 0, 0, 0)))
+    waits.add(1, rows((0, 0, 0, 0), (100, 50, 50, 9)))
+    waits.add(2, rows())
+
+    assert waits.of_ready_time() == {}
+    assert waits.of_wall_time() == {}
