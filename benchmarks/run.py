@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, list[str]] = {
     "traces": [],
     "traces_cluster": [],
     "trace_writer": [],
+    "whatif": [],
 }
 
 

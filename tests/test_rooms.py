@@ -27,6 +27,7 @@ ROOMS = (
     "display",
     "renderers",
     "runs",
+    "whatif",
     "aggregator",
     "track",
     "diagnosis",
@@ -47,13 +48,14 @@ NARROW = {
     "recorder": {"instrument", "samplers", "transport", "database"},
     "tasks": set(),
     "traces": set(),
+    "whatif": set(),
     "integrations": {"session", "runs", "track", "recorder"},
     "supervise": {"display", "renderers", "transport"},
     "session": {"display", "track", "recorder"},
     "track": {"diagnosis", "recorder", "instrument", "transport", "database"},
     "aggregator": {"diagnosis", "track", "transport", "database"},
     "runs": {"diagnosis", "track", "traces", "database"},
-    "renderers": {"runs", "diagnosis", "database"},
+    "renderers": {"runs", "whatif", "diagnosis", "database"},
     "display": {"renderers", "runs", "diagnosis", "database"},
 }
 # Folders of a divided room: what each may import beside itself and the leaves, as folders, modules or whole rooms.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from traceml import cli
-from traceml.cli import checks
+from traceml.cli.checks import local_checks
 from traceml.settings import declarations, load
 from traceml.transport import auth
 from traceml.transport.runs_folder import AggregatorAddress, FolderLock
@@ -20,7 +20,7 @@ from traceml.transport.runs_folder import AggregatorAddress, FolderLock
 def quick(monkeypatch, tmp_path):
     """Leave out torch, which takes a second, and the working directory's own settings."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checks, "_torch", lambda: checks.Check("torch", "ok", "2.0"))
+    monkeypatch.setattr(local_checks, "_torch", lambda: local_checks.Check("torch", "ok", "2.0"))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     monkeypatch.setenv("TRACEML_PORT", str(port))
@@ -86,7 +86,7 @@ def test_runs_dir_that_is_a_file(quick, capsys, monkeypatch, tmp_path):
 
 def test_runs_dir_that_is_not_there_yet(tmp_path):
     """A folder that will be created is fine, and the check leaves nothing behind."""
-    check = checks._runs_dir(tmp_path / "a" / "b")
+    check = local_checks._runs_dir(tmp_path / "a" / "b")
 
     assert check.state == "ok"
     assert "will be created" in check.text
@@ -95,8 +95,8 @@ def test_runs_dir_that_is_not_there_yet(tmp_path):
 
 def test_runs_dir_on_a_network_filesystem(tmp_path, monkeypatch):
     """A folder on NFS works, and the check says what it costs."""
-    monkeypatch.setattr(checks, "network_filesystem", lambda path: "nfs4" if path == tmp_path else None)
-    check = checks._runs_dir(tmp_path)
+    monkeypatch.setattr(local_checks, "network_filesystem", lambda path: "nfs4" if path == tmp_path else None)
+    check = local_checks._runs_dir(tmp_path)
 
     assert check.state == "note"
     assert "on a network filesystem (nfs4)" in check.text
@@ -106,7 +106,7 @@ def test_runs_dir_on_a_network_filesystem(tmp_path, monkeypatch):
 def test_port_taken_by_a_stranger():
     """A foreign server on the port is broken, as `serve` could not start there."""
     with socket.create_server(("127.0.0.1", 0)) as stranger:
-        check = checks._aggregator(load(port=stranger.getsockname()[1]))
+        check = local_checks._aggregator(load(port=stranger.getsockname()[1]))
 
     assert check.state == "broken"
     assert "TRACEML_PORT" in check.hint
@@ -119,14 +119,14 @@ def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch):
     auth.publish("127.0.0.1", 29765, "secret", runs_dir=str(tmp_path / "other"))
     config = load({}, tmp_path, runs_dir=tmp_path / "runs")
 
-    check = checks._aggregator(config)
+    check = local_checks._aggregator(config)
 
     assert check.state == "note"
     assert f"serves another runs folder, {tmp_path / 'other'}" in check.text
     assert "--port 0" in check.hint
     with socket.create_server(("127.0.0.1", 0)) as stranger, FolderLock.take(tmp_path / "runs") as lock:
         lock.publish(AggregatorAddress(*stranger.getsockname()))
-        assert str(stranger.getsockname()[1]) in checks._aggregator(config).text
+        assert str(stranger.getsockname()[1]) in local_checks._aggregator(config).text
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_aggregator_of_another_folder_is_a_note(tmp_path, monkeypatch):
 )
 def test_torch(script, state, says):
     """The error of a torch that cannot be imported, or crashes, is its last line of output."""
-    check = checks._torch((sys.executable, "-c", script))
+    check = local_checks._torch((sys.executable, "-c", script))
 
     assert check.state == state
     assert says in check.text
@@ -148,9 +148,9 @@ def test_torch(script, state, says):
 
 def test_missing_package_is_broken(monkeypatch):
     """A missing required package is named."""
-    monkeypatch.setattr(checks, "_version", lambda name: None if name == "zstandard" else "1.0")
+    monkeypatch.setattr(local_checks, "_version", lambda name: None if name == "zstandard" else "1.0")
 
-    (check,) = checks._packages()
+    (check,) = local_checks._packages()
 
     assert (check.state, check.text) == ("broken", "not installed: zstandard")
     assert check.hint == "pip install zstandard"
@@ -158,8 +158,8 @@ def test_missing_package_is_broken(monkeypatch):
 
 def test_no_shared_memory_is_a_note(tmp_path):
     """Without /dev/shm tracing works from the run's folder: a note, not a fault."""
-    assert checks._flight_folder(Path("/nonexistent")).state == "note"
-    assert checks._flight_folder(tmp_path).state == "ok"
+    assert local_checks._flight_folder(Path("/nonexistent")).state == "note"
+    assert local_checks._flight_folder(tmp_path).state == "ok"
 
 
 @pytest.mark.process

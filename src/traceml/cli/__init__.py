@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("traceml.cli.compare", "show what got slower from run A to run B, and if it is significant"),
     "export": ("traceml.cli.export", "export a run for Perfetto, dftracer, pandas, DuckDB: --format FORMAT"),
     "analyze": ("traceml.cli.analyze", "summarize traces of dftracer, torch.profiler, Perfetto or traceml"),
+    "whatif": ("traceml.cli.whatif", "simulate a hybrid-parallel job without its stragglers"),
     "sync": ("traceml.cli.sync", "upload what a tracker is still missing"),
     "runs": ("traceml.cli.runs", "list the runs on this disk, or remove old ones"),
     "doctor": ("traceml.cli.doctor", "check the installation, settings, ports and devices"),

@@ -13,8 +13,8 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from traceml.cli.checks import Check, Setting, all_checks, setting_values
-from traceml.cli.host_checks import host_checks
+from traceml.cli.checks.host_checks import host_checks
+from traceml.cli.checks.local_checks import Check, Setting, all_checks, setting_values
 from traceml.cli.parsing import parse
 from traceml.errors import SettingsError, UsageError
 from traceml.formatting import printable
@@ -74,7 +74,7 @@ def _check_backends(options: DoctorOptions) -> Iterator[Check]:
     if not options.backends:
         return
 
-    from traceml.cli.backend_checks import backend_checks
+    from traceml.cli.checks.backend_checks import backend_checks
 
     try:
         config = load()

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.launch.hosts import Hosts
-from traceml.cli.host_checks import host_checks
+from traceml.cli.checks.host_checks import host_checks
 from traceml.launch.launcher.preflight import HostFacts, LinkFacts, Preflight, slow_hosts
 
 FACTS = {

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from traceml.cli.checks import Check
+from traceml.cli.checks.local_checks import Check
 from traceml.database.store.reader import StoreReader
 from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import PluginError, RunNotFoundError, StoreError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from traceml.cli.checks import Check
+from traceml.cli.checks.local_checks import Check
 from traceml.formatting import bytes_text
 from traceml.launch.launcher.preflight import HostFacts, Preflight, slow_hosts
 

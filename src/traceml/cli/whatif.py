@@ -1,0 +1,75 @@
+"""`traceml whatif`: what stragglers cost a hybrid-parallel job."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from traceml.cli.parsing import parse
+
+__all__ = ["main"]
+
+
+@dataclass(frozen=True)
+class WhatIfOptions:
+    """Simulate a hybrid-parallel job without its stragglers, from a trace of its operations.
+
+    Shows how much longer a step takes than if all operations of a kind took the same time.
+
+    And whose the difference is: kind of operation, data-parallel rank, pipeline stage, worker.
+
+    The columns of the trace stand in docs/whatif.md.
+    """
+
+    trace: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRACE.parquet", help_behavior_hint="")]
+    """Parquet file with a row for each operation."""
+    meta: Annotated[Path, tyro.conf.arg(metavar="META.yaml", help_behavior_hint="")]
+    """YAML file with dp_size, pp_size, tp_size, vpp_size and world_size of the job."""
+    json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
+    """Print the result as JSON and nothing else."""
+    heatmap: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png", help_behavior_hint="")] = None
+    """Write a picture of the workers' slowdowns."""
+    timeline: Annotated[Path | None, tyro.conf.arg(metavar="FILE.json", help_behavior_hint="")] = None
+    """Write ten steps as recorded and without stragglers, for ui.perfetto.dev."""
+
+
+def main(argv: list[str]) -> int:
+    """Print what stragglers cost a job."""
+    options = parse(WhatIfOptions, argv, prog="traceml whatif")
+
+    import msgspec
+
+    from traceml.whatif.straggler_cost import explain_job
+    from traceml.whatif.trace_loading import load_job
+
+    job = load_job(options.trace, options.meta)
+    result = explain_job(job)
+    if options.heatmap is not None:
+        from traceml.whatif.heatmap import draw_heatmap
+
+        draw_heatmap(result, options.heatmap)
+
+    if options.timeline is not None:
+        from traceml.whatif.ideal_timeline import write_timeline
+
+        count = write_timeline(job, options.timeline)
+        print(f"{count:,} operations written to {options.timeline}", file=sys.stderr)
+
+    if options.json:
+        print(json.dumps(msgspec.to_builtins(result, str_keys=True), indent=2, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from traceml.renderers.text.viewport import Viewport
+        from traceml.renderers.text.what_if import what_if_lines
+
+        console = Console(highlight=False)
+        for line in what_if_lines(result, Viewport.of(console)):
+            console.print(line, soft_wrap=True)
+
+    return 0

@@ -1,0 +1,119 @@
+"""The cause of a job's slowdown in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from traceml.formatting import factor_text, percent_text
+from traceml.whatif.operations import BACKWARD, FORWARD, MEDIAN_KINDS, JobTrace
+
+__all__ = ["cause_of"]
+
+# A job with less has no stragglers worth mending; half of the lost time makes a group the cause: sections 4.1 and 5 of
+# the paper.
+_SLOW = 1.1
+_MOST = 0.5
+# Forward and backward times of micro-batches that correlate this much follow their sequences' lengths: section 5.3.
+_CORRELATED = 0.9
+
+Worker = tuple[int, int]
+
+
+def cause_of(
+    job: JobTrace,
+    *,
+    slowdown: float,
+    by_kind: Mapping[str, float],
+    worst: Sequence[Worker],
+    worker_share: float | None,
+    stage_share: float | None,
+) -> str:
+    """Return what makes a job slow, in one or two sentences.
+
+    Args:
+        job: the operations.
+        slowdown: of the whole job.
+        by_kind: slowdown by kind of operation.
+        worst: workers with the highest scores, as (dp_rank, stage).
+        worker_share: share of the lost time that these explain.
+        stage_share: share of the lost time that the last stage explains.
+    """
+    if slowdown < _SLOW or worker_share is None or stage_share is None:
+        return f"No stragglers: without any, a step would be {factor_text(slowdown)} as fast."
+
+    if worker_share >= _MOST and worker_share > stage_share:
+        return _slow_workers(job, worst, worker_share)
+
+    if stage_share >= _MOST:
+        alone = " (or its only worker is slow)" if len(job.dp_ranks) == 1 else ""
+        return (
+            f"The last pipeline stage, {job.stages[-1]}, explains {_capped(stage_share)} of the lost time: it has more "
+            f"work than the others{alone}. Move layers from it to other stages."
+        )
+
+    if (correlation := length_correlation(job)) >= _CORRELATED:
+        return (
+            "The micro-batches differ in work on all workers: forward and backward times go together (correlation "
+            f"{correlation:.2f}), as with sequences of different lengths. Balance the lengths over micro-batches."
+        )
+
+    kind, score = max(by_kind.items(), key=lambda item: item[1])
+    where = "on many workers" if kind not in MEDIAN_KINDS else "between many workers"
+    return f"{kind} takes differently long {where}: it alone makes a step {factor_text(score)} as long."
+
+
+def _slow_workers(job: JobTrace, worst: Sequence[Worker], share: float) -> str:
+    kind, ratio = max(((kind, _ratio(job, kind, worst)) for kind in (FORWARD, BACKWARD)), key=lambda pair: pair[1])
+    names = ", ".join(
+        f"rank {job.rank_of(*worker)} (data-parallel rank {worker[0]}, stage {worker[1]})" for worker in worst[:3]
+    )
+    more = f" and {len(worst) - 3} more workers" if len(worst) > 3 else ""
+    return (
+        f"{names}{more} explain{'s' if len(worst) == 1 else ''} {_capped(share)} of the lost time: {kind} takes "
+        f"{factor_text(ratio)} as long there as on other workers. Look at the hardware of the host, or replace it."
+    ).replace("rank", "Rank", 1)
+
+
+def _capped(share: float) -> str:
+    return percent_text(min(share, 1.0))
+
+
+def _ratio(job: JobTrace, kind: str, workers: Sequence[Worker]) -> float:
+    """Return how much longer an operation takes on these workers than on the median worker."""
+    means = {
+        (dp_rank, stage): float(
+            job.duration_s[
+                [i for i, each in enumerate(job.operations) if (each.kind, each.stage) == (kind, stage)], place
+            ].mean()
+        )
+        for place, dp_rank in enumerate(job.dp_ranks)
+        for stage in job.stages
+    }
+    others = [mean for worker, mean in means.items() if worker not in workers] or list(means.values())
+    return float(np.mean([means[worker] for worker in workers]) / np.median(others))
+
+
+def length_correlation(job: JobTrace) -> float:
+    """Return how much the backward times of micro-batches follow their forward times, -1..1.
+
+    The mean over workers of the correlation over all micro-batches of all steps; the last stage, whose forward
+    contains the loss, is left out where there are others.
+    """
+    stages = job.stages[:-1] or job.stages
+    pairs = {
+        (each.kind, each.stage, each.chunk, each.micro_batch): i
+        for i, each in enumerate(job.operations)
+        if each.stage in stages and each.kind in (FORWARD, BACKWARD)
+    }
+    correlations = []
+    for stage in stages:
+        keys = [key[1:] for key in pairs if key[0] == FORWARD and key[1] == stage and (BACKWARD, *key[1:]) in pairs]
+        forwards, backwards = (job.duration_s[[pairs[kind, *key] for key in keys]] for kind in (FORWARD, BACKWARD))
+        for place in range(len(job.dp_ranks)):
+            both = forwards[:, place].ravel(), backwards[:, place].ravel()
+            if both[0].size > 2 and min(times.std() for times in both) > 0:
+                correlations.append(float(np.corrcoef(*both)[0, 1]))
+
+    return float(np.mean(correlations)) if correlations else 0.0

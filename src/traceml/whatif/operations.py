@@ -1,0 +1,122 @@
+"""Operations of a hybrid-parallel job: their kinds, and their times as matrices over workers and steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "BACKWARD",
+    "COLLECTIVES",
+    "COMPUTE",
+    "FORWARD",
+    "MEDIAN_KINDS",
+    "TRANSFERS",
+    "JobTrace",
+    "Layout",
+    "Operation",
+    "reported_kind",
+]
+
+FORWARD, BACKWARD = "forward-compute", "backward-compute"
+COMPUTE = (FORWARD, BACKWARD)
+TRANSFERS = ("forward-send", "forward-recv", "backward-send", "backward-recv")
+# Collectives that all data-parallel ranks join.
+COLLECTIVES = (
+    "params-all-gather",
+    "grads-reduce-scatter",
+    "separate-grads-all-reduce",
+    "optimizer-clip-main-grad",
+)
+# Kinds whose ideal time is the median, which a few delays of the network do not move; of the others it is the mean.
+MEDIAN_KINDS = frozenset((*TRANSFERS, *COLLECTIVES, "layernorm-grads-all-reduce", "embedding-grads-all-reduce"))
+
+Times = NDArray[np.float64]
+
+
+def reported_kind(kind: str) -> str:
+    """Return the kind under which results show an operation: both ends of a transfer are one."""
+    return f"{kind.partition('-')[0]}-pp-comm" if kind in TRANSFERS else kind
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of a training step, the same in each step and on each data-parallel rank.
+
+    Attributes:
+        kind: `optype` of the trace.
+        number: `seq_id`, the order among operations of this kind on a worker.
+        stage: pipeline stage.
+        chunk: model chunk on the worker, -1 if none.
+        global_chunk: model chunk in the whole pipeline, -1 if none.
+        micro_batch: `mb_id`, -1 if none.
+    """
+
+    kind: str
+    number: int
+    stage: int
+    chunk: int
+    global_chunk: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.number} of stage {self.stage}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Division of the work over the ranks of a job, from its YAML file."""
+
+    trial_name: str = ""
+    dp_size: int = 1
+    pp_size: int = 1
+    tp_size: int = 1
+    dsp_size: int = 1
+    vpp_size: int = 1
+    world_size: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobTrace:
+    """The operations of a job's steps.
+
+    Attributes:
+        layout: how the ranks divide the work.
+        operations: of one step of one data-parallel rank.
+        dp_ranks: numbers of the data-parallel ranks.
+        steps: numbers of the steps.
+        steps_left_out: steps with other operations than most.
+        ranks: rank of each worker, shape (dp_ranks, stages).
+        start_s: starts of operations in seconds, shape (operations, dp_ranks, steps).
+        duration_s: their durations, same shape.
+    """
+
+    layout: Layout
+    operations: tuple[Operation, ...]
+    dp_ranks: tuple[int, ...]
+    steps: tuple[int, ...]
+    steps_left_out: int
+    ranks: NDArray[np.int64]
+    start_s: Times
+    duration_s: Times
+
+    @cached_property
+    def stages(self) -> tuple[int, ...]:
+        """Numbers of the pipeline stages."""
+        return tuple(sorted({operation.stage for operation in self.operations}))
+
+    @cached_property
+    def end_s(self) -> Times:
+        """Ends of operations, as `start_s`."""
+        return self.start_s + self.duration_s
+
+    def rank_of(self, dp_rank: int, stage: int) -> int:
+        """Return the rank of a worker."""
+        return int(self.ranks[self.dp_ranks.index(dp_rank), self.stages.index(stage)])
+
+    def step_times_s(self) -> Times:
+        """Return the duration of each step as recorded, from its first start to its last end."""
+        return np.asarray(self.end_s.max(axis=(0, 1)) - self.start_s.min(axis=(0, 1)))

@@ -1,0 +1,184 @@
+"""Read a job's operations from Parquet, and its layout from YAML."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from traceml.errors import TraceEmptyError, TraceNotFoundError, UsageError
+from traceml.whatif.operations import JobTrace, Layout, Operation
+
+__all__ = ["load_job"]
+
+_INTEGERS = ("dp_rank", "stage", "rank", "step", "seq_id", "mc", "gmc", "mb_id")
+_COLUMNS = (*_INTEGERS, "optype", "start_ts", "duration")
+_NEEDS = "traceml whatif needs {}: pip install 'traceml[whatif]'"
+
+Integers = NDArray[np.int64]
+
+
+def load_job(trace: Path, meta: Path) -> JobTrace:
+    """Return the operations of a job.
+
+    Args:
+        trace: Parquet file with a row for each operation: `dp_rank`, `stage`, `rank`, `step`, `optype`, `start_ts` and
+            `duration` in seconds, `seq_id`, `mc`, `gmc`, `mb_id`.
+        meta: YAML file with `dp_size`, `pp_size`, `tp_size`, `vpp_size`, `world_size`.
+
+    Raises:
+        TraceNotFoundError: a file does not exist.
+        TraceEmptyError: the trace has no complete step.
+        UsageError: a file cannot be read, or the two do not fit together.
+    """
+    layout = _layout(meta)
+    rows = _rows(trace)
+    steps, step_of = np.unique(rows["step"], return_inverse=True)
+    dp_ranks, dp_of = np.unique(rows["dp_rank"], return_inverse=True)
+    operations, operation_of = _operations(rows)
+    if len(dp_ranks) != layout.dp_size or len({each.stage for each in operations}) != layout.pp_size:
+        raise UsageError(
+            f"{trace} has {len(dp_ranks)} data-parallel ranks and {len({each.stage for each in operations})} stages, "
+            f"but {meta} says dp_size {layout.dp_size} and pp_size {layout.pp_size}"
+        )
+
+    where = (operation_of, dp_of, step_of)
+    shape = (len(operations), len(dp_ranks), len(steps))
+    counts = np.zeros(shape, np.int64)
+    np.add.at(counts, where, 1)
+    _refuse_duplicates(trace, operations, counts)
+    kept_operations, kept_steps = _complete(counts.astype(bool))
+    if not kept_steps.any():
+        raise TraceEmptyError(f"{trace} has no step in which every data-parallel rank has the same operations")
+
+    times = {}
+    for name in ("start_ts", "duration"):
+        matrix = np.full(shape, np.nan)
+        matrix[where] = rows[name]
+        times[name] = matrix[kept_operations][:, :, kept_steps]
+
+    return JobTrace(
+        layout=layout,
+        operations=tuple(operation for operation, kept in zip(operations, kept_operations, strict=True) if kept),
+        dp_ranks=tuple(dp_ranks.tolist()),
+        steps=tuple(steps[kept_steps].tolist()),
+        steps_left_out=int((~kept_steps).sum()),
+        ranks=_worker_ranks(rows, dp_of, layout),
+        start_s=times["start_ts"],
+        duration_s=times["duration"],
+    )
+
+
+def _layout(path: Path) -> Layout:
+    try:
+        import yaml
+    except ImportError as error:
+        raise UsageError(_NEEDS.format("PyYAML")) from error
+
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise TraceNotFoundError(f"there is no file {path}: --meta is the YAML file with the job's layout") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+
+    if not isinstance(values, Mapping):
+        raise UsageError(f"{path} has no fields: expected dp_size, pp_size, tp_size and world_size")
+
+    known = {field.name: values[field.name] for field in fields(Layout) if field.name in values}
+    for name, value in known.items():
+        if name != "trial_name" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UsageError(f"{path}: {name} is {value!r}, expected a positive integer")
+
+    return Layout(**{**known, "trial_name": str(known.get("trial_name", ""))})
+
+
+def _rows(path: Path) -> dict[str, Any]:
+    """Return the columns of the trace as arrays; `optype` as (labels, codes)."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(_NEEDS.format("pyarrow")) from error
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if missing := [name for name in _COLUMNS if name not in file.schema_arrow.names]:
+                raise UsageError(f"{path} has no column {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
+
+            table = file.read(columns=list(_COLUMNS))
+    except FileNotFoundError as error:
+        raise TraceNotFoundError(f"there is no file {path}") from error
+    except pyarrow.ArrowInvalid as error:
+        raise UsageError(f"{path} is not a Parquet file: {' '.join(str(error).split())}") from error
+
+    if not table.num_rows:
+        raise TraceEmptyError(f"{path} has no operation")
+
+    rows: dict[str, Any] = {}
+    try:
+        for name in _INTEGERS:
+            rows[name] = table[name].fill_null(-1).to_numpy().astype(np.int64)
+
+        for name in ("start_ts", "duration"):
+            rows[name] = table[name].to_numpy().astype(np.float64)
+    except (ValueError, TypeError, pyarrow.ArrowInvalid) as error:
+        raise UsageError(f"{path}: column {name} does not consist of numbers ({error})") from error
+
+    if not (np.isfinite(rows["start_ts"]).all() and np.isfinite(rows["duration"]).all()):
+        raise UsageError(f"{path} has operations without a start or a duration")
+
+    rows["optype"] = np.unique(table["optype"].cast(pyarrow.string()).to_numpy().astype(str), return_inverse=True)
+    return rows
+
+
+def _operations(rows: Mapping[str, Any]) -> tuple[list[Operation], Integers]:
+    """Return the distinct operations of a step, and the operation of each row."""
+    labels, codes = rows["optype"]
+    numbers = rows["seq_id"] - rows["seq_id"].min()
+    keys = (rows["stage"] * len(labels) + codes) * (int(numbers.max()) + 1) + numbers
+    _, first, operation_of = np.unique(keys, return_index=True, return_inverse=True)
+    operations = [
+        Operation(
+            kind=str(labels[codes[row]]),
+            number=int(rows["seq_id"][row]),
+            stage=int(rows["stage"][row]),
+            chunk=int(rows["mc"][row]),
+            global_chunk=int(rows["gmc"][row]),
+            micro_batch=int(rows["mb_id"][row]),
+        )
+        for row in first.tolist()
+    ]
+    return operations, operation_of
+
+
+def _refuse_duplicates(path: Path, operations: list[Operation], counts: Integers) -> None:
+    if counts.max() > 1:
+        operation, dp_rank, _ = np.argwhere(counts > 1)[0].tolist()
+        raise UsageError(
+            f"{path} has {operations[operation]} more than once in a step of data-parallel rank {dp_rank}: "
+            "it must have the operations of one worker for each data-parallel rank and stage"
+        )
+
+
+def _complete(present: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Return the operations that most steps have, and the steps that have exactly these on all ranks."""
+    alike = (present == present[:, :1]).all(axis=(0, 1))
+    sets = [present[:, 0, step].tobytes() if alike[step] else None for step in range(present.shape[2])]
+    common = Counter(each for each in sets if each is not None).most_common(1)
+    if not common:
+        return present[:, 0, 0], alike
+
+    return np.frombuffer(common[0][0], bool), np.array([each == common[0][0] for each in sets])
+
+
+def _worker_ranks(rows: Mapping[str, Any], dp_of: Integers, layout: Layout) -> Integers:
+    ranks = np.zeros((layout.dp_size, layout.pp_size), np.int64)
+    _, stage_of = np.unique(rows["stage"], return_inverse=True)
+    ranks[dp_of, stage_of] = rows["rank"]
+    return ranks

@@ -1,0 +1,73 @@
+"""`traceml whatif` as users call it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from tests.whatif.generated_job import GeneratedJob, usual_s
+from traceml.cli import main
+
+
+def slow_worker(kind, dp_rank, stage, step, micro_batch):
+    factor = 2 if "compute" in kind and (dp_rank, stage) == (1, 2) else 1
+    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+@pytest.fixture
+def words(tmp_path):
+    trace, meta = GeneratedJob(seconds=slow_worker).run().write(tmp_path)
+    return ["whatif", str(trace), "--meta", str(meta)]
+
+
+def test_json_is_the_contract(capsys, words):
+    assert main([*words, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+
+    assert result["schema"] == "traceml.whatif/1"
+    assert result["slowdown"] > 1.4
+    assert next(iter(result["by_dp_rank"])) == "1"
+    assert next(iter(result["by_stage"])) == "2"
+    assert next(iter(result["by_worker"])) == "1,2"
+    assert {"forward-compute", "backward-compute", "forward-pp-comm", "optimizer"} <= set(result["by_optype"])
+    assert result["worker_share"] > 0.9 > result["stage_share"]
+    assert "Rank 5" in result["cause"]
+
+
+def test_screen_fits_80_columns(capsys, words, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+
+    assert lines[0] == "Stragglers make a step 1.47x as long."
+    assert any(line.startswith("dp rank 1, stage 2") for line in lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_heatmap_and_timeline(capsys, words, tmp_path):
+    picture, timeline = tmp_path / "workers.png", tmp_path / "steps.json.gz"
+    assert main([*words, "--heatmap", str(picture), "--timeline", str(timeline)]) == 0
+
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    events = json.loads(gzip.decompress(timeline.read_bytes()))["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert names == {f"dp rank {rank}, {words}" for rank in (0, 1) for words in ("recorded", "without stragglers")}
+    spans = [event for event in events if event["ph"] == "X"]
+    ends = [
+        max(each["ts"] + each["dur"] for each in spans if (each["pid"] < 2) == recorded) for recorded in (True, False)
+    ]
+    assert ends[0] > 1.3 * ends[1]
+    assert min(each["dur"] for each in spans) >= 0
+    assert f"{len(spans):,} operations written" in capsys.readouterr().err
+
+
+def test_format_that_cannot_be_drawn(capsys, words, tmp_path):
+    assert main([*words, "--heatmap", str(tmp_path / "workers.xyz")]) == 2
+    assert "xyz" in capsys.readouterr().err
+
+
+def test_missing_options(capsys, words):
+    assert main(words[:2]) == 2
+    assert "--meta" in capsys.readouterr().err

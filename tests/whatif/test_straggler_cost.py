@@ -1,0 +1,131 @@
+"""Slowdowns of generated jobs whose truth is known."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.whatif.generated_job import GeneratedJob, usual_s
+from traceml.whatif.straggler_cost import WhatIf, explain_job
+from traceml.whatif.trace_loading import load_job
+
+SHAPES = [
+    {},
+    {"dp": 1},
+    {"pp": 1},
+    {"pp": 2, "micro_batches": 3},
+    {"chunks": 2},
+    {"chunks": 3, "micro_batches": 4},
+    {"overlap": True},
+    {"chunks": 2, "overlap": True},
+]
+
+
+def explained(job: GeneratedJob, folder: Path) -> WhatIf:
+    return explain_job(load_job(*job.run().write(folder)))
+
+
+def slow_worker(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    factor = 2 if "compute" in kind and (dp_rank, stage) == (1, 2) else 1
+    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+def long_last_stage(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    factor = 1.6 if "compute" in kind and stage == 3 else 1
+    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+def different_lengths(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    factor = random.Random(f"{dp_rank},{step},{micro_batch}").uniform(0.6, 1.6) if "compute" in kind else 1
+    return factor * usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+def slow_reduction(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+    return 0.5 if kind == "grads-reduce-scatter" and step == 1 else usual_s(kind, dp_rank, stage, step, micro_batch)
+
+
+@pytest.mark.parametrize("seconds", [usual_s, slow_worker, long_last_stage, different_lengths, slow_reduction])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_simulation_repeats_the_recorded_steps(shape, seconds, tmp_path):
+    """With the recorded durations each step takes as long as the schedule made it."""
+    job = GeneratedJob(**shape, seconds=seconds)
+    result = explained(job, tmp_path)
+
+    assert result.simulated_step_s == pytest.approx(sum(job.step_s) / len(job.step_s), rel=1e-9)
+    assert result.recorded_step_s == pytest.approx(result.simulated_step_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_workers_lose_nothing(shape, tmp_path):
+    result = explained(GeneratedJob(**shape), tmp_path)
+
+    assert result.slowdown == pytest.approx(1)
+    scores = [*result.by_optype.values(), *result.by_worker.values()]
+    assert scores == pytest.approx([1.0] * len(scores))
+    assert (result.worker_share, result.stage_share) == (None, None)
+    assert result.cause.startswith("No stragglers")
+
+
+@pytest.mark.parametrize("shape", [{}, {"chunks": 2}, {"overlap": True}], ids=str)
+def test_slow_worker_is_named(shape, tmp_path):
+    """The ideal job is the one in which all workers take the mean time."""
+    result = explained(GeneratedJob(**shape, seconds=slow_worker), tmp_path)
+
+    def mean(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+        return usual_s(kind, dp_rank, stage, step, micro_batch) * (9 / 8 if "compute" in kind else 1)
+
+    ideal = GeneratedJob(**shape, seconds=mean).run()
+    assert result.ideal_step_s == pytest.approx(ideal.step_s[0], rel=1e-9)
+    assert result.slowdown == pytest.approx(result.simulated_step_s / ideal.step_s[0])
+    assert result.worst_workers == [5]
+    assert next(iter(result.by_worker)) == "1,2"
+    assert result.worker_share > 0.9
+    assert "Rank 5 (data-parallel rank 1, stage 2)" in result.cause
+    assert "2.0x as long" in result.cause
+
+
+@pytest.mark.parametrize("shape", [{}, {"chunks": 2}], ids=str)
+def test_long_last_stage(shape, tmp_path):
+    result = explained(GeneratedJob(**shape, seconds=long_last_stage), tmp_path)
+
+    assert next(iter(result.by_stage)) == 3
+    assert result.stage_share > 0.9
+    assert result.worker_share < 0.5
+    assert "last pipeline stage, 3" in result.cause
+
+
+def test_different_lengths_of_sequences(tmp_path):
+    result = explained(GeneratedJob(seconds=different_lengths), tmp_path)
+
+    assert result.slowdown > 1.1
+    assert "different lengths" in result.cause
+    assert max(result.worker_share, result.stage_share) < 0.5
+
+
+def test_one_worker_per_stage_cannot_be_told_from_its_stage(tmp_path):
+    result = explained(GeneratedJob(dp=1, seconds=long_last_stage), tmp_path)
+
+    assert "or its only worker is slow" in result.cause
+
+
+def test_kind_of_operation(tmp_path):
+    """A collective that is slow now and then keeps the median as its ideal time."""
+
+    def seconds(kind: str, dp_rank: int, stage: int, step: int, micro_batch: int) -> float:
+        return 3.0 if kind == "grads-reduce-scatter" and step == 1 else usual_s(kind, dp_rank, stage, step, micro_batch)
+
+    result = explained(GeneratedJob(seconds=seconds), tmp_path)
+
+    assert next(iter(result.by_optype)) == "grads-reduce-scatter"
+    assert result.by_optype["grads-reduce-scatter"] == pytest.approx(result.slowdown)
+    assert "grads-reduce-scatter" in result.cause
+
+
+def test_scenarios_in_batches_are_those_at_once(tmp_path, monkeypatch):
+    job = load_job(*GeneratedJob(seconds=slow_worker).run().write(tmp_path))
+    at_once = explain_job(job)
+    monkeypatch.setattr("traceml.whatif.simulation._BATCH_BYTES", 1)
+
+    assert explain_job(job) == at_once
