@@ -42,6 +42,15 @@ def manual(rank: int) -> tuple[nn.Module, nn.Module]:
     return model, model
 
 
+def tensor_parallel(rank: int) -> tuple[nn.Module, nn.Module]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    mesh = init_device_mesh("cpu", (2,))
+    return model, parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
 class Slow(nn.Module):
     """Takes 5 ms in the backward pass of rank 1."""
 

@@ -15,7 +15,7 @@ from tests.instrument.ranks import STEPS_DONE
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-KINDS = ["ddp", "ddp_no_sync", "fsdp2", "manual"]
+KINDS = ["ddp", "ddp_no_sync", "fsdp2", "manual", "tensor_parallel"]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_two_ranks(kind: str, found: dict[str, list[dict[str, Any]]]) -> None:
 
         assert all(row["callback"] for row in rows if row["step"] % 4 == 0)
         if kind != "fsdp2":  # torch's own Python calls collectives there; which ones depends on its version
-            assert all((row["comm_ns"] > 0) == (kind == "manual") for row in rows)
+            assert all((row["comm_ns"] > 0) == (kind in ("manual", "tensor_parallel")) for row in rows)
 
     sequences = [[row["sequence"] for row in rank["rows"]] for rank in ranks]
     assert sequences[0] == sorted(sequences[0])

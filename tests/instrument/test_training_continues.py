@@ -61,6 +61,7 @@ _GUARDS = frozenset(
         "UserPhase.__exit__",
         "_TracedIterator.__next__",
         "_fail_open.<locals>.call",
+        "_differentiates_parameters",
         "_measure_own.<locals>.finished",
         "_measure_own.<locals>.queue",
         "patch_loaders.<locals>.token_of",
@@ -129,9 +130,11 @@ def losses(traced: Instrumentation | None) -> list[float]:
         optimizer.zero_grad()
         loss = model(torch.randn(2, 4)).square().mean()
         loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         found.append(loss.item())
 
+    found += [grad.sum().item() for grad in torch.autograd.grad(model(torch.ones(2, 4)).mean(), model.parameters())]
     return found
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -155,9 +156,41 @@ def own_update_of_tensors_without_loader() -> None:
         update([weight])
 
 
+def step_by_grad(model: nn.Module, x: torch.Tensor) -> None:
+    """A step as in `torch.autograd.grad`'s own examples, whose inputs may be a generator."""
+    grads = torch.autograd.grad(model(x).square().mean(), model.parameters())
+    with torch.no_grad():
+        for parameter, grad in zip(model.parameters(), grads, strict=True):
+            parameter -= 0.01 * grad
+
+
+def autograd_grad() -> None:
+    model = net()
+    for (x,) in data(B):
+        step_by_grad(model, x)
+
+
+def autograd_grad_without_loader() -> None:
+    model = net()
+    for _ in range(B):
+        step_by_grad(model, X)
+
+
+def autograd_grad_of_tensors() -> None:
+    weights = [torch.randn(4, 4, requires_grad=True), torch.randn(4, 1, requires_grad=True)]
+    for (x,) in data(B):
+        grads = torch.autograd.grad((x @ weights[0] @ weights[1]).square().mean(), weights)
+        with torch.no_grad():
+            for weight, grad in zip(weights, grads, strict=True):
+                weight -= 0.01 * grad
+
+
 @pytest.mark.parametrize(
     ("loop", "evaluations"),
     [
+        (autograd_grad, 0),
+        (autograd_grad_without_loader, 0),
+        (autograd_grad_of_tensors, 0),
         (own_update, 0),
         (own_update_in_epochs, 12),
         (own_update_of_tensors, 0),
@@ -172,6 +205,53 @@ def test_training_without_an_optimizer(traced: Traced, loop: Callable[[], None],
     assert len(rows) == B
     assert all(row["backward_ns"] > 0 and row["flags"] & StepFlag.INFERRED for row in rows)
     assert sum(row["batches"] for row in traced.table("evals")) == evaluations
+
+
+def test_gradients_of_inputs_and_inner_loops(traced: Traced) -> None:
+    """They are backward time of the step, and no step or micro-batch of their own."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(20):
+        x.requires_grad_()
+        (attack,) = torch.autograd.grad(model(x).sum(), x)
+        (penalty,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+        inner = torch.autograd.grad(model(x).square().mean(), tuple(model.parameters()), create_graph=True)
+        optimizer.zero_grad()
+        (model(x + attack).mean() + penalty.square().mean() + sum(grad.square().sum() for grad in inner)).backward()
+        optimizer.step()
+
+    rows = traced.finish()
+    assert [row["micro"] for row in rows] == [1] * 20
+
+
+def slowly(tensors: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Yield after two milliseconds."""
+    time.sleep(0.002)
+    yield from tensors
+
+
+def clip_norm(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(slowly(model.parameters()), 1.0)
+
+
+def clip_value(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_(slowly(model.parameters()), 1.0)
+
+
+@pytest.mark.parametrize("clip", [clip_norm, clip_value])
+def test_clipping_is_optimizer_time(traced: Traced, clip: Callable[[nn.Module], None]) -> None:
+    """What is done to the gradients before the update belongs to the update."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(5):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        clip(model)
+        optimizer.step()
+
+    rows = traced.finish()
+    assert len(rows) == 5
+    assert all(row["optimizer_ns"] >= 2_000_000 for row in rows)
 
 
 def train_all(steps: int, *, with_loader: bool) -> None:

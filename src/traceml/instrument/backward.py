@@ -1,14 +1,16 @@
 """Timing of backward passes, and of the part until the last local gradient.
 
-`Tensor.backward` calls `torch.autograd.backward`, so one patch covers both. Under DDP all ranks leave backward
-together, so its wall time says nothing about a rank's own work. A hook on the loss queues a callback on the autograd
-engine. It runs after the last local gradient and before DDP's callback, which waits for the other ranks. It costs 12
-us, so only some steps have it: see `StepClock.is_detailed`.
+`Tensor.backward` calls `torch.autograd.backward`, so one patch covers both. `torch.autograd.grad` is a backward pass of
+the training if it computes gradients of parameters, and not their graph, as an inner loop does.
+
+Under DDP all ranks leave backward together, so its wall time says nothing about a rank's own work. A hook on the loss
+queues a callback on the autograd engine. It runs after the last local gradient and before DDP's callback, which waits
+for the other ranks. It costs 12 us, so only some steps have it: see `StepClock.is_detailed`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,8 +29,9 @@ _CALLBACK = int(StepFlag.CALLBACK)
 
 
 def patch_backward(patches: Patches, clock: StepClock) -> None:
-    """Time `torch.autograd.backward` on the training thread."""
+    """Time `torch.autograd.backward` and `torch.autograd.grad` on the training thread."""
     patches.wrap(torch.autograd, "backward", timed_backward(torch.autograd.backward, clock))
+    patches.wrap(torch.autograd, "grad", _timed_grad(torch.autograd.grad, clock))
 
 
 def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[..., None]:
@@ -66,6 +69,40 @@ def timed_backward(original: Callable[..., None], clock: StepClock) -> Callable[
                 fail(error)
 
     return clock.bind(backward)
+
+
+def _timed_grad(original: Callable[..., Any], clock: StepClock) -> Callable[..., Any]:
+    """Return a function that calls `original`, which is `torch.autograd.grad`, and times it."""
+
+    def grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return original(outputs, inputs, *args, **kwargs)
+
+        inputs = tuple(inputs) if isinstance(inputs, Iterator) else inputs
+        if _differentiates_parameters(clock, inputs, kwargs):
+            return _slow_path(original, clock, outputs, (inputs, *args), kwargs)
+
+        began = clock.enter(_BACKWARD)  # a penalty or an inner loop: a part of the step
+        try:
+            return original(outputs, inputs, *args, **kwargs)
+        finally:
+            if began is not None:
+                clock.leave(_BACKWARD, began)
+
+    return grad
+
+
+def _differentiates_parameters(clock: StepClock, inputs: Any, options: dict[str, Any]) -> bool:
+    """Whether these are gradients of parameters, which an update follows."""
+    try:
+        given = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        if options.get("create_graph") or not all(isinstance(each, torch.Tensor) and each.is_leaf for each in given):
+            return False
+
+        return len(given) > 1 or isinstance(given[0], torch.nn.Parameter)  # else an input, as for an attack on it
+    except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+        clock.fail(error)
+        return False
 
 
 def _slow_path(original: Callable[..., Any], clock: StepClock, tensors: Any, args: Any, kwargs: Any) -> Any:

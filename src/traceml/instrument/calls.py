@@ -19,6 +19,7 @@ __all__ = [
     "patch_collectives",
     "patch_copies",
     "patch_distributed_checkpoint",
+    "patch_functional_collectives",
     "patch_safetensors",
     "timed_call",
 ]
@@ -28,6 +29,10 @@ _H2D, _COMM, _CHECKPOINT = int(Phase.H2D), int(Phase.COMM), int(Phase.CHECKPOINT
 _COLLECTIVE = re.compile(
     r"(all_gather|all_reduce|all_to_all|reduce|reduce_scatter|broadcast|gather|scatter|barrier|monitored_barrier"
     r"|send|recv|isend|irecv|batch_isend_irecv)(_.*)?$"
+)
+_FUNCTIONAL = re.compile(
+    r"(all_gather|all_reduce|all_to_all|broadcast|permute|reduce_scatter|wait)_?(tensor|single|inplace|coalesced"
+    r"|autograd|into|_)*$"
 )
 
 
@@ -53,7 +58,7 @@ def timed_call(original: Callable[..., Any], phase: int, clock: StepClock) -> Ca
 def patch_collectives(patches: Patches, clock: StepClock) -> None:
     """Time the collectives called from Python, and `Work.wait`.
 
-    Collectives issued from C++ (DDP's buckets) or by internal operators are not included.
+    Collectives issued from C++ (DDP's buckets) are not included.
     """
     distributed, c10d = sys.modules["torch.distributed"], sys.modules["torch.distributed.distributed_c10d"]
     # `vars`, not `getattr`: access to deprecated names would warn.
@@ -68,6 +73,17 @@ def patch_collectives(patches: Patches, clock: StepClock) -> None:
     work: Any = getattr(c10d, "Work", None)
     if work is not None:
         patches.replace(work, "wait", _timed_method(work.wait, _COMM, clock))
+
+
+def patch_functional_collectives(patches: Patches, clock: StepClock) -> None:
+    """Time functional collectives, which DTensor calls, and the wait for their results.
+
+    A result waits where it is first used, by `wait_tensor`.
+    """
+    module = sys.modules["torch.distributed._functional_collectives"]
+    for name, value in list(vars(module).items()):
+        if type(value) is FunctionType and _FUNCTIONAL.match(name) and value.__module__ == module.__name__:
+            patches.wrap(module, name, timed_call(value, _COMM, clock))
 
 
 def patch_checkpoint(patches: Patches, clock: StepClock) -> None:

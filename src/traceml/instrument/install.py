@@ -55,6 +55,7 @@ class Instrumentation:
         self._watch = PostImportHook(
             {
                 "torch": self._on_torch_import,
+                "torch.distributed._functional_collectives": self._on_functional_import,
                 "torch.distributed.checkpoint": self._on_checkpoint_import,
                 "safetensors.torch": self._on_safetensors_import,
             }
@@ -182,6 +183,9 @@ class Instrumentation:
         if "torch" in sys.modules and hasattr(sys.modules["torch"], "compiler"):
             self._on_torch_import()
 
+        if "torch.distributed._functional_collectives" in sys.modules:
+            self._on_functional_import()
+
         if "torch.distributed.checkpoint" in sys.modules:
             self._on_checkpoint_import()
 
@@ -201,7 +205,12 @@ class Instrumentation:
         from traceml.instrument.dynamo import skip_own_code
         from traceml.instrument.forward import patch_compile, timer_maker
         from traceml.instrument.loader import patch_loaders
-        from traceml.instrument.optimizer import patch_grad_scaler, patch_optimizer, patch_optimizer_type
+        from traceml.instrument.optimizer import (
+            patch_clipping,
+            patch_grad_scaler,
+            patch_optimizer,
+            patch_optimizer_type,
+        )
 
         clock, patches = self.clock, self._patches
         timer = timer_maker(clock)
@@ -215,6 +224,7 @@ class Instrumentation:
         patch_compile(patches, timer)
         patch_backward(patches, clock)
         patch_grad_scaler(patches, clock)
+        patch_clipping(patches, clock)
         patch_loaders(patches, clock, self._new_loader, lambda: self._guarded(self._discovery.search_recent))
         calls.patch_checkpoint(patches, clock)
         types = built_devices() if self._device_types is None else self._device_types
@@ -276,6 +286,11 @@ class Instrumentation:
         from traceml.instrument.overhead import HookOverhead
 
         self._overhead = HookOverhead(timed_backward)
+
+    def _on_functional_import(self) -> None:
+        from traceml.instrument.calls import patch_functional_collectives
+
+        self._guarded(lambda: patch_functional_collectives(self._patches, self.clock))
 
     def _on_checkpoint_import(self) -> None:
         from traceml.instrument.calls import patch_distributed_checkpoint

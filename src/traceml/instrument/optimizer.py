@@ -20,10 +20,19 @@ from traceml.instrument.accumulator import NOT_READY, OTHER, Began, on_training_
 from traceml.instrument.patches import Patches
 from traceml.instrument.step_clock import StepClock
 
-__all__ = ["is_wrapper", "patch_grad_scaler", "patch_optimizer", "patch_optimizer_type", "timed_step", "timed_update"]
+__all__ = [
+    "is_wrapper",
+    "patch_clipping",
+    "patch_grad_scaler",
+    "patch_optimizer",
+    "patch_optimizer_type",
+    "timed_step",
+    "timed_update",
+]
 
 # Their optimizers wrap the user's. They step it, or skip it while gradients accumulate.
 _FRAMEWORKS = {"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"}
+_CLIPPING = ("clip_grad_norm_", "clip_grad_value_")
 _INPUT_WAIT, _OPTIMIZER = int(Phase.INPUT_WAIT), int(Phase.OPTIMIZER)
 _SKIPPED = int(StepFlag.SKIPPED)
 
@@ -199,6 +208,21 @@ def patch_grad_scaler(patches: Patches, clock: StepClock) -> None:
             _end(clock, optimizer, began, failed=failed)
 
     patches.wrap(GradScaler, "step", step)
+
+
+def patch_clipping(patches: Patches, clock: StepClock) -> None:
+    """Time what is done to the gradients before an optimizer step: clipping, and unscaling by GradScaler."""
+    from torch.amp.grad_scaler import GradScaler
+    from torch.nn import utils
+
+    for name in _CLIPPING:
+        original = getattr(utils, name)
+        wrapper = timed_update(original, clock)
+        for module in (utils.clip_grad, utils):
+            if getattr(module, name, None) is original:
+                patches.wrap(module, name, wrapper)
+
+    patches.wrap(GradScaler, "unscale_", timed_update(GradScaler.unscale_, clock))
 
 
 def _begin(clock: StepClock, optimizer: Any) -> Began | None:
