@@ -61,6 +61,8 @@ _GUARDS = frozenset(
         "UserPhase.__exit__",
         "_TracedIterator.__next__",
         "_fail_open.<locals>.call",
+        "LoaderToken.follow.<locals>.leave",
+        "StepClock.loader_left",
         "_differentiates_parameters",
         "_measure_own.<locals>.finished",
         "_measure_own.<locals>.queue",
@@ -123,12 +125,21 @@ def losses(traced: Instrumentation | None) -> list[float]:
         with torch.no_grad():
             found += [model(x).sum().item() for (x,) in DataLoader(TensorDataset(torch.randn(4, 4)))]
 
+            found += [model(torch.ones(1, 4)).item() for _ in range(2)]
+
         model.train()
 
     optimizer = torch.optim.AdamW(model.parameters())
-    for _ in range(70):
+    (fixed,) = next(iter(DataLoader(TensorDataset(torch.randn(4, 4)), batch_size=2)))
+    for index in range(70):
+        if index == 60:
+            with torch.no_grad():
+                found.append(model.eval()(fixed).sum().item())
+
+            model.train()
+
         optimizer.zero_grad()
-        loss = model(torch.randn(2, 4)).square().mean()
+        loss = model(fixed).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

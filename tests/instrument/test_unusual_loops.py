@@ -254,6 +254,73 @@ def test_clipping_is_optimizer_time(traced: Traced, clip: Callable[[nn.Module], 
     assert all(row["optimizer_ns"] >= 2_000_000 for row in rows)
 
 
+def one_batch() -> None:
+    (x,) = next(iter(data(40)))
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(200):
+        train(model, optimizer, x)
+
+
+def one_batch_of_an_iterator() -> None:
+    batches = iter(data(40))
+    (x,) = next(batches)
+    model = net()
+    optimizer = sgd(model)
+    for _ in range(200):
+        train(model, optimizer, x)
+
+    del batches
+
+
+def a_new_iterator_for_each_batch() -> None:
+    loader, model = data(5), net()
+    optimizer = sgd(model)
+    for _ in range(200):
+        (x,) = next(iter(loader))
+        train(model, optimizer, x)
+
+
+def epochs_that_are_left() -> None:
+    loader, model = data(60), net()
+    optimizer = sgd(model)
+    for _ in range(4):
+        for index, (x,) in enumerate(loader):
+            train(model, optimizer, x)
+            if index == 39:
+                break
+
+    for _ in range(40):
+        train(model, optimizer, x)
+
+
+def five_updates_on_each_batch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(200):
+        for _ in range(5):
+            train(model, optimizer, x)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        one_batch,
+        one_batch_of_an_iterator,
+        a_new_iterator_for_each_batch,
+        epochs_that_are_left,
+        five_updates_on_each_batch,
+    ],
+)
+def test_batches_that_outlive_their_iterator(traced: Traced, loop: Callable[[], None]) -> None:
+    """Steps on the one batch that a loader gave are counted; several updates on each batch are one step."""
+    loop()
+
+    rows = traced.finish()
+    assert len(rows) == 200
+    assert all(row["backward_ns"] > 0 for row in rows)
+
+
 def train_all(steps: int, *, with_loader: bool) -> None:
     model = net()
     optimizer = sgd(model)

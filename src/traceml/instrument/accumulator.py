@@ -84,6 +84,9 @@ class StepListener(Protocol):
     def new_optimizer(self, optimizer: Any) -> None:
         """Handle the first step of an optimizer."""
 
+    def is_trained(self, module: Any) -> bool:
+        """Return whether an optimizer has parameters of the module."""
+
     def upkeep(self, forward_ns: int, backwards: int) -> None:
         """Handle the end of the first step, then of every 64th, given its forward time and backward passes."""
 

@@ -127,6 +127,9 @@ def _begin(clock: StepClock, tensors: Any) -> tuple[Began, Any] | None:
         if clock.awaits_backward:
             clock.first_backward_begins()
 
+        if clock.stretch.start:
+            clock.stretch.end(monotonic_ns())
+
         began = clock.enter(_BACKWARD)
         if began is None:
             return None

@@ -54,6 +54,8 @@ class ModuleDiscovery:
         self._made_ns = monotonic_ns()
         self._scans = self._scan_ns = self._search_at_ns = 0
         self._descents = 0
+        self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._trained: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # answers of `is_trained`
         self._pending: list[weakref.ref[Any]] = []  # modules with new parameters or children since the last search
 
     def watch(self) -> list[Any]:
@@ -84,6 +86,7 @@ class ModuleDiscovery:
             self.add(module)
 
         for optimizer in optimizers:
+            self.note_optimizer(optimizer)
             self._on_optimizer(optimizer)
 
         trained = {id(parameter) for module in roots for parameter in module.parameters()}
@@ -112,6 +115,22 @@ class ModuleDiscovery:
         if looks:
             end = monotonic_ns()
             self._search_at_ns = end + (end - start) * _SHARE
+
+    def note_optimizer(self, optimizer: Any) -> None:
+        """Remember an optimizer, whose models are trained."""
+        if not is_wrapper(type(optimizer)):
+            self._optimizers.add(optimizer)
+            self._trained.clear()
+
+    def is_trained(self, module: Any) -> bool:
+        """Whether a known optimizer has parameters of the module; True where none is known."""
+        known = self._trained.get(module)
+        if known is None:
+            parameters = {id(parameter) for parameter in module.parameters()}
+            known = not self._optimizers or any(_has_any(optimizer, parameters) for optimizer in self._optimizers)
+            self._trained[module] = known
+
+        return known
 
     def add(self, module: Any) -> None:
         """Time one module."""

@@ -97,10 +97,12 @@ def timer_maker(clock: StepClock) -> TimerMaker:
 
             try:
                 t = monotonic_ns()
-                if closes_at is ON_FORWARD:
+                if not is_grad_enabled():
+                    begins(t, module, trains=False)
+                elif closes_at is ON_FORWARD:
                     commit(t)
                 elif closes_at is CHECK_FORWARD:
-                    begins(t, module, trains=is_grad_enabled())
+                    begins(t, module, trains=True)
 
                 current = _FORWARD
                 open_slots[_FORWARD] = t

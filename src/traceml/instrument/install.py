@@ -163,6 +163,10 @@ class Instrumentation:
 
         self._guarded(lambda: self._report_optimizer(optimizer))
 
+    def is_trained(self, module: Any) -> bool:
+        """Return whether an optimizer has parameters of the module; where none is known, any model is trained."""
+        return self._discovery is None or bool(self._discovery.is_trained(module))
+
     def upkeep(self, forward_ns: int, backwards: int) -> None:
         """Measure the overhead, look for a device, a process group, and models if none was called; every 64 steps."""
         clock = self.clock
@@ -276,6 +280,7 @@ class Instrumentation:
         def __init__(optimizer: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - name of the replaced method
             original(optimizer, *args, **kwargs)
             self._guarded(lambda: on_optimizer_type(type(optimizer)))
+            self._guarded(lambda: self._discovery.note_optimizer(optimizer))
             if self.clock.thread == get_ident():
                 self._guarded(self._discovery.search_recent)
 

@@ -21,9 +21,28 @@ _INPUT_WAIT = int(Phase.INPUT_WAIT)
 
 
 class LoaderToken:
-    """Token for a loader in the clock, which must not keep the loader alive."""
+    """Token for a loader in the clock, which must not keep the loader alive.
 
-    __slots__ = ()
+    Attributes:
+        is_left: its last iterator is gone, as after `next(iter(loader))`: a step closes without another request.
+    """
+
+    __slots__ = ("_iterator", "is_left")
+
+    def __init__(self) -> None:
+        self._iterator: Any = None
+        self.is_left = False
+
+    def follow(self, iterator: Any, clock: StepClock) -> None:
+        """Notice when an iterator of the loader is gone, and tell the clock."""
+
+        def leave(gone: Any) -> None:
+            if gone is self._iterator:
+                self.is_left = True
+                clock.loader_left(self)
+
+        self.is_left = False
+        self._iterator = weakref.ref(iterator, leave)
 
 
 Begin = Callable[[Any], Began | None]
@@ -143,6 +162,7 @@ def patch_loaders(
         on_iterator()
         with suppress(Exception):  # the iterator of a subclass may allow no such attribute: it has the common token
             setattr(iterator, _TAG, loader)
+            loader.follow(iterator, clock)
 
         return iterator
 

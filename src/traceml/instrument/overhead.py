@@ -73,6 +73,9 @@ class _NullListener:
 
     def new_optimizer(self, optimizer: object) -> None: ...
 
+    def is_trained(self, module: object) -> bool:
+        return module is not None
+
     def upkeep(self, forward_ns: int, backwards: int) -> None: ...
 
 

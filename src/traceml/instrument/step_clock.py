@@ -27,6 +27,7 @@ from traceml.instrument.accumulator import (
     StepListener,
 )
 from traceml.instrument.closure_cells import CellField
+from traceml.instrument.evaluation import EvaluationStretch
 
 if TYPE_CHECKING:
     from traceml.database.flight.flight import FlightFile
@@ -53,6 +54,7 @@ class StepClock(StepAccumulator):
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
         self.open = False  # the first step has begun
+        self.stretch = EvaluationStretch(self)
         self.explicit = False  # trace_step() bounds the steps
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
@@ -78,6 +80,9 @@ class StepClock(StepAccumulator):
 
         A training loop over one loader does not call this: its steps close by `closes_at`.
         """
+        if self.stretch.start:
+            self._end_stretch(t)
+
         if not self.open:
             self._begin(t)
             self.segment_loader = loader
@@ -121,13 +126,29 @@ class StepClock(StepAccumulator):
         """Handle a training forward, which may begin a step without a loader."""
         if not self.open:
             self._begin(t)
+        elif self.stretch.start:
+            self._train_again(t)
         elif self.evaluating and self.batch is None and self._is_idle():
             self._discard(t, batches=0, evaluating=False)
             if self.pending and self.anchor is None:
                 self._close_prefix()
-        elif self.attempt and (self.first_loader is None or self.fetched_ahead) and not self.explicit:
+        elif self.attempt and (self._needs_no_loader() or self.fetched_ahead) and not self.explicit:
             self.cut_on_step = False  # forwards separate the steps: no cut is needed at the optimizer step
             self.commit(t)
+
+    def _train_again(self, t: int) -> None:
+        """Handle the end of evaluation without a loader by a training forward."""
+        self.stretch.end(t)
+        if self.pending and self.first_loader is None and self.closes_at is CHECK_FORWARD:
+            self.cut_on_step = False
+            self._close_prefix()
+
+    def _end_stretch(self, t: int) -> None:
+        """Handle the end of evaluation without a loader by a request to one, or by the end of the run."""
+        if self.batch is None or self.backwards:
+            self.stretch.end(t)
+        else:
+            self.stretch.forget()  # it was on the loader's batch
 
     def exhausted(self, loader: Any, drain_ns: int) -> None:
         """Handle the end of a loader: training may continue without it, or on a prefetched batch.
@@ -154,7 +175,9 @@ class StepClock(StepAccumulator):
             trains: whether gradients are enabled.
         """
         in_closure = self.depth or self.current == _OPTIMIZER  # inside an optimizer step: no step begins here
-        if self.closes_at is ON_FORWARD and not in_closure:
+        if not (trains or in_closure) and self.stretch.begin(t, module):
+            self.evaluated = self.batch is not None
+        elif self.closes_at is ON_FORWARD and not in_closure:
             self.commit(t)
         elif self.closes_at is CHECK_FORWARD:
             if not trains:
@@ -172,6 +195,8 @@ class StepClock(StepAccumulator):
         ident = id(optimizer)
         if not self.open:
             self._begin(t)
+        elif self.stretch.start:
+            self.stretch.end(t)
 
         if ident != self.last_optimizer:
             self.register_optimizer(optimizer)
@@ -206,10 +231,17 @@ class StepClock(StepAccumulator):
                 self._close_prefix()
             else:
                 self._merge()
-        elif known and self.first_loader is None and not self.explicit and ident != FUSED:
-            self.cut_on_step = True
-            self.usual_loader = NOT_READY
-            self.commit(t)
+        elif known and not self.explicit and ident != FUSED:
+            if self._needs_no_loader():
+                self.cut_on_step = True
+                self.usual_loader = NOT_READY
+                self.commit(t)
+            else:
+                self.repeated = self.batch is not None
+
+    def _needs_no_loader(self) -> bool:
+        """Whether the step closes without a request to a loader: there is none, or its last iterator is gone."""
+        return self.first_loader is None or self.first_loader.is_left
 
     def _are_attempts_gone(self) -> bool:
         """Whether no optimizer of this step is alive, as where the script makes one for each step."""
@@ -226,7 +258,7 @@ class StepClock(StepAccumulator):
         else:
             self.attempt = ident
 
-        if self.explicit:
+        if self.explicit or (self.repeated and self._hold_attempt(t)):
             return
 
         drained, self.exhausted_loader = self.exhausted_loader, None
@@ -240,6 +272,10 @@ class StepClock(StepAccumulator):
 
         if self.anchor is None:
             self._anchor_at(self.first_loader)
+
+        if self.first_loader.is_left:
+            self._await_forward(ident)
+            return
 
         self.closes_at = self.usual = self.anchor
         self.usual_loader = self.first_loader
@@ -261,7 +297,20 @@ class StepClock(StepAccumulator):
     def _was_fetched_ahead(self, ident: int) -> None:
         """Handle a step on a prefetched batch after the end of the training loader, as with accelerate's loaders."""
         self.first_loader = self.anchor
+        self._await_forward(ident)
+
+    def loader_left(self, loader: Any) -> None:
+        """Handle the end of a loader's last iterator: a ready step may also close without a request to it."""
+        try:
+            if self.closes_at is loader and self.attempt and self.thread == get_ident():
+                self._await_forward(self.attempt)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            self.fail(error)
+
+    def _await_forward(self, ident: int) -> None:
+        """Wait for a request to the training loader or a forward, unless another optimizer may follow."""
         self.dirty = True
+        self.usual_loader = NOT_READY
         self.fetched_ahead = not self._may_step_again(ident)
         self.closes_at = CHECK_FORWARD if self.fetched_ahead else self.anchor
 
@@ -362,6 +411,9 @@ class StepClock(StepAccumulator):
 
         t = monotonic_ns()
         self.book_user_phases(t)
+        if self.stretch.start:
+            self.stretch.end(t)
+
         if not self.explicit:
             if self.pending:
                 self._close_prefix()
@@ -393,6 +445,9 @@ class StepClock(StepAccumulator):
         """End training: the open step becomes a row if an optimizer stepped in it, else it is dropped."""
         t = monotonic_ns()
         self.book_user_phases(t)
+        if self.stretch.start:
+            self._end_stretch(t)
+
         if self.open and not self.explicit:
             if self._is_evaluation():
                 self._discard(t, batches=1, evaluating=False)
@@ -415,6 +470,8 @@ class StepClock(StepAccumulator):
     def _clear(self, t: int) -> None:
         super()._clear(t)
         self.fetched_ahead = False
+        self.repeated = False  # the optimizer steps again on the same batch
+        self.repeats: list[tuple[int, list[int], int]] = []  # ends of steps on the same batch
 
     def _close_prefix(self) -> None:
         """Append the row of the part before the cut; the part after it becomes the next step."""
@@ -436,6 +493,15 @@ class StepClock(StepAccumulator):
         self.closes_at = CHECK_FORWARD
         self._drop_prefix()
         self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.rows
+
+    def begin_first_step(self, t: int) -> None:
+        """Begin the first step."""
+        self._begin(t)
+
+    def end_ready_part(self, t: int) -> None:
+        """End the part of a ready step that belongs to it; the next request to any loader is one for the next step."""
+        self._cut(t)
+        self.segment_loader = None
 
     def _begin(self, t: int) -> None:
         self.open = True
@@ -521,20 +587,43 @@ class StepClock(StepAccumulator):
 
     def _hold_batch(self, t: int) -> None:
         """Save the end of a batch, which becomes a step if there turns out to be no optimizer."""
-        self.unmatched_batches.append((t, self.times, self.committed_ns + t - self.seg_start))
+        self._hold(self.unmatched_batches, t)
         if len(self.unmatched_batches) < _HELD_BATCHES:
             return
 
         self.inferred = True
-        before, before_total = self.zeros, 0
         flags = _INFERRED | (_NO_LOADER if self.first_loader is None else 0)
-        for end, times, total in self.unmatched_batches:
+        self._append_held(self.unmatched_batches, flags, t)
+
+    def _hold_attempt(self, t: int) -> bool:
+        """Save the end of a repeated step on the same batch; return whether the repetitions have become steps."""
+        self.repeated = False
+        total = self.committed_ns + t - self.seg_start
+        if not self.repeats:  # the end of the first one was not saved: two halves
+            self.repeats.append((t - total // 2, [spent // 2 for spent in self.times], total // 2))
+
+        self._hold(self.repeats, t)
+        if len(self.repeats) < _HELD_BATCHES:
+            return False
+
+        self._append_held(self.repeats, 0, t)
+        self.cut_on_step = True
+        self.usual_loader = NOT_READY
+        return True
+
+    def _hold(self, held: list[tuple[int, list[int], int]], t: int) -> None:
+        held.append((t, self.times, self.committed_ns + t - self.seg_start))
+
+    def _append_held(self, held: list[tuple[int, list[int], int]], flags: int, t: int) -> None:
+        """Append the rows of held steps, and begin the next one."""
+        before, before_total = self.zeros, 0
+        for end, times, total in held:
             part = [b - a for b, a in zip(times, before + [0] * (len(times) - len(before)), strict=False)]
             self.note_total(total - before_total)
             self.append_step(part, end, total - before_total, 1, flags, -1)
             before, before_total = times, total
 
-        self.unmatched_batches.clear()
+        held.clear()
         if self.device is not None:
             self.device.close(-1)
 

@@ -1,0 +1,129 @@
+"""Evaluation in a loop without a DataLoader: models called in `eval()` without gradients between training calls.
+
+A *stretch* of evaluation begins at such a call of a model that is trained, and ends at the next training forward,
+request to a loader or backward pass. Its time belongs to no step, like that of evaluation batches.
+
+A model that only computes targets (a teacher) is not trained, and rollouts of reinforcement learning are part of the
+training: they are not evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from traceml.database.schema import Phase
+from traceml.instrument.accumulator import CHECK_FORWARD, ON_FORWARD
+
+if TYPE_CHECKING:
+    from traceml.instrument.step_clock import StepClock
+
+__all__ = ["EvaluationStretch"]
+
+_CHECKPOINT = int(Phase.CHECKPOINT)
+# Where one of these is loaded, calls without gradients choose actions. That they do it in `eval()` is usual.
+_SIMULATORS = ("gymnasium", "gym", "pettingzoo", "envpool", "dm_env", "stable_baselines3", "torchrl", "tianshou")
+_PREPARATION = 10  # a longer time, in evaluation calls, is preparation of the training
+_USUAL = 3  # so many steps in a row with a stretch between batch and training: it is a part of the step
+
+
+class EvaluationStretch:
+    """The open stretch of evaluation of a clock.
+
+    Attributes:
+        start: its begin, monotonic time in ns; 0 outside.
+    """
+
+    def __init__(self, clock: StepClock) -> None:
+        self._clock = clock
+        self.start = 0
+        self._calls = self._last_call = 0
+        self._is_first = False  # before the first step
+        self._times: list[int] = []  # the buckets at the begin
+        self._closes_at: Any = None  # the clock's before it
+        self._last_step = self._in_a_row = -1
+
+    def begin(self, t: int, module: Any) -> bool:
+        """Handle a call without gradients; return whether it is evaluation without a loader's batch.
+
+        Args:
+            t: monotonic time in ns.
+            module: weak reference to the called module.
+        """
+        if self.start:
+            self._calls += 1
+            self._last_call = t
+            return True
+
+        clock = self._clock
+        called = module()
+        if called is None or called.training or clock.explicit or not clock.listener.is_trained(called):
+            return False
+
+        if any(name in sys.modules for name in _SIMULATORS) or self._is_usual():
+            return False
+
+        self._open(t)
+        return True
+
+    def _is_usual(self) -> bool:
+        """Whether each step evaluates the model on its batch first, as for pseudo-labels."""
+        clock = self._clock
+        if clock.batch is None or clock.rows == self._last_step:
+            return False
+
+        self._in_a_row = self._in_a_row + 1 if clock.rows == self._last_step + 1 else 0
+        self._last_step = clock.rows
+        return self._in_a_row >= _USUAL
+
+    def _open(self, t: int) -> None:
+        clock = self._clock
+        self._is_first = not clock.open
+        if self._is_first:
+            clock.begin_first_step(t)
+        elif clock.attempt and not clock.pending:
+            if clock.closes_at is ON_FORWARD:
+                clock.commit(t)
+            else:
+                clock.end_ready_part(t)
+
+        clock.book_user_phases(t)
+        self.start, self._calls, self._last_call = t, 1, t
+        self._times, self._closes_at = clock.times, clock.closes_at
+        clock.closes_at = CHECK_FORWARD
+        clock.detail = True  # a backward pass ends it
+
+    def end(self, t: int) -> None:
+        """End the stretch; take its time out of the step, except saving."""
+        clock = self._clock
+        if self._is_first and not self._is_continuous(t):
+            self.forget()
+            clock.begin_first_step(t)
+            return
+
+        clock.book_user_phases(t)
+        kept = self._times + [0] * (len(clock.zeros) - len(self._times))
+        saving = clock.times[_CHECKPOINT] - kept[_CHECKPOINT]
+        kept[_CHECKPOINT] += saving
+        clock.times = kept
+        spent = t - self.start - saving
+        clock.eval_ns += spent
+        clock.eval_batches += self._calls
+        clock.eval_end = t
+        clock.seg_start += spent
+        clock.dirty = True
+        if clock.device is not None:
+            clock.device.discard()
+
+        self.forget()
+        clock.plan_detail()
+
+    def _is_continuous(self, t: int) -> bool:
+        """Whether the training begins right after the last call: else the script tried the model, and prepares."""
+        called_ns = self._last_call - self.start
+        return self._calls > 1 and t - self._last_call < _PREPARATION * called_ns / (self._calls - 1)
+
+    def forget(self) -> None:
+        """Leave the stretch to the rules for batches: nothing was trained on the loader's batch."""
+        self.start = 0
+        self._clock.closes_at = self._closes_at

@@ -1,0 +1,238 @@
+"""Evaluation in loops without a DataLoader is no part of the steps; teachers and rollouts are."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from types import ModuleType
+
+import pytest
+import torch
+from torch import nn
+
+from tests.instrument.conftest import Traced
+from tests.instrument.test_step_clock import data, net, sgd, train
+
+X = torch.randn(2, 4)
+CALLS = 3
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module) -> None:
+    """Evaluate as nanoGPT does."""
+    model.eval()
+    for _ in range(CALLS):
+        model(X)
+        time.sleep(0.001)
+
+    model.train()
+
+
+@torch.inference_mode()
+def sample(model: nn.Module) -> None:
+    model.eval()
+    model(X)
+    model.train()
+
+
+def before_the_step() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index in range(20):
+        if index % 5 == 0:
+            evaluate(model)
+
+        train(model, optimizer, X)
+
+
+def after_the_step() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index in range(20):
+        train(model, optimizer, X)
+        if index % 5 == 4:
+            evaluate(model)
+
+
+def with_accumulation() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index in range(20):
+        if index % 5 == 0:
+            evaluate(model)
+
+        optimizer.zero_grad()
+        for _ in range(3):
+            model(X).square().mean().backward()
+
+        optimizer.step()
+
+
+def after_a_step_on_a_batch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(data(20)):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            evaluate(model)
+
+
+def before_a_step_on_a_batch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    for index, (x,) in enumerate(data(20)):
+        if index % 5 == 0:
+            evaluate(model)
+
+        train(model, optimizer, x)
+
+
+def after_each_epoch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    loader = data(5)
+    for _ in range(4):
+        for (x,) in loader:
+            train(model, optimizer, x)
+
+        evaluate(model)
+
+
+def on_one_batch() -> None:
+    model = net()
+    optimizer = sgd(model)
+    (x,) = next(iter(data(3)))
+    for index in range(20):
+        train(model, optimizer, x)
+        if index % 5 == 4:
+            evaluate(model)
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        before_the_step,
+        after_the_step,
+        with_accumulation,
+        after_a_step_on_a_batch,
+        before_a_step_on_a_batch,
+        after_each_epoch,
+        on_one_batch,
+    ],
+)
+def test_evaluation_without_a_loader(traced: Traced, loop: Callable[[], None]) -> None:
+    """Its calls are counted, its time is in no step."""
+    loop()
+
+    rows, evals = traced.finish(), traced.table("evals")
+    assert len(rows) == 20
+    assert [row["batches"] for row in evals] == [CALLS] * 4
+    assert all(row["ns"] >= CALLS * 1_000_000 for row in evals)
+    assert all(row["forward_ns"] > 0 and row["backward_ns"] > 0 and row["optimizer_ns"] > 0 for row in rows)
+
+
+def test_samples_of_a_gan(traced: Traced) -> None:
+    """Evaluation between steps with two optimizers."""
+    generator, critic = nn.Linear(4, 4), net()
+    of_generator, of_critic = sgd(generator), sgd(critic)
+    for index in range(20):
+        critic(generator(X).detach()).mean().backward()
+        of_critic.step()
+        critic(generator(X)).mean().backward()
+        of_generator.step()
+        if index % 5 == 4:
+            sample(generator)
+
+    assert len(traced.finish()) == 20
+    assert [row["batches"] for row in traced.table("evals")] == [1] * 4
+
+
+def test_saving_during_evaluation_stays_in_the_step(traced: Traced, tmp_path: object) -> None:
+    """A checkpoint of the best model is saving time of the step."""
+    model = net()
+    optimizer = sgd(model)
+    for index in range(10):
+        train(model, optimizer, X)
+        if index == 4:
+            evaluate(model)
+            torch.save(model.state_dict(), f"{tmp_path}/model.pt")
+
+    rows = traced.finish()
+    assert len(rows) == 10
+    assert sum(row["checkpoint_ns"] > 0 for row in rows) == 1
+
+
+def teacher() -> None:
+    taught, model = net().eval(), net()
+    optimizer = sgd(model)
+    for _ in range(20):
+        with torch.no_grad():
+            target = taught(X)
+
+        optimizer.zero_grad()
+        (model(X) - target).square().mean().backward()
+        optimizer.step()
+
+
+def rollout() -> None:
+    policy = net()
+    optimizer = sgd(policy)
+    for _ in range(5):
+        with torch.no_grad():
+            for _ in range(8):
+                policy(X)
+
+        for _ in range(4):
+            train(policy, optimizer, X)
+
+
+def tried_before_training() -> None:
+    model = net()
+    optimizer = sgd(model)
+    sample(model)
+    for _ in range(20):
+        train(model, optimizer, X)
+
+
+@pytest.mark.parametrize("loop", [teacher, rollout, tried_before_training])
+def test_calls_without_gradients_that_are_no_evaluation(traced: Traced, loop: Callable[[], None]) -> None:
+    """A model that is not trained, one that acts, one that is only tried."""
+    loop()
+
+    assert len(traced.finish()) == 20
+    assert traced.table("evals") == []
+
+
+def test_rollouts_of_a_simulator(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As stable-baselines3 does it, whose policies act in `eval()`."""
+    monkeypatch.setitem(sys.modules, "gymnasium", ModuleType("gymnasium"))
+    policy = net()
+    optimizer = sgd(policy)
+    for _ in range(5):
+        evaluate(policy)
+        for _ in range(4):
+            train(policy, optimizer, X)
+
+    rows = traced.finish()
+    assert len(rows) == 20
+    assert traced.table("evals") == []
+    assert sum(row["other_ns"] >= CALLS * 1_000_000 for row in rows) >= 4
+
+
+def test_pseudo_labels_on_each_batch(traced: Traced) -> None:
+    """Calls in `eval()` in each step become a part of the step."""
+    model = net()
+    optimizer = sgd(model)
+    for (x,) in data(20):
+        model.eval()
+        with torch.no_grad():
+            target = model(x)
+
+        model.train()
+        optimizer.zero_grad()
+        (model(x) - target).square().mean().backward()
+        optimizer.step()
+
+    assert len(traced.finish()) == 20
+    assert len(traced.table("evals")) <= 3
