@@ -55,6 +55,7 @@ class ModuleDiscovery:
         self._scans = self._scan_ns = self._search_at_ns = 0
         self._descents = 0
         self._optimizers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._declared: set[type[Any]] = set()
         self._trained: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()  # answers of `is_trained`
         self._pending: list[weakref.ref[Any]] = []  # modules with new parameters or children since the last search
 
@@ -71,8 +72,12 @@ class ModuleDiscovery:
             torch.nn.modules.module.register_module_module_registration_hook(on_registration),
         ]
 
-    def search_all(self) -> int:
-        """Time all root modules that are alive; return the number of their optimizers."""
+    def search_all(self, *, trains: bool = False) -> int:
+        """Time all root modules that are alive; return the number of their optimizers.
+
+        Args:
+            trains: whether a backward pass begins, so that there is an optimizer, also one that is none of torch's.
+        """
         start = monotonic_ns()
         if self._scans >= _FREE_SCANS and self._scan_ns * _SHARE > start - self._made_ns:
             self.search_recent()
@@ -80,7 +85,8 @@ class ModuleDiscovery:
 
         self._scans += 1
         self._pending.clear()
-        modules, optimizers = _find_alive(gc.get_objects())
+        objects = gc.get_objects()
+        modules, optimizers = _find_alive(objects)
         roots = _roots(modules)
         for module in roots:
             self.add(module)
@@ -91,9 +97,22 @@ class ModuleDiscovery:
 
         trained = {id(parameter) for module in roots for parameter in module.parameters()}
         self._clock.optimizers_alive = sum(_has_any(optimizer, trained) for optimizer in optimizers)
+        if trains and not self._clock.optimizers_alive:
+            self._clock.optimizers_alive = self._find_own(objects)
+
+        del objects
         self._clock.usual_loader = NOT_READY
         self._scan_ns += monotonic_ns() - start
         return self._clock.optimizers_alive
+
+    def _find_own(self, objects: list[Any]) -> int:
+        from traceml.instrument.own_optimizers import find_own_optimizers
+
+        own = find_own_optimizers(objects)
+        for optimizer in own:
+            self._on_optimizer(optimizer)
+
+        return len(own)
 
     def search_recent(self) -> None:
         """Time the root modules constructed since the last search."""
@@ -115,6 +134,15 @@ class ModuleDiscovery:
         if looks:
             end = monotonic_ns()
             self._search_at_ns = end + (end - start) * _SHARE
+
+    def declare(self, module: Any, optimizer: Any) -> None:
+        """Time a model and an optimizer that the script names; either may be None."""
+        if module is not None:
+            self.add(module)
+
+        if optimizer is not None and type(optimizer) not in self._declared:
+            self._declared.add(type(optimizer))
+            self._on_optimizer(optimizer)
 
     def note_optimizer(self, optimizer: Any) -> None:
         """Remember an optimizer, whose models are trained."""

@@ -63,7 +63,7 @@ def model_facts(module: Any) -> dict[str, Any]:
 
 def optimizer_facts(optimizer: Any) -> dict[str, Any]:
     """Describe an optimizer that has stepped."""
-    groups = optimizer.param_groups
+    groups = _param_groups(optimizer)
     first = groups[0] if groups else {}
     return {
         "kind": "optimizer",
@@ -74,6 +74,13 @@ def optimizer_facts(optimizer: Any) -> dict[str, Any]:
         "fused": bool(first.get("fused")),
         "foreach": first.get("foreach"),
     }
+
+
+def _param_groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the optimizer's groups of parameters; empty where it is none of torch's and has others."""
+    groups = getattr(optimizer, "param_groups", None)
+    known = isinstance(groups, list) and all(isinstance(group, dict) and "params" in group for group in groups)
+    return groups if known else []  # type: ignore[return-value]
 
 
 def _length(dataset: Any) -> int | None:

@@ -70,15 +70,15 @@ class Instrumentation:
 
         return nullcontext()
 
-    def trace_step(self, model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:  # noqa: ARG002
+    def trace_step(self, model: Any = None, optimizer: Any = None) -> AbstractContextManager[Any]:
         """Return a context manager for one training step; the first use turns step detection off.
 
         Args:
             model: a model to time, if it is not discovered anyway.
-            optimizer: ignored, for readability only; all torch optimizers are timed.
+            optimizer: an optimizer that is none of torch's, if it is not found by its method `step` anyway.
         """
-        if model is not None and self._discovery is not None and self._installed:
-            self._guarded(lambda: self._discovery.add(model))
+        if self._discovery is not None and self._installed and not (model is None and optimizer is None):
+            self._guarded(lambda: self._discovery.declare(model, optimizer))
 
         return StepBlock(self.clock)
 
@@ -152,7 +152,7 @@ class Instrumentation:
         """Search for models and optimizers, all of which exist at the first backward pass."""
         self._look_for_device()
         if self._discovery is not None:
-            self._guarded(self._discovery.search_all)
+            self._guarded(lambda: self._discovery.search_all(trains=True))
 
         return self._discovery is None or self.clock.optimizers_alive > 0
 

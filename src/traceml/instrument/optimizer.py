@@ -67,7 +67,7 @@ def patch_optimizer(patches: Patches, clock: StepClock, optimizer: Any) -> None:
     An LR scheduler gives its optimizer an instance attribute `step` that calls the class's `step` of that time.
     """
     patch_optimizer_type(patches, clock, type(optimizer))
-    own = vars(optimizer).get("step")
+    own = getattr(optimizer, "__dict__", {}).get("step")
     if own is None or getattr(own, "_traceml_clock", None) is clock or is_wrapper(type(optimizer)):
         return
 

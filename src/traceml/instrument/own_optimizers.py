@@ -1,0 +1,83 @@
+"""Search for optimizers that are none of torch's: objects with a method `step` that hold what is trained.
+
+The search runs at the first backward pass, and only if no torch optimizer has parameters of the models.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import deque
+from collections.abc import Iterable
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["find_own_optimizers"]
+
+_MAX_VISITED = 400
+_OPAQUE = (type, ModuleType, FunctionType, MethodType, CodeType, torch.nn.Module, str, bytes, int, float)
+# Their own steppers hold parameters too: schedulers by their optimizer, scalers and profilers not at all.
+_TORCH = "torch."
+
+
+def find_own_optimizers(objects: Iterable[Any]) -> list[Any]:
+    """Return the objects with a method `step` that hold tensors to train.
+
+    One whose `step` is running does more than an update: it is a trainer.
+    """
+    steps: dict[type[Any], FunctionType | None] = {}
+    found = []
+    for candidate in objects:
+        kind = type(candidate)
+        if kind not in steps:
+            steps[kind] = _step_of(kind)
+
+        if steps[kind] is not None:
+            found.append(candidate)
+
+    running = _running_codes() if found else set()
+    kinds = {kind for kind, step in steps.items() if step is not None}
+    return [each for each in found if _code(steps[type(each)]) not in running and _holds_trained(each, kinds)]
+
+
+def _step_of(kind: type[Any]) -> FunctionType | None:
+    """Return the Python method `step` of a class outside torch."""
+    if issubclass(kind, _OPAQUE) or kind.__module__ == "torch" or kind.__module__.startswith(_TORCH):
+        return None
+
+    step = next((vars(base)["step"] for base in kind.__mro__ if "step" in vars(base)), None)
+    return step if isinstance(step, FunctionType) else None
+
+
+def _code(step: FunctionType | None) -> CodeType | None:
+    return None if step is None else step.__code__
+
+
+def _running_codes() -> set[CodeType]:
+    codes: set[CodeType] = set()
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        codes.add(frame.f_code)
+        frame = frame.f_back
+
+    return codes
+
+
+def _holds_trained(candidate: Any, kinds: set[type[Any]]) -> bool:
+    """Whether a tensor to train is reached from an object, not through models or other objects with a `step`."""
+    waiting, seen = deque([candidate]), {id(candidate)}
+    while waiting and len(seen) < _MAX_VISITED:
+        for part in gc.get_referents(waiting.popleft()):
+            kind = type(part)
+            if id(part) in seen or kind in kinds or issubclass(kind, _OPAQUE):
+                continue
+
+            seen.add(id(part))
+            if not issubclass(kind, torch.Tensor):
+                waiting.append(part)
+            elif part.is_leaf and part.requires_grad:
+                return True
+
+    return False
