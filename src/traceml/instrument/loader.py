@@ -27,11 +27,8 @@ class LoaderToken:
         is_left: its last iterator is gone, as after `next(iter(loader))`: a step closes without another request.
     """
 
-    __slots__ = ("_iterator", "is_left")
-
-    def __init__(self) -> None:
-        self._iterator: Any = None
-        self.is_left = False
+    is_left = False
+    _iterator: Any = None
 
     def follow(self, iterator: Any, clock: StepClock) -> None:
         """Notice when an iterator of the loader is gone, and tell the clock."""
@@ -42,7 +39,8 @@ class LoaderToken:
                 clock.loader_left(self)
 
         self.is_left = False
-        self._iterator = weakref.ref(iterator, leave)
+        with suppress(TypeError):  # its class allows no weak references: it counts as alive
+            self._iterator = weakref.ref(iterator, leave)
 
 
 Begin = Callable[[Any], Began | None]
@@ -162,9 +160,16 @@ def patch_loaders(
         on_iterator()
         with suppress(Exception):  # the iterator of a subclass may allow no such attribute: it has the common token
             setattr(iterator, _TAG, loader)
-            loader.follow(iterator, clock)
+
+        follow(loader, iterator)
 
         return iterator
+
+    def follow(loader: LoaderToken, iterator: Any) -> None:
+        try:
+            loader.follow(iterator, clock)
+        except Exception as error:  # noqa: BLE001 - fail open: the clock counts and logs it
+            clock.fail(error)
 
     def token_of(loader: Any) -> LoaderToken | None:
         try:
