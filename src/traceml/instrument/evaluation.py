@@ -10,13 +10,10 @@ training: they are not evaluation.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from traceml.database.schema import Phase
-from traceml.instrument.accumulator import CHECK_FORWARD, ON_FORWARD
-
-if TYPE_CHECKING:
-    from traceml.instrument.step_clock import StepClock
+from traceml.instrument.accumulator import CHECK_FORWARD, ON_FORWARD, StepAccumulator
 
 __all__ = ["EvaluationStretch"]
 
@@ -27,15 +24,32 @@ _PREPARATION = 10  # a longer time, in evaluation calls, is preparation of the t
 _USUAL = 3  # so many steps in a row with a stretch between batch and training: it is a part of the step
 
 
+class StepRules(Protocol):
+    """The part of a clock that knows when steps begin and end."""
+
+    open: bool
+    explicit: bool
+
+    def begin_first_step(self, t: int) -> None:
+        """Begin the first step."""
+
+    def end_ready_part(self, t: int) -> None:
+        """End the part of a ready step that belongs to it."""
+
+
 class EvaluationStretch:
     """The open stretch of evaluation of a clock.
 
     Attributes:
         start: its begin, monotonic time in ns; 0 outside.
+
+    Args:
+        clock: the times of the open step.
+        rules: the same clock's rules.
     """
 
-    def __init__(self, clock: StepClock) -> None:
-        self._clock = clock
+    def __init__(self, clock: StepAccumulator, rules: StepRules) -> None:
+        self._clock, self._rules = clock, rules
         self.start = 0
         self._calls = self._last_call = 0
         self._is_first = False  # before the first step
@@ -57,7 +71,7 @@ class EvaluationStretch:
 
         clock = self._clock
         called = module()
-        if called is None or called.training or clock.explicit or not clock.listener.is_trained(called):
+        if called is None or called.training or self._rules.explicit or not clock.listener.is_trained(called):
             return False
 
         if any(name in sys.modules for name in _SIMULATORS) or self._is_usual():
@@ -78,14 +92,14 @@ class EvaluationStretch:
 
     def _open(self, t: int) -> None:
         clock = self._clock
-        self._is_first = not clock.open
+        self._is_first = not self._rules.open
         if self._is_first:
-            clock.begin_first_step(t)
+            self._rules.begin_first_step(t)
         elif clock.attempt and not clock.pending:
             if clock.closes_at is ON_FORWARD:
                 clock.commit(t)
             else:
-                clock.end_ready_part(t)
+                self._rules.end_ready_part(t)
 
         clock.book_user_phases(t)
         self.start, self._calls, self._last_call = t, 1, t
@@ -98,7 +112,7 @@ class EvaluationStretch:
         clock = self._clock
         if self._is_first and not self._is_continuous(t):
             self.forget()
-            clock.begin_first_step(t)
+            self._rules.begin_first_step(t)
             return
 
         clock.book_user_phases(t)

@@ -54,7 +54,7 @@ class StepClock(StepAccumulator):
     def __init__(self, flight: FlightFile, listener: StepListener, *, thread: int | None = None) -> None:
         super().__init__(flight, listener, get_ident() if thread is None else thread)
         self.open = False  # the first step has begun
-        self.stretch = EvaluationStretch(self)
+        self.stretch = EvaluationStretch(self, self)
         self.explicit = False  # trace_step() bounds the steps
         self.blocks = 0  # nested trace_step() blocks
         self.awaits_backward = True  # no backward pass has run yet
