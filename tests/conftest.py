@@ -15,6 +15,10 @@ from tests.system import PARTS, Part, install_command, missing
 
 ROOT = Path(__file__).parent
 
+# Each of the thousand Python processes of the tests would compile its modules anew; pytest itself, its tests.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Folders and files whose tests start processes. Elsewhere a test has the marker, or a fixture that implies it.
 _PROCESS_PATHS = (
     "aggregator",
@@ -41,6 +45,7 @@ _PROCESS_PATHS = (
     "track/test_everywhere.py",
 )
 _ALONE_PATHS = ("end_to_end/test_verdicts.py",)
+_LEFT_OUT = {"not process": _PROCESS_PATHS, "not alone": _ALONE_PATHS}  # by the value of `-m`
 _PROCESS_FIXTURES = {"hosts", "program", "script", "serving", "slurm", "tiny_disk", "tmux", "traceml"}
 _NEEDS_OF_FIXTURES = {
     "browser": ("chromium",),
@@ -65,6 +70,15 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.addaudithook(lambda event, _: started.append(event) if event in _STARTS else None)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import no file whose tests are all left out: each worker imports every file that is collected."""
+    chosen = config.option.markexpr
+    if chosen == "alone" and collection_path.is_file():
+        return None if _lies_in(collection_path, _ALONE_PATHS) is not None else True
+
+    return True if _lies_in(collection_path, _LEFT_OUT.get(chosen, ())) is not None else None
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by folder and fixture, and give each file's tests to one worker; those that share hosts also."""
@@ -73,10 +87,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name in fixtures & set(_NEEDS_OF_FIXTURES):
             item.add_marker(pytest.mark.needs(*_NEEDS_OF_FIXTURES[name]))
 
-        if _lies_in(item, _PROCESS_PATHS) is not None or fixtures & _PROCESS_FIXTURES:
+        if _lies_in(item.path, _PROCESS_PATHS) is not None or fixtures & _PROCESS_FIXTURES:
             item.add_marker(pytest.mark.process)
 
-        if _lies_in(item, _ALONE_PATHS) is not None:
+        if _lies_in(item.path, _ALONE_PATHS) is not None:
             item.add_marker(pytest.mark.alone)
 
         item.add_marker(pytest.mark.xdist_group("hosts" if "hosts" in fixtures else str(item.path)))
@@ -84,13 +98,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_order)
 
 
-def _lies_in(item: pytest.Item, paths: tuple[str, ...]) -> int | None:
-    path = item.path.relative_to(ROOT).as_posix()
-    return next((i for i, folder in enumerate(paths) if path == folder or path.startswith(f"{folder}/")), None)
+def _lies_in(path: Path, places: tuple[str, ...]) -> int | None:
+    return next((i for i, place in enumerate(places) if path.is_relative_to(ROOT / place)), None)
 
 
 def _order(item: pytest.Item) -> int:
-    place = _lies_in(item, _LONG_FIRST)
+    place = _lies_in(item.path, _LONG_FIRST)
     return len(_LONG_FIRST) if place is None else place
 
 
