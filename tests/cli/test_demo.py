@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import get_args, get_type_hints
 
 import pytest
 
 from traceml import cli
-from traceml.cli import _demo_train as demo_train
 from traceml.cli import demo
 
 
@@ -65,7 +67,13 @@ def test_missing_package_is_named(started, capsys, monkeypatch, missing):
     assert started == []
 
 
-def test_script_trains(capsys):
+@pytest.fixture
+def demo_train() -> ModuleType:
+    """The script; imported late, since scikit-learn is a long import for every worker that collects tests."""
+    return import_module("traceml.cli._demo_train")
+
+
+def test_script_trains(demo_train, capsys):
     """Alone the script learns the digits, and prints loss and accuracy."""
     demo_train.main(["--steps", "100"])
 
@@ -74,8 +82,8 @@ def test_script_trains(capsys):
     assert float(last.split()[-1].rstrip("%")) > 60
 
 
-@pytest.mark.parametrize("fault", demo_train.FAULTS)
-def test_each_fault_costs_its_time(fault, monkeypatch):
+@pytest.mark.parametrize("fault", get_args(get_type_hints(demo.DemoOptions)["fault"]))
+def test_each_fault_costs_its_time(demo_train, fault, monkeypatch):
     """A fault sleeps once per step on the slow rank, and on no other."""
     naps: list[float] = []
     monkeypatch.setattr(demo_train.time, "sleep", naps.append)
@@ -90,7 +98,7 @@ def test_each_fault_costs_its_time(fault, monkeypatch):
     assert naps == []
 
 
-def test_script_knows_nothing_of_traceml():
+def test_script_knows_nothing_of_traceml(demo_train):
     """The script, and the example beside it, run where traceml is not installed."""
     for script in (Path(demo_train.__file__), Path(__file__).parents[2] / "examples" / "mnist.py"):
         assert "import traceml" not in script.read_text()

@@ -6,8 +6,6 @@ import re
 import sys
 from html.parser import HTMLParser
 
-import nbclient
-import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -42,6 +40,9 @@ class _Kernel(AsyncKernelManager):
 @pytest.fixture(scope="module")
 def notebook(tmp_path_factory):
     """An executed notebook: training, `run.show()` during it, `load_run()` at the end of a cell."""
+    import nbclient
+    import nbformat
+
     cells = [_TRAIN, "run.show()", "traceml.shutdown()", "traceml.load_run(run.run_dir)"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     folder = tmp_path_factory.mktemp("notebook")

@@ -11,12 +11,12 @@ import sys
 import threading
 import time
 import weakref
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from torch import nn
 from torch.nn.modules import module
 from torch.utils.data import DataLoader, TensorDataset, dataloader
@@ -41,7 +41,6 @@ ATTRIBUTES: list[tuple[Any, str]] = [
     (torch.distributed, "init_process_group"),
     (torch.distributed.distributed_c10d, "broadcast"),
     (torch.distributed.Work, "wait"),
-    (torch.distributed.checkpoint, "save"),
     (torch.Tensor, "to"),
     (torch.Tensor, "cuda"),
 ]
@@ -66,7 +65,8 @@ def test_uninstall_puts_every_original_back(tmp_path: Path) -> None:
     """Each replaced attribute is the very object that was there."""
     torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # torch replaces `step` itself at the first instance
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-    before = [vars(owner).get(name, "absent") for owner, name in ATTRIBUTES]
+    attributes = [*ATTRIBUTES, (import_module("torch.distributed.checkpoint"), "save")]
+    before = [vars(owner).get(name, "absent") for owner, name in attributes]
     meta_path = list(sys.meta_path)
     model = nn.Linear(2, 2)
     flight = FlightFile.create(tmp_path, {})
@@ -75,12 +75,12 @@ def test_uninstall_puts_every_original_back(tmp_path: Path) -> None:
     train()
     torch.optim.SGD(model.parameters())
     replaced = [
-        f"{owner}.{name}" for (owner, name), old in zip(ATTRIBUTES, before, strict=True) if vars(owner).get(name) is old
+        f"{owner}.{name}" for (owner, name), old in zip(attributes, before, strict=True) if vars(owner).get(name) is old
     ]
     instrumentation.uninstall()
 
     assert replaced == []
-    assert [vars(owner).get(name, "absent") for owner, name in ATTRIBUTES] == before
+    assert [vars(owner).get(name, "absent") for owner, name in attributes] == before
     assert sys.meta_path == meta_path
     assert not module._global_parameter_registration_hooks
     assert not module._global_module_registration_hooks

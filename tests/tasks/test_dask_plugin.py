@@ -8,15 +8,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from distributed import Client, LocalCluster
 
 from tests.dask_programs import dask_programs
 from tests.tasks.conftest import threads_of_ours, until
 from traceml import UsageError
 from traceml.dask import TraceMLDaskWorkerPlugin, get_worker_runtime
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:ResourceWarning")
 
@@ -38,6 +40,8 @@ def identity(_: Any) -> tuple[int, bool]:
 
 @contextmanager
 def cluster(**options: Any) -> Iterator[Client]:
+    from distributed import Client, LocalCluster
+
     with (
         LocalCluster(dashboard_address=":0", silence_logs=50, **options) as local,
         Client(local, set_as_default=False) as client,
@@ -89,6 +93,8 @@ def test_workers_in_processes_have_a_runtime_each() -> None:
 @pytest.mark.process
 def test_a_remote_scheduler_takes_the_plugin(tmp_path: Path) -> None:
     """Scheduler and worker are started from the command line."""
+    from distributed import Client
+
     with dask_programs(tmp_path) as address, Client(address, set_as_default=False) as client:
         client.wait_for_workers(1, timeout=30)
         client.register_plugin(TraceMLDaskWorkerPlugin(threads=2))

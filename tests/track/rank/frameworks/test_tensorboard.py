@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.track.rank.frameworks.conftest import RunScript
 from traceml.database.schema import MetricKind
@@ -83,6 +82,8 @@ def test_summary_writer(captured: RunScript, library: str) -> None:
     assert (image["name"], image["step"]) == ("picture", 8)
     assert {"lr": 0.1, "optimizer": "sgd"} in [row["params"] for row in found.logged["params"]]
     assert found.said["put_back"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     # The writer's own files are what they are without us.
     events = EventAccumulator(str(found.folder / "events"), size_guidance={"scalars": 0}).Reload()
