@@ -124,7 +124,7 @@ if __name__ == "__main__":
     kwargs = {"num_workers": options.workers}
     training = DataLoader(Images(options.batches), batch_size=32, shuffle=True, **kwargs)
     held_out = DataLoader(
-        Images(options.batches * (4 if options.fault == "evaluation" else 1) // 4), batch_size=32, **kwargs
+        Images(options.batches * (20 if options.fault == "evaluation" else 1) // 4), batch_size=32, **kwargs
     )
     for epoch in range(options.epochs):
         train(model, training, optimizer, epoch)

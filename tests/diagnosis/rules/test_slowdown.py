@@ -127,3 +127,22 @@ def test_a_slower_phase_of_a_real_window_is_named():
 
     assert (finding.kind, finding.phase) == (Kind.SLOWDOWN, "other")
     assert abs(finding.evidence["since_step"] - 150) <= 5
+
+
+def test_a_few_slow_seconds_of_a_host_are_no_finding():
+    """The same slow part, 4 s long, is reported only if one phase has it: programs take cores for seconds."""
+    short = np.where((AT >= 20) & (AT < 27), 22.0, 0.0)
+
+    assert found(short, alike=True) == []
+    assert found(short)[0].phase == "other"
+
+
+def test_the_heaviest_phase_is_not_to_blame_if_all_are_slower():
+    """A phase that is most of the step also has most of the difference."""
+    usual = {"forward": 16.0, "backward": 2.0, "other": 2.0}
+    slower = np.where(AT >= 30, 1.8, 1.0)
+    parts = {name: ms * slower * MS for name, ms in usual.items()}
+
+    (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts())
+
+    assert finding.phase is None

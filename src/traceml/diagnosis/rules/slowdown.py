@@ -32,6 +32,10 @@ MIN_FACTOR = 1.2
 """A slow part is slower by this factor."""
 MIN_FACTOR_ALIKE = 1.25
 """The same where all phases are slower: on shared hosts, speed varies."""
+MIN_ALIKE_NS = 10e9
+"""And the slow part lasts so long: programs that come and go take cores for seconds."""
+SIMILAR_FACTOR = 0.5
+"""If the rest of the step is slower by this share of the blamed phase's factor, all phases are."""
 MIN_Z_SCORE = 6.0
 """A jump is this many standard errors, by the deviation of bins from their level."""
 MIN_TAU = 0.7
@@ -100,6 +104,10 @@ class _Change:
     def factor(self) -> float:
         return self.after_ns / max(self.before_ns, 1.0)
 
+    @property
+    def bins(self) -> slice:
+        return slice(self.first, self.last)
+
 
 def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
     """Return the finding about steps that became slower, or were slow at first.
@@ -112,16 +120,24 @@ def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
         return []
 
     change = _growth(bins.step_ns) or _jump(bins.step_ns)
-    if change is None or change.factor < (MIN_FACTOR if _part(bins, change) else MIN_FACTOR_ALIKE):
+    if change is None or not _is_clear(bins, change):
         return []
 
     mean = float(np.average(bins.step_ns, weights=bins.steps))
-    inside = slice(change.first, change.last)
-    lost = float(((bins.step_ns[inside] - change.before_ns) * bins.steps[inside]).sum() / bins.steps.sum())
+    lost = float(((bins.step_ns - change.before_ns) * bins.steps)[change.bins].sum() / bins.steps.sum())
     if lost < max(FLOOR_NS, WARNING_SHARE * mean):
         return []
 
     return [_finding(bins, change, lost, mean, facts)]
+
+
+def _is_clear(bins: StepHistory, change: _Change) -> bool:
+    """Return whether the slow part is slow enough; where no phase is the cause, also long enough."""
+    if _part(bins, change) is not None:
+        return change.factor >= MIN_FACTOR
+
+    lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
+    return change.factor >= MIN_FACTOR_ALIKE and lasted_ns >= MIN_ALIKE_NS
 
 
 def _growth(values: Floats) -> _Change | None:
@@ -218,20 +234,33 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
 
 
 def _part(bins: StepHistory, change: _Change) -> str | None:
-    """Return the phase that has most of the difference; None where all have their part."""
-    differences = {}
-    for name, values in bins.parts_ns.items():
-        if change.shape == "growth":
-            third = len(values) // 3
-            differences[name] = float(np.median(values[-third:]) - np.median(values[:third]))
-        else:
-            inside = np.zeros(len(values), bool)
-            inside[change.first : change.last] = True
-            differences[name] = float(np.median(values[inside]) - np.median(values[~inside]))
-
+    """Return the phase that has most of the difference, and grew by far more than the rest; None if all grew."""
+    usual, slow = _levels_of(bins, change)
+    differences = {name: slow[name] - usual[name] for name in usual}
     whole = sum(value for value in differences.values() if value > 0)
     part = max(differences, key=lambda name: differences[name], default=None)
-    return part if part not in (None, "comm") and differences[part] >= DOMINANT_SHARE * whole > 0 else None
+    if part in (None, "comm") or not differences[part] >= DOMINANT_SHARE * whole > 0:
+        return None
+
+    rest, more = (sum(values.values()) - values[part] for values in (usual, differences))
+    similar = SIMILAR_FACTOR * differences[part] / max(usual[part], 1.0)
+    return part if more / max(rest, 1.0) < similar else None
+
+
+def _levels_of(bins: StepHistory, change: _Change) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the usual time and the slow time of each phase."""
+    slow = np.zeros(len(bins.steps), bool)
+    slow[change.bins] = True
+    usual = ~slow
+    if change.shape == "growth":
+        third = len(slow) // 3
+        usual, slow = np.arange(len(slow)) < third, np.arange(len(slow)) >= len(slow) - third
+
+    return _medians(bins, usual), _medians(bins, slow)
+
+
+def _medians(bins: StepHistory, at: NDArray[np.bool_]) -> dict[str, float]:
+    return {name: float(np.median(values[at])) for name, values in bins.parts_ns.items()}
 
 
 def _where(part: str | None, line: BlamedLine | None) -> str:
