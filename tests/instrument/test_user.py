@@ -251,3 +251,29 @@ def test_a_model_inside_the_dataset_is_input(traced: Traced) -> None:
     rows = traced.finish()
     assert len(rows) == 3
     assert all(row["input_wait_ns"] >= 2_000_000 and row["user_ns"] == 0 for row in rows)
+
+
+def test_steps_of_a_resumed_training_count_on(traced: Traced) -> None:
+    """All tables have the number that was given, and the steps after it; numbers never go back."""
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(steps: int) -> None:
+        for _ in range(steps):
+            with traced.instrumentation.phase("mine"):
+                model(torch.ones(1, 2)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    assert traced.instrumentation.set_step(40) == 40
+    train(3)
+    assert traced.instrumentation.set_step(43) == 40  # as after each step of a loop
+    assert traced.instrumentation.set_step(2) is None
+    train(2)
+    assert traced.instrumentation.set_step(100) == 95
+    train(1)
+    traced.instrumentation.close_open_step()
+
+    wanted = [40, 41, 42, 43, 99, 100]
+    assert [row["step"] for row in traced.table("steps")] == wanted
+    assert [row["step"] for row in traced.table("user_phases")] == wanted

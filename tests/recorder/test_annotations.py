@@ -96,3 +96,10 @@ def test_a_mistake_of_ours_does_not_end_the_job(
     assert "tracing could not be started" in caplog.text
     with traceml.trace_step():
         pass
+
+
+@pytest.mark.parametrize("step", [-1, 1.0, True, "3"])
+def test_number_of_a_step_that_is_none(step: object) -> None:
+    """A mistake is the caller's, traced or not."""
+    with pytest.raises(ValueError, match="whole number from 0"):
+        traceml.set_step(step)  # type: ignore[arg-type]

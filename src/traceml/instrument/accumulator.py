@@ -132,7 +132,8 @@ class StepAccumulator:
     forward_ns = CellField()
     backward_ns = CellField()
     optimizer_ns = CellField()
-    rows = CellField()  # number of rows so far: the number of the open step
+    rows = CellField()  # number of rows so far
+    before = CellField()  # steps before the first row, of the training that this one resumes
     seg_start = CellField()  # start of the segment
     closes_at = CellField()  # the loader whose next request closes the step, or a sentinel
     attempt = CellField()  # id of the optimizer of the step's first optimizer step call, 0 before one
@@ -163,7 +164,7 @@ class StepAccumulator:
         self.slow_commits = False  # there are `extras` or user phases: every step is `dirty`
         self.mean_ns = 0
 
-        self.rows = self.ring.appended
+        self.rows, self.before = self.ring.appended, 0
         self.current, self.detail = OTHER, True
         self.zeros = [0] * FIRST_USER
         self.users: list[int] = []  # name ids of user phases, by index
@@ -172,6 +173,27 @@ class StepAccumulator:
         self._clear(0)
         self.open_slots[_STEP] = -1  # no step is open yet
         self.commit = _make_commit(self)
+
+    @property
+    def step(self) -> int:
+        """Number of the open step."""
+        number: int = self.rows + self.before
+        return number
+
+    def continue_at(self, step: int) -> bool:
+        """Give the next step a number, and the steps after it those that follow; return whether that is possible.
+
+        An open step that has been trained is the one before. Numbers never go back: steps would have the same.
+        """
+        before = step - self.rows - bool(self.attempt)
+        if before < self.before:
+            return False
+
+        self.before = before
+        if self.open_slots[_STEP] >= 0:
+            self.open_slots[_STEP] = self.step
+
+        return True
 
     # ---- phases ----
 
@@ -272,13 +294,13 @@ class StepAccumulator:
         flags = self.flags | self.committed_flags | (_NO_LOADER if self.first_loader is None else 0)
         micro_batches = self.micro_batches + (min(self.backwards, self.batches) if self.batches else self.backwards)
         if self.eval_ns:
-            self._flush_evals(self.rows)
+            self._flush_evals(self.step)
 
         total = self.committed_ns + t - self.seg_start
         self.committed_create_ns += self.create_ns
         self.committed_drain_ns += self.drain_ns
         self.note_total(total)
-        if self.device is not None and self.device.close(self.rows):
+        if self.device is not None and self.device.close(self.step):
             flags |= _DEVICE
 
         self.append_step(self.times, t, total, micro_batches, flags, self.own + self.committed_own_ns)
@@ -295,16 +317,16 @@ class StepAccumulator:
 
     def append_step(self, times: list[int], t: int, total: int, micro_batches: int, flags: int, own: int) -> None:
         """Append the row of a step and the rows of its user phases."""
-        n = self.rows
+        n, step = self.rows, self.step
         columns = times[:OTHER]
         columns[_USER] = self._append_users(times) if self.users else 0
         sequence = self.sequence() if self.sequence is not None and self.extras else 0
         own = own if flags & _CALLBACK else -1
         if flags & _EPOCH:
             iterator = self.committed_create_ns, self.committed_drain_ns, int(not self.ring.appended)
-            self._append_epoch(n, t, times[_INPUT_WAIT], *iterator)
+            self._append_epoch(step, t, times[_INPUT_WAIT], *iterator)
 
-        self._append_step(n, t, total, *columns, own, pack_bits(micro_batches, flags, sequence))
+        self._append_step(step, t, total, *columns, own, pack_bits(micro_batches, flags, sequence))
         self.rows = n + 1
         if not n & UPKEEP_MASK:
             self.listener.upkeep(times[_FORWARD], micro_batches)
@@ -350,7 +372,7 @@ class StepAccumulator:
         self.attempts: set[int] = set()  # ids of the optimizers of further step calls
         self._drop_prefix()
         self.dirty = self.slow_commits
-        self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.rows
+        self.open_slots[_STEP_START], self.open_slots[_STEP] = t, self.step
 
     def _drop_prefix(self) -> None:
         self.times_at_cut: list[int] | None = None  # the buckets at the cut
@@ -368,7 +390,7 @@ class StepAccumulator:
         for index, name_id in enumerate(self.users):
             at = FIRST_USER + 2 * index
             if at + 1 < len(times) and (times[at] or times[at + 1]):
-                self._append_user(self.rows, name_id, times[at], times[at + 1])
+                self._append_user(self.step, name_id, times[at], times[at + 1])
                 total += times[at]
 
         return total
@@ -386,7 +408,7 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
     buffer, offset, mask, row_bytes = ring.buffer, ring.offset, ring.mask, ring.row_bytes
     count, slot = ring.count, ring.slot
     # Cells of the clock.
-    input_ns = forward_ns = backward_ns = optimizer_ns = rows = seg_start = attempt = backwards = batches = 0
+    input_ns = forward_ns = backward_ns = optimizer_ns = rows = before = seg_start = attempt = backwards = batches = 0
     dirty = False
     open_slots: Any = None
     batch: Any = None
@@ -410,10 +432,10 @@ def _make_commit(accumulator: StepAccumulator) -> Callable[[int], None]:
 
         row = offset + (n & mask) * row_bytes
         total = t - seg_start
-        pack_into(buffer, row, n, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, bits)
+        pack_into(buffer, row, n + before, t, total, input_ns, forward_ns, backward_ns, optimizer_ns, -1, bits)
         count[slot] = rows = n + 1  # the row first, the counter afterwards
         seg_start = open_slots[_STEP_START] = t
-        open_slots[_STEP] = n + 1
+        open_slots[_STEP] = rows + before
         closes_at = NOT_READY
         attempt = 0
         if not n & UPKEEP_MASK:

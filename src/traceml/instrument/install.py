@@ -82,6 +82,13 @@ class Instrumentation:
 
         return StepBlock(self.clock)
 
+    def set_step(self, step: int) -> int | None:
+        """Give the next step a number; return how many steps came before the first row.
+
+        None if an earlier step has the number, or a later one.
+        """
+        return self.clock.before if self.clock.continue_at(step) else None
+
     def trace_data(self, iterable: Iterable[Any]) -> Any:
         """Return `iterable` with timed waits for its items; like a DataLoader, it separates steps."""
         self._guarded(lambda: self._report_loader(iterable))

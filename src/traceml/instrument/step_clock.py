@@ -427,7 +427,7 @@ class StepClock(StepAccumulator):
             self._discard(t, batches=0, evaluating=False)
 
         if self.eval_ns:
-            self._flush_evals(self.rows)
+            self._flush_evals(self.step)
 
     def end_block(self, *, failed: bool) -> None:
         """End a trace_step() block. After an exception it is not a step, and its time belongs to the next one."""
@@ -460,7 +460,7 @@ class StepClock(StepAccumulator):
                 self.commit(t)
 
         if self.eval_ns:
-            self._flush_evals(self.rows)
+            self._flush_evals(self.step)
 
         self.open_slots[_STEP_START], self.open_slots[_STEP] = 0, -1
         self.stop()
@@ -479,12 +479,12 @@ class StepClock(StepAccumulator):
         times_at_cut = times_at_cut + [0] * (len(times) - len(times_at_cut))
         flags = self.committed_flags | (_NO_LOADER if self.loader_at_cut is None else 0)
         self.note_total(self.committed_ns)
-        if self.device is not None and self.device.close_prefix(self.rows):
+        if self.device is not None and self.device.close_prefix(self.step):
             flags |= _DEVICE
 
         self.append_step(times_at_cut, self.cut_ns, self.committed_ns, self.micro_batches, flags, self.committed_own_ns)
         if self.eval_ns:
-            self._flush_evals(self.rows)
+            self._flush_evals(self.step)
 
         self.times = [after - before for after, before in zip(times, times_at_cut, strict=True)]
         self.first_loader = self.batch
@@ -492,7 +492,7 @@ class StepClock(StepAccumulator):
         self.attempts.clear()
         self.closes_at = CHECK_FORWARD
         self._drop_prefix()
-        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.rows
+        self.open_slots[_STEP_START], self.open_slots[_STEP] = self.seg_start, self.step
 
     def begin_first_step(self, t: int) -> None:
         """Begin the first step."""

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from transformers import Trainer, TrainerCallback
 
 from traceml.integrations.training_session import TrainingSession
+from traceml.recorder.annotations import set_step
 
 __all__ = ["TraceMLCallback", "TraceMLTrainer"]
 
@@ -50,10 +51,11 @@ class TraceMLCallback(TrainerCallback):  # type: ignore[misc]
         """Watch a copy of the callback too."""
         _watch(self)
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Begin: the process group, the model and the optimizer exist."""
+    def on_train_begin(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
+        """Begin: the process group, the model and the optimizer exist. A resumed training counts on."""
         hooks = self.session.begin()
         if hooks is not None:
+            set_step(int(state.global_step))
             hooks.time_saving(Trainer, "_save_checkpoint")
             hooks.time_saving(Trainer, "save_model")
             hooks.time_update(Accelerator, "clip_grad_norm_")

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from traceml.integrations.training_session import TrainingSession
+from traceml.recorder.annotations import set_step
 
 __all__ = ["TraceMLCallback"]
 
@@ -62,6 +63,11 @@ class TraceMLCallback:
         hooks = self.session.begin()
         if hooks is not None:
             _time_framework(hooks, trainer)
+
+    def on_train_start(self, trainer: Any, _module: Any) -> None:
+        """Count on where a resumed training was. Lightning counts the steps of each optimizer."""
+        if len(trainer.optimizers) == 1:
+            set_step(int(trainer.global_step))
 
     def on_exception(self, _trainer: Any, _module: Any, exception: BaseException) -> None:
         """End; `fit` raises the exception."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar, overload
 
 from traceml.recorder.current import state
 
-__all__ = ["phase", "trace", "trace_data", "trace_step"]
+__all__ = ["phase", "set_step", "trace", "trace_data", "trace_step"]
+
+_log = logging.getLogger("traceml")
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -50,6 +53,32 @@ def trace_step(model: Any = None, optimizer: Any = None) -> AbstractContextManag
     """
     running = state.instrumentation
     return _NO_OP if running is None else running.trace_step(model, optimizer)
+
+
+def set_step(step: int) -> None:
+    """Give the next training step a number; the steps after it count on.
+
+    A training that resumes from a checkpoint calls it before its loop, on every rank, with the number of steps trained
+    before. A number below that of the last step is ignored, with a warning.
+
+    Args:
+        step: number of the next step, from 0.
+
+    Raises:
+        ValueError: it is no whole number from 0.
+    """
+    if type(step) is not int or step < 0:
+        raise ValueError(f"set_step({step!r}): give the number of steps trained before, a whole number from 0")
+
+    running, recorder = state.instrumentation, state.recorder
+    if running is None or recorder is None:
+        return
+
+    before = running.set_step(step)
+    if before is not None:
+        recorder.note("resumed", step=step, before=before)
+    elif step:
+        _log.warning("set_step(%d) is ignored: later steps are recorded already", step)
 
 
 def trace_data(loader: Iterable[T]) -> Iterable[T]:

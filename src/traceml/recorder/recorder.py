@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from traceml.database.schema import LOGGED, METRICS
 from traceml.errors import RunNotFoundError
@@ -244,6 +244,11 @@ class Recorder:
     def stream(self) -> int | None:
         """Number of this recorder's rows in the run's store; None before a connection."""
         return self._recording.stream if self._recording is not None else None
+
+    def note(self, kind: str, **facts: Any) -> None:
+        """Append a row to `info`, by which diagnosis knows what rows cannot tell."""
+        if self._recording is not None and self.enabled and self.pid == os.getpid():
+            self._recording.note(kind, **facts)
 
     def note_exit(self, error: BaseException | None, status: int) -> None:
         """Record how the process ends; only the first call counts."""

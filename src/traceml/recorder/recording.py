@@ -222,6 +222,7 @@ class Recording:
         facts = {"code": status, "last_step": self.flight.ring("steps").appended - 1}
         if slots[Slot.STEP] >= 0:
             facts["step"] = slots[Slot.STEP]
+            facts["last_step"] = slots[Slot.STEP] - 1  # a resumed training does not count from 0
 
         self.note("exit", urgent=True, **facts, **describe(error))
         if status:

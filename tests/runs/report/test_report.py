@@ -108,6 +108,22 @@ def test_user_phases_have_their_own_names(tmp_path):
     assert (report["verdict"]["kind"], report["verdict"]["phase"]) == ("RESIDUAL_HEAVY", "augment")
 
 
+def test_a_resumed_training_has_the_steps_of_this_run(tmp_path):
+    """Steps are numbered on, and counted from where it resumed."""
+    writer = open_store(tmp_path / "run")
+    for rank, rows in enumerate(rows_of(Job(steps=100))):
+        rows["step"] += 5_000
+        add_info(writer, add_rank(writer, rank, rows), kind="resumed", step=5_000, before=5_000)
+
+    writer.close()
+
+    report = report_on(tmp_path / "run")
+
+    assert report["steps"]["count"] == 100
+    assert [rank["steps"] for rank in report["ranks"]] == [100, 100]
+    assert report["ranks"][0]["exit"]["last_step"] == 5_099
+
+
 def test_a_killed_rank_is_told_with_all_that_is_known(tmp_path):
     """Signal as a number, last step, open phase; the rank has rows to its end."""
     writer = open_store(tmp_path / "run", state="failed")

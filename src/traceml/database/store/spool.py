@@ -24,6 +24,7 @@ __all__ = ["HOLD_S", "FrameBuffer", "HeldFrame", "Spool", "SpooledRows"]
 HOLD_S = 10.0
 """How long rows wait for others of their frame."""
 _MOST_ROWS = 4096
+_MOST_BYTES = 64 << 20
 # Frames of all ranks are written over so many commits: together they would delay an acknowledgment.
 _COMMITS = 40
 _LEAST_FRAMES = 64
@@ -85,6 +86,7 @@ class Spool:
         self._early: list[HeldFrame] = []
         self._new: list[SpooledRows] = []
         self._now_s = self._since_s = 0.0
+        self._open_bytes = 0
         self._share = _LEAST_FRAMES
         self._last_record = self._closing_record = self._done_record = 0
 
@@ -116,6 +118,7 @@ class Spool:
             held = self._open[key] = FrameBuffer(rows.seq)
 
         held.add(rows.n, rows.data, rows.first_step, rows.last_step)
+        self._open_bytes += len(rows.data)
         if not is_stored:
             self._new.append(rows)
 
@@ -132,8 +135,9 @@ class Spool:
             self._share = len(self._closing)
             frames += self._due()
 
-        if self._open and not self._closing and (everything or now_s - self._since_s >= HOLD_S):
-            self._closing, self._open = self._open, {}
+        is_time = everything or now_s - self._since_s >= HOLD_S or self._open_bytes >= _MOST_BYTES
+        if self._open and not self._closing and is_time:
+            self._closing, self._open, self._open_bytes = self._open, {}, 0
             self._closing_record = self._last_record + bool(self._new)
             self._share = len(self._closing) if everything else max(len(self._closing) // _COMMITS, _LEAST_FRAMES)
 

@@ -175,6 +175,8 @@ class JobFactsBuilder:
         self.state = "running"
         self.limits, self.lines = UseHistory(), LineCounts()
         self.skipped = SkippedSteps()
+        self.steps_before: dict[int, int] = {}
+        """Steps of each rank in the training that it resumes."""
         self.time: RunTime | None = None
         """Wall time by part, which a reader of the whole run sets."""
         self._epochs = np.empty(0, EPOCHS.dtype)
@@ -190,7 +192,7 @@ class JobFactsBuilder:
         self.hosts[rank] = host
 
     def info(self, rank: int, row: Mapping[str, Any]) -> None:
-        """Take a row of the `info` log: loader, model, process and exit rows are used."""
+        """Take a row of the `info` log: loader, model, process, exit and resumed rows are used."""
         kind = row.get("kind")
         if kind == "loader":
             # The training loader where it is known, else the first: evaluation comes later.
@@ -202,6 +204,8 @@ class JobFactsBuilder:
             )
             # A rank reports how it is about to end; the fate of its process, where known, has priority.
             self.exits[rank] = _merge(reported, self.exits[rank]) if rank in self.exits else reported
+        elif kind == "resumed" and isinstance(row.get("before"), int):
+            self.steps_before[rank] = row["before"]
         elif kind in ("process", "model", "group"):
             self._facts.update({key: row[key] for key in _KEPT if row.get(key) is not None})
             device = str(row.get("device") or "cpu").partition(":")[0]

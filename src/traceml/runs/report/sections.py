@@ -54,9 +54,8 @@ def steps(digest: Digest, window: Window) -> StepsSection:
         digest: the run.
         window: the steps to describe; of a long run a sample.
     """
-    latest = digest.window.latest
     section = StepsSection(
-        count=int(latest.max()) + 1 if latest.size else 0,
+        count=max((steps_of(digest, rank) for rank in range(digest.window.latest.size)), default=0),
         per_second=_per_second(digest),
         cut=digest.cut,
         diagnosed=len(window),
@@ -81,6 +80,15 @@ def _totals(digest: Digest) -> StepTotals | None:
     """Return the sums of all steps of a long run, without those of its set-up."""
     totals, set_up = digest.totals, digest.set_up
     return totals if totals is None or set_up is None else totals.without(set_up)
+
+
+def steps_of(digest: Digest, rank: int) -> int:
+    """Return the number of steps of a rank, without those before it resumed."""
+    latest = digest.window.latest
+    if rank >= len(latest) or latest[rank] < 0:
+        return 0
+
+    return int(latest[rank]) + 1 - digest.facts.steps_before.get(rank, 0)
 
 
 def _per_second(digest: Digest) -> float | None:
@@ -142,13 +150,12 @@ def _number(value: float) -> float:
 
 def ranks(digest: Digest) -> list[RankSection]:
     """Return the state of each rank of the last attempt, and its end."""
-    latest = digest.window.latest
     return [
         RankSection(
             rank=rank,
             host=stream.host,
             pid=stream.identity.pid,
-            steps=int(latest[rank]) + 1 if rank < len(latest) else 0,
+            steps=steps_of(digest, rank),
             state=stream.state,
             exit=_exit(digest, stream),
         )
