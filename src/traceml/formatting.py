@@ -84,7 +84,7 @@ def ordinal_text(number: int) -> str:
     return f"{number:,}{suffix}"
 
 
-def plural(count: int, word: str) -> str:
+def plural(count: int | None, word: str) -> str:
     """Return `1 step`, `1,204 steps`."""
     return f"{count_text(count)} {word}" if count == 1 else f"{count_text(count)} {word}s"
 

@@ -85,6 +85,23 @@ def _user_code(finding: _FindingFacts) -> str:
     return f"{percent_text(share)} of step time is spent in {where}"
 
 
+def _healthy(finding: _FindingFacts) -> str:
+    """Return `No bottleneck found`, or `Steps are fine; they are 45 % of the run's time`."""
+    share = finding.evidence.get("steps_share")
+    return (
+        "No bottleneck found" if share is None else f"Steps are fine; they are {percent_text(share)} of the run's time"
+    )
+
+
+def _compute(finding: _FindingFacts) -> str:
+    share = finding.evidence.get("steps_share")
+    phase = phase_words(finding.phase) if finding.phase else "the step"
+    if share is None:
+        return f"The model's own compute limits this run, most of it in {phase}"
+
+    return f"Compute limits the steps, most of it in {phase}; they are {percent_text(share)} of the run's time"
+
+
 def _input(finding: _FindingFacts) -> str:
     """Return `Training waits for data: 62 % of step time`, or that for its loader's workers to start."""
     what = "new loader workers in each epoch" if finding.evidence.get("restart_ms") else "data"
@@ -155,10 +172,10 @@ class Kind(StrEnum):
 
     _rule: KindRule
 
-    HEALTHY = "HEALTHY", KindRule("No bottleneck found", Severity.INFO)
+    HEALTHY = "HEALTHY", KindRule(_healthy, Severity.INFO)
     COMPUTE_BOUND = (
         "COMPUTE_BOUND",
-        KindRule("The model's own compute limits this run, most of it in {phase}", Severity.INFO),
+        KindRule(_compute, Severity.INFO),
     )
     INPUT_BOUND = "INPUT_BOUND", KindRule(_input)
     H2D_BOUND = "H2D_BOUND", KindRule("Copies to the device slow training down: {share}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
-from traceml.formatting import count_text, ranks_text, sample_text
+from traceml.formatting import count_text, plural, ranks_text, sample_text
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.words import end_of_rank, restarts_text
 from traceml.runs.report.report_types import (
@@ -105,6 +105,12 @@ class RunView:
         return self.report.trackers
 
     @property
+    def steps_per_second(self) -> float | None:
+        """Steps per second: live, the speed now; of an ended run, of the time in steps, as the mean step is."""
+        mean_ms = self.steps.mean_ms
+        return self.steps.per_second if self.run.state == "running" or not mean_ms else 1e3 / mean_ms
+
+    @property
     def time_parts(self) -> list[TimePart]:
         """Parts of the run's wall time that can be seen; none where it is not known."""
         time = self.report.time
@@ -155,8 +161,10 @@ class RunView:
             found.append(restarts_text(self.run.restarts))
 
         if self.run.steps_waiting:
-            count = count_text(self.run.steps_waiting)
-            found.append(f"{count} steps are not stored: they wait in memory of this host; `traceml sync` stores them")
+            waiting = self.run.steps_waiting
+            are = "is not stored: it waits" if waiting == 1 else "are not stored: they wait"
+            stores = "it" if waiting == 1 else "them"
+            found.append(f"{plural(waiting, 'step')} {are} in memory of this host; `traceml sync` stores {stores}")
 
         return tuple(found)
 

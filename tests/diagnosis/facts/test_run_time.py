@@ -44,7 +44,8 @@ def test_a_verdict_on_steps_says_what_it_covers():
     found = findings(100.0, startup=10.0, steps=45.0, evaluation=20.0, idle=25.0)[0]
 
     assert found.kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
-    assert "Steps are 45 % of the run's time; after the last step 25 %, evaluation 20 %." in found.summary
+    assert "they are 45 % of the run's time" in found.headline
+    assert "The rest of the run's 1:40: after the last step 25 %, evaluation 20 %." in found.summary
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from traceml.database.schema import Resource
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind, Severity
-from traceml.formatting import bytes_text, count_text, duration_text, percent_text, ranks_text
+from traceml.formatting import bytes_text, count_text, duration_text, percent_text, plural, ranks_text
 
 __all__ = ["ResourceUse", "UseHistory", "limits_near"]
 
@@ -182,5 +182,5 @@ def _when(use: ResourceUse) -> str:
     if use.left_s is None or use.left_s > SOON_S:
         return ""
 
-    steps = "" if use.left_steps is None else f", {count_text(int(use.left_steps))} steps"
+    steps = "" if use.left_steps is None else f", {plural(int(use.left_steps), 'step')}"
     return f", and it grows: at this rate it is full in {duration_text(use.left_s)}{steps}"

@@ -77,6 +77,11 @@ class RunTime:
         """Share of the wall time in training steps, with saving and the start of epochs."""
         return self.share("steps", "checkpoint", "between_epochs")
 
+    @property
+    def is_steps(self) -> bool:
+        """Whether nearly all of the wall time is steps."""
+        return self.wall_s <= 0 or self.in_steps >= 1 - HEAVY_SHARE
+
 
 def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Finding]:
     """Return the findings about a long start-up and much evaluation.
@@ -105,7 +110,7 @@ def _startup(time: RunTime, startup_s: float, line: BlamedLine | None) -> Findin
         kind=Kind.STARTUP,
         severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
         summary=(
-            f"The first step began {duration_text(startup_s)} after the start: {percent_text(time.share('startup'))} "
+            f"Training began {duration_text(startup_s)} after the start: {percent_text(time.share('startup'))} "
             f"of the run's {duration_text(time.wall_s)}{where}."
         ),
         next=(
@@ -129,13 +134,14 @@ def _evaluation(time: RunTime, line: BlamedLine | None) -> Finding:
     share, seconds = time.share("evaluation"), time.seconds["evaluation"]
     times = max(time.evaluations, 1)
     each = seconds / times
+    often = "once" if times == 1 else f"{count_text(times)} times"
     saved = share / 2
     return Finding(
         kind=Kind.EVAL_HEAVY,
         severity=Kind.EVAL_HEAVY.severity_for(share),
         summary=(
-            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation: {count_text(times)} times "
-            f"{duration_text(each)}" + (f", mostly at {line.place}" if line else "") + "."
+            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation: "
+            f"{often} {duration_text(each)}" + (f", mostly at {line.place}" if line else "") + "."
         ),
         next=(
             f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, with "
@@ -154,11 +160,11 @@ def _evaluation(time: RunTime, line: BlamedLine | None) -> Finding:
 
 
 def covered(time: RunTime | None) -> str:
-    """Return the sentence that says what a verdict about steps covers; empty where steps are nearly all of the run."""
-    if time is None or time.in_steps >= 1 - HEAVY_SHARE or time.wall_s <= 0:
+    """Return the sentence on what a verdict about steps does not cover; empty where steps are nearly all of the run."""
+    if time is None or time.is_steps:
         return ""
 
-    return f" Steps are {percent_text(time.in_steps)} of the run's time; {_largest(time)}."
+    return f" The rest of the run's {duration_text(time.wall_s)}: {_largest(time)}."
 
 
 def _largest(time: RunTime) -> str:

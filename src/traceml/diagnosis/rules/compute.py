@@ -65,6 +65,9 @@ def _evidence(segments: Segments, facts: JobFacts, step: float, shares: dict[str
     if segments.grouped and segments.backward_known:
         evidence["exposed_comm_ms"] = min_wait_ns(segments) / 1e6
 
+    if facts.time is not None and not facts.time.is_steps:
+        evidence["steps_share"] = facts.time.in_steps
+
     if facts.main_wait:
         evidence["cpu_wait_share"] = facts.wait_share
 

@@ -102,7 +102,7 @@ def _costs(verdict: Finding) -> list[tuple[str, str]]:
 def _figures(view: RunView) -> list[tuple[str, str]]:
     steps = view.steps
     return [
-        ("Steps per second", rate_text(steps.per_second)),
+        ("Steps per second", rate_text(view.steps_per_second)),
         ("Mean step", ms_text(steps.mean_ms)),
         ("p50", ms_text(steps.p50_ms)),
         ("p95", ms_text(steps.p95_ms)),

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from traceml.diagnosis.findings import Finding
-from traceml.formatting import capitalized, count_text, duration_text, gain_text, ms_text, overhead_text, rate_text
+from traceml.formatting import (
+    capitalized,
+    count_text,
+    duration_text,
+    gain_text,
+    ms_text,
+    overhead_text,
+    plural,
+    rate_text,
+)
 from traceml.renderers.charts.figures import Figure, figures
 from traceml.renderers.charts.palette import DARK, LIGHT, css_variables
 from traceml.renderers.charts.svg_marks import escaped
@@ -79,8 +88,9 @@ def verdict_card(verdict: Finding, *, first: bool = True, with_evidence: bool = 
         with_evidence: whether its numbers are shown.
     """
     heading = f'<p class="headline">{escaped(verdict.headline)}</p>'
+    gaining = "the run is" if verdict.kind.rule.of_run else "steps are"
     gain = (
-        f'<p class="gain"><b>Gain</b>steps are {gain_text(verdict.gain)} once this is fixed</p>' if verdict.gain else ""
+        f'<p class="gain"><b>Gain</b>{gaining} {gain_text(verdict.gain)} once this is fixed</p>' if verdict.gain else ""
     )
     to_do = f'<p class="next"><b>Next</b>{escaped(verdict.next)}</p>' if verdict.next else ""
     return (
@@ -99,7 +109,7 @@ def _evidence(evidence: Mapping[str, Any]) -> str:
 def run_line(view: RunView) -> Iterator[str]:
     """Yield one line about the run: id, ranks, hosts, state, date."""
     run = view.run
-    facts = [f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}", ", ".join(run.hosts[:4])]
+    facts = [plural(run.world_size, "rank"), ", ".join(run.hosts[:4])]
     facts.append(f"{view.state} after {duration_text(run.duration_s)}" if run.duration_s is not None else view.state)
     if run.attempt:
         facts.append(f"attempt {run.attempt + 1}")
@@ -119,7 +129,7 @@ def _tiles(view: RunView) -> Iterator[str]:
     steps, telemetry = view.steps, view.telemetry
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)
     tiles = (
-        ("steps per second", rate_text(steps.per_second)),
+        ("steps per second", rate_text(view.steps_per_second)),
         ("steps", count_text(steps.count)),
         ("mean step", ms_text(steps.mean_ms)),
         ("p50", ms_text(steps.p50_ms)),

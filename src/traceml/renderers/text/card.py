@@ -9,6 +9,7 @@ from typing import IO
 from rich.console import Console, Group
 from rich.text import Text
 
+from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.formatting import (
     bytes_text,
@@ -20,6 +21,7 @@ from traceml.formatting import (
     part_words,
     percent_text,
     phase_label,
+    plural,
     rate_text,
 )
 from traceml.renderers.text.bars import bar, mark, phase_color
@@ -129,12 +131,12 @@ def _fitted(line: Text, width: int, viewport: Viewport) -> Text:
 
 def _top(view: RunView, width: int, viewport: Viewport) -> Text:
     rule = viewport.glyphs.rule
-    facts = [f"{count_text(view.run.world_size)} rank{'s' if view.run.world_size > 1 else ''}"]
+    facts = [plural(view.run.world_size, "rank")]
     if len(view.run.hosts) > 1:
         facts.append(f"{len(view.run.hosts)} hosts")
 
     if view.steps.count:
-        facts.append(f"{count_text(view.steps.count)} steps")
+        facts.append(plural(view.steps.count, "step"))
 
     after = "" if view.run.duration_s is None else f" after {duration_text(view.run.duration_s)}"
     right = f" {', '.join(facts)}, {view.state}{after} {rule}"
@@ -158,10 +160,14 @@ def _verdict_lines(view: RunView, width: int) -> Iterator[Text]:
 
     yield from _labeled("Next", verdict.next, width, style="bold")
     if verdict.gain is not None and "faster" not in verdict.summary:
-        yield from _labeled("Gain", f"steps are {gain_text(verdict.gain)} once this is fixed", width)
+        yield from _labeled("Gain", f"{_gaining(verdict)} {gain_text(verdict.gain)} once this is fixed", width)
 
     for note in view.notes:
         yield from (Text(f" {line}", style="yellow") for line in wrapped(note, width - 1))
+
+
+def _gaining(finding: Finding) -> str:
+    return "the run is" if finding.kind.rule.of_run else "steps are"
 
 
 def wrapped(text: str, width: int) -> list[str]:
@@ -191,7 +197,7 @@ def _copied(label: str, text: str) -> Iterator[Text]:
 def _steps_line(view: RunView, viewport: Viewport) -> Text:
     steps = view.steps
     line = Text(" ").append("Steps".ljust(_LABEL), style="dim")
-    line.append(f"{rate_text(steps.per_second)} steps/s", style="bold")
+    line.append(f"{rate_text(view.steps_per_second)} steps/s", style="bold")
     if steps.count:
         line.append(f"  {viewport.glyphs.dot}  mean {ms_text(steps.mean_ms)}  p50 {ms_text(steps.p50_ms)}")
         line.append(f"  p95 {ms_text(steps.p95_ms)}  p99 {ms_text(steps.p99_ms)}")
@@ -254,7 +260,10 @@ def _rank_lines(view: RunView, viewport: Viewport) -> Iterator[Text]:
         yield _rank_line(row, columns, viewport)
 
     if hidden := len(view.ranks) - len(rows):
-        yield Text(f"   {viewport.glyphs.ellipsis} {count_text(hidden)} more ranks in the report", style="dim")
+        yield Text(
+            f"   {viewport.glyphs.ellipsis} {plural(hidden, 'more rank')} in the report",
+            style="dim",
+        )
 
 
 def _column_phases(view: RunView) -> list[str]:
@@ -288,7 +297,7 @@ def _closing_lines(view: RunView, width: int) -> Iterator[Text]:
         yield from _labeled("Ended", f"rank {row.rank}{where}: {row.end}", width)
 
     if len(ended) > 4:
-        yield from _labeled("", f"and {len(ended) - 4} more ranks", width)
+        yield from _labeled("", f"and {plural(len(ended) - 4, 'more rank')}", width)
 
     if view.absent:
         yield from _labeled("Absent", view.absent, width, style="yellow")
@@ -326,7 +335,7 @@ def _memory_text(view: RunView) -> str:
 def _telemetry_text(view: RunView) -> str:
     telemetry = view.telemetry
     lost = telemetry.rows_lost
-    rows = f"{count_text(telemetry.rows_stored)} rows stored, "
+    rows = f"{plural(telemetry.rows_stored, 'row')} stored, "
     rows += "losses unknown" if lost is None else f"{count_text(lost)} lost" if lost else "none lost"
     rows += f", {count_text(telemetry.rows_thinned)} old ones thinned" if telemetry.rows_thinned else ""
     overhead = overhead_text(telemetry.overhead_us_per_step, telemetry.overhead_share)

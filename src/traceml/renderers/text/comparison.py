@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import Group
 from rich.text import Text
 
-from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words
+from traceml.formatting import bytes_text, count_text, ms_text, phase_label, phase_words, plural
 from traceml.renderers.printable import printable_copy
 from traceml.renderers.text.card import wrapped
 from traceml.renderers.text.viewport import Viewport
@@ -115,7 +115,7 @@ def _head(comparison: Comparison, width: int, viewport: Viewport) -> Iterator[Te
     )
     for which, run in (("A", comparison.a), ("B", comparison.b)):
         ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}"
-        facts = f"{ranks}, {count_text(run.steps)} steps, {run.state}"
+        facts = f"{ranks}, {plural(run.steps, 'step')}, {run.state}"
         yield Text(f" {which}  ", style="dim").append(run.id).append(f"  {facts}", "dim")
 
     yield Text()

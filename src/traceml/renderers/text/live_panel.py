@@ -13,6 +13,7 @@ from traceml.formatting import (
     ms_text,
     overhead_text,
     percent_text,
+    plural,
     rate_text,
     short_label,
 )
@@ -91,7 +92,7 @@ def rule_line(now: RunView, viewport: Viewport) -> Text:
     left.append(name, style="not dim").append(" ")
     attempt = f", attempt {run.attempt + 1}" if run.attempt else ""
     hosts = f" on {len(run.hosts)} hosts" if len(run.hosts) > 1 else ""
-    ranks = f"{count_text(run.world_size)} rank{'s' if run.world_size > 1 else ''}{hosts}{attempt}"
+    ranks = f"{plural(run.world_size, 'rank')}{hosts}{attempt}"
     right = f" {ranks}, {run.state} {duration_text(run.duration_s)} {rule}"
     return left.append(rule * max(viewport.width - left.cell_len - len(right), 1)).append(right)
 
@@ -100,10 +101,10 @@ def speed_line(view: LiveView, viewport: Viewport) -> Text:
     """Return the line on speed, with its trend."""
     steps = view.now.steps
     trend = max(min(viewport.width - 62, 40), 6)
-    line = Text(f" {rate_text(steps.per_second):>6} steps/s ", style="bold")
+    line = Text(f" {rate_text(view.now.steps_per_second):>6} steps/s ", style="bold")
     line.append(sparkline(view.rates, trend, viewport), style="cyan not bold")
     line.append(f"  step {ms_text(steps.mean_ms):>7}  p99 {ms_text(steps.p99_ms):>7}", style="not bold")
-    return line.append(f"  {count_text(steps.count):>9} steps", style="not bold")
+    return line.append(f"  {plural(steps.count, 'step'):>15}", style="not bold")
 
 
 def _heading(now: RunView, viewport: Viewport) -> Text:

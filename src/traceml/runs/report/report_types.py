@@ -86,6 +86,7 @@ class RunSection(msgspec.Struct, kw_only=True):
 class StepsSection(msgspec.Struct, kw_only=True):
     """Number and duration of steps.
 
+    `per_second` is of the wall time from the first to the last step, evaluation and saving included.
     The verdict of a long run (`cut`) rests on a sample of `diagnosed` steps spread over it; all else is of all steps.
     `untimed_device` is the accelerator of the models if its time was not measured; phases have CPU time then.
     """

@@ -1,0 +1,151 @@
+"""Card of a finding of each kind: its sentences, as a terminal of 80 columns shows them.
+
+After a change on purpose: `UPDATE_SNAPSHOTS=1 pytest tests/renderers/test_all_kinds.py`, then read the difference.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.diagnosis.fabricated import MS, Job, adds, window_of
+from tests.renderers.reports import report
+from tests.renderers.test_snapshots import plain
+from traceml.database.schema import EPOCHS, Resource
+from traceml.diagnosis.facts.job_facts import JobFacts, LoaderFacts, RankExit
+from traceml.diagnosis.facts.resource_use import ResourceUse
+from traceml.diagnosis.facts.run_time import RunTime
+from traceml.diagnosis.facts.sampled_lines import SampledLine
+from traceml.diagnosis.facts.skipped_steps import SkippedSteps
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.ruleset import diagnose
+from traceml.renderers.text.card import card
+from traceml.renderers.text.viewport import Viewport
+from traceml.renderers.views import run_view
+
+SNAPSHOT = Path(__file__).parent / "snapshots" / "kinds_80.txt"
+ALONE = Job(ranks=1, steps=220, grouped=False)
+PATH = "/home/me/projects/a-long-name/of-a-folder/experiments/train.py"
+LINES = (
+    *(SampledLine(0, part, PATH, 23, "update_metric", None, 80) for part in ("startup", "outside")),
+    *(SampledLine(rank, "other", PATH, 23, "update_metric", None, 80) for rank in (0, 1)),
+    *(SampledLine(rank, "forward", PATH, 7, "forward", None, 60) for rank in (0, 1)),
+)
+LATE_LINES = (
+    SampledLine(1, "other", PATH, 23, "update_metric", None, 80),
+    *(SampledLine(rank, "forward", PATH, 7, "forward", None, 60) for rank in range(4)),
+)
+RARE = adds("other", 120, chance=0.04)
+
+
+def found(job: Job, *faults, **facts) -> list[Finding]:
+    lines = LATE_LINES if job.ranks > 2 else LINES
+    return diagnose(window_of(job, *faults), JobFacts(world_size=job.ranks, lines=lines, **facts))
+
+
+def epochs() -> list[Finding]:
+    rows = np.zeros(11, EPOCHS.dtype)
+    rows["step"], rows["ns"], rows["create_ns"] = np.arange(11) * 20, 200 * MS, 150 * MS
+
+    def waits(own, _) -> None:
+        own["input_wait"][:, ::20] += 200
+
+    return found(ALONE, waits, loader=LoaderFacts(num_workers=2), epochs=rows)
+
+
+def skipped() -> list[Finding]:
+    steps = SkippedSteps()
+    steps.rank, steps.rows, steps.latest, steps.steps = 0, 300, 299, np.arange(100, 300)
+    return found(ALONE, skipped=steps)
+
+
+def later(own, _) -> None:
+    own["other"][:, 110:] += 12
+
+
+CASES: dict[str, Callable[[], list[Finding]]] = {
+    "HEALTHY": lambda: found(Job(ranks=2, own={"forward": 2.0, "backward": 3.0, "optimizer": 0.5, "other": 0.9})),
+    "HEALTHY, part of the run": lambda: found(
+        Job(ranks=2, own={"forward": 2.0, "backward": 3.0, "optimizer": 0.5, "other": 0.9}),
+        time=RunTime.of(40.0, {"steps": 18.0, "startup": 4.0, "evaluation": 8.0, "idle": 10.0}),
+    ),
+    "COMPUTE_BOUND": lambda: found(ALONE),
+    "INPUT_BOUND": lambda: found(ALONE, adds("input_wait", 20), loader=LoaderFacts(dataset="Photos", num_workers=0)),
+    "INPUT_BOUND, workers": epochs,
+    "H2D_BOUND": lambda: found(ALONE, adds("h2d", 9)),
+    "COMM_BOUND": lambda: found(Job(comm=20.0)),
+    "RESIDUAL_HEAVY": lambda: found(ALONE, adds("other", 30)),
+    "INPUT_STRAGGLER": lambda: found(Job(ranks=4), adds("input_wait", 20, (1,))),
+    "COMPUTE_STRAGGLER": lambda: found(Job(ranks=4), adds("forward", 20, (1,))),
+    "H2D_STRAGGLER": lambda: found(Job(ranks=4), adds("h2d", 20, (1,))),
+    "STRAGGLER": lambda: found(Job(ranks=4), adds("other", 20, (1,))),
+    "JITTER": lambda: found(Job(ranks=1, steps=220, grouped=False), RARE),
+    "STARTUP": lambda: found(ALONE, time=RunTime.of(200.0, {"steps": 110.0, "startup": 90.0})),
+    "EVAL_HEAVY": lambda: found(ALONE, time=RunTime.of(100.0, {"steps": 40.0, "evaluation": 60.0}, 12)),
+    "CHECKPOINT_STALLS": lambda: found(ALONE, adds("checkpoint", 100, every=20)),
+    "STEPS_SKIPPED": skipped,
+    "SLOWDOWN": lambda: found(ALONE, later),
+    "LIMIT_NEAR": lambda: found(ALONE, limits=(ResourceUse(1, Resource.OPEN_FILES, 980, 1024),)),
+    "RANK_LOST": lambda: found(
+        Job(ranks=2),
+        exits=(RankExit(rank=1, state="killed", signal=9, last_step=219, open_step=220, open_phase="backward"),),
+        state="failed",
+    ),
+    "INSUFFICIENT_DATA": lambda: found(Job(ranks=2, steps=4)),
+}
+
+
+def of_kind(case: str) -> Finding:
+    kind = case.partition(",")[0]
+    return next(finding for finding in CASES[case]() if finding.kind == kind)
+
+
+def shown(case: str) -> str:
+    """Return the lines of the card that the finding makes."""
+    finding = of_kind(case)
+    view = run_view(report([{"forward": 3.0, "other": 1.0}], finding.rounded()))
+    lines = plain(card(view, Viewport(80, 24)), Viewport(80, 24)).splitlines()
+    return "".join(f"{line}\n" for line in lines[: lines.index("")])
+
+
+def test_each_kind_has_a_case():
+    """A new kind needs one too."""
+    assert {case.partition(",")[0] for case in CASES} == {kind.value for kind in Kind}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sentences_are_plain(case):
+    """They fit on 80 columns, agree in number, and end with a full stop; a headline is one sentence without."""
+    finding = of_kind(case)
+
+    assert max(map(len, shown(case).splitlines())) <= 80
+    assert not finding.headline[:1].islower()
+    assert not finding.headline.endswith(".")
+    for text in (finding.headline, finding.summary, finding.next):
+        assert not re.search(r"\b1 (steps|ranks|times|workers|cores|samples)\b", text), text
+
+    assert finding.summary.endswith(".")
+    assert finding.next.endswith(".")
+
+
+@pytest.mark.parametrize("case", ["RESIDUAL_HEAVY", "STARTUP", "EVAL_HEAVY", "STRAGGLER"])
+def test_a_line_is_told_with_its_file(case):
+    """The file's name, the line and the function are in the headline or the summary."""
+    finding = of_kind(case)
+
+    assert "train.py:23 update_metric" in f"{finding.headline} {finding.summary}"
+
+
+def test_the_cards_of_all_kinds():
+    """The text is that of the snapshot."""
+    seen = "\n".join(shown(case) for case in CASES)
+    if os.environ.get("UPDATE_SNAPSHOTS"):
+        SNAPSHOT.write_text(seen, encoding="utf-8")
+
+    assert seen == SNAPSHOT.read_text(encoding="utf-8")
