@@ -64,7 +64,7 @@ SUBROOMS = {
     "runs.report": {"runs.rows", "runs.run_state", "runs.json_document", "diagnosis", "track", "database"},
     "runs.comparison": {"runs.report", "runs.rows", "runs.json_document", "diagnosis", "database"},
     "runs.export": {"runs.report", "runs.rows", "diagnosis", "traces", "database"},
-    "diagnosis.facts": {"diagnosis.kinds", "diagnosis.findings", "database"},
+    "diagnosis.facts": {"database"},
     "diagnosis.steps": {"diagnosis.facts", "database"},
     "diagnosis.rules": {
         "diagnosis.kinds", "diagnosis.findings", "diagnosis.advice", "diagnosis.facts", "diagnosis.steps", "database",

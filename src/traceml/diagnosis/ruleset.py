@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.resource_use import limits_near
-from traceml.diagnosis.facts.run_time import outside_steps
-from traceml.diagnosis.facts.skipped_steps import steps_skipped
 from traceml.diagnosis.findings import Finding, in_order
 from traceml.diagnosis.kinds import Kind, Severity
 from traceml.diagnosis.rules.bottlenecks import checkpoints, input_bound, residual, transfers
@@ -14,7 +11,10 @@ from traceml.diagnosis.rules.compute import nothing_found
 from traceml.diagnosis.rules.epoch_starts import workers_restarted
 from traceml.diagnosis.rules.jitter import jitter, late_in_turns
 from traceml.diagnosis.rules.lost_ranks import rank_lost
+from traceml.diagnosis.rules.near_limits import limits_near
+from traceml.diagnosis.rules.outside_steps import outside_steps
 from traceml.diagnosis.rules.periods import periodic_steps
+from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.rules.slowdown import StepHistory, slowdown
 from traceml.diagnosis.rules.stragglers import stragglers
 from traceml.diagnosis.steps.replay import new_step_times

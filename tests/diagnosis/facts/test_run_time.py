@@ -1,22 +1,10 @@
-"""The run's wall time: its parts, and the findings outside the steps."""
+"""The run's wall time by part."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.diagnosis.fabricated import Job, adds, window_of
-from traceml.diagnosis.facts.job_facts import JobFacts
 from traceml.diagnosis.facts.run_time import PARTS, RunTime
-from traceml.diagnosis.facts.sampled_lines import SampledLine
-from traceml.diagnosis.kinds import Kind
-from traceml.diagnosis.ruleset import diagnose
-
-ALONE = Job(ranks=1, steps=220, grouped=False)
-
-
-def findings(wall_s: float, *faults, lines=(), evaluations=0, **parts: float):
-    time = RunTime.of(wall_s, parts, evaluations)
-    return diagnose(window_of(ALONE, *faults), JobFacts(time=time, lines=lines))
 
 
 @pytest.mark.parametrize(
@@ -30,66 +18,3 @@ def test_the_parts_add_up(known):
     assert sum(time.seconds.values()) == pytest.approx(10.0)
     assert set(time.seconds) == set(PARTS)
     assert min(time.seconds.values()) >= 0
-
-
-def test_a_run_of_steps_says_nothing_about_its_time():
-    """Nearly all of the time is steps."""
-    (found,) = findings(100.0, startup=5.0, steps=93.0, idle=2.0)
-
-    assert "run's time" not in found.summary
-
-
-def test_a_verdict_on_steps_says_what_it_covers():
-    """Steps are fine, and less than half of the run."""
-    found = findings(100.0, startup=10.0, steps=45.0, evaluation=20.0, idle=25.0)[0]
-
-    assert found.kind in (Kind.HEALTHY, Kind.COMPUTE_BOUND)
-    assert "they are 45 % of the run's time" in found.headline
-    assert "The rest of the run's 1:40: after the last step 25 %, evaluation 20 %." in found.summary
-
-
-@pytest.mark.parametrize(
-    ("wall_s", "startup", "severity", "place"),
-    [(20.0, 8.0, "info", 1), (200.0, 80.0, "warning", 0), (10.0, 4.0, None, None), (1000.0, 80.0, None, None)],
-)
-def test_a_long_start_up_is_told(wall_s, startup, severity, place):
-    """From 5 s and a quarter of the run; it is the verdict from a minute on."""
-    found = findings(wall_s, startup=startup, steps=wall_s - startup)
-    kinds = [finding.kind for finding in found]
-
-    if severity is None:
-        assert Kind.STARTUP not in kinds
-    else:
-        assert kinds.index(Kind.STARTUP) == place
-        assert found[place].severity == severity
-
-
-def test_a_start_up_names_its_line():
-    """Half of the samples before the first step."""
-    lines = (
-        SampledLine(0, "startup", "/x/train.py", 12, "tokenize", None, 80),
-        SampledLine(0, "startup", "/x/train.py", 1, "<module>", None, 20),
-    )
-
-    found = next(each for each in findings(200.0, startup=90.0, steps=110.0, lines=lines) if each.kind is Kind.STARTUP)
-
-    assert (found.evidence["line"], found.evidence["function"]) == (12, "tokenize")
-    assert "train.py:12 tokenize" in found.summary
-    assert found.headline == "45 % of the run's time is start-up, before the first step"
-
-
-def test_much_evaluation_is_told_with_what_less_would_save():
-    """12 times 5 s of 100: half as often saves 30 %."""
-    found = findings(100.0, steps=38.0, evaluation=60.0, startup=2.0, evaluations=12)[0]
-
-    assert (found.kind, found.severity) == (Kind.EVAL_HEAVY, "critical")
-    assert "12 times 5.0 s" in found.summary
-    assert "saves 30 %" in found.next
-    assert found.speedup_if_fixed == pytest.approx(1 / 0.7)
-
-
-def test_findings_are_in_order_of_wall_time():
-    """Other code is 43 % of step time, but steps are a third of the run."""
-    found = findings(100.0, adds("other", 10), steps=33.0, evaluation=60.0, startup=7.0, evaluations=3)
-
-    assert [each.kind for each in found[:2]] == [Kind.EVAL_HEAVY, Kind.RESIDUAL_HEAVY]

@@ -1,4 +1,4 @@
 """Facts besides the steps: loaders, hosts, exits, wall time, limits, sampled lines. Rules judge by them.
 
-Gathered in the aggregator and by readers. Imports `diagnosis.kinds`, `diagnosis.findings` and `database`.
+Gathered in the aggregator and by readers. Imports `database`.
 """

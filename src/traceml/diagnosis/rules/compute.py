@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from traceml.diagnosis import advice
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.run_time import covered
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import Kind
 from traceml.diagnosis.rules.comm import min_wait_ns
+from traceml.diagnosis.rules.outside_steps import covered
 from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.formatting import ns_text, percent_text, phase_words
 

@@ -8,8 +8,9 @@ import pytest
 from tests.diagnosis.fabricated import Job, window_of
 from traceml.database.schema import STEPS, StepFlag, pack_bits
 from traceml.diagnosis.facts.job_facts import JobFacts
-from traceml.diagnosis.facts.skipped_steps import SkippedSteps, steps_skipped
+from traceml.diagnosis.facts.skipped_steps import SkippedSteps
 from traceml.diagnosis.kinds import Kind
+from traceml.diagnosis.rules.skipped_updates import steps_skipped
 from traceml.diagnosis.ruleset import diagnose
 
 

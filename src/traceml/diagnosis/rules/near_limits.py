@@ -1,0 +1,94 @@
+"""Resources that run out: open files, shared memory, disk, processes, memory, CPU quota."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from traceml.database.schema import Resource
+from traceml.diagnosis.facts.resource_use import SOON_S, ResourceUse
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import bytes_text, count_text, duration_text, percent_text, plural, ranks_text
+
+__all__ = ["limits_near"]
+
+VERY_SOON_S = 600.0
+"""A resource that ends within this time is critical."""
+
+_BYTES = (Resource.SHARED_MEMORY, Resource.DISK, Resource.MEMORY)
+_WORDS = {
+    Resource.OPEN_FILES: "open files",
+    Resource.SHARED_MEMORY: "shared memory (/dev/shm)",
+    Resource.DISK: "disk of the working directory",
+    Resource.PROCESSES: "processes and threads",
+    Resource.MEMORY: "memory of the container",
+    Resource.CPU_QUOTA: "CPU quota",
+}
+_ADVICE = {
+    Resource.OPEN_FILES: (
+        "Find what is opened and never closed (files in a Dataset, loggers, tensors shared by loader workers); "
+        "torch.multiprocessing.set_sharing_strategy('file_system') or `ulimit -n` gives more time."
+    ),
+    Resource.SHARED_MEMORY: (
+        "Loader workers pass batches through /dev/shm: give it more (docker run --shm-size, --ipc=host; an emptyDir "
+        "with medium Memory in Kubernetes), or use fewer workers or a smaller prefetch_factor."
+    ),
+    Resource.DISK: "Keep fewer checkpoints and logs, or write them to another disk.",
+    Resource.PROCESSES: "Use fewer loader workers and threads, or raise the container's limit of pids.",
+    Resource.MEMORY: "Find what grows (lists of losses that keep graphs, caches in a Dataset), or ask for more memory.",
+    Resource.CPU_QUOTA: (
+        "Ask for more CPUs, or run fewer threads: OMP_NUM_THREADS and num_workers beyond the quota are only stopped."
+    ),
+}
+
+
+def limits_near(uses: Iterable[ResourceUse]) -> list[Finding]:
+    """Return a finding per resource that runs out, of the rank that is nearest to its limit."""
+    near: dict[Resource, ResourceUse] = {}
+    for use in uses:
+        worst = near.get(use.resource)
+        if use.is_near and (worst is None or use.share > worst.share):
+            near[use.resource] = use
+
+    return [_finding(use) for use in near.values()]
+
+
+def _finding(use: ResourceUse) -> Finding:
+    soon = use.left_s is not None and use.left_s <= VERY_SOON_S
+    words = _WORDS[use.resource]
+    if use.resource is Resource.CPU_QUOTA:
+        summary = (
+            f"The container was stopped in {percent_text(use.share)} of its scheduling periods, because its CPU quota "
+            "was used up."
+        )
+    else:
+        where = f" on {ranks_text((use.rank,))}" if use.resource is Resource.OPEN_FILES else ""
+        summary = f"{_amounts(use)} {words} in use{where}{_when(use)}."
+
+    return Finding(
+        kind=Kind.LIMIT_NEAR,
+        severity=Severity.CRITICAL if soon else Severity.WARNING,
+        ranks=(use.rank,) if use.resource is Resource.OPEN_FILES else (),
+        summary=summary,
+        next=_ADVICE[use.resource],
+        evidence={
+            "resource": use.resource.name.lower(),
+            "used": use.used,
+            "limit": use.limit,
+            **({} if use.left_s is None else {"left_s": use.left_s}),
+            **({} if use.left_steps is None else {"left_steps": use.left_steps}),
+        },
+    )
+
+
+def _amounts(use: ResourceUse) -> str:
+    text = bytes_text if use.resource in _BYTES else count_text
+    return f"{text(use.used)} of {text(use.limit)}"
+
+
+def _when(use: ResourceUse) -> str:
+    if use.left_s is None or use.left_s > SOON_S:
+        return ""
+
+    steps = "" if use.left_steps is None else f", {plural(int(use.left_steps), 'step')}"
+    return f", and it grows: at this rate it is full in {duration_text(use.left_s)}{steps}"

@@ -1,0 +1,111 @@
+"""Parts of the run's wall time outside the steps: a long start-up, much evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from traceml.diagnosis.facts.run_time import HEAVY_SHARE, RunTime
+from traceml.diagnosis.facts.sampled_lines import BlamedLine, SampledLine, outside_line
+from traceml.diagnosis.findings import Finding
+from traceml.diagnosis.kinds import Kind, Severity
+from traceml.formatting import count_text, duration_text, part_words, percent_text
+
+__all__ = ["covered", "outside_steps"]
+
+STARTUP_S = 5.0
+"""A shorter start-up is not reported."""
+LONG_STARTUP_S = 60.0
+"""From here on a long start-up is a warning."""
+
+
+def outside_steps(time: RunTime | None, lines: Sequence[SampledLine]) -> list[Finding]:
+    """Return the findings about a long start-up and much evaluation.
+
+    Args:
+        time: wall time of the run; None where it is not known.
+        lines: lines in which the training threads were seen.
+    """
+    if time is None:
+        return []
+
+    found = []
+    startup_s = time.seconds.get("startup", 0.0)
+    if time.share("startup") >= HEAVY_SHARE and startup_s >= STARTUP_S:
+        found.append(_startup(time, startup_s, outside_line(lines, "startup")))
+
+    if time.share("evaluation") >= HEAVY_SHARE:
+        found.append(_evaluation(time, outside_line(lines, "outside")))
+
+    return found
+
+
+def _startup(time: RunTime, startup_s: float, line: BlamedLine | None) -> Finding:
+    where = line.of_it if line else ""
+    return Finding(
+        kind=Kind.STARTUP,
+        severity=Severity.WARNING if startup_s >= LONG_STARTUP_S else Severity.INFO,
+        summary=(
+            f"Training began {duration_text(startup_s)} after the start: {percent_text(time.share('startup'))} "
+            f"of the run's {duration_text(time.wall_s)}{where}."
+        ),
+        next=(
+            "A longer run has a smaller share of it. Cache what is computed at each start (tokenized data, indexes, "
+            "compiled code), and import what only some runs need where it is used."
+            if line is None
+            else f"Look at {line.place}: cache its result, or do it beside the training; a longer run has a smaller "
+            "share of it."
+        ),
+        evidence={
+            "startup_s": startup_s,
+            "wall_s": time.wall_s,
+            "share": time.share("startup"),
+            **({} if line is None else line.evidence(1.0)),
+        },
+        cost_share=time.share("startup"),
+    )
+
+
+def _evaluation(time: RunTime, line: BlamedLine | None) -> Finding:
+    share, seconds = time.share("evaluation"), time.seconds["evaluation"]
+    times = max(time.evaluations, 1)
+    each = seconds / times
+    often = "once" if times == 1 else f"{count_text(times)} times"
+    saved = share / 2
+    return Finding(
+        kind=Kind.EVAL_HEAVY,
+        severity=Kind.EVAL_HEAVY.severity_for(share),
+        summary=(
+            f"{percent_text(share)} of the run's {duration_text(time.wall_s)} is evaluation: "
+            f"{often} {duration_text(each)}" + (f", mostly at {line.place}" if line else "") + "."
+        ),
+        next=(
+            f"Evaluate half as often: that saves {percent_text(saved)} of the run. Or evaluate on fewer batches, with "
+            "larger ones under torch.inference_mode(), or in another process."
+        ),
+        evidence={
+            "evaluation_s": seconds,
+            "evaluations": times,
+            "wall_s": time.wall_s,
+            "share": share,
+            **({} if line is None else line.evidence(share)),
+        },
+        cost_share=share,
+        speedup_if_fixed=1 / (1 - saved),
+    )
+
+
+def covered(time: RunTime | None) -> str:
+    """Return the sentence on what a verdict about steps does not cover; empty where steps are nearly all of the run."""
+    if time is None or time.is_steps:
+        return ""
+
+    return f" The rest of the run's {duration_text(time.wall_s)}: {_largest(time)}."
+
+
+def _largest(time: RunTime) -> str:
+    others: Sequence[str] = sorted(
+        (part for part in time.seconds if part not in ("steps", "checkpoint", "between_epochs")),
+        key=lambda part: -time.seconds[part],
+    )
+    shown = [part for part in others[:2] if time.share(part) >= 0.05]
+    return ", ".join(f"{part_words(part)} {percent_text(time.share(part))}" for part in shown)
