@@ -150,6 +150,7 @@ class ActiveRun:
         if hello.parent:
             return attempt
 
+        self._leave_to_children(hello, attempt)
         current = self._current.get((attempt, hello.rank))
         if current is None:
             other_job = self.ended and attempt <= self.attempt and hello.world_size != self.world_size
@@ -159,6 +160,14 @@ class ActiveRun:
             return None
 
         return self.attempt + 1 if self.named else None
+
+    def _leave_to_children(self, hello: Hello, attempt: int) -> None:
+        """Make the process that has only started a rank a helper: it is no rank itself."""
+        for stream in [stream for (number, _), stream in self._current.items() if number == attempt]:
+            if hello.spawned_by and stream.incarnation.recorder == hello.spawned_by and not stream.next.get("steps"):
+                del self._current[attempt, stream.rank]
+                stream.is_helper, stream.in_window = True, False
+                self.store.update_stream(stream.id, helps=True)
 
     def starts_next_run(self, hello: Hello) -> bool:
         """Whether a rank that has ended here trains again in the same process: that is the job's next run."""

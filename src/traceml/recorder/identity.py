@@ -18,7 +18,15 @@ from traceml.privacy import secrets_only
 from traceml.settings import Config
 from traceml.transport.hello import Hello
 
-__all__ = ["Identity", "SpawnedFrom", "export_to_children", "identify", "spawned_from", "stop_export"]
+__all__ = [
+    "Identity",
+    "SpawnedFrom",
+    "export_to_children",
+    "identify",
+    "settings_of_parent",
+    "spawned_from",
+    "stop_export",
+]
 
 _PARENT = "TRACEML_PARENT"
 _spawned: SpawnedFrom | None = None
@@ -34,6 +42,7 @@ class Identity:
         rank_identity: rank, world size, local rank, attempt.
         parent: for a child process that only logs, the recorder of the rank that it belongs to.
         provisional: whether the rank may still change, because this child process may join a process group.
+        spawned_by: for a rank in a child process, the recorder of its parent.
     """
 
     recorder: str
@@ -41,6 +50,7 @@ class Identity:
     rank_identity: RankIdentity
     provisional: bool
     parent: str = ""
+    spawned_by: str = ""
 
     def hello(self, config: Config, flight: Path | None) -> Hello:
         """Return the hello for the aggregator."""
@@ -54,6 +64,7 @@ class Identity:
             attempt=own.attempt,
             recorder=self.recorder,
             parent=self.parent,
+            spawned_by=self.spawned_by,
             run_id=config.run_id or "",
             name=config.run_name or script_name(),
             project=config.project,
@@ -179,7 +190,21 @@ def identify(config: Config, before: Identity | None = None) -> Identity:
         job = _group_key(job, parent)
 
     provisional = own.source == "single process" and parent is not None
-    return Identity(secrets.token_hex(8), job, own, provisional)
+    return Identity(secrets.token_hex(8), job, own, provisional, spawned_by=_recorder_of_parent(before))
+
+
+def settings_of_parent() -> dict[str, Any]:
+    """Return settings for `load` with which the parent of this process records; empty where none does."""
+    parent = _exported_parent()
+    return {} if parent is None else parent.settings
+
+
+def _recorder_of_parent(before: Identity | None) -> str:
+    if before is not None:
+        return before.spawned_by
+
+    parent = _exported_parent()
+    return "" if parent is None else parent.identity.recorder
 
 
 def _wanted_folder(config: Config) -> str:

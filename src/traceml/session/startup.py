@@ -71,6 +71,11 @@ def start(config: Config, *, wait: bool = True) -> Recorder:
 
     recorder = lifecycle.start(config, wait=wait)
     recorder.viewer = _show_run
+    with fail_open(_log, "session", "child processes train untraced"):
+        from traceml.session.children import watch_children
+
+        watch_children()
+
     return recorder
 
 

@@ -46,6 +46,7 @@ class Hello:
         boot_id: this boot of the machine.
         recorder: id of this recorder; a second recorder of a process numbers its rows from 0 again.
         parent: for a forked child that only logs, the recorder of the rank that it belongs to.
+        spawned_by: for a rank in a child process, the recorder of its parent, which only starts the ranks.
         run_id: the user's name for the run's folder, if any.
         name: default name of the run.
         project: the project that it belongs to.
@@ -70,6 +71,7 @@ class Hello:
     boot_id: str = field(default_factory=boot_id)
     recorder: str = ""
     parent: str = ""
+    spawned_by: str = ""
     run_id: str = ""
     name: str = ""
     project: str = "default"
