@@ -259,3 +259,35 @@ def test_runs_dir_that_cannot_be_made(tmp_path):
 
     with pytest.raises(StoreError, match=r"cannot write the runs folder .*Not a directory.*--runs-dir"):
         prepare_runs_dir(tmp_path / "file" / "runs")
+
+
+def test_ranks_that_a_process_spawns_take_its_place(registry):
+    """The parent has no step: it is no rank of the run, and leaves rank 0 to its child."""
+    _, parent = join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1))
+    run, first = join(registry, hello(1, 2, run_id="named", recorder="b", pid=3, spawned_by="parent"))
+    same, second = join(registry, hello(0, 2, run_id="named", recorder="a", pid=2, spawned_by="parent"))
+
+    assert run is same
+    assert [stream.is_helper for stream in (parent, first, second)] == [True, False, False]
+    assert (second.attempt, run.world_size) == (0, 2)
+
+
+def test_children_that_train_each_for_themselves_are_runs(registry):
+    """Without a process group they are no ranks of one training, also one after the other."""
+    join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1))
+    run, first = join(registry, hello(0, 1, run_id="named", recorder="a", pid=2, spawned_by="parent"))
+    leave(run, first)
+    other, second = join(registry, hello(0, 1, run_id="named", recorder="b", pid=3, spawned_by="parent"))
+
+    assert other is not run
+    assert (first.attempt, second.attempt) == (0, 0)
+
+
+def test_a_rank_with_steps_is_no_helper_of_its_children(registry):
+    """A training that starts another one goes on."""
+    run, parent = join(registry, hello(0, 1, run_id="named", recorder="parent", pid=1))
+    parent.next["steps"] = 10
+    other, _ = join(registry, hello(0, 1, run_id="named", recorder="a", pid=2, spawned_by="parent"))
+
+    assert other is not run
+    assert not parent.is_helper

@@ -329,3 +329,37 @@ def test_a_rank_killed_from_outside_loses_no_row(traceml: Traceml) -> None:
     log = (ended.run_dir / "logs" / "aggregator.log").read_text()
     assert rank["exit"]["last_step"] == rank["steps"] - 1, (rank, log)
     assert ended.report["telemetry"]["rows_lost"] == 0
+
+
+SPAWNED = """
+import os, sys
+import torch, torch.distributed as dist
+from torch.utils.data import DataLoader, TensorDataset
+
+def work(rank, world, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for x, in DataLoader(TensorDataset(torch.ones(120, 8)), 2, num_workers=1):
+        model(x).sum().backward()
+        optimizer.step()
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(work, args=(2, sys.argv[2]), nprocs=2, start_method=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_ranks_that_the_script_spawns(traceml: Traceml, tmp_path: Path, method: str) -> None:
+    """Children that train are the ranks of the run; the script's own process and loader workers are none."""
+    script = tmp_path / "spawned.py"
+    script.write_text(SPAWNED)
+    ended = traceml("run", str(script), method, str(tmp_path / "store"))
+
+    assert ended.status == 0, ended.stderr
+    assert [(rank["rank"], rank["steps"]) for rank in ended.report["ranks"]] == [(0, 60), (1, 60)]
+    assert ended.report["run"]["world_size"] == 2
+    assert ended.report["telemetry"]["rows_lost"] == 0
+    assert_nothing_is_left(ended)

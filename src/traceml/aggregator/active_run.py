@@ -156,8 +156,8 @@ class ActiveRun:
             other_job = self.ended and attempt <= self.attempt and hello.world_size != self.world_size
             return None if other_job and not self.named else attempt
 
-        if self._is_busy(current, hello):
-            return None
+        if self._is_busy(current, hello) or (hello.spawned_by and hello.world_size == 1):
+            return None  # children that train each for themselves are runs of their own
 
         return self.attempt + 1 if self.named else None
 
