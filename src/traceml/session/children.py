@@ -22,21 +22,30 @@ _log = logging.getLogger("traceml")
 
 
 class ChildTarget:
-    """Function of a child process that is traced if it trains."""
+    """Function of a child process that is traced if it trains.
 
-    def __init__(self, target: Callable[..., object]) -> None:
-        self._target = target
+    Args:
+        target: the function.
+        start: starts tracing in the child.
+    """
+
+    def __init__(self, target: Callable[..., object], start: Callable[[], None]) -> None:
+        self._target, self._start = target, start
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         """Run the function, on the child's side."""
         with fail_open(_log, "session", "a child process trains untraced"):
-            _await_optimizer()
+            _await_optimizer(self._start)
 
         return self._target(*args, **kwargs)
 
 
-def watch_children() -> None:
-    """Trace the trainings of processes that this one starts by `multiprocessing` from now on."""
+def watch_children(start_child: Callable[[], None]) -> None:
+    """Trace the trainings of processes that this one starts by `multiprocessing` from now on.
+
+    Args:
+        start_child: starts tracing in the child; a function of a module, as spawned children import it.
+    """
     process_type: Any = multiprocessing.process.BaseProcess
     original = process_type.start
     if getattr(original, "_traceml_watches", False):
@@ -46,7 +55,7 @@ def watch_children() -> None:
         target: Any = getattr(process, "_target", None)
         traced = _may_train(target)
         if traced:
-            process._target = ChildTarget(target)
+            process._target = ChildTarget(target, start_child)
 
         try:
             original(process)
@@ -73,7 +82,7 @@ def _may_train(target: Any) -> bool:
     return False
 
 
-def _await_optimizer() -> None:
+def _await_optimizer(start: Callable[[], None]) -> None:
     """Start tracing when the first optimizer of this process is made."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "optim"):
@@ -86,18 +95,8 @@ def _await_optimizer() -> None:
         if optimizer_type.__init__ is __init__:
             optimizer_type.__init__ = original
             with fail_open(_log, "session", "a child process trains untraced"):
-                _start()
+                start()
 
         optimizer_type.__init__(optimizer, *args, **kwargs)
 
     optimizer_type.__init__ = __init__
-
-
-def _start() -> None:
-    from traceml import settings
-    from traceml.recorder.identity import settings_of_parent
-    from traceml.session.startup import start
-
-    config = settings.load(**{"on_missing": "warn", **settings_of_parent()})
-    if config.enabled:
-        start(config, wait=False)

@@ -74,7 +74,7 @@ def start(config: Config, *, wait: bool = True) -> Recorder:
     with fail_open(_log, "session", "child processes train untraced"):
         from traceml.session.children import watch_children
 
-        watch_children()
+        watch_children(_start_in_child)
 
     return recorder
 
@@ -87,6 +87,16 @@ def start_for_script() -> None:
         config = settings.load(on_missing="warn")
         if config.enabled:
             start(config, wait=False)
+
+
+def _start_in_child() -> None:
+    """Start tracing in a child process that trains, with the settings of its parent."""
+    from traceml import settings
+    from traceml.recorder.identity import settings_of_parent
+
+    config = settings.load(**{"on_missing": "warn", **settings_of_parent()})
+    if config.enabled:
+        start(config, wait=False)
 
 
 def _show_run(run_dir: Path) -> None:
