@@ -122,7 +122,7 @@ _DDP = (
     _ddp("everywhere", "RESIDUAL_HEAVY", phase="other", function="stall", never=_STRAGGLERS),
     _ddp("dataset", "INPUT_BOUND", more="--ms 40", phase="input_wait", function="Rows.__getitem__", never=_STRAGGLERS),
     _ddp("turns", "STRAGGLER", more="--ms 30", phase="other"),
-    _ddp("none", "COMM_BOUND", more="--width 3000", never=_STRAGGLERS),
+    _ddp("none", "COMM_BOUND", more="--width 3000 --batches 40", steps=80, never=_STRAGGLERS),
     _ddp("killed", "RANK_LOST", blamed=(1,), steps=None, fails=True),
     _ddp("raises", "RANK_LOST", blamed=(1,), steps=None, fails=True),
 )  # fmt: skip

@@ -146,3 +146,12 @@ def test_the_heaviest_phase_is_not_to_blame_if_all_are_slower():
     (finding,) = slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts())
 
     assert finding.phase is None
+
+
+def test_a_step_that_only_computes_is_like_all_phases():
+    """Where forward is nearly the whole step, a few slow seconds may be the host's."""
+    usual = {"forward": 19.0, "other": 1.0}
+    short = np.where((AT >= 20) & (AT < 27), 22.0, 0.0)
+    parts = {name: (ms + short * (name == "forward")) * MS for name, ms in usual.items()}
+
+    assert slowdown(StepHistory(AT * WIDTH, np.full(BINS, WIDTH), sum(parts.values()), parts), JobFacts()) == []

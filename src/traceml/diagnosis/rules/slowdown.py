@@ -18,7 +18,7 @@ from traceml.diagnosis.facts.sampled_lines import BlamedLine, blamed_line
 from traceml.diagnosis.findings import Finding
 from traceml.diagnosis.kinds import WARNING_SHARE, Kind
 from traceml.diagnosis.rules.bottlenecks import FLOOR_NS
-from traceml.diagnosis.steps.segments import Segments
+from traceml.diagnosis.steps.segments import COMPUTE, Segments
 from traceml.diagnosis.steps.window import Window
 from traceml.formatting import count_text, factor_text, ns_text, percent_text, phase_words
 
@@ -36,6 +36,8 @@ MIN_ALIKE_NS = 10e9
 """And the slow part lasts so long: programs that come and go take cores for seconds."""
 SIMILAR_FACTOR = 0.5
 """If the rest of the step is slower by this share of the blamed phase's factor, all phases are."""
+ALONE_SHARE = 0.85
+"""Computation with this share of the step is like all phases: the rest is too little to compare with."""
 MIN_Z_SCORE = 6.0
 """A jump is this many standard errors, by the deviation of bins from their level."""
 MIN_TAU = 0.7
@@ -133,7 +135,8 @@ def slowdown(bins: StepHistory, facts: JobFacts) -> list[Finding]:
 
 def _is_clear(bins: StepHistory, change: _Change) -> bool:
     """Return whether the slow part is slow enough; where no phase is the cause, also long enough."""
-    if _part(bins, change) is not None:
+    part = _part(bins, change)
+    if part is not None and not (part in COMPUTE and _share(bins, part) >= ALONE_SHARE):
         return change.factor >= MIN_FACTOR
 
     lasted_ns = float((bins.step_ns * bins.steps)[change.bins].sum())
@@ -206,7 +209,7 @@ def _spread(values: Floats) -> float:
 def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts: JobFacts) -> Finding:
     part = _part(bins, change)
     share = lost / mean
-    phase_share = 0.0 if part is None else float(np.average(bins.parts_ns[part], weights=bins.steps)) / mean
+    phase_share = 0.0 if part is None else _share(bins, part)
     line = None if part is None else blamed_line(facts.lines, part, phase_share)
     since = int(bins.first_step[change.first])
     end = bins.first_step[change.last] if change.last < len(bins.steps) else None
@@ -231,6 +234,11 @@ def _finding(bins: StepHistory, change: _Change, lost: float, mean: float, facts
         cost_share=share,
         speedup_if_fixed=1 / max(1 - share, 0.01),
     )
+
+
+def _share(bins: StepHistory, part: str) -> float:
+    """Return a phase's share of the step."""
+    return float((bins.parts_ns[part] * bins.steps).sum() / max((bins.step_ns * bins.steps).sum(), 1.0))
 
 
 def _part(bins: StepHistory, change: _Change) -> str | None:
