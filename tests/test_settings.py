@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -218,3 +219,17 @@ def test_the_loader_needs_the_standard_library_alone() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"
+
+
+def test_ranks_that_hydra_moves_share_a_runs_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`job.chdir` gives each rank a folder of its own; a relative path means the one in which Hydra was started."""
+    runtime = SimpleNamespace(runtime=SimpleNamespace(cwd="/started/here"))
+    fake = SimpleNamespace(HydraConfig=SimpleNamespace(initialized=lambda: True, get=lambda: runtime))
+    monkeypatch.setitem(sys.modules, "hydra.core.hydra_config", fake)
+    monkeypatch.chdir(tmp_path)
+
+    assert load({}).runs_dir == Path("/started/here/traceml_runs")
+    assert load({"TRACEML_RUNS_DIR": "mine"}).runs_dir == Path("/started/here/mine")
+    assert load({}, runs_dir="/else/where").runs_dir == Path("/else/where")
+    monkeypatch.setattr(fake.HydraConfig, "initialized", lambda: False)
+    assert load({}).runs_dir == Path("traceml_runs")

@@ -11,7 +11,9 @@ process calls it. `Settings` is the same table as a pydantic-settings class, cre
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -106,7 +108,10 @@ class Config:
         "raise", "When no aggregator answers: raise an error, or warn once and keep trying in the background."
     )
     connect_timeout: float = _set(5.0, "Longest time in seconds that `init` tries to connect to the aggregator.", low=0)
-    runs_dir: Path = _set(Path("traceml_runs"), "Folder of the runs, relative to the working directory.")
+    runs_dir: Path = _set(
+        Path("traceml_runs"),
+        "Folder of the runs, relative to the working directory; under Hydra to the one in which it was started.",
+    )
     log_dir: Path = _set(Path("traceml_logs"), "Folder of the launcher's log files.")
     run_id: str | None = _set(None, "Key by which the ranks of one job find their run; also the name of its folder.")
     run_name: str | None = _set(None, "Name of the run; by default the name of the script.")
@@ -259,7 +264,21 @@ def load(environ: Mapping[str, str] | None = None, folder: Path | None = None, /
     for name, value in _supervisor(environ).items():
         values[name], sources[name] = value, "TRACEML_ADDRESS" if name in {"host", "port"} else declarations()[name].env
 
+    launched_in = _launch_folder()
+    if launched_in is not None:
+        values["runs_dir"] = launched_in / values.get("runs_dir", declarations()["runs_dir"].default)
+
     return Config(**values, sources=sources)
+
+
+def _launch_folder() -> Path | None:
+    """Return the folder in which Hydra was started, as its `job.chdir` moves each rank into a folder of its own."""
+    hydra = sys.modules.get("hydra.core.hydra_config")
+    with suppress(AttributeError, LookupError, TypeError, ValueError):  # another version of Hydra
+        if hydra is not None and hydra.HydraConfig.initialized():
+            return Path(hydra.HydraConfig.get().runtime.cwd)
+
+    return None
 
 
 # --- sources of values ----------------------------------------------------------------------------------------------

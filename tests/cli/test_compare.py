@@ -10,6 +10,7 @@ from tests.diagnosis.fabricated import Job, adds
 from tests.runs.fabricated_store import store_run
 from traceml import cli
 from traceml.database.store.store_file import STORE_NAME
+from traceml.runs.report.report import build_report
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +103,28 @@ def test_runs_that_are_not_there_or_cannot_be_read(compare, runs):
     status, _, complaint = compare("first", "broken")
     assert status == 3
     assert "cannot compare first and broken" in complaint
+
+
+def test_reports_without_their_runs_are_compared(compare, runs, tmp_path):
+    """A build server keeps reports: numbers are compared, and chance is not ruled out. Beside its run it is the run."""
+    for name in ("first", "slow"):
+        (tmp_path / f"{name}.json").write_text(build_report(runs / name).to_json())
+    (runs / "first" / "report.json").write_text("{}")
+
+    status, shown, _ = compare(str(tmp_path / "first.json"), "slow", "--json")
+    changes = json.loads(shown)
+    assert (status, changes["outcome"], changes["comparable"]) == (0, "unknown", False)
+    assert changes["step_time"]["mean"]["change"] > 0.2
+    assert "report without its run" in changes["obstacles"][0]
+    assert compare(str(tmp_path / "first.json"), str(tmp_path / "slow.json"), "--fail-over", "5")[0] == 3
+    assert json.loads(compare(str(runs / "first" / "report.json"), "slow", "--json")[1])["outcome"] == "slower"
+
+
+def test_a_file_that_is_no_report(compare, tmp_path):
+    """The text names the file."""
+    (tmp_path / "other.json").write_text("{}")
+
+    status, _, complaint = compare("first", str(tmp_path / "other.json"))
+
+    assert status == 3
+    assert "other.json is not a report" in complaint

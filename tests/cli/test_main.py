@@ -203,3 +203,13 @@ def test_every_command_refuses_an_unknown_option(name, capsys):
     said, hint = capsys.readouterr().err.splitlines()
     assert said.startswith(f"traceml {name}: ")
     assert hint == f"hint: `traceml {name} --help`"
+
+
+@pytest.mark.parametrize("command", [None, "run", "launch", "serve"])
+def test_help_keeps_to_a_narrow_terminal(command, monkeypatch, capsys):
+    """Sentences are wrapped at its width."""
+    monkeypatch.setenv("COLUMNS", "60")
+
+    cli.main([*([command] if command else []), "--help"])
+
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 60

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import tyro
 
-from traceml.cli.parsing import CommandParser, parse
+from traceml.cli.parsing import CommandParser, parse, wrapped
 from traceml.errors import UsageError
 
 
@@ -88,3 +88,17 @@ def test_help_prints_and_leaves(capsys):
 
     assert not left.value.code
     assert "How often." in capsys.readouterr().out
+
+
+def test_sentences_are_wrapped_and_examples_kept():
+    """A line that is indented is an example: it goes on indented."""
+    text = "Some words that are too many for it.\n\n  traceml run train.py    one rank"
+
+    assert wrapped(text, 20).splitlines() == [
+        "Some words that are",
+        "too many for it.",
+        "",
+        "  traceml run",
+        "      train.py",
+        "      one rank",
+    ]

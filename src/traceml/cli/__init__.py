@@ -120,16 +120,28 @@ def _did_you_mean(command: str) -> str:
     return f"; did you mean `traceml {close[0]}`?" if close else ""
 
 
+def _help_lines(name: str, text: str) -> list[str]:
+    return _indented(f"{name:<8} {text}", " " * 11)
+
+
+def _indented(text: str, more: str = "  ") -> list[str]:
+    import shutil
+    import textwrap
+
+    width = shutil.get_terminal_size().columns
+    return textwrap.wrap(text, width, initial_indent="  ", subsequent_indent=more, break_on_hyphens=False)
+
+
 def _overview() -> str:
     lines = [
         "usage: traceml COMMAND [OPTIONS]",
         "",
         "Launch, trace, track and explain PyTorch training.",
         "",
-        *(f"  {name:<8} {help_line}" for name, (_, help_line) in COMMANDS.items()),
+        *(line for name, (_, help_line) in COMMANDS.items() for line in _help_lines(name, help_line)),
         "",
-        "  traceml COMMAND --help explains a command; --version prints the version.",
-        "  To trace from inside a script instead: import traceml; traceml.init()",
+        *_indented("traceml COMMAND --help explains a command; --version prints the version."),
+        *_indented("To trace from inside a script instead: import traceml; traceml.init()"),
     ]
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from traceml.cli.number_range import NumberRange
 from traceml.cli.parsing import parse
 from traceml.cli.report import runs_dir_of
+from traceml.database.store.store_file import STORE_NAME
 from traceml.errors import StoreError, UsageError
 from traceml.renderers.text.comparison import change_text, compared_card
 from traceml.renderers.text.viewport import Viewport
@@ -34,7 +35,7 @@ class CompareOptions:
     """
 
     a: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="A", help_behavior_hint="")]
-    """The baseline run: its folder, its id, or the last four characters of its id."""
+    """The baseline run: its folder, its id, the last four characters of its id, or its report.json."""
     b: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="B", help_behavior_hint="")]
     """The run to compare with it."""
     json: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
@@ -50,7 +51,7 @@ class CompareOptions:
 def main(argv: list[str]) -> int:
     """Print a comparison; return 0, 1 when B is slower than allowed, 3 when that is unknown."""
     options = parse(CompareOptions, argv, prog="traceml compare")
-    comparison = _compared(*(find_run(run, runs_dir_of(options.runs_dir)) for run in (options.a, options.b)))
+    comparison = _compared(*(_found(run, options.runs_dir) for run in (options.a, options.b)))
     if options.json:
         print(comparison.to_json())
     else:
@@ -58,6 +59,15 @@ def main(argv: list[str]) -> int:
         console.print(compared_card(comparison, Viewport.of(console)), soft_wrap=True)
 
     return 0 if options.fail_over is None else _gate(comparison, options.fail_over)
+
+
+def _found(run: str, runs_dir: str | None) -> Path:
+    """Return a run's folder, or its report where that is all there is, as on a build server."""
+    path = Path(run)
+    if path.suffix != ".json" or not path.is_file():
+        return find_run(run, runs_dir_of(runs_dir))
+
+    return path.parent if (path.parent / STORE_NAME).is_file() else path
 
 
 def _compared(a: Path, b: Path) -> Comparison:

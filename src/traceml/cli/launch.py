@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from traceml import settings
 from traceml.cli.number_range import NumberRange
-from traceml.cli.parsing import CommandParser
+from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError, WorkerFailedError
 from traceml.formatting import printable
@@ -112,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="traceml launch",
         description="Run a training script on many hosts, see live what each rank does, and read what limits it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=WrappingFormatter,
         allow_abbrev=False,
     )
     hosts = parser.add_argument_group("hosts")

@@ -6,13 +6,14 @@ import argparse
 import contextlib
 import io
 import re
+import textwrap
 from types import UnionType
 from typing import Annotated, Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from traceml.cli.number_range import check_ranges
 from traceml.errors import UsageError
 
-__all__ = ["CommandParser", "parse"]
+__all__ = ["CommandParser", "WrappingFormatter", "parse", "wrapped"]
 
 T = TypeVar("T")
 
@@ -35,6 +36,24 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise an error instead of printing it."""
         raise UsageError(_WRONG_VALUE.sub(r"\1 takes", _NO_VALUE.sub(r"\1 needs a value", message)))
+
+
+class WrappingFormatter(argparse.RawDescriptionHelpFormatter):
+    """Formatter that wraps sentences to the terminal's width, and leaves examples as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:  # noqa: ARG002 - argparse calls it
+        return wrapped(text, width)
+
+
+def wrapped(text: str, columns: int) -> str:
+    """Wrap the lines of a text that are wider than some columns; indented ones are examples and continue indented."""
+    lines = []
+    for line in text.splitlines():
+        indent = " " * (len(line) - len(line.lstrip()))
+        more = f"{indent}    " if indent else ""
+        lines += textwrap.wrap(line, columns, subsequent_indent=more, break_on_hyphens=False) or [""]
+
+    return "\n".join(lines)
 
 
 def parse(options: type[T], argv: list[str], *, prog: str) -> T:

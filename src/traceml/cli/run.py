@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from traceml import settings
 from traceml.cli.number_range import PORT, NumberRange, node_count
-from traceml.cli.parsing import CommandParser
+from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.cli.scripts import add_run_options, check_report, given, script_words
 from traceml.errors import TraceMLError, UsageError
 from traceml.supervise.aggregator_process import choose_run_id
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="traceml run",
         description="Run a training script, see live what each rank does, and read at the end what limits it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=WrappingFormatter,
         allow_abbrev=False,
     )
     add_run_options(parser)

@@ -19,7 +19,7 @@ from pathlib import Path
 from traceml import settings
 from traceml.aggregator.aggregator import Aggregator
 from traceml.cli.number_range import PORT, NumberRange
-from traceml.cli.parsing import CommandParser
+from traceml.cli.parsing import CommandParser, WrappingFormatter
 from traceml.errors import TraceMLError
 from traceml.supervise.page_process import DEFAULT_PORT as PAGE_PORT
 from traceml.supervise.page_process import PageProcess
@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="traceml serve",
         description="Start an aggregator: it stores the rows of training scripts, and diagnoses what limits them.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=WrappingFormatter,
     )
     parser.add_argument("--host", help="address to listen on (127.0.0.1: this host only)")
     parser.add_argument("--port", type=PORT, help="port to listen on (29765; 0: a free one)")

@@ -8,6 +8,7 @@ from tests.renderers.reports import REPORTS, healthy, slow_rank, thousand_ranks,
 from traceml.renderers.text.live_panel import live_lines, panel_height
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import live_view
+from traceml.runs.report.report_types import RestartSection
 
 
 @pytest.mark.parametrize("name", REPORTS)
@@ -57,3 +58,14 @@ def test_color_tells_phases_apart():
     assert any("on blue" in str(span.style) for span in with_color.spans)
     assert not any(" on " in str(span.style) for span in without.spans)
     assert "|forward" in without.plain
+
+
+def test_a_restart_is_seen_while_the_job_runs():
+    """The panel keeps its height; the advice gives a row to the note."""
+    restarted = slow_rank()
+    restarted.run.restarts = [RestartSection(attempt=0, ranks=[1], reason="RuntimeError", step=30, lost_s=12.0)]
+
+    lines = [line.plain for line in live_lines(live_view(restarted), Viewport(80, 25))]
+
+    assert " note    Restarted once: rank 1, RuntimeError at step 30 (lost 12 s)" in lines
+    assert len(lines) == len(live_lines(live_view(slow_rank()), Viewport(80, 25)))

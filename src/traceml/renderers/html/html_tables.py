@@ -126,7 +126,7 @@ def run_facts(view: RunView, about: About) -> Iterator[str]:
     """Yield command, source, versions, machine, model."""
     git, process, environment = about.git, about.process, about.environment
     argv = process.get("argv")
-    command = shlex.join(map(str, argv)) if argv else view.run.command_line
+    command = _runnable(shlex.join(map(str, argv)) if argv else view.run.command_line)
     rows = [
         ("command", command),
         ("folder", process.get("folder")),
@@ -143,6 +143,11 @@ def run_facts(view: RunView, about: About) -> Iterator[str]:
         ("parameters", _map_text({name: str(value) for name, value in about.params.items()})),
     ]
     yield from _facts(rows)
+
+
+def _runnable(command: str) -> str:
+    """Return a command that a shell takes: a script alone is not found by it."""
+    return f"python {command}" if command.partition(" ")[0].endswith(".py") else command
 
 
 def _training(about: About) -> Iterable[tuple[str, Mapping[str, Any]]]:

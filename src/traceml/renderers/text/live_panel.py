@@ -28,6 +28,7 @@ __all__ = [
     "MIN_HEIGHT",
     "MIN_WIDTH",
     "live_lines",
+    "note_text",
     "panel_height",
     "rule_line",
     "speed_line",
@@ -187,14 +188,24 @@ def verdict_line(now: RunView) -> Text:
     )
 
 
+def note_text(now: RunView) -> Text:
+    """Return what there is to say about the whole run, above all its restarts; empty where there is nothing."""
+    return Text("; ".join(now.notes), style="yellow")
+
+
 def _next(now: RunView, viewport: Viewport) -> Iterator[Text]:
+    """Yield the advice; in a run with a note, the last row is for the note."""
+    rows = _NEXT_ROWS - bool(now.notes)
     lines = wrapped(now.verdict.next, viewport.width - _LABEL)
-    for number in range(_NEXT_ROWS):
+    for number in range(rows):
         text = lines[number] if number < len(lines) else ""
-        if number == _NEXT_ROWS - 1 and len(lines) > _NEXT_ROWS:
+        if number == rows - 1 and len(lines) > rows:
             text = " ".join(lines[number:])  # cut at the end of the screen
 
         yield Text().append((" next" if number == 0 else "").ljust(_LABEL), style="dim").append(text)
+
+    if now.notes:
+        yield Text().append(" note".ljust(_LABEL), style="dim").append(note_text(now))
 
 
 def _tracing(now: RunView, viewport: Viewport) -> Text:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from traceml.formatting import printable
 from traceml.renderers.text.bars import bar, sparkline
-from traceml.renderers.text.live_panel import rule_line, speed_line, verdict_line
+from traceml.renderers.text.live_panel import note_text, rule_line, speed_line, verdict_line
 from traceml.renderers.text.top_tables import BarCell, TableColumn, TableRow, TableView, TrendCell
 from traceml.renderers.text.viewport import Viewport
 from traceml.renderers.views import LiveView
@@ -64,7 +64,10 @@ def table_lines(view: LiveView, tabs: Sequence[Tab], table: TableView, first: in
     body = [_line(row, table.columns, widths, viewport) for row in shown] or [Text(f" {table.empty}", style="dim")]
     body += [Text() for _ in range(room - len(body))]
     heads = _line(TableRow(tuple(column.head for column in table.columns), "dim"), table.columns, widths, viewport)
-    position = Text(_position(first, len(shown), len(table.rows)), style="dim")
+    position = Text().append(_position(first, len(shown), len(table.rows)), style="dim")
+    if view.now.notes:
+        position.append("  ").append(note_text(view.now))
+
     lines = [rule_line(view.now, viewport), speed_line(view, viewport), tabs_line(tabs, table.name), heads, *body]
     return [cut(line, viewport) for line in (*lines, verdict_line(view.now), position)]
 

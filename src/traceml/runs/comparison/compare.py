@@ -29,7 +29,7 @@ from traceml.runs.comparison.comparison_types import (
 )
 from traceml.runs.comparison.significance import Difference, difference
 from traceml.runs.report.report import full_report
-from traceml.runs.report.report_types import Report
+from traceml.runs.report.report_types import Report, read_report
 from traceml.runs.rows.digest import Digest, read_digest
 
 __all__ = ["compare_runs"]
@@ -48,6 +48,7 @@ class _ComparedRun:
 
     Attributes:
         core_wait: share of time that ranks waited for a CPU core; None where it was not sampled.
+        is_file: whether only its report is there, which has no times of single steps.
     """
 
     report: Report
@@ -55,17 +56,18 @@ class _ComparedRun:
     model: dict[str, Any]
     batch_size: Any
     core_wait: float | None
+    is_file: bool = False
 
 
 def compare_runs(a: Path, b: Path) -> Comparison:
     """Return the differences from run A to run B (`traceml.compare/1`, see docs/report.md).
 
     Args:
-        a: folder of the run that is compared with.
-        b: folder of the other run.
+        a: folder of the run that is compared with, or its `report.json` without a folder.
+        b: the other run, likewise.
 
     Raises:
-        StoreError: a store cannot be read.
+        StoreError: a store or a report cannot be read.
     """
     first, second = _side(Path(a)), _side(Path(b))
     obstacles = _obstacles(first, second)
@@ -89,7 +91,14 @@ def compare_runs(a: Path, b: Path) -> Comparison:
     )
 
 
-def _side(run_dir: Path) -> _ComparedRun:
+def _side(path: Path) -> _ComparedRun:
+    if path.is_file():
+        return _ComparedRun(read_report(path), np.empty(0), {}, None, None, is_file=True)
+
+    return _side_of_store(path)
+
+
+def _side_of_store(run_dir: Path) -> _ComparedRun:
     with closing(StoreReader(run_dir / STORE_NAME)) as reader:
         digest = read_digest(reader)
         report = full_report(digest, reader, run_dir)
@@ -146,7 +155,7 @@ _STATISTICS: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
 def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> StatisticChange:
     """Return one statistic of both runs and its change, with its confidence interval if `test`."""
     statistic = _STATISTICS[name]
-    values = [float(statistic(side.times_ms[None, :])[0]) if len(side.times_ms) else None for side in (a, b)]
+    values = [_value(side, name) for side in (a, b)]
     if name == "mean":  # of a long run, the mean of all steps is known
         values = [
             side.report.steps.mean_ms if side.report.steps.cut else value
@@ -164,6 +173,15 @@ def _time(a: _ComparedRun, b: _ComparedRun, name: str, *, test: bool) -> Statist
         p=_number(found.p),
         real=None if found.real is None else bool(found.real),
     )
+
+
+def _value(side: _ComparedRun, name: str) -> float | None:
+    """Return a statistic of the compared steps, or the report's where they are not there."""
+    if side.is_file:
+        found: float | None = getattr(side.report.steps, f"{name}_ms")
+        return found
+
+    return float(_STATISTICS[name](side.times_ms[None, :])[0]) if len(side.times_ms) else None
 
 
 def _bound(bound_ms: float | None, before_ms: float | None) -> float | None:
@@ -218,7 +236,9 @@ def _obstacles(a: _ComparedRun, b: _ComparedRun) -> list[str]:
             reasons.append(f"the models differ: {name} {values[0]} in A, {values[1]} in B")
 
     for side, which in ((a, "A"), (b, "B")):
-        if not len(side.times_ms):
+        if side.is_file:
+            reasons.append(f"{which} is a report without its run: chance cannot be told from a change")
+        elif not len(side.times_ms):
             reasons.append(f"{which} has no complete steps")
 
     return reasons
@@ -249,7 +269,7 @@ def _differences(a: _ComparedRun, b: _ComparedRun) -> list[str]:
         if side.report.run.state != "finished":
             remarks.append(f"{which} is {side.report.run.state}, not finished")
 
-        if side.report.steps.cut:
+        if side.report.steps.cut and not side.is_file:
             steps = f"{len(side.times_ms):,} of its {side.report.steps.count:,} steps"
             remarks.append(f"{which} is long: {steps}, spread over the run, are compared")
 
