@@ -70,7 +70,9 @@ _LOUD = frozenset({"JITTER", "RESIDUAL_HEAVY", "INPUT_BOUND"})
 
 _CLASSIFIER = (
     _case("classifier", "classifier", steps=180),
-    _case("classifier, workers", "classifier --workers 2", steps=180),
+    _case("classifier, workers that start in each epoch", "classifier --workers 2", "INPUT_BOUND", phase="input_wait",
+          steps=180),
+    _case("classifier, a worker that stays", "classifier --workers 1 --persistent", steps=180),
     _case("classifier beside a program", "classifier", steps=180, beside=True),
     _case("metrics in Python", "classifier --fault metrics --epochs 2", "RESIDUAL_HEAVY", phase="other",
           function="update_metrics", steps=120),
@@ -98,7 +100,7 @@ _GPT = (
     _case("gpt", "gpt", steps=150),
     _case("gpt, accumulation of 4", "gpt --accumulate 4 --steps 60", steps=60),
     _case("gpt beside a program", "gpt", steps=150, beside=True),
-    _case("gpt evaluates often", "gpt --evaluate-every 10 --evaluate-batches 30 --steps 100", "EVAL_HEAVY", steps=100,
+    _case("gpt evaluates often", "gpt --evaluate-every 10 --evaluate-batches 70 --steps 100", "EVAL_HEAVY", steps=100,
           never=frozenset({"JITTER", "INPUT_BOUND"})),
     _case("gpt tokenizes", "gpt --fault tokenize --steps 300", "RESIDUAL_HEAVY", "INPUT_BOUND", function="tokenize",
           steps=300),
@@ -121,7 +123,7 @@ _DDP = (
     _ddp("other", "STRAGGLER", more="--ms 40 --accumulate 4", blamed=(1,), phase="other"),
     _ddp("everywhere", "RESIDUAL_HEAVY", phase="other", function="stall", never=_STRAGGLERS),
     _ddp("dataset", "INPUT_BOUND", more="--ms 40", phase="input_wait", function="Rows.__getitem__", never=_STRAGGLERS),
-    _ddp("turns", "STRAGGLER", more="--ms 30", phase="other"),
+    _ddp("turns", "STRAGGLER", "RESIDUAL_HEAVY", more="--ms 30", phase="other"),
     _ddp("none", "COMM_BOUND", more="--width 3000 --batches 40", steps=80, never=_STRAGGLERS),
     _ddp("killed", "RANK_LOST", blamed=(1,), steps=None, fails=True),
     _ddp("raises", "RANK_LOST", blamed=(1,), steps=None, fails=True),

@@ -160,6 +160,16 @@ def test_the_numbers_of_a_sentence_agree():
     assert 100 * float(cost) / float(step) == pytest.approx(float(share), abs=1.5)
 
 
+def test_what_ranks_have_in_turns_costs_what_the_step_loses():
+    """Half of the steps each, 20 ms: a step loses 20 ms, and each rank spends 10."""
+    found = verdict(Job(sigma=0.05), takes_turns("other", 20, (0, 1)))
+
+    cost, step, share = re.match(r"([\d.]+) ms of each ([\d.]+) ms step \(([\d.]+) %\)", found.summary).groups()
+    assert found.kind is Kind.RESIDUAL_HEAVY
+    assert 100 * float(cost) / float(step) == pytest.approx(float(share), abs=1.5)
+    assert float(cost) == pytest.approx(20, abs=1.5)
+
+
 def test_communication_is_found_when_nobody_is_late():
     """The least waiting over ranks is communication."""
     found = verdict(Job(ranks=4, comm=20.0), backend="gloo")

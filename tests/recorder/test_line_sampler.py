@@ -144,6 +144,24 @@ def test_between_steps_is_not_startup(flight: FlightFile) -> None:
         assert {row[0] for row in sampled(flight, training, samples=2)} == {LINE_OUTSIDE}
 
 
+def test_start_up_and_training_have_first_samples_of_their_own(
+    flight: FlightFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long start-up leaves the training its samples, which come more often."""
+    monkeypatch.setattr("traceml.recorder.line_sampler.ENOUGH", 2)
+    few = []
+    with Training(releases_the_lock) as training:
+        sampler = LineSampler(flight, training.ident)
+        for at in range(6):
+            few.append(sampler.few)
+            if at == 3:
+                flight.ring("steps").append(*range(len(flight.ring("steps")._table.columns)))
+
+            sampler.sample(time.sleep)
+
+    assert [*few, sampler.few] == [True, True, False, False, True, False, False]
+
+
 def test_counts_are_appended_once(flight: FlightFile) -> None:
     """A flush takes the samples since the last one."""
     with Training(releases_the_lock) as training:

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LineSampler"]
 
+ENOUGH = 400
+"""With fewer samples than this, they come more often."""
+
 _ARMED_S = 20e-6
 _LEAST_S, _MOST_S = 0.002, 0.012
 _MAX_LINES = 512
@@ -61,12 +64,18 @@ class LineSampler:
     def __init__(self, flight: FlightFile, thread: Callable[[], int], user: UserCode | None = None) -> None:
         self.samples = 0
         """Samples so far."""
+        self._startup = 0  # of them before the first step
         self._slots, self._steps, self._lines = flight.open_slots, flight.ring("steps"), flight.ring("lines")
         self._name_id, self._thread = flight.names.id_of, thread
         self._user = user or UserCode()
         self._clock_of = self._clock = 0  # training thread, and its CPU clock
         self._counts: dict[_Key, list[int]] = {}
         self._ids: dict[_Key, tuple[int, int]] = {}
+
+    @property
+    def few(self) -> bool:
+        """Whether a run of seconds would have too few samples yet: of its start-up, or of what came after it."""
+        return (self.samples - self._startup or self._startup) < ENOUGH
 
     def sample(self, wait: Callable[[float], object]) -> None:
         """Take one sample of the training thread, on the recorder's thread.
@@ -109,6 +118,7 @@ class LineSampler:
         counts = self._counts.setdefault(key, [0, 0, 0])
         counts[0] += 1
         self.samples += 1
+        self._startup += key[0] == LINE_STARTUP
         if before.opened == after.opened and before.opened[0] == key[0]:
             counts[1] += after.t_ns - before.t_ns
             counts[2] += after.cpu_ns - before.cpu_ns

@@ -25,8 +25,7 @@ _WAKE_S = 0.5
 _SHORTEST_S = 0.01
 _TELEMETRY_NS = 5 * 10**9
 _FIRST_TELEMETRY_NS = 10**9
-# So many first samples of lines come several times as often: a run of seconds is to name its line too.
-_FIRST_LINES, _OFTEN = 400, 3
+_OFTEN = 3  # the first samples of lines come so many times as often
 _LARGE_BYTES = 1 << 20
 _RELEASE_ROWS = 8192
 FILES_TIMEOUT_S = 60.0  # an artifact of gigabytes is worth waiting for
@@ -148,8 +147,7 @@ class RecorderThread:
             if self._wake.wait(max(0.0, self._line_due_s - time.monotonic())):
                 return
 
-            often = self._lines.samples < _FIRST_LINES
-            self._line_due_s = time.monotonic() + self._line_interval_s / (_OFTEN if often else 1)
+            self._line_due_s = time.monotonic() + self._line_interval_s / (_OFTEN if self._lines.few else 1)
             self._sample_line(self._lines)
 
         self._wake.wait(max(0.0, end_s - time.monotonic()))
